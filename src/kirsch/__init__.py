@@ -1,0 +1,71 @@
+"""Kirsch makes trained neural networks small and fast, and proves it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kirsch.deploy.export import Artifact, export
+    from kirsch.deploy.measure import Measurement, measure
+    from kirsch.distillation.distill import distill
+    from kirsch.distillation.objective import Objective
+    from kirsch.frameworks.port import trace
+    from kirsch.frameworks.training import Training
+    from kirsch.graph.graph import Graph
+    from kirsch.graph.plan import Goal, Plan
+    from kirsch.pruning.choose import plan
+    from kirsch.pruning.prune import prune
+    from kirsch.pruning.store import load, save
+    from kirsch.recipes.compress import compress
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "Goal",
+    "Graph",
+    "Measurement",
+    "Objective",
+    "Plan",
+    "Training",
+    "compress",
+    "distill",
+    "export",
+    "load",
+    "measure",
+    "plan",
+    "prune",
+    "save",
+    "trace",
+]
+
+# Where each public name lives. They are imported at first use, so that `import kirsch` loads no framework.
+_HOMES = {
+    "Artifact": "kirsch.deploy.export",
+    "Goal": "kirsch.graph.plan",
+    "Graph": "kirsch.graph.graph",
+    "Measurement": "kirsch.deploy.measure",
+    "Objective": "kirsch.distillation.objective",
+    "Plan": "kirsch.graph.plan",
+    "Training": "kirsch.frameworks.training",
+    "compress": "kirsch.recipes.compress",
+    "distill": "kirsch.distillation.distill",
+    "export": "kirsch.deploy.export",
+    "load": "kirsch.pruning.store",
+    "measure": "kirsch.deploy.measure",
+    "plan": "kirsch.pruning.choose",
+    "prune": "kirsch.pruning.prune",
+    "save": "kirsch.pruning.store",
+    "trace": "kirsch.frameworks.port",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kirsch' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,1 @@
+"""The file to ship: export, runtimes, and measuring there."""

@@ -1,0 +1,170 @@
+"""Every error that Kirsch raises on purpose.
+
+KirschError                    exit code
+├── UsageError                 2     a call, a goal, an option or a recipe is wrong
+│   ├── GoalError                    the goal cannot be reached, or is none
+│   ├── PlanError                    the plan does not fit the model, or is damaged
+│   ├── RecipeError                  one or more lines of a recipe are wrong
+│   ├── ShapeError                   two arrays do not fit together
+│   └── UnknownNameError             a name that no registry, module or group has
+├── LoadError                  4     a model, data or checkpoint cannot be loaded
+│   ├── ModelError                   the model cannot be built, copied or traced
+│   ├── DataError                    the data is empty, damaged or out of range
+│   └── CheckpointError              no valid checkpoint is left
+├── SurroundingsError          5     something outside the model is missing
+│   ├── MissingExtraError            an optional package is not installed
+│   └── OutputError                  the output folder cannot be written
+├── NumericError               6     numbers went wrong: NaN, a dead model
+│   └── VerificationError            the pruned model does not equal the masked original
+└── Stopped                          the work was asked to stop; a checkpoint is saved
+    ├── Preempted              75    by SIGTERM
+    └── Interrupted            130   by SIGINT
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class KirschError(Exception):
+    """What happened, why, and what to do: one sentence each.
+
+    Args:
+        what: what happened, with the name of the thing.
+        why: the reason; may be empty.
+        mend: what the reader should do; may be empty.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, why: str = "", mend: str = "") -> None:
+        super().__init__(" ".join(part for part in (what, why, mend) if part))
+        self.what = what
+        self.why = why
+        self.mend = mend
+
+
+class UsageError(KirschError):
+    """A call, a goal, an option or a recipe is wrong."""
+
+    exit_code = 2
+
+
+class GoalError(UsageError):
+    """The goal cannot be reached, or is none."""
+
+
+class PlanError(UsageError):
+    """The plan does not fit the model, or is damaged."""
+
+
+class RecipeError(UsageError):
+    """One or more lines of a recipe are wrong."""
+
+
+class ShapeError(UsageError):
+    """Two arrays do not fit together."""
+
+
+class UnknownNameError(UsageError):
+    """A name that no registry, module or group has.
+
+    Args:
+        kind: what the name was meant to name, such as "importance".
+        name: the unknown name.
+        known: the names there are.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        super().__init__(f"There is no {kind} {name!r}.", listing(names), nearest(name, names))
+        self.name = name
+
+
+class LoadError(KirschError):
+    """A model, data or checkpoint cannot be loaded."""
+
+    exit_code = 4
+
+
+class ModelError(LoadError):
+    """The model cannot be built, copied or traced."""
+
+
+class DataError(LoadError):
+    """The data is empty, damaged or out of range."""
+
+
+class CheckpointError(LoadError):
+    """No valid checkpoint is left."""
+
+
+class SurroundingsError(KirschError):
+    """Something outside the model is missing."""
+
+    exit_code = 5
+
+
+class MissingExtraError(SurroundingsError):
+    """An optional package is not installed.
+
+    Args:
+        package: the package that could not be imported.
+        extra: the extra of Kirsch that brings it.
+        purpose: what it is needed for, such as "to export to ONNX".
+    """
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"The package {package!r} is not installed.",
+            f"It is needed {purpose}.",
+            f'Run: pip install "kirsch[{extra}]"',
+        )
+
+
+class OutputError(SurroundingsError):
+    """The output folder cannot be written."""
+
+
+class NumericError(KirschError):
+    """Numbers went wrong: NaN, a dead model."""
+
+    exit_code = 6
+
+
+class VerificationError(NumericError):
+    """The pruned model does not equal the masked original."""
+
+
+class Stopped(KirschError):  # noqa: N818 - not a fault: the user or the machine asked for it
+    """The work was asked to stop; a checkpoint is saved."""
+
+
+class Preempted(Stopped):
+    """Stopped by SIGTERM."""
+
+    exit_code = 75
+
+
+class Interrupted(Stopped):
+    """Stopped by SIGINT."""
+
+    exit_code = 130
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that proposes the known name closest to `name`; empty when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else ""
+
+
+def listing(names: list[str], most: int = 12) -> str:
+    """A sentence that lists the known names, the first `most` of them in full."""
+    if not names:
+        return "There are none."
+    shown = ", ".join(names[:most])
+    return f"Known: {shown}, and {len(names) - most} more." if len(names) > most else f"Known: {shown}."

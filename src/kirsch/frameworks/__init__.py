@@ -1,0 +1,1 @@
+"""One folder a framework, and the protocol that each fulfils."""

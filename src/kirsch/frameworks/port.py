@@ -1,0 +1,98 @@
+"""What Kirsch needs of a framework, and how the framework of a model is found."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kirsch.errors import MissingExtraError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from kirsch.frameworks.training import Trained, Training, TrainingHooks
+    from kirsch.graph.graph import Graph
+    from kirsch.graph.plan import Plan
+    from kirsch.graph.proof import Verification
+
+
+class Framework(Protocol):
+    """The verbs that each framework folder fulfils; `model` is a model of that framework throughout."""
+
+    name: str
+
+    def trace(self, model: Any, example_inputs: Any) -> Graph:
+        """The coupling analysis of a model; the model is left as it is."""
+
+    def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
+        """A new model without the units that the plan removes, and the proof; the given model is left as it is."""
+
+    def inputs_like(self, specification: Sequence[Any]) -> Any:
+        """Example inputs of the shapes and types that a plan stores."""
+
+    def count(self, model: Any, example_inputs: Any) -> tuple[int, int]:
+        """Parameters, and multiply-accumulates of one forward run that is counted as it happens."""
+
+    def predict(self, model: Any, inputs: Any, *, batch_size: int = 256) -> Any:
+        """Outputs of a classifier in inference mode: numpy float array of shape (N, K) for numpy inputs (N, ...)."""
+
+    def train(self, model: Any, batches: Any, loss: Any, training: Training, hooks: TrainingHooks) -> Trained:
+        """Train a copy of the model; the given model is left as it is."""
+
+    def scales(self, model: Any) -> Iterable[Any]:
+        """The scale of each batch normalisation, as arrays that carry gradients."""
+
+    def weights(self, model: Any) -> Iterable[Any]:
+        """The weights of two or more axes, as arrays that carry gradients."""
+
+    def export_onnx(self, model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
+        """Write one ONNX file with a free batch axis; gives opset, IR version, and names of inputs and outputs."""
+
+    def save_weights(self, model: Any, path: Path) -> None:
+        """Write all parameters and buffers to a safetensors file."""
+
+    def load_weights(self, model: Any, path: Path) -> None:
+        """Fill a model with the weights of `save_weights`; names, shapes and types must agree."""
+
+
+def framework_of(model: Any) -> Framework:
+    """The framework that a model belongs to, found from the classes it derives from.
+
+    Raises:
+        ModelError: the model is of no framework that Kirsch knows.
+        MissingExtraError: the framework's extra is not installed.
+    """
+    roots = {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}
+    if "torch.nn.modules.module.Module" in roots:
+        return pytorch()
+    raise ModelError(
+        f"A {type(model).__module__}.{type(model).__qualname__} is no model that Kirsch knows.",
+        "It is not a torch.nn.Module.",
+        "Give a torch.nn.Module.",
+    )
+
+
+def pytorch() -> Framework:
+    """The PyTorch leaf, loaded when it is first needed."""
+    try:
+        framework: Framework = import_module("kirsch.frameworks.pytorch.framework").PyTorch()
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "torch", "torch", "for PyTorch models") from error
+    return framework
+
+
+def trace(model: Any, example_inputs: Any) -> Graph:
+    """The coupling analysis of a model: what must stay together, what is free to go, what is frozen and why.
+
+    Args:
+        model: a model of any framework that Kirsch knows; it may live on the meta device. It is left as it is.
+        example_inputs: one array, or a tuple of positional, or a dict of keyword arguments.
+
+    Returns:
+        The `Graph` with `.groups`, `.blockers` and `.cost`.
+
+    Raises:
+        ModelError: the model cannot be copied or traced with these inputs; the sentence names where.
+    """
+    return framework_of(model).trace(model, example_inputs)

@@ -1,0 +1,1 @@
+"""Latency, quality and agreement, each with its doubt."""

@@ -1,0 +1,1 @@
+"""What to remove: importance, choice, removal, storage."""

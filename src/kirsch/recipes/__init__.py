@@ -1,0 +1,1 @@
+"""A whole job as data: recipe, tasks, run folder, runner."""
