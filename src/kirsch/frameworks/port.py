@@ -35,7 +35,19 @@ class Framework(Protocol):
         """Parameters, and multiply-accumulates of one forward run that is counted as it happens."""
 
     def predict(self, model: Any, inputs: Any, *, batch_size: int = 256) -> Any:
-        """Outputs of a classifier in inference mode: numpy float array of shape (N, K) for numpy inputs (N, ...)."""
+        """Outputs of a classifier in inference mode: numpy floats of shape (N, K), for inputs of shape (N, ...)."""
+
+    def outputs(self, model: Any, inputs: Any) -> list[Any]:
+        """All outputs in inference mode, as numpy arrays, for a tuple of numpy inputs."""
+
+    def scores(self, model: Any, inputs: Any) -> Any:
+        """Scores for one batch as an array of the framework, with gradient, in the model's present mode."""
+
+    def frozen(self, model: Any) -> Any:
+        """A copy in inference mode that takes no gradient."""
+
+    def infer(self, model: Any, inputs: Any) -> Any:
+        """Outputs for one batch as arrays of the framework, without gradient; the model is in inference mode."""
 
     def train(self, model: Any, batches: Any, loss: Any, training: Training, hooks: TrainingHooks) -> Trained:
         """Train a copy of the model; the given model is left as it is."""

@@ -5,9 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from kirsch.errors import UsageError
+import numpy as np
+
+from kirsch.errors import DataError, ShapeError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+Augment = Callable[[Any, np.random.Generator], Any]
+"""(batch of inputs, generator) → inputs of the same shape; all its randomness comes from the generator."""
 
 
 @dataclass(frozen=True)
@@ -108,3 +118,54 @@ class Trained:
     model: Any
     history: list[dict[str, Any]] = field(default_factory=list)
     first_batch: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayData:
+    """Labelled samples in memory, whose order and augmentation follow from a seed alone.
+
+    The order of an epoch is drawn from (seed, epoch), the augmentation of a batch from (seed, epoch, batch), so that a
+    run can go on in the middle of an epoch in the same bits.
+
+    Args:
+        inputs: shape (N, ...), floating.
+        targets: class numbers, shape (N,), whole numbers >= 0.
+        batch_size: >= 1; a last batch of one sample joins the one before, since normalisation needs two.
+        augment: applied to each batch; None leaves samples as they are.
+
+    Raises:
+        DataError: there are no samples, or inputs are not finite.
+        ShapeError: inputs and targets differ in number.
+    """
+
+    inputs: NDArray[Any]
+    targets: NDArray[Any]
+    batch_size: int = 64
+    augment: Augment | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.inputs):
+            raise DataError("The data is empty.", mend="Give at least one sample.")
+        if len(self.inputs) != len(self.targets):
+            raise ShapeError(f"There are {len(self.inputs)} inputs and {len(self.targets)} targets.")
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size is {self.batch_size}; at least 1 is needed.")
+        bad = ~np.isfinite(self.inputs.reshape(len(self.inputs), -1)).all(axis=1)
+        if bad.any():
+            raise DataError(f"Sample {int(bad.argmax())} holds NaN or infinity.", mend="Repair or leave it out.")
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        full, rest = divmod(len(self.inputs), self.batch_size)
+        return max(1, full + (rest > 1 or (rest == 1 and full == 0)))
+
+    def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """The batches of an epoch, from batch `start` on."""
+        order = np.random.default_rng([seed, epoch]).permutation(len(self.inputs))
+        borders = [*range(0, len(self) * self.batch_size, self.batch_size), len(order)]
+        for number in range(start, len(self)):
+            chosen = order[borders[number] : borders[number + 1]]
+            batch = self.inputs[chosen]
+            if self.augment is not None:
+                batch = self.augment(batch, np.random.default_rng([seed, epoch, number]))
+            yield batch, self.targets[chosen]

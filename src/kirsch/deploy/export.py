@@ -1,0 +1,134 @@
+"""From a model to the file that ships, checked against the model."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from kirsch import files
+from kirsch.deploy.onnxruntime import OnnxSession
+from kirsch.errors import NumericError
+from kirsch.frameworks.port import framework_of
+from kirsch.registry import Registry
+
+DRIFT = 1e-4
+"""Largest difference between model and file, as a share of the largest output; 1e-6 is usual in float32."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file to ship.
+
+    Args:
+        path: of the file.
+        format: "onnx".
+        bytes: its size.
+        sha256: its hash.
+        details: opset, inputs, outputs, and what the check found, as JSON.
+    """
+
+    path: Path
+    format: str
+    bytes: int
+    sha256: str
+    details: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, without the folder."""
+        return {
+            "file": self.path.name,
+            "format": self.format,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            **self.details,
+        }
+
+
+class Exporter(Protocol):
+    """What a registered exporter looks like."""
+
+    def __call__(self, model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
+        """Write the file and check it; gives details as JSON."""
+
+
+EXPORTERS: Registry[Exporter] = Registry("exporter")
+
+
+def export(model: Any, path: str | Path, *, example_inputs: Any, format: str = "onnx") -> Artifact:  # noqa: A002 - the field's word
+    """The model as a file, run once more on its runtime and held against the model.
+
+    Args:
+        model: exported in inference mode; left as it is.
+        path: of the file; it appears whole or not at all.
+        example_inputs: one array or a tuple; the first axis is the batch, which stays free.
+        format: "onnx".
+
+    Raises:
+        ModelError: the model cannot be exported.
+        NumericError: the file computes something else than the model.
+        UnknownNameError: there is no such format.
+        OutputError: the file cannot be written.
+    """
+    exporter = EXPORTERS[format]
+    target = Path(path)
+    files.check_writable(target.parent)
+    with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=target.parent) as folder:
+        written = Path(folder) / target.name
+        details = exporter(model, example_inputs, written)
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # weights in a second file come first
+            files.write_bytes(target.parent / file.name, file.read_bytes())
+    return Artifact(target, format, target.stat().st_size, files.sha256(target), details)
+
+
+@EXPORTERS.register("onnx")
+def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
+    """One ONNX file, checked on ONNX Runtime with batches of one and three, ordinary and extreme values."""
+    framework = framework_of(model)
+    details = framework.export_onnx(model, example_inputs, path)
+    session = OnnxSession(path)
+    worst = 0.0
+    for inputs in _trials(example_inputs):
+        expected = framework.outputs(model, inputs)
+        found = session.run(*inputs)
+        for a, b in zip(expected, found, strict=True):
+            worst = max(worst, float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1e-12)))
+    if not worst <= DRIFT:
+        raise NumericError(
+            "The exported file does not compute what the model computes.",
+            f"The outputs differ by {worst:.1e} of the largest, {DRIFT:.0e} is allowed.",
+            "Report the model: its export is wrong.",
+        )
+    return {**details, "drift": worst, "runtime": f"onnxruntime {session.version}"}
+
+
+def _trials(example_inputs: Any) -> list[tuple[Any, ...]]:
+    """Batches of one and three of the example's shape: normal, zero, and large values for floating inputs."""
+    given = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    arrays = [np.asarray(value) for value in given]
+    random = np.random.default_rng(0)
+
+    def batch(array: Any, size: int, scale: float) -> Any:
+        shape = (size, *array.shape[1:])
+        if not np.issubdtype(array.dtype, np.floating):
+            return np.resize(array, shape).astype(array.dtype)
+        return (scale * random.standard_normal(shape)).astype(array.dtype)
+
+    return [tuple(batch(a, size, scale) for a in arrays) for size, scale in ((1, 1.0), (3, 1.0), (3, 0.0), (3, 100.0))]
+
+
+def usage(artifact: Artifact) -> str:
+    """Ten lines of Python that run the file."""
+    taken = artifact.details["inputs"][0]
+    shape = ", ".join("1" if isinstance(size, str) else str(size) for size in taken["shape"])
+    return (
+        "import numpy as np\n"
+        "import onnxruntime\n\n"
+        f'session = onnxruntime.InferenceSession("{artifact.path.name}")\n'
+        f'x = np.zeros(({shape}), "float32")  # prepared as for training\n'
+        f'scores = session.run(None, {{"{taken["name"]}": x}})[0]\n'
+        "print(scores.argmax(-1))\n"
+    )

@@ -1,0 +1,202 @@
+"""What a model or file costs where it runs."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch.deploy.export import Artifact, export
+from kirsch.deploy.onnxruntime import OnnxSession
+from kirsch.errors import UnknownNameError, UsageError
+from kirsch.frameworks.port import framework_of
+from kirsch.measurement.latency import Latency, Ratio, interleaved
+from kirsch.measurement.machine import cpu, load, usable_cores
+from kirsch.measurement.quality import Rate, accuracy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+RUNTIMES = ("onnxruntime",)
+
+
+@dataclass(frozen=True)
+class Race:
+    """Several files timed in turn on one runtime.
+
+    Args:
+        latencies: name → time of one call.
+        speedups: name → how much faster than the reference.
+        aa: the reference against itself: the noise floor.
+        reference: which one that is.
+        runtime: with version.
+        threads, batch: of every call.
+        machine: processor.
+        load_before, load_after: load average of the machine; None where it has none.
+    """
+
+    latencies: dict[str, Latency]
+    speedups: dict[str, Ratio]
+    aa: Ratio
+    reference: str
+    runtime: str
+    threads: int
+    batch: int
+    machine: str
+    load_before: float | None
+    load_after: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "latencies": {name: latency.to_dict() for name, latency in self.latencies.items()},
+            "speedups": {name: ratio.to_dict() for name, ratio in self.speedups.items()},
+            "aa": self.aa.to_dict(),
+            "reference": self.reference,
+            "runtime": self.runtime,
+            "threads": self.threads,
+            "batch": self.batch,
+            "machine": self.machine,
+            "load_before": self.load_before,
+            "load_after": self.load_after,
+        }
+
+
+def race(
+    contenders: Mapping[str, Path], inputs: Any, *, reference: str, threads: int = 1, rounds: int = 30
+) -> Race:
+    """Time several ONNX files in turn on the same inputs.
+
+    Args:
+        contenders: name → file.
+        inputs: one batch, as an array.
+        reference: the name that the others are compared with.
+        threads: of ONNX Runtime, 1 to the number of usable cores.
+        rounds: of the interleaved run.
+    """
+    cores = usable_cores()
+    if not 1 <= threads <= cores:
+        raise UsageError(f"threads is {threads}; this machine has 1 to {cores}.", "More threads than cores slow down.")
+    before = load()
+    sessions = {name: OnnxSession(path, threads) for name, path in contenders.items()}
+    calls = {name: session.call(inputs) for name, session in sessions.items()}
+    timing = interleaved(calls, reference=reference, rounds=rounds)
+    version = next(iter(sessions.values())).version
+    return Race(
+        latencies=timing.latencies,
+        speedups=timing.speedups,
+        aa=timing.aa,
+        reference=reference,
+        runtime=f"onnxruntime {version}",
+        threads=threads,
+        batch=len(inputs),
+        machine=cpu()[0],
+        load_before=before,
+        load_after=load(),
+    )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a model or file costs.
+
+    Args:
+        parameters: numbers that are trained; None for a file.
+        macs: multiply-accumulates for one sample, counted while it ran; None for a file.
+        bytes: of the ONNX file.
+        latency: of one call with one sample.
+        accuracy: on the data given; None without data.
+        aa: noise floor of the timing.
+        runtime, threads: where it was timed.
+        not_measured: what was left out, and why.
+    """
+
+    parameters: int | None
+    macs: int | None
+    bytes: int
+    latency: Latency
+    accuracy: Rate | None
+    aa: Ratio
+    runtime: str
+    threads: int
+    not_measured: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "bytes": self.bytes,
+            "latency": self.latency.to_dict(),
+            "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
+            "aa": self.aa.to_dict(),
+            "runtime": self.runtime,
+            "threads": self.threads,
+            "not_measured": list(self.not_measured),
+        }
+
+
+def measure(
+    model_or_artifact: Any,
+    *,
+    example_inputs: Any,
+    data: Any = None,
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    rounds: int = 30,
+) -> Measurement:
+    """Parameters, MACs, bytes, latency and accuracy of a model or an exported file.
+
+    Args:
+        model_or_artifact: a model (exported to a temporary file for timing), an `Artifact`, or a path of one.
+        example_inputs: one batch; its first sample is used.
+        data: (inputs, labels) as arrays, to measure the accuracy of the file.
+        runtime: "onnxruntime".
+        threads: of the runtime.
+        rounds: of the timing.
+    """
+    if runtime not in RUNTIMES:
+        raise UnknownNameError("runtime", runtime, RUNTIMES)
+    sample = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
+    one = np.asarray(sample)[:1]
+    missing = [] if data is not None else ["Accuracy: no data was given."]
+    if isinstance(model_or_artifact, (Artifact, str, Path)):
+        given = model_or_artifact
+        path = given.path if isinstance(given, Artifact) else Path(given)
+        missing.append("Parameters and MACs: they are counted on a model, not on a file.")
+        return _measured(path, one, data, threads, rounds, (None, None), missing)
+    framework = framework_of(model_or_artifact)
+    parameters, macs = framework.count(model_or_artifact, sample[:1])
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = export(model_or_artifact, Path(folder) / "model.onnx", example_inputs=example_inputs)
+        return _measured(artifact.path, one, data, threads, rounds, (parameters, macs), missing)
+
+
+def _measured(
+    path: Path,
+    one: Any,
+    data: Any,
+    threads: int,
+    rounds: int,
+    counted: tuple[int | None, int | None],
+    missing: list[str],
+) -> Measurement:
+    run = race({"model": path}, one, reference="model", threads=threads, rounds=rounds)
+    found = None
+    if data is not None:
+        inputs, labels = data
+        found = accuracy(OnnxSession(path, threads).predict(np.asarray(inputs)), np.asarray(labels))
+    return Measurement(
+        parameters=counted[0],
+        macs=counted[1],
+        bytes=path.stat().st_size,
+        latency=run.latencies["model"],
+        accuracy=found,
+        aa=run.aa,
+        runtime=run.runtime,
+        threads=threads,
+        not_measured=tuple(missing),
+    )

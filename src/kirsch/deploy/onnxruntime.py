@@ -1,0 +1,78 @@
+"""Running an ONNX file on ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch.errors import LoadError, MissingExtraError, ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+
+class OnnxSession:
+    """An ONNX file, loaded and ready.
+
+    Args:
+        path: of the file.
+        threads: within an operation, >= 1; operations run one after the other.
+
+    Raises:
+        LoadError: the file is missing, is no ONNX model, or names data outside its folder.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 1) -> None:
+        try:
+            import onnxruntime  # noqa: PLC0415 - a runtime is loaded when it is used
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("onnxruntime", "torch", "to run ONNX files") from error
+        file = Path(path)
+        if not file.is_file():
+            raise LoadError(f"The file {file} does not exist.", mend="Export the model first.")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors only: its warnings speak of its own optimizer
+        try:
+            # ONNX Runtime refuses external data outside the folder of the file by itself.
+            self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no common base of their own
+            raise LoadError(
+                f"{file} cannot be loaded by ONNX Runtime.",
+                f"{str(error).splitlines()[0]}.",
+                "Give a model that kirsch.export wrote.",
+            ) from error
+        self.threads = threads
+        self.version: str = onnxruntime.__version__
+        self.inputs: list[str] = [value.name for value in self._session.get_inputs()]
+
+    def run(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        """All outputs for one batch.
+
+        Raises:
+            ShapeError: the inputs do not fit; says what is expected.
+        """
+        try:
+            out: list[NDArray[Any]] = self._session.run(None, dict(zip(self.inputs, inputs, strict=True)))
+        except Exception as error:  # its errors have no common base of their own
+            expected = ", ".join(f"{v.name} {v.shape} {v.type}" for v in self._session.get_inputs())
+            found = ", ".join(f"{value.shape} {value.dtype}" for value in inputs)
+            raise ShapeError(f"The file cannot take inputs {found}.", f"It expects {expected}.") from error
+        return out
+
+    def predict(self, inputs: NDArray[Any], batch_size: int = 256) -> NDArray[Any]:
+        """The first output for inputs of shape (N, ...): shape (N, K)."""
+        parts = [self.run(inputs[start : start + batch_size])[0] for start in range(0, len(inputs), batch_size)]
+        return np.concatenate(parts)
+
+    def call(self, *inputs: NDArray[Any]) -> Callable[[], Any]:
+        """A callable without arguments that runs these inputs, for timing."""
+        feed = dict(zip(self.inputs, inputs, strict=True))
+        session = self._session
+        return lambda: session.run(None, feed)

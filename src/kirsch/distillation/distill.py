@@ -1,0 +1,189 @@
+"""Training a student on a teacher, or on labels alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kirsch.distillation.losses import LOSSES, hard_label
+from kirsch.distillation.objective import Objective
+from kirsch.errors import DataError, NumericError, ShapeError, UsageError
+from kirsch.frameworks.port import Framework, framework_of
+from kirsch.frameworks.training import ArrayData, Trained, Training, TrainingHooks
+
+Regularizer = Callable[[Any], Any]
+"""model → scalar with gradient, added to the loss as it is."""
+
+ENOUGH = 32
+"""Samples from which on a teacher's accuracy is held against chance."""
+
+
+def distill(
+    student: Any,
+    teacher: Any,
+    data: Any,
+    *,
+    objective: Objective | None = None,
+    training: Training | None = None,
+    validation: Any = None,
+    hooks: TrainingHooks | None = None,
+    regularizers: Sequence[Regularizer] = (),
+) -> Trained:
+    """A student trained on the scores of a teacher; both models given are left as they are.
+
+    Args:
+        student: the model that learns; a copy is trained.
+        teacher: the model it learns from: used in inference mode, without gradient.
+        data: `ArrayData`, a DataLoader, or anything that gives (inputs, targets) each time it is gone through.
+        objective: `Objective.kd()` if left out.
+        training: `Training()` if left out.
+        validation: `ArrayData`, (inputs, labels) as arrays, or a callable model → metrics by name.
+        hooks: events, stop, checkpoints.
+        regularizers: further terms, such as `kirsch.pruning.regularizers.Slimming(1e-4)`.
+
+    Returns:
+        The trained student with its history. `first_batch` has the shares of the terms in loss and gradient.
+
+    Raises:
+        UsageError: student and teacher are one object, or put out different numbers of classes.
+        DataError: there are no samples, or a label is out of range.
+        NumericError: the teacher is no better than chance, a term gives no gradient, or numbers are not finite.
+    """
+    if student is teacher:
+        raise UsageError(
+            "Student and teacher are the same object.", mend="Give the student as a copy: copy.deepcopy(teacher)."
+        )
+    framework = framework_of(student)
+    guide = framework_of(teacher).frozen(teacher)
+    inputs, targets = _first(data)
+    classes = _classes(framework, student, guide, inputs)
+    _check_labels(data, targets, classes)
+    accuracy = _check_teacher(framework, guide, data, validation, classes)
+    hooks = hooks or TrainingHooks()
+    if hooks.event is not None:
+        hooks.event({"event": "teacher", "accuracy": accuracy, "classes": classes})
+    loss = _Loss(framework, objective or Objective.kd(), guide, regularizers)
+    return framework.train(student, data, loss, training or Training(), _with_validation(hooks, framework, validation))
+
+
+def fit(
+    model: Any,
+    data: Any,
+    *,
+    training: Training | None = None,
+    validation: Any = None,
+    hooks: TrainingHooks | None = None,
+    regularizers: Sequence[Regularizer] = (),
+    label_smoothing: float = 0.0,
+) -> Trained:
+    """A model trained on labels alone; see `distill` for the arguments."""
+    framework = framework_of(model)
+    inputs, targets = _first(data)
+    classes = int(framework.predict(model, inputs).shape[-1])
+    _check_labels(data, targets, classes)
+    loss = _Loss(framework, Objective.labels(label_smoothing), None, regularizers)
+    hooks = _with_validation(hooks or TrainingHooks(), framework, validation)
+    return framework.train(model, data, loss, training or Training(), hooks)
+
+
+class _Loss:
+    """The objective as a training step calls it."""
+
+    def __init__(
+        self, framework: Framework, objective: Objective, teacher: Any, regularizers: Sequence[Regularizer]
+    ) -> None:
+        self._framework = framework
+        self._objective = objective
+        self._teacher = teacher
+        self._regularizers = regularizers
+
+    def __call__(self, model: Any, inputs: Any, targets: Any) -> tuple[Any, dict[str, Any]]:
+        objective = self._objective
+        student = self._framework.scores(model, inputs)
+        parts: dict[str, Any] = {}
+        if objective.label_weight:
+            label = hard_label(student, targets, label_smoothing=objective.label_smoothing)
+            parts["label"] = objective.label_weight * label
+        if objective.terms:
+            teacher = self._framework.infer(self._teacher, inputs)
+            for term in objective.terms:
+                if term.weight:
+                    parts[term.loss] = term.weight * LOSSES[term.loss](student, teacher, temperature=term.temperature)
+        for regularizer in self._regularizers:
+            parts[type(regularizer).__name__] = regularizer(model)
+        return sum(parts.values()), parts
+
+
+def _first(data: Any) -> tuple[Any, Any]:
+    """The first batch."""
+    if isinstance(data, ArrayData):
+        return data.inputs[: data.batch_size], data.targets[: data.batch_size]
+    if iter(data) is data:
+        raise DataError(
+            "The data can be gone through only once.", "Each epoch goes through it anew.", "Give a list or a DataLoader."
+        )
+    first = next(iter(data), None)
+    if first is None:
+        raise DataError("The data is empty.", mend="Give at least one batch.")
+    inputs, targets = first
+    return inputs, targets
+
+
+def _classes(framework: Framework, student: Any, teacher: Any, inputs: Any) -> int:
+    mine, theirs = (framework.predict(model, inputs).shape for model in (student, teacher))
+    if len(mine) != len(theirs) or mine[-1] != theirs[-1]:
+        raise ShapeError(
+            f"The student puts out {mine[-1]} classes, the teacher {theirs[-1]}.",
+            "Soft targets need the same classes in the same order.",
+            "Give one of them a head for the classes of the other.",
+        )
+    return int(mine[-1])
+
+
+def _check_labels(data: Any, first_targets: Any, classes: int) -> None:
+    targets = np.asarray(data.targets if isinstance(data, ArrayData) else first_targets)
+    wrong = (targets < 0) | (targets >= classes)
+    if wrong.any():
+        raise DataError(
+            f"Sample {int(wrong.argmax())} has the label {int(targets[wrong.argmax()])}.",
+            f"The model puts out {classes} classes, so labels go from 0 to {classes - 1}.",
+            "Repair the labels, or give the model a larger head.",
+        )
+
+
+def _check_teacher(framework: Framework, teacher: Any, data: Any, validation: Any, classes: int) -> float:
+    """The teacher's accuracy on some samples; an error if it is no better than chance."""
+    if isinstance(validation, ArrayData):
+        validation = (validation.inputs, validation.targets)
+    if isinstance(validation, tuple):
+        inputs, targets = validation
+    elif isinstance(data, ArrayData):
+        inputs, targets = data.inputs, data.targets
+    else:
+        inputs, targets = _first(data)
+    inputs, targets = inputs[:1024], np.asarray(targets[:1024])
+    accuracy = float((framework.predict(teacher, inputs).argmax(-1) == targets).mean())
+    if len(targets) >= ENOUGH and accuracy <= 1 / classes:
+        raise NumericError(
+            f"The teacher is no better than chance: {accuracy:.1%} of {len(targets)} samples, chance is {1 / classes:.1%}.",
+            "A student would learn noise from it.",
+            "Check the teacher's weights, the order of its classes, and that the inputs are prepared as it expects.",
+        )
+    return accuracy
+
+
+def _with_validation(hooks: TrainingHooks, framework: Framework, validation: Any) -> TrainingHooks:
+    """The hooks, with a validation that may be given as arrays."""
+    if validation is None or hooks.validate is not None:
+        return hooks
+    validate = validation
+    if not callable(validation):
+        pair = (validation.inputs, validation.targets) if isinstance(validation, ArrayData) else validation
+        inputs, targets = pair
+
+        def validate(model: Any) -> dict[str, float]:
+            return {"accuracy": float((framework.predict(model, inputs).argmax(-1) == np.asarray(targets)).mean())}
+
+    return TrainingHooks(validate, hooks.event, hooks.stop, hooks.save, hooks.resume)

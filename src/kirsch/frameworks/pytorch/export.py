@@ -1,0 +1,103 @@
+"""From a PyTorch model to one ONNX file."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+from torch import nn
+
+from kirsch.errors import ModelError
+from kirsch.frameworks.pytorch.trace import arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SINGLE_FILE_BYTES = 1_500_000_000
+"""Protobuf stops at 2 GB; above this the weights go to a second file."""
+
+
+def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, Any]:
+    """Write an ONNX file whose first axis, the batch, is free.
+
+    Args:
+        model: exported in inference mode, from a copy.
+        example_inputs: tensors whose first axis is the batch; positional ones only.
+        path: of the file.
+
+    Returns:
+        opset, IR version, exporter, and name, shape and type of each input and output.
+
+    Raises:
+        ModelError: the model cannot be exported; names the operation where the exporter does.
+    """
+    args, options = arguments(example_inputs)
+    if options:
+        raise ModelError(
+            "Keyword inputs cannot be exported yet.", mend="Wrap the model so that its forward takes them by position."
+        )
+    subject = copy.deepcopy(model).eval()
+    # An axis of size 1 would be taken for a constant.
+    pair = tuple(torch.cat([value, value]) if value.shape[0] == 1 else value for value in args)
+    batch = torch.export.Dim("batch")
+    names = [f"input{number}" if number else "input" for number in range(len(pair))]
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                subject,
+                pair,
+                dynamo=True,
+                input_names=names,
+                output_names=None,
+                dynamic_shapes=tuple({0: batch} for _ in pair),
+                verbose=False,
+            )
+    except Exception as error:
+        first = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise ModelError(
+            f"A {type(model).__name__} cannot be exported to ONNX.",
+            f"{type(error).__name__}: {first}",
+            "Export a part without the operation that is named, or replace it.",
+        ) from error
+    size = sum(p.numel() * p.element_size() for p in subject.parameters())
+    with _quiet():
+        program.save(str(path), external_data=size > SINGLE_FILE_BYTES)
+    return _details(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's own console output and its warnings about its internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _details(path: Path) -> dict[str, Any]:
+    written = onnx.load(str(path), load_external_data=False)
+    return {
+        "opset": max(entry.version for entry in written.opset_import if entry.domain in ("", "ai.onnx")),
+        "ir_version": written.ir_version,
+        "exporter": f"torch {torch.__version__}",
+        "inputs": [_value(value) for value in written.graph.input],
+        "outputs": [_value(value) for value in written.graph.output],
+    }
+
+
+def _value(value: Any) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+    return {"name": value.name, "shape": shape, "type": onnx.TensorProto.DataType.Name(tensor.elem_type).lower()}

@@ -1,0 +1,116 @@
+"""PyTorch as Kirsch's port sees it; each verb lives in the file of its name."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+
+from kirsch.errors import LoadError, VerificationError
+from kirsch.frameworks.pytorch import count, export, predict, surgery, trace, train, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from kirsch.frameworks.training import Trained, Training, TrainingHooks
+    from kirsch.graph.graph import Graph
+    from kirsch.graph.plan import InputSpec, Plan
+    from kirsch.graph.proof import Verification
+
+
+class PyTorch:
+    """Fulfils `kirsch.frameworks.port.Framework`."""
+
+    name = "pytorch"
+
+    def trace(self, model: Any, example_inputs: Any) -> Graph:
+        """See the port."""
+        return trace.trace(model, example_inputs)
+
+    def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
+        """See the port."""
+        keep = graph.keep_of(plan)
+        pruned = surgery.cut(model, graph, keep)
+        return pruned, self._prove(pruned, model, graph, keep) if verify else None
+
+    def _prove(self, pruned: Any, model: Any, graph: Graph, keep: Any) -> Verification:
+        try:
+            return verify.verify(pruned, model, graph, keep)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise VerificationError(
+                f"The pruned {graph.model_name} does not run.",
+                f"{type(error).__name__}: {str(error).splitlines()[0]}.",
+                "Exclude the layers that are unusual, and report the model; the model given is unchanged.",
+            ) from error
+
+    def inputs_like(self, specification: Sequence[InputSpec]) -> Any:
+        """See the port."""
+        generator = torch.Generator().manual_seed(0)
+        values = {}
+        for place, spec in enumerate(specification):
+            dtype = getattr(torch, spec.dtype)
+            values[spec.name or place] = (
+                torch.randn(spec.shape, generator=generator).to(dtype)
+                if dtype.is_floating_point
+                else torch.randint(0, spec.high + 1, spec.shape, generator=generator).to(dtype)
+            )
+        return values if any(spec.name for spec in specification) else tuple(values.values())
+
+    def count(self, model: Any, example_inputs: Any) -> tuple[int, int]:
+        """See the port."""
+        return count.count(model, example_inputs)
+
+    def predict(self, model: Any, inputs: Any, *, batch_size: int = 256) -> Any:
+        """See the port."""
+        return predict.predict(model, inputs, batch_size=batch_size)
+
+    def infer(self, model: Any, inputs: Any) -> Any:
+        """See the port."""
+        return predict.infer(model, inputs)
+
+    def outputs(self, model: Any, inputs: Any) -> list[Any]:
+        """See the port."""
+        return predict.outputs(model, inputs)
+
+    def scores(self, model: Any, inputs: Any) -> Any:
+        """See the port."""
+        return predict.logits_of(model(inputs))
+
+    def frozen(self, model: Any) -> Any:
+        """See the port."""
+        return copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
+
+    def train(self, model: Any, batches: Any, loss: Any, training: Training, hooks: TrainingHooks) -> Trained:
+        """See the port."""
+        return train.train(model, batches, loss, training, hooks)
+
+    def scales(self, model: Any) -> Iterator[Any]:
+        """See the port."""
+        norms = torch.nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - the common base has no public name
+        return (m.weight for m in model.modules() if isinstance(m, norms) and m.weight is not None)
+
+    def weights(self, model: Any) -> Iterator[Any]:
+        """See the port."""
+        return (p for p in model.parameters() if p.dim() > 1)
+
+    def export_onnx(self, model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
+        """See the port."""
+        return export.export_onnx(model, example_inputs, path)
+
+    def save_weights(self, model: Any, path: Path) -> None:
+        """See the port."""
+        safetensors.torch.save_model(model, str(path))
+
+    def load_weights(self, model: Any, path: Path) -> None:
+        """See the port."""
+        try:
+            safetensors.torch.load_model(model, str(path), strict=True)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            raise LoadError(
+                f"The weights in {path} do not fit a {type(model).__name__}.",
+                f"{str(error).splitlines()[0]}.",
+                "Give the model that they were saved from.",
+            ) from error

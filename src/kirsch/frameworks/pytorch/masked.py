@@ -1,0 +1,156 @@
+"""The masked original: the traced operations with the removed entries zero and statistics over what is kept.
+
+The statistics are written out here by their definitions, apart from the surgery, so that one wrong rule cannot hide in
+both.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Interpreter
+
+from kirsch.graph.labels import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch.fx import Node
+
+    from kirsch.frameworks.pytorch.trace import Traced
+    from kirsch.graph.graph import Graph
+
+
+def mask_of(labelled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch.Tensor) -> torch.Tensor:
+    """1 where an entry of a tensor is kept, 0 where it is removed; broadcasts against the tensor."""
+    mask = torch.ones((1,) * len(labelled.shape), dtype=like.dtype, device=like.device)
+    for axis, labels in enumerate(labelled.axes):
+        kept = graph.kept(labels, keep)
+        if kept is not None:
+            shape = [-1 if position == axis else 1 for position in range(len(labelled.shape))]
+            mask = mask * torch.from_numpy(kept).to(like.device, like.dtype).reshape(shape)
+    return mask
+
+
+class MaskedRun(Interpreter):
+    """Runs the traced operations of the original with masked tensors."""
+
+    def __init__(self, graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.Tensor]) -> None:
+        """`tensors`: parameters and buffers by path, in the type to compute in."""
+        self._graph = graph
+        self._traced: Traced = graph.traced
+        self._keep = keep
+        self._tensors = tensors
+        super().__init__(self._traced.program.graph_module)
+
+    def outputs(self, inputs: list[Any]) -> list[torch.Tensor]:
+        """The outputs for the flat user inputs."""
+        signature = self._traced.program.graph_signature
+        waiting = iter(inputs)
+        feed: list[Any] = []
+        for node in self._traced.program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            if node.name in self._traced.slots:
+                name = self._traced.slots[node.name]
+                value = self._tensors[name]
+                labelled = self._graph.tensors[name]
+                feed.append(
+                    value * mask_of(labelled, self._graph, self._keep, value) if value.is_floating_point() else value
+                )
+            elif node.name in signature.inputs_to_lifted_tensor_constants:
+                feed.append(self._traced.program.constants[signature.inputs_to_lifted_tensor_constants[node.name]])
+            else:
+                feed.append(next(waiting))
+        with torch.no_grad():
+            found = self.run(*feed)
+        return [value for value in found if isinstance(value, torch.Tensor)]
+
+    def run_node(self, n: Node) -> Any:
+        """One operation, with its statistics over kept entries if they span a labelled axis."""
+        if n.op != "call_function" or n.target is operator.getitem or n.name not in self._graph.facts.statistics:
+            return super().run_node(n)
+        args, options = self.fetch_args_kwargs_from_env(n)
+        source = n.args[0]
+        labelled = self._traced.states[source]  # type: ignore[index]
+        mask = mask_of(labelled, self._graph, self._keep, args[0]).expand(args[0].shape)
+        return STATISTICS[n.target.__name__.partition(".")[0]](mask, *args, **options)  # type: ignore[union-attr]
+
+
+def _layer_norm(
+    mask: torch.Tensor,
+    x: torch.Tensor,
+    sizes: list[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    _cudnn: bool = False,
+) -> torch.Tensor:
+    dims = tuple(range(-len(sizes), 0))
+    count = mask.sum(dims, keepdim=True)
+    mean = (x * mask).sum(dims, keepdim=True) / count
+    variance = (((x - mean) * mask) ** 2).sum(dims, keepdim=True) / count
+    out = (x - mean) / (variance + eps).sqrt()
+    out = out if weight is None else out * weight
+    return (out if bias is None else out + bias) * mask
+
+
+def _group_norm(
+    mask: torch.Tensor,
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    _cudnn: bool = False,
+) -> torch.Tensor:
+    rows, kept = (t.reshape(x.shape[0], groups, -1) for t in (x, mask))
+    count = kept.sum(-1, keepdim=True).clamp(min=1)  # a group that goes as a whole has nothing to average
+    mean = (rows * kept).sum(-1, keepdim=True) / count
+    variance = (((rows - mean) * kept) ** 2).sum(-1, keepdim=True) / count
+    out = ((rows - mean) / (variance + eps).sqrt()).reshape(x.shape)
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    out = out if weight is None else out * weight.reshape(shape)
+    return (out if bias is None else out + bias.reshape(shape)) * mask
+
+
+def _dims(x: torch.Tensor, dim: Any) -> tuple[int, ...]:
+    return tuple(range(x.dim())) if dim is None else tuple(dim) if isinstance(dim, (list, tuple)) else (dim,)
+
+
+def _sum(mask: torch.Tensor, x: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> torch.Tensor:
+    return (x * mask).sum(_dims(x, dim), keepdim=keepdim)
+
+
+def _mean(mask: torch.Tensor, x: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> torch.Tensor:
+    return (x * mask).sum(_dims(x, dim), keepdim=keepdim) / mask.sum(_dims(x, dim), keepdim=keepdim).clamp(min=1)
+
+
+def _norm(
+    mask: torch.Tensor, x: torch.Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, **_: Any
+) -> torch.Tensor:
+    out: torch.Tensor = torch.linalg.vector_norm(x * mask, order, _dims(x, dim), keepdim)
+    return out
+
+
+def _amax(mask: torch.Tensor, x: torch.Tensor, dim: Any = (), keepdim: bool = False) -> torch.Tensor:
+    return x.masked_fill(mask == 0, -torch.inf).amax(_dims(x, dim), keepdim)
+
+
+def _amin(mask: torch.Tensor, x: torch.Tensor, dim: Any = (), keepdim: bool = False) -> torch.Tensor:
+    return x.masked_fill(mask == 0, torch.inf).amin(_dims(x, dim), keepdim)
+
+
+STATISTICS: dict[str, Callable[..., torch.Tensor]] = {
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "sum": _sum,
+    "mean": _mean,
+    "linalg_vector_norm": _norm,
+    "amax": _amax,
+    "amin": _amin,
+}

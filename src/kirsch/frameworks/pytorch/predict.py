@@ -1,0 +1,76 @@
+"""Outputs of a model in inference mode."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """The model in inference mode; each module gets its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def logits_of(outputs: Any) -> Any:
+    """The scores among what a classifier puts out: a tensor, `.logits`, `["logits"]`, or the first of a tuple."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    return outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+
+
+def infer(model: nn.Module, inputs: Any) -> torch.Tensor:
+    """Scores of one batch, without gradient, from a model that is in inference mode already; it moves to the inputs."""
+    if isinstance(inputs, torch.Tensor):
+        model.to(inputs.device)
+    with torch.no_grad():
+        scores: torch.Tensor = logits_of(model(inputs))
+    return scores
+
+
+def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[Any]:
+    """Scores of a classifier in inference mode.
+
+    Args:
+        model: any mode; it keeps it.
+        inputs: numpy array or tensor of shape (N, ...).
+        batch_size: samples at a time.
+
+    Returns:
+        Floating array of shape (N, K).
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    out = []
+    with inference(model):
+        for start in range(0, len(inputs), batch_size):
+            part = inputs[start : start + batch_size]
+            batch = torch.from_numpy(np.ascontiguousarray(part)) if isinstance(part, np.ndarray) else part
+            out.append(infer(model, batch.to(device)).float().cpu().numpy())
+    return np.concatenate(out)
+
+
+def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[NDArray[Any]]:
+    """All tensors that a model puts out for one batch in inference mode."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with inference(model), torch.no_grad():
+        found = model(*(torch.from_numpy(value).to(device) for value in inputs))
+    plain = found.to_tuple() if hasattr(found, "to_tuple") else found
+    return [value.cpu().numpy() for value in tree_leaves(plain) if isinstance(value, torch.Tensor)]

@@ -1,0 +1,252 @@
+"""Where the integers of a forward come from: which module attribute, which tensor's size, or a number in the code.
+
+A twin of the model, sharing its tensors, gets every integer attribute replaced by a `Traced` integer that remembers
+its leaf through arithmetic. While the twin is exported, a function mode sees each call that the user's code makes,
+notes the integers in its arguments, and marks the graph nodes that come of it with the number of the call. The sizes
+that the code reads (`x.shape[1]`) are `Traced` integers too.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import traceback
+from torch.overrides import TorchFunctionMode
+
+from kirsch.graph.constants import Leaf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+# The attributes of PyTorch's own layers that speak of channels; strides, paddings and the like are left alone.
+WIDTHS = frozenset(
+    ["in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_groups", "num_channels", "embedding_dim", "embed_dim", "num_heads", "head_dim", "hidden_size", "input_size", "normalized_shape", "unflattened_size", "padding"]
+)
+
+
+@dataclass(frozen=True)
+class SizeOf:
+    """Axis `axis` of the tensor that call `call` put out at `place`, or of the parameter or buffer `name`."""
+
+    call: int
+    place: int
+    axis: int
+    name: str = ""
+
+
+class TracedInt(int):
+    """An integer that knows how to compute itself again from its leaves."""
+
+    compute: Callable[[Mapping[object, int]], int]
+    leaves: tuple[tuple[object, int], ...]
+
+    def __new__(
+        cls, value: int, compute: Callable[[Mapping[object, int]], int], leaves: tuple[tuple[object, int], ...]
+    ) -> TracedInt:
+        """An integer of this value with this past."""
+        made = super().__new__(cls, value)
+        made.compute = compute
+        made.leaves = leaves
+        return made
+
+    @classmethod
+    def leaf(cls, value: int, leaf: object) -> TracedInt:
+        """An integer that is a leaf itself."""
+        return cls(value, lambda values: values.get(leaf, value), ((leaf, value),))
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedInt:
+        return self
+
+
+def _arithmetic(name: str) -> Callable[[TracedInt, Any], Any]:
+    plain = getattr(int, name)
+
+    def method(self: TracedInt, other: Any) -> Any:
+        result = plain(self, other)
+        if type(result) is not int:
+            return result
+        theirs = other.compute if isinstance(other, TracedInt) else lambda _values: other
+        leaves = dict(self.leaves) | (dict(other.leaves) if isinstance(other, TracedInt) else {})
+        mine = self.compute
+        return TracedInt(result, lambda values: plain(mine(values), theirs(values)), tuple(leaves.items()))
+
+    return method
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "mod", "rmod"):
+    setattr(TracedInt, f"__{_name}__", _arithmetic(f"__{_name}__"))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the user's code that made nodes of the graph.
+
+    Args:
+        name: of the function, such as "view".
+        arguments: without tensors; integers may be `TracedInt`.
+        options: keyword arguments, likewise.
+    """
+
+    name: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def integers(self) -> list[int]:
+        """All integers among the arguments, in order."""
+        return list(_integers((self.arguments, tuple(self.options.values()))))
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _integers(item)
+    elif isinstance(value, slice):
+        yield from _integers((value.start, value.stop, value.step))
+
+
+@dataclass
+class Calls:
+    """What the function mode saw.
+
+    Args:
+        log: the calls, by number.
+        failed_in: path of the module in whose forward an exception passed, "" if none.
+    """
+
+    log: list[Call] = field(default_factory=list)
+    failed_in: str = ""
+
+
+class Watch(TorchFunctionMode):
+    """Notes calls, marks their nodes, and hands out sizes that remember their tensor."""
+
+    def __init__(self, calls: Calls, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self._calls = calls
+        self._names = names
+        self._origin: dict[int, tuple[int, int]] = {}
+        self._alive: list[Any] = []  # an id is only unique while its tensor lives
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if func in _SHAPE or name == "size":
+            return self._sizes(func(*args, **kwargs), args, kwargs)
+        number = len(self._calls.log)
+        self._calls.log.append(Call(name, _without_tensors(args), _without_tensors(kwargs)))
+        with traceback.annotate({"kirsch_call": number}):
+            out = func(*args, **kwargs)
+        given = {id(arg) for arg in args if isinstance(arg, torch.Tensor)}
+        for place, tensor in enumerate(out if isinstance(out, (tuple, list)) else (out,)):
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in given:
+                self._origin[id(tensor)] = (number, place)
+                self._alive.append(tensor)
+        return out
+
+    def _sizes(self, out: Any, args: Any, kwargs: Any) -> Any:
+        """The shape or size just read, with its past."""
+        tensor = args[0]
+        if isinstance(out, int):
+            axis = args[1] if len(args) > 1 else kwargs["dim"]
+            return self._size(tensor, axis % tensor.dim(), out)
+        return torch.Size([self._size(tensor, axis, size) for axis, size in enumerate(out)])
+
+    def _size(self, tensor: Any, axis: int, size: int) -> int:
+        name = self._names.get(id(tensor), "")
+        call, place = self._origin.get(id(tensor), (-1, 0))
+        return TracedInt.leaf(size, SizeOf(call, place, axis, name)) if name or call >= 0 else size
+
+
+_SHAPE = {getattr(torch.Tensor.shape, "__get__")}  # noqa: B009 - mypy knows no __get__ of this descriptor
+
+
+def _without_tensors(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return None
+    if isinstance(value, (list, tuple)):
+        return tuple(_without_tensors(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _without_tensors(item) for key, item in value.items()}
+    return value
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy of the model in inference mode that shares its parameters and buffers and has none of its hooks.
+
+    Raises:
+        Exception: whatever copying a part of the model raises.
+    """
+    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    twin: nn.Module = copy.deepcopy(model, shared)
+    return twin.eval()
+
+
+def watched(twin: nn.Module, calls: Calls) -> None:
+    """Plant traced integers in a twin and make its forward note every call."""
+    for path, module in twin.named_modules():
+        own = type(module).__module__.startswith("torch.nn.")
+        for name, value in list(vars(module).items()):
+            if not name.startswith("_") and (not own or name in WIDTHS):
+                planted = _planted(value, path, name)
+                if planted is not value:
+                    setattr(module, name, planted)
+        module.forward = _locating(module.forward, path, calls)
+    names = {id(t): name for name, t in [*twin.named_parameters(), *twin.named_buffers()]}
+    plain = twin.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.log.clear()
+        with Watch(calls, names):
+            return plain(*args, **kwargs)
+
+    twin.forward = forward
+
+
+def _planted(value: Any, path: str, name: str) -> Any:
+    if type(value) is int and value > 1:
+        return TracedInt.leaf(value, Leaf(path, name))
+    if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
+        items = [TracedInt.leaf(item, Leaf(path, name, place)) for place, item in enumerate(value)]
+        return type(value)(items)
+    return value
+
+
+def _locating(forward: Callable[..., Any], path: str, calls: Calls) -> Callable[..., Any]:
+    """The forward, noting the innermost module in which an exception arises."""
+
+    @functools.wraps(forward)
+    def located(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except Exception:
+            calls.failed_in = calls.failed_in or path or "the model itself"
+            raise
+
+    return located
+
+
+def put(model: nn.Module, leaf: Leaf, value: int) -> None:
+    """Give an integer attribute its new value."""
+    module = model.get_submodule(leaf.module)
+    if leaf.index is None:
+        setattr(module, leaf.attribute, value)
+        return
+    old = getattr(module, leaf.attribute)
+    items = list(old)
+    operator.setitem(items, leaf.index, value)
+    setattr(module, leaf.attribute, type(old)(items))

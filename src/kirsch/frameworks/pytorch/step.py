@@ -1,0 +1,127 @@
+"""One operation on its way through the analysis: its tensors, its constants, and where those came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from kirsch.frameworks.pytorch.provenance import SizeOf, TracedInt
+from kirsch.graph.constants import Expression, Leaf, Size
+from kirsch.graph.labels import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from kirsch.frameworks.pytorch.provenance import Call
+    from kirsch.graph.labels import Axis, Facts
+
+FOLLOWS: Final = object()
+"""In place of a size: the framework computes it from the tensor itself, so it follows whatever is kept."""
+
+
+@dataclass
+class Step:
+    """An operation with the labels of its arguments.
+
+    Args:
+        facts: gathers what the rule finds.
+        name: of the operator, without overload: "conv2d".
+        args, options: its arguments; tensors are `Tensor`s.
+        shapes: of its results.
+        call: the call of the user's code that it came from, None if that is unknown.
+        labels_of: the labels of a size that the code read at run time; raises KeyError where they are unknown.
+    """
+
+    facts: Facts
+    name: str
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    shapes: list[tuple[int, ...]]
+    call: Call | None
+    labels_of: Callable[[SizeOf], Axis]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the first result."""
+        return self.shapes[0]
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position or keyword."""
+        return self.args[position] if len(self.args) > position else self.options.get(name, default)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments."""
+        return list(_tensors((self.args, self.options)))
+
+    def given(self, position: int, name: str) -> Any:
+        """The same argument as the user's call gave it, with its provenance; None if the call is unknown."""
+        if self.call is None:
+            return None
+        if len(self.call.arguments) > position:
+            return self.call.arguments[position]
+        return self.call.options.get(name)
+
+    def follow(self, axis: Axis, given: Any) -> Axis:
+        """See to it that a size in the code can follow its axis; freeze the axis where it cannot.
+
+        Args:
+            axis: the labels whose number the size must equal.
+            given: the size as the code gives it: an integer with or without provenance, -1, or `FOLLOWS`.
+
+        Returns:
+            The labels to go on with.
+        """
+        if axis is None or given is FOLLOWS or (type(given) is int and given == -1):
+            return axis
+        expression = self.expression(given) if isinstance(given, TracedInt) else None
+        if expression is None:
+            size = f"its size {given} is a number in the code" if isinstance(given, int) else "its size is fixed here"
+            self.facts.freeze(axis, size)
+        else:
+            self.facts.demand(axis, expression)
+        return axis
+
+    def expression(self, number: TracedInt) -> Expression | None:
+        """An integer of the code as an expression over attributes and sizes; None if part of its past is unknown."""
+        leaves: list[tuple[Leaf, int]] = []
+        sizes: dict[SizeOf, Any] = {}
+        for leaf, value in number.leaves:
+            if isinstance(leaf, Leaf):
+                leaves.append((leaf, value))
+            elif isinstance(leaf, SizeOf):
+                try:
+                    labels = self.labels_of(leaf)
+                except KeyError:
+                    return None
+                if labels is not None:
+                    sizes[leaf] = labels
+        if not leaves and not sizes:
+            return None
+
+        def compute(values: Mapping[object, int]) -> int:
+            known: dict[object, int] = {leaf: values[leaf] for leaf, _ in leaves if leaf in values}
+            known |= {leaf: values[Size(labels.tobytes())] for leaf, labels in sizes.items()}
+            return number.compute(known)
+
+        return Expression(compute, tuple(leaves), tuple(sizes.values()))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+def axes_of(dims: Any, rank: int) -> list[int]:
+    """Axes as an operator gives them (None or empty: all; negative: from the end), as positions."""
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(rank))
+    return [int(dim) % rank for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
+
+
+def unlabelled(tensor: Tensor, dims: Sequence[int]) -> int:
+    """The product of the sizes of those of some axes that carry no labels."""
+    return int(np.prod([tensor.shape[dim] for dim in dims if tensor.axes[dim] is None], initial=1))

@@ -1,0 +1,83 @@
+"""The cut: a new module whose tensors are slices of the old one's, with its own integers mended."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kirsch.frameworks.pytorch.provenance import put
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kirsch.graph.graph import Graph
+    from kirsch.graph.labels import Tensor
+
+
+def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> nn.Module:
+    """A new module of the same class without the components that are not kept; the old one is left as it is.
+
+    The copy is made with the slices already in the place of the tensors, so that the full weights are never copied,
+    and a tensor that is used twice stays one tensor. Mode, hooks, types, devices and requires_grad are those of the
+    original.
+    """
+    constants = graph.constants(keep)
+    memo: dict[int, Any] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, value in named:
+        if id(value) not in memo:
+            kept = sliced(value, graph.tensors[name], graph, keep)
+            if kept is not value:
+                memo[id(value)] = kept
+    pruned: nn.Module = copy.deepcopy(model, memo)
+    for leaf, number in constants.items():
+        put(pruned, leaf, number)
+    for module in pruned.modules():
+        tell_widths(module)
+    return pruned
+
+
+def sliced(value: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> torch.Tensor:
+    """The kept part of a tensor, a parameter if it is one; the tensor itself if all of it is kept."""
+    part = value.detach()
+    for axis, labels in enumerate(labelled.axes):
+        mask = graph.kept(labels, keep)
+        if mask is not None:
+            index = torch.from_numpy(mask.nonzero()[0]).to(value.device)
+            part = part.index_select(axis, index)
+    if part.shape == value.shape:
+        return value
+    last = torch.channels_last
+    if value.dim() == 4 and value.is_contiguous(memory_format=last) and not value.is_contiguous():  # noqa: PLR2004 - NCHW
+        part = part.contiguous(memory_format=last)
+    if not isinstance(value, nn.Parameter):
+        return part
+    parameter = nn.Parameter(part, requires_grad=value.requires_grad)
+    parameter.__dict__.update(copy.deepcopy(value.__dict__))
+    return parameter
+
+
+def tell_widths(module: nn.Module) -> None:
+    """Give the standard layers the widths of their tensors; they show them and users read them.
+
+    What a forward itself reads (groups, num_groups, normalized_shape) is mended before, by its provenance.
+    """
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001 - the common base of all convolutions has no public name
+        first, second = module.weight.shape[:2]
+        out, inn = (second, first) if module.transposed else (first, second)
+        module.out_channels = out * module.groups if module.transposed else out
+        module.in_channels = inn if module.transposed else inn * module.groups
+    elif isinstance(module, nn.modules.batchnorm._NormBase):  # noqa: SLF001 - likewise of batch and instance norm
+        stated = module.weight if module.weight is not None else module.running_mean
+        module.num_features = module.num_features if stated is None else stated.shape[0]
+    elif isinstance(module, nn.GroupNorm) and isinstance(weight, torch.Tensor):
+        module.num_channels = weight.shape[0]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.shape[0]

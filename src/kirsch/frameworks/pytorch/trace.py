@@ -1,0 +1,333 @@
+"""From a PyTorch model to its `Graph`: export, then walk the operations."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import traceback as python_traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import traceback
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from kirsch.errors import ModelError
+from kirsch.frameworks.pytorch import operators
+from kirsch.frameworks.pytorch.provenance import Calls, SizeOf, twin_of, watched
+from kirsch.frameworks.pytorch.step import Step
+from kirsch.graph.graph import Graph
+from kirsch.graph.labels import Facts, Operation, Tensor
+from kirsch.graph.plan import InputSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.export import ExportedProgram
+    from torch.fx import Node
+
+    from kirsch.graph.labels import Axis
+
+PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
+
+
+@dataclass
+class Traced:
+    """What PyTorch knows of a trace.
+
+    Args:
+        program: the exported operations.
+        slots: graph input → path of the parameter or buffer that it takes.
+        states: graph node → the labels of its result, or a list of them.
+        args, options: the example inputs.
+    """
+
+    program: ExportedProgram
+    slots: dict[str, str]
+    states: dict[Node, Any]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments."""
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Graph:
+    """The coupling analysis of a model; see `kirsch.trace`."""
+    args, options = arguments(example_inputs)
+    facts = Facts()
+    tensors = _labelled(model, facts)
+    traced = _walk(model, args, options, facts, tensors, training=False)
+    _parameter_costs(model, facts, tensors)
+    unused = _unused(tensors, traced)
+    if unused:
+        unused &= _training_only(model, args, options, facts, tensors)
+    _freeze_unused(unused, facts, tensors)
+    own = dict(model.named_parameters())
+    return Graph(
+        model_name=type(model).__name__,
+        facts=facts,
+        tensors=tensors,
+        parameters=tuple(own),
+        inputs=specification(args, options),
+        values=lambda name: own[name].detach().to("cpu", torch.float32).numpy(),
+        fits=lambda other: other is model and {n: id(p) for n, p in own.items()} == _identities(other),
+        traced=traced,
+    )
+
+
+def _identities(model: nn.Module) -> dict[str, int]:
+    return {name: id(parameter) for name, parameter in model.named_parameters()}
+
+
+def _walk(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    facts: Facts,
+    tensors: dict[str, Tensor],
+    *,
+    training: bool,
+) -> Traced:
+    """Export the model and gather the facts of each operation."""
+    calls = Calls()
+    program = _export(model, args, options, calls, training=training)
+    signature = program.graph_signature
+    slots = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    walk = _Walk(facts, tensors, slots, calls)
+    for node in program.graph.nodes:
+        walk.visit(node)
+    return Traced(program, slots, walk.states, args, options)
+
+
+def _training_only(
+    model: nn.Module, args: tuple[Any, ...], options: dict[str, Any], facts: Facts, tensors: dict[str, Tensor]
+) -> set[int]:
+    """Add the ties of what only training runs, such as auxiliary heads; gives the tensors that it does not use either.
+
+    Costs and statistics stay those of inference.
+    """
+    terms, statistics = list(facts.terms), set(facts.statistics)
+    try:
+        return _unused(tensors, _walk(model, args, options, facts, tensors, training=True))
+    except ModelError:
+        return {id(tensor) for tensor in tensors.values()}
+    finally:
+        facts.terms[:], facts.statistics = terms, statistics
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], options: dict[str, Any], calls: Calls, *, training: bool
+) -> ExportedProgram:
+    """The operations of the model, functional and not decomposed."""
+    name = type(model).__name__
+    try:
+        twin = twin_of(model)
+    except Exception as error:
+        raise ModelError(
+            f"A {name} cannot be copied.",
+            f"{type(error).__name__}: {error}.",
+            "Take what cannot be copied (open files, locks, lambdas over them) out of the model.",
+        ) from error
+    watched(twin.train(training), calls)
+    with _quiet(), torch.no_grad(), traceback.preserve_node_meta():
+        try:
+            program = torch.export.export(twin, args, options, strict=False)
+            functional: ExportedProgram = program.run_decompositions({})
+        except Exception as error:
+            raise ModelError(*_reason(name, args, options, calls, error)) from error
+    return functional
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's warnings about its own internals, and with the caller's random state unharmed."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with warnings.catch_warnings(), torch.random.fork_rng(devices):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _reason(
+    name: str, args: tuple[Any, ...], options: dict[str, Any], calls: Calls, error: Exception
+) -> tuple[str, str, str]:
+    """What, why and mend for a model that cannot be exported."""
+    shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves((args, options)) if isinstance(t, torch.Tensor))
+    frames = [
+        f for f in python_traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*PACKAGES, "<"))
+    ]
+    line = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    place = f" in `{calls.failed_in}`{line}" if calls.failed_in else line
+    first = next((text for text in str(error).splitlines() if text.strip()), "").strip()
+    what = f"The model {name} cannot be traced with inputs of shape {shapes or 'none'}."
+    why = f"{type(error).__name__}{place}: {first}"
+    dynamic = any(word in type(error).__name__ for word in ("DataDependent", "GuardOn")) or "data-dependent" in str(
+        error
+    )
+    mend = (
+        "The forward decides by the values of its input; trace a part without such a decision, such as the backbone."
+        if dynamic
+        else "Check that model(*example_inputs) runs, and that the shapes are those that the model expects."
+    )
+    return what, why if why.endswith((".", "!", "?")) else f"{why}.", mend
+
+
+def specification(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[InputSpec, ...]:
+    """Example inputs without their values; nested inputs cannot be stored and give an empty one."""
+    named = [("", value) for value in args] + list(options.items())
+    if not all(isinstance(value, torch.Tensor) for _, value in named):
+        return ()
+    return tuple(
+        InputSpec(
+            name,
+            tuple(value.shape),
+            str(value.dtype).removeprefix("torch."),
+            int(value.max()) if not value.is_floating_point() and value.numel() and not value.is_meta else 0,
+        )
+        for name, value in named
+    )
+
+
+def _labelled(model: nn.Module, facts: Facts) -> dict[str, Tensor]:
+    """Fresh labels for each axis of each parameter and buffer; tied tensors share theirs."""
+    by_identity: dict[int, Tensor] = {}
+    out = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, value in named:
+        if id(value) not in by_identity:
+            axes = [facts.fresh(size) if size > 1 else None for size in value.shape]
+            by_identity[id(value)] = Tensor.of(value.shape, axes)
+        out[name] = by_identity[id(value)]
+    return out
+
+
+def _parameter_costs(model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:
+    for name, _ in model.named_parameters():
+        tensor = tensors[name]
+        constant = 1
+        for size, axis in zip(tensor.shape, tensor.axes, strict=True):
+            constant *= size if axis is None else 1
+        facts.cost("parameters", constant, tensor.axes, owner=name.rpartition(".")[0])
+
+
+def _unused(tensors: dict[str, Tensor], traced: Traced) -> set[int]:
+    """The labelled tensors, by identity, that no operation of a trace takes."""
+    nodes = traced.program.graph.nodes
+    taken = [traced.slots[n.name] for n in nodes if n.op == "placeholder" and n.name in traced.slots and n.users]
+    used = {id(tensors[name]) for name in taken}
+    return {id(tensor) for tensor in tensors.values() if any(a is not None for a in tensor.axes)} - used
+
+
+def _freeze_unused(unused: set[int], facts: Facts, tensors: dict[str, Tensor]) -> None:
+    """Parameters that no traced forward reaches may be read elsewhere: nothing is known about them."""
+    for name, tensor in tensors.items():
+        if id(tensor) in unused:
+            facts.begin(Operation("parameter", name.rpartition(".")[0]))
+            for axis in tensor.axes:
+                facts.freeze(axis, "no traced forward uses it")
+
+
+class _Walk:
+    """Visits the nodes in order; `states` holds what each put out."""
+
+    def __init__(self, facts: Facts, tensors: dict[str, Tensor], slots: dict[str, str], calls: Calls) -> None:
+        self.states: dict[Node, Any] = {}
+        self._facts = facts
+        self._tensors = tensors
+        self._slots = slots
+        self._calls = calls
+        self._by_call: dict[int, list[Any]] = {}
+
+    def visit(self, node: Node) -> None:
+        """One node."""
+        if node.op == "placeholder":
+            self.states[node] = self._input(node)
+        elif node.op == "call_function" and node.target is operator.getitem:
+            source, place = node.args[0], node.args[1]
+            self.states[node] = self.states[source][place]  # type: ignore[index]
+        elif node.op == "call_function":
+            self.states[node] = self._operation(node)
+        elif node.op == "output":
+            self._facts.begin(Operation("output"))
+            for state in (self.states.get(source) for source in node.all_input_nodes):
+                for axis in state.axes if isinstance(state, Tensor) else ():
+                    self._facts.freeze(axis, "it is an output of the model", boundary=True)
+        else:
+            value = node.meta.get("val")
+            self.states[node] = Tensor.of(value.shape) if isinstance(value, torch.Tensor) else None
+
+    def _input(self, node: Node) -> Tensor | None:
+        if node.name in self._slots:
+            return self._tensors[self._slots[node.name]]
+        value = node.meta.get("val")
+        return Tensor.of(value.shape) if isinstance(value, torch.Tensor) else None
+
+    def _operation(self, node: Node) -> Any:
+        facts = self._facts
+        facts.begin(Operation(_name(node), _module(node), _source(node), node.name))
+        values = node.meta.get("val")
+        many = isinstance(values, (list, tuple))
+        shapes = [tuple(v.shape) for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
+        number = (node.meta.get("custom") or {}).get("kirsch_call")
+        call = self._calls.log[number] if number is not None and number < len(self._calls.log) else None
+        args: Any = map_arg(node.args, self.states.get)
+        options: Any = map_arg(node.kwargs, self.states.get)
+        step = Step(facts, _name(node).removeprefix("aten."), args, options, shapes, call, self._labels_of)
+        results = operators.apply(step) if shapes else []
+        facts.cost("activations", *_outputs(results), owner=facts.operation.module)
+        state: Any = results if many else results[0] if results else None
+        if number is not None:
+            self._by_call.setdefault(number, []).append(state)
+        return state
+
+    def _labels_of(self, size: SizeOf) -> Axis:
+        """The labels of a size that the code read; KeyError if the tensor is not known."""
+        if size.name:
+            return self._tensors[size.name].axes[size.axis]
+        state = self._by_call[size.call][-1]
+        tensor = state[size.place] if isinstance(state, list) else state
+        if tensor is None or size.axis >= len(tensor.axes) or (size.place and not isinstance(state, list)):
+            raise KeyError(size)
+        axis: Axis = tensor.axes[size.axis]
+        return axis
+
+
+def _outputs(results: list[Tensor]) -> tuple[float, list[Axis]]:
+    """Coefficient and factors of the numbers that an operation puts out; only its first result counts."""
+    if not results:
+        return 0.0, []
+    constant = 1
+    for size, axis in zip(results[0].shape, results[0].axes, strict=True):
+        constant *= size if axis is None else 1
+    return float(constant), list(results[0].axes)
+
+
+def _name(node: Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return str(getattr(node.target, "__name__", node.target))
+    return str(schema.name).replace("::", ".")
+
+
+def _module(node: Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
+def _source(node: Node) -> str:
+    """The last line of the stack that lies outside PyTorch: "file.py:12"."""
+    found = ""
+    for line in (node.meta.get("stack_trace") or "").splitlines():
+        text = line.strip()
+        if text.startswith('File "') and not text[6:].startswith(PACKAGES):
+            path, _, rest = text[6:].partition('", line ')
+            found = f"{Path(path).name}:{rest.partition(',')[0]}"
+    return found

@@ -1,0 +1,113 @@
+"""From facts to components: which labels go together, and which cannot go.
+
+All equalities are solved at once by connected components. A grid axis that is stuck as a whole is no freedom: its cells
+are tied along it and the axis is dropped, and the components are found again, until nothing changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from kirsch.graph.labels import Grid
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from kirsch.graph.labels import Facts, Freeze, Labels
+
+Components = "NDArray[np.int64]"
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """The solved facts.
+
+    Args:
+        component: label → component, int64 of shape (labels,).
+        stuck: component → whether it cannot go, bool of shape (components,).
+        grids: the grids that are left, with components in place of labels.
+        why: component → the first fact that froze it.
+    """
+
+    component: NDArray[np.int64]
+    stuck: NDArray[np.bool_]
+    grids: tuple[Grid, ...]
+    why: dict[int, Freeze]
+
+
+def solve(facts: Facts) -> Coupling:
+    """The components of all facts."""
+    left, right = list(facts.left), list(facts.right)
+    grids, frozen = list(facts.grids), [freeze.labels for freeze in facts.freezes]
+    while True:
+        component, stuck = _components(facts.count, left, right, frozen)
+        grids, ties, more_frozen = _collapse(grids, component, stuck)
+        if not ties and not more_frozen:
+            break
+        left += [tie[0] for tie in ties]
+        right += [tie[1] for tie in ties]
+        frozen += more_frozen
+    why: dict[int, Freeze] = {}
+    for freeze in facts.freezes:
+        for found in np.unique(component[freeze.labels]):
+            why.setdefault(int(found), freeze)
+    return Coupling(component, stuck, _distinct(grids, component), why)
+
+
+def _components(
+    count: int, left: Sequence[Labels], right: Sequence[Labels], frozen: Sequence[Labels]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    rows = np.concatenate([*left, np.zeros(0, np.int64)])
+    columns = np.concatenate([*right, np.zeros(0, np.int64)])
+    edges = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(count, count))
+    number, component = connected_components(edges, directed=False)
+    stuck = np.zeros(number, bool)
+    stuck[component[0]] = True
+    if frozen:
+        stuck[component[np.concatenate(frozen)]] = True
+    return component.astype(np.int64), stuck
+
+
+def _collapse(
+    grids: Sequence[Grid], component: NDArray[np.int64], stuck: NDArray[np.bool_]
+) -> tuple[list[Grid], list[tuple[Labels, Labels]], list[Labels]]:
+    """Drop the stuck axes of grids: grids that are left, ties that follow, labels that get stuck."""
+    kept: list[Grid] = []
+    ties: list[tuple[Labels, Labels]] = []
+    frozen: list[Labels] = []
+    for grid in grids:
+        cells, marginals = grid.cells, list(grid.marginals)
+        drop = [axis for axis, marginal in enumerate(marginals) if stuck[component[marginal]].all()]
+        if not drop:
+            kept.append(grid)
+            continue
+        if len(drop) == cells.ndim:
+            frozen.append(cells.ravel())
+            continue
+        for axis in reversed(drop):
+            first = cells.take([0], axis)
+            ties.append((cells.ravel(), np.broadcast_to(first, cells.shape).ravel()))
+            cells = first.squeeze(axis)
+            marginals.pop(axis)
+        if cells.ndim == 1:
+            ties.append((cells, marginals[0]))
+        else:
+            kept.append(Grid(cells, tuple(marginals), grid.kind))
+    return kept, ties, frozen
+
+
+def _distinct(grids: Sequence[Grid], component: NDArray[np.int64]) -> tuple[Grid, ...]:
+    """The grids over components, each once."""
+    seen: dict[tuple[object, ...], Grid] = {}
+    for grid in grids:
+        solved = Grid(component[grid.cells], tuple(component[marginal] for marginal in grid.marginals), grid.kind)
+        key = (solved.cells.shape, solved.cells.tobytes(), *(marginal.tobytes() for marginal in solved.marginals))
+        seen.setdefault(key, solved)
+    return tuple(seen.values())

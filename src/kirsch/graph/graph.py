@@ -1,0 +1,164 @@
+"""The coupling analysis of one model: groups, blockers, cost."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch.graph import constants, coupling, group
+from kirsch.graph.cost import Cost, CostModel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import NDArray
+
+    from kirsch.graph.group import Group, ParameterAxis
+    from kirsch.graph.labels import Axis, Facts, Freeze, Labels, Tensor
+    from kirsch.graph.plan import InputSpec, Plan
+
+
+@dataclass(frozen=True)
+class Blocker:
+    """What keeps parameters from going.
+
+    Args:
+        reason: in words.
+        where: path of the module.
+        source: line of the user's code, or "".
+        operation: such as "aten.softmax".
+        share: fraction of the model's parameters that it keeps.
+    """
+
+    reason: str
+    where: str
+    source: str
+    operation: str
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """What must stay together in a model, what is free to go, and what each choice costs.
+
+    Args:
+        model_name: class of the model.
+        facts: all facts gathered from its operations.
+        tensors: each parameter and buffer by its path, with labels; tied ones share theirs.
+        parameters: which of `tensors` are parameters, each tied one once.
+        inputs: the example inputs without their values.
+        values: path → the parameter's values as a float array; only called when an importance needs them.
+        fits: whether a model is the very one that was traced, with the same parameters.
+        traced: the framework's own record of the trace.
+    """
+
+    model_name: str
+    facts: Facts
+    tensors: Mapping[str, Tensor]
+    parameters: tuple[str, ...]
+    inputs: tuple[InputSpec, ...]
+    values: Callable[[str], NDArray[Any]]
+    fits: Callable[[Any], bool]
+    traced: Any = field(repr=False, default=None)
+
+    @cached_property
+    def coupling(self) -> coupling.Coupling:
+        """The solved facts."""
+        return coupling.solve(self.facts)
+
+    @cached_property
+    def axes(self) -> dict[ParameterAxis, Labels]:
+        """(parameter or buffer, axis) → labels; tied tensors once."""
+        out, seen = {}, set[int]()
+        for name, tensor in self.tensors.items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                out.update({(name, axis): labels for axis, labels in enumerate(tensor.axes) if labels is not None})
+        return out
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Groups of units that may go, in the order in which the model owns their layers."""
+        return group.find_groups(self.coupling, self.axes)
+
+    @cached_property
+    def prices(self) -> CostModel:
+        """The price of any choice."""
+        return CostModel(self.facts.terms, self.coupling.component)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """The cost of the whole model."""
+        return self.prices.price(self.keep({}))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256 over names and shapes of the parameters and over the groups: what a plan relies on."""
+        digest = hashlib.sha256()
+        for name, tensor in self.tensors.items():
+            digest.update(f"{name}{tensor.shape}".encode())
+        for found in self.groups:
+            digest.update(f"{found.name}{found.kind}{found.size}{found.footprint}".encode())
+        return digest.hexdigest()
+
+    def keep(self, removed: Mapping[str, tuple[int, ...]]) -> NDArray[np.bool_]:
+        """Component → whether it stays when these units (group name → indices) go."""
+        keep = np.ones(len(self.coupling.stuck), bool)
+        for found in self.groups:
+            if removed.get(found.name):
+                keep[found.of(removed[found.name])] = False
+        return keep
+
+    def keep_of(self, plan: Plan) -> NDArray[np.bool_]:
+        """Component → whether it stays under a plan."""
+        return self.keep({removal.name: removal.removed for removal in plan.groups})
+
+    def kept(self, labels: Axis, keep: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+        """Positions of an axis that stay, bool; None where the axis has no labels or nothing goes."""
+        if labels is None:
+            return None
+        mask: NDArray[np.bool_] = keep[self.coupling.component[labels]]
+        return None if mask.all() else mask
+
+    def constants(self, keep: NDArray[np.bool_]) -> dict[constants.Leaf, int]:
+        """New values of the integers in the model's own code; see `constants.solve`."""
+        component = self.coupling.component
+        return constants.solve(self.facts.demands, lambda labels: int(keep[component[labels]].sum()))
+
+    def emptied(self, keep: NDArray[np.bool_]) -> ParameterAxis | None:
+        """A parameter axis of which nothing would be left; None if there is none."""
+        component = self.coupling.component
+        return next((site for site, labels in self.axes.items() if not keep[component[labels]].any()), None)
+
+    @cached_property
+    def blockers(self) -> tuple[Blocker, ...]:
+        """What keeps parameters from going, the costliest first. Inputs and outputs are no blockers."""
+        free = np.zeros(len(self.coupling.stuck), bool)
+        for found in self.groups:
+            free[found.components] = True
+        cost: dict[tuple[str, str, str, str], float] = {}
+        total = 0
+        for name in self.parameters:
+            tensor = self.tensors[name]
+            size = int(np.prod(tensor.shape))
+            total += size
+            freeze = self._blocking(tensor, free)
+            if freeze is not None:
+                at = freeze.operation
+                key = (freeze.reason, at.module, at.source, at.name)
+                cost[key] = cost.get(key, 0.0) + size
+        blockers = [Blocker(*key, share=size / max(total, 1)) for key, size in cost.items()]
+        return tuple(sorted(blockers, key=lambda blocker: -blocker.share))
+
+    def _blocking(self, tensor: Tensor, free: NDArray[np.bool_]) -> Freeze | None:
+        """The fact that keeps a parameter whole; None if some of it may go, or only inputs and outputs hold it."""
+        component, why = self.coupling.component, self.coupling.why
+        labelled = [component[labels] for labels in tensor.axes if labels is not None]
+        if not labelled or any(free[found].any() for found in labelled):
+            return None
+        freezes = [why[c] for found in labelled for c in np.unique(found).tolist() if c in why]
+        return next((freeze for freeze in freezes if not freeze.boundary), None)

@@ -1,0 +1,207 @@
+"""Units, the smallest sets of components that can go, and groups of units with the same footprint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from numpy.typing import NDArray
+
+    from kirsch.graph.coupling import Coupling
+    from kirsch.graph.labels import Grid, Labels
+
+ParameterAxis = tuple[str, int]
+
+# What a unit is called, from the kind of the grid that makes it and the axis of the grid it lies on.
+KINDS = {
+    ("norm groups", 0): "norm group",
+    ("norm groups", 1): "position in norm group",
+    ("conv groups", 0): "conv group",
+    ("conv groups", 1): "position in conv group",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units that touch the same axes of the same parameters, so that any of them can stand for another.
+
+    Args:
+        name: path of the first layer that produces the units.
+        kind: "channel", "norm group", ...
+        components: all components of all units, one unit after the other.
+        starts: where each unit begins in `components`; shape (units,).
+        footprint: (parameter, axis) that the units touch, in the order of the model.
+    """
+
+    name: str
+    kind: str
+    components: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    footprint: tuple[ParameterAxis, ...]
+
+    @property
+    def size(self) -> int:
+        """How many units there are."""
+        return len(self.starts)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Paths of the modules whose parameters or buffers change with the group, in the order of the model."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name, _ in self.footprint))
+
+    def unit_of(self) -> NDArray[np.int64]:
+        """For each entry of `components` the unit it belongs to."""
+        return np.repeat(np.arange(self.size), np.diff(np.append(self.starts, len(self.components))))
+
+    def of(self, units: Iterable[int]) -> NDArray[np.int64]:
+        """The components of some units."""
+        chosen = np.zeros(self.size, bool)
+        chosen[list(units)] = True
+        return self.components[chosen[self.unit_of()]]
+
+
+def find_groups(coupling: Coupling, axes: Mapping[ParameterAxis, Labels]) -> tuple[Group, ...]:
+    """All groups of two or more units, in the order in which the model owns their layers.
+
+    Args:
+        coupling: the solved facts.
+        axes: the label array of each axis of each parameter and buffer, in the order of the model.
+    """
+    keys = list(axes)
+    sites = _Sites(coupling, axes)
+    in_grid = np.zeros(len(coupling.stuck), bool)
+    for grid in coupling.grids:
+        in_grid[grid.cells.ravel()] = True
+        for marginal in grid.marginals:
+            in_grid[marginal] = True
+    grouped = sites.alike(np.flatnonzero(sites.touched & ~coupling.stuck & ~in_grid))
+    for kind, components in _closed_units(coupling, in_grid):
+        footprint = sites.of(components)
+        if footprint:
+            grouped.setdefault((kind, footprint), []).append(components)
+    groups, names = [], dict[str, int]()
+    for (kind, footprint), members in sorted(grouped.items(), key=lambda item: item[0][1]):
+        lengths = np.array([len(unit) for unit in members])
+        if len(lengths) == 1:
+            continue
+        touched = tuple(keys[site] for site in footprint)
+        name = _name(touched)
+        names[name] = names.get(name, 0) + 1
+        if names[name] > 1:
+            name = f"{name}#{names[name]}"
+        starts = np.cumsum(lengths) - lengths
+        groups.append(Group(name, kind, np.concatenate(members), starts, touched))
+    return tuple(groups)
+
+
+def _name(footprint: tuple[ParameterAxis, ...]) -> str:
+    """The module whose output the units are: the first that has them on axis 0 of a weight, else the first at all."""
+    first = next((name for name, axis in footprint if axis == 0), footprint[0][0])
+    return first.rpartition(".")[0] or first
+
+
+class _Sites:
+    """Which (parameter, axis) each component sits on, as one sorted list of pairs."""
+
+    def __init__(self, coupling: Coupling, axes: Mapping[ParameterAxis, Labels]) -> None:
+        number = len(coupling.stuck)
+        pairs = [np.unique(coupling.component[labels]) * len(axes) + site for site, labels in enumerate(axes.values())]
+        merged = np.sort(np.concatenate([*pairs, np.zeros(0, np.int64)]))
+        self._site = merged % max(len(axes), 1)
+        self._start = np.searchsorted(merged // max(len(axes), 1), np.arange(number + 1))
+        self.touched = np.diff(self._start) > 0
+
+    def of(self, components: NDArray[np.int64]) -> tuple[int, ...]:
+        """The sites of some components."""
+        found = [self._site[self._start[c] : self._start[c + 1]] for c in components]
+        return tuple(np.unique(np.concatenate(found)).tolist()) if found else ()
+
+    def alike(self, components: NDArray[np.int64]) -> dict[tuple[str, tuple[int, ...]], list[NDArray[np.int64]]]:
+        """Components that are units of their own, by ("channel", sites).
+
+        Sites are compared by a random 64-bit number each, summed per component: a model has some hundred thousand
+        components and only a few hundred different sets of sites.
+        """
+        if not len(components):
+            return {}
+        number = np.random.default_rng(0).integers(1, 2**62, int(self._site.max()) + 1)
+        sums = np.concatenate([[0], np.cumsum(number[self._site])])  # wraps around, and differences wrap back
+        signature = sums[self._start[components + 1]] - sums[self._start[components]]
+        order = np.argsort(signature, kind="stable")
+        borders = np.flatnonzero(np.diff(signature[order])) + 1
+        members = [np.sort(components[part]) for part in np.split(order, borders)]
+        return {("channel", self.of(part[:1])): [part[i : i + 1] for i in range(len(part))] for part in members}
+
+
+def _closed_units(coupling: Coupling, in_grid: NDArray[np.bool_]) -> list[tuple[str, NDArray[np.int64]]]:
+    """The units that grids make: each marginal that is not a cell itself, closed so that every grid stays a product."""
+    cells = np.zeros(len(coupling.stuck), bool)
+    for grid in coupling.grids:
+        cells[grid.cells.ravel()] = True
+    places: dict[int, list[tuple[Grid, int, int]]] = {}
+    holders: dict[int, list[Grid]] = {}
+    for grid in coupling.grids:
+        for axis, marginal in enumerate(grid.marginals):
+            for position, component in enumerate(marginal.tolist()):
+                places.setdefault(component, []).append((grid, axis, position))
+        for component in np.unique(grid.cells).tolist():
+            holders.setdefault(component, []).append(grid)
+    units: dict[bytes, tuple[str, NDArray[np.int64]]] = {}
+    for seed in np.flatnonzero(in_grid & ~cells & ~coupling.stuck).tolist():
+        closed = _close(seed, coupling.stuck, places, holders)
+        if closed is not None:
+            grid, axis, _ = places[seed][0]
+            kind = KINDS.get((grid.kind, axis), f"{grid.kind} axis {axis}")
+            units.setdefault(closed.tobytes(), (kind, closed))
+    return list(units.values())
+
+
+def _close(
+    seed: int,
+    stuck: NDArray[np.bool_],
+    places: Mapping[int, list[tuple[Grid, int, int]]],
+    holders: Mapping[int, list[Grid]],
+) -> NDArray[np.int64] | None:
+    """The smallest set found that holds the seed and leaves every grid a product; None if it meets a stuck component.
+
+    A marginal that goes takes its slab of cells along. A cell that goes must lie in a slab that goes, in every grid
+    that holds it; where it does not, the slab that adds the fewest cells goes too.
+    """
+    gone, queue = {seed}, [seed]
+    while queue:
+        component = queue.pop()
+        if stuck[component]:
+            return None
+        wanted: set[int] = set()
+        for grid, axis, position in places.get(component, ()):
+            wanted.update(grid.cells.take(position, axis).ravel().tolist())
+        for grid in holders.get(component, ()):
+            slab = _cheapest_slab(grid, component, gone, stuck)
+            if slab is None:
+                return None
+            wanted.update(slab)
+        queue.extend(wanted - gone)
+        gone |= wanted
+    return np.array(sorted(gone), np.int64)
+
+
+def _cheapest_slab(grid: Grid, cell: int, gone: set[int], stuck: NDArray[np.bool_]) -> set[int] | None:
+    """The marginals that must go for a cell to go; empty if one is gone already, None if none can go."""
+    best: tuple[int, set[int]] | None = None
+    where = np.argwhere(grid.cells == cell)
+    for axis, marginal in enumerate(grid.marginals):
+        needed = set(marginal[where[:, axis]].tolist())
+        if needed <= gone:
+            return set()
+        if any(stuck[component] for component in needed):
+            continue
+        slab = grid.cells.take(np.unique(where[:, axis]), axis)
+        new = len(set(slab.ravel().tolist()) - gone)
+        if best is None or new < best[0]:
+            best = (new, needed)
+    return None if best is None else best[1]

@@ -1,0 +1,222 @@
+"""What to remove, as data: made, printed, checked, saved as JSON, edited by hand, and only then applied."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kirsch.errors import GoalError, PlanError, nearest
+from kirsch.graph.cost import Cost
+
+if TYPE_CHECKING:
+    from kirsch.graph.graph import Graph
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the pruned model may cost, as a fraction of the original.
+
+    Args:
+        macs: multiply-accumulates, 0 < macs < 1.
+        params: parameters, 0 < params < 1.
+
+    Raises:
+        GoalError: no goal is given, or a fraction is out of range.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.macs is None and self.params is None:
+            raise GoalError("A goal needs at least one limit.", mend="Say macs=0.5 or params=0.5.")
+        for name, value in (("macs", self.macs), ("params", self.params)):
+            if value is not None and not (math.isfinite(value) and 0 < value < 1):
+                raise GoalError(
+                    f"The goal {name}={value} cannot be met.",
+                    "A goal is a fraction of the original, between 0 and 1.",
+                    "For half the cost say 0.5.",
+                )
+
+    def fractions(self, cost: Cost, original: Cost) -> dict[str, tuple[float, float]]:
+        """Limit name → (fraction that a cost is of the original, fraction allowed)."""
+        out = {}
+        if self.macs is not None:
+            out["macs"] = (cost.macs / max(original.macs, 1), self.macs)
+        if self.params is not None:
+            out["params"] = (cost.parameters / max(original.parameters, 1), self.params)
+        return out
+
+    def met_by(self, cost: Cost, original: Cost) -> bool:
+        """Whether a cost is within every limit."""
+        return all(value <= limit for value, limit in self.fractions(cost, original).values())
+
+    def to_dict(self) -> dict[str, float]:
+        """As JSON."""
+        return {name: value for name, value in (("macs", self.macs), ("params", self.params)) if value is not None}
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What goes from one group.
+
+    Args:
+        name, kind, size: of the group.
+        removed: indices of the units that go, ascending.
+        reason: why these.
+    """
+
+    name: str
+    kind: str
+    size: int
+    removed: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An example input without its values.
+
+    Args:
+        name: keyword, or "" for a positional one.
+        shape: with the batch axis.
+        dtype: "float32", "int64", ...
+        high: largest value of an integer input, so that a stand-in stays in range.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    high: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to remove from a model, and what it costs before and after.
+
+    Args:
+        fingerprint: of the graph that the plan was made for.
+        model: class name of that model, for messages.
+        groups: what goes from each group that loses anything.
+        before, after: cost of one run on the example inputs.
+        goal: what was asked for, as JSON.
+        method: how the units were chosen, as JSON.
+        inputs: the example inputs without their values.
+        notes: what stopped the plan from landing nearer to its goal, and widths that will be slow.
+        graph: the graph it was made from; not stored.
+    """
+
+    fingerprint: str
+    model: str
+    groups: tuple[Removal, ...]
+    before: Cost
+    after: Cost
+    goal: dict[str, float] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
+    inputs: tuple[InputSpec, ...] = ()
+    notes: tuple[str, ...] = ()
+    graph: Graph | None = field(default=None, compare=False, repr=False)
+
+    def to_json(self) -> str:
+        """The plan as JSON, version 1, for reading and editing by hand."""
+        return json.dumps(
+            {
+                "kirsch_plan": 1,
+                "model": {"class": self.model, "fingerprint": self.fingerprint, "parameters": self.before.parameters},
+                "goal": self.goal,
+                "method": self.method,
+                "groups": [
+                    {"name": g.name, "kind": g.kind, "size": g.size, "removed": list(g.removed), "reason": g.reason}
+                    for g in self.groups
+                ],
+                "cost": {"before": self.before.to_dict(), "after": self.after.to_dict()},
+                "inputs": [
+                    {"name": i.name, "shape": list(i.shape), "dtype": i.dtype, "high": i.high} for i in self.inputs
+                ],
+                "notes": list(self.notes),
+            },
+            indent=1,
+            ensure_ascii=False,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan of `to_json`.
+
+        Raises:
+            PlanError: it is no plan of version 1, or a field is missing or of a wrong type; names the field.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise PlanError("The plan is no JSON.", f"{error}.") from error
+        if not isinstance(content, dict) or content.get("kirsch_plan") != 1:
+            raise PlanError("This is no plan of version 1.", 'It lacks "kirsch_plan": 1.')
+        try:
+            return cls._read(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError("The plan is damaged.", f"{type(error).__name__}: {error}.", "Make it anew.") from error
+
+    @classmethod
+    def _read(cls, content: dict[str, Any]) -> Plan:
+        groups = tuple(
+            Removal(str(g["name"]), str(g["kind"]), int(g["size"]), _indices(g["removed"], g["name"]), str(g["reason"]))
+            for g in content["groups"]
+        )
+        return cls(
+            fingerprint=str(content["model"]["fingerprint"]),
+            model=str(content["model"]["class"]),
+            groups=groups,
+            before=Cost(**content["cost"]["before"]),
+            after=Cost(**content["cost"]["after"]),
+            goal=dict(content["goal"]),
+            method=dict(content["method"]),
+            inputs=tuple(
+                InputSpec(str(i["name"]), tuple(int(n) for n in i["shape"]), str(i["dtype"]), int(i["high"]))
+                for i in content["inputs"]
+            ),
+            notes=tuple(str(note) for note in content["notes"]),
+        )
+
+    def check(self, graph: Graph) -> None:
+        """Make sure that the plan fits a graph.
+
+        Raises:
+            PlanError: it was made for another model, or names a group or unit that is not there, or empties a group.
+        """
+        if self.fingerprint != graph.fingerprint:
+            raise PlanError(
+                f"This plan is for another model: {self.model} with {self.before.parameters:,} parameters, "
+                f"fingerprint {self.fingerprint[:12]}.",
+                f"The model given is {graph.model_name} with {graph.cost.parameters:,} parameters, "
+                f"fingerprint {graph.fingerprint[:12]}.",
+                "Give the model that the plan was made for, or make a new plan.",
+            )
+        groups = {group.name: group for group in graph.groups}
+        for removal in self.groups:
+            if removal.name not in groups:
+                raise PlanError(f"The plan names a group {removal.name!r}.", mend=nearest(removal.name, groups))
+            size = groups[removal.name].size
+            if removal.removed and not 0 <= min(removal.removed) <= max(removal.removed) < size:
+                raise PlanError(
+                    f"The plan removes unit {max(removal.removed)} of {removal.name!r}.",
+                    f"The group has units 0 to {size - 1}.",
+                )
+            if len(removal.removed) >= size:
+                raise PlanError(
+                    f"The plan removes all {size} units of {removal.name!r}.", mend="Leave at least one of them."
+                )
+        names = [removal.name for removal in self.groups]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise PlanError(f"The plan names the group {twice[0]!r} twice.", mend="Join the two entries.")
+
+
+def _indices(removed: Any, name: str) -> tuple[int, ...]:
+    if not all(type(unit) is int for unit in removed):
+        raise ValueError(f"units of {name!r} are not whole numbers")
+    if len(set(removed)) != len(removed):
+        raise ValueError(f"a unit of {name!r} is named twice")
+    return tuple(sorted(removed))

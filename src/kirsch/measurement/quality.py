@@ -1,0 +1,181 @@
+"""How good a classifier is, with the doubt that the number of samples leaves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from kirsch.errors import DataError, ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+Z = 1.959963984540054
+"""97.5 % point of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of samples with its 95 % interval.
+
+    Args:
+        value: share, 0 to 1.
+        low, high: ends of the interval.
+        n: samples.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def rate(hits: int, n: int) -> Rate:
+    """The share of hits with its Wilson interval.
+
+    Raises:
+        DataError: there are no samples.
+
+    Source: Wilson 1927, J. Amer. Statist. Assoc. 22, 209-212.
+    """
+    if n < 1:
+        raise DataError("There are no samples to judge by.", mend="Give at least one.")
+    share = hits / n
+    center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return Rate(share, max(0.0, center - half), min(1.0, center + half), n)
+
+
+def accuracy(logits: NDArray[Any], labels: NDArray[Any]) -> Rate:
+    """The share of samples whose largest score is that of their label.
+
+    Args:
+        logits: shape (N, K).
+        labels: shape (N,), 0 <= label < K.
+    """
+    _check(logits, labels)
+    return rate(int((logits.argmax(-1) == labels).sum()), len(labels))
+
+
+def confusion(logits: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.int64]:
+    """Counts of shape (K, K): rows are true classes, columns predicted ones."""
+    _check(logits, labels)
+    classes = logits.shape[1]
+    cells = labels.astype(np.int64) * classes + logits.argmax(-1)
+    return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
+
+
+def lost_classes(before: NDArray[Any], after: NDArray[Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Accuracy of each class in two confusion matrices, the greatest loss first.
+
+    Args:
+        before, after: counts of shape (K, K) over the same samples.
+        names: of the K classes.
+    """
+    rows = []
+    for place, name in enumerate(names):
+        n = int(before[place].sum())
+        if n:
+            rows.append(
+                {
+                    "name": name,
+                    "before": float(before[place, place] / n),
+                    "after": float(after[place, place] / n),
+                    "n": n,
+                }
+            )
+    return sorted(rows, key=lambda row: row["after"] - row["before"])
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two classifiers on the same samples.
+
+    Args:
+        lost: samples that only the first had right.
+        gained: samples that only the second has right.
+        n: all samples.
+        p: two-sided exact p-value of McNemar's test that both are equally good.
+    """
+
+    lost: int
+    gained: int
+    n: int
+    p: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether p < 0.05."""
+        return self.p < 0.05  # noqa: PLR2004 - the usual level
+
+    @property
+    def text(self) -> str:
+        """One sentence."""
+        verdict = "significant" if self.significant else "not significant"
+        return f"{self.lost} samples lost, {self.gained} gained of {self.n}; {verdict} (p = {self.p:.2g})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"text": self.text, "p": self.p, "lost": self.lost, "gained": self.gained}
+
+
+def paired(before: NDArray[Any], after: NDArray[Any], labels: NDArray[Any]) -> Paired:
+    """McNemar's exact test between two classifiers on the same samples.
+
+    Args:
+        before, after: scores, shape (N, K).
+        labels: shape (N,).
+
+    Source: McNemar 1947, Psychometrika 12, 153-157; exact by the binomial distribution.
+    """
+    _check(before, labels)
+    _check(after, labels)
+    first, second = before.argmax(-1) == labels, after.argmax(-1) == labels
+    lost, gained = int((first & ~second).sum()), int((~first & second).sum())
+    p = float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+    return Paired(lost, gained, len(labels), p)
+
+
+def calibration(logits: NDArray[Any], labels: NDArray[Any], bins: int = 10) -> dict[str, Any]:
+    """Whether a classifier is as often right as it is sure.
+
+    Returns:
+        "ece": expected calibration error, 0 to 1; "bins": confidence, accuracy and n of each bin that has samples.
+
+    Source: Guo et al. 2017, arXiv:1706.04599, equation 3.
+    """
+    _check(logits, labels)
+    shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    sure = (shifted / shifted.sum(-1, keepdims=True)).max(-1)
+    right = logits.argmax(-1) == labels
+    place = np.minimum((sure * bins).astype(int), bins - 1)
+    rows = [
+        {"confidence": float(sure[at].mean()), "accuracy": float(right[at].mean()), "n": int(at.sum())}
+        for at in (place == number for number in range(bins))
+        if at.any()
+    ]
+    ece = sum(row["n"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / len(labels)
+    return {"ece": float(ece), "bins": rows}
+
+
+def _check(logits: NDArray[Any], labels: NDArray[Any]) -> None:
+    if logits.ndim != 2 or len(logits) != len(labels):  # noqa: PLR2004 - (N, K)
+        raise ShapeError(f"Scores of shape {logits.shape} and labels of shape {labels.shape} do not fit together.")
+    if not len(labels):
+        raise DataError("There are no samples to judge by.", mend="Give at least one.")
+    wrong = (labels < 0) | (labels >= logits.shape[1])
+    if wrong.any():
+        raise DataError(
+            f"Sample {int(wrong.argmax())} has the label {int(labels[wrong.argmax()])}.",
+            f"There are scores for the classes 0 to {logits.shape[1] - 1}.",
+        )

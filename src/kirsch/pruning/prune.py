@@ -1,0 +1,89 @@
+"""From a plan to a new model, with proof."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kirsch.errors import PlanError
+from kirsch.frameworks.port import framework_of
+
+if TYPE_CHECKING:
+    from kirsch.graph.graph import Graph
+    from kirsch.graph.plan import Plan
+    from kirsch.graph.proof import Verification
+
+PLANS = "_kirsch_plans"
+"""Attribute of a pruned model: the JSON of each plan that made it, so that `kirsch.save` can store them."""
+
+OPTIMIZER_NOTE = "An optimizer made for the original still holds the original's parameters: make a new one."
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a removal gives back.
+
+    Args:
+        model: the new model.
+        verification: how it was held against the masked original; None without verification.
+        plan: what was removed, with the cost before and after.
+        notes: what the caller must know.
+    """
+
+    model: Any
+    verification: Verification | None
+    plan: Plan
+    notes: tuple[str, ...]
+
+
+def prune(model: Any, plan: Plan, *, example_inputs: Any = None, verify: bool = True) -> Any:
+    """A new, ordinary model of the same class without what the plan removes; the given one is left as it is.
+
+    Args:
+        model: the model that the plan was made for, trained or not, in any mode and of any floating type.
+        plan: of `kirsch.plan` or `Plan.from_json`.
+        example_inputs: only needed when the plan comes from JSON and its inputs were nested.
+        verify: hold the result against the masked original before it is returned.
+
+    Returns:
+        The pruned model. Mode, hooks, types, devices and requires_grad are those of the original. An optimizer made
+        for the original still holds the original's parameters; make a new one.
+
+    Raises:
+        PlanError: the plan is for another model, or names what is not there.
+        VerificationError: the pruned model is not equal to the masked original.
+    """
+    return prune_with_proof(model, plan, example_inputs=example_inputs, verify=verify).model
+
+
+def prune_with_proof(model: Any, plan: Plan, *, example_inputs: Any = None, verify: bool = True) -> Pruned:
+    """The same as `prune`, with the verification and the notes."""
+    framework = framework_of(model)
+    graph = _graph_of(model, plan, example_inputs)
+    plan.check(graph)
+    keep = graph.keep_of(plan)
+    empty = graph.emptied(keep)
+    if empty is not None:
+        raise PlanError(f"The plan would leave nothing of {empty[0]!r}.", mend="Leave some of the units that it holds.")
+    pruned, verification = framework.prune(model, plan, graph, verify=verify)
+    setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
+    notes = [*plan.notes, OPTIMIZER_NOTE]
+    if verification is not None and verification.power == 0.0 and plan.groups:
+        notes.append("The masked and the dense original put out the same: the verification could not see a wrong cut.")
+    return Pruned(pruned, verification, plan, tuple(notes))
+
+
+def _graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
+    """The graph that a plan was made from if it still fits the model, else a new trace."""
+    framework = framework_of(model)
+    if plan.graph is not None and plan.graph.fits(model):
+        return plan.graph
+    if example_inputs is None:
+        if not plan.inputs:
+            raise PlanError(
+                "The plan does not store its example inputs.",
+                "They were nested when it was made.",
+                "Give example_inputs=...",
+            )
+        example_inputs = framework.inputs_like(plan.inputs)
+    return framework.trace(model, example_inputs)

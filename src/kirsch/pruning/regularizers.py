@@ -1,0 +1,68 @@
+"""Terms for the training loss that drive weights or channels towards zero, so that pruning finds them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from kirsch.errors import UsageError
+from kirsch.frameworks.port import framework_of
+
+
+@dataclass(frozen=True)
+class L1:
+    """strength · Σ |w| over all weights of two or more axes.
+
+    Args:
+        strength: >= 0; 1e-5 to 1e-4 is usual.
+
+    Source: Han et al. 2015, arXiv:1506.02626, section 3.1.
+    """
+
+    strength: float
+
+    def __post_init__(self) -> None:
+        _check(self.strength)
+
+    def __call__(self, model: Any) -> Any:
+        """The term: a scalar with gradient."""
+        return self.strength * sum(abs(weight).sum() for weight in framework_of(model).weights(model))
+
+
+@dataclass(frozen=True)
+class Slimming:
+    """strength · Σ |γ| over the scales of all batch normalisations (Network Slimming).
+
+    Args:
+        strength: >= 0; 1e-5 to 1e-4 is usual.
+
+    Source: Liu et al. 2017, arXiv:1708.06519, equation 1.
+    """
+
+    strength: float
+
+    def __post_init__(self) -> None:
+        _check(self.strength)
+
+    def __call__(self, model: Any) -> Any:
+        """The term: a scalar with gradient.
+
+        Raises:
+            UsageError: the model has no batch normalisation with a scale.
+        """
+        scales = list(framework_of(model).scales(model))
+        if not scales:
+            raise UsageError(
+                f"A {type(model).__name__} has no batch normalisation with a scale.",
+                "Network Slimming has nothing to act on.",
+                "Use L1 instead.",
+            )
+        return self.strength * sum(abs(scale).sum() for scale in scales)
+
+
+def _check(strength: float) -> None:
+    if not (math.isfinite(strength) and strength >= 0):
+        raise UsageError(
+            f"The strength {strength} of a regularizer is wrong.", mend="A number of at least 0 is needed."
+        )
