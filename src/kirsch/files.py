@@ -22,9 +22,10 @@ TEMPORARY = ".tmp-"
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a kill at any moment, sees the old content or the new, never a part."""
-    handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
-    temporary = Path(name)
+    temporary = None
     try:
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+        temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -32,10 +33,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OutputError(
             f"{path} cannot be written.", f"{error.strerror or error}.", "Free space or choose another folder."
         ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
@@ -55,14 +58,17 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     An older folder of that name is replaced. Yields the temporary folder to write into.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
         yield temporary
         write_manifest(temporary)
+        _sync_folder(temporary)
         temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            shutil.rmtree(path)
+        if path.is_dir():
+            # Removing the old folder under its own name would leave half of it there after a kill.
+            path.replace(temporary.with_name(f"{temporary.name}-old"))
         temporary.replace(path)
     except OSError as error:
         raise OutputError(
@@ -71,14 +77,23 @@ def new_folder(path: Path) -> Iterator[Path]:
             "Free space or choose another folder.",
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temporary.with_name(f"{temporary.name}-old"), ignore_errors=True)
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A folder inside `parent` that is gone when the block ends, and swept after a kill."""
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=parent) as name:
+        yield Path(name)
 
 
 def write_manifest(folder: Path) -> None:
     """Record name, bytes and sha256 of each file of a folder; every file is synced and gets the user's file mode."""
     entries = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         file.chmod(0o666 & ~_umask())  # safetensors writes 0600 whatever the umask
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -91,16 +106,23 @@ def damage(folder: Path) -> str:
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         entries = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return f"{folder / MANIFEST} is missing or damaged"
-    for name, (size, digest) in entries.items():
-        file = folder / name
+    flaws = (_flaw(folder, name, size, digest) for name, (size, digest) in entries.items())
+    return next((flaw for flaw in flaws if flaw), "")
+
+
+def _flaw(folder: Path, name: str, size: int, digest: str) -> str:
+    file = folder / name
+    try:
         if not file.resolve().is_relative_to(folder.resolve()):
             return f"{folder / MANIFEST} names {name!r}, outside its folder"
         if not file.is_file():
             return f"{file} is missing"
         if file.stat().st_size != size or sha256(file) != digest:
             return f"{file} does not have the sha256 of its manifest"
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return f"{str(file)!r} cannot be read: {error}"
     return ""
 
 
@@ -118,12 +140,17 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
         needed_bytes: what the work will write, by estimate.
 
     Raises:
-        OutputError: the folder is a file, cannot be written, or has too little room; nothing is left behind.
+        OutputError: the folder is a file, cannot be written, or has too little room; no file is left behind.
     """
     mend = "Choose another folder."
     if folder.exists() and not folder.is_dir():
         message = f"{folder} is a file."
         raise OutputError(message, "A folder is needed for the output.", mend)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes:
+        message = f"The folder {folder} has {free / 1e6:.0f} MB free; the work needs about {needed_bytes / 1e6:.0f} MB."
+        raise OutputError(message, mend="Free space or choose another folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=TEMPORARY, dir=folder) as probe:
@@ -132,15 +159,11 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
     except OSError as error:
         message = f"The folder {folder} cannot be written."
         raise OutputError(message, f"{error.strerror or error}.", mend) from error
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        message = f"The folder {folder} has {free / 1e6:.0f} MB free; the work needs about {needed_bytes / 1e6:.0f} MB."
-        raise OutputError(message, mend="Free space or choose another folder.")
 
 
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half written in a folder."""
-    for path in folder.rglob(f"{TEMPORARY}*") if folder.is_dir() else ():
+    for path in list(folder.rglob(f"{TEMPORARY}*")) if folder.is_dir() else ():  # a list: what it walks is removed
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

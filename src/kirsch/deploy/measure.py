@@ -65,9 +65,7 @@ class Race:
         }
 
 
-def race(
-    contenders: Mapping[str, Path], inputs: Any, *, reference: str, threads: int = 1, rounds: int = 30
-) -> Race:
+def race(contenders: Mapping[str, Path], inputs: Any, *, reference: str, threads: int = 1, rounds: int = 30) -> Race:
     """Time several ONNX files in turn on the same inputs.
 
     Args:

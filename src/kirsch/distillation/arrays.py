@@ -24,7 +24,9 @@ def namespace(array: Any) -> Any:
     root = type(array).__module__.partition(".")[0]
     if root == "torch":
         return sys.modules["torch"]
-    raise UsageError(f"A {type(array).__qualname__} is no array that losses know.", mend="Give numpy arrays or tensors.")
+    raise UsageError(
+        f"A {type(array).__qualname__} is no array that losses know.", mend="Give numpy arrays or tensors."
+    )
 
 
 def constant(array: Any) -> Any:

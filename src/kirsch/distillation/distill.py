@@ -30,6 +30,7 @@ def distill(
     validation: Any = None,
     hooks: TrainingHooks | None = None,
     regularizers: Sequence[Regularizer] = (),
+    check_teacher: bool = True,
 ) -> Trained:
     """A student trained on the scores of a teacher; both models given are left as they are.
 
@@ -42,6 +43,7 @@ def distill(
         validation: `ArrayData`, (inputs, labels) as arrays, or a callable model → metrics by name.
         hooks: events, stop, checkpoints.
         regularizers: further terms, such as `kirsch.pruning.regularizers.Slimming(1e-4)`.
+        check_teacher: refuse a teacher that is no better than chance.
 
     Returns:
         The trained student with its history. `first_batch` has the shares of the terms in loss and gradient.
@@ -60,10 +62,11 @@ def distill(
     inputs, targets = _first(data)
     classes = _classes(framework, student, guide, inputs)
     _check_labels(data, targets, classes)
-    accuracy = _check_teacher(framework, guide, data, validation, classes)
     hooks = hooks or TrainingHooks()
-    if hooks.event is not None:
-        hooks.event({"event": "teacher", "accuracy": accuracy, "classes": classes})
+    if check_teacher:
+        accuracy = _check_teacher(framework, guide, data, validation, classes)
+        if hooks.event is not None:
+            hooks.event({"event": "teacher", "accuracy": accuracy, "classes": classes})
     loss = _Loss(framework, objective or Objective.kd(), guide, regularizers)
     return framework.train(student, data, loss, training or Training(), _with_validation(hooks, framework, validation))
 
@@ -122,7 +125,9 @@ def _first(data: Any) -> tuple[Any, Any]:
         return data.inputs[: data.batch_size], data.targets[: data.batch_size]
     if iter(data) is data:
         raise DataError(
-            "The data can be gone through only once.", "Each epoch goes through it anew.", "Give a list or a DataLoader."
+            "The data can be gone through only once.",
+            "Each epoch goes through it anew.",
+            "Give a list or a DataLoader.",
         )
     first = next(iter(data), None)
     if first is None:
@@ -167,7 +172,8 @@ def _check_teacher(framework: Framework, teacher: Any, data: Any, validation: An
     accuracy = float((framework.predict(teacher, inputs).argmax(-1) == targets).mean())
     if len(targets) >= ENOUGH and accuracy <= 1 / classes:
         raise NumericError(
-            f"The teacher is no better than chance: {accuracy:.1%} of {len(targets)} samples, chance is {1 / classes:.1%}.",
+            f"The teacher is no better than chance: {accuracy:.1%} of {len(targets)} samples are right, "
+            f"chance is {1 / classes:.1%}.",
             "A student would learn noise from it.",
             "Check the teacher's weights, the order of its classes, and that the inputs are prepared as it expects.",
         )

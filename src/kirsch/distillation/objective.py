@@ -62,7 +62,7 @@ class Objective:
 
     @classmethod
     def kd(cls, temperature: float = 4.0, weight: float = 0.9) -> Objective:
-        """weight · soft targets + (1 - weight) · labels, after Hinton et al. 2015.
+        """Weight · soft targets + (1 - weight) · labels, after Hinton et al. 2015.
 
         Args:
             temperature: > 0; 4 is usual for small images, 1 to 2 where the teacher is unsure.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kirsch.errors import MissingExtraError, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
@@ -36,6 +36,15 @@ class Framework(Protocol):
 
     def predict(self, model: Any, inputs: Any, *, batch_size: int = 256) -> Any:
         """Outputs of a classifier in inference mode: numpy floats of shape (N, K), for inputs of shape (N, ...)."""
+
+    def seeded(self, build: Callable[[], Any], seed: int) -> Any:
+        """What `build` gives when random numbers come from this seed; the caller's random state is left as it is."""
+
+    def from_hub(self, library: str, name: str, *, pretrained: bool) -> Any:
+        """A model of another library, such as timm, by its name."""
+
+    def tensor(self, array: Any) -> Any:
+        """A numpy array as an array of the framework."""
 
     def outputs(self, model: Any, inputs: Any) -> list[Any]:
         """All outputs in inference mode, as numpy arrays, for a tuple of numpy inputs."""

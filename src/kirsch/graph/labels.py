@@ -7,8 +7,8 @@ Walking the operations of a network gathers facts:
 
 equality    two labels go together;
 freeze      a label cannot go, with the reason;
-grid        an array of cells with one *marginal* label per position of each of its axes: a cell goes exactly when one of
-            its marginals goes. A reshape (C) -> (A, B) makes one, so that what is kept stays a product;
+grid        an array of cells with one *marginal* label per position of each of its axes: a cell goes exactly when one
+            of its marginals goes. A reshape (C) -> (A, B) makes one, so that what is kept stays a product;
 demand      an integer in the model's own code must equal the number of labels that are kept;
 statistic   an operation averages over a labelled axis: its result depends on how many labels are kept;
 term        what an operation or a parameter costs: a coefficient times the kept counts of some label arrays.
@@ -93,7 +93,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class Term:
-    """A cost: `coefficient` times the product of the kept counts of `factors`. `of`: "parameters", "macs", "activations"."""
+    """A cost: `coefficient` times the product of the kept counts of `factors`.
+
+    Args:
+        of: "parameters", "macs" or "activations".
+        owner: path of the module that it belongs to.
+        coefficient: the part that does not change.
+        factors: label arrays.
+    """
 
     of: str
     owner: str

@@ -117,21 +117,18 @@ def interleaved(
     calls = {name: _calls(call, clock) for name, call in entries}
     times: dict[str, list[float]] = {name: [] for name, _ in entries}
     collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
     try:
         for number in range(rounds):
-            gc.collect()
-            gc.disable()
             for name, call in entries if number % 2 == 0 else reversed(entries):
                 started = clock()
                 for _ in range(calls[name]):
                     call()
                 times[name].append((clock() - started) / calls[name])
-            gc.enable()
     finally:
         if collecting:
             gc.enable()
-        else:
-            gc.disable()
     seconds = {name: np.array(values) for name, values in times.items()}
     return Timing(
         latencies={name: _latency(seconds[name], calls[name]) for name in contenders},

@@ -52,7 +52,8 @@ def plan(
         importance: name of how units are ranked: "magnitude" or "random".
         scope: "global" ranks all units together; "local" takes the same fraction of every group.
         round_to: how many units stay in each group is a multiple of this. "auto": 16 in groups of 64 units or more, 8
-            from 32, 4 from 16, else 1: runtimes work in blocks, and widths between them cost time.
+            from 32, 4 from 16, else 1, since runtimes work in blocks and widths between them cost time; halved, but
+            not below 4, where the goal cannot be met closely otherwise.
         exclude: module paths, parameter names or globs ("layer4.*"); nothing of these is changed.
         norm: 1 or 2, the norm of "magnitude".
         min_keep: fraction of each group that stays in any case, 0 < min_keep <= 1.
@@ -67,20 +68,20 @@ def plan(
         UsageError: an option is out of range.
     """
     _check_options(scope, round_to, norm, min_keep)
-    score = IMPORTANCES[importance]
     groups = _without(graph, exclude)
-    candidates = [
-        _Candidate(group, score(graph, group, norm=norm, seed=seed), _multiple(round_to, group.size), min_keep)
-        for group in groups
-    ]
-    for candidate in candidates:
-        candidate.check(importance)
-    chooser = _Chooser(graph, goal, candidates)
-    counts = chooser.least()
+    scores = [_scored(graph, group, importance, norm, seed) for group in groups]
+    for fineness in range(3 if round_to == "auto" else 1):
+        multiples = [_multiple(round_to, group.size, fineness) for group in groups]
+        candidates = [_Candidate(*parts, min_keep) for parts in zip(groups, scores, multiples, strict=True)]
+        chooser = _Chooser(graph, goal, candidates)
+        counts = chooser.least()
+        if goal.met_by(chooser.price(counts), graph.cost):
+            counts = chooser.refine(chooser.descend(local=scope == "local"))
+            after = chooser.price(counts)
+            if _short_of(goal, after, graph.cost) <= CLOSE:
+                break
     if not goal.met_by(chooser.price(counts), graph.cost):
         raise _unreachable(graph, goal, chooser.price(counts), exclude)
-    counts = chooser.refine(chooser.descend(local=scope == "local"))
-    after = chooser.price(counts)
     reason = {"magnitude": f"smallest weights of the group (L{norm})"}.get(importance, f"least {importance}")
     keep = chooser.keep(counts)
     _check_constants(graph, keep)
@@ -144,10 +145,29 @@ def _matches(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
-def _multiple(round_to: int | str, size: int) -> int:
+def _multiple(round_to: int | str, size: int, fineness: int) -> int:
     if isinstance(round_to, int):
         return round_to
-    return next((multiple for multiple, least in ((16, 64), (8, 32), (4, 16)) if size >= least), 1)
+    coarse = next((multiple for multiple, least in ((16, 64), (8, 32), (4, 16)) if size >= least), 1)
+    return max(coarse >> fineness, min(coarse, ALIGNED))
+
+
+def _scored(graph: Graph, group: Group, importance: str, norm: int, seed: int) -> NDArray[np.float64]:
+    """One finite number a unit."""
+    scores = np.asarray(IMPORTANCES[importance](graph, group, norm=norm, seed=seed))
+    if scores.shape != (group.size,) or not np.isfinite(scores).all():
+        raise UsageError(
+            f"The importance {importance!r} gives no usable scores for {group.name!r}.",
+            f"Expected {group.size} finite numbers, found shape {scores.shape}"
+            f"{'' if np.isfinite(scores).all() else ' with NaN or infinity'}.",
+            "Check the weights of this layer.",
+        )
+    return scores
+
+
+def _short_of(goal: Goal, after: Cost, before: Cost) -> float:
+    """How far the nearest limit lies above a cost, as a fraction of the original."""
+    return min(limit - value for value, limit in goal.fractions(after, before).values())
 
 
 @dataclass
@@ -158,16 +178,6 @@ class _Candidate:
     scores: NDArray[np.float64]
     multiple: int
     min_keep: float
-
-    def check(self, importance: str) -> None:
-        """The scores must be one finite number a unit."""
-        if self.scores.shape != (self.group.size,) or not np.isfinite(self.scores).all():
-            raise UsageError(
-                f"The importance {importance!r} gives no usable scores for {self.group.name!r}.",
-                f"Expected {self.group.size} finite numbers, found shape {self.scores.shape}"
-                f"{'' if np.isfinite(self.scores).all() else ' with NaN or infinity'}.",
-                "Check the weights of this layer.",
-            )
 
     @property
     def order(self) -> NDArray[np.int64]:

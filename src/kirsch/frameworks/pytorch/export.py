@@ -66,6 +66,8 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, 
             f"{type(error).__name__}: {first}",
             "Export a part without the operation that is named, or replace it.",
         ) from error
+    if program is None:
+        raise ModelError(f"A {type(model).__name__} cannot be exported to ONNX.", "The exporter gave nothing.")
     size = sum(p.numel() * p.element_size() for p in subject.parameters())
     with _quiet():
         program.save(str(path), external_data=size > SINGLE_FILE_BYTES)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from kirsch.errors import LoadError, VerificationError
-from kirsch.frameworks.pytorch import count, export, predict, surgery, trace, train, verify
+from kirsch.errors import LoadError, UnknownNameError, VerificationError
+from kirsch.frameworks.pytorch import count, export, hub, predict, surgery, trace, train, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
@@ -70,6 +70,22 @@ class PyTorch:
     def infer(self, model: Any, inputs: Any) -> Any:
         """See the port."""
         return predict.infer(model, inputs)
+
+    def seeded(self, build: Callable[[], Any], seed: int) -> Any:
+        """See the port."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return build()
+
+    def from_hub(self, library: str, name: str, *, pretrained: bool) -> Any:
+        """See the port."""
+        if library != "timm":
+            raise UnknownNameError("library of models", library, ["timm"])
+        return hub.from_timm(name, pretrained=pretrained)
+
+    def tensor(self, array: Any) -> Any:
+        """See the port."""
+        return torch.from_numpy(array)
 
     def outputs(self, model: Any, inputs: Any) -> list[Any]:
         """See the port."""

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Interpreter
 
-from kirsch.graph.labels import Tensor
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
 
     from kirsch.frameworks.pytorch.trace import Traced
     from kirsch.graph.graph import Graph
+    from kirsch.graph.labels import Tensor
 
 
 def mask_of(labelled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ A rule takes a `Step` and gives the `Tensor`s of its results. An operator withou
 
 from __future__ import annotations
 
+import itertools
 import string
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 RULES: dict[str, Rule] = {}
 
 # Calls of user code whose sizes PyTorch computes from the tensor itself.
-SELF_SIZED = frozenset(["flatten", "ravel", "view_as", "reshape_as", "expand_as", "normalize", "squeeze", "unsqueeze", "instance_norm"])
+SELF_SIZED = frozenset(
+    ["flatten", "ravel", "view_as", "reshape_as", "expand_as", "normalize", "squeeze", "unsqueeze", "instance_norm"]
+)
 
 ELEMENTWISE = """
 add sub rsub mul div pow neg abs exp expm1 log log1p sqrt rsqrt square reciprocal sigmoid tanh relu relu6 gelu silu mish
@@ -354,7 +357,7 @@ def _split(step: Step) -> list[Tensor]:
     borders = np.cumsum([0, *(shape[dim] for shape in step.shapes)])
     name = step.call.name if step.call is not None else ""
     given = step.given(1, "split_size_or_sections") if name == "split" else step.given(1, "split_sizes")
-    parts = [np.arange(a, b) for a, b in zip(borders, borders[1:], strict=False)]
+    parts = [np.arange(a, b) for a, b in itertools.pairwise(borders)]
     if axis is not None:
         if name in ("split", "split_with_sizes") and isinstance(given, tuple) and len(given) == len(parts):
             for part, size in zip(parts, given, strict=True):
@@ -371,7 +374,8 @@ def _split(step: Step) -> list[Tensor]:
 
 @rule("pad", "constant_pad_nd")
 def _pad(step: Step) -> Tensor:
-    x, amounts = step.args[0], step.args[1]
+    x: Tensor = step.args[0]
+    amounts = step.args[1]
     given = step.given(1, "pad")
     known = given if isinstance(given, (tuple, list)) and len(given) == len(amounts) else [None] * len(amounts)
     constant = step.arg(2, "mode", "constant") == "constant" or step.name == "constant_pad_nd"

@@ -12,7 +12,7 @@ import copy
 import functools
 import operator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -26,7 +26,25 @@ if TYPE_CHECKING:
 
 # The attributes of PyTorch's own layers that speak of channels; strides, paddings and the like are left alone.
 WIDTHS = frozenset(
-    ["in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_groups", "num_channels", "embedding_dim", "embed_dim", "num_heads", "head_dim", "hidden_size", "input_size", "normalized_shape", "unflattened_size", "padding"]
+    [
+        "in_features",
+        "out_features",
+        "in_channels",
+        "out_channels",
+        "groups",
+        "num_features",
+        "num_groups",
+        "num_channels",
+        "embedding_dim",
+        "embed_dim",
+        "num_heads",
+        "head_dim",
+        "hidden_size",
+        "input_size",
+        "normalized_shape",
+        "unflattened_size",
+        "padding",
+    ]
 )
 
 
@@ -48,7 +66,7 @@ class TracedInt(int):
 
     def __new__(
         cls, value: int, compute: Callable[[Mapping[object, int]], int], leaves: tuple[tuple[object, int], ...]
-    ) -> TracedInt:
+    ) -> Self:
         """An integer of this value with this past."""
         made = super().__new__(cls, value)
         made.compute = compute

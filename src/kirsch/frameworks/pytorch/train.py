@@ -85,7 +85,8 @@ class _Run:
                 yield torch.from_numpy(np.ascontiguousarray(inputs)).to(device), torch.from_numpy(targets).to(device)
             return
         if isinstance(self.batches, torch.utils.data.DataLoader):
-            self.batches.set_epoch(self.epoch)
+            if hasattr(self.batches, "set_epoch"):  # of Accelerate's own loader
+                self.batches.set_epoch(self.epoch)
             rest = skip_first_batches(self.batches, self.batch) if self.batch else self.batches
         else:
             rest = (pair for number, pair in enumerate(self.batches) if number >= self.batch)

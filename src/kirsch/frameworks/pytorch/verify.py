@@ -62,7 +62,7 @@ def _compare(
     }
     candidate = _candidate(pruned, original, graph, keep, noise, dtype)
     args, options = tree_map(lambda value: _cast(value, dtype), (traced.args, traced.options))
-    flat = [value for value in tree_leaves((args, options))]
+    flat = tree_leaves((args, options))
     masked = MaskedRun(graph, keep, tensors).outputs(flat)
     dense = MaskedRun(graph, graph.keep({}), tensors).outputs(flat)
     with torch.no_grad():

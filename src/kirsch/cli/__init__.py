@@ -1,0 +1,5 @@
+"""The `kirsch` command."""
+
+from kirsch.cli.app import main
+
+__all__ = ["main"]

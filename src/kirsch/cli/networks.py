@@ -1,0 +1,313 @@
+"""The verbs on one model: trace, plan, prune, export, measure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kirsch.cli import drawing
+from kirsch.cli.terminal import Line, Piece
+from kirsch.deploy.export import export, usage
+from kirsch.deploy.measure import Measurement, measure
+from kirsch.deploy.onnxruntime import OnnxSession
+from kirsch.errors import LoadError, OutputError, PlanError, UsageError
+from kirsch.files import check_writable, write_text
+from kirsch.frameworks.port import Framework, framework_of, trace
+from kirsch.graph.plan import Goal, InputSpec, Plan
+from kirsch.pruning.choose import plan as choose
+from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.store import load, save
+from kirsch.recipes.models import build, example_shape
+from kirsch.report import figures
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kirsch.cli.terminal import Terminal
+
+RANDOM, PRETRAINED = "random", "pretrained"
+SUFFIX = ".onnx"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan is asked for on the command line.
+
+    Args:
+        macs, params: the goal; see `Goal`.
+        importance, scope, round_to, exclude, seed: see `kirsch.plan`.
+    """
+
+    macs: float | None
+    params: float | None
+    importance: str
+    scope: str
+    round_to: str
+    exclude: Sequence[str]
+    seed: int
+
+    def plan(self, graph: Any) -> Plan:
+        """The plan for a graph."""
+        if self.macs is None and self.params is None:
+            raise UsageError("The goal is missing.", "Nothing says how small the model shall be.", "Give --macs 0.5.")
+        return choose(
+            graph,
+            Goal(macs=self.macs, params=self.params),
+            self.importance,
+            self.scope,  # type: ignore[arg-type] - checked by `plan`, which names the known ones
+            _round_to(self.round_to),
+            self.exclude,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Given:
+    """A model that was named on the command line, ready for a verb.
+
+    Args:
+        model: the object.
+        inputs: example inputs, as a tuple of the framework's arrays.
+        shape: of the inputs.
+        weights: where its weights come from, in words.
+        random: whether the weights are random.
+    """
+
+    model: Any
+    inputs: Any
+    shape: tuple[int, ...]
+    weights: str
+    random: bool
+
+    @property
+    def framework(self) -> Framework:
+        """The framework of the model."""
+        return framework_of(self.model)
+
+    def said(self) -> list[Line]:
+        """What must be known of the weights."""
+        if not self.random:
+            return []
+        return [[Piece(f"{'note':<13}", "doubt"), Piece(f"{self.weights}; --weights pretrained or FILE gives others.")]]
+
+
+def given(reference: str, shape: str, weights: str, *, pruned: str = "", seed: int = 0) -> Given:
+    """The model that a reference names.
+
+    Args:
+        reference: "package.module:callable", "file.py:callable" or "timm:NAME".
+        shape: of its example inputs, such as "1,3,224,224"; "" takes what the model states.
+        weights: "random", "pretrained" (timm only), or a safetensors file.
+        pruned: folder of `kirsch prune`; its model is then taken, and the reference is its original.
+        seed: of random weights.
+    """
+    if pruned:
+        original = load(pruned, lambda: build(reference, base=Path(), seed=seed))
+        sizes = _shape(shape) or example_shape(reference, original) or _planned(Path(pruned))
+        return _ready(original, reference, sizes, f"the weights are those of {pruned}", random=False)
+    zoo = reference.startswith("timm:")
+    if weights == PRETRAINED and not zoo:
+        raise UsageError(
+            f"--weights pretrained does not go with {reference}.",
+            "Only timm models have pretrained weights.",
+            "Let the callable load them, or give a safetensors file.",
+        )
+    model = build(reference, base=Path(), seed=seed, weights=weights if zoo else RANDOM)
+    from_file = weights not in (RANDOM, PRETRAINED)
+    if from_file and not zoo:
+        framework_of(model).load_weights(model, Path(weights))
+    words = {RANDOM: f"the weights are random (seed {seed})" if zoo else "the weights are those that the callable gives"}
+    sizes = _shape(shape) or example_shape(reference, model)
+    said = words.get(weights, f"the weights are from {weights}" if from_file else "the weights are pretrained")
+    return _ready(model, reference, sizes, said, random=zoo and weights == RANDOM)
+
+
+def show_trace(given: Given, terminal: Terminal) -> int:
+    """The groups and blockers of a model."""
+    graph = trace(given.model, given.inputs)
+    found = drawing.hanging(graph)
+    content = {
+        "model": graph.model_name,
+        "weights": given.weights,
+        "fingerprint": graph.fingerprint,
+        "inputs": [list(spec.shape) for spec in graph.inputs],
+        "cost": graph.cost.to_dict(),
+        "groups": [hangs.to_dict() for hangs in found],
+        "blockers": [vars(blocker) for blocker in graph.blockers],
+    }
+    terminal.result(drawing.trace_lines(graph, found), content)
+    return 0
+
+
+def show_plan(given: Given, choice: Choice, output: str, terminal: Terminal) -> int:
+    """What would go, and what that costs; the plan goes to a file if one is named."""
+    target = _file(output) if output else None
+    graph = trace(given.model, given.inputs)
+    plan = choice.plan(graph)
+    lines = [*drawing.plan_lines(plan, graph), *given.said()]
+    if target is not None:
+        write_text(target, plan.to_json())
+        lines.append([Piece(f"{'plan':<13}{output}")])
+    content = {"plan": json.loads(plan.to_json()), "file": output or None, "weights": given.weights}
+    terminal.result(lines, content)
+    return 0
+
+
+def show_prune(given: Given, plan_file: str, choice: Choice, output: str, terminal: Terminal) -> int:
+    """A pruned model in a folder, with proof."""
+    if plan_file and (choice.macs is not None or choice.params is not None):
+        raise UsageError("Both a plan and a goal are given.", "A plan has its goal.", "Give --plan or --macs, not both.")
+    _check_folder(Path(output))
+    plan = _read_plan(Path(plan_file)) if plan_file else choice.plan(trace(given.model, given.inputs))
+    pruned = prune_with_proof(given.model, plan, example_inputs=given.inputs)
+    folder = save(pruned.model, output)
+    proof = pruned.verification
+    if proof is None:
+        raise RuntimeError("a removal that was asked to verify gave no verification")
+    lines = [
+        [Piece(plan.model, "strong"), Piece(f"   {len(plan.groups)} groups cut")],
+        *drawing.cost_lines(plan),
+        [Piece(f"{'verified':<13}", "good"), Piece(proof.text)],
+        [Piece(f"{'saved':<13}{folder}"), Piece("   kirsch.load gives it back", "faint")],
+        *drawing.notes(pruned.notes),
+        *given.said(),
+    ]
+    content = {
+        "folder": str(folder),
+        "plan": json.loads(plan.to_json()),
+        "verification": proof.to_dict(),
+        "notes": list(pruned.notes),
+        "weights": given.weights,
+    }
+    terminal.result(lines, content)
+    return 0
+
+
+def show_export(given: Given, output: str, terminal: Terminal) -> int:
+    """A model as an ONNX file, held against the model."""
+    artifact = export(given.model, _file(output), example_inputs=given.inputs)
+    drift = artifact.details["drift"]
+    taken = ", ".join(f"{value['name']} {value['shape']}" for value in artifact.details["inputs"])
+    lines = [
+        [Piece(f"{'file':<13}{artifact.path}   {figures.bytes_(artifact.bytes)}   opset {artifact.details['opset']}")],
+        [Piece(f"{'inputs':<13}{taken}")],
+        [
+            Piece(f"{'verified':<13}", "good"),
+            Piece(f"on {artifact.details['runtime']}: outputs differ by {drift:.0e} of the largest"),
+        ],
+        [Piece(f"{'sha256':<13}{artifact.sha256}")],
+        *given.said(),
+    ]
+    content = artifact.to_dict() | {"path": str(artifact.path), "usage": usage(artifact), "weights": given.weights}
+    terminal.result(lines, content)
+    return 0
+
+
+def show_measure(given: Given, threads: int, rounds: int, terminal: Terminal) -> int:
+    """What a model costs where it runs."""
+    found = measure(given.model, example_inputs=given.inputs, threads=threads, rounds=rounds)
+    lines = [*_measured(found), *given.said()]
+    terminal.result(lines, found.to_dict() | {"input": list(given.shape), "weights": given.weights})
+    return 0
+
+
+def show_measure_file(path: str, shape: str, threads: int, rounds: int, terminal: Terminal) -> int:
+    """What an ONNX file costs where it runs."""
+    import numpy as np
+
+    session = OnnxSession(path, threads)
+    stated = tuple(1 if isinstance(size, str) else size for size in session.shapes[0])
+    sizes = _shape(shape) or stated
+    sample = np.random.default_rng(0).standard_normal(sizes).astype(np.float32)
+    found = measure(path, example_inputs=sample, threads=threads, rounds=rounds)
+    terminal.result(_measured(found), found.to_dict() | {"input": list(sizes), "file": path})
+    return 0
+
+
+def _measured(found: Measurement) -> list[Line]:
+    latency, aa = found.latency, found.aa
+    sizes = [f"{figures.bytes_(found.bytes)} as ONNX"]
+    if found.parameters is not None and found.macs is not None:
+        sizes = [f"{figures.count(found.parameters)} parameters", f"{figures.count(found.macs)} MACs", *sizes]
+    threads = "1 thread" if found.threads == 1 else f"{found.threads} threads"
+    return [
+        [Piece(f"{'size':<13}{'   '.join(sizes)}")],
+        [
+            Piece(
+                f"{'latency':<13}{figures.micros(latency.median_us)}"
+                f" [p10 {figures.micros(latency.p10_us)} – p90 {figures.micros(latency.p90_us)}]"
+                f"   p95 {figures.micros(latency.p95_us)}   median of {latency.rounds} rounds of {latency.calls} calls"
+            )
+        ],
+        [Piece(f"{'runtime':<13}{found.runtime}, {threads}, batch 1")],
+        [Piece(f"{'noise':<13}A/A {figures.ratio(aa.value, aa.low, aa.high)}: the same file against itself")],
+        *([Piece(f"{'not measured':<13}", "doubt"), Piece(text)] for text in found.not_measured),
+    ]
+
+
+def _ready(model: Any, reference: str, sizes: tuple[int, ...] | None, weights: str, *, random: bool) -> Given:
+    if sizes is None:
+        raise UsageError(
+            f"{reference} does not say what its inputs look like.",
+            "Neither the model nor its callable has example_shape.",
+            "Give --input, for example --input 1,3,224,224.",
+        )
+    inputs = framework_of(model).inputs_like([InputSpec("", sizes, "float32")])
+    return Given(model, inputs, sizes, weights, random)
+
+
+def _shape(text: str) -> tuple[int, ...] | None:
+    """Sizes from "1,3,224,224"; None from an empty text."""
+    if not text:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if not all(part.strip().isascii() and part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(
+            f"--input {text!r} is no shape.", "Whole numbers above 0 are needed.", "Write --input 1,3,224,224."
+        )
+    return tuple(int(part) for part in parts)
+
+
+def _round_to(text: str) -> Any:
+    """A whole number if it is one; `plan` says what is wrong with anything else."""
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
+def _planned(folder: Path) -> tuple[int, ...] | None:
+    """The shape of the inputs that a stored plan was made for."""
+    inputs = _read_plan(folder / "plan.json").inputs
+    return inputs[0].shape if len(inputs) == 1 and inputs[0].dtype == "float32" else None
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise LoadError(f"The plan {path} cannot be read.", f"{error.strerror}.", "Make one: kirsch plan.") from error
+    except UnicodeDecodeError as error:
+        raise PlanError(f"The plan {path} is no UTF-8 text.", f"Byte {error.start}.", "Make it anew.") from error
+    return Plan.from_json(text)
+
+
+def _file(output: str) -> Path:
+    """A path to write to, found writable before any long work."""
+    path = Path(output)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder.", "A file is needed for the output.", "Give a name in it.")
+    check_writable(path.parent)
+    return path
+
+
+def _check_folder(folder: Path) -> None:
+    """A folder that may be written anew: absent, empty, or the work of an earlier `kirsch prune`."""
+    check_writable(folder.parent)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file.", "A folder is needed for the output.", "Choose another name.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "plan.json").is_file():
+        raise OutputError(
+            f"The folder {folder} holds something else.",
+            "It is not empty, and no pruned model.",
+            "Choose another folder.",
+        )

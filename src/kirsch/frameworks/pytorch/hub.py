@@ -1,0 +1,34 @@
+"""Models of other libraries by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kirsch.errors import LoadError, MissingExtraError, UnknownNameError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def from_timm(name: str, *, pretrained: bool) -> nn.Module:
+    """A timm model by its name.
+
+    Raises:
+        MissingExtraError: timm is not installed.
+        LoadError: there is no such model, or its weights cannot be fetched.
+    """
+    try:
+        import timm  # noqa: PLC0415 - an extra is loaded when it is used
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("timm", "zoo", "for models named timm:NAME") from error
+    if not timm.is_model(name):
+        raise LoadError(str(UnknownNameError("timm model", name, timm.list_models())))
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained)
+    except Exception as error:  # the hub's client has a tree of errors of its own
+        raise LoadError(
+            f"The weights of timm:{name} cannot be fetched.",
+            f"{type(error).__name__}: {str(error).splitlines()[0]}.",
+            "Check the network, give a safetensors file, or use random weights.",
+        ) from error
+    return model

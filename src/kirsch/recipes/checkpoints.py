@@ -1,0 +1,68 @@
+"""Training states on disk: whole or absent, hashed, and never a damaged one in silence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import safetensors
+import safetensors.numpy
+
+from kirsch import files
+from kirsch.errors import CheckpointError
+from kirsch.frameworks.training import TrainingState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+ARRAYS, VALUES, PREFIX = "arrays.safetensors", "values.json", "step-"
+KEEP = 2
+"""How many checkpoints of a stage are kept, so that a damaged one leaves another to go on from."""
+
+
+def save(folder: Path, state: TrainingState) -> Path:
+    """Add a checkpoint to a stage's folder; the oldest beyond two go."""
+    name = f"{PREFIX}{state.values['epoch']:05d}-{state.values['batch']:06d}"
+    with files.new_folder(folder / name) as new:
+        (new / ARRAYS).write_bytes(safetensors.numpy.save(state.arrays))
+        files.write_json(new / VALUES, state.values)
+    for old in _all(folder)[:-KEEP]:
+        shutil.rmtree(old)
+    return folder / name
+
+
+def newest(folder: Path, tell: Callable[[str], None]) -> TrainingState | None:
+    """The newest valid checkpoint of a stage; None if there is none at all.
+
+    Args:
+        folder: of the stage.
+        tell: is given a sentence for each damaged checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    found = _all(folder)
+    for path in reversed(found):
+        wrong = files.damage(path)
+        if wrong:
+            tell(f"The checkpoint {path.name} is damaged: {wrong}. The one before it is used.")
+            continue
+        try:
+            arrays = safetensors.numpy.load((path / ARRAYS).read_bytes())
+            return TrainingState(arrays, json.loads((path / VALUES).read_text()))
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            tell(f"The checkpoint {path.name} cannot be read: {error}. The one before it is used.")
+    if found:
+        raise CheckpointError(
+            f"All checkpoints in {folder} are damaged.",
+            "None of them can be gone on from.",
+            "Remove the folder to start this stage anew.",
+        )
+    return None
+
+
+def _all(folder: Path) -> list[Path]:
+    """The checkpoints of a stage, the oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())

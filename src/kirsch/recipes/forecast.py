@@ -1,0 +1,128 @@
+"""What a recipe would do, before it does it: stages, costs, time, disk, and what is missing."""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from kirsch import files
+from kirsch.distillation.distill import distill, fit
+from kirsch.distillation.objective import Objective
+from kirsch.frameworks.training import ArrayData, Training
+from kirsch.recipes.job import Job
+from kirsch.recipes.metrics import goal_text
+from kirsch.recipes.runner import materials_of
+from kirsch.recipes.stages import plan_for, stages_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kirsch.recipes.recipe import Recipe
+
+TRIAL_BATCHES = 3
+"""Training steps that are timed to foretell a stage."""
+
+EXPORT_SECONDS = 3.0
+"""An export takes some seconds whatever the model; it is not tried out."""
+
+
+def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[str, Any]:
+    """The stages of a recipe with their models, costs and times, by trying a few steps of each.
+
+    Args:
+        recipe: what would be done.
+        base: folder that its files are relative to.
+        folder: gets recipe.yaml and plan.json if given, and nothing else.
+
+    Returns:
+        As JSON: "name", "goal", "data", "stages" (key, parameters, macs, seconds), "plan" (groups, cost before and
+        after; made on untrained weights, so that the counts hold and the choice of units does not), "disk_bytes",
+        "seconds", "missing".
+
+    Raises:
+        KirschError: whatever would stop the job before its first long step.
+    """
+    materials = materials_of(recipe, base)
+    scratch = folder or base
+    job = Job(recipe, scratch, materials.data, materials.make_teacher, materials.make_student, _ignore, _never)
+    teacher = materials.make_teacher()
+    start = materials.make_student() if materials.make_student else teacher
+    costs = {"teacher": job.count(teacher)}
+    if materials.make_student:
+        costs["distil"] = job.count(start)
+    plan = None
+    if recipe.prune is not None:
+        _, plan = plan_for(job, start, recipe.prune)
+        costs["prune"] = costs["recover"] = (plan.after.parameters, plan.after.macs)
+    stages = [
+        {
+            "key": stage.key,
+            "parameters": costs[stage.key][0] if stage.key in costs else None,
+            "macs": costs[stage.key][1] if stage.key in costs else None,
+            "seconds": _seconds(job, stage.key, teacher, start),
+        }
+        for stage in stages_of(recipe)
+    ]
+    if folder is not None:
+        files.check_writable(folder)
+        files.write_text(folder / "recipe.yaml", recipe.to_yaml())
+        if plan is not None:
+            files.write_text(folder / "plan.json", plan.to_json())
+    return {
+        "name": recipe.name,
+        "goal": goal_text(job),
+        "data": {
+            "name": materials.data.name,
+            "train": len(materials.data.train),
+            "validation": len(materials.data.validation),
+            "test": len(materials.data.test),
+        },
+        "stages": stages,
+        "plan": json.loads(plan.to_json()) if plan is not None else None,
+        "disk_bytes": sum(4 * parameters * 4 for parameters, _ in costs.values()) + 1_000_000,
+        "seconds": sum(stage["seconds"] for stage in stages),
+        "missing": [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None],
+    }
+
+
+def _seconds(job: Job, key: str, teacher: Any, start: Any) -> float:
+    """How long a stage would take: its steps, timed on a few."""
+    recipe = job.recipe
+    section = {
+        "teacher": recipe.teacher.train,
+        "distil": recipe.student.distil.train if recipe.student else None,
+        "recover": recipe.recover.train if recipe.recover else None,
+    }.get(key)
+    if key == "measure" and recipe.measure is not None:
+        return EXPORT_SECONDS + 0.04 * recipe.measure.rounds
+    if section is None:
+        return EXPORT_SECONDS if key == "export" else 1.0
+    whole = job.data.batches(recipe.data.batch_size)
+    part = ArrayData(
+        whole.inputs[: TRIAL_BATCHES * whole.batch_size],
+        whole.targets[: TRIAL_BATCHES * whole.batch_size],
+        whole.batch_size,
+        whole.augment,
+    )
+    once = Training(epochs=1, learning_rate=1e-6)
+
+    def trial() -> None:
+        if key == "teacher":
+            fit(teacher, part, training=once)
+        else:
+            distill(start, teacher, part, objective=Objective.kd(), training=once, check_teacher=False)
+
+    trial()
+    begun = time.perf_counter()
+    trial()
+    return (time.perf_counter() - begun) / len(part) * len(whole) * section.epochs
+
+
+def _ignore(event: dict[str, Any]) -> None:
+    """A forecast tells nothing on the way."""
+
+
+def _never() -> None:
+    """A forecast is not stopped."""

@@ -1,0 +1,147 @@
+"""One job at work: its materials, its folder, and what it tells on the way."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch.errors import NumericError, ShapeError
+from kirsch.frameworks.port import Framework, framework_of
+from kirsch.frameworks.training import TrainingHooks, TrainingState
+from kirsch.measurement.quality import accuracy
+from kirsch.recipes import checkpoints
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from kirsch.recipes.recipe import Recipe
+    from kirsch.recipes.tasks.data import DataSet
+
+RECORD, LOGITS = "record.json", "logits.npy"
+
+Listen = Callable[[dict[str, Any]], None]
+Stop = Callable[[], Exception | None]
+
+
+@dataclass
+class Job:
+    """Everything that the stages of a run share.
+
+    Args:
+        recipe: what to do.
+        folder: the run folder.
+        data: what the models serve.
+        make_teacher, make_student: give the models before any training; the second is None where the teacher itself is
+            made smaller.
+        listen: is given each event.
+        stop: gives an error when the run shall stop.
+        models: "teacher", "student", "pruned", "result" as far as they are made.
+        records: stage → what it found.
+    """
+
+    recipe: Recipe
+    folder: Path
+    data: DataSet
+    make_teacher: Callable[[], Any]
+    make_student: Callable[[], Any] | None
+    listen: Listen
+    stop: Stop
+    models: dict[str, Any] = field(default_factory=dict)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def example(self) -> NDArray[np.float32]:
+        """One sample, as a batch of one."""
+        return self.data.test.inputs[:1]
+
+    def framework(self, model: Any) -> Framework:
+        """The framework of a model."""
+        return framework_of(model)
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Give an event to the listener and to events.jsonl."""
+        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False, default=float) + "\n")
+        self.listen(event)
+
+    def note(self, text: str) -> None:
+        """Tell a sentence."""
+        self.tell({"event": "note", "text": text})
+
+    def place(self, key: str) -> Path:
+        """The folder of a stage's checkpoints."""
+        path = self.folder / "checkpoints" / key
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def hooks(self, key: str) -> TrainingHooks:
+        """What a training stage reports to: events, checkpoints, stop."""
+        place = self.place(key)
+
+        def event(happening: dict[str, Any]) -> None:
+            self.tell({"stage": key, **happening})
+
+        def save(state: TrainingState) -> None:
+            checkpoints.save(place, state)
+
+        return TrainingHooks(event=event, stop=self.stop, save=save, resume=checkpoints.newest(place, self.note))
+
+    def validation(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """What training is watched by."""
+        return self.data.validation.inputs, self.data.validation.labels
+
+    def judge(self, model: Any, folder: Path) -> dict[str, Any]:
+        """What a model is and how good it is on the test part; its scores go to the folder."""
+        framework = self.framework(model)
+        logits = framework.predict(model, self.data.test.inputs)
+        np.save(folder / LOGITS, logits, allow_pickle=False)
+        parameters, macs = self.count(model)
+        return {
+            "parameters": parameters,
+            "macs": macs,
+            "accuracy": accuracy(logits, self.data.test.labels).to_dict(),
+            "one_class": bool((logits.argmax(-1) == logits[0].argmax()).all()),
+        }
+
+    def count(self, model: Any) -> tuple[int, int]:
+        """Parameters and MACs of a model for one sample.
+
+        Raises:
+            ShapeError: it puts out another number of classes than the data has.
+        """
+        framework = self.framework(model)
+        logits = framework.predict(model, self.example)
+        if logits.ndim != 2 or logits.shape[1] != len(self.data.classes):  # noqa: PLR2004 - (N, K)
+            raise ShapeError(
+                f"The model puts out scores of shape {logits.shape[1:]}.",
+                f"The data {self.data.name} has {len(self.data.classes)} classes.",
+                "Give the model a head for these classes.",
+            )
+        return framework.count(model, framework.tensor(self.example))
+
+    def check_alive(self, key: str, record: dict[str, Any]) -> None:
+        """A trained model that says one class for everything, or guesses, is an error.
+
+        Raises:
+            NumericError: it does.
+        """
+        chance = 1 / len(self.data.classes)
+        value, n = record["accuracy"]["value"], record["accuracy"]["n"]
+        if record["one_class"] or value <= chance:
+            raise NumericError(
+                f"The model is dead after the stage {key!r}: {value:.1%} of {n} right, chance is {chance:.1%}.",
+                "It says one class for every sample." if record["one_class"] else "It guesses.",
+                "Lower the learning rate, train longer, or remove less.",
+            )
+
+    def logits(self, key: str) -> NDArray[Any]:
+        """The scores on the test part that a finished stage has stored."""
+        found: NDArray[Any] = np.load(self.folder / "checkpoints" / key / "done" / LOGITS, allow_pickle=False)
+        return found

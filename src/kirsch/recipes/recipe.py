@@ -1,0 +1,249 @@
+"""A whole job as data."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kirsch.errors import RecipeError, nearest
+from kirsch.frameworks.training import Training
+from kirsch.recipes.yaml import read, scalar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+BUILTIN = Path(__file__).parent / "builtin"
+ENVIRONMENT = "KIRSCH_RECIPE__"
+"""Environment variables that start with this change a recipe: KIRSCH_RECIPE__PRUNE__GOAL__MACS=0.4."""
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are an error, and so are NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class Train(Section):
+    """How to train."""
+
+    epochs: Count = Field(10, description="passes over the data")
+    learning_rate: Positive = Field(0.05, description="peak learning rate")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (momentum 0.9) or adamw")
+    weight_decay: float = Field(5e-4, ge=0, description="on weights, not on biases and scales")
+    schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="of the learning rate")
+    milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="of multistep, as fractions of the run")
+    warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up")
+    clip_norm: Positive | None = Field(None, description="largest gradient norm; null: no limit")
+
+    def settings(self, seed: int) -> Training:
+        """As the training loop takes it."""
+        return Training(**self.model_dump(), seed=seed)
+
+
+class Data(Section):
+    """What the models serve."""
+
+    source: str = Field("digits", description="digits, cifar10, file.py:callable or package.module:callable")
+    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the source")
+    batch_size: Count = Field(64, description="samples a training step")
+
+
+class Teacher(Section):
+    """The large model."""
+
+    model: str = Field(description="package.module:callable, file.py:callable or timm:NAME")
+    train: Train | None = Field(None, description="null: it comes trained")
+
+
+class Distil(Section):
+    """Learning from the teacher."""
+
+    temperature: Positive = Field(4.0, description="softens both models' scores")
+    weight: float = Field(0.9, ge=0, le=1, description="of the soft targets; the rest goes to the labels")
+    train: Train = Field(default_factory=Train, description="how to train")
+
+
+class Student(Section):
+    """The small model."""
+
+    model: str = Field(description="package.module:callable, file.py:callable or timm:NAME")
+    distil: Distil = Field(default_factory=Distil, description="learning from the teacher")
+
+
+class PruneGoal(Section):
+    """What the pruned model may cost, as fractions of the model before pruning."""
+
+    macs: Fraction | None = Field(None, description="multiply-accumulates")
+    params: Fraction | None = Field(None, description="parameters")
+
+
+class Prune(Section):
+    """What to remove."""
+
+    goal: PruneGoal = Field(description="fractions of the model before pruning")
+    importance: str = Field("magnitude", description="what ranks the units: magnitude, random")
+    norm: Literal[1, 2] = Field(2, description="of magnitude")
+    scope: Literal["global", "local"] = Field("global", description="rank all layers together, or each by itself")
+    round_to: Count | Literal["auto"] = Field("auto", description="kept widths are multiples of this")
+    exclude: tuple[str, ...] = Field((), description="layers to leave as they are; globs")
+    min_keep: float = Field(0.1, gt=0, le=1, description="fraction of each group that stays in any case")
+
+
+class Export(Section):
+    """The file to ship."""
+
+    format: Literal["onnx"] = Field("onnx", description="of the file")
+
+
+class Measure(Section):
+    """Where and how to time."""
+
+    runtime: Literal["onnxruntime"] = Field("onnxruntime", description="the runtime that the file is for")
+    threads: Count = Field(1, description="of the runtime")
+    rounds: int = Field(30, ge=10, description="interleaved rounds")
+
+
+class Wanted(Section):
+    """When the job is done well. The limits of prune.goal count as well."""
+
+    max_drop: float | None = Field(None, ge=0, lt=1, description="accuracy that may be lost against the teacher")
+    speedup: Positive | None = Field(None, description="over the teacher, on the runtime")
+
+
+class Recipe(Section):
+    """A whole job: teacher → student → prune → recover → export → measure. Sections that are null are left out."""
+
+    version: Literal[1] = Field(1, description="of this format")
+    name: str = Field("recipe", min_length=1, max_length=200, description="for the run folder and the report")
+    seed: int = Field(0, ge=0, description="of everything random")
+    data: Data = Field(default_factory=Data, description="what the models serve")
+    teacher: Teacher = Field(description="the large model")
+    student: Student | None = Field(None, description="the small model; null: the teacher itself is made smaller")
+    prune: Prune | None = Field(None, description="what to remove from it")
+    recover: Distil | None = Field(None, description="training after the removal, on the teacher's scores")
+    export: Export | None = Field(default_factory=Export, description="the file to ship")
+    measure: Measure | None = Field(default_factory=Measure, description="where and how to time")
+    goal: Wanted = Field(default_factory=Wanted, description="when the job is done well")
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML text that reads back to it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_recipe(
+    source: str | Path, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> Recipe:
+    """A recipe from a file, changed by the environment and then by `a.b=value` overrides.
+
+    Args:
+        source: path of a file, or a YAML text as a str with a line break.
+        overrides: "prune.goal.macs=0.4"; values are read as YAML.
+        environment: variables by name; those that start with KIRSCH_RECIPE__ count.
+
+    Raises:
+        RecipeError: with every problem, each with its line, key, what was found and what is expected.
+    """
+    document = read(source)
+    data, lines = document.data, dict(document.lines)
+    changes = [
+        (name.removeprefix(ENVIRONMENT).lower().replace("__", "."), value, name)
+        for name, value in sorted((environment or {}).items())
+        if name.startswith(ENVIRONMENT)
+    ]
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise RecipeError(
+                f"--set {text!r} is no change.", "Its form is a.b=value.", "Write --set prune.goal.macs=0.4."
+            )
+        changes.append((key, value, f"--set {text}"))
+    origins = {}
+    for key, value, origin in changes:
+        _put(data, key.split("."), scalar(value), origin)
+        origins[key] = origin
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = [_problem(details, lines, origins) for details in error.errors()]
+        name = "recipe" if isinstance(source, str) else str(source)
+        many = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        raise RecipeError(f"The {name} has {many}:\n  " + "\n  ".join(problems), mend="See `kirsch init`.") from None
+
+
+def _put(data: dict[str, Any], path: list[str], value: Any, origin: str) -> None:
+    here = data
+    for name in path[:-1]:
+        inner = here.setdefault(name, {})
+        if inner is None:
+            inner = here[name] = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{origin}: {name!r} holds a value, not a section.")
+        here = inner
+    here[path[-1]] = value
+
+
+def _problem(details: Any, lines: Mapping[str, int], origins: Mapping[str, str]) -> str:
+    """One line for one problem."""
+    path = [str(part) for part in details["loc"]]
+    # Parts that are not in the file are pydantic's own names for the members of a union.
+    while (
+        len(path) > 1
+        and ".".join(path) not in lines
+        and ".".join(path[:-1]) in lines
+        and details["type"]
+        not in (
+            "missing",
+            "extra_forbidden",
+        )
+    ):
+        path.pop()
+    key = ".".join(path)
+    place = origins.get(key) or (f"line {lines[key]}" if key in lines else "")
+    if details["type"] == "extra_forbidden":
+        text = f"unknown key. {nearest(path[-1], _keys(path[:-1]))}".rstrip()
+    elif details["type"] == "missing":
+        text = "this key is needed"
+    else:
+        text = f"{details['msg'][0].lower()}{details['msg'][1:]}, found {details['input']!r}"
+    return f"{place + ': ' if place else ''}{key}: {text}"
+
+
+def _keys(path: Sequence[str]) -> list[str]:
+    """The keys that the section at a path has."""
+    section: type[BaseModel] = Recipe
+    for name in path:
+        field = section.model_fields.get(name)
+        inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type)] if field else []
+        section = next((t for t in inner if issubclass(t, BaseModel)), Recipe)
+    return list(section.model_fields)
+
+
+def commented(recipe: Recipe) -> str:
+    """The recipe as YAML with a comment on each key; reads back to the same recipe."""
+    lines = [
+        "# A recipe for `kirsch compress`. Sections that are null are left out.",
+        "# Any key can be changed on the command line: --set prune.goal.macs=0.4",
+    ]
+    _comment(recipe, 0, lines)
+    return "\n".join(lines) + "\n"
+
+
+def _comment(section: Section, depth: int, lines: list[str]) -> None:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        indent = "  " * depth
+        if isinstance(value, Section):
+            lines += [""] * (depth == 0) + [f"{indent}{name}:  # {field.description}"]
+            _comment(value, depth + 1, lines)
+        else:
+            plain = section.model_dump(mode="json")[name]
+            text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).splitlines()[0]
+            lines.append(f"{indent}{name}: {text}  # {field.description}")

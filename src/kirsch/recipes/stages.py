@@ -1,0 +1,342 @@
+"""The stages of a job. Each makes or loads models, and leaves a record and files in its own folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch import files
+from kirsch.deploy.export import Artifact, export, usage
+from kirsch.deploy.measure import race
+from kirsch.deploy.onnxruntime import OnnxSession
+from kirsch.distillation.distill import distill, fit
+from kirsch.distillation.objective import Objective
+from kirsch.frameworks.port import trace
+from kirsch.graph.plan import Goal, Plan
+from kirsch.measurement.agreement import agreement
+from kirsch.measurement.quality import accuracy
+from kirsch.pruning.choose import plan as choose
+from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.store import load, save
+from kirsch.recipes.job import LOGITS, Job
+from kirsch.report import figures
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from kirsch.graph.graph import Graph
+    from kirsch.recipes.recipe import Distil, Prune, Recipe, Section
+
+Record = dict[str, Any]
+WEIGHTS = "weights.safetensors"
+MODEL = "artifacts/model.onnx"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a job.
+
+    Args:
+        key: its name.
+        section: of the recipe; a change in it makes the stage anew.
+        work: does it, with a folder for what it leaves; gives the record.
+        load: takes up what a finished stage left.
+    """
+
+    key: str
+    section: Section | None
+    work: Callable[[Job, Path], Record]
+    load: Callable[[Job, Path, Record], None]
+
+
+def stages_of(recipe: Recipe) -> list[Stage]:
+    """The stages that a recipe asks for, in order."""
+    student, nothing = recipe.student, _load_nothing
+    wanted = [
+        Stage("teacher", recipe.teacher, _teacher, _load_teacher),
+        Stage("distil", student, _distil, _load_student) if student else None,
+        Stage("prune", recipe.prune, _prune, _load_pruned) if recipe.prune else None,
+        Stage("recover", recipe.recover, _recover, _load_recovered) if recipe.recover else None,
+        Stage("export", recipe.export, _export, nothing) if recipe.export else None,
+        Stage("measure", recipe.measure, _measure, nothing) if recipe.export and recipe.measure else None,
+    ]
+    return [stage for stage in wanted if stage is not None]
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def _teacher(job: Job, folder: Path) -> Record:
+    model = job.make_teacher()
+    section = job.recipe.teacher.train
+    history: list[Any] = []
+    if section is not None:
+        trained = fit(
+            model,
+            job.data.batches(job.recipe.data.batch_size),
+            training=section.settings(job.recipe.seed),
+            validation=job.validation(),
+            hooks=job.hooks("teacher"),
+        )
+        model, history = trained.model, trained.history
+    record = _described(job, model, folder, "trained" if section else "given", history)
+    job.check_alive("teacher", record)
+    job.models["teacher"] = job.models["result"] = model
+    return record
+
+
+def _load_teacher(job: Job, folder: Path, _record: Record) -> None:
+    model = job.make_teacher()
+    job.framework(model).load_weights(model, folder / WEIGHTS)
+    job.models["teacher"] = job.models["result"] = model.eval()
+
+
+def _distil(job: Job, folder: Path) -> Record:
+    section = job.recipe.student
+    if section is None or job.make_student is None:
+        raise RuntimeError("a recipe without a student has no stage to distil one")
+    trained = _taught(job, "distil", job.make_student(), section.distil)
+    record = _described(job, trained.model, folder, "student", trained.history)
+    record["first_batch"] = trained.first_batch
+    share = trained.first_batch.get("gradient_shares", {}).get("kd")
+    record["cells"].append("" if share is None else f"KD {100 * share:.0f} % of gradient")
+    job.check_alive("distil", record)
+    job.models["student"] = job.models["result"] = trained.model
+    return record
+
+
+def _load_student(job: Job, folder: Path, _record: Record) -> None:
+    if job.make_student is None:
+        raise RuntimeError("a recipe without a student has none to load")
+    model = job.make_student()
+    job.framework(model).load_weights(model, folder / WEIGHTS)
+    job.models["student"] = job.models["result"] = model.eval()
+
+
+def _taught(job: Job, key: str, model: Any, section: Distil) -> Any:
+    return distill(
+        model,
+        job.models["teacher"],
+        job.data.batches(job.recipe.data.batch_size),
+        objective=Objective.kd(section.temperature, section.weight),
+        training=section.train.settings(job.recipe.seed),
+        validation=job.validation(),
+        hooks=job.hooks(key),
+    )
+
+
+def _described(job: Job, model: Any, folder: Path, did: str, history: list[Any]) -> Record:
+    """The record of a stage that makes a whole model, whose weights go to the folder."""
+    job.framework(model).save_weights(model, folder / WEIGHTS)
+    record = {"did": did, "history": history, "bytes": (folder / WEIGHTS).stat().st_size, **job.judge(model, folder)}
+    return record | {"cells": _cells(record)}
+
+
+def _cells(record: Record) -> list[str]:
+    quality = record["accuracy"]
+    return [
+        figures.interval(quality["value"], quality["low"], quality["high"]),
+        f"{figures.count(record['macs'])} MACs",
+        f"{figures.count(record['parameters'])} params",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ pruning
+
+
+def plan_for(job: Job, model: Any, section: Prune) -> tuple[Graph, Plan]:
+    """The plan of a recipe for a model."""
+    graph = trace(model, job.framework(model).tensor(job.example))
+    plan = choose(
+        graph,
+        Goal(**section.goal.model_dump()),
+        section.importance,
+        section.scope,
+        section.round_to,
+        section.exclude,
+        norm=section.norm,
+        min_keep=section.min_keep,
+        seed=job.recipe.seed,
+    )
+    return graph, plan
+
+
+def _prune(job: Job, folder: Path) -> Record:
+    section = job.recipe.prune
+    if section is None:
+        raise RuntimeError("a recipe without a section to prune has no such stage")
+    before = job.models["result"]
+    graph, plan = plan_for(job, before, section)
+    pruned = prune_with_proof(before, plan)
+    save(pruned.model, folder / "model")
+    files.write_text(job.folder / "plan.json", plan.to_json())
+    for text in plan.notes:
+        job.note(text)
+    record = {"did": _saved(plan), **job.judge(pruned.model, folder)}
+    record["bytes"] = (folder / "model" / "model.safetensors").stat().st_size
+    record["verification"] = pruned.verification.to_dict() if pruned.verification else None
+    record["removed"] = removed(graph, plan)
+    record["plan"] = json.loads(plan.to_json())
+    record["notes"] = list(plan.notes)
+    error = pruned.verification.error if pruned.verification else float("nan")
+    record["cells"] = [*_cells(record), f"{len(plan.groups)} groups, verified ({error:.0e})"]
+    job.models["before"], job.models["pruned"], job.models["result"] = before, pruned.model, pruned.model
+    return record
+
+
+def _saved(plan: Plan) -> str:
+    if "macs" in plan.goal or not plan.goal:
+        return f"−{figures.percent(1 - plan.after.macs / max(plan.before.macs, 1))} MACs"
+    return f"−{figures.percent(1 - plan.after.parameters / max(plan.before.parameters, 1))} params"
+
+
+def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
+    """What a plan removes, group by group and layer by layer, and what holds the rest, as JSON."""
+    going = {removal.name: removal for removal in plan.groups}
+    whole, left = graph.keep({}), graph.keep_of(plan)
+    before, after = graph.prices.by_owner(whole), graph.prices.by_owner(left)
+    groups, layers = [], []
+    for group in graph.groups:
+        removal = going.get(group.name)
+        units = list(removal.removed) if removal else []
+        alone = graph.prices.price(graph.keep({group.name: tuple(units)}))
+        groups.append(
+            {
+                "name": group.name,
+                "kind": group.kind,
+                "size": group.size,
+                "removed": units,
+                "reason": removal.reason if removal else "kept",
+                "layers": list(group.layers),
+                "parameters": graph.cost.parameters - alone.parameters,
+                "macs": graph.cost.macs - alone.macs,
+            }
+        )
+        for name, axis in group.footprint:
+            if axis == 0 and name.endswith("weight") and len(graph.tensors[name].shape) > 1:
+                layer = name.rpartition(".")[0]
+                mask = graph.kept(graph.axes[name, 0], left)
+                size = graph.tensors[name].shape[0]
+                layers.append(
+                    {
+                        "name": layer,
+                        "group": group.name,
+                        "before": size,
+                        "after": size if mask is None else int(mask.sum()),
+                        "parameters_before": before[layer][0],
+                        "parameters_after": after[layer][0],
+                    }
+                )
+    blockers = [
+        {"reason": b.reason, "where": b.where, "source": b.source, "operation": b.operation, "share": b.share}
+        for b in graph.blockers
+    ]
+    return {"groups": groups, "layers": layers, "blockers": blockers}
+
+
+def _load_pruned(job: Job, folder: Path, _record: Record) -> None:
+    job.models["before"] = job.models["result"]
+    job.models["pruned"] = job.models["result"] = load(folder / "model", _before_pruning(job)).eval()
+    plan = folder / "model" / "plan.json"
+    if not (job.folder / "plan.json").is_file():
+        files.write_text(job.folder / "plan.json", plan.read_text(encoding="utf-8"))
+
+
+def _before_pruning(job: Job) -> Callable[[], Any]:
+    return job.make_student or job.make_teacher
+
+
+def _recover(job: Job, folder: Path) -> Record:
+    section = job.recipe.recover
+    if section is None:
+        raise RuntimeError("a recipe without a section to recover has no such stage")
+    trained = _taught(job, "recover", job.models["result"], section)
+    record = _described(job, trained.model, folder, "", trained.history)
+    record["first_batch"] = trained.first_batch
+    job.check_alive("recover", record)
+    job.models["result"] = trained.model
+    return record
+
+
+def _load_recovered(job: Job, folder: Path, _record: Record) -> None:
+    model = job.models["result"]
+    job.framework(model).load_weights(model, folder / WEIGHTS)
+
+
+# ------------------------------------------------------------------------------------------------ deployment
+
+
+def _export(job: Job, folder: Path) -> Record:
+    section, model = job.recipe.export, job.models["result"]
+    if section is None:
+        raise RuntimeError("a recipe without a section to export has no such stage")
+    framework = job.framework(model)
+    target = job.folder / MODEL
+    target.parent.mkdir(exist_ok=True)
+    artifact = export(model, target, example_inputs=framework.tensor(job.example), format=section.format)
+    if "pruned" in job.models:
+        save(model, target.parent / "model")
+    session = OnnxSession(target)
+    logits = session.predict(job.data.test.inputs)
+    np.save(folder / LOGITS, logits, allow_pickle=False)
+    agreed = agreement(framework.predict(model, job.data.test.inputs), logits)
+    quality = accuracy(logits, job.data.test.labels)
+    last = next(record for key, record in reversed(job.records.items()) if "macs" in record)
+    return {
+        "did": target.name,
+        "parameters": last["parameters"],
+        "macs": last["macs"],
+        "bytes": artifact.bytes,
+        "accuracy": quality.to_dict(),
+        "artifact": artifact.to_dict() | {"usage": usage(artifact)},
+        "agreement": agreed.to_dict(),
+        "cells": [
+            figures.interval(quality.value, quality.low, quality.high),
+            f"{agreed.same_labels}/{agreed.n} same labels",
+            figures.bytes_(artifact.bytes),
+        ],
+    }
+
+
+def _measure(job: Job, folder: Path) -> Record:
+    section = job.recipe.measure
+    if section is None:
+        raise RuntimeError("a recipe without a section to measure has no such stage")
+    contenders: dict[str, Path] = {}
+    for name in ("teacher", "student"):
+        if name in job.models:
+            model = job.models[name]
+            inputs = job.framework(model).tensor(job.example)
+            contenders[name] = export(model, folder / f"{name}.onnx", example_inputs=inputs).path
+    contenders["exported"] = job.folder / MODEL
+    found = race(contenders, job.example, reference="teacher", threads=section.threads, rounds=section.rounds)
+    sizes = {name: path.stat().st_size for name, path in contenders.items()}
+    gain = found.speedups["exported"]
+    slow, fast = (figures.micros(found.latencies[name].median_us) for name in ("teacher", "exported"))
+    return {
+        "did": section.runtime,
+        "race": found.to_dict(),
+        "onnx_bytes": sizes,
+        "cells": [
+            f"teacher {slow} → {fast}",
+            figures.ratio(gain.value, gain.low, gain.high),
+            f"A/A {figures.digits(found.aa.value)}",
+        ],
+    }
+
+
+def _load_nothing(job: Job, folder: Path, record: Record) -> None:
+    """The artifact lies in the run folder already; nothing is taken up from the stage itself."""
+
+
+def artifact_of(job: Job) -> Artifact | None:
+    """The exported file of a job, None if it has none."""
+    record = job.records.get("export")
+    if record is None:
+        return None
+    entry = record["artifact"]
+    return Artifact(job.folder / MODEL, entry["format"], entry["bytes"], entry["sha256"], json.loads(json.dumps(entry)))

@@ -1,0 +1,228 @@
+"""Charts as inline SVG: pure functions from numbers to markup, in the colors of the page's style sheet."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from kirsch.report import figures
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+WIDTH = 720
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Numbers to places on the paper.
+
+    Args:
+        low, high: ends of the numbers.
+        start, end: their places.
+        logarithmic: whether equal factors are equal distances.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    logarithmic: bool = False
+
+    def __call__(self, value: float) -> float:
+        """The place of a number."""
+        low, high, at = self.low, self.high, value
+        if self.logarithmic:
+            low, high, at = math.log(low), math.log(high), math.log(max(value, 1e-300))
+        return self.start + (at - low) / ((high - low) or 1.0) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """Round numbers between the ends."""
+        if self.logarithmic:
+            first = math.floor(math.log10(self.low))
+            last = math.ceil(math.log10(self.high))
+            every = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
+            return [t for t in every if self.low <= t <= self.high]
+        step = _nice((self.high - self.low) / 4)
+        first = math.ceil(self.low / step - 1e-9)
+        return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def _nice(step: float) -> float:
+    power = 10.0 ** math.floor(math.log10(step)) if step > 0 else 1.0
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= step)
+
+
+def _element(name: str, content: str | Markup = "", **attributes: Any) -> Markup:
+    """One SVG element; every attribute and every plain text is escaped."""
+    pairs = Markup("").join(
+        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), _number(value)) for key, value in attributes.items()
+    )
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), pairs, content)  # noqa: S704 - names are our own constants
+
+
+def _number(value: Any) -> str:
+    return f"{value:.1f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+def _join(parts: Sequence[Markup]) -> Markup:
+    return Markup("").join(parts)
+
+
+def _picture(title: str, description: str, height: float, parts: Sequence[Markup]) -> Markup:
+    body = [_element("title", title), _element("desc", description), *parts]
+    box = f"0 0 {WIDTH} {_number(float(height))}"
+    return _element("svg", _join(body), viewBox=box, role="img", aria_label=title)
+
+
+def trade_off(models: Sequence[dict[str, Any]]) -> Markup:
+    """Quality against latency (file size where latency was not measured), each model a point with its interval."""
+    timed = all(model["latency"] for model in models if model["chosen"]) and any(m["latency"] for m in models)
+    shown = [model for model in models if model["latency"] or not timed]
+    cost = [model["latency"]["median_us"] if timed else model["bytes"] for model in shown]
+    name = figures.micros if timed else figures.bytes_
+    low = min(model["accuracy"]["low"] for model in shown)
+    x = Scale(min(cost) / 1.35, max(cost) * 1.5, 70, WIDTH - 24, logarithmic=True)
+    y = Scale(max(low - 0.01, 0.0), min(1.0, max(m["accuracy"]["high"] for m in shown) + 0.005), 264, 20)
+    parts = _axes(x, y, 264, [name(t) for t in x.ticks()], [figures.percent(t) for t in y.ticks()])
+    best, front = -1.0, []
+    for place in sorted(range(len(shown)), key=lambda place: (cost[place], -shown[place]["accuracy"]["value"])):
+        if shown[place]["accuracy"]["value"] > best:
+            best = shown[place]["accuracy"]["value"]
+            front.append((x(cost[place]), y(best)))
+    corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in front)
+    parts.append(_element("polyline", points=corners, class_="front"))
+    taken: list[tuple[float, float]] = []
+    for model, at in zip(shown, cost, strict=True):
+        parts.append(_point(model, x(at), y, name(at), taken))
+    caption = "Accuracy against latency" if timed else "Accuracy against file size"
+    parts.append(_element("text", "latency, one sample" if timed else "file size", x=WIDTH - 24, y=302, class_="end"))
+    return _picture(caption, "; ".join(_said(model, timed) for model in shown), 310, parts)
+
+
+def _said(model: dict[str, Any], timed: bool) -> str:
+    cost = figures.micros(model["latency"]["median_us"]) if timed else figures.bytes_(model["bytes"])
+    return f"{model['name']}: {figures.percent(model['accuracy']['value'])} at {cost}"
+
+
+def _point(model: dict[str, Any], at: float, y: Scale, cost: str, taken: list[tuple[float, float]]) -> Markup:
+    quality = model["accuracy"]
+    here = y(quality["value"])
+    mark = "chosen" if model["chosen"] else "other"
+    label = here - 10
+    while any(abs(label - other) < 15 and abs(at - place) < 120 for place, other in taken):  # noqa: PLR2004 - a line, a word
+        label += 15
+    taken.append((at, label))
+    tip = f"{model['name']}: {figures.interval(quality['value'], quality['low'], quality['high'])}, {cost}"
+    return _element(
+        "g",
+        _join(
+            [
+                _element("title", tip),
+                _element("line", x1=at, x2=at, y1=y(quality["low"]), y2=y(quality["high"]), class_="span"),
+                _element("circle", cx=at, cy=here, r=6 if model["chosen"] else 4.5),
+                _element("text", model["name"], x=at + 9, y=label),
+            ]
+        ),
+        class_=mark,
+    )
+
+
+def _axes(x: Scale, y: Scale, base: float, below: Sequence[str], beside: Sequence[str]) -> list[Markup]:
+    parts = []
+    for tick, text in zip(y.ticks(), beside, strict=True):
+        parts.append(_element("line", x1=x.start, x2=x.end, y1=y(tick), y2=y(tick), class_="grid"))
+        parts.append(_element("text", text, x=x.start - 8, y=y(tick) + 4, class_="end"))
+    last = -1e9
+    for tick, text in zip(x.ticks(), below, strict=True):
+        if x(tick) - last > 7 * len(text) + 12:
+            parts.append(_element("text", text, x=x(tick), y=base + 18, class_="middle"))
+            last = x(tick)
+    parts.append(_element("line", x1=x.start, x2=x.end, y1=base, y2=base, class_="axis"))
+    return parts
+
+
+def removed_bars(layers: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> Markup:
+    """A bar a layer: what is kept in color, what was removed in grey, grouped as the cuts belong together."""
+    by_name = {group["name"]: group for group in groups}
+    widest = max(layer["before"] for layer in layers)
+    left, row = 230, 20
+    parts: list[Markup] = []
+    height, previous = 6.0, None
+    for layer in sorted(layers, key=lambda layer: list(by_name).index(layer["group"])):
+        if layer["group"] != previous:
+            height += 8 if previous is not None else 0
+            previous = layer["group"]
+        group = by_name[layer["group"]]
+        whole = max((WIDTH - left - 90) * layer["before"] / widest, 2.0)
+        kept = whole * layer["after"] / layer["before"]
+        tip = f"{layer['name']}: {layer['after']} of {layer['before']} kept. {group['reason']}."
+        tip += f" Goes along with: {', '.join(group['layers'])}. Units removed: {_ranges(group['removed'])}"
+        texts = [
+            _element("title", tip),
+            _element("text", _short(layer["name"], 34), x=left - 10, y=height + 13, class_="end"),
+            _element("rect", x=left, y=height + 3, width=whole, height=row - 6, class_="gone"),
+            _element("rect", x=left, y=height + 3, width=kept, height=row - 6, class_="kept"),
+            _element("text", f"{layer['after']} / {layer['before']}", x=left + whole + 8, y=height + 13),
+        ]
+        parts.append(_element("g", _join(texts), class_="bar"))
+        height += row
+    kept_all, all_ = sum(layer["after"] for layer in layers), sum(layer["before"] for layer in layers)
+    return _picture("What was removed", f"{kept_all} of {all_} output units are kept, layer by layer", height + 4, parts)
+
+
+def _short(name: str, most: int) -> str:
+    return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
+def _ranges(units: Sequence[int]) -> str:
+    """Ascending numbers as ranges: "0–3, 7"."""
+    runs: list[list[int]] = []
+    for unit in units:
+        if runs and unit == runs[-1][1] + 1:
+            runs[-1][1] = unit
+        else:
+            runs.append([unit, unit])
+    return ", ".join(f"{a}–{b}" if b > a else f"{a}" for a, b in runs) or "none"
+
+
+def curve(title: str, epochs: Sequence[int], values: Sequence[float | None], *, share: bool) -> Markup:
+    """One training curve; values that are missing leave a gap."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    x = Scale(epochs[0], max(epochs[-1], epochs[0] + 1), 58, WIDTH / 2 - 14)
+    y = Scale(low - 0.02 * (high - low) - 1e-9, high + 0.02 * (high - low) + 1e-9, 150, 12)
+    beside = [figures.percent(t) if share else figures.digits(t, 2) for t in y.ticks()]
+    parts = _axes(x, y, 150, [str(round(t)) for t in x.ticks()], beside)
+    points = [(x(e), y(v)) for e, v in zip(epochs, values, strict=True) if v is not None and math.isfinite(v)]
+    parts.append(_element("polyline", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in points), class_="line"))
+    last = figures.percent(known[-1]) if share and known else figures.digits(known[-1]) if known else "none"
+    body = [_element("title", title), _element("desc", f"{title}: {last} after epoch {epochs[-1]}"), *parts]
+    return _element("svg", _join(body), viewBox=f"0 0 {WIDTH // 2} 178", role="img", aria_label=title)
+
+
+def calibration(before: dict[str, Any], after: dict[str, Any], names: tuple[str, str]) -> Markup:
+    """How often a classifier is right against how sure it is; on the diagonal both agree."""
+    x, y = Scale(0, 1, 58, 346), Scale(0, 1, 250, 14)
+    ticks = [figures.percent(t, 0) for t in x.ticks()]
+    parts = _axes(x, y, 250, ticks, [figures.percent(t, 0) for t in y.ticks()])
+    parts.append(_element("line", x1=x(0), y1=y(0), x2=x(1), y2=y(1), class_="front"))
+    for found, mark, name in ((before, "other", names[0]), (after, "chosen", names[1])):
+        dots = [
+            _element(
+                "circle",
+                _element("title", f"{name}: sure {b['confidence']:.2f}, right {b['accuracy']:.2f}, n = {b['n']}"),
+                cx=x(b["confidence"]),
+                cy=y(b["accuracy"]),
+                r=2.5 + 1.2 * math.log10(b["n"] + 1),
+            )
+            for b in found["bins"]
+        ]
+        parts.append(_element("g", _join(dots), class_=mark))
+    parts.append(_element("text", "confidence", x=346, y=286, class_="end"))
+    text = f"Calibration error {names[0]} {figures.percent(before['ece'])}, {names[1]} {figures.percent(after['ece'])}"
+    body = [_element("title", "Calibration"), _element("desc", text), *parts]
+    return _element("svg", _join(body), viewBox="0 0 360 292", role="img", aria_label="Calibration")
