@@ -66,10 +66,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         write_manifest(temporary)
         _sync_folder(temporary)
         temporary.chmod(0o777 & ~_umask())
-        if path.is_dir():
-            # Removing the old folder under its own name would leave half of it there after a kill.
-            path.replace(temporary.with_name(f"{temporary.name}-old"))
-        temporary.replace(path)
+        _take_place(temporary, path)
     except OSError as error:
         raise OutputError(
             f"The folder {path} cannot be written.",
@@ -79,8 +76,22 @@ def new_folder(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(temporary.with_name(f"{temporary.name}-old"), ignore_errors=True)
     _sync_folder(path.parent)
+
+
+def _take_place(new: Path, path: Path) -> None:
+    """Give a folder its name. Removing an older one under that name would leave half of it there after a kill."""
+    older = new.with_name(f"{new.name}-old") if path.is_dir() and not path.is_symlink() else None
+    if older is not None:
+        path.replace(older)
+    try:
+        new.replace(path)
+    except OSError:
+        if older is not None:
+            older.replace(path)
+        raise
+    if older is not None:
+        shutil.rmtree(older, ignore_errors=True)
 
 
 @contextlib.contextmanager
