@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from kirsch.errors import UnknownNameError, UsageError
+from kirsch.errors import SurroundingsError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,12 +41,30 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._things:
-            for entry in entry_points(group=f"kirsch.{self.kind}"):
-                if entry.name == name:
-                    self._things[name] = entry.load()
-        if name not in self._things:
-            raise UnknownNameError(self.kind, name, self)
+            self._things[name] = self._load(name)
         return self._things[name]
+
+    def _load(self, name: str) -> T:
+        """What another package calls by this name."""
+        found = entry_points(group=f"kirsch.{self.kind}", name=name)
+        if not found:
+            raise UnknownNameError(self.kind, name, self)
+        if len(found) > 1:
+            raise UsageError(
+                f"The {self.kind} {name!r} is there more than once.",
+                f"It comes from {' and '.join(sorted(entry.value for entry in found))}.",
+                "Uninstall one of the packages.",
+            )
+        (entry,) = found
+        try:
+            thing: T = entry.load()
+        except Exception as error:  # a foreign module is run, which may raise anything
+            raise SurroundingsError(
+                f"The {self.kind} {name!r} cannot be loaded from {entry.value}.",
+                f"{type(error).__name__}: {error}.",
+                "Repair or uninstall the package that brings it.",
+            ) from error
+        return thing
 
     def __iter__(self) -> Iterator[str]:
         known = set(self._things) | {entry.name for entry in entry_points(group=f"kirsch.{self.kind}")}

@@ -161,7 +161,9 @@ def _blockers(graph: Graph) -> list[Line]:
         return [[Piece("no blockers", "good"), Piece("  only inputs and outputs hold anything")]]
     shown = blockers[:BLOCKERS]
     widths = [max(len(text) for text in texts) for texts in zip(*((b.where, b.reason) for b in shown), strict=True)]
-    lines = [[Piece("blockers", "doubt"), Piece("  what keeps parameters from going, by the share of them that it holds")]]
+    lines = [
+        [Piece("blockers", "doubt"), Piece("  what keeps parameters from going, by the share of them that it holds")]
+    ]
     for blocker in shown:
         head = f"{figures.percent(blocker.share):>8}  {blocker.where:<{widths[0]}}  {blocker.reason:<{widths[1]}}"
         lines.append([Piece(head), Piece(f"  {blocker.operation}  {blocker.source}", "faint")])
@@ -203,7 +205,7 @@ def cost_lines(plan: Plan) -> list[Line]:
         line = [Piece(text)]
         if limit is not None:
             met = after[key] <= limit * before[key]
-            said = f"   goal {'met' if met else 'missed'}: ≤ {figures.digits(100 * limit)} %"
+            said = f"   goal {'met' if met else 'missed'}: ≤ {100 * limit:g} %"
             line.append(Piece(said, "good" if met else "bad"))
         lines.append(line)
     return lines
@@ -218,6 +220,9 @@ def _method(plan: Plan) -> str:
     method = plan.method
     if not method:
         return ""
-    importance = f"{method['importance']} (L{method['norm']})" if method["importance"] == "magnitude" else method["importance"]
+    importance = (
+        f"{method['importance']} (L{method['norm']})" if method["importance"] == "magnitude" else method["importance"]
+    )
     excluded = f", without {', '.join(method['exclude'])}" if method.get("exclude") else ""
-    return f"{importance}, {method['scope']}, widths in steps of {method['round_to']}{excluded}"
+    widths = "round widths" if method["round_to"] == "auto" else f"widths in steps of {method['round_to']}"
+    return f"{importance}, {method['scope']}, {widths}{excluded}"

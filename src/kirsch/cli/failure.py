@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch.cli.terminal import Line, Piece
-from kirsch.errors import KirschError, OutputError, Stopped
+from kirsch.errors import KirschError, LoadError, NumericError, OutputError, Stopped
 from kirsch.files import write_text
 
 if TYPE_CHECKING:
     from kirsch.cli.terminal import Terminal
 
 TRACEBACK = "error.txt"
+RUN = "run.json"
+"""What makes a folder that of a run."""
 
 
 def tell(error: BaseException, terminal: Terminal, folder: Path | None = None) -> int:
@@ -29,14 +31,16 @@ def tell(error: BaseException, terminal: Terminal, folder: Path | None = None) -
     Returns:
         The exit code.
     """
+    if folder is not None and not (folder / RUN).is_file():
+        folder = None  # a folder that was refused is not ours to write to
     kept = None
-    if isinstance(error, KirschError):
-        known = error
-        if folder is not None and not isinstance(error, Stopped):
-            kept = _keep_traceback(error, folder)
-    else:
+    if not isinstance(error, KirschError):
         kept = _keep_traceback(error, folder)
         known = _bug(error, kept)
+    else:
+        known = error
+        if folder is not None and isinstance(error, (LoadError, NumericError)):
+            kept = _keep_traceback(error, folder)
     if terminal.mode.debug:
         sys.stderr.write(_traceback(error))
     if terminal.mode.json:
@@ -82,7 +86,7 @@ def _bug(error: BaseException, kept: Path | None) -> KirschError:
 def _keep_traceback(error: BaseException, folder: Path | None) -> Path | None:
     """Write the traceback to the run folder, or to a temporary file; None if neither can be written."""
     content = _traceback(error)
-    if folder is not None and folder.is_dir():
+    if folder is not None:
         try:
             write_text(folder / TRACEBACK, content)
         except OutputError:

@@ -13,7 +13,7 @@ from kirsch.deploy.export import export, usage
 from kirsch.deploy.measure import Measurement, measure
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import LoadError, OutputError, PlanError, UsageError
-from kirsch.files import check_writable, write_text
+from kirsch.files import MANIFEST, check_writable, write_text
 from kirsch.frameworks.port import Framework, framework_of, trace
 from kirsch.graph.plan import Goal, InputSpec, Plan
 from kirsch.pruning.choose import plan as choose
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from kirsch.cli.terminal import Terminal
 
 RANDOM, PRETRAINED = "random", "pretrained"
-SUFFIX = ".onnx"
+MADE = ("plan.json", "model.safetensors", MANIFEST)
+"""What a folder of a pruned model holds."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def given(reference: str, shape: str, weights: str, *, pruned: str = "", seed: i
         pruned: folder of `kirsch prune`; its model is then taken, and the reference is its original.
         seed: of random weights.
     """
+    if pruned and weights != RANDOM:
+        raise UsageError("Both --pruned and --weights are given.", "A pruned model has its weights.", "Leave one out.")
     if pruned:
         original = load(pruned, lambda: build(reference, base=Path(), seed=seed))
         sizes = _shape(shape) or example_shape(reference, original) or _planned(Path(pruned))
@@ -118,7 +121,9 @@ def given(reference: str, shape: str, weights: str, *, pruned: str = "", seed: i
     from_file = weights not in (RANDOM, PRETRAINED)
     if from_file and not zoo:
         framework_of(model).load_weights(model, Path(weights))
-    words = {RANDOM: f"the weights are random (seed {seed})" if zoo else "the weights are those that the callable gives"}
+    words = {
+        RANDOM: f"the weights are random (seed {seed})" if zoo else "the weights are those that the callable gives"
+    }
     sizes = _shape(shape) or example_shape(reference, model)
     said = words.get(weights, f"the weights are from {weights}" if from_file else "the weights are pretrained")
     return _ready(model, reference, sizes, said, random=zoo and weights == RANDOM)
@@ -158,7 +163,9 @@ def show_plan(given: Given, choice: Choice, output: str, terminal: Terminal) -> 
 def show_prune(given: Given, plan_file: str, choice: Choice, output: str, terminal: Terminal) -> int:
     """A pruned model in a folder, with proof."""
     if plan_file and (choice.macs is not None or choice.params is not None):
-        raise UsageError("Both a plan and a goal are given.", "A plan has its goal.", "Give --plan or --macs, not both.")
+        raise UsageError(
+            "Both a plan and a goal are given.", "A plan has its goal.", "Give --plan or --macs, not both."
+        )
     _check_folder(Path(output))
     plan = _read_plan(Path(plan_file)) if plan_file else choice.plan(trace(given.model, given.inputs))
     pruned = prune_with_proof(given.model, plan, example_inputs=given.inputs)
@@ -305,7 +312,7 @@ def _check_folder(folder: Path) -> None:
     check_writable(folder.parent)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file.", "A folder is needed for the output.", "Choose another name.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "plan.json").is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not all((folder / name).is_file() for name in MADE):
         raise OutputError(
             f"The folder {folder} holds something else.",
             "It is not empty, and no pruned model.",

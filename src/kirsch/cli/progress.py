@@ -123,7 +123,11 @@ def epoch(event: dict[str, Any]) -> Line:
     parts = [f"epoch {event['epoch']:>{length}}/{event['epochs']}", f"loss {figures.digits(event['loss'])}"]
     if event.get("accuracy") is not None:
         parts.append(figures.percent(event["accuracy"]))
-    return [Piece("   "), Piece(f"{event['stage']:<10} "), Piece("   ".join([*parts, figures.seconds(event["seconds"])]))]
+    return [
+        Piece("   "),
+        Piece(f"{event['stage']:<10} "),
+        Piece("   ".join([*parts, figures.seconds(event["seconds"])])),
+    ]
 
 
 def running(stage: Running, now: float) -> Line:

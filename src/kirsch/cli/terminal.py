@@ -107,9 +107,9 @@ class Terminal:
             self._write(self._stdout, line)
 
     def give(self, content: dict[str, Any]) -> None:
-        """A JSON object on the standard output."""
+        """A JSON object on the standard output, in one line."""
         # Escaped to ASCII: any encoding can carry it, and no name in it can steer the terminal.
-        self._put(self._stdout, json.dumps(content, indent=2, default=str) + "\n")
+        self._put(self._stdout, json.dumps(content, default=str) + "\n")
 
     def complain(self, *lines: Line) -> None:
         """Lines on the standard error, also when quiet."""

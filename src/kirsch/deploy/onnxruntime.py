@@ -51,6 +51,7 @@ class OnnxSession:
         self.threads = threads
         self.version: str = onnxruntime.__version__
         self.inputs: list[str] = [value.name for value in self._session.get_inputs()]
+        self.shapes: list[tuple[int | str, ...]] = [tuple(value.shape) for value in self._session.get_inputs()]
 
     def run(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         """All outputs for one batch.

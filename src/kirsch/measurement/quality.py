@@ -122,7 +122,8 @@ class Paired:
     def text(self) -> str:
         """One sentence."""
         verdict = "significant" if self.significant else "not significant"
-        return f"{self.lost} samples lost, {self.gained} gained of {self.n}; {verdict} (p = {self.p:.2g})"
+        plural = "" if self.lost == 1 else "s"
+        return f"{self.lost} sample{plural} lost, {self.gained} gained of {self.n}; {verdict} (p = {self.p:.2g})"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

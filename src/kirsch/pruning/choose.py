@@ -51,8 +51,8 @@ def plan(
         goal: fractions of the original cost.
         importance: name of how units are ranked: "magnitude" or "random".
         scope: "global" ranks all units together; "local" takes the same fraction of every group.
-        round_to: how many units stay in each group is a multiple of this. "auto": 16 in groups of 64 units or more, 8
-            from 32, 4 from 16, else 1, since runtimes work in blocks and widths between them cost time; halved, but
+        round_to: how many units stay in each group is a multiple of this. "auto": 16 in groups of 32 units or more, 8
+            from 16, 4 from 8, else 1, since runtimes work in blocks and widths between them cost time; halved, but
             not below 4, where the goal cannot be met closely otherwise.
         exclude: module paths, parameter names or globs ("layer4.*"); nothing of these is changed.
         norm: 1 or 2, the norm of "magnitude".
@@ -148,7 +148,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _multiple(round_to: int | str, size: int, fineness: int) -> int:
     if isinstance(round_to, int):
         return round_to
-    coarse = next((multiple for multiple, least in ((16, 64), (8, 32), (4, 16)) if size >= least), 1)
+    coarse = next((multiple for multiple, least in ((16, 32), (8, 16), (4, 8)) if size >= least), 1)
     return max(coarse >> fineness, min(coarse, ALIGNED))
 
 

@@ -95,9 +95,9 @@ def trade_off(models: Sequence[dict[str, Any]]) -> Markup:
             front.append((x(cost[place]), y(best)))
     corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in front)
     parts.append(_element("polyline", points=corners, class_="front"))
-    taken: list[tuple[float, float]] = []
-    for model, at in zip(shown, cost, strict=True):
-        parts.append(_point(model, x(at), y, name(at), taken))
+    places = [(x(at), y(model["accuracy"]["value"])) for model, at in zip(shown, cost, strict=True)]
+    for model, at, label in zip(shown, cost, _labels(places, [m["name"] for m in shown]), strict=True):
+        parts.append(_point(model, x(at), y, name(at), label))
     caption = "Accuracy against latency" if timed else "Accuracy against file size"
     parts.append(_element("text", "latency, one sample" if timed else "file size", x=WIDTH - 24, y=302, class_="end"))
     return _picture(caption, "; ".join(_said(model, timed) for model in shown), 310, parts)
@@ -108,14 +108,32 @@ def _said(model: dict[str, Any], timed: bool) -> str:
     return f"{model['name']}: {figures.percent(model['accuracy']['value'])} at {cost}"
 
 
-def _point(model: dict[str, Any], at: float, y: Scale, cost: str, taken: list[tuple[float, float]]) -> Markup:
+def _labels(points: Sequence[tuple[float, float]], names: Sequence[str]) -> list[tuple[float, float, str]]:
+    """A place for each name beside its point (x, y, side) that covers no other point and no other name."""
+    boxes = [(at - 7, here - 7, at + 7, here + 7) for at, here in points]
+    out = []
+    for (at, here), name in zip(points, names, strict=True):
+        wide = 7.0 * min(len(name), 30) + 4
+        tries = [
+            (at + side * 11, here + rise, "" if side > 0 else "end")
+            for rise in (4, -12, 20, -28, 36, -44, 52)
+            for side in (1, -1)
+        ]
+        for x, y, anchor in tries:
+            left = x if not anchor else x - wide
+            box = (left, y - 12, left + wide, y + 3)
+            free = all(box[2] < b[0] or box[0] > b[2] or box[3] < b[1] or box[1] > b[3] for b in boxes)
+            if free and left > 0 and left + wide < WIDTH:
+                break
+        boxes.append(box)
+        out.append((x, y, anchor))
+    return out
+
+
+def _point(model: dict[str, Any], at: float, y: Scale, cost: str, label: tuple[float, float, str]) -> Markup:
     quality = model["accuracy"]
     here = y(quality["value"])
     mark = "chosen" if model["chosen"] else "other"
-    label = here - 10
-    while any(abs(label - other) < 15 and abs(at - place) < 120 for place, other in taken):  # noqa: PLR2004 - a line, a word
-        label += 15
-    taken.append((at, label))
     tip = f"{model['name']}: {figures.interval(quality['value'], quality['low'], quality['high'])}, {cost}"
     return _element(
         "g",
@@ -124,7 +142,7 @@ def _point(model: dict[str, Any], at: float, y: Scale, cost: str, taken: list[tu
                 _element("title", tip),
                 _element("line", x1=at, x2=at, y1=y(quality["low"]), y2=y(quality["high"]), class_="span"),
                 _element("circle", cx=at, cy=here, r=6 if model["chosen"] else 4.5),
-                _element("text", model["name"], x=at + 9, y=label),
+                _element("text", _short(model["name"], 30), x=label[0], y=label[1], class_=label[2]),
             ]
         ),
         class_=mark,

@@ -54,10 +54,10 @@ class DigitsNet(nn.Module):
 
 
 def teacher() -> nn.Module:
-    """About 3 M MACs and 290 k parameters."""
-    return DigitsNet((32, 64, 128))
+    """10.7 M MACs and 885 k parameters."""
+    return DigitsNet((64, 128, 192))
 
 
 def student() -> nn.Module:
-    """About a quarter of the teacher's cost."""
-    return DigitsNet((16, 32, 64))
+    """A quarter of the teacher: 2.69 M MACs and 223 k parameters."""
+    return DigitsNet((32, 64, 96))

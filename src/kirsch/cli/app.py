@@ -1,0 +1,307 @@
+"""The `kirsch` command: its verbs and their options. What a verb does lives in jobs.py, networks.py and doctor.py."""
+
+# Annotations are read by typer when a verb is registered: no `from __future__ import annotations` here.
+import contextlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kirsch import __version__
+from kirsch.cli import failure
+from kirsch.cli.terminal import ClosedError, Mode, Terminal, forsake_stdout, prepare_streams
+from kirsch.errors import Interrupted, UsageError
+
+MODES = {
+    "json": "One JSON object on the standard output; progress goes to the standard error.",
+    "quiet": "Results only, no progress.",
+    "debug": "Show the traceback of an error.",
+}
+"""Options that every verb has."""
+
+CLOSED = 141
+"""Exit code when the reader of the standard output has gone: what a shell gives for SIGPIPE."""
+
+# typer has no public name for the base of its errors, and where it lives has changed between its versions.
+BadCall = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="kirsch",
+    help="Distil, prune, export and measure neural networks, with proof.",
+    epilog=(
+        "Exit codes: 0 done, goals met; 2 usage or recipe; 3 a goal missed; 4 model, data or checkpoint; "
+        "5 environment; 6 numbers went wrong; 75 and 130 stopped, checkpoint saved; 1 a bug of ours."
+    ),
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Session:
+    """What a verb is given beside its options.
+
+    Args:
+        terminal: where it writes.
+    """
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal = terminal
+        self.folder: Path | None = None  # of the run, as soon as there is one: tracebacks go there
+
+
+def verb(act: Callable[..., int]) -> Callable[..., int]:
+    """Make a function a verb: it gets a `Session` first, and its options, and gives the exit code.
+
+    Each verb has the options of `MODES` as well, and whatever it raises is told as `failure.tell` does.
+    """
+
+    def run(**options: Any) -> int:
+        mode = Mode(**{name: options.pop(name) for name in MODES})
+        session = Session(Terminal(mode))
+        try:
+            return act(session, **options)
+        except ClosedError:
+            forsake_stdout()
+            return CLOSED
+        except KeyboardInterrupt:
+            return failure.tell(Interrupted("Stopped by SIGINT."), session.terminal)
+        except Exception as error:  # noqa: BLE001 - the last stop: what nobody foresaw is told as a bug of ours
+            session.terminal.stop()
+            return failure.tell(error, session.terminal, session.folder)
+
+    signature = inspect.signature(act)
+    modes = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option(f"--{name}", help=text)],
+        )
+        for name, text in MODES.items()
+    ]
+    parameters = [*list(signature.parameters.values())[1:], *modes]
+    run.__name__, run.__doc__ = act.__name__, act.__doc__
+    # typer reads the one, older versions the other.
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined] - Python's own protocol
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": int}
+    app.command(act.__name__.replace("_", "-"))(run)
+    return run
+
+
+Model = Annotated[str, typer.Argument(help="package.module:callable, file.py:callable or timm:NAME.")]
+Shape = Annotated[str, typer.Option("--input", help="Shape of one batch, as 1,3,224,224; else what the model states.")]
+Weights = Annotated[str, typer.Option("--weights", help="random, pretrained (timm), or a safetensors FILE.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of random weights and random choices.", min=0)]
+Macs = Annotated[float | None, typer.Option("--macs", help="MACs that may stay, as a fraction: 0.5.")]
+Params = Annotated[float | None, typer.Option("--params", help="Parameters that may stay, as a fraction.")]
+Importance = Annotated[str, typer.Option("--importance", help="What ranks the units: magnitude, random.")]
+Scope = Annotated[str, typer.Option("--scope", help="global ranks all layers together, local each by itself.")]
+RoundTo = Annotated[str, typer.Option("--round-to", help="Kept widths are multiples of this number, or auto.")]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", help="A layer or glob to leave as it is; may be repeated.")
+]
+PrunedFolder = Annotated[
+    str,
+    typer.Option("--pruned", help="Folder of kirsch prune: take its model; MODEL is the original.", metavar="FOLDER"),
+]
+Run = Annotated[str, typer.Argument(help="Folder of a run.")]
+
+
+@verb
+def compress(
+    session: Session,
+    recipe: Annotated[str, typer.Argument(help="A recipe; the built-in digits if left out.")] = "",
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a key: prune.goal.macs=0.4; may be repeated.")
+    ] = None,
+    run: Annotated[str, typer.Option("--run", help="The run folder; a new one below runs/ if left out.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, without training.")] = False,
+) -> int:
+    """Do a whole job, from the teacher to the report."""
+    from kirsch.cli import jobs
+
+    wanted, base = jobs.read(recipe, changes or [])
+    if dry_run:
+        return jobs.dry_run(wanted, base, run, session.terminal)
+    session.folder = jobs.folder_for(wanted, run)
+    return jobs.compress(wanted, base, session.folder, session.terminal)
+
+
+@verb
+def resume(session: Session, run: Run) -> int:
+    """Go on with a run that was stopped or killed."""
+    from kirsch.cli import jobs
+
+    session.folder = Path(run)
+    return jobs.resume(session.folder, session.terminal)
+
+
+@verb
+def init(
+    session: Session,
+    file: Annotated[str, typer.Argument(help="Where to write it.")] = "recipe.yaml",
+) -> int:
+    """Write a recipe with a comment on each key."""
+    from kirsch.cli import jobs
+
+    return jobs.init(file, session.terminal)
+
+
+@verb
+def trace(session: Session, model: Model, shape: Shape = "", weights: Weights = "random", seed: Seed = 0) -> int:
+    """Show what of a model may go, and what blocks the rest."""
+    from kirsch.cli import networks
+
+    return networks.show_trace(networks.given(model, shape, weights, seed=seed), session.terminal)
+
+
+@verb
+def plan(
+    session: Session,
+    model: Model,
+    macs: Macs = None,
+    params: Params = None,
+    importance: Importance = "magnitude",
+    scope: Scope = "global",
+    round_to: RoundTo = "auto",
+    exclude: Exclude = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="File for the plan, as JSON.", metavar="FILE")] = "",
+    shape: Shape = "",
+    weights: Weights = "random",
+    seed: Seed = 0,
+) -> int:
+    """Choose what goes, without cutting it."""
+    from kirsch.cli import networks
+
+    choice = networks.Choice(macs, params, importance, scope, round_to, exclude or [], seed)
+    return networks.show_plan(networks.given(model, shape, weights, seed=seed), choice, output, session.terminal)
+
+
+@verb
+def prune(
+    session: Session,
+    model: Model,
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the pruned model.", metavar="FOLDER")],
+    plan_file: Annotated[str, typer.Option("--plan", help="A plan of kirsch plan.", metavar="FILE")] = "",
+    macs: Macs = None,
+    params: Params = None,
+    importance: Importance = "magnitude",
+    scope: Scope = "global",
+    round_to: RoundTo = "auto",
+    exclude: Exclude = None,
+    shape: Shape = "",
+    weights: Weights = "random",
+    seed: Seed = 0,
+) -> int:
+    """Cut a model by a plan or a goal, with proof."""
+    from kirsch.cli import networks
+
+    choice = networks.Choice(macs, params, importance, scope, round_to, exclude or [], seed)
+    found = networks.given(model, shape, weights, seed=seed)
+    return networks.show_prune(found, plan_file, choice, output, session.terminal)
+
+
+@verb
+def export(
+    session: Session,
+    model: Model,
+    output: Annotated[str, typer.Option("--output", "-o", help="The ONNX file.", metavar="FILE")],
+    pruned: PrunedFolder = "",
+    shape: Shape = "",
+    weights: Weights = "random",
+    seed: Seed = 0,
+) -> int:
+    """Write a model as an ONNX file, and check it."""
+    from kirsch.cli import networks
+
+    found = networks.given(model, shape, weights, pruned=pruned, seed=seed)
+    return networks.show_export(found, output, session.terminal)
+
+
+@verb
+def measure(
+    session: Session,
+    model: Annotated[str, typer.Argument(help="A model as for trace, or an ONNX file.")],
+    pruned: PrunedFolder = "",
+    shape: Shape = "",
+    weights: Weights = "random",
+    seed: Seed = 0,
+    threads: Annotated[int, typer.Option("--threads", help="Of the runtime.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", help="Of the timing.", min=5)] = 30,
+) -> int:
+    """Time and count a model or an ONNX file."""
+    from kirsch.cli import networks
+
+    if model.endswith(".onnx"):
+        return networks.show_measure_file(model, shape, threads, rounds, session.terminal)
+    found = networks.given(model, shape, weights, pruned=pruned, seed=seed)
+    return networks.show_measure(found, threads, rounds, session.terminal)
+
+
+@verb
+def report(session: Session, run: Run) -> int:
+    """Draw the report of a finished run again."""
+    from kirsch.cli import jobs
+
+    return jobs.report(Path(run), session.terminal)
+
+
+@verb
+def verify(session: Session, run: Run) -> int:
+    """Check the files of a run against their hashes."""
+    from kirsch.cli import jobs
+
+    return jobs.verify(Path(run), session.terminal)
+
+
+@verb
+def doctor(session: Session) -> int:
+    """List what is installed, missing, and how to get it."""
+    from kirsch.cli.doctor import doctor as examine
+
+    return examine(session.terminal)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """Distil, prune, export and measure neural networks, with proof."""
+    if version:
+        typer.echo(f"kirsch {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; gives the exit code.
+
+    Args:
+        arguments: of the command line, without the name of the program; the process's own if left out.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    prepare_streams()
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last: package.module:callable is found beside the caller, and shadows nothing
+    try:
+        code = app(given, prog_name="kirsch", standalone_mode=False)
+    except BadCall as error:
+        return failure.tell(_misuse(error), Terminal(Mode(json="--json" in given)))
+    except (typer.Abort, KeyboardInterrupt):
+        return Interrupted.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def _misuse(error: Any) -> UsageError:
+    """What typer says of a wrong command line, in three lines."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "kirsch"
+    first, *rest = error.format_message().strip().split("\n")
+    return UsageError(first, " ".join(rest), f"See {path} --help.")

@@ -1,0 +1,229 @@
+"""The verbs on a whole job: compress, resume, init, report, verify."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kirsch import files
+from kirsch.cli.progress import Progress, verdict
+from kirsch.cli.signals import watched
+from kirsch.cli.terminal import Line, Piece
+from kirsch.errors import CheckpointError, LoadError, OutputError
+from kirsch.recipes.recipe import BUILTIN, Recipe, commented, read_recipe
+from kirsch.report import figures
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kirsch.cli.terminal import Terminal
+    from kirsch.recipes.runner import Outcome
+
+RUNS, METRICS, REPORT = Path("runs"), "metrics.json", "report.html"
+DEFAULT = BUILTIN / "digits.yaml"
+
+
+def read(path: str, changes: Sequence[str]) -> tuple[Recipe, Path]:
+    """A recipe, with the changes of the environment and the command line, and the folder that it is relative to."""
+    if not path:
+        return read_recipe(DEFAULT, changes, os.environ), Path()
+    return read_recipe(Path(path), changes, os.environ), Path(path).parent
+
+
+def folder_for(recipe: Recipe, run: str) -> Path:
+    """The run folder: the one that was named, or a new one below runs/."""
+    from kirsch.recipes.runner import new_folder_name
+
+    return Path(run) if run else RUNS / new_folder_name(recipe)
+
+
+def compress(recipe: Recipe, base: Path, folder: Path, terminal: Terminal) -> int:
+    """Do a recipe. Gives the exit code."""
+    from kirsch.recipes import runner
+
+    return _followed(
+        lambda listen, stop: runner.run(recipe, folder, base=base, listen=listen, stop=stop), folder, terminal
+    )
+
+
+def resume(folder: Path, terminal: Terminal) -> int:
+    """Go on with a run. Gives the exit code."""
+    from kirsch.recipes import runner
+
+    return _followed(lambda listen, stop: runner.resume(folder, listen=listen, stop=stop), folder, terminal)
+
+
+def _followed(work: Callable[..., Outcome], folder: Path, terminal: Terminal) -> int:
+    """Do a job, shown on the terminal and stopped by signals."""
+    progress = Progress(terminal)
+    ends: list[dict[str, Any]] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "end":
+            ends.append(event)
+        progress(event)
+
+    try:
+        with watched(folder, terminal.restore) as stop:
+            outcome = work(listen, stop)
+    finally:
+        terminal.stop()
+    content = {
+        "exit_code": outcome.exit_code,
+        "run": str(outcome.folder),
+        "report": str(outcome.folder / REPORT),
+        "metrics": outcome.metrics,
+    }
+    terminal.result([line for event in ends for line in verdict(event)], content)
+    return outcome.exit_code
+
+
+def dry_run(recipe: Recipe, base: Path, run: str, terminal: Terminal) -> int:
+    """Say what a recipe would do. Plan files are written if a run folder is named, and nothing else."""
+    from kirsch.recipes.forecast import forecast
+
+    found = forecast(recipe, base=base, folder=Path(run) if run else None)
+    terminal.result(forecast_lines(found, run), found)
+    return 0
+
+
+def forecast_lines(found: dict[str, Any], run: str = "") -> list[Line]:
+    """A forecast, one line a stage."""
+    data = found["data"]
+    samples = f"{data['train']:,} to train on, {data['validation']:,} to watch by, {data['test']:,} to judge by"
+    lines: list[Line] = [
+        [Piece(found["name"], "strong"), Piece("   a dry run: nothing is trained")],
+        [Piece(f"{'goal':<13}{found['goal']}")],
+        [Piece(f"{'data':<13}{data['name']}: {samples}")],
+        [],
+    ]
+    for number, stage in enumerate(found["stages"], start=1):
+        cost = ""
+        if stage["macs"] is not None:
+            cost = f"{figures.count(stage['macs']):>6} MACs   {figures.count(stage['parameters']):>6} params"
+        lines.append([Piece(f"{number:>2} {stage['key']:<10} {cost:<28}   about {figures.seconds(stage['seconds'])}")])
+    plan = found["plan"]
+    if plan is not None:
+        cut = ", ".join(
+            f"{word} −{figures.percent(1 - plan['cost']['after'][key] / max(plan['cost']['before'][key], 1))}"
+            for key, word in (("macs", "MACs"), ("parameters", "parameters"))
+        )
+        lines += [[], [Piece(f"{'plan':<13}{cut} in {len(plan['groups'])} groups, by untrained weights")]]
+    lines.append(
+        [Piece(f"{'time':<13}about {figures.seconds(found['seconds'])} on this machine, as busy as it is now")]
+    )
+    lines.append([Piece(f"{'disk':<13}about {figures.bytes_(found['disk_bytes'])}")])
+    if found["missing"]:
+        lines.append([Piece(f"{'missing':<13}", "bad"), Piece(f"{', '.join(found['missing'])}; see kirsch doctor")])
+    if run:
+        lines.append([Piece(f"{'written':<13}{run}: recipe.yaml{', plan.json' if plan is not None else ''}")])
+    return lines
+
+
+def init(path: str, terminal: Terminal) -> int:
+    """Write a recipe with a comment on each key; a file that is there is left as it is."""
+    target = Path(path)
+    if target.exists():
+        raise OutputError(f"{target} exists.", "It is left as it is.", "Name another file: kirsch init FILE.")
+    files.check_writable(target.parent)
+    files.write_text(target, commented(read_recipe(DEFAULT)))
+    said = [[Piece(f"{'recipe':<13}{target}")], [Piece(f"{'next':<13}kirsch compress {target}")]]
+    terminal.result(said, {"file": str(target)})
+    return 0
+
+
+def report(folder: Path, terminal: Terminal) -> int:
+    """Draw the report of a finished run again, from its metrics."""
+    from kirsch.report import render
+
+    metrics = _metrics(folder)
+    target = folder / REPORT
+    files.write_text(target, render(metrics))
+    terminal.result([[Piece(f"{'report':<13}{target}")]], {"report": str(target)})
+    return 0
+
+
+def verify(folder: Path, terminal: Terminal) -> int:
+    """Hold a run folder against the hashes that were written with it.
+
+    Raises:
+        LoadError: the folder holds no run.
+        CheckpointError: something is damaged or missing; names all of it.
+    """
+    if not (folder / "run.json").is_file():
+        raise LoadError(f"{folder} holds no run.", "run.json is missing.", "Give the folder of a run.")
+    sealed = sorted(path.parent for path in folder.rglob(files.MANIFEST) if not _temporary(path))
+    unsealed = [path for path in _parts(folder) if not (path / files.MANIFEST).is_file()]
+    wrong = [text for text in map(files.damage, [*sealed, *unsealed]) if text]
+    wrong += _unreadable(folder)
+    wrong += _artifact(folder)
+    if wrong:
+        raise CheckpointError(
+            f"The run {folder} is damaged:\n" + "\n".join(wrong),
+            "",
+            f"kirsch resume {folder} does the damaged stages again.",
+        )
+    count = sum(len(json.loads((path / files.MANIFEST).read_text())["files"]) for path in sealed)
+    said = f"{count} files in {len(sealed)} sealed folders have the sha256 of their manifests"
+    lines = [[Piece(f"{'sound':<13}", "good"), Piece(f"{folder}: {said}")]]
+    terminal.result(lines, {"run": str(folder), "sound": True, "files": count, "folders": len(sealed)})
+    return 0
+
+
+def _temporary(path: Path) -> bool:
+    return any(part.startswith(files.TEMPORARY) for part in path.parts)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The folders of a run that a manifest must seal: finished stages and checkpoints."""
+    stages = folder / "checkpoints"
+    found = [*stages.glob("*/done"), *stages.glob("*/step-*")]
+    return sorted(path for path in found if path.is_dir())
+
+
+def _unreadable(folder: Path) -> list[str]:
+    """What is wrong with the files of a run that no manifest seals."""
+    wrong = []
+    for name in ("run.json", METRICS, "plan.json", "environment.json"):
+        path = folder / name
+        if path.is_file():
+            try:
+                json.loads(path.read_bytes())
+            except ValueError:
+                wrong.append(f"{path} is no JSON")
+    return wrong
+
+
+def _artifact(folder: Path) -> list[str]:
+    """What is wrong with the exported file, by the hash that metrics.json holds."""
+    if not (folder / METRICS).is_file():
+        return []
+    try:
+        exported = json.loads((folder / METRICS).read_bytes())["export"]
+        if exported is None:
+            return []
+        path, digest = folder / exported["file"], exported["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return []  # unreadable metrics are named by `_unreadable`
+    if not path.is_file():
+        return [f"{path} is missing"]
+    return [] if files.sha256(path) == digest else [f"{path} does not have the sha256 of {METRICS}"]
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    path = folder / METRICS
+    try:
+        metrics = json.loads(path.read_bytes())
+    except OSError as error:
+        raise LoadError(
+            f"{folder} has no {METRICS}.",
+            f"{error.strerror}: the run is not finished, or this is no run folder.",
+            f"Finish it: kirsch resume {folder}",
+        ) from error
+    except ValueError as error:
+        raise LoadError(f"{path} is damaged.", f"{error}.", f"Write it again: kirsch resume {folder}") from error
+    if not isinstance(metrics, dict) or metrics.get("kirsch_metrics") != 1:
+        raise LoadError(f"{path} holds no metrics of version 1.", mend=f"Write it again: kirsch resume {folder}")
+    return metrics
