@@ -3,9 +3,9 @@
 # Annotations are read by typer when a verb is registered: no `from __future__ import annotations` here.
 import contextlib
 import inspect
-import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ CLOSED = 141
 """Exit code when the reader of the standard output has gone: what a shell gives for SIGPIPE."""
 
 # typer has no public name for the base of its errors, and where it lives has changed between its versions.
-BadCall = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+BadCall: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     name="kirsch",
@@ -65,7 +65,8 @@ def verb(act: Callable[..., int]) -> Callable[..., int]:
         mode = Mode(**{name: options.pop(name) for name in MODES})
         session = Session(Terminal(mode))
         try:
-            return act(session, **options)
+            with _calm(mode):
+                return act(session, **options)
         except ClosedError:
             forsake_stdout()
             return CLOSED
@@ -75,6 +76,24 @@ def verb(act: Callable[..., int]) -> Callable[..., int]:
             session.terminal.stop()
             return failure.tell(error, session.terminal, session.folder)
 
+    _as_command(run, act)
+    return run
+
+
+@contextlib.contextmanager
+def _calm(mode: Mode) -> Iterator[None]:
+    """Silence the warnings of libraries: they speak of their own insides, to those who call them.
+
+    With --debug, or where Python was told what to do with warnings (-W, PYTHONWARNINGS), they are shown.
+    """
+    with warnings.catch_warnings():
+        if not mode.debug and not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
+
+
+def _as_command(run: Callable[..., int], act: Callable[..., int]) -> None:
+    """Register `run` with the name, the text and the options of `act`, and those of `MODES`."""
     signature = inspect.signature(act)
     modes = [
         inspect.Parameter(
@@ -88,10 +107,9 @@ def verb(act: Callable[..., int]) -> Callable[..., int]:
     parameters = [*list(signature.parameters.values())[1:], *modes]
     run.__name__, run.__doc__ = act.__name__, act.__doc__
     # typer reads the one, older versions the other.
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined] - Python's own protocol
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Python's own protocol
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": int}
-    app.command(act.__name__.replace("_", "-"))(run)
-    return run
+    app.command(act.__name__)(run)
 
 
 Model = Annotated[str, typer.Argument(help="package.module:callable, file.py:callable or timm:NAME.")]
@@ -288,8 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     prepare_streams()
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last: package.module:callable is found beside the caller, and shadows nothing
+    if "" not in sys.path:
+        sys.path.append("")  # the working folder, last: package.module:callable is found there, and shadows nothing
     try:
         code = app(given, prog_name="kirsch", standalone_mode=False)
     except BadCall as error:

@@ -6,7 +6,7 @@ import platform
 import re
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kirsch import __version__
 from kirsch.cli.terminal import Line, Piece

@@ -114,13 +114,11 @@ def _tree(found: Sequence[Hanging]) -> list[Line]:
     for stem, node in drawn:
         line = [Piece(stem, "faint"), Piece(node.label)]
         if node.found is not None:
-            group = node.found.group
-            line.append(
-                Piece(
-                    f"{'':{reach - len(stem) - len(node.label)}}   {group.size:>5} {_plural(group.kind):<{kinds}}"
-                    f"   {figures.count(node.found.parameters):>6} parameters   {figures.count(node.found.macs):>6} MACs"
-                )
-            )
+            group, costs = node.found.group, (node.found.parameters, node.found.macs)
+            parameters, macs = (f"{figures.count(cost):>6}" for cost in costs)
+            gap = " " * (reach - len(stem) - len(node.label))
+            units = f"{group.size:>5} {_plural(group.kind):<{kinds}}"
+            line.append(Piece(f"{gap}   {units}   {parameters} parameters   {macs} MACs"))
             line.append(Piece(_along(node.found.others), "faint"))
         lines.append(line)
     return lines

@@ -94,7 +94,7 @@ def forecast_lines(found: dict[str, Any], run: str = "") -> list[Line]:
     data = found["data"]
     samples = f"{data['train']:,} to train on, {data['validation']:,} to watch by, {data['test']:,} to judge by"
     lines: list[Line] = [
-        [Piece(found["name"], "strong"), Piece("   a dry run: nothing is trained")],
+        [Piece(found["name"], "strong"), Piece("   a dry run: a few steps are tried, nothing is kept")],
         [Piece(f"{'goal':<13}{found['goal']}")],
         [Piece(f"{'data':<13}{data['name']}: {samples}")],
         [],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kirsch.cli import drawing
 from kirsch.cli.terminal import Line, Piece
@@ -57,7 +57,7 @@ class Choice:
             graph,
             Goal(macs=self.macs, params=self.params),
             self.importance,
-            self.scope,  # type: ignore[arg-type] - checked by `plan`, which names the known ones
+            cast(Any, self.scope),  # checked by `plan`, which names the known ones
             _round_to(self.round_to),
             self.exclude,
             seed=self.seed,

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kirsch import __version__
-from kirsch.cli.terminal import Line, Piece
+from kirsch.cli.terminal import WIDTH, Line, Piece
 from kirsch.report import figures
 
 if TYPE_CHECKING:
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from kirsch.cli.terminal import Terminal
 
-WIDTHS = (15, 13, 13)
+WIDTHS = (13, 11, 12)
 """Columns of a stage's first cells: quality, MACs, parameters. What follows takes the room that it needs."""
-
-SECONDS_AT = 92
-"""Where the durations end, so that they stand below each other unless a line is longer."""
 
 BAR = 24
 """Characters of a bar."""
+
+TIMING = "measure"
+"""The stage that times."""
 
 
 class Progress:
@@ -58,7 +58,10 @@ class Progress:
 
     def _stage_start(self, event: dict[str, Any]) -> None:
         self._stage = Running(event["number"], event["key"], self._clock())
-        self._terminal.start(lambda: running(self._stage, self._clock()))
+        if event["key"] == TIMING:  # a line that moves would take its time from what is timed
+            self._terminal.start(lambda: still(self._stage), moves=False)
+        else:
+            self._terminal.start(lambda: running(self._stage, self._clock()))
 
     def _epoch(self, event: dict[str, Any]) -> None:
         self._stage.epoch = event
@@ -68,14 +71,13 @@ class Progress:
 
     def _stage_end(self, event: dict[str, Any]) -> None:
         self._terminal.stop()
-        self._terminal.progress(stage(event))
+        self._terminal.progress(stage(event, self._terminal.width))
 
     def _note(self, event: dict[str, Any]) -> None:
         self._terminal.progress([Piece("   "), Piece("note", "doubt"), Piece(f"       {event['text']}")])
 
-    def _end(self, event: dict[str, Any]) -> None:
-        self._terminal.stop()
-        self._terminal.progress([])
+    def _end(self, _event: dict[str, Any]) -> None:
+        self._terminal.progress([])  # the verdict is a result, and follows
 
 
 class Running:
@@ -101,14 +103,14 @@ def head(event: dict[str, Any]) -> list[Line]:
     return [run, *goal, []]
 
 
-def stage(event: dict[str, Any]) -> Line:
-    """A finished stage: what it did, what came out, how long it took."""
+def stage(event: dict[str, Any], width: int = WIDTH) -> Line:
+    """A finished stage: what it did, what came out, and, so that they stand below each other, how long it took."""
     cells = [str(cell) for cell in event["cells"]]
-    columns = [f"{_aligned(cell):<{width}}" for cell, width in zip(cells, WIDTHS, strict=False)]
-    text = "  ".join([f"{event['number']:>2} {event['key']:<10} {event['did']:<14}", *columns])
+    columns = [f"{_aligned(cell):<{reach}}" for cell, reach in zip(cells, WIDTHS, strict=False)]
+    text = "  ".join([f"{event['number']:>2} {event['key']:<10} {event['did']:<13}", *columns])
     text = "   ".join([text.rstrip(), *filter(None, cells[len(WIDTHS) :])])
     seconds = "kept" if event["event"] == "stage_kept" else figures.seconds(event["seconds"])
-    return [Piece(text), Piece(f"{seconds:>{max(SECONDS_AT - len(text), len(seconds) + 3)}}", "faint")]
+    return [Piece(text), Piece(f"{seconds:>{max(width - len(text), len(seconds) + 3)}}", "faint")]
 
 
 def _aligned(cell: str) -> str:
@@ -120,7 +122,7 @@ def _aligned(cell: str) -> str:
 def epoch(event: dict[str, Any]) -> Line:
     """A finished epoch, as a line of its own."""
     length = len(str(event["epochs"]))
-    parts = [f"epoch {event['epoch']:>{length}}/{event['epochs']}", f"loss {figures.digits(event['loss'])}"]
+    parts = [f"epoch {event['epoch']:>{length}}/{event['epochs']}", f"loss {figures.digits(event['loss']):<6}"]
     if event.get("accuracy") is not None:
         parts.append(figures.percent(event["accuracy"]))
     return [
@@ -128,6 +130,11 @@ def epoch(event: dict[str, Any]) -> Line:
         Piece(f"{event['stage']:<10} "),
         Piece("   ".join([*parts, figures.seconds(event["seconds"])])),
     ]
+
+
+def still(stage: Running) -> Line:
+    """The stage that times, in a line that keeps still."""
+    return [Piece(f"{stage.number:>2} {stage.key:<10} "), Piece("timing; nothing moves meanwhile", "faint")]
 
 
 def running(stage: Running, now: float) -> Line:

@@ -27,6 +27,10 @@ TONES = {"": "", "good": "green", "doubt": "yellow", "bad": "red", "faint": "dim
 """What a piece means → how a terminal shows it. The text itself always says it too."""
 
 
+WIDTH = 110
+"""Lines that end in a column of their own are this wide, if the terminal is."""
+
+
 class Piece(NamedTuple):
     """A part of a line.
 
@@ -92,6 +96,12 @@ class Terminal:
         """Whether progress goes to a terminal, where a line can change."""
         return not self.mode.quiet and self._console(self._people) is not None
 
+    @property
+    def width(self) -> int:
+        """Characters that a line of progress may have; `WIDTH` where it goes to no terminal."""
+        console = self._console(self._people)
+        return min(console.width, WIDTH) if console is not None else WIDTH
+
     def progress(self, *lines: Line) -> None:
         """Lines on what is going on; none when quiet."""
         if not self.mode.quiet:
@@ -116,8 +126,13 @@ class Terminal:
         for line in lines:
             self._write(self._stderr, line)
 
-    def start(self, draw: Callable[[], Line]) -> None:
-        """Show a line that is drawn anew four times a second, below all others; nothing where no line can change."""
+    def start(self, draw: Callable[[], Line], *, moves: bool = True) -> None:
+        """Show a line below all others, until `stop`; nothing where no line can change.
+
+        Args:
+            draw: gives the line.
+            moves: draw it anew four times a second, or only once.
+        """
         self.stop()
         console = self._console(self._people)
         if console is None or self.mode.quiet:
@@ -129,8 +144,10 @@ class Terminal:
             text.truncate(console.width, overflow="ellipsis")
             return text
 
-        self._live = Live(get_renderable=drawn, console=console, transient=True, refresh_per_second=4)
-        self._live.start()
+        self._live = Live(
+            get_renderable=drawn, console=console, transient=True, refresh_per_second=4, auto_refresh=moves
+        )
+        self._live.start(refresh=True)
 
     def stop(self) -> None:
         """Take the living line away."""
