@@ -121,6 +121,7 @@ class Facts:
     terms: list[Term] = field(default_factory=list)
     statistics: set[str] = field(default_factory=set)
     operation: Operation = field(default_factory=lambda: Operation("parameter"))
+    cause: Freeze | None = None
     _marginals: dict[tuple[tuple[int, ...], bytes], tuple[Labels, ...]] = field(default_factory=dict)
     _cells: dict[tuple[bytes, ...], Labels] = field(default_factory=dict)
     _number: int = 0
@@ -139,7 +140,12 @@ class Facts:
         if first is second or (first is None and second is None):
             return first
         if first is None or second is None:
-            self.freeze(first if second is None else second, "it meets an axis that cannot change")
+            labels = first if second is None else second
+            if self.cause is not None and labels is not None:  # an axis lost its labels there, upstream of here
+                self.touch(labels)
+                self.freezes.append(Freeze(np.unique(labels), self.cause.reason, self.cause.operation))
+            else:
+                self.freeze(labels, "it meets an axis that cannot change")
             return None
         if len(first) != len(second):
             raise ValueError(f"axes of {len(first)} and {len(second)} cannot be equal")
@@ -245,9 +251,10 @@ class Facts:
             self._touched = grown
         self._touched[labels] = self._number
 
-    def begin(self, operation: Operation) -> None:
-        """Start the account of an operation."""
+    def begin(self, operation: Operation, cause: Freeze | None = None) -> None:
+        """Start the account of an operation. `cause`: why its inputs have no labels, if something took them."""
         self.operation = operation
+        self.cause = cause
         self._number += 1
 
     def lost(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Labels:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Node
 
-    from kirsch.graph.labels import Axis
+    from kirsch.graph.labels import Axis, Freeze
 
 PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 
@@ -240,6 +240,7 @@ class _Walk:
 
     def __init__(self, facts: Facts, tensors: dict[str, Tensor], slots: dict[str, str], calls: Calls) -> None:
         self.states: dict[Node, Any] = {}
+        self._causes: dict[Node, Freeze] = {}
         self._facts = facts
         self._tensors = tensors
         self._slots = slots
@@ -253,6 +254,8 @@ class _Walk:
         elif node.op == "call_function" and node.target is operator.getitem:
             source, place = node.args[0], node.args[1]
             self.states[node] = self.states[source][place]  # type: ignore[index]
+            if source in self._causes:
+                self._causes[node] = self._causes[source]  # type: ignore[index]
         elif node.op == "call_function":
             self.states[node] = self._operation(node)
         elif node.op == "output":
@@ -272,7 +275,9 @@ class _Walk:
 
     def _operation(self, node: Node) -> Any:
         facts = self._facts
-        facts.begin(Operation(_name(node), _module(node), _source(node), node.name))
+        causes = [self._causes[source] for source in node.all_input_nodes if source in self._causes]
+        facts.begin(Operation(_name(node), _module(node), _source(node), node.name), causes[0] if causes else None)
+        frozen = len(facts.freezes)
         values = node.meta.get("val")
         many = isinstance(values, (list, tuple))
         shapes = [tuple(v.shape) for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
@@ -283,6 +288,9 @@ class _Walk:
         step = Step(facts, _name(node).removeprefix("aten."), args, options, shapes, call, self._labels_of)
         results = operators.apply(step) if shapes else []
         facts.cost("activations", *_outputs(results), owner=facts.operation.module)
+        if all(axis is None for result in results for axis in result.axes):  # what labels there were ended here
+            if causes or len(facts.freezes) > frozen:
+                self._causes[node] = causes[0] if causes else facts.freezes[-1]
         state: Any = results if many else results[0] if results else None
         if number is not None:
             self._by_call.setdefault(number, []).append(state)

@@ -1,0 +1,360 @@
+"""Each operator, and each place of its arguments: half of everything goes, and the rest equals the masked original."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from proving import assert_cut_is_right
+from torch import nn
+
+
+class Net(nn.Module):
+    """Two layers with something between them, given as a function of the module and the activations."""
+
+    def __init__(self, before, between, after, **numbers):
+        super().__init__()
+        self.before, self.after, self.between = before, after, between
+        for name, value in numbers.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.after(self.between(self, self.before(x)))
+
+
+def conv(i, o, **options):
+    return nn.Conv2d(i, o, 3, padding=1, **options)
+
+
+IMAGE = torch.randn(2, 3, 8, 8)
+
+ACTIVATIONS = [
+    F.relu,
+    F.relu6,
+    F.gelu,
+    F.silu,
+    F.mish,
+    F.elu,
+    F.selu,
+    F.celu,
+    F.softplus,
+    F.softsign,
+    F.leaky_relu,
+    F.hardtanh,
+    F.hardswish,
+    F.hardsigmoid,
+    F.logsigmoid,
+    torch.sigmoid,
+    torch.tanh,
+    torch.exp,
+    torch.abs,
+    lambda x: x.clamp(-1, 1),
+    lambda x: torch.where(x > 0, x, 0.1 * x),
+    lambda x: x**2 + 2 * x - x / 3,
+    lambda x: F.dropout(x, 0.5, training=False),
+]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_carry_channels(activation):
+    assert_cut_is_right(Net(conv(3, 8), lambda _, x: activation(x), conv(8, 4)), IMAGE, sizes=[8])
+
+
+LAYERS = {
+    "linear": (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 6), [8]),
+    "linear over tokens": (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 5, 6), [8]),
+    "conv1d": (nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 3)), torch.randn(2, 3, 12), [8]),
+    "conv2d": (nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
+    "conv3d": (nn.Sequential(nn.Conv3d(3, 8, 3), nn.ReLU(), nn.Conv3d(8, 4, 1)), torch.randn(2, 3, 4, 4, 4), [8]),
+    "without batch axis": (nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)), torch.randn(3, 8, 8), [8]),
+    "strided, dilated, reflected": (
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=2, dilation=2, padding_mode="reflect"), nn.ReLU(), conv(8, 4)
+        ),
+        IMAGE,
+        [8],
+    ),
+    "padding by name": (nn.Sequential(nn.Conv2d(3, 8, 3, padding="same"), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
+    "conv_transpose1d": (
+        nn.Sequential(nn.Conv1d(3, 8, 3), nn.ConvTranspose1d(8, 6, 3, stride=2), nn.ReLU(), nn.Conv1d(6, 2, 1)),
+        torch.randn(2, 3, 12),
+        [8, 6],
+    ),
+    "conv_transpose2d": (
+        nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 6, 2, 2, output_padding=1), nn.ReLU(), conv(6, 2)),
+        IMAGE,
+        [8, 6],
+    ),
+    "conv_transpose3d": (
+        nn.Sequential(nn.Conv3d(3, 8, 1), nn.ConvTranspose3d(8, 6, 2), nn.ReLU(), nn.Conv3d(6, 2, 1)),
+        torch.randn(2, 3, 3, 3, 3),
+        [8, 6],
+    ),
+    "depthwise": (
+        nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+        IMAGE,
+        [8],
+    ),
+    "depthwise 1d": (
+        nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 8, 3, groups=8), nn.Conv1d(8, 4, 1)),
+        torch.randn(2, 3, 9),
+        [8],
+    ),
+    "grouped convolutions freeze what they touch": (
+        nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8, groups=2), nn.ReLU(), conv(8, 6), nn.ReLU(), conv(6, 2)),
+        IMAGE,
+        [6],
+    ),
+    "one input channel": (nn.Sequential(conv(1, 8), nn.ReLU(), conv(8, 4)), torch.randn(2, 1, 8, 8), [8]),
+    "batch norm": (nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
+    "batch norm without scale": (
+        nn.Sequential(conv(3, 8), nn.BatchNorm2d(8, affine=False), nn.ReLU(), conv(8, 4)),
+        IMAGE,
+        [8],
+    ),
+    "batch norm without statistics": (
+        nn.Sequential(conv(3, 8), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), conv(8, 4)),
+        IMAGE,
+        [8],
+    ),
+    "batch norm 1d": (
+        nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)),
+        torch.randn(4, 6),
+        [8],
+    ),
+    "instance norm": (nn.Sequential(conv(3, 8), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
+    "layer norm": (
+        nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)),
+        torch.randn(2, 5, 6),
+        [8],
+    ),
+    "layer norm without scale": (
+        nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8, elementwise_affine=False), nn.ReLU(), nn.Linear(8, 3)),
+        torch.randn(2, 6),
+        [8],
+    ),
+    "layer norm over an image": (
+        nn.Sequential(conv(3, 8), nn.LayerNorm([8, 8, 8]), nn.ReLU(), conv(8, 4)),
+        IMAGE,
+        [8],
+    ),
+    "group norm: whole groups and places in them": (
+        nn.Sequential(conv(3, 12), nn.GroupNorm(3, 12), nn.ReLU(), conv(12, 4)),
+        IMAGE,
+        [3, 4],
+    ),
+    "group norm of one group": (nn.Sequential(conv(3, 8), nn.GroupNorm(1, 8), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
+    "group norm of single channels": (nn.Sequential(conv(3, 8), nn.GroupNorm(8, 8), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
+    "prelu": (nn.Sequential(conv(3, 8), nn.PReLU(8), conv(8, 4)), IMAGE, [8]),
+    "prelu with one slope": (nn.Sequential(conv(3, 8), nn.PReLU(), conv(8, 4)), IMAGE, [8]),
+    "glu": (nn.Sequential(conv(3, 8), nn.GLU(1), conv(4, 4)), IMAGE, [4]),
+    "max pool": (nn.Sequential(conv(3, 8), nn.MaxPool2d(2), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
+    "average pool": (nn.Sequential(conv(3, 8), nn.AvgPool2d(3, 1), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
+    "adaptive max pool": (nn.Sequential(conv(3, 8), nn.AdaptiveMaxPool2d(2), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
+    "pool 1d": (nn.Sequential(nn.Conv1d(3, 8, 3), nn.AvgPool1d(2), nn.Conv1d(8, 4, 1)), torch.randn(2, 3, 12), [8]),
+    "pool 3d": (nn.Sequential(nn.Conv3d(3, 8, 1), nn.MaxPool3d(2), nn.Conv3d(8, 4, 1)), torch.randn(2, 3, 4, 4, 4), [8]),
+    "flatten after pooling": (
+        nn.Sequential(conv(3, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)),
+        IMAGE,
+        [8],
+    ),
+    "flatten of space": (
+        nn.Sequential(conv(3, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3)),
+        IMAGE,
+        [8],
+    ),
+    "unflatten": (
+        nn.Sequential(nn.Linear(6, 32), nn.Unflatten(1, (8, 2, 2)), nn.ReLU(), conv(8, 4)),
+        torch.randn(2, 6),
+        [8],
+    ),
+    "upsampling": (nn.Sequential(conv(3, 8), nn.Upsample(scale_factor=2), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
+    "bilinear upsampling": (
+        nn.Sequential(conv(3, 8), nn.Upsample(scale_factor=2, mode="bilinear"), nn.ReLU(), conv(8, 4)),
+        IMAGE,
+        [8],
+    ),
+    "pixel shuffle": (nn.Sequential(conv(3, 16), nn.PixelShuffle(2), nn.ReLU(), conv(4, 4)), IMAGE, [4]),
+    "pixel unshuffle": (nn.Sequential(conv(3, 4), nn.PixelUnshuffle(2), nn.ReLU(), conv(16, 4)), IMAGE, [4]),
+    "dropout": (nn.Sequential(conv(3, 8), nn.Dropout2d(0.5), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
+    "softmax over channels freezes them": (nn.Sequential(conv(3, 8), nn.Softmax(1), conv(8, 6), nn.ReLU(), conv(6, 2)), IMAGE, [6]),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_is_cut_right(name):
+    model, inputs, sizes = LAYERS[name]
+    assert_cut_is_right(model, inputs, sizes=sizes)
+
+
+def cat_with_image(self, x):
+    return torch.cat([x, IMAGE[:, :2]], 1)
+
+
+BETWEEN = {
+    "reduce mean": (lambda _, x: x.mean((2, 3)), nn.Linear(8, 3), {}, [8]),
+    "reduce mean, negative axes": (lambda _, x: x.mean((-1, -2)), nn.Linear(8, 3), {}, [8]),
+    "reduce mean, axes kept": (lambda _, x: x * x.mean((2, 3), keepdim=True), conv(8, 4), {}, [8]),
+    "mean over channels": (lambda _, x: x * x.sigmoid().mean(1, keepdim=True), conv(8, 4), {}, [8]),
+    "sum over channels": (lambda _, x: x * x.sigmoid().sum(1, keepdim=True), conv(8, 4), {}, [8]),
+    "amax over channels": (lambda _, x: x * x.amax(1, keepdim=True), conv(8, 4), {}, [8]),
+    "unit length over channels": (lambda _, x: F.normalize(x, dim=1), conv(8, 4), {}, [8]),
+    "scale by a parameter": (lambda s, x: x * s.gamma, conv(8, 4), {"gamma": nn.Parameter(torch.ones(8, 1, 1))}, [8]),
+    "scale by a constant freezes": (lambda _, x: x * torch.arange(8.0).reshape(8, 1, 1), conv(8, 4), {}, []),
+    "cat on channels": (lambda _, x: torch.cat([x, x * 2], 1), conv(16, 4), {}, [8]),
+    "cat with the image": (cat_with_image, conv(10, 4), {}, [8]),
+    "cat on space": (lambda _, x: torch.cat([x, x * 2], -1), conv(8, 4), {}, [8]),
+    "stack and sum": (lambda _, x: torch.stack([x, x.tanh()], 1).sum(1), conv(8, 4), {}, [8]),
+    "chunk": (lambda _, x: torch.mul(*x.chunk(2, 1)), conv(4, 4), {}, [4]),
+    "chunk on the last axis": (
+        lambda _, x: torch.mul(*x.permute(0, 2, 3, 1).chunk(2, -1)).permute(0, 3, 1, 2),
+        conv(4, 4),
+        {},
+        [4],
+    ),
+    "split by a number freezes": (lambda _, x: torch.mul(*x.split(4, 1)), conv(4, 4), {}, []),
+    "split by an attribute": (lambda s, x: torch.mul(*x.split(s.half, 1)), conv(4, 4), {"half": 4}, [4]),
+    "split by attributes": (
+        lambda s, x: torch.cat(list(reversed(x.split([s.first, s.second], 1))), 1),
+        conv(8, 4),
+        {"first": 2, "second": 6},
+        [8],
+    ),
+    "split by a tuple attribute": (
+        lambda s, x: torch.cat(list(reversed(torch.split(x, s.parts, 1))), 1),
+        conv(8, 4),
+        {"parts": (3, 5)},
+        [8],
+    ),
+    "slice by a number keeps what is before it": (
+        lambda _, x: torch.cat([x[:, 3:], x[:, :3]], 1),
+        conv(8, 4),
+        {},
+        [5],
+    ),
+    "slice by an attribute": (
+        lambda s, x: torch.cat([x[:, s.at :], x[:, : s.at]], 1),
+        conv(8, 4),
+        {"at": 3},
+        [8],
+    ),
+    "slice by an expression": (
+        lambda s, x: torch.cat([x[:, s.at // 2 :], x[:, : s.at // 2]], 1),
+        conv(8, 4),
+        {"at": 6},
+        [8],
+    ),
+    "slice from the end freezes": (lambda _, x: torch.cat([x[:, -3:], x[:, :-3]], 1), conv(8, 4), {}, []),
+    "slice with a stride freezes": (lambda _, x: torch.cat([x[:, ::2], x[:, 1::2]], 1), conv(8, 4), {}, []),
+    "slice of space": (lambda _, x: x[:, :, ::2, 1:], conv(8, 4), {}, [8]),
+    "slice of length one": (lambda _, x: x * x[:, :1].sigmoid(), conv(8, 4), {}, [7]),
+    "narrow": (lambda s, x: x.narrow(1, 0, s.at) + 1, conv(6, 4), {"at": 6}, [6, 2]),
+    "select freezes the axis": (lambda _, x: x * x[:, 0:1] + x[:, 2].unsqueeze(1), conv(8, 4), {}, []),
+    "permute to channels last and back": (
+        lambda s, x: s.mix(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+        conv(6, 4),
+        {"mix": nn.Linear(8, 6)},
+        [8, 6],
+    ),
+    "transpose": (
+        lambda s, x: s.mix(x.flatten(2).transpose(1, 2)).transpose(-1, -2).unflatten(2, (8, 8)),
+        conv(6, 4),
+        {"mix": nn.Linear(8, 6)},
+        [8, 6],
+    ),
+    "view by a number freezes": (lambda _, x: x.view(2, 8, 64).relu().view(2, 8, 8, 8), conv(8, 4), {}, []),
+    "view with -1": (lambda _, x: x.view(2, -1, 64).relu().reshape(2, -1, 8, 8), conv(8, 4), {}, [8]),
+    "view by an attribute": (
+        lambda s, x: x.view(2, s.width, 64).relu().view(2, s.width, 8, 8),
+        conv(8, 4),
+        {"width": 8},
+        [8],
+    ),
+    "view by its own sizes": (
+        lambda _, x: x.view(x.size(0), x.shape[1], -1).relu().view(x.shape),
+        conv(8, 4),
+        {},
+        [8],
+    ),
+    "view as another": (lambda _, x: x.flatten(2).relu().view_as(x), conv(8, 4), {}, [8]),
+    "flatten before linear by attribute": (
+        lambda s, x: x.reshape(-1, s.head.in_features),
+        nn.Identity(),
+        {"head": nn.Linear(512, 3)},
+        None,
+    ),
+    "channel shuffle": (
+        lambda s, x: x.view(2, 2, x.shape[1] // 2, 8, 8).transpose(1, 2).reshape(x.shape),
+        conv(8, 4),
+        {},
+        [4],
+    ),
+    "squeeze and excite": (
+        lambda s, x: x * s.up(s.down(x.mean((2, 3))).relu()).sigmoid().view(x.shape[0], x.shape[1], 1, 1),
+        conv(8, 4),
+        {"down": nn.Linear(8, 6), "up": nn.Linear(6, 8)},
+        [8, 6],
+    ),
+    "squeeze and excite, expanded": (
+        lambda s, x: x * s.gate(x.mean((2, 3), keepdim=True)).sigmoid().expand_as(x),
+        conv(8, 4),
+        {"gate": nn.Conv2d(8, 8, 1)},
+        [8],
+    ),
+    "expand of one channel follows": (lambda s, x: x * s.gate(x).expand_as(x), conv(8, 4), {"gate": conv(8, 1)}, [8]),
+    "pad on channels by attributes": (
+        lambda s, x: F.pad(x, (0, 0, 0, 0, s.left, s.right)),
+        conv(12, 4),
+        {"left": 1 + 1, "right": 2},
+        [8, 4],
+    ),
+    "pad on channels by numbers stays": (lambda _, x: F.pad(x, (0, 0, 0, 0, 2, 2)), conv(12, 4), {}, [8]),
+    "pad on space": (lambda _, x: F.pad(x, (1, 1, 2, 0), mode="reflect"), conv(8, 4), {}, [8]),
+    "zeros like": (lambda _, x: torch.cat([x, torch.zeros_like(x)], 1), conv(16, 4), {}, [8]),
+    "zeros made by an attribute": (
+        lambda s, x: torch.cat([x, torch.zeros(2, s.width, 8, 8)], 1),
+        conv(14, 4),
+        {"width": 6},
+        [8, 6],
+    ),
+    "zeros made by a number stay": (lambda _, x: torch.cat([x, x.new_zeros(2, 6, 8, 8)], 1), conv(14, 4), {}, [8]),
+    "residual": (lambda s, x: x + s.inner(x).relu(), conv(8, 4), {"inner": conv(8, 8)}, [8]),
+    "two branches": (
+        lambda s, x: s.left(x).relu() + s.right(x),
+        conv(6, 4),
+        {"left": conv(8, 6), "right": conv(8, 6)},
+        [8, 6],
+    ),
+    "a module used twice": (lambda s, x: s.inner(s.inner(x).relu()), conv(8, 4), {"inner": conv(8, 8)}, [8]),
+    "matmul freezes": (lambda _, x: (x.flatten(2) @ x.flatten(2).transpose(1, 2)).unsqueeze(1), conv(1, 4), {}, []),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_lies_between_layers_is_cut_right(name):
+    between, after, numbers, sizes = BETWEEN[name]
+    model = Net(nn.Sequential(conv(3, 8), nn.ReLU()), between, after, **numbers)
+    assert_cut_is_right(model, IMAGE, sizes=sizes)
+
+
+def test_numbers_in_the_code_are_named_with_their_line():
+    model = Net(conv(3, 8), lambda _, x: x.view(2, 8, 64).relu().view(2, 8, 8, 8), conv(8, 4))
+    graph, _ = assert_cut_is_right(model, IMAGE)
+    assert "number in the code" in graph.blockers[0].reason
+    assert graph.blockers[0].source.startswith("test_operators.py:")
+
+
+def test_an_operator_without_a_rule_is_named():
+    model = Net(conv(3, 8), lambda _, x: x.cumsum(1), conv(8, 4))
+    graph, _ = assert_cut_is_right(model, IMAGE, sizes=[])
+    assert "there is no rule for aten.cumsum" in graph.blockers[0].reason
+    assert graph.blockers[0].share == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_rule_that_loses_labels_is_an_error(monkeypatch):
+    from kirsch.frameworks.pytorch import operators
+    from kirsch.graph.labels import Tensor
+
+    monkeypatch.setitem(operators.RULES, "relu", lambda step: Tensor.of(step.shape))
+    with pytest.raises(RuntimeError, match="the rule of relu loses 8 labels"):
+        assert_cut_is_right(nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)), IMAGE)
