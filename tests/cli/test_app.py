@@ -1,0 +1,70 @@
+"""The verbs and their options."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kirsch.cli.app import MODES, app
+
+VERBS = ["compress", "resume", "init", "trace", "plan", "prune", "export", "measure", "report", "verify", "doctor"]
+
+
+def test_the_verbs_are_these():
+    assert [command.name or command.callback.__name__ for command in app.registered_commands] == VERBS
+
+
+def test_help_lists_every_verb_with_a_whole_sentence(kirsch):
+    code, out, err = kirsch("--help")
+    listed = [line.split(maxsplit=1) for line in out.partition("Commands:")[2].partition("Exit codes")[0].splitlines()]
+    assert (code, err) == (0, "")
+    assert [entry[0] for entry in listed if entry] == VERBS
+    assert all(entry[1].endswith(".") and not entry[1].endswith("...") for entry in listed if entry)
+
+
+def test_without_a_verb_the_help_is_shown(kirsch):
+    assert kirsch() == kirsch("-h")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_the_modes(kirsch, verb):
+    code, out, _ = kirsch(verb, "--help")
+    assert code == 0
+    assert all(f"--{mode} " in out for mode in MODES)
+
+
+def test_the_version_is_that_of_the_package(kirsch):
+    assert kirsch("--version") == (0, "kirsch 0.1.0\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence", "see"),
+    [
+        (["tracy"], "'tracy'", "kirsch --help"),
+        (["trace"], "Missing argument 'MODEL'", "kirsch trace --help"),
+        (["trace", "a:b", "--imput", "1"], "--imput", "kirsch trace --help"),
+        (["measure", "a.onnx", "--threads", "0"], "--threads", "kirsch measure --help"),
+        (["prune", "a:b"], "--output", "kirsch prune --help"),
+    ],
+)
+def test_a_wrong_command_line_says_what_and_where_to_look(kirsch, arguments, sentence, see):
+    code, out, err = kirsch(*arguments)
+    first, *_, last = err.splitlines()
+    assert (code, out) == (2, "")
+    assert first.startswith("error   ")
+    assert sentence.lower() in first.lower()
+    assert last == f"do      See {see}."
+
+
+def test_a_wrong_command_line_is_json_where_json_is_asked_for(kirsch):
+    code, out, err = kirsch("trace", "--json")
+    assert (code, err) == (2, "")
+    assert json.loads(out)["error"]["type"] == "UsageError"
+
+
+def test_the_command_runs_as_a_module(process):
+    with process("-m", "kirsch.cli", "trace", "nowhere:net", "--json") as started:
+        out, err = started.communicate(timeout=60)
+    assert (started.returncode, err) == (4, "")
+    assert json.loads(out)["error"]["what"] == "The module 'nowhere' cannot be imported."

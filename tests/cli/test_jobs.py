@@ -1,0 +1,273 @@
+"""The verbs on a whole job: one small run, looked at from all sides."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import signal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kirsch import files
+from kirsch.cli import jobs, main
+from kirsch.cli.terminal import plain
+from kirsch.recipes.recipe import read_recipe
+
+pytest.importorskip("torch")
+
+STAGES = ["teacher", "distil", "prune", "recover", "export", "measure"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, write_job):
+    """A folder with a finished run in `run`, the exit code, and what was printed. Not to be changed."""
+    folder = tmp_path_factory.mktemp("job")
+    write_job(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            code = main(["compress", "recipe.yaml", "--run", "run"])
+    return folder, code, out.getvalue()
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """A copy of the finished run, for changing, in the working folder."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
+
+
+def test_a_run_prints_its_head_a_line_a_stage_and_its_verdict(finished):
+    _, code, out = finished
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0] == "kirsch 0.1.0 · stripes · run run"
+    assert lines[1].startswith("goal  MACs ≤ 60 %")
+    assert [line.split()[1] for line in lines if line[:2].strip().isdigit()] == STAGES
+    assert sum(" epoch " in line for line in lines) == 6 + 6 + 2
+    assert lines[-3].startswith("goal met     MACs ")
+    assert lines[-2] == "report       run/report.html"
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    names = {path.name for path in (finished[0] / "run").iterdir()} - {".lock"}
+    assert names == {
+        "recipe.yaml",
+        "run.json",
+        "plan.json",
+        "events.jsonl",
+        "metrics.json",
+        "checkpoints",
+        "artifacts",
+        "report.html",
+        "environment.json",
+    }
+
+
+def test_a_finished_run_is_kept_stage_by_stage(run, kirsch):
+    before = files.sha256(run / "artifacts" / "model.onnx")
+    code, out, _ = kirsch("resume", "run")
+    stages = [line for line in out.splitlines() if line[:2].strip().isdigit()]
+    assert code == 0
+    assert all(line.endswith(" kept") for line in stages)
+    assert files.sha256(run / "artifacts" / "model.onnx") == before
+
+
+def test_json_holds_the_metrics_and_progress_goes_to_the_standard_error(run, kirsch):
+    code, out, err = kirsch("resume", "run", "--json")
+    answer = json.loads(out)
+    assert answer["exit_code"] == code == 0
+    assert answer["metrics"] == json.loads((run / "metrics.json").read_text())
+    assert [stage["key"] for stage in answer["metrics"]["stages"]] == STAGES
+    assert " 1 teacher" in err
+
+
+def test_quiet_leaves_the_verdict(run, kirsch):
+    code, out, err = kirsch("resume", "run", "--quiet")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["goal", "report", "took"]
+
+
+def test_a_goal_that_is_missed_exits_with_three(run, kirsch):
+    code, out, _ = kirsch(
+        "compress",
+        "recipe.yaml",
+        "--run",
+        "missed",
+        "--set",
+        "goal.speedup=1000",
+        "--set",
+        "measure.rounds=10",
+        "--set",
+        "teacher.train.epochs=4",
+    )
+    assert code == 3
+    assert "\ngoal missed  " in out
+
+
+def test_a_sound_run_is_found_sound(run, answer):
+    found = answer("verify", "run")
+    assert found["sound"] is True
+    assert found["folders"] >= len(STAGES)
+    assert found["files"] > found["folders"]
+
+
+def sealed(run) -> list:
+    """Every file of a run that a hash covers."""
+    manifests = list(run.rglob(files.MANIFEST))
+    return sorted(
+        {m.parent / name for m in manifests for name in json.loads(m.read_text())["files"]}
+        | {run / "artifacts/model.onnx"}
+    )
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_flipped_bit_is_found_and_its_file_named(run, kirsch, data):
+    path = data.draw(st.sampled_from(sealed(run)))
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    before = path.read_bytes()
+    path.write_bytes(content)
+    code, _, err = kirsch("verify", "run")
+    path.write_bytes(before)
+    assert code == 4
+    assert str(path.relative_to(run)) in err
+
+
+def test_all_damage_is_named_at_once(run, kirsch):
+    (run / "artifacts" / "model.onnx").unlink()
+    (run / "checkpoints" / "teacher" / "done" / files.MANIFEST).unlink()
+    (run / "plan.json").write_text("{")
+    code, _, err = kirsch("verify", "run")
+    assert code == 4
+    lines = [line.strip() for line in err.splitlines()]
+    assert lines[0] == "error   The run run is damaged:"
+    assert set(lines[1:-1]) == {
+        "run/artifacts/model.onnx is missing",
+        "run/checkpoints/teacher/done/manifest.json is missing or damaged",
+        "run/plan.json is no JSON",
+    }
+
+
+@pytest.mark.parametrize("verb", ["verify", "resume", "report"])
+def test_a_folder_that_holds_no_run_is_said(kirsch, folder, verb):
+    code, out, err = kirsch(verb, ".")
+    assert (code, out) == (4, "")
+    assert err.startswith("error   . h")
+    assert sorted(path.name for path in folder.iterdir()) == ["nets.py", "recipe.yaml"]
+
+
+def test_the_report_is_drawn_again_from_the_metrics(run, kirsch):
+    before = (run / "report.html").read_text()
+    (run / "report.html").unlink()
+    code, out, _ = kirsch("report", "run")
+    assert (code, out) == (0, "report       run/report.html\n")
+    assert (run / "report.html").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"), [("{", "metrics.json is damaged."), ("[]", "holds no metrics of version 1.")]
+)
+def test_damaged_metrics_are_said(run, kirsch, content, sentence):
+    (run / "metrics.json").write_text(content)
+    code, _, err = kirsch("report", "run")
+    assert code == 4
+    assert sentence in err
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder, kirsch, answer):
+    found = answer("compress", "recipe.yaml", "--dry-run")
+    code, out, _ = kirsch("compress", "recipe.yaml", "--dry-run")
+    assert code == 0
+    assert [stage["key"] for stage in found["stages"]] == STAGES
+    assert [line.split()[1] for line in out.splitlines() if line[:2].strip().isdigit()] == STAGES
+    assert found["plan"]["cost"]["after"]["macs"] <= 0.6 * found["plan"]["cost"]["before"]["macs"]
+    assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == ["nets.py", "recipe.yaml"]
+
+
+def test_a_dry_run_with_a_run_folder_writes_plan_files_alone(folder, kirsch):
+    code, out, _ = kirsch("compress", "recipe.yaml", "--dry-run", "--run", "soon")
+    assert code == 0
+    assert sorted(path.name for path in (folder / "soon").iterdir()) == ["plan.json", "recipe.yaml"]
+    assert out.splitlines()[-1] == "written      soon: recipe.yaml, plan.json"
+
+
+def test_what_is_missing_is_said_by_a_dry_run():
+    found = {"name": "n", "goal": "g", "data": {"name": "d", "train": 1, "validation": 2, "test": 3}, "stages": []}
+    found |= {"plan": None, "seconds": 1.0, "disk_bytes": 1, "missing": ["onnx"]}
+    assert plain(jobs.forecast_lines(found)[-1]) == "missing      onnx; see kirsch doctor"
+
+
+def test_init_writes_a_recipe_that_reads_back_to_the_built_in_one(folder, kirsch):
+    code, out, _ = kirsch("init", "mine.yaml")
+    assert code == 0
+    assert "kirsch compress mine.yaml" in out
+    assert read_recipe(folder / "mine.yaml") == read_recipe(jobs.DEFAULT)
+
+
+def test_init_leaves_a_file_that_is_there(folder, kirsch):
+    before = (folder / "recipe.yaml").read_text()
+    code, _, err = kirsch("init")
+    assert code == 5
+    assert err.splitlines()[:2] == ["error   recipe.yaml exists.", "why     It is left as it is."]
+    assert (folder / "recipe.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["absent.yaml"], "The recipe absent.yaml cannot be read."),
+        (["recipe.yaml", "--set", "prune"], "--set 'prune' is no change."),
+        (["recipe.yaml", "--set", "prune.gaol.macs=1"], "prune.gaol: unknown key. Did you mean 'goal'?"),
+        (["recipe.yaml", "--set", "prune.goal.macs=.nan"], "prune.goal.macs"),
+        (["recipe.yaml", "--set", "teacher.train.epochs=ten"], "teacher.train.epochs"),
+    ],
+)
+def test_a_recipe_that_is_wrong_is_said_before_any_work(folder, kirsch, arguments, sentence):
+    code, out, err = kirsch("compress", *arguments)
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert not (folder / "runs").exists()
+
+
+def test_the_command_line_is_heard_after_the_environment(folder, monkeypatch):
+    monkeypatch.setenv("KIRSCH_RECIPE__PRUNE__GOAL__MACS", "0.3")
+    assert jobs.read("recipe.yaml", [])[0].prune.goal.macs == 0.3
+    assert jobs.read("recipe.yaml", ["prune.goal.macs=0.7"])[0].prune.goal.macs == 0.7
+
+
+def test_without_a_recipe_the_built_in_one_is_meant(folder):
+    recipe, base = jobs.read("", [])
+    assert recipe.name == "digits"
+    assert jobs.folder_for(recipe, "").parent.name == "runs"
+    assert (folder / base).samefile(folder)
+
+
+def test_a_run_folder_that_cannot_be_written_is_said_before_any_work(folder, kirsch):
+    (folder / "file").write_text("")
+    code, _, err = kirsch("compress", "recipe.yaml", "--run", "file")
+    assert code == 5
+    assert err.startswith("error   file is a file.")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_run_that_is_stopped_says_how_to_go_on_and_does(folder, process, kirsch, number, code):
+    command = ["-m", "kirsch.cli", "compress", "recipe.yaml", "--run", "run", "--set", "teacher.train.epochs=2000"]
+    with process(*command, cwd=folder) as started:
+        for line in started.stdout:
+            if " epoch " in line:
+                break
+        started.send_signal(number)
+        err = started.stderr.read()
+        assert started.wait(60) == code
+    assert err.splitlines()[-1] == "do      Go on with: kirsch resume run"
+    assert list((folder / "run" / "checkpoints" / "teacher").glob("step-*"))
+    assert kirsch("verify", "run")[0] == 0

@@ -1,0 +1,240 @@
+"""The verbs on one model, from the command line to the files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+pytest.importorskip("torch")
+
+CHAIN = "nets.py:chain"
+TEACHER = "nets.py:teacher"
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(folder):
+    return folder
+
+
+def test_trace_shows_what_hangs_on_a_group(answer):
+    """Without the 8 channels, conv 1 → 8 (72 weights) and the input of conv 8 → 4 (288) are gone."""
+    found = answer("trace", CHAIN)
+    (group,) = found["groups"]
+    assert found["cost"]["parameters"] == 72 + 288 + 51
+    assert group["name"] == "0"
+    assert group["units"] == 8
+    assert group["layers"] == ["0", "2"]
+    assert group["parameters"] == 72 + 288
+    assert group["macs"] == 72 * 4 * 4 + 288 * 2 * 2
+    assert group["footprint"] == [["0.weight", 0], ["2.weight", 1]]
+    assert found["inputs"] == [[1, 1, 6, 6]]
+
+
+def test_trace_for_people_has_the_same_group_and_blocker(kirsch):
+    code, out, err = kirsch("trace", CHAIN)
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert lines[0] == "Sequential   411 parameters   2.35 k MACs   input 1×1×6×6"
+    assert lines[2] == "0       8 channels      360 parameters   2.30 k MACs   with 2"
+    assert lines[4] == "blockers  what keeps parameters from going, by the share of them that it holds"
+    assert lines[5].split(maxsplit=2)[:2] == ["11.7", "%"]  # 48 of 411: the weights of the linear layer
+    assert "a softmax spans it  aten.softmax" in lines[5]
+
+
+def test_names_in_a_tree_are_written_verbatim(kirsch):
+    code, out, _ = kirsch("trace", "nets.py:hostile")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[2:4]] == ["[red]", "<script>"]
+    assert "with [/0]" in out
+
+
+def test_the_shape_can_be_given(answer):
+    small, large = (
+        answer("trace", "nets.py:shapeless", "--input", shape)["cost"]["macs"] for shape in ("2,1,6,6", "4,1,6,6")
+    )
+    assert large == 2 * small
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["nets.py:shapeless"], 2, "nets.py:shapeless does not say what its inputs look like.*Give --input"),
+        ([CHAIN, "--input", "1,a"], 2, "--input '1,a' is no shape"),
+        ([CHAIN, "--input", "1,0,6,6"], 2, "--input '1,0,6,6' is no shape"),
+        ([CHAIN, "--input", "1,3,6,6"], 4, "cannot be traced with inputs of shape .1, 3, 6, 6"),
+        ([CHAIN, "--weights", "pretrained"], 2, "pretrained does not go with nets.py:chain"),
+        ([CHAIN, "--weights", "absent.safetensors"], 4, "absent.safetensors"),
+        (["chain"], 2, "'chain' names no model"),
+        (["absent.py:chain"], 4, "absent.py does not exist"),
+        (["nets.py:chian"], 4, "no callable in nets.py 'chian'"),
+        (["nets.py:fails"], 4, "nets.py:fails failed. why ValueError: no such thing"),
+        (["absent_module:chain"], 4, "module 'absent_module' cannot be imported"),
+        (["json:dumps"], 4, "json:dumps failed"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_said(kirsch, arguments, code, sentence):
+    found, out, err = kirsch("trace", *arguments)
+    assert (found, out) == (code, "")
+    assert re.search(sentence, " ".join(err.split()))
+
+
+def test_a_module_in_the_working_folder_can_be_named(answer, folder):
+    shutil.copy("nets.py", "nets_of_beside.py")
+    (folder / "beside.py").write_text("from nets_of_beside import chain\n")
+    assert answer("trace", "beside:chain")["model"] == "Sequential"
+
+
+def test_weights_come_from_a_file_when_one_is_named(answer, folder):
+    """The plan takes the four channels whose weights are the smallest: here those that the file makes small."""
+    random = np.random.default_rng(0)
+    weights = {
+        name: random.uniform(1, 2, shape) for name, shape in (("0.weight", (8, 1, 3, 3)), ("2.weight", (4, 8, 3, 3)))
+    }
+    for place in (1, 2, 5, 7):
+        weights["0.weight"][place] /= 100
+        weights["2.weight"][:, place] /= 100
+    weights |= {"5.weight": np.zeros((3, 16)), "5.bias": np.zeros(3)}
+    arrays = {name: value.astype(np.float32) for name, value in weights.items()}
+    safetensors.numpy.save_file(arrays, folder / "w.safetensors")
+    found = answer("plan", CHAIN, "--macs", "0.55", "--weights", "w.safetensors")
+    assert found["plan"]["groups"][0]["removed"] == [1, 2, 5, 7]
+    assert found["weights"] == "the weights are from w.safetensors"
+
+
+def test_a_plan_is_shown_as_bars_and_kept_as_a_file(kirsch, folder):
+    code, out, _ = kirsch("plan", CHAIN, "--macs", "0.55", "-o", "plan.json")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0] == "Sequential   magnitude (L2), global, round widths"
+    assert lines[2] == "0  ████████████░░░░░░░░░░░░      8 → 4       −50.0 %"
+    assert lines[5] == "MACs         2.35 k → 1.20 k   51.0 % of the original   goal met: ≤ 55 %"
+    assert json.loads((folder / "plan.json").read_text())["groups"][0]["size"] == 8
+
+
+def test_a_group_that_is_excluded_is_kept_whole(kirsch):
+    code, out, _ = kirsch("plan", TEACHER, "--macs", "0.8", "--exclude", "head")
+    kept = next(line for line in out.splitlines() if line.startswith("second"))
+    assert code == 0
+    assert kept == "second  ████████████████████████     16 → 16         kept"
+    assert ", without head" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "The goal is missing.*Give --macs 0.5"),
+        (["--macs", "1.5"], "The goal macs=1.5 cannot be met"),
+        (["--macs", "0"], "The goal macs=0.0 cannot be met"),
+        (["--macs", "nan"], "The goal macs=nan cannot be met"),
+        (["--macs", "0.001"], "No plan for Sequential reaches the goal: .* is the least reachable"),
+        (["--macs", "0.5", "--importance", "magnitud"], "no importance 'magnitud'.*Did you mean 'magnitude'"),
+        (["--macs", "0.5", "--scope", "here"], "scope is 'here'"),
+        (["--macs", "0.5", "--round-to", "some"], "round_to is 'some'"),
+        (["--macs", "0.5", "--exclude", "layer9"], "no layer to exclude named 'layer9'"),
+        (["--macs", "half"], "--macs"),
+    ],
+)
+def test_a_goal_or_option_that_is_wrong_is_said(answer, arguments, sentence):
+    error = answer("plan", CHAIN, *arguments, code=2)["error"]
+    assert re.search(sentence, f"{error['what']} {error['why']} {error['mend']}")
+
+
+def test_a_pruned_model_goes_through_the_whole_shell(kirsch, answer, folder):
+    """Trace → plan → prune → export → measure, each from the files of the one before."""
+    plan = answer("plan", TEACHER, "--macs", "0.5", "-o", "plan.json")["plan"]
+    pruned = answer("prune", TEACHER, "--plan", "plan.json", "-o", "small")
+    assert pruned["plan"]["groups"] == plan["groups"]
+    assert pruned["verification"]["error"] <= pruned["verification"]["tolerance"]
+    assert sorted(path.name for path in (folder / "small").iterdir()) == [
+        "manifest.json",
+        "model.safetensors",
+        "plan.json",
+    ]
+
+    exported = answer("export", TEACHER, "--pruned", "small", "-o", "small.onnx")
+    assert exported["bytes"] == (folder / "small.onnx").stat().st_size
+    assert exported["drift"] < 1e-4
+
+    model = answer("measure", TEACHER, "--pruned", "small", "--rounds", "5")
+    file = answer("measure", "small.onnx", "--rounds", "5")
+    assert model["macs"] == plan["cost"]["after"]["macs"]
+    assert model["bytes"] == file["bytes"] == exported["bytes"]
+    assert file["parameters"] is None
+    assert file["input"] == [1, 1, 6, 6]  # read from the file
+    assert {"Accuracy: no data was given."} < set(file["not_measured"])
+
+
+def test_prune_and_measure_say_the_same_to_people(kirsch):
+    code, out, _ = kirsch("prune", TEACHER, "--macs", "0.5", "-o", "small")
+    assert code == 0
+    assert "verified     equal to the masked original: error" in out
+    assert "saved        small" in out
+    code, out, _ = kirsch("measure", TEACHER, "--pruned", "small", "--rounds", "5")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["size", "latency", "runtime", "noise", "not"]
+    code, out, _ = kirsch("export", TEACHER, "-o", "teacher.onnx")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["file", "inputs", "verified", "sha256"]
+
+
+def test_pruning_again_replaces_what_an_earlier_pruning_left(answer, folder):
+    for goal in ("0.7", "0.5"):
+        answer("prune", TEACHER, "--macs", goal, "-o", "small")
+    assert json.loads((folder / "small" / "plan.json").read_text())["goal"] == {"macs": 0.5}
+
+
+def test_a_folder_with_other_things_is_left_as_it_is(kirsch, folder):
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.tex").write_text("years of work")
+    code, _, err = kirsch("prune", TEACHER, "--macs", "0.5", "-o", "mine")
+    assert code == 5
+    assert "The folder mine holds something else." in err
+    assert (folder / "mine" / "thesis.tex").read_text() == "years of work"
+    assert kirsch("prune", TEACHER, "--macs", "0.5", "-o", "nets.py")[2].startswith("error   nets.py is a file.")
+
+
+def test_a_plan_for_another_model_is_refused_with_both_named(kirsch):
+    kirsch("plan", TEACHER, "--macs", "0.5", "-o", "plan.json")
+    code, _, err = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
+    assert code == 2
+    assert "This plan is for another model: Net with" in err
+    assert "The model given is Sequential with" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["prune", CHAIN, "-o", "small"], 2, "The goal is missing."),
+        (["prune", CHAIN, "--plan", "p", "--macs", "0.5", "-o", "small"], 2, "Both a plan and a goal are given."),
+        (["prune", CHAIN, "--plan", "absent.json", "-o", "small"], 4, "The plan absent.json cannot be read."),
+        (["prune", CHAIN, "--plan", "nets.py", "-o", "small"], 2, "The plan is no JSON."),
+        (["export", CHAIN, "-o", "."], 5, ". is a folder."),
+        (["export", CHAIN, "--pruned", "absent", "-o", "a.onnx"], 4, "The saved model absent is damaged."),
+        (["export", CHAIN, "--pruned", "a", "--weights", "b", "-o", "c"], 2, "Both --pruned and --weights are given."),
+        (["measure", "absent.onnx"], 4, "The file absent.onnx does not exist."),
+    ],
+)
+def test_bad_input_is_said_before_any_work(kirsch, arguments, code, sentence):
+    found, out, err = kirsch(*arguments)
+    assert (found, out) == (code, "")
+    assert err.startswith(f"error   {sentence}")
+
+
+def test_a_file_that_is_no_model_is_said(kirsch, folder):
+    (folder / "junk.onnx").write_bytes(b"junk")
+    code, _, err = kirsch("measure", "junk.onnx")
+    assert code == 4
+    assert err.startswith("error   junk.onnx cannot be loaded by ONNX Runtime.")
+
+
+def test_a_file_takes_another_shape_when_one_is_given(kirsch, answer):
+    kirsch("export", CHAIN, "-o", "chain.onnx")
+    code, _, err = kirsch("measure", "chain.onnx", "--input", "1,2,6,6", "--rounds", "5")
+    assert code != 0
+    assert "error" in err
+    assert answer("measure", "chain.onnx", "--input", "1,1,6,6", "--rounds", "5")["input"] == [1, 1, 6, 6]
