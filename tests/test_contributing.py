@@ -1,0 +1,85 @@
+"""What CONTRIBUTING.md shows works, as it is written there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kirsch
+from kirsch.distillation.losses import LOSSES
+from kirsch.errors import ShapeError
+from kirsch.pruning.importance import IMPORTANCES
+
+torch = pytest.importorskip("torch")
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the snippets define, run in the order of the page; the names that they register are gone afterwards."""
+    for registry in (IMPORTANCES, LOSSES):
+        monkeypatch.setattr(registry, "_things", dict(registry._things))
+    names: dict = {}
+    for snippet in re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL):
+        exec(compile(snippet, "CONTRIBUTING.md", "exec"), names)
+    return names
+
+
+def test_the_importance_is_the_largest_weight_worked_out_by_hand(shown):
+    first, second = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)
+    model = torch.nn.Sequential(first, torch.nn.ReLU(), second)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[1.0, -4.0], [0.5, 0.25], [2.0, 0.0]]))
+        first.bias.copy_(torch.tensor([0.0, -3.0, 1.0]))
+        second.weight.copy_(torch.tensor([[1.0, 2.0, -5.0]]))
+    graph = kirsch.trace(model, torch.zeros(1, 2))
+    np.testing.assert_array_equal(IMPORTANCES["largest-weight"](graph, graph.groups[0], norm=2, seed=0), [4, 3, 5])
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.7), "largest-weight")
+    assert plan.groups[0].removed == (1,)
+
+
+def test_the_loss_is_half_the_squared_distance_in_numpy_and_in_torch(shown):
+    student, teacher = np.array([[1.0, 2.0], [0.0, 0.0]]), np.array([[1.0, 0.0], [3.0, 4.0]])
+    assert LOSSES["squared-difference"](student, teacher, temperature=1) == (2 + 12.5) / 2
+    given = torch.tensor(student, requires_grad=True)
+    LOSSES["squared-difference"](given, torch.tensor(teacher), temperature=1).backward()
+    np.testing.assert_array_equal(given.grad, (student - teacher) / 2)
+    with pytest.raises(ShapeError):
+        LOSSES["squared-difference"](student, teacher[:1], temperature=1)
+
+
+def test_the_objective_knows_the_loss(shown):
+    assert [term.loss for term in shown["objective"].terms] == ["squared-difference"]
+
+
+def test_the_names_are_gone_when_the_page_is_closed():
+    assert "largest-weight" not in IMPORTANCES
+    assert "squared-difference" not in LOSSES
+
+
+def test_the_entry_point_groups_are_those_that_the_registries_read():
+    assert f"kirsch.{IMPORTANCES.kind}" in TEXT
+    assert f"kirsch.{LOSSES.kind}" in TEXT
+
+
+def test_the_floors_are_those_of_the_design():
+    def rooms(text: str) -> list[str]:
+        rows = re.findall(r"^\| (\d) \| (.*?) \|", text, re.MULTILINE)
+        return [f"{floor}: {sorted(re.findall(r'`([^`]+)`', room))}" for floor, room in rows]
+
+    assert rooms(TEXT) == rooms((ROOT / "docs" / "design.md").read_text())
+
+
+def test_paths_and_make_targets_that_the_page_names_are_there():
+    targets = re.findall(r"^make (\w+)", TEXT, re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets == ["test", "demo", "unit"]
+    assert all(re.search(rf"^{target}\b.*:", makefile, re.MULTILINE) for target in targets)
+    paths = re.findall(r"`((?:src|docs)/[\w/.]+\.\w+)`", TEXT)
+    assert paths
+    assert all((ROOT / path).is_file() for path in paths)
