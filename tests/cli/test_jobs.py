@@ -200,6 +200,13 @@ def test_a_dry_run_with_a_run_folder_writes_plan_files_alone(folder, kirsch):
     assert out.splitlines()[-1] == "written      soon: recipe.yaml, plan.json"
 
 
+def test_a_dry_run_does_not_replace_the_recipe_that_it_reads(folder, kirsch):
+    before = (folder / "recipe.yaml").read_text()
+    code, _, err = kirsch("compress", "recipe.yaml", "--dry-run", "--run", ".")
+    assert (code, err.splitlines()[0]) == (5, "error   The folder . is not empty.")
+    assert (folder / "recipe.yaml").read_text() == before
+
+
 def test_what_is_missing_is_said_by_a_dry_run():
     found = {"name": "n", "goal": "g", "data": {"name": "d", "train": 1, "validation": 2, "test": 3}, "stages": []}
     found |= {"plan": None, "seconds": 1.0, "disk_bytes": 1, "missing": ["onnx"]}

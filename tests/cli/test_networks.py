@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -81,6 +82,57 @@ def test_a_model_that_cannot_be_had_is_said(kirsch, arguments, code, sentence):
     found, out, err = kirsch("trace", *arguments)
     assert (found, out) == (code, "")
     assert re.search(sentence, " ".join(err.split()))
+
+
+def test_weights_that_do_not_fit_name_what_does_not(kirsch, folder):
+    safetensors.numpy.save_file({"0.wait": np.zeros((8, 1, 3, 3), np.float32)}, folder / "w.safetensors")
+    code, _, err = kirsch("trace", CHAIN, "--weights", "w.safetensors")
+    assert code == 4
+    assert err.startswith("error   The weights in w.safetensors do not fit a Sequential.")
+    assert "0.wait" in err
+
+
+def test_a_timm_that_is_installed_and_broken_is_no_bug_of_ours(kirsch, folder, monkeypatch):
+    (folder / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.syspath_prepend(folder)
+    code, _, err = kirsch("trace", "timm:resnet18")
+    assert code == 5
+    assert err.splitlines()[:2] == [
+        "error   timm is installed and cannot be imported.",
+        "why     RuntimeError: operator torchvision::nms does not exist.",
+    ]
+
+
+def test_a_timm_that_is_missing_is_said_with_its_line(kirsch, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    code, _, err = kirsch("trace", "timm:resnet18")
+    assert code == 5
+    assert err.splitlines()[-1] == 'do      Run: pip install "kirsch[zoo]"'
+
+
+def test_a_zoo_model_says_that_its_weights_are_random(kirsch, folder, monkeypatch):
+    """A stand-in for timm, with the two functions that are used of it."""
+    (folder / "timm.py").write_text(
+        "from nets import teacher\n"
+        "def is_model(name): return name == 'tiny'\n"
+        "def list_models(): return ['tiny']\n"
+        "def create_model(name, pretrained):\n"
+        "    net = teacher(); net.__class__.example_shape = None; net.default_cfg = {'input_size': (1, 6, 6)}\n"
+        "    return net\n"
+    )
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    monkeypatch.syspath_prepend(folder)
+    code, out, _ = kirsch("plan", "timm:tiny", "--macs", "0.5")
+    assert code == 0
+    assert "note         the weights are random (seed 0); --weights pretrained or FILE gives others." in out
+    code, out, _ = kirsch("plan", "timm:tiny", "--macs", "0.5", "--weights", "pretrained")
+    assert code == 0
+    assert "random" not in out
+    assert "Did you mean 'tiny'?" in kirsch("trace", "timm:tinny")[2]
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
 
 
 def test_a_module_in_the_working_folder_can_be_named(answer, folder):

@@ -71,7 +71,7 @@ def verb(act: Callable[..., int]) -> Callable[..., int]:
             forsake_stdout()
             return CLOSED
         except KeyboardInterrupt:
-            return failure.tell(Interrupted("Stopped by SIGINT."), session.terminal)
+            return failure.tell(Interrupted("The command was stopped by SIGINT."), session.terminal)
         except Exception as error:  # noqa: BLE001 - the last stop: what nobody foresaw is told as a bug of ours
             session.terminal.stop()
             return failure.tell(error, session.terminal, session.folder)

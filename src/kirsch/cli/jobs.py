@@ -84,6 +84,8 @@ def dry_run(recipe: Recipe, base: Path, run: str, terminal: Terminal) -> int:
     """Say what a recipe would do. Plan files are written if a run folder is named, and nothing else."""
     from kirsch.recipes.forecast import forecast
 
+    if run and Path(run).is_dir() and any(Path(run).iterdir()):  # a recipe that lies there must not be replaced
+        raise OutputError(f"The folder {run} is not empty.", "A dry run writes to a new one.", "Choose another folder.")
     found = forecast(recipe, base=base, folder=Path(run) if run else None)
     terminal.result(forecast_lines(found, run), found)
     return 0

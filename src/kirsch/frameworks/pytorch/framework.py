@@ -127,6 +127,6 @@ class PyTorch:
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             raise LoadError(
                 f"The weights in {path} do not fit a {type(model).__name__}.",
-                f"{str(error).splitlines()[0]}.",
+                " ".join(line.strip() for line in str(error).splitlines()[:3]),  # a title, then what does not fit
                 "Give the model that they were saved from.",
             ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kirsch.errors import LoadError, MissingExtraError, UnknownNameError
+from kirsch.errors import LoadError, MissingExtraError, SurroundingsError, UnknownNameError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,14 +15,22 @@ def from_timm(name: str, *, pretrained: bool) -> nn.Module:
 
     Raises:
         MissingExtraError: timm is not installed.
+        SurroundingsError: timm is installed and does not work.
         LoadError: there is no such model, or its weights cannot be fetched.
     """
     try:
         import timm  # noqa: PLC0415 - an extra is loaded when it is used
     except ModuleNotFoundError as error:
         raise MissingExtraError("timm", "zoo", "for models named timm:NAME") from error
+    except (ImportError, RuntimeError, OSError) as error:  # a torchvision built for another torch ends so
+        raise SurroundingsError(
+            "timm is installed and cannot be imported.",
+            f"{type(error).__name__}: {error}.",
+            "Install the torchvision that belongs to this torch.",
+        ) from error
     if not timm.is_model(name):
-        raise LoadError(str(UnknownNameError("timm model", name, timm.list_models())))
+        unknown = UnknownNameError("timm model", name, timm.list_models())
+        raise LoadError(unknown.what, unknown.why, unknown.mend)
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # the hub's client has a tree of errors of its own
