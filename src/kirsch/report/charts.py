@@ -59,7 +59,8 @@ def _nice(step: float) -> float:
 def _element(name: str, content: str | Markup = "", **attributes: Any) -> Markup:
     """One SVG element; every attribute and every plain text is escaped."""
     pairs = Markup("").join(
-        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), _number(value)) for key, value in attributes.items()
+        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), _number(value))
+        for key, value in attributes.items()
     )
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), pairs, content)  # noqa: S704 - names are our own constants
 
@@ -189,7 +190,9 @@ def removed_bars(layers: Sequence[dict[str, Any]], groups: Sequence[dict[str, An
         parts.append(_element("g", _join(texts), class_="bar"))
         height += row
     kept_all, all_ = sum(layer["after"] for layer in layers), sum(layer["before"] for layer in layers)
-    return _picture("What was removed", f"{kept_all} of {all_} output units are kept, layer by layer", height + 4, parts)
+    return _picture(
+        "What was removed", f"{kept_all} of {all_} output units are kept, layer by layer", height + 4, parts
+    )
 
 
 def _short(name: str, most: int) -> str:

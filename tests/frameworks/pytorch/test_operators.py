@@ -152,7 +152,11 @@ LAYERS = {
     "average pool": (nn.Sequential(conv(3, 8), nn.AvgPool2d(3, 1), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
     "adaptive max pool": (nn.Sequential(conv(3, 8), nn.AdaptiveMaxPool2d(2), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
     "pool 1d": (nn.Sequential(nn.Conv1d(3, 8, 3), nn.AvgPool1d(2), nn.Conv1d(8, 4, 1)), torch.randn(2, 3, 12), [8]),
-    "pool 3d": (nn.Sequential(nn.Conv3d(3, 8, 1), nn.MaxPool3d(2), nn.Conv3d(8, 4, 1)), torch.randn(2, 3, 4, 4, 4), [8]),
+    "pool 3d": (
+        nn.Sequential(nn.Conv3d(3, 8, 1), nn.MaxPool3d(2), nn.Conv3d(8, 4, 1)),
+        torch.randn(2, 3, 4, 4, 4),
+        [8],
+    ),
     "flatten after pooling": (
         nn.Sequential(conv(3, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)),
         IMAGE,
@@ -177,7 +181,11 @@ LAYERS = {
     "pixel shuffle": (nn.Sequential(conv(3, 16), nn.PixelShuffle(2), nn.ReLU(), conv(4, 4)), IMAGE, [4]),
     "pixel unshuffle": (nn.Sequential(conv(3, 4), nn.PixelUnshuffle(2), nn.ReLU(), conv(16, 4)), IMAGE, [4]),
     "dropout": (nn.Sequential(conv(3, 8), nn.Dropout2d(0.5), nn.ReLU(), conv(8, 4)), IMAGE, [8]),
-    "softmax over channels freezes them": (nn.Sequential(conv(3, 8), nn.Softmax(1), conv(8, 6), nn.ReLU(), conv(6, 2)), IMAGE, [6]),
+    "softmax over channels freezes them": (
+        nn.Sequential(conv(3, 8), nn.Softmax(1), conv(8, 6), nn.ReLU(), conv(6, 2)),
+        IMAGE,
+        [6],
+    ),
 }
 
 

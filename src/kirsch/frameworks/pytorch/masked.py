@@ -67,7 +67,8 @@ class MaskedRun(Interpreter):
                 feed.append(next(waiting))
         with torch.no_grad():
             found = self.run(*feed)
-        return [value for value in found if isinstance(value, torch.Tensor)]
+        own = (found[place] for place in self._traced.outputs)
+        return [value for value in own if isinstance(value, torch.Tensor)]
 
     def run_node(self, n: Node) -> Any:
         """One operation, with its statistics over kept entries if they span a labelled axis."""

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from kirsch.graph.constants import Leaf
 
@@ -142,10 +143,12 @@ class Calls:
     Args:
         log: the calls, by number.
         failed_in: path of the module in whose forward an exception passed, "" if none.
+        outputs: how many values the model puts out, nested ones counted singly.
     """
 
     log: list[Call] = field(default_factory=list)
     failed_in: str = ""
+    outputs: int = 0
 
 
 class Watch(TorchFunctionMode):
@@ -157,6 +160,7 @@ class Watch(TorchFunctionMode):
         self._names = names
         self._origin: dict[int, tuple[int, int]] = {}
         self._alive: list[Any] = []  # an id is only unique while its tensor lives
+        self.unread: dict[int, torch.Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call."""
@@ -168,11 +172,14 @@ class Watch(TorchFunctionMode):
         self._calls.log.append(Call(name, _without_tensors(args), _without_tensors(kwargs)))
         with traceback.annotate({"kirsch_call": number}):
             out = func(*args, **kwargs)
-        given = {id(arg) for arg in args if isinstance(arg, torch.Tensor)}
+        given = {id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
+        for read in given:
+            self.unread.pop(read, None)
         for place, tensor in enumerate(out if isinstance(out, (tuple, list)) else (out,)):
             if isinstance(tensor, torch.Tensor) and id(tensor) not in given:
                 self._origin[id(tensor)] = (number, place)
                 self._alive.append(tensor)
+                self.unread[id(tensor)] = tensor
         return out
 
     def _sizes(self, out: Any, args: Any, kwargs: Any) -> Any:
@@ -203,7 +210,9 @@ def _without_tensors(value: Any) -> Any:
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """A copy of the model in inference mode that shares its parameters and buffers and has none of its hooks.
+    """A copy of the model in inference mode that shares its parameters and buffers.
+
+    Its hooks run while it is traced, since they may change what a module puts out.
 
     Raises:
         Exception: whatever copying a part of the model raises.
@@ -214,7 +223,10 @@ def twin_of(model: nn.Module) -> nn.Module:
 
 
 def watched(twin: nn.Module, calls: Calls) -> None:
-    """Plant traced integers in a twin and make its forward note every call."""
+    """Plant traced integers in a twin and make its forward note every call.
+
+    The forward then gives a pair: what the model puts out, and all tensors that it computes and never reads.
+    """
     for path, module in twin.named_modules():
         own = type(module).__module__.startswith("torch.nn.")
         for name, value in list(vars(module).items()):
@@ -229,8 +241,13 @@ def watched(twin: nn.Module, calls: Calls) -> None:
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         calls.log.clear()
-        with Watch(calls, names):
-            return plain(*args, **kwargs)
+        with Watch(calls, names) as watch:
+            out = plain(*args, **kwargs)
+        leaves = tree_leaves(out)
+        calls.outputs = len(leaves)
+        put_out = {id(leaf) for leaf in leaves}
+        # The exporter drops what no output depends on, but the forward goes on computing it after a cut.
+        return out, [tensor for key, tensor in watch.unread.items() if key not in put_out]
 
     twin.forward = forward
 

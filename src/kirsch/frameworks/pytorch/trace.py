@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.export.graph_signature import OutputKind
 from torch.fx import traceback
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
@@ -44,6 +45,7 @@ class Traced:
         slots: graph input → path of the parameter or buffer that it takes.
         states: graph node → the labels of its result, or a list of them.
         args, options: the example inputs.
+        outputs: places, among the outputs of the program, of those that the model itself puts out.
     """
 
     program: ExportedProgram
@@ -51,6 +53,7 @@ class Traced:
     states: dict[Node, Any]
     args: tuple[Any, ...]
     options: dict[str, Any]
+    outputs: tuple[int, ...]
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -102,10 +105,12 @@ def _walk(
     program = _export(model, args, options, calls, training=training)
     signature = program.graph_signature
     slots = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    walk = _Walk(facts, tensors, slots, calls)
+    user = [place for place, spec in enumerate(signature.output_specs) if spec.kind is OutputKind.USER_OUTPUT]
+    outputs = tuple(user[: calls.outputs])  # after them come tensors that the model computes and never reads
+    walk = _Walk(facts, tensors, slots, calls, outputs)
     for node in program.graph.nodes:
         walk.visit(node)
-    return Traced(program, slots, walk.states, args, options)
+    return Traced(program, slots, walk.states, args, options, outputs)
 
 
 def _training_only(
@@ -238,13 +243,21 @@ def _freeze_unused(unused: set[int], facts: Facts, tensors: dict[str, Tensor]) -
 class _Walk:
     """Visits the nodes in order; `states` holds what each put out."""
 
-    def __init__(self, facts: Facts, tensors: dict[str, Tensor], slots: dict[str, str], calls: Calls) -> None:
+    def __init__(
+        self,
+        facts: Facts,
+        tensors: dict[str, Tensor],
+        slots: dict[str, str],
+        calls: Calls,
+        outputs: tuple[int, ...],
+    ) -> None:
         self.states: dict[Node, Any] = {}
         self._causes: dict[Node, Freeze] = {}
         self._facts = facts
         self._tensors = tensors
         self._slots = slots
         self._calls = calls
+        self._outputs = outputs
         self._by_call: dict[int, list[Any]] = {}
 
     def visit(self, node: Node) -> None:
@@ -260,7 +273,8 @@ class _Walk:
             self.states[node] = self._operation(node)
         elif node.op == "output":
             self._facts.begin(Operation("output"))
-            for state in (self.states.get(source) for source in node.all_input_nodes):
+            given: Any = node.args[0]
+            for state in (self.states.get(given[place]) for place in self._outputs):
                 for axis in state.axes if isinstance(state, Tensor) else ():
                     self._facts.freeze(axis, "it is an output of the model", boundary=True)
         else:
