@@ -1,8 +1,8 @@
-"""A network that nobody here trained: ResNet-56 to half its MACs, residual streams included, recovered by its own teaching.
+"""A network that nobody here trained: ResNet-56 to half its MACs, streams included, and back by KD from itself.
 
 Needs CIFAR-10 and the public weights in `$KIRSCH_DATA` (default ../shared/data); says so and stops if they are absent.
 Expect about 8 minutes on two cores: accuracy falls to chance when half of everything goes at once, and a few epochs on
-a fifth of the training images bring most of it back. `--quick` takes under a minute and shows the steps, not the figures.
+a fifth of the training images bring most of it back. `--quick` takes under a minute and shows the steps only.
 
 The same job as a recipe, with a report: kirsch compress examples/resnet56_cifar10.yaml
 """
@@ -22,6 +22,7 @@ import kirsch
 from kirsch.deploy.measure import race
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError
+from kirsch.graph import coupling, group
 from kirsch.measurement.quality import Rate, accuracy, paired
 from kirsch.pruning.prune import prune_with_proof
 from kirsch.recipes.tasks.cifar10 import cifar10
@@ -46,9 +47,9 @@ def main() -> int:
     print(f"trace {traced - started:.1f} s, analysis of {len(graph.groups)} groups {_analysis(graph):.3f} s")
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.5))
     removed = {removal.name: len(removal.removed) for removal in plan.groups}
-    for group in graph.groups:
-        if len(group.layers) > 3:
-            print(f"  stream of {group.name}: {group.size} → {group.size - removed.get(group.name, 0)} channels")
+    for found in graph.groups:
+        if len(found.layers) > 3:
+            print(f"  stream of {found.name}: {found.size} → {found.size - removed.get(found.name, 0)} channels")
     pruned = prune_with_proof(teacher, plan)
     print(f"  {pruned.verification.text}")
 
@@ -81,8 +82,6 @@ def main() -> int:
 
 def _analysis(graph: kirsch.Graph) -> float:
     """Seconds to solve the facts of a trace once more."""
-    from kirsch.graph import coupling, group
-
     started = time.perf_counter()
     group.find_groups(coupling.solve(graph.facts), graph.axes)
     return time.perf_counter() - started

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from proving import assert_cut_is_right
 from torch import nn
+
+from proving import assert_cut_is_right
 
 
 class Net(nn.Module):

@@ -1,12 +1,13 @@
-"""Random small networks of convolutions, linear layers, norms, sums, joins and splits: a cut never fails nor differs."""
+"""Random small networks of layers, norms, sums, joins and splits: a cut never fails nor differs."""
 
 from __future__ import annotations
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from proving import assert_cut_is_right
 from torch import nn
+
+from proving import assert_cut_is_right
 
 WIDTHS = st.sampled_from([2, 4, 6, 8])
 STEPS = ("conv", "depthwise", "norm", "group norm", "relu", "add", "cat", "chunk", "split", "gate", "pool", "linear")
@@ -39,9 +40,7 @@ class RandomNet(nn.Module):
             part = nn.BatchNorm2d(here)
         elif name == "group norm":
             part = nn.GroupNorm(2 if here % 2 == 0 else 1, here)
-        elif name == "gate":
-            part = nn.Conv2d(there, here, 1)
-        elif name == "add" and here != there:
+        elif name == "gate" or (name == "add" and here != there):
             part = nn.Conv2d(there, here, 1)
         elif name == "cat":
             out = here + there

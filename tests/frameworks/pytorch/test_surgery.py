@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from proving import assert_cut_is_right, half_of_everything, shaken
 from torch import nn
 
 from kirsch.errors import ModelError, PlanError
 from kirsch.frameworks.pytorch.framework import PyTorch
 from kirsch.frameworks.pytorch.surgery import cut
 from kirsch.frameworks.pytorch.trace import trace
+from proving import assert_cut_is_right, half_of_everything, shaken
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -240,7 +240,7 @@ def test_a_model_that_cannot_be_copied_is_named():
         def __deepcopy__(self, memo):
             raise TypeError("cannot pickle lock")
 
-    with pytest.raises(ModelError, match="cannot be copied.*cannot pickle lock"):
+    with pytest.raises(ModelError, match=r"cannot be copied.*cannot pickle lock"):
         trace(nn.Sequential(Locked(4, 4)), torch.randn(2, 4))
 
 

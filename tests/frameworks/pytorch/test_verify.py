@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from proving import half_of_everything, shaken
 from torch import nn
 
 from kirsch.errors import VerificationError
@@ -13,6 +12,7 @@ from kirsch.frameworks.pytorch.framework import PyTorch
 from kirsch.frameworks.pytorch.surgery import cut
 from kirsch.frameworks.pytorch.trace import trace
 from kirsch.frameworks.pytorch.verify import verify
+from proving import half_of_everything, shaken
 
 
 def network():

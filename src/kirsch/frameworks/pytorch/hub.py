@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kirsch.errors import LoadError, MissingExtraError, SurroundingsError, UnknownNameError
+from kirsch.frameworks.pytorch.vision import import_beside
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,14 +20,14 @@ def from_timm(name: str, *, pretrained: bool) -> nn.Module:
         LoadError: there is no such model, or its weights cannot be fetched.
     """
     try:
-        import timm  # noqa: PLC0415 - an extra is loaded when it is used
+        timm = import_beside("timm")
     except ModuleNotFoundError as error:
         raise MissingExtraError("timm", "zoo", "for models named timm:NAME") from error
-    except (ImportError, RuntimeError, OSError) as error:  # a torchvision built for another torch ends so
+    except (ImportError, RuntimeError, OSError) as error:
         raise SurroundingsError(
             "timm is installed and cannot be imported.",
             f"{type(error).__name__}: {error}.",
-            "Install the torchvision that belongs to this torch.",
+            "Install timm anew, with the torchvision that belongs to this torch.",
         ) from error
     if not timm.is_model(name):
         unknown = UnknownNameError("timm model", name, timm.list_models())

@@ -302,9 +302,9 @@ class _Walk:
         step = Step(facts, _name(node).removeprefix("aten."), args, options, shapes, call, self._labels_of)
         results = operators.apply(step) if shapes else []
         facts.cost("activations", *_outputs(results), owner=facts.operation.module)
-        if all(axis is None for result in results for axis in result.axes):  # what labels there were ended here
-            if causes or len(facts.freezes) > frozen:
-                self._causes[node] = causes[0] if causes else facts.freezes[-1]
+        ended = all(axis is None for result in results for axis in result.axes)  # whatever labels there were
+        if ended and (causes or len(facts.freezes) > frozen):
+            self._causes[node] = causes[0] if causes else facts.freezes[-1]
         state: Any = results if many else results[0] if results else None
         if number is not None:
             self._by_call.setdefault(number, []).append(state)
