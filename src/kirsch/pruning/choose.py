@@ -130,7 +130,7 @@ def _without(graph: Graph, exclude: Iterable[str]) -> list[Group]:
     banned: set[str] = set()
     for pattern in exclude:
         names = {name for name in graph.tensors if _matches(name, pattern)}
-        names |= {name for group in graph.groups if group.name == pattern for name, _ in group.footprint}
+        names = names or {name for group in graph.groups if group.name == pattern for name, _ in group.footprint}
         if not names:
             layers = {name.rpartition(".")[0] for name in graph.tensors} - {""}
             raise UnknownNameError("layer to exclude named", pattern, layers | {group.name for group in graph.groups})

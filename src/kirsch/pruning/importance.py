@@ -57,7 +57,7 @@ def magnitude(graph: Graph, group: Group, *, norm: int, seed: int) -> NDArray[np
         labels = graph.axes[name, axis]
         sizes = _per_unit(graph, group, labels, per_index) ** (1 / norm)
         mean = sizes.mean()
-        total += sizes / mean if mean > 0 else 1.0
+        total += sizes / mean if mean != 0 else 1.0  # NaN and infinity go on, and are refused by the caller
     return total / max(len(weights), 1)
 
 

@@ -1,0 +1,162 @@
+"""A plan lands on its goal, takes the least important units, and says what stops it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.errors import GoalError, PlanError, UnknownNameError, UsageError
+from kirsch.frameworks.pytorch.count import count
+
+IMAGE = torch.randn(1, 3, 16, 16)
+
+
+def network(width=32):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, 2, padding=1),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, 10),
+    )
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("goal", [{"macs": 0.5}, {"macs": 0.3}, {"params": 0.5}, {"macs": 0.6, "params": 0.4}])
+def test_the_goal_is_met_within_one_percent_of_the_original(scope, goal):
+    model = network()
+    wanted = kirsch.Goal(**goal)
+    plan = kirsch.plan(kirsch.trace(model, IMAGE), wanted, scope=scope, round_to=1)
+    reached = wanted.fractions(plan.after, plan.before)
+    assert all(value <= limit for value, limit in reached.values())
+    assert any(limit - value <= 0.01 for value, limit in reached.values())
+
+
+def test_the_price_of_a_plan_is_what_the_real_pruned_model_counts():
+    model = network()
+    assert (kirsch.trace(model, IMAGE).cost.parameters, kirsch.trace(model, IMAGE).cost.macs) == count(model, IMAGE)
+    plan = kirsch.plan(kirsch.trace(model, IMAGE), kirsch.Goal(macs=0.5))
+    assert (plan.after.parameters, plan.after.macs) == count(kirsch.prune(model, plan), IMAGE)
+
+
+def test_kept_channels_are_the_largest_by_magnitude():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([4.0, 1.0, 3.0, 2.0])[:, None].expand(4, 4))
+        model[1].weight.fill_(1.0)
+    plan = kirsch.plan(kirsch.trace(model, torch.randn(1, 4)), kirsch.Goal(params=0.5), round_to=1)
+    assert plan.groups[0].removed == (1, 3)
+
+
+@pytest.mark.parametrize(("norm", "expected"), [(1, [2.0, 0.5, 1.5, 1.0]), (2, None)])
+def test_magnitude_in_closed_form(norm, expected):
+    from kirsch.pruning.importance import magnitude
+
+    model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.Linear(4, 3, bias=False))
+    rows = torch.tensor([[4.0, 4.0], [1.0, -1.0], [3.0, 3.0], [2.0, 2.0]])
+    with torch.no_grad():
+        model[0].weight.copy_(rows)
+        model[1].weight.fill_(1.0)
+    graph = kirsch.trace(model, torch.randn(1, 2))
+    found = magnitude(graph, graph.groups[0], norm=norm, seed=0)
+    first = np.array([4.0, 1.0, 3.0, 2.0]) / 2.5  # equal entries have the same mean in both norms
+    np.testing.assert_allclose(found, (first + 1.0) / 2, rtol=1e-6)
+    assert expected is None or np.argsort(found).tolist() == np.argsort(expected).tolist()
+
+
+def test_random_follows_its_seed():
+    graph = kirsch.trace(network(), IMAGE)
+    plans = [kirsch.plan(graph, kirsch.Goal(macs=0.5), "random", seed=seed) for seed in (1, 1, 2)]
+    assert plans[0].groups == plans[1].groups
+    assert plans[0].groups != plans[2].groups
+
+
+@pytest.mark.parametrize("multiple", [4, 8, 16])
+def test_kept_widths_are_multiples(multiple):
+    plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=multiple)
+    assert all((group.size - len(group.removed)) % multiple == 0 for group in plan.groups)
+
+
+def test_coarse_steps_are_said():
+    plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.55), scope="local", round_to=32)
+    assert any("points below the goal" in note and "smaller round_to" in note for note in plan.notes)
+
+
+def test_slow_widths_are_named():
+    plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=1)
+    assert any("Widths that 4 does not divide run slowly" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("pattern", ["3", "3.weight", "[3]"])
+def test_an_excluded_layer_is_left_as_it_is(pattern):
+    model = network()
+    plan = kirsch.plan(kirsch.trace(model, IMAGE), kirsch.Goal(macs=0.9), exclude=[pattern])
+    assert torch.equal(kirsch.prune(model, plan)[3].weight, model[3].weight)
+    assert plan.groups
+
+
+def test_an_unknown_layer_to_exclude_names_the_nearest():
+    model = nn.Sequential()
+    model.add_module("features", nn.Linear(4, 8))
+    model.add_module("head", nn.Linear(8, 2))
+    graph = kirsch.trace(model, torch.randn(1, 4))
+    with pytest.raises(UnknownNameError, match=r"no layer to exclude named 'feature'.*Did you mean 'features'\?"):
+        kirsch.plan(graph, kirsch.Goal(macs=0.5), exclude=["feature"])
+
+
+def test_an_unknown_importance_lists_the_known_and_the_nearest():
+    with pytest.raises(UnknownNameError, match=r"Known: magnitude, random\. Did you mean 'magnitude'\?"):
+        kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), "magnitud")
+
+
+def test_an_impossible_goal_says_the_least_reachable():
+    with pytest.raises(GoalError, match=r"macs 0\.1% is asked for, \d+\.\d% is the least reachable"):
+        kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.001))
+
+
+def test_what_stands_in_the_way_of_a_goal_is_named():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 2))
+    with pytest.raises(GoalError, match=r"a softmax spans it"):
+        kirsch.plan(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(params=0.5))
+
+
+@pytest.mark.parametrize("value", [0, 1, 1.5, -0.2, float("nan"), float("inf")])
+def test_a_goal_that_is_no_fraction_is_refused(value):
+    with pytest.raises(GoalError, match="fraction of the original, between 0 and 1"):
+        kirsch.Goal(macs=value)
+
+
+def test_no_goal_at_all_is_refused():
+    with pytest.raises(GoalError, match="at least one limit"):
+        kirsch.Goal()
+
+
+def test_options_out_of_range_are_named_together():
+    with pytest.raises(UsageError, match=r"scope is 'each'.*round_to is 0.*norm is 3.*min_keep is 0"):
+        kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), scope="each", round_to=0, norm=3, min_keep=0)
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = network()
+    model[3].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(UsageError, match=r"no usable scores for .0.*NaN"):
+        kirsch.plan(kirsch.trace(model, IMAGE), kirsch.Goal(macs=0.5))
+
+
+def test_a_plan_that_would_empty_an_axis_is_refused():
+    model = network()
+    plan = kirsch.plan(kirsch.trace(model, IMAGE), kirsch.Goal(macs=0.5))
+    text = plan.to_json().replace('"size": 32', '"size": 32', 1)
+    assert kirsch.Plan.from_json(text) == plan
+    with pytest.raises(PlanError, match="no JSON"):
+        kirsch.Plan.from_json("{")

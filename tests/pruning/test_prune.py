@@ -1,0 +1,170 @@
+"""Removal with proof, plans by hand, and pruned models on disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.errors import CheckpointError, LoadError, PlanError, UsageError, VerificationError
+from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.regularizers import L1, Slimming
+from proving import shaken
+
+IMAGE = torch.randn(2, 3, 8, 8)
+
+
+def build(width=16):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 4),
+    )
+
+
+@pytest.fixture
+def case():
+    model = shaken(build())
+    return model, kirsch.plan(kirsch.trace(model, IMAGE), kirsch.Goal(macs=0.5))
+
+
+def equal(first, second):
+    return all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+def edited(plan, **changes):
+    content = json.loads(plan.to_json())
+    content["groups"][0] |= changes
+    return kirsch.Plan.from_json(json.dumps(content))
+
+
+def test_the_result_is_verified_and_says_what_an_optimizer_must_do(case):
+    found = prune_with_proof(*case)
+    assert found.verification.passed
+    assert any("make a new one" in note for note in found.notes)
+
+
+def test_a_plan_survives_json_and_cuts_the_same(case):
+    model, plan = case
+    again = kirsch.Plan.from_json(plan.to_json())
+    assert again == plan
+    assert equal(kirsch.prune(model, plan), kirsch.prune(model, again))
+
+
+def test_a_plan_edited_by_hand_is_obeyed(case):
+    model, plan = case
+    assert kirsch.prune(model, edited(plan, removed=[0, 5]))[0].out_channels == 14
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"removed": [16]}, "removes unit 16 of '0'.*units 0 to 15"),
+        ({"removed": list(range(16))}, "removes all 16 units of '0'"),
+        ({"name": "zero"}, "names a group 'zero'"),
+        ({"removed": [1, 1]}, "named twice"),
+        ({"removed": ["a"]}, "not whole numbers"),
+        ({"removed": None}, "damaged"),
+    ],
+)
+def test_a_plan_edited_wrongly_is_refused(case, changes, sentence):
+    model, plan = case
+    with pytest.raises(PlanError, match=sentence):
+        kirsch.prune(model, edited(plan, **changes))
+
+
+def test_a_plan_for_another_model_is_refused_with_both_named(case):
+    _, plan = case
+    with pytest.raises(PlanError, match=r"for another model: Sequential with \d.*given is Sequential with \d"):
+        kirsch.prune(build(width=8), plan)
+
+
+def test_nothing_is_returned_when_the_proof_fails(case, monkeypatch):
+    from kirsch.frameworks.pytorch import surgery
+
+    model, plan = case
+    before = copy.deepcopy(model)
+    plain = surgery.cut
+
+    def wrong(*args):
+        pruned = plain(*args)
+        pruned[0].bias.data = pruned[0].bias.data.roll(1)
+        return pruned
+
+    monkeypatch.setattr(surgery, "cut", wrong)
+    with pytest.raises(VerificationError, match="nothing was returned; the model given is unchanged"):
+        kirsch.prune(model, plan)
+    assert equal(before, model)
+    assert kirsch.prune(model, plan, verify=False) is not None
+
+
+def test_saved_and_loaded_is_bit_equal(case, tmp_path):
+    model, plan = case
+    small = kirsch.prune(model, plan)
+    kirsch.save(small, tmp_path / "small")
+    loaded = kirsch.load(tmp_path / "small", build)
+    assert equal(small, loaded)
+    assert torch.equal(small(IMAGE), loaded.eval()(IMAGE))
+    assert not list((tmp_path / "small").glob("*.pt*"))
+
+
+def test_pruned_twice_is_saved_and_loaded_too(case, tmp_path):
+    once = kirsch.prune(*case)
+    twice = kirsch.prune(once, kirsch.plan(kirsch.trace(once, IMAGE), kirsch.Goal(macs=0.6)))
+    kirsch.save(twice, tmp_path / "small")
+    assert equal(twice, kirsch.load(tmp_path / "small", build))
+
+
+def test_a_model_that_was_not_pruned_is_not_saved(tmp_path):
+    with pytest.raises(UsageError, match="was not pruned by Kirsch"):
+        kirsch.save(build(), tmp_path / "small")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "model.safetensors"])
+def test_a_damaged_file_is_named(case, tmp_path, name):
+    kirsch.save(kirsch.prune(*case), tmp_path / "small")
+    path = tmp_path / "small" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=name):
+        kirsch.load(tmp_path / "small", build)
+
+
+def test_another_architecture_is_refused_at_loading(case, tmp_path):
+    kirsch.save(kirsch.prune(*case), tmp_path / "small")
+    with pytest.raises((PlanError, LoadError), match="another model"):
+        kirsch.load(tmp_path / "small", lambda: build(width=8))
+
+
+def test_the_regularizers_in_closed_form():
+    model = build()
+    weights = sum(float(p.detach().abs().sum()) for p in model.parameters() if p.dim() > 1)
+    assert float(L1(0.5)(model).detach()) == pytest.approx(0.5 * weights, rel=1e-6)
+    model[1].weight.data = torch.linspace(-1, 1, 16)
+    found = Slimming(0.25)(model)
+    assert float(found.detach()) == pytest.approx(0.25 * float(torch.linspace(-1, 1, 16).abs().sum()), rel=1e-6)
+    found.backward()
+    assert torch.equal(model[1].weight.grad, 0.25 * torch.linspace(-1, 1, 16).sign())
+
+
+def test_slimming_without_batch_norm_is_refused():
+    with pytest.raises(UsageError, match="no batch normalisation with a scale"):
+        Slimming(1e-4)(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
+def test_a_wrong_strength_is_refused(strength):
+    with pytest.raises(UsageError, match="strength"):
+        L1(strength)

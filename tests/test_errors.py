@@ -1,0 +1,91 @@
+"""The tree of errors: its exit codes, its sentences."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+from kirsch import errors
+
+TREE = [thing for _, thing in inspect.getmembers(errors, inspect.isclass) if issubclass(thing, errors.KirschError)]
+EXIT_CODES = {
+    "KirschError": 1,
+    "UsageError": 2,
+    "GoalError": 2,
+    "PlanError": 2,
+    "RecipeError": 2,
+    "ShapeError": 2,
+    "UnknownNameError": 2,
+    "LoadError": 4,
+    "ModelError": 4,
+    "DataError": 4,
+    "CheckpointError": 4,
+    "SurroundingsError": 5,
+    "MissingExtraError": 5,
+    "OutputError": 5,
+    "NumericError": 6,
+    "VerificationError": 6,
+    "Stopped": 1,
+    "Preempted": 75,
+    "Interrupted": 130,
+}
+
+
+def test_every_error_has_the_exit_code_that_the_design_gives_it():
+    assert {error.__name__: error.exit_code for error in TREE} == EXIT_CODES
+
+
+def test_the_tree_at_the_head_of_the_file_is_the_tree_of_the_classes():
+    drawn = re.findall(r"^([│├└─ ]*)(\w+)  ", errors.__doc__, re.MULTILINE)
+    parents, path = {}, []
+    for branch, name in drawn:
+        depth = len(branch) // 4
+        path[depth:] = [name]
+        parents[name] = path[depth - 1] if depth else "Exception"
+    assert parents == {error.__name__: error.__base__.__name__ for error in TREE}
+
+
+def test_the_exit_codes_at_the_head_of_the_file_are_those_of_the_classes():
+    drawn = {name: int(code) for name, code in re.findall(r"(\w+) +(\d+)(?: |$)", errors.__doc__, re.MULTILINE)}
+    assert drawn == {name: EXIT_CODES[name] for name in drawn}
+    assert set(drawn.values()) == {2, 4, 5, 6, 75, 130}
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        (("What.",), "What."),
+        (("What.", "Why."), "What. Why."),
+        (("What.", "", "Mend."), "What. Mend."),
+        (("What.", "Why.", "Mend."), "What. Why. Mend."),
+    ],
+)
+def test_an_error_says_what_why_and_mend(parts, sentence):
+    error = errors.KirschError(*parts)
+    assert str(error) == sentence
+    assert (error.what, error.why, error.mend) == (*parts, "", "")[:3]
+
+
+def test_a_missing_extra_gives_the_exact_line_to_run():
+    error = errors.MissingExtraError("onnxruntime", "torch", "to run ONNX files")
+    assert str(error) == (
+        "The package 'onnxruntime' is not installed. It is needed to run ONNX files. Run: pip install \"kirsch[torch]\""
+    )
+
+
+def test_an_unknown_name_keeps_the_name():
+    assert errors.UnknownNameError("loss", "kdd", ["kd"]).name == "kdd"
+
+
+def test_a_long_list_of_names_is_cut_and_counted():
+    names = [f"n{number:02d}" for number in range(14)]
+    assert errors.listing(names) == f"Known: {', '.join(names[:12])}, and 2 more."
+    assert errors.listing(names[:12]) == f"Known: {', '.join(names[:12])}."
+
+
+def test_a_stop_is_no_numeric_or_usage_error():
+    """A handler for faults must not swallow a wish to stop."""
+    faults = (errors.UsageError, errors.LoadError, errors.SurroundingsError, errors.NumericError)
+    assert not issubclass(errors.Stopped, faults)
