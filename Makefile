@@ -21,7 +21,7 @@ $(VENV)/installed: constraints.txt pyproject.toml
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell src tests docs examples benchmarks README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/codespell
 
 types: $(VENV)/installed
 	$(BIN)/mypy

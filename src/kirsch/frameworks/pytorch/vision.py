@@ -44,6 +44,6 @@ def import_beside(name: str) -> ModuleType:
 
 
 def _declare(operator: str) -> None:
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define(f"{operator}(Tensor x) -> Tensor")
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]  # has no annotations
+    library.define(f"{operator}(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]  # likewise
     _declared[operator] = library

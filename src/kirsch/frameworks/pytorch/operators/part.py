@@ -1,0 +1,115 @@
+"""Operators that take parts of an axis, or lay parts end to end."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch.frameworks.pytorch.operators.given import border
+from kirsch.frameworks.pytorch.operators.rule import rule
+from kirsch.frameworks.pytorch.provenance import TracedInt
+from kirsch.graph import relations
+from kirsch.graph.labels import Tensor
+
+if TYPE_CHECKING:
+    from kirsch.frameworks.pytorch.step import Step
+
+
+@rule("cat")
+def _cat(step: Step) -> Tensor:
+    parts = [t for t in step.args[0] if t.shape != (0,)]
+    return relations.concat(step.facts, parts, step.arg(1, "dim", 0) % len(step.shape), step.shape)
+
+
+@rule("stack")
+def _stack(step: Step) -> Tensor:
+    parts = step.args[0]
+    dim = step.arg(1, "dim", 0) % len(step.shape)
+    axes = list(relations.elementwise(step.facts, parts, parts[0].shape).axes)
+    return Tensor.of(step.shape, [*axes[:dim], None, *axes[dim:]])
+
+
+@rule("select")
+def _select(step: Step) -> Tensor:
+    x = step.args[0]
+    dim = step.args[1] % len(x.shape)
+    relations.freeze(step.facts, [x], "an index of it is taken by number", [dim])
+    return relations.drop(step.facts, x, [dim], keepdim=False)
+
+
+@rule("slice")
+def _slice(step: Step) -> Tensor:
+    x = step.args[0]
+    dim = step.arg(1, "dim", 0) % len(x.shape)
+    start, end, stride = slice(step.arg(2, "start"), step.arg(3, "end"), step.arg(4, "step", 1)).indices(x.shape[dim])
+    index = np.arange(start, end, stride)
+    axis = x.axes[dim]
+    if axis is not None and stride != 1:
+        step.facts.freeze(axis, "it is sliced with a stride")
+    elif axis is not None:
+        for at in (start, end):
+            if 0 < at < x.shape[dim]:
+                # The number of indices kept before the border must be the number that the code says.
+                step.follow(axis[:at], border(step, at))
+            given_from_end = step.arg(2 if at == start else 3, "")
+            if isinstance(given_from_end, int) and given_from_end < 0:
+                step.facts.freeze(axis, "it is sliced from its end by a number")
+    return relations.gather(step.facts, x, dim, index)
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split")
+def _split(step: Step) -> list[Tensor]:
+    x = step.args[0]
+    dim = step.arg(2, "dim", 0) % len(x.shape)
+    axis = x.axes[dim]
+    borders = np.cumsum([0, *(shape[dim] for shape in step.shapes)])
+    name = step.call.name if step.call is not None else ""
+    given = step.given(1, "split_size_or_sections") if name == "split" else step.given(1, "split_sizes")
+    parts = [np.arange(a, b) for a, b in itertools.pairwise(borders)]
+    if axis is not None:
+        if name in ("split", "split_with_sizes") and isinstance(given, tuple) and len(given) == len(parts):
+            for part, size in zip(parts, given, strict=True):
+                step.follow(axis[part], size)
+        elif len({len(part) for part in parts}) > 1:
+            step.facts.freeze(axis, "it is split into unequal parts that the code computes")
+        else:  # parts that must stay equal
+            for part in parts[1:]:
+                step.facts.equate(axis[parts[0]], axis[part])
+            if name not in ("chunk", "tensor_split"):
+                step.follow(axis[parts[0]], given)
+    return [relations.gather(step.facts, x, dim, part) for part in parts]
+
+
+@rule("pad", "constant_pad_nd")
+def _pad(step: Step) -> Tensor:
+    x: Tensor = step.args[0]
+    amounts = step.args[1]
+    given = step.given(1, "pad")
+    known = given if isinstance(given, (tuple, list)) and len(given) == len(amounts) else [None] * len(amounts)
+    constant = step.arg(2, "mode", "constant") == "constant" or step.name == "constant_pad_nd"
+    out = x
+    for pair in range(len(amounts) // 2):
+        dim = len(x.shape) - 1 - pair
+        before, after = amounts[2 * pair], amounts[2 * pair + 1]
+        if not before and not after:
+            continue
+        if min(before, after) < 0 or (not constant and out.axes[dim] is not None):
+            relations.freeze(step.facts, [out], "it is cropped, or padded with its own values", [dim])
+        size = out.shape[dim] + before + after
+        shape = [size if position == dim else n for position, n in enumerate(out.shape)]
+        if out.axes[dim] is None or min(before, after) < 0:
+            out = Tensor.of(shape, [None if position == dim else a for position, a in enumerate(out.axes)])
+        else:
+            sides = [_padding(step, n, known[2 * pair + k]) for k, n in enumerate((before, after))]
+            axis = np.concatenate([sides[0], out.axes[dim], sides[1]])
+            out = Tensor.of(shape, [axis if position == dim else a for position, a in enumerate(out.axes)])
+    return out
+
+
+def _padding(step: Step, amount: int, given: Any) -> Any:
+    """Labels of the padding of one side: free where the amount is an attribute, else such that cannot go."""
+    if not isinstance(given, TracedInt) or amount == 0:
+        return np.zeros(amount, np.int64)
+    return step.follow(step.facts.fresh(amount), given)

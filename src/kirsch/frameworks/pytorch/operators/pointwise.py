@@ -1,0 +1,46 @@
+"""Operators that act on each number by itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kirsch.frameworks.pytorch.operators.rule import letters, rule
+from kirsch.graph import relations
+from kirsch.graph.labels import Tensor
+
+if TYPE_CHECKING:
+    from kirsch.frameworks.pytorch.step import Step
+
+ELEMENTWISE = """
+add sub rsub mul div pow neg abs exp expm1 log log1p sqrt rsqrt square reciprocal sigmoid tanh relu relu6 gelu silu mish
+elu selu celu softplus softsign leaky_relu hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink threshold
+log_sigmoid logsigmoid clamp clamp_min clamp_max maximum minimum where masked_fill eq ne lt le gt ge logical_and
+logical_or logical_not floor ceil round trunc sign sin cos erf lerp addcmul addcdiv atan2 fmod remainder
+to _to_copy clone detach contiguous alias lift_fresh_copy dropout feature_dropout alpha_dropout native_dropout bernoulli
+ones_like zeros_like empty_like full_like rand_like randn_like nan_to_num type_as fill copy
+"""
+
+
+@rule(*ELEMENTWISE.split())
+def _elementwise(step: Step) -> Tensor:
+    return relations.elementwise(step.facts, step.tensors(), step.shape)
+
+
+@rule("prelu")
+def _prelu(step: Step) -> Tensor:
+    x, weight = step.args
+    if weight.shape[0] == 1:
+        return Tensor.of(step.shape, x.axes)
+    return relations.relate(step.facts, [(x, letters(x)), (weight, letters(x)[1])], letters(x), step.shape)
+
+
+@rule("glu")
+def _glu(step: Step) -> Tensor:
+    x = step.args[0]
+    dim = step.arg(1, "dim", -1) % len(x.shape)
+    half = step.shape[dim]
+    first = relations.gather(step.facts, x, dim, np.arange(half))
+    second = relations.gather(step.facts, x, dim, np.arange(half, 2 * half))
+    return relations.elementwise(step.facts, [first, second], step.shape)
