@@ -18,16 +18,19 @@ if TYPE_CHECKING:
     from kirsch.pruning.prune import prune
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import compress
+    from kirsch.recipes.tasks.data import DataSet, Split
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Artifact",
+    "DataSet",
     "Goal",
     "Graph",
     "Measurement",
     "Objective",
     "Plan",
+    "Split",
     "Training",
     "compress",
     "distill",
@@ -43,11 +46,13 @@ __all__ = [
 # Where each public name lives. They are imported at first use, so that `import kirsch` loads no framework.
 _HOMES = {
     "Artifact": "kirsch.deploy.export",
+    "DataSet": "kirsch.recipes.tasks.data",
     "Goal": "kirsch.graph.plan",
     "Graph": "kirsch.graph.graph",
     "Measurement": "kirsch.deploy.measure",
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
+    "Split": "kirsch.recipes.tasks.data",
     "Training": "kirsch.frameworks.training",
     "compress": "kirsch.recipes.compress",
     "distill": "kirsch.distillation.distill",

@@ -251,7 +251,7 @@ def measure(
     weights: Weights = "random",
     seed: Seed = 0,
     threads: Annotated[int, typer.Option("--threads", help="Of the runtime.", min=1)] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", help="Of the timing.", min=5)] = 30,
+    rounds: Annotated[int, typer.Option("--rounds", help="Of the timing.", min=6)] = 30,
 ) -> int:
     """Time and count a model or an ONNX file."""
     from kirsch.cli import networks

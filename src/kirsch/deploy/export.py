@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from kirsch import files
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.errors import NumericError
+from kirsch.errors import ModelError, NumericError, OutputError
 from kirsch.frameworks.port import framework_of
 from kirsch.registry import Registry
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 DRIFT = 1e-4
 """Largest difference between model and file, as a share of the largest output; 1e-6 is usual in float32."""
+
+NUMPY_NAMES = {"float": "float32", "double": "float64"}
+"""Types of numbers that ONNX and numpy call differently."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,8 @@ def export(model: Any, path: str | Path, *, example_inputs: Any, format: str = "
     """
     exporter = EXPORTERS[format]
     target = Path(path)
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder.", "A file is to be written.", "Give the name of a file in it.")
     files.check_writable(target.parent)
     with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=target.parent) as folder:
         written = Path(folder) / target.name
@@ -90,12 +99,7 @@ def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
     framework = framework_of(model)
     details = framework.export_onnx(model, example_inputs, path)
     session = OnnxSession(path)
-    worst = 0.0
-    for inputs in _trials(example_inputs):
-        expected = framework.outputs(model, inputs)
-        found = session.run(*inputs)
-        for a, b in zip(expected, found, strict=True):
-            worst = max(worst, float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1e-12)))
+    worst = float(np.max([_drift(model, session, inputs) for inputs in _trials(example_inputs)]))  # NaN is the largest
     if not worst <= DRIFT:
         raise NumericError(
             "The exported file does not compute what the model computes.",
@@ -103,6 +107,34 @@ def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
             "Report the model: its export is wrong.",
         )
     return {**details, "drift": worst, "runtime": f"onnxruntime {session.version}"}
+
+
+def _drift(model: Any, session: OnnxSession, inputs: tuple[Any, ...]) -> float:
+    """The largest difference over all outputs for one batch, each as a share of its largest value."""
+    try:
+        expected = framework_of(model).outputs(model, inputs)
+    except Exception as error:  # a foreign model is run, which may raise anything
+        raise ModelError(
+            f"A {type(model).__name__} does not run with inputs of shape {', '.join(str(v.shape) for v in inputs)}.",
+            f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}.",
+            "The first axis of every input is the batch, which must be free.",
+        ) from error
+    found = session.run(*inputs)
+    if len(expected) != len(found):
+        raise NumericError(f"The exported file has {len(found)} outputs, the model has {len(expected)}.")
+    return float(np.max([_distance(a, b) for a, b in zip(expected, found, strict=True)]))
+
+
+def _distance(expected: NDArray[Any], found: NDArray[Any]) -> float:
+    """The largest difference as a share of the largest value; what is not finite must be the same in both."""
+    if expected.shape != found.shape:
+        return float("inf")
+    a, b = expected.astype(np.float64), found.astype(np.float64)
+    finite = np.isfinite(a)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+        return float("inf")
+    difference, size = np.abs(a[finite] - b[finite]), np.abs(a[finite])
+    return float(difference.max() / max(size.max(), 1e-12)) if finite.any() else 0.0
 
 
 def _trials(example_inputs: Any) -> list[tuple[Any, ...]]:
@@ -121,14 +153,25 @@ def _trials(example_inputs: Any) -> list[tuple[Any, ...]]:
 
 
 def usage(artifact: Artifact) -> str:
-    """Ten lines of Python that run the file."""
-    taken = artifact.details["inputs"][0]
-    shape = ", ".join("1" if isinstance(size, str) else str(size) for size in taken["shape"])
+    """A short program that runs the file, on zeros in the place of real inputs."""
+    names, lines = [], []
+    for number, taken in enumerate(artifact.details["inputs"]):
+        names.append(f"x{number}" if number else "x")
+        shape = ", ".join("1" if isinstance(size, str) else str(size) for size in taken["shape"])
+        kind = NUMPY_NAMES.get(taken["type"], taken["type"])
+        lines.append(f'{names[-1]} = np.zeros(({shape}), "{kind}")  # prepared as for training\n')
+    fed = ", ".join(
+        f"{_quoted(taken['name'])}: {name}" for taken, name in zip(artifact.details["inputs"], names, strict=True)
+    )
     return (
         "import numpy as np\n"
         "import onnxruntime\n\n"
-        f'session = onnxruntime.InferenceSession("{artifact.path.name}")\n'
-        f'x = np.zeros(({shape}), "float32")  # prepared as for training\n'
-        f'scores = session.run(None, {{"{taken["name"]}": x}})[0]\n'
+        f"session = onnxruntime.InferenceSession({_quoted(artifact.path.name)})\n"
+        f"{''.join(lines)}"
+        f"scores = session.run(None, {{{fed}}})[0]\n"
         "print(scores.argmax(-1))\n"
     )
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # Python reads it as JSON does

@@ -70,7 +70,7 @@ def race(contenders: Mapping[str, Path], inputs: Any, *, reference: str, threads
 
     Args:
         contenders: name → file.
-        inputs: one batch, as an array.
+        inputs: one batch, as an array or a tuple of them.
         reference: the name that the others are compared with.
         threads: of ONNX Runtime, 1 to the number of usable cores.
         rounds: of the interleaved run.
@@ -79,8 +79,9 @@ def race(contenders: Mapping[str, Path], inputs: Any, *, reference: str, threads
     if not 1 <= threads <= cores:
         raise UsageError(f"threads is {threads}; this machine has 1 to {cores}.", "More threads than cores slow down.")
     before = load()
+    arrays = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     sessions = {name: OnnxSession(path, threads) for name, path in contenders.items()}
-    calls = {name: session.call(inputs) for name, session in sessions.items()}
+    calls = {name: session.call(*arrays) for name, session in sessions.items()}
     timing = interleaved(calls, reference=reference, rounds=rounds)
     version = next(iter(sessions.values())).version
     return Race(
@@ -90,7 +91,7 @@ def race(contenders: Mapping[str, Path], inputs: Any, *, reference: str, threads
         reference=reference,
         runtime=f"onnxruntime {version}",
         threads=threads,
-        batch=len(inputs),
+        batch=len(arrays[0]),
         machine=cpu()[0],
         load_before=before,
         load_after=load(),
@@ -150,7 +151,7 @@ def measure(
 
     Args:
         model_or_artifact: a model (exported to a temporary file for timing), an `Artifact`, or a path of one.
-        example_inputs: one batch; its first sample is used.
+        example_inputs: one batch, as an array or a tuple of them; its first sample is used.
         data: (inputs, labels) as arrays, to measure the accuracy of the file.
         runtime: "onnxruntime".
         threads: of the runtime.
@@ -158,8 +159,10 @@ def measure(
     """
     if runtime not in RUNTIMES:
         raise UnknownNameError("runtime", runtime, RUNTIMES)
-    sample = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
-    one = np.asarray(sample)[:1]
+    if isinstance(example_inputs, dict):
+        raise UsageError("Keyword inputs cannot be measured.", mend="Wrap the model so that it takes them by position.")
+    batch = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    one = tuple(np.asarray(value)[:1] for value in batch)
     missing = [] if data is not None else ["Accuracy: no data was given."]
     if isinstance(model_or_artifact, (Artifact, str, Path)):
         given = model_or_artifact
@@ -167,15 +170,15 @@ def measure(
         missing.append("Parameters and MACs: they are counted on a model, not on a file.")
         return _measured(path, one, data, threads, rounds, (None, None), missing)
     framework = framework_of(model_or_artifact)
-    parameters, macs = framework.count(model_or_artifact, sample[:1])
     with tempfile.TemporaryDirectory() as folder:
-        artifact = export(model_or_artifact, Path(folder) / "model.onnx", example_inputs=example_inputs)
-        return _measured(artifact.path, one, data, threads, rounds, (parameters, macs), missing)
+        artifact = export(model_or_artifact, Path(folder) / "model.onnx", example_inputs=batch)
+        counted = framework.count(model_or_artifact, tuple(value[:1] for value in batch))
+        return _measured(artifact.path, one, data, threads, rounds, counted, missing)
 
 
 def _measured(
     path: Path,
-    one: Any,
+    one: tuple[Any, ...],
     data: Any,
     threads: int,
     rounds: int,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.errors import LoadError, MissingExtraError, ShapeError
+from kirsch.errors import DataError, LoadError, MissingExtraError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +45,7 @@ class OnnxSession:
         except Exception as error:  # its errors have no common base of their own
             raise LoadError(
                 f"{file} cannot be loaded by ONNX Runtime.",
-                f"{str(error).splitlines()[0]}.",
+                _first_line(error),
                 "Give a model that kirsch.export wrote.",
             ) from error
         self.threads = threads
@@ -59,21 +59,34 @@ class OnnxSession:
         Raises:
             ShapeError: the inputs do not fit; says what is expected.
         """
+        expected = ", ".join(f"{v.name} {v.shape} {v.type}" for v in self._session.get_inputs())
+        what = f"The file cannot take inputs {', '.join(f'{value.shape} {value.dtype}' for value in inputs)}."
+        if len(inputs) != len(self.inputs):
+            raise ShapeError(what, f"It expects {expected}.")
         try:
             out: list[NDArray[Any]] = self._session.run(None, dict(zip(self.inputs, inputs, strict=True)))
         except Exception as error:  # its errors have no common base of their own
-            expected = ", ".join(f"{v.name} {v.shape} {v.type}" for v in self._session.get_inputs())
-            found = ", ".join(f"{value.shape} {value.dtype}" for value in inputs)
-            raise ShapeError(f"The file cannot take inputs {found}.", f"It expects {expected}.") from error
+            raise ShapeError(what, f"It expects {expected}. {_first_line(error)}") from error
         return out
 
     def predict(self, inputs: NDArray[Any], batch_size: int = 256) -> NDArray[Any]:
-        """The first output for inputs of shape (N, ...): shape (N, K)."""
+        """The first output for inputs of shape (N, ...): shape (N, K).
+
+        Raises:
+            DataError: there are no inputs.
+        """
+        if not len(inputs):
+            raise DataError("There are no inputs to predict.", mend="Give at least one.")
         parts = [self.run(inputs[start : start + batch_size])[0] for start in range(0, len(inputs), batch_size)]
         return np.concatenate(parts)
 
     def call(self, *inputs: NDArray[Any]) -> Callable[[], Any]:
-        """A callable without arguments that runs these inputs, for timing."""
+        """A callable without arguments that runs these inputs, for timing; they are run once to see that they fit."""
+        self.run(*inputs)
         feed = dict(zip(self.inputs, inputs, strict=True))
         session = self._session
         return lambda: session.run(None, feed)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{str(error).splitlines()[0].rstrip('.')}."

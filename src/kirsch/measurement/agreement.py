@@ -44,13 +44,15 @@ def agreement(reference: NDArray[Any], found: NDArray[Any]) -> Agreement:
 
     Raises:
         ShapeError: the shapes differ.
-        DataError: the reference hardly depends on its samples, so that agreeing with it proves nothing.
+        DataError: no samples, or a reference that hardly depends on them, so that agreeing with it proves nothing.
     """
     if reference.shape != found.shape:
         raise ShapeError(f"Scores of shape {reference.shape} cannot be compared with {found.shape}.")
+    if not len(reference):
+        raise DataError("There are no scores to compare.", mend="Give at least one sample.")
     a, b = reference.astype(np.float64), found.astype(np.float64)
     middle = a - a.mean(0)
-    if len(a) > 1 and (middle**2).sum() < VARIES * (a**2).sum():
+    if len(a) > 1 and (middle**2).sum() <= VARIES * (a**2).sum():  # equal: all scores are zero
         raise DataError(
             "The outputs of the reference hardly depend on its inputs.",
             "An agreement with it would prove nothing.",

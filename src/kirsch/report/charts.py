@@ -24,6 +24,7 @@ class Scale:
         low, high: ends of the numbers.
         start, end: their places.
         logarithmic: whether equal factors are equal distances.
+        whole: whether only whole numbers have a tick.
     """
 
     low: float
@@ -31,6 +32,7 @@ class Scale:
     start: float
     end: float
     logarithmic: bool = False
+    whole: bool = False
 
     def __call__(self, value: float) -> float:
         """The place of a number."""
@@ -39,6 +41,11 @@ class Scale:
             low, high, at = math.log(low), math.log(high), math.log(max(value, 1e-300))
         return self.start + (at - low) / ((high - low) or 1.0) * (self.end - self.start)
 
+    @property
+    def step(self) -> float:
+        """From tick to tick of a linear scale; it has two to six of them."""
+        return max(_nice((self.high - self.low) / 5), 1.0 if self.whole else 0.0)
+
     def ticks(self) -> list[float]:
         """Round numbers between the ends."""
         if self.logarithmic:
@@ -46,9 +53,20 @@ class Scale:
             last = math.ceil(math.log10(self.high))
             every = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
             return [t for t in every if self.low <= t <= self.high]
-        step = _nice((self.high - self.low) / 4)
-        first = math.ceil(self.low / step - 1e-9)
-        return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        first, last = math.ceil(self.low / self.step - 1e-9), math.floor(self.high / self.step + 1e-9)
+        return [place * self.step for place in range(first, last + 1)]
+
+
+def _fixed(scale: Scale) -> list[str]:
+    """The ticks of a linear scale with the decimals that tell them apart."""
+    places = max(0, -math.floor(math.log10(scale.step) + 1e-9))
+    return [figures.count(tick) if scale.step >= 1000 else f"{tick:.{places}f}" for tick in scale.ticks()]  # noqa: PLR2004 - thousands
+
+
+def _percents(scale: Scale) -> list[str]:
+    """The same for shares, as percent."""
+    places = max(0, -math.floor(math.log10(100 * scale.step) + 1e-9))
+    return [figures.percent(tick, places) for tick in scale.ticks()]
 
 
 def _nice(step: float) -> float:
@@ -86,9 +104,11 @@ def trade_off(models: Sequence[dict[str, Any]]) -> Markup:
     cost = [model["latency"]["median_us"] if timed else model["bytes"] for model in shown]
     name = figures.micros if timed else figures.bytes_
     low = min(model["accuracy"]["low"] for model in shown)
-    x = Scale(min(cost) / 1.35, max(cost) * 1.5, 70, WIDTH - 24, logarithmic=True)
-    y = Scale(max(low - 0.01, 0.0), min(1.0, max(m["accuracy"]["high"] for m in shown) + 0.005), 264, 20)
-    parts = _axes(x, y, 264, [name(t) for t in x.ticks()], [figures.percent(t) for t in y.ticks()])
+    x = Scale(
+        min(cost) / 1.6, max(cost) * 1.6, 70, WIDTH - 24, logarithmic=True
+    )  # at least one of 1, 2, 5 lies between
+    y = Scale(max(low - 0.01, 0.0), min(1.0, max(m["accuracy"]["high"] for m in shown) + 0.005), 264, 30)
+    parts = _axes(x, y, 264, [name(t) for t in x.ticks()], _percents(y), "accuracy")
     best, front = -1.0, []
     for place in sorted(range(len(shown)), key=lambda place: (cost[place], -shown[place]["accuracy"]["value"])):
         if shown[place]["accuracy"]["value"] > best:
@@ -150,8 +170,10 @@ def _point(model: dict[str, Any], at: float, y: Scale, cost: str, label: tuple[f
     )
 
 
-def _axes(x: Scale, y: Scale, base: float, below: Sequence[str], beside: Sequence[str]) -> list[Markup]:
-    parts = []
+def _axes(
+    x: Scale, y: Scale, base: float, below: Sequence[str], beside: Sequence[str], upwards: str = ""
+) -> list[Markup]:
+    parts = [_element("text", upwards, x=x.start - 8, y=y.end - 14, class_="end")] if upwards else []
     for tick, text in zip(y.ticks(), beside, strict=True):
         parts.append(_element("line", x1=x.start, x2=x.end, y1=y(tick), y2=y(tick), class_="grid"))
         parts.append(_element("text", text, x=x.start - 8, y=y(tick) + 4, class_="end"))
@@ -171,15 +193,17 @@ def removed_bars(layers: Sequence[dict[str, Any]], groups: Sequence[dict[str, An
     left, row = 230, 20
     parts: list[Markup] = []
     height, previous = 6.0, None
-    for layer in sorted(layers, key=lambda layer: list(by_name).index(layer["group"])):
+    order = {name: place for place, name in enumerate(by_name)}
+    for layer in sorted(layers, key=lambda layer: order[layer["group"]]):
         if layer["group"] != previous:
             height += 8 if previous is not None else 0
             previous = layer["group"]
         group = by_name[layer["group"]]
         whole = max((WIDTH - left - 90) * layer["before"] / widest, 2.0)
         kept = whole * layer["after"] / layer["before"]
-        tip = f"{layer['name']}: {layer['after']} of {layer['before']} kept. {group['reason']}."
-        tip += f" Goes along with: {', '.join(group['layers'])}. Units removed: {_ranges(group['removed'])}"
+        tip = f"{layer['name']}: {layer['after']} of {layer['before']} kept."
+        tip += f" Removed: {ranges(group['removed'])}; {group['reason']}." if group["removed"] else ""
+        tip += f" These go along: {', '.join(group['layers'])}."
         texts = [
             _element("title", tip),
             _element("text", _short(layer["name"], 34), x=left - 10, y=height + 13, class_="end"),
@@ -196,10 +220,11 @@ def removed_bars(layers: Sequence[dict[str, Any]], groups: Sequence[dict[str, An
 
 
 def _short(name: str, most: int) -> str:
-    return name if len(name) <= most else f"…{name[1 - most :]}"
+    """A name without its middle: its beginning tells repeated blocks apart, its end the layers within one."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most - most // 2) :]}"
 
 
-def _ranges(units: Sequence[int]) -> str:
+def ranges(units: Sequence[int]) -> str:
     """Ascending numbers as ranges: "0–3, 7"."""
     runs: list[list[int]] = []
     for unit in units:
@@ -211,25 +236,44 @@ def _ranges(units: Sequence[int]) -> str:
 
 
 def curve(title: str, epochs: Sequence[int], values: Sequence[float | None], *, share: bool) -> Markup:
-    """One training curve; values that are missing leave a gap."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
-    x = Scale(epochs[0], max(epochs[-1], epochs[0] + 1), 58, WIDTH / 2 - 14)
-    y = Scale(low - 0.02 * (high - low) - 1e-9, high + 0.02 * (high - low) + 1e-9, 150, 12)
-    beside = [figures.percent(t) if share else figures.digits(t, 2) for t in y.ticks()]
-    parts = _axes(x, y, 150, [str(round(t)) for t in x.ticks()], beside)
-    points = [(x(e), y(v)) for e, v in zip(epochs, values, strict=True) if v is not None and math.isfinite(v)]
-    parts.append(_element("polyline", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in points), class_="line"))
-    last = figures.percent(known[-1]) if share and known else figures.digits(known[-1]) if known else "none"
-    body = [_element("title", title), _element("desc", f"{title}: {last} after epoch {epochs[-1]}"), *parts]
+    """One training curve; values that are missing leave a gap, and one that stands alone is a dot."""
+    known = [pair for run in _runs(epochs, values) for pair in run]
+    low, high = min((v for _, v in known), default=0.0), max((v for _, v in known), default=1.0)
+    room = 0.02 * (high - low) or max(0.05 * abs(high), 1e-3)  # a constant lies in the middle
+    bottom, top = (max(low - room, 0.0), min(high + room, 1.0)) if share else (low - room, high + room)
+    y = Scale(bottom, top, 150, 12)
+    alone = 0.5 if epochs[0] == epochs[-1] else 0.0  # in the middle
+    x = Scale(epochs[0] - alone, epochs[-1] + alone, 58, WIDTH / 2 - 14, whole=True)
+    parts = _axes(x, y, 150, _fixed(x), _percents(y) if share else _fixed(y))
+    for run in _runs(epochs, values):
+        places = [(x(e), y(v)) for e, v in run]
+        if len(places) > 1:
+            parts.append(_element("polyline", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in places), class_="line"))
+        else:
+            parts.append(_element("circle", cx=places[0][0], cy=places[0][1], r=3.5, class_="dot"))
+    last = "no value"
+    if known:
+        epoch, value = known[-1]
+        last = f"{figures.percent(value) if share else figures.digits(value)} after epoch {epoch}"
+    body = [_element("title", title), _element("desc", f"{title}: {last}"), *parts]
     return _element("svg", _join(body), viewBox=f"0 0 {WIDTH // 2} 178", role="img", aria_label=title)
+
+
+def _runs(epochs: Sequence[int], values: Sequence[float | None]) -> list[list[tuple[int, float]]]:
+    """The values that are known, each stretch without a gap for itself."""
+    runs: list[list[tuple[int, float]]] = [[]]
+    for epoch, value in zip(epochs, values, strict=True):
+        if value is not None and math.isfinite(value):
+            runs[-1].append((epoch, value))
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
 
 
 def calibration(before: dict[str, Any], after: dict[str, Any], names: tuple[str, str]) -> Markup:
     """How often a classifier is right against how sure it is; on the diagonal both agree."""
-    x, y = Scale(0, 1, 58, 346), Scale(0, 1, 250, 14)
-    ticks = [figures.percent(t, 0) for t in x.ticks()]
-    parts = _axes(x, y, 250, ticks, [figures.percent(t, 0) for t in y.ticks()])
+    x, y = Scale(0, 1, 58, 334), Scale(0, 1, 250, 24)
+    parts = _axes(x, y, 250, _percents(x), _percents(y), "right")
     parts.append(_element("line", x1=x(0), y1=y(0), x2=x(1), y2=y(1), class_="front"))
     for found, mark, name in ((before, "other", names[0]), (after, "chosen", names[1])):
         dots = [
@@ -243,7 +287,7 @@ def calibration(before: dict[str, Any], after: dict[str, Any], names: tuple[str,
             for b in found["bins"]
         ]
         parts.append(_element("g", _join(dots), class_=mark))
-    parts.append(_element("text", "confidence", x=346, y=286, class_="end"))
+    parts.append(_element("text", "sure", x=334, y=286, class_="end"))
     text = f"Calibration error {names[0]} {figures.percent(before['ece'])}, {names[1]} {figures.percent(after['ece'])}"
     body = [_element("title", "Calibration"), _element("desc", text), *parts]
     return _element("svg", _join(body), viewBox="0 0 360 292", role="img", aria_label="Calibration")

@@ -10,10 +10,10 @@ STEPS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 def digits(value: float, significant: int = 3) -> str:
     """A number with some significant digits, without an exponent: 1.21, 402, 0.00123.
 
-    A number that has more digits before the point than `significant` keeps them all.
+    A number with more digits before the point is filled up with zeros: 12300.
     """
     if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
+        return "0" if value == 0 else f"{value:g}"
     places = significant - 1 - math.floor(math.log10(abs(value)))
     rounded = round(value, places)
     places = significant - 1 - math.floor(math.log10(abs(rounded)))  # 9.996 has become 10.0
@@ -22,6 +22,8 @@ def digits(value: float, significant: int = 3) -> str:
 
 def count(value: float) -> str:
     """How many: "1.21 M", "402 k", "31"."""
+    if not math.isfinite(value):
+        return digits(value)
     for step, name in STEPS:
         if abs(value) >= step * 0.9995:
             return f"{digits(value / step)} {name}"
@@ -31,17 +33,17 @@ def count(value: float) -> str:
 def bytes_(value: float) -> str:
     """A size of a file in decimal units: "61.2 kB"."""
     text = count(value)
-    return f"{text}B" if text[-1].isalpha() else f"{text} B"
+    return f"{text}B" if " " in text else f"{text} B"
 
 
 def percent(value: float, places: int = 1) -> str:
     """A share as percent: "98.3 %"."""
-    return f"{100 * value:.{places}f} %"
+    return f"{100 * value:z.{places}f} %"
 
 
 def points(value: float) -> str:
     """A difference of shares as percentage points: "1.2 points"."""
-    text = f"{100 * value:.1f}"
+    text = f"{100 * value:z.1f}"
     return f"{text} point" if text == "1.0" else f"{text} points"
 
 
@@ -59,8 +61,8 @@ def micros(value: float) -> str:
 
 def seconds(value: float) -> str:
     """A duration: "0.4 s", "18 s", "2 min 05 s", "1 h 02 min"."""
-    if value < 9.95:  # noqa: PLR2004 - below ten seconds a tenth matters
-        return f"{value:.1f} s"
+    if value < 9.95 or not math.isfinite(value):  # noqa: PLR2004 - below ten seconds a tenth matters
+        return f"{value:z.1f} s"
     whole = round(value)
     if whole < 60:  # noqa: PLR2004 - a minute
         return f"{whole} s"
@@ -69,6 +71,6 @@ def seconds(value: float) -> str:
 
 
 def ratio(value: float, low: float | None = None, high: float | None = None) -> str:
-    """A speedup with its interval: "2.7× [2.5 – 2.9]"."""
+    """A speedup with its interval: "2.70× [2.51 – 2.93]"."""
     span = f" [{digits(low)} – {digits(high)}]" if low is not None and high is not None else ""
     return f"{digits(value)}×{span}"

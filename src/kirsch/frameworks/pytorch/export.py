@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kirsch.errors import ModelError
-from kirsch.frameworks.pytorch.trace import arguments
+from kirsch.frameworks.pytorch.predict import arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,13 +36,17 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, 
         opset, IR version, exporter, and name, shape and type of each input and output.
 
     Raises:
-        ModelError: the model cannot be exported; names the operation where the exporter does.
+        ModelError: the model or its inputs cannot be exported; names the operation where the exporter does.
     """
     args, options = arguments(example_inputs)
     if options:
         raise ModelError(
             "Keyword inputs cannot be exported yet.", mend="Wrap the model so that its forward takes them by position."
         )
+    for number, value in enumerate(args):
+        if not isinstance(value, torch.Tensor) or not value.dim():
+            found = "a tensor without axes" if isinstance(value, torch.Tensor) else f"of type {type(value).__name__}"
+            raise ModelError(f"Input {number} is {found}.", mend="Give tensors whose first axis is the batch.")
     subject = copy.deepcopy(model).eval()
     # An axis of size 1 would be taken for a constant.
     pair = tuple(torch.cat([value, value]) if value.shape[0] == 1 else value for value in args)
@@ -60,10 +64,9 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, 
                 verbose=False,
             )
     except Exception as error:
-        first = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise ModelError(
             f"A {type(model).__name__} cannot be exported to ONNX.",
-            f"{type(error).__name__}: {first}",
+            _root(error),
             "Export a part without the operation that is named, or replace it.",
         ) from error
     if program is None:
@@ -74,14 +77,28 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, 
     return _details(path)
 
 
+def _root(error: BaseException) -> str:
+    """What went wrong first, in one sentence; the exporter wraps it in advice to its own developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "it says no more")
+    return f"{type(error).__name__}: {first}."
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's own console output and its warnings about its internals."""
-    logger = logging.getLogger("torch.onnx")
+    logger = logging.getLogger("torch")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)  # an error is raised too, and said in our words
+    silent = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(silent),
+            contextlib.redirect_stderr(silent),
+            torch.random.fork_rng(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -1,0 +1,262 @@
+"""The file to ship: whole or absent, and held against the model before it appears."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.deploy.export import DRIFT, EXPORTERS, usage
+from kirsch.deploy.onnxruntime import OnnxSession
+from kirsch.errors import ModelError, NumericError, OutputError, ShapeError, UnknownNameError
+
+PAIR = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+
+
+class Double(nn.Module):
+    """Gives twice what it takes."""
+
+    def forward(self, x):
+        return x + x
+
+
+@pytest.fixture
+def exporter(monkeypatch):
+    """Registers a function as the exporter "own"."""
+    return lambda function: monkeypatch.setitem(EXPORTERS._things, "own", function)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_the_file_computes_what_the_model_computes_for_any_batch(exported, size):
+    images = torch.randn(size, 2, 4, 4, generator=torch.Generator().manual_seed(size))
+    expected = exported.model(images).detach().numpy()
+    found = OnnxSession(exported.artifact.path).run(images.numpy())[0]
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)  # float32, summed in another order
+
+
+def test_an_artifact_is_the_file_that_it_names(exported):
+    artifact, content = exported.artifact, exported.artifact.path.read_bytes()
+    assert artifact.bytes == len(content)
+    assert artifact.sha256 == hashlib.sha256(content).hexdigest()
+    assert artifact.details["inputs"] == [{"name": "input", "shape": ["batch", 2, 4, 4], "type": "float"}]
+    assert artifact.details["outputs"][0]["shape"] == ["batch", 3]
+    assert 0 <= artifact.details["drift"] < DRIFT
+
+
+def test_an_artifact_is_json_that_says_nothing_of_the_folder(exported):
+    found = json.loads(json.dumps(exported.artifact.to_dict()))
+    assert found["file"] == "small.onnx"
+    assert found["sha256"] == exported.artifact.sha256
+    assert str(exported.artifact.path.parent) not in json.dumps(found)
+
+
+def test_a_drift_is_the_difference_as_a_share_of_the_largest_output(planted, tmp_path):
+    planted("f = Constant<value = float {2.00001}>() y = Mul(input, f)")
+    found = kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR)
+    assert found.details["drift"] == pytest.approx(5e-6, rel=0.03)  # float32 knows 2.00001 to 1e-7
+
+
+FAULTS = {
+    "other weights": "f = Constant<value = float {2.0005}>() y = Mul(input, f)",
+    "columns changed places": "i = Constant<value = int64[2] {1, 0}>() s = Gather<axis = 1>(input, i) y = Add(s, s)",
+    "a mean over the batch": "m = ReduceMean<axes = [0]>(input) d = Add(input, input) y = Sub(d, m)",
+    "cut off at 50, which only large inputs reach": """
+        a = Constant<value = float {-50.0}>() b = Constant<value = float {50.0}>()
+        d = Add(input, input) y = Clip(d, a, b)""",
+    "not a number at zero": "q = Div(input, input) d = Add(input, input) y = Mul(d, q)",
+    "not a number at all": "z = Sub(input, input) q = Div(z, z) y = Add(input, q)",
+    "infinite": "z = Sub(input, input) e = Exp(z) q = Div(e, z) y = Add(input, q)",
+    "a third column": "s = ReduceSum<keepdims = 1>(input) d = Add(input, input) y = Concat<axis = 0>(d, d)",
+}
+
+
+@pytest.mark.parametrize("body", FAULTS.values(), ids=FAULTS)
+def test_a_file_that_computes_something_else_is_refused_and_does_not_appear(planted, tmp_path, body):
+    planted(body)
+    sentence = r"does not compute what the model computes\. The outputs differ by .* of the largest, 1e-04 is allowed"
+    with pytest.raises(NumericError, match=sentence):
+        kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_with_another_number_of_outputs_is_refused(planted, tmp_path):
+    planted("y = Add(input, input) z = Add(y, y)", given="float[batch,2] y, float[batch,2] z")
+    with pytest.raises(NumericError, match=r"The exported file has 2 outputs, the model has 1\."):
+        kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR)
+
+
+def test_every_output_is_held_against_the_model(planted, tmp_path):
+    class Both(nn.Module):
+        def forward(self, x):
+            return x + x, -x
+
+    planted("y = Add(input, input) z = Neg(input)", given="float[batch,2] y, float[batch,2] z")
+    assert kirsch.export(Both(), tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] == 0
+    planted("y = Add(input, input) z = Abs(input)", given="float[batch,2] y, float[batch,2] z")
+    with pytest.raises(NumericError, match=r"differ by 2\.0e\+00"):
+        kirsch.export(Both(), tmp_path / "m.onnx", example_inputs=PAIR)
+
+
+def test_a_file_that_fixed_the_batch_is_refused(planted, tmp_path):
+    planted("y = Add(input, input)", taken="float[2,2] input", given="float[2,2] y")
+    with pytest.raises(ShapeError, match=r"cannot take inputs \(1, 2\) float32\. It expects input \[2, 2\]"):
+        kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR)
+
+
+@pytest.mark.parametrize(("function", "body"), [(torch.exp, "y = Exp(input)"), (torch.log, "y = Log(input)")])
+def test_outputs_that_are_not_finite_in_both_are_the_same(planted, tmp_path, function, body):
+    """Of a few hundred exp is infinite, of zero log is, and of less it is no number: no difference says anything."""
+
+    class Odd(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    planted(body)
+    assert kirsch.export(Odd(), tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] < DRIFT
+
+
+def test_outputs_of_truth_values_are_compared_too(planted, tmp_path):
+    class Positive(nn.Module):
+        def forward(self, x):
+            return x > 0
+
+    zero = "z = Constant<value = float {0.0}>()"
+    planted(f"{zero} y = Greater(input, z)", given="bool[batch,2] y")
+    assert kirsch.export(Positive(), tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] == 0
+    planted(f"{zero} y = Less(input, z)", given="bool[batch,2] y")
+    with pytest.raises(NumericError, match=r"differ by 1\.0e\+00"):
+        kirsch.export(Positive(), tmp_path / "m.onnx", example_inputs=PAIR)
+
+
+def test_whole_numbers_are_tried_as_they_were_given(planted, tmp_path):
+    """Random ones would lie outside of the table of an embedding."""
+    seen = []
+
+    class Seen(Double):
+        def forward(self, x):
+            seen.append(x.numpy().copy())
+            return super().forward(x)
+
+    planted("y = Add(input, input)", taken="int64[batch,2] input", given="int64[batch,2] y")
+    kirsch.export(Seen(), tmp_path / "m.onnx", example_inputs=torch.tensor([[1, 2], [3, 4]]))
+    assert [batch.tolist() for batch in seen[:2]] == [[[1, 2]], [[1, 2], [3, 4], [1, 2]]]
+
+
+def test_a_model_that_knows_one_batch_size_only_is_named(planted, tmp_path):
+    class Stubborn(nn.Module):
+        def forward(self, x):
+            return x.reshape(2, 2) + x
+
+    planted("y = Add(input, input)")
+    sentence = r"A Stubborn does not run with inputs of shape \(1, 2\)\. RuntimeError: shape .* The first axis of every"
+    with pytest.raises(ModelError, match=sentence):
+        kirsch.export(Stubborn(), tmp_path / "m.onnx", example_inputs=PAIR)
+
+
+def test_a_failed_export_leaves_no_trace_and_the_older_file(exporter, tmp_path):
+    def fails(_model, _inputs, path):
+        path.write_bytes(b"half of a fi")
+        raise NumericError("It went wrong.")
+
+    exporter(fails)
+    (tmp_path / "m.onnx").write_bytes(b"older")
+    for target in (tmp_path / "m.onnx", tmp_path / "new" / "m.onnx"):
+        with pytest.raises(NumericError, match="It went wrong"):
+            kirsch.export(Double(), target, example_inputs=PAIR, format="own")
+    assert (tmp_path / "m.onnx").read_bytes() == b"older"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["m.onnx", "new"]
+
+
+def test_a_second_file_of_weights_goes_along_and_comes_first(exporter, tmp_path, monkeypatch):
+    """A reader that sees the model must find its weights."""
+    from kirsch import files
+
+    def writes_two(_model, _inputs, path):
+        path.write_bytes(b"model")
+        path.with_name(f"{path.name}.data").write_bytes(b"weights")
+        return {"inputs": []}
+
+    order, plain = [], files.write_bytes
+    monkeypatch.setattr(files, "write_bytes", lambda path, content: (order.append(path.name), plain(path, content)))
+    exporter(writes_two)
+    found = kirsch.export(Double(), str(tmp_path / "deep" / "m.own"), example_inputs=PAIR, format="own")
+    assert order == ["m.own.data", "m.own"]
+    assert (tmp_path / "deep" / "m.own.data").read_bytes() == b"weights"
+    assert (found.format, found.bytes, found.path) == ("own", 5, tmp_path / "deep" / "m.own")
+
+
+def test_an_unknown_format_is_answered_with_the_known_ones(tmp_path):
+    with pytest.raises(UnknownNameError, match=r"There is no exporter 'onxx'\. Known: onnx\. Did you mean 'onnx'\?"):
+        kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR, format="onxx")
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(exporter, tmp_path):
+    exporter(lambda *_: pytest.fail("the model was exported for nothing"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file is a file\. A folder is needed"):
+        kirsch.export(Double(), tmp_path / "file" / "m.onnx", example_inputs=PAIR, format="own")
+    with pytest.raises(OutputError, match=r"file/deeper cannot be written\. Not a directory\."):
+        kirsch.export(Double(), tmp_path / "file" / "deeper" / "m.onnx", example_inputs=PAIR, format="own")
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused(exporter, tmp_path, monkeypatch):
+    exporter(lambda *_: pytest.fail("the model was exported for nothing"))
+    monkeypatch.chdir(tmp_path)
+    for target, name in ((tmp_path, tmp_path.name), ("", r"\."), ("..", r"\.\.")):
+        with pytest.raises(OutputError, match=rf"{name} is a folder\. .* Give the name of a file in it\."):
+            kirsch.export(Double(), target, example_inputs=PAIR, format="own")
+
+
+def run(program, folder):
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_program_beside_the_file_runs_and_prints_the_class_of_zeros(exported):
+    expected = exported.model(torch.zeros(1, 2, 4, 4)).argmax(-1)
+    program = usage(exported.artifact)
+    assert len(program.splitlines()) <= 10
+    assert run(program, exported.artifact.path.parent) == f"{expected.numpy()}\n"
+
+
+def test_the_program_feeds_every_input_with_its_type_whatever_the_names(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(4, 3)
+
+        def forward(self, tokens, shift):
+            return self.table(tokens).mean(1) + shift
+
+    torch.manual_seed(0)
+    model, name = Two().double(), "\"quoted' \\n {7*7} ü.onnx"
+    inputs = torch.tensor([[1, 2], [0, 3]]), torch.zeros(2, 3, dtype=torch.float64)
+    artifact = kirsch.export(model, tmp_path / name, example_inputs=inputs)
+    expected = model(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 3)).argmax(-1)
+    assert run(usage(artifact), tmp_path) == f"{expected.numpy()}\n"
+
+
+def test_the_trials_are_the_same_each_time_and_cover_zero_and_large_values(planted, tmp_path):
+    seen = []
+
+    class Seen(Double):
+        def forward(self, x):
+            seen.append(x.numpy().copy())
+            return super().forward(x)
+
+    planted("y = Add(input, input)")
+    for _ in range(2):
+        kirsch.export(Seen(), tmp_path / "m.onnx", example_inputs=PAIR)
+    first, second = seen[:4], seen[4:]
+    assert [batch.shape for batch in first] == [(1, 2), (3, 2), (3, 2), (3, 2)]
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not first[2].any()
+    assert np.abs(first[3]).max() > 50

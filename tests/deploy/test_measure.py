@@ -1,0 +1,166 @@
+"""What a model or a file costs: counted, weighed and timed; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.deploy import measure as room
+from kirsch.deploy.measure import race
+from kirsch.errors import DataError, LoadError, ShapeError, UnknownNameError, UsageError
+from kirsch.measurement.latency import Latency, Ratio, Timing
+from kirsch.measurement.quality import rate
+
+FOUND = Timing(
+    {"a": Latency(9, 8, 10, 11, 6, 100), "b": Latency(3, 2, 4, 5, 6, 300)},
+    {"a": Ratio(1, 1, 1), "b": Ratio(3, 2.5, 3.5)},
+    Ratio(1.01, 0.98, 1.03),
+    "a",
+)
+
+
+@pytest.fixture
+def stopwatch(monkeypatch):
+    """Calls each contender once and gives set times; what it was asked for is in the dictionary that comes back."""
+    asked = {}
+
+    def interleaved(contenders, **options):
+        asked.update(options, outputs={name: call() for name, call in contenders.items()})
+        name = options["reference"]
+        return FOUND if name == "a" else Timing({name: FOUND.latencies["a"]}, {name: Ratio(1, 1, 1)}, FOUND.aa, name)
+
+    monkeypatch.setattr(room, "interleaved", interleaved)
+    return asked
+
+
+def test_a_race_runs_every_file_on_the_same_inputs(write, numbers, stopwatch):
+    files = {"a": write("y = Add(input, input)", "a.onnx"), "b": write("y = Neg(input)", "b.onnx")}
+    found = race(files, numbers, reference="a", rounds=8)
+    assert (stopwatch["reference"], stopwatch["rounds"]) == ("a", 8)
+    assert np.array_equal(stopwatch["outputs"]["a"][0], 2 * numbers)
+    assert np.array_equal(stopwatch["outputs"]["b"][0], -numbers)
+    assert (found.batch, found.threads, found.reference) == (5, 1, "a")
+    assert (found.latencies, found.speedups, found.aa) == (FOUND.latencies, FOUND.speedups, FOUND.aa)
+
+
+def test_a_race_is_json_with_all_that_it_says(doubling, numbers, stopwatch, monkeypatch):
+    loads = iter([0.5, 1.5])
+    monkeypatch.setattr(room, "load", lambda: next(loads))
+    monkeypatch.setattr(room, "cpu", lambda: ("Cherry 9000", []))
+    content = json.loads(json.dumps(race({"a": doubling}, numbers, reference="a").to_dict()))
+    assert content.pop("runtime").startswith("onnxruntime 1.")
+    assert content == {
+        "latencies": {name: latency.to_dict() for name, latency in FOUND.latencies.items()},
+        "speedups": {"a": {"value": 1, "low": 1, "high": 1}, "b": {"value": 3, "low": 2.5, "high": 3.5}},
+        "aa": {"value": 1.01, "low": 0.98, "high": 1.03},
+        "reference": "a",
+        "threads": 1,
+        "batch": 5,
+        "machine": "Cherry 9000",
+        "load_before": 0.5,
+        "load_after": 1.5,
+    }
+
+
+@pytest.mark.parametrize("threads", [0, -1, 4])
+def test_threads_beyond_the_cores_are_refused_with_their_number(doubling, numbers, threads, monkeypatch):
+    monkeypatch.setattr(room, "usable_cores", lambda: 3)
+    with pytest.raises(UsageError, match=rf"threads is {threads}; this machine has 1 to 3\."):
+        race({"a": doubling}, numbers, reference="a", threads=threads)
+    with pytest.raises(UsageError, match=rf"threads is {threads}; this machine has 1 to 3\."):
+        kirsch.measure(doubling, example_inputs=numbers, threads=threads)
+
+
+def test_inputs_that_do_not_fit_are_said_before_the_clock_runs(doubling, stopwatch):
+    with pytest.raises(ShapeError, match=r"cannot take inputs \(1, 3\) float32\. It expects input \['batch', 2\]"):
+        kirsch.measure(doubling, example_inputs=np.zeros((4, 3), np.float32))
+    assert stopwatch == {}
+
+
+def test_a_model_is_counted_weighed_and_timed_with_one_sample(stopwatch, tmp_path):
+    """3 · 4 weights and 4 biases, then 4 · 2 and 2; a multiply-accumulate a weight."""
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).train(), torch.randn(6, 3)
+    found = kirsch.measure(model, example_inputs=inputs, rounds=9)
+    assert (found.parameters, found.macs) == (12 + 4 + 8 + 2, 12 + 8)
+    assert found.bytes == kirsch.export(model, tmp_path / "model.onnx", example_inputs=inputs).bytes
+    assert stopwatch["rounds"] == 9
+    assert stopwatch["outputs"]["model"][0] == pytest.approx(model(inputs[:1]).detach().numpy(), abs=1e-6)
+    assert (found.latency, found.aa, found.threads) == (FOUND.latencies["a"], FOUND.aa, 1)
+    assert (found.accuracy, found.not_measured) == (None, ("Accuracy: no data was given.",))
+    assert model.training
+
+
+def test_a_model_of_two_inputs_is_measured_with_the_first_sample_of_each(stopwatch):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2, bias=False)
+
+        def forward(self, a, b):
+            return self.layer(a) + b
+
+    torch.manual_seed(0)
+    model, inputs = Two(), (torch.randn(4, 3), torch.randn(4, 2))
+    found = kirsch.measure(model, example_inputs=inputs)
+    assert (found.parameters, found.macs) == (6, 6)
+    expected = model(inputs[0][:1], inputs[1][:1]).detach().numpy()
+    assert stopwatch["outputs"]["model"][0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_file_is_judged_on_data_and_says_what_cannot_be_counted(doubling, numbers, stopwatch):
+    labels = numbers.argmax(-1)
+    labels[0] = 1 - labels[0]
+    found = kirsch.measure(str(doubling), example_inputs=numbers, data=(numbers, labels))
+    assert found.accuracy == rate(4, 5)
+    assert (found.parameters, found.macs) == (None, None)
+    assert found.not_measured == ("Parameters and MACs: they are counted on a model, not on a file.",)
+    assert found.bytes == doubling.stat().st_size
+
+
+def test_an_artifact_is_measured_as_its_file(exported, stopwatch):
+    found = kirsch.measure(exported.artifact, example_inputs=exported.images)
+    assert found.bytes == exported.artifact.bytes
+    assert stopwatch["outputs"]["model"][0].shape == (1, 3)
+
+
+def test_a_measurement_is_json(doubling, numbers, stopwatch):
+    found = kirsch.measure(doubling, example_inputs=numbers, data=(numbers, numbers.argmax(-1)))
+    content = json.loads(json.dumps(found.to_dict()))
+    assert content["accuracy"] == rate(5, 5).to_dict()
+    assert content["latency"]["median_us"] == 9
+    assert content["not_measured"] == list(found.not_measured)
+    assert content.keys() == found.__dict__.keys()
+    assert kirsch.measure(doubling, example_inputs=numbers).to_dict()["accuracy"] is None
+
+
+def test_a_measurement_on_the_wall_clock_is_in_order(doubling, numbers):
+    found = kirsch.measure(doubling, example_inputs=numbers, rounds=6)
+    assert 0 < found.latency.p10_us <= found.latency.median_us <= found.latency.p90_us <= found.latency.p95_us
+    assert found.aa.low <= found.aa.value <= found.aa.high
+    assert (found.latency.rounds, found.latency.calls > 0) == (6, True)
+
+
+def test_an_unknown_runtime_is_answered_with_the_known_ones(doubling, numbers):
+    with pytest.raises(UnknownNameError, match=r"no runtime 'onnx'\. Known: onnxruntime\. Did you mean"):
+        kirsch.measure(doubling, example_inputs=numbers, runtime="onnx")
+
+
+def test_keyword_inputs_are_refused(doubling, numbers):
+    with pytest.raises(UsageError, match=r"Keyword inputs cannot be measured\. Wrap the model"):
+        kirsch.measure(doubling, example_inputs={"input": numbers})
+
+
+def test_a_file_that_is_missing_is_named(tmp_path, numbers):
+    with pytest.raises(LoadError, match=r"gone\.onnx does not exist"):
+        kirsch.measure(tmp_path / "gone.onnx", example_inputs=numbers)
+
+
+def test_data_without_samples_are_refused(doubling, numbers, stopwatch):
+    with pytest.raises(DataError, match="There are no inputs to predict"):
+        kirsch.measure(doubling, example_inputs=numbers, data=(numbers[:0], np.zeros(0, int)))

@@ -1,0 +1,136 @@
+"""Running files, those that nobody should run included."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import onnx
+import pytest
+
+from kirsch.deploy.onnxruntime import OnnxSession
+from kirsch.errors import DataError, LoadError, MissingExtraError, ShapeError
+
+
+def test_a_file_is_run_and_says_what_it_takes(write, numbers):
+    session = OnnxSession(write("y = Add(input, input) z = Neg(input)", given="float[batch,2] y, float[batch,2] z"))
+    twice, negative = session.run(numbers)
+    assert np.array_equal(twice, 2 * numbers)
+    assert np.array_equal(negative, -numbers)
+    assert (session.inputs, session.shapes) == (["input"], [("batch", 2)])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 256])
+def test_a_prediction_is_that_of_all_batches_in_order(doubling, numbers, batch_size, monkeypatch):
+    session, sizes = OnnxSession(doubling), []
+    plain = session.run
+    monkeypatch.setattr(session, "run", lambda part: (sizes.append(len(part)), plain(part))[1])
+    assert np.array_equal(session.predict(numbers, batch_size), 2 * numbers)
+    assert max(sizes) <= batch_size
+    assert sum(sizes) == 5
+
+
+def test_a_prediction_of_nothing_is_refused(doubling):
+    with pytest.raises(DataError, match=r"There are no inputs to predict\."):
+        OnnxSession(doubling).predict(np.zeros((0, 2), np.float32))
+
+
+def test_a_call_for_timing_runs_the_file_each_time(doubling, numbers):
+    values = numbers.copy()
+    call = OnnxSession(doubling).call(values)
+    assert np.array_equal(call()[0], 2 * numbers)
+    values[:] = 1
+    assert np.array_equal(call()[0], np.full((5, 2), 2.0))
+
+
+@pytest.mark.parametrize("verb", ["run", "call"])
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        (
+            [np.zeros((2, 3), np.float32)],
+            r"take inputs \(2, 3\) float32\. It expects input \['batch', 2\] tensor\(float\)",
+        ),
+        (
+            [np.zeros((2, 2))],
+            r"take inputs \(2, 2\) float64\. .*Actual: \(tensor\(double\)\) , expected: \(",
+        ),
+        (
+            [np.zeros((2, 2), np.float32)] * 2,
+            r"\(2, 2\) float32, \(2, 2\) float32\. It expects input \['batch', 2\]",
+        ),
+        ([], r"It expects input \['batch', 2\] tensor\(float\)\.$"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named_with_what_is_expected(doubling, verb, inputs, sentence):
+    with pytest.raises(ShapeError, match=sentence):
+        getattr(OnnxSession(doubling), verb)(*inputs)
+
+
+def test_a_fault_within_the_file_is_told_in_the_words_of_the_runtime(write):
+    body = "t = Constant<value = float[2] {5.0, 6.0}>() y = Gather(t, input)"
+    session = OnnxSession(write(body, taken="int64[batch,2] input"))
+    assert session.run(np.array([[0, 1]]))[0].tolist() == [[5, 6]]
+    with pytest.raises(ShapeError, match=r"idx=9 must be within the inclusive range \[-2,1\]"):
+        session.run(np.array([[0, 9]]))
+
+
+def test_the_number_of_threads_is_that_of_the_session(doubling):
+    session = OnnxSession(doubling, threads=2)
+    assert session.threads == 2
+    assert session._session.get_session_options().intra_op_num_threads == 2
+    assert session._session.get_session_options().inter_op_num_threads == 1
+
+
+def test_a_file_that_is_missing_is_named(tmp_path):
+    with pytest.raises(LoadError, match=r"The file .*gone\.onnx does not exist\. Export the model first\."):
+        OnnxSession(tmp_path / "gone.onnx")
+    with pytest.raises(LoadError, match="does not exist"):
+        OnnxSession(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hi", b"\x80\x04}q\x00.", b"PK\x03\x04" + bytes(40)])
+def test_a_file_that_is_no_onnx_is_refused_in_one_sentence_each(tmp_path, content):
+    (tmp_path / "junk.onnx").write_bytes(content)
+    sentence = r"junk\.onnx cannot be loaded by ONNX Runtime\. .*[^.]\. Give a model that kirsch\.export wrote\.$"
+    with pytest.raises(LoadError, match=sentence) as caught:
+        OnnxSession(tmp_path / "junk.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def with_outer_weights(path, location):
+    """A file that adds weights which lie in another file."""
+    weights = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[2])
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "0"), ("length", "8")):
+        weights.external_data.add(key=key, value=value)
+    text = (
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[batch,2] input) => (float[batch,2] y) { y = Add(input, w) }'
+    )
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(weights)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_weights_outside_the_folder_of_the_file_are_not_read(tmp_path, numbers):
+    """A file from a stranger must not make its reader's other files speak."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for folder in (tmp_path, inner):
+        (folder / "weights.bin").write_bytes(np.array([1, 2], np.float32).tobytes())
+    session = OnnxSession(with_outer_weights(inner / "honest.onnx", "weights.bin"))
+    assert session.run(numbers)[0] == pytest.approx(numbers + np.array([1, 2]))
+    for location in ("../weights.bin", str(tmp_path / "weights.bin"), "../inner/../weights.bin"):
+        with pytest.raises(LoadError, match=r"sly\.onnx cannot be loaded by ONNX Runtime"):
+            OnnxSession(with_outer_weights(inner / "sly.onnx", location))
+
+
+def test_without_onnxruntime_the_line_that_installs_it_is_given(doubling, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    sentence = (
+        r"^The package 'onnxruntime' is not installed\. It is needed to run ONNX files\. "
+        r'Run: pip install "kirsch\[torch\]"$'
+    )
+    with pytest.raises(MissingExtraError, match=sentence):
+        OnnxSession(doubling)

@@ -1,0 +1,258 @@
+"""The numbers of a run as metrics.json holds them, made by hand, and a reader of the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+
+import pytest
+
+from kirsch.report import render
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+@dataclass
+class Element:
+    """A part of the page: its tag, its attributes, and what lies in it."""
+
+    tag: str
+    attributes: dict[str, str | None]
+    inside: list[Element | str] = field(default_factory=list)
+
+    @property
+    def text(self):
+        """All text in it, entities resolved."""
+        return "".join(part if isinstance(part, str) else part.text for part in self.inside)
+
+    @property
+    def words(self):
+        """Its text with each run of white space as one space."""
+        return " ".join(self.text.split())
+
+    def all(self, *tags, **attributes):
+        """All elements in it, at any depth, with one of these tags and these attributes; in order."""
+        found = []
+        for part in self.inside:
+            if isinstance(part, Element):
+                fits = all(part.attributes.get(key.rstrip("_").replace("_", "-")) == v for key, v in attributes.items())
+                found += [part] if (not tags or part.tag in tags) and fits else []
+                found += part.all(*tags, **attributes)
+        return found
+
+    def rows(self):
+        """The texts of a table, row by row; a cell over several columns counts as several."""
+        return [
+            [cell.words for cell in row.all("td", "th") for _ in range(int(cell.attributes.get("colspan") or 1))]
+            for row in self.all("tr")
+        ]
+
+
+class Reader(HTMLParser):
+    """Builds the tree, and fails where a tag is not closed in its turn."""
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.root = Element("page", {})
+        self.path = [self.root]
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs), f"an attribute of <{tag}> is there twice"
+        element = Element(tag, dict(attrs))
+        self.path[-1].inside.append(element)
+        if tag not in VOID:
+            self.path.append(element)
+
+    def handle_endtag(self, tag):
+        assert self.path[-1].tag == tag, f"</{tag}> closes <{self.path[-1].tag}>"
+        self.path.pop()
+
+    def handle_data(self, data):
+        self.path[-1].inside.append(data)
+
+
+def read(html):
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    assert [element.tag for element in reader.path] == ["page"]
+    return reader.root
+
+
+@pytest.fixture
+def page():
+    """Renders metrics and gives the tree of the page."""
+    return lambda metrics: read(render(metrics))
+
+
+def share(value, low, high, n=400):
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+def latency(median, speedup):
+    return {
+        "median_us": median,
+        "p10_us": median * 0.9,
+        "p90_us": median * 1.1,
+        "p95_us": median * 1.2,
+        "rounds": 30,
+        "calls": 50,
+        "speedup": {"value": speedup, "low": speedup * 0.9, "high": speedup * 1.1, "of": "teacher"},
+    }
+
+
+def model(key, parameters, macs, size, accuracy, timed=None, *, chosen=False):
+    return {
+        "key": key,
+        "name": key,
+        "parameters": parameters,
+        "macs": macs,
+        "bytes": size,
+        "accuracy": accuracy,
+        "latency": timed,
+        "chosen": chosen,
+    }
+
+
+def curve(stage, loss, accuracy):
+    count = len(loss)
+    return {
+        "stage": stage,
+        "epochs": list(range(1, count + 1)),
+        "loss": loss,
+        "parts": {"label": [0.25 * value if value is not None else None for value in loss], "kd": [None] * count},
+        "accuracy": accuracy,
+        "learning_rate": [0.05 / (epoch + 1) for epoch in range(count)],
+        "seconds": [0.5] * count,
+    }
+
+
+def group(name, size, removed, layers, reason="smallest weights of the group (L2)"):
+    return {
+        "name": name,
+        "kind": "channel",
+        "size": size,
+        "removed": removed,
+        "reason": reason if removed else "kept",
+        "layers": layers,
+        "parameters": 97 * len(removed),
+        "macs": 1013 * len(removed),
+    }
+
+
+def layer(name, group, before, after):
+    return {
+        "name": name,
+        "group": group,
+        "before": before,
+        "after": after,
+        "parameters_before": 17 * before,
+        "parameters_after": 17 * after,
+    }
+
+
+@pytest.fixture
+def metrics():
+    """A run with all blocks; each number differs from the others, so that a wrong one is seen."""
+    return {
+        "kirsch_metrics": 1,
+        "name": "digits",
+        "run": "2026-03-14-digits-7f3a",
+        "kirsch": "0.1.0",
+        "created": "2026-03-14T15:09:26Z",
+        "seconds": 65.4,
+        "goal": {
+            "met": False,
+            "text": "MACs ≤ 50 %, accuracy drop ≤ 1.0 point",
+            "items": [
+                {"name": "macs", "text": "MACs 49.6 % of it", "limit": 0.5, "value": 0.496, "met": True, "doubt": ""},
+                {
+                    "name": "max_drop",
+                    "text": "accuracy drop 1.5 points",
+                    "limit": 0.01,
+                    "value": 0.015,
+                    "met": False,
+                    "doubt": "7 samples lost, 1 gained",
+                },
+            ],
+        },
+        "models": [
+            model("teacher", 885_450, 10_737_536, 3_574_126, share(0.985, 0.969, 0.993), latency(223.4, 1.0)),
+            model("student", 222_570, 2_694_080, 924_860, share(0.9726, 0.952, 0.984), latency(67.8, 3.29)),
+            model("pruned", 119_274, 1_336_960, 485_312, share(0.543, 0.494, 0.590)),
+            model("exported", 119_273, 1_336_961, 512_319, share(0.97, 0.948, 0.982), latency(41.2, 5.42), chosen=True),
+        ],
+        "stages": [
+            {
+                "number": 1,
+                "key": "teacher",
+                "did": "trained",
+                "cells": ["98.5 % ± 1.2", "10.7 M MACs"],
+                "seconds": 18.2,
+            },
+            {"number": 2, "key": "prune", "did": "−50.4 % MACs", "cells": ["a", "b", "c", "2 groups"], "seconds": 0.44},
+            {"number": 3, "key": "measure", "did": "onnxruntime", "cells": [], "seconds": 125},
+        ],
+        "curves": [curve("teacher", [0.583, 0.041, 0.0112], [0.928, 0.994, 0.989])],
+        "removed": {
+            "groups": [
+                group("stem", 32, [], ["stem", "stem_bn"]),
+                group("block.conv1", 64, [0, 1, 2, 7, 63], ["block.conv1", "block.bn1"]),
+            ],
+            "layers": [layer("block.conv1", "block.conv1", 64, 59), layer("stem", "stem", 32, 32)],
+            "blockers": [
+                {"reason": "reshape", "where": "head", "source": "net.py:41", "operation": "view", "share": 0.273},
+            ],
+        },
+        "quality": {
+            "classes": ["cat", "dog", "eel"],
+            "before": {"key": "teacher", "confusion": [[139, 0, 1], [2, 128, 0], [0, 3, 127]]},
+            "after": {"key": "exported", "confusion": [[136, 4, 0], [0, 129, 1], [0, 7, 123]]},
+            "lost": [
+                {"name": "eel", "before": 127 / 130, "after": 123 / 130, "n": 130},
+                {"name": "cat", "before": 139 / 140, "after": 136 / 140, "n": 140},
+                {"name": "dog", "before": 128 / 130, "after": 129 / 130, "n": 130},
+            ],
+            "calibration": {
+                "before": {
+                    "ece": 0.0246,
+                    "bins": [
+                        {"confidence": 0.553, "accuracy": 0.6, "n": 5},
+                        {"confidence": 0.974, "accuracy": 0.989, "n": 395},
+                    ],
+                },
+                "after": {"ece": 0.0181, "bins": [{"confidence": 0.941, "accuracy": 0.968, "n": 400}]},
+            },
+            "paired": {"text": "7 samples lost, 1 gained of 400; not significant (p = 0.07)", "p": 0.07},
+        },
+        "verification": {"text": "equal to the masked original", "error": 2e-16, "reason": "rounding", "power": 0.707},
+        "export": {
+            "file": "artifacts/model.onnx",
+            "bytes": 512_319,
+            "sha256": "74620f1d" * 8,
+            "format": "ONNX opset 20",
+            "same_labels": 399,
+            "n": 400,
+            "max_error": 3.8e-6,
+            "usage": 'import onnxruntime\nsession = onnxruntime.InferenceSession("model.onnx")\n',
+        },
+        "measured": {
+            "runtime": "onnxruntime 1.32.0",
+            "threads": 2,
+            "batch": 1,
+            "rounds": 31,
+            "machine": "Cherry 9000",
+            "aa": {"value": 1.006, "low": 0.974, "high": 1.031},
+            "load_before": 0.34,
+            "load_after": 0.78,
+            "seed": 11,
+            "data": {"name": "digits", "sha256": "6e072b97" * 8, "train": 1078, "validation": 360, "test": 400},
+        },
+        "not_measured": ["Energy.", "Other seeds."],
+        "provenance": {
+            "recipe": "version: 1\nname: digits\n",
+            "plan": {"kirsch_plan": 1, "goal": {"macs": 0.5}},
+            "environment": {"cpu": "Cherry 9000", "cores": 2},
+            "fingerprint": "005859b571d823de4cc0ab91",
+        },
+    }
