@@ -53,6 +53,14 @@ def test_the_loss_is_half_the_squared_distance_in_numpy_and_in_torch(shown):
         LOSSES["squared-difference"](student, teacher[:1], temperature=1)
 
 
+def test_what_the_page_adds_passes_the_checks_that_it_shows(shown):
+    for name in ("test_largest_weight_conforms", "test_squared_difference_conforms"):
+        (mark,) = shown[name].pytestmark
+        assert mark.args[1]
+        for check in mark.args[1]:
+            shown[name](check)
+
+
 def test_the_objective_knows_the_loss(shown):
     assert [term.loss for term in shown["objective"].terms] == ["squared-difference"]
 

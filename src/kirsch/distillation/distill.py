@@ -49,8 +49,9 @@ def distill(
         The trained student with its history. `first_batch` has the shares of the terms in loss and gradient.
 
     Raises:
-        UsageError: student and teacher are one object, or put out different numbers of classes.
-        DataError: there are no samples, or a label is out of range.
+        UsageError: student and teacher are one object.
+        ShapeError: they put out different numbers of classes.
+        DataError: there are no samples, the targets are no class numbers, or a label is out of range.
         NumericError: the teacher is no better than chance, a term gives no gradient, or numbers are not finite.
     """
     if student is teacher:
@@ -59,7 +60,7 @@ def distill(
         )
     framework = framework_of(student)
     guide = framework_of(teacher).frozen(teacher)
-    inputs, targets = _first(data)
+    inputs, targets = _first(framework, data)
     classes = _classes(framework, student, guide, inputs)
     _check_labels(data, targets, classes)
     hooks = hooks or TrainingHooks()
@@ -83,7 +84,7 @@ def fit(
 ) -> Trained:
     """A model trained on labels alone; see `distill` for the arguments."""
     framework = framework_of(model)
-    inputs, targets = _first(data)
+    inputs, targets = _first(framework, data)
     classes = int(framework.predict(model, inputs).shape[-1])
     _check_labels(data, targets, classes)
     loss = _Loss(framework, Objective.labels(label_smoothing), None, regularizers)
@@ -108,28 +109,40 @@ class _Loss:
         parts: dict[str, Any] = {}
         if objective.label_weight:
             label = hard_label(student, targets, label_smoothing=objective.label_smoothing)
-            parts["label"] = objective.label_weight * label
-        if objective.terms:
+            _add(parts, "label", objective.label_weight * label)
+        terms = [term for term in objective.terms if term.weight]
+        if terms:
             teacher = self._framework.infer(self._teacher, inputs)
-            for term in objective.terms:
-                if term.weight:
-                    parts[term.loss] = term.weight * LOSSES[term.loss](student, teacher, temperature=term.temperature)
+            for term in terms:
+                loss = LOSSES[term.loss](student, teacher, temperature=term.temperature)
+                _add(parts, term.loss, term.weight * loss)
         for regularizer in self._regularizers:
-            parts[type(regularizer).__name__] = regularizer(model)
+            _add(parts, type(regularizer).__name__, regularizer(model))
         return sum(parts.values()), parts
 
 
-def _first(data: Any) -> tuple[Any, Any]:
+def _add(parts: dict[str, Any], name: str, part: Any) -> None:
+    """Add a part under its name; the second of a name is "name#2", so that none takes another's place."""
+    number = 1 + sum(known.partition("#")[0] == name for known in parts)
+    parts[name if number == 1 else f"{name}#{number}"] = part
+
+
+def _first(framework: Framework, data: Any) -> tuple[Any, Any]:
     """The first batch."""
     if isinstance(data, ArrayData):
         return data.inputs[: data.batch_size], data.targets[: data.batch_size]
-    if iter(data) is data:
-        raise DataError(
-            "The data can be gone through only once.",
-            "Each epoch goes through it anew.",
-            "Give a list or a DataLoader.",
-        )
-    first = next(iter(data), None)
+
+    def fetch() -> Any:
+        batches = iter(data)
+        if batches is data:
+            raise DataError(
+                "The data can be gone through only once.",
+                "Each epoch goes through it anew.",
+                "Give a list or a DataLoader.",
+            )
+        return next(batches, None)
+
+    first = framework.seeded(fetch, 0)  # a loader that shuffles draws from the caller's random state
     if first is None:
         raise DataError("The data is empty.", mend="Give at least one batch.")
     inputs, targets = first
@@ -137,18 +150,28 @@ def _first(data: Any) -> tuple[Any, Any]:
 
 
 def _classes(framework: Framework, student: Any, teacher: Any, inputs: Any) -> int:
-    mine, theirs = (framework.predict(model, inputs).shape for model in (student, teacher))
-    if len(mine) != len(theirs) or mine[-1] != theirs[-1]:
+    mine, theirs = (framework.predict(model, inputs).shape[1:] for model in (student, teacher))
+    if mine != theirs:
         raise ShapeError(
-            f"The student puts out {mine[-1]} classes, the teacher {theirs[-1]}.",
+            f"The student puts out {_counted(mine)}, the teacher {_counted(theirs)}.",
             "Soft targets need the same classes in the same order.",
             "Give one of them a head for the classes of the other.",
         )
     return int(mine[-1])
 
 
+def _counted(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} classes" if len(shape) == 1 else f"scores of shape {shape} a sample"
+
+
 def _check_labels(data: Any, first_targets: Any, classes: int) -> None:
     targets = np.asarray(data.targets if isinstance(data, ArrayData) else first_targets)
+    if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
+        raise DataError(
+            f"The targets have shape {targets.shape} and type {targets.dtype}.",
+            "They must be class numbers: one whole number a sample.",
+            "Of one-hot rows give targets.argmax(-1).",
+        )
     wrong = (targets < 0) | (targets >= classes)
     if wrong.any():
         raise DataError(
@@ -167,9 +190,16 @@ def _check_teacher(framework: Framework, teacher: Any, data: Any, validation: An
     elif isinstance(data, ArrayData):
         inputs, targets = data.inputs, data.targets
     else:
-        inputs, targets = _first(data)
+        inputs, targets = _first(framework, data)
     inputs, targets = inputs[:1024], np.asarray(targets[:1024])
-    accuracy = float((framework.predict(teacher, inputs).argmax(-1) == targets).mean())
+    scores = framework.predict(teacher, inputs)
+    if not np.isfinite(scores).all():
+        raise NumericError(
+            "The teacher's scores are not finite.",
+            "A student would learn nothing from NaN or infinity.",
+            "Check the teacher's weights, and that the inputs are prepared as it expects.",
+        )
+    accuracy = float((scores.argmax(-1) == targets).mean())
     if len(targets) >= ENOUGH and accuracy <= 1 / classes:
         raise NumericError(
             f"The teacher is no better than chance: {accuracy:.1%} of {len(targets)} samples are right, "

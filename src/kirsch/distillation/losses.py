@@ -46,8 +46,8 @@ def soft_target(student: Any, teacher: Any, *, temperature: float) -> Any:
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise UsageError(f"The temperature is {temperature}; a number above 0 is needed.")
-    same_shape(student, teacher)
     xp = namespace(student)
+    same_shape(student, teacher)
     log_s = log_softmax(student / temperature)
     log_t = log_softmax(constant(teacher) / temperature)
     divergence = xp.sum(xp.exp(log_t) * (log_t - log_s), axis=-1)

@@ -30,10 +30,10 @@ class Training:
         optimizer: "sgd" (momentum 0.9, Nesterov) or "adamw".
         weight_decay: >= 0; not applied to biases and normalisation parameters.
         schedule: "cosine" to zero, "multistep" (times 0.1 at each milestone), or "constant".
-        milestones: fractions of the run, ascending, for "multistep".
+        milestones: fractions of what follows the warm-up, ascending, for "multistep".
         warmup_epochs: epochs of linear warm-up, >= 0.
-        clip_norm: largest gradient norm; None leaves gradients as they are.
-        seed: of everything random in the run.
+        clip_norm: largest gradient norm, > 0; None leaves gradients as they are.
+        seed: of everything random in the run, >= 0.
     """
 
     epochs: int = 10
@@ -46,7 +46,7 @@ class Training:
     clip_norm: float | None = None
     seed: int = 0
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: C901 - one sentence a setting
         problems = []
         if self.epochs < 1:
             problems.append(f"epochs is {self.epochs}; at least 1 is needed")
@@ -62,6 +62,10 @@ class Training:
             problems.append(f"milestones are {self.milestones}; ascending fractions between 0 and 1 are needed")
         if not 0 <= self.warmup_epochs <= self.epochs:
             problems.append(f"warmup_epochs is {self.warmup_epochs}; 0 to {self.epochs} is possible")
+        if self.clip_norm is not None and not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
+            problems.append(f"clip_norm is {self.clip_norm}; a number above 0, or None, is needed")
+        if self.seed < 0:
+            problems.append(f"seed is {self.seed}; a whole number of at least 0 is needed")
         if problems:
             raise UsageError("The training settings are wrong: " + "; ".join(problems) + ".")
 
@@ -79,7 +83,7 @@ class TrainingHooks:
 
     Args:
         validate: model → metrics by name, called after each epoch; "accuracy" is shown if there.
-        event: called with one JSON-able dict per event: {"event": "first_batch" | "step" | "epoch", ...}.
+        event: called with one JSON-able dict per event: {"event": "first_batch" | "epoch", ...}.
         stop: returns an error (`Preempted`, `Interrupted`) when the run shall stop; asked after each batch.
         save: called with a `TrainingState` after each epoch, and before a stop is obeyed.
         resume: a state to go on from.
@@ -97,8 +101,8 @@ class TrainingState:
     """Everything that a run needs to go on in the same bits.
 
     Args:
-        arrays: numpy arrays by name: parameters, buffers, optimizer state, states of the random generators.
-        values: JSON-able: epoch, batches done in it, optimizer and schedule numbers, history.
+        arrays: numpy arrays by name: parameters, buffers, optimizer state, states of a loader's own generators.
+        values: JSON-able: epoch, batches done in it, sums over them, history, shares of the first batch.
     """
 
     arrays: dict[str, Any]

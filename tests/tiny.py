@@ -1,0 +1,99 @@
+"""A whole job in two files that runs in some seconds: what the tests of recipes and of resuming share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NETS = '''
+import os
+
+import numpy as np
+import torch
+from torch import nn
+
+from kirsch.recipes.tasks.data import DataSet, Split
+
+
+class Net(nn.Module):
+    """Statistics of batches and dropout: state and chance that a run which goes on must take up again."""
+
+    def __init__(self, width, classes=3):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, width, 3, bias=False), nn.BatchNorm2d(width)
+        self.second, self.drop = nn.Conv2d(width, width, 3), nn.Dropout(0.1)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        x = self.second(self.norm(self.first(x)).relu()).relu().mean((2, 3))
+        return self.head(self.drop(x))
+
+
+def teacher():
+    return Net(12)
+
+
+def student():
+    return Net(8)
+
+
+def five_classes():
+    return Net(8, classes=5)
+
+
+class Silent(nn.Module):
+    """Says one class whatever it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Conv2d(1, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.first(x).mean((2, 3))) + torch.tensor([1e4, 0.0, 0.0])
+
+
+def louder(batch, random):
+    return batch * random.uniform(0.8, 1.25, (len(batch), 1, 1, 1)).astype(np.float32)
+
+
+def stripes(*, seed, classes=("dark", "grey", "light"), name="stripes"):
+    """Three classes that differ in how their rows change. Data may change while its source does not."""
+    random, noise = np.random.default_rng(seed), float(os.environ.get("NOISE", "0.8"))
+
+    def part(n):
+        labels = np.arange(n) % 3
+        wave = np.cos(np.arange(6) * (labels[:, None] + 0.5))[:, None, :, None]
+        return Split((wave + noise * random.standard_normal((n, 1, 6, 6))).astype(np.float32), labels)
+
+    return DataSet(name, part(48), part(30), part(60), tuple(classes), louder)
+'''
+
+RECIPE = """
+name: stripes
+data: {source: "nets.py:stripes", batch_size: 16}
+teacher: {model: "nets.py:teacher", train: {epochs: 6, learning_rate: 0.02, optimizer: adamw}}
+student: {model: "nets.py:student", distil: {train: {epochs: 4, learning_rate: 0.05}}}
+prune: {goal: {macs: 0.6}, round_to: 1}
+recover: {train: {epochs: 3, learning_rate: 0.02, warmup_epochs: 1}}
+measure: {rounds: 10}
+goal: {max_drop: 0.5}
+"""
+
+
+def bare(path: Path) -> bytes:
+    """What an ONNX file computes and with which weights, without its notes on the source, which hold file paths."""
+    model = onnx.load(path)
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    return model.SerializeToString(deterministic=True)
+
+
+def write_job(folder: Path) -> Path:
+    """Put nets.py and recipe.yaml into a folder; gives the recipe."""
+    (folder / "nets.py").write_text(NETS)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder / "recipe.yaml"
