@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kirsch import files
 from kirsch.errors import UsageError
-from kirsch.recipes.recipe import (
-    Data,
-    Distil,
-    Export,
-    Measure,
-    Prune,
-    PruneGoal,
-    Recipe,
-    Student,
-    Teacher,
-    Train,
-    Wanted,
-)
-from kirsch.recipes.runner import Materials, new_folder_name, run
-from kirsch.recipes.stages import MODEL
+from kirsch.frameworks.port import framework_of
+from kirsch.recipes.recipe import Train, recipe_of
+from kirsch.recipes.runner import GIVEN, Materials, new_folder_name, run
+from kirsch.recipes.stages import MODEL, WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,9 +21,6 @@ if TYPE_CHECKING:
     from kirsch.frameworks.training import Training
     from kirsch.graph.plan import Goal
     from kirsch.recipes.tasks.data import DataSet
-
-GIVEN = "given"
-"""In place of a reference, for a model that was given as an object."""
 
 
 @dataclass(frozen=True)
@@ -93,22 +81,23 @@ def compress(
     """
     if distil is not None and student is None:
         raise UsageError("distil is given without a student.", mend="Give student=..., or leave distil out.")
-    recipe = Recipe(
-        name=name,
-        data=Data(source=GIVEN, batch_size=batch_size),
-        teacher=Teacher(model=GIVEN),
-        student=Student(model=GIVEN, distil=_section(distil, temperature)) if student is not None else None,
-        prune=Prune(goal=PruneGoal(**goal.to_dict())),
-        recover=_section(recover, temperature),
-        export=Export(),
-        measure=Measure(),
-        goal=Wanted(max_drop=max_drop),
+    recipe = recipe_of(
+        {
+            "name": name,
+            "data": {"source": GIVEN, "batch_size": batch_size},
+            "teacher": {"model": GIVEN},
+            "student": {"model": GIVEN, "distil": _section(distil, temperature)} if student is not None else None,
+            "prune": {"goal": goal.to_dict()},
+            "recover": _section(recover, temperature),
+            "goal": {"max_drop": max_drop},
+        },
+        "call of kirsch.compress",
     )
     materials = Materials(
         make_teacher=lambda: copy.deepcopy(model),
         make_student=(lambda: copy.deepcopy(student)) if student is not None else None,
         data=data,
-        origin=GIVEN,
+        origin=_fingerprint(model) + ("" if student is None else _fingerprint(student)),
     )
     place = Path(folder) if folder is not None else Path("runs") / new_folder_name(recipe)
     outcome = run(recipe, place, listen=listen, materials=materials)
@@ -122,9 +111,16 @@ def compress(
     )
 
 
-def _section(training: Training | None, temperature: float) -> Distil:
+def _section(training: Training | None, temperature: float) -> dict[str, Any]:
     """Settings of a training run as a recipe has them; its seed is the recipe's."""
     if training is None:
-        return Distil(temperature=temperature)
-    values = {field: getattr(training, field) for field in Train.model_fields}
-    return Distil(temperature=temperature, train=Train(**values))
+        return {"temperature": temperature}
+    return {"temperature": temperature, "train": {field: getattr(training, field) for field in Train.model_fields}}
+
+
+def _fingerprint(model: Any) -> str:
+    """A hash over the weights of a model: a folder with the run of another one must not pass for its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / WEIGHTS
+        framework_of(model).save_weights(model, weights)
+        return files.sha256(weights)

@@ -14,7 +14,7 @@ from kirsch.frameworks.training import ArrayData, Training
 from kirsch.recipes.job import Job
 from kirsch.recipes.metrics import goal_text
 from kirsch.recipes.runner import materials_of
-from kirsch.recipes.stages import plan_for, stages_of
+from kirsch.recipes.stages import check_threads, plan_for, stages_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,17 +38,19 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
 
     Returns:
         As JSON: "name", "goal", "data", "stages" (key, parameters, macs, seconds), "plan" (groups, cost before and
-        after; made on untrained weights, so that the counts hold and the choice of units does not), "disk_bytes",
+        after; made on the weights as they come, so that after training other units go, and the cost can be another one
+        within the goal where all layers are ranked together), "disk_bytes",
         "seconds", "missing".
 
     Raises:
         KirschError: whatever would stop the job before its first long step.
     """
+    check_threads(recipe)
     materials = materials_of(recipe, base)
     scratch = folder or base
     job = Job(recipe, scratch, materials.data, materials.make_teacher, materials.make_student, _ignore, _never)
     teacher = materials.make_teacher()
-    start = materials.make_student() if materials.make_student else teacher
+    start = (materials.make_student or materials.make_teacher)()  # a model of its own: none learns from itself
     costs = {"teacher": job.count(teacher)}
     if materials.make_student:
         costs["distil"] = job.count(start)

@@ -42,6 +42,7 @@ class Job:
             made smaller.
         listen: is given each event.
         stop: gives an error when the run shall stop.
+        inputs: a hash over everything that the present stage follows from.
         models: "teacher", "student", "pruned", "result" as far as they are made.
         records: stage → what it found.
     """
@@ -53,6 +54,7 @@ class Job:
     make_student: Callable[[], Any] | None
     listen: Listen
     stop: Stop
+    inputs: str = ""
     models: dict[str, Any] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -89,9 +91,10 @@ class Job:
             self.tell({"stage": key, **happening})
 
         def save(state: TrainingState) -> None:
-            checkpoints.save(place, state)
+            checkpoints.save(place, state, self.inputs)
 
-        return TrainingHooks(event=event, stop=self.stop, save=save, resume=checkpoints.newest(place, self.note))
+        found = checkpoints.newest(place, self.inputs, self.note)
+        return TrainingHooks(event=event, stop=self.stop, save=save, resume=found)
 
     def validation(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """What training is watched by."""

@@ -212,7 +212,7 @@ def _measured(job: Job, environment: dict[str, Any]) -> dict[str, Any]:
 def _not_measured(job: Job) -> list[str]:
     out = []
     if "measure" not in job.records:
-        out.append("Latency: the recipe has no section to measure it.")
+        out.append("Latency: the recipe has no file exported and timed.")
     else:
         out.append("Other runtimes and machines: times hold for the one named here.")
     out.append(f"Other seeds: one training run with seed {job.recipe.seed}; another seed gives other figures.")

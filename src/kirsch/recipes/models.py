@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
+FAILURES = (Exception, SystemExit)
+"""What a user's file may raise; one that is also a script may call sys.exit, and that code is no exit code of ours."""
+
+
 def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: str = "random") -> Any:
     """The model that a reference names.
 
@@ -48,9 +52,9 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
     maker = resolve(reference, base=base)
     try:
         model = pytorch().seeded(maker, seed)
-    except Exception as error:
-        if isinstance(error, LoadError):
-            raise
+    except LoadError:
+        raise
+    except FAILURES as error:
         raise ModelError(f"{reference} failed.", f"{type(error).__name__}: {error}.", "Mend the callable.") from error
     framework_of(model)  # something that is no model is named here
     return model
@@ -75,13 +79,17 @@ def _module(name: str) -> ModuleType:
         raise LoadError(
             f"The module {name!r} cannot be imported.", f"{error}.", "Install it, or give a file: file.py:callable."
         ) from error
+    except FAILURES as error:
+        raise LoadError(f"The module {name!r} fails.", f"{type(error).__name__}: {error}.", "Mend it.") from error
 
 
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise LoadError(f"The file {path} does not exist.", mend="Check the path; it is relative to the recipe.")
-    # A name of its own for each path: two files called model.py are two modules.
-    name = f"kirsch_user_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    # A name of its own for each path and content: two files called model.py are two modules, and a file that was
+    # changed since it was loaded is another one, so that what runs is what `source_hash` is of.
+    identity = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes())
+    name = f"kirsch_user_{path.stem}_{identity.hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -92,7 +100,7 @@ def _from_file(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.resolve().parent))  # so that it can import its neighbors
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except FAILURES as error:
         del sys.modules[name]
         raise LoadError(f"The file {path} fails.", f"{type(error).__name__}: {error}.", "Mend it.") from error
     finally:
@@ -112,6 +120,6 @@ def example_shape(reference: str, model: Any, *, base: Path | None = None) -> tu
     stated = getattr(model, "example_shape", None)
     if stated is None and not reference.startswith("timm:"):
         stated = getattr(resolve(reference, base=base), "example_shape", None)
-    if stated is None and isinstance(getattr(model, "default_cfg", None), dict):
-        stated = (1, *model.default_cfg.get("input_size", ()))
+    if stated is None and isinstance(getattr(model, "default_cfg", None), dict) and "input_size" in model.default_cfg:
+        stated = (1, *model.default_cfg["input_size"])
     return tuple(int(size) for size in stated) if stated else None

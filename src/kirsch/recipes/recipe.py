@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from kirsch.errors import RecipeError, nearest
+from kirsch.errors import RecipeError, UsageError, nearest
 from kirsch.frameworks.training import Training
-from kirsch.recipes.yaml import read, scalar
+from kirsch.recipes.yaml import dump, read, scalar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,9 +28,11 @@ BUILTIN = Path(__file__).parent / "builtin"
 ENVIRONMENT = "KIRSCH_RECIPE__"
 """Environment variables that start with this change a recipe: KIRSCH_RECIPE__PRUNE__GOAL__MACS=0.4."""
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+# Strict: true is no number, and neither is a text that looks like one.
+Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
+Positive = Annotated[float, Field(gt=0, strict=True)]
+AtLeastZero = Annotated[float, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 class Section(BaseModel):
@@ -37,15 +47,24 @@ class Train(Section):
     epochs: Count = Field(10, description="passes over the data")
     learning_rate: Positive = Field(0.05, description="peak learning rate")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (momentum 0.9) or adamw")
-    weight_decay: float = Field(5e-4, ge=0, description="on weights, not on biases and scales")
+    weight_decay: AtLeastZero = Field(5e-4, description="on weights, not on biases and scales")
     schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="of the learning rate")
     milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="of multistep, as fractions of the run")
-    warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up")
+    warmup_epochs: AtLeastZero = Field(0.0, description="linear warm-up")
     clip_norm: Positive | None = Field(None, description="largest gradient norm; null: no limit")
 
     def settings(self, seed: int) -> Training:
         """As the training loop takes it."""
         return Training(**self.model_dump(), seed=seed)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        """What the training loop would refuse is refused before anything has been trained."""
+        try:
+            self.settings(0)
+        except UsageError as error:
+            raise ValueError(error) from error
+        return self
 
 
 class Data(Section):
@@ -67,7 +86,7 @@ class Distil(Section):
     """Learning from the teacher."""
 
     temperature: Positive = Field(4.0, description="softens both models' scores")
-    weight: float = Field(0.9, ge=0, le=1, description="of the soft targets; the rest goes to the labels")
+    weight: AtLeastZero = Field(0.9, le=1, description="of the soft targets; the rest goes to the labels")
     train: Train = Field(default_factory=Train, description="how to train")
 
 
@@ -94,7 +113,7 @@ class Prune(Section):
     scope: Literal["global", "local"] = Field("global", description="rank all layers together, or each by itself")
     round_to: Count | Literal["auto"] = Field("auto", description="kept widths are multiples of this")
     exclude: tuple[str, ...] = Field((), description="layers to leave as they are; globs")
-    min_keep: float = Field(0.1, gt=0, le=1, description="fraction of each group that stays in any case")
+    min_keep: Positive = Field(0.1, le=1, description="fraction of each group that stays in any case")
 
 
 class Export(Section):
@@ -108,13 +127,13 @@ class Measure(Section):
 
     runtime: Literal["onnxruntime"] = Field("onnxruntime", description="the runtime that the file is for")
     threads: Count = Field(1, description="of the runtime")
-    rounds: int = Field(30, ge=10, description="interleaved rounds")
+    rounds: int = Field(30, ge=10, strict=True, description="interleaved rounds")
 
 
 class Wanted(Section):
     """When the job is done well. The limits of prune.goal count as well."""
 
-    max_drop: float | None = Field(None, ge=0, lt=1, description="accuracy that may be lost against the teacher")
+    max_drop: AtLeastZero | None = Field(None, lt=1, description="accuracy that may be lost against the teacher")
     speedup: Positive | None = Field(None, description="over the teacher, on the runtime")
 
 
@@ -123,7 +142,7 @@ class Recipe(Section):
 
     version: Literal[1] = Field(1, description="of this format")
     name: str = Field("recipe", min_length=1, max_length=200, description="for the run folder and the report")
-    seed: int = Field(0, ge=0, description="of everything random")
+    seed: int = Field(0, ge=0, lt=2**63, strict=True, description="of everything random")
     data: Data = Field(default_factory=Data, description="what the models serve")
     teacher: Teacher = Field(description="the large model")
     student: Student | None = Field(None, description="the small model; null: the teacher itself is made smaller")
@@ -133,9 +152,17 @@ class Recipe(Section):
     measure: Measure | None = Field(default_factory=Measure, description="where and how to time")
     goal: Wanted = Field(default_factory=Wanted, description="when the job is done well")
 
+    @field_validator("goal")
+    @classmethod
+    def _can_be_judged(cls, goal: Wanted, others: ValidationInfo) -> Wanted:
+        """A goal that nothing is held against would count as met."""
+        if goal.speedup is not None and None in (others.data.get(name, "") for name in ("export", "measure")):
+            raise ValueError("a speedup is wanted, and without the sections export and measure nothing is timed")
+        return goal
+
     def to_yaml(self) -> str:
         """The recipe as a YAML text that reads back to it."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump(self.model_dump(mode="json"))
 
 
 def read_recipe(
@@ -165,15 +192,37 @@ def read_recipe(
                 f"--set {text!r} is no change.", "Its form is a.b=value.", "Write --set prune.goal.macs=0.4."
             )
         changes.append((key, value, f"--set {text}"))
-    origins = {}
+    origins: dict[str, str] = {}
     for key, value, origin in changes:
-        _put(data, key.split("."), scalar(value), origin)
+        _put(data, key.split("."), scalar(value, origin), origin)
+        lines = {name: line for name, line in lines.items() if not f"{name}.".startswith(f"{key}.")}
+        names = key.split(".")
+        origins |= {inner: origin for end in range(1, len(names)) if (inner := ".".join(names[:end])) not in lines}
         origins[key] = origin
+    return recipe_of(data, "recipe" if isinstance(source, str) else str(source), lines, origins)
+
+
+def recipe_of(
+    data: Mapping[str, Any],
+    name: str,
+    lines: Mapping[str, int] = MappingProxyType({}),
+    origins: Mapping[str, str] = MappingProxyType({}),
+) -> Recipe:
+    """A recipe from plain data.
+
+    Args:
+        data: sections by name.
+        name: of what holds them, for the sentence of an error.
+        lines: dotted key → line.
+        origins: dotted key → where it comes from, for what does not come from a line.
+
+    Raises:
+        RecipeError: with every problem.
+    """
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         problems = [_problem(details, lines, origins) for details in error.errors()]
-        name = "recipe" if isinstance(source, str) else str(source)
         many = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         raise RecipeError(f"The {name} has {many}:\n  " + "\n  ".join(problems), mend="See `kirsch init`.") from None
 
@@ -192,37 +241,37 @@ def _put(data: dict[str, Any], path: list[str], value: Any, origin: str) -> None
 
 def _problem(details: Any, lines: Mapping[str, int], origins: Mapping[str, str]) -> str:
     """One line for one problem."""
-    path = [str(part) for part in details["loc"]]
-    # Parts that are not in the file are pydantic's own names for the members of a union.
-    while (
-        len(path) > 1
-        and ".".join(path) not in lines
-        and ".".join(path[:-1]) in lines
-        and details["type"]
-        not in (
-            "missing",
-            "extra_forbidden",
-        )
-    ):
-        path.pop()
+    path: list[str] = []
+    for part in details["loc"]:
+        # pydantic has names of its own for the members of a union; no section has such a key.
+        if isinstance(part, int) or part in _keys(path) or details["type"] == "extra_forbidden":
+            path.append(str(part))
     key = ".".join(path)
-    place = origins.get(key) or (f"line {lines[key]}" if key in lines else "")
+    above = [".".join(path[:end]) for end in range(len(path), 0, -1)]  # what is missing has the line of its section
+    places = (origins.get(name) or (f"line {lines[name]}" if name in lines else "") for name in above)
+    place = next(filter(None, places), "")
     if details["type"] == "extra_forbidden":
         text = f"unknown key. {nearest(path[-1], _keys(path[:-1]))}".rstrip()
     elif details["type"] == "missing":
         text = "this key is needed"
+    elif details["type"] == "value_error":
+        text = _lower(str(details["ctx"]["error"])).rstrip(".")
     else:
-        text = f"{details['msg'][0].lower()}{details['msg'][1:]}, found {details['input']!r}"
+        text = f"{_lower(details['msg'])}, found {details['input']!r}"
     return f"{place + ': ' if place else ''}{key}: {text}"
 
 
+def _lower(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
+
+
 def _keys(path: Sequence[str]) -> list[str]:
-    """The keys that the section at a path has."""
+    """The keys that the section at a path has; none where no section is."""
     section: type[BaseModel] = Recipe
     for name in path:
         field = section.model_fields.get(name)
         inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type)] if field else []
-        section = next((t for t in inner if issubclass(t, BaseModel)), Recipe)
+        section = next((t for t in inner if issubclass(t, BaseModel)), Section)
     return list(section.model_fields)
 
 
@@ -244,6 +293,5 @@ def _comment(section: Section, depth: int, lines: list[str]) -> None:
             lines += [""] * (depth == 0) + [f"{indent}{name}:  # {field.description}"]
             _comment(value, depth + 1, lines)
         else:
-            plain = section.model_dump(mode="json")[name]
-            text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).splitlines()[0]
+            text = dump(section.model_dump(mode="json")[name], one_line=True)
             lines.append(f"{indent}{name}: {text}  # {field.description}")

@@ -23,7 +23,7 @@ from kirsch.recipes.job import RECORD, Job
 from kirsch.recipes.metrics import goal_text, metrics_of
 from kirsch.recipes.models import build, source_hash
 from kirsch.recipes.recipe import Recipe, read_recipe
-from kirsch.recipes.stages import Stage, plan_for, stages_of
+from kirsch.recipes.stages import Stage, check_threads, plan_for, stages_of
 from kirsch.recipes.tasks.data import DataSet, load_data
 from kirsch.report import render
 
@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
     from kirsch.recipes.job import Listen, Stop
 
-RUN = "run.json"
+RUN, RECIPE, LOCK = "run.json", "recipe.yaml", ".lock"
+
+GIVEN = "given"
+"""In place of a reference, for a model that was given to `kirsch.compress` as an object."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def run(
     started = time.monotonic()
     base = base or Path()
     files.check_writable(folder)
+    _refuse_strangers(recipe, folder)
     with _locked(folder):
         _open(recipe, folder, base)
         materials = materials or materials_of(recipe, base)
@@ -152,7 +156,7 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcom
     """Go on with a run that was stopped or killed; a finished one only gets its report anew.
 
     Raises:
-        LoadError: the folder holds no run.
+        LoadError: the folder holds no run, or one whose models were given as objects.
     """
     try:
         base = folder / json.loads((folder / RUN).read_text(encoding="utf-8"))["base"]
@@ -160,14 +164,21 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcom
         raise LoadError(
             f"{folder} holds no run.", f"{RUN} is missing or damaged.", "Start it: kirsch compress."
         ) from error
-    return run(read_recipe(folder / "recipe.yaml"), folder, base=base, listen=listen, stop=stop)
+    recipe = read_recipe(folder / RECIPE)
+    if recipe.teacher.model == GIVEN:
+        raise LoadError(
+            f"{folder} is a run of kirsch.compress.",
+            "Its models and data were given as objects.",
+            "Call kirsch.compress again with them and this folder: it goes on where it was.",
+        )
+    return run(recipe, folder, base=base, listen=listen, stop=stop)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """The folder for this process alone; the lock of a process that died is free."""
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
+        with filelock.FileLock(folder / LOCK, timeout=0):
             yield
     except filelock.Timeout as error:
         raise OutputError(
@@ -177,25 +188,33 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _open(recipe: Recipe, folder: Path, base: Path) -> None:
     """A new run folder, or one that holds the same recipe."""
-    files.sweep(folder)
-    strangers = [path.name for path in folder.iterdir() if path.name != ".lock"]
     if not (folder / RUN).is_file():
-        if strangers:
-            raise OutputError(
-                f"The folder {folder} holds something else.",
-                f"It has {strangers[0]!r}, and is no run folder.",
-                "Choose another folder.",
-            )
-        files.write_text(folder / "recipe.yaml", recipe.to_yaml())
+        files.write_text(folder / RECIPE, recipe.to_yaml())
         created = {"kirsch_run": 1, "base": os.path.relpath(base.resolve(), folder.resolve()), "kirsch": __version__}
         files.write_json(folder / RUN, created)
-    elif (stored := read_recipe(folder / "recipe.yaml")) != recipe:
+    elif (stored := read_recipe(folder / RECIPE)) != recipe:
         raise RecipeError(
             f"The folder {folder} holds a run of another recipe.",
             f"They differ in {', '.join(_differences(stored.model_dump(), recipe.model_dump()))}.",
             "Choose another folder, or go on with it: kirsch resume.",
         )
+    files.sweep(folder)
     _repair(folder / "events.jsonl")
+
+
+def _refuse_strangers(recipe: Recipe, folder: Path) -> None:
+    """A folder that is not ours is left as it is, even by the sweep."""
+    if (folder / RUN).is_file():
+        return
+    for path in sorted(folder.iterdir()):
+        # What a run that was killed at its very start leaves is ours.
+        started = path.name == RECIPE and path.is_file() and path.read_bytes() == recipe.to_yaml().encode()
+        if path.name != LOCK and not path.name.startswith(files.TEMPORARY) and not started:
+            raise OutputError(
+                f"The folder {folder} holds something else.",
+                f"It has {path.name!r}, and is no run folder.",
+                "Choose another folder.",
+            )
 
 
 def _differences(first: Any, second: Any, key: str = "") -> list[str]:
@@ -213,7 +232,9 @@ def _repair(events: Path) -> None:
 
 
 def _preflight(job: Job) -> None:
-    """What can go wrong is found before any long work: classes, the goal of pruning, room on the disk."""
+    """What can go wrong is found before any long work: classes, threads, room on the disk, the goal of pruning."""
+    if not (job.folder / "checkpoints" / "measure" / "done").is_dir():
+        check_threads(job.recipe)
     teacher = job.make_teacher()
     model = job.make_student() if job.make_student is not None else teacher
     sizes = sum(4 * job.count(candidate)[0] for candidate in (teacher, model))
@@ -232,6 +253,7 @@ def _work(job: Job, origin: str) -> None:
             raise error
         section = stage.section.model_dump_json() if stage.section is not None else ""
         inputs = hashlib.sha256(f"{inputs} {stage.key} {section} {job.recipe.data.batch_size}".encode()).hexdigest()
+        job.inputs = inputs
         done = job.place(stage.key) / "done"
         record = _finished(job, stage, done, inputs)
         if record is None:
@@ -241,6 +263,8 @@ def _work(job: Job, origin: str) -> None:
         else:
             stage.load(job, done, record)
             happened = "stage_kept"
+        for old in done.parent.glob("step-*"):  # also those of a run that was killed just before this
+            shutil.rmtree(old)
         job.records[stage.key] = record
         shown = {name: record[name] for name in ("did", "cells", "seconds")}
         job.tell({"event": happened, "number": number, "key": stage.key, **shown})
@@ -258,15 +282,19 @@ def _finished(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]
     if record["inputs"] != inputs:
         job.note(f"The stage {stage.key!r} is done again: its inputs have changed.")
         return None
-    if stage.key == "export" and not _artifact_sound(job, record):
-        job.note("The stage 'export' is done again: the exported file is missing or damaged.")
+    wrong = _artifacts_damage(job, record) if stage.key == "export" else ""
+    if wrong:
+        job.note(f"The stage 'export' is done again: {wrong}.")
         return None
     return record
 
 
-def _artifact_sound(job: Job, record: dict[str, Any]) -> bool:
+def _artifacts_damage(job: Job, record: dict[str, Any]) -> str:
+    """What is wrong with what the export left outside its own folder; empty when it is sound."""
     path = job.folder / "artifacts" / record["artifact"]["file"]
-    return path.is_file() and files.sha256(path) == str(record["artifact"]["sha256"])
+    if not path.is_file() or files.sha256(path) != record["artifact"]["sha256"]:
+        return f"{path} is missing or damaged"
+    return files.damage(path.parent / "model") if "prune" in job.records else ""
 
 
 def _do(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]:
@@ -275,6 +303,4 @@ def _do(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]:
         record = stage.work(job, folder)
         record |= {"inputs": inputs, "seconds": round(time.perf_counter() - started, 3)}
         files.write_json(folder / RECORD, record)
-    for old in done.parent.glob("step-*"):
-        shutil.rmtree(old)
     return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ from kirsch.deploy.measure import race
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.objective import Objective
+from kirsch.errors import UsageError
 from kirsch.frameworks.port import trace
 from kirsch.graph.plan import Goal, Plan
 from kirsch.measurement.agreement import agreement
+from kirsch.measurement.machine import usable_cores
 from kirsch.measurement.quality import accuracy
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.prune import prune_with_proof
@@ -71,7 +74,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
 
 
 def _teacher(job: Job, folder: Path) -> Record:
-    model = job.make_teacher()
+    model = job.make_teacher().eval()
     section = job.recipe.teacher.train
     history: list[Any] = []
     if section is not None:
@@ -241,9 +244,9 @@ def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
 def _load_pruned(job: Job, folder: Path, _record: Record) -> None:
     job.models["before"] = job.models["result"]
     job.models["pruned"] = job.models["result"] = load(folder / "model", _before_pruning(job)).eval()
-    plan = folder / "model" / "plan.json"
-    if not (job.folder / "plan.json").is_file():
-        files.write_text(job.folder / "plan.json", plan.read_text(encoding="utf-8"))
+    sealed, shown = folder / "model" / "plan.json", job.folder / "plan.json"
+    if not shown.is_file() or shown.read_bytes() != sealed.read_bytes():
+        files.write_bytes(shown, sealed.read_bytes())
 
 
 def _before_pruning(job: Job) -> Callable[[], Any]:
@@ -254,7 +257,8 @@ def _recover(job: Job, folder: Path) -> Record:
     section = job.recipe.recover
     if section is None:
         raise RuntimeError("a recipe without a section to recover has no such stage")
-    trained = _taught(job, "recover", job.models["result"], section)
+    model = copy.deepcopy(job.models["result"])  # without a student or pruning it is the teacher itself
+    trained = _taught(job, "recover", model, section)
     record = _described(job, trained.model, folder, "", trained.history)
     record["first_batch"] = trained.first_batch
     job.check_alive("recover", record)
@@ -263,8 +267,9 @@ def _recover(job: Job, folder: Path) -> Record:
 
 
 def _load_recovered(job: Job, folder: Path, _record: Record) -> None:
-    model = job.models["result"]
+    model = copy.deepcopy(job.models["result"])  # it is also the pruned one, or the student, or the teacher
     job.framework(model).load_weights(model, folder / WEIGHTS)
+    job.models["result"] = model
 
 
 # ------------------------------------------------------------------------------------------------ deployment
@@ -300,6 +305,17 @@ def _export(job: Job, folder: Path) -> Record:
             figures.bytes_(artifact.bytes),
         ],
     }
+
+
+def check_threads(recipe: Recipe) -> None:
+    """Make sure, before any work, that the machine has the cores to time on.
+
+    Raises:
+        UsageError: it has fewer.
+    """
+    wanted, cores = recipe.measure.threads if recipe.measure and recipe.export else 1, usable_cores()
+    if wanted > cores:
+        raise UsageError(f"measure.threads is {wanted}; this machine has {cores}.", mend="Lower measure.threads.")
 
 
 def _measure(job: Job, folder: Path) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,26 +12,49 @@ import yaml
 from kirsch.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from yaml.nodes import Node
 
 MOST_BYTES, MOST_NODES, MOST_DEPTH = 1_000_000, 20_000, 40
 
-FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?)$")
+TAG = "tag:yaml.org,2002:"
+INT = re.compile(r"^[-+]?(0|[1-9]\d*)$")
+FLOAT = re.compile(r"^([-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$")
+RULES = (
+    (f"{TAG}bool", re.compile(r"^(true|false|True|False)$"), "tfTF"),
+    (f"{TAG}int", INT, "-+0123456789"),
+    (f"{TAG}float", FLOAT, "-+.0123456789"),
+)
+"""YAML 1.2's numbers: 1e-4 is a float, and only true and false are booleans."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-4 is a float, and only true and false are booleans."""
+    """Reads by `RULES`; of YAML 1.1's own rules only null is left."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":bool", ":float", ":int", ":timestamp"))]
+    first: [rule for rule in rules if rule[0] == f"{TAG}null"]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false|True|False)$"), list("tfTF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that these rules or those of YAML 1.1 take for something else, such as a name 1e5 or no."""
+
+
+for _tag, _pattern, _first in RULES:
+    _Loader.add_implicit_resolver(_tag, _pattern, list(_first))
+    _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
+
+
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # In double quotes a line break is an escape; in any other style it is a line, and a comment cannot follow.
+    return dumper.represent_scalar(f"{TAG}str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _text_node)
 
 
 @dataclass(frozen=True)
@@ -54,47 +78,81 @@ def read(source: str | Path) -> Document:
     """
     text = source if isinstance(source, str) else _text(source)
     name = "The recipe" if isinstance(source, str) else str(source)
-    if len(text) > MOST_BYTES:
-        raise RecipeError(f"{name} has {len(text):,} characters; {MOST_BYTES:,} are allowed.")
-    try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(
-            f"{name} is no YAML.", _where(error), "Mend the line, or start from `kirsch init`."
-        ) from error
+    reader = _Reader(name)
+    node = _compose(text, name)
     if node is None:
         return Document({}, {})
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{name} is no mapping of keys to values.", mend="Start from `kirsch init`.")
-    reader = _Reader(name)
     data = reader.plain(node, "", 0)
     return Document(data, reader.lines)
 
 
-def scalar(text: str) -> Any:
-    """A value given on the command line, read as YAML."""
-    return read(f"value: {text}").data["value"]
+def scalar(text: str, origin: str) -> Any:
+    """A value given on the command line or in the environment, read as YAML.
+
+    Args:
+        text: the value.
+        origin: where it comes from, for the sentence of an error.
+    """
+    node = _compose(text, origin)
+    return None if node is None else _Reader(origin).plain(node, "", 0)
+
+
+def dump(data: Any, *, one_line: bool = False) -> str:
+    """Plain data as a YAML text that `read` takes back to equal data.
+
+    Args:
+        data: as `Document.data`, numbers finite.
+        one_line: lists and mappings in brackets, all in one line.
+    """
+    text: str = yaml.dump(
+        data,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=one_line,
+        width=MOST_BYTES,
+    )
+    return text.split("\n", 1)[0] if one_line else text  # a lone scalar is followed by an end mark, which goes
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read.", f"{error.strerror}.", "Check the path.") from error
+    if len(content) > MOST_BYTES:
+        raise RecipeError(f"{path} is too large for a recipe.", f"{MOST_BYTES:,} bytes are allowed.")
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"The recipe {path} is no UTF-8 text.", f"Line {line}.", "Save it as UTF-8.") from error
+
+
+def _compose(text: str, name: str) -> Node | None:
+    """The tree of a YAML text, with nothing made of it yet."""
+    try:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_node()
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(
-            f"The recipe {path} is no UTF-8 text.", f"Byte {error.start}.", "Save it as UTF-8."
+            f"{name} is no YAML.", _why(error, text), "Mend the line, or start from `kirsch init`."
         ) from error
 
 
-def _where(error: Exception) -> str:
+def _why(error: Exception, text: str) -> str:
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return f"Line {line}: the character {chr(error.character)!a} is not allowed."
     mark = getattr(error, "problem_mark", None)
-    line = f"Line {mark.line + 1}: " if mark is not None else ""
-    return f"{line}{getattr(error, 'problem', None) or 'it is nested too deeply'}."
+    line_of = f"Line {mark.line + 1}: " if mark is not None else ""
+    return f"{line_of}{getattr(error, 'problem', None) or 'It is nested too deeply'}."
 
 
 class _Reader:
@@ -114,9 +172,9 @@ class _Reader:
             )
         if key:
             self.lines[key] = line
-        if isinstance(node, yaml.MappingNode):
+        if node.tag == f"{TAG}map" and isinstance(node, yaml.MappingNode):
             return self._mapping(node, key, depth)
-        if isinstance(node, yaml.SequenceNode):
+        if node.tag == f"{TAG}seq" and isinstance(node, yaml.SequenceNode):
             return [self.plain(item, f"{key}.{place}", depth + 1) for place, item in enumerate(node.value)]
         return self._scalar(node, line)
 
@@ -127,6 +185,7 @@ class _Reader:
             line = name_node.start_mark.line + 1
             if not isinstance(name_node, yaml.ScalarNode):
                 raise RecipeError(f"{self._name}: a key must be a plain word.", f"Line {line}.")
+            self._check_tag(name_node, line)
             name = str(name_node.value)
             if name in first:
                 raise RecipeError(
@@ -135,19 +194,48 @@ class _Reader:
                     "Keep one of them.",
                 )
             first[name] = line
-            out[name] = self.plain(value, f"{key}.{name}".lstrip("."), depth + 1)
+            path = f"{key}.{name}".lstrip(".")
+            out[name] = self.plain(value, path, depth + 1)
+            self.lines[path] = line  # a section begins where its key stands
         return out
 
     def _scalar(self, node: Node, line: int) -> Any:
-        tag, value = node.tag.rpartition(":")[2], node.value
-        if tag == "str":
-            return value
-        if tag == "null":
-            return None
-        if tag == "bool":
-            return value.lower() == "true"
-        if tag == "int":
-            return int(value)
-        if tag == "float":
-            return float(value.replace("_", ""))
-        raise RecipeError(f"{self._name} uses the tag {node.tag!r}.", f"Line {line}.", "Only plain values are read.")
+        self._check_tag(node, line)
+        try:
+            return SCALARS[node.tag](node.value)
+        except ValueError as error:
+            shown = node.value if len(node.value) <= SHOWN else f"{node.value[:SHOWN]}…"
+            raise RecipeError(
+                f"{self._name}: {shown!r} cannot be used.",
+                f"Line {line}: a number must be finite, and of a usual length.",
+            ) from error
+
+    def _check_tag(self, node: Node, line: int) -> None:
+        if node.tag not in SCALARS or not isinstance(node, yaml.ScalarNode):
+            raise RecipeError(
+                f"{self._name} uses the tag {node.tag!r}.", f"Line {line}.", "Only plain values are read."
+            )
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+def _float(text: str) -> float:
+    value = float(text.replace("_", ""))
+    if not math.isfinite(value):  # 1e999
+        raise ValueError(text)
+    return value
+
+
+SCALARS: dict[str, Callable[[str], Any]] = {
+    f"{TAG}str": str,
+    f"{TAG}null": lambda _text: None,
+    f"{TAG}bool": _bool,
+    f"{TAG}int": int,
+    f"{TAG}float": _float,
+}
+SHOWN = 40
+"""Characters of a value that an error repeats."""

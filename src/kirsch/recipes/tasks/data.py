@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.errors import DataError, UsageError
+from kirsch.errors import DataError, KirschError, UsageError
 from kirsch.frameworks.training import ArrayData, Augment
-from kirsch.recipes.models import resolve
+from kirsch.recipes.models import FAILURES, resolve
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
@@ -110,12 +111,28 @@ def load_data(source: str, options: dict[str, Any], *, seed: int, base: Path | N
         options: its keyword arguments.
         seed: of splits.
         base: folder that files are relative to.
+
+    Raises:
+        UsageError: the source does not take these options.
+        DataError: it fails, or gives something else.
     """
     load: Source = resolve(source, base=base) if ":" in source else SOURCES[source]
     try:
-        data = load(seed=seed, **options)
+        inspect.signature(load).bind(**{"seed": seed} | options)
     except TypeError as error:
-        raise UsageError(f"The data source {source!r} does not take these options.", f"{error}.") from error
+        raise UsageError(
+            f"The data source {source!r} does not take these options.", f"{error}.", "Mend data.options."
+        ) from error
+    if "seed" in options:
+        raise UsageError(f"data.options holds the seed of {source!r}.", mend="Set the seed of the recipe.")
+    try:
+        data = load(seed=seed, **options)
+    except KirschError:
+        raise
+    except FAILURES as error:
+        raise DataError(
+            f"The data source {source!r} failed.", f"{type(error).__name__}: {error}.", "Mend it, or data.options."
+        ) from error
     if not isinstance(data, DataSet):
         raise DataError(f"{source} gives a {type(data).__name__}.", mend="It must give a kirsch DataSet.")
     return data

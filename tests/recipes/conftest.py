@@ -1,0 +1,84 @@
+"""One finished run, looked at from all sides."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from kirsch.recipes.recipe import read_recipe
+from kirsch.recipes.runner import run
+from tiny import write_job
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kirsch.recipes.runner import Outcome
+
+
+@dataclass
+class Job:
+    """A folder with nets.py and recipe.yaml, whose run is in `run`.
+
+    Args:
+        base: the folder.
+        heard: the events of the runs of this object, in order.
+    """
+
+    base: Path
+    heard: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        return self.base / "run"
+
+    def recipe(self, *changes: str):
+        return read_recipe(self.base / "recipe.yaml", changes)
+
+    def do(self, *changes: str, **options: Any) -> Outcome:
+        """Run the recipe, with changes of its keys."""
+        self.heard.clear()
+        folder = options.pop("folder", self.folder)
+        return run(self.recipe(*changes), folder, base=self.base, listen=self.heard.append, **options)
+
+    def stages(self, happening: str) -> list[str]:
+        """The stages to which something happened, in order."""
+        return [event["key"] for event in self.heard if event["event"] == happening]
+
+    def notes(self) -> list[str]:
+        return [event["text"] for event in self.heard if event["event"] == "note"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Networks this small are slower on two, far slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def job(tmp_path):
+    """The files of a job that has not run."""
+    write_job(tmp_path)
+    return Job(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A job that has run to its end, and what came out. Not to be changed."""
+    base = tmp_path_factory.mktemp("job")
+    write_job(base)
+    done = Job(base)
+    return done, done.do()
+
+
+@pytest.fixture
+def done(finished, tmp_path):
+    """A copy of the finished job, for changing."""
+    shutil.copytree(finished[0].base, tmp_path, dirs_exist_ok=True)
+    return Job(tmp_path)

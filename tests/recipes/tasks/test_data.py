@@ -1,0 +1,141 @@
+"""A data set in three parts, and where it comes from."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from kirsch.errors import DataError, KirschError, LoadError, UnknownNameError, UsageError
+from kirsch.recipes.tasks.data import DataSet, Split, load_data
+
+
+def split(labels=(0, 1, 2), value=0.0):
+    return Split(np.full((len(labels), 2), value, np.float32), np.array(labels, np.int64))
+
+
+def data_set(classes=("a", "b", "c"), **parts):
+    return DataSet("d", **{"train": split(), "validation": split(), "test": split(), "classes": classes, **parts})
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (split(()), r"The {} part of d is empty\. Give it at least one sample\."),
+        (Split(np.zeros((2, 2), np.float32), np.zeros(3, np.int64)), r"The {} part of d has 2 inputs and 3 labels\."),
+        (
+            split((0, 3)),
+            r"Sample 1 of the {} part of d has the label 3\. There are 3 classes, so labels go from 0 to 2\.",
+        ),
+        (split((0, 1, -1)), r"Sample 2 of the {} part of d has the label -1\."),
+        (split(value=np.nan), r"The {} part of d holds NaN or infinity\."),
+        (split(value=-np.inf), r"The {} part of d holds NaN or infinity\."),
+    ],
+)
+def test_a_wrong_part_is_named(part, wrong, sentence):
+    with pytest.raises(DataError, match=sentence.format(part)):
+        data_set(**{part: wrong})
+
+
+def test_a_class_that_nothing_can_be_learned_of_is_named():
+    with pytest.raises(DataError, match=r"The class 'b' of d has no training sample\."):
+        data_set(train=split((0, 2, 2)))
+    assert data_set(test=split((0, 0))).classes == ("a", "b", "c")
+
+
+def test_the_hash_follows_each_input_and_label_of_each_part():
+    changed = [
+        data_set(**{part: other})
+        for part in ("train", "validation", "test")
+        for other in (split((0, 2, 1)), split(value=1))
+    ]
+    hashes = {data.sha256 for data in changed}
+    assert len(hashes) == 6
+    assert data_set().sha256 not in hashes
+    assert data_set().sha256 == data_set(classes=("x", "y", "z")).sha256
+
+
+def test_the_training_part_comes_in_batches_with_its_augmentation():
+    data = data_set(augment=lambda batch, _random: batch + 1)
+    batches = list(data.batches(2).epoch(seed=0, epoch=0))
+    assert sorted(np.concatenate([targets for _, targets in batches]).tolist()) == [0, 1, 2]
+    assert all((inputs == 1).all() for inputs, _ in batches)
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+SOURCES = """
+import numpy as np
+
+from kirsch.errors import LoadError
+from kirsch.recipes.tasks.data import DataSet, Split
+
+
+def good(*, seed, classes=2):
+    part = Split(np.full((classes, 1), seed, np.float32), np.arange(classes))
+    return DataSet("good", part, part, part, tuple("abcdef"[:classes]))
+
+
+def broken(*, seed):
+    raise ValueError("the disk is gone")
+
+
+def mistyped(*, seed):
+    return 1 + "a"
+
+
+def missing(*, seed):
+    raise LoadError("The archive is not there.")
+
+
+def other(*, seed):
+    return [1, 2]
+"""
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "sources.py").write_text(SOURCES)
+    return tmp_path
+
+
+def test_a_source_gets_the_seed_and_its_options(base):
+    data = load_data("sources.py:good", {"classes": 3}, seed=7, base=base)
+    assert data.classes == ("a", "b", "c")
+    assert (data.train.inputs == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error", "sentence"),
+    [
+        (
+            "sources.py:good",
+            {"colors": 3},
+            UsageError,
+            "does not take these options. got an unexpected keyword argument 'colors'.",
+        ),
+        ("sources.py:good", {"seed": 3}, UsageError, "data.options holds the seed of 'sources.py:good'."),
+        (
+            "sources.py:broken",
+            {},
+            DataError,
+            "The data source 'sources.py:broken' failed. ValueError: the disk is gone.",
+        ),
+        (
+            "sources.py:mistyped",
+            {},
+            DataError,
+            "The data source 'sources.py:mistyped' failed. TypeError: unsupported operand",
+        ),
+        ("sources.py:missing", {}, LoadError, "The archive is not there."),
+        ("sources.py:other", {}, DataError, "sources.py:other gives a list. It must give a kirsch DataSet."),
+        ("sources.py:goood", {}, LoadError, "There is no callable in sources.py 'goood'."),
+        ("digit", {}, UnknownNameError, "There is no data 'digit'. Known: cifar10, digits. Did you mean 'digits'?"),
+    ],
+)
+def test_a_source_that_gives_no_data_is_named(base, source, options, error, sentence):
+    with pytest.raises(KirschError, match=re.escape(sentence)) as caught:
+        load_data(source, options, seed=0, base=base)
+    assert type(caught.value) is error

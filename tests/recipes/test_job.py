@@ -1,0 +1,113 @@
+"""One job at work: what it tells, what it counts, and when a model counts as dead."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kirsch.errors import CheckpointError, NumericError, ShapeError
+from kirsch.frameworks.training import TrainingState
+from kirsch.recipes.job import Job
+from kirsch.recipes.tasks.data import DataSet, Split
+
+
+def part(n=9):
+    return Split(np.arange(2 * n, dtype=np.float32).reshape(n, 2), np.arange(n) % 3)
+
+
+@pytest.fixture
+def heard():
+    return []
+
+
+@pytest.fixture
+def job(tmp_path, heard):
+    data = DataSet("small", part(), part(3), part(12), ("a", "b", "c"))
+    return Job(None, tmp_path, data, None, None, heard.append, lambda: None, inputs="these")
+
+
+def test_an_event_goes_to_the_file_with_its_time_before_it_is_heard(job, heard):
+    """So that what was shown is also kept, whatever comes next."""
+    seen = []
+    job.listen = lambda event: seen.append((event, len((job.folder / "events.jsonl").read_text().splitlines())))
+    job.tell({"event": "epoch", "loss": np.float32(0.5), "stage": "Kürbis\n\x1b"})
+    job.note("two\nlines")
+    lines = [json.loads(line) for line in (job.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [number for _, number in seen] == [1, 2]
+    assert [{k: v for k, v in line.items() if k != "time"} for line in lines] == [
+        {"event": "epoch", "loss": 0.5, "stage": "Kürbis\n\x1b"},
+        {"event": "note", "text": "two\nlines"},
+    ]
+
+
+def test_what_a_training_tells_carries_its_stage(job, heard):
+    job.hooks("distil").event({"event": "epoch", "epoch": 1})
+    assert heard == [{"stage": "distil", "event": "epoch", "epoch": 1}]
+
+
+def test_a_training_goes_on_from_what_it_saved_with_the_same_inputs_alone(job, heard):
+    job.hooks("distil").save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
+    assert job.hooks("distil").resume.values == {"epoch": 3, "batch": 1}
+    assert job.hooks("teacher").resume is None
+    job.inputs = "others"
+    assert job.hooks("distil").resume is None
+    assert [event["event"] for event in heard] == ["note"]
+
+
+def test_a_training_does_not_begin_anew_in_silence_where_all_is_damaged(job):
+    job.hooks("distil").save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
+    (job.folder / "checkpoints" / "distil" / "step-00003-000001" / "values.json").unlink()
+    with pytest.raises(CheckpointError, match=r"All checkpoints in .*distil are damaged"):
+        job.hooks("distil")
+
+
+def test_a_model_is_counted_on_one_sample(job):
+    assert job.example.tolist() == [[0.0, 1.0]]
+    assert job.count(nn.Linear(2, 3)) == (9, 6)
+
+
+@pytest.mark.parametrize(("model", "shape"), [(nn.Linear(2, 4), r"\(4,\)"), (nn.Unflatten(1, (1, 2)), r"\(1, 2\)")])
+def test_a_model_for_other_classes_is_refused_with_both_numbers(job, model, shape):
+    sentence = rf"The model puts out scores of shape {shape}\. The data small has 3 classes\. Give the model a head"
+    with pytest.raises(ShapeError, match=sentence):
+        job.count(nn.Sequential(model, nn.Identity()))
+
+
+def test_a_model_is_judged_on_the_test_part_and_its_scores_are_kept(job):
+    model = nn.Linear(2, 3)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # always b: 4 of 12
+    done = job.place("teacher") / "done"
+    done.mkdir()
+    found = job.judge(model, done)
+    assert found["accuracy"]["value"] == 4 / 12
+    assert found["one_class"] is True
+    assert (found["parameters"], found["macs"]) == (9, 6)
+    assert np.array_equal(job.logits("teacher"), np.tile(np.float32([0, 1, 0]), (12, 1)))
+
+
+@pytest.mark.parametrize(
+    ("right", "one_class", "why"),
+    [
+        (
+            6,
+            True,
+            r"after the stage 'recover': 50\.0% of 12 right, chance is 33\.3%\. It says one class for every sample\.",
+        ),
+        (4, False, r"dead after the stage 'recover': 33\.3% of 12 right, chance is 33\.3%\. It guesses\."),
+        (0, False, r"It guesses\. Lower the learning rate, train longer, or remove less\."),
+        (5, False, None),
+    ],
+)
+def test_a_model_that_knows_nothing_is_dead(job, right, one_class, why):
+    record = {"one_class": one_class, "accuracy": {"value": right / 12, "n": 12}}
+    if why is None:
+        job.check_alive("recover", record)
+    else:
+        with pytest.raises(NumericError, match=why):
+            job.check_alive("recover", record)

@@ -1,0 +1,272 @@
+"""metrics.json: the numbers are those of the files that a run leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from math import comb
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+import pytest
+import safetensors.numpy
+
+from kirsch import files
+from kirsch.recipes.metrics import goal_text
+from kirsch.recipes.recipe import read_recipe
+from kirsch.recipes.runner import materials_of
+
+MODELS = {"teacher": "teacher", "distil": "student", "prune": "pruned", "recover": "recovered", "export": "exported"}
+
+
+@pytest.fixture(scope="module")
+def run(finished):
+    """Metrics as they lie in the folder, scores of each stage, and the labels of the test part."""
+    job, outcome = finished
+    metrics = json.loads((job.folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics == json.loads(json.dumps(outcome.metrics))
+    scores = {key: np.load(job.folder / "checkpoints" / stage / "done" / "logits.npy") for stage, key in MODELS.items()}
+    labels = materials_of(job.recipe(), job.base).data.test.labels
+    return SimpleNamespace(job=job, metrics=metrics, scores=scores, labels=labels)
+
+
+def right(run, key):
+    return run.scores[key].argmax(1) == run.labels
+
+
+def cost(width):
+    """Parameters and MACs of the net on 6 x 6: two convolutions without padding, batch normalization, a linear head."""
+    parameters = 9 * width + 2 * width + 9 * width**2 + width + 3 * width + 3
+    return parameters, 9 * width * 16 + 9 * width**2 * 4 + 3 * width
+
+
+def test_each_models_accuracy_is_that_of_its_scores(run):
+    found = {model["key"]: model["accuracy"] for model in run.metrics["models"]}
+    assert list(found) == list(run.scores)
+    for key, accuracy in found.items():
+        assert accuracy["value"] == right(run, key).mean()
+        assert accuracy["n"] == 60
+        assert accuracy["low"] - 1e-12 <= accuracy["value"] <= accuracy["high"] + 1e-12  # an end is rounded at 0 and 1
+
+
+def test_the_models_differ_so_that_a_mistaken_one_would_show(run):
+    values = [model["accuracy"]["value"] for model in run.metrics["models"]]
+    assert len(set(values[:4])) >= 3
+    assert run.scores["exported"] == pytest.approx(run.scores["recovered"], abs=1e-4)  # two runtimes, float32
+
+
+def test_costs_are_those_worked_out_from_the_widths(run):
+    found = {model["key"]: (model["parameters"], model["macs"]) for model in run.metrics["models"]}
+    assert found["teacher"] == cost(12)
+    assert found["student"] == cost(8)
+    weights = safetensors.numpy.load_file(run.job.folder / "artifacts" / "model" / "model.safetensors")
+    first, second = weights["first.weight"].shape[0], weights["second.weight"].shape[0]
+    parameters = 9 * first + 2 * first + 9 * first * second + second + 3 * second + 3
+    macs = 9 * first * 16 + 9 * first * second * 4 + 3 * second
+    assert found["pruned"] == found["recovered"] == found["exported"] == (parameters, macs)
+    assert macs <= 0.6 * cost(8)[1]
+
+
+def test_the_goals_are_held_against_those_numbers(run):
+    macs, drop = run.metrics["goal"]["items"]
+    costs = {model["key"]: model["macs"] for model in run.metrics["models"]}
+    share = costs["pruned"] / costs["student"]
+    lost = right(run, "teacher").mean() - right(run, "exported").mean()
+    assert (macs["name"], macs["value"], macs["limit"], macs["met"]) == ("macs", share, 0.6, True)
+    assert macs["text"] == f"MACs {100 * share:.1f} % of the student, goal ≤ 60 %"
+    assert (drop["name"], drop["limit"], drop["met"]) == ("max_drop", 0.5, True)
+    assert drop["value"] == pytest.approx(lost, abs=1e-12)
+    assert drop["text"] == f"accuracy drop {100 * lost:.1f} points against the teacher, goal ≤ 50.0 points"
+    assert run.metrics["goal"]["met"] is True
+    assert run.metrics["goal"]["text"] == "MACs ≤ 60 %, accuracy drop ≤ 50.0 points, runtime onnxruntime (1 thread)"
+
+
+def test_samples_lost_and_gained_are_counted_in_pairs(run):
+    first, last = right(run, "teacher"), right(run, "exported")
+    lost, gained = int((first & ~last).sum()), int((~first & last).sum())
+    n = lost + gained
+    p = min(1.0, 2 * sum(comb(n, k) for k in range(min(lost, gained) + 1)) / 2**n)
+    found = run.metrics["quality"]["paired"]
+    assert (found["lost"], found["gained"]) == (lost, gained)
+    assert found["p"] == pytest.approx(p, rel=1e-9)  # sums in another order
+    assert run.metrics["goal"]["items"][1]["doubt"] == found["text"]
+
+
+@pytest.mark.parametrize(("side", "key"), [("before", "teacher"), ("after", "exported")])
+def test_the_confusion_is_counted_sample_by_sample(run, side, key):
+    expected = [[0] * 3 for _ in range(3)]
+    for label, said in zip(run.labels, run.scores[key].argmax(1), strict=True):
+        expected[label][said] += 1
+    assert run.metrics["quality"][side] == {"key": key, "confusion": expected}
+    named = {row["name"]: row for row in run.metrics["quality"]["lost"]}
+    for place, name in enumerate(("dark", "grey", "light")):
+        assert named[name][side] == expected[place][place] / 20
+        assert named[name]["n"] == 20
+
+
+def test_calibration_is_the_gap_between_sure_and_right(run):
+    shifted = np.exp(run.scores["teacher"].astype(float))
+    sure = (shifted / shifted.sum(1, keepdims=True)).max(1)
+    place = np.minimum((10 * sure).astype(int), 9)
+    gaps = [abs((sure - right(run, "teacher"))[place == number].sum()) for number in range(10)]
+    assert run.metrics["quality"]["calibration"]["before"]["ece"] == pytest.approx(sum(gaps) / 60, abs=1e-9)
+
+
+def test_curves_have_a_point_an_epoch(run):
+    curves = {curve["stage"]: curve for curve in run.metrics["curves"]}
+    assert {stage: curve["epochs"] for stage, curve in curves.items()} == {
+        "teacher": [1, 2, 3, 4, 5, 6],
+        "distil": [1, 2, 3, 4],
+        "recover": [1, 2, 3],
+    }
+    told = [event for event in run.job.heard if event["event"] == "epoch" and event["stage"] == "distil"]
+    for key in ("loss", "accuracy", "learning_rate", "seconds"):
+        assert curves["distil"][key] == [event[key] for event in told]
+    parts = curves["distil"]["parts"]
+    assert parts["label"] + parts["kd"] == [event["parts"][name] for name in ("label", "kd") for event in told]
+    assert curves["distil"]["loss"] == pytest.approx(
+        [sum(pair) for pair in zip(*parts.values(), strict=True)], rel=1e-5
+    )
+
+
+def test_the_exported_file_is_the_one_that_was_judged(run):
+    export = run.metrics["export"]
+    path = run.job.folder / export["file"]
+    assert export["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert export["bytes"] == path.stat().st_size
+    assert run.metrics["models"][-1]["bytes"] == path.stat().st_size
+    assert (export["same_labels"], export["n"]) == (60, 60)
+    inputs = materials_of(run.job.recipe(), run.job.base).data.test.inputs
+    session = onnxruntime.InferenceSession(path)
+    scores = session.run(None, {session.get_inputs()[0].name: inputs})[0]
+    assert scores == pytest.approx(run.scores["exported"], abs=1e-5)  # batches of another size round otherwise
+
+
+def test_the_usage_that_is_shown_runs(run, monkeypatch, capsys):
+    monkeypatch.chdir(run.job.folder / "artifacts")
+    exec(compile(run.metrics["export"]["usage"], "usage", "exec"), {})
+    assert capsys.readouterr().out.strip() in ("[0]", "[1]", "[2]")
+
+
+def test_times_are_taken_of_teacher_student_and_file(run):
+    timed = {model["key"] for model in run.metrics["models"] if model["latency"] is not None}
+    assert timed == {"teacher", "student", "exported"}
+    teacher = run.metrics["models"][0]["latency"]
+    assert teacher["speedup"]["of"] == "teacher"
+    assert teacher["speedup"]["value"] == 1.0
+    assert [model["chosen"] for model in run.metrics["models"]] == [False, False, False, False, True]
+
+
+def test_where_it_all_comes_from_is_said(run):
+    origin = run.metrics["provenance"]
+    assert read_recipe(origin["recipe"]) == run.job.recipe()
+    assert origin["plan"] == json.loads((run.job.folder / "plan.json").read_text())
+    assert origin["fingerprint"] == origin["plan"]["model"]["fingerprint"]
+    assert origin["environment"] == json.loads((run.job.folder / "environment.json").read_text())
+    data = materials_of(run.job.recipe(), run.job.base).data
+    assert run.metrics["measured"]["data"] == {
+        "name": "stripes",
+        "sha256": data.sha256,
+        "train": 48,
+        "validation": 30,
+        "test": 60,
+    }
+    assert run.metrics["seconds"] == pytest.approx(sum(stage["seconds"] for stage in run.metrics["stages"]))
+
+
+# ------------------------------------------------------------------------------------------------ goals
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ([], "MACs ≤ 60 %, accuracy drop ≤ 50.0 points, runtime onnxruntime (1 thread)"),
+        (["measure.threads=2"], "MACs ≤ 60 %, accuracy drop ≤ 50.0 points, runtime onnxruntime (2 threads)"),
+        (
+            ["prune.goal={macs: 0.5, params: 0.25}", "goal=null", "goal={}"],
+            "MACs ≤ 50 %, parameters ≤ 25 %, runtime onnxruntime (1 thread)",
+        ),
+        (
+            ["prune=null", "goal={max_drop: 0.01, speedup: 1.5}"],
+            "accuracy drop ≤ 1.0 point, speed ≥ 1.50×, runtime onnxruntime (1 thread)",
+        ),
+        (["prune=null", "goal={}", "measure=null"], ""),
+        (["prune=null", "goal={}", "export=null"], ""),
+    ],
+)
+def test_what_is_wanted_is_said_in_one_line(job, changes, text):
+    assert goal_text(SimpleNamespace(recipe=job.recipe(*changes))) == text
+
+
+@pytest.mark.parametrize(
+    ("goal", "code", "missed"),
+    [
+        ("{{max_drop: {drop}}}", 0, []),
+        ("{{max_drop: {less}}}", 3, ["max_drop"]),
+        ("{{speedup: 0.001}}", 0, []),
+        ("{{speedup: 1000, max_drop: 0}}", 3, ["max_drop", "speedup"]),
+    ],
+)
+def test_a_goal_is_met_up_to_its_limit(done, finished, goal, code, missed):
+    drop = finished[1].metrics["goal"]["items"][1]["value"]
+    assert drop > 0
+    wanted = goal.format(drop=drop, less=drop - 1e-6)
+    recipe = read_recipe(done.folder / "recipe.yaml", [f"goal={wanted}"])
+    (done.folder / "recipe.yaml").write_text(recipe.to_yaml())
+    found = done.do(f"goal={wanted}")
+    assert done.stages("stage_start") == []
+    assert found.exit_code == code
+    assert [item["name"] for item in found.metrics["goal"]["items"] if not item["met"]] == missed
+    assert found.metrics["goal"]["met"] is (not missed)
+
+
+def test_a_plan_that_keeps_too_much_is_seen(done):
+    """A planted fault: plans meet their goal, so that what was counted after the cut must be what is looked at."""
+    folder = done.folder / "checkpoints" / "prune" / "done"
+    record = json.loads((folder / "record.json").read_text())
+    record["macs"] = round(0.61 * cost(8)[1])
+    (folder / "record.json").write_text(json.dumps(record))
+    files.write_manifest(folder)
+    found = done.do()
+    assert found.exit_code == 3
+    assert [(item["name"], item["met"]) for item in found.metrics["goal"]["items"]] == [
+        ("macs", False),
+        ("max_drop", True),
+    ]
+
+
+def test_a_run_without_goals_pruning_and_timing_says_what_is_missing(job):
+    found = job.do("student=null", "prune=null", "recover=null", "export=null", "goal={}")
+    assert found.exit_code == 0
+    metrics = found.metrics
+    assert (metrics["goal"]["text"], metrics["goal"]["items"]) == ("no goal was set", [])
+    assert metrics["not_measured"][0] == "Latency: the recipe has no file exported and timed."
+    assert [metrics[key] for key in ("removed", "verification", "export")] == [None] * 3
+    assert [(model["key"], model["chosen"]) for model in metrics["models"]] == [("teacher", True)]
+    assert metrics["quality"]["paired"]["p"] == 1.0
+    assert (job.folder / "report.html").is_file()
+
+
+def test_what_was_not_measured_names_the_seed(run):
+    assert run.metrics["not_measured"][:2] == [
+        "Other runtimes and machines: times hold for the one named here.",
+        "Other seeds: one training run with seed 0; another seed gives other figures.",
+    ]
+
+
+def test_a_gain_is_called_a_gain(job):
+    """A teacher that has hardly begun, and the same one trained on labels."""
+    found = job.do(
+        "student=null",
+        "prune=null",
+        "teacher.train={epochs: 1, learning_rate: 0.01, optimizer: adamw}",
+        "recover={weight: 0.0, train: {epochs: 6, learning_rate: 0.05}}",
+        "export=null",
+        "goal={max_drop: 0.0}",
+    )
+    first, last = (model["accuracy"]["value"] for model in found.metrics["models"])
+    assert last > first
+    (item,) = found.metrics["goal"]["items"]
+    assert item["text"] == f"accuracy gain {100 * (last - first):.1f} points against the teacher, goal ≤ 0.0 points"
+    assert item["met"] is True

@@ -1,0 +1,206 @@
+"""Models by reference."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+from kirsch.errors import LoadError, ModelError, UsageError
+from kirsch.recipes.models import build, example_shape, resolve, source_hash
+
+LINEAR = "from torch import nn\n\n\ndef net():\n    return nn.Linear(2, {size})\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file into the folder that references are relative to."""
+
+    def put(name: str, text: str) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    return put
+
+
+def assert_equal(first: nn.Module, second: nn.Module) -> None:
+    assert first.state_dict().keys() == second.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ forms
+
+
+def test_a_file_is_found_from_the_base(tmp_path, write):
+    write("inner/nets.py", LINEAR.format(size=3))
+    assert build("inner/nets.py:net", base=tmp_path).out_features == 3
+    assert build(f"{tmp_path / 'inner' / 'nets.py'}:net", base=tmp_path / "elsewhere").out_features == 3
+
+
+def test_a_file_is_found_from_the_working_folder_where_no_base_is_given(tmp_path, write, monkeypatch):
+    write("nets.py", LINEAR.format(size=3))
+    monkeypatch.chdir(tmp_path)
+    assert build("nets.py:net").out_features == 3
+
+
+def test_a_module_is_imported():
+    assert_equal(build("kirsch.frameworks.pytorch.digits:student"), build("kirsch.frameworks.pytorch.digits:student"))
+
+
+def test_a_model_of_timm_is_made():
+    if find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    assert_equal(build("timm:test_byobnet", seed=1), build("timm:test_byobnet", seed=1))
+
+
+def test_a_class_is_a_callable_too(tmp_path, write):
+    write(
+        "nets.py", "from torch import nn\n\n\nclass Net(nn.Linear):\n    def __init__(self): super().__init__(2, 5)\n"
+    )
+    assert build("nets.py:Net", base=tmp_path).out_features == 5
+
+
+# ------------------------------------------------------------------------------------------------ chance
+
+
+def test_the_seed_decides_the_weights_and_the_callers_chance_is_left_alone(tmp_path, write):
+    write("nets.py", LINEAR.format(size=3))
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    first, again, other = (build("nets.py:net", base=tmp_path, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(1), expected)
+    assert_equal(first, again)
+    assert not torch.equal(first.weight, other.weight)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path, write):
+    write("a/nets.py", LINEAR.format(size=3))
+    write("b/nets.py", LINEAR.format(size=4))
+    assert [build(f"{name}/nets.py:net", base=tmp_path).out_features for name in "aba"] == [3, 4, 3]
+
+
+def test_two_files_of_one_content_know_where_they_lie(tmp_path, write):
+    """A file may load its weights from beside itself."""
+    text = (
+        "from pathlib import Path\n\nfrom torch import nn\n\n\n"
+        "def net():\n    return nn.Linear(2, int(Path(__file__).with_name('size').read_text()))\n"
+    )
+    for name, size in (("a", "3"), ("b", "4")):
+        write(f"{name}/nets.py", text)
+        write(f"{name}/size", size)
+    assert [build(f"{name}/nets.py:net", base=tmp_path).out_features for name in "ab"] == [3, 4]
+
+
+def test_a_file_is_run_once(tmp_path, write):
+    write("nets.py", LINEAR.format(size=3) + "\n\nprobe = []\n")
+    assert resolve("nets.py:net", base=tmp_path) is resolve("nets.py:net", base=tmp_path)
+
+
+def test_a_file_imports_its_neighbor_and_the_path_is_as_before(tmp_path, write, monkeypatch):
+    write("of_this_test_alone.py", LINEAR.format(size=6))
+    write("nets.py", "from of_this_test_alone import net\n")
+    before = list(sys.path)
+    assert build("nets.py:net", base=tmp_path).out_features == 6
+    assert sys.path == before
+    monkeypatch.delitem(sys.modules, "of_this_test_alone")
+
+
+def test_a_file_that_was_changed_is_read_anew_and_has_another_hash(tmp_path, write):
+    """What is built and what is hashed are the same file; else a stage would be kept for a model that is gone."""
+    write("nets.py", LINEAR.format(size=3))
+    first = source_hash("nets.py:net", base=tmp_path)
+    assert build("nets.py:net", base=tmp_path).out_features == 3
+    assert source_hash("nets.py:net", base=tmp_path) == first
+    write("nets.py", LINEAR.format(size=4))
+    assert build("nets.py:net", base=tmp_path).out_features == 4
+    assert source_hash("nets.py:net", base=tmp_path) != first
+
+
+def test_what_is_no_file_is_hashed_as_its_reference(tmp_path):
+    assert source_hash("timm:resnet18", base=tmp_path) == "timm:resnet18"
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("reference", ["resnet18", "", ":net", "nets.py:", "nets.py"])
+def test_another_form_is_refused_with_the_forms(reference):
+    sentence = rf"'{reference}' names no model\. Its form is package\.module:callable, file\.py:callable or timm:NAME\."
+    with pytest.raises(UsageError, match=sentence):
+        build(reference)
+
+
+@pytest.mark.parametrize(
+    ("reference", "sentence"),
+    [
+        ("none.py:net", r"The file .*none\.py does not exist\. Check the path; it is relative to the recipe\."),
+        ("wrong.py:net", r"The file .*wrong\.py fails\. SyntaxError: .*line 1\)\. Mend it\."),
+        ("fails.py:net", r"The file .*fails\.py fails\. ZeroDivisionError: division by zero\. Mend it\."),
+        ("script.py:net", r"The file .*script\.py fails\. SystemExit: 3\. Mend it\."),
+        ("nets.py:nte", r"There is no callable in nets\.py 'nte'\. Known: bad, net, nothing, number\..*'net'\?"),
+        ("nets.py:SIZE", r"There is no callable in nets\.py 'SIZE'\."),
+        ("no_such_module:net", r"The module 'no_such_module' cannot be imported\. No module named 'no_such_module'\."),
+        (".relative:net", r"The module '\.relative' fails\. TypeError: "),
+        ("module_that_fails:net", r"The module 'module_that_fails' fails\. ZeroDivisionError: division by zero\."),
+        ("timm:resnet18x", r"There is no timm model 'resnet18x'\. Known: .* more\. Did you mean 'resnet18'\?"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(tmp_path, write, monkeypatch, reference, sentence):
+    if reference.startswith("timm") and find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    write("nets.py", "from torch.nn import Linear as net\nbad = nothing = number = net\nSIZE = 3\n")
+    write("wrong.py", "def net(\n")
+    write("fails.py", "1 / 0\n")
+    write("module_that_fails.py", "1 / 0\n")
+    write("script.py", "import sys\n\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(LoadError, match=sentence):
+        build(reference, base=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("raise ValueError('no such thing')", r"nets\.py:net failed\. ValueError: no such thing\. Mend the callable\."),
+        ("raise SystemExit(0)", r"nets\.py:net failed\. SystemExit: 0\."),
+        ("return None", r"A builtins\.NoneType is no model that Kirsch knows\. It is not a torch\.nn\.Module\."),
+        ("return net", r"A builtins\.function is no model that Kirsch knows\."),
+    ],
+)
+def test_a_callable_that_gives_no_model_is_named(tmp_path, write, body, sentence):
+    write("nets.py", f"def net():\n    {body}\n")
+    with pytest.raises(ModelError, match=sentence):
+        build("nets.py:net", base=tmp_path)
+
+
+def test_a_callable_that_cannot_load_its_own_files_says_so_itself(tmp_path, write):
+    write(
+        "nets.py",
+        "from kirsch.errors import LoadError\n\n\ndef net():\n    raise LoadError('The weights are gone.')\n",
+    )
+    with pytest.raises(LoadError, match=r"^The weights are gone\.$"):
+        build("nets.py:net", base=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ shapes
+
+
+def test_the_shape_is_the_models_then_the_callables_then_timms(tmp_path, write):
+    write("nets.py", LINEAR.format(size=3) + "\n\nnet.example_shape = [1, 2]\n")
+    model = build("nets.py:net", base=tmp_path)
+    assert example_shape("nets.py:net", model, base=tmp_path) == (1, 2)
+    model.example_shape = (4, 2)
+    assert example_shape("nets.py:net", model, base=tmp_path) == (4, 2)
+    foreign = nn.Linear(2, 2)
+    foreign.default_cfg = {"input_size": (3, 8, 8)}
+    assert example_shape("timm:foreign", foreign) == (1, 3, 8, 8)
+    foreign.default_cfg = {}
+    assert example_shape("timm:foreign", foreign) is None
