@@ -156,6 +156,12 @@ class Interrupted(Stopped):
     exit_code = 130
 
 
+def said(error: BaseException) -> str:
+    """The type and the first line of an error that is not ours, as one sentence."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "it says no more")
+    return f"{type(error).__name__}: {first.rstrip('.')}."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that proposes the known name closest to `name`; empty when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -52,20 +52,28 @@ class Expression:
         compute: values of the leaves and sizes → the integer.
         leaves: the attributes it depends on, with today's values.
         sizes: the axis sizes it depends on, as label arrays.
+        plain: whether it is one leaf or size itself, without computation.
     """
 
     compute: Callable[[Mapping[object, int]], int]
     leaves: tuple[tuple[Leaf, int], ...]
     sizes: tuple[Labels, ...]
+    plain: bool = False
 
 
 @dataclass(frozen=True)
 class Demand:
-    """`expression` must equal the number of `labels` that are kept."""
+    """`expression` must equal the number of `labels` that are kept, plus `constant`."""
 
     labels: Labels
     expression: Expression
     operation: Operation
+    constant: int = 0
+
+    @property
+    def names(self) -> str:
+        """The attributes of the expression, for messages."""
+        return ", ".join(f"`{leaf}`" for leaf, _ in self.expression.leaves) or "a size read at run time"
 
 
 def solve(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> dict[Leaf, int]:
@@ -79,31 +87,62 @@ def solve(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> dict[Leaf
         PlanError: no value of an attribute meets its demands; names the attribute and the line.
     """
     today: dict[object, int] = {leaf: value for demand in demands for leaf, value in demand.expression.leaves}
-    known: dict[object, int] = {Size(axis.tobytes()): kept(axis) for d in demands for axis in d.expression.sizes}
-    for demand in sorted(demands, key=lambda demand: len(demand.expression.leaves)):
-        _settle(demand, kept(demand.labels), known)
+    values = _settled(demands, kept)
     for demand in demands:
-        found, wanted = demand.expression.compute({**today, **known}), kept(demand.labels)
+        found, wanted = _found(demand, values), _wanted(demand, kept)
         if found != wanted:
-            names = ", ".join(f"`{leaf}`" for leaf, _ in demand.expression.leaves) or "a size read at run time"
             raise PlanError(
-                f"No value of {names} fits the plan.",
+                f"No value of {demand.names} fits the plan.",
                 f"{demand.operation.source or demand.operation.name} needs {wanted}, and would get {found}.",
                 "Exclude the layers it belongs to, or compute the size from the tensor's own shape.",
             )
-    changed = [leaf for leaf, value in today.items() if isinstance(leaf, Leaf) and known.get(leaf, value) != value]
-    return {leaf: known[leaf] for leaf in changed}
+    return {leaf: values[leaf] for leaf, value in today.items() if isinstance(leaf, Leaf) and values[leaf] != value}
 
 
-def _settle(demand: Demand, wanted: int, known: dict[object, int]) -> None:
-    """Fix the one attribute of an expression that is still open, if there is just one."""
-    expression = demand.expression
-    still = [(leaf, value) for leaf, value in expression.leaves if leaf not in known]
-    if len(still) != 1:
-        return
-    leaf, value = still[0]
-    values: dict[object, int] = {**dict(expression.leaves), **known}
-    for candidate in (wanted, value, *range(1, value + 1)):
-        if expression.compute({**values, leaf: candidate}) == wanted:
-            known[leaf] = candidate
-            return
+def unmet(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> list[Demand]:
+    """The demands that would make `solve` fail."""
+    values = _settled(demands, kept)
+    return [demand for demand in demands if _found(demand, values) != _wanted(demand, kept)]
+
+
+def _settled(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> dict[object, int]:
+    """The best values of all attributes and sizes."""
+    today: dict[object, int] = {leaf: value for demand in demands for leaf, value in demand.expression.leaves}
+    known: dict[object, int] = {Size(axis.tobytes()): kept(axis) for d in demands for axis in d.expression.sizes}
+    while alone := _alone(demands, known):  # each round may leave just one attribute open in further demands
+        for leaf, own in alone.items():
+            known[leaf] = _value(leaf, own, {**today, **known}, kept)
+    return {**today, **known}
+
+
+def _wanted(demand: Demand, kept: Callable[[Labels], int]) -> int:
+    return kept(demand.labels) + demand.constant
+
+
+def _found(demand: Demand, values: Mapping[object, int]) -> int | None:
+    """What the expression of a demand gives; None if it divides by a size of which nothing is left."""
+    try:
+        return demand.expression.compute(values)
+    except ZeroDivisionError:
+        return None
+
+
+def _alone(demands: Sequence[Demand], known: Mapping[object, int]) -> dict[Leaf, list[Demand]]:
+    """Attributes that are the only open one of some demands, with these demands."""
+    alone: dict[Leaf, list[Demand]] = {}
+    for demand in demands:
+        still = [leaf for leaf, _ in demand.expression.leaves if leaf not in known]
+        if len(still) == 1:
+            alone.setdefault(still[0], []).append(demand)
+    return alone
+
+
+def _value(leaf: Leaf, own: Sequence[Demand], values: dict[object, int], kept: Callable[[Labels], int]) -> int:
+    """The value of an attribute that meets all its own demands; today's if there is none, for `solve` to refuse."""
+    wanted = [_wanted(demand, kept) for demand in own]
+    candidates: list[int] = [*wanted, values[leaf], *range(values[leaf] + 1)]  # the likely ones first
+    for candidate in candidates:
+        trial = {**values, leaf: candidate}
+        if all(_found(demand, trial) == number for demand, number in zip(own, wanted, strict=True)):
+            return candidate
+    return values[leaf]

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from kirsch.graph.labels import Facts, Freeze, Labels
 
-Components = "NDArray[np.int64]"
-
 
 @dataclass(frozen=True)
 class Coupling:
@@ -42,23 +40,37 @@ class Coupling:
     why: dict[int, Freeze]
 
 
-def solve(facts: Facts) -> Coupling:
-    """The components of all facts."""
-    left, right = list(facts.left), list(facts.right)
-    grids, frozen = list(facts.grids), [freeze.labels for freeze in facts.freezes]
+def solve(facts: Facts, ties: Sequence[tuple[Labels, Labels]] = (), more: Sequence[Freeze] = ()) -> Coupling:
+    """The components of all facts, and of ties and more freezes that follow from them."""
+    left, right = [*facts.left, *(tie[0] for tie in ties)], [*facts.right, *(tie[1] for tie in ties)]
+    freezes = [*facts.freezes, *more]
+    grids, frozen = list(facts.grids), [freeze.labels for freeze in freezes]
+    fallen: list[Grid] = []
     while True:
         component, stuck = _components(facts.count, left, right, frozen)
-        grids, ties, more_frozen = _collapse(grids, component, stuck)
-        if not ties and not more_frozen:
+        grids, tied, fixed = _collapse(grids, component, stuck)
+        if not tied and not fixed:
             break
-        left += [tie[0] for tie in ties]
-        right += [tie[1] for tie in ties]
-        frozen += more_frozen
+        left += [tie[0] for tie in tied]
+        right += [tie[1] for tie in tied]
+        frozen += [grid.cells.ravel() for grid in fixed]
+        fallen += fixed
+    return Coupling(component, stuck, _distinct(grids, component), _causes(freezes, fallen, component))
+
+
+def _causes(freezes: Sequence[Freeze], fallen: Sequence[Grid], component: NDArray[np.int64]) -> dict[int, Freeze]:
+    """Component → the first fact that froze it. Cells of a grid without a free axis have that of its marginals."""
     why: dict[int, Freeze] = {}
-    for freeze in facts.freezes:
-        for found in np.unique(component[freeze.labels]):
-            why.setdefault(int(found), freeze)
-    return Coupling(component, stuck, _distinct(grids, component), why)
+    for freeze in freezes:
+        for found in np.unique(component[freeze.labels]).tolist():
+            why.setdefault(found, freeze)
+    for grid in fallen:  # in the order in which they fell, so that marginals that are cells of another have theirs
+        longest_first = sorted(grid.marginals, key=len, reverse=True)  # the 3 of (3, heads, width) explains least
+        marginals = component[np.concatenate(longest_first)].tolist()
+        causes = [why[found] for found in marginals if found in why]
+        for found in np.unique(component[grid.cells]).tolist() if causes else ():
+            why.setdefault(found, causes[0])
+    return why
 
 
 def _components(
@@ -77,11 +89,11 @@ def _components(
 
 def _collapse(
     grids: Sequence[Grid], component: NDArray[np.int64], stuck: NDArray[np.bool_]
-) -> tuple[list[Grid], list[tuple[Labels, Labels]], list[Labels]]:
-    """Drop the stuck axes of grids: grids that are left, ties that follow, labels that get stuck."""
+) -> tuple[list[Grid], list[tuple[Labels, Labels]], list[Grid]]:
+    """Drop the stuck axes of grids: grids that are left, ties that follow, grids without a free axis."""
     kept: list[Grid] = []
     ties: list[tuple[Labels, Labels]] = []
-    frozen: list[Labels] = []
+    fixed: list[Grid] = []
     for grid in grids:
         cells, marginals = grid.cells, list(grid.marginals)
         drop = [axis for axis, marginal in enumerate(marginals) if stuck[component[marginal]].all()]
@@ -89,7 +101,7 @@ def _collapse(
             kept.append(grid)
             continue
         if len(drop) == cells.ndim:
-            frozen.append(cells.ravel())
+            fixed.append(grid)
             continue
         for axis in reversed(drop):
             first = cells.take([0], axis)
@@ -100,7 +112,7 @@ def _collapse(
             ties.append((cells, marginals[0]))
         else:
             kept.append(Grid(cells, tuple(marginals), grid.kind))
-    return kept, ties, frozen
+    return kept, ties, fixed
 
 
 def _distinct(grids: Sequence[Grid], component: NDArray[np.int64]) -> tuple[Grid, ...]:

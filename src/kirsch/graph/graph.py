@@ -11,6 +11,7 @@ import numpy as np
 
 from kirsch.graph import constants, coupling, group
 from kirsch.graph.cost import Cost, CostModel
+from kirsch.graph.rigid import rigid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -66,9 +67,23 @@ class Graph:
     traced: Any = field(repr=False, default=None)
 
     @cached_property
+    def _solved(self) -> tuple[coupling.Coupling, tuple[Group, ...]]:
+        """The solved facts and their groups, with all tied or frozen that the integers of the code cannot follow."""
+        ties: list[tuple[Labels, Labels]] = []
+        freezes: list[Freeze] = []
+        while True:
+            solved = coupling.solve(self.facts, ties, freezes)
+            groups = group.find_groups(solved, self.axes)
+            more_ties, more_freezes = rigid(self.facts.demands, solved, groups)
+            if not more_ties and not more_freezes:
+                return solved, groups
+            ties += more_ties
+            freezes += more_freezes
+
+    @property
     def coupling(self) -> coupling.Coupling:
         """The solved facts."""
-        return coupling.solve(self.facts)
+        return self._solved[0]
 
     @cached_property
     def axes(self) -> dict[ParameterAxis, Labels]:
@@ -80,10 +95,10 @@ class Graph:
                 out.update({(name, axis): labels for axis, labels in enumerate(tensor.axes) if labels is not None})
         return out
 
-    @cached_property
+    @property
     def groups(self) -> tuple[Group, ...]:
         """Groups of units that may go, in the order in which the model owns their layers."""
-        return group.find_groups(self.coupling, self.axes)
+        return self._solved[1]
 
     @cached_property
     def prices(self) -> CostModel:

@@ -143,7 +143,8 @@ class Facts:
             labels = first if second is None else second
             if self.cause is not None and labels is not None:  # an axis lost its labels there, upstream of here
                 self.touch(labels)
-                self.freezes.append(Freeze(np.unique(labels), self.cause.reason, self.cause.operation))
+                cause = self.cause
+                self.freezes.append(Freeze(np.unique(labels), cause.reason, cause.operation, cause.boundary))
             else:
                 self.freeze(labels, "it meets an axis that cannot change")
             return None
@@ -181,6 +182,12 @@ class Facts:
 
         if axis is not None:
             self.demands.append(Demand(axis, expression, self.operation))
+
+    def pin(self, number: int, expression: Expression) -> None:
+        """Record that an integer of the model's code must stay what it is."""
+        from kirsch.graph.constants import Demand  # noqa: PLC0415 - as above
+
+        self.demands.append(Demand(np.zeros(0, np.int64), expression, self.operation, number))
 
     def statistic(self, axes: Sequence[Axis]) -> None:
         """Note that the operation computes a statistic over these axes, so that it follows what is kept."""

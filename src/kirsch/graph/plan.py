@@ -162,19 +162,21 @@ class Plan:
     @classmethod
     def _read(cls, content: dict[str, Any]) -> Plan:
         groups = tuple(
-            Removal(str(g["name"]), str(g["kind"]), int(g["size"]), _indices(g["removed"], g["name"]), str(g["reason"]))
+            Removal(
+                str(g["name"]), str(g["kind"]), _whole(g, "size"), _indices(g["removed"], g["name"]), str(g["reason"])
+            )
             for g in content["groups"]
         )
         return cls(
             fingerprint=str(content["model"]["fingerprint"]),
             model=str(content["model"]["class"]),
             groups=groups,
-            before=Cost(**content["cost"]["before"]),
-            after=Cost(**content["cost"]["after"]),
+            before=_cost(content["cost"]["before"]),
+            after=_cost(content["cost"]["after"]),
             goal=dict(content["goal"]),
             method=dict(content["method"]),
             inputs=tuple(
-                InputSpec(str(i["name"]), tuple(int(n) for n in i["shape"]), str(i["dtype"]), int(i["high"]))
+                InputSpec(str(i["name"]), tuple(int(n) for n in i["shape"]), str(i["dtype"]), _whole(i, "high"))
                 for i in content["inputs"]
             ),
             notes=tuple(str(note) for note in content["notes"]),
@@ -197,11 +199,16 @@ class Plan:
         groups = {group.name: group for group in graph.groups}
         for removal in self.groups:
             if removal.name not in groups:
-                raise PlanError(f"The plan names a group {removal.name!r}.", mend=nearest(removal.name, groups))
-            size = groups[removal.name].size
-            if removal.removed and not 0 <= min(removal.removed) <= max(removal.removed) < size:
                 raise PlanError(
-                    f"The plan removes unit {max(removal.removed)} of {removal.name!r}.",
+                    f"The plan names a group {removal.name!r}.",
+                    "The model has none of that name.",
+                    nearest(removal.name, groups),
+                )
+            size = groups[removal.name].size
+            outside = [unit for unit in removal.removed if not 0 <= unit < size]
+            if outside:
+                raise PlanError(
+                    f"The plan removes unit {outside[0]} of {removal.name!r}.",
                     f"The group has units 0 to {size - 1}.",
                 )
             if len(removal.removed) >= size:
@@ -212,6 +219,17 @@ class Plan:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise PlanError(f"The plan names the group {twice[0]!r} twice.", mend="Join the two entries.")
+
+
+def _whole(content: dict[str, Any], name: str) -> int:
+    value = content[name]
+    if type(value) is not int:
+        raise ValueError(f"{name} is {value!r}, no whole number")
+    return value
+
+
+def _cost(content: dict[str, Any]) -> Cost:
+    return Cost(**{name: _whole(content, name) for name in content})
 
 
 def _indices(removed: Any, name: str) -> tuple[int, ...]:

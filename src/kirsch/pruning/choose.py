@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -179,12 +180,24 @@ class _Candidate:
     multiple: int
     min_keep: float
 
-    @property
+    @cached_property
     def order(self) -> NDArray[np.int64]:
         """Units, the least important first."""
         return np.argsort(self.scores, kind="stable")
 
-    @property
+    @cached_property
+    def _going(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """All components in the order in which their units would go, and how many of them the first n units have."""
+        place = np.argsort(self.order)[self.group.unit_of()]
+        order = np.argsort(place, kind="stable")
+        return self.group.components[order], np.searchsorted(place[order], np.arange(self.group.size + 1))
+
+    def gone(self, count: int) -> NDArray[np.int64]:
+        """The components of the units that go when so many do."""
+        components, numbers = self._going
+        return components[: numbers[count]]
+
+    @cached_property
     def steps(self) -> list[int]:
         """How many units may go: 0, and each number that leaves a multiple, up to what must stay."""
         floor = max(1, int(np.ceil(self.min_keep * self.group.size)))
@@ -203,16 +216,13 @@ class _Chooser:
         self._graph = graph
         self._goal = goal
         self._candidates = candidates
-        self._orders = [candidate.order for candidate in candidates]
         self._prices: dict[tuple[int, ...], Cost] = {}
 
     def keep(self, counts: Sequence[int]) -> NDArray[np.bool_]:
-        return self._graph.keep(
-            {
-                candidate.group.name: tuple(order[:count].tolist())
-                for candidate, order, count in zip(self._candidates, self._orders, counts, strict=True)
-            }
-        )
+        keep = np.ones(len(self._graph.coupling.stuck), bool)
+        for candidate, count in zip(self._candidates, counts, strict=True):
+            keep[candidate.gone(count)] = False
+        return keep
 
     def price(self, counts: Sequence[int]) -> Cost:
         key = tuple(counts)
@@ -262,7 +272,7 @@ class _Chooser:
                 if not count or not self.fits(tried):
                     open_.discard(place)
                     continue
-                value = float(candidate.scores[self._orders[place][fewer:count]].mean())
+                value = float(candidate.scores[candidate.order[fewer:count]].mean())
                 if best is None or value > best[0]:
                     best = (value, place, fewer)
             if best is None:
@@ -277,7 +287,8 @@ def _unreachable(graph: Graph, goal: Goal, least: Cost, exclude: Sequence[str]) 
         for name, (value, limit) in goal.fractions(least, graph.cost).items()
         if value > limit
     ]
-    obstacles = [f"{b.reason} ({b.source or b.where or b.operation})" for b in graph.blockers[:3]]
+    sentences = (f"{b.reason} ({b.source or b.where or b.operation})" for b in graph.blockers)
+    obstacles = list(dict.fromkeys(sentences))[:3]
     causes = [f"excluded: {', '.join(exclude)}"] if exclude else []
     causes += [f"what holds most: {'; '.join(obstacles)}"] if obstacles else []
     causes = causes or ["inputs, outputs, round_to and min_keep hold the rest"]

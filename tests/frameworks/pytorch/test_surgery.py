@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kirsch.errors import ModelError, PlanError
+from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.framework import PyTorch
 from kirsch.frameworks.pytorch.surgery import cut
 from kirsch.frameworks.pytorch.trace import trace
@@ -201,7 +201,7 @@ def test_several_inputs_and_outputs(inputs):
     assert_cut_is_right(Several(), inputs, sizes=[8])
 
 
-def test_attributes_that_no_value_fits_are_named():
+def test_attributes_that_no_value_fits_freeze_what_they_hold():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -211,10 +211,9 @@ def test_attributes_that_no_value_fits_are_named():
             x = self.first(x).view(-1, self.width, 8, 8)
             return self.second(x).view(-1, self.width, 64).mean(-1)
 
-    model = shaken(Twice())
-    graph = trace(model, IMAGE)
-    with pytest.raises(PlanError, match=r"No value of `width` fits the plan\..*test_surgery\.py:\d+ needs"):
-        cut(model, graph, graph.keep({"first": (0, 1)}))
+    graph, _ = assert_cut_is_right(Twice(), IMAGE, sizes=[])  # the second view holds the output, so the first as well
+    assert graph.blockers[0].reason == "`width` cannot follow it"
+    assert graph.blockers[0].source.startswith("test_surgery.py:")
 
 
 def test_a_forward_that_decides_by_values_is_refused_with_its_line():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kirsch.errors import VerificationError
@@ -96,18 +97,158 @@ def test_branches_that_start_at_zero_cannot_hide_a_fault():
         verify(pruned, model, graph, keep)
 
 
+class Between(nn.Module):
+    """Two layers with a function between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.between = between
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.between(self, torch.relu(self.first(x)))
+
+
+def refuse(self, x):
+    if x.dtype == torch.float64:
+        raise TypeError("float64 is not for me")
+    return self.second(x)
+
+
+def half_and_back(self, x):
+    return F.linear(x.half(), self.second.weight.half(), self.second.bias.half()).float()
+
+
+def autocast(self, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return self.second(x)
+
+
+def constant(self, x):
+    return torch.zeros(3, 6) + self.second(x @ torch.eye(8))
+
+
+def verified(model, inputs, fault=lambda model: None):
+    graph = trace(model, inputs)
+    keep = graph.keep(half_of_everything(graph))
+    pruned = cut(model, graph, keep)
+    fault(pruned)
+    return verify(pruned, model, graph, keep)
+
+
 def test_a_model_that_refuses_float64_is_verified_in_float32():
-    class Stubborn(nn.Module):
+    assert "float32" in verified(shaken(Between(refuse)), torch.randn(3, 4)).reason
+
+
+@pytest.mark.parametrize("between", [half_and_back, autocast, constant])
+def test_what_converts_its_numbers_is_verified_in_float64_all_the_same(between):
+    proof = verified(shaken(Between(between)), torch.randn(3, 4))
+    assert "float64" in proof.reason
+    assert proof.error < 1e-12
+
+
+OUTPUTS = {
+    "classes": lambda s, x: s.second(x).argmax(-1),
+    "a mask": lambda s, x: s.second(x) > 0,
+    "complex numbers": lambda s, x: torch.fft.fft(s.second(x)),
+    "infinities beside numbers": lambda s, x: s.second(x).unsqueeze(1) + torch.full((6, 6), -torch.inf).triu(1),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_faults_are_seen_in(kind):
+    model, inputs = shaken(Between(OUTPUTS[kind])), torch.randn(30, 4)
+    assert verified(model, inputs).passed
+    with pytest.raises(VerificationError, match="not equal to the masked original"):
+        verified(model, inputs, lambda m: setattr(m.second.weight, "data", swap(m.second.weight, 1)))
+
+
+def test_complex_weights_stay_complex():
+    class Filter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(4, 3)
+            self.gain = nn.Parameter(torch.randn(5, dtype=torch.complex64))
+
+        def forward(self, x):
+            x = torch.fft.irfft(torch.fft.rfft(torch.relu(self.first(x))) * self.gain)
+            return self.second(x.unflatten(-1, (2, 4)))
+
+    assert verified(shaken(Filter()), torch.randn(3, 4)).passed
+
+
+def test_small_variances_and_logarithms_survive_the_noise():
+    class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
             self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.rate = nn.Parameter(torch.full((8,), 1e-3))
+            self.register_buffer("variance", torch.full((8,), 1e-4))
 
         def forward(self, x):
-            return self.second(torch.relu(self.first(x).to(torch.float32)))
+            return self.second(self.first(x) * self.rate.log() / self.variance.sqrt())
 
-    model = shaken(Stubborn())
+    proof = verified(Scaled(), torch.randn(3, 4))
+    assert proof.passed
+    assert proof.power > 0.01
+
+
+def test_a_model_that_draws_random_numbers_is_refused_by_that_name():
+    model, inputs = Between(lambda s, x: s.second(F.dropout(x, 0.5, training=True))), torch.randn(3, 4)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    with pytest.raises(VerificationError, match=r"cannot be verified\. It draws random numbers"):
+        verified(model, inputs)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_model_that_puts_out_nan_is_refused_by_that_name():
+    with pytest.raises(VerificationError, match="It puts out NaN"):
+        verified(Between(lambda s, x: s.second(x).sub(100).log()), torch.randn(3, 4))
+
+
+def test_a_model_without_values_is_refused_by_that_name():
+    model = Between(lambda s, x: s.second(x)).to("meta")
+    with pytest.raises(VerificationError, match="lives on the meta device"):
+        verified(model, torch.randn(3, 4, device="meta"))
+
+
+def only_in_training(self, x):
+    return self.second(x.view(-1, 8) if self.training else x)
+
+
+def test_a_width_that_only_training_holds_on_to_is_seen():
+    with pytest.raises(VerificationError, match=r"runs in inference mode only\. RuntimeError: shape '\[-1, 8\]'"):
+        verified(Between(only_in_training), torch.randn(3, 4))
+
+
+def test_a_model_that_cannot_train_as_it_is_may_be_cut():
+    def either(self, x):
+        if self.training:
+            raise ValueError("needs targets")
+        return self.second(x)
+
+    assert verified(shaken(Between(either)), torch.randn(3, 4)).passed
+
+
+def test_whatever_the_code_of_the_pruned_model_raises_is_told_in_one_sentence(case):
+    class Checked(nn.Linear):
+        def forward(self, x):
+            if x.shape[1] != 8:
+                raise KeyError
+            return super().forward(x)
+
+    model = shaken(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Checked(8, 2)))
     graph = trace(model, torch.randn(3, 4))
     keep = graph.keep(half_of_everything(graph))
-    proof = verify(cut(model, graph, keep), model, graph, keep)
-    assert proof.passed
-    assert "float32" in proof.reason
+    with pytest.raises(VerificationError, match=r"does not run\. KeyError: it says no more\. Exclude"):
+        PyTorch()._prove(cut(model, graph, keep), model, graph, keep)
+
+
+def test_inputs_that_the_model_writes_into_are_left_as_they_were():
+    inputs = torch.randn(3, 4, dtype=torch.float64)
+    before = inputs.clone()
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    assert verified(shaken(model), inputs).passed
+    assert torch.equal(inputs, before)

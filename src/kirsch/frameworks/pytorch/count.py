@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.node import map_arg
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from kirsch.frameworks.pytorch.predict import inference
-from kirsch.frameworks.pytorch.trace import arguments
+from kirsch.frameworks.pytorch.predict import arguments, inference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
+    from torch.fx import Node
 
 
 def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
@@ -30,10 +33,42 @@ def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
         and of oneDNN are off, because it does not see into them.
     """
     args, options = arguments(example_inputs)
-    counter = FlopCounterMode(display=False)
+    counter = _counter()
     with inference(model), torch.no_grad(), torch.random.fork_rng(), _plain_kernels(), counter:
         model(*args, **options)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+def macs_of(node: Node) -> int:
+    """Multiply-accumulates of one traced operation with the shapes that it was traced with; nothing is computed."""
+    args, options = map_arg((node.args, node.kwargs), lambda source: source.meta.get("val"))
+    mode = next((v.fake_mode for v in tree_leaves((args, options)) if isinstance(v, FakeTensor)), FakeTensorMode())
+    counter = _counter()
+    try:
+        with torch.no_grad(), mode, _plain_kernels(), counter:
+            node.target(*args, **options)  # type: ignore[operator]  # only called for nodes that call a function
+    except Exception:  # noqa: BLE001 - an operator that cannot run without values, such as a higher-order one
+        return 0
+    return counter.get_total_flops() // 2
+
+
+def _counter() -> FlopCounterMode:
+    counter = FlopCounterMode(display=False)
+    # It would count by module too, for which it hooks onto the gradients of tensors that have none here.
+    counter.mod_tracker = _WholeModel()  # type: ignore[assignment]
+    return counter
+
+
+class _WholeModel:
+    """Stands in for `ModuleTracker`."""
+
+    parents: ClassVar = {"Global"}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 @contextlib.contextmanager

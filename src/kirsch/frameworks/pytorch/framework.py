@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 
-from kirsch.errors import LoadError, UnknownNameError, VerificationError
+from kirsch.errors import KirschError, LoadError, UnknownNameError, VerificationError, said
 from kirsch.frameworks.pytorch import count, export, hub, predict, surgery, trace, train, verify
 
 if TYPE_CHECKING:
@@ -39,10 +40,12 @@ class PyTorch:
     def _prove(self, pruned: Any, model: Any, graph: Graph, keep: Any) -> Verification:
         try:
             return verify.verify(pruned, model, graph, keep)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except KirschError:
+            raise
+        except Exception as error:  # whatever the model's own code raises
             raise VerificationError(
                 f"The pruned {graph.model_name} does not run.",
-                f"{type(error).__name__}: {str(error).splitlines()[0]}.",
+                said(error),
                 "Exclude the layers that are unusual, and report the model; the model given is unchanged.",
             ) from error
 
@@ -123,10 +126,22 @@ class PyTorch:
     def load_weights(self, model: Any, path: Path) -> None:
         """See the port."""
         try:
-            safetensors.torch.load_model(model, str(path), strict=True)
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            raise LoadError(
-                f"The weights in {path} do not fit a {type(model).__name__}.",
-                " ".join(line.strip() for line in str(error).splitlines()[:3]),  # a title, then what does not fit
-                "Give the model that they were saved from.",
-            ) from error
+            state = OrderedDict(safetensors.torch.load_file(str(path)))
+            own = model.state_dict()
+            # Some models (torchvision's MNASNet) ask for the version of their weights, which the file does not carry.
+            state._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]  # noqa: SLF001 - as PyTorch does
+            keys = model.load_state_dict(state, strict=False)
+        except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+            lines = [line.strip() for line in str(error).splitlines()[:3]]  # a title, then what does not fit
+            raise _unfit(model, path, " ".join(lines)) from error
+        stored = {own[name].data_ptr() for name in state if name in own}  # tied tensors are stored once
+        missing = [name for name in keys.missing_keys if own[name].data_ptr() not in stored]
+        if missing:
+            raise _unfit(model, path, f"The file lacks {', '.join(missing[:3])}.")
+        if keys.unexpected_keys:
+            raise _unfit(model, path, f"The model has no {', '.join(keys.unexpected_keys[:3])}.")
+
+
+def _unfit(model: Any, path: Path, why: str) -> LoadError:
+    what = f"The weights in {path} do not fit a {type(model).__name__}."
+    return LoadError(what, why, "Give the model that they were saved from.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kirsch.errors import LoadError, MissingExtraError, SurroundingsError, UnknownNameError
+from kirsch.errors import LoadError, MissingExtraError, SurroundingsError, UnknownNameError, said
 from kirsch.frameworks.pytorch.vision import import_beside
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def from_timm(name: str, *, pretrained: bool) -> nn.Module:
     except (ImportError, RuntimeError, OSError) as error:
         raise SurroundingsError(
             "timm is installed and cannot be imported.",
-            f"{type(error).__name__}: {error}.",
+            said(error),
             "Install timm anew, with the torchvision that belongs to this torch.",
         ) from error
     if not timm.is_model(name):
@@ -35,9 +35,7 @@ def from_timm(name: str, *, pretrained: bool) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # the hub's client has a tree of errors of its own
-        raise LoadError(
-            f"The weights of timm:{name} cannot be fetched.",
-            f"{type(error).__name__}: {str(error).splitlines()[0]}.",
-            "Check the network, give a safetensors file, or use random weights.",
-        ) from error
+        what = f"The weights of timm:{name} cannot be fetched." if pretrained else f"timm:{name} cannot be built."
+        mend = "Check the network, give a safetensors file, or use random weights." if pretrained else ""
+        raise LoadError(what, said(error), mend) from error
     return model

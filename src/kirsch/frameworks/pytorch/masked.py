@@ -55,12 +55,7 @@ class MaskedRun(Interpreter):
             if node.op != "placeholder":
                 continue
             if node.name in self._traced.slots:
-                name = self._traced.slots[node.name]
-                value = self._tensors[name]
-                labelled = self._graph.tensors[name]
-                feed.append(
-                    value * mask_of(labelled, self._graph, self._keep, value) if value.is_floating_point() else value
-                )
+                feed.append(None)  # `run_node` masks each tensor when it is due, so that not all of them lie about
             elif node.name in signature.inputs_to_lifted_tensor_constants:
                 feed.append(self._traced.program.constants[signature.inputs_to_lifted_tensor_constants[node.name]])
             else:
@@ -72,8 +67,38 @@ class MaskedRun(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """One operation, with its statistics over kept entries if they span a labelled axis."""
-        if n.op != "call_function" or n.target is operator.getitem or n.name not in self._graph.facts.statistics:
+        if n.op == "placeholder" and n.name in self._traced.slots:
+            next(self.args_iter)  # the None that stands for it
+            return self._masked(self._traced.slots[n.name])
+        if n.op != "call_function" or n.target is operator.getitem:
             return super().run_node(n)
+        if n.target is torch.ops.aten._assert_tensor_metadata.default:  # noqa: SLF001 - that is its name
+            return None  # what it asserts is the type in which the model was traced
+        out = self._statistic(n) if n.name in self._graph.facts.statistics else super().run_node(n)
+        state = self._traced.states[n]
+        if isinstance(out, (tuple, list)):
+            return [self._finite(value, known) for value, known in zip(out, state, strict=True)]
+        return self._finite(out, state)
+
+    def _masked(self, name: str) -> torch.Tensor:
+        value, labelled = self._tensors[name], self._graph.tensors[name]
+        whole = all(self._graph.kept(labels, self._keep) is None for labels in labelled.axes)
+        if whole or not (value.is_floating_point() or value.is_complex()):
+            return value
+        return value * mask_of(labelled, self._graph, self._keep, value)
+
+    def _finite(self, value: Any, labelled: Any) -> Any:
+        """The value with 0 for infinity and NaN where it belongs to removed units.
+
+        A removed channel is all zeros, and its logarithm or its length is in no use, but times a weight of 0 it would
+        spoil what is kept.
+        """
+        if not isinstance(value, torch.Tensor) or labelled is None or bool(value.isfinite().all()):
+            return value
+        removed = mask_of(labelled, self._graph, self._keep, value) == 0
+        return torch.where(removed & ~value.isfinite(), 0, value)
+
+    def _statistic(self, n: Node) -> Any:
         args, options = self.fetch_args_kwargs_from_env(n)
         source = n.args[0]
         labelled = self._traced.states[source]  # type: ignore[index]

@@ -1,9 +1,9 @@
 """Where the integers of a forward come from: which module attribute, which tensor's size, or a number in the code.
 
-A twin of the model, sharing its tensors, gets every integer attribute replaced by a `Traced` integer that remembers
+A twin of the model, sharing its tensors, gets every integer attribute replaced by a `TracedInt` that remembers
 its leaf through arithmetic. While the twin is exported, a function mode sees each call that the user's code makes,
 notes the integers in its arguments, and marks the graph nodes that come of it with the number of the call. The sizes
-that the code reads (`x.shape[1]`) are `Traced` integers too.
+that the code reads (`x.shape[1]`) are `TracedInt`s too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import functools
 import operator
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -24,6 +26,9 @@ from kirsch.graph.constants import Leaf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
+"""Where the code lies that is not the user's."""
 
 # The attributes of PyTorch's own layers that speak of channels; strides, paddings and the like are left alone.
 WIDTHS = frozenset(
@@ -51,39 +56,74 @@ WIDTHS = frozenset(
 
 @dataclass(frozen=True)
 class SizeOf:
-    """Axis `axis` of the tensor that call `call` put out at `place`, or of the parameter or buffer `name`."""
+    """Axis `axis` of what call `call` put out, or of the parameter or buffer `name`.
+
+    `place`: which of several tensors that the call put out; None if it put out one.
+    """
 
     call: int
-    place: int
+    place: int | None
     axis: int
     name: str = ""
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A traced integer that became a plain number, and the line of code: "file.py:12"."""
+
+    number: TracedInt
+    source: str
+
+
 class TracedInt(int):
-    """An integer that knows how to compute itself again from its leaves."""
+    """An integer that knows how to compute itself again from its leaves.
+
+    Where that knowledge ends, as in `width ** -0.5`, it enters itself in the list `lost`: what is left of the model's
+    code then holds today's value, wherever it goes.
+    """
 
     compute: Callable[[Mapping[object, int]], int]
     leaves: tuple[tuple[object, int], ...]
+    lost: list[Lost]
+    depth: int
 
     def __new__(
-        cls, value: int, compute: Callable[[Mapping[object, int]], int], leaves: tuple[tuple[object, int], ...]
+        cls,
+        value: int,
+        compute: Callable[[Mapping[object, int]], int],
+        leaves: tuple[tuple[object, int], ...],
+        lost: list[Lost],
+        depth: int = 0,
     ) -> Self:
-        """An integer of this value with this past."""
+        """An integer of this value with this past; `depth` computations lie between it and its leaves."""
         made = super().__new__(cls, value)
         made.compute = compute
         made.leaves = leaves
+        made.lost = lost
+        made.depth = depth
         return made
 
     @classmethod
-    def leaf(cls, value: int, leaf: object) -> TracedInt:
+    def leaf(cls, value: int, leaf: object, lost: list[Lost]) -> TracedInt:
         """An integer that is a leaf itself."""
-        return cls(value, lambda values: values.get(leaf, value), ((leaf, value),))
+        return cls(value, lambda values: values.get(leaf, value), ((leaf, value),), lost)
+
+    def lose(self) -> None:
+        """Note that a plain number is made of it, and at which line of the model's code."""
+        frame = sys._getframe(1)  # noqa: SLF001 - the one way to a caller's line that costs next to nothing
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGES):
+            frame = frame.f_back
+        self.lost.append(Lost(self, f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"))
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        return int, (int(self),)
+        return int, (int.__int__(self),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedInt:
         return self
+
+
+DEEPEST = 100
+"""Computations on computations that are remembered; redoing a sum over a long loop would exhaust the stack."""
 
 
 def _arithmetic(name: str) -> Callable[[TracedInt, Any], Any]:
@@ -91,18 +131,37 @@ def _arithmetic(name: str) -> Callable[[TracedInt, Any], Any]:
 
     def method(self: TracedInt, other: Any) -> Any:
         result = plain(self, other)
-        if type(result) is not int:
+        depth = 1 + max(self.depth, other.depth if isinstance(other, TracedInt) else 0)
+        if type(result) is not int or depth > DEEPEST:
+            if result is not NotImplemented or isinstance(other, float):  # a tensor's turn is seen as a call
+                for number in (self, other):
+                    if isinstance(number, TracedInt):
+                        number.lose()
             return result
         theirs = other.compute if isinstance(other, TracedInt) else lambda _values: other
         leaves = dict(self.leaves) | (dict(other.leaves) if isinstance(other, TracedInt) else {})
         mine = self.compute
-        return TracedInt(result, lambda values: plain(mine(values), theirs(values)), tuple(leaves.items()))
+        past = tuple(leaves.items())
+        return TracedInt(result, lambda values: plain(mine(values), theirs(values)), past, self.lost, depth)
 
     return method
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "mod", "rmod"):
-    setattr(TracedInt, f"__{_name}__", _arithmetic(f"__{_name}__"))
+def _losing(name: str) -> Callable[..., Any]:
+    plain = getattr(int, name)
+
+    def method(self: TracedInt, *others: Any) -> Any:
+        self.lose()
+        return plain(self, *others)
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "pow", "truediv"):
+    for _side in ("", "r"):
+        setattr(TracedInt, f"__{_side}{_name}__", _arithmetic(f"__{_side}{_name}__"))
+for _name in ("int", "float", "neg", "abs", "round", "divmod", "rdivmod"):
+    setattr(TracedInt, f"__{_name}__", _losing(f"__{_name}__"))
 
 
 @dataclass(frozen=True)
@@ -144,9 +203,11 @@ class Calls:
         log: the calls, by number.
         failed_in: path of the module in whose forward an exception passed, "" if none.
         outputs: how many values the model puts out, nested ones counted singly.
+        lost: where an integer with a past became a plain number.
     """
 
     log: list[Call] = field(default_factory=list)
+    lost: list[Lost] = field(default_factory=list)
     failed_in: str = ""
     outputs: int = 0
 
@@ -158,7 +219,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._calls = calls
         self._names = names
-        self._origin: dict[int, tuple[int, int]] = {}
+        self._origin: dict[int, tuple[int, int | None]] = {}
         self._alive: list[Any] = []  # an id is only unique while its tensor lives
         self.unread: dict[int, torch.Tensor] = {}
 
@@ -166,36 +227,55 @@ class Watch(TorchFunctionMode):
         """Run one call."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
-        if func in _SHAPE or name == "size":
-            return self._sizes(func(*args, **kwargs), args, kwargs)
+        if func in _SHAPE or name in _COUNTS:
+            return self._sizes(name, func(*args, **kwargs), args, kwargs)
         number = len(self._calls.log)
-        self._calls.log.append(Call(name, _without_tensors(args), _without_tensors(kwargs)))
+        if name in LIKE_ANOTHER:  # the other tensor stands for its shape
+            other = args[1] if len(args) > 1 else kwargs["other"]
+            shape = tuple(self._size(other, axis, size) for axis, size in enumerate(other.shape))
+            self._calls.log.append(Call(name, (None, shape), {}))
+        else:
+            self._calls.log.append(Call(name, _without_tensors(args), _without_tensors(kwargs)))
         with traceback.annotate({"kirsch_call": number}):
             out = func(*args, **kwargs)
-        given = {id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
-        for read in given:
-            self.unread.pop(read, None)
-        for place, tensor in enumerate(out if isinstance(out, (tuple, list)) else (out,)):
+        read = args[:1] if name in LIKE_ANOTHER else (args, kwargs)  # a shape is not a value
+        given = {id(value) for value in tree_leaves(read) if isinstance(value, torch.Tensor)}
+        for tensor in given:
+            self.unread.pop(tensor, None)
+        several = isinstance(out, (tuple, list))
+        for place, tensor in enumerate(out if several else (out,)):
             if isinstance(tensor, torch.Tensor) and id(tensor) not in given:
-                self._origin[id(tensor)] = (number, place)
+                self._origin[id(tensor)] = (number, place if several else None)
                 self._alive.append(tensor)
                 self.unread[id(tensor)] = tensor
         return out
 
-    def _sizes(self, out: Any, args: Any, kwargs: Any) -> Any:
-        """The shape or size just read, with its past."""
+    def _sizes(self, name: str, out: Any, args: Any, kwargs: Any) -> Any:
+        """The shape, size or count just read, with its past."""
         tensor = args[0]
-        if isinstance(out, int):
-            axis = args[1] if len(args) > 1 else kwargs["dim"]
-            return self._size(tensor, axis % tensor.dim(), out)
-        return torch.Size([self._size(tensor, axis, size) for axis, size in enumerate(out)])
+        if not isinstance(out, int):
+            return torch.Size([self._size(tensor, axis, size) for axis, size in enumerate(out)])
+        if name in ("numel", "nelement"):
+            sizes = [self._size(tensor, axis, size) for axis, size in enumerate(tensor.shape)]
+            return functools.reduce(operator.mul, sizes, 1)
+        if name == "__len__":  # Python makes a plain number of it
+            number = self._size(tensor, 0, out)
+            if isinstance(number, TracedInt):
+                number.lose()
+            return out
+        axis = args[1] if len(args) > 1 else kwargs["dim"]
+        return self._size(tensor, axis % tensor.dim(), out)
 
     def _size(self, tensor: Any, axis: int, size: int) -> int:
         name = self._names.get(id(tensor), "")
-        call, place = self._origin.get(id(tensor), (-1, 0))
-        return TracedInt.leaf(size, SizeOf(call, place, axis, name)) if name or call >= 0 else size
+        call, place = self._origin.get(id(tensor), (-1, None))
+        if not name and call < 0:
+            return size
+        return TracedInt.leaf(size, SizeOf(call, place, axis, name), self._calls.lost)
 
 
+LIKE_ANOTHER = frozenset(["view_as", "reshape_as", "expand_as"])
+_COUNTS = frozenset(["size", "numel", "nelement", "__len__"])
 _SHAPE = {getattr(torch.Tensor.shape, "__get__")}  # noqa: B009 - mypy knows no __get__ of this descriptor
 
 
@@ -231,16 +311,18 @@ def watched(twin: nn.Module, calls: Calls) -> None:
         own = type(module).__module__.startswith("torch.nn.")
         for name, value in list(vars(module).items()):
             if not name.startswith("_") and (not own or name in WIDTHS):
-                planted = _planted(value, path, name)
+                planted = _planted(value, path, name, calls.lost)
                 if planted is not value:
                     setattr(module, name, planted)
         module.forward = _locating(module.forward, path, calls)
-    names = {id(t): name for name, t in [*twin.named_parameters(), *twin.named_buffers()]}
     plain = twin.forward
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         calls.log.clear()
+        calls.lost.clear()
+        # Only now, since the exporter puts stand-ins in the places of the tensors.
+        names = {id(t): name for name, t in [*twin.named_parameters(), *twin.named_buffers()]}
         with Watch(calls, names) as watch:
             out = plain(*args, **kwargs)
         leaves = tree_leaves(out)
@@ -252,12 +334,14 @@ def watched(twin: nn.Module, calls: Calls) -> None:
     twin.forward = forward
 
 
-def _planted(value: Any, path: str, name: str) -> Any:
+def _planted(value: Any, path: str, name: str, lost: list[Lost]) -> Any:
     if type(value) is int and value > 1:
-        return TracedInt.leaf(value, Leaf(path, name))
+        return TracedInt.leaf(value, Leaf(path, name), lost)
     if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-        items = [TracedInt.leaf(item, Leaf(path, name, place)) for place, item in enumerate(value)]
-        return type(value)(items)
+        return type(value)(
+            TracedInt.leaf(item, Leaf(path, name, place), lost) if item > 1 else item
+            for place, item in enumerate(value)
+        )
     return value
 
 

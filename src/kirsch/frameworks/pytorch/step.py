@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from kirsch.frameworks.pytorch.provenance import SizeOf, TracedInt
+from kirsch.graph import relations
 from kirsch.graph.constants import Expression, Leaf, Size
 from kirsch.graph.labels import Tensor
 
@@ -32,6 +33,8 @@ class Step:
         shapes: of its results.
         call: the call of the user's code that it came from, None if that is unknown.
         labels_of: the labels of a size that the code read at run time; raises KeyError where they are unknown.
+        macs: the multiply-accumulates of the operation as it stands.
+        settled: the integers of the call, by identity, that a rule has tied to an axis.
     """
 
     facts: Facts
@@ -41,6 +44,8 @@ class Step:
     shapes: list[tuple[int, ...]]
     call: Call | None
     labels_of: Callable[[SizeOf], Axis]
+    macs: Callable[[], int] = lambda: 0
+    settled: set[int] = field(default_factory=set)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,25 +68,49 @@ class Step:
             return self.call.arguments[position]
         return self.call.options.get(name)
 
+    def freeze_all(self, reason: str) -> list[Tensor]:
+        """Freeze whatever the operation touches; gives its results, without labels."""
+        relations.freeze(self.facts, self.tensors(), reason)
+        self.facts.cost("macs", self.macs(), ())
+        return [Tensor.of(shape) for shape in self.shapes]
+
     def follow(self, axis: Axis, given: Any) -> Axis:
         """See to it that a size in the code can follow its axis; freeze the axis where it cannot.
 
         Args:
-            axis: the labels whose number the size must equal.
+            axis: the labels whose number the size must equal; None where it must stay what it is.
             given: the size as the code gives it: an integer with or without provenance, -1, or `FOLLOWS`.
 
         Returns:
             The labels to go on with.
         """
-        if axis is None or given is FOLLOWS or (type(given) is int and given == -1):
+        if isinstance(given, TracedInt):
+            self.settled.add(id(given))
+        if axis is None:
+            if isinstance(given, TracedInt):
+                self.pin(given)
+            return None
+        if given is FOLLOWS or (type(given) is int and given == -1):
             return axis
-        expression = self.expression(given) if isinstance(given, TracedInt) else None
-        if expression is None:
+        expression = self.expression(given) if isinstance(given, TracedInt) and given == len(axis) else None
+        if expression is not None:
+            self.facts.demand(axis, expression)
+        elif isinstance(given, TracedInt):
+            self.facts.freeze(axis, f"its size {given} comes from what cannot change")
+        else:
             size = f"its size {given} is a number in the code" if isinstance(given, int) else "its size is fixed here"
             self.facts.freeze(axis, size)
-        else:
-            self.facts.demand(axis, expression)
         return axis
+
+    def can_follow(self, given: Any) -> bool:
+        """Whether a size in the code can follow an axis that changes."""
+        return given is FOLLOWS or (isinstance(given, TracedInt) and self.expression(given) is not None)
+
+    def pin(self, number: TracedInt) -> None:
+        """Record that an integer of the code must stay what it is today."""
+        expression = self.expression(number)
+        if expression is not None:
+            self.facts.pin(number, expression)
 
     def expression(self, number: TracedInt) -> Expression | None:
         """An integer of the code as an expression over attributes and sizes; None if part of its past is unknown."""
@@ -95,8 +124,10 @@ class Step:
                     labels = self.labels_of(leaf)
                 except KeyError:
                     return None
-                if labels is not None:
+                if labels is not None and len(labels) == value:
                     sizes[leaf] = labels
+                elif labels is not None:
+                    return None
         if not leaves and not sizes:
             return None
 
@@ -105,7 +136,7 @@ class Step:
             known |= {leaf: values[Size(labels.tobytes())] for leaf, labels in sizes.items()}
             return number.compute(known)
 
-        return Expression(compute, tuple(leaves), tuple(sizes.values()))
+        return Expression(compute, tuple(leaves), tuple(sizes.values()), plain=not number.depth)
 
 
 def _tensors(value: Any) -> list[Tensor]:

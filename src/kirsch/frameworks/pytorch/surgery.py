@@ -66,7 +66,6 @@ def tell_widths(module: nn.Module) -> None:
 
     What a forward itself reads (groups, num_groups, normalized_shape) is mended before, by its provenance.
     """
-    weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001 - the common base of all convolutions has no public name
@@ -77,7 +76,7 @@ def tell_widths(module: nn.Module) -> None:
     elif isinstance(module, nn.modules.batchnorm._NormBase):  # noqa: SLF001 - likewise of batch and instance norm
         stated = module.weight if module.weight is not None else module.running_mean
         module.num_features = module.num_features if stated is None else stated.shape[0]
-    elif isinstance(module, nn.GroupNorm) and isinstance(weight, torch.Tensor):
-        module.num_channels = weight.shape[0]
+    elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+        module.num_channels = module.weight.shape[0]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.shape[0]

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sysconfig
 import traceback as python_traceback
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.export.graph_signature import OutputKind
 from torch.fx import traceback
 from torch.fx.node import map_arg
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch import operators
-from kirsch.frameworks.pytorch.provenance import Calls, SizeOf, twin_of, watched
+from kirsch.frameworks.pytorch.count import macs_of
+from kirsch.frameworks.pytorch.predict import arguments
+from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, SizeOf, TracedInt, twin_of, watched
 from kirsch.frameworks.pytorch.step import Step
 from kirsch.graph.graph import Graph
-from kirsch.graph.labels import Facts, Operation, Tensor
+from kirsch.graph.labels import Facts, Freeze, Operation, Tensor
 from kirsch.graph.plan import InputSpec
 
 if TYPE_CHECKING:
@@ -31,9 +36,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Node
 
-    from kirsch.graph.labels import Axis, Freeze
-
-PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
+    from kirsch.graph.labels import Axis
 
 
 @dataclass
@@ -56,16 +59,16 @@ class Traced:
     outputs: tuple[int, ...]
 
 
-def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as positional and keyword arguments."""
-    if isinstance(example_inputs, dict):
-        return (), dict(example_inputs)
-    return (tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}
-
-
 def trace(model: nn.Module, example_inputs: Any) -> Graph:
     """The coupling analysis of a model; see `kirsch.trace`."""
     args, options = arguments(example_inputs)
+    lazy = next((name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)), None)
+    if lazy is not None:
+        raise ModelError(
+            f"The model {type(model).__name__} cannot be traced.",
+            f"Its {lazy!r} is lazy and has no shape yet.",
+            "Run the model once on an example input.",
+        )
     facts = Facts()
     tensors = _labelled(model, facts)
     traced = _walk(model, args, options, facts, tensors, training=False)
@@ -107,9 +110,10 @@ def _walk(
     slots = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     user = [place for place, spec in enumerate(signature.output_specs) if spec.kind is OutputKind.USER_OUTPUT]
     outputs = tuple(user[: calls.outputs])  # after them come tensors that the model computes and never reads
-    walk = _Walk(facts, tensors, slots, calls, outputs)
+    walk = _Walk(facts, tensors, slots, frozenset(signature.inputs_to_lifted_tensor_constants), calls, outputs)
     for node in program.graph.nodes:
         walk.visit(node)
+    walk.pin_numbers()
     return Traced(program, slots, walk.states, args, options, outputs)
 
 
@@ -142,9 +146,9 @@ def _export(
             f"{type(error).__name__}: {error}.",
             "Take what cannot be copied (open files, locks, lambdas over them) out of the model.",
         ) from error
-    watched(twin.train(training), calls)
     with _quiet(), torch.no_grad(), traceback.preserve_node_meta():
         try:
+            watched(twin.train(training), calls)
             program = torch.export.export(twin, args, options, strict=False)
             functional: ExportedProgram = program.run_decompositions({})
         except Exception as error:
@@ -166,9 +170,7 @@ def _reason(
 ) -> tuple[str, str, str]:
     """What, why and mend for a model that cannot be exported."""
     shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves((args, options)) if isinstance(t, torch.Tensor))
-    frames = [
-        f for f in python_traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*PACKAGES, "<"))
-    ]
+    frames = [f for f in python_traceback.extract_tb(error.__traceback__) if _of_user(f.filename)]
     line = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     place = f" in `{calls.failed_in}`{line}" if calls.failed_in else line
     first = next((text for text in str(error).splitlines() if text.strip()), "").strip()
@@ -185,6 +187,12 @@ def _reason(
     return what, why if why.endswith((".", "!", "?")) else f"{why}.", mend
 
 
+def _of_user(path: str) -> bool:
+    """Whether a file belongs neither to PyTorch, nor to this library, nor to Python's own."""
+    own = path.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in path
+    return not own and not path.startswith((*PACKAGES, "<"))
+
+
 def specification(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[InputSpec, ...]:
     """Example inputs without their values; nested inputs cannot be stored and give an empty one."""
     named = [("", value) for value in args] + list(options.items())
@@ -195,10 +203,14 @@ def specification(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Input
             name,
             tuple(value.shape),
             str(value.dtype).removeprefix("torch."),
-            int(value.max()) if not value.is_floating_point() and value.numel() and not value.is_meta else 0,
+            0 if value.is_floating_point() or value.is_complex() or value.is_meta else _highest(value),
         )
         for name, value in named
     )
+
+
+def _highest(value: torch.Tensor) -> int:
+    return int(value.max()) if value.numel() else 0
 
 
 def _labelled(model: nn.Module, facts: Facts) -> dict[str, Tensor]:
@@ -248,6 +260,7 @@ class _Walk:
         facts: Facts,
         tensors: dict[str, Tensor],
         slots: dict[str, str],
+        constants: frozenset[str],
         calls: Calls,
         outputs: tuple[int, ...],
     ) -> None:
@@ -256,9 +269,12 @@ class _Walk:
         self._facts = facts
         self._tensors = tensors
         self._slots = slots
+        self._constants = constants
         self._calls = calls
         self._outputs = outputs
         self._by_call: dict[int, list[Any]] = {}
+        self._settled: dict[int, set[int]] = {}
+        self._origin: dict[int, Operation] = {}  # the first of each call
 
     def visit(self, node: Node) -> None:
         """One node."""
@@ -285,41 +301,75 @@ class _Walk:
         if node.name in self._slots:
             return self._tensors[self._slots[node.name]]
         value = node.meta.get("val")
-        return Tensor.of(value.shape) if isinstance(value, torch.Tensor) else None
+        if not isinstance(value, torch.Tensor):
+            return None
+        own = node.name in self._constants
+        reason = "it meets a constant tensor" if own else "it meets an input of the model"
+        self._causes[node] = Freeze(np.zeros(0, np.int64), reason, Operation(node.name), boundary=not own)
+        return Tensor.of(value.shape)
 
     def _operation(self, node: Node) -> Any:
         facts = self._facts
         causes = [self._causes[source] for source in node.all_input_nodes if source in self._causes]
-        facts.begin(Operation(_name(node), _module(node), _source(node), node.name), causes[0] if causes else None)
+        causes.sort(key=lambda cause: cause.boundary)  # what the model does to itself is the better explanation
+        here = Operation(_name(node), _module(node), _source(node), node.name)
+        causes = [cause if cause.operation.node else replace(cause, operation=here) for cause in causes]
+        facts.begin(here, causes[0] if causes else None)
         frozen = len(facts.freezes)
         values = node.meta.get("val")
-        many = isinstance(values, (list, tuple))
         shapes = [tuple(v.shape) for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
-        number = (node.meta.get("custom") or {}).get("kirsch_call")
-        call = self._calls.log[number] if number is not None and number < len(self._calls.log) else None
+        number = (node.meta.get("custom") or {}).get("kirsch_call", -1)
+        call = self._calls.log[number] if 0 <= number < len(self._calls.log) else None
         args: Any = map_arg(node.args, self.states.get)
         options: Any = map_arg(node.kwargs, self.states.get)
-        step = Step(facts, _name(node).removeprefix("aten."), args, options, shapes, call, self._labels_of)
+        name = _name(node).removeprefix("aten.")
+        settled = self._settled.setdefault(number, set())
+        step = Step(facts, name, args, options, shapes, call, self._labels_of, lambda: macs_of(node), settled)
         results = operators.apply(step) if shapes else []
         facts.cost("activations", *_outputs(results), owner=facts.operation.module)
         ended = all(axis is None for result in results for axis in result.axes)  # whatever labels there were
-        if ended and (causes or len(facts.freezes) > frozen):
-            self._causes[node] = causes[0] if causes else facts.freezes[-1]
-        state: Any = results if many else results[0] if results else None
-        if number is not None:
+        own = facts.freezes[frozen:][-1:]
+        found = [*(cause for cause in causes if not cause.boundary), *own, *causes]
+        if ended and found:
+            self._causes[node] = found[0]
+        state = _arranged(iter(results), values)
+        if call is not None:
             self._by_call.setdefault(number, []).append(state)
+            self._origin.setdefault(number, facts.operation)
         return state
+
+    def pin_numbers(self) -> None:
+        """What the code does with its integers apart from sizes (scales, paddings) it does after a cut as well."""
+        step = Step(self._facts, "", (), {}, [], None, self._labels_of)
+        for number, operation in self._origin.items():
+            for integer in self._calls.log[number].integers():
+                if isinstance(integer, TracedInt) and id(integer) not in self._settled[number]:
+                    self._facts.begin(operation)
+                    step.pin(integer)
+        for lost in self._calls.lost:
+            self._facts.begin(Operation("arithmetic", source=lost.source))
+            step.pin(lost.number)
 
     def _labels_of(self, size: SizeOf) -> Axis:
         """The labels of a size that the code read; KeyError if the tensor is not known."""
         if size.name:
             return self._tensors[size.name].axes[size.axis]
         state = self._by_call[size.call][-1]
-        tensor = state[size.place] if isinstance(state, list) else state
-        if tensor is None or size.axis >= len(tensor.axes) or (size.place and not isinstance(state, list)):
+        if isinstance(state, list):
+            tensor = state[size.place or 0] if (size.place or 0) < len(state) else None
+        else:
+            tensor = state if size.place is None else None
+        if tensor is None or size.axis >= len(tensor.axes):
             raise KeyError(size)
         axis: Axis = tensor.axes[size.axis]
         return axis
+
+
+def _arranged(results: Iterator[Tensor], values: Any) -> Any:
+    """The results in the places of the tensors that an operation puts out; None in the place of anything else."""
+    if isinstance(values, (list, tuple)):
+        return [_arranged(results, value) for value in values]
+    return next(results) if isinstance(values, torch.Tensor) else None
 
 
 def _outputs(results: list[Tensor]) -> tuple[float, list[Axis]]:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kirsch.errors import VerificationError
+from kirsch.errors import VerificationError, said
 from kirsch.frameworks.pytorch.masked import MaskedRun
 from kirsch.frameworks.pytorch.surgery import sliced
 from kirsch.graph.proof import Verification
@@ -38,17 +39,62 @@ def verify(pruned: nn.Module, original: nn.Module, graph: Graph, keep: NDArray[n
     Raises:
         VerificationError: the pruned module does not run, or differs.
     """
+    if any(parameter.is_meta for parameter in original.parameters()):
+        raise VerificationError(
+            f"The pruned {graph.model_name} cannot be verified.",
+            "It lives on the meta device and has no values.",
+            "Prune with verify=False, or give the model values first.",
+        )
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices):  # a forward may draw random numbers
+        return _verified(pruned, original, graph, keep)
+
+
+def _verified(pruned: nn.Module, original: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> Verification:
     try:
         found = _compare(pruned, original, graph, keep, torch.float64)
-    except (RuntimeError, TypeError):
+    except Exception:  # noqa: BLE001 - whatever the model's own code raises
         found = _compare(pruned, original, graph, keep, torch.float32)
     if not found.passed:
+        _refuse_unstable(pruned, graph)
         raise VerificationError(
             f"The pruned {graph.model_name} is {found.text}.",
             "A cut went wrong, so nothing was returned; the model given is unchanged.",
             "Exclude the layers that are unusual, and report the model.",
         )
+    fault = _training_fault(pruned, graph)
+    if fault is not None and _training_fault(original, graph) is None:
+        raise VerificationError(
+            f"The pruned {graph.model_name} runs in inference mode only.",
+            said(fault),
+            "What its forward does in training holds on to a width; let it read the width from the tensor's shape.",
+        )
     return found
+
+
+def _refuse_unstable(pruned: nn.Module, graph: Graph) -> None:
+    """Say so if a model puts out NaN, or other numbers at each run, so that it differs from anything."""
+    traced: Traced = graph.traced
+    first, second = (_outputs(copy.deepcopy(pruned).eval(), traced.args, traced.options) for _ in range(2))
+    distance = _distance(first, second)
+    why = "It puts out NaN for the example inputs." if distance != distance else ""  # noqa: PLR0124 - NaN
+    why = "It draws random numbers in inference mode, so that no two runs agree." if distance > 0 else why
+    if why:
+        raise VerificationError(
+            f"The pruned {graph.model_name} cannot be verified.",
+            why,
+            "Mend that first, or prune with verify=False; the model given is unchanged.",
+        )
+
+
+def _training_fault(model: nn.Module, graph: Graph) -> Exception | None:
+    """What a model raises in training mode; None if it runs."""
+    traced: Traced = graph.traced
+    try:
+        _outputs(copy.deepcopy(model).train(), traced.args, traced.options)
+    except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
+        return error
+    return None
 
 
 def _compare(
@@ -57,16 +103,18 @@ def _compare(
     traced: Traced = graph.traced
     noise = _noise(original)
     tensors = {
-        name: _cast(value, dtype) + (noise[id(value)].to(value.device, dtype) if id(value) in noise else 0)
+        name: torch.add(_cast(value, dtype), noise[id(value)].to(value.device))
+        if id(value) in noise
+        else value.detach()
         for name, value in _named(original).items()
     }
     candidate = _candidate(pruned, original, graph, keep, noise, dtype)
     args, options = tree_map(lambda value: _cast(value, dtype), (traced.args, traced.options))
     flat = tree_leaves((args, options))
-    masked = MaskedRun(graph, keep, tensors).outputs(flat)
-    dense = MaskedRun(graph, graph.keep({}), tensors).outputs(flat)
-    with torch.no_grad():
-        found = [value for value in tree_leaves(_plain(candidate(*args, **options))) if isinstance(value, torch.Tensor)]
+    with _OneType(dtype):
+        masked = MaskedRun(graph, keep, tensors).outputs(flat)
+        dense = MaskedRun(graph, graph.keep({}), tensors).outputs(flat)
+        found = _outputs(candidate, args, options)
     tolerance, reason = TOLERANCES[dtype]
     return Verification(
         error=_distance(masked, found),
@@ -75,6 +123,36 @@ def _compare(
         power=_distance(masked, dense),
         statistics=tuple(sorted(graph.facts.statistics)),
     )
+
+
+class _OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
+    """Everything is computed in one floating type, also where the model's code converts to another."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        options = dict(kwargs or {})
+        if isinstance(options.get("dtype"), torch.dtype) and options["dtype"].is_floating_point:
+            options["dtype"] = self._dtype
+        if not func._schema.is_mutable:  # noqa: SLF001 - the one place that knows
+            args, options = tree_map(self._widened, (args, options))
+        out = func(*args, **options)
+        made = not any(isinstance(value, torch.Tensor) for value in tree_leaves((args, options)))
+        return tree_map(self._widened, out) if made else out
+
+    def _widened(self, value: Any) -> Any:
+        return _cast(value, self._dtype) if isinstance(value, torch.Tensor) else value
+
+
+def _outputs(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
+    """All tensors that a model puts out; it may write into its inputs."""
+    args, options = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, options))
+    with torch.no_grad():
+        out = model(*args, **options)
+    return [value for value in tree_leaves(_plain(out)) if isinstance(value, torch.Tensor)]
 
 
 def _candidate(
@@ -86,7 +164,8 @@ def _candidate(
     dtype: torch.dtype,
 ) -> nn.Module:
     """A copy of the pruned module in inference mode, with its part of the noise."""
-    candidate = copy.deepcopy(pruned).eval().to(dtype)
+    candidate = copy.deepcopy(pruned).eval()
+    candidate = candidate.double() if dtype is torch.float64 else candidate.float()  # and complex ones stay complex
     mine = _named(candidate)
     done = set()
     with torch.no_grad():
@@ -94,7 +173,7 @@ def _candidate(
             target = mine[name]
             if id(value) in noise and id(target) not in done:
                 done.add(id(target))
-                target.add_(sliced(noise[id(value)], graph.tensors[name], graph, keep).to(target.device, dtype))
+                target.add_(sliced(noise[id(value)], graph.tensors[name], graph, keep).to(target.device))
     return candidate
 
 
@@ -105,17 +184,20 @@ def _named(model: nn.Module) -> dict[str, torch.Tensor]:
 def _noise(model: nn.Module) -> dict[int, torch.Tensor]:
     """Noise for each floating tensor by identity: a tenth of its size for weights, enough to matter for the rest.
 
-    Running variances stay positive because they are only ever made larger.
+    Numbers only ever grow away from zero, because a variance must stay positive, and so must whatever a model takes the
+    logarithm of. Infinite ones (masks) stay so.
     """
     generator = torch.Generator().manual_seed(0)
     out: dict[int, torch.Tensor] = {}
     for name, value in _named(model).items():
         if not value.is_floating_point() or id(value) in out:
             continue
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        size = float(value.detach().double().abs().mean()) if value.numel() else 0.0
-        scale = 0.1 * max(size, 1e-2) if value.dim() > 1 else 0.1
-        out[id(value)] = noise.abs() * scale if name.endswith("running_var") else noise * scale
+        plain = value.detach().to("cpu", torch.float32)
+        noise = torch.randn(value.shape, generator=generator)
+        size = float(plain.nan_to_num(posinf=0.0, neginf=0.0).abs().mean()) if value.numel() else 0.0
+        noise *= 0.1 * max(size, 1e-2) if value.dim() > 1 else 0.1
+        away = torch.ones_like(plain) if name.endswith("running_var") else plain.sign()
+        out[id(value)] = torch.where(away == 0, noise, noise.abs_() * away)
     return out
 
 
@@ -129,14 +211,22 @@ def _plain(outputs: Any) -> Any:
 
 
 def _distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Largest difference relative to the largest reference value, over all floating outputs; inf if shapes differ."""
-    pairs = [(a, b) for a, b in zip(reference, found, strict=False) if a.is_floating_point()]
+    """Largest difference relative to the largest reference value, over all outputs; inf if shapes differ.
+
+    Of outputs that are no measurements (classes, masks) it is the share that differs.
+    """
+    pairs = list(zip(reference, found, strict=False))
     if len(reference) != len(found) or any(a.shape != b.shape for a, b in pairs):
         return float("inf")
     worst = 0.0
     for a, b in pairs:
         if a.numel():
-            distance = float((a - b).abs().max() / a.abs().max().clamp(min=1e-300))
+            if a.is_floating_point() or a.is_complex():
+                finite = ~((a == b) & a.isinf())  # equal infinities, as in masked scores, differ by NaN
+                apart = torch.where(finite, a - b, 0).abs().max()
+                distance = float(apart / torch.where(finite, a, 0).abs().max().clamp(min=1e-300))
+            else:
+                distance = float((a != b).double().mean())
             if distance != distance:  # noqa: PLR0124 - NaN
                 return float("nan")
             worst = max(worst, distance)

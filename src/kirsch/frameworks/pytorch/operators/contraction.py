@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 @rule("linear")
-def _linear(step: Step) -> Tensor:
+def _linear(step: Step) -> Tensor | list[Tensor]:
     x, weight, bias = step.args[0], step.args[1], step.arg(2, "bias")
+    if len(weight.shape) == 1:
+        return step.freeze_all("a linear layer whose weight is a vector is not analysed")
     lead = letters(x)[:-1]
     operands = [(x, lead + "I"), (weight, "OI")] + ([(bias, "O")] if bias is not None else [])
     out = relations.relate(step.facts, operands, lead + "O", step.shape)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kirsch.frameworks.pytorch.provenance import TracedInt
+from kirsch.frameworks.pytorch.provenance import LIKE_ANOTHER, TracedInt
 from kirsch.frameworks.pytorch.step import FOLLOWS
 
 if TYPE_CHECKING:
     from kirsch.frameworks.pytorch.step import Step
 
 # Calls of user code whose sizes PyTorch computes from the tensor itself.
-SELF_SIZED = frozenset(
-    ["flatten", "ravel", "view_as", "reshape_as", "expand_as", "normalize", "squeeze", "unsqueeze", "instance_norm"]
+SELF_SIZED = frozenset(["flatten", "ravel", "normalize", "squeeze", "unsqueeze", "instance_norm"])
+
+SIZED = LIKE_ANOTHER.union(
+    ["view", "reshape", "expand", "broadcast_to", "zeros", "ones", "empty", "full", "rand", "randn"]
 )
 
 
@@ -27,9 +29,7 @@ def sizes(step: Step) -> list[Any]:
         if isinstance(dim, int) and isinstance(new, tuple):
             start = dim % (rank - len(new) + 1)
             return [FOLLOWS] * start + list(new) + [FOLLOWS] * (rank - start - len(new))
-    if name in ("view", "reshape", "expand", "broadcast_to", "zeros", "ones", "empty", "full", "rand", "randn") or (
-        name.startswith("new_")
-    ):
+    if name in SIZED or name.startswith("new_"):
         # Creation calls have no tensor before their sizes; `_without_tensors` has put None in a tensor's place.
         rest = [argument for argument in step.call.arguments if argument is not None] if step.call else []
         rest += [step.call.options[key] for key in ("shape", "size") if step.call and key in step.call.options]
@@ -44,9 +44,18 @@ def _flat(value: Any) -> list[Any]:
     return [x for item in value for x in _flat(item)] if isinstance(value, (tuple, list)) else [value]
 
 
-def border(step: Step, at: int) -> Any:
-    """The border of a slice as the code gives it: the one integer of the call with that value, if it has a past."""
+def border(step: Step, start: int, end: int, at: int) -> Any:
+    """The border `at` of a slice from `start` to `end` as the code gives it.
+
+    That is the one integer of the call with this value, if it has a past; a call of `narrow` gives start and length.
+    """
     integers = step.call.integers() if step.call is not None else []
+    if step.call is not None and step.call.name == "narrow":
+        first, length = step.given(2, "start"), step.given(3, "length")
+        if not isinstance(first, int) or not isinstance(length, int):
+            return at
+        step.settled.update((id(first), id(length)))
+        integers = [first if at == start and at != end else first + length]
     matching = [x for x in integers if x == at]
     traced = [x for x in matching if isinstance(x, TracedInt)]
     return traced[0] if traced and len(traced) == len(matching) and len({x.leaves for x in traced}) == 1 else at

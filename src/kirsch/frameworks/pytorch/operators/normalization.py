@@ -47,6 +47,8 @@ def _layer_norm(step: Step) -> Tensor:
 @rule("group_norm")
 def _group_norm(step: Step) -> Tensor:
     x, groups = step.args[0], step.args[1]
+    others = [dim for dim in range(len(x.shape)) if dim != 1]
+    relations.freeze(step.facts, [x], "a normalisation computes its statistics over it", others)
     own = [(t, letters(x)[1]) for t in (step.arg(2, "weight"), step.arg(3, "bias")) if t is not None]
     out = relations.relate(step.facts, [(x, letters(x)), *own], letters(x), step.shape)
     channels = out.axes[1]

@@ -14,7 +14,10 @@ from kirsch.graph import relations
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from kirsch.frameworks.pytorch.step import Step
+    from kirsch.graph.labels import Labels
 
 
 @rule("cat")
@@ -39,47 +42,62 @@ def _select(step: Step) -> Tensor:
     return relations.drop(step.facts, x, [dim], keepdim=False)
 
 
+SLICING = frozenset(["__getitem__", "__setitem__", "narrow"])
+
+
 @rule("slice")
 def _slice(step: Step) -> Tensor:
     x = step.args[0]
     dim = step.arg(1, "dim", 0) % len(x.shape)
-    start, end, stride = slice(step.arg(2, "start"), step.arg(3, "end"), step.arg(4, "step", 1)).indices(x.shape[dim])
+    given = step.arg(2, "start"), step.arg(3, "end")
+    start, end, stride = slice(*given, step.arg(4, "step", 1)).indices(x.shape[dim])
     index = np.arange(start, end, stride)
     axis = x.axes[dim]
+    name = step.call.name if step.call is not None else ""
     if axis is not None and stride != 1:
         step.facts.freeze(axis, "it is sliced with a stride")
+    elif axis is not None and any(isinstance(at, int) and at < 0 for at in given):
+        step.facts.freeze(axis, "it is sliced from its end by a number")
+    elif axis is not None and name not in SLICING:
+        step.facts.freeze(axis, "the parts that are taken of it are computed elsewhere")
     elif axis is not None:
         for at in (start, end):
-            if 0 < at < x.shape[dim]:
-                # The number of indices kept before the border must be the number that the code says.
-                step.follow(axis[:at], border(step, at))
-            given_from_end = step.arg(2 if at == start else 3, "")
-            if isinstance(given_from_end, int) and given_from_end < 0:
-                step.facts.freeze(axis, "it is sliced from its end by a number")
+            number = border(step, start, end, at)
+            # The number of indices kept before the border must be the number that the code says. Only an index may
+            # reach beyond the end.
+            if 0 < at < len(axis) or (at == len(axis) and (name == "narrow" or isinstance(number, TracedInt))):
+                step.follow(axis[:at], number)
     return relations.gather(step.facts, x, dim, index)
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split")
+@rule("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split")
 def _split(step: Step) -> list[Tensor]:
     x = step.args[0]
     dim = step.arg(2, "dim", 0) % len(x.shape)
     axis = x.axes[dim]
     borders = np.cumsum([0, *(shape[dim] for shape in step.shapes)])
-    name = step.call.name if step.call is not None else ""
-    given = step.given(1, "split_size_or_sections") if name == "split" else step.given(1, "split_sizes")
     parts = [np.arange(a, b) for a, b in itertools.pairwise(borders)]
     if axis is not None:
-        if name in ("split", "split_with_sizes") and isinstance(given, tuple) and len(given) == len(parts):
-            for part, size in zip(parts, given, strict=True):
-                step.follow(axis[part], size)
-        elif len({len(part) for part in parts}) > 1:
-            step.facts.freeze(axis, "it is split into unequal parts that the code computes")
-        else:  # parts that must stay equal
-            for part in parts[1:]:
-                step.facts.equate(axis[parts[0]], axis[part])
-            if name not in ("chunk", "tensor_split"):
-                step.follow(axis[parts[0]], given)
+        _follow_parts(step, axis, parts)
     return [relations.gather(step.facts, x, dim, part) for part in parts]
+
+
+def _follow_parts(step: Step, axis: Labels, parts: list[NDArray[np.int64]]) -> None:
+    """See to it that the parts come out as they do now when the code splits what is left of the axis."""
+    name = step.call.name if step.call is not None else ""
+    second = [step.given(1, word) for word in ("split_size_or_sections", "split_size", "split_sizes", "chunks")]
+    given = next((value for value in second if value is not None), None)
+    equal = len({len(part) for part in parts}) == 1
+    if name in ("split", "split_with_sizes") and isinstance(given, tuple) and len(given) == len(parts):
+        for part, size in zip(parts, given, strict=True):
+            step.follow(axis[part], size)
+    elif equal and (name == "split" or (name == "chunk" and given == len(parts))):
+        for part in parts[1:]:
+            step.facts.equate(axis[parts[0]], axis[part])
+        if name == "split":
+            step.follow(axis[parts[0]], given)
+    else:
+        step.facts.freeze(axis, "it is split into parts that the code computes")
 
 
 @rule("pad", "constant_pad_nd")

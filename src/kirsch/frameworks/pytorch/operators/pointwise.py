@@ -14,18 +14,25 @@ if TYPE_CHECKING:
     from kirsch.frameworks.pytorch.step import Step
 
 ELEMENTWISE = """
-add sub rsub mul div pow neg abs exp expm1 log log1p sqrt rsqrt square reciprocal sigmoid tanh relu relu6 gelu silu mish
-elu selu celu softplus softsign leaky_relu hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink threshold
-log_sigmoid logsigmoid clamp clamp_min clamp_max maximum minimum where masked_fill eq ne lt le gt ge logical_and
-logical_or logical_not floor ceil round trunc sign sin cos erf lerp addcmul addcdiv atan2 fmod remainder
-to _to_copy clone detach contiguous alias lift_fresh_copy dropout feature_dropout alpha_dropout native_dropout bernoulli
-ones_like zeros_like empty_like full_like rand_like randn_like nan_to_num type_as fill copy
+add sub rsub mul div pow neg abs exp expm1 log log1p sqrt rsqrt square reciprocal sigmoid tanh relu relu6 gelu silu
+mish elu selu celu rrelu softplus softsign leaky_relu hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink
+threshold log_sigmoid logsigmoid clamp clamp_min clamp_max maximum minimum where masked_fill eq ne lt le gt ge
+logical_and logical_or logical_not floor ceil round trunc sign sin cos erf lerp addcmul addcdiv atan2 fmod remainder
+to _to_copy clone detach contiguous alias lift_fresh_copy dropout feature_dropout alpha_dropout native_dropout
+bernoulli ones_like zeros_like empty_like full_like rand_like randn_like nan_to_num fill copy
 """
 
 
 @rule(*ELEMENTWISE.split())
 def _elementwise(step: Step) -> Tensor:
     return relations.elementwise(step.facts, step.tensors(), step.shape)
+
+
+@rule("type_as")
+def _type_as(step: Step) -> Tensor:
+    x, other = step.args
+    relations.freeze(step.facts, [other], "only its type is used")
+    return Tensor.of(step.shape, x.axes)
 
 
 @rule("prelu")

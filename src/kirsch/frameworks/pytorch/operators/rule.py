@@ -7,10 +7,10 @@ operator without a rule freezes whatever it touches.
 from __future__ import annotations
 
 import string
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kirsch.graph import relations
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Rule = Callable[["Step"], Tensor | list[Tensor]]
 
 RULES: dict[str, Rule] = {}
+
+OPAQUE = frozenset(["multi_head_attention_forward"])
+"""Functions of PyTorch that compute sizes from the shape of their input, where no provenance reaches."""
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -33,24 +36,45 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def apply(step: Step) -> list[Tensor]:
-    """The results of one operation; whatever it loses without a word is an error of its rule.
+    """The results of one operation.
 
-    Raises:
-        RuntimeError: a label entered the operation and is not accounted for.
+    A rule that fails, or loses a label, is an error of this library. The user's network is none the worse for it than
+    for an operator without a rule: all that the operator touches is frozen, and a warning asks for a report.
     """
     known = RULES.get(step.name)
     if known is None:
-        relations.freeze(step.facts, step.tensors(), f"there is no rule for {step.facts.operation.name}")
-        return [Tensor.of(shape) for shape in step.shapes]
-    found = known(step)
-    results = found if isinstance(found, list) else [found, *(Tensor.of(shape) for shape in step.shapes[1:])]
+        return step.freeze_all(f"there is no rule for {step.facts.operation.name}")
+    if step.call is not None and step.call.name in OPAQUE:
+        return step.freeze_all(f"there is no rule for {step.call.name}")
+    terms = len(step.facts.terms)
+    try:
+        found = known(step)
+        results = found if isinstance(found, list) else [found, *(Tensor.of(shape) for shape in step.shapes[1:])]
+        wrong = _wrong(step, results)
+    except Exception as error:  # noqa: BLE001 - whatever a rule raises, see above
+        wrong = f"fails: {type(error).__name__}: {error}"
+    if not wrong:
+        return results
+    del step.facts.terms[terms:]  # `freeze_all` counts anew
+    at = step.facts.operation
+    warnings.warn(
+        f"The rule of {step.name} {wrong} (at {at.source or at.module or at.name}). "
+        "What the operation touches is frozen; please report the model.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return step.freeze_all(f"the rule for {at.name} does not fit here")
+
+
+def _wrong(step: Step, results: list[Tensor]) -> str:
+    """What is wrong with the results of a rule; "" if nothing is."""
     lost = step.facts.lost(step.tensors(), results)
     if len(lost):
-        raise RuntimeError(f"the rule of {step.name} loses {len(lost)} labels at {step.facts.operation}")
-    for tensor, shape in zip(results, step.shapes, strict=True):
-        if tensor.shape != tuple(shape):
-            raise RuntimeError(f"the rule of {step.name} gives {tensor.shape}, the operator {tuple(shape)}")
-    return results
+        return f"loses {len(lost)} labels"
+    shapes = [tensor.shape for tensor in results]
+    if shapes != step.shapes:
+        return f"gives shapes {shapes} where the operator gives {step.shapes}"
+    return ""
 
 
 def letters(tensor: Tensor) -> str:

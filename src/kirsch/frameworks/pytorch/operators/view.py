@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 from kirsch.frameworks.pytorch.operators.given import sizes
 from kirsch.frameworks.pytorch.operators.rule import rule
-from kirsch.frameworks.pytorch.provenance import TracedInt
-from kirsch.frameworks.pytorch.step import FOLLOWS
 from kirsch.graph import relations
 from kirsch.graph.labels import Tensor
 
@@ -49,8 +47,8 @@ def _expand(step: Step) -> Tensor:
         old = position - new
         stays = old >= 0 and x.shape[old] == size
         # An expanded axis is constant along itself, so it can follow whatever it meets, if its size can.
-        free = given is FOLLOWS or isinstance(given, TracedInt)
-        axis = x.axes[old] if stays else step.facts.fresh(size) if free and size > 1 else None
+        free = size > 1 and step.can_follow(given)
+        axis = x.axes[old] if stays else step.facts.fresh(size) if free else None
         axes.append(step.follow(axis, given))
     return Tensor.of(step.shape, axes)
 
@@ -59,8 +57,8 @@ def _expand(step: Step) -> Tensor:
 def _create(step: Step) -> Tensor:
     axes: list[Axis] = []
     for size, given in zip(step.shape, sizes(step), strict=True):
-        free = isinstance(given, TracedInt) and size > 1
-        axes.append(step.follow(step.facts.fresh(size), given) if free else None)
+        free = size > 1 and step.can_follow(given)
+        axes.append(step.follow(step.facts.fresh(size) if free else None, given))
     for tensor in step.tensors():
         for axis in tensor.axes:
             step.facts.reduce(axis)  # `new_*` take only type and device from their tensor

@@ -1,0 +1,91 @@
+"""Integers in the code of a model that no value fits once units go: what they hold is tied, or else frozen.
+
+`x.reshape(n, c, heads, c // heads)` on an axis that does not change keeps `c` from changing; two axes whose sizes come
+from one attribute must lose the same number. Whether a demand holds whatever is chosen is tried out: one that holds
+for some random choices of quite different numbers holds for all, since sizes are sums and products of kept counts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kirsch.graph import constants
+from kirsch.graph.labels import Freeze
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from kirsch.graph.constants import Demand
+    from kirsch.graph.coupling import Coupling
+    from kirsch.graph.group import Group
+    from kirsch.graph.labels import Labels
+
+TRIALS = 8
+"""Random choices that are tried. Where none of them shows a demand that cannot be met, making the plan does."""
+
+
+def rigid(
+    demands: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]
+) -> tuple[list[tuple[Labels, Labels]], list[Freeze]]:
+    """What must be tied, and what frozen, for the demands to hold; both empty if they held for all that was tried."""
+    failing = _failing(demands, coupling, groups)
+    ties: list[tuple[Labels, Labels]] = []
+    freezes: dict[int, Freeze] = {}
+    for demand in failing:
+        partner = _partner(demand, failing)
+        if partner is not None and (coupling.component[partner] != coupling.component[demand.labels]).any():
+            ties.append((partner, demand.labels))
+            continue
+        held = [demand]
+        if all(coupling.stuck[coupling.component[labels]].all() for labels in _touched(demand)):
+            # What it touches itself is frozen already, so it fails by an attribute that other demands move.
+            own = {leaf for leaf, _ in demand.expression.leaves}
+            held = [other for other in demands if own & {leaf for leaf, _ in other.expression.leaves}]
+        fixed = not len(demand.labels) and not demand.expression.leaves
+        reason = "the code uses its size as a number" if fixed else f"{demand.names} cannot follow it"
+        for other in held:
+            labels = np.unique(np.concatenate(_touched(other)))
+            if not coupling.stuck[coupling.component[labels]].all():
+                freezes.setdefault(id(other), Freeze(labels, reason, other.operation))
+    return ties, list(freezes.values())
+
+
+def _failing(demands: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]) -> list[Demand]:
+    """The demands that are not met by every choice that is tried."""
+    failing: dict[int, Demand] = {}
+    for keep in _choices(coupling, groups) if demands and groups else ():
+
+        def kept(labels: Labels, keep: NDArray[np.bool_] = keep) -> int:
+            return int(keep[coupling.component[labels]].sum())
+
+        failing |= {id(demand): demand for demand in constants.unmet(demands, kept)}
+    return list(failing.values())
+
+
+def _choices(coupling: Coupling, groups: Sequence[Group]) -> Iterator[NDArray[np.bool_]]:
+    """Random choices of components that stay; each group loses a number of its own, or nothing."""
+    random = np.random.default_rng(0)
+    for _ in range(TRIALS):
+        keep = np.ones(len(coupling.stuck), bool)
+        for group in groups:
+            number = int(random.integers(0, group.size))
+            keep[group.of(random.choice(group.size, number, replace=False).tolist())] = False
+        yield keep
+
+
+def _partner(demand: Demand, failing: Sequence[Demand]) -> Labels | None:
+    """Labels that would meet a demand if they went along with its own: of the one size that it reads, or of another
+    demand on the one attribute that it reads; None if there are none.
+    """
+    mine, expression = demand.labels, demand.expression
+    others = [other.labels for other in failing if expression.leaves and other.expression.leaves == expression.leaves]
+    near = [*expression.sizes, *others] if expression.plain and len(mine) else []
+    return next((labels for labels in near if labels is not mine and len(labels) == len(mine)), None)
+
+
+def _touched(demand: Demand) -> list[Labels]:
+    return [demand.labels, *demand.expression.sizes]

@@ -1,0 +1,329 @@
+"""Units that can go, and the groups in which they can stand for each other."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from kirsch.graph import relations
+from kirsch.graph.coupling import solve
+from kirsch.graph.group import Group, find_groups
+from kirsch.graph.labels import Facts, Operation, Tensor
+
+STEADY = settings(deadline=None, derandomize=True)
+
+
+def summary(graph):
+    return [(group.name, group.kind, group.size) for group in graph.groups]
+
+
+def units(graph, group):
+    """The labels that go with each unit, of the parameters alone."""
+    found = []
+    for unit in range(group.size):
+        gone = np.isin(graph.coupling.component, group.of([unit]))
+        found.append(
+            {(name, axis): np.flatnonzero(gone[labels]).tolist() for (name, axis), labels in graph.axes.items()}
+        )
+    return found
+
+
+def assert_products(coupling, keep):
+    """What is kept of each grid is a product: a cell stays exactly when all its marginals stay."""
+    for grid in coupling.grids:
+        product = np.ones((), bool)
+        for marginal in grid.marginals:
+            product = np.multiply.outer(product, keep[marginal])
+        assert (keep[grid.cells] == product).all()
+
+
+def test_the_units_between_two_layers_are_one_group(chain):
+    graph = chain(5).graph()
+    assert summary(graph) == [("first", "channel", 5)]
+    (group,) = graph.groups
+    assert group.footprint == (("first.weight", 0), ("first.bias", 0), ("second.weight", 1))
+    assert group.layers == ("first", "second")
+    assert units(graph, group)[3] == {
+        ("first.weight", 0): [3],
+        ("first.weight", 1): [],
+        ("first.bias", 0): [3],
+        ("second.weight", 0): [],
+        ("second.weight", 1): [3],
+        ("second.bias", 0): [],
+    }
+
+
+def test_a_residual_stream_is_one_group_and_what_branches_off_another(network):
+    net = network()
+    stream = net.linear("stem", Tensor.of((1, 3)), 4)
+    for block in ("a", "b"):
+        inner = net.linear(f"{block}.up", stream, 6)
+        stream = net.add(stream, net.linear(f"{block}.down", inner, 4))
+    net.output(net.linear("head", stream, 2))
+    graph = net.graph()
+    assert summary(graph) == [("stem", "channel", 4), ("a.up", "channel", 6), ("b.up", "channel", 6)]
+    assert graph.groups[0].layers == ("stem", "a.up", "a.down", "b.up", "b.down", "head")
+
+
+def test_a_group_is_named_by_the_layer_that_makes_it_though_a_reader_is_older(network):
+    """The model owns the reader first; the units lie on axis 1 of its weight and on axis 0 of the maker's."""
+    net = network()
+    reader = net.parameter("reader.weight", 2, 4)
+    made = net.linear("maker", Tensor.of((1, 3)), 4)
+    net.facts.begin(Operation("linear"))
+    net.output(relations.relate(net.facts, [(made, "ni"), (reader, "oi")], "no", (1, 2)))
+    assert summary(net.graph()) == [("maker", "channel", 4)]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [(("table", "reader.weight"), "table"), (("a.b.table", "reader.weight"), "a.b")]
+)
+def test_units_of_a_parameter_of_the_model_itself_are_named_by_it(network, names, expected):
+    net = network()
+    table, weight = net.parameter(names[0], 4), net.parameter(names[1], 2, 4)
+    net.facts.begin(Operation("linear"))
+    net.output(relations.relate(net.facts, [(table, "i"), (weight, "oi")], "o", (2,)))
+    assert summary(net.graph()) == [(expected, "channel", 4)]
+
+
+def test_units_that_no_other_layer_made_are_named_by_their_first_reader(network):
+    net = network()
+    weight = net.parameter("reader.weight", 2, 4)
+    net.facts.freeze(weight.axes[0], "it is an output")
+    assert summary(net.graph()) == [("reader", "channel", 4)]
+
+
+def test_an_axis_of_one_unit_is_no_group(network):
+    net = network()
+    weight = net.parameter("only.weight", 3, 2)
+    net.facts.freeze(weight.axes[0][1:], "why")
+    net.facts.freeze(weight.axes[1], "why")
+    assert net.graph().groups == ()
+
+
+def test_labels_that_lie_on_no_parameter_are_no_units(chain):
+    net = chain(5)
+    net.facts.fresh(7)
+    rows, columns = net.facts.fresh(2), net.facts.fresh(2)
+    net.facts.merge([rows, columns], (2, 2), "view")
+    assert summary(net.graph()) == [("first", "channel", 5)]
+
+
+def test_a_view_makes_rows_and_columns_that_can_go(heads):
+    graph = heads(2, 3).graph()
+    assert summary(graph) == [("query", "view axis 1", 3), ("query#2", "view axis 0", 2)]
+    columns, rows = (units(graph, group) for group in graph.groups)
+    assert rows[1] == {
+        ("query.weight", 0): [3, 4, 5],
+        ("query.weight", 1): [],
+        ("scale", 0): [],
+        ("out.weight", 0): [],
+        ("out.weight", 1): [3, 4, 5],
+    }
+    assert columns[1] == rows[1] | {("query.weight", 0): [1, 4], ("scale", 0): [1], ("out.weight", 1): [1, 4]}
+    assert graph.groups[0].footprint == (("query.weight", 0), ("scale", 0), ("out.weight", 1))
+    assert graph.groups[1].footprint == (("query.weight", 0), ("out.weight", 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("norm groups", ["norm group", "position in norm group"]),
+        ("conv groups", ["conv group", "position in conv group"]),
+        ("pixel shuffle", ["pixel shuffle axis 0", "pixel shuffle axis 1"]),
+    ],
+)
+def test_a_unit_is_called_after_the_grid_that_makes_it(network, kind, expected):
+    net = network()
+    weight = net.parameter("norm.weight", 6)
+    net.facts.split(weight.axes[0].reshape(2, 3), kind)
+    assert summary(net.graph()) == [("norm", expected[0], 2), ("norm#2", expected[1], 3)]
+
+
+def test_a_head_with_a_frozen_channel_stays_and_so_do_all_widths_with_one(heads):
+    net = heads(3, 3)
+    net.facts.freeze(net.tensors["query.weight"].axes[0][:1], "why")  # row 0, column 0
+    graph = net.graph()
+    columns, rows = (units(graph, group) for group in graph.groups)
+    assert [unit["query.weight", 0] for unit in rows] == [[3, 4, 5], [6, 7, 8]]
+    assert [unit["query.weight", 0] for unit in columns] == [[1, 4, 7], [2, 5, 8]]
+
+
+def test_a_grid_whose_rows_are_fixed_makes_channels(heads):
+    """Their number is a constant, so each width goes in all of them at once: no grid is left."""
+    net = heads(2, 3)
+    net.facts.freeze(net.facts.grids[0].marginals[0], "the code fixes the number of rows")
+    graph = net.graph()
+    assert summary(graph) == [("query", "channel", 3)]
+    assert units(graph, graph.groups[0])[2]["query.weight", 0] == [2, 5]
+
+
+def test_a_shuffled_channel_goes_with_its_orbit_and_orbits_overlap(shuffle):
+    """Channels 1 and 2 change places: row 0 holds (0, 1) and, shuffled, (0, 2), so that all three go."""
+    graph = shuffle().graph()
+    (group,) = graph.groups
+    assert group.size == 2
+    assert [unit["before.weight", 0] for unit in units(graph, group)] == [[0, 1, 2], [1, 2, 3]]
+    assert [unit["after.weight", 1] for unit in units(graph, group)] == [[0, 1, 2], [1, 2, 3]]
+    for chosen in ((), (0,), (1,), (0, 1)):
+        assert_products(graph.coupling, graph.keep({group.name: chosen}))
+    assert graph.emptied(graph.keep({group.name: (0, 1)})) == ("before.weight", 0)
+
+
+def test_a_head_goes_from_all_layers_that_agree_on_heads(network):
+    """Query and value have widths of their own, 3 and 2, and meet in the scores by their heads."""
+    net = network()
+    query, value = net.parameter("query.bias", 6).axes[0], net.parameter("value.bias", 4).axes[0]
+    heads = [net.facts.split(channels.reshape(2, -1), "view")[0] for channels in (query, value)]
+    net.facts.equate(*heads)
+    graph = net.graph()
+    assert summary(graph) == [("query", "view axis 1", 3), ("query#2", "view axis 0", 2), ("value", "view axis 1", 2)]
+    assert units(graph, graph.groups[1])[1] == {("query.bias", 0): [3, 4, 5], ("value.bias", 0): [2, 3]}
+
+
+@pytest.mark.parametrize(("extra", "expected"), [(1, [[0, 1], [2, 3]]), (2, [])])
+def test_a_cell_that_goes_takes_the_slab_that_adds_the_fewest_cells(network, extra, expected):
+    """Four channels (2, 2) stand beside (2, extra) others in a second grid. A row of the four goes: 0 and 1.
+
+    In the second grid they are covered by their row, which adds `extra` others, or by their columns, which add one cell
+    each. Two columns are all four channels: one unit, and no group of several.
+    """
+    net = network()
+    four = net.parameter("four.weight", 4).axes[0].reshape(2, 2)
+    others = net.parameter("others.weight", 2 * extra).axes[0].reshape(2, extra)
+    net.facts.split(four, "four")
+    net.facts.split(np.hstack([four, others]), "wide")
+    graph = net.graph()
+    rows = [unit for group in graph.groups if group.kind == "four axis 0" for unit in units(graph, group)]
+    columns = [unit for group in graph.groups if group.kind == "four axis 1" for unit in units(graph, group)]
+    assert [unit["four.weight", 0] for unit in rows] == expected
+    assert [unit["four.weight", 0] for unit in columns] == [[0, 2], [1, 3]]
+
+
+def test_a_cell_that_goes_takes_another_slab_where_the_cheapest_is_stuck(network):
+    """As above with two others a row; the columns of the four cannot go, so the rows of the wide grid do."""
+    net = network()
+    four = net.parameter("four.weight", 4).axes[0].reshape(2, 2)
+    others = net.parameter("others.weight", 4).axes[0].reshape(2, 2)
+    net.facts.split(four, "four")
+    columns = net.facts.split(np.hstack([four, others]), "wide")[1]
+    net.facts.freeze(columns[:2], "why")
+    graph = net.graph()
+    rows = [unit for group in graph.groups if group.kind == "four axis 0" for unit in units(graph, group)]
+    assert [unit["four.weight", 0] for unit in rows] == [[0, 1], [2, 3]]
+    assert [unit["others.weight", 0] for unit in rows] == [[0, 1], [2, 3]]
+
+
+def test_a_cell_that_no_slab_can_take_holds_all_that_would_take_it(network):
+    """Channel 0 lies in row 0 and column 0 of a second grid, and both are stuck."""
+    net = network()
+    channels = net.parameter("layer.weight", 9).axes[0]
+    net.facts.split(channels.reshape(3, 3), "first")
+    for marginal in net.facts.split(channels.reshape(3, 3).T, "second"):
+        net.facts.freeze(marginal[:1], "why")
+    graph = net.graph()
+    found = [unit["layer.weight", 0] for group in graph.groups for unit in units(graph, group)]
+    assert found
+    assert not any(0 in unit for unit in found)
+
+
+def test_a_cell_that_is_there_twice_is_covered_twice(network):
+    """Rows (0, 0) and (1, 2): column 0 takes channel 0, which lies in column 1 too, so that its row goes as well."""
+    net = network()
+    a, b, c = net.parameter("layer.weight", 3).axes[0]
+    rows = net.parameter("rows", 2).axes[0]
+    for axis, labels in enumerate(net.facts.split(np.array([[a, a], [b, c]]), "view")):
+        if axis == 0:
+            net.facts.equate(labels, rows)
+    graph = net.graph()
+    found = {group.kind: units(graph, group) for group in graph.groups}
+    assert [unit["layer.weight", 0] for unit in found["view axis 1"]] == [[0, 1], [0, 2]]
+    assert [unit["rows", 0] for unit in found["view axis 1"]] == [[0], [0]]
+    assert [unit["layer.weight", 0] for unit in found["view axis 0"]] == [[0], [1, 2]]
+
+
+def test_groups_are_in_the_order_of_the_model(network):
+    net = network()
+    x = Tensor.of((1, 3))
+    for name, width in (("z", 4), ("a", 5), ("m", 4)):
+        x = net.linear(name, x, width)
+    net.output(net.linear("b", x, 2))
+    assert [group.name for group in net.graph().groups] == ["z", "a", "m"]
+
+
+def test_the_components_of_units_in_closed_form():
+    group = Group("layer", "channel", np.array([3, 5, 7, 9, 11, 13]), np.array([0, 1, 4]), ())
+    assert group.size == 3
+    assert group.unit_of().tolist() == [0, 1, 1, 1, 2, 2]
+    assert group.of([]).tolist() == []
+    assert group.of([2, 0]).tolist() == [3, 11, 13]
+    assert group.of((1,)).tolist() == [5, 7, 9]
+
+
+@STEADY
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
+def test_units_are_together_exactly_when_they_lie_on_the_same_axes(places):
+    """Each component lies on a random subset of axes: bit i of `place` says whether it lies on axis i."""
+    facts = Facts()
+    labels = facts.fresh(len(places))
+    axes = {(f"p{bit}", 0): labels[[place >> bit & 1 == 1 for place in places]] for bit in range(2)}
+    found = {group.footprint: group.components.tolist() for group in find_groups(solve(facts), axes)}
+    expected = {}
+    for label, place in zip(labels.tolist(), places, strict=True):
+        expected.setdefault(tuple((f"p{bit}", 0) for bit in range(2) if place >> bit & 1), []).append(label)
+    assert found == {footprint: members for footprint, members in expected.items() if footprint and len(members) > 1}
+
+
+PLACES = st.integers(0, 11)
+
+
+@st.composite
+def shuffled(draw):
+    """Facts of channels that are seen as grids in several orders, with or without repeats, some tied, some frozen."""
+    facts = Facts()
+    size = draw(st.sampled_from([4, 6, 8, 12]))
+    channels = facts.fresh(size)
+    axes = {("layer.weight", 0): channels}
+    for number in range(draw(st.integers(1, 3))):
+        rows = draw(st.sampled_from([n for n in range(2, size) if size % n == 0]))
+        order = draw(
+            st.just(range(size)) | st.permutations(range(size)) | st.lists(PLACES, min_size=size, max_size=size)
+        )
+        marginals = facts.split(channels[np.array(order) % size].reshape(rows, -1), "view")
+        for axis, labels in enumerate(marginals):
+            if labels is not None and draw(st.booleans()):
+                axes[f"p{number}", axis] = labels
+    pairs = draw(st.lists(st.tuples(*[st.integers(1, facts.count - 1)] * 2), max_size=3))
+    for a, b in pairs:
+        facts.equate(np.array([a]), np.array([b]))
+    facts.freeze(np.array(draw(st.lists(st.integers(1, facts.count - 1), max_size=3)), np.int64), "why")
+    return facts, axes
+
+
+@STEADY
+@given(shuffled(), st.data())
+def test_any_choice_of_units_leaves_each_grid_a_product_and_nothing_stuck_goes(network, data):
+    facts, axes = network
+    coupling = solve(facts)
+    groups = find_groups(coupling, axes)
+    event(f"{sum(group.size for group in groups)} units")
+    keep = np.ones(len(coupling.stuck), bool)
+    for group in groups:
+        keep[group.of(data.draw(st.sets(st.integers(0, group.size - 1))))] = False
+    assert_products(coupling, keep)
+    assert keep[coupling.stuck].all()
+
+
+@STEADY
+@given(shuffled())
+def test_each_unit_is_there_once_and_none_is_empty(network):
+    facts, axes = network
+    for group in find_groups(solve(facts), axes):
+        found = [tuple(group.of([unit]).tolist()) for unit in range(group.size)]
+        assert len(set(found)) == group.size > 1
+        assert all(found)
+        assert list(itertools.chain(*found)) == group.components.tolist()

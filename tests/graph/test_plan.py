@@ -1,0 +1,239 @@
+"""A plan as data: read, written, checked."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kirsch.errors import PlanError
+from kirsch.graph.cost import Cost
+from kirsch.graph.plan import Goal, InputSpec, Plan, Removal
+
+STEADY = settings(deadline=None, derandomize=True)
+SIZES = st.integers(0, 10**12)
+COSTS = st.builds(Cost, SIZES, SIZES, SIZES)
+TEXT = st.text(max_size=12)
+PLANS = st.builds(
+    Plan,
+    fingerprint=TEXT,
+    model=TEXT,
+    groups=st.lists(
+        st.builds(
+            Removal,
+            TEXT,
+            TEXT,
+            st.integers(1, 99),
+            st.sets(st.integers(0, 98)).map(lambda units: tuple(sorted(units))),
+            TEXT,
+        ),
+        max_size=3,
+    ).map(tuple),
+    before=COSTS,
+    after=COSTS,
+    goal=st.dictionaries(st.sampled_from(["macs", "params"]), st.floats(0.01, 0.99)),
+    method=st.dictionaries(TEXT, st.none() | st.integers() | TEXT | st.lists(TEXT, max_size=2), max_size=3),
+    inputs=st.lists(
+        st.builds(InputSpec, TEXT, st.lists(st.integers(1, 9)).map(tuple), TEXT, st.integers(0, 99)), max_size=2
+    ).map(tuple),
+    notes=st.lists(TEXT, max_size=2).map(tuple),
+)
+
+
+def plan(*groups, fingerprint="0123456789abcdef"):
+    return Plan(fingerprint, "Net", groups, Cost(1000, 10, 5), Cost(500, 5, 3))
+
+
+def removal(name="first", removed=(0,), size=5):
+    return Removal(name, "channel", size, removed, "by hand")
+
+
+def edited(**changes):
+    """The JSON of a plan with one group, with some fields replaced; None takes a field out."""
+    content = json.loads(plan(removal()).to_json()) | changes
+    return json.dumps({name: value for name, value in content.items() if value is not None})
+
+
+@pytest.fixture(scope="module")
+def graph(chain):
+    """Groups "first" of 5 units; 32 parameters."""
+    return chain(5).graph()
+
+
+@STEADY
+@given(PLANS)
+def test_a_plan_survives_json(made):
+    again = Plan.from_json(made.to_json())
+    assert again == made
+    assert again.to_json() == made.to_json()
+
+
+def test_the_json_is_for_reading():
+    text = Plan("f", "Netz für Größe", (removal(),), Cost(32, 25, 7), Cost(20, 15, 7), goal={"macs": 0.5}).to_json()
+    assert "Netz für Größe" in text
+    assert json.loads(text) == {
+        "kirsch_plan": 1,
+        "model": {"class": "Netz für Größe", "fingerprint": "f", "parameters": 32},
+        "goal": {"macs": 0.5},
+        "method": {},
+        "groups": [{"name": "first", "kind": "channel", "size": 5, "removed": [0], "reason": "by hand"}],
+        "cost": {
+            "before": {"parameters": 32, "macs": 25, "activations": 7},
+            "after": {"parameters": 20, "macs": 15, "activations": 7},
+        },
+        "inputs": [],
+        "notes": [],
+    }
+
+
+def test_the_graph_is_no_part_of_what_a_plan_is(graph):
+    first, second = plan(removal()), Plan(**{**vars(plan(removal())), "graph": graph})
+    assert first == second
+    assert first.to_json() == second.to_json()
+
+
+def test_units_edited_in_any_order_are_read_ascending():
+    group = json.loads(edited())["groups"][0] | {"removed": [4, 0, 2]}
+    assert Plan.from_json(edited(groups=[group])).groups[0].removed == (0, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", r"The plan is no JSON\. Expecting property name .*line 1 column 2"),
+        ("[1]", r'This is no plan of version 1\. It lacks "kirsch_plan": 1\.'),
+        (edited(kirsch_plan=2), r'This is no plan of version 1\. It lacks "kirsch_plan": 1\.'),
+        (edited(kirsch_plan=None), r'This is no plan of version 1\. It lacks "kirsch_plan": 1\.'),
+    ],
+)
+def test_what_is_no_plan_is_refused(text, sentence):
+    with pytest.raises(PlanError, match=f"^{sentence}"):
+        Plan.from_json(text)
+
+
+@pytest.mark.parametrize("field", ["model", "goal", "method", "groups", "cost", "inputs", "notes"])
+def test_a_missing_field_is_named(field):
+    with pytest.raises(PlanError, match=rf"^The plan is damaged\. .*'{field}'\. Make it anew\.$"):
+        Plan.from_json(edited(**{field: None}))
+
+
+@pytest.mark.parametrize("field", ["name", "kind", "size", "removed", "reason"])
+def test_a_missing_field_of_a_group_is_named(field):
+    group = json.loads(edited())["groups"][0]
+    del group[field]
+    with pytest.raises(PlanError, match=rf"damaged\. .*'{field}'"):
+        Plan.from_json(edited(groups=[group]))
+
+
+BEFORE, AFTER = plan().before.to_dict(), plan().after.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"groups": [{"name": "a", "kind": "b", "size": 3, "removed": [0.0], "reason": ""}]},
+            "units of 'a' are not wh",
+        ),
+        ({"groups": [{"name": "a", "kind": "b", "size": 3, "removed": [True], "reason": ""}]}, "units of 'a' are not"),
+        ({"groups": [{"name": "a", "kind": "b", "size": 3, "removed": "12", "reason": ""}]}, "units of 'a' are not"),
+        (
+            {"groups": [{"name": "a", "kind": "b", "size": 3, "removed": [2, 2], "reason": ""}]},
+            "a unit of 'a' is named",
+        ),
+        ({"groups": [{"name": "a", "kind": "b", "size": "x", "removed": [], "reason": ""}]}, "size is 'x', no whole"),
+        ({"groups": ["first"]}, "TypeError"),
+        ({"groups": 3}, "TypeError"),
+        ({"cost": {"before": BEFORE}}, "'after'"),
+        ({"cost": {"before": BEFORE, "after": AFTER | {"joules": 1}}}, "joules"),
+        ({"cost": {"before": BEFORE, "after": {"macs": 1, "parameters": 2}}}, "activations"),
+        ({"cost": {"before": BEFORE | {"parameters": "many"}, "after": AFTER}}, "parameters is 'many', no whole"),
+        ({"cost": {"before": BEFORE, "after": AFTER | {"macs": None}}}, "macs is None, no whole"),
+        ({"goal": 0.5}, "TypeError"),
+        ({"inputs": [{"name": "", "shape": 3, "dtype": "float32", "high": 0}]}, "TypeError"),
+        ({"notes": 7}, "TypeError"),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_refused(changes, sentence):
+    with pytest.raises(PlanError, match=rf"^The plan is damaged\. .*{sentence}.*\. Make it anew\.$"):
+        Plan.from_json(edited(**changes))
+
+
+def assert_refused(made, graph, sentence):
+    with pytest.raises(PlanError, match=f"^{re.escape(sentence)}$"):
+        made.check(graph)
+
+
+def fitting(graph, *groups):
+    return plan(*groups, fingerprint=graph.fingerprint)
+
+
+@pytest.mark.parametrize("removed", [(), (0,), (4,), (0, 1, 3, 4)])
+def test_a_plan_that_fits_is_let_through(graph, removed):
+    assert fitting(graph, removal(removed=removed)).check(graph) is None
+
+
+def test_a_plan_for_another_model_names_both(graph):
+    assert_refused(
+        plan(),
+        graph,
+        "This plan is for another model: Net with 1,000 parameters, fingerprint 0123456789ab. "
+        f"The model given is Net with 32 parameters, fingerprint {graph.fingerprint[:12]}. "
+        "Give the model that the plan was made for, or make a new plan.",
+    )
+
+
+def test_a_group_that_is_not_there_is_named_with_the_nearest(graph):
+    made = fitting(graph, removal("fist"))
+    assert_refused(made, graph, "The plan names a group 'fist'. The model has none of that name. Did you mean 'first'?")
+
+
+@pytest.mark.parametrize(
+    ("removed", "unit"), [((5,), 5), ((0, 4, 7), 7), ((-1,), -1), ((-2, 3), -2), ((-2, -1), -2), ((-1, 9), -1)]
+)
+def test_a_unit_that_is_not_there_is_named(graph, removed, unit):
+    made = fitting(graph, removal(removed=removed))
+    assert_refused(made, graph, f"The plan removes unit {unit} of 'first'. The group has units 0 to 4.")
+
+
+def test_a_group_that_would_be_emptied_is_named(graph):
+    made = fitting(graph, removal(removed=(0, 1, 2, 3, 4)))
+    assert_refused(made, graph, "The plan removes all 5 units of 'first'. Leave at least one of them.")
+
+
+def test_a_group_that_is_named_twice_is_refused(graph):
+    made = fitting(graph, removal(removed=(0,)), removal(removed=(1,)))
+    assert_refused(made, graph, "The plan names the group 'first' twice. Join the two entries.")
+
+
+def test_a_goal_is_held_against_the_original_in_closed_form():
+    original = Cost(parameters=200, macs=1000, activations=9)
+    goal = Goal(macs=0.5, params=0.25)
+    assert goal.fractions(Cost(40, 600, 9), original) == {"macs": (0.6, 0.5), "params": (0.2, 0.25)}
+    assert Goal(params=0.25).fractions(Cost(40, 600, 9), original) == {"params": (0.2, 0.25)}
+    assert goal.to_dict() == {"macs": 0.5, "params": 0.25}
+    assert Goal(macs=0.5).to_dict() == {"macs": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("cost", "met"),
+    [((50, 500), True), ((51, 500), False), ((50, 501), False), ((0, 0), True)],
+)
+def test_a_goal_is_met_within_every_limit(cost, met):
+    assert Goal(macs=0.5, params=0.25).met_by(Cost(*cost, 0), Cost(200, 1000, 0)) is met
+
+
+def test_a_model_without_macs_meets_a_goal_on_them():
+    """A network of lookups alone: nothing is divided by nothing."""
+    assert Goal(macs=0.5).met_by(Cost(10, 0, 0), Cost(10, 0, 0))
+
+
+def test_a_plan_of_another_shape_never_reaches_the_groups():
+    """The fingerprint is looked at first: the groups of another model need not even exist."""
+    stranger = SimpleNamespace(fingerprint="else", model_name="Other", cost=Cost(7, 0, 0))
+    with pytest.raises(PlanError, match="The model given is Other with 7 parameters, fingerprint else"):
+        plan(removal()).check(stranger)
