@@ -36,8 +36,8 @@ def rigid(
     ties: list[tuple[Labels, Labels]] = []
     freezes: dict[int, Freeze] = {}
     for demand in failing:
-        partner = _partner(demand, failing)
-        if partner is not None and (coupling.component[partner] != coupling.component[demand.labels]).any():
+        partner = _partner(demand, demands)
+        if partner is not None and _may_go(coupling, partner, demand.labels):
             ties.append((partner, demand.labels))
             continue
         held = [demand]
@@ -77,14 +77,22 @@ def _choices(coupling: Coupling, groups: Sequence[Group]) -> Iterator[NDArray[np
         yield keep
 
 
-def _partner(demand: Demand, failing: Sequence[Demand]) -> Labels | None:
+def _partner(demand: Demand, demands: Sequence[Demand]) -> Labels | None:
     """Labels that would meet a demand if they went along with its own: of the one size that it reads, or of another
     demand on the one attribute that it reads; None if there are none.
     """
     mine, expression = demand.labels, demand.expression
-    others = [other.labels for other in failing if expression.leaves and other.expression.leaves == expression.leaves]
-    near = [*expression.sizes, *others] if expression.plain and len(mine) else []
+    if not expression.plain or not len(mine):
+        return None
+    alike = [d for d in demands if d.expression.plain and d.expression.leaves == expression.leaves]
+    near = [*expression.sizes, *(other.labels for other in alike if expression.leaves)]
     return next((labels for labels in near if labels is not mine and len(labels) == len(mine)), None)
+
+
+def _may_go(coupling: Coupling, first: Labels, second: Labels) -> bool:
+    """Whether tying two axes changes something and holds neither: one that is held is better named by its attribute."""
+    one, other = coupling.component[first], coupling.component[second]
+    return bool((one != other).any() and not coupling.stuck[one].any() and not coupling.stuck[other].any())
 
 
 def _touched(demand: Demand) -> list[Labels]:

@@ -136,10 +136,10 @@ class PyTorch:
             raise _unfit(model, path, " ".join(lines)) from error
         stored = {own[name].data_ptr() for name in state if name in own}  # tied tensors are stored once
         missing = [name for name in keys.missing_keys if own[name].data_ptr() not in stored]
-        if missing:
-            raise _unfit(model, path, f"The file lacks {', '.join(missing[:3])}.")
-        if keys.unexpected_keys:
-            raise _unfit(model, path, f"The model has no {', '.join(keys.unexpected_keys[:3])}.")
+        lacks = [f"The file lacks {', '.join(missing[:3])}."] if missing else []
+        spare = [f"The model has no {', '.join(keys.unexpected_keys[:3])}."] if keys.unexpected_keys else []
+        if lacks or spare:
+            raise _unfit(model, path, " ".join([*lacks, *spare]))
 
 
 def _unfit(model: Any, path: Path, why: str) -> LoadError:

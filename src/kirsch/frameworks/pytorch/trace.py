@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from kirsch.graph.labels import Axis
 
+CONSTANT = "it meets a constant tensor"
+
 
 @dataclass
 class Traced:
@@ -304,7 +306,7 @@ class _Walk:
         if not isinstance(value, torch.Tensor):
             return None
         own = node.name in self._constants
-        reason = "it meets a constant tensor" if own else "it meets an input of the model"
+        reason = CONSTANT if own else "it meets an input of the model"
         self._causes[node] = Freeze(np.zeros(0, np.int64), reason, Operation(node.name), boundary=not own)
         return Tensor.of(value.shape)
 
@@ -329,7 +331,8 @@ class _Walk:
         facts.cost("activations", *_outputs(results), owner=facts.operation.module)
         ended = all(axis is None for result in results for axis in result.axes)  # whatever labels there were
         own = facts.freezes[frozen:][-1:]
-        found = [*(cause for cause in causes if not cause.boundary), *own, *causes]
+        made = [] if node.all_input_nodes else [Freeze(np.zeros(0, np.int64), CONSTANT, Operation(node.name))]
+        found = [*(cause for cause in causes if not cause.boundary), *own, *causes, *made]
         if ended and found:
             self._causes[node] = found[0]
         state = _arranged(iter(results), values)
