@@ -92,9 +92,22 @@ def test_weights_that_do_not_fit_name_what_does_not(kirsch, folder):
     assert "0.wait" in err
 
 
+@pytest.fixture
+def no_timm():
+    """No timm is imported; one that the test puts in its place is forgotten afterwards."""
+
+    def take() -> dict:
+        return {n: sys.modules.pop(n) for n in list(sys.modules) if n.partition(".")[0] in ("timm", "nets")}
+
+    kept = take()
+    yield
+    take()
+    sys.modules.update(kept)
+
+
+@pytest.mark.usefixtures("no_timm")
 def test_a_timm_that_is_installed_and_broken_is_no_bug_of_ours(kirsch, folder, monkeypatch):
     (folder / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    monkeypatch.delitem(sys.modules, "timm", raising=False)
     monkeypatch.syspath_prepend(folder)
     code, _, err = kirsch("trace", "timm:resnet18")
     assert code == 5
@@ -111,6 +124,7 @@ def test_a_timm_that_is_missing_is_said_with_its_line(kirsch, monkeypatch):
     assert err.splitlines()[-1] == 'do      Run: pip install "kirsch[zoo]"'
 
 
+@pytest.mark.usefixtures("no_timm")
 def test_a_zoo_model_says_that_its_weights_are_random(kirsch, folder, monkeypatch):
     """A stand-in for timm, with the two functions that are used of it."""
     (folder / "timm.py").write_text(
@@ -121,8 +135,6 @@ def test_a_zoo_model_says_that_its_weights_are_random(kirsch, folder, monkeypatc
         "    net = teacher(); net.__class__.example_shape = None; net.default_cfg = {'input_size': (1, 6, 6)}\n"
         "    return net\n"
     )
-    monkeypatch.delitem(sys.modules, "timm", raising=False)
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
     monkeypatch.syspath_prepend(folder)
     code, out, _ = kirsch("plan", "timm:tiny", "--macs", "0.5")
     assert code == 0
@@ -131,8 +143,6 @@ def test_a_zoo_model_says_that_its_weights_are_random(kirsch, folder, monkeypatc
     assert code == 0
     assert "random" not in out
     assert "Did you mean 'tiny'?" in kirsch("trace", "timm:tinny")[2]
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
-    monkeypatch.delitem(sys.modules, "timm", raising=False)
 
 
 def test_a_module_in_the_working_folder_can_be_named(answer, folder):
