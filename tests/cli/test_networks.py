@@ -72,7 +72,7 @@ def test_the_shape_can_be_given(answer):
         ([CHAIN, "--weights", "absent.safetensors"], 4, "absent.safetensors"),
         (["chain"], 2, "'chain' names no model"),
         (["absent.py:chain"], 4, "absent.py does not exist"),
-        (["nets.py:chian"], 4, "no callable in nets.py 'chian'"),
+        (["nets.py:chian"], 4, "no callable of nets.py named 'chian'"),
         (["nets.py:fails"], 4, "nets.py:fails failed. why ValueError: no such thing"),
         (["absent_module:chain"], 4, "module 'absent_module' cannot be imported"),
         (["json:dumps"], 4, "json:dumps failed"),

@@ -41,6 +41,12 @@ def test_the_file_computes_what_the_model_computes_for_any_batch(exported, size)
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)  # float32, summed in another order
 
 
+def test_example_inputs_may_carry_a_gradient(tmp_path):
+    inputs = PAIR.clone().requires_grad_()
+    assert kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=inputs).details["drift"] < DRIFT
+    assert kirsch.measure(Double(), example_inputs=inputs, rounds=6).parameters == 0
+
+
 def test_an_artifact_is_the_file_that_it_names(exported):
     artifact, content = exported.artifact, exported.artifact.path.read_bytes()
     assert artifact.bytes == len(content)

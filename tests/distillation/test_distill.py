@@ -341,7 +341,8 @@ def test_a_label_that_no_class_has_is_refused_with_its_sample(student, learn, la
     inputs, targets = samples()
     targets[7] = label
     sentence = rf"Sample 7 has the label {label}\. The model puts out 3 classes, so labels go from 0 to 2"
-    for data in (ArrayData(inputs, targets, batch_size=4), [(inputs, targets)]):
+    later = [tuple(map(torch.from_numpy, samples())), (torch.from_numpy(inputs), torch.from_numpy(targets))]
+    for data in (ArrayData(inputs, targets, batch_size=4), [(inputs, targets)], later):
         with pytest.raises(DataError, match=sentence):
             learn(student, data)
 

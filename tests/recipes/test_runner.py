@@ -308,6 +308,16 @@ def test_a_run_that_was_killed_at_its_very_start_begins_anew(job):
     assert json.loads((job.folder / "run.json").read_text())["base"] == ".."
 
 
+def test_a_run_may_follow_its_dry_run_in_the_same_folder(job):
+    recipe = job.recipe(*MODELS_ALONE)
+    job.folder.mkdir()
+    (job.folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (job.folder / "plan.json").write_text("{}")
+    with pytest.raises(Interrupted):
+        job.do(*MODELS_ALONE, stop=lambda: Interrupted("asked"))
+    assert (job.folder / "run.json").is_file()
+
+
 def test_a_folder_in_use_is_refused_until_its_process_is_dead(done):
     hold = "import filelock, sys\nwith filelock.FileLock(sys.argv[1]): print('held', flush=True), input()"
     command = [sys.executable, "-c", hold, str(done.folder / ".lock")]
@@ -342,8 +352,8 @@ def test_a_folder_in_use_is_refused_until_its_process_is_dead(done):
             ShapeError,
             r"scores of shape \(5,\)\. The data stripes has 3 classes\.",
         ),
-        (["student.model=nets.py:nobody"], LoadError, r"There is no callable in nets\.py 'nobody'\."),
-        (["data.source=nets.py:nobody"], LoadError, r"There is no callable in nets\.py 'nobody'\."),
+        (["student.model=nets.py:nobody"], LoadError, r"There is no callable of nets\.py named 'nobody'\."),
+        (["data.source=nets.py:nobody"], LoadError, r"There is no callable of nets\.py named 'nobody'\."),
         (["data.options.colors=3"], UsageError, r"does not take these options\. got an unexpected .*'colors'"),
         (
             ["measure.threads=5000"],

@@ -105,11 +105,15 @@ def forecast_lines(found: dict[str, Any], run: str = "") -> list[Line]:
         cost = ""
         if stage["macs"] is not None:
             cost = f"{figures.count(stage['macs']):>6} MACs   {figures.count(stage['parameters']):>6} params"
-        lines.append([Piece(f"{number:>2} {stage['key']:<10} {cost:<28}   about {figures.seconds(stage['seconds'])}")])
+        took = f"about {figures.seconds(stage['seconds'])}"
+        text = f"{number:>2} {stage['key']:<10} {cost:<28}   {took:<14}   {stage['model'] or ''}"
+        lines.append([Piece(text.rstrip())])
     plan = found["plan"]
     if plan is not None:
+        before, after = plan["cost"]["before"], plan["cost"]["after"]
         cut = ", ".join(
-            f"{word} −{figures.percent(1 - plan['cost']['after'][key] / max(plan['cost']['before'][key], 1))}"
+            f"{word} {figures.count(before[key])} → {figures.count(after[key])}"
+            f" (−{figures.percent(1 - after[key] / max(before[key], 1))})"
             for key, word in (("macs", "MACs"), ("parameters", "parameters"))
         )
         lines += [[], [Piece(f"{'plan':<13}{cut} in {len(plan['groups'])} groups, by untrained weights")]]

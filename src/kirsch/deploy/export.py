@@ -13,7 +13,7 @@ import numpy as np
 from kirsch import files
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import ModelError, NumericError, OutputError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.port import framework_of, host
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _distance(expected: NDArray[Any], found: NDArray[Any]) -> float:
 def _trials(example_inputs: Any) -> list[tuple[Any, ...]]:
     """Batches of one and three of the example's shape: normal, zero, and large values for floating inputs."""
     given = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    arrays = [np.asarray(value) for value in given]
+    arrays = [host(value) for value in given]
     random = np.random.default_rng(0)
 
     def batch(array: Any, size: int, scale: float) -> Any:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from kirsch.deploy.export import Artifact, export
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import UnknownNameError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.port import framework_of, host
 from kirsch.measurement.latency import Latency, Ratio, interleaved
 from kirsch.measurement.machine import cpu, load, usable_cores
 from kirsch.measurement.quality import Rate, accuracy
@@ -162,7 +160,7 @@ def measure(
     if isinstance(example_inputs, dict):
         raise UsageError("Keyword inputs cannot be measured.", mend="Wrap the model so that it takes them by position.")
     batch = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    one = tuple(np.asarray(value)[:1] for value in batch)
+    one = tuple(host(value)[:1] for value in batch)
     missing = [] if data is not None else ["Accuracy: no data was given."]
     if isinstance(model_or_artifact, (Artifact, str, Path)):
         given = model_or_artifact
@@ -189,7 +187,7 @@ def _measured(
     found = None
     if data is not None:
         inputs, labels = data
-        found = accuracy(OnnxSession(path, threads).predict(np.asarray(inputs)), np.asarray(labels))
+        found = accuracy(OnnxSession(path, threads).predict(host(inputs)), host(labels))
     return Measurement(
         parameters=counted[0],
         macs=counted[1],

@@ -10,7 +10,7 @@ import numpy as np
 from kirsch.distillation.losses import LOSSES, hard_label
 from kirsch.distillation.objective import Objective
 from kirsch.errors import DataError, NumericError, ShapeError, UsageError
-from kirsch.frameworks.port import Framework, framework_of
+from kirsch.frameworks.port import Framework, framework_of, host
 from kirsch.frameworks.training import ArrayData, Trained, Training, TrainingHooks
 
 Regularizer = Callable[[Any], Any]
@@ -62,7 +62,7 @@ def distill(
     guide = framework_of(teacher).frozen(teacher)
     inputs, targets = _first(framework, data)
     classes = _classes(framework, student, guide, inputs)
-    _check_labels(data, targets, classes)
+    _check_labels(data.targets if isinstance(data, ArrayData) else targets, classes)
     hooks = hooks or TrainingHooks()
     if check_teacher:
         accuracy = _check_teacher(framework, guide, data, validation, classes)
@@ -86,7 +86,7 @@ def fit(
     framework = framework_of(model)
     inputs, targets = _first(framework, data)
     classes = int(framework.predict(model, inputs).shape[-1])
-    _check_labels(data, targets, classes)
+    _check_labels(data.targets if isinstance(data, ArrayData) else targets, classes)
     loss = _Loss(framework, Objective.labels(label_smoothing), None, regularizers)
     hooks = _with_validation(hooks or TrainingHooks(), framework, validation)
     return framework.train(model, data, loss, training or Training(), hooks)
@@ -108,8 +108,7 @@ class _Loss:
         student = self._framework.scores(model, inputs)
         parts: dict[str, Any] = {}
         if objective.label_weight:
-            label = hard_label(student, targets, label_smoothing=objective.label_smoothing)
-            _add(parts, "label", objective.label_weight * label)
+            _add(parts, "label", objective.label_weight * self._label(student, targets))
         terms = [term for term in objective.terms if term.weight]
         if terms:
             teacher = self._framework.infer(self._teacher, inputs)
@@ -119,6 +118,13 @@ class _Loss:
         for regularizer in self._regularizers:
             _add(parts, type(regularizer).__name__, regularizer(model))
         return sum(parts.values()), parts
+
+    def _label(self, student: Any, targets: Any) -> Any:
+        try:
+            return hard_label(student, targets, label_smoothing=self._objective.label_smoothing)
+        except (IndexError, RuntimeError):
+            _check_labels(targets, int(student.shape[-1]))  # only the labels of the first batch were looked at before
+            raise
 
 
 def _add(parts: dict[str, Any], name: str, part: Any) -> None:
@@ -164,8 +170,8 @@ def _counted(shape: tuple[int, ...]) -> str:
     return f"{shape[0]} classes" if len(shape) == 1 else f"scores of shape {shape} a sample"
 
 
-def _check_labels(data: Any, first_targets: Any, classes: int) -> None:
-    targets = np.asarray(data.targets if isinstance(data, ArrayData) else first_targets)
+def _check_labels(given: Any, classes: int) -> None:
+    targets = host(given)
     if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
         raise DataError(
             f"The targets have shape {targets.shape} and type {targets.dtype}.",
@@ -191,7 +197,7 @@ def _check_teacher(framework: Framework, teacher: Any, data: Any, validation: An
         inputs, targets = data.inputs, data.targets
     else:
         inputs, targets = _first(framework, data)
-    inputs, targets = inputs[:1024], np.asarray(targets[:1024])
+    inputs, targets = inputs[:1024], host(targets[:1024])
     scores = framework.predict(teacher, inputs)
     if not np.isfinite(scores).all():
         raise NumericError(
@@ -220,6 +226,6 @@ def _with_validation(hooks: TrainingHooks, framework: Framework, validation: Any
         inputs, targets = pair
 
         def validate(model: Any) -> dict[str, float]:
-            return {"accuracy": float((framework.predict(model, inputs).argmax(-1) == np.asarray(targets)).mean())}
+            return {"accuracy": float((framework.predict(model, inputs).argmax(-1) == host(targets)).mean())}
 
     return TrainingHooks(validate, hooks.event, hooks.stop, hooks.save, hooks.resume)

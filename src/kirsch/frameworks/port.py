@@ -5,11 +5,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from kirsch.errors import MissingExtraError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.graph import Graph
@@ -101,6 +105,11 @@ def pytorch() -> Framework:
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "torch", "for PyTorch models") from error
     return framework
+
+
+def host(array: Any) -> NDArray[Any]:
+    """An array of any framework, on any device, as a numpy array without gradient."""
+    return np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
 
 
 def trace(model: Any, example_inputs: Any) -> Graph:

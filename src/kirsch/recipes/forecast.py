@@ -13,7 +13,7 @@ from kirsch.distillation.objective import Objective
 from kirsch.frameworks.training import ArrayData, Training
 from kirsch.recipes.job import Job
 from kirsch.recipes.metrics import goal_text
-from kirsch.recipes.runner import materials_of
+from kirsch.recipes.runner import PLAN, RECIPE, materials_of
 from kirsch.recipes.stages import check_threads, plan_for, stages_of
 
 if TYPE_CHECKING:
@@ -37,10 +37,9 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         folder: gets recipe.yaml and plan.json if given, and nothing else.
 
     Returns:
-        As JSON: "name", "goal", "data", "stages" (key, parameters, macs, seconds), "plan" (groups, cost before and
-        after; made on the weights as they come, so that after training other units go, and the cost can be another one
-        within the goal where all layers are ranked together), "disk_bytes",
-        "seconds", "missing".
+        As JSON: "name", "goal", "data", "stages" (key, model, parameters, macs, seconds), "plan" (groups, cost before
+        and after; made on the weights as they come, so that after training other units go, and the cost can be another
+        one within the goal where all layers are ranked together), "disk_bytes", "seconds", "missing".
 
     Raises:
         KirschError: whatever would stop the job before its first long step.
@@ -58,9 +57,11 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     if recipe.prune is not None:
         _, plan = plan_for(job, start, recipe.prune)
         costs["prune"] = costs["recover"] = (plan.after.parameters, plan.after.macs)
+    models = {"teacher": recipe.teacher.model, "distil": recipe.student.model if recipe.student else None}
     stages = [
         {
             "key": stage.key,
+            "model": models.get(stage.key),
             "parameters": costs[stage.key][0] if stage.key in costs else None,
             "macs": costs[stage.key][1] if stage.key in costs else None,
             "seconds": _seconds(job, stage.key, teacher, start),
@@ -69,9 +70,9 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     ]
     if folder is not None:
         files.check_writable(folder)
-        files.write_text(folder / "recipe.yaml", recipe.to_yaml())
+        files.write_text(folder / RECIPE, recipe.to_yaml())
         if plan is not None:
-            files.write_text(folder / "plan.json", plan.to_json())
+            files.write_text(folder / PLAN, plan.to_json())
     return {
         "name": recipe.name,
         "goal": goal_text(job),

@@ -66,7 +66,7 @@ def resolve(reference: str, *, base: Path | None = None) -> Callable[[], Any]:
     module = _from_file((base or Path()) / kind) if kind.endswith(".py") else _module(kind)
     if not callable(getattr(module, name, None)):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        unknown = UnknownNameError(f"callable in {kind}", name, public)
+        unknown = UnknownNameError(f"callable of {kind} named", name, public)
         raise LoadError(unknown.what, unknown.why, unknown.mend)
     found: Callable[[], Any] = getattr(module, name)
     return found

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from kirsch.recipes.job import Listen, Stop
 
-RUN, RECIPE, LOCK = "run.json", "recipe.yaml", ".lock"
+RUN, RECIPE, PLAN, LOCK = "run.json", "recipe.yaml", "plan.json", ".lock"
 
 GIVEN = "given"
 """In place of a reference, for a model that was given to `kirsch.compress` as an object."""
@@ -206,10 +206,12 @@ def _refuse_strangers(recipe: Recipe, folder: Path) -> None:
     """A folder that is not ours is left as it is, even by the sweep."""
     if (folder / RUN).is_file():
         return
+    stored = folder / RECIPE
+    # What a dry run of the recipe wrote is ours, and what a run that was killed at its very start left.
+    started = stored.is_file() and stored.read_bytes() == recipe.to_yaml().encode()
+    ours = {LOCK, RECIPE, PLAN} if started else {LOCK}
     for path in sorted(folder.iterdir()):
-        # What a run that was killed at its very start leaves is ours.
-        started = path.name == RECIPE and path.is_file() and path.read_bytes() == recipe.to_yaml().encode()
-        if path.name != LOCK and not path.name.startswith(files.TEMPORARY) and not started:
+        if path.name not in ours and not path.name.startswith(files.TEMPORARY):
             raise OutputError(
                 f"The folder {folder} holds something else.",
                 f"It has {path.name!r}, and is no run folder.",

@@ -55,6 +55,11 @@ def test_a_model_in_training_is_exported_in_inference_mode_and_left_as_it_is(tmp
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
+def test_a_model_in_bfloat16_is_refused_with_the_mend(tmp_path):
+    with pytest.raises(ModelError, match=r"A Linear in bfloat16 cannot be exported\..*Give model\.float\(\)"):
+        export_onnx(nn.Linear(3, 4).bfloat16(), torch.randn(2, 3).bfloat16(), tmp_path / "m.onnx")
+
+
 def test_an_example_of_one_sample_does_not_fix_the_batch(tmp_path):
     """A recurrent layer is where the exporter takes an axis of size 1 for a constant."""
     torch.manual_seed(0)

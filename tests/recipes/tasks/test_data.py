@@ -131,7 +131,7 @@ def test_a_source_gets_the_seed_and_its_options(base):
         ),
         ("sources.py:missing", {}, LoadError, "The archive is not there."),
         ("sources.py:other", {}, DataError, "sources.py:other gives a list. It must give a kirsch DataSet."),
-        ("sources.py:goood", {}, LoadError, "There is no callable in sources.py 'goood'."),
+        ("sources.py:goood", {}, LoadError, "There is no callable of sources.py named 'goood'."),
         ("digit", {}, UnknownNameError, "There is no data 'digit'. Known: cifar10, digits. Did you mean 'digits'?"),
     ],
 )

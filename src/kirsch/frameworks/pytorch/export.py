@@ -47,6 +47,12 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, 
         if not isinstance(value, torch.Tensor) or not value.dim():
             found = "a tensor without axes" if isinstance(value, torch.Tensor) else f"of type {type(value).__name__}"
             raise ModelError(f"Input {number} is {found}.", mend="Give tensors whose first axis is the batch.")
+    if any(tensor.dtype is torch.bfloat16 for tensor in model.state_dict().values()):
+        raise ModelError(
+            f"A {type(model).__name__} in bfloat16 cannot be exported.",
+            "ONNX Runtime lacks most operators in this type.",
+            "Give model.float().",
+        )
     subject = copy.deepcopy(model).eval()
     # An axis of size 1 would be taken for a constant.
     pair = tuple(torch.cat([value, value]) if value.shape[0] == 1 else value for value in args)
