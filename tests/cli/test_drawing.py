@@ -12,8 +12,8 @@ from kirsch.cli import drawing
 from kirsch.cli.drawing import Hanging
 from kirsch.cli.terminal import plain
 from kirsch.graph.cost import Cost
-from kirsch.graph.graph import Blocker
-from kirsch.graph.plan import InputSpec, Plan, Removal
+from kirsch.graph.graph import Blocker, InputSpec
+from kirsch.graph.plan import Plan, Removal
 
 
 @dataclass

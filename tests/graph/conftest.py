@@ -7,8 +7,9 @@ import math
 import pytest
 
 from kirsch.graph import relations
+from kirsch.graph.facts import Facts, Operation
 from kirsch.graph.graph import Graph
-from kirsch.graph.labels import Facts, Operation, Tensor
+from kirsch.graph.labels import Tensor
 
 
 class Network:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kirsch.errors import PlanError
-from kirsch.graph.constants import Demand, Expression, Leaf, Size, solve
-from kirsch.graph.labels import Operation
+from kirsch.graph.constants import solve
+from kirsch.graph.expression import Expression, Leaf, Size
+from kirsch.graph.facts import Demand, Operation
 
 STEADY = settings(deadline=None, derandomize=True)
 WIDTH, HEADS, EACH = Leaf("block", "width"), Leaf("block", "heads"), Leaf("block", "each")

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kirsch.graph.cost import Cost, CostModel
-from kirsch.graph.labels import Tensor, Term
+from kirsch.graph.facts import Term
+from kirsch.graph.labels import Tensor
 
 STEADY = settings(deadline=None, derandomize=True)
 LABELS = st.lists(st.integers(0, 7), min_size=1, max_size=6).map(np.array)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kirsch.graph.coupling import solve
-from kirsch.graph.labels import Facts, Operation
+from kirsch.graph.facts import Facts, Operation
 
 
 def together(coupling, labels):

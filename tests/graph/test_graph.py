@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kirsch.graph import relations
-from kirsch.graph.constants import Expression, Leaf
 from kirsch.graph.cost import Cost
-from kirsch.graph.labels import Freeze, Operation, Tensor
+from kirsch.graph.expression import Expression, Leaf
+from kirsch.graph.facts import Freeze, Operation
+from kirsch.graph.labels import Tensor
 from kirsch.graph.plan import Plan, Removal
 
 STEADY = settings(deadline=None, derandomize=True)
@@ -97,7 +98,7 @@ def test_what_is_removed_goes_and_all_else_stays(chain):
 def test_the_choice_of_a_plan_is_its_removals(chain):
     graph = chain(5).graph()
     plan = Plan("", "", (Removal("first", "channel", 5, (1, 3), ""),), graph.cost, Cost(0, 0, 0))
-    assert graph.keep_of(plan).tolist() == graph.keep({"first": (1, 3)}).tolist()
+    assert plan.keep(graph).tolist() == graph.keep({"first": (1, 3)}).tolist()
 
 
 def test_an_axis_that_is_left_whole_needs_no_positions(chain):

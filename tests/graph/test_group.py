@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from kirsch.graph import relations
 from kirsch.graph.coupling import solve
+from kirsch.graph.facts import Facts, Operation
 from kirsch.graph.group import Group, find_groups
-from kirsch.graph.labels import Facts, Operation, Tensor
+from kirsch.graph.labels import Tensor
 
 STEADY = settings(deadline=None, derandomize=True)
 

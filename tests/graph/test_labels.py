@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kirsch.graph.constants import Expression
-from kirsch.graph.labels import Facts, Freeze, Operation, Tensor
+from kirsch.graph.expression import Expression
+from kirsch.graph.facts import Facts, Freeze, Operation
+from kirsch.graph.labels import Tensor
 
 STEADY = settings(deadline=None, derandomize=True)
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)

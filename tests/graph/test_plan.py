@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from kirsch.errors import PlanError
 from kirsch.graph.cost import Cost
-from kirsch.graph.plan import Goal, InputSpec, Plan, Removal
+from kirsch.graph.graph import InputSpec
+from kirsch.graph.plan import Goal, Plan, Removal
 
 STEADY = settings(deadline=None, derandomize=True)
 SIZES = st.integers(0, 10**12)

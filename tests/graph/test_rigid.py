@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kirsch.graph.constants import Demand, Expression, Leaf, Size
-from kirsch.graph.labels import Operation, Tensor
+from kirsch.graph.expression import Expression, Leaf, Size
+from kirsch.graph.facts import Demand, Operation
+from kirsch.graph.labels import Tensor
 
 LINE = Operation("aten.view", "net", "net.py:8", "view")
 WIDTH, HEADS = Leaf("net", "width"), Leaf("net", "heads")

@@ -15,7 +15,8 @@ from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import LoadError, OutputError, PlanError, UsageError
 from kirsch.files import MANIFEST, check_writable, write_text
 from kirsch.frameworks.port import Framework, framework_of, trace
-from kirsch.graph.plan import Goal, InputSpec, Plan
+from kirsch.graph.graph import InputSpec
+from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.prune import prune_with_proof
 from kirsch.pruning.store import load, save

@@ -1,79 +1,21 @@
-"""Integers in the code of a model that must follow when units go: which attribute each comes from, and its new value.
+"""New values for the integers in the code of a model when units go.
 
-A user's forward says `x.view(n, self.heads, -1)`. The 8 of `self.heads` reaches the analysis as an `Expression` over
-the *leaf* (module path, "heads"); the view demands that it equal the number of indices kept on that axis. A number
-that is written out in the code has no leaf and cannot follow: its axis is frozen instead.
+A view that takes `self.heads` demands that it equal the number of indices kept on its axis; the attribute gets the
+value that meets all its demands.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kirsch.errors import PlanError
+from kirsch.graph.expression import Leaf, Size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from kirsch.graph.labels import Labels, Operation
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """An integer attribute of a module, or one place of a tuple attribute.
-
-    Args:
-        module: path of the module.
-        attribute: name of the attribute.
-        index: place in the tuple or list, None for a plain integer.
-    """
-
-    module: str
-    attribute: str
-    index: int | None = None
-
-    def __str__(self) -> str:
-        place = "" if self.index is None else f"[{self.index}]"
-        return f"{self.module}.{self.attribute}{place}".lstrip(".")
-
-
-@dataclass(frozen=True)
-class Size:
-    """The size of an axis of a tensor that the code reads at run time: it follows by itself."""
-
-    labels: bytes  # the label array's bytes: hashable, and the same for the same labels
-
-
-@dataclass(frozen=True)
-class Expression:
-    """An integer computed from leaves and sizes.
-
-    Args:
-        compute: values of the leaves and sizes → the integer.
-        leaves: the attributes it depends on, with today's values.
-        sizes: the axis sizes it depends on, as label arrays.
-        plain: whether it is one leaf or size itself, without computation.
-    """
-
-    compute: Callable[[Mapping[object, int]], int]
-    leaves: tuple[tuple[Leaf, int], ...]
-    sizes: tuple[Labels, ...]
-    plain: bool = False
-
-
-@dataclass(frozen=True)
-class Demand:
-    """`expression` must equal the number of `labels` that are kept, plus `constant`."""
-
-    labels: Labels
-    expression: Expression
-    operation: Operation
-    constant: int = 0
-
-    @property
-    def names(self) -> str:
-        """The attributes of the expression, for messages."""
-        return ", ".join(f"`{leaf}`" for leaf, _ in self.expression.leaves) or "a size read at run time"
+    from kirsch.graph.facts import Demand
+    from kirsch.graph.labels import Labels
 
 
 def solve(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> dict[Leaf, int]:

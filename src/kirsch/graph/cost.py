@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kirsch.graph.labels import Labels, Term
+    from kirsch.graph.facts import Term
+    from kirsch.graph.labels import Labels
 
 
 @dataclass(frozen=True)

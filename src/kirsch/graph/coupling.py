@@ -13,14 +13,15 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from kirsch.graph.labels import Grid
+from kirsch.graph.facts import Grid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from kirsch.graph.labels import Facts, Freeze, Labels
+    from kirsch.graph.facts import Facts, Freeze
+    from kirsch.graph.labels import Labels
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from kirsch.graph.expression import Leaf
+    from kirsch.graph.facts import Facts, Freeze
     from kirsch.graph.group import Group, ParameterAxis
-    from kirsch.graph.labels import Axis, Facts, Freeze, Labels, Tensor
-    from kirsch.graph.plan import InputSpec, Plan
+    from kirsch.graph.labels import Axis, Labels, Tensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,23 @@ class Blocker:
     source: str
     operation: str
     share: float
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An example input without its values.
+
+    Args:
+        name: keyword, or "" for a positional one.
+        shape: with the batch axis.
+        dtype: "float32", "int64", ...
+        high: largest value of an integer input, so that a stand-in stays in range.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    high: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,10 +146,6 @@ class Graph:
                 keep[found.of(removed[found.name])] = False
         return keep
 
-    def keep_of(self, plan: Plan) -> NDArray[np.bool_]:
-        """Component → whether it stays under a plan."""
-        return self.keep({removal.name: removal.removed for removal in plan.groups})
-
     def kept(self, labels: Axis, keep: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
         """Positions of an axis that stay, bool; None where the axis has no labels or nothing goes."""
         if labels is None:
@@ -139,7 +153,7 @@ class Graph:
         mask: NDArray[np.bool_] = keep[self.coupling.component[labels]]
         return None if mask.all() else mask
 
-    def constants(self, keep: NDArray[np.bool_]) -> dict[constants.Leaf, int]:
+    def constants(self, keep: NDArray[np.bool_]) -> dict[Leaf, int]:
         """New values of the integers in the model's own code; see `constants.solve`."""
         component = self.coupling.component
         return constants.solve(self.facts.demands, lambda labels: int(keep[component[labels]].sum()))

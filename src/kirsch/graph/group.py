@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kirsch.graph.coupling import Coupling
-    from kirsch.graph.labels import Grid, Labels
+    from kirsch.graph.facts import Grid
+    from kirsch.graph.labels import Labels
 
 ParameterAxis = tuple[str, int]
 

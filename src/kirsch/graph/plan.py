@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch.errors import GoalError, PlanError, nearest
 from kirsch.graph.cost import Cost
+from kirsch.graph.graph import InputSpec
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from kirsch.graph.graph import Graph
 
 
@@ -73,23 +77,6 @@ class Removal:
     size: int
     removed: tuple[int, ...]
     reason: str
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """An example input without its values.
-
-    Args:
-        name: keyword, or "" for a positional one.
-        shape: with the batch axis.
-        dtype: "float32", "int64", ...
-        high: largest value of an integer input, so that a stand-in stays in range.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    high: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,6 +168,10 @@ class Plan:
             ),
             notes=tuple(str(note) for note in content["notes"]),
         )
+
+    def keep(self, graph: Graph) -> NDArray[np.bool_]:
+        """Component of the graph → whether it stays."""
+        return graph.keep({removal.name: removal.removed for removal in self.groups})
 
     def check(self, graph: Graph) -> None:
         """Make sure that the plan fits a graph.

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kirsch.graph.labels import Axis, Facts, Tensor
+from kirsch.graph.labels import Axis, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+    from kirsch.graph.facts import Facts
 
 
 def relate(facts: Facts, operands: Sequence[tuple[Tensor, str]], result: str, shape: Sequence[int]) -> Tensor:

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kirsch.graph import constants
-from kirsch.graph.labels import Freeze
+from kirsch.graph.facts import Freeze
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from kirsch.graph.constants import Demand
     from kirsch.graph.coupling import Coupling
+    from kirsch.graph.facts import Demand
     from kirsch.graph.group import Group
     from kirsch.graph.labels import Labels
 

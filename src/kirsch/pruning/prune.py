@@ -61,7 +61,7 @@ def prune_with_proof(model: Any, plan: Plan, *, example_inputs: Any = None, veri
     framework = framework_of(model)
     graph = _graph_of(model, plan, example_inputs)
     plan.check(graph)
-    keep = graph.keep_of(plan)
+    keep = plan.keep(graph)
     empty = graph.emptied(keep)
     if empty is not None:
         raise PlanError(f"The plan would leave nothing of {empty[0]!r}.", mend="Leave some of the units that it holds.")

@@ -200,7 +200,7 @@ def _saved(plan: Plan) -> str:
 def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
     """What a plan removes, group by group and layer by layer, and what holds the rest, as JSON."""
     going = {removal.name: removal for removal in plan.groups}
-    whole, left = graph.keep({}), graph.keep_of(plan)
+    whole, left = graph.keep({}), plan.keep(graph)
     before, after = graph.prices.by_owner(whole), graph.prices.by_owner(left)
     groups, layers = [], []
     for group in graph.groups:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kirsch.frameworks.pytorch.provenance import DEEPEST, Calls, SizeOf, TracedInt, Watch, put, twin_of, watched
-from kirsch.graph.constants import Leaf
+from kirsch.graph.expression import Leaf
 
 A, B = Leaf("", "a"), Leaf("", "b")
 OPERATORS = [operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod]

@@ -157,7 +157,8 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_faults_are_seen_in(kind):
-    model, inputs = shaken(Between(OUTPUTS[kind])), torch.randn(30, 4)
+    torch.manual_seed(0)  # of few samples and unlucky weights, every class could stay what it was
+    model, inputs = shaken(Between(OUTPUTS[kind])), torch.randn(300, 4)
     assert verified(model, inputs).passed
     with pytest.raises(VerificationError, match="not equal to the masked original"):
         verified(model, inputs, lambda m: setattr(m.second.weight, "data", swap(m.second.weight, 1)))

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
-    from kirsch.graph.graph import Graph
-    from kirsch.graph.plan import InputSpec, Plan
+    from kirsch.graph.graph import Graph, InputSpec
+    from kirsch.graph.plan import Plan
     from kirsch.graph.proof import Verification
 
 
@@ -33,7 +33,7 @@ class PyTorch:
 
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
         """See the port."""
-        keep = graph.keep_of(plan)
+        keep = plan.keep(graph)
         pruned = surgery.cut(model, graph, keep)
         return pruned, self._prove(pruned, model, graph, keep) if verify else None
 

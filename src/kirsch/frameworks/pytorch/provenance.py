@@ -22,7 +22,7 @@ from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from kirsch.graph.constants import Leaf
+from kirsch.graph.expression import Leaf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -9,14 +9,15 @@ import numpy as np
 
 from kirsch.frameworks.pytorch.provenance import SizeOf, TracedInt
 from kirsch.graph import relations
-from kirsch.graph.constants import Expression, Leaf, Size
+from kirsch.graph.expression import Expression, Leaf, Size
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from kirsch.frameworks.pytorch.provenance import Call
-    from kirsch.graph.labels import Axis, Facts
+    from kirsch.graph.facts import Facts
+    from kirsch.graph.labels import Axis
 
 FOLLOWS: Final = object()
 """In place of a size: the framework computes it from the tensor itself, so it follows whatever is kept."""

@@ -26,9 +26,9 @@ from kirsch.frameworks.pytorch.count import macs_of
 from kirsch.frameworks.pytorch.predict import arguments
 from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, SizeOf, TracedInt, twin_of, watched
 from kirsch.frameworks.pytorch.step import Step
-from kirsch.graph.graph import Graph
-from kirsch.graph.labels import Facts, Freeze, Operation, Tensor
-from kirsch.graph.plan import InputSpec
+from kirsch.graph.facts import Facts, Freeze, Operation
+from kirsch.graph.graph import Graph, InputSpec
+from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
