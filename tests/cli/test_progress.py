@@ -118,6 +118,10 @@ def test_the_verdict_says_in_words_what_its_color_means(met, words, tone):
     assert (line[0].text.strip(), line[0].tone) == (words, tone)
 
 
+def test_without_a_goal_none_is_met():
+    assert plain(verdict(END | {"text": ""})[0]) == "goal         none was set"
+
+
 def test_the_verdict_carries_its_doubt():
     assert plain(verdict(END | {"doubt": "not significant (p = 0.5)"})[1]) == "doubt        not significant (p = 0.5)"
     assert not any("doubt" in plain(line) for line in verdict(END))

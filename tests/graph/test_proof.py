@@ -38,9 +38,17 @@ def test_a_verification_as_json_holds_all_it_knows():
     proof = verification(3e-7, statistics=("mean",))
     assert json.loads(json.dumps(proof.to_dict())) == {
         "text": proof.text,
+        "passed": True,
         "error": 3e-7,
         "tolerance": 1e-4,
         "reason": "float32",
         "power": 0.3,
         "statistics": ["mean"],
     }
+
+
+@pytest.mark.parametrize("error", [math.nan, math.inf])
+def test_json_has_null_where_it_knows_no_number(error):
+    found = verification(error).to_dict()
+    assert (found["error"], found["passed"]) == (None, False)
+    json.dumps(found, allow_nan=False)

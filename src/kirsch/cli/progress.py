@@ -161,7 +161,10 @@ def running(stage: Running, now: float) -> Line:
 def verdict(event: dict[str, Any]) -> list[Line]:
     """Whether the goal is met, by what, and where the report is."""
     words, tone = ("goal met", "good") if event["met"] else ("goal missed", "bad")
-    lines = [[Piece(f"{words:<13}", tone), Piece(event["text"])]]
+    if not event["text"]:
+        lines = [[Piece(f"{'goal':<13}"), Piece("none was set")]]
+    else:
+        lines = [[Piece(f"{words:<13}", tone), Piece(event["text"])]]
     if event.get("doubt"):
         lines.append([Piece(f"{'doubt':<13}", "doubt"), Piece(event["doubt"])])
     lines.append([Piece(f"{'report':<13}"), Piece(event["report"])])

@@ -141,9 +141,9 @@ class Graph:
     def keep(self, removed: Mapping[str, tuple[int, ...]]) -> NDArray[np.bool_]:
         """Component → whether it stays when these units (group name → indices) go."""
         keep = np.ones(len(self.coupling.stuck), bool)
-        for found in self.groups:
-            if removed.get(found.name):
-                keep[found.of(removed[found.name])] = False
+        groups = {found.name: found for found in self.groups}
+        for name, units in removed.items():
+            keep[groups[name].of(units)] = False
         return keep
 
     def kept(self, labels: Axis, keep: NDArray[np.bool_]) -> NDArray[np.bool_] | None:

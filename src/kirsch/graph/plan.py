@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kirsch.errors import GoalError, PlanError, nearest
 from kirsch.graph.cost import Cost
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kirsch.graph.graph import Graph
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -143,30 +145,22 @@ class Plan:
             raise PlanError("This is no plan of version 1.", 'It lacks "kirsch_plan": 1.')
         try:
             return cls._read(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError("The plan is damaged.", f"{type(error).__name__}: {error}.", "Make it anew.") from error
+        except ValueError as error:
+            raise PlanError("The plan is damaged.", f"{error}.", "Make it anew.") from error
 
     @classmethod
     def _read(cls, content: dict[str, Any]) -> Plan:
-        groups = tuple(
-            Removal(
-                str(g["name"]), str(g["kind"]), _whole(g, "size"), _indices(g["removed"], g["name"]), str(g["reason"])
-            )
-            for g in content["groups"]
-        )
+        model, cost = _get(content, "model", dict), _get(content, "cost", dict)
         return cls(
-            fingerprint=str(content["model"]["fingerprint"]),
-            model=str(content["model"]["class"]),
-            groups=groups,
-            before=_cost(content["cost"]["before"]),
-            after=_cost(content["cost"]["after"]),
-            goal=dict(content["goal"]),
-            method=dict(content["method"]),
-            inputs=tuple(
-                InputSpec(str(i["name"]), tuple(int(n) for n in i["shape"]), str(i["dtype"]), _whole(i, "high"))
-                for i in content["inputs"]
-            ),
-            notes=tuple(str(note) for note in content["notes"]),
+            fingerprint=_get(model, "fingerprint", str),
+            model=_get(model, "class", str),
+            groups=tuple(_removal(entry) for entry in _get(content, "groups", list)),
+            before=_cost(_get(cost, "before", dict)),
+            after=_cost(_get(cost, "after", dict)),
+            goal=_get(content, "goal", dict),
+            method=_get(content, "method", dict),
+            inputs=tuple(_input(entry) for entry in _get(content, "inputs", list)),
+            notes=tuple(_all(_get(content, "notes", list), "notes", str)),
         )
 
     def keep(self, graph: Graph) -> NDArray[np.bool_]:
@@ -212,20 +206,39 @@ class Plan:
             raise PlanError(f"The plan names the group {twice[0]!r} twice.", mend="Join the two entries.")
 
 
-def _whole(content: dict[str, Any], name: str) -> int:
-    value = content[name]
-    if type(value) is not int:
-        raise ValueError(f"{name} is {value!r}, no whole number")
-    return value
+KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
 
-def _cost(content: dict[str, Any]) -> Cost:
-    return Cost(**{name: _whole(content, name) for name in content})
+def _get(content: Any, name: str, kind: type[T]) -> T:
+    """A field of an object, which must be there and of a kind."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{content!r} stands where an object with {name!r} should")  # noqa: TRY004 - of the file, not of the code
+    if name not in content:
+        raise ValueError(f"{name!r} is missing")
+    return _all([content[name]], name, kind)[0]
 
 
-def _indices(removed: Any, name: str) -> tuple[int, ...]:
-    if not all(type(unit) is int for unit in removed):
-        raise ValueError(f"units of {name!r} are not whole numbers")
+def _all(values: list[Any], name: str, kind: type[T]) -> list[T]:
+    """Values, each of which must be of a kind; truth values are no numbers."""
+    for value in values:
+        if type(value) is not kind:
+            raise ValueError(f"{name!r} has {value!r}, which is not {KINDS[kind]}")
+    return values
+
+
+def _removal(entry: Any) -> Removal:
+    name = _get(entry, "name", str)
+    removed = _all(_get(entry, "removed", list), f"removed of {name}", int)
     if len(set(removed)) != len(removed):
         raise ValueError(f"a unit of {name!r} is named twice")
-    return tuple(sorted(removed))
+    size, kind, reason = _get(entry, "size", int), _get(entry, "kind", str), _get(entry, "reason", str)
+    return Removal(name, kind, size, tuple(sorted(removed)), reason)
+
+
+def _input(entry: Any) -> InputSpec:
+    shape = tuple(_all(_get(entry, "shape", list), "shape", int))
+    return InputSpec(_get(entry, "name", str), shape, _get(entry, "dtype", str), _get(entry, "high", int))
+
+
+def _cost(entry: dict[str, Any]) -> Cost:
+    return Cost(**{found.name: _get(entry, found.name, int) for found in fields(Cost)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +40,13 @@ class Verification:
         return f"{verdict} the masked original: error {self.error:.0e}, allowed {self.tolerance:.0e}{spans}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """As JSON, which knows neither NaN nor infinity: they become null."""
         return {
             "text": self.text,
-            "error": self.error,
+            "passed": self.passed,
+            "error": self.error if math.isfinite(self.error) else None,
             "tolerance": self.tolerance,
             "reason": self.reason,
-            "power": self.power,
+            "power": self.power if math.isfinite(self.power) else None,
             "statistics": list(self.statistics),
         }

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
-from kirsch.errors import CheckpointError, DataError, Interrupted, NumericError
+from kirsch.errors import CheckpointError, DataError, Interrupted, NumericError, UsageError
 from kirsch.frameworks.pytorch.train import learning_rate, train
 from kirsch.frameworks.training import ArrayData, Training, TrainingHooks, TrainingState
 
@@ -170,7 +170,7 @@ def scaled(factor):
 
 
 def test_a_model_of_which_nothing_can_be_trained_is_refused():
-    with pytest.raises(NumericError, match=r"Nothing of Sequential can be trained\. All its parameters have req"):
+    with pytest.raises(UsageError, match=r"Nothing of Sequential can be trained\. All its parameters have req"):
         trained(model=network().requires_grad_(requires_grad=False))
 
 
@@ -417,6 +417,20 @@ def test_a_batch_of_one_sample_that_is_left_over_is_no_trouble():
     inputs, targets = samples()
     found = trained(ArrayData(inputs[:13], targets[:13], 4), training=Training(epochs=1))
     assert int(found.model[1].num_batches_tracked) == 3
+
+
+def test_terms_may_be_called_as_the_sums_are():
+    def loss(model, inputs, targets):
+        half = cross_entropy(model, inputs, targets)[0] / 2
+        return half + half, {"loss": half, "samples": half}
+
+    (record,) = trained(loss=loss, training=Training(epochs=1, learning_rate=0.1)).history
+    assert record["parts"] == pytest.approx({"loss": record["loss"] / 2, "samples": record["loss"] / 2})
+
+
+def test_what_validation_gives_replaces_nothing():
+    with pytest.raises(UsageError, match=r"`validate` gives 'loss', a name that the record of an epoch has already"):
+        trained(validate=lambda model: {"accuracy": 1.0, "loss": 0.0})
 
 
 def test_the_model_is_validated_in_inference_mode_after_each_epoch_and_trains_on():

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from kirsch.errors import CheckpointError, DataError, NumericError
+from kirsch.errors import CheckpointError, DataError, NumericError, UsageError
 from kirsch.frameworks.pytorch.predict import inference
 from kirsch.frameworks.training import ArrayData, Trained, TrainingState
 
@@ -39,6 +39,7 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
         NumericError: a loss term gives no gradient on the first batch, or numbers are not finite.
         DataError: an epoch has no batches, or the schedule needs to know how many and the data cannot say.
         CheckpointError: the state to go on from is of another model.
+        UsageError: no parameter of the model is to be trained.
         Stopped: `hooks.stop` asked for it; `hooks.save` has been called.
     """
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -132,7 +133,7 @@ class _Run:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
         self.optimizer.step()
         size = len(targets)
-        for name, part in {"loss": total, **parts}.items():
+        for name, part in {"loss": total, **{f"part.{name}": part for name, part in parts.items()}}.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(part.detach()) * size
         self.sums["samples"] = self.sums.get("samples", 0.0) + size
 
@@ -170,13 +171,20 @@ class _Run:
         record: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "loss": means.pop("loss"),
-            "parts": means,
+            "parts": {name.removeprefix("part."): mean for name, mean in means.items()},
             "learning_rate": learning_rate(self.training, self.epoch + 0.5),
             "seconds": seconds,
         }
         if self.hooks.validate is not None:
             with inference(self.bare()):
-                record.update(self.hooks.validate(self.bare()))
+                found = self.hooks.validate(self.bare())
+            taken = sorted(found.keys() & record.keys())
+            if taken:
+                raise UsageError(
+                    f"`validate` gives {taken[0]!r}, a name that the record of an epoch has already.",
+                    mend="Give it another name.",
+                )
+            record.update(found)
         self.history.append(record)
         self.sums, self.batch, self.epoch = {}, 0, self.epoch + 1
         self.draws = [generator.get_state() for generator in self.generators]
@@ -277,7 +285,7 @@ def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     """Weight decay on weights of two or more axes only: on biases and scales it does harm."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        raise NumericError(
+        raise UsageError(
             f"Nothing of {type(model).__name__} can be trained.",
             "All its parameters have requires_grad=False.",
             "Set requires_grad on those that shall learn.",
