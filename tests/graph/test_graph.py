@@ -58,7 +58,10 @@ def test_a_fingerprint_follows_shapes_outside_all_groups(network):
     assert len(found) == 2
 
 
-@pytest.mark.parametrize("tie", ["none", "sum", "freeze", "one unit"])
+WIRINGS = ["none", "sum", "reversed sum", "freeze", "one unit"]
+
+
+@pytest.mark.parametrize("tie", WIRINGS)
 def test_a_fingerprint_follows_what_belongs_together(network, tie):
     """The same parameters, wired otherwise."""
 
@@ -67,13 +70,15 @@ def test_a_fingerprint_follows_what_belongs_together(network, tie):
         a, b = (net.linear(name, Tensor.of((1, 3)), 4) for name in "ab")
         if tie == "sum":
             net.add(a, b)
+        elif tie == "reversed sum":
+            net.add(a, Tensor.of(b.shape, [None, b.axes[1][::-1]]))
         elif tie == "freeze":
             net.facts.freeze(b.axes[1], "why")
         elif tie == "one unit":
             net.facts.freeze(b.axes[1][:1], "why")
         return net.graph()
 
-    prints = {other: build(other).fingerprint for other in ("none", "sum", "freeze", "one unit")}
+    prints = {other: build(other).fingerprint for other in WIRINGS}
     assert [other for other, found in prints.items() if found == prints[tie]] == [tie]
 
 

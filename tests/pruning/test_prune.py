@@ -74,7 +74,7 @@ def test_a_plan_edited_by_hand_is_obeyed(case):
         ({"removed": list(range(16))}, "removes all 16 units of '0'"),
         ({"name": "zero"}, "names a group 'zero'"),
         ({"removed": [1, 1]}, "named twice"),
-        ({"removed": ["a"]}, "not whole numbers"),
+        ({"removed": ["a"]}, "not a whole number"),
         ({"removed": None}, "damaged"),
     ],
 )

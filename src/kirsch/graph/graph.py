@@ -130,12 +130,18 @@ class Graph:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sha256 over names and shapes of the parameters and over the groups: what a plan relies on."""
+        """Sha256 over names and shapes of the tensors, the groups, and the unit at each place: what a plan relies on."""
         digest = hashlib.sha256()
+        unit = np.full(len(self.coupling.stuck), -1, "<i8")  # the byte order of every machine
+        first = 0
+        for found in self.groups:
+            digest.update(f"{found.name}{found.kind}{found.size}".encode())
+            unit[found.components] = first + found.unit_of()
+            first += found.size
         for name, tensor in self.tensors.items():
             digest.update(f"{name}{tensor.shape}".encode())
-        for found in self.groups:
-            digest.update(f"{found.name}{found.kind}{found.size}{found.footprint}".encode())
+            for labels in tensor.axes:
+                digest.update(b"" if labels is None else unit[self.coupling.component[labels]].tobytes())
         return digest.hexdigest()
 
     def keep(self, removed: Mapping[str, tuple[int, ...]]) -> NDArray[np.bool_]:

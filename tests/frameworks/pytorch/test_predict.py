@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.errors import DataError
 from kirsch.frameworks.pytorch.predict import infer, inference, logits_of, outputs, predict
 
 
@@ -104,3 +105,8 @@ def test_all_outputs_are_those_of_inference_mode(model):
     (found,) = outputs(model, (INPUTS,))
     np.testing.assert_allclose(found, by_hand(model), atol=1e-6)  # float32
     assert modes(model) == before
+
+
+def test_no_samples_are_no_scores():
+    with pytest.raises(DataError, match=r"^There is nothing to predict: the inputs have no samples\.$"):
+        predict(nn.Linear(3, 2), np.zeros((0, 3), np.float32))

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from kirsch.errors import DataError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -63,7 +65,12 @@ def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[
 
     Returns:
         Floating array of shape (N, K).
+
+    Raises:
+        DataError: there are no samples.
     """
+    if not len(inputs):
+        raise DataError("There is nothing to predict: the inputs have no samples.")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     out = []
     with inference(model):
