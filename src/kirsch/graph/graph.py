@@ -130,7 +130,7 @@ class Graph:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sha256 over names and shapes of the tensors, the groups, and the unit at each place: what a plan relies on."""
+        """Sha256 over what a plan relies on: names and shapes of the tensors, groups, and the unit at each place."""
         digest = hashlib.sha256()
         unit = np.full(len(self.coupling.stuck), -1, "<i8")  # the byte order of every machine
         first = 0
