@@ -36,8 +36,8 @@ def rigid(
     ties: list[tuple[Labels, Labels]] = []
     freezes: dict[int, Freeze] = {}
     for demand in failing:
-        partner = _partner(demand, demands)
-        if partner is not None and _may_go(coupling, partner, demand.labels):
+        partner = _partner(demand, demands, coupling)
+        if partner is not None:
             ties.append((partner, demand.labels))
             continue
         held = [demand]
@@ -77,16 +77,16 @@ def _choices(coupling: Coupling, groups: Sequence[Group]) -> Iterator[NDArray[np
         yield keep
 
 
-def _partner(demand: Demand, demands: Sequence[Demand]) -> Labels | None:
-    """Labels that would meet a demand if they went along with its own: of the one size that it reads, or of another
-    demand on the one attribute that it reads; None if there are none.
+def _partner(demand: Demand, demands: Sequence[Demand], coupling: Coupling) -> Labels | None:
+    """Labels that would meet a demand if they went along with its own, and do not yet: of the one size that it reads,
+    or of another demand on the one attribute that it reads; None if there are none.
     """
     mine, expression = demand.labels, demand.expression
     if not expression.plain or not len(mine):
         return None
     alike = [d for d in demands if d.expression.plain and d.expression.leaves == expression.leaves]
     near = [*expression.sizes, *(other.labels for other in alike if expression.leaves)]
-    return next((labels for labels in near if labels is not mine and len(labels) == len(mine)), None)
+    return next((one for one in near if len(one) == len(mine) and _may_go(coupling, one, mine)), None)
 
 
 def _may_go(coupling: Coupling, first: Labels, second: Labels) -> bool:

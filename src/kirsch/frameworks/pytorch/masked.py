@@ -124,6 +124,24 @@ def _layer_norm(
     return (out if bias is None else out + bias) * mask
 
 
+def _rms_norm(
+    mask: torch.Tensor,
+    x: torch.Tensor,
+    sizes: list[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    dims = tuple(range(-len(sizes), 0))
+    square = ((x * mask) ** 2).sum(dims, keepdim=True) / mask.sum(dims, keepdim=True)
+    out = x / (square + (torch.finfo(x.dtype).eps if eps is None else eps)).sqrt()
+    return (out if weight is None else out * weight) * mask
+
+
+def _weight_norm(mask: torch.Tensor, v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    others = tuple(place for place in range(v.dim()) if place != dim % v.dim())
+    return g * v / ((v * mask) ** 2).sum(others, keepdim=True).sqrt()
+
+
 def _group_norm(
     mask: torch.Tensor,
     x: torch.Tensor,
@@ -155,6 +173,29 @@ def _mean(mask: torch.Tensor, x: torch.Tensor, dim: Any = None, keepdim: bool = 
     return (x * mask).sum(_dims(x, dim), keepdim=keepdim) / mask.sum(_dims(x, dim), keepdim=keepdim).clamp(min=1)
 
 
+def _var(
+    mask: torch.Tensor,
+    x: torch.Tensor,
+    dim: Any = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    *,
+    correction: float | None = None,
+) -> torch.Tensor:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    dims = _dims(x, dim)
+    count = mask.sum(dims, keepdim=True)
+    mean = (x * mask).sum(dims, keepdim=True) / count
+    lost = float(unbiased) if correction is None else correction
+    out = (((x - mean) * mask) ** 2).sum(dims, keepdim=True) / (count - lost)
+    return out if keepdim else out.squeeze(dims)
+
+
+def _std(mask: torch.Tensor, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    return _var(mask, x, *args, **options).sqrt()
+
+
 def _norm(
     mask: torch.Tensor, x: torch.Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, **_: Any
 ) -> torch.Tensor:
@@ -172,10 +213,16 @@ def _amin(mask: torch.Tensor, x: torch.Tensor, dim: Any = (), keepdim: bool = Fa
 
 STATISTICS: dict[str, Callable[..., torch.Tensor]] = {
     "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "_weight_norm": _weight_norm,
     "group_norm": _group_norm,
     "sum": _sum,
     "mean": _mean,
+    "nansum": _sum,
     "linalg_vector_norm": _norm,
+    "norm": _norm,
+    "var": _var,
+    "std": _std,
     "amax": _amax,
     "amin": _amin,
 }

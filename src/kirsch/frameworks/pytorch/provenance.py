@@ -47,6 +47,7 @@ WIDTHS = frozenset(
         "head_dim",
         "hidden_size",
         "input_size",
+        "proj_size",
         "normalized_shape",
         "unflattened_size",
         "padding",

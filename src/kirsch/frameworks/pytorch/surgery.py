@@ -80,3 +80,11 @@ def tell_widths(module: nn.Module) -> None:
         module.num_channels = module.weight.shape[0]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.shape[0]
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.RNNBase):
+        rows, module.input_size = module.get_parameter("weight_ih_l0").shape
+        gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+        module.hidden_size = rows // gates
+        if module.proj_size:
+            module.proj_size = module.get_parameter("weight_hr_l0").shape[0]

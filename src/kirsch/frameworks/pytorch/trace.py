@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.export.graph_signature import OutputKind
-from torch.fx import traceback
+from torch.fx import Interpreter, traceback
 from torch.fx.node import map_arg
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
@@ -112,7 +112,8 @@ def _walk(
     slots = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     user = [place for place, spec in enumerate(signature.output_specs) if spec.kind is OutputKind.USER_OUTPUT]
     outputs = tuple(user[: calls.outputs])  # after them come tensors that the model computes and never reads
-    walk = _Walk(facts, tensors, slots, frozenset(signature.inputs_to_lifted_tensor_constants), calls, outputs)
+    constants = frozenset(signature.inputs_to_lifted_tensor_constants)
+    walk = _Walk(facts, tensors, slots, constants, calls, outputs, _Sizes.of(program, args, options))
     for node in program.graph.nodes:
         walk.visit(node)
     walk.pin_numbers()
@@ -254,6 +255,39 @@ def _freeze_unused(unused: set[int], facts: Facts, tensors: dict[str, Tensor]) -
                 facts.freeze(axis, "no traced forward uses it")
 
 
+class _Sizes(Interpreter):
+    """Runs a program once on the example inputs to see the sizes that depend on values, as after `x[mask]`."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__(program.graph_module)
+        self.shapes: dict[Node, list[tuple[int, ...]]] = {}
+
+    @classmethod
+    def of(cls, program: ExportedProgram, args: Any, options: Any) -> dict[Node, list[tuple[int, ...]]]:
+        """Node → shapes of its results; empty where no size depends on values."""
+        if not any(isinstance(n, torch.SymInt) for node in program.graph.nodes for s in _shapes(node) for n in s):
+            return {}
+        run = cls(program)
+        signature, inputs = program.graph_signature, iter(tree_leaves((args, options)))
+        known = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        constants = {**program.state_dict, **program.constants}
+        known |= signature.inputs_to_lifted_tensor_constants
+        nodes = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+        with torch.no_grad():
+            run.run(*(constants[known[name]] if name in known else next(inputs) for name in nodes))
+        return run.shapes
+
+    def run_node(self, n: Node) -> Any:
+        """One operation."""
+        out = super().run_node(n)
+        self.shapes[n] = [tuple(v.shape) for v in tree_leaves(out) if isinstance(v, torch.Tensor)]
+        return out
+
+
+def _shapes(node: Node) -> list[Any]:
+    return [tuple(v.shape) for v in tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+
+
 class _Walk:
     """Visits the nodes in order; `states` holds what each put out."""
 
@@ -265,6 +299,7 @@ class _Walk:
         constants: frozenset[str],
         calls: Calls,
         outputs: tuple[int, ...],
+        sizes: dict[Node, list[tuple[int, ...]]],
     ) -> None:
         self.states: dict[Node, Any] = {}
         self._causes: dict[Node, Freeze] = {}
@@ -274,6 +309,7 @@ class _Walk:
         self._constants = constants
         self._calls = calls
         self._outputs = outputs
+        self._sizes = sizes
         self._by_call: dict[int, list[Any]] = {}
         self._settled: dict[int, set[int]] = {}
         self._origin: dict[int, Operation] = {}  # the first of each call
@@ -319,7 +355,7 @@ class _Walk:
         facts.begin(here, causes[0] if causes else None)
         frozen = len(facts.freezes)
         values = node.meta.get("val")
-        shapes = [tuple(v.shape) for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
+        shapes = self._sizes.get(node) or _shapes(node)
         number = (node.meta.get("custom") or {}).get("kirsch_call", -1)
         call = self._calls.log[number] if 0 <= number < len(self._calls.log) else None
         args: Any = map_arg(node.args, self.states.get)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SELF_SIZED = frozenset(["flatten", "ravel", "normalize", "squeeze", "unsqueeze", "instance_norm"])
 
 SIZED = LIKE_ANOTHER.union(
-    ["view", "reshape", "expand", "broadcast_to", "zeros", "ones", "empty", "full", "rand", "randn"]
+    ["view", "reshape", "expand", "repeat", "tile", "broadcast_to", "zeros", "ones", "empty", "full", "rand", "randn"]
 )
 
 
@@ -22,7 +22,7 @@ def sizes(step: Step) -> list[Any]:
     """For each axis of the result the size as the code gives it, `FOLLOWS`, or None where that is unknown."""
     rank = len(step.shape)
     name = step.call.name if step.call is not None else ""
-    if name in SELF_SIZED or (name == "__getitem__" and step.name == "view"):
+    if name in SELF_SIZED or (name == "__getitem__" and step.name == "view") or name == "__setitem__":
         return [FOLLOWS] * rank
     if name == "unflatten":
         dim, new = step.given(1, "dim"), step.given(2, "sizes")

@@ -29,10 +29,10 @@ def _per_channel_norm(step: Step) -> Tensor:
     return relations.relate(step.facts, [(x, letters(x)), *own], letters(x), step.shape)
 
 
-@rule("layer_norm")
+@rule("layer_norm", "rms_norm")
 def _layer_norm(step: Step) -> Tensor:
     x, sizes = step.args[0], step.args[1]
-    own = [t for t in (step.arg(2, "weight"), step.arg(3, "bias")) if t is not None]
+    own = [t for t in (step.arg(2, "weight"), step.arg(3, "bias")) if isinstance(t, Tensor)]
     own_letters = letters(x)[-len(sizes) :]
     out = relations.relate(step.facts, [(x, letters(x)), *((t, own_letters) for t in own)], letters(x), step.shape)
     normalized = out.axes[-len(sizes) :]
@@ -41,6 +41,16 @@ def _layer_norm(step: Step) -> Tensor:
     for axis, size in zip(normalized, known, strict=True):
         step.follow(axis, size)
     step.facts.statistic(normalized)
+    return out
+
+
+@rule("_weight_norm")
+def _weight_norm(step: Step) -> Tensor:
+    """The result is g · v / |v|, with a length over all axes of v but one."""
+    v, g = step.args[:2]
+    dim = step.arg(2, "dim", 0) % len(v.shape)
+    out = relations.elementwise(step.facts, [v, g], step.shape)
+    step.facts.statistic([axis for place, axis in enumerate(v.axes) if place != dim])
     return out
 
 
@@ -72,11 +82,34 @@ def _softmax(step: Step) -> Tensor:
     return Tensor.of(step.shape, x.axes)
 
 
-@rule("mean", "sum", "amax", "amin", "linalg_vector_norm")
+@rule("mean", "sum", "nansum", "amax", "amin", "linalg_vector_norm", "norm", "var", "std")
 def _reduction(step: Step) -> Tensor:
     x = step.args[0]
-    place = 2 if step.name == "linalg_vector_norm" else 1
-    dims = axes_of(step.arg(place, "dim"), len(x.shape))
-    keepdim = len(step.shape) == len(x.shape)
+    dims = axes_of(step.arg(2 if step.name.endswith("norm") else 1, "dim"), len(x.shape))
+    if isinstance(step.arg(1, "dim"), bool):  # var(x, unbiased)
+        dims = axes_of(None, len(x.shape))
     step.facts.statistic([x.axes[dim] for dim in dims])
-    return relations.drop(step.facts, x, dims, keepdim=keepdim)
+    return _without(step, x, dims)
+
+
+@rule(
+    "var_mean", "std_mean", "prod", "any", "all", "logsumexp", "median", "nanmedian", "mode", "aminmax", "count_nonzero"
+)
+def _whole_reduction(step: Step) -> Tensor | list[Tensor]:
+    """What is left of these when a part of the axis goes is not worked out."""
+    x = step.args[0]
+    dims = axes_of(None if isinstance(step.arg(1, "dim"), bool) else step.arg(1, "dim"), len(x.shape))
+    relations.freeze(step.facts, [x], f"{step.name} spans it", dims)
+    return [_without(step, x, dims)] * len(step.shapes)
+
+
+@rule("max", "min")
+def _extreme(step: Step) -> Tensor | list[Tensor]:
+    other = step.arg(1, "other")
+    if isinstance(other, Tensor):
+        return relations.elementwise(step.facts, [step.args[0], other], step.shape)
+    return _whole_reduction(step)
+
+
+def _without(step: Step, x: Tensor, dims: list[int]) -> Tensor:
+    return relations.drop(step.facts, x, dims, keepdim=len(step.shape) == len(x.shape))

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.frameworks.pytorch.operators.given import border
+from kirsch.frameworks.pytorch.operators.given import border, sizes
 from kirsch.frameworks.pytorch.operators.rule import rule
 from kirsch.frameworks.pytorch.provenance import TracedInt
+from kirsch.frameworks.pytorch.step import axes_of
 from kirsch.graph import relations
 from kirsch.graph.labels import Tensor
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kirsch.frameworks.pytorch.step import Step
-    from kirsch.graph.labels import Labels
+    from kirsch.graph.labels import Axis, Labels
 
 
 @rule("cat")
@@ -40,6 +41,59 @@ def _select(step: Step) -> Tensor:
     dim = step.args[1] % len(x.shape)
     relations.freeze(step.facts, [x], "an index of it is taken by number", [dim])
     return relations.drop(step.facts, x, [dim], keepdim=False)
+
+
+@rule("unbind")
+def _unbind(step: Step) -> list[Tensor]:
+    x = step.args[0]
+    dim = step.arg(1, "dim", 0) % len(x.shape)
+    relations.freeze(step.facts, [x], "it is taken apart", [dim])
+    return [relations.drop(step.facts, x, [dim], keepdim=False)] * len(step.shapes)
+
+
+@rule("flip")
+def _flip(step: Step) -> Tensor:
+    x: Tensor = step.args[0]
+    for dim in axes_of(step.args[1], len(x.shape)):
+        x = relations.gather(step.facts, x, dim, np.arange(x.shape[dim])[::-1])
+    return x
+
+
+@rule("roll")
+def _roll(step: Step) -> Tensor:
+    x = step.args[0]
+    dims = step.arg(2, "dims", ())
+    relations.freeze(step.facts, [x], "it is rolled by a number", axes_of(dims, len(x.shape)))
+    return Tensor.of(step.shape, x.axes)
+
+
+@rule("repeat", "tile")
+def _repeat(step: Step) -> Tensor:
+    """Each axis as often as a number says; one of a single position can follow whatever it meets."""
+    x = step.args[0]
+    given = sizes(step)
+    shape = (1,) * (len(step.shape) - len(x.shape)) + x.shape
+    axes = [None] * (len(step.shape) - len(x.shape)) + list(x.axes)
+    out: list[Axis] = []
+    for axis, size, new, number in zip(axes, shape, step.shape, given, strict=True):
+        if axis is not None:
+            out.append(
+                relations.gather(step.facts, Tensor.of([size], [axis]), 0, np.tile(np.arange(size), new // size)).axes[
+                    0
+                ]
+            )
+        else:
+            free = size == 1 < new and step.can_follow(number)
+            out.append(step.follow(step.facts.fresh(new), number) if free else None)
+    return Tensor.of(step.shape, out)
+
+
+@rule("repeat_interleave")
+def _repeat_interleave(step: Step) -> Tensor:
+    x, times, dim = step.args[0], step.args[1], step.arg(2, "dim")
+    if dim is None or isinstance(times, Tensor):
+        return step.freeze_all("it is repeated as often as a tensor says, or flattened")[0]
+    return relations.gather(step.facts, x, dim % len(x.shape), np.repeat(np.arange(x.shape[dim]), times))
 
 
 SLICING = frozenset(["__getitem__", "__setitem__", "narrow"])

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 
 ELEMENTWISE = """
 add sub rsub mul div pow neg abs exp expm1 log log1p sqrt rsqrt square reciprocal sigmoid tanh relu relu6 gelu silu
-mish elu selu celu rrelu softplus softsign leaky_relu hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink
-threshold log_sigmoid logsigmoid clamp clamp_min clamp_max maximum minimum where masked_fill eq ne lt le gt ge
-logical_and logical_or logical_not floor ceil round trunc sign sin cos erf lerp addcmul addcdiv atan2 fmod remainder
-to _to_copy clone detach contiguous alias lift_fresh_copy dropout feature_dropout alpha_dropout native_dropout
-bernoulli ones_like zeros_like empty_like full_like rand_like randn_like nan_to_num fill copy
+mish elu selu celu rrelu softplus softsign leaky_relu hardtanh hardswish hardsigmoid hardshrink softshrink
+tanhshrink threshold log_sigmoid logsigmoid clamp clamp_min clamp_max maximum minimum where masked_fill eq ne lt le
+gt ge logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor __and__ __or__
+isnan isinf isfinite isclose floor_divide exp2 log2 log10 sinh cosh tan asin acos atan asinh acosh atanh erfc erfinv
+logit xlogy logaddexp hypot copysign heaviside sgn real imag conj conj_physical special_expit floor ceil round trunc
+sign sin cos erf lerp addcmul addcdiv atan2 fmod remainder to _to_copy clone detach contiguous alias lift_fresh_copy
+dropout feature_dropout alpha_dropout native_dropout bernoulli zero exponential normal_functional ones_like
+zeros_like empty_like full_like rand_like randn_like nan_to_num fill copy complex polar angle
 """
 
 

@@ -23,6 +23,16 @@ def _reshape(step: Step) -> Tensor:
     return out
 
 
+@rule("view_as_complex", "view_as_real")
+def _complex(step: Step) -> Tensor:
+    """The last axis, of two positions, is real and imaginary part."""
+    x = step.args[0]
+    if step.name == "view_as_real":
+        return Tensor.of(step.shape, [*x.axes, None])
+    relations.freeze(step.facts, [x], "it is a real and an imaginary part", [-1])
+    return relations.drop(step.facts, x, [len(x.shape) - 1], keepdim=False)
+
+
 @rule("permute")
 def _permute(step: Step) -> Tensor:
     return relations.permute(step.args[0], [dim % len(step.shape) for dim in step.args[1]])

@@ -1,0 +1,157 @@
+"""Tensors of indices that read and write places: what they choose from stays, all else follows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from proving import assert_cut_is_right
+
+TOKENS = torch.randn(2, 5, 6)
+PLACES = torch.tensor([3, 0, 2])
+MASK = torch.tensor([True, False, True, True, False])
+
+
+class Net(nn.Module):
+    """A linear layer, something between, and another; given as a function of the module and its activations."""
+
+    def __init__(self, between, **parts):
+        super().__init__()
+        self.before, self.after, self.between = nn.Linear(6, 8), nn.Linear(8, 4), between
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.after(self.between(self, torch.tanh(self.before(x))))
+
+
+def written(x, *at, value):
+    """A copy of x with a value in one place."""
+    x = x.clone()
+    x[at] = value
+    return x
+
+
+def places(*shape, below):
+    return torch.arange(math.prod(shape)).reshape(shape) % below
+
+
+BETWEEN = {
+    "index on one axis": (lambda _, x: x[:, PLACES], {}, [8]),
+    "index on the first axis": (lambda _, x: x[torch.tensor([1, 0, 1])], {}, [8]),
+    "index on two axes": (lambda _, x: x[torch.tensor([0, 1, 1]), PLACES], {}, [8]),
+    "index on two axes apart": (
+        lambda s, x: x.unflatten(1, (5, 1)).expand(2, 5, 3, x.shape[-1])[torch.tensor([0, 1, 1]), :, PLACES % 3],
+        {},
+        [8],
+    ),
+    "index of two axes in the place of one": (lambda _, x: x[:, places(2, 3, below=5)], {}, [8]),
+    "index by a mask": (lambda _, x: x[:, MASK], {}, [8]),
+    "index on the last axis": (lambda _, x: x[..., torch.arange(8)], {}, []),
+    "index_select": (lambda _, x: x.index_select(1, PLACES), {}, [8]),
+    "index_select, negative axis": (lambda _, x: x.index_select(-2, PLACES), {}, [8]),
+    "index_select of channels": (lambda _, x: x.index_select(-1, torch.arange(8)), {}, []),
+    "gather": (lambda _, x: x.gather(1, places(2, 3, 1, below=5).expand(2, 3, x.shape[-1])), {}, [8]),
+    "gather by an index of its own width": (lambda _, x: x.gather(1, places(2, 3, 8, below=5)), {}, []),
+    "gather, places from the data": (lambda _, x: x.gather(1, x.argsort(1)), {}, [8]),
+    "gather of part of an axis": (lambda _, x: F.pad(x.gather(1, x.argsort(1)[..., :5]), (0, 3)), {}, []),
+    "gather of channels": (lambda _, x: x.gather(-1, places(2, 5, 8, below=8)), {}, []),
+    "take_along_dim": (lambda _, x: x.take_along_dim(x.argsort(1), 1), {}, [8]),
+    "take_along_dim of all": (lambda _, x: x.take_along_dim(places(80, below=7)).view(2, 5, 8), {}, []),
+    "index_put of rows": (lambda _, x: written(x, torch.tensor([1]), value=0.5), {}, [8]),
+    "index_put of rows with values": (lambda s, x: written(x, torch.tensor([1]), value=s.row), {"row": 8}, [8]),
+    "index_put of single tokens": (
+        lambda s, x: written(x, torch.tensor([0, 1]), PLACES[:2], value=s.row),
+        {"row": 8},
+        [8],
+    ),
+    "index_put by a mask": (lambda _, x: written(x, x > 0, value=1.0), {}, []),
+    "slice written": (lambda s, x: written(x, slice(None), slice(1, 3), value=s.row), {"row": 8}, [8]),
+    "slice of channels written": (lambda s, x: written(x, ..., slice(1, 3), value=2.0), {}, []),
+    "one token written": (lambda s, x: written(x, slice(None), 2, value=s.row), {"row": 8}, [8]),
+    "one channel written": (lambda s, x: written(x, ..., 2, value=0.5), {}, []),
+    "scatter": (lambda _, x: x.scatter(1, x.argsort(1), x * 2), {}, [8]),
+    "scatter of a number": (lambda _, x: x.scatter(1, x.argsort(1)[:, :2], 0.5), {}, [8]),
+    "scatter of part of an axis": (lambda _, x: x.scatter(1, x.argsort(1)[..., :5], 0.5), {}, []),
+    "scatter of channels": (lambda _, x: x.scatter(2, places(2, 5, 8, below=8), x * 2), {}, []),
+    "scatter_add": (lambda _, x: x.scatter_add(1, x.argsort(1), x * 2), {}, [8]),
+    "scatter_reduce": (lambda _, x: x.scatter_reduce(1, x.argsort(1), x * 2, "amax"), {}, [8]),
+    "index_add": (lambda s, x: x.index_add(1, PLACES, x[:, :3] * 2), {}, [8]),
+    "index_copy": (lambda s, x: x.index_copy(1, PLACES, x[:, :3] * 2), {}, [8]),
+    "index_fill": (lambda s, x: x.index_fill(1, PLACES, 0.5), {}, [8]),
+    "index_add of channels": (lambda s, x: x.index_add(2, PLACES, x[..., :3] * 2), {}, []),
+    "cumsum over tokens": (lambda _, x: x.cumsum(1), {}, [8]),
+    "cumprod over tokens": (lambda _, x: x.cumprod(-2), {}, [8]),
+    "cummax over tokens": (lambda _, x: x.cummax(1)[0], {}, [8]),
+    "sort over tokens": (lambda _, x: x.sort(1)[0], {}, [8]),
+    "sort over tokens, from above": (lambda _, x: x.sort(dim=1, descending=True)[0], {}, [8]),
+    "topk of tokens": (lambda _, x: x.topk(3, 1)[0], {}, [8]),
+    "kthvalue of tokens": (lambda _, x: x * x.kthvalue(2, 1, keepdim=True)[0], {}, [8]),
+    "argmax over tokens": (lambda _, x: x * x.argmax(1, keepdim=True), {}, [8]),
+    "argmax over tokens, dropped": (lambda _, x: x * x.argmax(1)[:, None], {}, [8]),
+    "argmax over all": (lambda _, x: x * x.argmax(), {}, []),
+    "triangle of tokens": (lambda _, x: x.transpose(1, 2).unflatten(2, (5, 1)).tril().squeeze(-1).mT, {}, [8]),
+    "triangle beside channels": (
+        lambda _, x: x[..., None].expand(2, 5, x.shape[-1], 5).transpose(1, 2).triu(1).sum(-1).transpose(1, 2),
+        {},
+        [8],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_indices_choose_from_stays(name):
+    between, widths, sizes = BETWEEN[name]
+    parts = {part: nn.Parameter(torch.randn(width)) for part, width in widths.items()}
+    assert_cut_is_right(Net(between, **parts), TOKENS, sizes=sizes)
+
+
+class Words(nn.Module):
+    """Tokens by their numbers."""
+
+    def __init__(self, table, look, *, width=8, tie=False):
+        super().__init__()
+        self.table, self.look, self.inner = table, look, nn.Linear(width, width)
+        self.last = nn.Linear(width, 11, bias=False)
+        if tie:
+            self.last.weight = table.weight
+
+    def forward(self, words):
+        return self.last(torch.tanh(self.inner(self.look(self.table, words))))
+
+
+WORDS = torch.randint(0, 11, (3, 5))
+TABLES = {
+    "embedding": (Words(nn.Embedding(11, 8), lambda table, words: table(words)), [8, 8]),
+    "embedding with padding": (Words(nn.Embedding(11, 8, padding_idx=0), lambda table, words: table(words)), [8, 8]),
+    "tied embedding": (Words(nn.Embedding(11, 8), lambda table, words: table(words), tie=True), [8]),
+    "bag": (Words(nn.EmbeddingBag(11, 8), lambda table, words: table(words)), [8, 8]),
+    "bag, sum, with offsets": (
+        Words(nn.EmbeddingBag(11, 8, mode="sum"), lambda table, words: table(words.flatten(), torch.tensor([0, 4, 9]))),
+        [8, 8],
+    ),
+    "bag with weights": (
+        Words(
+            nn.EmbeddingBag(11, 8, mode="sum"),
+            lambda table, words: table(words, per_sample_weights=torch.arange(15.0).view(3, 5)),
+        ),
+        [8, 8],
+    ),
+    "table read by index": (Words(nn.Embedding(11, 8), lambda table, words: table.weight[words]), [8, 8]),
+    "one-hot words": (
+        Words(nn.Embedding(11, 8), lambda table, words: F.one_hot(words, 11).float() @ table.weight),
+        [8, 8],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_keep_their_words(name):
+    model, sizes = TABLES[name]
+    _, pruned = assert_cut_is_right(model, WORDS, sizes=sizes)
+    assert pruned.table.weight.shape == (11, 4)
+    assert pruned.table.embedding_dim == 4
