@@ -151,9 +151,9 @@ def test_an_unknown_runtime_is_answered_with_the_known_ones(doubling, numbers):
         kirsch.measure(doubling, example_inputs=numbers, runtime="onnx")
 
 
-def test_keyword_inputs_are_refused(doubling, numbers):
-    with pytest.raises(UsageError, match=r"Keyword inputs cannot be measured\. Wrap the model"):
-        kirsch.measure(doubling, example_inputs={"input": numbers})
+def test_keyword_inputs_are_measured(doubling, numbers):
+    found = kirsch.measure(doubling, example_inputs={"input": numbers}, rounds=6)
+    assert found.latency.rounds == 6
 
 
 def test_a_file_that_is_missing_is_named(tmp_path, numbers):

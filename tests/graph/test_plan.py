@@ -87,6 +87,7 @@ def test_the_json_is_for_reading():
             "after": {"parameters": 20, "macs": 15, "activations": 7},
         },
         "inputs": [],
+        "tracing": {"outputs": [], "decisions": "refuse"},
         "notes": [],
     }
 
@@ -116,7 +117,7 @@ def test_what_is_no_plan_is_refused(text, sentence):
         Plan.from_json(text)
 
 
-@pytest.mark.parametrize("field", ["model", "goal", "method", "groups", "cost", "inputs", "notes"])
+@pytest.mark.parametrize("field", ["model", "goal", "method", "groups", "cost", "inputs", "tracing", "notes"])
 def test_a_missing_field_is_named(field):
     with pytest.raises(PlanError, match=rf"^The plan is damaged\. .*'{field}' is missing\. Make it anew\.$"):
         Plan.from_json(edited(**{field: None}))
@@ -157,6 +158,7 @@ def group(**changes):
         ({"inputs": [INPUT | {"shape": 3}]}, "'shape' has 3, which is not a list"),
         ({"inputs": [INPUT | {"shape": [1, "n"]}]}, "'shape' has 'n', which is not a whole number"),
         ({"notes": "slow"}, "'notes' has 'slow', which is not a list"),
+        ({"tracing": {"outputs": [], "decisions": "x"}}, "'decisions' has 'x', which is not one of refuse, example"),
         ({"notes": [7]}, "'notes' has 7, which is not text"),
     ],
 )

@@ -71,7 +71,8 @@ def export(model: Any, path: str | Path, *, example_inputs: Any, format: str = "
     Args:
         model: exported in inference mode; left as it is.
         path: of the file; it appears whole or not at all.
-        example_inputs: one array or a tuple; the first axis is the batch, which stays free.
+        example_inputs: one array, a tuple of positional or a dict of keyword arguments; the first axis is the batch,
+            which stays free.
         format: "onnx".
 
     Raises:
@@ -109,17 +110,18 @@ def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
     return {**details, "drift": worst, "runtime": f"onnxruntime {session.version}"}
 
 
-def _drift(model: Any, session: OnnxSession, inputs: tuple[Any, ...]) -> float:
+def _drift(model: Any, session: OnnxSession, inputs: dict[str, Any] | tuple[Any, ...]) -> float:
     """The largest difference over all outputs for one batch, each as a share of its largest value."""
+    values = tuple(inputs.values()) if isinstance(inputs, dict) else inputs
     try:
         expected = framework_of(model).outputs(model, inputs)
     except Exception as error:  # a foreign model is run, which may raise anything
         raise ModelError(
-            f"A {type(model).__name__} does not run with inputs of shape {', '.join(str(v.shape) for v in inputs)}.",
+            f"A {type(model).__name__} does not run with inputs of shape {', '.join(str(v.shape) for v in values)}.",
             f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}.",
             "The first axis of every input is the batch, which must be free.",
         ) from error
-    found = session.run(*inputs)
+    found = session.run(*values)
     if len(expected) != len(found):
         raise NumericError(f"The exported file has {len(found)} outputs, the model has {len(expected)}.")
     return float(np.max([_distance(a, b) for a, b in zip(expected, found, strict=True)]))
@@ -137,10 +139,11 @@ def _distance(expected: NDArray[Any], found: NDArray[Any]) -> float:
     return float(difference.max() / max(size.max(), 1e-12)) if finite.any() else 0.0
 
 
-def _trials(example_inputs: Any) -> list[tuple[Any, ...]]:
+def _trials(example_inputs: Any) -> list[Any]:
     """Batches of one and three of the example's shape: normal, zero, and large values for floating inputs."""
-    given = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    arrays = [host(value) for value in given]
+    names = list(example_inputs) if isinstance(example_inputs, dict) else None
+    given = example_inputs.values() if isinstance(example_inputs, dict) else example_inputs
+    arrays = [host(value) for value in (given if names or isinstance(given, (tuple, list)) else (given,))]
     random = np.random.default_rng(0)
 
     def batch(array: Any, size: int, scale: float) -> Any:
@@ -149,7 +152,9 @@ def _trials(example_inputs: Any) -> list[tuple[Any, ...]]:
             return np.resize(array, shape).astype(array.dtype)
         return (scale * random.standard_normal(shape)).astype(array.dtype)
 
-    return [tuple(batch(a, size, scale) for a in arrays) for size, scale in ((1, 1.0), (3, 1.0), (3, 0.0), (3, 100.0))]
+    sizes = ((1, 1.0), (3, 1.0), (3, 0.0), (3, 100.0))
+    trials = [tuple(batch(array, size, scale) for array in arrays) for size, scale in sizes]
+    return trials if names is None else [dict(zip(names, trial, strict=True)) for trial in trials]
 
 
 def usage(artifact: Artifact) -> str:

@@ -149,7 +149,7 @@ def measure(
 
     Args:
         model_or_artifact: a model (exported to a temporary file for timing), an `Artifact`, or a path of one.
-        example_inputs: one batch, as an array or a tuple of them; its first sample is used.
+        example_inputs: one batch: an array, a tuple of positional or a dict of keyword ones; its first sample is used.
         data: (inputs, labels) as arrays, to measure the accuracy of the file.
         runtime: "onnxruntime".
         threads: of the runtime.
@@ -157,10 +157,9 @@ def measure(
     """
     if runtime not in RUNTIMES:
         raise UnknownNameError("runtime", runtime, RUNTIMES)
-    if isinstance(example_inputs, dict):
-        raise UsageError("Keyword inputs cannot be measured.", mend="Wrap the model so that it takes them by position.")
-    batch = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    one = tuple(host(value)[:1] for value in batch)
+    batch = example_inputs if isinstance(example_inputs, (dict, tuple, list)) else (example_inputs,)
+    first: Any = {n: v[:1] for n, v in batch.items()} if isinstance(batch, dict) else tuple(v[:1] for v in batch)
+    one = tuple(host(value) for value in (first.values() if isinstance(first, dict) else first))
     missing = [] if data is not None else ["Accuracy: no data was given."]
     if isinstance(model_or_artifact, (Artifact, str, Path)):
         given = model_or_artifact
@@ -170,7 +169,7 @@ def measure(
     framework = framework_of(model_or_artifact)
     with tempfile.TemporaryDirectory() as folder:
         artifact = export(model_or_artifact, Path(folder) / "model.onnx", example_inputs=batch)
-        counted = framework.count(model_or_artifact, tuple(value[:1] for value in batch))
+        counted = framework.count(model_or_artifact, first)
         return _measured(artifact.path, one, data, threads, rounds, counted, missing)
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from kirsch.errors import MissingExtraError, ModelError
+from kirsch.errors import MissingExtraError, ModelError, UnknownNameError
+from kirsch.graph.graph import DECISIONS, Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +27,7 @@ class Framework(Protocol):
 
     name: str
 
-    def trace(self, model: Any, example_inputs: Any) -> Graph:
+    def trace(self, model: Any, example_inputs: Any, tracing: Tracing) -> Graph:
         """The coupling analysis of a model; the model is left as it is."""
 
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
@@ -51,7 +52,7 @@ class Framework(Protocol):
         """A numpy array as an array of the framework."""
 
     def outputs(self, model: Any, inputs: Any) -> list[Any]:
-        """All outputs in inference mode, as numpy arrays, for a tuple of numpy inputs."""
+        """All outputs in inference mode, as numpy arrays, for a tuple or a dict of numpy inputs."""
 
     def scores(self, model: Any, inputs: Any) -> Any:
         """Scores for one batch as an array of the framework, with gradient, in the model's present mode."""
@@ -112,17 +113,26 @@ def host(array: Any) -> NDArray[Any]:
     return np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
 
 
-def trace(model: Any, example_inputs: Any) -> Graph:
+def trace(model: Any, example_inputs: Any, *, outputs: str | Sequence[str] = (), decisions: str = "refuse") -> Graph:
     """The coupling analysis of a model: what must stay together, what is free to go, what is frozen and why.
 
     Args:
         model: a model of any framework that Kirsch knows; it may live on the meta device. It is left as it is.
         example_inputs: one array, or a tuple of positional, or a dict of keyword arguments.
+        outputs: names of the outputs whose shapes must stay: a key ("logits"), a place ("0") or a path ("aux.0"). By
+            default all do, except hidden states and the like that stand beside logits or predictions.
+        decisions: a forward that decides by the values of its input, such as `if x.sum() > 0` or the selection of boxes
+            in a detector, takes another way for other inputs. "refuse": it is an error that names the line. "example":
+            the way of the example inputs is followed; what other ways would do is not analysed.
 
     Returns:
         The `Graph` with `.groups`, `.blockers` and `.cost`.
 
     Raises:
         ModelError: the model cannot be copied or traced with these inputs; the sentence names where.
+        UnknownNameError: it has no such output.
     """
-    return framework_of(model).trace(model, example_inputs)
+    if decisions not in DECISIONS:
+        raise UnknownNameError("way with decisions", decisions, DECISIONS)
+    tracing = Tracing((outputs,) if isinstance(outputs, str) else tuple(outputs), decisions)
+    return framework_of(model).trace(model, example_inputs, tracing)

@@ -60,6 +60,22 @@ class InputSpec:
     high: int = 0
 
 
+DECISIONS = ("refuse", "example")
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """What a trace was asked for.
+
+    Args:
+        outputs: names of the outputs that count; empty for the default.
+        decisions: what is made of decisions by the values of the inputs, one of `DECISIONS`.
+    """
+
+    outputs: tuple[str, ...] = ()
+    decisions: str = "refuse"
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """What must stay together in a model, what is free to go, and what each choice costs.
@@ -72,6 +88,7 @@ class Graph:
         inputs: the example inputs without their values.
         values: path → the parameter's values as a float array; only called when an importance needs them.
         fits: whether a model is the very one that was traced, with the same parameters.
+        tracing: what the trace was asked for.
         traced: the framework's own record of the trace.
     """
 
@@ -82,6 +99,7 @@ class Graph:
     inputs: tuple[InputSpec, ...]
     values: Callable[[str], NDArray[Any]]
     fits: Callable[[Any], bool]
+    tracing: Tracing = field(default_factory=Tracing)
     traced: Any = field(repr=False, default=None)
 
     @cached_property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kirsch.errors import GoalError, PlanError, nearest
 from kirsch.graph.cost import Cost
-from kirsch.graph.graph import InputSpec
+from kirsch.graph.graph import DECISIONS, InputSpec, Tracing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,6 +93,7 @@ class Plan:
         goal: what was asked for, as JSON.
         method: how the units were chosen, as JSON.
         inputs: the example inputs without their values.
+        tracing: what the trace was asked for.
         notes: what stopped the plan from landing nearer to its goal, and widths that will be slow.
         graph: the graph it was made from; not stored.
     """
@@ -105,6 +106,7 @@ class Plan:
     goal: dict[str, float] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     inputs: tuple[InputSpec, ...] = ()
+    tracing: Tracing = field(default_factory=Tracing)
     notes: tuple[str, ...] = ()
     graph: Graph | None = field(default=None, compare=False, repr=False)
 
@@ -124,6 +126,7 @@ class Plan:
                 "inputs": [
                     {"name": i.name, "shape": list(i.shape), "dtype": i.dtype, "high": i.high} for i in self.inputs
                 ],
+                "tracing": {"outputs": list(self.tracing.outputs), "decisions": self.tracing.decisions},
                 "notes": list(self.notes),
             },
             indent=1,
@@ -160,6 +163,7 @@ class Plan:
             goal=_get(content, "goal", dict),
             method=_get(content, "method", dict),
             inputs=tuple(_input(entry) for entry in _get(content, "inputs", list)),
+            tracing=_tracing(_get(content, "tracing", dict)),
             notes=tuple(_all(_get(content, "notes", list), "notes", str)),
         )
 
@@ -238,6 +242,13 @@ def _removal(entry: Any) -> Removal:
 def _input(entry: Any) -> InputSpec:
     shape = tuple(_all(_get(entry, "shape", list), "shape", int))
     return InputSpec(_get(entry, "name", str), shape, _get(entry, "dtype", str), _get(entry, "high", int))
+
+
+def _tracing(entry: dict[str, Any]) -> Tracing:
+    decisions = _get(entry, "decisions", str)
+    if decisions not in DECISIONS:
+        raise ValueError(f"'decisions' has {decisions!r}, which is not one of {', '.join(DECISIONS)}")
+    return Tracing(tuple(_all(_get(entry, "outputs", list), "outputs", str)), decisions)
 
 
 def _cost(entry: dict[str, Any]) -> Cost:

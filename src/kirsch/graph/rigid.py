@@ -31,7 +31,10 @@ TRIALS = 8
 def rigid(
     demands: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]
 ) -> tuple[list[tuple[Labels, Labels]], list[Freeze]]:
-    """What must be tied, and what frozen, for the demands to hold; both empty if they held for all that was tried."""
+    """What must be tied, or else frozen, for the demands to hold; both empty if they held for all that was tried.
+
+    What is tied may let others follow, so nothing is frozen as long as something can be tied.
+    """
     failing = _failing(demands, coupling, groups)
     ties: list[tuple[Labels, Labels]] = []
     freezes: dict[int, Freeze] = {}
@@ -39,6 +42,7 @@ def rigid(
         partner = _partner(demand, demands, coupling)
         if partner is not None:
             ties.append((partner, demand.labels))
+        if ties:
             continue
         held = [demand]
         if all(coupling.stuck[coupling.component[labels]].all() for labels in _touched(demand)):
@@ -51,7 +55,7 @@ def rigid(
             labels = np.unique(np.concatenate(_touched(other)))
             if not coupling.stuck[coupling.component[labels]].all():
                 freezes.setdefault(id(other), Freeze(labels, reason, other.operation))
-    return ties, list(freezes.values())
+    return ties, [] if ties else list(freezes.values())
 
 
 def _failing(demands: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]) -> list[Demand]:

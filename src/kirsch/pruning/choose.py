@@ -107,6 +107,7 @@ def plan(
             "seed": seed,
         },
         inputs=graph.inputs,
+        tracing=graph.tracing,
         notes=_notes(graph, goal, after, candidates, counts),
         graph=graph,
     )

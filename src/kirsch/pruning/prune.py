@@ -86,4 +86,4 @@ def _graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
                 "Give example_inputs=...",
             )
         example_inputs = framework.inputs_like(plan.inputs)
-    return framework.trace(model, example_inputs)
+    return framework.trace(model, example_inputs, plan.tracing)

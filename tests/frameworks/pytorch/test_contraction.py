@@ -182,11 +182,11 @@ def rotated(x):
     return torch.cat([-x[..., half:], x[..., :half]], -1)
 
 
-def rotary(s, q, k, v):
+def rotary(s, q, k, v, attend=None):
     angle = torch.outer(torch.arange(5.0), s.frequency)
     cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
     q, k = (x * cos + rotated(x) * sin for x in (q, k))
-    return by_hand(s, q, k, v)
+    return by_hand(s, q, k, v) if attend is None else attend(q, k, v)
 
 
 def grouped(s, q, k, v):
@@ -230,8 +230,21 @@ ATTENTIONS = {
         Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=s.scale)),
         [4, 6],
     ),
-    "sdpa with a scale of its own keeps the width": (
-        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v)),
+    "sdpa with a scale of its own": (Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v)), [4, 6]),
+    "sdpa with a scale of its own, rotary": (
+        Attention(lambda s, q, k, v: rotary(s, q, k, v, F.scaled_dot_product_attention), frequency=weight(3)),
+        [3, 4],
+    ),
+    "sdpa with a scale of its own, queries normalized": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(s.norm(q), k, v), norm=nn.LayerNorm(6)),
+        [4, 6],
+    ),
+    "sdpa with a scale of its own, a bias on the queries": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q + s.bias, k, v), bias=weight(6)),
+        [4],
+    ),
+    "sdpa with a scale of its own, queries used twice": (
+        Attention(lambda s, q, k, v: q + F.scaled_dot_product_attention(q, k, v)),
         [4],
     ),
     "keys for several queries, repeated": (Attention(grouped, shared=2), [2, 2, 6]),
@@ -273,3 +286,8 @@ class Fused(nn.Module):
 def test_fused_attention_loses_heads_and_widths_by_its_attributes():
     _, pruned = assert_cut_is_right(Fused(), TOKENS, sizes=[4, 6])
     assert (pruned.heads, pruned.width, tuple(pruned.qkv.weight.shape)) == (2, 3, (18, 12))
+
+
+def test_a_scale_is_kept_also_where_gradients_are_off():
+    with torch.inference_mode():
+        assert_cut_is_right(ATTENTIONS["sdpa with a scale of its own"][0], TOKENS.clone(), sizes=[4, 6])

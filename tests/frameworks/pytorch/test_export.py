@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import kirsch
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch import export
 from kirsch.frameworks.pytorch.export import export_onnx
@@ -134,7 +135,7 @@ def test_what_cannot_be_exported_is_named_once_and_in_one_place(model, reason, t
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
-        ({"x": torch.zeros(2, 3)}, r"Keyword inputs cannot be exported yet\. Wrap the model"),
+        ({"x": torch.tensor(2.0)}, r"x is a tensor without axes\. Give tensors whose first axis is the batch"),
         (
             (torch.zeros(2, 3), torch.tensor(1.0)),
             r"Input 1 is a tensor without axes\. Give tensors whose first",
@@ -173,3 +174,18 @@ def test_an_exporter_that_draws_random_numbers_leaves_those_of_the_caller(tmp_pa
     with pytest.raises(ModelError, match="gave nothing"):
         export_onnx(nn.ReLU(), torch.zeros(2, 3), tmp_path / "m.onnx")
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_keyword_inputs_keep_their_names(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.last = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+        def forward(self, words, *, mask):
+            return {"logits": self.last((self.table(words) * mask[..., None]).sum(1))}
+
+    inputs = {"words": torch.randint(0, 7, (2, 5)), "mask": torch.ones(2, 5)}
+    artifact = kirsch.export(Two(), tmp_path / "m.onnx", example_inputs=inputs)
+    assert [taken["name"] for taken in artifact.details["inputs"]] == ["words", "mask"]
+    assert [taken["shape"] for taken in artifact.details["inputs"]] == [["batch", 5], ["batch", 5]]

@@ -477,11 +477,11 @@ BETWEEN = {
     ),
     "unit sum over space": (lambda _, x: (x + 1) / (x + 1).sum((2, 3), keepdim=True), conv(8, 4), {}, [8]),
     "largest of pairs": (lambda _, x: x.view(2, x.shape[1] // 2, 2, 8, 8).amax(2), conv(4, 4), {}, [4]),
-    "attention freezes": (
+    "attention that shows its weights": (
         lambda s, x: (s.attend(*[x.flatten(2).transpose(1, 2)] * 3)[0]).transpose(1, 2).unflatten(2, (8, 8)),
         conv(8, 4),
         {"attend": nn.MultiheadAttention(8, 2, batch_first=True)},
-        [],
+        [2, 8],
     ),
     "variance over channels": (lambda _, x: x * x.var(1, keepdim=True), conv(8, 4), {}, [8]),
     "variance over channels, biased": (lambda _, x: x * x.var(1, False, keepdim=True), conv(8, 4), {}, [8]),

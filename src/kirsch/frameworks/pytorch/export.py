@@ -29,7 +29,7 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, 
 
     Args:
         model: exported in inference mode, from a copy.
-        example_inputs: tensors whose first axis is the batch; positional ones only.
+        example_inputs: tensors whose first axis is the batch; keyword ones keep their names.
         path: of the file.
 
     Returns:
@@ -39,14 +39,10 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, 
         ModelError: the model or its inputs cannot be exported; names the operation where the exporter does.
     """
     args, options = arguments(example_inputs)
-    if options:
-        raise ModelError(
-            "Keyword inputs cannot be exported yet.", mend="Wrap the model so that its forward takes them by position."
-        )
-    for number, value in enumerate(args):
+    for name, value in [*((f"Input {number}", value) for number, value in enumerate(args)), *options.items()]:
         if not isinstance(value, torch.Tensor) or not value.dim():
             found = "a tensor without axes" if isinstance(value, torch.Tensor) else f"of type {type(value).__name__}"
-            raise ModelError(f"Input {number} is {found}.", mend="Give tensors whose first axis is the batch.")
+            raise ModelError(f"{name} is {found}.", mend="Give tensors whose first axis is the batch.")
     if any(tensor.dtype is torch.bfloat16 for tensor in model.state_dict().values()):
         raise ModelError(
             f"A {type(model).__name__} in bfloat16 cannot be exported.",
@@ -55,18 +51,20 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, 
         )
     subject = copy.deepcopy(model).eval()
     # An axis of size 1 would be taken for a constant.
-    pair = tuple(torch.cat([value, value]) if value.shape[0] == 1 else value for value in args)
+    given = [*args, *options.values()]
+    pair = tuple(torch.cat([value, value]) if value.shape[0] == 1 else value for value in given)
     batch = torch.export.Dim("batch")
-    names = [f"input{number}" if number else "input" for number in range(len(pair))]
+    names = [*(f"input{number}" if number else "input" for number in range(len(args))), *options]
+    shapes = tuple({0: batch} for _ in pair)
     try:
         with _quiet():
             program = torch.onnx.export(
-                subject,
+                _ByPlace(subject, tuple(options)) if options else subject,
                 pair,
                 dynamo=True,
                 input_names=names,
                 output_names=None,
-                dynamic_shapes=tuple({0: batch} for _ in pair),
+                dynamic_shapes=(shapes,) if options else shapes,
                 verbose=False,
             )
     except Exception as error:
@@ -81,6 +79,19 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, 
     with _quiet():
         program.save(str(path), external_data=size > SINGLE_FILE_BYTES)
     return _details(path)
+
+
+class _ByPlace(nn.Module):
+    """A model whose last inputs are given by place instead of by name."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """What the model puts out."""
+        first = len(inputs) - len(self.names)
+        return self.model(*inputs[:first], **dict(zip(self.names, inputs[first:], strict=True)))
 
 
 def _root(error: BaseException) -> str:

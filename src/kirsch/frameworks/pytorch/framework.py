@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
-    from kirsch.graph.graph import Graph, InputSpec
+    from kirsch.graph.graph import Graph, InputSpec, Tracing
     from kirsch.graph.plan import Plan
     from kirsch.graph.proof import Verification
 
@@ -27,9 +27,9 @@ class PyTorch:
 
     name = "pytorch"
 
-    def trace(self, model: Any, example_inputs: Any) -> Graph:
+    def trace(self, model: Any, example_inputs: Any, tracing: Tracing) -> Graph:
         """See the port."""
-        return trace.trace(model, example_inputs)
+        return trace.trace(model, example_inputs, tracing)
 
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
         """See the port."""

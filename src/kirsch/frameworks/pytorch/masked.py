@@ -35,6 +35,10 @@ def mask_of(labelled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch
     return mask
 
 
+ASSERTIONS = frozenset(["_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"])
+"""What the exporter adds to hold a run to the types and sizes of the trace; ours has other values, of another type."""
+
+
 class MaskedRun(Interpreter):
     """Runs the traced operations of the original with masked tensors."""
 
@@ -62,8 +66,17 @@ class MaskedRun(Interpreter):
                 feed.append(next(waiting))
         with torch.no_grad():
             found = self.run(*feed)
-        own = (found[place] for place in self._traced.outputs)
-        return [value for value in own if isinstance(value, torch.Tensor)]
+        node = next(iter(reversed(self._traced.program.graph.nodes)))
+        given: Any = node.args[0]
+        return [self._kept(found[place], self._traced.states.get(given[place])) for place in self._traced.outputs]
+
+    def _kept(self, value: torch.Tensor, labelled: Tensor | None) -> torch.Tensor:
+        """What is left of an output that does not count, and may lose units."""
+        for axis, labels in enumerate(labelled.axes if labelled is not None else ()):
+            mask = self._graph.kept(labels, self._keep)
+            if mask is not None:
+                value = value.index_select(axis, torch.from_numpy(mask.nonzero()[0]).to(value.device))
+        return value
 
     def run_node(self, n: Node) -> Any:
         """One operation, with its statistics over kept entries if they span a labelled axis."""
@@ -72,8 +85,8 @@ class MaskedRun(Interpreter):
             return self._masked(self._traced.slots[n.name])
         if n.op != "call_function" or n.target is operator.getitem:
             return super().run_node(n)
-        if n.target is torch.ops.aten._assert_tensor_metadata.default:  # noqa: SLF001 - that is its name
-            return None  # what it asserts is the type in which the model was traced
+        if n.target.__name__.partition(".")[0] in ASSERTIONS:  # type: ignore[union-attr]
+            return None
         out = self._statistic(n) if n.name in self._graph.facts.statistics else super().run_node(n)
         state = self._traced.states[n]
         if isinstance(out, (tuple, list)):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import DataError
+from kirsch.frameworks.pytorch.outputs import named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,10 +81,13 @@ def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[
     return np.concatenate(out)
 
 
-def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[NDArray[Any]]:
-    """All tensors that a model puts out for one batch in inference mode."""
+def outputs(model: nn.Module, inputs: Any) -> list[NDArray[Any]]:
+    """All tensors that a model puts out in inference mode for one batch: a tuple or a dict of arrays."""
+    args, options = arguments(inputs)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with inference(model), torch.no_grad():
-        found = model(*(torch.from_numpy(value).to(device) for value in inputs))
-    plain = found.to_tuple() if hasattr(found, "to_tuple") else found
-    return [value.cpu().numpy() for value in tree_leaves(plain) if isinstance(value, torch.Tensor)]
+        found = model(
+            *(torch.from_numpy(value).to(device) for value in args),
+            **{name: torch.from_numpy(value).to(device) for name, value in options.items()},
+        )
+    return [value.cpu().numpy() for value in named(found).values()]

@@ -14,6 +14,7 @@ import operator
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -22,6 +23,7 @@ from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from kirsch.frameworks.pytorch.outputs import named
 from kirsch.graph.expression import Leaf
 
 if TYPE_CHECKING:
@@ -203,14 +205,14 @@ class Calls:
     Args:
         log: the calls, by number.
         failed_in: path of the module in whose forward an exception passed, "" if none.
-        outputs: how many values the model puts out, nested ones counted singly.
+        outputs: names of the tensors that the model puts out.
         lost: where an integer with a past became a plain number.
     """
 
     log: list[Call] = field(default_factory=list)
     lost: list[Lost] = field(default_factory=list)
     failed_in: str = ""
-    outputs: int = 0
+    outputs: tuple[str, ...] = ()
 
 
 class Watch(TorchFunctionMode):
@@ -230,6 +232,11 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if func in _SHAPE or name in _COUNTS:
             return self._sizes(name, func(*args, **kwargs), args, kwargs)
+        if name.startswith("sym_"):  # arithmetic with sizes that depend on values
+            return func(*(int(value) if isinstance(value, TracedInt) else value for value in args), **kwargs)
+        if func is nn.functional.multi_head_attention_forward:
+            with self:  # it reads sizes and computes with them, as the code of a user does
+                return _attention(*args, **kwargs)
         number = len(self._calls.log)
         if name in LIKE_ANOTHER:  # the other tensor stands for its shape
             other = args[1] if len(args) > 1 else kwargs["other"]
@@ -254,6 +261,8 @@ class Watch(TorchFunctionMode):
     def _sizes(self, name: str, out: Any, args: Any, kwargs: Any) -> Any:
         """The shape, size or count just read, with its past."""
         tensor = args[0]
+        if isinstance(out, torch.SymInt):  # it depends on values
+            return out
         if not isinstance(out, int):
             return torch.Size([self._size(tensor, axis, size) for axis, size in enumerate(out)])
         if name in ("numel", "nelement"):
@@ -268,12 +277,33 @@ class Watch(TorchFunctionMode):
         return self._size(tensor, axis % tensor.dim(), out)
 
     def _size(self, tensor: Any, axis: int, size: int) -> int:
+        if isinstance(size, torch.SymInt):
+            return size
         name = self._names.get(id(tensor), "")
         call, place = self._origin.get(id(tensor), (-1, None))
         if not name and call < 0:
             return size
         return TracedInt.leaf(size, SizeOf(call, place, axis, name), self._calls.lost)
 
+
+def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """PyTorch's own attention, whose calls are seen one by one, and whose width must be that of the query."""
+    names = ("key", "value", "embed_dim_to_check")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    seen = query.view(*query.shape[:-1], given["embed_dim_to_check"])
+    for name in ("key", "value"):  # whether they are the query itself decides how they are projected
+        given[name] = seen if given[name] is query else given[name]
+    return _OPEN_ATTENTION(seen, **given, **dict(zip(_PARAMETERS[4:], args[3:], strict=False)))
+
+
+# The function hands itself over to whoever watches it, and would do so for ever.
+_OPEN_ATTENTION = FunctionType(
+    nn.functional.multi_head_attention_forward.__code__,
+    {**vars(nn.functional), "has_torch_function": lambda _: False},
+    argdefs=nn.functional.multi_head_attention_forward.__defaults__,
+)
+
+_PARAMETERS = _OPEN_ATTENTION.__code__.co_varnames
 
 LIKE_ANOTHER = frozenset(["view_as", "reshape_as", "expand_as"])
 _COUNTS = frozenset(["size", "numel", "nelement", "__len__"])
@@ -290,23 +320,23 @@ def _without_tensors(value: Any) -> Any:
     return value
 
 
-def twin_of(model: nn.Module) -> nn.Module:
-    """A copy of the model in inference mode that shares its parameters and buffers.
+def twin_of(model: nn.Module, *, shared: bool) -> nn.Module:
+    """A copy of the model in inference mode, whose parameters and buffers may be those of the model.
 
     Its hooks run while it is traced, since they may change what a module puts out.
 
     Raises:
         Exception: whatever copying a part of the model raises.
     """
-    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    twin: nn.Module = copy.deepcopy(model, shared)
+    same: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]} if shared else {}
+    twin: nn.Module = copy.deepcopy(model, same)
     return twin.eval()
 
 
 def watched(twin: nn.Module, calls: Calls) -> None:
     """Plant traced integers in a twin and make its forward note every call.
 
-    The forward then gives a pair: what the model puts out, and all tensors that it computes and never reads.
+    The forward then gives a pair: the tensors that the model puts out, and those that it computes and never reads.
     """
     for path, module in twin.named_modules():
         own = type(module).__module__.startswith("torch.nn.")
@@ -326,11 +356,11 @@ def watched(twin: nn.Module, calls: Calls) -> None:
         names = {id(t): name for name, t in [*twin.named_parameters(), *twin.named_buffers()]}
         with Watch(calls, names) as watch:
             out = plain(*args, **kwargs)
-        leaves = tree_leaves(out)
-        calls.outputs = len(leaves)
-        put_out = {id(leaf) for leaf in leaves}
+        tensors = named(out)
+        calls.outputs = tuple(tensors)
+        put_out = {id(tensor) for tensor in tensors.values()}
         # The exporter drops what no output depends on, but the forward goes on computing it after a cut.
-        return out, [tensor for key, tensor in watch.unread.items() if key not in put_out]
+        return list(tensors.values()), [tensor for key, tensor in watch.unread.items() if key not in put_out]
 
     twin.forward = forward
 

@@ -35,6 +35,7 @@ class Step:
         call: the call of the user's code that it came from, None if that is unknown.
         labels_of: the labels of a size that the code read at run time; raises KeyError where they are unknown.
         macs: the multiply-accumulates of the operation as it stands.
+        keeps_scale: whether the scale of an attention can stay what it is when a part of its width, an axis, goes.
         settled: the integers of the call, by identity, that a rule has tied to an axis.
     """
 
@@ -46,6 +47,7 @@ class Step:
     call: Call | None
     labels_of: Callable[[SizeOf], Axis]
     macs: Callable[[], int] = lambda: 0
+    keeps_scale: Callable[[Axis], bool] = lambda _: True
     settled: set[int] = field(default_factory=set)
 
     @property

@@ -42,8 +42,11 @@ def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> nn.Module:
 
 
 def sliced(value: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> torch.Tensor:
-    """The kept part of a tensor, a parameter if it is one; the tensor itself if all of it is kept."""
-    part = value.detach()
+    """The kept part of a tensor, a parameter if it is one; the tensor itself if all of it is kept.
+
+    Rows that make the queries of an attention are scaled so that its scale stays that of the whole width.
+    """
+    part = _scaled(value.detach(), labelled, graph, keep)
     for axis, labels in enumerate(labelled.axes):
         mask = graph.kept(labels, keep)
         if mask is not None:
@@ -59,6 +62,16 @@ def sliced(value: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np
     parameter = nn.Parameter(part, requires_grad=value.requires_grad)
     parameter.__dict__.update(copy.deepcopy(value.__dict__))
     return parameter
+
+
+def _scaled(value: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> torch.Tensor:
+    for fold in graph.traced.folds:
+        left = graph.kept(fold.width, keep)
+        for name, rows in fold.rows.items():
+            if left is not None and graph.tensors[name] is labelled:
+                index = torch.tensor(rows, device=value.device)
+                value = value.index_copy(0, index, value[index] * float(left.mean()) ** 0.5)
+    return value
 
 
 def tell_widths(module: nn.Module) -> None:

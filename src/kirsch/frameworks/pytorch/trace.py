@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
-import sysconfig
-import traceback as python_traceback
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,29 +11,31 @@ import numpy as np
 import torch
 from torch import nn
 from torch.export.graph_signature import OutputKind
-from torch.fx import Interpreter, traceback
 from torch.fx.node import map_arg
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch import operators
+from kirsch.frameworks.pytorch.attention import Fold, fold
 from kirsch.frameworks.pytorch.count import macs_of
+from kirsch.frameworks.pytorch.outputs import counting
 from kirsch.frameworks.pytorch.predict import arguments
-from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, SizeOf, TracedInt, twin_of, watched
+from kirsch.frameworks.pytorch.program import Sizes, export, name_of, shapes_of
+from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, SizeOf, TracedInt
 from kirsch.frameworks.pytorch.step import Step
 from kirsch.graph.facts import Facts, Freeze, Operation
-from kirsch.graph.graph import Graph, InputSpec
+from kirsch.graph.graph import Graph, InputSpec, Tracing
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch.export import ExportedProgram
     from torch.fx import Node
 
     from kirsch.graph.labels import Axis
 
+DEFAULT = Tracing()
 CONSTANT = "it meets a constant tensor"
 
 
@@ -51,6 +49,7 @@ class Traced:
         states: graph node → the labels of its result, or a list of them.
         args, options: the example inputs.
         outputs: places, among the outputs of the program, of those that the model itself puts out.
+        folds: where the scale of an attention is kept.
     """
 
     program: ExportedProgram
@@ -59,9 +58,10 @@ class Traced:
     args: tuple[Any, ...]
     options: dict[str, Any]
     outputs: tuple[int, ...]
+    folds: list[Fold]
 
 
-def trace(model: nn.Module, example_inputs: Any) -> Graph:
+def trace(model: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT) -> Graph:
     """The coupling analysis of a model; see `kirsch.trace`."""
     args, options = arguments(example_inputs)
     lazy = next((name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)), None)
@@ -73,7 +73,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
         )
     facts = Facts()
     tensors = _labelled(model, facts)
-    traced = _walk(model, args, options, facts, tensors, training=False)
+    traced = _walk(model, args, options, facts, tensors, tracing)
     _parameter_costs(model, facts, tensors)
     unused = _unused(tensors, traced)
     if unused:
@@ -88,6 +88,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
         inputs=specification(args, options),
         values=lambda name: own[name].detach().to("cpu", torch.float32).numpy(),
         fits=lambda other: other is model and {n: id(p) for n, p in own.items()} == _identities(other),
+        tracing=tracing,
         traced=traced,
     )
 
@@ -102,22 +103,25 @@ def _walk(
     options: dict[str, Any],
     facts: Facts,
     tensors: dict[str, Tensor],
+    tracing: Tracing,
     *,
-    training: bool,
+    training: bool = False,
 ) -> Traced:
     """Export the model and gather the facts of each operation."""
     calls = Calls()
-    program = _export(model, args, options, calls, training=training)
+    program = export(model, args, options, calls, tracing.decisions, training=training)
     signature = program.graph_signature
     slots = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     user = [place for place, spec in enumerate(signature.output_specs) if spec.kind is OutputKind.USER_OUTPUT]
-    outputs = tuple(user[: calls.outputs])  # after them come tensors that the model computes and never reads
+    outputs = dict(zip(user, calls.outputs, strict=False))  # after them come tensors that are computed and never read
+    counts = counting(calls.outputs, () if training else tracing.outputs)
     constants = frozenset(signature.inputs_to_lifted_tensor_constants)
-    walk = _Walk(facts, tensors, slots, constants, calls, outputs, _Sizes.of(program, args, options))
+    walk = _Walk(facts, tensors, slots, constants, calls, Sizes.of(program, args, options))
     for node in program.graph.nodes:
         walk.visit(node)
+    walk.put_out([place for place, name in outputs.items() if name in counts])
     walk.pin_numbers()
-    return Traced(program, slots, walk.states, args, options, outputs)
+    return Traced(program, slots, walk.states, args, options, tuple(outputs), walk.folds)
 
 
 def _training_only(
@@ -129,71 +133,12 @@ def _training_only(
     """
     terms, statistics = list(facts.terms), set(facts.statistics)
     try:
-        return _unused(tensors, _walk(model, args, options, facts, tensors, training=True))
+        way = Tracing(decisions="example")  # of several, such as the masks that training draws
+        return _unused(tensors, _walk(model, args, options, facts, tensors, way, training=True))
     except ModelError:
         return {id(tensor) for tensor in tensors.values()}
     finally:
         facts.terms[:], facts.statistics = terms, statistics
-
-
-def _export(
-    model: nn.Module, args: tuple[Any, ...], options: dict[str, Any], calls: Calls, *, training: bool
-) -> ExportedProgram:
-    """The operations of the model, functional and not decomposed."""
-    name = type(model).__name__
-    try:
-        twin = twin_of(model)
-    except Exception as error:
-        raise ModelError(
-            f"A {name} cannot be copied.",
-            f"{type(error).__name__}: {error}.",
-            "Take what cannot be copied (open files, locks, lambdas over them) out of the model.",
-        ) from error
-    with _quiet(), torch.no_grad(), traceback.preserve_node_meta():
-        try:
-            watched(twin.train(training), calls)
-            program = torch.export.export(twin, args, options, strict=False)
-            functional: ExportedProgram = program.run_decompositions({})
-        except Exception as error:
-            raise ModelError(*_reason(name, args, options, calls, error)) from error
-    return functional
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without PyTorch's warnings about its own internals, and with the caller's random state unharmed."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with warnings.catch_warnings(), torch.random.fork_rng(devices):
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _reason(
-    name: str, args: tuple[Any, ...], options: dict[str, Any], calls: Calls, error: Exception
-) -> tuple[str, str, str]:
-    """What, why and mend for a model that cannot be exported."""
-    shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves((args, options)) if isinstance(t, torch.Tensor))
-    frames = [f for f in python_traceback.extract_tb(error.__traceback__) if _of_user(f.filename)]
-    line = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    place = f" in `{calls.failed_in}`{line}" if calls.failed_in else line
-    first = next((text for text in str(error).splitlines() if text.strip()), "").strip()
-    what = f"The model {name} cannot be traced with inputs of shape {shapes or 'none'}."
-    why = f"{type(error).__name__}{place}: {first}"
-    dynamic = any(word in type(error).__name__ for word in ("DataDependent", "GuardOn")) or "data-dependent" in str(
-        error
-    )
-    mend = (
-        "The forward decides by the values of its input; trace a part without such a decision, such as the backbone."
-        if dynamic
-        else "Check that model(*example_inputs) runs, and that the shapes are those that the model expects."
-    )
-    return what, why if why.endswith((".", "!", "?")) else f"{why}.", mend
-
-
-def _of_user(path: str) -> bool:
-    """Whether a file belongs neither to PyTorch, nor to this library, nor to Python's own."""
-    own = path.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in path
-    return not own and not path.startswith((*PACKAGES, "<"))
 
 
 def specification(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[InputSpec, ...]:
@@ -255,39 +200,6 @@ def _freeze_unused(unused: set[int], facts: Facts, tensors: dict[str, Tensor]) -
                 facts.freeze(axis, "no traced forward uses it")
 
 
-class _Sizes(Interpreter):
-    """Runs a program once on the example inputs to see the sizes that depend on values, as after `x[mask]`."""
-
-    def __init__(self, program: ExportedProgram) -> None:
-        super().__init__(program.graph_module)
-        self.shapes: dict[Node, list[tuple[int, ...]]] = {}
-
-    @classmethod
-    def of(cls, program: ExportedProgram, args: Any, options: Any) -> dict[Node, list[tuple[int, ...]]]:
-        """Node → shapes of its results; empty where no size depends on values."""
-        if not any(isinstance(n, torch.SymInt) for node in program.graph.nodes for s in _shapes(node) for n in s):
-            return {}
-        run = cls(program)
-        signature, inputs = program.graph_signature, iter(tree_leaves((args, options)))
-        known = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        constants = {**program.state_dict, **program.constants}
-        known |= signature.inputs_to_lifted_tensor_constants
-        nodes = [node.name for node in program.graph.nodes if node.op == "placeholder"]
-        with torch.no_grad():
-            run.run(*(constants[known[name]] if name in known else next(inputs) for name in nodes))
-        return run.shapes
-
-    def run_node(self, n: Node) -> Any:
-        """One operation."""
-        out = super().run_node(n)
-        self.shapes[n] = [tuple(v.shape) for v in tree_leaves(out) if isinstance(v, torch.Tensor)]
-        return out
-
-
-def _shapes(node: Node) -> list[Any]:
-    return [tuple(v.shape) for v in tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
-
-
 class _Walk:
     """Visits the nodes in order; `states` holds what each put out."""
 
@@ -298,18 +210,18 @@ class _Walk:
         slots: dict[str, str],
         constants: frozenset[str],
         calls: Calls,
-        outputs: tuple[int, ...],
         sizes: dict[Node, list[tuple[int, ...]]],
     ) -> None:
         self.states: dict[Node, Any] = {}
+        self.folds: list[Fold] = []
         self._causes: dict[Node, Freeze] = {}
         self._facts = facts
         self._tensors = tensors
         self._slots = slots
         self._constants = constants
         self._calls = calls
-        self._outputs = outputs
         self._sizes = sizes
+        self._given: list[Any] = []
         self._by_call: dict[int, list[Any]] = {}
         self._settled: dict[int, set[int]] = {}
         self._origin: dict[int, Operation] = {}  # the first of each call
@@ -326,11 +238,8 @@ class _Walk:
         elif node.op == "call_function":
             self.states[node] = self._operation(node)
         elif node.op == "output":
-            self._facts.begin(Operation("output"))
             given: Any = node.args[0]
-            for state in (self.states.get(given[place]) for place in self._outputs):
-                for axis in state.axes if isinstance(state, Tensor) else ():
-                    self._facts.freeze(axis, "it is an output of the model", boundary=True)
+            self._given = [self.states.get(source) for source in given]
         else:
             value = node.meta.get("val")
             self.states[node] = Tensor.of(value.shape) if isinstance(value, torch.Tensor) else None
@@ -350,19 +259,30 @@ class _Walk:
         facts = self._facts
         causes = [self._causes[source] for source in node.all_input_nodes if source in self._causes]
         causes.sort(key=lambda cause: cause.boundary)  # what the model does to itself is the better explanation
-        here = Operation(_name(node), _module(node), _source(node), node.name)
+        here = Operation(name_of(node), _module(node), _source(node), node.name)
         causes = [cause if cause.operation.node else replace(cause, operation=here) for cause in causes]
         facts.begin(here, causes[0] if causes else None)
         frozen = len(facts.freezes)
         values = node.meta.get("val")
-        shapes = self._sizes.get(node) or _shapes(node)
+        shapes = self._sizes.get(node) or shapes_of(node)
         number = (node.meta.get("custom") or {}).get("kirsch_call", -1)
         call = self._calls.log[number] if 0 <= number < len(self._calls.log) else None
         args: Any = map_arg(node.args, self.states.get)
         options: Any = map_arg(node.kwargs, self.states.get)
-        name = _name(node).removeprefix("aten.")
+        name = name_of(node).removeprefix("aten.")
         settled = self._settled.setdefault(number, set())
-        step = Step(facts, name, args, options, shapes, call, self._labels_of, lambda: macs_of(node), settled)
+        step = Step(
+            facts,
+            name,
+            args,
+            options,
+            shapes,
+            call,
+            self._labels_of,
+            macs=lambda: macs_of(node),
+            keeps_scale=lambda width: self._keeps_scale(node, width),
+            settled=settled,
+        )
         results = operators.apply(step) if shapes else []
         facts.cost("activations", *_outputs(results), owner=facts.operation.module)
         ended = all(axis is None for result in results for axis in result.axes)  # whatever labels there were
@@ -376,6 +296,19 @@ class _Walk:
             self._by_call.setdefault(number, []).append(state)
             self._origin.setdefault(number, facts.operation)
         return state
+
+    def put_out(self, places: Sequence[int]) -> None:
+        """The shapes of these outputs stay what they are."""
+        self._facts.begin(Operation("output"))
+        for state in (self._given[place] for place in places):
+            for axis in state.axes if isinstance(state, Tensor) else ():
+                self._facts.freeze(axis, "it is an output of the model", boundary=True)
+
+    def _keeps_scale(self, node: Node, width: Axis) -> bool:
+        found = None if width is None else fold(node, width, self._slots)
+        if found is not None:
+            self.folds.append(found)
+        return width is None or found is not None
 
     def pin_numbers(self) -> None:
         """What the code does with its integers apart from sizes (scales, paddings) it does after a cut as well."""
@@ -419,13 +352,6 @@ def _outputs(results: list[Tensor]) -> tuple[float, list[Axis]]:
     for size, axis in zip(results[0].shape, results[0].axes, strict=True):
         constant *= size if axis is None else 1
     return float(constant), list(results[0].axes)
-
-
-def _name(node: Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return str(getattr(node.target, "__name__", node.target))
-    return str(schema.name).replace("::", ".")
 
 
 def _module(node: Node) -> str:

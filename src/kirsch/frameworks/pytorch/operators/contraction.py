@@ -108,7 +108,7 @@ def _attention(step: Step) -> Tensor:
     if mask is not None:
         scores = relations.elementwise(step.facts, [scores, mask], shape)
     relations.freeze(step.facts, [scores], "a softmax spans it", [-1])
-    if scale is None:
+    if scale is None and not step.keeps_scale(query.axes[-1]):
         relations.freeze(step.facts, [query, key], "the scale of attention is computed from its width", [-1])
     return contract(step, [(scores, lead + "XY"), (value, lead + "YF")], lead + "XF", step.shape)
 

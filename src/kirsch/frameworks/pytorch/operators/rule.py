@@ -20,9 +20,6 @@ Rule = Callable[["Step"], Tensor | list[Tensor]]
 
 RULES: dict[str, Rule] = {}
 
-OPAQUE = frozenset(["multi_head_attention_forward"])
-"""Functions of PyTorch that compute sizes from the shape of their input, where no provenance reaches."""
-
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Decorator: this function is the rule of these operators."""
@@ -44,8 +41,6 @@ def apply(step: Step) -> list[Tensor]:
     known = RULES.get(step.name)
     if known is None:
         return step.freeze_all(f"there is no rule for {step.facts.operation.name}")
-    if step.call is not None and step.call.name in OPAQUE:
-        return step.freeze_all(f"there is no rule for {step.call.name}")
     terms = len(step.facts.terms)
     try:
         found = known(step)

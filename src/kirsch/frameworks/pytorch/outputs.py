@@ -1,0 +1,72 @@
+"""What a model puts out, as tensors with names, and which of them count."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kirsch.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+PREDICTIONS = ("logits", "pred")
+"""Words in the names of outputs that a model is trained for."""
+
+ASIDE = ("hidden_state", "attention", "past_key_values", "router_logits")
+"""Words in the names of what models put out beside their predictions."""
+
+
+def named(outputs: Any) -> dict[str, torch.Tensor]:
+    """All tensors in what a model puts out, by path: "logits", "0", "aux.0"; a single tensor is "0".
+
+    Mappings, sequences, dataclasses and other objects with attributes are gone through, each object once.
+    """
+    single = isinstance(outputs, torch.Tensor)
+    return dict(_tensors([outputs] if single else outputs, "", set()))
+
+
+def _tensors(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield path, value
+        return
+    parts = _parts(value)
+    if not parts or id(value) in seen:
+        return
+    seen.add(id(value))
+    for name, part in parts:
+        yield from _tensors(part, f"{path}.{name}" if path else str(name), seen)
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, dict) or hasattr(value, "items"):
+        return list(value.items())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return list(zip(value._fields, value, strict=True))
+    if isinstance(value, (list, tuple)):
+        return list(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return list(vars(value).items()) if hasattr(value, "__dict__") and not isinstance(value, type) else []
+
+
+def counting(names: Sequence[str], asked: Sequence[str]) -> set[str]:
+    """Which of these outputs count: those asked for, else all but hidden states and the like beside predictions.
+
+    Raises:
+        UnknownNameError: there is no output of a name that is asked for.
+    """
+    for name in asked:
+        if not any(_within(found, name) for found in names):
+            raise UnknownNameError("output", name, names)
+    if asked:
+        return {found for found in names if any(_within(found, name) for name in asked)}
+    main = {found for found in names if not any(word in found for word in ASIDE)}
+    predicts = any(word in found for found in main for word in PREDICTIONS)
+    return main if predicts else set(names)
+
+
+def _within(path: str, name: str) -> bool:
+    return path == name or path.startswith(f"{name}.")
