@@ -47,6 +47,28 @@ def test_trace_for_people_has_the_same_group_and_blocker(kirsch):
     assert "a softmax spans it  aten.softmax" in lines[5]
 
 
+def test_trace_explains_a_layer(kirsch, answer):
+    told = [
+        "2.weight[:, i]: the 8 units (channel) of '0'.",
+        "With each of them go:",
+        "  0: weight[i]  by conv2d (2)",
+    ]
+    code, out, err = kirsch("trace", CHAIN, "--explain", "2")
+    assert (code, out.splitlines()[:3], err) == (0, told, "")
+    found = answer("trace", CHAIN, "--explain", "2")
+    assert (found["layer"], found["explanation"][:3]) == ("2", told)
+
+
+def test_kinds_of_units_and_alikeness_are_given_on_the_command_line(answer, kirsch, folder):
+    answer("plan", CHAIN, "--macs", "0.8", "--kind", "channel", "--uniform", "--round-to", "1", "-o", "plan.json")
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["method"]["uniform"] is True
+    assert {removal["kind"] for removal in plan["groups"]} == {"channel"}
+    code, _, err = kirsch("plan", CHAIN, "--macs", "0.8", "--kind", "chanel")
+    assert code == 2
+    assert "Did you mean 'channel'?" in err
+
+
 def test_names_in_a_tree_are_written_verbatim(kirsch):
     code, out, _ = kirsch("trace", "nets.py:hostile")
     assert code == 0

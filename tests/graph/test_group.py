@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kirsch.graph import relations
 from kirsch.graph.coupling import solve
 from kirsch.graph.facts import Facts, Operation
-from kirsch.graph.group import Group, find_groups
+from kirsch.graph.group import OF_GRIDS, Group, find_groups
 from kirsch.graph.labels import Tensor
 
 STEADY = settings(deadline=None, derandomize=True)
@@ -116,7 +116,7 @@ def test_labels_that_lie_on_no_parameter_are_no_units(chain):
 
 def test_a_view_makes_rows_and_columns_that_can_go(heads):
     graph = heads(2, 3).graph()
-    assert summary(graph) == [("query", "view axis 1", 3), ("query#2", "view axis 0", 2)]
+    assert summary(graph) == [("query", "position in block", 3), ("query#2", "block", 2)]
     columns, rows = (units(graph, group) for group in graph.groups)
     assert rows[1] == {
         ("query.weight", 0): [3, 4, 5],
@@ -135,7 +135,7 @@ def test_a_view_makes_rows_and_columns_that_can_go(heads):
     [
         ("norm groups", ["norm group", "position in norm group"]),
         ("conv groups", ["conv group", "position in conv group"]),
-        ("pixel shuffle", ["pixel shuffle axis 0", "pixel shuffle axis 1"]),
+        ("pixel shuffle", ["block", "position in block"]),
     ],
 )
 def test_a_unit_is_called_after_the_grid_that_makes_it(network, kind, expected):
@@ -182,25 +182,30 @@ def test_a_head_goes_from_all_layers_that_agree_on_heads(network):
     heads = [net.facts.split(channels.reshape(2, -1), "view")[0] for channels in (query, value)]
     net.facts.equate(*heads)
     graph = net.graph()
-    assert summary(graph) == [("query", "view axis 1", 3), ("query#2", "view axis 0", 2), ("value", "view axis 1", 2)]
+    assert summary(graph) == [
+        ("query", "position in block", 3),
+        ("query#2", "block", 2),
+        ("value", "position in block", 2),
+    ]
     assert units(graph, graph.groups[1])[1] == {("query.bias", 0): [3, 4, 5], ("value.bias", 0): [2, 3]}
 
 
 @pytest.mark.parametrize(("extra", "expected"), [(1, [[0, 1], [2, 3]]), (2, [])])
-def test_a_cell_that_goes_takes_the_slab_that_adds_the_fewest_cells(network, extra, expected):
+def test_a_cell_that_goes_takes_the_slab_that_adds_the_fewest_cells(network, monkeypatch, extra, expected):
     """Four channels (2, 2) stand beside (2, extra) others in a second grid. A row of the four goes: 0 and 1.
 
     In the second grid they are covered by their row, which adds `extra` others, or by their columns, which add one cell
     each. Two columns are all four channels: one unit, and no group of several.
     """
+    monkeypatch.setitem(OF_GRIDS, "four", ("row", "column"))
     net = network()
     four = net.parameter("four.weight", 4).axes[0].reshape(2, 2)
     others = net.parameter("others.weight", 2 * extra).axes[0].reshape(2, extra)
     net.facts.split(four, "four")
     net.facts.split(np.hstack([four, others]), "wide")
     graph = net.graph()
-    rows = [unit for group in graph.groups if group.kind == "four axis 0" for unit in units(graph, group)]
-    columns = [unit for group in graph.groups if group.kind == "four axis 1" for unit in units(graph, group)]
+    rows = [unit for found in graph.groups if found.kind == "row" for unit in units(graph, found)]
+    columns = [unit for found in graph.groups if found.kind == "column" for unit in units(graph, found)]
     assert [unit["four.weight", 0] for unit in rows] == expected
     assert [unit["four.weight", 0] for unit in columns] == [[0, 2], [1, 3]]
 
@@ -214,7 +219,7 @@ def test_a_cell_that_goes_takes_another_slab_where_the_cheapest_is_stuck(network
     columns = net.facts.split(np.hstack([four, others]), "wide")[1]
     net.facts.freeze(columns[:2], "why")
     graph = net.graph()
-    rows = [unit for group in graph.groups if group.kind == "four axis 0" for unit in units(graph, group)]
+    rows = [unit for group in graph.groups if group.kind == "block" for unit in units(graph, group)]
     assert [unit["four.weight", 0] for unit in rows] == [[0, 1], [2, 3]]
     assert [unit["others.weight", 0] for unit in rows] == [[0, 1], [2, 3]]
 
@@ -242,9 +247,9 @@ def test_a_cell_that_is_there_twice_is_covered_twice(network):
             net.facts.equate(labels, rows)
     graph = net.graph()
     found = {group.kind: units(graph, group) for group in graph.groups}
-    assert [unit["layer.weight", 0] for unit in found["view axis 1"]] == [[0, 1], [0, 2]]
-    assert [unit["rows", 0] for unit in found["view axis 1"]] == [[0], [0]]
-    assert [unit["layer.weight", 0] for unit in found["view axis 0"]] == [[0], [1, 2]]
+    assert [unit["layer.weight", 0] for unit in found["position in block"]] == [[0, 1], [0, 2]]
+    assert [unit["rows", 0] for unit in found["position in block"]] == [[0], [0]]
+    assert [unit["layer.weight", 0] for unit in found["block"]] == [[0], [1, 2]]
 
 
 def test_groups_are_in_the_order_of_the_model(network):

@@ -56,7 +56,11 @@ RECIPES = st.fixed_dictionaries(
         "prune": st.none()
         | st.fixed_dictionaries(
             {"goal": st.fixed_dictionaries({"macs": FRACTIONS, "params": st.none() | FRACTIONS})},
-            optional={"round_to": st.integers(1, 64) | st.just("auto"), "exclude": st.lists(NAMES)},
+            optional={
+                "round_to": st.integers(1, 64) | st.just("auto"),
+                "uniform": st.booleans(),
+                "exclude": st.lists(NAMES),
+            },
         ),
         "recover": st.none() | DISTILS,
         "export": st.none() | st.just({"format": "onnx"}),
@@ -118,6 +122,7 @@ def test_a_key_that_may_be_of_two_kinds_keeps_its_own_name():
         text,
         "line 4: prune.round_to: input should be a valid integer, found 'some'",
         "line 4: prune.round_to: input should be 'auto', found 'some'",
+        "line 4: prune.round_to: input should be a valid dictionary, found 'some'",
     )
 
 

@@ -121,6 +121,10 @@ Params = Annotated[float | None, typer.Option("--params", help="Parameters that 
 Importance = Annotated[str, typer.Option("--importance", help="What ranks the units: magnitude, random.")]
 Scope = Annotated[str, typer.Option("--scope", help="global ranks all layers together, local each by itself.")]
 RoundTo = Annotated[str, typer.Option("--round-to", help="Kept widths are multiples of this number, or auto.")]
+Granularity = Annotated[
+    list[str] | None, typer.Option("--kind", help="Kind of unit that may go, such as head; may be repeated. All.")
+]
+Uniform = Annotated[bool, typer.Option("--uniform", help="Layers of one kind lose the same number of units.")]
 Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", help="A layer or glob to leave as it is; may be repeated.")
 ]
@@ -172,11 +176,20 @@ def init(
 
 
 @verb
-def trace(session: Session, model: Model, shape: Shape = "", weights: Weights = "random", seed: Seed = 0) -> int:
+def trace(
+    session: Session,
+    model: Model,
+    explain: Annotated[
+        str, typer.Option("--explain", help="Say what goes with this layer, and why.", metavar="LAYER")
+    ] = "",
+    shape: Shape = "",
+    weights: Weights = "random",
+    seed: Seed = 0,
+) -> int:
     """Show what of a model may go, and what blocks the rest."""
     from kirsch.cli import networks
 
-    return networks.show_trace(networks.given(model, shape, weights, seed=seed), session.terminal)
+    return networks.show_trace(networks.given(model, shape, weights, seed=seed), explain, session.terminal)
 
 
 @verb
@@ -189,6 +202,8 @@ def plan(
     scope: Scope = "global",
     round_to: RoundTo = "auto",
     exclude: Exclude = None,
+    kind: Granularity = None,
+    uniform: Uniform = False,
     output: Annotated[str, typer.Option("--output", "-o", help="File for the plan, as JSON.", metavar="FILE")] = "",
     shape: Shape = "",
     weights: Weights = "random",
@@ -197,7 +212,7 @@ def plan(
     """Choose what goes, without cutting it."""
     from kirsch.cli import networks
 
-    choice = networks.Choice(macs, params, importance, scope, round_to, exclude or [], seed)
+    choice = networks.Choice(macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, seed)
     return networks.show_plan(networks.given(model, shape, weights, seed=seed), choice, output, session.terminal)
 
 
@@ -213,6 +228,8 @@ def prune(
     scope: Scope = "global",
     round_to: RoundTo = "auto",
     exclude: Exclude = None,
+    kind: Granularity = None,
+    uniform: Uniform = False,
     shape: Shape = "",
     weights: Weights = "random",
     seed: Seed = 0,
@@ -220,7 +237,7 @@ def prune(
     """Cut a model by a plan or a goal, with proof."""
     from kirsch.cli import networks
 
-    choice = networks.Choice(macs, params, importance, scope, round_to, exclude or [], seed)
+    choice = networks.Choice(macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, seed)
     found = networks.given(model, shape, weights, seed=seed)
     return networks.show_prune(found, plan_file, choice, output, session.terminal)
 

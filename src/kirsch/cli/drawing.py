@@ -223,4 +223,5 @@ def _method(plan: Plan) -> str:
     )
     excluded = f", without {', '.join(method['exclude'])}" if method.get("exclude") else ""
     widths = "round widths" if method["round_to"] == "auto" else f"widths in steps of {method['round_to']}"
-    return f"{importance}, {method['scope']}, {widths}{excluded}"
+    alike = ", layers alike" if method.get("uniform") else ""
+    return f"{importance}, {method['scope']}, {widths}{alike}{excluded}"

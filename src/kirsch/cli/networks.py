@@ -39,7 +39,7 @@ class Choice:
 
     Args:
         macs, params: the goal; see `Goal`.
-        importance, scope, round_to, exclude, seed: see `kirsch.plan`.
+        importance, scope, round_to, exclude, granularity, uniform, seed: see `kirsch.plan`.
     """
 
     macs: float | None
@@ -48,6 +48,8 @@ class Choice:
     scope: str
     round_to: str
     exclude: Sequence[str]
+    granularity: Sequence[str]
+    uniform: bool
     seed: int
 
     def plan(self, graph: Any) -> Plan:
@@ -61,6 +63,8 @@ class Choice:
             cast(Any, self.scope),  # checked by `plan`, which names the known ones
             _round_to(self.round_to),
             self.exclude,
+            self.granularity or None,
+            uniform=self.uniform,
             seed=self.seed,
         )
 
@@ -130,9 +134,13 @@ def given(reference: str, shape: str, weights: str, *, pruned: str = "", seed: i
     return _ready(model, reference, sizes, said, random=zoo and weights == RANDOM)
 
 
-def show_trace(given: Given, terminal: Terminal) -> int:
-    """The groups and blockers of a model."""
+def show_trace(given: Given, layer: str, terminal: Terminal) -> int:
+    """The groups and blockers of a model, or what goes with one layer of it and why."""
     graph = trace(given.model, given.inputs)
+    if layer:
+        text = graph.explain(layer).splitlines()
+        terminal.result([[Piece(line)] for line in text], {"layer": layer, "explanation": text})
+        return 0
     found = drawing.hanging(graph)
     content = {
         "model": graph.model_name,

@@ -32,12 +32,14 @@ class Coupling:
         component: label → component, int64 of shape (labels,).
         stuck: component → whether it cannot go, bool of shape (components,).
         grids: the grids that are left, with components in place of labels.
+        marks: what operations use components as → component → whether, bool of shape (components,).
         why: component → the first fact that froze it.
     """
 
     component: NDArray[np.int64]
     stuck: NDArray[np.bool_]
     grids: tuple[Grid, ...]
+    marks: dict[str, NDArray[np.bool_]]
     why: dict[int, Freeze]
 
 
@@ -56,7 +58,11 @@ def solve(facts: Facts, ties: Sequence[tuple[Labels, Labels]] = (), more: Sequen
         right += [tie[1] for tie in tied]
         frozen += [grid.cells.ravel() for grid in fixed]
         fallen += fixed
-    return Coupling(component, stuck, _distinct(grids, component), _causes(freezes, fallen, component))
+    marks = {}
+    for use, marked in facts.marks.items():
+        marks[use] = np.zeros(len(stuck), bool)
+        marks[use][component[np.concatenate(marked)]] = True
+    return Coupling(component, stuck, _distinct(grids, component), marks, _causes(freezes, fallen, component))
 
 
 def _causes(freezes: Sequence[Freeze], fallen: Sequence[Grid], component: NDArray[np.int64]) -> dict[int, Freeze]:
@@ -112,7 +118,7 @@ def _collapse(
         if cells.ndim == 1:
             ties.append((cells, marginals[0]))
         else:
-            kept.append(Grid(cells, tuple(marginals), grid.kind))
+            kept.append(Grid(cells, tuple(marginals), grid.kind, grid.operation))
     return kept, ties, fixed
 
 
@@ -120,7 +126,8 @@ def _distinct(grids: Sequence[Grid], component: NDArray[np.int64]) -> tuple[Grid
     """The grids over components, each once."""
     seen: dict[tuple[object, ...], Grid] = {}
     for grid in grids:
-        solved = Grid(component[grid.cells], tuple(component[marginal] for marginal in grid.marginals), grid.kind)
+        marginals = tuple(component[marginal] for marginal in grid.marginals)
+        solved = Grid(component[grid.cells], marginals, grid.kind, grid.operation)
         key = (solved.cells.shape, solved.cells.tobytes(), *(marginal.tobytes() for marginal in solved.marginals))
         seen.setdefault(key, solved)
     return tuple(seen.values())

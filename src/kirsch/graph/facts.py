@@ -4,6 +4,7 @@ equality    two labels go together;
 freeze      a label cannot go, with the reason;
 grid        an array of cells with one *marginal* label per position of each of its axes: a cell goes exactly when one
             of its marginals goes. A reshape (C) -> (A, B) makes one, so that what is kept stays a product;
+mark        what an operation uses labels as: the heads of an attention, the units of a recurrent state;
 demand      an integer in the model's own code must equal the number of labels that are kept;
 statistic   an operation averages over a labelled axis: its result depends on how many labels are kept;
 term        what an operation or a parameter costs: a coefficient times the kept counts of some label arrays.
@@ -54,11 +55,12 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells (n axes) and one array of marginal labels per axis."""
+    """Cells (n axes) and one array of marginal labels per axis, and the operation that made it."""
 
     cells: Labels
     marginals: tuple[Labels, ...]
     kind: str
+    operation: Operation
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,13 @@ class Facts:
     count: int = 1
     left: list[Labels] = field(default_factory=list)
     right: list[Labels] = field(default_factory=list)
+    equated_by: list[Operation] = field(default_factory=list)
     freezes: list[Freeze] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
     demands: list[Demand] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     statistics: set[str] = field(default_factory=set)
+    marks: dict[str, list[Labels]] = field(default_factory=dict)
     operation: Operation = field(default_factory=lambda: Operation("parameter"))
     cause: Freeze | None = None
     _marginals: dict[tuple[tuple[int, ...], bytes], tuple[Labels, ...]] = field(default_factory=dict)
@@ -144,6 +148,7 @@ class Facts:
             self.freeze(np.maximum(a[stuck], b[stuck]), "it meets an index that cannot change")
         self.left.append(a[~stuck])
         self.right.append(b[~stuck])
+        self.equated_by.append(self.operation)
         return first
 
     def freeze(self, axis: Axis, reason: str, *, boundary: bool = False) -> None:
@@ -169,6 +174,11 @@ class Facts:
     def pin(self, number: int, expression: Expression) -> None:
         """Record that an integer of the model's code must stay what it is."""
         self.demands.append(Demand(np.zeros(0, np.int64), expression, self.operation, number))
+
+    def mark(self, axis: Axis, use: str) -> None:
+        """Note what an operation uses an axis as; see `group.KINDS`."""
+        if axis is not None:
+            self.marks.setdefault(use, []).append(np.unique(axis))
 
     def statistic(self, axes: Sequence[Axis]) -> None:
         """Note that the operation computes a statistic over these axes, so that it follows what is kept."""
@@ -229,7 +239,7 @@ class Facts:
     def _remember(self, cells: Labels, marginals: tuple[Labels, ...], kind: str) -> None:
         self._marginals[(cells.shape, cells.tobytes())] = marginals
         self._cells[tuple(marginal.tobytes() for marginal in marginals)] = cells
-        self.grids.append(Grid(cells, marginals, kind))
+        self.grids.append(Grid(cells, marginals, kind, self.operation))
 
     def touch(self, labels: Labels) -> None:
         """Note that the present operation has dealt with these labels."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from kirsch.graph import constants, coupling, group
 from kirsch.graph.cost import Cost, CostModel
+from kirsch.graph.explain import explain
 from kirsch.graph.rigid import rigid
 
 if TYPE_CHECKING:
@@ -161,6 +162,17 @@ class Graph:
             for labels in tensor.axes:
                 digest.update(b"" if labels is None else unit[self.coupling.component[labels]].tobytes())
         return digest.hexdigest()
+
+    def explain(self, layer: str) -> str:
+        """In words: what goes together with the outputs and inputs of a layer, by which operations, and what stays.
+
+        Args:
+            layer: path of a module, "layer4.1.conv2", or of one parameter.
+
+        Raises:
+            UnknownNameError: the model has no parameters there.
+        """
+        return explain(self, layer)
 
     def keep(self, removed: Mapping[str, tuple[int, ...]]) -> NDArray[np.bool_]:
         """Component → whether it stays when these units (group name → indices) go."""

@@ -18,13 +18,29 @@ if TYPE_CHECKING:
 
 ParameterAxis = tuple[str, int]
 
-# What a unit is called, from the kind of the grid that makes it and the axis of the grid it lies on.
 KINDS = {
-    ("norm groups", 0): "norm group",
-    ("norm groups", 1): "position in norm group",
-    ("conv groups", 0): "conv group",
-    ("conv groups", 1): "position in conv group",
+    "kv group": "heads of queries that share keys and values: heads that repeat, or the first axis of a grid of heads",
+    "head in kv group": "the second axis of that grid",
+    "head": "an index that two activations have in common when they are multiplied, as queries and keys do",
+    "head dim": "a position inside of heads, the same in all: summed over between activations, or in the values",
+    "recurrent unit": "a unit of the state of an LSTM, GRU or plain recurrent layer",
+    "conv group": "the first axis of the grid (groups, channels of each) that a grouped convolution makes",
+    "position in conv group": "the second axis of that grid",
+    "norm group": "the first axis of the grid (groups, channels of each) that a group normalisation makes",
+    "position in norm group": "the second axis of that grid",
+    "embedding dim": "a column of an embedding table, or of a sum over tokens that linear layers read and write",
+    "ffn unit": "what linear layers put out for linear layers alone",
+    "block": "the first axis of the grid that any other reshape makes",
+    "position in block": "another axis of that grid",
+    "channel": "everything else",
 }
+"""The kinds of units, and how each is told; where several fit, the first. Most come from what operations mark."""
+
+OF_GRIDS = {
+    "norm groups": ("norm group", "position in norm group"),
+    "conv groups": ("conv group", "position in conv group"),
+}
+"""The kinds of units that the axes of a grid make, the first and all others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +49,7 @@ class Group:
 
     Args:
         name: path of the first layer that produces the units.
-        kind: "channel", "norm group", ...
+        kind: one of `KINDS`.
         components: all components of all units, one unit after the other.
         starts: where each unit begins in `components`; shape (units,).
         footprint: (parameter, axis) that the units touch, in the order of the model.
@@ -80,11 +96,14 @@ def find_groups(coupling: Coupling, axes: Mapping[ParameterAxis, Labels]) -> tup
         in_grid[grid.cells.ravel()] = True
         for marginal in grid.marginals:
             in_grid[marginal] = True
-    grouped = sites.alike(np.flatnonzero(sites.touched & ~coupling.stuck & ~in_grid))
+    grouped = {
+        (_kind(coupling, np.concatenate(units), "channel"), footprint): units
+        for footprint, units in sites.alike(np.flatnonzero(sites.touched & ~coupling.stuck & ~in_grid)).items()
+    }
     for kind, components in _closed_units(coupling, in_grid):
         footprint = sites.of(components)
         if footprint:
-            grouped.setdefault((kind, footprint), []).append(components)
+            grouped.setdefault((_kind(coupling, components, kind), footprint), []).append(components)
     groups, names = [], dict[str, int]()
     for (kind, footprint), members in sorted(grouped.items(), key=lambda item: item[0][1]):
         lengths = np.array([len(unit) for unit in members])
@@ -106,6 +125,25 @@ def _name(footprint: tuple[ParameterAxis, ...]) -> str:
     return first.rpartition(".")[0] or first
 
 
+def _kind(coupling: Coupling, components: NDArray[np.int64], otherwise: str) -> str:
+    """The kind of a unit of these components, by what operations use them as."""
+
+    def has(use: str) -> bool:
+        return use in coupling.marks and bool(coupling.marks[use][components].any())
+
+    if otherwise.endswith("kv group"):
+        return otherwise
+    for kind in ("kv group", "head", "head dim", "recurrent unit"):
+        if has(kind):
+            return kind
+    linear = has("out of linear") and has("into linear") and not has("into convolution")
+    if otherwise != "channel":
+        return otherwise
+    if has("embedded") or (linear and has("summed")):
+        return "embedding dim"
+    return "ffn unit" if linear else "channel"
+
+
 class _Sites:
     """Which (parameter, axis) each component sits on, as one sorted list of pairs."""
 
@@ -122,8 +160,8 @@ class _Sites:
         found = [self._site[self._start[c] : self._start[c + 1]] for c in components]
         return tuple(np.unique(np.concatenate(found)).tolist()) if found else ()
 
-    def alike(self, components: NDArray[np.int64]) -> dict[tuple[str, tuple[int, ...]], list[NDArray[np.int64]]]:
-        """Components that are units of their own, by ("channel", sites).
+    def alike(self, components: NDArray[np.int64]) -> dict[tuple[int, ...], list[NDArray[np.int64]]]:
+        """Components that are units of their own, by their sites.
 
         Sites are compared by a random 64-bit number each, summed per component: a model has some hundred thousand
         components and only a few hundred different sets of sites.
@@ -136,7 +174,7 @@ class _Sites:
         order = np.argsort(signature, kind="stable")
         borders = np.flatnonzero(np.diff(signature[order])) + 1
         members = [np.sort(components[part]) for part in np.split(order, borders)]
-        return {("channel", self.of(part[:1])): [part[i : i + 1] for i in range(len(part))] for part in members}
+        return {self.of(part[:1]): [part[i : i + 1] for i in range(len(part))] for part in members}
 
 
 def _closed_units(coupling: Coupling, in_grid: NDArray[np.bool_]) -> list[tuple[str, NDArray[np.int64]]]:
@@ -156,10 +194,17 @@ def _closed_units(coupling: Coupling, in_grid: NDArray[np.bool_]) -> list[tuple[
     for seed in np.flatnonzero(in_grid & ~cells & ~coupling.stuck).tolist():
         closed = _close(seed, coupling.stuck, places, holders)
         if closed is not None:
-            grid, axis, _ = places[seed][0]
-            kind = KINDS.get((grid.kind, axis), f"{grid.kind} axis {axis}")
+            kinds = [_of_grid(coupling, grid, axis) for grid, axis, _ in places[seed]]
+            kind = next((kind for kind in kinds if kind.endswith("kv group")), kinds[0])
             units.setdefault(closed.tobytes(), (kind, closed))
     return list(units.values())
+
+
+def _of_grid(coupling: Coupling, grid: Grid, axis: int) -> str:
+    """The kind of the units on an axis of a grid."""
+    if "head" in coupling.marks and coupling.marks["head"][grid.cells].all():
+        return "head in kv group" if axis else "kv group"
+    return OF_GRIDS.get(grid.kind, ("block", "position in block"))[axis > 0]
 
 
 def _close(

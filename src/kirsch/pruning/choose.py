@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from kirsch.errors import GoalError, PlanError, UnknownNameError, UsageError
+from kirsch.graph.group import KINDS
 from kirsch.graph.plan import Plan, Removal
 from kirsch.pruning.importance import IMPORTANCES
 
@@ -33,14 +35,20 @@ Measured on x86: 63 channels take 1.6 times as long as 64, 7 times in a depthwis
 """
 
 
+WHOLE = frozenset(["kv group", "head", "head in kv group", "conv group", "norm group", "block"])
+"""Kinds whose number is that of whole parts, each of its own width; no runtime works on them in blocks."""
+
+
 def plan(
     graph: Graph,
     goal: Goal,
     importance: str = "magnitude",
     scope: Literal["global", "local"] = "global",
-    round_to: int | Literal["auto"] = "auto",
+    round_to: int | Literal["auto"] | Mapping[str, int] = "auto",
     exclude: Sequence[str] = (),
+    granularity: Sequence[str] | Mapping[str, float] | None = None,
     *,
+    uniform: bool = False,
     norm: Literal[1, 2] = 2,
     min_keep: float = 0.1,
     seed: int = 0,
@@ -54,8 +62,14 @@ def plan(
         scope: "global" ranks all units together; "local" takes the same fraction of every group.
         round_to: how many units stay in each group is a multiple of this. "auto": 16 in groups of 32 units or more, 8
             from 16, 4 from 8, else 1, since runtimes work in blocks and widths between them cost time; halved, but
-            not below 4, where the goal cannot be met closely otherwise.
+            not below 4, where the goal cannot be met closely otherwise; 1 for heads and other whole parts. By kind of
+            unit: {"head dim": 8}; kinds not named are "auto".
         exclude: module paths, parameter names or globs ("layer4.*"); nothing of these is changed.
+        granularity: the kinds of units that may go (see `kirsch.graph.group.KINDS`), ["head", "ffn unit"]; or by kind
+            how readily they go, {"head": 2.0, "head dim": 0}: importances are divided by the number, and units of a
+            kind with 0 stay. Kinds not named there have 1. None: all may.
+        uniform: groups of the same kind and size lose the same number of units, so that one number in a configuration
+            describes them all.
         norm: 1 or 2, the norm of "magnitude".
         min_keep: fraction of each group that stays in any case, 0 < min_keep <= 1.
         seed: of the importance "random".
@@ -69,11 +83,20 @@ def plan(
         UsageError: an option is out of range.
     """
     _check_options(scope, round_to, norm, min_keep)
-    groups = _without(graph, exclude)
-    scores = [_scored(graph, group, importance, norm, seed) for group in groups]
-    for fineness in range(3 if round_to == "auto" else 1):
-        multiples = [_multiple(round_to, group.size, fineness) for group in groups]
-        candidates = [_Candidate(*parts, min_keep) for parts in zip(groups, scores, multiples, strict=True)]
+    ease = _ease(granularity)
+    groups = [group for group in _without(graph, exclude) if ease[group.kind] > 0]
+    scores = [_scored(graph, group, importance, norm, seed) / ease[group.kind] for group in groups]
+    together = _together(groups, uniform=uniform)
+    for fineness in range(1 if isinstance(round_to, int) else 3):
+        candidates = [
+            _Candidate(
+                [groups[place] for place in places],
+                [scores[place] for place in places],
+                _multiple(round_to, groups[places[0]], fineness),
+                min_keep,
+            )
+            for places in together
+        ]
         chooser = _Chooser(graph, goal, candidates)
         counts = chooser.least()
         if goal.met_by(chooser.price(counts), graph.cost):
@@ -89,11 +112,7 @@ def plan(
     return Plan(
         fingerprint=graph.fingerprint,
         model=graph.model_name,
-        groups=tuple(
-            Removal(c.group.name, c.group.kind, c.group.size, tuple(sorted(c.order[:count].tolist())), reason)
-            for c, count in zip(candidates, counts, strict=True)
-            if count
-        ),
+        groups=_removals(groups, candidates, counts, reason),
         before=graph.cost,
         after=after,
         goal=goal.to_dict(),
@@ -101,8 +120,10 @@ def plan(
             "importance": importance,
             "norm": norm,
             "scope": scope,
-            "round_to": round_to,
+            "round_to": dict(round_to) if isinstance(round_to, Mapping) else round_to,
             "exclude": list(exclude),
+            "granularity": {kind: number for kind, number in ease.items() if number != 1},
+            "uniform": uniform,
             "min_keep": min_keep,
             "seed": seed,
         },
@@ -113,12 +134,51 @@ def plan(
     )
 
 
-def _check_options(scope: str, round_to: int | str, norm: int, min_keep: float) -> None:
+def _ease(granularity: Sequence[str] | Mapping[str, float] | None) -> dict[str, float]:
+    """Kind of unit → how readily it goes, 0 for not at all."""
+    named = [granularity] if isinstance(granularity, str) else granularity if granularity is not None else ()
+    for kind in named:
+        if kind not in KINDS:
+            raise UnknownNameError("kind of unit", kind, KINDS)
+    if isinstance(granularity, Mapping):
+        wrong = {kind: number for kind, number in granularity.items() if not 0 <= number < np.inf}
+        if wrong:
+            raise UsageError(f"granularity has {wrong}.", "A number of at least 0 is needed for each kind.")
+        return {kind: float(granularity.get(kind, 1)) for kind in KINDS}
+    return {kind: float(granularity is None or kind in named) for kind in KINDS}
+
+
+def _together(groups: Sequence[Group], *, uniform: bool) -> list[list[int]]:
+    """Places of the groups that lose the same number of units."""
+    classes: dict[object, list[int]] = {}
+    for place, group in enumerate(groups):
+        classes.setdefault((group.kind, group.size) if uniform else place, []).append(place)
+    return list(classes.values())
+
+
+def _removals(
+    groups: Sequence[Group], candidates: Sequence[_Candidate], counts: Sequence[int], reason: str
+) -> tuple[Removal, ...]:
+    """What goes, in the order of the groups."""
+    units = {
+        group.name: tuple(sorted(order[:count].tolist()))
+        for candidate, count in zip(candidates, counts, strict=True)
+        for group, order in zip(candidate.groups, candidate.orders, strict=True)
+        if count
+    }
+    return tuple(Removal(g.name, g.kind, g.size, units[g.name], reason) for g in groups if g.name in units)
+
+
+def _check_options(scope: str, round_to: int | str | Mapping[str, int], norm: int, min_keep: float) -> None:
     problems = []
     if scope not in ("global", "local"):
         problems.append(f"scope is {scope!r}; known: global, local")
-    if round_to != "auto" and (not isinstance(round_to, int) or round_to < 1):
+    numbers = round_to.values() if isinstance(round_to, Mapping) else [round_to] if round_to != "auto" else []
+    if any(not isinstance(number, int) or number < 1 for number in numbers):
         problems.append(f'round_to is {round_to!r}; a whole number of at least 1, or "auto", is needed')
+    for kind in round_to if isinstance(round_to, Mapping) else ():
+        if kind not in KINDS:
+            raise UnknownNameError("kind of unit", kind, KINDS)
     if norm not in (1, 2):
         problems.append(f"norm is {norm!r}; known: 1, 2")
     if not 0 < min_keep <= 1:
@@ -147,10 +207,14 @@ def _matches(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
-def _multiple(round_to: int | str, size: int, fineness: int) -> int:
+def _multiple(round_to: int | str | Mapping[str, int], group: Group, fineness: int) -> int:
     if isinstance(round_to, int):
         return round_to
-    coarse = next((multiple for multiple, least in ((16, 32), (8, 16), (4, 8)) if size >= least), 1)
+    if isinstance(round_to, Mapping) and group.kind in round_to:
+        return round_to[group.kind]
+    if group.kind in WHOLE:
+        return 1
+    coarse = next((multiple for multiple, least in ((16, 32), (8, 16), (4, 8)) if group.size >= least), 1)
     return max(coarse >> fineness, min(coarse, ALIGNED))
 
 
@@ -174,24 +238,37 @@ def _short_of(goal: Goal, after: Cost, before: Cost) -> float:
 
 @dataclass
 class _Candidate:
-    """A group with its units in the order in which they would go."""
+    """Groups of one size that lose the same number of units, each with its units in the order in which they go."""
 
-    group: Group
-    scores: NDArray[np.float64]
+    groups: Sequence[Group]
+    own: Sequence[NDArray[np.float64]]
     multiple: int
     min_keep: float
 
+    @property
+    def size(self) -> int:
+        """Units of each group."""
+        return self.groups[0].size
+
     @cached_property
-    def order(self) -> NDArray[np.int64]:
-        """Units, the least important first."""
-        return np.argsort(self.scores, kind="stable")
+    def orders(self) -> list[NDArray[np.int64]]:
+        """The units of each group, the least important first."""
+        return [np.argsort(scores, kind="stable") for scores in self.own]
+
+    @cached_property
+    def scores(self) -> NDArray[np.float64]:
+        """The importance of what goes first, second, ... from each group; their mean."""
+        scores: NDArray[np.float64] = np.mean([np.sort(scores) for scores in self.own], axis=0)
+        return scores
 
     @cached_property
     def _going(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """All components in the order in which their units would go, and how many of them the first n units have."""
-        place = np.argsort(self.order)[self.group.unit_of()]
+        places = [np.argsort(o)[g.unit_of()] for g, o in zip(self.groups, self.orders, strict=True)]
+        place = np.concatenate(places)
         order = np.argsort(place, kind="stable")
-        return self.group.components[order], np.searchsorted(place[order], np.arange(self.group.size + 1))
+        components = np.concatenate([group.components for group in self.groups])
+        return components[order], np.searchsorted(place[order], np.arange(self.size + 1))
 
     def gone(self, count: int) -> NDArray[np.int64]:
         """The components of the units that go when so many do."""
@@ -201,8 +278,8 @@ class _Candidate:
     @cached_property
     def steps(self) -> list[int]:
         """How many units may go: 0, and each number that leaves a multiple, up to what must stay."""
-        floor = max(1, int(np.ceil(self.min_keep * self.group.size)))
-        return [0] + [n for n in range(1, self.group.size - floor + 1) if (self.group.size - n) % self.multiple == 0]
+        floor = max(1, int(np.ceil(self.min_keep * self.size)))
+        return [0] + [n for n in range(1, self.size - floor + 1) if (self.size - n) % self.multiple == 0]
 
     def allowed(self, wanted: int) -> int:
         """The largest number of steps that is no more than wanted."""
@@ -241,10 +318,10 @@ class _Chooser:
     def descend(self, *, local: bool) -> list[int]:
         """The smallest choice on the way from nothing to everything that meets the goal, by bisection."""
         if local:
-            way: list[float] = sorted({n / c.group.size for c in self._candidates for n in c.steps})
+            way: list[float] = sorted({n / c.size for c in self._candidates for n in c.steps})
 
             def choice(place: int) -> list[int]:
-                return [c.allowed(int(way[place] * c.group.size + 1e-9)) for c in self._candidates]
+                return [c.allowed(int(way[place] * c.size + 1e-9)) for c in self._candidates]
         else:
             way = sorted(score for candidate in self._candidates for score in candidate.scores.tolist())
 
@@ -273,7 +350,7 @@ class _Chooser:
                 if not count or not self.fits(tried):
                     open_.discard(place)
                     continue
-                value = float(candidate.scores[candidate.order[fewer:count]].mean())
+                value = float(candidate.scores[fewer:count].mean())
                 if best is None or value > best[0]:
                     best = (value, place, fewer)
             if best is None:
@@ -320,9 +397,9 @@ def _notes(
             "A smaller round_to lands nearer."
         )
     odd = [
-        f"{candidate.group.name} ({candidate.group.size - count})"
+        f"{candidate.groups[0].name} ({candidate.size - count})"
         for candidate, count in zip(candidates, counts, strict=True)
-        if count and (candidate.group.size - count) % ALIGNED
+        if count and candidate.groups[0].kind not in WHOLE and (candidate.size - count) % ALIGNED
     ]
     if odd:
         more = f", and {len(odd) - 3} more" if len(odd) > 3 else ""  # noqa: PLR2004 - three are shown

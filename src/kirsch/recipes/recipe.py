@@ -111,7 +111,13 @@ class Prune(Section):
     importance: str = Field("magnitude", description="what ranks the units: magnitude, random")
     norm: Literal[1, 2] = Field(2, description="of magnitude")
     scope: Literal["global", "local"] = Field("global", description="rank all layers together, or each by itself")
-    round_to: Count | Literal["auto"] = Field("auto", description="kept widths are multiples of this")
+    round_to: Count | Literal["auto"] | dict[str, Count] = Field(
+        "auto", description="kept widths are multiples of this; or by kind of unit"
+    )
+    granularity: tuple[str, ...] | dict[str, AtLeastZero] | None = Field(
+        None, description="the kinds of units that may go, or by kind how readily; all"
+    )
+    uniform: bool = Field(False, description="layers of one kind lose the same number of units")
     exclude: tuple[str, ...] = Field((), description="layers to leave as they are; globs")
     min_keep: Positive = Field(0.1, le=1, description="fraction of each group that stays in any case")
 

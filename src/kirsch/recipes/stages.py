@@ -161,6 +161,8 @@ def plan_for(job: Job, model: Any, section: Prune) -> tuple[Graph, Plan]:
         section.scope,
         section.round_to,
         section.exclude,
+        section.granularity,
+        uniform=section.uniform,
         norm=section.norm,
         min_keep=section.min_keep,
         seed=job.recipe.seed,

@@ -36,6 +36,7 @@ class Step:
         labels_of: the labels of a size that the code read at run time; raises KeyError where they are unknown.
         macs: the multiply-accumulates of the operation as it stands.
         keeps_scale: whether the scale of an attention can stay what it is when a part of its width, an axis, goes.
+        is_weight: whether a tensor is made of parameters and constants alone.
         settled: the integers of the call, by identity, that a rule has tied to an axis.
     """
 
@@ -48,6 +49,7 @@ class Step:
     labels_of: Callable[[SizeOf], Axis]
     macs: Callable[[], int] = lambda: 0
     keeps_scale: Callable[[Axis], bool] = lambda _: True
+    is_weight: Callable[[Tensor], bool] = lambda _: False
     settled: set[int] = field(default_factory=set)
 
     @property

@@ -222,6 +222,7 @@ class _Walk:
         self._calls = calls
         self._sizes = sizes
         self._given: list[Any] = []
+        self._fixed: set[Node] = set()  # made of parameters and constants alone
         self._by_call: dict[int, list[Any]] = {}
         self._settled: dict[int, set[int]] = {}
         self._origin: dict[int, Operation] = {}  # the first of each call
@@ -235,6 +236,8 @@ class _Walk:
             self.states[node] = self.states[source][place]  # type: ignore[index]
             if source in self._causes:
                 self._causes[node] = self._causes[source]  # type: ignore[index]
+            if source in self._fixed:
+                self._fixed.add(node)
         elif node.op == "call_function":
             self.states[node] = self._operation(node)
         elif node.op == "output":
@@ -245,6 +248,8 @@ class _Walk:
             self.states[node] = Tensor.of(value.shape) if isinstance(value, torch.Tensor) else None
 
     def _input(self, node: Node) -> Tensor | None:
+        if node.name in self._slots or node.name in self._constants:
+            self._fixed.add(node)
         if node.name in self._slots:
             return self._tensors[self._slots[node.name]]
         value = node.meta.get("val")
@@ -270,6 +275,9 @@ class _Walk:
         args: Any = map_arg(node.args, self.states.get)
         options: Any = map_arg(node.kwargs, self.states.get)
         name = name_of(node).removeprefix("aten.")
+        fixed = {id(self.states[source]) for source in node.all_input_nodes if source in self._fixed}
+        if node.all_input_nodes and len(self._fixed.intersection(node.all_input_nodes)) == len(node.all_input_nodes):
+            self._fixed.add(node)
         settled = self._settled.setdefault(number, set())
         step = Step(
             facts,
@@ -281,6 +289,7 @@ class _Walk:
             self._labels_of,
             macs=lambda: macs_of(node),
             keeps_scale=lambda width: self._keeps_scale(node, width),
+            is_weight=lambda tensor: id(tensor) in fixed,
             settled=settled,
         )
         results = operators.apply(step) if shapes else []

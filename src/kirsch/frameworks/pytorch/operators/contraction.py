@@ -24,6 +24,8 @@ PRODUCTS = frozenset(["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scal
 def contract(step: Step, operands: Sequence[tuple[Tensor, str]], result: str, shape: Sequence[int]) -> Tensor:
     """`relations.relate` for a product of tensors, with its cost: each letter is one factor of it."""
     out = relations.relate(step.facts, operands, result, shape)
+    if sum(not step.is_weight(tensor) for tensor, _ in operands) > 1:
+        _mark(step, operands, result)
     sizes: dict[str, tuple[int, Axis]] = {}
     for tensor, own in operands:
         for letter, size, axis in zip(own, tensor.shape, tensor.axes, strict=True):
@@ -35,6 +37,21 @@ def contract(step: Step, operands: Sequence[tuple[Tensor, str]], result: str, sh
     labelled = [axis for _, axis in sizes.values() if axis is not None]
     step.facts.cost("macs", whole / np.prod([len(axis) for axis in labelled], initial=1), labelled)
     return out
+
+
+def _mark(step: Step, operands: Sequence[tuple[Tensor, str]], result: str) -> None:
+    """Mark what a product of activations makes of their axes: heads are in both and in the result."""
+    axes = [dict(zip(own, tensor.axes, strict=True)) for tensor, own in operands]
+    common = {letter for letter in axes[0] if all(letter in own for own in axes[1:])}
+    heads = [[own[letter] for own in axes] for letter in common & set(result) if axes[0][letter] is not None]
+    for alike in heads:
+        repeats = any(axis is not None and len(np.unique(axis)) < len(axis) for axis in alike)
+        step.facts.mark(alike[0], "kv group" if repeats else "head")
+    if heads:
+        for own in axes:
+            for letter, axis in own.items():
+                if letter not in common or letter not in result:
+                    step.facts.mark(axis, "head dim")
 
 
 def _biased(step: Step, out: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,6 +66,8 @@ def _linear(step: Step) -> Tensor | list[Tensor]:
         return step.freeze_all("a linear layer whose weight is a vector is not analysed")
     lead = letters(x)[:-1]
     out = contract(step, [(x, lead + "I"), (weight, "OI")], lead + "O", step.shape)
+    step.facts.mark(weight.axes[0], "out of linear")
+    step.facts.mark(weight.axes[1], "into linear")
     return _biased(step, out, bias)
 
 
@@ -130,6 +149,7 @@ def _convolution(step: Step) -> Tensor:
     relations.freeze(step.facts, [x], "a convolution slides along it", spatial)
     for dim in range(2, rank + 2):
         step.facts.freeze(weight.axes[dim], "it is a kernel axis", boundary=True)
+    step.facts.mark(weight.axes[0] if transposed else weight.axes[1], "into convolution")
     channels = _channels(step, x.axes[at], x.shape[at], weight, transposed=transposed)
     if bias is not None:
         channels = step.facts.equate(channels, bias.axes[0])

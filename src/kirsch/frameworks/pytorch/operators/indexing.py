@@ -24,6 +24,7 @@ CHOSEN = "a tensor of indices chooses from it"
 def _embedding(step: Step) -> Tensor:
     table, indices = step.args[0], step.args[1]
     relations.freeze(step.facts, [table], CHOSEN, [0])
+    step.facts.mark(table.axes[1], "embedded")
     return Tensor.of(step.shape, [*indices.axes, table.axes[1]])
 
 
@@ -32,6 +33,7 @@ def _embedding_bag(step: Step) -> list[Tensor]:
     table = step.args[0]
     relations.freeze(step.facts, [table], CHOSEN, [0])
     relations.freeze(step.facts, step.tensors()[1:], CHOSEN)
+    step.facts.mark(table.axes[1], "embedded")
     return [Tensor.of(step.shape, [None, table.axes[1]]), *(Tensor.of(shape) for shape in step.shapes[1:])]
 
 

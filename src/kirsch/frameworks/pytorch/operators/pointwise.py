@@ -28,6 +28,9 @@ zeros_like empty_like full_like rand_like randn_like nan_to_num fill copy comple
 
 @rule(*ELEMENTWISE.split())
 def _elementwise(step: Step) -> Tensor:
+    tensors = step.tensors()
+    if step.name == "add" and len(tensors) > 1 and not any(step.is_weight(tensor) for tensor in tensors):
+        step.facts.mark(tensors[0].axes[-1] if tensors[0].axes else None, "summed")
     return relations.elementwise(step.facts, step.tensors(), step.shape)
 
 

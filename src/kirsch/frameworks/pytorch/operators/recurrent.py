@@ -49,6 +49,7 @@ def _recurrent(step: Step) -> list[Tensor]:
                 facts.cost("macs", np.prod(x.shape[:-1]), weight.axes)
         if not projected:
             shown = hidden = facts.equate(shown, hidden)
+        facts.mark(hidden, "recurrent unit")
         below = None if shown is None else np.tile(shown, directions)
     states = list(start) if isinstance(start, (list, tuple)) else [start]
     kept = [shown, hidden][: len(states)]
@@ -69,6 +70,7 @@ def _cell(step: Step) -> list[Tensor]:
     relations.freeze(step.facts, [x, *states], "it is the batch of a recurrent layer", [0])
     for tensor in states:
         step.facts.equate(hidden, tensor.axes[-1])
+    step.facts.mark(hidden, "recurrent unit")
     for weight in weights[:2]:
         step.facts.cost("macs", x.shape[0], weight.axes)
     return [Tensor.of(shape, [None, hidden]) for shape in step.shapes]

@@ -1,0 +1,131 @@
+"""Which kinds of units go, in what steps, and alike in all layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kirsch
+from kirsch.errors import UnknownNameError, UsageError
+
+WORDS = torch.randint(0, 20, (2, 6))
+
+
+class Block(nn.Module):
+    """Attention whose queries share keys and values, and a gated feed-forward part."""
+
+    def __init__(self, width=32, heads=8, shared=2, each=8, hidden=64):
+        super().__init__()
+        self.q, self.o = nn.Linear(width, heads * each), nn.Linear(heads * each, width)
+        self.k, self.v = (nn.Linear(width, heads // shared * each) for _ in range(2))
+        self.up, self.gate, self.down = nn.Linear(width, hidden), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.each, self.shared, self.scale = each, shared, each**-0.5
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, self.each)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        k, v = (t.repeat_interleave(self.shared, 1) for t in (k, v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2))
+        return x + self.down(self.up(x) * torch.sigmoid(self.gate(x)))
+
+
+class Model(nn.Module):
+    """Words, two blocks, a recurrent layer, a grouped convolution with its norm, scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.blocks = nn.Embedding(20, 32), nn.Sequential(Block(), Block())
+        self.back = nn.GRU(32, 16, batch_first=True)
+        self.mix, self.norm, self.out = nn.Conv1d(16, 24, 1), nn.GroupNorm(4, 24), nn.Conv1d(24, 24, 1, groups=4)
+        self.last = nn.Conv1d(24, 5, 1)
+
+    def forward(self, words):
+        x = self.back(self.blocks(self.words(words)))[0].transpose(1, 2)
+        return self.last(self.out(self.norm(self.mix(x)).relu())).mean(-1)
+
+
+@pytest.fixture
+def graph():
+    torch.manual_seed(0)
+    return kirsch.trace(Model().eval(), WORDS)
+
+
+def gone(plan):
+    return Counter(removal.kind for removal in plan.groups)
+
+
+def test_each_kind_is_told(graph):
+    assert Counter((group.kind, group.size) for group in graph.groups) == {
+        ("embedding dim", 32): 1,
+        ("kv group", 4): 2,
+        ("head dim", 8): 2,
+        ("ffn unit", 64): 2,
+        ("recurrent unit", 16): 1,
+        ("norm group", 4): 1,
+        ("position in norm group", 6): 1,
+        ("position in conv group", 6): 1,
+    }
+
+
+def test_only_the_kinds_that_are_named_go(graph):
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.7), granularity=["kv group", "ffn unit"], round_to=1)
+    assert set(gone(plan)) == {"kv group", "ffn unit"}
+
+
+def test_a_kind_with_zero_stays_and_others_go(graph):
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), granularity={"head dim": 0, "embedding dim": 0})
+    assert {"head dim", "embedding dim"}.isdisjoint(gone(plan))
+    assert gone(plan)["ffn unit"] == 2
+
+
+def test_a_kind_that_goes_more_readily_loses_more(graph):
+    def removed(weight):
+        plan = kirsch.plan(graph, kirsch.Goal(macs=0.6), granularity={"ffn unit": weight}, round_to=1)
+        return sum(len(removal.removed) for removal in plan.groups if removal.kind == "ffn unit")
+
+    assert removed(0.1) < removed(1.0) < removed(10.0)
+
+
+def test_steps_are_set_by_kind(graph):
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.4), round_to={"ffn unit": 10, "head dim": 2})
+    left = {(removal.kind, removal.size - len(removal.removed)) for removal in plan.groups}
+    assert any(kind == "ffn unit" for kind, _ in left)
+    assert all(number % 10 == 0 for kind, number in left if kind == "ffn unit")
+    assert all(number % 2 == 0 for kind, number in left if kind == "head dim")
+
+
+def test_whole_parts_go_singly_by_default(graph):
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.9), granularity=["kv group"])
+    assert [len(removal.removed) for removal in plan.groups] == [1, 1]
+
+
+def test_uniform_plans_leave_every_layer_alike(graph):
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.45), uniform=True, round_to=1)
+    left = {}
+    for removal in plan.groups:
+        left.setdefault((removal.kind, removal.size), []).append(len(removal.removed))
+    assert len(left["ffn unit", 64]) == 2
+    assert all(len(set(numbers)) == 1 for numbers in left.values())
+    model = kirsch.prune(_same_model(), plan)
+    assert model.blocks[0].up.weight.shape == model.blocks[1].up.weight.shape
+
+
+def _same_model():
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+def test_unknown_kinds_are_answered_with_the_nearest(graph):
+    with pytest.raises(UnknownNameError, match=r"no kind of unit 'heads'.*Did you mean 'head'"):
+        kirsch.plan(graph, kirsch.Goal(macs=0.5), granularity=["heads"])
+    with pytest.raises(UnknownNameError, match=r"no kind of unit 'chanel'.*Did you mean 'channel'"):
+        kirsch.plan(graph, kirsch.Goal(macs=0.5), round_to={"chanel": 8})
+
+
+@pytest.mark.parametrize("number", [-1, float("nan"), float("inf")])
+def test_numbers_out_of_range_are_named(graph, number):
+    with pytest.raises(UsageError, match=r"granularity has \{'head': .*\}\. A number of at least 0 is needed"):
+        kirsch.plan(graph, kirsch.Goal(macs=0.5), granularity={"head": number})
