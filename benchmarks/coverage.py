@@ -4,7 +4,7 @@ Each model runs in a process of its own: traced, pruned to half of its MACs by t
 verified, trained for a step, saved, loaded, exported. Then half of every kind of unit goes, as a harder plan. With
 `--peer` Torch-Pruning (`pip install torch-pruning`) does the same with its own defaults.
 
-    python benchmarks/coverage.py                 # all, two at a time, into build/coverage.jsonl and docs/coverage.md
+    python benchmarks/coverage.py                 # all, two at a time; rows go to build/, the page to docs/coverage.md
     python benchmarks/coverage.py --only 'timm/*' # those that match
     python benchmarks/coverage.py --list others   # the models that nobody tuned for
 """
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ from kirsch.frameworks.pytorch.count import count
 from kirsch.frameworks.pytorch.predict import arguments
 from kirsch.frameworks.pytorch.surgery import cut
 from kirsch.frameworks.pytorch.verify import verify
+from kirsch.measurement.machine import cpu
 from kirsch.pruning.prune import prune_with_proof
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def one(recipe: Recipe) -> dict[str, Any]:
 
 def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -> None:
     row["stage"] = "trace"
-    trainable = _trained(model, inputs) is None
+    trainable = trained(model, inputs) is None
     start = time.perf_counter()
     graph = kirsch.trace(model, inputs, decisions=recipe.decisions)
     row["trace"] = time.perf_counter() - start
@@ -81,9 +83,9 @@ def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -
     row["prunable"] = 1 - sum(blocker.share for blocker in graph.blockers)
     row["blockers"] = [(b.reason, b.where, b.source, b.operation, b.share) for b in graph.blockers[:6]]
     _same("cost", (graph.cost.parameters, graph.cost.macs), count(model, inputs))
-    row["full"] = _full(model, graph, row)
+    row["full"] = full(model, graph, row)
     row["stage"] = "plan"
-    plan = _plan(graph, row)
+    plan = planned(graph, row)
     row["stage"] = "prune"
     start = time.perf_counter()
     found = prune_with_proof(model, plan)
@@ -94,7 +96,7 @@ def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -
     _saved_and_loaded(recipe, found.model, inputs)
     row["stage"] = "train"
     if trainable:
-        why = _trained(found.model, inputs)
+        why = trained(found.model, inputs)
         if why is not None:
             raise RuntimeError(why)
     row["stage"] = "export"
@@ -107,7 +109,7 @@ def _same(what: str, said: Any, found: Any) -> None:
         raise AssertionError(f"{what}: {tuple(said)} was said, {tuple(found)} is found")
 
 
-def _plan(graph: Graph, row: dict[str, Any]) -> kirsch.Plan:
+def planned(graph: Graph, row: dict[str, Any]) -> kirsch.Plan:
     """The plan for half of the MACs; if that is out of reach, for what lies half way to the least that is reachable."""
     try:
         return kirsch.plan(graph, kirsch.Goal(macs=0.5))
@@ -119,7 +121,7 @@ def _plan(graph: Graph, row: dict[str, Any]) -> kirsch.Plan:
         return kirsch.plan(graph, kirsch.Goal(macs=(1 + float(least.group(1)) / 100) / 2))
 
 
-def _full(model: nn.Module, graph: Graph, row: dict[str, Any]) -> str:
+def full(model: nn.Module, graph: Graph, row: dict[str, Any]) -> str:
     """What stands against half of every group of units; "right" if nothing does."""
     row["stage"] = "full plan"
     random = np.random.default_rng(0)
@@ -138,7 +140,7 @@ def _full(model: nn.Module, graph: Graph, row: dict[str, Any]) -> str:
     return "right"
 
 
-def _trained(model: nn.Module, inputs: Any) -> str | None:
+def trained(model: nn.Module, inputs: Any) -> str | None:
     """What stands against one step of training of a copy; None if nothing does."""
     twin, (args, options) = copy.deepcopy(model).train(), arguments(inputs)
     try:
@@ -235,16 +237,70 @@ def in_process(recipe: Recipe, which: str, verb: str, limit: float) -> dict[str,
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a page."""
-    count_of = {result: sum(row["result"] == result for row in rows) for result in ("right", "refused", "wrong")}
-    full = sum(row.get("full") == "right" for row in rows)
+def page(lists: dict[str, list[dict[str, Any]]]) -> str:
+    """docs/coverage.md."""
+    heads = {
+        "tuned": "## The models that the rules were written with",
+        "others": "## Models that nobody tuned for\n\nRun once, after the rules were done; mended nothing since.",
+    }
+    machine = f"{cpu()}, one thread each, torch {torch.__version__}"
+    parts = [HEAD.format(machine=machine, date=datetime.now(UTC).date())]
+    for which, rows in lists.items():
+        if rows:
+            parts += [heads[which], summary(rows), reasons(rows), table(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+HEAD = """# Coverage
+
+<!-- written by benchmarks/coverage.py; do not edit -->
+
+Models of other people with random weights and small inputs, one process each: traced, cut to half of their MACs by the
+plan that `kirsch.plan` makes by itself, verified as the module that is returned, trained for a step, saved, loaded in
+a model built anew, exported to ONNX. **Right**: all of that. **Refused**: an error that names what stands in the way,
+before anything was returned. **Wrong**: anything else. *Half of all*: a harder plan, half of every group of units.
+*Prunable*: share of the parameters that is not frozen. *Error*: largest difference from the masked original, relative
+to its largest output, in float64. *Peer*: Torch-Pruning with its defaults on the same model.
+
+`python benchmarks/coverage.py --peer` makes this page; here on {machine}, {date}."""
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """How many are right, by library."""
     lines = [
-        f"{len(rows)} models: {count_of['right']} right as modules, {count_of['refused']} refused with a reason,",
-        f"{count_of['wrong']} wrong. With half of every kind of unit: {full} right.",
-        "",
-        "| model | result | groups | prunable | MACs | error | half of all | trace, analysis | peer |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | models | right | refused | wrong | half of all right | prunable, mean |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    libraries = dict.fromkeys(row["library"] for row in rows)
+    for library in [*libraries, "all"]:
+        own = [row for row in rows if library in (row["library"], "all")]
+        count_of = [sum(row["result"] == result for row in own) for result in ("right", "refused", "wrong")]
+        full = sum(row.get("full") == "right" for row in own)
+        shares = [row["prunable"] for row in own if "prunable" in row]
+        mean = f"{np.mean(shares):.1%}" if shares else "–"
+        lines.append(f"| {library} | {len(own)} | {' | '.join(map(str, count_of))} | {full} | {mean} |")
+    return "\n".join(lines)
+
+
+def reasons(rows: list[dict[str, Any]]) -> str:
+    """What was refused and why, and what blocks most."""
+    lines = [f"- {row['library']} {row['name']}, {row['result']}: {row['why']}" for row in rows if "why" in row]
+    lines = ["Not right:", "", *(lines or ["- none"]), "", "What keeps parameters from going, over all models:", ""]
+    shares: dict[str, list[float]] = {}
+    for row in rows:
+        for reason, *_, share in row.get("blockers", ()):
+            general = re.sub(r"[`'\"][^`'\"]*[`'\"]|\d+", "…", reason)
+            shares.setdefault(general, []).append(share)
+    most = sorted(shares.items(), key=lambda item: -sum(item[1]))[:12]
+    lines += [f"- {reason}: in {len(found)} models, {np.mean(found):.1%} of their parameters" for reason, found in most]
+    return "\n".join(lines)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A row for each model."""
+    lines = [
+        "| model | result | groups | prunable | MACs | error | half of all | trace | analysis | peer |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [
@@ -253,13 +309,21 @@ def table(rows: list[dict[str, Any]]) -> str:
             str(row.get("groups", "–")),
             f"{row['prunable']:.1%}" if "prunable" in row else "–",
             f"{row['macs']:.1%}" if "macs" in row else "–",
-            f"{row['error']:.1e}" if "error" in row else "–",
+            f"{row['error']:.0e}" if "error" in row else "–",
             "–" if "full" not in row else "right" if row["full"] == "right" else "refused",
-            f"{row['trace']:.1f} s, {row['analysis'] * 1e3:.0f} ms" if "analysis" in row else "–",
+            f"{row['trace']:.1f} s" if "trace" in row else "–",
+            f"{row['analysis'] * 1e3:.0f} ms" if "analysis" in row else "–",
             row.get("peer", "–"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
+
+
+def stored(which: str) -> dict[str, dict[str, Any]]:
+    """The rows that were measured before, by name."""
+    out = ROOT / f"build/coverage-{which}.jsonl"
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    return {f"{row['library']}/{row['name']}": row for row in rows}
 
 
 def main() -> None:
@@ -267,7 +331,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--list", choices=LISTS, default="tuned", dest="which")
     parser.add_argument("--only", default="*")
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("verb", nargs="?", choices=["one", "peer"])
@@ -280,9 +343,9 @@ def main() -> None:
         recipe = models[given.model]
         print(json.dumps(one(recipe) if given.verb == "one" else {"peer": peer(recipe)}))
         return
-    out = given.out or ROOT / f"build/coverage-{given.which}.jsonl"
+    out = ROOT / f"build/coverage-{given.which}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = {} if not out.exists() else {f"{r['library']}/{r['name']}": r for r in map(json.loads, out.open())}
+    rows = stored(given.which)
     wanted = [name for name in models if fnmatch.fnmatch(name, given.only) and name not in rows]
 
     def run(name: str) -> dict[str, Any]:
@@ -296,7 +359,10 @@ def main() -> None:
             rows[f"{row['library']}/{row['name']}"] = row
             print(json.dumps(row), file=file, flush=True)
             print(f"{row['library']}/{row['name']}: {row['result']}, all: {row.get('full')}, {row.get('why', '')}")
-    print(table([rows[name] for name in models if name in rows]))
+    found = {which: stored(which) for which in LISTS}
+    order = {which: [f"{recipe.library}/{recipe.name}" for recipe in recipes] for which, recipes in LISTS.items()}
+    text = page({which: [rows[name] for name in order[which] if name in rows] for which, rows in found.items()})
+    (ROOT / "docs/coverage.md").write_text(text)
 
 
 if __name__ == "__main__":

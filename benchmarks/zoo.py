@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import kernels
+import small
 import torch
 
 from kirsch.frameworks.pytorch.vision import import_beside
@@ -23,7 +24,7 @@ class Recipe:
     """How a model is built.
 
     Args:
-        library: "torchvision", "timm" or "transformers".
+        library: "torchvision", "timm", "transformers" or "by hand" (`small`).
         name: of the row.
         factory: of the library: a function of torchvision, a name of timm, a class of transformers.
         config: class of its configuration; transformers only.
@@ -69,7 +70,12 @@ def _transformers(recipe: Recipe) -> nn.Module:
     return model
 
 
-BUILDERS = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
+def _by_hand(recipe: Recipe) -> nn.Module:
+    model: nn.Module = getattr(small, recipe.factory)()
+    return model
+
+
+BUILDERS = {"by hand": _by_hand, "torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
 
 
 def _words(length: int = 12) -> torch.Tensor:
@@ -89,6 +95,13 @@ INPUTS: dict[str, Any] = {
     "wave": lambda _: {"input_values": torch.randn(2, 1600)},
     "spectrum": lambda _: {"input_features": torch.randn(2, 20, 64), "decoder_input_ids": _words(8)},
     "spectrum as image": lambda _: {"input_values": torch.randn(2, 64, 32)},
+    "plain words": lambda _: _words(),
+    "pairs of words": lambda _: (_words(), _words(5)),
+    "grey line": lambda size: torch.randn(2, 1, size, 48),
+    "plain series": lambda _: torch.randn(2, 3, 40),
+    "points": lambda _: torch.randn(2, 3, 30),
+    "plain wave": lambda _: torch.randn(2, 1, 40),
+    "small images": lambda size: torch.randn(2, 3, size, size),
     "series": lambda _: {"past_values": torch.randn(2, 32, 3)},
 }
 
@@ -351,6 +364,107 @@ TRANSFORMERS = [
     ),
 ]
 
-OTHERS: tuple[Recipe, ...] = ()
-
 MODELS = (*_of_torchvision(), *_of_timm(), *TRANSFORMERS)
+
+OTHER_TIMM = {
+    64: "regnety_002 repvgg_a0 fbnetc_100 mixnet_s semnasnet_075 tf_efficientnet_lite0 lcnet_050 ese_vovnet19b_dw "
+    "cs3darknet_s ecaresnet26t ghostnetv2_100 mobilenetv4_conv_small hgnetv2_b0 fasternet_t0 convnextv2_atto "
+    "rdnet_tiny",
+    224: "crossvit_9_240 repvit_m0_9 edgenext_xx_small vit_relpos_small_patch16_224 mvitv2_tiny gcvit_xxtiny "
+    "swiftformer_xs shvit_s1 deit3_small_patch16_224 vit_small_patch16_rope_224",
+    256: "gcresnet33ts bat_resnext26ts sebotnet33ts_256 eca_halonext26ts",
+}
+OTHER_FIXED = {"crossvit_9_240": 240}
+CLIP = {"vocab_size": 200, **SMALL, "max_position_embeddings": 64}
+OTHER_TRANSFORMERS = [
+    _hf("mpnet", "MPNetForSequenceClassification", "MPNet", TEXT),
+    _hf("squeezebert", "SqueezeBertForSequenceClassification", "SqueezeBert", {**TEXT, "embedding_size": 48}),
+    _hf("roformer", "RoFormerForMaskedLM", "RoFormer", {**TEXT, "embedding_size": 48}),
+    _hf("fnet", "FNetForMaskedLM", "FNet", {**TEXT, "tpu_short_seq_length": 12}),
+    _hf("convbert", "ConvBertForTokenClassification", "ConvBert", {**TEXT, "embedding_size": 32}),
+    _hf("modernbert", "ModernBertForMaskedLM", "ModernBert", {**TEXT, "pad_token_id": 0}),
+    _hf(
+        "xlnet",
+        "XLNetForSequenceClassification",
+        "XLNet",
+        {"vocab_size": 200, "d_model": 48, "n_layer": 2, "n_head": 4, "d_inner": 96},
+    ),
+    _hf("starcoder2", "Starcoder2ForCausalLM", "Starcoder2", SHARED),
+    _hf("stablelm", "StableLmForCausalLM", "StableLm", SHARED),
+    _hf("olmo2", "Olmo2ForCausalLM", "Olmo2", SHARED),
+    _hf("granite", "GraniteForCausalLM", "Granite", SHARED),
+    _hf("gptj", "GPTJForCausalLM", "GPTJ", {**GPT, "rotary_dim": 8}),
+    _hf("pegasus", "PegasusForConditionalGeneration", "Pegasus", PAIR, "words to words"),
+    _hf("m2m-100", "M2M100ForConditionalGeneration", "M2M100", PAIR, "words to words"),
+    _hf(
+        "levit",
+        "LevitForImageClassification",
+        "Levit",
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 32, 48],
+            "num_attention_heads": [2, 2, 4],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+        },
+        "pixels",
+        64,
+    ),
+    _hf(
+        "cvt",
+        "CvtForImageClassification",
+        "Cvt",
+        {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 4], "depth": [1, 1, 1]},
+        "pixels",
+        64,
+    ),
+    _hf("vit-mae", "ViTMAEModel", "ViTMAE", {**IMAGE, "mask_ratio": 0.0}, "pixels"),
+    _hf(
+        "efficientnet",
+        "EfficientNetForImageClassification",
+        "EfficientNet",
+        {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320, "image_size": 64},
+        "pixels",
+        64,
+    ),
+    _hf(
+        "patchtst",
+        "PatchTSTForPrediction",
+        "PatchTST",
+        {
+            "num_input_channels": 3,
+            "context_length": 32,
+            "prediction_length": 8,
+            "patch_length": 4,
+            "patch_stride": 4,
+            "d_model": 24,
+            "num_attention_heads": 4,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+        },
+        "series",
+    ),
+    _hf("siglip", "SiglipVisionModel", "SiglipVision", IMAGE, "pixels"),
+]
+SMALL_NETS = {
+    "UNet": "images",
+    "Espcn": "images",
+    "TextCnn": "plain words",
+    "Crnn": "grey line",
+    "Tcn": "plain series",
+    "PointNet": "points",
+    "WaveGate": "plain wave",
+    "Seq2Seq": "pairs of words",
+    "Cbam": "images",
+    "Vae": "small images",
+}
+
+OTHERS = (
+    *(
+        Recipe("timm", name, name, size=OTHER_FIXED.get(name, size))
+        for size, names in OTHER_TIMM.items()
+        for name in names.split()
+    ),
+    *OTHER_TRANSFORMERS,
+    *(Recipe("by hand", name, name, inputs=inputs, size=32) for name, inputs in SMALL_NETS.items()),
+)

@@ -1,0 +1,59 @@
+"""Models of other people: a sample of the list in the default suite, all of it with `-m sweep`."""
+
+from __future__ import annotations
+
+import coverage
+import kernels
+import pytest
+import torch
+import zoo
+
+import kirsch
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+MODELS = {f"{recipe.library}/{recipe.name}": recipe for recipe in zoo.MODELS}
+SAMPLE = {
+    "torchvision": "squeezenet1_1 resnext50_32x4d mobilenet_v3_small shufflenet_v2_x0_5 r3d_18 "
+    "lraspp_mobilenet_v3_large",
+    "timm": "vit_tiny_patch16_224 tinynet_e mixer_s32_224 resnest14d selecsls42b ghostnet_100 starnet_s1 "
+    "mambaout_femto",
+    "transformers": "bert distilbert t5 bart gpt2 llama-gqa mamba swin segformer-seg whisper wav2vec2 phi3 deberta-v2",
+}
+QUICK = [f"{library}/{name}" for library, names in SAMPLE.items() for name in names.split()]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_model_is_pruned_right(name):
+    row = {}
+    model, inputs = MODELS[name].build()
+    graph = kirsch.trace(model, inputs)
+    assert (graph.cost.parameters, graph.cost.macs) == coverage.count(model, inputs)
+    assert coverage.full(model, graph, row) == "right"
+    pruned = kirsch.prune(model, coverage.planned(graph, row))
+    assert coverage.trained(pruned, inputs) is None
+    assert "goal" not in row, "half of the MACs was out of reach"
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(coverage.LIMIT)
+@pytest.mark.parametrize("name", MODELS)
+def test_no_model_is_pruned_wrong(name):
+    row = coverage.in_process(MODELS[name], "tuned", "one", coverage.LIMIT)
+    assert row["result"] == "right", row.get("why")
+
+
+def test_boxes_that_overlap_a_better_one_go():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 10, 10], [20, 20, 30, 30], [0, 0, 4, 4]])
+    assert kernels.nms(boxes, torch.tensor([0.5, 0.9, 0.1, 0.7]), 0.5).tolist() == [1, 3, 2]
+    assert kernels.nms(boxes[:0], torch.zeros(0), 0.5).tolist() == []
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_box_of_a_slope_is_averaged_to_the_middle_of_each_cell(aligned):
+    """On values that grow by one from pixel to pixel, the mean of a cell is the place of its middle."""
+    slope = torch.arange(16.0).expand(1, 1, 16, 16)
+    box = torch.tensor([[0.0, 4, 2, 8, 6]])
+    out = kernels.roi_align(slope, box, 1.0, 2, 2, 2, aligned)
+    shift = 0.5 if aligned else 0.0
+    torch.testing.assert_close(out[0, 0], torch.tensor([5.0, 7.0]).expand(2, 2) - shift)
