@@ -64,7 +64,7 @@ def test_kinds_of_units_and_alikeness_are_given_on_the_command_line(answer, kirs
     plan = json.loads((folder / "plan.json").read_text())
     assert plan["method"]["uniform"] is True
     assert {removal["kind"] for removal in plan["groups"]} == {"channel"}
-    code, _, err = kirsch("plan", CHAIN, "--macs", "0.8", "--kind", "chanel")
+    code, _, err = kirsch("plan", CHAIN, "--macs", "0.8", "--kind", "channels")
     assert code == 2
     assert "Did you mean 'channel'?" in err
 

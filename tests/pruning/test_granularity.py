@@ -121,8 +121,8 @@ def _same_model():
 def test_unknown_kinds_are_answered_with_the_nearest(graph):
     with pytest.raises(UnknownNameError, match=r"no kind of unit 'heads'.*Did you mean 'head'"):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), granularity=["heads"])
-    with pytest.raises(UnknownNameError, match=r"no kind of unit 'chanel'.*Did you mean 'channel'"):
-        kirsch.plan(graph, kirsch.Goal(macs=0.5), round_to={"chanel": 8})
+    with pytest.raises(UnknownNameError, match=r"no kind of unit 'channels'.*Did you mean 'channel'"):
+        kirsch.plan(graph, kirsch.Goal(macs=0.5), round_to={"channels": 8})
 
 
 @pytest.mark.parametrize("number", [-1, float("nan"), float("inf")])
