@@ -157,8 +157,9 @@ class _Sites:
 
     def of(self, components: NDArray[np.int64]) -> tuple[int, ...]:
         """The sites of some components."""
-        found = [self._site[self._start[c] : self._start[c + 1]] for c in components]
-        return tuple(np.unique(np.concatenate(found)).tolist()) if found else ()
+        first, numbers = self._start[components], self._start[components + 1] - self._start[components]
+        within = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+        return tuple(np.unique(self._site[np.repeat(first, numbers) + within]).tolist())
 
     def alike(self, components: NDArray[np.int64]) -> dict[tuple[int, ...], list[NDArray[np.int64]]]:
         """Components that are units of their own, by their sites.
@@ -182,21 +183,12 @@ def _closed_units(coupling: Coupling, in_grid: NDArray[np.bool_]) -> list[tuple[
     cells = np.zeros(len(coupling.stuck), bool)
     for grid in coupling.grids:
         cells[grid.cells.ravel()] = True
-    places: dict[int, list[tuple[Grid, int, int]]] = {}
-    holders: dict[int, list[Grid]] = {}
-    for grid in coupling.grids:
-        for axis, marginal in enumerate(grid.marginals):
-            for position, component in enumerate(marginal.tolist()):
-                places.setdefault(component, []).append((grid, axis, position))
-        for component in np.unique(grid.cells).tolist():
-            holders.setdefault(component, []).append(grid)
+    closure = _Closure(coupling)
     units: dict[bytes, tuple[str, NDArray[np.int64]]] = {}
     for seed in np.flatnonzero(in_grid & ~cells & ~coupling.stuck).tolist():
-        closed = _close(seed, coupling.stuck, places, holders)
+        closed = closure.of(seed)
         if closed is not None:
-            kinds = [_of_grid(coupling, grid, axis) for grid, axis, _ in places[seed]]
-            kind = next((kind for kind in kinds if kind.endswith("kv group")), kinds[0])
-            units.setdefault(closed.tobytes(), (kind, closed))
+            units.setdefault(closed.tobytes(), (closure.kind(seed), closed))
     return list(units.values())
 
 
@@ -207,47 +199,97 @@ def _of_grid(coupling: Coupling, grid: Grid, axis: int) -> str:
     return OF_GRIDS.get(grid.kind, ("block", "position in block"))[axis > 0]
 
 
-def _close(
-    seed: int,
-    stuck: NDArray[np.bool_],
-    places: Mapping[int, list[tuple[Grid, int, int]]],
-    holders: Mapping[int, list[Grid]],
-) -> NDArray[np.int64] | None:
-    """The smallest set found that holds the seed and leaves every grid a product; None if it meets a stuck component.
+class _Closure:
+    """Closes sets of components so that every grid stays a product.
 
     A marginal that goes takes its slab of cells along. A cell that goes must lie in a slab that goes, in every grid
     that holds it; where it does not, the slab that adds the fewest cells goes too.
     """
-    gone, queue = {seed}, [seed]
-    while queue:
-        component = queue.pop()
-        if stuck[component]:
-            return None
-        wanted: set[int] = set()
-        for grid, axis, position in places.get(component, ()):
-            wanted.update(grid.cells.take(position, axis).ravel().tolist())
-        for grid in holders.get(component, ()):
-            slab = _cheapest_slab(grid, component, gone, stuck)
-            if slab is None:
-                return None
-            wanted.update(slab)
-        queue.extend(wanted - gone)
-        gone |= wanted
-    return np.array(sorted(gone), np.int64)
 
+    def __init__(self, coupling: Coupling) -> None:
+        self._coupling = coupling
+        members = [np.unique(np.concatenate([g.cells.ravel(), *g.marginals])) for g in coupling.grids]
+        grids = np.repeat(np.arange(len(members)), [len(own) for own in members])
+        merged = np.concatenate([*members, np.zeros(0, np.int64)])
+        order = np.argsort(merged, kind="stable")
+        self._grids = grids[order]  # of each component in turn
+        self._first = np.searchsorted(merged[order], np.arange(len(coupling.stuck) + 1))
+        self._gone = np.zeros(len(coupling.stuck), bool)
+        alone = np.diff(self._first) == 1
+        self._simple = [
+            bool(alone[grid.cells].all()) and len(own) == grid.cells.size + sum(len(m) for m in grid.marginals)
+            for grid, own in zip(coupling.grids, members, strict=True)
+        ]
 
-def _cheapest_slab(grid: Grid, cell: int, gone: set[int], stuck: NDArray[np.bool_]) -> set[int] | None:
-    """The marginals that must go for a cell to go; empty if one is gone already, None if none can go."""
-    best: tuple[int, set[int]] | None = None
-    where = np.argwhere(grid.cells == cell)
-    for axis, marginal in enumerate(grid.marginals):
-        needed = set(marginal[where[:, axis]].tolist())
-        if needed <= gone:
-            return set()
-        if any(stuck[component] for component in needed):
-            continue
-        slab = grid.cells.take(np.unique(where[:, axis]), axis)
-        new = len(set(slab.ravel().tolist()) - gone)
-        if best is None or new < best[0]:
-            best = (new, needed)
-    return None if best is None else best[1]
+    def kind(self, seed: int) -> str:
+        """What the units of a marginal are called."""
+        at = self._grids[self._first[seed] : self._first[seed + 1]].tolist()
+        kinds = [_of_grid(self._coupling, grid, axis) for grid, axis in self._on(at, seed)]
+        return next((kind for kind in kinds if kind.endswith("kv group")), kinds[0])
+
+    def of(self, seed: int) -> NDArray[np.int64] | None:
+        """The smallest set found that holds the seed, sorted; None if it meets a stuck component."""
+        gone, found = self._gone, [np.array([seed])]
+        at = self._grids[self._first[seed] : self._first[seed + 1]].tolist()
+        if all(self._simple[place] for place in at):  # no cell of them lies in another grid, or twice
+            slabs = [
+                grid.cells.take((grid.marginals[axis] == seed).nonzero()[0], axis).ravel()
+                for grid, axis in self._on(at, seed)
+            ]
+            closed = np.sort(np.concatenate([*found, *slabs]))
+            return None if self._coupling.stuck[closed].any() else closed
+        gone[seed] = True
+        try:
+            waiting = self._of_components(found[0])
+            while waiting:
+                more = self._wanted(waiting.pop())
+                if more is None or self._coupling.stuck[more].any():
+                    return None
+                if len(more):
+                    gone[more] = True
+                    found.append(more)
+                    known = {id(grid) for grid in waiting}
+                    waiting += [grid for grid in self._of_components(more) if id(grid) not in known]
+            return np.sort(np.concatenate(found))
+        finally:
+            for components in found:
+                gone[components] = False
+
+    def _on(self, places: list[int], seed: int) -> list[tuple[Grid, int]]:
+        """The axes of grids, by their places, that have a marginal."""
+        grids = [self._coupling.grids[place] for place in places]
+        return [(grid, axis) for grid in grids for axis, marginal in enumerate(grid.marginals) if seed in marginal]
+
+    def _of_components(self, components: NDArray[np.int64]) -> list[Grid]:
+        """The grids that hold some components, as cells or as marginals."""
+        first, last = self._first[components], self._first[components + 1]
+        numbers = last - first
+        within = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+        places = np.unique(self._grids[np.repeat(first, numbers) + within])
+        return [self._coupling.grids[place] for place in places.tolist()]
+
+    def _wanted(self, grid: Grid) -> NDArray[np.int64] | None:
+        """What else must go for a grid to stay a product; None if it cannot."""
+        covered = np.zeros(grid.cells.shape, bool)
+        for axis, marginal in enumerate(grid.marginals):
+            shape = [-1 if place == axis else 1 for place in range(covered.ndim)]
+            covered |= self._gone[marginal].reshape(shape)
+        cells = self._gone[grid.cells]
+        if (covered & ~cells).any():
+            return np.unique(grid.cells[covered & ~cells])
+        bare = np.argwhere(cells & ~covered)
+        return self._cheapest_slab(grid, grid.cells[tuple(bare[0])]) if len(bare) else bare[:, 0]
+
+    def _cheapest_slab(self, grid: Grid, cell: np.int64) -> NDArray[np.int64] | None:
+        """The marginals that must go for a cell to go; None if none can go."""
+        best: tuple[int, NDArray[np.int64]] | None = None
+        where = np.argwhere(grid.cells == cell)
+        for axis, marginal in enumerate(grid.marginals):
+            needed = np.unique(marginal[where[:, axis]])
+            if self._coupling.stuck[needed].any():
+                continue
+            slab = np.unique(grid.cells.take(np.unique(where[:, axis]), axis))
+            new = int((~self._gone[slab]).sum())
+            if best is None or new < best[0]:
+                best = (new, needed[~self._gone[needed]])
+        return None if best is None else best[1]
