@@ -87,7 +87,7 @@ def test_the_json_is_for_reading():
             "after": {"parameters": 20, "macs": 15, "activations": 7},
         },
         "inputs": [],
-        "tracing": {"outputs": [], "decisions": "refuse"},
+        "tracing": {"outputs": [], "decisions": "refuse", "scope": ""},
         "notes": [],
     }
 
@@ -158,7 +158,10 @@ def group(**changes):
         ({"inputs": [INPUT | {"shape": 3}]}, "'shape' has 3, which is not a list"),
         ({"inputs": [INPUT | {"shape": [1, "n"]}]}, "'shape' has 'n', which is not a whole number"),
         ({"notes": "slow"}, "'notes' has 'slow', which is not a list"),
-        ({"tracing": {"outputs": [], "decisions": "x"}}, "'decisions' has 'x', which is not one of refuse, example"),
+        (
+            {"tracing": {"outputs": [], "decisions": "x", "scope": ""}},
+            "'decisions' has 'x', which is not one of refuse, example",
+        ),
         ({"notes": [7]}, "'notes' has 7, which is not text"),
     ],
 )

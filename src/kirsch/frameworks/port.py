@@ -27,8 +27,11 @@ class Framework(Protocol):
 
     name: str
 
-    def trace(self, model: Any, example_inputs: Any, tracing: Tracing) -> Graph:
-        """The coupling analysis of a model; the model is left as it is."""
+    def trace(self, model: Any, example_inputs: Any, tracing: Tracing, *, of_part: bool = False) -> Graph:
+        """The coupling analysis of a model, or of the part that `tracing` names; the model is left as it is.
+
+        `of_part`: the example inputs are those of the part.
+        """
 
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
         """A new model without the units that the plan removes, and the proof; the given model is left as it is."""
@@ -113,7 +116,14 @@ def host(array: Any) -> NDArray[Any]:
     return np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
 
 
-def trace(model: Any, example_inputs: Any, *, outputs: str | Sequence[str] = (), decisions: str = "refuse") -> Graph:
+def trace(
+    model: Any,
+    example_inputs: Any,
+    *,
+    outputs: str | Sequence[str] = (),
+    decisions: str = "refuse",
+    scope: str = "",
+) -> Graph:
     """The coupling analysis of a model: what must stay together, what is free to go, what is frozen and why.
 
     Args:
@@ -124,15 +134,18 @@ def trace(model: Any, example_inputs: Any, *, outputs: str | Sequence[str] = (),
         decisions: a forward that decides by the values of its input, such as `if x.sum() > 0` or the selection of boxes
             in a detector, takes another way for other inputs. "refuse": it is an error that names the line. "example":
             the way of the example inputs is followed; what other ways would do is not analysed.
+        scope: path of a part, "backbone", that is analysed alone. What it is given is seen in a run of the whole; its
+            inputs and outputs stay as they are. Plans for it are fractions of its own cost, and `kirsch.prune` gives
+            the whole model with the part pruned in its place.
 
     Returns:
         The `Graph` with `.groups`, `.blockers` and `.cost`.
 
     Raises:
         ModelError: the model cannot be copied or traced with these inputs; the sentence names where.
-        UnknownNameError: it has no such output.
+        UnknownNameError: it has no such output or part.
     """
     if decisions not in DECISIONS:
         raise UnknownNameError("way with decisions", decisions, DECISIONS)
-    tracing = Tracing((outputs,) if isinstance(outputs, str) else tuple(outputs), decisions)
+    tracing = Tracing((outputs,) if isinstance(outputs, str) else tuple(outputs), decisions, scope)
     return framework_of(model).trace(model, example_inputs, tracing)

@@ -71,10 +71,12 @@ class Tracing:
     Args:
         outputs: names of the outputs that count; empty for the default.
         decisions: what is made of decisions by the values of the inputs, one of `DECISIONS`.
+        scope: path of the part that is analysed; "" for all.
     """
 
     outputs: tuple[str, ...] = ()
     decisions: str = "refuse"
+    scope: str = ""
 
 
 @dataclass(frozen=True, eq=False)

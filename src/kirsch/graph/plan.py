@@ -126,7 +126,7 @@ class Plan:
                 "inputs": [
                     {"name": i.name, "shape": list(i.shape), "dtype": i.dtype, "high": i.high} for i in self.inputs
                 ],
-                "tracing": {"outputs": list(self.tracing.outputs), "decisions": self.tracing.decisions},
+                "tracing": {**vars(self.tracing), "outputs": list(self.tracing.outputs)},
                 "notes": list(self.notes),
             },
             indent=1,
@@ -248,7 +248,8 @@ def _tracing(entry: dict[str, Any]) -> Tracing:
     decisions = _get(entry, "decisions", str)
     if decisions not in DECISIONS:
         raise ValueError(f"'decisions' has {decisions!r}, which is not one of {', '.join(DECISIONS)}")
-    return Tracing(tuple(_all(_get(entry, "outputs", list), "outputs", str)), decisions)
+    outputs = tuple(_all(_get(entry, "outputs", list), "outputs", str))
+    return Tracing(outputs, decisions, _get(entry, "scope", str))
 
 
 def _cost(entry: dict[str, Any]) -> Cost:

@@ -85,5 +85,5 @@ def _graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
                 "They were nested when it was made.",
                 "Give example_inputs=...",
             )
-        example_inputs = framework.inputs_like(plan.inputs)
+        return framework.trace(model, framework.inputs_like(plan.inputs), plan.tracing, of_part=True)
     return framework.trace(model, example_inputs, plan.tracing)

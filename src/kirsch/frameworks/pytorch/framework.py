@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from kirsch.errors import KirschError, LoadError, UnknownNameError, VerificationError, said
-from kirsch.frameworks.pytorch import count, export, hub, predict, surgery, trace, train, verify
+from kirsch.frameworks.pytorch import count, export, hub, part, predict, surgery, trace, train, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,15 +27,17 @@ class PyTorch:
 
     name = "pytorch"
 
-    def trace(self, model: Any, example_inputs: Any, tracing: Tracing) -> Graph:
+    def trace(self, model: Any, example_inputs: Any, tracing: Tracing, *, of_part: bool = False) -> Graph:
         """See the port."""
-        return trace.trace(model, example_inputs, tracing)
+        return trace.trace(model, example_inputs, tracing, of_part=of_part)
 
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
         """See the port."""
-        keep = plan.keep(graph)
-        pruned = surgery.cut(model, graph, keep)
-        return pruned, self._prove(pruned, model, graph, keep) if verify else None
+        keep, scope = plan.keep(graph), graph.tracing.scope
+        own = part.part_of(model, scope)
+        pruned = surgery.cut(own, graph, keep)
+        proof = self._prove(pruned, own, graph, keep) if verify else None
+        return part.with_part(model, scope, pruned) if scope else pruned, proof
 
     def _prove(self, pruned: Any, model: Any, graph: Graph, keep: Any) -> Verification:
         try:

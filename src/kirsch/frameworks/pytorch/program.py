@@ -34,6 +34,8 @@ def export(
     name = type(model).__name__
     try:
         twin = twin_of(model, shared=decisions == "refuse")  # with values, it may write into its buffers
+        if decisions == "example":
+            _plain_tensors(twin)
     except Exception as error:
         raise ModelError(
             f"A {name} cannot be copied.",
@@ -49,6 +51,16 @@ def export(
         except Exception as error:
             raise ModelError(*_reason(name, args, options, calls, error)) from error
     return functional
+
+
+def _plain_tensors(twin: nn.Module) -> None:
+    """Buffers in the place of all parameters: the exporter copies values from nothing but plain tensors."""
+    plain: dict[int, torch.Tensor] = {}
+    for module in twin.modules():
+        for name, value in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            delattr(module, name)
+            module.register_buffer(name, plain.setdefault(id(value), value.detach()))
+            setattr(module, name, plain[id(value)])  # a recurrent layer notes this
 
 
 @contextlib.contextmanager

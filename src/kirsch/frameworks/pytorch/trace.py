@@ -19,6 +19,7 @@ from kirsch.frameworks.pytorch import operators
 from kirsch.frameworks.pytorch.attention import Fold, fold
 from kirsch.frameworks.pytorch.count import macs_of
 from kirsch.frameworks.pytorch.outputs import counting
+from kirsch.frameworks.pytorch.part import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.predict import arguments
 from kirsch.frameworks.pytorch.program import Sizes, export, name_of, shapes_of
 from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, SizeOf, TracedInt
@@ -61,8 +62,14 @@ class Traced:
     folds: list[Fold]
 
 
-def trace(model: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT) -> Graph:
-    """The coupling analysis of a model; see `kirsch.trace`."""
+def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, of_part: bool = False) -> Graph:
+    """The coupling analysis of a model; see `kirsch.trace`.
+
+    `of_part`: the example inputs are those of the part that is traced, not of the whole.
+    """
+    model = part_of(whole, tracing.scope)
+    if tracing.scope and not of_part:
+        example_inputs = inputs_of(whole, tracing.scope, example_inputs)
     args, options = arguments(example_inputs)
     lazy = next((name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)), None)
     if lazy is not None:
@@ -79,6 +86,8 @@ def trace(model: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT) -> 
     if unused:
         unused &= _training_only(model, args, options, facts, tensors)
     _freeze_unused(unused, facts, tensors)
+    if tracing.scope:
+        _freeze_shared(shared_with_rest(whole, tracing.scope), model, facts, tensors)
     own = dict(model.named_parameters())
     return Graph(
         model_name=type(model).__name__,
@@ -87,7 +96,7 @@ def trace(model: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT) -> 
         parameters=tuple(own),
         inputs=specification(args, options),
         values=lambda name: own[name].detach().to("cpu", torch.float32).numpy(),
-        fits=lambda other: other is model and {n: id(p) for n, p in own.items()} == _identities(other),
+        fits=lambda other: other is whole and {n: id(p) for n, p in own.items()} == _identities(model),
         tracing=tracing,
         traced=traced,
     )
@@ -198,6 +207,15 @@ def _freeze_unused(unused: set[int], facts: Facts, tensors: dict[str, Tensor]) -
             facts.begin(Operation("parameter", name.rpartition(".")[0]))
             for axis in tensor.axes:
                 facts.freeze(axis, "no traced forward uses it")
+
+
+def _freeze_shared(shared: set[int], model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:
+    """Tensors that the rest of a model reads too stay whole."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if id(value) in shared:
+            facts.begin(Operation("parameter", name.rpartition(".")[0]))
+            for axis in tensors[name].axes:
+                facts.freeze(axis, "the rest of the model reads it too")
 
 
 class _Walk:

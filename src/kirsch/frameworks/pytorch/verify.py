@@ -32,6 +32,10 @@ TOLERANCES = {
 FOLDED = 1e-6, "rounding of the weights that the scale of attention is folded into; a wrong index moves outputs by 1e-3"
 
 
+WRONG_CUT = "A cut went wrong, so nothing was returned; the model given is unchanged."
+OTHER_WAY = "Its forward decides by values, and may have gone another way than in the trace; nothing was returned."
+
+
 def verify(pruned: nn.Module, original: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> Verification:
     """Hold a pruned module against the masked original, in float64 where the model allows.
 
@@ -61,7 +65,7 @@ def _verified(pruned: nn.Module, original: nn.Module, graph: Graph, keep: NDArra
         _refuse_unstable(pruned, graph)
         raise VerificationError(
             f"The pruned {graph.model_name} is {found.text}.",
-            "A cut went wrong, so nothing was returned; the model given is unchanged.",
+            OTHER_WAY if graph.tracing.decisions == "example" else WRONG_CUT,
             "Exclude the layers that are unusual, and report the model.",
         )
     fault = _training_fault(pruned, graph)

@@ -1,0 +1,72 @@
+"""A part of a model by its path: what it is given in a run of the whole, and the whole with another in its place."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kirsch.errors import ModelError, UnknownNameError
+from kirsch.frameworks.pytorch.predict import arguments, inference
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def part_of(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path; the model itself for "".
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    if path not in modules:
+        raise UnknownNameError("module", path, [name for name in modules if name])
+    return modules[path]
+
+
+def inputs_of(model: nn.Module, path: str, example_inputs: Any) -> Any:
+    """What the part is given first when the whole runs in inference mode: a tuple, or a dict of keyword arguments.
+
+    Raises:
+        ModelError: the part is not called.
+    """
+    part = part_of(model, path)
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = part.register_forward_pre_hook(lambda _, args, options: given.append((args, options)), with_kwargs=True)
+    args, options = arguments(example_inputs)
+    try:
+        with inference(model), torch.no_grad(), torch.random.fork_rng():
+            model(*args, **options)
+    except Exception as error:
+        raise ModelError(
+            f"The model {type(model).__name__} does not run.",
+            f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}.",
+            "Check the example inputs.",
+        ) from error
+    finally:
+        hook.remove()
+    if not given:
+        raise ModelError(
+            f"The part {path!r} of {type(model).__name__} is not run.",
+            "The whole does not call it in inference mode.",
+            "Trace it by itself: kirsch.trace(model.part, inputs).",
+        )
+    args, options = given[0]
+    return {**inspect.signature(part.forward).bind_partial(*args).arguments, **options} if options else args
+
+
+def shared_with_rest(model: nn.Module, path: str) -> set[int]:
+    """Parameters and buffers, by identity, that a part has in common with the rest of the model."""
+    prefix = f"{path}."
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    inside = {id(tensor) for name, tensor in named if name.startswith(prefix)}
+    return {id(tensor) for name, tensor in named if not name.startswith(prefix)} & inside
+
+
+def with_part(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
+    """A copy of the model with this part in the place of its own."""
+    whole: nn.Module = copy.deepcopy(model, {id(part_of(model, path)): part})
+    return whole

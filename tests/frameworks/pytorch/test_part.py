@@ -1,0 +1,145 @@
+"""A part of a model is pruned in its place: the seams hold, and the rest of the model is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.errors import ModelError, UnknownNameError, VerificationError
+from kirsch.graph.plan import Plan
+
+IMAGE = torch.randn(2, 3, 8, 8)
+
+
+class Detector(nn.Module):
+    """A backbone that is analysed, and a head that decides by the values it sees."""
+
+    def __init__(self, bound=0.0):
+        super().__init__()
+        self.bound = bound
+        self.backbone = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 1)
+        )
+        self.head, self.other = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.spare = nn.Linear(2, 2)
+
+    def forward(self, x):
+        features = self.backbone(x).mean((2, 3))
+        if features.sum() > self.bound:
+            return self.head(features)
+        return self.other(features)
+
+
+@pytest.fixture
+def detector():
+    return Detector().eval()
+
+
+def test_the_whole_is_refused_and_a_part_is_pruned_in_its_place(detector):
+    with pytest.raises(ModelError, match=r"test_part\.py:30.*such as the backbone"):
+        kirsch.trace(detector, IMAGE)
+    graph = kirsch.trace(detector, IMAGE, scope="backbone")
+    assert [(group.name, group.size) for group in graph.groups] == [("0", 8), ("2", 8)]
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), round_to=1)
+    pruned = kirsch.prune(detector, plan)
+    assert type(pruned) is Detector
+    assert pruned.backbone[0].out_channels < 8
+    assert pruned.backbone[4].out_channels == 6
+    assert pruned(IMAGE).shape == (2, 4)
+    assert all(torch.equal(before[name], value) for name, value in detector.state_dict().items())
+    torch.testing.assert_close(pruned.head.weight, detector.head.weight)
+
+
+def test_a_plan_for_a_part_goes_through_json_and_files(detector, tmp_path):
+    plan = kirsch.plan(kirsch.trace(detector, IMAGE, scope="backbone"), kirsch.Goal(macs=0.5), round_to=1)
+    pruned = kirsch.prune(detector, Plan.from_json(plan.to_json()))
+    kirsch.save(pruned, tmp_path / "model")
+    again = kirsch.load(tmp_path / "model", lambda: Detector().eval())
+    assert torch.equal(again(IMAGE), pruned(IMAGE))
+
+
+def test_what_the_rest_reads_too_stays_whole():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Sequential(
+                nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)
+            )
+            self.last = nn.Linear(8, 8, bias=False)
+            self.last.weight = self.part[0].weight
+
+        def forward(self, x):
+            return self.last(self.part(x))
+
+    graph = kirsch.trace(Shared(), torch.randn(2, 8), scope="part")
+    assert [(group.name, group.size) for group in graph.groups] == [("2", 8)]
+    assert "the rest of the model reads it too" in {blocker.reason for blocker in graph.blockers}
+
+
+def test_keyword_inputs_of_a_part_are_kept():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 6)
+
+        def forward(self, x, *, gain):
+            return self.last(torch.relu(self.first(x)) * gain)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x):
+            return self.inner(x, gain=x.mean(-1, keepdim=True)) + 1
+
+    model = Outer()
+    graph = kirsch.trace(model, torch.randn(2, 6), scope="inner")
+    assert [spec.name for spec in graph.inputs] == ["x", "gain"]
+    plan = Plan.from_json(kirsch.plan(graph, kirsch.Goal(macs=0.5)).to_json())
+    assert kirsch.prune(model, plan).inner.first.out_features == 4
+
+
+def test_an_unknown_part_is_answered_with_the_nearest(detector):
+    with pytest.raises(UnknownNameError, match=r"no module 'backbon'.*Did you mean 'backbone'"):
+        kirsch.trace(detector, IMAGE, scope="backbon")
+
+
+def test_a_part_that_is_not_run_is_said(detector):
+    with pytest.raises(ModelError, match=r"The part 'spare' of Detector is not run\..*Trace it by itself"):
+        kirsch.trace(detector, IMAGE, scope="spare")
+
+
+def test_a_whole_that_does_not_run_is_said(detector):
+    with pytest.raises(ModelError, match=r"The model Detector does not run\. RuntimeError: .*Check the example inputs"):
+        kirsch.trace(detector, IMAGE[:, :2], scope="backbone")
+    assert not detector.backbone._forward_pre_hooks
+
+
+def test_an_unknown_way_with_decisions_is_answered_with_the_known(detector):
+    with pytest.raises(UnknownNameError, match=r"no way with decisions 'guess'\. Known: example, refuse"):
+        kirsch.trace(detector, IMAGE, decisions="guess")
+
+
+def test_a_decision_may_be_followed_as_the_example_decides():
+    detector = Detector(bound=-1e9).eval()
+    graph = kirsch.trace(detector, IMAGE, decisions="example")
+    pruned = kirsch.prune(detector, kirsch.plan(graph, kirsch.Goal(macs=0.5), round_to=1))
+    assert pruned.backbone[0].out_channels < 8
+    assert (pruned.backbone[4].out_channels, pruned.other.in_features) == (6, 6)  # the other way needs them
+
+
+def test_a_pruned_model_that_decides_otherwise_is_refused_as_such(detector):
+    plan = kirsch.plan(kirsch.trace(detector, IMAGE, scope="backbone"), kirsch.Goal(macs=0.2), round_to=1)
+    pruned = kirsch.prune(detector, plan)
+    before, after = (model.backbone(IMAGE).detach().mean((2, 3)).sum().item() for model in (detector, pruned))
+    detector.bound = (before + after) / 2
+    graph = kirsch.trace(detector, IMAGE, decisions="example")
+    again = kirsch.plan(
+        graph, kirsch.Goal(macs=0.2), round_to=1, exclude=["head", "other"]
+    )  # the two ways agree in width
+    with pytest.raises(VerificationError, match=r"Its forward decides by values, and may have gone another way"):
+        kirsch.prune(detector, again)
