@@ -34,6 +34,7 @@ from zoo import MODELS, OTHERS, Recipe
 import kirsch
 from kirsch.errors import GoalError, KirschError
 from kirsch.frameworks.pytorch.count import count
+from kirsch.frameworks.pytorch.part import inputs_of, part_of
 from kirsch.frameworks.pytorch.predict import arguments
 from kirsch.frameworks.pytorch.surgery import cut
 from kirsch.frameworks.pytorch.verify import verify
@@ -73,7 +74,7 @@ def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -
     row["stage"] = "trace"
     trainable = trained(model, inputs) is None
     start = time.perf_counter()
-    graph = kirsch.trace(model, inputs, decisions=recipe.decisions)
+    graph = kirsch.trace(model, inputs, scope=recipe.scope)
     row["trace"] = time.perf_counter() - start
     row["stage"] = "analysis"
     start = time.perf_counter()
@@ -82,8 +83,10 @@ def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -
     row["parameters"] = graph.cost.parameters
     row["prunable"] = 1 - sum(blocker.share for blocker in graph.blockers)
     row["blockers"] = [(b.reason, b.where, b.source, b.operation, b.share) for b in graph.blockers[:6]]
-    _same("cost", (graph.cost.parameters, graph.cost.macs), count(model, inputs))
-    row["full"] = full(model, graph, row)
+    own = part_of(model, recipe.scope)
+    given = inputs_of(model, recipe.scope, inputs) if recipe.scope else inputs
+    _same("cost", (graph.cost.parameters, graph.cost.macs), count(own, given))
+    row["full"] = full(own, graph, row)
     row["stage"] = "plan"
     plan = planned(graph, row)
     row["stage"] = "prune"
@@ -91,7 +94,7 @@ def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -
     found = prune_with_proof(model, plan)
     row["prune"] = time.perf_counter() - start
     row["macs"], row["error"] = plan.after.macs / plan.before.macs, found.verification.error
-    _same("cost", (plan.after.parameters, plan.after.macs), count(found.model, inputs))
+    _same("cost", (plan.after.parameters, plan.after.macs), count(part_of(found.model, recipe.scope), given))
     row["stage"] = "load"
     _saved_and_loaded(recipe, found.model, inputs)
     row["stage"] = "train"
@@ -260,7 +263,8 @@ plan that `kirsch.plan` makes by itself, verified as the module that is returned
 a model built anew, exported to ONNX. **Right**: all of that. **Refused**: an error that names what stands in the way,
 before anything was returned. **Wrong**: anything else. *Half of all*: a harder plan, half of every group of units.
 *Prunable*: share of the parameters that is not frozen. *Error*: largest difference from the masked original, relative
-to its largest output, in float64. *Peer*: Torch-Pruning with its defaults on the same model.
+to its largest output, in float64. Of detectors the backbone is cut in its place (`scope="backbone"`): they select boxes
+by values. *Peer*: Torch-Pruning with its defaults on the same model.
 
 `python benchmarks/coverage.py --peer` makes this page; here on {machine}, {date}."""
 

@@ -31,7 +31,7 @@ class Recipe:
         options: of the factory, or of the configuration.
         inputs: what it is given, a key of `INPUTS`.
         size: of its images.
-        decisions: see `kirsch.trace`; detectors select boxes by their values.
+        scope: the part that is pruned in its place; detectors select boxes by values, which no trace follows for all.
     """
 
     library: str
@@ -41,7 +41,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     inputs: str = "images"
     size: int = 64
-    decisions: str = "refuse"
+    scope: str = ""
 
     def build(self) -> tuple[nn.Module, Any]:
         """The model in inference mode, and its example inputs."""
@@ -135,7 +135,7 @@ def _of_torchvision() -> list[Recipe]:
                 options=bare,
                 inputs="list of images",
                 size=128,
-                decisions="example",
+                scope="backbone",
             )
             for name in (
                 "fasterrcnn_mobilenet_v3_large_320_fpn",
@@ -162,7 +162,7 @@ TIMM = {
     "beit_base_patch16_224",
     256: "mobilevit_xxs mobilevitv2_050 botnet26t_256 maxvit_rmlp_pico_rw_256 lambda_resnet26t halonet26t",
 }
-FIXED = {"eva02_tiny_patch14_224": 336, "tinynet_e": 106}
+FIXED = {"tinynet_e": 106}
 
 
 def _of_timm() -> list[Recipe]:

@@ -313,7 +313,20 @@ class _Chooser:
 
     def least(self) -> list[int]:
         """Everything that may go."""
-        return [candidate.steps[-1] for candidate in self._candidates]
+        return self.repaired([candidate.steps[-1] for candidate in self._candidates])
+
+    def repaired(self, counts: Sequence[int]) -> list[int]:
+        """A choice that leaves something of every axis: groups that share one give back their most important units."""
+        counts = list(counts)
+        while (empty := self._graph.emptied(self.keep(counts))) is not None:
+            on = [
+                place
+                for place, candidate in enumerate(self._candidates)
+                if counts[place] and any(empty in group.footprint for group in candidate.groups)
+            ]
+            best = max(on, key=lambda place: float(self._candidates[place].scores[counts[place] - 1]))
+            counts[best] = self._candidates[best].allowed(counts[best] - 1)
+        return counts
 
     def descend(self, *, local: bool) -> list[int]:
         """The smallest choice on the way from nothing to everything that meets the goal, by bisection."""
@@ -321,12 +334,12 @@ class _Chooser:
             way: list[float] = sorted({n / c.size for c in self._candidates for n in c.steps})
 
             def choice(place: int) -> list[int]:
-                return [c.allowed(int(way[place] * c.size + 1e-9)) for c in self._candidates]
+                return self.repaired([c.allowed(int(way[place] * c.size + 1e-9)) for c in self._candidates])
         else:
             way = sorted(score for candidate in self._candidates for score in candidate.scores.tolist())
 
             def choice(place: int) -> list[int]:
-                return [c.allowed(int((c.scores <= way[place]).sum())) for c in self._candidates]
+                return self.repaired([c.allowed(int((c.scores <= way[place]).sum())) for c in self._candidates])
 
         low, high = 0, len(way) - 1
         while low < high:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
 
+WITH_VALUES = ("fake_tensor_propagate_real_tensors", "generate_fake_kernels_from_real_mismatches")
+"""What the exporter needs to compute with values beside shapes."""
+
+
 def export(
     model: nn.Module, args: tuple[Any, ...], options: dict[str, Any], calls: Calls, decisions: str, *, training: bool
 ) -> ExportedProgram:
@@ -42,8 +46,8 @@ def export(
             f"{type(error).__name__}: {error}.",
             "Take what cannot be copied (open files, locks, lambdas over them) out of the model.",
         ) from error
-    values = {"fake_tensor_propagate_real_tensors": decisions == "example"}
-    with _quiet(), torch.no_grad(), traceback.preserve_node_meta(), functorch_config.patch(values):
+    with_values = dict.fromkeys(WITH_VALUES, decisions == "example")
+    with _quiet(), torch.no_grad(), traceback.preserve_node_meta(), functorch_config.patch(with_values):
         try:
             watched(twin.train(training), calls)
             program = torch.export.export(twin, args, options, strict=False)
