@@ -215,6 +215,8 @@ class _Closure:
         self._grids = grids[order]  # of each component in turn
         self._first = np.searchsorted(merged[order], np.arange(len(coupling.stuck) + 1))
         self._gone = np.zeros(len(coupling.stuck), bool)
+        self._known: dict[int, NDArray[np.int64] | None] = {}
+        self._is_known = np.zeros(len(coupling.stuck), bool)
         alone = np.diff(self._first) == 1
         self._simple = [
             bool(alone[grid.cells].all()) and len(own) == grid.cells.size + sum(len(m) for m in grid.marginals)
@@ -240,20 +242,39 @@ class _Closure:
             return None if self._coupling.stuck[closed].any() else closed
         gone[seed] = True
         try:
-            waiting = self._of_components(found[0])
-            while waiting:
-                more = self._wanted(waiting.pop())
-                if more is None or self._coupling.stuck[more].any():
-                    return None
-                if len(more):
-                    gone[more] = True
-                    found.append(more)
-                    known = {id(grid) for grid in waiting}
-                    waiting += [grid for grid in self._of_components(more) if id(grid) not in known]
-            return np.sort(np.concatenate(found))
+            whole = self._closed(found)
         finally:
             for components in found:
                 gone[components] = False
+        self._known[seed] = whole
+        self._is_known[seed] = True
+        return whole
+
+    def _closed(self, found: list[NDArray[np.int64]]) -> NDArray[np.int64] | None:
+        """What is found grown until it is closed. A set that is closed already is taken as a whole.
+
+        The first grids come first: their marginals are the seeds that were closed before.
+        """
+        waiting = self._of_components(found[0])
+        while waiting:
+            more = self._wanted(waiting.pop(0))
+            if more is None or self._coupling.stuck[more].any():
+                return None
+            if not len(more):
+                continue
+            self._gone[more] = True
+            found.append(more)
+            whole = [self._known[seed] for seed in more[self._is_known[more]].tolist()]
+            for closed in whole:
+                if closed is None:
+                    return None
+                found.append(closed[~self._gone[closed]])
+                self._gone[found[-1]] = True
+                if sum(map(len, found)) == len(closed):
+                    return closed
+            known = {id(grid) for grid in waiting}
+            waiting += [grid for grid in self._of_components(more) if id(grid) not in known]
+        return np.sort(np.concatenate(found))
 
     def _on(self, places: list[int], seed: int) -> list[tuple[Grid, int]]:
         """The axes of grids, by their places, that have a marginal."""
