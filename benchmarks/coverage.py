@@ -71,6 +71,7 @@ def one(recipe: Recipe) -> dict[str, Any]:
 
 
 def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -> None:
+    _shapes(model, *arguments(inputs))  # some fill their buffers in their first run, as whoever has one has seen
     row["stage"] = "trace"
     trainable = trained(model, inputs) is None
     start = time.perf_counter()

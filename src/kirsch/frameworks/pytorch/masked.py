@@ -87,6 +87,9 @@ class MaskedRun(Interpreter):
             return super().run_node(n)
         if n.target.__name__.partition(".")[0] in ASSERTIONS:  # type: ignore[union-attr]
             return None
+        if n.target is torch.ops.aten.view.default:  # a masked statistic may lie in memory otherwise
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            return self._finite(args[0].reshape(args[1]), self._traced.states[n])
         out = self._statistic(n) if n.name in self._graph.facts.statistics else super().run_node(n)
         state = self._traced.states[n]
         if isinstance(out, (tuple, list)):
