@@ -34,8 +34,8 @@ from zoo import MODELS, OTHERS, Recipe
 import kirsch
 from kirsch.errors import GoalError, KirschError
 from kirsch.frameworks.pytorch.count import count
-from kirsch.frameworks.pytorch.part import inputs_of, part_of
 from kirsch.frameworks.pytorch.predict import arguments
+from kirsch.frameworks.pytorch.scope import inputs_of, part_of
 from kirsch.frameworks.pytorch.surgery import cut
 from kirsch.frameworks.pytorch.verify import verify
 from kirsch.measurement.machine import cpu

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from kirsch.errors import KirschError, LoadError, UnknownNameError, VerificationError, said
-from kirsch.frameworks.pytorch import count, export, hub, part, predict, surgery, trace, train, verify
+from kirsch.frameworks.pytorch import count, export, hub, predict, scope, surgery, trace, train, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,11 +33,11 @@ class PyTorch:
 
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
         """See the port."""
-        keep, scope = plan.keep(graph), graph.tracing.scope
-        own = part.part_of(model, scope)
+        keep, path = plan.keep(graph), graph.tracing.scope
+        own = scope.part_of(model, path)
         pruned = surgery.cut(own, graph, keep)
         proof = self._prove(pruned, own, graph, keep) if verify else None
-        return part.with_part(model, scope, pruned) if scope else pruned, proof
+        return scope.with_part(model, path, pruned) if path else pruned, proof
 
     def _prove(self, pruned: Any, model: Any, graph: Graph, keep: Any) -> Verification:
         try:
