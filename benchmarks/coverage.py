@@ -247,7 +247,7 @@ def page(lists: dict[str, list[dict[str, Any]]]) -> str:
         "tuned": "## The models that the rules were written with",
         "others": "## Models that nobody tuned for\n\nRun once, after the rules were done; mended nothing since.",
     }
-    machine = f"{cpu()}, one thread each, torch {torch.__version__}"
+    machine = f"{cpu()[0]}, one thread each, torch {torch.__version__}"
     parts = [HEAD.format(machine=machine, date=datetime.now(UTC).date())]
     for which, rows in lists.items():
         if rows:
@@ -260,14 +260,14 @@ HEAD = """# Coverage
 <!-- written by benchmarks/coverage.py; do not edit -->
 
 Models of other people with random weights and small inputs, one process each: traced, cut to half of their MACs by the
-plan that `kirsch.plan` makes by itself, verified as the module that is returned, trained for a step, saved, loaded in
+plan that `kirsch.plan` makes by itself (or half way to the least that is reachable, see the column), verified as the module that is returned, trained for a step, saved, loaded in
 a model built anew, exported to ONNX. **Right**: all of that. **Refused**: an error that names what stands in the way,
 before anything was returned. **Wrong**: anything else. *Half of all*: a harder plan, half of every group of units.
 *Prunable*: share of the parameters that is not frozen. *Error*: largest difference from the masked original, relative
 to its largest output, in float64. Of detectors the backbone is cut in its place (`scope="backbone"`): they select boxes
-by values. *Peer*: Torch-Pruning with its defaults on the same model.
+by values. *Peer*, where there is such a column: Torch-Pruning with its defaults on the same model.
 
-`python benchmarks/coverage.py --peer` makes this page; here on {machine}, {date}."""
+`python benchmarks/coverage.py` makes this page, with `--peer` that column too; here on {machine}, {date}."""
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -303,9 +303,10 @@ def reasons(rows: list[dict[str, Any]]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A row for each model."""
+    compared = any("peer" in row for row in rows)
     lines = [
-        "| model | result | groups | prunable | MACs | error | half of all | trace | analysis | peer |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| model | result | groups | prunable | MACs | error | half of all | trace | analysis |{' peer |' * compared}",
+        f"|---|---|---|---|---|---|---|---|---|{'---|' * compared}",
     ]
     for row in rows:
         cells = [
@@ -318,7 +319,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             "–" if "full" not in row else "right" if row["full"] == "right" else "refused",
             f"{row['trace']:.1f} s" if "trace" in row else "–",
             f"{row['analysis'] * 1e3:.0f} ms" if "analysis" in row else "–",
-            row.get("peer", "–"),
+            *([row.get("peer", "–")] if compared else []),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
