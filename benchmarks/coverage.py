@@ -260,12 +260,15 @@ HEAD = """# Coverage
 <!-- written by benchmarks/coverage.py; do not edit -->
 
 Models of other people with random weights and small inputs, one process each: traced, cut to half of their MACs by the
-plan that `kirsch.plan` makes by itself (or half way to the least that is reachable, see the column), verified as the
-module that is returned, trained for a step, saved, loaded in a model built anew, exported to ONNX. **Right**: all of that. **Refused**: an error that names what stands in the way,
-before anything was returned. **Wrong**: anything else. *Half of all*: a harder plan, half of every group of units.
-*Prunable*: share of the parameters that is not frozen. *Error*: largest difference from the masked original, relative
-to its largest output, in float64. Of detectors the backbone is cut in its place (`scope="backbone"`): they select boxes
-by values. *Peer*, where there is such a column: Torch-Pruning with its defaults on the same model.
+plan that `kirsch.plan` makes by itself (or half way to the least that is reachable; see the column), verified as the
+module that is returned, trained for a step, saved, loaded in a model built anew, exported to ONNX.
+
+- **Right**: all of that. **Refused**: an error that names what stands in the way, before anything was returned.
+  **Wrong**: anything else.
+- *Half of all*: a harder plan, half of every group of units. *Prunable*: share of the parameters that is not frozen.
+- *Error*: largest difference from the masked original, relative to its largest output, in float64.
+- Of detectors the backbone is cut in its place (`scope="backbone"`): they select boxes by values.
+- *Peer*, where there is such a column: Torch-Pruning with its defaults on the same model.
 
 `python benchmarks/coverage.py` makes this page, with `--peer` that column too; here on {machine}, {date}."""
 
