@@ -243,6 +243,22 @@ ATTENTIONS = {
         Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q + s.bias, k, v), bias=weight(6)),
         [4],
     ),
+    "sdpa with a scale of its own, a number added to the queries": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q + 1, k, v)),
+        [4],
+    ),
+    "sdpa with a scale of its own, queries squared": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q * q, k, v)),
+        [4],
+    ),
+    "sdpa with a scale of its own, queries divided": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q / 3, k, v)),
+        [4, 6],
+    ),
+    "sdpa with a scale of its own, something divided by the queries": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(s.bias / (q.abs() + 1), k, v), bias=weight(6)),
+        [4],
+    ),
     "sdpa with a scale of its own, queries used twice": (
         Attention(lambda s, q, k, v: q + F.scaled_dot_product_attention(q, k, v)),
         [4],

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     from kirsch.graph.labels import Labels
 
-MOVES = """
+MOVING = """
 view reshape _unsafe_view unflatten flatten squeeze unsqueeze permute transpose expand select slice split
 split_with_sizes chunk unbind unsafe_chunk unsafe_split contiguous clone getitem roll flip
 """
+MOVES = frozenset(MOVING.split())
 SCALES = frozenset(["mul", "div"])
 SUMS = frozenset(["add", "sub", "cat", "stack", "neg"])
-FOLLOWED = SCALES | SUMS | frozenset(MOVES.split())
 PRODUCERS = {
     "linear": (1, 2, -1),
     "conv1d": (1, 2, 1),
@@ -69,7 +69,7 @@ def fold(attention: Node, width: Labels, slots: Mapping[str, str]) -> Fold | Non
     before = [node for node in (producer, *path) if node is not query]
     aside = [user for node in before for user in node.users if user not in between]
     for other in aside:
-        if _name(other) not in MOVES.split() or rows & _reached(producer, [*path, other], other, axis):
+        if _name(other) not in MOVES or rows & _reached(producer, [*path, other], other, axis):
             return None
     found: dict[str, tuple[int, ...]] = {}
     for place in (weight, bias):
@@ -94,22 +94,28 @@ def _back(node: Node, between: set[Node]) -> Node | None:
         return None
     if name in PRODUCERS:
         return node
-    made = [source for source in node.all_input_nodes if _made(source, {})]
-    alone = len(made) == 1 if name in SCALES else len(made) == len(node.all_input_nodes)
-    if name not in FOLLOWED or not alone or (name == "div" and made[0] is not node.args[0]):
+    made = [source for source in node.all_input_nodes if _made(source)]
+    if name in SCALES:  # by something else; a square is not linear, nor is what is divided by
+        linear = len(made) == 1 and node.args.count(made[0]) == 1 and (name == "mul" or made[0] is node.args[0])
+    elif name in SUMS:  # of nothing else, not of a number either
+        number = name in ("add", "sub") and not all(isinstance(value, Node) for value in node.args)
+        linear = len(made) == len(node.all_input_nodes) and not number
+    else:
+        linear = name in MOVES
+    if not linear:
         return None
     between.add(node)
     ends = {_back(source, between) for source in made}
     return ends.pop() if len(ends) == 1 else None
 
 
-def _made(node: Node, known: dict[Node, bool]) -> bool:
+def _made(node: Node) -> bool:
     """Whether a producer lies upstream of a value."""
-    stack = [node]
+    seen, stack = set[Node](), [node]
     while stack:
         one = stack.pop()
-        if one not in known:
-            known[one] = True
+        if one not in seen:
+            seen.add(one)
             if one.op == "call_function" and _name(one) in PRODUCERS:
                 return True
             stack += one.all_input_nodes
