@@ -24,8 +24,13 @@ def named(outputs: Any) -> dict[str, torch.Tensor]:
 
     Mappings, sequences, dataclasses and other objects with attributes are gone through, each object once.
     """
-    single = isinstance(outputs, torch.Tensor)
-    return dict(_tensors([outputs] if single else outputs, "", set()))
+    found: dict[str, torch.Tensor] = {}
+    for path, tensor in _tensors([outputs] if isinstance(outputs, torch.Tensor) else outputs, "", set()):
+        name = path
+        while name in found:  # {"a.b": ..., "a": {"b": ...}}
+            name += "'"
+        found[name] = tensor
+    return found
 
 
 def _tensors(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:

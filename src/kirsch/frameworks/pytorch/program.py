@@ -97,7 +97,8 @@ def _reason(
         error
     )
     mend = (
-        "The forward decides by the values of its input; trace a part without such a decision, such as the backbone."
+        'The forward decides by the values of its input; trace a part that does not (scope="backbone"), '
+        'or follow the way of these inputs (decisions="example").'
         if dynamic
         else "Check that model(*example_inputs) runs, and that the shapes are those that the model expects."
     )
