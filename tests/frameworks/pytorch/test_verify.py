@@ -12,7 +12,7 @@ from kirsch.frameworks.pytorch import masked
 from kirsch.frameworks.pytorch.framework import PyTorch
 from kirsch.frameworks.pytorch.surgery import cut
 from kirsch.frameworks.pytorch.trace import trace
-from kirsch.frameworks.pytorch.verify import verify
+from kirsch.frameworks.pytorch.verify import _distance, verify
 from proving import half_of_everything, shaken
 
 
@@ -202,6 +202,20 @@ def test_a_model_that_draws_random_numbers_is_refused_by_that_name():
     with pytest.raises(VerificationError, match=r"cannot be verified\. It draws random numbers"):
         verified(model, inputs)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_model_that_draws_as_much_after_the_cut_is_held_against_the_same_draws():
+    def shuffled(self, x):
+        order = torch.rand(x.shape[0], x.shape[1]).argsort(1)
+        return self.second(x.gather(1, order.unsqueeze(-1).expand_as(x)))
+
+    assert verified(shaken(Between(shuffled)), torch.randn(3, 6, 4)).passed
+
+
+def test_an_output_of_zeros_in_single_precision_differs_from_none():
+    zeros = [torch.zeros(3)]
+    assert _distance(zeros, zeros) == 0.0
+    assert _distance(zeros, [torch.ones(3)]) > 1e9
 
 
 def test_a_model_that_puts_out_nan_is_refused_by_that_name():
