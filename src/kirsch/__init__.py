@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Goal, Plan
     from kirsch.pruning.choose import plan
+    from kirsch.pruning.depth import plan_depth
     from kirsch.pruning.prune import prune
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import compress
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "measure",
     "plan",
+    "plan_depth",
     "prune",
     "save",
     "trace",
@@ -60,6 +62,7 @@ _HOMES = {
     "load": "kirsch.pruning.store",
     "measure": "kirsch.deploy.measure",
     "plan": "kirsch.pruning.choose",
+    "plan_depth": "kirsch.pruning.depth",
     "prune": "kirsch.pruning.prune",
     "save": "kirsch.pruning.store",
     "trace": "kirsch.frameworks.port",

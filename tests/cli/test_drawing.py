@@ -13,7 +13,7 @@ from kirsch.cli.drawing import Hanging
 from kirsch.cli.terminal import plain
 from kirsch.graph.cost import Cost
 from kirsch.graph.graph import Blocker, InputSpec
-from kirsch.graph.plan import Plan, Removal
+from kirsch.graph.plan import Plan, Removal, Skip
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Graph:
 
     groups: tuple[Group, ...] = ()
     blockers: tuple[Blocker, ...] = ()
+    blocks: tuple[str, ...] = ()
     model_name: str = "Net"
     cost: Cost = field(default_factory=lambda: Cost(1_210_000, 402_000, 0))
     inputs: tuple[InputSpec, ...] = (InputSpec("", (1, 3, 8, 8), "float32"),)
@@ -141,3 +142,18 @@ def test_a_bar_of_what_is_kept_is_never_empty():
 def test_notes_of_a_plan_are_shown():
     lines = [plain(line) for line in drawing.plan_lines(plan(notes=("widths go in steps",)), Graph())]
     assert lines[-1] == "note         widths go in steps"
+
+
+def test_blocks_that_may_be_left_out_are_named_up_to_a_number():
+    names = tuple(f"layer{number}" for number in range(8))
+    lines = [plain(line) for line in drawing.trace_lines(Graph(blocks=names), [])]
+    assert f"residual blocks that may be left out: {', '.join(names[:6])} and 2 more" in lines
+
+
+def test_a_plan_of_blocks_names_what_is_left_out():
+    cost = Cost(100, 100, 0)
+    method = {"importance": "influence", "exclude": ["head"], "seed": 0}
+    plan = Plan("", "Net", (), cost, Cost(50, 50, 0), method=method, blocks=(Skip("layer1", "least influence"),))
+    lines = [plain(line) for line in drawing.plan_lines(plan, Graph())]
+    assert lines[0] == "Net   influence of residual blocks, without head"
+    assert "layer1  left out" in lines

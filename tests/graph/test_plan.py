@@ -82,6 +82,7 @@ def test_the_json_is_for_reading():
         "goal": {"macs": 0.5},
         "method": {},
         "groups": [{"name": "first", "kind": "channel", "size": 5, "removed": [0], "reason": "by hand"}],
+        "blocks": [],
         "cost": {
             "before": {"parameters": 32, "macs": 25, "activations": 7},
             "after": {"parameters": 20, "macs": 15, "activations": 7},
@@ -117,7 +118,7 @@ def test_what_is_no_plan_is_refused(text, sentence):
         Plan.from_json(text)
 
 
-@pytest.mark.parametrize("field", ["model", "goal", "method", "groups", "cost", "inputs", "tracing", "notes"])
+@pytest.mark.parametrize("field", ["model", "goal", "method", "groups", "blocks", "cost", "inputs", "tracing", "notes"])
 def test_a_missing_field_is_named(field):
     with pytest.raises(PlanError, match=rf"^The plan is damaged\. .*'{field}' is missing\. Make it anew\.$"):
         Plan.from_json(edited(**{field: None}))
@@ -157,6 +158,7 @@ def group(**changes):
         ({"goal": 0.5}, "'goal' has 0.5, which is not an object"),
         ({"inputs": [INPUT | {"shape": 3}]}, "'shape' has 3, which is not a list"),
         ({"inputs": [INPUT | {"shape": [1, "n"]}]}, "'shape' has 'n', which is not a whole number"),
+        ({"blocks": [{"name": 3, "reason": ""}]}, "'name' has 3, which is not text"),
         ({"notes": "slow"}, "'notes' has 'slow', which is not a list"),
         (
             {"tracing": {"outputs": [], "decisions": "x", "scope": ""}},

@@ -21,6 +21,9 @@ LAYERS = 3
 BLOCKERS = 12
 """Blockers are shown up to this number; JSON has them all."""
 
+BLOCKS = 6
+"""Residual blocks are named up to this number; JSON has them all."""
+
 BAR = 24
 """Characters of a bar."""
 
@@ -97,7 +100,16 @@ def trace_lines(graph: Graph, found: Sequence[Hanging]) -> list[Line]:
         lines += [*_tree(found), []]
     else:
         lines += [[Piece("no groups", "doubt"), Piece("  nothing of this model may go")], []]
-    return [*lines, *_blockers(graph)]
+    return [*lines, *_blocks(graph), *_blockers(graph)]
+
+
+def _blocks(graph: Graph) -> list[Line]:
+    """What may be left out as a whole."""
+    if not graph.blocks:
+        return []
+    shown = ", ".join(graph.blocks[:BLOCKS])
+    more = f" and {len(graph.blocks) - BLOCKS} more" if len(graph.blocks) > BLOCKS else ""
+    return [[Piece(f"residual blocks that may be left out: {shown}{more}")], []]
 
 
 def _tree(found: Sequence[Hanging]) -> list[Line]:
@@ -188,6 +200,7 @@ def plan_lines(plan: Plan, graph: Graph) -> list[Line]:
                 Piece(f"  {group.size:>5} → {kept:<5}  {change:>8}", "" if gone else "faint"),
             ]
         )
+    lines += [[Piece(f"{name}  "), Piece("left out")] for name in plan.without]
     return [*lines, [], *cost_lines(plan), *notes(plan.notes)]
 
 
@@ -222,6 +235,8 @@ def _method(plan: Plan) -> str:
         f"{method['importance']} (L{method['norm']})" if method["importance"] == "magnitude" else method["importance"]
     )
     excluded = f", without {', '.join(method['exclude'])}" if method.get("exclude") else ""
+    if "round_to" not in method:
+        return f"{importance} of residual blocks{excluded}"
     widths = "round widths" if method["round_to"] == "auto" else f"widths in steps of {method['round_to']}"
     alike = ", layers alike" if method.get("uniform") else ""
     return f"{importance}, {method['scope']}, {widths}{alike}{excluded}"

@@ -149,6 +149,7 @@ def show_trace(given: Given, layer: str, terminal: Terminal) -> int:
         "inputs": [list(spec.shape) for spec in graph.inputs],
         "cost": graph.cost.to_dict(),
         "groups": [hangs.to_dict() for hangs in found],
+        "blocks": list(graph.blocks),
         "blockers": [vars(blocker) for blocker in graph.blockers],
     }
     terminal.result(drawing.trace_lines(graph, found), content)
@@ -183,7 +184,10 @@ def show_prune(given: Given, plan_file: str, choice: Choice, output: str, termin
     if proof is None:
         raise RuntimeError("a removal that was asked to verify gave no verification")
     lines = [
-        [Piece(plan.model, "strong"), Piece(f"   {len(plan.groups)} groups cut")],
+        [
+            Piece(plan.model, "strong"),
+            Piece(f"   {len(plan.groups)} groups cut{f', {len(plan.blocks)} blocks left out' if plan.blocks else ''}"),
+        ],
         *drawing.cost_lines(plan),
         [Piece(f"{'verified':<13}", "good"), Piece(proof.text)],
         [Piece(f"{'saved':<13}{folder}"), Piece("   kirsch.load gives it back", "faint")],

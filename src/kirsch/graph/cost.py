@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from numpy.typing import NDArray
 
@@ -57,9 +57,15 @@ class CostModel:
         self._flat = np.concatenate([*arrays, np.zeros(0, np.int64)])
         self._start = np.cumsum([0, *(len(array) for array in arrays[:-1])]) if arrays else np.zeros(0, np.int64)
 
-    def price(self, keep: NDArray[np.bool_]) -> Cost:
-        """The cost when only the components marked in `keep` (bool, shape (components,)) stay."""
+    def price(self, keep: NDArray[np.bool_], without: Collection[str] = ()) -> Cost:
+        """The cost when only the components marked in `keep` (bool, shape (components,)) stay.
+
+        `without`: paths of modules that are left out as a whole.
+        """
         each = self._each(keep)
+        if without:
+            inside = tuple(f"{path}." for path in without)
+            each[[f"{owner}.".startswith(inside) for owner in self._owner]] = 0
         return Cost(*(round(float(each[self._of == of].sum())) for of in ("parameters", "macs", "activations")))
 
     def by_owner(self, keep: NDArray[np.bool_]) -> dict[str, tuple[int, int]]:

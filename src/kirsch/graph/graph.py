@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from kirsch.graph.explain import explain
 from kirsch.graph.rigid import rigid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from numpy.typing import NDArray
 
@@ -79,6 +79,16 @@ class Tracing:
     scope: str = ""
 
 
+class Runner(Protocol):
+    """Runs the model that was traced, as it is now, on inputs in the form of the example inputs."""
+
+    def outputs(self, inputs: Any, without: Collection[str] = ()) -> list[NDArray[Any]]:
+        """Its floating outputs, with some blocks putting out what they are given."""
+
+    def passed(self, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
+        """Shows for each block what it is given and what it puts out, floats of shape (..., features)."""
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """What must stay together in a model, what is free to go, and what each choice costs.
@@ -91,6 +101,8 @@ class Graph:
         inputs: the example inputs without their values.
         values: path → the parameter's values as a float array; only called when an importance needs them.
         fits: whether a model is the very one that was traced, with the same parameters.
+        blocks: paths of the residual blocks: modules whose output can be replaced by what they are given.
+        runner: runs the model with and without its blocks; None for a graph that was built by hand.
         tracing: what the trace was asked for.
         traced: the framework's own record of the trace.
     """
@@ -102,6 +114,8 @@ class Graph:
     inputs: tuple[InputSpec, ...]
     values: Callable[[str], NDArray[Any]]
     fits: Callable[[Any], bool]
+    blocks: tuple[str, ...] = ()
+    runner: Runner | None = field(repr=False, default=None)
     tracing: Tracing = field(default_factory=Tracing)
     traced: Any = field(repr=False, default=None)
 

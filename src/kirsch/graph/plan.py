@@ -82,6 +82,19 @@ class Removal:
 
 
 @dataclass(frozen=True)
+class Skip:
+    """A residual block that goes as a whole.
+
+    Args:
+        name: path of the module.
+        reason: why this one.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to remove from a model, and what it costs before and after.
 
@@ -94,6 +107,7 @@ class Plan:
         method: how the units were chosen, as JSON.
         inputs: the example inputs without their values.
         tracing: what the trace was asked for.
+        blocks: what goes as a whole.
         notes: what stopped the plan from landing nearer to its goal, and widths that will be slow.
         graph: the graph it was made from; not stored.
     """
@@ -107,6 +121,7 @@ class Plan:
     method: dict[str, Any] = field(default_factory=dict)
     inputs: tuple[InputSpec, ...] = ()
     tracing: Tracing = field(default_factory=Tracing)
+    blocks: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
     graph: Graph | None = field(default=None, compare=False, repr=False)
 
@@ -122,6 +137,7 @@ class Plan:
                     {"name": g.name, "kind": g.kind, "size": g.size, "removed": list(g.removed), "reason": g.reason}
                     for g in self.groups
                 ],
+                "blocks": [{"name": block.name, "reason": block.reason} for block in self.blocks],
                 "cost": {"before": self.before.to_dict(), "after": self.after.to_dict()},
                 "inputs": [
                     {"name": i.name, "shape": list(i.shape), "dtype": i.dtype, "high": i.high} for i in self.inputs
@@ -164,8 +180,16 @@ class Plan:
             method=_get(content, "method", dict),
             inputs=tuple(_input(entry) for entry in _get(content, "inputs", list)),
             tracing=_tracing(_get(content, "tracing", dict)),
+            blocks=tuple(
+                Skip(_get(entry, "name", str), _get(entry, "reason", str)) for entry in _get(content, "blocks", list)
+            ),
             notes=tuple(_all(_get(content, "notes", list), "notes", str)),
         )
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """Paths of the blocks that go."""
+        return tuple(block.name for block in self.blocks)
 
     def keep(self, graph: Graph) -> NDArray[np.bool_]:
         """Component of the graph → whether it stays."""
@@ -204,10 +228,20 @@ class Plan:
                 raise PlanError(
                     f"The plan removes all {size} units of {removal.name!r}.", mend="Leave at least one of them."
                 )
+        for name in self.without:
+            if name not in graph.blocks:
+                raise PlanError(
+                    f"The plan leaves out {name!r}.",
+                    "The model has no residual block there.",
+                    nearest(name, graph.blocks),
+                )
         names = [removal.name for removal in self.groups]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise PlanError(f"The plan names the group {twice[0]!r} twice.", mend="Join the two entries.")
+        twice = sorted({name for name in self.without if self.without.count(name) > 1})
+        if twice:
+            raise PlanError(f"The plan names the block {twice[0]!r} twice.", mend="Take one of them out.")
 
 
 KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}

@@ -68,7 +68,7 @@ def prune_with_proof(model: Any, plan: Plan, *, example_inputs: Any = None, veri
     pruned, verification = framework.prune(model, plan, graph, verify=verify)
     setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
     notes = [*plan.notes, OPTIMIZER_NOTE]
-    if verification is not None and verification.power == 0.0 and plan.groups:
+    if verification is not None and verification.power == 0.0 and (plan.groups or plan.blocks):
         notes.append("The masked and the dense original put out the same: the verification could not see a wrong cut.")
     return Pruned(pruned, verification, plan, tuple(notes))
 

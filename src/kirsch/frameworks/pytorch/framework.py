@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from kirsch.errors import KirschError, LoadError, UnknownNameError, VerificationError, said
-from kirsch.frameworks.pytorch import count, export, hub, predict, scope, surgery, trace, train, verify
+from kirsch.frameworks.pytorch import blocks, count, export, hub, predict, scope, surgery, trace, train, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,12 +36,14 @@ class PyTorch:
         keep, path = plan.keep(graph), graph.tracing.scope
         own = scope.part_of(model, path)
         pruned = surgery.cut(own, graph, keep)
-        proof = self._prove(pruned, own, graph, keep) if verify else None
+        gone = [block for block in graph.traced.blocks if block.path in plan.without]
+        moved = blocks.drop(pruned, gone, graph.traced.args, graph.traced.options) if gone else None
+        proof = self._prove(pruned, own, graph, keep, plan.without, moved) if verify else None
         return scope.with_part(model, path, pruned) if path else pruned, proof
 
-    def _prove(self, pruned: Any, model: Any, graph: Graph, keep: Any) -> Verification:
+    def _prove(self, pruned: Any, model: Any, graph: Graph, keep: Any, without: Any, moved: Any) -> Verification:
         try:
-            return verify.verify(pruned, model, graph, keep)
+            return verify.verify(pruned, model, graph, keep, without, moved)
         except KirschError:
             raise
         except Exception as error:  # whatever the model's own code raises

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Interpreter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -42,12 +42,20 @@ ASSERTIONS = frozenset(["_assert_tensor_metadata", "_assert_scalar", "_assert_as
 class MaskedRun(Interpreter):
     """Runs the traced operations of the original with masked tensors."""
 
-    def __init__(self, graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.Tensor]) -> None:
-        """`tensors`: parameters and buffers by path, in the type to compute in."""
+    def __init__(
+        self,
+        graph: Graph,
+        keep: NDArray[np.bool_],
+        tensors: Mapping[str, torch.Tensor],
+        blocks: Collection[str] = (),
+    ) -> None:
+        """`tensors`: parameters and buffers by path, in the type to compute in; `blocks`: those that are left out."""
         self._graph = graph
         self._traced: Traced = graph.traced
         self._keep = keep
         self._tensors = tensors
+        self._entries = {block.exit: block.entry for block in self._traced.blocks if block.path in blocks}
+        self._entered: dict[Node, Any] = {}
         super().__init__(self._traced.program.graph_module)
 
     def outputs(self, inputs: list[Any]) -> list[torch.Tensor]:
@@ -79,6 +87,13 @@ class MaskedRun(Interpreter):
         return value
 
     def run_node(self, n: Node) -> Any:
+        """One operation; what a block puts out that is left out is what it was given."""
+        out = self._entered[self._entries[n]] if n in self._entries else self._operation(n)
+        if n in self._entries.values():
+            self._entered[n] = out
+        return out
+
+    def _operation(self, n: Node) -> Any:
         """One operation, with its statistics over kept entries if they span a labelled axis."""
         if n.op == "placeholder" and n.name in self._traced.slots:
             next(self.args_iter)  # the None that stands for it

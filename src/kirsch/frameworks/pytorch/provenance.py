@@ -198,6 +198,30 @@ def _integers(value: Any) -> Iterator[int]:
         yield from _integers((value.start, value.stop, value.step))
 
 
+@dataclass(frozen=True)
+class Given:
+    """A tensor that a module is called with: its place or keyword, the call that put it out (-1: none), its shape."""
+
+    argument: int | str
+    origin: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entered:
+    """One call of a module.
+
+    Args:
+        tensors: that it is called with.
+        alone: whether it has one argument only.
+        result: "tensor", "first" for a tuple or list that begins with one, "other".
+    """
+
+    tensors: tuple[Given, ...]
+    alone: bool
+    result: str
+
+
 @dataclass
 class Calls:
     """What the function mode saw.
@@ -207,12 +231,16 @@ class Calls:
         failed_in: path of the module in whose forward an exception passed, "" if none.
         outputs: names of the tensors that the model puts out.
         lost: where an integer with a past became a plain number.
+        entered: path of each module → its calls.
+        origin: identity of each tensor → the call that put it out, and its place if that put out several.
     """
 
     log: list[Call] = field(default_factory=list)
     lost: list[Lost] = field(default_factory=list)
     failed_in: str = ""
     outputs: tuple[str, ...] = ()
+    entered: dict[str, list[Entered]] = field(default_factory=dict)
+    origin: dict[int, tuple[int, int | None]] = field(default_factory=dict)
 
 
 class Watch(TorchFunctionMode):
@@ -222,7 +250,6 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._calls = calls
         self._names = names
-        self._origin: dict[int, tuple[int, int | None]] = {}
         self._alive: list[Any] = []  # an id is only unique while its tensor lives
         self.unread: dict[int, torch.Tensor] = {}
 
@@ -253,7 +280,7 @@ class Watch(TorchFunctionMode):
         several = isinstance(out, (tuple, list))
         for place, tensor in enumerate(out if several else (out,)):
             if isinstance(tensor, torch.Tensor) and id(tensor) not in given:
-                self._origin[id(tensor)] = (number, place if several else None)
+                self._calls.origin[id(tensor)] = (number, place if several else None)
                 self._alive.append(tensor)
                 self.unread[id(tensor)] = tensor
         return out
@@ -280,7 +307,7 @@ class Watch(TorchFunctionMode):
         if isinstance(size, torch.SymInt):
             return size
         name = self._names.get(id(tensor), "")
-        call, place = self._origin.get(id(tensor), (-1, None))
+        call, place = self._calls.origin.get(id(tensor), (-1, None))
         if not name and call < 0:
             return size
         return TracedInt.leaf(size, SizeOf(call, place, axis, name), self._calls.lost)
@@ -350,8 +377,8 @@ def watched(twin: nn.Module, calls: Calls) -> None:
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        calls.log.clear()
-        calls.lost.clear()
+        for seen in (calls.log, calls.lost, calls.entered, calls.origin):
+            seen.clear()
         # Only now, since the exporter puts stand-ins in the places of the tensors.
         names = {id(t): name for name, t in [*twin.named_parameters(), *twin.named_buffers()]}
         with Watch(calls, names) as watch:
@@ -377,15 +404,25 @@ def _planted(value: Any, path: str, name: str, lost: list[Lost]) -> Any:
 
 
 def _locating(forward: Callable[..., Any], path: str, calls: Calls) -> Callable[..., Any]:
-    """The forward, noting the innermost module in which an exception arises."""
+    """The forward, noting how it is called and the innermost module in which an exception arises."""
 
     @functools.wraps(forward)
     def located(*args: Any, **kwargs: Any) -> Any:
         try:
-            return forward(*args, **kwargs)
+            out = forward(*args, **kwargs)
         except Exception:
             calls.failed_in = calls.failed_in or path or "the model itself"
             raise
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        tensors = tuple(
+            Given(key, calls.origin.get(id(value), (-1, None))[0], tuple(value.shape))
+            for key, value in given
+            if isinstance(value, torch.Tensor)
+        )
+        several = type(out) in (tuple, list) and bool(out) and isinstance(out[0], torch.Tensor)
+        result = "tensor" if isinstance(out, torch.Tensor) else "first" if several else "other"
+        calls.entered.setdefault(path, []).append(Entered(tensors, len(given) == 1, result))
+        return out
 
     return located
 

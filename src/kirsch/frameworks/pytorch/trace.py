@@ -17,6 +17,8 @@ from torch.nn.parameter import is_lazy
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch import operators
 from kirsch.frameworks.pytorch.attention import Fold, fold
+from kirsch.frameworks.pytorch.blocks import Block, Runner
+from kirsch.frameworks.pytorch.blocks import find as find_blocks
 from kirsch.frameworks.pytorch.count import macs_of
 from kirsch.frameworks.pytorch.outputs import counting
 from kirsch.frameworks.pytorch.predict import arguments
@@ -51,6 +53,7 @@ class Traced:
         args, options: the example inputs.
         outputs: places, among the outputs of the program, of those that the model itself puts out.
         folds: where the scale of an attention is kept.
+        blocks: what may be left out as a whole.
     """
 
     program: ExportedProgram
@@ -60,6 +63,7 @@ class Traced:
     options: dict[str, Any]
     outputs: tuple[int, ...]
     folds: list[Fold]
+    blocks: tuple[Block, ...]
 
 
 def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, of_part: bool = False) -> Graph:
@@ -97,6 +101,8 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         inputs=specification(args, options),
         values=lambda name: own[name].detach().to("cpu", torch.float32).numpy(),
         fits=lambda other: other is whole and {n: id(p) for n, p in own.items()} == _identities(model),
+        blocks=tuple(block.path for block in traced.blocks),
+        runner=Runner(whole, model, traced.blocks),
         tracing=tracing,
         traced=traced,
     )
@@ -130,7 +136,8 @@ def _walk(
         walk.visit(node)
     walk.put_out([place for place, name in outputs.items() if name in counts])
     walk.pin_numbers()
-    return Traced(program, slots, walk.states, args, options, tuple(outputs), walk.folds)
+    blocks = find_blocks(model, walk.states, {*slots, *constants}, calls) if not training else ()
+    return Traced(program, slots, walk.states, args, options, tuple(outputs), walk.folds, blocks)
 
 
 def _training_only(

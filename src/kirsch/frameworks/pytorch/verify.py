@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from kirsch.frameworks.pytorch.surgery import sliced
 from kirsch.graph.proof import Verification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -38,11 +39,25 @@ WRONG_CUT = "A cut went wrong, so nothing was returned; the model given is uncha
 OTHER_WAY = "Its forward decides by values, and may have gone another way than in the trace; nothing was returned."
 
 
-def verify(pruned: nn.Module, original: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> Verification:
+def verify(
+    pruned: nn.Module,
+    original: nn.Module,
+    graph: Graph,
+    keep: NDArray[np.bool_],
+    without: Collection[str] = (),
+    moved: Mapping[str, str] | None = None,
+) -> Verification:
     """Hold a pruned module against the masked original, in float64 where the model allows.
 
     Both get the same noise on all parameters first: biases, scales and branches that start at zero would otherwise hide
     a wrong cut.
+
+    Args:
+        pruned, original: the new model, and the one that was traced.
+        graph: of the original.
+        keep: component → whether it stays.
+        without: paths of the blocks that were left out.
+        moved: path of a module in the original → its path in the pruned one, where blocks were left out.
 
     Raises:
         VerificationError: the pruned module does not run, or differs.
@@ -55,14 +70,31 @@ def verify(pruned: nn.Module, original: nn.Module, graph: Graph, keep: NDArray[n
         )
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices):  # a forward may draw random numbers
-        return _verified(pruned, original, graph, keep)
+        return _verified(pruned, original, graph, _Cut(keep, without, moved))
 
 
-def _verified(pruned: nn.Module, original: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> Verification:
+@dataclass(frozen=True)
+class _Cut:
+    """What `verify` is told of a cut."""
+
+    keep: NDArray[np.bool_]
+    without: Collection[str]
+    moved: Mapping[str, str] | None
+
+    def now(self, name: str) -> str | None:
+        """What a tensor of the original is called in the pruned model; None if it went with a block."""
+        if self.moved is None:
+            return name
+        path, _, own = name.rpartition(".")
+        now = self.moved.get(path)
+        return now if now is None else f"{now}.{own}".removeprefix(".")
+
+
+def _verified(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut) -> Verification:
     try:
-        found = _compare(pruned, original, graph, keep, torch.float64)
+        found = _compare(pruned, original, graph, what, torch.float64)
     except Exception:  # noqa: BLE001 - whatever the model's own code raises
-        found = _compare(pruned, original, graph, keep, torch.float32)
+        found = _compare(pruned, original, graph, what, torch.float32)
     if not found.passed:
         _refuse_unstable(pruned, graph)
         raise VerificationError(
@@ -105,9 +137,8 @@ def _training_fault(model: nn.Module, graph: Graph) -> Exception | None:
     return None
 
 
-def _compare(
-    pruned: nn.Module, original: nn.Module, graph: Graph, keep: NDArray[np.bool_], dtype: torch.dtype
-) -> Verification:
+def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, dtype: torch.dtype) -> Verification:
+    keep = what.keep
     traced: Traced = graph.traced
     noise = _noise(original)
     tensors = {
@@ -116,11 +147,11 @@ def _compare(
         else value.detach()
         for name, value in _named(original).items()
     }
-    candidate = _candidate(pruned, original, graph, keep, noise, dtype)
+    candidate = _candidate(pruned, original, graph, what, noise, dtype)
     args, options = tree_map(lambda value: _cast(value, dtype), (traced.args, traced.options))
     flat = tree_leaves((args, options))
     with _OneType(dtype):
-        masked = _drawing_alike(lambda: MaskedRun(graph, keep, tensors).outputs(flat))
+        masked = _drawing_alike(lambda: MaskedRun(graph, keep, tensors, what.without).outputs(flat))
         dense = _drawing_alike(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat))
         found = _drawing_alike(lambda: _outputs(candidate, args, options))
     folded = any(graph.kept(fold.width, keep) is not None for fold in traced.folds)
@@ -174,7 +205,7 @@ def _candidate(
     pruned: nn.Module,
     original: nn.Module,
     graph: Graph,
-    keep: NDArray[np.bool_],
+    what: _Cut,
     noise: dict[int, torch.Tensor],
     dtype: torch.dtype,
 ) -> nn.Module:
@@ -185,10 +216,13 @@ def _candidate(
     done = set()
     with torch.no_grad():
         for name, value in _named(original).items():
-            target = mine[name]
+            now = what.now(name)
+            if now is None:
+                continue
+            target = mine[now]
             if id(value) in noise and id(target) not in done:
                 done.add(id(target))
-                target.add_(sliced(noise[id(value)], graph.tensors[name], graph, keep).to(target.device))
+                target.add_(sliced(noise[id(value)], graph.tensors[name], graph, what.keep).to(target.device))
     return candidate
 
 

@@ -1,0 +1,359 @@
+"""Residual blocks: modules whose output can be replaced by what they are given, found on the traced operations.
+
+A block is a module that is called once, from whose output a path of additions, and of operations that keep each number
+in its place or normalise, leads back to one tensor that it is given, of the same shape. Its own parameters lie in the
+branches that are added on that path. What it is given besides (masks, positions) does not depend on that tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from kirsch.errors import ModelError
+from kirsch.frameworks.pytorch.masked import ASSERTIONS
+from kirsch.frameworks.pytorch.outputs import named
+from kirsch.frameworks.pytorch.predict import arguments, inference
+from kirsch.frameworks.pytorch.program import name_of, shapes_of
+from kirsch.frameworks.pytorch.scope import part_of, shared_with_rest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+    from torch.fx import Node
+
+    from kirsch.frameworks.pytorch.provenance import Calls
+
+CARRYING = """
+relu relu6 gelu silu mish elu leaky_relu hardswish hardtanh clamp dropout native_dropout clone contiguous alias detach
+to _to_copy view _unsafe_view reshape flatten unflatten permute transpose squeeze unsqueeze layer_norm rms_norm
+batch_norm group_norm instance_norm
+"""
+"""Operations that a path from the output of a block to its input may lead through, by their first operand."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module that may be left out.
+
+    Args:
+        path: of the module.
+        entry: what it is given and hands on when it is left out.
+        exit: what it puts out.
+        argument: place or keyword of the entry among the arguments of its call.
+        plain: whether the entry is its one argument and the exit all that it gives back.
+        features: axis of the exit that holds channels; None if that is not known.
+    """
+
+    path: str
+    entry: Node
+    exit: Node
+    argument: int | str
+    plain: bool
+    features: int | None
+
+    def entry_of(self, args: tuple[Any, ...], options: dict[str, Any]) -> torch.Tensor:
+        """The entry among the arguments of a call."""
+        entry: torch.Tensor = args[self.argument] if isinstance(self.argument, int) else options[self.argument]
+        return entry
+
+
+def find(model: nn.Module, states: Mapping[Node, Any], held: Collection[str], calls: Calls) -> tuple[Block, ...]:
+    """The blocks of a model, in its order; of two within each other that which has additions of its own.
+
+    Args:
+        model: that was traced.
+        states: the labels of the result of each node of its program, in their order.
+        held: names of the nodes that are parameters, buffers and constants.
+        calls: what was seen while it was traced.
+    """
+    place = {node: number for number, node in enumerate(states)}
+    regions: dict[str, list[Node]] = {}
+    for node in states:
+        for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+            regions.setdefault(str(path).split("@")[0], []).append(node)
+    found: dict[str, tuple[Block, list[Node]]] = {}
+    for path, module in reversed([*model.named_modules()]):  # the inner ones first
+        if not path or path not in regions or len(calls.entered.get(path, ())) != 1:
+            continue
+        block, way = _block(path, regions[path], place, states, held, calls) or (None, [])
+        if block is None or not any(True for _ in module.parameters()) or shared_with_rest(model, path):
+            continue
+        if not block.plain and not _in_row(model, path):
+            continue
+        inner = [name for name in found if name.startswith(f"{path}.")]
+        covered = {node for name in inner for node in regions[name]}
+        if inner and not any(_adds(node) and node not in covered for node in way):
+            continue  # a row of blocks
+        for name in inner:
+            del found[name]
+        found[path] = block, way
+    return tuple(found[path][0] for path, _ in model.named_modules() if path in found)
+
+
+def _block(
+    path: str,
+    region: list[Node],
+    place: Mapping[Node, int],
+    states: Mapping[Node, Any],
+    held: Collection[str],
+    calls: Calls,
+) -> tuple[Block, list[Node]] | None:
+    """The module as a block, and the way from its output back to its input; None if it is none."""
+    inside = set(region)
+    exits = [node for node in region if any(user not in inside and _reads(user) for user in node.users)]
+    if len(exits) != 1:
+        return None
+    found = _way_back(exits[0], inside)
+    if found is None:
+        return None
+    *way, entry = found
+    given = {source for node in region for source in node.all_input_nodes} - inside
+    others = [node for node in given if node is not entry and node.name not in held]
+    if any(_depends(node, entry, place) for node in others):
+        return None
+    call = calls.entered[path][0]
+    origin = (entry.meta.get("custom") or {}).get("kirsch_call", -1)
+    shape = shapes_of(entry)[0]
+    alike = [given for given in call.tensors if given.shape == shape]
+    own = [given for given in alike if given.origin == origin] or alike
+    if len(own) != 1 or call.result == "other":
+        return None
+    plain = own[0].argument == 0 and call.alone and call.result == "tensor"
+    labelled = [axis for axis, labels in enumerate(states[exits[0]].axes) if labels is not None]
+    return Block(path, entry, exits[0], own[0].argument, plain, labelled[0] if len(labelled) == 1 else None), way
+
+
+def _reads(user: Node) -> bool:
+    return user.op != "call_function" or name_of(user).removeprefix("aten.") not in ASSERTIONS
+
+
+def _adds(node: Node) -> bool:
+    return name_of(node) == "aten.add" and len(node.all_input_nodes) > 1
+
+
+def _way_back(exit_: Node, inside: set[Node]) -> list[Node] | None:
+    """The shortest way from the output of a region by additions and what carries to a like tensor outside."""
+    shape = shapes_of(exit_)
+    before: dict[Node, Node | None] = {exit_: None}
+    waiting = deque([exit_])
+    while waiting:
+        node = waiting.popleft()
+        if node not in inside:
+            way = [node]
+            while (following := before[way[-1]]) is not None:
+                way.append(following)
+            way.reverse()
+            if shapes_of(node) == shape and any(_adds(step) for step in way[:-1]):
+                return way
+            continue
+        if node.op != "call_function":
+            continue
+        sources = node.all_input_nodes if _adds(node) else []
+        if name_of(node).removeprefix("aten.") in CARRYING.split():
+            sources = node.all_input_nodes[:1]
+        for source in sources:
+            if source not in before:
+                before[source] = node
+                waiting.append(source)
+    return None
+
+
+def _depends(node: Node, on: Node, place: Mapping[Node, int]) -> bool:
+    """Whether a node is computed from another."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source is on:
+                return True
+            if source not in seen and place[source] > place[on]:
+                seen.add(source)
+                waiting.append(source)
+    return False
+
+
+def _in_row(model: nn.Module, path: str) -> bool:
+    """Whether a module is one of a list of modules of one class."""
+    parent = part_of(model, path.rpartition(".")[0])
+    return isinstance(parent, (nn.ModuleList, nn.Sequential)) and len({type(child) for child in parent}) == 1
+
+
+class Runner:
+    """Fulfils `kirsch.graph.graph.Runner`."""
+
+    def __init__(self, whole: nn.Module, model: nn.Module, blocks: Collection[Block]) -> None:
+        """`whole` is run; the blocks are those of `model`, which may be a part of it."""
+        self._whole = whole
+        self._model = model
+        self._blocks = {block.path: block for block in blocks}
+
+    def outputs(self, inputs: Any, without: Collection[str] = ()) -> list[NDArray[Any]]:
+        """See the port."""
+        with skipping(self._model, [self._blocks[path] for path in without]):
+            found = _run(self._whole, *arguments(inputs))
+        return [value.double().cpu().numpy() for value in found if value.is_floating_point()]
+
+    def passed(self, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
+        """See the port."""
+
+        def features_last(value: torch.Tensor, axis: int | None) -> NDArray[Any]:
+            value = value.flatten(1) if axis is None else value.movedim(axis, -1)
+            return value.detach().double().cpu().numpy()
+
+        def hook(block: Block) -> Any:
+            def saw(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], out: Any) -> None:
+                both = block.entry_of(args, options), out if isinstance(out, torch.Tensor) else out[0]
+                see(block.path, *(features_last(value, block.features) for value in both))
+
+            return saw
+
+        with _hooked(self._model, self._blocks.values(), hook):
+            _run(self._whole, *arguments(inputs))
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, blocks: Collection[Block], hook: Callable[[Block], Any]) -> Iterator[None]:
+    modules = {block.path: model.get_submodule(block.path) for block in blocks}
+    handles = [modules[b.path].register_forward_hook(hook(b), with_kwargs=True) for b in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def skipping(model: nn.Module, blocks: Collection[Block]) -> contextlib.AbstractContextManager[None]:
+    """The model with these blocks putting out what they are given."""
+
+    def hook(block: Block) -> Any:
+        def replaced(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], out: Any) -> Any:
+            entry = block.entry_of(args, options)
+            return entry if isinstance(out, torch.Tensor) else type(out)([entry, *out[1:]])
+
+        return replaced
+
+    return _hooked(model, blocks, hook)
+
+
+def drop(model: nn.Module, blocks: Collection[Block], args: Any, options: Any) -> dict[str, str]:
+    """Take blocks out of a model, which is changed.
+
+    One that stands in a list leaves it, and what numbers the elements of the list is numbered anew; where the forward
+    does not allow that, and elsewhere, it becomes `nn.Identity`.
+
+    Args:
+        model: the copy that is changed.
+        blocks: of `find`.
+        args, options: example inputs.
+
+    Returns:
+        Path of each module that is left → its path now.
+
+    Raises:
+        ModelError: a block can neither leave its list nor be an identity.
+    """
+    before = {id(module): path for path, module in model.named_modules()}
+    with skipping(model, blocks):
+        wanted = _run(model, args, options)
+    left = list(blocks)
+    parents = dict.fromkeys(block.path.rpartition(".")[0] for block in blocks)
+    for parent in sorted(parents, key=lambda path: -path.count(".")):  # leaving a list moves what lies below it
+        own = [block for block in left if block.path.rpartition(".")[0] == parent]
+        left = [block for block in left if block not in own]
+        container = model.get_submodule(parent)
+        names = [block.path.rpartition(".")[2] for block in own]
+        if isinstance(container, (nn.ModuleList, nn.Sequential)):
+            undo = _leave(container, names)
+            with skipping(model, left):
+                if _same(wanted, _attempt(model, args, options)):
+                    continue
+            undo()
+        for block, name in zip(own, names, strict=True):
+            if not block.plain:
+                raise ModelError(
+                    f"The block {block.path!r} of {type(model).__name__} cannot be left out.",
+                    "The forward does not run without it, or computes something else then, and passes it more than "
+                    "one argument.",
+                    "Exclude it.",
+                )
+            setattr(container, name, nn.Identity())
+    return {before[id(module)]: path for path, module in model.named_modules() if id(module) in before}
+
+
+def _leave(container: nn.Module, names: Collection[str]) -> Callable[[], None]:
+    """Take elements out of a list and number what is left anew; gives the way back."""
+    whole = dict(container.named_children())
+    numbers = _numbers(list(whole.values()))
+    rest = {name: child for name, child in whole.items() if name not in names}
+    numbered = all(name.isdecimal() for name in whole)
+    _fill(container, {str(number) if numbered else name: rest[name] for number, name in enumerate(rest)})
+    for number, child in enumerate(rest.values()):
+        _number(child, number, numbers)
+
+    def undo() -> None:
+        _fill(container, whole)
+        for number, child in enumerate(whole.values()):
+            _number(child, number, numbers)
+
+    return undo
+
+
+def _fill(container: nn.Module, children: Mapping[str, nn.Module]) -> None:
+    for name in [name for name, _ in container.named_children()]:
+        delattr(container, name)
+    for name, child in children.items():
+        container.add_module(name, child)
+
+
+def _numbers(children: Sequence[nn.Module]) -> set[tuple[str, str]]:
+    """(path, attribute) that holds in each element of a list its own number, if there are two elements or more.
+
+    Such as the number of a layer by which it finds its own part of a cache.
+    """
+    found = [
+        {
+            (path, attribute)
+            for path, module in child.named_modules()
+            for attribute, value in vars(module).items()
+            if type(value) is int and value == number
+        }
+        for number, child in enumerate(children)
+    ]
+    return found[0].intersection(*found[1:]) if len(found) > 1 else set()
+
+
+def _number(child: nn.Module, number: int, numbers: Collection[tuple[str, str]]) -> None:
+    for path, attribute in numbers:
+        setattr(child.get_submodule(path), attribute, number)
+
+
+def _attempt(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
+    """The outputs; none if the forward fails."""
+    try:
+        return _run(model, args, options)
+    except Exception:  # noqa: BLE001 - whatever the model's own code raises
+        return []
+
+
+def _run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
+    args, options = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, options))
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with inference(model), torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        return list(named(model(*args, **options)).values())
+
+
+def _same(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> bool:
+    """Whether two runs put out the same numbers; on the meta device, the same shapes."""
+    if [t.shape for t in wanted] != [t.shape for t in found]:
+        return False
+    return all(
+        a.is_meta or bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(wanted, found, strict=True)
+    )
