@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from kirsch.errors import MissingExtraError, ModelError, UnknownNameError
-from kirsch.graph.graph import DECISIONS, Tracing
+from kirsch.graph.graph import DECISIONS, SOFTMAX, Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -123,6 +123,7 @@ def trace(
     outputs: str | Sequence[str] = (),
     decisions: str = "refuse",
     scope: str = "",
+    softmax: str = "freeze",
 ) -> Graph:
     """The coupling analysis of a model: what must stay together, what is free to go, what is frozen and why.
 
@@ -137,15 +138,20 @@ def trace(
         scope: path of a part, "backbone", that is analysed alone. What it is given is seen in a run of the whole; its
             inputs and outputs stay as they are. Plans for it are fractions of its own cost, and `kirsch.prune` gives
             the whole model with the part pruned in its place.
+        softmax: a softmax over units adds up to one, so that taking some away changes all others. "freeze": units that
+            it spans stay. "kept": they may go, and it is computed over what is kept, which is another function than
+            the masked one; the verification says for how many operations that holds.
 
     Returns:
         The `Graph` with `.groups`, `.blockers` and `.cost`.
 
     Raises:
         ModelError: the model cannot be copied or traced with these inputs; the sentence names where.
-        UnknownNameError: it has no such output or part.
+        UnknownNameError: it has no such output or part, or an option has no such value.
     """
     if decisions not in DECISIONS:
         raise UnknownNameError("way with decisions", decisions, DECISIONS)
-    tracing = Tracing((outputs,) if isinstance(outputs, str) else tuple(outputs), decisions, scope)
+    if softmax not in SOFTMAX:
+        raise UnknownNameError("way with softmax", softmax, SOFTMAX)
+    tracing = Tracing((outputs,) if isinstance(outputs, str) else tuple(outputs), decisions, scope, softmax)
     return framework_of(model).trace(model, example_inputs, tracing)

@@ -62,6 +62,7 @@ class InputSpec:
 
 
 DECISIONS = ("refuse", "example")
+SOFTMAX = ("freeze", "kept")
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,13 @@ class Tracing:
         outputs: names of the outputs that count; empty for the default.
         decisions: what is made of decisions by the values of the inputs, one of `DECISIONS`.
         scope: path of the part that is analysed; "" for all.
+        softmax: what is made of a softmax over units, one of `SOFTMAX`.
     """
 
     outputs: tuple[str, ...] = ()
     decisions: str = "refuse"
     scope: str = ""
+    softmax: str = "freeze"
 
 
 class Runner(Protocol):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kirsch.errors import GoalError, PlanError, nearest
 from kirsch.graph.cost import Cost
-from kirsch.graph.graph import DECISIONS, InputSpec, Tracing
+from kirsch.graph.graph import DECISIONS, SOFTMAX, InputSpec, Tracing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -279,11 +279,16 @@ def _input(entry: Any) -> InputSpec:
 
 
 def _tracing(entry: dict[str, Any]) -> Tracing:
-    decisions = _get(entry, "decisions", str)
-    if decisions not in DECISIONS:
-        raise ValueError(f"'decisions' has {decisions!r}, which is not one of {', '.join(DECISIONS)}")
     outputs = tuple(_all(_get(entry, "outputs", list), "outputs", str))
-    return Tracing(outputs, decisions, _get(entry, "scope", str))
+    decisions, softmax = _one_of(entry, "decisions", DECISIONS), _one_of(entry, "softmax", SOFTMAX)
+    return Tracing(outputs, decisions, _get(entry, "scope", str), softmax)
+
+
+def _one_of(entry: dict[str, Any], name: str, known: tuple[str, ...]) -> str:
+    value = _get(entry, name, str)
+    if value not in known:
+        raise ValueError(f"{name!r} has {value!r}, which is not one of {', '.join(known)}")
+    return value
 
 
 def _cost(entry: dict[str, Any]) -> Cost:

@@ -234,6 +234,14 @@ def _norm(
     return out
 
 
+def _softmax(mask: torch.Tensor, x: torch.Tensor, dim: int, *_: Any, **__: Any) -> torch.Tensor:
+    return torch.exp(_log_softmax(mask, x, dim)) * mask
+
+
+def _log_softmax(mask: torch.Tensor, x: torch.Tensor, dim: int, *_: Any, **__: Any) -> torch.Tensor:
+    return x - x.masked_fill(mask == 0, -torch.inf).logsumexp(dim, keepdim=True)
+
+
 def _amax(mask: torch.Tensor, x: torch.Tensor, dim: Any = (), keepdim: bool = False) -> torch.Tensor:
     return x.masked_fill(mask == 0, -torch.inf).amax(_dims(x, dim), keepdim)
 
@@ -254,6 +262,10 @@ STATISTICS: dict[str, Callable[..., torch.Tensor]] = {
     "norm": _norm,
     "var": _var,
     "std": _std,
+    "softmax": _softmax,
+    "_softmax": _softmax,
+    "log_softmax": _log_softmax,
+    "_log_softmax": _log_softmax,
     "amax": _amax,
     "amin": _amin,
 }

@@ -37,6 +37,7 @@ class Step:
         macs: the multiply-accumulates of the operation as it stands.
         keeps_scale: whether the scale of an attention can stay what it is when a part of its width, an axis, goes.
         is_weight: whether a tensor is made of parameters and constants alone.
+        softmax: see `kirsch.trace`.
         settled: the integers of the call, by identity, that a rule has tied to an axis.
     """
 
@@ -50,6 +51,7 @@ class Step:
     macs: Callable[[], int] = lambda: 0
     keeps_scale: Callable[[Axis], bool] = lambda _: True
     is_weight: Callable[[Tensor], bool] = lambda _: False
+    softmax: str = "freeze"
     settled: set[int] = field(default_factory=set)
 
     @property

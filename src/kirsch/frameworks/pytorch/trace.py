@@ -88,7 +88,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
     _parameter_costs(model, facts, tensors)
     unused = _unused(tensors, traced)
     if unused:
-        unused &= _training_only(model, args, options, facts, tensors)
+        unused &= _training_only(model, args, options, facts, tensors, tracing)
     _freeze_unused(unused, facts, tensors)
     if tracing.scope:
         _freeze_shared(shared_with_rest(whole, tracing.scope), model, facts, tensors)
@@ -131,7 +131,7 @@ def _walk(
     outputs = dict(zip(user, calls.outputs, strict=False))  # after them come tensors that are computed and never read
     counts = counting(calls.outputs, () if training else tracing.outputs)
     constants = frozenset(signature.inputs_to_lifted_tensor_constants)
-    walk = _Walk(facts, tensors, slots, constants, calls, Sizes.of(program, args, options))
+    walk = _Walk(facts, tensors, slots, constants, calls, Sizes.of(program, args, options), tracing.softmax)
     for node in program.graph.nodes:
         walk.visit(node)
     walk.put_out([place for place, name in outputs.items() if name in counts])
@@ -141,7 +141,12 @@ def _walk(
 
 
 def _training_only(
-    model: nn.Module, args: tuple[Any, ...], options: dict[str, Any], facts: Facts, tensors: dict[str, Tensor]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    facts: Facts,
+    tensors: dict[str, Tensor],
+    tracing: Tracing,
 ) -> set[int]:
     """Add the ties of what only training runs, such as auxiliary heads; gives the tensors that it does not use either.
 
@@ -149,7 +154,7 @@ def _training_only(
     """
     terms, statistics = list(facts.terms), set(facts.statistics)
     try:
-        way = Tracing(decisions="example")  # of several, such as the masks that training draws
+        way = replace(tracing, decisions="example")  # of several, such as the masks that training draws
         return _unused(tensors, _walk(model, args, options, facts, tensors, way, training=True))
     except ModelError:
         return {id(tensor) for tensor in tensors.values()}
@@ -236,6 +241,7 @@ class _Walk:
         constants: frozenset[str],
         calls: Calls,
         sizes: dict[Node, list[tuple[int, ...]]],
+        softmax: str,
     ) -> None:
         self.states: dict[Node, Any] = {}
         self.folds: list[Fold] = []
@@ -246,6 +252,7 @@ class _Walk:
         self._constants = constants
         self._calls = calls
         self._sizes = sizes
+        self._softmax = softmax
         self._given: list[Any] = []
         self._fixed: set[Node] = set()  # made of parameters and constants alone
         self._by_call: dict[int, list[Any]] = {}
@@ -315,6 +322,7 @@ class _Walk:
             macs=lambda: macs_of(node),
             keeps_scale=lambda width: self._keeps_scale(node, width),
             is_weight=lambda tensor: id(tensor) in fixed,
+            softmax=self._softmax,
             settled=settled,
         )
         results = operators.apply(step) if shapes else []

@@ -78,7 +78,11 @@ def _group_norm(step: Step) -> Tensor:
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax")
 def _softmax(step: Step) -> Tensor:
     x = step.args[0]
-    relations.freeze(step.facts, [x], "a softmax spans it", axes_of(step.arg(1, "dim"), len(x.shape)))
+    dims = axes_of(step.arg(1, "dim"), len(x.shape))
+    if step.softmax == "kept":
+        step.facts.statistic([x.axes[dim] for dim in dims])
+    else:
+        relations.freeze(step.facts, [x], "a softmax spans it", dims)
     return Tensor.of(step.shape, x.axes)
 
 

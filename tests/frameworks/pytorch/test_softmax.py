@@ -1,0 +1,61 @@
+"""A softmax over units: they stay, or it is computed over those that are kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.errors import UnknownNameError
+from kirsch.graph.plan import Goal, Plan
+from kirsch.pruning.prune import prune_with_proof
+from proving import shaken
+
+
+class Gate(nn.Module):
+    """Channels weighted by a softmax over channels."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.before, self.after, self.gate = nn.Linear(4, 8), nn.Linear(8, 3), gate
+
+    def forward(self, x):
+        x = self.before(x)
+        return self.after(x * self.gate(x))
+
+
+GATES = {
+    "softmax": lambda x: x.softmax(-1),
+    "logarithm of a softmax": lambda x: x.log_softmax(-1),
+    "softmax in a given type": lambda x: torch.softmax(x, -1, dtype=torch.float64).float(),
+}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_units_that_a_softmax_spans_stay(gate):
+    graph = kirsch.trace(shaken(Gate(GATES[gate])), torch.randn(5, 4))
+    assert not graph.groups
+    assert graph.blockers[0].reason == "a softmax spans it"
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_with_the_option_they_go_and_that_is_said(gate):
+    model, inputs = shaken(Gate(GATES[gate])), torch.randn(5, 4)
+    plan = kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(params=0.6))
+    found = prune_with_proof(model, plan)
+    assert found.verification.power > 1e-3
+    assert "statistics of 1 operations follow the kept width" in found.verification.text
+    kept = torch.nn.functional.linear(inputs, found.model.before.weight, found.model.before.bias)
+    torch.testing.assert_close(found.model(inputs), found.model.after(kept * GATES[gate](kept)))
+
+
+def test_the_option_is_kept_with_the_plan():
+    model, inputs = shaken(Gate(GATES["softmax"])), torch.randn(5, 4)
+    plan = Plan.from_json(kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(params=0.6)).to_json())
+    assert kirsch.prune(model, plan).before.out_features < 8
+
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(UnknownNameError, match=r"no way with softmax .*'keep'.*kept"):
+        kirsch.trace(Gate(GATES["softmax"]), torch.randn(5, 4), softmax="keep")
