@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from proving import assert_cut_is_right
+from kirsch.frameworks.pytorch.count import count
+from proving import assert_cut_is_right, half_of_everything
 
 IMAGE = torch.randn(2, 3, 8, 8)
 TOKENS = torch.randn(2, 5, 12)
@@ -307,3 +308,26 @@ def test_fused_attention_loses_heads_and_widths_by_its_attributes():
 def test_a_scale_is_kept_also_where_gradients_are_off():
     with torch.inference_mode():
         assert_cut_is_right(ATTENTIONS["sdpa with a scale of its own"][0], TOKENS.clone(), sizes=[4, 6])
+
+
+class Experts(nn.Module):
+    """Rows in order of their experts, each through the two layers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(4, 16), nn.Linear(16, 2)
+        self.up, self.down = nn.Parameter(torch.randn(3, 16, 32)), nn.Parameter(torch.randn(3, 32, 16))
+        self.register_buffer("ends", torch.tensor([2, 3, 6], dtype=torch.int32))
+
+    def forward(self, x):
+        x = F.relu(F.grouped_mm(self.into(x), self.up, offs=self.ends))
+        return self.out(F.grouped_mm(x, self.down, offs=self.ends))
+
+
+def test_experts_lose_widths_together_and_none_of_them_goes():
+    model = Experts().bfloat16()
+    graph, pruned = assert_cut_is_right(model, torch.randn(6, 4).bfloat16(), sizes=[16, 16, 32])
+    assert pruned.up.shape == (3, 8, 16)
+    keep = graph.keep(half_of_everything(graph))
+    assert graph.prices.price(keep).macs == 6 * (4 * 8 + 8 * 16 + 16 * 8 + 8 * 2)
+    assert count(pruned, torch.randn(6, 4).bfloat16())[1] == graph.prices.price(keep).macs

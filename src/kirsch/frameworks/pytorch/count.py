@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -53,10 +54,20 @@ def macs_of(node: Node) -> int:
 
 
 def _counter() -> FlopCounterMode:
-    counter = FlopCounterMode(display=False)
+    grouped = [getattr(space, name, None) for space, name in GROUPED]
+    counter = FlopCounterMode(display=False, custom_mapping={op: _grouped for op in grouped if op is not None})
     # It would count by module too, for which it hooks onto the gradients of tensors that have none here.
     counter.mod_tracker = _WholeModel()  # type: ignore[assignment]
     return counter
+
+
+GROUPED = ((torch.ops.aten, "_grouped_mm"), (torch.ops.transformers, "grouped_mm_fallback"))
+"""Products of groups of matrices, which PyTorch does not count; the latter is there once its library is loaded."""
+
+
+def _grouped(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Floating operations of (S, I) times (G, I, O), from the shapes: each row meets the matrix of one group."""
+    return int(2 * math.prod(rows) * weight[-1]) if len(rows) < len(weight) else 0
 
 
 class _WholeModel:

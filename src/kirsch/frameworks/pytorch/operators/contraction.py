@@ -114,6 +114,18 @@ def _bilinear(step: Step) -> Tensor:
     return _biased(step, out, bias)
 
 
+@rule("_grouped_mm", "transformers.grouped_mm_fallback")
+def _grouped(step: Step) -> Tensor | list[Tensor]:
+    """Rows of x, each times the matrix of its group: (S, I) and (G, I, O) → (S, O). Offsets say where groups begin."""
+    x, weight, offsets = step.args[0], step.args[1], step.arg(2, "offs")
+    if (len(x.shape), len(weight.shape)) != (2, 3) or step.arg(3, "bias") is not None:
+        return step.freeze_all("a product of groups of matrices of other ranks is not analysed")
+    relations.freeze(step.facts, [weight, offsets], "the data choose among its groups", [0])
+    step.facts.mark(weight.axes[1], "into linear")
+    step.facts.mark(weight.axes[2], "out of linear")
+    return contract(step, [(x, "SI"), (weight, "GIO")], "SO", step.shape)
+
+
 @rule("scaled_dot_product_attention")
 def _attention(step: Step) -> Tensor:
     """softmax(q kᵀ · scale + mask) v, with keys and values that serve several heads of queries each."""
