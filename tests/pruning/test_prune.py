@@ -11,6 +11,7 @@ from torch import nn
 
 import kirsch
 from kirsch.errors import CheckpointError, LoadError, PlanError, UsageError, VerificationError
+from kirsch.frameworks.pytorch import surgery
 from kirsch.pruning.prune import prune_with_proof
 from kirsch.pruning.regularizers import L1, Slimming
 from proving import shaken
@@ -91,8 +92,6 @@ def test_a_plan_for_another_model_is_refused_with_both_named(case):
 
 
 def test_nothing_is_returned_when_the_proof_fails(case, monkeypatch):
-    from kirsch.frameworks.pytorch import surgery
-
     model, plan = case
     before = copy.deepcopy(model)
     plain = surgery.cut
@@ -107,6 +106,51 @@ def test_nothing_is_returned_when_the_proof_fails(case, monkeypatch):
         kirsch.prune(model, plan)
     assert equal(before, model)
     assert kirsch.prune(model, plan, verify=False) is not None
+
+
+def several():
+    """Five groups, each of the outputs of one layer."""
+    return shaken(nn.Sequential(*(nn.Conv2d(3 if not place else 8, 8, 1) for place in range(6)))), IMAGE
+
+
+def cut_wrongly(monkeypatch, wrong):
+    """The kept rows of a weight are in another order wherever `wrong` says so of the model."""
+    cut = surgery.cut
+
+    def planted(model, graph, keep):
+        pruned = cut(model, graph, keep)
+        for layer in wrong(pruned):
+            layer.weight.data = layer.weight.data.roll(1, 0)
+        return pruned
+
+    monkeypatch.setattr(surgery, "cut", planted)
+
+
+def test_the_group_that_goes_wrong_is_named(monkeypatch):
+    model, inputs = several()
+    plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.4))
+    assert len(plan.groups) > 3
+    cut_wrongly(monkeypatch, lambda pruned: [pruned[3]] if pruned[3].out_channels < 8 else [])
+    with pytest.raises(VerificationError, match=r"The cut of '3' by itself is wrong already\. Exclude '3', and report"):
+        kirsch.prune(model, plan)
+
+
+def test_groups_that_go_wrong_together_are_named(monkeypatch):
+    model, inputs = several()
+    plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.4))
+    both = lambda pruned: [pruned[1]] if pruned[1].out_channels < 8 and pruned[4].out_channels < 8 else []  # noqa: E731
+    cut_wrongly(monkeypatch, both)
+    with pytest.raises(VerificationError, match=r"The cut of '1', '2', '3' and \d more by itself .* no half of it"):
+        kirsch.prune(model, plan)
+
+
+def test_where_no_cut_is_at_fault_none_is_named(monkeypatch):
+    model, inputs = several()
+    plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.4))
+    cut_wrongly(monkeypatch, lambda pruned: [pruned[5]])
+    with pytest.raises(VerificationError) as caught:
+        kirsch.prune(model, plan)
+    assert "by itself" not in str(caught.value)
 
 
 def test_saved_and_loaded_is_bit_equal(case, tmp_path):

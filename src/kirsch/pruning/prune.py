@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kirsch.errors import PlanError
+from kirsch.errors import KirschError, PlanError, VerificationError
 from kirsch.frameworks.port import framework_of
+from kirsch.graph.plan import Plan, Removal, Skip
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from kirsch.graph.graph import Graph
-    from kirsch.graph.plan import Plan
     from kirsch.graph.proof import Verification
 
 PLANS = "_kirsch_plans"
@@ -51,7 +53,7 @@ def prune(model: Any, plan: Plan, *, example_inputs: Any = None, verify: bool = 
 
     Raises:
         PlanError: the plan is for another model, or names what is not there.
-        VerificationError: the pruned model is not equal to the masked original.
+        VerificationError: the pruned model is not equal to the masked original; names the groups that go wrong.
     """
     return prune_with_proof(model, plan, example_inputs=example_inputs, verify=verify).model
 
@@ -65,12 +67,44 @@ def prune_with_proof(model: Any, plan: Plan, *, example_inputs: Any = None, veri
     empty = graph.emptied(keep)
     if empty is not None:
         raise PlanError(f"The plan would leave nothing of {empty[0]!r}.", mend="Leave some of the units that it holds.")
-    pruned, verification = framework.prune(model, plan, graph, verify=verify)
+    try:
+        pruned, verification = framework.prune(model, plan, graph, verify=verify)
+    except VerificationError as error:
+        raise _named(error, plan, lambda part: framework.prune(model, part, graph, verify=True)) from error
     setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
     notes = [*plan.notes, OPTIMIZER_NOTE]
     if verification is not None and verification.power == 0.0 and (plan.groups or plan.blocks):
         notes.append("The masked and the dense original put out the same: the verification could not see a wrong cut.")
     return Pruned(pruned, verification, plan, tuple(notes))
+
+
+def _named(error: VerificationError, plan: Plan, cut: Callable[[Plan], Any]) -> VerificationError:
+    """The error with the smallest part of the plan that goes wrong by itself, found by halving."""
+
+    def goes_wrong(part: Sequence[Removal | Skip]) -> bool:
+        groups = tuple(item for item in part if isinstance(item, Removal))
+        blocks = tuple(item for item in part if isinstance(item, Skip))
+        try:
+            cut(replace(plan, groups=groups, blocks=blocks))
+        except KirschError:
+            return True
+        return False
+
+    part: Sequence[Removal | Skip] = [*plan.groups, *plan.blocks]
+    if goes_wrong([]):  # it is not a cut that is at fault
+        return error
+    while len(part) > 1:
+        halves = part[: len(part) // 2], part[len(part) // 2 :]
+        wrong = next((half for half in halves if goes_wrong(half)), None)
+        if wrong is None:
+            break
+        part = wrong
+    names = ", ".join(repr(item.name) for item in part[:3]) + (f" and {len(part) - 3} more" if len(part) > 3 else "")  # noqa: PLR2004 - three are named
+    return VerificationError(
+        error.what,
+        f"{error.why} The cut of {names} by itself is wrong{' already' if len(part) == 1 else ', and no half of it'}.",
+        f"Exclude {names}, and report the model.",
+    )
 
 
 def _graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
