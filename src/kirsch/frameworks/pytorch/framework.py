@@ -41,7 +41,9 @@ class PyTorch:
         proof = self._prove(pruned, own, graph, keep, plan.without, moved) if verify else None
         return scope.with_part(model, path, pruned) if path else pruned, proof
 
-    def _prove(self, pruned: Any, model: Any, graph: Graph, keep: Any, without: Any, moved: Any) -> Verification:
+    def _prove(
+        self, pruned: Any, model: Any, graph: Graph, keep: Any, without: Sequence[str] = (), moved: Any = None
+    ) -> Verification:
         try:
             return verify.verify(pruned, model, graph, keep, without, moved)
         except KirschError:
