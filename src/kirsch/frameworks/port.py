@@ -138,9 +138,10 @@ def trace(
         scope: path of a part, "backbone", that is analysed alone. What it is given is seen in a run of the whole; its
             inputs and outputs stay as they are. Plans for it are fractions of its own cost, and `kirsch.prune` gives
             the whole model with the part pruned in its place.
-        softmax: a softmax over units adds up to one, so that taking some away changes all others. "freeze": units that
-            it spans stay. "kept": they may go, and it is computed over what is kept, which is another function than
-            the masked one; the verification says for how many operations that holds.
+        softmax: a softmax over units adds up to one, so that taking some away changes all others; a choice of the k
+            largest falls on others. "freeze": units that they span stay. "kept": they may go, and both are computed
+            over what is kept, which is another function than the masked one; the verification says for how many
+            operations that holds. Experts of a mixture go by it.
 
     Returns:
         The `Graph` with `.groups`, `.blockers` and `.cost`.

@@ -7,6 +7,7 @@ grid        an array of cells with one *marginal* label per position of each of 
 mark        what an operation uses labels as: the heads of an attention, the units of a recurrent state;
 demand      an integer in the model's own code must equal the number of labels that are kept;
 statistic   an operation averages over a labelled axis: its result depends on how many labels are kept;
+floor       at least so many labels must be kept;
 term        what an operation or a parameter costs: a coefficient times the kept counts of some label arrays.
 """
 
@@ -108,6 +109,7 @@ class Facts:
     demands: list[Demand] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     statistics: set[str] = field(default_factory=set)
+    floors: list[tuple[Labels, int]] = field(default_factory=list)
     marks: dict[str, list[Labels]] = field(default_factory=dict)
     operation: Operation = field(default_factory=lambda: Operation("parameter"))
     cause: Freeze | None = None
@@ -166,10 +168,13 @@ class Facts:
         if axis is not None:
             self.touch(axis)
 
-    def demand(self, axis: Axis, expression: Expression) -> None:
-        """Record that an integer of the model's code must equal the number of labels kept on an axis."""
+    def demand(self, axis: Axis, expression: Expression, constant: int = 0) -> None:
+        """Record that an integer of the model's code must equal the number of labels kept on an axis, plus a constant.
+
+        `constant`: such as -1 for the last position on the axis.
+        """
         if axis is not None:
-            self.demands.append(Demand(axis, expression, self.operation))
+            self.demands.append(Demand(axis, expression, self.operation, constant))
 
     def pin(self, number: int, expression: Expression) -> None:
         """Record that an integer of the model's code must stay what it is."""
@@ -184,6 +189,11 @@ class Facts:
         """Note that the operation computes a statistic over these axes, so that it follows what is kept."""
         if any(axis is not None for axis in axes):
             self.statistics.add(self.operation.node)
+
+    def floor(self, axis: Axis, least: int) -> None:
+        """Record that at least so many labels of an axis must be kept."""
+        if axis is not None:
+            self.floors.append((axis, least))
 
     def cost(self, of: str, coefficient: float, factors: Sequence[Axis], owner: str = "") -> None:
         """Record a cost; axes without labels belong into the coefficient."""

@@ -214,8 +214,12 @@ class Graph:
         return constants.solve(self.facts.demands, lambda labels: int(keep[component[labels]].sum()))
 
     def emptied(self, keep: NDArray[np.bool_]) -> ParameterAxis | None:
-        """A parameter axis of which nothing would be left; None if there is none."""
+        """A parameter axis of which nothing, or less than an operation needs, would be left; None if all is well."""
         component = self.coupling.component
+        for labels, least in self.facts.floors:
+            if keep[component[labels]].sum() < least:
+                gone = component[labels][~keep[component[labels]]]
+                return next(site for site, own in self.axes.items() if np.isin(gone, component[own]).any())
         return next((site for site, labels in self.axes.items() if not keep[component[labels]].any()), None)
 
     @cached_property

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ParameterAxis = tuple[str, int]
 
 KINDS = {
+    "expert": "one of several weights among which the data choose the k with the largest scores, with its score",
     "kv group": "heads of queries that share keys and values: heads that repeat, or the first axis of a grid of heads",
     "head in kv group": "the second axis of that grid",
     "head": "an index that two activations have in common when they are multiplied, as queries and keys do",
@@ -133,7 +134,7 @@ def _kind(coupling: Coupling, components: NDArray[np.int64], otherwise: str) -> 
 
     if otherwise.endswith("kv group"):
         return otherwise
-    for kind in ("kv group", "head", "head dim", "recurrent unit"):
+    for kind in ("expert", "kv group", "head", "head dim", "recurrent unit"):
         if has(kind):
             return kind
     linear = has("out of linear") and has("into linear") and not has("into convolution")

@@ -26,10 +26,13 @@ class Tensor:
     Args:
         shape: sizes of the axes.
         axes: one label array per axis, or None where no parameter index sits. An axis of size 1 carries none.
+        points: where its numbers are positions on an axis with labels, these labels: what a choice of the k largest
+            along the axis puts out.
     """
 
     shape: tuple[int, ...]
     axes: tuple[Axis, ...]
+    points: Axis = None
 
     @classmethod
     def of(cls, shape: Sequence[int], axes: Sequence[Axis] | None = None) -> Tensor:

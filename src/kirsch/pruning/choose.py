@@ -35,7 +35,7 @@ Measured on x86: 63 channels take 1.6 times as long as 64, 7 times in a depthwis
 """
 
 
-WHOLE = frozenset(["kv group", "head", "head in kv group", "conv group", "norm group", "block"])
+WHOLE = frozenset(["expert", "kv group", "head", "head in kv group", "conv group", "norm group", "block"])
 """Kinds whose number is that of whole parts, each of its own width; no runtime works on them in blocks."""
 
 
@@ -394,7 +394,7 @@ def _check_constants(graph: Graph, keep: NDArray[np.bool_]) -> None:
     graph.constants(keep)
     empty = graph.emptied(keep)
     if empty is not None:
-        raise PlanError(f"The plan would leave nothing of {empty[0]!r}.", mend="Raise min_keep.")
+        raise PlanError(f"The plan would leave too little of {empty[0]!r}.", mend="Raise min_keep.")
 
 
 def _notes(

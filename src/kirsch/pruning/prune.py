@@ -66,7 +66,7 @@ def prune_with_proof(model: Any, plan: Plan, *, example_inputs: Any = None, veri
     keep = plan.keep(graph)
     empty = graph.emptied(keep)
     if empty is not None:
-        raise PlanError(f"The plan would leave nothing of {empty[0]!r}.", mend="Leave some of the units that it holds.")
+        raise PlanError(f"The plan would leave too little of {empty[0]!r}.", mend="Leave more of its units.")
     try:
         pruned, verification = framework.prune(model, plan, graph, verify=verify)
     except VerificationError as error:

@@ -242,6 +242,14 @@ def _log_softmax(mask: torch.Tensor, x: torch.Tensor, dim: int, *_: Any, **__: A
     return x - x.masked_fill(mask == 0, -torch.inf).logsumexp(dim, keepdim=True)
 
 
+def _topk(mask: torch.Tensor, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+    return x.masked_fill(mask == 0, -torch.inf).topk(*args, **options)
+
+
+def _cumsum(mask: torch.Tensor, x: torch.Tensor, dim: int, **options: Any) -> torch.Tensor:
+    return (x * mask.to(x.dtype)).cumsum(dim, **options)
+
+
 def _amax(mask: torch.Tensor, x: torch.Tensor, dim: Any = (), keepdim: bool = False) -> torch.Tensor:
     return x.masked_fill(mask == 0, -torch.inf).amax(_dims(x, dim), keepdim)
 
@@ -266,6 +274,8 @@ STATISTICS: dict[str, Callable[..., torch.Tensor]] = {
     "_softmax": _softmax,
     "log_softmax": _log_softmax,
     "_log_softmax": _log_softmax,
+    "topk": _topk,
+    "cumsum": _cumsum,
     "amax": _amax,
     "amin": _amin,
 }

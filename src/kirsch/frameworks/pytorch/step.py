@@ -78,15 +78,18 @@ class Step:
     def freeze_all(self, reason: str) -> list[Tensor]:
         """Freeze whatever the operation touches; gives its results, without labels."""
         relations.freeze(self.facts, self.tensors(), reason)
+        for tensor in self.tensors():
+            self.facts.freeze(tensor.points, reason)
         self.facts.cost("macs", self.macs(), ())
         return [Tensor.of(shape) for shape in self.shapes]
 
-    def follow(self, axis: Axis, given: Any) -> Axis:
+    def follow(self, axis: Axis, given: Any, less: int = 0) -> Axis:
         """See to it that a size in the code can follow its axis; freeze the axis where it cannot.
 
         Args:
             axis: the labels whose number the size must equal; None where it must stay what it is.
             given: the size as the code gives it: an integer with or without provenance, -1, or `FOLLOWS`.
+            less: how much less than the size it is, as the last position on the axis is 1 less.
 
         Returns:
             The labels to go on with.
@@ -99,9 +102,10 @@ class Step:
             return None
         if given is FOLLOWS or (type(given) is int and given == -1):
             return axis
-        expression = self.expression(given) if isinstance(given, TracedInt) and given == len(axis) else None
+        fits = isinstance(given, TracedInt) and given == len(axis) - less
+        expression = self.expression(given) if fits else None
         if expression is not None:
-            self.facts.demand(axis, expression)
+            self.facts.demand(axis, expression, -less)
         elif isinstance(given, TracedInt):
             self.facts.freeze(axis, f"its size {given} comes from what cannot change")
         else:

@@ -31,7 +31,7 @@ from kirsch.graph.graph import Graph, InputSpec, Tracing
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch.export import ExportedProgram
     from torch.fx import Node
@@ -134,7 +134,7 @@ def _walk(
     walk = _Walk(facts, tensors, slots, constants, calls, Sizes.of(program, args, options), tracing.softmax)
     for node in program.graph.nodes:
         walk.visit(node)
-    walk.put_out([place for place, name in outputs.items() if name in counts])
+    walk.put_out(outputs, counts)
     walk.pin_numbers()
     blocks = find_blocks(model, walk.states, {*slots, *constants}, calls) if not training else ()
     return Traced(program, slots, walk.states, args, options, tuple(outputs), walk.folds, blocks)
@@ -339,12 +339,18 @@ class _Walk:
             self._origin.setdefault(number, facts.operation)
         return state
 
-    def put_out(self, places: Sequence[int]) -> None:
-        """The shapes of these outputs stay what they are."""
+    def put_out(self, outputs: Mapping[int, str], counts: Collection[str]) -> None:
+        """The shapes of the outputs that count stay what they are, and so do axes that any of them holds positions on.
+
+        `outputs`: place → name.
+        """
         self._facts.begin(Operation("output"))
-        for state in (self._given[place] for place in places):
-            for axis in state.axes if isinstance(state, Tensor) else ():
-                self._facts.freeze(axis, "it is an output of the model", boundary=True)
+        for place, name in outputs.items():
+            state = self._given[place]
+            if isinstance(state, Tensor):
+                self._facts.freeze(state.points, "positions on it are an output of the model")
+                for axis in state.axes if name in counts else ():
+                    self._facts.freeze(axis, "it is an output of the model", boundary=True)
 
     def _keeps_scale(self, node: Node, width: Axis) -> bool:
         found = None if width is None else fold(node, width, self._slots)

@@ -120,10 +120,15 @@ def _grouped(step: Step) -> Tensor | list[Tensor]:
     x, weight, offsets = step.args[0], step.args[1], step.arg(2, "offs")
     if (len(x.shape), len(weight.shape)) != (2, 3) or step.arg(3, "bias") is not None:
         return step.freeze_all("a product of groups of matrices of other ranks is not analysed")
-    relations.freeze(step.facts, [weight, offsets], "the data choose among its groups", [0])
+    groups = step.facts.equate(weight.axes[0], offsets.axes[0])
+    step.facts.reduce(groups)
+    step.facts.mark(groups, "expert")
     step.facts.mark(weight.axes[1], "into linear")
     step.facts.mark(weight.axes[2], "out of linear")
-    return contract(step, [(x, "SI"), (weight, "GIO")], "SO", step.shape)
+    out = relations.relate(step.facts, [(x, "SI"), (weight, "GIO")], "SO", step.shape)
+    factors = [axis for axis in (x.axes[0], *weight.axes[1:]) if axis is not None]
+    step.facts.cost("macs", step.macs() / np.prod([len(axis) for axis in factors], initial=1), factors)
+    return out
 
 
 @rule("scaled_dot_product_attention")

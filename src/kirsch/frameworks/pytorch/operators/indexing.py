@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,9 +24,20 @@ CHOSEN = "a tensor of indices chooses from it"
 @rule("embedding")
 def _embedding(step: Step) -> Tensor:
     table, indices = step.args[0], step.args[1]
-    relations.freeze(step.facts, [table], CHOSEN, [0])
+    _choose(step, table, 0, indices)
     step.facts.mark(table.axes[1], "embedded")
     return Tensor.of(step.shape, [*indices.axes, table.axes[1]])
+
+
+def _choose(step: Step, x: Tensor, dim: int, index: Tensor) -> None:
+    """An index chooses from an axis, which cannot go then, unless the index holds positions on this very axis."""
+    if index.points is None:
+        relations.freeze(step.facts, [x], CHOSEN, [dim])
+    else:
+        axis = step.facts.equate(x.axes[dim], index.points)
+        step.facts.reduce(axis)
+        if step.is_weight(x):
+            step.facts.mark(axis, "expert")
 
 
 @rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
@@ -44,7 +56,8 @@ def _index(step: Step) -> Tensor:
     chosen = [dim for dim, index in enumerate(indices) if index is not None]
     picked = _picked(step, [indices[dim] for dim in chosen])
     rest = [axis for dim, axis in enumerate(x.axes) if dim not in chosen]
-    relations.freeze(step.facts, [x], CHOSEN, chosen)
+    for dim in chosen:
+        _choose(step, x, dim, indices[dim])
     together = chosen[-1] - chosen[0] + 1 == len(chosen)
     place = chosen[0] if together else 0
     axes = [*rest[:place], *picked, *rest[place:]]
@@ -75,7 +88,7 @@ def _gather(step: Step) -> Tensor:
     if dim is None:
         return step.freeze_all(CHOSEN)[0]
     dim %= len(step.shape)
-    relations.freeze(step.facts, [x], CHOSEN, [dim])
+    _choose(step, x, dim, index)
     shorter = [place for place, (n, m) in enumerate(zip(x.shape, step.shape, strict=True)) if n != m and place != dim]
     relations.freeze(step.facts, [x], "an index covers part of it", shorter)
     rest = [None if place == dim or place in shorter else axis for place, axis in enumerate(x.axes)]
@@ -143,9 +156,44 @@ def _select_scatter(step: Step) -> Tensor:
     return Tensor.of(step.shape, [*axes[:dim], None, *axes[dim:]])
 
 
-@rule(
-    "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk", "kthvalue", "argmax", "argmin"
-)
+@rule("topk")
+def _topk(step: Step) -> Tensor | list[Tensor]:
+    x, k = step.args[:2]
+    dim = step.arg(2, "dim", -1) % len(x.shape)
+    if step.softmax != "kept" or x.axes[dim] is None:
+        return _ordered(step)
+    step.facts.floor(x.axes[dim], k)
+    step.facts.statistic([x.axes[dim]])
+    step.facts.reduce(x.axes[dim])
+    axes = [None if place == dim else axis for place, axis in enumerate(x.axes)]
+    values, places = (Tensor.of(shape, axes) for shape in step.shapes)
+    return [values, replace(places, points=x.axes[dim])]
+
+
+@rule("histc")
+def _histc(step: Step) -> Tensor:
+    """How often each position on an axis occurs: one number for each, if the bins are the positions."""
+    x, bins = step.args[0], step.arg(1, "bins", 100)
+    relations.freeze(step.facts, [x], "all of it is counted")
+    points, number, last = x.points, step.given(1, "bins"), step.given(3, "max")
+    if points is None or (bins, step.arg(2, "min", 0), step.arg(3, "max", 0)) != (len(points), 0, len(points) - 1):
+        step.facts.freeze(points, CHOSEN)
+        return Tensor.of(step.shape)
+    step.follow(points, number)
+    step.follow(points, last, 1)
+    return Tensor.of(step.shape, [points])
+
+
+@rule("cumsum")
+def _cumsum(step: Step) -> Tensor | list[Tensor]:
+    x, dim = step.args[0], step.args[1] % max(len(step.shape), 1)
+    if step.softmax != "kept" or not x.shape:
+        return _ordered(step)
+    step.facts.statistic([x.axes[dim]])
+    return Tensor.of(step.shape, x.axes)
+
+
+@rule("cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "kthvalue", "argmax", "argmin")
 def _ordered(step: Step) -> list[Tensor]:
     x = step.args[0]
     rank = len(x.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import string
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kirsch.graph.labels import Tensor
@@ -45,6 +46,7 @@ def apply(step: Step) -> list[Tensor]:
     try:
         found = known(step)
         results = found if isinstance(found, list) else [found, *(Tensor.of(shape) for shape in step.shapes[1:])]
+        results = _pointing(step, results)
         wrong = _wrong(step, results)
     except Exception as error:  # noqa: BLE001 - whatever a rule raises, see above
         wrong = f"fails: {type(error).__name__}: {error}"
@@ -59,6 +61,31 @@ def apply(step: Step) -> list[Tensor]:
         stacklevel=2,
     )
     return step.freeze_all(f"the rule for {at.name} does not fit here")
+
+
+POINTS = frozenset(["index", "embedding", "gather", "histc"])
+"""Operators whose rules know what to do with positions on an axis."""
+
+CARRIES = """
+view _unsafe_view reshape flatten unsqueeze squeeze transpose permute t contiguous clone detach alias _to_copy to expand
+slice select sort index repeat_interleave
+"""
+"""Operators whose first result holds numbers of their first operand as they are."""
+
+
+def _pointing(step: Step, results: list[Tensor]) -> list[Tensor]:
+    """The results with what they point to. Positions on an axis that are computed with otherwise keep it from going."""
+    pointing = [tensor for tensor in step.tensors() if tensor.points is not None]
+    if not pointing:
+        return results
+    first = step.args[0] if step.args and isinstance(step.args[0], Tensor) else None
+    carried = first if step.name in CARRIES.split() else None
+    for tensor in pointing:
+        if tensor is not carried and step.name not in POINTS:
+            step.facts.freeze(tensor.points, "positions on it are computed with")
+    if carried is not None and carried.points is not None:
+        results = [replace(results[0], points=carried.points), *results[1:]]
+    return results
 
 
 def _wrong(step: Step, results: list[Tensor]) -> str:
