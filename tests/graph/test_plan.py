@@ -88,7 +88,7 @@ def test_the_json_is_for_reading():
             "after": {"parameters": 20, "macs": 15, "activations": 7},
         },
         "inputs": [],
-        "tracing": {"outputs": [], "decisions": "refuse", "scope": "", "softmax": "freeze"},
+        "tracing": {"outputs": [], "decisions": "refuse", "scope": "", "softmax": "freeze", "as_graph": False},
         "notes": [],
     }
 
@@ -161,7 +161,7 @@ def group(**changes):
         ({"blocks": [{"name": 3, "reason": ""}]}, "'name' has 3, which is not text"),
         ({"notes": "slow"}, "'notes' has 'slow', which is not a list"),
         (
-            {"tracing": {"outputs": [], "decisions": "x", "scope": "", "softmax": "freeze"}},
+            {"tracing": {"outputs": [], "decisions": "x", "scope": "", "softmax": "freeze", "as_graph": False}},
             "'decisions' has 'x', which is not one of refuse, example",
         ),
         ({"notes": [7]}, "'notes' has 7, which is not text"),

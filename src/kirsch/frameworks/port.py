@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from kirsch.errors import MissingExtraError, ModelError, UnknownNameError
+from kirsch.errors import MissingExtraError, ModelError, UnknownNameError, UsageError
 from kirsch.graph.graph import DECISIONS, SOFTMAX, Tracing
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def trace(
     decisions: str = "refuse",
     scope: str = "",
     softmax: str = "freeze",
+    as_graph: bool = False,
 ) -> Graph:
     """The coupling analysis of a model: what must stay together, what is free to go, what is frozen and why.
 
@@ -142,6 +143,10 @@ def trace(
             largest falls on others. "freeze": units that they span stay. "kept": they may go, and both are computed
             over what is kept, which is another function than the masked one; the verification says for how many
             operations that holds. Experts of a mixture go by it.
+        as_graph: the pruned model is to be the traced program, a `torch.fx.GraphModule`, and not the module's own code.
+            Integers in the code that hold units otherwise are then rewritten. It is for the shapes of the example
+            inputs (the batch may differ where the code does not state it), and stays in inference mode: no dropout,
+            and batch normalisation by its running statistics.
 
     Returns:
         The `Graph` with `.groups`, `.blockers` and `.cost`.
@@ -149,10 +154,18 @@ def trace(
     Raises:
         ModelError: the model cannot be copied or traced with these inputs; the sentence names where.
         UnknownNameError: it has no such output or part, or an option has no such value.
+        UsageError: `as_graph` is asked for a part, which must fit into the rest of the code.
     """
     if decisions not in DECISIONS:
         raise UnknownNameError("way with decisions", decisions, DECISIONS)
     if softmax not in SOFTMAX:
         raise UnknownNameError("way with softmax", softmax, SOFTMAX)
-    tracing = Tracing((outputs,) if isinstance(outputs, str) else tuple(outputs), decisions, scope, softmax)
+    if as_graph and scope:
+        raise UsageError(
+            "A part cannot be given as a graph.",
+            "It must fit into the code of the rest.",
+            "Trace the part by itself: kirsch.trace(model.part, its_inputs, as_graph=True).",
+        )
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    tracing = Tracing(names, decisions, scope, softmax, as_graph)
     return framework_of(model).trace(model, example_inputs, tracing)

@@ -74,12 +74,14 @@ class Tracing:
         decisions: what is made of decisions by the values of the inputs, one of `DECISIONS`.
         scope: path of the part that is analysed; "" for all.
         softmax: what is made of a softmax over units, one of `SOFTMAX`.
+        as_graph: whether the pruned model is the traced program itself.
     """
 
     outputs: tuple[str, ...] = ()
     decisions: str = "refuse"
     scope: str = ""
     softmax: str = "freeze"
+    as_graph: bool = False
 
 
 class Runner(Protocol):

@@ -244,7 +244,7 @@ class Plan:
             raise PlanError(f"The plan names the block {twice[0]!r} twice.", mend="Take one of them out.")
 
 
-KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
+KINDS = {bool: "true or false", str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
 
 def _get(content: Any, name: str, kind: type[T]) -> T:
@@ -281,7 +281,7 @@ def _input(entry: Any) -> InputSpec:
 def _tracing(entry: dict[str, Any]) -> Tracing:
     outputs = tuple(_all(_get(entry, "outputs", list), "outputs", str))
     decisions, softmax = _one_of(entry, "decisions", DECISIONS), _one_of(entry, "softmax", SOFTMAX)
-    return Tracing(outputs, decisions, _get(entry, "scope", str), softmax)
+    return Tracing(outputs, decisions, _get(entry, "scope", str), softmax, _get(entry, "as_graph", bool))
 
 
 def _one_of(entry: dict[str, Any], name: str, known: tuple[str, ...]) -> str:

@@ -10,7 +10,19 @@ import safetensors.torch
 import torch
 
 from kirsch.errors import KirschError, LoadError, UnknownNameError, VerificationError, said
-from kirsch.frameworks.pytorch import blocks, count, export, hub, predict, scope, surgery, trace, train, verify
+from kirsch.frameworks.pytorch import (
+    blocks,
+    count,
+    export,
+    hub,
+    predict,
+    rewritten,
+    scope,
+    surgery,
+    trace,
+    train,
+    verify,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +47,8 @@ class PyTorch:
         """See the port."""
         keep, path = plan.keep(graph), graph.tracing.scope
         own = scope.part_of(model, path)
-        pruned = surgery.cut(own, graph, keep)
+        make = rewritten.rewritten if graph.tracing.as_graph else surgery.cut
+        pruned = make(own, graph, keep)
         gone = [block for block in graph.traced.blocks if block.path in plan.without]
         moved = blocks.drop(pruned, gone, graph.traced.args, graph.traced.options) if gone else None
         proof = self._prove(pruned, own, graph, keep, plan.without, moved) if verify else None

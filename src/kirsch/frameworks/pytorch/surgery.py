@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Tensor
 
 
-def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> nn.Module:
+def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_], *, constants: bool = True) -> nn.Module:
     """A new module of the same class without the components that are not kept; the old one is left as it is.
+
+    `constants`: whether the integers of its code are given their new values.
 
     The copy is made with the slices already in the place of the tensors, so that the full weights are never copied,
     and a tensor that is used twice stays one tensor. Mode, hooks, types, devices and requires_grad are those of the
     original.
     """
-    constants = graph.constants(keep)
     memo: dict[int, Any] = {}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, value in named:
@@ -34,7 +35,7 @@ def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> nn.Module:
             if kept is not value:
                 memo[id(value)] = kept
     pruned: nn.Module = copy.deepcopy(model, memo)
-    for leaf, number in constants.items():
+    for leaf, number in graph.constants(keep).items() if constants else ():
         put(pruned, leaf, number)
     for module in pruned.modules():
         tell_widths(module)

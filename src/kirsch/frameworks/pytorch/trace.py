@@ -24,6 +24,7 @@ from kirsch.frameworks.pytorch.outputs import counting
 from kirsch.frameworks.pytorch.predict import arguments
 from kirsch.frameworks.pytorch.program import Sizes, export, name_of, shapes_of
 from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, SizeOf, TracedInt
+from kirsch.frameworks.pytorch.rewritten import call_of
 from kirsch.frameworks.pytorch.scope import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.step import Step
 from kirsch.graph.facts import Facts, Freeze, Operation
@@ -52,6 +53,7 @@ class Traced:
         states: graph node → the labels of its result, or a list of them.
         args, options: the example inputs.
         outputs: places, among the outputs of the program, of those that the model itself puts out.
+        names: of these outputs.
         folds: where the scale of an attention is kept.
         blocks: what may be left out as a whole.
     """
@@ -62,6 +64,7 @@ class Traced:
     args: tuple[Any, ...]
     options: dict[str, Any]
     outputs: tuple[int, ...]
+    names: tuple[str, ...]
     folds: list[Fold]
     blocks: tuple[Block, ...]
 
@@ -131,13 +134,16 @@ def _walk(
     outputs = dict(zip(user, calls.outputs, strict=False))  # after them come tensors that are computed and never read
     counts = counting(calls.outputs, () if training else tracing.outputs)
     constants = frozenset(signature.inputs_to_lifted_tensor_constants)
-    walk = _Walk(facts, tensors, slots, constants, calls, Sizes.of(program, args, options), tracing.softmax)
+    walk = _Walk(facts, tensors, slots, constants, calls, Sizes.of(program, args, options), tracing)
     for node in program.graph.nodes:
         walk.visit(node)
     walk.put_out(outputs, counts)
-    walk.pin_numbers()
-    blocks = find_blocks(model, walk.states, {*slots, *constants}, calls) if not training else ()
-    return Traced(program, slots, walk.states, args, options, tuple(outputs), walk.folds, blocks)
+    if not tracing.as_graph:
+        walk.pin_numbers()
+    modules = not training and not tracing.as_graph
+    blocks = find_blocks(model, walk.states, {*slots, *constants}, calls) if modules else ()
+    names = tuple(outputs.values())
+    return Traced(program, slots, walk.states, args, options, tuple(outputs), names, walk.folds, blocks)
 
 
 def _training_only(
@@ -241,7 +247,7 @@ class _Walk:
         constants: frozenset[str],
         calls: Calls,
         sizes: dict[Node, list[tuple[int, ...]]],
-        softmax: str,
+        tracing: Tracing,
     ) -> None:
         self.states: dict[Node, Any] = {}
         self.folds: list[Fold] = []
@@ -252,7 +258,7 @@ class _Walk:
         self._constants = constants
         self._calls = calls
         self._sizes = sizes
-        self._softmax = softmax
+        self._tracing = tracing
         self._given: list[Any] = []
         self._fixed: set[Node] = set()  # made of parameters and constants alone
         self._by_call: dict[int, list[Any]] = {}
@@ -304,6 +310,8 @@ class _Walk:
         shapes = self._sizes.get(node) or shapes_of(node)
         number = (node.meta.get("custom") or {}).get("kirsch_call", -1)
         call = self._calls.log[number] if 0 <= number < len(self._calls.log) else None
+        if self._tracing.as_graph:
+            call = call_of(node)
         args: Any = map_arg(node.args, self.states.get)
         options: Any = map_arg(node.kwargs, self.states.get)
         name = name_of(node).removeprefix("aten.")
@@ -322,7 +330,7 @@ class _Walk:
             macs=lambda: macs_of(node),
             keeps_scale=lambda width: self._keeps_scale(node, width),
             is_weight=lambda tensor: id(tensor) in fixed,
-            softmax=self._softmax,
+            softmax=self._tracing.softmax,
             settled=settled,
         )
         results = operators.apply(step) if shapes else []

@@ -219,6 +219,8 @@ def _candidate(
             now = what.now(name)
             if now is None:
                 continue
+            if now not in mine and graph.tracing.as_graph:  # no operation reads it
+                continue
             target = mine[now]
             if id(value) in noise and id(target) not in done:
                 done.add(id(target))

@@ -14,7 +14,21 @@ if TYPE_CHECKING:
 SELF_SIZED = frozenset(["flatten", "ravel", "normalize", "squeeze", "unsqueeze", "instance_norm"])
 
 SIZED = LIKE_ANOTHER.union(
-    ["view", "reshape", "expand", "repeat", "tile", "broadcast_to", "zeros", "ones", "empty", "full", "rand", "randn"]
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "expand",
+        "repeat",
+        "tile",
+        "broadcast_to",
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "rand",
+        "randn",
+    ]
 )
 
 
@@ -49,6 +63,8 @@ def border(step: Step, start: int, end: int, at: int) -> Any:
 
     That is the one integer of the call with this value, if it has a past; a call of `narrow` gives start and length.
     """
+    if step.call is not None and step.call.name == "slice":  # the operation itself
+        return step.given(2, "start") if at == start and at != end else step.given(3, "end")
     integers = step.call.integers() if step.call is not None else []
     if step.call is not None and step.call.name == "narrow":
         first, length = step.given(2, "start"), step.given(3, "length")

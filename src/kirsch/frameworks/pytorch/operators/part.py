@@ -96,7 +96,7 @@ def _repeat_interleave(step: Step) -> Tensor:
     return relations.gather(step.facts, x, dim % len(x.shape), np.repeat(np.arange(x.shape[dim]), times))
 
 
-SLICING = frozenset(["__getitem__", "__setitem__", "narrow"])
+SLICING = frozenset(["__getitem__", "__setitem__", "narrow", "slice"])
 
 
 @rule("slice")
