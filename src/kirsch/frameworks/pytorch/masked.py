@@ -76,7 +76,11 @@ class MaskedRun(Interpreter):
             found = self.run(*feed)
         node = next(iter(reversed(self._traced.program.graph.nodes)))
         given: Any = node.args[0]
-        return [self._kept(found[place], self._traced.states.get(given[place])) for place in self._traced.outputs]
+        states, counted = self._traced.states, self._traced.counted  # one that counts must have come out whole
+        return [
+            found[place] if place in counted else self._kept(found[place], states.get(given[place]))
+            for place in self._traced.outputs
+        ]
 
     def _kept(self, value: torch.Tensor, labelled: Tensor | None) -> torch.Tensor:
         """What is left of an output that does not count, and may lose units."""

@@ -82,7 +82,7 @@ def rewritten(model: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> fx.Gra
             target: Any = torch.ops.aten.reshape.default if _name(node) in VIEWS else node.target
             made[node] = new.call_function(target, *map_arg((args, options), made.__getitem__))
     given: Any = next(iter(reversed(traced.program.graph.nodes))).args[0]
-    found = dict(zip(traced.names, (made[given[place]] for place in traced.outputs), strict=True))
+    found = {name: made[given[place]] for place, name in traced.outputs.items()}
     plain = list(found) == [str(place) for place in range(len(found))]
     new.output(found if not plain else next(iter(found.values())) if len(found) == 1 else tuple(found.values()))
     new.eliminate_dead_code()

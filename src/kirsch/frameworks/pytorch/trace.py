@@ -32,7 +32,7 @@ from kirsch.graph.graph import Graph, InputSpec, Tracing
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator
 
     from torch.export import ExportedProgram
     from torch.fx import Node
@@ -52,8 +52,8 @@ class Traced:
         slots: graph input → path of the parameter or buffer that it takes.
         states: graph node → the labels of its result, or a list of them.
         args, options: the example inputs.
-        outputs: places, among the outputs of the program, of those that the model itself puts out.
-        names: of these outputs.
+        outputs: place among the outputs of the program → name, of those that the model itself puts out.
+        counted: those of them that count, and stay whole.
         folds: where the scale of an attention is kept.
         blocks: what may be left out as a whole.
     """
@@ -63,8 +63,8 @@ class Traced:
     states: dict[Node, Any]
     args: tuple[Any, ...]
     options: dict[str, Any]
-    outputs: tuple[int, ...]
-    names: tuple[str, ...]
+    outputs: dict[int, str]
+    counted: frozenset[int]
     folds: list[Fold]
     blocks: tuple[Block, ...]
 
@@ -137,13 +137,13 @@ def _walk(
     walk = _Walk(facts, tensors, slots, constants, calls, Sizes.of(program, args, options), tracing)
     for node in program.graph.nodes:
         walk.visit(node)
-    walk.put_out(outputs, counts)
+    counted = frozenset(place for place, name in outputs.items() if name in counts)
+    walk.put_out(outputs, counted)
     if not tracing.as_graph:
         walk.pin_numbers()
     modules = not training and not tracing.as_graph
     blocks = find_blocks(model, walk.states, {*slots, *constants}, calls) if modules else ()
-    names = tuple(outputs.values())
-    return Traced(program, slots, walk.states, args, options, tuple(outputs), names, walk.folds, blocks)
+    return Traced(program, slots, walk.states, args, options, outputs, counted, walk.folds, blocks)
 
 
 def _training_only(
@@ -347,17 +347,14 @@ class _Walk:
             self._origin.setdefault(number, facts.operation)
         return state
 
-    def put_out(self, outputs: Mapping[int, str], counts: Collection[str]) -> None:
-        """The shapes of the outputs that count stay what they are, and so do axes that any of them holds positions on.
-
-        `outputs`: place → name.
-        """
+    def put_out(self, places: Iterable[int], counted: Collection[int]) -> None:
+        """The shapes of the outputs that count stay what they are, and so do axes that any of them holds positions on."""
         self._facts.begin(Operation("output"))
-        for place, name in outputs.items():
+        for place in places:
             state = self._given[place]
             if isinstance(state, Tensor):
                 self._facts.freeze(state.points, "positions on it are an output of the model")
-                for axis in state.axes if name in counts else ():
+                for axis in state.axes if place in counted else ():
                     self._facts.freeze(axis, "it is an output of the model", boundary=True)
 
     def _keeps_scale(self, node: Node, width: Axis) -> bool:

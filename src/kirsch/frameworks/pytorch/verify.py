@@ -60,13 +60,19 @@ def verify(
         moved: path of a module in the original → its path in the pruned one, where blocks were left out.
 
     Raises:
-        VerificationError: the pruned module does not run, or differs.
+        VerificationError: the pruned module does not run, differs, or holds what was one tensor as two.
     """
     if any(parameter.is_meta for parameter in original.parameters()):
         raise VerificationError(
             f"The pruned {graph.model_name} cannot be verified.",
             "It lives on the meta device and has no values.",
             "Prune with verify=False, or give the model values first.",
+        )
+    if _ties(pruned) != _ties(original):  # two tensors of the same values put out the same, until they are trained
+        raise VerificationError(
+            f"The pruned {graph.model_name} does not share the tensors that the original shares.",
+            WRONG_CUT,
+            "Exclude the layers that share a tensor, and report the model.",
         )
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices):  # a forward may draw random numbers
@@ -230,6 +236,12 @@ def _candidate(
 
 def _named(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Path of each tensor → the first path of the same tensor."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(value), name) for name, value in _named(model).items()}
 
 
 def _noise(model: nn.Module) -> dict[int, torch.Tensor]:
