@@ -44,6 +44,7 @@ def test_a_verification_as_json_holds_all_it_knows():
         "reason": "float32",
         "power": 0.3,
         "statistics": ["mean"],
+        "unseen": [],
     }
 
 

@@ -56,6 +56,25 @@ def test_the_result_is_verified_and_says_what_an_optimizer_must_do(case):
     assert any("make a new one" in note for note in found.notes)
 
 
+def test_what_the_example_does_not_show_is_said():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values, self.hidden, self.score = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 1)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x):
+            weights = self.score(self.hidden(x).tanh()).softmax(1)
+            return self.head((weights * self.values(x)).sum(1))
+
+    for tokens, said in ((1, True), (5, False)):  # the weight of a single token is 1, whatever its score
+        model = shaken(Pooled())
+        found = prune_with_proof(
+            model, kirsch.plan(kirsch.trace(model, torch.randn(2, tokens, 4)), kirsch.Goal(macs=0.6))
+        )
+        assert any("no output depends on `hidden`, `score`:" in note for note in found.notes) is said
+
+
 def test_a_plan_survives_json_and_cuts_the_same(case):
     model, plan = case
     again = kirsch.Plan.from_json(plan.to_json())

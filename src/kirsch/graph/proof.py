@@ -19,6 +19,8 @@ class Verification:
             two unchanged models and proves nothing.
         statistics: operations whose statistics span a cut axis; they were evaluated over what is kept, so that the
             function itself differs from the plainly masked one.
+        unseen: modules that were cut where no output depends on them for the example inputs, such as the queries and
+            keys of a single token: a wrong cut there would pass.
     """
 
     error: float
@@ -26,6 +28,7 @@ class Verification:
     reason: str
     power: float
     statistics: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -49,4 +52,5 @@ class Verification:
             "reason": self.reason,
             "power": self.power if math.isfinite(self.power) else None,
             "statistics": list(self.statistics),
+            "unseen": list(self.unseen),
         }

@@ -75,6 +75,12 @@ def prune_with_proof(model: Any, plan: Plan, *, example_inputs: Any = None, veri
     notes = [*plan.notes, OPTIMIZER_NOTE]
     if verification is not None and verification.power == 0.0 and (plan.groups or plan.blocks):
         notes.append("The masked and the dense original put out the same: the verification could not see a wrong cut.")
+    elif verification is not None and verification.unseen:
+        modules = ", ".join(f"`{path}`" for path in verification.unseen)
+        notes.append(
+            f"For the example inputs no output depends on {modules}: the verification could not see a wrong cut there. "
+            "Give inputs that differ from sample to sample and from token to token."
+        )
     return Pruned(pruned, verification, plan, tuple(notes))
 
 

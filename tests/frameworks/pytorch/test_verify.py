@@ -212,6 +212,45 @@ def test_a_model_that_draws_as_much_after_the_cut_is_held_against_the_same_draws
     assert verified(shaken(Between(shuffled)), torch.randn(3, 6, 4)).passed
 
 
+@pytest.mark.parametrize("number", [0.0, 1.0])
+def test_an_example_of_one_number_everywhere_cannot_hide_a_fault(number):
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 2, bias=False))
+    inputs = torch.full((3, 4), number)
+    assert verified(model, inputs).power > 1e-3
+    with pytest.raises(VerificationError, match="not equal to the masked original"):
+        verified(model, inputs, lambda m: setattr(m[2].weight, "data", swap(m[2].weight, 1)))
+
+
+class Attention(nn.Module):
+    """Two heads over tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.out = 2, nn.Linear(8, 3)
+        self.q, self.k, self.v = (nn.Linear(4, 8) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+TOKENS = {
+    "one token": (torch.randn(2, 1, 4), ("q", "k")),
+    "tokens that are all the same": (torch.randn(2, 1, 4).expand(2, 5, 4), ("q", "k")),
+    "tokens": (torch.randn(2, 5, 4), ()),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_what_the_example_does_not_show_is_named(kind):
+    inputs, unseen = TOKENS[kind]
+    assert verified(shaken(Attention()), inputs).unseen == unseen
+
+
+def test_an_output_of_classes_shows_no_slope_and_nothing_is_said():
+    assert verified(shaken(Between(OUTPUTS["classes"])), torch.randn(3, 4)).unseen == ()
+
+
 def test_an_output_of_zeros_in_single_precision_differs_from_none():
     zeros = [torch.zeros(3)]
     assert _distance(zeros, zeros) == 0.0

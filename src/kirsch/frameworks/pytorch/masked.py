@@ -58,8 +58,8 @@ class MaskedRun(Interpreter):
         self._entered: dict[Node, Any] = {}
         super().__init__(self._traced.program.graph_module)
 
-    def outputs(self, inputs: list[Any]) -> list[torch.Tensor]:
-        """The outputs for the flat user inputs."""
+    def outputs(self, inputs: list[Any], *, gradients: bool = False) -> list[torch.Tensor]:
+        """The outputs for the flat user inputs; with `gradients` those of the tensors can be computed."""
         signature = self._traced.program.graph_signature
         waiting = iter(inputs)
         feed: list[Any] = []
@@ -72,7 +72,7 @@ class MaskedRun(Interpreter):
                 feed.append(self._traced.program.constants[signature.inputs_to_lifted_tensor_constants[node.name]])
             else:
                 feed.append(next(waiting))
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             found = self.run(*feed)
         node = next(iter(reversed(self._traced.program.graph.nodes)))
         given: Any = node.args[0]

@@ -15,6 +15,7 @@ from kirsch.errors import VerificationError, said
 from kirsch.frameworks.pytorch.masked import MaskedRun
 from kirsch.frameworks.pytorch.outputs import named
 from kirsch.frameworks.pytorch.surgery import sliced
+from kirsch.frameworks.pytorch.unseen import unseen
 from kirsch.graph.proof import Verification
 
 if TYPE_CHECKING:
@@ -155,11 +156,14 @@ def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, d
     }
     candidate = _candidate(pruned, original, graph, what, noise, dtype)
     args, options = tree_map(lambda value: _cast(value, dtype), (traced.args, traced.options))
+    if graph.tracing.decisions != "example":  # other values could lead elsewhere
+        args, options = tree_map(_telling, (args, options))
     flat = tree_leaves((args, options))
     with _OneType(dtype):
         masked = _drawing_alike(lambda: MaskedRun(graph, keep, tensors, what.without).outputs(flat))
         dense = _drawing_alike(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat))
         found = _drawing_alike(lambda: _outputs(candidate, args, options))
+        hidden = unseen(graph, keep, tensors, flat)
     folded = any(graph.kept(fold.width, keep) is not None for fold in traced.folds)
     tolerance, reason = max(TOLERANCES[dtype], FOLDED) if folded else TOLERANCES[dtype]
     return Verification(
@@ -168,6 +172,7 @@ def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, d
         reason=reason,
         power=_distance(masked, dense),
         statistics=tuple(sorted(graph.facts.statistics)),
+        unseen=hidden,
     )
 
 
@@ -262,6 +267,16 @@ def _noise(model: nn.Module) -> dict[int, torch.Tensor]:
         away = torch.ones_like(plain) if name.endswith("running_var") else plain.sign()
         out[id(value)] = torch.where(away == 0, noise, noise.abs_() * away)
     return out
+
+
+def _telling(value: Any) -> Any:
+    """An input, with noise if all its numbers are the same: zeros put out zeros, whatever is cut."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
+        return value
+    if bool((value != value.flatten()[0]).any()):
+        return value
+    noise = 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).abs()
+    return value + noise.to(value.device, value.dtype) * torch.where(value < 0, -1, 1)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
