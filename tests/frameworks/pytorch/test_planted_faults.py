@@ -58,19 +58,18 @@ def tokens(width, between, head, inputs=TOKENS, **parts):
     return Net(lambda s, x: s.last(between(s, s.first(x))), first=first, last=last, **parts), inputs
 
 
-def attended(s, x):
+def attended(s, x, queries=lambda q: q):
     q, k, v = (layer(x).unflatten(-1, (s.heads, -1)).transpose(1, 2) for layer in (s.q, s.k, s.v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(queries(q), k, v).transpose(1, 2).flatten(2)
+
+
+def unit_length(s, x):
+    return attended(s, x, lambda q: F.normalize(q, dim=-1))  # not linear, so that no scale folds through it
 
 
 def attended_at_once(s, x):
     q, k, v = s.qkv(x).view(2, 5, 3, s.heads, -1).permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def unit_length(s, x):
-    q, k, v = (layer(x).unflatten(-1, (s.heads, -1)).transpose(1, 2) for layer in (s.q, s.k, s.v))
-    return F.scaled_dot_product_attention(F.normalize(q, dim=-1), k, v).transpose(1, 2).flatten(2)
 
 
 def shared_keys(s, x):
@@ -228,12 +227,9 @@ def forgotten_statistic(operator):
 
 def as_transposed(plain):
     def relate(facts, operands, result, shape):
-        return plain(
-            facts,
-            [(x, own[::-1] if own == "OI" and x.shape[0] == x.shape[1] else own) for x, own in operands],
-            result,
-            shape,
-        )
+        square = [own == "OI" and x.shape[0] == x.shape[1] for x, own in operands]
+        turned = [(x, own[::-1] if turn else own) for (x, own), turn in zip(operands, square, strict=True)]
+        return plain(facts, turned, result, shape)
 
     return relate
 

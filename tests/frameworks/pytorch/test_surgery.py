@@ -110,6 +110,12 @@ def test_channels_last_weights_stay_so():
     assert pruned.inner.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_no_memory_is_shared_with_the_original():
+    model = Residual()
+    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert not own.intersection(tensor.data_ptr() for tensor in halved(model).state_dict().values())
+
+
 def test_tied_weights_stay_tied():
     model = nn.Sequential(
         nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
