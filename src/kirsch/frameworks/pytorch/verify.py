@@ -163,11 +163,13 @@ def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, d
         masked = _drawing_alike(lambda: MaskedRun(graph, keep, tensors, what.without).outputs(flat))
         dense = _drawing_alike(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat))
         found = _drawing_alike(lambda: _outputs(candidate, args, options))
-        hidden = unseen(graph, keep, tensors, flat)
     folded = any(graph.kept(fold.width, keep) is not None for fold in traced.folds)
     tolerance, reason = max(TOLERANCES[dtype], FOLDED) if folded else TOLERANCES[dtype]
+    error = _distance(masked, found)
+    with _OneType(dtype):
+        hidden = unseen(graph, keep, tensors, flat) if error <= tolerance else ()
     return Verification(
-        error=_distance(masked, found),
+        error=error,
         tolerance=tolerance,
         reason=reason,
         power=_distance(masked, dense),
