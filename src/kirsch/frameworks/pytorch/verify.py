@@ -69,7 +69,8 @@ def verify(
             "It lives on the meta device and has no values.",
             "Prune with verify=False, or give the model values first.",
         )
-    if _ties(pruned) != _ties(original):  # two tensors of the same values put out the same, until they are trained
+    what = _Cut(keep, without, moved)
+    if not _shares_alike(pruned, original, what):  # two tensors of the same values put out the same, until they are trained
         raise VerificationError(
             f"The pruned {graph.model_name} does not share the tensors that the original shares.",
             WRONG_CUT,
@@ -77,7 +78,7 @@ def verify(
         )
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices):  # a forward may draw random numbers
-        return _verified(pruned, original, graph, _Cut(keep, without, moved))
+        return _verified(pruned, original, graph, what)
 
 
 @dataclass(frozen=True)
@@ -245,10 +246,11 @@ def _named(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-def _ties(model: nn.Module) -> dict[str, str]:
-    """Path of each tensor → the first path of the same tensor."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(value), name) for name, value in _named(model).items()}
+def _shares_alike(pruned: nn.Module, original: nn.Module, what: _Cut) -> bool:
+    """Whether the names of one tensor are still those of one, and names of two those of two."""
+    mine = _named(pruned)
+    both = {(id(value), id(mine[now])) for name, value in _named(original).items() if (now := what.now(name)) in mine}
+    return len(both) == len({one for one, _ in both}) == len({other for _, other in both})
 
 
 def _noise(model: nn.Module) -> dict[int, torch.Tensor]:
