@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from kirsch.graph.coupling import solve
+from kirsch.graph.coupling import equalities, solve
 from kirsch.graph.facts import Facts, Operation
 
 
@@ -43,6 +47,29 @@ def test_equality_is_transitive_and_position_by_position():
     facts.equate(a, b)
     facts.equate(c, b[::-1])
     assert together(solve(facts), range(1, 7)) == [{1, 3, 6}, {2, 4, 5}]
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 30), st.data())
+def test_components_are_those_of_scipy(size, data):
+    """Random ties come to any depth; numbered by the first label, as scipy numbers them."""
+    facts = Facts()
+    facts.fresh(size)
+    label = st.integers(1, size)
+    for pairs in data.draw(st.lists(st.lists(st.tuples(label, label), min_size=1, max_size=8), max_size=5)):
+        facts.equate(*np.array(pairs).T)
+    ties = np.concatenate(
+        [np.zeros((2, 0), int), *(np.stack(tie) for tie in zip(facts.left, facts.right, strict=True))], 1
+    )
+    edges = coo_array((np.ones(ties.shape[1]), tuple(ties)), shape=(size + 1, size + 1))
+    assert equalities(facts).tolist() == connected_components(edges, directed=False)[1].tolist()
+
+
+def test_a_long_row_of_ties_is_one_component():
+    facts = Facts()
+    labels = facts.fresh(1000)
+    facts.equate(labels[1:], labels[:-1])
+    assert equalities(facts).tolist() == [0] + [1] * 1000
 
 
 def test_a_component_is_stuck_by_any_of_its_labels_and_the_first_reason_stays():
@@ -183,6 +210,27 @@ def test_grids_that_turn_out_the_same_are_kept_once():
     assert len(solve(facts).grids) == 2
     facts.equate(query, key)
     assert len(solve(facts).grids) == 1
+
+
+def test_grids_that_cut_the_same_cells_into_the_same_slabs_are_one():
+    """The same channels are seen as (heads, width) twice, the second time with the heads in another order."""
+    facts = Facts()
+    cells = facts.fresh(6).reshape(2, 3)
+    heads, width = facts.split(cells, "view")
+    others, same = facts.split(cells[::-1], "view")
+    found = solve(facts)
+    assert len(found.grids) == 2  # in another order, over the same components
+    assert found.component[heads].tolist() == found.component[others[::-1]].tolist()
+    assert found.component[width].tolist() == found.component[same].tolist()
+
+
+def test_grids_that_have_some_slabs_in_common_stay_apart():
+    """The first cells of a wide grid are a grid of their own: its columns are the same, its rows are not."""
+    facts = Facts()
+    cells = facts.fresh(6).reshape(2, 3)
+    rows, columns = facts.split(cells[:, :2], "view")
+    wide, more = facts.split(cells, "view")
+    assert together(solve(facts), [*rows, *columns, *wide, *more]) == [{n} for n in [*rows, *columns, *wide, *more]]
 
 
 def test_solving_leaves_the_facts_as_they_are():

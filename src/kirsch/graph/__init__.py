@@ -1,1 +1,1 @@
-"""What must stay together: labels, relations, coupling, groups, cost, plan. Numpy and scipy alone."""
+"""What must stay together: labels, relations, coupling, groups, cost, plan. Numpy alone."""

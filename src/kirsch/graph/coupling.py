@@ -1,7 +1,7 @@
 """From facts to components: which labels go together, and which cannot go.
 
-All equalities are solved at once by connected components. A grid axis that is stuck as a whole is no freedom: its cells
-are tied along it and the axis is dropped, and the components are found again, until nothing changes.
+All equalities are solved at once. A grid axis that is stuck as a whole is no freedom: its cells are tied along it and
+the axis is dropped. Grids that cut the same cells into the same slabs are one grid. Both tie more, until nothing changes.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from kirsch.graph.facts import Grid
 
@@ -43,25 +41,35 @@ class Coupling:
     why: dict[int, Freeze]
 
 
-def solve(facts: Facts, ties: Sequence[tuple[Labels, Labels]] = (), more: Sequence[Freeze] = ()) -> Coupling:
-    """The components of all facts, and of ties and more freezes that follow from them."""
-    left, right = [*facts.left, *(tie[0] for tie in ties)], [*facts.right, *(tie[1] for tie in ties)]
+def solve(
+    facts: Facts,
+    ties: Sequence[tuple[Labels, Labels]] = (),
+    more: Sequence[Freeze] = (),
+    equal: NDArray[np.int64] | None = None,
+) -> Coupling:
+    """The components of all facts, and of ties and more freezes that follow from them.
+
+    `equal`: what `equalities` gives, if it is known.
+    """
+    component = _tied(equalities(facts) if equal is None else equal, ties)
     freezes = [*facts.freezes, *more]
     grids, frozen = list(facts.grids), [freeze.labels for freeze in freezes]
     fallen: list[Grid] = []
     while True:
-        component, stuck = _components(facts.count, left, right, frozen)
+        stuck = np.zeros(component.max() + 1, bool)
+        stuck[component[np.concatenate([[0], *frozen])]] = True
         grids, tied, fixed = _collapse(grids, component, stuck)
+        tied += _alike(grids, component)
         if not tied and not fixed:
             break
-        left += [tie[0] for tie in tied]
-        right += [tie[1] for tie in tied]
+        component = _tied(component, tied)
         frozen += [grid.cells.ravel() for grid in fixed]
         fallen += fixed
     marks = {}
     for use, marked in facts.marks.items():
         marks[use] = np.zeros(len(stuck), bool)
-        marks[use][component[np.concatenate(marked)]] = True
+        for labels in {id(labels): labels for labels in marked}.values():
+            marks[use][component[labels]] = True
     return Coupling(component, stuck, _distinct(grids, component), marks, _causes(freezes, fallen, component))
 
 
@@ -80,18 +88,29 @@ def _causes(freezes: Sequence[Freeze], fallen: Sequence[Grid], component: NDArra
     return why
 
 
-def _components(
-    count: int, left: Sequence[Labels], right: Sequence[Labels], frozen: Sequence[Labels]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    rows = np.concatenate([*left, np.zeros(0, np.int64)])
-    columns = np.concatenate([*right, np.zeros(0, np.int64)])
-    edges = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(count, count))
-    number, component = connected_components(edges, directed=False)
-    stuck = np.zeros(number, bool)
-    stuck[component[0]] = True
-    if frozen:
-        stuck[component[np.concatenate(frozen)]] = True
-    return component.astype(np.int64), stuck
+def equalities(facts: Facts) -> NDArray[np.int64]:
+    """Label → component, by the equalities alone; int64 of shape (labels,)."""
+    return _tied(np.arange(facts.count), list(zip(facts.left, facts.right, strict=True)))
+
+
+def _tied(component: NDArray[np.int64], ties: Sequence[tuple[Labels, Labels]]) -> NDArray[np.int64]:
+    """Label → component once these labels go together too; components are numbered by their first labels.
+
+    Whatever meets an earlier component hangs on it, all at once, until none meet: two rounds for a star, one for a row.
+    """
+    if not ties:
+        return component
+    distinct = {(id(left), id(right)): (left, right) for left, right in ties}.values()  # those of training come again
+    one, other = (component[np.concatenate(side)] for side in zip(*distinct, strict=True))
+    root = np.arange(component.max() + 1)
+    while (differs := one != other).any():
+        one, other = one[differs], other[differs]
+        root[np.maximum(one, other)] = np.minimum(one, other)
+        while ((above := root[root]) != root).any():
+            root = above
+        one, other = root[one], root[other]
+    number = np.cumsum(root == np.arange(len(root))) - 1
+    return number[root][component]
 
 
 def _collapse(
@@ -120,6 +139,23 @@ def _collapse(
         else:
             kept.append(Grid(cells, tuple(marginals), grid.kind, grid.operation))
     return kept, ties, fixed
+
+
+def _alike(grids: Sequence[Grid], component: NDArray[np.int64]) -> list[tuple[Labels, Labels]]:
+    """Ties of the marginals of grids that cut the same cells into the same slabs: they are one grid.
+
+    Slabs are told apart by a random 64-bit number for each component, summed.
+    """
+    number = np.random.default_rng(0).integers(1, 2**62, component.max() + 1)
+    seen: dict[tuple[bytes, ...], list[Labels]] = {}
+    ties: list[tuple[Labels, Labels]] = []
+    for grid in grids:
+        cells = number[component[grid.cells]]
+        slabs = [cells.sum(tuple({*range(cells.ndim)} - {axis})) for axis in range(cells.ndim)]
+        cuts = [np.unique(sums, return_index=True) for sums in slabs]
+        marginals = [marginal[first] for marginal, (_, first) in zip(grid.marginals, cuts, strict=True)]
+        ties += zip(marginals, seen.setdefault(tuple(sums.tobytes() for sums, _ in cuts), marginals), strict=True)
+    return [(left, right) for left, right in ties if (component[left] != component[right]).any()]
 
 
 def _distinct(grids: Sequence[Grid], component: NDArray[np.int64]) -> tuple[Grid, ...]:

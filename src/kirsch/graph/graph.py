@@ -127,10 +127,11 @@ class Graph:
     @cached_property
     def _solved(self) -> tuple[coupling.Coupling, tuple[Group, ...]]:
         """The solved facts and their groups, with all tied or frozen that the integers of the code cannot follow."""
+        equal = coupling.equalities(self.facts)
         ties: list[tuple[Labels, Labels]] = []
         freezes: list[Freeze] = []
         while True:
-            solved = coupling.solve(self.facts, ties, freezes)
+            solved = coupling.solve(self.facts, ties, freezes, equal)
             groups = group.find_groups(solved, self.axes)
             more_ties, more_freezes = rigid(self.facts.demands, solved, groups)
             if not more_ties and not more_freezes:
