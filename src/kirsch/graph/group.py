@@ -79,7 +79,7 @@ class Group:
     def of(self, units: Iterable[int]) -> NDArray[np.int64]:
         """The components of some units."""
         chosen = np.zeros(self.size, bool)
-        chosen[list(units)] = True
+        chosen[units if isinstance(units, np.ndarray) else list(units)] = True
         return self.components[chosen[self.unit_of()]]
 
 
@@ -98,16 +98,16 @@ def find_groups(coupling: Coupling, axes: Mapping[ParameterAxis, Labels]) -> tup
         for marginal in grid.marginals:
             in_grid[marginal] = True
     grouped = {
-        (_kind(coupling, np.concatenate(units), "channel"), footprint): units
-        for footprint, units in sites.alike(np.flatnonzero(sites.touched & ~coupling.stuck & ~in_grid)).items()
+        (_kind(coupling, alone, "channel"), footprint): [(alone, np.ones(len(alone), np.int64))]
+        for footprint, alone in sites.alike(np.flatnonzero(sites.touched & ~coupling.stuck & ~in_grid)).items()
     }
-    for kind, components in _closed_units(coupling, in_grid):
-        footprint = sites.of(components)
+    for kind, unit in _closed_units(coupling, in_grid):
+        footprint = sites.of(unit)
         if footprint:
-            grouped.setdefault((_kind(coupling, components, kind), footprint), []).append(components)
+            grouped.setdefault((_kind(coupling, unit, kind), footprint), []).append((unit, np.array([len(unit)])))
     groups, names = [], dict[str, int]()
     for (kind, footprint), members in sorted(grouped.items(), key=lambda item: item[0][1]):
-        lengths = np.array([len(unit) for unit in members])
+        lengths = np.concatenate([found for _, found in members])
         if len(lengths) == 1:
             continue
         touched = tuple(keys[site] for site in footprint)
@@ -116,7 +116,7 @@ def find_groups(coupling: Coupling, axes: Mapping[ParameterAxis, Labels]) -> tup
         if names[name] > 1:
             name = f"{name}#{names[name]}"
         starts = np.cumsum(lengths) - lengths
-        groups.append(Group(name, kind, np.concatenate(members), starts, touched))
+        groups.append(Group(name, kind, np.concatenate([units for units, _ in members]), starts, touched))
     return tuple(groups)
 
 
@@ -146,37 +146,38 @@ def _kind(coupling: Coupling, components: NDArray[np.int64], otherwise: str) -> 
 
 
 class _Sites:
-    """Which (parameter, axis) each component sits on, as one sorted list of pairs."""
+    """Which (parameter, axis) each component sits on.
+
+    A model has some hundred thousand components and only a few hundred different sets of sites, its *classes*. They are
+    told apart by a random 64-bit number for each site, summed over the sites of a component.
+    """
 
     def __init__(self, coupling: Coupling, axes: Mapping[ParameterAxis, Labels]) -> None:
-        number = len(coupling.stuck)
-        pairs = [np.unique(coupling.component[labels]) * len(axes) + site for site, labels in enumerate(axes.values())]
-        merged = np.sort(np.concatenate([*pairs, np.zeros(0, np.int64)]))
-        self._site = merged % max(len(axes), 1)
-        self._start = np.searchsorted(merged // max(len(axes), 1), np.arange(number + 1))
-        self.touched = np.diff(self._start) > 0
+        signature = np.zeros(len(coupling.stuck), np.int64)
+        numbers = np.random.default_rng(0).integers(1, 2**62, len(axes))
+        for number, labels in zip(numbers, axes.values(), strict=True):
+            signature[coupling.component[labels]] += number  # once, however often a component occurs; wraps around
+        self.touched = signature != 0
+        _, first, self._class = np.unique(signature, return_index=True, return_inverse=True)
+        self._sites: list[list[int]] = [[] for _ in first]
+        is_first = np.zeros(len(coupling.stuck), bool)
+        is_first[first] = True
+        for site, labels in enumerate(axes.values()):
+            components = coupling.component[labels]
+            for found in np.unique(self._class[components[is_first[components]]]).tolist():
+                self._sites[found].append(site)
 
     def of(self, components: NDArray[np.int64]) -> tuple[int, ...]:
         """The sites of some components."""
-        first, numbers = self._start[components], self._start[components + 1] - self._start[components]
-        within = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
-        return tuple(np.unique(self._site[np.repeat(first, numbers) + within]).tolist())
+        sites = [self._sites[found] for found in np.unique(self._class[components]).tolist()]
+        return tuple(sorted(set().union(*sites)))
 
-    def alike(self, components: NDArray[np.int64]) -> dict[tuple[int, ...], list[NDArray[np.int64]]]:
-        """Components that are units of their own, by their sites.
-
-        Sites are compared by a random 64-bit number each, summed per component: a model has some hundred thousand
-        components and only a few hundred different sets of sites.
-        """
-        if not len(components):
-            return {}
-        number = np.random.default_rng(0).integers(1, 2**62, int(self._site.max()) + 1)
-        sums = np.concatenate([[0], np.cumsum(number[self._site])])  # wraps around, and differences wrap back
-        signature = sums[self._start[components + 1]] - sums[self._start[components]]
-        order = np.argsort(signature, kind="stable")
-        borders = np.flatnonzero(np.diff(signature[order])) + 1
-        members = [np.sort(components[part]) for part in np.split(order, borders)]
-        return {self.of(part[:1]): [part[i : i + 1] for i in range(len(part))] for part in members}
+    def alike(self, components: NDArray[np.int64]) -> dict[tuple[int, ...], NDArray[np.int64]]:
+        """Components that are units of their own, ascending, by their sites."""
+        found = self._class[components]
+        order = np.argsort(found, kind="stable")
+        parts = np.split(components[order], np.flatnonzero(np.diff(found[order])) + 1)
+        return {self.of(part[:1]): part for part in parts if len(part)}
 
 
 def _closed_units(coupling: Coupling, in_grid: NDArray[np.bool_]) -> list[tuple[str, NDArray[np.int64]]]:
@@ -219,26 +220,29 @@ class _Closure:
         self._known: dict[int, NDArray[np.int64] | None] = {}
         self._is_known = np.zeros(len(coupling.stuck), bool)
         alone = np.diff(self._first) == 1
+        sizes = [grid.cells.size + sum(len(np.unique(m)) for m in grid.marginals) for grid in coupling.grids]
         self._simple = [
-            bool(alone[grid.cells].all()) and len(own) == grid.cells.size + sum(len(m) for m in grid.marginals)
-            for grid, own in zip(coupling.grids, members, strict=True)
+            bool(alone[grid.cells].all()) and len(own) == size
+            for grid, own, size in zip(coupling.grids, members, sizes, strict=True)
         ]
+        self._kinds = [[_of_grid(coupling, grid, axis) for axis in range(grid.cells.ndim)] for grid in coupling.grids]
+        self._on: dict[int, list[tuple[int, int]]] = {}  # marginal → the grids, by their places, and the axes it is on
+        for place, grid in enumerate(coupling.grids):
+            for axis, marginal in enumerate(grid.marginals):
+                for component in np.unique(marginal).tolist():
+                    self._on.setdefault(component, []).append((place, axis))
 
     def kind(self, seed: int) -> str:
         """What the units of a marginal are called."""
-        at = self._grids[self._first[seed] : self._first[seed + 1]].tolist()
-        kinds = [_of_grid(self._coupling, grid, axis) for grid, axis in self._on(at, seed)]
+        kinds = [self._kinds[place][axis] for place, axis in self._on[seed]]
         return next((kind for kind in kinds if kind.endswith("kv group")), kinds[0])
 
     def of(self, seed: int) -> NDArray[np.int64] | None:
         """The smallest set found that holds the seed, sorted; None if it meets a stuck component."""
         gone, found = self._gone, [np.array([seed])]
-        at = self._grids[self._first[seed] : self._first[seed + 1]].tolist()
-        if all(self._simple[place] for place in at):  # no cell of them lies in another grid, or twice
-            slabs = [
-                grid.cells.take((grid.marginals[axis] == seed).nonzero()[0], axis).ravel()
-                for grid, axis in self._on(at, seed)
-            ]
+        if all(self._simple[place] for place, _ in self._on[seed]):  # no cell of them lies in another grid, or twice
+            on = [(self._coupling.grids[place], axis) for place, axis in self._on[seed]]
+            slabs = [grid.cells.compress(grid.marginals[axis] == seed, axis).ravel() for grid, axis in on]
             closed = np.sort(np.concatenate([*found, *slabs]))
             return None if self._coupling.stuck[closed].any() else closed
         gone[seed] = True
@@ -276,11 +280,6 @@ class _Closure:
             known = {id(grid) for grid in waiting}
             waiting += [grid for grid in self._of_components(more) if id(grid) not in known]
         return np.sort(np.concatenate(found))
-
-    def _on(self, places: list[int], seed: int) -> list[tuple[Grid, int]]:
-        """The axes of grids, by their places, that have a marginal."""
-        grids = [self._coupling.grids[place] for place in places]
-        return [(grid, axis) for grid in grids for axis, marginal in enumerate(grid.marginals) if seed in marginal]
 
     def _of_components(self, components: NDArray[np.int64]) -> list[Grid]:
         """The grids that hold some components, as cells or as marginals."""
