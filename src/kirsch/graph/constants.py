@@ -6,13 +6,15 @@ value that meets all its demands.
 
 from __future__ import annotations
 
+from collections import ChainMap
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from kirsch.errors import PlanError
 from kirsch.graph.expression import Leaf, Size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Container, Mapping, Sequence
 
     from kirsch.graph.facts import Demand
     from kirsch.graph.labels import Labels
@@ -49,12 +51,14 @@ def unmet(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> list[Dema
 
 def _settled(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> dict[object, int]:
     """The best values of all attributes and sizes."""
-    today: dict[object, int] = {leaf: value for demand in demands for leaf, value in demand.expression.leaves}
-    known: dict[object, int] = {Size(axis.tobytes()): kept(axis) for d in demands for axis in d.expression.sizes}
+    values: dict[object, int] = {leaf: value for demand in demands for leaf, value in demand.expression.leaves}
+    values |= {Size(axis.tobytes()): kept(axis) for demand in demands for axis in demand.expression.sizes}
+    known = set[object]()
     while alone := _alone(demands, known):  # each round may leave just one attribute open in further demands
         for leaf, own in alone.items():
-            known[leaf] = _value(leaf, own, {**today, **known}, kept)
-    return {**today, **known}
+            values[leaf] = _value(leaf, own, values, kept)
+        known.update(alone)
+    return values
 
 
 def _wanted(demand: Demand, kept: Callable[[Labels], int]) -> int:
@@ -69,7 +73,7 @@ def _found(demand: Demand, values: Mapping[object, int]) -> int | None:
         return None
 
 
-def _alone(demands: Sequence[Demand], known: Mapping[object, int]) -> dict[Leaf, list[Demand]]:
+def _alone(demands: Sequence[Demand], known: Container[object]) -> dict[Leaf, list[Demand]]:
     """Attributes that are the only open one of some demands, with these demands."""
     alone: dict[Leaf, list[Demand]] = {}
     for demand in demands:
@@ -82,9 +86,8 @@ def _alone(demands: Sequence[Demand], known: Mapping[object, int]) -> dict[Leaf,
 def _value(leaf: Leaf, own: Sequence[Demand], values: dict[object, int], kept: Callable[[Labels], int]) -> int:
     """The value of an attribute that meets all its own demands; today's if there is none, for `solve` to refuse."""
     wanted = [_wanted(demand, kept) for demand in own]
-    candidates: list[int] = [*wanted, values[leaf], *range(values[leaf] + 1)]  # the likely ones first
-    for candidate in candidates:
-        trial = {**values, leaf: candidate}
+    for candidate in chain(wanted, [values[leaf]], range(values[leaf] + 1)):  # the likely ones first
+        trial = ChainMap[object, int]({leaf: candidate}, values)
         if all(_found(demand, trial) == number for demand, number in zip(own, wanted, strict=True)):
             return candidate
     return values[leaf]

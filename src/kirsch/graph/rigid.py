@@ -61,10 +61,12 @@ def rigid(
 def _failing(demands: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]) -> list[Demand]:
     """The demands that are not met by every choice that is tried."""
     failing: dict[int, Demand] = {}
+    touched = {id(labels): coupling.component[labels] for demand in demands for labels in _touched(demand)}
     for keep in _choices(coupling, groups) if demands and groups else ():
+        left = {labels: int(np.count_nonzero(keep[components])) for labels, components in touched.items()}
 
-        def kept(labels: Labels, keep: NDArray[np.bool_] = keep) -> int:
-            return int(keep[coupling.component[labels]].sum())
+        def kept(labels: Labels, left: dict[int, int] = left) -> int:
+            return left[id(labels)]
 
         failing |= {id(demand): demand for demand in constants.unmet(demands, kept)}
     return list(failing.values())
@@ -77,7 +79,7 @@ def _choices(coupling: Coupling, groups: Sequence[Group]) -> Iterator[NDArray[np
         keep = np.ones(len(coupling.stuck), bool)
         for group in groups:
             number = int(random.integers(0, group.size))
-            keep[group.of(random.choice(group.size, number, replace=False).tolist())] = False
+            keep[group.of(random.choice(group.size, number, replace=False))] = False
         yield keep
 
 
