@@ -144,12 +144,12 @@ class Facts:
         self.touch(first)
         self.touch(second)
         differs = first != second
-        a, b = first[differs], second[differs]
-        stuck = (a == 0) | (b == 0)
+        stuck = differs & ((first == 0) | (second == 0))
         if stuck.any():
-            self.freeze(np.maximum(a[stuck], b[stuck]), "it meets an index that cannot change")
-        self.left.append(a[~stuck])
-        self.right.append(b[~stuck])
+            self.freeze(np.maximum(first[stuck], second[stuck]), "it meets an index that cannot change")
+        tied = differs & ~stuck
+        self.left.append(first if tied.all() else first[tied])
+        self.right.append(second if tied.all() else second[tied])
         self.equated_by.append(self.operation)
         return first
 
@@ -183,7 +183,7 @@ class Facts:
     def mark(self, axis: Axis, use: str) -> None:
         """Note what an operation uses an axis as; see `group.KINDS`."""
         if axis is not None:
-            self.marks.setdefault(use, []).append(np.unique(axis))
+            self.marks.setdefault(use, []).append(axis)
 
     def statistic(self, axes: Sequence[Axis]) -> None:
         """Note that the operation computes a statistic over these axes, so that it follows what is kept."""
@@ -278,6 +278,5 @@ class Facts:
         if not entered:
             return np.zeros(0, np.int64)
         self.touch(np.zeros(1, np.int64))
-        labels = np.unique(np.concatenate(entered))
-        missing: Labels = labels[self._touched[labels] != self._number]
+        missing: Labels = np.unique(np.concatenate([axis[self._touched[axis] != self._number] for axis in entered]))
         return missing
