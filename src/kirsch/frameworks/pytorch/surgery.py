@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from kirsch.frameworks.pytorch.provenance import put
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from kirsch.graph.graph import Graph
@@ -47,7 +47,7 @@ def sliced(value: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np
 
     Rows that make the queries of an attention are scaled so that its scale stays that of the whole width.
     """
-    part = _scaled(value.detach(), labelled, graph, keep)
+    part = value.detach()
     for axis, labels in enumerate(labelled.axes):
         mask = graph.kept(labels, keep)
         if mask is not None:
@@ -55,6 +55,7 @@ def sliced(value: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np
             part = part.index_select(axis, index)
     if part.shape == value.shape:
         return value
+    _scale(part, labelled, graph, keep)
     last = torch.channels_last
     if value.dim() == 4 and value.is_contiguous(memory_format=last) and not value.is_contiguous():  # noqa: PLR2004 - NCHW
         part = part.contiguous(memory_format=last)
@@ -65,14 +66,17 @@ def sliced(value: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np
     return parameter
 
 
-def _scaled(value: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> torch.Tensor:
+def _scale(part: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> None:
+    """Multiply the rows of a cut tensor, in its place, that the scale of an attention is folded into."""
     for fold in graph.traced.folds:
-        left = graph.kept(fold.width, keep)
         for name, rows in fold.rows.items():
-            if left is not None and graph.tensors[name] is labelled:
-                index = torch.tensor(rows, device=value.device)
-                value = value.index_copy(0, index, value[index] * float(left.mean()) ** 0.5)
-    return value
+            width = graph.kept(fold.width, keep) if graph.tensors[name] is labelled else None
+            if width is not None:
+                folded = np.isin(np.arange(labelled.shape[0]), rows)
+                mask = graph.kept(labelled.axes[0], keep)
+                left = (folded if mask is None else folded[mask]).nonzero()[0]
+                index = torch.from_numpy(left).to(part.device)
+                part.index_copy_(0, index, part.index_select(0, index) * float(width.mean()) ** 0.5)
 
 
 def tell_widths(module: nn.Module) -> None:
