@@ -1,10 +1,11 @@
-"""What the analysis costs beside the trace, by size and by depth, and what a second plan costs; prints JSON.
+"""What the analysis costs beside the trace, by size and by depth, and what a plan and a cut cost; prints JSON.
 
-Models of billions of parameters live on the meta device: shapes without values. Each row runs in a process of its own,
-so that its memory is its own; times are those of the processor.
+Models live on the meta device, shapes without values; those that are cut have values. Each row runs in a process of its
+own, so that its memory is its own; times are those of the processor.
 
     python benchmarks/analysis.py                # the sizes
     python benchmarks/analysis.py --depth        # one shape of a language model at 1, 2, 4 ... 80 layers
+    python benchmarks/analysis.py --surgery      # half of every group is cut, beside a copy of what is kept
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import kirsch
+from kirsch.frameworks.pytorch.surgery import cut
 from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.graph.plan import Plan, Removal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,17 +55,19 @@ def _vision(name: str, library: str = "torchvision.models") -> tuple[nn.Module, 
 
 
 ROWS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
-    "resnet50": lambda: _vision("resnet50"),
-    "resnet152": lambda: _vision("resnet152"),
-    "shufflenet_v2_x1_0": lambda: _vision("shufflenet_v2_x1_0"),
-    "convnext_xlarge": lambda: _vision("convnext_xlarge", "timm"),
-    "vit_h_14": lambda: _vision("vit_h_14"),
-    "language, 7 B": lambda: _language(32, SEVEN),
-    "language, 70 B": lambda: _language(80, SEVENTY),
+    "resnet50": partial(_vision, "resnet50"),
+    "resnet152": partial(_vision, "resnet152"),
+    "shufflenet_v2_x1_0": partial(_vision, "shufflenet_v2_x1_0"),
+    "convnext_xlarge": partial(_vision, "convnext_xlarge", "timm"),
+    "vit_h_14": partial(_vision, "vit_h_14"),
+    "language, 7 B": partial(_language, 32, SEVEN),
+    "language, 70 B": partial(_language, 80, SEVENTY),
 }
 BY_DEPTH: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
-    f"{layers} layers": lambda layers=layers: _language(layers, SEVEN) for layers in DEPTHS
+    f"{layers} layers": partial(_language, layers, SEVEN) for layers in DEPTHS
 }
+CUTS = {f"{name} cut": (name, False) for name in ("resnet50", "resnet152", "vit_h_14")}
+CUTS |= {f"{name} cut and verified": (name, True) for name in ("resnet50", "resnet152", "vit_l_16")}
 
 
 def measure(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
@@ -93,6 +100,66 @@ def measure(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
     }
 
 
+def operate(build: Callable[[], tuple[nn.Module, Any]], *, verify: bool) -> dict[str, Any]:
+    """One row of surgery: every other unit of every group of a model with values goes."""
+    with torch.device("meta"):
+        model, _ = build()
+    model.to_empty(device="cpu").eval()
+    for value in _tensors(model):
+        value.detach().fill_(0.01)
+    graph = kirsch.trace(model, torch.full((1, 3, 224, 224), 0.5))
+    odd = {group.name: tuple(range(1, group.size, 2)) for group in graph.groups}
+    removals = tuple(Removal(g.name, g.kind, g.size, odd[g.name], "every other") for g in graph.groups)
+    keep = graph.keep(odd)
+    plan = Plan(graph.fingerprint, graph.model_name, removals, graph.cost, graph.prices.price(keep), graph=graph)
+    before = _resident()
+    start = time.process_time()
+    pruned = kirsch.prune(model, plan, verify=verify)
+    done = time.process_time()
+    peak, both = _memory(), _mib(model) + _mib(pruned)
+    del pruned
+    began = time.process_time()
+    part = cut(model, graph, keep)
+    ended = time.process_time()
+    copies = [value.detach().clone() for value in _tensors(part)]
+    copied = time.process_time()
+    copies = [_selected(old.detach(), new.shape) for old, new in zip(_tensors(model), _tensors(part), strict=True)]
+    return {
+        "model_mib": _mib(model),
+        "pruned_mib": _mib(part),
+        "prune_s": done - start,
+        "cut_s": ended - began,
+        "copy_of_kept_s": copied - ended,
+        "selects_s": time.process_time() - copied,
+        "tensors": len(copies),
+        "before_mib": before,
+        "peak_mib": peak,
+        "beside_both": (peak - before + _mib(model)) / both - 1,
+    }
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _selected(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """As many entries of a tensor, spread evenly along its axes: what no cut can do without."""
+    for axis, size in enumerate(shape):
+        if size < value.shape[axis]:
+            value = value.index_select(axis, torch.arange(size) * (value.shape[axis] // size))
+    return value
+
+
+def _mib(model: nn.Module) -> int:
+    """Size of the parameters and buffers."""
+    return sum(value.nbytes for value in _tensors(model)) >> 20
+
+
+def _resident() -> int:
+    """What the process holds now, MiB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+
+
 def _memory() -> int:
     """Peak of the process, MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -102,16 +169,18 @@ def main() -> None:
     """The command line above."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", action="store_true")
+    parser.add_argument("--surgery", action="store_true")
     parser.add_argument("--row")
     given = parser.parse_args()
-    rows = {**ROWS, **BY_DEPTH}
     if given.row:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
-        print(json.dumps(measure(rows[given.row])))
+        name, verify = CUTS.get(given.row, (given.row, False))
+        build = {**ROWS, **BY_DEPTH}.get(name, partial(_vision, name))
+        print(json.dumps(operate(build, verify=verify) if given.row in CUTS else measure(build)))
         return
     found = {}
-    for name in BY_DEPTH if given.depth else ROWS:
+    for name in BY_DEPTH if given.depth else CUTS if given.surgery else ROWS:
         command = [sys.executable, "-W", "ignore", __file__, "--row", name]
         run = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - this file
         found[name] = json.loads(run.stdout.splitlines()[-1])
