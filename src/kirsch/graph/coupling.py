@@ -1,7 +1,7 @@
 """From facts to components: which labels go together, and which cannot go.
 
 All equalities are solved at once. A grid axis that is stuck as a whole is no freedom: its cells are tied along it and
-the axis is dropped. Grids that cut the same cells into the same slabs are one grid. Both tie more, until nothing changes.
+the axis is dropped. Grids that cut the same cells into the same slabs are one. Both tie more, until nothing changes.
 """
 
 from __future__ import annotations

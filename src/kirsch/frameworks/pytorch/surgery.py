@@ -72,7 +72,8 @@ def _scale(part: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np.
         for name, rows in fold.rows.items():
             width = graph.kept(fold.width, keep) if graph.tensors[name] is labelled else None
             if width is not None:
-                folded = np.isin(np.arange(labelled.shape[0]), rows)
+                folded = np.zeros(labelled.shape[0], bool)
+                folded[list(rows)] = True
                 mask = graph.kept(labelled.axes[0], keep)
                 left = (folded if mask is None else folded[mask]).nonzero()[0]
                 index = torch.from_numpy(left).to(part.device)
