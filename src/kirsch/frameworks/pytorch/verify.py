@@ -123,10 +123,10 @@ def _verified(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut) 
 def _refuse_unstable(pruned: nn.Module, graph: Graph) -> None:
     """Say so if a model puts out NaN, or other numbers at each run, so that it differs from anything."""
     traced: Traced = graph.traced
-    first, second = (_outputs(copy.deepcopy(pruned).eval(), traced.args, traced.options) for _ in range(2))
-    distance = _distance(first, second)
-    why = "It puts out NaN for the example inputs." if distance != distance else ""  # noqa: PLR0124 - NaN
-    why = "It draws random numbers in inference mode, so that no two runs agree." if distance > 0 else why
+    first, second = (run(copy.deepcopy(pruned).eval(), traced.args, traced.options) for _ in range(2))
+    apart = distance(first, second)
+    why = "It puts out NaN for the example inputs." if apart != apart else ""  # noqa: PLR0124 - NaN
+    why = "It draws random numbers in inference mode, so that no two runs agree." if apart > 0 else why
     if why:
         raise VerificationError(
             f"The pruned {graph.model_name} cannot be verified.",
@@ -139,7 +139,7 @@ def _training_fault(model: nn.Module, graph: Graph) -> Exception | None:
     """What a model raises in training mode; None if it runs."""
     traced: Traced = graph.traced
     try:
-        _outputs(copy.deepcopy(model).train(), traced.args, traced.options)
+        run(copy.deepcopy(model).train(), traced.args, traced.options)
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
         return error
     return None
@@ -148,7 +148,7 @@ def _training_fault(model: nn.Module, graph: Graph) -> Exception | None:
 def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, dtype: torch.dtype) -> Verification:
     keep = what.keep
     traced: Traced = graph.traced
-    noise = _noise(original)
+    noise = noise_of(original)
     tensors = {
         name: torch.add(_cast(value, dtype), noise[id(value)].to(value.device))
         if id(value) in noise
@@ -161,28 +161,28 @@ def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, d
         args, options = tree_map(_telling, (args, options))
     flat = tree_leaves((args, options))
     with _OneType(dtype):
-        masked = _drawing_alike(lambda: MaskedRun(graph, keep, tensors, what.without).outputs(flat))
-        dense = _drawing_alike(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat))
-        found = _drawing_alike(lambda: _outputs(candidate, args, options))
+        masked = drawing_alike(lambda: MaskedRun(graph, keep, tensors, what.without).outputs(flat))
+        dense = drawing_alike(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat))
+        found = drawing_alike(lambda: run(candidate, args, options))
     folded = any(graph.kept(fold.width, keep) is not None for fold in traced.folds)
     tolerance, reason = max(TOLERANCES[dtype], FOLDED) if folded else TOLERANCES[dtype]
-    error = _distance(masked, found)
+    error = distance(masked, found)
     with _OneType(dtype):
         hidden = unseen(graph, keep, tensors, flat) if error <= tolerance else ()
     return Verification(
         error=error,
         tolerance=tolerance,
         reason=reason,
-        power=_distance(masked, dense),
+        power=distance(masked, dense),
         statistics=tuple(sorted(graph.facts.statistics)),
         unseen=hidden,
     )
 
 
-def _drawing_alike(run: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+def drawing_alike(forward: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
     """The outputs of a run, whose forward draws the same random numbers each time if it draws the same number."""
     torch.manual_seed(0)
-    return run()
+    return forward()
 
 
 class _OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
@@ -207,7 +207,7 @@ class _OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch a
         return _cast(value, self._dtype) if isinstance(value, torch.Tensor) else value
 
 
-def _outputs(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
+def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
     """All tensors that a model puts out; it may write into its inputs."""
     args, options = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, options))
     with torch.no_grad():
@@ -253,7 +253,7 @@ def _shares_alike(pruned: nn.Module, original: nn.Module, what: _Cut) -> bool:
     return len(both) == len({one for one, _ in both}) == len({other for _, other in both})
 
 
-def _noise(model: nn.Module) -> dict[int, torch.Tensor]:
+def noise_of(model: nn.Module) -> dict[int, torch.Tensor]:
     """Noise for each floating tensor by identity: a tenth of its size for weights, enough to matter for the rest.
 
     Numbers only ever grow away from zero, because a variance must stay positive, and so must whatever a model takes the
@@ -287,7 +287,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.detach().to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def _distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     """Largest difference relative to the largest reference value, over all outputs; inf if shapes differ.
 
     Of outputs that are no measurements (classes, masks) it is the share that differs.
@@ -301,10 +301,10 @@ def _distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float
             if a.is_floating_point() or a.is_complex():
                 finite = ~((a == b) & a.isinf())  # equal infinities, as in masked scores, differ by NaN
                 apart = float(torch.where(finite, a - b, 0).abs().max())
-                distance = apart / max(float(torch.where(finite, a, 0).abs().max()), 1e-300)
+                apart /= max(float(torch.where(finite, a, 0).abs().max()), 1e-300)
             else:
-                distance = float((a != b).double().mean())
-            if distance != distance:  # noqa: PLR0124 - NaN
+                apart = float((a != b).double().mean())
+            if apart != apart:  # noqa: PLR0124 - NaN
                 return float("nan")
-            worst = max(worst, distance)
+            worst = max(worst, apart)
     return worst
