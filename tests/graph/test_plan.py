@@ -90,6 +90,7 @@ def test_the_json_is_for_reading():
         "inputs": [],
         "tracing": {"outputs": [], "decisions": "refuse", "scope": "", "softmax": "freeze", "as_graph": False},
         "notes": [],
+        "configuration": {},
     }
 
 
@@ -165,6 +166,7 @@ def group(**changes):
             "'decisions' has 'x', which is not one of refuse, example",
         ),
         ({"notes": [7]}, "'notes' has 7, which is not text"),
+        ({"configuration": {"heads": "4"}}, "'configuration' has '4' for 'heads', which is not a number"),
     ],
 )
 def test_a_field_of_a_wrong_type_is_refused(changes, sentence):

@@ -196,7 +196,7 @@ def show_prune(given: Given, plan_file: str, choice: Choice, output: str, termin
     ]
     content = {
         "folder": str(folder),
-        "plan": json.loads(plan.to_json()),
+        "plan": json.loads(pruned.plan.to_json()),
         "verification": proof.to_dict(),
         "notes": list(pruned.notes),
         "weights": given.weights,

@@ -36,6 +36,15 @@ class Framework(Protocol):
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
         """A new model without the units that the plan removes, and the proof; the given model is left as it is."""
 
+    def configure(
+        self, pruned: Any, plan: Plan, graph: Graph, *, verify: bool
+    ) -> tuple[dict[str, float], tuple[str, ...]]:
+        """Make the configuration that a pruned model carries, if any, build it anew: its new numbers, and notes.
+
+        Where none does, the configuration stays as it is. `verify`: find the numbers and prove them; otherwise only
+        those are taken that the plan states.
+        """
+
     def inputs_like(self, specification: Sequence[Any]) -> Any:
         """Example inputs of the shapes and types that a plan stores."""
 

@@ -109,6 +109,8 @@ class Plan:
         tracing: what the trace was asked for.
         blocks: what goes as a whole.
         notes: what stopped the plan from landing nearer to its goal, and widths that will be slow.
+        configuration: new numbers of the configuration that the model carries, by their paths, where one describes the
+            result; known once the plan was applied.
         graph: the graph it was made from; not stored.
     """
 
@@ -123,6 +125,7 @@ class Plan:
     tracing: Tracing = field(default_factory=Tracing)
     blocks: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
+    configuration: dict[str, float] = field(default_factory=dict)
     graph: Graph | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> str:
@@ -144,6 +147,7 @@ class Plan:
                 ],
                 "tracing": {**vars(self.tracing), "outputs": list(self.tracing.outputs)},
                 "notes": list(self.notes),
+                "configuration": self.configuration,
             },
             indent=1,
             ensure_ascii=False,
@@ -184,6 +188,7 @@ class Plan:
                 Skip(_get(entry, "name", str), _get(entry, "reason", str)) for entry in _get(content, "blocks", list)
             ),
             notes=tuple(_all(_get(content, "notes", list), "notes", str)),
+            configuration=_numbers(_get({"configuration": {}, **content}, "configuration", dict)),
         )
 
     @property
@@ -289,6 +294,13 @@ def _one_of(entry: dict[str, Any], name: str, known: tuple[str, ...]) -> str:
     if value not in known:
         raise ValueError(f"{name!r} has {value!r}, which is not one of {', '.join(known)}")
     return value
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, float]:
+    for name, value in entry.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"'configuration' has {value!r} for {name!r}, which is not a number")
+    return entry
 
 
 def _cost(entry: dict[str, Any]) -> Cost:

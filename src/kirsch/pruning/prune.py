@@ -28,7 +28,7 @@ class Pruned:
     Args:
         model: the new model.
         verification: how it was held against the masked original; None without verification.
-        plan: what was removed, with the cost before and after.
+        plan: what was removed, with the cost before and after, and the numbers of the model's own configuration.
         notes: what the caller must know.
     """
 
@@ -71,8 +71,10 @@ def prune_with_proof(model: Any, plan: Plan, *, example_inputs: Any = None, veri
         pruned, verification = framework.prune(model, plan, graph, verify=verify)
     except VerificationError as error:
         raise _named(error, plan, lambda part: framework.prune(model, part, graph, verify=True)) from error
+    configuration, said = framework.configure(pruned, plan, graph, verify=verify)
+    plan = replace(plan, configuration=configuration)
     setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
-    notes = [*plan.notes, OPTIMIZER_NOTE]
+    notes = [*plan.notes, *said, OPTIMIZER_NOTE]
     if verification is not None and verification.power == 0.0 and (plan.groups or plan.blocks):
         notes.append("The masked and the dense original put out the same: the verification could not see a wrong cut.")
     elif verification is not None and verification.unseen:

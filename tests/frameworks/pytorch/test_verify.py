@@ -12,7 +12,7 @@ from kirsch.frameworks.pytorch import masked
 from kirsch.frameworks.pytorch.framework import PyTorch
 from kirsch.frameworks.pytorch.surgery import cut
 from kirsch.frameworks.pytorch.trace import trace
-from kirsch.frameworks.pytorch.verify import _distance, verify
+from kirsch.frameworks.pytorch.verify import distance, verify
 from proving import half_of_everything, shaken
 
 
@@ -253,8 +253,8 @@ def test_an_output_of_classes_shows_no_slope_and_nothing_is_said():
 
 def test_an_output_of_zeros_in_single_precision_differs_from_none():
     zeros = [torch.zeros(3)]
-    assert _distance(zeros, zeros) == 0.0
-    assert _distance(zeros, [torch.ones(3)]) > 1e9
+    assert distance(zeros, zeros) == 0.0
+    assert distance(zeros, [torch.ones(3)]) > 1e9
 
 
 def test_a_model_that_puts_out_nan_is_refused_by_that_name():

@@ -12,6 +12,7 @@ import torch
 from kirsch.errors import KirschError, LoadError, UnknownNameError, VerificationError, said
 from kirsch.frameworks.pytorch import (
     blocks,
+    configuration,
     count,
     export,
     hub,
@@ -67,6 +68,12 @@ class PyTorch:
                 said(error),
                 "Exclude the layers that are unusual, and report the model; the model given is unchanged.",
             ) from error
+
+    def configure(
+        self, pruned: Any, plan: Plan, graph: Graph, *, verify: bool
+    ) -> tuple[dict[str, float], tuple[str, ...]]:
+        """See the port."""
+        return configuration.configure(pruned, plan, graph, verify=verify)
 
     def inputs_like(self, specification: Sequence[InputSpec]) -> Any:
         """See the port."""

@@ -1,0 +1,144 @@
+"""The configuration that a model may carry, told what the model became when it was pruned.
+
+A model carries one if `type(model)(config)` makes it anew and the configuration goes to a dict and back, as those of
+transformers do. It is told new numbers only when they were proven: a model built from them puts out the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kirsch.errors import said
+from kirsch.frameworks.pytorch.blueprint import Search, built, carried, numbers, quietly
+from kirsch.frameworks.pytorch.verify import distance, drawing_alike, noise_of, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+
+    from kirsch.frameworks.pytorch.blueprint import Numbers
+    from kirsch.graph.graph import Graph
+    from kirsch.graph.plan import Plan
+
+MOST_SOLUTIONS = 4
+"""Configurations of the right shapes that are held against the pruned model."""
+OF_A_PART = "config: left as it was, since a part was pruned alone. Save the model with kirsch.save."
+UNPROVEN = "config: left as it was, since without verification nothing shows that it describes the result."
+
+
+def configure(pruned: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Numbers, tuple[str, ...]]:
+    """Make the configuration that a pruned model carries describe it, if one does: its new numbers, and notes.
+
+    Without verification only the numbers that the plan states are taken, which were proven when it was applied first.
+    """
+    if not carried(pruned) or not plan.groups:
+        return {}, ()
+    if graph.tracing.scope:
+        return {}, (OF_A_PART,)
+    if not verify:
+        return _as_stated(pruned, plan.configuration)
+    search, differences = Search(pruned), []
+    for changes in search.solutions()[:MOST_SOLUTIONS]:
+        difference = otherwise(pruned, changes, graph.traced.args, graph.traced.options)
+        if not difference:
+            return _told(pruned, changes)
+        differences.append(f"With {_in_words(pruned, changes)} it has these shapes and differs: {difference}.")
+    why = differences[0] if differences else search.obstacle
+    mend = _mend(plan, graph, search.nearest, differs=bool(differences))
+    return {}, (f"No configuration describes the pruned {type(pruned).__name__}. {why} {mend}",)
+
+
+def _mend(plan: Plan, graph: Graph, wrong: Sequence[tuple[str, int]], *, differs: bool) -> str:
+    taken = {removal.kind for removal in plan.groups}
+    if not differs:
+        if not wrong:
+            return "Save it with kirsch.save."
+        if not plan.method.get("uniform"):
+            return "Save it with kirsch.save, or plan with uniform=True."
+        taken = {group.kind for group in graph.groups if wrong[0] in group.footprint} & taken or taken
+    kinds = ", ".join(f'"{kind}"' for kind in sorted(taken))
+    return f"Save it with kirsch.save, or plan without {kinds} (granularity) or without that layer (exclude)."
+
+
+def _as_stated(pruned: nn.Module, changes: Numbers) -> tuple[Numbers, tuple[str, ...]]:
+    return _told(pruned, changes) if changes and Search(pruned).fits(changes) else ({}, (UNPROVEN,))
+
+
+def _told(pruned: nn.Module, changes: Numbers) -> tuple[Numbers, tuple[str, ...]]:
+    if not changes:
+        return {}, ()
+    note = f"config: {_in_words(pruned, changes)}; save_pretrained holds it."
+    tell(pruned, built(pruned, changes, "meta"))
+    return changes, (note,)
+
+
+def _in_words(model: nn.Module, changes: Numbers) -> str:
+    today = numbers(model.config)
+    return ", ".join(f"{path} {today.get(path)} -> {number}" for path, number in changes.items())
+
+
+def otherwise(pruned: nn.Module, changes: Numbers, args: Any, options: Any) -> str:
+    """What the model that a configuration builds does otherwise than the pruned one, in words; "" if nothing.
+
+    Both get the same noise on what is stored, since parameters that start at zero would hide a difference, and must
+    then put out the same bits. So must the pruned model when it has the new configuration itself.
+    """
+    noise = noise_of(pruned)
+    own = copy.deepcopy(pruned).eval()
+
+    def outputs(model: nn.Module) -> list[torch.Tensor]:
+        return drawing_alike(lambda: run(model, args, options))
+
+    def differs() -> bool:
+        with contextlib.suppress(Exception):  # one number alone may not fit the others
+            return distance(before, outputs(own)) != 0
+        return False
+
+    with quietly():
+        try:
+            anew = built(pruned, changes, next(pruned.parameters()).device).eval()
+            state = {
+                name: value.detach() + noise[id(value)].to(value) if id(value) in noise else value
+                for name, value in pruned.state_dict(keep_vars=True).items()
+            }
+            own.load_state_dict(state)
+            anew.load_state_dict(state)
+            before = outputs(own)
+            tell(own, anew)
+            if distance(before, outputs(own)) != 0:
+                return "the forward of the pruned model reads its configuration"
+            if distance(before, outputs(anew)) != 0:
+                return _cause(own, anew, differs)
+        except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
+            return said(error).rstrip(".")
+    return ""
+
+
+def _cause(own: nn.Module, anew: nn.Module, differs: Callable[[], bool]) -> str:
+    """The number in the modules that matters and that a model built anew has otherwise, in words."""
+    tried = set()
+    for path, module in anew.named_modules():
+        mine = own.get_submodule(path)
+        for name, number in vars(module).items():
+            today = getattr(mine, name, number)
+            if type(number) in (int, float) and today != number and (type(module), name) not in tried:
+                tried.add((type(module), name))
+                setattr(mine, name, number)
+                if differs():
+                    return f"{path}.{name} is {today:.4g} and would be {number:.4g}".removeprefix(".")
+                setattr(mine, name, today)
+    buffers = dict(own.named_buffers())
+    others = [name for name, value in anew.named_buffers() if not torch.equal(value, buffers[name])]
+    return f"{others[0]} would have other values" if others else "it puts out other numbers"
+
+
+def tell(model: nn.Module, anew: nn.Module) -> None:
+    """Give each module the configuration that its counterpart in a model built anew has."""
+    for path, module in anew.named_modules():
+        if "config" in vars(module):
+            model.get_submodule(path).config = module.config
