@@ -36,6 +36,7 @@ PLANS = st.builds(
     ).map(tuple),
     before=COSTS,
     after=COSTS,
+    configuration=st.dictionaries(TEXT, st.integers(2, 99) | st.floats(1, 9)),
     goal=st.dictionaries(st.sampled_from(["macs", "params"]), st.floats(0.01, 0.99)),
     method=st.dictionaries(TEXT, st.none() | st.integers() | TEXT | st.lists(TEXT, max_size=2), max_size=3),
     inputs=st.lists(

@@ -181,7 +181,7 @@ class Search:
         self.wanted = sizes(model)
         self.names = set(model.state_dict())
         self.stored = {axis: size for axis, size in self.wanted.items() if axis[0] in self.names}
-        self.nearest: list[tuple[str, int]] = []  # the axes that were wrong where fewest were
+        self.stuck: list[tuple[str, int]] = []  # the axes that nothing set right, where they were fewest
         self.refusals: list[str] = []  # what was raised where all numbers were chosen
         self.held = held(model)
         self._known: dict[frozenset[tuple[str, float]], Sizes | Exception] = {}
@@ -198,10 +198,10 @@ class Search:
             return f"None was found in {MOST_BUILDS} trials."
         if self.refusals:
             return f"The numbers that would are refused: {self.refusals[0]}"
-        if not self.nearest:
+        if not self.stuck:
             why = self._known[frozenset()]
             return f"Its own builds no such model: {said(why) if isinstance(why, Exception) else 'names differ.'}"
-        name, axis = self.nearest[0]
+        name, axis = self.stuck[0]
         return (
             "Layers differ, or a size follows from another one: "
             f"no number gives axis {axis} of {name} its {self.wanted[name, axis]}."
@@ -279,14 +279,15 @@ class Search:
             return
         found = self.trial(chosen)
         wrong = [] if found is None else _wrong(found, self.stored)
-        if wrong and (not self.nearest or len(wrong) < len(self.nearest)):
-            self.nearest = wrong
         movers = Counter(axis for lever in levers for axis in lever.moved)
-        if not levers and found is not None and not wrong:
+        stuck = [axis for axis in wrong if axis not in movers]
+        if stuck and (not self.stuck or len(stuck) < len(self.stuck)):
+            self.stuck = stuck
+        if not levers and found is not None and not stuck:
             yield chosen
         elif not levers and isinstance(error := self._known.get(frozenset(chosen.items())), Exception):
             self.refusals.append(said(error.__cause__ or error))
-        elif levers and all(axis in movers for axis in wrong):
+        elif levers and not stuck:
             alone = [{axis for axis in lever.moved if movers[axis] == 1} & self.stored.keys() for lever in levers]
             hints = [self.held.get(lever.path.rpartition(".")[2], set()) - {lever.value} for lever in levers]
             at = max(range(len(levers)), key=lambda at: (bool(alone[at]), bool(hints[at]), -len(levers[at].moved)))

@@ -49,18 +49,18 @@ def configure(pruned: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> t
             return _told(pruned, changes)
         differences.append(f"With {_in_words(pruned, changes)} it has these shapes and differs: {difference}.")
     why = differences[0] if differences else search.obstacle
-    mend = _mend(plan, graph, search.nearest, differs=bool(differences))
+    mend = _mend(plan, graph, search.stuck, differs=bool(differences))
     return {}, (f"No configuration describes the pruned {type(pruned).__name__}. {why} {mend}",)
 
 
-def _mend(plan: Plan, graph: Graph, wrong: Sequence[tuple[str, int]], *, differs: bool) -> str:
+def _mend(plan: Plan, graph: Graph, stuck: Sequence[tuple[str, int]], *, differs: bool) -> str:
     taken = {removal.kind for removal in plan.groups}
     if not differs:
-        if not wrong:
+        if not stuck:
             return "Save it with kirsch.save."
         if not plan.method.get("uniform"):
             return "Save it with kirsch.save, or plan with uniform=True."
-        taken = {group.kind for group in graph.groups if wrong[0] in group.footprint} & taken or taken
+        taken = {group.kind for group in graph.groups if stuck[0] in group.footprint} & taken or taken
     kinds = ", ".join(f'"{kind}"' for kind in sorted(taken))
     return f"Save it with kirsch.save, or plan without {kinds} (granularity) or without that layer (exclude)."
 
