@@ -64,12 +64,15 @@ class Carrying(nn.Module):
         self.inner = Block(config.width, config.inner.width) if config.inner else nn.Identity()
         self.head = nn.Linear(config.width, 3)
         self.scale = config.width**-0.5
+        self.register_buffer(
+            "third", torch.full((1,), 1 / 3), persistent=False
+        )  # its bits are others in half precision
 
     def forward(self, x):
         x = self.first(x)
         for block in [*self.blocks, self.wide, *self.listed, self.inner]:
             x = block(x)
-        return self.head(x * self.scale if self.scaled else x)
+        return self.head(x * self.scale if self.scaled else x) * self.third
 
     scaled = False
 
@@ -98,7 +101,7 @@ def carrying(kind=Carrying, **options):
 
 
 def halved(model, kinds=("ffn unit",), **options):
-    graph = kirsch.trace(model, INPUT)
+    graph = kirsch.trace(model, INPUT.to(model.first.weight))
     options = {"uniform": True, "round_to": 1, **options}
     return prune_with_proof(model, kirsch.plan(graph, kirsch.Goal(params=0.6), granularity=kinds, **options))
 
@@ -147,6 +150,12 @@ def test_a_width_of_the_whole_model_is_one_number():
     found = halved(carrying(), kinds=["embedding dim", "ffn unit"])
     assert found.plan.configuration["width"] == found.model.first.out_features < 8
     assert_built_anew(found.model)
+
+
+def test_a_model_that_was_converted_to_another_type_is_described_as_well():
+    found = halved(carrying().bfloat16())
+    assert "ffn" in found.plan.configuration
+    assert found.model.third.dtype == torch.bfloat16
 
 
 def test_layers_that_differ_leave_the_configuration_as_it_is():
@@ -254,7 +263,7 @@ def test_a_plan_that_states_numbers_of_another_model_changes_nothing():
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 48, "intermediate_size": 96}
 TEXT = {**SMALL, "vocab_size": 80, "max_position_embeddings": 32, "pad_token_id": 0}
 SHARED = {**TEXT, "num_key_value_heads": 2, "use_cache": False, "bos_token_id": 1, "eos_token_id": 2}
-T5 = {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 80, "use_cache": False}
+T5 = {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 1, "num_heads": 4, "vocab_size": 80, "use_cache": False}
 DISTIL = {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "vocab_size": 80, "max_position_embeddings": 32}
 GPT = {"n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 80, "n_positions": 32, "use_cache": False}
 LIKE_LLAMA = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"}
@@ -329,10 +338,10 @@ def transformers():
     return import_beside("transformers")
 
 
-def made(transformers, name):
+def made(transformers, name, **more):
     kind, config, options, *_ = CASES[name]
     torch.manual_seed(0)
-    model = shaken(getattr(transformers, kind)(getattr(transformers, config)(**options))).eval()
+    model = shaken(getattr(transformers, kind)(getattr(transformers, config)(**{**options, **more}))).eval()
     words = torch.randint(3, 80, (2, 7))
     return model, {"input_ids": words, "decoder_input_ids": words[:, :5]} if name == "t5" else {"input_ids": words}
 
@@ -381,7 +390,7 @@ def test_the_note_says_what_changed(round_trip):
 
 
 def test_heads_of_which_a_part_goes_keep_their_scale_and_the_configuration_stays(transformers, tmp_path):
-    model, inputs = made(transformers, "llama")
+    model, inputs = made(transformers, "llama", num_hidden_layers=1)
     plan = kirsch.plan(
         kirsch.trace(model, inputs), kirsch.Goal(macs=0.9), uniform=True, granularity=["head dim"], round_to=1
     )
@@ -390,7 +399,7 @@ def test_heads_of_which_a_part_goes_keep_their_scale_and_the_configuration_stays
     assert found.model.config.to_dict() == model.config.to_dict()
     assert_said(config_notes(found), r'self_attn\.scaling is 0\.2887 and would be 0\.\d+\. .* plan without "head dim"')
     kirsch.save(found.model, tmp_path / "small")
-    again = kirsch.load(tmp_path / "small", lambda: made(transformers, "llama")[0])
+    again = kirsch.load(tmp_path / "small", lambda: made(transformers, "llama", num_hidden_layers=1)[0])
     assert torch.equal(again(**inputs)[0], found.model(**inputs)[0])
 
 

@@ -108,6 +108,7 @@ def otherwise(pruned: nn.Module, changes: Numbers, args: Any, options: Any) -> s
             }
             own.load_state_dict(state)
             anew.load_state_dict(state)
+            _convert_alike(anew, own)
             before = outputs(own)
             tell(own, anew)
             if distance(before, outputs(own)) != 0:
@@ -117,6 +118,13 @@ def otherwise(pruned: nn.Module, changes: Numbers, args: Any, options: Any) -> s
         except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
             return said(error).rstrip(".")
     return ""
+
+
+def _convert_alike(anew: nn.Module, own: nn.Module) -> None:
+    """Give the buffers of a model built anew the types to which the other was converted as a whole, `model.half()`."""
+    for path, module in anew.named_modules():
+        for name, value in own.get_submodule(path).named_buffers(recurse=False):
+            setattr(module, name, module.get_buffer(name).to(value.dtype))
 
 
 def _cause(own: nn.Module, anew: nn.Module, differs: Callable[[], bool]) -> str:
