@@ -181,7 +181,8 @@ class Search:
         self.wanted = sizes(model)
         self.names = set(model.state_dict())
         self.stored = {axis: size for axis, size in self.wanted.items() if axis[0] in self.names}
-        self.stuck: list[tuple[str, int]] = []  # the axes that nothing set right, where they were fewest
+        self.stuck: list[tuple[str, int]] = []  # the axes that nothing sets right once most numbers are chosen
+        self._reached = (MOST_BUILDS, 0)  # how many numbers were still open there, how many axes wrong
         self.refusals: list[str] = []  # what was raised where all numbers were chosen
         self.held = held(model)
         self._known: dict[frozenset[tuple[str, float]], Sizes | Exception] = {}
@@ -281,8 +282,8 @@ class Search:
         wrong = [] if found is None else _wrong(found, self.stored)
         movers = Counter(axis for lever in levers for axis in lever.moved)
         stuck = [axis for axis in wrong if axis not in movers]
-        if stuck and (not self.stuck or len(stuck) < len(self.stuck)):
-            self.stuck = stuck
+        if stuck and (len(levers), len(stuck)) < self._reached:
+            self.stuck, self._reached = stuck, (len(levers), len(stuck))
         if not levers and found is not None and not stuck:
             yield chosen
         elif not levers and isinstance(error := self._known.get(frozenset(chosen.items())), Exception):
