@@ -88,6 +88,8 @@ def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -
     given = inputs_of(model, recipe.scope, inputs) if recipe.scope else inputs
     _same("cost", (graph.cost.parameters, graph.cost.macs), count(own, given))
     row["full"] = full(own, graph, row)
+    row["stage"] = "depth"
+    row["blocks"], row["depth"] = len(graph.blocks), depth(model, graph, inputs)
     row["stage"] = "plan"
     plan = planned(graph, row)
     row["stage"] = "prune"
@@ -139,6 +141,22 @@ def full(model: nn.Module, graph: Graph, row: dict[str, Any]) -> str:
     row["full_kept"] = graph.prices.price(keep).parameters / graph.cost.parameters
     try:
         row["full_error"] = verify(cut(model, graph, keep), model, graph, keep).error
+    except KirschError as error:
+        return str(error)
+    return "right"
+
+
+def depth(model: nn.Module, graph: Graph, inputs: Any) -> str:
+    """What stands against leaving half of the residual blocks out; "right" if nothing does, "" without any."""
+    if not graph.blocks:
+        return ""
+    least = graph.prices.price(graph.keep({}), graph.blocks).macs / max(graph.cost.macs, 1)
+    try:
+        plan = kirsch.plan_depth(graph, kirsch.Goal(macs=(1 + least) / 2), inputs, "random")
+        found = prune_with_proof(model, plan)
+        own = part_of(found.model, graph.tracing.scope)
+        given = inputs_of(model, graph.tracing.scope, inputs) if graph.tracing.scope else inputs
+        _same("cost without blocks", (plan.after.parameters, plan.after.macs), count(own, given))
     except KirschError as error:
         return str(error)
     return "right"
@@ -266,9 +284,11 @@ module that is returned, trained for a step, saved, loaded in a model built anew
 - **Right**: all of that. **Refused**: an error that names what stands in the way, before anything was returned.
   **Wrong**: anything else.
 - *Half of all*: a harder plan, half of every group of units. *Prunable*: share of the parameters that is not frozen.
+- *Blocks*: residual blocks that were found; half of them (by cost) were left out, at random, and that was verified.
 - *Error*: largest difference from the masked original, relative to its largest output, in float64.
 - Of detectors the backbone is cut in its place (`scope="backbone"`): they select boxes by values.
-- *Peer*, where there is such a column: Torch-Pruning with its defaults on the same model.
+- *Peer*, where there is such a column: Torch-Pruning with its defaults on the same model. That it runs and puts out the
+  same shapes is all that is looked at, not whether it still computes the function of what it kept.
 
 `python benchmarks/coverage.py` makes this page, with `--peer` that column too; here on {machine}, {date}."""
 
@@ -308,8 +328,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """A row for each model."""
     compared = any("peer" in row for row in rows)
     lines = [
-        f"| model | result | groups | prunable | MACs | error | half of all | trace | analysis |{' peer |' * compared}",
-        f"|---|---|---|---|---|---|---|---|---|{'---|' * compared}",
+        "| model | result | groups | prunable | MACs | error | half of all | blocks | trace | analysis |"
+        + " peer |" * compared,
+        "|---|---|---|---|---|---|---|---|---|---|" + "---|" * compared,
     ]
     for row in rows:
         cells = [
@@ -320,12 +341,19 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['macs']:.1%}" if "macs" in row else "–",
             f"{row['error']:.0e}" if "error" in row else "–",
             "–" if "full" not in row else "right" if row["full"] == "right" else "refused",
+            _blocks(row),
             f"{row['trace']:.1f} s" if "trace" in row else "–",
             f"{row['analysis'] * 1e3:.0f} ms" if "analysis" in row else "–",
             *([row.get("peer", "–")] if compared else []),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _blocks(row: dict[str, Any]) -> str:
+    if not row.get("blocks"):
+        return "–"
+    return f"{row['blocks']}, {'right' if row['depth'] == 'right' else 'refused'}"
 
 
 def stored(which: str) -> dict[str, dict[str, Any]]:

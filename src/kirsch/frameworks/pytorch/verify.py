@@ -70,7 +70,7 @@ def verify(
             "Prune with verify=False, or give the model values first.",
         )
     what = _Cut(keep, without, moved)
-    if not _shares_alike(pruned, original, what):  # two tensors of the same values put out the same, until they are trained
+    if not _shares_alike(pruned, original, what):  # of equal values, they would put out the same until they are trained
         raise VerificationError(
             f"The pruned {graph.model_name} does not share the tensors that the original shares.",
             WRONG_CUT,
