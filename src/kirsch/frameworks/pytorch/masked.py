@@ -7,10 +7,12 @@ both.
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Interpreter
+from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -37,6 +39,13 @@ def mask_of(labelled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch
 
 ASSERTIONS = frozenset(["_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"])
 """What the exporter adds to hold a run to the types and sizes of the trace; ours has other values, of another type."""
+
+
+@dataclass(frozen=True)
+class _Due:
+    """Stands for a parameter or buffer, by path, until an operation reads it."""
+
+    name: str
 
 
 class MaskedRun(Interpreter):
@@ -67,7 +76,7 @@ class MaskedRun(Interpreter):
             if node.op != "placeholder":
                 continue
             if node.name in self._traced.slots:
-                feed.append(None)  # `run_node` masks each tensor when it is due, so that not all of them lie about
+                feed.append(None)
             elif node.name in signature.inputs_to_lifted_tensor_constants:
                 feed.append(self._traced.program.constants[signature.inputs_to_lifted_tensor_constants[node.name]])
             else:
@@ -101,7 +110,7 @@ class MaskedRun(Interpreter):
         """One operation, with its statistics over kept entries if they span a labelled axis."""
         if n.op == "placeholder" and n.name in self._traced.slots:
             next(self.args_iter)  # the None that stands for it
-            return self._masked(self._traced.slots[n.name])
+            return _Due(self._traced.slots[n.name])
         if n.op != "call_function" or n.target is operator.getitem:
             return super().run_node(n)
         if n.target.__name__.partition(".")[0] in ASSERTIONS:  # type: ignore[union-attr]
@@ -114,6 +123,13 @@ class MaskedRun(Interpreter):
         if isinstance(out, (tuple, list)):
             return [self._finite(value, known) for value, known in zip(out, state, strict=True)]
         return self._finite(out, state)
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
+        """The arguments of an operation; its parameters are masked only now, so that not all of them lie about."""
+        return tree_map(
+            lambda value: self._masked(value.name) if isinstance(value, _Due) else value,
+            super().fetch_args_kwargs_from_env(n),
+        )
 
     def _masked(self, name: str) -> torch.Tensor:
         value, labelled = self._tensors[name], self._graph.tensors[name]

@@ -348,7 +348,7 @@ class _Walk:
         return state
 
     def put_out(self, places: Iterable[int], counted: Collection[int]) -> None:
-        """The shapes of the outputs that count stay what they are, and so do axes on which any output holds positions."""
+        """The shapes of the outputs that count stay what they are, as do axes on which any output holds positions."""
         self._facts.begin(Operation("output"))
         for place in places:
             state = self._given[place]
