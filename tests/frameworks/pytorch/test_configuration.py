@@ -158,6 +158,26 @@ def test_a_model_that_was_converted_to_another_type_is_described_as_well():
     assert found.model.third.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+def test_blocks_that_are_left_out_are_counted(depth):
+    model = carrying(depth=4)
+    graph = kirsch.trace(model, INPUT)
+    plan = kirsch.plan_depth(graph, kirsch.Goal(params=0.9 if depth == 3 else 0.7), INPUT, exclude=["listed", "wide"])
+    found = prune_with_proof(model, plan)
+    assert found.plan.configuration == {"depth": depth} == {"depth": len(found.model.blocks)}
+    assert config_notes(found) == [f"config: depth 4 -> {depth}; save_pretrained holds it."]
+    assert_built_anew(found.model)
+
+
+def test_blocks_that_no_number_counts_leave_the_configuration_as_it_is():
+    model = carrying()
+    plan = kirsch.plan_depth(
+        kirsch.trace(model, INPUT), kirsch.Goal(params=0.95), INPUT, exclude=["blocks", "listed", "inner"]
+    )
+    assert plan.without == ("wide",)
+    assert_said(config_notes(prune_with_proof(model, plan)), "No configuration describes .* names differ")
+
+
 def test_layers_that_differ_leave_the_configuration_as_it_is():
     model = carrying()
     plan = kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(params=0.7), granularity=["ffn unit"], round_to=1)
@@ -387,6 +407,19 @@ def test_the_note_says_what_changed(round_trip):
     found, _ = round_trip[0]["bert"]
     number = found.model.bert.encoder.layer[0].intermediate.dense.out_features
     assert config_notes(found) == [f"config: intermediate_size 96 -> {number}; save_pretrained holds it."]
+
+
+def test_a_language_model_with_fewer_layers_says_so(transformers, tmp_path):
+    model, inputs = made(transformers, "llama", num_hidden_layers=4)
+    plan = kirsch.plan_depth(kirsch.trace(model, inputs), kirsch.Goal(macs=0.7), inputs)
+    found = prune_with_proof(model, plan).model
+    assert found.config.num_hidden_layers == len(found.model.layers) < 4
+    assert [layer.self_attn.layer_idx for layer in found.model.layers] == list(range(len(found.model.layers)))
+    found.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path).eval()(**inputs)[0], found(**inputs)[0])
+    words = found.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False, use_cache=True)
+    plain = found.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(words, plain)
 
 
 def test_heads_of_which_a_part_goes_keep_their_scale_and_the_configuration_stays(transformers, tmp_path):

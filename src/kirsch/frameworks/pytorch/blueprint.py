@@ -136,6 +136,17 @@ def _wrong(found: Sizes, wanted: Sizes) -> list[tuple[str, int]]:
     return [axis for axis, size in wanted.items() if found.get(axis) != size]
 
 
+def _numbered(names: AbstractSet[str]) -> dict[str, set[str]]:
+    """Path of a list → the numbers of its elements that these names have."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for place, part in enumerate(parts):
+            if part.isdecimal():
+                found.setdefault(".".join(parts[:place]), set()).add(part)
+    return found
+
+
 @dataclass(frozen=True)
 class Lever:
     """A number of a configuration that sets sizes.
@@ -210,12 +221,13 @@ class Search:
 
     def solutions(self) -> list[Numbers]:
         """The numbers that change, for each configuration that builds what is stored; those that build most first."""
-        start = self.trial({})
-        if start is None or set(built(self.model, {}, "meta").state_dict()) != self.names:
+        counts = self._counts()
+        start = None if counts is None else self.trial(counts)
+        if counts is None or start is None:
             return []
-        implied = self._implied(start)
+        implied = {**counts, **self._implied(start, counts)}
         every = self._solutions(self._levers(start, implied), implied, start)
-        found = [self._fewest(changes, implied.keys()) for changes in every]
+        found = [self._fewest(changes, implied.keys() - counts.keys()) for changes in every]
         return sorted(found, key=lambda changes: len(_wrong(self.trial(changes) or {}, self.wanted)))
 
     def _fewest(self, changes: Numbers, implied: AbstractSet[str]) -> Numbers:
@@ -244,17 +256,40 @@ class Search:
         found = self._known[key]
         return None if isinstance(found, Exception) else found
 
-    def _implied(self, start: Sizes) -> Numbers:
+    def _counts(self) -> Numbers | None:
+        """How many layers there are, where some were left out: the numbers that build what is stored, by its names."""
+        lacking = self._lacking({})
+        fewer = {len(places) for places in _numbered(lacking or set()).values()}
+        counts: Numbers = {}
+        for path, value in numbers(self.model.config).items():
+            if not isinstance(value, int):
+                continue
+            for count in sorted(fewer) if lacking else ():
+                rest = self._lacking({**counts, path: value - count}) if value > count else None
+                if rest is not None and len(rest) < len(lacking or ()):
+                    counts[path], lacking = value - count, rest
+                    break
+        return None if lacking is None or lacking else counts
+
+    def _lacking(self, changes: Numbers) -> set[str] | None:
+        """What these numbers build and the model does not store; None if they build nothing or less than it stores."""
+        try:
+            names = set(built(self.model, changes, "meta").state_dict())
+        except Exception:  # noqa: BLE001 - whatever the model's own code raises where numbers do not fit
+            return None
+        return names - self.names if self.names <= names else None
+
+    def _implied(self, start: Sizes, counts: Numbers) -> Numbers:
         """What stands for None, or for what is missing: the numbers that say what is built without them."""
         silent = [path for path, value in numbers(self.model.config).items() if value is None]
         silent += [name for name in self.held if not hasattr(self.model.config, name)]
         implied: Numbers = {}
         for path, trial in itertools.product(silent, INSTEAD_OF_NONE):
-            found = self.trial({path: trial}) or start
+            found = self.trial({**counts, path: trial}) or start
             axis = next((axis for axis, size in found.items() if start.get(axis, size) != size), None)
             if axis is not None and path not in implied:
                 number = Fraction(trial) * start[axis] / max(found[axis], 1)
-                if number.denominator == 1 and self.trial({**implied, path: int(number)}) == start:
+                if number.denominator == 1 and self.trial({**counts, **implied, path: int(number)}) == start:
                     implied[path] = int(number)
         return implied
 

@@ -36,7 +36,7 @@ def configure(pruned: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> t
 
     Without verification only the numbers that the plan states are taken, which were proven when it was applied first.
     """
-    if not carried(pruned) or not plan.groups:
+    if not carried(pruned) or not (plan.groups or plan.blocks):
         return {}, ()
     if graph.tracing.scope:
         return {}, (OF_A_PART,)

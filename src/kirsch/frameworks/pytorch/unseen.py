@@ -6,6 +6,7 @@ a wrong cut of them would pass. The gradient tells.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,20 +64,28 @@ def _reach(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: list[Any])
     """Axis of a tensor → for each place on it, how far it moves the outputs."""
     once: dict[int, torch.Tensor] = {}  # tied tensors are one
     leaves = {name: once.setdefault(id(graph.tensors[name]), value.detach()) for name, value in tensors.items()}
-    floating = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf.is_floating_point()}
+    sites: dict[str, list[int]] = {}
+    for name, axis in graph.axes:
+        if leaves[name].is_floating_point():
+            sites.setdefault(name, []).append(axis)
+    reach: Reach = {(name, axis): np.zeros(leaves[name].shape[axis]) for name, own in sites.items() for axis in own}
+
+    def take(name: str, leaf: torch.Tensor) -> None:
+        effect = (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad * leaf).detach()
+        effect = effect.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs()
+        leaf.grad = None  # not all of them at once
+        for axis in sites[name]:
+            places = effect.movedim(axis, 0).reshape(effect.shape[axis], -1)
+            reach[name, axis] = places.amax(1).cpu().double().numpy()
+
+    for name in sites:
+        leaf: Any = leaves[name].requires_grad_()  # PyTorch annotates no hooks
+        leaf.register_post_accumulate_grad_hook(functools.partial(take, name))
     torch.manual_seed(0)
     outputs = MaskedRun(graph, graph.keep({}), leaves).outputs(inputs, gradients=True)
     moved = [out.abs() if out.is_complex() else out for out in outputs if out.requires_grad]
     if not moved:
         return {}
     whole = torch.stack([torch.where(out.isfinite(), out * torch.rand_like(out), 0).sum() for out in moved]).sum()
-    slopes = dict(zip(floating, torch.autograd.grad(whole, list(floating.values()), allow_unused=True), strict=True))
-    reach: Reach = {}
-    for name, axis in graph.axes:
-        if name in floating:
-            slope = torch.zeros_like(leaves[name]) if slopes[name] is None else slopes[name]
-            effect = (slope * leaves[name]).detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs()
-            reach[name, axis] = (
-                effect.movedim(axis, 0).reshape(len(graph.axes[name, axis]), -1).amax(1).cpu().double().numpy()
-            )
+    whole.backward()  # type: ignore[no-untyped-call]  # PyTorch annotates it not
     return reach

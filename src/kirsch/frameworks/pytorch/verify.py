@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,10 +164,11 @@ def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, d
     with _OneType(dtype):
         masked = drawing_alike(lambda: MaskedRun(graph, keep, tensors, what.without).outputs(flat))
         dense = drawing_alike(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat))
-        found = drawing_alike(lambda: run(candidate, args, options))
+        found = drawing_alike(functools.partial(run, candidate, args, options))
     folded = any(graph.kept(fold.width, keep) is not None for fold in traced.folds)
     tolerance, reason = max(TOLERANCES[dtype], FOLDED) if folded else TOLERANCES[dtype]
     error = distance(masked, found)
+    del candidate, noise
     with _OneType(dtype):
         hidden = unseen(graph, keep, tensors, flat) if error <= tolerance else ()
     return Verification(
