@@ -211,6 +211,7 @@ class Search:
         if self.refusals:
             return f"The numbers that would are refused: {self.refusals[0]}"
         if not self.stuck:
+            self.trial({})
             why = self._known[frozenset()]
             return f"Its own builds no such model: {said(why) if isinstance(why, Exception) else 'names differ.'}"
         name, axis = self.stuck[0]
