@@ -24,7 +24,8 @@ def explain(graph: Graph, layer: str) -> str:
     """See `Graph.explain`."""
     own = [name for name in graph.tensors if name == layer or name.startswith(f"{layer}.")]
     if not own:
-        raise UnknownNameError("layer with parameters named", layer, {n.rpartition(".")[0] for n in graph.tensors})
+        layers = {name.rpartition(".")[0] or name for name in graph.tensors}  # those of the model itself by their names
+        raise UnknownNameError("layer with parameters named", layer, layers)
     sites = [site for site in graph.axes if site[0] in own]
     lines: list[str] = []
     told: set[ParameterAxis] = set()

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from kirsch.errors import VerificationError
-from kirsch.frameworks.pytorch import masked
+from kirsch.frameworks.pytorch import masked, operators
 from kirsch.frameworks.pytorch.framework import PyTorch
 from kirsch.frameworks.pytorch.surgery import cut
 from kirsch.frameworks.pytorch.trace import trace
 from kirsch.frameworks.pytorch.verify import distance, verify
+from kirsch.graph.labels import Tensor
 from proving import half_of_everything, shaken
 
 
@@ -306,3 +307,52 @@ def test_inputs_that_the_model_writes_into_are_left_as_they_were():
     model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double()
     assert verified(shaken(model), inputs).passed
     assert torch.equal(inputs, before)
+
+
+class Auxiliary(nn.Module):
+    """A second head that only training runs, over the sum of two layers of its own."""
+
+    def __init__(self, *, draws=False):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.left, self.right, self.head, self.drop = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 3), nn.Dropout(0.5)
+        self.norm, self.draws = nn.LayerNorm(6), draws
+
+    def forward(self, x):
+        x = self.drop(self.first(x).relu())
+        if not self.training or (self.draws and torch.rand([]) < 0.5):
+            return self.second(x)
+        return self.second(x), self.head(self.norm(F.dropout(self.left(x) + self.right(x), 0.3, training=True)))
+
+
+def test_what_only_training_runs_is_cut_and_held_against_the_masked_original():
+    model = shaken(Auxiliary())
+    graph = trace(model, torch.randn(5, 4))
+    assert sorted(group.size for group in graph.groups) == [6, 8]
+    assert verified(model, torch.randn(5, 4)).passed
+
+
+@pytest.mark.parametrize("left_out", ["the tie of a sum", "the statistic of a normalisation"])
+def test_a_fault_in_what_only_training_runs_is_seen(monkeypatch, left_out):
+    def untied(step):
+        for tensor in step.tensors()[1:]:
+            for axis in tensor.axes:
+                step.facts.reduce(axis)
+        return Tensor.of(step.shape, step.tensors()[0].axes)
+
+    def plain(mask, *args):
+        return masked_norm(torch.ones_like(mask), *args)
+
+    masked_norm = masked.STATISTICS["layer_norm"]
+    if left_out == "the tie of a sum":
+        monkeypatch.setitem(operators.RULES, "add", untied)
+    else:
+        monkeypatch.setitem(masked.STATISTICS, "layer_norm", plain)
+    with pytest.raises(VerificationError, match=r"in training mode is not equal to the masked original|does not run"):
+        verified(shaken(Auxiliary()), torch.randn(5, 4))
+
+
+def test_a_model_that_draws_what_it_runs_in_training_is_not_refused_for_that():
+    for seed in range(6):
+        torch.manual_seed(seed)
+        assert verified(shaken(Auxiliary(draws=True)), torch.randn(5, 4)).passed

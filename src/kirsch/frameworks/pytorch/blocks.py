@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 CARRYING = """
 relu relu6 gelu silu mish elu leaky_relu hardswish hardtanh clamp dropout native_dropout clone contiguous alias detach
 to _to_copy view _unsafe_view reshape flatten unflatten permute transpose squeeze unsqueeze layer_norm rms_norm
-batch_norm group_norm instance_norm
+batch_norm _native_batch_norm_legit_no_training getitem group_norm instance_norm
 """
 """Operations that a path from the output of a block to its input may lead through, by their first operand."""
 
@@ -79,7 +79,7 @@ def find(model: nn.Module, states: Mapping[Node, Any], held: Collection[str], ca
     for node in states:
         for path, _ in (node.meta.get("nn_module_stack") or {}).values():
             regions.setdefault(str(path).split("@")[0], []).append(node)
-    found: dict[str, tuple[Block, list[Node]]] = {}
+    found: dict[str, Block] = {}
     for path, module in reversed([*model.named_modules()]):  # the inner ones first
         if not path or path not in regions or len(calls.entered.get(path, ())) != 1:
             continue
@@ -94,8 +94,8 @@ def find(model: nn.Module, states: Mapping[Node, Any], held: Collection[str], ca
             continue  # a row of blocks
         for name in inner:
             del found[name]
-        found[path] = block, way
-    return tuple(found[path][0] for path, _ in model.named_modules() if path in found)
+        found[path] = block
+    return tuple(found[path] for path, _ in model.named_modules() if path in found)
 
 
 def _block(

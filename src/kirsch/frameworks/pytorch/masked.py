@@ -57,10 +57,19 @@ class MaskedRun(Interpreter):
         keep: NDArray[np.bool_],
         tensors: Mapping[str, torch.Tensor],
         blocks: Collection[str] = (),
+        *,
+        training: bool = False,
     ) -> None:
-        """`tensors`: parameters and buffers by path, in the type to compute in; `blocks`: those that are left out."""
+        """A run in inference mode, or of the trace in training mode.
+
+        Args:
+            graph, keep: what is masked.
+            tensors: parameters and buffers by path, in the type to compute in.
+            blocks: those that are left out.
+            training: whether it is the trace in training mode.
+        """
         self._graph = graph
-        self._traced: Traced = graph.traced
+        self._traced: Traced = graph.traced.training if training else graph.traced
         self._keep = keep
         self._tensors = tensors
         self._entries = {block.exit: block.entry for block in self._traced.blocks if block.path in blocks}
@@ -118,7 +127,7 @@ class MaskedRun(Interpreter):
         if n.target is torch.ops.aten.view.default:  # a masked statistic may lie in memory otherwise
             args, _ = self.fetch_args_kwargs_from_env(n)
             return self._finite(args[0].reshape(args[1]), self._traced.states[n])
-        out = self._statistic(n) if n.name in self._graph.facts.statistics else super().run_node(n)
+        out = self._statistic(n) if n.name in self._traced.statistics else super().run_node(n)
         state = self._traced.states[n]
         if isinstance(out, (tuple, list)):
             return [self._finite(value, known) for value, known in zip(out, state, strict=True)]

@@ -56,6 +56,8 @@ class Traced:
         counted: those of them that count, and stay whole.
         folds: where the scale of an attention is kept.
         blocks: what may be left out as a whole.
+        statistics: nodes whose result is a statistic over units.
+        training: the same of a run in training mode, where only that reaches some parameters.
     """
 
     program: ExportedProgram
@@ -67,6 +69,8 @@ class Traced:
     counted: frozenset[int]
     folds: list[Fold]
     blocks: tuple[Block, ...]
+    statistics: frozenset[str]
+    training: Traced | None = None
 
 
 def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, of_part: bool = False) -> Graph:
@@ -91,7 +95,11 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
     _parameter_costs(model, facts, tensors)
     unused = _unused(tensors, traced)
     if unused:
-        unused &= _training_only(model, args, options, facts, tensors, tracing)
+        traced.training = _training_only(model, args, options, facts, tensors, tracing)
+    if traced.training is not None:
+        unused &= _unused(tensors, traced.training)
+        known = {name for fold in traced.folds for name in fold.rows}
+        traced.folds += [fold for fold in traced.training.folds if known.isdisjoint(fold.rows)]
     _freeze_unused(unused, facts, tensors)
     if tracing.scope:
         _freeze_shared(shared_with_rest(whole, tracing.scope), model, facts, tensors)
@@ -143,7 +151,8 @@ def _walk(
         walk.pin_numbers()
     modules = not training and not tracing.as_graph
     blocks = find_blocks(model, walk.states, {*slots, *constants}, calls) if modules else ()
-    return Traced(program, slots, walk.states, args, options, outputs, counted, walk.folds, blocks)
+    statistics = frozenset(facts.statistics)
+    return Traced(program, slots, walk.states, args, options, outputs, counted, walk.folds, blocks, statistics)
 
 
 def _training_only(
@@ -153,17 +162,17 @@ def _training_only(
     facts: Facts,
     tensors: dict[str, Tensor],
     tracing: Tracing,
-) -> set[int]:
-    """Add the ties of what only training runs, such as auxiliary heads; gives the tensors that it does not use either.
+) -> Traced | None:
+    """Add the ties of what only training runs, such as auxiliary heads; None if training cannot be traced.
 
     Costs and statistics stay those of inference.
     """
-    terms, statistics = list(facts.terms), set(facts.statistics)
+    terms, statistics, facts.statistics = list(facts.terms), facts.statistics, set()
     try:
         way = replace(tracing, decisions="example")  # of several, such as the masks that training draws
-        return _unused(tensors, _walk(model, args, options, facts, tensors, way, training=True))
+        return _walk(model, args, options, facts, tensors, way, training=True)
     except ModelError:
-        return {id(tensor) for tensor in tensors.values()}
+        return None
     finally:
         facts.terms[:], facts.statistics = terms, statistics
 

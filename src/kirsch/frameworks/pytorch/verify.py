@@ -100,10 +100,12 @@ class _Cut:
 
 
 def _verified(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut) -> Verification:
+    dtype = torch.float64
     try:
-        found = _compare(pruned, original, graph, what, torch.float64)
+        found = _compare(pruned, original, graph, what, dtype)
     except Exception:  # noqa: BLE001 - whatever the model's own code raises
-        found = _compare(pruned, original, graph, what, torch.float32)
+        dtype = torch.float32
+        found = _compare(pruned, original, graph, what, dtype)
     if not found.passed:
         _refuse_unstable(pruned, graph)
         raise VerificationError(
@@ -112,6 +114,14 @@ def _verified(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut) 
             "Exclude the layers that are unusual, and report the model.",
         )
     fault = _training_fault(pruned, graph)
+    if fault is None and graph.traced.training is not None and not (what.without or graph.tracing.as_graph):
+        error = _training_error(pruned, original, graph, what, dtype)
+        if not error <= found.tolerance:
+            raise VerificationError(
+                f"The pruned {graph.model_name} in training mode is not equal to the masked original.",
+                f"What only training runs differs by {error:.0e}. {WRONG_CUT}",
+                "Exclude the layers that are unusual, and report the model.",
+            )
     if fault is not None and _training_fault(original, graph) is None:
         raise VerificationError(
             f"The pruned {graph.model_name} runs in inference mode only.",
@@ -150,16 +160,9 @@ def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, d
     keep = what.keep
     traced: Traced = graph.traced
     noise = noise_of(original)
-    tensors = {
-        name: torch.add(_cast(value, dtype), noise[id(value)].to(value.device))
-        if id(value) in noise
-        else value.detach()
-        for name, value in _named(original).items()
-    }
+    tensors = _noisy(original, noise, dtype)
     candidate = _candidate(pruned, original, graph, what, noise, dtype)
-    args, options = tree_map(lambda value: _cast(value, dtype), (traced.args, traced.options))
-    if graph.tracing.decisions != "example":  # other values could lead elsewhere
-        args, options = tree_map(_telling, (args, options))
+    args, options = _inputs(graph, dtype)
     flat = tree_leaves((args, options))
     with _OneType(dtype):
         masked = drawing_alike(lambda: MaskedRun(graph, keep, tensors, what.without).outputs(flat))
@@ -179,6 +182,48 @@ def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, d
         statistics=tuple(sorted(graph.facts.statistics)),
         unseen=hidden,
     )
+
+
+def _training_error(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, dtype: torch.dtype) -> float:
+    """How far a pruned module lies from the masked original in training mode, where nothing is dropped.
+
+    0 where not even the original does what the trace says, because it draws which way it goes.
+    """
+    noise = noise_of(original)
+    tensors = _noisy(original, noise, dtype)
+    args, options = _inputs(graph, dtype)
+    flat = tree_leaves((args, options))
+    whole = _Cut(graph.keep({}), (), None)
+
+    def apart(model: nn.Module, cut: _Cut) -> float:
+        candidate = _candidate(model, original, graph, cut, noise, dtype).train()
+        with _OneType(dtype), _DropsNothing():  # type: ignore[no-untyped-call]
+            masked = drawing_alike(lambda: MaskedRun(graph, cut.keep, tensors, training=True).outputs(flat))
+            return distance(masked, drawing_alike(functools.partial(run, candidate, args, options)))
+
+    try:
+        follows = apart(original, whole) <= TOLERANCES[dtype][0]
+    except Exception:  # noqa: BLE001 - whatever an operation of training raises in this type
+        return 0.0
+    return apart(pruned, what) if follows else 0.0
+
+
+def _noisy(model: nn.Module, noise: Mapping[int, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Parameters and buffers with their noise."""
+    return {
+        name: torch.add(_cast(value, dtype), noise[id(value)].to(value.device))
+        if id(value) in noise
+        else value.detach()
+        for name, value in _named(model).items()
+    }
+
+
+def _inputs(graph: Graph, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The example inputs in a type; with noise where they tell nothing."""
+    both: tuple[Any, Any] = tree_map(lambda v: _cast(v, dtype), (graph.traced.args, graph.traced.options))
+    if graph.tracing.decisions != "example":  # other values could lead elsewhere
+        both = tree_map(_telling, both)
+    return both
 
 
 def drawing_alike(forward: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
@@ -207,6 +252,21 @@ class _OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch a
 
     def _widened(self, value: Any) -> Any:
         return _cast(value, self._dtype) if isinstance(value, torch.Tensor) else value
+
+
+class _DropsNothing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Draws of zeros and ones are their means, so that dropout keeps everything, in models of any width."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        name = func._schema.name.removeprefix("aten::")  # noqa: SLF001 - as above
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        if name in ("bernoulli", "bernoulli_"):
+            default = 0.5 if name == "bernoulli_" else args[0]  # PyTorch leaves out what equals the default
+            mean = args[1] if len(args) > 1 else default
+            return (args[0] if name == "bernoulli_" else torch.empty_like(args[0])).copy_(torch.as_tensor(mean))
+        return func(*args, **(kwargs or {}))
 
 
 def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
