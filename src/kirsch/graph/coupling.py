@@ -96,7 +96,8 @@ def equalities(facts: Facts) -> NDArray[np.int64]:
 def _tied(component: NDArray[np.int64], ties: Sequence[tuple[Labels, Labels]]) -> NDArray[np.int64]:
     """Label → component once these labels go together too; components are numbered by their first labels.
 
-    Whatever meets an earlier component hangs on it, all at once, until none meet: two rounds for a star, one for a row.
+    Whatever meets earlier components hangs on the earliest, all at once, until none meet: one round for a row, two for
+    a star.
     """
     if not ties:
         return component
@@ -105,7 +106,7 @@ def _tied(component: NDArray[np.int64], ties: Sequence[tuple[Labels, Labels]]) -
     root = np.arange(component.max() + 1)
     while (differs := one != other).any():
         one, other = one[differs], other[differs]
-        root[np.maximum(one, other)] = np.minimum(one, other)
+        np.minimum.at(root, np.maximum(one, other), np.minimum(one, other))
         while ((above := root[root]) != root).any():
             root = above
         one, other = root[one], root[other]
