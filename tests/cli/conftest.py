@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,16 @@ from pathlib import Path
 import pytest
 
 from kirsch.cli import main
+
+@pytest.fixture(autouse=True)
+def _hearing():
+    """What started the tests may ignore a hangup, as nohup does, or an interrupt, as a shell in the background does."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 SOURCE = Path(__file__).parents[2] / "src"
 

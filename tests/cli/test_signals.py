@@ -14,14 +14,6 @@ from kirsch.errors import Interrupted, Preempted
 KINDS = [(signal.SIGINT, Interrupted, 130), (signal.SIGTERM, Preempted, 75), (signal.SIGHUP, Preempted, 75)]
 
 
-@pytest.fixture(autouse=True)
-def _hearing():
-    """Whatever started the tests may ignore a hangup, as nohup does."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 def test_nothing_stops_as_long_as_nobody_asks():
     with watched(Path("run")) as stop:
         assert stop() is None
