@@ -13,6 +13,7 @@ import pytest
 
 from kirsch.cli import main
 
+
 @pytest.fixture(autouse=True)
 def _hearing():
     """What started the tests may ignore a hangup, as nohup does, or an interrupt, as a shell in the background does."""
