@@ -12,7 +12,7 @@ from torch import nn
 
 import kirsch
 from kirsch.errors import ModelError, PlanError, VerificationError
-from kirsch.frameworks.pytorch import blocks
+from kirsch.frameworks.pytorch import dropping
 from kirsch.frameworks.pytorch.count import count
 from kirsch.graph.plan import Goal, Plan, Skip
 from kirsch.pruning.prune import prune_with_proof
@@ -279,20 +279,20 @@ def test_a_block_of_a_part_is_left_out_in_its_place():
 
 @pytest.mark.parametrize("other", ["layers.0", "layers.2"])
 def test_another_block_than_the_one_of_the_plan_is_seen_by_the_proof(monkeypatch, other):
-    model, drop = shaken(Row(3)), blocks.drop
+    model, drop = shaken(Row(3)), dropping.drop
 
     def wrong(pruned, gone, args, options):
         moved = drop(pruned, [dataclasses.replace(gone[0], path=other)], args, options)
         return {path.replace("layers.1", other): to for path, to in moved.items()}
 
-    monkeypatch.setattr(blocks, "drop", wrong)
+    monkeypatch.setattr(dropping, "drop", wrong)
     with pytest.raises(VerificationError, match="not equal to the masked original"):
         kirsch.prune(model, without(model, WORDS, "layers.1"))
 
 
 def test_a_block_that_is_still_there_is_seen_by_the_proof(monkeypatch):
     model = shaken(Row(3))
-    monkeypatch.setattr(blocks, "drop", lambda pruned, *_: {path: path for path, _ in pruned.named_modules()})
+    monkeypatch.setattr(dropping, "drop", lambda pruned, *_: {path: path for path, _ in pruned.named_modules()})
     with pytest.raises(VerificationError, match="not equal to the masked original"):
         kirsch.prune(model, without(model, WORDS, "layers.1"))
 

@@ -14,17 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
-from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.masked import ASSERTIONS
-from kirsch.frameworks.pytorch.outputs import named
-from kirsch.frameworks.pytorch.predict import arguments, inference
+from kirsch.frameworks.pytorch.predict import arguments, inference, run
 from kirsch.frameworks.pytorch.program import name_of, shapes_of
 from kirsch.frameworks.pytorch.scope import part_of, shared_with_rest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from numpy.typing import NDArray
     from torch.fx import Node
@@ -197,7 +194,7 @@ class Runner:
     def outputs(self, inputs: Any, without: Collection[str] = ()) -> list[NDArray[Any]]:
         """See the port."""
         with skipping(self._model, [self._blocks[path] for path in without]):
-            found = _run(self._whole, *arguments(inputs))
+            found = repeatable(self._whole, *arguments(inputs))
         return [value.double().cpu().numpy() for value in found if value.is_floating_point()]
 
     def passed(self, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
@@ -215,7 +212,7 @@ class Runner:
             return saw
 
         with _hooked(self._model, self._blocks.values(), hook):
-            _run(self._whole, *arguments(inputs))
+            repeatable(self._whole, *arguments(inputs))
 
 
 @contextlib.contextmanager
@@ -242,118 +239,9 @@ def skipping(model: nn.Module, blocks: Collection[Block]) -> contextlib.Abstract
     return _hooked(model, blocks, hook)
 
 
-def drop(model: nn.Module, blocks: Collection[Block], args: Any, options: Any) -> dict[str, str]:
-    """Take blocks out of a model, which is changed.
-
-    One that stands in a list leaves it, and what numbers the elements of the list is numbered anew; where the forward
-    does not allow that, and elsewhere, it becomes `nn.Identity`.
-
-    Args:
-        model: the copy that is changed.
-        blocks: of `find`.
-        args, options: example inputs.
-
-    Returns:
-        Path of each module that is left → its path now.
-
-    Raises:
-        ModelError: a block can neither leave its list nor be an identity.
-    """
-    before = {id(module): path for path, module in model.named_modules()}
-    with skipping(model, blocks):
-        wanted = _run(model, args, options)
-    left = list(blocks)
-    parents = dict.fromkeys(block.path.rpartition(".")[0] for block in blocks)
-    for parent in sorted(parents, key=lambda path: -path.count(".")):  # leaving a list moves what lies below it
-        own = [block for block in left if block.path.rpartition(".")[0] == parent]
-        left = [block for block in left if block not in own]
-        container = model.get_submodule(parent)
-        names = [block.path.rpartition(".")[2] for block in own]
-        if isinstance(container, (nn.ModuleList, nn.Sequential)):
-            undo = _leave(container, names)
-            with skipping(model, left):
-                if _same(wanted, _attempt(model, args, options)):
-                    continue
-            undo()
-        for block, name in zip(own, names, strict=True):
-            if not block.plain:
-                raise ModelError(
-                    f"The block {block.path!r} of {type(model).__name__} cannot be left out.",
-                    "The forward does not run without it, or computes something else then, and passes it more than "
-                    "one argument.",
-                    "Exclude it.",
-                )
-            setattr(container, name, nn.Identity())
-    return {before[id(module)]: path for path, module in model.named_modules() if id(module) in before}
-
-
-def _leave(container: nn.Module, names: Collection[str]) -> Callable[[], None]:
-    """Take elements out of a list and number what is left anew; gives the way back."""
-    whole = dict(container.named_children())
-    numbers = _numbers(list(whole.values()))
-    rest = {name: child for name, child in whole.items() if name not in names}
-    numbered = all(name.isdecimal() for name in whole)
-    _fill(container, {str(number) if numbered else name: rest[name] for number, name in enumerate(rest)})
-    for number, child in enumerate(rest.values()):
-        _number(child, number, numbers)
-
-    def undo() -> None:
-        _fill(container, whole)
-        for number, child in enumerate(whole.values()):
-            _number(child, number, numbers)
-
-    return undo
-
-
-def _fill(container: nn.Module, children: Mapping[str, nn.Module]) -> None:
-    for name in [name for name, _ in container.named_children()]:
-        delattr(container, name)
-    for name, child in children.items():
-        container.add_module(name, child)
-
-
-def _numbers(children: Sequence[nn.Module]) -> set[tuple[str, str]]:
-    """(path, attribute) that holds in each element of a list its own number, if there are two elements or more.
-
-    Such as the number of a layer by which it finds its own part of a cache.
-    """
-    found = [
-        {
-            (path, attribute)
-            for path, module in child.named_modules()
-            for attribute, value in vars(module).items()
-            if type(value) is int and value == number
-        }
-        for number, child in enumerate(children)
-    ]
-    return found[0].intersection(*found[1:]) if len(found) > 1 else set()
-
-
-def _number(child: nn.Module, number: int, numbers: Collection[tuple[str, str]]) -> None:
-    for path, attribute in numbers:
-        setattr(child.get_submodule(path), attribute, number)
-
-
-def _attempt(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
-    """The outputs; none if the forward fails."""
-    try:
-        return _run(model, args, options)
-    except Exception:  # noqa: BLE001 - whatever the model's own code raises
-        return []
-
-
-def _run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
-    args, options = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, options))
+def repeatable(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
+    """The outputs in inference mode, with the same random numbers each time."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with inference(model), torch.no_grad(), torch.random.fork_rng(devices):
+    with inference(model), torch.random.fork_rng(devices):
         torch.manual_seed(0)
-        return list(named(model(*args, **options)).values())
-
-
-def _same(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> bool:
-    """Whether two runs put out the same numbers; on the meta device, the same shapes."""
-    if [t.shape for t in wanted] != [t.shape for t in found]:
-        return False
-    return all(
-        a.is_meta or bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(wanted, found, strict=True)
-    )
+        return run(model, args, options)

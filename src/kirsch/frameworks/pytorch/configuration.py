@@ -14,7 +14,8 @@ import torch
 
 from kirsch.errors import said
 from kirsch.frameworks.pytorch.blueprint import Search, built, carried, numbers, quietly
-from kirsch.frameworks.pytorch.verify import distance, drawing_alike, noise_of, run
+from kirsch.frameworks.pytorch.predict import run
+from kirsch.frameworks.pytorch.verify import distance, drawing_alike, noise_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

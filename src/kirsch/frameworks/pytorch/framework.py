@@ -11,9 +11,9 @@ import torch
 
 from kirsch.errors import KirschError, LoadError, UnknownNameError, VerificationError, said
 from kirsch.frameworks.pytorch import (
-    blocks,
     configuration,
     count,
+    dropping,
     export,
     hub,
     predict,
@@ -51,7 +51,7 @@ class PyTorch:
         make = rewritten.rewritten if graph.tracing.as_graph else surgery.cut
         pruned = make(own, graph, keep)
         gone = [block for block in graph.traced.blocks if block.path in plan.without]
-        moved = blocks.drop(pruned, gone, graph.traced.args, graph.traced.options) if gone else None
+        moved = dropping.drop(pruned, gone, graph.traced.args, graph.traced.options) if gone else None
         proof = self._prove(pruned, own, graph, keep, plan.without, moved) if verify else None
         return scope.with_part(model, path, pruned) if path else pruned, proof
 

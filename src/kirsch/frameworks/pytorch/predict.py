@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from kirsch.errors import DataError
 from kirsch.frameworks.pytorch.outputs import named
@@ -35,6 +36,13 @@ def inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
+    """All tensors that a model puts out in its present mode, without gradient; it may write into its inputs."""
+    args, options = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, options))
+    with torch.no_grad():
+        return list(named(model(*args, **options)).values())
 
 
 def logits_of(outputs: Any) -> Any:

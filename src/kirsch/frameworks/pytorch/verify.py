@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import VerificationError, said
 from kirsch.frameworks.pytorch.masked import MaskedRun
-from kirsch.frameworks.pytorch.outputs import named
+from kirsch.frameworks.pytorch.predict import run
 from kirsch.frameworks.pytorch.surgery import sliced
 from kirsch.frameworks.pytorch.unseen import unseen
 from kirsch.graph.proof import Verification
@@ -267,14 +267,6 @@ class _DropsNothing(TorchDispatchMode):  # type: ignore[no-untyped-call]
             mean = args[1] if len(args) > 1 else default
             return (args[0] if name == "bernoulli_" else torch.empty_like(args[0])).copy_(torch.as_tensor(mean))
         return func(*args, **(kwargs or {}))
-
-
-def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
-    """All tensors that a model puts out; it may write into its inputs."""
-    args, options = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, options))
-    with torch.no_grad():
-        out = model(*args, **options)
-    return list(named(out).values())
 
 
 def _candidate(
