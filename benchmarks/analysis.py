@@ -1,11 +1,11 @@
-"""What the analysis costs beside the trace, by size and by depth, and what a plan and a cut cost; prints JSON.
+"""What the analysis costs beside the trace, by size and by depth, and what a plan and a cut cost; writes docs/scale.md.
 
 Models live on the meta device, shapes without values; those that are cut have values. Each row runs in a process of its
 own, so that its memory is its own; times are those of the processor.
 
-    python benchmarks/analysis.py                # the sizes
-    python benchmarks/analysis.py --depth        # one shape of a language model at 1, 2, 4 ... 80 layers
-    python benchmarks/analysis.py --surgery      # half of every group is cut, beside a copy of what is kept
+    python benchmarks/analysis.py                # all; the rows go to build/analysis.json too
+    python benchmarks/analysis.py --only depth   # one shape of a language model at 1, 2, 4 ... 80 layers
+    python benchmarks/analysis.py --only surgery # half of every group is cut, beside a copy of what is kept
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,14 @@ import kirsch
 from kirsch.frameworks.pytorch.surgery import cut
 from kirsch.frameworks.pytorch.vision import import_beside
 from kirsch.graph.plan import Plan, Removal
+from kirsch.measurement.machine import cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
 
+ROOT = Path(__file__).parents[1]
 SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
 SEVENTY = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 80)
@@ -68,6 +71,9 @@ BY_DEPTH: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 }
 CUTS = {f"{name} cut": (name, False) for name in ("resnet50", "resnet152", "vit_h_14")}
 CUTS |= {f"{name} cut and verified": (name, True) for name in ("resnet50", "resnet152", "vit_l_16")}
+
+
+SETS = {"sizes": ROWS, "depth": BY_DEPTH, "surgery": CUTS}
 
 
 def measure(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
@@ -165,11 +171,76 @@ def _memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
+def page(found: dict[str, dict[str, Any]]) -> str:
+    """docs/scale.md."""
+    parts = [HEAD.format(machine=f"{cpu()[0]}, one thread, torch {torch.__version__}", date=datetime.now(UTC).date())]
+    heads = {"sizes": "## By size", "depth": "## By depth\n\n![time by layers](pictures/depth.svg)"}
+    for key, head in heads.items():
+        lines = ["| | parameters | trace | analysis | of the trace | groups | units | peak memory | plans |"]
+        lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---|")
+        for name in SETS[key]:
+            if name in found:
+                row = found[name]
+                plans = ", ".join(f"{1e3 * seconds:.0f}" for seconds in row["plans_s"])
+                lines.append(
+                    f"| {name} | {row['parameters'] / 1e6:,.0f} M | {row['trace_s']:.2f} s | {row['analysis_s']:.3f} s "
+                    f"| {row['ratio']:.1%} | {row['groups']} | {row['units']:,} | {row['memory_mib']} MiB "
+                    f"| {plans + ' ms' if plans else '–'} |"
+                )
+        parts += [head, "\n".join(lines)]
+    lines = ["| | model → pruned | cut | copy of what is kept | selecting it | prune | memory beside both |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    for name in (name for name in CUTS if name in found):
+        row = found[name]
+        times = " | ".join(f"{row[key]:.3f} s" for key in ("cut_s", "copy_of_kept_s", "selects_s", "prune_s"))
+        size = f"{row['model_mib']} → {row['pruned_mib']} MiB"
+        lines.append(f"| {name} | {size} | {times} | {row['beside_both']:+.0%} |")
+    return "\n\n".join([*parts, "## Cuts", "\n".join(lines)]) + "\n"
+
+
+HEAD = """# Scale
+
+<!-- written by benchmarks/analysis.py; do not edit -->
+
+What the coupling analysis costs, in processor time, beside the export of the model that it works on. The models of the
+first two tables live on the meta device: shapes without values. *Plans*: four further goals on the same analysis.
+*Cut*: every other unit of every group of a model in single precision. *Memory beside both*: the peak while it is pruned
+above the model and the pruned one together, as a share of these. A verification works in double precision and holds the
+original twice.
+
+`python benchmarks/analysis.py` makes this page; here on {machine}, {date}."""
+
+
+def growth(rows: list[dict[str, Any]]) -> str:
+    """Trace and analysis by the number of layers as SVG, each on a scale of its own."""
+    width, height, left, bottom = 560, 220, 40, 190
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" font-size="12" '
+        'font-family="system-ui, -apple-system, Segoe UI, Roboto, sans-serif" fill="#868e96">'
+    )
+    parts = [
+        head,
+        "<title>time by layers</title>",
+        f'<path d="M{left} 10V{bottom}H{width - 10}" fill="none" stroke="#868e96"/>',
+        f'<text x="{width - 10}" y="{height - 6}" text-anchor="end">layers, 1 to {max(DEPTHS)}</text>',
+    ]
+    for key, name, color, y in (("trace_s", "trace", "#868e96", 24), ("analysis_s", "analysis", "#d6336c", 40)):
+        most = max((row[key] for row in rows), default=1.0)
+        places = [
+            (left + (width - left - 20) * depth / max(DEPTHS), bottom - (bottom - 20) * row[key] / most)
+            for depth, row in zip(DEPTHS, rows, strict=False)
+        ]
+        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.6"/>')
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{color}"/>' for a, b in places]
+        parts.append(f'<text x="{left + 10}" y="{y}" fill="{color}">{name}, up to {most:.1f} s</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
 def main() -> None:
     """The command line above."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--depth", action="store_true")
-    parser.add_argument("--surgery", action="store_true")
+    parser.add_argument("--only", choices=SETS)
     parser.add_argument("--row")
     given = parser.parse_args()
     if given.row:
@@ -179,13 +250,17 @@ def main() -> None:
         build = {**ROWS, **BY_DEPTH}.get(name, partial(_vision, name))
         print(json.dumps(operate(build, verify=verify) if given.row in CUTS else measure(build)))
         return
-    found = {}
-    for name in BY_DEPTH if given.depth else CUTS if given.surgery else ROWS:
+    out = ROOT / "build/analysis.json"
+    found = json.loads(out.read_text()) if out.exists() else {}
+    for name in [name for key, own in SETS.items() if given.only in (None, key) for name in own]:
         command = [sys.executable, "-W", "ignore", __file__, "--row", name]
         run = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - this file
         found[name] = json.loads(run.stdout.splitlines()[-1])
-        print(name, found[name], file=sys.stderr)
-    print(json.dumps(found, indent=1))
+        print(name, found[name])
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(found, indent=1))
+    (ROOT / "docs/scale.md").write_text(page(found))
+    (ROOT / "docs/pictures/depth.svg").write_text(growth([found[name] for name in BY_DEPTH if name in found]))
 
 
 if __name__ == "__main__":
