@@ -189,6 +189,28 @@ def test_pruned_twice_is_saved_and_loaded_too(case, tmp_path):
     assert equal(twice, kirsch.load(tmp_path / "small", build))
 
 
+class Filling(nn.Module):
+    """Has a buffer that its first run replaces by one of another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("positions", torch.zeros(1))
+
+    def forward(self, x):
+        if self.positions.shape != x.shape:
+            self.positions = torch.arange(x.numel()).reshape(x.shape) / 100
+        return self.second(self.first(x + self.positions).relu())
+
+
+def test_a_model_that_fills_its_buffers_when_it_runs_is_loaded(tmp_path):
+    model, inputs = shaken(Filling()), torch.randn(3, 4)
+    model(inputs)
+    pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(params=0.6)))
+    kirsch.save(pruned, tmp_path / "small")
+    assert torch.equal(kirsch.load(tmp_path / "small", Filling).eval()(inputs), pruned(inputs))
+
+
 def test_a_model_that_was_not_pruned_is_not_saved(tmp_path):
     with pytest.raises(UsageError, match="was not pruned by Kirsch"):
         kirsch.save(build(), tmp_path / "small")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files
-from kirsch.errors import CheckpointError, PlanError, UsageError
+from kirsch.errors import CheckpointError, ModelError, PlanError, UsageError
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan
 from kirsch.pruning.prune import PLANS, prune
@@ -65,12 +66,26 @@ def load(folder: str | Path, build: Callable[[], Any]) -> Any:
     number = 1
     while (source / _plan_name(number)).is_file():
         plan = Plan.from_json((source / _plan_name(number)).read_text(encoding="utf-8"))
-        model = prune(model, plan, verify=False)  # the weights are still to come; they were verified when it was made
+        model = _pruned(model, plan)
         number += 1
     if number == 1:
         raise PlanError(f"{source} holds no plan.json.", mend="Give a folder made by kirsch.save.")
     framework_of(model).load_weights(model, source / WEIGHTS)
     return model
+
+
+def _pruned(model: Any, plan: Plan) -> Any:
+    """The model cut by a plan, without verification: its weights are still to come, and were verified back then."""
+    try:
+        return prune(model, plan, verify=False)
+    except (PlanError, ModelError):
+        if not plan.inputs or plan.tracing.scope:
+            raise
+        # Some fill their buffers in their first run, and the model that was pruned had run before.
+        framework = framework_of(model)
+        with contextlib.suppress(Exception):
+            framework.count(model, framework.inputs_like(plan.inputs))
+        return prune(model, plan, verify=False)
 
 
 def _plan_name(number: int) -> str:
