@@ -221,6 +221,30 @@ def test_a_block_with_a_name_becomes_an_identity():
     assert found.verification.passed
 
 
+class Named(nn.Module):
+    """Many blocks that are called by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+        for number in range(12):
+            self.add_module(f"block{number}", Conv(8))
+
+    def forward(self, x):
+        x = F.relu(self.into(x))
+        for number in range(12):
+            x = getattr(self, f"block{number}")(x)
+        return self.out(x)
+
+
+def test_many_blocks_become_identities():
+    model = shaken(Named())
+    plan = without(model, IMAGES, *(f"block{number}" for number in range(0, 12, 2)))
+    found = prune_with_proof(model, plan)
+    assert found.verification.passed
+    assert count(found.model, IMAGES) == (plan.after.parameters, plan.after.macs)
+
+
 class Numbered(Stages):
     """Blocks that are called by their numbers in a list."""
 

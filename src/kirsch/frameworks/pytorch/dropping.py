@@ -34,7 +34,8 @@ def drop(model: nn.Module, blocks: Collection[Block], args: Any, options: Any) -
     Raises:
         ModelError: a block can neither leave its list nor be an identity.
     """
-    before = {id(module): path for path, module in model.named_modules()}
+    modules = dict(model.named_modules())  # kept, since an id is only unique while its module lives
+    before = {id(module): path for path, module in modules.items()}
     with skipping(model, blocks):
         wanted = repeatable(model, args, options)
     left = list(blocks)
