@@ -263,7 +263,8 @@ def page(lists: dict[str, list[dict[str, Any]]]) -> str:
     """docs/coverage.md."""
     heads = {
         "tuned": "## The models that the rules were written with",
-        "others": "## Models that nobody tuned for\n\nRun once, after the rules were done; mended nothing since.",
+        "others": "## Models that the rules were not written with\n\nWhat their first run showed was mended afterwards: "
+        "models that fill buffers in their first run are loaded; a maximum over units is that of what is kept.",
     }
     machine = f"{cpu()[0]}, one thread each, torch {torch.__version__}"
     parts = [HEAD.format(machine=machine, date=datetime.now(UTC).date())]
@@ -295,9 +296,10 @@ module that is returned, trained for a step, saved, loaded in a model built anew
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """How many are right, by library."""
+    compared = any("peer" in row for row in rows)
     lines = [
-        "| | models | right | refused | wrong | half of all right | prunable, mean |",
-        "|---|---|---|---|---|---|---|",
+        "| | models | right | refused | wrong | half of all right | prunable, mean |" + " peer runs |" * compared,
+        "|---|---|---|---|---|---|---|" + "---|" * compared,
     ]
     libraries = dict.fromkeys(row["library"] for row in rows)
     for library in [*libraries, "all"]:
@@ -306,7 +308,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
         full = sum(row.get("full") == "right" for row in own)
         shares = [row["prunable"] for row in own if "prunable" in row]
         mean = f"{np.mean(shares):.1%}" if shares else "–"
-        lines.append(f"| {library} | {len(own)} | {' | '.join(map(str, count_of))} | {full} | {mean} |")
+        peers = f" {sum(row.get('peer', '').startswith('runs') for row in own)} |" if compared else ""
+        lines.append(f"| {library} | {len(own)} | {' | '.join(map(str, count_of))} | {full} | {mean} |{peers}")
     return "\n".join(lines)
 
 

@@ -287,6 +287,14 @@ def _amin(mask: torch.Tensor, x: torch.Tensor, dim: Any = (), keepdim: bool = Fa
     return x.masked_fill(mask == 0, torch.inf).amin(_dims(x, dim), keepdim)
 
 
+def _max(mask: torch.Tensor, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+    return x.masked_fill(mask == 0, -torch.inf).max(*args, **options)
+
+
+def _min(mask: torch.Tensor, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+    return x.masked_fill(mask == 0, torch.inf).min(*args, **options)
+
+
 STATISTICS: dict[str, Callable[..., torch.Tensor]] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
@@ -307,4 +315,6 @@ STATISTICS: dict[str, Callable[..., torch.Tensor]] = {
     "cumsum": _cumsum,
     "amax": _amax,
     "amin": _amin,
+    "max": _max,
+    "min": _min,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kirsch.frameworks.pytorch.operators.rule import letters, rule
@@ -112,7 +113,13 @@ def _extreme(step: Step) -> Tensor | list[Tensor]:
     other = step.arg(1, "other")
     if isinstance(other, Tensor):
         return relations.elementwise(step.facts, [step.args[0], other], step.shape)
-    return _whole_reduction(step)
+    if len(step.shapes) == 1:
+        return _whole_reduction(step)
+    x = step.args[0]
+    (dim,) = axes_of(step.args[1], len(x.shape))
+    step.facts.statistic([x.axes[dim]])
+    values = _without(step, x, [dim])
+    return [values, replace(values, points=x.axes[dim])]
 
 
 def _without(step: Step, x: Tensor, dims: list[int]) -> Tensor:
