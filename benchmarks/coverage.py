@@ -263,7 +263,7 @@ def page(lists: dict[str, list[dict[str, Any]]]) -> str:
     """docs/coverage.md."""
     heads = {
         "tuned": "## The models that the rules were written with",
-        "others": "## Models that the rules were not written with\n\nWhat their first run showed was mended afterwards: "
+        "others": "## Models that the rules were not written with\n\nWhat their first run showed was mended since: "
         "models that fill buffers in their first run are loaded; a maximum over units is that of what is kept.",
     }
     machine = f"{cpu()[0]}, one thread each, torch {torch.__version__}"
