@@ -515,7 +515,7 @@ FAULTS = {
         "heads at once", folded(lambda rows: dict.fromkeys(rows, tuple(range(48))))
     ),
     "the scale of attention is folded twice": Fault(
-        "heads", broken(surgery, "_scaled", lambda plain: lambda value, *more: plain(plain(value, *more), *more))
+        "heads", broken(surgery, "_scale", lambda plain: lambda part, *more: (plain(part, *more), plain(part, *more)))
     ),
     # The cut.
     "what is removed is kept": Fault("linear", sliced_by(np.logical_not)),

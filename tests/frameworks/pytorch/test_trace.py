@@ -37,7 +37,7 @@ FROZEN = {
     "sort": ("the order along it matters", lambda _, x: x.sort(-1)[0], 8),
     "cumsum": ("the order along it matters", lambda _, x: x.cumsum(-1), 8),
     "argmax": ("the order along it matters", lambda _, x: x * x.argmax(-1, keepdim=True), 8),
-    "max": ("max spans it", lambda _, x: x * x.max(-1, keepdim=True)[0], 8),
+    "median": ("median spans it", lambda _, x: x * x.median(-1, keepdim=True)[0], 8),
     "prod": ("prod spans it", lambda _, x: x * x.prod(-1, keepdim=True), 8),
     "index": ("a tensor of indices chooses from it", lambda _, x: x[..., [3, 1, 0]], 3),
     "gather": (

@@ -120,6 +120,8 @@ def _grouped(step: Step) -> Tensor | list[Tensor]:
     x, weight, offsets = step.args[0], step.args[1], step.arg(2, "offs")
     if (len(x.shape), len(weight.shape)) != (2, 3) or step.arg(3, "bias") is not None:
         return step.freeze_all("a product of groups of matrices of other ranks is not analysed")
+    if step.is_weight(offsets):  # rows of a group that goes would fall to the next one
+        relations.freeze(step.facts, [weight, offsets], "the number of rows of each group is stored", [0])
     groups = step.facts.equate(weight.axes[0], offsets.axes[0])
     step.facts.reduce(groups)
     step.facts.mark(groups, "expert")
