@@ -146,6 +146,30 @@ def test_experts_stay_where_their_numbers_are_computed_with(way):
     assert not [group for group in graph.groups if ("router.weight", 0) in group.footprint]
 
 
+def first(self, x, logits):
+    """One expert for each row, by the maximum."""
+    values, ids = logits.max(-1)
+    return each(self, x, ids.unsqueeze(1)).squeeze(1) * values.unsqueeze(-1)
+
+
+def reordered(self, x, logits):
+    """Positions that are taken in another order are positions still."""
+    ids = logits.topk(self.chosen)[1].gather(1, torch.tensor([[1, 0]]).expand(len(x), 2))
+    return each(self, x, ids).sum(1)
+
+
+@pytest.mark.parametrize("run", [first, reordered])
+@pytest.mark.parametrize("softmax", ["freeze", "kept"])
+def test_experts_of_any_choice_go_with_the_option_alone(run, softmax):
+    model = shaken(Mixture(run))
+    graph = kirsch.trace(model, ROWS, softmax=softmax)
+    found = [group for group in graph.groups if ("router.weight", 0) in group.footprint]
+    assert len(found) == (softmax == "kept")
+    if found:
+        plan = kirsch.plan(graph, Goal(params=0.75), granularity=["expert"], round_to=1)
+        assert prune_with_proof(model, plan).verification.power > 1e-3
+
+
 class Told(Mixture):
     """Tells which experts it chose."""
 

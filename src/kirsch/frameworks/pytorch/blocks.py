@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
     from kirsch.frameworks.pytorch.provenance import Calls
 
-CARRYING = """
+_CARRYING = """
 relu relu6 gelu silu mish elu leaky_relu hardswish hardtanh clamp dropout native_dropout clone contiguous alias detach
 to _to_copy view _unsafe_view reshape flatten unflatten permute transpose squeeze unsqueeze layer_norm rms_norm
 batch_norm _native_batch_norm_legit_no_training getitem group_norm instance_norm
 """
+CARRYING = frozenset(_CARRYING.split())
 """Operations that a path from the output of a block to its input may lead through, by their first operand."""
 
 
@@ -154,7 +155,7 @@ def _way_back(exit_: Node, inside: set[Node]) -> list[Node] | None:
         if node.op != "call_function":
             continue
         sources = node.all_input_nodes if _adds(node) else []
-        if name_of(node).removeprefix("aten.") in CARRYING.split():
+        if name_of(node).removeprefix("aten.") in CARRYING:
             sources = node.all_input_nodes[:1]
         for source in sources:
             if source not in before:
@@ -192,13 +193,13 @@ class Runner:
         self._blocks = {block.path: block for block in blocks}
 
     def outputs(self, inputs: Any, without: Collection[str] = ()) -> list[NDArray[Any]]:
-        """See the port."""
+        """See there."""
         with skipping(self._model, [self._blocks[path] for path in without]):
             found = repeatable(self._whole, *arguments(inputs))
         return [value.double().cpu().numpy() for value in found if value.is_floating_point()]
 
     def passed(self, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
-        """See the port."""
+        """See there."""
 
         def features_last(value: torch.Tensor, axis: int | None) -> NDArray[Any]:
             value = value.flatten(1) if axis is None else value.movedim(axis, -1)

@@ -66,22 +66,26 @@ def apply(step: Step) -> list[Tensor]:
 POINTS = frozenset(["index", "embedding", "gather", "histc"])
 """Operators whose rules know what to do with positions on an axis."""
 
-CARRIES = """
+_CARRIES = """
 view _unsafe_view reshape flatten unsqueeze squeeze transpose permute t contiguous clone detach alias _to_copy to expand
-slice select sort index repeat_interleave
+slice select sort index embedding gather repeat_interleave
 """
+CARRIES = frozenset(_CARRIES.split())
 """Operators whose first result holds numbers of their first operand as they are."""
 
 
 def _pointing(step: Step, results: list[Tensor]) -> list[Tensor]:
-    """The results with what they point to. Positions on an axis that are computed with otherwise keep it from going."""
+    """The results with what they point to. Positions on an axis that are computed with otherwise keep it from going,
+    and so do any that choose, unless the choice may fall on others.
+    """
     pointing = [tensor for tensor in step.tensors() if tensor.points is not None]
     if not pointing:
         return results
     first = step.args[0] if step.args and isinstance(step.args[0], Tensor) else None
-    carried = first if step.name in CARRIES.split() else None
+    carried = first if step.name in CARRIES else None
+    follows = step.name in POINTS and step.softmax == "kept"
     for tensor in pointing:
-        if tensor is not carried and step.name not in POINTS:
+        if tensor is not carried and not follows:
             step.facts.freeze(tensor.points, "positions on it are computed with")
     if carried is not None and carried.points is not None:
         results = [replace(results[0], points=carried.points), *results[1:]]
