@@ -81,7 +81,8 @@ def prune_with_proof(model: Any, plan: Plan, *, example_inputs: Any = None, veri
         modules = ", ".join(f"`{path}`" for path in verification.unseen)
         notes.append(
             f"For the example inputs no output depends on {modules}: the verification could not see a wrong cut there. "
-            "Give inputs that differ from sample to sample and from token to token."
+            "Give inputs that differ from sample to sample and from token to token, if it is not that training alone "
+            "runs them."
         )
     return Pruned(pruned, verification, plan, tuple(notes))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,7 +116,9 @@ def _verified(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut) 
     fault = _training_fault(pruned, graph)
     if fault is None and graph.traced.training is not None and not (what.without or graph.tracing.as_graph):
         error = _training_error(pruned, original, graph, what, dtype)
-        if not error <= found.tolerance:
+        if error is not None:  # what only training reaches was seen there
+            found = replace(found, unseen=tuple(path for path in found.unseen if path in _reached(graph.traced)))
+        if error is not None and not error <= found.tolerance:
             raise VerificationError(
                 f"The pruned {graph.model_name} in training mode is not equal to the masked original.",
                 f"What only training runs differs by {error:.0e}. {WRONG_CUT}",
@@ -184,10 +186,18 @@ def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, d
     )
 
 
-def _training_error(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, dtype: torch.dtype) -> float:
+def _reached(traced: Traced) -> set[str]:
+    """Paths of the modules whose tensors the operations read."""
+    taken = {node.name for node in traced.program.graph.nodes if node.op == "placeholder" and node.users}
+    return {path.rpartition(".")[0] for name, path in traced.slots.items() if name in taken}
+
+
+def _training_error(
+    pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, dtype: torch.dtype
+) -> float | None:
     """How far a pruned module lies from the masked original in training mode, where nothing is dropped.
 
-    0 where not even the original does what the trace says, because it draws which way it goes.
+    None where not even the original does what the trace says, because it draws which way it goes.
     """
     noise = noise_of(original)
     tensors = _noisy(original, noise, dtype)
@@ -204,8 +214,8 @@ def _training_error(pruned: nn.Module, original: nn.Module, graph: Graph, what: 
     try:
         follows = apart(original, whole) <= TOLERANCES[dtype][0]
     except Exception:  # noqa: BLE001 - whatever an operation of training raises in this type
-        return 0.0
-    return apart(pruned, what) if follows else 0.0
+        return None
+    return apart(pruned, what) if follows else None
 
 
 def _noisy(model: nn.Module, noise: Mapping[int, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
