@@ -59,6 +59,15 @@ class Goal:
         """Whether a cost is within every limit."""
         return all(value <= limit for value, limit in self.fractions(cost, original).values())
 
+    def shortfall(self, least: Cost, original: Cost) -> str:
+        """In words, by how much the least reachable cost misses the limits."""
+        reached = self.fractions(least, original).items()
+        return "; ".join(
+            f"{name} {limit:.1%} is asked for, {value:.1%} is the least reachable"
+            for name, (value, limit) in reached
+            if value > limit
+        )
+
     def to_dict(self) -> dict[str, float]:
         """As JSON."""
         return {name: value for name, value in (("macs", self.macs), ("params", self.params)) if value is not None}

@@ -191,7 +191,7 @@ def _without(graph: Graph, exclude: Iterable[str]) -> list[Group]:
     """The groups that touch nothing that is excluded."""
     banned: set[str] = set()
     for pattern in exclude:
-        names = {name for name in graph.tensors if _matches(name, pattern)}
+        names = {name for name in graph.tensors if matches(name, pattern)}
         names = names or {name for group in graph.groups if group.name == pattern for name, _ in group.footprint}
         if not names:
             layers = {name.rpartition(".")[0] for name in graph.tensors} - {""}
@@ -201,8 +201,8 @@ def _without(graph: Graph, exclude: Iterable[str]) -> list[Group]:
     return [g for g in graph.groups if not any(id(graph.tensors[name]) in tied for name, _ in g.footprint)]
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a parameter is meant by a path, one of its parent modules, or a glob over either."""
+def matches(name: str, pattern: str) -> bool:
+    """Whether a parameter or block is meant by a path, one of its parent modules, or a glob over either."""
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
@@ -373,18 +373,13 @@ class _Chooser:
 
 
 def _unreachable(graph: Graph, goal: Goal, least: Cost, exclude: Sequence[str]) -> GoalError:
-    short = [
-        f"{name} {limit:.1%} is asked for, {value:.1%} is the least reachable"
-        for name, (value, limit) in goal.fractions(least, graph.cost).items()
-        if value > limit
-    ]
     sentences = (f"{b.reason} ({b.source or b.where or b.operation})" for b in graph.blockers)
     obstacles = list(dict.fromkeys(sentences))[:3]
     causes = [f"excluded: {', '.join(exclude)}"] if exclude else []
     causes += [f"what holds most: {'; '.join(obstacles)}"] if obstacles else []
     causes = causes or ["inputs, outputs, round_to and min_keep hold the rest"]
     return GoalError(
-        f"No plan for {graph.model_name} reaches the goal: {'; '.join(short)}.",
+        f"No plan for {graph.model_name} reaches the goal: {goal.shortfall(least, graph.cost)}.",
         f"{causes[0][0].upper()}{'; '.join(causes)[1:]}.",
         "Ask for less, exclude less, or lower round_to or min_keep.",
     )

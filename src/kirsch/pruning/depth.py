@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from kirsch.errors import GoalError, UnknownNameError, UsageError
 from kirsch.graph.plan import Plan, Skip
+from kirsch.pruning.choose import matches
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kirsch.graph.graph import Graph
+    from kirsch.graph.graph import Graph, Runner
     from kirsch.graph.plan import Goal
 
 
@@ -116,13 +116,9 @@ def plan_depth(
     keep = graph.keep({})
     least = graph.prices.price(keep, free)
     if not goal.met_by(least, graph.cost):
-        short = [
-            f"{name} {limit:.1%} is asked for, {value:.1%} is the least reachable"
-            for name, (value, limit) in goal.fractions(least, graph.cost).items()
-            if value > limit
-        ]
         raise GoalError(
-            f"No plan for {graph.model_name} reaches the goal by leaving blocks out: {'; '.join(short)}.",
+            f"No plan for {graph.model_name} reaches the goal by leaving blocks out: "
+            f"{goal.shortfall(least, graph.cost)}.",
             f"It has {len(free)} residual blocks that may go.",
             "Ask for less, exclude less, or cut widths with kirsch.plan.",
         )
@@ -157,7 +153,7 @@ def plan_depth(
     )
 
 
-def _runner(graph: Graph) -> Any:
+def _runner(graph: Graph) -> Runner:
     if graph.runner is None:
         raise UsageError("This graph cannot run its model.", "It was not made by kirsch.trace.")
     return graph.runner
@@ -167,13 +163,8 @@ def _without(graph: Graph, exclude: Sequence[str]) -> list[str]:
     """The blocks that may go."""
     free = list(graph.blocks)
     for pattern in exclude:
-        named = [path for path in graph.blocks if _matches(path, pattern)]
+        named = [path for path in graph.blocks if matches(path, pattern)]
         if not named:
             raise UnknownNameError("residual block named", pattern, graph.blocks)
         free = [path for path in free if path not in named]
     return free
-
-
-def _matches(path: str, pattern: str) -> bool:
-    parts = path.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))

@@ -15,9 +15,9 @@ from kirsch.frameworks.pytorch import (
     count,
     dropping,
     export,
+    graph_module,
     hub,
     predict,
-    rewritten,
     scope,
     surgery,
     trace,
@@ -48,7 +48,7 @@ class PyTorch:
         """See the port."""
         keep, path = plan.keep(graph), graph.tracing.scope
         own = scope.part_of(model, path)
-        make = rewritten.rewritten if graph.tracing.as_graph else surgery.cut
+        make = graph_module.graph_module if graph.tracing.as_graph else surgery.cut
         pruned = make(own, graph, keep)
         gone = [block for block in graph.traced.blocks if block.path in plan.without]
         moved = dropping.drop(pruned, gone, graph.traced.args, graph.traced.options) if gone else None

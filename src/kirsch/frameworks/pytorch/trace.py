@@ -20,11 +20,11 @@ from kirsch.frameworks.pytorch.attention import Fold, fold
 from kirsch.frameworks.pytorch.blocks import Block, Runner
 from kirsch.frameworks.pytorch.blocks import find as find_blocks
 from kirsch.frameworks.pytorch.count import macs_of
+from kirsch.frameworks.pytorch.graph_module import call_of
 from kirsch.frameworks.pytorch.outputs import counting
 from kirsch.frameworks.pytorch.predict import arguments
 from kirsch.frameworks.pytorch.program import Sizes, export, name_of, shapes_of
 from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, SizeOf, TracedInt
-from kirsch.frameworks.pytorch.rewritten import call_of
 from kirsch.frameworks.pytorch.scope import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.step import Step
 from kirsch.graph.facts import Facts, Freeze, Operation

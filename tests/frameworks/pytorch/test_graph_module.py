@@ -10,7 +10,7 @@ from torch import nn
 import kirsch
 from kirsch.errors import ModelError, UsageError
 from kirsch.frameworks.pytorch.count import count
-from kirsch.frameworks.pytorch.rewritten import rewritten
+from kirsch.frameworks.pytorch.graph_module import graph_module
 from kirsch.frameworks.pytorch.verify import verify
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.prune import prune_with_proof
@@ -55,7 +55,7 @@ def test_what_the_code_states_as_a_number_can_go(run):
     model = shaken(Numbers(RUNS[run]))
     graph = kirsch.trace(model, WORDS, as_graph=True)
     keep = graph.keep(half_of_everything(graph))
-    proof = verify(rewritten(model, graph, keep), model, graph, keep)
+    proof = verify(graph_module(model, graph, keep), model, graph, keep)
     assert proof.passed
     assert proof.power > 1e-3
     assert graph.kept(graph.axes["before.weight", 0], keep) is not None, [b.reason for b in graph.blockers]

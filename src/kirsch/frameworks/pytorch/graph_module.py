@@ -44,7 +44,7 @@ def call_of(node: Node) -> Call:
     return Call(_name(node), arguments, {key: numbered(value, key) for key, value in node.kwargs.items()})
 
 
-def rewritten(model: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> fx.GraphModule:
+def graph_module(model: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> fx.GraphModule:
     """A module that runs the traced operations with what is kept.
 
     It takes what the model takes. One tensor is put out as such, several as a tuple, or as a dict where they have
