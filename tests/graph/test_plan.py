@@ -120,7 +120,9 @@ def test_what_is_no_plan_is_refused(text, sentence):
         Plan.from_json(text)
 
 
-@pytest.mark.parametrize("field", ["model", "goal", "method", "groups", "blocks", "cost", "inputs", "tracing", "notes"])
+@pytest.mark.parametrize(
+    "field", ["model", "goal", "method", "groups", "blocks", "configuration", "cost", "inputs", "tracing", "notes"]
+)
 def test_a_missing_field_is_named(field):
     with pytest.raises(PlanError, match=rf"^The plan is damaged\. .*'{field}' is missing\. Make it anew\.$"):
         Plan.from_json(edited(**{field: None}))

@@ -197,7 +197,7 @@ class Plan:
                 Skip(_get(entry, "name", str), _get(entry, "reason", str)) for entry in _get(content, "blocks", list)
             ),
             notes=tuple(_all(_get(content, "notes", list), "notes", str)),
-            configuration=_numbers(_get({"configuration": {}, **content}, "configuration", dict)),
+            configuration=_numbers(_get(content, "configuration", dict)),
         )
 
     @property
