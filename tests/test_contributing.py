@@ -45,12 +45,12 @@ def test_the_importance_is_the_largest_weight_worked_out_by_hand(shown):
 
 def test_the_loss_is_half_the_squared_distance_in_numpy_and_in_torch(shown):
     student, teacher = np.array([[1.0, 2.0], [0.0, 0.0]]), np.array([[1.0, 0.0], [3.0, 4.0]])
-    assert LOSSES["squared-difference"](student, teacher, temperature=1) == (2 + 12.5) / 2
+    assert LOSSES["squared-difference"](student, teacher) == (2 + 12.5) / 2
     given = torch.tensor(student, requires_grad=True)
-    LOSSES["squared-difference"](given, torch.tensor(teacher), temperature=1).backward()
+    LOSSES["squared-difference"](given, torch.tensor(teacher)).backward()
     np.testing.assert_array_equal(given.grad, (student - teacher) / 2)
     with pytest.raises(ShapeError):
-        LOSSES["squared-difference"](student, teacher[:1], temperature=1)
+        LOSSES["squared-difference"](student, teacher[:1])
 
 
 def test_what_the_page_adds_passes_the_checks_that_it_shows(shown):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -25,10 +26,18 @@ def name_of(check):
     return check.__name__
 
 
+OTHERWISE: dict[tuple[str, str], str] = {}
+"""(loss, check) → why a loss of ours cannot pass a check."""
+
+
 @pytest.mark.parametrize("check", LOSS_CHECKS, ids=name_of)
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_every_loss_conforms(loss, check):
-    check(LOSSES[loss])
+    if (loss, check.__name__) in OTHERWISE:
+        with pytest.raises(AssertionError):  # an exception that is none any more is to be struck out
+            check(LOSSES[loss])
+    else:
+        check(LOSSES[loss])
 
 
 @pytest.mark.parametrize("check", IMPORTANCE_CHECKS, ids=name_of)
@@ -80,6 +89,7 @@ def centred_in_place(student, teacher, *, temperature):
 
 
 def with_numpys_warnings(loss):
+    @functools.wraps(loss)
     def quiet(*args, **options):
         with np.errstate(all="ignore"):
             return loss(*args, **options)
@@ -92,7 +102,7 @@ BAD_LOSSES = [
     (
         "check_loss_is_a_finite_scalar",
         with_numpys_warnings(lambda s, t, temperature: namespace(s).log(s - s).mean()),
-        "loss of ordinary scores is -inf",
+        "loss of ordinary values is -inf",
     ),
     (
         "check_loss_is_smallest_when_the_student_equals_the_teacher",
@@ -112,7 +122,7 @@ BAD_LOSSES = [
     (  # a weight that is held constant, so that its slope is missing
         "check_gradient_is_that_of_finite_differences",
         lambda s, t, temperature: (constant(log_softmax(s)) * (s - constant(t))).mean(),
-        r"the gradient for score \(0, 0\) is",
+        r"the gradient for value \(0, 0\) is",
     ),
     (
         "check_teacher_takes_no_gradient",
@@ -126,14 +136,24 @@ BAD_LOSSES = [
         "numpy gives .*, PyTorch",
     ),
     (
-        "check_loss_is_finite_for_huge_scores",
+        "check_loss_is_finite_for_huge_values",
         with_numpys_warnings(lambda s, t, temperature: squared(naive_softmax(s), naive_softmax(t)).mean()),
-        "loss of huge scores is nan",
+        "loss of huge values is nan",
     ),
     (  # the root of zero has an infinite slope, and the loss itself looks well
-        "check_loss_is_finite_for_huge_scores",
+        "check_loss_is_finite_for_huge_values",
         lambda s, t, temperature: squared(s, t).mean() ** 0.5,
-        "gradient for huge scores is not finite",
+        "gradient for huge values is not finite",
+    ),
+    (
+        "check_loss_is_finite_in_half_precision",
+        lambda s, t, temperature: squared(s, t).mean(),
+        "32 bits are needed",
+    ),
+    (
+        "check_masked_positions_contribute_nothing",
+        lambda s, t, temperature, mask: (squared(s, t) * mask).sum() / mask.sum(),
+        "with nan under the mask the loss is nan",
     ),
     (
         "check_order_of_samples_does_not_matter",
@@ -151,17 +171,14 @@ BAD_LOSSES = [
         lambda s, t, temperature: namespace(s).stack([s, constant(t)]).mean(),
         "raise a ValueError; call arrays.same_shape first",
     ),
-    ("check_inputs_are_left_as_they_are", centred_in_place, "the teacher's scores are changed"),
+    ("check_inputs_are_left_as_they_are", centred_in_place, "the teacher's values are changed"),
 ]
 
 
 @pytest.mark.parametrize(("check", "loss", "sentence"), BAD_LOSSES)
 def test_a_loss_with_a_fault_is_caught(check, loss, sentence):
-    def called_as_kirsch_does(student, teacher, *, temperature):
-        return loss(student, teacher, temperature=temperature)
-
     with pytest.raises(AssertionError, match=sentence):
-        getattr(losses, check)(called_as_kirsch_does)
+        getattr(losses, check)(loss)
 
 
 # ------------------------------------------------------------------------------------------------ planted importances

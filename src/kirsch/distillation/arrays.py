@@ -5,12 +5,21 @@ PyTorch takes numpy's keywords `axis` and `keepdims`, so that one line of a form
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.errors import ShapeError, UsageError
+from kirsch.errors import DataError, ShapeError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+
+HALF = 2
+"""Bytes of a number of 16 bits."""
 
 
 def namespace(array: Any) -> Any:
@@ -29,30 +38,175 @@ def namespace(array: Any) -> Any:
     )
 
 
-def constant(array: Any) -> Any:
-    """The array without a way for gradients back."""
-    return array.detach() if hasattr(array, "detach") else array
+def each(function: Callable[[Any], Any], arrays: Any) -> Any:
+    """The function of an array, or of each array in a list, a tuple or a dict."""
+    if isinstance(arrays, dict):
+        return {name: each(function, array) for name, array in arrays.items()}
+    if isinstance(arrays, (list, tuple)):
+        return [each(function, array) for array in arrays]
+    return function(arrays)
 
 
-def log_softmax(scores: Any) -> Any:
-    """Logarithm of the softmax over the last axis; finite for scores of any finite size."""
+def first_of(arrays: Any) -> Any:
+    """The array, or the first of a list, a tuple or a dict of arrays."""
+    while isinstance(arrays, (dict, list, tuple)):
+        arrays = next(iter(arrays.values() if isinstance(arrays, dict) else arrays))
+    return arrays
+
+
+def constant(arrays: Any) -> Any:
+    """The array, or each in a list or dict, without a way for gradients back."""
+    return each(lambda array: array.detach() if hasattr(array, "detach") else array, arrays)
+
+
+def wide(arrays: Any) -> Any:
+    """The array, or each in a list or dict, with at least 32 bits: sums of many numbers of 16 bits lose too much."""
+
+    def widened(array: Any) -> Any:
+        if namespace(array) is np:
+            return array.astype(np.float32) if array.dtype == np.float16 else array
+        half = array.is_floating_point() and array.dtype.itemsize == HALF
+        return array.float() if half else array
+
+    return each(widened, arrays)
+
+
+def full_precision(arrays: Any) -> AbstractContextManager[Any]:
+    """A context without automatic casting to 16 bits, for the framework and device of these arrays."""
+    array = first_of(arrays)
+    if namespace(array) is np:
+        return contextlib.nullcontext()
+    context: AbstractContextManager[Any] = sys.modules["torch"].autocast(array.device.type, enabled=False)
+    return context
+
+
+def log_softmax(scores: Any, axis: int = -1) -> Any:
+    """Logarithm of the softmax over an axis; finite for scores of any finite size."""
     xp = namespace(scores)
-    shifted = scores - constant(xp.amax(scores, axis=-1, keepdims=True))
-    return shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
+    shifted = scores - constant(xp.amax(scores, axis=axis, keepdims=True))
+    return shifted - xp.log(xp.sum(xp.exp(shifted), axis=axis, keepdims=True))
+
+
+def log_sigmoid(scores: Any) -> Any:
+    """Logarithm of the logistic function; finite for scores of any finite size."""
+    xp = namespace(scores)
+    return -(xp.log1p(xp.exp(-xp.abs(scores))) + (-scores).clip(min=0))
 
 
 def pick(rows: Any, columns: Any) -> Any:
-    """`rows[i, columns[i]]` for each i: shape (N, K) and whole numbers (N,) give (N,)."""
-    xp = namespace(rows)
-    if xp is np:
-        return rows[np.arange(len(rows)), columns]
-    return rows.gather(1, columns.long()[:, None])[:, 0]
+    """`rows[..., columns[...]]` along the last axis: shape (..., K) and whole numbers (...) give (...)."""
+    if namespace(rows) is np:
+        return np.take_along_axis(rows, np.asarray(columns)[..., None], axis=-1)[..., 0]
+    return rows.gather(-1, columns.long()[..., None])[..., 0]
 
 
-def same_shape(student: Any, teacher: Any) -> None:
+def one_hot(columns: Any, like: Any) -> Any:
+    """Ones at the columns, zeros elsewhere, of the shape and type of `like`: (..., K) for whole numbers (...)."""
+    xp = namespace(like)
+    count = like.shape[-1]
+    numbers = np.arange(count) if xp is np else xp.arange(count, device=like.device)
+    hot = xp.asarray(columns)[..., None] == numbers
+    return hot.astype(like.dtype) if xp is np else hot.to(like.dtype)
+
+
+def root(squares: Any) -> Any:
+    """Square root, whose gradient is 0 and not infinite where the argument is 0."""
+    xp = namespace(squares)
+    zero = squares <= 0
+    return xp.where(zero, 0.0 * squares, xp.sqrt(xp.where(zero, 0.0 * squares + 1.0, squares)))
+
+
+def normalized(array: Any, axis: int = -1, eps: float = 1e-12) -> Any:
+    """The array divided by its length along an axis, or by `eps` where that is smaller, as `F.normalize` does."""
+    xp = namespace(array)
+    return array / root(xp.sum(array * array, axis=axis, keepdims=True)).clip(min=eps)
+
+
+def deviation(array: Any, axis: int | tuple[int, ...] = -1) -> Any:
+    """Standard deviation along one or more axes, kept with length 1: divided by n - 1, with a finite gradient at 0."""
+    xp = namespace(array)
+    axes = (axis,) if isinstance(axis, int) else axis
+    count = 1
+    for place in axes:
+        count *= array.shape[place]
+    centred = array - xp.mean(array, axis=axes, keepdims=True)
+    return root(xp.sum(centred * centred, axis=axes, keepdims=True) / max(count - 1, 1))
+
+
+def flat(features: Any) -> Any:
+    """(N, ...) as (N, D)."""
+    return features.reshape(len(features), -1)
+
+
+def pooled(maps: Any, size: tuple[int, int]) -> Any:
+    """Maps (N, C, H, W) averaged to a size as adaptive pooling does: each place averages what it overlaps."""
+    height, width = maps.shape[2:]
+    if (height, width) == tuple(size):
+        return maps
+    xp = namespace(maps)
+    rows, columns = _averages(height, size[0]), _averages(width, size[1])
+    if xp is not np:
+        rows, columns = (xp.as_tensor(part, dtype=maps.dtype, device=maps.device) for part in (rows, columns))
+    return xp.einsum("ph,nchw,qw->ncpq", rows, maps, columns)
+
+
+def _averages(count: int, wanted: int) -> Any:
+    """The matrix (wanted, count) whose row i averages the places from floor(i count / wanted) to its end, rounded up."""
+    rows = np.zeros((wanted, count))
+    for place in range(wanted):
+        start, end = place * count // wanted, -(-(place + 1) * count // wanted)
+        rows[place, start:end] = 1 / (end - start)
+    return rows
+
+
+def same_size(student: Any, teacher: Any) -> tuple[Any, Any]:
+    """Both maps at the smaller of their two sizes (by height); the larger is averaged."""
+    small = min(student.shape[2:], teacher.shape[2:])
+    return pooled(student, small), pooled(teacher, small)
+
+
+def mean_over(values: Any, mask: Any = None) -> Any:
+    """Mean of the values, or of those where the mask is true; what is masked adds nothing, not even NaN.
+
+    Args:
+        values: shape (N,), (N, L), ...
+        mask: of the same shape, true where a value counts; None counts all.
+
+    Raises:
+        ShapeError: the mask has another shape.
+        DataError: the mask is false everywhere.
+    """
+    if mask is None:
+        return values.mean()
+    xp = namespace(values)
+    if tuple(mask.shape) != tuple(values.shape):
+        raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {tuple(values.shape)} is needed.")
+    counts = mask != 0
+    number = int(counts.sum())
+    if number == 0:
+        raise DataError("All targets are masked: there is nothing to learn from.", mend="Look at the mask and labels.")
+    return xp.where(counts, values, 0.0 * xp.zeros_like(values)).sum() / number
+
+
+def blank(array: Any, mask: Any) -> Any:
+    """The array with zeros where the mask is false, so that what is masked, even NaN, reaches no value or gradient.
+
+    Args:
+        array: shape (N, ...) or (N, L, ...).
+        mask: its leading axes; None leaves the array as it is.
+    """
+    if mask is None:
+        return array
+    xp = namespace(array)
+    counts = (mask != 0).reshape(*mask.shape, *(1,) * (array.ndim - mask.ndim))
+    return xp.where(counts, array, xp.zeros_like(array))
+
+
+def same_shape(student: Any, teacher: Any, what: str = "scores") -> None:
     """Raise a ShapeError that names both shapes if they differ."""
     if tuple(student.shape) != tuple(teacher.shape):
         raise ShapeError(
-            f"The student's scores have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}.",
-            "They must be scores of the same samples for the same classes.",
+            f"The student's {what} have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}.",
+            f"They must be {what} of the same samples"
+            + (" for the same classes." if what == "scores" else ", of the same size."),
         )

@@ -1,0 +1,115 @@
+"""What a distillation loss is, and how it gets its name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
+
+from kirsch.distillation.arrays import constant, full_precision, wide
+from kirsch.errors import UnknownNameError, UsageError
+from kirsch.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Takes = Literal["scores", "pixels", "maps", "features", "tokens", "attention", "relations", "stages", "sets"]
+"""What a loss compares, with the shape of one side:
+
+- scores: (N, K), or (N, L, K) of a sequence: classes on the last axis
+- pixels: (N, K, H, W), scores of every pixel
+- maps: (N, C, H, W), activations of a convolution
+- features: (N, ...), of which each sample is one vector
+- tokens: (N, L, D), hidden states of a sequence
+- attention: (N, heads, L, L), scores or weights of attention
+- relations: (N, L, D) for each of several values, which a loss relates to each other
+- stages: a list of maps, from the first stage to the last
+- sets: a dict of "scores" (N, Q, K) and "boxes" (N, Q, 4), of a detector that predicts a set
+"""
+
+GIVEN = ("labels", "mask", "epoch")
+"""Keywords that a training step gives, and no objective states: class numbers of the samples or positions; True where
+a position counts; how many epochs are done, as a float."""
+
+
+class Loss(Protocol):
+    """A registered loss: student, teacher, and keywords, each with a default but those that the step gives."""
+
+    name: str
+    takes: Takes
+    widths: Literal["same", "any"]
+    learned: bool
+    relational: bool
+    least_at_teacher: bool
+    __doc__: str | None
+
+    def __call__(self, student: Any, teacher: Any, **options: Any) -> Any:
+        """A scalar, smallest when the student equals the teacher."""
+
+
+LOSSES: Registry[Loss] = Registry("loss")
+
+
+def loss(
+    name: str,
+    *,
+    takes: Takes = "scores",
+    widths: Literal["same", "any"] = "same",
+    learned: bool = False,
+    relational: bool = False,
+    least_at_teacher: bool = True,
+) -> Callable[[Callable[..., Any]], Loss]:
+    """Decorator that makes a formula a loss of this name.
+
+    The formula then sees arrays of at least 32 bits, computes without autocast, and gets the teacher as a constant.
+
+    Args:
+        name: what objectives call it.
+        takes: what it compares.
+        widths: "same" where channels or hidden sizes must agree, so that an adapter joins those that do not; "any"
+            where the formula compares what has no width: relations of samples, or places.
+        learned: it compares with what is learned from the teacher's values, such as an embedding, so that gradients
+            reach that; the teacher's own values are constants already where it is run.
+        relational: it relates the samples of a batch to each other, so that its value follows the size of the batch.
+        least_at_teacher: no student is charged less than one that equals its teacher; false where the labels, too, say
+            where the minimum is.
+
+    Raises:
+        UsageError: the name is taken, `takes` is unknown, or a keyword has no default.
+    """
+    if takes not in get_args(Takes):
+        raise UnknownNameError("kind of values", takes, get_args(Takes))
+
+    def put(formula: Callable[..., Any]) -> Loss:
+        for parameter in list(inspect.signature(formula).parameters.values())[2:]:
+            if parameter.kind is not parameter.KEYWORD_ONLY or (
+                parameter.default is parameter.empty and parameter.name not in GIVEN
+            ):
+                raise UsageError(
+                    f"The loss {name!r} takes {parameter.name!r} without a default, or by its place.",
+                    "What an objective states is a keyword with a default.",
+                )
+
+        @functools.wraps(formula)
+        def charged(student: Any, teacher: Any, **options: Any) -> Any:
+            student, teacher = wide(student), wide(teacher)
+            with full_precision(student):
+                return formula(student, teacher if learned else constant(teacher), **options)
+
+        done = cast("Loss", charged)
+        done.name, done.takes, done.widths, done.learned = name, takes, widths, learned
+        done.relational, done.least_at_teacher = relational, least_at_teacher
+        return LOSSES.register(name)(done)
+
+    return put
+
+
+def options_of(charged: Callable[..., Any]) -> dict[str, Any]:
+    """The keywords that an objective may state for a loss, with their defaults."""
+    found = list(inspect.signature(charged).parameters.values())[2:]
+    return {p.name: p.default for p in found if p.name not in GIVEN}
+
+
+def given_to(charged: Callable[..., Any]) -> frozenset[str]:
+    """Which of `GIVEN` a loss asks for."""
+    return frozenset(p.name for p in inspect.signature(charged).parameters.values() if p.name in GIVEN)
