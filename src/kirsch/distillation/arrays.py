@@ -151,7 +151,7 @@ def pooled(maps: Any, size: tuple[int, int]) -> Any:
 
 
 def _averages(count: int, wanted: int) -> Any:
-    """The matrix (wanted, count) whose row i averages the places from floor(i count / wanted) to its end, rounded up."""
+    """A matrix (wanted, count): row i averages from floor(i count / wanted) to ceil((i + 1) count / wanted)."""
     rows = np.zeros((wanted, count))
     for place in range(wanted):
         start, end = place * count // wanted, -(-(place + 1) * count // wanted)
