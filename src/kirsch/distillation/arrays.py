@@ -90,7 +90,7 @@ def log_softmax(scores: Any, axis: int = -1) -> Any:
 def log_sigmoid(scores: Any) -> Any:
     """Logarithm of the logistic function; finite for scores of any finite size."""
     xp = namespace(scores)
-    return -(xp.log1p(xp.exp(-xp.abs(scores))) + (-scores).clip(min=0))
+    return -xp.logaddexp(xp.zeros_like(scores), -scores)  # of |scores|, the slope at 0 would be wrong
 
 
 def pick(rows: Any, columns: Any) -> Any:
@@ -194,9 +194,14 @@ def blank(array: Any, mask: Any) -> Any:
     Args:
         array: shape (N, ...) or (N, L, ...).
         mask: its leading axes; None leaves the array as it is.
+
+    Raises:
+        ShapeError: the mask has another shape.
     """
     if mask is None:
         return array
+    if tuple(mask.shape) != tuple(array.shape[: mask.ndim]):
+        raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {tuple(array.shape[: mask.ndim])} is needed.")
     xp = namespace(array)
     counts = (mask != 0).reshape(*mask.shape, *(1,) * (array.ndim - mask.ndim))
     return xp.where(counts, array, xp.zeros_like(array))
@@ -210,3 +215,22 @@ def same_shape(student: Any, teacher: Any, what: str = "scores") -> None:
             f"They must be {what} of the same samples"
             + (" for the same classes." if what == "scores" else ", of the same size."),
         )
+
+
+def weighted_mean(values: Any, weights: Any, mask: Any = None) -> Any:
+    """Σ weight · value / Σ weight over what the mask shows; 0 where all weights are 0.
+
+    Args:
+        values, weights: of one shape; weights >= 0.
+        mask: of the same shape, true where a value counts; None counts all.
+
+    Raises:
+        ShapeError: the mask has another shape.
+        DataError: the mask is false everywhere.
+    """
+    return mean_over(weights * values, mask) / mean_over(weights, mask).clip(min=1e-12)
+
+
+def as_numpy(array: Any) -> Any:
+    """The values as an array of numpy, for a decision that takes no gradient."""
+    return array if namespace(array) is np else array.detach().cpu().numpy()
