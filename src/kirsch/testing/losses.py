@@ -35,7 +35,7 @@ SHAPES: dict[str, Any] = {
     "features": (4, 6),
     "tokens": (3, 5, 4),
     "attention": (2, 2, 4, 4),
-    "relations": [(2, 4, 6), (2, 4, 6)],
+    "relations": [(2, 4, 12), (2, 4, 12)],
     "stages": [(2, 3, 4, 4), (2, 4, 2, 2)],
     "sets": {"scores": (2, 4, 5), "boxes": (2, 4, 4)},
 }
@@ -254,10 +254,14 @@ def _values(loss: Loss) -> tuple[Any, Any]:
 
     def drawn(shape: Any, scale: float) -> Any:
         if isinstance(shape, dict):
-            return {name: drawn(part, scale) for name, part in shape.items()}
+            return {n: boxes(part) if n == "boxes" else drawn(part, scale) for n, part in shape.items()}
         if isinstance(shape, list):
             return [drawn(part, scale) for part in shape]
         return scale * random.standard_normal(shape)
+
+    def boxes(shape: Any) -> Any:
+        """Center and size as shares of the image; a box has an area, and touches others."""
+        return random.uniform(0.2, 0.6, shape)
 
     shape = SHAPES[getattr(loss, "takes", "scores")]
     return drawn(shape, 2.0), drawn(shape, 3.0)
