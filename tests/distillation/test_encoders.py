@@ -1,0 +1,100 @@
+"""Losses on what a real encoder holds inside: BERT of transformers, a student of 2 layers and a teacher of 4."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kirsch.distillation.losses import (
+    attention_ce,
+    attention_kl,
+    attention_mse,
+    cls_pkd,
+    hidden_cosine,
+    hidden_mse,
+    minilm,
+    token_fsp,
+    token_nst,
+)
+from kirsch.frameworks.pytorch.vision import import_beside
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    """A student of 2 layers and a teacher of 4, both 16 wide."""
+    pytest.importorskip("transformers", exc_type=ImportError)
+    import_beside("torchvision")
+    transformers = import_beside("transformers")
+
+    def made(layers, seed):
+        torch.manual_seed(seed)
+        config = transformers.BertConfig(
+            vocab_size=30, hidden_size=16, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=32,
+            max_position_embeddings=16, attn_implementation="eager",
+        )  # fmt: skip
+        return transformers.BertModel(config).eval().double()
+
+    return made(2, 0), made(4, 1)
+
+
+def charges(student, teacher, tokens, mask):
+    """Each loss on the last layers of both, with the gradient of all for the student's first weights."""
+    student.zero_grad()
+    kept = {}
+
+    def values(model, who):
+        layer = model.encoder.layer[-1].attention.self
+        parts = [layer.query, layer.key, layer.value]
+        hooks = [p.register_forward_hook(lambda _, __, out: kept.setdefault(who, []).append(out)) for p in parts]
+        out = model(tokens, attention_mask=mask.long(), output_hidden_states=True, output_attentions=True)
+        for hook in hooks:
+            hook.remove()
+        return out
+
+    s = values(student, "student")
+    with torch.no_grad():
+        t = values(teacher, "teacher")
+    # Layer i of 2 learns from layer 2 i of 4; 0 are the embeddings.
+    pairs = [(s.hidden_states[i], t.hidden_states[2 * i]) for i in range(3)]
+    found = {
+        "hidden-mse": sum(hidden_mse(*pair, mask=mask) for pair in pairs),
+        "hidden-cosine": hidden_cosine(*pairs[-1], mask=mask),
+        "cls-pkd": cls_pkd(*pairs[1], mask=mask),
+        "token-fsp": token_fsp([pairs[0][0], pairs[1][0]], [pairs[0][1], pairs[1][1]], mask=mask),
+        "token-nst": token_nst([pairs[0][0], pairs[1][0]], [pairs[0][1], pairs[1][1]], mask=mask),
+        "attention-mse": sum(attention_mse(s.attentions[i], t.attentions[2 * i + 1], mask=mask) for i in range(2)),
+        "attention-ce": attention_ce(s.attentions[-1], t.attentions[-1], given="weights", mask=mask),
+        "attention-kl": attention_kl(s.attentions[-1], t.attentions[-1], given="weights", mask=mask),
+        "minilm": minilm(kept["student"], kept["teacher"], heads=8, mask=mask),
+    }
+    sum(found.values()).backward()
+    return {
+        name: float(value.detach()) for name, value in found.items()
+    }, student.embeddings.word_embeddings.weight.grad.clone()
+
+
+def test_more_padding_changes_neither_loss_nor_gradient_of_a_real_encoder(encoders):
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(1, 30, (3, 7), generator=generator)
+    mask = torch.arange(7) < torch.tensor([7, 5, 2])[:, None]
+    tokens = torch.where(mask, tokens, 0)
+    plain, slope = charges(*encoders, tokens, mask)
+    padded, slope_padded = charges(*encoders, F.pad(tokens, (0, 5)), F.pad(mask, (0, 5)))
+    assert all(math.isfinite(value) and value > 0 for value in plain.values())
+    assert plain == pytest.approx(padded, rel=1e-6)  # a sum over more keys is rounded another way
+    assert torch.isfinite(slope).all()
+    assert slope.abs().max() > 0
+    np.testing.assert_allclose(slope_padded, slope, rtol=1e-6, atol=1e-9)
+
+
+def test_without_the_mask_padding_shows(encoders):
+    """That the test above can fail."""
+    tokens = torch.randint(1, 30, (2, 6), generator=torch.Generator().manual_seed(3))
+    whole = torch.ones(2, 6, dtype=torch.bool)
+    plain, _ = charges(*encoders, tokens, whole)
+    padded, _ = charges(*encoders, F.pad(tokens, (0, 3)), torch.ones(2, 9, dtype=torch.bool))
+    assert all(plain[name] != pytest.approx(padded[name], rel=1e-6) for name in plain)

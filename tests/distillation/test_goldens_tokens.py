@@ -1,0 +1,55 @@
+"""Losses on hidden states and attention against what TextBrewer gives for the same inputs in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from distillation.golden import AS, AT, HS, HT, MASK, VALUES
+from kirsch.distillation.losses import (
+    attention_ce,
+    attention_mse,
+    cls_pkd,
+    hidden_cosine,
+    hidden_mse,
+    token_fsp,
+    token_nst,
+)
+
+CLAIMED = {
+    "BERT/hidden_mse mask": lambda make: hidden_mse(make(HS), make(HT), mask=make(MASK)),
+    "BERT/hidden_mse nomask": lambda make: hidden_mse(make(HS), make(HT)),
+    "BERT/cos nomask": lambda make: hidden_cosine(make(HS), make(HT)),
+    "BERT/pkd": lambda make: cls_pkd(make(HS), make(HT)),
+    "BERT/fsp(gram) nomask": lambda make: token_fsp([make(HS), make(HS)], [make(HT), make(HT)]),
+    "BERT/mmd(nst) nomask": lambda make: token_nst([make(HS), make(HS)], [make(HT), make(HT)]),
+    "BERT/att_mse nomask (values<=-1e-3 zeroed)": lambda make: attention_mse(
+        make(AS), make(AT), convention="textbrewer"
+    ),
+    "BERT/att_mse mask": lambda make: attention_mse(make(AS), make(AT), convention="textbrewer", mask=make(MASK)),
+    "BERT/att_ce mask": lambda make: attention_ce(make(AS), make(AT), convention="textbrewer", mask=make(MASK)),
+}
+
+
+@pytest.mark.parametrize("make", [np.array, lambda array: torch.tensor(array)], ids=["numpy", "torch"])
+@pytest.mark.parametrize("name", list(CLAIMED))
+def test_tokens_are_charged_the_golden_value(name, make):
+    assert float(CLAIMED[name](make)) == pytest.approx(VALUES[name], rel=1e-9)
+
+
+def test_every_golden_value_of_this_kind_is_claimed():
+    assert set(CLAIMED) == {name for name in VALUES if name.startswith("BERT/")}
+
+
+def test_masked_attention_of_the_golden_inputs_is_charged_the_same_without_a_convention():
+    """No score of theirs is as low as -100, so that the mask alone decides."""
+    found = attention_mse(AS, AT, mask=MASK)
+    assert found == pytest.approx(VALUES["BERT/att_mse mask"], rel=1e-9)
+
+
+def test_the_golden_cross_entropy_leaves_out_what_attention_spends_on_padding():
+    """TextBrewer's softmax runs over all 6 keys and its sum over 4, so that it charges less than a softmax over 4."""
+    whole = attention_ce(AS[:, :, :4, :4].copy(), AT[:, :, :4, :4].copy())
+    assert attention_ce(AS, AT, mask=MASK) == pytest.approx(whole, rel=1e-12)
+    assert VALUES["BERT/att_ce mask"] < whole - 0.1
