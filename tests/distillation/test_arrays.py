@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from kirsch.distillation.arrays import constant, log_softmax, namespace, pick, same_shape
-from kirsch.errors import ShapeError, UsageError
+from kirsch.distillation.arrays import (
+    as_numpy,
+    blank,
+    constant,
+    log_sigmoid,
+    log_softmax,
+    namespace,
+    pick,
+    same_shape,
+    weighted_mean,
+)
+from kirsch.errors import DataError, ShapeError, UsageError
 
 FRAMEWORKS = [np.array, lambda values: torch.from_numpy(np.array(values))]
 
@@ -62,3 +72,39 @@ def test_unequal_shapes_are_both_named():
     sentence = r"student's scores have shape \(2, 3\), the teacher's \(2, 4\)\. They must be scores of the same samples"
     with pytest.raises(ShapeError, match=sentence):
         same_shape(np.zeros((2, 3)), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("array", FRAMEWORKS)
+def test_log_sigmoid_in_closed_form(array):
+    found = log_sigmoid(array([0.0, math.log(3), 1e4, -1e4]))
+    np.testing.assert_allclose(found, [-math.log(2), math.log(0.75), 0, -1e4], rtol=1e-15)
+
+
+def test_the_slope_of_log_sigmoid_is_one_half_at_zero():
+    """Where heads that start at zero are: there a formula by |x| has the slope 1."""
+    scores = torch.tensor([0.0, math.log(3), -1e4], dtype=torch.float64, requires_grad=True)
+    log_sigmoid(scores).sum().backward()
+    np.testing.assert_allclose(scores.grad, [0.5, 0.25, 1], rtol=1e-15)
+
+
+@pytest.mark.parametrize("array", FRAMEWORKS)
+def test_a_weighted_mean_in_closed_form(array):
+    values, weights = array([[1.0, 5.0, 100.0]]), array([[1.0, 3.0, 2.0]])
+    assert float(weighted_mean(values, weights)) == pytest.approx((1 + 15 + 200) / 6, rel=1e-15)
+    mask = array([[True, True, False]])
+    assert float(weighted_mean(values, weights, mask)) == pytest.approx(4, rel=1e-15)
+    assert float(weighted_mean(values, 0.0 * weights)) == 0
+    with pytest.raises(DataError, match="All targets are masked"):
+        weighted_mean(values, weights, array([[False, False, False]]))
+
+
+@pytest.mark.parametrize("array", FRAMEWORKS)
+def test_a_mask_of_another_shape_covers_nothing(array):
+    with pytest.raises(ShapeError, match=r"The mask has shape \(3,\); \(2,\) is needed"):
+        blank(array(np.ones((2, 3))), array([True, True, False]))
+
+
+def test_a_tensor_with_a_gradient_becomes_numpy():
+    assert as_numpy(torch.ones(2, requires_grad=True)).tolist() == [1, 1]
+    plain = np.ones(2)
+    assert as_numpy(plain) is plain
