@@ -1,0 +1,304 @@
+"""Losses of detectors: boxes in closed form, weights by the teacher, and matching against all permutations."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from kirsch.distillation.losses import detection_features, detection_response, detr
+from kirsch.distillation.losses.detection import confidence, giou, matched
+from kirsch.errors import ShapeError, UnknownNameError, UsageError
+from kirsch.testing import LOSS_CHECKS
+
+FRAMEWORKS = [np.asarray, lambda values: torch.from_numpy(np.asarray(values))]
+both = pytest.mark.parametrize("make", FRAMEWORKS, ids=["numpy", "torch"])
+
+
+def drawn(seed, queries, samples=2, classes=4):
+    """A side of a detector: scores, and boxes with an area."""
+    random = np.random.default_rng(seed)
+    return {
+        "scores": 2 * random.standard_normal((samples, queries, classes)),
+        "boxes": random.uniform(0.1, 0.6, (samples, queries, 4)),
+    }
+
+
+def tensors(side):
+    return {name: torch.from_numpy(part) for name, part in side.items()}
+
+
+def sigmoid(scores):
+    return 1 / (1 + np.exp(-scores))
+
+
+def softmax(scores):
+    return np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+
+
+# ------------------------------------------------------------------------------------------------ boxes
+
+
+@both
+@pytest.mark.parametrize(
+    ("first", "second", "wanted"),
+    [
+        ([0.5, 0.5, 0.2, 0.4], [0.5, 0.5, 0.2, 0.4], 1),
+        # Unit squares that overlap by half: 0.5 / 1.5, and the hull is the union.
+        ([0.5, 0.5, 1, 1], [1.0, 0.5, 1, 1], 1 / 3),
+        # Unit squares that touch at a side: nothing in common, nothing between.
+        ([0.5, 0.5, 1, 1], [1.5, 0.5, 1, 1], 0),
+        # One apart: the hull of 3 has 1 that is neither's.
+        ([0.5, 0.5, 1, 1], [2.5, 0.5, 1, 1], -1 / 3),
+        # At a corner, overlap of 1/4: union 7/4, hull 9/4.
+        ([0.5, 0.5, 1, 1], [1.0, 1.0, 1, 1], 1 / 7 - 2 / 9),
+        # One within the other.
+        ([0.5, 0.5, 1, 1], [0.5, 0.5, 0.5, 0.5], 1 / 4),
+        # A width below 0 is none: the hull is the unit square, and so is the union.
+        ([0.5, 0.5, 1, 1], [0.5, 0.5, -0.5, 0.5], 0),
+    ],
+)
+def test_overlap_of_boxes_in_closed_form(make, first, second, wanted):
+    for pair in ((first, second), (second, first)):
+        assert float(giou(*(make(np.array(box, float)) for box in pair))) == pytest.approx(wanted, abs=1e-15)
+
+
+@given(st.integers(0, 10_000))
+@settings(deadline=None, derandomize=True)
+def test_overlap_is_bounded_and_knows_neither_place_nor_size(seed):
+    first, second = np.random.default_rng(seed).uniform(0.05, 1, (2, 20, 4))
+    found = giou(first, second)
+    assert (found > -1).all()
+    assert (found <= 1).all()
+    moved = [np.concatenate([3 * box[:, :2] + 7, 3 * box[:, 2:]], 1) for box in (first, second)]
+    np.testing.assert_allclose(giou(*moved), found, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ maps
+
+
+@both
+def test_maps_are_weighted_by_the_largest_score_of_a_cell(make):
+    """Squared differences 4 and 9 in two cells, of which the teacher is sure by 3/4 and 1/4, the larger."""
+    student, maps = make([[[[2.0, 3.0]]]]), make(np.zeros((1, 1, 1, 2)))
+    scores = make(np.log([[[[3.0, 0.25]], [[0.25, 1 / 3]]]]))  # odds
+    found = float(detection_features(student, {"maps": maps, "scores": scores}))
+    assert found == pytest.approx(0.75 * 4 + 0.25 * 9, rel=1e-13)
+    assert float(detection_features(student, maps)) == 6.5
+
+
+def test_weighted_maps_pull_where_the_teacher_sees_something():
+    random = np.random.default_rng(0)
+    student, maps = (torch.from_numpy(side) for side in random.standard_normal((2, 2, 3, 4, 4)))
+    scores = torch.from_numpy(random.standard_normal((2, 5, 4, 4))).requires_grad_()
+    detection_features(student.requires_grad_(), {"maps": maps, "scores": scores}).backward()
+    weights = torch.sigmoid(scores.detach()).amax(1)  # (N, H, W)
+    wanted = 2 * (student.detach() - maps) * weights[:, None] / 3 / weights.sum()
+    np.testing.assert_allclose(student.grad, wanted, rtol=1e-12)
+    assert scores.grad is None
+
+
+def test_maps_where_the_teacher_sees_nothing_at_all_are_charged_nothing():
+    maps = {"maps": np.zeros((1, 2, 3, 3)), "scores": np.full((1, 4, 3, 3), -1e4)}
+    assert detection_features({"maps": np.ones((1, 2, 3, 3))}, maps) == 0
+
+
+def test_scores_of_other_cells_are_refused():
+    maps = np.zeros((1, 2, 3, 3))
+    with pytest.raises(ShapeError, match=r"scores have shape \(1, 4, 3, 2\), its maps \(1, 2, 3, 3\)\. They must be"):
+        detection_features(maps, {"maps": maps, "scores": np.zeros((1, 4, 3, 2))})
+    with pytest.raises(UsageError, match=r'The teacher gives scores; "maps" are needed'):
+        detection_features(maps, {"scores": maps})
+
+
+# ------------------------------------------------------------------------------------------------ dense heads
+
+
+@both
+def test_response_in_closed_form(make):
+    """Cell 0: the teacher is sure by 3/4, the student by 1/2. Cell 1: both by 1/4, and boxes do not count there."""
+    half = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    teacher = {
+        "scores": make(np.log([[[3.0], [1 / 3]]])),
+        "boxes": make([[[0.5, 0.5, 1.0, 1.0], [0.5, 0.5, 0.1, 0.1]]]),
+    }
+    student = {
+        "scores": make(np.log([[[1.0], [1 / 3]]])),
+        "boxes": make([[[1.0, 0.5, 1.0, 1.0], [0.1, 0.1, 0.9, 0.9]]]),
+    }
+    found = float(detection_response(student, teacher, box_weight=3.0, giou_weight=2.0))
+    assert found == pytest.approx(0.75 * half / (0.75 + 0.25) + 3 * 0.5 + 2 * (1 - 1 / 3), rel=1e-13)
+
+
+def test_response_is_that_of_pytorch():
+    student, teacher = tensors(drawn(0, 6)), tensors(drawn(1, 6))
+    shares = torch.sigmoid(teacher["scores"])
+    entropy = F.binary_cross_entropy(shares, shares, reduction="none")
+    crossed = F.binary_cross_entropy_with_logits(student["scores"], shares, reduction="none")
+    sure = shares.amax(-1)
+    wanted = (sure * (crossed - entropy).sum(-1)).sum() / sure.sum()
+    found = detection_response(student, teacher, box_weight=0, giou_weight=0)
+    assert float(found) == pytest.approx(float(wanted), rel=1e-12)
+
+
+def test_boxes_count_by_how_sure_the_teacher_is_above_the_threshold():
+    student, teacher = drawn(0, 6), drawn(1, 6)
+    sure = sigmoid(teacher["scores"]).max(-1)
+    far = np.abs(student["boxes"] - teacher["boxes"]).sum(-1)
+    scores_alone = detection_response(student, teacher, box_weight=0, giou_weight=0)
+    for threshold in (0.0, 0.7, 0.9):
+        weights = sure * (sure > threshold)
+        found = detection_response(student, teacher, box_weight=1, giou_weight=0, threshold=threshold)
+        assert found - scores_alone == pytest.approx((weights * far).sum() / weights.sum(), rel=1e-10)
+    assert detection_response(student, teacher, threshold=1.0) == scores_alone
+
+
+def test_background_hardly_moves_the_response():
+    """A hundred cells of background in which the student errs by a little beside one object."""
+    teacher = {"scores": np.full((1, 101, 3), -9.0), "boxes": np.full((1, 101, 4), 0.5)}
+    teacher["scores"][0, 0, 0] = 3.0
+    student = {"scores": teacher["scores"] + 0.5, "boxes": teacher["boxes"]}
+    alone = {name: part[:, :1] for name, part in student.items()}, {name: part[:, :1] for name, part in teacher.items()}
+    assert detection_response(student, teacher) == pytest.approx(detection_response(*alone), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"threshold": 1.5}, "The threshold of objects is 1.5; a probability from 0 to 1 is needed"),
+        ({"box_weight": -1}, "`box_weight` is -1; a number of at least 0 is needed"),
+        ({"giou_weight": math.nan}, "`giou_weight` is nan; a number of at least 0 is needed"),
+    ],
+)
+def test_options_of_the_response_that_are_none_are_refused(options, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        detection_response(drawn(0, 6), drawn(1, 6), **options)
+
+
+# ------------------------------------------------------------------------------------------------ sets
+
+
+def charge_of(student, teacher, n, i, j, classes):
+    """What the pair (i, j) of sample n costs, spelt out."""
+    near, far = student["scores"][n, i], teacher["scores"][n, j]
+    if classes == "softmax":
+        apart = (softmax(far) * np.log(softmax(far) / softmax(near))).sum()
+    else:
+        p, q = sigmoid(far), sigmoid(near)
+        apart = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).sum()
+    boxes = student["boxes"][n, i], teacher["boxes"][n, j]
+    return apart + 5 * np.abs(boxes[0] - boxes[1]).sum() + 2 * (1 - giou(*boxes))
+
+
+def sureness(scores, classes):
+    return softmax(scores)[..., :-1].max(-1) if classes == "softmax" else sigmoid(scores).max(-1)
+
+
+@pytest.mark.parametrize("classes", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("queries", [(4, 4), (5, 3), (3, 5)], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_matched_sets_are_charged_the_least_over_all_permutations(classes, queries, seed):
+    student, teacher = drawn(seed, queries[0]), drawn(100 + seed, queries[1])
+    sure = sureness(teacher["scores"], classes)
+    charged = weights = 0.0
+    for n in range(2):
+        chosen = np.argsort(-sure[n])[: queries[0]]  # of which the teacher is surest, if the student has fewer
+        charged += min(
+            sum(sure[n, j] * charge_of(student, teacher, n, i, j, classes) for i, j in zip(order, chosen, strict=True))
+            for order in itertools.permutations(range(queries[0]), len(chosen))
+        )
+        weights += sure[n, chosen].sum()
+    found = detr(student, teacher, classes=classes)
+    assert found == pytest.approx(charged / weights, rel=1e-12)
+    assert float(detr(tensors(student), tensors(teacher), classes=classes)) == pytest.approx(found, rel=1e-12)
+
+
+def test_the_order_of_queries_does_not_matter():
+    student, teacher = drawn(0, 6), drawn(1, 6)
+    wanted = detr(student, teacher)
+    order = np.random.default_rng(2).permutation(6)
+    moved = {name: part[:, order] for name, part in student.items()}
+    assert detr(moved, teacher) == pytest.approx(wanted, rel=1e-12)
+    assert detr({name: part[:, order] for name, part in teacher.items()}, teacher) == pytest.approx(0, abs=1e-12)
+
+
+def test_further_queries_of_the_student_learn_from_labels_alone():
+    teacher, others = drawn(1, 3), drawn(2, 4)
+    more = {name: np.concatenate([others[name], teacher[name]], 1) for name in teacher}
+    assert detr(more, teacher) == pytest.approx(0, abs=1e-12)
+    student = {name: torch.from_numpy(part.copy()).requires_grad_() for name, part in more.items()}
+    detr(student, tensors(teacher)).backward()
+    assert not student["scores"].grad[:, :4].any()
+    assert not student["boxes"].grad[:, :4].any()
+
+
+def test_queries_that_the_teacher_takes_for_nothing_hardly_count():
+    student, teacher = drawn(0, 5), drawn(1, 5)
+    teacher["scores"][:, 2:, -1] += 30.0  # no object
+    fewer = {name: part[:, :2] for name, part in teacher.items()}
+    assert detr(student, teacher) == pytest.approx(detr(student, fewer), rel=1e-6)
+
+
+@pytest.mark.parametrize("classes", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("queries", [(5, 3), (3, 5)], ids=str)
+def test_the_gradient_of_unequal_sets_is_that_of_finite_differences(classes, queries):
+    """The matching is constant within a small step, so that the loss is smooth there."""
+    student, teacher = tensors(drawn(0, queries[0])), tensors(drawn(1, queries[1]))
+
+    def charged(scores, boxes):
+        return detr({"scores": scores, "boxes": boxes}, teacher, classes=classes)
+
+    sides = [student[name].clone().requires_grad_() for name in ("scores", "boxes")]
+    assert torch.autograd.gradcheck(charged, sides, atol=1e-6)
+
+
+@pytest.mark.parametrize("check", LOSS_CHECKS, ids=lambda check: check.__name__)
+def test_sets_of_coins_conform(check):
+    @functools.wraps(detr)
+    def coins(student, teacher, **options):
+        return detr(student, teacher, classes="sigmoid", **options)
+
+    check(coins)
+
+
+def test_the_matching_survives_numbers_that_are_none():
+    """What is not finite is matched last; the loss itself then says that numbers went wrong."""
+    costs = np.array([[[np.nan, 1.0], [0.0, np.inf]]])
+    samples, rows, columns = matched(costs, np.ones((1, 2)))
+    assert sorted(zip(samples, rows, columns, strict=True)) == [(0, 0, 1), (0, 1, 0)]
+    student, teacher = drawn(0, 3), drawn(1, 3)
+    student["scores"][0, 0, 0] = np.nan
+    assert math.isnan(detr(student, teacher))
+
+
+def test_a_student_with_fewer_queries_is_matched_to_the_surest():
+    """The least sum would take the column of weight 0.1, which costs least."""
+    costs = np.array([[[5.0, 1.0]]])
+    assert [int(part[0]) for part in matched(costs, np.array([[0.9, 0.1]]))] == [0, 0, 0]
+
+
+def test_no_object_is_no_confidence():
+    scores = np.log([[0.1, 0.2, 0.7]])
+    assert confidence(scores, "softmax") == pytest.approx(0.2)
+    assert confidence(np.log([[1 / 9, 1 / 4, 7 / 3]]), "sigmoid") == pytest.approx(0.7)
+
+
+def test_sets_that_do_not_fit_are_refused():
+    student, teacher = drawn(0, 4), drawn(1, 5)
+    with pytest.raises(ShapeError, match=r"\(2, 4, 4\), the teacher's \(2, 5, 3\).*numbers of queries may differ"):
+        detr(student, drawn(1, 5, classes=3))
+    with pytest.raises(ShapeError, match=r"\(2, 4, 4\), the teacher's \(1, 5, 4\)"):
+        detr(student, drawn(1, 5, samples=1))
+    with pytest.raises(ShapeError, match=r"The teacher's boxes have shape \(2, 4, 4\); \(2, 5, 4\) is needed"):
+        detr(student, {**teacher, "boxes": student["boxes"]})
+    with pytest.raises(UnknownNameError, match="There is no kind of classes 'logistic'"):
+        detr(student, teacher, classes="logistic")
+    with pytest.raises(UsageError, match="`class_weight` is -1; a number of at least 0 is needed"):
+        detr(student, teacher, class_weight=-1)
