@@ -159,7 +159,7 @@ def detr(
         UnknownNameError: there is no such kind of classes.
 
     Source: Carion et al. 2020, arXiv:2005.12872, equations 1 and 2, and its weights 1, 5 and 2; Chang et al. 2023,
-        arXiv:2211.10156 (DETRDistill), section 3.2, for matching the teacher's predictions.
+        arXiv:2211.10156 (DETRDistill), for matching the teacher's predictions.
     """
     _check_weights(class_weight=class_weight, box_weight=box_weight, giou_weight=giou_weight)
     _check_sets(student, teacher)

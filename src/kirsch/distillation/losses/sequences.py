@@ -115,8 +115,7 @@ def ctc_frames(
         UnknownNameError: there is no such way with blanks.
         DataError: the mask is false everywhere.
 
-    Source: Takashima, Li, Kawai 2018 (ICASSP), frame by frame; without blanks as in VAC (Min et al. 2021,
-        arXiv:2104.02330). The threshold is ours.
+    Source: Takashima, Li, Kawai 2018 (ICASSP), frame by frame. What is done with blanks, and the threshold, are ours.
     """
     check_temperature(temperature)
     _check_frames(student, teacher)
