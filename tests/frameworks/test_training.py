@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kirsch.errors import DataError, ShapeError, UsageError
+from kirsch.frameworks.augment import sample_seeds
 from kirsch.frameworks.training import ArrayData, Training
 
 
@@ -41,10 +42,14 @@ def test_all_wrong_settings_are_named_at_once():
         Training(epochs=0, learning_rate=-1, optimizer="x")
 
 
-def data(n, batch_size, augment=None):
+def pair(n):
     """Sample i is (i, i) and has the label i."""
     numbers = np.arange(n)
-    return ArrayData(np.stack([numbers, numbers], 1).astype(np.float32), numbers, batch_size, augment)
+    return np.stack([numbers, numbers], 1).astype(np.float32), numbers
+
+
+def data(n, batch_size, augment=None):
+    return ArrayData(*pair(n), batch_size, augment)
 
 
 @pytest.mark.parametrize(
@@ -62,18 +67,21 @@ def data(n, batch_size, augment=None):
 def test_an_epoch_is_cut_into_batches(n, batch_size, sizes):
     found = data(n, batch_size)
     batches = list(found.epoch(0, 0))
-    assert [len(inputs) for inputs, _ in batches] == sizes
+    assert [len(batch.inputs) for batch in batches] == sizes
+    assert [len(batch.targets) for batch in batches] == sizes
     assert len(found) == len(sizes)
 
 
 def test_an_epoch_holds_each_sample_once_with_its_label():
-    inputs, targets = (np.concatenate(parts) for parts in zip(*data(11, 3).epoch(5, 2), strict=True))
+    batches = list(data(11, 3).epoch(5, 2))
+    inputs, targets, ids = (np.concatenate([getattr(b, n) for b in batches]) for n in ("inputs", "targets", "ids"))
     assert sorted(targets.tolist()) == list(range(11))
     np.testing.assert_array_equal(inputs[:, 0], targets)
+    np.testing.assert_array_equal(ids, targets)
 
 
 def order(seed, epoch):
-    return np.concatenate([targets for _, targets in data(11, 3).epoch(seed, epoch)]).tolist()
+    return np.concatenate([batch.targets for batch in data(11, 3).epoch(seed, epoch)]).tolist()
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
@@ -82,27 +90,63 @@ def test_the_order_follows_from_seed_and_epoch_alone():
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
-def test_augmentation_is_applied_to_each_batch_and_follows_from_its_place_alone():
-    def shake(batch, random):
-        return batch + random.standard_normal(batch.shape).astype(np.float32)
+def shake(batch, random):
+    return batch + random.standard_normal(batch.shape).astype(np.float32)
 
-    plain, shaken = list(data(10, 4).epoch(1, 2)), list(data(10, 4, shake).epoch(1, 2))
-    for number, ((before, targets), (after, same)) in enumerate(zip(plain, shaken, strict=True)):
-        np.testing.assert_array_equal(targets, same)
-        noise = np.random.default_rng([1, 2, number]).standard_normal(before.shape).astype(np.float32)
-        np.testing.assert_array_equal(after, before + noise)
+
+def test_augmentation_of_a_sample_follows_from_seed_view_and_id_alone():
+    whole = data(10, 4, shake)
+    for batch, plain in zip(whole.epoch(1, 2), data(10, 4).epoch(1, 2), strict=True):
+        np.testing.assert_array_equal(batch.targets, plain.targets)
+        seeds = sample_seeds(1, 2, batch.targets)
+        for found, given, seed in zip(batch.inputs, plain.inputs, seeds.tolist(), strict=True):
+            noise = np.random.Generator(np.random.Philox(key=seed)).standard_normal((1, 2)).astype(np.float32)
+            np.testing.assert_array_equal(found, given + noise[0])
+
+
+def by_id(data, seed, epoch):
+    return {i: x.tobytes() for b in data.epoch(seed, epoch) for i, x in zip(b.ids.tolist(), b.inputs, strict=True)}
+
+
+def test_the_size_of_batches_does_not_change_what_a_sample_looks_like():
+    assert by_id(data(10, 4, shake), 1, 2) == by_id(data(10, 3, shake), 1, 2) == by_id(data(10, 10, shake), 1, 2)
+
+
+def test_a_sample_that_is_moved_keeps_its_look_by_its_id():
+    inputs, labels, ids = np.ones((6, 2), np.float32), np.arange(6), np.array([7, 3, 2**40, -1, 0, 12])
+    some = by_id(ArrayData(inputs, labels, 2, shake, ids), 0, 1)
+    assert some.keys() == set(ids.tolist())
+    assert by_id(ArrayData(inputs, labels, 3, shake, ids[::-1]), 0, 1) == some
+    assert len(set(some.values())) == 6
+
+
+def test_an_epoch_has_a_view_of_its_own_unless_their_number_is_said():
+    endless, three = data(5, 2, shake), ArrayData(*pair(5), 2, shake, views=3)
+    looks = [by_id(endless, 4, epoch) for epoch in range(6)]
+    assert len({look[0] for look in looks}) == 6
+    assert [by_id(three, 4, epoch) for epoch in range(6)] == looks[:3] * 2
+    assert [next(three.epoch(4, epoch)).view for epoch in range(4)] == [0, 1, 2, 0]
+    assert [next(endless.epoch(4, epoch)).view for epoch in range(4)] == [0, 1, 2, 3]
+
+
+def test_the_order_is_another_in_each_epoch_whatever_the_views():
+    once = ArrayData(*pair(9), 9, views=1)
+    assert len({tuple(next(once.epoch(0, epoch)).targets) for epoch in range(4)}) == 4
+
+
+def test_samples_may_have_no_labels():
+    for batch in ArrayData(pair(5)[0], None, 2, shake).epoch(0, 0):
+        assert batch.targets is None
+        assert len(batch.inputs) == len(batch.ids)
 
 
 @pytest.mark.parametrize("start", range(4))
 def test_an_epoch_goes_on_from_any_batch_in_the_same_bits(start):
-    def shake(batch, random):
-        return batch * random.uniform(size=batch.shape).astype(np.float32)
-
     whole, rest = list(data(9, 3, shake).epoch(0, 0)), list(data(9, 3, shake).epoch(0, 0, start))
     assert len(rest) == 3 - start
     for wanted, found in zip(whole[start:], rest, strict=True):
-        np.testing.assert_array_equal(wanted[0], found[0])
-        np.testing.assert_array_equal(wanted[1], found[1])
+        np.testing.assert_array_equal(wanted.inputs, found.inputs)
+        np.testing.assert_array_equal(wanted.targets, found.targets)
 
 
 def test_going_through_the_data_does_not_change_it():
@@ -119,6 +163,33 @@ def test_no_samples_are_refused():
 def test_unequal_numbers_are_refused():
     with pytest.raises(ShapeError, match="There are 4 inputs and 3 targets"):
         ArrayData(np.zeros((4, 2)), np.zeros(3, int))
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "sentence"),
+    [
+        ([4, 8, 8, 1], DataError, r"The sample ids are not unique\. 8 stands for more than one sample"),
+        ([4, 8, 1], ShapeError, "There are 4 inputs and 3 ids"),
+        ([0.0, 1.0, 2.0, 3.0], DataError, r"The ids have shape \(4,\) and type float64"),
+        ([[0], [1], [2], [3]], DataError, r"The ids have shape \(4, 1\)"),
+    ],
+)
+def test_ids_must_name_each_sample(ids, error, sentence):
+    with pytest.raises(error, match=sentence):
+        ArrayData(*pair(4), ids=np.array(ids))
+
+
+def test_a_transform_that_cannot_be_drawn_again_is_refused_before_any_work():
+    with pytest.raises(UsageError, match="cannot be called with a batch and a generator"):
+        ArrayData(*pair(4), augment=lambda batch: batch)
+    state = np.random.default_rng(0)
+    with pytest.raises(UsageError, match="does not follow from its generator"):
+        ArrayData(*pair(4), augment=lambda batch, _: batch + state.random())
+
+
+def test_no_views_are_refused():
+    with pytest.raises(UsageError, match="views is 0; at least 1, or None, is needed"):
+        ArrayData(*pair(4), views=0)
 
 
 def test_a_batch_of_nothing_is_refused():

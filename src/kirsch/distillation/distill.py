@@ -136,7 +136,7 @@ def _add(parts: dict[str, Any], name: str, part: Any) -> None:
 def _first(framework: Framework, data: Any) -> tuple[Any, Any]:
     """The first batch."""
     if isinstance(data, ArrayData):
-        return data.inputs[: data.batch_size], data.targets[: data.batch_size]
+        return data.inputs[: data.batch_size], None if data.targets is None else data.targets[: data.batch_size]
 
     def fetch() -> Any:
         batches = iter(data)

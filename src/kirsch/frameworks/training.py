@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from kirsch.errors import DataError, ShapeError, UsageError
+from kirsch.frameworks.augment import apply, check, sample_seeds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
-Augment = Callable[[Any, np.random.Generator], Any]
-"""(batch of inputs, generator) → inputs of the same shape; all its randomness comes from the generator."""
+    from kirsch.frameworks.augment import Augment, Seeded
 
 
 @dataclass(frozen=True)
@@ -125,51 +125,109 @@ class Trained:
 
 
 @dataclass(frozen=True, eq=False)
-class ArrayData:
-    """Labelled samples in memory, whose order and augmentation follow from a seed alone.
-
-    The order of an epoch is drawn from (seed, epoch), the augmentation of a batch from (seed, epoch, batch), so that a
-    run can go on in the middle of an epoch in the same bits.
+class Batch:
+    """What a training step is given of `ArrayData`.
 
     Args:
-        inputs: shape (N, ...), floating.
-        targets: class numbers, shape (N,), whole numbers >= 0.
-        batch_size: >= 1; a last batch of one sample joins the one before, since normalisation needs two.
-        augment: applied to each batch; None leaves samples as they are.
-
-    Raises:
-        DataError: there are no samples, or inputs are not finite.
-        ShapeError: inputs and targets differ in number.
+        inputs: shape (N, ...), augmented.
+        targets: class numbers, shape (N,); None of data without labels.
+        ids: of the samples, shape (N,).
+        view: which augmented look of the samples it is, >= 0.
     """
 
     inputs: NDArray[Any]
-    targets: NDArray[Any]
+    targets: NDArray[Any] | None
+    ids: NDArray[Any]
+    view: int
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayData:
+    """Samples in memory, whose order and augmentation follow from a seed alone.
+
+    The order of an epoch is drawn from (seed, epoch), the augmentation of a sample from (seed, view, id), so that a run
+    can go on in the middle of an epoch in the same bits, and a teacher's output for that very look of the sample can be
+    looked up.
+
+    Args:
+        inputs: shape (N, ...), finite.
+        targets: class numbers, shape (N,), whole numbers >= 0; None where there are none.
+        batch_size: >= 1; a last batch of one sample joins the one before, since normalisation needs two.
+        augment: a transform of `kirsch.frameworks.augment`, or a user's (batch, generator) → batch, which is called
+            with one sample at a time; None leaves samples as they are.
+        ids: unique whole numbers, shape (N,); 0 to N - 1 if left out.
+        views: how many looks of a sample there are: epoch e shows look e modulo this; None gives each epoch its own.
+
+    Raises:
+        DataError: there are no samples, inputs are not finite, or ids are not unique.
+        ShapeError: inputs and targets or ids differ in number.
+        UsageError: the transform takes no generator or does not follow from it, or a setting is out of range.
+    """
+
+    inputs: NDArray[Any]
+    targets: NDArray[Any] | None
     batch_size: int = 64
-    augment: Augment | None = None
+    augment: Seeded | Augment | None = None
+    ids: NDArray[Any] | None = None
+    views: int | None = None
 
     def __post_init__(self) -> None:
         if not len(self.inputs):
             raise DataError("The data is empty.", mend="Give at least one sample.")
-        if len(self.inputs) != len(self.targets):
+        if self.targets is not None and len(self.inputs) != len(self.targets):
             raise ShapeError(f"There are {len(self.inputs)} inputs and {len(self.targets)} targets.")
         if self.batch_size < 1:
             raise UsageError(f"batch_size is {self.batch_size}; at least 1 is needed.")
+        if self.views is not None and self.views < 1:
+            raise UsageError(f"views is {self.views}; at least 1, or None, is needed.")
         bad = ~np.isfinite(self.inputs.reshape(len(self.inputs), -1)).all(axis=1)
         if bad.any():
             raise DataError(f"Sample {int(bad.argmax())} holds NaN or infinity.", mend="Repair or leave it out.")
+        if self.ids is not None:
+            _check_ids(self.ids, len(self.inputs))
+        check(self.augment, self.inputs[:1])
 
     def __len__(self) -> int:
         """Batches of one epoch."""
         full, rest = divmod(len(self.inputs), self.batch_size)
         return max(1, full + (rest > 1 or (rest == 1 and full == 0)))
 
-    def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    @cached_property
+    def sample_ids(self) -> NDArray[Any]:
+        """The id of each sample: those given, or 0 to N - 1."""
+        return np.arange(len(self.inputs)) if self.ids is None else self.ids
+
+    def look(self, places: NDArray[Any], seed: int, view: int) -> Batch:
+        """Some samples as one view of a run shows them.
+
+        Args:
+            places: indices of samples, shape (N,).
+            seed: of the run.
+            view: see `Batch`.
+        """
+        ids = self.sample_ids[places]
+        inputs = apply(self.augment, self.inputs[places], sample_seeds(seed, view, ids))
+        return Batch(inputs, None if self.targets is None else self.targets[places], ids, view)
+
+    def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `start` on."""
         order = np.random.default_rng([seed, epoch]).permutation(len(self.inputs))
         borders = [*range(0, len(self) * self.batch_size, self.batch_size), len(order)]
+        view = epoch if self.views is None else epoch % self.views
         for number in range(start, len(self)):
-            chosen = order[borders[number] : borders[number + 1]]
-            batch = self.inputs[chosen]
-            if self.augment is not None:
-                batch = self.augment(batch, np.random.default_rng([seed, epoch, number]))
-            yield batch, self.targets[chosen]
+            yield self.look(order[borders[number] : borders[number + 1]], seed, view)
+
+
+def _check_ids(ids: NDArray[Any], count: int) -> None:
+    if len(ids) != count:
+        raise ShapeError(f"There are {count} inputs and {len(ids)} ids.")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise DataError(f"The ids have shape {ids.shape} and type {ids.dtype}.", "One whole number a sample is needed.")
+    ordered = np.sort(ids)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise DataError(
+            "The sample ids are not unique.",
+            f"{int(twice[0])} stands for more than one sample.",
+            "Give each sample a number of its own.",
+        )

@@ -103,12 +103,8 @@ def _seconds(job: Job, key: str, teacher: Any, start: Any) -> float:
     if section is None:
         return EXPORT_SECONDS if key == "export" else 1.0
     whole = job.data.batches(recipe.data.batch_size)
-    part = ArrayData(
-        whole.inputs[: TRIAL_BATCHES * whole.batch_size],
-        whole.targets[: TRIAL_BATCHES * whole.batch_size],
-        whole.batch_size,
-        whole.augment,
-    )
+    train, few = job.data.train, TRIAL_BATCHES * whole.batch_size
+    part = ArrayData(train.inputs[:few], train.labels[:few], whole.batch_size, whole.augment)
     once = Training(epochs=1, learning_rate=1e-6)
 
     def trial() -> None:

@@ -8,49 +8,9 @@ import numpy as np
 import pytest
 
 from kirsch.errors import DataError
-from kirsch.recipes.tasks.cifar10 import CLASSES, crop_and_flip, data_folder
+from kirsch.frameworks.augment import Chain, Crop, Flip
+from kirsch.recipes.tasks.cifar10 import CLASSES, data_folder
 from kirsch.recipes.tasks.data import load_data
-
-
-class Drawn:
-    """Chance that says what it was told: shifts downwards, shifts to the right, and the draws for mirroring."""
-
-    def __init__(self, down, right, mirror):
-        self.shifts, self.mirror = np.array([down, right]), np.array(mirror)
-
-    def integers(self, low, high, size):
-        assert (low, high, size) == (0, 9, self.shifts.shape)
-        return self.shifts
-
-    def random(self, size):
-        assert size == len(self.mirror)
-        return self.mirror
-
-
-def test_a_shift_of_four_without_mirror_changes_nothing():
-    batch = np.random.default_rng(0).standard_normal((3, 2, 5, 6)).astype(np.float32)
-    found = crop_and_flip(batch, Drawn([4] * 3, [4] * 3, [0.5] * 3))
-    assert np.array_equal(found, batch)
-    assert found.flags.c_contiguous
-
-
-def test_images_are_shifted_over_zeros_and_mirrored():
-    image = np.arange(1, 10, dtype=np.float32).reshape(1, 1, 3, 3)
-    batch = np.repeat(image, 4, axis=0)
-    found = crop_and_flip(batch, Drawn([4, 5, 3, 8], [4, 4, 6, 4], [0.49, 0.9, 0.9, 0.9]))
-    assert found[0, 0].tolist() == [[3, 2, 1], [6, 5, 4], [9, 8, 7]]  # mirrored
-    assert found[1, 0].tolist() == [[4, 5, 6], [7, 8, 9], [0, 0, 0]]  # one up
-    assert found[2, 0].tolist() == [[0, 0, 0], [3, 0, 0], [6, 0, 0]]  # one down, two to the left
-    assert found[3, 0].tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 0]]  # four up: nothing is left
-
-
-def test_each_color_moves_alike():
-    batch = np.random.default_rng(1).standard_normal((8, 1, 7, 7)).astype(np.float32)
-    colors = np.concatenate([batch, 2 * batch], axis=1)
-    found = crop_and_flip(colors, np.random.default_rng(2))
-    assert np.array_equal(found[:, 1], 2 * found[:, 0])
-    assert np.array_equal(found[:, :1], crop_and_flip(batch, np.random.default_rng(2)))
-
 
 # ------------------------------------------------------------------------------------------------ files
 
@@ -90,7 +50,7 @@ def test_the_seed_decides_the_samples_and_augmentation_can_be_left_out(hub):
     small = {"train": 19, "validation": 1, "test": 2}
     assert load_data("cifar10", small, seed=3).sha256 == load_data("cifar10", small, seed=3).sha256
     assert load_data("cifar10", small, seed=3).sha256 != load_data("cifar10", small, seed=4).sha256
-    assert load_data("cifar10", small, seed=3).augment is crop_and_flip
+    assert load_data("cifar10", small, seed=3).augment == Chain(Crop(4), Flip(0.5))
     assert load_data("cifar10", {**small, "augment": False}, seed=3).augment is None
 
 

@@ -60,8 +60,8 @@ def test_the_hash_follows_each_input_and_label_of_each_part():
 def test_the_training_part_comes_in_batches_with_its_augmentation():
     data = data_set(augment=lambda batch, _random: batch + 1)
     batches = list(data.batches(2).epoch(seed=0, epoch=0))
-    assert sorted(np.concatenate([targets for _, targets in batches]).tolist()) == [0, 1, 2]
-    assert all((inputs == 1).all() for inputs, _ in batches)
+    assert sorted(np.concatenate([batch.targets for batch in batches]).tolist()) == [0, 1, 2]
+    assert all((batch.inputs == 1).all() for batch in batches)
 
 
 # ------------------------------------------------------------------------------------------------ sources

@@ -98,7 +98,7 @@ class _Run:
         self._set_random(start)
         if isinstance(self.batches, ArrayData):
             start = self.batch
-            batches = self.batches.epoch(self.training.seed, self.epoch, start)
+            batches = ((b.inputs, b.targets) for b in self.batches.epoch(self.training.seed, self.epoch, start))
         else:
             if hasattr(self.batches, "set_epoch"):  # of Accelerate's own loader
                 self.batches.set_epoch(self.epoch)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import DataError, MissingExtraError
+from kirsch.frameworks.augment import Chain, Crop, Flip
 from kirsch.recipes.tasks.data import SOURCES, DataSet, Split
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AUGMENT = Chain(Crop(4), Flip())
+"""Shifts by up to four pixels over zeros, and mirrored half of the time."""
 
 
 def data_folder() -> Path:
@@ -66,26 +69,8 @@ def cifar10(
         part(learning.take(order[train : train + validation]).to_pydict()),
         part(judging.take(random.permutation(len(judging))[:test]).to_pydict()),
         CLASSES,
-        crop_and_flip if augment else None,
+        AUGMENT if augment else None,
     )
-
-
-def crop_and_flip(batch: NDArray[np.float32], random: np.random.Generator) -> NDArray[np.float32]:
-    """Each image shifted by up to four pixels over a zero border, and mirrored half of the time.
-
-    Args:
-        batch: shape (N, C, H, W).
-        random: draws shifts and mirrors.
-    """
-    padded = np.pad(batch, ((0, 0), (0, 0), (4, 4), (4, 4)))
-    height, width = batch.shape[2:]
-    down, right = random.integers(0, 9, (2, len(batch)))
-    rows = down[:, None] + np.arange(height)
-    columns = right[:, None] + np.arange(width)
-    columns = np.where(random.random(len(batch))[:, None] < 0.5, columns[:, ::-1], columns)  # noqa: PLR2004 - half of them
-    each = np.arange(len(batch))[:, None, None]
-    moved: NDArray[np.float32] = padded.transpose(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]]
-    return np.ascontiguousarray(moved.transpose(0, 3, 1, 2))
 
 
 def _table(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import DataError, KirschError, UsageError
-from kirsch.frameworks.training import ArrayData, Augment
+from kirsch.frameworks.training import ArrayData
 from kirsch.recipes.models import FAILURES, resolve
 from kirsch.registry import Registry
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from kirsch.frameworks.augment import Augment, Seeded
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class DataSet:
         name: for the report.
         train, validation, test: `test` is only ever used to report.
         classes: names, in the order of the models' outputs.
-        augment: of training batches; None for none.
+        augment: of training samples, see `ArrayData`; None for none.
 
     Raises:
         DataError: a part is empty, a label is out of range, an input is not finite, or a class has no training sample.
@@ -57,7 +59,7 @@ class DataSet:
     validation: Split
     test: Split
     classes: tuple[str, ...]
-    augment: Augment | None = None
+    augment: Seeded | Augment | None = None
 
     def __post_init__(self) -> None:
         for part in ("train", "validation", "test"):

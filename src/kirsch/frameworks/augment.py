@@ -1,0 +1,346 @@
+"""How a sample is augmented, as a function of one seed and nothing else, so that it can be done again in the same bits.
+
+A sample's seed is mixed from the seed of the run, the view (which augmented look of the sample it is) and the sample's
+id. Everything random about the sample follows from it, whatever batch the sample stands in. Transforms of this file
+draw with `uniform`, from counters, for a whole batch at once; they use no function whose last bit differs between
+machines (logarithm, cosine). A user's transform draws from a generator that is made for each sample.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch.errors import ShapeError, UsageError
+from kirsch.frameworks.description import described, name_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Augment = Callable[[Any, np.random.Generator], Any]
+"""(one sample as a batch of one, generator) → the same shape; all its randomness comes from the generator."""
+
+STEP = np.uint64(0x9E3779B97F4A7C15)
+"""2⁶⁴ divided by the golden ratio, odd: the counter of splitmix64."""
+
+ATTEMPTS = 8
+"""How often a user's transform is tried with one seed: a flip that is drawn elsewhere shows in all but 1 of 128."""
+
+PIXELS = 4
+"""Axes of a batch of images: (N, C, H, W)."""
+
+
+def mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A bijection of 64-bit words that spreads each bit over all: the output function of splitmix64.
+
+    Source: Steele, Lea, Flood 2014, Fast splittable pseudorandom number generators, figure 16 (variant 13 of Stafford).
+    """
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def sample_seeds(seed: int, view: int, ids: NDArray[Any]) -> NDArray[np.uint64]:
+    """One seed a sample: mix(mix(mix(seed) + view) + mix(id)), where each mix steps its counter first.
+
+    This function never changes: stores of teacher outputs on disk are keyed by it. Different ids of one run and view
+    have different seeds, since each mix is a bijection.
+
+    Args:
+        seed: of the run, >= 0.
+        view: which look of the samples, >= 0.
+        ids: whole numbers, shape (N,).
+
+    Returns:
+        Shape (N,).
+    """
+    run = mixed(_word(seed) + STEP)
+    key = mixed(run + _word(view) + STEP)
+    seeds: NDArray[np.uint64] = mixed(key + mixed(np.asarray(ids).astype(np.uint64) + STEP) + STEP)
+    return seeds
+
+
+def _word(number: int) -> NDArray[np.uint64]:
+    """A whole number modulo 2⁶⁴, as an array: arrays wrap around where numpy's scalars warn."""
+    return np.array([number & 0xFFFFFFFFFFFFFFFF], np.uint64)
+
+
+def derived(seeds: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
+    """Seeds for a part of the work, such as one stage of a chain, that share nothing with those of other parts."""
+    return mixed(mixed(seeds + STEP) + _word(number) * STEP)
+
+
+def uniform(seeds: NDArray[np.uint64], draw: int = 0) -> NDArray[np.float64]:
+    """The draw of this number for each seed: shape (N,), 0 <= value < 1, of 53 bits."""
+    return (mixed(seeds + _word(draw + 1) * STEP) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def whole(seeds: NDArray[np.uint64], draw: int, below: int) -> NDArray[np.int64]:
+    """Whole numbers from 0 to `below` - 1, one a seed: shape (N,)."""
+    return (uniform(seeds, draw) * below).astype(np.int64)
+
+
+class Seeded(ABC):
+    """A transform of a batch whose randomness comes from one seed a sample; a frozen dataclass of its numbers."""
+
+    @abstractmethod
+    def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
+        """The batch transformed, of the same shape and type; what is given is left as it is.
+
+        Args:
+            batch: shape (N, C, H, W), floating.
+            seeds: shape (N,).
+        """
+
+
+@dataclass(frozen=True)
+class Crop(Seeded):
+    """Images moved by up to `padding` pixels each way over a border of zeros, evenly likely.
+
+    Args:
+        padding: pixels, >= 0.
+
+    Source: He et al. 2016, arXiv:1512.03385, section 4.2 (padding 4 for CIFAR).
+    """
+
+    padding: int = 4
+
+    def __post_init__(self) -> None:
+        _check_whole("Crop", "padding", self.padding, 0)
+
+    def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
+        """The images moved."""
+        _check_images("Crop", batch)
+        pad, (height, width) = self.padding, batch.shape[2:]
+        padded = np.pad(batch, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+        moved = np.empty_like(batch)
+        down, right = (whole(seeds, draw, 2 * pad + 1).tolist() for draw in (0, 1))
+        for number, (top, left) in enumerate(zip(down, right, strict=True)):  # slices copy faster than indices gather
+            moved[number] = padded[number, :, top : top + height, left : left + width]
+        return moved
+
+
+@dataclass(frozen=True)
+class Flip(Seeded):
+    """Images mirrored left to right.
+
+    Args:
+        probability: 0 to 1.
+    """
+
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_share("Flip", "probability", self.probability)
+
+    def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
+        """The images, some of them mirrored."""
+        _check_images("Flip", batch)
+        chosen, out = uniform(seeds) < self.probability, batch.copy()
+        out[chosen] = batch[chosen][..., ::-1]
+        return out
+
+
+@dataclass(frozen=True)
+class Erase(Seeded):
+    """Images with a square of zeros, whose middle lies anywhere in the image: cutout.
+
+    Args:
+        size: pixels of a side, >= 1; what lies outside of the image is lost.
+        probability: of an image to have one, 0 to 1.
+
+    Source: DeVries, Taylor 2017, arXiv:1708.04552, section 3.2 (16 pixels for CIFAR-10, 8 for CIFAR-100).
+    """
+
+    size: int = 8
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_whole("Erase", "size", self.size, 1)
+        _check_share("Erase", "probability", self.probability)
+
+    def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
+        """The images with their squares."""
+        _check_images("Erase", batch)
+        inside = []
+        for draw, length in enumerate(batch.shape[2:]):
+            place = np.arange(length) - whole(seeds, draw, length)[:, None] + self.size // 2
+            inside.append((place >= 0) & (place < self.size))
+        square = inside[0][:, None, :, None] & inside[1][:, None, None, :]  # (N, 1, H, W)
+        square &= (uniform(seeds, 2) < self.probability)[:, None, None, None]
+        return np.where(square, np.zeros((), batch.dtype), batch)
+
+
+@dataclass(frozen=True)
+class Jitter(Seeded):
+    """Images of another contrast and brightness: mean + c (image - mean) + b, the mean over all its numbers.
+
+    Args:
+        brightness: b lies within ± this, in units of the inputs; >= 0.
+        contrast: c lies within 1 ± this; 0 to 1.
+    """
+
+    brightness: float = 0.2
+    contrast: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.brightness) and self.brightness >= 0):
+            raise UsageError(f"The brightness of Jitter is {self.brightness}; a number of at least 0 is needed.")
+        _check_share("Jitter", "contrast", self.contrast)
+
+    def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
+        """The images changed."""
+        _check_images("Jitter", batch)
+        # Each sum by itself over contiguous doubles: numpy's order of adding must not follow the size of the batch.
+        rows = np.ascontiguousarray(batch, np.float64).reshape(len(batch), -1)
+        means = np.array([row.mean() for row in rows]).reshape(-1, 1, 1, 1)
+        bright, strong = (
+            (width * (2 * uniform(seeds, draw) - 1))[:, None, None, None]
+            for draw, width in enumerate((self.brightness, self.contrast))
+        )
+        changed: NDArray[Any] = means + (1 + strong) * (batch - means) + bright
+        return changed.astype(batch.dtype)
+
+
+@dataclass(frozen=True)
+class Noise(Seeded):
+    """Inputs of any shape plus noise of nearly normal distribution.
+
+    Each number is the sum of twelve uniform ones of 16 bits: of mean 0 and deviation 1, never beyond ± 6.
+
+    Args:
+        scale: standard deviation, >= 0.
+    """
+
+    scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale >= 0):
+            raise UsageError(f"The scale of Noise is {self.scale}; a number of at least 0 is needed.")
+
+    def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
+        """The inputs with noise."""
+        places = np.arange(math.prod(batch.shape[1:]), dtype=np.uint64)
+        total = np.zeros((len(batch), len(places)), np.int64)
+        for word in range(3):
+            bits = mixed(mixed(derived(seeds, word)[:, None] + places * STEP))
+            for part in range(0, 64, 16):
+                total += ((bits >> np.uint64(part)) & np.uint64(0xFFFF)).astype(np.int64)
+        normal = (total - 6 * 65535) / 65536.0
+        return (batch + self.scale * normal.reshape(batch.shape)).astype(batch.dtype)
+
+
+@dataclass(frozen=True, init=False)
+class Chain(Seeded):
+    """Transforms one after the other, each with seeds of its own.
+
+    Args:
+        stages: of this file, or a user's.
+    """
+
+    stages: tuple[Seeded | Augment, ...]
+
+    def __init__(self, *stages: Seeded | Augment) -> None:
+        object.__setattr__(self, "stages", stages)
+
+    def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
+        """What the last one gives."""
+        for number, stage in enumerate(self.stages):
+            batch = apply(stage, batch, derived(seeds, number))
+        return batch
+
+
+def apply(transform: Seeded | Augment | None, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
+    """The batch transformed, each sample by its seed alone; what is given is left as it is.
+
+    Args:
+        transform: of this file, which takes the batch at once; a user's, which is called sample by sample; or None.
+        batch: shape (N, ...).
+        seeds: shape (N,).
+
+    Raises:
+        UsageError: a user's transform gives something other than an array of its sample's shape.
+    """
+    if transform is None or not len(batch):
+        return batch
+    if isinstance(transform, Seeded):
+        return transform(batch, seeds)
+    rows = zip(range(len(batch)), seeds.tolist(), strict=True)
+    return np.concatenate([_alone(transform, batch[row : row + 1], seed) for row, seed in rows])
+
+
+def _alone(transform: Augment, sample: NDArray[Any], seed: int) -> NDArray[Any]:
+    found = transform(sample.copy(), np.random.Generator(np.random.Philox(key=seed)))
+    if not isinstance(found, np.ndarray) or found.shape != sample.shape:
+        kind = f"an array of shape {found.shape}" if isinstance(found, np.ndarray) else f"a {type(found).__name__}"
+        raise UsageError(
+            f"The transform {name_of(transform)} gives {kind} for a sample of shape {sample.shape}.",
+            "It is called with one sample, as a batch of one, and a numpy generator.",
+            "It must give an array of the same shape.",
+        )
+    return found
+
+
+def check(transform: Seeded | Augment | None, sample: NDArray[Any]) -> None:
+    """Make sure, before any work, that a transform follows from its seed.
+
+    Args:
+        transform: a user's is tried on the sample, eight times with the same seed.
+        sample: shape (1, ...).
+
+    Raises:
+        UsageError: it takes no generator, gives something else than its sample's shape, or draws from elsewhere.
+    """
+    if isinstance(transform, Chain):
+        for number, stage in enumerate(transform.stages):
+            check(stage, sample)
+            sample = apply(stage, sample, np.array([number], np.uint64))
+    elif transform is not None and not isinstance(transform, Seeded):
+        _check_signature(transform)
+        first = _alone(transform, sample, 0)
+        if any(first.tobytes() != _alone(transform, sample, 0).tobytes() for _ in range(ATTEMPTS - 1)):
+            raise UsageError(
+                f"The transform {name_of(transform)} does not follow from its generator.",
+                "With the same seed it gives other numbers: it draws from elsewhere, or remembers.",
+                "Let it draw from the generator that it is given, and from nothing else.",
+            )
+
+
+def _check_signature(transform: Augment) -> None:
+    try:
+        inspect.signature(transform).bind(None, None)
+    except TypeError as error:
+        raise UsageError(
+            f"The transform {name_of(transform)} cannot be called with a batch and a generator: {error}.",
+            "What it draws from elsewhere could not be drawn again.",
+            "Write it as transform(batch, generator), or use those of kirsch.frameworks.augment.",
+        ) from error
+    except ValueError:
+        return  # of some built-in functions Python does not know the signature; trying them shows
+
+
+def description(transform: Seeded | Augment | None) -> str:
+    """What a transform does, as JSON that a hash can be taken of; see `kirsch.frameworks.description`."""
+    return json.dumps(described(transform), sort_keys=True)
+
+
+def _check_images(name: str, batch: NDArray[Any]) -> None:
+    if batch.ndim != PIXELS:
+        raise ShapeError(f"{name} takes images, (N, C, H, W); the batch has shape {batch.shape}.")
+
+
+def _check_whole(name: str, option: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise UsageError(f"The {option} of {name} is {value}; a whole number of at least {least} is needed.")
+
+
+def _check_share(name: str, option: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UsageError(f"The {option} of {name} is {value}; a number from 0 to 1 is needed.")

@@ -1,0 +1,382 @@
+"""What augmentation draws follows from one seed a sample, whatever batch the sample stands in."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kirsch.errors import ShapeError, UsageError
+from kirsch.frameworks import augment
+from kirsch.frameworks.augment import Chain, Crop, Erase, Flip, Jitter, Noise, derived, sample_seeds
+
+IMAGES = np.random.default_rng(0).standard_normal((12, 3, 7, 6)).astype(np.float32)
+
+
+def louder(batch, random):
+    return batch * random.uniform(0.5, 2, (len(batch), 1, 1, 1)).astype(batch.dtype)
+
+
+TRANSFORMS = [
+    Crop(2),
+    Flip(),
+    Erase(3, 0.7),
+    Jitter(0.3, 0.4),
+    Noise(0.5),
+    Chain(Crop(1), Flip(), Erase(2), Jitter(), Noise()),
+    Chain(louder, Flip()),
+    louder,
+]
+names = pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: getattr(t, "__name__", type(t).__name__))
+
+
+def seeds(count=12, seed=0, view=0):
+    return sample_seeds(seed, view, np.arange(count))
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Lets a test say what is drawn: a list a draw, whole numbers or fractions."""
+
+    def tell(**draws):
+        for name, rows in draws.items():
+            monkeypatch.setattr(augment, name, lambda _seeds, draw=0, *_below, rows=rows: np.array(rows[draw]))
+
+    return tell
+
+
+# ------------------------------------------------------------------------------------------------ seeds
+
+
+def test_golden_the_mix_is_that_of_splitmix64():
+    """Its first three outputs from the state 0, as published with the reference code of Vigna."""
+    states = augment.STEP * np.arange(1, 4, dtype=np.uint64)
+    assert [hex(word) for word in augment.mixed(states)] == [
+        "0xe220a8397b1dcdaf",
+        "0x6e789e6aa1b965f4",
+        "0x6c45d188009454f",
+    ]
+
+
+def test_golden_seeds_of_samples_never_change():
+    """Stores on disk are keyed by them."""
+    assert [hex(seed) for seed in sample_seeds(0, 0, np.arange(3))] == [
+        "0x9ababb68568302b9",
+        "0x82a669cabc948e24",
+        "0xac4f6bfabd81a050",
+    ]
+    assert [hex(seed) for seed in sample_seeds(7, 2, np.array([0, 1, 2**40, -1]))] == [
+        "0x5ef9170a809bc7cc",
+        "0xaedbce945cea7373",
+        "0x45d5700b5d537aa9",
+        "0x6e76785f5282c675",
+    ]
+
+
+def test_seeds_are_those_of_the_documented_formula():
+    def mix(word):
+        word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
+        return word ^ (word >> 31)
+
+    step = 0x9E3779B97F4A7C15
+    seed, view, number = 11, 5, 123_456
+    key = mix((mix((seed + step) % 2**64) + view + step) % 2**64)
+    wanted = mix((key + mix((number + step) % 2**64) + step) % 2**64)
+    assert int(sample_seeds(seed, view, np.array([number]))[0]) == wanted
+
+
+def test_no_two_of_many_samples_views_and_runs_share_a_seed():
+    found = np.concatenate([sample_seeds(s, v, np.arange(2000)) for s in range(4) for v in range(4)])
+    assert len(np.unique(found)) == 32_000
+
+
+@given(st.integers(0, 2**70), st.integers(0, 2**33), st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5))
+def test_a_seed_is_the_same_alone_and_among_others(seed, view, ids):
+    together = sample_seeds(seed, view, np.array(ids))
+    assert together.tolist() == [sample_seeds(seed, view, np.array([one]))[0] for one in ids]
+
+
+def test_draws_are_even():
+    """Each tenth gets 10 % of 100,000 draws, to five deviations: sqrt(0.1 x 0.9 / 100,000) = 0.00095."""
+    for draw in range(3):
+        values = augment.uniform(seeds(100_000), draw)
+        assert (values >= 0).all()
+        assert (values < 1).all()
+        assert np.abs(np.histogram(values, 10, (0, 1))[0] / 100_000 - 0.1).max() < 0.0048
+    first, second = augment.uniform(seeds(100_000), 0), augment.uniform(seeds(100_000), 1)
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.016  # five times 1 / sqrt(100,000)
+    assert np.unique(augment.whole(seeds(1000), 0, 9)).tolist() == list(range(9))
+
+
+# ------------------------------------------------------------------------------------------------ what each does
+
+
+def test_a_crop_shifts_over_zeros(told):
+    image = np.arange(1, 10, dtype=np.float32).reshape(1, 1, 3, 3)
+    told(whole=[[4, 5, 3, 8], [4, 4, 6, 4]])
+    found = Crop(4)(np.repeat(image, 4, axis=0), seeds(4))
+    assert found[0, 0].tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]  # by the padding: where it was
+    assert found[1, 0].tolist() == [[4, 5, 6], [7, 8, 9], [0, 0, 0]]  # one up
+    assert found[2, 0].tolist() == [[0, 0, 0], [3, 0, 0], [6, 0, 0]]  # one down, two to the left
+    assert found[3, 0].tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 0]]  # four up: nothing is left
+
+
+def test_a_flip_mirrors_below_its_probability(told):
+    told(uniform=[[0.29, 0.3, 0.9]])
+    found = Flip(0.3)(IMAGES[:3], seeds(3))
+    np.testing.assert_array_equal(found[0], IMAGES[0, :, :, ::-1])
+    np.testing.assert_array_equal(found[1:], IMAGES[1:3])
+
+
+@pytest.mark.parametrize(
+    ("size", "rows"),
+    [
+        (1, ["11111", "11111", "11011", "11111"]),
+        (2, ["11111", "10011", "10011", "11111"]),
+        (3, ["11111", "10001", "10001", "10001"]),
+    ],
+)
+def test_a_square_of_this_many_pixels_is_erased_about_its_middle(told, size, rows):
+    told(whole=[[2], [2]], uniform=[None, None, [0.5]])
+    found = Erase(size)(np.ones((1, 2, 4, 5), np.float32), seeds(1))
+    for color in found[0]:
+        assert ["".join(str(int(v)) for v in row) for row in color] == rows
+
+
+def test_what_an_erased_square_has_outside_of_the_image_is_lost_and_a_chance_may_spare_it(told):
+    told(whole=[[0, 0], [5, 5]], uniform=[None, None, [0.4, 0.6]])
+    found = Erase(3, probability=0.5)(IMAGES[:2] + 10, seeds(2))
+    assert (found[0] == 0).sum() == 3 * 2 * 2
+    assert (found[0, :, :2, 4:] == 0).all()
+    np.testing.assert_array_equal(found[1], IMAGES[1] + 10)
+
+
+def test_jitter_changes_contrast_about_the_mean_and_then_brightness(told):
+    told(uniform=[[1.0], [0.0]])  # brightness + 0.5, contrast 1 - 0.25
+    image = np.array([1.0, 2.0, 3.0, 6.0]).reshape(1, 1, 2, 2)  # of mean 3
+    found = Jitter(0.5, 0.25)(image, seeds(1))
+    assert found.ravel().tolist() == [3 - 1.5 + 0.5, 3 - 0.75 + 0.5, 3.5, 3 + 2.25 + 0.5]
+
+
+def test_noise_has_its_scale_and_no_sample_shares_it():
+    found = Noise(0.5)(np.zeros((200, 3, 8, 8)), seeds(200))
+    assert abs(found.mean()) < 5 * 0.5 / np.sqrt(found.size)
+    assert found.std() == pytest.approx(0.5, rel=5 / np.sqrt(2 * found.size))
+    assert abs(np.corrcoef(found.reshape(200, -1))[np.triu_indices(200, 1)]).max() < 6 / np.sqrt(192)
+    assert (found**4).mean() / 0.5**4 == pytest.approx(3 - 0.1, abs=0.1)  # twelve uniform ones: an excess of -1.2 / 12
+
+
+def test_stages_of_a_chain_draw_apart():
+    once = Chain(Flip())(IMAGES, seeds())
+    np.testing.assert_array_equal(once, Flip()(IMAGES, derived(seeds(), 0)))
+    np.testing.assert_array_equal(Chain(Flip(), Flip())(IMAGES, seeds()), Flip()(once, derived(seeds(), 1)))
+    twice = Chain(Flip(), Flip())(np.repeat(IMAGES[:1], 400, 0), seeds(400))
+    same = (twice == IMAGES[0]).all((1, 2, 3)).mean()
+    assert 0.375 < same < 0.625  # a half to five deviations; stages that drew alike would always give it back
+
+
+# ------------------------------------------------------------------------------------------------ all of them
+
+
+@names
+@given(picked=st.lists(st.integers(0, 11), min_size=1, max_size=12), view=st.integers(0, 3))
+def test_a_sample_is_augmented_alike_in_every_batch(transform, picked, view):
+    whole = augment.apply(transform, IMAGES, seeds(view=view))
+    np.testing.assert_array_equal(augment.apply(transform, IMAGES[picked], seeds(view=view)[picked]), whole[picked])
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64, 700])
+def test_sums_over_pixels_do_not_follow_the_size_of_the_batch(size):
+    images = np.random.default_rng(1).standard_normal((size, 3, 33, 31)).astype(np.float32)
+    images[-1] = np.random.default_rng(2).standard_normal((3, 33, 31))
+    alone = Jitter()(images[-1:], seeds(size)[-1:])
+    np.testing.assert_array_equal(Jitter()(images, seeds(size))[-1:], alone)
+    across = np.asfortranarray(images)
+    np.testing.assert_array_equal(Jitter()(across, seeds(size))[-1:], alone)
+
+
+@names
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_shape_and_type_stay_and_the_given_images_are_left_alone(transform, dtype):
+    images = IMAGES.astype(dtype)
+    kept = images.copy()
+    found = augment.apply(transform, images, seeds())
+    assert (found.shape, found.dtype) == (images.shape, dtype)
+    np.testing.assert_array_equal(images, kept)
+    assert (found != images).any()
+
+
+@names
+def test_views_and_runs_look_different(transform):
+    found = [augment.apply(transform, IMAGES, seeds(seed=s, view=v)) for s in range(2) for v in range(2)]
+    assert len({images.tobytes() for images in found}) == 4
+
+
+@names
+def test_another_process_augments_in_the_same_bits(transform):
+    if transform is louder or louder in getattr(transform, "stages", ()):
+        pytest.skip("a function of this file is not known to the other process")
+    program = (
+        "import numpy as np, hashlib; from kirsch.frameworks.augment import *; "
+        "images = np.random.default_rng(0).standard_normal((12, 3, 7, 6)).astype(np.float32); "
+        f"print(hashlib.sha256({transform!r}(images, sample_seeds(0, 0, np.arange(12)))).hexdigest())"
+    ).replace("stages=(", "*(")
+    environment = {**os.environ, "PYTHONPATH": str(Path(augment.__file__).parents[2])}
+    other = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == hashlib.sha256(transform(IMAGES, seeds())).hexdigest()
+
+
+def test_no_transform_changes_nothing():
+    assert augment.apply(None, IMAGES, seeds()) is IMAGES
+    assert augment.apply(louder, IMAGES[:0], seeds(0)).shape == (0, 3, 7, 6)
+
+
+# ------------------------------------------------------------------------------------------------ a user's
+
+
+def test_a_users_transform_gets_a_generator_that_its_seed_makes():
+    found = augment.apply(louder, IMAGES, seeds())
+    for image, after, seed in zip(IMAGES, found, seeds().tolist(), strict=True):
+        factor = np.random.Generator(np.random.Philox(key=seed)).uniform(0.5, 2)
+        np.testing.assert_array_equal(after, image * np.float32(factor))
+
+
+def test_a_users_transform_may_write_into_what_it_is_given():
+    kept = IMAGES.copy()
+    assert not augment.apply(lambda batch, _: np.multiply(batch, 0, out=batch), IMAGES, seeds()).any()
+    np.testing.assert_array_equal(IMAGES, kept)
+
+
+class Shaking:
+    """An object that is called."""
+
+    def __init__(self, width):
+        self.width = width
+
+    def __call__(self, batch, random):
+        return batch + self.width * random.standard_normal(batch.shape).astype(batch.dtype)
+
+
+@names
+def test_a_transform_that_follows_from_its_seed_is_let_through(transform):
+    augment.check(transform, IMAGES[:1])
+
+
+@pytest.mark.parametrize("transform", [Shaking(2), functools.partial(louder), Shaking(1).__call__, None])
+def test_whatever_can_be_called_may_be_a_transform(transform):
+    augment.check(transform, IMAGES[:1])
+
+
+@pytest.mark.parametrize(
+    "transform", [lambda batch: batch, lambda batch, random, *, strength: batch, lambda: None, Chain(Flip(), np.fliplr)]
+)
+def test_a_transform_that_takes_no_generator_is_refused(transform):
+    with pytest.raises(UsageError, match=r"cannot be called with a batch and a generator.*transform\(batch, generator"):
+        augment.check(transform, IMAGES[:1])
+
+
+def test_a_transform_that_draws_from_elsewhere_is_refused():
+    elsewhere = np.random.default_rng(3)
+
+    def flipped(batch, random):
+        return batch[..., ::-1] if elsewhere.random() < 0.5 else batch
+
+    for transform in (flipped, Chain(Crop(1), flipped)):
+        with pytest.raises(UsageError, match=r"flipped does not follow from its generator.*draws from elsewhere"):
+            augment.check(transform, IMAGES[:1])
+
+
+@pytest.mark.parametrize(
+    ("transform", "kind"),
+    [
+        (lambda batch, random: batch[..., 1:], r"an array of shape \(1, 3, 7, 5\)"),
+        (lambda *given: given, "a tuple"),  # as torchvision's: what they do not know they give back
+        (lambda batch, random: None, "a NoneType"),
+    ],
+)
+def test_a_transform_that_gives_no_sample_is_refused(transform, kind):
+    with pytest.raises(UsageError, match=rf"gives {kind} for a sample of shape \(1, 3, 7, 6\)"):
+        augment.check(transform, IMAGES[:1])
+
+
+@pytest.mark.parametrize("transform", [Crop(), Flip(), Erase(), Jitter()])
+def test_what_is_no_image_is_refused(transform):
+    with pytest.raises(ShapeError, match=r"takes images, \(N, C, H, W\); the batch has shape \(4, 9\)"):
+        transform(np.zeros((4, 9)), seeds(4))
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Crop(-1), "The padding of Crop is -1; a whole number of at least 0"),
+        (lambda: Crop(1.5), "The padding of Crop is 1.5"),
+        (lambda: Flip(1.1), "The probability of Flip is 1.1; a number from 0 to 1"),
+        (lambda: Flip(float("nan")), "The probability of Flip is nan"),
+        (lambda: Erase(0), "The size of Erase is 0; a whole number of at least 1"),
+        (lambda: Erase(2, -0.1), "The probability of Erase is -0.1"),
+        (lambda: Jitter(-1), "The brightness of Jitter is -1; a number of at least 0"),
+        (lambda: Jitter(0, 2), "The contrast of Jitter is 2; a number from 0 to 1"),
+        (lambda: Noise(float("inf")), "The scale of Noise is inf; a number of at least 0"),
+    ],
+)
+def test_a_number_out_of_range_is_named(make, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        make()
+
+
+# ------------------------------------------------------------------------------------------------ descriptions
+
+
+def test_a_transform_of_ours_is_described_by_its_numbers():
+    assert json.loads(augment.description(Chain(Crop(2), Flip()))) == {
+        "callable": "kirsch.frameworks.augment.Chain",
+        "stages": [
+            {"callable": "kirsch.frameworks.augment.Crop", "padding": 2},
+            {"callable": "kirsch.frameworks.augment.Flip", "probability": 0.5},
+        ],
+    }
+    assert augment.description(None) == "null"
+
+
+def strength(amount):
+    def scaled(batch, random):
+        return amount * batch
+
+    return scaled
+
+
+def test_descriptions_differ_where_transforms_do():
+    transforms = [
+        None,
+        *(Crop(1), Crop(2), Flip(), Chain(Flip()), Chain(Flip(), Flip()), Chain(Flip(), louder)),
+        *(louder, Shaking(1), Shaking(2), Shaking(1).__call__, Shaking(2).__call__),
+        *(strength(1), strength(2), strength(np.zeros(2)), strength(np.ones(2))),
+        *(functools.partial(louder), functools.partial(louder, random=1)),
+        lambda batch, random: batch,
+        lambda batch, random: batch + 1,
+        lambda batch, random, by=1: batch,
+        lambda batch, random, by=2: batch,
+    ]
+    assert len({augment.description(transform) for transform in transforms}) == len(transforms)
+
+
+def test_transforms_that_are_made_alike_are_described_alike():
+    for make in (lambda: Chain(Crop(2), Noise(0.1)), lambda: Shaking(1), lambda: strength(np.ones(3))):
+        assert augment.description(make()) == augment.description(make())
+
+
+def test_where_there_is_no_source_the_name_counts():
+    names: dict = {"__name__": "made"}
+    exec("def unseen(batch, random): return batch", names)
+    found = json.loads(augment.description(names["unseen"]))
+    assert (found["callable"], found["source"]) == ("made.unseen", None)
