@@ -22,6 +22,7 @@ EXIT_CODES = {
     "ModelError": 4,
     "DataError": 4,
     "CheckpointError": 4,
+    "StoreError": 4,
     "SurroundingsError": 5,
     "MissingExtraError": 5,
     "OutputError": 5,

@@ -10,7 +10,8 @@ KirschError                    exit code
 ├── LoadError                  4     a model, data or checkpoint cannot be loaded
 │   ├── ModelError                   the model cannot be built, copied or traced
 │   ├── DataError                    the data is empty, damaged or out of range
-│   └── CheckpointError              no valid checkpoint is left
+│   ├── CheckpointError              no valid checkpoint is left
+│   └── StoreError                   a store of teacher outputs is partial, stale or damaged
 ├── SurroundingsError          5     something outside the model is missing
 │   ├── MissingExtraError            an optional package is not installed
 │   └── OutputError                  the output folder cannot be written
@@ -101,6 +102,10 @@ class DataError(LoadError):
 
 class CheckpointError(LoadError):
     """No valid checkpoint is left."""
+
+
+class StoreError(LoadError):
+    """A store of teacher outputs is partial, stale or damaged."""
 
 
 class SurroundingsError(KirschError):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
@@ -22,12 +22,18 @@ TEMPORARY = ".tmp-"
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a kill at any moment, sees the old content or the new, never a part."""
+    write_chunks(path, (content,))
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file whole, as `write_bytes` does, from pieces that need not be in memory together."""
     temporary = None
     try:
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 Augment = Callable[[Any, np.random.Generator], Any]
 """(one sample as a batch of one, generator) → the same shape; all its randomness comes from the generator."""
 
+MASK = 0xFFFFFFFFFFFFFFFF
 STEP = np.uint64(0x9E3779B97F4A7C15)
 """2⁶⁴ divided by the golden ratio, odd: the counter of splitmix64."""
+SHIFTS = tuple(np.array([bits], np.uint64) for bits in (30, 27, 31))
+FACTORS = tuple(np.array([factor], np.uint64) for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+"""Arrays wrap around without a warning, and are not converted anew in each operation, as numbers are."""
 
 ATTEMPTS = 8
 """How often a user's transform is tried with one seed: a flip that is drawn elsewhere shows in all but 1 of 128."""
@@ -42,9 +46,12 @@ def mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
     Source: Steele, Lea, Flood 2014, Fast splittable pseudorandom number generators, figure 16 (variant 13 of Stafford).
     """
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    words = words ^ (words >> SHIFTS[0])
+    words *= FACTORS[0]
+    words ^= words >> SHIFTS[1]
+    words *= FACTORS[1]
+    words ^= words >> SHIFTS[2]
+    return words
 
 
 def sample_seeds(seed: int, view: int, ids: NDArray[Any]) -> NDArray[np.uint64]:
@@ -61,15 +68,22 @@ def sample_seeds(seed: int, view: int, ids: NDArray[Any]) -> NDArray[np.uint64]:
     Returns:
         Shape (N,).
     """
-    run = mixed(_word(seed) + STEP)
-    key = mixed(run + _word(view) + STEP)
-    seeds: NDArray[np.uint64] = mixed(key + mixed(np.asarray(ids).astype(np.uint64) + STEP) + STEP)
-    return seeds
+    key = _mixed_int(_mixed_int(seed + int(STEP)) + view + int(STEP))
+    seeds = np.asarray(ids).astype(np.uint64)
+    return mixed(mixed(seeds + STEP) + _word(key + int(STEP)))
+
+
+def _mixed_int(word: int) -> int:
+    """`mixed` for one number, modulo 2⁶⁴: arrays of one cost ten times as much."""
+    word &= MASK
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & MASK
+    return word ^ (word >> 31)
 
 
 def _word(number: int) -> NDArray[np.uint64]:
     """A whole number modulo 2⁶⁴, as an array: arrays wrap around where numpy's scalars warn."""
-    return np.array([number & 0xFFFFFFFFFFFFFFFF], np.uint64)
+    return np.array([number & MASK], np.uint64)
 
 
 def derived(seeds: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:

@@ -90,6 +90,9 @@ class Framework(Protocol):
     def save_weights(self, model: Any, path: Path) -> None:
         """Write all parameters and buffers to a safetensors file."""
 
+    def fingerprint(self, model: Any) -> str:
+        """A sha256 over names, shapes, types and bytes of all that the model's state holds, on whatever device."""
+
     def load_weights(self, model: Any, path: Path) -> None:
         """Fill a model with the weights of `save_weights`; names, shapes and types must agree."""
 

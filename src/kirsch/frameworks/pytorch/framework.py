@@ -15,6 +15,7 @@ from kirsch.frameworks.pytorch import (
     count,
     dropping,
     export,
+    fingerprint,
     graph_module,
     hub,
     predict,
@@ -148,6 +149,10 @@ class PyTorch:
     def save_weights(self, model: Any, path: Path) -> None:
         """See the port."""
         safetensors.torch.save_model(model, str(path))
+
+    def fingerprint(self, model: Any) -> str:
+        """See the port."""
+        return fingerprint.fingerprint(model)
 
     def load_weights(self, model: Any, path: Path) -> None:
         """See the port."""
