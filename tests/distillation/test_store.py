@@ -247,7 +247,7 @@ def test_the_divergence_from_the_store_is_exact_up_to_the_rounding_of_16_bits(te
     assert abs(stored.mean() - exact.mean()) < 5e-4 * max(1, exact.mean())
 
 
-# ------------------------------------------------------------------------------------------------ what is refused at reading
+# ------------------------------------------------------------------------------------------------ refused at reading
 
 
 def test_a_sample_that_is_not_there_is_named(made, tmp_path):

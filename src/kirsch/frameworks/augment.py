@@ -212,9 +212,9 @@ class Jitter(Seeded):
     def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         """The images changed."""
         _check_images("Jitter", batch)
-        # Each sum by itself over contiguous doubles: numpy's order of adding must not follow the size of the batch.
-        rows = np.ascontiguousarray(batch, np.float64).reshape(len(batch), -1)
-        means = np.array([row.mean() for row in rows]).reshape(-1, 1, 1, 1)
+        # Added one after the other: the order of numpy's sums follows the layout, the machine and the size of the batch.
+        rows = batch.reshape(len(batch), -1).astype(np.float64)
+        means = np.cumsum(rows, axis=1)[:, -1].reshape(-1, 1, 1, 1) / rows.shape[1]
         bright, strong = (
             (width * (2 * uniform(seeds, draw) - 1))[:, None, None, None]
             for draw, width in enumerate((self.brightness, self.contrast))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import log_softmax
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -141,28 +140,44 @@ def values(
     if isinstance(keep, Dense):
         most = scores.max(axis=-1)
         return {"scores": np.maximum(scores - most[..., None], LOWEST), "maximum": most} | found
-    log_p = log_softmax(scores / np.float32(temperature))
     if indices is None:
-        indices = _largest(log_p, keep.k)
-    rest = log_p.copy()
-    np.put_along_axis(rest, indices.astype(np.int64), -np.inf, axis=-1)
-    kept = np.take_along_axis(log_p, indices.astype(np.int64), axis=-1)
-    return {"indices": indices, "log_p": np.maximum(kept, LOWEST), "tail": _total(rest)} | found
+        indices = _largest(scores, keep.k)
+    return _buckets(scores, indices, np.float32(temperature)) | found
 
 
-def _largest(log_p: NDArray[Any], k: int) -> NDArray[Any]:
+def _largest(scores: NDArray[Any], k: int) -> NDArray[Any]:
     """Indices of the k largest along the last axis, the largest first, the lower index first among equals."""
-    found = np.sort(np.argpartition(-log_p, k - 1, axis=-1)[..., :k], axis=-1)
-    order = np.argsort(-np.take_along_axis(log_p, found, axis=-1), axis=-1, kind="stable")
+    classes = scores.shape[-1]
+    found = np.sort(np.argpartition(scores, classes - k, axis=-1)[..., classes - k :], axis=-1)
+    order = np.argsort(-np.take_along_axis(scores, found, axis=-1), axis=-1, kind="stable")
     return np.take_along_axis(found, order, axis=-1)
 
 
-def _total(log_p: NDArray[Any]) -> Any:
-    """Logarithm of the sum of probabilities along the last axis; `LOWEST` where it is nothing."""
-    most = np.maximum(log_p.max(axis=-1, keepdims=True), LOWEST)
+def _buckets(scores: NDArray[Any], indices: NDArray[Any], temperature: np.float32) -> dict[str, NDArray[Any]]:
+    """Log-probabilities of some classes, and of all others together, which is `LOWEST` where it is nothing.
+
+    One pass of exponentials over the classes: a vocabulary has a hundred thousand.
+    """
+    wide = indices.astype(np.int64)
+    most = scores.max(axis=-1, keepdims=True)
+    # In double precision: the logarithm of a probability near 1 is that of 1 + 10⁻⁸.
+    kept = (np.take_along_axis(scores, wide, axis=-1) - most).astype(np.float64) / temperature
+    rest = scores.copy()
+    np.put_along_axis(rest, wide, -np.inf, axis=-1)
+    most_of_rest = np.maximum(rest.max(axis=-1, keepdims=True), np.finfo(np.float32).min)
+    rest -= most_of_rest  # by their own maximum, so that a tail of 10⁻¹⁰⁰ has a logarithm too
+    rest /= temperature
     with np.errstate(divide="ignore"):
-        total = np.log(np.exp(log_p - most).sum(axis=-1)) + most[..., 0]
-    return np.maximum(total, np.float32(LOWEST))
+        others = (
+            np.log(np.exp(rest, out=rest).sum(axis=-1, dtype=np.float64))
+            + ((most_of_rest - most) / temperature)[..., 0]
+        )
+    total = np.logaddexp(others, np.log(np.exp(kept).sum(axis=-1)))
+    return {
+        "indices": indices,
+        "log_p": np.maximum(kept - total[..., None], LOWEST),
+        "tail": np.maximum(others - total, LOWEST),
+    }
 
 
 def packed(fields: tuple[Field, ...], found: Mapping[str, NDArray[Any]], seeds: NDArray[np.uint64]) -> NDArray[Any]:

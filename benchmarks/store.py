@@ -1,0 +1,161 @@
+"""What a record of a teacher store takes on disk, and what building and reading cost; writes docs/store.md.
+
+The teacher is one small matrix product, so that what is timed is the store. Reading: random ids in batches of 256,
+files in the page cache, median of rounds. Beside it a file a sample, as `torch.save` writes it.
+
+    python benchmarks/store.py    # the rows go to build/store.json too
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build
+from kirsch.distillation.store.record import index_type
+from kirsch.frameworks.augment import Noise
+from kirsch.frameworks.training import ArrayData
+from kirsch.measurement.machine import environment, load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).parents[1]
+BATCH, BATCHES, ROUNDS, WIDTH = 256, 100, 9, 16
+SETS: dict[str, tuple[TopK | Dense, int, int]] = {
+    "top 10 of 10": (TopK(10), 10, 200_000),
+    "top 10 of 1,000": (TopK(10), 1000, 200_000),
+    "top 100 of 21,841": (TopK(100), 21_841, 20_000),
+    "top 64 of 128,256": (TopK(64), 128_256, 2_000),
+    "dense, 100": (Dense(), 100, 200_000),
+    "dense, 1,000": (Dense(), 1000, 50_000),
+}
+"""What is kept, classes, samples."""
+FILES = 2_000
+START, END = "<!-- table: written by benchmarks/store.py -->", "<!-- end of table -->"
+
+
+def formula(keep: TopK | Dense, classes: int) -> int:
+    """Bytes of a record, as docs/store.md states them."""
+    if isinstance(keep, TopK):
+        return 4 + keep.k * (int(index_type(classes)[1]) + 2) + 2
+    return 4 + 2 * classes + 4
+
+
+def per_sample_us(read: Callable[[np.ndarray], Any], samples: int, batch: int = BATCH) -> float:
+    """Microseconds a sample: the median of rounds over random ids."""
+    random, rounds = np.random.default_rng(0), []
+    for _ in range(ROUNDS):
+        ids = [random.integers(0, samples, batch) for _ in range(BATCHES)]
+        begun = time.perf_counter()
+        for one in ids:
+            read(one)
+        rounds.append((time.perf_counter() - begun) / BATCHES / batch * 1e6)
+    return statistics.median(rounds)
+
+
+def measure(keep: TopK | Dense, classes: int, samples: int) -> dict[str, Any]:
+    """One row."""
+    torch.manual_seed(0)
+    teacher = nn.Linear(WIDTH, classes)
+    inputs = np.random.default_rng(0).standard_normal((samples, WIDTH)).astype(np.float32)
+    data = ArrayData(inputs, None, BATCH, Noise(0.1))
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        build(folder, teacher, data, keep=keep, batch_size=BATCH)
+        seconds = time.perf_counter() - begun
+        begun = time.perf_counter()
+        for start in range(0, samples, BATCH):
+            teacher_inputs = data.look(np.arange(start, min(start + BATCH, samples)), 0, 0).inputs
+            with torch.no_grad():
+                teacher(torch.from_numpy(teacher_inputs))
+        alone = time.perf_counter() - begun
+        store = TeacherStore.open(folder)
+        store.verify()
+        size = (Path(folder) / "view-0000.bin").stat().st_size
+        check = store.check(teacher, data)
+        return {
+            "samples": samples,
+            "bytes_per_record": size / samples,
+            "bytes_by_formula": formula(keep, classes),
+            "build_samples_per_second": samples / seconds,
+            "store_us_per_sample": (seconds - alone) / samples * 1e6,
+            "read_us_per_sample": per_sample_us(store.read, samples),
+            "read_alone_us": per_sample_us(store.read, samples, batch=1),
+            "largest_difference": max(check.differences.values()),
+            "top1_agreement": check.top1_agreement,
+        }
+
+
+def file_per_sample() -> dict[str, Any]:
+    """The top 10 of 1,000 classes in a file a sample."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = {"indices": torch.arange(10, dtype=torch.int16), "log_p": torch.zeros(10, dtype=torch.float16)}
+        begun = time.perf_counter()
+        for number in range(FILES):
+            torch.save(record, f"{folder}/{number}.pt")
+        seconds = time.perf_counter() - begun
+        size = Path(f"{folder}/0.pt").stat().st_size
+        cost = per_sample_us(lambda ids: [torch.load(f"{folder}/{number}.pt") for number in ids], FILES, batch=8)
+    return {
+        "samples": FILES,
+        "bytes_per_record": size,
+        "build_samples_per_second": FILES / seconds,
+        "read_us_per_sample": cost,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    machine = found["environment"]
+    lines = [
+        START,
+        f"`python benchmarks/store.py` writes this table; here on {machine['cpu']}, one thread, {found['date']}.",
+        "",
+        "| kept | bytes a record | by formula | reading, batches of 256 | one by one | building, beside the teacher |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in found["rows"].items():
+        beside = f"{row['store_us_per_sample']:.1f} µs a sample" if "store_us_per_sample" in row else "–"
+        alone = f"{row['read_alone_us']:.0f} µs" if "read_alone_us" in row else f"{row['read_us_per_sample']:.0f} µs"
+        batch = f"{row['read_us_per_sample']:.2f} µs a sample" if "read_alone_us" in row else "–"
+        by = f"{row['bytes_by_formula']:,}" if "bytes_by_formula" in row else "–"
+        lines.append(f"| {name} | {row['bytes_per_record']:,.0f} | {by} | {batch} | {alone} | {beside} |")
+    return "\n".join([*lines, END])
+
+
+def main() -> None:
+    """Measure, and write the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    torch.set_num_threads(1)
+    before = load()
+    rows = {name: measure(*given) for name, given in SETS.items()}
+    rows["a file a sample, top 10 of 1,000"] = file_per_sample()
+    found = {
+        "environment": environment(),
+        "load_before": before,
+        "protocol": f"random ids, batches of {BATCH}, page cache, median of {ROUNDS} rounds of {BATCHES} batches",
+        "date": datetime.now(UTC).date().isoformat(),
+        "rows": rows,
+    }
+    out = ROOT / "build" / "store.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(found, indent=1))
+    page = ROOT / "docs" / "store.md"
+    text = page.read_text()
+    page.write_text(text[: text.index(START)] + table(found) + text[text.index(END) + len(END) :])
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
