@@ -8,7 +8,20 @@ import pytest
 
 from kirsch.cli.app import MODES, app
 
-VERBS = ["compress", "resume", "init", "trace", "plan", "prune", "export", "measure", "report", "verify", "doctor"]
+VERBS = [
+    "compress",
+    "resume",
+    "init",
+    "trace",
+    "plan",
+    "prune",
+    "export",
+    "measure",
+    "report",
+    "verify",
+    "store",
+    "doctor",
+]
 
 
 def test_the_verbs_are_these():

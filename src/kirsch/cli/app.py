@@ -1,4 +1,4 @@
-"""The `kirsch` command: its verbs and their options. What a verb does lives in jobs.py, networks.py and doctor.py."""
+"""The `kirsch` command: its verbs and their options. What a verb does lives in the files beside it."""
 
 # Annotations are read by typer when a verb is registered: no `from __future__ import annotations` here.
 import contextlib
@@ -293,6 +293,32 @@ def verify(session: Session, run: Run) -> int:
     from kirsch.cli import jobs
 
     return jobs.verify(Path(run), session.terminal)
+
+
+@verb
+def store(
+    session: Session,
+    action: Annotated[str, typer.Argument(help="build, finish, check, verify or info.")],
+    folder: Annotated[str, typer.Argument(help="Folder of the store.")],
+    model: Annotated[str, typer.Option("--model", help="The teacher, as MODEL of trace.")] = "",
+    weights: Weights = "random",
+    data: Annotated[str, typer.Option("--data", help="A source of a recipe's data; its training part.")] = "",
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="Of the data: train=45000; may be repeated.")
+    ] = None,
+    keep: Annotated[str, typer.Option("--keep", help="The K most likely classes, as 10; or dense.")] = "10",
+    views: Annotated[int, typer.Option("--views", help="Augmented looks of each sample.", min=1)] = 1,
+    temperature: Annotated[float, typer.Option("--temperature", help="Of the probabilities kept.")] = 1.0,
+    part: Annotated[str, typer.Option("--part", help="Build a share only, as 1/4; then finish.")] = "",
+    samples: Annotated[int, typer.Option("--samples", help="Looks that check compares.", min=1)] = 256,
+    seed: Seed = 0,
+) -> int:
+    """Keep a teacher's outputs on disk, or check them."""
+    from kirsch.cli import stores
+
+    asked = stores.Asked(model, weights, data, option or [], seed)
+    building = stores.Building(keep, views, temperature, part)
+    return stores.act(action, Path(folder), asked, building, samples, session.terminal)
 
 
 @verb

@@ -116,6 +116,19 @@ def given(reference: str, shape: str, weights: str, *, pruned: str = "", seed: i
         sizes = _shape(shape) or example_shape(reference, original) or _planned(Path(pruned))
         return _ready(original, reference, sizes, f"the weights are those of {pruned}", random=False)
     zoo = reference.startswith("timm:")
+    model = model_of(reference, weights, seed=seed)
+    from_file = weights not in (RANDOM, PRETRAINED)
+    words = {
+        RANDOM: f"the weights are random (seed {seed})" if zoo else "the weights are those that the callable gives"
+    }
+    sizes = _shape(shape) or example_shape(reference, model)
+    said = words.get(weights, f"the weights are from {weights}" if from_file else "the weights are pretrained")
+    return _ready(model, reference, sizes, said, random=zoo and weights == RANDOM)
+
+
+def model_of(reference: str, weights: str, *, seed: int = 0) -> Any:
+    """The model that a reference names, with its weights; see `given`."""
+    zoo = reference.startswith("timm:")
     if weights == PRETRAINED and not zoo:
         raise UsageError(
             f"--weights pretrained does not go with {reference}.",
@@ -123,15 +136,9 @@ def given(reference: str, shape: str, weights: str, *, pruned: str = "", seed: i
             "Let the callable load them, or give a safetensors file.",
         )
     model = build(reference, base=Path(), seed=seed, weights=weights if zoo else RANDOM)
-    from_file = weights not in (RANDOM, PRETRAINED)
-    if from_file and not zoo:
+    if weights not in (RANDOM, PRETRAINED) and not zoo:
         framework_of(model).load_weights(model, Path(weights))
-    words = {
-        RANDOM: f"the weights are random (seed {seed})" if zoo else "the weights are those that the callable gives"
-    }
-    sizes = _shape(shape) or example_shape(reference, model)
-    said = words.get(weights, f"the weights are from {weights}" if from_file else "the weights are pretrained")
-    return _ready(model, reference, sizes, said, random=zoo and weights == RANDOM)
+    return model
 
 
 def show_trace(given: Given, layer: str, terminal: Terminal) -> int:

@@ -212,7 +212,7 @@ class Jitter(Seeded):
     def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         """The images changed."""
         _check_images("Jitter", batch)
-        # Added one after the other: the order of numpy's sums follows the layout, the machine and the size of the batch.
+        # Added one after the other: numpy's own order of adding follows the layout and the size of the batch.
         rows = batch.reshape(len(batch), -1).astype(np.float64)
         means = np.cumsum(rows, axis=1)[:, -1].reshape(-1, 1, 1, 1) / rows.shape[1]
         bright, strong = (
