@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kirsch.distillation.losses import detection_features, detection_response, detr
-from kirsch.distillation.losses.detection import confidence, giou, matched
+from kirsch.distillation.losses.detection import confidence, detection_features, detection_response, detr, giou, matched
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
 from kirsch.testing import LOSS_CHECKS
 

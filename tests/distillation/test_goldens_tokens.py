@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from distillation.golden import AS, AT, HS, HT, MASK, VALUES
-from kirsch.distillation.losses import (
+from distillation.golden import VALUES, As, At, hs, ht, mask
+from kirsch.distillation.losses.tokens import (
     attention_ce,
     attention_mse,
     cls_pkd,
@@ -18,17 +18,17 @@ from kirsch.distillation.losses import (
 )
 
 CLAIMED = {
-    "BERT/hidden_mse mask": lambda make: hidden_mse(make(HS), make(HT), mask=make(MASK)),
-    "BERT/hidden_mse nomask": lambda make: hidden_mse(make(HS), make(HT)),
-    "BERT/cos nomask": lambda make: hidden_cosine(make(HS), make(HT)),
-    "BERT/pkd": lambda make: cls_pkd(make(HS), make(HT)),
-    "BERT/fsp(gram) nomask": lambda make: token_fsp([make(HS), make(HS)], [make(HT), make(HT)]),
-    "BERT/mmd(nst) nomask": lambda make: token_nst([make(HS), make(HS)], [make(HT), make(HT)]),
+    "BERT/hidden_mse mask": lambda make: hidden_mse(make(hs), make(ht), mask=make(mask)),
+    "BERT/hidden_mse nomask": lambda make: hidden_mse(make(hs), make(ht)),
+    "BERT/cos nomask": lambda make: hidden_cosine(make(hs), make(ht)),
+    "BERT/pkd": lambda make: cls_pkd(make(hs), make(ht)),
+    "BERT/fsp(gram) nomask": lambda make: token_fsp([make(hs), make(hs)], [make(ht), make(ht)]),
+    "BERT/mmd(nst) nomask": lambda make: token_nst([make(hs), make(hs)], [make(ht), make(ht)]),
     "BERT/att_mse nomask (values<=-1e-3 zeroed)": lambda make: attention_mse(
-        make(AS), make(AT), convention="textbrewer"
+        make(As), make(At), convention="textbrewer"
     ),
-    "BERT/att_mse mask": lambda make: attention_mse(make(AS), make(AT), convention="textbrewer", mask=make(MASK)),
-    "BERT/att_ce mask": lambda make: attention_ce(make(AS), make(AT), convention="textbrewer", mask=make(MASK)),
+    "BERT/att_mse mask": lambda make: attention_mse(make(As), make(At), convention="textbrewer", mask=make(mask)),
+    "BERT/att_ce mask": lambda make: attention_ce(make(As), make(At), convention="textbrewer", mask=make(mask)),
 }
 
 

@@ -12,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kirsch.distillation.losses import ctc_frames, soft_target
-from kirsch.distillation.losses.sequences import TargetLimits, causal, mask_of_lengths, most_repeats, sift_targets
+from kirsch.distillation.losses import soft_target
+from kirsch.distillation.losses.sequences import (
+    TargetLimits,
+    causal,
+    ctc_frames,
+    mask_of_lengths,
+    most_repeats,
+    sift_targets,
+)
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 from kirsch.testing import LOSS_CHECKS
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kirsch.distillation.losses import (
+from kirsch.distillation.losses.tokens import (
     attention_ce,
     attention_kl,
     attention_mse,

@@ -28,7 +28,7 @@ def namespace(array: Any) -> Any:
     Raises:
         UsageError: the array is of no known kind.
     """
-    if isinstance(array, np.ndarray):
+    if isinstance(array, (np.ndarray, np.generic)):  # a sum over all axes is no array in numpy
         return np
     root = type(array).__module__.partition(".")[0]
     if root == "torch":
@@ -234,3 +234,31 @@ def weighted_mean(values: Any, weights: Any, mask: Any = None) -> Any:
 def as_numpy(array: Any) -> Any:
     """The values as an array of numpy, for a decision that takes no gradient."""
     return array if namespace(array) is np else array.detach().cpu().numpy()
+
+
+def same_samples(student: Any, teacher: Any, what: str = "features") -> None:
+    """Raise a ShapeError that names both numbers of samples if they differ."""
+    if len(student) != len(teacher):
+        raise ShapeError(
+            f"The student's {what} are of {len(student)} samples, the teacher's of {len(teacher)}.",
+            "They must be of the same samples.",
+        )
+
+
+def check_maps(student: Any, teacher: Any) -> None:
+    """Raise a ShapeError unless both are maps (N, C, H, W) of the same samples."""
+    for whose, maps in (("student", student), ("teacher", teacher)):
+        if len(maps.shape) != len("NCHW"):
+            raise ShapeError(
+                f"The {whose}'s maps have shape {tuple(maps.shape)}; (N, C, H, W) is needed.",
+                mend="Take the output of a convolution, or a loss of features or tokens.",
+            )
+    same_samples(student, teacher, "maps")
+
+
+def like(values: Any, array: Any) -> Any:
+    """A number, a list or an array as an array of the kind, type and device of another."""
+    xp = namespace(array)
+    if xp is np:
+        return np.asarray(values, dtype=array.dtype)
+    return xp.as_tensor(values, dtype=array.dtype, device=array.device)

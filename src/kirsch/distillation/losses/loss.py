@@ -11,7 +11,7 @@ from kirsch.errors import UnknownNameError, UsageError
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 Takes = Literal["scores", "pixels", "maps", "features", "tokens", "attention", "relations", "stages", "sets"]
 """What a loss compares, with the shape of one side:
@@ -113,3 +113,9 @@ def options_of(charged: Callable[..., Any]) -> dict[str, Any]:
 def given_to(charged: Callable[..., Any]) -> frozenset[str]:
     """Which of `GIVEN` a loss asks for."""
     return frozenset(p.name for p in inspect.signature(charged).parameters.values() if p.name in GIVEN)
+
+
+def check_convention(convention: str, known: Iterable[str]) -> None:
+    """Raise an UnknownNameError if a loss has no convention of this name."""
+    if convention not in known:
+        raise UnknownNameError("convention", convention, known)
