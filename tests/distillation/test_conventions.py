@@ -1,0 +1,69 @@
+"""Every convention of a loss passes what its default passes."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from distillation.golden import a1, b1, es, et5, g1, g2
+from kirsch.distillation.losses import LOSSES
+from kirsch.errors import UnknownNameError
+from kirsch.testing import LOSS_CHECKS
+
+STATED = [
+    ("at", {"convention": "paper"}),
+    ("at", {"power": 3.0}),
+    ("ab", {"convention": "torchdistill"}),
+    ("ft", {"convention": "paper"}),
+    ("ft", {"power": 2.0}),
+    ("ofd", {"convention": "mmrazor"}),
+    ("ofd", {"margin": [-0.1, -0.5, -1.0, -2.0]}),
+    ("hcl", {"sizes": (3, 2)}),
+    ("mgd", {"convention": "modelopt"}),
+    ("sp", {"convention": "torchdistill"}),
+    ("rkd", {"unit": True}),
+    ("cc-kernel", {"kernel": "bilinear"}),
+    ("cc-kernel", {"convention": "torchdistill"}),
+    ("fsp", {"convention": "torchdistill"}),
+    ("kd-svd", {"convention": "repdistiller"}),
+    ("kd-svd", {"convention": "mdistiller"}),
+    ("kd-svd", {"count": 2}),
+]
+
+
+def stated(name, options):
+    """A loss with some of its options stated."""
+    return functools.update_wrapper(functools.partial(LOSSES[name], **options), LOSSES[name])
+
+
+@pytest.mark.parametrize("check", LOSS_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(("name", "options"), STATED, ids=[f"{name} {options}" for name, options in STATED])
+def test_every_convention_conforms(name, options, check):
+    check(stated(name, options))
+
+
+@pytest.mark.parametrize("name", ["at", "ab", "ft", "ofd", "mgd", "sp", "cc-kernel", "fsp", "kd-svd"])
+def test_a_convention_that_nobody_has_is_refused_by_name(name):
+    values = {"stages": [g1, g2], "features": es}.get(LOSSES[name].takes, a1)
+    with pytest.raises(UnknownNameError, match="convention 'torchdistil'"):
+        LOSSES[name](values, values, convention="torchdistil")
+
+
+def test_a_kernel_that_nobody_has_is_refused_by_name():
+    with pytest.raises(UnknownNameError, match=r"kernel 'gaussain'.*gaussian"):
+        LOSSES["cc-kernel"](es, et5, kernel="gaussain")
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second", "ratio"),
+    [
+        ("ab", "torchdistill", "repdistiller", 1000 / 3),
+        ("ofd", "sum", "mmrazor", 1000),
+        ("mgd", "sum", "modelopt", np.prod(a1.shape[1:])),
+    ],
+)
+def test_conventions_that_differ_by_a_factor_differ_by_that_factor(name, first, second, ratio):
+    found = [float(LOSSES[name](a1, b1, convention=convention)) for convention in (first, second)]
+    assert found[0] / found[1] == pytest.approx(ratio, rel=1e-12)
