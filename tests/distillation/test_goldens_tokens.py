@@ -44,12 +44,12 @@ def test_every_golden_value_of_this_kind_is_claimed():
 
 def test_masked_attention_of_the_golden_inputs_is_charged_the_same_without_a_convention():
     """No score of theirs is as low as -100, so that the mask alone decides."""
-    found = attention_mse(AS, AT, mask=MASK)
+    found = attention_mse(As, At, mask=mask)
     assert found == pytest.approx(VALUES["BERT/att_mse mask"], rel=1e-9)
 
 
 def test_the_golden_cross_entropy_leaves_out_what_attention_spends_on_padding():
     """TextBrewer's softmax runs over all 6 keys and its sum over 4, so that it charges less than a softmax over 4."""
-    whole = attention_ce(AS[:, :, :4, :4].copy(), AT[:, :, :4, :4].copy())
-    assert attention_ce(AS, AT, mask=MASK) == pytest.approx(whole, rel=1e-12)
+    whole = attention_ce(As[:, :, :4, :4].copy(), At[:, :, :4, :4].copy())
+    assert attention_ce(As, At, mask=mask) == pytest.approx(whole, rel=1e-12)
     assert VALUES["BERT/att_ce mask"] < whole - 0.1
