@@ -200,11 +200,8 @@ def blank(array: Any, mask: Any) -> Any:
     """
     if mask is None:
         return array
-    if tuple(mask.shape) != tuple(array.shape[: mask.ndim]):
-        raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {tuple(array.shape[: mask.ndim])} is needed.")
     xp = namespace(array)
-    counts = (mask != 0).reshape(*mask.shape, *(1,) * (array.ndim - mask.ndim))
-    return xp.where(counts, array, xp.zeros_like(array))
+    return xp.where(spread(mask, array), array, xp.zeros_like(array))
 
 
 def same_shape(student: Any, teacher: Any, what: str = "scores") -> None:
@@ -262,3 +259,79 @@ def like(values: Any, array: Any) -> Any:
     if xp is np:
         return np.asarray(values, dtype=array.dtype)
     return xp.as_tensor(values, dtype=array.dtype, device=array.device)
+
+
+def log_sum_exp(scores: Any, where: Any = None, axis: int = -1) -> Any:
+    """Logarithm of the sum of exponentials along an axis, kept with length 1.
+
+    Args:
+        scores: of any finite size.
+        where: of the same shape, true for what is summed, at least one along the axis; None sums all.
+        axis: the axis.
+    """
+    xp = namespace(scores)
+    if where is not None:  # what is left out must not overflow either: its gradient would be 0 times infinity
+        scores = xp.where(where, scores, constant(xp.amin(scores, axis=axis, keepdims=True)))
+    top = constant(xp.amax(scores, axis=axis, keepdims=True))
+    terms = xp.exp(scores - top)
+    if where is not None:
+        terms = xp.where(where, terms, xp.zeros_like(terms))
+    return top + xp.log(xp.sum(terms, axis=axis, keepdims=True))
+
+
+def taken(rows: Any, columns: Any) -> Any:
+    """`rows[..., columns]` along the last axis: shape (..., K) and whole numbers (..., k) give (..., k)."""
+    if namespace(rows) is np:
+        return np.take_along_axis(rows, np.asarray(columns), axis=-1)
+    return rows.gather(-1, columns.long())
+
+
+def largest(rows: Any, count: int) -> Any:
+    """The columns of the largest values of each row, the largest first: shape (..., K) gives (..., count)."""
+    if namespace(rows) is np:
+        return np.argsort(-rows, axis=-1, kind="stable")[..., :count]
+    return rows.topk(count, dim=-1).indices
+
+
+def marked(columns: Any, like: Any) -> Any:
+    """True at the columns (..., k), false elsewhere, of the shape of `like`: (..., K)."""
+    if namespace(like) is np:
+        marks = np.zeros(like.shape, dtype=bool)
+        np.put_along_axis(marks, np.asarray(columns), values=True, axis=-1)
+        return marks
+    xp = namespace(like)
+    return xp.zeros_like(like, dtype=xp.bool).scatter(-1, columns.long(), value=True)
+
+
+def rows_that_count(scores: Any, mask: Any = None) -> Any:
+    """The rows (n, K) of scores (N, K) or (N, L, K) for which the mask (N,) or (N, L) is true; None counts all.
+
+    Raises:
+        ShapeError: the mask has another shape.
+        DataError: the mask is false everywhere.
+    """
+    rows = scores.reshape(-1, scores.shape[-1])
+    if mask is None:
+        return rows
+    if tuple(mask.shape) != tuple(scores.shape[:-1]):
+        raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {tuple(scores.shape[:-1])} is needed.")
+    rows = rows[mask.reshape(-1) != 0]
+    if len(rows) == 0:
+        raise DataError("All targets are masked: there is nothing to learn from.", mend="Look at the mask and labels.")
+    return rows
+
+
+def typed(array: Any, like: Any) -> Any:
+    """The array with the type of numbers of another."""
+    return array.astype(like.dtype) if namespace(array) is np else array.to(like.dtype)
+
+
+def spread(mask: Any, array: Any) -> Any:
+    """The mask, true or false, with axes of length 1 for those of the array that it lacks.
+
+    Raises:
+        ShapeError: its axes are not the first of the array.
+    """
+    if tuple(mask.shape) != tuple(array.shape[: mask.ndim]):
+        raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {tuple(array.shape[: mask.ndim])} is needed.")
+    return (mask != 0).reshape(*mask.shape, *(1,) * (array.ndim - mask.ndim))

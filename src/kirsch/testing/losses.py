@@ -30,6 +30,7 @@ TEMPERATURES = (1.0, 4.0)
 
 SHAPES: dict[str, Any] = {
     "scores": (5, 7),
+    "values": (5, 3),
     "pixels": (2, 3, 4, 3),
     "maps": (3, 4, 4, 3),
     "features": (4, 6),
@@ -287,7 +288,9 @@ def _options(loss: Loss) -> Iterator[dict[str, Any]]:
     given: dict[str, Any] = {}
     if "labels" in given_to(loss):
         shape = first_of(_values(loss)[0]).shape
-        given["labels"] = np.random.default_rng(5).integers(0, shape[-1], shape[:-1])
+        random = np.random.default_rng(5)
+        numbers = getattr(loss, "takes", "scores") == "values"
+        given["labels"] = random.standard_normal(shape) if numbers else random.integers(0, shape[-1], shape[:-1])
     for temperature in TEMPERATURES if "temperature" in options_of(loss) else (None,):
         yield given if temperature is None else {**given, "temperature": temperature}
 

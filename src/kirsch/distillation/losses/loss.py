@@ -13,10 +13,11 @@ from kirsch.registry import Registry
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-Takes = Literal["scores", "pixels", "maps", "features", "tokens", "attention", "relations", "stages", "sets"]
+Takes = Literal["scores", "values", "pixels", "maps", "features", "tokens", "attention", "relations", "stages", "sets"]
 """What a loss compares, with the shape of one side:
 
 - scores: (N, K), or (N, L, K) of a sequence: classes on the last axis
+- values: (N, D), numbers that a regression puts out; labels are then numbers of the same shape
 - pixels: (N, K, H, W), scores of every pixel
 - maps: (N, C, H, W), activations of a convolution
 - features: (N, ...), of which each sample is one vector
