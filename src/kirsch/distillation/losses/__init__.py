@@ -5,6 +5,7 @@ To import a file of losses is to register them.
 
 from kirsch.distillation.losses import (
     binary,
+    contrast,
     correlation,
     detection,
     divergences,
@@ -26,6 +27,7 @@ __all__ = [
     "LOSSES",
     "Loss",
     "binary",
+    "contrast",
     "correlation",
     "detection",
     "divergences",
