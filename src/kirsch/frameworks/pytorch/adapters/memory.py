@@ -117,8 +117,8 @@ class Bank(Adapter):
             own, its = own.to(kept), its.to(kept)
             rows = self._drawn(ids)
             pair = (
-                self._found(own, its, self.bank_teacher, self.z_teacher, ids, rows),
-                self._found(its, own, self.bank_student, self.z_student, ids, rows),
+                self._found(own, its, self.bank_teacher, self.z_student, ids, rows),
+                self._found(its, own, self.bank_student, self.z_teacher, ids, rows),
             )
             if self.training:
                 self._keep(own.detach(), its.detach(), ids)
@@ -144,7 +144,8 @@ class Bank(Adapter):
                     f"The bank is of {self.samples} samples, which go from 0 to {self.samples - 1}.",
                     "Give the option `samples` the number of samples of the data.",
                 )
-        return ids.long()
+        numbers: Tensor = ids.long()
+        return numbers
 
     def _drawn(self, ids: Tensor) -> Tensor:
         """Rows of negatives, (N, K); in a queue some may be of the sample itself."""
@@ -212,8 +213,8 @@ def _checked(rows: int | None, negatives: int, temperature: float, momentum: flo
 def products(vectors: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
     """Inner products of each vector (N, D) with its rows (N, K) of a bank (R, D): shape (N, K).
 
-    Those with all rows, (N, R), often take less memory than the rows that were drawn, (N, K, D), even with a copy of the
-    bank: the gradient needs it as it was, and it is written to before.
+    Those with all rows, (N, R), often take less memory than the rows that were drawn, (N, K, D), even with a copy of
+    the bank: the gradient needs it as it was, and it is written to before.
     """
     (count, width), drawn = vectors.shape, rows.shape[1]
     if len(bank) * (count + width) <= count * drawn * width:
