@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,8 @@ from torch import nn
 
 from kirsch import files
 from kirsch.distillation.arrays import log_softmax
-from kirsch.distillation.store import Dense, TeacherStore, TopK, build, finish
-from kirsch.distillation.store.record import fields_of, index_type, packed, values
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build, building, finish, specification
+from kirsch.distillation.store.record import fields_of, index_type, packed, record_type, values
 from kirsch.distillation.store.specification import SAID
 from kirsch.errors import DataError, NumericError, OutputError, ShapeError, StoreError, UsageError
 from kirsch.frameworks.augment import Chain, Crop, Flip, Noise, apply, sample_seeds
@@ -459,6 +460,17 @@ def test_a_range_that_was_damaged_before_the_end_is_named(tmp_path):
     built(tmp_path).verify()
 
 
+def test_a_process_that_another_overtakes_ends_well(made, tmp_path, monkeypatch):
+    def overtaken(*given):
+        monkeypatch.setattr(building, "packed", packed)
+        built(tmp_path / "s")
+        return packed(*given)
+
+    monkeypatch.setattr(building, "packed", overtaken)
+    built(tmp_path / "s").verify()
+    assert content(tmp_path / "s") == content(made)
+
+
 def test_only_one_process_finishes(tmp_path):
     import filelock
 
@@ -716,6 +728,12 @@ def test_a_wrong_option_is_named(tmp_path, options, sentence):
     assert not (tmp_path / "s").exists()
 
 
+def test_a_record_that_no_file_could_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(specification, "LARGEST_RECORD", 17)
+    with pytest.raises(UsageError, match=r"fields: a record has 18 bytes; 17 is the most.*Keep less of each sample"):
+        built(tmp_path / "s")
+
+
 def test_top_k_keeps_at_least_one():
     with pytest.raises(UsageError, match="TopK keeps 0 classes; at least 1"):
         TopK(0)
@@ -744,3 +762,24 @@ def test_the_teacher_keeps_its_mode_and_its_weights(tmp_path):
     assert model.training
     assert model[2].training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_what_the_page_shows_works_as_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "store.md").read_text()
+    names = {"inputs": images(), "labels": np.arange(N) % K, "teacher": network()}
+    for snippet in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(compile(snippet, "store.md", "exec"), names)
+    assert names["found"].keys() == {"indices", "log_p", "tail"}
+    assert (names["store"].manifest.views, names["store"].manifest.temperature) == (8, 4.0)
+
+
+def test_the_page_states_the_bytes_that_records_have(tmp_path):
+    """4 + k (i + 2) + 2 and 4 + 2 K + 4, as docs/store.md has it."""
+    page = (Path(__file__).parents[2] / "docs" / "store.md").read_text()
+    assert "| 4 + k (i + 2) + 2 |" in page
+    assert "| 4 + 2 K + 4 |" in page
+    for k, classes, width in ((1, 10, 1), (10, 1000, 2), (100, 70_000, 4)):
+        logits = {"logits": np.zeros((1, classes), np.float32)}
+        assert record_type(fields_of(TopK(k), logits)).itemsize == 4 + k * (width + 2) + 2
+        assert record_type(fields_of(Dense(), logits)).itemsize == 4 + 2 * classes + 4

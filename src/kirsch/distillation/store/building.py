@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 import numpy as np
+from pydantic import ValidationError
 
 from kirsch import files
 from kirsch.distillation.store import specification as spec
@@ -158,7 +159,11 @@ def _specified(
         "ids_sha256": None if ids is None else hashlib.sha256(ids.tobytes()).hexdigest(),
         **runner.hashes(),
     }
-    wanted = Specification.model_validate(known | {"range_size": range_size or 1})
+    try:
+        wanted = Specification.model_validate(known | {"range_size": range_size or 1})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UsageError("The store cannot be built.", f"{first['msg']}.", "Keep less of each sample.") from error
     fitting = max(1, min(RANGE_SAMPLES, RANGE_BYTES // wanted.record_bytes))
     return wanted.model_copy(update={"range_size": range_size or fitting})
 
@@ -201,7 +206,11 @@ def _build_range(folder: Path, runner: Runner, data: ArrayData, wanted: Specific
         seeds = sample_seeds(wanted.seed, view, data.sample_ids[places])
         records.append(packed(wanted.record_fields, found, seeds))
     content = np.concatenate(records).tobytes()
-    files.write_bytes(range_file(folder, view, number), content + hashlib.sha256(content).digest())
+    try:
+        files.write_bytes(range_file(folder, view, number), content + hashlib.sha256(content).digest())
+    except OutputError:
+        if not view_file(folder, view).is_file():  # another process that builds the same has finished the view
+            raise
 
 
 def finish(folder: str | Path) -> TeacherStore:
