@@ -25,13 +25,13 @@ from torch import nn
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build
 from kirsch.distillation.store.record import index_type
 from kirsch.frameworks.augment import Chain, Crop, Flip, Noise
-from kirsch.frameworks.training import ArrayData
+from kirsch.frameworks.data import ArrayData
 from kirsch.measurement.machine import environment, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kirsch.frameworks.training import Batch
+    from kirsch.frameworks.data import Batch
 
 ROOT = Path(__file__).parents[1]
 BATCH, BATCHES, ROUNDS, WIDTH = 256, 100, 9, 16

@@ -34,7 +34,7 @@ import sys
 from pathlib import Path
 
 from kirsch.cli import main
-from kirsch.frameworks.training import ArrayData
+from kirsch.frameworks.data import ArrayData
 from kirsch.recipes.job import Job
 
 

@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kirsch.distillation.arrays import constant
 from kirsch.distillation.distill import distill, fit
-from kirsch.distillation.losses import LOSSES, hard_label, soft_target
+from kirsch.distillation.losses import LOSSES, hard_label, loss, soft_target
 from kirsch.distillation.objective import Objective, Term
 from kirsch.errors import DataError, Interrupted, NumericError, ShapeError, UsageError
-from kirsch.frameworks.training import ArrayData, Training, TrainingHooks
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.pruning.regularizers import L1
 
 N, D, K = 36, 6, 3
@@ -155,8 +156,8 @@ def test_labels_are_smoothed_by_fit(student):
 def test_a_term_without_weight_is_not_computed(student, teacher, monkeypatch):
     monkeypatch.setattr(LOSSES, "_things", dict(LOSSES._things))
 
-    @LOSSES.register("broken")
-    def broken(student, teacher, *, temperature):
+    @loss("broken")
+    def broken(student, teacher, *, temperature=1.0):
         raise ZeroDivisionError
 
     objective = Objective((Term("broken", 0.0),), label_weight=1.0)
@@ -400,15 +401,16 @@ def test_a_teacher_with_nan_is_refused_by_its_name(student, teacher):
 
 
 @pytest.mark.parametrize(
-    "loss",
+    "formula",
     [
-        lambda student, teacher, temperature: ((constant(student) - teacher) ** 2).mean(),
-        lambda student, teacher, temperature: (student - student + 1).mean(),
+        lambda student, teacher, *, temperature=1.0: ((constant(student) - teacher) ** 2).mean(),
+        lambda student, teacher, *, temperature=1.0: (student - student + 1).mean(),
     ],
     ids=["cut off", "flat"],
 )
-def test_a_term_without_gradient_is_refused(student, teacher, loss, monkeypatch):
-    monkeypatch.setattr(LOSSES, "_things", {**LOSSES._things, "flat": loss})
+def test_a_term_without_gradient_is_refused(student, teacher, formula, monkeypatch):
+    monkeypatch.setattr(LOSSES, "_things", dict(LOSSES._things))
+    loss("flat")(formula)
     sentence = r"The loss term 'flat' gives the model no gradient\. Its value on the first batch is \d"
     with pytest.raises(NumericError, match=sentence):
         distill(student, teacher, whole(), objective=Objective((Term("flat"),)), training=ONE_STEP)

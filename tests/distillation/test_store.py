@@ -24,7 +24,7 @@ from kirsch.distillation.store.record import fields_of, index_type, packed, reco
 from kirsch.distillation.store.specification import SAID
 from kirsch.errors import DataError, NumericError, OutputError, ShapeError, StoreError, UsageError
 from kirsch.frameworks.augment import Chain, Crop, Flip, Noise, apply, sample_seeds
-from kirsch.frameworks.training import ArrayData
+from kirsch.frameworks.data import ArrayData
 
 N, K = 21, 12
 SHAKEN = Chain(Crop(1), Flip(), Noise(0.3))

@@ -9,7 +9,8 @@ import pytest
 
 from kirsch.errors import DataError, ShapeError, UsageError
 from kirsch.frameworks.augment import sample_seeds
-from kirsch.frameworks.training import ArrayData, Training
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.training import Training
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kirsch.cli.terminal import Terminal
-    from kirsch.frameworks.training import ArrayData
+    from kirsch.frameworks.data import ArrayData
 
 ACTIONS = ("build", "check", "finish", "info", "verify")
 BATCH = 256

@@ -2,60 +2,127 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
-from typing import Any
+import dataclasses
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from kirsch.distillation.losses import LOSSES
-from kirsch.errors import UsageError
+from kirsch.distillation.losses.loss import loss_of, options_of
+from kirsch.distillation.schedule import Number, Ramp, at, ends, problem
+from kirsch.errors import UnknownNameError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Sites = Any
+"""A site as text; a list of them for losses of stages or relations, a dict for sets; "auto" to have stages matched."""
+
+COMBINED = ("probabilities", "logits", "confidence", "sum")
+"""How the scores of several teachers become one: their mean probabilities; their mean scores, which is no mixture of
+what they say; probabilities weighed by how sure each is; or one term for each teacher, added up."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """One distillation loss with its weight.
+    """One distillation loss: what it compares, and how much it counts.
 
     Args:
         loss: its name among `LOSSES`.
-        weight: >= 0.
-        temperature: > 0.
+        weight: >= 0, or a `Ramp`.
+        temperature: > 0, or a `Ramp`; None is the loss's own.
+        student: where in the student, as `kirsch.frameworks.pytorch.sites` reads it: "logits", "layer3", "hidden[2]".
+        teacher: where in the teacher; None where it is the same.
+        adapter: what joins two sides whose shapes differ, by its name; "auto" takes one only where it is needed, "none"
+            never.
+        options: keywords of the loss.
+        adapter_options: keywords of the adapter.
+        name: what the term is called in records; its loss by default.
+        of: of several teachers the one that it is compared with; None takes all for scores, and the first otherwise.
     """
 
     loss: str = "kd"
-    weight: float = 0.9
-    temperature: float = 4.0
+    weight: Number = 0.9
+    temperature: Number | None = None
+    student: Sites = "logits"
+    teacher: Sites = None
+    adapter: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    adapter_options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    of: int | None = None
+
+    @property
+    def called(self) -> str:
+        """Its name in records."""
+        return self.name or self.loss
+
+    @property
+    def there(self) -> Sites:
+        """Where in the teacher."""
+        return self.student if self.teacher is None else self.teacher
+
+    def keywords(self, epoch: float) -> dict[str, Any]:
+        """What its loss is called with when this many epochs are done."""
+        found = dict(self.options)
+        if self.temperature is not None:
+            found["temperature"] = at(self.temperature, epoch)
+        return found
+
+    def problems(self) -> list[str]:
+        """What is wrong with its numbers and options, one sentence each; an unknown loss is an error."""
+        known = options_of(loss_of(self.loss))
+        wrong = [problem(f"the weight of {self.called!r}", self.weight, least=0)]
+        if self.temperature is not None:
+            wrong.insert(0, problem(f"the temperature of {self.called!r}", self.temperature, above=0))
+        if self.temperature is not None and "temperature" not in known:
+            wrong.append(f"{self.loss!r} has no temperature")
+        for name in self.options:
+            if name == "temperature":
+                wrong.append(f"the temperature of {self.called!r} is stated among its options; give it as temperature=")
+            elif name not in known:
+                raise UnknownNameError(f"option of the loss {self.loss!r}", name, known)
+        return [sentence for sentence in wrong if sentence]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """weight of the labels · cross-entropy + Σ weight · distillation loss.
+    """weight of the labels · loss on labels + Σ weight · distillation loss.
 
     Args:
         terms: distillation losses; empty for labels alone.
-        label_weight: of the cross-entropy, >= 0.
+        label_weight: of the loss on labels, >= 0, or a `Ramp`.
         label_smoothing: 0 <= share < 1.
+        label_loss: by its name among `LABEL_LOSSES`.
+        causal: position i of a sequence predicts token i + 1, so that scores and labels are shifted against each other.
+        ignore: the label of positions that do not count, and of samples without a label.
+        balance: "fixed": weights are as stated. "gradient": each term's gradient is scaled, at the first batch of an
+            epoch, so that the lengths of the gradients stand to each other as the weights.
+        teachers: how several teachers are combined: "probabilities", "logits", "confidence" or "sum".
 
     Raises:
         UsageError: a number is out of range, or all weights are zero.
-        UnknownNameError: there is no such loss.
+        UnknownNameError: there is no such loss, option or way.
     """
 
     terms: tuple[Term, ...] = ()
-    label_weight: float = 1.0
+    label_weight: Number = 1.0
     label_smoothing: float = 0.0
+    label_loss: str = "cross-entropy"
+    causal: bool = False
+    ignore: int = -100
+    balance: Literal["fixed", "gradient"] = "fixed"
+    teachers: str = "probabilities"
 
     def __post_init__(self) -> None:
-        problems = []
-        for term in self.terms:
-            LOSSES[term.loss]  # an unknown name is answered here, before any work
-            if not (math.isfinite(term.temperature) and term.temperature > 0):
-                problems.append(f"the temperature of {term.loss!r} is {term.temperature}; a number above 0 is needed")
-            if not (math.isfinite(term.weight) and term.weight >= 0):
-                problems.append(f"the weight of {term.loss!r} is {term.weight}; a number of at least 0 is needed")
-        if not (math.isfinite(self.label_weight) and self.label_weight >= 0):
-            problems.append(f"label_weight is {self.label_weight}; a number of at least 0 is needed")
+        problems = [sentence for term in self.terms for sentence in term.problems()]
+        if self.balance not in ("fixed", "gradient"):
+            raise UnknownNameError("balance", self.balance, ("fixed", "gradient"))
+        if self.teachers not in COMBINED:
+            raise UnknownNameError("way to combine teachers", self.teachers, COMBINED)
+        problems += [sentence for sentence in [problem("label_weight", self.label_weight, least=0)] if sentence]
         if not 0 <= self.label_smoothing < 1:
             problems.append(f"label_smoothing is {self.label_smoothing}; a share of at least 0, below 1, is needed")
-        if not problems and self.label_weight == 0 and all(term.weight == 0 for term in self.terms):
+        weights = [self.label_weight, *(term.weight for term in self.terms)]
+        if not problems and not any(value for weight in weights for value in ends(weight)):
             problems.append("all weights are 0, so there is nothing to learn")
         if problems:
             raise UsageError("The objective is wrong: " + "; ".join(problems) + ".")
@@ -77,6 +144,44 @@ class Objective:
         """Labels alone, without a teacher."""
         return cls((), 1.0, label_smoothing)
 
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Objective:
+        """A published objective with its standard hyperparameters.
+
+        Args:
+            name: one of `PRESETS`.
+            changes: fields of the objective that shall be others, such as `label_weight`.
+
+        Raises:
+            UnknownNameError: there is no such preset.
+        """
+        from kirsch.distillation.presets import PRESETS  # noqa: PLC0415 - presets are made of objectives
+
+        known = [entry.name for entry in dataclasses.fields(cls)]
+        for field_name in changes:
+            if field_name not in known:
+                raise UnknownNameError("field of an objective", field_name, known)
+        return dataclasses.replace(PRESETS[name](), **changes)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Objective:
+        """From what `to_dict` gave.
+
+        Raises:
+            UnknownNameError: a field that objectives do not have.
+        """
+        terms = tuple(_made(Term, term, "a term") for term in values.get("terms", ()))
+        made: Objective = _made(cls, {**values, "terms": terms}, "an objective")
+        return made
+
+
+def _made(kind: Any, values: Mapping[str, Any], what: str) -> Any:
+    known = [entry.name for entry in dataclasses.fields(kind)]
+    for name in values:
+        if name not in known:
+            raise UnknownNameError(f"field of {what}", name, known)
+    return kind(**{name: Ramp(**v) if isinstance(v, dict) and "epochs" in v else v for name, v in values.items()})

@@ -66,14 +66,35 @@ class Framework(Protocol):
     def outputs(self, model: Any, inputs: Any) -> list[Any]:
         """All outputs in inference mode, as numpy arrays, for a tuple or a dict of numpy inputs."""
 
-    def scores(self, model: Any, inputs: Any) -> Any:
-        """Scores for one batch as an array of the framework, with gradient, in the model's present mode."""
-
     def frozen(self, model: Any) -> Any:
         """A copy in inference mode that takes no gradient."""
 
-    def infer(self, model: Any, inputs: Any) -> Any:
-        """Outputs for one batch as arrays of the framework, without gradient; the model is in inference mode."""
+    def expand(self, model: Any, site: str, inputs: Any) -> list[str]:
+        """The concrete sites that a text names, such as "layer*"; see `kirsch.frameworks.pytorch.sites`."""
+
+    def shapes(self, model: Any, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
+        """Path and output shape of each module that runs once, in the order in which they end."""
+
+    def dry_run(self, model: Any, sites: Sequence[str], inputs: Any) -> dict[str, Any]:
+        """The values at some sites for one batch, in inference mode and without gradient."""
+
+    def watch(self, model: Any, sites: Sequence[str]) -> Any:
+        """A callable inputs → values by site, until its `close` is called."""
+
+    def infer(self, run: Any, inputs: Any) -> Any:
+        """What a model or a watch gives for one batch, without gradient, where the batch lies."""
+
+    def joint(self, name: str, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
+        """An adapter between two values; None where "auto" finds that none is needed."""
+
+    def pupil(self, student: Any, sites: Sequence[str], joints: dict[str, Any], pairs: dict[str, Any]) -> Any:
+        """A student with its adapters: (inputs, guide, ids) → values by site, and joined values by adapter."""
+
+    def student_of(self, model: Any) -> Any:
+        """The student within a pupil, however it is wrapped; any other model itself."""
+
+    def array_like(self, array: Any, like: Any) -> Any:
+        """A numpy array where another array of the framework lies."""
 
     def train(self, model: Any, batches: Any, loss: Any, training: Training, hooks: TrainingHooks) -> Trained:
         """Train a copy of the model; the given model is left as it is."""

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
-
-from kirsch.errors import DataError, ShapeError, UsageError
-from kirsch.frameworks.augment import apply, check, sample_seeds
+from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Mapping
 
-    from numpy.typing import NDArray
-
-    from kirsch.frameworks.augment import Augment, Seeded
+    from kirsch.frameworks.data import Batch
 
 
 @dataclass(frozen=True)
@@ -33,6 +27,10 @@ class Training:
         milestones: fractions of what follows the warm-up, ascending, for "multistep".
         warmup_epochs: epochs of linear warm-up, >= 0.
         clip_norm: largest gradient norm, > 0; None leaves gradients as they are.
+        accumulate: batches whose gradients make one step, >= 1; items count alike in whichever batch they are.
+        precision: "fp32", or "bf16" or "fp16" for what automatic casting computes in 16 bits.
+        ema: share that a moving average of the weights keeps at each step, 0 < share < 1; that average is then judged
+            and given back. None takes the weights themselves.
         seed: of everything random in the run, >= 0.
     """
 
@@ -45,8 +43,11 @@ class Training:
     warmup_epochs: float = 0.0
     clip_norm: float | None = None
     seed: int = 0
+    accumulate: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    ema: float | None = None
 
-    def __post_init__(self) -> None:  # noqa: C901 - one sentence a setting
+    def __post_init__(self) -> None:  # noqa: C901, PLR0912 - one sentence a setting
         problems = []
         if self.epochs < 1:
             problems.append(f"epochs is {self.epochs}; at least 1 is needed")
@@ -64,17 +65,50 @@ class Training:
             problems.append(f"warmup_epochs is {self.warmup_epochs}; 0 to {self.epochs} is possible")
         if self.clip_norm is not None and not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
             problems.append(f"clip_norm is {self.clip_norm}; a number above 0, or None, is needed")
+        if self.accumulate < 1:
+            problems.append(f"accumulate is {self.accumulate}; at least 1 is needed")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            problems.append(f"precision is {self.precision!r}; known: fp32, bf16, fp16")
+        if self.ema is not None and not 0 < self.ema < 1:
+            problems.append(f"ema is {self.ema}; a share above 0 and below 1, or None, is needed")
         if self.seed < 0:
             problems.append(f"seed is {self.seed}; a whole number of at least 0 is needed")
         if problems:
             raise UsageError("The training settings are wrong: " + "; ".join(problems) + ".")
 
 
+@dataclass
+class Charge:
+    """What a batch is charged.
+
+    Args:
+        total: scalar with gradient: the mean over the batch's items of all parts together.
+        parts: its weighted parts by name, each with gradient for the model.
+        aside: parts of the total that train an adapter and not the model.
+    """
+
+    total: Any
+    parts: dict[str, Any]
+    aside: dict[str, Any] = field(default_factory=dict)
+
+
 class LossFunction(Protocol):
     """What a training step minimises."""
 
-    def __call__(self, model: Any, inputs: Any, targets: Any) -> tuple[Any, dict[str, Any]]:
-        """The total (scalar with gradient), and its weighted parts by name (scalars with gradient)."""
+    def __call__(self, model: Any, batch: Batch, epoch: float) -> Charge:
+        """What the batch is charged; `epoch` says how many are done."""
+
+    def items(self, batch: Batch) -> int:
+        """Over how many samples or positions the means of a batch go; batches of one step are weighed by it."""
+
+    def balance(self, norms: dict[str, float]) -> None:
+        """Told the gradient norms of the parts, at the first batch of each epoch."""
+
+    def state(self) -> dict[str, Any]:
+        """What the loss has learned itself, JSON-able."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
 
 
 @dataclass
@@ -109,6 +143,33 @@ class TrainingState:
     values: dict[str, Any]
 
 
+LEAST_SHARE, MOST_SHARE = 0.001, 0.999
+"""Shares of the gradient below and above which a term is doubted."""
+
+
+def doubts(shares: Mapping[str, float]) -> list[str]:
+    """What seems wrong with the shares of the terms in the gradient, a sentence each.
+
+    Args:
+        shares: by term; they add up to 1, or are all 0.
+    """
+    if len(shares) == 1 or not any(shares.values()):
+        return []
+    low = [
+        f"The term {name!r} is {share:.2g} of the gradient, so it teaches next to nothing. Its weight may be that of "
+        "another convention: a loss that is averaged over classes, or lacks the factor T², is that much smaller."
+        for name, share in shares.items()
+        if share < LEAST_SHARE
+    ]
+    high = [
+        f"The term {name!r} is {share:.4%} of the gradient, so that nothing else is learned. Its weight may be that of "
+        "another convention: a loss that is summed over samples or elements is that much larger."
+        for name, share in shares.items()
+        if share > MOST_SHARE
+    ]
+    return low + high
+
+
 @dataclass
 class Trained:
     """What a training run gives back.
@@ -122,112 +183,3 @@ class Trained:
     model: Any
     history: list[dict[str, Any]] = field(default_factory=list)
     first_batch: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """What a training step is given of `ArrayData`.
-
-    Args:
-        inputs: shape (N, ...), augmented.
-        targets: class numbers, shape (N,); None of data without labels.
-        ids: of the samples, shape (N,).
-        view: which augmented look of the samples it is, >= 0.
-    """
-
-    inputs: NDArray[Any]
-    targets: NDArray[Any] | None
-    ids: NDArray[Any]
-    view: int
-
-
-@dataclass(frozen=True, eq=False)
-class ArrayData:
-    """Samples in memory, whose order and augmentation follow from a seed alone.
-
-    The order of an epoch is drawn from (seed, epoch), the augmentation of a sample from (seed, view, id), so that a run
-    can go on in the middle of an epoch in the same bits, and a teacher's output for that very look of the sample can be
-    looked up.
-
-    Args:
-        inputs: shape (N, ...), finite.
-        targets: class numbers, shape (N,), whole numbers >= 0; None where there are none.
-        batch_size: >= 1; a last batch of one sample joins the one before, since normalisation needs two.
-        augment: a transform of `kirsch.frameworks.augment`, or a user's (batch, generator) → batch, which is called
-            with one sample at a time; None leaves samples as they are.
-        ids: unique whole numbers, shape (N,); 0 to N - 1 if left out.
-        views: how many looks of a sample there are: epoch e shows look e modulo this; None gives each epoch its own.
-
-    Raises:
-        DataError: there are no samples, inputs are not finite, or ids are not unique.
-        ShapeError: inputs and targets or ids differ in number.
-        UsageError: the transform takes no generator or does not follow from it, or a setting is out of range.
-    """
-
-    inputs: NDArray[Any]
-    targets: NDArray[Any] | None
-    batch_size: int = 64
-    augment: Seeded | Augment | None = None
-    ids: NDArray[Any] | None = None
-    views: int | None = None
-
-    def __post_init__(self) -> None:
-        if not len(self.inputs):
-            raise DataError("The data is empty.", mend="Give at least one sample.")
-        if self.targets is not None and len(self.inputs) != len(self.targets):
-            raise ShapeError(f"There are {len(self.inputs)} inputs and {len(self.targets)} targets.")
-        if self.batch_size < 1:
-            raise UsageError(f"batch_size is {self.batch_size}; at least 1 is needed.")
-        if self.views is not None and self.views < 1:
-            raise UsageError(f"views is {self.views}; at least 1, or None, is needed.")
-        bad = ~np.isfinite(self.inputs.reshape(len(self.inputs), -1)).all(axis=1)
-        if bad.any():
-            raise DataError(f"Sample {int(bad.argmax())} holds NaN or infinity.", mend="Repair or leave it out.")
-        if self.ids is not None:
-            _check_ids(self.ids, len(self.inputs))
-        check(self.augment, self.inputs[:1])
-
-    def __len__(self) -> int:
-        """Batches of one epoch."""
-        full, rest = divmod(len(self.inputs), self.batch_size)
-        return max(1, full + (rest > 1 or (rest == 1 and full == 0)))
-
-    @cached_property
-    def sample_ids(self) -> NDArray[Any]:
-        """The id of each sample: those given, or 0 to N - 1."""
-        return np.arange(len(self.inputs)) if self.ids is None else self.ids
-
-    def look(self, places: NDArray[Any], seed: int, view: int) -> Batch:
-        """Some samples as one view of a run shows them.
-
-        Args:
-            places: indices of samples, shape (N,).
-            seed: of the run.
-            view: see `Batch`.
-        """
-        ids = self.sample_ids[places]
-        inputs = apply(self.augment, self.inputs[places], sample_seeds(seed, view, ids))
-        return Batch(inputs, None if self.targets is None else self.targets[places], ids, view)
-
-    def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from batch `start` on."""
-        order = np.random.default_rng([seed, epoch]).permutation(len(self.inputs))
-        borders = [*range(0, len(self) * self.batch_size, self.batch_size), len(order)]
-        view = epoch if self.views is None else epoch % self.views
-        for number in range(start, len(self)):
-            yield self.look(order[borders[number] : borders[number + 1]], seed, view)
-
-
-def _check_ids(ids: NDArray[Any], count: int) -> None:
-    if len(ids) != count:
-        raise ShapeError(f"There are {count} inputs and {len(ids)} ids.")
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise DataError(f"The ids have shape {ids.shape} and type {ids.dtype}.", "One whole number a sample is needed.")
-    ordered = np.sort(ids)
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(twice):
-        raise DataError(
-            "The sample ids are not unique.",
-            f"{int(twice[0])} stands for more than one sample.",
-            "Give each sample a number of its own.",
-        )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kirsch import files
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.objective import Objective
-from kirsch.frameworks.training import ArrayData, Training
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.training import Training
 from kirsch.recipes.job import Job
 from kirsch.recipes.metrics import goal_text
 from kirsch.recipes.runner import PLAN, RECIPE, materials_of

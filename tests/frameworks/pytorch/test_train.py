@@ -15,8 +15,11 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from kirsch.errors import CheckpointError, DataError, Interrupted, NumericError, UsageError
-from kirsch.frameworks.pytorch.train import learning_rate, train
-from kirsch.frameworks.training import ArrayData, Training, TrainingHooks, TrainingState
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.pytorch.optimizer import learning_rate
+from kirsch.frameworks.pytorch.pupil import student_of
+from kirsch.frameworks.pytorch.train import train
+from kirsch.frameworks.training import Charge, Training, TrainingHooks, TrainingState
 
 N, D, K = 14, 5, 3
 QUIET = TrainingHooks()
@@ -54,9 +57,31 @@ def cross_entropy(model, inputs, targets):
     return loss, {"label": loss}
 
 
+class Plain:
+    """A function (student, inputs, targets) → (total, parts) as a training step calls it."""
+
+    def __init__(self, function):
+        self.function, self.norms = function, []
+
+    def __call__(self, model, batch, epoch):
+        return Charge(*self.function(student_of(model), batch.inputs, batch.targets))
+
+    def items(self, batch):
+        return len(batch)
+
+    def balance(self, norms):
+        self.norms.append(norms)
+
+    def state(self):
+        return {}
+
+    def restore(self, state):
+        assert state == {}
+
+
 def trained(data=None, *, training=None, model=None, loss=cross_entropy, **hooks):
-    training = training or Training(epochs=3, learning_rate=0.1)
-    return train(model or network(), batches() if data is None else data, loss, training, TrainingHooks(**hooks))
+    training, data = training or Training(epochs=3, learning_rate=0.1), batches() if data is None else data
+    return train(model or network(), data, Plain(loss), training, TrainingHooks(**hooks))
 
 
 def assert_same_bits(first, second):
@@ -250,8 +275,8 @@ def stopped_everywhere(data, training):
         with torch.random.fork_rng():
             torch.manual_seed(len(states))  # whatever the random state of the process is
             with pytest.raises(Interrupted):
-                train(model, loader(data), cross_entropy, training, hooks)
-    return train(network(), loader(data), cross_entropy, training, TrainingHooks(resume=states[-1])), states
+                train(model, loader(data), Plain(cross_entropy), training, hooks)
+    return train(network(), loader(data), Plain(cross_entropy), training, TrainingHooks(resume=states[-1])), states
 
 
 LOADERS = ["in order", "shuffled", "own generator", "generator of the sampler", "batch sampler"]
@@ -269,7 +294,7 @@ def test_a_run_that_is_stopped_wherever_it_can_be_ends_in_the_same_bits(data, op
     """Each saved state is gone on from: after each batch, and after each epoch."""
     schedule = "constant" if data == "no length" else "cosine"
     training = Training(epochs=2, learning_rate=0.02, optimizer=optimizer, schedule=schedule)
-    whole = train(network(), loader(data), cross_entropy, training, QUIET)
+    whole = train(network(), loader(data), Plain(cross_entropy), training, QUIET)
     again, states = stopped_everywhere(data, training)
     steps = 3 if data == "shuffled, augmented" else 4
     places = [(state.values["epoch"], state.values["batch"]) for state in states]

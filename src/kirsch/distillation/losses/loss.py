@@ -105,6 +105,23 @@ def loss(
     return put
 
 
+def loss_of(name: str) -> Loss:
+    """The loss of a name.
+
+    Raises:
+        UnknownNameError: there is none.
+        UsageError: it does not say what it compares.
+    """
+    found = LOSSES[name]
+    if not hasattr(found, "takes"):
+        raise UsageError(
+            f"The loss {name!r} does not say what it compares.",
+            "It is a plain function.",
+            f'Decorate it: @kirsch.distillation.losses.loss("{name}", takes="scores").',
+        )
+    return found
+
+
 def options_of(charged: Callable[..., Any]) -> dict[str, Any]:
     """The keywords that an objective may state for a loss, with their defaults."""
     found = list(inspect.signature(charged).parameters.values())[2:]

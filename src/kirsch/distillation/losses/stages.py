@@ -7,6 +7,7 @@ from typing import Any
 
 from kirsch.distillation.arrays import check_maps, constant, namespace, normalized, root, same_shape, same_size
 from kirsch.distillation.losses.loss import check_convention, loss
+from kirsch.distillation.losses.maps import hierarchical_context
 from kirsch.errors import ShapeError
 
 SPARE = 3
@@ -180,3 +181,25 @@ def _inverse(gaps: Any, floor: Any) -> Any:
     xp = namespace(gaps)
     clear = abs(gaps) > floor
     return xp.where(clear, 1.0 / xp.where(clear, gaps, 0.0 * gaps + 1.0), 0.0 * gaps)
+
+
+@loss("reviewkd", takes="stages")
+def reviewed(student: Any, teacher: Any, *, sizes: tuple[int, ...] = (4, 2, 1)) -> Any:
+    """The hierarchical context loss of each stage, added up.
+
+    Args:
+        student, teacher: a list of maps (N, C, H, W) for each stage; the student's are those that the adapter "review"
+            fuses.
+        sizes: see `hcl`.
+
+    Returns:
+        Scalar, >= 0; 0 when all maps agree.
+
+    Raises:
+        ShapeError: the shapes of a stage differ, or one has more stages.
+
+    Source: Chen et al. 2021, arXiv:2104.09044, equation 6.
+    """
+    if len(student) != len(teacher):
+        raise ShapeError(f"The student gives {len(student)} stages, the teacher {len(teacher)}.")
+    return sum(hierarchical_context(own, its, sizes=sizes) for own, its in zip(student, teacher, strict=True))

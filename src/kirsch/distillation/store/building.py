@@ -25,7 +25,7 @@ from kirsch.frameworks.augment import description, sample_seeds
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kirsch.frameworks.training import ArrayData
+    from kirsch.frameworks.data import ArrayData
 
 RANGE_SAMPLES, RANGE_BYTES = 16384, 1 << 26
 """A range, which is what a kill may cost, has at most as many samples and bytes."""
@@ -142,11 +142,11 @@ def _specified(
     range_size: int | None,
 ) -> Specification:
     """What the store will be; the teacher is run on two samples for the shapes."""
-    trial = runner(np.arange(min(2, len(data.inputs))), seed, 0)
+    trial = runner(np.arange(min(2, data.samples)), seed, 0)
     fields = fields_of(keep, trial)
     ids = spec.ids_on_disk(data)
     known = {
-        "samples": len(data.inputs),
+        "samples": data.samples,
         "views": views,
         "seed": seed,
         "temperature": float(temperature),

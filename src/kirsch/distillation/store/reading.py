@@ -20,7 +20,7 @@ from kirsch.frameworks.port import framework_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kirsch.frameworks.training import ArrayData
+    from kirsch.frameworks.data import ArrayData
 
 TOLERANCE = 2.0**-9
 """Four times the rounding of 16 bits: the teacher's own sums differ a little with the size of the batch."""
@@ -251,14 +251,14 @@ class TeacherStore:
         if samples < 1:
             raise UsageError(f"samples is {samples}; at least 1 is needed.")
         runner, stored = Runner(teacher, data, outputs, batch_size), self.manifest
-        looks = stored.views * len(data.inputs)
+        looks = stored.views * data.samples
         chosen = np.unique(np.linspace(0, looks - 1, min(samples, looks)).round().astype(np.int64))
         worst, agreed = (
             dict.fromkeys((name for name in self._names if name not in (SEED, "indices")), 0.0),
             list[bool](),
         )
         for view in range(stored.views):
-            places = chosen[chosen // len(data.inputs) == view] % len(data.inputs)
+            places = chosen[chosen // data.samples == view] % data.samples
             for part in (places[at : at + batch_size] for at in range(0, len(places), batch_size)):
                 record = self.read(data.sample_ids[part], view)
                 live = runner(part, stored.seed, view)

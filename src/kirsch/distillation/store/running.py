@@ -18,7 +18,7 @@ from kirsch.frameworks.port import framework_of, host
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kirsch.frameworks.training import ArrayData, Batch
+    from kirsch.frameworks.data import ArrayData, Batch
 
 Outputs = Callable[[Any], dict[str, Any]]
 """Inputs as a numpy array (N, ...) → arrays by name (N, ...): "logits" (N, ..., K), and features."""
@@ -84,9 +84,9 @@ class Runner:
             raise UsageError(f"The outputs are a {type(given).__name__}.", mend="Give a dict of arrays by name.")
         found = {str(name): host(wide(array)) for name, array in given.items()}
         for name, array in found.items():
-            if array.ndim < 1 or len(array) != len(batch.inputs):
+            if array.ndim < 1 or len(array) != len(batch):
                 raise UsageError(
-                    f"The output {name!r} has shape {array.shape} for {len(batch.inputs)} samples.",
+                    f"The output {name!r} has shape {array.shape} for {len(batch)} samples.",
                     mend="Its first axis must be that of the samples.",
                 )
         return found

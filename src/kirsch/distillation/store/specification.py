@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kirsch.frameworks.training import ArrayData
+    from kirsch.frameworks.data import ArrayData
 
 MANIFEST, BUILDING, IDS = files.MANIFEST, "building.json", "ids.bin"
 LARGEST_RECORD = 2**31 - 1
@@ -175,7 +175,7 @@ def _shown(value: Any) -> str:
 def data_hash(data: ArrayData) -> str:
     """The sha256 over type, shape and bytes of the inputs, and the ids, in their order; labels do not count."""
     digest = hashlib.sha256()
-    for array in (data.inputs, data.sample_ids.astype("<i8")):
+    for array in (*data.parts.values(), data.sample_ids.astype("<i8")):
         digest.update(f"{array.dtype.str} {array.shape}\n".encode())
         rows = max(1, CHUNK * len(array) // max(array.nbytes, 1))
         for start in range(0, len(array), rows):

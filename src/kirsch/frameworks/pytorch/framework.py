@@ -11,6 +11,7 @@ import torch
 
 from kirsch.errors import KirschError, LoadError, UnknownNameError, VerificationError, said
 from kirsch.frameworks.pytorch import (
+    adapters,
     configuration,
     count,
     dropping,
@@ -19,7 +20,9 @@ from kirsch.frameworks.pytorch import (
     graph_module,
     hub,
     predict,
+    pupil,
     scope,
+    sites,
     surgery,
     trace,
     train,
@@ -97,9 +100,45 @@ class PyTorch:
         """See the port."""
         return predict.predict(model, inputs, batch_size=batch_size)
 
-    def infer(self, model: Any, inputs: Any) -> Any:
+    def infer(self, run: Any, inputs: Any) -> Any:
         """See the port."""
-        return predict.infer(model, inputs)
+        return predict.infer(run, inputs)
+
+    def expand(self, model: Any, site: str, inputs: Any) -> list[str]:
+        """See the port."""
+        return sites.expand(model, site, predict.tensors(inputs, model))
+
+    def shapes(self, model: Any, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
+        """See the port."""
+        return sites.shapes(model, predict.tensors(inputs, model))
+
+    def dry_run(self, model: Any, sites_: Sequence[str], inputs: Any) -> dict[str, Any]:
+        """See the port."""
+        return sites.dry_run(model, sites_, predict.tensors(inputs, model))
+
+    def watch(self, model: Any, sites_: Sequence[str]) -> Any:
+        """See the port."""
+        return sites.Watch(model, sites_)
+
+    def joint(self, name: str, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
+        """See the port."""
+        shapes = [
+            [part.shape for part in side] if isinstance(side, list) else side.shape for side in (student, teacher)
+        ]
+        dtype = (student[0] if isinstance(student, list) else student).dtype
+        return adapters.build(name, *shapes, options={"dtype": dtype, **options})
+
+    def pupil(self, student: Any, sites_: Sequence[str], joints: dict[str, Any], pairs: dict[str, Any]) -> Any:
+        """See the port."""
+        return pupil.Pupil(student, sites_, joints, pairs)
+
+    def student_of(self, model: Any) -> Any:
+        """See the port."""
+        return pupil.student_of(model)
+
+    def array_like(self, array: Any, like: Any) -> Any:
+        """See the port."""
+        return torch.as_tensor(array, device=like.device)
 
     def seeded(self, build: Callable[[], Any], seed: int) -> Any:
         """See the port."""
@@ -120,10 +159,6 @@ class PyTorch:
     def outputs(self, model: Any, inputs: Any) -> list[Any]:
         """See the port."""
         return predict.outputs(model, inputs)
-
-    def scores(self, model: Any, inputs: Any) -> Any:
-        """See the port."""
-        return predict.logits_of(model(inputs))
 
     def frozen(self, model: Any) -> Any:
         """See the port."""

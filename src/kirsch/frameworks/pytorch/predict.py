@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import DataError
 from kirsch.frameworks.pytorch.outputs import named
@@ -54,13 +54,28 @@ def logits_of(outputs: Any) -> Any:
     return outputs["logits"] if isinstance(outputs, dict) else outputs[0]
 
 
-def infer(model: nn.Module, inputs: Any) -> torch.Tensor:
-    """Scores of one batch, without gradient, from a model that is in inference mode already; it moves to the inputs."""
-    if isinstance(inputs, torch.Tensor):
-        model.to(inputs.device)
+def tensors(inputs: Any, model: nn.Module) -> Any:
+    """One batch, of numpy or of PyTorch, as tensors where the model lies."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return tree_map(lambda value: on(device, value), inputs)
+
+
+def on(device: torch.device, array: Any) -> Any:
+    """An array, of numpy or of PyTorch, on a device; anything else as it is."""
+    if isinstance(array, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    return array.to(device) if isinstance(array, torch.Tensor) else array
+
+
+def infer(run: Any, inputs: Any) -> Any:
+    """What a model in inference mode, or a watch of one, gives for one batch, without gradient; it moves there."""
+    first = next(value for value in tree_leaves(inputs) if isinstance(value, torch.Tensor))
+    getattr(run, "model", run).to(first.device)
     with torch.no_grad():
-        scores: torch.Tensor = logits_of(model(inputs))
-    return scores
+        if isinstance(run, nn.Module):
+            args, options = arguments(inputs)
+            return logits_of(run(*args, **options))
+        return run(inputs)
 
 
 def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[Any]:
@@ -68,7 +83,7 @@ def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[
 
     Args:
         model: any mode; it keeps it.
-        inputs: numpy array or tensor of shape (N, ...).
+        inputs: an array of shape (N, ...), of numpy or PyTorch, or a tuple or dict of such.
         batch_size: samples at a time.
 
     Returns:
@@ -77,15 +92,14 @@ def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[
     Raises:
         DataError: there are no samples.
     """
-    if not len(inputs):
+    count = len(tree_leaves(inputs)[0])
+    if not count:
         raise DataError("There is nothing to predict: the inputs have no samples.")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     out = []
     with inference(model):
-        for start in range(0, len(inputs), batch_size):
-            part = inputs[start : start + batch_size]
-            batch = torch.from_numpy(np.ascontiguousarray(part)) if isinstance(part, np.ndarray) else part
-            out.append(infer(model, batch.to(device)).float().cpu().numpy())
+        for start in range(0, count, batch_size):
+            part = tree_map(lambda value, start=start: value[start : start + batch_size], inputs)
+            out.append(infer(model, tensors(part, model)).float().cpu().numpy())
     return np.concatenate(out)
 
 

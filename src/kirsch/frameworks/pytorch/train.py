@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -10,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from kirsch.errors import CheckpointError, DataError, NumericError, UsageError
-from kirsch.frameworks.pytorch.predict import inference
-from kirsch.frameworks.training import ArrayData, Trained, TrainingState
+from kirsch.frameworks.data import ArrayData, Batch
+from kirsch.frameworks.pytorch.optimizer import Average, accelerator_for, check_schedule, learning_rate, optimizer_of
+from kirsch.frameworks.pytorch.predict import arguments, inference, on
+from kirsch.frameworks.pytorch.pupil import Pupil
+from kirsch.frameworks.training import Trained, TrainingState, doubts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from kirsch.frameworks.training import LossFunction, Training, TrainingHooks
+    from kirsch.frameworks.training import Charge, LossFunction, Training, TrainingHooks
 
 MEND = "Lower the learning rate, or set clip_norm."
 
@@ -28,120 +32,180 @@ MEND = "Lower the learning rate, or set clip_norm."
 def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training, hooks: TrainingHooks) -> Trained:
     """Train a copy of a model.
 
+    Started by `torchrun`, each process takes its part of every batch, and what they end in is what one process that
+    takes whole batches ends in, up to rounding, for models that do not relate samples to each other.
+
     Args:
-        model: left as it is.
-        batches: `ArrayData`, a DataLoader, or anything that gives (inputs, targets) each time it is gone through.
+        model: left as it is; a `Pupil` where more than the model is trained.
+        batches: `ArrayData`, a DataLoader, or anything that gives what `Batch.of` takes each time it is gone through.
         loss: what a step minimises.
         training: how.
         hooks: what the caller wants to see and decide.
 
     Raises:
         NumericError: a loss term gives no gradient on the first batch, or numbers are not finite.
-        DataError: an epoch has no batches, or the schedule needs to know how many and the data cannot say.
+        DataError: an epoch has no batches, none of the targets of a step counts, or the schedule needs to know how many
+            batches there are and the data cannot say.
         CheckpointError: the state to go on from is of another model.
         UsageError: no parameter of the model is to be trained.
         Stopped: `hooks.stop` asked for it; `hooks.save` has been called.
     """
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with torch.random.fork_rng():
-        run = _Run(copy.deepcopy(model), batches, loss, training, hooks)
-        run.go()
-    return Trained(run.bare().to(home).eval(), run.history, run.first_batch)
+    pupil = copy.deepcopy(model if isinstance(model, Pupil) else Pupil(model))
+    try:
+        with torch.random.fork_rng():
+            run = _Run(pupil, batches, loss, training, hooks)
+            run.go()
+    finally:
+        pupil.close()
+    return Trained(run.result().to(home).eval(), run.history, run.first_batch)
 
 
 class _Run:
     """One run and where it stands."""
 
     def __init__(
-        self, model: nn.Module, batches: Any, loss: LossFunction, training: Training, hooks: TrainingHooks
+        self, pupil: Pupil, batches: Any, loss: LossFunction, training: Training, hooks: TrainingHooks
     ) -> None:
         self.training, self.hooks, self.loss = training, hooks, loss
-        self.not_finite = _check_given(model)
-        self.accelerator = Accelerator()
-        optimizer = _optimizer(model, training)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.pupil = pupil
+        self.not_finite = _check_given(pupil.student)
+        self.accelerator = accelerator_for(training)
+        optimizer = optimizer_of(pupil, training, type(pupil.student).__name__)
+        self.average = Average(pupil.student, training.ema) if training.ema is not None else None
+        self.model, self.optimizer = self.accelerator.prepare(pupil, optimizer)
         loader = isinstance(batches, torch.utils.data.DataLoader)
         self.batches = self.accelerator.prepare(batches) if loader else batches
         self.generators = _generators(batches) if loader else []
         self.length = _length(self.batches)
-        _check_schedule(training, self.length)
+        check_schedule(training, self.length)
         self.history: list[dict[str, Any]] = []
         self.first_batch: dict[str, Any] = {}
         self.epoch, self.batch = 0, 0
         self.sums: dict[str, float] = {}
+        self.shares: dict[str, float] = {}
         if hooks.resume is not None:
             self._restore(hooks.resume)
         self.draws = [generator.get_state() for generator in self.generators]  # as the epoch begins
 
-    def bare(self) -> nn.Module:
-        model: nn.Module = self.accelerator.unwrap_model(self.model)
-        return model
+    def result(self) -> nn.Module:
+        """The student that is judged and given back."""
+        return self.average.model if self.average is not None else self.pupil.student
 
     def go(self) -> None:
         while self.epoch < self.training.epochs:
             started = time.perf_counter()
             self.model.train()
-            for inputs, targets in self._rest_of_epoch():
-                self._step(inputs, targets)
-                self.batch += 1
+            batches = self._rest_of_epoch()
+            while window := list(itertools.islice(batches, self.training.accumulate)):
+                self._step(window)
                 self._obey_stop()
             self._end_epoch(time.perf_counter() - started)
 
-    def _rest_of_epoch(self) -> Iterator[tuple[Any, Any]]:
-        """The batches of the epoch that are still to come.
+    def _rest_of_epoch(self) -> Iterator[Batch]:
+        """The batches of the epoch that are still to come, of each the part of this process.
 
-        Whatever draws – the order of a DataLoader, augmentation in its dataset, dropout – finds PyTorch's generators
-        set from (seed, epoch, batch), so that nothing depends on where a run was cut. Batches that are done are
-        fetched once more and passed over, since a loader draws while it fetches; `ArrayData` needs no such thing.
+        Whatever draws while it fetches – the order of a DataLoader, augmentation in its dataset – finds PyTorch's
+        generators set from (seed, epoch, batch), so that nothing depends on where a run was cut. Batches that are done
+        are fetched once more and passed over, since a loader draws while it fetches; `ArrayData` needs no such thing.
         """
-        device, start = self.accelerator.device, 0
+        start = self.batch if isinstance(self.batches, ArrayData) else 0
         self._set_random(start)
         if isinstance(self.batches, ArrayData):
-            start = self.batch
-            batches = ((b.inputs, b.targets) for b in self.batches.epoch(self.training.seed, self.epoch, start))
+            batches: Iterator[Any] = self.batches.epoch(self.training.seed, self.epoch, start)
         else:
             if hasattr(self.batches, "set_epoch"):  # of Accelerate's own loader
                 self.batches.set_epoch(self.epoch)
             batches = iter(self.batches)
+        done = self.batch  # it moves on while a window of batches is gathered
         for number in itertools.count(start):
             self._set_random(number)
-            pair = next(batches, None)
-            if pair is None:
+            given = next(batches, None)
+            if given is None:
                 return
-            if number >= self.batch:
-                yield _on(device, pair[0]), _on(device, pair[1])
+            if number >= done:
+                yield self._own_part(Batch.of(given))
 
-    def _set_random(self, batch: int) -> None:
-        state = np.random.SeedSequence([self.training.seed, self.epoch, batch]).generate_state(1, np.uint64)
+    def _own_part(self, batch: Batch) -> Batch:
+        """What this process takes of a batch, on its device."""
+        device = self.accelerator.device
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        own = slice(rank, None, processes) if isinstance(self.batches, ArrayData) and processes > 1 else slice(None)
+
+        def part(value: Any) -> Any:
+            return on(device, value[own]) if hasattr(value, "shape") else value
+
+        inputs, targets = tree_map(part, batch.inputs), tree_map(part, batch.targets)
+        if isinstance(targets, (np.ndarray, list)):
+            targets = on(device, np.asarray(targets))
+        return Batch(inputs, targets, None if batch.ids is None else part(batch.ids), batch.view)
+
+    def _set_random(self, batch: int, *, own: bool = False) -> None:
+        """Set PyTorch's generators from the place in the run, and, for `own` draws as of dropout, from the process."""
+        place = [self.training.seed, self.epoch, batch]
+        if own and self.accelerator.num_processes > 1:
+            place.append(self.accelerator.process_index)
+        state = np.random.SeedSequence(place).generate_state(1, np.uint64)
         # Where no device is, torch.manual_seed keeps a stack trace for the day that there is one: 0.3 ms a call.
         on_cpu = self.accelerator.device.type == "cpu"
         (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(int(state[0]))
 
-    def _step(self, inputs: Any, targets: Any) -> None:
-        rate = learning_rate(self.training, self.epoch + (self.batch / self.length if self.length else 0.0))
+    def _step(self, window: Sequence[Batch]) -> None:
+        """One step of the optimizer on the gradients of one or more batches, each item of which counts alike."""
+        epoch = self.epoch + (self.batch / self.length if self.length else 0.0)
+        rate = learning_rate(self.training, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        total, parts = self.loss(self.model, inputs, targets)
-        if not self.epoch and not self.batch:
-            self._check_first(total, parts)
-        value = float(total.detach())
-        if not math.isfinite(value):
-            raise _not_finite(self.bare(), inputs, parts, self.epoch + 1, self.batch + 1)
+        own = [self.loss.items(batch) for batch in window]
+        items = self._over_processes(sum(own))
+        if not items:
+            raise DataError(
+                f"All targets of a step are masked, at epoch {self.epoch + 1}, batch {self.batch + 1}.",
+                mend="Look at the mask and the labels of the data.",
+            )
         self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(total)
+        for place, (batch, count) in enumerate(zip(window, own, strict=True)):
+            last = place == len(window) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                # DDP divides the sum of the processes' gradients by their number.
+                self._backward(batch, epoch, count / items * self.accelerator.num_processes)
+            self._count(len(batch))
         if self.training.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
         self.optimizer.step()
-        size = len(targets)
-        for name, part in {"loss": total, **{f"part.{name}": part for name, part in parts.items()}}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(part.detach()) * size
-        self.sums["samples"] = self.sums.get("samples", 0.0) + size
+        if self.average is not None:
+            self.average.follow(self.pupil.student)
 
-    def _check_first(self, total: Any, parts: dict[str, Any]) -> None:
-        """Each term must reach the model; its share of the loss and of the gradient is shown."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+    def _backward(self, batch: Batch, epoch: float, share: float) -> None:
+        """Gradients of one batch, which is this share of its step."""
+        if self.accelerator.num_processes > 1:
+            self._set_random(self.batch, own=True)
+        with self.accelerator.autocast():
+            charge = self.loss(self.model, batch, epoch)
+        if not self.batch:
+            self._look_at(charge)
+        value = float(charge.total.detach())
+        if not math.isfinite(value):
+            raise _not_finite(self.pupil.student, batch.inputs, charge.parts, self.epoch + 1, self.batch + 1)
+        self.accelerator.backward(charge.total if share == 1 else charge.total * share)
+        for name, part in {"loss": charge.total, **_prefixed(charge.parts), **_prefixed(charge.aside)}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(part.detach()) * len(batch)
+
+    def _count(self, samples: int) -> None:
+        self.sums["samples"] = self.sums.get("samples", 0.0) + samples
+        self.batch += 1
+
+    def _over_processes(self, number: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return number
+        total = self.accelerator.reduce(torch.tensor(number, device=self.accelerator.device), "sum")
+        return int(total)
+
+    def _look_at(self, charge: Charge) -> None:
+        """Each term must reach the student; its share of the loss and of the gradient is shown, epoch by epoch."""
+        parameters = [p for p in self.pupil.student.parameters() if p.requires_grad]
         norms: dict[str, float] = {}
-        for name, part in parts.items():
+        for name, part in charge.parts.items():
             found = (
                 torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
                 if part.requires_grad
@@ -155,12 +219,16 @@ class _Run:
                     "It must be computed from the outputs of the model that is trained.",
                 )
             norms[name] = norm
-        value, whole = float(total.detach()), sum(norms.values())
-        self.first_batch = {
-            "loss_shares": {n: float(p.detach()) / value if value else 0.0 for n, p in parts.items()},
-            "gradient_shares": {n: norm / whole if whole else 0.0 for n, norm in norms.items()},
-        }
-        self._tell({"event": "first_batch", **self.first_batch})
+        whole = sum(norms.values())
+        self.shares = {name: norm / whole if whole else 0.0 for name, norm in norms.items()}
+        self.loss.balance(norms)
+        if not self.epoch:
+            value = float(charge.total.detach())
+            shares = {n: float(p.detach()) / value if value else 0.0 for n, p in charge.parts.items()}
+            self.first_batch = {"loss_shares": shares, "gradient_shares": self.shares}
+            self._tell({"event": "first_batch", **self.first_batch})
+        for sentence in doubts(self.shares):
+            self._tell({"event": "doubt", "epoch": self.epoch + 1, "sentence": sentence})
 
     def _end_epoch(self, seconds: float) -> None:
         samples = self.sums.pop("samples", 0.0)
@@ -172,12 +240,13 @@ class _Run:
             "epoch": self.epoch + 1,
             "loss": means.pop("loss"),
             "parts": {name.removeprefix("part."): mean for name, mean in means.items()},
+            "gradient_shares": self.shares,
             "learning_rate": learning_rate(self.training, self.epoch + 0.5),
             "seconds": seconds,
         }
         if self.hooks.validate is not None:
-            with inference(self.bare()):
-                found = self.hooks.validate(self.bare())
+            with inference(self.result()):
+                found = self.hooks.validate(self.result())
             taken = sorted(found.keys() & record.keys())
             if taken:
                 raise UsageError(
@@ -204,7 +273,7 @@ class _Run:
 
     def _check_finite(self) -> None:
         """What the last step left must be finite before it is judged, saved or given back."""
-        name = next((name for name in _not_finite_names(self.bare()) if name not in self.not_finite), None)
+        name = next((name for name in _not_finite_names(self.pupil.student) if name not in self.not_finite), None)
         if name is not None:
             raise NumericError(f"The {name} is no longer finite in epoch {self.epoch + 1}.", mend=MEND)
 
@@ -213,21 +282,22 @@ class _Run:
             self.hooks.event(event)
 
     def _state(self) -> TrainingState:
-        arrays = {f"model.{name}": _array(value) for name, value in self.bare().state_dict().items()}
+        arrays = {f"model.{name}": _array(value) for name, value in self.pupil.state_dict().items()}
+        if self.average is not None:
+            arrays |= {f"average.{name}": _array(value) for name, value in self.average.model.state_dict().items()}
         for number, entries in self.optimizer.state_dict()["state"].items():
             for name, value in entries.items():
                 if isinstance(value, torch.Tensor):
                     arrays[f"optimizer.{number}.{name}"] = _array(value)
         arrays |= {f"generator.{number}": _array(state) for number, state in enumerate(self.draws)}
         values = {"epoch": self.epoch, "batch": self.batch, "sums": self.sums, "history": self.history}
-        return TrainingState(arrays, copy.deepcopy(values | {"first_batch": self.first_batch}))
+        values |= {"first_batch": self.first_batch, "shares": self.shares, "loss": self.loss.state()}
+        return TrainingState(arrays, copy.deepcopy(values))
 
     def _restore(self, state: TrainingState) -> None:
-        own = self.bare().state_dict()
-        stored = {n.removeprefix("model."): a for n, a in state.arrays.items() if n.startswith("model.")}
-        if set(own) != set(stored) or any(tuple(own[n].shape) != a.shape for n, a in stored.items()):
-            raise CheckpointError("The checkpoint is of another model.", mend="Start the run anew.")
-        self.bare().load_state_dict({name: _tensor(array, own[name].dtype) for name, array in stored.items()})
+        _take_up(self.pupil, state, "model.")
+        if self.average is not None:
+            _take_up(self.average.model, state, "average.")
         entries: dict[int, dict[str, torch.Tensor]] = {}
         for name, array in state.arrays.items():
             if name.startswith("optimizer."):
@@ -239,7 +309,21 @@ class _Run:
             generator.set_state(_tensor(state.arrays[f"generator.{place}"]))
         self.epoch, self.batch = int(state.values["epoch"]), int(state.values["batch"])
         self.sums, self.history = dict(state.values["sums"]), list(state.values["history"])
-        self.first_batch = dict(state.values["first_batch"])
+        self.first_batch, self.shares = dict(state.values["first_batch"]), dict(state.values["shares"])
+        self.loss.restore(state.values["loss"])
+
+
+def _take_up(model: nn.Module, state: TrainingState, prefix: str) -> None:
+    """Fill a model with the arrays of a state whose names begin so."""
+    own = model.state_dict()
+    stored = {n.removeprefix(prefix): a for n, a in state.arrays.items() if n.startswith(prefix)}
+    if set(own) != set(stored) or any(tuple(own[n].shape) != a.shape for n, a in stored.items()):
+        raise CheckpointError("The checkpoint is of another model.", mend="Start the run anew.")
+    model.load_state_dict({name: _tensor(array, own[name].dtype) for name, array in stored.items()})
+
+
+def _prefixed(parts: dict[str, Any]) -> dict[str, Any]:
+    return {f"part.{name}": part for name, part in parts.items()}
 
 
 def _length(batches: Any) -> int | None:
@@ -250,54 +334,11 @@ def _length(batches: Any) -> int | None:
         return None
 
 
-def _check_schedule(training: Training, length: int | None) -> None:
-    """Raise a DataError if the learning rate depends on how many batches there are, and the data cannot say."""
-    if length is None and (training.schedule != "constant" or training.warmup_epochs):
-        warmup = f" with {training.warmup_epochs:g} warmup_epochs" if training.warmup_epochs else ""
-        raise DataError(
-            "The data does not say how many batches an epoch has: it has no length.",
-            f"The schedule {training.schedule!r}{warmup} follows the part of the run that is done.",
-            'Give the data a __len__, or train with schedule="constant" and warmup_epochs=0.',
-        )
-
-
 def _generators(loader: torch.utils.data.DataLoader[Any]) -> list[torch.Generator]:
     """The generators of its own that a loader draws its order from, each once."""
     inner = getattr(loader.batch_sampler, "sampler", None)
     found = [getattr(owner, "generator", None) for owner in (loader, loader.sampler, loader.batch_sampler, inner)]
     return list({id(generator): generator for generator in found if generator is not None}.values())
-
-
-def learning_rate(training: Training, epoch: float) -> float:
-    """The learning rate at a point of the run, counted in epochs from 0."""
-    peak = training.learning_rate
-    if epoch < training.warmup_epochs:
-        return peak * min((epoch + 1e-3) / training.warmup_epochs, 1.0)  # the first step must not be nothing
-    if training.schedule == "constant":
-        return peak
-    done = (epoch - training.warmup_epochs) / max(training.epochs - training.warmup_epochs, 1e-9)
-    if training.schedule == "multistep":
-        return float(peak * 0.1 ** sum(done >= milestone for milestone in training.milestones))
-    return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """Weight decay on weights of two or more axes only: on biases and scales it does harm."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise UsageError(
-            f"Nothing of {type(model).__name__} can be trained.",
-            "All its parameters have requires_grad=False.",
-            "Set requires_grad on those that shall learn.",
-        )
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": training.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if training.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=training.learning_rate)
-    return torch.optim.SGD(groups, lr=training.learning_rate, momentum=0.9, nesterov=True)
 
 
 def _not_finite_names(model: nn.Module) -> Iterator[str]:
@@ -344,7 +385,8 @@ def _not_finite(model: nn.Module, inputs: Any, parts: dict[str, Any], epoch: int
     handles = [m.register_forward_hook(look(path)) for path, m in model.named_modules() if path]
     try:
         with torch.no_grad():
-            model(inputs)
+            args, options = arguments(inputs)
+            model(*args, **options)
     finally:
         for handle in handles:
             handle.remove()
@@ -363,8 +405,3 @@ def _tensor(array: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The tensor that `_array` stored; int16 means bfloat16 unless it is said to be int16."""
     value = torch.from_numpy(np.array(array))
     return value.view(torch.bfloat16) if value.dtype == torch.int16 and dtype != torch.int16 else value
-
-
-def _on(device: torch.device, array: Any) -> torch.Tensor:
-    """A batch, of numpy or of PyTorch, on a device."""
-    return torch.as_tensor(np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array, device=device)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import DataError, KirschError, UsageError
-from kirsch.frameworks.training import ArrayData
+from kirsch.frameworks.data import ArrayData
 from kirsch.recipes.models import FAILURES, resolve
 from kirsch.registry import Registry
 

@@ -1,0 +1,311 @@
+"""Which places of student and teacher are compared, and what joins those that differ in shape; decided on one batch."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch.distillation.arrays import first_of
+from kirsch.distillation.losses.loss import given_to, loss_of
+from kirsch.distillation.schedule import ends
+from kirsch.distillation.teachers import holds_top_k, stored_scores
+from kirsch.errors import ShapeError, UnknownNameError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from kirsch.distillation.objective import Objective, Sites, Term
+    from kirsch.frameworks.port import Framework
+
+GATHERED = ("stages", "relations")
+"""Kinds of values that are lists: all places of a term make one pair."""
+
+TOKEN_KINDS = ("tokens", "attention", "relations")
+"""Kinds of values that have the positions of a sequence, which may be padding."""
+
+LEAST_SIZE = 2
+"""Pixels a side below which a map is no stage."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One place in the student beside one in the teacher.
+
+    Args:
+        term: which term of the objective, by its place.
+        name: of its joint, as parameters are called by it.
+        student, teacher: concrete sites.
+        joint: what brings them to one shape, a module; None where they are compared as they are.
+        shapes: of both sides, as text.
+    """
+
+    term: int
+    name: str
+    student: Sites
+    teacher: Sites
+    joint: Any
+    shapes: tuple[str, str]
+
+
+def attach(
+    framework: Framework,
+    objective: Objective,
+    student: Any,
+    teachers: Sequence[Any],
+    inputs: Any,
+    *,
+    seed: int,
+    recorded: Mapping[str, Any] | None = None,
+) -> list[Pair]:
+    """The pairs of an objective: concrete sites, and adapters sized from a run of all models.
+
+    Args:
+        framework: of all models.
+        objective: what is compared.
+        student, teachers: models.
+        inputs: some samples.
+        seed: of what adapters begin with.
+        recorded: what a store holds of these samples, instead of teachers.
+
+    Raises:
+        UnknownNameError: a model has no such site, or the store no such record.
+        ShapeError: no adapter joins two places, or student and teacher put out other classes.
+        UsageError: student and teacher have different numbers of places, or there is no such teacher.
+    """
+    places = []
+    for number, term in enumerate(objective.terms):
+        if not any(ends(term.weight)):  # a term that never counts is not computed
+            continue
+        if recorded is None and not 0 <= (term.of or 0) < len(teachers):
+            raise UsageError(f"The term {term.called!r} is of teacher {term.of}; there are {len(teachers)}, from 0 on.")
+        teacher = None if recorded is not None else teachers[term.of or 0]
+        found = _places(framework, term, student, teacher, inputs, recorded)
+        places += [(number, mine, theirs) for mine, theirs in found]
+    seen = framework.dry_run(student, texts([mine for _, mine, _ in places]), inputs)
+    others: list[Mapping[str, Any]] = [recorded] if recorded is not None else []
+    for place, teacher in enumerate(teachers):
+        wanted = [theirs for number, _, theirs in places if (objective.terms[number].of or 0) == place]
+        others.append(framework.dry_run(teacher, texts(wanted), inputs))
+    pairs = []
+    for place, (number, mine, theirs) in enumerate(places):
+        term = objective.terms[number]
+        values = at_sites(seen, mine), at_sites(others[term.of or 0], theirs)
+        joint = _joint(framework, term, values, place, seed)
+        pairs.append(Pair(number, f"joint{place}", mine, theirs, joint, (_shape(values[0]), _shape(values[1]))))
+        _try(framework, term, values, joint, f"{said(mine)} of the student and {said(theirs)} of the teacher")
+    return pairs
+
+
+def wanted_of(objective: Objective, pairs: Sequence[Pair], place: int) -> list[str]:
+    """The sites that are watched in the teacher of this place: scores in all, features in the one that is named."""
+
+    def concerns(term: Term) -> bool:
+        return term.of == place or (term.of is None and (place == 0 or loss_of(term.loss).takes == "scores"))
+
+    return texts([pair.teacher for pair in pairs if concerns(objective.terms[pair.term])])
+
+
+def table(objective: Objective, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """What is compared with what, one JSON-able row a pair: to be printed, read and written into an objective."""
+    return [
+        {
+            "term": objective.terms[pair.term].called,
+            "student": pair.student,
+            "teacher": pair.teacher,
+            "student_shape": pair.shapes[0],
+            "teacher_shape": pair.shapes[1],
+            "adapter": type(pair.joint).__name__ if pair.joint is not None else None,
+        }
+        for pair in pairs
+    ]
+
+
+def stages(framework: Framework, student: Any, teacher: Any, inputs: Any) -> list[tuple[str, str]]:
+    """Places of two models that stand for each other: the last maps of each size, or layers of the same depth.
+
+    Convolutional networks have a stage for each size of their maps. Two of them are matched by the size relative to
+    the input, from the last stage on. A model of tokens has the elements of its longest list of layers, which are
+    matched by depth, as are stages with layers.
+
+    Raises:
+        UsageError: a model has no stages.
+    """
+    mine, theirs = (_stages(framework, model, inputs) for model in (student, teacher))
+    sizes = [{size: path for path, size in found if size is not None} for found in (mine, theirs)]
+    both = [size for size in sizes[0] if size in sizes[1]]
+    if both:
+        return [(sizes[0][size], sizes[1][size]) for size in both]
+    return list(zip([path for path, _ in mine], by_depth([path for path, _ in theirs], len(mine)), strict=True))
+
+
+def _stages(framework: Framework, model: Any, inputs: Any) -> list[tuple[str, tuple[int, int] | None]]:
+    """Path and map size of each stage, from the first to the last; None for layers of tokens."""
+    shapes = framework.shapes(model, inputs)
+    last: dict[tuple[int, int], str] = {}
+    for path, shape in shapes:
+        if len(shape) == len("NCHW") and min(shape[2:]) >= LEAST_SIZE:
+            last.pop((shape[2], shape[3]), None)
+            last[shape[2], shape[3]] = path
+    if last:
+        return [(path, size) for size, path in last.items()]
+    layers: dict[str, list[str]] = {}
+    for path, shape in shapes:
+        parent, _, name = path.rpartition(".")
+        if len(shape) == len("NLD") and name.isdigit():
+            layers.setdefault(parent, []).append(path)
+    if not layers:
+        raise UsageError(
+            f"{type(model).__name__} has no stages that are found by the shapes of what its modules put out.",
+            mend="Name the places of student and teacher yourself.",
+        )
+    return [(path, None) for path in max(layers.values(), key=len)]
+
+
+def by_depth(places: Sequence[str], count: int) -> list[str]:
+    """So many of the places, evenly by depth: the last of each part. States that begin with the embedding keep it.
+
+    Source: the layers that TinyBERT compares, Jiao et al. 2020, arXiv:1909.10351, section 3.1.
+
+    Raises:
+        UsageError: there are fewer places than wanted.
+    """
+    if len(places) < count:
+        raise UsageError(
+            f"The student has {count} places, the teacher {len(places)} for them: {', '.join(places[:6])}.",
+            mend="Name the places of both, one for each.",
+        )
+    if places[0].endswith("hidden[0]") and count > 1:
+        return [places[round(place * (len(places) - 1) / (count - 1))] for place in range(count)]
+    return [places[(place + 1) * len(places) // count - 1] for place in range(count)]
+
+
+def _places(
+    framework: Framework, term: Term, student: Any, teacher: Any, inputs: Any, recorded: Mapping[str, Any] | None
+) -> list[tuple[Sites, Sites]]:
+    """The pairs of concrete sites of a term."""
+    gathered = loss_of(term.loss).takes in GATHERED
+    auto = re.fullmatch(r"auto(?:\[(-?\d+)\])?", term.student) if isinstance(term.student, str) else None
+    if auto is not None and term.teacher is None and recorded is None:
+        found = stages(framework, student, teacher, inputs)
+        found = found if auto[1] is None else _picked(found, int(auto[1]), "stages that student and teacher share")
+        return [([a for a, _ in found], [b for _, b in found])] if gathered else list(found)
+    if auto is not None:
+        mine: Any = [path for path, _ in _stages(framework, student, inputs)]
+        mine = mine if auto[1] is None else _picked(mine, int(auto[1]), "stages of the student")
+    else:
+        mine = _expanded(framework, student, term.student, inputs)
+    if recorded is not None:
+        theirs = _recorded(term.there, recorded)
+    else:
+        theirs = _expanded(framework, teacher, term.there, inputs)
+    if isinstance(mine, dict) or isinstance(theirs, dict):
+        return [(mine, theirs)]
+    if len(theirs) == 1:  # such as the scores, which each stage is held against
+        theirs = theirs * len(mine)
+    theirs = theirs if len(theirs) == len(mine) else by_depth(theirs, len(mine))
+    return [(mine, theirs)] if gathered else list(zip(mine, theirs, strict=True))
+
+
+def _picked(found: Any, place: int, what: str) -> Any:
+    if not -len(found) <= place < len(found):
+        raise UsageError(f"There are {len(found)} {what}; [{place}] is none of them.")
+    return [found[place]]
+
+
+def _expanded(framework: Framework, model: Any, sites: Sites, inputs: Any) -> Any:
+    if isinstance(sites, dict):
+        return {name: _expanded(framework, model, site, inputs)[0] for name, site in sites.items()}
+    texts = [sites] if isinstance(sites, str) else sites
+    return [concrete for text in texts for concrete in framework.expand(model, text, inputs)]
+
+
+def _recorded(sites: Sites, recorded: Mapping[str, Any]) -> list[str]:
+    names = [sites] if isinstance(sites, str) else list(sites)
+    for name in names:
+        if name not in recorded:
+            raise UnknownNameError("record in the store", name, recorded)
+    return names
+
+
+def _joint(framework: Framework, term: Term, values: tuple[Any, Any], place: int, seed: int) -> Any:
+    loss = loss_of(term.loss)
+    # Scores of other classes are no matter of an adapter.
+    if term.adapter == "none" or (term.adapter == "auto" and loss.takes in ("scores", "pixels", "values", "sets")):
+        return None
+    options = {"widths": loss.widths, "takes": loss.takes, **term.adapter_options}
+    return framework.seeded(lambda: framework.joint(term.adapter, *values, options), seed + place)
+
+
+def _try(framework: Framework, term: Term, values: tuple[Any, Any], joint: Any, where: str) -> None:
+    """The loss of a term on the values of the dry run, so that what does not fit is an error before any training."""
+    loss = loss_of(term.loss)
+    mine, theirs = values
+    if holds_top_k(theirs):
+        stored_scores(term, mine, theirs, None, term.keywords(0.0))
+        return
+    if joint is not None:
+        ids = framework.tensor(np.arange(len(first_of(mine))))
+        mine, theirs = framework.seeded(lambda: copy.deepcopy(joint)(mine, theirs, ids=ids), 0)
+    if loss.takes == "scores" and loss.widths == "same" and tuple(mine.shape[1:]) != tuple(theirs.shape[1:]):
+        _refuse_classes(tuple(mine.shape), tuple(theirs.shape))
+    if "labels" in given_to(loss):
+        return  # they are known to a training step only
+    given = {"mask": None, "epoch": 0.0}
+    try:
+        loss(mine, theirs, **term.keywords(0.0), **{name: given[name] for name in given_to(loss)})
+    except ShapeError as error:
+        raise ShapeError(
+            f"The term {term.called!r} cannot compare {where}. {error.what}",
+            error.why,
+            error.mend or "Name an adapter, or other places.",
+        ) from error
+
+
+def _refuse_classes(mine: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+    if len(mine) == len(theirs) == len("NLK") and mine[:2] == theirs[:2]:
+        raise ShapeError(
+            f"The student has a vocabulary of {mine[-1]:,}, the teacher one of {theirs[-1]:,}.",
+            "Soft targets need the same tokens with the same numbers.",
+            "Give both the tokenizer of one of them, resize its embedding to that, or let the student learn from text "
+            "that the teacher generates.",
+        )
+    raise ShapeError(
+        f"The student puts out {_classes(mine[1:])}, the teacher {_classes(theirs[1:])}.",
+        "Soft targets need the same classes in the same order.",
+        "Give one of them a head for the classes of the other.",
+    )
+
+
+def _classes(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} classes" if len(shape) == 1 else f"scores of shape {shape} a sample"
+
+
+def at_sites(values: Mapping[str, Any], sites: Sites) -> Any:
+    """The values at a site, or at each of a list or dict of sites."""
+    if isinstance(sites, dict):
+        return {name: values[site] for name, site in sites.items()}
+    return [values[site] for site in sites] if isinstance(sites, list) else values[sites]
+
+
+def texts(sites: Any) -> list[str]:
+    """All sites in a structure of them."""
+    if isinstance(sites, str):
+        return [sites]
+    return [text for part in (sites.values() if isinstance(sites, dict) else sites) for text in texts(part)]
+
+
+def _shape(values: Any) -> str:
+    if isinstance(values, dict):
+        return ", ".join(f"{name} {_shape(value)}" for name, value in values.items())
+    if isinstance(values, list):
+        return ", ".join(_shape(value) for value in values)
+    return " × ".join(str(size) for size in tuple(first_of(values).shape)[1:])
+
+
+def said(sites: Sites) -> str:
+    """Sites as words."""
+    return ", ".join(f"`{text}`" for text in texts(sites))

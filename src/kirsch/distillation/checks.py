@@ -1,0 +1,138 @@
+"""What is looked at before a student is trained: the first batch, the labels, and what the teacher knows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch.distillation.arrays import each
+from kirsch.errors import DataError, NumericError
+from kirsch.frameworks.data import ArrayData, Batch
+from kirsch.frameworks.port import host
+
+if TYPE_CHECKING:
+    from kirsch.distillation.objective import Objective
+    from kirsch.frameworks.port import Framework
+
+ENOUGH = 32
+"""Samples from which on a teacher's accuracy is held against chance."""
+
+FEW = 8
+"""Samples of the run that finds the shapes at all sites."""
+
+MOST_JUDGED = 1024
+"""Samples on which a teacher is judged."""
+
+
+def first_batch(framework: Framework, data: Any) -> Batch:
+    """The first batch of the data, as it is without augmentation where the data lies in memory.
+
+    Raises:
+        DataError: there is none, or the data can be gone through only once.
+    """
+    if isinstance(data, ArrayData):
+        end = data.batch_size
+        return Batch(data.inputs[:end], None if data.targets is None else data.targets[:end], data.sample_ids[:end])
+
+    def fetch() -> Any:
+        batches = iter(data)
+        if batches is data:
+            raise DataError(
+                "The data can be gone through only once.",
+                "Each epoch goes through it anew.",
+                "Give a list or a DataLoader.",
+            )
+        return next(batches, None)
+
+    first = framework.seeded(fetch, 0)  # a loader that shuffles draws from the caller's random state
+    if first is None:
+        raise DataError("The data is empty.", mend="Give at least one batch.")
+    return Batch.of(first)
+
+
+def few(batch: Batch) -> Batch:
+    """Some samples of a batch."""
+    return dataclasses.replace(
+        batch,
+        inputs=each(lambda part: part[:FEW], batch.inputs),
+        targets=None if batch.targets is None else batch.targets[:FEW],
+        ids=None if batch.ids is None else batch.ids[:FEW],
+    )
+
+
+def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> None:
+    """Refuse targets that are no class numbers where the objective charges for such.
+
+    Args:
+        given: the targets; None where there are none.
+        shape: of the scores of one sample.
+        objective: what the targets are for.
+
+    Raises:
+        DataError: they are of another kind or out of range, or there is nothing else to learn from.
+    """
+    if given is None:
+        if not objective.terms:
+            raise DataError("The data has no targets, and there is no teacher.", mend="Give (inputs, targets).")
+        return
+    targets = host(given)
+    if objective.label_loss != "cross-entropy":
+        return
+    if targets.ndim != len(shape) or not np.issubdtype(targets.dtype, np.integer):
+        raise DataError(
+            f"The targets have shape {targets.shape} and type {targets.dtype}.",
+            f"They must be class numbers: one whole number a {'sample' if len(shape) == 1 else 'position'}.",
+            "Of one-hot rows give targets.argmax(-1).",
+        )
+    classes = shape[-1]
+    wrong = ((targets < 0) | (targets >= classes)) & (targets != objective.ignore)
+    if wrong.any():
+        place = int(wrong.reshape(len(targets), -1).any(axis=1).argmax())
+        raise DataError(
+            f"Sample {place} has the label {int(targets[wrong][0])}.",
+            f"The model puts out {classes} classes, so labels go from 0 to {classes - 1}.",
+            f"Repair the labels, or give the model a larger head; {objective.ignore} stands for no label.",
+        )
+
+
+def judged(framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective) -> dict[str, Any]:
+    """The accuracy of a teacher on some labelled samples, and the number of classes; empty where none has a label.
+
+    Raises:
+        NumericError: it is no better than chance, or its scores are not finite.
+    """
+    if isinstance(validation, ArrayData):
+        validation = (validation.inputs, validation.targets)
+    if isinstance(validation, tuple):
+        batch = Batch(*validation)
+    elif isinstance(data, ArrayData):
+        batch = Batch(data.inputs, data.targets)
+    else:
+        batch = first_batch(framework, data)
+    scores = framework.predict(teacher, each(lambda part: part[:MOST_JUDGED], batch.inputs))
+    if not np.isfinite(scores).all():
+        raise NumericError(
+            "The teacher's scores are not finite.",
+            "A student would learn nothing from NaN or infinity.",
+            "Check the teacher's weights, and that the inputs are prepared as it expects.",
+        )
+    if batch.targets is None:
+        return {}
+    targets = host(batch.targets[:MOST_JUDGED])
+    if objective.causal:
+        scores, targets = scores[:, :-1], targets[:, 1:]
+    known = targets != objective.ignore
+    if not known.any():
+        return {}
+    right, classes = (scores.argmax(-1) == targets)[known], scores.shape[-1]
+    accuracy = float(right.mean())
+    if len(right) >= ENOUGH and accuracy <= 1 / classes:
+        raise NumericError(
+            f"The teacher is no better than chance: {accuracy:.1%} of {len(right)} samples are right, "
+            f"chance is {1 / classes:.1%}.",
+            "A student would learn noise from it.",
+            "Check the teacher's weights, the order of its classes, and that the inputs are prepared as it expects.",
+        )
+    return {"accuracy": accuracy, "classes": classes}

@@ -1,0 +1,230 @@
+"""An objective bound to a student and its teachers: what a training step calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from kirsch.distillation.arrays import blank, first_of
+from kirsch.distillation.attach import TOKEN_KINDS, at_sites
+from kirsch.distillation.checks import check_labels
+from kirsch.distillation.losses.labels import LABEL_LOSSES
+from kirsch.distillation.losses.loss import given_to, loss_of
+from kirsch.distillation.schedule import at
+from kirsch.distillation.teachers import combined, holds_top_k, stored_scores
+from kirsch.errors import UsageError
+from kirsch.frameworks.training import Charge
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kirsch.distillation.attach import Pair
+    from kirsch.distillation.objective import Objective, Sites, Term
+    from kirsch.distillation.teachers import Guide
+    from kirsch.frameworks.data import Batch
+    from kirsch.frameworks.port import Framework
+
+Regularizer = Callable[[Any], Any]
+"""model → scalar with gradient, added to the loss as it is."""
+
+
+class Lesson:
+    """Charges a pupil for a batch, as `kirsch.frameworks.training.LossFunction` wants it.
+
+    Args:
+        framework: of student and teachers.
+        objective: what is charged.
+        pairs: of its terms, as `attach` gives them.
+        guide: the teachers' side; None without terms.
+        regularizers: further terms of the student alone.
+    """
+
+    def __init__(
+        self,
+        framework: Framework,
+        objective: Objective,
+        pairs: Sequence[Pair] = (),
+        guide: Guide | None = None,
+        regularizers: Sequence[Regularizer] = (),
+    ) -> None:
+        self._framework, self._objective, self._guide = framework, objective, guide
+        self._pairs = [[pair for pair in pairs if pair.term == number] for number in range(len(objective.terms))]
+        self._regularizers = regularizers
+        self._names = _distinct([term.called for term in objective.terms])
+        self._factors: dict[str, float] = {}
+        self._used: dict[str, float] = {}
+
+    def __call__(self, model: Any, batch: Batch, epoch: float) -> Charge:
+        """What a batch is charged; see `LossFunction`."""
+        terms = [number for number, term in enumerate(self._objective.terms) if at(term.weight, epoch)]
+        like = first_of(batch.inputs)
+        theirs = self._guide(batch, like) if terms and self._guide is not None else []
+        guide = {
+            pair.name: at_sites(theirs[self._objective.terms[number].of or 0], pair.teacher)
+            for number in terms
+            for pair in self._pairs[number]
+            if pair.joint is not None
+        }
+        seen = model(batch.inputs, guide, batch.ids)
+        charge = Charge(0.0, {})
+        self._charge_labels(charge, seen.values["logits"], batch, epoch)
+        for number in terms:
+            self._charge_term(charge, number, seen, theirs, batch, epoch)
+        for regularizer in self._regularizers:
+            _add(charge.parts, type(regularizer).__name__, regularizer(self._framework.student_of(model)))
+        charge.total = sum(charge.parts.values()) + sum(charge.aside.values())
+        return charge
+
+    def _charge_labels(self, charge: Charge, scores: Any, batch: Batch, epoch: float) -> None:
+        weight = at(self._objective.label_weight, epoch)
+        if not weight or batch.targets is None:
+            return
+        scores, labels = self._aligned(scores, batch.targets)
+        mask = self._counting(labels)
+        if mask is not None and not bool(mask.any()):  # none of these samples has a label
+            return
+        charged = LABEL_LOSSES[self._objective.label_loss]
+        try:
+            part = charged(scores, labels, mask=mask, label_smoothing=self._objective.label_smoothing)
+        except (IndexError, RuntimeError):
+            check_labels(labels, tuple(scores.shape[1:]), self._objective)  # those of the first batch were looked at
+            raise
+        self._used["label"] = weight
+        charge.parts["label"] = weight * part
+
+    def _charge_term(
+        self, charge: Charge, number: int, seen: Any, theirs: list[dict[str, Any]], batch: Batch, epoch: float
+    ) -> None:
+        term, name = self._objective.terms[number], self._names[number]
+        self._used[name] = at(term.weight, epoch)
+        part = 0.0
+        for pair in self._pairs[number]:
+            if pair.joint is not None:
+                mine, guide = seen.joined[pair.name]
+                part = part + self._compared(term, mine, guide, pair.student, batch, epoch)
+                if pair.name in seen.extra:
+                    _add(charge.aside, f"{name}.adapter", seen.extra[pair.name])
+                continue
+            mine = at_sites(seen.values, pair.student)
+            for guide in self._teachers(term, pair.teacher, theirs, epoch):
+                part = part + self._compared(term, mine, guide, pair.student, batch, epoch)
+        charge.parts[name] = self._used[name] * self._factors.get(name, 1.0) * part
+
+    def _teachers(self, term: Term, sites: Sites, theirs: list[dict[str, Any]], epoch: float) -> list[Any]:
+        """The values that a term is held against, one after the other."""
+        if term.of is not None or len(theirs) == 1 or loss_of(term.loss).takes != "scores":
+            return [at_sites(theirs[term.of or 0], sites)]
+        scores = [at_sites(values, sites) for values in theirs]
+        if self._objective.teachers == "sum":
+            return scores
+        temperature = 1.0 if term.temperature is None else at(term.temperature, epoch)
+        return [combined(scores, self._objective.teachers, temperature)]
+
+    def _compared(self, term: Term, mine: Any, theirs: Any, site: Sites, batch: Batch, epoch: float) -> Any:
+        """One loss, with the labels, the mask and the time that it asks for."""
+        loss, given = loss_of(term.loss), given_to(loss_of(term.loss))
+        options, labels, mask = term.keywords(epoch), batch.targets, None
+        if loss.takes in ("scores", "pixels", "values"):
+            mine, labels = self._aligned(mine, labels)
+            theirs = theirs if not self._objective.causal else _shorter(theirs)
+            mask = self._positions(labels, batch, loss_needs_labels="labels" in given)
+        elif loss.takes in TOKEN_KINDS:
+            mask = self._tokens(site, batch)
+        if holds_top_k(theirs):
+            return stored_scores(term, mine, theirs, mask, options)
+        if "labels" in given:
+            if labels is None:
+                raise UsageError(f"The term {term.called!r} needs labels, and a batch has none.")
+            options["labels"] = blank(labels, mask)
+        if "mask" in given:
+            options["mask"] = mask
+        if "epoch" in given:
+            options["epoch"] = epoch
+        return loss(mine, theirs, **options)
+
+    def _aligned(self, scores: Any, labels: Any) -> tuple[Any, Any]:
+        """Scores and labels, shifted against each other where each position predicts the next."""
+        if not self._objective.causal:
+            return scores, labels
+        return scores[:, :-1], None if labels is None else labels[:, 1:]
+
+    def _counting(self, labels: Any) -> Any:
+        """True where there is a label; None where all count, as those that are no class numbers do."""
+        if _floating(labels):
+            return None
+        counts = labels != self._objective.ignore
+        return None if bool(counts.all()) else counts
+
+    def _positions(self, labels: Any, batch: Batch, *, loss_needs_labels: bool) -> Any:
+        """Which scores of teacher and student are compared.
+
+        Of sequences and pixels, those with a label; of samples all, with a label or without, unless the loss needs it.
+        """
+        if labels is not None and (labels.ndim > 1 or loss_needs_labels):
+            return self._counting(labels)
+        if labels is None and isinstance(batch.inputs, Mapping) and "attention_mask" in batch.inputs:
+            mask = batch.inputs["attention_mask"]
+            return mask[:, 1:] if self._objective.causal else mask
+        return None
+
+    def _tokens(self, site: Sites, batch: Batch) -> Any:
+        """Which positions of a model of tokens are no padding; None where the batch does not say."""
+        if not isinstance(batch.inputs, Mapping):
+            return None
+        text = site if isinstance(site, str) else next(iter(site))
+        name = "decoder_attention_mask" if text.startswith("decoder.") else "attention_mask"
+        return batch.inputs.get(name)
+
+    def items(self, batch: Batch) -> int:
+        """Samples, or the positions of sequences that count."""
+        labels = batch.targets
+        if labels is None or labels.ndim == 1 or _floating(labels):
+            return len(batch)
+        _, labels = self._aligned(labels, labels)
+        return int((labels != self._objective.ignore).sum())
+
+    def balance(self, norms: dict[str, float]) -> None:
+        """Scale the terms so that their gradients stand to each other as their weights.
+
+        Each weight then stands for that many lengths of the gradient of the labels, or of the first term without them.
+        """
+        if self._objective.balance != "gradient" or not norms:
+            return
+        present = [name for name in ("label", *self._names) if norms.get(name) and name in self._used]
+        bare = {name: norms[name] / self._used[name] for name in present}
+        for name in present[1:]:
+            self._factors[name] = bare[present[0]] / bare[name]
+
+    def state(self) -> dict[str, Any]:
+        """See `LossFunction`."""
+        return {"factors": dict(self._factors)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See `LossFunction`."""
+        self._factors = dict(state.get("factors", {}))
+
+
+def _floating(labels: Any) -> bool:
+    """Whether labels are numbers to come near to, and not numbers of classes."""
+    return bool("float" in str(labels.dtype))
+
+
+def _shorter(values: Any) -> Any:
+    """Values of positions without the last."""
+    if isinstance(values, Mapping):
+        return {name: _shorter(value) for name, value in values.items()}
+    return values[:, :-1]
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, the second of one as "name#2", so that none takes another's place."""
+    return [
+        name if not (before := names[:place].count(name)) else f"{name}#{before + 1}"
+        for place, name in enumerate(names)
+    ]
+
+
+def _add(parts: dict[str, Any], name: str, part: Any) -> None:
+    """Add a part under its name, or "name#2"."""
+    number = 1 + sum(known.partition("#")[0] == name for known in parts)
+    parts[name if number == 1 else f"{name}#{number}"] = part

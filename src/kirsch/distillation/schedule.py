@@ -1,0 +1,55 @@
+"""Numbers that change while a student is trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A number that goes in a line from `start` to `end` over some epochs, and stays there.
+
+    Args:
+        start, end: finite.
+        epochs: over how many epochs, > 0.
+        after: epochs before it begins to move, >= 0.
+    """
+
+    start: float
+    end: float
+    epochs: float
+    after: float = 0.0
+
+    def at(self, epoch: float) -> float:
+        """The number when this many epochs are done."""
+        share = min(max((epoch - self.after) / self.epochs, 0.0), 1.0)
+        return self.start + (self.end - self.start) * share
+
+
+Number = float | Ramp
+"""A number, or one that changes."""
+
+
+def at(number: Number, epoch: float) -> float:
+    """The number when this many epochs are done."""
+    return number.at(epoch) if isinstance(number, Ramp) else float(number)
+
+
+def ends(number: Number) -> tuple[float, ...]:
+    """The least and the most that the number comes to."""
+    return (number.start, number.end) if isinstance(number, Ramp) else (number,)
+
+
+def problem(name: str, number: Number, *, above: float | None = None, least: float | None = None) -> str | None:
+    """A sentence if the number is not finite, or ever out of range."""
+    if isinstance(number, Ramp) and not (number.epochs > 0 and number.after >= 0 and math.isfinite(number.epochs)):
+        return (
+            f"{name} changes over {number.epochs} epochs after {number.after}; more than 0 after at least 0 are needed"
+        )
+    for value in ends(number):
+        if above is not None and not (math.isfinite(value) and value > above):
+            return f"{name} is {value}; a number above {above:g} is needed"
+        if least is not None and not (math.isfinite(value) and value >= least):
+            return f"{name} is {value}; a number of at least {least:g} is needed"
+    return None

@@ -1,0 +1,171 @@
+"""What a student is held against: one teacher or several that are run, or a store of what one put out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kirsch.distillation.arrays import log_softmax, namespace
+from kirsch.distillation.losses.top_k import stored_top_k
+from kirsch.distillation.schedule import Ramp
+from kirsch.errors import UsageError
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.port import host
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kirsch.distillation.objective import Objective, Term
+    from kirsch.distillation.store import TeacherStore
+    from kirsch.frameworks.data import Batch
+    from kirsch.frameworks.port import Framework
+
+TOP_K = ("indices", "log_p", "tail")
+"""Fields of a record that holds the largest scores alone."""
+
+
+class Guide(Protocol):
+    """Gives the teachers' side of a step."""
+
+    def __call__(self, batch: Batch, like: Any) -> list[dict[str, Any]]:
+        """For each teacher its values by site, as constants, on the device of `like`."""
+
+    def close(self) -> None:
+        """Take hooks away."""
+
+
+class LiveTeachers:
+    """Teachers that are run on every batch, in inference mode and without gradient.
+
+    Args:
+        framework: of the teachers.
+        models: frozen, in inference mode.
+        sites: for each, where its values are wanted.
+    """
+
+    def __init__(self, framework: Framework, models: Sequence[Any], sites: Sequence[Sequence[str]]) -> None:
+        self._framework = framework
+        self._watches = [framework.watch(model, places) for model, places in zip(models, sites, strict=True)]
+
+    def __call__(self, batch: Batch, like: Any) -> list[dict[str, Any]]:  # noqa: ARG002 - teachers go where a batch is
+        """See `Guide`."""
+        return [self._framework.infer(watch, batch.inputs) for watch in self._watches]
+
+    def close(self) -> None:
+        """See `Guide`."""
+        for watch in self._watches:
+            watch.close()
+
+
+class StoredTeacher:
+    """A teacher's outputs as they lie in a store.
+
+    Args:
+        framework: of the student.
+        store: a `TeacherStore`.
+    """
+
+    def __init__(self, framework: Framework, store: Any) -> None:
+        self._framework, self._store = framework, store
+
+    def __call__(self, batch: Batch, like: Any) -> list[dict[str, Any]]:
+        """See `Guide`."""
+        if batch.ids is None:
+            raise UsageError(
+                "A store is read by the numbers of the samples, and the batches do not carry any.",
+                mend="Give ArrayData, or batches of (inputs, targets, ids).",
+            )
+        found = self._store.read(host(batch.ids), batch.view)
+        values = {name: self._framework.array_like(array, like) for name, array in found.items()}
+        if "maximum" in values:  # scores are kept below their largest, for which 16 bits are too few
+            values["logits"] = values.pop("scores") + values.pop("maximum")[..., None]
+        if "log_p" in values:
+            values["logits"] = {name: values.pop(name) for name in TOP_K}
+        return [values]
+
+    def close(self) -> None:
+        """See `Guide`."""
+
+
+def holds_top_k(values: Any) -> bool:
+    """Whether these are the largest scores alone."""
+    return isinstance(values, Mapping) and set(TOP_K) <= set(values)
+
+
+def stored_scores(term: Term, mine: Any, record: Mapping[str, Any], mask: Any, options: Mapping[str, Any]) -> Any:
+    """Soft targets from a record that holds the teacher's largest scores.
+
+    Raises:
+        UsageError: the term needs all scores.
+    """
+    if term.loss not in ("kd", "top-k"):
+        raise UsageError(
+            f"The term {term.called!r} needs all scores of the teacher, and the store holds the largest alone.",
+            mend="Build the store with Dense(), or take the terms 'kd' or 'top-k'.",
+        )
+    chosen = {name: value for name, value in options.items() if name in ("temperature", "tail")}
+    given = [record[name] for name in TOP_K]
+    return stored_top_k(mine, *given, mask=mask, stored_temperature=chosen.get("temperature", 1.0), **chosen)
+
+
+def replayed(store: TeacherStore, data: Any, objective: Objective) -> ArrayData:
+    """The data with the views and the seed of augmentation of a store.
+
+    Raises:
+        UsageError: the data does not lie in memory, so that its augmentation cannot be replayed, or a temperature
+            changes while a store has one.
+        StoreError: the store is of other data, another transform or another temperature.
+    """
+    if not isinstance(data, ArrayData):
+        raise UsageError(
+            "A store replays the augmentation of each sample, which a loader of its own does not let it.",
+            mend="Give ArrayData.",
+        )
+    manifest = store.manifest
+    seen: ArrayData = dataclasses.replace(data, views=manifest.views, seed=manifest.seed)
+    store.require(data=seen)
+    for term in objective.terms:
+        if term.there == "logits" and manifest.keep == "top-k":
+            if isinstance(term.temperature, Ramp):
+                raise UsageError(
+                    f"The temperature of {term.called!r} changes, and the store holds {manifest.temperature:g} alone.",
+                    mend="Build the store with Dense(), or state one temperature.",
+                )
+            store.require(temperature=1.0 if term.temperature is None else term.temperature)
+    return seen
+
+
+def combined(scores: Sequence[Any], way: str, temperature: float) -> Any:
+    """The scores of several teachers as those of one, whose softmax at the temperature is what they say together.
+
+    Args:
+        scores: of each teacher, shape (N, K) or (N, L, K).
+        way: "probabilities": the mean of what they say. "logits": the softmax of their mean scores, which is the
+            product of what they say and not a mixture. "confidence": the mean, weighed for each sample by how little
+            entropy a teacher's probabilities have.
+        temperature: at which they are softened.
+
+    Source: why probabilities: what minimises Σ KL(p_i ‖ q) over q is the mean of p_i. Confidence by entropy: Kwon et
+        al. 2020, Adaptive knowledge distillation based on entropy, ICASSP.
+    """
+    if len(scores) == 1:
+        return scores[0]
+    xp = namespace(scores[0])
+    if way == "logits":
+        return sum(scores) / len(scores)
+    log_p = xp.stack([log_softmax(each / temperature) for each in scores])  # (teachers, N, ..., K)
+    if way == "confidence":
+        plain = xp.stack([log_softmax(each) for each in scores])
+        entropy = -xp.sum(xp.exp(plain) * plain, axis=-1, keepdims=True)
+        log_p = log_p + log_softmax(-entropy, axis=0)
+    else:
+        log_p = log_p - math.log(len(scores))
+    most = xp.amax(log_p, axis=0, keepdims=True)
+    return temperature * (xp.log(xp.sum(xp.exp(log_p - most), axis=0)) + most[0])
+
+
+def one_or_more(teacher: Any) -> list[Any]:
+    """A teacher, or several of a list or tuple, as a list."""
+    return list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]

@@ -1,0 +1,184 @@
+"""What a model is trained on: batches, and samples in memory whose order and augmentation follow from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch.errors import DataError, ShapeError, UsageError
+from kirsch.frameworks.augment import apply, check, sample_seeds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from kirsch.frameworks.augment import Augment, Seeded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step sees.
+
+    Args:
+        inputs: an array, a tuple of positional or a dict of keyword arguments; samples on the first axis.
+        targets: what a loss on labels takes; None where there are none.
+        ids: the number of each sample in the data, shape (N,); None where the data does not say.
+        view: which augmentation of the samples it is.
+    """
+
+    inputs: Any
+    targets: Any = None
+    ids: Any = None
+    view: int = 0
+
+    @classmethod
+    def of(cls, given: Any) -> Batch:
+        """What a loader gives: inputs; (inputs, targets); (inputs, targets, ids); or a dict that may hold "labels"."""
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, Mapping) or hasattr(given, "keys"):
+            values = {name: given[name] for name in given.keys()}  # noqa: SIM118 - what tokenizers give is no Mapping
+            targets, ids = values.pop("labels", None), values.pop("ids", None)
+            return cls(values, targets, ids)
+        if isinstance(given, (tuple, list)):
+            if not 1 <= len(given) <= len(("inputs", "targets", "ids")):
+                raise DataError(
+                    f"A batch has {len(given)} parts.",
+                    mend="Give (inputs, targets), perhaps with the numbers of the samples as a third part, or a dict.",
+                )
+            return cls(*given)
+        return cls(given)
+
+    def __len__(self) -> int:
+        """Samples."""
+        part = self.inputs
+        while isinstance(part, (tuple, list, dict)):
+            part = next(iter(part.values() if isinstance(part, dict) else part))
+        return len(part)
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayData:
+    """Samples in memory, whose order and augmentation follow from a seed alone.
+
+    The order of an epoch is drawn from (seed, epoch), the augmentation of a sample from (seed, view, id), so that a run
+    can go on in the middle of an epoch in the same bits, and a teacher's output for that very look of the sample can be
+    looked up.
+
+    Args:
+        inputs: shape (N, ...), finite; or a dict of such, keyword arguments of the model.
+        targets: what the loss on labels takes, such as class numbers (N,) or (N, L); None where there are none.
+        batch_size: >= 1; a last batch of one sample joins the one before, since normalisation needs two.
+        augment: a transform of `kirsch.frameworks.augment`, or a user's (batch, generator) → batch, which is called
+            with one sample at a time; None leaves samples as they are.
+        ids: unique whole numbers, shape (N,); 0 to N - 1 if left out.
+        views: how many looks of a sample there are: epoch e shows look e modulo this; None gives each epoch its own.
+        seed: of the augmentation; None takes that of the run.
+
+    Raises:
+        DataError: there are no samples, inputs are not finite, or ids are not unique.
+        ShapeError: inputs and targets or ids differ in number.
+        UsageError: the transform takes no generator or does not follow from it, or a setting is out of range.
+    """
+
+    inputs: Any
+    targets: NDArray[Any] | None
+    batch_size: int = 64
+    augment: Seeded | Augment | None = None
+    ids: NDArray[Any] | None = None
+    views: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.parts or not self.samples:
+            raise DataError("The data is empty.", mend="Give at least one sample.")
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size is {self.batch_size}; at least 1 is needed.")
+        if self.views is not None and self.views < 1:
+            raise UsageError(f"views is {self.views}; at least 1, or None, is needed.")
+        if self.targets is not None and self.samples != len(self.targets):
+            raise ShapeError(f"There are {self.samples} inputs and {len(self.targets)} targets.")
+        for name, part in self.parts.items():
+            _check_part(name, part, self.samples)
+        if self.ids is not None:
+            _check_ids(self.ids, self.samples)
+        if self.augment is not None and isinstance(self.inputs, dict):
+            raise UsageError("A transform takes one array; the inputs are a dict.", mend="Augment them beforehand.")
+        check(self.augment, self.rows(slice(1)))
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The arrays of the inputs by name."""
+        return self.inputs if isinstance(self.inputs, dict) else {"inputs": self.inputs}
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return len(next(iter(self.parts.values())))
+
+    def rows(self, places: Any) -> Any:
+        """The inputs of some samples, as they are."""
+        if isinstance(self.inputs, dict):
+            return {name: part[places] for name, part in self.inputs.items()}
+        return self.inputs[places]
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        full, rest = divmod(self.samples, self.batch_size)
+        return max(1, full + (rest > 1 or (rest == 1 and full == 0)))
+
+    @cached_property
+    def sample_ids(self) -> NDArray[Any]:
+        """The id of each sample: those given, or 0 to N - 1."""
+        return np.arange(self.samples) if self.ids is None else self.ids
+
+    def look(self, places: NDArray[Any], seed: int, view: int) -> Batch:
+        """Some samples as one view of a run shows them.
+
+        Args:
+            places: indices of samples, shape (N,).
+            seed: of the run.
+            view: see `Batch`.
+        """
+        ids = self.sample_ids[places]
+        inputs = self.rows(places)
+        if self.augment is not None:
+            own = seed if self.seed is None else self.seed
+            inputs = apply(self.augment, inputs, sample_seeds(own, view, ids))
+        return Batch(inputs, None if self.targets is None else self.targets[places], ids, view)
+
+    def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on."""
+        order = np.random.default_rng([seed, epoch]).permutation(self.samples)
+        borders = [*range(0, len(self) * self.batch_size, self.batch_size), len(order)]
+        view = epoch if self.views is None else epoch % self.views
+        for number in range(start, len(self)):
+            yield self.look(order[borders[number] : borders[number + 1]], seed, view)
+
+
+def _check_part(name: str, part: NDArray[Any], samples: int) -> None:
+    if len(part) != samples:
+        raise ShapeError(f"There are {samples} samples of the first input and {len(part)} of {name!r}.")
+    bad = ~np.isfinite(part.reshape(len(part), -1)).all(axis=1)
+    if bad.any():
+        raise DataError(f"Sample {int(bad.argmax())} holds NaN or infinity.", mend="Repair or leave it out.")
+
+
+def _check_ids(ids: NDArray[Any], count: int) -> None:
+    if len(ids) != count:
+        raise ShapeError(f"There are {count} inputs and {len(ids)} ids.")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise DataError(f"The ids have shape {ids.shape} and type {ids.dtype}.", "One whole number a sample is needed.")
+    ordered = np.sort(ids)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise DataError(
+            "The sample ids are not unique.",
+            f"{int(twice[0])} stands for more than one sample.",
+            "Give each sample a number of its own.",
+        )

@@ -1,0 +1,98 @@
+"""A student with what is trained beside it: one module, so that one forward computes all that a step needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from kirsch.frameworks.pytorch.adapters import Adapter
+from kirsch.frameworks.pytorch.sites import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one forward gives.
+
+    Args:
+        values: by site of the student.
+        joined: by name of a joint, the student's and the teacher's side as its loss takes them.
+        extra: by name of a joint, what trains the joint itself.
+    """
+
+    values: dict[str, Any]
+    joined: dict[str, tuple[Any, Any]]
+    extra: dict[str, Any]
+
+
+class Pupil(nn.Module):
+    """A student, the sites at which it is watched, and the adapters between it and its teacher.
+
+    Args:
+        student: the model that learns.
+        sites: concrete ones.
+        joints: adapters by name; those of a name that `pairs` lacks are not run.
+        pairs: for each joint, where its student's side comes from: a site, or a list or dict of them.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        sites: Sequence[str] = ("logits",),
+        joints: Mapping[str, nn.Module] | None = None,
+        pairs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.joints = nn.ModuleDict(joints or {})
+        self._sites, self._pairs = tuple(sites), dict(pairs or {})
+        self._watch: Watch | None = None
+
+    def forward(self, inputs: Any, guide: Mapping[str, Any] | None = None, ids: Any = None) -> Seen:
+        """One run of the student.
+
+        Args:
+            inputs: one batch.
+            guide: the teacher's side of each joint.
+            ids: numbers of the samples, for joints that remember them.
+        """
+        if self._watch is None:  # not in __init__: hooks would be copied along, and write into the original
+            self._watch = Watch(self.student, self._sites)
+        values = self._watch(inputs)
+        joined, extra = {}, {}
+        for name, theirs in (guide or {}).items():
+            joint = self.joints[name]
+            joined[name] = joint(at(values, self._pairs[name]), theirs, ids=ids)
+            beside = joint.extra_loss() if isinstance(joint, Adapter) else None
+            if beside is not None:
+                extra[name] = beside
+        return Seen(values, joined, extra)
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """The student within a pupil, also where distribution or compilation wraps it; any other model itself."""
+    while not isinstance(model, Pupil):
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+    return model.student
+
+
+def at(values: Mapping[str, Any], sites: Any) -> Any:
+    """The values at a site, or at each of a list or dict of sites."""
+    if isinstance(sites, dict):
+        return {name: at(values, site) for name, site in sites.items()}
+    if isinstance(sites, (list, tuple)):
+        return [at(values, site) for site in sites]
+    return values[sites]
