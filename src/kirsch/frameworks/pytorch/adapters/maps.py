@@ -42,7 +42,7 @@ class Convolution(Adapter):
         self.conv = nn.Conv2d(own, its, 1, bias=False)
         self.norm = nn.BatchNorm2d(its) if norm else nn.Identity()
 
-    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:  # noqa: ARG002 - of all
+    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
         """Maps of the teacher's channels, and the teacher's, at one size."""
         student, teacher = leveled(self.taken(student), teacher, self.spatial)
         return self.norm(self.conv(student)), teacher
@@ -85,7 +85,7 @@ class Regressor(Adapter):
         self.norm = nn.BatchNorm2d(wanted)
         self.relu = nn.ReLU() if relu else nn.Identity()
 
-    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:  # noqa: ARG002 - of all
+    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
         """A map like the teacher's, and the teacher's."""
         return self.relu(self.norm(self.conv(self.taken(student)))), teacher
 
@@ -124,7 +124,7 @@ class Connector(Adapter):
             raise UsageError(f"A margin is {float(cut.max())}; margins are 0 or less.")
         self.register_buffer("margins", cut)
 
-    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:  # noqa: ARG002 - of all
+    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
         """Maps of the teacher's channels, and the teacher's, cut off at the margins."""
         student, teacher = leveled(self.taken(student), teacher)
         if self.margins is not None:
@@ -157,7 +157,7 @@ class Generator(Adapter):
         self.align = nn.Identity() if own == its else nn.Conv2d(own, its, 1)
         self.generate = nn.Sequential(nn.Conv2d(its, its, 3, padding=1), nn.ReLU(), nn.Conv2d(its, its, 3, padding=1))
 
-    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:  # noqa: ARG002 - of all
+    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
         """What is generated, and the teacher's maps."""
         student, teacher = leveled(self.taken(student), teacher, self.spatial)
         student = self.align(student)
@@ -196,7 +196,7 @@ class Density(Adapter):
         self.mean = nn.Sequential(*layers[: -2 if norm else -1])
         self.scale = nn.Parameter(torch.full((its,), math.log(math.expm1(variance - LEAST_VARIANCE))))
 
-    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:  # noqa: ARG002 - of all
+    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
         """Mean and scale, and the teacher's maps at the size of the mean."""
         student, teacher = leveled(self.taken(student), teacher)
         return {"mean": self.mean(student), "scale": self.scale}, teacher
@@ -228,7 +228,7 @@ class Factor(Adapter):
         self.translator = _leaky(nn.Conv2d, (own, own, factors, factors), norm=True)
         self._error: Tensor | None = None
 
-    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:  # noqa: ARG002 - of all
+    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
         """The factors of both, at one size."""
         target = self.taken(teacher.detach())
         factor = self.paraphraser(target)

@@ -47,7 +47,7 @@ class Review(Adapter):
             for number, (channels, wanted) in enumerate(zip(own, its, strict=True))
         )
 
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], *, ids: Any = None) -> tuple[Any, Any]:  # noqa: ARG002 - of all
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], *, ids: Any = None) -> tuple[Any, Any]:
         """Fused maps and the teacher's, one of each a stage, the first stage first."""
         fused: list[Tensor] = []
         deeper: Tensor | None = None

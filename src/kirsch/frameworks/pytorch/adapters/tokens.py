@@ -37,7 +37,7 @@ class Linear(Adapter):
             )
         self.linear = nn.Linear(student[-1], teacher[-1], bias=bias)
 
-    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:  # noqa: ARG002 - of all
+    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
         """Values of the teacher's width, and the teacher's."""
         return self.linear(self.taken(student)), teacher
 
@@ -62,7 +62,7 @@ class TokensToMap(Adapter):
         self.prefix = prefix_of(length, (size[0], size[1]), prefix)
         self.linear = nn.Linear(width, channels)
 
-    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:  # noqa: ARG002 - of all
+    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
         """A map like the teacher's, and the teacher's."""
         tokens = self.linear(self.taken(student[:, self.prefix :]))  # (N, H W, C)
         return tokens.transpose(1, 2).unflatten(2, teacher.shape[2:]), teacher
@@ -88,7 +88,7 @@ class MapToTokens(Adapter):
         self.prefix = prefix_of(length, (size[0], size[1]), prefix)
         self.linear = nn.Linear(channels, width)
 
-    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:  # noqa: ARG002 - of all
+    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
         """Tokens (N, H W, D) of both."""
         return self.linear(self.taken(student).flatten(2).transpose(1, 2)), teacher[:, self.prefix :]
 

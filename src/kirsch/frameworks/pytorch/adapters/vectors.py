@@ -80,7 +80,7 @@ class Embed(Adapter):
         self.student = Embedding(student, size, pool=pool, normalize=normalize)
         self.teacher = Embedding(teacher, size, pool=pool, normalize=normalize)
 
-    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:  # noqa: ARG002 - of all
+    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
         """Embeddings (N, size) of both."""
         return self.student(self.taken(student)), self.teacher(self.taken(teacher.detach()))
 
@@ -130,7 +130,7 @@ class Projector(Adapter):
         self.halve = nn.Sequential(*(_separable(*pair) for pair in pairwise(widths)))
         self.head = nn.Linear(widths[-1], classes)
 
-    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:  # noqa: ARG002 - of all
+    def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
         """Scores (N, K) of both."""
         return self.head(averaged(self.halve(self.taken(student)))), teacher
 
