@@ -43,6 +43,9 @@ TRAINS = st.fixed_dictionaries(
         "optimizer": st.sampled_from(["sgd", "adamw"]),
         "milestones": st.lists(FRACTIONS).map(sorted),
         "clip_norm": st.none() | POSITIVE,
+        "accumulate": st.integers(1, 64),
+        "precision": st.sampled_from(["fp32", "bf16", "fp16"]),
+        "ema": st.none() | FRACTIONS,
     },
 )
 DISTILS = st.fixed_dictionaries({}, optional={"temperature": POSITIVE, "weight": st.floats(0, 1), "train": TRAINS})

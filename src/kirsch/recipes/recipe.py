@@ -52,6 +52,9 @@ class Train(Section):
     milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="of multistep, as fractions of the run")
     warmup_epochs: AtLeastZero = Field(0.0, description="linear warm-up")
     clip_norm: Positive | None = Field(None, description="largest gradient norm; null: no limit")
+    accumulate: Count = Field(1, description="batches whose gradients make one step")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of what may be computed in 16 bits")
+    ema: Fraction | None = Field(None, description="what a moving average of the weights keeps at a step; null: none")
 
     def settings(self, seed: int) -> Training:
         """As the training loop takes it."""

@@ -17,7 +17,7 @@ from kirsch.distillation.arrays import (
     typed,
     wide,
 )
-from kirsch.errors import ShapeError, UsageError
+from kirsch.errors import DataError, ShapeError, UsageError
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def hard_label(student: Any, targets: Any, *, mask: Any = None, label_smoothing:
     Raises:
         ShapeError: there is not one label a sample or position.
         UsageError: the share is none.
-        DataError: nothing counts.
+        DataError: nothing counts, or a label is out of range.
 
     Source: smoothing after Szegedy et al. 2016, arXiv:1512.00567, section 7. Off by default: a teacher that is matched
         softens the labels better than a constant does (Müller et al. 2019, arXiv:1906.02629).
@@ -177,16 +177,25 @@ def counted(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]:
 
     Raises:
         ShapeError: there is not one label a sample or position.
+        DataError: a label that counts is no class of the scores.
     """
     if tuple(labels.shape) != tuple(student.shape[:-1]):
         raise ShapeError(
             f"The labels have shape {tuple(labels.shape)}; the scores have shape {tuple(student.shape)}.",
             f"One class number for each of {tuple(student.shape[:-1])} is needed.",
         )
-    ignored = labels == IGNORED
-    if bool(ignored.any()):
-        mask = ~ignored if mask is None else ~ignored & (mask != 0)
-    return blank(labels, mask), mask
+    if int(labels.min()) < 0:
+        known = labels != IGNORED
+        mask = known if mask is None else known & spread(mask, known)
+    labels = blank(labels, mask)
+    wrong = (labels < 0) | (labels >= student.shape[-1])
+    if bool(wrong.any()):  # numpy would count -1 from the end, and a class beyond the last would be no class at all
+        raise DataError(
+            f"Sample {int(namespace(wrong).argwhere(wrong)[0][0])} has the label {int(labels[wrong][0])}.",
+            f"The model puts out {student.shape[-1]} classes, so labels go from 0 to {student.shape[-1] - 1}.",
+            f"Repair the labels, or give the model a larger head; {IGNORED} says that a label does not count.",
+        )
+    return labels, mask
 
 
 def _paired(student: Any, targets: Any) -> tuple[Any, Any]:

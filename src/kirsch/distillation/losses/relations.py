@@ -143,16 +143,15 @@ def _cosines(features: Any) -> Any:
     squares, products = _squared_distances(features)
     apart = squares > 0
     inverse = xp.where(apart, 1.0 / root(xp.where(apart, squares, 0.0 * squares + 1.0)), 0.0 * squares)
-    part = 0.5 * xp.diagonal(products)[:, None] - products  # x_j · x_j / 2 - x_j · x_i
-    inner = (products[None] + part[:, :, None]) + part[:, None]
-    return inner * inverse[:, :, None] * inverse[:, None]
+    part = (0.5 * xp.diagonal(products)[:, None] - products) * inverse  # (x_j · x_j / 2 - x_j · x_i) / |x_j - x_i|
+    left, right = xp.stack([part, inverse], -1), xp.stack([inverse, part], -2)  # (j, i, 2), (j, 2, k)
+    return products[None] * inverse[:, :, None] * inverse[:, None] + left @ right
 
 
 def _smooth(difference: Any) -> Any:
     """Half the square up to 1, the magnitude less a half beyond."""
-    size = abs(difference)
-    near = size.clip(max=1.0)
-    return near * (size - 0.5 * near)
+    near = difference.clip(-1.0, 1.0)
+    return near * (difference - 0.5 * near)
 
 
 @loss("pkt", takes="features", widths="any", relational=True)

@@ -53,7 +53,7 @@ def decoupled(
     Raises:
         ShapeError: the shapes differ, or there is one class alone.
         UsageError: the temperature is not above 0, or a weight is below 0.
-        DataError: nothing counts.
+        DataError: nothing counts, or a label is out of range.
 
     Source: Zhao et al. 2022, arXiv:2203.08679, equation 7. Alpha 1, beta 8 and temperature 4 for CIFAR-100 (beta 2 for
         56 → 20 and 110 → 32 layers, 6 for VGG and wide ResNets), beta 0.5 and temperature 1 for ResNet-34 → 18 on
@@ -108,7 +108,7 @@ def one_for_all(student: Any, teacher: Any, *, labels: Any, power: float = 1.5, 
     Raises:
         ShapeError: the shapes differ.
         UsageError: the power is not above 0.
-        DataError: nothing counts.
+        DataError: nothing counts, or a label is out of range.
 
     Source: Hao et al. 2023, arXiv:2310.19444. Power 1 to 1.5, weight 1, without temperature, for the scores
         and for each stage of the student that is given a head of its own.
@@ -142,7 +142,7 @@ def weighted_soft_labels(student: Any, teacher: Any, *, labels: Any, temperature
     Raises:
         ShapeError: the shapes differ.
         UsageError: the temperature is not above 0.
-        DataError: nothing counts.
+        DataError: nothing counts, or a label is out of range.
 
     Source: Zhou et al. 2021 (weighted soft labels), arXiv:2102.00650; the 1e-7 is that of mmrazor's `WSLD`.
     """

@@ -1,0 +1,225 @@
+"""Places in two models are found, joined and compared, and nothing of it stays behind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kirsch.distillation.distill import distill
+from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.presets import PRESETS
+from kirsch.distillation.schedule import Ramp
+from kirsch.errors import ShapeError, UnknownNameError, UsageError
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.pytorch.sites import Watch, dry_run, expand
+from kirsch.frameworks.training import Training, TrainingHooks
+
+K = 3
+IMAGES = ("kd", "dkd", "dist", "lskd", "wsld", "at", "reviewkd", "crd", "rkd", "ofa", "funmatch", "fitnet")
+
+
+class Net(nn.Module):
+    """Three stages; the relu of the last is called by the code."""
+
+    def __init__(self, width, classes=K):
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.deep = nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1)
+        self.head = nn.Linear(2 * width, classes)
+
+    def forward(self, x):
+        x = self.down(torch.relu(self.norm(self.stem(x))))
+        x = torch.relu(self.deep(torch.relu(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def data(n=24):
+    random = np.random.default_rng(0)
+    labels = np.arange(n) % K
+    images = random.standard_normal((n, 1, 8, 8)) + labels[:, None, None, None]
+    return ArrayData(images.astype(np.float32), labels, batch_size=12)
+
+
+def trained(objective, student=None, teacher=None, **options):
+    options = {"training": Training(epochs=2, learning_rate=0.01), "check_teacher": False, **options}
+    return distill(student or Net(4), teacher or Net(6), data(), objective=objective, **options)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_every_preset_for_images_trains(name):
+    told = []
+    found = trained(Objective.preset(name), hooks=TrainingHooks(event=told.append))
+    assert type(found.model) is Net
+    assert [record["epoch"] for record in found.history] == [1, 2]
+    assert np.isfinite([record["loss"] for record in found.history]).all()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in found.model.modules())
+
+
+def test_every_preset_is_told_in_json_and_back():
+    for name in PRESETS:
+        objective = Objective.preset(name)
+        assert Objective.from_dict(objective.to_dict()) == objective
+
+
+def test_adapters_are_trained_and_are_no_part_of_the_student():
+    found = trained(Objective((Term("fitnet", 1.0, student="down"),)))
+    assert set(found.model.state_dict()) == set(Net(4).state_dict())
+
+
+def test_what_is_compared_is_told_with_shapes_and_adapter():
+    told = []
+    trained(Objective((Term("fitnet", 1.0, student="down"),)), hooks=TrainingHooks(event=told.append))
+    (event,) = (event for event in told if event["event"] == "attached")
+    (row,) = event["pairs"]
+    assert (row["student"], row["teacher"], row["student_shape"], row["teacher_shape"]) == (
+        "down",
+        "down",
+        "8 × 4 × 4",
+        "12 × 4 × 4",
+    )
+
+
+def test_stages_are_matched_by_the_size_of_their_maps():
+    told = []
+    trained(Objective((Term("at", 1.0, student="auto"),)), hooks=TrainingHooks(event=told.append))
+    (event,) = (event for event in told if event["event"] == "attached")
+    assert [(row["student"], row["teacher"]) for row in event["pairs"]] == [(n, n) for n in ("norm", "down", "deep")]
+
+
+@pytest.mark.parametrize(
+    ("site", "wanted"),
+    [
+        ("down", lambda net, x: net.down(torch.relu(net.norm(net.stem(x))))),
+        ("down:in", lambda net, x: torch.relu(net.norm(net.stem(x)))),
+        ("/relu#0", lambda net, x: torch.relu(net.norm(net.stem(x)))),
+        ("/relu#1:in", None),
+        ("penultimate", None),
+        ("logits", lambda net, x: net(x)),
+    ],
+)
+def test_a_site_gives_the_value_that_is_computed_there(site, wanted):
+    net, x = Net(4).eval(), torch.randn(2, 1, 8, 8)
+    if wanted is None and site != "penultimate":
+        with pytest.raises(UsageError, match="names no place in a model"):  # :in stands before #
+            expand(net, site, x)
+        return
+    (concrete,) = expand(net, site, x)
+    found = dry_run(net, [concrete], x)[concrete]
+    if site == "penultimate":
+        assert torch.equal(net.head(found), net(x))
+    else:
+        assert torch.equal(found, wanted(net, x))
+
+
+def test_hooks_are_gone_after_an_exception():
+    net = Net(4)
+    watch = Watch(net, ["down"])
+    with pytest.raises(RuntimeError):
+        watch(torch.randn(2, 5, 8, 8))
+    watch.close()
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_a_site_that_is_not_there_is_answered_with_the_nearest():
+    with pytest.raises(UnknownNameError, match=r"no site in Net 'dwn'.*Did you mean 'down'"):
+        trained(Objective((Term("fitnet", 1.0, student="dwn"),)))
+
+
+def test_a_place_that_runs_twice_must_say_which():
+    with pytest.raises(UsageError, match=r"calls relu 3 times in one forward.*Write #0 behind it"):
+        dry_run(Net(4), ["/relu"], torch.randn(2, 1, 8, 8))
+
+
+def test_other_classes_are_refused_before_training():
+    with pytest.raises(ShapeError, match="The student puts out 3 classes, the teacher 5 classes"):
+        trained(Objective.kd(), teacher=Net(6, classes=5))
+
+
+def test_shapes_that_no_adapter_joins_are_refused():
+    with pytest.raises(ShapeError, match="No adapter joins the student's value"):
+        trained(Objective((Term("fitnet", 1.0, student="down", teacher="logits"),)))
+
+
+def test_a_temperature_of_zero_is_refused():
+    with pytest.raises(UsageError, match="the temperature of 'kd' is 0; a number above 0 is needed"):
+        Objective((Term("kd", 1.0, 0),))
+
+
+def test_an_option_that_a_loss_lacks_is_refused():
+    with pytest.raises(UnknownNameError, match="no option of the loss 'dkd' 'betta'"):
+        Objective((Term("dkd", 1.0, options={"betta": 2}),))
+
+
+def test_a_ramp_goes_in_a_line_and_stays():
+    ramp = Ramp(0.0, 5.0, epochs=20)
+    assert [ramp.at(epoch) for epoch in (0, 10, 20, 99)] == [0, 2.5, 5, 5]
+
+
+def test_gradients_are_balanced_to_the_weights():
+    objective = Objective((Term("kd", 1.0, 4.0),), label_weight=1.0, balance="gradient")
+    whole = ArrayData(data().inputs, data().targets, batch_size=24)
+    training = Training(epochs=2, learning_rate=1e-6)
+    found = distill(Net(4), Net(6), whole, objective=objective, training=training, check_teacher=False)
+    assert found.history[-1]["gradient_shares"] == pytest.approx({"label": 0.5, "kd": 0.5}, abs=0.01)
+
+
+@pytest.mark.parametrize("way", ["probabilities", "logits", "confidence", "sum"])
+def test_several_teachers_teach_together(way):
+    objective = Objective((Term("kd", 1.0, 2.0),), teachers=way)
+    found = trained(objective, teacher=[Net(6), Net(5)])
+    assert set(found.history[0]["parts"]) == {"label", "kd"}
+
+
+def test_samples_without_a_label_are_charged_by_the_teacher_alone():
+    some = data()
+    labels = some.targets.copy()
+    labels[::2] = -100
+    half = ArrayData(some.inputs, labels, batch_size=12)
+    found = distill(Net(4), Net(6), half, training=Training(epochs=1), check_teacher=False)
+    assert set(found.history[0]["parts"]) == {"label", "kd"}
+    bare = ArrayData(some.inputs, None, batch_size=12)
+    found = distill(Net(4), Net(6), bare, training=Training(epochs=1))
+    assert set(found.history[0]["parts"]) == {"kd"}
+
+
+def test_accumulated_batches_make_the_step_of_one_batch():
+    """Without batch statistics; 24 samples as one batch, or as four whose items count alike."""
+
+    def student():
+        torch.manual_seed(1)
+        net = Net(4).double()
+        net.norm = nn.Identity()
+        return net
+
+    teacher = Net(6).double()
+    inputs, targets = data().inputs.astype(np.float64), data().targets
+    found = [
+        distill(
+            student(),
+            teacher,
+            ArrayData(inputs, targets, batch_size=size),
+            training=Training(epochs=1, accumulate=24 // size, schedule="constant"),
+            check_teacher=False,
+        ).model
+        for size in (24, 6)
+    ]
+    for first, second in zip(*(model.parameters() for model in found), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-12)
+
+
+def test_the_moving_average_is_given_back():
+    plain = trained(Objective.kd(), training=Training(epochs=1, seed=3), student=_seeded()).model
+    slow = trained(Objective.kd(), training=Training(epochs=1, seed=3, ema=0.999), student=_seeded()).model
+    start = _seeded()
+    moved = [(a - b).abs().sum().item() for a, b in zip(plain.parameters(), start.parameters(), strict=True)]
+    little = [(a - b).abs().sum().item() for a, b in zip(slow.parameters(), start.parameters(), strict=True)]
+    assert sum(little) < 0.01 * sum(moved)
+
+
+def _seeded():
+    torch.manual_seed(5)
+    return Net(4)
