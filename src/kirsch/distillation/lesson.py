@@ -89,6 +89,8 @@ class Lesson:
         except (IndexError, RuntimeError):
             check_labels(labels, tuple(scores.shape[1:]), self._objective)  # those of the first batch were looked at
             raise
+        if mask is not None and labels.ndim == 1:  # so that parts of a batch add up to it, however labels are spread
+            part = part * (int(mask.sum()) / len(mask))
         self._used["label"] = weight
         charge.parts["label"] = weight * part
 

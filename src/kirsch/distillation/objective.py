@@ -93,7 +93,8 @@ class Objective:
         label_smoothing: 0 <= share < 1.
         label_loss: by its name among `LABEL_LOSSES`.
         causal: position i of a sequence predicts token i + 1, so that scores and labels are shifted against each other.
-        ignore: the label of positions that do not count, and of samples without a label.
+        ignore: the label of positions that do not count, and of samples without a label. A sample without one adds
+            nothing to the loss on labels, which is averaged over all samples of a batch.
         balance: "fixed": weights are as stated. "gradient": each term's gradient is scaled, at the first batch of an
             epoch, so that the lengths of the gradients stand to each other as the weights.
         teachers: how several teachers are combined: "probabilities", "logits", "confidence" or "sum".

@@ -1,0 +1,72 @@
+"""Two processes end where one does that takes whole batches."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PROGRAM = """
+import os
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.distillation.objective import Term
+from kirsch.frameworks.data import ArrayData
+
+
+def net(width, seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3)).double()
+
+
+random = np.random.default_rng(0)
+labels = np.arange(24) % 3
+labels[::5] = -100  # so that the parts of a batch have other numbers of labels
+data = ArrayData(random.standard_normal((24, 5)), labels, batch_size=8)
+joined = Term("l2-normalized", 0.5, student="1", adapter="linear")
+objective = kirsch.Objective((Term("kd", 0.5, 2.0), joined), label_weight=1.0)
+training = kirsch.Training(epochs=3, learning_rate=0.1, accumulate=int(sys.argv[2]))
+found = kirsch.distill(net(4, 1), net(6, 2), data, objective=objective, training=training, check_teacher=False).model
+if int(os.environ.get("RANK", "0")) == 0:
+    np.savez(sys.argv[1], *[p.detach().numpy() for p in found.parameters()])
+"""
+
+
+def weights(folder, accumulate, processes):
+    program, out = folder / "job.py", folder / f"{processes}.npz"
+    program.write_text(PROGRAM)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run(
+        [*command, str(program), str(out), str(accumulate)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    with np.load(out) as arrays:
+        return [arrays[name] for name in arrays.files]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_two_processes_end_where_one_does(tmp_path, accumulate):
+    one, two = (weights(tmp_path, accumulate, processes) for processes in (1, 2))
+    for first, second in zip(one, two, strict=True):
+        np.testing.assert_allclose(second, first, rtol=1e-9, atol=1e-12)  # sums in another order, in float64
