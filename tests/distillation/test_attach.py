@@ -11,7 +11,8 @@ from kirsch.distillation.distill import distill
 from kirsch.distillation.objective import Objective, Term
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
-from kirsch.errors import ShapeError, UnknownNameError, UsageError
+from kirsch.distillation.store import Dense, TopK, build
+from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.sites import Watch, dry_run, expand
 from kirsch.frameworks.training import Training, TrainingHooks
@@ -223,3 +224,49 @@ def test_the_moving_average_is_given_back():
 def _seeded():
     torch.manual_seed(5)
     return Net(4)
+
+
+@pytest.mark.parametrize("keep", [TopK(3), Dense()], ids=["top-k", "dense"])
+def test_a_store_teaches_what_its_teacher_does(tmp_path, keep):
+    """Up to the 16 bits in which it keeps what the teacher said."""
+    torch.manual_seed(2)
+    teacher, objective = Net(6), Objective((Term("kd", 0.9, 2.0),), label_weight=0.1)
+    teacher.head.weight.data *= 20  # so that it says something
+    training = Training(epochs=2, learning_rate=0.01)
+    store = build(tmp_path / "store", teacher, data(), keep=keep, temperature=2.0 if isinstance(keep, TopK) else 1.0)
+    live, stored = (
+        distill(_seeded(), source, data(), objective=objective, training=training, check_teacher=False).history
+        for source in (teacher, store)
+    )
+    assert stored[-1]["parts"] == pytest.approx(live[-1]["parts"], rel=2e-3, abs=1e-4)
+
+
+def test_a_store_of_other_data_or_temperature_is_refused(tmp_path):
+    store = build(tmp_path / "store", Net(6), data(), keep=TopK(2))
+    with pytest.raises(StoreError, match="temperature"):
+        distill(Net(4), store, data(), objective=Objective.kd(4.0))
+    other = ArrayData(data().inputs + 1, data().targets)
+    with pytest.raises(StoreError, match="data"):
+        distill(Net(4), store, other, objective=Objective.kd(1.0))
+
+
+def test_a_step_whose_targets_are_all_masked_is_refused():
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 7, (4, 5))
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+    labels = np.full((4, 5), -100)
+    with pytest.raises(DataError, match="All targets"):
+        distill(
+            model,
+            nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)),
+            ArrayData(tokens, labels),
+            objective=Objective.preset("causal"),
+            check_teacher=False,
+        )
+
+
+def test_vocabularies_that_differ_are_refused_with_a_way():
+    tokens = np.random.default_rng(0).integers(0, 7, (4, 5))
+    student, teacher = (nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, k)) for k in (7, 9))
+    with pytest.raises(ShapeError, match=r"vocabulary of 7, the teacher one of 9.*tokenizer of one of them"):
+        distill(student, teacher, ArrayData(tokens, tokens), objective=Objective.preset("causal"))
