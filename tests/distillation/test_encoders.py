@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kirsch.distillation.distill import distill
 from kirsch.distillation.losses.tokens import (
     attention_ce,
     attention_kl,
@@ -20,7 +21,10 @@ from kirsch.distillation.losses.tokens import (
     token_fsp,
     token_nst,
 )
+from kirsch.distillation.objective import Objective
+from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.training import Training
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +102,32 @@ def test_without_the_mask_padding_shows(encoders):
     plain, _ = charges(*encoders, tokens, whole)
     padded, _ = charges(*encoders, F.pad(tokens, (0, 3)), torch.ones(2, 9, dtype=torch.bool))
     assert all(plain[name] != pytest.approx(padded[name], rel=1e-6) for name in plain)
+
+
+@pytest.mark.parametrize("name", ["kd", "distilbert", "tinybert", "minilm"])
+def test_presets_for_transformers_teach_a_narrower_encoder(name):
+    pytest.importorskip("transformers", exc_type=ImportError)
+    import_beside("torchvision")
+    transformers = import_beside("transformers")
+
+    def made(layers, width):
+        config = transformers.BertConfig(
+            vocab_size=50, hidden_size=width, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=32,
+            max_position_embeddings=16, num_labels=2, attn_implementation="eager",
+        )  # fmt: skip
+        return transformers.BertForSequenceClassification(config)
+
+    random, mask = np.random.default_rng(0), np.ones((16, 8), int)
+    mask[:, 6:] = 0
+    inputs = {"input_ids": random.integers(0, 50, (16, 8)), "attention_mask": mask}
+    found = distill(
+        made(2, 24),
+        made(4, 48),
+        ArrayData(inputs, random.integers(0, 2, 16), batch_size=8),
+        objective=Objective.preset(name),
+        training=Training(epochs=1, learning_rate=1e-3),
+        check_teacher=False,
+    )
+    shares = found.history[0]["gradient_shares"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert all(share > 0 for share in shares.values())

@@ -34,7 +34,7 @@ def first_batch(framework: Framework, data: Any) -> Batch:
     """
     if isinstance(data, ArrayData):
         end = data.batch_size
-        return Batch(data.inputs[:end], None if data.targets is None else data.targets[:end], data.sample_ids[:end])
+        return Batch(data.rows(slice(end)), None if data.targets is None else data.targets[:end], data.sample_ids[:end])
 
     def fetch() -> Any:
         batches = iter(data)
