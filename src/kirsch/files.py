@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
+
 from kirsch.errors import OutputError
 
 if TYPE_CHECKING:
@@ -201,3 +203,18 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def alone(lock: Path, busy: OutputError) -> Iterator[None]:
+    """What a lock stands for, for this process alone; the lock of a process that died is free.
+
+    Args:
+        lock: a file, made if it is not there.
+        busy: raised where another process holds it.
+    """
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            yield
+    except filelock.Timeout as error:
+        raise busy from error

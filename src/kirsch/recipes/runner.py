@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -13,8 +12,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import filelock
 
 from kirsch import __version__, files
 from kirsch.errors import LoadError, OutputError, RecipeError
@@ -28,7 +25,7 @@ from kirsch.recipes.tasks.data import DataSet, load_data
 from kirsch.report import render
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from kirsch.recipes.job import Listen, Stop
 
@@ -126,7 +123,10 @@ def run(
     base = base or Path()
     files.check_writable(folder)
     _refuse_strangers(recipe, folder)
-    with _locked(folder):
+    busy = OutputError(
+        f"The run {folder} is in use.", "Another process works on it.", "Wait for it, or choose another folder."
+    )
+    with files.alone(folder / LOCK, busy):
         _open(recipe, folder, base)
         materials = materials or materials_of(recipe, base)
         job = Job(recipe, folder, materials.data, materials.make_teacher, materials.make_student, listen, stop)
@@ -172,18 +172,6 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcom
             "Call kirsch.compress again with them and this folder: it goes on where it was.",
         )
     return run(recipe, folder, base=base, listen=listen, stop=stop)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The folder for this process alone; the lock of a process that died is free."""
-    try:
-        with filelock.FileLock(folder / LOCK, timeout=0):
-            yield
-    except filelock.Timeout as error:
-        raise OutputError(
-            f"The run {folder} is in use.", "Another process works on it.", "Wait for it, or choose another folder."
-        ) from error
 
 
 def _open(recipe: Recipe, folder: Path, base: Path) -> None:

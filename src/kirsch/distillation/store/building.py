@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
 import numpy as np
 from pydantic import ValidationError
 
@@ -225,7 +223,8 @@ def finish(folder: str | Path) -> TeacherStore:
         return TeacherStore.open(folder)
     if not (folder / spec.BUILDING).is_file():
         raise StoreError(f"{folder} holds no store.", mend="Build one: kirsch.distillation.store.build.")
-    with _locked(folder):
+    busy = OutputError(f"The store {folder} is being finished by another process.", mend="Wait for it.")
+    with files.alone(folder / LOCK, busy):
         if not (folder / spec.MANIFEST).is_file():
             stored = spec.read(folder / spec.BUILDING, Specification)
             missing = spec.missing_ranges(folder, stored)
@@ -261,13 +260,3 @@ def _finish_view(folder: Path, stored: Specification, view: int) -> list[str]:
     files.write_chunks(target, chunks())
     shutil.rmtree(range_file(folder, view, 0).parent, ignore_errors=True)
     return hashes
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The folder for this process alone; the lock of a process that died is free."""
-    try:
-        with filelock.FileLock(folder / LOCK, timeout=0):
-            yield
-    except filelock.Timeout as error:
-        raise OutputError(f"The store {folder} is being finished by another process.", mend="Wait for it.") from error
