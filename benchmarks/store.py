@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build
 from kirsch.distillation.store.record import index_type
+from kirsch.distillation.teachers import TOP_K
 from kirsch.frameworks.augment import Chain, Crop, Flip, Noise
 from kirsch.frameworks.data import ArrayData
 from kirsch.measurement.machine import environment, load
@@ -109,7 +111,11 @@ def file_per_sample() -> dict[str, Any]:
             torch.save(record, f"{folder}/{number}.pt")
         seconds = time.perf_counter() - begun
         size = Path(f"{folder}/0.pt").stat().st_size
-        cost = per_sample_us(lambda ids: [torch.load(f"{folder}/{number}.pt") for number in ids], FILES, batch=8)
+
+        def read(ids: np.ndarray) -> list[dict[str, torch.Tensor]]:
+            return [torch.load(f"{folder}/{number}.pt", weights_only=True) for number in ids]
+
+        cost = per_sample_us(read, FILES, batch=8)
     return {
         "samples": FILES,
         "bytes_per_record": size,
@@ -127,14 +133,9 @@ def network(widths: tuple[int, ...]) -> nn.Module:
 
 
 def divergence(scores: torch.Tensor, found: dict[str, np.ndarray]) -> torch.Tensor:
-    """From the store's k + 1 classes to the student's, averaged over samples."""
-    log_s = scores.log_softmax(-1)
-    indices = torch.from_numpy(found["indices"].astype(np.int64))
-    inside = log_s.gather(-1, indices)
-    outside = log_s.scatter(-1, indices, float("-inf")).logsumexp(-1)
-    log_t = torch.from_numpy(np.concatenate([found["log_p"], found["tail"][:, None]], 1).astype(np.float32))
-    log_p = torch.cat([inside, outside[:, None]], 1)
-    return (log_t.exp() * (log_t - log_p)).sum(-1).mean()
+    """Soft targets from a record of the store."""
+    charge: torch.Tensor = stored_top_k(scores, *(torch.from_numpy(found[name]) for name in TOP_K))
+    return charge
 
 
 def steps() -> dict[str, Any]:
