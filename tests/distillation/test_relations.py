@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from distillation.golden import es, et, et5
 from kirsch.distillation.losses import LOSSES
-from kirsch.distillation.losses.relations import contrast
 from kirsch.errors import ShapeError, UsageError
 
 FRAMEWORKS = [lambda array: array, torch.from_numpy]
@@ -116,20 +115,19 @@ def test_contrast_in_a_batch_is_pytorchs_cross_entropy_of_the_diagonal():
 
 @both
 def test_contrast_with_a_memory_in_closed_form(framework):
-    """Two negatives of probability 1/4: noise 1/2. Scores (1/2, 1/2, 3/2): 1/2, and 1/2 and 1/4 that they are none."""
-    scores = framework(np.array([[0.5, 0.5, 1.5]]))
+    """Scores of 1, 1 and 3 times what noise is expected to: 1/2, and 1/2 and 1/4 that they are none."""
+    logits = framework(np.log([[1.0, 1.0, 3.0]]))
     wanted = math.log(2) + math.log(2) + math.log(4)
-    assert float(contrast(scores, 0.25, eps=0.0)) == pytest.approx(wanted, rel=1e-14)
-    twice = framework(np.array([[0.5, 0.5, 1.5], [0.5, 0.5, 0.5]]))
-    assert float(contrast(twice, 0.25, eps=0.0)) == pytest.approx((wanted + 3 * math.log(2)) / 2, rel=1e-14)
+    assert float(LOSSES["crd"](logits, logits)) == pytest.approx(2 * wanted, rel=1e-14)  # both directions
+    twice = framework(np.log([[1.0, 1.0, 3.0], [1.0, 1.0, 1.0]]))
+    assert float(LOSSES["crd"](twice, twice)) == pytest.approx(wanted + 3 * math.log(2), rel=1e-14)
 
 
 def test_contrast_with_a_memory_draws_the_positive_up_and_negatives_down():
-    scores = torch.full((3, 5), 0.2, dtype=torch.float64, requires_grad=True)
-    contrast(scores, 0.01).backward()
-    assert (scores.grad[:, 0] < 0).all()
-    assert (scores.grad[:, 1:] > 0).all()
-    assert torch.autograd.gradcheck(lambda part: contrast(part, 0.01), scores)
+    logits = torch.full((3, 5), -0.2, dtype=torch.float64, requires_grad=True)
+    LOSSES["crd"](logits, logits.detach()).backward()
+    assert (logits.grad[:, 0] < 0).all()
+    assert (logits.grad[:, 1:] > 0).all()
 
 
 # ------------------------------------------------------------------------------------------------------- two ways

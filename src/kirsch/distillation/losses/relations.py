@@ -277,25 +277,3 @@ def batch_contrast(student: Any, teacher: Any, *, temperature: float = 0.07) -> 
     same_shape(student, teacher, "features")
     cosines = normalized(flat(student)) @ normalized(flat(teacher)).T
     return -namespace(cosines).diagonal(log_softmax(cosines / temperature)).mean()
-
-
-def contrast(student_scores: Any, noise_probability: float, *, eps: float = 1e-7) -> Any:
-    """How badly the positive of each sample is told from negatives that were drawn as noise.
-
-    Args:
-        student_scores: exp(v · w / temperature) / Z, shape (N, 1 + K): of the positive first, then of K negatives.
-        noise_probability: of drawing any one negative: 1 / number of samples in the memory.
-        eps: added below the fraction, as in the authors' code.
-
-    Returns:
-        Scalar in nats, >= 0, averaged over samples: -log P(positive is one) - Σ log P(negative is none), where
-        P(x is one) = score / (score + K noise_probability).
-
-    Source: Tian et al. 2020, arXiv:1910.10699, with Z fixed as in the authors' code (RepDistiller's
-        `ContrastLoss`). Weight 0.8, K = 16384, temperature 0.07 there.
-    """
-    log = namespace(student_scores).log
-    noise = (student_scores.shape[1] - 1) * noise_probability
-    found = log(student_scores[:, 0]) - log(student_scores[:, 0] + noise + eps)
-    refused = math.log(noise) - log(student_scores[:, 1:] + noise + eps)
-    return -(found.sum() + refused.sum()) / len(student_scores)
