@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from kirsch.deploy.export import Artifact, export
     from kirsch.deploy.measure import Measurement, measure
     from kirsch.distillation.distill import distill
-    from kirsch.distillation.objective import Objective
+    from kirsch.distillation.objective import Objective, Term
     from kirsch.frameworks.port import trace
     from kirsch.frameworks.training import Training
     from kirsch.graph.graph import Graph
@@ -32,6 +32,7 @@ __all__ = [
     "Objective",
     "Plan",
     "Split",
+    "Term",
     "Training",
     "compress",
     "distill",
@@ -55,6 +56,7 @@ _HOMES = {
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
     "Split": "kirsch.recipes.tasks.data",
+    "Term": "kirsch.distillation.objective",
     "Training": "kirsch.frameworks.training",
     "compress": "kirsch.recipes.compress",
     "distill": "kirsch.distillation.distill",

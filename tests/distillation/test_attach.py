@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -63,7 +65,8 @@ def test_every_preset_for_images_trains(name):
 def test_every_preset_is_told_in_json_and_back():
     for name in PRESETS:
         objective = Objective.preset(name)
-        assert Objective.from_dict(objective.to_dict()) == objective
+        stored = json.loads(json.dumps(objective.to_dict()))
+        assert Objective.from_dict(stored) == objective
 
 
 def test_adapters_are_trained_and_are_no_part_of_the_student():
@@ -270,3 +273,110 @@ def test_vocabularies_that_differ_are_refused_with_a_way():
     student, teacher = (nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, k)) for k in (7, 9))
     with pytest.raises(ShapeError, match=r"vocabulary of 7, the teacher one of 9.*tokenizer of one of them"):
         distill(student, teacher, ArrayData(tokens, tokens), objective=Objective.preset("causal"))
+
+
+def test_a_batch_in_which_nothing_counts_adds_nothing_to_its_step():
+    """Two batches of one step; all positions of the first are masked."""
+    tokens = np.random.default_rng(0).integers(0, 7, (4, 5))
+    labels = tokens.copy()
+    whole = ArrayData(tokens, labels, batch_size=2)
+    first = next(whole.epoch(0, 0)).ids
+    labels[first] = -100
+
+    def learned(data, accumulate):
+        torch.manual_seed(3)
+        models = [nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)).double() for _ in range(2)]
+        training = Training(epochs=1, accumulate=accumulate, schedule="constant", weight_decay=0.0)
+        return distill(*models, data, objective=Objective.preset("causal"), training=training, check_teacher=False)
+
+    both = learned(ArrayData(tokens, labels, batch_size=2), 2).model
+    rest = np.setdiff1d(np.arange(4), first)
+    alone = learned(ArrayData(tokens[rest], labels[rest], batch_size=2), 1).model
+    for mine, other in zip(both.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
+
+
+def test_a_term_that_begins_later_leaves_the_first_step_empty():
+    objective = Objective((Term("kd", Ramp(0.0, 1.0, epochs=1), 2.0),), label_weight=0.0)
+    assert trained(objective).history[-1]["parts"].keys() == {"kd"}
+
+
+def test_teachers_of_other_classes_are_refused():
+    with pytest.raises(ShapeError, match=r"The teachers put out scores of shape \(3,\), \(5,\) a sample"):
+        trained(Objective.kd(), teacher=[Net(6), Net(6, classes=5)])
+
+
+def test_several_teachers_speak_through_an_adapter_together():
+    """Mean probabilities of two that are the same are those of one."""
+    teacher, objective = Net(6), Objective.preset("ofa")
+    one, two = (trained(objective, _seeded(), t).history for t in (teacher, [teacher, teacher]))
+    assert two[0]["parts"] == pytest.approx(one[0]["parts"], rel=1e-5)
+    with pytest.raises(UsageError, match="has an adapter, which takes one teacher, and there are 2 to add up"):
+        trained(Objective.preset("ofa", teachers="sum"), teacher=[teacher, teacher])
+
+
+def test_what_a_record_of_the_largest_scores_cannot_serve_is_refused(tmp_path):
+    store = build(tmp_path / "store", Net(6), data(), keep=TopK(2))
+    for term, sentence in (
+        (Term("dkd", 1.0, 1.0), "needs all scores of the teacher"),
+        (Term("kd", 1.0, 1.0, options={"standardize": True}), "states standardize"),
+        (Term("top-k", 1.0, 1.0, options={"k": 3}), "takes the 3 largest scores; the store holds 2"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            distill(Net(4), store, data(), objective=Objective((term,)))
+
+
+def test_an_unknown_loss_on_labels_or_place_is_answered_before_any_work():
+    with pytest.raises(UnknownNameError, match="no label-loss 'crossentropy'"):
+        Objective(label_loss="crossentropy")
+    with pytest.raises(UsageError, match="names no place in a model"):
+        Term("fitnet", student="layer[").problems()
+
+
+def test_a_term_that_hardly_teaches_is_doubted_once():
+    objective = Objective((Term("kd", 1e-7, 2.0),))
+    with pytest.warns(UserWarning, match="of the gradient") as heard:
+        trained(objective)
+    label, kd = sorted((str(warning.message) for warning in heard), reverse=True)
+    assert "The term 'kd' is " in kd
+    assert "teaches next to nothing" in kd
+    assert "The term 'label' is " in label
+    assert "nothing else is learned" in label
+    told = []
+    trained(objective, hooks=TrainingHooks(event=told.append))
+    assert len([event for event in told if event["event"] == "doubt"]) == 2
+
+
+def test_a_run_that_is_cut_within_an_epoch_ends_in_the_same_bits():
+    """Adapter, moving average, balance, accumulation and a ramp: all that a run carries along."""
+
+    class Enough(Exception):  # noqa: N818 - no fault
+        pass
+
+    terms = (Term("kd", Ramp(0.1, 1.0, 2), 2.0), Term("fitnet", 0.5, student="down"))
+    objective = Objective(terms, balance="gradient")
+    training = Training(epochs=3, learning_rate=0.01, ema=0.9, accumulate=2)
+    many = ArrayData(data(48).inputs, data(48).targets, batch_size=6)
+
+    def run(**hooks):
+        return distill(_seeded(), _teacher(), many, objective=objective, training=training, check_teacher=False,
+                       hooks=TrainingHooks(event=lambda event: None, **hooks))  # fmt: skip
+
+    whole, states, asked = run(), [], []
+
+    def stop():
+        asked.append(1)
+        return Enough() if len(asked) == 7 else None
+
+    with pytest.raises(Enough):
+        run(save=states.append, stop=stop)
+    assert states[-1].values["batch"] not in (0, 8)
+    rest = run(resume=states[-1])
+    assert [r["loss"] for r in rest.history] == [r["loss"] for r in whole.history]
+    for (name, value), other in zip(whole.model.state_dict().items(), rest.model.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def _teacher():
+    torch.manual_seed(9)
+    return Net(6)

@@ -44,6 +44,7 @@ class Progress:
             "stage_end": self._stage_end,
             "stage_kept": self._stage_end,
             "note": self._note,
+            "doubt": self._note,
             "end": self._end,
         }
 

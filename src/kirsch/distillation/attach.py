@@ -14,12 +14,14 @@ from kirsch.distillation.losses.loss import given_to, loss_of
 from kirsch.distillation.schedule import ends
 from kirsch.distillation.teachers import holds_top_k, stored_scores
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
+from kirsch.frameworks.sites import at_sites, texts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kirsch.distillation.objective import Objective, Sites, Term
+    from kirsch.distillation.objective import Objective, Term
     from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.sites import Sites
 
 GATHERED = ("stages", "relations")
 """Kinds of values that are lists: all places of a term make one pair."""
@@ -88,25 +90,49 @@ def attach(
     seen = framework.dry_run(student, texts([mine for _, mine, _ in places]), inputs)
     others: list[Mapping[str, Any]] = [recorded] if recorded is not None else []
     for place, teacher in enumerate(teachers):
-        wanted = [theirs for number, _, theirs in places if (objective.terms[number].of or 0) == place]
+        wanted = [theirs for number, _, theirs in places if concerns(objective.terms[number], place)]
         others.append(framework.dry_run(teacher, texts(wanted), inputs))
     pairs = []
     for place, (number, mine, theirs) in enumerate(places):
         term = objective.terms[number]
         values = at_sites(seen, mine), at_sites(others[term.of or 0], theirs)
         joint = _joint(framework, term, values, place, seed)
+        if of_all(term) and len(teachers) > 1:
+            _check_teachers(objective, term, [at_sites(other, theirs) for other in others], joint)
         pairs.append(Pair(number, f"joint{place}", mine, theirs, joint, (_shape(values[0]), _shape(values[1]))))
         _try(framework, term, values, joint, f"{said(mine)} of the student and {said(theirs)} of the teacher")
     return pairs
 
 
+def of_all(term: Term) -> bool:
+    """Whether a term holds the student against all teachers together, and not against one."""
+    return term.of is None and loss_of(term.loss).takes == "scores"
+
+
+def concerns(term: Term, place: int) -> bool:
+    """Whether a term needs the teacher of this place."""
+    return of_all(term) or (term.of or 0) == place
+
+
+def _check_teachers(objective: Objective, term: Term, scores: Sequence[Any], joint: Any) -> None:
+    """Refuse teachers that cannot be combined."""
+    sizes = [tuple(values.shape) for values in scores]
+    if len(set(sizes)) > 1:
+        raise ShapeError(
+            f"The teachers put out scores of shape {', '.join(str(size[1:]) for size in sizes)} a sample.",
+            "What they say can be combined only of the same classes.",
+            "Name one of them for the term: of=0.",
+        )
+    if joint is not None and objective.teachers == "sum":
+        raise UsageError(
+            f"The term {term.called!r} has an adapter, which takes one teacher, and there are {len(scores)} to add up.",
+            mend='Combine them as "probabilities", or name one of them for the term: of=0.',
+        )
+
+
 def wanted_of(objective: Objective, pairs: Sequence[Pair], place: int) -> list[str]:
-    """The sites that are watched in the teacher of this place: scores in all, features in the one that is named."""
-
-    def concerns(term: Term) -> bool:
-        return term.of == place or (term.of is None and (place == 0 or loss_of(term.loss).takes == "scores"))
-
-    return texts([pair.teacher for pair in pairs if concerns(objective.terms[pair.term])])
+    """The sites that are watched in the teacher of this place."""
+    return texts([pair.teacher for pair in pairs if concerns(objective.terms[pair.term], place)])
 
 
 def table(objective: Objective, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
@@ -127,9 +153,8 @@ def table(objective: Objective, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 def stages(framework: Framework, student: Any, teacher: Any, inputs: Any) -> list[tuple[str, str]]:
     """Places of two models that stand for each other: the last maps of each size, or layers of the same depth.
 
-    Convolutional networks have a stage for each size of their maps. Two of them are matched by the size relative to
-    the input, from the last stage on. A model of tokens has the elements of its longest list of layers, which are
-    matched by depth, as are stages with layers.
+    Convolutional networks have a stage for each size of their maps, and are matched by those sizes that both have. A
+    model of tokens has the elements of its longest list of layers. Where no size is shared, depth decides.
 
     Raises:
         UsageError: a model has no stages.
@@ -219,8 +244,7 @@ def _picked(found: Any, place: int, what: str) -> Any:
 def _expanded(framework: Framework, model: Any, sites: Sites, inputs: Any) -> Any:
     if isinstance(sites, dict):
         return {name: _expanded(framework, model, site, inputs)[0] for name, site in sites.items()}
-    texts = [sites] if isinstance(sites, str) else sites
-    return [concrete for text in texts for concrete in framework.expand(model, text, inputs)]
+    return [concrete for text in texts(sites) for concrete in framework.expand(model, text, inputs)]
 
 
 def _recorded(sites: Sites, recorded: Mapping[str, Any]) -> list[str]:
@@ -282,20 +306,6 @@ def _refuse_classes(mine: tuple[int, ...], theirs: tuple[int, ...]) -> None:
 
 def _classes(shape: tuple[int, ...]) -> str:
     return f"{shape[0]} classes" if len(shape) == 1 else f"scores of shape {shape} a sample"
-
-
-def at_sites(values: Mapping[str, Any], sites: Sites) -> Any:
-    """The values at a site, or at each of a list or dict of sites."""
-    if isinstance(sites, dict):
-        return {name: values[site] for name, site in sites.items()}
-    return [values[site] for site in sites] if isinstance(sites, list) else values[sites]
-
-
-def texts(sites: Any) -> list[str]:
-    """All sites in a structure of them."""
-    if isinstance(sites, str):
-        return [sites]
-    return [text for part in (sites.values() if isinstance(sites, dict) else sites) for text in texts(part)]
 
 
 def _shape(values: Any) -> str:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from kirsch.distillation.attach import Pair, attach, table, texts, wanted_of
+from kirsch.distillation.attach import Pair, attach, table, wanted_of
 from kirsch.distillation.checks import few
 from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import LiveTeachers, StoredTeacher, one_or_more
 from kirsch.errors import UsageError
 from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.sites import texts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +38,7 @@ class Bound:
     pupil: Any
     lesson: Lesson
     rows: list[dict[str, Any]]
-    guide: Any
+    guide: Guide | None
 
     def close(self) -> None:
         """Take the hooks from the teachers."""
@@ -77,7 +76,7 @@ def bind(
     some = few(first)
     if isinstance(teacher, TeacherStore):
         guide = StoredTeacher(framework, teacher)
-        recorded = guide(some, framework.tensor(np.zeros(0)))
+        recorded = guide(some)
         pairs = attach(framework, objective, student, (), some.inputs, seed=seed, recorded=recorded[0])
     elif objective.terms:
         given = one_or_more(teacher)

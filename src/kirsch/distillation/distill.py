@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch.distillation.binding import bind
 from kirsch.distillation.checks import check_labels, few, first_batch, judged
 from kirsch.distillation.lesson import Lesson
+from kirsch.distillation.losses.loss import loss_of
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import one_or_more, replayed
@@ -76,6 +77,13 @@ def distill(
             tell({"event": "teacher", **judged(framework, model, data, validation, objective)})
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         tell({"event": "attached", "pairs": bound.rows})
+    for term in objective.terms:
+        if training.accumulate > 1 and loss_of(term.loss).relational:
+            text = (
+                f"The term {term.called!r} relates the samples of a batch to each other. Of the {training.accumulate} "
+                "batches of a step it sees one at a time, so that it is not what one large batch would give."
+            )
+            tell({"event": "doubt", "text": text})
     try:
         hooks = _with_validation(hooks, framework, validation)
         return framework.train(bound.pupil, data, bound.lesson, training, hooks)

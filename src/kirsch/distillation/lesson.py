@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import blank, first_of
-from kirsch.distillation.attach import TOKEN_KINDS, at_sites
+from kirsch.distillation.arrays import blank
+from kirsch.distillation.attach import TOKEN_KINDS, of_all
 from kirsch.distillation.checks import check_labels
 from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.loss import given_to, loss_of
 from kirsch.distillation.schedule import at
 from kirsch.distillation.teachers import combined, holds_top_k, stored_scores
 from kirsch.errors import UsageError
+from kirsch.frameworks.sites import at_sites
 from kirsch.frameworks.training import Charge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kirsch.distillation.attach import Pair
-    from kirsch.distillation.objective import Objective, Sites, Term
+    from kirsch.distillation.objective import Objective, Term
     from kirsch.distillation.teachers import Guide
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.sites import Sites
 
 Regularizer = Callable[[Any], Any]
 """model → scalar with gradient, added to the loss as it is."""
@@ -57,25 +59,26 @@ class Lesson:
     def __call__(self, model: Any, batch: Batch, epoch: float) -> Charge:
         """What a batch is charged; see `LossFunction`."""
         terms = [number for number, term in enumerate(self._objective.terms) if at(term.weight, epoch)]
-        like = first_of(batch.inputs)
-        theirs = self._guide(batch, like) if terms and self._guide is not None else []
-        guide = {
-            pair.name: at_sites(theirs[self._objective.terms[number].of or 0], pair.teacher)
-            for number in terms
-            for pair in self._pairs[number]
-            if pair.joint is not None
-        }
-        seen = model(batch.inputs, guide, batch.ids)
-        charge = Charge(0.0, {})
-        self._charge_labels(charge, seen.values["logits"], batch, epoch)
-        for number in terms:
-            self._charge_term(charge, number, seen, theirs, batch, epoch)
+        theirs = self._guide(batch) if terms and self._guide is not None else []
+        held = {pair.name: self._held(pair, theirs, epoch) for number in terms for pair in self._pairs[number]}
+        joined = {p.name: held[p.name][0] for number in terms for p in self._pairs[number] if p.joint is not None}
+        seen = model(batch.inputs, joined, batch.ids)
+        parts: dict[str, Any] = {}
+        aside: dict[str, Any] = {}
+        if self.items(batch):  # of a batch in which nothing counts there is no mean
+            self._charge_labels(parts, seen.values["logits"], batch, epoch)
+            for number in terms:
+                parts[self._names[number]] = self._charged(number, seen, held, batch, epoch)
+                for pair in self._pairs[number]:
+                    if pair.name in seen.extra:
+                        _add(aside, f"{self._names[number]}.adapter", seen.extra[pair.name])
         for regularizer in self._regularizers:
-            _add(charge.parts, type(regularizer).__name__, regularizer(self._framework.student_of(model)))
-        charge.total = sum(charge.parts.values()) + sum(charge.aside.values())
-        return charge
+            _add(parts, type(regularizer).__name__, regularizer(self._framework.student_of(model)))
+        if not parts:  # a step that several batches or processes share goes on without this one
+            return Charge(0.0 * seen.values["logits"].sum(), parts)
+        return Charge(sum(parts.values()) + sum(aside.values()), parts, aside)
 
-    def _charge_labels(self, charge: Charge, scores: Any, batch: Batch, epoch: float) -> None:
+    def _charge_labels(self, parts: dict[str, Any], scores: Any, batch: Batch, epoch: float) -> None:
         weight = at(self._objective.label_weight, epoch)
         if not weight or batch.targets is None:
             return
@@ -92,35 +95,32 @@ class Lesson:
         if mask is not None and labels.ndim == 1:  # so that parts of a batch add up to it, however labels are spread
             part = part * (int(mask.sum()) / len(mask))
         self._used["label"] = weight
-        charge.parts["label"] = weight * part
+        parts["label"] = weight * part
 
-    def _charge_term(
-        self, charge: Charge, number: int, seen: Any, theirs: list[dict[str, Any]], batch: Batch, epoch: float
-    ) -> None:
+    def _charged(self, number: int, seen: Any, held: dict[str, list[Any]], batch: Batch, epoch: float) -> Any:
+        """What a term costs, over all places that it compares and all teachers that it holds them against."""
         term, name = self._objective.terms[number], self._names[number]
-        self._used[name] = at(term.weight, epoch)
         part = 0.0
         for pair in self._pairs[number]:
-            if pair.joint is not None:
-                mine, guide = seen.joined[pair.name]
-                part = part + self._compared(term, mine, guide, pair.student, batch, epoch)
-                if pair.name in seen.extra:
-                    _add(charge.aside, f"{name}.adapter", seen.extra[pair.name])
-                continue
-            mine = at_sites(seen.values, pair.student)
-            for guide in self._teachers(term, pair.teacher, theirs, epoch):
-                part = part + self._compared(term, mine, guide, pair.student, batch, epoch)
-        charge.parts[name] = self._used[name] * self._factors.get(name, 1.0) * part
+            sides = (
+                [seen.joined[pair.name]]
+                if pair.joint is not None
+                else [(at_sites(seen.values, pair.student), theirs) for theirs in held[pair.name]]
+            )
+            for mine, theirs in sides:
+                part = part + self._compared(term, mine, theirs, pair.student, batch, epoch)
+        self._used[name] = at(term.weight, epoch)
+        return self._used[name] * self._factors.get(name, 1.0) * part
 
-    def _teachers(self, term: Term, sites: Sites, theirs: list[dict[str, Any]], epoch: float) -> list[Any]:
-        """The values that a term is held against, one after the other."""
-        if term.of is not None or len(theirs) == 1 or loss_of(term.loss).takes != "scores":
-            return [at_sites(theirs[term.of or 0], sites)]
-        scores = [at_sites(values, sites) for values in theirs]
+    def _held(self, pair: Pair, theirs: list[dict[str, Any]], epoch: float) -> list[Any]:
+        """The values that a pair is held against: one, or one of each teacher."""
+        term = self._objective.terms[pair.term]
+        if len(theirs) == 1 or not of_all(term):
+            return [at_sites(theirs[term.of or 0], pair.teacher)]
+        scores = [at_sites(values, pair.teacher) for values in theirs]
         if self._objective.teachers == "sum":
             return scores
-        temperature = 1.0 if term.temperature is None else at(term.temperature, epoch)
-        return [combined(scores, self._objective.teachers, temperature)]
+        return [combined(scores, self._objective.teachers, term.keywords(epoch).get("temperature", 1.0))]
 
     def _compared(self, term: Term, mine: Any, theirs: Any, site: Sites, batch: Batch, epoch: float) -> Any:
         """One loss, with the labels, the mask and the time that it asks for."""

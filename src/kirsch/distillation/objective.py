@@ -6,15 +6,19 @@ import dataclasses
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.loss import loss_of, options_of
 from kirsch.distillation.schedule import Number, Ramp, at, ends, problem
 from kirsch.errors import UnknownNameError, UsageError
+from kirsch.frameworks.sites import Site, texts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Sites = Any
-"""A site as text; a list of them for losses of stages or relations, a dict for sets; "auto" to have stages matched."""
+    from kirsch.frameworks.sites import Sites
+
+NUMBERS = ("weight", "temperature", "label_weight")
+"""Fields that may be ramps."""
 
 COMBINED = ("probabilities", "logits", "confidence", "sum")
 """How the scores of several teachers become one: their mean probabilities; their mean scores, which is no mixture of
@@ -29,7 +33,7 @@ class Term:
         loss: its name among `LOSSES`.
         weight: >= 0, or a `Ramp`.
         temperature: > 0, or a `Ramp`; None is the loss's own.
-        student: where in the student, as `kirsch.frameworks.pytorch.sites` reads it: "logits", "layer3", "hidden[2]".
+        student: where in the student, as `kirsch.frameworks.sites` says: "logits", "layer3", "hidden[2]", "auto".
         teacher: where in the teacher; None where it is the same.
         adapter: what joins two sides whose shapes differ, by its name; "auto" takes one only where it is needed, "none"
             never.
@@ -61,15 +65,16 @@ class Term:
         return self.student if self.teacher is None else self.teacher
 
     def keywords(self, epoch: float) -> dict[str, Any]:
-        """What its loss is called with when this many epochs are done."""
-        found = dict(self.options)
-        if self.temperature is not None:
-            found["temperature"] = at(self.temperature, epoch)
-        return found
+        """What its loss is called with when this many epochs are done, with its temperature if it has one."""
+        default = options_of(loss_of(self.loss)).get("temperature")
+        temperature = default if self.temperature is None else at(self.temperature, epoch)
+        return dict(self.options) if temperature is None else {**self.options, "temperature": temperature}
 
     def problems(self) -> list[str]:
         """What is wrong with its numbers and options, one sentence each; an unknown loss is an error."""
         known = options_of(loss_of(self.loss))
+        for text in texts([self.student, self.there]):
+            Site.read(text)
         wrong = [problem(f"the weight of {self.called!r}", self.weight, least=0)]
         if self.temperature is not None:
             wrong.insert(0, problem(f"the temperature of {self.called!r}", self.temperature, above=0))
@@ -115,6 +120,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         problems = [sentence for term in self.terms for sentence in term.problems()]
+        LABEL_LOSSES[self.label_loss]  # an unknown name is answered here, before any work
         if self.balance not in ("fixed", "gradient"):
             raise UnknownNameError("balance", self.balance, ("fixed", "gradient"))
         if self.teachers not in COMBINED:
@@ -185,4 +191,4 @@ def _made(kind: Any, values: Mapping[str, Any], what: str) -> Any:
     for name in values:
         if name not in known:
             raise UnknownNameError(f"field of {what}", name, known)
-    return kind(**{name: Ramp(**v) if isinstance(v, dict) and "epochs" in v else v for name, v in values.items()})
+    return kind(**{n: Ramp(**v) if n in NUMBERS and isinstance(v, dict) else v for n, v in values.items()})

@@ -199,12 +199,3 @@ def seqkd() -> Objective:
     Source: Kim, Rush 2016, arXiv:1606.07947, section 3.2.
     """
     return Objective((), label_weight=1.0)
-
-
-@PRESETS.register("recovery")
-def recovery() -> Objective:
-    """Soft targets from the model as it was before it was cut, at temperature 2, with a tenth of the labels.
-
-    Features of what is kept go beside it by `kirsch.distillation.recovery`.
-    """
-    return Objective.kd(2.0, 0.9)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kirsch.distillation.arrays import log_softmax, namespace
+from kirsch.distillation.arrays import first_of, log_softmax, namespace
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.schedule import Ramp
 from kirsch.errors import UsageError
@@ -29,8 +29,8 @@ TOP_K = ("indices", "log_p", "tail")
 class Guide(Protocol):
     """Gives the teachers' side of a step."""
 
-    def __call__(self, batch: Batch, like: Any) -> list[dict[str, Any]]:
-        """For each teacher its values by site, as constants, on the device of `like`."""
+    def __call__(self, batch: Batch) -> list[dict[str, Any]]:
+        """For each teacher its values by site, as constants, where the batch lies."""
 
     def close(self) -> None:
         """Take hooks away."""
@@ -49,7 +49,7 @@ class LiveTeachers:
         self._framework = framework
         self._watches = [framework.watch(model, places) for model, places in zip(models, sites, strict=True)]
 
-    def __call__(self, batch: Batch, like: Any) -> list[dict[str, Any]]:  # noqa: ARG002 - teachers go where a batch is
+    def __call__(self, batch: Batch) -> list[dict[str, Any]]:
         """See `Guide`."""
         return [self._framework.infer(watch, batch.inputs) for watch in self._watches]
 
@@ -67,16 +67,17 @@ class StoredTeacher:
         store: a `TeacherStore`.
     """
 
-    def __init__(self, framework: Framework, store: Any) -> None:
+    def __init__(self, framework: Framework, store: TeacherStore) -> None:
         self._framework, self._store = framework, store
 
-    def __call__(self, batch: Batch, like: Any) -> list[dict[str, Any]]:
+    def __call__(self, batch: Batch) -> list[dict[str, Any]]:
         """See `Guide`."""
         if batch.ids is None:
             raise UsageError(
                 "A store is read by the numbers of the samples, and the batches do not carry any.",
                 mend="Give ArrayData, or batches of (inputs, targets, ids).",
             )
+        like = first_of(batch.inputs)
         found = self._store.read(host(batch.ids), batch.view)
         values = {name: self._framework.array_like(array, like) for name, array in found.items()}
         if "maximum" in values:  # scores are kept below their largest, for which 16 bits are too few
@@ -98,16 +99,29 @@ def stored_scores(term: Term, mine: Any, record: Mapping[str, Any], mask: Any, o
     """Soft targets from a record that holds the teacher's largest scores.
 
     Raises:
-        UsageError: the term needs all scores.
+        UsageError: the term needs all scores, or states what the record cannot serve.
     """
     if term.loss not in ("kd", "top-k"):
         raise UsageError(
             f"The term {term.called!r} needs all scores of the teacher, and the store holds the largest alone.",
             mend="Build the store with Dense(), or take the terms 'kd' or 'top-k'.",
         )
-    chosen = {name: value for name, value in options.items() if name in ("temperature", "tail")}
+    lost = set(options) - {"temperature", "tail", "k"}
+    if lost:
+        raise UsageError(
+            f"The term {term.called!r} states {', '.join(sorted(lost))}.",
+            "A record of the largest scores cannot serve that.",
+            "Build the store with Dense(), or leave it out.",
+        )
+    if options.get("k", record["indices"].shape[-1]) != record["indices"].shape[-1]:
+        raise UsageError(
+            f"The term {term.called!r} takes the {options['k']} largest scores; the store holds "
+            f"{record['indices'].shape[-1]}."
+        )
+    temperature = options.get("temperature", 1.0)
+    tail = options.get("tail", "bucket")
     given = [record[name] for name in TOP_K]
-    return stored_top_k(mine, *given, mask=mask, stored_temperature=chosen.get("temperature", 1.0), **chosen)
+    return stored_top_k(mine, *given, tail=tail, temperature=temperature, stored_temperature=temperature, mask=mask)
 
 
 def replayed(store: TeacherStore, data: Any, objective: Objective) -> ArrayData:

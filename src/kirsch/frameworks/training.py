@@ -117,7 +117,8 @@ class TrainingHooks:
 
     Args:
         validate: model → metrics by name, called after each epoch; "accuracy" is shown if there.
-        event: called with one JSON-able dict per event: {"event": "first_batch" | "epoch", ...}.
+        event: called with one JSON-able dict per event: {"event": "first_batch" | "doubt" | "epoch", ...}. Without it,
+            a doubt is a Python warning.
         stop: returns an error (`Preempted`, `Interrupted`) when the run shall stop; asked after each batch.
         save: called with a `TrainingState` after each epoch, and before a stop is obeyed.
         resume: a state to go on from.
@@ -147,27 +148,27 @@ LEAST_SHARE, MOST_SHARE = 0.001, 0.999
 """Shares of the gradient below and above which a term is doubted."""
 
 
-def doubts(shares: Mapping[str, float]) -> list[str]:
-    """What seems wrong with the shares of the terms in the gradient, a sentence each.
+def doubts(shares: Mapping[str, float]) -> dict[str, str]:
+    """What seems wrong with the shares of the terms in the gradient: a sentence for each term that is doubted.
 
     Args:
-        shares: by term; they add up to 1, or are all 0.
+        shares: by term; they add up to 1, or are all 0. A term without any says that student and teacher agree.
     """
-    if len(shares) == 1 or not any(shares.values()):
-        return []
-    low = [
-        f"The term {name!r} is {share:.2g} of the gradient, so it teaches next to nothing. Its weight may be that of "
-        "another convention: a loss that is averaged over classes, or lacks the factor T², is that much smaller."
-        for name, share in shares.items()
-        if share < LEAST_SHARE
-    ]
-    high = [
-        f"The term {name!r} is {share:.4%} of the gradient, so that nothing else is learned. Its weight may be that of "
-        "another convention: a loss that is summed over samples or elements is that much larger."
-        for name, share in shares.items()
-        if share > MOST_SHARE
-    ]
-    return low + high
+    found = {}
+    present = {name: share for name, share in shares.items() if share > 0}
+    for name, share in present.items():
+        if share < LEAST_SHARE:
+            found[name] = (
+                f"The term {name!r} is {share:.2g} of the gradient, so it teaches next to nothing. Its weight may be "
+                "that of another convention: a loss that is averaged over classes, or lacks the factor T², is that "
+                "much smaller."
+            )
+        elif share > MOST_SHARE and len(present) > 1:
+            found[name] = (
+                f"The term {name!r} is {share:.4%} of the gradient, so that nothing else is learned. Its weight may be "
+                "that of another convention: a loss that is summed over samples or elements is that much larger."
+            )
+    return found
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torch import nn
 
 from kirsch.frameworks.pytorch.adapters import Adapter
 from kirsch.frameworks.pytorch.sites import Watch
+from kirsch.frameworks.sites import at_sites
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,8 +36,8 @@ class Pupil(nn.Module):
     Args:
         student: the model that learns.
         sites: concrete ones.
-        joints: adapters by name; those of a name that `pairs` lacks are not run.
-        pairs: for each joint, where its student's side comes from: a site, or a list or dict of them.
+        joints: adapters by name.
+        pairs: by the same names, where the student's side comes from: a site, or a list or dict of them.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Pupil(nn.Module):
         joined, extra = {}, {}
         for name, theirs in (guide or {}).items():
             joint = self.joints[name]
-            joined[name] = joint(at(values, self._pairs[name]), theirs, ids=ids)
+            joined[name] = joint(at_sites(values, self._pairs[name]), theirs, ids=ids)
             beside = joint.extra_loss() if isinstance(joint, Adapter) else None
             if beside is not None:
                 extra[name] = beside
@@ -87,12 +88,3 @@ def student_of(model: nn.Module) -> nn.Module:
             return model
         model = inner
     return model.student
-
-
-def at(values: Mapping[str, Any], sites: Any) -> Any:
-    """The values at a site, or at each of a list or dict of sites."""
-    if isinstance(sites, dict):
-        return {name: at(values, site) for name, site in sites.items()}
-    if isinstance(sites, (list, tuple)):
-        return [at(values, site) for site in sites]
-    return values[sites]

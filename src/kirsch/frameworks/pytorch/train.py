@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 import time
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,6 +85,7 @@ class _Run:
         self.epoch, self.batch = 0, 0
         self.sums: dict[str, float] = {}
         self.shares: dict[str, float] = {}
+        self.doubted: set[str] = set()
         if hooks.resume is not None:
             self._restore(hooks.resume)
         self.draws = [generator.get_state() for generator in self.generators]  # as the epoch begins
@@ -227,8 +229,10 @@ class _Run:
             shares = {n: float(p.detach()) / value if value else 0.0 for n, p in charge.parts.items()}
             self.first_batch = {"loss_shares": shares, "gradient_shares": self.shares}
             self._tell({"event": "first_batch", **self.first_batch})
-        for sentence in doubts(self.shares):
-            self._tell({"event": "doubt", "epoch": self.epoch + 1, "sentence": sentence})
+        for name, sentence in doubts(self.shares).items():
+            if name not in self.doubted:
+                self.doubted.add(name)
+                self._doubt(sentence)
 
     def _end_epoch(self, seconds: float) -> None:
         samples = self.sums.pop("samples", 0.0)
@@ -276,6 +280,12 @@ class _Run:
         name = next((name for name in _not_finite_names(self.pupil.student) if name not in self.not_finite), None)
         if name is not None:
             raise NumericError(f"The {name} is no longer finite in epoch {self.epoch + 1}.", mend=MEND)
+
+    def _doubt(self, sentence: str) -> None:
+        """Say what seems wrong where somebody hears it."""
+        if self.hooks.event is None:
+            warnings.warn(sentence, stacklevel=2)
+        self._tell({"event": "doubt", "epoch": self.epoch + 1, "text": sentence})
 
     def _tell(self, event: dict[str, Any]) -> None:
         if self.hooks.event is not None:
