@@ -29,8 +29,9 @@ types: $(VENV)/installed
 architecture: $(VENV)/installed
 	$(BIN)/lint-imports
 
+# Tests of one file share what they build, so a file goes to one process; small networks gain nothing from more threads.
 unit: $(VENV)/installed
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadfile
 
 # The wheel is built and imported in an environment that has nothing but its core dependencies.
 wheel: $(VENV)/installed

@@ -64,12 +64,13 @@ class Inverted(nn.Module):
         return x + self.body(x) if self.residual else self.body(x)
 
 
-def resnet(widths: tuple[int, ...] = (32, 64, 128, 256)) -> nn.Module:
+def resnet(widths: tuple[int, ...] = (32, 64, 128, 256), repeats: int = 2) -> nn.Module:
     """ResNet-18's layout, half as wide, for 32 x 32 pixels; the stem halves the image."""
     blocks: list[nn.Module] = []
     before = widths[0]
     for place, width in enumerate(widths):
-        blocks += [Residual(before, width, 2 if place else 1), Residual(width, width, 1)]
+        blocks.append(Residual(before, width, 2 if place else 1))
+        blocks += [Residual(width, width, 1) for _ in range(repeats - 1)]
         before = width
     stem = [*unit(3, widths[0], 3, 2), nn.ReLU(inplace=True)]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))

@@ -123,7 +123,7 @@ def assert_network_is_cut_right(steps, share):
     assert_cut_is_right(RandomNet(steps), torch.randn(2, 3, 5, 5), share=share, power=-1.0)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @NETWORKS
 def test_a_random_network_is_cut_right(steps, share):
     assert_network_is_cut_right(steps, share)

@@ -1,0 +1,170 @@
+"""SST-2: a transformer of six layers, trained from nothing, teaches one of two; and what counting words reaches."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+
+import kirsch
+from kirsch.distillation.distill import fit
+from kirsch.distillation.objective import Objective, Term
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.training import TrainingHooks
+from kirsch.recipes.tasks.cifar10 import data_folder
+from kirsch.report import figures
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+import_beside("torchvision")
+transformers = import_beside("transformers")
+
+ROOT = Path(__file__).parents[1]
+LENGTH, WORDS, WIDTH, HEADS = 32, 8_000, 64, 4
+"""Tokens of a sentence, most words of the vocabulary, hidden size, heads."""
+PADDING, UNKNOWN, FIRST = 0, 1, 2
+"""Tokens: of no word, of a rare one, and of the beginning of a sentence, which is what is classified."""
+TRAINING = kirsch.Training(
+    epochs=6, learning_rate=1e-3, optimizer="adamw", weight_decay=0.01, warmup_epochs=0.5, clip_norm=1.0
+)
+TITLES = {"sst2": "SST-2, six layers into two"}
+
+
+def objectives(_task: str) -> dict[str, Objective]:
+    """What is compared. MiniLM's relations alone teach no classes: soft targets and labels stand beside them."""
+    minilm = Objective.preset("minilm").terms[0]
+    return {
+        "labels alone": Objective.labels(),
+        "kd": Objective.kd(2.0, 0.9),
+        "distilbert": Objective.preset("distilbert"),
+        "minilm, with kd": Objective((Term("kd", 0.9, 2.0), dataclasses.replace(minilm, weight=1.0)), label_weight=0.1),
+    }
+
+
+@cache
+def sentences(part: str) -> tuple[list[str], NDArray[np.int64]]:
+    """Texts and classes."""
+    lines = (data_folder() / "sst2" / f"{part}.tsv").read_text().splitlines()
+    pairs = [line.rsplit("\t", 1) for line in lines]
+    return [text for text, _ in pairs], np.array([int(label) for _, label in pairs])
+
+
+@cache
+def vocabulary() -> dict[str, int]:
+    """Words of the training sentences that come twice or more, the most frequent first."""
+    counts = collections.Counter(word for text in sentences("train")[0] for word in words(text))
+    kept = [word for word, count in counts.most_common(WORDS) if count > 1]
+    return {word: number for number, word in enumerate(kept, FIRST + 1)}
+
+
+def words(text: str) -> list[str]:
+    """Words and marks of a sentence."""
+    return re.findall(r"[a-z']+|[^\sa-z]", text.lower())
+
+
+@cache
+def encoded(part: str) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]:
+    """Tokens (N, L) with their mask, and classes (N,)."""
+    texts, labels = sentences(part)
+    tokens = np.full((len(texts), LENGTH), PADDING)
+    for row, text in zip(tokens, texts, strict=True):
+        numbers = [FIRST, *(vocabulary().get(word, UNKNOWN) for word in words(text))][:LENGTH]
+        row[: len(numbers)] = numbers
+    return {"input_ids": tokens, "attention_mask": (tokens != PADDING).astype(np.int64)}, labels
+
+
+def network(layers: int) -> nn.Module:
+    """A BERT with so many layers."""
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary()) + FIRST + 1,
+        hidden_size=WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH,
+        max_position_embeddings=LENGTH,
+        num_labels=2,
+        pad_token_id=PADDING,
+        hidden_dropout_prob=0.2,
+        attn_implementation="eager",
+    )
+    model: nn.Module = transformers.BertForSequenceClassification(config)
+    return model
+
+
+@cache
+def teacher() -> nn.Module:
+    """Trained once, and kept as safetensors."""
+    torch.manual_seed(0)
+    model, file = network(6), ROOT / "build" / "distillation" / "teacher-text.safetensors"
+    framework = framework_of(model)
+    if file.is_file():
+        framework.load_weights(model, file)
+        return model.eval()
+    inputs, labels = encoded("train")
+    model = fit(model, ArrayData(inputs, labels, 64), training=TRAINING, hooks=TrainingHooks(event=print)).model
+    file.parent.mkdir(parents=True, exist_ok=True)
+    framework.save_weights(model, file)
+    return model
+
+
+def accuracy(model: nn.Module) -> float:
+    """On the 1,821 test sentences."""
+    inputs, labels = encoded("test")
+    return float((framework_of(model).predict(model, inputs).argmax(-1) == labels).mean())
+
+
+def bag_of_words() -> float:
+    """The accuracy of logistic regression on which words a sentence has."""
+    counting = CountVectorizer(tokenizer=words, token_pattern=None, binary=True)
+    model = LogisticRegression(max_iter=1000).fit(counting.fit_transform(sentences("train")[0]), sentences("train")[1])
+    return float(model.score(counting.transform(sentences("test")[0]), sentences("test")[1]))
+
+
+def prepare() -> None:
+    """Train the teacher."""
+    teacher()
+
+
+def about(_task: str) -> str:
+    """What was trained on what."""
+    counts = [figures.count(sum(p.numel() for p in network(layers).parameters())) for layers in (6, 2)]
+    return (
+        f"Both are BERTs trained from nothing on 6,920 sentences, {WIDTH} wide; the teacher with 6 layers ({counts[0]} "
+        f"parameters) has {accuracy(teacher()):.1%} of the 1,821 test sentences right, the students have 2 layers "
+        f"({counts[1]}). {TRAINING.epochs} epochs of AdamW. Logistic regression on the words that occur in a sentence "
+        f"has {bag_of_words():.1%} right."
+    )
+
+
+def run(task: str, objective: str, seed: int) -> dict[str, Any]:
+    """One student, trained and judged."""
+    torch.manual_seed(seed)
+    student, (inputs, labels) = network(2), encoded("train")
+    training = dataclasses.replace(TRAINING, seed=seed)
+    doubted: list[str] = []
+    hooks = TrainingHooks(event=lambda event: doubted.append(event["text"]) if "text" in event else None)
+    trained = kirsch.distill(
+        student,
+        teacher(),
+        ArrayData(inputs, labels, 64),
+        objective=objectives(task)[objective],
+        training=training,
+        hooks=hooks,
+    )
+    return {
+        "accuracy": accuracy(trained.model),
+        "shares": trained.history[-1]["gradient_shares"],
+        "doubts": doubted,
+    }
