@@ -9,7 +9,6 @@ files in the page cache, median of rounds. Beside it a file a sample, as `torch.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import tempfile
@@ -22,18 +21,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build
 from kirsch.distillation.store.record import index_type
-from kirsch.distillation.teachers import TOP_K
-from kirsch.frameworks.augment import Chain, Crop, Flip, Noise
+from kirsch.frameworks.augment import Noise
 from kirsch.frameworks.data import ArrayData
 from kirsch.measurement.machine import environment, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kirsch.frameworks.data import Batch
 
 ROOT = Path(__file__).parents[1]
 BATCH, BATCHES, ROUNDS, WIDTH = 256, 100, 9, 16
@@ -124,63 +120,6 @@ def file_per_sample() -> dict[str, Any]:
     }
 
 
-def network(widths: tuple[int, ...]) -> nn.Module:
-    """A plain convolutional network for 32 x 32 pixels and 10 classes."""
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise((3, *widths)):
-        layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
-
-
-def divergence(scores: torch.Tensor, found: dict[str, np.ndarray]) -> torch.Tensor:
-    """Soft targets from a record of the store."""
-    charge: torch.Tensor = stored_top_k(scores, *(torch.from_numpy(found[name]) for name in TOP_K))
-    return charge
-
-
-def steps() -> dict[str, Any]:
-    """Milliseconds of a training step on labels, with the store, and with the teacher, in turns."""
-    torch.manual_seed(0)
-    student, teacher = network((32, 64, 128)), network((64, 128, 256)).eval()
-    random = np.random.default_rng(0)
-    inputs = random.standard_normal((2048, 3, 32, 32)).astype(np.float32)
-    data = ArrayData(inputs, random.integers(0, 10, 2048), 128, Chain(Crop(4), Flip()), views=2)
-    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
-
-    def step(batch: Batch, target: Callable[[Batch, torch.Tensor, torch.Tensor], Any]) -> float:
-        begun = time.perf_counter()
-        seen = torch.from_numpy(batch.inputs)
-        scores = student(seen)
-        loss = nn.functional.cross_entropy(scores, torch.from_numpy(batch.targets)) + target(batch, seen, scores)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return time.perf_counter() - begun
-
-    def live(_batch: Batch, seen: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            log_t = teacher(seen).log_softmax(-1)
-        return nn.functional.kl_div(scores.log_softmax(-1), log_t, log_target=True, reduction="batchmean")
-
-    with tempfile.TemporaryDirectory() as folder:
-        store = build(folder, teacher, data, keep=TopK(5), views=2)
-        targets: dict[str, Callable[[Batch, torch.Tensor, torch.Tensor], Any]] = {
-            "labels": lambda _batch, _seen, _scores: 0,
-            "store": lambda batch, _seen, scores: divergence(scores, store.read(batch.ids, batch.view)),
-            "teacher": live,
-        }
-        times: dict[str, list[float]] = {name: [] for name in targets}
-        for epoch in range(8):
-            for batch in data.epoch(0, epoch):
-                for name, target in targets.items():
-                    times[name].append(step(batch, target))
-    middle = {name: statistics.median(values[12:]) * 1e3 for name, values in times.items()}
-    return middle | {
-        "store_ratio": middle["store"] / middle["labels"],
-        "live_ratio": middle["teacher"] / middle["labels"],
-    }
-
-
 def table(found: dict[str, Any]) -> str:
     """The rows as Markdown."""
     machine = found["environment"]
@@ -197,11 +136,6 @@ def table(found: dict[str, Any]) -> str:
         batch = f"{row['read_us_per_sample']:.2f} µs a sample" if "read_alone_us" in row else "–"
         by = f"{row['bytes_by_formula']:,}" if "bytes_by_formula" in row else "–"
         lines.append(f"| {name} | {row['bytes_per_record']:,.0f} | {by} | {batch} | {alone} | {beside} |")
-    took = found["steps"]
-    by_store = f"{took['store']:.1f} ms with the store ({took['store_ratio']:.2f} of it)"
-    by_teacher = f"{took['teacher']:.1f} ms with a teacher twice as wide beside it ({took['live_ratio']:.2f})"
-    plain = f"A step of a small network on 128 images takes {took['labels']:.1f} ms on labels alone"
-    lines += ["", f"{plain}, {by_store},", f"and {by_teacher}."]
     return "\n".join([*lines, END])
 
 
@@ -218,7 +152,6 @@ def main() -> None:
         "protocol": f"random ids, batches of {BATCH}, page cache, median of {ROUNDS} rounds of {BATCHES} batches",
         "date": datetime.now(UTC).date().isoformat(),
         "rows": rows,
-        "steps": steps(),
     }
     out = ROOT / "build" / "store.json"
     out.parent.mkdir(exist_ok=True)
