@@ -15,6 +15,8 @@ from kirsch.pruning.importance import IMPORTANCES
 
 torch = pytest.importorskip("torch")
 
+from kirsch.frameworks.pytorch.adapters import ADAPTERS, build  # noqa: E402 - without torch there are none
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
@@ -22,7 +24,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 @pytest.fixture
 def shown(monkeypatch):
     """What the snippets define, run in the order of the page; the names that they register are gone afterwards."""
-    for registry in (IMPORTANCES, LOSSES):
+    for registry in (IMPORTANCES, LOSSES, ADAPTERS):
         monkeypatch.setattr(registry, "_things", dict(registry._things))
     names: dict = {}
     for snippet in re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL):
@@ -65,14 +67,25 @@ def test_the_objective_knows_the_loss(shown):
     assert [term.loss for term in shown["objective"].terms] == ["squared-difference"]
 
 
+def test_the_adapter_scales_the_channels_of_the_student_and_leaves_the_teacher_as_it_is(shown):
+    student, teacher = torch.randn(8, 4, 5, 5) * 3 + 1, torch.randn(8, 4, 5, 5)
+    adapter = build("per-channel", student.shape, teacher.shape, options={})
+    mine, theirs = adapter(student, teacher)
+    torch.testing.assert_close(mine.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+    assert theirs is teacher
+    assert shown["feature"].adapter == "per-channel"
+
+
 def test_the_names_are_gone_when_the_page_is_closed():
     assert "largest-weight" not in IMPORTANCES
     assert "squared-difference" not in LOSSES
+    assert "per-channel" not in ADAPTERS
 
 
 def test_the_entry_point_groups_are_those_that_the_registries_read():
     assert f"kirsch.{IMPORTANCES.kind}" in TEXT
     assert f"kirsch.{LOSSES.kind}" in TEXT
+    assert f"kirsch.{ADAPTERS.kind}" in TEXT
 
 
 def test_the_floors_are_those_of_the_design():
