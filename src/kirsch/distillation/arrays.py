@@ -321,6 +321,11 @@ def rows_that_count(scores: Any, mask: Any = None) -> Any:
     return rows
 
 
+def classes_last(scores: Any) -> Any:
+    """Scores with the classes on the last axis: those of pixels (N, K, H, W) as (N, H, W, K), others as they are."""
+    return namespace(scores).moveaxis(scores, 1, -1) if scores.ndim >= len("NKHW") else scores
+
+
 def typed(array: Any, like: Any) -> Any:
     """The array with the type of numbers of another."""
     return array.astype(like.dtype) if namespace(array) is np else array.to(like.dtype)

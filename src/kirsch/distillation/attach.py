@@ -274,6 +274,12 @@ def _try(framework: Framework, term: Term, values: tuple[Any, Any], joint: Any, 
     if joint is not None:
         ids = framework.tensor(np.arange(len(first_of(mine))))
         mine, theirs = framework.seeded(lambda: copy.deepcopy(joint)(mine, theirs, ids=ids), 0)
+    if loss.takes == "scores" and mine.ndim >= len("NKHW"):
+        raise ShapeError(
+            f"The term {term.called!r} cannot compare {where}: of shape {tuple(mine.shape)} they are scores of pixels.",
+            f"The loss {term.loss!r} takes the last axis for that of the classes.",
+            "Take 'pixel-kd' or 'cwd-pixels'.",
+        )
     if loss.takes == "scores" and loss.widths == "same" and tuple(mine.shape[1:]) != tuple(theirs.shape[1:]):
         _refuse_classes(tuple(mine.shape), tuple(theirs.shape))
     if "labels" in given_to(loss):

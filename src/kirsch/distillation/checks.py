@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import each
+from kirsch.distillation.arrays import classes_last, each
 from kirsch.errors import DataError, NumericError
 from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.port import host
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from kirsch.distillation.objective import Objective
     from kirsch.frameworks.port import Framework
 
@@ -86,7 +88,13 @@ def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> No
             f"They must be class numbers: one whole number a {'sample' if len(shape) == 1 else 'position'}.",
             "Of one-hot rows give targets.argmax(-1).",
         )
-    classes = shape[-1]
+    if not objective.terms and not (targets != objective.ignore).any():
+        raise DataError(
+            f"All targets are masked: each of the {len(targets)} samples looked at has the label {objective.ignore}.",
+            "There is no teacher either, so there is nothing to learn from.",
+            "Look at the mask and the labels of the data.",
+        )
+    classes = shape[0] if len(shape) >= len("KHW") else shape[-1]
     wrong = ((targets < 0) | (targets >= classes)) & (targets != objective.ignore)
     if wrong.any():
         place = int(wrong.reshape(len(targets), -1).any(axis=1).argmax())
@@ -120,13 +128,9 @@ def judged(framework: Framework, teacher: Any, data: Any, validation: Any, objec
         )
     if batch.targets is None:
         return {}
-    targets = host(batch.targets[:MOST_JUDGED])
-    if objective.causal:
-        scores, targets = scores[:, :-1], targets[:, 1:]
-    known = targets != objective.ignore
-    if not known.any():
+    right, classes = correct(scores, batch.targets[:MOST_JUDGED], objective), classes_last(scores).shape[-1]
+    if not len(right):
         return {}
-    right, classes = (scores.argmax(-1) == targets)[known], scores.shape[-1]
     accuracy = float(right.mean())
     if len(right) >= ENOUGH and accuracy <= 1 / classes:
         raise NumericError(
@@ -136,3 +140,18 @@ def judged(framework: Framework, teacher: Any, data: Any, validation: Any, objec
             "Check the teacher's weights, the order of its classes, and that the inputs are prepared as it expects.",
         )
     return {"accuracy": accuracy, "classes": classes}
+
+
+def correct(scores: Any, targets: Any, objective: Objective) -> NDArray[np.bool_]:
+    """Whether the most likely class is the right one, of each sample, position or pixel that counts.
+
+    Args:
+        scores: shape (N, K), (N, L, K) or (N, K, H, W), numpy.
+        targets: class numbers, one for each; positions are shifted as the objective says.
+        objective: whether positions predict the next one, and what stands for no label.
+    """
+    likely, targets = classes_last(scores).argmax(-1), host(targets)
+    if objective.causal:
+        likely, targets = likely[:, :-1], targets[:, 1:]
+    right: NDArray[np.bool_] = (likely == targets)[targets != objective.ignore]
+    return right

@@ -6,14 +6,14 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.binding import bind
-from kirsch.distillation.checks import check_labels, few, first_batch, judged
+from kirsch.distillation.checks import check_labels, correct, few, first_batch, judged
 from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.losses.loss import loss_of
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import one_or_more, replayed
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.port import framework_of, host
+from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import Trained, Training, TrainingHooks
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def distill(
             )
             tell({"event": "doubt", "text": text})
     try:
-        hooks = _with_validation(hooks, framework, validation)
+        hooks = _with_validation(hooks, framework, validation, objective)
         return framework.train(bound.pupil, data, bound.lesson, training, hooks)
     finally:
         bound.close()
@@ -109,11 +109,13 @@ def fit(
     targets = data.targets if isinstance(data, ArrayData) else first.targets
     check_labels(targets, framework.predict(model, few(first).inputs).shape[1:], objective)
     lesson = Lesson(framework, objective, regularizers=regularizers)
-    hooks = _with_validation(hooks or TrainingHooks(), framework, validation)
+    hooks = _with_validation(hooks or TrainingHooks(), framework, validation, objective)
     return framework.train(framework.pupil(model, ("logits",), {}, {}), data, lesson, training or Training(), hooks)
 
 
-def _with_validation(hooks: TrainingHooks, framework: Framework, validation: Any) -> TrainingHooks:
+def _with_validation(
+    hooks: TrainingHooks, framework: Framework, validation: Any, objective: Objective
+) -> TrainingHooks:
     """The hooks, with a validation that may be given as arrays."""
     if validation is None or hooks.validate is not None:
         return hooks
@@ -123,6 +125,6 @@ def _with_validation(hooks: TrainingHooks, framework: Framework, validation: Any
         inputs, targets = pair
 
         def validate(model: Any) -> dict[str, float]:
-            return {"accuracy": float((framework.predict(model, inputs).argmax(-1) == host(targets)).mean())}
+            return {"accuracy": float(correct(framework.predict(model, inputs), targets, objective).mean())}
 
     return dataclasses.replace(hooks, validate=validate)

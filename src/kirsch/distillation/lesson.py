@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import blank
+from kirsch.distillation.arrays import blank, first_of, namespace
 from kirsch.distillation.attach import TOKEN_KINDS, of_all
 from kirsch.distillation.checks import check_labels
 from kirsch.distillation.losses.labels import LABEL_LOSSES
@@ -13,7 +14,7 @@ from kirsch.distillation.losses.loss import given_to, loss_of
 from kirsch.distillation.schedule import at
 from kirsch.distillation.teachers import combined, holds_top_k, stored_scores
 from kirsch.errors import UsageError
-from kirsch.frameworks.sites import at_sites
+from kirsch.frameworks.sites import at_sites, texts
 from kirsch.frameworks.training import Charge
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Lesson:
         weight = at(self._objective.label_weight, epoch)
         if not weight or batch.targets is None:
             return
-        scores, labels = self._aligned(scores, batch.targets)
+        scores, labels = self._aligned(scores, batch)
         mask = self._counting(labels)
         if mask is not None and not bool(mask.any()):  # none of these samples has a label
             return
@@ -127,9 +128,9 @@ class Lesson:
         loss, given = loss_of(term.loss), given_to(loss_of(term.loss))
         options, labels, mask = term.keywords(epoch), batch.targets, None
         if loss.takes in ("scores", "pixels", "values"):
-            mine, labels = self._aligned(mine, labels)
+            mine, labels = self._aligned(mine, batch)
             theirs = theirs if not self._objective.causal else _shorter(theirs)
-            mask = self._positions(labels, batch, loss_needs_labels="labels" in given)
+            mask = self._positions(mine, labels, batch, loss_needs_labels="labels" in given)
         elif loss.takes in TOKEN_KINDS:
             mask = self._tokens(site, batch)
         if holds_top_k(theirs):
@@ -138,17 +139,30 @@ class Lesson:
             if labels is None:
                 raise UsageError(f"The term {term.called!r} needs labels, and a batch has none.")
             options["labels"] = blank(labels, mask)
+            if mask is not None and not bool(mask.any()):
+                return 0.0 * first_of(mine).sum()
         if "mask" in given:
             options["mask"] = mask
         if "epoch" in given:
             options["epoch"] = epoch
-        return loss(mine, theirs, **options)
+        part = loss(mine, theirs, **options)
+        if "labels" in given and mask is not None and labels.ndim == 1:  # as of the loss on labels
+            part = part * (int(mask.sum()) / len(mask))
+        return part
 
-    def _aligned(self, scores: Any, labels: Any) -> tuple[Any, Any]:
-        """Scores and labels, shifted against each other where each position predicts the next."""
+    def _aligned(self, scores: Any, batch: Batch) -> tuple[Any, Any]:
+        """Scores and labels, shifted against each other where each position predicts the next.
+
+        What padding before a text would predict, its first token, does not count.
+        """
+        labels = batch.targets
         if not self._objective.causal:
             return scores, labels
-        return scores[:, :-1], None if labels is None else labels[:, 1:]
+        if labels is not None:
+            real, labels = self._masks(batch).get("attention_mask"), labels[:, 1:]
+            if real is not None:
+                labels = namespace(labels).where(real[:, :-1] != 0, labels, self._objective.ignore)
+        return scores[:, :-1], labels
 
     def _counting(self, labels: Any) -> Any:
         """True where there is a label; None where all count, as those that are no class numbers do."""
@@ -157,32 +171,42 @@ class Lesson:
         counts = labels != self._objective.ignore
         return None if bool(counts.all()) else counts
 
-    def _positions(self, labels: Any, batch: Batch, *, loss_needs_labels: bool) -> Any:
+    def _positions(self, scores: Any, labels: Any, batch: Batch, *, loss_needs_labels: bool) -> Any:
         """Which scores of teacher and student are compared.
 
         Of sequences and pixels, those with a label; of samples all, with a label or without, unless the loss needs it.
         """
         if labels is not None and (labels.ndim > 1 or loss_needs_labels):
             return self._counting(labels)
-        if labels is None and isinstance(batch.inputs, Mapping) and "attention_mask" in batch.inputs:
-            mask = batch.inputs["attention_mask"]
-            return mask[:, 1:] if self._objective.causal else mask
+        if labels is None and scores.ndim == len("NLK"):
+            mask = self._tokens("logits", batch)
+            return mask if mask is None or not self._objective.causal else mask[:, 1:] * mask[:, :-1]
         return None
 
+    def _masks(self, batch: Batch) -> Mapping[str, Any]:
+        """What a batch of a model of tokens says about padding; empty for others."""
+        return batch.inputs if isinstance(batch.inputs, Mapping) else {}
+
     def _tokens(self, site: Sites, batch: Batch) -> Any:
-        """Which positions of a model of tokens are no padding; None where the batch does not say."""
-        if not isinstance(batch.inputs, Mapping):
-            return None
-        text = site if isinstance(site, str) else next(iter(site))
-        name = "decoder_attention_mask" if text.startswith("decoder.") else "attention_mask"
-        return batch.inputs.get(name)
+        """Which positions of a model of tokens are no padding; None where the batch does not say.
+
+        Of a decoder beside an encoder these are, unless the batch says it, the positions with a label.
+        """
+        masks, text = self._masks(batch), texts(site)[0]
+        two = any(name.startswith("decoder_input") for name in masks)
+        if not two or "encoder" in re.split(r"[^a-z]", text):
+            return masks.get("attention_mask")
+        found, labels = masks.get("decoder_attention_mask"), batch.targets
+        if found is None and labels is not None and labels.ndim == len("NL") and not _floating(labels):
+            return self._counting(labels)
+        return found
 
     def items(self, batch: Batch) -> int:
         """Samples, or the positions of sequences that count."""
         labels = batch.targets
         if labels is None or labels.ndim == 1 or _floating(labels):
             return len(batch)
-        _, labels = self._aligned(labels, labels)
+        _, labels = self._aligned(labels, batch)
         return int((labels != self._objective.ignore).sum())
 
     def balance(self, norms: dict[str, float]) -> None:

@@ -131,7 +131,7 @@ def cwd() -> Objective:
 
     Source: Shu et al. 2021, arXiv:2011.13256, section 4.
     """
-    return Objective((Term("cwd", 5.0, 1.0),))
+    return Objective((Term("cwd-pixels", 5.0, 1.0, name="cwd"),))
 
 
 @PRESETS.register("distilbert")

@@ -5,8 +5,8 @@ A site is written as text:
 - `logits`: the scores among what the model puts out; `output.boxes`: another of its outputs, by name
 - `layer3`: what a module puts out; `layer3:in`: what it is given; `layer3@1`: the second of several that it puts out
 - `layer1.0.relu#1`: the second call of a module that runs several times
-- `encoder.0/softmax:in`: what the function `softmax` is given in the forward of `encoder.0`; `encoder.0/add#1`: what
-  the second addition there gives
+- `encoder.0/softmax:in`: what the code of `encoder.0` itself gives to the function `softmax`; `encoder.0/add#1`: what
+  the second addition there gives, `x += y` counted, and not those of modules within
 - `hidden[2]`, `attention[-1]`: states (0 is the embedding) and weights of layers, as models of transformers put them
   out; `encoder.hidden[2]`, `decoder.attention[0]`, `cross.attention[0]` where a model has both
 - `penultimate`: what the last layer is given

@@ -10,6 +10,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
@@ -627,3 +629,29 @@ def test_a_term_that_does_not_reach_the_model_is_refused_even_at_zero():
 
     with pytest.raises(NumericError, match="The loss term 'other' gives the model no gradient"):
         trained(loss=loss)
+
+
+# ------------------------------------------------------------------------------------------------ precision
+
+
+def test_runs_of_one_process_have_each_a_precision_of_their_own():
+    """Accelerate holds one for the whole process; the caller's own is what it was afterwards."""
+    mine = Accelerator(mixed_precision="bf16")
+    weights = [
+        train(
+            network(), batches(), Plain(cross_entropy), Training(epochs=1, precision=precision), TrainingHooks()
+        ).model
+        for precision in ("fp32", "bf16", "fp32")
+    ]
+    assert mine.mixed_precision == "bf16"
+    AcceleratorState._reset_state()
+    full, half, again = ([p.detach() for p in model.parameters()] for model in weights)
+    assert all(map(torch.equal, full, again))
+    assert not all(map(torch.equal, full, half))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in fp16")
+def test_a_precision_that_the_machine_lacks_is_refused():
+    sentence = r"precision is 'fp16', which this machine cannot train in\. .*fp16.* Take \"bf16\" or \"fp32\""
+    with pytest.raises(UsageError, match=sentence):
+        train(network(), batches(), Plain(cross_entropy), Training(epochs=1, precision="fp16"), TrainingHooks())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kirsch.distillation.arrays import (
     blank,
+    classes_last,
     full_precision,
     log_sigmoid,
     log_softmax,
@@ -58,9 +59,9 @@ def hard_label(student: Any, targets: Any, *, mask: Any = None, label_smoothing:
     """Cross-entropy of the student's scores against the labels, averaged over samples or positions.
 
     Args:
-        student: scores, shape (N, K) or (N, L, K), floating.
-        targets: class numbers, shape (N,) or (N, L), 0 <= target < K; those equal to -100 do not count.
-        mask: shape (N,) or (N, L), true where a position counts; None counts all.
+        student: scores, shape (N, K), (N, L, K), or of pixels (N, K, H, W), floating.
+        targets: class numbers, shape (N,), (N, L) or (N, H, W), 0 <= target < K; those equal to -100 do not count.
+        mask: of the shape of the targets, true where a position counts; None counts all.
         label_smoothing: this share of each label is spread evenly over all K classes; 0 <= share < 1.
 
     Returns:
@@ -74,6 +75,7 @@ def hard_label(student: Any, targets: Any, *, mask: Any = None, label_smoothing:
     Source: smoothing after Szegedy et al. 2016, arXiv:1512.00567, section 7. Off by default: a teacher that is matched
         softens the labels better than a constant does (Müller et al. 2019, arXiv:1906.02629).
     """
+    student = classes_last(student)
     targets, mask = counted(student, targets, mask)
     log_p = log_softmax(blank(student, mask))
     charge = -pick(log_p, targets)

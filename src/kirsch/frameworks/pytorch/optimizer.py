@@ -2,29 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch import nn
 
-from kirsch.errors import DataError, UsageError
+from kirsch.errors import DataError, UsageError, said
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kirsch.frameworks.training import Training
 
 
+@contextlib.contextmanager
+def own_precision() -> Iterator[None]:
+    """A run within which Accelerate may have another precision than before; afterwards it has the former again.
+
+    Accelerate keeps the precision once for the whole process, the caller's own `Accelerator`s included, and refuses a
+    second one.
+    """
+    before = dict(AcceleratorState._shared_state)  # noqa: SLF001 - has no public name
+    AcceleratorState._reset_state()  # noqa: SLF001 - as above
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()  # noqa: SLF001 - as above
+        AcceleratorState._shared_state.update(before)  # noqa: SLF001 - as above
+
+
 def accelerator_for(training: Training) -> Accelerator:
-    """Accelerate, for as many processes as there are."""
-    return Accelerator(
-        mixed_precision="no" if training.precision == "fp32" else training.precision,
-        # A batch is that of all processes together, as one process has it.
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-        # A term that has no weight yet leaves its adapter without a gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    """Accelerate, for as many processes as there are; within `own_precision`.
+
+    Raises:
+        UsageError: this machine cannot compute in that precision.
+    """
+    why = "fp16 is for GPUs."
+    try:
+        made = Accelerator(
+            mixed_precision="no" if training.precision == "fp32" else training.precision,
+            # A batch is that of all processes together, as one process has it.
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+            # A term that has no weight yet leaves its adapter without a gradient.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        if made.native_amp or training.precision == "fp32":  # on a CPU Accelerate takes fp16 and computes in fp32
+            return made
+    except ValueError as error:
+        why = said(error)
+    raise UsageError(
+        f"precision is {training.precision!r}, which this machine cannot train in.", why, 'Take "bf16" or "fp32".'
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kirsch.errors import DataError
+from kirsch.errors import DataError, UsageError
 from kirsch.frameworks.pytorch.outputs import named
 
 if TYPE_CHECKING:
@@ -46,12 +46,26 @@ def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
 
 
 def logits_of(outputs: Any) -> Any:
-    """The scores among what a classifier puts out: a tensor, `.logits`, `["logits"]`, or the first of a tuple."""
+    """The scores among what a model puts out: a tensor; what is called logits, or the only thing whose name has that
+    word; else the first of a tuple or a dict.
+
+    Raises:
+        UsageError: there are none.
+    """
     if isinstance(outputs, torch.Tensor):
         return outputs
-    if hasattr(outputs, "logits"):
-        return outputs.logits
-    return outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    direct = getattr(outputs, "logits", None)
+    if isinstance(direct, torch.Tensor):  # most models; the rest of what they put out may be much to go through
+        return direct
+    found = named(outputs)
+    called = ["logits"] if "logits" in found else [name for name in found if "logits" in name]
+    name = called[0] if len(called) == 1 else next(iter(found), "")
+    if name not in found:
+        raise UsageError(
+            f"The model puts out a {type(outputs).__name__} without tensors, so there are no scores.",
+            mend="Give a model that puts out its scores, in inference mode as well as in training.",
+        )
+    return found[name]
 
 
 def tensors(inputs: Any, model: nn.Module) -> Any:

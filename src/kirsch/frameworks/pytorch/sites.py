@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.outputs import named
@@ -27,9 +29,14 @@ EMPTY = (nn.Identity, nn.Dropout, nn.Flatten)
 ASKED = {"hidden": "output_hidden_states", "attention": "output_attentions"}
 """By which keyword models of transformers are asked to put out what."""
 
+MOST_NAMED = 4
+
 
 class Watch:
     """Runs a model and keeps what it computes at some sites. Its hooks stay until `close`.
+
+    What is overwritten in place later in the forward, as by `nn.ReLU(inplace=True)`, is kept as it was at the site.
+    Since that is not known before, the first run copies all values, and the others those alone.
 
     Args:
         model: called in its present mode.
@@ -42,58 +49,103 @@ class Watch:
     def __init__(self, model: nn.Module, sites: Sequence[str]) -> None:
         self.model = model
         self.sites = [Site.read(text) for text in dict.fromkeys(sites)]
-        self._options = {ASKED[s.layered[2]]: True for s in self.sites if s.layered}
+        self._options = {_asked(model, s): True for s in self.sites if s.layered}
         self._seen: dict[Key, list[Any]] = {}
+        self._versions: dict[tuple[Key, int], list[tuple[torch.Tensor, int]]] = {}
+        self._overwritten: dict[tuple[Key, int], bool] = {}
+        self._called: dict[str, set[str]] = {}
         self._inside: list[str] = []
         places = dict.fromkeys(s.key for s in self.sites if not s.layered and not s.of_outputs)
         self._functions = {key[:2] for key in places if key[1]}
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
-        # A module needs one hook for all functions that its forward calls.
-        for path, inside, given in dict.fromkeys((path, bool(f), given and not f) for path, f, given in places):
+        for path, function, given in places:
             if path not in modules:
                 raise UnknownNameError(f"site in {type(model).__name__}", path, [name for name in modules if name])
-            self._hook(modules[path], path, given=given, inside=inside)
+            if not function:
+                self._hook(modules[path], path, given=given)
+        # What modules within call is not the code of the module itself: in training a norm adds to a counter, too.
+        for path, module in modules.items() if self._functions else ():
+            if any(not around or f"{path}.".startswith(f"{around}.") for around, _ in self._functions):
+                self._hook_code(module, path)
 
-    def _hook(self, module: nn.Module, path: str, *, given: bool, inside: bool) -> None:
+    def _hook_code(self, module: nn.Module, path: str) -> None:
         def enter(_module: nn.Module, _args: Any) -> None:
             self._inside.append(path)
 
         def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
             self._inside.pop()
 
+        self._handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    def _hook(self, module: nn.Module, path: str, *, given: bool) -> None:
         def keep_given(_module: nn.Module, args: Any, options: Any) -> None:
             self._keep((path, "", True), args[0] if args else next(iter(options.values())))
 
         def keep_made(_module: nn.Module, _args: Any, out: Any) -> None:
             self._keep((path, "", False), out)
 
-        if inside:
-            self._handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-        elif given:
+        if given:
             self._handles.append(module.register_forward_pre_hook(keep_given, with_kwargs=True))
         else:
             self._handles.append(module.register_forward_hook(keep_made))
 
     def _keep(self, key: Key, value: Any) -> None:
-        self._seen.setdefault(key, []).append(value)
+        calls = self._seen.setdefault(key, [])
+        place = key, len(calls)
+        with torch._C.DisableTorchFunction():  # noqa: SLF001 - has no public name; a copy is no call of the model's
+            self._versions[place] = [
+                (part, part._version)  # noqa: SLF001 - the only witness of a change in place
+                for part in tree_leaves(value)
+                if isinstance(part, torch.Tensor) and not part.is_inference()
+            ]
+            if self._overwritten.get(place, True):
+                value = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, value)
+        calls.append(value)
+
+    def _settle(self) -> None:
+        """Learn which values were overwritten after they had been kept.
+
+        Raises:
+            UsageError: one was that never had been before, so that its value is lost.
+        """
+        for place, parts in self._versions.items():
+            changed = any(part._version != version for part, version in parts)  # noqa: SLF001 - as above
+            if changed and not self._overwritten.get(place, True):
+                path, function, _ = place[0]
+                where = _quoted(f"{path}/{function}" if function else path)
+                raise UsageError(
+                    f"The value at {where} is overwritten in place in this forward of {type(self.model).__name__}, and "
+                    "was not before.",
+                    mend="Name another place, or compute it without changing tensors in place.",
+                )
+            self._overwritten[place] = self._overwritten.get(place, False) or changed
 
     def __call__(self, inputs: Any) -> dict[str, Any]:
         """The values at the sites for one batch, by the text of the site.
 
         Raises:
             UsageError: a place runs several times and the site does not say which is meant, or it does not run.
+            UnknownNameError: the code of a module calls no such function, or nothing of that name is put out.
         """
         args, options = arguments(inputs)
-        self._seen.clear()
+        self._clear()
         self._inside.clear()
-        functions = _Calls(self._functions, self._inside, self._keep) if self._functions else contextlib.nullcontext()
+        functions: Any = contextlib.nullcontext()
+        if self._functions:
+            functions = _Calls(self._functions, self._inside, self._keep, self._called)
         try:
             with functions:
                 outputs = self.model(*args, **options, **self._options)
+            self._settle()
             return {site.text: self._value(site, outputs) for site in self.sites}
         finally:
-            self._seen.clear()
+            self._clear()
+
+    def _clear(self) -> None:
+        """Let go of all values, and with them of the graphs behind."""
+        self._seen.clear()
+        self._versions.clear()
 
     def _value(self, site: Site, outputs: Any) -> Any:
         if site.layered:
@@ -113,7 +165,9 @@ class Watch:
 
     def _call(self, site: Site) -> Any:
         calls = self._seen.get(site.key, [])
-        what = f"`{site.path}` calls {site.function}" if site.function else f"`{site.path}` runs"
+        what = f"{_quoted(site.path)} {f'calls {site.function}' if site.function else 'runs'}"
+        if not calls and site.function and self._called:
+            self._refuse_function(site)
         if not calls:
             raise UsageError(
                 f"{what} in no forward of {type(self.model).__name__}, so {site.text!r} has no value.",
@@ -130,28 +184,73 @@ class Watch:
             )
         return calls[site.call or 0]
 
+    def _refuse_function(self, site: Site) -> None:
+        """Raise the error for a function that a module does not call itself."""
+        inner = [path for path, names in self._called.items() if site.function in names and path != site.path]
+        if inner:
+            within = ", ".join(f"`{path}`" for path in inner[:MOST_NAMED])
+            raise UsageError(
+                f"{_quoted(site.path)} calls no {site.function} itself; {within} does.",
+                mend=f'Write "{inner[0]}/{site.function}".',
+            )
+        raise UnknownNameError(
+            f"function that {_quoted(site.path)} calls", site.function, self._called.get(site.path, ())
+        )
+
     def close(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._seen.clear()
+        self._clear()
+
+
+def _asked(model: nn.Module, site: Site) -> str:
+    """The keyword by which a model is asked to put out the states or weights of its layers.
+
+    Raises:
+        UsageError: its forward knows none.
+    """
+    name = ASKED[site.layered[2]] if site.layered else ""
+    taken = inspect.signature(model.forward).parameters
+    if name not in taken and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        raise UsageError(
+            f"{type(model).__name__} cannot be asked for {name}, so {site.text!r} has no value.",
+            "Models of transformers take that keyword.",
+            "Name the module that computes it instead.",
+        )
+    return name
+
+
+def _quoted(path: str) -> str:
+    return f"`{path}`" if path else "the model"
 
 
 class _Calls(TorchFunctionMode):
-    """Keeps what some functions are given and give, in the forward of some modules."""
+    """Keeps what some functions are given and give in the code of some modules, and which others those call."""
 
-    def __init__(self, wanted: set[tuple[str, str]], inside: list[str], keep: Callable[[Key, Any], None]) -> None:
-        self.wanted, self.inside, self.keep = wanted, inside, keep
+    def __init__(
+        self,
+        wanted: set[tuple[str, str]],
+        inside: list[str],
+        keep: Callable[[Key, Any], None],
+        called: dict[str, set[str]],
+    ) -> None:
+        self.wanted, self.inside, self.keep, self.called = wanted, inside, keep, called
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        where = (self.inside[-1] if self.inside else "", getattr(func, "__name__", "").strip("_"))
-        options = kwargs or {}
-        if where not in self.wanted:
+        name, options = getattr(func, "__name__", "").strip("_"), kwargs or {}
+        if not self.inside:
             return func(*args, **options)
-        self.keep((*where, True), args[0] if args else next(iter(options.values())))
+        path = self.inside[-1]
+        if (path, name) not in self.wanted:
+            out = func(*args, **options)
+            if isinstance(out, torch.Tensor) and name != "get":  # under which attributes pass for functions
+                self.called.setdefault(path, set()).add(name)
+            return out
+        self.keep((path, name, True), args[0] if args else next(iter(options.values())))
         out = func(*args, **options)
-        self.keep((*where, False), out)
+        self.keep((path, name, False), out)
         return out
 
 

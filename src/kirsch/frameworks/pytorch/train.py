@@ -17,7 +17,14 @@ from torch.utils._pytree import tree_map
 
 from kirsch.errors import CheckpointError, DataError, NumericError, UsageError
 from kirsch.frameworks.data import ArrayData, Batch
-from kirsch.frameworks.pytorch.optimizer import Average, accelerator_for, check_schedule, learning_rate, optimizer_of
+from kirsch.frameworks.pytorch.optimizer import (
+    Average,
+    accelerator_for,
+    check_schedule,
+    learning_rate,
+    optimizer_of,
+    own_precision,
+)
 from kirsch.frameworks.pytorch.predict import arguments, inference, on
 from kirsch.frameworks.pytorch.pupil import Pupil
 from kirsch.frameworks.training import Trained, TrainingState, doubts
@@ -48,13 +55,13 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
         DataError: an epoch has no batches, none of the targets of a step counts, or the schedule needs to know how many
             batches there are and the data cannot say.
         CheckpointError: the state to go on from is of another model.
-        UsageError: no parameter of the model is to be trained.
+        UsageError: no parameter of the model is to be trained, or this machine lacks the precision.
         Stopped: `hooks.stop` asked for it; `hooks.save` has been called.
     """
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
     pupil = copy.deepcopy(model if isinstance(model, Pupil) else Pupil(model))
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), own_precision():
             run = _Run(pupil, batches, loss, training, hooks)
             run.go()
     finally:

@@ -1,0 +1,307 @@
+"""Sites hold what is computed there: in networks that write in place, in transformers, and in what they call."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kirsch.distillation.distill import distill
+from kirsch.distillation.objective import Objective, Term
+from kirsch.errors import UnknownNameError, UsageError
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.pytorch.sites import Watch, dry_run
+from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.training import Training, TrainingHooks
+
+K = 3
+
+
+class Block(nn.Module):
+    """A basic block as torchvision writes it: the sum and the ReLU overwrite what the norm gave."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, width, 3, padding=1)
+        self.layer1 = nn.Sequential(Block(width), Block(width))
+        self.fc = nn.Linear(width, K)
+
+    def forward(self, x):
+        return self.fc(self.layer1(self.conv1(x)).mean((2, 3)))
+
+
+def images(n=12):
+    return np.random.default_rng(0).standard_normal((n, 1, 6, 6)).astype(np.float32)
+
+
+def parts(block, x):
+    """What the norm, the sum and the block give, without writing in place."""
+    normed = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
+    return normed, normed + x, torch.relu(normed + x)
+
+
+def test_what_is_overwritten_later_is_kept_as_it_was():
+    """At the first run, which does not know yet, and at those after, which copy no more than they must."""
+    net, x = ResNet(4).eval(), torch.from_numpy(images())
+    block = net.layer1[0]
+    normed, added, out = parts(block, net.conv1(x))
+    wanted = {
+        "layer1.0.bn2": normed,
+        "layer1.0/add": added,
+        "layer1.0.relu#1": out,
+        "layer1.0": out,
+    }
+    watch = Watch(net, list(wanted))
+    for _ in range(3):
+        for site, value in watch(x).items():
+            torch.testing.assert_close(value, wanted[site], msg=site)
+    copied = {key[0][0] or "root" for key, overwritten in watch._overwritten.items() if overwritten}
+    assert copied == {"layer1.0.bn2", "layer1.0"}  # the functions of the block; what it puts out is not written to
+    watch.close()
+
+
+def test_gradients_reach_what_was_overwritten():
+    net, x = ResNet(4).double(), torch.from_numpy(images()).double()
+    watch = Watch(net, ["layer1.0.bn2"])
+    for _ in range(2):
+        found = torch.autograd.grad(watch(x)["layer1.0.bn2"].square().sum(), net.layer1[0].bn2.weight)
+    wanted = torch.autograd.grad(parts(net.layer1[0], net.conv1(x))[0].square().sum(), net.layer1[0].bn2.weight)
+    torch.testing.assert_close(found, wanted)
+    watch.close()
+
+
+def test_a_forward_that_begins_to_overwrite_is_refused():
+    class Moody(nn.Module):
+        write = False
+
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x):
+            out = self.fc(x)
+            return out.relu_() if self.write else out.relu()
+
+    net = Moody()
+    watch = Watch(net, ["fc"])
+    watch(torch.ones(1, 2))
+    net.write = True
+    with pytest.raises(UsageError, match=r"The value at `fc` is overwritten in place in this forward of Moody"):
+        watch(torch.ones(1, 2))
+    watch.close()
+
+
+def test_what_a_module_calls_is_its_own_code_alone():
+    """In training a norm adds 1 to a counter, which is no addition of the block around it."""
+    net, x = ResNet(4), torch.from_numpy(images())
+    watch = Watch(net, ["layer1.0/add", "layer1.1/add", "/mean"])
+    for mode in (net.eval(), net.train()):
+        for site, value in watch(x).items():
+            assert value.shape == ((12, 4) if site == "/mean" else (12, 4, 6, 6)), mode
+    watch.close()
+    with pytest.raises(
+        UsageError, match=r'`layer1.0` calls no relu itself; `layer1.0.relu` does\. Write "layer1.0.relu/r'
+    ):
+        dry_run(net, ["layer1.0/relu"], x)
+    with pytest.raises(
+        UnknownNameError, match=r"no function that `layer1.0` calls 'ad'\. Known: add\. Did you mean 'add'"
+    ):
+        dry_run(net, ["layer1.0/ad"], x)
+
+
+def test_functions_of_a_residual_network_teach():
+    terms = (
+        Term("fitnet", 1.0, student="layer1.0/add", name="sum"),
+        Term("at", 1.0, student="layer1.*.bn2", name="normed"),
+    )
+    found = learned(ResNet(4), ResNet(6), ArrayData(images(), np.arange(12) % K), terms)
+    assert set(found.history[0]["parts"]) == {"label", "sum", "normed"}
+
+
+# ------------------------------------------------------------------------------------------------ transformers
+
+
+def learned(student, teacher, data, terms, **training):
+    return distill(
+        student,
+        teacher,
+        data,
+        objective=Objective(terms),
+        training=Training(epochs=1, learning_rate=1e-3, **training),
+        check_teacher=False,
+        hooks=TrainingHooks(event=lambda event: None),
+    )
+
+
+@pytest.fixture(scope="module")
+def vit():
+    """Builds a vision transformer of timm."""
+    import_beside("torchvision")
+    pytest.importorskip("timm", exc_type=ImportError)
+    timm = import_beside("timm")
+
+    def made(width, *, fused=True):
+        torch.manual_seed(width)
+        net = timm.models.VisionTransformer(
+            img_size=6, patch_size=3, in_chans=1, num_classes=K, embed_dim=width, depth=2, num_heads=2, mlp_ratio=2
+        )
+        for block in net.blocks:
+            block.attn.fused_attn = fused
+        return net
+
+    return made
+
+
+def attention(block, x):
+    """Queries (N, heads, L, D / heads) and scores before the softmax, worked out."""
+    n, length, width = x.shape
+    states = block.attn.qkv(block.norm1(x)).reshape(n, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+    return states[0], states[0] @ states[1].transpose(-1, -2) * (width // 2) ** -0.5
+
+
+def test_functions_of_a_vision_transformer_give_what_they_compute(vit):
+    net, x = vit(8, fused=False).eval(), torch.from_numpy(images(2))
+    sites = ["blocks.0:in", "blocks.0.attn/softmax:in", "blocks.0.attn/softmax", "blocks.0/add#0", "blocks.0/add#1"]
+    found = dry_run(net, [*sites, "blocks.0", "blocks.0.attn", "blocks.0.mlp"], x)
+    _, scores = attention(net.blocks[0], found["blocks.0:in"])
+    torch.testing.assert_close(found["blocks.0.attn/softmax:in"], scores)
+    torch.testing.assert_close(found["blocks.0.attn/softmax"], scores.softmax(-1))
+    torch.testing.assert_close(found["blocks.0/add#0"], found["blocks.0:in"] + found["blocks.0.attn"])
+    torch.testing.assert_close(found["blocks.0/add#1"], found["blocks.0"])
+
+
+def test_fused_attention_shows_its_queries_and_result_and_no_softmax(vit):
+    net, x = vit(8).eval(), torch.from_numpy(images(2))
+    place = "blocks.0.attn/scaled_dot_product_attention"
+    found = dry_run(net, ["blocks.0:in", f"{place}:in", place], x)
+    queries, scores = attention(net.blocks[0], found["blocks.0:in"])
+    torch.testing.assert_close(found[f"{place}:in"], queries)
+    assert found[place].shape == queries.shape
+    with pytest.raises(UnknownNameError, match=r"no function that `blocks.0.attn` calls 'softmax'\. Known: .*sc"):
+        dry_run(net, ["blocks.0.attn/softmax"], x)
+    assert scores.shape[-1] == 5
+
+
+def test_functions_of_a_vision_transformer_teach(vit):
+    terms = (
+        Term("attention-mse", 1.0, student="blocks.*.attn/softmax:in", name="attention"),
+        Term("hidden-mse", 1.0, student="blocks.*/add#1", name="hidden"),
+    )
+    data = ArrayData(images(), np.arange(12) % K)
+    found = learned(vit(4, fused=False), vit(8, fused=False), data, terms)
+    assert set(found.history[0]["parts"]) == {"label", "attention", "hidden"}
+    fused = (Term("hidden-mse", 1.0, student="blocks.*.attn/scaled_dot_product_attention:in", adapter="linear"),)
+    assert np.isfinite(learned(vit(4), vit(8), data, fused).history[0]["loss"])
+
+
+@pytest.fixture(scope="module")
+def bert():
+    """Builds an encoder of transformers with a head for two classes."""
+    pytest.importorskip("transformers", exc_type=ImportError)
+    import_beside("torchvision")
+    transformers = import_beside("transformers")
+
+    def made(width, attention="eager", layers=2):
+        torch.manual_seed(width)
+        config = transformers.BertConfig(
+            vocab_size=30, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=16,
+            max_position_embeddings=16, num_labels=2, attn_implementation=attention,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        return transformers.BertForSequenceClassification(config)
+
+    return made
+
+
+def texts(n=8, length=7):
+    random = np.random.default_rng(0)
+    mask = (np.arange(length) < random.integers(2, length + 1, n)[:, None]).astype(np.int64)
+    return {"input_ids": random.integers(1, 30, (n, length)), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("given", ["eager", "sdpa"])
+def test_functions_of_an_encoder_give_what_they_compute(bert, given):
+    net, inputs = bert(8, given).eval(), {name: torch.from_numpy(part) for name, part in texts().items()}
+    place = "bert.encoder.layer.0.attention.self"
+    query = f"{place}.query"
+    if given == "eager":
+        found = dry_run(net, [f"{place}/softmax", "attention[0]"], inputs)
+        torch.testing.assert_close(found[f"{place}/softmax"], found["attention[0]"])
+        return
+    function = f"{place}/scaled_dot_product_attention"
+    found = dry_run(net, [query, f"{function}:in", function, place], inputs)
+    queries = found[query].unflatten(-1, (4, 2)).transpose(1, 2)
+    torch.testing.assert_close(found[f"{function}:in"], queries)
+    torch.testing.assert_close(found[function].transpose(1, 2).flatten(2), found[place])
+    with pytest.raises(UsageError, match=r'puts out no attentions.*attn_implementation="eager"'):
+        dry_run(net, ["attention[0]"], inputs)
+
+
+def test_an_encoder_with_fused_attention_is_taught_by_one_without(bert):
+    """Relations of queries need no scores of attention, and the weights are those of the same formula."""
+    last = [f"**.attention.self.{name}[-1]" for name in ("query", "key", "value")]
+    terms = (Term("minilm", 1.0, student=last, options={"heads": 4}),)
+    data = ArrayData(texts(), np.arange(8) % 2)
+    fused, plain = (learned(bert(8, given), bert(16, "eager"), data, terms) for given in ("sdpa", "eager"))
+    assert fused.history[0]["parts"] == pytest.approx(plain.history[0]["parts"], rel=1e-5)
+
+
+def test_the_scores_of_an_encoder_are_those_of_its_layers(bert):
+    net, inputs = bert(8).eval(), {name: torch.from_numpy(part) for name, part in texts().items()}
+    place = "bert.encoder.layer.1.attention.self"
+    found = dry_run(net, [f"{place}/softmax:in", f"{place}.query", f"{place}.key"], inputs)
+    queries, keys = (found[f"{place}.{name}"].unflatten(-1, (4, 2)).transpose(1, 2) for name in ("query", "key"))
+    scores = queries @ keys.transpose(-1, -2) / 2**0.5
+    real = inputs["attention_mask"].bool()[:, None, None].expand_as(scores)
+    torch.testing.assert_close(found[f"{place}/softmax:in"][real], scores[real])
+
+
+# ------------------------------------------------------------------------------------------------ 16 bits
+
+
+def test_features_and_adapters_in_16_bits_end_finite_and_near_to_32():
+    """bf16 has 8 bits of mantissa: 2^-8 a number, some of which add up over a few steps."""
+    terms = (
+        Term("kd", 0.9, 4.0),
+        Term("fitnet", 1.0, student="layer1.0", adapter="fitnet"),
+        Term("at", 10.0, student="layer1.1/add"),
+        Term("rkd", 1.0, student="penultimate"),
+        Term("sp", 1.0, student="layer1.1"),
+    )
+    data = ArrayData(images(24), np.arange(24) % K, batch_size=12)
+    torch.manual_seed(0)
+    nets = ResNet(4), ResNet(6)
+    full, half = (learned(*nets, data, terms, precision=precision) for precision in ("fp32", "bf16"))
+    assert all(torch.isfinite(value).all() for value in half.model.state_dict().values())
+    assert all(value.dtype == torch.float32 for value in half.model.parameters())
+    assert half.history[0]["parts"] == pytest.approx(full.history[0]["parts"], rel=0.03)
+    assert half.history[0]["parts"] != full.history[0]["parts"]
+
+
+def test_tokens_and_adapters_in_16_bits_end_finite_and_near_to_32(bert):
+    terms = (
+        Term("kd", 0.5, 2.0),
+        Term("hidden-mse", 1.0, student="hidden[*]", name="hidden"),
+        Term("attention-kl", 1.0, student="**.attention.self/softmax:in", name="attention"),
+    )
+    data = ArrayData(texts(), np.arange(8) % 2)
+    full, half = (learned(bert(8), bert(16), data, terms, precision=precision) for precision in ("fp32", "bf16"))
+    assert all(torch.isfinite(value).all() for value in half.model.state_dict().values())
+    assert half.history[0]["parts"] == pytest.approx(full.history[0]["parts"], rel=0.03, abs=1e-3)

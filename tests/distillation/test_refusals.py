@@ -1,0 +1,274 @@
+"""What is given to `distill` wrongly is refused by a sentence, and what is given rightly is never changed."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kirsch.distillation.binding import bind
+from kirsch.distillation.checks import first_batch
+from kirsch.distillation.distill import distill, fit
+from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.schedule import Ramp
+from kirsch.distillation.store import Dense, build
+from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, UsageError
+from kirsch.frameworks.augment import Flip
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.training import Training, TrainingHooks
+
+K, TOKENS = 3, 7
+QUIET = {"check_teacher": False, "hooks": TrainingHooks(event=lambda event: None)}
+
+
+class Net(nn.Module):
+    """A convolution, a norm, a ReLU in place, and a head."""
+
+    def __init__(self, width=4, classes=K):
+        super().__init__()
+        self.conv = nn.Conv2d(1, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        return self.head(self.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def data(n=24, **options):
+    labels = np.arange(n) % K
+    images = np.random.default_rng(0).standard_normal((n, 1, 6, 6)) + labels[:, None, None, None]
+    return ArrayData(images.astype(np.float32), labels, batch_size=12, **options)
+
+
+def taught(term, student=None, teacher=None):
+    training = Training(epochs=1, learning_rate=0.01)
+    return distill(
+        student or Net(), teacher or Net(6), data(), objective=Objective((term,)), training=training, **QUIET
+    )
+
+
+# ------------------------------------------------------------------------------------------------ places
+
+
+@pytest.mark.parametrize(
+    ("site", "error", "sentence"),
+    [
+        ("nrom", UnknownNameError, r"no site in Net 'nrom'\. .* Did you mean 'norm'\?"),
+        ("nor?m*", UnknownNameError, r"no site in Net 'nor\?m\*'"),
+        ("**.nrom*", UnknownNameError, r"no site in Net '\*\*\.nrom\*'\. Known: conv, head, norm, relu"),
+        ("output.logit", UnknownNameError, r"no output 'logit'\. Known: 0"),
+        ("/maen", UnknownNameError, r"no function that the model calls 'maen'.* Did you mean 'mean'\?"),
+        ("/mean#1", UsageError, r"the model calls mean 1 times in one forward; there is no call #1"),
+        (
+            "hidden[0]",
+            UsageError,
+            r"Net cannot be asked for output_hidden_states, so .hidden.0.. has no value.* Name the module",
+        ),
+        ("auto[7]", UsageError, r"There are 1 stages that student and teacher share; \[7\] is none"),
+    ],
+)
+def test_a_place_that_is_not_there_is_answered_with_what_is(site, error, sentence):
+    with pytest.raises(error, match=sentence):
+        taught(Term("fitnet", 1.0, student=site))
+
+
+def test_a_place_that_the_teacher_lacks_is_refused_by_the_name_of_the_teacher():
+    class Large(Net):
+        pass
+
+    with pytest.raises(UnknownNameError, match=r"no site in Large 'nrom'\. .* Did you mean 'norm'\?"):
+        taught(Term("fitnet", 1.0, student="norm", teacher="nrom"), teacher=Large(6))
+
+
+def test_scores_of_pixels_are_no_scores_of_samples():
+    nets = [nn.Sequential(nn.Conv2d(1, K, 1)) for _ in range(2)]
+    sentence = r"'kd' cannot compare .*scores of pixels.*Take 'pixel-kd' or 'cwd-pixels'"
+    with pytest.raises(ShapeError, match=sentence):
+        distill(*nets, ArrayData(data().inputs, None), objective=Objective.kd(), **QUIET)
+
+
+def test_classes_of_pixels_that_differ_are_refused_and_not_adapted():
+    nets = [nn.Sequential(nn.Conv2d(1, classes, 1)) for classes in (3, 4)]
+    with pytest.raises(ShapeError, match=r"'cwd' cannot compare .*\(8, 3, 6, 6\), the teacher's \(8, 4, 6, 6\)"):
+        distill(*nets, ArrayData(data().inputs, None), objective=Objective.preset("cwd"), **QUIET)
+
+
+def test_tokens_of_other_lengths_are_refused_with_both_lengths():
+    """A patch of 2 and one of 3: 9 and 4 tokens."""
+
+    class Patches(nn.Module):
+        def __init__(self, patch):
+            super().__init__()
+            self.embed, self.head = nn.Conv2d(1, 5, patch, stride=patch), nn.Linear(5, K)
+            self.norm = nn.LayerNorm(5)
+
+        def forward(self, x):
+            return self.head(self.norm(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+    sentence = r"No adapter joins the student's .* The student has 9 tokens, the teacher 4\. Choose other layers"
+    with pytest.raises(ShapeError, match=sentence):
+        taught(Term("hidden-mse", 1.0, student="norm"), Patches(2), Patches(3))
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, Ramp(4.0, 0.0, epochs=10), Ramp(-1.0, 4.0, epochs=10)])
+def test_a_temperature_that_is_ever_not_above_zero_is_refused(temperature):
+    with pytest.raises(UsageError, match=r"the temperature of 'kd' is \S+; a number above 0 is needed"):
+        Objective((Term("kd", 1.0, temperature),))
+
+
+def test_labels_that_are_all_masked_are_refused_where_nothing_else_teaches():
+    masked = ArrayData(data().inputs, np.full(24, -100), batch_size=12)
+    sentence = r"All targets are masked: each of the 24 samples looked at has the label -100\. There is no teacher"
+    with pytest.raises(DataError, match=sentence):
+        fit(Net(), masked)
+    found = distill(Net(), Net(6), masked, training=Training(epochs=1), **QUIET)
+    assert set(found.history[0]["parts"]) == {"kd"}
+
+
+def test_a_batch_without_labels_is_charged_nothing_by_what_needs_them():
+    """Of 24 samples in one batch 6 have a label, and in four batches all of them are in the first: the same mean."""
+    labels = np.full(24, -100)
+    objective = Objective((Term("dkd", 1.0, 4.0),), label_weight=0.0)
+    net, teacher = Net().double(), Net(6).double()
+    net.norm = nn.Identity()
+    whole = ArrayData(data().inputs.astype(np.float64), labels, batch_size=24)
+    labels[next(ArrayData(whole.inputs, None, batch_size=6).epoch(0, 0)).ids] = 1
+    found = [
+        distill(
+            net,
+            teacher,
+            ArrayData(whole.inputs, labels, batch_size=size),
+            objective=objective,
+            training=Training(epochs=1, accumulate=24 // size, schedule="constant"),
+            **QUIET,
+        )
+        for size in (24, 6)
+    ]
+    assert found[0].history[0]["parts"]["dkd"] == pytest.approx(found[1].history[0]["parts"]["dkd"], rel=1e-12)
+    for first, second in zip(*(one.model.parameters() for one in found), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ teachers
+
+
+def test_a_student_among_its_teachers_is_refused():
+    net = Net()
+    with pytest.raises(UsageError, match=r"Student and teacher are the same object\. Give the student as a copy"):
+        distill(net, [Net(6), net], data())
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_with_both():
+    tokens = np.random.default_rng(0).integers(0, TOKENS, (4, 5))
+    student, teacher = (nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, k)) for k in (TOKENS, 9))
+    with pytest.raises(ShapeError, match=r"vocabulary of 7, the teacher one of 9\. Soft targets need the same tokens"):
+        distill(student, teacher, ArrayData(tokens, tokens), objective=Objective.preset("causal"))
+
+
+def dropping(seed=0):
+    """A vision transformer of timm with dropout, and with whole blocks dropped in training."""
+    pytest.importorskip("timm", exc_type=ImportError)
+    timm = import_beside("timm")
+    torch.manual_seed(seed)
+    return timm.models.VisionTransformer(
+        img_size=6, patch_size=3, in_chans=1, num_classes=K, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2,
+        drop_path_rate=0.9, proj_drop_rate=0.5, pos_drop_rate=0.5, attn_drop_rate=0.5,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def of_timm():
+    import_beside("torchvision")
+    return dropping
+
+
+def test_the_copy_of_a_teacher_is_frozen_and_drops_nothing(of_timm):
+    """The teacher is in training mode, wants gradients and has some; with a drop of 0.9 two runs would never agree."""
+    teacher = of_timm().train()
+    teacher(torch.randn(2, 1, 6, 6)).sum().backward()
+    before = state(teacher)
+    bound = bind(framework_of(teacher), Net(), teacher, Objective.kd(), first_batch(framework_of(teacher), data()))
+    (watch,) = bound.guide._watches
+    assert watch.model is not teacher
+    assert not any(module.training for module in watch.model.modules())
+    assert not any(parameter.requires_grad for parameter in watch.model.parameters())
+    inputs = torch.from_numpy(data().inputs)
+    first, second = (watch(inputs)["logits"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first, copy.deepcopy(teacher).eval()(inputs))
+    assert not first.requires_grad
+    bound.close()
+    assert state(teacher) == before
+
+
+def test_a_teacher_that_could_be_trained_is_left_with_its_modes_weights_and_gradients(of_timm):
+    teacher = of_timm().train()
+    teacher.blocks[1].eval()
+    teacher.head.bias.requires_grad_(requires_grad=False)
+    teacher(torch.randn(2, 1, 6, 6)).sum().backward()
+    before = state(teacher)
+    terms = (Term("kd", 1.0, 2.0), Term("cc", 1.0, student="penultimate"))
+    student = of_timm(1)
+    own = state(student)
+    training = Training(epochs=2, learning_rate=0.01, weight_decay=0.1)
+    found = distill(student, teacher, data(), objective=Objective(terms), training=training, **QUIET)
+    assert state(teacher) == before
+    assert state(student) == own
+    assert not torch.equal(found.model.head.weight, student.head.weight)
+
+
+def test_a_student_made_of_its_teachers_modules_does_not_train_them():
+    teacher = Net(6)
+    student = copy.copy(teacher)
+    student._modules = {**teacher._modules, "head": nn.Linear(6, K)}
+    before = state(teacher)
+    found = distill(student, teacher, data(), training=Training(epochs=1), **QUIET)
+    assert state(teacher) == before
+    assert not torch.equal(found.model.conv.weight, teacher.conv.weight)
+
+
+def state(model):
+    """Modes, hooks, weights, buffers and gradients, as what can be compared."""
+    tensors = {name: value.clone().tolist() for name, value in model.state_dict().items()}
+    gradients = {
+        n: (p.requires_grad, p.grad if p.grad is None else p.grad.tolist()) for n, p in model.named_parameters()
+    }
+    modules = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    return tensors, gradients, modules
+
+
+# ------------------------------------------------------------------------------------------------ stores and samples
+
+
+def test_a_store_of_another_transform_is_refused_by_distill(tmp_path):
+    store = build(tmp_path / "store", Net(6), data(augment=Flip()), keep=Dense(), views=2)
+    with pytest.raises(StoreError, match=r"is stale\. It was built with another value of the transform \("):
+        distill(Net(), store, data(), objective=Objective.kd())
+
+
+def test_a_store_of_other_ids_is_refused_by_distill(tmp_path):
+    store = build(tmp_path / "store", Net(6), data(), keep=Dense())
+    with pytest.raises(StoreError, match=r"another value of the data \(inputs and ids\)"):
+        distill(Net(), store, data(ids=np.arange(24) + 1), objective=Objective.kd())
+
+
+def test_a_store_of_another_teacher_is_named_by_its_weights(tmp_path):
+    store = build(tmp_path / "store", Net(6), data(), keep=Dense())
+    with pytest.raises(StoreError, match=r"another value of the teacher's weights \(teacher_sha256"):
+        store.require(teacher=Net(6))
+
+
+def test_sample_ids_that_are_not_unique_are_refused():
+    ids = np.arange(24)
+    ids[3] = 9
+    with pytest.raises(DataError, match=r"sample ids are not unique\. 9 stands for more than one sample\. Give each"):
+        data(ids=ids)
