@@ -62,6 +62,12 @@ def test_every_preset_for_images_trains(name):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in found.model.modules())
 
 
+def test_every_preset_is_trained_somewhere():
+    """Those that are not for images: in `test_dense`, `test_encoders` and `test_models_of_tokens`."""
+    others = ("cwd", "distilbert", "tinybert", "minilm", "causal", "seqkd")
+    assert set(PRESETS) == {*IMAGES, *others}
+
+
 def test_every_preset_is_told_in_json_and_back():
     for name in PRESETS:
         objective = Objective.preset(name)

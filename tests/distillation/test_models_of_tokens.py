@@ -1,0 +1,289 @@
+"""Language models of transformers are taught: the next token, encoder and decoder, and nothing by padding."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kirsch.distillation.binding import bind
+from kirsch.distillation.distill import distill
+from kirsch.distillation.objective import Objective, Term
+from kirsch.frameworks.data import ArrayData, Batch
+from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.training import Training, TrainingHooks
+
+WORDS, PAD = 20, 0
+QUIET = TrainingHooks(event=lambda event: None)
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    """The package; models are built from small configurations."""
+    pytest.importorskip("transformers", exc_type=ImportError)
+    import_beside("torchvision")
+    return import_beside("transformers")
+
+
+def gpt2(transformers, width):
+    config = transformers.GPT2Config(
+        vocab_size=WORDS, n_positions=16, n_embd=width, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2,
+        attn_implementation="eager", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama(transformers, width):
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS, hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def bert(transformers, width):
+    config = transformers.BertConfig(
+        vocab_size=WORDS, hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=16, num_labels=2, attn_implementation="eager",
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def t5(transformers, width):
+    config = transformers.T5Config(
+        vocab_size=WORDS, d_model=width, d_kv=4, d_ff=16, num_layers=2, num_heads=2, dropout_rate=0.0,
+        decoder_start_token_id=PAD, pad_token_id=PAD, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def marian(transformers, width):
+    config = transformers.MarianConfig(
+        vocab_size=WORDS, d_model=width, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=16, dropout=0.0,
+        pad_token_id=PAD, decoder_start_token_id=PAD, eos_token_id=2, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.MarianMTModel(config)
+
+
+def pair(build, transformers):
+    """A student 8 wide and a teacher 12 wide, in inference mode and 64 bits."""
+    made = []
+    for width in (8, 12):
+        torch.manual_seed(width)
+        made.append(build(transformers, width).eval().double())
+    return made
+
+
+def mask_of(lengths, longest, *, left=False):
+    mask = np.arange(longest) < np.array(lengths)[:, None]
+    return (mask[:, ::-1] if left else mask).astype(np.int64).copy()
+
+
+def words(shape, seed=0):
+    return np.random.default_rng(seed).integers(3, WORDS, shape)
+
+
+def causal_batch(*, left=False):
+    mask = mask_of([7, 4, 2, 5], 7, left=left)
+    tokens = words((4, 7))
+    return {"input_ids": tokens, "attention_mask": mask}, np.where(mask == 1, tokens, -100)
+
+
+def translation():
+    """Sources and targets of several lengths; the decoder is given the target one position later."""
+    source, target = mask_of([6, 3, 4, 1], 6), mask_of([2, 5, 5, 3], 5)
+    labels = np.where(target == 1, words((4, 5), 1), -100)
+    given = np.concatenate([np.full((4, 1), PAD), np.where(labels == -100, PAD, labels)[:, :-1]], axis=1)
+    return {"input_ids": words((4, 6)), "attention_mask": source, "decoder_input_ids": given}, labels
+
+
+def charge(models, objective, inputs, labels=None):
+    """The parts of what a batch is charged, and the gradient of all for the student."""
+    student, teacher = models
+    tensors = {name: torch.from_numpy(part) for name, part in inputs.items()}
+    batch = Batch(tensors, None if labels is None else torch.from_numpy(labels))
+    bound = bind(framework_of(student), student, teacher, objective, batch)
+    try:
+        charged = bound.lesson(bound.pupil, batch, 0.0)
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        found = torch.autograd.grad(charged.total, trained, allow_unused=True)
+    finally:
+        bound.pupil.close()
+        bound.close()
+    parts = {name: float(part.detach()) for name, part in charged.parts.items()}
+    return parts, torch.cat([part.flatten() for part in found if part is not None])
+
+
+def changed(inputs, **masks):
+    """Other words where a mask is 0."""
+    return {
+        name: np.where(masks[name] == 1, part, words(part.shape, 9)) if name in masks else part
+        for name, part in inputs.items()
+    }
+
+
+def assert_padding_is_nothing(models, objective, inputs, other, labels):
+    plain, slope = charge(models, objective, inputs, labels)
+    padded, slope_padded = charge(models, objective, other, labels)
+    assert any((inputs[name] != other[name]).any() for name in inputs)
+    assert all(math.isfinite(part) for part in plain.values())
+    assert padded == pytest.approx(plain, rel=1e-6)  # some of the softmaxes of transformers have 32 bits
+    torch.testing.assert_close(slope_padded, slope, rtol=1e-5, atol=1e-7)
+    assert slope.abs().max() > 0
+
+
+# ------------------------------------------------------------------------------------------------ the next token
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_a_language_model_is_charged_for_the_next_token(transformers, build):
+    """Against the loss that transformers compute themselves, and the divergence spelt out."""
+    models = pair(build, transformers)
+    inputs, labels = causal_batch()
+    found, _ = charge(models, Objective.preset("causal"), inputs, labels)
+    tensors = {name: torch.from_numpy(part) for name, part in inputs.items()}
+    with torch.no_grad():
+        student, teacher = (model(**tensors, labels=torch.from_numpy(labels)) for model in models)
+    counts = torch.from_numpy(labels)[:, 1:] != -100
+    log_s, log_t = (out.logits[:, :-1][counts].log_softmax(-1) for out in (student, teacher))
+    wanted = F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
+    assert found["label"] == pytest.approx(0.5 * float(student.loss))
+    assert found["kd"] == pytest.approx(0.5 * float(wanted))
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_padding_of_a_language_model_is_nothing(transformers, build, labelled, left):
+    inputs, labels = causal_batch(left=left)
+    objective = Objective((Term("kd", 1.0, 2.0), Term("hidden-mse", 1.0, student="hidden[-1]")), causal=True)
+    other = changed(inputs, input_ids=inputs["attention_mask"])
+    assert_padding_is_nothing(pair(build, transformers), objective, inputs, other, labels if labelled else None)
+
+
+def test_a_language_model_learns_from_another(transformers):
+    student, teacher = pair(gpt2, transformers)
+    inputs, labels = causal_batch()
+    data = ArrayData(inputs, labels, batch_size=2)
+    training = Training(epochs=10, learning_rate=0.01, optimizer="adamw", weight_decay=0.0)
+    objective = Objective.preset("causal", label_weight=0.0)
+    found = distill(student, teacher, data, objective=objective, training=training, hooks=QUIET, check_teacher=False)
+    assert found.history[-1]["loss"] < 0.9 * found.history[0]["loss"]
+
+
+def test_the_accuracy_of_a_language_model_is_that_of_the_next_token(transformers):
+    student, teacher = pair(gpt2, transformers)
+    inputs, labels = causal_batch()
+    told = []
+    found = distill(
+        student,
+        teacher,
+        ArrayData(inputs, labels, batch_size=4),
+        objective=Objective.preset("causal"),
+        training=Training(epochs=1, learning_rate=1e-9),
+        validation=(inputs, labels),
+        hooks=TrainingHooks(event=told.append),
+    )
+    with torch.no_grad():
+        scores = [model(**{n: torch.from_numpy(p) for n, p in inputs.items()}).logits for model in (student, teacher)]
+    counts = labels[:, 1:] != -100
+    right = [(s.argmax(-1).numpy()[:, :-1] == labels[:, 1:])[counts].mean() for s in scores]
+    assert found.history[0]["accuracy"] == pytest.approx(right[0])
+    assert told[0] == {"event": "teacher", "accuracy": pytest.approx(right[1]), "classes": WORDS}
+
+
+# ------------------------------------------------------------------------------------------------ encoders
+
+
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+def test_padding_of_an_encoder_is_nothing(transformers, labelled):
+    terms = (
+        Term("kd", 1.0, 2.0),
+        Term("hidden-mse", 1.0, student="hidden[*]", name="hidden"),
+        Term("attention-mse", 1.0, student="**.attention.self/softmax:in", name="scores"),
+        Term("attention-kl", 1.0, student="attention[-1]", options={"given": "weights"}, name="weights"),
+        Term("minilm", 1.0, student=[f"**.self.{n}[-1]" for n in ("query", "key", "value")], options={"heads": 2}),
+    )
+    mask = mask_of([7, 4, 2, 5], 7)
+    inputs = {"input_ids": words((4, 7)), "attention_mask": mask}
+    other = changed(inputs, input_ids=mask)
+    labels = np.arange(4) % 2 if labelled else None
+    assert_padding_is_nothing(pair(bert, transformers), Objective(terms), inputs, other, labels)
+
+
+# ------------------------------------------------------------------------------------------------ encoder and decoder
+
+
+BOTH = [t5, marian]
+
+
+@pytest.mark.parametrize("build", BOTH)
+def test_words_of_a_translation_are_charged_where_there_is_a_label(transformers, build):
+    models = pair(build, transformers)
+    inputs, labels = translation()
+    found, _ = charge(models, Objective((Term("kd", 1.0, 2.0),)), inputs, labels)
+    tensors = {name: torch.from_numpy(part) for name, part in inputs.items()}
+    with torch.no_grad():
+        student, teacher = (model(**tensors, labels=torch.from_numpy(labels)) for model in models)
+    counts = torch.from_numpy(labels) != -100
+    log_s, log_t = ((out.logits[counts] / 2).log_softmax(-1) for out in (student, teacher))
+    wanted = 4 * F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
+    assert found["label"] == pytest.approx(float(student.loss))
+    assert found["kd"] == pytest.approx(float(wanted))
+
+
+def test_another_label_may_stand_for_none(transformers):
+    models = pair(t5, transformers)
+    inputs, labels = translation()
+    objective = Objective((Term("kd", 1.0, 2.0),))
+    found, slope = charge(models, objective, inputs, labels)
+    marked, slope_marked = charge(
+        models, Objective((Term("kd", 1.0, 2.0),), ignore=PAD), inputs, np.where(labels == -100, PAD, labels)
+    )
+    assert marked == pytest.approx(found)
+    torch.testing.assert_close(slope_marked, slope)
+
+
+@pytest.mark.parametrize("build", BOTH)
+def test_padding_of_source_and_target_is_nothing(transformers, build):
+    """Hidden states of the encoder are masked by its mask, those of the decoder by the labels."""
+    decoder = "decoder.block.1" if build is t5 else "model.decoder.layers.1"
+    terms = (
+        Term("kd", 1.0, 2.0),
+        Term("hidden-mse", 1.0, student="encoder.hidden[*]", name="encoder"),
+        Term("hidden-mse", 1.0, student="decoder.hidden[*]", name="decoder"),
+        Term("hidden-mse", 1.0, student="hidden[-1]", name="last"),
+        Term("hidden-mse", 1.0, student=decoder, name="layer"),
+        Term("attention-kl", 1.0, student="decoder.attention[-1]", options={"given": "weights"}, name="attention"),
+        Term("attention-kl", 1.0, student="encoder.attention[-1]", options={"given": "weights"}, name="attending"),
+    )
+    inputs, labels = translation()
+    other = changed(inputs, input_ids=inputs["attention_mask"], decoder_input_ids=(labels != -100).astype(int))
+    assert_padding_is_nothing(pair(build, transformers), Objective(terms), inputs, other, labels)
+
+
+def test_a_mask_of_the_decoder_is_taken_where_the_batch_has_one(transformers):
+    inputs, labels = translation()
+    inputs["decoder_attention_mask"] = (labels != -100).astype(np.int64)
+    objective = Objective((Term("kd", 1.0, 2.0), Term("hidden-mse", 1.0, student="decoder.hidden[-1]")))
+    other = changed(inputs, decoder_input_ids=inputs["decoder_attention_mask"])
+    assert_padding_is_nothing(pair(t5, transformers), objective, inputs, other, None)
+
+
+@pytest.mark.parametrize("name", ["seqkd", "kd"])
+@pytest.mark.parametrize("build", BOTH)
+def test_a_translator_learns(transformers, build, name):
+    student, teacher = pair(build, transformers)
+    inputs, labels = translation()
+    training = Training(epochs=3, learning_rate=0.03, optimizer="adamw", weight_decay=0.0)
+    data = ArrayData(inputs, labels, batch_size=2)
+    objective = Objective.preset(name)
+    found = distill(student, teacher, data, objective=objective, training=training, hooks=QUIET, check_teacher=False)
+    assert set(found.history[0]["parts"]) == ({"label"} if name == "seqkd" else {"label", "kd"})
+    assert found.history[-1]["loss"] < found.history[0]["loss"]
