@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kirsch.deploy.measure import Measurement, measure
     from kirsch.distillation.distill import distill
     from kirsch.distillation.objective import Objective, Term
+    from kirsch.frameworks.generated import GeneratedData
     from kirsch.frameworks.port import trace
     from kirsch.frameworks.training import Training
     from kirsch.graph.graph import Graph
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Artifact",
     "DataSet",
+    "GeneratedData",
     "Goal",
     "Graph",
     "Measurement",
@@ -50,6 +52,7 @@ __all__ = [
 _HOMES = {
     "Artifact": "kirsch.deploy.export",
     "DataSet": "kirsch.recipes.tasks.data",
+    "GeneratedData": "kirsch.frameworks.generated",
     "Goal": "kirsch.graph.plan",
     "Graph": "kirsch.graph.graph",
     "Measurement": "kirsch.deploy.measure",

@@ -27,6 +27,12 @@ FEW = 8
 MOST_JUDGED = 1024
 """Samples on which a teacher is judged."""
 
+UNJUDGED = (
+    "The teacher is not held against chance, since no sample has a label: whether it knows anything of these inputs is "
+    "not known. Give validation=(inputs, labels), or check_teacher=False to leave it at that."
+)
+"""Of a teacher whose accuracy cannot be told."""
+
 
 def first_batch(framework: Framework, data: Any) -> Batch:
     """The first batch of the data, as it is without augmentation where the data lies in memory.

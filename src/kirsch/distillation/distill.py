@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.binding import bind
-from kirsch.distillation.checks import check_labels, correct, few, first_batch, judged
+from kirsch.distillation.checks import UNJUDGED, check_labels, correct, few, first_batch, judged
 from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.losses.loss import loss_of
 from kirsch.distillation.objective import Objective
@@ -41,9 +41,9 @@ def distill(
         student: the model that learns; a copy is trained.
         teacher: the model it learns from: used in inference mode, without gradient, on the same augmented samples. Or a
             list of several, which the objective combines; or a `TeacherStore` of what one put out.
-        data: `ArrayData`, a DataLoader, or anything that gives inputs, (inputs, targets), (inputs, targets, ids) or
-            dicts each time it is gone through. Without targets, and for those equal to `objective.ignore`, nothing is
-            charged for labels.
+        data: `ArrayData`, `GeneratedData`, a DataLoader, or anything that gives inputs, (inputs, targets), (inputs,
+            targets, ids) or dicts each time it is gone through. Without targets, and for those equal to
+            `objective.ignore`, nothing is charged for labels.
         objective: `Objective.kd()` if left out.
         training: `Training()` if left out.
         validation: `ArrayData`, (inputs, labels) as arrays, or a callable model → metrics by name.
@@ -74,7 +74,10 @@ def distill(
     tell = hooks.event or (lambda _event: None)
     if check_teacher and objective.label_loss == "cross-entropy":
         for model in teachers:
-            tell({"event": "teacher", **judged(framework, model, data, validation, objective)})
+            known = judged(framework, model, data, validation, objective)
+            tell({"event": "teacher", **known})
+            if not known:
+                tell({"event": "doubt", "text": UNJUDGED})
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         tell({"event": "attached", "pairs": bound.rows})
     for term in objective.terms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,8 +63,34 @@ class Batch:
         return len(part)
 
 
+class SeededData(ABC):
+    """Data each of whose epochs follows from a seed, so that a run can go on in the middle of one in the same bits.
+
+    Started by `torchrun`, each process goes through all batches and takes its part of each.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+
+    @abstractmethod
+    def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch of a run with this seed, from batch `start` on."""
+
+
+def count_of(samples: int, batch_size: int) -> int:
+    """Batches of so many samples; a last one of one sample joins the one before, since normalisation needs two."""
+    full, rest = divmod(samples, batch_size)
+    return max(1, full + (rest > 1 or (rest == 1 and full == 0)))
+
+
+def borders_of(samples: int, batch_size: int) -> list[int]:
+    """Where each batch begins, and where the last one ends."""
+    return [*range(0, count_of(samples, batch_size) * batch_size, batch_size), samples]
+
+
 @dataclass(frozen=True, eq=False)
-class ArrayData:
+class ArrayData(SeededData):
     """Samples in memory, whose order and augmentation follow from a seed alone.
 
     The order of an epoch is drawn from (seed, epoch), the augmentation of a sample from (seed, view, id), so that a run
@@ -129,8 +156,7 @@ class ArrayData:
 
     def __len__(self) -> int:
         """Batches of one epoch."""
-        full, rest = divmod(self.samples, self.batch_size)
-        return max(1, full + (rest > 1 or (rest == 1 and full == 0)))
+        return count_of(self.samples, self.batch_size)
 
     @cached_property
     def sample_ids(self) -> NDArray[Any]:
@@ -155,7 +181,7 @@ class ArrayData:
     def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `start` on."""
         order = np.random.default_rng([seed, epoch]).permutation(self.samples)
-        borders = [*range(0, len(self) * self.batch_size, self.batch_size), len(order)]
+        borders = borders_of(self.samples, self.batch_size)
         view = epoch if self.views is None else epoch % self.views
         for number in range(start, len(self)):
             yield self.look(order[borders[number] : borders[number + 1]], seed, view)

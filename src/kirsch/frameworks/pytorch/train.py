@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from kirsch.errors import CheckpointError, DataError, NumericError, UsageError
-from kirsch.frameworks.data import ArrayData, Batch
+from kirsch.frameworks.data import Batch, SeededData
 from kirsch.frameworks.pytorch.optimizer import (
     Average,
     accelerator_for,
@@ -45,7 +45,8 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
 
     Args:
         model: left as it is; a `Pupil` where more than the model is trained.
-        batches: `ArrayData`, a DataLoader, or anything that gives what `Batch.of` takes each time it is gone through.
+        batches: `SeededData` such as `ArrayData`, a DataLoader, or anything that gives what `Batch.of` takes each time
+            it is gone through.
         loss: what a step minimises.
         training: how.
         hooks: what the caller wants to see and decide.
@@ -116,11 +117,11 @@ class _Run:
 
         Whatever draws while it fetches – the order of a DataLoader, augmentation in its dataset – finds PyTorch's
         generators set from (seed, epoch, batch), so that nothing depends on where a run was cut. Batches that are done
-        are fetched once more and passed over, since a loader draws while it fetches; `ArrayData` needs no such thing.
+        are fetched once more and passed over, since a loader draws while it fetches; `SeededData` needs no such thing.
         """
-        start = self.batch if isinstance(self.batches, ArrayData) else 0
+        start = self.batch if isinstance(self.batches, SeededData) else 0
         self._set_random(start)
-        if isinstance(self.batches, ArrayData):
+        if isinstance(self.batches, SeededData):
             batches: Iterator[Any] = self.batches.epoch(self.training.seed, self.epoch, start)
         else:
             if hasattr(self.batches, "set_epoch"):  # of Accelerate's own loader
@@ -139,7 +140,7 @@ class _Run:
         """What this process takes of a batch, on its device."""
         device = self.accelerator.device
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        own = slice(rank, None, processes) if isinstance(self.batches, ArrayData) and processes > 1 else slice(None)
+        own = slice(rank, None, processes) if isinstance(self.batches, SeededData) and processes > 1 else slice(None)
 
         def part(value: Any) -> Any:
             return on(device, value[own]) if hasattr(value, "shape") else value

@@ -1,0 +1,168 @@
+"""A student learns from inputs that are made for it, and a run that is cut sees the same ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.distillation.distill import distill
+from kirsch.distillation.objective import Objective
+from kirsch.errors import DataError, Interrupted, UsageError
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.generated import GeneratedData
+from kirsch.frameworks.training import Training, TrainingHooks
+
+D, K = 6, 3
+SOFT = Objective.kd(2.0, 1.0)
+
+
+def normal(count, generator):
+    return generator.standard_normal((count, D))
+
+
+def linear(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(D, K)).double()
+
+
+class Painter(nn.Module):
+    """A generator as of a GAN: noise to inputs, and other numbers in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(7)
+        self.layer, self.norm, self.drop = nn.Linear(2, D), nn.BatchNorm1d(D), nn.Dropout(0.5)
+
+    def forward(self, noise):
+        return self.drop(self.norm(self.layer(noise)))
+
+
+def bits(batches):
+    return [np.asarray(batch.inputs).tobytes() for batch in batches]
+
+
+def test_a_batch_follows_from_seed_epoch_and_its_number():
+    data = GeneratedData(normal, samples=9, batch_size=4)
+    found = list(data.epoch(3, 1))
+    assert [len(batch) for batch in found] == [4, 5]  # a last batch of one would have no variance to normalise by
+    assert len(data) == 2
+    wanted = np.random.default_rng([3, 1, 1]).standard_normal((5, D))
+    np.testing.assert_array_equal(found[1].inputs, wanted)
+    assert found[1].targets is None
+    assert bits(data.epoch(3, 1, 1)) == bits(found[1:])
+    assert len({*bits(data.epoch(3, 0)), *bits(data.epoch(3, 1)), *bits(data.epoch(4, 1))}) == 6
+
+
+def test_epochs_repeat_by_views_and_a_seed_of_its_own_comes_before_that_of_the_run():
+    data = GeneratedData(normal, 8, 4, views=2, seed=5)
+    assert bits(data.epoch(0, 0)) == bits(data.epoch(1, 2)) == bits(GeneratedData(normal, 8, 4).epoch(5, 0))
+    assert bits(data.epoch(0, 1)) != bits(data.epoch(0, 0))
+
+
+def test_a_student_learns_its_teacher_without_any_data():
+    """On normal inputs a linear student has one minimum, the teacher up to a shift of all classes."""
+    teacher = linear(1)
+    training = Training(epochs=20, learning_rate=1.0, weight_decay=0.0)
+    found = distill(linear(2), teacher, GeneratedData(normal, 128, 32), objective=SOFT, training=training).model
+    inputs = np.random.default_rng(0).standard_normal((50, D))
+    learned, wanted = (model(torch.from_numpy(inputs)).softmax(-1) for model in (found, teacher))
+    torch.testing.assert_close(learned, wanted, atol=0.02, rtol=0)  # gradient descent ends where it is stopped
+
+
+def test_a_model_makes_the_inputs_in_inference_mode_and_stays_as_it_is():
+    painter = Painter().train()
+    before = {name: value.clone() for name, value in painter.state_dict().items()}
+    data = GeneratedData(painter, 8, 4, noise=(2,))
+    (first, _) = data.epoch(0, 0)
+    noise = np.random.default_rng([0, 0, 0]).standard_normal((4, 2), dtype=np.float32)
+    with torch.no_grad():
+        wanted = painter.layer(torch.from_numpy(noise)) / (1 + 1e-5) ** 0.5
+    np.testing.assert_allclose(first.inputs, wanted.numpy(), rtol=1e-5)
+    torch.manual_seed(3)
+    found = distill(nn.Linear(D, K), nn.Linear(D, K), data, objective=SOFT, training=Training(epochs=2))
+    assert len(found.history) == 2
+    assert painter.training
+    assert all(torch.equal(before[name], value) for name, value in painter.state_dict().items())
+    assert all(parameter.grad is None for parameter in painter.parameters())
+
+
+def test_no_gradient_reaches_into_what_made_the_inputs():
+    layer = nn.Linear(2, D).double()
+
+    def painted(count, generator):
+        return layer(torch.from_numpy(generator.standard_normal((count, 2))))
+
+    distill(linear(1), linear(2), GeneratedData(painted, 8, 4), objective=SOFT, training=Training(epochs=1))
+    assert layer.weight.grad is None
+
+
+def test_keyword_inputs_are_made_too():
+    data = GeneratedData(lambda count, generator: {"input": generator.standard_normal((count, D))}, 8, 4)
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(D, K).double(), nn.Linear(D, K).double()
+    assert len(distill(student, teacher, data, objective=SOFT, training=Training(epochs=1)).history) == 1
+
+
+@pytest.mark.parametrize("stop_at", [2, 4, 7])
+def test_a_run_that_is_cut_ends_in_the_same_bits(stop_at):
+    data, training, asked, states = GeneratedData(normal, 24, 8), Training(epochs=3, learning_rate=0.1), [], []
+
+    def run(**hooks):
+        quiet = TrainingHooks(event=lambda event: None, **hooks)
+        return distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=quiet)
+
+    def stop():
+        asked.append(1)
+        return Interrupted("enough") if len(asked) == stop_at else None
+
+    whole = run()
+    with pytest.raises(Interrupted):
+        run(stop=stop, save=states.append)
+    rest = run(resume=states[-1])
+    assert torch.equal(whole.model[0].weight, rest.model[0].weight)
+    assert [record["loss"] for record in rest.history] == [record["loss"] for record in whole.history]
+
+
+def test_a_teacher_that_no_label_judges_is_doubted_aloud():
+    told = []
+    hooks = TrainingHooks(event=told.append)
+    data, training = GeneratedData(normal, 8), Training(epochs=1)
+    distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks)
+    (doubt,) = (event["text"] for event in told if event["event"] == "doubt")
+    assert "not held against chance" in doubt
+    told.clear()
+    inputs = np.random.default_rng(0).standard_normal((4, D))
+    judged = ArrayData(inputs, np.arange(4) % K)
+    distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks, validation=judged)
+    distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks, check_teacher=False)
+    assert [event for event in told if event["event"] == "doubt"] == []
+
+
+@pytest.mark.parametrize(
+    ("generate", "options", "sentence"),
+    [
+        (lambda count: np.ones((count, D)), {}, r"cannot be called with a count and a generator: .*generate\(count"),
+        (lambda count, _generator: torch.randn(count, D), {}, "does not follow from its generator"),
+        (nn.Linear(2, D), {}, r"Linear is given without the shape of its noise\. Say noise=\(64,\)"),
+        (normal, {"noise": (2,)}, r"is no model, and is given noise=\(2,\)"),
+        (normal, {"samples": 0}, "samples is 0; at least 1 is needed"),
+        (normal, {"batch_size": 0}, "batch_size is 0; at least 1 is needed"),
+        (normal, {"views": 0}, "views is 0; at least 1, or None"),
+        (normal, {"seed": -1}, "seed is -1; a whole number of at least 0"),
+    ],
+)
+def test_what_cannot_be_made_again_is_refused(generate, options, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        GeneratedData(generate, **{"samples": 8, **options})
+
+
+def test_a_callable_that_gives_other_numbers_of_samples_is_refused():
+    with pytest.raises(DataError, match="gives 3 samples; 2 were asked for"):
+        GeneratedData(lambda count, generator: generator.standard_normal((count + 1, D)), 8)
+
+
+def test_it_is_public():
+    assert kirsch.GeneratedData is GeneratedData
