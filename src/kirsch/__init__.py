@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from kirsch.deploy.export import Artifact, export
     from kirsch.deploy.measure import Measurement, measure
     from kirsch.distillation.distill import distill
+    from kirsch.distillation.mutual import distill_mutually
     from kirsch.distillation.objective import Objective, Term
     from kirsch.frameworks.generated import GeneratedData
     from kirsch.frameworks.port import trace
@@ -38,6 +39,7 @@ __all__ = [
     "Training",
     "compress",
     "distill",
+    "distill_mutually",
     "export",
     "load",
     "measure",
@@ -63,6 +65,7 @@ _HOMES = {
     "Training": "kirsch.frameworks.training",
     "compress": "kirsch.recipes.compress",
     "distill": "kirsch.distillation.distill",
+    "distill_mutually": "kirsch.distillation.mutual",
     "export": "kirsch.deploy.export",
     "load": "kirsch.pruning.store",
     "measure": "kirsch.deploy.measure",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.distillation.arrays import classes_last, each
+from kirsch.distillation.losses.loss import loss_of
 from kirsch.errors import DataError, NumericError
 from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.port import host
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from kirsch.distillation.objective import Objective
     from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.training import Training
 
 ENOUGH = 32
 """Samples from which on a teacher's accuracy is held against chance."""
@@ -109,6 +111,16 @@ def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> No
             f"The model puts out {classes} classes, so labels go from 0 to {classes - 1}.",
             f"Repair the labels, or give the model a larger head; {objective.ignore} stands for no label.",
         )
+
+
+def split_relations(objective: Objective, training: Training) -> list[str]:
+    """A doubt about each term that relates the samples of a batch, where a step has several batches."""
+    return [
+        f"The term {term.called!r} relates the samples of a batch to each other. Of the {training.accumulate} "
+        "batches of a step it sees one at a time, so that it is not what one large batch would give."
+        for term in objective.terms
+        if training.accumulate > 1 and loss_of(term.loss).relational
+    ]
 
 
 def judged(framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective) -> dict[str, Any]:

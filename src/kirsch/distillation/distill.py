@@ -6,9 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.binding import bind
-from kirsch.distillation.checks import UNJUDGED, check_labels, correct, few, first_batch, judged
+from kirsch.distillation.checks import UNJUDGED, check_labels, correct, few, first_batch, judged, split_relations
 from kirsch.distillation.lesson import Lesson
-from kirsch.distillation.losses.loss import loss_of
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import one_or_more, replayed
@@ -80,15 +79,10 @@ def distill(
                 tell({"event": "doubt", "text": UNJUDGED})
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         tell({"event": "attached", "pairs": bound.rows})
-    for term in objective.terms:
-        if training.accumulate > 1 and loss_of(term.loss).relational:
-            text = (
-                f"The term {term.called!r} relates the samples of a batch to each other. Of the {training.accumulate} "
-                "batches of a step it sees one at a time, so that it is not what one large batch would give."
-            )
-            tell({"event": "doubt", "text": text})
+    for text in split_relations(objective, training):
+        tell({"event": "doubt", "text": text})
     try:
-        hooks = _with_validation(hooks, framework, validation, objective)
+        hooks = with_validation(hooks, framework, validation, objective)
         return framework.train(bound.pupil, data, bound.lesson, training, hooks)
     finally:
         bound.close()
@@ -112,11 +106,11 @@ def fit(
     targets = data.targets if isinstance(data, ArrayData) else first.targets
     check_labels(targets, framework.predict(model, few(first).inputs).shape[1:], objective)
     lesson = Lesson(framework, objective, regularizers=regularizers)
-    hooks = _with_validation(hooks or TrainingHooks(), framework, validation, objective)
+    hooks = with_validation(hooks or TrainingHooks(), framework, validation, objective)
     return framework.train(framework.pupil(model, ("logits",), {}, {}), data, lesson, training or Training(), hooks)
 
 
-def _with_validation(
+def with_validation(
     hooks: TrainingHooks, framework: Framework, validation: Any, objective: Objective
 ) -> TrainingHooks:
     """The hooks, with a validation that may be given as arrays."""

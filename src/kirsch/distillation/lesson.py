@@ -72,9 +72,9 @@ class Lesson:
                 parts[self._names[number]] = self._charged(number, seen, held, batch, epoch)
                 for pair in self._pairs[number]:
                     if pair.name in seen.extra:
-                        _add(aside, f"{self._names[number]}.adapter", seen.extra[pair.name])
+                        add(aside, f"{self._names[number]}.adapter", seen.extra[pair.name])
         for regularizer in self._regularizers:
-            _add(parts, type(regularizer).__name__, regularizer(self._framework.student_of(model)))
+            add(parts, type(regularizer).__name__, regularizer(self._framework.student_of(model)))
         if not parts:  # a step that several batches or processes share goes on without this one
             return Charge(0.0 * seen.values["logits"].sum(), parts)
         return Charge(sum(parts.values()) + sum(aside.values()), parts, aside)
@@ -250,7 +250,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
     ]
 
 
-def _add(parts: dict[str, Any], name: str, part: Any) -> None:
+def add(parts: dict[str, Any], name: str, part: Any) -> None:
     """Add a part under its name, or "name#2"."""
     number = 1 + sum(known.partition("#")[0] == name for known in parts)
     parts[name if number == 1 else f"{name}#{number}"] = part

@@ -183,6 +183,15 @@ def funmatch() -> Objective:
     return Objective((Term("kd", 1.0, 1.0),), label_weight=0.0)
 
 
+@PRESETS.register("dml")
+def dml() -> Objective:
+    """The labels and what the peers say, each in full, at temperature 1: for `kirsch.distill_mutually`.
+
+    Source: Zhang et al. 2018, arXiv:1706.00384, equations 4 to 9.
+    """
+    return Objective((Term("kd", 1.0, 1.0),))
+
+
 @PRESETS.register("causal")
 def causal() -> Objective:
     """Soft targets of each next token, half and half with the tokens themselves.

@@ -90,6 +90,12 @@ class Framework(Protocol):
     def pupil(self, student: Any, sites: Sequence[str], joints: dict[str, Any], pairs: dict[str, Any]) -> Any:
         """A student with its adapters: (inputs, guide, ids) → values by site, and joined values by adapter."""
 
+    def cohort(self, students: Sequence[Any]) -> Any:
+        """Several students as one model, whose outputs "0", "1", ... are their scores."""
+
+    def members(self, cohort: Any) -> list[Any]:
+        """The students of a cohort, in their order."""
+
     def student_of(self, model: Any) -> Any:
         """The student within a pupil, however it is wrapped; any other model itself."""
 

@@ -12,6 +12,7 @@ import torch
 from kirsch.errors import KirschError, LoadError, UnknownNameError, VerificationError, said
 from kirsch.frameworks.pytorch import (
     adapters,
+    cohort,
     configuration,
     count,
     dropping,
@@ -131,6 +132,14 @@ class PyTorch:
     def pupil(self, student: Any, sites_: Sequence[str], joints: dict[str, Any], pairs: dict[str, Any]) -> Any:
         """See the port."""
         return pupil.Pupil(student, sites_, joints, pairs)
+
+    def cohort(self, students: Sequence[Any]) -> Any:
+        """See the port."""
+        return cohort.Cohort(students)
+
+    def members(self, cohort_: Any) -> list[Any]:
+        """See the port."""
+        return list(cohort_.students)
 
     def student_of(self, model: Any) -> Any:
         """See the port."""
