@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kirsch.deploy.export import Artifact, export
     from kirsch.deploy.measure import Measurement, measure
+    from kirsch.distillation.chain import born_again, distill_chain, ensemble
     from kirsch.distillation.distill import distill
     from kirsch.distillation.mutual import distill_mutually
     from kirsch.distillation.objective import Objective, Term
@@ -37,9 +38,12 @@ __all__ = [
     "Split",
     "Term",
     "Training",
+    "born_again",
     "compress",
     "distill",
+    "distill_chain",
     "distill_mutually",
+    "ensemble",
     "export",
     "load",
     "measure",
@@ -63,9 +67,12 @@ _HOMES = {
     "Split": "kirsch.recipes.tasks.data",
     "Term": "kirsch.distillation.objective",
     "Training": "kirsch.frameworks.training",
+    "born_again": "kirsch.distillation.chain",
     "compress": "kirsch.recipes.compress",
     "distill": "kirsch.distillation.distill",
+    "distill_chain": "kirsch.distillation.chain",
     "distill_mutually": "kirsch.distillation.mutual",
+    "ensemble": "kirsch.distillation.chain",
     "export": "kirsch.deploy.export",
     "load": "kirsch.pruning.store",
     "measure": "kirsch.deploy.measure",

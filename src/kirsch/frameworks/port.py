@@ -90,6 +90,9 @@ class Framework(Protocol):
     def pupil(self, student: Any, sites: Sequence[str], joints: dict[str, Any], pairs: dict[str, Any]) -> Any:
         """A student with its adapters: (inputs, guide, ids) → values by site, and joined values by adapter."""
 
+    def ensemble(self, models: Sequence[Any], combine: Callable[[list[Any]], Any]) -> Any:
+        """Copies of several models as one, in inference mode; `combine` makes its scores of theirs."""
+
     def cohort(self, students: Sequence[Any]) -> Any:
         """Several students as one model, whose outputs "0", "1", ... are their scores."""
 

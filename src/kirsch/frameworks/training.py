@@ -136,12 +136,18 @@ class TrainingState:
     """Everything that a run needs to go on in the same bits.
 
     Args:
-        arrays: numpy arrays by name: parameters, buffers, optimizer state, states of a loader's own generators.
+        arrays: numpy arrays by name: parameters, buffers, optimizer state ("optimizer." ...), states of a loader's own
+            generators.
         values: JSON-able: epoch, batches done in it, sums over them, history, shares of the first batch.
     """
 
     arrays: dict[str, Any]
     values: dict[str, Any]
+
+    def ended(self) -> TrainingState:
+        """The state after the last epoch, from which the result can be had, without what only more steps would need."""
+        kept = {name: array for name, array in self.arrays.items() if not name.startswith("optimizer.")}
+        return TrainingState(kept, self.values)
 
 
 LEAST_SHARE, MOST_SHARE = 0.001, 0.999

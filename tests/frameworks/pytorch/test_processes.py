@@ -37,9 +37,12 @@ data = ArrayData(random.standard_normal((24, 5)), labels, batch_size=8)
 joined = Term("l2-normalized", 0.5, student="1", adapter="linear")
 objective = kirsch.Objective((Term("kd", 0.5, 2.0), joined), label_weight=1.0)
 training = kirsch.Training(epochs=3, learning_rate=0.1, accumulate=int(sys.argv[2]))
-found = kirsch.distill(net(4, 1), net(6, 2), data, objective=objective, training=training, check_teacher=False).model
+found = [kirsch.distill(net(4, 1), net(6, 2), data, objective=objective, training=training, check_teacher=False)]
+found += kirsch.distill_mutually([net(4, 1), net(6, 2), net(5, 3)], data, training=training)
+made = kirsch.GeneratedData(lambda count, generator: generator.standard_normal((count, 5)), 24, 8)
+found.append(kirsch.distill(net(4, 1), net(6, 2), made, training=training))
 if int(os.environ.get("RANK", "0")) == 0:
-    np.savez(sys.argv[1], *[p.detach().numpy() for p in found.parameters()])
+    np.savez(sys.argv[1], *[p.detach().numpy() for trained in found for p in trained.model.parameters()])
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import logging
 import warnings
@@ -56,15 +57,17 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, 
     batch = torch.export.Dim("batch")
     names = [*(f"input{number}" if number else "input" for number in range(len(args))), *options]
     shapes = tuple({0: batch} for _ in pair)
+    parameters = inspect.signature(subject.forward).parameters.values()
+    by_place = bool(options) or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
     try:
         with _quiet():
             program = torch.onnx.export(
-                _ByPlace(subject, tuple(options)) if options else subject,
+                _ByPlace(subject, tuple(options)) if by_place else subject,
                 pair,
                 dynamo=True,
                 input_names=names,
                 output_names=None,
-                dynamic_shapes=(shapes,) if options else shapes,
+                dynamic_shapes=(shapes,) if by_place else shapes,
                 verbose=False,
             )
     except Exception as error:

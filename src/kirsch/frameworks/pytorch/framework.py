@@ -16,6 +16,7 @@ from kirsch.frameworks.pytorch import (
     configuration,
     count,
     dropping,
+    ensemble,
     export,
     fingerprint,
     graph_module,
@@ -132,6 +133,10 @@ class PyTorch:
     def pupil(self, student: Any, sites_: Sequence[str], joints: dict[str, Any], pairs: dict[str, Any]) -> Any:
         """See the port."""
         return pupil.Pupil(student, sites_, joints, pairs)
+
+    def ensemble(self, models: Sequence[Any], combine: Callable[[list[Any]], Any]) -> Any:
+        """See the port."""
+        return ensemble.Ensemble(models, combine).eval()
 
     def cohort(self, students: Sequence[Any]) -> Any:
         """See the port."""

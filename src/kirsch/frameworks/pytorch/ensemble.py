@@ -1,0 +1,33 @@
+"""Several models as one whose scores are made of theirs."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from kirsch.frameworks.pytorch.predict import logits_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+
+class Ensemble(nn.Module):
+    """Models that run on the same inputs.
+
+    Args:
+        models: copies of them are held.
+        combine: list of the scores of each → scores.
+    """
+
+    def __init__(self, models: Iterable[nn.Module], combine: Callable[[list[Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(copy.deepcopy(model) for model in models)
+        self.combine = combine
+
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        """The combined scores."""
+        return self.combine([logits_of(model(*args, **options)) for model in self.models])
