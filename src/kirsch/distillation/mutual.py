@@ -85,7 +85,7 @@ def distill_mutually(
         pairs = attach(framework, objective, student, others, inputs, seed=training.seed)
         peers.append(_Peers())
         lessons.append(Lesson(framework, objective, pairs, peers[-1]))
-    hooks = _of_each(framework, with_validation(hooks or TrainingHooks(), framework, validation))
+    hooks = _of_each(framework, with_validation(hooks or TrainingHooks(), framework, validation, objective))
     for text in split_relations(objective, training):
         (hooks.event or (lambda _event: None))({"event": "doubt", "text": text})
     pupil = framework.pupil(framework.cohort(students), [_site(place) for place in range(len(students))], {}, {})
