@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kirsch.deploy.measure import Measurement, measure
     from kirsch.distillation.chain import born_again, distill_chain, ensemble
     from kirsch.distillation.distill import distill
+    from kirsch.distillation.distiller import Distiller
     from kirsch.distillation.mutual import distill_mutually
     from kirsch.distillation.objective import Objective, Term
     from kirsch.frameworks.generated import GeneratedData
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Artifact",
     "DataSet",
+    "Distiller",
     "GeneratedData",
     "Goal",
     "Graph",
@@ -58,6 +60,7 @@ __all__ = [
 _HOMES = {
     "Artifact": "kirsch.deploy.export",
     "DataSet": "kirsch.recipes.tasks.data",
+    "Distiller": "kirsch.distillation.distiller",
     "GeneratedData": "kirsch.frameworks.generated",
     "Goal": "kirsch.graph.plan",
     "Graph": "kirsch.graph.graph",

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from kirsch.distillation.binding import bind
 from torch.nn import functional as F
 
-from kirsch.distillation.binding import bind
 from kirsch.distillation.distill import distill
 from kirsch.distillation.objective import Objective, Term
 from kirsch.frameworks.data import ArrayData, Batch

@@ -7,9 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from kirsch.distillation.binding import bind
 from torch import nn
 
-from kirsch.distillation.binding import bind
 from kirsch.distillation.checks import first_batch
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.objective import Objective, Term

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.binding import bind
 from kirsch.distillation.checks import UNJUDGED, check_labels, correct, few, first_batch, judged, split_relations
+from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import TeacherStore
@@ -64,12 +64,12 @@ def distill(
     objective, training, hooks = objective or Objective.kd(), training or Training(), hooks or TrainingHooks()
     framework = framework_of(student)
     if isinstance(teacher, TeacherStore):
-        data = replayed(teacher, data, objective)
+        data = replayed(teacher, data)
     first = first_batch(framework, data)
-    targets = data.targets if isinstance(data, ArrayData) else first.targets
     teachers = [] if isinstance(teacher, TeacherStore) else one_or_more(teacher)
-    bound = bind(framework, student, teacher, objective, first, seed=training.seed, regularizers=regularizers)
-    check_labels(targets, framework.predict(student, few(first).inputs).shape[1:], objective)
+    bound = Distiller(student, teacher, objective, first, seed=training.seed, regularizers=regularizers)
+    if isinstance(data, ArrayData):
+        bound.check_labels(data.targets)
     tell = hooks.event or (lambda _event: None)
     if check_teacher and objective.label_loss == "cross-entropy":
         for model in teachers:
@@ -110,9 +110,7 @@ def fit(
     return framework.train(framework.pupil(model, ("logits",), {}, {}), data, lesson, training or Training(), hooks)
 
 
-def with_validation(
-    hooks: TrainingHooks, framework: Framework, validation: Any, objective: Objective
-) -> TrainingHooks:
+def with_validation(hooks: TrainingHooks, framework: Framework, validation: Any, objective: Objective) -> TrainingHooks:
     """The hooks, with a validation that may be given as arrays."""
     if validation is None or hooks.validate is not None:
         return hooks

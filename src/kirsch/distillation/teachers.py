@@ -33,7 +33,7 @@ class Guide(Protocol):
         """For each teacher its values by site, as constants, where the batch lies."""
 
     def close(self) -> None:
-        """Take hooks away."""
+        """Take hooks away, until the next call."""
 
 
 class LiveTeachers:
@@ -47,16 +47,20 @@ class LiveTeachers:
 
     def __init__(self, framework: Framework, models: Sequence[Any], sites: Sequence[Sequence[str]]) -> None:
         self._framework = framework
-        self._watches = [framework.watch(model, places) for model, places in zip(models, sites, strict=True)]
+        self._places = list(zip(models, sites, strict=True))
+        self._watches: list[Any] = []
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
         """See `Guide`."""
+        if not self._watches:
+            self._watches = [self._framework.watch(model, sites) for model, sites in self._places]
         return [self._framework.infer(watch, batch.inputs) for watch in self._watches]
 
     def close(self) -> None:
         """See `Guide`."""
         for watch in self._watches:
             watch.close()
+        self._watches.clear()
 
 
 class StoredTeacher:
@@ -124,13 +128,12 @@ def stored_scores(term: Term, mine: Any, record: Mapping[str, Any], mask: Any, o
     return stored_top_k(mine, *given, tail=tail, temperature=temperature, stored_temperature=temperature, mask=mask)
 
 
-def replayed(store: TeacherStore, data: Any, objective: Objective) -> ArrayData:
+def replayed(store: TeacherStore, data: Any) -> ArrayData:
     """The data with the views and the seed of augmentation of a store.
 
     Raises:
-        UsageError: the data does not lie in memory, so that its augmentation cannot be replayed, or a temperature
-            changes while a store has one.
-        StoreError: the store is of other data, another transform or another temperature.
+        UsageError: the data does not lie in memory, so that its augmentation cannot be replayed.
+        StoreError: the store is of other data or another transform.
     """
     if not isinstance(data, ArrayData):
         raise UsageError(
@@ -140,6 +143,17 @@ def replayed(store: TeacherStore, data: Any, objective: Objective) -> ArrayData:
     manifest = store.manifest
     seen: ArrayData = dataclasses.replace(data, views=manifest.views, seed=manifest.seed)
     store.require(data=seen)
+    return seen
+
+
+def require_temperature(store: TeacherStore, objective: Objective) -> None:
+    """Refuse a store that holds probabilities of another temperature.
+
+    Raises:
+        UsageError: a temperature changes while the store has one.
+        StoreError: it is another one.
+    """
+    manifest = store.manifest
     for term in objective.terms:
         if term.there == "logits" and manifest.keep == "top-k":
             if isinstance(term.temperature, Ramp):
@@ -148,7 +162,6 @@ def replayed(store: TeacherStore, data: Any, objective: Objective) -> ArrayData:
                     mend="Build the store with Dense(), or state one temperature.",
                 )
             store.require(temperature=1.0 if term.temperature is None else term.temperature)
-    return seen
 
 
 def combined(scores: Sequence[Any], way: str, temperature: float) -> Any:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from kirsch.frameworks.data import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Plan
@@ -66,8 +67,8 @@ class Framework(Protocol):
     def outputs(self, model: Any, inputs: Any) -> list[Any]:
         """All outputs in inference mode, as numpy arrays, for a tuple or a dict of numpy inputs."""
 
-    def frozen(self, model: Any) -> Any:
-        """A copy in inference mode that takes no gradient."""
+    def frozen(self, model: Any, like: Any) -> Any:
+        """A copy in inference mode that takes no gradient, where another model lies."""
 
     def expand(self, model: Any, site: str, inputs: Any) -> list[str]:
         """The concrete sites that a text names, such as "layer*"; see `kirsch.frameworks.pytorch.sites`."""
@@ -88,7 +89,10 @@ class Framework(Protocol):
         """An adapter between two values; None where "auto" finds that none is needed."""
 
     def pupil(self, student: Any, sites: Sequence[str], joints: dict[str, Any], pairs: dict[str, Any]) -> Any:
-        """A student with its adapters: (inputs, guide, ids) → values by site, and joined values by adapter."""
+        """A student with its adapters: (inputs, guide, ids) → values by site, and joined values by adapter.
+
+        It has `student`, `joints` with a state by name, `parameters()` of both, `training`, `train(mode)`, `close()`.
+        """
 
     def ensemble(self, models: Sequence[Any], combine: Callable[[list[Any]], Any]) -> Any:
         """Copies of several models as one, in inference mode; `combine` makes its scores of theirs."""
@@ -101,6 +105,16 @@ class Framework(Protocol):
 
     def student_of(self, model: Any) -> Any:
         """The student within a pupil, however it is wrapped; any other model itself."""
+
+    def gradient_norms(self, model: Any, parts: dict[str, Any]) -> dict[str, float]:
+        """How long the gradient of each part is for a model; empty where gradients are switched off.
+
+        Raises:
+            NumericError: a part gives the model no gradient.
+        """
+
+    def placed(self, batch: Batch, model: Any) -> Batch:
+        """A batch as arrays of the framework, where a model lies."""
 
     def array_like(self, array: Any, like: Any) -> Any:
         """A numpy array where another array of the framework lies."""

@@ -154,6 +154,12 @@ LEAST_SHARE, MOST_SHARE = 0.001, 0.999
 """Shares of the gradient below and above which a term is doubted."""
 
 
+def shares_of(norms: Mapping[str, float]) -> dict[str, float]:
+    """What part each of some lengths has of their sum; all 0 where that is 0."""
+    whole = sum(norms.values())
+    return {name: norm / whole if whole else 0.0 for name, norm in norms.items()}
+
+
 def doubts(shares: Mapping[str, float]) -> dict[str, str]:
     """What seems wrong with the shares of the terms in the gradient: a sentence for each term that is doubted.
 

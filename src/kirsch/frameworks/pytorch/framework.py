@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 from kirsch.errors import KirschError, LoadError, UnknownNameError, VerificationError, said
+from kirsch.frameworks.data import Batch
 from kirsch.frameworks.pytorch import (
     adapters,
     cohort,
@@ -128,7 +129,8 @@ class PyTorch:
             [part.shape for part in side] if isinstance(side, list) else side.shape for side in (student, teacher)
         ]
         dtype = (student[0] if isinstance(student, list) else student).dtype
-        return adapters.build(name, *shapes, options={"dtype": dtype, **options})
+        made = adapters.build(name, *shapes, options={"dtype": dtype, **options})
+        return None if made is None else made.to((student[0] if isinstance(student, list) else student).device)
 
     def pupil(self, student: Any, sites_: Sequence[str], joints: dict[str, Any], pairs: dict[str, Any]) -> Any:
         """See the port."""
@@ -149,6 +151,15 @@ class PyTorch:
     def student_of(self, model: Any) -> Any:
         """See the port."""
         return pupil.student_of(model)
+
+    def gradient_norms(self, model: Any, parts: dict[str, Any]) -> dict[str, float]:
+        """See the port."""
+        return pupil.gradient_norms(model, parts) if torch.is_grad_enabled() else {}
+
+    def placed(self, batch: Batch, model: Any) -> Batch:
+        """See the port."""
+        inputs, targets, ids = (predict.tensors(part, model) for part in (batch.inputs, batch.targets, batch.ids))
+        return Batch(inputs, targets, ids, batch.view)
 
     def array_like(self, array: Any, like: Any) -> Any:
         """See the port."""
@@ -174,9 +185,9 @@ class PyTorch:
         """See the port."""
         return predict.outputs(model, inputs)
 
-    def frozen(self, model: Any) -> Any:
+    def frozen(self, model: Any, like: Any) -> Any:
         """See the port."""
-        return copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
+        return copy.deepcopy(model).eval().requires_grad_(requires_grad=False).to(predict.device_of(like))
 
     def train(self, model: Any, batches: Any, loss: Any, training: Training, hooks: TrainingHooks) -> Trained:
         """See the port."""

@@ -68,9 +68,14 @@ def logits_of(outputs: Any) -> Any:
     return found[name]
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model lies: the device of its first parameter."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def tensors(inputs: Any, model: nn.Module) -> Any:
     """One batch, of numpy or of PyTorch, as tensors where the model lies."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     return tree_map(lambda value: on(device, value), inputs)
 
 
@@ -120,7 +125,7 @@ def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[
 def outputs(model: nn.Module, inputs: Any) -> list[NDArray[Any]]:
     """All tensors that a model puts out in inference mode for one batch: a tuple or a dict of arrays."""
     args, options = arguments(inputs)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with inference(model), torch.no_grad():
         found = model(
             *(torch.from_numpy(value).to(device) for value in args),

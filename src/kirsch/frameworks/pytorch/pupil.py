@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from kirsch.errors import NumericError
 from kirsch.frameworks.pytorch.adapters import Adapter
 from kirsch.frameworks.pytorch.sites import Watch
 from kirsch.frameworks.sites import at_sites
@@ -88,3 +91,28 @@ def student_of(model: nn.Module) -> nn.Module:
             return model
         model = inner
     return model.student
+
+
+def gradient_norms(model: nn.Module, parts: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """How long the gradient of each part of a loss is for a model; the graph stays for the step.
+
+    Raises:
+        NumericError: a part gives the model no gradient.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norms: dict[str, float] = {}
+    for name, part in parts.items():
+        found = (
+            torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
+            if part.requires_grad and parameters
+            else [None] * len(parameters)
+        )
+        norm = math.sqrt(sum(float((g.detach().float() ** 2).sum()) for g in found if g is not None))
+        if all(g is None for g in found) or (norm == 0.0 and abs(float(part.detach())) > 1e-9):  # noqa: PLR2004 - zero up to rounding
+            raise NumericError(
+                f"The loss term {name!r} gives the model no gradient.",
+                f"Its value on the first batch is {float(part.detach()):.3g}.",
+                "It must be computed from the outputs of the model that is trained.",
+            )
+        norms[name] = norm
+    return norms

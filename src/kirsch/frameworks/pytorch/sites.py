@@ -55,6 +55,7 @@ class Watch:
         self._overwritten: dict[tuple[Key, int], bool] = {}
         self._called: dict[str, set[str]] = {}
         self._inside: list[str] = []
+        self._running = False
         places = dict.fromkeys(s.key for s in self.sites if not s.layered and not s.of_outputs)
         self._functions = {key[:2] for key in places if key[1]}
         self._handles: list[Any] = []
@@ -91,6 +92,8 @@ class Watch:
             self._handles.append(module.register_forward_hook(keep_made))
 
     def _keep(self, key: Key, value: Any) -> None:
+        if not self._running:  # a model that others call too, or whose forward is computed again, would fill the memory
+            return
         calls = self._seen.setdefault(key, [])
         place = key, len(calls)
         with torch._C.DisableTorchFunction():  # noqa: SLF001 - has no public name; a copy is no call of the model's
@@ -135,11 +138,13 @@ class Watch:
         if self._functions:
             functions = _Calls(self._functions, self._inside, self._keep, self._called)
         try:
+            self._running = True
             with functions:
                 outputs = self.model(*args, **options, **self._options)
             self._settle()
             return {site.text: self._value(site, outputs) for site in self.sites}
         finally:
+            self._running = False
             self._clear()
 
     def _clear(self) -> None:

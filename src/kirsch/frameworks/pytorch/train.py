@@ -25,9 +25,9 @@ from kirsch.frameworks.pytorch.optimizer import (
     optimizer_of,
     own_precision,
 )
-from kirsch.frameworks.pytorch.predict import arguments, inference, on
-from kirsch.frameworks.pytorch.pupil import Pupil
-from kirsch.frameworks.training import Trained, TrainingState, doubts
+from kirsch.frameworks.pytorch.predict import arguments, device_of, inference, on
+from kirsch.frameworks.pytorch.pupil import Pupil, gradient_norms
+from kirsch.frameworks.training import Trained, TrainingState, doubts, shares_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,7 +59,7 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
         UsageError: no parameter of the model is to be trained, or this machine lacks the precision.
         Stopped: `hooks.stop` asked for it; `hooks.save` has been called.
     """
-    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+    home = device_of(model)
     pupil = copy.deepcopy(model if isinstance(model, Pupil) else Pupil(model))
     try:
         with torch.random.fork_rng(), own_precision():
@@ -213,24 +213,8 @@ class _Run:
 
     def _look_at(self, charge: Charge) -> None:
         """Each term must reach the student; its share of the loss and of the gradient is shown, epoch by epoch."""
-        parameters = [p for p in self.pupil.student.parameters() if p.requires_grad]
-        norms: dict[str, float] = {}
-        for name, part in charge.parts.items():
-            found = (
-                torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
-                if part.requires_grad
-                else [None] * len(parameters)
-            )
-            norm = math.sqrt(sum(float((g.detach().float() ** 2).sum()) for g in found if g is not None))
-            if all(g is None for g in found) or (norm == 0.0 and abs(float(part.detach())) > 1e-9):  # noqa: PLR2004 - zero up to rounding
-                raise NumericError(
-                    f"The loss term {name!r} gives the model no gradient.",
-                    f"Its value on the first batch is {float(part.detach()):.3g}.",
-                    "It must be computed from the outputs of the model that is trained.",
-                )
-            norms[name] = norm
-        whole = sum(norms.values())
-        self.shares = {name: norm / whole if whole else 0.0 for name, norm in norms.items()}
+        norms = gradient_norms(self.pupil.student, charge.parts)
+        self.shares = shares_of(norms)
         self.loss.balance(norms)
         if not self.epoch:
             value = float(charge.total.detach())

@@ -1,0 +1,230 @@
+"""An objective bound to its models: hooks on them, adapters beside the student, and what each batch is charged."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from kirsch.distillation.attach import Pair, attach, table, wanted_of
+from kirsch.distillation.checks import check_labels, few
+from kirsch.distillation.lesson import Lesson
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.store import TeacherStore
+from kirsch.distillation.teachers import LiveTeachers, StoredTeacher, one_or_more, require_temperature
+from kirsch.errors import CheckpointError, UsageError
+from kirsch.frameworks.data import Batch
+from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.sites import texts
+from kirsch.frameworks.training import Charge, doubts, shares_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from kirsch.distillation.lesson import Regularizer
+    from kirsch.distillation.teachers import Guide
+
+
+class Distiller:
+    """What a training loop of one's own calls to distil.
+
+        with kirsch.Distiller(student, teacher, objective, next(iter(loader))) as distiller:
+            optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
+            for epoch in range(epochs):
+                distiller.train()
+                for batch in loader:
+                    optimizer.zero_grad()
+                    distiller(batch, epoch).total.backward()
+                    optimizer.step()
+
+    Args:
+        student: the model that learns; it is trained itself, not a copy, and its hooks are there until `close`.
+        teacher: one, several as a list, or a `TeacherStore`. Copies are used, where the student lies, in inference mode
+            and without gradient; only an objective without terms needs none.
+        objective: what is compared.
+        example_batch: of the kind that will come; some of its samples are run to find the shapes.
+        seed: of what adapters begin with.
+        regularizers: further terms of the student alone, see `kirsch.distill`.
+
+    Attributes:
+        student: the model given.
+        pupil: student and adapters as one module, to be wrapped by DDP and the like; see `__call__`.
+        lesson: what a step charges, as `kirsch.frameworks.training.LossFunction` says.
+        rows: which places are compared with which, and by what adapter; to be printed.
+        shares: of each term in the gradient, as the first batch of the epoch had them.
+
+    Raises:
+        UsageError: student and teacher are one object, or a store is asked for what it does not hold.
+        ShapeError: they put out different numbers of classes, or two places are of shapes that no adapter joins.
+        UnknownNameError: a model has no such site.
+        DataError: the labels of the batch are no class numbers, or out of range.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        objective: Objective,
+        example_batch: Any,
+        *,
+        seed: int = 0,
+        regularizers: Sequence[Regularizer] = (),
+    ) -> None:
+        if not isinstance(objective, Objective):
+            raise UsageError(
+                f"The objective is a {type(objective).__name__}.",
+                mend="Give kirsch.Objective.kd() or another Objective.",
+            )
+        framework = framework_of(student)
+        first = _given(example_batch)
+        some = few(first)
+        self._framework, self._objective = framework, objective
+        self._guide: Guide | None = None
+        pairs: list[Pair] = []
+        if isinstance(teacher, TeacherStore):
+            require_temperature(teacher, objective)
+            self._guide = StoredTeacher(framework, teacher)
+            (recorded,) = self._guide(some)
+            pairs = attach(framework, objective, student, (), some.inputs, seed=seed, recorded=recorded)
+        elif objective.terms:
+            teachers = _copies(student, teacher)
+            pairs = attach(framework, objective, student, teachers, some.inputs, seed=seed)
+            sites = [wanted_of(objective, pairs, place) for place in range(len(teachers))]
+            self._guide = LiveTeachers(framework, teachers, sites)
+        self.student = student
+        self.pupil: Any = framework.pupil(
+            student,
+            list(dict.fromkeys(["logits", *texts([pair.student for pair in pairs])])),
+            {pair.name: pair.joint for pair in pairs if pair.joint is not None},
+            {pair.name: pair.student for pair in pairs},
+        )
+        self.lesson = Lesson(framework, objective, pairs, self._guide, regularizers)
+        self.rows: list[dict[str, Any]] = table(objective, pairs)
+        self.shares: dict[str, float] = {}
+        self._looked: int | None = None
+        self._doubted: set[str] = set()
+        self._scores = tuple(framework.predict(student, some.inputs).shape[1:])
+        self.check_labels(first.targets)
+
+    def __call__(self, batch: Any, epoch: float = 0.0, *, through: Any = None) -> Charge:
+        """What a batch is charged; the student runs in it, and `.total` is to be sent backward.
+
+        At the first batch of each whole epoch that is trained on, each term must reach the student. Its share of the
+        gradient is kept in `shares`, a share that teaches nothing is warned of, and `balance="gradient"` scales by it.
+
+        Args:
+            batch: (inputs, targets), (inputs, targets, ids), a dict that may hold "labels", or a `Batch`; of numpy or
+                of the framework, wherever it lies.
+            epoch: how many are done, for what changes over them.
+            through: `pupil` as something wraps it, `DistributedDataParallel(distiller.pupil)`; itself if left out.
+
+        Raises:
+            NumericError: a term gives the student no gradient.
+        """
+        model = self.pupil if through is None else through
+        charge = self.lesson(model, self._framework.placed(_given(batch), self.student), epoch)
+        if self.pupil.training and charge.parts and int(epoch) != self._looked:
+            norms = self._framework.gradient_norms(self.student, charge.parts)
+            if norms:
+                self._look_at(norms, int(epoch))
+        return charge
+
+    def _look_at(self, norms: dict[str, float], epoch: int) -> None:
+        self._looked, self.shares = epoch, shares_of(norms)
+        self.lesson.balance(norms)
+        for name, sentence in doubts(self.shares).items():
+            if name not in self._doubted:
+                self._doubted.add(name)
+                warnings.warn(sentence, stacklevel=3)
+
+    def items(self, batch: Any) -> int:
+        """Over how many samples or positions the mean of a batch goes.
+
+        Where several batches make one step, each weighs as many: `charge.total * distiller.items(batch) / all_items`.
+        """
+        return self.lesson.items(_given(batch))
+
+    def check_labels(self, targets: Any) -> None:
+        """Refuse targets that the objective cannot charge the student for.
+
+        Raises:
+            DataError: they are of another kind or out of range.
+        """
+        check_labels(targets, self._scores, self._objective)
+
+    def parameters(self) -> Iterator[Any]:
+        """Those of the student, and those of the adapters: what an optimizer is to be given."""
+        found: Iterator[Any] = self.pupil.parameters()
+        return found
+
+    @property
+    def adapters(self) -> Any:
+        """What is trained beside the student, as one module; without parameters where nothing has to be joined."""
+        return self.pupil.joints
+
+    def train(self, mode: bool = True) -> Self:
+        """Student and adapters in training mode; the teachers stay in inference mode."""
+        self.pupil.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Student and adapters in inference mode."""
+        return self.train(mode=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs beside the states of student and optimizer to go on: adapters, balance, and last look."""
+        return {
+            "adapters": dict(self.pupil.joints.state_dict()),
+            "balance": self.lesson.state(),
+            "looked": self._looked,
+            "shares": dict(self.shares),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            CheckpointError: it is of another objective, or of models of other shapes.
+        """
+        own, given = self.pupil.joints.state_dict(), state.get("adapters", {})
+        other = sorted(own.keys() ^ given.keys())
+        other = other or [name for name, value in own.items() if tuple(value.shape) != tuple(given[name].shape)]
+        if other:
+            raise CheckpointError(
+                f"The state holds other adapters than this distiller: {', '.join(other[:3])}.",
+                mend="Build it with the objective, the models and the places that the state was saved with.",
+            )
+        self.pupil.joints.load_state_dict(given)
+        self.lesson.restore(state["balance"])
+        self._looked, self.shares = state["looked"], dict(state["shares"])
+
+    def close(self) -> None:
+        """Take the hooks from student and teachers; the next call puts them back."""
+        self.pupil.close()
+        if self._guide is not None:
+            self._guide.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _given(batch: Any) -> Batch:
+    """What a loop gives, with targets as an array."""
+    found = Batch.of(batch)
+    listed = isinstance(found.targets, list)
+    return dataclasses.replace(found, targets=np.asarray(found.targets)) if listed else found
+
+
+def _copies(student: Any, teacher: Any) -> list[Any]:
+    """The teachers as copies that do not learn."""
+    given = one_or_more(teacher)
+    if any(model is student for model in given):
+        raise UsageError(
+            "Student and teacher are the same object.", mend="Give the student as a copy: copy.deepcopy(teacher)."
+        )
+    return [framework_of(model).frozen(model, student) for model in given]

@@ -1,0 +1,257 @@
+"""A loop of one's own distils as `kirsch.distill` does."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.schedule import Ramp
+from kirsch.distillation.store import Dense, TopK, build
+from kirsch.errors import CheckpointError, DataError, ModelError, NumericError, ShapeError, StoreError, UsageError
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.training import Training
+
+K, SIZE = 3, 6
+LENGTH = 24 // SIZE
+WHOLE = Objective(
+    (
+        Term("kd", Ramp(0.2, 1.0, epochs=1), 2.0),
+        Term("fitnet", 0.5, student="1"),
+        Term("rkd-distance", 0.3, student="penultimate"),
+    ),
+    balance="gradient",
+)
+
+
+def net(width, seed, classes=K):
+    """With dropout and batch statistics, so that a teacher in training mode would be seen."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(width, classes),
+    )
+
+
+def quiet(width, seed):
+    """Without what draws or relates samples, in double precision."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Tanh(), nn.Linear(width, K)).double()
+
+
+def data():
+    random = np.random.default_rng(0)
+    labels = np.arange(24) % K
+    images = random.standard_normal((24, 1, 8, 8)) + labels[:, None, None, None]
+    return ArrayData(images.astype(np.float32), labels, batch_size=SIZE)
+
+
+def distiller(objective=WHOLE, **options):
+    return kirsch.Distiller(net(4, 1), net(6, 2), objective, next(data().epoch(0, 0)), **options)
+
+
+def sgd(found):
+    return torch.optim.SGD(found.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+
+
+def steps(found, optimizer, start, stop):
+    """A plain loop over batches `start` to `stop` of a run, counted over its epochs."""
+    found.train()
+    for step in range(start, stop):
+        epoch, number = divmod(step, LENGTH)
+        batch = next(data().epoch(0, epoch, number))
+        torch.default_generator.manual_seed(step)
+        optimizer.zero_grad()
+        found(batch, epoch + number / LENGTH).total.backward()
+        optimizer.step()
+
+
+def assert_same(one, two):
+    for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def assert_no_hooks(*models):
+    assert not any(m._forward_hooks or m._forward_pre_hooks for model in models for m in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:The term:UserWarning")
+def test_a_plain_loop_ends_where_kirsch_distill_does():
+    """Ramp, adapter, penultimate layer, balance of gradients; no dropout, whose draws a loop seeds as it likes."""
+    models = [net(4, 1), net(6, 2)]
+    for model in models:
+        model[5] = nn.Identity()
+    training = Training(epochs=2, learning_rate=0.01, schedule="constant", weight_decay=0.0)
+    whole = kirsch.distill(*models, data(), objective=WHOLE, training=training, check_teacher=False)
+    student = copy.deepcopy(models[0])
+    with kirsch.Distiller(student, models[1], WHOLE, next(data().epoch(0, 0))) as found:
+        steps(found, sgd(found), 0, 2 * LENGTH)
+    assert_same(whole.model, student)
+    assert found.shares == pytest.approx(whole.history[-1]["gradient_shares"], rel=1e-3)
+    assert_no_hooks(student, models[1])
+
+
+@pytest.mark.filterwarnings("ignore:The term:UserWarning")
+def test_a_loop_that_is_cut_goes_on_in_the_same_bits():
+    whole = distiller()
+    steps(whole, sgd(whole), 0, 7)
+    first = distiller()
+    optimizer = sgd(first)
+    steps(first, optimizer, 0, 5)
+    kept = copy.deepcopy([first.state_dict(), first.student.state_dict(), optimizer.state_dict()])
+    rest = distiller(seed=5)
+    optimizer = sgd(rest)
+    for thing, state in zip((rest, rest.student, optimizer), kept, strict=True):
+        thing.load_state_dict(state)
+    steps(rest, optimizer, 5, 7)
+    for mine, other in zip(whole.parameters(), rest.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_a_state_of_another_objective_is_refused():
+    state = distiller(Objective((Term("fitnet", 1.0, student="1"),))).state_dict()
+    with pytest.raises(CheckpointError, match=r"other adapters than this distiller: joint0\..*Build it with"):
+        distiller(Objective.kd()).load_state_dict(state)
+
+
+def test_hooks_are_gone_after_an_exception_and_back_with_the_next_call():
+    student, teacher = net(4, 1), net(6, 2)
+    with pytest.raises(RuntimeError), kirsch.Distiller(student, teacher, WHOLE, data().inputs[:2]) as found:
+        found((torch.zeros(2, 5, 8, 8), torch.zeros(2, dtype=torch.long)))
+    assert_no_hooks(student, teacher)
+    assert found((data().inputs[:2], data().targets[:2]), 0.5).parts.keys() == {"label", "kd", "fitnet", "rkd-distance"}
+    found.close()
+    assert_no_hooks(student, teacher)
+
+
+def test_the_teacher_stays_in_inference_mode_and_as_it_is():
+    teacher = net(6, 2)
+    before = copy.deepcopy(teacher.state_dict())
+    found = kirsch.Distiller(net(4, 1), teacher, Objective.kd(), next(data().epoch(0, 0)))
+    batch = next(data().epoch(0, 1))
+    found.train().eval()
+    quiet_student = found(batch).parts["kd"].detach()
+    found.student[5] = nn.Identity()
+    assert found.eval()(batch).parts["kd"].detach() == quiet_student  # nothing of the teacher was drawn anew
+    assert found.train().pupil.training
+    assert found.student.training
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, list], ids=["numpy", "torch", "list of labels"])
+def test_batches_may_come_in_any_form(kind):
+    found = distiller(Objective.kd()).eval()
+    inputs, labels = torch.as_tensor(data().inputs[:4]), kind(data().targets[:4])
+    value = found((inputs, labels)).total
+    assert found((inputs, labels, np.arange(4))).total == value
+    assert found({"input": inputs, "labels": labels}).total == value
+    assert found(inputs).parts.keys() == {"kd"}
+
+
+def test_batches_of_one_step_weigh_as_many_items_as_they_have():
+    objective, inputs, labels = Objective.kd(), data().inputs.astype(np.float64), data().targets
+    found = kirsch.Distiller(quiet(4, 1), quiet(6, 2), objective, (inputs, labels))
+    parts = [slice(0, 5), slice(5, 24)]
+    for part in parts:
+        batch = inputs[part], labels[part]
+        (found(batch).total * found.items(batch) / 24).backward()
+    summed = [p.grad.clone() for p in found.parameters()]
+    found.pupil.zero_grad()
+    found((inputs, labels)).total.backward()
+    for mine, other in zip(summed, found.parameters(), strict=True):
+        torch.testing.assert_close(mine, other.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_wrapped_pupil_takes_the_step_that_the_bare_one_takes():
+    """DDP of one process; two are in tests/frameworks/pytorch/test_processes.py."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        found = distiller(Objective((Term("fitnet", 1.0, student="1"),))).eval()
+        batch = next(data().epoch(0, 0))
+        found(batch).total.backward()
+        bare = [p.grad.clone() for p in found.parameters()]
+        found.pupil.zero_grad()
+        found(batch, through=nn.parallel.DistributedDataParallel(found.pupil)).total.backward()
+        for mine, other in zip(bare, found.parameters(), strict=True):
+            torch.testing.assert_close(mine, other.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_student_that_others_run_too_keeps_nothing():
+    found = distiller(Objective((Term("fitnet", 1.0, student="1"),)))
+    batch = next(data().epoch(0, 0))
+    found(batch)
+    found.student(torch.as_tensor(batch.inputs))
+    assert not found.pupil._watch._seen
+
+
+def test_a_term_that_does_not_reach_the_student_is_an_error():
+    found = distiller(Objective.kd())
+    found.student.requires_grad_(requires_grad=False)
+    with pytest.raises(NumericError, match="The loss term 'label' gives the model no gradient"):
+        found(next(data().epoch(0, 0)))
+
+
+def test_what_is_judged_without_gradient_is_only_charged():
+    found = distiller(Objective.kd()).eval()
+    with torch.no_grad():
+        assert found(next(data().epoch(0, 0))).total > 0
+    assert found.shares == {}
+    found.train()(next(data().epoch(0, 0)))
+    assert found.shares.keys() == {"label", "kd"}
+
+
+def test_a_term_that_hardly_teaches_is_doubted_once():
+    found = distiller(Objective((Term("kd", 1e-7, 2.0),)))
+    with pytest.warns(UserWarning, match="of the gradient") as heard:
+        found(next(data().epoch(0, 0)), 0)
+    assert [str(warning.message).split(" is ")[0] for warning in heard] == ["The term 'label'", "The term 'kd'"]
+    found(next(data().epoch(0, 0)), 1)
+
+
+@pytest.mark.parametrize("keep", [TopK(3), Dense()], ids=["top-k", "dense"])
+def test_a_store_may_teach(tmp_path, keep):
+    torch.manual_seed(2)
+    teacher, objective = net(6, 2), Objective((Term("kd", 0.9, 2.0),), label_weight=0.1)
+    store = build(tmp_path / "store", teacher, data(), keep=keep, temperature=2.0 if isinstance(keep, TopK) else 1.0)
+    batch = next(data().epoch(0, 0))
+    live, stored = (
+        kirsch.Distiller(net(4, 1), source, objective, batch).eval()(batch).total.item() for source in (teacher, store)
+    )
+    assert stored == pytest.approx(live, rel=2e-3)
+    if isinstance(keep, TopK):
+        with pytest.raises(StoreError, match="temperature"):
+            kirsch.Distiller(net(4, 1), store, Objective.kd(4.0), batch)
+    with pytest.raises(UsageError, match="batches do not carry any"):
+        kirsch.Distiller(net(4, 1), store, objective, (batch.inputs, batch.targets))
+
+
+def test_what_does_not_fit_is_answered_when_it_is_built():
+    student, inputs = net(4, 1), data().inputs[:4]
+    for teacher, objective, batch, error, sentence in (
+        (student, WHOLE, inputs, UsageError, "same object.*copy.deepcopy"),
+        (net(6, 2, classes=5), WHOLE, inputs, ShapeError, "The student puts out 3 classes, the teacher 5 classes"),
+        (net(6, 2), "kd", inputs, UsageError, "The objective is a str.*kirsch.Objective.kd"),
+        (net(6, 2), WHOLE, (inputs, np.array([0, 1, 2, 3])), DataError, "Sample 3 has the label 3"),
+        (None, WHOLE, inputs, ModelError, "no model that Kirsch knows"),
+    ):
+        with pytest.raises(error, match=sentence):
+            kirsch.Distiller(student, teacher, objective, batch)
+    assert_no_hooks(student)
+
+
+def test_labels_alone_need_no_teacher():
+    found = kirsch.Distiller(net(4, 1), None, Objective.labels(), next(data().epoch(0, 0)))
+    assert found.rows == []
+    assert found(next(data().epoch(0, 0))).parts.keys() == {"label"}
