@@ -63,8 +63,8 @@ def test_every_preset_for_images_trains(name):
 
 
 def test_every_preset_is_trained_somewhere():
-    """Those that are not for images: in `test_dense`, `test_encoders` and `test_models_of_tokens`."""
-    others = ("cwd", "distilbert", "tinybert", "minilm", "causal", "seqkd")
+    """Those that are not for images: in `test_dense`, `test_encoders`, `test_models_of_tokens` and `test_mutual`."""
+    others = ("cwd", "distilbert", "tinybert", "minilm", "causal", "seqkd", "dml")
     assert set(PRESETS) == {*IMAGES, *others}
 
 

@@ -7,13 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from kirsch.distillation.binding import bind
 from torch.nn import functional as F
 
 from kirsch.distillation.distill import distill
+from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective, Term
 from kirsch.frameworks.data import ArrayData, Batch
-from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.pytorch.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -108,7 +107,7 @@ def charge(models, objective, inputs, labels=None):
     student, teacher = models
     tensors = {name: torch.from_numpy(part) for name, part in inputs.items()}
     batch = Batch(tensors, None if labels is None else torch.from_numpy(labels))
-    bound = bind(framework_of(student), student, teacher, objective, batch)
+    bound = Distiller(student, teacher, objective, batch)
     try:
         charged = bound.lesson(bound.pupil, batch, 0.0)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]

@@ -7,11 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from kirsch.distillation.binding import bind
 from torch import nn
 
 from kirsch.distillation.checks import first_batch
 from kirsch.distillation.distill import distill, fit
+from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective, Term
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, build
@@ -196,8 +196,10 @@ def test_the_copy_of_a_teacher_is_frozen_and_drops_nothing(of_timm):
     teacher = of_timm().train()
     teacher(torch.randn(2, 1, 6, 6)).sum().backward()
     before = state(teacher)
-    bound = bind(framework_of(teacher), Net(), teacher, Objective.kd(), first_batch(framework_of(teacher), data()))
-    (watch,) = bound.guide._watches
+    first = first_batch(framework_of(teacher), data())
+    bound = Distiller(Net(), teacher, Objective.kd(), first)
+    bound(first)
+    (watch,) = bound._guide._watches
     assert watch.model is not teacher
     assert not any(module.training for module in watch.model.modules())
     assert not any(parameter.requires_grad for parameter in watch.model.parameters())
