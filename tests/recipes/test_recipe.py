@@ -48,7 +48,17 @@ TRAINS = st.fixed_dictionaries(
         "ema": st.none() | FRACTIONS,
     },
 )
-DISTILS = st.fixed_dictionaries({}, optional={"temperature": POSITIVE, "weight": st.floats(0, 1), "train": TRAINS})
+OBJECTIVES = st.sampled_from(["dkd", "at"]) | st.fixed_dictionaries(
+    {
+        "terms": st.lists(
+            st.fixed_dictionaries({}, optional={"weight": POSITIVE, "name": NAMES, "options": st.just({})})
+        )
+    },
+    optional={"label_weight": POSITIVE, "label_smoothing": st.floats(0, 1, exclude_max=True)},
+)
+DISTILS = st.fixed_dictionaries(
+    {}, optional={"temperature": POSITIVE, "weight": st.floats(0, 1), "train": TRAINS}
+) | st.fixed_dictionaries({"objective": OBJECTIVES}, optional={"train": TRAINS})
 RECIPES = st.fixed_dictionaries(
     {"teacher": st.fixed_dictionaries({"model": NAMES}, optional={"train": st.none() | TRAINS})},
     optional={

@@ -9,7 +9,7 @@ import numpy as np
 
 from kirsch.distillation.arrays import classes_last, each
 from kirsch.distillation.losses.loss import loss_of
-from kirsch.errors import DataError, NumericError
+from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.port import host
 
@@ -82,7 +82,14 @@ def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> No
 
     Raises:
         DataError: they are of another kind or out of range, or there is nothing else to learn from.
+        UsageError: positions shall predict the next, and there are none.
     """
+    if objective.causal and len(shape) == 1:
+        raise UsageError(
+            f"The objective is causal, and the student puts out {shape[0]} scores a sample.",
+            "Where each position predicts the next, there are scores for each position.",
+            "Leave causal out, or give a model of sequences.",
+        )
     if given is None:
         if not objective.terms:
             raise DataError("The data has no targets, and there is no teacher.", mend="Give (inputs, targets).")

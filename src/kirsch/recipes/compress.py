@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from kirsch.recipes.stages import MODEL, WEIGHTS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kirsch.distillation.objective import Objective
     from kirsch.frameworks.training import Training
     from kirsch.graph.plan import Goal
     from kirsch.recipes.tasks.data import DataSet
@@ -53,7 +55,8 @@ def compress(
     max_drop: float | None = None,
     distil: Training | None = None,
     recover: Training | None = None,
-    temperature: float = 4.0,
+    temperature: float | None = None,
+    objective: Objective | str | None = None,
     batch_size: int = 64,
     folder: str | Path | None = None,
     name: str = "model",
@@ -69,7 +72,8 @@ def compress(
         max_drop: accuracy that may be lost against the model, as a fraction.
         distil: training of the student.
         recover: training after the removal.
-        temperature: of the soft targets in both.
+        temperature: of the soft targets in both, without an objective; 4 if left out.
+        objective: what is learned in both, instead of soft targets and labels: an objective, or a preset by its name.
         batch_size: samples a step.
         folder: the run folder; a new one under runs/ if left out.
         name: for the report.
@@ -86,9 +90,11 @@ def compress(
             "name": name,
             "data": {"source": GIVEN, "batch_size": batch_size},
             "teacher": {"model": GIVEN},
-            "student": {"model": GIVEN, "distil": _section(distil, temperature)} if student is not None else None,
+            "student": {"model": GIVEN, "distil": _section(distil, temperature, objective)}
+            if student is not None
+            else None,
             "prune": {"goal": goal.to_dict()},
-            "recover": _section(recover, temperature),
+            "recover": _section(recover, temperature, objective),
             "goal": {"max_drop": max_drop},
         },
         "call of kirsch.compress",
@@ -111,11 +117,13 @@ def compress(
     )
 
 
-def _section(training: Training | None, temperature: float) -> dict[str, Any]:
+def _section(training: Training | None, temperature: float | None, objective: Objective | str | None) -> dict[str, Any]:
     """Settings of a training run as a recipe has them; its seed is the recipe's."""
+    stated = objective if objective is None or isinstance(objective, str) else objective.to_dict()
+    section = {"temperature": temperature, "objective": json.loads(json.dumps(stated))}  # lists, as a file has them
     if training is None:
-        return {"temperature": temperature}
-    return {"temperature": temperature, "train": {field: getattr(training, field) for field in Train.model_fields}}
+        return section
+    return section | {"train": {field: getattr(training, field) for field in Train.model_fields}}
 
 
 def _fingerprint(model: Any) -> str:

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import files
 from kirsch.distillation.distill import distill, fit
-from kirsch.distillation.objective import Objective
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.training import Training
+from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.recipes.job import Job
 from kirsch.recipes.metrics import goal_text
 from kirsch.recipes.runner import PLAN, RECIPE, materials_of
-from kirsch.recipes.stages import check_threads, plan_for, stages_of
+from kirsch.recipes.stages import check_objectives, check_threads, plan_for, stages_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,6 +50,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     job = Job(recipe, scratch, materials.data, materials.make_teacher, materials.make_student, _ignore, _never)
     teacher = materials.make_teacher()
     start = (materials.make_student or materials.make_teacher)()  # a model of its own: none learns from itself
+    check_objectives(job, teacher, start)
     costs = {"teacher": job.count(teacher)}
     if materials.make_student:
         costs["distil"] = job.count(start)
@@ -94,11 +94,8 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
 def _seconds(job: Job, key: str, teacher: Any, start: Any) -> float:
     """How long a stage would take: its steps, timed on a few."""
     recipe = job.recipe
-    section = {
-        "teacher": recipe.teacher.train,
-        "distil": recipe.student.distil.train if recipe.student else None,
-        "recover": recipe.recover.train if recipe.recover else None,
-    }.get(key)
+    taught = {"distil": recipe.student.distil if recipe.student else None, "recover": recipe.recover}.get(key)
+    section = recipe.teacher.train if key == "teacher" else taught.train if taught else None
     if key == "measure" and recipe.measure is not None:
         return EXPORT_SECONDS + 0.04 * recipe.measure.rounds
     if section is None:
@@ -106,13 +103,14 @@ def _seconds(job: Job, key: str, teacher: Any, start: Any) -> float:
     whole = job.data.batches(recipe.data.batch_size)
     train, few = job.data.train, TRIAL_BATCHES * whole.batch_size
     part = ArrayData(train.inputs[:few], train.labels[:few], whole.batch_size, whole.augment)
-    once = Training(epochs=1, learning_rate=1e-6)
+    once, quiet = Training(epochs=1, learning_rate=1e-6), TrainingHooks(event=_ignore)
+    learned = taught.learned() if taught else None
 
     def trial() -> None:
-        if key == "teacher":
+        if learned is None:
             fit(teacher, part, training=once)
         else:
-            distill(start, teacher, part, objective=Objective.kd(), training=once, check_teacher=False)
+            distill(start, teacher, part, objective=learned, training=once, hooks=quiet, check_teacher=False)
 
     trial()
     begun = time.perf_counter()

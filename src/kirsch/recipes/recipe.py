@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -19,26 +18,18 @@ from pydantic import (
 
 from kirsch.errors import RecipeError, UsageError, nearest
 from kirsch.frameworks.training import Training
+from kirsch.recipes.objective import Learning, Stated
+from kirsch.recipes.section import AtLeastZero, Count, Fraction, Positive, Section
 from kirsch.recipes.yaml import dump, read, scalar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from kirsch.distillation.objective import Objective
+
 BUILTIN = Path(__file__).parent / "builtin"
 ENVIRONMENT = "KIRSCH_RECIPE__"
 """Environment variables that start with this change a recipe: KIRSCH_RECIPE__PRUNE__GOAL__MACS=0.4."""
-
-# Strict: true is no number, and neither is a text that looks like one.
-Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
-Positive = Annotated[float, Field(gt=0, strict=True)]
-AtLeastZero = Annotated[float, Field(ge=0, strict=True)]
-Count = Annotated[int, Field(ge=1, strict=True)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are an error, and so are NaN and infinity."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 class Train(Section):
@@ -88,9 +79,45 @@ class Teacher(Section):
 class Distil(Section):
     """Learning from the teacher."""
 
-    temperature: Positive = Field(4.0, description="softens both models' scores")
-    weight: AtLeastZero = Field(0.9, le=1, description="of the soft targets; the rest goes to the labels")
+    temperature: Positive | None = Field(None, description="softens both models' scores; 4.0")
+    weight: AtLeastZero | None = Field(None, le=1, description="of the soft targets, the rest is for labels; 0.9")
+    objective: Learning | None = Field(
+        None,
+        description=(
+            "instead of these two: dkd, or {preset: at, label_weight: 0.5}, or {terms: [{loss: kd, weight: 0.9}], "
+            "label_weight: 0.1}; see `kirsch methods`"
+        ),
+    )
     train: Train = Field(default_factory=Train, description="how to train")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, given: Any) -> Any:
+        """The numbers of plain soft targets, where these are meant."""
+        if not isinstance(given, dict) or given.get("objective") is not None:
+            return given
+        plain = {"temperature": 4.0, "weight": 0.9}
+        return {**given, **{name: number for name, number in plain.items() if given.get(name) is None}}
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        stated = [name for name in ("temperature", "weight") if getattr(self, name) is not None]
+        if self.objective is not None and stated:
+            raise ValueError(
+                f"{' and '.join(stated)} beside an objective; leave them out, or null, and state such numbers in the "
+                "objective"
+            )
+        return self
+
+    def learned(self) -> Objective:
+        """What is learned, as training takes it."""
+        from kirsch.distillation.objective import Objective  # noqa: PLC0415 - see `kirsch.recipes.objective`
+
+        if self.objective is not None:
+            return self.objective.objective()
+        if self.temperature is None or self.weight is None:
+            raise RuntimeError("a section without an objective has both numbers")
+        return Objective.kd(self.temperature, self.weight)
 
 
 class Student(Section):
@@ -251,10 +278,13 @@ def _put(data: dict[str, Any], path: list[str], value: Any, origin: str) -> None
 def _problem(details: Any, lines: Mapping[str, int], origins: Mapping[str, str]) -> str:
     """One line for one problem."""
     path: list[str] = []
-    for part in details["loc"]:
+    *above_it, last = details["loc"]
+    for part in above_it:
         # pydantic has names of its own for the members of a union; no section has such a key.
-        if isinstance(part, int) or part in _keys(path) or details["type"] == "extra_forbidden":
+        if isinstance(part, int) or part in _keys(path):
             path.append(str(part))
+    if isinstance(last, int) or last in _keys(path) or details["type"] == "extra_forbidden":
+        path.append(str(last))
     key = ".".join(path)
     above = [".".join(path[:end]) for end in range(len(path), 0, -1)]  # what is missing has the line of its section
     places = (origins.get(name) or (f"line {lines[name]}" if name in lines else "") for name in above)
@@ -278,10 +308,17 @@ def _keys(path: Sequence[str]) -> list[str]:
     """The keys that the section at a path has; none where no section is."""
     section: type[BaseModel] = Recipe
     for name in path:
+        if name.isdigit():  # of an item of a list of sections
+            continue
         field = section.model_fields.get(name)
-        inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type)] if field else []
-        section = next((t for t in inner if issubclass(t, BaseModel)), Section)
+        section = next((t for t in _kinds(field.annotation if field else None) if issubclass(t, BaseModel)), Section)
     return list(section.model_fields)
+
+
+def _kinds(annotation: Any) -> list[type]:
+    """The classes in an annotation: of a union, of the items of a tuple."""
+    own = [annotation] if isinstance(annotation, type) and not get_args(annotation) else []
+    return own + [kind for part in get_args(annotation) for kind in _kinds(part)]
 
 
 def commented(recipe: Recipe) -> str:
@@ -298,7 +335,7 @@ def _comment(section: Section, depth: int, lines: list[str]) -> None:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         indent = "  " * depth
-        if isinstance(value, Section):
+        if isinstance(value, Section) and not isinstance(value, Stated):
             lines += [""] * (depth == 0) + [f"{indent}{name}:  # {field.description}"]
             _comment(value, depth + 1, lines)
         else:

@@ -20,7 +20,7 @@ from kirsch.recipes.job import RECORD, Job
 from kirsch.recipes.metrics import goal_text, metrics_of
 from kirsch.recipes.models import build, source_hash
 from kirsch.recipes.recipe import Recipe, read_recipe
-from kirsch.recipes.stages import Stage, check_threads, plan_for, stages_of
+from kirsch.recipes.stages import Stage, check_objectives, check_threads, plan_for, stages_of
 from kirsch.recipes.tasks.data import DataSet, load_data
 from kirsch.report import render
 
@@ -222,13 +222,14 @@ def _repair(events: Path) -> None:
 
 
 def _preflight(job: Job) -> None:
-    """What can go wrong is found before any long work: classes, threads, room on the disk, the goal of pruning."""
+    """What can go wrong is found before any long work: classes, threads, disk, objectives, the goal of pruning."""
     if not (job.folder / "checkpoints" / "measure" / "done").is_dir():
         check_threads(job.recipe)
     teacher = job.make_teacher()
     model = job.make_student() if job.make_student is not None else teacher
     sizes = sum(4 * job.count(candidate)[0] for candidate in (teacher, model))
     files.check_writable(job.folder, 12 * sizes + 10_000_000)  # each stage: weights, two checkpoints with momentum
+    check_objectives(job, teacher, model)
     if job.recipe.prune is not None:
         plan_for(job, model, job.recipe.prune)
 

@@ -13,8 +13,9 @@ from kirsch import files
 from kirsch.deploy.export import Artifact, export, usage
 from kirsch.deploy.measure import race
 from kirsch.deploy.onnxruntime import OnnxSession
+from kirsch.distillation.binding import bind
+from kirsch.distillation.checks import check_labels, few, first_batch
 from kirsch.distillation.distill import distill, fit
-from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError
 from kirsch.frameworks.port import trace
 from kirsch.graph.plan import Goal, Plan
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kirsch.graph.graph import Graph
-    from kirsch.recipes.recipe import Distil, Prune, Recipe, Section
+    from kirsch.recipes.recipe import Distil, Prune, Recipe
+    from kirsch.recipes.section import Section
 
 Record = dict[str, Any]
 WEIGHTS = "weights.safetensors"
@@ -105,8 +107,7 @@ def _distil(job: Job, folder: Path) -> Record:
     trained = _taught(job, "distil", job.make_student(), section.distil)
     record = _described(job, trained.model, folder, "student", trained.history)
     record["first_batch"] = trained.first_batch
-    share = trained.first_batch.get("gradient_shares", {}).get("kd")
-    record["cells"].append("" if share is None else f"KD {100 * share:.0f} % of gradient")
+    record["cells"].append(_shares(trained.first_batch.get("gradient_shares", {})))
     job.check_alive("distil", record)
     job.models["student"] = job.models["result"] = trained.model
     return record
@@ -125,11 +126,36 @@ def _taught(job: Job, key: str, model: Any, section: Distil) -> Any:
         model,
         job.models["teacher"],
         job.data.batches(job.recipe.data.batch_size),
-        objective=Objective.kd(section.temperature, section.weight),
+        objective=section.learned(),
         training=section.train.settings(job.recipe.seed),
         validation=job.validation(),
         hooks=job.hooks(key),
     )
+
+
+def _shares(shares: dict[str, float]) -> str:
+    """How much of the gradient is due to the teacher: of plain soft targets, or of the largest term."""
+    terms = {name: share for name, share in shares.items() if name != "label"}
+    if not terms:
+        return ""
+    name = max(terms, key=lambda name: terms[name])
+    return f"{'KD' if name == 'kd' else name} {100 * terms[name]:.0f} % of gradient"
+
+
+def check_objectives(job: Job, teacher: Any, model: Any) -> None:
+    """Make sure, before any training, that what the objectives compare is there in both models.
+
+    Raises:
+        UsageError: a place, a name or a shape does not fit.
+    """
+    recipe, framework = job.recipe, job.framework(model)
+    first = first_batch(framework, job.data.batches(recipe.data.batch_size))
+    student = model if model is not teacher else copy.deepcopy(model)
+    for section in (recipe.student.distil if recipe.student else None, recipe.recover):
+        if section is not None and section.objective is not None:
+            learned = section.learned()
+            bind(framework, student, teacher, learned, first).close()
+            check_labels(first.targets, framework.predict(student, few(first).inputs).shape[1:], learned)
 
 
 def _described(job: Job, model: Any, folder: Path, did: str, history: list[Any]) -> Record:

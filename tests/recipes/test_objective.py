@@ -1,0 +1,218 @@
+"""A recipe states what a student learns: two numbers, a preset by its name, or terms; what is wrong has its line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import pytest
+
+import kirsch
+from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.presets import PRESETS
+from kirsch.distillation.schedule import Ramp
+from kirsch.errors import RecipeError, ShapeError, UnknownNameError, UsageError
+from kirsch.recipes.compress import _section
+from kirsch.recipes.forecast import forecast
+from kirsch.recipes.models import build
+from kirsch.recipes.recipe import commented, read_recipe
+from kirsch.recipes.tasks.data import load_data
+
+LEAST = "teacher: {model: 'm:t'}\nrecover:\n"
+
+
+def recovered(text: str, *changes: str):
+    """A recipe whose recovery says this; it reads back to itself both ways."""
+    found = read_recipe(f"{LEAST}{text}\n", changes)
+    assert read_recipe(found.to_yaml()) == found
+    assert read_recipe(commented(found)) == found
+    return found
+
+
+def learned(text: str, *changes: str) -> Objective:
+    return recovered(text, *changes).recover.learned()
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("  {}", Objective.kd()),
+        ("  {temperature: 2, weight: 0.5}", Objective.kd(2.0, 0.5)),
+        ("  {temperature: 2}", Objective.kd(2.0, 0.9)),
+        ("  {weight: 1}", Objective.kd(4.0, 1.0)),
+        ("  {objective: null, weight: 0.5}", Objective.kd(4.0, 0.5)),
+        ("  {objective: dkd}", Objective.preset("dkd")),
+        ("  {objective: {preset: at, label_weight: 0.5}}", Objective.preset("at", label_weight=0.5)),
+        (
+            "  objective: {preset: at, label_weight: {start: 0, end: 1, epochs: 3}, balance: gradient}",
+            Objective.preset("at", label_weight=Ramp(0.0, 1.0, 3.0), balance="gradient"),
+        ),
+        (
+            (
+                "  objective:\n    label_weight: 0.1\n    label_smoothing: 0.2\n    terms:\n"
+                "    - {weight: 0.9, temperature: {start: 4, end: 1, epochs: 10, after: 2}}\n"
+                "    - {loss: at, weight: 1000, student: auto, options: {power: 3}, name: maps}\n"
+                "    - {loss: fitnet, student: down, teacher: deep, adapter: fitnet, adapter_options: {spatial: pool}}"
+            ),
+            Objective(
+                (
+                    Term("kd", 0.9, Ramp(4.0, 1.0, 10.0, 2.0)),
+                    Term("at", 1000.0, student="auto", options={"power": 3}, name="maps"),
+                    Term("fitnet", 0.9, None, "down", "deep", "fitnet", {}, {"spatial": "pool"}),
+                ),
+                label_weight=0.1,
+                label_smoothing=0.2,
+            ),
+        ),
+        (
+            (
+                "  objective:\n    label_weight: 0\n    terms: [{loss: minilm, student: [a.query, a.key]}, "
+                "{loss: detr, student: {scores: logits, boxes: output.boxes}}]"
+            ),
+            Objective(
+                (
+                    Term("minilm", student=["a.query", "a.key"]),
+                    Term("detr", student={"scores": "logits", "boxes": "output.boxes"}),
+                ),
+                label_weight=0.0,
+            ),
+        ),
+        ("  objective: {terms: []}", Objective.labels()),
+    ],
+)
+def test_what_is_learned_is_what_is_said(text, wanted):
+    assert learned(text) == wanted
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_preset_is_said_by_its_name_or_in_full(name):
+    assert learned(f"  objective: {name}") == Objective.preset(name)
+    full = json.dumps(Objective.preset(name).to_dict())
+    assert learned(f"  objective: {full}") == Objective.preset(name)
+
+
+def test_the_command_line_changes_it():
+    assert learned("  train: {epochs: 3}", "recover.objective=dkd") == Objective.preset("dkd")
+    assert learned("  objective: dkd", "recover.objective=null", "recover.weight=0.5") == Objective.kd(4.0, 0.5)
+    found = learned("  objective: {preset: at}", "recover.objective.label_weight=2")
+    assert found == Objective.preset("at", label_weight=2.0)
+
+
+def test_a_template_says_on_its_line_how_to_choose():
+    (line,) = (line for line in commented(recovered("  {}")).splitlines() if line.startswith("  objective:"))
+    assert line.startswith("  objective: null  # instead of these two: dkd, or {preset: at, label_weight: 0.5}, or {t")
+    (line,) = (x for x in commented(recovered("  objective: dkd")).splitlines() if x.startswith("  objective:"))
+    assert line.startswith("  objective: {preset: dkd}  # ")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("  objective: dkdd", [r"line 3: recover.objective.preset: there is no preset 'dkdd'. .* mean 'dkd'\?"]),
+        ("  objective: 5", ["line 3: recover.objective: input should be a valid dictionary or .* found 5"]),
+        ("  objective: {}", ["line 3: recover.objective: neither a preset nor terms are stated; give one of them"]),
+        ("  objective: {preset: at, terms: []}", ["line 3: recover.objective: a preset and terms are stated; give on"]),
+        (
+            "  objective:\n    preset: at\n    label_wieght: 1",
+            ["line 5: recover.objective.label_wieght: unknown key. Did you mean 'label_weight'"],
+        ),
+        (
+            "  objective: {preset: at, label_weight: -1}",
+            [
+                "line 3: recover.objective.label_weight: input should be greater than or equal to 0, found -1",
+                "line 3: recover.objective.label_weight: input should be a valid dictionary",
+            ],
+        ),
+        (
+            "  objective: {terms: [], label_weight: 0}",
+            ["line 3: recover.objective: the objective is wrong: all weights are 0, so there is nothing to learn"],
+        ),
+        (
+            (
+                "  objective:\n    terms:\n    - loss: kdd\n    - {loss: kd, temperatuur: 1}\n"
+                "    - {loss: dkd, options: {betta: 1}}\n    - {student: 'layer['}\n"
+                "    - {weight: {start: 1, endd: 2}}\n"
+                "    - {loss: dist, options: {temperature: 2}}"
+            ),
+            [
+                r"line 5: recover.objective.terms.0.loss: there is no loss 'kdd'\. .* Did you mean 'kd'\?",
+                r"line 6: recover.objective.terms.1.temperatuur: unknown key. Did you mean 'temperature'\?",
+                r"line 7: recover.objective.terms.2: there is no option of the loss 'dkd' 'betta'. .* mean 'beta'\?",
+                r"line 8: recover.objective.terms.3: 'layer\[' names no place in a model",
+                r"line 9: recover.objective.terms.4.weight: input should be a valid number",
+                r"line 9: recover.objective.terms.4.weight.end: this key is needed",
+                r"line 9: recover.objective.terms.4.weight.epochs: this key is needed",
+                r"line 9: recover.objective.terms.4.weight.endd: unknown key. Did you mean 'end'\?",
+                r"line 10: recover.objective.terms.5: .*the temperature of 'dist' is stated among its options",
+            ],
+        ),
+        (
+            "  objective: {terms: [{}], teachers: some}",
+            [r"line 3: recover.objective: there is no way to combine teachers 'some'. Known: .*sum"],
+        ),
+        (
+            "  objective: dkd\n  temperature: 2\n  weight: 0.5",
+            [r"line 2: recover: temperature and weight beside an objective; leave them out, or null, and state such"],
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line_and_the_nearest_name(text, sentences):
+    with pytest.raises(RecipeError) as caught:
+        recovered(text)
+    _, *found = caught.value.what.split("\n  ")
+    assert len(found) == len(sentences)
+    for line, sentence in zip(found, sentences, strict=True):
+        assert re.match(sentence, line), line
+
+
+# ------------------------------------------------------------------------------------------------ at work
+
+
+MAPS = "{terms: [{weight: 0.5, temperature: 4}, {loss: fitnet, weight: 0.1, student: second}], label_weight: 0.5}"
+
+
+def test_a_run_learns_what_its_recipe_says(job):
+    """The student from scores and maps, and after the removal the pruned one from its correlations."""
+    changes = (f"student.distil.objective={MAPS}", "recover.objective=dist", "export=null")
+    outcome = job.do(*changes)
+    records = {
+        key: json.loads((job.folder / "checkpoints" / key / "done" / "record.json").read_text())
+        for key in ("distil", "recover")
+    }
+    assert set(records["distil"]["first_batch"]["gradient_shares"]) == {"label", "kd", "fitnet"}
+    assert set(records["recover"]["first_batch"]["gradient_shares"]) == {"label", "dist"}
+    assert records["distil"]["cells"][-1].endswith("% of gradient")
+    assert any(event["event"] == "attached" and event["stage"] == "distil" for event in job.heard)
+    assert outcome.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        (
+            "recover.objective={terms: [{loss: fitnet, student: secondd}]}",
+            UnknownNameError,
+            r"'secondd'.* mean 'second'",
+        ),
+        ("student.distil.objective={terms: [{loss: fitnet, teacher: head, student: first}]}", ShapeError, "No adapter"),
+        ("student.distil.objective=causal", UsageError, "The objective is causal, and the student puts out 3 scores"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_is_trained(job, change, error, sentence):
+    for act in (lambda: job.do(change), lambda: forecast(job.recipe(change), base=job.base)):
+        with pytest.raises(error, match=sentence):
+            act()
+    assert not (job.folder / "checkpoints" / "teacher" / "done").exists()
+
+
+def test_objects_are_compressed_with_an_objective(job):
+    """By name or as an object; what is stored reads back, so that the run may go on."""
+    data = load_data("nets.py:stripes", {}, seed=0, base=job.base)
+    teacher = build("nets.py:teacher", base=job.base)
+    objective = Objective((Term("hcl", 1.0, student="second", options={"sizes": (2, 1)}),))
+    assert _section(None, None, objective)["objective"]["terms"][0]["options"] == {"sizes": [2, 1]}
+    with pytest.raises(RecipeError, match="temperature beside an objective"):
+        kirsch.compress(copy.deepcopy(teacher), data, kirsch.Goal(macs=0.5), temperature=2.0, objective="dkd")
+    with pytest.raises(RecipeError, match=r"no preset 'dkdd'\. .* Did you mean 'dkd'"):
+        kirsch.compress(copy.deepcopy(teacher), data, kirsch.Goal(macs=0.5), objective="dkdd")
