@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kirsch.pruning.prune import prune
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import compress
+    from kirsch.recipes.recovery import recovery
     from kirsch.recipes.tasks.data import DataSet, Split
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "plan",
     "plan_depth",
     "prune",
+    "recovery",
     "save",
     "trace",
 ]
@@ -82,6 +84,7 @@ _HOMES = {
     "plan": "kirsch.pruning.choose",
     "plan_depth": "kirsch.pruning.depth",
     "prune": "kirsch.pruning.prune",
+    "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
     "trace": "kirsch.frameworks.port",
 }

@@ -168,8 +168,22 @@ def stages(framework: Framework, student: Any, teacher: Any, inputs: Any) -> lis
 
 
 def _stages(framework: Framework, model: Any, inputs: Any) -> list[tuple[str, tuple[int, int] | None]]:
-    """Path and map size of each stage, from the first to the last; None for layers of tokens."""
-    shapes = framework.shapes(model, inputs)
+    """Path and map size of each stage of a model; see `stages_among`."""
+    return stages_among(framework.shapes(model, inputs), type(model).__name__)
+
+
+def stages_among(
+    shapes: Sequence[tuple[str, tuple[int, ...]]], called: str
+) -> list[tuple[str, tuple[int, int] | None]]:
+    """Path and map size of each stage, from the first to the last; None for layers of tokens.
+
+    Args:
+        shapes: path and output shape of modules, in the order in which they end.
+        called: the model, for errors.
+
+    Raises:
+        UsageError: there are no stages.
+    """
     last: dict[tuple[int, int], str] = {}
     for path, shape in shapes:
         if len(shape) == len("NCHW") and min(shape[2:]) >= LEAST_SIZE:
@@ -184,7 +198,7 @@ def _stages(framework: Framework, model: Any, inputs: Any) -> list[tuple[str, tu
             layers.setdefault(parent, []).append(path)
     if not layers:
         raise UsageError(
-            f"{type(model).__name__} has no stages that are found by the shapes of what its modules put out.",
+            f"{called} has no stages that are found by the shapes of what its modules put out.",
             mend="Name the places of student and teacher yourself.",
         )
     return [(path, None) for path in max(layers.values(), key=len)]

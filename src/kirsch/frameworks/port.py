@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.graph import Graph
+    from kirsch.graph.labels import Tensor
     from kirsch.graph.plan import Plan
     from kirsch.graph.proof import Verification
 
@@ -48,6 +49,9 @@ class Framework(Protocol):
 
     def inputs_like(self, specification: Sequence[Any]) -> Any:
         """Example inputs of the shapes and types that a plan stores."""
+
+    def put_out(self, graph: Graph) -> dict[str, Tensor]:
+        """Path of a module within the part that was traced → the one tensor that it puts out, with its labels."""
 
     def count(self, model: Any, example_inputs: Any) -> tuple[int, int]:
         """Parameters, and multiply-accumulates of one forward run that is counted as it happens."""

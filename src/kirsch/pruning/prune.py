@@ -61,7 +61,7 @@ def prune(model: Any, plan: Plan, *, example_inputs: Any = None, verify: bool = 
 def prune_with_proof(model: Any, plan: Plan, *, example_inputs: Any = None, verify: bool = True) -> Pruned:
     """The same as `prune`, with the verification and the notes."""
     framework = framework_of(model)
-    graph = _graph_of(model, plan, example_inputs)
+    graph = graph_of(model, plan, example_inputs)
     plan.check(graph)
     keep = plan.keep(graph)
     empty = graph.emptied(keep)
@@ -116,7 +116,7 @@ def _named(error: VerificationError, plan: Plan, cut: Callable[[Plan], Any]) -> 
     )
 
 
-def _graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
+def graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
     """The graph that a plan was made from if it still fits the model, else a new trace."""
     framework = framework_of(model)
     if plan.graph is not None and plan.graph.fits(model):

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kirsch.frameworks.pytorch.masked import ASSERTIONS
 from kirsch.frameworks.pytorch.predict import arguments, inference, run
 from kirsch.frameworks.pytorch.program import name_of, shapes_of
+from kirsch.frameworks.pytorch.regions import exits, regions
 from kirsch.frameworks.pytorch.scope import part_of, shared_with_rest
 
 if TYPE_CHECKING:
@@ -73,21 +73,18 @@ def find(model: nn.Module, states: Mapping[Node, Any], held: Collection[str], ca
         calls: what was seen while it was traced.
     """
     place = {node: number for number, node in enumerate(states)}
-    regions: dict[str, list[Node]] = {}
-    for node in states:
-        for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-            regions.setdefault(str(path).split("@")[0], []).append(node)
+    within = regions(states)
     found: dict[str, Block] = {}
     for path, module in reversed([*model.named_modules()]):  # the inner ones first
-        if not path or path not in regions or len(calls.entered.get(path, ())) != 1:
+        if not path or path not in within or len(calls.entered.get(path, ())) != 1:
             continue
-        block, way = _block(path, regions[path], place, states, held, calls) or (None, [])
+        block, way = _block(path, within[path], place, states, held, calls) or (None, [])
         if block is None or not any(True for _ in module.parameters()) or shared_with_rest(model, path):
             continue
         if not block.plain and not _in_row(model, path):
             continue
         inner = [name for name in found if name.startswith(f"{path}.")]
-        covered = {node for name in inner for node in regions[name]}
+        covered = {node for name in inner for node in within[name]}
         if inner and not any(_adds(node) and node not in covered for node in way):
             continue  # a row of blocks
         for name in inner:
@@ -106,10 +103,10 @@ def _block(
 ) -> tuple[Block, list[Node]] | None:
     """The module as a block, and the way from its output back to its input; None if it is none."""
     inside = set(region)
-    exits = [node for node in region if any(user not in inside and _reads(user) for user in node.users)]
-    if len(exits) != 1:
+    ends = exits(region)
+    if len(ends) != 1:
         return None
-    found = _way_back(exits[0], inside)
+    found = _way_back(ends[0], inside)
     if found is None:
         return None
     *way, entry = found
@@ -125,12 +122,8 @@ def _block(
     if len(own) != 1 or call.result == "other":
         return None
     plain = own[0].argument == 0 and call.alone and call.result == "tensor"
-    labelled = [axis for axis, labels in enumerate(states[exits[0]].axes) if labels is not None]
-    return Block(path, entry, exits[0], own[0].argument, plain, labelled[0] if len(labelled) == 1 else None), way
-
-
-def _reads(user: Node) -> bool:
-    return user.op != "call_function" or name_of(user).removeprefix("aten.") not in ASSERTIONS
+    labelled = [axis for axis, labels in enumerate(states[ends[0]].axes) if labels is not None]
+    return Block(path, entry, ends[0], own[0].argument, plain, labelled[0] if len(labelled) == 1 else None), way
 
 
 def _adds(node: Node) -> bool:

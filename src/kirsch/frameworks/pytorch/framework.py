@@ -24,6 +24,7 @@ from kirsch.frameworks.pytorch import (
     hub,
     predict,
     pupil,
+    regions,
     scope,
     sites,
     surgery,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.graph import Graph, InputSpec, Tracing
+    from kirsch.graph.labels import Tensor
     from kirsch.graph.plan import Plan
     from kirsch.graph.proof import Verification
 
@@ -94,6 +96,10 @@ class PyTorch:
                 else torch.randint(0, spec.high + 1, spec.shape, generator=generator).to(dtype)
             )
         return values if any(spec.name for spec in specification) else tuple(values.values())
+
+    def put_out(self, graph: Graph) -> dict[str, Tensor]:
+        """See the port."""
+        return regions.put_out(graph.traced.states)
 
     def count(self, model: Any, example_inputs: Any) -> tuple[int, int]:
         """See the port."""

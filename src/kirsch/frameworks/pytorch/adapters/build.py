@@ -11,7 +11,7 @@ from torch import nn
 from kirsch.errors import ShapeError, UsageError, listing, nearest
 
 # The files that register adapters.
-from kirsch.frameworks.pytorch.adapters import maps, memory, review, tokens, vectors  # noqa: F401
+from kirsch.frameworks.pytorch.adapters import kept, maps, memory, review, tokens, vectors  # noqa: F401
 from kirsch.frameworks.pytorch.adapters.adapter import ADAPTERS, Adapter, Shape
 
 if TYPE_CHECKING:
