@@ -31,6 +31,8 @@ NEEDED: dict[str, dict[str, str]] = {
     "torch": {"torch": "2.10", "accelerate": "1.10", "onnx": "1.18", "onnxscript": "0.5", "onnxruntime": "1.22"},
     "tasks": {"scikit-learn": "1.5", "pillow": "11", "pyarrow": "18"},
     "zoo": {"timm": "1.0"},
+    "hf": {"transformers": "5.24"},
+    "lightning": {"lightning": "2.6"},
 }
 """Extra → package → the least version. The same as in pyproject.toml, and here so that it is there without it."""
 
@@ -39,6 +41,8 @@ PURPOSE = {
     "torch": "PyTorch models, export and ONNX Runtime",
     "tasks": "the built-in data sets",
     "zoo": "models named timm:NAME",
+    "hf": "distilling in the Trainer of transformers",
+    "lightning": "distilling in Lightning",
 }
 
 

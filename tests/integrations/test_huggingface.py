@@ -1,0 +1,290 @@
+"""The Trainer of transformers distils; transformers' own loop runs, on models made from configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import kirsch
+from kirsch.distillation.objective import Objective, Term
+from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
+from kirsch.frameworks.pytorch.vision import import_beside
+
+import_beside("torchvision")
+transformers = import_beside("transformers")
+
+from kirsch.integrations.huggingface import STATE, DistillationMixin, DistillationTrainer  # noqa: E402 - see above
+
+WORDS, LENGTH = 32, 8
+LAYERS = Objective(
+    (
+        Term("kd", 0.5, 2.0),
+        Term("hidden-mse", 0.5, student="hidden[*]"),
+        Term("attention-mse", 3e3, student="attention[*]"),
+    ),
+    label_weight=0.5,
+    causal=True,
+)
+BANK = {"samples": 16, "negatives": 4}
+LAST = [f"**.attention.self.{name}[-1]" for name in ("query", "key", "value")]
+
+
+def causal(width, layers, seed, dropout=0.0):
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=WORDS, hidden_size=width, num_hidden_layers=layers, num_attention_heads=2,
+            intermediate_size=16, max_position_embeddings=16, attn_implementation="eager", attention_dropout=dropout,
+        )
+    )  # fmt: skip
+
+
+def encoder(width, layers, seed):
+    torch.manual_seed(seed)
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=WORDS, hidden_size=width, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=16,
+            max_position_embeddings=16, attn_implementation="eager", num_labels=3,
+        )
+    )  # fmt: skip
+
+
+def texts(count=16):
+    """Of unequal lengths, padded, so that batches have other numbers of valid tokens."""
+    random = np.random.default_rng(0)
+    rows = []
+    for place in range(count):
+        tokens = torch.as_tensor(random.integers(1, WORDS, LENGTH))
+        valid = torch.arange(LENGTH) < 3 + place % 6
+        rows.append({"input_ids": tokens, "attention_mask": valid.long(), "labels": tokens.masked_fill(~valid, -100)})
+    return rows
+
+
+def sentences(count=16):
+    """With a number of its own for each."""
+    return [{**row, "labels": torch.tensor(place % 3), "ids": place} for place, row in enumerate(texts(count))]
+
+
+def trainer(folder, student=None, teacher=None, objective=LAYERS, data=None, kind=DistillationTrainer, **changes):
+    own = {name: changes.pop(name) for name in list(changes) if name in OWN}
+    settings = {
+        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False,
+        "per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1, "save_strategy": "no", "optim": "sgd",
+        "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, **changes,
+    }  # fmt: skip
+    data = texts() if data is None else data
+    return kind(
+        None if "model_init" in own else causal(8, 2, 0) if student is None else student,
+        transformers.TrainingArguments(str(folder), **settings),
+        teacher=causal(16, 4, 1) if teacher is None else teacher,
+        objective=objective,
+        train_dataset=data,
+        eval_dataset=data,
+        **own,
+    )
+
+
+OWN = ("optimizers", "compute_loss_func", "model_init", "regularizers")
+
+
+def assert_same(one, two, **tolerance):
+    for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, msg=name, **tolerance)
+
+
+def assert_no_hooks(*models):
+    """None of ours; transformers has hooks of its own, which stay."""
+    modules = [module for model in models for module in model.modules()]
+    hooks = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert not [hook for hook in hooks if hook.__module__.startswith("kirsch")]
+
+
+def test_accumulated_batches_make_the_step_of_one_batch(tmp_path):
+    """8 sequences with 3 to 8 valid tokens: twice 4, once 8, and `kirsch.Distiller` by hand."""
+    objective = dataclasses.replace(Objective.preset("causal"), label_weight=0.5)
+    students = [causal(8, 2, 0).double() for _ in range(3)]
+    teacher = causal(16, 4, 1).double()
+    for student, (size, accumulate) in zip(students, ((8, 1), (4, 2)), strict=False):
+        run = trainer(
+            tmp_path, student, teacher, objective, texts(8),
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulate,
+        )  # fmt: skip
+        run.train()
+    whole = {name: torch.stack([row[name] for row in texts(8)]) for name in texts(1)[0]}
+    found = kirsch.Distiller(students[2], teacher, objective, whole)
+    optimizer = torch.optim.SGD(found.parameters(), lr=0.1)
+    found.train()(whole).total.backward()
+    optimizer.step()
+    for other in students[1:]:
+        assert_same(students[0], other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The term:UserWarning")
+def test_a_run_that_is_resumed_ends_in_the_same_bits(tmp_path):
+    """With adapters, balance and dropout; the checkpoint lies within an epoch."""
+    terms = (*LAYERS.terms[:2], Term("attention-mse", 0.5, student="attention[*]"))
+    objective = dataclasses.replace(LAYERS, terms=terms, balance="gradient")
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
+    ran = []
+    for folder, resume in (("whole", None), ("rest", str(tmp_path / "whole" / "checkpoint-3"))):
+        run = trainer(tmp_path / folder, causal(8, 2, 0, dropout=0.2), objective=objective, **settings)
+        run.train(resume_from_checkpoint=resume)
+        ran.append(run)
+    assert_same(ran[0].model, ran[1].model, rtol=0, atol=0)
+    assert_same(ran[0].distiller.adapters, ran[1].distiller.adapters, rtol=0, atol=0)
+    assert ran[0].distiller.state_dict()["balance"] == ran[1].distiller.state_dict()["balance"]
+    assert ran[0].state.log_history[-2]["loss/kd"] == ran[1].state.log_history[-2]["loss/kd"]
+
+
+def test_adapters_are_trained_and_the_student_is_saved_alone(tmp_path):
+    run = trainer(tmp_path, max_steps=2)
+    run.train()
+    trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in run.distiller.parameters()}
+    fresh = kirsch.Distiller(causal(8, 2, 0), causal(16, 4, 1), LAYERS, run.data_collator(texts(2)), seed=42)
+    assert [row["adapter"] for row in run.distiller.rows] == [None, "Linear", "Linear", "Linear", None, None]
+    for before, after in zip(fresh.adapters.parameters(), run.distiller.adapters.parameters(), strict=True):
+        assert not torch.equal(before, after)
+    run.save_model(str(tmp_path / "student"))
+    assert_same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student"), run.model, rtol=0, atol=0)
+    assert_no_hooks(run.model)
+    assert run.model_wrapped is run.model
+
+
+def test_evaluation_tells_the_students_own_loss_and_the_log_its_terms(tmp_path):
+    run = trainer(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=16)
+    run.train()
+    first, told = run.state.log_history[0], run.state.log_history[2]
+    parts = {name: value for name, value in first.items() if name.startswith("loss/")}
+    assert parts.keys() == {"loss/label", "loss/kd", "loss/hidden-mse", "loss/attention-mse"}
+    assert sum(parts.values()) == pytest.approx(first["loss"], rel=1e-5)
+    shares = [value for name, value in first.items() if name.startswith("gradient_share/")]
+    assert len(shares) == 4
+    assert sum(shares) == pytest.approx(1)
+    batch = run.data_collator(texts())
+    assert told["eval_loss"] == pytest.approx(run.model.eval()(**batch).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective((Term("minilm", 1.0, student=LAST, options={"heads": 2}),), label_weight=0.0),
+        Objective((Term("crd", 1.0, student="penultimate", adapter="crd-bank", adapter_options=BANK),)),
+        Objective((Term("dkd"), Term("rkd-distance", student="penultimate"), Term("cls-pkd", student="hidden[-1]"))),
+    ],
+    ids=["minilm", "memory", "logits, relations, states"],
+)  # fmt: skip
+def test_an_encoder_learns_of_every_kind_of_place(tmp_path, objective):
+    run = trainer(
+        tmp_path, encoder(8, 2, 0), encoder(16, 4, 1), objective, sentences(), max_steps=5, num_train_epochs=2
+    )
+    run.train()
+    losses = [row["loss"] for row in run.state.log_history if "loss" in row]
+    assert np.isfinite(losses).all()
+    assert len(run.predict(sentences()).predictions) == 16
+
+
+def test_a_second_training_goes_on_with_the_same_adapters(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    before = run.distiller
+    run.train()
+    assert run.distiller is before
+    run = trainer(tmp_path, model_init=lambda: causal(8, 2, 0))
+    run.train()
+    before = run.distiller
+    run.train()
+    assert run.distiller is not before
+    assert run.distiller.student is run.model
+
+
+def test_hooks_are_gone_after_an_exception(tmp_path):
+    run = trainer(tmp_path)
+
+    def fail(*_args, **_options):
+        raise RuntimeError("enough")
+
+    run.lr_scheduler = None
+    run.accelerator.backward = fail
+    with pytest.raises(RuntimeError, match="enough"):
+        run.train()
+    assert_no_hooks(run.model)
+
+
+def test_an_optimizer_of_ones_own_is_given_the_adapters(tmp_path):
+    student = causal(8, 2, 0)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    run = trainer(tmp_path, student, optimizers=(optimizer, None))
+    run.train()
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} >= {
+        id(p) for p in run.distiller.adapters.parameters()
+    }
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    with pytest.raises(UsageError, match=r"do not know the adapters of the objective.*optimizer_cls_and_kwargs="):
+        trainer(tmp_path, student, optimizers=(optimizer, schedule)).train()
+
+
+def test_a_trainer_of_ones_own_may_be_mixed_in(tmp_path):
+    class Loud(transformers.Trainer):
+        heard = 0
+
+        def training_step(self, *args, **options):
+            self.heard += 1
+            return super().training_step(*args, **options)
+
+    class Mine(DistillationMixin, Loud):
+        pass
+
+    run = trainer(tmp_path, kind=Mine)
+    run.train()
+    assert run.heard == 1
+
+
+def test_a_checkpoint_without_adapters_is_refused(tmp_path):
+    run = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    run.train()
+    (tmp_path / "checkpoint-1" / STATE).unlink()
+    with pytest.raises(CheckpointError, match=rf"checkpoint-1 has no {STATE}.*from_pretrained"):
+        trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_step_whose_targets_are_all_masked_is_refused(tmp_path):
+    rows = [{**row, "labels": torch.full((LENGTH,), -100)} for row in texts()]
+    with pytest.raises(DataError, match="All targets of step 1 are masked"):
+        trainer(tmp_path, data=rows).train()
+
+
+def test_what_distillation_cannot_follow_is_refused(tmp_path):
+    bare, labels = Objective.kd(), Objective.preset("causal")
+    with pytest.raises(UsageError, match=r"A LlamaForCausalLM predicts the next token.*causal=True"):
+        trainer(tmp_path, objective=bare)
+    with pytest.raises(UsageError, match="a BertForSequenceClassification does not predict the next token"):
+        trainer(tmp_path, encoder(8, 2, 0), encoder(8, 2, 0), labels)
+    with pytest.raises(UsageError, match="given compute_loss_func, and an objective"):
+        trainer(tmp_path, compute_loss_func=lambda *_: 0)
+    with pytest.raises(UsageError, match="given label_smoothing_factor, and an objective"):
+        trainer(tmp_path, label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed"), ("is_model_parallel", "a device map")],
+)
+def test_a_student_that_is_spread_is_refused(tmp_path, name, said):
+    run = trainer(tmp_path)
+    setattr(run, name, True)
+    with pytest.raises(UsageError, match=f"would spread the student by {said}.*torchrun"):
+        run._check(LAYERS)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "kirsch.integrations.huggingface")
+    with pytest.raises(MissingExtraError, match=r"'transformers' is not installed.*kirsch\[hf\]"):
+        importlib.import_module("kirsch.integrations.huggingface")
