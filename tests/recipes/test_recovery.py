@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kirsch.distillation.binding import bind
 from torch import nn
 from torch.nn import functional as F
 
 import kirsch
-from kirsch.distillation.binding import bind
 from kirsch.distillation.objective import Objective
 from kirsch.errors import NumericError, PlanError, ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData, Batch

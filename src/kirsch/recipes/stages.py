@@ -13,9 +13,9 @@ from kirsch import files
 from kirsch.deploy.export import Artifact, export, usage
 from kirsch.deploy.measure import race
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.distillation.binding import bind
-from kirsch.distillation.checks import check_labels, few, first_batch
+from kirsch.distillation.checks import first_batch
 from kirsch.distillation.distill import distill, fit
+from kirsch.distillation.distiller import Distiller
 from kirsch.errors import UsageError
 from kirsch.frameworks.port import trace
 from kirsch.graph.plan import Goal, Plan
@@ -148,14 +148,12 @@ def check_objectives(job: Job, teacher: Any, model: Any) -> None:
     Raises:
         UsageError: a place, a name or a shape does not fit.
     """
-    recipe, framework = job.recipe, job.framework(model)
-    first = first_batch(framework, job.data.batches(recipe.data.batch_size))
+    recipe = job.recipe
+    first = first_batch(job.framework(model), job.data.batches(recipe.data.batch_size))
     student = model if model is not teacher else copy.deepcopy(model)
     for section in (recipe.student.distil if recipe.student else None, recipe.recover):
         if section is not None and section.objective is not None:
-            learned = section.learned()
-            bind(framework, student, teacher, learned, first).close()
-            check_labels(first.targets, framework.predict(student, few(first).inputs).shape[1:], learned)
+            Distiller(student, teacher, section.learned(), first).close()  # looks at the labels, too
 
 
 def _described(job: Job, model: Any, folder: Path, did: str, history: list[Any]) -> Record:
