@@ -3,8 +3,11 @@
 All students of a task have the same budget, optimizer, batches and first weights of a seed. The last epoch is judged,
 and nothing is chosen by the test set. Differences are paired by seed, with the interval of Student's t.
 
-    python benchmarks/distillation.py run resnet mobilenet sst2    # in any number of processes; what is done is kept
+    python benchmarks/distillation.py run resnet mobilenet sst2 --seeds 0 1 2
     python benchmarks/distillation.py table
+
+Processes may share the work, each with seeds or tasks of its own. Rows go to benchmarks/distillation.jsonl as they
+come; what stands there of the same teacher is not run again.
 
 Needs CIFAR-10 and SST-2 in `$KIRSCH_DATA` (default ../shared/data). About two hours of one core.
 """
@@ -13,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import textwrap
 import time
 from datetime import UTC, datetime
@@ -26,10 +28,11 @@ import numpy as np
 import torch
 from scipy import stats
 
+from kirsch.frameworks.port import framework_of
 from kirsch.measurement.machine import cpu
 
 ROOT = Path(__file__).parents[1]
-ROWS = ROOT / "build" / "distillation" / "rows"
+ROWS = ROOT / "benchmarks" / "distillation.jsonl"
 PAGE = ROOT / "docs" / "benchmarks.md"
 TASKS: dict[str, Any] = {
     "resnet": distil_images,
@@ -40,34 +43,39 @@ LABELS = "labels alone"
 START, END = "<!-- tables: written by benchmarks/distillation.py -->", "<!-- end of tables -->"
 
 
-def run(task: str, seeds: range) -> None:
-    """All students of a task, seed by seed; those that are done, or that another process has begun, are passed over."""
-    ROWS.mkdir(parents=True, exist_ok=True)
+def fingerprint(module: Any) -> str:
+    """Of a task's teacher."""
+    teacher = module.teacher()
+    return framework_of(teacher).fingerprint(teacher)[:12]
+
+
+def rows(task: str) -> list[dict[str, Any]]:
+    """What is known of a task with its teacher."""
+    lines = ROWS.read_text().splitlines() if ROWS.is_file() else []
+    found = [json.loads(line) for line in lines]
+    return [row for row in found if (row["task"], row["teacher"]) == (task, fingerprint(TASKS[task]))]
+
+
+def run(task: str, seeds: list[int]) -> None:
+    """All students of a task that are not there yet, seed by seed."""
     module = TASKS[task]
     module.prepare()
     for seed in seeds:
         for name in module.objectives(task):
-            file = ROWS / f"{task}-{seed}-{''.join(c if c.isalnum() else '_' for c in name)}.json"
-            try:
-                taken = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
+            if (name, seed) in {(row["objective"], row["seed"]) for row in rows(task)}:
                 continue
-            try:
-                begun = time.perf_counter()
-                row = {"task": task, "objective": name, "seed": seed, **module.run(task, name, seed)}
-            except BaseException:
-                os.close(taken)
-                file.unlink()
-                raise
-            row["seconds"] = round(time.perf_counter() - begun)
-            os.write(taken, json.dumps(row).encode())
-            os.close(taken)
+            begun = time.process_time()
+            row = {"task": task, "objective": name, "seed": seed, "teacher": fingerprint(module)}
+            row |= module.run(task, name, seed)
+            row["seconds"] = round(time.process_time() - begun)
+            with ROWS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
             print(f"{task} {name} {seed}: {row['accuracy']:.4f} in {row['seconds']} s {row['doubts']}", flush=True)
 
 
-def table(task: str, rows: list[dict[str, Any]]) -> list[str]:
+def table(task: str) -> list[str]:
     """One task's table: each objective beside labels alone, over the seeds that all objectives have."""
-    found = {(row["objective"], row["seed"]): row["accuracy"] for row in rows if row["task"] == task}
+    found = {(row["objective"], row["seed"]): row["accuracy"] for row in rows(task)}
     names = [name for name in TASKS[task].objectives(task) if any(key[0] == name for key in found)]
     seeds = [seed for seed in sorted({seed for _, seed in found}) if all((name, seed) in found for name in names)]
     lines = [f"| objective | accuracy, {len(seeds)} seeds | against labels alone, points | |", "|---|---:|---:|---|"]
@@ -85,13 +93,12 @@ def table(task: str, rows: list[dict[str, Any]]) -> list[str]:
 
 def page() -> str:
     """All tables with what they were measured on."""
-    rows = [json.loads(text) for file in sorted(ROWS.glob("*.json")) if (text := file.read_text())]
     lines = [
         START,
         f"`python benchmarks/distillation.py` writes these tables; here on {cpu()[0]}, {datetime.now(UTC):%Y-%m-%d}.",
     ]
     for task, module in TASKS.items():
-        if any(row["task"] == task for row in rows):
+        if rows(task):
             lines += [
                 "",
                 f"### {module.TITLES[task]}",
@@ -109,13 +116,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run")
     running.add_argument("tasks", nargs="+", choices=TASKS)
-    running.add_argument("--seeds", type=int, default=3)
+    running.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     commands.add_parser("table")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.command == "run":
         for task in given.tasks:
-            run(task, range(given.seeds))
+            run(task, given.seeds)
         return
     before, _, rest = PAGE.read_text().partition(START)
     PAGE.write_text(before + page() + rest.partition(END)[2])
