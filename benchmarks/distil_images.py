@@ -166,7 +166,7 @@ def run(task: str, objective: str, seed: int) -> dict[str, Any]:
     """One student, trained and judged."""
     data, store = lessons()
     torch.manual_seed(seed)
-    student = STUDENTS[task]()
+    student = STUDENTS[task]().to(memory_format=torch.channels_last)  # half the time for MobileNet on a processor
     training = dataclasses.replace(TRAINING, seed=seed)
     doubted: list[str] = []
     hooks = TrainingHooks(event=lambda event: doubted.append(event["text"]) if "text" in event else None)
