@@ -20,6 +20,7 @@ VERBS = [
     "report",
     "verify",
     "store",
+    "methods",
     "doctor",
 ]
 

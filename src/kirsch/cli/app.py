@@ -322,6 +322,18 @@ def store(
 
 
 @verb
+def methods(
+    session: Session,
+    name: Annotated[str, typer.Argument(help="A preset or a loss, to be shown in full.")] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="All as a page of Markdown.")] = False,
+) -> int:
+    """List objectives and losses of distillation."""
+    from kirsch.cli.methods import methods as show
+
+    return show(name, session.terminal, markdown=markdown)
+
+
+@verb
 def doctor(session: Session) -> int:
     """List what is installed, missing, and how to get it."""
     from kirsch.cli.doctor import doctor as examine
