@@ -197,6 +197,24 @@ def test_the_accuracy_of_a_language_model_is_that_of_the_next_token(transformers
     assert told[0] == {"event": "teacher", "accuracy": pytest.approx(right[1]), "classes": WORDS}
 
 
+def test_sequences_without_labels_weigh_as_many_positions_as_they_have(transformers):
+    """Two batches of one step end where one batch of both does, though one has more padding."""
+    inputs, _ = causal_batch()
+    objective = Objective((Term("kd", 1.0, 2.0),), label_weight=0.0, causal=True)
+    found = [
+        distill(
+            *pair(gpt2, transformers),
+            ArrayData(inputs, None, batch_size=size),
+            objective=objective,
+            training=Training(epochs=1, accumulate=4 // size, learning_rate=0.1, schedule="constant"),
+            hooks=QUIET,
+        ).model
+        for size in (4, 2)
+    ]
+    for first, second in zip(*(model.parameters() for model in found), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-8)  # softmaxes of transformers have 32 bits
+
+
 # ------------------------------------------------------------------------------------------------ encoders
 
 
@@ -253,6 +271,7 @@ def test_another_label_may_stand_for_none(transformers):
 def test_padding_of_source_and_target_is_nothing(transformers, build):
     """Hidden states of the encoder are masked by its mask, those of the decoder by the labels."""
     decoder = "decoder.block.1" if build is t5 else "model.decoder.layers.1"
+    crossing = f"{decoder}.{'layer.1.EncDecAttention' if build is t5 else 'encoder_attn'}/softmax:in"
     terms = (
         Term("kd", 1.0, 2.0),
         Term("hidden-mse", 1.0, student="encoder.hidden[*]", name="encoder"),
@@ -261,6 +280,8 @@ def test_padding_of_source_and_target_is_nothing(transformers, build):
         Term("hidden-mse", 1.0, student=decoder, name="layer"),
         Term("attention-kl", 1.0, student="decoder.attention[-1]", options={"given": "weights"}, name="attention"),
         Term("attention-kl", 1.0, student="encoder.attention[-1]", options={"given": "weights"}, name="attending"),
+        Term("attention-kl", 1.0, student="cross.attention[-1]", options={"given": "weights"}, name="crossing"),
+        Term("attention-mse", 1.0, student=crossing, name="scores"),
     )
     inputs, labels = translation()
     other = changed(inputs, input_ids=inputs["attention_mask"], decoder_input_ids=(labels != -100).astype(int))

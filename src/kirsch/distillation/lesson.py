@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from kirsch.frameworks.port import Framework
     from kirsch.frameworks.sites import Sites
 
+CROSS = re.compile(r"cross|encoder_attn|EncDecAttention")
+"""In the path of what a decoder attends to its encoder with, as models of transformers call it."""
+
 Regularizer = Callable[[Any], Any]
 """model → scalar with gradient, added to the loss as it is."""
 
@@ -53,6 +56,9 @@ class Lesson:
         self._framework, self._objective, self._guide = framework, objective, guide
         self._pairs = [[pair for pair in pairs if pair.term == number] for number in range(len(objective.terms))]
         self._regularizers = regularizers
+        self._sequences = any(
+            loss_of(objective.terms[pair.term].loss).takes == "scores" and "×" in pair.shapes[0] for pair in pairs
+        )
         self._names = _distinct([term.called for term in objective.terms])
         self._factors: dict[str, float] = {}
         self._used: dict[str, float] = {}
@@ -132,7 +138,7 @@ class Lesson:
             theirs = theirs if not self._objective.causal else _shorter(theirs)
             mask = self._positions(mine, labels, batch, loss_needs_labels="labels" in given)
         elif loss.takes in TOKEN_KINDS:
-            mask = self._tokens(site, batch)
+            mask = self._tokens(site, batch, of_pairs=loss.takes == "attention")
         if holds_top_k(theirs):
             return stored_scores(term, mine, theirs, mask, options)
         if "labels" in given:
@@ -178,32 +184,39 @@ class Lesson:
         """
         if labels is not None and (labels.ndim > 1 or loss_needs_labels):
             return self._counting(labels)
-        if labels is None and scores.ndim == len("NLK"):
-            mask = self._tokens("logits", batch)
-            return mask if mask is None or not self._objective.causal else mask[:, 1:] * mask[:, :-1]
-        return None
+        return self._unlabelled(batch) if labels is None and scores.ndim == len("NLK") else None
+
+    def _unlabelled(self, batch: Batch) -> Any:
+        """Which positions of sequences without labels have scores that count."""
+        mask = self._tokens("logits", batch)
+        return mask if mask is None or not self._objective.causal else mask[:, 1:] * mask[:, :-1]
 
     def _masks(self, batch: Batch) -> Mapping[str, Any]:
         """What a batch of a model of tokens says about padding; empty for others."""
         return batch.inputs if isinstance(batch.inputs, Mapping) else {}
 
-    def _tokens(self, site: Sites, batch: Batch) -> Any:
+    def _tokens(self, site: Sites, batch: Batch, *, of_pairs: bool = False) -> Any:
         """Which positions of a model of tokens are no padding; None where the batch does not say.
 
-        Of a decoder beside an encoder these are, unless the batch says it, the positions with a label.
+        Of a decoder beside an encoder these are, unless the batch says it, the positions with a label. Of pairs between
+        both, a query in the decoder and a key in the encoder must count.
         """
         masks, text = self._masks(batch), texts(site)[0]
-        two = any(name.startswith("decoder_input") for name in masks)
-        if not two or "encoder" in re.split(r"[^a-z]", text):
+        side = re.search(r"encoder|decoder|cross", text)  # the first: decoder.layers.0.encoder_attn is in the decoder
+        if not any(name.startswith("decoder_input") for name in masks) or (side and side[0] == "encoder"):
             return masks.get("attention_mask")
         found, labels = masks.get("decoder_attention_mask"), batch.targets
         if found is None and labels is not None and labels.ndim == len("NL") and not _floating(labels):
-            return self._counting(labels)
+            found = labels != self._objective.ignore
+        if of_pairs and CROSS.search(text) and found is not None and "attention_mask" in masks:
+            return (found != 0)[:, :, None] & (masks["attention_mask"] != 0)[:, None, :]
         return found
 
     def items(self, batch: Batch) -> int:
         """Samples, or the positions of sequences that count."""
         labels = batch.targets
+        if labels is None and self._sequences and (mask := self._unlabelled(batch)) is not None:
+            return int((mask != 0).sum())
         if labels is None or labels.ndim == 1 or _floating(labels):
             return len(batch)
         _, labels = self._aligned(labels, batch)

@@ -170,10 +170,10 @@ def attention_mse(student: Any, teacher: Any, *, convention: str | None = None, 
     """Squared difference of the scores of attention, averaged over heads and pairs of positions that count.
 
     Args:
-        student, teacher: scores before the softmax, or weights behind it, shape (N, heads, L, L).
+        student, teacher: scores before the softmax, or weights behind it, shape (N, heads, queries, keys).
         convention: None: scores of -100 and below, by which code hides padding and what comes later, count as 0.
             "textbrewer": without a mask, all scores of -0.001 and below do, and with a mask none.
-        mask: shape (N, L), true where a position counts; None counts all.
+        mask: shape (N, L), true where a position counts, or (N, queries, keys), where both do; None counts all.
 
     Returns:
         Scalar, >= 0; 0 when the scores agree.
@@ -203,12 +203,12 @@ def attention_ce(
     """Cross-entropy of the student's attention against the teacher's, averaged over heads and queries that count.
 
     Args:
-        student, teacher: shape (N, heads, L, L): queries, then keys.
+        student, teacher: shape (N, heads, queries, keys).
         given: "scores" before the softmax, or "weights" behind it, as transformers puts them out. Those hold the
             dropout of attention, too: switch it off in the student.
         convention: None: the softmax runs over the keys that count. "textbrewer": it runs over all keys, of which those
             that do not count are left out of the sum; without a mask, those whose score is -0.001 or below are.
-        mask: shape (N, L), true where a position counts; None counts all.
+        mask: shape (N, L), true where a position counts, or (N, queries, keys), where both do; None counts all.
 
     Returns:
         Scalar in nats, >= 0; when both agree, the mean entropy of the teacher's attention, which is the least.
@@ -230,7 +230,13 @@ def attention_ce(
         raise UsageError(f"The convention {convention!r} is one of scores; {given!r} are given.")
     same_shape(student, teacher, "attention")
     xp = namespace(student)
-    keys = teacher > floor if mask is None else (mask != 0)[:, None, None, :]
+    keys = (
+        teacher > floor
+        if mask is None
+        else (mask != 0)[:, None, None, :]
+        if mask.ndim == len("NL")
+        else (mask != 0)[:, None]
+    )
     shared = xp.where(keys, xp.exp(log_softmax(teacher)), xp.zeros_like(teacher))
     entropy = -(shared * log_softmax(student)).sum(-1)
     return mean_over(entropy, _queries(mask, entropy))
@@ -241,10 +247,11 @@ def attention_kl(student: Any, teacher: Any, *, given: str = "scores", mask: Any
     """Kullback-Leibler divergence from the teacher's attention to the student's, averaged over heads and queries.
 
     Args:
-        student, teacher: shape (N, heads, L, L): queries, then keys.
+        student, teacher: shape (N, heads, queries, keys).
         given: "scores" before the softmax, or "weights" behind it, as transformers puts them out. Those hold the
             dropout of attention, too: switch it off in the student.
-        mask: shape (N, L), true where a position counts; None counts all. The softmax runs over the keys that count.
+        mask: shape (N, L), true where a position counts, or (N, queries, keys), where both do; None counts all. The
+            softmax runs over the keys that count.
 
     Returns:
         Scalar in nats, >= 0; 0 when the attention agrees.
@@ -348,18 +355,23 @@ def _both(mask: Any) -> Any:
 
 
 def _pairs(mask: Any, attention: Any) -> Any:
-    """(N, L) as the shape of the attention: true where both query and key count."""
+    """(N, L) or (N, queries, keys) as the shape of the attention: true where both query and key count."""
     if mask is None:
         return None
-    n, _, length, _ = attention.shape
-    if tuple(mask.shape) != (n, length):
-        raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {(n, length)} is needed.")
-    return namespace(attention).broadcast_to(_both(mask)[:, None], tuple(attention.shape))
+    n, _, queries, keys = attention.shape
+    wanted = (n, queries, keys) if mask.ndim == len("NQK") or queries != keys else (n, queries)
+    if tuple(mask.shape) != wanted:
+        raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {wanted} is needed.")
+    both = _both(mask) if mask.ndim == len("NL") else mask != 0
+    return namespace(attention).broadcast_to(both[:, None], tuple(attention.shape))
 
 
 def _queries(mask: Any, like: Any) -> Any:
-    """(N, L) as (N, heads, L)."""
-    return None if mask is None else namespace(like).broadcast_to((mask != 0)[:, None], tuple(like.shape))
+    """(N, L), or (N, queries, keys) of which a query counts with any key, as (N, heads, queries)."""
+    if mask is None:
+        return None
+    counts = mask != 0 if mask.ndim == len("NL") else (mask != 0).any(-1)
+    return namespace(like).broadcast_to(counts[:, None], tuple(like.shape))
 
 
 def _over_keys(scores: Any, pairs: Any) -> Any:
