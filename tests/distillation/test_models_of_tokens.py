@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from kirsch.distillation.distill import distill
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective, Term
+from kirsch.errors import ShapeError
 from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.pytorch.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
@@ -232,6 +233,30 @@ def test_padding_of_an_encoder_is_nothing(transformers, labelled):
     other = changed(inputs, input_ids=mask)
     labels = np.arange(4) % 2 if labelled else None
     assert_padding_is_nothing(pair(bert, transformers), Objective(terms), inputs, other, labels)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "number"),
+    [
+        (["cat", "dog"], ["dog", "cat"], 0),
+        (["cat", "dog"], ["Cat", "bird"], 1),
+        (["cat", "dog"], ["Cat", "Dog"], None),
+        (["cat", "dog"], ["Katze", "Hund"], None),
+        (["cat", "dog"], ["LABEL_0", "LABEL_1"], None),
+    ],
+)
+def test_classes_in_another_order_are_refused_by_their_names(transformers, mine, theirs, number):
+    student, teacher = pair(bert, transformers)
+    for model, names in ((student, mine), (teacher, theirs)):
+        model.config.id2label = dict(enumerate(names))
+    inputs = {"input_ids": words((4, 7)), "attention_mask": mask_of([7, 4, 2, 5], 7)}
+    if number is None:
+        charge((student, teacher), Objective.kd(), inputs)
+        return
+    sentence = rf"The student calls class {number} '{mine[number]}', the teacher '{theirs[number]}'\. Soft targets"
+    with pytest.raises(ShapeError, match=sentence):
+        charge((student, teacher), Objective.kd(), inputs)
+    charge((student, teacher), Objective((Term("hidden-mse", 1.0, student="hidden[-1]"),)), inputs, np.arange(4) % 2)
 
 
 # ------------------------------------------------------------------------------------------------ encoder and decoder

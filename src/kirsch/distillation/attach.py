@@ -92,6 +92,9 @@ def attach(
     for place, teacher in enumerate(teachers):
         wanted = [theirs for number, _, theirs in places if concerns(objective.terms[number], place)]
         others.append(framework.dry_run(teacher, texts(wanted), inputs))
+    if any((mine, theirs) == ("logits", "logits") for _, mine, theirs in places):
+        for teacher in teachers:
+            _check_names(framework.class_names(student), framework.class_names(teacher))
     pairs = []
     for place, (number, mine, theirs) in enumerate(places):
         term = objective.terms[number]
@@ -322,6 +325,17 @@ def _refuse_classes(mine: tuple[int, ...], theirs: tuple[int, ...]) -> None:
         "Soft targets need the same classes in the same order.",
         "Give one of them a head for the classes of the other.",
     )
+
+
+def _check_names(mine: Sequence[str], theirs: Sequence[str]) -> None:
+    """Refuse classes of one number and other names; names of which none is shared may be words for the same."""
+    differ = [number for number, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a.lower() != b.lower()]
+    if differ and {name.lower() for name in mine} & {name.lower() for name in theirs}:
+        raise ShapeError(
+            f"The student calls class {differ[0]} {mine[differ[0]]!r}, the teacher {theirs[differ[0]]!r}.",
+            "Soft targets need the same classes in the same order.",
+            "Build the student with the id2label of the teacher's configuration, or mend the names.",
+        )
 
 
 def _classes(shape: tuple[int, ...]) -> str:

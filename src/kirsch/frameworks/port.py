@@ -107,6 +107,9 @@ class Framework(Protocol):
     def members(self, cohort: Any) -> list[Any]:
         """The students of a cohort, in their order."""
 
+    def class_names(self, model: Any) -> list[str]:
+        """What a model calls its classes, in their order; empty where it does not say."""
+
     def student_of(self, model: Any) -> Any:
         """The student within a pupil, however it is wrapped; any other model itself."""
 

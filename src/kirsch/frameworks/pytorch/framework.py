@@ -22,6 +22,7 @@ from kirsch.frameworks.pytorch import (
     fingerprint,
     graph_module,
     hub,
+    outputs,
     predict,
     pupil,
     regions,
@@ -153,6 +154,10 @@ class PyTorch:
     def members(self, cohort_: Any) -> list[Any]:
         """See the port."""
         return list(cohort_.students)
+
+    def class_names(self, model: Any) -> list[str]:
+        """See the port."""
+        return outputs.class_names(model)
 
     def student_of(self, model: Any) -> Any:
         """See the port."""

@@ -12,6 +12,8 @@ from kirsch.errors import UnknownNameError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from torch import nn
+
 PREDICTIONS = ("logits", "pred")
 """Words in the names of outputs that a model is trained for."""
 
@@ -75,3 +77,12 @@ def counting(names: Sequence[str], asked: Sequence[str]) -> set[str]:
 
 def _within(path: str, name: str) -> bool:
     return path == name or path.startswith(f"{name}.")
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """What the configuration of a model of transformers calls its classes; empty for its "LABEL_0" and for others."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not isinstance(names, dict) or set(names) != set(range(len(names))):
+        return []
+    found = [str(names[number]) for number in range(len(names))]
+    return [] if found == [f"LABEL_{number}" for number in range(len(names))] else found
