@@ -158,6 +158,22 @@ def test_a_batch_without_labels_is_charged_nothing_by_what_needs_them():
         torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda labels: np.full_like(labels, -100),
+            r"Nothing of the validation has a label\. All its targets are -100",
+        ),
+        (lambda labels: np.eye(K)[labels], r"The targets to validate by have shape \(24, 3\) .* as a callable: model"),
+        (lambda labels: labels + 0.5, r"The targets to validate by have shape \(24,\) and type float64"),
+    ],
+)
+def test_a_validation_without_class_numbers_is_refused(change, sentence):
+    with pytest.raises(DataError, match=sentence):
+        fit(Net(), data(), training=Training(epochs=1), validation=(data().inputs, change(data().targets)))
+
+
 # ------------------------------------------------------------------------------------------------ teachers
 
 

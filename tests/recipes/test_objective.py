@@ -16,7 +16,7 @@ from kirsch.errors import RecipeError, ShapeError, UnknownNameError, UsageError
 from kirsch.recipes.compress import _section
 from kirsch.recipes.forecast import forecast
 from kirsch.recipes.models import build
-from kirsch.recipes.recipe import commented, read_recipe
+from kirsch.recipes.recipe import Distil, commented, read_recipe
 from kirsch.recipes.tasks.data import load_data
 
 LEAST = "teacher: {model: 'm:t'}\nrecover:\n"
@@ -211,7 +211,9 @@ def test_objects_are_compressed_with_an_objective(job):
     data = load_data("nets.py:stripes", {}, seed=0, base=job.base)
     teacher = build("nets.py:teacher", base=job.base)
     objective = Objective((Term("hcl", 1.0, student="second", options={"sizes": (2, 1)}),))
-    assert _section(None, None, objective)["objective"]["terms"][0]["options"] == {"sizes": [2, 1]}
+    section = Distil.model_validate(_section(None, None, objective))
+    assert section.learned() == Objective((Term("hcl", 1.0, student="second", options={"sizes": [2, 1]}),))
+    assert Distil.model_validate(section.model_dump(mode="json")) == section
     with pytest.raises(RecipeError, match="temperature beside an objective"):
         kirsch.compress(copy.deepcopy(teacher), data, kirsch.Goal(macs=0.5), temperature=2.0, objective="dkd")
     with pytest.raises(RecipeError, match=r"no preset 'dkdd'\. .* Did you mean 'dkd'"):

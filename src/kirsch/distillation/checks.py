@@ -156,15 +156,31 @@ def judged(framework: Framework, teacher: Any, data: Any, validation: Any, objec
     right, classes = correct(scores, batch.targets[:MOST_JUDGED], objective), classes_last(scores).shape[-1]
     if not len(right):
         return {}
-    accuracy = float(right.mean())
-    if len(right) >= ENOUGH and accuracy <= 1 / classes:
+    share = float(right.mean())
+    if len(right) >= ENOUGH and share <= 1 / classes:
         raise NumericError(
-            f"The teacher is no better than chance: {accuracy:.1%} of {len(right)} samples are right, "
+            f"The teacher is no better than chance: {share:.1%} of {len(right)} samples are right, "
             f"chance is {1 / classes:.1%}.",
             "A student would learn noise from it.",
             "Check the teacher's weights, the order of its classes, and that the inputs are prepared as it expects.",
         )
-    return {"accuracy": accuracy, "classes": classes}
+    return {"accuracy": share, "classes": classes}
+
+
+def accuracy(scores: Any, targets: Any, objective: Objective) -> float:
+    """The share of what counts for which the most likely class is the right one; see `correct`.
+
+    Raises:
+        DataError: nothing counts, or the targets are no class numbers.
+    """
+    right = correct(scores, targets, objective)
+    if not len(right):
+        raise DataError(
+            "Nothing of the validation has a label.",
+            f"All its targets are {objective.ignore}.",
+            "Give some that have, or a callable: model → metrics by name.",
+        )
+    return float(right.mean())
 
 
 def correct(scores: Any, targets: Any, objective: Objective) -> NDArray[np.bool_]:
@@ -174,8 +190,17 @@ def correct(scores: Any, targets: Any, objective: Objective) -> NDArray[np.bool_
         scores: shape (N, K), (N, L, K) or (N, K, H, W), numpy.
         targets: class numbers, one for each; positions are shifted as the objective says.
         objective: whether positions predict the next one, and what stands for no label.
+
+    Raises:
+        DataError: the targets are no class numbers.
     """
     likely, targets = classes_last(scores).argmax(-1), host(targets)
+    if likely.shape != targets.shape or not np.issubdtype(targets.dtype, np.integer):
+        raise DataError(
+            f"The targets to validate by have shape {targets.shape} and type {targets.dtype}.",
+            f"Accuracy is that of class numbers, of shape {likely.shape}.",
+            "Give validation as a callable: model → metrics by name.",
+        )
     if objective.causal:
         likely, targets = likely[:, :-1], targets[:, 1:]
     right: NDArray[np.bool_] = (likely == targets)[targets != objective.ignore]

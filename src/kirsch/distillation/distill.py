@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.checks import UNJUDGED, check_labels, correct, few, first_batch, judged, split_relations
+from kirsch.distillation.checks import UNJUDGED, accuracy, check_labels, few, first_batch, judged, split_relations
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.objective import Objective
@@ -120,6 +120,6 @@ def with_validation(hooks: TrainingHooks, framework: Framework, validation: Any,
         inputs, targets = pair
 
         def validate(model: Any) -> dict[str, float]:
-            return {"accuracy": float(correct(framework.predict(model, inputs), targets, objective).mean())}
+            return {"accuracy": accuracy(framework.predict(model, inputs), targets, objective)}
 
     return dataclasses.replace(hooks, validate=validate)
