@@ -114,8 +114,7 @@ def loader():
     return DataLoader(dataset, batch_size=6, shuffle=True, generator=torch.Generator().manual_seed(4))
 
 
-@pytest.mark.parametrize("make", [data, loader])
-@pytest.mark.parametrize("stop_at", [3, 10, 12, 25, 30])
+@pytest.mark.parametrize(("make", "stop_at"), [(data, 3), (data, 10), (data, 30), (loader, 12), (loader, 20)])
 def test_a_chain_that_is_cut_anywhere_ends_in_the_same_bits(make, stop_at):
     """Each link asks ten times: after each of 4 batches, and after each of 2 epochs; at 10 and 30 a link is done."""
     training, asked, states, told = Training(epochs=2, learning_rate=0.1, ema=0.9), [], [], []
