@@ -16,7 +16,7 @@ from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.objective import Objective, Term
 from kirsch.distillation.store import Dense
 from kirsch.distillation.store import build as build_store
-from kirsch.errors import CheckpointError, Interrupted, UnknownNameError, UsageError
+from kirsch.errors import CheckpointError, Interrupted, ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -275,3 +275,6 @@ def test_an_ensemble_of_nothing_or_in_an_unknown_way_is_refused():
         ensemble([])
     with pytest.raises(UnknownNameError, match="no way to combine models 'sum'"):
         ensemble(models(), "sum")
+    five = nn.Linear(D, 5).double()
+    with pytest.raises(ShapeError, match="The models of the ensemble put out 5, 3 classes"):
+        ensemble([five, models()[0]])(torch.from_numpy(samples()[0]))

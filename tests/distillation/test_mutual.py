@@ -71,6 +71,16 @@ def test_a_step_is_that_of_a_student_whose_teachers_are_the_peers_as_they_were(n
             assert found[place].first_batch[shares] == pytest.approx(wanted, rel=1e-5)  # norms are summed in float32
 
 
+@pytest.mark.parametrize("way", ["logits", "confidence", "sum"])
+def test_peers_are_combined_as_teachers_are(way):
+    objective = Objective((Term("kd", 0.5, 2.0),), teachers=way)
+    students = [linear(seed) for seed in range(3)]
+    found = distill_mutually(students, whole(), objective=objective, training=ONE_STEP)[1].model
+    others = [students[0], students[2]]
+    alone = distill(students[1], others, whole(), objective=objective, training=ONE_STEP, check_teacher=False).model
+    torch.testing.assert_close(found[0].weight, alone[0].weight, rtol=1e-12, atol=1e-14)
+
+
 def test_what_peers_say_together_has_the_gradient_of_the_mean_divergence():
     """So that the default is the paper's for three students and more."""
     students = [linear(seed) for seed in range(3)]

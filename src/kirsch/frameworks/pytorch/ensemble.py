@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from kirsch.errors import ShapeError
 from kirsch.frameworks.pytorch.predict import logits_of
 
 if TYPE_CHECKING:
@@ -29,5 +30,17 @@ class Ensemble(nn.Module):
         self.combine = combine
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
-        """The combined scores."""
-        return self.combine([logits_of(model(*args, **options)) for model in self.models])
+        """The combined scores.
+
+        Raises:
+            ShapeError: the models put out different numbers of classes.
+        """
+        scores = [logits_of(model(*args, **options)) for model in self.models]
+        classes = [part.shape[-1] for part in scores]
+        if any(count != classes[0] for count in classes):
+            raise ShapeError(
+                f"The models of the ensemble put out {', '.join(map(str, classes))} classes.",
+                "What they say can be combined only of the same classes.",
+                "Leave out those of other classes.",
+            )
+        return self.combine(scores)
