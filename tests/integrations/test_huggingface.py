@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
+import socket
 import sys
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import kirsch
 from kirsch.distillation.objective import Objective, Term
@@ -189,6 +192,16 @@ def test_an_encoder_learns_of_every_kind_of_place(tmp_path, objective):
     assert len(run.predict(sentences()).predictions) == 16
 
 
+def test_sixteen_bits_are_near_to_thirty_two(tmp_path):
+    losses = []
+    for bf16 in (False, True):
+        run = trainer(tmp_path, bf16=bf16)
+        run.train()
+        losses.append(run.state.log_history[0]["loss/label"])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
 def test_a_second_training_goes_on_with_the_same_adapters(tmp_path):
     run = trainer(tmp_path)
     run.train()
@@ -281,6 +294,48 @@ def test_a_student_that_is_spread_is_refused(tmp_path, name, said):
     setattr(run, name, True)
     with pytest.raises(UsageError, match=f"would spread the student by {said}.*torchrun"):
         run._check(LAYERS)
+
+
+def weights(folder, objective, rows, processes):
+    """What a run ends in, and what it logs of its loss and of the norm that it clips by."""
+    student, teacher = causal(8, 1, 1).double(), causal(16, 1, 2).double()
+    settings = {"per_device_train_batch_size": 8 // processes, "max_steps": 4, "max_grad_norm": 0.1}
+    run = trainer(folder, student, teacher, objective, rows, **settings)
+    run.train()
+    told = [row[name] for row in run.state.log_history[:-1] for name in ("loss", "loss/kd", "loss/label", "grad_norm")]
+    return [*[p.detach().numpy() for p in run.distiller.parameters()], np.array(told)]
+
+
+def part(rank, folder, port, *given):
+    """One of two processes."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found = weights(folder, *given, 2)
+    if rank == 0:
+        np.savez(folder / "found.npz", *found)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes begin as copies of this one")
+@pytest.mark.parametrize("joined", [False, True], ids=["soft targets", "adapter"])
+def test_two_processes_end_where_one_does(tmp_path, joined):
+    """Sequences of 3 to 8 valid tokens, or whole ones with an adapter."""
+    terms = (Term("kd", 0.5, 2.0), *([Term("hidden-mse", 0.5, student="hidden[-1]")] if joined else []))
+    rows = [{"input_ids": r["input_ids"], "labels": r["input_ids" if joined else "labels"]} for r in texts()]
+    given = Objective(terms, causal=True), rows
+    one = weights(tmp_path, *given, 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torch.multiprocessing.start_processes(part, (tmp_path, port, *given), nprocs=2, start_method="fork")
+    with np.load(tmp_path / "found.npz") as arrays:
+        two = [arrays[name] for name in arrays.files]
+    assert len(one) == len(two)
+    for first, second in zip(one, two, strict=True):
+        # Sums in another order, in float64; what is logged is in single precision.
+        exact = {"rtol": 1e-8, "atol": 1e-11} if first.shape != one[-1].shape else {"rtol": 1e-5}
+        np.testing.assert_allclose(second, first, **exact)
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -126,7 +126,7 @@ class Distiller:
         model = self.pupil if through is None else through
         charge = self.lesson(model, self._framework.placed(_given(batch), self.student), epoch)
         if self.pupil.training and charge.parts and int(epoch) != self._looked:
-            norms = self._framework.gradient_norms(self.student, charge.parts)
+            norms = self._framework.gradient_norms(self.pupil, charge.parts)
             if norms:
                 self._look_at(norms, int(epoch))
         return charge

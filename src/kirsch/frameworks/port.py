@@ -113,11 +113,11 @@ class Framework(Protocol):
     def student_of(self, model: Any) -> Any:
         """The student within a pupil, however it is wrapped; any other model itself."""
 
-    def gradient_norms(self, model: Any, parts: dict[str, Any]) -> dict[str, float]:
-        """How long the gradient of each part is for a model; empty where gradients are switched off.
+    def gradient_norms(self, pupil: Any, parts: dict[str, Any]) -> dict[str, float]:
+        """How long the gradient of each part is for the student; empty where gradients are switched off.
 
         Raises:
-            NumericError: a part gives the model no gradient.
+            NumericError: a part gives the student no gradient.
         """
 
     def placed(self, batch: Batch, model: Any) -> Batch:

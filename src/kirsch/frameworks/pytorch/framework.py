@@ -163,9 +163,9 @@ class PyTorch:
         """See the port."""
         return pupil.student_of(model)
 
-    def gradient_norms(self, model: Any, parts: dict[str, Any]) -> dict[str, float]:
+    def gradient_norms(self, pupil_: Any, parts: dict[str, Any]) -> dict[str, float]:
         """See the port."""
-        return pupil.gradient_norms(model, parts) if torch.is_grad_enabled() else {}
+        return pupil.gradient_norms(pupil_, parts) if torch.is_grad_enabled() else {}
 
     def placed(self, batch: Batch, model: Any) -> Batch:
         """See the port."""

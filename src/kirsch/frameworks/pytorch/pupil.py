@@ -93,13 +93,14 @@ def student_of(model: nn.Module) -> nn.Module:
     return model.student
 
 
-def gradient_norms(model: nn.Module, parts: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """How long the gradient of each part of a loss is for a model; the graph stays for the step.
+def gradient_norms(pupil: Pupil, parts: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """How long the gradient of each part of a loss is for the student, without adapters; the graph stays for the step.
 
     Raises:
-        NumericError: a part gives the model no gradient.
+        NumericError: a part gives the student no gradient.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    beside = {id(p) for p in pupil.joints.parameters()}  # a student may hold them too, so that others find them
+    parameters = [p for p in pupil.student.parameters() if p.requires_grad and id(p) not in beside]
     norms: dict[str, float] = {}
     for name, part in parts.items():
         found = (

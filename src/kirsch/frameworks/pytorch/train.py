@@ -213,7 +213,7 @@ class _Run:
 
     def _look_at(self, charge: Charge) -> None:
         """Each term must reach the student; its share of the loss and of the gradient is shown, epoch by epoch."""
-        norms = gradient_norms(self.pupil.student, charge.parts)
+        norms = gradient_norms(self.pupil, charge.parts)
         self.shares = shares_of(norms)
         self.loss.balance(norms)
         if not self.epoch:

@@ -1,0 +1,331 @@
+"""The Trainer of Lightning distils by a callback; Lightning's own loop runs."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.distillation.objective import Objective, Term
+from kirsch.errors import CheckpointError, DataError, MissingExtraError, UnknownNameError, UsageError
+from kirsch.frameworks.pytorch.vision import import_beside
+
+import_beside("torchvision")  # of which torchmetrics, and so Lightning, imports a part
+import lightning  # noqa: E402 - see above
+
+from kirsch.integrations.lightning import Distillation  # noqa: E402 - the same
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*The number of training batches .* is smaller than the logging interval.*"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated.*"),
+    pytest.mark.filterwarnings("ignore:The term:UserWarning"),
+]
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+WORDS, LENGTH = 12, 6
+WHOLE = Objective((Term("kd", 0.5, 2.0), Term("fitnet", 0.5, student="1")))
+
+
+def net(width, seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(5, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, 3)
+    )  # fmt: skip
+
+
+def speaker(width, seed):
+    """A model of tokens, in double precision."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Embedding(WORDS, width), nn.Linear(width, WORDS)).double()
+
+
+class Module(lightning.LightningModule):
+    """As a user has it."""
+
+    def __init__(self, model=None, data=None, batch_size=4):
+        super().__init__()
+        self.model = net(4, 1) if model is None else model
+        self.data, self.batch_size = data or samples(), batch_size
+
+    def forward(self, x):
+        return self.model(x)
+
+    def training_step(self, batch, batch_idx):
+        raise RuntimeError("the callback stands in its place")
+
+    def validation_step(self, batch, batch_idx):
+        self.log("own", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)]
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(self.data, batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(self.data, batch_size=16)
+
+
+def samples():
+    random = np.random.default_rng(0)
+    labels = torch.arange(16) % 3
+    return torch.utils.data.TensorDataset(torch.as_tensor(random.standard_normal((16, 5))).float(), labels)
+
+
+def texts(count=8):
+    """Tokens that are their own labels, of which 1 to 5 count."""
+    tokens = torch.as_tensor(np.random.default_rng(0).integers(0, WORDS, (count, LENGTH)))
+    counted = torch.arange(LENGTH) < 2 + torch.arange(count)[:, None] % 5
+    return torch.utils.data.TensorDataset(tokens, tokens.masked_fill(~counted, -100))
+
+
+def fit(module, callback, *, seed=3, ckpt_path=None, **options):
+    options = {"max_epochs": 1, "devices": 1, "logger": False, "enable_checkpointing": False, **options}
+    run = lightning.Trainer(
+        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[callback, *options.pop("callbacks", ())], **options,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    run.fit(module, ckpt_path=ckpt_path)
+    return run
+
+
+def assert_same(one, two, **tolerance):
+    assert one.state_dict().keys() == two.state_dict().keys()
+    for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, msg=name, **tolerance)
+
+
+def assert_plain(module, before):
+    """Nothing of the distillation is left in the module."""
+    assert module.state_dict().keys() == before.state_dict().keys()
+    assert [name for name, _ in module.named_modules()] == [name for name, _ in before.named_modules()]
+    assert "training_step" not in vars(module)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_the_student_and_its_adapters_are_trained_and_nothing_stays(tmp_path):
+    module, callback = Module(), Distillation(net(6, 2), WHOLE, student="model")
+    run = fit(module, callback, max_epochs=2)
+    trained = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert trained == {id(p) for p in callback.distiller.parameters()}
+    fresh = kirsch.Distiller(net(4, 1), net(6, 2), WHOLE, samples()[:4])
+    for before, after in zip(fresh.parameters(), callback.distiller.parameters(), strict=True):
+        assert not torch.equal(before, after)
+    assert_plain(module, Module())
+    told = {name: float(value) for name, value in run.callback_metrics.items()}
+    assert told.keys() == {
+        "loss", "loss/label", "loss/kd", "loss/fitnet", "own",
+        "gradient_share/label", "gradient_share/kd", "gradient_share/fitnet",
+    }  # fmt: skip
+    assert told["loss"] == pytest.approx(sum(told[f"loss/{name}"] for name in ("label", "kd", "fitnet")), rel=1e-5)
+    assert sum(value for name, value in told.items() if name.startswith("gradient")) == pytest.approx(1)
+
+
+def test_the_step_is_that_of_a_distiller_by_hand():
+    """The module itself is the student, so that places begin with `model.`."""
+    objective = Objective((Term("kd", 0.5, 2.0), Term("fitnet", 0.5, student="model.1")), balance="gradient")
+    module, callback = Module(batch_size=16), Distillation(Module(net(6, 2)), objective)
+    module.model[3] = nn.Identity()
+    fit(module, callback, max_epochs=3)
+    hand = Module()
+    hand.model[3] = nn.Identity()
+    found = kirsch.Distiller(hand, Module(net(6, 2)), objective, samples()[:16]).train()
+    optimizer = torch.optim.SGD(found.parameters(), lr=0.1, momentum=0.9)
+    for epoch in range(3):
+        optimizer.zero_grad()
+        found(samples()[:16], epoch).total.backward()
+        optimizer.step()
+    assert_same(module, hand, rtol=1e-4, atol=1e-6)  # the order of the samples differs, in single precision
+    assert callback.distiller.shares == pytest.approx(found.shares, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_run_that_is_resumed_ends_in_the_same_bits(tmp_path):
+    """The student in the checkpoint is a plain one."""
+    objective = Objective(WHOLE.terms, balance="gradient")
+    runs = []
+    for path in (None, str(tmp_path / "epoch=1-step=8.ckpt")):
+        keep = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1)
+        module, callback = Module(data=list(samples())), Distillation(net(6, 2), objective, student="model")
+        module.model[3] = nn.Identity()  # Lightning keeps no random state
+        module.train_dataloader = lambda own=module: torch.utils.data.DataLoader(own.data, batch_size=4)
+        fit(module, callback, max_epochs=3, ckpt_path=path, callbacks=[keep],
+            enable_checkpointing=True)  # fmt: skip
+        runs.append((module, callback))
+    assert_same(runs[0][0], runs[1][0], rtol=0, atol=0)
+    assert_same(runs[0][1].distiller.adapters, runs[1][1].distiller.adapters, rtol=0, atol=0)
+    assert runs[0][1].state_dict()["balance"] == runs[1][1].state_dict()["balance"]
+    kept = torch.load(tmp_path / "epoch=1-step=8.ckpt", weights_only=True)
+    assert kept["state_dict"].keys() == Module().state_dict().keys()
+    plain = Module()
+    plain.model[3] = nn.Identity()
+    plain.load_state_dict(kept["state_dict"])
+
+
+def test_accumulated_batches_make_the_step_of_one_batch():
+    """8 texts, of which 1 to 5 positions count: as one batch, and as two whose items count alike."""
+    objective = Objective.preset("causal")
+    found = []
+    for size, accumulate in ((8, 1), (4, 2), (3, 4)):
+        module = Module(speaker(4, 1), texts(), size)
+        fit(module, Distillation(speaker(6, 2), objective, student="model"), accumulate_grad_batches=accumulate,
+            limit_val_batches=0)  # fmt: skip
+        found.append(module)
+    for other in found[1:]:
+        assert_same(found[0], other, rtol=1e-10, atol=1e-12)
+    assert not torch.equal(found[0].model[1].weight, speaker(4, 1)[1].weight)
+
+
+def test_sixteen_bits_are_near_to_thirty_two():
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        module = Module(batch_size=16)
+        module.model[3] = nn.Identity()
+        run = fit(module, Distillation(net(6, 2), WHOLE, student="model"), precision=precision)
+        losses.append(float(run.callback_metrics["loss"]))
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+def test_batches_of_another_form_are_read_as_told():
+    data = [{"pixels": x, "class": y, "name": "a"} for x, y in samples()]
+    module = Module(data=data)
+    callback = Distillation(net(6, 2), WHOLE, student="model", batch_of=lambda each: (each["pixels"], each["class"]))
+    fit(module, callback, limit_val_batches=0)
+    assert set(callback.distiller.shares) == {"label", "kd", "fitnet"}
+
+
+def test_hooks_are_gone_after_an_exception_and_a_second_training_goes_on():
+    class Broken(Module):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError("enough")
+
+    module, callback = Broken(), Distillation(net(6, 2), WHOLE, student="model")
+    with pytest.raises(RuntimeError, match="enough"):
+        fit(module, callback)
+    assert_plain(module, Module())
+    before = callback.distiller
+    module.on_train_batch_end = lambda *_: None
+    fit(module, callback)
+    assert callback.distiller is before
+    assert_plain(module, Module())
+
+
+def test_a_checkpoint_of_a_run_that_did_not_distil_is_refused(tmp_path):
+    class Plain(Module):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    run = fit(Plain(), lightning.Callback())
+    run.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(CheckpointError, match=r"holds no state of Distillation.*without ckpt_path"):
+        fit(Module(), Distillation(net(6, 2), WHOLE, student="model"), ckpt_path=str(tmp_path / "plain.ckpt"))
+
+
+def test_what_distillation_cannot_follow_is_refused():
+    class Narrow(Module):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+    class Manual(Module):
+        automatic_optimization = False
+
+    class Late(Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Identity()
+
+    class Several(Module):
+        def train_dataloader(self):
+            return {"a": super().train_dataloader(), "b": super().train_dataloader()}
+
+    places = Objective((Term("fitnet", 1.0, student="model.1"),))
+    for module, options, error, sentence in (
+        (Narrow(), {"teacher": Module(net(6, 2)), "objective": places}, UsageError, r"lacks the adapters.*self\.param"),
+        (Manual(), {}, UsageError, "steps its optimizer itself.*kirsch.Distiller"),
+        (Late(), {}, UsageError, "Late has no parameters yet.*in __init__"),
+        (Several(), {}, UsageError, "several loaders.*example_batch"),
+        (Module(), {"student": "modle"}, UnknownNameError, "no part of Module 'modle'.*Did you mean 'model'"),
+    ):  # fmt: skip
+        callback = Distillation(**{"teacher": net(6, 2), "objective": WHOLE, "student": "", **options})
+        with pytest.raises(error, match=sentence):
+            fit(module, callback, limit_val_batches=0)
+        assert "training_step" not in vars(module)
+
+
+def test_a_step_whose_targets_are_all_masked_is_refused():
+    data = torch.utils.data.TensorDataset(*[torch.full((8, LENGTH), value) for value in (1, -100)])
+    callback = Distillation(speaker(6, 2), Objective.preset("causal"), student="model")
+    with pytest.raises(DataError, match="All targets of step 1 are masked"):
+        fit(Module(speaker(4, 1), data), callback, accumulate_grad_batches=2, limit_val_batches=0)
+
+
+def test_a_strategy_that_spreads_the_student_is_refused():
+    run = lightning.Trainer(accelerator="cpu", devices=1, logger=False, callbacks=[])
+    callback = Distillation(net(6, 2), WHOLE)
+    run._accelerator_connector.strategy = lightning.pytorch.strategies.ModelParallelStrategy()
+    with pytest.raises(UsageError, match="would spread the student by ModelParallelStrategy"):
+        callback.setup(run, Module(), "fit")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delitem(sys.modules, "kirsch.integrations.lightning")
+    with pytest.raises(MissingExtraError, match=r"is not installed.*kirsch\[lightning\]"):
+        importlib.import_module("kirsch.integrations.lightning")
+
+
+class Split(Module):
+    """Each process takes its part of every batch; Lightning's own sampler would shuffle."""
+
+    def train_dataloader(self):
+        part = range(self.trainer.global_rank, len(self.data), self.trainer.world_size)
+        return torch.utils.data.DataLoader(torch.utils.data.Subset(self.data, part), batch_size=self.batch_size)
+
+
+class Kept(lightning.Callback):
+    """What a process ends with, where it is not that of the test."""
+
+    def __init__(self, path, callback):
+        self.path, self.callback = path, callback
+
+    def on_fit_end(self, trainer, pl_module):
+        if trainer.global_rank == 0:
+            np.savez(self.path, *[p.detach().numpy() for p in self.callback.distiller.parameters()])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes begin as copies of this one")
+@pytest.mark.parametrize("joined", [False, True], ids=["soft targets", "adapter"])
+def test_two_processes_end_where_one_does(tmp_path, joined):
+    """Of texts with other numbers of tokens that count, and with an adapter."""
+
+    def quiet(width, seed):
+        made = net(width, seed).double()
+        made[1], made[3] = nn.Tanh(), nn.Identity()
+        return made
+
+    inputs, labels = samples().tensors
+    data = torch.utils.data.TensorDataset(inputs.double(), labels) if joined else texts(32)
+    made, objective = (quiet, WHOLE) if joined else (speaker, Objective.preset("causal"))
+    found, students = [], []
+    for processes in (1, 2):
+        module, callback = Split(made(4, 1), data, 8 // processes), Distillation(made(6, 2), objective, student="model")
+        options = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False} if processes > 1 else {}
+        kept = Kept(tmp_path / f"{processes}.npz", callback)
+        fit(module, callback, callbacks=[kept], accumulate_grad_batches=2, max_epochs=2, limit_val_batches=0, **options)
+        with np.load(kept.path) as arrays:
+            found.append([arrays[name] for name in arrays.files])
+        students.append(module)
+    assert len(found[0]) == len(list(students[0].parameters())) + 2 * joined
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-8, atol=1e-11)  # sums in another order, in float64
+    assert_same(*students, rtol=1e-8, atol=1e-11)
