@@ -36,7 +36,6 @@ def build_my_model():
     return model
 
 
-@pytest.mark.filterwarnings("ignore:The term .* of the gradient")  # all are right, so labels teach nothing
 def test_the_snippets_run_as_they_are_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     labels = np.arange(16) % 2
