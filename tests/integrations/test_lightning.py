@@ -254,7 +254,7 @@ def test_what_distillation_cannot_follow_is_refused():
         (Manual(), {}, UsageError, "steps its optimizer itself.*kirsch.Distiller"),
         (Late(), {}, UsageError, "Late has no parameters yet.*in __init__"),
         (Several(), {}, UsageError, "several loaders.*example_batch"),
-        (Module(), {"student": "model2"}, UnknownNameError, "no part of Module 'model2'.*Did you mean 'model'"),
+        (Module(), {"student": "model2"}, UnknownNameError, "no part of Module 'model2'.*Did you mean 'model"),
     ):  # fmt: skip
         callback = Distillation(**{"teacher": net(6, 2), "objective": WHOLE, "student": "", **options})
         with pytest.raises(error, match=sentence):
