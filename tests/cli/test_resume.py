@@ -131,6 +131,7 @@ def signalled(number, batch, again):
     ArrayData.epoch = batches
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored, which Kirsch respects
 main(["compress", "recipe.yaml", "--run", "whole", "--quiet"])
 print("ready", flush=True)
 for line in sys.stdin:

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kirsch.distillation.binding import bind
 from torch import nn
 from torch.nn import functional as F
 
 import kirsch
+from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
 from kirsch.errors import NumericError, PlanError, ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData, Batch
-from kirsch.frameworks.port import pytorch
 from kirsch.frameworks.pytorch import adapters
 from kirsch.frameworks.pytorch.masked import MaskedRun
 from kirsch.frameworks.pytorch.regions import exits, regions
@@ -227,12 +226,8 @@ def test_what_was_not_pruned_or_lost_whole_blocks_is_refused():
 def charges(objective, case):
     """What each term charges before any training, by its name."""
     batch = Batch(case.inputs, torch.arange(len(case.inputs)) % K)
-    bound = bind(pytorch(), case.small.eval(), case.model, objective, batch)
-    try:
-        return {name: part.item() for name, part in bound.lesson(bound.pupil, batch, 0.0).parts.items()}
-    finally:
-        bound.pupil.close()
-        bound.close()
+    with Distiller(case.small.eval(), case.model, objective, batch) as distiller:
+        return {name: part.item() for name, part in distiller.eval()(batch).parts.items()}
 
 
 def test_where_nothing_upstream_has_gone_nothing_is_charged_and_elsewhere_something(traced):

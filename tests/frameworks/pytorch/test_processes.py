@@ -35,12 +35,14 @@ labels[::5] = -100  # so that the parts of a batch have other numbers of labels
 data = ArrayData(random.standard_normal((24, 5)), labels, batch_size=8)
 joined = Term("l2-normalized", 0.5, student="1", adapter="linear")
 objective = kirsch.Objective((Term("kd", 0.5, 2.0), joined), label_weight=1.0)
+balanced = kirsch.Objective((Term("kd", 0.5, 2.0), joined), label_weight=1.0, balance="gradient")
 made = kirsch.GeneratedData(lambda count, generator: generator.standard_normal((count, 5)), 24, 8)
 found = []
 for accumulate in (1, 3):
     training = kirsch.Training(epochs=3, learning_rate=0.1, accumulate=accumulate)
     student, teacher = net(4, 1), net(6, 2)
-    found.append(kirsch.distill(student, teacher, data, objective=objective, training=training, check_teacher=False))
+    for each in (objective, balanced):
+        found.append(kirsch.distill(student, teacher, data, objective=each, training=training, check_teacher=False))
     found += kirsch.distill_mutually([student, teacher, net(5, 3)], data, training=training)
     found.append(kirsch.distill(student, teacher, made, training=training))
 if int(os.environ.get("RANK", "0")) == 0:

@@ -15,7 +15,7 @@ from kirsch.frameworks.pytorch.sites import Watch
 from kirsch.frameworks.sites import at_sites
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,15 @@ def student_of(model: nn.Module) -> nn.Module:
     return model.student
 
 
-def gradient_norms(pupil: Pupil, parts: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def gradient_norms(
+    pupil: Pupil, parts: Mapping[str, torch.Tensor], summed: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> dict[str, float]:
     """How long the gradient of each part of a loss is for the student, without adapters; the graph stays for the step.
+
+    Args:
+        pupil: with the student.
+        parts: by name.
+        summed: what the processes of a run make of the gradients that each has of its share.
 
     Raises:
         NumericError: a part gives the student no gradient.
@@ -103,11 +110,13 @@ def gradient_norms(pupil: Pupil, parts: Mapping[str, torch.Tensor]) -> dict[str,
     parameters = [p for p in pupil.student.parameters() if p.requires_grad and id(p) not in beside]
     norms: dict[str, float] = {}
     for name, part in parts.items():
-        found = (
+        found: Sequence[torch.Tensor | None] = (
             torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
             if part.requires_grad and parameters
             else [None] * len(parameters)
         )
+        if summed is not None:
+            found = [summed(p.new_zeros(p.shape) if g is None else g) for p, g in zip(parameters, found, strict=True)]
         norm = math.sqrt(sum(float((g.detach().float() ** 2).sum()) for g in found if g is not None))
         if all(g is None for g in found) or (norm == 0.0 and abs(float(part.detach())) > 1e-9):  # noqa: PLR2004 - zero up to rounding
             raise NumericError(

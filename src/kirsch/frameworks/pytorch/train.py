@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -193,7 +194,7 @@ class _Run:
         with self.accelerator.autocast():
             charge = self.loss(self.model, batch, epoch)
         if not self.batch:
-            self._look_at(charge)
+            self._look_at(charge, self.loss.items(batch))
         value = float(charge.total.detach())
         if not math.isfinite(value):
             raise _not_finite(self.pupil.student, batch.inputs, charge.parts, self.epoch + 1, self.batch + 1)
@@ -211,9 +212,9 @@ class _Run:
         total = self.accelerator.reduce(torch.tensor(number, device=self.accelerator.device), "sum")
         return int(total)
 
-    def _look_at(self, charge: Charge) -> None:
+    def _look_at(self, charge: Charge, items: int) -> None:
         """Each term must reach the student; its share of the loss and of the gradient is shown, epoch by epoch."""
-        norms = gradient_norms(self.pupil, charge.parts)
+        norms = self._norms(charge, items)
         self.shares = shares_of(norms)
         self.loss.balance(norms)
         if not self.epoch:
@@ -225,6 +226,20 @@ class _Run:
             if name not in self.doubted:
                 self.doubted.add(name)
                 self._doubt(sentence)
+
+    def _norms(self, charge: Charge, items: int) -> dict[str, float]:
+        """The length of each part's gradient over the batch, of which another process may have a part as well."""
+        if self.accelerator.num_processes == 1:
+            return gradient_norms(self.pupil, charge.parts)
+        share = items / max(self._over_processes(items), 1)
+        nothing = 0.0 * charge.total.detach()  # of a part that this process has no sample of
+        names = dict.fromkeys(gather_object(list(charge.parts)))
+
+        def summed(gradient: torch.Tensor) -> torch.Tensor:
+            total: torch.Tensor = self.accelerator.reduce(gradient * share, "sum")
+            return total
+
+        return gradient_norms(self.pupil, {name: charge.parts.get(name, nothing) for name in names}, summed)
 
     def _end_epoch(self, seconds: float) -> None:
         samples = self.sums.pop("samples", 0.0)
