@@ -112,7 +112,7 @@ def page() -> str:
                 "",
                 *textwrap.wrap(module.about(task), 120),
                 "",
-                *table(task, rows),
+                *table(task),
             ]
     return "\n".join([*lines, END])
 
