@@ -76,11 +76,11 @@ def distill(
             known = judged(framework, model, data, validation, objective)
             tell({"event": "teacher", **known})
             if not known:
-                tell({"event": "doubt", "text": UNJUDGED})
+                hooks.doubt(UNJUDGED)
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         tell({"event": "attached", "pairs": bound.rows})
     for text in split_relations(objective, training):
-        tell({"event": "doubt", "text": text})
+        hooks.doubt(text)
     try:
         hooks = with_validation(hooks, framework, validation, objective)
         return framework.train(bound.pupil, data, bound.lesson, training, hooks)

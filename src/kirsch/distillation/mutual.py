@@ -16,7 +16,7 @@ from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
-from kirsch.frameworks.training import Charge, Trained, Training, TrainingHooks
+from kirsch.frameworks.training import Charge, Trained, Training, TrainingHooks, shares_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,7 +87,7 @@ def distill_mutually(
         lessons.append(Lesson(framework, objective, pairs, peers[-1]))
     hooks = _of_each(framework, with_validation(hooks or TrainingHooks(), framework, validation, objective))
     for text in split_relations(objective, training):
-        (hooks.event or (lambda _event: None))({"event": "doubt", "text": text})
+        hooks.doubt(text)
     pupil = framework.pupil(framework.cohort(students), [_site(place) for place in range(len(students))], {}, {})
     trained = framework.train(pupil, data, MutualLesson(framework, lessons, peers, regularizers), training, hooks)
     return [_own(trained, place, model) for place, model in enumerate(framework.members(trained.model))]
@@ -238,13 +238,7 @@ def _own(trained: Trained, place: int, model: Any) -> Trained:
     for record in trained.history:
         parts = _of(place, record["parts"])
         kept = {name: record[name] for name in ("epoch", "learning_rate", "seconds")}
-        shares = _shares(_of(place, record["gradient_shares"]))
+        shares = shares_of(_of(place, record["gradient_shares"]))
         own = {**kept, "loss": sum(parts.values()), "parts": parts, "gradient_shares": shares}
         history.append(own | _of(place, record))
-    return Trained(model, history, {name: _shares(_of(place, of)) for name, of in trained.first_batch.items()})
-
-
-def _shares(parts: dict[str, float]) -> dict[str, float]:
-    """Parts of one, as long as there are any."""
-    whole = sum(parts.values())
-    return {name: part / whole if whole else 0.0 for name, part in parts.items()}
+    return Trained(model, history, {name: shares_of(_of(place, of)) for name, of in trained.first_batch.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -129,6 +130,13 @@ class TrainingHooks:
     stop: Callable[[], Exception | None] | None = None
     save: Callable[[TrainingState], None] | None = None
     resume: TrainingState | None = None
+
+    def doubt(self, text: str, **more: Any) -> None:
+        """Say what seems wrong where somebody hears it."""
+        if self.event is None:
+            warnings.warn(text, stacklevel=3)
+        else:
+            self.event({"event": "doubt", **more, "text": text})
 
 
 @dataclass

@@ -7,7 +7,6 @@ import copy
 import itertools
 import math
 import time
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -225,7 +224,7 @@ class _Run:
         for name, sentence in doubts(self.shares).items():
             if name not in self.doubted:
                 self.doubted.add(name)
-                self._doubt(sentence)
+                self.hooks.doubt(sentence, epoch=self.epoch + 1)
 
     def _norms(self, charge: Charge, items: int) -> dict[str, float]:
         """The length of each part's gradient over the batch, of which another process may have a part as well."""
@@ -287,12 +286,6 @@ class _Run:
         name = next((name for name in _not_finite_names(self.pupil.student) if name not in self.not_finite), None)
         if name is not None:
             raise NumericError(f"The {name} is no longer finite in epoch {self.epoch + 1}.", mend=MEND)
-
-    def _doubt(self, sentence: str) -> None:
-        """Say what seems wrong where somebody hears it."""
-        if self.hooks.event is None:
-            warnings.warn(sentence, stacklevel=2)
-        self._tell({"event": "doubt", "epoch": self.epoch + 1, "text": sentence})
 
     def _tell(self, event: dict[str, Any]) -> None:
         if self.hooks.event is not None:
