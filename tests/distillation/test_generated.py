@@ -114,10 +114,8 @@ def test_keyword_inputs_are_made_too():
     data = GeneratedData(lambda count, generator: {"input": generator.standard_normal((count, D))}, 8, 4)
     torch.manual_seed(0)
     student, teacher = nn.Linear(D, K).double(), nn.Linear(D, K).double()
-    assert (
-        len(distill(student, teacher, data, objective=SOFT, training=Training(epochs=1), check_teacher=False).history)
-        == 1
-    )
+    found = distill(student, teacher, data, objective=SOFT, training=Training(epochs=1), check_teacher=False)
+    assert len(found.history) == 1
 
 
 @pytest.mark.parametrize("stop_at", [2, 4, 7])

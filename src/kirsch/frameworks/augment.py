@@ -317,7 +317,8 @@ def check(transform: Seeded | Augment | None, sample: NDArray[Any]) -> None:
             check(stage, sample)
             sample = apply(stage, sample, np.array([number], np.uint64))
     elif transform is not None and not isinstance(transform, Seeded):
-        _check_signature(transform)
+        mend = "Write it as transform(batch, generator), or use those of kirsch.frameworks.augment."
+        check_call(transform, f"The transform {name_of(transform)}", "a batch", mend)
         first = _alone(transform, sample, 0)
         if any(first.tobytes() != _alone(transform, sample, 0).tobytes() for _ in range(ATTEMPTS - 1)):
             raise UsageError(
@@ -327,14 +328,25 @@ def check(transform: Seeded | Augment | None, sample: NDArray[Any]) -> None:
             )
 
 
-def _check_signature(transform: Augment) -> None:
+def check_call(function: Any, called: str, given: str, mend: str) -> None:
+    """Refuse a callable that does not take a generator, before any work.
+
+    Args:
+        function: of two arguments, the second a generator.
+        called: what the error calls it.
+        given: its first argument, in words.
+        mend: how it should be written.
+
+    Raises:
+        UsageError: it cannot be called so.
+    """
     try:
-        inspect.signature(transform).bind(None, None)
+        inspect.signature(function).bind(None, None)
     except TypeError as error:
         raise UsageError(
-            f"The transform {name_of(transform)} cannot be called with a batch and a generator: {error}.",
+            f"{called} cannot be called with {given} and a generator: {error}.",
             "What it draws from elsewhere could not be drawn again.",
-            "Write it as transform(batch, generator), or use those of kirsch.frameworks.augment.",
+            mend,
         ) from error
     except ValueError:
         return  # of some built-in functions Python does not know the signature; trying them shows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import DataError, UsageError
+from kirsch.frameworks.augment import check_call
 from kirsch.frameworks.data import Batch, SeededData, borders_of, count_of
 from kirsch.frameworks.description import name_of
 from kirsch.frameworks.port import framework_of, host
@@ -82,16 +82,8 @@ class GeneratedData(SeededData):
                 f"{called} is no model, and is given noise={self.noise}.",
                 mend="Leave it out: a function draws from the generator itself.",
             )
-        try:
-            inspect.signature(self.generate).bind(None, None)
-        except TypeError as error:
-            raise UsageError(
-                f"{called} cannot be called with a count and a generator: {error}.",
-                "What it draws from elsewhere could not be drawn again.",
-                "Write it as generate(count, generator), and draw from the numpy.random.Generator alone.",
-            ) from error
-        except ValueError:
-            return  # of some built-in functions Python does not know the signature; trying them shows
+        mend = "Write it as generate(count, generator), and draw from the numpy.random.Generator alone."
+        check_call(self.generate, called, "a count", mend)
 
     def _check_repeats(self, called: str) -> None:
         first, again = (_arrays(self._made(TRIED, np.random.default_rng(0))) for _ in range(2))

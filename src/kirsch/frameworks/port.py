@@ -75,7 +75,7 @@ class Framework(Protocol):
         """A copy in inference mode that takes no gradient, where another model lies."""
 
     def expand(self, model: Any, site: str, inputs: Any) -> list[str]:
-        """The concrete sites that a text names, such as "layer*"; see `kirsch.frameworks.pytorch.sites`."""
+        """The concrete sites that a text names, such as "layer*"; see `kirsch.frameworks.sites`."""
 
     def shapes(self, model: Any, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
         """Path and output shape of each module that runs once, in the order in which they end."""
