@@ -411,7 +411,7 @@ def test_a_teacher_with_nan_is_refused_by_its_name(student, teacher):
 def test_a_term_without_gradient_is_refused(student, teacher, formula, monkeypatch):
     monkeypatch.setattr(LOSSES, "_things", dict(LOSSES._things))
     loss("flat")(formula)
-    sentence = r"The loss term 'flat' gives the model no gradient\. Its value on the first batch is \d"
+    sentence = r"The loss term 'flat' gives the model no gradient\. Its value on the first batch of the epoch is \d"
     with pytest.raises(NumericError, match=sentence):
         distill(student, teacher, whole(), objective=Objective((Term("flat"),)), training=ONE_STEP)
 

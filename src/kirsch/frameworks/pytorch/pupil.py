@@ -121,7 +121,7 @@ def gradient_norms(
         if all(g is None for g in found) or (norm == 0.0 and abs(float(part.detach())) > 1e-9):  # noqa: PLR2004 - zero up to rounding
             raise NumericError(
                 f"The loss term {name!r} gives the model no gradient.",
-                f"Its value on the first batch is {float(part.detach()):.3g}.",
+                f"Its value on the first batch of the epoch is {float(part.detach()):.3g}.",
                 "It must be computed from the outputs of the model that is trained.",
             )
         norms[name] = norm

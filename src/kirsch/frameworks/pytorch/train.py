@@ -52,7 +52,7 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
         hooks: what the caller wants to see and decide.
 
     Raises:
-        NumericError: a loss term gives no gradient on the first batch, or numbers are not finite.
+        NumericError: a loss term gives no gradient on the first batch of an epoch, or numbers are not finite.
         DataError: an epoch has no batches, none of the targets of a step counts, or the schedule needs to know how many
             batches there are and the data cannot say.
         CheckpointError: the state to go on from is of another model.
