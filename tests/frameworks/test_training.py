@@ -10,7 +10,7 @@ import pytest
 from kirsch.errors import DataError, ShapeError, UsageError
 from kirsch.frameworks.augment import sample_seeds
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.training import Training
+from kirsch.frameworks.training import Training, doubts
 
 
 @pytest.mark.parametrize(
@@ -204,3 +204,18 @@ def test_a_sample_that_is_not_finite_is_named(value):
     inputs[3, 1, 2] = value
     with pytest.raises(DataError, match=r"Sample 3 holds NaN or infinity\. Repair or leave it out"):
         ArrayData(inputs, np.zeros(5, int))
+
+
+def test_a_term_that_has_lost_its_share_is_learned_and_no_other_is_blamed_for_it():
+    found = doubts({"label": 0.0007, "kd": 0.9993}, {"label": 0.05, "kd": 0.95})
+    assert found.keys() == {"label"}
+    assert "0.0007 of the gradient, after 0.05 in the beginning: what it asks for is learned" in found["label"]
+
+
+def test_a_term_that_never_had_a_share_is_doubted_for_its_weight():
+    shares = {"label": 0.0007, "kd": 0.9993}
+    for began in (shares, {"label": 0.0, "kd": 1.0}):
+        found = doubts(shares, began)
+        assert "another convention: a loss that is averaged" in found["label"]
+        assert "another convention: a loss that is summed" in found["kd"]
+    assert doubts({"label": 0.0, "kd": 1.0}, {"label": 0.5, "kd": 0.5}) == {}

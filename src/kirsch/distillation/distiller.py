@@ -104,6 +104,7 @@ class Distiller:
         self.rows: list[dict[str, Any]] = table(objective, pairs)
         self.shares: dict[str, float] = {}
         self._looked: int | None = None
+        self._began: dict[str, float] = {}
         self._doubted: set[str] = set()
         self._scores = tuple(framework.predict(student, some.inputs).shape[1:])
         self.check_labels(first.targets)
@@ -133,8 +134,9 @@ class Distiller:
 
     def _look_at(self, norms: dict[str, float], epoch: int) -> None:
         self._looked, self.shares = epoch, shares_of(norms)
+        self._began = self._began or self.shares
         self.lesson.balance(norms)
-        for name, sentence in doubts(self.shares).items():
+        for name, sentence in doubts(self.shares, self._began).items():
             if name not in self._doubted:
                 self._doubted.add(name)
                 warnings.warn(sentence, stacklevel=3)
@@ -180,6 +182,7 @@ class Distiller:
             "balance": self.lesson.state(),
             "looked": self._looked,
             "shares": dict(self.shares),
+            "began": dict(self._began),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -198,7 +201,7 @@ class Distiller:
             )
         self.pupil.joints.load_state_dict(given)
         self.lesson.restore(state["balance"])
-        self._looked, self.shares = state["looked"], dict(state["shares"])
+        self._looked, self.shares, self._began = state["looked"], dict(state["shares"]), dict(state["began"])
 
     def close(self) -> None:
         """Take the hooks from student and teachers; the next call puts them back."""

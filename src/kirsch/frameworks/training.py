@@ -168,22 +168,30 @@ def shares_of(norms: Mapping[str, float]) -> dict[str, float]:
     return {name: norm / whole if whole else 0.0 for name, norm in norms.items()}
 
 
-def doubts(shares: Mapping[str, float]) -> dict[str, str]:
+def doubts(shares: Mapping[str, float], began: Mapping[str, float]) -> dict[str, str]:
     """What seems wrong with the shares of the terms in the gradient: a sentence for each term that is doubted.
 
     Args:
         shares: by term; they add up to 1, or are all 0. A term without any says that student and teacher agree.
+        began: those of the first batch of the run. What had its share there and has lost it was learned; what the
+            others have then is no wonder.
     """
     found = {}
     present = {name: share for name, share in shares.items() if share > 0}
+    learned = [name for name, share in present.items() if share < LEAST_SHARE <= began.get(name, 0.0)]
     for name, share in present.items():
-        if share < LEAST_SHARE:
+        if name in learned:
+            found[name] = (
+                f"The term {name!r} is {share:.2g} of the gradient, after {began[name]:.2g} in the beginning: what it "
+                "asks for is learned, and it teaches next to nothing now."
+            )
+        elif share < LEAST_SHARE:
             found[name] = (
                 f"The term {name!r} is {share:.2g} of the gradient, so it teaches next to nothing. Its weight may be "
                 "that of another convention: a loss that is averaged over classes, or lacks the factor T², is that "
                 "much smaller."
             )
-        elif share > MOST_SHARE and len(present) > 1:
+        elif share > MOST_SHARE and len(present) > 1 and not learned:
             found[name] = (
                 f"The term {name!r} is {share:.4%} of the gradient, so that nothing else is learned. Its weight may be "
                 "that of another convention: a loss that is summed over samples or elements is that much larger."

@@ -221,7 +221,7 @@ class _Run:
             shares = {n: float(p.detach()) / value if value else 0.0 for n, p in charge.parts.items()}
             self.first_batch = {"loss_shares": shares, "gradient_shares": self.shares}
             self._tell({"event": "first_batch", **self.first_batch})
-        for name, sentence in doubts(self.shares).items():
+        for name, sentence in doubts(self.shares, self.first_batch["gradient_shares"]).items():
             if name not in self.doubted:
                 self.doubted.add(name)
                 self.hooks.doubt(sentence, epoch=self.epoch + 1)
