@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -13,10 +14,12 @@ from kirsch.distillation.objective import Objective, Term
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
 from kirsch.errors import RecipeError, ShapeError, UnknownNameError, UsageError
+from kirsch.frameworks.training import Trained
 from kirsch.recipes.compress import _section
 from kirsch.recipes.forecast import forecast
 from kirsch.recipes.models import build
 from kirsch.recipes.recipe import Distil, commented, read_recipe
+from kirsch.recipes.stages import _share
 from kirsch.recipes.tasks.data import load_data
 
 LEAST = "teacher: {model: 'm:t'}\nrecover:\n"
@@ -185,6 +188,12 @@ def test_a_run_learns_what_its_recipe_says(job):
     assert records["distil"]["cells"][-1].endswith("% of gradient")
     assert any(event["event"] == "attached" and event["stage"] == "distil" for event in job.heard)
     assert outcome.exit_code == 0
+
+
+def test_a_term_that_warms_up_is_told_by_its_share_at_the_end():
+    trained = Trained(None, [{"gradient_shares": {"label": 0.4, "dkd": 0.6}}], {"gradient_shares": {"label": 1.0}})
+    assert _share(trained) == "dkd 60 % of gradient"
+    assert _share(dataclasses.replace(trained, first_batch={"gradient_shares": {"kd": 0.96}})) == "KD 96 % of gradient"
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from kirsch.frameworks.training import Trained
     from kirsch.graph.graph import Graph
     from kirsch.recipes.recipe import Distil, Prune, Recipe
     from kirsch.recipes.section import Section
@@ -107,7 +108,7 @@ def _distil(job: Job, folder: Path) -> Record:
     trained = _taught(job, "distil", job.make_student(), section.distil)
     record = _described(job, trained.model, folder, "student", trained.history)
     record["first_batch"] = trained.first_batch
-    record["cells"].append(_shares(trained.first_batch.get("gradient_shares", {})))
+    record["cells"].append(_share(trained))
     job.check_alive("distil", record)
     job.models["student"] = job.models["result"] = trained.model
     return record
@@ -133,13 +134,14 @@ def _taught(job: Job, key: str, model: Any, section: Distil) -> Any:
     )
 
 
-def _shares(shares: dict[str, float]) -> str:
-    """How much of the gradient is due to the teacher: of plain soft targets, or of the largest term."""
-    terms = {name: share for name, share in shares.items() if name != "label"}
-    if not terms:
-        return ""
-    name = max(terms, key=lambda name: terms[name])
-    return f"{'KD' if name == 'kd' else name} {100 * terms[name]:.0f} % of gradient"
+def _share(trained: Trained) -> str:
+    """How much of the gradient is due to the teacher, by its largest term: at first, or at last where it warms up."""
+    for shares in (trained.first_batch.get("gradient_shares", {}), trained.history[-1]["gradient_shares"]):
+        terms = {name: share for name, share in shares.items() if name != "label"}
+        if terms:
+            name = max(terms, key=lambda name: terms[name])
+            return f"{'KD' if name == 'kd' else name} {100 * terms[name]:.0f} % of gradient"
+    return ""
 
 
 def check_objectives(job: Job, teacher: Any, model: Any) -> None:
