@@ -160,13 +160,13 @@ def test_batches_may_come_in_any_form(kind):
     assert found(inputs).parts.keys() == {"kd"}
 
 
-def test_batches_of_one_step_weigh_as_many_items_as_they_have():
+def test_batches_of_one_step_add_up_to_one_large_batch():
     objective, inputs, labels = Objective.kd(), data().inputs.astype(np.float64), data().targets
     found = kirsch.Distiller(quiet(4, 1), quiet(6, 2), objective, (inputs, labels))
-    parts = [slice(0, 5), slice(5, 24)]
-    for part in parts:
-        batch = inputs[part], labels[part]
-        (found(batch).total * found.items(batch) / 24).backward()
+    window = [(inputs[part], labels[part]) for part in (slice(0, 5), slice(5, 24))]
+    counts = found.counts(window)
+    for batch in window:
+        found(batch, of=counts).total.backward()
     summed = [p.grad.clone() for p in found.parameters()]
     found.pupil.zero_grad()
     found((inputs, labels)).total.backward()

@@ -71,6 +71,9 @@ def marian(transformers, width):
     return transformers.MarianMTModel(config)
 
 
+LAST = Term("hidden-mse", 1.0, student="hidden[-1]", name="last")
+
+
 def pair(build, transformers):
     """A student 8 wide and a teacher 12 wide, in inference mode and 64 bits."""
     made = []
@@ -219,20 +222,23 @@ def test_sequences_without_labels_weigh_as_many_positions_as_they_have(transform
 # ------------------------------------------------------------------------------------------------ encoders
 
 
+ENCODED = (
+    Term("kd", 1.0, 2.0),
+    Term("hidden-mse", 1.0, student="hidden[*]", name="hidden"),
+    Term("attention-mse", 1.0, student="**.attention.self/softmax:in", name="scores"),
+    Term("attention-kl", 1.0, student="attention[-1]", options={"given": "weights"}, name="weights"),
+    Term("minilm", 1.0, student=[f"**.self.{n}[-1]" for n in ("query", "key", "value")], options={"heads": 2}),
+)
+"""Of all that a mean may go over: samples, positions, queries, and pairs of positions."""
+
+
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
 def test_padding_of_an_encoder_is_nothing(transformers, labelled):
-    terms = (
-        Term("kd", 1.0, 2.0),
-        Term("hidden-mse", 1.0, student="hidden[*]", name="hidden"),
-        Term("attention-mse", 1.0, student="**.attention.self/softmax:in", name="scores"),
-        Term("attention-kl", 1.0, student="attention[-1]", options={"given": "weights"}, name="weights"),
-        Term("minilm", 1.0, student=[f"**.self.{n}[-1]" for n in ("query", "key", "value")], options={"heads": 2}),
-    )
     mask = mask_of([7, 4, 2, 5], 7)
     inputs = {"input_ids": words((4, 7)), "attention_mask": mask}
     other = changed(inputs, input_ids=mask)
     labels = np.arange(4) % 2 if labelled else None
-    assert_padding_is_nothing(pair(bert, transformers), Objective(terms), inputs, other, labels)
+    assert_padding_is_nothing(pair(bert, transformers), Objective(ENCODED), inputs, other, labels)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +271,23 @@ def test_classes_in_another_order_are_refused_by_their_names(transformers, mine,
 BOTH = [t5, marian]
 
 
+def translated(build):
+    """Terms on encoder, decoder, and between both."""
+    decoder = "decoder.block.1" if build is t5 else "model.decoder.layers.1"
+    crossing = f"{decoder}.{'layer.1.EncDecAttention' if build is t5 else 'encoder_attn'}/softmax:in"
+    return (
+        Term("kd", 1.0, 2.0),
+        Term("hidden-mse", 1.0, student="encoder.hidden[*]", name="encoder"),
+        Term("hidden-mse", 1.0, student="decoder.hidden[*]", name="decoder"),
+        Term("hidden-mse", 1.0, student="hidden[-1]", name="last"),
+        Term("hidden-mse", 1.0, student=decoder, name="layer"),
+        Term("attention-kl", 1.0, student="decoder.attention[-1]", options={"given": "weights"}, name="attention"),
+        Term("attention-kl", 1.0, student="encoder.attention[-1]", options={"given": "weights"}, name="attending"),
+        Term("attention-kl", 1.0, student="cross.attention[-1]", options={"given": "weights"}, name="crossing"),
+        Term("attention-mse", 1.0, student=crossing, name="scores"),
+    )
+
+
 @pytest.mark.parametrize("build", BOTH)
 def test_words_of_a_translation_are_charged_where_there_is_a_label(transformers, build):
     models = pair(build, transformers)
@@ -295,22 +318,9 @@ def test_another_label_may_stand_for_none(transformers):
 @pytest.mark.parametrize("build", BOTH)
 def test_padding_of_source_and_target_is_nothing(transformers, build):
     """Hidden states of the encoder are masked by its mask, those of the decoder by the labels."""
-    decoder = "decoder.block.1" if build is t5 else "model.decoder.layers.1"
-    crossing = f"{decoder}.{'layer.1.EncDecAttention' if build is t5 else 'encoder_attn'}/softmax:in"
-    terms = (
-        Term("kd", 1.0, 2.0),
-        Term("hidden-mse", 1.0, student="encoder.hidden[*]", name="encoder"),
-        Term("hidden-mse", 1.0, student="decoder.hidden[*]", name="decoder"),
-        Term("hidden-mse", 1.0, student="hidden[-1]", name="last"),
-        Term("hidden-mse", 1.0, student=decoder, name="layer"),
-        Term("attention-kl", 1.0, student="decoder.attention[-1]", options={"given": "weights"}, name="attention"),
-        Term("attention-kl", 1.0, student="encoder.attention[-1]", options={"given": "weights"}, name="attending"),
-        Term("attention-kl", 1.0, student="cross.attention[-1]", options={"given": "weights"}, name="crossing"),
-        Term("attention-mse", 1.0, student=crossing, name="scores"),
-    )
     inputs, labels = translation()
     other = changed(inputs, input_ids=inputs["attention_mask"], decoder_input_ids=(labels != -100).astype(int))
-    assert_padding_is_nothing(pair(build, transformers), Objective(terms), inputs, other, labels)
+    assert_padding_is_nothing(pair(build, transformers), Objective(translated(build)), inputs, other, labels)
 
 
 def test_a_mask_of_the_decoder_is_taken_where_the_batch_has_one(transformers):
@@ -332,3 +342,51 @@ def test_a_translator_learns(transformers, build, name):
     found = distill(student, teacher, data, objective=objective, training=training, hooks=QUIET, check_teacher=False)
     assert set(found.history[0]["parts"]) == ({"label"} if name == "seqkd" else {"label", "kd"})
     assert found.history[-1]["loss"] < found.history[0]["loss"]
+
+
+# ------------------------------------------------------------------------------------------------ several batches
+
+
+def unequal(build):
+    """A batch whose parts have other shares of its labels, of its tokens in source and target, and of their pairs."""
+    inputs, labels = translation()
+    if build in (t5, marian):
+        return inputs, labels
+    if build is gpt2:
+        return causal_batch()
+    return {"input_ids": words((4, 7)), "attention_mask": mask_of([7, 4, 2, 5], 7)}, np.arange(4) % 2
+
+
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+@pytest.mark.parametrize("build", [bert, gpt2, *BOTH])
+def test_batches_of_a_step_add_up_to_one_large_batch(transformers, build, labelled):
+    """Each term by what its mean goes over, although labels, tokens and pairs are spread differently."""
+    student, teacher = pair(build, transformers)
+    inputs, labels = unequal(build)
+    if not labelled and build in BOTH:  # the batch says itself which positions of the decoder count
+        inputs["decoder_attention_mask"] = (labels != -100).astype(np.int64)
+    terms = translated(build) if build in BOTH else ENCODED if build is bert else (Term("kd", 1.0), LAST)
+    objective = Objective(terms, causal=build is gpt2)
+    batch = Batch(inputs, labels if labelled else None)
+    with Distiller(student, teacher, objective, batch).eval() as found:
+        window = [part_of(batch, rows) for rows in (slice(1), slice(1, 4))]
+        counts = found.counts(window)
+        assert counts == found.counts([batch])
+        parts = [found(part, of=counts) for part in window]
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        slopes = [torch.autograd.grad(part.total, trained, allow_unused=True) for part in parts]
+        whole = found(batch)
+        wanted = torch.autograd.grad(whole.total, trained, allow_unused=True)
+    assert whole.parts.keys() == {term.called for term in terms} | ({"label"} if labelled else set())
+    for name, part in whole.parts.items():
+        assert sum(float(own.parts[name].detach()) for own in parts) == pytest.approx(float(part.detach()), rel=1e-6), (
+            name
+        )
+    for first, second, both in zip(*slopes, wanted, strict=True):
+        if both is not None:
+            torch.testing.assert_close(first + second, both, rtol=1e-5, atol=1e-7)  # softmaxes of 32 bits
+
+
+def part_of(batch, rows):
+    targets = None if batch.targets is None else batch.targets[rows]
+    return Batch({name: value[rows] for name, value in batch.inputs.items()}, targets)

@@ -125,6 +125,11 @@ BAD_LOSSES = [
         lambda s, t, temperature: 0 * s.sum(),
         "no more than one that equals it",
     ),
+    (  # the weights of a batch are made to add up to 1
+        "check_parts_of_a_batch_add_up_to_it",
+        lambda s, t, temperature: (squared(s, t) * (t * t).sum(-1)).sum() / (t * t).sum(),
+        "a mean over samples of two parts is",
+    ),
     (  # a weight that is held constant, so that its slope is missing
         "check_gradient_is_that_of_finite_differences",
         lambda s, t, temperature: (constant(log_softmax(s)) * (s - constant(t))).mean(),

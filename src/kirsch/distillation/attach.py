@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 GATHERED = ("stages", "relations")
 """Kinds of values that are lists: all places of a term make one pair."""
 
-TOKEN_KINDS = ("tokens", "attention", "relations")
-"""Kinds of values that have the positions of a sequence, which may be padding."""
-
 LEAST_SIZE = 2
 """Pixels a side below which a map is no stage."""
 

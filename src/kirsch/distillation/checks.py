@@ -121,12 +121,12 @@ def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> No
 
 
 def split_relations(objective: Objective, training: Training) -> list[str]:
-    """A doubt about each term that relates the samples of a batch, where a step has several batches."""
+    """A doubt about each term that parts of a batch do not add up to, where a step has several batches."""
     return [
         f"The term {term.called!r} relates the samples of a batch to each other. Of the {training.accumulate} "
         "batches of a step it sees one at a time, so that it is not what one large batch would give."
         for term in objective.terms
-        if training.accumulate > 1 and loss_of(term.loss).relational
+        if training.accumulate > 1 and (loss_of(term.loss).relational or loss_of(term.loss).over == "contents")
     ]
 
 

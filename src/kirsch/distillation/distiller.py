@@ -21,7 +21,7 @@ from kirsch.frameworks.sites import texts
 from kirsch.frameworks.training import Charge, doubts, shares_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from kirsch.distillation.lesson import Regularizer
     from kirsch.distillation.teachers import Guide
@@ -109,7 +109,9 @@ class Distiller:
         self._scores = tuple(framework.predict(student, some.inputs).shape[1:])
         self.check_labels(first.targets)
 
-    def __call__(self, batch: Any, epoch: float = 0.0, *, through: Any = None) -> Charge:
+    def __call__(
+        self, batch: Any, epoch: float = 0.0, *, of: Mapping[str, int] | None = None, through: Any = None
+    ) -> Charge:
         """What a batch is charged; the student runs in it, and `.total` is to be sent backward.
 
         At the first batch of each whole epoch that is trained on, each term must reach the student. Its share of the
@@ -119,13 +121,15 @@ class Distiller:
             batch: (inputs, targets), (inputs, targets, ids), a dict that may hold "labels", or a `Batch`; of numpy or
                 of the framework, wherever it lies.
             epoch: how many are done, for what changes over them.
+            of: where several batches make one step, what `counts` says of them all; the charges then add up to that of
+                one large batch. None: the batch is a step.
             through: `pupil` as something wraps it, `DistributedDataParallel(distiller.pupil)`; itself if left out.
 
         Raises:
             NumericError: a term gives the student no gradient.
         """
         model = self.pupil if through is None else through
-        charge = self.lesson(model, self._framework.placed(_given(batch), self.student), epoch)
+        charge = self.lesson(model, self._framework.placed(_given(batch), self.student), epoch, of)
         if self.pupil.training and charge.parts and int(epoch) != self._looked:
             norms = self._framework.gradient_norms(self.pupil, charge.parts)
             if norms:
@@ -141,12 +145,12 @@ class Distiller:
                 self._doubted.add(name)
                 warnings.warn(sentence, stacklevel=3)
 
-    def items(self, batch: Any) -> int:
-        """Over how many samples or positions the mean of a batch goes.
+    def counts(self, batches: Iterable[Any]) -> dict[str, int]:
+        """How many samples, labels and positions the means of some batches go over, to be given as `of`.
 
-        Where several batches make one step, each weighs as many: `charge.total * distiller.items(batch) / all_items`.
+        Processes that share a step add theirs up, by name, before.
         """
-        return self.lesson.items(_given(batch))
+        return self.lesson.counts([_given(batch) for batch in batches])
 
     def check_labels(self, targets: Any) -> None:
         """Refuse targets that the objective cannot charge the student for.

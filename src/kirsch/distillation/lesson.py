@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.arrays import blank, first_of, namespace
-from kirsch.distillation.attach import TOKEN_KINDS, of_all
+from kirsch.distillation.attach import of_all
 from kirsch.distillation.checks import check_labels
 from kirsch.distillation.losses.labels import LABEL_LOSSES
-from kirsch.distillation.losses.loss import given_to, loss_of
+from kirsch.distillation.losses.loss import TOKEN_KINDS, given_to, loss_of
 from kirsch.distillation.schedule import at
 from kirsch.distillation.teachers import combined, holds_top_k, stored_scores
 from kirsch.errors import UsageError
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 CROSS = re.compile(r"cross|encoder_attn|EncDecAttention")
 """In the path of what a decoder attends to its encoder with, as models of transformers call it."""
+
+SIDE = re.compile(r"encoder|decoder|cross")
+"""The first of these in a path says where in a model of tokens it is: decoder.layers.0.encoder_attn in the decoder."""
+
+SCORED = ("scores", "pixels", "values")
+"""Kinds of values that labels belong to."""
 
 Regularizer = Callable[[Any], Any]
 """model → scalar with gradient, added to the loss as it is."""
@@ -60,11 +66,15 @@ class Lesson:
             loss_of(objective.terms[pair.term].loss).takes == "scores" and "×" in pair.shapes[0] for pair in pairs
         )
         self._names = _distinct([term.called for term in objective.terms])
+        self._over = {pair.name: self._counted_by(pair) for pair in pairs}
+        self._example = {self._over[pair.name]: pair for pair in pairs}
         self._factors: dict[str, float] = {}
         self._used: dict[str, float] = {}
 
-    def __call__(self, model: Any, batch: Batch, epoch: float) -> Charge:
+    def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> Charge:
         """What a batch is charged; see `LossFunction`."""
+        own = self.counts([batch])
+        shares = {over: count / (count if of is None else of[over]) if count else 0.0 for over, count in own.items()}
         terms = [number for number, term in enumerate(self._objective.terms) if at(term.weight, epoch)]
         theirs = self._guide(batch) if terms and self._guide is not None else []
         held = {pair.name: self._held(pair, theirs, epoch) for number in terms for pair in self._pairs[number]}
@@ -72,20 +82,29 @@ class Lesson:
         seen = model(batch.inputs, joined, batch.ids)
         parts: dict[str, Any] = {}
         aside: dict[str, Any] = {}
-        if self.items(batch):  # of a batch in which nothing counts there is no mean
-            self._charge_labels(parts, seen.values["logits"], batch, epoch)
-            for number in terms:
-                parts[self._names[number]] = self._charged(number, seen, held, batch, epoch)
-                for pair in self._pairs[number]:
-                    if pair.name in seen.extra:
-                        add(aside, f"{self._names[number]}.adapter", seen.extra[pair.name])
+        if shares["labels"]:  # of a batch in which nothing counts there is no mean
+            self._charge_labels(parts, seen.values["logits"], batch, epoch, shares["labels"])
+        for number in terms:
+            name, weight = self._names[number], at(self._objective.terms[number].weight, epoch)
+            charged = {
+                pair.name: share * self._charged(pair, seen, held[pair.name], batch, epoch)
+                for pair in self._pairs[number]
+                if (share := shares[self._over[pair.name]])
+            }
+            if charged:
+                self._used[name] = weight
+                parts[name] = weight * self._factors.get(name, 1.0) * sum(charged.values())
+            for pair in self._pairs[number]:
+                if pair.name in seen.extra:
+                    add(aside, f"{name}.adapter", shares["samples"] * seen.extra[pair.name])
         for regularizer in self._regularizers:
-            add(parts, type(regularizer).__name__, regularizer(self._framework.student_of(model)))
+            part = regularizer(self._framework.student_of(model))
+            add(parts, type(regularizer).__name__, shares["samples"] * part)
         if not parts:  # a step that several batches or processes share goes on without this one
             return Charge(0.0 * seen.values["logits"].sum(), parts)
         return Charge(sum(parts.values()) + sum(aside.values()), parts, aside)
 
-    def _charge_labels(self, parts: dict[str, Any], scores: Any, batch: Batch, epoch: float) -> None:
+    def _charge_labels(self, parts: dict[str, Any], scores: Any, batch: Batch, epoch: float, share: float) -> None:
         weight = at(self._objective.label_weight, epoch)
         if not weight or batch.targets is None:
             return
@@ -102,22 +121,16 @@ class Lesson:
         if mask is not None and labels.ndim == 1:  # so that parts of a batch add up to it, however labels are spread
             part = part * (int(mask.sum()) / len(mask))
         self._used["label"] = weight
-        parts["label"] = weight * part
+        parts["label"] = weight * share * part
 
-    def _charged(self, number: int, seen: Any, held: dict[str, list[Any]], batch: Batch, epoch: float) -> Any:
-        """What a term costs, over all places that it compares and all teachers that it holds them against."""
-        term, name = self._objective.terms[number], self._names[number]
-        part = 0.0
-        for pair in self._pairs[number]:
-            sides = (
-                [seen.joined[pair.name]]
-                if pair.joint is not None
-                else [(at_sites(seen.values, pair.student), theirs) for theirs in held[pair.name]]
-            )
-            for mine, theirs in sides:
-                part = part + self._compared(term, mine, theirs, pair.student, batch, epoch)
-        self._used[name] = at(term.weight, epoch)
-        return self._used[name] * self._factors.get(name, 1.0) * part
+    def _charged(self, pair: Pair, seen: Any, held: list[Any], batch: Batch, epoch: float) -> Any:
+        """What a pair costs, over all teachers that it is held against."""
+        term = self._objective.terms[pair.term]
+        if pair.joint is not None:
+            sides = [seen.joined[pair.name]]
+        else:
+            sides = [(at_sites(seen.values, pair.student), theirs) for theirs in held]
+        return sum(self._compared(term, mine, theirs, pair.student, batch, epoch) for mine, theirs in sides)
 
     def _held(self, pair: Pair, theirs: list[dict[str, Any]], epoch: float) -> list[Any]:
         """The values that a pair is held against: one, or one of each teacher."""
@@ -133,7 +146,7 @@ class Lesson:
         """One loss, with the labels, the mask and the time that it asks for."""
         loss, given = loss_of(term.loss), given_to(loss_of(term.loss))
         options, labels, mask = term.keywords(epoch), batch.targets, None
-        if loss.takes in ("scores", "pixels", "values"):
+        if loss.takes in SCORED:
             mine, labels = self._aligned(mine, batch)
             theirs = theirs if not self._objective.causal else _shorter(theirs)
             mask = self._positions(mine, labels, batch, loss_needs_labels="labels" in given)
@@ -202,7 +215,7 @@ class Lesson:
         both, a query in the decoder and a key in the encoder must count.
         """
         masks, text = self._masks(batch), texts(site)[0]
-        side = re.search(r"encoder|decoder|cross", text)  # the first: decoder.layers.0.encoder_attn is in the decoder
+        side = SIDE.search(text)
         if not any(name.startswith("decoder_input") for name in masks) or (side and side[0] == "encoder"):
             return masks.get("attention_mask")
         found, labels = masks.get("decoder_attention_mask"), batch.targets
@@ -212,7 +225,41 @@ class Lesson:
             return (found != 0)[:, :, None] & (masks["attention_mask"] != 0)[:, None, :]
         return found
 
-    def items(self, batch: Batch) -> int:
+    def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
+        """See `LossFunction`: samples, labels, and what else the means of terms go over."""
+        found = dict.fromkeys(("samples", "labels", *self._example), 0)
+        for batch in batches:
+            for over in found:
+                found[over] += self._count(over, batch)
+        return found
+
+    def _counted_by(self, pair: Pair) -> str:
+        """What the mean of a pair goes over: samples, labels, or positions of one side of a model of tokens."""
+        loss = loss_of(self._objective.terms[pair.term].loss)
+        if loss.takes in SCORED:
+            return "labels"
+        if loss.takes not in TOKEN_KINDS or loss.over == "samples":
+            return "samples"
+        text = texts(pair.student)[0]
+        across = " across" if loss.takes == "attention" and CROSS.search(text) else ""
+        return f"{loss.over} of {side[0] if (side := SIDE.search(text)) else 'tokens'}{across}"
+
+    def _count(self, over: str, batch: Batch) -> int:
+        if over == "labels":
+            return self._labels(batch)
+        if over == "samples":
+            return len(batch)
+        pair = self._example[over]
+        loss = loss_of(self._objective.terms[pair.term].loss)
+        mask = self._tokens(pair.student, batch, of_pairs=loss.takes == "attention")
+        if mask is None:
+            return len(batch)
+        counts = mask != 0
+        if loss.over == "positions":
+            return int((counts if counts.ndim == len("NL") else counts.any(-1)).sum())
+        return int(((counts.sum(-1)) ** 2 if counts.ndim == len("NL") else counts).sum())
+
+    def _labels(self, batch: Batch) -> int:
         """Samples, or the positions of sequences that count."""
         labels = batch.targets
         if labels is None and self._sequences and (mask := self._unlabelled(batch)) is not None:

@@ -19,7 +19,7 @@ from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import Charge, Trained, Training, TrainingHooks, shares_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from kirsch.distillation.lesson import Regularizer
     from kirsch.frameworks.data import Batch
@@ -165,7 +165,7 @@ class MutualLesson:
     ) -> None:
         self._framework, self._lessons, self._peers, self._regularizers = framework, lessons, peers, regularizers
 
-    def __call__(self, model: Any, batch: Batch, epoch: float) -> Charge:
+    def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> Charge:
         """What a batch is charged, of all students together; see `LossFunction`."""
         seen = model(batch.inputs, {}, batch.ids).values
         scores = [seen[_site(place)] for place in range(len(self._lessons))]
@@ -174,19 +174,19 @@ class MutualLesson:
         for place, (lesson, peers) in enumerate(zip(self._lessons, self._peers, strict=True)):
             peers.said = [{"logits": constant(each)} for each in (*scores[:place], *scores[place + 1 :])]
             own = SimpleNamespace(values={"logits": scores[place]}, joined={}, extra={})
-            charge = lesson(lambda *_given, own=own: own, batch, epoch)
+            charge = lesson(lambda *_given, own=own: own, batch, epoch, of)
             total = total + charge.total
             parts |= {_name(place, name): part for name, part in charge.parts.items()}
         for place, student in enumerate(self._framework.members(self._framework.student_of(model))):
             for regularizer in self._regularizers:
-                part = regularizer(student)
+                part = regularizer(student) * (1.0 if of is None else len(batch) / of["samples"])
                 total = total + part
                 add(parts, _name(place, type(regularizer).__name__), part)
         return Charge(total, parts)
 
-    def items(self, batch: Batch) -> int:
-        """See `LossFunction`."""
-        return self._lessons[0].items(batch)
+    def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
+        """See `LossFunction`; the students are charged for the same."""
+        return self._lessons[0].counts(batches)
 
     def balance(self, norms: dict[str, float]) -> None:
         """See `LossFunction`."""

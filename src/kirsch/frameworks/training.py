@@ -7,10 +7,10 @@ import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from kirsch.errors import UsageError
+from kirsch.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from kirsch.frameworks.data import Batch
 
@@ -83,7 +83,7 @@ class Charge:
     """What a batch is charged.
 
     Args:
-        total: scalar with gradient: the mean over the batch's items of all parts together.
+        total: scalar with gradient: all parts together, and what is aside.
         parts: its weighted parts by name, each with gradient for the model.
         aside: parts of the total that train an adapter and not the model.
     """
@@ -96,11 +96,23 @@ class Charge:
 class LossFunction(Protocol):
     """What a training step minimises."""
 
-    def __call__(self, model: Any, batch: Batch, epoch: float) -> Charge:
-        """What the batch is charged; `epoch` says how many are done."""
+    def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> Charge:
+        """What the batch is charged.
 
-    def items(self, batch: Batch) -> int:
-        """Over how many samples or positions the means of a batch go; batches of one step are weighed by it."""
+        Args:
+            model: the pupil.
+            batch: one.
+            epoch: how many are done.
+            of: counts of the step that the batch is a part of. Each mean is then the batch's share of that over the
+                step, so that the charges of all its batches, in all processes, add up. None: the batch is the step.
+        """
+
+    def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
+        """How many there are of what the means go over, by name; always the same names, and among them "labels".
+
+        These are the samples or positions that are charged. Where there is none in a whole step, there is nothing to
+        learn from.
+        """
 
     def balance(self, norms: dict[str, float]) -> None:
         """Told the gradient norms of the parts, at the first batch of each epoch."""
@@ -197,6 +209,16 @@ def doubts(shares: Mapping[str, float], began: Mapping[str, float]) -> dict[str,
                 "that of another convention: a loss that is summed over samples or elements is that much larger."
             )
     return found
+
+
+def require_labels(counts: Mapping[str, int], step: str) -> None:
+    """Refuse a step of which nothing counts.
+
+    Raises:
+        DataError: all of its targets are masked.
+    """
+    if not counts["labels"]:
+        raise DataError(f"All targets of {step} are masked.", mend="Look at the mask and the labels of the data.")
 
 
 @dataclass

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
 from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.training import require_labels
 
 try:
     from accelerate.utils import gather_object
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from kirsch.distillation.lesson import Regularizer
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.training import Charge
 
     Loop = Any
 else:
@@ -75,6 +75,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
         super().__init__(*args, **kwargs)
         self._taught = (teacher, objective, regularizers)
         self.distiller: Distiller | None = None
+        self._counts: dict[str, int] = {}  # of the step under way, over all processes
         self._parts: dict[str, Any] = {}
         self._to_log: dict[str, float] = {}
         self._check(objective)
@@ -170,14 +171,12 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The batches of one step, and how many items count in them over all processes."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        own = sum(self._bound().items(batch) for batch in samples)
-        items = self.accelerator.reduce(torch.tensor(own, device=device), "sum")
-        if samples and not int(items):
-            raise DataError(
-                f"All targets of step {self.state.global_step + 1} are masked.",
-                mend="Look at the mask and the labels of the data.",
-            )
-        return samples, items
+        own = self._bound().counts(samples)
+        total = self.accelerator.reduce(torch.tensor(list(own.values()), device=device), "sum").tolist()
+        self._counts = dict(zip(own, total, strict=True))
+        if samples:
+            require_labels(self._counts, f"step {self.state.global_step + 1}")
+        return samples, self._counts["labels"]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -190,16 +189,12 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         found = self._bound()
         with self.accelerator.autocast():
-            charge = found(inputs, self.state.epoch or 0.0, through=model)
-        share = 1.0
-        if num_items_in_batch is not None:  # DDP divides the sum of the processes' gradients by their number
-            share = found.items(inputs) / int(num_items_in_batch) * self.accelerator.num_processes
-        self._note(charge, share)
-        return (charge.total * share, charge) if return_outputs else charge.total * share
-
-    def _note(self, charge: Charge, share: float) -> None:
+            of = self._counts if num_items_in_batch is not None else None
+            charge = found(inputs, self.state.epoch or 0.0, of=of, through=model)
+        processes = 1 if of is None else self.accelerator.num_processes  # DDP divides the sum of gradients by it
         for name, part in {**charge.parts, **charge.aside}.items():
-            self._parts[name] = self._parts.get(name, 0.0) + part.detach() * share
+            self._parts[name] = self._parts.get(name, 0.0) + part.detach() * processes
+        return (charge.total * processes, charge) if return_outputs else charge.total * processes
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         steps = self.state.global_step - self._globalstep_last_logged

@@ -18,6 +18,7 @@ from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UnknownNameError, UsageError
 from kirsch.frameworks.data import Batch
 from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.training import require_labels
 
 try:
     from lightning.pytorch import Callback
@@ -157,7 +158,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning tells no types
         pl_module.log_dict(parts | shares, batch_size=size)
         if trainer.accumulate_grad_batches == 1 and trainer.world_size == 1:
             return charge.total
-        items = found.items(batch)
+        items = found.counts([batch])["labels"]
         if not self._unit:
             # The same in all processes. A power of two, so that a run which goes on from elsewhere rounds alike.
             self._unit = 2.0 ** round(math.log2(max(1.0, float(_over_processes(trainer, items, "mean")))))
@@ -170,11 +171,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning tells no types
             return
         items = float(_over_processes(trainer, self._own, "sum"))
         self._own = 0
-        if not items:
-            raise DataError(
-                f"All targets of step {trainer.global_step + 1} are masked.",
-                mend="Look at the mask and the labels of the data.",
-            )
+        require_labels({"labels": int(items)}, f"step {trainer.global_step + 1}")
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:  # DDP has divided the sum of the processes' by their number

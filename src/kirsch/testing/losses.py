@@ -11,12 +11,13 @@ The arrays that a check makes are of the kind that the loss says it takes. A pla
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kirsch.distillation.arrays import each, first_of, namespace
-from kirsch.distillation.losses.loss import given_to, options_of
+from kirsch.distillation.losses.loss import TOKEN_KINDS, given_to, options_of
 from kirsch.errors import ShapeError
 from kirsch.frameworks.port import pytorch
 
@@ -198,6 +199,35 @@ def check_loss_is_a_mean_over_samples(loss: Loss) -> None:
         _assert_same(loss, (*values, options), (*twice, other), "each sample twice is charged")
 
 
+def check_parts_of_a_batch_add_up_to_it(loss: Loss) -> None:
+    """The losses of two parts, each weighed by how many it has of what the mean goes over, add up to that of the whole.
+
+    So a step is the same in whichever batches and processes its samples are. A loss that says `relational=True`, or
+    `over="contents"`, is not asked.
+    """
+    over = getattr(loss, "over", "samples")
+    if getattr(loss, "relational", False) or over == "contents":
+        return
+    student, teacher = _values(loss)
+    masks: list[Any] = [None]
+    if "mask" in given_to(loss):
+        mask = _mask(loss)
+        mask[(..., 0) if mask.ndim > 1 else 0] = True  # each text begins with a token
+        masks.append(mask)
+    for plain, mask in itertools.product(_options(loss), masks):
+        options = plain if mask is None else {**plain, "mask": mask}
+        parts = []
+        for part in (slice(1), slice(1, None)):
+            cut = [_cut(side, part) for side in (student, teacher)]
+            own = {name: value[part] if name in ("labels", "mask") else value for name, value in options.items()}
+            parts.append((_counted(over, loss, own.get("mask"), len(first_of(cut[0]))), float(loss(*cut, **own))))
+        found = sum(count * value for count, value in parts) / sum(count for count, _ in parts)
+        whole = float(loss(student, teacher, **options))
+        assert abs(found - whole) <= 1e-9 * max(1.0, abs(whole)), (  # sums in another order
+            f"a mean over {over} of two parts is {found}, the loss of both together {whole}"
+        )
+
+
 def check_unequal_shapes_are_refused(loss: Loss) -> None:
     """Values of other samples, or of another width where it matters, raise a ShapeError, even if numpy broadcasts."""
     student, teacher = _values(loss)
@@ -245,6 +275,7 @@ LOSS_CHECKS: tuple[Callable[[Loss], None], ...] = (
     check_masked_positions_contribute_nothing,
     check_order_of_samples_does_not_matter,
     check_loss_is_a_mean_over_samples,
+    check_parts_of_a_batch_add_up_to_it,
     check_unequal_shapes_are_refused,
     check_inputs_are_left_as_they_are,
 )
@@ -281,6 +312,15 @@ def _mask(loss: Loss) -> Any:
     mask = np.random.default_rng(4).random(whole) < 0.6  # noqa: PLR2004 - a little more than half of them
     mask.reshape(-1)[0] = True
     return mask
+
+
+def _counted(over: str, loss: Loss, mask: Any, samples: int) -> int:
+    """How many a mean goes over."""
+    if mask is None:
+        return samples
+    if over == "pairs":
+        return int((mask.sum(1) ** 2).sum())
+    return samples if over == "samples" and getattr(loss, "takes", "scores") in TOKEN_KINDS else int(mask.sum())
 
 
 def _options(loss: Loss) -> Iterator[dict[str, Any]]:
@@ -325,6 +365,10 @@ def _sum(values: Any, way: Any, step: float) -> Any:
     """`values + step way`, of each array."""
     moves = iter([part for part, _ in _parts(way, way)])
     return each(lambda part: part + step * next(moves), values)
+
+
+def _cut(values: Any, rows: slice) -> Any:
+    return each(lambda part: part[rows], values)
 
 
 def _spoilt(values: Any, hidden: Any, other: float) -> Any:

@@ -65,11 +65,13 @@ class Plain:
     def __init__(self, function):
         self.function, self.norms = function, []
 
-    def __call__(self, model, batch, epoch):
-        return Charge(*self.function(student_of(model), batch.inputs, batch.targets))
+    def __call__(self, model, batch, epoch, of):
+        total, parts = self.function(student_of(model), batch.inputs, batch.targets)
+        share = len(batch) / of["labels"]
+        return Charge(share * total, {name: share * part for name, part in parts.items()})
 
-    def items(self, batch):
-        return len(batch)
+    def counts(self, batches):
+        return {"labels": sum(len(batch) for batch in batches)}
 
     def balance(self, norms):
         self.norms.append(norms)

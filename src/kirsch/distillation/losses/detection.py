@@ -76,7 +76,7 @@ def _maps(side: Any, who: str) -> Any:
     return side["maps"]
 
 
-@loss("detection-response", takes="sets")
+@loss("detection-response", takes="sets", over="contents")
 def detection_response(
     student: dict[str, Any],
     teacher: dict[str, Any],
@@ -125,7 +125,7 @@ def detection_response(
 # ------------------------------------------------------------------------------------------------ sets
 
 
-@loss("detr", takes="sets")
+@loss("detr", takes="sets", over="contents")
 def detr(
     student: dict[str, Any],
     teacher: dict[str, Any],

@@ -28,6 +28,18 @@ Takes = Literal["scores", "values", "pixels", "maps", "features", "tokens", "att
 - sets: a dict of "scores" (N, Q, K) and "boxes" (N, Q, 4), of a detector that predicts a set
 """
 
+TOKEN_KINDS = ("tokens", "attention", "relations")
+"""What a sequence holds, of which a mask says what counts."""
+
+Over = Literal["samples", "positions", "pairs", "contents"]
+"""What the mean of a loss goes over, so that batches which make one step can be weighed by how many there are:
+
+- samples; of scores of sequences and pixels, the positions that count
+- positions of what a sequence holds; of attention, the queries
+- pairs: of such positions
+- contents: what the values themselves decide, such as the objects that a teacher finds; parts do not add up
+"""
+
 GIVEN = ("labels", "mask", "epoch")
 """Keywords that a training step gives, and no objective states: class numbers of the samples or positions; True where
 a position counts; how many epochs are done, as a float."""
@@ -41,6 +53,7 @@ class Loss(Protocol):
     widths: Literal["same", "any"]
     learned: bool
     relational: bool
+    over: Over
     least_at_teacher: bool
     __doc__: str | None
 
@@ -58,6 +71,7 @@ def loss(
     widths: Literal["same", "any"] = "same",
     learned: bool = False,
     relational: bool = False,
+    over: Over | None = None,
     least_at_teacher: bool = True,
 ) -> Callable[[Callable[..., Any]], Loss]:
     """Decorator that makes a formula a loss of this name.
@@ -72,14 +86,18 @@ def loss(
         learned: it compares with what is learned from the teacher's values, such as an embedding, so that gradients
             reach that; the teacher's own values are constants already where it is run.
         relational: it relates the samples of a batch to each other, so that its value follows the size of the batch.
+        over: what its mean goes over; positions by default where it takes what a sequence holds, else samples.
         least_at_teacher: no student is charged less than one that equals its teacher; false where the labels, too, say
             where the minimum is.
 
     Raises:
-        UsageError: the name is taken, `takes` is unknown, or a keyword has no default.
+        UnknownNameError: `takes` or `over` is none of these.
+        UsageError: the name is taken, or a keyword has no default.
     """
     if takes not in get_args(Takes):
         raise UnknownNameError("kind of values", takes, get_args(Takes))
+    if over is not None and over not in get_args(Over):
+        raise UnknownNameError("what a mean goes over", over, get_args(Over))
 
     def put(formula: Callable[..., Any]) -> Loss:
         for parameter in list(inspect.signature(formula).parameters.values())[2:]:
@@ -100,6 +118,7 @@ def loss(
         done = cast("Loss", charged)
         done.name, done.takes, done.widths, done.learned = name, takes, widths, learned
         done.relational, done.least_at_teacher = relational, least_at_teacher
+        done.over = over or ("positions" if takes in TOKEN_KINDS else "samples")
         return LOSSES.register(name)(done)
 
     return put

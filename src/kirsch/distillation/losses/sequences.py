@@ -101,7 +101,8 @@ def ctc_frames(
         student, teacher: scores of frames, shape (N, L, K).
         temperature: > 0; it does not touch how sure of a blank the teacher is.
         blank: "keep": all frames count alike. "drop": those do not count in which the teacher gives the blank more than
-            `threshold`. "weight": each frame counts as much as the teacher gives to other classes than the blank.
+            `threshold`. "weight": each frame counts as much as the teacher gives to other classes than the blank. With
+            both, the frames of a batch share its mean, so that several batches of a step do not add up to a large one.
         blank_class: number of the blank, -K to K - 1: 0 in most toolkits, -1 where it comes last.
         threshold: 0 to 1.
         mask: shape (N, L), true where a frame holds sound; None counts all.

@@ -77,7 +77,7 @@ def hidden_cosine(student: Any, teacher: Any, *, mask: Any = None) -> Any:
     return mean_over(1.0 - (student * teacher).sum(-1) / xp.sqrt(lengths), mask)
 
 
-@loss("cls-pkd", takes="tokens")
+@loss("cls-pkd", takes="tokens", over="samples")
 def cls_pkd(student: Any, teacher: Any, *, mask: Any = None) -> Any:
     """Squared distance of the first position's states ([CLS]), each of length 1, averaged over samples.
 
@@ -100,7 +100,7 @@ def cls_pkd(student: Any, teacher: Any, *, mask: Any = None) -> Any:
     return mean_over((difference * difference).sum(-1), None if mask is None else mask[:, 0])
 
 
-@loss("token-fsp", takes="relations")
+@loss("token-fsp", takes="relations", over="samples")
 def token_fsp(student: Sequence[Any], teacher: Sequence[Any], *, mask: Any = None) -> Any:
     """Squared difference of how two layers go together: of the products of their units, averaged over positions.
 
@@ -132,7 +132,7 @@ def _products(layers: Sequence[Any], mask: Any) -> Any:
     return first.swapaxes(1, 2) @ second / count
 
 
-@loss("token-nst", takes="relations", widths="any")
+@loss("token-nst", takes="relations", widths="any", over="pairs")
 def token_nst(student: Sequence[Any], teacher: Sequence[Any], *, mask: Any = None) -> Any:
     """Squared difference of how alike two layers make the positions: of the products of their states, over the width.
 
@@ -165,7 +165,7 @@ def _likeness(layers: Sequence[Any], mask: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ attention
 
 
-@loss("attention-mse", takes="attention")
+@loss("attention-mse", takes="attention", over="pairs")
 def attention_mse(student: Any, teacher: Any, *, convention: str | None = None, mask: Any = None) -> Any:
     """Squared difference of the scores of attention, averaged over heads and pairs of positions that count.
 

@@ -27,7 +27,7 @@ from kirsch.frameworks.pytorch.optimizer import (
 )
 from kirsch.frameworks.pytorch.predict import arguments, device_of, inference, on
 from kirsch.frameworks.pytorch.pupil import Pupil, gradient_norms
-from kirsch.frameworks.training import Trained, TrainingState, doubts, shares_of
+from kirsch.frameworks.training import Trained, TrainingState, doubts, require_labels, shares_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -166,19 +166,14 @@ class _Run:
         rate = learning_rate(self.training, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        own = [self.loss.items(batch) for batch in window]
-        items = self._over_processes(sum(own))
-        if not items:
-            raise DataError(
-                f"All targets of a step are masked, at epoch {self.epoch + 1}, batch {self.batch + 1}.",
-                mend="Look at the mask and the labels of the data.",
-            )
+        counts = self._over_processes(self.loss.counts(window))
+        require_labels(counts, f"a step, at epoch {self.epoch + 1}, batch {self.batch + 1},")
+        samples = sum(len(batch) for batch in window)
         self.optimizer.zero_grad(set_to_none=True)
-        for place, (batch, count) in enumerate(zip(window, own, strict=True)):
-            last = place == len(window) - 1
+        for batch in window:
+            last = batch is window[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                # DDP divides the sum of the processes' gradients by their number.
-                self._backward(batch, epoch, count / items * self.accelerator.num_processes)
+                self._backward(batch, epoch, counts, samples)
             self._count(len(batch))
         if self.training.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
@@ -186,34 +181,35 @@ class _Run:
         if self.average is not None:
             self.average.follow(self.pupil.student)
 
-    def _backward(self, batch: Batch, epoch: float, share: float) -> None:
-        """Gradients of one batch, which is this share of its step."""
+    def _backward(self, batch: Batch, epoch: float, counts: dict[str, int], samples: int) -> None:
+        """Gradients of one batch, of a step with these counts, in which this process has so many samples."""
         if self.accelerator.num_processes > 1:
             self._set_random(self.batch, own=True)
         with self.accelerator.autocast():
-            charge = self.loss(self.model, batch, epoch)
+            charge = self.loss(self.model, batch, epoch, counts)
         if not self.batch:
-            self._look_at(charge, self.loss.items(batch))
+            self._look_at(charge)
         value = float(charge.total.detach())
         if not math.isfinite(value):
             raise _not_finite(self.pupil.student, batch.inputs, charge.parts, self.epoch + 1, self.batch + 1)
-        self.accelerator.backward(charge.total if share == 1 else charge.total * share)
+        processes = self.accelerator.num_processes  # DDP divides the sum of their gradients by it
+        self.accelerator.backward(charge.total * processes)
         for name, part in {"loss": charge.total, **_prefixed(charge.parts), **_prefixed(charge.aside)}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(part.detach()) * len(batch)
+            self.sums[name] = self.sums.get(name, 0.0) + float(part.detach()) * processes * samples
 
     def _count(self, samples: int) -> None:
         self.sums["samples"] = self.sums.get("samples", 0.0) + samples
         self.batch += 1
 
-    def _over_processes(self, number: int) -> int:
+    def _over_processes(self, counts: dict[str, int]) -> dict[str, int]:
         if self.accelerator.num_processes == 1:
-            return number
-        total = self.accelerator.reduce(torch.tensor(number, device=self.accelerator.device), "sum")
-        return int(total)
+            return counts
+        total = self.accelerator.reduce(torch.tensor(list(counts.values()), device=self.accelerator.device), "sum")
+        return dict(zip(counts, total.tolist(), strict=True))
 
-    def _look_at(self, charge: Charge, items: int) -> None:
+    def _look_at(self, charge: Charge) -> None:
         """Each term must reach the student; its share of the loss and of the gradient is shown, epoch by epoch."""
-        norms = self._norms(charge, items)
+        norms = self._norms(charge)
         self.shares = shares_of(norms)
         self.loss.balance(norms)
         if not self.epoch:
@@ -226,16 +222,15 @@ class _Run:
                 self.doubted.add(name)
                 self.hooks.doubt(sentence, epoch=self.epoch + 1)
 
-    def _norms(self, charge: Charge, items: int) -> dict[str, float]:
+    def _norms(self, charge: Charge) -> dict[str, float]:
         """The length of each part's gradient over the batch, of which another process may have a part as well."""
         if self.accelerator.num_processes == 1:
             return gradient_norms(self.pupil, charge.parts)
-        share = items / max(self._over_processes(items), 1)
         nothing = 0.0 * charge.total.detach()  # of a part that this process has no sample of
         names = dict.fromkeys(gather_object(list(charge.parts)))
 
         def summed(gradient: torch.Tensor) -> torch.Tensor:
-            total: torch.Tensor = self.accelerator.reduce(gradient * share, "sum")
+            total: torch.Tensor = self.accelerator.reduce(gradient, "sum")
             return total
 
         return gradient_norms(self.pupil, {name: charge.parts.get(name, nothing) for name in names}, summed)
