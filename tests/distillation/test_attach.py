@@ -172,9 +172,10 @@ def test_a_ramp_goes_in_a_line_and_stays():
 def test_gradients_are_balanced_to_the_weights():
     objective = Objective((Term("kd", 1.0, 4.0),), label_weight=1.0, balance="gradient")
     whole = ArrayData(data().inputs, data().targets, batch_size=24)
-    training = Training(epochs=2, learning_rate=1e-6)
+    training = Training(epochs=5, learning_rate=1e-6)
     found = distill(Net(4), Net(6), whole, objective=objective, training=training, check_teacher=False)
-    assert found.history[-1]["gradient_shares"] == pytest.approx({"label": 0.5, "kd": 0.5}, abs=0.01)
+    for record in found.history[1:]:  # in the first they are only looked at
+        assert record["gradient_shares"] == pytest.approx({"label": 0.5, "kd": 0.5}, abs=0.01)
 
 
 @pytest.mark.parametrize("way", ["probabilities", "logits", "confidence", "sum"])

@@ -92,8 +92,9 @@ class Lesson:
                 if (share := shares[self._over[pair.name]])
             }
             if charged:
-                self._used[name] = weight
-                parts[name] = weight * self._factors.get(name, 1.0) * sum(charged.values())
+                factor = weight * self._factors.get(name, 1.0)
+                self._used[name] = factor
+                parts[name] = factor * sum(charged.values())
             for pair in self._pairs[number]:
                 if pair.name in seen.extra:
                     add(aside, f"{name}.adapter", shares["samples"] * seen.extra[pair.name])
