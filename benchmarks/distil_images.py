@@ -12,9 +12,9 @@ import torch
 
 import kirsch
 from kirsch.distillation.arrays import namespace
-from kirsch.distillation.attach import stages
 from kirsch.distillation.distill import fit
 from kirsch.distillation.losses.loss import loss
+from kirsch.distillation.matching import stages
 from kirsch.distillation.objective import Objective, Term
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TeacherStore, build

@@ -11,6 +11,7 @@ import numpy as np
 
 from kirsch.distillation.arrays import first_of
 from kirsch.distillation.losses.loss import given_to, loss_of
+from kirsch.distillation.matching import by_depth, stages, stages_of
 from kirsch.distillation.schedule import ends
 from kirsch.distillation.teachers import holds_top_k, stored_scores
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 GATHERED = ("stages", "relations")
 """Kinds of values that are lists: all places of a term make one pair."""
-
-LEAST_SIZE = 2
-"""Pixels a side below which a map is no stage."""
 
 
 @dataclass(frozen=True)
@@ -150,78 +148,6 @@ def table(objective: Objective, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     ]
 
 
-def stages(framework: Framework, student: Any, teacher: Any, inputs: Any) -> list[tuple[str, str]]:
-    """Places of two models that stand for each other: the last maps of each size, or layers of the same depth.
-
-    Convolutional networks have a stage for each size of their maps, and are matched by those sizes that both have. A
-    model of tokens has the elements of its longest list of layers. Where no size is shared, depth decides.
-
-    Raises:
-        UsageError: a model has no stages.
-    """
-    mine, theirs = (_stages(framework, model, inputs) for model in (student, teacher))
-    sizes = [{size: path for path, size in found if size is not None} for found in (mine, theirs)]
-    both = [size for size in sizes[0] if size in sizes[1]]
-    if both:
-        return [(sizes[0][size], sizes[1][size]) for size in both]
-    return list(zip([path for path, _ in mine], by_depth([path for path, _ in theirs], len(mine)), strict=True))
-
-
-def _stages(framework: Framework, model: Any, inputs: Any) -> list[tuple[str, tuple[int, int] | None]]:
-    """Path and map size of each stage of a model; see `stages_among`."""
-    return stages_among(framework.shapes(model, inputs), type(model).__name__)
-
-
-def stages_among(
-    shapes: Sequence[tuple[str, tuple[int, ...]]], called: str
-) -> list[tuple[str, tuple[int, int] | None]]:
-    """Path and map size of each stage, from the first to the last; None for layers of tokens.
-
-    Args:
-        shapes: path and output shape of modules, in the order in which they end.
-        called: the model, for errors.
-
-    Raises:
-        UsageError: there are no stages.
-    """
-    last: dict[tuple[int, int], str] = {}
-    for path, shape in shapes:
-        if len(shape) == len("NCHW") and min(shape[2:]) >= LEAST_SIZE:
-            last.pop((shape[2], shape[3]), None)
-            last[shape[2], shape[3]] = path
-    if last:
-        return [(path, size) for size, path in last.items()]
-    layers: dict[str, list[str]] = {}
-    for path, shape in shapes:
-        parent, _, name = path.rpartition(".")
-        if len(shape) == len("NLD") and name.isdigit():
-            layers.setdefault(parent, []).append(path)
-    if not layers:
-        raise UsageError(
-            f"{called} has no stages that are found by the shapes of what its modules put out.",
-            mend="Name the places of student and teacher yourself.",
-        )
-    return [(path, None) for path in max(layers.values(), key=len)]
-
-
-def by_depth(places: Sequence[str], count: int) -> list[str]:
-    """So many of the places, evenly by depth: the last of each part. States that begin with the embedding keep it.
-
-    Source: the layers that TinyBERT compares, Jiao et al. 2020, arXiv:1909.10351, section 3.1.
-
-    Raises:
-        UsageError: there are fewer places than wanted.
-    """
-    if len(places) < count:
-        raise UsageError(
-            f"The student has {count} places, the teacher {len(places)} for them: {', '.join(places[:6])}.",
-            mend="Name the places of both, one for each.",
-        )
-    if places[0].endswith("hidden[0]") and count > 1:
-        return [places[round(place * (len(places) - 1) / (count - 1))] for place in range(count)]
-    return [places[(place + 1) * len(places) // count - 1] for place in range(count)]
-
-
 def _places(
     framework: Framework, term: Term, student: Any, teacher: Any, inputs: Any, recorded: Mapping[str, Any] | None
 ) -> list[tuple[Sites, Sites]]:
@@ -233,7 +159,7 @@ def _places(
         found = found if auto[1] is None else _picked(found, int(auto[1]), "stages that student and teacher share")
         return [([a for a, _ in found], [b for _, b in found])] if gathered else list(found)
     if auto is not None:
-        mine: Any = [path for path, _ in _stages(framework, student, inputs)]
+        mine: Any = [path for path, _ in stages_of(framework, student, inputs)]
         mine = mine if auto[1] is None else _picked(mine, int(auto[1]), "stages of the student")
     else:
         mine = _expanded(framework, student, term.student, inputs)

@@ -65,13 +65,13 @@ def wsld() -> Objective:
 
 @PRESETS.register("fitnet")
 def fitnet() -> Objective:
-    """The features of the middle stage through a regressor, weight 100.
+    """The features of the last stage but one, which is the middle one of three, through a regressor, weight 100.
 
     The paper trains with it alone first; here it stands beside the labels, as in Tian et al. 2020, arXiv:1910.10699.
 
     Source: Romero et al. 2015, arXiv:1412.6550.
     """
-    return Objective((Term("fitnet", 100.0, student="auto[1]", adapter="fitnet"),))
+    return Objective((Term("fitnet", 100.0, student="auto[-2]", adapter="fitnet"),))
 
 
 @PRESETS.register("at")

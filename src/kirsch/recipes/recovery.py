@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.attach import stages_among
+from kirsch.distillation.arrays import first_of
+from kirsch.distillation.matching import stages_among
 from kirsch.distillation.objective import Objective, Term
 from kirsch.errors import NumericError, UnknownNameError, UsageError
 from kirsch.frameworks.port import framework_of, host
@@ -87,7 +88,8 @@ def _chosen(
     """The places that are compared."""
     called = type(original).__name__
     if at is None:
-        return [path for path, _ in stages_among([(path, shape) for path, (_, shape) in known.items()], called)]
+        shapes = [(path, shape) for path, (_, shape) in known.items()]
+        return [path for path, _ in stages_among(shapes, first_of(inputs).shape, called)]
     texts = [at] if isinstance(at, str) else list(at)
     paths = [path for text in texts for path in framework.expand(original, text, inputs)]
     for path in paths:

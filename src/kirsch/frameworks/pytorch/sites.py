@@ -364,13 +364,14 @@ def _last_layer(model: nn.Module, inputs: Any) -> str:
 
 
 def shapes(model: nn.Module, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
-    """Path and output shape of each module that puts out one tensor and runs once, in the order in which they end."""
+    """Path and output shape of each module that runs once, in the order in which they end; a tuple's first part."""
     found: list[tuple[str, tuple[int, ...]]] = []
 
     def note(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
-            if isinstance(out, torch.Tensor):
-                found.append((path, tuple(out.shape)))
+            first = out[0] if isinstance(out, tuple) and out else out
+            if isinstance(first, torch.Tensor):
+                found.append((path, tuple(first.shape)))
 
         return hook
 
