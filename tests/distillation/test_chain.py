@@ -87,9 +87,9 @@ def test_each_link_may_learn_from_all_before_it_with_the_nearest_first():
 
 def test_links_may_have_objectives_and_settings_of_their_own():
     trainings = [Training(epochs=epochs, learning_rate=0.1) for epochs in (1, 2, 3)]
-    found = chain(training=trainings, objective=[Objective.kd(), Objective.preset("dkd"), Objective.labels(0.1)])
+    found = chain(training=trainings, objective=[Objective.kd(), Objective.preset("wsld"), Objective.labels(0.1)])
     assert [len(trained.history) for trained in found] == [1, 2, 3]
-    assert [set(trained.history[-1]["parts"]) for trained in found] == [{"label", "kd"}, {"label", "dkd"}, {"label"}]
+    assert [set(trained.history[-1]["parts"]) for trained in found] == [{"label", "kd"}, {"label", "wsld"}, {"label"}]
 
 
 def test_events_say_which_link_they_are_of():

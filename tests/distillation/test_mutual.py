@@ -21,6 +21,7 @@ from kirsch.pruning.regularizers import L1
 
 N, D, K = 24, 6, 3
 ONE_STEP = Training(epochs=1, learning_rate=0.1, schedule="constant", weight_decay=0.0)
+QUIET = TrainingHooks(event=lambda _event: None)
 
 
 def samples(n=N):
@@ -75,9 +76,10 @@ def test_a_step_is_that_of_a_student_whose_teachers_are_the_peers_as_they_were(n
 def test_peers_are_combined_as_teachers_are(way):
     objective = Objective((Term("kd", 0.5, 2.0),), teachers=way)
     students = [linear(seed) for seed in range(3)]
-    found = distill_mutually(students, whole(), objective=objective, training=ONE_STEP)[1].model
+    found = distill_mutually(students, whole(), objective=objective, training=ONE_STEP, hooks=QUIET)[1].model
     others = [students[0], students[2]]
-    alone = distill(students[1], others, whole(), objective=objective, training=ONE_STEP, check_teacher=False).model
+    options = {"objective": objective, "training": ONE_STEP, "hooks": QUIET, "check_teacher": False}
+    alone = distill(students[1], others, whole(), **options).model
     torch.testing.assert_close(found[0].weight, alone[0].weight, rtol=1e-12, atol=1e-14)
 
 
@@ -273,7 +275,7 @@ def test_students_that_cannot_teach_each_other_are_refused(students, sentence):
         ((Term("ofa", student="auto", teacher="logits", adapter="ofa"),), 2, "The term 'ofa' compares 'auto'"),
         ((Term("kd", adapter="linear"),), 2, "The term 'kd' compares 'logits'"),
         ((Term("kd", of=0),), 2, "The term 'kd' is of teacher 0; there are peers instead"),
-        ((Term("cwd-pixels"),), 3, "'cwd-pixels' compares what several peers cannot say together, and there are 3"),
+        ((Term("fitnet"),), 3, "'fitnet' compares what several peers cannot say together, and there are 3"),
     ],
 )
 def test_terms_that_peers_cannot_be_held_against_are_refused(terms, count, sentence):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.distillation.arrays import first_of
-from kirsch.distillation.losses.loss import given_to, loss_of
+from kirsch.distillation.losses.loss import SCORED, given_to, loss_of
 from kirsch.distillation.matching import by_depth, stages, stages_of
 from kirsch.distillation.schedule import ends
 from kirsch.distillation.teachers import holds_top_k, stored_scores
@@ -82,6 +82,14 @@ def attach(
         teacher = None if recorded is not None else teachers[term.of or 0]
         found = _places(framework, term, student, teacher, inputs, recorded)
         places += [(number, mine, theirs) for mine, theirs in found]
+    held = {place for place in range(len(teachers)) for n, _, _ in places if concerns(objective.terms[n], place)}
+    idle = sorted(set(range(len(teachers))) - held)
+    if idle:
+        raise UsageError(
+            f"No term of the objective is held against teacher {idle[0]}, of {len(teachers)} from 0 on.",
+            "Terms on features take the first teacher, and those that name one with `of` that one alone.",
+            f"Leave it out, or add a term with of={idle[0]}.",
+        )
     seen = framework.dry_run(student, texts([mine for _, mine, _ in places]), inputs)
     others: list[Mapping[str, Any]] = [recorded] if recorded is not None else []
     for place, teacher in enumerate(teachers):
@@ -104,7 +112,7 @@ def attach(
 
 def of_all(term: Term) -> bool:
     """Whether a term holds the student against all teachers together, and not against one."""
-    return term.of is None and loss_of(term.loss).takes == "scores"
+    return term.of is None and loss_of(term.loss).takes in SCORED
 
 
 def concerns(term: Term, place: int) -> bool:
@@ -120,6 +128,11 @@ def _check_teachers(objective: Objective, term: Term, scores: Sequence[Any], joi
             f"The teachers put out scores of shape {', '.join(str(size[1:]) for size in sizes)} a sample.",
             "What they say can be combined only of the same classes.",
             "Name one of them for the term: of=0.",
+        )
+    if loss_of(term.loss).activation == "identity" and objective.teachers == "confidence":
+        raise UsageError(
+            f"The term {term.called!r} compares numbers, which do not tell how sure a teacher is of them.",
+            mend='Combine them as "probabilities", which is the mean of numbers, or name one for the term: of=0.',
         )
     if joint is not None and objective.teachers == "sum":
         raise UsageError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from kirsch.distillation.distill import distill, fit
+from kirsch.distillation.losses.loss import Activation
 from kirsch.distillation.objective import COMBINED, Objective
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import combined, one_or_more
@@ -178,27 +179,31 @@ def born_again(
     return _in_turn([link(place) for place in range(len(models))], hooks or TrainingHooks())
 
 
-def ensemble(models: Sequence[Any], combine: str = "probabilities") -> Any:
+def ensemble(models: Sequence[Any], combine: str = "probabilities", *, activation: Activation = "softmax") -> Any:
     """One model whose scores are those of several together; it runs, teaches and is exported as any other.
 
     Args:
         models: that put out the same classes; copies of them make up the ensemble.
         combine: as `Objective.teachers` says: "probabilities", "logits" or "confidence".
+        activation: what makes probabilities of their scores: "softmax" over classes, "sigmoid" of labels each by
+            itself, or "identity" of numbers, whose mean is taken.
 
     Returns:
-        A model of their framework, in inference mode: its scores are logarithms of the mean probabilities, up to
-        rounding, for "probabilities".
+        A model of their framework, in inference mode: its scores are those of the mean probabilities, up to rounding,
+        for "probabilities".
 
     Raises:
         UsageError: there are no models.
-        UnknownNameError: there is no such way.
+        UnknownNameError: there is no such way, or activation.
     """
     known = [way for way in COMBINED if way != "sum"]
     if combine not in known:
         raise UnknownNameError("way to combine models", combine, known)
+    if activation not in get_args(Activation):
+        raise UnknownNameError("activation", activation, get_args(Activation))
     if not models:
         raise UsageError("An ensemble of no models has no scores.", mend="Give at least one.")
-    return framework_of(models[0]).ensemble(models, functools.partial(combined, way=combine, temperature=1.0))
+    return framework_of(models[0]).ensemble(models, functools.partial(combined, way=combine, activation=activation))
 
 
 def _each(given: Any, links: int, what: str) -> list[Any]:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.distillation.arrays import classes_last, each
+from kirsch.distillation.attach import of_all
 from kirsch.distillation.losses.loss import loss_of
+from kirsch.distillation.schedule import Ramp
 from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.port import host
@@ -128,6 +130,30 @@ def split_relations(objective: Objective, training: Training) -> list[str]:
         for term in objective.terms
         if training.accumulate > 1 and (loss_of(term.loss).relational or loss_of(term.loss).over == "contents")
     ]
+
+
+def late_ramps(objective: Objective, training: Training) -> list[str]:
+    """A doubt about each weight that has not come to its end when the run has."""
+    weights = [("the labels", objective.label_weight)]
+    weights += [(f"the term {term.called!r}", term.weight) for term in objective.terms]
+    return [
+        f"The weight of {name} comes to {weight.end:g} after {weight.after + weight.epochs:g} epochs, and the run ends "
+        f"after {training.epochs}, with {weight.at(training.epochs):.3g}. Give a Ramp that is a like part of these."
+        for name, weight in weights
+        if isinstance(weight, Ramp) and weight.after + weight.epochs > training.epochs
+    ]
+
+
+def mixed_scores(objective: Objective, teachers: int) -> list[str]:
+    """A doubt about probabilities of several teachers that are multiplied, and not mixed."""
+    activations = {loss_of(term.loss).activation for term in objective.terms if of_all(term)}
+    if objective.teachers != "logits" or teachers == 1 or not activations - {"identity"}:
+        return []
+    text = (
+        f"The scores of the {teachers} teachers are averaged, which says the product of what they say, and no mixture: "
+        'one that is sure outvotes the others. Combined as "probabilities" they are a mixture.'
+    )
+    return [text]
 
 
 def judged(framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective) -> dict[str, Any]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.checks import UNJUDGED, accuracy, check_labels, few, first_batch, judged, split_relations
+from kirsch.distillation.checks import (
+    UNJUDGED,
+    accuracy,
+    check_labels,
+    few,
+    first_batch,
+    judged,
+    late_ramps,
+    split_relations,
+)
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.objective import Objective
@@ -67,7 +76,9 @@ def distill(
         data = replayed(teacher, data)
     first = first_batch(framework, data)
     teachers = [] if isinstance(teacher, TeacherStore) else one_or_more(teacher)
-    bound = Distiller(student, teacher, objective, first, seed=training.seed, regularizers=regularizers)
+    bound = Distiller(
+        student, teacher, objective, first, seed=training.seed, regularizers=regularizers, doubt=hooks.doubt
+    )
     if isinstance(data, ArrayData):
         bound.check_labels(data.targets)
     tell = hooks.event or (lambda _event: None)
@@ -79,7 +90,7 @@ def distill(
                 hooks.doubt(UNJUDGED)
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         tell({"event": "attached", "pairs": bound.rows})
-    for text in split_relations(objective, training):
+    for text in split_relations(objective, training) + late_ramps(objective, training):
         hooks.doubt(text)
     try:
         hooks = with_validation(hooks, framework, validation, objective)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from kirsch.distillation.attach import Pair, attach, table, wanted_of
-from kirsch.distillation.checks import check_labels, few
+from kirsch.distillation.checks import check_labels, few, mixed_scores
 from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import TeacherStore
@@ -21,7 +21,7 @@ from kirsch.frameworks.sites import texts
 from kirsch.frameworks.training import Charge, doubts, shares_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from kirsch.distillation.lesson import Regularizer
     from kirsch.distillation.teachers import Guide
@@ -47,6 +47,7 @@ class Distiller:
         example_batch: of the kind that will come; some of its samples are run to find the shapes.
         seed: of what adapters begin with.
         regularizers: further terms of the student alone, see `kirsch.distill`.
+        doubt: is told what seems wrong, a sentence each.
 
     Attributes:
         student: the model given.
@@ -71,6 +72,7 @@ class Distiller:
         *,
         seed: int = 0,
         regularizers: Sequence[Regularizer] = (),
+        doubt: Callable[[str], None] = warnings.warn,
     ) -> None:
         if not isinstance(objective, Objective):
             raise UsageError(
@@ -93,6 +95,8 @@ class Distiller:
             pairs = attach(framework, objective, student, teachers, some.inputs, seed=seed)
             sites = [wanted_of(objective, pairs, place) for place in range(len(teachers))]
             self._guide = LiveTeachers(framework, teachers, sites)
+            for sentence in mixed_scores(objective, len(teachers)):
+                doubt(sentence)
         self.student = student
         self.pupil: Any = framework.pupil(
             student,
@@ -105,7 +109,7 @@ class Distiller:
         self.shares: dict[str, float] = {}
         self._looked: int | None = None
         self._began: dict[str, float] = {}
-        self._doubted: set[str] = set()
+        self._doubt, self._doubted = doubt, set[str]()
         self._scores = tuple(framework.predict(student, some.inputs).shape[1:])
         self.check_labels(first.targets)
 
@@ -143,7 +147,7 @@ class Distiller:
         for name, sentence in doubts(self.shares, self._began).items():
             if name not in self._doubted:
                 self._doubted.add(name)
-                warnings.warn(sentence, stacklevel=3)
+                self._doubt(sentence)
 
     def counts(self, batches: Iterable[Any]) -> dict[str, int]:
         """How many samples, labels and positions the means of some batches go over, to be given as `of`.

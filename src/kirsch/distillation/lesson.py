@@ -10,7 +10,7 @@ from kirsch.distillation.arrays import blank, first_of, namespace
 from kirsch.distillation.attach import of_all
 from kirsch.distillation.checks import check_labels
 from kirsch.distillation.losses.labels import LABEL_LOSSES
-from kirsch.distillation.losses.loss import TOKEN_KINDS, given_to, loss_of
+from kirsch.distillation.losses.loss import SCORED, TOKEN_KINDS, given_to, loss_of
 from kirsch.distillation.schedule import at
 from kirsch.distillation.teachers import combined, holds_top_k, stored_scores
 from kirsch.errors import UsageError
@@ -32,9 +32,6 @@ CROSS = re.compile(r"cross|encoder_attn|EncDecAttention")
 
 SIDE = re.compile(r"encoder|decoder|cross")
 """The first of these in a path says where in a model of tokens it is: decoder.layers.0.encoder_attn in the decoder."""
-
-SCORED = ("scores", "pixels", "values")
-"""Kinds of values that labels belong to."""
 
 Regularizer = Callable[[Any], Any]
 """model → scalar with gradient, added to the loss as it is."""
@@ -141,7 +138,9 @@ class Lesson:
         scores = [at_sites(values, pair.teacher) for values in theirs]
         if self._objective.teachers == "sum":
             return scores
-        return [combined(scores, self._objective.teachers, term.keywords(epoch).get("temperature", 1.0))]
+        loss, way = loss_of(term.loss), self._objective.teachers
+        axis = 1 if loss.takes == "pixels" else -1
+        return [combined(scores, way, term.keywords(epoch).get("temperature", 1.0), loss.activation, axis)]
 
     def _compared(self, term: Term, mine: Any, theirs: Any, site: Sites, batch: Batch, epoch: float) -> Any:
         """One loss, with the labels, the mask and the time that it asks for."""

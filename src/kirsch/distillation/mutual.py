@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.arrays import constant
 from kirsch.distillation.attach import attach, of_all
-from kirsch.distillation.checks import check_labels, few, first_batch, split_relations
+from kirsch.distillation.checks import check_labels, few, first_batch, late_ramps, mixed_scores, split_relations
 from kirsch.distillation.distill import with_validation
 from kirsch.distillation.lesson import Lesson, add
 from kirsch.distillation.objective import Objective
@@ -86,7 +86,8 @@ def distill_mutually(
         peers.append(_Peers())
         lessons.append(Lesson(framework, objective, pairs, peers[-1]))
     hooks = _of_each(framework, with_validation(hooks or TrainingHooks(), framework, validation, objective))
-    for text in split_relations(objective, training):
+    texts = split_relations(objective, training) + late_ramps(objective, training)
+    for text in texts + mixed_scores(objective, len(students) - 1):
         hooks.doubt(text)
     pupil = framework.pupil(framework.cohort(students), [_site(place) for place in range(len(students))], {}, {})
     trained = framework.train(pupil, data, MutualLesson(framework, lessons, peers, regularizers), training, hooks)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kirsch.distillation.arrays import first_of, log_softmax, namespace
+from kirsch.distillation.arrays import first_of, log_sigmoid, log_softmax, log_sum_exp, namespace
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.schedule import Ramp
 from kirsch.errors import UsageError
@@ -17,6 +17,7 @@ from kirsch.frameworks.port import host
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective, Term
     from kirsch.distillation.store import TeacherStore
     from kirsch.frameworks.data import Batch
@@ -164,33 +165,47 @@ def require_temperature(store: TeacherStore, objective: Objective) -> None:
             store.require(temperature=1.0 if term.temperature is None else term.temperature)
 
 
-def combined(scores: Sequence[Any], way: str, temperature: float) -> Any:
-    """The scores of several teachers as those of one, whose softmax at the temperature is what they say together.
+def combined(
+    scores: Sequence[Any],
+    way: str,
+    temperature: float = 1.0,
+    activation: Activation = "softmax",
+    axis: int = -1,
+) -> Any:
+    """The scores of several teachers as those of one, which at the temperature says what they say together.
 
     Args:
-        scores: of each teacher, shape (N, K) or (N, L, K).
-        way: "probabilities": the mean of what they say. "logits": the softmax of their mean scores, which is the
-            product of what they say and not a mixture. "confidence": the mean, weighed for each sample by how little
+        scores: of each teacher, shape (N, K), (N, L, K) or (N, K, H, W).
+        way: "probabilities": the mean of what they say. "logits": their mean scores, which for classes say the product
+            of what they say and not a mixture. "confidence": the mean, weighed for each sample, or label, by how little
             entropy a teacher's probabilities have.
         temperature: at which they are softened.
+        activation: as a loss names it: what makes probabilities of the scores. Numbers have a mean alone.
+        axis: of the classes.
 
     Source: why probabilities: what minimises Σ KL(p_i ‖ q) over q is the mean of p_i. Confidence by entropy: Kwon et
         al. 2020, Adaptive knowledge distillation based on entropy, ICASSP.
     """
     if len(scores) == 1:
         return scores[0]
-    xp = namespace(scores[0])
-    if way == "logits":
+    if way == "logits" or activation == "identity":
         return sum(scores) / len(scores)
-    log_p = xp.stack([log_softmax(each / temperature) for each in scores])  # (teachers, N, ..., K)
+    xp = namespace(scores[0])
+    if activation == "sigmoid":  # yes, and no, on an axis of their own
+        signs = [xp.stack([each, -each]) for each in scores]
+        softened, plain = ([log_sigmoid(sign / by) for sign in signs] for by in (temperature, 1.0))
+        axis = 0
+    else:
+        softened, plain = ([log_softmax(each / by, axis) for each in scores] for by in (temperature, 1.0))
+    log_p = xp.stack(softened)  # (teachers, N, K), or (teachers, 2, N, K) of labels
     if way == "confidence":
-        plain = xp.stack([log_softmax(each) for each in scores])
-        entropy = -xp.sum(xp.exp(plain) * plain, axis=-1, keepdims=True)
+        own = xp.stack(plain)
+        entropy = -xp.sum(xp.exp(own) * own, axis=axis if axis < 0 else axis + 1, keepdims=True)
         log_p = log_p + log_softmax(-entropy, axis=0)
     else:
         log_p = log_p - math.log(len(scores))
-    most = xp.amax(log_p, axis=0, keepdims=True)
-    return temperature * (xp.log(xp.sum(xp.exp(log_p - most), axis=0)) + most[0])
+    together = log_sum_exp(log_p, axis=0)[0]
+    return temperature * (together[0] - together[1] if activation == "sigmoid" else together)
 
 
 def one_or_more(teacher: Any) -> list[Any]:

@@ -28,6 +28,13 @@ Takes = Literal["scores", "values", "pixels", "maps", "features", "tokens", "att
 - sets: a dict of "scores" (N, Q, K) and "boxes" (N, Q, 4), of a detector that predicts a set
 """
 
+SCORED = ("scores", "pixels", "values")
+"""What a model puts out: labels belong to it, and several teachers say it together."""
+
+Activation = Literal["softmax", "sigmoid", "identity"]
+"""What makes of scores what they say: probabilities of classes, of which one is right; of labels, each yes or no; or
+nothing, as they are numbers to come near to."""
+
 TOKEN_KINDS = ("tokens", "attention", "relations")
 """What a sequence holds, of which a mask says what counts."""
 
@@ -54,6 +61,7 @@ class Loss(Protocol):
     learned: bool
     relational: bool
     over: Over
+    activation: Activation
     least_at_teacher: bool
     __doc__: str | None
 
@@ -72,6 +80,7 @@ def loss(
     learned: bool = False,
     relational: bool = False,
     over: Over | None = None,
+    activation: Activation | None = None,
     least_at_teacher: bool = True,
 ) -> Callable[[Callable[..., Any]], Loss]:
     """Decorator that makes a formula a loss of this name.
@@ -87,17 +96,20 @@ def loss(
             reach that; the teacher's own values are constants already where it is run.
         relational: it relates the samples of a batch to each other, so that its value follows the size of the batch.
         over: what its mean goes over; positions by default where it takes what a sequence holds, else samples.
+        activation: by which several teachers are combined; "identity" by default where it takes values, else "softmax".
         least_at_teacher: no student is charged less than one that equals its teacher; false where the labels, too, say
             where the minimum is.
 
     Raises:
-        UnknownNameError: `takes` or `over` is none of these.
+        UnknownNameError: `takes`, `over` or `activation` is none of these.
         UsageError: the name is taken, or a keyword has no default.
     """
     if takes not in get_args(Takes):
         raise UnknownNameError("kind of values", takes, get_args(Takes))
     if over is not None and over not in get_args(Over):
         raise UnknownNameError("what a mean goes over", over, get_args(Over))
+    if activation is not None and activation not in get_args(Activation):
+        raise UnknownNameError("activation", activation, get_args(Activation))
 
     def put(formula: Callable[..., Any]) -> Loss:
         for parameter in list(inspect.signature(formula).parameters.values())[2:]:
@@ -118,6 +130,7 @@ def loss(
         done = cast("Loss", charged)
         done.name, done.takes, done.widths, done.learned = name, takes, widths, learned
         done.relational, done.least_at_teacher = relational, least_at_teacher
+        done.activation = activation or ("identity" if takes == "values" else "softmax")
         done.over = over or ("positions" if takes in TOKEN_KINDS else "samples")
         return LOSSES.register(name)(done)
 
