@@ -62,11 +62,23 @@ def softmax(scores):
         ([0.5, 0.5, 1, 1], [0.5, 0.5, 0.5, 0.5], 1 / 4),
         # A width below 0 is none: the hull is the unit square, and so is the union.
         ([0.5, 0.5, 1, 1], [0.5, 0.5, -0.5, 0.5], 0),
+        # Small or without an area, a box is still itself.
+        ([0.5, 0.5, 1e-7, 1e-7], [0.5, 0.5, 1e-7, 1e-7], 1),
+        ([0.5, 0.5, 0, 0.2], [0.5, 0.5, 0, 0.2], 1),
+        ([0.5, 0.5, -1, -1], [0.5, 0.5, 0, 0], 1),
+        # Two points: all of their hull is neither's.
+        ([0.2, 0.2, 0, 0], [0.5, 0.5, 0, 0], -1),
     ],
 )
 def test_overlap_of_boxes_in_closed_form(make, first, second, wanted):
     for pair in ((first, second), (second, first)):
         assert float(giou(*(make(np.array(box, float)) for box in pair))) == pytest.approx(wanted, abs=1e-15)
+
+
+def test_boxes_without_an_area_pull_with_finite_gradients():
+    first = torch.tensor([[0.5, 0.5, 0.0, 0.2], [0.2, 0.2, 0.0, 0.0]], requires_grad=True)
+    giou(first, torch.tensor([[0.5, 0.5, 0.0, 0.2], [0.5, 0.5, 0.0, 0.0]])).sum().backward()
+    assert torch.isfinite(first.grad).all()
 
 
 @given(st.integers(0, 10_000))

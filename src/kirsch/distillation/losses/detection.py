@@ -21,9 +21,6 @@ from kirsch.distillation.arrays import (
 from kirsch.distillation.losses.loss import loss
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
 
-EMPTY = 1e-12
-"""The least area that something is divided by."""
-
 BEYOND = 1e30
 """The cost of a pair that is not finite: none is matched to it while another is left."""
 
@@ -223,7 +220,8 @@ def box_distance(student: Any, teacher: Any, box_weight: float, giou_weight: flo
 def giou(first: Any, second: Any) -> Any:
     """Generalized intersection over union, from -1 to 1, (...) for boxes (..., 4) that broadcast.
 
-    A width or height below 0 counts as 0. Two boxes without an area have no union: 0 stands for the ratio.
+    A width or height below 0 counts as 0. Boxes without an area have no union, and 0 stands for the ratio; where their
+    hull has no area either, they are at one point or on one line, and 1 is the result.
 
     Source: Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1.
     """
@@ -233,7 +231,14 @@ def giou(first: Any, second: Any) -> Any:
     outer = xp.maximum(near[1], far[1]) - xp.minimum(near[0], far[0])
     overlap, hull = inner[..., 0] * inner[..., 1], outer[..., 0] * outer[..., 1]
     union = _area(near) + _area(far) - overlap
-    return overlap / union.clip(min=EMPTY) - (hull - union) / hull.clip(min=EMPTY)
+    ratio, beyond = overlap / _or_one(union), (hull - union) / _or_one(hull)
+    return xp.where(hull > 0, ratio - beyond, xp.ones_like(hull))
+
+
+def _or_one(areas: Any) -> Any:
+    """The areas, with 1 for those that are 0."""
+    xp = namespace(areas)
+    return xp.where(areas > 0, areas, xp.ones_like(areas))
 
 
 def _corners(boxes: Any) -> tuple[Any, Any]:
