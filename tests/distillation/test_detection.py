@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kirsch.distillation.losses.detection import confidence, detection_features, detection_response, detr, giou, matched
+from kirsch.distillation.losses.detection import (
+    confidence,
+    detection_features,
+    detection_response,
+    detr,
+    giou,
+    matched,
+    surest,
+)
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
 from kirsch.testing import LOSS_CHECKS
 
@@ -135,7 +143,6 @@ def test_scores_of_other_cells_are_refused():
 @both
 def test_response_in_closed_form(make):
     """Cell 0: the teacher is sure by 3/4, the student by 1/2. Cell 1: both by 1/4, and boxes do not count there."""
-    half = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     teacher = {
         "scores": make(np.log([[[3.0], [1 / 3]]])),
         "boxes": make([[[0.5, 0.5, 1.0, 1.0], [0.5, 0.5, 0.1, 0.1]]]),
@@ -145,29 +152,71 @@ def test_response_in_closed_form(make):
         "boxes": make([[[1.0, 0.5, 1.0, 1.0], [0.1, 0.1, 0.9, 0.9]]]),
     }
     found = float(detection_response(student, teacher, box_weight=3.0, giou_weight=2.0))
-    assert found == pytest.approx(0.75 * half / (0.75 + 0.25) + 3 * 0.5 + 2 * (1 - 1 / 3), rel=1e-13)
+    assert found == pytest.approx(0.25 * math.log(2) + 3 * 0.5 + 2 * (1 - 1 / 3), rel=1e-13)
 
 
 def test_response_is_that_of_pytorch():
+    """The authors' formula: cross-entropy times |p_t - p_s|, over the number of objects, and its gradient."""
     student, teacher = tensors(drawn(0, 6)), tensors(drawn(1, 6))
+    student["scores"].requires_grad_()
     shares = torch.sigmoid(teacher["scores"])
-    entropy = F.binary_cross_entropy(shares, shares, reduction="none")
     crossed = F.binary_cross_entropy_with_logits(student["scores"], shares, reduction="none")
-    sure = shares.amax(-1)
-    wanted = (sure * (crossed - entropy).sum(-1)).sum() / sure.sum()
+    apart = (shares - torch.sigmoid(student["scores"])).abs()
+    objects = int((shares.amax(-1) > 0.5).sum())
+    assert objects > 1
+    wanted = (crossed * apart).sum() / objects
     found = detection_response(student, teacher, box_weight=0, giou_weight=0)
-    assert float(found) == pytest.approx(float(wanted), rel=1e-12)
+    torch.testing.assert_close(found, wanted)
+    slopes = [torch.autograd.grad(value, student["scores"])[0] for value in (found, wanted)]
+    torch.testing.assert_close(*slopes)
+
+
+def sees(*cells):
+    """A side with boxes of one place, and the scores of its cells."""
+    return {"scores": np.array([cells], float), "boxes": np.full((1, len(cells), 4), 0.5)}
+
+
+@both
+def test_an_object_that_the_student_alone_sees_is_charged_as_one_that_it_misses(make):
+    def charged(*cells):
+        student, teacher = ({n: make(part) for n, part in side.items()} for side in (sees(*cells), sees(*truth)))
+        return float(detection_response(student, teacher))
+
+    truth = [8.0, -8.0], [-8.0, -8.0]
+    invented, missed = charged(truth[0], [8.0, -8.0]), charged([-8.0, -8.0], truth[1])
+    assert charged(*truth) == 0
+    assert invented == pytest.approx(missed, rel=1e-12)
+    assert invented == pytest.approx(8, rel=1e-2)
+
+
+@both
+def test_a_query_that_the_student_alone_takes_for_an_object_costs_a_tenth_of_one_that_it_misses(make):
+    def charged(*cells):
+        student, teacher = ({n: make(part) for n, part in side.items()} for side in (sees(*cells), sees(*truth)))
+        return float(detr(student, teacher))
+
+    truth = [8.0, 0.0, 0.0], [0.0, 0.0, 8.0]
+    invented, missed = charged(truth[0], truth[0]), charged(truth[1], truth[1])
+    assert invented == pytest.approx(0.1 * missed, rel=1e-2)
+    assert missed == pytest.approx(8 / 1.1, rel=1e-2)
+
+
+def test_a_teacher_that_sees_nothing_charges_what_the_student_sees():
+    nothing, something = sees([-8.0], [-8.0]), sees([8.0], [-8.0])
+    assert detection_response(something, nothing) == pytest.approx(8, rel=1e-2)
+    assert detr(something, nothing, classes="sigmoid") == pytest.approx(4, rel=1e-2)  # one of two queries
 
 
 def test_boxes_count_by_how_sure_the_teacher_is_above_the_threshold():
     student, teacher = drawn(0, 6), drawn(1, 6)
     sure = sigmoid(teacher["scores"]).max(-1)
     far = np.abs(student["boxes"] - teacher["boxes"]).sum(-1)
-    scores_alone = detection_response(student, teacher, box_weight=0, giou_weight=0)
     for threshold in (0.0, 0.7, 0.9):
+        scores_alone = detection_response(student, teacher, box_weight=0, giou_weight=0, threshold=threshold)
         weights = sure * (sure > threshold)
         found = detection_response(student, teacher, box_weight=1, giou_weight=0, threshold=threshold)
         assert found - scores_alone == pytest.approx((weights * far).sum() / weights.sum(), rel=1e-10)
+    scores_alone = detection_response(student, teacher, box_weight=0, giou_weight=0, threshold=1.0)
     assert detection_response(student, teacher, threshold=1.0) == scores_alone
 
 
@@ -197,7 +246,7 @@ def test_options_of_the_response_that_are_none_are_refused(options, sentence):
 
 
 def charge_of(student, teacher, n, i, j, classes):
-    """What the pair (i, j) of sample n costs, spelt out."""
+    """What classes and boxes of the pair (i, j) of sample n cost, spelt out."""
     near, far = student["scores"][n, i], teacher["scores"][n, j]
     if classes == "softmax":
         apart = (softmax(far) * np.log(softmax(far) / softmax(near))).sum()
@@ -205,7 +254,7 @@ def charge_of(student, teacher, n, i, j, classes):
         p, q = sigmoid(far), sigmoid(near)
         apart = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).sum()
     boxes = student["boxes"][n, i], teacher["boxes"][n, j]
-    return apart + 5 * np.abs(boxes[0] - boxes[1]).sum() + 2 * (1 - giou(*boxes))
+    return apart, 5 * np.abs(boxes[0] - boxes[1]).sum() + 2 * (1 - giou(*boxes))
 
 
 def sureness(scores, classes):
@@ -218,17 +267,21 @@ def sureness(scores, classes):
 def test_matched_sets_are_charged_the_least_over_all_permutations(classes, queries, seed):
     student, teacher = drawn(seed, queries[0]), drawn(100 + seed, queries[1])
     sure = sureness(teacher["scores"], classes)
-    charged = weights = 0.0
-    for n in range(2):
-        chosen = np.argsort(-sure[n])[: queries[0]]  # of which the teacher is surest, if the student has fewer
-        charged += min(
-            sum(sure[n, j] * charge_of(student, teacher, n, i, j, classes) for i, j in zip(order, chosen, strict=True))
-            for order in itertools.permutations(range(queries[0]), len(chosen))
-        )
-        weights += sure[n, chosen].sum()
-    found = detr(student, teacher, classes=classes)
-    assert found == pytest.approx(charged / weights, rel=1e-12)
-    assert float(detr(tensors(student), tensors(teacher), classes=classes)) == pytest.approx(found, rel=1e-12)
+    chosen = np.argsort(-sure, -1)[:, : queries[0]]  # of which the teacher is surest, if the student has fewer
+    weights = np.take_along_axis(sure, chosen, -1)
+    told = np.maximum(weights, 0.3)
+    shares = np.stack([told / told.sum(), weights / weights.sum()], -1)  # of classes and of boxes
+
+    def cost(n, order):
+        pairs = (charge_of(student, teacher, n, i, j, classes) for i, j in zip(order, chosen[n], strict=True))
+        return sum(share @ pair for share, pair in zip(shares[n], pairs, strict=True))
+
+    orders = list(itertools.permutations(range(queries[0]), chosen.shape[1]))
+    charged = sum(min(cost(n, order) for order in orders) for n in range(2))
+    found = detr(student, teacher, classes=classes, empty_weight=0.3)
+    assert found == pytest.approx(charged, rel=1e-12)
+    again = detr(tensors(student), tensors(teacher), classes=classes, empty_weight=0.3)
+    assert float(again) == pytest.approx(found, rel=1e-12)
 
 
 def test_the_order_of_queries_does_not_matter():
@@ -250,11 +303,14 @@ def test_further_queries_of_the_student_learn_from_labels_alone():
     assert not student["boxes"].grad[:, :4].any()
 
 
-def test_queries_that_the_teacher_takes_for_nothing_hardly_count():
+def test_queries_that_the_teacher_takes_for_nothing_count_for_their_classes_alone():
     student, teacher = drawn(0, 5), drawn(1, 5)
     teacher["scores"][:, 2:, -1] += 30.0  # no object
     fewer = {name: part[:, :2] for name, part in teacher.items()}
-    assert detr(student, teacher) == pytest.approx(detr(student, fewer), rel=1e-6)
+    assert detr(student, teacher, empty_weight=0) == pytest.approx(detr(student, fewer, empty_weight=0), rel=1e-6)
+    moved = {**teacher, "boxes": np.concatenate([teacher["boxes"][:, :2], 0.5 * teacher["boxes"][:, 2:]], 1)}
+    assert detr(student, moved) == pytest.approx(detr(student, teacher), rel=1e-6)
+    assert detr(student, teacher) != pytest.approx(detr(student, fewer), rel=1e-3)
 
 
 @pytest.mark.parametrize("classes", ["softmax", "sigmoid"])
@@ -282,7 +338,7 @@ def test_sets_of_coins_conform(check):
 def test_the_matching_survives_numbers_that_are_none():
     """What is not finite is matched last; the loss itself then says that numbers went wrong."""
     costs = np.array([[[np.nan, 1.0], [0.0, np.inf]]])
-    samples, rows, columns = matched(costs, np.ones((1, 2)))
+    samples, rows, columns = matched(costs)
     assert sorted(zip(samples, rows, columns, strict=True)) == [(0, 0, 1), (0, 1, 0)]
     student, teacher = drawn(0, 3), drawn(1, 3)
     student["scores"][0, 0, 0] = np.nan
@@ -290,9 +346,11 @@ def test_the_matching_survives_numbers_that_are_none():
 
 
 def test_a_student_with_fewer_queries_is_matched_to_the_surest():
-    """The least sum would take the column of weight 0.1, which costs least."""
-    costs = np.array([[[5.0, 1.0]]])
-    assert [int(part[0]) for part in matched(costs, np.array([[0.9, 0.1]]))] == [0, 0, 0]
+    """The least sum would take the query that is no object, which costs least."""
+    teacher = {"scores": np.array([[[0.0, 5.0], [3.0, 0.0], [2.0, 0.0]]]), "boxes": np.arange(12.0).reshape(1, 3, 4)}
+    for side in (teacher, tensors(teacher)):
+        assert [box[0] for box in surest(side, "softmax", 2)["boxes"][0].tolist()] == [4, 8]
+        assert surest(side, "softmax", 5)["boxes"].shape == (1, 3, 4)
 
 
 def test_no_object_is_no_confidence():
@@ -313,3 +371,22 @@ def test_sets_that_do_not_fit_are_refused():
         detr(student, teacher, classes="logistic")
     with pytest.raises(UsageError, match="`class_weight` is -1; a number of at least 0 is needed"):
         detr(student, teacher, class_weight=-1)
+    with pytest.raises(ShapeError, match='The scores are of one class, which is "no object"'):
+        detr(drawn(0, 4, classes=1), drawn(1, 4, classes=1))
+
+
+@pytest.mark.parametrize("loss", [detr, detection_response])
+def test_sides_that_are_no_sets_are_refused(loss):
+    side = drawn(0, 4)
+    for other, sentence in (
+        ({"scores": side["scores"]}, r'The teacher gives scores; a dict of "scores" and "boxes" is needed'),
+        (side["scores"], r'The teacher gives one array; a dict of "scores" and "boxes" is needed'),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            loss(side, other)
+    for shape in ((2, 1, 4), (2, 4, 5), (2, 4, 2), (8, 4)):
+        boxes = {**side, "boxes": np.ones(shape)}
+        with pytest.raises(ShapeError, match=r"The student's boxes have shape .*; \(2, 4, 4\) is needed"):
+            loss(boxes, boxes)
+    with pytest.raises(ShapeError, match=r"The student's scores have shape \(8, 4\); \(N, Q, K\) is needed"):
+        loss({**side, "scores": np.ones((8, 4))}, side)

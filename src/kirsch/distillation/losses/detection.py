@@ -24,6 +24,9 @@ from kirsch.errors import ShapeError, UnknownNameError, UsageError
 BEYOND = 1e30
 """The cost of a pair that is not finite: none is matched to it while another is left."""
 
+TINY = 1e-12
+"""The least sum of weights that something is divided by."""
+
 
 # ------------------------------------------------------------------------------------------------ dense heads
 
@@ -82,10 +85,12 @@ def detection_response(
     giou_weight: float = 2.0,
     threshold: float = 0.5,
 ) -> Any:
-    """Divergence of the classes in each cell by how sure the teacher is of an object there, and distance of its boxes.
+    """Cross-entropy of each class in each cell, by how far student and teacher are apart, and distance of the boxes.
 
     Each class is a coin of its own, as in heads with a logistic function: a softmax would have the background, which is
-    nearly everywhere, decide. Boxes are compared in the cells in which the teacher sees an object.
+    nearly everywhere, decide. A coin weighs |p_teacher - p_student|, so that the many cells in which both see nothing
+    fade, and an object that the student alone sees is charged as one that it misses. The weight takes a gradient, too,
+    as in the authors' code. Boxes are compared in the cells in which the teacher sees an object.
 
     Args:
         student, teacher: "scores" before the logistic function, (N, Q, K), and "boxes" as shares of the image,
@@ -95,28 +100,32 @@ def detection_response(
         threshold: the teacher sees an object where its largest probability is above; 0 to 1.
 
     Returns:
-        Scalar, >= 0: Σ over classes and numbers, mean over cells weighted by the teacher's largest probability; 0 when
-        scores and boxes agree. Boxes add nothing where the teacher sees no object at all.
+        Scalar, >= 0: of classes, the sum over cells, divided by the number of those in which the teacher sees an
+        object, or by 1; of boxes, the mean over these, weighted by the teacher's largest probability. 0 when scores and
+        boxes agree. Boxes add nothing where the teacher sees no object at all.
 
     Raises:
-        ShapeError: the shapes differ.
-        UsageError: an option is out of range.
+        ShapeError: the shapes differ, or there is not one box a cell.
+        UsageError: an option is out of range, or a side is no dict of scores and boxes.
 
-    Source: Chen et al. 2017 (NeurIPS), section 3; classes as coins, weighted by the teacher, after Yang et al. 2023,
-        arXiv:2308.14286. Weights of the box are those of DETR (arXiv:2005.12872), the threshold is ours.
+    Source: classes after Yang et al. 2023, arXiv:2308.14286, and its code, which divides by the cells that labels
+        assign an object to. Weights of the box are those of DETR (arXiv:2005.12872), the threshold is ours.
     """
     _check_weights(box_weight=box_weight, giou_weight=giou_weight)
     if not 0 <= threshold <= 1:
         raise UsageError(f"The threshold of objects is {threshold}; a probability from 0 to 1 is needed.")
+    _check_sets(student, teacher)
     for part in ("scores", "boxes"):
         same_shape(student[part], teacher[part], part)
     xp = namespace(teacher["scores"])
-    log_s, log_t = logarithms(student["scores"], "sigmoid"), logarithms(teacher["scores"], "sigmoid")
-    divergence = (xp.exp(log_t) * (log_t - log_s)).sum(-1)
+    log_s, log_t = (log_sigmoid(side["scores"]) for side in (student, teacher))
+    p_s, p_t = xp.exp(log_s), xp.exp(log_t)
+    crossed = (1.0 - p_t) * student["scores"] - log_s  # -log(1 - p) is the score less log p
     sure = confidence(teacher["scores"], "sigmoid")
     seen = xp.where(sure > threshold, sure, 0.0 * sure)
     boxes = box_distance(student["boxes"], teacher["boxes"], box_weight, giou_weight)
-    return weighted_mean(divergence, sure) + weighted_mean(boxes, seen)
+    objects = (seen > 0).sum().clip(min=1)
+    return (xp.abs(p_t - p_s) * crossed).sum() / objects + weighted_mean(boxes, seen)
 
 
 # ------------------------------------------------------------------------------------------------ sets
@@ -131,11 +140,13 @@ def detr(
     class_weight: float = 1.0,
     box_weight: float = 5.0,
     giou_weight: float = 2.0,
+    empty_weight: float = 0.1,
 ) -> Any:
     """Distance of two sets of predictions, each of the teacher's with the student's that it is matched to.
 
     Queries have no order, so that number i of both need not be of one object. The matching is the one that makes this
-    very loss smallest; the gradient holds it fixed. Each pair weighs as much as the teacher is sure of an object.
+    very loss smallest; the gradient holds it fixed. Each pair weighs as much as the teacher is sure of an object; its
+    classes weigh no less than those of no object do, so that an object which the student alone sees is charged.
 
     Args:
         student, teacher: "scores" before the softmax, (N, Q, K), and "boxes" as shares of the image, (N, Q, 4). Q may
@@ -146,48 +157,61 @@ def detr(
         class_weight: of the divergence of the classes, >= 0.
         box_weight: of Σ |difference| over the four numbers of a box, >= 0.
         giou_weight: of 1 - generalized intersection over union, >= 0.
+        empty_weight: the least weight of the classes of a pair, >= 0: that of no object.
 
     Returns:
-        Scalar, >= 0; 0 when the teacher's predictions are among the student's, in any order.
+        Scalar, >= 0: the weighted mean of the divergences of the classes, and that of the distances of the boxes; 0
+        when the teacher's predictions are among the student's, in any order.
 
     Raises:
-        ShapeError: samples or classes differ.
-        UsageError: a weight is negative.
+        ShapeError: samples or classes differ, there is not one box a query, or no class beside "no object".
+        UsageError: a weight is negative, or a side is no dict of scores and boxes.
         UnknownNameError: there is no such kind of classes.
 
-    Source: Carion et al. 2020, arXiv:2005.12872, equations 1 and 2, and its weights 1, 5 and 2; Chang et al. 2023,
-        arXiv:2211.10156 (DETRDistill), for matching the teacher's predictions.
+    Source: Carion et al. 2020, arXiv:2005.12872, equations 1 and 2, and its weights 1, 5, 2, and 0.1 of no object;
+        Chang et al. 2023, arXiv:2211.10156 (DETRDistill), for matching the teacher's predictions.
     """
-    _check_weights(class_weight=class_weight, box_weight=box_weight, giou_weight=giou_weight)
+    _check_weights(class_weight=class_weight, box_weight=box_weight, giou_weight=giou_weight, empty_weight=empty_weight)
     _check_sets(student, teacher)
+    if classes == "softmax" and student["scores"].shape[-1] == 1:
+        raise ShapeError(
+            'The scores are of one class, which is "no object".', mend='State classes="sigmoid", or add a class.'
+        )
+    teacher = surest(teacher, classes, student["scores"].shape[1])
     log_s, log_t = logarithms(student["scores"], classes), logarithms(teacher["scores"], classes)
     shares = namespace(log_t).exp(log_t)
     # Σ p (log p - log q) of all pairs (N, Q_s, Q_t) as a product of matrices: with the classes spelt out it would be
     # larger by a factor of K.
     divergence = (shares * log_t).sum(-1)[:, None, :] - log_s @ shares.swapaxes(1, 2)
     boxes = box_distance(student["boxes"][:, :, None], teacher["boxes"][:, None], box_weight, giou_weight)
-    costs = class_weight * divergence + boxes
     sure = confidence(teacher["scores"], classes)
-    samples, rows, columns = matched(as_numpy(costs), as_numpy(sure))
-    return weighted_mean(costs[samples, rows, columns], sure[samples, columns])
+    told = sure.clip(min=empty_weight)
+    shares_of_classes, shares_of_boxes = told / told.sum().clip(min=TINY), sure / sure.sum().clip(min=TINY)
+    costs = class_weight * divergence * shares_of_classes[:, None] + boxes * shares_of_boxes[:, None]
+    return costs[matched(as_numpy(costs))].sum()
 
 
-def matched(costs: Any, weights: Any) -> tuple[Any, Any, Any]:
-    """The pairs with the least Σ weight · cost in each sample, as indices (samples, rows, columns).
+def surest(side: dict[str, Any], classes: str, count: int) -> dict[str, Any]:
+    """The queries of which a side is surest, as many as are to be matched, at most all.
 
-    Each column has at most one row. Where rows are too few, the columns of the largest weights are matched: left to
-    the sum, the lightest would be, since they cost least.
+    Left to the least sum, a student with fewer queries would be matched to those of which the teacher is least sure,
+    since they cost least.
+    """
+    sure = as_numpy(confidence(side["scores"], classes))
+    order = np.argsort(-sure, axis=-1, kind="stable")[:, :count]
+    return {name: part[np.arange(len(order))[:, None], order] for name, part in side.items()}
+
+
+def matched(costs: Any) -> tuple[Any, Any, Any]:
+    """The pairs with the least sum of costs in each sample, as indices (samples, rows, columns).
 
     Args:
-        costs: shape (N, R, C), numpy.
-        weights: of the columns, shape (N, C), >= 0, numpy.
+        costs: shape (N, R, C), R >= C, numpy; each column gets a row of its own.
     """
     found = []
-    for sample, (cost, weight) in enumerate(zip(costs, weights, strict=True)):
-        first = np.argsort(-weight, kind="stable")[: len(cost)]
-        charged = np.nan_to_num(cost[:, first] * weight[first], nan=BEYOND, posinf=BEYOND)
-        rows, columns = linear_sum_assignment(charged)
-        found.append((np.full(len(rows), sample), rows, first[columns]))
+    for sample, cost in enumerate(costs):
+        rows, columns = linear_sum_assignment(np.nan_to_num(cost, nan=BEYOND, posinf=BEYOND))
+        found.append((np.full(len(rows), sample), rows, columns))
     samples, rows, columns = (np.concatenate(part) for part in zip(*found, strict=True))
     return samples, rows, columns
 
@@ -262,7 +286,14 @@ def _check_weights(**weights: float) -> None:
 
 
 def _check_sets(student: dict[str, Any], teacher: dict[str, Any]) -> None:
-    """Raise a ShapeError unless both are of the same samples and classes, with a box for each query."""
+    """Raise an error unless both are scores and boxes of the same samples and classes, with a box for each query."""
+    for who, side in (("student", student), ("teacher", teacher)):
+        missing = [name for name in ("scores", "boxes") if not isinstance(side, dict) or name not in side]
+        if missing:
+            given = f"gives {', '.join(sorted(side)) or 'nothing'}" if isinstance(side, dict) else "gives one array"
+            raise UsageError(f'The {who} {given}; a dict of "scores" and "boxes" is needed.')
+        if side["scores"].ndim != len("NQK"):
+            raise ShapeError(f"The {who}'s scores have shape {tuple(side['scores'].shape)}; (N, Q, K) is needed.")
     shapes = [tuple(side["scores"].shape) for side in (student, teacher)]
     if shapes[0][::2] != shapes[1][::2]:
         raise ShapeError(
