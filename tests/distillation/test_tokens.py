@@ -169,6 +169,19 @@ def test_weights_of_hidden_keys_are_zero_and_make_nothing_infinite(loss):
     assert torch.isfinite(student.grad).all()
 
 
+@pytest.mark.parametrize("loss", [attention_ce, attention_kl])
+@both
+def test_weights_are_those_over_the_keys_that_count_even_where_the_model_hid_none(make, loss):
+    """Half of the teacher's attention lies on padding. A student that has none there is charged by the rest alone."""
+    teacher, student = [[[[0.25, 0.25, 0.3, 0.2]]]], [[[[0.25, 0.75, 0.0, 0.0]]]]
+    mask = make([[[True, True, False, False]]])  # (N, queries, keys)
+    found = float(loss(make(student), make(teacher), given="weights", mask=mask))
+    entropy = math.log(2) if loss is attention_ce else 0
+    assert found == pytest.approx(math.log(4 / 3) / 2 + entropy, rel=1e-12)
+    scores = [make(np.log(np.maximum(side, 1e-12))) for side in (student, teacher)]
+    assert found == pytest.approx(float(loss(*scores, mask=mask)), rel=1e-12)
+
+
 def test_attention_is_that_of_pytorch():
     student, teacher = torch.from_numpy(ATTENTION), torch.from_numpy(ATTENTION_T)
     logs = F.log_softmax(student, -1), F.log_softmax(teacher, -1)

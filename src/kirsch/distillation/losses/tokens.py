@@ -204,8 +204,8 @@ def attention_ce(
 
     Args:
         student, teacher: shape (N, heads, queries, keys).
-        given: "scores" before the softmax, or "weights" behind it, as transformers puts them out. Those hold the
-            dropout of attention, too: switch it off in the student.
+        given: "scores" before the softmax, or "weights" behind it, as transformers puts them out; those of the keys
+            that count are divided by their sum. They hold the dropout of attention, too: switch it off in the student.
         convention: None: the softmax runs over the keys that count. "textbrewer": it runs over all keys, of which those
             that do not count are left out of the sum; without a mask, those whose score is -0.001 or below are.
         mask: shape (N, L), true where a position counts, or (N, queries, keys), where both do; None counts all.
@@ -248,8 +248,8 @@ def attention_kl(student: Any, teacher: Any, *, given: str = "scores", mask: Any
 
     Args:
         student, teacher: shape (N, heads, queries, keys).
-        given: "scores" before the softmax, or "weights" behind it, as transformers puts them out. Those hold the
-            dropout of attention, too: switch it off in the student.
+        given: "scores" before the softmax, or "weights" behind it, as transformers puts them out; those of the keys
+            that count are divided by their sum. They hold the dropout of attention, too: switch it off in the student.
         mask: shape (N, L), true where a position counts, or (N, queries, keys), where both do; None counts all. The
             softmax runs over the keys that count.
 
@@ -274,13 +274,10 @@ def _logarithms(student: Any, teacher: Any, given: str, mask: Any) -> tuple[Any,
         raise UnknownNameError("kind of attention", given, ("scores", "weights"))
     same_shape(student, teacher, "attention")
     pairs = _pairs(mask, student)
-    if given == "scores":
-        student, teacher = _over_keys(student, pairs), _over_keys(teacher, pairs)
-    else:
-        xp = namespace(student)
-        student, teacher = (xp.log(blank(side, pairs).clip(min=TINY)) for side in (student, teacher))
-        teacher = teacher if pairs is None else xp.where(pairs, teacher, NEVER)
-    return student, teacher
+    if given == "weights":  # their logarithms are scores, and a softmax divides by what the keys that count leave of 1
+        log = namespace(student).log
+        student, teacher = (log(blank(side, pairs).clip(min=TINY)) for side in (student, teacher))
+    return _over_keys(student, pairs), _over_keys(teacher, pairs)
 
 
 @loss("minilm", takes="relations", widths="any")
