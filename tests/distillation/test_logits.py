@@ -79,6 +79,54 @@ def test_a_temperature_that_is_none_is_refused(name, temperature):
         LOSSES[name](*sides, **options_for(name, y), temperature=temperature)
 
 
+SCORES = tuple(name for name in LOSSES if LOSSES[name].takes in ("scores", "pixels"))
+ONE_CLASS = ("binary-kd", "logit-l2", "cwd-pixels")
+"""Losses that have something to say of one class."""
+
+
+def called(name, framework, shape, label_shape=None):
+    sides = (framework(side) for side in np.random.default_rng(0).standard_normal((2, *shape)))
+    labels = framework(np.zeros(shape[:-1] if label_shape is None else label_shape, int))
+    return LOSSES[name](*sides, **options_for(name, labels))
+
+
+@both
+@pytest.mark.parametrize("name", [name for name in SCORES if name not in ONE_CLASS])
+def test_scores_of_one_class_teach_a_softmax_nothing_and_are_refused(name, framework):
+    shape = (4, 1, 3, 3) if LOSSES[name].takes == "pixels" else (4, 3, 1)
+    with pytest.raises(ShapeError, match=r'are of one class\. Its softmax is 1 .* Use "binary-kd" for a yes or no'):
+        called(name, framework, shape)
+
+
+@both
+@pytest.mark.parametrize("name", [name for name in SCORES if name not in ONE_CLASS and "pixel" not in name])
+def test_scores_without_an_axis_of_classes_are_refused(name, framework):
+    with pytest.raises(ShapeError, match=r'scores have shape \(4,\); \(N, K\) .* taken for classes.*"binary-kd"'):
+        called(name, framework, (4,), (4,))
+
+
+@both
+@pytest.mark.parametrize("name", ["binary-kd", "logit-l2", "bounded-regression"])
+def test_one_number_a_sample_needs_no_axis(name, framework):
+    sides = np.array([3.0, 0, 0, 0]), np.array([0.0, 2, 2, 2])
+
+    def charged(*axes):
+        values = [framework(side[(..., *axes)]) for side in sides]
+        given_ = {"labels": framework(np.zeros(4)[(..., *axes)])} if name == "bounded-regression" else {}
+        return float(LOSSES[name](*values, **given_))
+
+    assert charged() == charged(None)
+    if name == "bounded-regression":
+        assert charged() == 9 / 4  # the first alone is further off than the teacher
+
+
+@both
+@pytest.mark.parametrize("name", SCORES)
+def test_a_batch_without_samples_is_refused(name, framework):
+    with pytest.raises(DataError, match=r"The batch has no samples\. Leave it out"):
+        called(name, framework, (0, 3, 2, 2) if LOSSES[name].takes == "pixels" else (0, 3, 3))
+
+
 def with_options(name, **options):
     """A loss with other defaults, that says of itself what the loss says."""
     return functools.update_wrapper(functools.partial(LOSSES[name], **options), LOSSES[name])
@@ -368,7 +416,7 @@ def test_decoupled_parts_of_large_scores_leave_the_label_out_in_low_precision(dt
 
 
 def test_decoupled_parts_need_two_classes_and_weights():
-    with pytest.raises(ShapeError, match="The scores are of one class"):
+    with pytest.raises(ShapeError, match="they are of one class"):
         LOSSES["dkd"](z_s[:, :1], z_t[:, :1], labels=0 * y)
     for name in ("alpha", "beta"):
         with pytest.raises(UsageError, match=rf"{name} is -1\.0; a number of at least 0"):

@@ -9,7 +9,7 @@ from kirsch.distillation.losses.logits import check_temperature
 from kirsch.distillation.losses.loss import loss
 
 
-@loss("binary-kd", activation="sigmoid")
+@loss("binary-kd", activation="sigmoid", one_class=True)
 def binary_soft_target(student: Any, teacher: Any, *, temperature: float = 1.0, mask: Any = None) -> Any:
     """Kullback-Leibler divergence of the softened yes or no of each class, times temperature².
 
@@ -36,8 +36,6 @@ def binary_soft_target(student: Any, teacher: Any, *, temperature: float = 1.0, 
     check_temperature(temperature)
     xp = namespace(student)
     same_shape(student, teacher)
-    if student.ndim == 1:
-        student, teacher = student[:, None], teacher[:, None]
     student, teacher = blank(student, mask) / temperature, blank(teacher, mask) / temperature
     divergence = 0.0
     for sign in (1.0, -1.0):  # yes, and no

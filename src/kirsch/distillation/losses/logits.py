@@ -122,7 +122,7 @@ def hard_teacher(student: Any, teacher: Any, *, mask: Any = None) -> Any:
     return mean_over(-pick(log_softmax(blank(student, mask)), choice), mask)
 
 
-@loss("logit-l2", activation="identity")
+@loss("logit-l2", activation="identity", one_class=True)
 def squared_logits(student: Any, teacher: Any, *, mask: Any = None) -> Any:
     """Squared distance of the scores, summed over classes, averaged over samples or positions.
 
@@ -130,7 +130,8 @@ def squared_logits(student: Any, teacher: Any, *, mask: Any = None) -> Any:
     classes without T², is this divided by K T².
 
     Args:
-        student, teacher: scores, shape (N, K) or (N, L, K), floating; the teacher takes no gradient.
+        student, teacher: scores, shape (N, K) or (N, L, K), floating, or (N,) of one score a sample; the teacher takes
+            no gradient.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:

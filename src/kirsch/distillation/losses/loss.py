@@ -6,8 +6,8 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
-from kirsch.distillation.arrays import constant, full_precision, wide
-from kirsch.errors import UnknownNameError, UsageError
+from kirsch.distillation.arrays import constant, first_of, full_precision, wide
+from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ Takes = Literal["scores", "values", "pixels", "maps", "features", "tokens", "att
 """What a loss compares, with the shape of one side:
 
 - scores: (N, K), or (N, L, K) of a sequence: classes on the last axis
-- values: (N, D), numbers that a regression puts out; labels are then numbers of the same shape
+- values: (N, D) or (N,), numbers that a regression puts out; labels are then numbers of the same shape
 - pixels: (N, K, H, W), scores of every pixel
 - maps: (N, C, H, W), activations of a convolution
 - features: (N, ...), of which each sample is one vector
@@ -63,6 +63,7 @@ class Loss(Protocol):
     over: Over
     activation: Activation
     least_at_teacher: bool
+    one_class: bool
     __doc__: str | None
 
     def __call__(self, student: Any, teacher: Any, **options: Any) -> Any:
@@ -82,6 +83,7 @@ def loss(
     over: Over | None = None,
     activation: Activation | None = None,
     least_at_teacher: bool = True,
+    one_class: bool = False,
 ) -> Callable[[Callable[..., Any]], Loss]:
     """Decorator that makes a formula a loss of this name.
 
@@ -99,6 +101,8 @@ def loss(
         activation: by which several teachers are combined; "identity" by default where it takes values, else "softmax".
         least_at_teacher: no student is charged less than one that equals its teacher; false where the labels, too, say
             where the minimum is.
+        one_class: it has something to say of scores of one class, which a softmax makes 1 whatever they are; it then
+            takes (N,) for (N, 1). Other losses of scores and pixels refuse both.
 
     Raises:
         UnknownNameError: `takes`, `over` or `activation` is none of these.
@@ -123,18 +127,48 @@ def loss(
 
         @functools.wraps(formula)
         def charged(student: Any, teacher: Any, **options: Any) -> Any:
-            student, teacher = wide(student), wide(teacher)
+            student, teacher = (_checked(wide(side), takes, one_class=one_class) for side in (student, teacher))
             with full_precision(student):
                 return formula(student, teacher if learned else constant(teacher), **options)
 
         done = cast("Loss", charged)
         done.name, done.takes, done.widths, done.learned = name, takes, widths, learned
-        done.relational, done.least_at_teacher = relational, least_at_teacher
+        done.relational, done.least_at_teacher, done.one_class = relational, least_at_teacher, one_class
         done.activation = activation or ("identity" if takes == "values" else "softmax")
         done.over = over or ("positions" if takes in TOKEN_KINDS else "samples")
         return LOSSES.register(name)(done)
 
     return put
+
+
+def _checked(side: Any, takes: Takes, *, one_class: bool) -> Any:
+    """The values of one side, those of a single number a sample with an axis for it.
+
+    Raises:
+        ShapeError: these are scores without an axis of classes, or of one class for a softmax.
+        DataError: there are no samples.
+    """
+    if isinstance(side, (dict, list)):
+        if side and len(first_of(side)) == 0:
+            raise DataError("The batch has no samples.", mend="Leave it out.")
+        return side
+    if side.ndim and len(side) == 0:
+        raise DataError("The batch has no samples.", mend="Leave it out.")
+    if side.ndim == 1 and (takes == "values" or (takes == "scores" and one_class)):
+        return side[:, None]
+    if takes in ("scores", "values") and side.ndim < len("NK"):
+        raise ShapeError(
+            f"The {takes} have shape {tuple(side.shape)}; (N, K) or (N, L, K) is needed.",
+            "Samples would be taken for classes.",
+            'Leave the last axis where it is; for a single question use "binary-kd".',
+        )
+    if takes in ("scores", "pixels") and not one_class and side.shape[1 if takes == "pixels" else -1] == 1:
+        raise ShapeError(
+            f"The scores have shape {tuple(side.shape)}: they are of one class.",
+            "Its softmax is 1 whatever the score, so that there is nothing to learn.",
+            'Use "binary-kd" for a yes or no.',
+        )
+    return side
 
 
 def loss_of(name: str) -> Loss:

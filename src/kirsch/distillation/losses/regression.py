@@ -17,8 +17,8 @@ def bounded_regression(student: Any, teacher: Any, *, labels: Any, margin: float
     The teacher is no target, since its numbers can be anything: it only says how good is good enough.
 
     Args:
-        student, teacher: numbers, shape (N, D), floating; the teacher takes no gradient.
-        labels: the true numbers, shape (N, D).
+        student, teacher: numbers, shape (N, D) or (N,), floating; the teacher takes no gradient.
+        labels: the true numbers, of the same shape; (N,) and (N, 1) are the same.
         margin: >= 0, in the unit of the squared error: by so much the student is to be better.
         mask: shape (N,), true where a sample counts; None counts all.
 
@@ -39,6 +39,8 @@ def bounded_regression(student: Any, teacher: Any, *, labels: Any, margin: float
         raise UsageError(f"The margin is {margin}; a number of at least 0 is needed.")
     xp = namespace(student)
     same_shape(student, teacher, "values")
+    if labels.ndim == 1 and student.shape[1:] == (1,):
+        labels = labels[:, None]
     if tuple(labels.shape) != tuple(student.shape):
         raise ShapeError(
             f"The labels have shape {tuple(labels.shape)}; the values have shape {tuple(student.shape)}.",

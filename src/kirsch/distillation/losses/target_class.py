@@ -19,7 +19,7 @@ from kirsch.distillation.arrays import (
 from kirsch.distillation.losses.labels import counted
 from kirsch.distillation.losses.logits import check_temperature, softened, standardized
 from kirsch.distillation.losses.loss import loss
-from kirsch.errors import ShapeError, UsageError
+from kirsch.errors import UsageError
 
 
 @loss("dkd")
@@ -65,8 +65,6 @@ def decoupled(
             raise UsageError(f"{name} is {weight}; a number of at least 0 is needed.")
     xp = namespace(student)
     same_shape(student, teacher)
-    if student.shape[-1] == 1:
-        raise ShapeError("The scores are of one class.", "Without it no other class is left to compare.")
     labels, mask = counted(student, labels, mask)
     student, teacher = blank(student, mask), blank(teacher, mask)
     if standardize:
