@@ -140,8 +140,9 @@ HEAD = """# What losses cost
 
 "nst" needs the inner products of all pairs of channels, "rkd-angle" the angles of all triples of samples. *Plain*
 spells out what is summed: the products of channels at every place, the differences of samples in every dimension.
-*Here* both come from matrices of inner products, of channels or of places, whichever costs less, and of samples. The
-shapes are those of student and teacher, in single precision.
+*Here* both come from matrices of inner products, of channels or of places, whichever costs less, and of samples, these
+in double precision, so that samples close together are told apart far from the others, too. The shapes are those of
+student and teacher, in single precision.
 
 Value and gradient, one thread, time of the processor, both forms in turn, median of {rounds} rounds ({fewest} where a
 round takes long); *times faster* is the median of the rounds' ratios. Memory is the peak of a process of its own above

@@ -71,6 +71,13 @@ def wide(arrays: Any) -> Any:
     return each(widened, arrays)
 
 
+def doubled(array: Any) -> Any:
+    """The array with 64 bits, where its device has them."""
+    if namespace(array) is np:
+        return array.astype(np.float64)
+    return array if array.device.type == "mps" else array.double()
+
+
 def full_precision(arrays: Any) -> AbstractContextManager[Any]:
     """A context without automatic casting to 16 bits, for the framework and device of these arrays."""
     array = first_of(arrays)

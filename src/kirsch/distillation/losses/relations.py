@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kirsch.distillation.arrays import flat, log_softmax, namespace, normalized, root, same_samples, same_shape
+from kirsch.distillation.arrays import (
+    doubled,
+    flat,
+    log_softmax,
+    namespace,
+    normalized,
+    root,
+    same_samples,
+    same_shape,
+    typed,
+)
 from kirsch.distillation.losses.logits import check_temperature
 from kirsch.distillation.losses.loss import check_convention, loss
 from kirsch.errors import UnknownNameError
@@ -62,7 +72,7 @@ def relational_distance(student: Any, teacher: Any, *, unit: bool = False) -> An
     Source: Park et al. 2019, arXiv:1904.05068, equations 5 to 7. Weight 25 (RepDistiller, mmrazor).
     """
     same_samples(student, teacher)
-    first, second = (_relative(root(_squared_distances(_centered(part, unit=unit))[0])) for part in (student, teacher))
+    first, second = (_relative(root(_squared_distances(part, unit=unit))) for part in (student, teacher))
     return _smooth(first - second).mean()
 
 
@@ -70,8 +80,8 @@ def relational_distance(student: Any, teacher: Any, *, unit: bool = False) -> An
 def relational_angle(student: Any, teacher: Any, *, unit: bool = False) -> Any:
     """Smooth difference of the cosines of the angles of all triples of samples, averaged over triples.
 
-    (a - b) · (c - b) is made of inner products of samples, so that no difference of two samples is ever stored: N³
-    numbers, and not N² D besides.
+    (a - b) · (c - b) is made of the three distances, and these of inner products of samples, so that no difference of
+    two samples is ever stored: N³ numbers, and not N² D besides. Distances and products are of 64 bits.
 
     Args:
         student, teacher: shape (N, ...), floating; widths may differ.
@@ -86,7 +96,7 @@ def relational_angle(student: Any, teacher: Any, *, unit: bool = False) -> Any:
     Source: Park et al. 2019, arXiv:1904.05068, equations 8 and 9. Weight 50 (RepDistiller, mmrazor).
     """
     same_samples(student, teacher)
-    first, second = (_cosines(_centered(part, unit=unit)) for part in (student, teacher))
+    first, second = (_cosines(_squared_distances(part, unit=unit)) for part in (student, teacher))
     return _smooth(first - second).mean()
 
 
@@ -114,22 +124,24 @@ def relational(
     return distance_weight * distances + angle_weight * relational_angle(student, teacher, unit=unit)
 
 
-def _centered(features: Any, *, unit: bool) -> Any:
-    """Features (N, D) around their mean: the same differences, and less rounding in products of what lies far off."""
-    features = normalized(flat(features)) if unit else flat(features)
-    return features - features.mean(0, keepdims=True)
+def _squared_distances(features: Any, *, unit: bool) -> Any:
+    """Squared distances of all pairs, (N, N), 0 where they are rounding; features are scaled to length 1 for `unit`.
 
-
-def _squared_distances(features: Any) -> tuple[Any, Any]:
-    """Squared distances of all pairs, 0 where they are rounding, and the inner products; (N, N) each."""
+    The products are of 64 bits and around the mean: what lies close together, far from the mean, is told apart by the
+    last of their digits.
+    """
     xp = namespace(features)
-    products = features @ features.T
+    wide = doubled(flat(features))
+    wide = normalized(wide) if unit else wide
+    wide = wide - wide.mean(0, keepdims=True)
+    products = wide @ wide.T
     lengths = xp.diagonal(products)
     both = lengths[:, None] + lengths[None]
     squares = both - 2 * products
-    # Divided by what rounding leaves of no distance at all, a cosine would be any number.
-    apart = squares > 32 * float(xp.finfo(features.dtype).eps) * both
-    return xp.where(apart, squares, 0.0 * squares), products
+    # Divided by what rounding, of the products or of the features, leaves of no distance, a cosine would be any number.
+    rounding = max(32 * float(xp.finfo(wide.dtype).eps), 64 * float(xp.finfo(features.dtype).eps) ** 2)
+    apart = squares > rounding * both
+    return typed(xp.where(apart, squares, 0.0 * squares), features)
 
 
 def _relative(distances: Any) -> Any:
@@ -137,15 +149,18 @@ def _relative(distances: Any) -> Any:
     return distances / (distances.sum() / (distances > 0).sum().clip(min=1)).clip(min=1e-12)
 
 
-def _cosines(features: Any) -> Any:
-    """Cosine of the angle at sample j between samples i and k, (j, i, k); 0 where two of a leg are the same."""
-    xp = namespace(features)
-    squares, products = _squared_distances(features)
+def _cosines(squares: Any) -> Any:
+    """Cosine of the angle at sample j between samples i and k, (j, i, k); 0 where two of a leg are the same.
+
+    It is (d_ij² + d_jk² - d_ik²) / (2 d_ij d_jk). Inner products in its place would lose the digits of short legs.
+    """
+    xp = namespace(squares)
     apart = squares > 0
-    inverse = xp.where(apart, 1.0 / root(xp.where(apart, squares, 0.0 * squares + 1.0)), 0.0 * squares)
-    part = (0.5 * xp.diagonal(products)[:, None] - products) * inverse  # (x_j · x_j / 2 - x_j · x_i) / |x_j - x_i|
-    left, right = xp.stack([part, inverse], -1), xp.stack([inverse, part], -2)  # (j, i, 2), (j, 2, k)
-    return products[None] * inverse[:, :, None] * inverse[:, None] + left @ right
+    distances = root(squares)
+    inverse = xp.where(apart, 1.0 / xp.where(apart, distances, 0.0 * squares + 1.0), 0.0 * squares)
+    left = xp.stack([0.5 * distances, inverse], -1)  # (j, i, 2)
+    right = xp.stack([inverse, 0.5 * distances], -2)  # (j, 2, k)
+    return left @ right - 0.5 * squares[None] * inverse[:, :, None] * inverse[:, None]
 
 
 def _smooth(difference: Any) -> Any:
