@@ -44,8 +44,8 @@ DECOUPLED = {
 CORRELATED = {
     f"DIST/{name} tau={t}": ("dist", {"temperature": t, "convention": convention}, 1)
     for t in (1.0, 4.0)
-    for name, convention in (("OFAKD", "kirsch"), ("torchdistill", "torchdistill"), ("mmrazor", "kirsch"))
-} | {"DIST/DIST_KD repo (tau=1)": ("dist", {}, 1)}
+    for name, convention in (("OFAKD", "ofakd"), ("torchdistill", "torchdistill"), ("mmrazor", "mmrazor"))
+} | {"DIST/DIST_KD repo (tau=1)": ("dist", {"convention": "dist-kd"}, 1)}
 WEIGHTED = {f"WSLD/mmrazor tau={t}": ("wsld", {"labels": y, "temperature": t}, 1) for t in (1.0, 4.0)}
 STANDARDIZED = {
     name: (loss, {"temperature": t, "standardize": True, **options}, 1)

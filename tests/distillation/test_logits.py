@@ -139,6 +139,7 @@ VARIANTS = {
     "kd modelopt": with_options("kd", convention="modelopt"),
     "dkd standardized": with_options("dkd", standardize=True),
     "dist torchdistill": with_options("dist", convention="torchdistill"),
+    "dist mmrazor": with_options("dist", convention="mmrazor"),
     "jsd 0": with_options("jsd", beta=0.0),
     "jsd 0.01": with_options("jsd", beta=0.01),
     "jsd 1": with_options("jsd", beta=1.0),
@@ -151,6 +152,7 @@ VARIANTS = {
     "bounded-regression margin": with_options("bounded-regression", margin=1.0),
 }
 LEAST_ELSEWHERE = {
+    "dist mmrazor",  # what is added to lengths charges a class of tiny probabilities less if these grow
     "kd keras",  # a probability of less than 1e-7 takes no gradient
     "top-k zero",  # least where the student has nothing beyond the k likeliest
     "top-k uniform",  # least where the student's tail is even
@@ -413,6 +415,35 @@ def test_decoupled_parts_of_large_scores_leave_the_label_out_in_low_precision(dt
     assert float(LOSSES["dkd"](student, teacher, labels=labels, alpha=0.0, beta=1.0)) == pytest.approx(
         float(soft_target(*rest, temperature=4.0)), rel=1e-12
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1, 6, 10, 100])
+def test_correlations_of_a_student_that_equals_its_teacher_cost_nothing_of_many_classes(scale, dtype):
+    """Most of a thousand classes are of tiny probabilities in every sample, and some of none."""
+    teacher = scale * torch.from_numpy(np.random.default_rng(0).standard_normal((64, 1000))).to(dtype)
+    student = teacher.clone().requires_grad_()
+    found = LOSSES["dist"](student, teacher)
+    found.backward()
+    assert float(found.detach()) == pytest.approx(0, abs=1e-6 if dtype == torch.float32 else 1e-12)
+    assert float(student.grad.abs().max()) < 1e-6
+
+
+@both
+def test_correlations_with_what_is_constant_are_none(framework):
+    """Both samples are alike in the teacher, so no class tells them apart there; in the student both classes do."""
+    student, teacher = framework(np.array([[0.0, 1.0], [0.0, 2.0]])), framework(np.array([[0.3, 1.1], [0.3, 1.1]]))
+    assert float(LOSSES["dist"](student, teacher, inter=0.0)) == pytest.approx(1, rel=1e-14)
+    assert float(LOSSES["dist"](teacher, teacher, inter=0.0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("dist", "inter"), ("dist", "intra"), ("mlkd", "instance"), ("mlkd", "batch"), ("mlkd", "classes")],
+)
+def test_weights_of_correlations_that_are_below_zero_are_refused(name, option):
+    with pytest.raises(UsageError, match=rf"`{option}` is -1; a number of at least 0 is needed"):
+        LOSSES[name](z_s, z_t, **{option: -1})
 
 
 def test_decoupled_parts_need_two_classes_and_weights():

@@ -28,9 +28,6 @@ def name_of(check):
 
 OTHERWISE: dict[tuple[str, str], str] = {
     ("cc", "check_order_of_samples_does_not_matter"): "the authors' code relates each sample to the one after it",
-    ("dist", "check_loss_is_smallest_when_the_student_equals_the_teacher"): (
-        "what is added to the product of lengths charges a class of tiny probabilities less if these grow"
-    ),
     ("wsld", "check_gradient_is_that_of_finite_differences"): "the weight of a sample is held constant",
 }
 """(loss, check) → why a loss of ours cannot pass a check."""

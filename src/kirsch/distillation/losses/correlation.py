@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import log_softmax, namespace, normalized, root, rows_that_count, same_shape
+from kirsch.distillation.arrays import constant, log_softmax, namespace, normalized, root, rows_that_count, same_shape
 from kirsch.distillation.losses.logits import check_convention, check_temperature, soft_target
-from kirsch.distillation.losses.loss import loss
+from kirsch.distillation.losses.loss import check_at_least, loss
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+FLOORS = {"kirsch": None, "dist-kd": 1e-8, "mmrazor": 1e-8, "ofakd": 1e-8, "torchdistill": None}
+"""Convention of "dist" → what is added to the product of lengths."""
 
 
 @loss("dist", relational=True)
@@ -34,38 +37,55 @@ def correlated(
             sequences are samples.
         inter, intra: weights of the correlations within samples (of the classes) and within classes (of the samples).
         temperature: > 0.
-        convention: "kirsch" adds 1e-8 to the product of lengths, as the reference code does; "torchdistill" raises
-            each length to at least 1e-8.
+        convention: "kirsch" divides by the lengths as they are, so that classes of tiny probabilities count like
+            others. "dist-kd", the authors' code, "mmrazor" and "ofakd" add 1e-8 to the product of lengths: with many
+            classes a student that equals its teacher is then charged for those of tiny probabilities. "torchdistill"
+            raises each length to at least 1e-8.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar, from 0 to 2 T² (inter + intra); 0, up to what is added to lengths, when the softened outputs agree.
+        Scalar, from 0 to 2 T² (inter + intra); 0 when the softened outputs agree, but for what a convention adds. Where
+        one side is constant there is no correlation, and where both are there is nothing to charge.
 
     Raises:
         ShapeError: the shapes differ.
-        UsageError: the temperature is not above 0.
+        UsageError: the temperature is not above 0, or a weight is below 0.
         UnknownNameError: there is no such convention.
         DataError: the mask is false everywhere.
 
     Source: Huang et al. 2022, arXiv:2205.10536. Usual for ImageNet are inter = intra = 1, temperature 1, and weight 2
         beside the labels.
     """
-    check_convention(convention, ("kirsch", "torchdistill"))
+    check_convention(convention, FLOORS)
+    check_at_least(0, inter=inter, intra=intra)
     p_s, p_t = _outputs(student, teacher, temperature, mask)
-    clamps = convention == "torchdistill"
-    within_samples = 1 - _correlation(p_s, p_t, -1, clamps=clamps).mean()
-    within_classes = 1 - _correlation(p_s, p_t, 0, clamps=clamps).mean()
+    within_samples = 1 - _correlation(p_s, p_t, -1, convention).mean()
+    within_classes = 1 - _correlation(p_s, p_t, 0, convention).mean()
     return (inter * within_samples + intra * within_classes) * temperature**2
 
 
-def _correlation(first: Any, second: Any, axis: int, *, clamps: bool) -> Any:
-    """Pearson's correlation along an axis of two matrices (N, K); 0 where one of them is constant."""
+def _correlation(first: Any, second: Any, axis: int, convention: str) -> Any:
+    """Pearson's correlation along an axis of two matrices (N, K)."""
     xp = namespace(first)
-    first, second = (array - xp.mean(array, axis=axis, keepdims=True) for array in (first, second))
-    if clamps:
-        return xp.sum(normalized(first, axis, 1e-8) * normalized(second, axis, 1e-8), axis=axis)
-    lengths = root(xp.sum(first * first, axis=axis)) * root(xp.sum(second * second, axis=axis))
-    return xp.sum(first * second, axis=axis) / (lengths + 1e-8)
+    sides = [array - xp.mean(array, axis=axis, keepdims=True) for array in (first, second)]
+    if convention == "torchdistill":
+        return xp.sum(normalized(sides[0], axis, 1e-8) * normalized(sides[1], axis, 1e-8), axis=axis)
+    added = FLOORS[convention]
+    if added is not None:
+        lengths = root(xp.sum(sides[0] ** 2, axis=axis)) * root(xp.sum(sides[1] ** 2, axis=axis))
+        return xp.sum(sides[0] * sides[1], axis=axis) / (lengths + added)
+    tops = [xp.amax(xp.abs(side), axis=axis, keepdims=True) for side in sides]
+    flat = [
+        top <= 8 * xp.finfo(array.dtype).eps * xp.amax(xp.abs(array), axis=axis, keepdims=True)
+        for top, array in zip(tops, (first, second), strict=True)
+    ]
+    # Divided by the largest first: the squares of tiny probabilities would be 0. What rounding leaves of a constant is.
+    scaled = [
+        xp.where(still, 0.0 * side, side / constant(xp.where(still, xp.ones_like(top), top)))
+        for side, top, still in zip(sides, tops, flat, strict=True)
+    ]
+    cosine = xp.sum(normalized(scaled[0], axis) * normalized(scaled[1], axis), axis=axis, keepdims=True)
+    return xp.where(flat[0] & flat[1], xp.ones_like(cosine), cosine)
 
 
 @loss("batch-correlation", relational=True)
@@ -140,11 +160,12 @@ def multi_level(
 
     Raises:
         ShapeError: the shapes differ.
-        UsageError: a temperature is not above 0, or there is none.
+        UsageError: a temperature is not above 0, or there is none, or a weight is below 0.
         DataError: the mask is false everywhere.
 
     Source: Jin, Wang, Lin 2023 (multi-level logit distillation), CVPR, over 480 epochs for CIFAR-100.
     """
+    check_at_least(0, instance=instance, batch=batch, classes=classes)
     if not temperatures:
         raise UsageError("There are no temperatures, so there is nothing to learn.", mend="Give at least one.")
     parts = [

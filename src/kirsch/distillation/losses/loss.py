@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
+import numbers
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 from kirsch.distillation.arrays import constant, first_of, full_precision, wide
@@ -197,6 +199,27 @@ def options_of(charged: Callable[..., Any]) -> dict[str, Any]:
 def given_to(charged: Callable[..., Any]) -> frozenset[str]:
     """Which of `GIVEN` a loss asks for."""
     return frozenset(p.name for p in inspect.signature(charged).parameters.values() if p.name in GIVEN)
+
+
+def check_at_least(least: float, **options: float) -> None:
+    """Raise a UsageError for an option that is no finite number of at least this."""
+    for name, value in options.items():
+        if not (math.isfinite(value) and value >= least):
+            raise UsageError(f"`{name}` is {value}; a number of at least {least} is needed.")
+
+
+def check_above(bound: float, **options: float) -> None:
+    """Raise a UsageError for an option that is no finite number above this."""
+    for name, value in options.items():
+        if not (math.isfinite(value) and value > bound):
+            raise UsageError(f"`{name}` is {value}; a number above {bound} is needed.")
+
+
+def check_whole(least: int, **options: int) -> None:
+    """Raise a UsageError for an option that is no whole number of at least this."""
+    for name, value in options.items():
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise UsageError(f"`{name}` is {value}; a whole number of at least {least} is needed.")
 
 
 def check_convention(convention: str, known: Iterable[str]) -> None:
