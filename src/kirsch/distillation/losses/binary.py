@@ -9,7 +9,7 @@ from kirsch.distillation.losses.logits import check_temperature
 from kirsch.distillation.losses.loss import loss
 
 
-@loss("binary-kd", activation="sigmoid", one_class=True)
+@loss("binary-kd", activation="sigmoid")
 def binary_soft_target(student: Any, teacher: Any, *, temperature: float = 1.0, mask: Any = None) -> Any:
     """Kullback-Leibler divergence of the softened yes or no of each class, times temperature².
 

@@ -122,7 +122,7 @@ def hard_teacher(student: Any, teacher: Any, *, mask: Any = None) -> Any:
     return mean_over(-pick(log_softmax(blank(student, mask)), choice), mask)
 
 
-@loss("logit-l2", activation="identity", one_class=True)
+@loss("logit-l2", activation="identity")
 def squared_logits(student: Any, teacher: Any, *, mask: Any = None) -> Any:
     """Squared distance of the scores, summed over classes, averaged over samples or positions.
 

@@ -65,7 +65,6 @@ class Loss(Protocol):
     over: Over
     activation: Activation
     least_at_teacher: bool
-    one_class: bool
     __doc__: str | None
 
     def __call__(self, student: Any, teacher: Any, **options: Any) -> Any:
@@ -85,7 +84,6 @@ def loss(
     over: Over | None = None,
     activation: Activation | None = None,
     least_at_teacher: bool = True,
-    one_class: bool = False,
 ) -> Callable[[Callable[..., Any]], Loss]:
     """Decorator that makes a formula a loss of this name.
 
@@ -100,11 +98,10 @@ def loss(
             reach that; the teacher's own values are constants already where it is run.
         relational: it relates the samples of a batch to each other, so that its value follows the size of the batch.
         over: what its mean goes over; positions by default where it takes what a sequence holds, else samples.
-        activation: by which several teachers are combined; "identity" by default where it takes values, else "softmax".
+        activation: by which several teachers are combined; "identity" by default where it takes values, else "softmax",
+            which has nothing to say of one class, and refuses it. The others take (N,) for (N, 1).
         least_at_teacher: no student is charged less than one that equals its teacher; false where the labels, too, say
             where the minimum is.
-        one_class: it has something to say of scores of one class, which a softmax makes 1 whatever they are; it then
-            takes (N,) for (N, 1). Other losses of scores and pixels refuse both.
 
     Raises:
         UnknownNameError: `takes`, `over` or `activation` is none of these.
@@ -116,6 +113,8 @@ def loss(
         raise UnknownNameError("what a mean goes over", over, get_args(Over))
     if activation is not None and activation not in get_args(Activation):
         raise UnknownNameError("activation", activation, get_args(Activation))
+
+    says: Activation = activation or ("identity" if takes == "values" else "softmax")
 
     def put(formula: Callable[..., Any]) -> Loss:
         for parameter in list(inspect.signature(formula).parameters.values())[2:]:
@@ -129,21 +128,21 @@ def loss(
 
         @functools.wraps(formula)
         def charged(student: Any, teacher: Any, **options: Any) -> Any:
-            student, teacher = (_checked(wide(side), takes, one_class=one_class) for side in (student, teacher))
+            student, teacher = (_checked(wide(side), takes, says) for side in (student, teacher))
             with full_precision(student):
                 return formula(student, teacher if learned else constant(teacher), **options)
 
         done = cast("Loss", charged)
         done.name, done.takes, done.widths, done.learned = name, takes, widths, learned
-        done.relational, done.least_at_teacher, done.one_class = relational, least_at_teacher, one_class
-        done.activation = activation or ("identity" if takes == "values" else "softmax")
+        done.relational, done.least_at_teacher = relational, least_at_teacher
+        done.activation = says
         done.over = over or ("positions" if takes in TOKEN_KINDS else "samples")
         return LOSSES.register(name)(done)
 
     return put
 
 
-def _checked(side: Any, takes: Takes, *, one_class: bool) -> Any:
+def _checked(side: Any, takes: Takes, says: Activation) -> Any:
     """The values of one side, those of a single number a sample with an axis for it.
 
     Raises:
@@ -156,7 +155,7 @@ def _checked(side: Any, takes: Takes, *, one_class: bool) -> Any:
         return side
     if side.ndim and len(side) == 0:
         raise DataError("The batch has no samples.", mend="Leave it out.")
-    if side.ndim == 1 and (takes == "values" or (takes == "scores" and one_class)):
+    if side.ndim == 1 and takes in SCORED and says != "softmax":
         return side[:, None]
     if takes in ("scores", "values") and side.ndim < len("NK"):
         raise ShapeError(
@@ -164,7 +163,7 @@ def _checked(side: Any, takes: Takes, *, one_class: bool) -> Any:
             "Samples would be taken for classes.",
             'Leave the last axis where it is; for a single question use "binary-kd".',
         )
-    if takes in ("scores", "pixels") and not one_class and side.shape[1 if takes == "pixels" else -1] == 1:
+    if takes in ("scores", "pixels") and says == "softmax" and side.shape[1 if takes == "pixels" else -1] == 1:
         raise ShapeError(
             f"The scores have shape {tuple(side.shape)}: they are of one class.",
             "Its softmax is 1 whatever the score, so that there is nothing to learn.",

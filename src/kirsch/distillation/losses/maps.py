@@ -300,7 +300,7 @@ def channel_wise(student: Any, teacher: Any, *, temperature: float = 1.0) -> Any
 
 
 channel_wise_maps = loss("cwd", takes="maps")(channel_wise)
-channel_wise_pixels = loss("cwd-pixels", takes="pixels", one_class=True)(channel_wise)
+channel_wise_pixels = loss("cwd-pixels", takes="pixels", activation="identity")(channel_wise)
 
 
 @loss("pkd", takes="maps", relational=True)
