@@ -9,6 +9,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+from accelerate import PartialState
+
+from kirsch.errors import UsageError
+from kirsch.frameworks.pytorch.optimizer import accelerator_for, own_precision
+from kirsch.frameworks.training import Training
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
@@ -17,6 +23,7 @@ import sys
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import nn
 
 import kirsch
@@ -45,6 +52,7 @@ for accumulate in (1, 3):
         found.append(kirsch.distill(student, teacher, data, objective=each, training=training, check_teacher=False))
     found += kirsch.distill_mutually([student, teacher, net(5, 3)], data, training=training)
     found.append(kirsch.distill(student, teacher, made, training=training))
+assert PartialState().num_processes == int(os.environ.get("WORLD_SIZE", "1"))  # and not each for itself
 if int(os.environ.get("RANK", "0")) == 0:
     np.savez(sys.argv[1], *[p.detach().numpy() for trained in found for p in trained.model.parameters()])
 """
@@ -59,7 +67,8 @@ def weights(folder, processes):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    environment.pop("ACCELERATE_USE_CPU", None)
     done = subprocess.run(
         [*command, str(program), str(out)],
         env=environment,
@@ -77,3 +86,13 @@ def test_two_processes_end_where_one_does(tmp_path):
     one, two = (weights(tmp_path, processes) for processes in (1, 2))
     for first, second in zip(one, two, strict=True):
         np.testing.assert_allclose(second, first, rtol=1e-9, atol=1e-12)  # sums in another order, in float64
+
+
+def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
+    """Accelerate has been set up for this process alone, as by the caller before."""
+    PartialState()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    sentence = r"torchrun started 2 processes, and Accelerate knows of 1\. Each would train on everything by itself\."
+    with own_precision(), pytest.raises(UsageError, match=sentence):
+        accelerator_for(Training())

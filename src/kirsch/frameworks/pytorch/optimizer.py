@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,17 +42,21 @@ def accelerator_for(training: Training) -> Accelerator:
     """Accelerate, for as many processes as there are; within `own_precision`.
 
     Raises:
-        UsageError: this machine cannot compute in that precision.
+        UsageError: this machine cannot compute in that precision, or other processes are not found.
     """
+    # Of what torchrun starts; without an accelerator each process is alone unless it is told to take the CPU.
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     why = "fp16 is for GPUs."
     try:
         made = Accelerator(
+            cpu=started > 1 and not torch.accelerator.is_available(),
             mixed_precision="no" if training.precision == "fp32" else training.precision,
             # A batch is that of all processes together, as one process has it.
             dataloader_config=DataLoaderConfiguration(split_batches=True),
             # A term that has no weight yet leaves its adapter without a gradient.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
+        _require_processes(made, started)
         if made.native_amp or training.precision == "fp32":  # on a CPU Accelerate takes fp16 and computes in fp32
             return made
     except ValueError as error:
@@ -59,6 +64,15 @@ def accelerator_for(training: Training) -> Accelerator:
     raise UsageError(
         f"precision is {training.precision!r}, which this machine cannot train in.", why, 'Take "bf16" or "fp32".'
     )
+
+
+def _require_processes(accelerator: Accelerator, started: int) -> None:
+    if accelerator.num_processes != started and started > 1:
+        raise UsageError(
+            f"torchrun started {started} processes, and Accelerate knows of {accelerator.num_processes}.",
+            "Each would train on everything by itself.",
+            "Make no Accelerator before; where the machine's accelerator takes one process, set ACCELERATE_USE_CPU=1.",
+        )
 
 
 class Average:
