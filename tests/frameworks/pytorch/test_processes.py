@@ -58,9 +58,83 @@ if int(os.environ.get("RANK", "0")) == 0:
 """
 
 
-def weights(folder, processes):
-    program, out = folder / "job.py", folder / f"{processes}.npz"
-    program.write_text(PROGRAM)
+LOADERS = """
+import os
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+import kirsch
+from kirsch.errors import Interrupted
+from kirsch.frameworks.training import TrainingHooks
+
+torch.manual_seed(0)
+random = np.random.default_rng(0)
+teacher = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+student = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+samples = TensorDataset(torch.from_numpy(random.standard_normal((53, 6))), torch.from_numpy(random.integers(0, 4, 53)))
+
+
+def own():
+    generator = torch.Generator()
+    generator.manual_seed(int(os.environ.get("RANK", "0")))  # each process would draw an order of its own
+    return DataLoader(samples, sampler=RandomSampler(samples, generator=generator), batch_size=8)
+
+
+made = {
+    "in order": lambda: DataLoader(samples, 8),
+    "shuffled": lambda: DataLoader(samples, 8, shuffle=True),
+    "own generator": own,
+    "list": lambda: [samples[start : start + 8] for start in range(0, 53, 8)],
+}
+found = {}
+
+
+def distilled(data, seed, **hooks):
+    training = kirsch.Training(epochs=2, learning_rate=0.1, clip_norm=1.0, ema=0.9, seed=seed)
+    hooks = TrainingHooks(**hooks)
+    trained = kirsch.distill(student, teacher, data, training=training, hooks=hooks, check_teacher=False)
+    return torch.cat([p.detach().flatten() for p in trained.model.parameters()]).numpy()
+
+
+for name, make in made.items():
+    for seed in (0, 1):
+        found[f"{name} {seed}"] = distilled(make(), seed)
+
+for name in ("shuffled", "own generator"):
+    states = []
+    stops = iter([None, None, Interrupted("enough")])
+    try:
+        distilled(made[name](), 1, save=states.append, stop=lambda: next(stops))
+    except Interrupted:
+        assert states[0].values["batch"] == 3
+    found[f"{name} resumed"] = distilled(made[name](), 1, resume=states[0])
+if int(os.environ.get("RANK", "0")) == 0:
+    np.savez(sys.argv[1], **found)
+"""
+
+SHARDED = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+import kirsch
+
+samples = TensorDataset(torch.randn(32, 6), torch.arange(32) % 4)
+torch.distributed.init_process_group("gloo")
+loader = DataLoader(samples, 8, sampler=DistributedSampler(samples))
+kirsch.distill(nn.Linear(6, 4), nn.Linear(6, 4), loader, training=kirsch.Training(epochs=1), check_teacher=False)
+"""
+
+
+def run(program, folder, processes):
+    """What a program saved; the error output where it failed."""
+    path, out = folder / "job.py", folder / f"{processes}.npz"
+    path.write_text(program)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,23 +143,38 @@ def weights(folder, processes):
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     environment.pop("ACCELERATE_USE_CPU", None)
-    done = subprocess.run(
-        [*command, str(program), str(out)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run([*command, str(path), str(out)], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return done.stderr
     with np.load(out) as arrays:
-        return [arrays[name] for name in arrays.files]
+        return {name: arrays[name] for name in arrays.files}
+
+
+def assert_ends_alike(one, two):
+    assert isinstance(one, dict), one[-2000:]
+    assert isinstance(two, dict), two[-2000:]
+    for name, wanted in one.items():  # sums in another order, in float64
+        np.testing.assert_allclose(two[name], wanted, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_two_processes_end_where_one_does(tmp_path):
     """With and without batches that share a step."""
-    one, two = (weights(tmp_path, processes) for processes in (1, 2))
-    for first, second in zip(one, two, strict=True):
-        np.testing.assert_allclose(second, first, rtol=1e-9, atol=1e-12)  # sums in another order, in float64
+    assert_ends_alike(*(run(PROGRAM, tmp_path, processes) for processes in (1, 2)))
+
+
+def test_two_processes_with_a_loader_end_where_one_does(tmp_path):
+    """53 samples, 8 at a time, leave a last batch of 5; the order follows from the seed, also where a run is cut."""
+    one, two = (run(LOADERS, tmp_path, processes) for processes in (1, 2))
+    assert_ends_alike(one, two)
+    assert not np.array_equal(two["shuffled 0"], two["shuffled 1"])
+    for name in ("shuffled", "own generator"):
+        np.testing.assert_array_equal(two[f"{name} resumed"], two[f"{name} 1"])
+
+
+def test_batches_that_each_process_has_for_itself_are_refused(tmp_path):
+    told = run(SHARDED, tmp_path, 2)
+    assert "The first batch of epoch 1 is another one in each process." in told
+    assert "without DistributedSampler" in told
 
 
 def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from kirsch.errors import DataError, UsageError, said
@@ -51,8 +51,6 @@ def accelerator_for(training: Training) -> Accelerator:
         made = Accelerator(
             cpu=started > 1 and not torch.accelerator.is_available(),
             mixed_precision="no" if training.precision == "fp32" else training.precision,
-            # A batch is that of all processes together, as one process has it.
-            dataloader_config=DataLoaderConfiguration(split_batches=True),
             # A term that has no weight yet leaves its adapter without a gradient.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import itertools
 import math
 import time
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import CheckpointError, DataError, NumericError, UsageError
 from kirsch.frameworks.data import Batch, SeededData
@@ -40,13 +41,14 @@ MEND = "Lower the learning rate, or set clip_norm."
 def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training, hooks: TrainingHooks) -> Trained:
     """Train a copy of a model.
 
-    Started by `torchrun`, each process takes its part of every batch, and what they end in is what one process that
-    takes whole batches ends in, up to rounding, for models that do not relate samples to each other.
+    Started by `torchrun`, each process goes through all batches and takes its part of each, and what they end in is
+    what one process that takes whole batches ends in, up to rounding, for models that do not relate samples to each
+    other.
 
     Args:
         model: left as it is; a `Pupil` where more than the model is trained.
         batches: `SeededData` such as `ArrayData`, a DataLoader, or anything that gives what `Batch.of` takes each time
-            it is gone through.
+            it is gone through. It must not leave out what other processes take.
         loss: what a step minimises.
         training: how.
         hooks: what the caller wants to see and decide.
@@ -56,7 +58,8 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
         DataError: an epoch has no batches, none of the targets of a step counts, or the schedule needs to know how many
             batches there are and the data cannot say.
         CheckpointError: the state to go on from is of another model.
-        UsageError: no parameter of the model is to be trained, or this machine lacks the precision.
+        UsageError: no parameter of the model is to be trained, this machine lacks the precision, or each process has
+            other batches.
         Stopped: `hooks.stop` asked for it; `hooks.save` has been called.
     """
     home = device_of(model)
@@ -83,10 +86,11 @@ class _Run:
         optimizer = optimizer_of(pupil, training, type(pupil.student).__name__)
         self.average = Average(pupil.student, training.ema) if training.ema is not None else None
         self.model, self.optimizer = self.accelerator.prepare(pupil, optimizer)
-        loader = isinstance(batches, torch.utils.data.DataLoader)
-        self.batches = self.accelerator.prepare(batches) if loader else batches
-        self.generators = _generators(batches) if loader else []
-        self.length = _length(self.batches)
+        # Not prepared by Accelerate, whose parts of a short batch are filled up with samples that are trained on twice.
+        self.batches = batches
+        self.generators = _generators(batches) if isinstance(batches, torch.utils.data.DataLoader) else []
+        self._share_generators()
+        self.length = _length(batches)
         check_schedule(training, self.length)
         self.history: list[dict[str, Any]] = []
         self.first_batch: dict[str, Any] = {}
@@ -112,6 +116,13 @@ class _Run:
                 self._obey_stop()
             self._end_epoch(time.perf_counter() - started)
 
+    def _share_generators(self) -> None:
+        """Let all processes draw what the first one draws."""
+        if self.accelerator.num_processes > 1 and self.generators:
+            states = broadcast_object_list([generator.get_state() for generator in self.generators])
+            for generator, state in zip(self.generators, states, strict=True):
+                generator.set_state(state)
+
     def _rest_of_epoch(self) -> Iterator[Batch]:
         """The batches of the epoch that are still to come, of each the part of this process.
 
@@ -124,8 +135,7 @@ class _Run:
         if isinstance(self.batches, SeededData):
             batches: Iterator[Any] = self.batches.epoch(self.training.seed, self.epoch, start)
         else:
-            if hasattr(self.batches, "set_epoch"):  # of Accelerate's own loader
-                self.batches.set_epoch(self.epoch)
+            _set_epoch(self.batches, self.epoch)
             batches = iter(self.batches)
         done = self.batch  # it moves on while a window of batches is gathered
         for number in itertools.count(start):
@@ -133,22 +143,38 @@ class _Run:
             given = next(batches, None)
             if given is None:
                 return
+            whole = Batch.of(given)
+            if number == 0 and self.accelerator.num_processes > 1:
+                self._require_same(whole)
             if number >= done:
-                yield self._own_part(Batch.of(given))
+                yield self._own_part(whole)
+
+    def _require_same(self, batch: Batch) -> None:
+        """Refuse batches that are of one process alone, as of a sampler that leaves out what others take."""
+        told = next(part for part in (batch.ids, batch.targets, batch.inputs) if part is not None)
+        every = gather_object([(len(batch), _digest(told))])
+        if any(other != every[0] for other in every):
+            raise UsageError(
+                f"The first batch of epoch {self.epoch + 1} is another one in each process.",
+                "Each goes through all batches and takes its part of them, so that samples would be left out.",
+                "Give all the same data: without DistributedSampler and the like, and with nothing drawn but from "
+                "PyTorch's generators; or the numbers of the samples, if only their augmentation differs.",
+            )
 
     def _own_part(self, batch: Batch) -> Batch:
         """What this process takes of a batch, on its device."""
-        device = self.accelerator.device
+        device, samples = self.accelerator.device, len(batch)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        own = slice(rank, None, processes) if isinstance(self.batches, SeededData) and processes > 1 else slice(None)
 
         def part(value: Any) -> Any:
-            return on(device, value[own]) if hasattr(value, "shape") else value
+            shared = processes > 1 and value.shape[:1] == (samples,) if hasattr(value, "shape") else False
+            return on(device, value[rank::processes] if shared else value)
 
-        inputs, targets = tree_map(part, batch.inputs), tree_map(part, batch.targets)
-        if isinstance(targets, (np.ndarray, list)):
-            targets = on(device, np.asarray(targets))
-        return Batch(inputs, targets, None if batch.ids is None else part(batch.ids), batch.view)
+        targets = batch.targets
+        if isinstance(targets, list):  # of one entry a sample
+            targets = np.asarray(targets)
+        inputs, targets, ids = (tree_map(part, given) for given in (batch.inputs, targets, batch.ids))
+        return Batch(inputs, targets, ids, batch.view)
 
     def _set_random(self, batch: int, *, own: bool = False) -> None:
         """Set PyTorch's generators from the place in the run, and, for `own` draws as of dropout, from the process."""
@@ -337,6 +363,24 @@ def _length(batches: Any) -> int | None:
         return len(batches)
     except TypeError:  # there is no __len__, or it is that of a DataLoader over an IterableDataset
         return None
+
+
+def _digest(values: Any) -> str:
+    """A text that is the same for the same values."""
+    found = hashlib.sha256()
+    for leaf in tree_leaves(values):
+        array = _array(leaf) if isinstance(leaf, torch.Tensor) else leaf
+        found.update(np.ascontiguousarray(array).tobytes() if hasattr(array, "shape") else repr(array).encode())
+    return found.hexdigest()
+
+
+def _set_epoch(batches: Any, epoch: int) -> None:
+    """Tell the epoch to what wants to know it: the data, or what its loader draws from."""
+    sampler = getattr(batches, "batch_sampler", None)
+    owners: tuple[Any, ...] = batches, sampler, getattr(sampler, "sampler", None), getattr(batches, "dataset", None)
+    for owner in owners:
+        if hasattr(owner, "set_epoch"):
+            owner.set_epoch(epoch)
 
 
 def _generators(loader: torch.utils.data.DataLoader[Any]) -> list[torch.Generator]:
