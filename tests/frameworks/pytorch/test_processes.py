@@ -93,8 +93,10 @@ made = {
 found = {}
 
 
-def distilled(data, seed, **hooks):
-    training = kirsch.Training(epochs=2, learning_rate=0.1, clip_norm=1.0, ema=0.9, seed=seed)
+def distilled(data, seed, accumulate=1, student=student, **hooks):
+    training = kirsch.Training(
+        epochs=2, learning_rate=0.1, clip_norm=1.0, ema=0.9, accumulate=accumulate, seed=seed
+    )
     hooks = TrainingHooks(**hooks)
     trained = kirsch.distill(student, teacher, data, training=training, hooks=hooks, check_teacher=False)
     return torch.cat([p.detach().flatten() for p in trained.model.parameters()]).numpy()
@@ -104,6 +106,10 @@ for name, make in made.items():
     for seed in (0, 1):
         found[f"{name} {seed}"] = distilled(make(), seed)
 
+few = TensorDataset(*samples[:49])  # the last batch of one sample has no part for the second process
+for accumulate in (1, 7):
+    found[f"{accumulate} too few"] = distilled(DataLoader(few, 8), 0, accumulate=accumulate)
+
 for name in ("shuffled", "own generator"):
     states = []
     stops = iter([None, None, Interrupted("enough")])
@@ -112,6 +118,8 @@ for name in ("shuffled", "own generator"):
     except Interrupted:
         assert states[0].values["batch"] == 3
     found[f"{name} resumed"] = distilled(made[name](), 1, resume=states[0])
+normal = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
+distilled(DataLoader(TensorDataset(*samples[:51]), 8), 0, student=normal)  # a last batch of 3, of which one has 1
 if int(os.environ.get("RANK", "0")) == 0:
     np.savez(sys.argv[1], **found)
 """

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import math
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
 
     Started by `torchrun`, each process goes through all batches and takes its part of each, and what they end in is
     what one process that takes whole batches ends in, up to rounding, for models that do not relate samples to each
-    other.
+    other. A batch too small for that is taken as a whole by each.
 
     Args:
         model: left as it is; a `Pupil` where more than the model is trained.
@@ -73,6 +74,14 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
     return Trained(run.result().to(home).eval(), run.history, run.first_batch)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What a process takes of a batch, and whether that is the whole batch, which the others take as well."""
+
+    batch: Batch
+    whole: bool
+
+
 class _Run:
     """One run and where it stands."""
 
@@ -90,6 +99,8 @@ class _Run:
         self.batches = batches
         self.generators = _generators(batches) if isinstance(batches, torch.utils.data.DataLoader) else []
         self._share_generators()
+        normalized = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pupil.modules())  # noqa: SLF001 - the common base has no public name
+        self.least = self.accelerator.num_processes * (2 if normalized else 1)  # samples that can be shared out
         self.length = _length(batches)
         check_schedule(training, self.length)
         self.history: list[dict[str, Any]] = []
@@ -123,7 +134,7 @@ class _Run:
             for generator, state in zip(self.generators, states, strict=True):
                 generator.set_state(state)
 
-    def _rest_of_epoch(self) -> Iterator[Batch]:
+    def _rest_of_epoch(self) -> Iterator[_Part]:
         """The batches of the epoch that are still to come, of each the part of this process.
 
         Whatever draws while it fetches – the order of a DataLoader, augmentation in its dataset – finds PyTorch's
@@ -161,20 +172,22 @@ class _Run:
                 "PyTorch's generators; or the numbers of the samples, if only their augmentation differs.",
             )
 
-    def _own_part(self, batch: Batch) -> Batch:
+    def _own_part(self, batch: Batch) -> _Part:
         """What this process takes of a batch, on its device."""
         device, samples = self.accelerator.device, len(batch)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        whole = processes > 1 and samples < self.least
 
         def part(value: Any) -> Any:
-            shared = processes > 1 and value.shape[:1] == (samples,) if hasattr(value, "shape") else False
-            return on(device, value[rank::processes] if shared else value)
+            if processes == 1 or whole or not hasattr(value, "shape") or value.shape[:1] != (samples,):
+                return on(device, value)
+            return on(device, value[rank::processes])
 
         targets = batch.targets
         if isinstance(targets, list):  # of one entry a sample
             targets = np.asarray(targets)
         inputs, targets, ids = (tree_map(part, given) for given in (batch.inputs, targets, batch.ids))
-        return Batch(inputs, targets, ids, batch.view)
+        return _Part(Batch(inputs, targets, ids, batch.view), whole)
 
     def _set_random(self, batch: int, *, own: bool = False) -> None:
         """Set PyTorch's generators from the place in the run, and, for `own` draws as of dropout, from the process."""
@@ -186,42 +199,44 @@ class _Run:
         on_cpu = self.accelerator.device.type == "cpu"
         (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(int(state[0]))
 
-    def _step(self, window: Sequence[Batch]) -> None:
+    def _step(self, window: Sequence[_Part]) -> None:
         """One step of the optimizer on the gradients of one or more batches, each item of which counts alike."""
         epoch = self.epoch + (self.batch / self.length if self.length else 0.0)
         rate = learning_rate(self.training, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        counts = self._over_processes(self.loss.counts(window))
+        once = [part.batch for part in window if not part.whole or self.accelerator.is_main_process]
+        counts = self._over_processes(self.loss.counts(once))
         require_labels(counts, f"a step, at epoch {self.epoch + 1}, batch {self.batch + 1},")
-        samples = sum(len(batch) for batch in window)
+        samples = sum(len(part.batch) for part in window)
         self.optimizer.zero_grad(set_to_none=True)
-        for batch in window:
-            last = batch is window[-1]
+        for part in window:
+            last = part is window[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                self._backward(batch, epoch, counts, samples)
-            self._count(len(batch))
+                self._backward(part, epoch, counts, samples)
+            self._count(len(part.batch))
         if self.training.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
         self.optimizer.step()
         if self.average is not None:
             self.average.follow(self.pupil.student)
 
-    def _backward(self, batch: Batch, epoch: float, counts: dict[str, int], samples: int) -> None:
+    def _backward(self, part: _Part, epoch: float, counts: dict[str, int], samples: int) -> None:
         """Gradients of one batch, of a step with these counts, in which this process has so many samples."""
+        batch = part.batch
         if self.accelerator.num_processes > 1:
             self._set_random(self.batch, own=True)
         with self.accelerator.autocast():
             charge = self.loss(self.model, batch, epoch, counts)
         if not self.batch:
             self._look_at(charge)
-        value = float(charge.total.detach())
-        if not math.isfinite(value):
+        if not math.isfinite(float(charge.total.detach())):
             raise _not_finite(self.pupil.student, batch.inputs, charge.parts, self.epoch + 1, self.batch + 1)
-        processes = self.accelerator.num_processes  # DDP divides the sum of their gradients by it
-        self.accelerator.backward(charge.total * processes)
-        for name, part in {"loss": charge.total, **_prefixed(charge.parts), **_prefixed(charge.aside)}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(part.detach()) * processes * samples
+        # DDP divides the sum of their gradients by how many processes there are.
+        times = 1 if part.whole else self.accelerator.num_processes
+        self.accelerator.backward(charge.total * times)
+        for name, value in {"loss": charge.total, **_prefixed(charge.parts), **_prefixed(charge.aside)}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) * times * samples
 
     def _count(self, samples: int) -> None:
         self.sums["samples"] = self.sums.get("samples", 0.0) + samples
