@@ -60,9 +60,9 @@ class Watch:
         self._functions = {key[:2] for key in places if key[1]}
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
+        for path in (path for path, _, _ in places if path not in modules):  # before there is any hook
+            raise UnknownNameError(f"site in {type(model).__name__}", path, [name for name in modules if name])
         for path, function, given in places:
-            if path not in modules:
-                raise UnknownNameError(f"site in {type(model).__name__}", path, [name for name in modules if name])
             if not function:
                 self._hook(modules[path], path, given=given)
         # What modules within call is not the code of the module itself: in training a norm adds to a counter, too.
