@@ -26,6 +26,16 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}
 
 
+def copy(inputs: Any) -> Any:
+    """Inputs that a model may write into."""
+    return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, inputs)
+
+
+def copied(inputs: Any) -> Any:
+    """Inputs that a model may write into."""
+    return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, inputs)
+
+
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """The model in inference mode; each module gets its own mode back afterwards."""
@@ -40,7 +50,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
     """All tensors that a model puts out in its present mode, without gradient; it may write into its inputs."""
-    args, options = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, options))
+    args, options = copied((args, options))
     with torch.no_grad():
         return list(named(model(*args, **options)).values())
 
@@ -92,7 +102,7 @@ def infer(run: Any, inputs: Any) -> Any:
     getattr(run, "model", run).to(first.device)
     with torch.no_grad():
         if isinstance(run, nn.Module):
-            args, options = arguments(inputs)
+            args, options = arguments(copied(inputs))
             return logits_of(run(*args, **options))
         return run(inputs)
 
@@ -124,11 +134,7 @@ def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[
 
 def outputs(model: nn.Module, inputs: Any) -> list[NDArray[Any]]:
     """All tensors that a model puts out in inference mode for one batch: a tuple or a dict of arrays."""
-    args, options = arguments(inputs)
-    device = device_of(model)
+    args, options = arguments(copied(tensors(inputs, model)))
     with inference(model), torch.no_grad():
-        found = model(
-            *(torch.from_numpy(value).to(device) for value in args),
-            **{name: torch.from_numpy(value).to(device) for name, value in options.items()},
-        )
+        found = model(*args, **options)
     return [value.cpu().numpy() for value in named(found).values()]

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.outputs import named
-from kirsch.frameworks.pytorch.predict import arguments, inference, logits_of
+from kirsch.frameworks.pytorch.predict import arguments, copied, inference, logits_of
 from kirsch.frameworks.sites import Site, pattern
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class Watch:
     """Runs a model and keeps what it computes at some sites. Its hooks stay until `close`.
 
     What is overwritten in place later in the forward, as by `nn.ReLU(inplace=True)`, is kept as it was at the site.
-    Since that is not known before, the first run copies all values, and the others those alone.
+    Since that is not known before, the first run copies all values, and the others those alone. So it is with the
+    inputs: a model that writes into them is given copies, the first run in each mode included.
 
     Args:
         model: called in its present mode.
@@ -53,6 +54,7 @@ class Watch:
         self._seen: dict[Key, list[Any]] = {}
         self._versions: dict[tuple[Key, int], list[tuple[torch.Tensor, int]]] = {}
         self._overwritten: dict[tuple[Key, int], bool] = {}
+        self._writes: dict[bool, bool] = {}  # into its inputs, in training mode and in inference mode
         self._called: dict[str, set[str]] = {}
         self._inside: list[str] = []
         self._running = False
@@ -131,7 +133,12 @@ class Watch:
             UsageError: a place runs several times and the site does not say which is meant, or it does not run.
             UnknownNameError: the code of a module calls no such function, or nothing of that name is put out.
         """
+        mode, compiling = self.model.training, torch.compiler.is_compiling()  # which knows no versions
+        apart = compiling or self._writes.get(mode, True)
+        inputs = copied(inputs) if apart else inputs
         args, options = arguments(inputs)
+        parts = [] if compiling else [part for part in tree_leaves(inputs) if isinstance(part, torch.Tensor)]
+        versions = [_version(part) for part in parts]
         self._clear()
         self._inside.clear()
         functions: Any = contextlib.nullcontext()
@@ -142,6 +149,15 @@ class Watch:
             with functions:
                 outputs = self.model(*args, **options, **self._options)
             self._settle()
+            writes = None in versions or [_version(part) for part in parts] != versions
+            if writes and not apart:
+                raise UsageError(
+                    f"{type(self.model).__name__} writes into its inputs in this forward, and did not before.",
+                    "What others are given would no longer be what is in the data.",
+                    "Let its forward begin with inputs = inputs.clone().",
+                )
+            if not compiling:
+                self._writes[mode] = writes
             return {site.text: self._value(site, outputs) for site in self.sites}
         finally:
             self._running = False
@@ -227,6 +243,11 @@ def _asked(model: nn.Module, site: Site) -> str:
     return name
 
 
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was written into; None where PyTorch does not count."""
+    return None if tensor.is_inference() else tensor._version  # noqa: SLF001 - the only witness of a change in place
+
+
 def _quoted(path: str) -> str:
     return f"`{path}`" if path else "the model"
 
@@ -307,7 +328,7 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
         watch = Watch(model, [text.replace("[*]", "[0]")])
         try:
             with inference(model), torch.no_grad():
-                args, options = arguments(inputs)
+                args, options = arguments(copied(inputs))
                 count = len(layers_of(model, model(*args, **options, **watch._options), site))  # noqa: SLF001 - of this file
         finally:
             watch.close()
@@ -343,7 +364,7 @@ def _last_layer(model: nn.Module, inputs: Any) -> str:
     ]
     try:
         with inference(model), torch.no_grad():
-            args, options = arguments(inputs)
+            args, options = arguments(copied(inputs))
             scores = logits_of(model(*args, **options))
     finally:
         for handle in handles:
@@ -378,7 +399,7 @@ def shapes(model: nn.Module, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
     handles = [module.register_forward_hook(note(path)) for path, module in model.named_modules() if path]
     try:
         with inference(model), torch.no_grad():
-            args, options = arguments(inputs)
+            args, options = arguments(copied(inputs))
             model(*args, **options)
     finally:
         for handle in handles:

@@ -27,7 +27,7 @@ from kirsch.frameworks.pytorch.optimizer import (
     optimizer_of,
     own_precision,
 )
-from kirsch.frameworks.pytorch.predict import arguments, device_of, inference, on
+from kirsch.frameworks.pytorch.predict import arguments, copied, device_of, inference, on
 from kirsch.frameworks.pytorch.pupil import Pupil, gradient_norms
 from kirsch.frameworks.training import Trained, TrainingState, doubts, require_labels, shares_of
 
@@ -449,7 +449,7 @@ def _not_finite(model: nn.Module, inputs: Any, parts: dict[str, Any], epoch: int
     handles = [m.register_forward_hook(look(path)) for path, m in model.named_modules() if path]
     try:
         with torch.no_grad():
-            args, options = arguments(inputs)
+            args, options = arguments(copied(inputs))
             model(*args, **options)
     finally:
         for handle in handles:
