@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from kirsch.distillation.arrays import first_of, log_sigmoid, log_softmax, log_sum_exp, namespace
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.schedule import Ramp
@@ -84,6 +86,8 @@ class StoredTeacher:
             )
         like = first_of(batch.inputs)
         found = self._store.read(host(batch.ids), batch.view)
+        if "indices" in found:  # PyTorch knows next to nothing of unsigned numbers of 16 and 32 bits
+            found["indices"] = found["indices"].astype(np.int64)
         values = {name: self._framework.array_like(array, like) for name, array in found.items()}
         if "maximum" in values:  # scores are kept below their largest, for which 16 bits are too few
             values["logits"] = values.pop("scores") + values.pop("maximum")[..., None]
