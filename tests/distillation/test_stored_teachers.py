@@ -9,7 +9,9 @@ from torch import nn
 
 import kirsch
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.store import TopK, build
+from kirsch.distillation.store import Dense, TopK, build
+from kirsch.errors import StoreError, UsageError
+from kirsch.frameworks.augment import Noise
 from kirsch.frameworks.data import ArrayData
 
 N, K = 40, 5
@@ -31,6 +33,11 @@ def data(augment=None, targets=LABELS, **options):
 def learned(student, teacher, given, temperature=1.0, **options):
     options = {"objective": Objective.kd(temperature), "check_teacher": False, "training": SHORT} | options
     return kirsch.distill(student, teacher, given, **options)
+
+
+def predicted(model, inputs):
+    with torch.no_grad():
+        return model(torch.as_tensor(inputs)).numpy()
 
 
 # ------------------------------------------------------------------------------------------------ many classes
@@ -72,3 +79,40 @@ def test_a_store_of_a_language_model_teaches_one(tmp_path, masked):
         learned(Writer(300, 1), source, given, objective=objective).history[0] for source in (store, teacher)
     )
     assert stored["loss"] == pytest.approx(live["loss"], rel=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------ looks
+
+SHAKEN = Noise(0.5)
+
+
+def test_the_seed_of_a_store_is_that_of_its_records(tmp_path):
+    """The data may say the seed; two that differ are refused."""
+    given = data(SHAKEN, seed=5)
+    store = build(tmp_path / "store", net(), given, keep=Dense(), views=2)
+    assert store.manifest.seed == 5
+    for batch in data(SHAKEN, views=2).epoch(5, 1):
+        found = store.read(batch.ids, batch.view)
+        live = predicted(net(), batch.inputs)
+        np.testing.assert_allclose(found["scores"] + found["maximum"][:, None], live, atol=2e-3)
+    with pytest.raises(UsageError, match="seed is 0, and the data has 5"):
+        build(tmp_path / "other", net(), given, keep=Dense(), views=2, seed=0)
+    assert build(tmp_path / "none", net(), data(SHAKEN), keep=Dense()).manifest.seed == 0
+
+
+def test_a_store_of_other_looks_than_the_data_says_is_refused(tmp_path):
+    store = build(tmp_path / "store", net(), data(SHAKEN), keep=Dense(), views=2, seed=5)
+    for given, sentence in (
+        (data(SHAKEN, seed=7), r"the seed of the augmentation \(seed: stored 5, given 7\)"),
+        (data(SHAKEN, views=3), r"the number of views \(views: stored 2, given 3\)"),
+    ):
+        for attempt in (
+            lambda given=given: store.require(data=given),
+            lambda given=given: learned(net(seed=1), store, given),
+        ):
+            with pytest.raises(StoreError, match=sentence):
+                attempt()
+    with pytest.raises(StoreError, match=r"seed: stored 5, given 7"):
+        store.check(net(), data(SHAKEN, seed=7))
+    learned(net(seed=1), store, data(SHAKEN, views=2, seed=5))
+    learned(net(seed=1), store, data(SHAKEN))  # which leaves it to the store

@@ -134,21 +134,19 @@ def stored_scores(term: Term, mine: Any, record: Mapping[str, Any], mask: Any, o
 
 
 def replayed(store: TeacherStore, data: Any) -> ArrayData:
-    """The data with the views and the seed of augmentation of a store.
+    """The data with the views and the seed of augmentation of a store, which it may leave open.
 
     Raises:
         UsageError: the data does not lie in memory, so that its augmentation cannot be replayed.
-        StoreError: the store is of other data or another transform.
+        StoreError: the store is of other data, another transform, or other looks than the data says.
     """
     if not isinstance(data, ArrayData):
         raise UsageError(
             "A store replays the augmentation of each sample, which a loader of its own does not let it.",
             mend="Give ArrayData.",
         )
-    manifest = store.manifest
-    seen: ArrayData = dataclasses.replace(data, views=manifest.views, seed=manifest.seed)
-    store.require(data=seen)
-    return seen
+    store.require(data=data)
+    return dataclasses.replace(data, views=store.manifest.views, seed=store.manifest.seed)
 
 
 def require_temperature(store: TeacherStore, objective: Objective) -> None:

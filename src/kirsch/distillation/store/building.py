@@ -39,7 +39,7 @@ def build(
     keep: Keep | None = TopK(),  # noqa: B008 - it is frozen
     outputs: Outputs | None = None,
     views: int = 1,
-    seed: int = 0,
+    seed: int | None = None,
     temperature: float = 1.0,
     batch_size: int = 256,
     ranges: tuple[int, int] = (0, 1),
@@ -60,7 +60,7 @@ def build(
         outputs: inputs → arrays by name, for features beside or instead of the scores: "logits" are kept as `keep`
             says, all else as float16. The scores of the teacher if left out.
         views: how many looks of each sample; training takes `ArrayData(..., views=views)`.
-        seed: of the augmentation: that of the training.
+        seed: of the augmentation; that of the data, or 0, if left out.
         temperature: of the log-probabilities of `TopK`.
         batch_size: samples that the teacher is run on at a time.
         ranges: (i, n): build each n-th range from the i-th on, and do not finish.
@@ -79,6 +79,7 @@ def build(
     """
     folder, (share, shares) = Path(folder), ranges
     runner = Runner(teacher, data, outputs, batch_size)
+    seed = seed if seed is not None else data.seed or 0
     _check_options(data, keep, views, seed, temperature, ranges, range_size)
     wanted = _specified(runner, data, keep, views, seed, temperature, range_size)
     if (folder / spec.MANIFEST).is_file():
@@ -114,8 +115,8 @@ def _check_options(
         wrong.append(f"views is {views}; at least 1 is needed")
     if data.augment is None and views > 1:
         wrong.append(f"views is {views}, but without a transform all views are the same")
-    if data.views is not None and data.augment is not None and data.views != views:
-        wrong.append(f"views is {views}, and the data has {data.views}")
+    said = {"views": (views, data.views), "seed": (seed, data.seed)} if data.augment is not None else {}
+    wrong += [f"{name} is {own}, and the data has {it}" for name, (own, it) in said.items() if it not in (None, own)]
     if seed < 0:
         wrong.append(f"seed is {seed}; a whole number of at least 0 is needed")
     if not (math.isfinite(temperature) and temperature > 0):

@@ -183,7 +183,7 @@ class TeacherStore:
 
         Args:
             teacher: a model whose weights must be those of the store's teacher.
-            data: inputs, ids, transform and, where they are said, views.
+            data: inputs, ids, transform and, where they are said, views and seed.
             temperature: of log-probabilities; scores and features know none.
             seed: of the augmentation; without a transform it does not matter.
 
@@ -196,12 +196,19 @@ class TeacherStore:
         if data is not None:
             asked["data_sha256"] = spec.data_hash(data)
             asked["transform_sha256"] = spec.text_hash(description(data.augment))
-            if data.augment is not None and data.views is not None:
-                asked["views"] = data.views
+            asked |= self._looks(data)
         if temperature is not None and self.manifest.keep == "top-k":
             asked["temperature"] = float(temperature)
-        if seed is not None and self.manifest.augmented:
+        if seed is not None and self.manifest.augmented and asked.get("seed") in (None, self.manifest.seed):
             asked["seed"] = seed
+        self._require(asked)
+
+    def _looks(self, data: ArrayData) -> dict[str, Any]:
+        """What data with a transform says of views and seed."""
+        said = {"views": data.views, "seed": data.seed} if data.augment is not None else {}
+        return {name: value for name, value in said.items() if value is not None}
+
+    def _require(self, asked: dict[str, Any]) -> None:
         found = spec.differences(self.manifest, asked)
         if found:
             raise StoreError(
@@ -246,10 +253,11 @@ class TeacherStore:
 
         Raises:
             UsageError: no samples are asked for.
-            StoreError: the teacher puts out other arrays than the store holds.
+            StoreError: the teacher puts out other arrays than the store holds, or the data shows other looks.
         """
         if samples < 1:
             raise UsageError(f"samples is {samples}; at least 1 is needed.")
+        self._require(self._looks(data))
         runner, stored = Runner(teacher, data, outputs, batch_size), self.manifest
         looks = stored.views * data.samples
         chosen = np.unique(np.linspace(0, looks - 1, min(samples, looks)).round().astype(np.int64))
