@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.distillation.checks import few
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TopK, build
-from kirsch.errors import StoreError, UsageError
-from kirsch.frameworks.augment import Noise
+from kirsch.errors import DataError, StoreError, UsageError
+from kirsch.frameworks.augment import Noise, sample_seeds
 from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.port import framework_of
 
 N, K = 40, 5
 INPUTS = np.random.default_rng(0).standard_normal((N, 6)).astype(np.float32)
@@ -116,3 +118,41 @@ def test_a_store_of_other_looks_than_the_data_says_is_refused(tmp_path):
         store.check(net(), data(SHAKEN, seed=7))
     learned(net(seed=1), store, data(SHAKEN, views=2, seed=5))
     learned(net(seed=1), store, data(SHAKEN))  # which leaves it to the store
+
+
+def bound(store, batch, objective=None):
+    return kirsch.Distiller(net(seed=1), store, objective or Objective.kd(1.0), batch).eval()
+
+
+def test_a_loop_of_ones_own_is_held_to_the_looks_that_the_teacher_saw(tmp_path):
+    given = data(SHAKEN, views=2, seed=5)
+    store = build(tmp_path / "store", net(), given, keep=Dense(), views=2)
+    batch = next(given.epoch(0, 1))
+    np.testing.assert_array_equal(batch.seeds, sample_seeds(5, 1, batch.ids))
+    distiller = bound(store, batch)
+    live = bound(net(), batch)(batch).total.item()
+    assert distiller(batch).total.item() == pytest.approx(live, rel=2e-3)
+    for other in (data(SHAKEN, views=2, seed=6), data(SHAKEN, views=2)):
+        with pytest.raises(DataError, match=r"was augmented otherwise when the teacher saw it\. .*that of the seed 5"):
+            distiller(next(other.epoch(0, 1)))
+    plain = next(data().epoch(0, 0))
+    for unsaid in (plain, (plain.inputs, plain.targets, plain.ids)):
+        with pytest.raises(UsageError, match=r"do not say how .*kirsch\.distill.*ArrayData\.epoch"):
+            distiller(unsaid)
+        with pytest.raises(UsageError, match=r"do not say how"):
+            bound(store, unsaid)
+
+
+def test_a_store_of_samples_as_they_are_is_not_for_augmented_ones(tmp_path):
+    store = build(tmp_path / "store", net(), data(), keep=Dense())
+    distiller = bound(store, next(data().epoch(0, 0)))
+    with pytest.raises(UsageError, match=r"is of samples as they are, and the batches are augmented\. .*Build"):
+        distiller(next(data(SHAKEN).epoch(0, 0)))
+
+
+def test_each_process_reads_the_records_of_its_part(tmp_path):
+    """Seeds go with the samples wherever a batch is divided or moved."""
+    batch = next(data(SHAKEN, seed=5).epoch(0, 0))
+    some = few(batch)
+    np.testing.assert_array_equal(some.seeds, batch.seeds[:8])
+    np.testing.assert_array_equal(framework_of(net()).placed(batch, net()).seeds, batch.seeds)

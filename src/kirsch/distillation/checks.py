@@ -71,6 +71,7 @@ def few(batch: Batch) -> Batch:
         inputs=each(lambda part: part[:FEW], batch.inputs),
         targets=None if batch.targets is None else batch.targets[:FEW],
         ids=None if batch.ids is None else batch.ids[:FEW],
+        seeds=None if batch.seeds is None else batch.seeds[:FEW],
     )
 
 

@@ -74,7 +74,7 @@ def distill(
     framework = framework_of(student)
     if isinstance(teacher, TeacherStore):
         data = replayed(teacher, data)
-    first = first_batch(framework, data)
+    first = next(data.epoch(0, 0)) if isinstance(teacher, TeacherStore) else first_batch(framework, data)
     teachers = [] if isinstance(teacher, TeacherStore) else one_or_more(teacher)
     bound = Distiller(
         student, teacher, objective, first, seed=training.seed, regularizers=regularizers, doubt=hooks.doubt

@@ -84,8 +84,9 @@ class StoredTeacher:
                 "A store is read by the numbers of the samples, and the batches do not carry any.",
                 mend="Give ArrayData, or batches of (inputs, targets, ids).",
             )
+        self._check_looks(batch)
         like = first_of(batch.inputs)
-        found = self._store.read(host(batch.ids), batch.view)
+        found = self._store.read(host(batch.ids), batch.view, batch.seeds)
         if "indices" in found:  # PyTorch knows next to nothing of unsigned numbers of 16 and 32 bits
             found["indices"] = found["indices"].astype(np.int64)
         values = {name: self._framework.array_like(array, like) for name, array in found.items()}
@@ -94,6 +95,22 @@ class StoredTeacher:
         if "log_p" in values:
             values["logits"] = {name: values.pop(name) for name in TOP_K}
         return [values]
+
+    def _check_looks(self, batch: Batch) -> None:
+        """Refuse batches of which it cannot be told whether they are what the teacher saw, or that are not."""
+        if self._store.manifest.augmented and batch.seeds is None:
+            raise UsageError(
+                "The store is of augmented samples, and the batches do not say how theirs are augmented.",
+                "Whether they are what the teacher saw cannot be told.",
+                "Take kirsch.distill, or the batches of ArrayData.epoch; of a loader of your own give "
+                "Batch(inputs, targets, ids, view, seeds).",
+            )
+        if not self._store.manifest.augmented and batch.seeds is not None:
+            raise UsageError(
+                "The store is of samples as they are, and the batches are augmented.",
+                "The teacher did not see them so.",
+                "Build a store from the data with its transform, or train without one.",
+            )
 
     def close(self) -> None:
         """See `Guide`."""

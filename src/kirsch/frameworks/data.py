@@ -30,12 +30,14 @@ class Batch:
         targets: what a loss on labels takes; None where there are none.
         ids: the number of each sample in the data, shape (N,); None where the data does not say.
         view: which augmentation of the samples it is.
+        seeds: of their augmentation, numpy, shape (N,); None where they are as they are, or the data does not say.
     """
 
     inputs: Any
     targets: Any = None
     ids: Any = None
     view: int = 0
+    seeds: NDArray[np.uint64] | None = None
 
     @classmethod
     def of(cls, given: Any) -> Batch:
@@ -172,11 +174,11 @@ class ArrayData(SeededData):
             view: see `Batch`.
         """
         ids = self.sample_ids[places]
-        inputs = self.rows(places)
+        inputs, seeds = self.rows(places), None
         if self.augment is not None:
-            own = seed if self.seed is None else self.seed
-            inputs = apply(self.augment, inputs, sample_seeds(own, view, ids))
-        return Batch(inputs, None if self.targets is None else self.targets[places], ids, view)
+            seeds = sample_seeds(seed if self.seed is None else self.seed, view, ids)
+            inputs = apply(self.augment, inputs, seeds)
+        return Batch(inputs, None if self.targets is None else self.targets[places], ids, view, seeds)
 
     def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `start` on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,6 @@ import safetensors.torch
 import torch
 
 from kirsch.errors import KirschError, LoadError, UnknownNameError, VerificationError, said
-from kirsch.frameworks.data import Batch
 from kirsch.frameworks.pytorch import (
     adapters,
     cohort,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from kirsch.frameworks.data import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.graph import Graph, InputSpec, Tracing
     from kirsch.graph.labels import Tensor
@@ -170,7 +171,7 @@ class PyTorch:
     def placed(self, batch: Batch, model: Any) -> Batch:
         """See the port."""
         inputs, targets, ids = (predict.tensors(part, model) for part in (batch.inputs, batch.targets, batch.ids))
-        return Batch(inputs, targets, ids, batch.view)
+        return dataclasses.replace(batch, inputs=inputs, targets=targets, ids=ids)
 
     def array_like(self, array: Any, like: Any) -> Any:
         """See the port."""

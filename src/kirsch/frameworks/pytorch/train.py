@@ -183,11 +183,13 @@ class _Run:
                 return on(device, value)
             return on(device, value[rank::processes])
 
-        targets = batch.targets
+        targets, seeds = batch.targets, batch.seeds
         if isinstance(targets, list):  # of one entry a sample
             targets = np.asarray(targets)
+        if seeds is not None and processes > 1 and not whole:  # they are read on the host
+            seeds = seeds[rank::processes]
         inputs, targets, ids = (tree_map(part, given) for given in (batch.inputs, targets, batch.ids))
-        return _Part(Batch(inputs, targets, ids, batch.view), whole)
+        return _Part(Batch(inputs, targets, ids, batch.view, seeds), whole)
 
     def _set_random(self, batch: int, *, own: bool = False) -> None:
         """Set PyTorch's generators from the place in the run, and, for `own` draws as of dropout, from the process."""
