@@ -11,7 +11,7 @@ import kirsch
 from kirsch.distillation.checks import few
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TopK, build
-from kirsch.errors import DataError, StoreError, UsageError
+from kirsch.errors import DataError, ShapeError, StoreError, UsageError
 from kirsch.frameworks.augment import Noise, sample_seeds
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
@@ -156,3 +156,25 @@ def test_each_process_reads_the_records_of_its_part(tmp_path):
     some = few(batch)
     np.testing.assert_array_equal(some.seeds, batch.seeds[:8])
     np.testing.assert_array_equal(framework_of(net()).placed(batch, net()).seeds, batch.seeds)
+
+
+# ------------------------------------------------------------------------------------------------ what does not fit
+
+
+@pytest.mark.parametrize("keep", [TopK(3), Dense()], ids=["top-k", "dense"])
+@pytest.mark.parametrize("classes", [4, 7])
+def test_a_student_of_other_classes_is_refused_by_a_store_as_by_its_teacher(tmp_path, keep, classes):
+    store = build(tmp_path / "store", net(), data(), keep=keep)
+    for teacher in (net(), store):
+        with pytest.raises(
+            ShapeError, match=rf"The student puts out {classes} classes, the teacher 5 classes\. Soft targets"
+        ):
+            learned(net(classes, 1), teacher, data(targets=LABELS % 4))
+
+
+def test_a_student_of_another_vocabulary_is_refused_by_a_store(tmp_path):
+    words = np.random.default_rng(1).integers(0, 20, (8, 6))
+    given = ArrayData({"input_ids": words}, words, 4)
+    store = build(tmp_path / "store", Writer(20), given, keep=TopK(2))
+    with pytest.raises(ShapeError, match="The student has a vocabulary of 30, the teacher one of 20"):
+        learned(Writer(30), store, given, objective=Objective.preset("causal"))

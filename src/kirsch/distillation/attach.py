@@ -234,7 +234,7 @@ def _try(framework: Framework, term: Term, values: tuple[Any, Any], joint: Any, 
             "Take 'pixel-kd' or 'cwd-pixels'.",
         )
     if loss.takes == "scores" and loss.widths == "same" and tuple(mine.shape[1:]) != tuple(theirs.shape[1:]):
-        _refuse_classes(tuple(mine.shape), tuple(theirs.shape))
+        refuse_classes(tuple(mine.shape), tuple(theirs.shape))
     if "labels" in given_to(loss):
         return  # they are known to a training step only
     given = {"mask": None, "epoch": 0.0}
@@ -248,7 +248,8 @@ def _try(framework: Framework, term: Term, values: tuple[Any, Any], joint: Any, 
         ) from error
 
 
-def _refuse_classes(mine: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+def refuse_classes(mine: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+    """Raise the error for scores of student and teacher whose shapes, with the samples, are of other classes."""
     if len(mine) == len(theirs) == len("NLK") and mine[:2] == theirs[:2]:
         raise ShapeError(
             f"The student has a vocabulary of {mine[-1]:,}, the teacher one of {theirs[-1]:,}.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from kirsch.distillation.attach import Pair, attach, table, wanted_of
+from kirsch.distillation.attach import Pair, attach, refuse_classes, table, wanted_of
 from kirsch.distillation.checks import check_labels, few, mixed_scores
 from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.objective import Objective
@@ -87,6 +87,7 @@ class Distiller:
         pairs: list[Pair] = []
         if isinstance(teacher, TeacherStore):
             require_temperature(teacher, objective)
+            _require_classes(teacher, objective, framework.predict(student, some.inputs).shape)
             self._guide = StoredTeacher(framework, teacher)
             (recorded,) = self._guide(some)
             pairs = attach(framework, objective, student, (), some.inputs, seed=seed, recorded=recorded)
@@ -239,3 +240,10 @@ def _copies(student: Any, teacher: Any) -> list[Any]:
             "Student and teacher are the same object.", mend="Give the student as a copy: copy.deepcopy(teacher)."
         )
     return [framework_of(model).frozen(model, student) for model in given]
+
+
+def _require_classes(store: TeacherStore, objective: Objective, shape: tuple[int, ...]) -> None:
+    """Refuse a student of other classes than a store of the largest scores has, of which `attach` sees some alone."""
+    compared = any((term.student, term.there) == ("logits", "logits") for term in objective.terms)
+    if compared and store.manifest.keep == "top-k" and store.manifest.classes != shape[-1]:
+        refuse_classes(shape, (*shape[:-1], store.manifest.classes or 0))
