@@ -460,6 +460,33 @@ def test_a_range_that_was_damaged_before_the_end_is_named(tmp_path):
     built(tmp_path).verify()
 
 
+def test_a_view_that_was_damaged_before_the_manifest_is_named(made, tmp_path, monkeypatch):
+    """The hashes are those of what was built, and not of what is found when the build goes on."""
+    with monkeypatch.context() as patch:
+        patch.setattr(building.files, "write_text", stopped_at("manifest.json"))
+        with pytest.raises(EnoughError):
+            built(tmp_path / "s")
+    path = tmp_path / "s" / "view-0001.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:50] + bytes([whole[50] ^ 64]) + whole[51:])
+    with pytest.raises(StoreError, match=r"view-0001.bin is damaged.*Remove it, build again"):
+        built(tmp_path / "s")
+    path.unlink()
+    built(tmp_path / "s").verify()
+    assert content(tmp_path / "s") == content(made)
+
+
+def stopped_at(name):
+    real = files.write_text
+
+    def write(path, text):
+        if path.name == name:
+            raise EnoughError
+        real(path, text)
+
+    return write
+
+
 def test_a_process_that_another_overtakes_ends_well(made, tmp_path, monkeypatch):
     def overtaken(*given):
         monkeypatch.setattr(building, "packed", packed)

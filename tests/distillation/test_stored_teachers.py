@@ -10,7 +10,7 @@ from torch import nn
 import kirsch
 from kirsch.distillation.checks import few
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.store import Dense, TopK, build
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build
 from kirsch.errors import DataError, ShapeError, StoreError, UsageError
 from kirsch.frameworks.augment import Noise, sample_seeds
 from kirsch.frameworks.data import ArrayData
@@ -159,6 +159,30 @@ def test_each_process_reads_the_records_of_its_part(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ what does not fit
+
+
+def test_a_flipped_bit_is_seen_before_a_step_learns_from_it(tmp_path):
+    given = data(SHAKEN, views=2)
+    build(tmp_path / "store", net(), given, keep=TopK(3), views=2)
+    path = tmp_path / "store" / "view-0001.bin"
+    whole = bytearray(path.read_bytes())
+    whole[4 + 3 + 1] ^= 0x80  # the sign of a logarithm
+    path.write_bytes(whole)
+    store = TeacherStore.open(tmp_path / "store")
+    learned(net(seed=1), store, given)  # of the first view alone
+    with pytest.raises(StoreError, match=r"is damaged\. view-0001.bin \(samples 0 to 39\) does not have the sha256"):
+        learned(net(seed=1), store, given, training=kirsch.Training(epochs=2))
+    distiller = bound(store, next(given.epoch(0, 0)))
+    with pytest.raises(StoreError, match=r"is damaged"):
+        distiller(next(given.epoch(0, 1)))
+
+
+def test_a_view_is_held_against_its_hash_once(tmp_path, monkeypatch):
+    store, asked = build(tmp_path / "store", net(), data(), keep=TopK(3)), []
+    monkeypatch.setattr(store, "verify", asked.append)
+    for _ in range(2):
+        learned(net(seed=1), store, data(), training=kirsch.Training(epochs=2))
+    assert asked == [[0]]
 
 
 @pytest.mark.parametrize("keep", [TopK(3), Dense()], ids=["top-k", "dense"])

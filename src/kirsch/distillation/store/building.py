@@ -241,23 +241,41 @@ def finish(folder: str | Path) -> TeacherStore:
 
 
 def _finish_view(folder: Path, stored: Specification, view: int) -> list[str]:
-    """Make one file of the ranges of a view, unless it is there; gives the sha256 of each range."""
-    target, hashes = view_file(folder, view), list[str]()
+    """Make one file of the ranges of a view, unless it is there; gives the sha256 of each range as it was built."""
+    target, known = view_file(folder, view), spec.digest_file(folder, view)
+    if target.is_file():  # a process was killed between writing it and the manifest
+        return _finished(target, known, stored)
+    paths = [range_file(folder, view, number) for number in range(stored.ranges)]
+    digests = [_digest(path) for path in paths]
 
     def chunks() -> Iterator[bytes]:
-        for number in range(stored.ranges):
-            path, (first, end) = range_file(folder, view, number), stored.bounds(number)
-            whole = path.read_bytes()
-            content, digest = whole[:-DIGEST], hashlib.sha256(whole[:-DIGEST])
-            if len(content) != (end - first) * stored.record_bytes or digest.digest() != whole[-DIGEST:]:
+        for number, (path, digest) in enumerate(zip(paths, digests, strict=True)):
+            content, (first, end) = path.read_bytes()[:-DIGEST], stored.bounds(number)
+            if len(content) != (end - first) * stored.record_bytes or hashlib.sha256(content).digest() != digest:
                 raise StoreError(
                     f"{path} is damaged.", "It does not have the sha256 it was written with.", "Remove it, build again."
                 )
-            hashes.append(digest.hexdigest())
             yield content
 
-    if target.is_file():  # a process was killed between writing it and the manifest
-        return spec.range_hashes(target, stored)
+    files.write_bytes(known, b"".join(digests))
     files.write_chunks(target, chunks())
     shutil.rmtree(range_file(folder, view, 0).parent, ignore_errors=True)
+    return [digest.hex() for digest in digests]
+
+
+def _digest(path: Path) -> bytes:
+    """The sha256 that a range was written with, which follows its records."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - DIGEST))
+        return file.read()
+
+
+def _finished(target: Path, known: Path, stored: Specification) -> list[str]:
+    """The sha256 of each range of a view that is made already, which must be those that its ranges were built with."""
+    whole = known.read_bytes() if known.is_file() else b""
+    hashes = [whole[at : at + DIGEST].hex() for at in range(0, len(whole), DIGEST)]
+    if len(hashes) != stored.ranges or spec.other_ranges(target, stored, hashes):
+        raise StoreError(
+            f"{target} is damaged.", "It does not have the sha256 it was written with.", "Remove it, build again."
+        )
     return hashes

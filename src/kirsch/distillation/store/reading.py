@@ -18,6 +18,8 @@ from kirsch.frameworks.augment import description, sample_seeds
 from kirsch.frameworks.port import framework_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
     from kirsch.frameworks.data import ArrayData
@@ -59,6 +61,7 @@ class TeacherStore:
         self.folder, self.manifest = folder, manifest
         self.record_bytes = manifest.record_bytes
         self._maps: dict[int, NDArray[Any]] = {}
+        self._sound: set[int] = set()
         self._order: NDArray[Any] | None = None
         if manifest.ids_sha256 is not None:
             ids = self._read_ids(manifest.ids_sha256)
@@ -217,19 +220,29 @@ class TeacherStore:
                 "Give what it was built with, or build it again in another folder.",
             )
 
-    def verify(self) -> None:
-        """Hold every range of every view against its sha256.
+    def trust(self, view: int) -> None:
+        """Hold a view against its sha256 when training first asks for it; what has been held is not held again.
+
+        Raises:
+            DataError: there is no such view.
+            StoreError: a range differs.
+        """
+        view = self._view(view)
+        if view not in self._sound:
+            self.verify([view])
+            self._sound.add(view)
+
+    def verify(self, views: Iterable[int] | None = None) -> None:
+        """Hold every range of some views, of all if left out, against its sha256.
 
         Raises:
             StoreError: some differ; names their views and samples.
         """
         wrong = []
-        for view, hashes in enumerate(self.manifest.sha256):
-            now = spec.range_hashes(view_file(self.folder, view), self.manifest)
-            for number, (wanted, found) in enumerate(zip(hashes, now, strict=True)):
-                if wanted != found:
-                    first, end = self.manifest.bounds(number)
-                    wrong.append(f"{view_file(self.folder, view).name} (samples {first} to {end - 1})")
+        for view in range(self.manifest.views) if views is None else views:
+            path = view_file(self.folder, view)
+            found = spec.other_ranges(path, self.manifest, self.manifest.sha256[view])
+            wrong += [f"{path.name} (samples {first} to {end - 1})" for first, end in found]
         if wrong:
             more = f", and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
             places = ", ".join(wrong[:MOST_NAMED]) + more

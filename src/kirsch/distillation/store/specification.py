@@ -15,6 +15,7 @@ from kirsch.distillation.store.record import DENSE, TOP_K, Dense, Field, Keep, T
 from kirsch.errors import StoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -204,6 +205,11 @@ def range_file(folder: Path, view: int, number: int) -> Path:
     return folder / "parts" / f"view-{view:04d}" / f"range-{number:06d}.bin"
 
 
+def digest_file(folder: Path, view: int) -> Path:
+    """Where the sha256 of the ranges of a view lie, one after the other, from before it is made until the manifest."""
+    return folder / "parts" / f"view-{view:04d}.sha256"
+
+
 def missing_ranges(folder: Path, stored: Specification) -> list[tuple[int, int]]:
     """(view, range) of all that is still to be built."""
     open_views = (view for view in range(stored.views) if not view_file(folder, view).is_file())
@@ -223,6 +229,12 @@ def partial(folder: Path, stored: Specification, missing: list[tuple[int, int]])
         f"{len(missing)} of {count} ranges are missing, the first of view {view}, samples {first} to {end - 1}.",
         "Build it again with the same arguments: what is there is kept.",
     )
+
+
+def other_ranges(path: Path, stored: Specification, hashes: Sequence[str]) -> list[tuple[int, int]]:
+    """The bounds of each range of a finished view that does not have its sha256."""
+    found = zip(hashes, range_hashes(path, stored), strict=True)
+    return [stored.bounds(number) for number, (wanted, now) in enumerate(found) if wanted != now]
 
 
 def range_hashes(path: Path, stored: Specification) -> list[str]:
