@@ -11,10 +11,11 @@ import kirsch
 from kirsch.distillation.checks import few
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build
-from kirsch.errors import DataError, ShapeError, StoreError, UsageError
+from kirsch.errors import DataError, NumericError, ShapeError, StoreError, UsageError
 from kirsch.frameworks.augment import Noise, sample_seeds
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.training import TrainingHooks
 
 N, K = 40, 5
 INPUTS = np.random.default_rng(0).standard_normal((N, 6)).astype(np.float32)
@@ -202,3 +203,44 @@ def test_a_student_of_another_vocabulary_is_refused_by_a_store(tmp_path):
     store = build(tmp_path / "store", Writer(20), given, keep=TopK(2))
     with pytest.raises(ShapeError, match="The student has a vocabulary of 30, the teacher one of 20"):
         learned(Writer(30), store, given, objective=Objective.preset("causal"))
+
+
+# ------------------------------------------------------------------------------------------------ what a teacher knows
+
+
+class Fixed(nn.Module):
+    """Says of each sample, whose inputs are a one-hot row, the class that a table says."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = nn.Parameter(9 * torch.eye(K)[torch.tensor(table)])
+
+    def forward(self, inputs):
+        return inputs @ self.table
+
+
+def sorted_rows(count=2000):
+    labels = np.sort(np.arange(count) % K)
+    return ArrayData(np.eye(K, dtype=np.float32)[labels], labels, 64)
+
+
+@pytest.mark.parametrize("keep", [None, TopK(2), Dense()], ids=["live", "top-k", "dense"])
+def test_a_teacher_is_held_against_chance_on_samples_of_all_classes_also_from_a_store(tmp_path, keep):
+    """Of data in the order of its labels, 1,024 samples from the first on are of three classes of five."""
+    given, told = sorted_rows(), []
+    hooks = TrainingHooks(event=told.append)
+
+    def taught(table, name):
+        teacher = Fixed(table)
+        source = teacher if keep is None else build(tmp_path / name, teacher, given, keep=keep)
+        learned(net(wide=K), source, given, check_teacher=True, hooks=hooks)
+
+    with pytest.raises(NumericError, match=r"The teacher is no better than chance: 0\.0% of 1024 samples are right"):
+        taught([1, 2, 3, 4, 0], "wrong")
+    taught([1, 2, 0, 3, 4], "late")
+    assert told[0] == {"event": "teacher", "accuracy": pytest.approx(0.4, abs=0.01), "classes": K}
+
+
+def test_a_store_of_data_without_labels_is_not_judged(tmp_path):
+    given = data(targets=None)
+    learned(net(seed=1), build(tmp_path / "store", net(), given, keep=Dense()), given, check_teacher=True)

@@ -11,6 +11,7 @@ from kirsch.distillation.arrays import classes_last, each
 from kirsch.distillation.attach import of_all
 from kirsch.distillation.losses.loss import loss_of
 from kirsch.distillation.schedule import Ramp
+from kirsch.distillation.store import TeacherStore
 from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.port import host
@@ -160,27 +161,15 @@ def mixed_scores(objective: Objective, teachers: int) -> list[str]:
 def judged(framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective) -> dict[str, Any]:
     """The accuracy of a teacher on some labelled samples, and the number of classes; empty where none has a label.
 
+    A `TeacherStore` is judged by its first view of the data that it was built from, since its teacher is not there.
+
     Raises:
         NumericError: it is no better than chance, or its scores are not finite.
     """
-    if isinstance(validation, ArrayData):
-        validation = (validation.inputs, validation.targets)
-    if isinstance(validation, tuple):
-        batch = Batch(*validation)
-    elif isinstance(data, ArrayData):
-        batch = Batch(data.inputs, data.targets)
+    if isinstance(teacher, TeacherStore):
+        right, classes = _stored(teacher, data, objective), teacher.manifest.classes or 0
     else:
-        batch = first_batch(framework, data)
-    scores = framework.predict(teacher, each(lambda part: part[:MOST_JUDGED], batch.inputs))
-    if not np.isfinite(scores).all():
-        raise NumericError(
-            "The teacher's scores are not finite.",
-            "A student would learn nothing from NaN or infinity.",
-            "Check the teacher's weights, and that the inputs are prepared as it expects.",
-        )
-    if batch.targets is None:
-        return {}
-    right, classes = correct(scores, batch.targets[:MOST_JUDGED], objective), classes_last(scores).shape[-1]
+        right, classes = _live(framework, teacher, data, validation, objective)
     if not len(right):
         return {}
     share = float(right.mean())
@@ -192,6 +181,49 @@ def judged(framework: Framework, teacher: Any, data: Any, validation: Any, objec
             "Check the teacher's weights, the order of its classes, and that the inputs are prepared as it expects.",
         )
     return {"accuracy": share, "classes": classes}
+
+
+NOTHING = np.zeros(0, np.bool_)
+
+
+def _spread(samples: int) -> NDArray[np.int64]:
+    """Places of the samples that a teacher is judged on: evenly spread, since data may be sorted by its labels."""
+    return np.unique(np.linspace(0, samples - 1, min(samples, MOST_JUDGED)).round().astype(np.int64))
+
+
+def _stored(store: TeacherStore, data: ArrayData, objective: Objective) -> NDArray[np.bool_]:
+    """Whether a store's most likely class is the right one, of some samples; see `correct`."""
+    if data.targets is None or store.manifest.keep is None:
+        return NOTHING
+    places = _spread(data.samples)
+    found = store.read(data.sample_ids[places])
+    if "indices" in found:
+        return _right(found["indices"][..., 0], data.targets[places], objective)
+    return correct(found["scores"] + found["maximum"][..., None], data.targets[places], objective)
+
+
+def _live(
+    framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective
+) -> tuple[NDArray[np.bool_], int]:
+    """Whether a teacher's most likely class is the right one, of some samples, and how many classes there are."""
+    if isinstance(validation, ArrayData):
+        validation = (validation.inputs, validation.targets)
+    if isinstance(validation, tuple):
+        batch = Batch(*validation)
+    elif isinstance(data, ArrayData):
+        batch = Batch(data.inputs, data.targets)
+    else:
+        batch = first_batch(framework, data)
+    places = _spread(len(batch))
+    scores = framework.predict(teacher, each(lambda part: part[places], batch.inputs))
+    if not np.isfinite(scores).all():
+        raise NumericError(
+            "The teacher's scores are not finite.",
+            "A student would learn nothing from NaN or infinity.",
+            "Check the teacher's weights, and that the inputs are prepared as it expects.",
+        )
+    right = NOTHING if batch.targets is None else correct(scores, host(batch.targets)[places], objective)
+    return right, classes_last(scores).shape[-1]
 
 
 def accuracy(scores: Any, targets: Any, objective: Objective) -> float:
@@ -221,7 +253,11 @@ def correct(scores: Any, targets: Any, objective: Objective) -> NDArray[np.bool_
     Raises:
         DataError: the targets are no class numbers.
     """
-    likely, targets = classes_last(scores).argmax(-1), host(targets)
+    return _right(classes_last(scores).argmax(-1), targets, objective)
+
+
+def _right(likely: Any, targets: Any, objective: Objective) -> NDArray[np.bool_]:
+    targets = host(targets)
     if likely.shape != targets.shape or not np.issubdtype(targets.dtype, np.integer):
         raise DataError(
             f"The targets to validate by have shape {targets.shape} and type {targets.dtype}.",

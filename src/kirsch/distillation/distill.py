@@ -72,10 +72,10 @@ def distill(
     """
     objective, training, hooks = objective or Objective.kd(), training or Training(), hooks or TrainingHooks()
     framework = framework_of(student)
-    if isinstance(teacher, TeacherStore):
+    stored = isinstance(teacher, TeacherStore)
+    if stored:
         data = replayed(teacher, data)
-    first = next(data.epoch(0, 0)) if isinstance(teacher, TeacherStore) else first_batch(framework, data)
-    teachers = [] if isinstance(teacher, TeacherStore) else one_or_more(teacher)
+    first = next(data.epoch(0, 0)) if stored else first_batch(framework, data)
     bound = Distiller(
         student, teacher, objective, first, seed=training.seed, regularizers=regularizers, doubt=hooks.doubt
     )
@@ -83,10 +83,10 @@ def distill(
         bound.check_labels(data.targets)
     tell = hooks.event or (lambda _event: None)
     if check_teacher and objective.label_loss == "cross-entropy":
-        for model in teachers:
+        for model in one_or_more(teacher):
             known = judged(framework, model, data, validation, objective)
             tell({"event": "teacher", **known})
-            if not known:
+            if not known and not stored:
                 hooks.doubt(UNJUDGED)
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         tell({"event": "attached", "pairs": bound.rows})
