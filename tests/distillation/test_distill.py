@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from kirsch.distillation.arrays import constant
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses import LOSSES, hard_label, loss, soft_target
+from kirsch.distillation.mutual import distill_mutually
 from kirsch.distillation.objective import Objective, Term
 from kirsch.errors import DataError, Interrupted, NumericError, ShapeError, UsageError
 from kirsch.frameworks.data import ArrayData
@@ -277,6 +278,37 @@ def test_validation_may_be_a_pair_arrays_or_a_callable(student, teacher):
     assert accuracy(ArrayData(inputs, targets)) == pytest.approx(20 / 30)
     assert accuracy((torch.from_numpy(inputs), torch.from_numpy(targets))) == pytest.approx(20 / 30)
     assert accuracy(lambda model: {"accuracy": float(model.training)}) == 0.0
+    rows = TensorDataset(torch.from_numpy(inputs), torch.from_numpy(targets))
+    loader = DataLoader(rows, 7, shuffle=True)
+    assert accuracy(loader) == pytest.approx(20 / 30)
+    assert accuracy([(inputs[:12], targets[:12]), (inputs[12:], targets[12:])]) == pytest.approx(20 / 30)
+
+
+def test_a_teacher_is_judged_on_the_first_batch_of_a_loader_to_validate_by(student, teacher):
+    inputs, targets = samples(40, seed=5)
+    with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 40 samples"):
+        distill(student, teacher, whole(), validation=[(inputs, (targets + 1) % K)])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"validation": 3}, r"The validation is a int\. Give ArrayData, \(inputs, labels\), a DataLoader"),
+        ({"validation": iter([])}, r"The validation is a list_iterator\. Give ArrayData"),
+        ({"validation": (1, 2, 3)}, r"The validation is a tuple of 3\. Give ArrayData"),
+        ({"training": {"epochs": 2}}, r"The training is a dict\. Give kirsch\.Training\(epochs=2\)"),
+        ({"training": 2}, r"The training is a int\. Give kirsch\.Training\(epochs=10\)"),
+        ({"hooks": {"event": print}}, r"The hooks are a dict\. Give kirsch\.frameworks\.training\.TrainingHooks"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(student, teacher, options, sentence):
+    for attempt in (
+        lambda: distill(student, teacher, whole(), **options),
+        lambda: fit(student, whole(), **options),
+        lambda: distill_mutually([student, linear(seed=5)], whole(), **options),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            attempt()
 
 
 def test_hooks_that_validate_themselves_are_asked_first(student, teacher):

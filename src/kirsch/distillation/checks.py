@@ -17,6 +17,8 @@ from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.port import host
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from kirsch.distillation.objective import Objective
@@ -206,10 +208,8 @@ def _live(
     framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective
 ) -> tuple[NDArray[np.bool_], int]:
     """Whether a teacher's most likely class is the right one, of some samples, and how many classes there are."""
-    if isinstance(validation, ArrayData):
-        validation = (validation.inputs, validation.targets)
-    if isinstance(validation, tuple):
-        batch = Batch(*validation)
+    if validation is not None and not callable(validation):
+        batch = first_batch(framework, validation)
     elif isinstance(data, ArrayData):
         batch = Batch(data.inputs, data.targets)
     else:
@@ -226,20 +226,20 @@ def _live(
     return right, classes_last(scores).shape[-1]
 
 
-def accuracy(scores: Any, targets: Any, objective: Objective) -> float:
-    """The share of what counts for which the most likely class is the right one; see `correct`.
+def share_of(right: Sequence[NDArray[np.bool_]], objective: Objective) -> float:
+    """The share of what counts that is right, of batches as `correct` gives them.
 
     Raises:
-        DataError: nothing counts, or the targets are no class numbers.
+        DataError: nothing counts.
     """
-    right = correct(scores, targets, objective)
-    if not len(right):
+    counted = sum(len(part) for part in right)
+    if not counted:
         raise DataError(
             "Nothing of the validation has a label.",
-            f"All its targets are {objective.ignore}.",
+            f"All its targets are {objective.ignore}, or there are none.",
             "Give some that have, or a callable: model → metrics by name.",
         )
-    return float(right.mean())
+    return sum(int(part.sum()) for part in right) / counted
 
 
 def correct(scores: Any, targets: Any, objective: Objective) -> NDArray[np.bool_]:

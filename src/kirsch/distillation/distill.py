@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.checks import (
     UNJUDGED,
-    accuracy,
     check_labels,
+    correct,
     few,
     first_batch,
     judged,
     late_ramps,
+    share_of,
     split_relations,
 )
 from kirsch.distillation.distiller import Distiller
@@ -20,7 +22,8 @@ from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import one_or_more, replayed
-from kirsch.frameworks.data import ArrayData
+from kirsch.errors import UsageError
+from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import Trained, Training, TrainingHooks
 
@@ -54,7 +57,7 @@ def distill(
             `objective.ignore`, nothing is charged for labels.
         objective: `Objective.kd()` if left out.
         training: `Training()` if left out.
-        validation: `ArrayData`, (inputs, labels) as arrays, or a callable model → metrics by name.
+        validation: `ArrayData`, (inputs, labels) as arrays, a DataLoader, or a callable model → metrics by name.
         hooks: events, stop, checkpoints.
         regularizers: further terms, such as `kirsch.pruning.regularizers.Slimming(1e-4)`.
         check_teacher: refuse a teacher that is no better than chance.
@@ -70,7 +73,8 @@ def distill(
         StoreError: a store is of other data.
         NumericError: the teacher is no better than chance, a term gives no gradient, or numbers are not finite.
     """
-    objective, training, hooks = objective or Objective.kd(), training or Training(), hooks or TrainingHooks()
+    objective, validation = objective or Objective.kd(), to_validate_by(validation)
+    training, hooks = settled(training, hooks)
     framework = framework_of(student)
     stored = isinstance(teacher, TeacherStore)
     if stored:
@@ -111,26 +115,70 @@ def fit(
     objective: Objective | None = None,
 ) -> Trained:
     """A model trained on labels alone; see `distill` for the arguments."""
-    objective = objective or Objective.labels(label_smoothing)
+    objective, validation = objective or Objective.labels(label_smoothing), to_validate_by(validation)
+    training, hooks = settled(training, hooks)
     framework = framework_of(model)
     first = first_batch(framework, data)
     targets = data.targets if isinstance(data, ArrayData) else first.targets
     check_labels(targets, framework.predict(model, few(first).inputs).shape[1:], objective)
     lesson = Lesson(framework, objective, regularizers=regularizers)
-    hooks = with_validation(hooks or TrainingHooks(), framework, validation, objective)
-    return framework.train(framework.pupil(model, ("logits",), {}, {}), data, lesson, training or Training(), hooks)
+    hooks = with_validation(hooks, framework, validation, objective)
+    return framework.train(framework.pupil(model, ("logits",), {}, {}), data, lesson, training, hooks)
+
+
+def settled(training: Training | None, hooks: TrainingHooks | None) -> tuple[Training, TrainingHooks]:
+    """Both, where they are left out too.
+
+    Raises:
+        UsageError: one of them is something else.
+    """
+    if not isinstance(training, Training | None):
+        given = training if isinstance(training, dict) else {"epochs": 10}
+        call = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise UsageError(f"The training is a {type(training).__name__}.", mend=f"Give kirsch.Training({call}).")
+    if not isinstance(hooks, TrainingHooks | None):
+        mend = "Give kirsch.frameworks.training.TrainingHooks(event=..., stop=..., save=...)."
+        raise UsageError(f"The hooks are a {type(hooks).__name__}.", mend=mend)
+    return training or Training(), hooks or TrainingHooks()
+
+
+def to_validate_by(validation: Any) -> Any:
+    """What is given to validate by, as a callable, as batches that can be gone through again and again, or None.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if validation is None or callable(validation):
+        return validation
+    if isinstance(validation, ArrayData):
+        return [Batch(validation.inputs, validation.targets)]
+    if isinstance(validation, Mapping):
+        return [Batch.of(validation)]
+    pair = isinstance(validation, (tuple, list)) and len(validation) == len(("inputs", "labels"))
+    if pair and (isinstance(validation, tuple) or hasattr(validation[1], "shape")):
+        return [Batch(*validation)]
+    batches = hasattr(validation, "__iter__") and not hasattr(validation, "__next__")
+    if not batches or isinstance(validation, tuple) or hasattr(validation, "shape"):
+        parts = f" of {len(validation)}" if isinstance(validation, tuple) else ""
+        raise UsageError(
+            f"The validation is a {type(validation).__name__}{parts}.",
+            mend="Give ArrayData, (inputs, labels), a DataLoader, a list of batches, or a callable: model → metrics.",
+        )
+    return validation
 
 
 def with_validation(hooks: TrainingHooks, framework: Framework, validation: Any, objective: Objective) -> TrainingHooks:
-    """The hooks, with a validation that may be given as arrays."""
+    """The hooks, with a validation as `to_validate_by` gives it."""
     if validation is None or hooks.validate is not None:
         return hooks
     validate = validation
     if not callable(validation):
-        pair = (validation.inputs, validation.targets) if isinstance(validation, ArrayData) else validation
-        inputs, targets = pair
 
-        def validate(model: Any) -> dict[str, float]:
-            return {"accuracy": accuracy(framework.predict(model, inputs), targets, objective)}
+        def answers(model: Any) -> list[Any]:
+            labelled = [batch for batch in map(Batch.of, validation) if batch.targets is not None]
+            return [correct(framework.predict(model, batch.inputs), batch.targets, objective) for batch in labelled]
+
+        def validate(model: Any) -> dict[str, float]:  # a loader that shuffles draws from the random state of the run
+            return {"accuracy": share_of(framework.seeded(lambda: answers(model), 0), objective)}
 
     return dataclasses.replace(hooks, validate=validate)

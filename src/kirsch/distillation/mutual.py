@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch.distillation.arrays import constant
 from kirsch.distillation.attach import attach, of_all
 from kirsch.distillation.checks import check_labels, few, first_batch, late_ramps, mixed_scores, split_relations
-from kirsch.distillation.distill import with_validation
+from kirsch.distillation.distill import settled, to_validate_by, with_validation
 from kirsch.distillation.lesson import Lesson, add
 from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError
@@ -66,7 +66,8 @@ def distill_mutually(
 
     Source: Zhang et al. 2018, Deep mutual learning, arXiv:1706.00384, section 2; there students may also take turns.
     """
-    objective, training = objective or Objective.preset("dml"), training or Training()
+    objective, validation = objective or Objective.preset("dml"), to_validate_by(validation)
+    training, hooks = settled(training, hooks)
     framework = framework_of(students[0]) if students else None
     if framework is None or len(students) < FEWEST:
         raise UsageError(
@@ -85,7 +86,7 @@ def distill_mutually(
         pairs = attach(framework, objective, student, others, inputs, seed=training.seed)
         peers.append(_Peers())
         lessons.append(Lesson(framework, objective, pairs, peers[-1]))
-    hooks = _of_each(framework, with_validation(hooks or TrainingHooks(), framework, validation, objective))
+    hooks = _of_each(framework, with_validation(hooks, framework, validation, objective))
     texts = split_relations(objective, training) + late_ramps(objective, training)
     for text in texts + mixed_scores(objective, len(students) - 1):
         hooks.doubt(text)
