@@ -58,6 +58,15 @@ def test_code_that_changed_beside_the_weights_is_seen(built, kirsch):
     assert "code may have changed beside its weights" in err
 
 
+def test_a_store_of_what_a_callable_puts_out_is_checked_in_python(built, kirsch):
+    manifest = json.loads((built / "manifest.json").read_text())
+    (built / "manifest.json").write_text(json.dumps(manifest | {"outputs_sha256": "0" * 64}))
+    code, _, err = kirsch("store", "check", "kept", *GIVEN, "--seed", "3")
+    assert code == 2
+    assert "a callable that a command line cannot name" in err
+    assert "check(teacher, data, outputs=...)" in err
+
+
 def test_a_flipped_bit_is_seen(built, kirsch):
     assert kirsch("store", "verify", "kept")[0] == 0
     path = built / "view-0000.bin"

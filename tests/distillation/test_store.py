@@ -570,7 +570,10 @@ def test_a_stale_store_says_what_differs_and_nothing_else(made, asked, names):
 
 def test_a_store_is_not_built_over_another(copied):
     for options, word in (
-        ({"keep": TopK(5)}, "the fields of a record"),
+        (
+            {"keep": TopK(5)},
+            r"the fields of a record \(fields: stored seed u4, indices 4 × u1, log_p 4 × f2, tail f2, given s",
+        ),
         ({"keep": Dense()}, r"what is kept \(keep: stored top-k, given dense\)"),
         ({"temperature": 2.0}, "the temperature"),
         ({"seed": 6}, "the seed"),
@@ -712,6 +715,24 @@ def test_a_slightly_changed_record_is_seen_by_the_check(copied):
     found = TeacherStore.open(copied).check(network(), data(), samples=42)
     assert not found.agrees
     assert found.differences["tail"] < 2**-10 < 0.015 < found.differences["log_p"] < 0.025
+
+
+def test_features_that_the_check_is_not_given_are_named(tmp_path):
+    model = network().eval()
+
+    def outputs(inputs):
+        with torch.no_grad():
+            inner = model[:4](torch.from_numpy(inputs))
+            return {"logits": model[4](inner), "inner": inner}
+
+    store = built(tmp_path / "s", model, outputs=outputs)
+    sentence = (
+        r"features: stored 'inner' of shape \(16,\), live none\. Give .*store\.check\(teacher, data, outputs=\.\.\.\)"
+    )
+    with pytest.raises(StoreError, match=sentence):
+        store.check(model, data())
+    with pytest.raises(StoreError, match=r"features: stored none, live 'inner' of shape \(16,\)"):
+        built(tmp_path / "plain", model).check(model, data(), outputs=outputs)
 
 
 def test_the_check_is_held_against_outputs_of_the_same_kind(made):

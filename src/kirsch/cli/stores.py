@@ -142,7 +142,13 @@ def _check(store: TeacherStore, asked: Asked, samples: int, terminal: Terminal) 
 
     Raises:
         StoreError: the store is stale or damaged, or the teacher puts out something else now.
+        UsageError: the store is of what a callable puts out.
     """
+    if store.manifest.outputs_sha256 is not None:
+        raise UsageError(
+            f"The store {store.folder} was built with outputs=..., a callable that a command line cannot name.",
+            mend="Check it in Python: TeacherStore.open(folder).check(teacher, data, outputs=...).",
+        )
     teacher, data = asked.load()
     store.require(teacher=teacher, data=data)
     store.verify()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.distillation.store import specification as spec
-from kirsch.distillation.store.record import SEED, values
+from kirsch.distillation.store.record import RESERVED, SEED, values
 from kirsch.distillation.store.running import Outputs, Runner
 from kirsch.distillation.store.specification import Manifest, Specification, view_file
 from kirsch.errors import DataError, ShapeError, StoreError, UsageError
@@ -298,13 +298,19 @@ class TeacherStore:
         """Raise a StoreError if the live outputs are not of the kind that the store was built from."""
         classes = live["logits"].shape[-1] if "logits" in live else None
         features = {name: array.shape[1:] for name, array in live.items() if name != "logits"}
-        known = {f.name: f.shape for f in self.manifest.fields if f.name in features}
+        known = {f.name: f.shape for f in self.manifest.fields if f.name not in RESERVED}
         if classes != self.manifest.classes or known != features:
             raise StoreError(
                 f"The teacher puts out other arrays than the store {self.folder} holds.",
-                f"Classes: stored {self.manifest.classes}, live {classes}; features: stored {known}, live {features}.",
-                "Give teacher and outputs as they were given to build.",
+                f"Classes: stored {self.manifest.classes}, live {classes}; features: stored {_listed(known)}, live "
+                f"{_listed(features)}.",
+                "Give teacher and outputs as they were given to build: store.check(teacher, data, outputs=...).",
             )
+
+
+def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
+    """Features by name, with their shapes for one sample."""
+    return ", ".join(f"{name!r} of shape {shape}" for name, shape in shapes.items()) or "none"
 
 
 def _check_file(folder: Path, path: Path, size: int) -> None:

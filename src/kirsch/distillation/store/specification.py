@@ -168,9 +168,11 @@ def differences(stored: Specification, asked: dict[str, Any]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return (
-        f"{value[:12]}…" if isinstance(value, str) and len(value) == len(hashlib.sha256().hexdigest()) else f"{value}"
-    )
+    if isinstance(value, str) and len(value) == len(hashlib.sha256().hexdigest()):
+        return f"{value[:12]}…"
+    if isinstance(value, tuple):
+        return ", ".join(f"{field.name} {' × '.join([*map(str, field.shape), field.type])}" for field in value)
+    return f"{value}"
 
 
 def data_hash(data: ArrayData) -> str:
