@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from kirsch.errors import ShapeError, UsageError
 from kirsch.frameworks import augment
 from kirsch.frameworks.augment import Chain, Crop, Erase, Flip, Jitter, Noise, derived, sample_seeds
+from kirsch.frameworks.data import ArrayData
 
 IMAGES = np.random.default_rng(0).standard_normal((12, 3, 7, 6)).astype(np.float32)
 
@@ -294,6 +296,42 @@ def test_a_transform_that_draws_from_elsewhere_is_refused():
     for transform in (flipped, Chain(Crop(1), flipped)):
         with pytest.raises(UsageError, match=r"flipped does not follow from its generator.*draws from elsewhere"):
             augment.check(transform, IMAGES[:1])
+
+
+def now_and_then(draw, share):
+    def changed(batch, random):
+        return batch + draw() if random.random() < share else batch
+
+    return changed
+
+
+@pytest.mark.parametrize("draw", [np.random.normal, random.random])
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.2])
+def test_a_transform_that_draws_from_elsewhere_now_and_then_is_refused(draw, share):
+    """Whether it does follows from the seed and is the same each time: with some of these seeds it does."""
+    with pytest.raises(UsageError, match="draws from elsewhere"):
+        ArrayData(IMAGES, None, augment=now_and_then(draw, share))
+
+
+def test_a_transform_that_draws_from_elsewhere_for_some_samples_is_refused():
+    def dark(batch, _random):
+        return batch + random.gauss() if batch.mean() < 0 else batch
+
+    below, above = (np.full((1, 3, 4, 4), value, np.float32) for value in (-1, 1))
+    with pytest.raises(UsageError, match="draws from elsewhere"):
+        ArrayData(np.concatenate([above, above, below]), None, augment=dark)
+
+
+def test_a_transform_that_mixes_in_the_sample_before_is_refused():
+    before = [np.zeros_like(IMAGES[:1])]
+
+    def mixed(batch, _random):
+        found = batch + before[0]
+        before[0] = batch
+        return found
+
+    with pytest.raises(UsageError, match="or remembers"):
+        ArrayData(IMAGES, None, augment=mixed)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import DataError, ShapeError, UsageError
-from kirsch.frameworks.augment import apply, check, sample_seeds
+from kirsch.frameworks.augment import TRIED, apply, check, sample_seeds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -138,7 +138,8 @@ class ArrayData(SeededData):
             _check_ids(self.ids, self.samples)
         if self.augment is not None and isinstance(self.inputs, dict):
             raise UsageError("A transform takes one array; the inputs are a dict.", mend="Augment them beforehand.")
-        check(self.augment, self.rows(slice(1)))
+        if self.augment is not None:
+            check(self.augment, self.rows(np.linspace(0, self.samples - 1, min(self.samples, TRIED)).astype(int)))
 
     @property
     def parts(self) -> dict[str, Any]:
