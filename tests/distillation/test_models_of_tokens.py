@@ -323,6 +323,29 @@ def test_padding_of_source_and_target_is_nothing(transformers, build):
     assert_padding_is_nothing(pair(build, transformers), Objective(translated(build)), inputs, other, labels)
 
 
+@pytest.mark.parametrize("build", BOTH)
+def test_all_of_a_source_counts_where_a_batch_has_no_mask_of_it(transformers, build):
+    """Of what a decoder attends to, as in models of speech; the source is longer than the target."""
+    inputs, labels = translation()
+    inputs["attention_mask"] = np.ones_like(inputs["attention_mask"])
+    terms = [Term(loss, 1.0, student="cross.attention[-1]", name=loss) for loss in ("attention-kl", "attention-mse")]
+    found, slope = charge(pair(build, transformers), Objective(tuple(terms)), inputs, labels)
+    del inputs["attention_mask"]
+    without, slope_without = charge(pair(build, transformers), Objective(tuple(terms)), inputs, labels)
+    assert without == pytest.approx(found, rel=1e-6)
+    torch.testing.assert_close(slope_without, slope, rtol=1e-5, atol=1e-7)
+
+
+def test_attention_that_a_model_puts_out_is_taken_for_weights(transformers):
+    """What lies behind a softmax needs no second one."""
+    inputs = {"input_ids": words((4, 7)), "attention_mask": mask_of([7, 4, 2, 5], 7)}
+    parts = []
+    for options in ({}, {"given": "weights"}):
+        term = Term("attention-kl", 1.0, student="attention[-1]", options=options)
+        parts.append(charge(pair(bert, transformers), Objective((term,), label_weight=0.0), inputs)[0])
+    assert parts[0] == parts[1]
+
+
 def test_a_mask_of_the_decoder_is_taken_where_the_batch_has_one(transformers):
     inputs, labels = translation()
     inputs["decoder_attention_mask"] = (labels != -100).astype(np.int64)

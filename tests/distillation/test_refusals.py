@@ -19,6 +19,8 @@ from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, U
 from kirsch.frameworks.augment import Flip
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.pytorch.adapters.build import joining
+from kirsch.frameworks.pytorch.sites import expand
 from kirsch.frameworks.pytorch.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -290,3 +292,101 @@ def test_sample_ids_that_are_not_unique_are_refused():
     ids[3] = 9
     with pytest.raises(DataError, match=r"sample ids are not unique\. 9 stands for more than one sample\. Give each"):
         data(ids=ids)
+
+
+# ------------------------------------------------------------------------------------------------ what is meant
+
+
+@pytest.mark.parametrize(
+    ("made", "sentence"),
+    [
+        (lambda: Term(student=[]), r"names \[\] as a place; a text is needed"),
+        (lambda: Term(student=None), "names None as a place"),
+        (lambda: Term("fitnet", student=["conv", 3]), "names .*3.* as a place"),
+        (lambda: Term(weight="0.9"), "the weight of 'kd' is '0.9'; a number is needed"),
+        (lambda: Term("attention-kl", student="attention[-1]", options={"given": "scores"}), "has weights, behind the"),
+    ],
+)
+def test_a_term_that_makes_no_sense_is_refused_as_it_is_written(made, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        Objective((made(),))
+
+
+def test_no_teacher_is_refused_where_there_are_terms():
+    with pytest.raises(UsageError, match="The objective has terms, and there is no teacher"):
+        distill(Net(), [], data(), **QUIET)
+
+
+def test_places_that_are_written_out_are_not_thinned():
+    with pytest.raises(UsageError, match="names 3 places of the teacher for 2 of the student"):
+        taught(Term("at", 1.0, student=["conv", "norm"], teacher=["conv", "norm", "relu"]))
+    found = taught(Term("at", 1.0, student=["conv", "norm"], teacher=["conv*", "norm", "relu"]))
+    assert "at" in found.history[0]["parts"]
+
+
+class Ending(nn.Module):
+    """Scores behind the last weights, as a network ends with a pooling or a softmax."""
+
+    def __init__(self, *behind, width=4):
+        super().__init__()
+        self.conv, self.classify = nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, K, 1)
+        self.behind = nn.Sequential(*behind)
+
+    def forward(self, x):
+        return self.behind(self.classify(self.conv(x).relu()))
+
+
+POOLED = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+
+
+@pytest.mark.parametrize("behind", [POOLED, (nn.ReLU(inplace=True), *POOLED), (*POOLED, nn.LogSoftmax(-1))])
+def test_what_the_last_weights_are_given_is_penultimate(behind):
+    model = Ending(*behind).eval()
+    assert expand(model, "penultimate", torch.randn(2, 1, 6, 6)) == ["classify:in"]
+
+
+def test_scores_that_are_computed_behind_the_last_weights_have_no_penultimate_value():
+    model = Ending(*POOLED, nn.Flatten(), Doubled()).eval()
+    with pytest.raises(UsageError, match="The last weights of Ending do not make its scores"):
+        expand(model, "penultimate", torch.randn(2, 1, 5, 5))
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return torch.cat([x, -x], -1)
+
+
+class Answers(nn.Module):
+    """Where an answer begins and where it ends, or states alone."""
+
+    def __init__(self, *names, width=4):
+        super().__init__()
+        self.names, self.body = names, nn.Linear(6, width)
+        self.heads = nn.ModuleList(nn.Linear(width, 5) for _ in names)
+
+    def forward(self, x):
+        return {name: head(self.body(x)) for name, head in zip(self.names, self.heads, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("start_logits", "end_logits"), 'puts out start_logits, end_logits, and none.*"output.start_logits"'),
+        (("last_hidden_state",), "puts out last_hidden_state, and no scores: it has no head"),
+    ],
+)
+def test_outputs_of_which_none_is_the_scores_are_compared_by_name_alone(names, sentence):
+    student, teacher, x = Answers(*names), Answers(*names, width=7), torch.randn(8, 6)
+    with pytest.raises(UsageError, match=sentence):
+        distill(student, teacher, [x], objective=Objective((Term("kd", 1.0),), label_weight=0.0), **QUIET)
+    terms = tuple(Term("logit-l2", 1.0, student=f"output.{name}", name=name) for name in names)
+    found = distill(student, teacher, [x], objective=Objective(terms, label_weight=0.0))  # nothing to judge it by
+    assert found.history[0]["parts"].keys() == set(names)
+    moved = [(a.weight != b.weight).any() for a, b in zip(found.model.heads, student.heads, strict=True)]
+    assert all(moved)
+
+
+def test_heads_of_attention_are_not_mixed():
+    assert joining((2, 4, 5, 5), (2, 4, 5, 5), takes="attention") is None
+    with pytest.raises(ShapeError, match=r"The student's attention has 2 heads, the teacher's 4.*minilm"):
+        joining((2, 2, 5, 5), (2, 4, 5, 5), takes="attention")

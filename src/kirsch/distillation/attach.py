@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from kirsch.frameworks.port import Framework
     from kirsch.frameworks.sites import Sites
 
+SCORES = ("logits", "output.logits")
+"""Sites of what labels belong to."""
+
 GATHERED = ("stages", "relations")
 """Kinds of values that are lists: all places of a term make one pair."""
 
@@ -73,6 +76,8 @@ def attach(
         ShapeError: no adapter joins two places, or student and teacher put out other classes.
         UsageError: student and teacher have different numbers of places, or there is no such teacher.
     """
+    if recorded is None and not teachers:
+        raise UsageError("The objective has terms, and there is no teacher.", mend="Give one, or Objective.labels().")
     places = []
     for number, term in enumerate(objective.terms):
         if not any(ends(term.weight)):  # a term that never counts is not computed
@@ -82,20 +87,13 @@ def attach(
         teacher = None if recorded is not None else teachers[term.of or 0]
         found = _places(framework, term, student, teacher, inputs, recorded)
         places += [(number, mine, theirs) for mine, theirs in found]
-    held = {place for place in range(len(teachers)) for n, _, _ in places if concerns(objective.terms[n], place)}
-    idle = sorted(set(range(len(teachers))) - held)
-    if idle:
-        raise UsageError(
-            f"No term of the objective is held against teacher {idle[0]}, of {len(teachers)} from 0 on.",
-            "Terms on features take the first teacher, and those that name one with `of` that one alone.",
-            f"Leave it out, or add a term with of={idle[0]}.",
-        )
+    _check_all_held(objective, [number for number, _, _ in places], len(teachers))
     seen = framework.dry_run(student, texts([mine for _, mine, _ in places]), inputs)
     others: list[Mapping[str, Any]] = [recorded] if recorded is not None else []
     for place, teacher in enumerate(teachers):
         wanted = [theirs for number, _, theirs in places if concerns(objective.terms[number], place)]
         others.append(framework.dry_run(teacher, texts(wanted), inputs))
-    if any((mine, theirs) == ("logits", "logits") for _, mine, theirs in places):
+    if any(mine in SCORES and theirs in SCORES for _, mine, theirs in places):
         for teacher in teachers:
             _check_names(framework.class_names(student), framework.class_names(teacher))
     pairs = []
@@ -118,6 +116,17 @@ def of_all(term: Term) -> bool:
 def concerns(term: Term, place: int) -> bool:
     """Whether a term needs the teacher of this place."""
     return of_all(term) or (term.of or 0) == place
+
+
+def _check_all_held(objective: Objective, terms: Sequence[int], teachers: int) -> None:
+    """Refuse a teacher that would be run for nothing."""
+    for place in range(teachers):
+        if terms and not any(concerns(objective.terms[number], place) for number in terms):
+            raise UsageError(
+                f"No term of the objective is held against teacher {place}, of {teachers} from 0 on.",
+                "Terms on features take the first teacher, and those that name one with `of` that one alone.",
+                f"Leave it out, or add a term with of={place}.",
+            )
 
 
 def _check_teachers(objective: Objective, term: Term, scores: Sequence[Any], joint: Any) -> None:
@@ -184,7 +193,13 @@ def _places(
         return [(mine, theirs)]
     if len(theirs) == 1:  # such as the scores, which each stage is held against
         theirs = theirs * len(mine)
-    theirs = theirs if len(theirs) == len(mine) else by_depth(theirs, len(mine))
+    if len(theirs) != len(mine):
+        if isinstance(term.there, list) and not any("*" in text for text in term.there):
+            raise UsageError(
+                f"The term {term.called!r} names {len(theirs)} places of the teacher for {len(mine)} of the student.",
+                mend="Name as many, or a pattern such as layer*, of which as many are taken by their depth.",
+            )
+        theirs = by_depth(theirs, len(mine))
     return [(mine, theirs)] if gathered else list(zip(mine, theirs, strict=True))
 
 

@@ -86,7 +86,7 @@ def distill(
     if isinstance(data, ArrayData):
         bound.check_labels(data.targets)
     tell = hooks.event or (lambda _event: None)
-    if check_teacher and objective.label_loss == "cross-entropy":
+    if check_teacher and objective.scored and objective.label_loss == "cross-entropy":
         for model in one_or_more(teacher):
             known = judged(framework, model, data, validation, objective)
             tell({"event": "teacher", **known})

@@ -101,7 +101,7 @@ class Distiller:
         self.student = student
         self.pupil: Any = framework.pupil(
             student,
-            list(dict.fromkeys(["logits", *texts([pair.student for pair in pairs])])),
+            list(dict.fromkeys(["logits"] * objective.scored + texts([pair.student for pair in pairs]))),
             {pair.name: pair.joint for pair in pairs if pair.joint is not None},
             {pair.name: pair.student for pair in pairs},
         )
@@ -111,7 +111,7 @@ class Distiller:
         self._looked: int | None = None
         self._began: dict[str, float] = {}
         self._doubt, self._doubted = doubt, set[str]()
-        self._scores = tuple(framework.predict(student, some.inputs).shape[1:])
+        self._scores = tuple(framework.predict(student, some.inputs).shape[1:]) if objective.scored else None
         self.check_labels(first.targets)
 
     def __call__(
@@ -163,7 +163,8 @@ class Distiller:
         Raises:
             DataError: they are of another kind or out of range.
         """
-        check_labels(targets, self._scores, self._objective)
+        if self._scores is not None:
+            check_labels(targets, self._scores, self._objective)
 
     def parameters(self) -> Iterator[Any]:
         """Those of the student, and those of the adapters: what an optimizer is to be given."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kirsch.distillation.attach import Pair
+    from kirsch.distillation.losses.loss import Loss
     from kirsch.distillation.objective import Objective, Term
     from kirsch.distillation.teachers import Guide
     from kirsch.frameworks.data import Batch
@@ -80,7 +81,7 @@ class Lesson:
         parts: dict[str, Any] = {}
         aside: dict[str, Any] = {}
         if shares["labels"]:  # of a batch in which nothing counts there is no mean
-            self._charge_labels(parts, seen.values["logits"], batch, epoch, shares["labels"])
+            self._charge_labels(parts, seen.values.get("logits"), batch, epoch, shares["labels"])
         for number in terms:
             name, weight = self._names[number], at(self._objective.terms[number].weight, epoch)
             charged = {
@@ -99,7 +100,7 @@ class Lesson:
             part = regularizer(self._framework.student_of(model))
             add(parts, type(regularizer).__name__, shares["samples"] * part)
         if not parts:  # a step that several batches or processes share goes on without this one
-            return Charge(0.0 * seen.values["logits"].sum(), parts)
+            return Charge(0.0 * first_of(seen.values).sum(), parts)
         return Charge(sum(parts.values()) + sum(aside.values()), parts, aside)
 
     def _charge_labels(self, parts: dict[str, Any], scores: Any, batch: Batch, epoch: float, share: float) -> None:
@@ -145,13 +146,13 @@ class Lesson:
     def _compared(self, term: Term, mine: Any, theirs: Any, site: Sites, batch: Batch, epoch: float) -> Any:
         """One loss, with the labels, the mask and the time that it asks for."""
         loss, given = loss_of(term.loss), given_to(loss_of(term.loss))
-        options, labels, mask = term.keywords(epoch), batch.targets, None
+        options, labels = term.keywords(epoch), batch.targets
         if loss.takes in SCORED:
             mine, labels = self._aligned(mine, batch)
             theirs = theirs if not self._objective.causal else _shorter(theirs)
             mask = self._positions(mine, labels, batch, loss_needs_labels="labels" in given)
-        elif loss.takes in TOKEN_KINDS:
-            mask = self._tokens(site, batch, of_pairs=loss.takes == "attention")
+        else:
+            mask = self._tokens_of(loss, site, batch, mine)
         if holds_top_k(theirs):
             return stored_scores(term, mine, theirs, mask, options)
         if "labels" in given:
@@ -168,6 +169,15 @@ class Lesson:
         if "labels" in given and mask is not None and labels.ndim == 1:  # as of the loss on labels
             part = part * (int(mask.sum()) / len(mask))
         return part
+
+    def _tokens_of(self, loss: Loss, site: Sites, batch: Batch, mine: Any) -> Any:
+        """Which positions, or pairs of them, of what a sequence holds are compared; None for other values."""
+        if loss.takes not in TOKEN_KINDS:
+            return None
+        mask = self._tokens(site, batch, of_pairs=loss.takes == "attention")
+        if mask is not None and mask.ndim == len("NQK"):
+            mask = namespace(mask).broadcast_to(mask, (*mask.shape[:-1], mine.shape[-1]))
+        return mask
 
     def _aligned(self, scores: Any, batch: Batch) -> tuple[Any, Any]:
         """Scores and labels, shifted against each other where each position predicts the next.
@@ -212,7 +222,8 @@ class Lesson:
         """Which positions of a model of tokens are no padding; None where the batch does not say.
 
         Of a decoder beside an encoder these are, unless the batch says it, the positions with a label. Of pairs between
-        both, a query in the decoder and a key in the encoder must count.
+        both, a query in the decoder and a key in the encoder must count: (N, queries, keys), or (N, queries, 1) where
+        all keys do.
         """
         masks, text = self._masks(batch), texts(site)[0]
         side = SIDE.search(text)
@@ -221,8 +232,9 @@ class Lesson:
         found, labels = masks.get("decoder_attention_mask"), batch.targets
         if found is None and labels is not None and labels.ndim == len("NL") and not _floating(labels):
             found = labels != self._objective.ignore
-        if of_pairs and CROSS.search(text) and found is not None and "attention_mask" in masks:
-            return (found != 0)[:, :, None] & (masks["attention_mask"] != 0)[:, None, :]
+        if of_pairs and CROSS.search(text) and found is not None:
+            keys = masks.get("attention_mask")
+            return (found != 0)[:, :, None] if keys is None else (found != 0)[:, :, None] & (keys != 0)[:, None, :]
         return found
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:

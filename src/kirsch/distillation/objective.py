@@ -66,13 +66,24 @@ class Term:
 
     def keywords(self, epoch: float) -> dict[str, Any]:
         """What its loss is called with when this many epochs are done, with its temperature if it has one."""
-        default = options_of(loss_of(self.loss)).get("temperature")
-        temperature = default if self.temperature is None else at(self.temperature, epoch)
-        return dict(self.options) if temperature is None else {**self.options, "temperature": temperature}
+        known, found = options_of(loss_of(self.loss)), dict(self.options)
+        if "given" in known and self._weights:
+            found.setdefault("given", "weights")
+        temperature = known.get("temperature") if self.temperature is None else at(self.temperature, epoch)
+        return found if temperature is None else {**found, "temperature": temperature}
+
+    @property
+    def _weights(self) -> bool:
+        """Whether it compares what models put out as attention, which are weights behind a softmax."""
+        sites = [Site.read(text) for text in texts([self.student, self.there])]
+        return any(site.layered and site.layered[2] == "attention" for site in sites)
 
     def problems(self) -> list[str]:
         """What is wrong with its numbers and options, one sentence each; an unknown loss is an error."""
         known = options_of(loss_of(self.loss))
+        for sites in (self.student, self.there):
+            if not _named(sites):
+                return [f"the term {self.called!r} names {sites!r} as a place; a text is needed, or a list of texts"]
         for text in texts([self.student, self.there]):
             Site.read(text)
         wrong = [problem(f"the weight of {self.called!r}", self.weight, least=0)]
@@ -85,6 +96,8 @@ class Term:
                 wrong.append(f"the temperature of {self.called!r} is stated among its options; give it as temperature=")
             elif name not in known:
                 raise UnknownNameError(f"option of the loss {self.loss!r}", name, known)
+        if self._weights and self.options.get("given") == "scores":
+            wrong.append(f"{self.called!r} takes scores, and {self.student!r} has weights, behind the softmax")
         return [sentence for sentence in wrong if sentence]
 
 
@@ -133,6 +146,12 @@ class Objective:
             problems.append("all weights are 0, so there is nothing to learn")
         if problems:
             raise UsageError("The objective is wrong: " + "; ".join(problems) + ".")
+
+    @property
+    def scored(self) -> bool:
+        """Whether it needs the scores of the models: for labels, or for a term."""
+        sites = texts([[term.student, term.there] for term in self.terms if any(ends(term.weight))])
+        return any(ends(self.label_weight)) or "logits" in sites
 
     @classmethod
     def kd(cls, temperature: float = 4.0, weight: float = 0.9) -> Objective:
@@ -184,6 +203,14 @@ class Objective:
         terms = tuple(_made(Term, term, "a term") for term in values.get("terms", ()))
         made: Objective = _made(cls, {**values, "terms": terms}, "an objective")
         return made
+
+
+def _named(sites: Any) -> bool:
+    """Whether these are texts, one or more, in lists or dicts."""
+    if isinstance(sites, (list, tuple, dict)):
+        parts = list(sites.values() if isinstance(sites, dict) else sites)
+        return bool(parts) and all(_named(part) for part in parts)
+    return isinstance(sites, str)
 
 
 def _made(kind: Any, values: Mapping[str, Any], what: str) -> Any:

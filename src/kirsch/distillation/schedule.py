@@ -48,6 +48,8 @@ def problem(name: str, number: Number, *, above: float | None = None, least: flo
             f"{name} changes over {number.epochs} epochs after {number.after}; more than 0 after at least 0 are needed"
         )
     for value in ends(number):
+        if not isinstance(value, (int, float)):
+            return f"{name} is {value!r}; a number is needed, or a Ramp"
         if above is not None and not (math.isfinite(value) and value > above):
             return f"{name} is {value}; a number above {above:g} is needed"
         if least is not None and not (math.isfinite(value) and value >= least):

@@ -60,7 +60,7 @@ def logits_of(outputs: Any) -> Any:
     word; else the first of a tuple or a dict.
 
     Raises:
-        UsageError: there are none.
+        UsageError: there are none, or several of which none is the only one.
     """
     if isinstance(outputs, torch.Tensor):
         return outputs
@@ -74,6 +74,16 @@ def logits_of(outputs: Any) -> Any:
         raise UsageError(
             f"The model puts out a {type(outputs).__name__} without tensors, so there are no scores.",
             mend="Give a model that puts out its scores, in inference mode as well as in training.",
+        )
+    if len(called) > 1:
+        raise UsageError(
+            f"The model puts out {', '.join(called)}, and none of them is the scores.",
+            mend=f'Name each by itself, as "output.{called[0]}", and leave the labels out: label_weight=0.',
+        )
+    if "hidden_state" in name:
+        raise UsageError(
+            f"The model puts out {name}, and no scores: it has no head.",
+            mend=f'Give a model with one, or compare "output.{name}" alone, with label_weight=0.',
         )
     return found[name]
 

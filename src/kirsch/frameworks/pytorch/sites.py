@@ -351,7 +351,7 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
 
 
 def _last_layer(model: nn.Module, inputs: Any) -> str:
-    """Path of the module whose output is the scores.
+    """Path of the last module with weights of its own, whose output is the scores or becomes them without others.
 
     Raises:
         UsageError: the scores are computed by code that is no module of its own.
@@ -381,7 +381,16 @@ def _last_layer(model: nn.Module, inputs: Any) -> str:
             f"The scores of {type(model).__name__} are made by no layer of its own, so there is no penultimate value.",
             mend='Name the place: the path of a module, with ":in" for what it is given.',
         )
-    return last[-1]
+    weighted = [path for path in made if any(True for _ in model.get_submodule(path).parameters())]
+    if last[-1] in weighted:
+        return last[-1]
+    out = made[weighted[-1]] if weighted else None  # what a pooling or a softmax is given are scores, too
+    if not isinstance(out, torch.Tensor) or scores.shape[-1] not in (out.shape[1], out.shape[-1]):
+        raise UsageError(
+            f"The last weights of {type(model).__name__} do not make its scores, so there is no penultimate value.",
+            mend='Name the place: the path of a module, with ":in" for what it is given.',
+        )
+    return weighted[-1]
 
 
 def shapes(model: nn.Module, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:

@@ -116,6 +116,14 @@ def joining(student: Shape, teacher: Shape, *, widths: str = "same", takes: str 
     kinds = len(student), len(teacher)
     if own == its or (widths == "any" and (kinds[0] == kinds[1] or takes == "features")):
         return None
+    if takes == "attention":
+        raise ShapeError(
+            f"The student's attention has {own[0]} heads, the teacher's {its[0]}."
+            if kinds == (MAP, MAP) and own[1:] == its[1:]
+            else f"The student's attention has shape {tuple(student)}, the teacher's {tuple(teacher)}.",
+            "A mixture of heads is no attention.",
+            'Build the student with as many, or compare how positions relate: the loss "minilm".',
+        )
     if kinds == (MAP, MAP):
         return "conv"
     if kinds[0] == kinds[1] and kinds[0] >= VECTOR and own[:-1] == its[:-1]:
