@@ -284,10 +284,22 @@ def test_validation_may_be_a_pair_arrays_or_a_callable(student, teacher):
     assert accuracy([(inputs[:12], targets[:12]), (inputs[12:], targets[12:])]) == pytest.approx(20 / 30)
 
 
-def test_a_teacher_is_judged_on_the_first_batch_of_a_loader_to_validate_by(student, teacher):
-    inputs, targets = samples(40, seed=5)
+def test_a_teacher_is_judged_on_as_many_batches_as_have_samples_enough(student, teacher):
+    inputs, targets = samples(60, seed=5)
+    batches = [(inputs[i : i + 10], (targets[i : i + 10] + 1) % K) for i in range(0, 60, 10)]
     with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 40 samples"):
-        distill(student, teacher, whole(), validation=[(inputs, (targets + 1) % K)])
+        distill(student, teacher, whole(), validation=batches)
+    with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 40 samples"):
+        distill(student, teacher, batches)
+
+
+def test_a_teacher_that_is_not_told_from_chance_is_doubted(student, teacher):
+    """16 of 36 are right, of three classes: 44.4%; two standard deviations above a third are 49%."""
+    inputs, targets = samples()
+    right = np.arange(36) < 16
+    sentence = r"more than chance is not known: 44\.4% of 36 samples are right, chance is 33\.3%"
+    with pytest.warns(UserWarning, match=sentence):
+        distill(student, teacher, whole(), validation=(inputs, np.where(right, targets, (targets + 1) % K)))
 
 
 @pytest.mark.parametrize(
@@ -377,7 +389,7 @@ def test_a_label_that_no_class_has_is_refused_with_its_sample(student, learn, la
     later = [tuple(map(torch.from_numpy, samples())), (torch.from_numpy(inputs), torch.from_numpy(targets))]
     for data in (ArrayData(inputs, targets, batch_size=4), [(inputs, targets)], later):
         with pytest.raises(DataError, match=sentence):
-            learn(student, data)
+            learn(student, data, hooks=TrainingHooks(event=lambda _event: None))
 
 
 @either
@@ -424,6 +436,7 @@ def test_a_bad_teacher_is_let_through_where_it_is_asked_for_or_too_few_samples_s
     assert "teacher" not in [event["event"] for event in told]
     distill(student, teacher, ArrayData(*samples(31)), training=ONE_STEP, hooks=hooks)
     assert {"event": "teacher", "accuracy": 0.0, "classes": K} in told
+    assert any("0.0% of 31 samples are right" in event.get("text", "") for event in told)
 
 
 def test_a_teacher_with_nan_is_refused_by_its_name(student, teacher):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.port import host
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -160,10 +161,18 @@ def mixed_scores(objective: Objective, teachers: int) -> list[str]:
     return [text]
 
 
-def judged(framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective) -> dict[str, Any]:
+def judged(
+    framework: Framework,
+    teacher: Any,
+    data: Any,
+    validation: Any,
+    objective: Objective,
+    doubt: Callable[[str], None],
+) -> dict[str, Any]:
     """The accuracy of a teacher on some labelled samples, and the number of classes; empty where none has a label.
 
     A `TeacherStore` is judged by its first view of the data that it was built from, since its teacher is not there.
+    What cannot be told from chance, by two standard deviations, is doubted.
 
     Raises:
         NumericError: it is no better than chance, or its scores are not finite.
@@ -174,13 +183,18 @@ def judged(framework: Framework, teacher: Any, data: Any, validation: Any, objec
         right, classes = _live(framework, teacher, data, validation, objective)
     if not len(right):
         return {}
-    share = float(right.mean())
-    if len(right) >= ENOUGH and share <= 1 / classes:
+    share, chance = float(right.mean()), 1 / classes
+    if len(right) >= ENOUGH and share <= chance:
         raise NumericError(
             f"The teacher is no better than chance: {share:.1%} of {len(right)} samples are right, "
-            f"chance is {1 / classes:.1%}.",
+            f"chance is {chance:.1%}.",
             "A student would learn noise from it.",
             "Check the teacher's weights, the order of its classes, and that the inputs are prepared as it expects.",
+        )
+    if share <= chance + 2 * math.sqrt(chance * (1 - chance) / len(right)):
+        doubt(
+            f"Whether the teacher knows more than chance is not known: {share:.1%} of {len(right)} samples are right, "
+            f"chance is {chance:.1%}. Give more samples with labels, as validation=(inputs, labels)."
         )
     return {"accuracy": share, "classes": classes}
 
@@ -208,12 +222,26 @@ def _live(
     framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective
 ) -> tuple[NDArray[np.bool_], int]:
     """Whether a teacher's most likely class is the right one, of some samples, and how many classes there are."""
-    if validation is not None and not callable(validation):
-        batch = first_batch(framework, validation)
-    elif isinstance(data, ArrayData):
-        batch = Batch(data.inputs, data.targets)
+    source = validation if validation is not None and not callable(validation) else data
+    if isinstance(source, ArrayData):
+        batches = [Batch(source.inputs, source.targets)]
     else:
-        batch = first_batch(framework, data)
+        batches = framework.seeded(lambda: _until_enough(source), 0)
+    found = [_judged_on(framework, teacher, batch, objective) for batch in batches]
+    return np.concatenate([right for right, _ in found]), found[0][1]
+
+
+def _until_enough(data: Any) -> list[Batch]:
+    """The first batches of a loader, until there are samples enough."""
+    batches: list[Batch] = []
+    for given in data:
+        batches.append(Batch.of(given))
+        if sum(len(batch) for batch in batches) >= ENOUGH:
+            break
+    return batches
+
+
+def _judged_on(framework: Framework, teacher: Any, batch: Batch, objective: Objective) -> tuple[NDArray[np.bool_], int]:
     places = _spread(len(batch))
     scores = framework.predict(teacher, each(lambda part: part[places], batch.inputs))
     if not np.isfinite(scores).all():

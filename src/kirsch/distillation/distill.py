@@ -88,7 +88,7 @@ def distill(
     tell = hooks.event or (lambda _event: None)
     if check_teacher and objective.scored and objective.label_loss == "cross-entropy":
         for model in one_or_more(teacher):
-            known = judged(framework, model, data, validation, objective)
+            known = judged(framework, model, data, validation, objective, hooks.doubt)
             tell({"event": "teacher", **known})
             if not known and not stored:
                 hooks.doubt(UNJUDGED)
