@@ -18,6 +18,7 @@ from kirsch.distillation.arrays import log_softmax
 from kirsch.distillation.losses import LOSSES, hard_label, soft_target
 from kirsch.distillation.losses.logits import CONVENTIONS, standardized
 from kirsch.distillation.losses.loss import given_to, options_of
+from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 from kirsch.testing import LOSS_CHECKS
 
@@ -125,6 +126,82 @@ def test_one_number_a_sample_needs_no_axis(name, framework):
 def test_a_batch_without_samples_is_refused(name, framework):
     with pytest.raises(DataError, match=r"The batch has no samples\. Leave it out"):
         called(name, framework, (0, 3, 2, 2) if LOSSES[name].takes == "pixels" else (0, 3, 3))
+
+
+SUPPRESSED = {
+    "kd": {},
+    "kd textbrewer": {"convention": "textbrewer"},
+    "reverse-kl": {},
+    "jsd": {},
+    "jsd 0": {"beta": 0.0},
+    "jsd 1": {"beta": 1.0},
+    "dkd": {"labels": np.zeros(3, int)},
+    "wsld": {"labels": np.zeros(3, int)},
+    "ofa": {"labels": np.zeros(3, int)},
+    "hard": {},
+    "mlkd": {},
+    "top-k": {"k": 3},
+    "top-k bucket": {"k": 4, "tail": "bucket"},
+    "top-k zero": {"k": 2, "tail": "zero"},
+    "top-k renormalized": {"k": 2, "tail": "renormalized"},
+}
+
+
+@both
+@pytest.mark.parametrize("case", SUPPRESSED)
+def test_a_class_that_both_suppress_is_none(case, framework):
+    """A score of minus infinity, as for tokens that a vocabulary must not have: the others are charged as if alone."""
+    name, options = case.split()[0], {n: framework(v) if n == "labels" else v for n, v in SUPPRESSED[case].items()}
+    rest = [side[:3, :5] for side in (z_s, z_t)]
+    sides = [framework(np.insert(side, 2, -np.inf, axis=1)) for side in rest]
+    fewer = float(LOSSES[name](*(framework(side) for side in rest), **options))
+    if name == "mlkd":  # a mean over classes
+        fewer = float(LOSSES[name](*(framework(side) for side in rest), **options, classes=5 / 6))
+    assert float(LOSSES[name](*sides, **options)) == pytest.approx(fewer, rel=1e-12)
+    if framework is torch.from_numpy:
+        sides[0].requires_grad_()
+        LOSSES[name](*sides, **options).backward()
+        assert torch.isfinite(sides[0].grad).all()
+        assert not sides[0].grad[:, 2].any()
+
+
+@both
+@pytest.mark.parametrize("case", ["kd", "jsd", "top-k", "dkd", "ofa", "wsld", "hard"])
+def test_a_class_that_the_teacher_alone_suppresses_has_the_limit(case, framework):
+    options = {n: framework(v) if n == "labels" else v for n, v in SUPPRESSED[case].items()}
+    teacher = z_t[:3, :5].copy()
+    found = []
+    for score in (-1e3, -np.inf):
+        teacher[:, 2] = score
+        found.append(float(LOSSES[case](framework(z_s[:3, :5].copy()), framework(teacher.copy()), **options)))
+    assert found[1] == pytest.approx(found[0], rel=1e-12)
+    if framework is torch.from_numpy:
+        student = torch.from_numpy(z_s[:3, :5].copy()).requires_grad_()
+        LOSSES[case](student, torch.from_numpy(teacher), **options).backward()
+        assert torch.isfinite(student.grad).all()
+
+
+@both
+def test_a_record_whose_log_probabilities_overflowed_to_minus_infinity_has_the_limit(framework):
+    student, indices = framework(z_s[:2, :4].copy()), framework(np.array([[0, 2, 3], [0, 1, 2]]))
+    found = []
+    for least in (-1e3, -np.inf):
+        record = np.log([[0.7, 0.3, 1.0], [0.5, 0.5, 1.0]])
+        record[:, 2] = least
+        found.append(float(stored_top_k(student, indices, framework(record), framework(np.full(2, least)))))
+    assert found[1] == pytest.approx(found[0], rel=1e-12)
+    assert float(stored_top_k(student, indices, framework(record), framework(np.full(2, -np.inf)), temperature=2.0)) > 0
+
+
+@both
+def test_an_answer_of_which_both_are_certain_costs_nothing(framework):
+    """Scores of minus and plus infinity are a no and a yes without doubt."""
+    sides = [framework(np.array([[-np.inf, np.inf, score]])) for score in (0.0, math.log(3))]
+    assert float(LOSSES["binary-kd"](*sides)) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-12)
+    if framework is torch.from_numpy:
+        sides[0].requires_grad_()
+        LOSSES["binary-kd"](*sides).backward()
+        assert torch.isfinite(sides[0].grad).all()
 
 
 def with_options(name, **options):

@@ -6,6 +6,7 @@ PyTorch takes numpy's keywords `axis` and `keepdims`, so that one line of a form
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,7 @@ def full_precision(arrays: Any) -> AbstractContextManager[Any]:
 
 
 def log_softmax(scores: Any, axis: int = -1) -> Any:
-    """Logarithm of the softmax over an axis; finite for scores of any finite size."""
+    """Logarithm of the softmax over an axis; finite for scores of any finite size, -inf for -inf beside others."""
     xp = namespace(scores)
     shifted = scores - constant(xp.amax(scores, axis=axis, keepdims=True))
     return shifted - xp.log(xp.sum(xp.exp(shifted), axis=axis, keepdims=True))
@@ -98,6 +99,24 @@ def log_sigmoid(scores: Any) -> Any:
     """Logarithm of the logistic function; finite for scores of any finite size."""
     xp = namespace(scores)
     return -xp.logaddexp(xp.zeros_like(scores), -scores)  # of |scores|, the slope at 0 would be wrong
+
+
+def expected(shares: Any, values: Any) -> Any:
+    """Share · value of each class; 0, of a gradient of 0, where the share is 0, whatever the value."""
+    xp = namespace(shares)
+    return shares * xp.where(shares == 0, xp.zeros_like(values), values)
+
+
+def relative(log_p: Any, log_q: Any) -> Any:
+    """What each class adds to the divergence of q from p: p (log p - log q), and 0 where p is 0, of a gradient of 0.
+
+    So a class that a score of minus infinity suppresses in p adds nothing; one that it suppresses in q alone adds
+    infinity.
+    """
+    xp = namespace(log_p)
+    shares = xp.exp(log_p)
+    log_p, log_q = (xp.where(shares == 0, xp.zeros_like(shares), side) for side in (log_p, log_q))
+    return shares * (log_p - log_q)
 
 
 def pick(rows: Any, columns: Any) -> Any:
@@ -272,7 +291,7 @@ def log_sum_exp(scores: Any, where: Any = None, axis: int = -1) -> Any:
     """Logarithm of the sum of exponentials along an axis, kept with length 1.
 
     Args:
-        scores: of any finite size.
+        scores: of any size but infinity; minus infinity adds nothing, and alone gives minus infinity.
         where: of the same shape, true for what is summed, at least one along the axis; None sums all.
         axis: the axis.
     """
@@ -280,10 +299,13 @@ def log_sum_exp(scores: Any, where: Any = None, axis: int = -1) -> Any:
     if where is not None:  # what is left out must not overflow either: its gradient would be 0 times infinity
         scores = xp.where(where, scores, constant(xp.amin(scores, axis=axis, keepdims=True)))
     top = constant(xp.amax(scores, axis=axis, keepdims=True))
+    top = xp.where(top == -math.inf, xp.zeros_like(top), top)
     terms = xp.exp(scores - top)
     if where is not None:
         terms = xp.where(where, terms, xp.zeros_like(terms))
-    return top + xp.log(xp.sum(terms, axis=axis, keepdims=True))
+    total = xp.sum(terms, axis=axis, keepdims=True)
+    none = total == 0  # the logarithm of 0 would make its gradient of 0 no number
+    return top + xp.where(none, -math.inf, xp.log(xp.where(none, xp.ones_like(total), total)))
 
 
 def taken(rows: Any, columns: Any) -> Any:

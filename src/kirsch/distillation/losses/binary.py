@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kirsch.distillation.arrays import blank, log_sigmoid, mean_over, namespace, same_shape
+from kirsch.distillation.arrays import blank, log_sigmoid, mean_over, relative, same_shape
 from kirsch.distillation.losses.logits import check_temperature
 from kirsch.distillation.losses.loss import loss
 
@@ -34,11 +34,10 @@ def binary_soft_target(student: Any, teacher: Any, *, temperature: float = 1.0, 
     Source: Yang et al. 2023, arXiv:2308.06453, whose multi-label logits distillation is this at temperature 1.
     """
     check_temperature(temperature)
-    xp = namespace(student)
     same_shape(student, teacher)
     student, teacher = blank(student, mask) / temperature, blank(teacher, mask) / temperature
-    divergence = 0.0
+    divergence: Any = 0.0
     for sign in (1.0, -1.0):  # yes, and no
         log_s, log_t = log_sigmoid(sign * student), log_sigmoid(sign * teacher)
-        divergence = divergence + xp.exp(log_t) * (log_t - log_s)
-    return mean_over(xp.sum(divergence, axis=-1), mask) * temperature**2
+        divergence = divergence + relative(log_t, log_s)
+    return mean_over(divergence.sum(-1), mask) * temperature**2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kirsch.distillation.arrays import log_sigmoid, mean_over, namespace, same_shape
+from kirsch.distillation.arrays import log_sigmoid, mean_over, namespace, relative, same_shape
 from kirsch.distillation.losses.logits import check_convention, check_temperature, softened
 from kirsch.distillation.losses.loss import loss
 from kirsch.errors import UsageError
@@ -37,10 +37,9 @@ def reverse_kl(student: Any, teacher: Any, *, temperature: float = 1.0, mask: An
     Source: Gu et al. 2024 (MiniLLM), arXiv:2306.08543, here of each position by itself.
     """
     check_temperature(temperature)
-    xp = namespace(student)
     same_shape(student, teacher)
     log_s, log_t = softened(student, teacher, temperature=temperature, mask=mask)
-    return mean_over(xp.sum(xp.exp(log_s) * (log_s - log_t), axis=-1), mask) * temperature**2
+    return mean_over(relative(log_s, log_t).sum(-1), mask) * temperature**2
 
 
 @loss("jsd")
@@ -101,11 +100,12 @@ def _excess(log_p: Any, log_q: Any, share: float) -> Any:
     """
     xp = namespace(log_p)
     if share < NOTHING:
-        return 0.0 * log_p
-    ratio = log_q - log_p
+        return xp.zeros_like(log_p)
+    p = xp.exp(log_p)
+    # Where p is 0 its share of the sum is, whatever the ratio.
+    ratio = xp.where(p == 0, xp.zeros_like(p), log_q) - xp.where(p == 0, xp.zeros_like(p), log_p)
     mixed = ratio  # log(1 + a u)
     if share < 1:
         rest = math.log1p(-share)
         mixed = rest - log_sigmoid(rest - math.log(share) - ratio)
-    p = xp.exp(log_p)
     return xp.exp(log_q) - p - p * mixed / share

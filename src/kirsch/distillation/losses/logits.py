@@ -6,7 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from kirsch.distillation.arrays import blank, deviation, log_softmax, mean_over, namespace, pick, same_shape
+from kirsch.distillation.arrays import (
+    blank,
+    deviation,
+    expected,
+    log_softmax,
+    mean_over,
+    namespace,
+    pick,
+    relative,
+    same_shape,
+)
 from kirsch.distillation.losses.loss import loss
 from kirsch.errors import UnknownNameError, UsageError
 
@@ -93,8 +103,8 @@ def soft_target(
     log_s, log_t = softened(student, teacher, temperature=temperature, standardize=standardize, mask=mask)
     if scale.floor:
         log_s, log_t = log_s.clip(min=math.log(scale.floor)), log_t.clip(min=math.log(scale.floor))
-    charged = -log_s if scale.entropy_kept else log_t - log_s
-    charge = mean_over(xp.sum(xp.exp(log_t) * charged, axis=-1), mask)
+    charges = expected(xp.exp(log_t), -log_s) if scale.entropy_kept else relative(log_t, log_s)
+    charge = mean_over(charges.sum(-1), mask)
     if scale.mean_over_classes:
         charge = charge / student.shape[-1]
     return charge * temperature**2 if scale.temperature_squared else charge

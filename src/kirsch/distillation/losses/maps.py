@@ -19,6 +19,7 @@ from kirsch.distillation.arrays import (
     namespace,
     normalized,
     pooled,
+    relative,
     root,
     same_shape,
     same_size,
@@ -295,8 +296,7 @@ def channel_wise(student: Any, teacher: Any, *, temperature: float = 1.0) -> Any
     check_maps(student, teacher)
     same_shape(student, teacher, "maps")
     log_s, log_t = (log_softmax(part.reshape(*part.shape[:2], -1) / temperature) for part in (student, teacher))
-    divergence = (namespace(log_t).exp(log_t) * (log_t - log_s)).sum(-1)
-    return divergence.mean() * temperature**2
+    return relative(log_t, log_s).sum(-1).mean() * temperature**2
 
 
 channel_wise_maps = loss("cwd", takes="maps")(channel_wise)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.distillation.arrays import blank as blanked
-from kirsch.distillation.arrays import each, log_softmax, namespace, same_shape, weighted_mean
+from kirsch.distillation.arrays import each, log_softmax, namespace, relative, same_shape, weighted_mean
 from kirsch.distillation.losses.logits import check_temperature
 from kirsch.distillation.losses.loss import loss
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
@@ -124,7 +124,7 @@ def ctc_frames(
     xp = namespace(student)
     student, teacher = blanked(student, mask), blanked(teacher, mask)
     log_s, log_t = log_softmax(student / temperature), log_softmax(teacher / temperature)
-    divergence = (xp.exp(log_t) * (log_t - log_s)).sum(-1)
+    divergence = relative(log_t, log_s).sum(-1)
     weights = xp.ones_like(divergence)
     if blank != "keep":
         silence = xp.exp(log_softmax(teacher)[..., blank_class])

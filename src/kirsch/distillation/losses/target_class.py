@@ -8,12 +8,14 @@ from typing import Any
 from kirsch.distillation.arrays import (
     blank,
     constant,
+    expected,
     log_softmax,
     log_sum_exp,
     mean_over,
     namespace,
     one_hot,
     pick,
+    relative,
     same_shape,
 )
 from kirsch.distillation.losses.labels import counted
@@ -71,8 +73,8 @@ def decoupled(
         student, teacher = standardized(student), standardized(teacher)
     hot = one_hot(labels, student)
     of_s, of_t = (_label_and_others(scores / temperature, hot) for scores in (student, teacher))
-    target = sum(xp.exp(log_t) * (log_t - log_s) for log_s, log_t in zip(of_s[:2], of_t[:2], strict=True))
-    others = xp.sum((1 - hot) * xp.exp(of_t[2]) * (of_t[2] - of_s[2]), axis=-1)
+    target = sum(relative(log_t, log_s) for log_s, log_t in zip(of_s[:2], of_t[:2], strict=True))
+    others = xp.sum((1 - hot) * relative(of_t[2], of_s[2]), axis=-1)
     return mean_over(alpha * target + beta * others, mask) * temperature**2
 
 
@@ -83,7 +85,7 @@ def _label_and_others(scores: Any, hot: Any) -> tuple[Any, Any, Any]:
     """
     xp = namespace(scores)
     every, rest = log_sum_exp(scores), log_sum_exp(scores, where=hot == 0)
-    label = xp.sum(hot * scores, axis=-1)
+    label = expected(hot, scores).sum(-1)
     others = xp.where(hot == 0, scores - rest, xp.zeros_like(scores))
     return label - every[..., 0], (rest - every)[..., 0], others
 
@@ -118,7 +120,7 @@ def one_for_all(student: Any, teacher: Any, *, labels: Any, power: float = 1.5, 
     labels, mask = counted(student, labels, mask)
     hot = one_hot(labels, student)
     target = (xp.exp(log_softmax(blank(teacher, mask))) + hot) ** power - hot
-    return mean_over(-xp.sum(target * log_softmax(blank(student, mask)), axis=-1), mask)
+    return mean_over(-expected(target, log_softmax(blank(student, mask))).sum(-1), mask)
 
 
 @loss("wsld", least_at_teacher=False)
@@ -151,4 +153,4 @@ def weighted_soft_labels(student: Any, teacher: Any, *, labels: Any, temperature
     mine, theirs = (-pick(log_softmax(blank(scores, mask)), labels) for scores in (constant(student), teacher))
     weight = 1 - xp.exp(-mine / (theirs + 1e-7))  # a teacher that is sure of the label has no cross-entropy
     log_s, log_t = softened(student, teacher, temperature=temperature, mask=mask)
-    return mean_over(-weight * xp.sum(xp.exp(log_t) * log_s, axis=-1), mask) * temperature**2
+    return mean_over(-weight * expected(xp.exp(log_t), log_s).sum(-1), mask) * temperature**2

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import blank, log_softmax, mean_over, namespace, normalized, same_shape
+from kirsch.distillation.arrays import blank, log_softmax, mean_over, namespace, normalized, relative, same_shape
 from kirsch.distillation.losses.loss import loss
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
 
@@ -264,7 +264,7 @@ def attention_kl(student: Any, teacher: Any, *, given: str = "scores", mask: Any
     Source: Wang et al. 2020, arXiv:2002.10957, section 3.1; of the last layer alone.
     """
     log_s, log_t = _logarithms(student, teacher, given, mask)
-    divergence = (namespace(log_t).exp(log_t) * (log_t - log_s)).sum(-1)
+    divergence = relative(log_t, log_s).sum(-1)
     return mean_over(divergence, _queries(mask, divergence))
 
 
@@ -323,7 +323,7 @@ def minilm(
     total: Any = 0.0
     for i, j in chosen:
         log_s, log_t = (_relation(side[i], side[j], mask) for side in (student, teacher))
-        divergence = (namespace(log_t).exp(log_t) * (log_t - log_s)).sum(-1)
+        divergence = relative(log_t, log_s).sum(-1)
         total = total + mean_over(divergence, _queries(mask, divergence))
     return total
 

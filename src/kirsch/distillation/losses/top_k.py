@@ -15,6 +15,7 @@ from kirsch.distillation.arrays import (
     marked,
     mean_over,
     namespace,
+    relative,
     same_shape,
     taken,
     typed,
@@ -156,41 +157,28 @@ def _charged(log_s: Any, columns: Any, log_p: Any, log_tail: Any, tail: str) -> 
 
 def _renormalized(log_s: Any, columns: Any, log_p: Any, _: Any) -> Any:
     log_q = taken(log_s, columns)
-    return _divergence(log_p - log_sum_exp(log_p), log_q - log_sum_exp(log_q))
+    return relative(log_p - log_sum_exp(log_p), log_q - log_sum_exp(log_q)).sum(-1)
 
 
 def _zero(log_s: Any, columns: Any, log_p: Any, _: Any) -> Any:
-    return _divergence(log_p - log_sum_exp(log_p), taken(log_s, columns))
+    return relative(log_p - log_sum_exp(log_p), taken(log_s, columns)).sum(-1)
 
 
 def _bucket(log_s: Any, columns: Any, log_p: Any, log_tail: Any) -> Any:
-    kept = _divergence(log_p, taken(log_s, columns))
+    kept = relative(log_p, taken(log_s, columns)).sum(-1)
     if columns.shape[-1] == log_s.shape[-1]:
         return kept
-    return kept + _of_tail(log_tail, log_sum_exp(log_s, where=~marked(columns, log_s))[..., 0])
+    return kept + relative(log_tail, log_sum_exp(log_s, where=~marked(columns, log_s))[..., 0])
 
 
 def _uniform(log_s: Any, columns: Any, log_p: Any, log_tail: Any) -> Any:
-    kept = _divergence(log_p, taken(log_s, columns))
+    kept = relative(log_p, taken(log_s, columns)).sum(-1)
     count = log_s.shape[-1] - columns.shape[-1]
     if count == 0:
         return kept
     xp = namespace(log_s)
     beyond = xp.where(marked(columns, log_s), xp.zeros_like(log_s), log_s)
-    return kept + _of_tail(log_tail, xp.sum(beyond, axis=-1) / count + math.log(count))
-
-
-def _divergence(log_p: Any, log_q: Any) -> Any:
-    xp = namespace(log_p)
-    return xp.sum(xp.exp(log_p) * (log_p - log_q), axis=-1)
-
-
-def _of_tail(log_p: Any, log_q: Any) -> Any:
-    """The tail's p (log p - log q), which is 0 for p = 0."""
-    xp = namespace(log_p)
-    mass = xp.exp(log_p)
-    finite = xp.where(mass > 0, log_p, xp.zeros_like(log_p))
-    return mass * (finite - log_q)
+    return kept + relative(log_tail, xp.sum(beyond, axis=-1) / count + math.log(count))
 
 
 TAILS = {"bucket": _bucket, "zero": _zero, "renormalized": _renormalized, "uniform": _uniform}
