@@ -86,7 +86,27 @@ def test_cosines_are_those_of_pytorch_over_the_tokens_that_are_no_padding():
     chosen = [torch.from_numpy(side[MASK]) for side in (STATES, OTHERS)]  # (tokens, D)
     other = torch.nn.CosineEmbeddingLoss()(*chosen, torch.ones(len(chosen[0])))
     found = hidden_cosine(torch.from_numpy(STATES), torch.from_numpy(OTHERS), mask=torch.from_numpy(MASK))
-    assert float(found) == pytest.approx(float(other), rel=1e-13)
+    assert float(found) == pytest.approx(float(other), rel=1e-12)  # which adds 1e-12 to squared lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [1e-25, 1e-6, 1.0, 1e10, 1e25])
+def test_cosines_of_states_of_any_length_are_the_same(length, dtype):
+    side = torch.from_numpy(STATES).to(dtype)
+    student = (length * side).requires_grad_()
+    found = hidden_cosine(student, side)
+    found.backward()
+    assert float(found.detach()) == pytest.approx(0, abs=1e-6)
+    assert torch.isfinite(student.grad).all()
+    assert float(hidden_cosine(-length * side, length * side)) == pytest.approx(2, abs=1e-6)
+
+
+def test_states_of_zeros_have_no_direction():
+    student = torch.zeros(1, 2, 3, requires_grad=True)
+    found = hidden_cosine(student, torch.ones(1, 2, 3))
+    found.backward()
+    assert float(found.detach()) == 1
+    assert torch.isfinite(student.grad).all()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +115,7 @@ def test_cosines_are_those_of_pytorch_over_the_tokens_that_are_no_padding():
 def test_cosines_know_the_angle_alone(student, charge):
     charge = 1 - math.sqrt(0.5) if charge is None else charge
     found = hidden_cosine(np.array([[student]]), np.array([[[5.0, 0.0]]]))
-    assert found == pytest.approx(charge, abs=1e-9)  # 1e-12 is added to squared lengths, here of 0.01 and more
+    assert found == pytest.approx(charge, abs=1e-15)
 
 
 @both
@@ -349,3 +369,20 @@ def test_unknown_conventions_are_refused():
         attention_kl(ATTENTION, ATTENTION_T, given="logits")
     with pytest.raises(UsageError, match="The convention 'textbrewer' is one of scores; 'weights' are given"):
         attention_ce(ATTENTION, ATTENTION_T, given="weights", convention="textbrewer")
+
+
+@both
+@pytest.mark.parametrize("loss", [hidden_mse, hidden_cosine, cls_pkd, token_fsp, token_nst, minilm])
+def test_masks_of_samples_alone_are_refused(loss, make):
+    sides = [make(side) for side in (STATES, OTHERS)]
+    sides = [[side] * 2 for side in sides] if loss in (token_fsp, token_nst, minilm) else sides
+    options = {"heads": 2} if loss is minilm else {}
+    with pytest.raises(ShapeError, match=r"The mask has shape \(3,\); \(3, 5\) is needed"):
+        loss(*sides, mask=make(MASK[:, 0]), **options)
+
+
+def test_relations_of_nothing_are_refused():
+    with pytest.raises(ShapeError, match=r"A side gives no arrays\. Give at least one: relations are compared"):
+        minilm([], [])
+    with pytest.raises(UsageError, match="There are no pairs, so there is nothing to relate"):
+        minilm([STATES], [OTHERS], heads=2, pairs=())

@@ -146,11 +146,13 @@ def _checked(side: Any, takes: Takes, says: Activation) -> Any:
     """The values of one side, those of a single number a sample with an axis for it.
 
     Raises:
-        ShapeError: these are scores without an axis of classes, or of one class for a softmax.
+        ShapeError: these are scores without an axis of classes, or of one class for a softmax, or nothing at all.
         DataError: there are no samples.
     """
     if isinstance(side, (dict, list)):
-        if side and len(first_of(side)) == 0:
+        if not side:
+            raise ShapeError("A side gives no arrays.", mend=f"Give at least one: {takes} are compared.")
+        if len(first_of(side)) == 0:
             raise DataError("The batch has no samples.", mend="Leave it out.")
         return side
     if side.ndim and len(side) == 0:

@@ -9,7 +9,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import blank, log_softmax, mean_over, namespace, normalized, relative, same_shape
+from kirsch.distillation.arrays import (
+    blank,
+    constant,
+    log_softmax,
+    mean_over,
+    namespace,
+    normalized,
+    relative,
+    same_shape,
+)
 from kirsch.distillation.losses.loss import loss
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
 
@@ -17,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TINY = 1e-12
-"""Added to squared lengths, as CosineEmbeddingLoss of PyTorch does; the least weight of attention with a logarithm."""
+"""The least weight of attention that has a logarithm."""
 
 NEVER = -1e30
 """The score of a key that is padding: its weight is exactly 0, and its logarithm finite."""
@@ -61,7 +70,7 @@ def hidden_cosine(student: Any, teacher: Any, *, mask: Any = None) -> Any:
         mask: shape (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar from 0 to 2; 0 when the states point the same way, whatever their lengths.
+        Scalar from 0 to 2; 0 when the states point the same way, whatever their lengths; 1 for states of zeros.
 
     Raises:
         ShapeError: the shapes differ.
@@ -70,11 +79,16 @@ def hidden_cosine(student: Any, teacher: Any, *, mask: Any = None) -> Any:
     Source: Sanh et al. 2019, arXiv:1910.01108, section 3; its training code weighs it with 1, beside 5 for the scores
         at temperature 2 and 2 for masked words.
     """
-    xp = namespace(student)
     same_shape(student, teacher, "hidden states")
-    student, teacher = blank(student, mask), blank(teacher, mask)
-    lengths = ((student * student).sum(-1) + TINY) * ((teacher * teacher).sum(-1) + TINY)
-    return mean_over(1.0 - (student * teacher).sum(-1) / xp.sqrt(lengths), mask)
+    student, teacher = (_direction(blank(side, mask)) for side in (student, teacher))
+    return mean_over(1.0 - (student * teacher).sum(-1), mask)
+
+
+def _direction(states: Any) -> Any:
+    """States (..., D) of length 1, or of 0; divided by the largest number first, whose square may overflow or be 0."""
+    xp = namespace(states)
+    top = constant(xp.amax(xp.abs(states), axis=-1, keepdims=True))
+    return normalized(states / xp.where(top > 0, top, xp.ones_like(top)))
 
 
 @loss("cls-pkd", takes="tokens", over="samples")
@@ -95,6 +109,7 @@ def cls_pkd(student: Any, teacher: Any, *, mask: Any = None) -> Any:
     Source: Sun et al. 2019, arXiv:1908.09355, section 3.2; its weight β is 10 to 1000, searched for each task.
     """
     same_shape(student, teacher, "hidden states")
+    _check_mask(mask, student)
     student, teacher = blank(student, mask), blank(teacher, mask)
     difference = normalized(student[:, 0]) - normalized(teacher[:, 0])
     return mean_over((difference * difference).sum(-1), None if mask is None else mask[:, 0])
@@ -119,6 +134,7 @@ def token_fsp(student: Sequence[Any], teacher: Sequence[Any], *, mask: Any = Non
     """
     _same_positions(student, teacher)
     _two_layers(student)
+    _check_mask(mask, student[0])
     for one, other in zip(student, teacher, strict=True):
         same_shape(one, other, "hidden states")
     difference = _products(student, mask) - _products(teacher, mask)
@@ -152,6 +168,7 @@ def token_nst(student: Sequence[Any], teacher: Sequence[Any], *, mask: Any = Non
     """
     _same_positions(student, teacher)
     _two_layers(student)
+    _check_mask(mask, student[0])
     difference = _likeness(student, mask) - _likeness(teacher, mask)
     return mean_over(difference * difference, None if mask is None else _both(mask))
 
@@ -211,7 +228,8 @@ def attention_ce(
         mask: shape (N, L), true where a position counts, or (N, queries, keys), where both do; None counts all.
 
     Returns:
-        Scalar in nats, >= 0; when both agree, the mean entropy of the teacher's attention, which is the least.
+        Scalar in nats, >= 0; when both agree, the mean entropy of the teacher's attention, which is the least. Not so
+        for "textbrewer" where keys do not count: a student that gives them less weight than the teacher pays less.
 
     Raises:
         ShapeError: the shapes differ.
@@ -308,7 +326,7 @@ def minilm(
 
     Raises:
         ShapeError: the positions differ, or the heads do not divide a width.
-        UsageError: a pair names a value that is not there.
+        UsageError: there are no pairs, or one names a value that is not there.
         DataError: the mask is false everywhere.
 
     Source: Wang et al. 2020, arXiv:2002.10957, sections 3.1 and 3.2; Wang et al. 2021, arXiv:2012.15828, section 3.1.
@@ -316,6 +334,8 @@ def minilm(
     """
     _same_positions(student, teacher)
     chosen = [(i, i) for i in range(len(student))] if pairs is None else list(pairs)
+    if not chosen:
+        raise UsageError("There are no pairs, so there is nothing to relate.", mend="Give one, or leave `pairs` out.")
     for place in (place for pair in chosen for place in pair):
         if not 0 <= place < len(student):
             raise UsageError(f"A pair names value {place}; there are {len(student)}, from 0 on.")
@@ -349,6 +369,12 @@ def _both(mask: Any) -> Any:
     """(N, L) as (N, L, L): true where both positions count."""
     counts = mask != 0
     return counts[:, :, None] & counts[:, None, :]
+
+
+def _check_mask(mask: Any, states: Any) -> None:
+    """Raise a ShapeError unless there is one truth a position, or no mask."""
+    if mask is not None and tuple(mask.shape) != tuple(states.shape[:2]):
+        raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {tuple(states.shape[:2])} is needed.")
 
 
 def _pairs(mask: Any, attention: Any) -> Any:
