@@ -641,3 +641,18 @@ def test_a_bound_needs_true_numbers_and_a_margin():
         LOSSES["bounded-regression"](z_s, z_t, labels=z_s, margin=-1)
     with pytest.raises(ShapeError, match=r"The labels have shape \(8,\); the values have shape \(8, 10\)"):
         LOSSES["bounded-regression"](z_s, z_t, labels=y)
+
+
+@pytest.mark.parametrize("k", [0, 2.5])
+def test_a_number_of_classes_that_is_none_is_refused(k):
+    with pytest.raises(UsageError, match=rf"`k` is {k}; a whole number of at least 1 is needed"):
+        LOSSES["top-k"](z_s, z_t, k=k)
+
+
+@both
+def test_a_record_that_names_a_class_twice_is_refused_where_it_counts(framework):
+    indices, log_p = framework(np.array([[1, 2], [3, 3]])), framework(np.log([[0.5, 0.3], [0.4, 0.4]]))
+    record = indices, log_p, framework(np.log([0.2, 0.2]))
+    with pytest.raises(DataError, match="The store names class 3 twice for one sample"):
+        stored_top_k(framework(z_s[:2]), *record)
+    assert float(stored_top_k(framework(z_s[:2]), *record, mask=framework(np.array([True, False])))) > 0

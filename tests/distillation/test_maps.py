@@ -371,3 +371,55 @@ def test_a_temperature_of_zero_is_refused():
 def test_the_reading_of_mdistiller_needs_one_width():
     with pytest.raises(ShapeError, match="rows of maps have shape"):
         LOSSES["kd-svd"]([a1, a2], [b1[..., :5], b2[..., :5]], convention="mdistiller")
+
+
+MAPS = np.random.default_rng(0).standard_normal((2, 2, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("at", {"power": 0}, "`power` is 0; a number above 0"),
+        ("at", {"power": math.nan}, "`power` is nan; a number above 0"),
+        ("ft", {"power": 0}, "`power` is 0; a number above 0"),
+        ("ft", {"activity_power": -1}, "`activity_power` is -1; a number above 0"),
+        ("ab", {"margin": -1}, "`margin` is -1; a number above 0"),
+        ("ofd", {"margin": 2}, "`margin` is 2; numbers of at most 0"),
+        ("ofd", {"margin": [-1.0, 0.5, 0.0]}, r"`margin` is \[-1.0, 0.5, 0.0\]; numbers of at most 0"),
+        ("hcl", {"sizes": (0,)}, "`size` is 0; a whole number of at least 1"),
+        ("pkd", {"eps": -1}, "`eps` is -1; a number of at least 0"),
+        ("vid", {"variance": 1e-5}, "`variance` is 1e-05; a number above 1e-05"),
+        ("vid", {"variance": -1}, "`variance` is -1; a number above 1e-05"),
+        ("vid", {"eps": 0}, "`eps` is 0; a number above 0"),
+    ],
+)
+def test_options_of_maps_that_are_none_are_refused(name, options, sentence):
+    with pytest.raises(UsageError, match=f"{sentence}.* needed"):
+        LOSSES[name](*MAPS, **options)
+
+
+@pytest.mark.parametrize("variance", [2e-5, 5.0, 800.0, 1e6])
+def test_any_variance_above_the_smallest_is_that_of_the_density(variance):
+    wanted = 0.5 * ((MAPS[0] - MAPS[1]) ** 2 / variance + math.log(variance)).mean()
+    assert float(LOSSES["vid"](*MAPS, variance=variance)) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "sentence"),
+    [
+        (0, "`count` is 0; a whole number of at least 1 is needed"),
+        (1.5, "`count` is 1.5; a whole number of at least 1 is needed"),
+        (4, "`count` is 4; the smallest map has 3 directions. Choose at most 3"),
+    ],
+)
+def test_numbers_of_directions_that_are_none_are_refused(count, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        LOSSES["kd-svd"](list(MAPS), list(MAPS), count=count)
+
+
+def test_reviewed_stages_are_added_up_and_none_are_refused():
+    student, teacher = MAPS[:, :1], MAPS[:, 1:]
+    wanted = sum(float(LOSSES["hcl"](*pair)) for pair in zip(student, teacher, strict=True))
+    assert float(LOSSES["reviewkd"](list(student), list(teacher))) == pytest.approx(wanted, rel=1e-14)
+    with pytest.raises(ShapeError, match=r"A side gives no arrays\. Give at least one: stages are compared"):
+        LOSSES["reviewkd"]([], [])

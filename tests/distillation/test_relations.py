@@ -276,3 +276,19 @@ def test_samples_close_together_and_far_from_the_others_are_told_apart_in_32_bit
     assert value == pytest.approx(wanted, rel=1e-4, abs=1e-9)
     # A leg of 1 beside one of 600 costs three of the seven digits of a cosine.
     assert float((slope - slope_of).norm() / slope_of.norm()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("cc-kernel", {"order": -1}, "`order` is -1; a whole number of at least 1"),
+        ("cc-kernel", {"order": 0}, "`order` is 0; a whole number of at least 1"),
+        ("cc-kernel", {"gamma": -1}, "`gamma` is -1; a number above 0"),
+        ("rkd", {"distance_weight": -1}, "`distance_weight` is -1; a number of at least 0"),
+        ("rkd", {"angle_weight": -1}, "`angle_weight` is -1; a number of at least 0"),
+        ("pkt", {"eps": -1}, "`eps` is -1; a number of at least 0"),
+    ],
+)
+def test_options_of_relations_that_are_none_are_refused(name, options, sentence):
+    with pytest.raises(UsageError, match=f"{sentence} is needed"):
+        LOSSES[name](es, et5, **options)

@@ -25,8 +25,8 @@ from kirsch.distillation.arrays import (
     same_size,
 )
 from kirsch.distillation.losses.logits import check_temperature
-from kirsch.distillation.losses.loss import check_convention, loss
-from kirsch.errors import ShapeError
+from kirsch.distillation.losses.loss import check_above, check_at_least, check_convention, check_whole, loss
+from kirsch.errors import ShapeError, UsageError
 
 STANDARD_MARGIN = -math.sqrt(2 / math.pi)
 """Mean of the negative half of a standard normal distribution, as a channel has it that batch normalization begins."""
@@ -58,7 +58,7 @@ def attention_transfer(student: Any, teacher: Any, *, power: float = 2.0, conven
 
     Args:
         student, teacher: shape (N, C, H, W), floating; channels and sizes may differ, the larger map is averaged.
-        power: what an activation is raised to before channels are averaged.
+        power: > 0; what an activation is raised to before channels are averaged.
         convention: "mean" is the squared difference, averaged over samples and places, as the authors' code and
             RepDistiller have it; "paper" is the length of the difference, averaged over samples, as equation 2 and
             torchdistill have it, which is larger by one to two powers of ten.
@@ -68,12 +68,14 @@ def attention_transfer(student: Any, teacher: Any, *, power: float = 2.0, conven
 
     Raises:
         ShapeError: these are no maps, or not of the same samples.
+        UsageError: the power is not above 0.
         UnknownNameError: there is no such convention.
 
     Source: Zagoruyko, Komodakis 2017, arXiv:1612.03928, equation 2. Weight 1000 on the last layer of each stage, for
         either convention (RepDistiller, torchdistill).
     """
     check_convention(convention, ("mean", "paper"))
+    check_above(0, power=power)
     check_maps(student, teacher)
     student, teacher = same_size(student, teacher)
     squares = (_activity(student, power) - _activity(teacher, power)) ** 2
@@ -131,12 +133,14 @@ def activation_boundary(student: Any, teacher: Any, *, margin: float = 1.0, conv
 
     Raises:
         ShapeError: the shapes differ.
+        UsageError: the margin is not above 0.
         UnknownNameError: there is no such convention.
 
     Source: Heo et al. 2019, arXiv:1811.03233, the alternative loss. Weight 2^(i - n + 1) for stage i of n, in a
         phase of its own before other training (RepDistiller: 30 epochs).
     """
     check_convention(convention, ("repdistiller", "torchdistill"))
+    check_above(0, margin=margin)
     check_maps(student, teacher)
     same_shape(student, teacher, "maps")
     missed = namespace(student).where(teacher > 0, margin - student, student + margin).clip(min=0)
@@ -153,8 +157,8 @@ def factor_transfer(
     Args:
         student, teacher: factors, or the maps themselves, shape (N, C, H, W), floating; sizes may differ for
             "repdistiller", the larger is averaged.
-        power: 1 or 2 in the paper.
-        activity_power: what "repdistiller" raises an activation to before it averages channels.
+        power: > 0; 1 or 2 in the paper.
+        activity_power: > 0; what "repdistiller" raises an activation to before it averages channels.
         convention: "repdistiller" compares where factors are active, with their channels averaged as in "at"; "paper"
             compares all values of a factor, as torchdistill and mmrazor do.
 
@@ -163,11 +167,13 @@ def factor_transfer(
 
     Raises:
         ShapeError: channels differ, or, for "paper", sizes.
+        UsageError: a power is not above 0.
         UnknownNameError: there is no such convention.
 
     Source: Kim et al. 2018, arXiv:1802.04977. Weight 200 (RepDistiller).
     """
     check_convention(convention, ("repdistiller", "paper"))
+    check_above(0, power=power, activity_power=activity_power)
     check_maps(student, teacher)
     if convention == "paper":
         same_shape(student, teacher, "factors")
@@ -196,6 +202,7 @@ def overhaul(student: Any, teacher: Any, *, margin: Any = STANDARD_MARGIN, conve
 
     Raises:
         ShapeError: the shapes differ, or there is another number of margins than of channels.
+        UsageError: a margin is above 0.
         UnknownNameError: there is no such convention.
 
     Source: Heo et al. 2019, arXiv:1904.01866, margin ReLU and partial L2. Weight 1e-3 for CIFAR, 1e-4 for ImageNet,
@@ -205,7 +212,10 @@ def overhaul(student: Any, teacher: Any, *, margin: Any = STANDARD_MARGIN, conve
     check_maps(student, teacher)
     same_shape(student, teacher, "maps")
     xp = namespace(student)
-    target = xp.maximum(teacher, _by_channel(like(margin, teacher), teacher.shape[1], "margin"))
+    floor = _by_channel(like(margin, teacher), teacher.shape[1], "margin")
+    if not bool((floor <= 0).all()):
+        raise UsageError(f"`margin` is {margin}; numbers of at most 0 are needed.")
+    target = xp.maximum(teacher, floor)
     charged = (teacher > 0) | (student > target)
     squares = xp.where(charged, student - target, xp.zeros_like(student)) ** 2
     total = squares.sum() / len(student)
@@ -255,12 +265,15 @@ def hierarchical_context(student: Any, teacher: Any, *, sizes: tuple[int, ...] =
 
     Raises:
         ShapeError: the shapes differ.
+        UsageError: a size is none.
 
     Source: Chen et al. 2021, arXiv:2104.09044. Weight 5 for CIFAR, 1 for ImageNet, 8 from ResNet-50 to MobileNet,
         with a warm-up of 20 epochs on CIFAR.
     """
     check_maps(student, teacher)
     same_shape(student, teacher, "maps")
+    for size in sizes:
+        check_whole(1, size=size)
     difference = student - teacher  # averages of the difference are differences of the averages
     total, weights = (difference * difference).mean(), 1.0
     weight = 1.0
@@ -309,16 +322,18 @@ def pearson(student: Any, teacher: Any, *, eps: float = 1e-6) -> Any:
 
     Args:
         student, teacher: shape (N, C, H, W), floating.
-        eps: added to the standard deviation.
+        eps: >= 0, added to the standard deviation.
 
     Returns:
         Scalar, >= 0; 0 when every channel agrees up to scale and offset.
 
     Raises:
         ShapeError: the shapes differ.
+        UsageError: `eps` is below 0.
 
     Source: Cao et al. 2022, arXiv:2207.02039. Weight 6 in detection, 10 in three dimensions (mmrazor).
     """
+    check_at_least(0, eps=eps)
     check_maps(student, teacher)
     same_shape(student, teacher, "maps")
     first, second = (
@@ -380,23 +395,31 @@ def variational(student: Any, teacher: Any, *, variance: float = 5.0, eps: float
             variance; or the mean alone.
         teacher: shape (N, C, H, W), floating; takes no gradient, though the student's side is learned.
         variance: > eps; of every channel where the mean comes alone: what training starts from.
-        eps: the smallest variance.
+        eps: > 0, the smallest variance.
 
     Returns:
         Scalar, of any sign: (mean - teacher)² / variance / 2 + log(variance) / 2.
 
     Raises:
         ShapeError: the mean has another shape than the teacher, or there are more or fewer scales than channels.
+        UsageError: the variance is not above `eps`, or that not above 0.
 
     Source: Ahn et al. 2019, arXiv:1904.05835. Weight 1; the mean by three convolutions of 1 × 1 (RepDistiller).
     """
     teacher = constant(teacher)
+    check_above(0, eps=eps)
+    check_above(eps, variance=variance)
     if isinstance(student, dict):
         mean, scale = student["mean"], student["scale"]
     else:
-        mean, scale = student, like([math.log(math.expm1(variance - eps))], student)
+        mean, scale = student, like([_scale_of(variance - eps)], student)
     check_maps(mean, teacher)
     same_shape(mean, teacher, "maps")
     scale = _by_channel(scale, teacher.shape[1], "scale")
     spread = eps - log_sigmoid(-scale)
     return 0.5 * ((mean - teacher) ** 2 / spread + namespace(spread).log(spread)).mean()
+
+
+def _scale_of(variance: float) -> float:
+    """The number of which log(1 + exp(number)) is the variance."""
+    return variance + math.log(-math.expm1(-variance))  # the exponential of a large variance would overflow

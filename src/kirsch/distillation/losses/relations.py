@@ -17,7 +17,7 @@ from kirsch.distillation.arrays import (
     typed,
 )
 from kirsch.distillation.losses.logits import check_temperature
-from kirsch.distillation.losses.loss import check_convention, loss
+from kirsch.distillation.losses.loss import check_above, check_at_least, check_convention, check_whole, loss
 from kirsch.errors import UnknownNameError
 
 KERNELS = ("bilinear", "gaussian")
@@ -116,10 +116,12 @@ def relational(
 
     Raises:
         ShapeError: the numbers of samples differ.
+        UsageError: a weight is below 0.
 
     Source: Park et al. 2019, arXiv:1904.05068. Weights 25 and 50 on the pooled feature (RepDistiller); 1 and 2
         (torchdistill, the paper).
     """
+    check_at_least(0, distance_weight=distance_weight, angle_weight=angle_weight)
     distances = relational_distance(student, teacher, unit=unit)
     return distance_weight * distances + angle_weight * relational_angle(student, teacher, unit=unit)
 
@@ -175,17 +177,19 @@ def probabilistic(student: Any, teacher: Any, *, eps: float = 1e-7) -> Any:
 
     Args:
         student, teacher: shape (N, ...), floating; widths may differ.
-        eps: added to lengths and probabilities.
+        eps: >= 0, added to lengths and probabilities.
 
     Returns:
         Scalar, >= 0 up to rounding; 0 when the cosines agree.
 
     Raises:
         ShapeError: the numbers of samples differ.
+        UsageError: `eps` is below 0.
 
     Source: Passalis, Tefas 2018, arXiv:1803.10837, with the cosine kernel. Weight 30000 on the pooled feature
         (RepDistiller): the mean over pairs, not over samples, makes it so large.
     """
+    check_at_least(0, eps=eps)
     same_samples(student, teacher)
     first, second = (_probabilities(flat(part), eps) for part in (student, teacher))
     log = namespace(first).log
@@ -238,7 +242,7 @@ def kernel_correlation(
     Args:
         student, teacher: shape (N, ...), floating; scaled to length 1 here. Widths may differ.
         kernel: "gaussian", exp(-gamma |x - y|²) by its Taylor series in x · y, or "bilinear", x · y.
-        gamma, order: of the Gaussian: > 0, and the highest power in the series.
+        gamma, order: of the Gaussian: > 0, and the highest power in the series, >= 1.
         convention: "paper", or "torchdistill": the length of the difference divided by N².
 
     Returns:
@@ -246,11 +250,14 @@ def kernel_correlation(
 
     Raises:
         ShapeError: the numbers of samples differ.
+        UsageError: gamma or the order is out of range.
         UnknownNameError: there is no such kernel or convention.
 
     Source: Peng et al. 2019, arXiv:1904.01802, section 3; gamma 0.4, order 2, weight 0.003 there.
     """
     check_convention(convention, ("paper", "torchdistill"))
+    check_above(0, gamma=gamma)
+    check_whole(1, order=order)
     if kernel not in KERNELS:
         raise UnknownNameError("kernel", kernel, KERNELS)
     same_samples(student, teacher)

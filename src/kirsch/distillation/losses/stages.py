@@ -6,9 +6,9 @@ from itertools import pairwise
 from typing import Any
 
 from kirsch.distillation.arrays import check_maps, constant, namespace, normalized, root, same_shape, same_size
-from kirsch.distillation.losses.loss import check_convention, loss
+from kirsch.distillation.losses.loss import check_convention, check_whole, loss
 from kirsch.distillation.losses.maps import hierarchical_context
-from kirsch.errors import ShapeError
+from kirsch.errors import ShapeError, UsageError
 
 SPARE = 3
 """How many more directions of the student are looked through for those of the teacher, as RepDistiller does."""
@@ -98,7 +98,7 @@ def singular_vectors(student: Any, teacher: Any, *, count: int = 1, convention: 
 
     Args:
         student, teacher: maps of two or more stages, shape (N, C, H, W) each, floating; sizes may differ.
-        count: how many directions of the teacher are compared.
+        count: >= 1; how many directions of the teacher are compared.
         convention: a singular vector has no sign of its own, and the kernel sees the sign. "signed" makes the largest
             entry of each of the teacher's positive; "repdistiller" keeps what the linear algebra at hand gives, so that
             the value is that of a machine; "mdistiller" does too, and takes the width of the map where the channels
@@ -110,16 +110,21 @@ def singular_vectors(student: Any, teacher: Any, *, count: int = 1, convention: 
     Raises:
         ShapeError: there are fewer than two stages, or other stages, samples or channels than the teacher has; for
             "mdistiller", another width.
+        UsageError: a map has fewer directions than are compared.
         UnknownNameError: there is no such convention.
 
     Source: Lee, Kim, Song 2018, "Self-supervised knowledge distillation using singular value decomposition", as
         RepDistiller computes it. Weight 1 (RepDistiller).
     """
     check_convention(convention, ("signed", "repdistiller", "mdistiller"))
+    check_whole(1, count=count)
     _check_stages(student, teacher)
     if convention == "mdistiller":
         for own, its in zip(student, teacher, strict=True):
             same_shape(own[:, :, 0], its[:, :, 0], "rows of maps")
+    most = min(min(_matrix(part, convention).shape[1:]) for part in (*student, *teacher))
+    if count > most:
+        raise UsageError(f"`count` is {count}; the smallest map has {most} directions.", mend=f"Choose at most {most}.")
     stages = [_directions(*pair, count, convention) for pair in zip(student, teacher, strict=True)]
     total = 0.0
     for before, after in pairwise(stages):
@@ -196,7 +201,8 @@ def reviewed(student: Any, teacher: Any, *, sizes: tuple[int, ...] = (4, 2, 1)) 
         Scalar, >= 0; 0 when all maps agree.
 
     Raises:
-        ShapeError: the shapes of a stage differ, or one has more stages.
+        ShapeError: the shapes of a stage differ, one has more stages, or there are none.
+        UsageError: a size is none.
 
     Source: Chen et al. 2021, arXiv:2104.09044, equation 6.
     """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from kirsch.distillation.arrays import (
     blank,
     constant,
@@ -16,14 +18,15 @@ from kirsch.distillation.arrays import (
     mean_over,
     namespace,
     relative,
+    rows_that_count,
     same_shape,
     taken,
     typed,
     wide,
 )
 from kirsch.distillation.losses.logits import check_temperature
-from kirsch.distillation.losses.loss import loss
-from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
+from kirsch.distillation.losses.loss import check_whole, loss
+from kirsch.errors import DataError, ShapeError, UnknownNameError
 
 
 @loss("top-k")
@@ -51,7 +54,7 @@ def top_k(
 
     Raises:
         ShapeError: the shapes differ.
-        UsageError: k is below 1, or the temperature is not above 0.
+        UsageError: k is no whole number of at least 1, or the temperature is not above 0.
         UnknownNameError: there is no such tail.
         DataError: the mask is false everywhere.
 
@@ -61,8 +64,7 @@ def top_k(
     """
     check_temperature(temperature)
     same_shape(student, teacher)
-    if k < 1:
-        raise UsageError(f"k is {k}; at least one class is needed.")
+    check_whole(1, k=k)
     log_t = log_softmax(blank(teacher, mask) / temperature)
     columns = largest(log_t, min(k, log_t.shape[-1]))
     log_tail = None
@@ -105,7 +107,7 @@ def stored_top_k(
         ShapeError: the shapes do not fit together.
         UsageError: a temperature is not above 0.
         UnknownNameError: there is no such tail.
-        DataError: a class is none of the student's, or the mask is false everywhere.
+        DataError: a class is none of the student's, or twice in a row, or the mask is false everywhere.
 
     Source: as for `top_k`.
     """
@@ -121,8 +123,8 @@ def stored_top_k(
         )
     student, log_p, log_tail = wide(student), constant(wide(log_probabilities)), constant(wide(log_tail))
     with full_precision(student):
+        _check_classes(rows_that_count(indices, mask), student.shape[-1])
         indices, log_p, log_tail = (blank(part, mask) for part in (indices, log_p, log_tail))
-        _check_classes(indices, student.shape[-1])
         log_p, log_tail = typed(log_p, student), typed(log_tail, student)
         if temperature != stored_temperature:
             log_p, log_tail = _softened(log_p, log_tail, stored_temperature / temperature)
@@ -137,6 +139,14 @@ def _check_classes(indices: Any, classes: int) -> None:
             f"The store names class {lowest if lowest < 0 else highest}.",
             f"The student has {classes} classes, so they go from 0 to {classes - 1}.",
             "Look whether the store is of a teacher with the same classes, and its indices of enough bits.",
+        )
+    ordered = np.sort(indices, axis=-1) if namespace(indices) is np else indices.long().sort(-1).values
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    if bool(twice.any()):
+        raise DataError(
+            f"The store names class {int(ordered[:, 1:][twice][0])} twice for one sample.",
+            "It would count twice.",
+            "Build the store anew.",
         )
 
 
