@@ -349,6 +349,14 @@ def test_keras_raises_tiny_probabilities(framework):
     assert found == pytest.approx((math.log(0.5) - math.log(1e-7)) / 2 + math.log(0.5) / 2, rel=1e-14)
 
 
+@both
+def test_keras_raises_tiny_probabilities_of_the_teacher_too(framework):
+    """The teacher gives the first class e^-40, and the student a half: 1e-7 (log 1e-7 - log(1/2)) + log 2."""
+    student, teacher = framework(np.zeros((1, 2))), framework(np.array([[-40.0, 0.0]]))
+    found = float(soft_target(student, teacher, convention="keras"))
+    assert found == pytest.approx(1e-7 * (math.log(1e-7) - math.log(0.5)) + math.log(2), rel=1e-14)
+
+
 def test_an_unknown_convention_is_answered_with_the_nearest():
     with pytest.raises(UnknownNameError, match=r"no convention 'mdistil'\. Known: deit, .* mean 'mdistiller'"):
         soft_target(z_s, z_t, convention="mdistil")

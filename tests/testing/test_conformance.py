@@ -158,6 +158,29 @@ BAD_LOSSES = [
         lambda s, t, temperature: squared(s, t).mean(),
         "32 bits are needed",
     ),
+    (  # 100 is far beside the differences, in 8 bits
+        "check_loss_is_finite_in_half_precision",
+        lambda s, t, temperature: squared(s + 100, t + 100).float().mean(),
+        r"the loss of torch.bfloat16 values is .*; in 64 bits it is",
+    ),
+    (  # of the right value, and of a slope that is half too long
+        "check_loss_is_finite_in_half_precision",
+        lambda s, t, temperature: (
+            (1.5 if s.dtype.itemsize == 2 else 1.0)
+            * (squared(s.float(), t.float()).mean() - constant(squared(s.float(), t.float()).mean()))
+        ),
+        r"the gradient of torch.bfloat16 values is .* from that in 64 bits",
+    ),
+    (  # 1e4 to the tenth power is beyond 32 bits
+        "check_loss_is_finite_for_huge_values",
+        lambda s, t, temperature: (squared(s, t).mean() + 1e-3) ** 5,
+        "the loss of huge torch.float32 values is inf",
+    ),
+    (
+        "check_masked_positions_contribute_nothing",
+        lambda s, t, temperature, mask: soft_target(s, t, mask=mask if s.ndim == 2 else None),
+        r"with 0\.0 under the mask the loss is",
+    ),
     (
         "check_masked_positions_contribute_nothing",
         lambda s, t, temperature, mask: (squared(s, t) * mask).sum() / mask.sum(),

@@ -43,6 +43,9 @@ SHAPES: dict[str, Any] = {
 }
 """Of one side, for each kind of values."""
 
+SEQUENCES = (3, 4, 7)
+"""Of scores whose samples are positions, of which a mask may hide some."""
+
 
 def check_loss_is_a_finite_scalar(loss: Loss) -> None:
     """One finite number comes back, of no axes, in numpy and in PyTorch."""
@@ -124,7 +127,11 @@ def check_numpy_and_pytorch_agree(loss: Loss) -> None:
 
 
 def check_loss_is_finite_for_huge_values(loss: Loss) -> None:
-    """Values of ±10,000, for and against the teacher, overflow nothing: neither the loss nor its gradient."""
+    """Values of ±10,000, for and against the teacher, overflow neither the loss nor its gradient, of 64 to 16 bits.
+
+    A gradient of float16 is not asked for: that of a product of such values is none of its numbers.
+    """
+    torch = namespace(_tensors(np.zeros(1)))
     random = np.random.default_rng(2)
     signs = each(lambda part: random.choice([-1.0, 1.0], part.shape), _values(loss)[0])
     huge, against = each(lambda part: 1e4 * part, signs), each(lambda part: -1e4 * part, signs)
@@ -134,10 +141,26 @@ def check_loss_is_finite_for_huge_values(loss: Loss) -> None:
             assert np.isfinite(found), f"the loss of huge values is {found}"
             for _, gradient in _parts(student, _gradient(loss, student, teacher, options)):
                 assert np.isfinite(gradient).all(), "the gradient for huge values is not finite"
+    for dtype, options in itertools.product((torch.float32, torch.bfloat16, torch.float16), _options(loss)):
+        for sides in ((huge, against), (huge, huge), (huge, signs)):
+            student, teacher = (_rounded(_tensors(side), dtype) for side in sides)
+            each(lambda part: part.requires_grad_(), student)
+            charge = loss(student, teacher, **_like(options, student))
+            found = float(charge.detach())
+            assert np.isfinite(found), f"the loss of huge {dtype} values is {found}"
+            if dtype != torch.float16:
+                charge.backward()
+                grads = [part.grad for part, _ in _parts(student, student) if part.grad is not None]
+                assert all(bool(torch.isfinite(grad).all()) for grad in grads), (
+                    f"the gradient for huge {dtype} values is not finite"
+                )
 
 
 def check_loss_is_finite_in_half_precision(loss: Loss) -> None:
-    """Ordinary values of 16 bits, under autocast, give a finite loss and gradient, near those of 64 bits."""
+    """Ordinary values of 16 bits, under autocast, give a finite loss and gradient, near those of 64 bits.
+
+    The same values, in 64 bits: what they lost when they were rounded is not asked for.
+    """
     torch = namespace(_tensors(np.zeros(1)))
     for dtype in (torch.bfloat16, torch.float16):
         for options in _options(loss):
@@ -152,15 +175,34 @@ def check_loss_is_finite_in_half_precision(loss: Loss) -> None:
             assert all(bool(torch.isfinite(part.grad).all()) for part, _ in _parts(student, student)), (
                 f"the gradient of {dtype} values is not finite"
             )
+            exact, its = (_rounded(side, torch.float64) for side in (each(lambda p: p.detach(), student), teacher))
+            wanted = float(loss(exact, its, **_like(options, exact)))
+            # 32 bits hold 7 digits, of which sums and differences of a few dozen values may cost 3.
+            assert abs(value - wanted) <= 1e-4 * max(1.0, abs(wanted)), (
+                f"the loss of {dtype} values is {value}; in 64 bits it is {wanted}"
+            )
+            slopes = _gradient(loss, each(lambda part: part.numpy(), exact), each(np.asarray, its), options)
+            for (part, _), (slope, _) in zip(_parts(student, student), _parts(slopes, slopes), strict=True):
+                apart = np.linalg.norm(np.asarray(part.grad.double()) - slope)
+                # The gradient itself has the 8 bits of a bfloat16.
+                assert apart <= 1e-2 * np.linalg.norm(slope) + 1e-6, (
+                    f"the gradient of {dtype} values is {apart} from that in 64 bits, of length {np.linalg.norm(slope)}"
+                )
 
 
 def check_masked_positions_contribute_nothing(loss: Loss) -> None:
     """Where a loss takes a mask, what lies under it, even NaN, changes neither the loss nor the gradient."""
     if "mask" not in given_to(loss):
         return
-    student, teacher = _values(loss)
-    mask = _mask(loss)
-    for plain in _options(loss):
+    shapes: list[Any] = [None, SEQUENCES] if getattr(loss, "takes", "scores") == "scores" else [None]
+    for shape in shapes:
+        _check_masked(loss, shape)
+
+
+def _check_masked(loss: Loss, shape: Any) -> None:
+    student, teacher = _values(loss, shape)
+    mask = _mask(loss, shape)
+    for plain in _options(loss, shape):
         options = {**plain, "mask": mask}
         wanted = float(loss(student, teacher, **options))
         slope = _gradient(loss, student, teacher, options)
@@ -281,7 +323,7 @@ LOSS_CHECKS: tuple[Callable[[Loss], None], ...] = (
 )
 
 
-def _values(loss: Loss) -> tuple[Any, Any]:
+def _values(loss: Loss, shape: Any = None) -> tuple[Any, Any]:
     """A student's and a teacher's values, float64, of ordinary size, of the kind that the loss takes."""
     random = np.random.default_rng(0)
 
@@ -296,19 +338,20 @@ def _values(loss: Loss) -> tuple[Any, Any]:
         """Center and size as shares of the image; a box has an area, and touches others."""
         return random.uniform(0.2, 0.6, shape)
 
-    shape = SHAPES[getattr(loss, "takes", "scores")]
+    shape = shape or SHAPES[getattr(loss, "takes", "scores")]
     return drawn(shape, 2.0), drawn(shape, 3.0)
 
 
-def _mask(loss: Loss) -> Any:
+def _mask(loss: Loss, shape: Any = None) -> Any:
     """True for some samples or positions: (N,) of scores and features, (N, L) of what has positions."""
-    shape = first_of(_values(loss)[0]).shape
+    takes, shape = getattr(loss, "takes", "scores"), first_of(_values(loss, shape)[0]).shape
     whole = {
         "attention": (shape[0], shape[-1]),
         "pixels": (shape[0], *shape[2:]),
         "tokens": shape[:2],
         "relations": shape[:2],
-    }.get(getattr(loss, "takes", "scores"), shape[:1])
+        "scores": shape[:-1],
+    }.get(takes, shape[:1])
     mask = np.random.default_rng(4).random(whole) < 0.6  # noqa: PLR2004 - a little more than half of them
     mask.reshape(-1)[0] = True
     return mask
@@ -323,11 +366,11 @@ def _counted(over: str, loss: Loss, mask: Any, samples: int) -> int:
     return samples if over == "samples" and getattr(loss, "takes", "scores") in TOKEN_KINDS else int(mask.sum())
 
 
-def _options(loss: Loss) -> Iterator[dict[str, Any]]:
+def _options(loss: Loss, shape: Any = None) -> Iterator[dict[str, Any]]:
     """The keywords to call a loss with: each temperature, and what a training step gives."""
     given: dict[str, Any] = {}
     if "labels" in given_to(loss):
-        shape = first_of(_values(loss)[0]).shape
+        shape = first_of(_values(loss, shape)[0]).shape
         random = np.random.default_rng(5)
         numbers = getattr(loss, "takes", "scores") == "values"
         given["labels"] = random.standard_normal(shape) if numbers else random.integers(0, shape[-1], shape[:-1])
