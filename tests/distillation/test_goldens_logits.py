@@ -31,7 +31,10 @@ PLAIN = {
         ("NeuralCompressor KL*T^2 (mean) {}", "neural-compressor"),
     )
 }
-SQUARED = {f"KD/TextBrewer kd_mse_loss T={t}": ("logit-l2", {}, 1 / (K * t**2)) for t in (1.0, 4.0)}
+SQUARED = {
+    f"KD/TextBrewer kd_mse_loss T={t}": ("logit-l2", {"temperature": t, "convention": "textbrewer"}, 1)
+    for t in (1.0, 4.0)
+}
 DECOUPLED = {
     f"DKD/{name} T={t}": ("dkd", {"labels": y, "alpha": 1.0, "beta": 8.0, "temperature": t}, factor)
     for t in (1.0, 4.0)

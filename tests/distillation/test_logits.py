@@ -215,6 +215,7 @@ VARIANTS = {
     "kd textbrewer": with_options("kd", convention="textbrewer"),
     "kd modelopt": with_options("kd", convention="modelopt"),
     "dkd standardized": with_options("dkd", standardize=True),
+    "logit-l2 textbrewer": with_options("logit-l2", convention="textbrewer"),
     "dist torchdistill": with_options("dist", convention="torchdistill"),
     "dist mmrazor": with_options("dist", convention="mmrazor"),
     "jsd 0": with_options("jsd", beta=0.0),

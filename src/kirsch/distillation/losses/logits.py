@@ -133,15 +133,18 @@ def hard_teacher(student: Any, teacher: Any, *, mask: Any = None) -> Any:
 
 
 @loss("logit-l2", activation="identity")
-def squared_logits(student: Any, teacher: Any, *, mask: Any = None) -> Any:
+def squared_logits(
+    student: Any, teacher: Any, *, temperature: float = 1.0, convention: str = "kirsch", mask: Any = None
+) -> Any:
     """Squared distance of the scores, summed over classes, averaged over samples or positions.
 
-    It knows no temperature: (z_s / T - z_t / T)² T² is the same for each T. TextBrewer's `kd_mse_loss`, a mean over
-    classes without T², is this divided by K T².
+    A temperature moves it only where the convention leaves out T²: (z_s / T - z_t / T)² T² is the same for each T.
 
     Args:
         student, teacher: scores, shape (N, K) or (N, L, K), floating, or (N,) of one score a sample; the teacher takes
             no gradient.
+        temperature: > 0.
+        convention: "textbrewer", its `kd_mse_loss`, is a mean over classes without T²: K T² times smaller.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
@@ -149,13 +152,18 @@ def squared_logits(student: Any, teacher: Any, *, mask: Any = None) -> Any:
 
     Raises:
         ShapeError: the shapes differ.
+        UsageError: the temperature is not above 0.
+        UnknownNameError: there is no such convention.
         DataError: the mask is false everywhere.
 
     Source: Ba, Caruana 2014, arXiv:1312.6184, equation 1 (with a half); Kim et al. 2021, arXiv:2105.08919, equation 2.
     """
+    check_temperature(temperature)
+    check_convention(convention, ("kirsch", "textbrewer"))
     same_shape(student, teacher)
     apart = blank(student, mask) - blank(teacher, mask)
-    return mean_over((apart * apart).sum(-1), mask)
+    charge = mean_over((apart * apart).sum(-1), mask)
+    return charge / (student.shape[-1] * temperature**2) if convention == "textbrewer" else charge
 
 
 @loss("pixel-kd", takes="pixels")
