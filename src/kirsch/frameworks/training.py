@@ -158,7 +158,7 @@ class TrainingState:
     Args:
         arrays: numpy arrays by name: parameters, buffers, optimizer state ("optimizer." ...), states of a loader's own
             generators.
-        values: JSON-able: epoch, batches done in it, sums over them, history, shares of the first batch.
+        values: JSON-able: epoch, batches done in it, sums over them, history, shares of the first batch, settings.
     """
 
     arrays: dict[str, Any]

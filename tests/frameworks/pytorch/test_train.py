@@ -382,6 +382,32 @@ def test_a_state_of_another_model_is_refused():
             trained(model=model, resume=states[0])
 
 
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"optimizer": "adamw"}, "optimizer is 'adamw', and was 'sgd'"),
+        ({"ema": 0.9}, "ema is 0.9, and was None"),
+        ({"seed": 4, "learning_rate": 0.5}, "learning_rate is 0.5, and was 0.1; seed is 4, and was 0"),
+        ({"milestones": (0.2,)}, r"milestones is \[0\.2\], and was \[0\.5, 0\.75\]"),
+        ({"epochs": 5}, "epochs is 5, and was 3"),
+    ],
+)
+def test_a_state_is_not_gone_on_from_with_other_settings(changed, sentence):
+    states, settings = [], {"epochs": 3, "learning_rate": 0.1}
+    trained(training=Training(**settings), save=states.append)
+    state = TrainingState(states[0].arrays, json.loads(json.dumps(states[0].values)))
+    sentence = rf"The run was begun with other settings: {sentence}\. .* the schedule follows"
+    with pytest.raises(CheckpointError, match=sentence):
+        trained(training=Training(**settings | changed), resume=state)
+
+
+def test_a_state_is_not_gone_on_from_with_other_batches():
+    states = []
+    trained(save=states.append)
+    with pytest.raises(CheckpointError, match=r"other settings: batches of an epoch is 2, and was 4\."):
+        trained(batches(7), resume=states[0])
+
+
 def test_a_stop_saves_once_and_raises_what_it_was_given():
     states, error = [], Interrupted("enough")
     with pytest.raises(Interrupted, match="enough") as caught:

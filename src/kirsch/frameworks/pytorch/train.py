@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import itertools
 import math
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,7 +58,8 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
         NumericError: a loss term gives no gradient on the first batch of an epoch, or numbers are not finite.
         DataError: an epoch has no batches, none of the targets of a step counts, or the schedule needs to know how many
             batches there are and the data cannot say.
-        CheckpointError: the state to go on from is of another model.
+        CheckpointError: the state to go on from is of another model, or of other settings, the number of epochs
+            included, since the schedule follows from it.
         UsageError: no parameter of the model is to be trained, this machine lacks the precision, or each process has
             other batches.
         Stopped: `hooks.stop` asked for it; `hooks.save` has been called.
@@ -74,7 +75,7 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
     return Trained(run.result().to(home).eval(), run.history, run.first_batch)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Part:
     """What a process takes of a batch, and whether that is the whole batch, which the others take as well."""
 
@@ -340,10 +341,32 @@ class _Run:
         arrays |= {f"generator.{number}": _array(state) for number, state in enumerate(self.draws)}
         values = {"epoch": self.epoch, "batch": self.batch, "sums": self.sums, "history": self.history}
         values |= {"first_batch": self.first_batch, "shares": self.shares, "loss": self.loss.state()}
+        values["settings"] = self._settings()
         return TrainingState(arrays, copy.deepcopy(values))
+
+    def _settings(self) -> dict[str, Any]:
+        """What a run must have kept to go on, JSON-able."""
+        stated = {n: list(v) if isinstance(v, tuple) else v for n, v in dataclasses.asdict(self.training).items()}
+        return {**stated, "batches of an epoch": self.length}
+
+    def _require_settings(self, state: TrainingState) -> None:
+        before = state.values.get("settings", {})
+        other = [
+            f"{name} is {now!r}, and was {before[name]!r}"
+            for name, now in self._settings().items()
+            if name in before and before[name] != now
+        ]
+        if other:
+            raise CheckpointError(
+                f"The run was begun with other settings: {'; '.join(other)}.",
+                "The optimizer and the order of the samples follow from them, and the schedule follows the number of "
+                "epochs, too.",
+                "Go on with those, or start the run anew.",
+            )
 
     def _restore(self, state: TrainingState) -> None:
         _take_up(self.pupil, state, "model.")
+        self._require_settings(state)
         if self.average is not None:
             _take_up(self.average.model, state, "average.")
         entries: dict[int, dict[str, torch.Tensor]] = {}
