@@ -267,6 +267,13 @@ def test_a_checkpoint_without_adapters_is_refused(tmp_path):
         trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+def test_a_checkpoint_of_another_objective_is_refused(tmp_path):
+    """Of one without adapters, beside which the optimizer has fewer groups."""
+    trainer(tmp_path, objective=Objective.preset("causal"), save_strategy="steps", save_steps=1).train()
+    with pytest.raises(CheckpointError, match="The state holds other adapters than this distiller: joint"):
+        trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+
+
 def test_a_step_whose_targets_are_all_masked_is_refused(tmp_path):
     rows = [{**row, "labels": torch.full((LENGTH,), -100)} for row in texts()]
     with pytest.raises(DataError, match="All targets of step 1 are masked"):

@@ -231,13 +231,14 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
             save_file(adapters, Path(output_dir) / STATE, metadata={"state": json.dumps(state)})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:  # first, since the optimizer cannot say whose parameters it lacks
+            self._load_distiller(Path(checkpoint) / STATE)
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / STATE
+
+    def _load_distiller(self, path: Path) -> None:
         if not path.is_file():
             raise CheckpointError(
-                f"{checkpoint} has no {STATE}.",
+                f"{path.parent} has no {STATE}.",
                 "It was saved with save_only_model=True, or by a Trainer that does not distil.",
                 "Start anew from the student in it: from_pretrained, without resume_from_checkpoint.",
             )
