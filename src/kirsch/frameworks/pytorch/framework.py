@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from kirsch.errors import KirschError, LoadError, UnknownNameError, VerificationError, said
+from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, VerificationError, said
+from kirsch.frameworks.data import Batch
 from kirsch.frameworks.pytorch import (
     adapters,
     cohort,
@@ -199,7 +200,19 @@ class PyTorch:
 
     def frozen(self, model: Any, like: Any) -> Any:
         """See the port."""
-        return copy.deepcopy(model).eval().requires_grad_(requires_grad=False).to(predict.device_of(like))
+        try:
+            with torch.no_grad():  # for TorchScript, whose copies would depend on the original
+                own = copy.deepcopy(model).eval()
+        except RuntimeError as error:
+            raise ModelError(
+                f"The teacher, a {type(model).__name__}, cannot be copied.",
+                said(error),
+                "Keep no tensors in it that a forward computed: torch.nn.utils.parametrizations.weight_norm keeps "
+                "none, in place of torch.nn.utils.weight_norm.",
+            ) from error
+        for parameter in own.parameters():  # one by one, as TorchScript wants it
+            parameter.requires_grad = False
+        return own.to(predict.device_of(like))
 
     def train(self, model: Any, batches: Any, loss: Any, training: Training, hooks: TrainingHooks) -> Trained:
         """See the port."""

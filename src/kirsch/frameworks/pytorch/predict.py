@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kirsch.errors import DataError, UsageError
+from kirsch.errors import DataError, UsageError, said
 from kirsch.frameworks.pytorch.outputs import named
 
 if TYPE_CHECKING:
@@ -34,6 +34,32 @@ def copy(inputs: Any) -> Any:
 def copied(inputs: Any) -> Any:
     """Inputs that a model may write into."""
     return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, inputs)
+
+
+def called(model: nn.Module, args: Any, options: Any) -> Any:
+    """What a model puts out.
+
+    Raises:
+        UsageError: it does not run, and its inputs are of another floating type than its parameters.
+    """
+    try:
+        return model(*args, **options)
+    except RuntimeError as error:
+        own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        parts = [part for part in tree_leaves((args, options)) if isinstance(part, torch.Tensor)]
+        given = {part.dtype for part in parts if part.is_floating_point()}
+        if not own or not given or own & given:
+            raise
+        name, types = type(model).__name__, [" and ".join(sorted(map(_plain, found))) for found in (own, given)]
+        raise UsageError(
+            f"{name} computes in {types[0]}, and its inputs are {types[1]}.",
+            said(error),
+            f"Give it inputs of its own type, or bring it to theirs, as {name}.float() does for float32.",
+        ) from error
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager
@@ -113,7 +139,7 @@ def infer(run: Any, inputs: Any) -> Any:
     with torch.no_grad():
         if isinstance(run, nn.Module):
             args, options = arguments(copied(inputs))
-            return logits_of(run(*args, **options))
+            return logits_of(called(run, args, options))
         return run(inputs)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kirsch.errors import NumericError
+from kirsch.errors import NumericError, UsageError
 from kirsch.frameworks.pytorch.adapters import Adapter
 from kirsch.frameworks.pytorch.sites import Watch
 from kirsch.frameworks.sites import at_sites
@@ -105,15 +105,14 @@ def gradient_norms(
 
     Raises:
         NumericError: a part gives the student no gradient.
+        UsageError: the student is checkpointed in a way that gives the gradient of the whole loss alone.
     """
     beside = {id(p) for p in pupil.joints.parameters()}  # a student may hold them too, so that others find them
     parameters = [p for p in pupil.student.parameters() if p.requires_grad and id(p) not in beside]
     norms: dict[str, float] = {}
     for name, part in parts.items():
         found: Sequence[torch.Tensor | None] = (
-            torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
-            if part.requires_grad and parameters
-            else [None] * len(parameters)
+            _gradients(pupil, part, parameters) if part.requires_grad and parameters else [None] * len(parameters)
         )
         if summed is not None:
             found = [summed(p.new_zeros(p.shape) if g is None else g) for p, g in zip(parameters, found, strict=True)]
@@ -122,7 +121,22 @@ def gradient_norms(
             raise NumericError(
                 f"The loss term {name!r} gives the model no gradient.",
                 f"Its value on the first batch of the epoch is {float(part.detach()):.3g}.",
-                "It must be computed from the outputs of the model that is trained.",
+                "It must be computed from the outputs of the model that is trained; what is checkpointed in it needs "
+                "use_reentrant=False.",
             )
         norms[name] = norm
     return norms
+
+
+def _gradients(pupil: Pupil, part: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise UsageError(
+            f"{type(pupil.student).__name__} is checkpointed with use_reentrant=True.",
+            "That way gives the gradient of the whole loss alone, and none of one term.",
+            "Set use_reentrant=False, in models of transformers by "
+            'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).',
+        ) from error

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.outputs import named
-from kirsch.frameworks.pytorch.predict import arguments, copied, inference, logits_of
+from kirsch.frameworks.pytorch.predict import arguments, called, copied, inference, logits_of
 from kirsch.frameworks.sites import Site, pattern
 
 if TYPE_CHECKING:
@@ -64,12 +64,18 @@ class Watch:
         modules = dict(model.named_modules())
         for path in (path for path, _, _ in places if path not in modules):  # before there is any hook
             raise UnknownNameError(f"site in {type(model).__name__}", path, [name for name in modules if name])
+        for path in (path for path, _, _ in places if _closed(modules[path])):
+            raise UsageError(
+                f"{_quoted(path) if path else 'The model'} is TorchScript, which lets nobody look inside.",
+                mend="Take losses on the scores, or give the model that it was made of.",
+            )
         for path, function, given in places:
             if not function:
                 self._hook(modules[path], path, given=given)
         # What modules within call is not the code of the module itself: in training a norm adds to a counter, too.
         for path, module in modules.items() if self._functions else ():
-            if any(not around or f"{path}.".startswith(f"{around}.") for around, _ in self._functions):
+            within = any(not around or f"{path}.".startswith(f"{around}.") for around, _ in self._functions)
+            if within and not _closed(module):
                 self._hook_code(module, path)
 
     def _hook_code(self, module: nn.Module, path: str) -> None:
@@ -147,7 +153,7 @@ class Watch:
         try:
             self._running = True
             with functions:
-                outputs = self.model(*args, **options, **self._options)
+                outputs = called(self.model, args, options | self._options)
             self._settle()
             writes = None in versions or [_version(part) for part in parts] != versions
             if writes and not apart:
@@ -192,7 +198,7 @@ class Watch:
         if not calls:
             raise UsageError(
                 f"{what} in no forward of {type(self.model).__name__}, so {site.text!r} has no value.",
-                mend="Name a place that the forward goes through.",
+                *self._elsewhere(),
             )
         if site.call is None and len(calls) > 1:
             raise UsageError(
@@ -204,6 +210,15 @@ class Watch:
                 f"{what} {len(calls)} times in one forward; there is no call #{site.call}, as they count from 0."
             )
         return calls[site.call or 0]
+
+    def _elsewhere(self) -> tuple[str, str]:
+        """Why a place may not run, and what to do."""
+        if not any(isinstance(module, torch._dynamo.OptimizedModule) for module in self.model.modules()):  # noqa: SLF001 - has no public name
+            return "", "Name a place that the forward goes through."
+        return (
+            "A compiled forward that has run knows of no place to look at.",
+            "Give the model that it was made of. A loop of one's own may compile distiller.pupil, given as through=.",
+        )
 
     def _refuse_function(self, site: Site) -> None:
         """Raise the error for a function that a module does not call itself."""
@@ -246,6 +261,11 @@ def _asked(model: nn.Module, site: Site) -> str:
 def _version(tensor: torch.Tensor) -> int | None:
     """How often a tensor was written into; None where PyTorch does not count."""
     return None if tensor.is_inference() else tensor._version  # noqa: SLF001 - the only witness of a change in place
+
+
+def _closed(module: nn.Module) -> bool:
+    """Whether a module takes no hooks."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _quoted(path: str) -> str:
@@ -329,7 +349,7 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
         try:
             with inference(model), torch.no_grad():
                 args, options = arguments(copied(inputs))
-                count = len(layers_of(model, model(*args, **options, **watch._options), site))  # noqa: SLF001 - of this file
+                count = len(layers_of(model, called(model, args, options | watch._options), site))  # noqa: SLF001 - of this file
         finally:
             watch.close()
         return [text.replace("[*]", f"[{place}]") for place in range(count)]
@@ -360,12 +380,12 @@ def _last_layer(model: nn.Module, inputs: Any) -> str:
     handles = [
         module.register_forward_hook(lambda _m, _a, out, path=path: made.update({path: out}))
         for path, module in model.named_modules()
-        if path and not any(module.children())
+        if path and not any(module.children()) and not _closed(module)
     ]
     try:
         with inference(model), torch.no_grad():
             args, options = arguments(copied(inputs))
-            scores = logits_of(model(*args, **options))
+            scores = logits_of(called(model, args, options))
     finally:
         for handle in handles:
             handle.remove()
@@ -405,11 +425,15 @@ def shapes(model: nn.Module, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
 
         return hook
 
-    handles = [module.register_forward_hook(note(path)) for path, module in model.named_modules() if path]
+    handles = [
+        module.register_forward_hook(note(path))
+        for path, module in model.named_modules()
+        if path and not _closed(module)
+    ]
     try:
         with inference(model), torch.no_grad():
             args, options = arguments(copied(inputs))
-            model(*args, **options)
+            called(model, args, options)
     finally:
         for handle in handles:
             handle.remove()

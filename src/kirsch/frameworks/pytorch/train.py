@@ -466,12 +466,13 @@ def _not_finite(model: nn.Module, inputs: Any, parts: dict[str, Any], epoch: int
 
     def look(path: str) -> Any:
         def hook(_module: nn.Module, _given: Any, out: Any) -> None:
-            if isinstance(out, torch.Tensor) and not torch.isfinite(out).all() and not seen:
-                seen.append(path)
+            tensors = [part for part in tree_leaves(out) if isinstance(part, torch.Tensor)]
+            if not all(torch.isfinite(part).all() for part in tensors) and not seen:
+                seen.append(f"`{path}`" if path else "the model")
 
         return hook
 
-    handles = [m.register_forward_hook(look(path)) for path, m in model.named_modules() if path]
+    handles = [m.register_forward_hook(look(path)) for path, m in model.named_modules()]
     try:
         with torch.no_grad():
             args, options = arguments(copied(inputs))
@@ -480,8 +481,14 @@ def _not_finite(model: nn.Module, inputs: Any, parts: dict[str, Any], epoch: int
         for handle in handles:
             handle.remove()
     terms = [name for name, part in parts.items() if not math.isfinite(float(part.detach()))]
-    where = f"The output of `{seen[0]}` is" if seen else f"The loss term {', '.join(terms) or 'total'} is"
-    return NumericError(f"{where} not finite {when}.", mend=MEND)
+    if seen:
+        return NumericError(f"The output of {seen[0]} is not finite {when}.", mend=MEND)
+    return NumericError(
+        f"The loss term {', '.join(terms) or 'total'} is not finite {when}, while all that the model puts out is.",
+        "It is made so by what the model is held against, or by the loss itself.",
+        "Look for NaN and infinity in what the teacher puts out, and in the labels; after some steps, lower the "
+        "learning rate.",
+    )
 
 
 def _array(value: torch.Tensor) -> Any:
