@@ -131,7 +131,7 @@ def test_hooks_are_gone_after_an_exception_and_back_with_the_next_call():
     with pytest.raises(RuntimeError), kirsch.Distiller(student, teacher, WHOLE, data().inputs[:2]) as found:
         found((torch.zeros(2, 5, 8, 8), torch.zeros(2, dtype=torch.long)))
     assert_no_hooks(student, teacher)
-    assert found((data().inputs[:2], data().targets[:2]), 0.5).parts.keys() == {"label", "kd", "fitnet", "rkd-distance"}
+    assert found((data().inputs[:3], data().targets[:3]), 0.5).parts.keys() == {"label", "kd", "fitnet", "rkd-distance"}
     found.close()
     assert_no_hooks(student, teacher)
 

@@ -219,3 +219,14 @@ def test_a_term_that_never_had_a_share_is_doubted_for_its_weight():
         assert "another convention: a loss that is averaged" in found["label"]
         assert "another convention: a loss that is summed" in found["kd"]
     assert doubts({"label": 0.0, "kd": 1.0}, {"label": 0.5, "kd": 0.5}) == {}
+
+
+def test_a_term_that_begins_without_a_gradient_is_doubted():
+    shares = {"label": 1.0, "kd": 0.0}
+    assert list(doubts(shares, shares)) == ["kd"]
+    assert doubts(shares, shares)["kd"] == (
+        "The term 'kd' is 0 on the first batch, and has no gradient. That is right where student and teacher agree "
+        "already, as copies do, or it asks for no more; if not, it compares what cannot differ, such as the softmax "
+        "over one class."
+    )
+    assert doubts({"label": 0.0, "kd": math.nan}, {"label": 0.0, "kd": math.nan}) == {}  # which is an error of its own

@@ -184,11 +184,18 @@ def doubts(shares: Mapping[str, float], began: Mapping[str, float]) -> dict[str,
     """What seems wrong with the shares of the terms in the gradient: a sentence for each term that is doubted.
 
     Args:
-        shares: by term; they add up to 1, or are all 0. A term without any says that student and teacher agree.
+        shares: by term; they add up to 1, or are all 0. A term without any, whose value is 0 as well, says that student
+            and teacher agree; that it does so from the first batch on may have another reason.
         began: those of the first batch of the run. What had its share there and has lost it was learned; what the
             others have then is no wonder.
     """
-    found = {}
+    found = {
+        name: f"The term {name!r} is 0 on the first batch, and has no gradient. That is right where student and "
+        "teacher agree already, as copies do, or it asks for no more; if not, it compares what cannot differ, such as "
+        "the softmax over one class."
+        for name, share in shares.items()
+        if share == began.get(name) == 0 and all(map(math.isfinite, shares.values()))
+    }
     present = {name: share for name, share in shares.items() if share > 0}
     learned = [name for name, share in present.items() if share < LEAST_SHARE <= began.get(name, 0.0)]
     for name, share in present.items():

@@ -161,6 +161,7 @@ def test_each_batch_is_taken_at_the_rate_of_its_place():
 # ------------------------------------------------------------------------------------------------ the optimizer
 
 
+@pytest.mark.filterwarnings("ignore:The term 'flat' is 0 on the first batch")
 @pytest.mark.parametrize(("optimizer", "gain"), [("sgd", 1.9), ("adamw", 1.0)])
 def test_weights_decay_and_biases_and_scales_do_not(optimizer, gain):
     """Where nothing has a slope, a step is the decay alone: lr · decay · w, times 1 + 0.9 under Nesterov."""
@@ -645,7 +646,9 @@ def test_a_term_that_is_zero_may_have_no_slope_and_one_that_is_not_may_not():
 
         return with_flat_term
 
-    assert trained(loss=loss(0.0)).first_batch["gradient_shares"]["flat"] == 0
+    with pytest.warns(UserWarning, match="The term 'flat' is 0 on the first batch, and has no gradient") as told:
+        assert trained(loss=loss(0.0)).first_batch["gradient_shares"]["flat"] == 0
+    assert len(told) == 1  # and not in each epoch
     with pytest.raises(NumericError, match=r"The loss term 'flat' gives the model no gradient\. Its value .* is 0\.5"):
         trained(loss=loss(0.5))
 
