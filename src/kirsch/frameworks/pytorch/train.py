@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import CheckpointError, DataError, NumericError, UsageError
 from kirsch.frameworks.data import Batch, SeededData
+from kirsch.frameworks.pytorch.finite import MEND, check_given, not_finite, not_finite_names
 from kirsch.frameworks.pytorch.optimizer import (
     Average,
     accelerator_for,
@@ -27,7 +28,7 @@ from kirsch.frameworks.pytorch.optimizer import (
     optimizer_of,
     own_precision,
 )
-from kirsch.frameworks.pytorch.predict import arguments, copied, device_of, inference, on
+from kirsch.frameworks.pytorch.predict import device_of, inference, on
 from kirsch.frameworks.pytorch.pupil import Pupil, gradient_norms
 from kirsch.frameworks.training import Trained, TrainingState, doubts, require_labels, shares_of
 
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from kirsch.frameworks.training import Charge, LossFunction, Training, TrainingHooks
-
-MEND = "Lower the learning rate, or set clip_norm."
 
 
 def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training, hooks: TrainingHooks) -> Trained:
@@ -91,7 +90,7 @@ class _Run:
     ) -> None:
         self.training, self.hooks, self.loss = training, hooks, loss
         self.pupil = pupil
-        self.not_finite = _check_given(pupil.student)
+        self.not_finite = check_given(pupil.student)
         self.accelerator = accelerator_for(training)
         optimizer = optimizer_of(pupil, training, type(pupil.student).__name__)
         self.average = Average(pupil.student, training.ema) if training.ema is not None else None
@@ -234,7 +233,7 @@ class _Run:
         if not self.batch:
             self._look_at(charge)
         if not math.isfinite(float(charge.total.detach())):
-            raise _not_finite(self.pupil.student, batch.inputs, charge.parts, self.epoch + 1, self.batch + 1)
+            raise not_finite(self.pupil.student, batch.inputs, charge.parts, self.epoch + 1, self.batch + 1)
         # DDP divides the sum of their gradients by how many processes there are.
         times = 1 if part.whole else self.accelerator.num_processes
         self.accelerator.backward(charge.total * times)
@@ -322,7 +321,7 @@ class _Run:
 
     def _check_finite(self) -> None:
         """What the last step left must be finite before it is judged, saved or given back."""
-        name = next((name for name in _not_finite_names(self.pupil.student) if name not in self.not_finite), None)
+        name = next((name for name in not_finite_names(self.pupil.student) if name not in self.not_finite), None)
         if name is not None:
             raise NumericError(f"The {name} is no longer finite in epoch {self.epoch + 1}.", mend=MEND)
 
@@ -428,67 +427,6 @@ def _generators(loader: torch.utils.data.DataLoader[Any]) -> list[torch.Generato
     inner = getattr(loader.batch_sampler, "sampler", None)
     found = [getattr(owner, "generator", None) for owner in (loader, loader.sampler, loader.batch_sampler, inner)]
     return list({id(generator): generator for generator in found if generator is not None}.values())
-
-
-def _not_finite_names(model: nn.Module) -> Iterator[str]:
-    """Kind and path of each parameter and buffer that holds NaN or infinity: "parameter `0.weight`"."""
-    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
-        for path, tensor in tensors:
-            if not torch.isfinite(tensor).all():
-                yield f"{kind} `{path}`"
-
-
-def _check_given(model: nn.Module) -> set[str]:
-    """The buffers of a model that are not finite from the start, as those of attention masks; an error for parameters.
-
-    Raises:
-        NumericError: a parameter is not finite.
-    """
-    names = list(_not_finite_names(model))
-    if names and names[0].startswith("parameter"):
-        raise NumericError(
-            f"The {names[0]} of the model given is not finite.",
-            "Training cannot mend NaN or infinity.",
-            "Load or initialise its weights anew.",
-        )
-    return set(names)
-
-
-def _not_finite(model: nn.Module, inputs: Any, parts: dict[str, Any], epoch: int, batch: int) -> NumericError:
-    """The error for a loss that is not finite, with the first layer whose numbers are not."""
-    when = f"at epoch {epoch}, batch {batch}"
-    for name in _not_finite_names(model):
-        if name.startswith("parameter"):
-            return NumericError(f"The {name} is no longer finite {when}.", mend=MEND)
-    if isinstance(inputs, torch.Tensor) and inputs.is_floating_point() and not torch.isfinite(inputs).all():
-        return NumericError(f"The inputs hold NaN or infinity {when}.", mend="Repair the data.")
-    seen: list[str] = []
-
-    def look(path: str) -> Any:
-        def hook(_module: nn.Module, _given: Any, out: Any) -> None:
-            tensors = [part for part in tree_leaves(out) if isinstance(part, torch.Tensor)]
-            if not all(torch.isfinite(part).all() for part in tensors) and not seen:
-                seen.append(f"`{path}`" if path else "the model")
-
-        return hook
-
-    handles = [m.register_forward_hook(look(path)) for path, m in model.named_modules()]
-    try:
-        with torch.no_grad():
-            args, options = arguments(copied(inputs))
-            model(*args, **options)
-    finally:
-        for handle in handles:
-            handle.remove()
-    terms = [name for name, part in parts.items() if not math.isfinite(float(part.detach()))]
-    if seen:
-        return NumericError(f"The output of {seen[0]} is not finite {when}.", mend=MEND)
-    return NumericError(
-        f"The loss term {', '.join(terms) or 'total'} is not finite {when}, while all that the model puts out is.",
-        "It is made so by what the model is held against, or by the loss itself.",
-        "Look for NaN and infinity in what the teacher puts out, and in the labels; after some steps, lower the "
-        "learning rate.",
-    )
 
 
 def _array(value: torch.Tensor) -> Any:
