@@ -13,7 +13,9 @@ from kirsch.frameworks.pytorch.fingerprint import fingerprint
 
 
 def network():
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2, dtype=torch.bfloat16))
+    found = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2, dtype=torch.bfloat16))
+    found[0].register_buffer("scale", torch.ones(2), persistent=False)
+    return found
 
 
 def flip(model):
@@ -26,6 +28,7 @@ def flip(model):
         flip,
         lambda m: m[1].running_mean.add_(1),
         lambda m: m[1].num_batches_tracked.add_(1),
+        lambda m: m[0].scale.add_(1),
         lambda m: m[2].bias.view(torch.int16).bitwise_xor_(1),
         lambda m: m.double(),
         lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.reshape(1, 2, 3, 3))),

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The sha256 over names, shapes, types and bytes of a state dict, as 64 hexadecimal digits.
+    """The sha256 over names, shapes, types and bytes of a state dict and all other buffers, as 64 hexadecimal digits.
 
-    Equal for equal bits on whatever device, in whatever order the names stand. What a module keeps beside its state
-    dict – code, settings, buffers that are not persistent – is not seen.
+    Equal for equal bits on whatever device, in whatever order the names stand. What else a module keeps, code and
+    settings, is not seen.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    beside = dict(model.named_buffers(remove_duplicate=False))  # a state dict leaves out those that are not persistent
+    for name, value in sorted((beside | model.state_dict()).items()):
         if not isinstance(value, torch.Tensor):  # what a module's get_extra_state gives
             digest.update(f"{name} {type(value).__qualname__} {value!r}\n".encode())
             continue
