@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -151,12 +153,40 @@ def test_a_store_of_samples_as_they_are_is_not_for_augmented_ones(tmp_path):
         distiller(next(data(SHAKEN).epoch(0, 0)))
 
 
-def test_each_process_reads_the_records_of_its_part(tmp_path):
-    """Seeds go with the samples wherever a batch is divided or moved."""
+def test_seeds_go_with_their_samples_wherever_a_batch_is_cut_or_moved():
     batch = next(data(SHAKEN, seed=5).epoch(0, 0))
     some = few(batch)
     np.testing.assert_array_equal(some.seeds, batch.seeds[:8])
     np.testing.assert_array_equal(framework_of(net()).placed(batch, net()).seeds, batch.seeds)
+
+
+class Options:
+    def __init__(self, amount):
+        self.amount = amount
+
+
+def scaled(amount, kind):
+    held = kind(amount)
+
+    def changed(batch, _random):
+        return (batch * np.float32(getattr(held, "amount", 1.0 if kind is not torch.tensor else held))).astype(
+            np.float32
+        )
+
+    return changed
+
+
+@pytest.mark.parametrize("kind", [Options, torch.tensor])
+def test_a_store_of_another_transform_is_refused_also_where_an_object_or_a_tensor_makes_the_difference(tmp_path, kind):
+    store = build(tmp_path / "store", net(), data(scaled(1.0, kind)), keep=Dense())
+    store.require(data=data(scaled(1.0, kind)))
+    with pytest.raises(StoreError, match="another value of the transform"):
+        learned(net(seed=1), store, data(scaled(3.0, kind)))
+
+
+def test_a_store_of_a_transform_that_cannot_be_described_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"holds a _thread\.lock as `held`, which cannot be described"):
+        build(tmp_path / "store", net(), data(scaled(1.0, lambda _: threading.Lock())), keep=Dense())
 
 
 # ------------------------------------------------------------------------------------------------ what does not fit
