@@ -82,7 +82,8 @@ def table(task: str) -> list[str]:
     found = {(row["objective"], row["seed"]): row["accuracy"] for row in rows(task)}
     names = [name for name in TASKS[task].objectives(task) if any(key[0] == name for key in found)]
     seeds = [seed for seed in sorted({seed for _, seed in found}) if all((name, seed) in found for name in names)]
-    lines = [f"| objective | accuracy, {len(seeds)} seeds | against labels alone, points | |", "|---|---:|---:|---|"]
+    heads = ["objective", f"accuracy, {len(seeds)} seeds, ± deviation", "against labels alone, points, ± 95 %", ""]
+    lines = [f"| {' | '.join(heads)} |", "|---|---:|---:|---|"]
     for name in names:
         if not all(found[name, seed] for seed in seeds):
             lines.append(f"| {name} | – | – | stopped: its term loses its gradient |")
