@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 
 from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, VerificationError, said
-from kirsch.frameworks.data import Batch
 from kirsch.frameworks.pytorch import (
     adapters,
     cohort,

@@ -26,11 +26,6 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}
 
 
-def copy(inputs: Any) -> Any:
-    """Inputs that a model may write into."""
-    return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, inputs)
-
-
 def copied(inputs: Any) -> Any:
     """Inputs that a model may write into."""
     return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, inputs)
