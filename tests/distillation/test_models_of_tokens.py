@@ -367,6 +367,43 @@ def test_a_translator_learns(transformers, build, name):
     assert found.history[-1]["loss"] < found.history[0]["loss"]
 
 
+# ------------------------------------------------------------------------------------------------ speech
+
+
+def wav2vec2(transformers, width):
+    """Four samples of sound make a frame."""
+    config = transformers.Wav2Vec2Config(
+        vocab_size=WORDS, hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        conv_dim=(8, 8), conv_stride=(2, 2), conv_kernel=(2, 2), num_conv_pos_embeddings=4, hidden_dropout=0.0,
+        num_conv_pos_embedding_groups=2, feat_extract_norm="layer", do_stable_layer_norm=True, attention_dropout=0.0,
+        mask_time_prob=0.0, layerdrop=0.0, attn_implementation="eager", feat_proj_dropout=0.0,
+    )  # fmt: skip
+    return transformers.Wav2Vec2ForCTC(config)
+
+
+def test_silence_behind_a_sound_is_nothing(transformers):
+    """Frames of sound that is padded are masked, of the scores as of the states."""
+    mask = mask_of([40, 24, 32, 40], 40)
+    sound = np.random.default_rng(0).standard_normal((4, 40))
+    inputs = {"input_values": sound * mask, "attention_mask": mask}
+    longer = {
+        "input_values": np.pad(inputs["input_values"], ((0, 0), (0, 12))),
+        "attention_mask": np.pad(mask, ((0, 0), (0, 12))),
+    }
+    terms = (
+        Term("ctc-frames", 1.0, 2.0, options={"blank": "drop"}),
+        Term("hidden-mse", 1.0, student="hidden[-1]", name="hidden"),
+        Term("attention-kl", 1.0, student="attention[-1]", name="attention"),
+    )
+    found, slope = charge(pair(wav2vec2, transformers), Objective(terms, label_weight=0.0), inputs)
+    padded, slope_padded = charge(pair(wav2vec2, transformers), Objective(terms, label_weight=0.0), longer)
+    assert padded == pytest.approx(found, rel=1e-6)
+    torch.testing.assert_close(slope_padded, slope, rtol=1e-5, atol=1e-7)
+    with Distiller(*pair(wav2vec2, transformers), Objective(terms, label_weight=0.0), inputs) as distiller:
+        counts = distiller.counts([inputs])
+    assert counts["labels"] == counts["positions of tokens"] == 10 + 6 + 8 + 10
+
+
 # ------------------------------------------------------------------------------------------------ several batches
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -105,7 +106,9 @@ class Distiller:
             {pair.name: pair.joint for pair in pairs if pair.joint is not None},
             {pair.name: pair.student for pair in pairs},
         )
-        self.lesson = Lesson(framework, objective, pairs, self._guide, regularizers)
+        self.lesson = Lesson(
+            framework, objective, pairs, self._guide, regularizers, partial(framework.positions, student)
+        )
         self.rows: list[dict[str, Any]] = table(objective, pairs)
         self.shares: dict[str, float] = {}
         self._looked: int | None = None

@@ -47,6 +47,7 @@ class Lesson:
         pairs: of its terms, as `attach` gives them.
         guide: the teachers' side; None without terms.
         regularizers: further terms of the student alone.
+        positions: mask of the inputs of a model of sequences → that of its positions.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Lesson:
         pairs: Sequence[Pair] = (),
         guide: Guide | None = None,
         regularizers: Sequence[Regularizer] = (),
+        positions: Callable[[Any], Any] = lambda mask: mask,
     ) -> None:
+        self._positions_of = positions
         self._framework, self._objective, self._guide = framework, objective, guide
         self._pairs = [[pair for pair in pairs if pair.term == number] for number in range(len(objective.terms))]
         self._regularizers = regularizers
@@ -216,7 +219,9 @@ class Lesson:
 
     def _masks(self, batch: Batch) -> Mapping[str, Any]:
         """What a batch of a model of tokens says about padding; empty for others."""
-        return batch.inputs if isinstance(batch.inputs, Mapping) else {}
+        given = batch.inputs if isinstance(batch.inputs, Mapping) else {}
+        mask = given.get("attention_mask")
+        return given if mask is None else {**given, "attention_mask": self._positions_of(mask)}
 
     def _tokens(self, site: Sites, batch: Batch, *, of_pairs: bool = False) -> Any:
         """Which positions of a model of tokens are no padding; None where the batch does not say.

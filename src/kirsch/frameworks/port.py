@@ -110,6 +110,9 @@ class Framework(Protocol):
     def class_names(self, model: Any) -> list[str]:
         """What a model calls its classes, in their order; empty where it does not say."""
 
+    def positions(self, model: Any, mask: Any) -> Any:
+        """The mask (N, L) of what a model holds inside, of that of its inputs; another L where a model strides."""
+
     def student_of(self, model: Any) -> Any:
         """The student within a pupil, however it is wrapped; any other model itself."""
 

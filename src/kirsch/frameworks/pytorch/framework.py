@@ -160,6 +160,10 @@ class PyTorch:
         """See the port."""
         return outputs.class_names(model)
 
+    def positions(self, model: Any, mask: Any) -> Any:
+        """See the port."""
+        return outputs.positions(model, mask)
+
     def student_of(self, model: Any) -> Any:
         """See the port."""
         return pupil.student_of(model)

@@ -86,3 +86,17 @@ def class_names(model: nn.Module) -> list[str]:
         return []
     found = [str(names[number]) for number in range(len(names))]
     return [] if found == [f"LABEL_{number}" for number in range(len(names))] else found
+
+
+def positions(model: nn.Module, mask: Any) -> Any:
+    """The mask (N, L) of what a model holds inside: of frames where a model of speech strides over the sound.
+
+    Args:
+        model: any.
+        mask: of its inputs, shape (N, T), of numpy or PyTorch; nonzero where there is something.
+    """
+    frames = getattr(model, "_get_feature_vector_attention_mask", None)
+    if frames is None:
+        return mask
+    tensor = torch.as_tensor(mask)
+    return frames(int(model._get_feat_extract_output_lengths(tensor.shape[-1])), tensor)  # type: ignore[operator]  # noqa: SLF001 - has no public name
