@@ -19,7 +19,8 @@ from kirsch.distillation.store import Dense, TopK, build
 from kirsch.distillation.teachers import combined
 from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.pytorch.sites import Watch, dry_run, expand
+from kirsch.frameworks.pytorch.sites import expand
+from kirsch.frameworks.pytorch.watch import Watch, dry_run
 from kirsch.frameworks.training import Training, TrainingHooks
 
 K = 3

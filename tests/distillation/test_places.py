@@ -11,8 +11,8 @@ from kirsch.distillation.distill import distill
 from kirsch.distillation.objective import Objective, Term
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.pytorch.sites import Watch, dry_run
 from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.pytorch.watch import Watch, dry_run
 from kirsch.frameworks.training import Training, TrainingHooks
 
 K = 3

@@ -20,7 +20,7 @@ from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.pytorch import adapters
 from kirsch.frameworks.pytorch.masked import MaskedRun
 from kirsch.frameworks.pytorch.regions import exits, regions
-from kirsch.frameworks.pytorch.sites import dry_run
+from kirsch.frameworks.pytorch.watch import dry_run
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.graph.plan import Removal
 from kirsch.pruning.kept import Kept, kept

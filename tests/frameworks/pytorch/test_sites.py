@@ -12,7 +12,8 @@ from kirsch.distillation.objective import Term
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.predict import outputs, predict
-from kirsch.frameworks.pytorch.sites import Watch, dry_run, expand, shapes
+from kirsch.frameworks.pytorch.sites import expand, shapes
+from kirsch.frameworks.pytorch.watch import Watch, dry_run
 
 N, D, K = 8, 4, 3
 SAMPLES = np.random.default_rng(0).standard_normal((N, D)).astype(np.float32)

@@ -32,6 +32,7 @@ from kirsch.frameworks.pytorch import (
     trace,
     train,
     verify,
+    watch,
 )
 
 if TYPE_CHECKING:
@@ -125,11 +126,11 @@ class PyTorch:
 
     def dry_run(self, model: Any, sites_: Sequence[str], inputs: Any) -> dict[str, Any]:
         """See the port."""
-        return sites.dry_run(model, sites_, predict.tensors(inputs, model))
+        return watch.dry_run(model, sites_, predict.tensors(inputs, model))
 
     def watch(self, model: Any, sites_: Sequence[str]) -> Any:
         """See the port."""
-        return sites.Watch(model, sites_)
+        return watch.Watch(model, sites_)
 
     def joint(self, name: str, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
         """See the port."""

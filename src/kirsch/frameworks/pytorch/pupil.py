@@ -11,7 +11,7 @@ from torch import nn
 
 from kirsch.errors import NumericError, UsageError
 from kirsch.frameworks.pytorch.adapters import Adapter
-from kirsch.frameworks.pytorch.sites import Watch
+from kirsch.frameworks.pytorch.watch import Watch
 from kirsch.frameworks.sites import at_sites
 
 if TYPE_CHECKING:
