@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from kirsch.distillation.distill import distill
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective, Term
-from kirsch.errors import ShapeError
+from kirsch.errors import ShapeError, UsageError
 from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.pytorch.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
@@ -352,6 +352,24 @@ def test_a_mask_of_the_decoder_is_taken_where_the_batch_has_one(transformers):
     objective = Objective((Term("kd", 1.0, 2.0), Term("hidden-mse", 1.0, student="decoder.hidden[-1]")))
     other = changed(inputs, decoder_input_ids=inputs["decoder_attention_mask"])
     assert_padding_is_nothing(pair(t5, transformers), objective, inputs, other, None)
+
+
+@pytest.mark.parametrize("build", BOTH)
+def test_batches_without_the_inputs_of_a_decoder_are_refused(transformers, build):
+    inputs, labels = translation()
+    del inputs["decoder_input_ids"]
+    sentence = r"has a decoder, and the batches have no decoder_input_ids.*prepare_decoder_input_ids_from_labels"
+    with pytest.raises(UsageError, match=sentence):
+        charge(pair(build, transformers), Objective((Term("kd", 1.0),)), inputs, labels)
+
+
+def test_switches_among_the_inputs_are_left_as_they_are(transformers):
+    student, teacher = pair(gpt2, transformers)
+    inputs, labels = causal_batch()
+    batch = {"use_cache": False, **inputs, "labels": labels}
+    found = distill(student, teacher, [batch], objective=Objective.preset("causal"), hooks=QUIET,
+                    training=Training(epochs=1))  # fmt: skip
+    assert set(found.history[0]["parts"]) == {"label", "kd"}
 
 
 @pytest.mark.parametrize("name", ["seqkd", "kd"])

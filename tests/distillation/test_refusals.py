@@ -62,6 +62,7 @@ def taught(term, student=None, teacher=None):
     ("site", "error", "sentence"),
     [
         ("nrom", UnknownNameError, r"no site in Net 'nrom'\. .* Did you mean 'norm'\?"),
+        ("penultimat", UnknownNameError, r"no site in Net 'penultimat'.* Did you mean 'penultimate'\?"),
         ("nor?m*", UnknownNameError, r"no site in Net 'nor\?m\*'"),
         ("**.nrom*", UnknownNameError, r"no site in Net '\*\*\.nrom\*'\. Known: conv, head, norm, relu"),
         ("output.logit", UnknownNameError, r"no output 'logit'\. Known: 0"),

@@ -72,7 +72,7 @@ def few(batch: Batch) -> Batch:
     """Some samples of a batch."""
     return dataclasses.replace(
         batch,
-        inputs=each(lambda part: part[:FEW], batch.inputs),
+        inputs=each(lambda part: part[:FEW] if hasattr(part, "shape") else part, batch.inputs),  # else a switch
         targets=None if batch.targets is None else batch.targets[:FEW],
         ids=None if batch.ids is None else batch.ids[:FEW],
         seeds=None if batch.seeds is None else batch.seeds[:FEW],
@@ -243,7 +243,8 @@ def _until_enough(data: Any) -> list[Batch]:
 
 def _judged_on(framework: Framework, teacher: Any, batch: Batch, objective: Objective) -> tuple[NDArray[np.bool_], int]:
     places = _spread(len(batch))
-    scores = framework.predict(teacher, each(lambda part: part[places], batch.inputs))
+    some = each(lambda part: part[places] if hasattr(part, "shape") else part, batch.inputs)
+    scores = framework.predict(teacher, some)
     if not np.isfinite(scores).all():
         raise NumericError(
             "The teacher's scores are not finite.",

@@ -59,10 +59,15 @@ class Batch:
 
     def __len__(self) -> int:
         """Samples."""
-        part = self.inputs
-        while isinstance(part, (tuple, list, dict)):
-            part = next(iter(part.values() if isinstance(part, dict) else part))
-        return len(part)
+        return len(_first(self.inputs))
+
+
+def _first(part: Any) -> Any:
+    """The first array of inputs, among which there may be switches."""
+    if not isinstance(part, (tuple, list, dict)):
+        return part
+    parts = list(part.values() if isinstance(part, dict) else part)
+    return _first(next((one for one in parts if not isinstance(one, (bool, int, float, str))), parts[0]))
 
 
 class SeededData(ABC):

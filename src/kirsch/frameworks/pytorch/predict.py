@@ -35,10 +35,20 @@ def called(model: nn.Module, args: Any, options: Any) -> Any:
     """What a model puts out.
 
     Raises:
-        UsageError: it does not run, and its inputs are of another floating type than its parameters.
+        UsageError: it does not run, and its inputs are of another floating type than its parameters, or lack those of
+            a decoder.
     """
     try:
         return model(*args, **options)
+    except ValueError as error:
+        decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if not decodes or any(name.startswith("decoder_input") for name in options):
+            raise
+        raise UsageError(
+            f"{type(model).__name__} has a decoder, and the batches have no decoder_input_ids for it.",
+            said(error),
+            "Give DataCollatorForSeq2Seq the model, or model.prepare_decoder_input_ids_from_labels(labels=labels).",
+        ) from error
     except RuntimeError as error:
         own = {p.dtype for p in model.parameters() if p.is_floating_point()}
         parts = [part for part in tree_leaves((args, options)) if isinstance(part, torch.Tensor)]
@@ -152,13 +162,14 @@ def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[
     Raises:
         DataError: there are no samples.
     """
-    count = len(tree_leaves(inputs)[0])
+    count = len(next(leaf for leaf in tree_leaves(inputs) if hasattr(leaf, "shape")))
     if not count:
         raise DataError("There is nothing to predict: the inputs have no samples.")
     out = []
     with inference(model):
         for start in range(0, count, batch_size):
-            part = tree_map(lambda value, start=start: value[start : start + batch_size], inputs)
+            rows = slice(start, start + batch_size)
+            part = tree_map(lambda value, rows=rows: value[rows] if hasattr(value, "shape") else value, inputs)
             out.append(infer(model, tensors(part, model)).float().cpu().numpy())
     return np.concatenate(out)
 

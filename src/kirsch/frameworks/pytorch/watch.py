@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 ASKED = {"hidden": "output_hidden_states", "attention": "output_attentions"}
 """By which keyword models of transformers are asked to put out what."""
 
+OTHERS = ("logits", "penultimate", "hidden", "attention")
+"""Places that are no modules."""
+
 MOST_NAMED = 4
 
 
@@ -58,7 +61,7 @@ class Watch:
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
         for path in (path for path, _, _ in places if path not in modules):  # before there is any hook
-            raise UnknownNameError(f"site in {type(model).__name__}", path, [name for name in modules if name])
+            raise UnknownNameError(f"site in {type(model).__name__}", path, [*filter(None, modules), *OTHERS])
         for path in (path for path, _, _ in places if closed(modules[path])):
             raise UsageError(
                 f"{_quoted(path) if path else 'The model'} is TorchScript, which lets nobody look inside.",
