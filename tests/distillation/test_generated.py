@@ -146,8 +146,8 @@ def test_a_teacher_that_no_label_judges_is_doubted_aloud():
     (doubt,) = (event["text"] for event in told if event["event"] == "doubt")
     assert "not held against chance" in doubt
     told.clear()
-    inputs = np.random.default_rng(0).standard_normal((4, D))
-    judged = ArrayData(inputs, np.arange(4) % K)
+    inputs = np.random.default_rng(0).standard_normal((40, D))
+    judged = ArrayData(inputs, linear(1)(torch.from_numpy(inputs)).argmax(-1).numpy())
     distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks, validation=judged)
     distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks, check_teacher=False)
     assert [event for event in told if event["event"] == "doubt"] == []

@@ -198,7 +198,7 @@ def test_the_accuracy_of_a_language_model_is_that_of_the_next_token(transformers
     counts = labels[:, 1:] != -100
     right = [(s.argmax(-1).numpy()[:, :-1] == labels[:, 1:])[counts].mean() for s in scores]
     assert found.history[0]["accuracy"] == pytest.approx(right[0])
-    assert told[0] == {"event": "teacher", "accuracy": pytest.approx(right[1]), "classes": WORDS}
+    assert {"event": "teacher", "accuracy": pytest.approx(right[1]), "classes": WORDS} in told
 
 
 def test_sequences_without_labels_weigh_as_many_positions_as_they_have(transformers):
