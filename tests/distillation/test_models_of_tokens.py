@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from kirsch.distillation.distill import distill
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective, Term
-from kirsch.errors import ShapeError, UsageError
+from kirsch.errors import DataError, ShapeError, UsageError
 from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.pytorch.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
@@ -168,6 +168,16 @@ def test_padding_of_a_language_model_is_nothing(transformers, build, labelled, l
     objective = Objective((Term("kd", 1.0, 2.0), Term("hidden-mse", 1.0, student="hidden[-1]")), causal=True)
     other = changed(inputs, input_ids=inputs["attention_mask"])
     assert_padding_is_nothing(pair(build, transformers), objective, inputs, other, labels if labelled else None)
+
+
+def test_a_batch_of_which_nothing_counts_is_no_step(transformers):
+    inputs, labels = causal_batch()
+    with Distiller(*pair(gpt2, transformers), Objective.preset("causal"), (inputs, labels)) as found:
+        empty = (inputs, np.full_like(labels, -100))
+        with pytest.raises(DataError, match="All targets of a batch are masked"):
+            found(empty)
+        counts = found.counts([(inputs, labels), empty])
+        assert float(found(empty, of=counts).total.detach()) == 0.0
 
 
 def test_a_language_model_learns_from_another(transformers):

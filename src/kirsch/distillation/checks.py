@@ -10,7 +10,7 @@ import numpy as np
 
 from kirsch.distillation.arrays import classes_last, each
 from kirsch.distillation.attach import of_all
-from kirsch.distillation.losses.loss import loss_of
+from kirsch.distillation.losses.loss import given_to, loss_of
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import TeacherStore
 from kirsch.errors import DataError, NumericError, UsageError
@@ -110,10 +110,11 @@ def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> No
             f"They must be class numbers: one whole number a {'sample' if len(shape) == 1 else 'position'}.",
             "Of one-hot rows give targets.argmax(-1).",
         )
-    if not objective.terms and not (targets != objective.ignore).any():
+    without = [term for term in objective.terms if "labels" not in given_to(loss_of(term.loss))]
+    if not without and not (targets != objective.ignore).any():
         raise DataError(
             f"All targets are masked: each of the {len(targets)} samples looked at has the label {objective.ignore}.",
-            "There is no teacher either, so there is nothing to learn from.",
+            "No term does without them, so there is nothing to learn from.",
             "Look at the mask and the labels of the data.",
         )
     classes = shape[0] if len(shape) >= len("KHW") else shape[-1]

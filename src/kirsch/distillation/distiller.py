@@ -135,6 +135,7 @@ class Distiller:
 
         Raises:
             NumericError: a term gives the student no gradient.
+            DataError: all targets of a step are masked.
         """
         model = self.pupil if through is None else through
         charge = self.lesson(model, self._framework.placed(_given(batch), self.student), epoch, of)

@@ -15,7 +15,7 @@ from kirsch.distillation.schedule import at
 from kirsch.distillation.teachers import combined, holds_top_k, stored_scores
 from kirsch.errors import UsageError
 from kirsch.frameworks.sites import at_sites, texts
-from kirsch.frameworks.training import Charge
+from kirsch.frameworks.training import Charge, require_labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,7 +75,10 @@ class Lesson:
     def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> Charge:
         """What a batch is charged; see `LossFunction`."""
         own = self.counts([batch])
-        shares = {over: count / (count if of is None else of[over]) if count else 0.0 for over, count in own.items()}
+        if of is None:
+            require_labels(own, "a batch")
+        whole = own if of is None else of
+        shares = {over: count / whole[over] if count else 0.0 for over, count in own.items()}
         terms = [number for number, term in enumerate(self._objective.terms) if at(term.weight, epoch)]
         theirs = self._guide(batch) if terms and self._guide is not None else []
         held = {pair.name: self._held(pair, theirs, epoch) for number in terms for pair in self._pairs[number]}

@@ -150,15 +150,17 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning tells no types
             trainer.fit_loop.epoch_loop.batch_idx // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches
         )
         done = begun / trainer.num_training_batches  # as the step begins; of a loader without length, 0
-        charge = found(batch, trainer.current_epoch + done)
+        alone = trainer.accumulate_grad_batches == 1 and trainer.world_size == 1
+        counts = None if alone else found.counts([batch])
+        charge = found(batch, trainer.current_epoch + done, of=counts)
         parts = {f"loss/{name}": part.detach() for name, part in {**charge.parts, **charge.aside}.items()}
         shares = {f"gradient_share/{name}": share for name, share in found.shares.items()}
         size = len(batch)
         pl_module.log("loss", charge.total.detach(), prog_bar=True, batch_size=size)
         pl_module.log_dict(parts | shares, batch_size=size)
-        if trainer.accumulate_grad_batches == 1 and trainer.world_size == 1:
+        if counts is None:
             return charge.total
-        items = found.counts([batch])["labels"]
+        items = counts["labels"]
         if not self._unit:
             # The same in all processes. A power of two, so that a run which goes on from elsewhere rounds alike.
             self._unit = 2.0 ** round(math.log2(max(1.0, float(_over_processes(trainer, items, "mean")))))
