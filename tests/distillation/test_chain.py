@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import kirsch
 from kirsch.distillation.chain import born_again, distill_chain, ensemble
 from kirsch.distillation.distill import distill, fit
+from kirsch.distillation.mutual import distill_mutually
 from kirsch.distillation.objective import Objective, Term
 from kirsch.distillation.store import Dense
 from kirsch.distillation.store import build as build_store
@@ -258,6 +259,26 @@ def test_an_ensemble_says_the_mean_of_what_its_models_say(tmp_path):
         torch.testing.assert_close(found(inputs).softmax(-1), wanted, rtol=1e-10, atol=1e-14)
         logits = sum(copy.deepcopy(member).eval()(inputs) for member in members) / 3
         torch.testing.assert_close(ensemble(members, "logits")(inputs), logits, rtol=1e-12, atol=1e-14)
+
+
+def test_models_that_write_into_their_inputs_do_not_change_what_others_see():
+    class Centred(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.model = net(5, seed)
+
+        def forward(self, x):
+            x -= 1.0
+            return self.model(x)
+
+    members, inputs = (
+        [Centred(1).eval(), Centred(1).eval()],
+        torch.zeros(4, *data().inputs.shape[1:], dtype=torch.float64),
+    )
+    alone = members[0](inputs.clone())
+    torch.testing.assert_close(ensemble(members)(inputs).log_softmax(-1), alone.log_softmax(-1))
+    assert not inputs.any()
+    distill_mutually([Centred(1), Centred(2)], data(), training=SHORT)
 
 
 def test_an_ensemble_teaches_as_its_models_do_together():

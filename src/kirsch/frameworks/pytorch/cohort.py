@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from kirsch.errors import UsageError
-from kirsch.frameworks.pytorch.predict import logits_of
+from kirsch.frameworks.pytorch.predict import logits_of_each
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,4 +40,4 @@ class Cohort(nn.Module):
 
     def forward(self, *args: Any, **options: Any) -> dict[str, Tensor]:
         """The scores of each student by its number: "0", "1", ..."""
-        return {str(place): logits_of(student(*args, **options)) for place, student in enumerate(self.students)}
+        return {str(place): scores for place, scores in enumerate(logits_of_each(self.students, args, options))}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from kirsch.errors import ShapeError
-from kirsch.frameworks.pytorch.predict import logits_of
+from kirsch.frameworks.pytorch.predict import logits_of_each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -35,7 +35,7 @@ class Ensemble(nn.Module):
         Raises:
             ShapeError: the models put out different numbers of classes.
         """
-        scores = [logits_of(model(*args, **options)) for model in self.models]
+        scores = logits_of_each(self.models, args, options)
         classes = [part.shape[-1] for part in scores]
         if any(count != classes[0] for count in classes):
             raise ShapeError(

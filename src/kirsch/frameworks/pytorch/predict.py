@@ -14,7 +14,7 @@ from kirsch.errors import DataError, UsageError, said
 from kirsch.frameworks.pytorch.outputs import named
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -117,6 +117,15 @@ def logits_of(outputs: Any) -> Any:
             mend=f'Give a model with one, or compare "output.{name}" alone, with label_weight=0.',
         )
     return found[name]
+
+
+def logits_of_each(models: Iterable[nn.Module], args: Any, options: Any) -> list[Any]:
+    """The scores of several models for the same inputs, into which one may write without the next seeing it."""
+    found = []
+    for model in models:
+        own_args, own_options = copied((args, options))
+        found.append(logits_of(model(*own_args, **own_options)))
+    return found
 
 
 def device_of(model: nn.Module) -> torch.device:
