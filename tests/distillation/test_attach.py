@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import numpy as np
@@ -11,12 +10,10 @@ import torch
 from torch import nn
 
 from kirsch.distillation.distill import distill
-from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective, Term
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TopK, build
-from kirsch.distillation.teachers import combined
 from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.sites import expand
@@ -180,16 +177,6 @@ def test_gradients_are_balanced_to_the_weights():
     found = distill(Net(4), Net(6), whole, objective=objective, training=training, check_teacher=False)
     for record in found.history[1:]:  # in the first they are only looked at
         assert record["gradient_shares"] == pytest.approx({"label": 0.5, "kd": 0.5}, abs=0.01)
-
-
-@pytest.mark.parametrize("way", ["probabilities", "logits", "confidence", "sum"])
-def test_several_teachers_teach_together(way):
-    objective = Objective((Term("kd", 1.0, 2.0),), teachers=way)
-    told = []
-    found = trained(objective, teacher=[Net(6), Net(5)], hooks=TrainingHooks(event=told.append))
-    assert set(found.history[0]["parts"]) == {"label", "kd"}
-    texts = [event["text"] for event in told if event["event"] == "doubt"]
-    assert any("averaged, which says the product" in text for text in texts) == (way == "logits")
 
 
 def test_samples_without_a_label_are_charged_by_the_teacher_alone():
@@ -395,65 +382,6 @@ def test_a_run_that_is_cut_within_an_epoch_ends_in_the_same_bits():
 def _teacher():
     torch.manual_seed(9)
     return Net(6)
-
-
-# ------------------------------------------------------------------------------------------------ several teachers
-
-
-TWO = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([[3.0, -2.0], [1.0, 0.5]])
-"""Scores of two teachers, (N, K)."""
-
-
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_teachers_of_labels_are_mixed_label_by_label(temperature):
-    found = combined(TWO, "probabilities", temperature, "sigmoid")
-    wanted = sum((scores / temperature).sigmoid() for scores in TWO) / 2
-    torch.testing.assert_close((found / temperature).sigmoid(), wanted)
-
-
-def test_the_surer_teacher_of_a_label_counts_more():
-    chance = [scores.sigmoid() for scores in TWO]
-    entropy = [-(p * p.log() + (1 - p) * (1 - p).log()) for p in chance]
-    weights = [(-e).exp() for e in entropy]
-    wanted = sum(w * p for w, p in zip(weights, chance, strict=True)) / sum(weights)
-    torch.testing.assert_close(combined(TWO, "confidence", 1.0, "sigmoid").sigmoid(), wanted)
-
-
-def test_numbers_of_several_teachers_have_a_mean():
-    torch.testing.assert_close(combined(TWO, "probabilities", 1.0, "identity"), sum(TWO) / 2)
-
-
-def test_teachers_of_pixels_are_mixed_over_the_classes():
-    maps = [scores[:, :, None, None].expand(2, 2, 3, 1) for scores in TWO]
-    found = combined(maps, "probabilities", 2.0, axis=1)
-    torch.testing.assert_close(found[:, :, 0, 0], combined(TWO, "probabilities", 2.0))
-
-
-@pytest.mark.parametrize("way", ["probabilities", "confidence", "logits", "sum"])
-@pytest.mark.parametrize("loss", ["kd", "binary-kd", "logit-l2"])
-def test_a_student_that_equals_both_of_its_teachers_is_charged_nothing(loss, way):
-    if (loss, way) == ("logit-l2", "confidence"):
-        pytest.skip("numbers do not tell how sure a teacher is of them")
-    model = Net(4)
-    objective = Objective((Term(loss, 1.0),), label_weight=0.0, teachers=way)
-    batch = data().inputs[:4], data().targets[:4]
-    told = []
-    found = Distiller(model, [copy.deepcopy(model)] * 2, objective, batch, doubt=told.append)
-    with found.eval():
-        assert float(found(batch).total.detach()) == pytest.approx(0.0, abs=1e-6)
-    assert [text for text in told if "averaged, which says the product" in text] == told
-    assert bool(told) == (way == "logits" and loss != "logit-l2")
-
-
-def test_numbers_cannot_be_weighed_by_confidence():
-    objective = Objective((Term("logit-l2", 1.0),), teachers="confidence")
-    with pytest.raises(UsageError, match="compares numbers, which do not tell how sure a teacher is"):
-        trained(objective, teacher=[Net(6), Net(5)])
-
-
-def test_a_teacher_that_no_term_is_held_against_is_refused():
-    with pytest.raises(UsageError, match=r"No term of the objective is held against teacher 1, of 2.*of=1"):
-        trained(Objective((Term("at", 1.0, student="down"),)), teacher=[Net(6), Net(5)])
 
 
 def test_a_weight_that_the_run_is_too_short_for_is_doubted():

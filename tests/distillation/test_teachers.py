@@ -1,0 +1,111 @@
+"""Several teachers say one thing together, by what their scores are taken for."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kirsch.distillation.distill import distill
+from kirsch.distillation.distiller import Distiller
+from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.teachers import combined
+from kirsch.errors import UsageError
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.training import Training, TrainingHooks
+
+K = 3
+
+
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, width, 3, padding=1), nn.Linear(width, K)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+def data():
+    labels = np.arange(24) % K
+    images = np.random.default_rng(0).standard_normal((24, 1, 6, 6)) + labels[:, None, None, None]
+    return ArrayData(images.astype(np.float32), labels, batch_size=12)
+
+
+def trained(objective, **options):
+    options = {"training": Training(epochs=1, learning_rate=0.01), "check_teacher": False, **options}
+    return distill(Net(4), [Net(6), Net(5)], data(), objective=objective, **options)
+
+
+@pytest.mark.parametrize("way", ["probabilities", "logits", "confidence", "sum"])
+def test_several_teachers_teach_together(way):
+    objective = Objective((Term("kd", 1.0, 2.0),), teachers=way)
+    told = []
+    found = trained(objective, hooks=TrainingHooks(event=told.append))
+    assert set(found.history[0]["parts"]) == {"label", "kd"}
+    texts = [event["text"] for event in told if event["event"] == "doubt"]
+    assert any("averaged, which says the product" in text for text in texts) == (way == "logits")
+
+
+TWO = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([[3.0, -2.0], [1.0, 0.5]])
+"""Scores of two teachers, (N, K)."""
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_teachers_of_labels_are_mixed_label_by_label(temperature):
+    found = combined(TWO, "probabilities", temperature, "sigmoid")
+    wanted = sum((scores / temperature).sigmoid() for scores in TWO) / 2
+    torch.testing.assert_close((found / temperature).sigmoid(), wanted)
+
+
+def test_the_surer_teacher_of_a_label_counts_more():
+    chance = [scores.sigmoid() for scores in TWO]
+    entropy = [-(p * p.log() + (1 - p) * (1 - p).log()) for p in chance]
+    weights = [(-e).exp() for e in entropy]
+    wanted = sum(w * p for w, p in zip(weights, chance, strict=True)) / sum(weights)
+    torch.testing.assert_close(combined(TWO, "confidence", 1.0, "sigmoid").sigmoid(), wanted)
+
+
+def test_numbers_of_several_teachers_have_a_mean():
+    torch.testing.assert_close(combined(TWO, "probabilities", 1.0, "identity"), sum(TWO) / 2)
+
+
+def test_teachers_of_pixels_are_mixed_over_the_classes():
+    maps = [scores[:, :, None, None].expand(2, 2, 3, 1) for scores in TWO]
+    found = combined(maps, "probabilities", 2.0, axis=1)
+    torch.testing.assert_close(found[:, :, 0, 0], combined(TWO, "probabilities", 2.0))
+
+
+@pytest.mark.parametrize(
+    ("loss", "way"),  # numbers do not tell how sure a teacher is of them
+    [
+        (loss, way)
+        for loss in ("kd", "binary-kd", "logit-l2")
+        for way in ("probabilities", "confidence", "logits", "sum")
+        if (loss, way) != ("logit-l2", "confidence")
+    ],
+)
+def test_a_student_that_equals_both_of_its_teachers_is_charged_nothing(loss, way):
+    model = Net(4)
+    objective = Objective((Term(loss, 1.0),), label_weight=0.0, teachers=way)
+    batch = data().inputs[:4], data().targets[:4]
+    told = []
+    found = Distiller(model, [copy.deepcopy(model)] * 2, objective, batch, doubt=told.append)
+    with found.eval():
+        assert float(found(batch).total.detach()) == pytest.approx(0.0, abs=1e-6)
+    assert [text for text in told if "averaged, which says the product" in text] == told
+    assert bool(told) == (way == "logits" and loss != "logit-l2")
+
+
+def test_numbers_cannot_be_weighed_by_confidence():
+    objective = Objective((Term("logit-l2", 1.0),), teachers="confidence")
+    with pytest.raises(UsageError, match="compares numbers, which do not tell how sure a teacher is"):
+        trained(objective)
+
+
+def test_a_teacher_that_no_term_is_held_against_is_refused():
+    with pytest.raises(UsageError, match=r"No term of the objective is held against teacher 1, of 2.*of=1"):
+        trained(Objective((Term("at", 1.0, student="conv"),)))
