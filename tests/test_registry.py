@@ -63,7 +63,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones_and_the_nearest(fruits)
 
 
 def test_an_unknown_name_that_is_near_to_none_proposes_none(fruits):
-    with pytest.raises(UnknownNameError, match=r"Known: apple, cherry\.$"):
+    with pytest.raises(UnknownNameError, match=r"Known: apple, cherry\. Give one of these\.$"):
         fruits["zzz"]
 
 

@@ -82,7 +82,8 @@ class UnknownNameError(UsageError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
-        super().__init__(f"There is no {kind} {name!r}.", listing(names), nearest(name, names))
+        fix = nearest(name, names) or ("Give one of these." if names else "Leave it out.")
+        super().__init__(f"There is no {kind} {name!r}.", listing(names), fix)
         self.name = name
 
 

@@ -169,7 +169,7 @@ def test_a_state_that_is_of_no_chain_or_a_longer_one_is_refused():
     [
         ({"training": [SHORT]}, "There are 1 for 'training' and 3 links"),
         ({"objective": [Objective.kd()] * 4}, "There are 4 for 'objective' and 3 links"),
-        ({"learn_from": "first"}, "no way to learn in a chain 'first'"),
+        ({"learn_from": "first"}, "`learn_from` .* is 'first'; expected 'previous' or 'all'"),
     ],
 )
 def test_what_does_not_fit_the_links_is_refused(options, sentence):
@@ -241,7 +241,7 @@ def test_a_build_without_chance_is_refused():
     one = build()
     with pytest.raises(UsageError, match="are the same object"):
         born_again(lambda: one, data())
-    with pytest.raises(UsageError, match="generations is 0; at least 1 is needed"):
+    with pytest.raises(UsageError, match=r"`generations` .* is 0; expected a whole number of at least 1"):
         born_again(build, data(), generations=0)
 
 
@@ -299,7 +299,7 @@ def test_an_ensemble_is_exported_as_any_model(tmp_path):
 def test_an_ensemble_of_nothing_or_in_an_unknown_way_is_refused():
     with pytest.raises(UsageError, match="An ensemble of no models has no scores"):
         ensemble([])
-    with pytest.raises(UnknownNameError, match="no way to combine models 'sum'"):
+    with pytest.raises(UsageError, match=r"`combine` .* is 'sum'; expected 'probabilities' or 'logits' or"):
         ensemble(models(), "sum")
     five = nn.Linear(D, 5).double()
     with pytest.raises(ShapeError, match="The models of the ensemble put out 5, 3 classes"):

@@ -156,14 +156,14 @@ def test_a_teacher_that_no_label_judges_is_doubted_aloud():
 @pytest.mark.parametrize(
     ("generate", "options", "sentence"),
     [
-        (lambda count: np.ones((count, D)), {}, r"cannot be called with a count and a generator: .*generate\(count"),
+        (lambda count: np.ones((count, D)), {}, r"a callable that takes 2 arguments.*generate\(count"),
         (lambda count, _generator: torch.randn(count, D), {}, "does not follow from its generator"),
         (nn.Linear(2, D), {}, r"Linear is given without the shape of its noise\. Say noise=\(64,\)"),
         (normal, {"noise": (2,)}, r"is no model, and is given noise=\(2,\)"),
-        (normal, {"samples": 0}, "samples is 0; at least 1 is needed"),
-        (normal, {"batch_size": 0}, "batch_size is 0; at least 1 is needed"),
-        (normal, {"views": 0}, "views is 0; at least 1, or None"),
-        (normal, {"seed": -1}, "seed is -1; a whole number of at least 0"),
+        (normal, {"samples": 0}, "`samples` .* is 0; expected a whole number of at least 1"),
+        (normal, {"batch_size": 0}, "`batch_size` .* is 0; expected a whole number of at least 1"),
+        (normal, {"views": 0}, "`views` .* is 0; expected a whole number of at least 1"),
+        (normal, {"seed": -1}, "`seed` .* is -1; expected a whole number"),
     ],
 )
 def test_what_cannot_be_made_again_is_refused(generate, options, sentence):

@@ -304,10 +304,10 @@ def test_sample_ids_that_are_not_unique_are_refused():
 @pytest.mark.parametrize(
     ("made", "sentence"),
     [
-        (lambda: Term(student=[]), r"names \[\] as a place; a text is needed"),
-        (lambda: Term(student=None), "names None as a place"),
-        (lambda: Term("fitnet", student=["conv", 3]), "names .*3.* as a place"),
-        (lambda: Term(weight="0.9"), "the weight of 'kd' is '0.9'; a number is needed"),
+        (lambda: Term(student=[]), "`student` of kirsch.Term is a list without elements; expected a path as text"),
+        (lambda: Term(student=None), "`student` of kirsch.Term is None"),
+        (lambda: Term("fitnet", student=["conv", 3]), "`student` of kirsch.Term is a list of 2; expected a path"),
+        (lambda: Term(weight="0.9"), "`weight` of kirsch.Term is '0.9'; expected a number"),
         (lambda: Term("attention-kl", student="attention[-1]", options={"given": "scores"}), "has weights, behind the"),
     ],
 )

@@ -263,9 +263,10 @@ def test_a_sample_that_is_not_there_is_named(made, tmp_path):
 
 
 def test_a_view_that_is_not_there_is_named(made):
-    for view in (2, -1):
-        with pytest.raises(DataError, match=rf"has the views 0 to 1; view {view} is asked for\. .*views=2\)"):
-            TeacherStore.open(made).read(IDS, view)
+    with pytest.raises(DataError, match=r"has the views 0 to 1; view 2 is asked for\. .*views=2\)"):
+        TeacherStore.open(made).read(IDS, 2)
+    with pytest.raises(UsageError, match=r"`view` .* is -1; expected a whole number of at least 0"):
+        TeacherStore.open(made).read(IDS, -1)
 
 
 def test_a_look_that_the_teacher_did_not_see_is_refused(made):
@@ -739,7 +740,7 @@ def test_the_check_is_held_against_outputs_of_the_same_kind(made):
     store = TeacherStore.open(made)
     with pytest.raises(StoreError, match=r"puts out other arrays than the store .*Classes: stored 12, live 9"):
         store.check(network(9), data())
-    with pytest.raises(UsageError, match="samples is 0; at least 1"):
+    with pytest.raises(UsageError, match=r"`samples` .* is 0; expected a whole number of at least 1"):
         store.check(network(), data(), samples=0)
 
 
@@ -749,16 +750,16 @@ def test_the_check_is_held_against_outputs_of_the_same_kind(made):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"views": 0}, "views is 0; at least 1 is needed"),
-        ({"seed": -1}, "seed is -1; a whole number of at least 0"),
+        ({"views": 0}, "`views` .* is 0; expected a whole number of at least 1"),
+        ({"seed": -1}, "`seed` .* is -1; expected a whole number"),
         ({"temperature": 0.0}, "temperature is 0.0; a number above 0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("nan")}, "`temperature` .* is nan; expected a finite number"),
         ({"temperature": 2.0, "keep": Dense()}, r"temperature is 2.0, but what Dense\(\) keeps knows none"),
         ({"ranges": (2, 2)}, r"ranges is \(2, 2\); \(i, n\) with 0 <= i < n"),
-        ({"range_size": 0}, "range_size is 0; at least 1"),
+        ({"range_size": 0}, "`range_size` .* is 0; expected a whole number of at least 1"),
         ({"given": data(views=3)}, "views is 2, and the data has 3"),
-        ({"views": 0, "range_size": 0}, "views is 0.*; range_size is 0"),
-        ({"batch_size": 0}, "batch_size is 0; at least 1"),
+        ({"views": 0, "range_size": 0}, "`views` .* is 0; .* `range_size` .* is 0"),
+        ({"batch_size": 0}, "`batch_size` .* is 0; expected a whole number of at least 1"),
         ({"keep": TopK(13)}, r"TopK\(13\) is asked of 12 classes"),
         ({"keep": None}, "The outputs have 'logits', and keep is None"),
         ({"outputs": lambda x: {"a": x}}, r"The outputs have no 'logits', and keep is TopK\(k=4\)"),
@@ -783,7 +784,7 @@ def test_a_record_that_no_file_could_hold_is_refused(tmp_path, monkeypatch):
 
 
 def test_top_k_keeps_at_least_one():
-    with pytest.raises(UsageError, match="TopK keeps 0 classes; at least 1"):
+    with pytest.raises(UsageError, match=r"`k` of .*TopK is 0; expected a whole number of at least 1"):
         TopK(0)
 
 

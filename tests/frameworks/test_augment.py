@@ -280,11 +280,13 @@ def test_whatever_can_be_called_may_be_a_transform(transform):
 
 
 @pytest.mark.parametrize(
-    "transform", [lambda batch: batch, lambda batch, random, *, strength: batch, lambda: None, Chain(Flip(), np.fliplr)]
+    "transform", [lambda batch: batch, lambda batch, random, *, strength: batch, lambda: None]
 )
 def test_a_transform_that_takes_no_generator_is_refused(transform):
     with pytest.raises(UsageError, match=r"cannot be called with a batch and a generator.*transform\(batch, generator"):
         augment.check(transform, IMAGES[:1])
+    with pytest.raises(UsageError, match=r"`stages\[1\]` .* is the function fliplr; .*transform\(batch, generator"):
+        Chain(Flip(), np.fliplr)
 
 
 def test_a_transform_that_draws_from_elsewhere_is_refused():

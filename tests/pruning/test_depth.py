@@ -88,7 +88,7 @@ def test_what_is_excluded_stays(inputs):
     graph = kirsch.trace(nn.Sequential(row(TURN, TURN), row(TURN, TURN)).eval(), inputs)
     assert kirsch.plan_depth(graph, Goal(macs=0.5), inputs, exclude=["1"]).without == ("0.0", "0.1")
     assert kirsch.plan_depth(graph, Goal(macs=0.5), inputs, exclude=["*.0"]).without == ("0.1", "1.1")
-    with pytest.raises(UnknownNameError, match="no residual block named '7'"):
+    with pytest.raises(UnknownNameError, match="no residual block to `exclude` named '7'"):
         kirsch.plan_depth(graph, Goal(macs=0.5), inputs, exclude=["7"])
 
 

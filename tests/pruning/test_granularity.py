@@ -119,13 +119,15 @@ def _same_model():
 
 
 def test_unknown_kinds_are_answered_with_the_nearest(graph):
-    with pytest.raises(UnknownNameError, match=r"no kind of unit 'heads'.*Did you mean 'head'"):
+    with pytest.raises(UnknownNameError, match=r"no kind of unit for `granularity` 'heads'.*Did you mean 'head'"):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), granularity=["heads"])
-    with pytest.raises(UnknownNameError, match=r"no kind of unit 'channels'.*Did you mean 'channel'"):
+    with pytest.raises(UnknownNameError, match=r"no kind of unit for `round_to` 'channels'.*Did you mean 'channel'"):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), round_to={"channels": 8})
 
 
 @pytest.mark.parametrize("number", [-1, float("nan"), float("inf")])
 def test_numbers_out_of_range_are_named(graph, number):
-    with pytest.raises(UsageError, match=r"granularity has \{'head': .*\}\. A number of at least 0 is needed"):
+    with pytest.raises(
+        UsageError, match=r"granularity.*head'.*(A number of at least 0 is needed|expected a finite number)"
+    ):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), granularity={"head": number})

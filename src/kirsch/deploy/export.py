@@ -6,13 +6,15 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from kirsch import files
+from kirsch.arguments import checked
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import ModelError, NumericError, OutputError
+from kirsch.frameworks.annotations import Inputs, Model
 from kirsch.frameworks.port import framework_of, host
 from kirsch.registry import Registry
 
@@ -37,6 +39,8 @@ class Artifact:
         sha256: its hash.
         details: opset, inputs, outputs, and what the check found, as JSON.
     """
+
+    made_by: ClassVar[str] = 'kirsch.export(model, "model.onnx", example_inputs=inputs)'
 
     path: Path
     format: str
@@ -65,7 +69,8 @@ class Exporter(Protocol):
 EXPORTERS: Registry[Exporter] = Registry("exporter")
 
 
-def export(model: Any, path: str | Path, *, example_inputs: Any, format: str = "onnx") -> Artifact:  # noqa: A002 - the field's word
+@checked
+def export(model: Model, path: str | Path, *, example_inputs: Inputs, format: str = "onnx") -> Artifact:  # noqa: A002 - the field's word
     """The model as a file, run once more on its runtime and held against the model.
 
     Args:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
+from kirsch.annotations import Count
+from kirsch.arguments import checked
 from kirsch.deploy.export import Artifact, export
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.errors import UnknownNameError, UsageError
+from kirsch.errors import DataError, UsageError
+from kirsch.frameworks.annotations import Inputs, Labelled, Model
+from kirsch.frameworks.data import Batch, SeededData
 from kirsch.frameworks.port import framework_of, host
 from kirsch.measurement.latency import Latency, Ratio, interleaved
 from kirsch.measurement.machine import cpu, load, usable_cores
 from kirsch.measurement.quality import Rate, accuracy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-RUNTIMES = ("onnxruntime",)
+    from collections.abc import Iterator, Mapping
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,11 @@ def race(contenders: Mapping[str, Path], inputs: Any, *, reference: str, threads
     """
     cores = usable_cores()
     if not 1 <= threads <= cores:
-        raise UsageError(f"threads is {threads}; this machine has 1 to {cores}.", "More threads than cores slow down.")
+        raise UsageError(
+            f"threads is {threads}; this machine has 1 to {cores}.",
+            "More threads than cores slow down.",
+            "Give threads=1.",
+        )
     before = load()
     arrays = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     sessions = {name: OnnxSession(path, threads) for name, path in contenders.items()}
@@ -136,27 +144,27 @@ class Measurement:
         }
 
 
+@checked
 def measure(
-    model_or_artifact: Any,
+    model_or_artifact: Artifact | str | Path | Model,
     *,
-    example_inputs: Any,
-    data: Any = None,
-    runtime: str = "onnxruntime",
-    threads: int = 1,
-    rounds: int = 30,
+    example_inputs: Inputs,
+    data: Labelled | None = None,
+    runtime: Literal["onnxruntime"] = "onnxruntime",  # noqa: ARG001 - the only one there is
+    threads: Count = 1,
+    rounds: Count = 30,
 ) -> Measurement:
     """Parameters, MACs, bytes, latency and accuracy of a model or an exported file.
 
     Args:
         model_or_artifact: a model (exported to a temporary file for timing), an `Artifact`, or a path of one.
         example_inputs: one batch: an array, a tuple of positional or a dict of keyword ones; its first sample is used.
-        data: (inputs, labels) as arrays, to measure the accuracy of the file.
+        data: (inputs, labels) as arrays, `ArrayData`, or batches of such pairs, such as a DataLoader; the accuracy of
+            the file is measured on it.
         runtime: "onnxruntime".
         threads: of the runtime.
         rounds: of the timing.
     """
-    if runtime not in RUNTIMES:
-        raise UnknownNameError("runtime", runtime, RUNTIMES)
     batch = example_inputs if isinstance(example_inputs, (dict, tuple, list)) else (example_inputs,)
     first: Any = {n: v[:1] for n, v in batch.items()} if isinstance(batch, dict) else tuple(v[:1] for v in batch)
     one = tuple(host(value) for value in (first.values() if isinstance(first, dict) else first))
@@ -173,6 +181,23 @@ def measure(
         return _measured(artifact.path, one, data, threads, rounds, counted, missing)
 
 
+def _labelled(data: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield inputs and labels of one pair of arrays, or of each batch.
+
+    Raises:
+        DataError: a batch has no labels, or there is none.
+    """
+    batches = data.epoch(0, 0) if isinstance(data, SeededData) else [data] if isinstance(data, tuple) else data
+    empty = True
+    for batch in map(Batch.of, batches):
+        if batch.targets is None:
+            raise DataError("A batch of `data` has no labels.", mend="Give (inputs, labels), or batches of such pairs.")
+        yield batch.inputs, batch.targets
+        empty = False
+    if empty:
+        raise DataError("`data` has no batch.", mend="Give (inputs, labels), or batches of such pairs.")
+
+
 def _measured(
     path: Path,
     one: tuple[Any, ...],
@@ -185,8 +210,9 @@ def _measured(
     run = race({"model": path}, one, reference="model", threads=threads, rounds=rounds)
     found = None
     if data is not None:
-        inputs, labels = data
-        found = accuracy(OnnxSession(path, threads).predict(host(inputs)), host(labels))
+        session = OnnxSession(path, threads)
+        batches = [(session.predict(host(inputs)), host(labels)) for inputs, labels in _labelled(data)]
+        found = accuracy(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
     return Measurement(
         parameters=counted[0],
         macs=counted[1],

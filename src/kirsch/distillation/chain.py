@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
+from kirsch.annotations import Count
+from kirsch.arguments import checked
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses.loss import Activation
-from kirsch.distillation.objective import COMBINED, Objective
+from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import TeacherStore
-from kirsch.distillation.teachers import combined, one_or_more
-from kirsch.errors import CheckpointError, UnknownNameError, UsageError
+from kirsch.distillation.teachers import Teacher, combined, one_or_more
+from kirsch.errors import CheckpointError, UsageError
+from kirsch.frameworks.annotations import Build, Data, Model, Regularizer
 from kirsch.frameworks.port import framework_of, pytorch
 from kirsch.frameworks.training import Trained, Training, TrainingHooks, TrainingState
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kirsch.distillation.lesson import Regularizer
 
 Link = Callable[[list[Trained], TrainingHooks, bool], Trained]
 """(the links before it, its hooks, whether its teachers are to be checked) → what it gives."""
@@ -27,9 +25,10 @@ Link = Callable[[list[Trained], TrainingHooks, bool], Trained]
 FEWEST = 2
 
 
+@checked
 def distill_chain(
-    models: Sequence[Any],
-    data: Any,
+    models: Sequence[Model | TeacherStore],
+    data: Data,
     *,
     learn_from: Literal["previous", "all"] = "previous",
     objective: Objective | Sequence[Objective] | None = None,
@@ -68,8 +67,6 @@ def distill_chain(
     Source: Mirzadeh et al. 2020, arXiv:1902.03393. "all": Son et al. 2021, arXiv:2009.08825, without dropping teachers
         at random; with "probabilities" the gradient of soft targets is that of their mean divergence.
     """
-    if learn_from not in ("previous", "all"):
-        raise UnknownNameError("way to learn in a chain", learn_from, ("previous", "all"))
     if len(models) < FEWEST:
         raise UsageError(f"A chain needs a teacher and a student; there are {len(models)} models.", mend="Give both.")
     _check_apart(models)
@@ -103,12 +100,13 @@ def distill_chain(
     return _in_turn([link(place) for place in range(len(students))], hooks or TrainingHooks())
 
 
+@checked
 def born_again(
-    build: Callable[[], Any],
-    data: Any,
+    build: Build,
+    data: Data,
     *,
-    generations: int = 3,
-    teacher: Any = None,
+    generations: Count = 3,
+    teacher: Teacher | None = None,
     objective: Objective | None = None,
     training: Training | None = None,
     validation: Any = None,
@@ -139,8 +137,6 @@ def born_again(
 
     Source: Furlanello et al. 2018, arXiv:1805.04770; there soft targets are at temperature 1, with or without labels.
     """
-    if generations < 1:
-        raise UsageError(f"generations is {generations}; at least 1 is needed.")
     objective, training = objective or Objective.kd(), training or Training()
     framework = pytorch()  # what is not built yet has no framework that could be asked for
     first = 0 if teacher is None else 1
@@ -179,7 +175,13 @@ def born_again(
     return _in_turn([link(place) for place in range(len(models))], hooks or TrainingHooks())
 
 
-def ensemble(models: Sequence[Any], combine: str = "probabilities", *, activation: Activation = "softmax") -> Any:
+@checked
+def ensemble(
+    models: Sequence[Model],
+    combine: Literal["probabilities", "logits", "confidence"] = "probabilities",
+    *,
+    activation: Activation = "softmax",
+) -> Any:
     """One model whose scores are those of several together; it runs, teaches and is exported as any other.
 
     Args:
@@ -193,14 +195,8 @@ def ensemble(models: Sequence[Any], combine: str = "probabilities", *, activatio
         for "probabilities".
 
     Raises:
-        UsageError: there are no models.
-        UnknownNameError: there is no such way, or activation.
+        UsageError: there are no models, or an argument has another value.
     """
-    known = [way for way in COMBINED if way != "sum"]
-    if combine not in known:
-        raise UnknownNameError("way to combine models", combine, known)
-    if activation not in get_args(Activation):
-        raise UnknownNameError("activation", activation, get_args(Activation))
     if not models:
         raise UsageError("An ensemble of no models has no scores.", mend="Give at least one.")
     return framework_of(models[0]).ensemble(models, functools.partial(combined, way=combine, activation=activation))

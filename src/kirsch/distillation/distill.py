@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kirsch.annotations import described
+from kirsch.arguments import checked, takes
 from kirsch.distillation.checks import (
     UNJUDGED,
     check_labels,
@@ -21,23 +23,22 @@ from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import TeacherStore
-from kirsch.distillation.teachers import one_or_more, replayed
+from kirsch.distillation.teachers import Teacher, one_or_more, replayed
 from kirsch.errors import UsageError
+from kirsch.frameworks.annotations import Data, Model, Regularizer
 from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import Trained, Training, TrainingHooks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kirsch.distillation.lesson import Regularizer
     from kirsch.frameworks.port import Framework
 
 
+@checked
 def distill(
-    student: Any,
-    teacher: Any,
-    data: Any,
+    student: Model,
+    teacher: Teacher,
+    data: Data,
     *,
     objective: Objective | None = None,
     training: Training | None = None,
@@ -74,10 +75,10 @@ def distill(
         NumericError: the teacher is no better than chance, a term gives no gradient, or numbers are not finite.
     """
     objective, validation = objective or Objective.kd(), to_validate_by(validation)
-    training, hooks = settled(training, hooks)
+    training, hooks = training or Training(), hooks or TrainingHooks()
     framework = framework_of(student)
     stored = isinstance(teacher, TeacherStore)
-    if stored:
+    if isinstance(teacher, TeacherStore):
         data = replayed(teacher, data)
     first = next(data.epoch(0, 0)) if stored else first_batch(framework, data)
     bound = Distiller(
@@ -103,9 +104,10 @@ def distill(
         bound.close()
 
 
+@checked
 def fit(
-    model: Any,
-    data: Any,
+    model: Model,
+    data: Data,
     *,
     training: Training | None = None,
     validation: Any = None,
@@ -116,7 +118,7 @@ def fit(
 ) -> Trained:
     """A model trained on labels alone; see `distill` for the arguments."""
     objective, validation = objective or Objective.labels(label_smoothing), to_validate_by(validation)
-    training, hooks = settled(training, hooks)
+    training, hooks = training or Training(), hooks or TrainingHooks()
     framework = framework_of(model)
     first = first_batch(framework, data)
     targets = data.targets if isinstance(data, ArrayData) else first.targets
@@ -126,28 +128,17 @@ def fit(
     return framework.train(framework.pupil(model, ("logits",), {}, {}), data, lesson, training, hooks)
 
 
-def settled(training: Training | None, hooks: TrainingHooks | None) -> tuple[Training, TrainingHooks]:
-    """Both, where they are left out too.
-
-    Raises:
-        UsageError: one of them is something else.
-    """
-    if not isinstance(training, Training | None):
-        given = training if isinstance(training, dict) else {"epochs": 10}
-        call = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        raise UsageError(f"The training is a {type(training).__name__}.", mend=f"Give kirsch.Training({call}).")
-    if not isinstance(hooks, TrainingHooks | None):
-        mend = "Give kirsch.frameworks.training.TrainingHooks(event=..., stop=..., save=...)."
-        raise UsageError(f"The hooks are a {type(hooks).__name__}.", mend=mend)
-    return training or Training(), hooks or TrainingHooks()
-
-
 def to_validate_by(validation: Any) -> Any:
     """What is given to validate by, as a callable, as batches that can be gone through again and again, or None.
 
     Raises:
         UsageError: it is something else.
     """
+    if callable(validation) and not takes(validation, 1):
+        raise UsageError(
+            f"`validation` is {described(validation)}, which does not take one argument.",
+            mend="Write it as validation(model) → metrics by name.",
+        )
     if validation is None or callable(validation):
         return validation
     if isinstance(validation, ArrayData):

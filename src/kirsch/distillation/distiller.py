@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from kirsch.annotations import Seed
+from kirsch.arguments import checked
 from kirsch.distillation.attach import Pair, attach, refuse_classes, table, wanted_of
 from kirsch.distillation.checks import check_labels, few, mixed_scores
 from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import TeacherStore
-from kirsch.distillation.teachers import LiveTeachers, StoredTeacher, one_or_more, require_temperature
+from kirsch.distillation.teachers import LiveTeachers, StoredTeacher, Teacher, one_or_more, require_temperature
 from kirsch.errors import CheckpointError, UsageError
+from kirsch.frameworks.annotations import BatchLike, Model, Regularizer
 from kirsch.frameworks.data import Batch
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.sites import texts
 from kirsch.frameworks.training import Charge, doubts, shares_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
-    from kirsch.distillation.lesson import Regularizer
     from kirsch.distillation.teachers import Guide
 
 
@@ -64,22 +67,18 @@ class Distiller:
         DataError: the labels of the batch are no class numbers, or out of range.
     """
 
+    @checked
     def __init__(
         self,
-        student: Any,
-        teacher: Any,
+        student: Model,
+        teacher: Teacher | None,
         objective: Objective,
-        example_batch: Any,
+        example_batch: BatchLike,
         *,
-        seed: int = 0,
+        seed: Seed = 0,
         regularizers: Sequence[Regularizer] = (),
         doubt: Callable[[str], None] = warnings.warn,
     ) -> None:
-        if not isinstance(objective, Objective):
-            raise UsageError(
-                f"The objective is a {type(objective).__name__}.",
-                mend="Give kirsch.Objective.kd() or another Objective.",
-            )
         framework = framework_of(student)
         first = _given(example_batch)
         some = few(first)
@@ -93,6 +92,11 @@ class Distiller:
             (recorded,) = self._guide(some)
             pairs = attach(framework, objective, student, (), some.inputs, seed=seed, recorded=recorded)
         elif objective.terms:
+            if teacher is None:
+                raise UsageError(
+                    "`teacher` of kirsch.Distiller is None, and the terms of the objective need one.",
+                    mend="Give a teacher, or an objective without terms: kirsch.Objective.labels().",
+                )
             teachers = _copies(student, teacher)
             pairs = attach(framework, objective, student, teachers, some.inputs, seed=seed)
             sites = [wanted_of(objective, pairs, place) for place in range(len(teachers))]
@@ -117,8 +121,14 @@ class Distiller:
         self._scores = tuple(framework.predict(student, some.inputs).shape[1:]) if objective.scored else None
         self.check_labels(first.targets)
 
+    @checked
     def __call__(
-        self, batch: Any, epoch: float = 0.0, *, of: Mapping[str, int] | None = None, through: Any = None
+        self,
+        batch: BatchLike,
+        epoch: float = 0.0,
+        *,
+        of: Mapping[str, int] | None = None,
+        through: Callable[..., Any] | None = None,
     ) -> Charge:
         """What a batch is charged; the student runs in it, and `.total` is to be sent backward.
 
@@ -154,7 +164,8 @@ class Distiller:
                 self._doubted.add(name)
                 self._doubt(sentence)
 
-    def counts(self, batches: Iterable[Any]) -> dict[str, int]:
+    @checked
+    def counts(self, batches: Iterable[BatchLike]) -> dict[str, int]:
         """How many samples, labels and positions the means of some batches go over, to be given as `of`.
 
         Processes that share a step add theirs up, by name, before.
@@ -180,6 +191,7 @@ class Distiller:
         """What is trained beside the student, as one module; without parameters where nothing has to be joined."""
         return self.pupil.joints
 
+    @checked
     def train(self, mode: bool = True) -> Self:
         """Student and adapters in training mode; the teachers stay in inference mode."""
         self.pupil.train(mode)
@@ -199,13 +211,19 @@ class Distiller:
             "began": dict(self._began),
         }
 
+    @checked
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave.
 
         Raises:
             CheckpointError: it is of another objective, or of models of other shapes.
         """
-        own, given = self.pupil.joints.state_dict(), state.get("adapters", {})
+        missing = [name for name in self.state_dict() if name not in state]
+        if missing:
+            raise CheckpointError(
+                f"`state` has no {missing[0]!r}.", mend="Give what `state_dict` of a distiller returned."
+            )
+        own, given = self.pupil.joints.state_dict(), state["adapters"]
         other = sorted(own.keys() ^ given.keys())
         other = other or [name for name, value in own.items() if tuple(value.shape) != tuple(given[name].shape)]
         if other:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.losses.loss import Loss
     from kirsch.distillation.objective import Objective, Term
     from kirsch.distillation.teachers import Guide
+    from kirsch.frameworks.annotations import Regularizer
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.port import Framework
     from kirsch.frameworks.sites import Sites
@@ -33,9 +34,6 @@ CROSS = re.compile(r"cross|encoder_attn|EncDecAttention")
 
 SIDE = re.compile(r"encoder|decoder|cross")
 """The first of these in a path says where in a model of tokens it is: decoder.layers.0.encoder_attn in the decoder."""
-
-Regularizer = Callable[[Any], Any]
-"""model → scalar with gradient, added to the loss as it is."""
 
 
 class Lesson:

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import combinations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from kirsch.arguments import checked
 from kirsch.distillation.arrays import constant
 from kirsch.distillation.attach import attach, of_all
 from kirsch.distillation.checks import check_labels, few, first_batch, late_ramps, mixed_scores, split_relations
-from kirsch.distillation.distill import settled, to_validate_by, with_validation
+from kirsch.distillation.distill import to_validate_by, with_validation
 from kirsch.distillation.lesson import Lesson, add
 from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError
+from kirsch.frameworks.annotations import Data, Model, Regularizer
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import Charge, Trained, Training, TrainingHooks, shares_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from kirsch.distillation.lesson import Regularizer
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.port import Framework
 
 FEWEST = 2
 
 
+@checked
 def distill_mutually(
-    students: Sequence[Any],
-    data: Any,
+    students: Sequence[Model],
+    data: Data,
     *,
     objective: Objective | None = None,
     training: Training | None = None,
@@ -67,7 +70,7 @@ def distill_mutually(
     Source: Zhang et al. 2018, Deep mutual learning, arXiv:1706.00384, section 2; there students may also take turns.
     """
     objective, validation = objective or Objective.preset("dml"), to_validate_by(validation)
-    training, hooks = settled(training, hooks)
+    training, hooks = training or Training(), hooks or TrainingHooks()
     framework = framework_of(students[0]) if students else None
     if framework is None or len(students) < FEWEST:
         raise UsageError(

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
 
+from kirsch.arguments import checked
 from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.loss import loss_of, options_of
 from kirsch.distillation.schedule import Number, Ramp, at, ends, problem
 from kirsch.errors import UnknownNameError, UsageError
-from kirsch.frameworks.sites import Site, texts
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from kirsch.frameworks.sites import Sites
+from kirsch.frameworks.sites import Site, Sites, texts
 
 NUMBERS = ("weight", "temperature", "label_weight")
 """Fields that may be ramps."""
@@ -25,6 +22,7 @@ COMBINED = ("probabilities", "logits", "confidence", "sum")
 what they say; probabilities weighed by how sure each is; or one term for each teacher, added up."""
 
 
+@checked
 @dataclass(frozen=True)
 class Term:
     """One distillation loss: what it compares, and how much it counts.
@@ -43,11 +41,13 @@ class Term:
         of: of several teachers the one that it is compared with; None takes all for scores, and the first otherwise.
     """
 
+    made_by: ClassVar[str] = 'kirsch.Term("kd", weight=0.9)'
+
     loss: str = "kd"
     weight: Number = 0.9
     temperature: Number | None = None
     student: Sites = "logits"
-    teacher: Sites = None
+    teacher: Sites | None = None
     adapter: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
     adapter_options: Mapping[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Term:
         return self.name or self.loss
 
     @property
-    def there(self) -> Sites:
+    def there(self) -> Any:
         """Where in the teacher."""
         return self.student if self.teacher is None else self.teacher
 
@@ -81,9 +81,6 @@ class Term:
     def problems(self) -> list[str]:
         """What is wrong with its numbers and options, one sentence each; an unknown loss is an error."""
         known = options_of(loss_of(self.loss))
-        for sites in (self.student, self.there):
-            if not _named(sites):
-                return [f"the term {self.called!r} names {sites!r} as a place; a text is needed, or a list of texts"]
         for text in texts([self.student, self.there]):
             Site.read(text)
         wrong = [problem(f"the weight of {self.called!r}", self.weight, least=0)]
@@ -101,6 +98,7 @@ class Term:
         return [sentence for sentence in wrong if sentence]
 
 
+@checked
 @dataclass(frozen=True)
 class Objective:
     """weight of the labels · loss on labels + Σ weight · distillation loss.
@@ -122,6 +120,8 @@ class Objective:
         UnknownNameError: there is no such loss, option or way.
     """
 
+    made_by: ClassVar[str] = "kirsch.Objective.kd()"
+
     terms: tuple[Term, ...] = ()
     label_weight: Number = 1.0
     label_smoothing: float = 0.0
@@ -129,15 +129,11 @@ class Objective:
     causal: bool = False
     ignore: int = -100
     balance: Literal["fixed", "gradient"] = "fixed"
-    teachers: str = "probabilities"
+    teachers: Literal["probabilities", "logits", "confidence", "sum"] = "probabilities"
 
     def __post_init__(self) -> None:
         problems = [sentence for term in self.terms for sentence in term.problems()]
         LABEL_LOSSES[self.label_loss]  # an unknown name is answered here, before any work
-        if self.balance not in ("fixed", "gradient"):
-            raise UnknownNameError("balance", self.balance, ("fixed", "gradient"))
-        if self.teachers not in COMBINED:
-            raise UnknownNameError("way to combine teachers", self.teachers, COMBINED)
         problems += [sentence for sentence in [problem("label_weight", self.label_weight, least=0)] if sentence]
         if not 0 <= self.label_smoothing < 1:
             problems.append(f"label_smoothing is {self.label_smoothing}; a share of at least 0, below 1, is needed")
@@ -154,6 +150,7 @@ class Objective:
         return any(ends(self.label_weight)) or "logits" in sites
 
     @classmethod
+    @checked
     def kd(cls, temperature: float = 4.0, weight: float = 0.9) -> Objective:
         """Weight · soft targets + (1 - weight) · labels, after Hinton et al. 2015.
 
@@ -166,11 +163,13 @@ class Objective:
         return cls((Term("kd", weight, temperature),), label_weight=1 - weight)
 
     @classmethod
+    @checked
     def labels(cls, label_smoothing: float = 0.0) -> Objective:
         """Labels alone, without a teacher."""
         return cls((), 1.0, label_smoothing)
 
     @classmethod
+    @checked
     def preset(cls, name: str, **changes: Any) -> Objective:
         """A published objective with its standard hyperparameters.
 
@@ -194,6 +193,7 @@ class Objective:
         return asdict(self)
 
     @classmethod
+    @checked
     def from_dict(cls, values: Mapping[str, Any]) -> Objective:
         """From what `to_dict` gave.
 
@@ -203,14 +203,6 @@ class Objective:
         terms = tuple(_made(Term, term, "a term") for term in values.get("terms", ()))
         made: Objective = _made(cls, {**values, "terms": terms}, "an objective")
         return made
-
-
-def _named(sites: Any) -> bool:
-    """Whether these are texts, one or more, in lists or dicts."""
-    if isinstance(sites, (list, tuple, dict)):
-        parts = list(sites.values() if isinstance(sites, dict) else sites)
-        return bool(parts) and all(_named(part) for part in parts)
-    return isinstance(sites, str)
 
 
 def _made(kind: Any, values: Mapping[str, Any], what: str) -> Any:

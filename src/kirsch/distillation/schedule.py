@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
+
+from kirsch.arguments import checked
 
 
+@checked
 @dataclass(frozen=True)
 class Ramp:
     """A number that goes in a line from `start` to `end` over some epochs, and stays there.
@@ -15,6 +19,8 @@ class Ramp:
         epochs: over how many epochs, > 0.
         after: epochs before it begins to move, >= 0.
     """
+
+    made_by: ClassVar[str] = "kirsch.distillation.schedule.Ramp(start, end, epochs)"
 
     start: float
     end: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -12,21 +12,24 @@ import numpy as np
 from kirsch.distillation.arrays import first_of, log_sigmoid, log_softmax, log_sum_exp, namespace
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.schedule import Ramp
+from kirsch.distillation.store import TeacherStore
 from kirsch.errors import UsageError
+from kirsch.frameworks.annotations import Model
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import host
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective, Term
-    from kirsch.distillation.store import TeacherStore
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.port import Framework
 
 TOP_K = ("indices", "log_p", "tail")
 """Fields of a record that holds the largest scores alone."""
+
+
+Teacher = Model | TeacherStore | Sequence[Model]
+"""A teacher that runs, several of them, or the stored outputs of one."""
 
 
 class Guide(Protocol):

@@ -14,17 +14,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from kirsch.errors import ShapeError, UsageError
+from kirsch.annotations import Between, Count, Fix, Share
+from kirsch.arguments import checked
+from kirsch.errors import ShapeError, UsageError, said
 from kirsch.frameworks.description import described, name_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Augment = Callable[[Any, np.random.Generator], Any]
+HOW = "Write it as transform(batch, generator), or use those of kirsch.frameworks.augment."
+
+Augment = Annotated[Callable[[Any, np.random.Generator], Any], Fix(HOW)]
 """(one sample as a batch of one, generator) → the same shape; all its randomness comes from the generator."""
 
 MASK = 0xFFFFFFFFFFFFFFFF
@@ -115,6 +119,7 @@ class Seeded(ABC):
         """
 
 
+@checked
 @dataclass(frozen=True)
 class Crop(Seeded):
     """Images moved by up to `padding` pixels each way over a border of zeros, evenly likely.
@@ -125,10 +130,7 @@ class Crop(Seeded):
     Source: He et al. 2016, arXiv:1512.03385, section 4.2 (padding 4 for CIFAR).
     """
 
-    padding: int = 4
-
-    def __post_init__(self) -> None:
-        _check_whole("Crop", "padding", self.padding, 0)
+    padding: Annotated[int, Between(0, 2**31)] = 4
 
     def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         """The images moved."""
@@ -142,6 +144,7 @@ class Crop(Seeded):
         return moved
 
 
+@checked
 @dataclass(frozen=True)
 class Flip(Seeded):
     """Images mirrored left to right.
@@ -150,10 +153,7 @@ class Flip(Seeded):
         probability: 0 to 1.
     """
 
-    probability: float = 0.5
-
-    def __post_init__(self) -> None:
-        _check_share("Flip", "probability", self.probability)
+    probability: Share = 0.5
 
     def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         """The images, some of them mirrored."""
@@ -163,6 +163,7 @@ class Flip(Seeded):
         return out
 
 
+@checked
 @dataclass(frozen=True)
 class Erase(Seeded):
     """Images with a square of zeros, whose middle lies anywhere in the image: cutout.
@@ -174,12 +175,8 @@ class Erase(Seeded):
     Source: DeVries, Taylor 2017, arXiv:1708.04552, section 3.2 (16 pixels for CIFAR-10, 8 for CIFAR-100).
     """
 
-    size: int = 8
-    probability: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_whole("Erase", "size", self.size, 1)
-        _check_share("Erase", "probability", self.probability)
+    size: Count = 8
+    probability: Share = 1.0
 
     def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         """The images with their squares."""
@@ -193,6 +190,7 @@ class Erase(Seeded):
         return np.where(square, np.zeros((), batch.dtype), batch)
 
 
+@checked
 @dataclass(frozen=True)
 class Jitter(Seeded):
     """Images of another contrast and brightness: mean + c (image - mean) + b, the mean over all its numbers.
@@ -202,13 +200,8 @@ class Jitter(Seeded):
         contrast: c lies within 1 ± this; 0 to 1.
     """
 
-    brightness: float = 0.2
-    contrast: float = 0.2
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.brightness) and self.brightness >= 0):
-            raise UsageError(f"The brightness of Jitter is {self.brightness}; a number of at least 0 is needed.")
-        _check_share("Jitter", "contrast", self.contrast)
+    brightness: Annotated[float, Between(0)] = 0.2
+    contrast: Share = 0.2
 
     def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         """The images changed."""
@@ -224,6 +217,7 @@ class Jitter(Seeded):
         return changed.astype(batch.dtype)
 
 
+@checked
 @dataclass(frozen=True)
 class Noise(Seeded):
     """Inputs of any shape plus noise of nearly normal distribution.
@@ -234,11 +228,7 @@ class Noise(Seeded):
         scale: standard deviation, >= 0.
     """
 
-    scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise UsageError(f"The scale of Noise is {self.scale}; a number of at least 0 is needed.")
+    scale: Annotated[float, Between(0)] = 0.1
 
     def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         """The inputs with noise."""
@@ -262,6 +252,7 @@ class Chain(Seeded):
 
     stages: tuple[Seeded | Augment, ...]
 
+    @checked
     def __init__(self, *stages: Seeded | Augment) -> None:
         object.__setattr__(self, "stages", stages)
 
@@ -292,7 +283,14 @@ def apply(transform: Seeded | Augment | None, batch: NDArray[Any], seeds: NDArra
 
 
 def _alone(transform: Augment, sample: NDArray[Any], seed: int) -> NDArray[Any]:
-    found = transform(sample.copy(), np.random.Generator(np.random.Philox(key=seed)))
+    try:
+        found = transform(sample.copy(), np.random.Generator(np.random.Philox(key=seed)))
+    except Exception as error:  # foreign code is run, which may raise anything
+        raise UsageError(
+            f"The transform {name_of(transform)} given as `augment` fails on a sample of shape {sample.shape}.",
+            said(error),
+            "It is called as transform(batch, generator) with one sample as a batch of one.",
+        ) from error
     if not isinstance(found, np.ndarray) or found.shape != sample.shape:
         kind = f"an array of shape {found.shape}" if isinstance(found, np.ndarray) else f"a {type(found).__name__}"
         raise UsageError(
@@ -318,8 +316,7 @@ def check(transform: Seeded | Augment | None, samples: NDArray[Any]) -> None:
             check(stage, samples)
             samples = apply(stage, samples, sample_seeds(0, number, np.arange(len(samples))))
     elif transform is not None and not isinstance(transform, Seeded):
-        mend = "Write it as transform(batch, generator), or use those of kirsch.frameworks.augment."
-        check_call(transform, f"The transform {name_of(transform)}", "a batch", mend)
+        check_call(transform, f"The transform {name_of(transform)}", "a batch", HOW)
         tries = [(seed % len(samples), seed) for seed in range(len(samples) * ATTEMPTS)]  # no two draw alike
         first, again = (
             {(at, seed): _alone(transform, samples[at : at + 1], seed).tobytes() for at, seed in order}
@@ -365,13 +362,3 @@ def description(transform: Seeded | Augment | None) -> str:
 def _check_images(name: str, batch: NDArray[Any]) -> None:
     if batch.ndim != PIXELS:
         raise ShapeError(f"{name} takes images, (N, C, H, W); the batch has shape {batch.shape}.")
-
-
-def _check_whole(name: str, option: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise UsageError(f"The {option} of {name} is {value}; a whole number of at least {least} is needed.")
-
-
-def _check_share(name: str, option: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UsageError(f"The {option} of {name} is {value}; a number from 0 to 1 is needed.")

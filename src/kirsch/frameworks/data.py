@@ -6,19 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from kirsch.annotations import Count, Seed
+from kirsch.arguments import checked
 from kirsch.errors import DataError, ShapeError, UsageError
-from kirsch.frameworks.augment import TRIED, apply, check, sample_seeds
+from kirsch.frameworks.augment import TRIED, Augment, Seeded, apply, check, sample_seeds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from numpy.typing import NDArray
-
-    from kirsch.frameworks.augment import Augment, Seeded
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,7 @@ def borders_of(samples: int, batch_size: int) -> list[int]:
     return [*range(0, count_of(samples, batch_size) * batch_size, batch_size), samples]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ArrayData(SeededData):
     """Samples in memory, whose order and augmentation follow from a seed alone.
@@ -120,21 +120,19 @@ class ArrayData(SeededData):
         UsageError: the transform takes no generator or does not follow from it, or a setting is out of range.
     """
 
-    inputs: Any
+    made_by: ClassVar[str] = "kirsch.frameworks.data.ArrayData(inputs, targets)"
+
+    inputs: NDArray[Any] | Mapping[str, NDArray[Any]]
     targets: NDArray[Any] | None
-    batch_size: int = 64
+    batch_size: Count = 64
     augment: Seeded | Augment | None = None
     ids: NDArray[Any] | None = None
-    views: int | None = None
-    seed: int | None = None
+    views: Count | None = None
+    seed: Seed | None = None
 
     def __post_init__(self) -> None:
         if not self.parts or not self.samples:
             raise DataError("The data is empty.", mend="Give at least one sample.")
-        if self.batch_size < 1:
-            raise UsageError(f"batch_size is {self.batch_size}; at least 1 is needed.")
-        if self.views is not None and self.views < 1:
-            raise UsageError(f"views is {self.views}; at least 1, or None, is needed.")
         if self.targets is not None and self.samples != len(self.targets):
             raise ShapeError(f"There are {self.samples} inputs and {len(self.targets)} targets.")
         for name, part in self.parts.items():

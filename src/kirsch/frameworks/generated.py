@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from kirsch.errors import DataError, UsageError
+from kirsch.annotations import Count, Fix, Seed
+from kirsch.arguments import checked
+from kirsch.errors import DataError, KirschError, UsageError, said
+from kirsch.frameworks.annotations import Model, is_model
 from kirsch.frameworks.augment import check_call
 from kirsch.frameworks.data import Batch, SeededData, borders_of, count_of
 from kirsch.frameworks.description import name_of
@@ -17,13 +20,16 @@ from kirsch.frameworks.port import framework_of, host
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Generate = Callable[[int, np.random.Generator], Any]
+HOW = "Write it as generate(count, generator), and draw from the numpy.random.Generator alone."
+
+Generate = Annotated[Callable[[int, np.random.Generator], Any], Fix(HOW)]
 """(how many samples, generator) → inputs of a model; all randomness comes from the generator."""
 
 TRIED = 2
 """Samples that are made to look at a callable before any work."""
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class GeneratedData(SeededData):
     """Inputs without labels from a callable or a model; each batch follows from (seed, epoch, number of the batch).
@@ -47,21 +53,14 @@ class GeneratedData(SeededData):
         along; here it is given, and stays as it is.
     """
 
-    generate: Generate | Any
-    samples: int
-    batch_size: int = 64
-    noise: tuple[int, ...] | None = None
-    views: int | None = None
-    seed: int | None = None
+    generate: Generate | Model
+    samples: Count
+    batch_size: Count = 64
+    noise: tuple[Count, ...] | None = None
+    views: Count | None = None
+    seed: Seed | None = None
 
     def __post_init__(self) -> None:
-        for name, value, least in (("samples", self.samples, 1), ("batch_size", self.batch_size, 1)):
-            if value < least:
-                raise UsageError(f"{name} is {value}; at least {least} is needed.")
-        if self.views is not None and self.views < 1:
-            raise UsageError(f"views is {self.views}; at least 1, or None, is needed.")
-        if self.seed is not None and self.seed < 0:
-            raise UsageError(f"seed is {self.seed}; a whole number of at least 0, or None, is needed.")
         called = name_of(self.generate)
         if self._is_model and self.noise is None:
             raise UsageError(
@@ -74,7 +73,7 @@ class GeneratedData(SeededData):
 
     @property
     def _is_model(self) -> bool:
-        return hasattr(self.generate, "state_dict")
+        return is_model(self.generate)
 
     def _check_callable(self, called: str) -> None:
         if self.noise is not None:
@@ -82,11 +81,15 @@ class GeneratedData(SeededData):
                 f"{called} is no model, and is given noise={self.noise}.",
                 mend="Leave it out: a function draws from the generator itself.",
             )
-        mend = "Write it as generate(count, generator), and draw from the numpy.random.Generator alone."
-        check_call(self.generate, called, "a count", mend)
+        check_call(self.generate, called, "a count", HOW)
 
     def _check_repeats(self, called: str) -> None:
-        first, again = (_arrays(self._made(TRIED, np.random.default_rng(0))) for _ in range(2))
+        try:
+            first, again = (_arrays(self._made(TRIED, np.random.default_rng(0))) for _ in range(2))
+        except KirschError:
+            raise
+        except Exception as error:  # foreign code is run, which may raise anything
+            raise UsageError(f"{called}, given as `generate`, fails for {TRIED} samples.", said(error), HOW) from error
         if [host(part).tobytes() for part in first] != [host(part).tobytes() for part in again]:
             raise UsageError(
                 f"{called} does not follow from its generator.",

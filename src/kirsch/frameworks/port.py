@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from kirsch.errors import MissingExtraError, ModelError, UnknownNameError, UsageError
-from kirsch.graph.graph import DECISIONS, SOFTMAX, Tracing
+from kirsch.arguments import checked
+from kirsch.errors import MissingExtraError, ModelError, UsageError
+from kirsch.frameworks.annotations import Inputs, Model
+from kirsch.graph.graph import Graph, Tracing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
-    from kirsch.graph.graph import Graph
     from kirsch.graph.labels import Tensor
     from kirsch.graph.plan import Plan
     from kirsch.graph.proof import Verification
@@ -182,14 +184,15 @@ def host(array: Any) -> NDArray[Any]:
     return np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
 
 
+@checked
 def trace(
-    model: Any,
-    example_inputs: Any,
+    model: Model,
+    example_inputs: Inputs,
     *,
     outputs: str | Sequence[str] = (),
-    decisions: str = "refuse",
+    decisions: Literal["refuse", "example"] = "refuse",
     scope: str = "",
-    softmax: str = "freeze",
+    softmax: Literal["freeze", "kept"] = "freeze",
     as_graph: bool = False,
 ) -> Graph:
     """The coupling analysis of a model: what must stay together, what is free to go, what is frozen and why.
@@ -219,13 +222,10 @@ def trace(
 
     Raises:
         ModelError: the model cannot be copied or traced with these inputs; the sentence names where.
-        UnknownNameError: it has no such output or part, or an option has no such value.
-        UsageError: `as_graph` is asked for a part, which must fit into the rest of the code.
+        UnknownNameError: it has no such output or part.
+        UsageError: an argument is of the wrong kind, or `as_graph` is asked for a part, which must fit into the rest of
+            the code.
     """
-    if decisions not in DECISIONS:
-        raise UnknownNameError("way with decisions", decisions, DECISIONS)
-    if softmax not in SOFTMAX:
-        raise UnknownNameError("way with softmax", softmax, SOFTMAX)
     if as_graph and scope:
         raise UsageError(
             "A part cannot be given as a graph.",

@@ -18,14 +18,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from kirsch.annotations import Kind
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Sites = Any
+
+def _names_sites(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return bool(value) and all(map(_names_sites, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str)
+
+
+Sites = Annotated[
+    Any, Kind("a path as text, or a list or dict of these", _names_sites, lambda _: 'Give "layer3", say.')
+]
 """A site as text; a list of them for losses of stages or relations, a dict for sets; "auto" to have stages matched."""
 
 Key = tuple[str, str, bool]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from kirsch.annotations import Count, Seed
+from kirsch.arguments import checked
 from kirsch.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from kirsch.frameworks.data import Batch
 
 
+@checked
 @dataclass(frozen=True)
 class Training:
     """Settings of one training run.
@@ -35,7 +39,9 @@ class Training:
         seed: of everything random in the run, >= 0.
     """
 
-    epochs: int = 10
+    made_by: ClassVar[str] = "kirsch.Training(epochs=10)"
+
+    epochs: Count = 10
     learning_rate: float = 0.05
     optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = 5e-4
@@ -43,8 +49,8 @@ class Training:
     milestones: tuple[float, ...] = (0.5, 0.75)
     warmup_epochs: float = 0.0
     clip_norm: float | None = None
-    seed: int = 0
-    accumulate: int = 1
+    seed: Seed = 0
+    accumulate: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema: float | None = None
 
@@ -63,7 +69,7 @@ class Training:
         if list(self.milestones) != sorted(self.milestones) or not all(0 < m < 1 for m in self.milestones):
             problems.append(f"milestones are {self.milestones}; ascending fractions between 0 and 1 are needed")
         if not 0 <= self.warmup_epochs <= self.epochs:
-            problems.append(f"warmup_epochs is {self.warmup_epochs}; 0 to {self.epochs} is possible")
+            problems.append(f"warmup_epochs is {self.warmup_epochs}; a number from 0 to {self.epochs} is needed")
         if self.clip_norm is not None and not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
             problems.append(f"clip_norm is {self.clip_norm}; a number above 0, or None, is needed")
         if self.accumulate < 1:
@@ -124,6 +130,7 @@ class LossFunction(Protocol):
         """Go on from a state."""
 
 
+@checked
 @dataclass
 class TrainingHooks:
     """What the caller of a training run wants to see and to decide; each may be left out.
@@ -136,6 +143,8 @@ class TrainingHooks:
         save: called with a `TrainingState` after each epoch, and before a stop is obeyed.
         resume: a state to go on from.
     """
+
+    made_by: ClassVar[str] = "kirsch.frameworks.training.TrainingHooks(event=..., stop=..., save=...)"
 
     validate: Callable[[Any], dict[str, float]] | None = None
     event: Callable[[dict[str, Any]], None] | None = None

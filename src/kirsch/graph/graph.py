@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
+from kirsch.arguments import checked
 from kirsch.graph import constants, coupling, group
 from kirsch.graph.cost import Cost, CostModel
 from kirsch.graph.explain import explain
@@ -112,6 +113,8 @@ class Graph:
         traced: the framework's own record of the trace.
     """
 
+    made_by: ClassVar[str] = "kirsch.trace(model, example_inputs)"
+
     model_name: str
     facts: Facts
     tensors: Mapping[str, Tensor]
@@ -185,6 +188,7 @@ class Graph:
                 digest.update(b"" if labels is None else unit[self.coupling.component[labels]].tobytes())
         return digest.hexdigest()
 
+    @checked
     def explain(self, layer: str) -> str:
         """In words: what goes together with the outputs and inputs of a layer, by which operations, and what stays.
 

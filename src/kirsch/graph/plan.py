@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from kirsch.arguments import checked
 from kirsch.errors import GoalError, PlanError, nearest
 from kirsch.graph.cost import Cost
 from kirsch.graph.graph import DECISIONS, SOFTMAX, InputSpec, Tracing
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@checked
 @dataclass(frozen=True)
 class Goal:
     """What the pruned model may cost, as a fraction of the original.
@@ -31,6 +33,8 @@ class Goal:
     Raises:
         GoalError: no goal is given, or a fraction is out of range.
     """
+
+    made_by: ClassVar[str] = "kirsch.Goal(macs=0.5)"
 
     macs: float | None = None
     params: float | None = None
@@ -123,6 +127,8 @@ class Plan:
         graph: the graph it was made from; not stored.
     """
 
+    made_by: ClassVar[str] = "kirsch.plan(graph, kirsch.Goal(macs=0.5))"
+
     fingerprint: str
     model: str
     groups: tuple[Removal, ...]
@@ -163,6 +169,7 @@ class Plan:
         )
 
     @classmethod
+    @checked
     def from_json(cls, text: str) -> Plan:
         """The plan of `to_json`.
 

@@ -31,8 +31,8 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kirsch.distillation.lesson import Regularizer
     from kirsch.distillation.objective import Objective
+    from kirsch.frameworks.annotations import Regularizer
 
     Loop = Any
 else:

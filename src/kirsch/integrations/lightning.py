@@ -30,8 +30,8 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kirsch.distillation.lesson import Regularizer
     from kirsch.distillation.objective import Objective
+    from kirsch.frameworks.annotations import Regularizer
 
 BESIDE = "distillation_adapter"
 """Name, with a number behind it, of each parameter of the adapters that the student holds while it is trained."""

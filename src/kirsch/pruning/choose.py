@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from kirsch.annotations import Count, Names, Seed
+from kirsch.arguments import checked
 from kirsch.errors import GoalError, PlanError, UnknownNameError, UsageError
+from kirsch.graph.graph import Graph
 from kirsch.graph.group import KINDS
-from kirsch.graph.plan import Plan, Removal
+from kirsch.graph.plan import Goal, Plan, Removal
 from kirsch.pruning.importance import IMPORTANCES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
     from kirsch.graph.cost import Cost
-    from kirsch.graph.graph import Graph
     from kirsch.graph.group import Group
-    from kirsch.graph.plan import Goal
 
 CLOSE = 0.01
 """How near below its goal a plan must land, as a fraction of the original."""
@@ -39,19 +40,20 @@ WHOLE = frozenset(["expert", "kv group", "head", "head in kv group", "conv group
 """Kinds whose number is that of whole parts, each of its own width; no runtime works on them in blocks."""
 
 
+@checked
 def plan(
     graph: Graph,
     goal: Goal,
     importance: str = "magnitude",
     scope: Literal["global", "local"] = "global",
-    round_to: int | Literal["auto"] | Mapping[str, int] = "auto",
-    exclude: Sequence[str] = (),
-    granularity: Sequence[str] | Mapping[str, float] | None = None,
+    round_to: Count | Literal["auto"] | Mapping[str, Count] = "auto",
+    exclude: Names = (),
+    granularity: str | Sequence[str] | Mapping[str, float] | None = None,
     *,
     uniform: bool = False,
     norm: Literal[1, 2] = 2,
     min_keep: float = 0.1,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Plan:
     """What to remove from a traced model so that it costs no more than the goal, and little less.
 
@@ -64,7 +66,7 @@ def plan(
             from 16, 4 from 8, else 1, since runtimes work in blocks and widths between them cost time; halved, but
             not below 4, where the goal cannot be met closely otherwise; 1 for heads and other whole parts. By kind of
             unit: {"head dim": 8}; kinds not named are "auto".
-        exclude: module paths, parameter names or globs ("layer4.*"); nothing of these is changed.
+        exclude: one or several module paths, parameter names or globs ("layer4.*"); nothing of these is changed.
         granularity: the kinds of units that may go (see `kirsch.graph.group.KINDS`), ["head", "ffn unit"]; or by kind
             how readily they go, {"head": 2.0, "head dim": 0}: importances are divided by the number, and units of a
             kind with 0 stay. Kinds not named there have 1. None: all may.
@@ -82,7 +84,7 @@ def plan(
         UnknownNameError: there is no such importance, or nothing of that name to exclude.
         UsageError: an option is out of range.
     """
-    _check_options(scope, round_to, norm, min_keep)
+    _check_options(round_to, min_keep)
     ease = _ease(granularity)
     groups = [group for group in _without(graph, exclude) if ease[group.kind] > 0]
     scores = [_scored(graph, group, importance, norm, seed) / ease[group.kind] for group in groups]
@@ -139,7 +141,7 @@ def _ease(granularity: Sequence[str] | Mapping[str, float] | None) -> dict[str, 
     named = [granularity] if isinstance(granularity, str) else granularity if granularity is not None else ()
     for kind in named:
         if kind not in KINDS:
-            raise UnknownNameError("kind of unit", kind, KINDS)
+            raise UnknownNameError("kind of unit for `granularity`", kind, KINDS)
     if isinstance(granularity, Mapping):
         wrong = {kind: number for kind, number in granularity.items() if not 0 <= number < np.inf}
         if wrong:
@@ -169,22 +171,15 @@ def _removals(
     return tuple(Removal(g.name, g.kind, g.size, units[g.name], reason) for g in groups if g.name in units)
 
 
-def _check_options(scope: str, round_to: int | str | Mapping[str, int], norm: int, min_keep: float) -> None:
-    problems = []
-    if scope not in ("global", "local"):
-        problems.append(f"scope is {scope!r}; known: global, local")
-    numbers = round_to.values() if isinstance(round_to, Mapping) else [round_to] if round_to != "auto" else []
-    if any(not isinstance(number, int) or number < 1 for number in numbers):
-        problems.append(f'round_to is {round_to!r}; a whole number of at least 1, or "auto", is needed')
+def _check_options(round_to: int | str | Mapping[str, int], min_keep: float) -> None:
     for kind in round_to if isinstance(round_to, Mapping) else ():
         if kind not in KINDS:
-            raise UnknownNameError("kind of unit", kind, KINDS)
-    if norm not in (1, 2):
-        problems.append(f"norm is {norm!r}; known: 1, 2")
+            raise UnknownNameError("kind of unit for `round_to`", kind, KINDS)
     if not 0 < min_keep <= 1:
-        problems.append(f"min_keep is {min_keep!r}; a fraction above 0, up to 1, is needed")
-    if problems:
-        raise UsageError("The options of the plan are wrong: " + "; ".join(problems) + ".")
+        raise UsageError(
+            f"`min_keep` is {min_keep}; it is the fraction of each group that always stays.",
+            mend="Give a number above 0 and up to 1, such as min_keep=0.1.",
+        )
 
 
 def _without(graph: Graph, exclude: Iterable[str]) -> list[Group]:
@@ -195,7 +190,7 @@ def _without(graph: Graph, exclude: Iterable[str]) -> list[Group]:
         names = names or {name for group in graph.groups if group.name == pattern for name, _ in group.footprint}
         if not names:
             layers = {name.rpartition(".")[0] for name in graph.tensors} - {""}
-            raise UnknownNameError("layer to exclude named", pattern, layers | {group.name for group in graph.groups})
+            raise UnknownNameError("layer to `exclude` named", pattern, layers | {group.name for group in graph.groups})
         banned |= names
     tied = {id(graph.tensors[name]) for name in banned}
     return [g for g in graph.groups if not any(id(graph.tensors[name]) in tied for name, _ in g.footprint)]

@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from kirsch.annotations import Names, Seed
+from kirsch.arguments import checked
 from kirsch.errors import GoalError, UnknownNameError, UsageError
-from kirsch.graph.plan import Plan, Skip
+from kirsch.frameworks.annotations import Inputs
+from kirsch.graph.graph import Graph
+from kirsch.graph.plan import Goal, Plan, Skip
 from kirsch.pruning.choose import matches
 from kirsch.registry import Registry
 
@@ -16,8 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kirsch.graph.graph import Graph, Runner
-    from kirsch.graph.plan import Goal
+    from kirsch.graph.graph import Runner
 
 
 class BlockImportance(Protocol):
@@ -81,14 +84,15 @@ def random(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, floa
     return dict(zip(graph.blocks, np.random.default_rng(seed).uniform(size=len(graph.blocks)).tolist(), strict=True))
 
 
+@checked
 def plan_depth(
     graph: Graph,
     goal: Goal,
-    data: Any,
+    data: Inputs,
     importance: str = "influence",
-    exclude: Sequence[str] = (),
+    exclude: Names = (),
     *,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Plan:
     """Which residual blocks to leave out so that the model costs no more than the goal.
 
@@ -165,6 +169,6 @@ def _without(graph: Graph, exclude: Sequence[str]) -> list[str]:
     for pattern in exclude:
         named = [path for path in graph.blocks if matches(path, pattern)]
         if not named:
-            raise UnknownNameError("residual block named", pattern, graph.blocks)
+            raise UnknownNameError("residual block to `exclude` named", pattern, graph.blocks)
         free = [path for path in free if path not in named]
     return free

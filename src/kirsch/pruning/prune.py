@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kirsch.arguments import checked
 from kirsch.errors import KirschError, PlanError, VerificationError
+from kirsch.frameworks.annotations import Inputs, Model
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan, Removal, Skip
 
@@ -38,7 +40,8 @@ class Pruned:
     notes: tuple[str, ...]
 
 
-def prune(model: Any, plan: Plan, *, example_inputs: Any = None, verify: bool = True) -> Any:
+@checked
+def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, verify: bool = True) -> Any:
     """A new, ordinary model of the same class without what the plan removes; the given one is left as it is.
 
     Args:
@@ -58,7 +61,8 @@ def prune(model: Any, plan: Plan, *, example_inputs: Any = None, verify: bool = 
     return prune_with_proof(model, plan, example_inputs=example_inputs, verify=verify).model
 
 
-def prune_with_proof(model: Any, plan: Plan, *, example_inputs: Any = None, verify: bool = True) -> Pruned:
+@checked
+def prune_with_proof(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, verify: bool = True) -> Pruned:
     """The same as `prune`, with the verification and the notes."""
     framework = framework_of(model)
     graph = graph_of(model, plan, example_inputs)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from kirsch.annotations import Between
+from kirsch.arguments import checked
 from kirsch.errors import UsageError
 from kirsch.frameworks.port import framework_of
 
 
+@checked
 @dataclass(frozen=True)
 class L1:
     """strength · Σ |w| over all weights of two or more axes.
@@ -20,16 +22,14 @@ class L1:
     Source: Han et al. 2015, arXiv:1506.02626, section 3.1.
     """
 
-    strength: float
-
-    def __post_init__(self) -> None:
-        _check(self.strength)
+    strength: Annotated[float, Between(0)]
 
     def __call__(self, model: Any) -> Any:
         """The term: a scalar with gradient."""
         return self.strength * sum(abs(weight).sum() for weight in framework_of(model).weights(model))
 
 
+@checked
 @dataclass(frozen=True)
 class Slimming:
     """strength · Σ |γ| over the scales of all batch normalisations (Network Slimming).
@@ -40,10 +40,7 @@ class Slimming:
     Source: Liu et al. 2017, arXiv:1708.06519, equation 1.
     """
 
-    strength: float
-
-    def __post_init__(self) -> None:
-        _check(self.strength)
+    strength: Annotated[float, Between(0)]
 
     def __call__(self, model: Any) -> Any:
         """The term: a scalar with gradient.
@@ -59,10 +56,3 @@ class Slimming:
                 "Use L1 instead.",
             )
         return self.strength * sum(abs(scale).sum() for scale in scales)
-
-
-def _check(strength: float) -> None:
-    if not (math.isfinite(strength) and strength >= 0):
-        raise UsageError(
-            f"The strength {strength} of a regularizer is wrong.", mend="A number of at least 0 is needed."
-        )

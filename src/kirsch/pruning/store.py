@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kirsch import files
+from kirsch.arguments import checked
 from kirsch.errors import CheckpointError, ModelError, PlanError, UsageError
+from kirsch.frameworks.annotations import Build, Model
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan
 from kirsch.pruning.prune import PLANS, prune
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 WEIGHTS = "model.safetensors"
 
 
-def save(model: Any, folder: str | Path) -> Path:
+@checked
+def save(model: Model, folder: str | Path) -> Path:
     """Write a model that `kirsch.prune` made: plan.json, model.safetensors, manifest.json.
 
     Args:
@@ -47,7 +47,8 @@ def save(model: Any, folder: str | Path) -> Path:
     return target
 
 
-def load(folder: str | Path, build: Callable[[], Any]) -> Any:
+@checked
+def load(folder: str | Path, build: Build) -> Any:
     """The model that was saved, bit for bit.
 
     Args:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kirsch import files
+from kirsch.annotations import Count
+from kirsch.arguments import checked
+from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError
+from kirsch.frameworks.annotations import Model
 from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.training import Training
+from kirsch.graph.plan import Goal
 from kirsch.recipes.recipe import Train, recipe_of
 from kirsch.recipes.runner import GIVEN, Materials, new_folder_name, run
 from kirsch.recipes.stages import MODEL, WEIGHTS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.training import Training
-    from kirsch.graph.plan import Goal
-    from kirsch.recipes.tasks.data import DataSet
+from kirsch.recipes.tasks.data import DataSet
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,22 @@ class Compressed:
     folder: Path
 
 
+@checked
 def compress(
-    model: Any,
+    model: Model,
     data: DataSet,
     goal: Goal,
     *,
-    student: Any = None,
+    student: Model | None = None,
     max_drop: float | None = None,
     distil: Training | None = None,
     recover: Training | None = None,
     temperature: float | None = None,
     objective: Objective | str | None = None,
-    batch_size: int = 64,
+    batch_size: Count = 64,
     folder: str | Path | None = None,
     name: str = "model",
-    listen: Callable[[dict[str, Any]], None] = lambda _event: None,
+    listen: Callable[[dict[str, Any]], Any] = lambda _event: None,
 ) -> Compressed:
     """A trained model made small: distilled if a student is given, pruned, recovered, exported, measured, reported.
 

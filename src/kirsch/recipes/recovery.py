@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.arguments import checked
 from kirsch.distillation.arrays import first_of
 from kirsch.distillation.matching import stages_among
 from kirsch.distillation.objective import Objective, Term
 from kirsch.errors import NumericError, UnknownNameError, UsageError
+from kirsch.frameworks.annotations import Inputs, Model
 from kirsch.frameworks.port import framework_of, host
 from kirsch.pruning.kept import kept
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from kirsch.frameworks.port import Framework
     from kirsch.pruning.kept import Kept
 
 TOKENS = len("NLD")
 
 
+@checked
 def recovery(
-    small: Any,
-    original: Any,
-    inputs: Any,
+    small: Model,
+    original: Model,
+    inputs: Inputs,
     *,
     at: str | Sequence[str] | None = None,
     weight: float = 1.0,

@@ -5,25 +5,28 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import ValidationError
 
 from kirsch import files
+from kirsch.annotations import Between, Count, Seed
+from kirsch.arguments import checked
 from kirsch.distillation.store import specification as spec
 from kirsch.distillation.store.reading import TeacherStore
 from kirsch.distillation.store.record import Dense, Keep, TopK, fields_of, packed, values
 from kirsch.distillation.store.running import Outputs, Runner
 from kirsch.distillation.store.specification import Manifest, Specification, range_file, view_file
 from kirsch.errors import OutputError, StoreError, UsageError
+from kirsch.frameworks.annotations import Model
 from kirsch.frameworks.augment import description, sample_seeds
+from kirsch.frameworks.data import ArrayData
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from kirsch.frameworks.data import ArrayData
+    from collections.abc import Iterator
 
 RANGE_SAMPLES, RANGE_BYTES = 16384, 1 << 26
 """A range, which is what a kill may cost, has at most as many samples and bytes."""
@@ -31,19 +34,20 @@ DIGEST = hashlib.sha256().digest_size
 LOCK = "store.lock"
 
 
+@checked
 def build(
     folder: str | Path,
-    teacher: Any,
+    teacher: Model,
     data: ArrayData,
     *,
     keep: Keep | None = TopK(),  # noqa: B008 - it is frozen
     outputs: Outputs | None = None,
-    views: int = 1,
-    seed: int | None = None,
+    views: Count = 1,
+    seed: Seed | None = None,
     temperature: float = 1.0,
-    batch_size: int = 256,
-    ranges: tuple[int, int] = (0, 1),
-    range_size: int | None = None,
+    batch_size: Count = 256,
+    ranges: tuple[Annotated[int, Between(0)], Count] = (0, 1),
+    range_size: Count | None = None,
     event: Callable[[dict[str, Any]], None] | None = None,
     stop: Callable[[], Exception | None] | None = None,
 ) -> TeacherStore | None:
@@ -212,6 +216,7 @@ def _build_range(folder: Path, runner: Runner, data: ArrayData, wanted: Specific
             raise
 
 
+@checked
 def finish(folder: str | Path) -> TeacherStore:
     """The store, when all its ranges are built: each view becomes one file, and the manifest is written.
 

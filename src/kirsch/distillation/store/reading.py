@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from kirsch.annotations import Between, Count, Seed
+from kirsch.arguments import checked
 from kirsch.distillation.store import specification as spec
 from kirsch.distillation.store.record import RESERVED, SEED, values
 from kirsch.distillation.store.running import Outputs, Runner
 from kirsch.distillation.store.specification import Manifest, Specification, view_file
-from kirsch.errors import DataError, ShapeError, StoreError, UsageError
+from kirsch.errors import DataError, ShapeError, StoreError
+from kirsch.frameworks.annotations import Model
 from kirsch.frameworks.augment import description, sample_seeds
+from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from numpy.typing import NDArray
-
-    from kirsch.frameworks.data import ArrayData
 
 TOLERANCE = 2.0**-9
 """Four times the rounding of 16 bits: the teacher's own sums differ a little with the size of the batch."""
 MOST_NAMED = 4
+
+View = Annotated[int, Between(0, 2**53)]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ class TeacherStore:
             self._order = np.argsort(ids, kind="stable")
             self._sorted = ids[self._order]
 
+    made_by: ClassVar[str] = "kirsch.distillation.store.TeacherStore.open(folder)"
+
     @classmethod
+    @checked
     def open(cls, folder: str | Path) -> TeacherStore:
         """The store in a folder; its files are looked for, and not read yet.
 
@@ -95,8 +99,9 @@ class TeacherStore:
             raise _damaged(self.folder, f"{spec.IDS} does not have the sha256 of the manifest")
         return np.frombuffer(content, "<i8").astype(np.int64)
 
+    @checked
     def read(
-        self, ids: NDArray[Any], view: int = 0, seeds: NDArray[np.uint64] | None = None
+        self, ids: NDArray[Any], view: View = 0, seeds: NDArray[np.uint64] | None = None
     ) -> dict[str, NDArray[Any]]:
         """The records of some samples, in the order asked: arrays by field, the first axis that of the samples.
 
@@ -174,13 +179,14 @@ class TeacherStore:
             )
         return places
 
+    @checked
     def require(
         self,
         *,
-        teacher: Any = None,
+        teacher: Model | None = None,
         data: ArrayData | None = None,
         temperature: float | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
     ) -> None:
         """Make sure that the store is that of a teacher, of data and its transform, of a temperature and a seed.
 
@@ -220,7 +226,8 @@ class TeacherStore:
                 "Give what it was built with, or build it again in another folder.",
             )
 
-    def trust(self, view: int) -> None:
+    @checked
+    def trust(self, view: View) -> None:
         """Hold a view against its sha256 when training first asks for it; what has been held is not held again.
 
         Raises:
@@ -232,14 +239,15 @@ class TeacherStore:
             self.verify([view])
             self._sound.add(view)
 
-    def verify(self, views: Iterable[int] | None = None) -> None:
+    @checked
+    def verify(self, views: Sequence[View] | None = None) -> None:
         """Hold every range of some views, of all if left out, against its sha256.
 
         Raises:
             StoreError: some differ; names their views and samples.
         """
         wrong = []
-        for view in range(self.manifest.views) if views is None else views:
+        for view in range(self.manifest.views) if views is None else map(self._view, views):
             path = view_file(self.folder, view)
             found = spec.other_ranges(path, self.manifest, self.manifest.sha256[view])
             wrong += [f"{path.name} (samples {first} to {end - 1})" for first, end in found]
@@ -248,14 +256,15 @@ class TeacherStore:
             places = ", ".join(wrong[:MOST_NAMED]) + more
             raise _damaged(self.folder, f"{places} does not have the sha256 of the manifest")
 
+    @checked
     def check(
         self,
-        teacher: Any,
+        teacher: Model,
         data: ArrayData,
         *,
-        samples: int = 256,
+        samples: Count = 256,
         outputs: Outputs | None = None,
-        batch_size: int = 256,
+        batch_size: Count = 256,
     ) -> Check:
         """Hold stored against live outputs, for samples evenly spread over all views.
 
@@ -268,8 +277,6 @@ class TeacherStore:
             UsageError: no samples are asked for.
             StoreError: the teacher puts out other arrays than the store holds, or the data shows other looks.
         """
-        if samples < 1:
-            raise UsageError(f"samples is {samples}; at least 1 is needed.")
         self._require(self._looks(data))
         runner, stored = Runner(teacher, data, outputs, batch_size), self.manifest
         looks = stored.views * data.samples

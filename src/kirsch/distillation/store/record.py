@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.annotations import Count
+from kirsch.arguments import checked
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ RESERVED = (SEED, *TOP_K, *DENSE)
 """Names of fields that no feature may take."""
 
 
+@checked
 @dataclass(frozen=True)
 class TopK:
     """The k most likely classes, and what is left for all others together.
@@ -40,11 +43,7 @@ class TopK:
         arXiv:2207.10666, section 3.1), which spreads the rest evenly instead.
     """
 
-    k: int = 10
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise UsageError(f"TopK keeps {self.k} classes; at least 1 is needed.")
+    k: Count = 10
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,8 @@ def fields_of(keep: Keep | None, outputs: Mapping[str, NDArray[Any]]) -> tuple[F
     if (keep is None) != (LOGITS not in outputs):
         raise UsageError(
             f"The outputs {'have no' if keep is not None else 'have'} {LOGITS!r}, and keep is {keep!r}.",
-            "Logits are kept as TopK(k) or Dense(); without them, keep is None.",
+            "Logits are kept as TopK(k) or Dense().",
+            "Give keep=None exactly where the outputs have no logits.",
         )
     for name, array in outputs.items():
         if 0 in array.shape or (name == LOGITS and array.ndim == 1):

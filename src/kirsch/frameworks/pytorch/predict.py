@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as positional and keyword arguments."""
+    """Return example inputs as positional and keyword arguments; numpy arrays become tensors."""
+    example_inputs = tree_map(
+        lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value, example_inputs
+    )
     if isinstance(example_inputs, dict):
         return (), dict(example_inputs)
     return (tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}

@@ -7,11 +7,15 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from kirsch.annotations import Count
+from kirsch.arguments import checked
 from kirsch.errors import DataError, KirschError, UsageError
+from kirsch.frameworks.augment import Augment, Seeded
 from kirsch.frameworks.data import ArrayData
 from kirsch.recipes.models import FAILURES, resolve
 from kirsch.registry import Registry
@@ -19,11 +23,8 @@ from kirsch.registry import Registry
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numpy.typing import NDArray
 
-    from kirsch.frameworks.augment import Augment, Seeded
-
-
+@checked
 @dataclass(frozen=True, eq=False)
 class Split:
     """Samples and their classes.
@@ -33,6 +34,8 @@ class Split:
         labels: shape (N,), int64.
     """
 
+    made_by: ClassVar[str] = "kirsch.Split(inputs, labels)"
+
     inputs: NDArray[np.float32]
     labels: NDArray[np.int64]
 
@@ -40,6 +43,7 @@ class Split:
         return len(self.labels)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class DataSet:
     """What a recipe's models are trained on, chosen by, and judged on.
@@ -53,6 +57,8 @@ class DataSet:
     Raises:
         DataError: a part is empty, a label is out of range, an input is not finite, or a class has no training sample.
     """
+
+    made_by: ClassVar[str] = "kirsch.DataSet(name, train=kirsch.Split(inputs, labels), validation=..., test=..., ...)"
 
     name: str
     train: Split
@@ -85,7 +91,8 @@ class DataSet:
         if missing:
             raise DataError(f"The class {self.classes[missing[0]]!r} of {self.name} has no training sample.")
 
-    def batches(self, batch_size: int) -> ArrayData:
+    @checked
+    def batches(self, batch_size: Count) -> ArrayData:
         """The training part, in batches."""
         return ArrayData(self.train.inputs, self.train.labels, batch_size, self.augment)
 

@@ -1,0 +1,151 @@
+"""What annotations of public arguments say beyond their type, and how types and values are named in errors."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+UNUSUAL = 2**31
+"""Limits from here on are those of number formats."""
+
+LONGEST_VALUE = 40
+"""Characters of a value that an error shows."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A check that no type expresses, such as a model of any framework.
+
+    Args:
+        expected: noun phrase for errors, such as "a model".
+        accepts: whether a value is of this kind.
+        fix: returns the sentence that says what to give instead of a value.
+    """
+
+    expected: str
+    accepts: Callable[[Any], bool]
+    fix: Callable[[Any], str]
+
+
+@dataclass(frozen=True)
+class Between:
+    """A closed range of a number."""
+
+    least: float = -math.inf
+    most: float = math.inf
+
+    def text(self, value: float | None = None) -> str:
+        """Return the range as part of a noun phrase. A limit far above ordinary numbers counts only where it is hit."""
+        if self.most >= UNUSUAL and (value is None or value < self.most):
+            return f"of at least {self.least:g}"
+        return f"between {self.least:g} and {self.most:g}"
+
+
+@dataclass(frozen=True)
+class OneOrMore:
+    """A single text stands for a tuple of one, which is what the function receives."""
+
+
+@dataclass(frozen=True)
+class Fix:
+    """The sentence of an error that says what to give."""
+
+    text: str
+
+
+Count = Annotated[int, Between(1, 2**53)]
+"""A whole number of at least 1."""
+
+Seed = Annotated[int, Between(0, 2**63 - 1)]
+"""Seed of a random generator."""
+
+Share = Annotated[float, Between(0, 1)]
+"""A fraction or probability."""
+
+Names = Annotated[
+    str | Sequence[str], OneOrMore(), Fix("Give one or several paths or patterns, such as ['fc', 'layer4.*'].")
+]
+"""Paths of modules, names of parameters, or patterns of these."""
+
+
+WORDS: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    type(None): "None",
+    Any: "any object",
+    Callable: "a callable",
+    Mapping: "a dict",
+    dict: "a dict",
+    Sequence: "a list",
+    Iterable: "a list",
+    list: "a list",
+    tuple: "a tuple",
+}
+
+
+def expected(hint: Any) -> str:
+    """Return a noun phrase for an annotation."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        kind = next((extra for extra in args[1:] if isinstance(extra, Kind)), None)
+        span = next((f" {extra.text()}" for extra in args[1:] if isinstance(extra, Between)), "")
+        return kind.expected if kind else expected(args[0]) + span
+    if origin is Callable or hint is Callable:
+        return WORDS[Callable]
+    if origin in (Union, types.UnionType):
+        words = list(dict.fromkeys(expected(arg) for arg in args))
+        return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    if origin is Literal:
+        return " or ".join(repr(arg) for arg in args)
+    kind = origin or hint
+    noun = WORDS.get(kind) or _class_noun(kind)
+    elements = [expected(arg) for arg in args if arg is not ...]
+    return f"{noun} of {' and '.join(map(plural, elements))}" if elements else noun
+
+
+def _class_noun(kind: Any) -> str:
+    if kind.__name__ == "ndarray":
+        return "an array"
+    return f"a kirsch.{kind.__name__}" if kind.__module__.startswith("kirsch.") else with_article(kind.__name__)
+
+
+def described(value: Any) -> str:
+    """Return a noun phrase for a value: its type, with the value, shape or length where that is short."""
+    kind = type(value)
+    noun = with_article(
+        kind.__name__ if kind.__module__ in ("builtins", "numpy") else f"{kind.__module__}.{kind.__qualname__}"
+    )
+    if value is None or isinstance(value, bool):
+        noun = str(value)
+    elif inspect.isclass(value):
+        noun = f"the class {value.__qualname__}"
+    elif inspect.isroutine(value):
+        noun = f"the function {value.__name__}"
+    elif isinstance(shape := getattr(value, "shape", None), tuple) and not isinstance(value, (float, str)):
+        noun += f" of shape {tuple(shape)}"
+    elif isinstance(value, (str, bytes)):
+        noun = f"{value[:LONGEST_VALUE]!r}{'…' if len(value) > LONGEST_VALUE else ''}"
+    elif isinstance(value, (float, complex)) or (isinstance(value, int) and abs(value) < 10**LONGEST_VALUE):
+        noun = repr(value)
+    elif isinstance(value, (list, tuple, dict, set, frozenset)):
+        noun += f" of {len(value)}" if value else " without elements"
+    return noun
+
+
+def plural(noun: str) -> str:
+    """Return the plural of a noun phrase: "a whole number of at least 1" → "whole numbers of at least 1"."""
+    return re.sub(r"^an? (.*?)(?= of | between |$)", r"\1s", noun)
+
+
+def with_article(noun: str) -> str:
+    """Return a noun with "a" or "an" before it."""
+    return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"

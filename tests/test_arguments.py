@@ -1,0 +1,470 @@
+"""Every argument of every public callable, given a dozen and more objects of the wrong kind: an error names it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.distillation.distill import fit
+from kirsch.distillation.schedule import Ramp
+from kirsch.distillation.store import TeacherStore, TopK, build, finish
+from kirsch.errors import KirschError
+from kirsch.frameworks import augment
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.training import TrainingHooks
+from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.regularizers import L1, Slimming
+
+VALUES = {
+    "None": lambda: None,
+    "flag": lambda: True,
+    "whole": lambda: 3,
+    "negative": lambda: -1,
+    "number": lambda: 0.5,
+    "nan": lambda: math.nan,
+    "infinity": lambda: math.inf,
+    "huge": lambda: 2**70,
+    "complex": lambda: 1j,
+    "text": lambda: "text",
+    "empty text": lambda: "",
+    "bytes": lambda: b"text",
+    "path": lambda: Path("nowhere"),
+    "empty list": list,
+    "texts": lambda: ["text"],
+    "numbers": lambda: [1, 2],
+    "models": lambda: [nn.Linear(2, 2)],
+    "set": lambda: {object()},
+    "dict": lambda: {"text": 0.5},
+    "object": object,
+    "function": lambda: lambda: None,
+    "class": lambda: nn.Linear,
+    "generator": lambda: (x for x in ()),
+    "array": lambda: np.ones(3),
+    "text array": lambda: np.array(["a"]),
+    "scalar": lambda: torch.ones(()),
+    "numpy flag": lambda: np.True_,
+    "device": lambda: torch.device("cpu"),
+}
+FLAGS = {"flag", "numpy flag"}
+POSITIVE = {"whole", "number", "huge"}
+NUMBERS = {*POSITIVE, "negative"}
+TEXTS = {"text", "empty text"}
+
+
+def each(names, kinds):
+    return dict.fromkeys(names.split(), kinds)
+
+
+ACCEPTED = {
+    **each("as_graph causal check_teacher mode uniform verify", FLAGS),
+    **each("accumulate epochs generations k padding samples size", {"whole"}),
+    **each("batch_size round_to view", {"whole"}),
+    **each("views range_size seed", {"None", "whole"}),
+    **each("learning_rate weight_decay brightness scale strength weight", POSITIVE),
+    **each("label_smoothing probability contrast min_keep warmup_epochs", {"number"}),
+    **each("macs params ema max_drop", {"None", "number"}),
+    **each("event save validate listen", {"None", "model"}),
+    **each("objective training validation hooks teacher recover distil", {"None"}),
+    **each("data resume granularity at of through noise student", {"None"}),
+    **each("augment ids targets seeds temperature", {"None"}),
+    **each("terms milestones exclude regularizers", {"empty list"}),
+    **each("start end after epoch", NUMBERS),
+    **each("options adapter_options", {"dict"}),
+    **each("loss adapter name", TEXTS),
+    "outputs": {"None", "empty list"},
+    "stop": {"None", "function", "model"},
+    "clip_norm": {"None", *POSITIVE},
+    "label_weight": POSITIVE,
+    "ignore": {"whole", "negative", "huge"},
+    "example_inputs": {"None", "array"},
+    "folder": {*TEXTS, "path", "None"},
+    "views of": {"None", "empty list", "numbers"},
+}
+"""Argument → kinds of values that it takes, wherever it occurs. What they lead to is tested elsewhere."""
+
+SPECIAL = {
+    "trace.scope": {"empty text"},
+    "trace.example_inputs": set(),
+    "export.example_inputs": set(),
+    "export.path": {"text", "path"},
+    "measure.example_inputs": set(),
+    "plan.seed": {"whole"},
+    "Training.seed": {"whole"},
+    "Distiller.seed": {"whole"},
+    "plan_depth.data": set(),
+    "distill.student": set(),
+    "Distiller.student": set(),
+    "Distiller.teacher": set(),
+    "distill.teacher": set(),
+    "distill.data": set(),
+    "fit.data": set(),
+    "distill_chain.data": set(),
+    "distill_chain.objective": {"None", "empty list"},
+    "distill_chain.training": {"None", "empty list"},
+    "born_again.data": set(),
+    "distill_mutually.data": set(),
+    "ensemble.models": {"models"},
+    "Term.weight": NUMBERS,
+    "Term.temperature": {"None", *NUMBERS},
+    "Term.of": {"None", "whole", "negative", "huge"},
+    "Term.teacher": {"None", "texts", *TEXTS},
+    "Term.student": {"texts", *TEXTS},
+    "Ramp.epochs": NUMBERS,
+    "Objective.kd.temperature": POSITIVE,
+    "Objective.kd.weight": {"number"},
+    "Objective.preset.name": set(),
+    "fit.label_smoothing": NUMBERS,
+    "Distiller.doubt": {"model"},
+    "Distiller.counts.batches": {"empty list", "generator"},
+    "Distiller.check_labels.targets": {"None", "numbers"},
+    "Distiller.__call__.through": {"None", "function", "class", "model"},
+    "compress.name": TEXTS,
+    "compress.data": set(),
+    "compress.temperature": {"None", *POSITIVE},
+    "save.folder": {*TEXTS, "path"},
+    "load.folder": {*TEXTS, "path"},
+    "store.build.folder": {*TEXTS, "path"},
+    "store.build.data": set(),
+    "store.build.teacher": set(),
+    "store.build.temperature": POSITIVE,
+    "store.build.ranges": {"numbers"},
+    "store.build.outputs": {"None", "model"},
+    "store.finish.folder": {*TEXTS, "path"},
+    "store.open.folder": {*TEXTS, "path"},
+    "store.read.seeds": {"None", "array", "text array"},
+    "store.require.teacher": {"None"},
+    "store.check.teacher": set(),
+    "store.check.data": set(),
+    "store.check.outputs": {"None", "model"},
+    "store.verify.views": {"None", "empty list", "numbers"},
+}
+"""The same for an argument of one callable."""
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x).relu())
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    """Name → a public callable and arguments that it takes."""
+    folder = tmp_path_factory.mktemp("arguments")
+    torch.manual_seed(0)
+    model, x, y = Net(), torch.randn(8, 4), torch.arange(8) % 3
+    graph, goal = kirsch.trace(model, x), kirsch.Goal(macs=0.6)
+    plan = kirsch.plan(graph, goal, round_to=1)
+    small = kirsch.prune(model, plan)
+    kirsch.save(small, folder / "saved")
+    artifact = kirsch.export(model, folder / "model.onnx", example_inputs=x)
+    data = ArrayData(x.numpy(), y.numpy(), 4)
+    split = kirsch.Split(x.numpy(), y.numpy())
+    parts = {"train": split, "validation": split, "test": split}
+    dataset = kirsch.DataSet("data", **parts, classes=("a", "b", "c"))
+    store = build(folder / "store", model, data, keep=TopK(2))
+    objective, training = kirsch.Objective.kd(), kirsch.Training(epochs=1)
+    distiller = kirsch.Distiller(Net(), model, objective, (x, y))
+    common = {
+        "data": data,
+        "objective": objective,
+        "training": training,
+        "validation": (x, y),
+        "hooks": TrainingHooks(),
+        "regularizers": [L1(1e-4)],
+    }
+    mutual = {**common, "objective": kirsch.Objective.preset("dml")}
+    settings = {name: getattr(training, name) for name in inspect.signature(kirsch.Training).parameters}
+    terms = {name: getattr(kirsch.Term(), name) for name in inspect.signature(kirsch.Term).parameters}
+    fields = {name: getattr(objective, name) for name in inspect.signature(kirsch.Objective).parameters}
+
+    def generate(count, generator):
+        return generator.standard_normal((count, 4), dtype=np.float32)
+
+    return {
+        "trace": (
+            kirsch.trace,
+            {
+                "model": model,
+                "example_inputs": x,
+                "outputs": (),
+                "decisions": "refuse",
+                "scope": "",
+                "softmax": "freeze",
+                "as_graph": False,
+            },
+        ),
+        "Goal": (kirsch.Goal, {"macs": 0.5, "params": 0.5}),
+        "plan": (
+            kirsch.plan,
+            {
+                "graph": graph,
+                "goal": goal,
+                "importance": "magnitude",
+                "scope": "global",
+                "round_to": "auto",
+                "exclude": (),
+                "granularity": None,
+                "uniform": False,
+                "norm": 2,
+                "min_keep": 0.1,
+                "seed": 0,
+            },
+        ),
+        "plan_depth": (
+            kirsch.plan_depth,
+            {"graph": graph, "goal": goal, "data": x, "importance": "random", "exclude": (), "seed": 0},
+        ),
+        "prune": (kirsch.prune, {"model": model, "plan": plan, "example_inputs": x, "verify": True}),
+        "prune_with_proof": (prune_with_proof, {"model": model, "plan": plan, "example_inputs": x, "verify": True}),
+        "save": (kirsch.save, {"model": small, "folder": folder / "again"}),
+        "load": (kirsch.load, {"folder": folder / "saved", "build": Net}),
+        "export": (
+            kirsch.export,
+            {"model": model, "path": folder / "again.onnx", "example_inputs": x, "format": "onnx"},
+        ),
+        "measure": (
+            kirsch.measure,
+            {
+                "model_or_artifact": artifact,
+                "example_inputs": x,
+                "data": (x, y),
+                "runtime": "onnxruntime",
+                "threads": 1,
+                "rounds": 6,
+            },
+        ),
+        "Training": (kirsch.Training, settings),
+        "TrainingHooks": (
+            TrainingHooks,
+            {"validate": None, "event": None, "stop": None, "save": None, "resume": None},
+        ),
+        "Objective": (kirsch.Objective, fields),
+        "Term": (kirsch.Term, terms),
+        "Objective.kd": (kirsch.Objective.kd, {"temperature": 4.0, "weight": 0.9}),
+        "Objective.labels": (kirsch.Objective.labels, {"label_smoothing": 0.0}),
+        "Objective.preset": (kirsch.Objective.preset, {"name": "kd", "label_weight": 0.5}),
+        "Objective.from_dict": (kirsch.Objective.from_dict, {"values": objective.to_dict()}),
+        "Ramp": (Ramp, {"start": 0.0, "end": 1.0, "epochs": 1.0, "after": 0.0}),
+        "distill": (kirsch.distill, {"student": Net(), "teacher": model, "check_teacher": False, **common}),
+        "fit": (fit, {"model": Net(), "label_smoothing": 0.0, **common}),
+        "distill_chain": (
+            kirsch.distill_chain,
+            {"models": [model, Net()], "learn_from": "previous", "check_teacher": False, **common},
+        ),
+        "born_again": (kirsch.born_again, {"build": Net, "generations": 1, "teacher": None, **common}),
+        "distill_mutually": (kirsch.distill_mutually, {"students": [Net(), Net()], **mutual}),
+        "ensemble": (kirsch.ensemble, {"models": [model], "combine": "probabilities", "activation": "softmax"}),
+        "Distiller": (
+            kirsch.Distiller,
+            {
+                "student": Net(),
+                "teacher": model,
+                "objective": objective,
+                "example_batch": (x, y),
+                "seed": 0,
+                "regularizers": (),
+                "doubt": print,
+            },
+        ),
+        "Distiller.__call__": (distiller, {"batch": (x, y), "epoch": 0.0, "of": None, "through": None}),
+        "Distiller.counts": (distiller.counts, {"batches": [(x, y)]}),
+        "Distiller.check_labels": (distiller.check_labels, {"targets": y}),
+        "Distiller.train": (distiller.train, {"mode": True}),
+        "Distiller.load_state_dict": (distiller.load_state_dict, {"state": distiller.state_dict()}),
+        "GeneratedData": (
+            kirsch.GeneratedData,
+            {"generate": generate, "samples": 8, "batch_size": 4, "noise": None, "views": None, "seed": None},
+        ),
+        "ArrayData": (
+            ArrayData,
+            {
+                "inputs": x.numpy(),
+                "targets": y.numpy(),
+                "batch_size": 4,
+                "augment": None,
+                "ids": None,
+                "views": None,
+                "seed": None,
+            },
+        ),
+        "Split": (kirsch.Split, {"inputs": x.numpy(), "labels": y.numpy()}),
+        "DataSet": (kirsch.DataSet, {"name": "data", **parts, "classes": ("a", "b", "c"), "augment": None}),
+        "DataSet.batches": (dataset.batches, {"batch_size": 4}),
+        "compress": (
+            kirsch.compress,
+            {
+                "model": model,
+                "data": dataset,
+                "goal": goal,
+                "student": None,
+                "max_drop": 0.5,
+                "distil": None,
+                "recover": training,
+                "temperature": None,
+                "objective": None,
+                "batch_size": 4,
+                "folder": folder / "run",
+                "name": "model",
+                "listen": lambda event: None,
+            },
+        ),
+        "recovery": (
+            kirsch.recovery,
+            {"small": small, "original": model, "inputs": x, "at": "body", "weight": 1.0, "objective": None},
+        ),
+        "Graph.explain": (graph.explain, {"layer": "body"}),
+        "Plan.from_json": (kirsch.Plan.from_json, {"text": plan.to_json()}),
+        "L1": (L1, {"strength": 1e-4}),
+        "Slimming": (Slimming, {"strength": 1e-4}),
+        "store.build": (
+            build,
+            {
+                "folder": folder / "again",
+                "teacher": model,
+                "data": data,
+                "keep": TopK(2),
+                "outputs": None,
+                "views": 1,
+                "seed": None,
+                "temperature": 1.0,
+                "batch_size": 4,
+                "ranges": (0, 1),
+                "range_size": None,
+                "event": None,
+                "stop": None,
+            },
+        ),
+        "store.finish": (finish, {"folder": folder / "store"}),
+        "store.open": (TeacherStore.open, {"folder": folder / "store"}),
+        "store.read": (store.read, {"ids": np.arange(2), "view": 0, "seeds": None}),
+        "store.require": (store.require, {"teacher": model, "data": data, "temperature": 1.0, "seed": 0}),
+        "store.check": (
+            store.check,
+            {"teacher": model, "data": data, "samples": 2, "outputs": None, "batch_size": 4},
+        ),
+        "store.trust": (store.trust, {"view": 0}),
+        "store.verify": (store.verify, {"views": [0]}),
+        "TopK": (TopK, {"k": 2}),
+        "Crop": (augment.Crop, {"padding": 1}),
+        "Flip": (augment.Flip, {"probability": 0.5}),
+        "Erase": (augment.Erase, {"size": 2, "probability": 0.5}),
+        "Jitter": (augment.Jitter, {"brightness": 0.1, "contrast": 0.1}),
+        "Noise": (augment.Noise, {"scale": 0.1}),
+    }
+
+
+RECORDS = {"Artifact", "Graph", "Measurement", "Plan"}
+"""What Kirsch returns, and nobody builds by hand."""
+
+
+def test_the_table_has_every_public_callable_and_every_argument(calls):
+    assert {name for name in kirsch.__all__ if name not in RECORDS} <= calls.keys()
+    for name, (function, values) in calls.items():
+        parameters = inspect.signature(function).parameters.values()
+        named = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+        assert named <= values.keys(), name
+
+
+OF_THE_RIGHT_KIND = {"model", "models", "array", "dict", "function", "text", "empty text", "path"}
+"""Kinds of values that can have the right type and not fit otherwise; then the error names what does not fit."""
+
+NAMES = [
+    "trace",
+    "Goal",
+    "plan",
+    "plan_depth",
+    "prune",
+    "prune_with_proof",
+    "save",
+    "load",
+    "export",
+    "measure",
+    "Training",
+    "TrainingHooks",
+    "Objective",
+    "Term",
+    "Objective.kd",
+    "Objective.labels",
+    "Objective.preset",
+    "Objective.from_dict",
+    "Ramp",
+    "distill",
+    "fit",
+    "distill_chain",
+    "born_again",
+    "distill_mutually",
+    "ensemble",
+    "Distiller",
+    "Distiller.__call__",
+    "Distiller.counts",
+    "Distiller.check_labels",
+    "Distiller.train",
+    "Distiller.load_state_dict",
+    "GeneratedData",
+    "ArrayData",
+    "Split",
+    "DataSet",
+    "DataSet.batches",
+    "compress",
+    "recovery",
+    "Graph.explain",
+    "Plan.from_json",
+    "L1",
+    "Slimming",
+    "store.build",
+    "store.finish",
+    "store.open",
+    "store.read",
+    "store.require",
+    "store.check",
+    "store.trust",
+    "store.verify",
+    "TopK",
+    "Crop",
+    "Flip",
+    "Erase",
+    "Jitter",
+    "Noise",
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # some values are right, and what they lead to may warn
+@pytest.mark.parametrize("name", NAMES)
+def test_an_argument_of_the_wrong_kind_is_named_with_the_fix(calls, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    function, given = calls[name]
+    assert [wrong for argument in given for wrong in misled(name, function, given, argument)] == []
+
+
+def misled(name, function, given, argument):
+    """What is wrong with the answers to an argument, one text for each kind of value."""
+    accepted = SPECIAL.get(f"{name}.{argument}", ACCEPTED.get(argument, set()))
+    for kind in sorted(VALUES.keys() - accepted):
+        value = VALUES[kind]()
+        try:
+            function(**{**given, argument: value})
+        except KirschError as error:
+            message = str(error)
+            shown = value[0] if kind == "texts" else value
+            named = re.search(rf"\b{argument}\b", message) or (isinstance(shown, str) and repr(shown) in message)
+            if not named and kind not in OF_THE_RIGHT_KIND:
+                yield f"{argument} is {kind}: not named in {message!r}"
+            if not error.mend and "needed" not in message and "Known" not in message:
+                yield f"{argument} is {kind}: no fix in {message!r}"
+        except Exception as error:  # noqa: BLE001 - what must not happen
+            yield f"{argument} is {kind}: {type(error).__name__}: {error}"
+        else:
+            yield f"{argument} is {kind}: accepted"
