@@ -267,6 +267,27 @@ def test_a_checkpoint_without_adapters_is_refused(tmp_path):
         trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+@pytest.mark.filterwarnings("ignore:No configuration describes:UserWarning")
+def test_a_pruned_student_without_a_configuration_is_resumed_and_not_saved(tmp_path):
+    """Its checkpoints are its weights alone, which `from_pretrained` cannot take for a model."""
+    original = encoder(16, 1, 0)
+    plan = kirsch.plan(kirsch.trace(original, {"input_ids": texts(1)[0]["input_ids"][None]}), kirsch.Goal(params=0.7))
+    kind = {"teacher": encoder(16, 1, 1), "objective": Objective.kd(), "data": sentences(), "save_strategy": "steps"}
+    runs = []
+    for folder, resume in (("whole", None), ("rest", str(tmp_path / "whole" / "checkpoint-2"))):
+        run = trainer(tmp_path / folder, kirsch.prune(original, plan), save_steps=2, max_steps=4, **kind)
+        run.train(resume_from_checkpoint=resume)
+        runs.append(run)
+    assert_same(runs[0].model, runs[1].model, rtol=0, atol=0)
+    assert not (tmp_path / "whole" / "checkpoint-2" / "config.json").exists()
+    for way in (lambda: runs[0].save_model(tmp_path / "small"), runs[0].push_to_hub):
+        with pytest.raises(UsageError, match=r"from_pretrained cannot load.*kirsch\.save"):
+            way()
+    assert not list((tmp_path / "small").glob("*"))
+    with pytest.raises(UsageError, match="from_pretrained cannot load"):
+        trainer(tmp_path / "hub", runs[0].model, push_to_hub=True, **kind)
+
+
 def test_a_checkpoint_of_another_objective_is_refused(tmp_path):
     """Of one without adapters, beside which the optimizer has fewer groups."""
     trainer(tmp_path, objective=Objective.preset("causal"), save_strategy="steps", save_steps=1).train()

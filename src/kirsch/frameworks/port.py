@@ -41,12 +41,22 @@ class Framework(Protocol):
         """A new model without the units that the plan removes, and the proof; the given model is left as it is."""
 
     def configure(
-        self, pruned: Any, plan: Plan, graph: Graph, *, verify: bool
-    ) -> tuple[dict[str, float], tuple[str, ...]]:
-        """Make the configuration that a pruned model carries, if any, build it anew: its new numbers, and notes.
+        self, pruned: Any, model: Any, plan: Plan, graph: Graph, *, verify: bool
+    ) -> tuple[dict[str, float], tuple[str, ...], str]:
+        """Make the configuration that a pruned model carries, if any, build it anew.
 
-        Where none does, the configuration stays as it is. `verify`: find the numbers and prove them; otherwise only
-        those are taken that the plan states.
+        Where none does, the configuration stays as it is, and the model's own way to save a checkpoint, such as
+        `save_pretrained`, raises an error from now on.
+
+        Args:
+            pruned: the new model.
+            model: the one that was pruned.
+            plan, graph: what was removed.
+            verify: find the numbers and prove them; otherwise only those are taken that the plan states.
+
+        Returns:
+            New numbers of the configuration, notes, and why no checkpoint can be saved with what to do instead; ""
+            where it can.
         """
 
     def inputs_like(self, specification: Sequence[Any]) -> Any:

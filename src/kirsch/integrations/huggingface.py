@@ -4,7 +4,9 @@
     trainer.train()
 
 or, for a Trainer of one's own, `class Mine(DistillationMixin, Seq2SeqTrainer)`. All losses, places and adapters of an
-objective work. The Trainer evaluates and saves the student alone.
+objective work. The Trainer evaluates and saves the student alone. Checkpoints of a pruned student that no configuration
+describes hold its weights without a configuration: training can be resumed from them, and `from_pretrained` refuses
+them. `save_model` of such a student raises an error; see `kirsch.prune`.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from safetensors.torch import save_file
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
 from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.pytorch.pretrained import refused
 from kirsch.frameworks.training import require_labels
 
 try:
     from accelerate.utils import gather_object
     from transformers import Trainer
+    from transformers.utils import SAFE_WEIGHTS_NAME
 except ModuleNotFoundError as error:
     raise MissingExtraError(error.name or "transformers", "hf", "to distil in the Trainer of transformers") from error
 
@@ -222,6 +226,21 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
         super()._set_signature_columns_if_needed()
         if "ids" not in self._signature_columns:
             self._signature_columns.append("ids")  # for adapters that remember samples, and for stores
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See the Trainer; a checkpoint to resume from holds the weights alone where `save_pretrained` is refused."""
+        if not (_internal_call and refused(self.model)):
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            framework_of(self.model).save_weights(self.model, folder / SAFE_WEIGHTS_NAME)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """See the Trainer; no repository is made for a student whose checkpoints `from_pretrained` could not load."""
+        if refused(self.model):
+            self.model.push_to_hub(self.args.hub_model_id)  # raises the error that says why
+        super().init_hf_repo(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -10,7 +10,7 @@ import numpy as np
 from kirsch.errors import UsageError
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan
-from kirsch.pruning.prune import PLANS, graph_of, prune
+from kirsch.pruning.prune import PLANS, graph_of, prune_with_proof
 
 if TYPE_CHECKING:
     from kirsch.frameworks.port import Framework
@@ -69,7 +69,7 @@ def kept(small: Any, original: Any, *, example_inputs: Any = None) -> dict[str, 
         step = _kept_by(framework_of(original), graph, plan)
         found = step if found is None else _after(found, step)
         if number + 1 < len(plans):
-            original = prune(original, plan, example_inputs=example_inputs, verify=False)
+            original = prune_with_proof(original, plan, example_inputs=example_inputs, verify=False).model
     return found or {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +33,15 @@ class Pruned:
         verification: how it was held against the masked original; None without verification.
         plan: what was removed, with the cost before and after, and the numbers of the model's own configuration.
         notes: what the caller must know.
+        unsavable: why `save_pretrained` of the new model raises an error, and what to do instead; "" where it does not.
+            It is one of the notes.
     """
 
     model: Any
     verification: Verification | None
     plan: Plan
     notes: tuple[str, ...]
+    unsavable: str = ""
 
 
 @checked
@@ -54,16 +58,24 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
         The pruned model. Mode, hooks, types, devices and requires_grad are those of the original. An optimizer made
         for the original still holds the original's parameters; make a new one.
 
+    Warns:
+        UserWarning: the model has `save_pretrained`, and no configuration describes the result, so that it raises an
+            error from now on; says why.
+
     Raises:
         PlanError: the plan is for another model, or names what is not there.
         VerificationError: the pruned model is not equal to the masked original; names the groups that go wrong.
     """
-    return prune_with_proof(model, plan, example_inputs=example_inputs, verify=verify).model
+    found = prune_with_proof(model, plan, example_inputs=example_inputs, verify=verify)
+    if found.unsavable:
+        text = f"{found.unsavable} Until a configuration fits, save_pretrained and push_to_hub raise an error."
+        warnings.warn(text, stacklevel=3)  # past the check of the arguments
+    return found.model
 
 
 @checked
 def prune_with_proof(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, verify: bool = True) -> Pruned:
-    """The same as `prune`, with the verification and the notes."""
+    """The same as `prune`, with the verification and the notes, in place of warnings."""
     framework = framework_of(model)
     graph = graph_of(model, plan, example_inputs)
     plan.check(graph)
@@ -75,10 +87,10 @@ def prune_with_proof(model: Model, plan: Plan, *, example_inputs: Inputs | None 
         pruned, verification = framework.prune(model, plan, graph, verify=verify)
     except VerificationError as error:
         raise _named(error, plan, lambda part: framework.prune(model, part, graph, verify=True)) from error
-    configuration, said = framework.configure(pruned, plan, graph, verify=verify)
+    configuration, said, unsavable = framework.configure(pruned, model, plan, graph, verify=verify)
     plan = replace(plan, configuration=configuration)
     setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
-    notes = [*plan.notes, *said, OPTIMIZER_NOTE]
+    notes = [*plan.notes, *said, *([unsavable] if unsavable else []), OPTIMIZER_NOTE]
     if verification is not None and verification.power == 0.0 and (plan.groups or plan.blocks):
         notes.append("The masked and the dense original put out the same: the verification could not see a wrong cut.")
     elif verification is not None and verification.unseen:
@@ -88,7 +100,7 @@ def prune_with_proof(model: Model, plan: Plan, *, example_inputs: Inputs | None 
             "Give inputs that differ from sample to sample and from token to token, if it is not that training alone "
             "runs them."
         )
-    return Pruned(pruned, verification, plan, tuple(notes))
+    return Pruned(pruned, verification, plan, tuple(notes), unsavable)
 
 
 def _named(error: VerificationError, plan: Plan, cut: Callable[[Plan], Any]) -> VerificationError:

@@ -12,7 +12,7 @@ from kirsch.errors import CheckpointError, ModelError, PlanError, UsageError
 from kirsch.frameworks.annotations import Build, Model
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan
-from kirsch.pruning.prune import PLANS, prune
+from kirsch.pruning.prune import PLANS, prune_with_proof
 
 WEIGHTS = "model.safetensors"
 
@@ -78,7 +78,7 @@ def load(folder: str | Path, build: Build) -> Any:
 def _pruned(model: Any, plan: Plan) -> Any:
     """The model cut by a plan, without verification: its weights are still to come, and were verified back then."""
     try:
-        return prune(model, plan, verify=False)
+        return prune_with_proof(model, plan, verify=False).model
     except (PlanError, ModelError):
         if not plan.inputs or plan.tracing.scope:
             raise
@@ -86,7 +86,7 @@ def _pruned(model: Any, plan: Plan) -> Any:
         framework = framework_of(model)
         with contextlib.suppress(Exception):
             framework.count(model, framework.inputs_like(plan.inputs))
-        return prune(model, plan, verify=False)
+        return prune_with_proof(model, plan, verify=False).model
 
 
 def _plan_name(number: int) -> str:

@@ -205,14 +205,15 @@ def _prune(job: Job, folder: Path) -> Record:
     pruned = prune_with_proof(before, plan)
     save(pruned.model, folder / "model")
     files.write_text(job.folder / "plan.json", pruned.plan.to_json())
-    for text in plan.notes:
+    notes = [*plan.notes, *([pruned.unsavable] if pruned.unsavable else [])]
+    for text in notes:
         job.note(text)
     record = {"did": _saved(plan), **job.judge(pruned.model, folder)}
     record["bytes"] = (folder / "model" / "model.safetensors").stat().st_size
     record["verification"] = pruned.verification.to_dict() if pruned.verification else None
     record["removed"] = removed(graph, plan)
     record["plan"] = json.loads(pruned.plan.to_json())
-    record["notes"] = list(plan.notes)
+    record["notes"] = notes
     error = pruned.verification.error if pruned.verification else float("nan")
     record["cells"] = [*_cells(record), f"{len(plan.groups)} groups, verified ({error:.0e})"]
     job.models["before"], job.models["pruned"], job.models["result"] = before, pruned.model, pruned.model

@@ -220,6 +220,19 @@ class Search:
             f"no number gives axis {axis} of {name} its {self.wanted[name, axis]}."
         )
 
+    @property
+    def misfit(self) -> str:
+        """In words, what the configuration as it is builds otherwise than the model stores; "" if nothing."""
+        found = self.trial({})
+        if found is None:
+            error = self._known[frozenset()]
+            return f"Its configuration does not build it: {said(error) if isinstance(error, Exception) else ''}"
+        for name, axis in _wrong(found, self.stored)[:1]:
+            size = found.get((name, axis))
+            builds = f"with {size}" if size is not None else "not at all"
+            return f"Axis {axis} of {name} has {self.wanted[name, axis]}; its configuration builds it {builds}."
+        return ""
+
     def solutions(self) -> list[Numbers]:
         """The numbers that change, for each configuration that builds what is stored; those that build most first."""
         counts = self._counts()

@@ -2,19 +2,22 @@
 
 A model carries one if `type(model)(config)` makes it anew and the configuration goes to a dict and back, as those of
 transformers do. It is told new numbers only when they were proven: a model built from them puts out the same bits.
+Where no configuration describes the result, `save_pretrained` is refused; see `pretrained.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kirsch.errors import said
-from kirsch.frameworks.pytorch.blueprint import Search, built, carried, numbers, quietly
+from kirsch.frameworks.pytorch.blueprint import Search, built, carried, numbers, quietly, sizes
 from kirsch.frameworks.pytorch.predict import run
+from kirsch.frameworks.pytorch.pretrained import allow, refuse, refused, savers
 from kirsch.frameworks.pytorch.verify import distance, drawing_alike, noise_of
 
 if TYPE_CHECKING:
@@ -28,19 +31,52 @@ if TYPE_CHECKING:
 
 MOST_SOLUTIONS = 4
 """Configurations of the right shapes that are held against the pruned model."""
-OF_A_PART = "config: left as it was, since a part was pruned alone. Save the model with kirsch.save."
-UNPROVEN = "config: left as it was, since without verification nothing shows that it describes the result."
+ORIGINAL_SIZE = "from_pretrained would build it in its original size."
 
 
-def configure(pruned: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Numbers, tuple[str, ...]]:
-    """Make the configuration that a pruned model carries describe it, if one does: its new numbers, and notes.
+@dataclass(frozen=True)
+class Configured:
+    """What became of the configurations in a pruned model.
+
+    Args:
+        numbers: new numbers of the configuration of the model itself.
+        notes: what was changed, in words.
+        why, fix: of the error that `save_pretrained` raises from now on; empty where it works.
+    """
+
+    numbers: Numbers = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    why: str = ""
+    fix: str = ""
+
+
+def configure(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
+    """Make the configurations in a pruned model describe it, or `save_pretrained` raise an error.
 
     Without verification only the numbers that the plan states are taken, which were proven when it was applied first.
     """
-    if not carried(pruned) or not (plan.groups or plan.blocks):
-        return {}, ()
-    if graph.tracing.scope:
-        return {}, (OF_A_PART,)
+    if not (plan.groups or plan.blocks):
+        return Configured()
+    if "" not in dict(savers(pruned)):
+        return _refuse_parts(pruned, model)
+    found = _of_whole(pruned, plan, graph, verify=verify)
+    if found.why:
+        refuse(pruned, found.why, found.fix)
+    else:
+        allow(pruned)
+    _refuse_parts(pruned, model)
+    return found
+
+
+def _of_whole(pruned: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
+    """Find out whether a configuration describes the pruned model as a whole, and tell it if so."""
+    name, scope = type(pruned).__name__, graph.tracing.scope
+    if not carried(pruned):
+        why = f"No configuration describes the pruned {name}. {ORIGINAL_SIZE}"
+        return Configured(why=why, fix="Save it with kirsch.save.")
+    if scope:
+        why = f"The configuration of the {name} is left as it was, since a part was pruned alone: {scope!r}."
+        return Configured(why=why, fix="Save it with kirsch.save, or prune the whole by a plan with uniform=True.")
     if not verify:
         return _as_stated(pruned, plan.configuration)
     search, differences = Search(pruned), []
@@ -50,11 +86,32 @@ def configure(pruned: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> t
             return _told(pruned, changes)
         differences.append(f"With {_in_words(pruned, changes)} it has these shapes and differs: {difference}.")
     why = differences[0] if differences else search.obstacle
-    mend = _mend(plan, graph, search.stuck, differs=bool(differences))
-    return {}, (f"No configuration describes the pruned {type(pruned).__name__}. {why} {mend}",)
+    fix = _fix(plan, graph, search.stuck, differs=bool(differences))
+    return Configured(why=f"No configuration describes the pruned {name}. {why}", fix=fix)
 
 
-def _mend(plan: Plan, graph: Graph, stuck: Sequence[tuple[str, int]], *, differs: bool) -> str:
+def _refuse_parts(pruned: nn.Module, model: nn.Module) -> Configured:
+    """Make `save_pretrained` of modules within a pruned model raise an error where their configuration does not fit.
+
+    Those that were not cut are left as they are. Returns the reason for the first that is refused.
+    """
+    originals, found = dict(model.named_modules()), Configured()
+    for path, part in savers(pruned):
+        cut = path not in originals or sizes(originals[path]) != sizes(part)
+        if not path or not (cut or refused(part)):
+            continue
+        misfit = Search(part).misfit if carried(part) else ORIGINAL_SIZE
+        if not misfit:
+            allow(part)
+        elif cut:
+            why = f"No configuration describes the pruned {path!r}, a {type(part).__name__}. {misfit}"
+            own = Configured(why=why, fix="Save the whole model with kirsch.save.")
+            refuse(part, own.why, own.fix)
+            found = found if found.why else own
+    return found
+
+
+def _fix(plan: Plan, graph: Graph, stuck: Sequence[tuple[str, int]], *, differs: bool) -> str:
     taken = {removal.kind for removal in plan.groups}
     if not differs:
         if not stuck:
@@ -66,16 +123,23 @@ def _mend(plan: Plan, graph: Graph, stuck: Sequence[tuple[str, int]], *, differs
     return f"Save it with kirsch.save, or plan without {kinds} (granularity) or without that layer (exclude)."
 
 
-def _as_stated(pruned: nn.Module, changes: Numbers) -> tuple[Numbers, tuple[str, ...]]:
-    return _told(pruned, changes) if changes and Search(pruned).fits(changes) else ({}, (UNPROVEN,))
+def _as_stated(pruned: nn.Module, changes: Numbers) -> Configured:
+    search = Search(pruned)
+    if changes and search.fits(changes):
+        return _told(pruned, changes)
+    why = search.misfit or "Without verification nothing shows that it computes the same."
+    return Configured(
+        why=f"The configuration of the {type(pruned).__name__} is left as it was, without verification. {why}",
+        fix="Save it with kirsch.save, or plan with uniform=True and prune with verify=True.",
+    )
 
 
-def _told(pruned: nn.Module, changes: Numbers) -> tuple[Numbers, tuple[str, ...]]:
+def _told(pruned: nn.Module, changes: Numbers) -> Configured:
     if not changes:
-        return {}, ()
+        return Configured()
     note = f"config: {_in_words(pruned, changes)}; save_pretrained holds it."
     tell(pruned, built(pruned, changes, "meta"))
-    return changes, (note,)
+    return Configured(changes, (note,))
 
 
 def _in_words(model: nn.Module, changes: Numbers) -> str:

@@ -82,10 +82,11 @@ class PyTorch:
             ) from error
 
     def configure(
-        self, pruned: Any, plan: Plan, graph: Graph, *, verify: bool
-    ) -> tuple[dict[str, float], tuple[str, ...]]:
+        self, pruned: Any, model: Any, plan: Plan, graph: Graph, *, verify: bool
+    ) -> tuple[dict[str, float], tuple[str, ...], str]:
         """See the port."""
-        return configuration.configure(pruned, plan, graph, verify=verify)
+        found = configuration.configure(pruned, model, plan, graph, verify=verify)
+        return found.numbers, found.notes, f"{found.why} {found.fix}".strip()
 
     def inputs_like(self, specification: Sequence[InputSpec]) -> Any:
         """See the port."""
