@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kirsch.cli.terminal import Line, Piece
+from kirsch.graph.inputs import tensors
 from kirsch.report import figures
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Node:
 def trace_lines(graph: Graph, found: Sequence[Hanging]) -> list[Line]:
     """A traced model: what it costs, its groups as a tree by module path, and what blocks the rest."""
     cost = graph.cost
-    shapes = ", ".join("×".join(str(size) for size in spec.shape) for spec in graph.inputs) or "as given"
+    shapes = ", ".join("×".join(str(size) for size in spec.shape) for spec in tensors(graph.inputs)) or "as given"
     lines = [
         [
             Piece(graph.model_name, "strong"),

@@ -16,6 +16,7 @@ from kirsch.errors import LoadError, OutputError, PlanError, UsageError
 from kirsch.files import MANIFEST, check_writable, write_text
 from kirsch.frameworks.port import Framework, framework_of, trace
 from kirsch.graph.graph import InputSpec
+from kirsch.graph.inputs import tensors
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.prune import prune_with_proof
@@ -153,7 +154,7 @@ def show_trace(given: Given, layer: str, terminal: Terminal) -> int:
         "model": graph.model_name,
         "weights": given.weights,
         "fingerprint": graph.fingerprint,
-        "inputs": [list(spec.shape) for spec in graph.inputs],
+        "inputs": [list(spec.shape) for spec in tensors(graph.inputs)],
         "cost": graph.cost.to_dict(),
         "groups": [hangs.to_dict() for hangs in found],
         "blocks": list(graph.blocks),
@@ -281,7 +282,7 @@ def _ready(model: Any, reference: str, sizes: tuple[int, ...] | None, weights: s
             "Neither the model nor its callable has example_shape.",
             "Give --input, for example --input 1,3,224,224.",
         )
-    inputs = framework_of(model).inputs_like([InputSpec("", sizes, "float32")])
+    inputs = framework_of(model).inputs_like([InputSpec("", sizes, "float32")], model)
     return Given(model, inputs, sizes, weights, random)
 
 
@@ -305,7 +306,8 @@ def _round_to(text: str) -> Any:
 def _planned(folder: Path) -> tuple[int, ...] | None:
     """The shape of the inputs that a stored plan was made for."""
     inputs = _read_plan(folder / "plan.json").inputs
-    return inputs[0].shape if len(inputs) == 1 and inputs[0].dtype == "float32" else None
+    found = [given.shape for given in inputs if isinstance(given, InputSpec) and given.dtype == "float32"]
+    return found[0] if len(found) == len(inputs) == 1 else None
 
 
 def _read_plan(path: Path) -> Plan:

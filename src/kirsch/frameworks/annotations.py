@@ -49,7 +49,9 @@ def has_arrays(value: Any) -> bool:
         return len(value.shape) > 0
     if isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "values")):
         return any(map(has_arrays, value.values()))
-    return isinstance(value, (tuple, list)) and any(map(has_arrays, value))
+    if isinstance(value, (tuple, list)):
+        return any(map(has_arrays, value))
+    return not inspect.isclass(value) and any(map(is_array, getattr(value, "__dict__", {}).values()))  # a data class
 
 
 def _give_inputs(value: Any) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
+    from kirsch.graph.graph import Input
     from kirsch.graph.labels import Tensor
     from kirsch.graph.plan import Plan
     from kirsch.graph.proof import Verification
@@ -59,8 +60,8 @@ class Framework(Protocol):
             where it can.
         """
 
-    def inputs_like(self, specification: Sequence[Any]) -> Any:
-        """Example inputs of the shapes and types that a plan stores."""
+    def inputs_like(self, specification: Sequence[Input], model: Any) -> Any:
+        """Example inputs of the form, shapes and types that a plan stores, where a model lies."""
 
     def put_out(self, graph: Graph) -> dict[str, Tensor]:
         """Path of a module within the part that was traced → the one tensor that it puts out, with its labels."""
@@ -152,6 +153,9 @@ class Framework(Protocol):
 
     def export_onnx(self, model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
         """Write one ONNX file with a free batch axis; gives opset, IR version, and names of inputs and outputs."""
+
+    def parameter_shapes(self, model: Any) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter of a model by its name."""
 
     def save_weights(self, model: Any, path: Path) -> None:
         """Write all parameters and buffers to a safetensors file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 
@@ -47,10 +47,10 @@ class Blocker:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An example input without its values.
+    """An example input that is a tensor, without its values.
 
     Args:
-        name: keyword, or "" for a positional one.
+        name: keyword, or key of the dict it is in; "" for a positional one, and in a list or tuple.
         shape: with the batch axis.
         dtype: "float32", "int64", ...
         high: largest value of an integer input, so that a stand-in stays in range.
@@ -61,6 +61,37 @@ class InputSpec:
     dtype: str
     high: int = 0
 
+
+@dataclass(frozen=True)
+class InputValue:
+    """An example input that is not a tensor: a flag, a number, a text, or None.
+
+    Args:
+        name: keyword, or key of the dict it is in; "" for a positional one, and in a list or tuple.
+        value: as it was given.
+    """
+
+    name: str
+    value: bool | int | float | str | None
+
+
+@dataclass(frozen=True)
+class NestedInput:
+    """An example input that is a list, a tuple or a dict.
+
+    Args:
+        name: keyword, or key of the dict it is in; "" for a positional one, and in a list or tuple.
+        kind: "list", "tuple" or "dict".
+        items: what is in it, in its order.
+    """
+
+    name: str
+    kind: str
+    items: tuple[Input, ...]
+
+
+Input: TypeAlias = InputSpec | InputValue | NestedInput
+"""An example input as a plan stores it: without the values of tensors, with all other values."""
 
 DECISIONS = ("refuse", "example")
 SOFTMAX = ("freeze", "kept")
@@ -104,7 +135,7 @@ class Graph:
         facts: all facts gathered from its operations.
         tensors: each parameter and buffer by its path, with labels; tied ones share theirs.
         parameters: which of `tensors` are parameters, each tied one once.
-        inputs: the example inputs without their values.
+        inputs: the example inputs as a plan stores them; empty where it cannot.
         values: path → the parameter's values as a float array; only called when an importance needs them.
         fits: whether a model is the very one that was traced, with the same parameters.
         blocks: paths of the residual blocks: modules whose output can be replaced by what they are given.
@@ -119,7 +150,7 @@ class Graph:
     facts: Facts
     tensors: Mapping[str, Tensor]
     parameters: tuple[str, ...]
-    inputs: tuple[InputSpec, ...]
+    inputs: tuple[Input, ...]
     values: Callable[[str], NDArray[Any]]
     fits: Callable[[Any], bool]
     blocks: tuple[str, ...] = ()

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from kirsch.arguments import checked
 from kirsch.errors import GoalError, PlanError, nearest
+from kirsch.graph import inputs
 from kirsch.graph.cost import Cost
-from kirsch.graph.graph import DECISIONS, SOFTMAX, InputSpec, Tracing
+from kirsch.graph.graph import DECISIONS, SOFTMAX, Tracing
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kirsch.graph.graph import Graph
+    from kirsch.graph.graph import Graph, Input
 
 T = TypeVar("T")
 
@@ -118,7 +119,7 @@ class Plan:
         before, after: cost of one run on the example inputs.
         goal: what was asked for, as JSON.
         method: how the units were chosen, as JSON.
-        inputs: the example inputs without their values.
+        inputs: the example inputs, of tensors without their values; empty where they cannot be stored.
         tracing: what the trace was asked for.
         blocks: what goes as a whole.
         notes: what stopped the plan from landing nearer to its goal, and widths that will be slow.
@@ -136,7 +137,7 @@ class Plan:
     after: Cost
     goal: dict[str, float] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
-    inputs: tuple[InputSpec, ...] = ()
+    inputs: tuple[Input, ...] = ()
     tracing: Tracing = field(default_factory=Tracing)
     blocks: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
@@ -157,9 +158,7 @@ class Plan:
                 ],
                 "blocks": [{"name": block.name, "reason": block.reason} for block in self.blocks],
                 "cost": {"before": self.before.to_dict(), "after": self.after.to_dict()},
-                "inputs": [
-                    {"name": i.name, "shape": list(i.shape), "dtype": i.dtype, "high": i.high} for i in self.inputs
-                ],
+                "inputs": [inputs.write(given) for given in self.inputs],
                 "tracing": {**vars(self.tracing), "outputs": list(self.tracing.outputs)},
                 "notes": list(self.notes),
                 "configuration": self.configuration,
@@ -198,7 +197,7 @@ class Plan:
             after=_cost(_get(cost, "after", dict)),
             goal=_get(content, "goal", dict),
             method=_get(content, "method", dict),
-            inputs=tuple(_input(entry) for entry in _get(content, "inputs", list)),
+            inputs=tuple(inputs.read(entry) for entry in _get(content, "inputs", list)),
             tracing=_tracing(_get(content, "tracing", dict)),
             blocks=tuple(
                 Skip(_get(entry, "name", str), _get(entry, "reason", str)) for entry in _get(content, "blocks", list)
@@ -292,11 +291,6 @@ def _removal(entry: Any) -> Removal:
         raise ValueError(f"a unit of {name!r} is named twice")
     size, kind, reason = _get(entry, "size", int), _get(entry, "kind", str), _get(entry, "reason", str)
     return Removal(name, kind, size, tuple(sorted(removed)), reason)
-
-
-def _input(entry: Any) -> InputSpec:
-    shape = tuple(_all(_get(entry, "shape", list), "shape", int))
-    return InputSpec(_get(entry, "name", str), shape, _get(entry, "dtype", str), _get(entry, "high", int))
 
 
 def _tracing(entry: dict[str, Any]) -> Tracing:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 PLANS = "_kirsch_plans"
 """Attribute of a pruned model: the JSON of each plan that made it, so that `kirsch.save` can store them."""
 
+SHAPES = "_kirsch_shapes"
+"""Attribute of a pruned model: the shape of each parameter that the plans leave."""
+
 OPTIMIZER_NOTE = "An optimizer made for the original still holds the original's parameters: make a new one."
 
 
@@ -51,7 +54,7 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
     Args:
         model: the model that the plan was made for, trained or not, in any mode and of any floating type.
         plan: of `kirsch.plan` or `Plan.from_json`.
-        example_inputs: only needed when the plan comes from JSON and its inputs were nested.
+        example_inputs: only needed when the plan comes from JSON and could not store its inputs.
         verify: hold the result against the masked original before it is returned.
 
     Returns:
@@ -90,6 +93,9 @@ def prune_with_proof(model: Model, plan: Plan, *, example_inputs: Inputs | None 
     configuration, said, unsavable = framework.configure(pruned, model, plan, graph, verify=verify)
     plan = replace(plan, configuration=configuration)
     setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
+    left = getattr(model, SHAPES, None)
+    changed = left is not None and left != framework.parameter_shapes(model)  # then no plan makes this model
+    setattr(pruned, SHAPES, left if changed else framework.parameter_shapes(pruned))
     notes = [*plan.notes, *said, *([unsavable] if unsavable else []), OPTIMIZER_NOTE]
     if verification is not None and verification.power == 0.0 and (plan.groups or plan.blocks):
         notes.append("The masked and the dense original put out the same: the verification could not see a wrong cut.")
@@ -141,8 +147,8 @@ def graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
         if not plan.inputs:
             raise PlanError(
                 "The plan does not store its example inputs.",
-                "They were nested when it was made.",
-                "Give example_inputs=...",
+                "Only tensors, numbers, texts, None, and lists, tuples and dicts of them can be stored.",
+                "Give the inputs that the plan was made with: example_inputs=...",
             )
-        return framework.trace(model, framework.inputs_like(plan.inputs), plan.tracing, of_part=True)
+        return framework.trace(model, framework.inputs_like(plan.inputs, model), plan.tracing, of_part=True)
     return framework.trace(model, example_inputs, plan.tracing)

@@ -8,11 +8,11 @@ from typing import Any
 
 from kirsch import files
 from kirsch.arguments import checked
-from kirsch.errors import CheckpointError, ModelError, PlanError, UsageError
-from kirsch.frameworks.annotations import Build, Model
+from kirsch.errors import CheckpointError, KirschError, ModelError, PlanError, UsageError, said
+from kirsch.frameworks.annotations import Build, Inputs, Model
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan
-from kirsch.pruning.prune import PLANS, prune_with_proof
+from kirsch.pruning.prune import PLANS, SHAPES, prune_with_proof
 
 WEIGHTS = "model.safetensors"
 
@@ -29,7 +29,8 @@ def save(model: Model, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        UsageError: the model was not made by `kirsch.prune`.
+        UsageError: the model was not made by `kirsch.prune`, or its layers were changed since, so that `load` could not
+            make it again.
         OutputError: the folder cannot be written.
     """
     plans = getattr(model, PLANS, None)
@@ -39,6 +40,7 @@ def save(model: Model, folder: str | Path) -> Path:
             "Without a plan its architecture cannot be made again.",
             "Save its state_dict with safetensors instead.",
         )
+    _require_unchanged(model)
     target = Path(folder)
     with files.new_folder(target) as new:
         for number, plan in enumerate(plans, start=1):
@@ -47,27 +49,45 @@ def save(model: Model, folder: str | Path) -> Path:
     return target
 
 
+def _require_unchanged(model: Any) -> None:
+    """Make sure that the parameters are those that pruning left, of which alone `load` can make the model again."""
+    left: dict[str, tuple[int, ...]] = getattr(model, SHAPES, {})
+    now = framework_of(model).parameter_shapes(model)
+    other = next((name for name in {**left, **now} if left.get(name) != now.get(name)), None) if left else None
+    if other is not None:
+        shapes = [f"the shape {found[other]}" if other in found else "no such parameter" for found in (left, now)]
+        raise UsageError(
+            f"This {type(model).__name__} was changed after kirsch.prune: it had {shapes[0]} at {other!r}, and has "
+            f"{shapes[1]}.",
+            "kirsch.load builds the original and prunes it by the plan, which gives the model before that change.",
+            "Change the model before it is pruned, or save its state_dict with safetensors.",
+        )
+
+
 @checked
-def load(folder: str | Path, build: Build) -> Any:
+def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = None) -> Any:
     """The model that was saved, bit for bit.
 
     Args:
         folder: of `save`.
         build: makes the original architecture, before any pruning; its weights do not matter.
+        example_inputs: only needed where the plan could not store those that it was made with (objects of a class of
+            their own, or values that decide which way the forward takes); see `kirsch.trace`.
 
     Raises:
         CheckpointError: a file is missing or damaged; names it.
-        PlanError: `build` makes another model than the one that was pruned.
+        ModelError: `build` raises an error or does not return a model.
+        PlanError: `build` makes another model than the one that was pruned, or `example_inputs` are needed.
     """
     source = Path(folder)
     wrong = files.damage(source)
     if wrong:
         raise CheckpointError(f"The saved model {source} is damaged.", f"{wrong}.", "Save it again.")
-    model = build()
+    model = _built(build)
     number = 1
     while (source / _plan_name(number)).is_file():
         plan = Plan.from_json((source / _plan_name(number)).read_text(encoding="utf-8"))
-        model = _pruned(model, plan)
+        model = _pruned(model, plan, example_inputs)
         number += 1
     if number == 1:
         raise PlanError(f"{source} holds no plan.json.", mend="Give a folder made by kirsch.save.")
@@ -75,18 +95,49 @@ def load(folder: str | Path, build: Build) -> Any:
     return model
 
 
-def _pruned(model: Any, plan: Plan) -> Any:
-    """The model cut by a plan, without verification: its weights are still to come, and were verified back then."""
+def _built(build: Build) -> Any:
+    """The original architecture."""
+    fix = "Give a function without arguments that returns the model as it was before it was pruned."
     try:
-        return prune_with_proof(model, plan, verify=False).model
+        model = build()
+    except KirschError:
+        raise
+    except Exception as error:
+        raise ModelError("The function build of kirsch.load raised an error.", said(error), fix) from error
+    try:
+        framework_of(model)
+    except ModelError as error:
+        found = "None" if model is None else f"a {type(model).__name__}"
+        raise ModelError(f"The function build of kirsch.load returned {found}.", error.why, fix) from error
+    return model
+
+
+def _pruned(model: Any, plan: Plan, example_inputs: Any) -> Any:
+    """The model cut by a plan, without verification: its weights are still to come, and were verified back then."""
+
+    def cut() -> Any:
+        return prune_with_proof(model, plan, example_inputs=example_inputs, verify=False).model
+
+    try:
+        return cut()
     except (PlanError, ModelError):
-        if not plan.inputs or plan.tracing.scope:
+        if plan.tracing.scope or (example_inputs is None and not plan.inputs):
             raise
-        # Some fill their buffers in their first run, and the model that was pruned had run before.
-        framework = framework_of(model)
-        with contextlib.suppress(Exception):
-            framework.count(model, framework.inputs_like(plan.inputs))
-        return prune_with_proof(model, plan, verify=False).model
+    # Some fill their buffers in their first run, and the model that was pruned had run before.
+    framework = framework_of(model)
+    with contextlib.suppress(Exception):
+        inputs = framework.inputs_like(plan.inputs, model) if example_inputs is None else example_inputs
+        framework.count(model, inputs)
+    try:
+        return cut()
+    except (PlanError, ModelError) as error:
+        if example_inputs is not None or plan.tracing.decisions != "example":
+            raise
+        raise PlanError(
+            error.what,
+            f"{error.why} The plan follows the way that its example inputs took, and stores none of their values.",
+            "Give these inputs: kirsch.load(folder, build, example_inputs=...).",
+        ) from error
 
 
 def _plan_name(number: int) -> str:

@@ -15,7 +15,6 @@ from torch import nn
 import kirsch
 from kirsch.errors import UsageError
 from kirsch.frameworks.pytorch.vision import import_beside
-from kirsch.pruning.prune import prune_with_proof
 from proving import shaken
 
 pytest.importorskip("transformers", exc_type=ImportError)
@@ -196,15 +195,6 @@ def test_a_model_without_save_pretrained_is_pruned_without_a_warning():
     model, said = pruned(nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 3)), torch.randn(4, 5))
     assert not said
     assert not hasattr(model, "save_pretrained")
-
-
-def test_a_plan_that_removes_nothing_leaves_saving_as_it_is(tmp_path):
-    model = bert()
-    plan = kirsch.plan(kirsch.trace(model, WORDS), kirsch.Goal(params=0.9), round_to=1)
-    found = prune_with_proof(model, kirsch.Plan.from_json(json.dumps(json.loads(plan.to_json()) | {"groups": []})))
-    assert not found.unsavable
-    found.model.save_pretrained(tmp_path)
-    assert torch.equal(type(model).from_pretrained(tmp_path).eval()(WORDS).logits, model(WORDS).logits)
 
 
 def test_without_verification_a_checkpoint_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, VerificationError, said
+from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, UsageError, VerificationError, said
 from kirsch.frameworks.pytorch import (
     adapters,
     cohort,
@@ -28,6 +28,7 @@ from kirsch.frameworks.pytorch import (
     regions,
     scope,
     sites,
+    stand_ins,
     surgery,
     trace,
     train,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
-    from kirsch.graph.graph import Graph, InputSpec, Tracing
+    from kirsch.graph.graph import Graph, Input, Tracing
     from kirsch.graph.labels import Tensor
     from kirsch.graph.plan import Plan
     from kirsch.graph.proof import Verification
@@ -88,18 +89,9 @@ class PyTorch:
         found = configuration.configure(pruned, model, plan, graph, verify=verify)
         return found.numbers, found.notes, f"{found.why} {found.fix}".strip()
 
-    def inputs_like(self, specification: Sequence[InputSpec]) -> Any:
+    def inputs_like(self, specification: Sequence[Input], model: Any) -> Any:
         """See the port."""
-        generator = torch.Generator().manual_seed(0)
-        values = {}
-        for place, spec in enumerate(specification):
-            dtype = getattr(torch, spec.dtype)
-            values[spec.name or place] = (
-                torch.randn(spec.shape, generator=generator).to(dtype)
-                if dtype.is_floating_point
-                else torch.randint(0, spec.high + 1, spec.shape, generator=generator).to(dtype)
-            )
-        return values if any(spec.name for spec in specification) else tuple(values.values())
+        return stand_ins.stand_ins(specification, model)
 
     def put_out(self, graph: Graph) -> dict[str, Tensor]:
         """See the port."""
@@ -236,8 +228,19 @@ class PyTorch:
         """See the port."""
         return export.export_onnx(model, example_inputs, path)
 
+    def parameter_shapes(self, model: Any) -> dict[str, tuple[int, ...]]:
+        """See the port."""
+        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+
     def save_weights(self, model: Any, path: Path) -> None:
         """See the port."""
+        for name, value in model.state_dict().items():
+            if not isinstance(value, torch.Tensor):
+                raise UsageError(
+                    f"The weights of this {type(model).__name__} cannot be saved.",
+                    f"Its state holds a {type(value).__name__} at {name!r}, and safetensors stores tensors alone.",
+                    "Make get_extra_state of that module return a tensor.",
+                )
         safetensors.torch.save_model(model, str(path))
 
     def fingerprint(self, model: Any) -> str:
@@ -246,6 +249,13 @@ class PyTorch:
 
     def load_weights(self, model: Any, path: Path) -> None:
         """See the port."""
+        meta = next((n for n, v in [*model.named_parameters(), *model.named_buffers()] if v.is_meta), None)
+        if meta is not None:
+            raise LoadError(
+                f"The {type(model).__name__} cannot take weights.",
+                f"Its {meta!r} lies on the meta device, which stores nothing.",
+                'Build it on another device, such as the CPU, without `with torch.device("meta")`.',
+            )
         try:
             state = OrderedDict(safetensors.torch.load_file(str(path)))
             own = model.state_dict()

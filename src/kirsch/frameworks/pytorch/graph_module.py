@@ -51,13 +51,13 @@ def graph_module(model: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> fx.
     names. Statistics of batches and dropout are those of inference, also in training mode.
 
     Raises:
-        ModelError: the model takes nested inputs.
+        ModelError: an input of the model is not a tensor.
     """
     traced: Traced = graph.traced
-    if not graph.inputs:
+    if not all(isinstance(value, torch.Tensor) for value in (*traced.args, *traced.options.values())):
         raise ModelError(
             f"The {graph.model_name} cannot be given as a graph.",
-            "Its inputs are nested.",
+            "Not all of its inputs are tensors.",
             "Trace it without as_graph, or a part that takes tensors.",
         )
     root = cut(model, graph, keep, constants=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,14 +21,27 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+@dataclass(frozen=True)
+class Call:
+    """Example inputs of which some are positional and some are keyword arguments, as a part of a model may take."""
+
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return example inputs as positional and keyword arguments; numpy arrays become tensors."""
-    example_inputs = tree_map(
-        lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value, example_inputs
-    )
-    if isinstance(example_inputs, dict):
-        return (), dict(example_inputs)
-    return (tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}
+    if isinstance(example_inputs, Call):
+        return example_inputs.args, dict(example_inputs.options)
+    if isinstance(example_inputs, Mapping):  # what a tokenizer gives is no dict
+        return (), _tensors_for_numpy(dict(example_inputs))
+    return _tensors_for_numpy(
+        tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    ), {}
+
+
+def _tensors_for_numpy(inputs: Any) -> Any:
+    return tree_map(lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value, inputs)
 
 
 def copied(inputs: Any) -> Any:

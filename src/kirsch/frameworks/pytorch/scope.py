@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kirsch.errors import ModelError, UnknownNameError
-from kirsch.frameworks.pytorch.predict import arguments, inference
+from kirsch.frameworks.pytorch.predict import Call, arguments, inference
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ def part_of(model: nn.Module, path: str) -> nn.Module:
 
 
 def inputs_of(model: nn.Module, path: str, example_inputs: Any) -> Any:
-    """What the part is given first when the whole runs in inference mode: a tuple, or a dict of keyword arguments.
+    """The inputs of the first call of a part when the whole runs in inference mode, as positional or keyword arguments.
 
     Raises:
         ModelError: the part is not called.
@@ -55,7 +55,13 @@ def inputs_of(model: nn.Module, path: str, example_inputs: Any) -> Any:
             "Trace it by itself: kirsch.trace(model.part, inputs).",
         )
     args, options = given[0]
-    return {**inspect.signature(part.forward).bind_partial(*args).arguments, **options} if options else args
+    if not args or not options:
+        return options or args
+    signature = inspect.signature(part.forward)
+    bound = signature.bind_partial(*args).arguments
+    unnamed = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY
+    by_place = any(signature.parameters[name].kind in unnamed for name in bound)
+    return Call(args, options) if by_place else {**bound, **options}
 
 
 def shared_with_rest(model: nn.Module, path: str) -> set[int]:

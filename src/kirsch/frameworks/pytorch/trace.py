@@ -26,9 +26,10 @@ from kirsch.frameworks.pytorch.predict import arguments
 from kirsch.frameworks.pytorch.program import Sizes, export, name_of, shapes_of
 from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, SizeOf, TracedInt
 from kirsch.frameworks.pytorch.scope import inputs_of, part_of, shared_with_rest
+from kirsch.frameworks.pytorch.stand_ins import specification
 from kirsch.frameworks.pytorch.step import Step
 from kirsch.graph.facts import Facts, Freeze, Operation
-from kirsch.graph.graph import Graph, InputSpec, Tracing
+from kirsch.graph.graph import Graph, Tracing
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
@@ -175,26 +176,6 @@ def _training_only(
         return None
     finally:
         facts.terms[:], facts.statistics = terms, statistics
-
-
-def specification(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[InputSpec, ...]:
-    """Example inputs without their values; nested inputs cannot be stored and give an empty one."""
-    named = [("", value) for value in args] + list(options.items())
-    if not all(isinstance(value, torch.Tensor) for _, value in named):
-        return ()
-    return tuple(
-        InputSpec(
-            name,
-            tuple(value.shape),
-            str(value.dtype).removeprefix("torch."),
-            0 if value.is_floating_point() or value.is_complex() or value.is_meta else _highest(value),
-        )
-        for name, value in named
-    )
-
-
-def _highest(value: torch.Tensor) -> int:
-    return int(value.max()) if value.numel() else 0
 
 
 def _labelled(model: nn.Module, facts: Facts) -> dict[str, Tensor]:

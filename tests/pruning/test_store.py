@@ -1,0 +1,258 @@
+"""Pruned models on disk, whatever their inputs are: what was saved is loaded, and what could not be is refused."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.errors import LoadError, ModelError, PlanError, UsageError
+from kirsch.graph.plan import Plan
+from proving import shaken
+
+X, Y = torch.randn(2, 4), torch.randn(2, 4)
+
+
+class Net(nn.Module):
+    """Two layers, run on what `read` makes of the inputs."""
+
+    read = staticmethod(lambda x: x)
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, width), nn.Linear(width, 3)
+
+    def forward(self, *args, **options):
+        return self.last(self.first(self.read(*args, **options)).relu())
+
+
+def net(read):
+    """A class of models that reads its inputs so."""
+    return type("Net", (Net,), {"read": staticmethod(read)})
+
+
+@dataclasses.dataclass
+class Fields:
+    x: torch.Tensor
+
+
+torch.export.register_dataclass(Fields)
+Pair = collections.namedtuple("Pair", ["x", "y"])  # noqa: PYI024 - as libraries have them
+
+
+def run(model, inputs):
+    if hasattr(inputs, "keys"):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def pruned(build, inputs, **tracing):
+    model = shaken(build()).eval()
+    return kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs, **tracing), kirsch.Goal(params=0.6)))
+
+
+DEEP = {"pair": (X, {"y": Y, "none": None}), "settings": [1, "text", False, -0.5]}
+STORED = {
+    "a list": (lambda xs: xs[0] + xs[1], ([X, Y],)),
+    "a dict": (lambda given: given["x"] + given["y"], ({"x": X, "y": Y},)),
+    "a tuple": (lambda pair: pair[0] + pair[1], ((X, Y),)),
+    "in each other": (lambda given: given["pair"][0] + given["pair"][1]["y"] * given["settings"][3], (DEEP,)),
+    "None between": (lambda x, mask, y: x + y if mask is None else x, (X, None, Y)),
+    "a flag": (lambda x, flag=False: 2 * x if flag else x, {"x": X, "flag": True}),
+    "numbers": (lambda x, scale, times: x * scale * times, (X, 0.5, 3)),
+    "a text": (lambda x, mode: 2 * x if mode == "twice" else x, (X, "twice")),
+    "nothing in it": (lambda x, some, more: x, (X, [], {})),
+    "an ordered dict": (lambda given: given["x"], (collections.OrderedDict(x=X),)),
+    "names like fields": (
+        lambda name, kind, items, value: name + items[0],
+        {"name": X, "kind": "k", "items": [Y], "value": 1},
+    ),
+    "any keywords": (lambda **named: named["p"] + named["q"], {"p": X, "q": Y}),
+    "no axes": (lambda x, scale: x * scale, (X, torch.tensor(2.0))),
+    "a mask": (lambda x, mask: x.masked_fill(mask, 0), (X, X > 0)),
+    "negative": (lambda x: x.float(), torch.full((2, 4), -3, dtype=torch.int8)),
+    "unsigned": (lambda x: x.float(), torch.ones(2, 4, dtype=torch.uint16)),
+    "the largest": (lambda x: x.float(), torch.full((2, 4), 2**63 - 1)),
+    "half": (lambda x: x.float(), X.half()),
+    "double": (lambda x: x.float(), X.double()),
+    "complex": (lambda x: x.real, torch.randn(2, 4, dtype=torch.complex64)),
+    "empty": (lambda x, more: torch.cat([x, more]), (X, X[:0])),
+}  # fmt: skip
+OBJECTS = {
+    "a dataclass": (lambda given: given.x, (Fields(X),)),
+    "a named tuple": (lambda given: given.x + given.y, (Pair(X, Y),)),
+    "keys that are no text": (lambda given: given[0], ({0: X},)),
+    "no finite number": (lambda x, most: x.clamp(max=most), (X, math.inf)),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_inputs_of_plain_data_are_stored_and_the_model_is_loaded_bit_for_bit(name, tmp_path):
+    read, inputs = STORED[name]
+    small = pruned(net(read), inputs)
+    kirsch.save(small, tmp_path / "small")
+    text = (tmp_path / "small" / "plan.json").read_text()
+    assert Plan.from_json(text).to_json() == text
+    assert torch.equal(run(kirsch.load(tmp_path / "small", net(read)).eval(), inputs), run(small, inputs))
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_inputs_of_other_objects_are_given_to_load(name, tmp_path):
+    read, inputs = OBJECTS[name]
+    small = pruned(net(read), inputs)
+    kirsch.save(small, tmp_path / "small")
+    with pytest.raises(PlanError, match=r"does not store its example inputs\. .*example_inputs="):
+        kirsch.load(tmp_path / "small", net(read))
+    again = kirsch.load(tmp_path / "small", net(read), example_inputs=inputs)
+    assert torch.equal(run(again.eval(), inputs), run(small, inputs))
+
+
+def test_a_folder_of_an_older_version_without_its_inputs_is_loaded_with_them(tmp_path):
+    read, inputs = STORED["a list"]
+    small = pruned(net(read), inputs)
+    small._kirsch_plans = [json.dumps(json.loads(text) | {"inputs": []}) for text in small._kirsch_plans]
+    kirsch.save(small, tmp_path / "small")
+    assert torch.equal(kirsch.load(tmp_path / "small", net(read), example_inputs=inputs)(*inputs), small(*inputs))
+
+
+def test_a_mapping_that_is_no_dict_gives_keywords(tmp_path):
+    """As the BatchEncoding that a tokenizer of transformers gives."""
+    inputs = collections.UserDict(x=X, y=Y)
+    small = pruned(net(lambda x, y: x + y), inputs)
+    kirsch.save(small, tmp_path / "small")
+    assert torch.equal(kirsch.load(tmp_path / "small", net(lambda x, y: x + y))(**inputs), small(**inputs))
+
+
+def test_a_model_pruned_twice_with_other_inputs_each_time_is_loaded(tmp_path):
+    build = net(lambda x, more=None: x if more is None else x + more["y"])
+    once = pruned(build, (X, None))
+    twice = kirsch.prune(once, kirsch.plan(kirsch.trace(once, (X, {"y": Y})), kirsch.Goal(params=0.6)))
+    kirsch.save(twice, tmp_path / "small")
+    assert torch.equal(kirsch.load(tmp_path / "small", build)(X, {"y": Y}), twice(X, {"y": Y}))
+
+
+def test_a_part_that_takes_nested_inputs_is_loaded(tmp_path):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = net(lambda pair, *, flag, none: pair[0] + pair[1]["y"] if flag else pair[0])()
+
+        def forward(self, x, y):
+            return self.inner((x, {"y": y}), flag=True, none=None)
+
+    small = pruned(Outer, (X, Y), scope="inner")
+    kirsch.save(small, tmp_path / "small")
+    for more in ({}, {"example_inputs": (X, Y)}):  # the inputs of the part are stored, those of the whole are given
+        assert torch.equal(kirsch.load(tmp_path / "small", Outer, **more)(X, Y), small(X, Y))
+
+
+def test_a_way_that_values_decide_is_followed_with_the_inputs_that_are_given(tmp_path):
+    class Deciding(Net):
+        def forward(self, x):
+            return self.last(self.first(x).relu()) if x.sum() > 1e6 else self.last(self.first(x))[:, :1]
+
+    inputs = torch.full((2, 4), 1e6)
+    small = pruned(Deciding, inputs, decisions="example")
+    kirsch.save(small, tmp_path / "small")
+    again = kirsch.load(tmp_path / "small", Deciding, example_inputs=inputs)
+    assert torch.equal(again(inputs), small(inputs))
+
+
+def test_a_traced_program_is_loaded(tmp_path):
+    build = net(lambda x, y: x + y)
+    small = pruned(build, {"x": X, "y": Y}, as_graph=True)
+    kirsch.save(small, tmp_path / "small")
+    assert torch.equal(kirsch.load(tmp_path / "small", build)(x=X, y=Y), small(x=X, y=Y))
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.double, nn.Module.train])
+def test_a_build_of_another_type_or_mode_is_pruned_by_the_plan(convert, tmp_path):
+    model = shaken(convert(Net()))
+    inputs = X.to(model.first.weight.dtype)
+    kirsch.save(
+        kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(params=0.6))), tmp_path / "small"
+    )
+    assert kirsch.load(tmp_path / "small", Net).first.out_features < 16
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: None, r"build of kirsch\.load returned None\. .*returns the model as it was before it was pruned"),
+        (lambda: Net, r"build of kirsch\.load returned a type\."),
+        (lambda: Net(wide=3), r"build of kirsch\.load raised an error\. TypeError: .*wide.*Give a function without"),
+    ],
+)
+def test_a_build_that_gives_no_model_is_refused(build, sentence, tmp_path):
+    kirsch.save(pruned(Net, X), tmp_path / "small")
+    with pytest.raises(ModelError, match=sentence):
+        kirsch.load(tmp_path / "small", build)
+
+
+def test_a_build_that_stores_nothing_is_refused(tmp_path):
+    kirsch.save(pruned(Net, X), tmp_path / "small")
+    with pytest.raises(LoadError, match="meta device, which stores nothing"):
+        kirsch.load(tmp_path / "small", lambda: Net().to("meta"))
+
+
+def test_a_model_that_was_changed_after_it_was_pruned_is_not_saved(tmp_path):
+    small = pruned(Net, X)
+    width = small.first.out_features
+    small.last = nn.Linear(width, 5)
+    with pytest.raises(
+        UsageError, match=rf"it had the shape \(3, {width}\) at 'last\.weight', and has the shape \(5, {width}\)"
+    ):
+        kirsch.save(small, tmp_path / "small")
+    again = kirsch.prune(small, kirsch.plan(kirsch.trace(small, X), kirsch.Goal(params=0.7)))
+    with pytest.raises(UsageError, match=r"changed after kirsch\.prune"):
+        kirsch.save(again, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_state_that_is_no_tensor_is_refused_and_the_older_folder_stays(tmp_path):
+    class Counting(Net):
+        def get_extra_state(self):
+            return {"runs": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    kirsch.save(pruned(Net, X), tmp_path / "small")
+    before = (tmp_path / "small" / "plan.json").read_text()
+    with pytest.raises(UsageError, match="holds a dict at '_extra_state', and safetensors stores tensors alone"):
+        kirsch.save(pruned(Counting, X), tmp_path / "small")
+    assert (tmp_path / "small" / "plan.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({"name": "", "shape": [2, 4], "dtype": "float32"}, "has other fields than one of"),
+        ({"name": "", "value": [1]}, "'value' has"),
+        ({"name": "", "value": math.nan}, "'value' has nan"),
+        ({"name": "", "kind": "set", "items": []}, "'kind' has 'set'"),
+        ({"name": "", "kind": "list", "items": [1]}, "the input 1 has other fields"),
+        ({"name": "", "kind": "dict", "items": [{"name": "a", "value": 1}] * 2}, "a dict with a key twice: a, a"),
+        ({"name": "", "shape": [2, -4], "dtype": "float32", "high": 0}, "'shape' has -4, which is not a whole number"),
+        ({"name": 1, "value": None}, "'name' has 1, which is not text"),
+    ],
+)  # fmt: skip
+def test_inputs_in_a_plan_that_are_none_are_named(entry, sentence):
+    model = shaken(Net())
+    content = json.loads(kirsch.plan(kirsch.trace(model, X), kirsch.Goal(params=0.6)).to_json())
+    with pytest.raises(PlanError, match=sentence):
+        Plan.from_json(json.dumps(content | {"inputs": [entry]}))
+
+
+def test_an_input_of_an_unknown_type_in_a_plan_is_named():
+    model = shaken(Net())
+    content = json.loads(kirsch.plan(kirsch.trace(model, X), kirsch.Goal(params=0.6)).to_json())
+    content["inputs"][0]["dtype"] = "float31"
+    with pytest.raises(PlanError, match="an input of the type 'float31'"):
+        kirsch.prune(model, Plan.from_json(json.dumps(content)))
