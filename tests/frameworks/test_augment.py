@@ -279,9 +279,7 @@ def test_whatever_can_be_called_may_be_a_transform(transform):
     augment.check(transform, IMAGES[:1])
 
 
-@pytest.mark.parametrize(
-    "transform", [lambda batch: batch, lambda batch, random, *, strength: batch, lambda: None]
-)
+@pytest.mark.parametrize("transform", [lambda batch: batch, lambda batch, random, *, strength: batch, lambda: None])
 def test_a_transform_that_takes_no_generator_is_refused(transform):
     with pytest.raises(UsageError, match=r"cannot be called with a batch and a generator.*transform\(batch, generator"):
         augment.check(transform, IMAGES[:1])

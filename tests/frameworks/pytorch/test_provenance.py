@@ -110,7 +110,7 @@ class Layered(nn.Module):
 
 def test_a_twin_carries_integers_with_a_past_and_shares_the_tensors():
     model = Layered().train()
-    twin = twin_of(model, shared=True)
+    twin = twin_of(model, shared=True, training=False)
     watched(twin, Calls())
     assert twin.conv.weight is model.conv.weight
     assert (twin.training, model.training) == (False, True)

@@ -8,20 +8,23 @@ branches that are added on that path. What it is given besides (masks, positions
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from kirsch.frameworks.pytorch.interpreted import Part, part_in, tapped
 from kirsch.frameworks.pytorch.predict import arguments, inference, run
 from kirsch.frameworks.pytorch.program import name_of, shapes_of
 from kirsch.frameworks.pytorch.regions import exits, regions
 from kirsch.frameworks.pytorch.scope import part_of, shared_with_rest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from numpy.typing import NDArray
     from torch.fx import Node
@@ -48,6 +51,7 @@ class Block:
         argument: place or keyword of the entry among the arguments of its call.
         plain: whether the entry is its one argument and the exit all that it gives back.
         features: axis of the exit that holds channels; None if that is not known.
+        part: where it lies in the graph that runs it, if a `torch.fx` graph does and never calls the module.
     """
 
     path: str
@@ -56,6 +60,7 @@ class Block:
     argument: int | str
     plain: bool
     features: int | None
+    part: Part | None = None
 
     def entry_of(self, args: tuple[Any, ...], options: dict[str, Any]) -> torch.Tensor:
         """The entry among the arguments of a call."""
@@ -76,16 +81,20 @@ def find(model: nn.Module, states: Mapping[Node, Any], held: Collection[str], ca
     within = regions(states)
     found: dict[str, Block] = {}
     for path, module in reversed([*model.named_modules()]):  # the inner ones first
-        if not path or path not in within or len(calls.entered.get(path, ())) != 1:
+        if not path or path not in within or len(calls.entered.get(path, ())) > 1:
             continue
-        block, way = _block(path, within[path], place, states, held, calls) or (None, [])
+        look = _block if path in calls.entered else _block_of_graph
+        block, way = look(model, path, within[path], place, states, held, calls) or (None, [])
         if block is None or not any(True for _ in module.parameters()) or shared_with_rest(model, path):
             continue
-        if not block.plain and not _in_row(model, path):
+        if block.part is None and not block.plain and not _in_row(model, path):
             continue
         inner = [name for name in found if name.startswith(f"{path}.")]
         covered = {node for name in inner for node in within[name]}
-        if inner and not any(_adds(node) and node not in covered for node in way):
+        same = block.part is not None and [(found[name].entry, found[name].exit) for name in inner] == [
+            (block.entry, block.exit)  # a graph does not tell which of two modules adds
+        ]
+        if inner and not same and not any(_adds(node) and node not in covered for node in way):
             continue  # a row of blocks
         for name in inner:
             del found[name]
@@ -94,6 +103,7 @@ def find(model: nn.Module, states: Mapping[Node, Any], held: Collection[str], ca
 
 
 def _block(
+    model: nn.Module,
     path: str,
     region: list[Node],
     place: Mapping[Node, int],
@@ -102,18 +112,11 @@ def _block(
     calls: Calls,
 ) -> tuple[Block, list[Node]] | None:
     """The module as a block, and the way from its output back to its input; None if it is none."""
-    inside = set(region)
-    ends = exits(region)
-    if len(ends) != 1:
-        return None
-    found = _way_back(ends[0], inside)
+    del model
+    found = _through(region, place, held)
     if found is None:
         return None
     *way, entry = found
-    given = {source for node in region for source in node.all_input_nodes} - inside
-    others = [node for node in given if node is not entry and node.name not in held]
-    if any(_depends(node, entry, place) for node in others):
-        return None
     call = calls.entered[path][0]
     origin = (entry.meta.get("custom") or {}).get("kirsch_call", -1)
     shape = shapes_of(entry)[0]
@@ -122,8 +125,53 @@ def _block(
     if len(own) != 1 or call.result == "other":
         return None
     plain = own[0].argument == 0 and call.alone and call.result == "tensor"
-    labelled = [axis for axis, labels in enumerate(states[ends[0]].axes) if labels is not None]
-    return Block(path, entry, ends[0], own[0].argument, plain, labelled[0] if len(labelled) == 1 else None), way
+    return Block(path, entry, way[0], own[0].argument, plain, _features(states[way[0]])), way
+
+
+def _block_of_graph(
+    model: nn.Module,
+    path: str,
+    region: list[Node],
+    place: Mapping[Node, int],
+    states: Mapping[Node, Any],
+    held: Collection[str],
+    calls: Calls,
+) -> tuple[Block, list[Node]] | None:
+    """The same for a module that a `torch.fx` graph runs operation by operation.
+
+    What follows the module and has no parameters, such as a pooling, may have been counted to its region: without it
+    the module may be a block.
+    """
+    del calls
+    region = list(region)
+    found = _through(region, place, held)
+    while found is None and region and not any(source.name in held for source in region[-1].all_input_nodes):
+        region.pop()
+        found = _through(region, place, held)
+    if found is None:
+        return None
+    *way, entry = found
+    if not any(entry in node.all_input_nodes for node in region if node is not way[-1]):
+        return None  # a branch, with the addition of the other one counted to it
+    part = part_in(model, region, entry, way[0])
+    return None if part is None else (Block(path, entry, way[0], 0, True, _features(states[way[0]]), part), way)
+
+
+def _through(region: list[Node], place: Mapping[Node, int], held: Collection[str]) -> list[Node] | None:
+    """The way from the one output of a region back to its entry, on which nothing else that it takes depends."""
+    inside = set(region)
+    ends = exits(region)
+    found = _way_back(ends[0], inside) if len(ends) == 1 else None
+    if found is None:
+        return None
+    given = {source for node in region for source in node.all_input_nodes} - inside
+    others = [node for node in given if node is not found[-1] and node.name not in held]
+    return None if any(_depends(node, found[-1], place) for node in others) else found
+
+
+def _features(state: Any) -> int | None:
+    labelled = [axis for axis, labels in enumerate(state.axes) if labels is not None]
+    return labelled[0] if len(labelled) == 1 else None
 
 
 def _adds(node: Node) -> bool:
@@ -198,39 +246,46 @@ class Runner:
             value = value.flatten(1) if axis is None else value.movedim(axis, -1)
             return value.detach().double().cpu().numpy()
 
-        def hook(block: Block) -> Any:
-            def saw(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], out: Any) -> None:
-                both = block.entry_of(args, options), out if isinstance(out, torch.Tensor) else out[0]
-                see(block.path, *(features_last(value, block.features) for value in both))
+        def saw(block: Block, entry: torch.Tensor, out: torch.Tensor) -> None:
+            see(block.path, *(features_last(value, block.features) for value in (entry, out)))
 
-            return saw
-
-        with _hooked(self._model, self._blocks.values(), hook):
+        with _tapped(self._model, self._blocks.values(), saw):
             repeatable(self._whole, *arguments(inputs))
 
 
+Tap = Callable[[Block, torch.Tensor, torch.Tensor], torch.Tensor | None]
+"""Block, its entry, its output → what takes the place of the output, if anything."""
+
+
 @contextlib.contextmanager
-def _hooked(model: nn.Module, blocks: Collection[Block], hook: Callable[[Block], Any]) -> Iterator[None]:
-    modules = {block.path: model.get_submodule(block.path) for block in blocks}
-    handles = [modules[b.path].register_forward_hook(hook(b), with_kwargs=True) for b in blocks]
-    try:
+def _tapped(model: nn.Module, blocks: Collection[Block], tap: Tap) -> Iterator[None]:
+    """Call `tap` at the end of each of these blocks whenever the model runs."""
+
+    def hook(block: Block) -> Any:
+        def ended(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], out: Any) -> Any:
+            several = not isinstance(out, torch.Tensor)
+            new = tap(block, block.entry_of(args, options), out[0] if several else out)
+            return type(out)([new, *out[1:]]) if several and new is not None else new
+
+        return ended
+
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            if block.part is None:
+                module = model.get_submodule(block.path)
+                stack.callback(module.register_forward_hook(hook(block), with_kwargs=True).remove)
+        parts: dict[str, dict[Part, Callable[..., Any]]] = {}
+        for block in blocks:
+            if block.part is not None:
+                parts.setdefault(block.part.path, {})[block.part] = functools.partial(tap, block)
+        for path, taps in parts.items():
+            stack.enter_context(tapped(model.get_submodule(path), taps))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def skipping(model: nn.Module, blocks: Collection[Block]) -> contextlib.AbstractContextManager[None]:
     """The model with these blocks putting out what they are given."""
-
-    def hook(block: Block) -> Any:
-        def replaced(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], out: Any) -> Any:
-            entry = block.entry_of(args, options)
-            return entry if isinstance(out, torch.Tensor) else type(out)([entry, *out[1:]])
-
-        return replaced
-
-    return _hooked(model, blocks, hook)
+    return _tapped(model, blocks, lambda _, entry, __: entry)
 
 
 def repeatable(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:

@@ -8,7 +8,6 @@ Where no configuration describes the result, `save_pretrained` is refused; see `
 from __future__ import annotations
 
 import contextlib
-import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import torch
 
 from kirsch.errors import said
 from kirsch.frameworks.pytorch.blueprint import Search, built, carried, numbers, quietly, sizes
+from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.frameworks.pytorch.predict import run
 from kirsch.frameworks.pytorch.pretrained import allow, refuse, refused, savers
 from kirsch.frameworks.pytorch.verify import distance, drawing_alike, noise_of
@@ -154,7 +154,7 @@ def otherwise(pruned: nn.Module, changes: Numbers, args: Any, options: Any) -> s
     then put out the same bits. So must the pruned model when it has the new configuration itself.
     """
     noise = noise_of(pruned)
-    own = copy.deepcopy(pruned).eval()
+    own = copy_of(pruned).eval()
 
     def outputs(model: nn.Module) -> list[torch.Tensor]:
         return drawing_alike(lambda: run(model, args, options))

@@ -8,6 +8,7 @@ from torch import nn
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.blocks import repeatable, skipping
+from kirsch.frameworks.pytorch.interpreted import without
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def drop(model: nn.Module, blocks: Collection[Block], args: Any, options: Any) -> dict[str, str]:
     """Take blocks out of a model, which is changed.
 
-    One that stands in a list leaves it, and what numbers the elements of the list is numbered anew; where the forward
+    A block that a `torch.fx` graph runs leaves the graph. One that stands in a list leaves it, and what numbers the elements of the list is numbered anew; where the forward
     does not allow that, and elsewhere, it becomes `nn.Identity`.
 
     Args:
@@ -38,8 +39,13 @@ def drop(model: nn.Module, blocks: Collection[Block], args: Any, options: Any) -
     before = {id(module): path for path, module in modules.items()}
     with skipping(model, blocks):
         wanted = repeatable(model, args, options)
-    left = list(blocks)
-    parents = dict.fromkeys(block.path.rpartition(".")[0] for block in blocks)
+    left = [block for block in blocks if block.part is None]
+    for block in blocks:
+        if block.part is not None:
+            without(model.get_submodule(block.part.path), block.part)
+            holder, _, name = block.path.rpartition(".")
+            delattr(model.get_submodule(holder), name)
+    parents = dict.fromkeys(block.path.rpartition(".")[0] for block in left)
     for parent in sorted(parents, key=lambda path: -path.count(".")):  # leaving a list moves what lies below it
         own = [block for block in left if block.path.rpartition(".")[0] == parent]
         left = [block for block in left if block not in own]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from kirsch.errors import ShapeError
+from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.frameworks.pytorch.predict import logits_of_each
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Ensemble(nn.Module):
 
     def __init__(self, models: Iterable[nn.Module], combine: Callable[[list[Tensor]], Tensor]) -> None:
         super().__init__()
-        self.models = nn.ModuleList(copy.deepcopy(model) for model in models)
+        self.models = nn.ModuleList(copy_of(model) for model in models)
         self.combine = combine
 
     def forward(self, *args: Any, **options: Any) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import io
 import logging
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from kirsch.errors import ModelError
+from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.frameworks.pytorch.predict import arguments
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, 
             "ONNX Runtime lacks most operators in this type.",
             "Give model.float().",
         )
-    subject = copy.deepcopy(model).eval()
+    subject = copy_of(model).eval()
     # An axis of size 1 would be taken for a constant.
     given = [*args, *options.values()]
     pair = tuple(torch.cat([value, value]) if value.shape[0] == 1 else value for value in given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -10,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, UsageError, VerificationError, said
+from kirsch.errors import KirschError, LoadError, UnknownNameError, UsageError, VerificationError, said
 from kirsch.frameworks.pytorch import (
     adapters,
     cohort,
     configuration,
+    copying,
     count,
     dropping,
     ensemble,
@@ -197,16 +197,7 @@ class PyTorch:
 
     def frozen(self, model: Any, like: Any) -> Any:
         """See the port."""
-        try:
-            with torch.no_grad():  # for TorchScript, whose copies would depend on the original
-                own = copy.deepcopy(model).eval()
-        except RuntimeError as error:
-            raise ModelError(
-                f"The teacher, a {type(model).__name__}, cannot be copied.",
-                said(error),
-                "Keep no tensors in it that a forward computed: torch.nn.utils.parametrizations.weight_norm keeps "
-                "none, in place of torch.nn.utils.weight_norm.",
-            ) from error
+        own = copying.copy_of(model).eval()
         for parameter in own.parameters():  # one by one, as TorchScript wants it
             parameter.requires_grad = False
         return own.to(predict.device_of(like))

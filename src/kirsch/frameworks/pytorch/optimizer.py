@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from kirsch.errors import DataError, UsageError, said
+from kirsch.frameworks.pytorch.copying import copy_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +85,7 @@ class Average:
 
     def __init__(self, model: nn.Module, keep: float) -> None:
         self.keep = keep
-        self.model = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
+        self.model = copy_of(model).eval().requires_grad_(requires_grad=False)
 
     @torch.no_grad()
     def follow(self, model: nn.Module) -> None:

@@ -89,7 +89,10 @@ def _plain(dtype: torch.dtype) -> str:
 def inference(model: nn.Module) -> Iterator[None]:
     """The model in inference mode; each module gets its own mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    try:
+        model.eval()
+    except NotImplementedError:  # of torch.export, whose mode is the one that it was exported in
+        model.training = False
     try:
         yield
     finally:

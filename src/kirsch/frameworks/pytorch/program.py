@@ -17,6 +17,7 @@ from torch.fx import Interpreter, traceback
 from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import ModelError
+from kirsch.frameworks.pytorch.interpreted import owned
 from kirsch.frameworks.pytorch.masked import ASSERTIONS
 from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, twin_of, watched
 
@@ -36,24 +37,19 @@ def export(
 ) -> ExportedProgram:
     """The operations of the model, functional and not decomposed."""
     name = type(model).__name__
-    try:
-        twin = twin_of(model, shared=decisions == "refuse")  # with values, it may write into its buffers
-        if decisions == "example":
-            _plain_tensors(twin)
-    except Exception as error:
-        raise ModelError(
-            f"A {name} cannot be copied.",
-            f"{type(error).__name__}: {error}.",
-            "Take what cannot be copied (open files, locks, lambdas over them) out of the model.",
-        ) from error
+    twin = twin_of(model, shared=decisions == "refuse", training=training)  # with values, it may write into its buffers
+    if decisions == "example":
+        _plain_tensors(twin)
     with_values = dict.fromkeys(WITH_VALUES, decisions == "example")
     with _quiet(), torch.no_grad(), traceback.preserve_node_meta(), functorch_config.patch(with_values):
         try:
-            watched(twin.train(training), calls)
+            watched(twin, calls)
             program = torch.export.export(twin, args, options, strict=False)
             functional: ExportedProgram = program.run_decompositions({})
         except Exception as error:
             raise ModelError(*_reason(name, args, options, calls, error)) from error
+    signature = functional.graph_signature
+    owned(functional, {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
     return functional
 
 

@@ -8,7 +8,6 @@ that the code reads (`x.shape[1]`) are `TracedInt`s too.
 
 from __future__ import annotations
 
-import copy
 import functools
 import operator
 import sys
@@ -23,6 +22,8 @@ from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from kirsch.frameworks.pytorch.copying import copy_of
+from kirsch.frameworks.pytorch.interpreted import NUMBERS, plant, put_number, shell_of
 from kirsch.frameworks.pytorch.outputs import named
 from kirsch.graph.expression import Leaf
 
@@ -251,12 +252,13 @@ class Watch(TorchFunctionMode):
         self._calls = calls
         self._names = names
         self._alive: list[Any] = []  # an id is only unique while its tensor lives
+        self._together: dict[int, list[int]] = {}  # results of one call: what reads one keeps the call
         self.unread: dict[int, torch.Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call."""
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", str(func))
+        name = _name(func)
         if func in _SHAPE or name in _COUNTS:
             return self._sizes(name, func(*args, **kwargs), args, kwargs)
         if name.startswith("sym_"):  # arithmetic with sizes that depend on values
@@ -276,8 +278,12 @@ class Watch(TorchFunctionMode):
         read = args[:1] if name in LIKE_ANOTHER else (args, kwargs)  # a shape is not a value
         given = {id(value) for value in tree_leaves(read) if isinstance(value, torch.Tensor)}
         for tensor in given:
-            self.unread.pop(tensor, None)
+            for result in self._together.get(tensor, (tensor,)):
+                self.unread.pop(result, None)
         several = isinstance(out, (tuple, list))
+        if several:
+            together = [id(tensor) for tensor in out if isinstance(tensor, torch.Tensor)]
+            self._together.update(dict.fromkeys(together, together))
         for place, tensor in enumerate(out if several else (out,)):
             if isinstance(tensor, torch.Tensor) and id(tensor) not in given:
                 self._calls.origin[id(tensor)] = (number, place if several else None)
@@ -311,6 +317,14 @@ class Watch(TorchFunctionMode):
         if not name and call < 0:
             return size
         return TracedInt.leaf(size, SizeOf(call, place, axis, name), self._calls.lost)
+
+
+def _name(func: Any) -> str:
+    """The name of a function, without the overload where it is an operator of `torch.ops`."""
+    schema = getattr(func, "_schema", None)
+    if schema is not None:
+        return str(schema.name).rpartition("::")[2]
+    return getattr(func, "__name__", str(func))
 
 
 def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -347,17 +361,17 @@ def _without_tensors(value: Any) -> Any:
     return value
 
 
-def twin_of(model: nn.Module, *, shared: bool) -> nn.Module:
-    """A copy of the model in inference mode, whose parameters and buffers may be those of the model.
+def twin_of(model: nn.Module, *, shared: bool, training: bool) -> nn.Module:
+    """A copy of the model in inference or training mode, whose parameters and buffers may be those of the model.
 
     Its hooks run while it is traced, since they may change what a module puts out.
 
     Raises:
-        Exception: whatever copying a part of the model raises.
+        ModelError: the model cannot be copied.
     """
     same: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]} if shared else {}
-    twin: nn.Module = copy.deepcopy(model, same)
-    return twin.eval()
+    twin = copy_of(model, same)
+    return shell_of(twin.train(training))
 
 
 def watched(twin: nn.Module, calls: Calls) -> None:
@@ -366,6 +380,7 @@ def watched(twin: nn.Module, calls: Calls) -> None:
     The forward then gives a pair: the tensors that the model puts out, and those that it computes and never reads.
     """
     for path, module in twin.named_modules():
+        plant(module, path, lambda value, leaf: TracedInt.leaf(value, leaf, calls.lost) if value > 1 else value)
         own = type(module).__module__.startswith("torch.nn.")
         for name, value in list(vars(module).items()):
             if not name.startswith("_") and (not own or name in WIDTHS):
@@ -430,6 +445,9 @@ def _locating(forward: Callable[..., Any], path: str, calls: Calls) -> Callable[
 def put(model: nn.Module, leaf: Leaf, value: int) -> None:
     """Give an integer attribute its new value."""
     module = model.get_submodule(leaf.module)
+    if leaf.attribute.startswith(NUMBERS):
+        put_number(module, leaf, value)
+        return
     if leaf.index is None:
         setattr(module, leaf.attribute, value)
         return

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kirsch.errors import ModelError, UnknownNameError
+from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.frameworks.pytorch.predict import Call, arguments, inference
 
 if TYPE_CHECKING:
@@ -74,5 +74,4 @@ def shared_with_rest(model: nn.Module, path: str) -> set[int]:
 
 def with_part(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
     """A copy of the model with this part in the place of its own."""
-    whole: nn.Module = copy.deepcopy(model, {id(part_of(model, path)): part})
-    return whole
+    return copy_of(model, {id(part_of(model, path)): part})

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from kirsch.frameworks.pytorch.copying import copy_of, renew_weights
+from kirsch.frameworks.pytorch.interpreted import renew
+from kirsch.frameworks.pytorch.predict import inference
 from kirsch.frameworks.pytorch.provenance import put
 
 if TYPE_CHECKING:
@@ -34,11 +37,14 @@ def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_], *, constants: b
             kept = sliced(value, graph.tensors[name], graph, keep)
             if kept is not value:
                 memo[id(value)] = kept
-    pruned: nn.Module = copy.deepcopy(model, memo)
+    pruned = copy_of(model, memo)
     for leaf, number in graph.constants(keep).items() if constants else ():
         put(pruned, leaf, number)
-    for module in pruned.modules():
-        tell_widths(module)
+    with inference(pruned), torch.no_grad():  # a parametrization may compute a weight otherwise in training mode
+        for module in pruned.modules():
+            renew_weights(module)
+            tell_widths(module)
+            renew(module)
     return pruned
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import CheckpointError, DataError, NumericError, UsageError
 from kirsch.frameworks.data import Batch, SeededData
+from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.frameworks.pytorch.finite import MEND, check_given, not_finite, not_finite_names
 from kirsch.frameworks.pytorch.optimizer import (
     Average,
@@ -64,7 +65,7 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
         Stopped: `hooks.stop` asked for it; `hooks.save` has been called.
     """
     home = device_of(model)
-    pupil = copy.deepcopy(model if isinstance(model, Pupil) else Pupil(model))
+    pupil = copy_of(model if isinstance(model, Pupil) else Pupil(model))
     try:
         with torch.random.fork_rng(), own_precision():
             run = _Run(pupil, batches, loss, training, hooks)

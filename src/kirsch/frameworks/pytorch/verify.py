@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import VerificationError, said
+from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.frameworks.pytorch.masked import MaskedRun
 from kirsch.frameworks.pytorch.predict import run
 from kirsch.frameworks.pytorch.surgery import sliced
@@ -136,7 +136,7 @@ def _verified(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut) 
 def _refuse_unstable(pruned: nn.Module, graph: Graph) -> None:
     """Say so if a model puts out NaN, or other numbers at each run, so that it differs from anything."""
     traced: Traced = graph.traced
-    first, second = (run(copy.deepcopy(pruned).eval(), traced.args, traced.options) for _ in range(2))
+    first, second = (run(copy_of(pruned).eval(), traced.args, traced.options) for _ in range(2))
     apart = distance(first, second)
     why = "It puts out NaN for the example inputs." if apart != apart else ""  # noqa: PLR0124 - NaN
     why = "It draws random numbers in inference mode, so that no two runs agree." if apart > 0 else why
@@ -152,7 +152,7 @@ def _training_fault(model: nn.Module, graph: Graph) -> Exception | None:
     """What a model raises in training mode; None if it runs."""
     traced: Traced = graph.traced
     try:
-        run(copy.deepcopy(model).train(), traced.args, traced.options)
+        run(copy_of(model).train(), traced.args, traced.options)
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
         return error
     return None
@@ -288,7 +288,7 @@ def _candidate(
     dtype: torch.dtype,
 ) -> nn.Module:
     """A copy of the pruned module in inference mode, with its part of the noise."""
-    candidate = copy.deepcopy(pruned).eval()
+    candidate = copy_of(pruned).eval()
     candidate = candidate.double() if dtype is torch.float64 else candidate.float()  # and complex ones stay complex
     mine = _named(candidate)
     done = set()
