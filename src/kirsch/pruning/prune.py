@@ -13,7 +13,7 @@ from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan, Removal, Skip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from kirsch.graph.graph import Graph
     from kirsch.graph.proof import Verification
@@ -36,15 +36,14 @@ class Pruned:
         verification: how it was held against the masked original; None without verification.
         plan: what was removed, with the cost before and after, and the numbers of the model's own configuration.
         notes: what the caller must know.
-        unsavable: why `save_pretrained` of the new model raises an error, and what to do instead; "" where it does not.
-            It is one of the notes.
+        warnings: those of the notes that say what may go wrong later; `prune` raises each as a `UserWarning`.
     """
 
     model: Any
     verification: Verification | None
     plan: Plan
     notes: tuple[str, ...]
-    unsavable: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @checked
@@ -63,15 +62,14 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
 
     Warns:
         UserWarning: the model has `save_pretrained`, and no configuration describes the result, so that it raises an
-            error from now on; says why.
+            error from now on; or weights that are computed from others changed for the units that stay.
 
     Raises:
         PlanError: the plan is for another model, or names what is not there.
         VerificationError: the pruned model is not equal to the masked original; names the groups that go wrong.
     """
     found = prune_with_proof(model, plan, example_inputs=example_inputs, verify=verify)
-    if found.unsavable:
-        text = f"{found.unsavable} Until a configuration fits, save_pretrained and push_to_hub raise an error."
+    for text in found.warnings:
         warnings.warn(text, stacklevel=3)  # past the check of the arguments
     return found.model
 
@@ -90,23 +88,45 @@ def prune_with_proof(model: Model, plan: Plan, *, example_inputs: Inputs | None 
         pruned, verification = framework.prune(model, plan, graph, verify=verify)
     except VerificationError as error:
         raise _named(error, plan, lambda part: framework.prune(model, part, graph, verify=True)) from error
+    if verification is not None and not verification.power and (plan.groups or plan.blocks):
+        raise VerificationError(
+            f"The pruned {graph.model_name} cannot be verified with these example inputs.",
+            "Its outputs are the same whether the removed units are there or not, so that a wrong cut would pass.",
+            "Give example inputs that the removed units matter for, or accept the cut unseen with "
+            "kirsch.prune(..., verify=False).",
+        )
     configuration, said, unsavable = framework.configure(pruned, model, plan, graph, verify=verify)
     plan = replace(plan, configuration=configuration)
     setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
     left = getattr(model, SHAPES, None)
     changed = left is not None and left != framework.parameter_shapes(model)  # then no plan makes this model
     setattr(pruned, SHAPES, left if changed else framework.parameter_shapes(pruned))
-    notes = [*plan.notes, *said, *([unsavable] if unsavable else []), OPTIMIZER_NOTE]
-    if verification is not None and verification.power == 0.0 and (plan.groups or plan.blocks):
-        notes.append("The masked and the dense original put out the same: the verification could not see a wrong cut.")
-    elif verification is not None and verification.unseen:
+    until = "Until a configuration fits, save_pretrained and push_to_hub raise an error."
+    warned = [f"{unsavable} {until}"] if unsavable else []
+    if verification is not None and verification.reweighted:
+        warned.append(_reweighted(verification.reweighted))
+    notes = [*plan.notes, *said, *warned, OPTIMIZER_NOTE]
+    if verification is not None and verification.unseen:
         modules = ", ".join(f"`{path}`" for path in verification.unseen)
         notes.append(
             f"For the example inputs no output depends on {modules}: the verification could not see a wrong cut there. "
             "Give inputs that differ from sample to sample and from token to token, if it is not that training alone "
             "runs them."
         )
-    return Pruned(pruned, verification, plan, tuple(notes), unsavable)
+    return Pruned(pruned, verification, plan, tuple(notes), tuple(warned))
+
+
+def _reweighted(sizes: Mapping[str, float], most: int = 3) -> str:
+    """A note on computed weights that change for the units that stay."""
+    ordered = sorted(sizes, key=lambda path: -abs(sizes[path] - 1))
+    shown = ", ".join(f"`{path}` (to {sizes[path]:.2f} times its size)" for path in ordered[:most])
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return (
+        f"The weights of {shown}{more} are computed from whole parameters (spectral or weight normalization, "
+        "standardization and the like), so that those of the kept units change when others go. Train the pruned model, "
+        "or fold the computation into the weight before pruning: "
+        "torch.nn.utils.parametrize.remove_parametrizations, or remove_spectral_norm and remove_weight_norm."
+    )
 
 
 def _named(error: VerificationError, plan: Plan, cut: Callable[[Plan], Any]) -> VerificationError:

@@ -205,7 +205,7 @@ def _prune(job: Job, folder: Path) -> Record:
     pruned = prune_with_proof(before, plan)
     save(pruned.model, folder / "model")
     files.write_text(job.folder / "plan.json", pruned.plan.to_json())
-    notes = [*plan.notes, *([pruned.unsavable] if pruned.unsavable else [])]
+    notes = [*plan.notes, *pruned.warnings]
     for text in notes:
         job.note(text)
     record = {"did": _saved(plan), **job.judge(pruned.model, folder)}

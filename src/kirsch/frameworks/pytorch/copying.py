@@ -73,7 +73,7 @@ def _values(model: nn.Module) -> Iterator[Any]:
         elif isinstance(value, fx.Graph):
             waiting += [node.meta for node in value.nodes]
         elif isinstance(value, fx.Node):
-            waiting += [value.meta, value.graph]
+            waiting += [value.meta, value.graph, *value.all_input_nodes, *value.users, value.prev, value.next]
         elif not isinstance(value, torch.Tensor):
             waiting += getattr(value, "__dict__", {}).values()
 

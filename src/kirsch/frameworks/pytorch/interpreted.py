@@ -255,7 +255,14 @@ def owned(program: ExportedProgram, slots: dict[str, str]) -> None:
             owner[node] = inner if inner not in ("", made_by[0]) else read[0]
             beside[node] = owner[node].rpartition(".")[0]
         else:
-            owner[node] = beside[node] = made_by[0] if last is None else beside[last]
+            source = None if last is None else _made_by(last)
+            if last is None or source is None:
+                near = made_by[0]
+            elif source[0] == made_by[0]:
+                near = beside[last]
+            else:  # the graph of a module that this one calls
+                near = source[0].rpartition(".")[0]
+            owner[node] = beside[node] = near if near.startswith(made_by[0]) else made_by[0]
         parts = owner[node].split(".") if owner[node] else []
         stacked = ["", *(".".join(parts[: end + 1]) for end in range(len(parts)))]
         node.meta["nn_module_stack"] = {path: (path, "") for path in stacked}

@@ -76,8 +76,29 @@ class MaskedRun(Interpreter):
         self._entered: dict[Node, Any] = {}
         super().__init__(self._traced.program.graph_module)
 
-    def outputs(self, inputs: list[Any], *, gradients: bool = False) -> list[torch.Tensor]:
-        """The outputs for the flat user inputs; with `gradients` those of the tensors can be computed."""
+    def outputs(
+        self, inputs: list[Any], *, gradients: bool = False, shown: NDArray[np.bool_] | None = None
+    ) -> list[torch.Tensor]:
+        """The outputs for the flat user inputs.
+
+        Args:
+            inputs: in the order of the flat inputs.
+            gradients: whether the gradients of the tensors can be computed.
+            shown: component → whether an output that may lose units shows it; those that are kept if None.
+        """
+        shown = self._keep if shown is None else shown
+        with torch.set_grad_enabled(gradients):
+            found = self.run(*self.feed(inputs))
+        node = next(iter(reversed(self._traced.program.graph.nodes)))
+        given: Any = node.args[0]
+        states, counted = self._traced.states, self._traced.counted  # one that counts must have come out whole
+        return [
+            found[place] if place in counted else self._kept(found[place], states.get(given[place]), shown)
+            for place in self._traced.outputs
+        ]
+
+    def feed(self, inputs: list[Any]) -> list[Any]:
+        """What the program takes: None for parameters and buffers, its constants, and the flat user inputs."""
         signature = self._traced.program.graph_signature
         waiting = iter(inputs)
         feed: list[Any] = []
@@ -90,20 +111,12 @@ class MaskedRun(Interpreter):
                 feed.append(self._traced.program.constants[signature.inputs_to_lifted_tensor_constants[node.name]])
             else:
                 feed.append(next(waiting))
-        with torch.set_grad_enabled(gradients):
-            found = self.run(*feed)
-        node = next(iter(reversed(self._traced.program.graph.nodes)))
-        given: Any = node.args[0]
-        states, counted = self._traced.states, self._traced.counted  # one that counts must have come out whole
-        return [
-            found[place] if place in counted else self._kept(found[place], states.get(given[place]))
-            for place in self._traced.outputs
-        ]
+        return feed
 
-    def _kept(self, value: torch.Tensor, labelled: Tensor | None) -> torch.Tensor:
+    def _kept(self, value: torch.Tensor, labelled: Tensor | None, shown: NDArray[np.bool_]) -> torch.Tensor:
         """What is left of an output that does not count, and may lose units."""
         for axis, labels in enumerate(labelled.axes if labelled is not None else ()):
-            mask = self._graph.kept(labels, self._keep)
+            mask = self._graph.kept(labels, shown)
             if mask is not None:
                 value = value.index_select(axis, torch.from_numpy(mask.nonzero()[0]).to(value.device))
         return value
@@ -198,7 +211,7 @@ def _rms_norm(
 
 
 def _weight_norm(mask: torch.Tensor, v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    others = tuple(place for place in range(v.dim()) if place != dim % v.dim())
+    others = tuple(place for place in range(v.dim()) if place != dim)  # -1: all
     return g * v / ((v * mask) ** 2).sum(others, keepdim=True).sqrt()
 
 

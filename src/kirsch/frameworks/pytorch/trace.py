@@ -93,6 +93,12 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
     facts = Facts()
     tensors = _labelled(model, facts)
     traced = _walk(model, args, options, facts, tensors, tracing)
+    if not traced.outputs:
+        raise ModelError(
+            f"The model {type(model).__name__} returns no tensors.",
+            "Every unit could go without any output changing, so that a cut could not be verified.",
+            "Let its forward return the tensors that count.",
+        )
     _parameter_costs(model, facts, tensors)
     unused = _unused(tensors, traced)
     if unused:

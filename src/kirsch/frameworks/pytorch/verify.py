@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import VerificationError, said
+from kirsch.frameworks.pytorch.computed import changed
 from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.frameworks.pytorch.masked import MaskedRun
 from kirsch.frameworks.pytorch.predict import run
@@ -168,7 +169,7 @@ def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, d
     flat = tree_leaves((args, options))
     with _OneType(dtype):
         masked = drawing_alike(lambda: MaskedRun(graph, keep, tensors, what.without).outputs(flat))
-        dense = drawing_alike(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat))
+        dense = drawing_alike(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat, shown=keep))
         found = drawing_alike(functools.partial(run, candidate, args, options))
     folded = any(graph.kept(fold.width, keep) is not None for fold in traced.folds)
     tolerance, reason = max(TOLERANCES[dtype], FOLDED) if folded else TOLERANCES[dtype]
@@ -176,13 +177,16 @@ def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, d
     del candidate, noise
     with _OneType(dtype):
         hidden = unseen(graph, keep, tensors, flat) if error <= tolerance else ()
+        plain = {name: _cast(value, dtype) for name, value in _named(original).items()}
+        reweighted = changed(graph, keep, plain) if error <= tolerance else {}
     return Verification(
         error=error,
         tolerance=tolerance,
         reason=reason,
-        power=distance(masked, dense),
+        power=effect(masked, dense),
         statistics=tuple(sorted(graph.facts.statistics)),
         unseen=hidden,
+        reweighted=reweighted,
     )
 
 
@@ -352,11 +356,14 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Largest difference relative to the largest reference value, over all outputs; inf if shapes differ.
+    """Largest difference relative to the largest reference value, over all outputs.
 
-    Of outputs that are no measurements (classes, masks) it is the share that differs.
+    Of outputs that are no measurements (classes, masks) it is the share that differs. It is infinite if shapes differ,
+    and NaN if there is nothing to compare.
     """
     pairs = list(zip(reference, found, strict=False))
+    if not reference and not found:
+        return float("nan")
     if len(reference) != len(found) or any(a.shape != b.shape for a, b in pairs):
         return float("inf")
     worst = 0.0
@@ -371,4 +378,24 @@ def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
             if apart != apart:  # noqa: PLR0124 - NaN
                 return float("nan")
             worst = max(worst, apart)
+    return worst
+
+
+def effect(masked: list[torch.Tensor], dense: list[torch.Tensor]) -> float:
+    """Largest difference of two runs of equal shapes relative to the larger of their values, over all outputs: 0 to 2.
+
+    Where only one of them is a finite number, they differ by 1; where neither is, not at all.
+    """
+    worst = 0.0
+    for a, b in zip(masked, dense, strict=True):
+        if not a.numel():
+            continue
+        if not (a.is_floating_point() or a.is_complex()):
+            worst = max(worst, float((a != b).double().mean()))
+            continue
+        finite = a.isfinite() & b.isfinite()
+        first, second = (torch.where(finite, value, 0).abs().max() for value in (a, b))
+        largest = float(torch.maximum(first, second))
+        apart = float(torch.where(finite, a - b, 0).abs().max()) / largest if largest else 0.0
+        worst = max(worst, apart, float((a.isfinite() != b.isfinite()).any()))
     return worst

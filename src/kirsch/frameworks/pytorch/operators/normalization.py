@@ -47,9 +47,9 @@ def _layer_norm(step: Step) -> Tensor:
 
 @rule("_weight_norm")
 def _weight_norm(step: Step) -> Tensor:
-    """The result is g · v / |v|, with a length over all axes of v but one."""
+    """The result is g · v / |v|, with a length over all axes of v but one; over all for the axis -1."""
     v, g = step.args[:2]
-    dim = step.arg(2, "dim", 0) % len(v.shape)
+    dim = step.arg(2, "dim", 0)
     out = relations.elementwise(step.facts, [v, g], step.shape)
     step.facts.statistic([axis for place, axis in enumerate(v.axes) if place != dim])
     return out
