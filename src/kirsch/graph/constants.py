@@ -20,15 +20,22 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Labels
 
 
-def solve(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> dict[Leaf, int]:
+AS_GRAPH = "trace the model with kirsch.trace(..., as_graph=True), which gives its operations without its code"
+
+
+def solve(
+    demands: Sequence[Demand], kept: Callable[[Labels], int], conditions: Sequence[Demand] = ()
+) -> dict[Leaf, int]:
     """New values of the attributes so that every demand is met; only those that change.
 
     Args:
         demands: what the code needs.
         kept: label array → how many of its labels stay.
+        conditions: answers of comparisons in the code, which must stay what they are.
 
     Raises:
-        PlanError: no value of an attribute meets its demands; names the attribute and the line.
+        PlanError: no value of an attribute meets its demands, or a comparison would turn out otherwise; names the
+            attribute and the line.
     """
     today: dict[object, int] = {leaf: value for demand in demands for leaf, value in demand.expression.leaves}
     values = _settled(demands, kept)
@@ -38,8 +45,16 @@ def solve(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> dict[Leaf
             raise PlanError(
                 f"No value of {demand.names} fits the plan.",
                 f"{demand.operation.source or demand.operation.name} needs {wanted}, and would get {found}.",
-                "Exclude the layers it belongs to, or compute the size from the tensor's own shape.",
+                f"Exclude the layers it belongs to, compute the size from the tensor's own shape, or {AS_GRAPH}.",
             )
+    for condition in broken(demands, conditions, kept):
+        sizes = [f"{len(labels)} → {kept(labels)}" for labels in condition.expression.sizes]
+        raise PlanError(
+            f"A comparison at {condition.operation.source or 'an operation of the graph'} does not allow the plan.",
+            f"It reads {', '.join([*sizes, *(f'`{leaf}`' for leaf, _ in condition.expression.leaves)])}, and would turn "
+            "out otherwise than in the original.",
+            f"Cut another number of units, as with round_to, exclude the layers that it looks at, or {AS_GRAPH}.",
+        )
     return {leaf: values[leaf] for leaf, value in today.items() if isinstance(leaf, Leaf) and values[leaf] != value}
 
 
@@ -47,6 +62,15 @@ def unmet(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> list[Dema
     """The demands that would make `solve` fail."""
     values = _settled(demands, kept)
     return [demand for demand in demands if _found(demand, values) != _wanted(demand, kept)]
+
+
+def broken(demands: Sequence[Demand], conditions: Sequence[Demand], kept: Callable[[Labels], int]) -> list[Demand]:
+    """The conditions whose answer changes."""
+    if not conditions:
+        return []
+    values = _settled(demands, kept)
+    values |= {Size(axis.tobytes()): kept(axis) for condition in conditions for axis in condition.expression.sizes}
+    return [condition for condition in conditions if _found(condition, values) != condition.constant]
 
 
 def _settled(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> dict[object, int]:

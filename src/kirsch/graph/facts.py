@@ -6,6 +6,7 @@ grid        an array of cells with one *marginal* label per position of each of 
             of its marginals goes. A reshape (C) -> (A, B) makes one, so that what is kept stays a product;
 mark        what an operation uses labels as: the heads of an attention, the units of a recurrent state;
 demand      an integer in the model's own code must equal the number of labels that are kept;
+condition   the answer of a comparison in the model's code must stay what it is;
 statistic   an operation averages over a labelled axis: its result depends on how many labels are kept;
 floor       at least so many labels must be kept;
 term        what an operation or a parameter costs: a coefficient times the kept counts of some label arrays.
@@ -46,12 +47,21 @@ class Operation:
 
 @dataclass(frozen=True)
 class Freeze:
-    """Labels that cannot go, why, and where that was decided. `boundary`: an input or output, not an obstacle."""
+    """Labels that cannot go, why, and where that was decided.
+
+    Args:
+        labels: that cannot go.
+        reason: in words.
+        operation: that decided it.
+        boundary: whether it is an input or output, not an obstacle.
+        number: whether a number in the model's code holds them, which the traced operations by themselves do not have.
+    """
 
     labels: Labels
     reason: str
     operation: Operation
     boundary: bool = False
+    number: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,7 @@ class Facts:
     freezes: list[Freeze] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
     demands: list[Demand] = field(default_factory=list)
+    conditions: list[Demand] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     statistics: set[str] = field(default_factory=set)
     floors: list[tuple[Labels, int]] = field(default_factory=list)
@@ -135,7 +146,9 @@ class Facts:
             if self.cause is not None and labels is not None:  # an axis lost its labels there, upstream of here
                 self.touch(labels)
                 cause = self.cause
-                self.freezes.append(Freeze(np.unique(labels), cause.reason, cause.operation, cause.boundary))
+                self.freezes.append(
+                    Freeze(np.unique(labels), cause.reason, cause.operation, cause.boundary, cause.number)
+                )
             else:
                 self.freeze(labels, "it meets an axis that cannot change")
             return None
@@ -153,7 +166,7 @@ class Facts:
         self.equated_by.append(self.operation)
         return first
 
-    def freeze(self, axis: Axis, reason: str, *, boundary: bool = False) -> None:
+    def freeze(self, axis: Axis, reason: str, *, boundary: bool = False, number: bool = False) -> None:
         """Record that the labels of an axis cannot go."""
         if axis is None:
             return
@@ -161,7 +174,7 @@ class Facts:
         labels = np.unique(axis)
         labels = labels[labels > 0]
         if len(labels):
-            self.freezes.append(Freeze(labels, reason, self.operation, boundary))
+            self.freezes.append(Freeze(labels, reason, self.operation, boundary, number))
 
     def reduce(self, axis: Axis) -> None:
         """Declare that an axis ends here on purpose: contracted, summed over, or not selected."""
@@ -179,6 +192,10 @@ class Facts:
     def pin(self, number: int, expression: Expression) -> None:
         """Record that an integer of the model's code must stay what it is."""
         self.demands.append(Demand(np.zeros(0, np.int64), expression, self.operation, number))
+
+    def condition(self, expression: Expression, *, holds: bool) -> None:
+        """Record a question of the model's code, 1 or 0, whose answer must stay what it is."""
+        self.conditions.append(Demand(np.zeros(0, np.int64), expression, self.operation, int(holds)))
 
     def mark(self, axis: Axis, use: str) -> None:
         """Note what an operation uses an axis as; see `group.KINDS`."""

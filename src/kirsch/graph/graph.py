@@ -36,6 +36,7 @@ class Blocker:
         source: line of the user's code, or "".
         operation: such as "aten.softmax".
         share: fraction of the model's parameters that it keeps.
+        number: whether it is a number in the model's code; `as_graph=True` traces a program without them.
     """
 
     reason: str
@@ -43,6 +44,7 @@ class Blocker:
     source: str
     operation: str
     share: float
+    number: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class Graph:
         while True:
             solved = coupling.solve(self.facts, ties, freezes, equal)
             groups = group.find_groups(solved, self.axes)
-            more_ties, more_freezes = rigid(self.facts.demands, solved, groups)
+            more_ties, more_freezes = rigid(self.facts.demands, self.facts.conditions, solved, groups)
             if not more_ties and not more_freezes:
                 return solved, groups
             ties += more_ties
@@ -249,7 +251,8 @@ class Graph:
     def constants(self, keep: NDArray[np.bool_]) -> dict[Leaf, int]:
         """New values of the integers in the model's own code; see `constants.solve`."""
         component = self.coupling.component
-        return constants.solve(self.facts.demands, lambda labels: int(keep[component[labels]].sum()))
+        kept = lambda labels: int(keep[component[labels]].sum())  # noqa: E731 - read in one place
+        return constants.solve(self.facts.demands, kept, self.facts.conditions)
 
     def emptied(self, keep: NDArray[np.bool_]) -> ParameterAxis | None:
         """A parameter axis of which nothing, or less than an operation needs, would be left; None if all is well."""
@@ -267,6 +270,7 @@ class Graph:
         for found in self.groups:
             free[found.components] = True
         cost: dict[tuple[str, str, str, str], float] = {}
+        numbers = set[tuple[str, str, str, str]]()
         total = 0
         for name in self.parameters:
             tensor = self.tensors[name]
@@ -277,8 +281,17 @@ class Graph:
                 at = freeze.operation
                 key = (freeze.reason, at.module, at.source, at.name)
                 cost[key] = cost.get(key, 0.0) + size
-        blockers = [Blocker(*key, share=size / max(total, 1)) for key, size in cost.items()]
+                if freeze.number and not self.tracing.as_graph:
+                    numbers.add(key)
+        blockers = [Blocker(*key, share=size / max(total, 1), number=key in numbers) for key, size in cost.items()]
         return tuple(sorted(blockers, key=lambda blocker: -blocker.share))
+
+    @property
+    def without_numbers(self) -> str:
+        """A sentence on the numbers in the model's code that keep parameters from going; "" if there are none."""
+        if not any(blocker.number for blocker in self.blockers):
+            return ""
+        return f" Where a number in the code is what holds, {constants.AS_GRAPH}."
 
     def _blocking(self, tensor: Tensor, free: NDArray[np.bool_]) -> Freeze | None:
         """The fact that keeps a parameter whole; None if some of it may go, or only inputs and outputs hold it."""

@@ -29,13 +29,14 @@ TRIALS = 8
 
 
 def rigid(
-    demands: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]
+    demands: Sequence[Demand], conditions: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]
 ) -> tuple[list[tuple[Labels, Labels]], list[Freeze]]:
     """What must be tied, or else frozen, for the demands to hold; both empty if they held for all that was tried.
 
-    What is tied may let others follow, so nothing is frozen as long as something can be tied.
+    What is tied may let others follow, so nothing is frozen as long as something can be tied. A condition that holds
+    for some of the choices leaves them to the plan; one that holds for none is a demand.
     """
-    failing = _failing(demands, coupling, groups)
+    failing = _failing(demands, conditions, coupling, groups)
     ties: list[tuple[Labels, Labels]] = []
     freezes: dict[int, Freeze] = {}
     for demand in failing:
@@ -50,25 +51,50 @@ def rigid(
             own = {leaf for leaf, _ in demand.expression.leaves}
             held = [other for other in demands if own & {leaf for leaf, _ in other.expression.leaves}]
         fixed = not len(demand.labels) and not demand.expression.leaves
-        reason = "the code uses its size as a number" if fixed else f"{demand.names} cannot follow it"
+        asked = demand.operation.name == "comparison"
+        reason = (
+            f"a comparison in the code reads it{_beside(demand)}"
+            if asked
+            else "the code uses its size as a number"
+            if fixed
+            else f"{demand.names} cannot follow it"
+        )
         for other in held:
             labels = np.unique(np.concatenate(_touched(other)))
             if not coupling.stuck[coupling.component[labels]].all():
-                freezes.setdefault(id(other), Freeze(labels, reason, other.operation))
+                freezes.setdefault(
+                    id(other), Freeze(labels, reason, demand.operation if asked else other.operation, number=True)
+                )
     return ties, [] if ties else list(freezes.values())
 
 
-def _failing(demands: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]) -> list[Demand]:
-    """The demands that are not met by every choice that is tried."""
+def _beside(demand: Demand) -> str:
+    return f" beside {demand.names}" if demand.expression.leaves else ""
+
+
+def _failing(
+    demands: Sequence[Demand], conditions: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]
+) -> list[Demand]:
+    """The demands that are not met by every choice that is tried, and the conditions that no change of theirs meets."""
     failing: dict[int, Demand] = {}
-    touched = {id(labels): coupling.component[labels] for demand in demands for labels in _touched(demand)}
-    for keep in _choices(coupling, groups) if demands and groups else ():
+    both = [*demands, *conditions]
+    touched = {id(labels): coupling.component[labels] for demand in both for labels in _touched(demand)}
+    hopeless = {id(condition): condition for condition in conditions}
+    seen = set[int]()
+    for keep in _choices(coupling, groups) if both and groups else ():
         left = {labels: int(np.count_nonzero(keep[components])) for labels, components in touched.items()}
 
         def kept(labels: Labels, left: dict[int, int] = left) -> int:
             return left[id(labels)]
 
         failing |= {id(demand): demand for demand in constants.unmet(demands, kept)}
+        broken = {id(condition) for condition in constants.broken(demands, conditions, kept)}
+        seen |= broken
+        for condition in conditions:
+            moves = any(kept(labels) != len(labels) for labels in condition.expression.sizes)
+            if id(condition) not in broken and (moves or not condition.expression.sizes):
+                hopeless.pop(id(condition), None)
+    failing |= {name: condition for name, condition in hopeless.items() if name in seen}
     return list(failing.values())
 
 

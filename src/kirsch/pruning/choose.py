@@ -376,7 +376,7 @@ def _unreachable(graph: Graph, goal: Goal, least: Cost, exclude: Sequence[str]) 
     return GoalError(
         f"No plan for {graph.model_name} reaches the goal: {goal.shortfall(least, graph.cost)}.",
         f"{causes[0][0].upper()}{'; '.join(causes)[1:]}.",
-        "Ask for less, exclude less, or lower round_to or min_keep.",
+        f"Ask for less, exclude less, or lower round_to or min_keep.{graph.without_numbers}",
     )
 
 

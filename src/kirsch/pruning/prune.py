@@ -154,7 +154,7 @@ def _named(error: VerificationError, plan: Plan, cut: Callable[[Plan], Any]) -> 
     return VerificationError(
         error.what,
         f"{error.why} The cut of {names} by itself is wrong{' already' if len(part) == 1 else ', and no half of it'}.",
-        f"Exclude {names}, and report the model.",
+        error.mend.replace("the layers that are unusual", names),
     )
 
 

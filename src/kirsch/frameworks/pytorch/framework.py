@@ -10,6 +10,8 @@ import safetensors.torch
 import torch
 
 from kirsch.errors import KirschError, LoadError, UnknownNameError, UsageError, VerificationError, said
+from kirsch.frameworks.pytorch.program import user_line
+from kirsch.graph.constants import AS_GRAPH
 from kirsch.frameworks.pytorch import (
     adapters,
     cohort,
@@ -76,10 +78,13 @@ class PyTorch:
         except KirschError:
             raise
         except Exception as error:  # whatever the model's own code raises
+            line = user_line(error)
             raise VerificationError(
                 f"The pruned {graph.model_name} does not run.",
-                said(error),
-                "Exclude the layers that are unusual, and report the model; the model given is unchanged.",
+                f"{said(error)}{f' It is raised at {line}.' if line else ''}",
+                "Exclude the layers that are unusual, and report the model; the model given is unchanged."
+                if graph.tracing.as_graph
+                else f"Exclude the layers that are unusual, or {AS_GRAPH}; the model given is unchanged.",
             ) from error
 
     def configure(

@@ -83,8 +83,7 @@ def _reason(
 ) -> tuple[str, str, str]:
     """What, why and mend for a model that cannot be exported."""
     shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves((args, options)) if isinstance(t, torch.Tensor))
-    frames = [f for f in python_traceback.extract_tb(error.__traceback__) if _of_user(f.filename)]
-    line = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    line = f" ({found})" if (found := user_line(error)) else ""
     place = f" in `{calls.failed_in}`{line}" if calls.failed_in else line
     first = next((text for text in str(error).splitlines() if text.strip()), "").strip()
     what = f"The model {name} cannot be traced with inputs of shape {shapes or 'none'}."
@@ -99,6 +98,12 @@ def _reason(
         else "Check that model(*example_inputs) runs, and that the shapes are those that the model expects."
     )
     return what, why if why.endswith((".", "!", "?")) else f"{why}.", mend
+
+
+def user_line(error: BaseException) -> str:
+    """The last line of the model's own code that an error passed through: "file.py:12"; "" if there is none."""
+    frames = [f for f in python_traceback.extract_tb(error.__traceback__) if _of_user(f.filename)]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
 def _of_user(path: str) -> bool:

@@ -8,17 +8,18 @@ that the code reads (`x.shape[1]`) are `TracedInt`s too.
 
 from __future__ import annotations
 
+import dis
 import functools
 import operator
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
-from torch.fx import traceback
+from torch.fx import interpreter, traceback
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 """Where the code lies that is not the user's."""
+
+INTERPRETER = interpreter.__file__
+"""What runs the operations of graphs."""
 
 # The attributes of PyTorch's own layers that speak of channels; strides, paddings and the like are left alone.
 WIDTHS = frozenset(
@@ -79,6 +83,29 @@ class Lost:
     source: str
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A comparison in the model's code of two integers, of which one at least has a past.
+
+    Args:
+        left, right: what is compared.
+        compare: of two integers.
+        result: today's.
+        source: the line of code, "" for an operation of a graph.
+    """
+
+    left: int
+    right: int
+    compare: Callable[[int, int], bool]
+    result: bool
+    source: str
+
+    @property
+    def equal(self) -> bool:
+        """Whether it says that both are equal."""
+        return (self.compare, self.result) in ((operator.eq, True), (operator.ne, False))
+
+
 class TracedInt(int):
     """An integer that knows how to compute itself again from its leaves.
 
@@ -88,7 +115,7 @@ class TracedInt(int):
 
     compute: Callable[[Mapping[object, int]], int]
     leaves: tuple[tuple[object, int], ...]
-    lost: list[Lost]
+    lost: list[Lost | Compared]
     depth: int
 
     def __new__(
@@ -96,7 +123,7 @@ class TracedInt(int):
         value: int,
         compute: Callable[[Mapping[object, int]], int],
         leaves: tuple[tuple[object, int], ...],
-        lost: list[Lost],
+        lost: list[Lost | Compared],
         depth: int = 0,
     ) -> Self:
         """An integer of this value with this past; `depth` computations lie between it and its leaves."""
@@ -108,7 +135,7 @@ class TracedInt(int):
         return made
 
     @classmethod
-    def leaf(cls, value: int, leaf: object, lost: list[Lost]) -> TracedInt:
+    def leaf(cls, value: int, leaf: object, lost: list[Lost | Compared]) -> TracedInt:
         """An integer that is a leaf itself."""
         return cls(value, lambda values: values.get(leaf, value), ((leaf, value),), lost)
 
@@ -117,13 +144,17 @@ class TracedInt(int):
         frame = sys._getframe(1)  # noqa: SLF001 - the one way to a caller's line that costs next to nothing
         while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGES):
             frame = frame.f_back
-        self.lost.append(Lost(self, f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"))
+        self.lost.append(Lost(self, _line(frame)))
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int.__int__(self),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedInt:
         return self
+
+
+def _line(frame: FrameType) -> str:
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 DEEPEST = 100
@@ -161,11 +192,45 @@ def _losing(name: str) -> Callable[..., Any]:
     return method
 
 
+COMPARING = frozenset(dis.opmap[name] for name in ("COMPARE_OP", "CONTAINS_OP"))
+"""Instructions that compare. Others do so to look something up, as in a cache of earlier results."""
+
+
+def _comparing(name: str) -> Callable[..., Any]:
+    plain, compare = getattr(int, f"__{name}__"), getattr(operator, name)
+
+    def method(self: TracedInt, other: Any) -> Any:
+        result = plain(self, other)
+        if result is NotImplemented:
+            return result
+        frame = sys._getframe(1)  # noqa: SLF001 - as above
+        path = frame.f_code.co_filename
+        if path == INTERPRETER:
+            self.lost.append(Compared(self, other, compare, result, ""))
+        elif not path.startswith(PACKAGES) and frame.f_code.co_code[frame.f_lasti] in COMPARING:
+            self.lost.append(Compared(self, other, compare, result, _line(frame)))
+        return result
+
+    return method
+
+
+def _true(self: TracedInt) -> bool:
+    result = int.__bool__(self)
+    frame = sys._getframe(1)  # noqa: SLF001 - as above
+    if not frame.f_code.co_filename.startswith(PACKAGES):
+        self.lost.append(Compared(self, 0, operator.ne, result, _line(frame)))
+    return result
+
+
 for _name in ("add", "sub", "mul", "floordiv", "mod", "pow", "truediv"):
     for _side in ("", "r"):
         setattr(TracedInt, f"__{_side}{_name}__", _arithmetic(f"__{_side}{_name}__"))
 for _name in ("int", "float", "neg", "abs", "round", "divmod", "rdivmod"):
     setattr(TracedInt, f"__{_name}__", _losing(f"__{_name}__"))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(TracedInt, f"__{_name}__", _comparing(_name))
+TracedInt.__bool__ = _true  # type: ignore[method-assign]
+TracedInt.__hash__ = int.__hash__  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -231,13 +296,13 @@ class Calls:
         log: the calls, by number.
         failed_in: path of the module in whose forward an exception passed, "" if none.
         outputs: names of the tensors that the model puts out.
-        lost: where an integer with a past became a plain number.
+        lost: where an integer with a past became a plain number, or was compared.
         entered: path of each module → its calls.
         origin: identity of each tensor → the call that put it out, and its place if that put out several.
     """
 
     log: list[Call] = field(default_factory=list)
-    lost: list[Lost] = field(default_factory=list)
+    lost: list[Lost | Compared] = field(default_factory=list)
     failed_in: str = ""
     outputs: tuple[str, ...] = ()
     entered: dict[str, list[Entered]] = field(default_factory=dict)
@@ -407,7 +472,7 @@ def watched(twin: nn.Module, calls: Calls) -> None:
     twin.forward = forward
 
 
-def _planted(value: Any, path: str, name: str, lost: list[Lost]) -> Any:
+def _planted(value: Any, path: str, name: str, lost: list[Lost | Compared]) -> Any:
     if type(value) is int and value > 1:
         return TracedInt.leaf(value, Leaf(path, name), lost)
     if type(value) in (tuple, list) and value and all(type(item) is int for item in value):

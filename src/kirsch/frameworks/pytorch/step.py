@@ -15,7 +15,7 @@ from kirsch.graph.labels import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from kirsch.frameworks.pytorch.provenance import Call
+    from kirsch.frameworks.pytorch.provenance import Call, Compared
     from kirsch.graph.facts import Facts
     from kirsch.graph.labels import Axis
 
@@ -107,10 +107,10 @@ class Step:
         if expression is not None:
             self.facts.demand(axis, expression, -less)
         elif isinstance(given, TracedInt):
-            self.facts.freeze(axis, f"its size {given} comes from what cannot change")
+            self.facts.freeze(axis, f"its size {given} comes from what cannot change", number=True)
         else:
             size = f"its size {given} is a number in the code" if isinstance(given, int) else "its size is fixed here"
-            self.facts.freeze(axis, size)
+            self.facts.freeze(axis, size, number=True)
         return axis
 
     def can_follow(self, given: Any) -> bool:
@@ -122,6 +122,66 @@ class Step:
         expression = self.expression(number)
         if expression is not None:
             self.facts.pin(number, expression)
+
+    def compared(self, found: Compared) -> None:
+        """Hold the code to the answer that a comparison gives today.
+
+        A size that equals an attribute demands that the attribute follows it; one that equals a number in the code is
+        frozen. Any other answer is a condition that a plan has to meet.
+        """
+        sides = (found.left, found.right)
+        expressions = [self.expression(side) if isinstance(side, TracedInt) else None for side in sides]
+        if any(isinstance(side, TracedInt) and not self._known(side) for side in sides):
+            return
+        first, second = expressions
+        plain = [e.sizes[0] if e is not None and e.plain and e.sizes else None for e in expressions]
+        if not found.equal:
+            self._condition(found, [e for e in expressions if e is not None])
+        elif plain[0] is not None and second is not None:
+            self.facts.demand(plain[0], second)
+        elif plain[1] is not None and first is not None:
+            self.facts.demand(plain[1], first)
+        elif first is not None and second is not None:
+            self._condition(found, [first, second], must=True)
+        else:
+            for expression, other in ((first, sides[1]), (second, sides[0])):
+                if expression is not None and expression.plain and expression.sizes:
+                    reason = f"its size is compared with {int(other)}, a number in the code"
+                    self.facts.freeze(expression.sizes[0], reason, number=True)
+                elif expression is not None:
+                    self.facts.pin(int(other), expression)
+
+    def _condition(self, found: Compared, parts: list[Expression], *, must: bool = False) -> None:
+        if not parts:
+            return
+        leaves = dict(pair for part in parts for pair in part.leaves)
+        sizes = {labels.tobytes(): labels for part in parts for labels in part.sizes}
+        first, second = (
+            self.expression(side) if isinstance(side, TracedInt) else None for side in (found.left, found.right)
+        )
+
+        def compute(values: Mapping[object, int]) -> int:
+            left = int(found.left) if first is None else first.compute(values)
+            right = int(found.right) if second is None else second.compute(values)
+            return int(bool(found.compare(left, right)))
+
+        whole = Expression(compute, tuple(leaves.items()), tuple(sizes.values()))
+        if must:
+            self.facts.pin(int(found.result), whole)
+        else:
+            self.facts.condition(whole, holds=found.result)
+
+    def _known(self, number: TracedInt) -> bool:
+        """Whether the tensors are known whose sizes an integer comes from."""
+        for leaf, value in number.leaves:
+            if isinstance(leaf, SizeOf):
+                try:
+                    labels = self.labels_of(leaf)
+                except KeyError:
+                    return False
+                if labels is not None and len(labels) != value:
+                    return False
+        return True
 
     def expression(self, number: TracedInt) -> Expression | None:
         """An integer of the code as an expression over attributes and sizes; None if part of its past is unknown."""

@@ -24,7 +24,7 @@ from kirsch.frameworks.pytorch.graph_module import call_of
 from kirsch.frameworks.pytorch.outputs import counting
 from kirsch.frameworks.pytorch.predict import arguments
 from kirsch.frameworks.pytorch.program import Sizes, export, name_of, shapes_of
-from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, SizeOf, TracedInt
+from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, Compared, SizeOf, TracedInt
 from kirsch.frameworks.pytorch.scope import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.stand_ins import specification
 from kirsch.frameworks.pytorch.step import Step
@@ -368,8 +368,12 @@ class _Walk:
                     self._facts.begin(operation)
                     step.pin(integer)
         for lost in self._calls.lost:
-            self._facts.begin(Operation("arithmetic", source=lost.source))
-            step.pin(lost.number)
+            if isinstance(lost, Compared):
+                self._facts.begin(Operation("comparison", source=lost.source))
+                step.compared(lost)
+            else:
+                self._facts.begin(Operation("arithmetic", source=lost.source))
+                step.pin(lost.number)
 
     def _labels_of(self, size: SizeOf) -> Axis:
         """The labels of a size that the code read; KeyError if the tensor is not known."""

@@ -16,8 +16,10 @@ from kirsch.frameworks.pytorch.computed import changed
 from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.frameworks.pytorch.masked import MaskedRun
 from kirsch.frameworks.pytorch.predict import run
+from kirsch.frameworks.pytorch.program import user_line
 from kirsch.frameworks.pytorch.surgery import sliced
 from kirsch.frameworks.pytorch.unseen import unseen
+from kirsch.graph.constants import AS_GRAPH
 from kirsch.graph.proof import Verification
 
 if TYPE_CHECKING:
@@ -129,7 +131,8 @@ def _verified(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut) 
         raise VerificationError(
             f"The pruned {graph.model_name} runs in inference mode only.",
             said(fault),
-            "What its forward does in training holds on to a width; let it read the width from the tensor's shape.",
+            f"What its forward does in training holds on to a width ({user_line(fault) or 'in PyTorch'}); let it read "
+            f"the width from the tensor's shape, or {AS_GRAPH}.",
         )
     return found
 
