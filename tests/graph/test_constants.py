@@ -137,7 +137,8 @@ def test_a_number_without_a_solution_is_refused_with_its_line_and_attribute():
     assert_refused(
         [demand(5, lambda width: width * 2, WIDTH)],
         "No value of `block.width` fits the plan. net.py:8 needs 5, and would get 24. "
-        "Exclude the layers it belongs to, or compute the size from the tensor's own shape.",
+        "Exclude the layers it belongs to, compute the size from the tensor's own shape, or trace the model with "
+        "kirsch.trace(..., as_graph=True), which gives its operations without its code.",
     )
 
 
@@ -145,7 +146,8 @@ def test_two_attributes_that_nothing_tells_apart_are_refused_and_both_named():
     assert_refused(
         [demand(8, lambda heads, each: heads * each, HEADS, EACH, operation=Operation("aten.view"))],
         "No value of `block.heads`, `block.each` fits the plan. aten.view needs 8, and would get 12. "
-        "Exclude the layers it belongs to, or compute the size from the tensor's own shape.",
+        "Exclude the layers it belongs to, compute the size from the tensor's own shape, or trace the model with "
+        "kirsch.trace(..., as_graph=True), which gives its operations without its code.",
     )
 
 
@@ -153,7 +155,8 @@ def test_a_size_that_the_code_reads_elsewhere_and_does_not_fit_is_refused():
     assert_refused(
         [demand(5, lambda size: size, sizes=(np.array([6]),))],
         "No value of a size read at run time fits the plan. net.py:8 needs 5, and would get 6. "
-        "Exclude the layers it belongs to, or compute the size from the tensor's own shape.",
+        "Exclude the layers it belongs to, compute the size from the tensor's own shape, or trace the model with "
+        "kirsch.trace(..., as_graph=True), which gives its operations without its code.",
     )
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from kirsch.errors import ModelError, said
+from kirsch.frameworks.pytorch import unsupported
 from kirsch.frameworks.pytorch.interpreted import graph_in
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ OWN = ("_parameters", "_buffers", "_modules")
 """Where a module keeps its state, which copies as it is."""
 
 
-def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def copy_of(model: nn.Module, memo: dict[int, Any] | None = None, name: str = "") -> nn.Module:
     """A deep copy of a model.
 
     Results of a forward that the model keeps (the weight of `torch.nn.utils.weight_norm`, a cache) are copied without
@@ -35,6 +36,7 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     Args:
         model: any.
         memo: identity of an object of the model → what stands in its place in the copy.
+        name: of the model in errors; that of its class if empty.
 
     Raises:
         ModelError: an attribute cannot be copied; names it.
@@ -52,7 +54,10 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch's about its own classes
             made: nn.Module = copy.deepcopy(model, own)
     except Exception as error:
-        raise ModelError(*_reason(model, error)) from error
+        raise ModelError(*_reason(model, name or type(model).__name__, error)) from error
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        for old, new in zip(model.parameters(), made.parameters(), strict=True):
+            new.requires_grad = old.requires_grad
     return made
 
 
@@ -84,27 +89,26 @@ def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
     return found if graph is None else [*found, ("graph", graph)]
 
 
-def _reason(model: nn.Module, error: Exception) -> tuple[str, str, str]:
-    """What, why and fix: the first attribute that cannot be copied, if it is one."""
+def _reason(model: nn.Module, name: str, error: Exception) -> tuple[str, str, str]:
+    """What, why and fix: the kind of the model, or the first attribute that cannot be copied."""
+    what = f"A {name} cannot be copied."
+    for why, fix in unsupported.reasons(model):
+        return what, why, fix
     modules = {id(module): module for module in model.modules()}
     for path, module in model.named_modules():
-        for name, value in _attributes(module):
+        for attribute, value in _attributes(module):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     copy.deepcopy(value, dict(modules))
             except Exception as own:  # noqa: BLE001 - whatever copying a part of the model raises
-                where = f"{path}.{name}".lstrip(".")
+                where = f"{path}.{attribute}".lstrip(".")
                 return (
-                    f"A {type(model).__name__} cannot be copied.",
+                    what,
                     f"Its attribute `{where}`, a {type(value).__name__}, cannot be: {said(own)}",
                     "Set the attribute to None or delete it, or give its class a __deepcopy__.",
                 )
-    return (
-        f"A {type(model).__name__} cannot be copied.",
-        said(error),
-        "Make copy.deepcopy(model) work, for instance by giving the class a __deepcopy__.",
-    )
+    return what, said(error), "Make copy.deepcopy(model) work, for instance by giving the class a __deepcopy__."
 
 
 def renew_weights(module: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.frameworks.pytorch.predict import arguments
+from kirsch.frameworks.pytorch.unsupported import check_exportable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,6 +51,7 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, 
             "ONNX Runtime lacks most operators in this type.",
             "Give model.float().",
         )
+    check_exportable(model)
     subject = copy_of(model).eval()
     # An axis of size 1 would be taken for a constant.
     given = [*args, *options.values()]

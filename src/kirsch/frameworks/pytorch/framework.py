@@ -34,6 +34,7 @@ from kirsch.frameworks.pytorch import (
     surgery,
     trace,
     train,
+    unsupported,
     verify,
     watch,
 )
@@ -124,6 +125,7 @@ class PyTorch:
 
     def dry_run(self, model: Any, sites_: Sequence[str], inputs: Any) -> dict[str, Any]:
         """See the port."""
+        unsupported.check_values(model)
         return watch.dry_run(model, sites_, predict.tensors(inputs, model))
 
     def watch(self, model: Any, sites_: Sequence[str]) -> Any:
@@ -202,7 +204,9 @@ class PyTorch:
 
     def frozen(self, model: Any, like: Any) -> Any:
         """See the port."""
-        own = copying.copy_of(model).eval()
+        unsupported.check_values(model)
+        own = copying.copy_of(model)
+        own.eval()
         for parameter in own.parameters():  # one by one, as TorchScript wants it
             parameter.requires_grad = False
         return own.to(predict.device_of(like))

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.interpreted import owned
 from kirsch.frameworks.pytorch.masked import ASSERTIONS
+from kirsch.frameworks.pytorch.unsupported import reason_of
 from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, twin_of, watched
 
 if TYPE_CHECKING:
@@ -87,6 +88,9 @@ def _reason(
     place = f" in `{calls.failed_in}`{line}" if calls.failed_in else line
     first = next((text for text in str(error).splitlines() if text.strip()), "").strip()
     what = f"The model {name} cannot be traced with inputs of shape {shapes or 'none'}."
+    known = reason_of(calls, error)
+    if known is not None:
+        return what, f"{known[0]} ({type(error).__name__}{place})", known[1]
     why = f"{type(error).__name__}{place}: {first}"
     dynamic = any(word in type(error).__name__ for word in ("DataDependent", "GuardOn")) or "data-dependent" in str(
         error

@@ -337,7 +337,8 @@ class Watch(TorchFunctionMode):
             shape = tuple(self._size(other, axis, size) for axis, size in enumerate(other.shape))
             self._calls.log.append(Call(name, (None, shape), {}))
         else:
-            self._calls.log.append(Call(name, _without_tensors(args), _without_tensors(kwargs)))
+            given, options = (self._own(_without_tensors(value)) for value in (args, kwargs))
+            self._calls.log.append(Call(name, given, options))
         with traceback.annotate({"kirsch_call": number}):
             out = func(*args, **kwargs)
         read = args[:1] if name in LIKE_ANOTHER else (args, kwargs)  # a shape is not a value
@@ -355,6 +356,15 @@ class Watch(TorchFunctionMode):
                 self._alive.append(tensor)
                 self.unread[id(tensor)] = tensor
         return out
+
+    def _own(self, value: Any) -> Any:
+        """Arguments in which integers of another trace, as out of a cache of the code, are plain numbers."""
+        foreign = isinstance(value, TracedInt) and value.lost is not self._calls.lost
+        if isinstance(value, (tuple, dict)):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            made = {key: self._own(item) for key, item in items}
+            return made if isinstance(value, dict) else tuple(made.values())
+        return int.__int__(value) if foreign else value
 
     def _sizes(self, name: str, out: Any, args: Any, kwargs: Any) -> Any:
         """The shape, size or count just read, with its past."""

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.export.graph_signature import OutputKind
 from torch.fx.node import map_arg
-from torch.nn.parameter import is_lazy
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch import operators
@@ -28,6 +27,7 @@ from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, Compared, Size
 from kirsch.frameworks.pytorch.scope import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.stand_ins import specification
 from kirsch.frameworks.pytorch.step import Step
+from kirsch.frameworks.pytorch.unsupported import check
 from kirsch.graph.facts import Facts, Freeze, Operation
 from kirsch.graph.graph import Graph, Tracing
 from kirsch.graph.labels import Tensor
@@ -35,6 +35,7 @@ from kirsch.graph.labels import Tensor
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
+    from numpy.typing import NDArray
     from torch.export import ExportedProgram
     from torch.fx import Node
 
@@ -83,13 +84,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
     if tracing.scope and not of_part:
         example_inputs = inputs_of(whole, tracing.scope, example_inputs)
     args, options = arguments(example_inputs)
-    lazy = next((name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)), None)
-    if lazy is not None:
-        raise ModelError(
-            f"The model {type(model).__name__} cannot be traced.",
-            f"Its {lazy!r} is lazy and has no shape yet.",
-            "Run the model once on an example input.",
-        )
+    check(model)
     facts = Facts()
     tensors = _labelled(model, facts)
     traced = _walk(model, args, options, facts, tensors, tracing)
@@ -117,13 +112,24 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         tensors=tensors,
         parameters=tuple(own),
         inputs=specification(args, options),
-        values=lambda name: own[name].detach().to("cpu", torch.float32).numpy(),
+        values=lambda name: _values(own[name], name, type(model).__name__),
         fits=lambda other: other is whole and {n: id(p) for n, p in own.items()} == _identities(model),
         blocks=tuple(block.path for block in traced.blocks),
         runner=Runner(whole, model, traced.blocks),
         tracing=tracing,
         traced=traced,
     )
+
+
+def _values(parameter: nn.Parameter, name: str, model: str) -> NDArray[Any]:
+    if parameter.is_meta:
+        raise ModelError(
+            f"The parameter {name!r} of {model} has no values.",
+            "It lives on the meta device, and an importance by magnitude needs them.",
+            'Give the model values, or plan with importance="random".',
+        )
+    value: NDArray[Any] = parameter.detach().to("cpu", torch.float32).numpy()
+    return value
 
 
 def _identities(model: nn.Module) -> dict[str, int]:

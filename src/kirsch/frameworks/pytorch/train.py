@@ -30,7 +30,8 @@ from kirsch.frameworks.pytorch.optimizer import (
     own_precision,
 )
 from kirsch.frameworks.pytorch.predict import device_of, inference, on
-from kirsch.frameworks.pytorch.pupil import Pupil, gradient_norms
+from kirsch.frameworks.pytorch.pupil import Pupil, gradient_norms, student_of
+from kirsch.frameworks.pytorch.unsupported import check_trainable
 from kirsch.frameworks.training import Trained, TrainingState, doubts, require_labels, shares_of
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
         Stopped: `hooks.stop` asked for it; `hooks.save` has been called.
     """
     home = device_of(model)
-    pupil = copy_of(model if isinstance(model, Pupil) else Pupil(model))
+    check_trainable(student_of(model))
+    pupil = copy_of(model if isinstance(model, Pupil) else Pupil(model), name=type(student_of(model)).__name__)
     try:
         with torch.random.fork_rng(), own_precision():
             run = _Run(pupil, batches, loss, training, hooks)
