@@ -38,6 +38,8 @@ class Step:
         keeps_scale: whether the scale of an attention can stay what it is when a part of its width, an axis, goes.
         is_weight: whether a tensor is made of parameters and constants alone.
         softmax: see `kirsch.trace`.
+        is_residual: whether an addition adds something to what it is computed from.
+        batch: number of samples among the example inputs.
         settled: the integers of the call, by identity, that a rule has tied to an axis.
     """
 
@@ -52,6 +54,8 @@ class Step:
     keeps_scale: Callable[[Axis], bool] = lambda _: True
     is_weight: Callable[[Tensor], bool] = lambda _: False
     softmax: str = "freeze"
+    is_residual: Callable[[], bool] = lambda: False
+    batch: int = 1
     settled: set[int] = field(default_factory=set)
 
     @property
@@ -116,6 +120,11 @@ class Step:
     def can_follow(self, given: Any) -> bool:
         """Whether a size in the code can follow an axis that changes."""
         return given is FOLLOWS or (isinstance(given, TracedInt) and self.expression(given) is not None)
+
+    def activated(self, tensor: Tensor) -> None:
+        """Note that something other than a linear map gave these values."""
+        for axis in tensor.axes:
+            self.facts.mark(axis, "activated")
 
     def pin(self, number: TracedInt) -> None:
         """Record that an integer of the code must stay what it is today."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.export.graph_signature import OutputKind
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch import operators
@@ -24,6 +25,7 @@ from kirsch.frameworks.pytorch.outputs import counting
 from kirsch.frameworks.pytorch.predict import arguments
 from kirsch.frameworks.pytorch.program import Sizes, export, name_of, shapes_of
 from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, Compared, SizeOf, TracedInt
+from kirsch.frameworks.pytorch.residual import ends_of_branch
 from kirsch.frameworks.pytorch.scope import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.stand_ins import specification
 from kirsch.frameworks.pytorch.step import Step
@@ -155,7 +157,9 @@ def _walk(
     outputs = dict(zip(user, calls.outputs, strict=False))  # after them come tensors that are computed and never read
     counts = counting(calls.outputs, () if training else tracing.outputs)
     constants = frozenset(signature.inputs_to_lifted_tensor_constants)
-    walk = _Walk(facts, tensors, slots, constants, calls, Sizes.of(program, args, options), tracing)
+    shaped = [value for value in tree_leaves((args, options)) if isinstance(value, torch.Tensor) and value.dim()]
+    batch = shaped[0].shape[0] if shaped else 1
+    walk = _Walk(facts, tensors, slots, constants, calls, Sizes.of(program, args, options), tracing, batch)
     for node in program.graph.nodes:
         walk.visit(node)
     counted = frozenset(place for place, name in outputs.items() if name in counts)
@@ -250,6 +254,7 @@ class _Walk:
         calls: Calls,
         sizes: dict[Node, list[tuple[int, ...]]],
         tracing: Tracing,
+        batch: int,
     ) -> None:
         self.states: dict[Node, Any] = {}
         self.folds: list[Fold] = []
@@ -262,6 +267,8 @@ class _Walk:
         self._sizes = sizes
         self._tracing = tracing
         self._given: list[Any] = []
+        self._place: dict[Node, int] = {}
+        self._batch = batch
         self._fixed: set[Node] = set()  # made of parameters and constants alone
         self._by_call: dict[int, list[Any]] = {}
         self._settled: dict[int, set[int]] = {}
@@ -269,6 +276,7 @@ class _Walk:
 
     def visit(self, node: Node) -> None:
         """One node."""
+        self._place[node] = len(self._place)
         if node.op == "placeholder":
             self.states[node] = self._input(node)
         elif node.op == "call_function" and node.target is operator.getitem:
@@ -334,6 +342,8 @@ class _Walk:
             is_weight=lambda tensor: id(tensor) in fixed,
             softmax=self._tracing.softmax,
             settled=settled,
+            is_residual=lambda: self._residual(node),
+            batch=self._batch,
         )
         results = operators.apply(step) if shapes else []
         facts.cost("activations", *_outputs(results), owner=facts.operation.module)
@@ -364,6 +374,18 @@ class _Walk:
         if found is not None:
             self.folds.append(found)
         return width is None or found is not None
+
+    def _residual(self, node: Node) -> bool:
+        """Whether an addition is residual; marks what the layers read that end its branch."""
+        ends = ends_of_branch(node, self._place)
+        for end in ends or []:
+            for source, axis in zip(end.all_input_nodes[1:], (1, 0), strict=False):
+                weight = self.states[source]
+                if isinstance(weight, Tensor) and source in self._fixed and len(weight.axes) > 1:
+                    name = name_of(end).rpartition(".")[2]
+                    into = axis if name == "linear" else len(weight.axes) - 2
+                    self._facts.mark(weight.axes[into], "into sum")
+        return ends is not None
 
     def pin_numbers(self) -> None:
         """What the code does with its integers apart from sizes (scales, paddings) it does after a cut as well."""

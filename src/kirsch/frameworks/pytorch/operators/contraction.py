@@ -59,6 +59,14 @@ def _biased(step: Step, out: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else relations.elementwise(step.facts, [out, bias], out.shape)
 
 
+def _mark_linear(step: Step, x: Tensor, into: Axis, out: Axis) -> None:
+    """Mark what a linear layer reads and makes, and whether it does so once a sample or at many positions."""
+    step.facts.mark(out, "out of linear")
+    step.facts.mark(into, "into linear")
+    positions = int(np.prod(x.shape[:-1], initial=1))
+    step.facts.mark(out, "one position" if positions <= step.batch else "positions")
+
+
 @rule("linear")
 def _linear(step: Step) -> Tensor | list[Tensor]:
     x, weight, bias = step.args[0], step.args[1], step.arg(2, "bias")
@@ -66,8 +74,7 @@ def _linear(step: Step) -> Tensor | list[Tensor]:
         return step.freeze_all("a linear layer whose weight is a vector is not analysed")
     lead = letters(x)[:-1]
     out = contract(step, [(x, lead + "I"), (weight, "OI")], lead + "O", step.shape)
-    step.facts.mark(weight.axes[0], "out of linear")
-    step.facts.mark(weight.axes[1], "into linear")
+    _mark_linear(step, x, weight.axes[1], weight.axes[0])
     return _biased(step, out, bias)
 
 
@@ -83,6 +90,8 @@ def _matmul(step: Step) -> Tensor:
     first = lead[len(lead) - len(x.shape) + 2 :] + "XK" if len(x.shape) > 1 else "K"
     second = lead[len(lead) - len(y.shape) + 2 :] + "KY" if len(y.shape) > 1 else "K"
     result = lead + "X" * (len(x.shape) > 1) + "Y" * (len(y.shape) > 1)
+    if step.is_weight(y) and len(y.shape) == 2 and not step.is_weight(x):  # noqa: PLR2004 - a matrix
+        _mark_linear(step, x, *y.axes)
     out = contract(step, [(x, first), (y, second)], result, step.shape)
     return out if added is None else relations.elementwise(step.facts, [added, out], step.shape)
 

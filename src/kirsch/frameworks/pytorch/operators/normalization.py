@@ -27,7 +27,9 @@ def _per_channel_norm(step: Step) -> Tensor:
         others = [dim for dim in range(len(x.shape)) if dim != 1]
         relations.freeze(step.facts, [x], "a normalisation computes its statistics over it", others)
     own = [(t, letters(x)[1]) for t in step.args[1:5] if isinstance(t, Tensor)]
-    return relations.relate(step.facts, [(x, letters(x)), *own], letters(x), step.shape)
+    out = relations.relate(step.facts, [(x, letters(x)), *own], letters(x), step.shape)
+    step.activated(out)
+    return out
 
 
 @rule("layer_norm", "rms_norm")
@@ -36,6 +38,7 @@ def _layer_norm(step: Step) -> Tensor:
     own = [t for t in (step.arg(2, "weight"), step.arg(3, "bias")) if isinstance(t, Tensor)]
     own_letters = letters(x)[-len(sizes) :]
     out = relations.relate(step.facts, [(x, letters(x)), *((t, own_letters) for t in own)], letters(x), step.shape)
+    step.activated(out)
     normalized = out.axes[-len(sizes) :]
     given = step.given(1, "normalized_shape")
     known = given if isinstance(given, (tuple, list)) and len(given) == len(sizes) else [None] * len(sizes)
@@ -62,6 +65,7 @@ def _group_norm(step: Step) -> Tensor:
     relations.freeze(step.facts, [x], "a normalisation computes its statistics over it", others)
     own = [(t, letters(x)[1]) for t in (step.arg(2, "weight"), step.arg(3, "bias")) if t is not None]
     out = relations.relate(step.facts, [(x, letters(x)), *own], letters(x), step.shape)
+    step.activated(out)
     channels = out.axes[1]
     if channels is None:
         return out

@@ -26,12 +26,25 @@ zeros_like empty_like full_like rand_like randn_like nan_to_num fill copy comple
 """
 
 
+_LINEAR = """
+add sub rsub mul div neg to _to_copy clone detach contiguous alias lift_fresh_copy dropout feature_dropout alpha_dropout
+native_dropout zeros_like ones_like empty_like full_like rand_like randn_like fill copy zero
+"""
+LINEAR = frozenset(_LINEAR.split())
+"""Those that leave a product of two matrices one; a product of two activations does not."""
+
+
 @rule(*ELEMENTWISE.split())
 def _elementwise(step: Step) -> Tensor:
     tensors = step.tensors()
-    if step.name == "add" and len(tensors) > 1 and not any(step.is_weight(tensor) for tensor in tensors):
-        step.facts.mark(tensors[0].axes[-1] if tensors[0].axes else None, "summed")
-    return relations.elementwise(step.facts, step.tensors(), step.shape)
+    several = len(tensors) > 1 and not any(step.is_weight(tensor) for tensor in tensors)
+    if step.name == "add" and several and step.is_residual():
+        for axis in tensors[0].axes:
+            step.facts.mark(axis, "summed")
+    out = relations.elementwise(step.facts, tensors, step.shape)
+    if step.name not in LINEAR or (several and step.name in ("mul", "div")):
+        step.activated(out)
+    return out
 
 
 @rule("type_as")
