@@ -10,8 +10,6 @@ import safetensors.torch
 import torch
 
 from kirsch.errors import KirschError, LoadError, UnknownNameError, UsageError, VerificationError, said
-from kirsch.frameworks.pytorch.program import user_line
-from kirsch.graph.constants import AS_GRAPH
 from kirsch.frameworks.pytorch import (
     adapters,
     cohort,
@@ -38,6 +36,8 @@ from kirsch.frameworks.pytorch import (
     verify,
     watch,
 )
+from kirsch.frameworks.pytorch.program import user_line
+from kirsch.graph.constants import AS_GRAPH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

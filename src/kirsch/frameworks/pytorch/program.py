@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.interpreted import owned
 from kirsch.frameworks.pytorch.masked import ASSERTIONS
-from kirsch.frameworks.pytorch.unsupported import reason_of
 from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, twin_of, watched
+from kirsch.frameworks.pytorch.unsupported import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
