@@ -87,7 +87,7 @@ def _reason(
 ) -> tuple[str, str, str]:
     """What, why and mend for a model that cannot be exported."""
     shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves((args, options)) if isinstance(t, torch.Tensor))
-    frames = [f for f in python_traceback.extract_tb(error.__traceback__) if _of_user(f.filename)]
+    frames = [f for f in python_traceback.extract_tb(error.__traceback__) if of_user(f.filename)]
     line = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     place = f" in `{calls.failed_in}`{line}" if calls.failed_in else line
     first = next((text for text in str(error).splitlines() if text.strip()), "").strip()
@@ -105,7 +105,7 @@ def _reason(
     return what, why if why.endswith((".", "!", "?")) else f"{why}.", mend
 
 
-def _of_user(path: str) -> bool:
+def of_user(path: str) -> bool:
     """Whether a file belongs neither to PyTorch, nor to this library, nor to Python's own."""
     own = path.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in path
     return not own and not path.startswith((*PACKAGES, "<"))
