@@ -165,7 +165,7 @@ def compare(model: Exportable, session: OnnxSession, made: Sequence[Trial]) -> l
     Raises:
         NumericError: the file computes something else in a trial, or an output says nothing for ordinary inputs.
     """
-    records, seen = [], set()
+    records, seen = [], set[str]()
     for trial in made:
         drifts, allowed = _drifts(model, session, trial)
         telling = [name for name in drifts if allowed[name] <= TELLING]
