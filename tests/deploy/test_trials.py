@@ -148,6 +148,7 @@ DRAWING = {
     "uniform": lambda _, x: x + torch.rand(len(x), 1),
     "gumbel": lambda _, x: functional.gumbel_softmax(x),
     "a choice of two": lambda _, x: torch.multinomial(x[:, :2].softmax(-1), 1),
+    "masks": lambda _, x: x.masked_fill(torch.rand(4) < 0.5, -torch.inf).cumsum(0) + torch.tensor([0.0, 1.0, 2.0, 3.0]),
     "attention": lambda _, x: functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
     "distribution": lambda _, x: torch.distributions.Normal(x, 1.0).rsample(),
 }
