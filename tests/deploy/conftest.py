@@ -53,14 +53,14 @@ def doubling(write):
 @pytest.fixture
 def planted(monkeypatch):
     """Makes the exporter of PyTorch write a file with this body in the place of the model."""
-    from kirsch.frameworks.pytorch.framework import PyTorch
+    from kirsch.frameworks.pytorch.export import Exportable
 
     def plant(body, **signature):
-        def export_onnx(_self, _model, _inputs, path):
+        def write_onnx(_self, path, **_options):
             put(body, path, **signature)
             return {}
 
-        monkeypatch.setattr(PyTorch, "export_onnx", export_onnx)
+        monkeypatch.setattr(Exportable, "write_onnx", write_onnx)
 
     return plant
 

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import kirsch
-from kirsch.deploy.export import DRIFT, EXPORTERS, usage
+from kirsch.deploy.export import EXPORTERS, usage
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.errors import ModelError, NumericError, OutputError, ShapeError, UnknownNameError
+from kirsch.deploy.trials import DRIFT
+from kirsch.errors import ModelError, NumericError, OutputError, UnknownNameError
 
 PAIR = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 
@@ -110,10 +111,14 @@ def test_every_output_is_held_against_the_model(planted, tmp_path):
         kirsch.export(Both(), tmp_path / "m.onnx", example_inputs=PAIR)
 
 
-def test_a_file_that_fixed_the_batch_is_refused(planted, tmp_path):
+def test_a_file_whose_batch_the_exporter_fixes_is_verified_for_that_batch_and_says_so(planted, tmp_path):
     planted("y = Add(input, input)", taken="float[2,2] input", given="float[2,2] y")
-    with pytest.raises(ShapeError, match=r"cannot take inputs \(1, 2\) float32\. It expects input \[2, 2\]"):
-        kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR)
+    sentence = r"The batch of m\.onnx is fixed at 2, that of the example inputs\. The exporter fixes the batch\."
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        found = kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR)
+    assert caught[0].filename == __file__
+    assert found.details["notes"] == [str(caught[0].message)]
+    assert {trial["batch"] for trial in found.details["trials"]} == {2}
 
 
 @pytest.mark.parametrize(("function", "body"), [(torch.exp, "y = Exp(input)"), (torch.log, "y = Log(input)")])
@@ -151,19 +156,67 @@ def test_whole_numbers_are_tried_as_they_were_given(planted, tmp_path):
             return super().forward(x)
 
     planted("y = Add(input, input)", taken="int64[batch,2] input", given="int64[batch,2] y")
-    kirsch.export(Seen(), tmp_path / "m.onnx", example_inputs=torch.tensor([[1, 2], [3, 4]]))
-    assert [batch.tolist() for batch in seen[:2]] == [[[1, 2]], [[1, 2], [3, 4], [1, 2]]]
+    found = kirsch.export(Seen(), tmp_path / "m.onnx", example_inputs=torch.tensor([[1, 2], [3, 4]]))
+    tried = {1: [[1, 2]], 2: [[1, 2], [3, 4]], 3: [[1, 2], [3, 4], [1, 2]]}
+    assert all(batch.tolist() == tried[len(batch)] for batch in seen)
+    assert [(trial["inputs"], trial["batch"]) for trial in found.details["trials"]] == [
+        ("example", 2),
+        ("example", 1),
+        ("example", 3),
+    ]
 
 
-def test_a_model_that_knows_one_batch_size_only_is_named(planted, tmp_path):
-    class Stubborn(nn.Module):
-        def forward(self, x):
-            return x.reshape(2, 2) + x
+class Stubborn(nn.Module):
+    """Its code knows one batch size."""
 
-    planted("y = Add(input, input)")
-    sentence = r"A Stubborn does not run with inputs of shape \(1, 2\)\. RuntimeError: shape .* The first axis of every"
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x):
+        return x.reshape(self.size, 2) * 2
+
+
+class Choosing(nn.Module):
+    """Runs with any batch size, but computes something else for one sample."""
+
+    def forward(self, x):
+        return x + x if len(x) == 1 else x - 1
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "reason"),
+    [
+        (Stubborn(2), 2, r"The model does not run with a batch of 1: RuntimeError: shape '\[2, 2\]' is invalid"),
+        (Stubborn(1), 1, r"The model does not run with a batch of 3: RuntimeError: shape '\[1, 2\]' is invalid"),
+        (Choosing(), 1, r"(The exporter fixes the batch|does not compute what the model computes\. .* batch of 1)\."),
+    ],
+    ids=["two", "one", "choosing"],
+)
+def test_a_model_that_knows_one_batch_size_only_is_exported_for_it_and_says_so(model, size, reason, tmp_path):
+    inputs = PAIR[:size]
+    with pytest.warns(UserWarning, match=rf"m\.onnx is fixed at {size}, that of the example inputs\. .*{reason}"):
+        artifact = kirsch.export(model, tmp_path / "m.onnx", example_inputs=inputs)
+    assert artifact.details["inputs"][0]["shape"] == [size, 2]
+    assert OnnxSession(artifact.path).run(inputs.numpy())[0] == pytest.approx(2 * inputs.numpy())
+
+
+def test_inputs_whose_first_axes_differ_fix_the_batch(tmp_path):
+    class Anchored(nn.Module):
+        def forward(self, x, anchors):
+            return x[:, None] - anchors
+
+    with pytest.warns(UserWarning, match=r"fixed at 2, 3, .*The first axes of its inputs differ: 2, 3\."):
+        artifact = kirsch.export(Anchored(), tmp_path / "m.onnx", example_inputs=(PAIR, torch.zeros(3, 2)))
+    assert [taken["shape"] for taken in artifact.details["inputs"]] == [[2, 2], [3, 2]]
+
+
+def test_example_inputs_that_the_model_does_not_take_are_named(tmp_path):
+    sentence = (
+        r"A Linear does not run with inputs of shape \(2, 2\)\. RuntimeError: mat1 and mat2 .* Give example inputs"
+    )
     with pytest.raises(ModelError, match=sentence):
-        kirsch.export(Stubborn(), tmp_path / "m.onnx", example_inputs=PAIR)
+        kirsch.export(nn.Linear(3, 2), tmp_path / "m.onnx", example_inputs=PAIR)
 
 
 def test_a_failed_export_leaves_no_trace_and_the_older_file(exporter, tmp_path):
@@ -251,18 +304,27 @@ def test_the_program_feeds_every_input_with_its_type_whatever_the_names(tmp_path
 
 
 def test_the_trials_are_the_same_each_time_and_cover_zero_and_large_values(planted, tmp_path):
-    seen = []
+    runs = []
 
     class Seen(Double):
         def forward(self, x):
-            seen.append(x.numpy().copy())
+            runs[-1].append(x.numpy().copy())
             return super().forward(x)
 
     planted("y = Add(input, input)")
     for _ in range(2):
-        kirsch.export(Seen(), tmp_path / "m.onnx", example_inputs=PAIR)
-    first, second = seen[:4], seen[4:]
-    assert [batch.shape for batch in first] == [(1, 2), (3, 2), (3, 2), (3, 2)]
-    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
-    assert not first[2].any()
-    assert np.abs(first[3]).max() > 50
+        runs.append([])
+        found = kirsch.export(Seen(), tmp_path / "m.onnx", example_inputs=PAIR)
+    assert all(np.array_equal(a, b) for a, b in zip(*runs, strict=True))
+    assert [(trial["inputs"], trial["batch"]) for trial in found.details["trials"]] == [
+        ("example", 2),
+        ("example", 1),
+        ("example", 3),
+        ("normal", 3),
+        ("zero", 3),
+        ("large", 3),
+    ]
+    normal, zero, large = runs[0][-3:]
+    assert not zero.any()
+    assert np.abs(normal).max() < 10
+    assert np.abs(large).max() > 50

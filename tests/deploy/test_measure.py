@@ -12,7 +12,7 @@ from torch import nn
 import kirsch
 from kirsch.deploy import measure as room
 from kirsch.deploy.measure import race
-from kirsch.errors import DataError, LoadError, ShapeError, UsageError
+from kirsch.errors import DataError, LoadError, NumericError, ShapeError, UsageError
 from kirsch.measurement.latency import Latency, Ratio, Timing
 from kirsch.measurement.quality import rate
 
@@ -164,3 +164,48 @@ def test_a_file_that_is_missing_is_named(tmp_path, numbers):
 def test_data_without_samples_are_refused(doubling, numbers, stopwatch):
     with pytest.raises(DataError, match="There are no inputs to predict"):
         kirsch.measure(doubling, example_inputs=numbers, data=(numbers[:0], np.zeros(0, int)))
+
+
+def test_a_model_of_one_batch_size_is_measured_with_it_and_says_so(stopwatch):
+    class Four(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.layer(x.reshape(4, 3))
+
+    with pytest.warns(UserWarning, match="fixed at 4"):
+        found = kirsch.measure(Four(), example_inputs=torch.randn(4, 3))
+    assert stopwatch["outputs"]["model"][0].shape == (4, 2)
+    assert found.macs == 4 * 6
+    assert any(text.startswith("One sample: the file takes batches of 4 alone") for text in found.not_measured)
+
+
+@pytest.mark.parametrize(
+    "body", ["z = Sub(input, input) y = Div(z, z)", "z = Sub(input, input) e = Exp(z) y = Div(e, z)"]
+)
+def test_a_file_without_finite_numbers_is_not_timed(write, numbers, stopwatch, body):
+    with pytest.raises(
+        NumericError, match=r"The output 'y' of hand\.onnx holds no finite number for the example inputs"
+    ):
+        kirsch.measure(write(body), example_inputs=numbers)
+    assert stopwatch == {}
+
+
+def test_nested_inputs_and_switches_are_measured(stopwatch):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, parts, *, mask=None, twice=False):
+            out = self.layer(parts["a"] - parts["b"])
+            return 2 * out if twice else out
+
+    parts = {"a": torch.randn(4, 3), "b": torch.randn(4, 3)}
+    model = Nested()
+    found = kirsch.measure(model, example_inputs={"parts": parts, "mask": None, "twice": True})
+    expected = 2 * model.layer(parts["a"][:1] - parts["b"][:1]).detach().numpy()
+    assert stopwatch["outputs"]["model"][0] == pytest.approx(expected, abs=1e-6)
+    assert found.macs == 6

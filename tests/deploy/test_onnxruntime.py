@@ -30,6 +30,14 @@ def test_a_prediction_is_that_of_all_batches_in_order(doubling, numbers, batch_s
     assert sum(sizes) == 5
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 7])
+def test_a_file_with_a_fixed_batch_predicts_any_number_of_samples(write, numbers, size):
+    path = write("y = Add(input, input)", taken=f"float[{size},2] input", given=f"float[{size},2] y")
+    session = OnnxSession(path)
+    assert session.batch == size
+    assert np.array_equal(session.predict(numbers), 2 * numbers)
+
+
 def test_a_prediction_of_nothing_is_refused(doubling):
     with pytest.raises(DataError, match=r"There are no inputs to predict\."):
         OnnxSession(doubling).predict(np.zeros((0, 2), np.float32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kirsch.errors import DataError, ShapeError
+from kirsch.errors import DataError, NumericError, ShapeError
 from kirsch.measurement.agreement import Agreement, agreement
 
 REFERENCE = np.array([[3.0, 0.0], [0.0, 1.0], [3.0, 2.0], [0.0, 3.0]])
@@ -84,3 +84,33 @@ def test_nothing_is_not_compared_with_nothing():
 def test_scores_of_different_shapes_are_refused():
     with pytest.raises(ShapeError, match=r"Scores of shape \(4, 2\) cannot be compared with \(4, 3\)\."):
         agreement(REFERENCE, np.zeros((4, 3)))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("whose", ["reference", "file"])
+def test_scores_without_a_largest_one_agree_with_nothing(wrong, whose):
+    """NaN would be the first label of both, and their difference smaller than nothing."""
+    broken = REFERENCE.copy()
+    broken[1, 0] = wrong
+    pair = (broken, REFERENCE) if whose == "reference" else (REFERENCE, broken)
+    sentence = rf"The {whose} gives NaN or infinity as scores of 1 of 4 samples, first of sample 1\."
+    with pytest.raises(NumericError, match=sentence):
+        agreement(*pair)
+    with pytest.raises(NumericError, match=sentence.replace(whose, "reference")):
+        agreement(broken, broken)
+
+
+def test_a_score_that_is_suppressed_in_both_is_left_out():
+    both = np.c_[REFERENCE, np.full(4, -np.inf)]
+    found = both.copy()
+    found[3, 1] = 1.5
+    assert agreement(both, found) == agreement(REFERENCE, found[:, :2])
+
+
+def test_a_score_that_is_suppressed_in_one_alone_is_named():
+    found = REFERENCE.copy()
+    found[2, 1] = -np.inf
+    with pytest.raises(NumericError, match=r"The scores of sample 2 are infinite in one of two that should agree\."):
+        agreement(REFERENCE, found)
+    with pytest.raises(NumericError, match="no largest one"):
+        agreement(np.full((2, 2), -np.inf), np.full((2, 2), -np.inf))

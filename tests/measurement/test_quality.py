@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from kirsch.errors import DataError, ShapeError
+from kirsch.errors import DataError, NumericError, ShapeError
 from kirsch.measurement.quality import Paired, Rate, accuracy, calibration, confusion, lost_classes, paired, rate
 
 
@@ -173,3 +173,28 @@ def test_scores_and_labels_that_do_not_fit_are_refused(judge, logits, labels, er
 def test_both_classifiers_of_a_pair_are_held_to_the_labels():
     with pytest.raises(ShapeError, match=r"Scores of shape \(2, 2\)"):
         paired(np.zeros((3, 2)), np.zeros((2, 2)), np.zeros(3, int))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "judge",
+    [accuracy, confusion, calibration, lambda found, labels: paired(scores([0, 1, 2]), found, labels)],
+    ids=["accuracy", "confusion", "calibration", "paired"],
+)
+def test_scores_without_a_largest_one_are_not_judged(judge, wrong):
+    """The largest of NaN is the first NaN for numpy, which would count as an answer."""
+    found = scores([0, 1, 2])
+    found[1:, 1] = wrong
+    with pytest.raises(NumericError, match=r"NaN or infinity as scores of 2 of 3 samples, first of sample 1\."):
+        judge(found, np.array([0, 1, 2]))
+
+
+def test_a_score_of_a_suppressed_class_is_judged():
+    found = scores([0, 1, 2])
+    found[0, 2] = -np.inf
+    labels = np.array([0, 1, 2])
+    assert accuracy(found, labels).value == 1
+    assert 0 <= calibration(found, labels)["ece"] < 1
+    found[0] = -np.inf
+    with pytest.raises(NumericError, match="sample 0"):
+        accuracy(found, labels)

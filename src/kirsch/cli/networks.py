@@ -226,6 +226,7 @@ def show_export(given: Given, output: str, terminal: Terminal) -> int:
             Piece(f"on {artifact.details['runtime']}: outputs differ by {drift:.0e} of the largest"),
         ],
         [Piece(f"{'sha256':<13}{artifact.sha256}")],
+        *drawing.notes(artifact.details["notes"]),
         *given.said(),
     ]
     content = artifact.to_dict() | {"path": str(artifact.path), "usage": usage(artifact), "weights": given.weights}

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
-
-import numpy as np
+from typing import Any, ClassVar, Protocol
 
 from kirsch import files
 from kirsch.arguments import checked
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.errors import ModelError, NumericError, OutputError
+from kirsch.deploy.trials import Trial, compare, fixed_trials, trials
+from kirsch.errors import LoadError, ModelError, NumericError, OutputError, ShapeError
 from kirsch.frameworks.annotations import Inputs, Model
-from kirsch.frameworks.port import framework_of, host
+from kirsch.frameworks.port import Exportable, framework_of
 from kirsch.registry import Registry
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-DRIFT = 1e-4
-"""Largest difference between model and file, as a share of the largest output; 1e-6 is usual in float32."""
 
 NUMPY_NAMES = {"float": "float32", "double": "float64"}
 """Types of numbers that ONNX and numpy call differently."""
@@ -101,65 +95,53 @@ def export(model: Model, path: str | Path, *, example_inputs: Inputs, format: st
 
 @EXPORTERS.register("onnx")
 def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
-    """One ONNX file, checked on ONNX Runtime with batches of one and three, ordinary and extreme values."""
-    framework = framework_of(model)
-    details = framework.export_onnx(model, example_inputs, path)
-    session = OnnxSession(path)
-    worst = float(np.max([_drift(model, session, inputs) for inputs in _trials(example_inputs)]))  # NaN is the largest
-    if not worst <= DRIFT:
-        raise NumericError(
-            "The exported file does not compute what the model computes.",
-            f"The outputs differ by {worst:.1e} of the largest, {DRIFT:.0e} is allowed.",
-            "Report the model: its export is wrong.",
-        )
-    return {**details, "drift": worst, "runtime": f"onnxruntime {session.version}"}
+    """One ONNX file, compared with the model on ONNX Runtime; see `trials`.
+
+    The batch is free where the model and its export allow it. Otherwise it is that of the example inputs, and a warning
+    and `details["notes"]` say so.
+    """
+    subject = framework_of(model).exportable(model, example_inputs)
+    made, fixed = trials(subject)
+    if not fixed:
+        try:
+            return _compared(subject, path, made, free_batch=True)
+        except (ModelError, NumericError, ShapeError) as error:
+            fixed = f"{error.what} {error.why}"
+        made = fixed_trials(subject, made[0])
+    details = _compared(subject, path, made, free_batch=False)
+    size = ", ".join(map(str, sorted({len(array) for array in subject.inputs.values()})))
+    note = (
+        f"The batch of {path.name} is fixed at {size}, that of the example inputs. {fixed} "
+        "Run the file with batches of this size, or let the forward read the batch from its input: x.shape[0]."
+    )
+    warnings.warn(note, stacklevel=3)
+    return {**details, "notes": [*details["notes"], note]}
 
 
-def _drift(model: Any, session: OnnxSession, inputs: dict[str, Any] | tuple[Any, ...]) -> float:
-    """The largest difference over all outputs for one batch, each as a share of its largest value."""
-    values = tuple(inputs.values()) if isinstance(inputs, dict) else inputs
+def _compared(model: Exportable, path: Path, made: list[Trial], *, free_batch: bool) -> dict[str, Any]:
+    """Write the file and compare it with the model; gives details as JSON."""
+    details = model.write_onnx(path, free_batch=free_batch)
     try:
-        expected = framework_of(model).outputs(model, inputs)
-    except Exception as error:  # a foreign model is run, which may raise anything
+        session = OnnxSession(path)
+    except LoadError as error:
         raise ModelError(
-            f"A {type(model).__name__} does not run with inputs of shape {', '.join(str(v.shape) for v in values)}.",
-            f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}.",
-            "The first axis of every input is the batch, which must be free.",
+            f"ONNX Runtime cannot run the file that a {model.name} is exported to.",
+            error.why.replace(str(path), path.name),
+            "Give model.float() and inputs in float32: it lacks operators in float64."
+            if model.double
+            else "Replace the operation that is named, or leave conversions to other types out of the forward.",
         ) from error
-    found = session.run(*values)
-    if len(expected) != len(found):
-        raise NumericError(f"The exported file has {len(found)} outputs, the model has {len(expected)}.")
-    return float(np.max([_distance(a, b) for a, b in zip(expected, found, strict=True)]))
-
-
-def _distance(expected: NDArray[Any], found: NDArray[Any]) -> float:
-    """The largest difference as a share of the largest value; what is not finite must be the same in both."""
-    if expected.shape != found.shape:
-        return float("inf")
-    a, b = expected.astype(np.float64), found.astype(np.float64)
-    finite = np.isfinite(a)
-    if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
-        return float("inf")
-    difference, size = np.abs(a[finite] - b[finite]), np.abs(a[finite])
-    return float(difference.max() / max(size.max(), 1e-12)) if finite.any() else 0.0
-
-
-def _trials(example_inputs: Any) -> list[Any]:
-    """Batches of one and three of the example's shape: normal, zero, and large values for floating inputs."""
-    names = list(example_inputs) if isinstance(example_inputs, dict) else None
-    given = example_inputs.values() if isinstance(example_inputs, dict) else example_inputs
-    arrays = [host(value) for value in (given if names or isinstance(given, (tuple, list)) else (given,))]
-    random = np.random.default_rng(0)
-
-    def batch(array: Any, size: int, scale: float) -> Any:
-        shape = (size, *array.shape[1:])
-        if not np.issubdtype(array.dtype, np.floating):
-            return np.resize(array, shape).astype(array.dtype)
-        return (scale * random.standard_normal(shape)).astype(array.dtype)
-
-    sizes = ((1, 1.0), (3, 1.0), (3, 0.0), (3, 100.0))
-    trials = [tuple(batch(array, size, scale) for array in arrays) for size, scale in sizes]
-    return trials if names is None else [dict(zip(names, trial, strict=True)) for trial in trials]
+    if free_batch and not all(shape and isinstance(shape[0], str) for shape in session.shapes):
+        raise ModelError("The exporter fixes the batch.", "The model's code, or a tensor in it, is for one size.")
+    records = compare(model, session, made)
+    drift = max((record["drift"] for record in records if record["drift"] is not None), default=0.0)
+    return {
+        **details,
+        "drift": drift,
+        "trials": records,
+        "notes": [],
+        "runtime": f"onnxruntime {session.version}",
+    }
 
 
 def usage(artifact: Artifact) -> str:

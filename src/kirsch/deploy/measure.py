@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,7 @@ from kirsch.annotations import Count
 from kirsch.arguments import checked
 from kirsch.deploy.export import Artifact, export
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.errors import DataError, UsageError
+from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.annotations import Inputs, Labelled, Model
 from kirsch.frameworks.data import Batch, SeededData
 from kirsch.frameworks.port import framework_of, host
@@ -22,7 +23,9 @@ from kirsch.measurement.machine import cpu, load, usable_cores
 from kirsch.measurement.quality import Rate, accuracy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -165,20 +168,36 @@ def measure(
         threads: of the runtime.
         rounds: of the timing.
     """
-    batch = example_inputs if isinstance(example_inputs, (dict, tuple, list)) else (example_inputs,)
-    first: Any = {n: v[:1] for n, v in batch.items()} if isinstance(batch, dict) else tuple(v[:1] for v in batch)
-    one = tuple(host(value) for value in (first.values() if isinstance(first, dict) else first))
     missing = [] if data is not None else ["Accuracy: no data was given."]
     if isinstance(model_or_artifact, (Artifact, str, Path)):
         given = model_or_artifact
         path = given.path if isinstance(given, Artifact) else Path(given)
         missing.append("Parameters and MACs: they are counted on a model, not on a file.")
-        return _measured(path, one, data, threads, rounds, (None, None), missing)
+        return _measured(path, example_inputs, data, threads, rounds, (None, None), missing)
     framework = framework_of(model_or_artifact)
     with tempfile.TemporaryDirectory() as folder:
-        artifact = export(model_or_artifact, Path(folder) / "model.onnx", example_inputs=batch)
-        counted = framework.count(model_or_artifact, first)
-        return _measured(artifact.path, one, data, threads, rounds, counted, missing)
+        artifact = export(model_or_artifact, Path(folder) / "model.onnx", example_inputs=example_inputs)
+        size = OnnxSession(artifact.path).batch or 1
+        counted = framework.count(model_or_artifact, _first(example_inputs, size))
+        return _measured(artifact.path, example_inputs, data, threads, rounds, counted, missing)
+
+
+def _first(inputs: Any, size: int) -> Any:
+    """The first samples of inputs that may be nested, with what is no array as it is."""
+    if isinstance(inputs, Mapping):
+        return {name: _first(part, size) for name, part in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        parts = [_first(part, size) for part in inputs]
+        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
+    return inputs[:size] if hasattr(inputs, "shape") else inputs
+
+
+def _arrays(inputs: Any) -> list[NDArray[Any]]:
+    """The arrays in inputs that may be nested, in the order in which a file takes them."""
+    if isinstance(inputs, (Mapping, tuple, list)):
+        parts = inputs.values() if isinstance(inputs, Mapping) else inputs
+        return [array for part in parts for array in _arrays(part)]
+    return [host(inputs)] if hasattr(inputs, "shape") else []
 
 
 def _labelled(data: Any) -> Iterator[tuple[Any, Any]]:
@@ -200,18 +219,29 @@ def _labelled(data: Any) -> Iterator[tuple[Any, Any]]:
 
 def _measured(
     path: Path,
-    one: tuple[Any, ...],
+    inputs: Any,
     data: Any,
     threads: int,
     rounds: int,
     counted: tuple[int | None, int | None],
     missing: list[str],
 ) -> Measurement:
-    run = race({"model": path}, one, reference="model", threads=threads, rounds=rounds)
+    session = OnnxSession(path)
+    size = session.batch or 1
+    some = tuple(_arrays(_first(inputs, size)))
+    if size != 1:
+        missing.append(f"One sample: the file takes batches of {size} alone, so the latency and MACs are for {size}.")
+    for name, output in zip(session.outputs, session.run(*some), strict=True):
+        if np.issubdtype(output.dtype, np.floating) and output.size and not np.isfinite(output).any():
+            raise NumericError(
+                f"The output {name!r} of {path.name} holds no finite number for the example inputs.",
+                mend="Repair the model, or give example inputs as they occur.",
+            )
+    run = race({"model": path}, some, reference="model", threads=threads, rounds=rounds)
     found = None
     if data is not None:
         session = OnnxSession(path, threads)
-        batches = [(session.predict(host(inputs)), host(labels)) for inputs, labels in _labelled(data)]
+        batches = [(session.predict(host(part)), host(labels)) for part, labels in _labelled(data)]
         found = accuracy(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
     return Measurement(
         parameters=counted[0],

@@ -51,7 +51,14 @@ class OnnxSession:
         self.threads = threads
         self.version: str = onnxruntime.__version__
         self.inputs: list[str] = [value.name for value in self._session.get_inputs()]
+        self.outputs: list[str] = [value.name for value in self._session.get_outputs()]
         self.shapes: list[tuple[int | str, ...]] = [tuple(value.shape) for value in self._session.get_inputs()]
+
+    @property
+    def batch(self) -> int | None:
+        """The size of the batch where the file fixes it, None where it is free."""
+        first = self.shapes[0][0] if self.shapes and self.shapes[0] else None
+        return first if isinstance(first, int) else None
 
     def run(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         """All outputs for one batch.
@@ -72,12 +79,19 @@ class OnnxSession:
     def predict(self, inputs: NDArray[Any], batch_size: int = 256) -> NDArray[Any]:
         """The first output for inputs of shape (N, ...): shape (N, K).
 
+        A file whose batch is fixed gets batches of its size; the last is filled up, and what was filled is dropped.
+
         Raises:
             DataError: there are no inputs.
         """
         if not len(inputs):
             raise DataError("There are no inputs to predict.", mend="Give at least one.")
-        parts = [self.run(inputs[start : start + batch_size])[0] for start in range(0, len(inputs), batch_size)]
+        size = self.batch or batch_size
+        parts = []
+        for start in range(0, len(inputs), size):
+            part = inputs[start : start + size]
+            whole = np.resize(part, (self.batch, *part.shape[1:])) if self.batch else part
+            parts.append(self.run(whole)[0][: len(part)])
         return np.concatenate(parts)
 
     def call(self, *inputs: NDArray[Any]) -> Callable[[], Any]:

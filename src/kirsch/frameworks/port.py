@@ -151,8 +151,8 @@ class Framework(Protocol):
     def weights(self, model: Any) -> Iterable[Any]:
         """The weights of two or more axes, as arrays that carry gradients."""
 
-    def export_onnx(self, model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
-        """Write one ONNX file with a free batch axis; gives opset, IR version, and names of inputs and outputs."""
+    def exportable(self, model: Any, example_inputs: Any) -> Exportable:
+        """Return a copy of a model in inference mode as a function of arrays, which can be written to a file."""
 
     def parameter_shapes(self, model: Any) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter of a model by its name."""
@@ -165,6 +165,35 @@ class Framework(Protocol):
 
     def load_weights(self, model: Any, path: Path) -> None:
         """Fill a model with the weights of `save_weights`; names, shapes and types must agree."""
+
+
+class Exportable(Protocol):
+    """A model as a function of arrays: one after the other in, one by name out.
+
+    Attributes:
+        name: of the model's class.
+        inputs: name → example array.
+        double: whether weights or inputs are float64.
+    """
+
+    name: str
+    inputs: dict[str, NDArray[Any]]
+    double: bool
+
+    def outputs(self, inputs: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return all outputs for one batch by name."""
+
+    def rounded(self, inputs: Sequence[NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:
+        """Return the outputs where each operation's inputs are off by rounding, at random."""
+
+    def unsteady(self, inputs: Sequence[NDArray[Any]]) -> tuple[str, str]:
+        """Return why two runs for these inputs differ, and what to do; two empty texts if they do not."""
+
+    def not_finite(self) -> str:
+        """Return the first parameter or buffer that holds NaN or infinity, in words; "" if none does."""
+
+    def write_onnx(self, path: Path, *, free_batch: bool = True) -> dict[str, Any]:
+        """Write one ONNX file; gives opset, IR version, exporter, and name, shape and type of inputs and outputs."""
 
 
 def framework_of(model: Any) -> Framework:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.errors import DataError, ShapeError
+from kirsch.errors import DataError, NumericError, ShapeError
+from kirsch.measurement.quality import check_scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,6 +27,8 @@ class Agreement:
         max_error: largest absolute difference.
         relative: root of the squared differences over the root of the squared reference.
         centered: the same after the mean over samples is taken from both, since a constant hides drift.
+
+    A score that is infinite in both sets of scores counts as equal and is left out of the differences.
     """
 
     same_labels: int
@@ -45,12 +48,24 @@ def agreement(reference: NDArray[Any], found: NDArray[Any]) -> Agreement:
     Raises:
         ShapeError: the shapes differ.
         DataError: no samples, or a reference that hardly depends on them, so that agreeing with it proves nothing.
+        NumericError: a sample has NaN or no finite number among its scores, or one of the two is infinite alone.
     """
     if reference.shape != found.shape:
         raise ShapeError(f"Scores of shape {reference.shape} cannot be compared with {found.shape}.")
     if not len(reference):
         raise DataError("There are no scores to compare.", mend="Give at least one sample.")
-    a, b = reference.astype(np.float64), found.astype(np.float64)
+    check_scores(reference, "reference")
+    check_scores(found, "file")
+    infinite = ~(np.isfinite(reference) & np.isfinite(found))
+    apart = infinite & (reference != found)
+    if apart.any():
+        raise NumericError(
+            f"The scores of sample {int(np.argwhere(apart)[0][0])} are infinite in one of two that should agree.",
+            "One computes another function, or overflows.",
+            "Look for large numbers in the model, such as 1e38 in a mask.",
+        )
+    labels = [scores.argmax(-1) for scores in (reference, found)]
+    a, b = (np.where(infinite, 0.0, scores.astype(np.float64)) for scores in (reference, found))
     middle = a - a.mean(0)
     if len(a) > 1 and (middle**2).sum() <= VARIES * (a**2).sum():  # equal: all scores are zero
         raise DataError(
@@ -60,7 +75,7 @@ def agreement(reference: NDArray[Any], found: NDArray[Any]) -> Agreement:
         )
     centered = middle - (b - b.mean(0))
     return Agreement(
-        same_labels=int((a.argmax(-1) == b.argmax(-1)).sum()),
+        same_labels=int((labels[0] == labels[1]).sum()),
         n=len(a),
         max_error=float(np.abs(a - b).max()),
         relative=_norm(a - b) / max(_norm(a), 1e-300),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import binomtest
 
-from kirsch.errors import DataError, ShapeError
+from kirsch.errors import DataError, NumericError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -169,11 +169,30 @@ def calibration(logits: NDArray[Any], labels: NDArray[Any], bins: int = 10) -> d
     return {"ece": float(ece), "bins": rows}
 
 
+def check_scores(scores: NDArray[Any], whose: str = "model") -> None:
+    """Refuse scores of shape (N, K) from which no label follows.
+
+    A score of -inf beside finite ones is taken: that of a class that must not come.
+
+    Raises:
+        NumericError: a sample has NaN, +inf or no finite number.
+    """
+    broken = np.isnan(scores).any(-1) | np.isposinf(scores).any(-1) | ~np.isfinite(scores).any(-1)
+    if broken.any():
+        raise NumericError(
+            f"The {whose} gives NaN or infinity as scores of {int(broken.sum())} of {len(scores)} samples, first of "
+            f"sample {int(broken.argmax())}.",
+            "Such scores have no largest one, so that any label would be made up.",
+            "Check the weights for NaN, and that the inputs are prepared as the model expects.",
+        )
+
+
 def _check(logits: NDArray[Any], labels: NDArray[Any]) -> None:
     if logits.ndim != 2 or len(logits) != len(labels):  # noqa: PLR2004 - (N, K)
         raise ShapeError(f"Scores of shape {logits.shape} and labels of shape {labels.shape} do not fit together.")
     if not len(labels):
         raise DataError("There are no samples to judge by.", mend="Give at least one.")
+    check_scores(logits)
     wrong = (labels < 0) | (labels >= logits.shape[1])
     if wrong.any():
         raise DataError(

@@ -263,6 +263,18 @@ def test_a_model_that_puts_out_nan_is_refused_by_that_name():
         verified(Between(lambda s, x: s.second(x).sub(100).log()), torch.randn(3, 4))
 
 
+def test_a_model_that_puts_out_infinity_alone_is_refused():
+    with pytest.raises(VerificationError, match="no finite number"):
+        verified(Between(lambda s, x: s.second(x).abs() / 0), torch.randn(3, 4))
+
+
+def test_infinities_beside_finite_numbers_are_equal_where_they_are_the_same():
+    one, other = torch.tensor([1.0, -torch.inf]), torch.tensor([-torch.inf, 1.0])
+    assert distance([one], [one]) == 0
+    assert not distance([one], [other]) <= 1
+    assert torch.tensor(distance([one * torch.inf], [one * torch.inf])).isnan()
+
+
 def test_a_model_without_values_is_refused_by_that_name():
     model = Between(lambda s, x: s.second(x)).to("meta")
     with pytest.raises(VerificationError, match="lives on the meta device"):

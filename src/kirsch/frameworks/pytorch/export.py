@@ -3,100 +3,152 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import onnx
 import torch
-from torch import nn
 
 from kirsch.errors import ModelError
+from kirsch.frameworks.port import host
+from kirsch.frameworks.pytorch import onnx_file, predict
 from kirsch.frameworks.pytorch.copying import copy_of
-from kirsch.frameworks.pytorch.predict import arguments
+from kirsch.frameworks.pytorch.finite import not_finite_names
+from kirsch.frameworks.pytorch.flat import Flat, output_names
+from kirsch.frameworks.pytorch.randomness import unsteady
+from kirsch.frameworks.pytorch.rounding import Rounding
 from kirsch.frameworks.pytorch.unsupported import check_exportable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch import nn
 
 SINGLE_FILE_BYTES = 1_500_000_000
 """Protobuf stops at 2 GB; above this the weights go to a second file."""
 
 
-def export_onnx(model: nn.Module, example_inputs: Any, path: Path) -> dict[str, Any]:
-    """Write an ONNX file whose first axis, the batch, is free.
+class Exportable:
+    """A copy of a model in inference mode as a function of arrays, ready to be written and to be compared with.
+
+    A model of transformers runs without its cache of keys and values, which only generation needs.
 
     Args:
-        model: exported in inference mode, from a copy.
-        example_inputs: tensors whose first axis is the batch; keyword ones keep their names.
-        path: of the file.
+        model: left as it is.
+        example_inputs: tensors whose first axis is the batch; see `Flat`.
 
-    Returns:
-        opset, IR version, exporter, and name, shape and type of each input and output.
+    Attributes:
+        name: of the model's class.
+        inputs: name → example array.
 
     Raises:
-        ModelError: the model or its inputs cannot be exported; names the operation where the exporter does.
+        ModelError: the model cannot be copied, or the inputs or the model cannot be exported in their type.
     """
-    args, options = arguments(example_inputs)
-    for name, value in [*((f"Input {number}", value) for number, value in enumerate(args)), *options.items()]:
-        if not isinstance(value, torch.Tensor) or not value.dim():
-            found = "a tensor without axes" if isinstance(value, torch.Tensor) else f"of type {type(value).__name__}"
-            raise ModelError(f"{name} is {found}.", mend="Give tensors whose first axis is the batch.")
-    if any(tensor.dtype is torch.bfloat16 for tensor in model.state_dict().values()):
-        raise ModelError(
-            f"A {type(model).__name__} in bfloat16 cannot be exported.",
-            "ONNX Runtime lacks most operators in this type.",
-            "Give model.float().",
-        )
-    check_exportable(model)
-    subject = copy_of(model).eval()
-    # An axis of size 1 would be taken for a constant.
-    given = [*args, *options.values()]
-    pair = tuple(torch.cat([value, value]) if value.shape[0] == 1 else value for value in given)
-    batch = torch.export.Dim("batch")
-    names = [*(f"input{number}" if number else "input" for number in range(len(args))), *options]
-    shapes = tuple({0: batch} for _ in pair)
-    parameters = inspect.signature(subject.forward).parameters.values()
-    by_place = bool(options) or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                _ByPlace(subject, tuple(options)) if by_place else subject,
-                pair,
-                dynamo=True,
-                input_names=names,
-                output_names=None,
-                dynamic_shapes=(shapes,) if by_place else shapes,
-                verbose=False,
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self.name = type(model).__name__
+        check_exportable(model)
+        own = copy_of(model).eval()
+        for parameter in own.parameters():
+            parameter.requires_grad = False  # the attention of PyTorch is exported otherwise where gradients flow
+        _without_cache(own)
+        self._flat = Flat(own, example_inputs).eval()
+        given = [*own.state_dict().values(), *self._flat.inputs.values()]
+        if any(tensor.dtype is torch.bfloat16 for tensor in given):
+            raise ModelError(
+                f"A {self.name} in bfloat16 cannot be exported.",
+                "ONNX Runtime lacks most operators in this type.",
+                "Give model.float(), and inputs in float32.",
             )
-    except Exception as error:
-        raise ModelError(
-            f"A {type(model).__name__} cannot be exported to ONNX.",
-            _root(error),
-            "Export a part without the operation that is named, or replace it.",
-        ) from error
-    if program is None:
-        raise ModelError(f"A {type(model).__name__} cannot be exported to ONNX.", "The exporter gave nothing.")
-    size = sum(p.numel() * p.element_size() for p in subject.parameters())
-    with _quiet():
-        program.save(str(path), external_data=size > SINGLE_FILE_BYTES)
-    return _details(path)
+        self.inputs: dict[str, NDArray[Any]] = {name: host(value) for name, value in self._flat.inputs.items()}
+        self.double = any(tensor.dtype is torch.float64 for tensor in given)
+
+    def outputs(self, inputs: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return all outputs for one batch, by their path in what the model returns."""
+        return {name: host(value) for name, value in self._run(inputs).items()}
+
+    def rounded(self, inputs: Sequence[NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:
+        """Return the outputs where every operation rounds otherwise; see `Rounding`."""
+        with Rounding(seed):
+            return self.outputs(inputs)
+
+    def unsteady(self, inputs: Sequence[NDArray[Any]]) -> tuple[str, str]:
+        """Return why two runs for these inputs differ, and what to do; two empty texts if they do not."""
+        return unsteady(self._flat.model, lambda: list(self._run(inputs).values()))
+
+    def not_finite(self) -> str:
+        """Return the first parameter or buffer that holds NaN or infinity, in words; "" if none does."""
+        return next(not_finite_names(self._flat.model), "")
+
+    def _run(self, inputs: Sequence[NDArray[Any]]) -> dict[str, torch.Tensor]:
+        with torch.random.fork_rng(), torch.no_grad():
+            return self._flat.by_path(*self._tensors(inputs))
+
+    def _tensors(self, inputs: Iterable[NDArray[Any]]) -> tuple[torch.Tensor, ...]:
+        """Arrays as tensors where the model lies, which it may write into."""
+        device = predict.device_of(self._flat)
+        return tuple(torch.tensor(array, device=device) for array in inputs)
+
+    def write_onnx(self, path: Path, *, free_batch: bool = True) -> dict[str, Any]:
+        """Write one ONNX file.
+
+        Args:
+            path: of the file.
+            free_batch: whether the first axis of every input may have any size. Otherwise all sizes are those of the
+                example inputs.
+
+        Returns:
+            opset, IR version, exporter, and name, shape and type of each input and output.
+
+        Raises:
+            ModelError: the model cannot be exported; names the operation where the exporter does.
+        """
+        # An axis of size 1 would be taken for a constant.
+        twice = free_batch and all(len(value) == 1 for value in self._flat.inputs.values())
+        given = self._tensors(self.inputs.values())
+        given = tuple(torch.cat([value, value]) for value in given) if twice else given
+        batch = torch.export.Dim("batch")
+        try:
+            with _quiet():
+                paths = list(self._run(list(self.inputs.values())))
+                program = torch.onnx.export(
+                    self._flat,
+                    given,
+                    dynamo=True,
+                    dynamic_shapes=(tuple({0: batch} for _ in given),) if free_batch else None,
+                    verbose=False,
+                )
+        except Exception as error:
+            raise ModelError(
+                f"A {self.name} cannot be exported to ONNX.",
+                _root(error),
+                "Export a part without the operation that is named, or replace it.",
+            ) from error
+        if program is None:
+            raise ModelError(f"A {self.name} cannot be exported to ONNX.", "The exporter gave nothing.")
+        size = sum(p.numel() * p.element_size() for p in self._flat.parameters())
+        with _quiet():
+            program.save(str(path), external_data=size > SINGLE_FILE_BYTES)
+        inputs = list(self.inputs)
+        onnx_file.finish(path, inputs=inputs, outputs=output_names(paths, inputs), prefix="model.", model=self.name)
+        return {**onnx_file.details(path), "exporter": f"torch {torch.__version__}"}
 
 
-class _ByPlace(nn.Module):
-    """A model whose last inputs are given by place instead of by name."""
-
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        """What the model puts out."""
-        first = len(inputs) - len(self.names)
-        return self.model(*inputs[:first], **dict(zip(self.names, inputs[first:], strict=True)))
+def _without_cache(model: nn.Module) -> None:
+    """Switch off the cache of keys and values in every configuration that a model of transformers carries."""
+    seen: set[int] = set()
+    waiting = [vars(module)["config"] for module in model.modules() if "config" in vars(module)]
+    while waiting:
+        config = waiting.pop()
+        if id(config) in seen or not hasattr(config, "__dict__"):
+            continue
+        seen.add(id(config))
+        if getattr(config, "use_cache", False) is True:
+            config.use_cache = False
+        waiting += [part for part in vars(config).values() if hasattr(part, "use_cache")]
 
 
 def _root(error: BaseException) -> str:
@@ -125,20 +177,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _details(path: Path) -> dict[str, Any]:
-    written = onnx.load(str(path), load_external_data=False)
-    return {
-        "opset": max(entry.version for entry in written.opset_import if entry.domain in ("", "ai.onnx")),
-        "ir_version": written.ir_version,
-        "exporter": f"torch {torch.__version__}",
-        "inputs": [_value(value) for value in written.graph.input],
-        "outputs": [_value(value) for value in written.graph.output],
-    }
-
-
-def _value(value: Any) -> dict[str, Any]:
-    tensor = value.type.tensor_type
-    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
-    return {"name": value.name, "shape": shape, "type": onnx.TensorProto.DataType.Name(tensor.elem_type).lower()}

@@ -224,9 +224,9 @@ class PyTorch:
         """See the port."""
         return (p for p in model.parameters() if p.dim() > 1)
 
-    def export_onnx(self, model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
+    def exportable(self, model: Any, example_inputs: Any) -> export.Exportable:
         """See the port."""
-        return export.export_onnx(model, example_inputs, path)
+        return export.Exportable(model, example_inputs)
 
     def parameter_shapes(self, model: Any) -> dict[str, tuple[int, ...]]:
         """See the port."""

@@ -106,11 +106,11 @@ def _reason(
 
 def user_line(error: BaseException) -> str:
     """The last line of the model's own code that an error passed through: "file.py:12"; "" if there is none."""
-    frames = [f for f in python_traceback.extract_tb(error.__traceback__) if _of_user(f.filename)]
+    frames = [f for f in python_traceback.extract_tb(error.__traceback__) if of_user(f.filename)]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def _of_user(path: str) -> bool:
+def of_user(path: str) -> bool:
     """Whether a file belongs neither to PyTorch, nor to this library, nor to Python's own."""
     own = path.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in path
     return not own and not path.startswith((*PACKAGES, "<"))

@@ -126,7 +126,9 @@ def _modules(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, st
     converted = [node for node in (graph.nodes if graph is not None else ()) if "dequantize" in str(node.target)]
     if converted:
         yield f"{where} a converted graph, which computes with quantized numbers ({converted[0].target}).", PRUNE_FIRST
-    if any(kind.startswith(OBSERVING) for kind in kinds) and any("Observer" in kind or "Fake" in kind for kind in kinds):
+    if any(kind.startswith(OBSERVING) for kind in kinds) and any(
+        "Observer" in kind or "Fake" in kind for kind in kinds
+    ):
         yield (
             f"{where} a {type(module).__name__}, which observes values for a quantization.",
             "Prune the model first, and prepare the pruned one for quantization.",

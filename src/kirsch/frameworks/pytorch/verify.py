@@ -142,7 +142,7 @@ def _refuse_unstable(pruned: nn.Module, graph: Graph) -> None:
     traced: Traced = graph.traced
     first, second = (run(copy_of(pruned).eval(), traced.args, traced.options) for _ in range(2))
     apart = distance(first, second)
-    why = "It puts out NaN for the example inputs." if apart != apart else ""  # noqa: PLR0124 - NaN
+    why = "It puts out NaN, or no finite number, for the example inputs." if apart != apart else ""  # noqa: PLR0124 - NaN
     why = "It draws random numbers in inference mode, so that no two runs agree." if apart > 0 else why
     if why:
         raise VerificationError(
@@ -361,8 +361,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     """Largest difference relative to the largest reference value, over all outputs.
 
-    Of outputs that are no measurements (classes, masks) it is the share that differs. It is infinite if shapes differ,
-    and NaN if there is nothing to compare.
+    NaN where an output holds NaN, the reference no finite number, or there is nothing to compare. Infinite if shapes
+    differ. Of outputs that are no measurements (classes, masks) it is the share that differs.
     """
     pairs = list(zip(reference, found, strict=False))
     if not reference and not found:
@@ -373,6 +373,8 @@ def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     for a, b in pairs:
         if a.numel():
             if a.is_floating_point() or a.is_complex():
+                if not a.isfinite().any():  # infinities alone would differ by nothing
+                    return float("nan")
                 finite = ~((a == b) & a.isinf())  # equal infinities, as in masked scores, differ by NaN
                 apart = float(torch.where(finite, a - b, 0).abs().max())
                 apart /= max(float(torch.where(finite, a, 0).abs().max()), 1e-300)

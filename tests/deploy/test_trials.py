@@ -1,0 +1,237 @@
+"""What a file is compared on, and what no comparison may pass over: NaN, chance, state, and rounding."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import kirsch
+from kirsch.deploy.trials import DRIFT, distance
+from kirsch.errors import ModelError, NumericError
+
+PAIR = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+
+
+class Made(nn.Module):
+    """A forward that is a function, after a layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = nn.Linear(2, 4), function
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        return self.function(self, self.layer(x))
+
+
+def counted(model, x):
+    model.runs += 1
+    return x * model.runs
+
+
+def masked(_model, x):
+    return x.masked_fill(torch.tensor([False, False, True, False]), -torch.inf)
+
+
+# ------------------------------------------------------------------------------------------- rounding
+
+
+def test_a_model_that_normalizes_constant_maps_is_exported(tmp_path):
+    """Of zeros, two instance normalizations make rounding as large as any output: that trial says nothing."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.InstanceNorm2d(4))
+    found = kirsch.export(net, tmp_path / "m.onnx", example_inputs=torch.randn(2, 1, 8, 8)).details
+    zero = next(trial for trial in found["trials"] if trial["inputs"] == "zero")
+    assert zero["unstable"] == ["0"]
+    assert zero["drift"] is None
+    assert found["drift"] < DRIFT
+
+
+@pytest.mark.parametrize("part", [nn.GroupNorm(1, 4), nn.LayerNorm(4), nn.Softmax(-1)], ids=lambda part: str(part)[:9])
+def test_other_normalizations_are_exported(part, tmp_path):
+    net = nn.Sequential(nn.Linear(2, 4, bias=False), part, nn.Linear(4, 4, bias=False), part)
+    assert kirsch.export(net, tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] < DRIFT
+
+
+def test_a_model_in_half_precision_is_judged_by_its_own_rounding(tmp_path):
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).half()
+    found = kirsch.export(net, tmp_path / "m.onnx", example_inputs=PAIR.half()).details
+    assert found["inputs"][0]["type"] == "float16"
+    assert all(trial["drift"] <= trial["allowed"] < 0.1 for trial in found["trials"])
+
+
+def test_autocast_in_the_forward_is_judged_by_its_own_rounding(tmp_path):
+    def inside(model, x):
+        with torch.autocast("cpu", torch.float16):
+            return model.second(x).float()
+
+    model = Made(inside)
+    model.second = nn.Linear(4, 3)
+    assert kirsch.export(model, tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] < 0.01
+
+
+def test_a_wrong_file_of_half_precision_is_refused(planted, tmp_path):
+    """Its precision is a thousandth; this is wrong by a twentieth."""
+
+    class Double(nn.Module):
+        def forward(self, x):
+            return x + x
+
+    planted(
+        "f = Constant<value_float = 2.1>() g = CastLike(f, input) y = Mul(input, g)",
+        taken="float16[batch,2] input",
+        given="float16[batch,2] y",
+    )
+    with pytest.raises(NumericError, match=r"differ by 5\.0e-02 of the largest, \de-03 is allowed"):
+        kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR.half())
+
+
+def test_an_output_that_is_rounding_alone_for_all_inputs_is_refused(tmp_path):
+    """Sums of a thousand products are never the same in both, and the sine of a large number is anything."""
+    chaos = Made(lambda model, x: torch.sin(1e9 * model.second(x.repeat(1, 256))))
+    chaos.second = nn.Linear(1024, 64)
+    with pytest.raises(NumericError, match=r"computes the output '0' of a Made cannot be seen\. Rounding alone"):
+        kirsch.export(chaos, tmp_path / "m.onnx", example_inputs=PAIR)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "apart"),
+    [
+        ([1.0, -4.0], [1.0, -3.0], 0.25),
+        ([1.0, -np.inf], [1.5, -np.inf], 0.5),
+        ([1.0, -np.inf], [1.0, np.inf], np.inf),
+        ([1.0, np.nan], [1.0, 1.0], np.inf),
+        ([3, 4, 5, 6], [3, 4, 5, 7], 0.25),
+        ([True, False], [True, True], 0.5),
+        ([[1.0]], [1.0], np.inf),
+        ([], [], 0.0),
+        ([1j, 2.0], [1j, 1.0], 0.5),
+    ],
+)
+def test_a_distance_is_a_share_of_the_largest_or_of_the_numbers(expected, found, apart):
+    assert distance(np.array(expected), np.array(found)) == apart
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: (nn.Conv2d(1, 2, 3).double(), torch.zeros(1, 1, 4, 4).double()),
+            r"Give model\.float\(\) and inputs in",
+        ),
+        (
+            lambda: (Made(lambda _, x: (x.bfloat16() * 2).float()), PAIR),
+            r"in bfloat16 .*: test_trials\.py:\d+, `.*bfloat16",
+        ),
+    ],
+    ids=["float64", "bfloat16"],
+)
+def test_a_type_that_the_runtime_lacks_is_refused_with_the_fix(make, sentence, tmp_path):
+    model, inputs = make()
+    with pytest.raises(ModelError, match=sentence) as caught:
+        kirsch.export(model, tmp_path / "m.onnx", example_inputs=inputs)
+    assert "kirsch.export wrote" not in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------- chance and state
+
+
+DRAWING = {
+    "dropout": lambda _, x: functional.dropout(x, 0.5),
+    "noise": lambda _, x: x + torch.randn_like(x),
+    "uniform": lambda _, x: x + torch.rand(len(x), 1),
+    "gumbel": lambda _, x: functional.gumbel_softmax(x),
+    "a choice of two": lambda _, x: torch.multinomial(x[:, :2].softmax(-1), 1),
+    "masks": lambda _, x: x.masked_fill(torch.rand(4) < 0.5, -torch.inf).cumsum(0) + torch.tensor([0.0, 1.0, 2.0, 3.0]),
+    "attention": lambda _, x: functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    "distribution": lambda _, x: torch.distributions.Normal(x, 1.0).rsample(),
+}
+
+
+@pytest.mark.parametrize("function", DRAWING.values(), ids=DRAWING)
+def test_a_model_that_draws_random_numbers_is_refused_with_the_line(function, tmp_path):
+    model, state = Made(function), torch.random.get_rng_state()
+    sentence = r"A Made gives other outputs at each run.*draws random numbers in inference mode: test_trials\.py:\d+, `"
+    with pytest.raises(NumericError, match=sentence):
+        kirsch.export(model, tmp_path / "m.onnx", example_inputs=PAIR)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_what_is_drawn_without_an_effect_is_exported(tmp_path):
+    still = Made(lambda _, x: functional.dropout(x, 0.0) + 0 * torch.rand(1))
+    assert kirsch.export(still, tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] < DRIFT
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (lambda _, x: x * random.random(), r"Two runs with the same inputs give different outputs\. Look for random"),
+        (counted, r"It changes its buffer `runs` in inference mode, so that each run starts from another state\."),
+    ],
+    ids=["chance of Python", "state"],
+)
+def test_other_reasons_for_other_outputs_are_named(function, sentence, tmp_path):
+    model = Made(function)
+    with pytest.raises(NumericError, match=sentence):
+        kirsch.export(model, tmp_path / "m.onnx", example_inputs=PAIR)
+    assert model.runs == 0
+
+
+# ------------------------------------------------------------------------------------------- not finite
+
+
+NOT_FINITE = {
+    "NaN": (lambda _, x: x * torch.nan, "gives NaN"),
+    "NaN in one place": (lambda _, x: x.masked_fill(torch.tensor([True, False, False, False]), torch.nan), "gives NaN"),
+    "infinity": (lambda _, x: x.abs() / 0, "gives no finite number"),
+    "NaN in one of two": (
+        lambda _, x: (x, {"aux": x / 0 * 0}),
+        r"gives NaN for the example inputs, in its output '1\.aux'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "sentence"), NOT_FINITE.values(), ids=NOT_FINITE)
+def test_a_model_without_finite_numbers_is_refused(function, sentence, tmp_path):
+    with pytest.raises(NumericError, match=sentence) as caught:
+        kirsch.export(Made(function), tmp_path / "m.onnx", example_inputs=PAIR)
+    assert caught.value.exit_code == 6
+    with pytest.raises(NumericError, match=sentence):
+        kirsch.measure(Made(function), example_inputs=PAIR)
+
+
+def test_the_cause_of_nan_is_named(tmp_path):
+    model = Made(lambda _, x: x)
+    with pytest.raises(NumericError, match=r"The input 'input' is not finite\."):
+        kirsch.export(model, tmp_path / "m.onnx", example_inputs=PAIR * torch.nan)
+    with torch.no_grad():
+        model.layer.weight[0, 0] = torch.nan
+    with pytest.raises(NumericError, match=r"Its parameter `layer\.weight` is not finite\."):
+        kirsch.export(model, tmp_path / "m.onnx", example_inputs=PAIR)
+
+
+def test_logits_that_are_suppressed_are_exported(tmp_path):
+    artifact = kirsch.export(Made(masked), tmp_path / "m.onnx", example_inputs=PAIR)
+    assert artifact.details["drift"] < DRIFT
+
+
+def test_random_values_outside_of_what_a_model_takes_are_not_tried(tmp_path):
+    """Positions as floating numbers: large ones lie outside of the table."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(5, 3)
+
+        def forward(self, x):
+            return self.table(x.long())
+
+    found = kirsch.export(Table(), tmp_path / "m.onnx", example_inputs=PAIR).details
+    assert "large" not in {trial["inputs"] for trial in found["trials"]}
+    assert found["drift"] == 0
