@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 NUMBERS = ("weight", "temperature", "label_weight")
 """Fields that may be ramps."""
 
+OUTPUTS = ("logits", "probabilities")
+"""What a model may be said to put out."""
+
 COMBINED = ("probabilities", "logits", "confidence", "sum")
 """How the scores of several teachers become one: their mean probabilities; their mean scores, which is no mixture of
 what they say; probabilities weighed by how sure each is; or one term for each teacher, added up."""
@@ -116,6 +119,10 @@ class Objective:
         balance: "fixed": weights are as stated. "gradient": each term's gradient is scaled, at the first batch of an
             epoch, so that the lengths of the gradients stand to each other as the weights.
         teachers: how several teachers are combined: "probabilities", "logits", "confidence" or "sum".
+        student_outputs: what the student puts out. "logits"; or "probabilities", of which logits are made by their
+            logarithms (of yes or no: log p - log (1 - p)) for all losses on them. None: logits, and outputs that look
+            like probabilities are an error.
+        teacher_outputs: the same of the teachers: one for all, or one for each as a tuple.
 
     Raises:
         UsageError: a number is out of range, or all weights are zero.
@@ -130,6 +137,8 @@ class Objective:
     ignore: int = -100
     balance: Literal["fixed", "gradient"] = "fixed"
     teachers: str = "probabilities"
+    student_outputs: str | None = None
+    teacher_outputs: str | tuple[str | None, ...] | None = None
 
     def __post_init__(self) -> None:
         problems = [sentence for term in self.terms for sentence in term.problems()]
@@ -138,6 +147,10 @@ class Objective:
             raise UnknownNameError("balance", self.balance, ("fixed", "gradient"))
         if self.teachers not in COMBINED:
             raise UnknownNameError("way to combine teachers", self.teachers, COMBINED)
+        each = self.teacher_outputs if isinstance(self.teacher_outputs, (tuple, list)) else (self.teacher_outputs,)
+        for stated in (self.student_outputs, *each):
+            if stated not in (None, *OUTPUTS):
+                raise UnknownNameError("kind of outputs", str(stated), OUTPUTS)
         problems += [sentence for sentence in [problem("label_weight", self.label_weight, least=0)] if sentence]
         if not 0 <= self.label_smoothing < 1:
             problems.append(f"label_smoothing is {self.label_smoothing}; a share of at least 0, below 1, is needed")
@@ -201,7 +214,9 @@ class Objective:
             UnknownNameError: a field that objectives do not have.
         """
         terms = tuple(_made(Term, term, "a term") for term in values.get("terms", ()))
-        made: Objective = _made(cls, {**values, "terms": terms}, "an objective")
+        outputs = values.get("teacher_outputs")
+        lists = {"teacher_outputs": tuple(outputs)} if isinstance(outputs, list) else {}  # as JSON has them
+        made: Objective = _made(cls, {**values, **lists, "terms": terms}, "an objective")
         return made
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from kirsch.errors import DataError, ShapeError, UsageError
 from kirsch.frameworks.augment import TRIED, apply, check, sample_seeds
+from kirsch.frameworks.structure import taken_apart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,21 +41,15 @@ class Batch:
 
     @classmethod
     def of(cls, given: Any) -> Batch:
-        """What a loader gives: inputs; (inputs, targets); (inputs, targets, ids); or a dict that may hold "labels"."""
-        if isinstance(given, cls):
-            return given
-        if isinstance(given, Mapping) or hasattr(given, "keys"):
-            values = {name: given[name] for name in given.keys()}  # noqa: SIM118 - what tokenizers give is no Mapping
-            targets, ids = values.pop("labels", None), values.pop("ids", None)
-            return cls(values, targets, ids)
-        if isinstance(given, (tuple, list)):
-            if not 1 <= len(given) <= len(("inputs", "targets", "ids")):
-                raise DataError(
-                    f"A batch has {len(given)} parts.",
-                    mend="Give (inputs, targets), perhaps with the numbers of the samples as a third part, or a dict.",
-                )
-            return cls(*given)
-        return cls(given)
+        """A batch of what a loader gives.
+
+        That is inputs; (inputs, targets); (inputs, targets, ids); or a dict, a dataclass or a named tuple in which
+        "labels", "label", "label_ids", "targets", "target" or "y" are the targets and "ids" the ids.
+
+        Raises:
+            DataError: the parts cannot be told from each other.
+        """
+        return given if isinstance(given, cls) else cls(*taken_apart(given))
 
     def __len__(self) -> int:
         """Samples."""
