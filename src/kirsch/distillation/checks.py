@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch.distillation.arrays import each
 from kirsch.distillation.attach import of_all
 from kirsch.distillation.losses.loss import loss_of
-from kirsch.distillation.schedule import Ramp
+from kirsch.distillation.schedule import Ramp, ends
 from kirsch.errors import DataError
 from kirsch.frameworks.data import ArrayData, Batch, SeededData
 from kirsch.frameworks.structure import check_inputs
@@ -65,6 +65,21 @@ def _refuse_dataset(data: Any) -> None:
             f"The data is a {type(data).__name__}, which gives single samples, and batches are needed.",
             mend="Give torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True).",
         )
+
+
+def missing_targets(batch: Batch, objective: Objective) -> list[str]:
+    """A warning where batches are dicts without targets, and the objective has a weight for the labels.
+
+    A model that takes any keywords would swallow targets of another name without a word.
+    """
+    if batch.targets is not None or not isinstance(batch.inputs, dict) or not any(ends(objective.label_weight)):
+        return []
+    text = (
+        f"The batches have no targets, so that the labels (label_weight {objective.label_weight}) teach nothing: their "
+        f"entries are {', '.join(map(str, batch.inputs))}. If one of them holds the targets, call it labels; else give "
+        "label_weight=0."
+    )
+    return [text]
 
 
 def check_last_batch(framework: Framework, model: Any, data: Any, first: Batch) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from kirsch.distillation.attach import Pair, attach, refuse_classes, table, wanted_of
-from kirsch.distillation.checks import few, mixed_scores
+from kirsch.distillation.checks import few, missing_targets, mixed_scores
 from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import check_record, scored_sites, settle, teachers_logits
@@ -108,6 +108,8 @@ class Distiller:
             self._guide = LiveTeachers(framework, teachers, sites, logits)
             for sentence in mixed_scores(objective, len(teachers)):
                 doubt(sentence)
+        for sentence in missing_targets(first, objective):
+            doubt(sentence)
         self.student = student
         own_sites = scored_sites(objective, pairs, None)
         self.pupil: Any = framework.pupil(

@@ -323,7 +323,8 @@ class Lesson:
 def _wide_targets(batch: Batch) -> Batch:
     """A batch whose targets, if whole numbers, have 64 bits: in 8 of them -100 is a class, 156."""
     labels = batch.targets
-    if labels is None or "int" not in str(labels.dtype) or str(labels.dtype).endswith("int64"):
+    kind = str(getattr(labels, "dtype", "")).removeprefix("torch.")
+    if "int" not in kind or kind == "int64":
         return batch
     return dataclasses.replace(batch, targets=whole_numbers(labels))
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.arrays import constant
 from kirsch.distillation.attach import attach, of_all
-from kirsch.distillation.checks import check_last_batch, few, first_batch, late_ramps, mixed_scores, split_relations
+from kirsch.distillation.checks import (
+    check_last_batch,
+    few,
+    first_batch,
+    late_ramps,
+    missing_targets,
+    mixed_scores,
+    split_relations,
+)
 from kirsch.distillation.distill import settled, to_validate_by, with_validation
 from kirsch.distillation.lesson import Lesson, add
 from kirsch.distillation.objective import Objective
@@ -94,7 +102,7 @@ def distill_mutually(
         peers.append(_Peers())
         lessons.append(Lesson(framework, objective, pairs, peers[-1], scores=shape))
     hooks = _of_each(framework, with_validation(hooks, framework, validation, objective, students))
-    texts = split_relations(objective, training) + late_ramps(objective, training)
+    texts = split_relations(objective, training) + late_ramps(objective, training) + missing_targets(first, objective)
     for text in texts + mixed_scores(objective, len(students) - 1):
         hooks.doubt(text)
     pupil = framework.pupil(framework.cohort(students), [_site(place) for place in range(len(students))], {}, {})

@@ -167,7 +167,7 @@ def _remedy(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
     if targets.dtype.kind not in "biuf":
         return "Give numbers: turn class names into class numbers."
     known = targets[np.isfinite(targets)] if targets.dtype.kind == "f" else targets
-    whole = bool(len(known) == targets.size and (known == np.round(known)).all())
+    whole = bool(known.size == targets.size and (known == np.round(known)).all())
     yes_or_no = bool(whole and np.isin(known, (0, 1)).all())
     if targets.shape[1:] == places:
         return _remedy_of_numbers(targets, whole=whole, classes=classes, yes_or_no=yes_or_no)
@@ -285,16 +285,16 @@ def _check_answers(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
     place, value = int(wrong.reshape(len(targets), -1).any(axis=1).argmax()), targets[wrong][0]
     values = set(np.unique(targets[~np.isnan(targets)] if targets.dtype.kind == "f" else targets).tolist()) - {IGNORED}
     fix = f"Give 0 for no and 1 for yes, or shares between; {IGNORED} stands for no label."
-    if values <= {-1, 1} or values <= {-1, 0, 1}:
-        fix = "They are -1 and 1: give (targets + 1) / 2." if 0 not in values else "Give 0 for no, and 1 for yes."
+    if np.isnan(value):
+        fix = f"Give {IGNORED} where a label is missing."
+    elif values <= {-1, 1}:
+        fix = "They are -1 and 1: give (targets + 1) / 2."
     elif values <= {1, 2}:
         fix = "They are 1 and 2: give targets - 1."
     elif values <= {0, MASK_LEVEL}:
         fix = f"They are 0 and {MASK_LEVEL}: give targets / {MASK_LEVEL}."
     elif MASK_LEVEL in values and values <= {0, 1, MASK_LEVEL}:
         fix = f"Where {MASK_LEVEL} marks what has no label, give {IGNORED} there."
-    elif np.isnan(value):
-        fix = f"Give {IGNORED} where a label is missing."
     raise DataError(
         f"Sample {place} has the target {value:g}; the targets are {look(targets)}{_values(targets)}.",
         'The label loss "binary" takes targets from 0 (no) to 1 (yes).',

@@ -160,7 +160,7 @@ def check_inputs(inputs: Any, targets: Any) -> None:
         DataError: there are such, or parts differ in their number of samples.
     """
     parts = list(inputs.values()) if isinstance(inputs, dict) else inputs
-    alone = not isinstance(parts, (tuple, list))
+    alone = not isinstance(parts, (tuple, list)) or (bool(parts) and all(isinstance(part, str) for part in parts))
     for part in [parts] if alone else parts:
         _check_part(part, inputs)
     arrays = [part for part in _leaves(inputs) if len(getattr(part, "shape", ()))]

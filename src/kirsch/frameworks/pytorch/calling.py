@@ -110,7 +110,10 @@ def not_running(model: nn.Module, inputs: Any, error: Exception) -> UsageError:
     fix = "Give batches as the forward of the model takes them; try model(inputs) by itself."
     if last is not None:
         axes = (0, 3, 1, 2)
-        fix = f"These images have their channels last. Where the model takes them first, give inputs.transpose{axes}."
+        fix = (
+            f"These images have their channels last. Where the model takes them first, give inputs.transpose{axes} of "
+            f"an array, inputs.permute{axes} of a tensor."
+        )
     return UsageError(
         f"{type(model).__name__} does not run on the first batch, whose inputs are {look(inputs)}.", said(error), fix
     )
