@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kirsch
-from kirsch.distillation.chain import born_again, distill_chain
+from kirsch.distillation.chain import born_again, distill_chain, ensemble
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.mutual import distill_mutually
@@ -218,6 +218,25 @@ def test_training_alone_and_students_among_themselves_take_probabilities():
     found = distill_mutually([SOFT, net(nn.Softmax(-1))], whole(), objective=stated, training=SHORT)
     for one, other in zip(found, wanted, strict=True):
         same(one.model, other.model)
+
+
+def test_an_ensemble_of_probabilities_has_the_logits_of_their_mean():
+    inputs = torch.from_numpy(samples()[0])
+    soft = [net(nn.Softmax(-1), seed=seed).eval() for seed in (0, 1)]
+    mean = (soft[0](inputs) + soft[1](inputs)) / 2
+    found = ensemble(soft, outputs="probabilities")(inputs)
+    torch.testing.assert_close(found.softmax(-1), mean)
+    torch.testing.assert_close(ensemble([net(seed=0), net(seed=1)])(inputs).softmax(-1), mean)
+    with pytest.raises(UsageError, match=r"Model 0 of the ensemble puts out probabilities.* outputs=\"probabilities\""):
+        ensemble(soft)(inputs)
+    with pytest.raises(UnknownNameError, match="no kind of outputs 'soft'"):
+        ensemble(soft, outputs="soft")
+
+
+def test_peers_are_students_and_no_teachers():
+    objective = Objective.preset("dml", teacher_outputs="probabilities")
+    with pytest.raises(UsageError, match=r"students that learn from each other have none\. Say it of the students"):
+        distill_mutually([net(), net(seed=1)], whole(), objective=objective, training=SHORT)
 
 
 def test_logarithms_of_probabilities_are_logits_of_classes_and_not_of_yes_or_no():

@@ -126,6 +126,11 @@ def _check_students(framework: Framework, students: Sequence[Any]) -> None:
 
 
 def _check_terms(objective: Objective, students: int) -> None:
+    if objective.teacher_outputs not in (None, objective.student_outputs):
+        raise UsageError(
+            "The objective says what teachers put out, and students that learn from each other have none.",
+            mend="Say it of the students: student_outputs=.",
+        )
     if not objective.terms:
         raise UsageError(
             "The objective has no terms, so that the students would learn from the labels alone.",

@@ -17,8 +17,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from kirsch.distillation.checks import check_last_batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
+from kirsch.frameworks.data import Batch
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import require_labels
 
@@ -135,13 +137,17 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
         if self.distiller is None or self.distiller.student is not self.model:
             teacher, objective, regularizers = self._taught
 
-            def fetch() -> Any:
-                loader = self.get_train_dataloader()
-                return next(iter(getattr(loader, "base_dataloader", loader)), None)
+            def fetch() -> tuple[Any, Any]:
+                whole = self.get_train_dataloader()
+                loader = getattr(whole, "base_dataloader", whole)
+                return loader, next(iter(loader), None)
 
-            first = framework_of(self.model).seeded(fetch, self.args.seed)  # the order of the run is left as it is
+            framework = framework_of(self.model)
+            loader, first = framework.seeded(fetch, self.args.seed)  # the order of the run is left as it is
             if first is None:
                 raise DataError("The training data is empty.", mend="Give at least one batch.")
+            if self.accelerator.num_processes == 1:
+                check_last_batch(framework, self.model, loader, Batch.of(first))
             self.distiller = Distiller(
                 self.model, teacher, objective, first, seed=self.args.seed, regularizers=regularizers
             )
