@@ -294,9 +294,7 @@ def test_targets_of_a_name_that_nobody_knows_are_warned_of_where_the_model_swall
     hooks = TrainingHooks(event=told.append)
     distill(Told(), Told(), [batch], training=ONCE, check_teacher=False, hooks=hooks)
     sentences = [event["text"] for event in told if event["event"] == "doubt"]
-    assert any(
-        "entries are pixel_values, class. If one of them holds the targets, call it labels" in s for s in sentences
-    )
+    assert any("Told has no argument class. If that holds the targets, call it labels" in s for s in sentences)
     with pytest.raises(DataError, match="The data has no targets, and there is no teacher"):
         fit(Told(), [batch], training=ONCE)
 

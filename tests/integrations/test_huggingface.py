@@ -279,13 +279,15 @@ def stacked(rows):
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
 
-def test_labels_that_a_collator_calls_label_are_learned_from(tmp_path):
-    rows = [{"label" if name == "labels" else name: value for name, value in row.items()} for row in sentences()]
+@pytest.mark.parametrize("called", ["label", "target", "y"])
+@pytest.mark.parametrize("collator", [None, stacked], ids=["default", "own"])
+def test_targets_of_another_name_are_learned_from(tmp_path, called, collator):
+    rows = [{called if name == "labels" else name: value for name, value in row.items()} for row in sentences()]
     options = {"student": encoder(8, 2, 0), "teacher": encoder(16, 4, 1), "objective": Objective.kd(2.0)}
-    found = trainer(tmp_path, **options, data=rows, data_collator=stacked, eval_strategy="no")
+    found = trainer(tmp_path, **options, data=rows, data_collator=collator)
     found.train()
-    assert "loss/label" in found.state.log_history[0]
-    assert "loss/kd" in found.state.log_history[0]
+    assert {"loss/label", "loss/kd"} <= set(found.state.log_history[0])
+    assert found.evaluate()["eval_loss"] > 0
 
 
 def test_a_student_that_ends_in_a_softmax_is_refused_by_the_trainer_too(tmp_path):

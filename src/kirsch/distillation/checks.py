@@ -67,19 +67,24 @@ def _refuse_dataset(data: Any) -> None:
         )
 
 
-def missing_targets(batch: Batch, objective: Objective) -> list[str]:
-    """A warning where batches are dicts without targets, and the objective has a weight for the labels.
+def missing_targets(framework: Framework, model: Any, batch: Batch, objective: Objective) -> list[str]:
+    """A warning where batches without targets have entries that the model swallows without naming them.
 
-    A model that takes any keywords would swallow targets of another name without a word.
+    Args:
+        framework: of the model.
+        model: the student, which may take any keywords.
+        batch: the first one.
+        objective: which may have a weight for the labels.
     """
     if batch.targets is not None or not isinstance(batch.inputs, dict) or not any(ends(objective.label_weight)):
         return []
+    unknown = framework.unknown_arguments(model, [str(name) for name in batch.inputs])
     text = (
-        f"The batches have no targets, so that the labels (label_weight {objective.label_weight}) teach nothing: their "
-        f"entries are {', '.join(map(str, batch.inputs))}. If one of them holds the targets, call it labels; else give "
-        "label_weight=0."
+        f"The batches have no targets, so that the labels (their weight is not 0) teach nothing, and "
+        f"{type(model).__name__} has no argument {' or '.join(unknown)}. If that holds the targets, call it labels; "
+        "else leave it out of the batches."
     )
-    return [text]
+    return [text] if unknown else []
 
 
 def check_last_batch(framework: Framework, model: Any, data: Any, first: Batch) -> None:

@@ -108,7 +108,7 @@ class Distiller:
             self._guide = LiveTeachers(framework, teachers, sites, logits)
             for sentence in mixed_scores(objective, len(teachers)):
                 doubt(sentence)
-        for sentence in missing_targets(first, objective):
+        for sentence in missing_targets(framework, student, first, objective):
             doubt(sentence)
         self.student = student
         own_sites = scored_sites(objective, pairs, None)

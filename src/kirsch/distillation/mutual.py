@@ -102,7 +102,8 @@ def distill_mutually(
         peers.append(_Peers())
         lessons.append(Lesson(framework, objective, pairs, peers[-1], scores=shape))
     hooks = _of_each(framework, with_validation(hooks, framework, validation, objective, students))
-    texts = split_relations(objective, training) + late_ramps(objective, training) + missing_targets(first, objective)
+    texts = split_relations(objective, training) + late_ramps(objective, training)
+    texts += missing_targets(framework, students[0], first, objective)
     for text in texts + mixed_scores(objective, len(students) - 1):
         hooks.doubt(text)
     pupil = framework.pupil(framework.cohort(students), [_site(place) for place in range(len(students))], {}, {})

@@ -89,6 +89,9 @@ class Framework(Protocol):
         `training`: in training mode, a copy of it.
         """
 
+    def unknown_arguments(self, model: Any, names: Sequence[str]) -> list[str]:
+        """Those of some names that the forward of a model does not name among its arguments; none if it names none."""
+
     def squashed(self, model: Any, site: str, inputs: Any) -> bool:
         """Whether the value at a site comes out of a sigmoid or a softmax, seen in a run on some samples."""
 

@@ -22,6 +22,7 @@ from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
 from kirsch.frameworks.data import Batch
 from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.structure import IDS, TARGETS
 from kirsch.frameworks.training import require_labels
 
 try:
@@ -221,13 +222,17 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
         super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """See the Trainer; the numbers of the samples are nothing that a student takes."""
-        return super().prediction_step(model, {name: inputs[name] for name in inputs if name != "ids"}, *args, **kwargs)
+        """See the Trainer; a student takes no numbers of samples, and calls its targets labels."""
+        given = {name: inputs[name] for name in inputs if name != IDS}
+        target = next((name for name in TARGETS if name in given), None)
+        if target is not None:
+            given["labels"] = given.pop(target)
+        return super().prediction_step(model, given, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "ids" not in self._signature_columns:
-            self._signature_columns.append("ids")  # for adapters that remember samples, and for stores
+        # Ids are for adapters that remember samples, and for stores.
+        self._signature_columns += [name for name in (IDS, *TARGETS) if name not in self._signature_columns]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -12,6 +12,8 @@ from kirsch.errors import DataError, UsageError, said
 from kirsch.frameworks.structure import look
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
 NCHW = 4
@@ -44,6 +46,12 @@ def fitted(model: nn.Module, args: Any, options: Any, asked: Any) -> tuple[Any, 
     if unknown and not any(p.kind == p.VAR_KEYWORD for p in found):
         raise _unfit(model, known, args, options)
     return args, {**options, **asked}
+
+
+def unknown(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of some names that the forward does not have, of two or more; a single one is its first argument."""
+    known = {p.name for p in _parameters(model) or []}
+    return [name for name in names if name not in known] if known and len(names) > 1 else []
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter] | None:

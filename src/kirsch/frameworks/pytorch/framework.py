@@ -144,6 +144,10 @@ class PyTorch:
         except Exception as error:  # whatever the model's own code raises
             raise calling.not_running(model, inputs, error) from error
 
+    def unknown_arguments(self, model: Any, names: Sequence[str]) -> list[str]:
+        """See the port."""
+        return calling.unknown(model, names)
+
     def squashed(self, model: Any, site: str, inputs: Any) -> bool:
         """See the port."""
         return squashed.squashed(model, site, predict.tensors(inputs, model))
