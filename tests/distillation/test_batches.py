@@ -240,6 +240,21 @@ def test_inputs_of_two_models_are_named_by_the_one_that_does_not_run(net):
         distill(net, Large(), [(X, Y)], training=ONCE)
 
 
+def test_samples_in_memory_may_be_tensors_or_lists(net):
+    wanted = fit(net, ArrayData(X.numpy(), Y.numpy()), training=ONCE).model.head.weight
+    for inputs, targets in ((X, Y), (X.numpy(), Y.tolist()), ({"image": X}, Y)):
+        assert torch.equal(fit(net, ArrayData(inputs, targets), training=ONCE).model.head.weight, wanted)
+    assert ArrayData(X.tolist(), Y.tolist()).inputs.shape == X.shape
+    for inputs, sentence in (
+        (DataLoader(TensorDataset(X, Y)), "inputs of ArrayData are a DataLoader.* give it in place of ArrayData"),
+        ([[1.0], [1.0, 2.0]], "inputs of ArrayData are a list of 2 list.* pad or resize"),
+        (["a", "b"], "The input 'inputs' is <U1 of shape .* numbers"),
+        (np.array([None, Images()]), "The input 'inputs' is object of shape"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            ArrayData(inputs, None)
+
+
 # ------------------------------------------------------------------------------------------------ one sample left over
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.errors import DataError, ShapeError, UsageError
+from kirsch.errors import DataError, ShapeError, UsageError, said
 from kirsch.frameworks.augment import TRIED, apply, check, sample_seeds
-from kirsch.frameworks.structure import taken_apart
+from kirsch.frameworks.structure import look, taken_apart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,7 +99,8 @@ class ArrayData(SeededData):
     looked up.
 
     Args:
-        inputs: shape (N, ...), finite; or a dict of such, keyword arguments of the model.
+        inputs: shape (N, ...), finite; or a dict of such, keyword arguments of the model. Tensors and lists of numbers
+            become arrays of numpy, here as in `targets` and `ids`.
         targets: what the loss on labels takes, such as class numbers (N,) or (N, L); None where there are none.
         batch_size: >= 1; a last batch of one sample joins the one before, since normalisation needs two.
         augment: a transform of `kirsch.frameworks.augment`, or a user's (batch, generator) → batch, which is called
@@ -123,6 +124,7 @@ class ArrayData(SeededData):
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        self._make_arrays()
         if not self.parts or not self.samples:
             raise DataError("The data is empty.", mend="Give at least one sample.")
         if self.batch_size < 1:
@@ -139,6 +141,14 @@ class ArrayData(SeededData):
             raise UsageError("A transform takes one array; the inputs are a dict.", mend="Augment them beforehand.")
         if self.augment is not None:
             check(self.augment, self.rows(np.linspace(0, self.samples - 1, min(self.samples, TRIED)).astype(int)))
+
+    def _make_arrays(self) -> None:
+        """Make arrays of tensors and lists."""
+        own = {name: _array(name, part) for name, part in self.parts.items()}
+        object.__setattr__(self, "inputs", own if isinstance(self.inputs, dict) else own["inputs"])
+        for name in ("targets", "ids"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _array(name, getattr(self, name)))
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -189,9 +199,35 @@ class ArrayData(SeededData):
             yield self.look(order[borders[number] : borders[number + 1]], seed, view)
 
 
+def _array(name: str, given: Any) -> NDArray[Any]:
+    """An array of an array, a tensor or a list of numbers.
+
+    Raises:
+        DataError: it is anything else, or samples differ in shape.
+    """
+    try:
+        found = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(
+            f"The {name} of ArrayData are {look(given)}, of which no array can be made.",
+            said(error),
+            "Give one array with all samples on the first axis; pad or resize samples that differ in shape.",
+        ) from error
+    if found.ndim:
+        return found
+    raise DataError(
+        f"The {name} of ArrayData are {look(given)}; one array with all samples on the first axis is needed.",
+        mend="A DataLoader is data by itself: give it in place of ArrayData.",
+    )
+
+
 def _check_part(name: str, part: NDArray[Any], samples: int) -> None:
     if len(part) != samples:
         raise ShapeError(f"There are {samples} samples of the first input and {len(part)} of {name!r}.")
+    if part.dtype.kind not in "biufc":
+        raise DataError(
+            f"The input {name!r} is {look(part)}.", "A model takes numbers.", "Give arrays of numbers, not of objects."
+        )
     bad = ~np.isfinite(part.reshape(len(part), -1)).all(axis=1)
     if bad.any():
         raise DataError(f"Sample {int(bad.argmax())} holds NaN or infinity.", mend="Repair or leave it out.")
