@@ -160,6 +160,15 @@ def test_logits_that_happen_to_lie_between_0_and_1_are_trained(classes):
     assert len(found.history) == SHORT.epochs
 
 
+def test_a_bias_that_sums_to_1_is_no_softmax_and_a_softmax_that_answers_alike_is():
+    head = nn.Linear(D, K).double()
+    nn.init.zeros_(head.weight)
+    nn.init.constant_(head.bias, 1 / K)
+    assert len(fit(nn.Sequential(head), whole(), training=SHORT).history) == SHORT.epochs
+    with pytest.raises(UsageError, match="puts out probabilities"):
+        fit(nn.Sequential(head, nn.Softmax(-1)), whole(), training=SHORT)
+
+
 def test_a_fraction_that_a_sigmoid_predicts_is_a_number_like_any_other():
     data = whole(np.random.default_rng(0).random((N, 1)).astype(np.float64))
     found = fit(net(nn.Sigmoid(), classes=1), data, objective=Objective(label_loss="squared-error"), training=SHORT)

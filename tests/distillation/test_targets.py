@@ -181,7 +181,31 @@ def test_batches_of_sequences_and_images_may_differ_in_size():
     sizes = [(IMAGES, MASKS), (IMAGES[:, :, :2], MASKS[:, :2])]
     assert len(fit(pixels(), sizes, training=ONCE).history) == 1
     with pytest.raises(DataError, match="has the label 7"):
-        fit(language, [(tokens, tokens), (tokens[:, :3], tokens[:, :3] + 1)], training=ONCE)
+        fit(language, [(tokens, tokens), (tokens[:, :3], 0 * tokens[:, :3] + 7)], training=ONCE)
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "sentence"),
+    [
+        (net(1), YES[:, 0].astype(int), r'For a yes or no take label_loss="binary", and the term "binary-kd"'),
+        (net(1), np.zeros(N, int), 'label_loss="binary"'),
+        (net(1), YES[:, :1], 'label_loss="binary"'),
+        (net(1), 2 * YES[:, 0] - 1, r'give \(targets \+ 1\) / 2, and take label_loss="binary"'),
+        (net(1), X[:, :1], r'label_loss="squared-error".* Term\("fitnet", student="logits"\)'),
+        (net(1), X[:, 0], 'label_loss="squared-error"'),
+        (pixels(1), MASKS > 0, r'take label_loss="binary", and Term\("fitnet", student="logits"\)'),
+        (pixels(1), 255 * (MASKS > 0)[:, None], 'give targets / 255, and take label_loss="binary"'),
+    ],
+)
+def test_a_single_logit_is_answered_by_what_its_targets_look_like(model, targets, sentence):
+    inputs = X if targets.ndim < 3 else IMAGES
+    with pytest.raises(DataError, match=rf"The model puts out one logit for each .*{sentence}"):
+        fit(model, ArrayData(inputs, targets), training=ONCE)
+
+
+def test_labels_of_minus_one_and_one_are_named():
+    with pytest.raises(DataError, match=r"They are -1 and 1: give \(targets \+ 1\) // 2"):
+        fit(net(2), ArrayData(X, 2 * (CLASSES > 0) - 1), training=ONCE)
 
 
 # ------------------------------------------------------------------------------------------------ images of numbers

@@ -163,8 +163,9 @@ def shape_of(values: NDArray[Any], activations: set[Activation]) -> str:
     if not values.size or not np.isfinite(values).all():
         return ""
     rows = classes_last(values)
-    if are_probabilities(rows):
-        return "softmax"
+    if are_probabilities(rows):  # what is the same for all samples may be a bias that sums to 1
+        alike = values.shape[0] > 1 and bool((values == values[:1]).all())
+        return "inside" if alike else "softmax"
     if "sigmoid" in activations and rows.shape[-1] > 1 and rows.max() <= 0 and are_probabilities(np.exp(rows)):
         return "log-softmax"
     if values.min() < -ROUNDING or values.max() > 1 + ROUNDING:

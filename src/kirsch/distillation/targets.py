@@ -103,6 +103,8 @@ def _check_values(targets: NDArray[Any], shape: tuple[int, ...], objective: Obje
 
 def _check_classes(targets: NDArray[Any], shape: tuple[int, ...], objective: Objective) -> None:
     places, classes = places_of(shape)
+    if classes == 1 and targets.dtype.kind in "biuf":
+        raise _only_one_class(targets, shape)
     if targets.shape[1:] != places or not np.issubdtype(targets.dtype, np.integer):
         raise not_class_numbers(targets, shape)
     largest = np.iinfo(targets.dtype).max
@@ -115,6 +117,27 @@ def _check_classes(targets: NDArray[Any], shape: tuple[int, ...], objective: Obj
     wrong = ((targets < 0) | (targets >= classes)) & _counting(targets, objective.ignore)
     if wrong.any():
         raise out_of_range(targets, wrong, classes, objective.ignore)
+
+
+def _only_one_class(targets: NDArray[Any], shape: tuple[int, ...]) -> DataError:
+    """The error for a model with one logit, of whose softmax nothing can be learned."""
+    values = set(np.unique(targets).tolist()) if targets.dtype.kind != "f" or np.isfinite(targets).all() else {None}
+    binary = 'take label_loss="binary", and the term "binary-kd" if there is a teacher'
+    if len(shape) >= KHW:
+        binary = 'take label_loss="binary", and Term("fitnet", student="logits") if there is a teacher'
+    fix = _NUMBERS
+    if values <= {0, 1}:
+        fix = f"For a yes or no {binary}."
+    elif values <= {-1, 1}:
+        fix = f"For a yes or no give (targets + 1) / 2, and {binary}."
+    elif values <= {0, MASK_LEVEL}:
+        fix = f"For a yes or no give targets / {MASK_LEVEL}, and {binary}."
+    return DataError(
+        f"The model puts out one logit for each {'sample' if len(shape) < 2 else 'position'}, shape {shape} a sample; "  # noqa: PLR2004 - (1,) or none
+        f"the targets have shape {targets.shape} and type {targets.dtype}{_values(targets)}.",
+        'The label loss "cross-entropy" takes a softmax over classes, which is 1 for a single one whatever the logit.',
+        fix,
+    )
 
 
 def places_of(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
@@ -135,6 +158,8 @@ def out_of_range(targets: NDArray[Any], wrong: NDArray[np.bool_], classes: int, 
     fix = f"Repair the labels, or give the model a larger head; {ignore} stands for no label."
     if values <= {0, MASK_LEVEL} and classes == len((0, MASK_LEVEL)):
         fix = f"These look like masks of 0 and {MASK_LEVEL}: give (targets == {MASK_LEVEL}) as whole numbers."
+    elif values == {-1, 1} and classes == len((-1, 1)):
+        fix = "They are -1 and 1: give (targets + 1) // 2."
     elif set(np.unique(targets[wrong]).tolist()) == {MASK_LEVEL} and ignore != MASK_LEVEL:
         fix = f"Where {MASK_LEVEL} marks what has no label, give the objective ignore={MASK_LEVEL}."
     elif set(np.unique(targets[wrong]).tolist()) == {classes} and targets.min() == 1:
@@ -170,13 +195,13 @@ def _remedy(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
     whole = bool(known.size == targets.size and (known == np.round(known)).all())
     yes_or_no = bool(whole and np.isin(known, (0, 1)).all())
     if targets.shape[1:] == places:
-        return _remedy_of_numbers(targets, whole=whole, classes=classes, yes_or_no=yes_or_no)
+        return _remedy_of_numbers(targets, whole=whole)
     if targets.shape[1:] == shape and classes > 1:
         return _remedy_of_rows(targets, 1 if len(shape) >= KHW else -1, yes_or_no=yes_or_no)
     if whole and places:
         return _remedy_of_places(targets, places, dense=len(shape) >= KHW)
     if targets.ndim == len("ND") and not places and (targets.shape[1] == 1 or yes_or_no):
-        return _remedy_of_columns(targets.shape[1], whole=whole, classes=classes, yes_or_no=yes_or_no)
+        return _remedy_of_columns(targets.shape[1], whole=whole)
     return _COUNTS if whole else _NUMBERS
 
 
@@ -208,14 +233,12 @@ _NUMBERS = (
 )
 
 
-def _remedy_of_numbers(targets: NDArray[Any], *, whole: bool, classes: int, yes_or_no: bool) -> str:
+def _remedy_of_numbers(targets: NDArray[Any], *, whole: bool) -> str:
     """Of targets that have the shape of class numbers, and another type."""
     if targets.dtype == bool:
         return "Give whole numbers: targets.astype(numpy.int64), or targets.long() of a tensor."
     if np.isnan(targets).any():
         return "Leave out samples whose target is NaN, or give -100 where a label is missing, as whole numbers."
-    if yes_or_no and classes == 1:
-        return 'For one answer of yes or no a sample take label_loss="binary" and the term "binary-kd".'
     if whole:
         return "They are whole numbers stored as floats: give targets.astype(numpy.int64), or targets.long()."
     return _NUMBERS
@@ -240,15 +263,13 @@ def _remedy_of_rows(targets: NDArray[Any], axis: int, *, yes_or_no: bool) -> str
     return _NUMBERS
 
 
-def _remedy_of_columns(columns: int, *, whole: bool, classes: int, yes_or_no: bool) -> str:
+def _remedy_of_columns(columns: int, *, whole: bool) -> str:
     """Of targets (N, D), such as (N, 1), where the model answers once a sample."""
     if columns > 1:
         return (
             f"These are {columns} answers of yes or no a sample: give the model as many outputs, and take "
             'label_loss="binary" with "binary-kd".'
         )
-    if classes == 1:
-        return 'For a yes or no take label_loss="binary" and the term "binary-kd".' if yes_or_no else _NUMBERS
     if whole:
         return "Take out the axis of length 1: targets[:, 0], as int64."
     return _NUMBERS

@@ -122,6 +122,10 @@ def not_running(model: nn.Module, inputs: Any, error: Exception) -> UsageError:
             f"These images have their channels last. Where the model takes them first, give inputs.transpose{axes} of "
             f"an array, inputs.permute{axes} of a tensor."
         )
+    if "'indices'" in str(error):
+        fix = "Numbers that an embedding looks up, such as those of tokens, must be int64."
+    elif isinstance(error, IndexError):
+        fix = "If these are numbers of tokens, compare the vocabulary of the tokenizer with that of the model."
     return UsageError(
         f"{type(model).__name__} does not run on the first batch, whose inputs are {look(inputs)}.", said(error), fix
     )
