@@ -396,14 +396,25 @@ def test_a_label_that_no_class_has_is_refused_with_its_sample(student, learn, la
 
 @either
 @pytest.mark.parametrize(
-    "change", [lambda y: np.eye(K)[y], lambda y: y + 0.5, lambda y: y[:, None]], ids=["one-hot", "halves", "column"]
+    ("change", "sentence"),
+    [
+        (lambda y: np.eye(K)[y], r"\(36, 3\) and type float64, values 0 to 1\. .* one-hot: give targets\.argmax\(-1\)"),
+        (lambda y: y + 0.5, r"\(36,\) .*values 0\.5 to 2\.5.* numbers to come near to .* label_loss=\"squared-error\""),
+        (lambda y: y[:, None], r"\(36, 1\) and type int64, .* Take out the axis of length 1: targets\[:, 0\]"),
+        (lambda y: y.astype(np.float32), r"type float32, .* whole numbers stored as floats: .*targets\.long\(\)"),
+        (lambda y: y > 0, r"type bool, .* Give whole numbers: targets\.astype"),
+        (lambda y: np.eye(K)[y] * 0.8 + 0.2 / K, "They are soft labels.* label_weight=0"),
+        (lambda y: (y[:, None] >= np.arange(K)).astype(int), r"yes or no for each class .* label_loss=\"binary\""),
+        (lambda y: np.where(y, y, np.nan), "and NaN or infinity.* Leave out samples whose target is NaN"),
+        (lambda y: y[:, None] + 0.25, r"\(36, 1\) .* label_loss=\"squared-error\""),
+    ],
+    ids=["one-hot", "halves", "column", "floats", "bool", "soft", "several", "nan", "numbers"],
 )
-def test_targets_that_are_no_class_numbers_are_refused(student, learn, change):
+def test_targets_that_are_no_class_numbers_are_refused_by_what_they_look_like(student, learn, change, sentence):
     inputs, targets = samples()
-    with pytest.raises(
-        DataError, match=r"The targets have shape .* They must be class numbers: one whole number a sam"
-    ):
-        learn(student, ArrayData(inputs, change(targets)))
+    for data in (ArrayData(inputs, change(targets)), [(inputs, change(targets))]):
+        with pytest.raises(DataError, match=sentence):
+            learn(student, data)
 
 
 def inverted(model):

@@ -171,8 +171,11 @@ def test_a_batch_without_labels_is_charged_nothing_by_what_needs_them():
             lambda labels: np.full_like(labels, -100),
             r"Nothing of the validation has a label\. All its targets are -100",
         ),
-        (lambda labels: np.eye(K)[labels], r"The targets to validate by have shape \(24, 3\) .* as a callable: model"),
-        (lambda labels: labels + 0.5, r"The targets to validate by have shape \(24,\) and type float64"),
+        (
+            lambda labels: np.eye(K)[labels],
+            r"validation does not fit\. The targets have shape \(8, 3\) .* as a callable: model",
+        ),
+        (lambda labels: labels + 0.5, r"The targets have shape \(8,\) and type float64"),
     ],
 )
 def test_a_validation_without_class_numbers_is_refused(change, sentence):

@@ -92,7 +92,7 @@ def trainer(folder, student=None, teacher=None, objective=LAYERS, data=None, kin
     )
 
 
-OWN = ("optimizers", "compute_loss_func", "model_init", "regularizers")
+OWN = ("optimizers", "compute_loss_func", "model_init", "regularizers", "data_collator")
 
 
 def assert_same(one, two, **tolerance):
@@ -293,6 +293,32 @@ def test_a_checkpoint_of_another_objective_is_refused(tmp_path):
     trainer(tmp_path, objective=Objective.preset("causal"), save_strategy="steps", save_steps=1).train()
     with pytest.raises(CheckpointError, match="The state holds other adapters than this distiller: joint"):
         trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+
+
+def stacked(rows):
+    """A collator that leaves "label" as the data has it."""
+    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+
+@pytest.mark.parametrize("called", ["label", "target", "y"])
+@pytest.mark.parametrize("collator", [None, stacked], ids=["default", "own"])
+def test_targets_of_another_name_are_learned_from(tmp_path, called, collator):
+    rows = [{called if name == "labels" else name: value for name, value in row.items()} for row in sentences()]
+    options = {"student": encoder(8, 2, 0), "teacher": encoder(16, 4, 1), "objective": Objective.kd(2.0)}
+    found = trainer(tmp_path, **options, data=rows, data_collator=collator)
+    found.train()
+    assert {"loss/label", "loss/kd"} <= set(found.state.log_history[0])
+    assert found.evaluate()["eval_loss"] > 0
+
+
+def test_a_student_that_ends_in_a_softmax_is_refused_by_the_trainer_too(tmp_path):
+    student = encoder(8, 2, 0)
+    student.classifier = torch.nn.Sequential(student.classifier, torch.nn.Softmax(-1))
+    options = {"teacher": encoder(16, 4, 1), "data": sentences()}
+    with pytest.raises(UsageError, match="The student, a BertForSequenceClassification, puts out probabilities"):
+        trainer(tmp_path, student, objective=Objective.kd(2.0), **options).train()
+    objective = dataclasses.replace(Objective.kd(2.0), student_outputs="probabilities")
+    assert trainer(tmp_path, student, objective=objective, **options).train().global_step == 1
 
 
 def test_a_step_whose_targets_are_all_masked_is_refused(tmp_path):

@@ -98,6 +98,19 @@ def fit(module, callback, *, seed=3, ckpt_path=None, **options):
     return run
 
 
+def test_batches_of_any_form_and_probabilities_are_seen_before_training():
+    rows = [{"x": x, "label": y} for x, y in samples()]
+    module = Module(data=rows)
+    found = Distillation(net(6, 2), Objective.kd(2.0), student="model")
+    fit(module, found, limit_val_batches=0)
+    assert set(found.distiller.shares) == {"label", "kd"}
+    soft = Module(nn.Sequential(net(4, 1), nn.Softmax(-1)))
+    with pytest.raises(UsageError, match="The student, a Sequential, puts out probabilities"):
+        fit(soft, Distillation(net(6, 2), Objective.kd(2.0), student="model"), limit_val_batches=0)
+    with pytest.raises(DataError, match=r"A batch has one sample, and Sequential normalizes .* drop_last=True"):
+        fit(Module(batch_size=15), Distillation(net(6, 2), Objective.kd(2.0), student="model"), limit_val_batches=0)
+
+
 def assert_same(one, two, **tolerance):
     assert one.state_dict().keys() == two.state_dict().keys()
     for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from kirsch.errors import DataError, NumericError, ShapeError
-from kirsch.measurement.quality import Paired, Rate, accuracy, calibration, confusion, lost_classes, paired, rate
+from kirsch.measurement.quality import (
+    Paired,
+    Rate,
+    accuracy,
+    are_probabilities,
+    calibration,
+    confusion,
+    lost_classes,
+    paired,
+    rate,
+)
 
 
 def scores(predicted, classes=3):
@@ -198,3 +208,13 @@ def test_a_score_of_a_suppressed_class_is_judged():
     found[0] = -np.inf
     with pytest.raises(NumericError, match="sample 0"):
         accuracy(found, labels)
+
+
+def test_the_calibration_of_probabilities_is_that_of_their_logits():
+    logits = np.random.default_rng(0).standard_normal((40, 3)) * 3
+    labels = np.arange(40) % 3
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    assert calibration(probabilities, labels)["ece"] == pytest.approx(calibration(logits, labels)["ece"], rel=1e-12)
+    assert are_probabilities(probabilities)
+    assert not are_probabilities(logits)
+    assert not are_probabilities(np.ones((5, 1)))  # the only class of a single number

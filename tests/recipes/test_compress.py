@@ -74,6 +74,19 @@ def made(given, tmp_path_factory):
     return found, heard
 
 
+def test_a_model_that_ends_in_a_softmax_is_refused_until_it_is_said(given, tmp_path):
+    before, _, data = given
+    model = torch.nn.Sequential(copy.deepcopy(before), torch.nn.Softmax(-1))
+    training = kirsch.Training(epochs=1, learning_rate=0.01)
+    with pytest.raises(UsageError, match=r"The teacher, a Sequential, puts out probabilities.*teacher_outputs="):
+        kirsch.compress(model, data, HALF, recover=training, folder=tmp_path / "run")
+    objective = kirsch.Objective(
+        kirsch.Objective.kd().terms, 0.1, student_outputs="probabilities", teacher_outputs="probabilities"
+    )
+    found = kirsch.compress(model, data, HALF, recover=training, objective=objective, folder=tmp_path / "said")
+    assert found.model is not None
+
+
 def test_the_small_model_is_the_one_in_the_file(given, made):
     found, _ = made
     inputs = given[2].test.inputs

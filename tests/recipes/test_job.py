@@ -105,7 +105,7 @@ def test_a_model_is_judged_on_the_test_part_and_its_scores_are_kept(job):
     ],
 )
 def test_a_model_that_knows_nothing_is_dead(job, right, one_class, why):
-    record = {"one_class": one_class, "accuracy": {"value": right / 12, "n": 12}}
+    record = {"one_class": one_class, "chance": 1 / 3, "accuracy": {"value": right / 12, "n": 12}}
     if why is None:
         job.check_alive("recover", record)
     else:

@@ -227,3 +227,65 @@ def test_objects_are_compressed_with_an_objective(job):
         kirsch.compress(copy.deepcopy(teacher), data, kirsch.Goal(macs=0.5), temperature=2.0, objective="dkd")
     with pytest.raises(RecipeError, match=r"no preset 'dkdd'\. .* Did you mean 'dkd'"):
         kirsch.compress(copy.deepcopy(teacher), data, kirsch.Goal(macs=0.5), objective="dkdd")
+
+
+SOFT = """
+
+
+class Soft(Net):
+    def forward(self, x):
+        return super().forward(x).softmax(-1)
+
+
+def soft_teacher():
+    return Soft(12)
+
+
+def soft_student():
+    return Soft(8)
+
+
+def uneven(*, noise=0.4):
+    random = np.random.default_rng(0)
+
+    def part(n):
+        labels = (np.arange(n) % 10 == 9).astype(int)
+        wave = np.cos(np.arange(6) * (2 * labels[:, None] + 0.5))[:, None, :, None]
+        return Split((wave + noise * random.standard_normal((n, 1, 6, 6))).astype(np.float32), labels)
+
+    return DataSet("uneven", part(80), part(40), part(60), ("often", "rarely"))
+"""
+SHORT = ("export=null", "prune=null", "recover=null", "goal={}", "teacher.train.epochs=2")
+
+
+def test_models_that_end_in_a_softmax_are_refused_before_anything_is_trained_and_taken_where_it_is_said(job):
+    (job.base / "nets.py").write_text((job.base / "nets.py").read_text() + SOFT)
+    models = ("teacher.model=nets.py:soft_teacher", "student.model=nets.py:soft_student")
+    for change, whose in (models[0], "teacher"), (models[1], "student"):
+        with pytest.raises(UsageError, match=f"The {whose}, a Soft, puts out probabilities"):
+            job.do(*SHORT, change, folder=job.base / whose)
+        with pytest.raises(UsageError, match=f"The {whose}, a Soft, puts out probabilities"):
+            forecast(job.recipe(*SHORT, change), base=job.base)
+    assert not (job.folder / "checkpoints" / "teacher" / "done").exists()
+    plain = job.do(*SHORT, "teacher.train.weight_decay=0")
+    stated = ("teacher.outputs=probabilities", "student.outputs=probabilities")
+    found = job.do(*SHORT, *models, *stated, "teacher.train.weight_decay=0", folder=job.base / "soft")
+    for key in ("teacher", "student"):  # logarithms are rounded otherwise
+        wanted, own = (
+            next(model for model in outcome.metrics["models"] if model["key"] == key) for outcome in (plain, found)
+        )
+        assert own["accuracy"]["value"] == pytest.approx(wanted["accuracy"]["value"], abs=0.1)
+    before, after = (outcome.metrics["quality"]["calibration"]["after"]["ece"] for outcome in (plain, found))
+    assert after == pytest.approx(before, abs=0.05)  # probabilities are not taken for logits there
+
+
+def test_uneven_classes_have_their_balanced_accuracy_beside(job):
+    (job.base / "nets.py").write_text(
+        (job.base / "nets.py").read_text() + SOFT + "\n\ndef two():\n    return Net(8, classes=2)\n"
+    )
+    changes = ("data.source=nets.py:uneven", "teacher.model=nets.py:two", "student=null", "prune=null")
+    found = job.do(*changes, "recover=null", "teacher.train.epochs=8", "measure=null")
+    for model in found.metrics["models"]:
+        assert 0.5 < model["balanced_accuracy"] <= 1
+    assert "balanced" in (job.folder / "report.html").read_text()
+    assert "(balanced accuracy " in found.metrics["goal"]["items"][0]["text"]

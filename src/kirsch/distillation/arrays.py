@@ -79,6 +79,11 @@ def doubled(array: Any) -> Any:
     return array if array.device.type == "mps" else array.double()
 
 
+def whole_numbers(array: Any) -> Any:
+    """Whole numbers of any width with 64 bits."""
+    return array.astype(np.int64) if namespace(array) is np else array.long()
+
+
 def full_precision(arrays: Any) -> AbstractContextManager[Any]:
     """A context without automatic casting to 16 bits, for the framework and device of these arrays."""
     array = first_of(arrays)

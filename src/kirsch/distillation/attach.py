@@ -243,10 +243,12 @@ def _try(framework: Framework, term: Term, values: tuple[Any, Any], joint: Any, 
         ids = framework.tensor(np.arange(len(first_of(mine))))
         mine, theirs = framework.seeded(lambda: copy.deepcopy(joint)(mine, theirs, ids=ids), 0)
     if loss.takes == "scores" and mine.ndim >= len("NKHW"):
+        classes = "Take 'pixel-kd' or 'cwd-pixels' for classes of pixels; for " if mine.shape[1] > 1 else "For "
+        site = texts(term.student)[0]
         raise ShapeError(
             f"The term {term.called!r} cannot compare {where}: of shape {tuple(mine.shape)} they are scores of pixels.",
             f"The loss {term.loss!r} takes the last axis for that of the classes.",
-            "Take 'pixel-kd' or 'cwd-pixels'.",
+            f'{classes}images of numbers, or a yes or no for each pixel, Term("fitnet", student="{site}").',
         )
     if loss.takes == "scores" and loss.widths == "same" and tuple(mine.shape[1:]) != tuple(theirs.shape[1:]):
         refuse_classes(tuple(mine.shape), tuple(theirs.shape))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from kirsch.annotations import Count
 from kirsch.arguments import checked
+from kirsch.distillation.arrays import wide
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses.loss import Activation
-from kirsch.distillation.objective import Objective
+from kirsch.distillation.objective import Objective, Outputs
+from kirsch.distillation.probabilities import shape_of, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import Teacher, combined, one_or_more
 from kirsch.errors import CheckpointError, UsageError
 from kirsch.frameworks.annotations import Build, Data, Model, Regularizer
-from kirsch.frameworks.port import framework_of, pytorch
+from kirsch.frameworks.port import framework_of, host, pytorch
 from kirsch.frameworks.training import Trained, Training, TrainingHooks, TrainingState
 
 Link = Callable[[list[Trained], TrainingHooks, bool], Trained]
@@ -175,12 +176,43 @@ def born_again(
     return _in_turn([link(place) for place in range(len(models))], hooks or TrainingHooks())
 
 
+@dataclasses.dataclass
+class _Combination:
+    """The scores of several models as those of one.
+
+    Args:
+        way: see `Objective.teachers`.
+        activation: what makes probabilities of the scores.
+        outputs: what the models put out; None: logits, which the first scores are looked at for.
+    """
+
+    way: str
+    activation: Activation
+    outputs: str | None
+
+    def __call__(self, scores: Sequence[Any]) -> Any:
+        first = scores[0]
+        if self.outputs == "probabilities":
+            scores = [to_logits(each, self.activation) for each in scores]
+        elif self.outputs is None and self.activation != "identity" and type(first).__name__ == "Tensor":
+            for place, each in enumerate(scores):  # none of them while a model is traced, which has no values
+                if shape_of(host(wide(each)), {self.activation}) == "softmax":
+                    raise UsageError(
+                        f"Model {place} of the ensemble puts out probabilities: they are at least 0 and sum to 1.",
+                        "Logits are combined, and the softmax is applied to them.",
+                        'Say outputs="probabilities" where all models do, or give them without their last activation.',
+                    )
+            self.outputs = "logits"
+        return combined(scores, self.way, activation=self.activation)
+
+
 @checked
 def ensemble(
     models: Sequence[Model],
     combine: Literal["probabilities", "logits", "confidence"] = "probabilities",
     *,
     activation: Activation = "softmax",
+    outputs: Outputs | None = None,
 ) -> Any:
     """One model whose scores are those of several together; it runs, teaches and is exported as any other.
 
@@ -189,6 +221,8 @@ def ensemble(
         combine: as `Objective.teachers` says: "probabilities", "logits" or "confidence".
         activation: what makes probabilities of their scores: "softmax" over classes, "sigmoid" of labels each by
             itself, or "identity" of numbers, whose mean is taken.
+        outputs: what the models put out, "logits" or "probabilities". None: logits, and models whose outputs look like
+            probabilities in the first run are refused.
 
     Returns:
         A model of their framework, in inference mode: its scores are those of the mean probabilities, up to rounding,
@@ -199,7 +233,7 @@ def ensemble(
     """
     if not models:
         raise UsageError("An ensemble of no models has no scores.", mend="Give at least one.")
-    return framework_of(models[0]).ensemble(models, functools.partial(combined, way=combine, activation=activation))
+    return framework_of(models[0]).ensemble(models, _Combination(combine, activation, outputs))
 
 
 def _each(given: Any, links: int, what: str) -> list[Any]:

@@ -8,21 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch.annotations import described
 from kirsch.arguments import checked, takes
-from kirsch.distillation.checks import (
-    UNJUDGED,
-    check_labels,
-    correct,
-    few,
-    first_batch,
-    judged,
-    late_ramps,
-    share_of,
-    split_relations,
-)
+from kirsch.distillation.checks import check_last_batch, few, first_batch, late_ramps, split_relations
 from kirsch.distillation.distiller import Distiller
+from kirsch.distillation.evaluation import CHECKED, UNJUDGED, Validation, evaluate_teacher
 from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.objective import Objective
+from kirsch.distillation.probabilities import scored_sites, settle
 from kirsch.distillation.store import TeacherStore
+from kirsch.distillation.targets import check_labels
 from kirsch.distillation.teachers import Teacher, one_or_more, replayed
 from kirsch.errors import UsageError
 from kirsch.frameworks.annotations import Data, Model, Regularizer
@@ -53,24 +46,28 @@ def distill(
         student: the model that learns; a copy is trained.
         teacher: the model it learns from: used in inference mode, without gradient, on the same augmented samples. Or a
             list of several, which the objective combines; or a `TeacherStore` of what one put out.
-        data: `ArrayData`, `GeneratedData`, a DataLoader, or anything that gives inputs, (inputs, targets), (inputs,
-            targets, ids) or dicts each time it is gone through. Without targets, and for those equal to
-            `objective.ignore`, nothing is charged for labels.
+        data: `ArrayData`, `GeneratedData`, a DataLoader, or anything that gives what `Batch.of` takes each time it is
+            gone through: inputs, (inputs, targets), (inputs, targets, ids), or dicts with "labels". Without targets,
+            and for those equal to `objective.ignore`, nothing is charged for labels. All targets of `ArrayData` are
+            checked before training, those of others batch by batch.
         objective: `Objective.kd()` if left out.
         training: `Training()` if left out.
         validation: `ArrayData`, (inputs, labels) as arrays, a DataLoader, or a callable model → metrics by name.
         hooks: events, stop, checkpoints.
         regularizers: further terms, such as `kirsch.pruning.regularizers.Slimming(1e-4)`.
-        check_teacher: refuse a teacher that is no better than chance.
+        check_teacher: refuse a teacher that is no better than a model which does not look at its inputs: answers given
+            as often whatever the sample, the mean of numbers.
 
     Returns:
         The trained student with its history. `first_batch` has the shares of the terms in loss and gradient.
 
     Raises:
-        UsageError: student and teacher are one object.
+        UsageError: student and teacher are one object, one does not run on the first batch, or puts out probabilities
+            and the objective does not say so.
         ShapeError: they put out different numbers of classes, or two places are of shapes that no adapter joins.
         UnknownNameError: a model has no such site.
-        DataError: there are no samples, the targets are no class numbers, or a label is out of range.
+        DataError: there are no samples, the targets are not what the label loss takes, the data is a dataset and not a
+            loader, or a batch is nothing that a model takes.
         StoreError: a store is of other data.
         NumericError: the teacher is no better than chance, a term gives no gradient, or numbers are not finite.
     """
@@ -86,10 +83,12 @@ def distill(
     )
     if isinstance(data, ArrayData):
         bound.check_labels(data.targets)
+    check_last_batch(framework, student, data, first)
+    hooks = with_validation(hooks, framework, validation, objective, [student])
     tell = hooks.event or (lambda _event: None)
-    if check_teacher and objective.scored and objective.label_loss == "cross-entropy":
-        for model in one_or_more(teacher):
-            known = judged(framework, model, data, validation, objective, hooks.doubt)
+    if check_teacher and objective.scored and objective.label_loss in CHECKED:
+        for place, model in enumerate(one_or_more(teacher)):
+            known = evaluate_teacher(framework, model, data, validation, objective, hooks.doubt, place)
             tell({"event": "teacher", **known})
             if not known and not stored:
                 hooks.doubt(UNJUDGED)
@@ -98,10 +97,11 @@ def distill(
     for text in split_relations(objective, training) + late_ramps(objective, training):
         hooks.doubt(text)
     try:
-        hooks = with_validation(hooks, framework, validation, objective)
-        return framework.train(bound.pupil, data, bound.lesson, training, hooks)
+        trained = framework.train(bound.pupil, data, bound.lesson, training, hooks)
     finally:
         bound.close()
+    warn_of_result(hooks)
+    return trained
 
 
 @checked
@@ -121,11 +121,17 @@ def fit(
     training, hooks = training or Training(), hooks or TrainingHooks()
     framework = framework_of(model)
     first = first_batch(framework, data)
-    targets = data.targets if isinstance(data, ArrayData) else first.targets
-    check_labels(targets, framework.predict(model, few(first).inputs).shape[1:], objective)
-    lesson = Lesson(framework, objective, regularizers=regularizers)
-    hooks = with_validation(hooks, framework, validation, objective)
-    return framework.train(framework.pupil(model, ("logits",), {}, {}), data, lesson, training, hooks)
+    targets, inputs = data.targets if isinstance(data, ArrayData) else first.targets, few(first).inputs
+    framework.check_runs(model, inputs)
+    shape = tuple(framework.predict(model, inputs).shape[1:])
+    check_labels(targets, shape, objective)
+    logits = settle(framework, model, objective, scored_sites(objective, (), None), inputs, teacher=None)
+    check_last_batch(framework, model, data, first)
+    lesson = Lesson(framework, objective, regularizers=regularizers, scores=shape)
+    hooks = with_validation(hooks, framework, validation, objective, [model])
+    trained = framework.train(framework.pupil(model, ("logits",), {}, {}, logits), data, lesson, training, hooks)
+    warn_of_result(hooks)
+    return trained
 
 
 def to_validate_by(validation: Any) -> Any:
@@ -158,18 +164,25 @@ def to_validate_by(validation: Any) -> Any:
     return validation
 
 
-def with_validation(hooks: TrainingHooks, framework: Framework, validation: Any, objective: Objective) -> TrainingHooks:
-    """The hooks, with a validation as `to_validate_by` gives it."""
+def with_validation(
+    hooks: TrainingHooks, framework: Framework, validation: Any, objective: Objective, students: Sequence[Any]
+) -> TrainingHooks:
+    """The hooks, with a validation as `to_validate_by` gives it, that can be had of these students.
+
+    Raises:
+        DataError: its targets are not what the label loss takes.
+    """
     if validation is None or hooks.validate is not None:
         return hooks
-    validate = validation
-    if not callable(validation):
-
-        def answers(model: Any) -> list[Any]:
-            labelled = [batch for batch in map(Batch.of, validation) if batch.targets is not None]
-            return [correct(framework.predict(model, batch.inputs), batch.targets, objective) for batch in labelled]
-
-        def validate(model: Any) -> dict[str, float]:  # a loader that shuffles draws from the random state of the run
-            return {"accuracy": share_of(framework.seeded(lambda: answers(model), 0), objective)}
-
+    if callable(validation):
+        return dataclasses.replace(hooks, validate=validation)
+    validate = Validation(framework, validation, objective)
+    for student in students:
+        validate.check(student)
     return dataclasses.replace(hooks, validate=validate)
+
+
+def warn_of_result(hooks: TrainingHooks) -> None:
+    """Warn of a trained model that answers one class for everything."""
+    if isinstance(hooks.validate, Validation) and (text := hooks.validate.warning()):
+        hooks.doubt(text)

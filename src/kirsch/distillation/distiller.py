@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
 from kirsch.annotations import Seed
 from kirsch.arguments import checked
 from kirsch.distillation.attach import Pair, attach, refuse_classes, table, wanted_of
-from kirsch.distillation.checks import check_labels, few, mixed_scores
+from kirsch.distillation.checks import few, missing_targets, mixed_scores
 from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.objective import Objective
+from kirsch.distillation.probabilities import check_record, scored_sites, settle, teachers_logits
 from kirsch.distillation.store import TeacherStore
-from kirsch.distillation.teachers import LiveTeachers, StoredTeacher, Teacher, one_or_more, require_temperature
+from kirsch.distillation.targets import check_labels
+from kirsch.distillation.teachers import (
+    LiveTeachers,
+    StoredTeacher,
+    Teacher,
+    holds_top_k,
+    one_or_more,
+    require_temperature,
+)
 from kirsch.errors import CheckpointError, UsageError
 from kirsch.frameworks.annotations import BatchLike, Model, Regularizer
 from kirsch.frameworks.data import Batch
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.sites import texts
+from kirsch.frameworks.structure import check_inputs
 from kirsch.frameworks.training import Charge, doubts, shares_of
 
 if TYPE_CHECKING:
@@ -61,10 +68,11 @@ class Distiller:
         shares: of each term in the gradient, as the first batch of the epoch had them.
 
     Raises:
-        UsageError: student and teacher are one object, or a store is asked for what it does not hold.
+        UsageError: student and teacher are one object, a store is asked for what it does not hold, a model does not run
+            on the batch, or puts out probabilities where logits are needed.
         ShapeError: they put out different numbers of classes, or two places are of shapes that no adapter joins.
         UnknownNameError: a model has no such site.
-        DataError: the labels of the batch are no class numbers, or out of range.
+        DataError: the targets are not what the loss on labels takes, or the parts of the batch cannot be told apart.
     """
 
     @checked
@@ -80,8 +88,10 @@ class Distiller:
         doubt: Callable[[str], None] = warnings.warn,
     ) -> None:
         framework = framework_of(student)
-        first = _given(example_batch)
+        first = Batch.of(example_batch)
+        check_inputs(first.inputs, first.targets)
         some = few(first)
+        framework.check_runs(student, some.inputs)
         self._framework, self._objective = framework, objective
         self._guide: Guide | None = None
         pairs: list[Pair] = []
@@ -89,6 +99,9 @@ class Distiller:
             require_temperature(teacher, objective)
             _require_classes(teacher, objective, framework.predict(student, some.inputs).shape)
             self._guide = StoredTeacher(framework, teacher)
+            (recorded,) = self._guide(first)
+            if "logits" in recorded and not holds_top_k(recorded["logits"]):
+                check_record(recorded["logits"], objective)
             (recorded,) = self._guide(some)
             pairs = attach(framework, objective, student, (), some.inputs, seed=seed, recorded=recorded)
         elif objective.terms:
@@ -98,27 +111,34 @@ class Distiller:
                     mend="Give a teacher, or an objective without terms: kirsch.Objective.labels().",
                 )
             teachers = _copies(student, teacher)
+            for model in teachers:
+                framework.check_runs(model, some.inputs)
             pairs = attach(framework, objective, student, teachers, some.inputs, seed=seed)
             sites = [wanted_of(objective, pairs, place) for place in range(len(teachers))]
-            self._guide = LiveTeachers(framework, teachers, sites)
+            logits = teachers_logits(framework, teachers, objective, pairs, some.inputs)
+            self._guide = LiveTeachers(framework, teachers, sites, logits)
             for sentence in mixed_scores(objective, len(teachers)):
                 doubt(sentence)
+        for sentence in missing_targets(framework, student, first, objective):
+            doubt(sentence)
         self.student = student
+        own_sites = scored_sites(objective, pairs, None)
         self.pupil: Any = framework.pupil(
             student,
             list(dict.fromkeys(["logits"] * objective.scored + texts([pair.student for pair in pairs]))),
             {pair.name: pair.joint for pair in pairs if pair.joint is not None},
             {pair.name: pair.student for pair in pairs},
+            settle(framework, student, objective, own_sites, some.inputs, teacher=None),
         )
+        self._scores = tuple(framework.predict(student, some.inputs).shape[1:]) if objective.scored else None
         self.lesson = Lesson(
-            framework, objective, pairs, self._guide, regularizers, partial(framework.positions, student)
+            framework, objective, pairs, self._guide, regularizers, partial(framework.positions, student), self._scores
         )
         self.rows: list[dict[str, Any]] = table(objective, pairs)
         self.shares: dict[str, float] = {}
         self._looked: int | None = None
         self._began: dict[str, float] = {}
         self._doubt, self._doubted = doubt, set[str]()
-        self._scores = tuple(framework.predict(student, some.inputs).shape[1:]) if objective.scored else None
         self.check_labels(first.targets)
 
     @checked
@@ -136,8 +156,8 @@ class Distiller:
         gradient is kept in `shares`, a share that teaches nothing is warned of, and `balance="gradient"` scales by it.
 
         Args:
-            batch: (inputs, targets), (inputs, targets, ids), a dict that may hold "labels", or a `Batch`; of numpy or
-                of the framework, wherever it lies.
+            batch: whatever `kirsch.frameworks.data.Batch.of` takes, such as (inputs, targets) or a dict with "labels";
+                of numpy or of the framework, wherever it lies.
             epoch: how many are done, for what changes over them.
             of: where several batches make one step, what `counts` says of them all; the charges then add up to that of
                 one large batch. None: the batch is a step.
@@ -148,7 +168,9 @@ class Distiller:
             DataError: all targets of a step are masked.
         """
         model = self.pupil if through is None else through
-        charge = self.lesson(model, self._framework.placed(_given(batch), self.student), epoch, of)
+        given = Batch.of(batch)
+        self.lesson.check(given, wherever=self.pupil.training and int(epoch) != self._looked)
+        charge = self.lesson(model, self._framework.placed(given, self.student), epoch, of)
         if self.pupil.training and charge.parts and int(epoch) != self._looked:
             norms = self._framework.gradient_norms(self.pupil, charge.parts)
             if norms:
@@ -170,7 +192,7 @@ class Distiller:
 
         Processes that share a step add theirs up, by name, before.
         """
-        return self.lesson.counts([_given(batch) for batch in batches])
+        return self.lesson.counts([Batch.of(batch) for batch in batches])
 
     def check_labels(self, targets: Any) -> None:
         """Refuse targets that the objective cannot charge the student for.
@@ -246,13 +268,6 @@ class Distiller:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _given(batch: Any) -> Batch:
-    """What a loop gives, with targets as an array."""
-    found = Batch.of(batch)
-    listed = isinstance(found.targets, list)
-    return dataclasses.replace(found, targets=np.asarray(found.targets)) if listed else found
 
 
 def _copies(student: Any, teacher: Any) -> list[Any]:

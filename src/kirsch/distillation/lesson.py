@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import blank, first_of, namespace
+from kirsch.distillation.arrays import blank, first_of, namespace, whole_numbers
 from kirsch.distillation.attach import of_all
-from kirsch.distillation.checks import check_labels
 from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.loss import SCORED, TOKEN_KINDS, given_to, loss_of
 from kirsch.distillation.schedule import at
+from kirsch.distillation.targets import check_batch, check_labels
 from kirsch.distillation.teachers import combined, holds_top_k, stored_scores
 from kirsch.errors import UsageError
 from kirsch.frameworks.sites import at_sites, texts
@@ -46,6 +47,7 @@ class Lesson:
         guide: the teachers' side; None without terms.
         regularizers: further terms of the student alone.
         positions: mask of the inputs of a model of sequences → that of its positions.
+        scores: the shape of the logits of one sample, by which targets are checked; None leaves them unchecked.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Lesson:
         guide: Guide | None = None,
         regularizers: Sequence[Regularizer] = (),
         positions: Callable[[Any], Any] = lambda mask: mask,
+        scores: tuple[int, ...] | None = None,
     ) -> None:
+        self._scores = scores
         self._positions_of = positions
         self._framework, self._objective, self._guide = framework, objective, guide
         self._pairs = [[pair for pair in pairs if pair.term == number] for number in range(len(objective.terms))]
@@ -72,6 +76,7 @@ class Lesson:
 
     def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> Charge:
         """What a batch is charged; see `LossFunction`."""
+        batch = _wide_targets(batch)
         own = self.counts([batch])
         if of is None:
             require_labels(own, "a batch")
@@ -246,10 +251,15 @@ class Lesson:
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
         """See `LossFunction`: samples, labels, and what else the means of terms go over."""
         found = dict.fromkeys(("samples", "labels", *self._example), 0)
-        for batch in batches:
+        for batch in map(_wide_targets, batches):
             for over in found:
                 found[over] += self._count(over, batch)
         return found
+
+    def check(self, batch: Batch, *, wherever: bool = False) -> None:
+        """See `LossFunction`; `wherever`: also where the targets do not lie on the host."""
+        if self._scores is not None:
+            check_batch(batch.targets, self._scores, self._objective, wherever=wherever)
 
     def _counted_by(self, pair: Pair) -> str:
         """What the mean of a pair goes over: samples, labels, or positions of one side of a model of tokens."""
@@ -306,6 +316,15 @@ class Lesson:
     def restore(self, state: dict[str, Any]) -> None:
         """See `LossFunction`."""
         self._factors = dict(state.get("factors", {}))
+
+
+def _wide_targets(batch: Batch) -> Batch:
+    """A batch whose targets, if whole numbers, have 64 bits: in 8 of them -100 is a class, 156."""
+    labels = batch.targets
+    kind = str(getattr(labels, "dtype", "")).removeprefix("torch.")
+    if "int" not in kind or kind == "int64":
+        return batch
+    return dataclasses.replace(batch, targets=whole_numbers(labels))
 
 
 def _floating(labels: Any) -> bool:

@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING, Any
 from kirsch.arguments import checked
 from kirsch.distillation.arrays import constant
 from kirsch.distillation.attach import attach, of_all
-from kirsch.distillation.checks import check_labels, few, first_batch, late_ramps, mixed_scores, split_relations
+from kirsch.distillation.checks import (
+    check_last_batch,
+    few,
+    first_batch,
+    late_ramps,
+    missing_targets,
+    mixed_scores,
+    split_relations,
+)
 from kirsch.distillation.distill import to_validate_by, with_validation
 from kirsch.distillation.lesson import Lesson, add
 from kirsch.distillation.objective import Objective
+from kirsch.distillation.probabilities import Logits, scored_sites, settle
+from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
 from kirsch.frameworks.annotations import Data, Model, Regularizer
 from kirsch.frameworks.data import ArrayData
@@ -82,19 +92,27 @@ def distill_mutually(
     first = first_batch(framework, data)
     inputs = few(first).inputs
     targets = data.targets if isinstance(data, ArrayData) else first.targets
-    lessons, peers = [], []
+    lessons, peers, logits = [], [], []
     for place, student in enumerate(students):
-        check_labels(targets, framework.predict(student, inputs).shape[1:], objective)
+        check_last_batch(framework, student, data, first)
+        framework.check_runs(student, inputs)
+        shape = tuple(framework.predict(student, inputs).shape[1:])
+        check_labels(targets, shape, objective)
         others = [*students[:place], *students[place + 1 :]]
         pairs = attach(framework, objective, student, others, inputs, seed=training.seed)
+        sites = scored_sites(objective, pairs, None)
+        logits.append(settle(framework, student, objective, sites, inputs, teacher=None))
         peers.append(_Peers())
-        lessons.append(Lesson(framework, objective, pairs, peers[-1]))
-    hooks = _of_each(framework, with_validation(hooks, framework, validation, objective))
+        lessons.append(Lesson(framework, objective, pairs, peers[-1], scores=shape))
+    hooks = _of_each(framework, with_validation(hooks, framework, validation, objective, students))
     texts = split_relations(objective, training) + late_ramps(objective, training)
+    texts += missing_targets(framework, students[0], first, objective)
     for text in texts + mixed_scores(objective, len(students) - 1):
         hooks.doubt(text)
     pupil = framework.pupil(framework.cohort(students), [_site(place) for place in range(len(students))], {}, {})
-    trained = framework.train(pupil, data, MutualLesson(framework, lessons, peers, regularizers), training, hooks)
+    trained = framework.train(
+        pupil, data, MutualLesson(framework, lessons, peers, logits, regularizers), training, hooks
+    )
     return [_own(trained, place, model) for place, model in enumerate(framework.members(trained.model))]
 
 
@@ -112,6 +130,11 @@ def _check_students(framework: Framework, students: Sequence[Any]) -> None:
 
 
 def _check_terms(objective: Objective, students: int) -> None:
+    if objective.teacher_outputs not in (None, objective.student_outputs):
+        raise UsageError(
+            "The objective says what teachers put out, and students that learn from each other have none.",
+            mend="Say it of the students: student_outputs=.",
+        )
     if not objective.terms:
         raise UsageError(
             "The objective has no terms, so that the students would learn from the labels alone.",
@@ -158,6 +181,7 @@ class MutualLesson:
         framework: of the students.
         lessons: of each.
         peers: the guides of these lessons.
+        logits: what makes logits of the outputs of each student; None where they are logits.
         regularizers: further terms of each student.
     """
 
@@ -166,14 +190,19 @@ class MutualLesson:
         framework: Framework,
         lessons: Sequence[Lesson],
         peers: Sequence[_Peers],
+        logits: Sequence[Logits | None],
         regularizers: Sequence[Regularizer] = (),
     ) -> None:
         self._framework, self._lessons, self._peers, self._regularizers = framework, lessons, peers, regularizers
+        self._logits = logits
 
     def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> Charge:
         """What a batch is charged, of all students together; see `LossFunction`."""
         seen = model(batch.inputs, {}, batch.ids).values
-        scores = [seen[_site(place)] for place in range(len(self._lessons))]
+        scores = [
+            seen[_site(place)] if own is None else own({"logits": seen[_site(place)]})["logits"]
+            for place, own in enumerate(self._logits)
+        ]
         total: Any = 0.0
         parts: dict[str, Any] = {}
         for place, (lesson, peers) in enumerate(zip(self._lessons, self._peers, strict=True)):
@@ -192,6 +221,10 @@ class MutualLesson:
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
         """See `LossFunction`; the students are charged for the same."""
         return self._lessons[0].counts(batches)
+
+    def check(self, batch: Batch) -> None:
+        """See `LossFunction`; the students are charged for the same targets."""
+        self._lessons[0].check(batch)
 
     def balance(self, norms: dict[str, float]) -> None:
         """See `LossFunction`."""

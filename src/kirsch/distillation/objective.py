@@ -17,6 +17,9 @@ from kirsch.frameworks.sites import Site, Sites, texts
 NUMBERS = ("weight", "temperature", "label_weight")
 """Fields that may be ramps."""
 
+Outputs = Literal["logits", "probabilities"]
+"""What a model may be said to put out."""
+
 COMBINED = ("probabilities", "logits", "confidence", "sum")
 """How the scores of several teachers become one: their mean probabilities; their mean scores, which is no mixture of
 what they say; probabilities weighed by how sure each is; or one term for each teacher, added up."""
@@ -114,6 +117,10 @@ class Objective:
         balance: "fixed": weights are as stated. "gradient": each term's gradient is scaled, at the first batch of an
             epoch, so that the lengths of the gradients stand to each other as the weights.
         teachers: how several teachers are combined: "probabilities", "logits", "confidence" or "sum".
+        student_outputs: what the student puts out. "logits"; or "probabilities", of which logits are made by their
+            logarithms (of yes or no: log p - log (1 - p)) for all losses on them. None: logits, and outputs that look
+            like probabilities are an error.
+        teacher_outputs: the same of the teachers: one for all, or one for each as a tuple.
 
     Raises:
         UsageError: a number is out of range, or all weights are zero.
@@ -130,6 +137,8 @@ class Objective:
     ignore: int = -100
     balance: Literal["fixed", "gradient"] = "fixed"
     teachers: Literal["probabilities", "logits", "confidence", "sum"] = "probabilities"
+    student_outputs: Outputs | None = None
+    teacher_outputs: Outputs | tuple[Outputs | None, ...] | None = None
 
     def __post_init__(self) -> None:
         problems = [sentence for term in self.terms for sentence in term.problems()]
@@ -201,7 +210,9 @@ class Objective:
             UnknownNameError: a field that objectives do not have.
         """
         terms = tuple(_made(Term, term, "a term") for term in values.get("terms", ()))
-        made: Objective = _made(cls, {**values, "terms": terms}, "an objective")
+        outputs = values.get("teacher_outputs")
+        lists = {"teacher_outputs": tuple(outputs)} if isinstance(outputs, list) else {}  # as JSON has them
+        made: Objective = _made(cls, {**values, **lists, "terms": terms}, "an objective")
         return made
 
 

@@ -21,6 +21,7 @@ from kirsch.frameworks.port import host
 if TYPE_CHECKING:
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective, Term
+    from kirsch.distillation.probabilities import Logits
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.port import Framework
 
@@ -49,10 +50,17 @@ class LiveTeachers:
         framework: of the teachers.
         models: frozen, in inference mode.
         sites: for each, where its values are wanted.
+        logits: for each, what makes logits of probabilities among its values; None leaves them as they are.
     """
 
-    def __init__(self, framework: Framework, models: Sequence[Any], sites: Sequence[Sequence[str]]) -> None:
-        self._framework = framework
+    def __init__(
+        self,
+        framework: Framework,
+        models: Sequence[Any],
+        sites: Sequence[Sequence[str]],
+        logits: Sequence[Logits | None],
+    ) -> None:
+        self._framework, self._logits = framework, logits
         self._places = list(zip(models, sites, strict=True))
         self._watches: list[Any] = []
 
@@ -60,7 +68,8 @@ class LiveTeachers:
         """See `Guide`."""
         if not self._watches:
             self._watches = [self._framework.watch(model, sites) for model, sites in self._places]
-        return [self._framework.infer(watch, batch.inputs) for watch in self._watches]
+        found = [self._framework.infer(watch, batch.inputs) for watch in self._watches]
+        return [values if own is None else own(values) for own, values in zip(self._logits, found, strict=True)]
 
     def close(self) -> None:
         """See `Guide`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,8 +12,9 @@ from numpy.typing import NDArray
 
 from kirsch.annotations import Count, Seed
 from kirsch.arguments import checked
-from kirsch.errors import DataError, ShapeError, UsageError
+from kirsch.errors import DataError, ShapeError, UsageError, said
 from kirsch.frameworks.augment import TRIED, Augment, Seeded, apply, check, sample_seeds
+from kirsch.frameworks.structure import look, taken_apart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,21 +40,15 @@ class Batch:
 
     @classmethod
     def of(cls, given: Any) -> Batch:
-        """What a loader gives: inputs; (inputs, targets); (inputs, targets, ids); or a dict that may hold "labels"."""
-        if isinstance(given, cls):
-            return given
-        if isinstance(given, Mapping) or hasattr(given, "keys"):
-            values = {name: given[name] for name in given.keys()}  # noqa: SIM118 - what tokenizers give is no Mapping
-            targets, ids = values.pop("labels", None), values.pop("ids", None)
-            return cls(values, targets, ids)
-        if isinstance(given, (tuple, list)):
-            if not 1 <= len(given) <= len(("inputs", "targets", "ids")):
-                raise DataError(
-                    f"A batch has {len(given)} parts.",
-                    mend="Give (inputs, targets), perhaps with the numbers of the samples as a third part, or a dict.",
-                )
-            return cls(*given)
-        return cls(given)
+        """A batch of what a loader gives.
+
+        That is inputs; (inputs, targets); (inputs, targets, ids); or a dict, a dataclass or a named tuple in which
+        "labels", "label", "label_ids", "targets", "target" or "y" are the targets and "ids" the ids.
+
+        Raises:
+            DataError: the parts cannot be told from each other.
+        """
+        return given if isinstance(given, cls) else cls(*taken_apart(given))
 
     def __len__(self) -> int:
         """Samples."""
@@ -105,7 +99,8 @@ class ArrayData(SeededData):
     looked up.
 
     Args:
-        inputs: shape (N, ...), finite; or a dict of such, keyword arguments of the model.
+        inputs: shape (N, ...), finite; or a dict of such, keyword arguments of the model. Tensors and lists of numbers
+            become arrays of numpy, here as in `targets` and `ids`.
         targets: what the loss on labels takes, such as class numbers (N,) or (N, L); None where there are none.
         batch_size: >= 1; a last batch of one sample joins the one before, since normalisation needs two.
         augment: a transform of `kirsch.frameworks.augment`, or a user's (batch, generator) → batch, which is called
@@ -122,15 +117,16 @@ class ArrayData(SeededData):
 
     made_by: ClassVar[str] = "kirsch.frameworks.data.ArrayData(inputs, targets)"
 
-    inputs: NDArray[Any] | Mapping[str, NDArray[Any]]
-    targets: NDArray[Any] | None
+    inputs: Any
+    targets: Any
     batch_size: Count = 64
     augment: Seeded | Augment | None = None
-    ids: NDArray[Any] | None = None
+    ids: Any = None
     views: Count | None = None
     seed: Seed | None = None
 
     def __post_init__(self) -> None:
+        self._make_arrays()
         if not self.parts or not self.samples:
             raise DataError("The data is empty.", mend="Give at least one sample.")
         if self.targets is not None and self.samples != len(self.targets):
@@ -143,6 +139,14 @@ class ArrayData(SeededData):
             raise UsageError("A transform takes one array; the inputs are a dict.", mend="Augment them beforehand.")
         if self.augment is not None:
             check(self.augment, self.rows(np.linspace(0, self.samples - 1, min(self.samples, TRIED)).astype(int)))
+
+    def _make_arrays(self) -> None:
+        """Make arrays of tensors and lists."""
+        own = {name: _array(name, part) for name, part in self.parts.items()}
+        object.__setattr__(self, "inputs", own if isinstance(self.inputs, dict) else own["inputs"])
+        for name in ("targets", "ids"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _array(name, getattr(self, name)))
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -193,9 +197,35 @@ class ArrayData(SeededData):
             yield self.look(order[borders[number] : borders[number + 1]], seed, view)
 
 
+def _array(name: str, given: Any) -> NDArray[Any]:
+    """An array of an array, a tensor or a list of numbers.
+
+    Raises:
+        DataError: it is anything else, or samples differ in shape.
+    """
+    try:
+        found = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(
+            f"The {name} of ArrayData are {look(given)}, of which no array can be made.",
+            said(error),
+            "Give one array with all samples on the first axis; pad or resize samples that differ in shape.",
+        ) from error
+    if found.ndim:
+        return found
+    raise DataError(
+        f"The {name} of ArrayData are {look(given)}; one array with all samples on the first axis is needed.",
+        mend="A DataLoader is data by itself: give it in place of ArrayData.",
+    )
+
+
 def _check_part(name: str, part: NDArray[Any], samples: int) -> None:
     if len(part) != samples:
         raise ShapeError(f"There are {samples} samples of the first input and {len(part)} of {name!r}.")
+    if part.dtype.kind not in "biufc":
+        raise DataError(
+            f"The input {name!r} is {look(part)}.", "A model takes numbers.", "Give arrays of numbers, not of objects."
+        )
     bad = ~np.isfinite(part.reshape(len(part), -1)).all(axis=1)
     if bad.any():
         raise DataError(f"Sample {int(bad.argmax())} holds NaN or infinity.", mend="Repair or leave it out.")

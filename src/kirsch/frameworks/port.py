@@ -96,6 +96,18 @@ class Framework(Protocol):
     def dry_run(self, model: Any, sites: Sequence[str], inputs: Any) -> dict[str, Any]:
         """The values at some sites for one batch, in inference mode and without gradient."""
 
+    def check_runs(self, model: Any, inputs: Any, *, training: bool = False) -> None:
+        """Raise an error that describes the inputs if a model does not run on them; the model is left as it is.
+
+        `training`: in training mode, a copy of it.
+        """
+
+    def unknown_arguments(self, model: Any, names: Sequence[str]) -> list[str]:
+        """Those of some names that the forward of a model does not name among its arguments; none if it names none."""
+
+    def squashed(self, model: Any, site: str, inputs: Any) -> bool:
+        """Whether the value at a site comes out of a sigmoid or a softmax, seen in a run on some samples."""
+
     def watch(self, model: Any, sites: Sequence[str]) -> Any:
         """A callable inputs → values by site, until its `close` is called."""
 
@@ -105,8 +117,17 @@ class Framework(Protocol):
     def joint(self, name: str, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
         """An adapter between two values; None where "auto" finds that none is needed."""
 
-    def pupil(self, student: Any, sites: Sequence[str], joints: dict[str, Any], pairs: dict[str, Any]) -> Any:
+    def pupil(
+        self,
+        student: Any,
+        sites: Sequence[str],
+        joints: dict[str, Any],
+        pairs: dict[str, Any],
+        logits: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> Any:
         """A student with its adapters: (inputs, guide, ids) → values by site, and joined values by adapter.
+
+        `logits` makes logits of probabilities among the values by site.
 
         It has `student`, `joints` with a state by name, `parameters()` of both, `training`, `train(mode)`, `close()`.
         """

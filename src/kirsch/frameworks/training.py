@@ -120,6 +120,13 @@ class LossFunction(Protocol):
         learn from.
         """
 
+    def check(self, batch: Batch) -> None:
+        """Refuse a batch of a loader whose targets are not what the loss takes; those of another device are skipped.
+
+        Raises:
+            DataError: its targets are of another kind or out of range.
+        """
+
     def balance(self, norms: dict[str, float]) -> None:
         """Told the gradient norms of the parts, at the first batch of each epoch."""
 

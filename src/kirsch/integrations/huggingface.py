@@ -19,10 +19,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from kirsch.distillation.checks import check_last_batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
+from kirsch.frameworks.data import Batch
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.pytorch.pretrained import refused
+from kirsch.frameworks.structure import IDS, TARGETS
 from kirsch.frameworks.training import require_labels
 
 try:
@@ -139,13 +142,17 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
         if self.distiller is None or self.distiller.student is not self.model:
             teacher, objective, regularizers = self._taught
 
-            def fetch() -> Any:
-                loader = self.get_train_dataloader()
-                return next(iter(getattr(loader, "base_dataloader", loader)), None)
+            def fetch() -> tuple[Any, Any]:
+                whole = self.get_train_dataloader()
+                loader = getattr(whole, "base_dataloader", whole)
+                return loader, next(iter(loader), None)
 
-            first = framework_of(self.model).seeded(fetch, self.args.seed)  # the order of the run is left as it is
+            framework = framework_of(self.model)
+            loader, first = framework.seeded(fetch, self.args.seed)  # the order of the run is left as it is
             if first is None:
                 raise DataError("The training data is empty.", mend="Give at least one batch.")
+            if self.accelerator.num_processes == 1:
+                check_last_batch(framework, self.model, loader, Batch.of(first))
             self.distiller = Distiller(
                 self.model, teacher, objective, first, seed=self.args.seed, regularizers=regularizers
             )
@@ -219,13 +226,17 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
         super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """See the Trainer; the numbers of the samples are nothing that a student takes."""
-        return super().prediction_step(model, {name: inputs[name] for name in inputs if name != "ids"}, *args, **kwargs)
+        """See the Trainer; a student takes no numbers of samples, and calls its targets labels."""
+        given = {name: inputs[name] for name in inputs if name != IDS}
+        target = next((name for name in TARGETS if name in given), None)
+        if target is not None:
+            given["labels"] = given.pop(target)
+        return super().prediction_step(model, given, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "ids" not in self._signature_columns:
-            self._signature_columns.append("ids")  # for adapters that remember samples, and for stores
+        # Ids are for adapters that remember samples, and for stores.
+        self._signature_columns += [name for name in (IDS, *TARGETS) if name not in self._signature_columns]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See the Trainer; a checkpoint to resume from holds the weights alone where `save_pretrained` is refused."""

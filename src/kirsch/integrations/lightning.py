@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kirsch.distillation.checks import check_last_batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UnknownNameError, UsageError
 from kirsch.frameworks.data import Batch
@@ -92,7 +93,11 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning tells no types
         _check(trainer, pl_module, objective)
         student = _part(pl_module, self._path)
         if self.distiller is None or self.distiller.student is not student:
-            example = self._example if self._example is not None else _first(trainer, student)
+            example = self._example
+            if example is None:
+                loader, example = _first(trainer, student)
+                if trainer.world_size == 1:
+                    check_last_batch(framework_of(student), student, loader, Batch.of(self._batch_of(example)))
             self.distiller = Distiller(
                 student, teacher, objective, self._batch_of(example), seed=seed, regularizers=regularizers
             )
@@ -244,8 +249,8 @@ def _part(module: Any, path: str) -> Any:
     return parts[path]
 
 
-def _first(trainer: Any, student: Any) -> Any:
-    """The first batch that training would see."""
+def _first(trainer: Any, student: Any) -> tuple[Any, Any]:
+    """The loader of the training, and the first batch that training would see."""
     source = trainer.fit_loop._data_source  # noqa: SLF001 - it has no public name before the loop begins
     loader = source.dataloader()
     if isinstance(loader, (dict, list, tuple, CombinedLoader)):
@@ -256,7 +261,7 @@ def _first(trainer: Any, student: Any) -> Any:
     first = framework_of(student).seeded(lambda: next(iter(loader), None), 0)  # the order of the run is left as it is
     if first is None:
         raise DataError("The training data is empty.", mend="Give at least one batch.")
-    return first
+    return loader, first
 
 
 def _put_back(module: Any, step: Any) -> None:

@@ -56,6 +56,84 @@ def rate(hits: int, n: int) -> Rate:
     return Rate(share, max(0.0, center - half), min(1.0, center + half), n)
 
 
+UNEVEN = 1.5
+"""Classes are uneven where the most frequent has so many times the samples that it would have if all had as many."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a classifier answered, beside what is right.
+
+    Args:
+        n: samples.
+        accuracy: share that is right, 0 to 1.
+        balanced: mean over the classes that occur of the share that is right of each (balanced accuracy).
+        chance: accuracy expected of answers that are given as often but do not depend on the sample; for a constant
+            answer it is the accuracy itself. Cohen's kappa is (accuracy - chance) / (1 - chance).
+        most_frequent: samples of the most frequent class.
+        classes: that occur among the labels.
+        first: the first answer.
+        constant: all answers are the same.
+    """
+
+    n: int
+    accuracy: float
+    balanced: float
+    chance: float
+    most_frequent: int
+    classes: int
+    first: int
+    constant: bool
+
+    @property
+    def majority(self) -> float:
+        """Accuracy of always answering the most frequent class."""
+        return self.most_frequent / self.n if self.n else 0.0
+
+    @property
+    def uneven(self) -> bool:
+        """Whether accuracy alone says little, since one class has far more samples than others."""
+        return self.classes > 1 and self.majority * self.classes >= UNEVEN
+
+    @classmethod
+    def of(cls, answers: NDArray[Any], labels: NDArray[Any]) -> Answers:
+        """Compare class numbers, both of shape (n,).
+
+        Source: Cohen 1960, Educ. Psychol. Meas. 20, 37-46; Brodersen et al. 2010, ICPR, 3121-3124.
+        """
+        n = len(labels)
+        if not n:
+            return cls(0, 0.0, 0.0, 0.0, 0, 0, 0, constant=False)
+        values, found = np.unique(np.concatenate([labels, answers]), return_inverse=True)
+        true, said = np.bincount(found[:n], minlength=len(values)), np.bincount(found[n:], minlength=len(values))
+        right = np.bincount(found[:n][found[:n] == found[n:]], minlength=len(values))
+        occurs = true > 0
+        return cls(
+            n=n,
+            accuracy=float(right.sum() / n),
+            balanced=float((right[occurs] / true[occurs]).mean()),
+            chance=float((true / n) @ (said / n)),
+            most_frequent=int(true.max()),
+            classes=int(occurs.sum()),
+            first=int(answers[0]),
+            constant=bool((said == n).any()),
+        )
+
+
+FEW_ROWS = 4
+TIGHT, LOOSE = 1e-5, 5e-3
+"""By how much the sums of few rows, and of more, may miss 1: 16 bits round that much."""
+
+
+def are_probabilities(scores: NDArray[Any]) -> bool:
+    """Whether each row of scores (..., K) is at least 0 and sums to 1, as a softmax makes it; never for K = 1."""
+    if scores.ndim < 2 or scores.shape[-1] < 2 or not scores.size:  # noqa: PLR2004 - (N, K), and two classes
+        return False
+    rows = scores.reshape(-1, scores.shape[-1])
+    within = LOOSE if len(rows) >= FEW_ROWS else TIGHT
+    return bool(rows.min() >= 0 and (abs(rows.sum(-1, dtype=np.float64) - 1) < within).all())
+
+
 def accuracy(logits: NDArray[Any], labels: NDArray[Any]) -> Rate:
     """The share of samples whose largest score is that of their label.
 
@@ -150,14 +228,21 @@ def paired(before: NDArray[Any], after: NDArray[Any], labels: NDArray[Any]) -> P
 def calibration(logits: NDArray[Any], labels: NDArray[Any], bins: int = 10) -> dict[str, Any]:
     """Whether a classifier is as often right as it is sure.
 
+    Args:
+        logits: shape (N, K); or probabilities, which are taken as they are.
+        labels: shape (N,).
+        bins: of confidence.
+
     Returns:
         "ece": expected calibration error, 0 to 1; "bins": confidence, accuracy and n of each bin that has samples.
 
     Source: Guo et al. 2017, arXiv:1706.04599, equation 3.
     """
     _check(logits, labels)
-    shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    sure = (shifted / shifted.sum(-1, keepdims=True)).max(-1)
+    shares = logits.astype(np.float64)
+    if not are_probabilities(logits):
+        shares = np.exp(shares - shares.max(-1, keepdims=True))
+    sure = (shares / shares.sum(-1, keepdims=True)).max(-1)
     right = logits.argmax(-1) == labels
     place = np.minimum((sure * bins).astype(int), bins - 1)
     rows = [

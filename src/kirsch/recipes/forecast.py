@@ -50,10 +50,10 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     job = Job(recipe, scratch, materials.data, materials.make_teacher, materials.make_student, _ignore, _never)
     teacher = materials.make_teacher()
     start = (materials.make_student or materials.make_teacher)()  # a model of its own: none learns from itself
-    check_objectives(job, teacher, start)
     costs = {"teacher": job.count(teacher)}
     if materials.make_student:
         costs["distil"] = job.count(start)
+    check_objectives(job, teacher, start)
     plan = None
     if recipe.prune is not None:
         _, plan = plan_for(job, start, recipe.prune)
@@ -104,11 +104,11 @@ def _seconds(job: Job, key: str, teacher: Any, start: Any) -> float:
     train, few = job.data.train, TRIAL_BATCHES * whole.batch_size
     part = ArrayData(train.inputs[:few], train.labels[:few], whole.batch_size, whole.augment)
     once, quiet = Training(epochs=1, learning_rate=1e-6), TrainingHooks(event=_ignore)
-    learned = taught.learned() if taught else None
+    learned = recipe.objective_of(key)
 
     def trial() -> None:
-        if learned is None:
-            fit(teacher, part, training=once)
+        if key == "teacher":
+            fit(teacher, part, training=once, objective=learned)
         else:
             distill(start, teacher, part, objective=learned, training=once, hooks=quiet, check_teacher=False)
 

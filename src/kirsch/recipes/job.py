@@ -13,7 +13,7 @@ import numpy as np
 from kirsch.errors import NumericError, ShapeError
 from kirsch.frameworks.port import Framework, framework_of
 from kirsch.frameworks.training import TrainingHooks, TrainingState
-from kirsch.measurement.quality import accuracy
+from kirsch.measurement.quality import Answers, accuracy
 from kirsch.recipes import checkpoints
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from kirsch.recipes.tasks.data import DataSet
 
 RECORD, LOGITS = "record.json", "logits.npy"
+FEW_OTHERS = 3
+"""Samples beside the most frequent class from which on a model is compared with answers that ignore their inputs."""
 
 Listen = Callable[[dict[str, Any]], None]
 Stop = Callable[[], Exception | None]
@@ -106,20 +108,32 @@ class Job:
         logits = framework.predict(model, self.data.test.inputs)
         np.save(folder / LOGITS, logits, allow_pickle=False)
         parameters, macs = self.count(model)
-        return {
-            "parameters": parameters,
-            "macs": macs,
-            "accuracy": accuracy(logits, self.data.test.labels).to_dict(),
-            "one_class": bool((logits.argmax(-1) == logits[0].argmax()).all()),
+        return {"parameters": parameters, "macs": macs, **self.quality(logits)}
+
+    def quality(self, logits: NDArray[Any]) -> dict[str, Any]:
+        """How good scores on the test part are: accuracy with its interval, and what answers without knowledge have.
+
+        Beside them the balanced accuracy where the classes are uneven.
+        """
+        labels = self.data.test.labels
+        answers = Answers.of(logits.argmax(-1), labels)
+        others = answers.n - answers.most_frequent
+        found = {
+            "accuracy": accuracy(logits, labels).to_dict(),
+            "chance": max(1 / len(self.data.classes), answers.chance if others >= FEW_OTHERS else 0.0),
+            "one_class": answers.constant and others > 0,
         }
+        return found | ({"balanced_accuracy": answers.balanced} if answers.uneven else {})
 
     def count(self, model: Any) -> tuple[int, int]:
         """Parameters and MACs of a model for one sample.
 
         Raises:
+            UsageError: it does not run on the data.
             ShapeError: it puts out another number of classes than the data has.
         """
         framework = self.framework(model)
+        framework.check_runs(model, self.example)
         logits = framework.predict(model, self.example)
         if logits.ndim != 2 or logits.shape[1] != len(self.data.classes):  # noqa: PLR2004 - (N, K)
             raise ShapeError(
@@ -130,16 +144,18 @@ class Job:
         return framework.count(model, framework.tensor(self.example))
 
     def check_alive(self, key: str, record: dict[str, Any]) -> None:
-        """A trained model that says one class for everything, or guesses, is an error.
+        """Refuse a trained model that answers one class for everything, or no better than chance.
 
         Raises:
             NumericError: it does.
         """
-        chance = 1 / len(self.data.classes)
+        chance = record["chance"]
         value, n = record["accuracy"]["value"], record["accuracy"]["n"]
         if record["one_class"] or value <= chance:
+            balanced = record.get("balanced_accuracy")
+            more = "" if balanced is None else f", balanced accuracy {balanced:.1%}"
             raise NumericError(
-                f"The model is dead after the stage {key!r}: {value:.1%} of {n} right, chance is {chance:.1%}.",
+                f"The model is dead after the stage {key!r}: {value:.1%} of {n} right, chance is {chance:.1%}{more}.",
                 "It says one class for every sample." if record["one_class"] else "It guesses.",
                 "Lower the learning rate, train longer, or remove less.",
             )

@@ -80,6 +80,9 @@ def _goal(job: Job) -> dict[str, Any]:
         found = paired(job.logits("teacher"), job.logits(final), job.data.test.labels)
         change = f"accuracy drop {figures.points(drop)}" if drop >= 0 else f"accuracy gain {figures.points(-drop)}"
         text = f"{change} against the teacher, goal ≤ {figures.points(recipe.goal.max_drop)}"
+        before, after = (records[key].get("balanced_accuracy") for key in ("teacher", final))
+        if before is not None and after is not None:  # of uneven classes, accuracy may hide that a rare one is lost
+            text += f" (balanced accuracy {figures.percent(before)} → {figures.percent(after)})"
         met = drop <= recipe.goal.max_drop + 1e-12
         items.append(_item("max_drop", text, recipe.goal.max_drop, drop, met=met, doubt=found.text))
     if recipe.goal.speedup is not None and "measure" in records:
@@ -135,6 +138,7 @@ def _models(job: Job) -> list[dict[str, Any]]:
                 "macs": record["macs"],
                 "bytes": sizes.get(key, record["bytes"]),
                 "accuracy": {name: record["accuracy"][name] for name in ("value", "low", "high", "n")},
+                "balanced_accuracy": record.get("balanced_accuracy"),
                 "latency": latency,
                 "chosen": stage == final,
             }

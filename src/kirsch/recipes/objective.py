@@ -84,6 +84,8 @@ class Learning(Stated):
     ignore: int | None = Field(None, description="the label that stands for none; -100")
     balance: Literal["fixed", "gradient"] | None = Field(None, description="gradient: weights scale the gradients")
     teachers: str | None = Field(None, description="how several are combined; probabilities")
+    student_outputs: str | None = Field(None, description="logits or probabilities")
+    teacher_outputs: str | list[str | None] | None = Field(None, description="the same; or a list, one for each")
 
     @validated(mode="wrap")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from types import MappingProxyType
@@ -64,15 +65,26 @@ class Train(Section):
 class Data(Section):
     """What the models serve."""
 
-    source: str = Field("digits", description="digits, cifar10, file.py:callable or package.module:callable")
-    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the source")
+    source: str = Field(
+        "digits",
+        description=(
+            "digits, cifar10, file.py:callable or package.module:callable; the callable returns a kirsch.DataSet, and "
+            "is given the options as keywords, and the seed of the recipe as seed= if it has such an argument"
+        ),
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the source")
     batch_size: Count = Field(64, description="samples a training step")
+
+
+Outputs = Literal["logits", "probabilities"] | None
+OUTPUTS = "logits, or probabilities if it ends in a softmax; null: logits, and probabilities are an error"
 
 
 class Teacher(Section):
     """The large model."""
 
     model: str = Field(description="package.module:callable, file.py:callable or timm:NAME")
+    outputs: Outputs = Field(None, description=OUTPUTS)
     train: Train | None = Field(None, description="null: it comes trained")
 
 
@@ -124,6 +136,7 @@ class Student(Section):
     """The small model."""
 
     model: str = Field(description="package.module:callable, file.py:callable or timm:NAME")
+    outputs: Outputs = Field(None, description=OUTPUTS)
     distil: Distil = Field(default_factory=Distil, description="learning from the teacher")
 
 
@@ -195,6 +208,25 @@ class Recipe(Section):
         if goal.speedup is not None and None in (others.data.get(name, "") for name in ("export", "measure")):
             raise ValueError("a speedup is wanted, and without the sections export and measure nothing is timed")
         return goal
+
+    def section_of(self, stage: str) -> Distil | None:
+        """The section of a stage that learns from the teacher, "distil" or "recover"; None where there is none."""
+        found = {"distil": self.student.distil if self.student else None, "recover": self.recover}
+        return found.get(stage)
+
+    def objective_of(self, stage: str) -> Objective:
+        """What a stage that trains minimizes, with what its models are said to put out."""
+        from kirsch.distillation.objective import Objective  # noqa: PLC0415 - see `kirsch.recipes.objective`
+
+        section = self.section_of(stage)
+        if section is None:
+            return dataclasses.replace(Objective.labels(), student_outputs=self.teacher.outputs)
+        learned = section.learned()
+        return dataclasses.replace(
+            learned,
+            student_outputs=learned.student_outputs or (self.student or self.teacher).outputs,
+            teacher_outputs=learned.teacher_outputs or self.teacher.outputs,
+        )
 
     def to_yaml(self) -> str:
         """The recipe as a YAML text that reads back to it."""

@@ -21,7 +21,6 @@ from kirsch.frameworks.port import trace
 from kirsch.graph.plan import Goal, Plan
 from kirsch.measurement.agreement import agreement
 from kirsch.measurement.machine import usable_cores
-from kirsch.measurement.quality import accuracy
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.prune import prune_with_proof
 from kirsch.pruning.store import load, save
@@ -87,6 +86,7 @@ def _teacher(job: Job, folder: Path) -> Record:
             training=section.settings(job.recipe.seed),
             validation=job.validation(),
             hooks=job.hooks("teacher"),
+            objective=job.recipe.objective_of("teacher"),
         )
         model, history = trained.model, trained.history
     record = _described(job, model, folder, "trained" if section else "given", history)
@@ -127,7 +127,7 @@ def _taught(job: Job, key: str, model: Any, section: Distil) -> Any:
         model,
         job.models["teacher"],
         job.data.batches(job.recipe.data.batch_size),
-        objective=section.learned(),
+        objective=job.recipe.objective_of(key),
         training=section.train.settings(job.recipe.seed),
         validation=job.validation(),
         hooks=job.hooks(key),
@@ -148,14 +148,15 @@ def check_objectives(job: Job, teacher: Any, model: Any) -> None:
     """Make sure, before any training, that what the objectives compare is there in both models.
 
     Raises:
-        UsageError: a place, a name or a shape does not fit.
+        UsageError: a place, a name or a shape does not fit, a model does not run on the data, or puts out
+            probabilities.
     """
     recipe = job.recipe
     first = first_batch(job.framework(model), job.data.batches(recipe.data.batch_size))
     student = model if model is not teacher else copy.deepcopy(model)
-    for section in (recipe.student.distil if recipe.student else None, recipe.recover):
-        if section is not None and section.objective is not None:
-            Distiller(student, teacher, section.learned(), first).close()  # looks at the labels, too
+    for stage in ("distil", "recover"):
+        if recipe.section_of(stage) is not None:
+            Distiller(student, teacher, recipe.objective_of(stage), first).close()  # looks at the labels, too
 
 
 def _described(job: Job, model: Any, folder: Path, did: str, history: list[Any]) -> Record:
@@ -171,6 +172,7 @@ def _cells(record: Record) -> list[str]:
         figures.interval(quality["value"], quality["low"], quality["high"]),
         f"{figures.count(record['macs'])} MACs",
         f"{figures.count(record['parameters'])} params",
+        *([f"balanced {figures.percent(record['balanced_accuracy'])}"] if "balanced_accuracy" in record else []),
     ]
 
 
@@ -318,18 +320,18 @@ def _export(job: Job, folder: Path) -> Record:
     logits = session.predict(job.data.test.inputs)
     np.save(folder / LOGITS, logits, allow_pickle=False)
     agreed = agreement(framework.predict(model, job.data.test.inputs), logits)
-    quality = accuracy(logits, job.data.test.labels)
+    quality = job.quality(logits)
     last = next(record for key, record in reversed(job.records.items()) if "macs" in record)
     return {
         "did": target.name,
         "parameters": last["parameters"],
         "macs": last["macs"],
         "bytes": artifact.bytes,
-        "accuracy": quality.to_dict(),
+        **quality,
         "artifact": artifact.to_dict() | {"usage": usage(artifact)},
         "agreement": agreed.to_dict(),
         "cells": [
-            figures.interval(quality.value, quality.low, quality.high),
+            figures.interval(*(quality["accuracy"][name] for name in ("value", "low", "high"))),
             f"{agreed.same_labels}/{agreed.n} same labels",
             figures.bytes_(artifact.bytes),
         ],

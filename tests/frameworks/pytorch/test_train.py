@@ -73,6 +73,9 @@ class Plain:
     def counts(self, batches):
         return {"labels": sum(len(batch) for batch in batches)}
 
+    def check(self, batch):
+        """Takes any targets."""
+
     def balance(self, norms):
         self.norms.append(norms)
 

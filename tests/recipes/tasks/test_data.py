@@ -6,6 +6,8 @@ import re
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from kirsch.errors import DataError, KirschError, LoadError, UnknownNameError, UsageError
 from kirsch.recipes.tasks.data import DataSet, Split, load_data
@@ -43,6 +45,50 @@ def test_a_class_that_nothing_can_be_learned_of_is_named():
     with pytest.raises(DataError, match=r"The class 'b' of d has no training sample\."):
         data_set(train=split((0, 2, 2)))
     assert data_set(test=split((0, 0))).classes == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        (np.array([0.0, 1.0, 2.0]), "type float64, values 0 to 2.* whole numbers stored as floats"),
+        (np.array([0.5, 1.0, 2.0]), 'values 0.5 to 2.* label_loss="squared-error"'),
+        (np.eye(3), r"shape \(3, 3\).* one-hot: give targets\.argmax\(-1\)"),
+        (np.array([[0], [1], [2]]), r"shape \(3, 1\) .* targets\[:, 0\]"),
+        (np.array([True, False, True]), "type bool.* Give whole numbers"),
+        (np.full((3, 4, 4), 255, np.uint8), r"\(3, 4, 4\) and type uint8, values 255 to 255.* kirsch\.distill with"),
+        (np.array([1, 2, 3]), r"has the label 3.* labels go from 0 to 2\. Give targets - 1"),
+    ],
+)
+def test_labels_that_are_not_class_numbers_are_named_by_what_they_look_like(part, labels, sentence):
+    with pytest.raises(DataError, match=rf"of the {part} part of d") as caught:
+        data_set(**{part: Split(np.zeros((3, 2), np.float32), labels)})
+    assert re.search(sentence, str(caught.value))
+
+
+def test_a_split_takes_tensors_and_lists_and_refuses_a_loader():
+    rows = torch.zeros(3, 2), torch.tensor([0, 1, 2])
+    data = data_set(train=Split(*rows), test=Split([[0.0, 0.0]] * 3, [0, 1, 2]))
+    assert isinstance(data.train.inputs, np.ndarray)
+    assert data.sha256 == data_set(test=Split(np.zeros((3, 2)), np.arange(3))).sha256
+    loader = DataLoader(TensorDataset(*rows))
+    with pytest.raises(DataError, match=r"The inputs of a Split are a DataLoader; one array .* numpy\.concatenate"):
+        Split(loader, loader)
+    with pytest.raises(DataError, match=r"The labels of a Split are a list of 3 str, the first 'a'; .* Give numbers"):
+        Split(np.zeros((3, 2)), ["a", "b", "c"])
+
+
+def test_parts_whose_samples_differ_in_their_axes_are_refused():
+    with pytest.raises(DataError, match=r"The test part of d has inputs of shape \(3, 2, 1\), the train part \(3, 2\)"):
+        data_set(test=Split(np.zeros((3, 2, 1), np.float32), np.arange(3)))
+
+
+@pytest.mark.parametrize(
+    ("classes", "fix"), [(3, r"Give classes=tuple\(map\(str, range\(3\)\)\)"), ("cat", r"classes=\('cat', \.\.\.\)")]
+)
+def test_classes_are_names_and_not_their_number(classes, fix):
+    with pytest.raises(DataError, match=f"the name of each class is needed.*{fix}"):
+        data_set(classes=classes)
 
 
 def test_the_hash_follows_each_input_and_label_of_each_part():
@@ -90,6 +136,15 @@ def missing(*, seed):
     raise LoadError("The archive is not there.")
 
 
+def plain(classes=2):
+    part = Split(np.zeros((classes, 1), np.float32), np.arange(classes))
+    return DataSet("plain", part, part, part, tuple("abcdef"[:classes]))
+
+
+def open_to_all(**options):
+    return good(**options)
+
+
 def other(*, seed):
     return [1, 2]
 """
@@ -105,6 +160,17 @@ def test_a_source_gets_the_seed_and_its_options(base):
     data = load_data("sources.py:good", {"classes": 3}, seed=7, base=base)
     assert data.classes == ("a", "b", "c")
     assert (data.train.inputs == 7).all()
+
+
+def test_a_source_without_a_seed_is_called_without_one(base):
+    assert load_data("sources.py:plain", {"classes": 3}, seed=7, base=base).classes == ("a", "b", "c")
+    assert (load_data("sources.py:open_to_all", {}, seed=7, base=base).train.inputs == 7).all()
+    for options, sentence in (
+        ({"seed": 3}, r"got an unexpected keyword argument 'seed'\. It takes classes: change data\.options"),
+        ({"colors": 3}, r"'colors'\. It takes classes"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            load_data("sources.py:plain", options, seed=0, base=base)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +196,12 @@ def test_a_source_gets_the_seed_and_its_options(base):
             "The data source 'sources.py:mistyped' failed. TypeError: unsupported operand",
         ),
         ("sources.py:missing", {}, LoadError, "The archive is not there."),
-        ("sources.py:other", {}, DataError, "sources.py:other gives a list. It must give a kirsch DataSet."),
+        (
+            "sources.py:other",
+            {},
+            DataError,
+            "sources.py:other gives a list. It must give a kirsch DataSet: kirsch.DataSet(name, train=",
+        ),
         ("sources.py:goood", {}, LoadError, "There is no callable of sources.py named 'goood'."),
         ("digit", {}, UnknownNameError, "There is no data 'digit'. Known: cifar10, digits. Did you mean 'digits'?"),
     ],

@@ -91,10 +91,11 @@ def binary_label(student: Any, targets: Any, *, mask: Any = None, label_smoothin
     A mean over classes, as `F.binary_cross_entropy_with_logits` takes it, is smaller by the number of classes.
 
     Args:
-        student: scores, shape (N, K) or (N, L, K), floating, of classes that may hold together; or (N,) or (N, 1) of
-            a single question.
-        targets: 0 to 1, of the shape of the scores, or (N,) for scores (N, 1); those equal to -100 do not count.
-        mask: shape (N,) or (N, L), true where a sample or position counts; None counts all.
+        student: scores, shape (N, K), (N, L, K), or of pixels (N, K, H, W), floating, of classes that may hold
+            together; or (N,) or (N, 1) of a single question.
+        targets: 0 to 1, of the shape of the scores, or (N,) for scores (N, 1), (N, H, W) for (N, 1, H, W); those equal
+            to -100 do not count.
+        mask: shape (N,), (N, L) or (N, H, W), true where a sample or position counts; None counts all.
         label_smoothing: this share of each target becomes 1/2; 0 <= share < 1.
 
     Returns:
@@ -124,9 +125,9 @@ def squared_error(student: Any, targets: Any, *, mask: Any = None, label_smoothi
     """Squared distance of the student's numbers from the true ones, summed over numbers, averaged over samples.
 
     Args:
-        student: numbers, shape (N, D), (N, L, D) or (N,), floating.
+        student: numbers, shape (N, D), (N, L, D), of pixels (N, D, H, W), or (N,), floating.
         targets: numbers of the same shape, or (N,) for (N, 1).
-        mask: shape (N,) or (N, L), true where a sample or position counts; None counts all.
+        mask: shape (N,), (N, L) or (N, H, W), true where a sample or position counts; None counts all.
         label_smoothing: 0, since numbers are no classes.
 
     Returns:
@@ -204,6 +205,9 @@ def _paired(student: Any, targets: Any) -> tuple[Any, Any]:
     """Scores and targets of one shape with classes on the last axis, and of the type of the scores."""
     if student.ndim == 1:
         student = student[:, None]
+    if student.ndim >= len("NKHW"):
+        targets = classes_last(targets) if targets.ndim == student.ndim else targets
+        student = classes_last(student)
     if tuple(targets.shape) == tuple(student.shape[:-1]) and student.shape[-1] == 1:
         targets = targets[..., None]  # (N, 1) - (N,) would be every sample against every other
     if tuple(targets.shape) != tuple(student.shape):

@@ -169,7 +169,7 @@ def _checked(side: Any, takes: Takes, says: Activation) -> Any:
         raise ShapeError(
             f"The scores have shape {tuple(side.shape)}: they are of one class.",
             "Its softmax is 1 whatever the score, so that there is nothing to learn.",
-            'Use "binary-kd" for a yes or no.',
+            'Use "binary-kd" for a yes or no; for a number Term("fitnet", student="logits").',
         )
     return side
 

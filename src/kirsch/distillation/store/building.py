@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from kirsch import files
 from kirsch.annotations import Between, Count, Seed
 from kirsch.arguments import checked
+from kirsch.distillation.probabilities import shape_of
 from kirsch.distillation.store import specification as spec
 from kirsch.distillation.store.reading import TeacherStore
 from kirsch.distillation.store.record import Dense, Keep, TopK, fields_of, packed, values
@@ -76,7 +77,7 @@ def build(
         The store; None where the build is shared.
 
     Raises:
-        UsageError: an option is out of range, or does not fit the outputs.
+        UsageError: an option is out of range, or does not fit the outputs, or these are probabilities.
         StoreError: the folder holds a store of another teacher, data or transform; says which differs.
         NumericError: an output is not finite, or too large for 16 bits.
         OutputError: the folder cannot be written, or has too little room.
@@ -147,6 +148,7 @@ def _specified(
     """What the store will be; the teacher is run on two samples for the shapes."""
     trial = runner(np.arange(min(2, data.samples)), seed, 0)
     fields = fields_of(keep, trial)
+    _refuse_probabilities(runner, trial, data, keep)
     ids = spec.ids_on_disk(data)
     known = {
         "samples": data.samples,
@@ -169,6 +171,19 @@ def _specified(
         raise UsageError("The store cannot be built.", f"{first['msg']}.", "Keep less of each sample.") from error
     fitting = max(1, min(RANGE_SAMPLES, RANGE_BYTES // wanted.record_bytes))
     return wanted.model_copy(update={"range_size": range_size or fitting})
+
+
+def _refuse_probabilities(runner: Runner, found: dict[str, Any], data: ArrayData, keep: Keep | None) -> None:
+    """Refuse outputs that are kept as logits and are probabilities."""
+    shape = shape_of(found["logits"], {"softmax"}) if keep is not None else ""
+    if shape == "softmax" or (isinstance(keep, TopK) and shape and runner.squashed(data.rows(slice(len(found))))):
+        raise UsageError(
+            f"The teacher, a {runner.teacher_name}, puts out probabilities: they are from 0 to 1"
+            + (" and sum to 1 for each sample." if shape == "softmax" else "."),
+            "A store keeps logits, and what learns from it applies the softmax.",
+            'Give the teacher without its last activation, or with outputs= a callable: inputs → {"logits": the '
+            "logarithms of its probabilities}.",
+        )
 
 
 def _check_same(folder: Path, stored: Specification, wanted: Specification) -> None:
@@ -205,7 +220,10 @@ def _build_range(folder: Path, runner: Runner, data: ArrayData, wanted: Specific
     start, end = wanted.bounds(number)
     for first in range(start, end, runner.batch_size):
         places = np.arange(first, min(first + runner.batch_size, end))
-        found = values(wanted.kept, runner(places, wanted.seed, view), wanted.temperature)
+        outputs = runner(places, wanted.seed, view)
+        if first == 0:  # of more samples than those that the shapes are found by
+            _refuse_probabilities(runner, outputs, data, wanted.kept)
+        found = values(wanted.kept, outputs, wanted.temperature)
         seeds = sample_seeds(wanted.seed, view, data.sample_ids[places])
         records.append(packed(wanted.record_fields, found, seeds))
     content = np.concatenate(records).tobytes()

@@ -50,6 +50,15 @@ class Runner:
         outputs = None if self._outputs is None else text_hash(json.dumps(described(self._outputs)))
         return {"teacher_sha256": self._framework.fingerprint(self._teacher), "outputs_sha256": outputs}
 
+    @property
+    def teacher_name(self) -> str:
+        """The class of the teacher."""
+        return type(self._teacher).__name__
+
+    def squashed(self, inputs: Any) -> bool:
+        """Whether the teacher's own outputs come out of a sigmoid or a softmax."""
+        return self._outputs is None and self._framework.squashed(self._teacher, "logits", inputs)
+
     def __call__(self, places: NDArray[Any], seed: int, view: int) -> dict[str, NDArray[Any]]:
         """What the teacher puts out for samples as a view shows them.
 

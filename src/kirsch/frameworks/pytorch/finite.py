@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import NumericError
-from kirsch.frameworks.pytorch.predict import arguments, copied
+from kirsch.frameworks.pytorch.predict import arguments, called, copied
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +65,7 @@ def not_finite(model: nn.Module, inputs: Any, parts: dict[str, Any], epoch: int,
     try:
         with torch.no_grad():
             args, options = arguments(copied(inputs))
-            model(*args, **options)
+            called(model, args, options)
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,7 @@ import torch
 from kirsch.errors import KirschError, LoadError, UnknownNameError, UsageError, VerificationError, said
 from kirsch.frameworks.pytorch import (
     adapters,
+    calling,
     cohort,
     configuration,
     copying,
@@ -28,6 +29,7 @@ from kirsch.frameworks.pytorch import (
     regions,
     scope,
     sites,
+    squashed,
     stand_ins,
     surgery,
     trace,
@@ -128,6 +130,28 @@ class PyTorch:
         unsupported.check_values(model)
         return watch.dry_run(model, sites_, predict.tensors(inputs, model))
 
+    def check_runs(self, model: Any, inputs: Any, *, training: bool = False) -> None:
+        """See the port."""
+        try:
+            if not training:
+                watch.dry_run(model, (), predict.tensors(inputs, model))
+                return
+            args, options = predict.arguments(predict.copied(predict.tensors(inputs, model)))
+            with torch.random.fork_rng(), torch.no_grad():
+                predict.called(copying.copy_of(model).train(), args, options)
+        except KirschError:
+            raise
+        except Exception as error:  # whatever the model's own code raises
+            raise calling.not_running(model, inputs, error) from error
+
+    def unknown_arguments(self, model: Any, names: Sequence[str]) -> list[str]:
+        """See the port."""
+        return calling.unknown(model, names)
+
+    def squashed(self, model: Any, site: str, inputs: Any) -> bool:
+        """See the port."""
+        return squashed.squashed(model, site, predict.tensors(inputs, model))
+
     def watch(self, model: Any, sites_: Sequence[str]) -> Any:
         """See the port."""
         return watch.Watch(model, sites_)
@@ -141,9 +165,16 @@ class PyTorch:
         made = adapters.build(name, *shapes, options={"dtype": dtype, **options})
         return None if made is None else made.to((student[0] if isinstance(student, list) else student).device)
 
-    def pupil(self, student: Any, sites_: Sequence[str], joints: dict[str, Any], pairs: dict[str, Any]) -> Any:
+    def pupil(
+        self,
+        student: Any,
+        sites_: Sequence[str],
+        joints: dict[str, Any],
+        pairs: dict[str, Any],
+        logits: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> Any:
         """See the port."""
-        return pupil.Pupil(student, sites_, joints, pairs)
+        return pupil.Pupil(student, sites_, joints, pairs, logits)
 
     def ensemble(self, models: Sequence[Any], combine: Callable[[list[Any]], Any]) -> Any:
         """See the port."""

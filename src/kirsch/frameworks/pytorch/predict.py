@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import DataError, UsageError, said
+from kirsch.frameworks.pytorch.calling import explained, fitted, one_sample
 from kirsch.frameworks.pytorch.outputs import named
 
 if TYPE_CHECKING:
@@ -49,16 +51,20 @@ def copied(inputs: Any) -> Any:
     return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, inputs)
 
 
-def called(model: nn.Module, args: Any, options: Any) -> Any:
-    """What a model puts out.
+def called(model: nn.Module, args: Any, options: Any, asked: Any = MappingProxyType({})) -> Any:
+    """What a model puts out, with further keywords that it is asked by.
 
     Raises:
-        UsageError: it does not run, and its inputs are of another floating type than its parameters, or lack those of
-            a decoder.
+        UsageError: it does not run, and its inputs are of another type than it computes in, are called otherwise than
+            its arguments, or lack those of a decoder.
+        DataError: it normalizes over the batch, in training mode, and the batch has one sample.
     """
+    args, options = fitted(model, args, options, asked)
     try:
         return model(*args, **options)
     except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            raise one_sample(model, error) from error
         decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         if not decodes or any(name.startswith("decoder_input") for name in options):
             raise
@@ -67,22 +73,11 @@ def called(model: nn.Module, args: Any, options: Any) -> Any:
             said(error),
             "Give DataCollatorForSeq2Seq the model, or model.prepare_decoder_input_ids_from_labels(labels=labels).",
         ) from error
-    except RuntimeError as error:
-        own = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        parts = [part for part in tree_leaves((args, options)) if isinstance(part, torch.Tensor)]
-        given = {part.dtype for part in parts if part.is_floating_point()}
-        if not own or not given or own & given:
+    except (RuntimeError, TypeError) as error:
+        reason = explained(model, args, options, error)
+        if reason is None:
             raise
-        name, types = type(model).__name__, [" and ".join(sorted(map(_plain, found))) for found in (own, given)]
-        raise UsageError(
-            f"{name} computes in {types[0]}, and its inputs are {types[1]}.",
-            said(error),
-            f"Give it inputs of its own type, or bring it to theirs, as {name}.float() does for float32.",
-        ) from error
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        raise reason from error
 
 
 @contextlib.contextmanager
@@ -145,7 +140,7 @@ def logits_of_each(models: Iterable[nn.Module], args: Any, options: Any) -> list
     found = []
     for model in models:
         own_args, own_options = copied((args, options))
-        found.append(logits_of(model(*own_args, **own_options)))
+        found.append(logits_of(called(model, own_args, own_options)))
     return found
 
 
@@ -208,5 +203,5 @@ def outputs(model: nn.Module, inputs: Any) -> list[NDArray[Any]]:
     """All tensors that a model puts out in inference mode for one batch: a tuple or a dict of arrays."""
     args, options = arguments(copied(tensors(inputs, model)))
     with inference(model), torch.no_grad():
-        found = model(*args, **options)
+        found = called(model, args, options)
     return [value.cpu().numpy() for value in named(found).values()]

@@ -41,6 +41,7 @@ class Pupil(nn.Module):
         sites: concrete ones.
         joints: adapters by name.
         pairs: by the same names, where the student's side comes from: a site, or a list or dict of them.
+        logits: makes logits of probabilities among the values by site; None leaves all as they are.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class Pupil(nn.Module):
         sites: Sequence[str] = ("logits",),
         joints: Mapping[str, nn.Module] | None = None,
         pairs: Mapping[str, Any] | None = None,
+        logits: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.joints = nn.ModuleDict(joints or {})
         self._sites, self._pairs = tuple(sites), dict(pairs or {})
+        self._logits = logits
         self._watch: Watch | None = None
 
     def forward(self, inputs: Any, guide: Mapping[str, Any] | None = None, ids: Any = None) -> Seen:
@@ -67,6 +70,7 @@ class Pupil(nn.Module):
         if self._watch is None:  # not in __init__: hooks would be copied along, and write into the original
             self._watch = Watch(self.student, self._sites)
         values = self._watch(inputs)
+        values = values if self._logits is None else self._logits(values)
         joined, extra = {}, {}
         for name, theirs in (guide or {}).items():
             joint = self.joints[name]

@@ -40,7 +40,7 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
         try:
             with inference(model), torch.no_grad():
                 args, options = arguments(copied(inputs))
-                count = len(layers_of(model, called(model, args, options | watch._options), site))  # noqa: SLF001 - of this file
+                count = len(layers_of(model, called(model, args, options, watch._options), site))  # noqa: SLF001 - of this file
         finally:
             watch.close()
         return [text.replace("[*]", f"[{place}]") for place in range(count)]

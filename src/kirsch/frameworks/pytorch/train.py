@@ -158,6 +158,8 @@ class _Run:
             if given is None:
                 return
             whole = Batch.of(given)
+            if not isinstance(self.batches, SeededData):  # of which all targets were looked at before
+                self.loss.check(whole)
             if number == 0 and self.accelerator.num_processes > 1:
                 self._require_same(whole)
             if number >= done:
@@ -186,12 +188,10 @@ class _Run:
                 return on(device, value)
             return on(device, value[rank::processes])
 
-        targets, seeds = batch.targets, batch.seeds
-        if isinstance(targets, list):  # of one entry a sample
-            targets = np.asarray(targets)
+        seeds = batch.seeds
         if seeds is not None and processes > 1 and not whole:  # they are read on the host
             seeds = seeds[rank::processes]
-        inputs, targets, ids = (tree_map(part, given) for given in (batch.inputs, targets, batch.ids))
+        inputs, targets, ids = (tree_map(part, given) for given in (batch.inputs, batch.targets, batch.ids))
         return _Part(Batch(inputs, targets, ids, batch.view, seeds), whole)
 
     def _set_random(self, batch: int, *, own: bool = False) -> None:

@@ -151,7 +151,7 @@ class Watch:
         try:
             self._running = True
             with functions:
-                outputs = called(self.model, args, options | self._options)
+                outputs = called(self.model, args, options, self._options)
             self._settle()
             writes = None in versions or [_version(part) for part in parts] != versions
             if writes and not apart:

@@ -1,0 +1,145 @@
+"""Arguments of a model's forward, and why a model does not run on its inputs."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from kirsch.errors import DataError, UsageError, said
+from kirsch.frameworks.structure import look
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+NCHW = 4
+COLORS = (1, 3, 4)
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.bool)
+"""Types of whole numbers that neither layers with float weights nor embeddings take."""
+
+
+def fitted(model: nn.Module, args: Any, options: Any, asked: Any) -> tuple[Any, Any]:
+    """The arguments as the forward of a model takes them.
+
+    The only entry of a dict is the first argument where the forward has no argument of its name: loaders call it
+    "image" or "x", whatever the model calls it.
+
+    Args:
+        model: whose forward is called.
+        args, options: by place and by name.
+        asked: further keywords, which the forward is known to take.
+
+    Raises:
+        UsageError: the forward does not have these arguments.
+    """
+    found = _parameters(model) if options else None
+    if found is None:
+        return args, {**options, **asked}
+    known = [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    unknown = [name for name in options if name not in known]
+    if unknown and len(options) == 1 and not args and any(p.kind <= p.POSITIONAL_OR_KEYWORD for p in found):
+        return (options[unknown[0]],), dict(asked)
+    if unknown and not any(p.kind == p.VAR_KEYWORD for p in found):
+        raise _unfit(model, known, args, options)
+    return args, {**options, **asked}
+
+
+def unknown(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of some names that the forward does not have, of two or more; a single one is its first argument."""
+    known = {p.name for p in _parameters(model) or []}
+    return [name for name in names if name not in known] if known and len(names) > 1 else []
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter] | None:
+    """The parameters of a model's forward; None where it does not say."""
+    try:
+        found = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):  # TorchScript, for one
+        return None
+    return found if any(p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in found) else None
+
+
+def _unfit(model: nn.Module, known: list[str], args: Any, options: Any) -> UsageError:
+    given = [f"{len(args)} by place"] * bool(args) + [f"{', '.join(options)} by name"] * bool(options)
+    return UsageError(
+        f"The forward of {type(model).__name__} takes {', '.join(known) or 'no arguments'}; the batches give "
+        f"{' and '.join(given)}.",
+        "The entries of a dict are given to the model by their names, but for labels and ids.",
+        "Rename the entries or leave out those that the model does not take, or give batches of (inputs, targets).",
+    )
+
+
+def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> UsageError | None:
+    """Why a model does not run on what it is given, by the look of its inputs; None where that does not tell.
+
+    Args:
+        model: that was called.
+        args, options: what it was given.
+        error: what it raised.
+    """
+    name = type(model).__name__
+    parts = [part for part in tree_leaves((args, options)) if isinstance(part, torch.Tensor)]
+    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    given = {part.dtype for part in parts if part.is_floating_point()}
+    if isinstance(error, TypeError):
+        try:
+            inspect.signature(model.forward).bind(*args, **options)
+        except TypeError:
+            return _unfit(model, [p.name for p in _parameters(model) or []], args, options)
+        except ValueError:
+            return None
+    if own and given and not own & given:
+        types = [" and ".join(sorted(map(_plain, found))) for found in (own, given)]
+        return UsageError(
+            f"{name} computes in {types[0]}, and its inputs are {types[1]}.",
+            said(error),
+            f"Give it inputs of its own type, or bring it to theirs, as {name}.float() does for float32.",
+        )
+    whole = next((part for part in parts if part.dtype in WHOLE or not part.is_floating_point()), None)
+    if own and whole is not None and not given and (whole.dtype in WHOLE or "dtype" in str(error)):
+        scale = " and scaled as in its training, for example inputs.astype(numpy.float32) / 255"
+        return UsageError(
+            f"{name} computes in {_plain(next(iter(own)))}, and its inputs are {look(whole)}, values "
+            f"{int(whole.min())} to {int(whole.max())}.",
+            said(error),
+            f"Give inputs of floating type{scale if whole.dtype == torch.uint8 else ''}; numbers of tokens as int64.",
+        )
+    return None
+
+
+def not_running(model: nn.Module, inputs: Any, error: Exception) -> UsageError:
+    """The error for a model that raises on the first batch, whatever it raises."""
+    images = [part for part in tree_leaves(inputs) if getattr(part, "ndim", 0) == NCHW]
+    last = next((part for part in images if part.shape[-1] in COLORS and part.shape[1] not in COLORS), None)
+    fix = "Give batches as the forward of the model takes them; try model(inputs) by itself."
+    if last is not None:
+        axes = (0, 3, 1, 2)
+        fix = (
+            f"These images have their channels last. Where the model takes them first, give inputs.transpose{axes} of "
+            f"an array, inputs.permute{axes} of a tensor."
+        )
+    if "'indices'" in str(error):
+        fix = "Numbers that an embedding looks up, such as those of tokens, must be int64."
+    elif isinstance(error, IndexError):
+        fix = "If these are numbers of tokens, compare the vocabulary of the tokenizer with that of the model."
+    return UsageError(
+        f"{type(model).__name__} does not run on the first batch, whose inputs are {look(inputs)}.", said(error), fix
+    )
+
+
+def one_sample(model: nn.Module, error: Exception) -> DataError:
+    """The error for a batch of one sample, which batch normalization cannot be trained on."""
+    return DataError(
+        f"A batch has one sample, and {type(model).__name__} normalizes over the samples of a batch.",
+        said(error),
+        "Give the DataLoader drop_last=True, or a batch size that does not leave one sample over; ArrayData joins such "
+        "a sample to the batch before.",
+    )
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,318 @@
+"""Whatever a loader gives is trained as one expects, or named with the fix before any training."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from kirsch.distillation.distill import distill, fit
+from kirsch.distillation.distiller import Distiller
+from kirsch.distillation.mutual import distill_mutually
+from kirsch.distillation.objective import Objective
+from kirsch.errors import DataError, KirschError, UsageError
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.training import Training, TrainingHooks
+
+N, K = 12, 3
+ONCE = Training(epochs=2, learning_rate=0.05)
+X = torch.from_numpy(np.random.default_rng(0).standard_normal((N, 1, 6, 6)).astype(np.float32))
+Y = torch.arange(N) % K
+
+
+class Net(nn.Module):
+    def __init__(self, width=4, *, norm=False):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, width, 3), nn.Linear(width, K)
+        self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
+
+    def forward(self, image):
+        return self.head(self.norm(self.conv(image).relu().mean((2, 3))))
+
+
+def teacher():
+    torch.manual_seed(1)
+    return Net(5)
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+def learn(model, data, **options):
+    hooks = TrainingHooks(event=lambda event: None)
+    return distill(model, teacher(), data, training=ONCE, check_teacher=False, hooks=hooks, **options)
+
+
+class ImageLabel(NamedTuple):
+    label: torch.Tensor
+    image: torch.Tensor
+
+
+class Plain(NamedTuple):
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+@dataclasses.dataclass
+class Made:
+    image: torch.Tensor
+    target: torch.Tensor
+
+
+class Encoding:
+    """Like what tokenizers give: keys, and no mapping."""
+
+    def __init__(self, **values):
+        self.values = values
+
+    def keys(self):
+        return self.values.keys()
+
+    def __getitem__(self, name):
+        return self.values[name]
+
+
+FORMS = {
+    "a dict": {"image": X, "labels": Y},
+    "another name of the input": {"x": X, "label": Y},
+    "pixel_values": {"pixel_values": X, "label_ids": Y},
+    "target": {"image": X, "target": Y},
+    "targets": {"image": X, "targets": Y},
+    "y": {"x": X, "y": Y},
+    "a pair of inputs and a dict": (X, {"labels": Y}),
+    "a pair of dicts": ({"image": X}, {"label": Y}),
+    "an input dict": ({"image": X}, Y),
+    "a list": [X, Y],
+    "a named tuple": ImageLabel(Y, X),
+    "a named tuple without names": Plain(X, Y),
+    "a dataclass": Made(X, Y),
+    "an encoding": Encoding(image=X, label=Y),
+    "arrays": (X.numpy(), Y.numpy()),
+    "labels as a list": (X, Y.tolist()),
+    "labels as a tuple": (X, tuple(Y.tolist())),
+    "small labels": (X, Y.to(torch.uint8)),
+    "paths of files": (X, Y, [f"{number}.png" for number in range(N)]),
+    "ids": (X, Y, torch.arange(N)),
+    "ids in the dict": (X, {"label": Y, "ids": torch.arange(N)}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inputs_and_targets_are_told_apart_however_they_are_called(form, net):
+    wanted = learn(net, [(X, Y)])
+    found = learn(net, [FORMS[form]], validation=[FORMS[form]])
+    assert set(found.history[-1]["parts"]) == {"label", "kd"}
+    assert "accuracy" in found.history[-1]
+    for one, other in zip(found.model.parameters(), wanted.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_loop_of_ones_own_takes_the_same(net):
+    found = Distiller(net, Net(5), Objective.kd(), FORMS["another name of the input"])
+    assert set(found(FORMS["another name of the input"]).parts) == {"label", "kd"}
+
+
+def test_targets_of_none_are_no_targets(net):
+    assert set(learn(net, [(X, None)], objective=Objective.kd(weight=1.0)).history[0]["parts"]) == {"kd"}
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, views):
+        return self.net(views["one"]["image"]) + self.net(views["other"])
+
+
+def test_inputs_may_be_nested():
+    batch = {"views": {"one": {"image": X}, "other": X}, "labels": Y}
+    assert len(fit(Nested(), [batch], training=ONCE).history) == ONCE.epochs
+
+
+class Images:
+    """Like an image of PIL: pixels, and no array."""
+
+
+class Rows(Dataset):
+    def __len__(self):
+        return N
+
+    def __getitem__(self, place):
+        return X[place], int(Y[place])
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return zip(X, Y.tolist(), strict=True)
+
+
+class Exhausted:
+    """Gives the same iterator again."""
+
+    def __init__(self):
+        self.batches = iter([(X, Y)] * 3)
+
+    def __iter__(self):
+        return self.batches
+
+
+WRONG = {
+    "a dataset": (Rows(), DataError, r"The data is a Rows, which gives single samples.*DataLoader\(dataset"),
+    "tensors of a dataset": (TensorDataset(X, Y), DataError, "The data is a TensorDataset, which gives single"),
+    "a stream of samples": (Stream(), DataError, r"The target of a batch is a number.* looks like one sample"),
+    "samples in a list": (
+        [[{"image": X[0], "label": 1}, {"image": X[1], "label": 2}]],
+        DataError,
+        "a list of samples that are not collated: a list of 2 dict.* default collate_fn",
+    ),
+    "pairs in a list": ([[(X[0], 1), (X[1], 2)]], DataError, "samples that are not collated"),
+    "columns of samples": ([(tuple(X), tuple(Y.tolist()))], DataError, r"12 targets|samples|Stack"),
+    "boxes and labels": (
+        [(X, {"boxes": X, "labels": Y})],
+        DataError,
+        r"second part of a batch is a dict with boxes: float32 .*labels: int64.* \(inputs, batch\[1\]\['labels'\]\)",
+    ),
+    "four parts": ([(X, Y, Y, Y)], DataError, r"A batch has 4 parts: it is a tuple of \(float32 of shape"),
+    "weights as a third": ([(X, Y, torch.rand(N))], DataError, r"third part of a batch is float32 of shape \(12,\)"),
+    "two names of targets": ([{"image": X, "label": Y, "target": Y}], DataError, "has 'label' and 'target'"),
+    "targets alone": ([{"labels": Y}], DataError, "A batch has no inputs"),
+    "names of classes": ([(X, ["cat"] * N)], DataError, "a list of 12 str, the first 'cat'.* into class numbers"),
+    "pictures": ([([Images()] * N, Y)], DataError, "a list of 12 Images.* a Images cannot be given to it"),
+    "texts": ([(["a", "b"] * 6, Y)], DataError, "texts cannot be given to it.* tokenizer"),
+    "texts in a dict": ([{"image": X, "path": ["a"] * N, "label": Y}], DataError, "texts cannot be given to it"),
+    "ragged lists": ([([X[:3], X[:4]], Y[:3])], DataError, "differ in their number of samples"),
+    "ragged targets": ([(X, [[1], [1, 2]] * 6)], DataError, "The targets of a batch are a list of 12 list"),
+    "other samples": ([(X, Y[:7])], DataError, "That is 12 samples and 7 targets"),
+    "entries that nobody takes": (
+        [{"image": X, "size": Y, "label": Y}],
+        UsageError,
+        "The forward of Net takes image; the batches give image, size by name.* Rename the entries",
+    ),
+    "two inputs": ([((X, X), Y)], UsageError, "The forward of Net takes image; the batches give 2 by place"),
+    "bytes": (
+        [((X * 255).to(torch.uint8), Y)],
+        UsageError,
+        r"computes in float32, and its inputs are uint8 of shape \(8, 1, 6, 6\), values \d+ to \d+.* / 255",
+    ),
+    "double precision": ([(X.double(), Y)], UsageError, "Net computes in float32, and its inputs are float64"),
+    "channels last": (
+        [(X.permute(0, 2, 3, 1), Y)],
+        UsageError,
+        r"Net does not run on the first batch, whose inputs are float32 of shape \(8, 6, 6, 1\)\..* channels last",
+    ),
+    "nothing": ([], DataError, "The data is empty"),
+    "an empty loader": (DataLoader(TensorDataset(X[:0], Y[:0])), DataError, "The data is empty"),
+    "a generator": (((X, Y) for _ in range(2)), DataError, "gone through only once"),
+    "an exhausted one": (Exhausted(), DataError, "gone through only once"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_trained_on_is_named_before_training(case, net):
+    data, error, sentence = WRONG[case]
+    with pytest.raises(error, match=sentence):
+        learn(net, data)
+    if case not in ("a generator", "an exhausted one"):
+        with pytest.raises(error, match=sentence):
+            fit(net, data, training=ONCE)
+        with pytest.raises(KirschError, match=sentence):
+            distill_mutually([net, Net(5)], data, training=ONCE)
+
+
+def test_inputs_of_two_models_are_named_by_the_one_that_does_not_run(net):
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, K, 6)
+
+        def forward(self, x):
+            return self.conv(x).flatten(1)
+
+    with pytest.raises(UsageError, match=r"Large does not run on the first batch"):
+        distill(net, Large(), [(X, Y)], training=ONCE)
+
+
+def test_samples_in_memory_may_be_tensors_or_lists(net):
+    wanted = fit(net, ArrayData(X.numpy(), Y.numpy()), training=ONCE).model.head.weight
+    for inputs, targets in ((X, Y), (X.numpy(), Y.tolist()), ({"image": X}, Y)):
+        assert torch.equal(fit(net, ArrayData(inputs, targets), training=ONCE).model.head.weight, wanted)
+    assert ArrayData(X.tolist(), Y.tolist()).inputs.shape == X.shape
+    for inputs, sentence in (
+        (DataLoader(TensorDataset(X, Y)), "inputs of ArrayData are a DataLoader.* give it in place of ArrayData"),
+        ([[1.0], [1.0, 2.0]], "inputs of ArrayData are a list of 2 list.* pad or resize"),
+        (["a", "b"], "The input 'inputs' is <U1 of shape .* numbers"),
+        (np.array([None, Images()]), "The input 'inputs' is object of shape"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            ArrayData(inputs, None)
+
+
+# ------------------------------------------------------------------------------------------------ one sample left over
+
+
+ALONE = r"A batch has one sample, and Net normalizes over the samples of a batch\..* drop_last=True"
+ROWS = TensorDataset(torch.cat([X, X[:1]]), torch.cat([Y, Y[:1]]))
+
+
+@pytest.mark.parametrize(
+    "data", [DataLoader(ROWS, 4), DataLoader(ROWS, 4, shuffle=True), [(X, Y), (X[:1], Y[:1])]], ids=str
+)
+def test_a_last_batch_of_one_is_refused_before_training_where_a_norm_cannot_take_it(data):
+    told = []
+    with pytest.raises(DataError, match=ALONE):
+        fit(Net(norm=True), data, training=ONCE, hooks=TrainingHooks(event=told.append))
+    with pytest.raises(DataError, match=ALONE):
+        learn(Net(norm=True), data)
+    assert not told
+    assert len(fit(Net(), data, training=ONCE).history) == ONCE.epochs  # without a norm it is a batch like any other
+
+
+def test_a_batch_of_one_that_comes_from_nowhere_is_named_when_it_comes():
+    class Loader:
+        def __iter__(self):
+            return iter([(X, Y), (X[:1], Y[:1])])
+
+    with pytest.raises(DataError, match=ALONE):
+        fit(Net(norm=True), Loader(), training=Training(epochs=2, schedule="constant"))
+
+
+def test_loaders_without_one_left_over_are_trained():
+    for data in (DataLoader(ROWS, 4, drop_last=True), DataLoader(ROWS, 13), ArrayData(X.numpy(), Y.numpy(), 11)):
+        assert len(fit(Net(norm=True), data, training=ONCE).history) == ONCE.epochs
+
+
+# ------------------------------------------------------------------------------------------------ entries of a dict
+
+
+class Told(nn.Module):
+    """A model that takes whatever it is given by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, input_ids=None, pixel_values=None, **kwargs):
+        return self.net(pixel_values)
+
+
+def test_targets_of_a_name_that_nobody_knows_are_warned_of_where_the_model_swallows_them():
+    batch = {"pixel_values": X, "class": Y}
+    told = []
+    hooks = TrainingHooks(event=told.append)
+    distill(Told(), Told(), [batch], training=ONCE, check_teacher=False, hooks=hooks)
+    sentences = [event["text"] for event in told if event["event"] == "doubt"]
+    assert any("Told has no argument class. If that holds the targets, call it labels" in s for s in sentences)
+    with pytest.raises(DataError, match="The data has no targets, and there is no teacher"):
+        fit(Told(), [batch], training=ONCE)
+
+
+def test_arguments_are_given_by_the_names_that_the_model_knows():
+    assert len(fit(Told(), [{"pixel_values": X, "labels": Y}], training=ONCE).history) == ONCE.epochs

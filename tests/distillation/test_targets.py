@@ -1,0 +1,245 @@
+"""Targets that a loss on labels does not take are named by what they look like."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kirsch.distillation.distill import distill, fit
+from kirsch.distillation.distiller import Distiller
+from kirsch.distillation.losses import hard_label
+from kirsch.distillation.losses.labels import binary_label, squared_error
+from kirsch.distillation.objective import Objective, Term
+from kirsch.errors import DataError, KirschError, ShapeError
+from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.training import Training, TrainingHooks
+
+N, D, K = 40, 4, 3
+ONCE = Training(epochs=1, learning_rate=0.05, schedule="constant")
+RANDOM = np.random.default_rng(0)
+X = RANDOM.standard_normal((N, D))
+CLASSES = np.arange(N) % K
+YES = (RANDOM.random((N, K)) < 0.4).astype(np.float64)
+BINARY, NUMBERS = Objective(label_loss="binary"), Objective(label_loss="squared-error")
+
+
+def net(outputs=K, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(D, outputs)).double()
+
+
+def flattened(seed=0):
+    return nn.Sequential(net(1, seed), nn.Flatten(0))
+
+
+def pixels(classes=K, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, classes, 1)).double()
+
+
+def ways(inputs, targets):
+    """All samples in memory, and batches of which only the last is wrong."""
+    last = slice(N // 2, None)
+    good = CLASSES if targets.ndim == 1 and targets.dtype.kind != "f" else np.clip(np.nan_to_num(targets), 0, 1)
+    return [ArrayData(inputs, targets, 8), [(inputs[: N // 2], good[: N // 2]), (inputs[last], targets[last])]]
+
+
+# ------------------------------------------------------------------------------------------------ yes or no
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda y: 2 * y - 1,
+            r"has the target -1; .* values -1 to 1\. .* They are -1 and 1: give \(targets \+ 1\) / 2",
+        ),
+        (lambda y: y + 1, r"has the target 2; .* They are 1 and 2: give targets - 1"),
+        (lambda y: 255 * y, r"has the target 255; .* They are 0 and 255: give targets / 255"),
+        (lambda y: np.where(y > 0, np.nan, y), r"has the target nan; .* Give -100 where a label is missing"),
+        (lambda y: 100 * y, r"has the target 100; .* 0 for no and 1 for yes"),
+        (lambda y: (2 * y - 1).astype(np.int8), r"has the target -1; the targets are int8"),
+    ],
+    ids=["-1 and 1", "1 and 2", "0 and 255", "nan", "percent", "int8"],
+)
+def test_answers_that_are_not_between_0_and_1_are_refused(change, sentence):
+    for data in ways(X, change(YES)):
+        with pytest.raises(DataError, match=sentence):
+            fit(net(), data, objective=BINARY, training=ONCE)
+    with pytest.raises(DataError, match=sentence):
+        Distiller(net(), None, BINARY, (X, change(YES)))
+    objective = Objective((Term("binary-kd", 1.0),), label_loss="binary")
+    with pytest.raises(DataError, match=sentence):
+        distill(net(), net(seed=1), ArrayData(X, change(YES)), objective=objective, training=ONCE, check_teacher=False)
+
+
+def test_answers_may_be_shares_booleans_whole_numbers_and_missing():
+    for targets in (0.9 * YES + 0.05, YES > 0, YES.astype(np.uint8), np.where(CLASSES[:, None] == 0, -100, YES)):
+        assert len(fit(net(), ArrayData(X, targets), objective=BINARY, training=ONCE).history) == 1
+    for one in (YES[:, 0], YES[:, :1], YES[:, 0].astype(np.int64)):
+        assert len(fit(net(1), ArrayData(X, one), objective=BINARY, training=ONCE).history) == 1
+        assert len(fit(flattened(), ArrayData(X, one.reshape(-1)), objective=BINARY, training=ONCE).history) == 1
+
+
+def test_class_numbers_are_not_answers_of_yes_or_no():
+    with pytest.raises(DataError, match=r'Of class numbers, of which one holds, take label_loss="cross-entropy"'):
+        fit(net(), ArrayData(X, CLASSES), objective=BINARY, training=ONCE)
+
+
+def test_a_loop_of_ones_own_is_told_at_the_batch_that_is_wrong():
+    found = Distiller(net(), None, BINARY, (X, YES))
+    found((X, YES))
+    with pytest.raises(DataError, match="has the target -1"):
+        found((X, 2 * YES - 1))
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused(value):
+    targets = RANDOM.standard_normal((N, 2))
+    targets[35, 1] = value
+    later = [(X[:20], targets[:20]), (X[20:], targets[20:])]
+    for data, place in ((ArrayData(X, targets), 35), (later, 15)):
+        with pytest.raises(DataError, match=rf"The target of sample {place} is NaN or infinity"):
+            fit(net(2), data, objective=NUMBERS, training=ONCE)
+
+
+def test_numbers_of_another_shape_are_refused():
+    with pytest.raises(DataError, match=r"one number for each output, and these have shape \(3,\) a sample"):
+        fit(net(), ArrayData(X, X[:, :2]), objective=NUMBERS, training=ONCE)
+    with pytest.raises(DataError, match=r'Of class numbers take label_loss="cross-entropy"'):
+        fit(net(), ArrayData(X, CLASSES), objective=NUMBERS, training=ONCE)
+
+
+# ------------------------------------------------------------------------------------------------ classes
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.uint64])
+def test_class_numbers_of_any_width_train_as_those_of_64_bits(kind):
+    wanted = fit(net(), ArrayData(X, CLASSES, 8), training=ONCE).model[0].weight
+    found = [(X[at : at + 8], CLASSES[at : at + 8]) for at in range(0, N, 8)]
+    narrow = fit(net(), ArrayData(X, CLASSES.astype(kind), 8), training=ONCE).model[0].weight
+    assert torch.equal(narrow, wanted)
+    few = [(x, y.astype(kind)) for x, y in found]
+    assert torch.equal(fit(net(), few, training=ONCE).model[0].weight, fit(net(), found, training=ONCE).model[0].weight)
+
+
+def test_a_class_that_a_byte_would_take_for_no_label_counts():
+    """In 8 bits, 156 and -100 are the same."""
+    labels = np.full(N, 156, np.uint8)
+    model = net(200)
+    found = fit(model, ArrayData(X, labels, N), training=Training(epochs=1, learning_rate=1e-9)).history[0]["loss"]
+    with torch.no_grad():
+        wanted = hard_label(model(torch.from_numpy(X)), torch.from_numpy(labels.astype(np.int64)))
+    assert found == pytest.approx(float(wanted))
+
+
+def test_a_type_that_cannot_hold_all_classes_is_refused():
+    with pytest.raises(DataError, match=r"The targets are int8, which goes to 127; the model puts out 200 classes"):
+        fit(net(200), ArrayData(X, np.full(N, 3, np.int8)), training=ONCE)
+
+
+MASKS, IMAGES = RANDOM.integers(0, K, (N, 4, 5)), RANDOM.standard_normal((N, 1, 4, 5))
+
+
+@pytest.mark.parametrize(
+    ("targets", "classes", "sentence"),
+    [
+        (np.where(MASKS == 2, 255, MASKS), K, r"has the label 255\. .* give the objective ignore=255"),
+        (255 * (MASKS > 0), 2, r"has the label 255\. .* masks of 0 and 255: give \(targets == 255\)"),
+        (MASKS + 1, K, r"The labels go from 1 to 3: give targets - 1"),
+        (MASKS[:, None], K, r"\(40, 1, 4, 5\) .* Take out the axis of length 1: targets\[:, 0\], as int64"),
+        (MASKS[..., None], K, r"\(40, 4, 5, 1\) .* Take out the axis of length 1: targets\[\.\.\., 0\], as int64"),
+        (np.moveaxis(np.eye(K)[MASKS], -1, 1), K, r"They are one-hot: give targets\.argmax\(1\)"),
+        (MASKS[:, :2, :2], K, r"The labels are 2×2 a sample and the logits 4×5"),
+        (CLASSES, K, "labels of whole samples, and the model answers for each pixel"),
+        (IMAGES, K, r'label_loss="squared-error".* Term\("fitnet", student="logits"\)'),
+        (MASKS.astype(np.float32), K, "whole numbers stored as floats"),
+    ],
+    ids=["void", "0 and 255", "from 1", "axis", "last axis", "one-hot", "size", "samples", "images", "floats"],
+)
+def test_masks_are_named_by_what_they_look_like(targets, classes, sentence):
+    with pytest.raises(DataError, match=sentence):
+        fit(pixels(classes), ArrayData(IMAGES, targets), training=ONCE)
+
+
+def test_a_void_label_that_is_stated_does_not_count():
+    void = np.where(MASKS == 2, 255, MASKS).astype(np.uint8)
+    wanted = fit(pixels(), ArrayData(IMAGES, np.where(MASKS == 2, -100, MASKS)), training=ONCE).history[0]["loss"]
+    found = fit(pixels(), ArrayData(IMAGES, void), objective=Objective(ignore=255), training=ONCE).history[0]["loss"]
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_batches_of_sequences_and_images_may_differ_in_size():
+    tokens = RANDOM.integers(0, 7, (8, 5))
+    language = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+    assert len(fit(language, [(tokens, tokens), (tokens[:, :3], tokens[:, :3])], training=ONCE).history) == 1
+    sizes = [(IMAGES, MASKS), (IMAGES[:, :, :2], MASKS[:, :2])]
+    assert len(fit(pixels(), sizes, training=ONCE).history) == 1
+    with pytest.raises(DataError, match="has the label 7"):
+        fit(language, [(tokens, tokens), (tokens[:, :3], 0 * tokens[:, :3] + 7)], training=ONCE)
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "sentence"),
+    [
+        (net(1), YES[:, 0].astype(int), r'For a yes or no take label_loss="binary", and the term "binary-kd"'),
+        (net(1), np.zeros(N, int), 'label_loss="binary"'),
+        (net(1), YES[:, :1], 'label_loss="binary"'),
+        (net(1), 2 * YES[:, 0] - 1, r'give \(targets \+ 1\) / 2, and take label_loss="binary"'),
+        (net(1), X[:, :1], r'label_loss="squared-error".* Term\("fitnet", student="logits"\)'),
+        (net(1), X[:, 0], 'label_loss="squared-error"'),
+        (pixels(1), MASKS > 0, r'take label_loss="binary", and Term\("fitnet", student="logits"\)'),
+        (pixels(1), 255 * (MASKS > 0)[:, None], 'give targets / 255, and take label_loss="binary"'),
+    ],
+)
+def test_a_single_logit_is_answered_by_what_its_targets_look_like(model, targets, sentence):
+    inputs = X if targets.ndim < 3 else IMAGES
+    with pytest.raises(DataError, match=rf"The model puts out one logit for each .*{sentence}"):
+        fit(model, ArrayData(inputs, targets), training=ONCE)
+
+
+def test_labels_of_minus_one_and_one_are_named():
+    with pytest.raises(DataError, match=r"They are -1 and 1: give \(targets \+ 1\) // 2"):
+        fit(net(2), ArrayData(X, 2 * (CLASSES > 0) - 1), training=ONCE)
+
+
+# ------------------------------------------------------------------------------------------------ images of numbers
+
+
+def test_losses_of_pixels_are_summed_over_channels_and_averaged_over_pixels():
+    """Not summed over the width of the images, which is their last axis."""
+    scores, numbers = (
+        torch.from_numpy(RANDOM.standard_normal((2, 3, 4, 5))),
+        torch.from_numpy(RANDOM.standard_normal((2, 3, 4, 5))),
+    )
+    assert float(squared_error(scores, numbers)) == pytest.approx(float(((scores - numbers) ** 2).sum(1).mean()))
+    answers = (numbers > 0).double()
+    wanted = nn.functional.binary_cross_entropy_with_logits(scores, answers, reduction="none").sum(1).mean()
+    assert float(binary_label(scores, answers)) == pytest.approx(float(wanted))
+    one = nn.functional.binary_cross_entropy_with_logits(scores[:, :1], answers[:, :1])
+    assert float(binary_label(scores[:, :1], answers[:, 0])) == pytest.approx(float(one))
+
+
+def test_images_of_numbers_are_distilled_by_the_way_that_the_error_names():
+    images = RANDOM.standard_normal((N, 2, 4, 5))
+    data = ArrayData(IMAGES, images)
+    for term in ("kd", "binary-kd"):
+        with pytest.raises(ShapeError, match=r'"fitnet", student="logits"') as caught:
+            distill(pixels(2), pixels(2, 1), data, objective=Objective((Term(term),), 0.0), check_teacher=False)
+        assert "pixel-kd" in str(caught.value)
+    objective = Objective((Term("fitnet", 1.0, student="logits"),), 1.0, label_loss="squared-error")
+    hooks = TrainingHooks(event=lambda event: None)
+    found = distill(pixels(2), pixels(2, 1), data, objective=objective, training=ONCE, check_teacher=False, hooks=hooks)
+    assert set(found.history[0]["parts"]) == {"label", "fitnet"}
+
+
+@pytest.mark.parametrize("objective", [Objective(), BINARY, NUMBERS], ids=["classes", "answers", "numbers"])
+def test_texts_and_objects_are_not_targets(objective):
+    for targets in (np.array(["a"] * N), np.array([None] * N)):
+        with pytest.raises(KirschError, match=r"type (<U1|object)"):
+            fit(net(), ArrayData(X, targets), objective=objective, training=ONCE)
