@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 WEIGHTS = "model.safetensors"
+MOST_NAMED = 5
 
 
 def save(model: Any, folder: str | Path) -> Path:
@@ -48,29 +49,35 @@ def save(model: Any, folder: str | Path) -> Path:
 
 
 def load(folder: str | Path, build: Callable[[], Any]) -> Any:
-    """The model that was saved, bit for bit.
+    """The model that was saved, bit for bit and in its types.
 
     Args:
-        folder: of `save`.
-        build: makes the original architecture, before any pruning; its weights do not matter.
+        folder: of `save`; it holds exactly the files that `save` wrote.
+        build: makes the original architecture, before any pruning; its weights and floating types do not matter.
 
     Raises:
-        CheckpointError: a file is missing or damaged; names it.
+        CheckpointError: a file is missing, damaged or not one of `save`; names it.
+        LoadError: the weights do not fit the model; names tensors, shapes and types.
         PlanError: `build` makes another model than the one that was pruned.
     """
     source = Path(folder)
     wrong = files.damage(source)
     if wrong:
-        raise CheckpointError(f"The saved model {source} is damaged.", f"{wrong}.", "Save it again.")
+        raise CheckpointError(
+            f"The saved model {source} is damaged.", f"{wrong}.", "Save it again; keep other files elsewhere."
+        )
+    names = files.listed(source)
+    plans = [_plan_name(number) for number in range(1, len(names))]  # beside them are the weights
+    if names != {WEIGHTS, *plans} or not plans:
+        raise CheckpointError(
+            f"{source} holds no model of kirsch.save.",
+            f"It has {', '.join(sorted(names)[:MOST_NAMED])}, where {WEIGHTS} and plan.json, plan.2.json, … belong.",
+            "Give a folder made by kirsch.save.",
+        )
     model = build()
-    number = 1
-    while (source / _plan_name(number)).is_file():
-        plan = Plan.from_json((source / _plan_name(number)).read_text(encoding="utf-8"))
-        model = _pruned(model, plan)
-        number += 1
-    if number == 1:
-        raise PlanError(f"{source} holds no plan.json.", mend="Give a folder made by kirsch.save.")
-    framework_of(model).load_weights(model, source / WEIGHTS)
+    for name in plans:
+        model = _pruned(model, Plan.from_json((source / name).read_text(encoding="utf-8")))
+    framework_of(model).load_weights(model, source / WEIGHTS, restore_types=True)
     return model
 
 

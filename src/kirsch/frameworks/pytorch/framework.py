@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 
-from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, VerificationError, said
+from kirsch.errors import KirschError, ModelError, UnknownNameError, VerificationError, said
 from kirsch.frameworks.pytorch import (
     adapters,
     cohort,
@@ -33,6 +31,7 @@ from kirsch.frameworks.pytorch import (
     train,
     verify,
     watch,
+    weights,
 )
 
 if TYPE_CHECKING:
@@ -237,31 +236,12 @@ class PyTorch:
 
     def save_weights(self, model: Any, path: Path) -> None:
         """See the port."""
-        safetensors.torch.save_model(model, str(path))
+        weights.save_weights(model, path)
 
     def fingerprint(self, model: Any) -> str:
         """See the port."""
         return fingerprint.fingerprint(model)
 
-    def load_weights(self, model: Any, path: Path) -> None:
+    def load_weights(self, model: Any, path: Path, *, restore_types: bool = False) -> None:
         """See the port."""
-        try:
-            state = OrderedDict(safetensors.torch.load_file(str(path)))
-            own = model.state_dict()
-            # Some models (torchvision's MNASNet) ask for the version of their weights, which the file does not carry.
-            state._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]  # noqa: SLF001 - as PyTorch does
-            keys = model.load_state_dict(state, strict=False)
-        except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-            lines = [line.strip() for line in str(error).splitlines()[:3]]  # a title, then what does not fit
-            raise _unfit(model, path, " ".join(lines)) from error
-        stored = {own[name].data_ptr() for name in state if name in own}  # tied tensors are stored once
-        missing = [name for name in keys.missing_keys if own[name].data_ptr() not in stored]
-        lacks = [f"The file lacks {', '.join(missing[:3])}."] if missing else []
-        spare = [f"The model has no {', '.join(keys.unexpected_keys[:3])}."] if keys.unexpected_keys else []
-        if lacks or spare:
-            raise _unfit(model, path, " ".join([*lacks, *spare]))
-
-
-def _unfit(model: Any, path: Path, why: str) -> LoadError:
-    what = f"The weights in {path} do not fit a {type(model).__name__}."
-    return LoadError(what, why, "Give the model that they were saved from.")
+        weights.load_weights(model, path, restore_types=restore_types)
