@@ -17,7 +17,7 @@ import filelock
 from kirsch.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
@@ -35,6 +35,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
     """Write a file whole, as `write_bytes` does, from pieces that need not be in memory together."""
+    if path.is_dir():
+        raise OutputError(f"{path} cannot be written.", "It is a folder.", "Delete or move it.")
     temporary = None
     try:
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
@@ -140,10 +142,14 @@ def write_manifest(folder: Path, beside: Collection[str] = ()) -> None:
         folder: holds regular files and folders alone.
         beside: names of files that the manifest leaves out.
     """
-    entries = {}
-    for name in sorted(_present(folder)[0] - {MANIFEST, *beside}):
-        entries[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-    write_json(folder / MANIFEST, {"kirsch_manifest": 1, "files": entries})
+    names = _present(folder)[0] - {MANIFEST, *beside}
+    write_entries(folder, {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in names})
+
+
+def write_entries(folder: Path, found: Mapping[str, tuple[int, str]]) -> None:
+    """Write a manifest of these files: bytes and sha256 by name."""
+    listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(found.items())}
+    write_json(folder / MANIFEST, {"kirsch_manifest": 1, "files": listed})
 
 
 def damage(folder: Path) -> str:
@@ -163,26 +169,32 @@ def flaws(folder: Path, beside: Collection[str] = ()) -> dict[str, str]:
         beside: names of files that the manifest leaves out.
     """
     try:
-        entries = _entries((folder / MANIFEST).read_text(encoding="utf-8") if _is_plain(folder / MANIFEST) else "")
+        known = entries(folder) if _is_plain(folder / MANIFEST) else None
     except (OSError, ValueError, RecursionError):
+        known = None
+    if known is None:
         return {MANIFEST: f"{folder / MANIFEST} is missing or damaged"}
-    if not entries:
+    if not known:
         return {MANIFEST: f"{folder / MANIFEST} names no files"}
-    outside = {name: f"{folder / MANIFEST} names {name!r}, outside its folder" for name in entries if _leads_out(name)}
+    outside = {name: f"{folder / MANIFEST} names {name!r}, outside its folder" for name in known if _leads_out(name)}
     if outside:
         return outside
     present, found = _present(folder)
-    for name, (size, digest) in entries.items():
+    for name, (size, digest) in known.items():
         if name not in found and (flaw := _flaw(folder / name, size, digest, name in present)):
             found[name] = flaw
-    for name in sorted(present - entries.keys() - {MANIFEST, *beside}):
+    for name in sorted(present - known.keys() - {MANIFEST, *beside}):
         found[name] = f"{folder / name} is not in its manifest"
     return found
 
 
-def listed(folder: Path) -> set[str]:
-    """The names in the manifest of a folder that has no flaws."""
-    return set(_entries((folder / MANIFEST).read_text(encoding="utf-8")))
+def entries(folder: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and sha256 by name, from the manifest of a folder.
+
+    Raises:
+        ValueError: the manifest is damaged.
+    """
+    return _entries((folder / MANIFEST).read_bytes().decode())
 
 
 def odd(folder: Path) -> dict[str, str]:
@@ -200,15 +212,15 @@ def _entries(text: str) -> dict[str, tuple[int, str]]:
     content = json.loads(text)
     if json_text(content) != text or not isinstance(content, dict) or content.keys() != {"kirsch_manifest", "files"}:
         raise ValueError("not the text of a manifest")
-    version, entries = content["kirsch_manifest"], content["files"]
-    if type(version) is not int or version != 1 or not isinstance(entries, dict):
+    version, found = content["kirsch_manifest"], content["files"]
+    if type(version) is not int or version != 1 or not isinstance(found, dict):
         raise ValueError("not a manifest of version 1")
-    for entry in entries.values():
+    for entry in found.values():
         if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
             raise ValueError("not an entry")
         if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
             raise ValueError("not an entry")
-    return {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in found.items()}
 
 
 def _leads_out(name: str) -> bool:
@@ -306,6 +318,15 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
         raise OutputError(message, f"{error.strerror or error}.", mend) from error
 
 
+def remove(folder: Path) -> None:
+    """Remove a folder so that a kill leaves either all of it or a rest that `sweep` removes."""
+    going = folder.with_name(f"{TEMPORARY}{folder.name}")
+    if going.exists():
+        shutil.rmtree(going, ignore_errors=True)
+    folder.replace(going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half written in a folder."""
     for path in list(folder.rglob(f"{TEMPORARY}*")) if folder.is_dir() else ():  # a list: what it walks is removed
@@ -339,8 +360,14 @@ def alone(lock: Path, busy: OutputError) -> Iterator[None]:
         lock: a file, made if it is not there.
         busy: raised where another process holds it.
     """
+    held = filelock.FileLock(lock, timeout=0)
     try:
-        with filelock.FileLock(lock, timeout=0):
-            yield
+        held.acquire()
     except filelock.Timeout as error:
         raise busy from error
+    except OSError as error:
+        raise OutputError(f"{lock} cannot be locked.", f"{error.strerror or error}.", "Delete or move it.") from error
+    try:
+        yield
+    finally:
+        held.release()

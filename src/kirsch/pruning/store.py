@@ -66,7 +66,7 @@ def load(folder: str | Path, build: Callable[[], Any]) -> Any:
         raise CheckpointError(
             f"The saved model {source} is damaged.", f"{wrong}.", "Save it again; keep other files elsewhere."
         )
-    names = files.listed(source)
+    names = files.entries(source).keys()
     plans = [_plan_name(number) for number in range(1, len(names))]  # beside them are the weights
     if names != {WEIGHTS, *plans} or not plans:
         raise CheckpointError(

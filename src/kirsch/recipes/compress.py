@@ -14,7 +14,8 @@ from kirsch.errors import UsageError
 from kirsch.frameworks.port import framework_of
 from kirsch.recipes.recipe import Train, recipe_of
 from kirsch.recipes.runner import GIVEN, Materials, new_folder_name, run
-from kirsch.recipes.stages import MODEL, WEIGHTS
+from kirsch.recipes.seal import MODEL, REPORT
+from kirsch.recipes.stages import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +111,7 @@ def compress(
     return Compressed(
         model=outcome.model,
         artifact=place / MODEL,
-        report=place / "report.html",
+        report=place / REPORT,
         metrics=outcome.metrics,
         met=outcome.exit_code == 0,
         folder=place,

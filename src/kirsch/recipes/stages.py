@@ -26,6 +26,7 @@ from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.prune import prune_with_proof
 from kirsch.pruning.store import load, save
 from kirsch.recipes.job import LOGITS, Job
+from kirsch.recipes.seal import MODEL, PLAN
 from kirsch.report import figures
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 WEIGHTS = "weights.safetensors"
-MODEL = "artifacts/model.onnx"
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _prune(job: Job, folder: Path) -> Record:
     graph, plan = plan_for(job, before, section)
     pruned = prune_with_proof(before, plan)
     save(pruned.model, folder / "model")
-    files.write_text(job.folder / "plan.json", pruned.plan.to_json())
+    files.write_text(job.folder / PLAN, pruned.plan.to_json())
     for text in plan.notes:
         job.note(text)
     record = {"did": _saved(plan), **job.judge(pruned.model, folder)}
@@ -272,7 +272,7 @@ def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
 def _load_pruned(job: Job, folder: Path, _record: Record) -> None:
     job.models["before"] = job.models["result"]
     job.models["pruned"] = job.models["result"] = load(folder / "model", _before_pruning(job)).eval()
-    sealed, shown = folder / "model" / "plan.json", job.folder / "plan.json"
+    sealed, shown = folder / "model" / "plan.json", job.folder / PLAN
     if not shown.is_file() or shown.read_bytes() != sealed.read_bytes():
         files.write_bytes(shown, sealed.read_bytes())
 
