@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files
@@ -99,17 +100,28 @@ def rewrite(folder: Path, name: str, text: str) -> None:
 
 def stage_folders(folder: Path) -> list[Path]:
     """The folders of a run that have a manifest of their own: finished stages, checkpoints, the exported model."""
-    stages = folder / CHECKPOINTS
-    found = [*stages.glob("*/done"), *stages.glob("*/step-*"), folder / PRUNED]
-    return sorted(path for path in found if path.is_dir())
+    parts = [path for stage in _children(folder / CHECKPOINTS) for path in _children(stage)]
+    sealed = [path for path in parts if path.name == "done" or path.name.startswith("step-")]
+    return [path for path in [folder / PRUNED, *sealed] if path.is_dir() and not path.is_symlink()]
+
+
+def _children(folder: Path) -> list[Path]:
+    """What lies in a folder, by name; nothing where it is none, a link, or unreadable."""
+    readable = folder.is_dir() and not folder.is_symlink() and os.access(folder, os.R_OK | os.X_OK)
+    return sorted(folder.iterdir()) if readable else []
 
 
 def misplaced(folder: Path) -> list[str]:
-    """A sentence for every entry of a run folder that is of another kind than Kirsch puts there."""
-    stages = folder / CHECKPOINTS
+    """A sentence for every entry of a run folder that is of another kind than Kirsch puts there, or unreadable."""
+    stages = _children(folder / CHECKPOINTS)
+    parts = [path for stage in stages for path in _children(stage)]
     plain = (RUN, RECIPE, PLAN, LOCK, EVENTS, METRICS, REPORT, ENVIRONMENT, TRACEBACK, files.MANIFEST, MODEL)
-    folders = (stages, folder / ARTIFACTS, folder / PRUNED, *sorted(stages.glob("*")), *sorted(stages.glob("*/*")))
+    folders = (folder / CHECKPOINTS, folder / ARTIFACTS, folder / PRUNED, *stages, *parts)
     found = list(files.odd(folder).values())
     found += [f"{folder / name} is a folder" for name in plain if (folder / name).is_dir()]
-    found += [f"{path} is a file, where a folder belongs" for path in folders if path.is_file()]
+    unreadable = (path for path in map(folder.joinpath, plain) if path.is_file() and not os.access(path, os.R_OK))
+    found += [f"{path} cannot be read: you lack the permission" for path in unreadable]
+    found += [
+        f"{path} is a file, where a folder belongs" for path in folders if path.is_file() and not path.is_symlink()
+    ]
     return list(dict.fromkeys(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,19 +47,20 @@ def check(folder: Path) -> Soundness:
     Raises:
         LoadError: the folder holds no run.
     """
-    present = [name for name in (RUN, CHECKPOINTS, files.MANIFEST) if (folder / name).exists()]
-    if RUN not in present and not {CHECKPOINTS, files.MANIFEST} <= set(present):
+    present = {name for name in (RUN, CHECKPOINTS, EVENTS, files.MANIFEST) if os.path.lexists(folder / name)}
+    if RUN not in present and not (CHECKPOINTS in present and present & {EVENTS, files.MANIFEST}):
         raise LoadError(f"{folder} holds no run.", f"{RUN} is missing.", "Give the folder of a run.")
     finished = seal.is_sealed(folder)
     misplaced = seal.misplaced(folder)
     sealed = seal.stage_folders(folder)
-    if finished:
-        wrong = list(seal.altered(folder).values())
-        count = 0 if files.MANIFEST in seal.altered(folder) else len(files.entries(folder))
-    else:
+    altered = seal.altered(folder)
+    wrong, count = list(altered.values()), 0
+    if not finished or files.MANIFEST in altered:  # the folders inside still have manifests of their own
         flaws = [flaw for place in sealed for flaw in files.flaws(place).values()]
-        wrong = flaws + ([] if misplaced else _contradictions(folder))
+        wrong += flaws + ([] if misplaced else _contradictions(folder))
         count = 0 if flaws else sum(len(files.entries(place)) for place in sealed)
+    else:
+        count = len(files.entries(folder))
     known = (RUN, RECIPE, PLAN, EVENTS, METRICS, REPORT, ENVIRONMENT)
     uncovered = [] if finished else [name for name in known if (folder / name).exists()]
     return Soundness(finished, list(dict.fromkeys([*misplaced, *wrong])), count, len(sealed), uncovered)
@@ -77,7 +79,8 @@ def _contradictions(folder: Path) -> list[str]:
     done = {key: folder / CHECKPOINTS / key / "done" for key in keys}
     last = max((number for number, key in enumerate(keys) if done[key].is_dir()), default=0)
     wrong += [f"{done[key]} is missing, and a later stage is done" for key in keys[:last] if not done[key].is_dir()]
-    if "recipe" in run and (folder / RECIPE).read_bytes() != run["recipe"].encode():
+    stated = run.get("recipe")
+    if isinstance(stated, str) and (folder / RECIPE).read_bytes() != stated.encode():
         wrong.append(f"{folder / RECIPE} is not the recipe that {RUN} states")
     under_way = _under_way(folder)  # it may have been killed between its files
     sealed, shown = done.get("prune", folder) / "model" / PLAN, folder / PLAN
