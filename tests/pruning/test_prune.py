@@ -277,6 +277,16 @@ def test_a_model_comes_back_in_its_types(case, tmp_path, change):
     assert equal(small, loaded)
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_model_that_was_pruned_in_other_types_than_it_is_built_in_comes_back(tmp_path, kind):
+    model, inputs = shaken(build()).to(kind), IMAGE.to(kind)
+    small = kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.5)))
+    kirsch.save(small, tmp_path / "small")
+    loaded = kirsch.load(tmp_path / "small", build)
+    assert equal(small, loaded)
+    assert torch.equal(small(inputs), loaded.eval()(inputs))
+
+
 def test_another_architecture_is_refused_at_loading(case, tmp_path):
     kirsch.save(kirsch.prune(*case), tmp_path / "small")
     with pytest.raises((PlanError, LoadError), match="another model"):

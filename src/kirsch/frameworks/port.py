@@ -147,11 +147,11 @@ class Framework(Protocol):
     def fingerprint(self, model: Any) -> str:
         """A sha256 over names, shapes, types and bytes of all that the model's state holds, on whatever device."""
 
-    def load_weights(self, model: Any, path: Path, *, restore_types: bool = False) -> None:
-        """Fill a model with the weights of `save_weights`; names, shapes and types must agree.
+    def load_weights(self, model: Any, path: Path) -> None:
+        """Fill a model with the weights of `save_weights`; names, shapes and types must agree."""
 
-        With `restore_types` the model's floating tensors take the types that they have in the file.
-        """
+    def take_types(self, model: Any, path: Path) -> bool:
+        """Give a model's floating tensors the types that they have in a file of `save_weights`; says if any changed."""
 
 
 def framework_of(model: Any) -> Framework:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files
-from kirsch.errors import CheckpointError, ModelError, PlanError, UsageError
+from kirsch.errors import CheckpointError, KirschError, ModelError, PlanError, UsageError
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan
 from kirsch.pruning.prune import PLANS, prune
@@ -74,11 +75,23 @@ def load(folder: str | Path, build: Callable[[], Any]) -> Any:
             f"It has {', '.join(sorted(names)[:MOST_NAMED])}, where {WEIGHTS} and plan.json, plan.2.json, … belong.",
             "Give a folder made by kirsch.save.",
         )
-    model = build()
-    for name in plans:
-        model = _pruned(model, Plan.from_json((source / name).read_text(encoding="utf-8")))
-    framework_of(model).load_weights(model, source / WEIGHTS, restore_types=True)
+    cuts = [Plan.from_json((source / name).read_text(encoding="utf-8")) for name in plans]
+    model = _rebuilt(build, cuts, source / WEIGHTS)
+    framework = framework_of(model)
+    framework.take_types(model, source / WEIGHTS)
+    framework.load_weights(model, source / WEIGHTS)
     return model
+
+
+def _rebuilt(build: Callable[[], Any], plans: list[Plan], weights: Path) -> Any:
+    """The original architecture cut by its plans, one after the other."""
+    try:
+        return functools.reduce(_pruned, plans, build())
+    except KirschError:
+        model = build()  # it may have been pruned in other types, and run on inputs of those
+        if not framework_of(model).take_types(model, weights):
+            raise
+    return functools.reduce(_pruned, plans, model)
 
 
 def _pruned(model: Any, plan: Plan) -> Any:

@@ -156,6 +156,8 @@ def begin(recipe: Recipe, folder: Path, base: Path) -> dict[str, str]:
         altered.setdefault(RUN, f"{folder / RUN} is missing or damaged")
     if not (folder / RECIPE).is_file():
         altered.setdefault(RECIPE, f"{folder / RECIPE} is missing")
+    elif run.get("recipe") not in (None, (folder / RECIPE).read_bytes().decode()):
+        altered.setdefault(RECIPE, f"{folder / RECIPE} is not the recipe that {RUN} states")
     files.sweep(folder)
     return altered
 

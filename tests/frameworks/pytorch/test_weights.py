@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kirsch.errors import LoadError, ModelError
-from kirsch.frameworks.pytorch.weights import load_weights, save_weights
+from kirsch.frameworks.pytorch.weights import load_weights, save_weights, take_types
 
 
 class Versioned(nn.Module):
@@ -171,7 +171,9 @@ def test_types_of_the_file_are_restored_where_that_is_asked(kind, path):
         nn.Linear(4, 4), nn.BatchNorm1d(4)
     )  # fmt: skip
     save_weights(model, path)
-    load_weights(other, path, restore_types=True)
+    assert take_types(other, path)
+    load_weights(other, path)
+    assert not take_types(other, path)
     assert bits(other) == bits(model)
     assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in other.parameters())
 
@@ -179,7 +181,9 @@ def test_types_of_the_file_are_restored_where_that_is_asked(kind, path):
 def test_tied_weights_stay_tied_when_their_type_is_restored(path):
     model, other = Tied().half(), Tied()
     save_weights(model, path)
-    load_weights(other, path, restore_types=True)
+    assert take_types(other, path)
+    load_weights(other, path)
+    assert not take_types(other, path)
     assert bits(other) == bits(model)
     assert other.second.weight is other.first.weight
 
@@ -187,7 +191,9 @@ def test_tied_weights_stay_tied_when_their_type_is_restored(path):
 def test_buffers_outside_the_state_dict_take_their_type_too(path):
     model, other, plain = Aside().half(), Aside(), Aside()
     save_weights(model, path)
-    load_weights(other, path, restore_types=True)
+    assert take_types(other, path)
+    load_weights(other, path)
+    assert not take_types(other, path)
     load_weights(plain, path)
     assert other.table.dtype == torch.float16
     assert torch.equal(other.table, model.table)
@@ -218,8 +224,9 @@ NARROWER = [("float64", "float32"), ("float32", "float16"), ("float16", "bfloat1
 def test_a_conversion_that_could_change_values_is_refused_with_tensor_and_types(stored, own, restore, path):
     safetensors.torch.save_file({"held": torch.ones(3).to(getattr(torch, stored))}, path)
     model = Holding(torch.zeros(3).to(getattr(torch, own)))
+    assert not (restore and take_types(model, path))
     with pytest.raises(LoadError, match=rf"held is {stored} in the file and {own} in the model\."):
-        load_weights(model, path, restore_types=restore)
+        load_weights(model, path)
     assert bool((model.held == 0).all())
 
 

@@ -242,6 +242,10 @@ class PyTorch:
         """See the port."""
         return fingerprint.fingerprint(model)
 
-    def load_weights(self, model: Any, path: Path, *, restore_types: bool = False) -> None:
+    def load_weights(self, model: Any, path: Path) -> None:
         """See the port."""
-        weights.load_weights(model, path, restore_types=restore_types)
+        weights.load_weights(model, path)
+
+    def take_types(self, model: Any, path: Path) -> bool:
+        """See the port."""
+        return weights.take_types(model, path)

@@ -68,21 +68,41 @@ def save_weights(model: nn.Module, path: Path) -> None:
         raise OutputError(f"{path} cannot be written.", said(error), "Free space or choose another folder.") from error
 
 
-def load_weights(model: nn.Module, path: Path, *, restore_types: bool = False) -> None:
+def take_types(model: nn.Module, path: Path) -> bool:
+    """Give the floating tensors of a model the types that they have in a file of `save_weights`.
+
+    Returns:
+        Whether any of them had another type.
+
+    Raises:
+        LoadError: the file cannot be read.
+    """
+    stored, beside = _read(path)
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    changed = False
+    for name, dtype in ({name: value.dtype for name, value in stored.items()} | beside).items():
+        value = tensors.get(name)
+        if value is None or is_lazy(value) or not (value.is_floating_point() and dtype.is_floating_point):
+            continue
+        if value.dtype != dtype:
+            value.data = value.data.to(dtype)
+            changed = True
+    return changed
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
     """Fill a model with the weights of a safetensors file; names and shapes must agree.
 
     Args:
         model: changed in place.
-        path: a file of `save_weights`, or of another program.
-        restore_types: give the model's floating tensors the types that they have in the file. Otherwise the types must
-            agree, or be wider in the model: a conversion that changes values is refused.
+        path: a file of `save_weights`, or of another program. Its types must be those of the model, or narrower
+            floating ones: a conversion that changes values is refused.
 
     Raises:
         LoadError: the file cannot be read or does not fit the model; names tensors, shapes and types.
     """
-    stored, beside = _read(path)
-    if restore_types:
-        _retype(model, {name: value.dtype for name, value in stored.items()} | beside)
+    stored, _ = _read(path)
     own = model.state_dict()
     wrong = [text for name, value in stored.items() if (text := _difference(name, value, own))]
     if wrong:
@@ -139,18 +159,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the header names {next(name for name in names if names.count(name) > 1)!r} twice")
     return found
-
-
-def _retype(model: nn.Module, types: dict[str, torch.dtype]) -> None:
-    """Give floating parameters and buffers these types."""
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= dict(model.named_buffers(remove_duplicate=False))
-    for name, dtype in types.items():
-        value = tensors.get(name)
-        if value is None or is_lazy(value) or not (value.is_floating_point() and dtype.is_floating_point):
-            continue
-        if value.dtype != dtype:
-            value.data = value.data.to(dtype)
 
 
 def _difference(name: str, value: torch.Tensor, own: dict[str, Any]) -> str:
