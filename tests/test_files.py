@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -275,14 +277,79 @@ def test_a_file_inside_that_is_called_like_the_manifest_is_watched_too(sound):
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "inner/../../outside"])
 def test_a_name_outside_the_folder_is_refused(sound, name):
     (sound.parent / "outside").write_text("x")
-    files.write_json(sound / "manifest.json", {"files": {name: {"bytes": 1, "sha256": "0"}}})
+    entries = {name: {"bytes": 1, "sha256": "0"}}
+    files.write_json(sound / "manifest.json", {"kirsch_manifest": 1, "files": entries})
     assert files.damage(sound) == f"{sound / 'manifest.json'} names {name!r}, outside its folder"
 
 
-def test_a_link_to_the_outside_is_refused(sound):
-    (sound / "weights").unlink()
-    (sound / "weights").symlink_to("/etc/hostname")
-    assert "names 'weights', outside its folder" in files.damage(sound)
+def replace_by_link(path):
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_by_socket(path):
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(path.parent):  # such paths must be short
+        made.bind(path.name)
+
+
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("replace", "kind"),
+    [
+        (replace_by_link, "a symbolic link"),
+        (replace_by_pipe, "a named pipe"),
+        (replace_by_socket, "a socket"),
+        (replace_by_folder, "a folder"),
+    ],
+)
+def test_what_is_no_file_of_its_own_is_named_by_its_kind(sound, replace, kind):
+    """Even a link to a file with the right bytes: nothing keeps those as they are."""
+    replace(sound / "weights")
+    assert files.damage(sound) == f"{sound / 'weights'} is {kind}"
+    (sound / "manifest.json").rename(sound / "weights.json")
+    assert files.damage(sound) == f"{sound / 'manifest.json'} is missing or damaged"
+
+
+@pytest.mark.parametrize("name", ["new", "inner/new", ".hidden", "Weights"])
+def test_a_file_that_the_manifest_does_not_name_is_named(sound, name):
+    (sound / name).write_text("")
+    assert files.damage(sound) == f"{sound / name} is not in its manifest"
+
+
+def test_a_file_whose_entry_is_gone_is_not_sound_whatever_it_holds(sound):
+    content = json.loads((sound / "manifest.json").read_text())
+    del content["files"]["weights"]
+    files.write_json(sound / "manifest.json", content)
+    assert files.damage(sound) == f"{sound / 'weights'} is not in its manifest"
+
+
+def test_a_manifest_that_names_no_files_is_damage(sound):
+    files.write_json(sound / "manifest.json", {"kirsch_manifest": 1, "files": {}})
+    assert files.damage(sound) == f"{sound / 'manifest.json'} names no files"
+
+
+def test_a_name_in_other_case_is_another_name(sound):
+    (sound / "weights").rename(sound / "Weights")
+    assert list(files.flaws(sound)) == ["weights", "Weights"]
+
+
+def test_all_flaws_are_found_by_name(sound):
+    (sound / "weights").write_text("x")
+    (sound / "inner" / "manifest.json").unlink()
+    assert files.flaws(sound) == {
+        "inner/manifest.json": f"{sound / 'inner/manifest.json'} is missing",
+        "weights": f"{sound / 'weights'} does not have the sha256 of its manifest",
+    }
 
 
 @pytest.mark.parametrize(
@@ -296,12 +363,32 @@ def test_a_link_to_the_outside_is_refused(sound):
         '{"files": {"weights": 3}}',
         '{"files": {"weights": {"bytes": Infinity, "sha256": "0"}}}',
         '{"files": {"weights": {"bytes": null, "sha256": "0"}}}',
+        '{\n  "kirsch_manifest": true,\n  "files": {}\n}\n',
+        '{\n  "kirsch_manifest": 2,\n  "files": {}\n}\n',
+        '{\n  "kirsch_manifest": 1,\n  "files": {\n    "a": 1\n  }\n}\n',
+        '{\n  "kirsch_manifest": 1,\n  "files": {},\n  "more": 1\n}\n',
         "[" * 100_000,
     ],
 )
 def test_a_damaged_manifest_is_named(sound, text):
     (sound / "manifest.json").write_text(text)
     assert files.damage(sound) == f"{sound / 'manifest.json'} is missing or damaged"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace('"files": {', '"files": {"weights": {"bytes": 1, "sha256": "0"},', 1),  # named twice
+        lambda text: text.replace('"bytes": 256', '"bytes": 256.0'),
+        lambda text: text.replace('"bytes": 256', '"bytes": 1, "bytes": 256'),
+        lambda text: text.rstrip(),
+        lambda text: json.dumps(json.loads(text)),
+    ],
+)
+def test_a_manifest_that_reads_otherwise_than_it_was_written_is_damaged(sound, change):
+    path = sound / "manifest.json"
+    path.write_text(change(path.read_text()))
+    assert files.damage(sound) == f"{path} is missing or damaged"
 
 
 def test_a_manifest_that_is_no_text_is_named(sound):
@@ -314,8 +401,14 @@ def test_a_missing_folder_is_damage(tmp_path):
 
 
 def test_a_name_that_no_file_can_have_is_damage(sound):
-    files.write_json(sound / "manifest.json", {"files": {"a\0b": {"bytes": 1, "sha256": "0"}}})
-    assert "cannot be read: " in files.damage(sound)
+    entries = {"a\0b": {"bytes": 1, "sha256": "0"}}
+    files.write_json(sound / "manifest.json", {"kirsch_manifest": 1, "files": entries})
+    assert files.damage(sound) == f"{sound}/a\0b is missing"
+
+
+def test_a_file_whose_name_is_no_text_is_damage(sound):
+    Path(os.fsdecode(os.fsencode(sound) + b"/\xff")).write_text("")
+    assert files.damage(sound).endswith("has a name that is not UTF-8")
 
 
 def test_a_file_that_cannot_be_read_is_damage(sound, monkeypatch):

@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import filelock
@@ -16,10 +17,15 @@ import filelock
 from kirsch.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
+KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -29,6 +35,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
     """Write a file whole, as `write_bytes` does, from pieces that need not be in memory together."""
+    if path.is_dir():
+        raise OutputError(f"{path} cannot be written.", "It is a folder.", "Delete or move it.")
     temporary = None
     try:
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
@@ -57,7 +65,16 @@ def write_text(path: Path, content: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole, two spaces a level; NaN and infinity are refused."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: Any) -> str:
+    """JSON as Kirsch writes it: two spaces a level, a newline at the end.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextlib.contextmanager
@@ -71,6 +88,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
         yield temporary
+        _settle(temporary)
         write_manifest(temporary)
         _sync_folder(temporary)
         temporary.chmod(0o777 & ~_umask())
@@ -85,6 +103,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     _sync_folder(path.parent)
+
+
+def _settle(folder: Path) -> None:
+    """Sync every file of a folder, and give it the user's file mode."""
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        file.chmod(0o666 & ~_umask())  # safetensors writes 0600 whatever the umask
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
 
 
 def _take_place(new: Path, path: Path) -> None:
@@ -109,40 +135,152 @@ def scratch(parent: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def write_manifest(folder: Path) -> None:
-    """Record name, bytes and sha256 of each file of a folder; every file is synced and gets the user's file mode."""
-    entries = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
-        file.chmod(0o666 & ~_umask())  # safetensors writes 0600 whatever the umask
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        entries[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    write_json(folder / MANIFEST, {"kirsch_manifest": 1, "files": entries})
+def write_manifest(folder: Path, beside: Collection[str] = ()) -> None:
+    """Record name, bytes and sha256 of every file of a folder, in manifest.json.
+
+    Args:
+        folder: holds regular files and folders alone.
+        beside: names of files that the manifest leaves out.
+    """
+    names = _present(folder)[0] - {MANIFEST, *beside}
+    write_entries(folder, {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in names})
+
+
+def write_entries(folder: Path, found: Mapping[str, tuple[int, str]]) -> None:
+    """Write a manifest of these files: bytes and sha256 by name."""
+    listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(found.items())}
+    write_json(folder / MANIFEST, {"kirsch_manifest": 1, "files": listed})
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a folder that has a manifest, in words that name the file; empty when it is sound."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        entries = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return f"{folder / MANIFEST} is missing or damaged"
-    flaws = (_flaw(folder, name, size, digest) for name, (size, digest) in entries.items())
-    return next((flaw for flaw in flaws if flaw), "")
+    """The first thing that is wrong with a folder that has a manifest, naming the file; empty when it is sound."""
+    return next(iter(flaws(folder).values()), "")
 
 
-def _flaw(folder: Path, name: str, size: int, digest: str) -> str:
-    file = folder / name
+def flaws(folder: Path, beside: Collection[str] = ()) -> dict[str, str]:
+    """What is wrong with a folder that has a manifest: a sentence for each file, by name; empty when it is sound.
+
+    Sound means: the manifest is as Kirsch writes it, and the folder holds exactly the files that it names, with their
+    bytes. Who changes a file and recomputes the manifest is not found out; a manifest guards against faults of disks,
+    copies and hands, not against forgery.
+
+    Args:
+        folder: with manifest.json.
+        beside: names of files that the manifest leaves out.
+    """
     try:
-        if not file.resolve().is_relative_to(folder.resolve()):
-            return f"{folder / MANIFEST} names {name!r}, outside its folder"
-        if not file.is_file():
-            return f"{file} is missing"
+        known = entries(folder) if _is_plain(folder / MANIFEST) else None
+    except (OSError, ValueError, RecursionError):
+        known = None
+    if known is None:
+        return {MANIFEST: f"{folder / MANIFEST} is missing or damaged"}
+    if not known:
+        return {MANIFEST: f"{folder / MANIFEST} names no files"}
+    outside = {name: f"{folder / MANIFEST} names {name!r}, outside its folder" for name in known if _leads_out(name)}
+    if outside:
+        return outside
+    present, found = _present(folder)
+    for name, (size, digest) in known.items():
+        if name not in found and (flaw := _flaw(folder / name, size, digest, name in present)):
+            found[name] = flaw
+    for name in sorted(present - known.keys() - {MANIFEST, *beside}):
+        found[name] = f"{folder / name} is not in its manifest"
+    return found
+
+
+def entries(folder: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and sha256 by name, from the manifest of a folder.
+
+    Raises:
+        ValueError: the manifest is damaged.
+    """
+    return _entries((folder / MANIFEST).read_bytes().decode())
+
+
+def odd(folder: Path) -> dict[str, str]:
+    """Entries of a folder that are neither files nor folders, such as links and pipes: a sentence each, by name."""
+    return _present(folder)[1]
+
+
+def _entries(text: str) -> dict[str, tuple[int, str]]:
+    """Bytes and sha256 by name, from the text of a manifest.
+
+    Raises:
+        ValueError: it is not what `write_manifest` writes. Every other text of the same content is refused, too: so
+            a repeated name cannot hide another.
+    """
+    content = json.loads(text)
+    if json_text(content) != text or not isinstance(content, dict) or content.keys() != {"kirsch_manifest", "files"}:
+        raise ValueError("not the text of a manifest")
+    version, found = content["kirsch_manifest"], content["files"]
+    if type(version) is not int or version != 1 or not isinstance(found, dict):
+        raise ValueError("not a manifest of version 1")
+    for entry in found.values():
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            raise ValueError("not an entry")
+        if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+            raise ValueError("not an entry")
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in found.items()}
+
+
+def _leads_out(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == "."
+
+
+def _flaw(file: Path, size: int, digest: str, there: bool) -> str:
+    try:
+        if not there:
+            return f"{file} is a folder" if file.is_dir() else f"{file} is missing"
         if file.stat().st_size != size or sha256(file) != digest:
             return f"{file} does not have the sha256 of its manifest"
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         return f"{str(file)!r} cannot be read: {error}"
     return ""
+
+
+def _present(folder: Path) -> tuple[set[str], dict[str, str]]:
+    """The names of the regular files below a folder, and a sentence for every entry that is no file and no folder.
+
+    What a killed process left half written is passed over, and links are not followed.
+    """
+    names, others = set(), {}
+
+    def unreadable(error: OSError) -> None:
+        name = Path(error.filename).relative_to(folder).as_posix()
+        others[name] = f"{error.filename} cannot be read: {error.strerror}"
+
+    for place, folders, here in os.walk(folder, onerror=unreadable):
+        for entry in [*folders, *here]:
+            path = Path(place, entry)
+            name = path.relative_to(folder).as_posix()
+            if entry.startswith(TEMPORARY):
+                continue
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # a process that works here has just removed it
+                continue
+            if not name.isprintable() and not _is_text(name):
+                others[name] = f"{str(path)!r} has a name that is not UTF-8"
+            elif stat.S_ISREG(mode):
+                names.add(name)
+            elif not stat.S_ISDIR(mode):
+                others[name] = f"{path} is {KINDS.get(stat.S_IFMT(mode), 'a device')}"
+        folders[:] = sorted(entry for entry in folders if not entry.startswith(TEMPORARY))
+    return names, others
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether a path is a regular file; reading a pipe would wait for ever."""
+    return path.is_file() and not path.is_symlink()
 
 
 def sha256(path: Path) -> str:
@@ -180,6 +318,15 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
         raise OutputError(message, f"{error.strerror or error}.", mend) from error
 
 
+def remove(folder: Path) -> None:
+    """Remove a folder so that a kill leaves either all of it or a rest that `sweep` removes."""
+    going = folder.with_name(f"{TEMPORARY}{folder.name}")
+    if going.exists():
+        shutil.rmtree(going, ignore_errors=True)
+    folder.replace(going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half written in a folder."""
     for path in list(folder.rglob(f"{TEMPORARY}*")) if folder.is_dir() else ():  # a list: what it walks is removed
@@ -213,8 +360,14 @@ def alone(lock: Path, busy: OutputError) -> Iterator[None]:
         lock: a file, made if it is not there.
         busy: raised where another process holds it.
     """
+    held = filelock.FileLock(lock, timeout=0)
     try:
-        with filelock.FileLock(lock, timeout=0):
-            yield
+        held.acquire()
     except filelock.Timeout as error:
         raise busy from error
+    except OSError as error:
+        raise OutputError(f"{lock} cannot be locked.", f"{error.strerror or error}.", "Delete or move it.") from error
+    try:
+        yield
+    finally:
+        held.release()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kirsch import files
 from kirsch.cli import jobs, main
 from kirsch.cli.terminal import plain
+from kirsch.recipes import seal
 from kirsch.recipes.recipe import read_recipe
 
 pytest.importorskip("torch")
@@ -68,6 +69,7 @@ def test_a_run_leaves_what_it_promises(finished):
         "artifacts",
         "report.html",
         "environment.json",
+        "manifest.json",
     }
 
 
@@ -112,26 +114,22 @@ def test_a_goal_that_is_missed_exits_with_three(run, kirsch):
     assert "\ngoal missed  " in out
 
 
-def test_a_sound_run_is_found_sound(run, answer):
+def test_a_sound_run_is_found_sound(finished, run, answer):
     found = answer("verify", "run")
-    assert found["sound"] is True
+    assert (found["sound"], found["finished"], found["uncovered"]) == (True, True, [])
     assert found["folders"] >= len(STAGES)
-    assert found["files"] > found["folders"]
+    assert found["files"] == len(covered(finished[0] / "run")) - 1  # the manifest itself
 
 
-def sealed(run) -> list:
-    """Every file of a run that a hash covers."""
-    manifests = list(run.rglob(files.MANIFEST))
-    return sorted(
-        {m.parent / name for m in manifests for name in json.loads(m.read_text())["files"]}
-        | {run / "artifacts/model.onnx"}
-    )
+def covered(run) -> list:
+    """Every file of a run but its lock."""
+    return sorted(path for path in run.rglob("*") if path.is_file() and path.name != ".lock")
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_flipped_bit_is_found_and_its_file_named(run, kirsch, data):
-    path = data.draw(st.sampled_from(sealed(run)))
+    path = data.draw(st.sampled_from(covered(run)))
     content = bytearray(path.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     before = path.read_bytes()
@@ -152,8 +150,8 @@ def test_all_damage_is_named_at_once(run, kirsch):
     assert lines[0] == "error   The run run is damaged:"
     assert set(lines[1:-1]) == {
         "run/artifacts/model.onnx is missing",
-        "run/checkpoints/teacher/done/manifest.json is missing or damaged",
-        "run/plan.json is no JSON",
+        "run/checkpoints/teacher/done/manifest.json is missing",
+        "run/plan.json does not have the sha256 of its manifest",
     }
 
 
@@ -181,6 +179,39 @@ def test_damaged_metrics_are_said(run, kirsch, content, sentence):
     code, _, err = kirsch("report", "run")
     assert code == 4
     assert sentence in err
+
+
+def test_no_report_is_drawn_from_numbers_that_were_altered(run, kirsch):
+    before = (run / "report.html").read_bytes()
+    path = run / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["models"][-1]["accuracy"]["value"] = 1.0
+    files.write_json(path, metrics)
+    code, _, err = kirsch("report", "run")
+    assert code == 4
+    assert "metrics.json does not have the sha256 of its manifest" in err
+    assert "kirsch resume run" in err
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_a_report_that_another_version_drew_is_replaced_in_a_run_that_stays_sound(run, kirsch):
+    drawn = (run / "report.html").read_text()
+    (run / "report.html").write_text("drawn otherwise")
+    seal.lift(run)
+    seal.seal(run)
+    assert kirsch("verify", "run")[0] == kirsch("report", "run")[0] == kirsch("verify", "run")[0] == 0
+    assert (run / "report.html").read_text() == drawn
+
+
+def test_drawing_a_report_makes_no_damaged_run_sound(run, kirsch):
+    (run / "report.html").write_text("altered")
+    (run / "plan.json").write_text("{}")
+    assert kirsch("report", "run")[0] == 0
+    code, _, err = kirsch("verify", "run")
+    assert code == 4
+    assert [line.strip() for line in err.splitlines()[1:-1]] == [
+        "run/plan.json does not have the sha256 of its manifest"
+    ]
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder, kirsch, answer):
@@ -277,4 +308,6 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does(folder, process, kirsc
         assert started.wait(60) == code
     assert err.splitlines()[-1] == "do      Go on with: kirsch resume run"
     assert list((folder / "run" / "checkpoints" / "teacher").glob("step-*"))
-    assert kirsch("verify", "run")[0] == 0
+    code, out, _ = kirsch("verify", "run")
+    assert code == 0
+    assert "no hash covers run.json, recipe.yaml, events.jsonl, environment.json until the run ends" in out

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kirsch import files
+from kirsch.recipes import soundness
 from tiny import bare, write_job
 
 pytest.importorskip("torch")
@@ -219,6 +220,8 @@ def assert_same_run(run, whole):
         assert first | {"seconds": 0} == second | {"seconds": 0}
     events = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert events[-1]["event"] == "end"
+    found = soundness.check(run)
+    assert (found.finished, found.wrong) == (True, [])
 
 
 CHAINS = {
@@ -227,7 +230,7 @@ CHAINS = {
         ("before_rename", "step-00001-000000", 1),  # the first checkpoint is half written
         ("before_rename", "values.json", 2),  # a file of the second is
         ("at_event", "teacher", "epoch", 2),  # the third epoch is done and told, and not saved
-        ("in_removal", "step-", 1),  # an old checkpoint is half removed
+        ("in_removal", ".tmp-step-", 1),  # an old checkpoint is half removed
         ("before_rename", "done", 1),  # the stage is done, and not sealed
         ("after_rename", "done", 1),  # it is sealed, with its checkpoints still there
     ],
@@ -243,6 +246,9 @@ CHAINS = {
         ("after_rename", "model.onnx", 1),  # it lies there, and its stage is not done
         ("before_rename", "metrics.json", 1),
         ("after_rename", "metrics.json", 1),
+        ("before_rename", "manifest.json", 1),  # the run has told its end
+        ("after_rename", "manifest.json", 1),  # that is not in run.json yet
+        ("before_rename", "run.json", 1),
     ],
 }
 
@@ -252,7 +258,24 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(nursery, run, ki
     first, *others = kills
     assert nursery.do("compress", "recipe.yaml", "--run", "run", plant=first) == -signal.SIGKILL
     for kill in others:
+        assert nursery.do("verify", "run") == 0, "what a kill leaves is no damage"
         assert nursery.do("resume", "run", plant=kill) == -signal.SIGKILL, kill
+    assert nursery.do("verify", "run") == 0
+    assert nursery.do("resume", "run") == 0
+    assert_same_run(run, nursery.base / "whole")
+
+
+def test_a_finished_run_whose_resuming_is_killed_stays_sound(nursery, run):
+    """While its manifest is taken away, and after that."""
+    shutil.copytree(nursery.base / "whole", run)
+    for kill in (
+        ("before_rename", "run.json", 1),
+        ("after_rename", "run.json", 1),
+        ("before_rename", "environment.json", 1),
+        ("at_event", "recover", "stage_kept", 1),
+    ):
+        assert nursery.do("resume", "run", plant=kill) == -signal.SIGKILL, kill
+        assert nursery.do("verify", "run") == 0, kill
     assert nursery.do("resume", "run") == 0
     assert_same_run(run, nursery.base / "whole")
 

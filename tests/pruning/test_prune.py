@@ -6,10 +6,12 @@ import copy
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 import kirsch
+from kirsch import files
 from kirsch.errors import CheckpointError, LoadError, PlanError, UsageError, VerificationError
 from kirsch.frameworks.pytorch import surgery
 from kirsch.pruning.prune import prune_with_proof
@@ -225,6 +227,64 @@ def test_a_damaged_file_is_named(case, tmp_path, name):
     path.write_bytes(bytes(content))
     with pytest.raises(CheckpointError, match=name):
         kirsch.load(tmp_path / "small", build)
+
+
+def rewrite_manifest(folder, change):
+    """Change the entries of a manifest by hand, so that it is still one."""
+    content = json.loads((folder / "manifest.json").read_text())
+    change(content["files"])
+    files.write_json(folder / "manifest.json", content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict.clear, lambda entries: entries.pop("model.safetensors"), lambda entries: entries.pop("plan.json")],
+)
+def test_a_manifest_that_does_not_name_all_lets_no_altered_weights_pass(case, tmp_path, change):
+    kirsch.save(kirsch.prune(*case), tmp_path / "small")
+    weights = tmp_path / "small" / "model.safetensors"
+    stored = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({name: value + 1 for name, value in stored.items()}, weights)
+    rewrite_manifest(tmp_path / "small", change)
+    with pytest.raises(CheckpointError, match=r"names no files|is not in its manifest|does not have the sha256"):
+        kirsch.load(tmp_path / "small", build)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "model.safetensors"])
+def test_a_saved_model_without_one_of_its_files_is_none_whatever_its_manifest(case, tmp_path, name):
+    kirsch.save(kirsch.prune(*case), tmp_path / "small")
+    (tmp_path / "small" / name).unlink()
+    files.write_manifest(tmp_path / "small")
+    with pytest.raises(CheckpointError, match=r"holds no model of kirsch\.save\."):
+        kirsch.load(tmp_path / "small", build)
+
+
+def test_a_saved_model_with_a_file_more_is_refused_by_its_name(case, tmp_path):
+    kirsch.save(kirsch.prune(*case), tmp_path / "small")
+    (tmp_path / "small" / "plan.2.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"plan\.2\.json is not in its manifest\..*keep other files elsewhere"):
+        kirsch.load(tmp_path / "small", build)
+
+
+@pytest.mark.parametrize("change", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m[1].half() and m])
+def test_a_model_comes_back_in_its_types(case, tmp_path, change):
+    """`build` makes single precision, as most code does."""
+    small = change(kirsch.prune(*case))
+    kirsch.save(small, tmp_path / "small")
+    loaded = kirsch.load(tmp_path / "small", build)
+    for name, value in small.state_dict().items():
+        assert (loaded.state_dict()[name].dtype, name) == (value.dtype, name)
+    assert equal(small, loaded)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_model_that_was_pruned_in_other_types_than_it_is_built_in_comes_back(tmp_path, kind):
+    model, inputs = shaken(build()).to(kind), IMAGE.to(kind)
+    small = kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.5)))
+    kirsch.save(small, tmp_path / "small")
+    loaded = kirsch.load(tmp_path / "small", build)
+    assert equal(small, loaded)
+    assert torch.equal(small(inputs), loaded.eval()(inputs))
 
 
 def test_another_architecture_is_refused_at_loading(case, tmp_path):

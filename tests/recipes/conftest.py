@@ -69,11 +69,21 @@ def job(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
+def new_job(tmp_path_factory):
+    """Makes the files of a job that has not run, in a folder that lasts."""
+
+    def make():
+        base = tmp_path_factory.mktemp("job")
+        write_job(base)
+        return Job(base)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(new_job):
     """A job that has run to its end, and what came out. Not to be changed."""
-    base = tmp_path_factory.mktemp("job")
-    write_job(base)
-    done = Job(base)
+    done = new_job()
     return done, done.do()
 
 

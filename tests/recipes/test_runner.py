@@ -27,7 +27,7 @@ from kirsch.errors import (
     UnknownNameError,
     UsageError,
 )
-from kirsch.recipes import runner
+from kirsch.recipes import runner, soundness
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import new_folder_name, resume
 from kirsch.recipes.tasks.data import DataSet, Split
@@ -92,7 +92,7 @@ def test_a_finished_run_does_nothing_again_and_gives_the_same(finished, done):
     assert done.stages("stage_kept") == STAGES
     assert done.stages("stage_start") == done.notes() == []
     assert after.keys() == before.keys()
-    written_anew = {"events.jsonl", "metrics.json", "report.html"}
+    written_anew = {"events.jsonl", "metrics.json", "report.html", "manifest.json", "run.json"}
     assert {name for name in before if before[name] != after[name]} <= written_anew
     assert equal(outcome.model, finished[1].model)
     assert not outcome.model.training
@@ -128,7 +128,10 @@ def test_a_change_of_what_all_follows_from_does_all_again(done, change, monkeypa
         path.write_text(path.read_text().replace(old, new))
     with pytest.raises(Interrupted):
         resume(done.folder, listen=done.heard.append, stop=after(done, "first_batch"))
-    assert done.notes()[0] == "The stage 'teacher' is done again: its inputs have changed."
+    changed = [note for note in done.notes() if note.endswith("The stages that this changes are done again.")]
+    assert len(changed) == (change in ("seed", "batches"))
+    again = ["The stage 'teacher' is done again: its inputs have changed."]
+    assert done.notes()[: len(changed) + 1] == changed + again
     assert done.stages("stage_start") == ["teacher"]
 
 
@@ -249,20 +252,58 @@ def test_a_line_of_events_that_a_kill_has_torn_is_dropped(done):
     assert [json.loads(line)["event"] for line in events.read_text().splitlines()][-1] == "end"
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"base": 5}', "\0"])
-def test_a_folder_that_tells_no_run_is_not_resumed(done, content):
+@pytest.mark.parametrize("content", [None, "{", '{"kirsch_run": 1, "base": 5}', "\0"])
+def test_a_run_json_that_is_damaged_or_gone_is_written_again(done, content):
+    """The events say where the files of the recipe lie."""
     path = done.folder / "run.json"
+    before = path.read_bytes()
     path.unlink() if content is None else path.write_text(content)
+    resume(done.folder, listen=done.heard.append)
+    assert done.stages("stage_kept") == STAGES
+    assert re.match(
+        r".*run\.json (is missing|does not have the sha256 of its manifest)\. It is written", done.notes()[0]
+    )
+    assert json.loads(path.read_bytes()).keys() == json.loads(before).keys()
+    assert soundness.check(done.folder).wrong == []
+
+
+def test_a_run_that_says_nowhere_what_its_files_are_relative_to_is_started_with_its_recipe(done):
+    """And keeps its stages."""
+    (done.folder / "run.json").unlink()
+    (done.folder / "events.jsonl").unlink()
+    sentence = (
+        r"run cannot be resumed\. run\.json is missing or damaged, and .*kirsch compress RECIPE --run .*run keeps the"
+    )
+    with pytest.raises(LoadError, match=sentence):
+        resume(done.folder, listen=done.heard.append)
+    done.do()
+    assert done.stages("stage_kept") == STAGES
+    assert soundness.check(done.folder).wrong == []
+
+
+def test_a_recipe_that_is_gone_is_written_again(done):
+    before = (done.folder / "recipe.yaml").read_bytes()
+    (done.folder / "recipe.yaml").unlink()
+    resume(done.folder, listen=done.heard.append)
+    assert done.stages("stage_kept") == STAGES
+    assert (done.folder / "recipe.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"base": 5}', "\0"])
+def test_a_folder_that_tells_no_run_is_not_resumed(job, content):
+    job.folder.mkdir()
+    if content is not None:
+        (job.folder / "run.json").write_text(content)
     with pytest.raises(
         LoadError, match=r"run holds no run\. run\.json is missing or damaged\. Start it: kirsch compress"
     ):
-        resume(done.folder, listen=done.heard.append)
-    assert done.heard == []
+        resume(job.folder, listen=job.heard.append)
+    assert job.heard == []
 
 
 def test_a_damaged_recipe_is_named(done):
     (done.folder / "recipe.yaml").write_text("teacher: [\n")
-    with pytest.raises(RecipeError, match=r"run/recipe\.yaml is no YAML\. Line 2: "):
+    with pytest.raises(RecipeError, match=r"run/recipe\.yaml is no YAML\. Line 2: .* or delete it: kirsch resume"):
         resume(done.folder, listen=done.heard.append)
 
 

@@ -142,85 +142,58 @@ def init(path: str, terminal: Terminal) -> int:
 
 def report(folder: Path, terminal: Terminal) -> int:
     """Draw the report of a finished run again, from its metrics."""
+    from kirsch.recipes import seal
     from kirsch.report import render
 
     metrics = _metrics(folder)
+    altered = seal.altered(folder)
+    wrong = [altered[name] for name in (METRICS, files.MANIFEST) if name in altered]
+    if wrong:
+        raise CheckpointError(
+            f"The report of {folder} is not drawn: its numbers cannot be trusted.",
+            f"{wrong[0]}.",
+            f"Write them again: kirsch resume {folder}",
+        )
     target = folder / REPORT
-    files.write_text(target, render(metrics))
+    seal.rewrite(folder, REPORT, render(metrics))
     terminal.result([[Piece(f"{'report':<13}{target}")]], {"report": str(target)})
     return 0
 
 
 def verify(folder: Path, terminal: Terminal) -> int:
-    """Hold a run folder against the hashes that were written with it.
+    """Compare a run folder with the hashes that were written with it.
 
     Raises:
         LoadError: the folder holds no run.
-        CheckpointError: something is damaged or missing; names all of it.
+        CheckpointError: something is damaged, missing, or not of the run; names all of it.
     """
-    if not (folder / "run.json").is_file():
-        raise LoadError(f"{folder} holds no run.", "run.json is missing.", "Give the folder of a run.")
-    sealed = sorted(path.parent for path in folder.rglob(files.MANIFEST) if not _temporary(path))
-    unsealed = [path for path in _parts(folder) if not (path / files.MANIFEST).is_file()]
-    wrong = [text for text in map(files.damage, [*sealed, *unsealed]) if text]
-    wrong += _unreadable(folder)
-    wrong += _artifact(folder)
-    if wrong:
+    from kirsch.recipes import soundness
+
+    found = soundness.check(folder)
+    if found.wrong:
         raise CheckpointError(
-            f"The run {folder} is damaged:\n" + "\n".join(wrong),
+            f"The run {folder} is damaged:\n" + "\n".join(found.wrong),
             "",
-            f"kirsch resume {folder} does the damaged stages again.",
+            f"kirsch resume {folder} makes the damaged parts again, or says what to delete.",
         )
-    count = sum(len(json.loads((path / files.MANIFEST).read_text())["files"]) for path in sealed)
-    said = f"{count} files in {len(sealed)} sealed folders have the sha256 of their manifests"
+    if found.finished:
+        said = f"all {found.files} files have the sha256 of the manifest"
+    else:
+        said = f"{found.files} files in {found.folders} sealed folders have the sha256 of their manifests"
     lines = [[Piece(f"{'sound':<13}", "good"), Piece(f"{folder}: {said}")]]
-    terminal.result(lines, {"run": str(folder), "sound": True, "files": count, "folders": len(sealed)})
+    if not found.finished:
+        rest = ", ".join(found.uncovered)
+        lines.append([Piece(f"{'not finished':<13}", "doubt"), Piece(f"no hash covers {rest} until the run ends")])
+    content = {"run": str(folder), "sound": True, "finished": found.finished, "uncovered": found.uncovered}
+    terminal.result(lines, content | {"files": found.files, "folders": found.folders})
     return 0
-
-
-def _temporary(path: Path) -> bool:
-    return any(part.startswith(files.TEMPORARY) for part in path.parts)
-
-
-def _parts(folder: Path) -> list[Path]:
-    """The folders of a run that a manifest must seal: finished stages and checkpoints."""
-    stages = folder / "checkpoints"
-    found = [*stages.glob("*/done"), *stages.glob("*/step-*")]
-    return sorted(path for path in found if path.is_dir())
-
-
-def _unreadable(folder: Path) -> list[str]:
-    """What is wrong with the files of a run that no manifest seals."""
-    wrong = []
-    for name in ("run.json", METRICS, "plan.json", "environment.json"):
-        path = folder / name
-        if path.is_file():
-            try:
-                json.loads(path.read_bytes())
-            except ValueError:
-                wrong.append(f"{path} is no JSON")
-    return wrong
-
-
-def _artifact(folder: Path) -> list[str]:
-    """What is wrong with the exported file, by the hash that metrics.json holds."""
-    if not (folder / METRICS).is_file():
-        return []
-    try:
-        exported = json.loads((folder / METRICS).read_bytes())["export"]
-        if exported is None:
-            return []
-        path, digest = folder / exported["file"], exported["sha256"]
-    except (ValueError, KeyError, TypeError):
-        return []  # unreadable metrics are named by `_unreadable`
-    if not path.is_file():
-        return [f"{path} is missing"]
-    return [] if files.sha256(path) == digest else [f"{path} does not have the sha256 of {METRICS}"]
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
     path = folder / METRICS
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise LoadError(f"{path} is not a file.", mend=f"Delete or move it; then kirsch resume {folder}")
         metrics = json.loads(path.read_bytes())
     except OSError as error:
         raise LoadError(

@@ -61,7 +61,7 @@ class Choice:
             graph,
             Goal(macs=self.macs, params=self.params),
             self.importance,
-            cast(Any, self.scope),  # checked by `plan`, which names the known ones
+            cast("Any", self.scope),  # checked by `plan`, which names the known ones
             _round_to(self.round_to),
             self.exclude,
             self.granularity or None,

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kirsch.annotations import Count, Seed
 from kirsch.arguments import checked
@@ -18,6 +17,8 @@ from kirsch.frameworks.structure import look, taken_apart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,9 @@ class Framework(Protocol):
     def load_weights(self, model: Any, path: Path) -> None:
         """Fill a model with the weights of `save_weights`; names, shapes and types must agree."""
 
+    def take_types(self, model: Any, path: Path) -> bool:
+        """Give a model's floating tensors the types that they have in a file of `save_weights`; says if any changed."""
+
 
 class Exportable(Protocol):
     """A model as a function of arrays: one after the other in, one by name out.

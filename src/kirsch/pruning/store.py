@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kirsch.graph.plan import Plan
 from kirsch.pruning.prune import PLANS, SHAPES, prune_with_proof
 
 WEIGHTS = "model.safetensors"
+MOST_NAMED = 5
 
 
 @checked
@@ -66,33 +68,55 @@ def _require_unchanged(model: Any) -> None:
 
 @checked
 def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = None) -> Any:
-    """The model that was saved, bit for bit.
+    """The model that was saved, bit for bit and in its types.
 
     Args:
-        folder: of `save`.
-        build: makes the original architecture, before any pruning; its weights do not matter.
+        folder: of `save`; it holds exactly the files that `save` wrote.
+        build: makes the original architecture, before any pruning; its weights and floating types do not matter.
         example_inputs: only needed where the plan could not store those that it was made with (objects of a class of
             their own, or values that decide which way the forward takes); see `kirsch.trace`.
 
     Raises:
-        CheckpointError: a file is missing or damaged; names it.
+        CheckpointError: a file is missing, damaged or not one of `save`; names it.
+        LoadError: the weights do not fit the model; names tensors, shapes and types.
         ModelError: `build` raises an error or does not return a model.
         PlanError: `build` makes another model than the one that was pruned, or `example_inputs` are needed.
     """
     source = Path(folder)
     wrong = files.damage(source)
     if wrong:
-        raise CheckpointError(f"The saved model {source} is damaged.", f"{wrong}.", "Save it again.")
-    model = _built(build)
-    number = 1
-    while (source / _plan_name(number)).is_file():
-        plan = Plan.from_json((source / _plan_name(number)).read_text(encoding="utf-8"))
-        model = _pruned(model, plan, example_inputs)
-        number += 1
-    if number == 1:
-        raise PlanError(f"{source} holds no plan.json.", mend="Give a folder made by kirsch.save.")
-    framework_of(model).load_weights(model, source / WEIGHTS)
+        raise CheckpointError(
+            f"The saved model {source} is damaged.", f"{wrong}.", "Save it again; keep other files elsewhere."
+        )
+    names = files.entries(source).keys()
+    plans = [_plan_name(number) for number in range(1, len(names))]  # beside them are the weights
+    if names != {WEIGHTS, *plans} or not plans:
+        raise CheckpointError(
+            f"{source} holds no model of kirsch.save.",
+            f"It has {', '.join(sorted(names)[:MOST_NAMED])}, where {WEIGHTS} and plan.json, plan.2.json, … belong.",
+            "Give a folder made by kirsch.save.",
+        )
+    cuts = [Plan.from_json((source / name).read_text(encoding="utf-8")) for name in plans]
+    model = _rebuilt(build, cuts, source / WEIGHTS, example_inputs)
+    framework = framework_of(model)
+    framework.take_types(model, source / WEIGHTS)
+    framework.load_weights(model, source / WEIGHTS)
     return model
+
+
+def _rebuilt(build: Build, plans: list[Plan], weights: Path, example_inputs: Any) -> Any:
+    """The original architecture cut by its plans, one after the other."""
+
+    def cut(model: Any, plan: Plan) -> Any:
+        return _pruned(model, plan, example_inputs)
+
+    try:
+        return functools.reduce(cut, plans, _built(build))
+    except KirschError:
+        model = _built(build)  # it may have been pruned in other types, and run on inputs of those
+        if not framework_of(model).take_types(model, weights):
+            raise
+    return functools.reduce(cut, plans, model)
 
 
 def _built(build: Build) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from typing import TYPE_CHECKING
 
 import safetensors
@@ -35,7 +34,7 @@ def save(folder: Path, state: TrainingState, inputs: str) -> Path:
         (new / ARRAYS).write_bytes(safetensors.numpy.save(state.arrays))
         files.write_json(new / VALUES, state.values | {INPUTS: inputs})
     for old in _all(folder)[:-KEEP]:
-        shutil.rmtree(old)
+        files.remove(old)
     return folder / name
 
 
@@ -65,10 +64,16 @@ def newest(folder: Path, inputs: str, tell: Callable[[str], None]) -> TrainingSt
             tell(f"The checkpoint {path.name} cannot be read: {error}. The one before it is used.")
             damaged = True
             continue
+        if not isinstance(values, dict):
+            tell(
+                f"The checkpoint {path.name} cannot be read: {VALUES} is not a JSON object. The one before it is used."
+            )
+            damaged = True
+            continue
         if values.pop(INPUTS, "") == inputs:
             return TrainingState(arrays, values)
         tell(f"The checkpoint {path.name} is removed: the inputs of its stage have changed.")
-        shutil.rmtree(path)
+        files.remove(path)
     if damaged:
         raise CheckpointError(
             f"All checkpoints in {folder} are damaged.",

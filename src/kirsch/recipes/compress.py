@@ -21,7 +21,8 @@ from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
 from kirsch.recipes.recipe import Train, recipe_of
 from kirsch.recipes.runner import GIVEN, Materials, new_folder_name, run
-from kirsch.recipes.stages import MODEL, WEIGHTS
+from kirsch.recipes.seal import MODEL, REPORT
+from kirsch.recipes.stages import WEIGHTS
 from kirsch.recipes.tasks.data import DataSet
 
 
@@ -111,7 +112,7 @@ def compress(
     return Compressed(
         model=outcome.model,
         artifact=place / MODEL,
-        report=place / "report.html",
+        report=place / REPORT,
         metrics=outcome.metrics,
         met=outcome.exit_code == 0,
         folder=place,

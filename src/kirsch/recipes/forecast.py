@@ -13,7 +13,8 @@ from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.recipes.job import Job
 from kirsch.recipes.metrics import goal_text
-from kirsch.recipes.runner import PLAN, RECIPE, materials_of
+from kirsch.recipes.runner import materials_of
+from kirsch.recipes.seal import PLAN, RECIPE
 from kirsch.recipes.stages import check_objectives, check_threads, plan_for, stages_of
 
 if TYPE_CHECKING:

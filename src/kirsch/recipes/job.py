@@ -15,6 +15,7 @@ from kirsch.frameworks.port import Framework, framework_of
 from kirsch.frameworks.training import TrainingHooks, TrainingState
 from kirsch.measurement.quality import Answers, accuracy
 from kirsch.recipes import checkpoints
+from kirsch.recipes.seal import EVENTS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +48,7 @@ class Job:
         inputs: a hash over everything that the present stage follows from.
         models: "teacher", "student", "pruned", "result" as far as they are made.
         records: stage → what it found.
+        altered: files of the folder that differ from the manifest of the run, by name, with a sentence each.
     """
 
     recipe: Recipe
@@ -59,6 +61,7 @@ class Job:
     inputs: str = ""
     models: dict[str, Any] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    altered: dict[str, str] = field(default_factory=dict)
 
     @property
     def example(self) -> NDArray[np.float32]:
@@ -71,7 +74,7 @@ class Job:
 
     def tell(self, event: dict[str, Any]) -> None:
         """Give an event to the listener and to events.jsonl."""
-        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
+        with (self.folder / EVENTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False, default=float) + "\n")
         self.listen(event)
 

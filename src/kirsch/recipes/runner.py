@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
-import shutil
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch import __version__, files
-from kirsch.errors import LoadError, OutputError, RecipeError
+from kirsch.errors import KirschError, LoadError, OutputError
 from kirsch.measurement.machine import environment
+from kirsch.recipes import run_folder, seal
 from kirsch.recipes.job import RECORD, Job
 from kirsch.recipes.metrics import goal_text, metrics_of
 from kirsch.recipes.models import build, source_hash
-from kirsch.recipes.recipe import Recipe, read_recipe
+from kirsch.recipes.seal import ARTIFACTS, ENVIRONMENT, LOCK, METRICS, MODEL, PRUNED, REPORT
 from kirsch.recipes.stages import Stage, check_objectives, check_threads, plan_for, stages_of
 from kirsch.recipes.tasks.data import DataSet, load_data
 from kirsch.report import render
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kirsch.recipes.job import Listen, Stop
-
-RUN, RECIPE, PLAN, LOCK = "run.json", "recipe.yaml", "plan.json", ".lock"
+    from kirsch.recipes.recipe import Recipe
 
 GIVEN = "given"
 """In place of a reference, for a model that was given to `kirsch.compress` as an object."""
@@ -122,49 +120,52 @@ def run(
     started = time.monotonic()
     base = base or Path()
     files.check_writable(folder)
-    _refuse_strangers(recipe, folder)
+    run_folder.refuse_strangers(recipe, folder)
+    run_folder.refuse_misplaced(folder)
     busy = OutputError(
         f"The run {folder} is in use.", "Another process works on it.", "Wait for it, or choose another folder."
     )
     with files.alone(folder / LOCK, busy):
-        _open(recipe, folder, base)
+        altered = run_folder.begin(recipe, folder, base)
         materials = materials or materials_of(recipe, base)
         job = Job(recipe, folder, materials.data, materials.make_teacher, materials.make_student, listen, stop)
+        job.altered = altered
         surroundings = environment()
-        files.write_json(folder / "environment.json", surroundings)
-        job.tell({"event": "start", "name": recipe.name, "run": str(folder), "goal": goal_text(job)})
-        _preflight(job)
+        _preflight(job)  # what fails up to here leaves a finished run as it is
+        run_folder.reopen(recipe, folder, base)
+        files.write_json(folder / ENVIRONMENT, surroundings)
+        goal, relative = goal_text(job), run_folder.relative(base, folder)
+        job.tell({"event": "start", "name": recipe.name, "run": str(folder), "goal": goal, "base": relative})
+        for sentence in run_folder.notes(altered, [stage.key for stage in stages_of(recipe)]):
+            job.note(sentence)
         _work(job, materials.origin)
         seconds = sum(record["seconds"] for record in job.records.values())
         metrics = metrics_of(job, surroundings, seconds)
-        files.write_json(folder / "metrics.json", metrics)
-        files.write_text(folder / "report.html", render(metrics))
+        files.write_json(folder / METRICS, metrics)
+        files.write_text(folder / REPORT, render(metrics))
         job.tell(
             {
                 "event": "end",
                 "met": metrics["goal"]["met"],
                 "text": " · ".join(item["text"] for item in metrics["goal"]["items"]),
                 "doubt": " · ".join(item["doubt"] for item in metrics["goal"]["items"] if item["doubt"]),
-                "report": str(folder / "report.html"),
+                "report": str(folder / REPORT),
                 "seconds": time.monotonic() - started,
             }
         )
+        seal.seal(folder)
     return Outcome(0 if metrics["goal"]["met"] else 3, folder, metrics, job.models["result"])
 
 
 def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcome:
-    """Go on with a run that was stopped or killed; a finished one only gets its report anew.
+    """Go on with a run that was stopped, killed or damaged; a finished one only gets its report anew.
 
     Raises:
         LoadError: the folder holds no run, or one whose models were given as objects.
+        CheckpointError: the folder holds something that is to be deleted or moved first; names it.
     """
-    try:
-        base = folder / json.loads((folder / RUN).read_text(encoding="utf-8"))["base"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LoadError(
-            f"{folder} holds no run.", f"{RUN} is missing or damaged.", "Start it: kirsch compress."
-        ) from error
-    recipe = read_recipe(folder / RECIPE)
+    run_folder.refuse_misplaced(folder)
+    recipe, base = run_folder.stored(folder)
     if recipe.teacher.model == GIVEN:
         raise LoadError(
             f"{folder} is a run of kirsch.compress.",
@@ -172,53 +173,6 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcom
             "Call kirsch.compress again with them and this folder: it goes on where it was.",
         )
     return run(recipe, folder, base=base, listen=listen, stop=stop)
-
-
-def _open(recipe: Recipe, folder: Path, base: Path) -> None:
-    """A new run folder, or one that holds the same recipe."""
-    if not (folder / RUN).is_file():
-        files.write_text(folder / RECIPE, recipe.to_yaml())
-        created = {"kirsch_run": 1, "base": os.path.relpath(base.resolve(), folder.resolve()), "kirsch": __version__}
-        files.write_json(folder / RUN, created)
-    elif (stored := read_recipe(folder / RECIPE)) != recipe:
-        raise RecipeError(
-            f"The folder {folder} holds a run of another recipe.",
-            f"They differ in {', '.join(_differences(stored.model_dump(), recipe.model_dump()))}.",
-            "Choose another folder, or go on with it: kirsch resume.",
-        )
-    files.sweep(folder)
-    _repair(folder / "events.jsonl")
-
-
-def _refuse_strangers(recipe: Recipe, folder: Path) -> None:
-    """A folder that is not ours is left as it is, even by the sweep."""
-    if (folder / RUN).is_file():
-        return
-    stored = folder / RECIPE
-    # What a dry run of the recipe wrote is ours, and what a run that was killed at its very start left.
-    started = stored.is_file() and stored.read_bytes() == recipe.to_yaml().encode()
-    ours = {LOCK, RECIPE, PLAN} if started else {LOCK}
-    for path in sorted(folder.iterdir()):
-        if path.name not in ours and not path.name.startswith(files.TEMPORARY):
-            raise OutputError(
-                f"The folder {folder} holds something else.",
-                f"It has {path.name!r}, and is no run folder.",
-                "Choose another folder.",
-            )
-
-
-def _differences(first: Any, second: Any, key: str = "") -> list[str]:
-    if isinstance(first, dict) and isinstance(second, dict):
-        names = sorted(set(first) | set(second))
-        return [d for n in names for d in _differences(first.get(n), second.get(n), f"{key}.{n}".lstrip("."))]
-    return [] if first == second else [f"{key} ({first} and {second})"]
-
-
-def _repair(events: Path) -> None:
-    """Drop a last line that a kill has torn."""
-    content = events.read_bytes() if events.is_file() else b""
-    if content and not content.endswith(b"\n"):
-        files.write_bytes(events, content[: content.rfind(b"\n") + 1])
 
 
 def _preflight(job: Job) -> None:
@@ -252,40 +206,49 @@ def _work(job: Job, origin: str) -> None:
             record = _do(job, stage, done, inputs)
             happened = "stage_end"
         else:
-            stage.load(job, done, record)
             happened = "stage_kept"
         for old in done.parent.glob("step-*"):  # also those of a run that was killed just before this
-            shutil.rmtree(old)
+            files.remove(old)
         job.records[stage.key] = record
         shown = {name: record[name] for name in ("did", "cells", "seconds")}
         job.tell({"event": happened, "number": number, "key": stage.key, **shown})
 
 
 def _finished(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any] | None:
-    """The record of a stage that is finished, sound, and had the same inputs."""
+    """The record of a stage that is finished, sound, and had the same inputs; its models are loaded."""
     if not done.is_dir():
         return None
-    wrong = files.damage(done)
-    if wrong:
-        job.note(f"The stage {stage.key!r} is done again: {wrong}.")
+    why = files.damage(done) or _altered(job, f"checkpoints/{stage.key}/done/")
+    if why:
+        job.note(f"The stage {stage.key!r} is done again: {why}.")
         return None
-    record: dict[str, Any] = json.loads((done / RECORD).read_text(encoding="utf-8"))
-    if record["inputs"] != inputs:
-        job.note(f"The stage {stage.key!r} is done again: its inputs have changed.")
-        return None
-    wrong = _artifacts_damage(job, record) if stage.key == "export" else ""
-    if wrong:
-        job.note(f"The stage 'export' is done again: {wrong}.")
+    try:
+        record: dict[str, Any] = json.loads((done / RECORD).read_bytes())
+        changed = record["inputs"] != inputs
+        if not changed:
+            stage.load(job, done, record)
+            why = _artifacts_damage(job, record) if stage.key == "export" else ""
+    except (KirschError, OSError, ValueError, KeyError, TypeError) as error:
+        why = f"what it left cannot be taken up: {error}".rstrip(".")
+    else:
+        why = "its inputs have changed" if changed else why
+    if why:
+        job.note(f"The stage {stage.key!r} is done again: {why}.")
         return None
     return record
 
 
+def _altered(job: Job, *places: str) -> str:
+    """What differs from the manifest of the run among files whose names begin so; empty if nothing does."""
+    return next((why for name, why in job.altered.items() if name.startswith(places)), "")
+
+
 def _artifacts_damage(job: Job, record: dict[str, Any]) -> str:
     """What is wrong with what the export left outside its own folder; empty when it is sound."""
-    path = job.folder / "artifacts" / record["artifact"]["file"]
+    path = job.folder / ARTIFACTS / record["artifact"]["file"]
     if not path.is_file() or files.sha256(path) != record["artifact"]["sha256"]:
         return f"{path} is missing or damaged"
-    return files.damage(path.parent / "model") if "prune" in job.records else ""
+    return _altered(job, MODEL, f"{PRUNED}/") or (files.damage(job.folder / PRUNED) if "prune" in job.records else "")
 
 
 def _do(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]:

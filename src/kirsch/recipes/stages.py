@@ -25,6 +25,7 @@ from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.prune import prune_with_proof
 from kirsch.pruning.store import load, save
 from kirsch.recipes.job import LOGITS, Job
+from kirsch.recipes.seal import MODEL, PLAN
 from kirsch.report import figures
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 WEIGHTS = "weights.safetensors"
-MODEL = "artifacts/model.onnx"
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _prune(job: Job, folder: Path) -> Record:
     graph, plan = plan_for(job, before, section)
     pruned = prune_with_proof(before, plan)
     save(pruned.model, folder / "model")
-    files.write_text(job.folder / "plan.json", pruned.plan.to_json())
+    files.write_text(job.folder / PLAN, pruned.plan.to_json())
     notes = [*plan.notes, *pruned.warnings]
     for text in notes:
         job.note(text)
@@ -275,7 +275,7 @@ def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
 def _load_pruned(job: Job, folder: Path, _record: Record) -> None:
     job.models["before"] = job.models["result"]
     job.models["pruned"] = job.models["result"] = load(folder / "model", _before_pruning(job)).eval()
-    sealed, shown = folder / "model" / "plan.json", job.folder / "plan.json"
+    sealed, shown = folder / "model" / "plan.json", job.folder / PLAN
     if not shown.is_file() or shown.read_bytes() != sealed.read_bytes():
         files.write_bytes(shown, sealed.read_bytes())
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 
-from kirsch.errors import KirschError, LoadError, UnknownNameError, UsageError, VerificationError, said
+from kirsch.errors import KirschError, UnknownNameError, VerificationError, said
 from kirsch.frameworks.pytorch import (
     adapters,
     calling,
@@ -37,6 +35,7 @@ from kirsch.frameworks.pytorch import (
     unsupported,
     verify,
     watch,
+    weights,
 )
 from kirsch.frameworks.pytorch.program import user_line
 from kirsch.graph.constants import AS_GRAPH
@@ -265,14 +264,7 @@ class PyTorch:
 
     def save_weights(self, model: Any, path: Path) -> None:
         """See the port."""
-        for name, value in model.state_dict().items():
-            if not isinstance(value, torch.Tensor):
-                raise UsageError(
-                    f"The weights of this {type(model).__name__} cannot be saved.",
-                    f"Its state holds a {type(value).__name__} at {name!r}, and safetensors stores tensors alone.",
-                    "Make get_extra_state of that module return a tensor.",
-                )
-        safetensors.torch.save_model(model, str(path))
+        weights.save_weights(model, path)
 
     def fingerprint(self, model: Any) -> str:
         """See the port."""
@@ -280,30 +272,8 @@ class PyTorch:
 
     def load_weights(self, model: Any, path: Path) -> None:
         """See the port."""
-        meta = next((n for n, v in [*model.named_parameters(), *model.named_buffers()] if v.is_meta), None)
-        if meta is not None:
-            raise LoadError(
-                f"The {type(model).__name__} cannot take weights.",
-                f"Its {meta!r} lies on the meta device, which stores nothing.",
-                'Build it on another device, such as the CPU, without `with torch.device("meta")`.',
-            )
-        try:
-            state = OrderedDict(safetensors.torch.load_file(str(path)))
-            own = model.state_dict()
-            # Some models (torchvision's MNASNet) ask for the version of their weights, which the file does not carry.
-            state._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]  # noqa: SLF001 - as PyTorch does
-            keys = model.load_state_dict(state, strict=False)
-        except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-            lines = [line.strip() for line in str(error).splitlines()[:3]]  # a title, then what does not fit
-            raise _unfit(model, path, " ".join(lines)) from error
-        stored = {own[name].data_ptr() for name in state if name in own}  # tied tensors are stored once
-        missing = [name for name in keys.missing_keys if own[name].data_ptr() not in stored]
-        lacks = [f"The file lacks {', '.join(missing[:3])}."] if missing else []
-        spare = [f"The model has no {', '.join(keys.unexpected_keys[:3])}."] if keys.unexpected_keys else []
-        if lacks or spare:
-            raise _unfit(model, path, " ".join([*lacks, *spare]))
+        weights.load_weights(model, path)
 
-
-def _unfit(model: Any, path: Path, why: str) -> LoadError:
-    what = f"The weights in {path} do not fit a {type(model).__name__}."
-    return LoadError(what, why, "Give the model that they were saved from.")
+    def take_types(self, model: Any, path: Path) -> bool:
+        """See the port."""
+        return weights.take_types(model, path)

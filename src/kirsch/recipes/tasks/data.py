@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kirsch.annotations import Count, Fix
 from kirsch.arguments import checked
@@ -26,6 +25,8 @@ from kirsch.registry import Registry
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
 
 @checked

@@ -1,0 +1,132 @@
+"""Whether a run folder is as its run left it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kirsch import files
+from kirsch.errors import KirschError, LoadError
+from kirsch.recipes import run_folder, seal
+from kirsch.recipes.job import RECORD
+from kirsch.recipes.recipe import read_recipe
+from kirsch.recipes.seal import CHECKPOINTS, ENVIRONMENT, EVENTS, METRICS, MODEL, PLAN, RECIPE, REPORT, RUN
+from kirsch.recipes.stages import stages_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Soundness:
+    """What was found in a run folder.
+
+    Args:
+        finished: the run has ended, and one manifest covers all of it.
+        wrong: a sentence for everything that is damaged, missing or not of the run.
+        files: how many files were compared with a hash.
+        folders: how many folders have a manifest of their own.
+        uncovered: names at the top of the folder that no hash covers yet.
+    """
+
+    finished: bool
+    wrong: list[str]
+    files: int
+    folders: int
+    uncovered: list[str]
+
+
+def check(folder: Path) -> Soundness:
+    """Compare a run folder with the hashes that were written with it.
+
+    A finished run is compared with its manifest, file by file. Before that, each finished stage and each checkpoint is
+    compared with its own, and what can be read from several files must agree.
+
+    Raises:
+        LoadError: the folder holds no run.
+    """
+    present = {name for name in (RUN, CHECKPOINTS, EVENTS, files.MANIFEST) if os.path.lexists(folder / name)}
+    if RUN not in present and not (CHECKPOINTS in present and present & {EVENTS, files.MANIFEST}):
+        raise LoadError(f"{folder} holds no run.", f"{RUN} is missing.", "Give the folder of a run.")
+    finished = seal.is_sealed(folder)
+    misplaced = seal.misplaced(folder)
+    sealed = seal.stage_folders(folder)
+    altered = seal.altered(folder)
+    wrong, count = list(altered.values()), 0
+    if not finished or files.MANIFEST in altered:  # the folders inside still have manifests of their own
+        flaws = [flaw for place in sealed for flaw in files.flaws(place).values()]
+        wrong += flaws + ([] if misplaced else _contradictions(folder))
+        count = 0 if flaws else sum(len(files.entries(place)) for place in sealed)
+    else:
+        count = len(files.entries(folder))
+    known = (RUN, RECIPE, PLAN, EVENTS, METRICS, REPORT, ENVIRONMENT)
+    uncovered = [] if finished else [name for name in known if (folder / name).exists()]
+    return Soundness(finished, list(dict.fromkeys([*misplaced, *wrong])), count, len(sealed), uncovered)
+
+
+def _contradictions(folder: Path) -> list[str]:
+    """What cannot be right in a run that has not ended: unreadable files, and files that do not agree."""
+    wrong = [text for name in (METRICS, PLAN, ENVIRONMENT) if (text := _unreadable(folder / name))]
+    run = seal.read_run(folder)
+    if not run:
+        wrong.append(f"{folder / RUN} is missing or damaged")
+    try:
+        keys = _stages(folder, run)
+    except KirschError as error:
+        return [*wrong, f"{folder / RECIPE} cannot be used: {error.what}"]
+    done = {key: folder / CHECKPOINTS / key / "done" for key in keys}
+    last = max((number for number, key in enumerate(keys) if done[key].is_dir()), default=0)
+    wrong += [f"{done[key]} is missing, and a later stage is done" for key in keys[:last] if not done[key].is_dir()]
+    stated = run.get("recipe")
+    if isinstance(stated, str) and (folder / RECIPE).read_bytes() != stated.encode():
+        wrong.append(f"{folder / RECIPE} is not the recipe that {RUN} states")
+    under_way = _under_way(folder)  # it may have been killed between its files
+    sealed, shown = done.get("prune", folder) / "model" / PLAN, folder / PLAN
+    if under_way != "prune" and sealed.is_file() and not _same(sealed, shown):
+        wrong.append(f"{shown} is missing, or is not the plan of the pruned model")
+    if under_way != "export" and "export" in keys and done["export"].is_dir():
+        wrong += _artifact(folder, done["export"] / RECORD)
+    return wrong
+
+
+def _same(first: Path, second: Path) -> bool:
+    return second.is_file() and first.read_bytes() == second.read_bytes()
+
+
+def _under_way(folder: Path) -> str:
+    """The stage that was started last and has not ended; empty if there is none."""
+    for event in reversed(run_folder.events_of(folder)[0]):
+        if event.get("event") in ("stage_start", "stage_end", "stage_kept"):
+            return str(event.get("key")) if event["event"] == "stage_start" else ""
+    return ""
+
+
+def _stages(folder: Path, run: dict[str, Any]) -> list[str]:
+    """The stages of a run's recipe, in order."""
+    if not (folder / RECIPE).is_file():
+        raise LoadError("it is missing.")
+    recipe = read_recipe(run["recipe"]) if isinstance(run.get("recipe"), str) else read_recipe(folder / RECIPE)
+    return [stage.key for stage in stages_of(recipe)]
+
+
+def _unreadable(path: Path) -> str:
+    try:
+        if path.is_file():
+            json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return f"{path} is no JSON"
+    return ""
+
+
+def _artifact(folder: Path, record: Path) -> list[str]:
+    """What is wrong with the exported file, by the record of its stage."""
+    try:
+        digest = json.loads(record.read_bytes())["artifact"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # the manifest of the stage does not fit such a record
+    path = folder / MODEL
+    if not path.is_file():
+        return [f"{path} is missing"]
+    return [] if files.sha256(path) == digest else [f"{path} does not have the sha256 of its stage"]
