@@ -13,8 +13,9 @@ import typer
 
 from kirsch import __version__
 from kirsch.cli import failure
-from kirsch.cli.terminal import ClosedError, Mode, Terminal, forsake_stdout, prepare_streams
-from kirsch.errors import Interrupted, UsageError
+from kirsch.cli.streams import forsake_stdout, prepare_streams, stdout_for_result
+from kirsch.cli.terminal import ClosedError, Mode, Terminal
+from kirsch.errors import GoalError, Interrupted, OutputError, UsageError
 
 MODES = {
     "json": "One JSON object on the standard output; progress goes to the standard error.",
@@ -23,6 +24,7 @@ MODES = {
 }
 """Options that every verb has."""
 
+STOPPED = "The command was stopped by SIGINT."
 CLOSED = 141
 """Exit code when the reader of the standard output has gone: what a shell gives for SIGPIPE."""
 
@@ -63,18 +65,20 @@ def verb(act: Callable[..., int]) -> Callable[..., int]:
 
     def run(**options: Any) -> int:
         mode = Mode(**{name: options.pop(name) for name in MODES})
-        session = Session(Terminal(mode))
-        try:
-            with _calm(mode):
-                return act(session, **options)
-        except ClosedError:
-            forsake_stdout()
-            return CLOSED
-        except KeyboardInterrupt:
-            return failure.tell(Interrupted("The command was stopped by SIGINT."), session.terminal)
-        except Exception as error:  # noqa: BLE001 - the last stop: what nobody foresaw is told as a bug of ours
-            session.terminal.stop()
-            return failure.tell(error, session.terminal, session.folder)
+        with stdout_for_result() if mode.json else contextlib.nullcontext(sys.stdout) as stdout:
+            session = Session(Terminal(mode, stdout))
+            try:
+                with _calm(mode):
+                    return act(session, **options)
+            except ClosedError:
+                forsake_stdout()
+                return CLOSED
+            except KeyboardInterrupt:
+                session.terminal.stop()
+                return failure.tell(Interrupted(STOPPED), session.terminal)
+            except BaseException as error:  # noqa: BLE001 - the last stop, also for a model's code that calls sys.exit
+                session.terminal.stop()
+                return failure.tell(error, session.terminal, session.folder, f"in kirsch {act.__name__}")
 
     _as_command(run, act)
     return run
@@ -353,22 +357,23 @@ def root(
         typer.echo(context.get_help())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; gives the exit code.
-
-    Args:
-        arguments: of the command line, without the name of the program; the process's own if left out.
-    """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+def run(given: Sequence[str]) -> int:
+    """Run the command with the arguments of a command line; gives the exit code."""
     prepare_streams()
     if "" not in sys.path:
         sys.path.append("")  # the working folder, last: package.module:callable is found there, and shadows nothing
+    terminal = Terminal(Mode(json="--json" in given, debug="--debug" in given))
     try:
-        code = app(given, prog_name="kirsch", standalone_mode=False)
+        code = app(list(given), prog_name="kirsch", standalone_mode=False)
     except BadCall as error:
-        return failure.tell(_misuse(error), Terminal(Mode(json="--json" in given)))
+        return failure.tell(_misuse(error), terminal)
     except (typer.Abort, KeyboardInterrupt):
-        return Interrupted.exit_code
+        return failure.tell(Interrupted(STOPPED), terminal)
+    except (BrokenPipeError, ClosedError):
+        forsake_stdout()
+        return CLOSED
+    except OSError as error:  # of the help, which goes to the standard output by itself
+        return failure.tell(OutputError("The standard output cannot be written.", f"{error}."), terminal)
     return code if isinstance(code, int) else 0
 
 
@@ -376,5 +381,10 @@ def _misuse(error: Any) -> UsageError:
     """What typer says of a wrong command line, in three lines."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "kirsch"
+    option = str(getattr(error, "option_name", ""))
+    from kirsch.graph.plan import IN_PLACE_OF_LATENCY, LATENCY, NO_LATENCY, WHY_NO_LATENCY
+
+    if LATENCY.search(option):
+        return GoalError(f"There is no option {option}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
     first, *rest = error.format_message().strip().split("\n")
     return UsageError(first, " ".join(rest), f"See {path} --help.")

@@ -121,7 +121,7 @@ def test_a_source_gets_the_seed_and_its_options(base):
             "sources.py:broken",
             {},
             DataError,
-            "The data source 'sources.py:broken' failed. ValueError: the disk is gone.",
+            "The data source 'sources.py:broken' failed. ValueError: the disk is gone (sources.py:",
         ),
         (
             "sources.py:mistyped",

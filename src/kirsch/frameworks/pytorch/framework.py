@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 
 from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, VerificationError, said
+from kirsch.frameworks.formats import describe
 from kirsch.frameworks.pytorch import (
     adapters,
     cohort,
@@ -245,6 +247,7 @@ class PyTorch:
 
     def load_weights(self, model: Any, path: Path) -> None:
         """See the port."""
+        _refuse_other_formats(path)
         try:
             state = OrderedDict(safetensors.torch.load_file(str(path)))
             own = model.state_dict()
@@ -260,6 +263,19 @@ class PyTorch:
         spare = [f"The model has no {', '.join(keys.unexpected_keys[:3])}."] if keys.unexpected_keys else []
         if lacks or spare:
             raise _unfit(model, path, " ".join([*lacks, *spare]))
+
+
+def _refuse_other_formats(path: Path) -> None:
+    """Raise a LoadError that says what a file is, unless it is one of safetensors."""
+    found = describe(path)
+    if found is None:
+        raise LoadError(
+            f"The file of weights {path} cannot be read.",
+            "It does not exist." if not os.path.lexists(path) else "Its permissions or its links do not allow it.",
+            "Give a safetensors file.",
+        )
+    if found.why:
+        raise LoadError(f"The weights in {path} cannot be loaded: it is {found.what}.", found.why, found.as_weights)
 
 
 def _unfit(model: Any, path: Path, why: str) -> LoadError:

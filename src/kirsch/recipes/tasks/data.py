@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import DataError, KirschError, UsageError
+from kirsch.failures import told
 from kirsch.frameworks.data import ArrayData
-from kirsch.recipes.models import FAILURES, resolve
+from kirsch.recipes.models import FAILURES, contained, resolve
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class DataSet:
     augment: Seeded | Augment | None = None
 
     def __post_init__(self) -> None:
+        _check_names(self.name, self.classes)
         for part in ("train", "validation", "test"):
             split: Split = getattr(self, part)
             if not len(split):
@@ -99,6 +101,33 @@ class DataSet:
         return digest.hexdigest()
 
 
+def _check_names(name: Any, classes: Any) -> None:
+    """Refuse names that the files and the report of a run could not hold, which are written after all the work."""
+    if not _is_text(name):
+        raise DataError(f"The data set has the name {name!r}.", "It is not valid text.", "Give a name in Unicode.")
+    for place, label in enumerate(classes):
+        if not _is_text(label):
+            why = f"It is of type {type(label).__name__}." if not isinstance(label, str) else "It is not valid text."
+            fix = "Give each class a name that can be written as UTF-8."
+            raise DataError(f"The class {place} of {name} has the name {label!r}.", why, fix)
+    twice = [label for label in classes if list(classes).count(label) > 1]
+    if twice:
+        raise DataError(f"Two classes of {name} have the name {twice[0]!r}.", mend="Give each class its own name.")
+
+
+def _is_text(name: Any) -> bool:
+    """Whether a name is a text that UTF-8 can hold; half of a surrogate pair is none."""
+    return isinstance(name, str) and name.encode(errors="replace").decode() == name
+
+
+def _signature(load: Source) -> inspect.Signature:
+    """The parameters of a source; anything is taken where Python cannot tell them."""
+    try:
+        return inspect.signature(load)
+    except ValueError:
+        return inspect.signature(lambda **options: options)
+
+
 Source = Callable[..., DataSet]
 """(seed=..., options of the recipe as keywords) → the data set; everything random in it follows from the seed."""
 
@@ -120,7 +149,7 @@ def load_data(source: str, options: dict[str, Any], *, seed: int, base: Path | N
     """
     load: Source = resolve(source, base=base) if ":" in source else SOURCES[source]
     try:
-        inspect.signature(load).bind(**{"seed": seed} | options)
+        _signature(load).bind(**{"seed": seed} | options)
     except TypeError as error:
         raise UsageError(
             f"The data source {source!r} does not take these options.", f"{error}.", "Mend data.options."
@@ -128,12 +157,13 @@ def load_data(source: str, options: dict[str, Any], *, seed: int, base: Path | N
     if "seed" in options:
         raise UsageError(f"data.options holds the seed of {source!r}.", mend="Set the seed of the recipe.")
     try:
-        data = load(seed=seed, **options)
+        with contained():
+            data = load(seed=seed, **options)
     except KirschError:
         raise
     except FAILURES as error:
         raise DataError(
-            f"The data source {source!r} failed.", f"{type(error).__name__}: {error}.", "Mend it, or data.options."
+            f"The data source {source!r} failed.", told(error), "Repair it, or change data.options."
         ) from error
     if not isinstance(data, DataSet):
         raise DataError(f"{source} gives a {type(data).__name__}.", mend="It must give a kirsch DataSet.")
