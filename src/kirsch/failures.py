@@ -43,7 +43,10 @@ MACHINE = {
 }
 """Numbers of operating system errors that no code is to blame for, with what to do."""
 
-TEXTS = {errno.ENOSPC: re.compile("No space left on device|StorageFull"), errno.EMFILE: re.compile("Too many open files")}
+TEXTS = {
+    errno.ENOSPC: re.compile("No space left on device|StorageFull"),
+    errno.EMFILE: re.compile("Too many open files"),
+}
 """How libraries that raise no OSError word them."""
 
 IN_WORKER = re.compile(r'File "([^"\n]+)", line (\d+), in (\S+)')
@@ -178,7 +181,7 @@ def _of_system(error: BaseException, doing: str) -> KirschError | None:
 
 def _foreign(file: str) -> bool:
     """Whether a file belongs neither to Kirsch, nor to Python, nor to a package that runs models for Kirsch."""
-    if file.startswith("<") or file.startswith(OWN):
+    if file.startswith(("<", OWN)):
         return False
     package = PACKAGE.search(file)
     return package[1] not in RUNTIMES if package else not file.startswith(LIBRARY)

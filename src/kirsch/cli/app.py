@@ -13,6 +13,7 @@ import typer
 
 from kirsch import __version__
 from kirsch.cli import failure
+from kirsch.cli.paths import check_paths
 from kirsch.cli.streams import forsake_stdout, prepare_streams, stdout_for_result
 from kirsch.cli.terminal import ClosedError, Mode, Terminal
 from kirsch.errors import GoalError, Interrupted, OutputError, UsageError
@@ -68,6 +69,7 @@ def verb(act: Callable[..., int]) -> Callable[..., int]:
         with stdout_for_result() if mode.json else contextlib.nullcontext(sys.stdout) as stdout:
             session = Session(Terminal(mode, stdout))
             try:
+                check_paths(options)
                 with _calm(mode):
                     return act(session, **options)
             except ClosedError:
@@ -117,7 +119,13 @@ def _as_command(run: Callable[..., int], act: Callable[..., int]) -> None:
 
 
 Model = Annotated[str, typer.Argument(help="package.module:callable, file.py:callable or timm:NAME.")]
-Shape = Annotated[str, typer.Option("--input", help="Shape of one batch, as 1,3,224,224; else what the model states.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        help="An input: 1,3,224,224, 1,24:int64 or name=1,24:int64; may be repeated. Else what the model states.",
+    ),
+]
 Weights = Annotated[str, typer.Option("--weights", help="random, pretrained (timm), or a safetensors FILE.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights and random choices.", min=0)]
 Macs = Annotated[float | None, typer.Option("--macs", help="MACs that may stay, as a fraction: 0.5.")]
@@ -186,14 +194,14 @@ def trace(
     explain: Annotated[
         str, typer.Option("--explain", help="Say what goes with this layer, and why.", metavar="LAYER")
     ] = "",
-    shape: Shape = "",
+    inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
     """Show what of a model may go, and what blocks the rest."""
     from kirsch.cli import networks
 
-    return networks.show_trace(networks.given(model, shape, weights, seed=seed), explain, session.terminal)
+    return networks.show_trace(networks.given(model, inputs or [], weights, seed=seed), explain, session.terminal)
 
 
 @verb
@@ -209,7 +217,7 @@ def plan(
     kind: Granularity = None,
     uniform: Uniform = False,
     output: Annotated[str, typer.Option("--output", "-o", help="File for the plan, as JSON.", metavar="FILE")] = "",
-    shape: Shape = "",
+    inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
@@ -217,7 +225,7 @@ def plan(
     from kirsch.cli import networks
 
     choice = networks.Choice(macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, seed)
-    return networks.show_plan(networks.given(model, shape, weights, seed=seed), choice, output, session.terminal)
+    return networks.show_plan(networks.given(model, inputs or [], weights, seed=seed), choice, output, session.terminal)
 
 
 @verb
@@ -234,7 +242,7 @@ def prune(
     exclude: Exclude = None,
     kind: Granularity = None,
     uniform: Uniform = False,
-    shape: Shape = "",
+    inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
@@ -242,7 +250,7 @@ def prune(
     from kirsch.cli import networks
 
     choice = networks.Choice(macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, seed)
-    found = networks.given(model, shape, weights, seed=seed)
+    found = networks.given(model, inputs or [], weights, seed=seed)
     return networks.show_prune(found, plan_file, choice, output, session.terminal)
 
 
@@ -252,14 +260,14 @@ def export(
     model: Model,
     output: Annotated[str, typer.Option("--output", "-o", help="The ONNX file.", metavar="FILE")],
     pruned: PrunedFolder = "",
-    shape: Shape = "",
+    inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
     """Write a model as an ONNX file, and check it."""
     from kirsch.cli import networks
 
-    found = networks.given(model, shape, weights, pruned=pruned, seed=seed)
+    found = networks.given(model, inputs or [], weights, pruned=pruned, seed=seed)
     return networks.show_export(found, output, session.terminal)
 
 
@@ -268,7 +276,7 @@ def measure(
     session: Session,
     model: Annotated[str, typer.Argument(help="A model as for trace, or an ONNX file.")],
     pruned: PrunedFolder = "",
-    shape: Shape = "",
+    inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
     threads: Annotated[int, typer.Option("--threads", help="Of the runtime.", min=1)] = 1,
@@ -277,9 +285,9 @@ def measure(
     """Time and count a model or an ONNX file."""
     from kirsch.cli import networks
 
-    if model.endswith(".onnx"):
-        return networks.show_measure_file(model, shape, threads, rounds, session.terminal)
-    found = networks.given(model, shape, weights, pruned=pruned, seed=seed)
+    if model.lower().endswith(".onnx"):
+        return networks.show_measure_file(model, inputs or [], threads, rounds, session.terminal)
+    found = networks.given(model, inputs or [], weights, pruned=pruned, seed=seed)
     return networks.show_measure(found, threads, rounds, session.terminal)
 
 
@@ -315,12 +323,15 @@ def store(
     temperature: Annotated[float, typer.Option("--temperature", help="Of the probabilities kept.")] = 1.0,
     part: Annotated[str, typer.Option("--part", help="Build a share only, as 1/4; then finish.")] = "",
     samples: Annotated[int, typer.Option("--samples", help="Looks that check compares.", min=1)] = 256,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Samples that the teacher runs on at a time.", min=1)
+    ] = 256,
     seed: Seed = 0,
 ) -> int:
     """Keep a teacher's outputs on disk, or check them."""
     from kirsch.cli import stores
 
-    asked = stores.Asked(model, weights, data, option or [], seed)
+    asked = stores.Asked(model, weights, data, option or [], seed, batch_size)
     building = stores.Building(keep, views, temperature, part)
     return stores.act(action, Path(folder), asked, building, samples, session.terminal)
 

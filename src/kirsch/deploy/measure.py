@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch.deploy.export import Artifact, export
+from kirsch.deploy.onnx_inputs import require_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.port import framework_of, host
@@ -79,6 +80,8 @@ def race(contenders: Mapping[str, Path], inputs: Any, *, reference: str, threads
     before = load()
     arrays = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     sessions = {name: OnnxSession(path, threads) for name, path in contenders.items()}
+    for session in sessions.values():
+        require_inputs(session)
     calls = {name: session.call(*arrays) for name, session in sessions.items()}
     timing = interleaved(calls, reference=reference, rounds=rounds)
     version = next(iter(sessions.values())).version

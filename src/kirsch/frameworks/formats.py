@@ -23,6 +23,38 @@ CONVERT = (
 IN_CALLABLE = "Build the model in PyTorch, and load the numbers in the callable that MODEL names."
 
 
+MAGIC = (
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes it (.h5)", KERAS_WHY, IN_CALLABLE),
+    (4, b"TFL3", "a TensorFlow Lite model", NO_CODE_WHY, IN_CALLABLE),
+    (0, b"GGUF", "a GGUF file of llama.cpp", NO_CODE_WHY, IN_CALLABLE),
+    (
+        0,
+        b"version https://git-lfs",
+        "a pointer of Git LFS",
+        "The file that it stands for was not fetched.",
+        "Run: git lfs pull",
+    ),
+    *(
+        (0, start, "a web page", "The download gave a page in place of the file.", "Download the file itself.")
+        for start in (b"<!doctype html", b"<html")
+    ),
+)
+"""Where in a file which bytes stand, what it is then, why Kirsch does not take it, and what to do."""
+
+OTHER_WHY = "Weights are read from safetensors files alone."
+ARCHIVES = (
+    ("model.weights.h5", "a Keras model (.keras)", KERAS_WHY),
+    ("metadata.json", "a Keras model (.keras)", KERAS_WHY),
+    ("models/", "an exported program (torch.export.save)", NO_CODE_WHY),
+    ("archive_format", "an exported program (torch.export.save)", NO_CODE_WHY),
+)
+"""How the name of a member of a zip archive begins, and what the archive is then."""
+
+PICKLES = tuple(bytes([0x80, protocol]) for protocol in (2, 3, 4, 5))
+LONGEST_HEADER = 100_000_000
+"""Bytes that safetensors allows for its header."""
+
+
 @dataclass(frozen=True)
 class Format:
     """What a file is.
@@ -58,26 +90,24 @@ def describe(path: Path) -> Format | None:
 def _by_content(path: Path, head: bytes, size: int) -> Format | None:
     if not size:
         return _other("an empty file", "There is nothing in it.", "Write or download it again.")
+    text = head.lstrip().lower()
+    for at, magic, what, why, fix in MAGIC:
+        if (head[at:] if at else text if magic.startswith(b"<") else head).startswith(magic):
+            return _other(what, why, fix)
     if head.startswith(b"PK\x03\x04"):
         return _archive(path)
-    if head.startswith(b"\x89HDF\r\n\x1a\n"):
-        return _other("an HDF5 file, as Keras writes it (.h5)", KERAS_WHY, IN_CALLABLE)
-    if head[4:8] == b"TFL3":
-        return _other("a TensorFlow Lite model", NO_CODE_WHY, IN_CALLABLE)
-    if head.startswith(b"GGUF"):
-        return _other("a GGUF file of llama.cpp", NO_CODE_WHY, IN_CALLABLE)
-    if head.startswith(b"version https://git-lfs"):
-        return _other("a pointer of Git LFS", "The file that it stands for was not fetched.", "Run: git lfs pull")
-    if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
-        return _other("a web page", "The download gave a page in place of the file.", "Download the file itself.")
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+    if head[:2] in PICKLES:
         return _checkpoint(path, "a pickle, as torch.save wrote it before PyTorch 1.6")
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
-        whole = int.from_bytes(head[:8], "little") + 8 <= size
-        why = "" if whole else f"It ends after {size} bytes, within its header: it was cut off."
-        fix = "Give it as --weights, and the code that builds the model as MODEL." if whole else "Copy it again."
-        return Format("a safetensors file", why, fix, "Give the model that it was saved from." if whole else fix)
-    return None
+    header = int.from_bytes(head[:8], "little")
+    return _safetensors(header + 8 <= size, size) if head[8:9] == b"{" and header < LONGEST_HEADER else None
+
+
+def _safetensors(whole: bool, size: int) -> Format:
+    if not whole:
+        why = f"It ends after {size} bytes, within its header: it was cut off."
+        return _other("a damaged safetensors file", why, "Copy it again.")
+    as_model = "Give it as --weights, and the code that builds the model as MODEL."
+    return Format("a safetensors file", "", as_model, "Give the model that it was saved from.")
 
 
 def _by_name(path: Path) -> Format | None:
@@ -97,7 +127,7 @@ def _by_name(path: Path) -> Format | None:
         return _other(f"a file named {suffix}", why, IN_CALLABLE)
     if suffix == ".py":
         return None
-    return _other("a file of an unknown format", "Weights are read from safetensors files alone.", IN_CALLABLE)
+    return _other("a file of an unknown format", OTHER_WHY, IN_CALLABLE)
 
 
 def _archive(path: Path) -> Format:
@@ -111,18 +141,16 @@ def _archive(path: Path) -> Format:
             "It was cut off, or not copied whole.",
             "Save or download it again.",
         )
-    if "model.weights.h5" in names or "config.json" in names and "metadata.json" in names:
-        return _other("a Keras model (.keras)", KERAS_WHY, IN_CALLABLE)
-    ends = {name.partition("/")[2] for name in names} | set(names)
-    if any(name.startswith("code/") for name in ends):
+    parts = {name.partition("/")[2] for name in names} | set(names)
+    if "data.pkl" in parts and any(name.startswith("code/") for name in parts):
         return _checkpoint(path, "a TorchScript model (torch.jit.save)", "torch.jit.load")
-    if any(name.startswith("models/") for name in ends) or "archive_format" in ends:
-        return _other("an exported program (torch.export.save)", NO_CODE_WHY, IN_CALLABLE)
-    if "data.pkl" in ends:
+    if "data.pkl" in parts and not any(name.startswith("models/") for name in parts):
         return _checkpoint(path, "a PyTorch checkpoint (torch.save)")
-    if any(name.endswith(".npy") for name in names):
-        return _other("a numpy archive (.npz)", "Weights are read from safetensors files alone.", IN_CALLABLE)
-    return _other("a zip archive", "Weights are read from safetensors files alone.", "Unpack it.")
+    what, why = next(
+        ((what, why) for sign, what, why in ARCHIVES if any(name.startswith(sign) for name in parts)),
+        ("a zip archive", OTHER_WHY),
+    )
+    return _other(what, why, IN_CALLABLE)
 
 
 def _folder(path: Path) -> Format:

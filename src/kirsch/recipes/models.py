@@ -96,6 +96,17 @@ def _refuse_files(reference: str, base: Path) -> None:
             raise ModelError(f"{text!r} is not a model: it is {found.what}.", found.why, found.as_model)
 
 
+def random_weights(reference: str, seed: int) -> str:
+    """A sentence where a trained model is expected and a reference gives one with random weights; else empty."""
+    if not reference.startswith("timm:"):
+        return ""
+    name = reference.partition(":")[2]
+    return (
+        f"The weights of {reference} are random (seed {seed}), and it is not trained here. Trained ones come from a "
+        f'callable in a file, model: file.py:callable, that returns timm.create_model("{name}", pretrained=True).'
+    )
+
+
 def resolve(reference: str, *, base: Path | None = None) -> Callable[[], Any]:
     """The callable that a reference names, by module or file."""
     kind, _, name = reference.rpartition(":")
@@ -160,7 +171,8 @@ def source_hash(reference: str, *, base: Path | None = None) -> str:
     """A hash that changes when the file behind a reference changes; the reference itself for anything else."""
     kind = reference.rpartition(":")[0]
     path = (base or Path()) / kind
-    return hashlib.sha256(path.read_bytes()).hexdigest() if kind.endswith(".py") and path.is_file() else reference
+    is_file = kind.endswith(".py") and os.path.isfile(path)  # noqa: PTH113 - false for a name that no file can have
+    return hashlib.sha256(path.read_bytes()).hexdigest() if is_file else reference
 
 
 def example_shape(reference: str, model: Any, *, base: Path | None = None) -> tuple[int, ...] | None:
@@ -178,7 +190,7 @@ def example_shape(reference: str, model: Any, *, base: Path | None = None) -> tu
     if stated is None:
         return None
     sizes = list(stated) if isinstance(stated, Iterable) and not isinstance(stated, str) else []
-    if not sizes or not all(isinstance(size, Integral) and size > 0 for size in sizes):
+    if not sizes or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
         raise ModelError(
             f"The example_shape of {reference} is {stated!r}.",
             "It is the shape of one batch of inputs: whole numbers above 0, the first of which is the batch.",
@@ -203,6 +215,7 @@ def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> An
         if not side:
             return None
         height, width = side if isinstance(side, (list, tuple)) else (side, side)
-        return framework.inputs_like([InputSpec(main, (1, getattr(config, "num_channels", 3), height, width), "float32")])
+        image = (1, getattr(config, "num_channels", 3), height, width)
+        return framework.inputs_like([InputSpec(main, image, "float32")])
     dummies = getattr(model, "dummy_inputs", None)
     return dict(dummies) if isinstance(dummies, Mapping) and main in dummies else None

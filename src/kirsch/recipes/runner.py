@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import __version__, files
 from kirsch.errors import LoadError, OutputError, RecipeError
+from kirsch.failures import during
 from kirsch.measurement.machine import environment
 from kirsch.recipes.job import RECORD, Job
 from kirsch.recipes.metrics import goal_text, metrics_of
-from kirsch.recipes.models import build, source_hash
+from kirsch.recipes.models import build, random_weights, source_hash
 from kirsch.recipes.recipe import Recipe, read_recipe
 from kirsch.recipes.stages import Stage, check_objectives, check_threads, plan_for, stages_of
 from kirsch.recipes.tasks.data import DataSet, load_data
@@ -133,7 +134,11 @@ def run(
         surroundings = environment()
         files.write_json(folder / "environment.json", surroundings)
         job.tell({"event": "start", "name": recipe.name, "run": str(folder), "goal": goal_text(job)})
-        _preflight(job)
+        sentence = random_weights(recipe.teacher.model, recipe.seed) if recipe.teacher.train is None else ""
+        if sentence:
+            job.note(sentence)
+        with during("in the checks before the first stage", _lower(job)):
+            _preflight(job)
         _work(job, materials.origin)
         seconds = sum(record["seconds"] for record in job.records.values())
         metrics = metrics_of(job, surroundings, seconds)
@@ -234,6 +239,11 @@ def _preflight(job: Job) -> None:
         plan_for(job, model, job.recipe.prune)
 
 
+def _lower(job: Job) -> str:
+    """What to do where the memory does not suffice."""
+    return f"Lower the batch size (data.batch_size of a recipe), which is {job.recipe.data.batch_size}."
+
+
 def _work(job: Job, origin: str) -> None:
     """All stages; a finished one whose inputs are the same is kept."""
     inputs = hashlib.sha256(f"{__version__} {job.data.sha256} {origin} {job.recipe.seed}".encode()).hexdigest()
@@ -291,7 +301,9 @@ def _artifacts_damage(job: Job, record: dict[str, Any]) -> str:
 def _do(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]:
     started = time.perf_counter()
     with files.new_folder(done) as folder:
-        record = stage.work(job, folder)
+        # Within the folder, which takes any OSError for one of its own.
+        with during(f"in the stage {stage.key!r}", _lower(job)):
+            record = stage.work(job, folder)
         record |= {"inputs": inputs, "seconds": round(time.perf_counter() - started, 3)}
         files.write_json(folder / RECORD, record)
     return record
