@@ -28,7 +28,7 @@ RUNTIMES = ("torch", "numpy", "scipy", "onnxruntime", "onnx", "onnxscript", "acc
 
 MEMORY = re.compile(
     "can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc|bad allocation|"
-    "failed to allocate|unable to allocate|ALLOC_FAILED|Storage size calculation overflowed|array is too big",
+    "failed to allocate|unable to allocate|ALLOC_FAILED|Storage size calculation overflowed|failed to map segment|array is too big",
     re.IGNORECASE,
 )
 """How PyTorch, CUDA, numpy, C++ and ONNX Runtime word that memory is lacking."""
@@ -151,10 +151,9 @@ def _of_user(error: BaseException, doing: str) -> KirschError | None:
     where = place(error)
     if not where and not ran_model:
         return None
-    code = "The model's code" if ran_model else "Code that is not Kirsch's"
     fix = "Repair the code at that place; --debug shows the whole traceback."
     return ModelError(
-        f"{code} failed{_after(doing)}.",
+        f"The code of the model or the data failed{_after(doing)}.",
         told(error),
         fix if where else "Check that the model runs on these inputs: model(*inputs).",
     )
@@ -172,16 +171,16 @@ def _of_system(error: BaseException, doing: str) -> KirschError | None:
             said(error),
             "Leave out python -W error or PYTHONWARNINGS=error, or warnings.simplefilter in your code.",
         )
-    if isinstance(error, ImportError) and not (error.name or "kirsch").startswith("kirsch"):
-        return SurroundingsError(
-            f"The package {error.name} cannot be imported{_after(doing)}.", said(error), "See kirsch doctor."
-        )
+    if isinstance(error, ImportError) and not (error.name or "").startswith("kirsch"):
+        package = f"The package {error.name}" if error.name else "A package"
+        fix = "kirsch doctor lists what is installed; install the package anew."
+        return SurroundingsError(f"{package} cannot be imported{_after(doing)}.", said(error), fix)
     return None
 
 
 def _foreign(file: str) -> bool:
     """Whether a file belongs neither to Kirsch, nor to Python, nor to a package that runs models for Kirsch."""
-    if file.startswith(("<", OWN)):
+    if file.startswith(OWN) or not os.path.isabs(file):  # such as "<string>", and what Cython compiled
         return False
     package = PACKAGE.search(file)
     return package[1] not in RUNTIMES if package else not file.startswith(LIBRARY)

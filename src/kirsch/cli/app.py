@@ -14,6 +14,7 @@ import typer
 from kirsch import __version__
 from kirsch.cli import failure
 from kirsch.cli.paths import check_paths
+from kirsch.cli.start import interruptible
 from kirsch.cli.streams import forsake_stdout, prepare_streams, stdout_for_result
 from kirsch.cli.terminal import ClosedError, Mode, Terminal
 from kirsch.errors import GoalError, Interrupted, OutputError, UsageError
@@ -70,7 +71,7 @@ def verb(act: Callable[..., int]) -> Callable[..., int]:
             session = Session(Terminal(mode, stdout))
             try:
                 check_paths(options)
-                with _calm(mode):
+                with interruptible(stdout), _calm(mode):
                     return act(session, **options)
             except ClosedError:
                 forsake_stdout()
@@ -80,7 +81,7 @@ def verb(act: Callable[..., int]) -> Callable[..., int]:
                 return failure.tell(Interrupted(STOPPED), session.terminal)
             except BaseException as error:  # noqa: BLE001 - the last stop, also for a model's code that calls sys.exit
                 session.terminal.stop()
-                return failure.tell(error, session.terminal, session.folder, f"in kirsch {act.__name__}")
+                return failure.tell(error, session.terminal, session.folder, act.__name__)
 
     _as_command(run, act)
     return run
@@ -380,7 +381,7 @@ def run(given: Sequence[str]) -> int:
         return failure.tell(_misuse(error), terminal)
     except (typer.Abort, KeyboardInterrupt):
         return failure.tell(Interrupted(STOPPED), terminal)
-    except (BrokenPipeError, ClosedError):
+    except (SystemExit, ClosedError):  # typer exits by itself where the reader of the help has gone
         forsake_stdout()
         return CLOSED
     except OSError as error:  # of the help, which goes to the standard output by itself
@@ -398,4 +399,5 @@ def _misuse(error: Any) -> UsageError:
     if LATENCY.search(option):
         return GoalError(f"There is no option {option}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
     first, *rest = error.format_message().strip().split("\n")
-    return UsageError(first, " ".join(rest), f"See {path} --help.")
+    fix = "Write a fraction: 0.5 for 50 %." if "%" in first else f"See {path} --help."
+    return UsageError(first, " ".join(rest), fix)

@@ -20,25 +20,28 @@ if TYPE_CHECKING:
 TRACEBACK = "error.txt"
 RUN = "run.json"
 """What makes a folder that of a run."""
-LOWER = "Lower the sizes of --input, the first of which is the batch, or take a smaller model."
-"""What to do where memory is lacking and the work has no number of its own to lower."""
+LOWER_INPUT = "Lower the sizes of --input, the first of which is the batch, or take a smaller model."
+LOWER = dict.fromkeys(("compress", "resume"), "Lower data.batch_size of the recipe, or the number of samples.") | {
+    "store": "Lower --batch-size, or the number of samples."
+}
+"""Verb → the number to lower where memory is lacking; `LOWER_INPUT` for all others."""
 
 
-def tell(error: BaseException, terminal: Terminal, folder: Path | None = None, doing: str = "") -> int:
+def tell(error: BaseException, terminal: Terminal, folder: Path | None = None, verb: str = "") -> int:
     """Write what went wrong, as three lines on the standard error or as JSON on the standard output.
 
     Args:
         error: anything that a verb raised. What `kirsch.failures` cannot attribute to anything else is a bug of Kirsch.
         terminal: where to write.
         folder: of the run, if there is one; a traceback goes there.
-        doing: what Kirsch was doing, such as "in kirsch trace".
+        verb: that failed; empty for a command line that names none.
 
     Returns:
         The exit code.
     """
     if folder is not None and not os.path.isfile(folder / RUN):  # noqa: PTH113 - false for a path that no file can have
         folder = None  # a folder that was refused is not ours to write to
-    known, kept = translated(error, doing, LOWER), None
+    known, kept = translated(error, f"in kirsch {verb}" if verb else "", LOWER.get(verb, LOWER_INPUT)), None
     if known is None:
         kept = _keep_traceback(error, folder)
         known = _bug(error, kept)
@@ -47,11 +50,18 @@ def tell(error: BaseException, terminal: Terminal, folder: Path | None = None, d
     with contextlib.suppress(ClosedError, OutputError):  # nobody is left to tell
         if terminal.mode.debug:
             terminal.complain(*([Piece(line)] for line in _traceback(error).splitlines()))
-        if terminal.mode.json:
-            terminal.give({"error": as_json(known, kept)})
-        else:
+        if not (terminal.mode.json and _given(terminal, as_json(known, kept))):
             terminal.complain(*lines(known))
     return known.exit_code
+
+
+def _given(terminal: Terminal, content: dict[str, Any]) -> bool:
+    """Whether an error could be written to the standard output, which may be what failed."""
+    try:
+        terminal.give({"error": content})
+    except OutputError:
+        return False
+    return True
 
 
 def lines(error: KirschError) -> list[Line]:

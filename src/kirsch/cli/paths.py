@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from kirsch.errors import UsageError
@@ -48,6 +49,12 @@ def check_paths(options: Mapping[str, Any]) -> None:
 
 def _check(text: str, called: str) -> None:
     shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text)} characters)"
+    if not text.isprintable() and any(0xD800 <= ord(char) <= 0xDFFF for char in text):  # noqa: PLR2004 - surrogates
+        raise UsageError(
+            f"{called} {ascii(shown)} is not valid text.",
+            f"Its bytes are not {sys.getfilesystemencoding()}; PyTorch and ONNX Runtime cannot open such a file.",
+            "Rename it, or set PYTHONUTF8=1 where the name is UTF-8 and the locale is not.",
+        )
     try:
         os.lstat(text)
     except ValueError as error:  # NUL, or characters that the file system's encoding lacks

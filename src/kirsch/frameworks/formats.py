@@ -110,7 +110,7 @@ def _safetensors(whole: bool, size: int) -> Format:
     return Format("a safetensors file", "", as_model, "Give the model that it was saved from.")
 
 
-def _by_name(path: Path) -> Format | None:
+def _by_name(path: Path) -> Format:
     suffix = path.suffix.lower()
     if suffix == ".onnx":
         return Format(
@@ -126,7 +126,7 @@ def _by_name(path: Path) -> Format | None:
         why = f"{KERAS_WHY} It does not begin as such a file does, either: it is damaged."
         return _other(f"a file named {suffix}", why, IN_CALLABLE)
     if suffix == ".py":
-        return None
+        return Format("Python code", OTHER_WHY, f"Name the callable in it: {path}:build.", IN_CALLABLE)
     return _other("a file of an unknown format", OTHER_WHY, IN_CALLABLE)
 
 

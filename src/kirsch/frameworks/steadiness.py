@@ -31,7 +31,7 @@ def require_steady(model: Any, inputs: tuple[Any, ...]) -> None:
     if len(first) == len(second) and all(_same(a, b) for a, b in zip(first, second, strict=True)):
         return
     raise NumericError(
-        f"The {type(model).__name__} gives other outputs at each run on the same inputs, in eval mode.",
+        f"The model {type(model).__name__} gives other outputs at each run on the same inputs, in eval mode.",
         "It draws random numbers there, or changes its own state, so that no outputs can be compared with its own.",
         "Let it draw in training alone: F.dropout(x, p, training=self.training), `if self.training:`; "
         "or draw once and keep the numbers in a buffer.",

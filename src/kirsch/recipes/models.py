@@ -70,6 +70,11 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
     return model
 
 
+def is_text(name: Any) -> bool:
+    """Whether a name is a text that UTF-8 can hold; half of a surrogate pair, or a byte that is no text, is not."""
+    return isinstance(name, str) and name.encode(errors="replace").decode() == name
+
+
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
     """Keep the working folder and the filters of warnings as they are, whatever code of the user does to them."""
@@ -140,6 +145,12 @@ def _from_file(path: Path) -> ModuleType:
         why = "" if isinstance(error, FileNotFoundError) else said(error)
         what = "cannot be read" if why else "does not exist"
         raise LoadError(f"The file {path} {what}.", why, "Check the path; it is relative to the recipe.") from error
+    if not is_text(str(path.resolve())):
+        raise LoadError(
+            f"The path of the file {str(path.resolve())!r} is not valid text.",
+            "PyTorch, which notes the place of each operation, cannot read it.",
+            "Rename the file or folder whose name is not.",
+        )
     # A name of its own for each path and content: two files called model.py are two modules, and a file that was
     # changed since it was loaded is another one, so that what runs is what `source_hash` is of.
     identity = hashlib.sha256(str(path.resolve()).encode() + content)

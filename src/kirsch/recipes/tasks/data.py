@@ -14,7 +14,7 @@ import numpy as np
 from kirsch.errors import DataError, KirschError, UsageError
 from kirsch.failures import told
 from kirsch.frameworks.data import ArrayData
-from kirsch.recipes.models import FAILURES, contained, resolve
+from kirsch.recipes.models import FAILURES, contained, is_text, resolve
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
@@ -103,21 +103,16 @@ class DataSet:
 
 def _check_names(name: Any, classes: Any) -> None:
     """Refuse names that the files and the report of a run could not hold, which are written after all the work."""
-    if not _is_text(name):
+    if not is_text(name):
         raise DataError(f"The data set has the name {name!r}.", "It is not valid text.", "Give a name in Unicode.")
     for place, label in enumerate(classes):
-        if not _is_text(label):
+        if not is_text(label):
             why = f"It is of type {type(label).__name__}." if not isinstance(label, str) else "It is not valid text."
             fix = "Give each class a name that can be written as UTF-8."
             raise DataError(f"The class {place} of {name} has the name {label!r}.", why, fix)
     twice = [label for label in classes if list(classes).count(label) > 1]
     if twice:
         raise DataError(f"Two classes of {name} have the name {twice[0]!r}.", mend="Give each class its own name.")
-
-
-def _is_text(name: Any) -> bool:
-    """Whether a name is a text that UTF-8 can hold; half of a surrogate pair is none."""
-    return isinstance(name, str) and name.encode(errors="replace").decode() == name
 
 
 def _signature(load: Source) -> inspect.Signature:
