@@ -25,6 +25,7 @@ EXIT_CODES = {
     "StoreError": 4,
     "SurroundingsError": 5,
     "MissingExtraError": 5,
+    "MemoryShortageError": 5,
     "OutputError": 5,
     "NumericError": 6,
     "VerificationError": 6,

@@ -26,13 +26,6 @@ from kirsch.errors import UsageError, listing, nearest
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-LATENCY = (
-    "Latency depends on the runtime and is measured on the exported file: set macs or params, and compare files with "
-    "kirsch.measure."
-)
-UNKNOWN = {("kirsch.Goal", name): LATENCY for name in ("latency", "latency_ms", "latency_s", "speedup")}
-"""(call, unknown argument) → the sentence that helps more than a list of known arguments."""
-
 
 class _MismatchError(Exception):
     """A value does not fit its annotation.
@@ -109,8 +102,9 @@ def _wrong_call(call: str, signature: inspect.Signature, given: Mapping[str, Any
     unknown = next((name for name in given if name not in known and not takes_any), None)
     if unknown is None:
         return UsageError(f"The call of {call} does not fit: {error}.", mend=f"Its arguments are {', '.join(known)}.")
-    fix = UNKNOWN.get((call, unknown)) or nearest(unknown, known) or "Leave it out."
-    return UsageError(f"{call} has no argument {unknown!r}.", listing(known), fix)
+    return UsageError(
+        f"{call} has no argument {unknown!r}.", listing(known), nearest(unknown, known) or "Leave it out."
+    )
 
 
 def _together(wrong: list[UsageError]) -> UsageError:

@@ -14,6 +14,7 @@ KirschError                    exit code
 │   └── StoreError                   a store of teacher outputs is partial, stale or damaged
 ├── SurroundingsError          5     something outside the model is missing
 │   ├── MissingExtraError            an optional package is not installed
+│   ├── MemoryShortageError          the memory does not suffice
 │   └── OutputError                  the output folder cannot be written
 ├── NumericError               6     numbers went wrong: NaN, a dead model
 │   └── VerificationError            the pruned model does not equal the masked original
@@ -29,6 +30,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+LONGEST = 400
+"""Characters of a foreign error's text that a sentence repeats."""
 
 
 class KirschError(Exception):
@@ -132,6 +136,10 @@ class MissingExtraError(SurroundingsError):
         )
 
 
+class MemoryShortageError(SurroundingsError):
+    """The memory does not suffice."""
+
+
 class OutputError(SurroundingsError):
     """The output folder cannot be written."""
 
@@ -164,8 +172,13 @@ class Interrupted(Stopped):
 
 def said(error: BaseException) -> str:
     """The type and the first line of an error that is not ours, as one sentence."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "it says no more")
-    return f"{type(error).__name__}: {first.rstrip('.')}."
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - the exception is not ours, and so is its __str__
+        text = ""
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "it says no more")
+    shown = first if len(first) <= LONGEST else f"{first[:LONGEST]}…"
+    return f"{type(error).__name__}: {shown.rstrip('.')}."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

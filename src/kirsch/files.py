@@ -59,8 +59,11 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a UTF-8 text file whole; see `write_bytes`."""
-    write_bytes(path, content.encode())
+    r"""Write a UTF-8 text file whole; see `write_bytes`.
+
+    What UTF-8 cannot hold, such as a byte of a file name that is not text, is written as \udc80: JSON reads that back.
+    """
+    write_bytes(path, content.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -300,10 +303,11 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
         OutputError: the folder is a file, cannot be written, or has too little room; no file is left behind.
     """
     mend = "Choose another folder."
-    if folder.exists() and not folder.is_dir():
+    # os.path: a name that is too long is no folder there, and an exception of pathlib
+    if os.path.exists(folder) and not os.path.isdir(folder):  # noqa: PTH110, PTH112
         message = f"{folder} is a file."
         raise OutputError(message, "A folder is needed for the output.", mend)
-    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.isdir(place))  # noqa: PTH112
     free = shutil.disk_usage(there).free
     if free < needed_bytes:
         message = f"The folder {folder} has {free / 1e6:.0f} MB free; the work needs about {needed_bytes / 1e6:.0f} MB."

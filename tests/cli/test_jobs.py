@@ -240,7 +240,7 @@ def test_a_dry_run_does_not_replace_the_recipe_that_it_reads(folder, kirsch):
 
 def test_what_is_missing_is_said_by_a_dry_run():
     found = {"name": "n", "goal": "g", "data": {"name": "d", "train": 1, "validation": 2, "test": 3}, "stages": []}
-    found |= {"plan": None, "seconds": 1.0, "disk_bytes": 1, "missing": ["onnx"]}
+    found |= {"plan": None, "seconds": 1.0, "disk_bytes": 1, "missing": ["onnx"], "notes": []}
     assert plain(jobs.forecast_lines(found)[-1]) == "missing      onnx; see kirsch doctor"
 
 

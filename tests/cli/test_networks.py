@@ -87,8 +87,8 @@ def test_the_shape_can_be_given(answer):
     ("arguments", "code", "sentence"),
     [
         (["nets.py:shapeless"], 2, "nets.py:shapeless does not say what its inputs look like.*Give --input"),
-        ([CHAIN, "--input", "1,a"], 2, "--input '1,a' is no shape"),
-        ([CHAIN, "--input", "1,0,6,6"], 2, "--input '1,0,6,6' is no shape"),
+        ([CHAIN, "--input", "1,a"], 2, "--input '1,a' is not a shape"),
+        ([CHAIN, "--input", "1,0,6,6"], 2, "--input '1,0,6,6' is not a shape"),
         ([CHAIN, "--input", "1,3,6,6"], 4, "cannot be traced with inputs of shape .1, 3, 6, 6"),
         ([CHAIN, "--weights", "pretrained"], 2, "pretrained does not go with nets.py:chain"),
         ([CHAIN, "--weights", "absent.safetensors"], 4, "absent.safetensors"),
@@ -260,10 +260,12 @@ def test_prune_and_measure_say_the_same_to_people(kirsch):
     assert "saved        small" in out
     code, out, _ = kirsch("measure", TEACHER, "--pruned", "small", "--rounds", "6")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["size", "latency", "runtime", "noise", "not"]
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "size", "input", "latency", "runtime", "noise", "not", "weights",
+    ]  # fmt: skip
     code, out, _ = kirsch("export", TEACHER, "-o", "teacher.onnx")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["file", "inputs", "verified", "sha256"]
+    assert [line.split()[0] for line in out.splitlines()] == ["file", "inputs", "verified", "sha256", "weights"]
 
 
 def test_pruning_again_replaces_what_an_earlier_pruning_left(answer, folder):

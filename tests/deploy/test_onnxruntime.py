@@ -93,7 +93,7 @@ def test_the_number_of_threads_is_that_of_the_session(doubling):
 def test_a_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(LoadError, match=r"The file .*gone\.onnx does not exist\. Export the model first\."):
         OnnxSession(tmp_path / "gone.onnx")
-    with pytest.raises(LoadError, match="does not exist"):
+    with pytest.raises(LoadError, match="is not an ONNX file: it is a folder"):
         OnnxSession(tmp_path)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from kirsch.errors import CheckpointError, NumericError, ShapeError
 from kirsch.frameworks.training import TrainingState
 from kirsch.recipes.job import Job
+from kirsch.recipes.recipe import recipe_of
 from kirsch.recipes.tasks.data import DataSet, Split
 
 
@@ -27,7 +28,8 @@ def heard():
 @pytest.fixture
 def job(tmp_path, heard):
     data = DataSet("small", part(), part(3), part(12), ("a", "b", "c"))
-    return Job(None, tmp_path, data, None, None, heard.append, lambda: None, inputs="these")
+    recipe = recipe_of({"teacher": {"model": "given"}}, "test")
+    return Job(recipe, tmp_path, data, None, None, heard.append, lambda: None, inputs="these")
 
 
 def test_an_event_goes_to_the_file_with_its_time_before_it_is_heard(job, heard):

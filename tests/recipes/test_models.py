@@ -142,14 +142,20 @@ def test_another_form_is_refused_with_the_forms(reference):
     ("reference", "sentence"),
     [
         ("none.py:net", r"The file .*none\.py does not exist\. Check the path; it is relative to the recipe\."),
-        ("wrong.py:net", r"The file .*wrong\.py fails\. SyntaxError: .*line 1\)\. Mend it\."),
-        ("fails.py:net", r"The file .*fails\.py fails\. ZeroDivisionError: division by zero\. Mend it\."),
-        ("script.py:net", r"The file .*script\.py fails\. SystemExit: 3\. Mend it\."),
+        ("wrong.py:net", r"The file .*wrong\.py fails\. SyntaxError: .*line 1\)\. Repair it\."),
+        (
+            "fails.py:net",
+            r"The file .*fails\.py fails\. ZeroDivisionError: division by zero \(fails\.py:1\)\. Repair it\.",
+        ),
+        ("script.py:net", r"The file .*script\.py fails\. SystemExit: 3 \(script\.py:3\)\. Repair it\."),
         ("nets.py:nte", r"There is no callable of nets\.py named 'nte'\. Known: bad, net, nothing, number\..*'net'\?"),
         ("nets.py:SIZE", r"There is no callable of nets\.py named 'SIZE'\."),
         ("no_such_module:net", r"The module 'no_such_module' cannot be imported\. No module named 'no_such_module'\."),
         (".relative:net", r"The module '\.relative' fails\. TypeError: "),
-        ("module_that_fails:net", r"The module 'module_that_fails' fails\. ZeroDivisionError: division by zero\."),
+        (
+            "module_that_fails:net",
+            r"The module 'module_that_fails' fails\. ZeroDivisionError: division by zero \(module_that_fails\.py:1\)\.",
+        ),
         ("timm:resnet18x", r"There is no timm model 'resnet18x'\. Known: .* more\. Did you mean 'resnet18'\?"),
     ],
 )
@@ -169,8 +175,11 @@ def test_what_cannot_be_loaded_is_named(tmp_path, write, monkeypatch, reference,
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        ("raise ValueError('no such thing')", r"nets\.py:net failed\. ValueError: no such thing\. Mend the callable\."),
-        ("raise SystemExit(0)", r"nets\.py:net failed\. SystemExit: 0\."),
+        (
+            "raise ValueError('no such thing')",
+            r"nets\.py:net failed\. ValueError: no such thing \(nets\.py:2, in net\)\. Repair the callable\.",
+        ),
+        ("raise SystemExit(0)", r"nets\.py:net failed\. SystemExit: 0 \(nets\.py:2, in net\)\."),
         ("return None", r"A builtins\.NoneType is no model that Kirsch knows\. It is not a torch\.nn\.Module\."),
         ("return net", r"A builtins\.function is no model that Kirsch knows\."),
     ],

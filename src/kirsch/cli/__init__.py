@@ -1,5 +1,5 @@
 """The `kirsch` command."""
 
-from kirsch.cli.app import main
+from kirsch.cli.start import main
 
 __all__ = ["main"]

@@ -2,6 +2,6 @@
 
 import sys
 
-from kirsch.cli.app import main
+from kirsch.cli.start import main
 
 sys.exit(main())

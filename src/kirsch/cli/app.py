@@ -13,8 +13,11 @@ import typer
 
 from kirsch import __version__
 from kirsch.cli import failure
-from kirsch.cli.terminal import ClosedError, Mode, Terminal, forsake_stdout, prepare_streams
-from kirsch.errors import Interrupted, UsageError
+from kirsch.cli.paths import check_paths
+from kirsch.cli.start import interruptible
+from kirsch.cli.streams import forsake_stdout, prepare_streams, stdout_for_result
+from kirsch.cli.terminal import ClosedError, Mode, Terminal
+from kirsch.errors import GoalError, Interrupted, OutputError, UsageError
 
 MODES = {
     "json": "One JSON object on the standard output; progress goes to the standard error.",
@@ -23,6 +26,7 @@ MODES = {
 }
 """Options that every verb has."""
 
+STOPPED = "The command was stopped by SIGINT."
 CLOSED = 141
 """Exit code when the reader of the standard output has gone: what a shell gives for SIGPIPE."""
 
@@ -63,18 +67,21 @@ def verb(act: Callable[..., int]) -> Callable[..., int]:
 
     def run(**options: Any) -> int:
         mode = Mode(**{name: options.pop(name) for name in MODES})
-        session = Session(Terminal(mode))
-        try:
-            with _calm(mode):
-                return act(session, **options)
-        except ClosedError:
-            forsake_stdout()
-            return CLOSED
-        except KeyboardInterrupt:
-            return failure.tell(Interrupted("The command was stopped by SIGINT."), session.terminal)
-        except Exception as error:  # noqa: BLE001 - the last stop: what nobody foresaw is told as a bug of ours
-            session.terminal.stop()
-            return failure.tell(error, session.terminal, session.folder)
+        with stdout_for_result() if mode.json else contextlib.nullcontext(sys.stdout) as stdout:
+            session = Session(Terminal(mode, stdout))
+            try:
+                check_paths(options)
+                with interruptible(stdout), _calm(mode):
+                    return act(session, **options)
+            except ClosedError:
+                forsake_stdout()
+                return CLOSED
+            except KeyboardInterrupt:
+                session.terminal.stop()
+                return failure.tell(Interrupted(STOPPED), session.terminal)
+            except BaseException as error:  # noqa: BLE001 - the last stop, also for a model's code that calls sys.exit
+                session.terminal.stop()
+                return failure.tell(error, session.terminal, session.folder, act.__name__)
 
     _as_command(run, act)
     return run
@@ -113,7 +120,13 @@ def _as_command(run: Callable[..., int], act: Callable[..., int]) -> None:
 
 
 Model = Annotated[str, typer.Argument(help="package.module:callable, file.py:callable or timm:NAME.")]
-Shape = Annotated[str, typer.Option("--input", help="Shape of one batch, as 1,3,224,224; else what the model states.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        help="An input: 1,3,224,224, 1,24:int64 or name=1,24:int64; may be repeated. Else what the model states.",
+    ),
+]
 Weights = Annotated[str, typer.Option("--weights", help="random, pretrained (timm), or a safetensors FILE.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights and random choices.", min=0)]
 Macs = Annotated[float | None, typer.Option("--macs", help="MACs that may stay, as a fraction: 0.5.")]
@@ -182,14 +195,14 @@ def trace(
     explain: Annotated[
         str, typer.Option("--explain", help="Say what goes with this layer, and why.", metavar="LAYER")
     ] = "",
-    shape: Shape = "",
+    inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
     """Show what of a model may go, and what blocks the rest."""
     from kirsch.cli import networks
 
-    return networks.show_trace(networks.given(model, shape, weights, seed=seed), explain, session.terminal)
+    return networks.show_trace(networks.given(model, inputs or [], weights, seed=seed), explain, session.terminal)
 
 
 @verb
@@ -205,7 +218,7 @@ def plan(
     kind: Granularity = None,
     uniform: Uniform = False,
     output: Annotated[str, typer.Option("--output", "-o", help="File for the plan, as JSON.", metavar="FILE")] = "",
-    shape: Shape = "",
+    inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
@@ -213,7 +226,7 @@ def plan(
     from kirsch.cli import networks
 
     choice = networks.Choice(macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, seed)
-    return networks.show_plan(networks.given(model, shape, weights, seed=seed), choice, output, session.terminal)
+    return networks.show_plan(networks.given(model, inputs or [], weights, seed=seed), choice, output, session.terminal)
 
 
 @verb
@@ -230,7 +243,7 @@ def prune(
     exclude: Exclude = None,
     kind: Granularity = None,
     uniform: Uniform = False,
-    shape: Shape = "",
+    inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
@@ -238,7 +251,7 @@ def prune(
     from kirsch.cli import networks
 
     choice = networks.Choice(macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, seed)
-    found = networks.given(model, shape, weights, seed=seed)
+    found = networks.given(model, inputs or [], weights, seed=seed)
     return networks.show_prune(found, plan_file, choice, output, session.terminal)
 
 
@@ -248,14 +261,14 @@ def export(
     model: Model,
     output: Annotated[str, typer.Option("--output", "-o", help="The ONNX file.", metavar="FILE")],
     pruned: PrunedFolder = "",
-    shape: Shape = "",
+    inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
     """Write a model as an ONNX file, and check it."""
     from kirsch.cli import networks
 
-    found = networks.given(model, shape, weights, pruned=pruned, seed=seed)
+    found = networks.given(model, inputs or [], weights, pruned=pruned, seed=seed)
     return networks.show_export(found, output, session.terminal)
 
 
@@ -264,7 +277,7 @@ def measure(
     session: Session,
     model: Annotated[str, typer.Argument(help="A model as for trace, or an ONNX file.")],
     pruned: PrunedFolder = "",
-    shape: Shape = "",
+    inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
     threads: Annotated[int, typer.Option("--threads", help="Of the runtime.", min=1)] = 1,
@@ -273,9 +286,9 @@ def measure(
     """Time and count a model or an ONNX file."""
     from kirsch.cli import networks
 
-    if model.endswith(".onnx"):
-        return networks.show_measure_file(model, shape, threads, rounds, session.terminal)
-    found = networks.given(model, shape, weights, pruned=pruned, seed=seed)
+    if model.lower().endswith(".onnx"):
+        return networks.show_measure_file(model, inputs or [], threads, rounds, session.terminal)
+    found = networks.given(model, inputs or [], weights, pruned=pruned, seed=seed)
     return networks.show_measure(found, threads, rounds, session.terminal)
 
 
@@ -311,12 +324,15 @@ def store(
     temperature: Annotated[float, typer.Option("--temperature", help="Of the probabilities kept.")] = 1.0,
     part: Annotated[str, typer.Option("--part", help="Build a share only, as 1/4; then finish.")] = "",
     samples: Annotated[int, typer.Option("--samples", help="Looks that check compares.", min=1)] = 256,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Samples that the teacher runs on at a time.", min=1)
+    ] = 256,
     seed: Seed = 0,
 ) -> int:
     """Keep a teacher's outputs on disk, or check them."""
     from kirsch.cli import stores
 
-    asked = stores.Asked(model, weights, data, option or [], seed)
+    asked = stores.Asked(model, weights, data, option or [], seed, batch_size)
     building = stores.Building(keep, views, temperature, part)
     return stores.act(action, Path(folder), asked, building, samples, session.terminal)
 
@@ -353,22 +369,23 @@ def root(
         typer.echo(context.get_help())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; gives the exit code.
-
-    Args:
-        arguments: of the command line, without the name of the program; the process's own if left out.
-    """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+def run(given: Sequence[str]) -> int:
+    """Run the command with the arguments of a command line; gives the exit code."""
     prepare_streams()
     if "" not in sys.path:
         sys.path.append("")  # the working folder, last: package.module:callable is found there, and shadows nothing
+    terminal = Terminal(Mode(json="--json" in given, debug="--debug" in given))
     try:
-        code = app(given, prog_name="kirsch", standalone_mode=False)
+        code = app(list(given), prog_name="kirsch", standalone_mode=False)
     except BadCall as error:
-        return failure.tell(_misuse(error), Terminal(Mode(json="--json" in given)))
+        return failure.tell(_misuse(error), terminal)
     except (typer.Abort, KeyboardInterrupt):
-        return Interrupted.exit_code
+        return failure.tell(Interrupted(STOPPED), terminal)
+    except (SystemExit, ClosedError):  # typer exits by itself where the reader of the help has gone
+        forsake_stdout()
+        return CLOSED
+    except OSError as error:  # of the help, which goes to the standard output by itself
+        return failure.tell(OutputError("The standard output cannot be written.", f"{error}."), terminal)
     return code if isinstance(code, int) else 0
 
 
@@ -376,5 +393,11 @@ def _misuse(error: Any) -> UsageError:
     """What typer says of a wrong command line, in three lines."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "kirsch"
+    option = str(getattr(error, "option_name", ""))
+    from kirsch.graph.plan import IN_PLACE_OF_LATENCY, LATENCY, NO_LATENCY, WHY_NO_LATENCY
+
+    if LATENCY.search(option):
+        return GoalError(f"There is no option {option}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
     first, *rest = error.format_message().strip().split("\n")
-    return UsageError(first, " ".join(rest), f"See {path} --help.")
+    fix = "Write a fraction: 0.5 for 50 %." if "%" in first else f"See {path} --help."
+    return UsageError(first, " ".join(rest), fix)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import os
 import tempfile
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch.cli.terminal import Line, Piece
-from kirsch.errors import KirschError, LoadError, NumericError, OutputError, Stopped
+from kirsch.cli.terminal import ClosedError, Line, Piece
+from kirsch.errors import KirschError, LoadError, MemoryShortageError, NumericError, OutputError, Stopped, said
+from kirsch.failures import translated
 from kirsch.files import write_text
 
 if TYPE_CHECKING:
@@ -18,36 +20,48 @@ if TYPE_CHECKING:
 TRACEBACK = "error.txt"
 RUN = "run.json"
 """What makes a folder that of a run."""
+LOWER_INPUT = "Lower the sizes of --input, the first of which is the batch, or take a smaller model."
+LOWER = dict.fromkeys(("compress", "resume"), "Lower data.batch_size of the recipe, or the number of samples.") | {
+    "store": "Lower --batch-size, or the number of samples."
+}
+"""Verb → the number to lower where memory is lacking; `LOWER_INPUT` for all others."""
 
 
-def tell(error: BaseException, terminal: Terminal, folder: Path | None = None) -> int:
-    """Say what went wrong, as three lines on the standard error or as JSON on the standard output.
+def tell(error: BaseException, terminal: Terminal, folder: Path | None = None, verb: str = "") -> int:
+    """Write what went wrong, as three lines on the standard error or as JSON on the standard output.
 
     Args:
-        error: anything that a verb raised. What Kirsch did not raise on purpose is a bug of ours.
+        error: anything that a verb raised. What `kirsch.failures` cannot attribute to anything else is a bug of Kirsch.
         terminal: where to write.
         folder: of the run, if there is one; a traceback goes there.
+        verb: that failed; empty for a command line that names none.
 
     Returns:
         The exit code.
     """
-    if folder is not None and not (folder / RUN).is_file():
+    if folder is not None and not os.path.isfile(folder / RUN):  # noqa: PTH113 - false for a path that no file can have
         folder = None  # a folder that was refused is not ours to write to
-    kept = None
-    if not isinstance(error, KirschError):
+    known, kept = translated(error, f"in kirsch {verb}" if verb else "", LOWER.get(verb, LOWER_INPUT)), None
+    if known is None:
         kept = _keep_traceback(error, folder)
         known = _bug(error, kept)
-    else:
-        known = error
-        if folder is not None and isinstance(error, (LoadError, NumericError)):
-            kept = _keep_traceback(error, folder)
-    if terminal.mode.debug:
-        sys.stderr.write(_traceback(error))
-    if terminal.mode.json:
-        terminal.give({"error": as_json(known, kept)})
-    else:
-        terminal.complain(*lines(known))
+    elif folder is not None and isinstance(known, (LoadError, NumericError, MemoryShortageError)):
+        kept = _keep_traceback(error, folder)
+    with contextlib.suppress(ClosedError, OutputError):  # nobody is left to tell
+        if terminal.mode.debug:
+            terminal.complain(*([Piece(line)] for line in _traceback(error).splitlines()))
+        if not (terminal.mode.json and _given(terminal, as_json(known, kept))):
+            terminal.complain(*lines(known))
     return known.exit_code
+
+
+def _given(terminal: Terminal, content: dict[str, Any]) -> bool:
+    """Whether an error could be written to the standard output, which may be what failed."""
+    try:
+        terminal.give({"error": content})
+    except OutputError:
+        return False
+    return True
 
 
 def lines(error: KirschError) -> list[Line]:
@@ -75,9 +89,8 @@ def as_json(error: KirschError, kept: Path | None = None) -> dict[str, Any]:
 
 
 def _bug(error: BaseException, kept: Path | None) -> KirschError:
-    text = str(error).strip().split("\n")[0]
     return KirschError(
-        f"A bug of ours: {type(error).__name__}{': ' if text else ''}{text}",
+        f"A bug of ours: {said(error)}",
         f"The traceback is in {kept}." if kept else "The traceback could not be written to a file.",
         "Report it with the traceback; --debug shows it here.",
     )

@@ -123,6 +123,7 @@ def forecast_lines(found: dict[str, Any], run: str = "") -> list[Line]:
     lines.append([Piece(f"{'disk':<13}about {figures.bytes_(found['disk_bytes'])}")])
     if found["missing"]:
         lines.append([Piece(f"{'missing':<13}", "bad"), Piece(f"{', '.join(found['missing'])}; see kirsch doctor")])
+    lines += [[Piece(f"{'note':<13}", "doubt"), Piece(text)] for text in found["notes"]]
     if run:
         lines.append([Piece(f"{'written':<13}{run}: recipe.yaml{', plan.json' if plan is not None else ''}")])
     return lines

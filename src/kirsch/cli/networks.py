@@ -8,26 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from kirsch.cli import drawing
+from kirsch.cli.inputs import EXAMPLE, example_inputs, specifications
 from kirsch.cli.terminal import Line, Piece
 from kirsch.deploy.export import export, usage
 from kirsch.deploy.measure import Measurement, measure
+from kirsch.deploy.onnx_inputs import stand_ins
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import LoadError, OutputError, PlanError, UsageError
 from kirsch.files import MANIFEST, check_writable, write_text
 from kirsch.frameworks.port import Framework, framework_of, trace
-from kirsch.graph.graph import InputSpec
 from kirsch.graph.inputs import tensors
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.prune import prune_with_proof
 from kirsch.pruning.store import load, save
-from kirsch.recipes.models import build, example_shape
+from kirsch.recipes.models import build, stated_inputs
 from kirsch.report import figures
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kirsch.cli.terminal import Terminal
+    from kirsch.graph.graph import InputSpec
 
 RANDOM, PRETRAINED = "random", "pretrained"
 MADE = ("plan.json", "model.safetensors", MANIFEST)
@@ -76,15 +78,13 @@ class Given:
 
     Args:
         model: the object.
-        inputs: example inputs, as a tuple of the framework's arrays.
-        shape: of the inputs.
+        inputs: example inputs: a tuple of the framework's arrays, or a dict by keyword.
         weights: where its weights come from, in words.
         random: whether the weights are random.
     """
 
     model: Any
     inputs: Any
-    shape: tuple[int, ...]
     weights: str
     random: bool
 
@@ -94,37 +94,46 @@ class Given:
         return framework_of(self.model)
 
     def said(self) -> list[Line]:
-        """What must be known of the weights."""
+        """Where the weights come from: a ranking, an export or a store is worth what they are worth."""
         if not self.random:
-            return []
+            return [[Piece(f"{'weights':<13}{self.weights.removeprefix('the weights are ')}")]]
         return [[Piece(f"{'note':<13}", "doubt"), Piece(f"{self.weights}; --weights pretrained or FILE gives others.")]]
 
+    def sizes(self) -> list[list[int]]:
+        """The shape of each input."""
+        arrays = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
+        return [list(array.shape) for array in arrays]
 
-def given(reference: str, shape: str, weights: str, *, pruned: str = "", seed: int = 0) -> Given:
+
+def given(reference: str, inputs: Sequence[str], weights: str, *, pruned: str = "", seed: int = 0) -> Given:
     """The model that a reference names.
 
     Args:
         reference: "package.module:callable", "file.py:callable" or "timm:NAME".
-        shape: of its example inputs, such as "1,3,224,224"; "" takes what the model states.
+        inputs: its example inputs, such as "1,3,224,224" or "input_ids=1,24:int64"; none takes what the model states.
         weights: "random", "pretrained" (timm only), or a safetensors file.
         pruned: folder of `kirsch prune`; its model is then taken, and the reference is its original.
         seed: of random weights.
     """
     if pruned and weights != RANDOM:
         raise UsageError("Both --pruned and --weights are given.", "A pruned model has its weights.", "Leave one out.")
+    specs = specifications(inputs)
     if pruned:
         original = load(pruned, lambda: build(reference, base=Path(), seed=seed))
-        sizes = _shape(shape) or example_shape(reference, original) or _planned(Path(pruned))
-        return _ready(original, reference, sizes, f"the weights are those of {pruned}", random=False)
+        return _ready(original, reference, specs, f"the weights are those of {pruned}", pruned=pruned)
     zoo = reference.startswith("timm:")
     model = model_of(reference, weights, seed=seed)
-    from_file = weights not in (RANDOM, PRETRAINED)
-    words = {
-        RANDOM: f"the weights are random (seed {seed})" if zoo else "the weights are those that the callable gives"
-    }
-    sizes = _shape(shape) or example_shape(reference, model)
-    said = words.get(weights, f"the weights are from {weights}" if from_file else "the weights are pretrained")
-    return _ready(model, reference, sizes, said, random=zoo and weights == RANDOM)
+    return _ready(model, reference, specs, origin_of(reference, weights, seed), random=zoo and weights == RANDOM)
+
+
+def origin_of(reference: str, weights: str, seed: int) -> str:
+    """Where the weights of a model come from, in words."""
+    if weights == PRETRAINED:
+        return "the weights are pretrained"
+    if weights != RANDOM:
+        return f"the weights are from {weights}"
+    zoo = reference.startswith("timm:")
+    return f"the weights are random (seed {seed})" if zoo else "the weights are those that the callable gives"
 
 
 def model_of(reference: str, weights: str, *, seed: int = 0) -> Any:
@@ -160,7 +169,7 @@ def show_trace(given: Given, layer: str, terminal: Terminal) -> int:
         "blocks": list(graph.blocks),
         "blockers": [vars(blocker) for blocker in graph.blockers],
     }
-    terminal.result(drawing.trace_lines(graph, found), content)
+    terminal.result([*drawing.trace_lines(graph, found), [], *given.said()], content)
     return 0
 
 
@@ -237,32 +246,35 @@ def show_export(given: Given, output: str, terminal: Terminal) -> int:
 def show_measure(given: Given, threads: int, rounds: int, terminal: Terminal) -> int:
     """What a model costs where it runs."""
     found = measure(given.model, example_inputs=given.inputs, threads=threads, rounds=rounds)
-    lines = [*_measured(found), *given.said()]
-    terminal.result(lines, found.to_dict() | {"input": list(given.shape), "weights": given.weights})
+    lines = [*_measured(found, given.sizes()), *given.said()]
+    terminal.result(lines, found.to_dict() | {"input": _one(given.sizes()), "weights": given.weights})
     return 0
 
 
-def show_measure_file(path: str, shape: str, threads: int, rounds: int, terminal: Terminal) -> int:
+def show_measure_file(path: str, inputs: Sequence[str], threads: int, rounds: int, terminal: Terminal) -> int:
     """What an ONNX file costs where it runs."""
-    import numpy as np
-
-    session = OnnxSession(path, threads)
-    stated = tuple(1 if isinstance(size, str) else size for size in session.shapes[0])
-    sizes = _shape(shape) or stated
-    sample = np.random.default_rng(0).standard_normal(sizes).astype(np.float32)
-    found = measure(path, example_inputs=sample, threads=threads, rounds=rounds)
-    terminal.result(_measured(found), found.to_dict() | {"input": list(sizes), "file": path})
+    arrays = stand_ins(OnnxSession(path, threads), specifications(inputs))
+    found = measure(path, example_inputs=arrays, threads=threads, rounds=rounds)
+    sizes = [list(array.shape) for array in arrays]
+    terminal.result(_measured(found, sizes), found.to_dict() | {"input": _one(sizes), "file": path})
     return 0
 
 
-def _measured(found: Measurement) -> list[Line]:
+def _one(sizes: list[list[int]]) -> Any:
+    """The shape of the only input, or the shapes of all."""
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+def _measured(found: Measurement, shapes: list[list[int]]) -> list[Line]:
     latency, aa = found.latency, found.aa
     sizes = [f"{figures.bytes_(found.bytes)} as ONNX"]
     if found.parameters is not None and found.macs is not None:
         sizes = [f"{figures.count(found.parameters)} parameters", f"{figures.count(found.macs)} MACs", *sizes]
     threads = "1 thread" if found.threads == 1 else f"{found.threads} threads"
+    taken = ", ".join("×".join(map(str, shape)) for shape in shapes)
     return [
         [Piece(f"{'size':<13}{'   '.join(sizes)}")],
+        [Piece(f"{'input':<13}{taken}")],
         [
             Piece(
                 f"{'latency':<13}{figures.micros(latency.median_us)}"
@@ -276,39 +288,25 @@ def _measured(found: Measurement) -> list[Line]:
     ]
 
 
-def _ready(model: Any, reference: str, sizes: tuple[int, ...] | None, weights: str, *, random: bool) -> Given:
-    if sizes is None:
+def _ready(
+    model: Any, reference: str, specs: list[InputSpec], weights: str, *, pruned: str = "", random: bool = False
+) -> Given:
+    framework = framework_of(model)
+    inputs = example_inputs(model, specs) if specs else stated_inputs(reference, model)
+    if inputs is None and pruned:
+        inputs = framework.inputs_like(_read_plan(Path(pruned) / "plan.json").inputs, model) or None
+    if inputs is None:
         raise UsageError(
             f"{reference} does not say what its inputs look like.",
-            "Neither the model nor its callable has example_shape.",
-            "Give --input, for example --input 1,3,224,224.",
+            "Neither the model nor its callable has example_shape, and the model has no dummy_inputs.",
+            EXAMPLE.replace("Write", "Give"),
         )
-    inputs = framework_of(model).inputs_like([InputSpec("", sizes, "float32")], model)
-    return Given(model, inputs, sizes, weights, random)
-
-
-def _shape(text: str) -> tuple[int, ...] | None:
-    """Sizes from "1,3,224,224"; None from an empty text."""
-    if not text:
-        return None
-    parts = text.replace("x", ",").split(",")
-    if not all(part.strip().isascii() and part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(
-            f"--input {text!r} is no shape.", "Whole numbers above 0 are needed.", "Write --input 1,3,224,224."
-        )
-    return tuple(int(part) for part in parts)
+    return Given(model, inputs, weights, random)
 
 
 def _round_to(text: str) -> Any:
     """A whole number if it is one; `plan` says what is wrong with anything else."""
     return int(text) if text.isascii() and text.isdigit() else text
-
-
-def _planned(folder: Path) -> tuple[int, ...] | None:
-    """The shape of the inputs that a stored plan was made for."""
-    inputs = _read_plan(folder / "plan.json").inputs
-    found = [given.shape for given in inputs if isinstance(given, InputSpec) and given.dtype == "float32"]
-    return found[0] if len(found) == len(inputs) == 1 else None
 
 
 def _read_plan(path: Path) -> Plan:

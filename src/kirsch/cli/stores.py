@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch.cli.networks import model_of
+from kirsch.cli.networks import RANDOM, model_of, origin_of
 from kirsch.cli.terminal import Line, Piece
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build, finish
 from kirsch.errors import StoreError, UnknownNameError, UsageError
+from kirsch.failures import during
+from kirsch.frameworks.steadiness import require_steady
 from kirsch.recipes.tasks.data import load_data
 from kirsch.recipes.yaml import scalar
 from kirsch.report import figures
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from kirsch.frameworks.data import ArrayData
 
 ACTIONS = ("build", "check", "finish", "info", "verify")
-BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Asked:
         data: a source as in a recipe.
         options: of the source, each "key=value".
         seed: of the data and of the augmentation.
+        batch_size: samples that the teacher is run on at a time.
     """
 
     model: str
@@ -41,6 +43,7 @@ class Asked:
     data: str
     options: Sequence[str]
     seed: int
+    batch_size: int
 
     def load(self) -> tuple[Any, ArrayData]:
         """Both."""
@@ -54,7 +57,16 @@ class Asked:
                 raise UsageError(f"--option {text!r} is no option.", "Its form is key=value.", "Write train=45000.")
             options[key] = scalar(value, f"--option {key}")
         data = load_data(self.data, options, seed=self.seed, base=Path())
-        return model_of(self.model, self.weights, seed=self.seed), data.batches(BATCH)
+        teacher, batches = model_of(self.model, self.weights, seed=self.seed), data.batches(self.batch_size)
+        require_steady(teacher, (data.train.inputs[:1],))
+        return teacher, batches
+
+    def said(self) -> Line:
+        """Where the teacher's weights come from."""
+        tone = "doubt" if self.model.startswith("timm:") and self.weights == RANDOM else ""
+        origin = origin_of(self.model, self.weights, self.seed).removeprefix("the weights are ")
+        more = "; --weights pretrained or FILE gives others." if tone else ""
+        return [Piece(f"{'weights':<13}", tone), Piece(origin + more)]
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,10 @@ def _build(folder: Path, asked: Asked, building: Building, terminal: Terminal) -
     def event(told: dict[str, Any]) -> None:
         terminal.progress([Piece(f"{'range':<13}{told['done']} of {told['of']}")])
 
-    store = build(folder, teacher, data, seed=asked.seed, event=event, **options)
+    terminal.progress(asked.said())
+    lower = f"Lower --batch-size, which is {asked.batch_size}."
+    with during("while the teacher ran", lower):
+        store = build(folder, teacher, data, seed=asked.seed, event=event, batch_size=asked.batch_size, **options)
     if store is not None:
         _tell(store, terminal)
         return 0
@@ -152,7 +167,7 @@ def _check(store: TeacherStore, asked: Asked, samples: int, terminal: Terminal) 
     teacher, data = asked.load()
     store.require(teacher=teacher, data=data)
     store.verify()
-    found = store.check(teacher, data, samples=samples)
+    found = store.check(teacher, data, samples=samples, batch_size=asked.batch_size)
     worst = max(found.differences, key=lambda name: found.differences[name])
     said = f"{found.samples} looks, at most {found.differences[worst]:.1e} apart ({worst})"
     if not found.agrees:

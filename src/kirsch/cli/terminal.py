@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
@@ -183,21 +182,8 @@ class Terminal:
             if error.errno in (errno.EPIPE, errno.EINVAL):  # Windows says EINVAL
                 raise ClosedError from None
             raise OutputError("The standard output cannot be written.", f"{error.strerror or error}.") from error
-
-
-def prepare_streams() -> None:
-    """Make the standard streams able to take any text: present, and with a way to write what they cannot encode."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us; a file of ours must not get its number
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - for the whole process
-        with contextlib.suppress(AttributeError, ValueError):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
-
-
-def forsake_stdout() -> None:
-    """Send the rest of the standard output nowhere, so that Python does not complain about it when it ends."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except ValueError as error:  # the model's code has closed it
+            raise OutputError("The standard output cannot be written.", f"{error}.") from error
 
 
 def _console(stream: TextIO) -> Console | None:

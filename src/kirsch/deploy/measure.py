@@ -13,6 +13,7 @@ import numpy as np
 from kirsch.annotations import Count
 from kirsch.arguments import checked
 from kirsch.deploy.export import Artifact, export
+from kirsch.deploy.onnx_inputs import require_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.annotations import Inputs, Labelled, Model
@@ -90,6 +91,8 @@ def race(contenders: Mapping[str, Path], inputs: Any, *, reference: str, threads
     before = load()
     arrays = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     sessions = {name: OnnxSession(path, threads) for name, path in contenders.items()}
+    for session in sessions.values():
+        require_inputs(session)
     calls = {name: session.call(*arrays) for name, session in sessions.items()}
     timing = interleaved(calls, reference=reference, rounds=rounds)
     version = next(iter(sessions.values())).version

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import DataError, LoadError, MissingExtraError, ShapeError
+from kirsch.frameworks.formats import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,8 +34,11 @@ class OnnxSession:
         except ModuleNotFoundError as error:
             raise MissingExtraError("onnxruntime", "torch", "to run ONNX files") from error
         file = Path(path)
-        if not file.is_file():
+        found = describe(file)
+        if found is None:
             raise LoadError(f"The file {file} does not exist.", mend="Export the model first.")
+        if file.is_dir() or (file.suffix.lower() != ".onnx" and found.why):
+            raise LoadError(f"{file} is not an ONNX file: it is {found.what}.", found.why, found.as_model)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -48,11 +52,13 @@ class OnnxSession:
                 _first_line(error),
                 "Give a model that kirsch.export wrote.",
             ) from error
+        self.path = file
         self.threads = threads
         self.version: str = onnxruntime.__version__
         self.inputs: list[str] = [value.name for value in self._session.get_inputs()]
         self.outputs: list[str] = [value.name for value in self._session.get_outputs()]
         self.shapes: list[tuple[int | str, ...]] = [tuple(value.shape) for value in self._session.get_inputs()]
+        self.types: list[str] = [_type(value.type) for value in self._session.get_inputs()]
 
     @property
     def batch(self) -> int | None:
@@ -100,6 +106,11 @@ class OnnxSession:
         feed = dict(zip(self.inputs, inputs, strict=True))
         session = self._session
         return lambda: session.run(None, feed)
+
+
+def _type(text: str) -> str:
+    """The type of the numbers in a type of ONNX Runtime: that of "tensor(float)" is "float"; any other as it is."""
+    return text.removeprefix("tensor(").removesuffix(")") if text.startswith("tensor(") else text
 
 
 def _first_line(error: Exception) -> str:

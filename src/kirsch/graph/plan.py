@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from kirsch.arguments import checked
 from kirsch.errors import GoalError, PlanError, nearest
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph, Input
 
 T = TypeVar("T")
+
+LATENCY = re.compile(r"(?i)latency|speed|fps|milli|(?<![a-z])ms(?![a-z])")
+"""Names under which a time is asked for as a goal."""
+NO_LATENCY = "latency goals do not exist yet."
+WHY_NO_LATENCY = "A plan is made from counts of MACs and parameters; a time is known once the result has been measured."
+IN_PLACE_OF_LATENCY = (
+    "Use macs, say macs=0.5, measure the result with kirsch.measure, and lower macs where it is too slow; "
+    "goal.speedup of a recipe judges the measured time."
+)
 
 
 @checked
@@ -39,6 +49,16 @@ class Goal:
 
     macs: float | None = None
     params: float | None = None
+
+    def __new__(cls, *_limits: Any, **named: Any) -> Self:
+        """A new goal; a limit of a name that there is not is refused in words, which `__init__` could not do."""
+        known = [limit.name for limit in fields(cls)]
+        for name in named:
+            if LATENCY.search(name):
+                raise GoalError(f"The goal {name}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
+            if name not in known:
+                raise GoalError(f"There is no goal {name!r}.", f"Known: {', '.join(known)}.", nearest(name, known))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.macs is None and self.params is None:

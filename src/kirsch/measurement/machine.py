@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
+
+from kirsch.errors import MemoryShortageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kirsch.graph.graph import InputSpec
 
 PACKAGES = (
     "kirsch",
@@ -23,6 +31,12 @@ PACKAGES = (
     "scikit-learn",
     "timm",
 )
+BYTES = {
+    "float32": 4, "float64": 8, "float16": 2, "bfloat16": 2,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+"""Types of numbers that an input may have → bytes of one."""
+
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
 
 
@@ -32,6 +46,24 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def require_room(specs: Sequence[InputSpec]) -> None:
+    """Make sure that the machine could hold inputs.
+
+    Raises:
+        MemoryShortageError: it could not; names the largest size.
+    """
+    needed = sum(math.prod(spec.shape) * BYTES.get(spec.dtype, 4) for spec in specs)
+    have = psutil.virtual_memory().total
+    if needed > have:
+        largest = max(specs, key=lambda spec: math.prod(spec.shape))
+        shapes = ", ".join("×".join(map(str, spec.shape)) for spec in specs)
+        raise MemoryShortageError(
+            f"The memory does not suffice for inputs of shape {shapes}.",
+            f"They take {needed / 1e9:,.0f} GB; the machine has {have / 1e9:,.0f} GB.",
+            f"Lower the size {max(largest.shape)}: give the inputs other sizes, as --input does.",
+        )
 
 
 def usable_cores() -> int:

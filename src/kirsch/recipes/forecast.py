@@ -13,6 +13,7 @@ from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.recipes.job import Job
 from kirsch.recipes.metrics import goal_text
+from kirsch.recipes.models import random_weights
 from kirsch.recipes.runner import materials_of
 from kirsch.recipes.seal import PLAN, RECIPE
 from kirsch.recipes.stages import check_objectives, check_threads, plan_for, stages_of
@@ -40,7 +41,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     Returns:
         As JSON: "name", "goal", "data", "stages" (key, model, parameters, macs, seconds), "plan" (groups, cost before
         and after; made on the weights as they come, so that after training other units go, and the cost can be another
-        one within the goal where all layers are ranked together), "disk_bytes", "seconds", "missing".
+        one within the goal where all layers are ranked together), "disk_bytes", "seconds", "missing", "notes".
 
     Raises:
         KirschError: whatever would stop the job before its first long step.
@@ -75,6 +76,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         files.write_text(folder / RECIPE, recipe.to_yaml())
         if plan is not None:
             files.write_text(folder / PLAN, plan.to_json())
+    sentence = random_weights(recipe.teacher.model, recipe.seed) if recipe.teacher.train is None else ""
     return {
         "name": recipe.name,
         "goal": goal_text(job),
@@ -89,6 +91,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         "disk_bytes": sum(4 * parameters * 4 for parameters, _ in costs.values()) + 1_000_000,
         "seconds": sum(stage["seconds"] for stage in stages),
         "missing": [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None],
+        "notes": [sentence] if sentence else [],
     }
 
 

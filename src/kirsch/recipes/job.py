@@ -66,7 +66,13 @@ class Job:
     @property
     def example(self) -> NDArray[np.float32]:
         """One sample, as a batch of one."""
-        return self.data.test.inputs[:1]
+        sample: NDArray[np.float32] = self.data.test.inputs[:1]
+        return sample
+
+    @property
+    def most(self) -> int:
+        """Samples that are judged at a time; a smaller batch size of the recipe lowers what this takes, too."""
+        return min(256, self.recipe.data.batch_size)
 
     def framework(self, model: Any) -> Framework:
         """The framework of a model."""
@@ -74,7 +80,7 @@ class Job:
 
     def tell(self, event: dict[str, Any]) -> None:
         """Give an event to the listener and to events.jsonl."""
-        with (self.folder / EVENTS).open("a", encoding="utf-8") as file:
+        with (self.folder / EVENTS).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False, default=float) + "\n")
         self.listen(event)
 
@@ -108,7 +114,7 @@ class Job:
     def judge(self, model: Any, folder: Path) -> dict[str, Any]:
         """What a model is and how good it is on the test part; its scores go to the folder."""
         framework = self.framework(model)
-        logits = framework.predict(model, self.data.test.inputs)
+        logits = framework.predict(model, self.data.test.inputs, batch_size=self.most)
         np.save(folder / LOGITS, logits, allow_pickle=False)
         parameters, macs = self.count(model)
         return {"parameters": parameters, "macs": macs, **self.quality(logits)}

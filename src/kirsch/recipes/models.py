@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch.errors import LoadError, ModelError, UnknownNameError, UsageError
+from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, UsageError, said
+from kirsch.failures import told
+from kirsch.frameworks.formats import describe
 from kirsch.frameworks.port import framework_of, pytorch
+from kirsch.graph.graph import InputSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
 
@@ -37,6 +45,7 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
         ModelError: the callable fails, or gives something that is no model.
     """
     kind, colon, name = reference.rpartition(":")
+    _refuse_files(reference, base or Path())
     if not colon or not kind or not name:
         raise UsageError(
             f"{reference!r} names no model.",
@@ -51,13 +60,56 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
         return model
     maker = resolve(reference, base=base)
     try:
-        model = pytorch().seeded(maker, seed)
-    except LoadError:
+        with contained():
+            model = pytorch().seeded(maker, seed)
+    except KirschError:
         raise
     except FAILURES as error:
-        raise ModelError(f"{reference} failed.", f"{type(error).__name__}: {error}.", "Mend the callable.") from error
+        raise ModelError(f"{reference} failed.", told(error), "Repair the callable.") from error
     framework_of(model)  # something that is no model is named here
     return model
+
+
+def is_text(name: Any) -> bool:
+    """Whether a name is a text that UTF-8 can hold; half of a surrogate pair, or a byte that is no text, is not."""
+    return isinstance(name, str) and name.encode(errors="replace").decode() == name
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """Keep the working folder and the filters of warnings as they are, whatever code of the user does to them."""
+    here = Path.cwd()
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        os.chdir(here)
+
+
+def _refuse_files(reference: str, base: Path) -> None:
+    """Say of a file or folder that is given in place of a model what it is.
+
+    Raises:
+        ModelError: the reference is a file, other than one of Python with a callable.
+    """
+    kind = reference.rpartition(":")[0]
+    for text in (reference, kind):
+        # A package of the working folder is a folder, too, and may bear the name of a library of models.
+        named = text and not text.endswith(".py") and (text == reference or not (base / text).is_dir())
+        found = describe(base / text) if named else None
+        if found is not None:
+            raise ModelError(f"{text!r} is not a model: it is {found.what}.", found.why, found.as_model)
+
+
+def random_weights(reference: str, seed: int) -> str:
+    """A sentence where a trained model is expected and a reference gives one with random weights; else empty."""
+    if not reference.startswith("timm:"):
+        return ""
+    name = reference.partition(":")[2]
+    return (
+        f"The weights of {reference} are random (seed {seed}), and it is not trained here. Trained ones come from a "
+        f'callable in a file, model: file.py:callable, that returns timm.create_model("{name}", pretrained=True).'
+    )
 
 
 def resolve(reference: str, *, base: Path | None = None) -> Callable[[], Any]:
@@ -74,21 +126,34 @@ def resolve(reference: str, *, base: Path | None = None) -> Callable[[], Any]:
 
 def _module(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
-    except ImportError as error:
+        with contained():
+            return importlib.import_module(name)
+    except KirschError:
+        raise
+    except ModuleNotFoundError as error:
         raise LoadError(
             f"The module {name!r} cannot be imported.", f"{error}.", "Install it, or give a file: file.py:callable."
         ) from error
     except FAILURES as error:
-        raise LoadError(f"The module {name!r} fails.", f"{type(error).__name__}: {error}.", "Mend it.") from error
+        raise LoadError(f"The module {name!r} fails.", told(error), "Repair it.") from error
 
 
 def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise LoadError(f"The file {path} does not exist.", mend="Check the path; it is relative to the recipe.")
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        why = "" if isinstance(error, FileNotFoundError) else said(error)
+        what = "cannot be read" if why else "does not exist"
+        raise LoadError(f"The file {path} {what}.", why, "Check the path; it is relative to the recipe.") from error
+    if not is_text(str(path.resolve())):
+        raise LoadError(
+            f"The path of the file {str(path.resolve())!r} is not valid text.",
+            "PyTorch, which notes the place of each operation, cannot read it.",
+            "Rename the file or folder whose name is not.",
+        )
     # A name of its own for each path and content: two files called model.py are two modules, and a file that was
     # changed since it was loaded is another one, so that what runs is what `source_hash` is of.
-    identity = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes())
+    identity = hashlib.sha256(str(path.resolve()).encode() + content)
     name = f"kirsch_user_{path.stem}_{identity.hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -97,14 +162,19 @@ def _from_file(path: Path) -> ModuleType:
         raise LoadError(f"The file {path} is no Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    sys.path.insert(0, str(path.resolve().parent))  # so that it can import its neighbors
+    neighbors = str(path.resolve().parent)
+    sys.path.insert(0, neighbors)  # so that it can import them
     try:
-        spec.loader.exec_module(module)
-    except FAILURES as error:
+        with contained():
+            spec.loader.exec_module(module)
+    except BaseException as error:
         del sys.modules[name]
-        raise LoadError(f"The file {path} fails.", f"{type(error).__name__}: {error}.", "Mend it.") from error
+        if isinstance(error, KirschError) or not isinstance(error, FAILURES):
+            raise
+        raise LoadError(f"The file {path} fails.", told(error), "Repair it.") from error
     finally:
-        sys.path.pop(0)
+        with contextlib.suppress(ValueError):  # the file may have taken it out
+            sys.path.remove(neighbors)
     return module
 
 
@@ -112,14 +182,51 @@ def source_hash(reference: str, *, base: Path | None = None) -> str:
     """A hash that changes when the file behind a reference changes; the reference itself for anything else."""
     kind = reference.rpartition(":")[0]
     path = (base or Path()) / kind
-    return hashlib.sha256(path.read_bytes()).hexdigest() if kind.endswith(".py") and path.is_file() else reference
+    is_file = kind.endswith(".py") and os.path.isfile(path)  # noqa: PTH113 - false for a name that no file can have
+    return hashlib.sha256(path.read_bytes()).hexdigest() if is_file else reference
 
 
 def example_shape(reference: str, model: Any, *, base: Path | None = None) -> tuple[int, ...] | None:
-    """The shape of one sample batch, if the model says: `example_shape` on model or callable, or timm's default."""
+    """The shape of one sample batch, if the model says: `example_shape` on model or callable, or timm's default.
+
+    Raises:
+        ModelError: what is stated is not a shape.
+    """
     stated = getattr(model, "example_shape", None)
     if stated is None and not reference.startswith("timm:"):
         stated = getattr(resolve(reference, base=base), "example_shape", None)
-    if stated is None and isinstance(getattr(model, "default_cfg", None), dict) and "input_size" in model.default_cfg:
-        stated = (1, *model.default_cfg["input_size"])
-    return tuple(int(size) for size in stated) if stated else None
+    default = getattr(model, "default_cfg", None)
+    if stated is None and isinstance(default, dict) and default.get("input_size"):
+        stated = (1, *default["input_size"])
+    if stated is None:
+        return None
+    sizes = list(stated) if isinstance(stated, Iterable) and not isinstance(stated, str) else []
+    if not sizes or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
+        raise ModelError(
+            f"The example_shape of {reference} is {stated!r}.",
+            "It is the shape of one batch of inputs: whole numbers above 0, the first of which is the batch.",
+            "Write, for example, example_shape = (1, 3, 224, 224).",
+        )
+    return tuple(int(size) for size in sizes)
+
+
+def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> Any:
+    """Example inputs that a model states, as the framework takes them; None where it states none.
+
+    They are random numbers of its `example_shape`; else, for a model of transformers, its `dummy_inputs`, or images of
+    the size in its configuration.
+    """
+    framework = framework_of(model)
+    sizes = example_shape(reference, model, base=base)
+    if sizes is not None:
+        return framework.inputs_like([InputSpec("", sizes, "float32")], model)
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values":
+        side = getattr(config, "image_size", None)
+        if not side:
+            return None
+        height, width = side if isinstance(side, (list, tuple)) else (side, side)
+        image = (1, getattr(config, "num_channels", 3), height, width)
+        return framework.inputs_like([InputSpec(main, image, "float32")], model)
+    dummies = getattr(model, "dummy_inputs", None)
+    return dict(dummies) if isinstance(dummies, Mapping) and main in dummies else None

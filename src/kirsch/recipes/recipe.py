@@ -322,7 +322,7 @@ def _problem(details: Any, lines: Mapping[str, int], origins: Mapping[str, str])
     places = (origins.get(name) or (f"line {lines[name]}" if name in lines else "") for name in above)
     place = next(filter(None, places), "")
     if details["type"] == "extra_forbidden":
-        text = f"unknown key. {nearest(path[-1], _keys(path[:-1]))}".rstrip()
+        text = f"unknown key. {_in_place_of(path[-1]) or nearest(path[-1], _keys(path[:-1]))}".rstrip()
     elif details["type"] == "missing":
         text = "this key is needed"
     elif details["type"] == "value_error":
@@ -330,6 +330,13 @@ def _problem(details: Any, lines: Mapping[str, int], origins: Mapping[str, str])
     else:
         text = f"{_lower(details['msg'])}, found {details['input']!r}"
     return f"{place + ': ' if place else ''}{key}: {text}"
+
+
+def _in_place_of(key: str) -> str:
+    """What to use where a latency is asked for as a goal; empty for any other key."""
+    from kirsch.graph import plan  # noqa: PLC0415 - it loads numpy, which the reading of a recipe does not need
+
+    return f"{plan.NO_LATENCY} {plan.IN_PLACE_OF_LATENCY}" if plan.LATENCY.search(key) else ""
 
 
 def _lower(sentence: str) -> str:

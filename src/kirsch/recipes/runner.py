@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import __version__, files
 from kirsch.errors import KirschError, LoadError, OutputError
+from kirsch.failures import during
 from kirsch.measurement.machine import environment
 from kirsch.recipes import run_folder, seal
 from kirsch.recipes.job import RECORD, Job
 from kirsch.recipes.metrics import goal_text, metrics_of
-from kirsch.recipes.models import build, source_hash
+from kirsch.recipes.models import build, random_weights, source_hash
+from kirsch.recipes.recipe import Recipe
 from kirsch.recipes.seal import ARTIFACTS, ENVIRONMENT, LOCK, METRICS, MODEL, PRUNED, REPORT
 from kirsch.recipes.stages import Stage, check_objectives, check_threads, plan_for, stages_of
 from kirsch.recipes.tasks.data import DataSet, load_data
@@ -131,12 +133,15 @@ def run(
         job = Job(recipe, folder, materials.data, materials.make_teacher, materials.make_student, listen, stop)
         job.altered = altered
         surroundings = environment()
-        _preflight(job)  # what fails up to here leaves a finished run as it is
+        with during("in the checks before the first stage", _lower(job)):
+            _preflight(job)  # what fails up to here leaves a finished run as it is
         run_folder.reopen(recipe, folder, base)
         files.write_json(folder / ENVIRONMENT, surroundings)
         goal, relative = goal_text(job), run_folder.relative(base, folder)
         job.tell({"event": "start", "name": recipe.name, "run": str(folder), "goal": goal, "base": relative})
-        for sentence in run_folder.notes(altered, [stage.key for stage in stages_of(recipe)]):
+        unstated = random_weights(recipe.teacher.model, recipe.seed) if recipe.teacher.train is None else ""
+        altered_notes = run_folder.notes(altered, [stage.key for stage in stages_of(recipe)])
+        for sentence in [*([unstated] if unstated else []), *altered_notes]:
             job.note(sentence)
         _work(job, materials.origin)
         seconds = sum(record["seconds"] for record in job.records.values())
@@ -186,6 +191,11 @@ def _preflight(job: Job) -> None:
     check_objectives(job, teacher, model)
     if job.recipe.prune is not None:
         plan_for(job, model, job.recipe.prune)
+
+
+def _lower(job: Job) -> str:
+    """What to do where the memory does not suffice."""
+    return f"Lower the batch size (data.batch_size of a recipe), which is {job.recipe.data.batch_size}."
 
 
 def _work(job: Job, origin: str) -> None:
@@ -254,7 +264,9 @@ def _artifacts_damage(job: Job, record: dict[str, Any]) -> str:
 def _do(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]:
     started = time.perf_counter()
     with files.new_folder(done) as folder:
-        record = stage.work(job, folder)
+        # Within the folder, which takes any OSError for one of its own.
+        with during(f"in the stage {stage.key!r}", _lower(job)):
+            record = stage.work(job, folder)
         record |= {"inputs": inputs, "seconds": round(time.perf_counter() - started, 3)}
         files.write_json(folder / RECORD, record)
     return record

@@ -18,6 +18,7 @@ from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import UsageError
 from kirsch.frameworks.port import trace
+from kirsch.frameworks.steadiness import require_steady
 from kirsch.graph.plan import Goal, Plan
 from kirsch.measurement.agreement import agreement
 from kirsch.measurement.machine import usable_cores
@@ -145,13 +146,16 @@ def _share(trained: Trained) -> str:
 
 
 def check_objectives(job: Job, teacher: Any, model: Any) -> None:
-    """Make sure, before any training, that what the objectives compare is there in both models.
+    """Make sure, before any training, that what the objectives compare is there in both models, and can be compared.
 
     Raises:
         UsageError: a place, a name or a shape does not fit, a model does not run on the data, or puts out
             probabilities.
+        NumericError: a model gives other outputs at each run.
     """
     recipe = job.recipe
+    for candidate in (teacher, *([model] if model is not teacher else [])):
+        require_steady(candidate, (job.example,))
     first = first_batch(job.framework(model), job.data.batches(recipe.data.batch_size))
     student = model if model is not teacher else copy.deepcopy(model)
     for stage in ("distil", "recover"):
@@ -317,9 +321,9 @@ def _export(job: Job, folder: Path) -> Record:
     if "pruned" in job.models:
         save(model, target.parent / "model")
     session = OnnxSession(target)
-    logits = session.predict(job.data.test.inputs)
+    logits = session.predict(job.data.test.inputs, batch_size=job.most)
     np.save(folder / LOGITS, logits, allow_pickle=False)
-    agreed = agreement(framework.predict(model, job.data.test.inputs), logits)
+    agreed = agreement(framework.predict(model, job.data.test.inputs, batch_size=job.most), logits)
     quality = job.quality(logits)
     last = next(record for key, record in reversed(job.records.items()) if "macs" in record)
     return {

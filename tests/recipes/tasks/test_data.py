@@ -187,7 +187,7 @@ def test_a_source_without_a_seed_is_called_without_one(base):
             "sources.py:broken",
             {},
             DataError,
-            "The data source 'sources.py:broken' failed. ValueError: the disk is gone.",
+            "The data source 'sources.py:broken' failed. ValueError: the disk is gone (sources.py:",
         ),
         (
             "sources.py:mistyped",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from kirsch.errors import LoadError, ModelError, OutputError, said
+from kirsch.frameworks.formats import describe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -140,6 +142,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.dtype]]:
     """The tensors of a file, and the types of the buffers beside them."""
+    _refuse_other_formats(path)
     if not path.is_file():  # a pipe would be waited for
         raise LoadError(f"The weights {path} are not a file.", mend="Give the path of a safetensors file.")
     try:
@@ -207,6 +210,19 @@ def _has_values(value: Any) -> bool:
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _refuse_other_formats(path: Path) -> None:
+    """Raise a LoadError that says what a file is, unless it is one of safetensors."""
+    found = describe(path)
+    if found is None:
+        raise LoadError(
+            f"The file of weights {path} cannot be read.",
+            "It does not exist." if not os.path.lexists(path) else "Its permissions or its links do not allow it.",
+            "Give a safetensors file.",
+        )
+    if found.why:
+        raise LoadError(f"The weights in {path} cannot be loaded: it is {found.what}.", found.why, found.as_weights)
 
 
 def _unwritable(model: nn.Module, name: str, what: str) -> ModelError:

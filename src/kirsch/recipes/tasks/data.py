@@ -16,11 +16,12 @@ from kirsch.arguments import checked
 from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.targets import not_class_numbers, out_of_range
 from kirsch.errors import DataError, KirschError, UsageError
+from kirsch.failures import told
 from kirsch.frameworks.augment import Augment, Seeded
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import host
 from kirsch.frameworks.structure import look
-from kirsch.recipes.models import FAILURES, resolve
+from kirsch.recipes.models import FAILURES, contained, is_text, resolve
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class DataSet:
     augment: Seeded | Augment | None = None
 
     def __post_init__(self) -> None:
+        _check_names(self.name, self.classes)
         for part in ("train", "validation", "test"):
             split: Split = getattr(self, part)
             if not len(split):
@@ -164,6 +166,28 @@ def _array(name: str, given: Any) -> NDArray[Any]:
     )
 
 
+def _check_names(name: Any, classes: Any) -> None:
+    """Refuse names that the files and the report of a run could not hold, which are written after all the work."""
+    if not is_text(name):
+        raise DataError(f"The data set has the name {name!r}.", "It is not valid text.", "Give a name in Unicode.")
+    for place, label in enumerate(classes):
+        if not is_text(label):
+            why = f"It is of type {type(label).__name__}." if not isinstance(label, str) else "It is not valid text."
+            fix = "Give each class a name that can be written as UTF-8."
+            raise DataError(f"The class {place} of {name} has the name {label!r}.", why, fix)
+    twice = [label for label in classes if list(classes).count(label) > 1]
+    if twice:
+        raise DataError(f"Two classes of {name} have the name {twice[0]!r}.", mend="Give each class its own name.")
+
+
+def _signature(load: Source) -> inspect.Signature:
+    """The parameters of a source; anything is taken where Python cannot tell them."""
+    try:
+        return inspect.signature(load)
+    except ValueError:
+        return inspect.signature(lambda **options: options)
+
+
 Source = Callable[..., DataSet]
 """(options of the recipe as keywords, and its seed as seed= if there is such an argument) → the data set.
 
@@ -186,28 +210,28 @@ def load_data(source: str, options: dict[str, Any], *, seed: int, base: Path | N
         DataError: it fails, or gives something else.
     """
     load: Source = resolve(source, base=base) if ":" in source else SOURCES[source]
-    seeded = _takes_seed(load)
+    parameters = _signature(load).parameters
+    seeded = "seed" in parameters or any(found.kind is found.VAR_KEYWORD for found in parameters.values())
     if seeded and "seed" in options:
         raise UsageError(f"data.options holds the seed of {source!r}.", mend="Set the seed of the recipe.")
     given = {**options, "seed": seed} if seeded else options
     try:
-        inspect.signature(load).bind(**given)
+        _signature(load).bind(**given)
     except TypeError as error:
-        takes = [name for name in inspect.signature(load).parameters if name != "seed"]
+        takes = [name for name in parameters if name != "seed"]
         raise UsageError(
             f"The data source {source!r} does not take these options.",
             f"{error}.",
             f"It takes {', '.join(takes)}: change data.options." if takes else "It takes no options: leave them out.",
         ) from error
-    except ValueError:  # it has no signature
-        pass
     try:
-        data = load(**given)
+        with contained():
+            data = load(**given)
     except KirschError:
         raise
     except FAILURES as error:
         raise DataError(
-            f"The data source {source!r} failed.", f"{type(error).__name__}: {error}.", "Mend it, or data.options."
+            f"The data source {source!r} failed.", told(error), "Repair it, or change data.options."
         ) from error
     if not isinstance(data, DataSet):
         raise DataError(
@@ -215,12 +239,3 @@ def load_data(source: str, options: dict[str, Any], *, seed: int, base: Path | N
             mend="It must give a kirsch DataSet: kirsch.DataSet(name, train=kirsch.Split(inputs, labels), ...).",
         )
     return data
-
-
-def _takes_seed(load: Source) -> bool:
-    """Whether a source has an argument for the seed."""
-    try:
-        parameters = inspect.signature(load).parameters
-    except ValueError:
-        return False
-    return "seed" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

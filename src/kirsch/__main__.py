@@ -1,0 +1,7 @@
+"""`python -m kirsch` is `kirsch`."""
+
+import sys
+
+from kirsch.cli.start import main
+
+sys.exit(main())

@@ -1,0 +1,89 @@
+"""Inputs to time a file with."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import kirsch
+from kirsch.deploy.onnx_inputs import stand_ins
+from kirsch.deploy.onnxruntime import OnnxSession
+from kirsch.errors import LoadError, MemoryShortageError, UsageError
+from kirsch.graph.graph import InputSpec
+
+
+@pytest.fixture
+def session(tmp_path):
+    """A session on a file that adds its inputs, or has none: (name, shape, type) each."""
+
+    def make(*inputs, kind=TensorProto.FLOAT):
+        values = [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs]
+        constant = helper.make_node("Constant", [], ["y"], value=helper.make_tensor("c", TensorProto.FLOAT, [1], [1.0]))
+        names = [name for name, _ in inputs]
+        node = constant if not names else helper.make_node("Add" if len(names) > 1 else "Identity", names, ["y"])
+        graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("y", kind, None)])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        onnx.save(model, tmp_path / "net.onnx")
+        return OnnxSession(tmp_path / "net.onnx")
+
+    return make
+
+
+def spec(*shape, name=""):
+    return InputSpec(name, shape, "float32")
+
+
+def test_a_file_without_inputs_is_refused_also_by_measure(session, tmp_path):
+    with pytest.raises(LoadError, match=r"net\.onnx has no inputs\. It gives the same numbers at each run"):
+        stand_ins(session())
+    with pytest.raises(LoadError, match="has no inputs"):
+        kirsch.measure(tmp_path / "net.onnx", example_inputs=())
+
+
+@pytest.mark.parametrize(
+    ("shape", "example"),
+    [
+        (None, "1,3,224,224"),
+        ([], "1,3,224,224"),
+        (["n", 3, None, "w"], "1,3,224,224"),
+        (["n", "length"], "1,224"),
+    ],
+)
+def test_a_shape_that_the_file_does_not_state_is_asked_for(session, shape, example):
+    file = session(("x", shape))
+    with pytest.raises(UsageError, match=re.escape(f"Give it: --input x={example}.")):
+        stand_ins(file)
+    if shape:
+        assert stand_ins(file, [spec(2, *[3] * (len(shape) - 1))])[0].shape == (2, *[3] * (len(shape) - 1))
+
+
+def test_inputs_larger_than_the_memory_are_refused_before_they_are_made(session):
+    with pytest.raises(MemoryShortageError, match=r"They take 4,000 GB.*Lower the size 1000000"):
+        stand_ins(session(("x", [10**6, 10**6])))
+    assert stand_ins(session(("x", [10**6, 10**6])), [spec(2, 2)])[0].shape == (2, 2)
+
+
+def test_all_inputs_are_made_in_their_types_with_a_batch_of_one(session):
+    made = stand_ins(session(("ids", ["n", 4]), ("mask", ["n", 4]), kind=TensorProto.INT64))
+    assert [(array.shape, array.dtype) for array in made] == [((1, 4), np.int64)] * 2
+    assert made[1].min() == 1  # nothing is hidden
+    assert stand_ins(session(("x", [2]), kind=TensorProto.FLOAT16))[0].dtype == np.float16
+
+
+def test_a_type_that_numbers_cannot_fill_is_named(session):
+    with pytest.raises(LoadError, match="'x' .* is of type string"):
+        stand_ins(session(("x", ["n"]), kind=TensorProto.STRING))
+
+
+def test_shapes_go_by_name_or_in_the_order_of_the_file(session):
+    two = session(("a", ["n", "w"]), ("b", ["n", "w"]))
+    assert [x.shape for x in stand_ins(two, [spec(1, 2), spec(3, 4)])] == [(1, 2), (3, 4)]
+    assert [x.shape for x in stand_ins(two, [spec(1, 2, name="b"), spec(3, 4, name="a")])] == [(3, 4), (1, 2)]
+    with pytest.raises(UsageError, match=r"has no input 'c'\. Known: a, b\."):
+        stand_ins(two, [spec(1, 2, name="a"), spec(1, 2, name="c")])
+    with pytest.raises(UsageError, match="has 2 inputs, and 1 shapes are given"):
+        stand_ins(two, [spec(1, 2)])

@@ -1,0 +1,121 @@
+"""What a file that is given as a model or as weights is."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from kirsch.errors import LoadError, ModelError
+from kirsch.frameworks.formats import describe
+from kirsch.frameworks.port import framework_of
+from kirsch.recipes.models import build
+
+
+def zipped(path: Path, *names: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"")
+
+
+def scripted(path: Path) -> None:
+    zipped(path, "net/data.pkl", "net/code/__torch__.py", "net/constants.pkl")
+
+
+FILES = {
+    "net.pt": (lambda path: torch.save({"weight": torch.ones(2)}, path), "a PyTorch checkpoint (torch.save)"),
+    "old.pth": (
+        lambda path: torch.save({"weight": torch.ones(2)}, path, _use_new_zipfile_serialization=False),
+        "a pickle, as torch.save wrote it before PyTorch 1.6",
+    ),
+    "script.pt": (scripted, "a TorchScript model (torch.jit.save)"),
+    "program.pt2": (lambda path: zipped(path, "p/models/model.json", "p/archive_format"), "an exported program"),
+    "net.h5": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(20)), "an HDF5 file, as Keras writes it"),
+    "net.keras": (lambda path: zipped(path, "metadata.json", "config.json", "model.weights.h5"), "a Keras model"),
+    "net.tflite": (lambda path: path.write_bytes(b"\x1c\0\0\0TFL3" + bytes(20)), "a TensorFlow Lite model"),
+    "net.onnx": (lambda path: path.write_bytes(b"\x08\x09\x12\x07pytorch"), "an ONNX file"),
+    "net.gguf": (lambda path: path.write_bytes(b"GGUF\x03\0\0\0"), "a GGUF file of llama.cpp"),
+    "lfs.safetensors": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "a pointer of Git LFS",
+    ),
+    "page.bin": (lambda path: path.write_text("\n<!DOCTYPE html><title>Log in</title>"), "a web page"),
+    "empty.pt": (lambda path: path.write_bytes(b""), "an empty file"),
+    "cut.pt": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(40)), "a damaged zip archive"),
+    "cut.safetensors": (
+        lambda path: path.write_bytes((1000).to_bytes(8, "little") + b'{"weight"'),
+        "a damaged safetensors file",
+    ),
+    "junk.pth": (lambda path: path.write_bytes(b"junk"), "a file named .pth of an unknown format"),
+    "junk.h5": (lambda path: path.write_bytes(b"junk"), "a file named .h5"),
+    "arrays.npz": (lambda path: zipped(path, "weight.npy"), "a zip archive"),
+    "notes.txt": (lambda path: path.write_text("hello"), "a file of an unknown format"),
+    "saved": (lambda path: (path.mkdir(), (path / "saved_model.pb").touch()), "a TensorFlow SavedModel"),
+    "bert": (lambda path: (path.mkdir(), (path / "config.json").touch()), "a folder of a transformers model"),
+    "small": (lambda path: (path.mkdir(), (path / "plan.json").touch()), "a folder of kirsch prune"),
+    "other": (lambda path: path.mkdir(), "a folder"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_named_whether_it_is_given_as_weights_or_as_a_model(tmp_path, name):
+    write, what = FILES[name]
+    write(tmp_path / name)
+    with pytest.raises(LoadError) as caught:
+        framework_of(nn.Linear(2, 2)).load_weights(nn.Linear(2, 2), tmp_path / name)
+    assert f"it is {what}" in caught.value.what
+    assert caught.value.why
+    assert caught.value.mend
+    for reference in (name, f"{name}:net") if (tmp_path / name).is_file() else (name,):
+        with pytest.raises(ModelError) as caught:
+            build(reference, base=tmp_path)
+        assert caught.value.what.startswith(f"{name!r} is not a model: it is {what}")
+        assert caught.value.why
+        assert caught.value.mend
+
+
+def test_a_file_of_weights_is_not_a_model_and_is_good_as_weights(tmp_path):
+    safetensors.torch.save_model(nn.Linear(2, 2), str(tmp_path / "w.safetensors"))
+    framework_of(nn.Linear(2, 2)).load_weights(nn.Linear(2, 2), tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match="Give it as --weights"):
+        build("w.safetensors", base=tmp_path)
+
+
+def test_what_is_advised_for_a_checkpoint_works(tmp_path, monkeypatch):
+    """The two lines of the error, run as they stand."""
+    monkeypatch.chdir(tmp_path)
+    trained = nn.Linear(2, 2)
+    torch.save(trained.state_dict(), "net.pt")
+    advice = describe(Path("net.pt")).as_weights
+    load = advice[advice.index("model.load_state_dict") : advice.index(", then ")]
+    save = advice[advice.index("safetensors.torch.save_model") : advice.index(", and give")]
+    model = nn.Linear(2, 2)
+    exec(f"{load}\n{save}", {"torch": torch, "safetensors": safetensors, "model": model})
+    found = nn.Linear(2, 2)
+    framework_of(found).load_weights(found, Path("weights.safetensors"))
+    assert torch.equal(found.weight, trained.weight)
+
+
+def test_code_is_not_weights(tmp_path):
+    (tmp_path / "nets.py").write_text("x = 1")
+    with pytest.raises(LoadError, match="it is Python code"):
+        framework_of(nn.Linear(2, 2)).load_weights(nn.Linear(2, 2), tmp_path / "nets.py")
+
+
+def test_what_is_not_there_has_no_format(tmp_path):
+    for name in ("absent.onnx", "a" * 300, "a\0b"):
+        assert describe(tmp_path / name) is None
+
+
+def test_a_folder_that_is_called_like_a_library_or_a_package_is_not_taken_for_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "package_of_this_test").mkdir()
+    (tmp_path / "package_of_this_test" / "__init__.py").write_text(
+        "from torch import nn\ndef net(): return nn.Linear(2, 2)\n"
+    )
+    assert build("package_of_this_test:net").in_features == 2
