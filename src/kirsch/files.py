@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from kirsch import strict_json
 from kirsch.errors import OutputError
 
 if TYPE_CHECKING:
@@ -123,9 +124,9 @@ def write_manifest(folder: Path) -> None:
 def damage(folder: Path) -> str:
     """What is wrong with a folder that has a manifest, in words that name the file; empty when it is sound."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = strict_json.read(folder / MANIFEST)["files"]
         entries = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{folder / MANIFEST} is missing or damaged"
     flaws = (_flaw(folder, name, size, digest) for name, (size, digest) in entries.items())
     return next((flaw for flaw in flaws if flaw), "")

@@ -150,10 +150,10 @@ def test_all_damage_is_named_at_once(run, kirsch):
     assert code == 4
     lines = [line.strip() for line in err.splitlines()]
     assert lines[0] == "error   The run run is damaged:"
-    assert set(lines[1:-1]) == {
-        "run/artifacts/model.onnx is missing",
-        "run/checkpoints/teacher/done/manifest.json is missing or damaged",
-        "run/plan.json is no JSON",
+    assert {line.partition(" is ")[0] for line in lines[1:-1]} == {
+        "run/artifacts/model.onnx",
+        "run/checkpoints/teacher/done/manifest.json",
+        "run/plan.json",
     }
 
 
@@ -174,7 +174,7 @@ def test_the_report_is_drawn_again_from_the_metrics(run, kirsch):
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"), [("{", "metrics.json is damaged."), ("[]", "holds no metrics of version 1.")]
+    ("content", "sentence"), [("{", "metrics.json is damaged."), ("[]", "an object is expected, and a list was found")]
 )
 def test_damaged_metrics_are_said(run, kirsch, content, sentence):
     (run / "metrics.json").write_text(content)

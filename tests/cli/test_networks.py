@@ -286,7 +286,7 @@ def test_a_plan_for_another_model_is_refused_with_both_named(kirsch):
     kirsch("plan", TEACHER, "--macs", "0.5", "-o", "plan.json")
     code, _, err = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
     assert code == 2
-    assert "This plan is for another model: Net with" in err
+    assert "The plan plan.json is for another model: Net with" in err
     assert "The model given is Sequential with" in err
 
 
@@ -296,7 +296,7 @@ def test_a_plan_for_another_model_is_refused_with_both_named(kirsch):
         (["prune", CHAIN, "-o", "small"], 2, "The goal is missing."),
         (["prune", CHAIN, "--plan", "p", "--macs", "0.5", "-o", "small"], 2, "Both a plan and a goal are given."),
         (["prune", CHAIN, "--plan", "absent.json", "-o", "small"], 4, "The plan absent.json cannot be read."),
-        (["prune", CHAIN, "--plan", "nets.py", "-o", "small"], 2, "The plan is no JSON."),
+        (["prune", CHAIN, "--plan", "nets.py", "-o", "small"], 2, "The plan nets.py cannot be read as JSON."),
         (["export", CHAIN, "-o", "."], 5, ". is a folder."),
         (["export", CHAIN, "--pruned", "absent", "-o", "a.onnx"], 4, "The saved model absent is damaged."),
         (["export", CHAIN, "--pruned", "a", "--weights", "b", "-o", "c"], 2, "Both --pruned and --weights are given."),

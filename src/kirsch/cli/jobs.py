@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch import files
+from kirsch import files, strict_json
 from kirsch.cli.progress import Progress, verdict
 from kirsch.cli.signals import watched
 from kirsch.cli.terminal import Line, Piece
@@ -116,7 +115,7 @@ def forecast_lines(found: dict[str, Any], run: str = "") -> list[Line]:
             f" (−{figures.percent(1 - after[key] / max(before[key], 1))})"
             for key, word in (("macs", "MACs"), ("parameters", "parameters"))
         )
-        lines += [[], [Piece(f"{'plan':<13}{cut} in {len(plan['groups'])} groups, by untrained weights")]]
+        lines += [[], [Piece(f"{'plan':<13}{cut} in {len(plan['groups'])} groups, by {found['plan_weights']}")]]
     lines.append(
         [Piece(f"{'time':<13}about {figures.seconds(found['seconds'])} on this machine, as busy as it is now")]
     )
@@ -171,7 +170,7 @@ def verify(folder: Path, terminal: Terminal) -> int:
             "",
             f"kirsch resume {folder} does the damaged stages again.",
         )
-    count = sum(len(json.loads((path / files.MANIFEST).read_text())["files"]) for path in sealed)
+    count = sum(len(strict_json.read(path / files.MANIFEST)["files"]) for path in sealed)
     said = f"{count} files in {len(sealed)} sealed folders have the sha256 of their manifests"
     lines = [[Piece(f"{'sound':<13}", "good"), Piece(f"{folder}: {said}")]]
     terminal.result(lines, {"run": str(folder), "sound": True, "files": count, "folders": len(sealed)})
@@ -192,44 +191,44 @@ def _parts(folder: Path) -> list[Path]:
 def _unreadable(folder: Path) -> list[str]:
     """What is wrong with the files of a run that no manifest seals."""
     wrong = []
-    for name in ("run.json", METRICS, "plan.json", "environment.json"):
+    for name in ("run.json", "plan.json", "environment.json"):
         path = folder / name
         if path.is_file():
             try:
-                json.loads(path.read_bytes())
-            except ValueError:
-                wrong.append(f"{path} is no JSON")
+                strict_json.read(path)
+            except (OSError, ValueError) as error:
+                wrong.append(f"{path} is damaged: {error}")
     return wrong
 
 
 def _artifact(folder: Path) -> list[str]:
-    """What is wrong with the exported file, by the hash that metrics.json holds."""
+    """What is wrong with metrics.json, or with the exported file by the hash in it."""
+    from kirsch.report import read_metrics
+
     if not (folder / METRICS).is_file():
         return []
     try:
-        exported = json.loads((folder / METRICS).read_bytes())["export"]
-        if exported is None:
-            return []
-        path, digest = folder / exported["file"], exported["sha256"]
-    except (ValueError, KeyError, TypeError):
-        return []  # unreadable metrics are named by `_unreadable`
+        exported = read_metrics(folder / METRICS)["export"]
+    except LoadError as error:
+        return [f"{error.what.rstrip('.')}: {error.why.rstrip('.')}"]
+    except OSError as error:
+        return [f"{folder / METRICS} cannot be read: {error.strerror or error}"]
+    if exported is None:
+        return []
+    path, digest = folder / exported["file"], exported["sha256"]
     if not path.is_file():
         return [f"{path} is missing"]
     return [] if files.sha256(path) == digest else [f"{path} does not have the sha256 of {METRICS}"]
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
-    path = folder / METRICS
+    from kirsch.report import read_metrics
+
     try:
-        metrics = json.loads(path.read_bytes())
+        return read_metrics(folder / METRICS)
     except OSError as error:
         raise LoadError(
             f"{folder} has no {METRICS}.",
             f"{error.strerror}: the run is not finished, or this is no run folder.",
             f"Finish it: kirsch resume {folder}",
         ) from error
-    except ValueError as error:
-        raise LoadError(f"{path} is damaged.", f"{error}.", f"Write it again: kirsch resume {folder}") from error
-    if not isinstance(metrics, dict) or metrics.get("kirsch_metrics") != 1:
-        raise LoadError(f"{path} holds no metrics of version 1.", mend=f"Write it again: kirsch resume {folder}")
-    return metrics

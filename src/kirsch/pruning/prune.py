@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kirsch.errors import KirschError, PlanError, VerificationError
+from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan, Removal, Skip
+from kirsch.pruning.notes import changes, renewed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,7 +44,8 @@ def prune(model: Any, plan: Plan, *, example_inputs: Any = None, verify: bool = 
 
     Args:
         model: the model that the plan was made for, trained or not, in any mode and of any floating type.
-        plan: of `kirsch.plan` or `Plan.from_json`.
+        plan: of `kirsch.plan`, `Plan.read` or `Plan.from_json`. What it costs, and whether its goal is met, is computed
+            anew from what it removes, so that a plan edited by hand may keep the figures it was made with.
         example_inputs: only needed when the plan comes from JSON and its inputs were nested.
         verify: hold the result against the masked original before it is returned.
 
@@ -52,7 +54,8 @@ def prune(model: Any, plan: Plan, *, example_inputs: Any = None, verify: bool = 
         for the original still holds the original's parameters; make a new one.
 
     Raises:
-        PlanError: the plan is for another model, or names what is not there.
+        PlanError: the plan is for another model, names what is not there, removes nothing, or states a cost of the
+            original that is not its cost.
         VerificationError: the pruned model is not equal to the masked original; names the groups that go wrong.
     """
     return prune_with_proof(model, plan, example_inputs=example_inputs, verify=verify).model
@@ -60,13 +63,30 @@ def prune(model: Any, plan: Plan, *, example_inputs: Any = None, verify: bool = 
 
 def prune_with_proof(model: Any, plan: Plan, *, example_inputs: Any = None, verify: bool = True) -> Pruned:
     """The same as `prune`, with the verification and the notes."""
-    framework = framework_of(model)
     graph = graph_of(model, plan, example_inputs)
     plan.check(graph)
+    plan.check_cost(graph)
+    return _cut(model, plan, graph, verify=verify)
+
+
+def rebuilt(model: Any, plan: Plan) -> Any:
+    """A model cut by a plan that it was cut by before, without verification.
+
+    The costs that the plan states may have been counted by another version of the framework, and are counted anew.
+    """
+    graph = graph_of(model, plan, None)
+    plan.check(graph)
+    return _cut(model, plan, graph, verify=False).model
+
+
+def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
+    """The model without what a plan removes that fits the graph."""
+    framework = framework_of(model)
+    plan = renewed(stated, graph)
     keep = plan.keep(graph)
     empty = graph.emptied(keep)
     if empty is not None:
-        raise PlanError(f"The plan would leave too little of {empty[0]!r}.", mend="Leave more of its units.")
+        raise PlanError(f"{plan.title} would leave too little of {empty[0]!r}.", mend="Leave more of its units.")
     try:
         pruned, verification = framework.prune(model, plan, graph, verify=verify)
     except VerificationError as error:
@@ -74,8 +94,8 @@ def prune_with_proof(model: Any, plan: Plan, *, example_inputs: Any = None, veri
     configuration, said = framework.configure(pruned, plan, graph, verify=verify)
     plan = replace(plan, configuration=configuration)
     setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
-    notes = [*plan.notes, *said, OPTIMIZER_NOTE]
-    if verification is not None and verification.power == 0.0 and (plan.groups or plan.blocks):
+    notes = [*changes(stated, plan), *plan.notes, *said, OPTIMIZER_NOTE]
+    if verification is not None and verification.power == 0.0:
         notes.append("The masked and the dense original put out the same: the verification could not see a wrong cut.")
     elif verification is not None and verification.unseen:
         modules = ", ".join(f"`{path}`" for path in verification.unseen)
@@ -121,12 +141,27 @@ def graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
     framework = framework_of(model)
     if plan.graph is not None and plan.graph.fits(model):
         return plan.graph
-    if example_inputs is None:
-        if not plan.inputs:
-            raise PlanError(
-                "The plan does not store its example inputs.",
-                "They were nested when it was made.",
-                "Give example_inputs=...",
-            )
+    if example_inputs is None and not plan.inputs:
+        raise PlanError(
+            f"{plan.title} does not store its example inputs.",
+            "They were nested when it was made.",
+            "Give example_inputs=...",
+        )
+    try:
+        if example_inputs is not None:
+            return framework.trace(model, example_inputs, plan.tracing)
         return framework.trace(model, framework.inputs_like(plan.inputs), plan.tracing, of_part=True)
-    return framework.trace(model, example_inputs, plan.tracing)
+    except UsageError as error:  # an output or a part that the plan names and the model does not have
+        raise PlanError(
+            f"{plan.title} cannot be applied: {error.what}",
+            error.why,
+            f"{error.mend} Check its tracing options.".strip(),
+        ) from error
+    except ModelError as error:
+        if example_inputs is not None:
+            raise
+        raise ModelError(
+            f"{plan.title} cannot be applied: {error.what}",
+            error.why,
+            f"{error.mend} Or correct the inputs that the plan states, or give example_inputs.".strip(),
+        ) from error

@@ -10,7 +10,7 @@ from kirsch import files
 from kirsch.errors import CheckpointError, ModelError, PlanError, UsageError
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan
-from kirsch.pruning.prune import PLANS, prune
+from kirsch.pruning.prune import PLANS, rebuilt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,8 +65,7 @@ def load(folder: str | Path, build: Callable[[], Any]) -> Any:
     model = build()
     number = 1
     while (source / _plan_name(number)).is_file():
-        plan = Plan.from_json((source / _plan_name(number)).read_text(encoding="utf-8"))
-        model = _pruned(model, plan)
+        model = _pruned(model, Plan.read(source / _plan_name(number)))
         number += 1
     if number == 1:
         raise PlanError(f"{source} holds no plan.json.", mend="Give a folder made by kirsch.save.")
@@ -77,7 +76,7 @@ def load(folder: str | Path, build: Callable[[], Any]) -> Any:
 def _pruned(model: Any, plan: Plan) -> Any:
     """The model cut by a plan, without verification: its weights are still to come, and were verified back then."""
     try:
-        return prune(model, plan, verify=False)
+        return rebuilt(model, plan)
     except (PlanError, ModelError):
         if not plan.inputs or plan.tracing.scope:
             raise
@@ -85,7 +84,7 @@ def _pruned(model: Any, plan: Plan) -> Any:
         framework = framework_of(model)
         with contextlib.suppress(Exception):
             framework.count(model, framework.inputs_like(plan.inputs))
-        return prune(model, plan, verify=False)
+        return rebuilt(model, plan)
 
 
 def _plan_name(number: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -13,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch import __version__, files
+from kirsch import __version__, files, strict_json
 from kirsch.errors import LoadError, OutputError, RecipeError
 from kirsch.measurement.machine import environment
 from kirsch.recipes.job import RECORD, Job
@@ -159,7 +158,7 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcom
         LoadError: the folder holds no run, or one whose models were given as objects.
     """
     try:
-        base = folder / json.loads((folder / RUN).read_text(encoding="utf-8"))["base"]
+        base = folder / strict_json.read(folder / RUN)["base"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LoadError(
             f"{folder} holds no run.", f"{RUN} is missing or damaged.", "Start it: kirsch compress."
@@ -269,7 +268,7 @@ def _finished(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]
     if wrong:
         job.note(f"The stage {stage.key!r} is done again: {wrong}.")
         return None
-    record: dict[str, Any] = json.loads((done / RECORD).read_text(encoding="utf-8"))
+    record: dict[str, Any] = strict_json.read(done / RECORD)
     if record["inputs"] != inputs:
         job.note(f"The stage {stage.key!r} is done again: its inputs have changed.")
         return None

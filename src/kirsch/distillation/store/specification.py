@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic import Field as Limit
 
-from kirsch import files
+from kirsch import files, strict_json
 from kirsch.distillation.store.record import DENSE, TOP_K, Dense, Field, Keep, TopK, record_type
 from kirsch.errors import StoreError
 
@@ -144,7 +144,7 @@ def read(path: Path, kind: type[Specification]) -> Any:
         StoreError: it cannot be read, or says what cannot be.
     """
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate(strict_json.read(path))
     except OSError as error:
         raise StoreError(f"{path} cannot be read.", f"{error.strerror or error}.") from error
     except ValidationError as error:
@@ -155,6 +155,8 @@ def read(path: Path, kind: type[Specification]) -> Any:
             f"{place + ': ' if place else ''}{first['msg']}.",
             "Build the store again in another folder.",
         ) from error
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged.", f"{error}.", "Build the store again in another folder.") from error
 
 
 def differences(stored: Specification, asked: dict[str, Any]) -> list[str]:

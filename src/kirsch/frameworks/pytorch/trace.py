@@ -194,7 +194,10 @@ def specification(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Input
 
 
 def _highest(value: torch.Tensor) -> int:
-    return int(value.max()) if value.numel() else 0
+    highest = int(value.max()) if value.numel() else 0
+    return min(
+        max(highest, 0), 2**63 - 2
+    )  # a stand-in is drawn from 0 to this, and both ends must be integers of torch
 
 
 def _labelled(model: nn.Module, facts: Facts) -> dict[str, Tensor]:
