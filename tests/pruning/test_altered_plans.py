@@ -271,6 +271,17 @@ def test_a_damaged_second_plan_of_a_saved_model_is_named(tmp_path):
         kirsch.load(tmp_path / "small", lambda: copy.deepcopy(MODEL))
 
 
+def test_integers_that_a_table_does_not_have_are_a_fault_of_the_inputs(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    plan = kirsch.plan(kirsch.trace(model, torch.randint(0, 9, (1, 4))), kirsch.Goal(macs=0.7), round_to=1)
+    file = tmp_path / "mine.json"
+    file.write_text(re.sub(r'"high": \d+', '"high": 900', plan.to_json()))
+    with pytest.raises(KirschError, match=r"does not run on the inputs that it states\. IndexError") as caught:
+        kirsch.prune(model, Plan.read(file))
+    assert str(file) in caught.value.what
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError
+from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError, said
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan, Removal, Skip
 from kirsch.pruning.notes import changes, renewed
@@ -66,7 +66,31 @@ def prune_with_proof(model: Any, plan: Plan, *, example_inputs: Any = None, veri
     graph = graph_of(model, plan, example_inputs)
     plan.check(graph)
     plan.check_cost(graph)
-    return _cut(model, plan, graph, verify=verify)
+    try:
+        return _cut(model, plan, graph, verify=verify)
+    except VerificationError:
+        if graph is not plan.graph and example_inputs is None:
+            _check_inputs(model, plan)
+        raise
+
+
+def _check_inputs(model: Any, plan: Plan) -> None:
+    """Make sure that a model runs on inputs like those a plan states, such as integers that index into a table.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if plan.tracing.scope:
+        return
+    framework = framework_of(model)
+    try:
+        framework.count(model, framework.inputs_like(plan.inputs))
+    except Exception as error:  # whatever the model's own code raises
+        raise ModelError(
+            f"{plan.title} cannot be applied: the {plan.model} does not run on the inputs that it states.",
+            said(error),
+            "Correct shape, dtype and high of its inputs, or give example_inputs.",
+        ) from error
 
 
 def rebuilt(model: Any, plan: Plan) -> Any:
@@ -91,10 +115,10 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
         pruned, verification = framework.prune(model, plan, graph, verify=verify)
     except VerificationError as error:
         raise _named(error, plan, lambda part: framework.prune(model, part, graph, verify=True)) from error
-    configuration, said = framework.configure(pruned, plan, graph, verify=verify)
+    configuration, told = framework.configure(pruned, plan, graph, verify=verify)
     plan = replace(plan, configuration=configuration)
     setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
-    notes = [*changes(stated, plan), *plan.notes, *said, OPTIMIZER_NOTE]
+    notes = [*changes(stated, plan), *plan.notes, *told, OPTIMIZER_NOTE]
     if verification is not None and verification.power == 0.0:
         notes.append("The masked and the dense original put out the same: the verification could not see a wrong cut.")
     elif verification is not None and verification.unseen:

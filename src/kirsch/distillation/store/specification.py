@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -64,7 +65,7 @@ class Specification(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    kirsch_store: Literal[1] = 1
+    kirsch_store: Annotated[int, Limit(ge=1, le=1, strict=True)] = 1
     samples: Size
     views: Annotated[int, Limit(ge=1, le=10**6, strict=True)]
     range_size: Size
@@ -144,7 +145,8 @@ def read(path: Path, kind: type[Specification]) -> Any:
         StoreError: it cannot be read, or says what cannot be.
     """
     try:
-        return kind.model_validate(strict_json.read(path))
+        content = json.dumps(strict_json.read(path))
+        return kind.model_validate_json(content, strict=True)  # strict: "yes" and 1 are not true, and true is not 1
     except OSError as error:
         raise StoreError(f"{path} cannot be read.", f"{error.strerror or error}.") from error
     except ValidationError as error:

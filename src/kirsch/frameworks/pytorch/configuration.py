@@ -101,7 +101,7 @@ def _mend(plan: Plan, graph: Graph, stuck: Sequence[tuple[str, int]], *, differs
 
 
 def _as_stated(pruned: nn.Module, changes: Numbers) -> tuple[Numbers, tuple[str, ...]]:
-    return _told(pruned, changes) if changes and Search(pruned).fits(changes) else ({}, (UNPROVEN,))
+    return _told(pruned, changes) if changes and Search(pruned).builds(changes) else ({}, (UNPROVEN,))
 
 
 def _told(pruned: nn.Module, changes: Numbers) -> tuple[Numbers, tuple[str, ...]]:
