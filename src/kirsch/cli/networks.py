@@ -199,13 +199,16 @@ def show_prune(make: Callable[[], Given], plan_file: str, choice: Choice, output
     folder = save(pruned.model, output)
     plan = pruned.plan
     notes = [*pruned.notes, *_chance(given, plan), *_other_weights(given, plan)]
+    cut = sum(bool(removal.removed) for removal in plan.groups)
     proof = pruned.verification
     if proof is None:
         raise RuntimeError("a removal that was asked to verify gave no verification")
     lines = [
         [
             Piece(plan.model, "strong"),
-            Piece(f"   {len(plan.groups)} groups cut{f', {len(plan.blocks)} blocks left out' if plan.blocks else ''}"),
+            Piece(
+                f"   {cut} group{'s' * (cut != 1)} cut{f', {len(plan.blocks)} blocks left out' if plan.blocks else ''}"
+            ),
         ],
         *drawing.cost_lines(plan),
         [Piece(f"{'verified':<13}", "good"), Piece(proof.text)],
