@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from kirsch import strict_json
 from kirsch.errors import OutputError
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def _entries(text: str) -> dict[str, tuple[int, str]]:
         ValueError: it is not what `write_manifest` writes. Every other text of the same content is refused, too: so
             a repeated name cannot hide another.
     """
-    content = json.loads(text)
+    content = strict_json.parse(text)
     if json_text(content) != text or not isinstance(content, dict) or content.keys() != {"kirsch_manifest", "files"}:
         raise ValueError("not the text of a manifest")
     version, found = content["kirsch_manifest"], content["files"]

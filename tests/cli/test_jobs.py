@@ -172,7 +172,7 @@ def test_the_report_is_drawn_again_from_the_metrics(run, kirsch):
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"), [("{", "metrics.json is damaged."), ("[]", "holds no metrics of version 1.")]
+    ("content", "sentence"), [("{", "metrics.json is damaged."), ("[]", "an object is expected, and a list was found")]
 )
 def test_damaged_metrics_are_said(run, kirsch, content, sentence):
     (run / "metrics.json").write_text(content)
@@ -212,6 +212,45 @@ def test_drawing_a_report_makes_no_damaged_run_sound(run, kirsch):
     assert [line.strip() for line in err.splitlines()[1:-1]] == [
         "run/plan.json does not have the sha256 of its manifest"
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda text: text.replace('"quality"', '"quantity"', 1), "quality is missing"),
+        (lambda text: text.replace('"models"', '"model"', 1), "models is missing"),
+        (lambda text: text.replace('"name"', '"name": "x", "name"', 1), "the key 'name' is given twice"),
+        (lambda text: "[" * 100_000 + "]" * 100_000, "nested more than 100 levels"),
+        (lambda text: text.replace("true", "NaN", 1), "NaN is not a JSON number"),
+    ],
+)
+def test_metrics_without_a_part_are_named_by_report_and_verify(run, kirsch, change, sentence):
+    path = run / "metrics.json"
+    path.write_text(change(path.read_text()))
+    for verb in ("report", "verify"):
+        code, _, err = kirsch(verb, "run")
+        assert code == 4
+        assert "run/metrics.json is damaged" in err
+        assert sentence in err
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"base": ".", "base": ".."}', '{"base": NaN}'])
+def test_a_run_file_that_is_not_strict_json_is_refused(run, kirsch, text):
+    (run / "run.json").write_text(text)
+    code, _, err = kirsch("resume", "run")
+    assert code == 4
+    assert "run.json is missing or damaged" in err
+    assert "run/run.json is damaged" in kirsch("verify", "run")[2]
+
+
+def test_a_dry_run_says_by_which_weights_the_plan_is_made(folder, kirsch):
+    dry = ("compress", "recipe.yaml", "--dry-run")
+    assert "by the weights of nets.py:student before training" in kirsch(*dry)[1]
+    trained = ("--set", "student=null", "--set", "recover=null")
+    assert "by the weights of nets.py:teacher before training" in kirsch(*dry, *trained)[1]
+    out = kirsch(*dry, *trained, "--set", "teacher.train=null")[1]
+    assert "by the weights that nets.py:teacher comes with" in out
+    assert "untrained" not in out
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder, kirsch, answer):

@@ -161,7 +161,9 @@ def test_a_zoo_model_says_that_its_weights_are_random(kirsch, folder, monkeypatc
     code, out, _ = kirsch("plan", "timm:tiny", "--macs", "0.5")
     assert code == 0
     assert "note         the weights are random (seed 0); --weights pretrained or FILE gives others." in out
-    code, out, _ = kirsch("plan", "timm:tiny", "--macs", "0.5", "--weights", "pretrained")
+    assert "Random weights rank the units by chance" in out
+    code, out, _ = kirsch("plan", "timm:tiny", "--macs", "0.5", "--weights", "pretrained", "-o", "plan.json")
+    assert json.loads((folder / "plan.json").read_text())["method"]["weights"] == "the weights are pretrained"
     assert code == 0
     assert "random" not in out
     assert "Did you mean 'tiny'?" in kirsch("trace", "timm:tinny")[2]
@@ -253,6 +255,74 @@ def test_a_pruned_model_goes_through_the_whole_shell(kirsch, answer, folder):
     assert {"Accuracy: no data was given."} < set(file["not_measured"])
 
 
+def edit(path, **changes):
+    """Change the first group of a plan file."""
+    content = json.loads(path.read_text())
+    content["groups"][0] |= changes
+    path.write_text(json.dumps(content))
+
+
+def test_a_plan_edited_by_hand_is_printed_and_stored_with_its_own_costs(answer, kirsch, folder):
+    """Of 8 channels 7 go: 1 × (9 weights + 4 × 9) are left of the convolutions, and the linear layer of 51."""
+    answer("plan", CHAIN, "--macs", "0.8", "--round-to", "1", "-o", "plan.json")
+    edit(folder / "plan.json", removed=[0, 1, 2, 3, 4, 5, 6])
+    code, out, _ = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
+    assert code == 0
+    macs, whole = 9 * 16 + 36 * 4 + 48, 72 * 16 + 288 * 4 + 48
+    (line,) = [line for line in out.splitlines() if line.startswith("MACs")]
+    assert line.endswith(f"{100 * macs / whole:.1f} % of the original   goal met: ≤ 80 %")
+    assert "The plan plan.json was edited after it was made" in out
+    stored = json.loads((folder / "small" / "plan.json").read_text())
+    assert stored["cost"]["after"]["macs"] == macs
+    assert stored["cost"]["after"]["parameters"] == 9 + 36 + 51
+    assert not any("land at" in note for note in stored["notes"])
+
+
+def test_an_edited_plan_that_misses_its_goal_says_so(answer, kirsch, folder):
+    answer("plan", CHAIN, "--macs", "0.5", "--round-to", "1", "-o", "plan.json")
+    edit(folder / "plan.json", removed=[0])
+    _, out, _ = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
+    assert "goal missed: ≤ 50 %" in out
+    assert "The goal is missed: macs are" in out
+
+
+def test_a_plan_whose_goal_is_text_is_refused_before_anything_is_written(kirsch, answer, folder):
+    answer("plan", CHAIN, "--macs", "0.55", "-o", "plan.json")
+    text = (folder / "plan.json").read_text()
+    (folder / "plan.json").write_text(text.replace('"macs": 0.55', '"macs": "half"'))
+    code, _, err = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
+    assert code == 2
+    assert err.startswith("error   The plan plan.json is not valid.")
+    assert "goal.macs: a finite number above 0 below 1 is expected, and 'half' was found" in err
+    assert not (folder / "small").exists()
+
+
+def test_a_plan_is_read_before_the_model_is_made(kirsch, folder):
+    (folder / "plan.json").write_text("{}")
+    code, _, err = kirsch("prune", "nets.py:fails", "--plan", "plan.json", "-o", "small")
+    assert code == 2
+    assert "The plan plan.json is not a plan." in err
+
+
+def test_a_plan_made_by_other_weights_is_said(kirsch, answer, folder):
+    random = np.random.default_rng(0)
+    shapes = {"0.weight": (8, 1, 3, 3), "2.weight": (4, 8, 3, 3), "5.weight": (3, 16), "5.bias": (3,)}
+    arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(arrays, folder / "w.safetensors")
+    answer("plan", CHAIN, "--macs", "0.55", "-o", "plan.json")
+    found = answer("prune", CHAIN, "--plan", "plan.json", "--weights", "w.safetensors", "-o", "small")
+    assert any("ranked by other weights: the weights are those that the callable gives" in n for n in found["notes"])
+    assert not any("other weights" in n for n in answer("prune", CHAIN, "--plan", "plan.json", "-o", "small")["notes"])
+
+
+def test_how_much_must_stay_is_given_on_the_command_line(kirsch):
+    goal = ("plan", CHAIN, "--macs", "0.2", "--round-to", "1")
+    code, _, err = kirsch(*goal, "--min-keep", "0.9")
+    assert code == 2
+    assert "min_keep=0.05" in err
+    assert kirsch(*goal, "--min-keep", "0.05")[0] == 0
+
+
 def test_prune_and_measure_say_the_same_to_people(kirsch):
     code, out, _ = kirsch("prune", TEACHER, "--macs", "0.5", "-o", "small")
     assert code == 0
@@ -288,7 +358,7 @@ def test_a_plan_for_another_model_is_refused_with_both_named(kirsch):
     kirsch("plan", TEACHER, "--macs", "0.5", "-o", "plan.json")
     code, _, err = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
     assert code == 2
-    assert "This plan is for another model: Net with" in err
+    assert "The plan plan.json is for another model: Net with" in err
     assert "The model given is Sequential with" in err
 
 
@@ -298,7 +368,7 @@ def test_a_plan_for_another_model_is_refused_with_both_named(kirsch):
         (["prune", CHAIN, "-o", "small"], 2, "The goal is missing."),
         (["prune", CHAIN, "--plan", "p", "--macs", "0.5", "-o", "small"], 2, "Both a plan and a goal are given."),
         (["prune", CHAIN, "--plan", "absent.json", "-o", "small"], 4, "The plan absent.json cannot be read."),
-        (["prune", CHAIN, "--plan", "nets.py", "-o", "small"], 2, "The plan is no JSON."),
+        (["prune", CHAIN, "--plan", "nets.py", "-o", "small"], 2, "The plan nets.py cannot be read as JSON."),
         (["export", CHAIN, "-o", "."], 5, ". is a folder."),
         (["export", CHAIN, "--pruned", "absent", "-o", "a.onnx"], 4, "The saved model absent is damaged."),
         (["export", CHAIN, "--pruned", "a", "--weights", "b", "-o", "c"], 2, "Both --pruned and --weights are given."),

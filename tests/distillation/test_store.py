@@ -629,6 +629,15 @@ def test_records_of_other_samples_are_seen_at_reading(copied):
         (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json is damaged"),
         (lambda f: (f / "manifest.json").unlink(), "holds no store"),
         (lambda f: change(f, kirsch_store=2), "manifest.json is damaged.*kirsch_store"),
+        (lambda f: change(f, kirsch_store=True), "manifest.json is damaged.*kirsch_store"),
+        (lambda f: change(f, temperature=True), "temperature: "),
+        (lambda f: change(f, augmented="yes"), "augmented: "),
+        (
+            lambda f: (f / "manifest.json").write_text(
+                (f / "manifest.json").read_text().replace("{", '{"seed": 1,', 1)
+            ),
+            "manifest.json is damaged.*the key 'seed' is given twice",
+        ),
         (lambda f: change(f, samples=10**9), "sha256: 2 views of 125000000 ranges each are needed"),
         (lambda f: change(f, samples=2**80), "samples: "),
         (lambda f: change(f, samples=-1), "samples: "),

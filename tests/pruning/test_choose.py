@@ -176,5 +176,5 @@ def test_something_of_every_axis_stays_where_several_groups_share_one(scope):
 def test_a_plan_survives_json():
     plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5))
     assert kirsch.Plan.from_json(plan.to_json()) == plan
-    with pytest.raises(PlanError, match="no JSON"):
+    with pytest.raises(PlanError, match="not JSON"):
         kirsch.Plan.from_json("{")

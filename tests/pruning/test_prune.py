@@ -95,9 +95,9 @@ def test_a_plan_edited_by_hand_is_obeyed(case):
         ({"removed": [16]}, "removes unit 16 of '0'.*units 0 to 15"),
         ({"removed": list(range(16))}, "removes all 16 units of '0'"),
         ({"name": "zero"}, "names a group 'zero'"),
-        ({"removed": [1, 1]}, "named twice"),
-        ({"removed": ["a"]}, "not a whole number"),
-        ({"removed": None}, "damaged"),
+        ({"removed": [1, 1]}, "removes unit 1 of '0' twice"),
+        ({"removed": ["a"]}, "a whole number of at least 0 is expected"),
+        ({"removed": None}, "a list is expected, and null was found"),
     ],
 )
 def test_a_plan_edited_wrongly_is_refused(case, changes, sentence):

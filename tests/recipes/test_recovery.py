@@ -198,7 +198,7 @@ def test_a_model_that_is_pruned_twice_and_loaded_keeps_what_both_plans_leave(tmp
     # The first layer sees the inputs alone, so that its kept channels are the original's own.
     own, its = (dry_run(net, ["0"], inputs)["0"] for net in (twice, model))
     torch.testing.assert_close(own, its[:, 4:], rtol=1e-12, atol=1e-14)
-    with pytest.raises(PlanError, match="This plan is for another model"):
+    with pytest.raises(PlanError, match="The plan is for another model"):
         kept(once, nn.Sequential(nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 3)).double())
 
 

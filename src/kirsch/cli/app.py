@@ -138,6 +138,7 @@ Granularity = Annotated[
     list[str] | None, typer.Option("--kind", help="Kind of unit that may go, such as head; may be repeated. All.")
 ]
 Uniform = Annotated[bool, typer.Option("--uniform", help="Layers of one kind lose the same number of units.")]
+MinKeep = Annotated[float, typer.Option("--min-keep", help="Fraction of each group that stays in any case.")]
 Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", help="A layer or glob to leave as it is; may be repeated.")
 ]
@@ -217,6 +218,7 @@ def plan(
     exclude: Exclude = None,
     kind: Granularity = None,
     uniform: Uniform = False,
+    min_keep: MinKeep = 0.1,
     output: Annotated[str, typer.Option("--output", "-o", help="File for the plan, as JSON.", metavar="FILE")] = "",
     inputs: Inputs = None,
     weights: Weights = "random",
@@ -225,8 +227,10 @@ def plan(
     """Choose what goes, without cutting it."""
     from kirsch.cli import networks
 
-    choice = networks.Choice(macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, seed)
-    return networks.show_plan(networks.given(model, inputs or [], weights, seed=seed), choice, output, session.terminal)
+    kinds, left = kind or [], exclude or []
+    choice = networks.Choice(macs, params, importance, scope, round_to, left, kinds, uniform, min_keep, seed)
+    found = networks.given(model, inputs or [], weights, seed=seed)
+    return networks.show_plan(found, choice, output, session.terminal)
 
 
 @verb
@@ -243,6 +247,7 @@ def prune(
     exclude: Exclude = None,
     kind: Granularity = None,
     uniform: Uniform = False,
+    min_keep: MinKeep = 0.1,
     inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
@@ -250,9 +255,11 @@ def prune(
     """Cut a model by a plan or a goal, with proof."""
     from kirsch.cli import networks
 
-    choice = networks.Choice(macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, seed)
-    found = networks.given(model, inputs or [], weights, seed=seed)
-    return networks.show_prune(found, plan_file, choice, output, session.terminal)
+    kinds, left = kind or [], exclude or []
+    choice = networks.Choice(macs, params, importance, scope, round_to, left, kinds, uniform, min_keep, seed)
+    return networks.show_prune(
+        lambda: networks.given(model, inputs or [], weights, seed=seed), plan_file, choice, output, session.terminal
+    )
 
 
 @verb

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +115,7 @@ def forecast_lines(found: dict[str, Any], run: str = "") -> list[Line]:
             f" (−{figures.percent(1 - after[key] / max(before[key], 1))})"
             for key, word in (("macs", "MACs"), ("parameters", "parameters"))
         )
-        lines += [[], [Piece(f"{'plan':<13}{cut} in {len(plan['groups'])} groups, by untrained weights")]]
+        lines += [[], [Piece(f"{'plan':<13}{cut} in {len(plan['groups'])} groups, by {found['plan_weights']}")]]
     lines.append(
         [Piece(f"{'time':<13}about {figures.seconds(found['seconds'])} on this machine, as busy as it is now")]
     )
@@ -191,19 +190,16 @@ def verify(folder: Path, terminal: Terminal) -> int:
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
-    path = folder / METRICS
+    from kirsch.report import read_metrics
+
     try:
+        path = folder / METRICS
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise LoadError(f"{path} is not a file.", mend=f"Delete or move it; then kirsch resume {folder}")
-        metrics = json.loads(path.read_bytes())
+        return read_metrics(path)
     except OSError as error:
         raise LoadError(
             f"{folder} has no {METRICS}.",
             f"{error.strerror}: the run is not finished, or this is no run folder.",
             f"Finish it: kirsch resume {folder}",
         ) from error
-    except ValueError as error:
-        raise LoadError(f"{path} is damaged.", f"{error}.", f"Write it again: kirsch resume {folder}") from error
-    if not isinstance(metrics, dict) or metrics.get("kirsch_metrics") != 1:
-        raise LoadError(f"{path} holds no metrics of version 1.", mend=f"Write it again: kirsch resume {folder}")
-    return metrics

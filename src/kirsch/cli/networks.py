@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +14,7 @@ from kirsch.deploy.export import export, usage
 from kirsch.deploy.measure import Measurement, measure
 from kirsch.deploy.onnx_inputs import stand_ins
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.errors import LoadError, OutputError, PlanError, UsageError
+from kirsch.errors import OutputError, UsageError
 from kirsch.files import MANIFEST, check_writable, write_text
 from kirsch.frameworks.port import Framework, framework_of, trace
 from kirsch.graph.inputs import tensors
@@ -26,7 +26,7 @@ from kirsch.recipes.models import build, stated_inputs
 from kirsch.report import figures
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kirsch.cli.terminal import Terminal
     from kirsch.graph.graph import InputSpec
@@ -42,7 +42,7 @@ class Choice:
 
     Args:
         macs, params: the goal; see `Goal`.
-        importance, scope, round_to, exclude, granularity, uniform, seed: see `kirsch.plan`.
+        importance, scope, round_to, exclude, granularity, uniform, min_keep, seed: see `kirsch.plan`.
     """
 
     macs: float | None
@@ -53,13 +53,14 @@ class Choice:
     exclude: Sequence[str]
     granularity: Sequence[str]
     uniform: bool
+    min_keep: float
     seed: int
 
-    def plan(self, graph: Any) -> Plan:
-        """The plan for a graph."""
+    def plan(self, graph: Any, weights: str) -> Plan:
+        """The plan for a graph, which keeps in words which weights it was made by."""
         if self.macs is None and self.params is None:
             raise UsageError("The goal is missing.", "Nothing says how small the model shall be.", "Give --macs 0.5.")
-        return choose(
+        plan = choose(
             graph,
             Goal(macs=self.macs, params=self.params),
             self.importance,
@@ -68,8 +69,10 @@ class Choice:
             self.exclude,
             self.granularity or None,
             uniform=self.uniform,
+            min_keep=self.min_keep,
             seed=self.seed,
         )
+        return replace(plan, method=plan.method | {"weights": weights})
 
 
 @dataclass(frozen=True)
@@ -177,45 +180,57 @@ def show_plan(given: Given, choice: Choice, output: str, terminal: Terminal) -> 
     """What would go, and what that costs; the plan goes to a file if one is named."""
     target = _file(output) if output else None
     graph = trace(given.model, given.inputs)
-    plan = choice.plan(graph)
-    lines = [*drawing.plan_lines(plan, graph), *given.said()]
+    plan = choice.plan(graph, given.weights)
+    lines = [*drawing.plan_lines(plan, graph), *given.said(), *drawing.notes(_chance(given, plan))]
     if target is not None:
         write_text(target, plan.to_json())
         lines.append([Piece(f"{'plan':<13}{output}")])
-    content = {"plan": json.loads(plan.to_json()), "file": output or None, "weights": given.weights}
+    content = {
+        "plan": json.loads(plan.to_json()),
+        "file": output or None,
+        "weights": given.weights,
+        "notes": [*plan.notes, *_chance(given, plan)],
+    }
     terminal.result(lines, content)
     return 0
 
 
-def show_prune(given: Given, plan_file: str, choice: Choice, output: str, terminal: Terminal) -> int:
-    """A pruned model in a folder, with proof."""
+def show_prune(make: Callable[[], Given], plan_file: str, choice: Choice, output: str, terminal: Terminal) -> int:
+    """A pruned model in a folder, with proof. The plan and the folder are looked at before the model is made."""
     if plan_file and (choice.macs is not None or choice.params is not None):
         raise UsageError(
             "Both a plan and a goal are given.", "A plan has its goal.", "Give --plan or --macs, not both."
         )
     _check_folder(Path(output))
-    plan = _read_plan(Path(plan_file)) if plan_file else choice.plan(trace(given.model, given.inputs))
+    stored = Plan.read(plan_file) if plan_file else None
+    given = make()
+    plan = stored or choice.plan(trace(given.model, given.inputs), given.weights)
     pruned = prune_with_proof(given.model, plan, example_inputs=given.inputs)
     folder = save(pruned.model, output)
+    plan = pruned.plan
+    notes = [*pruned.notes, *_chance(given, plan), *_other_weights(given, plan)]
+    cut = sum(bool(removal.removed) for removal in plan.groups)
     proof = pruned.verification
     if proof is None:
         raise RuntimeError("a removal that was asked to verify gave no verification")
     lines = [
         [
             Piece(plan.model, "strong"),
-            Piece(f"   {len(plan.groups)} groups cut{f', {len(plan.blocks)} blocks left out' if plan.blocks else ''}"),
+            Piece(
+                f"   {cut} group{'s' * (cut != 1)} cut{f', {len(plan.blocks)} blocks left out' if plan.blocks else ''}"
+            ),
         ],
         *drawing.cost_lines(plan),
         [Piece(f"{'verified':<13}", "good"), Piece(proof.text)],
         [Piece(f"{'saved':<13}{folder}"), Piece("   kirsch.load gives it back", "faint")],
-        *drawing.notes(pruned.notes),
+        *drawing.notes(notes),
         *given.said(),
     ]
     content = {
         "folder": str(folder),
         "plan": json.loads(pruned.plan.to_json()),
         "verification": proof.to_dict(),
-        "notes": list(pruned.notes),
+        "notes": notes,
         "weights": given.weights,
     }
     terminal.result(lines, content)
@@ -294,7 +309,7 @@ def _ready(
     framework = framework_of(model)
     inputs = example_inputs(model, specs) if specs else stated_inputs(reference, model)
     if inputs is None and pruned:
-        inputs = framework.inputs_like(_read_plan(Path(pruned) / "plan.json").inputs, model) or None
+        inputs = framework.inputs_like(Plan.read(Path(pruned) / "plan.json").inputs, model) or None
     if inputs is None:
         raise UsageError(
             f"{reference} does not say what its inputs look like.",
@@ -309,14 +324,19 @@ def _round_to(text: str) -> Any:
     return int(text) if text.isascii() and text.isdigit() else text
 
 
-def _read_plan(path: Path) -> Plan:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise LoadError(f"The plan {path} cannot be read.", f"{error.strerror}.", "Make one: kirsch plan.") from error
-    except UnicodeDecodeError as error:
-        raise PlanError(f"The plan {path} is no UTF-8 text.", f"Byte {error.start}.", "Make it anew.") from error
-    return Plan.from_json(text)
+def _chance(given: Given, plan: Plan) -> list[str]:
+    """A note where the units of a plan were ranked by random weights, which are those of the model."""
+    if not given.random or plan.method.get("weights") != given.weights:
+        return []
+    return ["Random weights rank the units by chance: which ones go says nothing about a trained model."]
+
+
+def _other_weights(given: Given, plan: Plan) -> list[str]:
+    """A note where a plan was made by other weights than those that it is applied to."""
+    made = plan.method.get("weights", given.weights)
+    if made == given.weights:
+        return []
+    return [f"The units of the plan were ranked by other weights: {made}. Now {given.weights}. Make the plan anew."]
 
 
 def _file(output: str) -> Path:

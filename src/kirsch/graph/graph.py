@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
@@ -207,8 +208,12 @@ class Graph:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sha256 over what a plan relies on: names and shapes of the tensors, groups, and the unit at each place."""
+        """Sha256 over what a plan relies on: names and shapes of the tensors, groups, the unit at each place, and what
+        the trace was asked for, where that is not the default.
+        """
         digest = hashlib.sha256()
+        if self.tracing != Tracing():
+            digest.update(json.dumps(asdict(self.tracing)).encode())
         unit = np.full(len(self.coupling.stuck), -1, "<i8")  # the byte order of every machine
         first = 0
         for found in self.groups:
@@ -266,18 +271,14 @@ class Graph:
     @cached_property
     def blockers(self) -> tuple[Blocker, ...]:
         """What keeps parameters from going, the costliest first. Inputs and outputs are no blockers."""
-        free = np.zeros(len(self.coupling.stuck), bool)
-        for found in self.groups:
-            free[found.components] = True
         cost: dict[tuple[str, str, str, str], float] = {}
         numbers = set[tuple[str, str, str, str]]()
         total = 0
         for name in self.parameters:
-            tensor = self.tensors[name]
-            size = int(np.prod(tensor.shape))
+            size = int(np.prod(self.tensors[name].shape))
             total += size
-            freeze = self._blocking(tensor, free)
-            if freeze is not None:
+            freeze = next(iter(self.frozen_by(name)), None)
+            if freeze is not None and not freeze.boundary:
                 at = freeze.operation
                 key = (freeze.reason, at.module, at.source, at.name)
                 cost[key] = cost.get(key, 0.0) + size
@@ -293,11 +294,19 @@ class Graph:
             return ""
         return f" Where a number in the code is what holds, {constants.AS_GRAPH}."
 
-    def _blocking(self, tensor: Tensor, free: NDArray[np.bool_]) -> Freeze | None:
-        """The fact that keeps a parameter whole; None if some of it may go, or only inputs and outputs hold it."""
+    @cached_property
+    def _free(self) -> NDArray[np.bool_]:
+        """Component → whether it is in a group."""
+        free = np.zeros(len(self.coupling.stuck), bool)
+        for found in self.groups:
+            free[found.components] = True
+        return free
+
+    def frozen_by(self, name: str) -> list[Freeze]:
+        """The facts that keep a parameter whole, each once, inputs and outputs last; empty if some of it may go."""
         component, why = self.coupling.component, self.coupling.why
-        labelled = [component[labels] for labels in tensor.axes if labels is not None]
-        if not labelled or any(free[found].any() for found in labelled):
-            return None
+        labelled = [component[labels] for labels in self.tensors[name].axes if labels is not None]
+        if any(self._free[found].any() for found in labelled):
+            return []
         freezes = [why[c] for found in labelled for c in np.unique(found).tolist() if c in why]
-        return next((freeze for freeze in freezes if not freeze.boundary), None)
+        return sorted({id(freeze): freeze for freeze in freezes}.values(), key=lambda freeze: freeze.boundary)

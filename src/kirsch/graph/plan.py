@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from kirsch.arguments import checked
-from kirsch.errors import GoalError, PlanError, nearest
-from kirsch.graph import inputs
+from kirsch.errors import GoalError, LoadError, PlanError, nearest
+from kirsch.graph import inputs, plan_file
 from kirsch.graph.cost import Cost
-from kirsch.graph.graph import DECISIONS, SOFTMAX, Tracing
+from kirsch.graph.graph import Tracing
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from kirsch.graph.graph import Graph, Input
+    from kirsch.graph.group import Group
 
-T = TypeVar("T")
 
 LATENCY = re.compile(r"(?i)latency|speed|fps|milli|(?<![a-z])ms(?![a-z])")
 """Names under which a time is asked for as a goal."""
@@ -146,6 +147,7 @@ class Plan:
         configuration: new numbers of the configuration that the model carries, by their paths, where one describes the
             result; known once the plan was applied.
         graph: the graph it was made from; not stored.
+        file: that it was read from, for messages; not stored.
     """
 
     made_by: ClassVar[str] = "kirsch.plan(graph, kirsch.Goal(macs=0.5))"
@@ -163,12 +165,13 @@ class Plan:
     notes: tuple[str, ...] = ()
     configuration: dict[str, float] = field(default_factory=dict)
     graph: Graph | None = field(default=None, compare=False, repr=False)
+    file: str = field(default="", compare=False)
 
     def to_json(self) -> str:
         """The plan as JSON, version 1, for reading and editing by hand."""
         return json.dumps(
             {
-                "kirsch_plan": 1,
+                "kirsch_plan": plan_file.VERSION,
                 "model": {"class": self.model, "fingerprint": self.fingerprint, "parameters": self.before.parameters},
                 "goal": self.goal,
                 "method": self.method,
@@ -189,42 +192,64 @@ class Plan:
 
     @classmethod
     @checked
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str | bytes) -> Plan:
         """The plan of `to_json`.
 
         Raises:
-            PlanError: it is no plan of version 1, or a field is missing or of a wrong type; names the field.
+            PlanError: it is not a plan of version 1, or a field is missing, unknown, given twice, or has a value that
+                no plan has; names the field.
         """
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise PlanError("The plan is no JSON.", f"{error}.") from error
-        if not isinstance(content, dict) or content.get("kirsch_plan") != 1:
-            raise PlanError("This is no plan of version 1.", 'It lacks "kirsch_plan": 1.')
-        try:
-            return cls._read(content)
-        except ValueError as error:
-            raise PlanError("The plan is damaged.", f"{error}.", "Make it anew.") from error
+        return cls._of(plan_file.read(text, cls.title_of("")))
 
     @classmethod
-    def _read(cls, content: dict[str, Any]) -> Plan:
-        model, cost = _get(content, "model", dict), _get(content, "cost", dict)
+    @checked
+    def read(cls, path: str | Path) -> Plan:
+        """The plan in a file; every error about it names the file.
+
+        Raises:
+            LoadError: the file cannot be read.
+            PlanError: see `from_json`.
+        """
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise LoadError(
+                f"The plan {path} cannot be read.", f"{error.strerror or error}.", "Make one: kirsch plan."
+            ) from error
+        return cls._of(plan_file.read(content, cls.title_of(str(path))), str(path))
+
+    @classmethod
+    def _of(cls, content: dict[str, Any], file: str = "") -> Plan:
+        """The plan of a content that was checked."""
+        model, cost, tracing = content["model"], content["cost"], content["tracing"]
         return cls(
-            fingerprint=_get(model, "fingerprint", str),
-            model=_get(model, "class", str),
-            groups=tuple(_removal(entry) for entry in _get(content, "groups", list)),
-            before=_cost(_get(cost, "before", dict)),
-            after=_cost(_get(cost, "after", dict)),
-            goal=_get(content, "goal", dict),
-            method=_get(content, "method", dict),
-            inputs=tuple(inputs.read(entry) for entry in _get(content, "inputs", list)),
-            tracing=_tracing(_get(content, "tracing", dict)),
-            blocks=tuple(
-                Skip(_get(entry, "name", str), _get(entry, "reason", str)) for entry in _get(content, "blocks", list)
+            fingerprint=model["fingerprint"],
+            model=model["class"],
+            groups=tuple(
+                Removal(g["name"], g["kind"], g["size"], tuple(sorted(g["removed"])), g.get("reason", ""))
+                for g in content["groups"]
             ),
-            notes=tuple(_all(_get(content, "notes", list), "notes", str)),
-            configuration=_numbers(_get(content, "configuration", dict)),
+            before=Cost(**cost["before"]),
+            after=Cost(**cost["after"]),
+            goal=content["goal"],
+            method=content["method"],
+            inputs=tuple(map(inputs.read, content["inputs"])),
+            tracing=Tracing(**{**tracing, "outputs": tuple(tracing["outputs"])}),
+            blocks=tuple(Skip(block["name"], block.get("reason", "")) for block in content["blocks"]),
+            notes=tuple(content["notes"]),
+            configuration=content["configuration"],
+            file=file,
         )
+
+    @staticmethod
+    def title_of(file: str) -> str:
+        """How messages call the plan of a file, "" for none."""
+        return f"The plan {file}" if file else "The plan"
+
+    @property
+    def title(self) -> str:
+        """How messages call this plan."""
+        return self.title_of(self.file)
 
     @property
     def without(self) -> tuple[str, ...]:
@@ -236,102 +261,104 @@ class Plan:
         return graph.keep({removal.name: removal.removed for removal in self.groups})
 
     def check(self, graph: Graph) -> None:
-        """Make sure that the plan fits a graph.
+        """Make sure that the plan fits a graph and removes something.
 
         Raises:
-            PlanError: it was made for another model, or names a group or unit that is not there, or empties a group.
+            PlanError: it was made for another model or traced with other options, names a group or unit that does not
+                exist, states another kind or size of a group, empties a group, or removes nothing.
         """
         if self.fingerprint != graph.fingerprint:
+            raise self._for_another(graph)
+        if self.tracing != graph.tracing:
             raise PlanError(
-                f"This plan is for another model: {self.model} with {self.before.parameters:,} parameters, "
-                f"fingerprint {self.fingerprint[:12]}.",
-                f"The model given is {graph.model_name} with {graph.cost.parameters:,} parameters, "
-                f"fingerprint {graph.fingerprint[:12]}.",
-                "Give the model that the plan was made for, or make a new plan.",
+                f"{self.title} was made with other options of kirsch.trace than the graph given.",
+                f"The plan has {self.tracing}, the graph {graph.tracing}.",
+                "Trace the model with the options of the plan, or make a new plan.",
             )
         groups = {group.name: group for group in graph.groups}
         for removal in self.groups:
             if removal.name not in groups:
                 raise PlanError(
-                    f"The plan names a group {removal.name!r}.",
+                    f"{self.title} names a group {removal.name!r}.",
                     "The model has none of that name.",
                     nearest(removal.name, groups),
                 )
-            size = groups[removal.name].size
-            outside = [unit for unit in removal.removed if not 0 <= unit < size]
-            if outside:
-                raise PlanError(
-                    f"The plan removes unit {outside[0]} of {removal.name!r}.",
-                    f"The group has units 0 to {size - 1}.",
-                )
-            if len(removal.removed) >= size:
-                raise PlanError(
-                    f"The plan removes all {size} units of {removal.name!r}.", mend="Leave at least one of them."
-                )
+            self._check_group(removal, groups[removal.name])
         for name in self.without:
             if name not in graph.blocks:
                 raise PlanError(
-                    f"The plan leaves out {name!r}.",
+                    f"{self.title} leaves out {name!r}.",
                     "The model has no residual block there.",
                     nearest(name, graph.blocks),
                 )
-        names = [removal.name for removal in self.groups]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise PlanError(f"The plan names the group {twice[0]!r} twice.", mend="Join the two entries.")
-        twice = sorted({name for name in self.without if self.without.count(name) > 1})
-        if twice:
-            raise PlanError(f"The plan names the block {twice[0]!r} twice.", mend="Take one of them out.")
+        for part, named in (("group", [removal.name for removal in self.groups]), ("block", list(self.without))):
+            twice = sorted({name for name in named if named.count(name) > 1})
+            if twice:
+                raise PlanError(f"{self.title} names the {part} {twice[0]!r} twice.", mend="Join the two entries.")
+        if not self.without and not any(removal.removed for removal in self.groups):
+            raise PlanError(
+                f"{self.title} removes nothing.",
+                "No group lists a unit in removed, and no block is left out.",
+                "List what shall go, or keep using the model as it is.",
+            )
+
+    def _for_another(self, graph: Graph) -> PlanError:
+        same = (self.model, self.before.parameters) == (graph.model_name, graph.cost.parameters)
+        return PlanError(
+            f"{self.title} is for another model: {self.model} with {self.before.parameters:,} parameters, "
+            f"fingerprint {self.fingerprint[:12]}.",
+            f"The model given is {graph.model_name} with {graph.cost.parameters:,} parameters, "
+            f"fingerprint {graph.fingerprint[:12]}"
+            + (": its layers differ, or the fields model or tracing of the plan were changed." if same else "."),
+            "Give the model that the plan was made for, or make a new plan.",
+        )
+
+    def _check_group(self, removal: Removal, group: Group) -> None:
+        outside = [unit for unit in removal.removed if not 0 <= unit < group.size]
+        if outside:
+            raise PlanError(
+                f"{self.title} removes unit {outside[0]} of {removal.name!r}.",
+                f"The group has units 0 to {group.size - 1}.",
+            )
+        if len(set(removal.removed)) < len(removal.removed):
+            twice = next(unit for unit in removal.removed if removal.removed.count(unit) > 1)
+            raise PlanError(f"{self.title} removes unit {twice} of {removal.name!r} twice.", mend="List it once.")
+        if len(removal.removed) == group.size:
+            raise PlanError(
+                f"{self.title} removes all {group.size} units of {removal.name!r}.", mend="Leave at least one of them."
+            )
+        if (removal.size, removal.kind) != (group.size, group.kind):
+            raise PlanError(
+                f"{self.title} says that {removal.name!r} has {removal.size} units of the kind {removal.kind!r}.",
+                f"The model has {group.size} of the kind {group.kind!r} there.",
+                "Correct size and kind, or make a new plan.",
+            )
+
+    def check_cost(self, graph: Graph) -> None:
+        """Make sure that the stated cost of the original is that of the graph, which no edit of a plan changes.
+
+        MACs and activations depend on the inputs and are compared only where these are the same.
+
+        Raises:
+            PlanError: it is another one.
+        """
+        stated, found = self.before.to_dict(), graph.cost.to_dict()
+        same = _shapes(self.inputs) == _shapes(graph.inputs) != []
+        for name in stated if same else ("parameters",):
+            if stated[name] != found[name]:
+                raise PlanError(
+                    f"{self.title} states a wrong cost of the original: cost.before.{name} is {stated[name]:,}.",
+                    f"The {graph.model_name} has {found[name]:,}"
+                    + (" on the inputs of the plan." if name != "parameters" else "."),
+                    f"Restore cost.before.{name} and inputs, or make a new plan.",
+                )
+
+    def priced(self, graph: Graph) -> Plan:
+        """The plan with its costs counted on the graph that it is applied to, whatever it stated."""
+        given = self.inputs if _shapes(self.inputs) == _shapes(graph.inputs) else graph.inputs
+        after = graph.prices.price(self.keep(graph), self.without)
+        return replace(self, model=graph.model_name, before=graph.cost, after=after, inputs=given)
 
 
-KINDS = {bool: "true or false", str: "text", int: "a whole number", list: "a list", dict: "an object"}
-
-
-def _get(content: Any, name: str, kind: type[T]) -> T:
-    """A field of an object, which must be there and of a kind."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{content!r} stands where an object with {name!r} should")  # noqa: TRY004 - of the file, not of the code
-    if name not in content:
-        raise ValueError(f"{name!r} is missing")
-    return _all([content[name]], name, kind)[0]
-
-
-def _all(values: list[Any], name: str, kind: type[T]) -> list[T]:
-    """Values, each of which must be of a kind; truth values are no numbers."""
-    for value in values:
-        if type(value) is not kind:
-            raise ValueError(f"{name!r} has {value!r}, which is not {KINDS[kind]}")
-    return values
-
-
-def _removal(entry: Any) -> Removal:
-    name = _get(entry, "name", str)
-    removed = _all(_get(entry, "removed", list), f"removed of {name}", int)
-    if len(set(removed)) != len(removed):
-        raise ValueError(f"a unit of {name!r} is named twice")
-    size, kind, reason = _get(entry, "size", int), _get(entry, "kind", str), _get(entry, "reason", str)
-    return Removal(name, kind, size, tuple(sorted(removed)), reason)
-
-
-def _tracing(entry: dict[str, Any]) -> Tracing:
-    outputs = tuple(_all(_get(entry, "outputs", list), "outputs", str))
-    decisions, softmax = _one_of(entry, "decisions", DECISIONS), _one_of(entry, "softmax", SOFTMAX)
-    return Tracing(outputs, decisions, _get(entry, "scope", str), softmax, _get(entry, "as_graph", bool))
-
-
-def _one_of(entry: dict[str, Any], name: str, known: tuple[str, ...]) -> str:
-    value = _get(entry, name, str)
-    if value not in known:
-        raise ValueError(f"{name!r} has {value!r}, which is not one of {', '.join(known)}")
-    return value
-
-
-def _numbers(entry: dict[str, Any]) -> dict[str, float]:
-    for name, value in entry.items():
-        if type(value) not in (int, float):
-            raise ValueError(f"'configuration' has {value!r} for {name!r}, which is not a number")
-    return entry
-
-
-def _cost(entry: dict[str, Any]) -> Cost:
-    return Cost(**{found.name: _get(entry, found.name, int) for found in fields(Cost)})
+def _shapes(given: tuple[Input, ...]) -> list[tuple[str, tuple[int, ...], str]]:
+    return [(spec.name, spec.shape, spec.dtype) for spec in inputs.tensors(given)]

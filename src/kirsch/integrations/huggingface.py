@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from kirsch import strict_json
 from kirsch.distillation.checks import check_last_batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
@@ -274,7 +275,13 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
             )
         with safe_open(path, framework="pt") as file:
             adapters = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            state = json.loads(file.metadata()["state"])
+            stated = (file.metadata() or {}).get("state", "")
+        try:
+            state = strict_json.parse(stated, finite=False)  # a share of a gradient that overflowed is NaN
+        except ValueError as error:
+            raise CheckpointError(
+                f"The state in {path} is damaged.", f"{error}.", "Take another checkpoint."
+            ) from error
         self._bound().load_state_dict({**state, "adapters": adapters})
 
 

@@ -12,7 +12,8 @@ from kirsch.errors import GoalError, UnknownNameError, UsageError
 from kirsch.frameworks.annotations import Inputs
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan, Skip
-from kirsch.pruning.choose import matches
+from kirsch.pruning.obstacles import reachable
+from kirsch.pruning.options import matches
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
@@ -123,8 +124,8 @@ def plan_depth(
         raise GoalError(
             f"No plan for {graph.model_name} reaches the goal by leaving blocks out: "
             f"{goal.shortfall(least, graph.cost)}.",
-            f"It has {len(free)} residual blocks that may go.",
-            "Ask for less, exclude less, or cut widths with kirsch.plan.",
+            f"It has {len(graph.blocks)} residual blocks, of which {len(free)} may go.",
+            f"{_remedy(graph, goal, exclude)} {reachable(goal, least, graph.cost)}".strip(),
         )
     score = BLOCK_IMPORTANCES[importance](graph, data if isinstance(data, list) else [data], seed=seed)
     wrong = [path for path in free if not np.isfinite(score[path])]
@@ -155,6 +156,13 @@ def plan_depth(
         blocks=tuple(Skip(p, f"least {importance}: {score[p]:.3g}") for p in graph.blocks if p in gone),
         graph=graph,
     )
+
+
+def _remedy(graph: Graph, goal: Goal, exclude: Sequence[str]) -> str:
+    """What was found to reach the goal by leaving blocks out, as a sentence."""
+    if exclude and goal.met_by(graph.prices.price(graph.keep({}), graph.blocks), graph.cost):
+        return "It is reached where nothing is excluded."
+    return "Leaving out all of them does not reach it; kirsch.plan cuts widths." if graph.blocks else ""
 
 
 def _runner(graph: Graph) -> Runner:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kirsch.arguments import checked
-from kirsch.errors import KirschError, PlanError, VerificationError
+from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError, said
 from kirsch.frameworks.annotations import Inputs, Model
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan, Removal, Skip
+from kirsch.pruning.notes import changes, renewed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,8 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
 
     Args:
         model: the model that the plan was made for, trained or not, in any mode and of any floating type.
-        plan: of `kirsch.plan` or `Plan.from_json`.
+        plan: of `kirsch.plan`, `Plan.read` or `Plan.from_json`. What it costs, and whether its goal is met, is computed
+            anew from what it removes, so that a plan edited by hand may keep the figures it was made with.
         example_inputs: only needed when the plan comes from JSON and could not store its inputs.
         verify: hold the result against the masked original before it is returned.
 
@@ -65,7 +67,8 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
             error from now on; or weights that are computed from others changed for the units that stay.
 
     Raises:
-        PlanError: the plan is for another model, or names what is not there.
+        PlanError: the plan is for another model, names what is not there, removes nothing, or states a cost of the
+            original that is not its cost.
         VerificationError: the pruned model is not equal to the masked original; names the groups that go wrong.
     """
     found = prune_with_proof(model, plan, example_inputs=example_inputs, verify=verify)
@@ -77,13 +80,54 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
 @checked
 def prune_with_proof(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, verify: bool = True) -> Pruned:
     """The same as `prune`, with the verification and the notes, in place of warnings."""
-    framework = framework_of(model)
     graph = graph_of(model, plan, example_inputs)
     plan.check(graph)
+    plan.check_cost(graph)
+    try:
+        return _cut(model, plan, graph, verify=verify)
+    except VerificationError:
+        if graph is not plan.graph and example_inputs is None:
+            _check_inputs(model, plan)
+        raise
+
+
+def _check_inputs(model: Any, plan: Plan) -> None:
+    """Make sure that a model runs on inputs like those a plan states, such as integers that index into a table.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if plan.tracing.scope:
+        return
+    framework = framework_of(model)
+    try:
+        framework.count(model, framework.inputs_like(plan.inputs, model))
+    except Exception as error:  # whatever the model's own code raises
+        raise ModelError(
+            f"{plan.title} cannot be applied: the {plan.model} does not run on the inputs that it states.",
+            said(error),
+            "Correct shape, dtype and high of its inputs, or give example_inputs.",
+        ) from error
+
+
+def rebuilt(model: Any, plan: Plan, example_inputs: Any = None) -> Any:
+    """A model cut by a plan that it was cut by before, without verification.
+
+    The costs that the plan states may have been counted by another version of the framework, and are counted anew.
+    """
+    graph = graph_of(model, plan, example_inputs)
+    plan.check(graph)
+    return _cut(model, plan, graph, verify=False).model
+
+
+def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
+    """The model without what a plan removes that fits the graph."""
+    framework = framework_of(model)
+    plan = renewed(stated, graph)
     keep = plan.keep(graph)
     empty = graph.emptied(keep)
     if empty is not None:
-        raise PlanError(f"The plan would leave too little of {empty[0]!r}.", mend="Leave more of its units.")
+        raise PlanError(f"{plan.title} would leave too little of {empty[0]!r}.", mend="Leave more of its units.")
     try:
         pruned, verification = framework.prune(model, plan, graph, verify=verify)
     except VerificationError as error:
@@ -95,7 +139,7 @@ def prune_with_proof(model: Model, plan: Plan, *, example_inputs: Inputs | None 
             "Give example inputs that the removed units matter for, or accept the cut unseen with "
             "kirsch.prune(..., verify=False).",
         )
-    configuration, said, unsavable = framework.configure(pruned, model, plan, graph, verify=verify)
+    configuration, told, unsavable = framework.configure(pruned, model, plan, graph, verify=verify)
     plan = replace(plan, configuration=configuration)
     setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
     left = getattr(model, SHAPES, None)
@@ -105,7 +149,7 @@ def prune_with_proof(model: Model, plan: Plan, *, example_inputs: Inputs | None 
     warned = [f"{unsavable} {until}"] if unsavable else []
     if verification is not None and verification.reweighted:
         warned.append(_reweighted(verification.reweighted))
-    notes = [*plan.notes, *said, *warned, OPTIMIZER_NOTE]
+    notes = [*changes(stated, plan), *plan.notes, *told, *warned, OPTIMIZER_NOTE]
     if verification is not None and verification.unseen:
         modules = ", ".join(f"`{path}`" for path in verification.unseen)
         notes.append(
@@ -163,12 +207,27 @@ def graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
     framework = framework_of(model)
     if plan.graph is not None and plan.graph.fits(model):
         return plan.graph
-    if example_inputs is None:
-        if not plan.inputs:
-            raise PlanError(
-                "The plan does not store its example inputs.",
-                "Only tensors, numbers, texts, None, and lists, tuples and dicts of them can be stored.",
-                "Give the inputs that the plan was made with: example_inputs=...",
-            )
+    if example_inputs is None and not plan.inputs:
+        raise PlanError(
+            f"{plan.title} does not store its example inputs.",
+            "Only tensors, numbers, texts, None, and lists, tuples and dicts of them can be stored.",
+            "Give the inputs that the plan was made with: example_inputs=...",
+        )
+    try:
+        if example_inputs is not None:
+            return framework.trace(model, example_inputs, plan.tracing)
         return framework.trace(model, framework.inputs_like(plan.inputs, model), plan.tracing, of_part=True)
-    return framework.trace(model, example_inputs, plan.tracing)
+    except UsageError as error:  # an output or a part that the plan names and the model does not have
+        raise PlanError(
+            f"{plan.title} cannot be applied: {error.what}",
+            error.why,
+            f"{error.mend} Check its tracing options.".strip(),
+        ) from error
+    except ModelError as error:
+        if example_inputs is not None:
+            raise
+        raise ModelError(
+            f"{plan.title} cannot be applied: {error.what}",
+            error.why,
+            f"{error.mend} Or correct the inputs that the plan states, or give example_inputs.".strip(),
+        ) from error

@@ -13,7 +13,7 @@ from kirsch.errors import CheckpointError, KirschError, ModelError, PlanError, U
 from kirsch.frameworks.annotations import Build, Inputs, Model
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan
-from kirsch.pruning.prune import PLANS, SHAPES, prune_with_proof
+from kirsch.pruning.prune import PLANS, SHAPES, rebuilt
 
 WEIGHTS = "model.safetensors"
 MOST_NAMED = 5
@@ -96,7 +96,7 @@ def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = No
             f"It has {', '.join(sorted(names)[:MOST_NAMED])}, where {WEIGHTS} and plan.json, plan.2.json, … belong.",
             "Give a folder made by kirsch.save.",
         )
-    cuts = [Plan.from_json((source / name).read_text(encoding="utf-8")) for name in plans]
+    cuts = [Plan.read(source / name) for name in plans]
     model = _rebuilt(build, cuts, source / WEIGHTS, example_inputs)
     framework = framework_of(model)
     framework.take_types(model, source / WEIGHTS)
@@ -140,7 +140,7 @@ def _pruned(model: Any, plan: Plan, example_inputs: Any) -> Any:
     """The model cut by a plan, without verification: its weights are still to come, and were verified back then."""
 
     def cut() -> Any:
-        return prune_with_proof(model, plan, example_inputs=example_inputs, verify=False).model
+        return rebuilt(model, plan, example_inputs)
 
     try:
         return cut()

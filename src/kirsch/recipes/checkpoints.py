@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import safetensors
 import safetensors.numpy
 
-from kirsch import files
+from kirsch import files, strict_json
 from kirsch.errors import CheckpointError
 from kirsch.frameworks.training import TrainingState
 
@@ -59,7 +58,7 @@ def newest(folder: Path, inputs: str, tell: Callable[[str], None]) -> TrainingSt
             continue
         try:
             arrays = safetensors.numpy.load((path / ARRAYS).read_bytes())
-            values = json.loads((path / VALUES).read_text(encoding="utf-8"))
+            values = strict_json.read(path / VALUES)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             tell(f"The checkpoint {path.name} cannot be read: {error}. The one before it is used.")
             damaged = True

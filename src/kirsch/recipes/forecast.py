@@ -40,8 +40,9 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
 
     Returns:
         As JSON: "name", "goal", "data", "stages" (key, model, parameters, macs, seconds), "plan" (groups, cost before
-        and after; made on the weights as they come, so that after training other units go, and the cost can be another
-        one within the goal where all layers are ranked together), "disk_bytes", "seconds", "missing", "notes".
+        and after), "plan_weights" (in words, the weights that the plan was made by; where these are trained before the
+        cut, other units go then, and the cost can be another one within the goal where all layers are ranked together),
+        "disk_bytes", "seconds", "missing", "notes".
 
     Raises:
         KirschError: whatever would stop the job before its first long step.
@@ -88,11 +89,23 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         },
         "stages": stages,
         "plan": json.loads(plan.to_json()) if plan is not None else None,
+        "plan_weights": _weights(recipe) if plan is not None else None,
         "disk_bytes": sum(4 * parameters * 4 for parameters, _ in costs.values()) + 1_000_000,
         "seconds": sum(stage["seconds"] for stage in stages),
         "missing": [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None],
         "notes": [sentence] if sentence else [],
     }
+
+
+def _weights(recipe: Recipe) -> str:
+    """The weights that the plan of a forecast is made by, in words."""
+    if recipe.student is not None:
+        return f"the weights of {recipe.student.model} before training"
+    if recipe.teacher.train is not None:
+        return f"the weights of {recipe.teacher.model} before training"
+    if recipe.teacher.model.startswith("timm:"):
+        return f"random weights: {recipe.teacher.model} is neither pretrained nor trained"
+    return f"the weights that {recipe.teacher.model} comes with"
 
 
 def _seconds(job: Job, key: str, teacher: Any, start: Any) -> float:

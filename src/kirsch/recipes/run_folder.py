@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from kirsch import __version__, files
+from kirsch import __version__, files, strict_json
 from kirsch.errors import CheckpointError, LoadError, OutputError, RecipeError
 from kirsch.recipes import seal
 from kirsch.recipes.recipe import Recipe, read_recipe
@@ -117,8 +116,8 @@ def events_of(folder: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     content = (folder / EVENTS).read_bytes() if (folder / EVENTS).is_file() else b""
     for line in content.splitlines(keepends=True):
         try:
-            event = json.loads(line) if line.endswith(b"\n") else None  # a kill has torn the last one
-        except (ValueError, RecursionError):
+            event = strict_json.parse(line) if line.endswith(b"\n") else None  # a kill has torn the last one
+        except ValueError:
             event = None
         if isinstance(event, dict):
             found.append(event)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import secrets
 import time
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch import __version__, files
+from kirsch import __version__, files, strict_json
 from kirsch.errors import KirschError, LoadError, OutputError
 from kirsch.failures import during
 from kirsch.measurement.machine import environment
@@ -233,7 +232,7 @@ def _finished(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]
         job.note(f"The stage {stage.key!r} is done again: {why}.")
         return None
     try:
-        record: dict[str, Any] = json.loads((done / RECORD).read_bytes())
+        record: dict[str, Any] = strict_json.read(done / RECORD)
         changed = record["inputs"] != inputs
         if not changed:
             stage.load(job, done, record)

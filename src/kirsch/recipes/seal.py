@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from kirsch import files
+from kirsch import files, strict_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,8 +26,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The content of run.json; empty where it is missing or is not that of a run."""
     path = folder / RUN
     try:
-        content = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError):
+        content = strict_json.read(path) if path.is_file() else {}
+    except (OSError, ValueError):
         return {}
     known = isinstance(content, dict) and content.get("kirsch_run") == 1 and isinstance(content.get("base"), str)
     return content if known else {}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kirsch import files
+from kirsch import files, strict_json
 from kirsch.errors import KirschError, LoadError
 from kirsch.recipes import run_folder, seal
 from kirsch.recipes.job import RECORD
@@ -114,16 +113,16 @@ def _stages(folder: Path, run: dict[str, Any]) -> list[str]:
 def _unreadable(path: Path) -> str:
     try:
         if path.is_file():
-            json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return f"{path} is no JSON"
+            strict_json.read(path)
+    except (OSError, ValueError) as error:
+        return f"{path} is damaged: {error}"
     return ""
 
 
 def _artifact(folder: Path, record: Path) -> list[str]:
     """What is wrong with the exported file, by the record of its stage."""
     try:
-        digest = json.loads(record.read_bytes())["artifact"]["sha256"]
+        digest = strict_json.read(record)["artifact"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return []  # the manifest of the stage does not fit such a record
     path = folder / MODEL

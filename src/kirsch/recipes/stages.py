@@ -90,6 +90,11 @@ def _teacher(job: Job, folder: Path) -> Record:
             objective=job.recipe.objective_of("teacher"),
         )
         model, history = trained.model, trained.history
+    elif job.recipe.teacher.model.startswith("timm:"):
+        job.note(
+            f"The teacher {job.recipe.teacher.model} has random weights: a recipe loads no pretrained ones, and "
+            "teacher.train is null. Name a callable that gives it with its weights, or train it."
+        )
     record = _described(job, model, folder, "trained" if section else "given", history)
     job.check_alive("teacher", record)
     job.models["teacher"] = job.models["result"] = model

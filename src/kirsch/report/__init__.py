@@ -1,5 +1,6 @@
 """The report: one offline HTML file."""
 
 from kirsch.report.html import render
+from kirsch.report.metrics import read_metrics
 
-__all__ = ["render"]
+__all__ = ["read_metrics", "render"]

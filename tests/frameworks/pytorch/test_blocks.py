@@ -328,5 +328,5 @@ def test_a_plan_that_names_no_block_is_refused():
     with pytest.raises(PlanError, match=r"leaves out 'layers\.7'.*no residual block there.*layers\.1"):
         kirsch.prune(model, Plan.from_json(text))
     twice = plan.to_json().replace('"blocks": [', '"blocks": [{"name": "layers.1", "reason": ""},')
-    with pytest.raises(PlanError, match=r"names the block 'layers\.1' twice"):
+    with pytest.raises(PlanError, match=r"blocks has 'layers\.1' twice"):
         kirsch.prune(model, Plan.from_json(twice))

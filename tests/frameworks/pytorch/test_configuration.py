@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.errors import PlanError
 from kirsch.frameworks.pytorch import blueprint
 from kirsch.frameworks.pytorch.blueprint import changed, numbers
 from kirsch.frameworks.pytorch.vision import import_beside
@@ -266,6 +268,25 @@ def test_a_model_that_is_pruned_twice_and_loaded_has_its_configuration(tmp_path)
     again = kirsch.load(tmp_path / "twice", carrying)
     assert again.config.to_dict() == twice.config.to_dict()
     assert torch.equal(again(INPUT), twice(INPUT))
+
+
+@pytest.mark.parametrize(
+    ("numbers_", "sentence"),
+    [
+        (
+            {"n_embd": 12},
+            "states a number for configuration.n_embd. The configuration of the Carrying has no such number",
+        ),
+        ({"widht": 6}, "Did you mean 'width'?"),
+        ({"depth": 10**9}, "states 1e+09 for configuration.depth. No size of the Carrying comes near it"),
+    ],
+)
+def test_a_configuration_that_is_none_of_the_model_is_refused_before_anything_is_built(numbers_, sentence):
+    model = carrying()
+    content = json.loads(halved(model).plan.to_json()) | {"configuration": numbers_}
+    for verify in (True, False):
+        with pytest.raises(PlanError, match=re.escape(sentence)):
+            kirsch.prune(model, kirsch.Plan.from_json(json.dumps(content)), verify=verify)
 
 
 def test_a_plan_that_states_numbers_of_another_model_changes_nothing():

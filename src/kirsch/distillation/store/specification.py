@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -10,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic import Field as Limit
 
-from kirsch import files
+from kirsch import files, strict_json
 from kirsch.distillation.store.record import DENSE, TOP_K, Dense, Field, Keep, TopK, record_type
 from kirsch.errors import StoreError
 
@@ -64,7 +65,7 @@ class Specification(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    kirsch_store: Literal[1] = 1
+    kirsch_store: Annotated[int, Limit(ge=1, le=1, strict=True)] = 1
     samples: Size
     views: Annotated[int, Limit(ge=1, le=10**6, strict=True)]
     range_size: Size
@@ -144,7 +145,8 @@ def read(path: Path, kind: type[Specification]) -> Any:
         StoreError: it cannot be read, or says what cannot be.
     """
     try:
-        return kind.model_validate_json(path.read_bytes())
+        content = json.dumps(strict_json.read(path))
+        return kind.model_validate_json(content, strict=True)  # strict: "yes" and 1 are not true, and true is not 1
     except OSError as error:
         raise StoreError(f"{path} cannot be read.", f"{error.strerror or error}.") from error
     except ValidationError as error:
@@ -155,6 +157,8 @@ def read(path: Path, kind: type[Specification]) -> Any:
             f"{place + ': ' if place else ''}{first['msg']}.",
             "Build the store again in another folder.",
         ) from error
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged.", f"{error}.", "Build the store again in another folder.") from error
 
 
 def differences(stored: Specification, asked: dict[str, Any]) -> list[str]:

@@ -257,6 +257,10 @@ class Search:
         found = self.trial(changes)
         return found is not None and not _wrong(found, self.stored)
 
+    def builds(self, changes: Numbers) -> bool:
+        """Whether these numbers build what is stored, and nothing else."""
+        return self.fits(changes) and self._lacking(changes) == set()
+
     def trial(self, changes: Numbers) -> Sizes | None:
         """The sizes that these numbers build; None if they build nothing, or too much was built already."""
         key = frozenset(changes.items())

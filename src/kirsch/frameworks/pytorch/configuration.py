@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kirsch.errors import said
-from kirsch.frameworks.pytorch.blueprint import Search, built, carried, numbers, quietly, sizes
+from kirsch.errors import PlanError, nearest, said
+from kirsch.frameworks.pytorch.blueprint import Search, built, carried, held, numbers, quietly, sizes
 from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.frameworks.pytorch.predict import run
 from kirsch.frameworks.pytorch.pretrained import allow, refuse, refused, savers
@@ -31,6 +31,42 @@ if TYPE_CHECKING:
 
 MOST_SOLUTIONS = 4
 """Configurations of the right shapes that are held against the pruned model."""
+MOST_GROWTH = 4
+"""A number of a configuration may grow, as a ratio does whose divisor shrinks, but not above this times any size."""
+
+
+def check(model: nn.Module, plan: Plan) -> None:
+    """Make sure that the configuration a plan states may be one of a model, before anything is built with it.
+
+    Raises:
+        PlanError: the model carries no configuration, or none with these numbers.
+    """
+    if not plan.configuration:
+        return
+    if not carried(model) or plan.tracing.scope:
+        owner = f"The part {plan.tracing.scope!r} of" if plan.tracing.scope else "A"
+        raise PlanError(
+            f"{plan.title} states a configuration: {', '.join(plan.configuration)}.",
+            f"{owner} {type(model).__name__} carries none that a plan could change.",
+            "Take these numbers out of configuration, or give the model that the plan was made for.",
+        )
+    today, modules = numbers(model.config), held(model)
+    most = MOST_GROWTH * max([*(size for size in sizes(model).values()), *(n for n in today.values() if n)])
+    for path, number in plan.configuration.items():
+        if path not in today and path not in modules:
+            raise PlanError(
+                f"{plan.title} states a number for configuration.{path}.",
+                f"The configuration of the {type(model).__name__} has no such number.",
+                nearest(path, today) or "Take it out, or give the model that the plan was made for.",
+            )
+        if number > most:
+            raise PlanError(
+                f"{plan.title} states {number:g} for configuration.{path}.",
+                f"No size of the {type(model).__name__} comes near it.",
+                "Correct the number, or make a new plan.",
+            )
+
+
 ORIGINAL_SIZE = "from_pretrained would build it in its original size."
 
 

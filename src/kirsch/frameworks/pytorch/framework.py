@@ -63,6 +63,7 @@ class PyTorch:
 
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
         """See the port."""
+        configuration.check(model, plan)
         keep, path = plan.keep(graph), graph.tracing.scope
         own = scope.part_of(model, path)
         make = graph_module.graph_module if graph.tracing.as_graph else surgery.cut

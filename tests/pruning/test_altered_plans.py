@@ -1,0 +1,313 @@
+"""A plan file that was altered is refused with the file and the field named, or works with figures that are right."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import re
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import kirsch
+from kirsch import files
+from kirsch.errors import KirschError, PlanError
+from kirsch.frameworks.pytorch.count import count
+from kirsch.graph.plan import Plan
+from kirsch.pruning.prune import prune_with_proof
+from proving import shaken
+
+MODEL = shaken(
+    nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
+)
+IMAGE = torch.randn(2, 3, 6, 6)
+PLAN = kirsch.plan(kirsch.trace(MODEL, IMAGE), kirsch.Goal(macs=0.75), round_to=1)
+TEXT = PLAN.to_json()
+GROUP = PLAN.groups[0].name
+ENTRY = {"name": "", "shape": [2, 3, 6, 6], "dtype": "float32", "high": 0}
+MISSING = object()
+
+
+def altered(path, value):
+    """The text of the plan with one field replaced, added, or taken out."""
+    content = json.loads(TEXT)
+    *way, last = [int(part) if part.isdecimal() else part for part in path.split("/")]
+    place = content
+    for part in way:
+        place = place[part]
+    if value is MISSING:
+        del place[last]
+    else:
+        place[last] = copy.deepcopy(value)
+    return json.dumps(content)
+
+
+def fields(content, path=""):
+    """The path of every field that a plan has."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield f"{path}/{key}".lstrip("/")
+        yield from fields(value, f"{path}/{key}")
+
+
+OPTIONAL = (
+    r"groups/\d+/reason|groups/\d+/removed/\d+|method/.*|goal/macs|inputs/0|groups/\d+|inputs/0/shape/0|notes/\d+"
+)
+EVERY = [path for path in fields(json.loads(TEXT)) if not path.startswith("groups/1/")]
+NEEDED = [path for path in EVERY if not re.fullmatch(OPTIONAL, path)]
+
+REFUSED = [
+    ("kirsch_plan", True, "kirsch_plan: 1 is expected, and true"),
+    ("kirsch_plan", 1.0, "kirsch_plan: 1 is expected, and 1.0"),
+    ("kirsch_plan", 2, "kirsch_plan: 1 is expected, and 2"),
+    ("extra", 1, "extra is not a known key"),
+    ("model/extra", 1, "model.extra is not a known key"),
+    ("goal/mac", 0.5, "goal.mac is not a known key (did you mean 'macs'?)"),
+    ("groups/0/extra", 1, "groups[0].extra is not a known key"),
+    ("method/importances", "x", "method.importances is not a known key (did you mean 'importance'?)"),
+    ("tracing/as_graph", True, "fingerprint"),
+    ("tracing/softmax", "kept", "fingerprint"),
+    ("tracing/decisions", "example", "fingerprint"),
+    ("tracing/outputs", ["0"], "fingerprint"),
+    ("tracing/outputs", ["no"], "no"),
+    ("tracing/scope", "2", "cannot be applied"),
+    ("tracing/scope", "nowhere", "nowhere"),
+    ("tracing/as_graph", 1, "tracing.as_graph: true or false is expected, and 1"),
+    ("model/fingerprint", "0" * 64, "is for another model"),
+    ("model/fingerprint", "../../x", "model.fingerprint: a sha256"),
+    ("model/fingerprint", json.loads(TEXT)["model"]["fingerprint"].upper(), "model.fingerprint: a sha256"),
+    ("model/parameters", 7, "model.parameters is 7 and cost.before.parameters is"),
+    ("model/class", "", "model.class: a text that is not empty"),
+    ("goal", "macs 0.5", "goal: an object is expected, and 'macs 0.5'"),
+    ("goal/macs", "half", "goal.macs: a finite number above 0 below 1 is expected, and 'half'"),
+    ("goal/macs", True, "goal.macs"),
+    ("goal/macs", 0, "goal.macs"),
+    ("goal/macs", 1.5, "goal.macs"),
+    ("goal/macs", float("nan"), "NaN is not a JSON number"),
+    ("goal/macs", float("inf"), "Infinity is not a JSON number"),
+    ("goal/macs", None, "goal.macs: a finite number above 0 below 1 is expected, and null"),
+    ("method", {"norm": 2}, "method.importance is missing"),
+    ("method/norm", True, "method.norm"),
+    ("method/round_to", 0, "method.round_to"),
+    ("method/round_to", {"hed": 2}, "method.round_to"),
+    ("method/min_keep", -1, "method.min_keep"),
+    ("method/exclude", "head", "method.exclude: a list is expected"),
+    ("groups", {}, "groups: a list is expected, and an object"),
+    ("groups", [], "removes nothing"),
+    ("groups/0", "first", "groups[0]: an object is expected, and 'first'"),
+    ("groups/0/name", "nope", "names a group 'nope'"),
+    ("groups/0/name", 3, "groups[0].name"),
+    ("groups/0/name", PLAN.groups[1].name, "twice"),
+    ("groups/0/kind", "head", "of the kind 'head'"),
+    ("groups/0/kind", "chanel", "groups[0].kind: one of"),
+    ("groups/0/size", 9, "has 9 units"),
+    ("groups/0/size", 0, "groups[0].size"),
+    ("groups/0/size", 2**70, "groups[0].size"),
+    ("groups/0/removed", [1, 1], f"removes unit 1 of '{GROUP}' twice"),
+    ("groups/0/removed", [8], f"removes unit 8 of '{GROUP}'. The group has units 0 to 7"),
+    ("groups/0/removed", [-1], "groups[0].removed[0]"),
+    ("groups/0/removed", list(range(8)), f"removes all 8 units of '{GROUP}'"),
+    ("groups/0/removed", [0.0], "groups[0].removed[0]: a whole number"),
+    ("groups/0/removed", ["0"], "groups[0].removed[0]"),
+    ("groups/0/removed", [True], "groups[0].removed[0]"),
+    ("groups/0/removed", 0, "groups[0].removed: a list"),
+    ("groups/0/reason", 7, "groups[0].reason: a text"),
+    ("blocks", [{"name": "2"}], "leaves out '2'"),
+    ("blocks", [{"name": "2"}, {"name": "2"}], "blocks has '2' twice"),
+    ("cost/after/macs", -5, "cost.after.macs: a whole number of at least 0 is expected, and -5"),
+    ("cost/after/macs", 10**12, "cost.after.macs is 1,000,000,000,000, more than cost.before.macs"),
+    ("cost/before/macs", 10**12, "cost.before.macs is 1,000,000,000,000"),
+    ("cost/before/activations", 10**12, "cost.before.activations is 1,000,000,000,000"),
+    ("cost/before/parameters", 10**12, "cost.before.parameters is 1,000,000,000,000"),
+    ("cost/before/macs", 2.5, "cost.before.macs: a whole number"),
+    ("inputs/0/shape", [-1], "inputs[0].shape[0]: a whole number of at least 1 is expected, and -1"),
+    ("inputs/0/shape", [10**12], "inputs of shape 1000000000000 have more than"),
+    ("inputs/0/shape", [2**70], "inputs[0].shape[0]"),
+    ("inputs/0/shape", [1] * 99, "inputs[0].shape: at most 16 items"),
+    ("inputs/0/shape", [2, 3, 7, 7], "cannot be applied"),
+    ("inputs/0/shape", [3, 3, 6, 6], "cost.before.macs is"),
+    ("inputs/0/shape", [4], "cannot be applied"),
+    ("inputs/0/dtype", "__class__", "inputs[0].dtype: one of"),
+    ("inputs/0/dtype", "float64", "cannot be applied"),
+    ("inputs/0/high", 2**70, "inputs[0].high"),
+    ("inputs/0/high", 3, "inputs[0].high is 3; 0 is the most for float32"),
+    ("inputs/0/name", "other", "cannot be applied"),
+    ("inputs", [ENTRY, ENTRY], "cannot be applied"),
+    ("inputs", [ENTRY | {"name": "x"}] * 2, "two inputs of the same name, 'x'"),
+    ("inputs", [], "does not store its example inputs"),
+    ("notes", ["fine", 7], "notes[1]: a text"),
+    ("configuration", {"hidden_size": 4}, "states a configuration: hidden_size"),
+    ("configuration", {"hidden_size": float("nan")}, "NaN is not a JSON number"),
+    ("configuration", {"hidden_size": "4"}, "configuration.hidden_size: a finite number"),
+    ("configuration", {"hidden_size": -4}, "configuration.hidden_size"),
+]
+OBEYED = [
+    ("groups/0/reason", MISSING),
+    ("groups/0/reason", "since I say so"),
+    ("groups/0/removed", [0]),
+    ("groups/0/removed", []),
+    ("groups/0/removed", [7, 0, 3]),
+    ("groups/0/removed", [0, 1, 2, 3, 4, 5, 6]),
+    ("groups/0", MISSING),
+    ("method", {}),
+    ("goal", {}),
+    ("goal/macs", 0.01),
+    ("goal/params", 0.02),
+    ("cost/after/macs", 5),
+    ("cost/after/parameters", 0),
+    ("notes", ["macs land at 1.0%, just as wished"]),
+    ("model/class", "Other"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "sentence"), REFUSED, ids=lambda value: str(value)[:40])
+def test_an_altered_plan_is_refused_with_its_file_and_field(tmp_path, path, value, sentence):
+    file = tmp_path / "mine.json"
+    file.write_text(altered(path, value))
+    with pytest.raises(KirschError, match=re.escape(sentence)) as caught:
+        kirsch.prune(MODEL, Plan.read(file))
+    assert str(file) in caught.value.what
+
+
+@pytest.mark.parametrize("path", NEEDED)
+def test_a_field_that_is_missing_is_named(tmp_path, path):
+    file = tmp_path / "mine.json"
+    file.write_text(altered(path, MISSING))
+    with pytest.raises(KirschError) as caught:
+        kirsch.prune(MODEL, Plan.read(file))
+    assert str(file) in caught.value.what
+    assert path.rpartition("/")[2] in str(caught.value) or path.rpartition("/")[2].isdecimal()
+
+
+@pytest.mark.parametrize("path", EVERY)
+def test_a_field_of_a_wrong_kind_is_refused(tmp_path, path):
+    file = tmp_path / "mine.json"
+    for value in ({"deep": []}, [[]], None, 0.5 if path.endswith(("uniform", "as_graph")) else False):
+        file.write_text(altered(path, value))
+        with pytest.raises(KirschError) as caught:
+            kirsch.prune(MODEL, Plan.read(file))
+        assert str(file) in caught.value.what
+
+
+@pytest.mark.parametrize("key", ["goal", "class", "macs", "removed", "shape", "scope"])
+def test_a_key_given_twice_is_refused(key):
+    twice = re.sub(rf'"{key}":', f'"{key}": 0, "{key}":', TEXT, count=1)
+    with pytest.raises(PlanError, match=rf"[Tt]he key '{key}' is given twice"):
+        Plan.from_json(twice)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "not JSON: Expecting property name"),
+        ("", "not JSON"),
+        ("[1]", 'The key "kirsch_plan": 1 is missing'),
+        ("{}", 'The key "kirsch_plan": 1 is missing'),
+        ("[" * 100_000 + "]" * 100_000, "nested more than 100 levels deep"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested more than 100 levels deep"),
+        (TEXT.replace('"notes": [', '"notes": ["\\ud800", '), "half of a surrogate pair"),
+        (TEXT.encode("utf-16"), "not UTF-8"),
+        (TEXT.replace("0.75", "1e999"), "1e999 is too large"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_not_a_plan_is_refused(tmp_path, text, sentence):
+    file = tmp_path / "mine.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(PlanError, match=re.escape(sentence)) as caught:
+        Plan.read(file)
+    assert str(file) in caught.value.what
+
+
+@pytest.mark.parametrize(("path", "value"), OBEYED, ids=lambda value: str(value)[:40])
+def test_an_edited_plan_works_and_its_figures_are_those_of_the_model(path, value):
+    found = prune_with_proof(MODEL, Plan.from_json(altered(path, value)))
+    assert (found.plan.after.parameters, found.plan.after.macs) == count(found.model, IMAGE)
+    assert found.plan.before == PLAN.before
+    assert found.plan.model == "Sequential"
+    assert not any("just as wished" in note for note in found.notes)
+
+
+def test_an_edit_that_changes_the_cost_is_said_and_the_goal_is_judged_anew(tmp_path):
+    plan = Plan.from_json(altered("groups/0/removed", []))
+    plan = Plan.from_json(plan.to_json().replace('"macs": 0.75', '"macs": 0.2'))
+    found = prune_with_proof(MODEL, plan)
+    assert any("was edited after it was made: it stated" in note for note in found.notes)
+    assert any("The goal is missed: macs are" in note for note in found.notes)
+    kirsch.save(found.model, tmp_path / "small")
+    stored = json.loads((tmp_path / "small" / "plan.json").read_text())
+    assert stored["cost"]["after"] == found.plan.after.to_dict()
+    assert stored["notes"] == list(found.plan.notes)
+    assert not any("land at" in note for note in stored["notes"])
+
+
+def test_a_plan_as_it_was_made_is_applied_without_a_word_on_its_figures():
+    found = prune_with_proof(MODEL, Plan.from_json(TEXT))
+    assert found.plan == PLAN
+    assert not any("edited" in note or "other inputs" in note for note in found.notes)
+
+
+def test_costs_are_those_on_the_inputs_that_are_given():
+    found = prune_with_proof(MODEL, Plan.from_json(TEXT), example_inputs=IMAGE[:1])
+    assert any(
+        "was made for other inputs; its costs are counted anew on inputs of shape 1×3×6×6" in n for n in found.notes
+    )
+    assert (found.plan.after.parameters, found.plan.after.macs) == count(found.model, IMAGE[:1])
+    assert found.plan.inputs[0].shape == (1, 3, 6, 6)
+
+
+def test_a_damaged_second_plan_of_a_saved_model_is_named(tmp_path):
+    once = kirsch.prune(MODEL, PLAN)
+    twice = kirsch.prune(once, kirsch.plan(kirsch.trace(once, IMAGE), kirsch.Goal(macs=0.8), round_to=1))
+    kirsch.save(twice, tmp_path / "small")
+    file = tmp_path / "small" / "plan.2.json"
+    file.write_text(file.read_text().replace('"goal"', '"gaol"'))
+    files.write_manifest(tmp_path / "small")
+    with pytest.raises(PlanError, match=r"plan\.2\.json is not valid\. gaol is not a known key"):
+        kirsch.load(tmp_path / "small", lambda: copy.deepcopy(MODEL))
+
+
+def test_integers_that_a_table_does_not_have_are_a_fault_of_the_inputs(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    plan = kirsch.plan(kirsch.trace(model, torch.randint(0, 9, (1, 4))), kirsch.Goal(macs=0.7), round_to=1)
+    file = tmp_path / "mine.json"
+    file.write_text(re.sub(r'"high": \d+', '"high": 900', plan.to_json()))
+    with pytest.raises(KirschError, match=r"does not run on the inputs that it states\. IndexError") as caught:
+        kirsch.prune(model, Plan.read(file))
+    assert str(file) in caught.value.what
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(EVERY), JSON)
+def test_whatever_stands_in_a_field_nothing_but_our_errors_is_raised(path, value):
+    try:
+        plan = Plan.from_json(altered(path, value))
+    except PlanError:
+        return
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    try:
+        found = prune_with_proof(MODEL, plan, verify=False)
+    except KirschError:
+        return
+    assert (found.plan.after.parameters, found.plan.after.macs) == count(found.model, IMAGE)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.integers(0, len(TEXT) - 1), st.integers(0, 9), st.text(max_size=4))
+def test_whatever_is_typed_into_the_file_nothing_but_our_errors_is_raised(place, length, typed):
+    text = TEXT[:place] + typed + TEXT[place + length :]
+    with contextlib.suppress(PlanError):
+        Plan.from_json(text)

@@ -1,0 +1,133 @@
+"""A goal that cannot be reached: what holds the rest, and remedies that were tried."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.errors import GoalError
+from kirsch.pruning.choose import plan
+
+
+class Words(nn.Module):
+    """An embedding that holds most of the model, a block of linear layers, and a head of two classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(500, 16)
+        self.up, self.down, self.head = nn.Linear(16, 64), nn.Linear(64, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head((x + self.down(self.up(x).relu())).mean(1))
+
+
+@pytest.fixture(scope="module")
+def graph():
+    torch.manual_seed(0)
+    return kirsch.trace(Words(), torch.randint(0, 500, (1, 5)))
+
+
+def refused(graph, goal, **options):
+    with pytest.raises(GoalError) as caught:
+        plan(graph, goal, **options)
+    return caught.value
+
+
+def test_embeddings_that_granularity_leaves_out_are_named_with_their_share(graph):
+    error = refused(graph, kirsch.Goal(params=0.5), granularity=["ffn unit"])
+    share = 500 * 16 / graph.cost.parameters
+    assert f"`embed` ({share:.1%})" in error.why
+    assert "whose units of the kind 'embedding dim' granularity leaves out" in error.why
+    assert "'embedding dim' in granularity (--kind)" in error.mend
+
+
+@pytest.mark.parametrize(
+    ("goal", "options", "remedy", "repaired"),
+    [
+        (
+            {"params": 0.5},
+            {"granularity": ["ffn unit"]},
+            "'embedding dim' in granularity",
+            {"granularity": ["ffn unit", "embedding dim"]},
+        ),
+        (
+            {"params": 0.5},
+            {"granularity": {"embedding dim": 0}},
+            "'embedding dim' in granularity",
+            {"granularity": {"embedding dim": 1.0}},
+        ),
+        ({"params": 0.5}, {"exclude": ["embed", "up.bias"]}, "exclude without 'embed'", {"exclude": ["up.bias"]}),
+        ({"params": 0.4}, {"round_to": 16}, "round_to=4", {"round_to": 4}),
+        ({"params": 0.4}, {"min_keep": 0.9, "round_to": 1}, "min_keep=0.05", {"min_keep": 0.05, "round_to": 1}),
+        (
+            {"params": 0.2},
+            {"min_keep": 0.9, "exclude": ["embed"], "round_to": 1},
+            "exclude without 'embed' and with min_keep=0.05",
+            {"min_keep": 0.05, "round_to": 1},
+        ),
+    ],
+)
+def test_a_remedy_that_is_offered_reaches_the_goal(graph, goal, options, remedy, repaired):
+    wanted = kirsch.Goal(**goal)
+    error = refused(graph, wanted, **options)
+    assert remedy in error.mend
+    assert wanted.met_by(plan(graph, wanted, **repaired).after, graph.cost)
+
+
+@pytest.mark.parametrize("options", [{"round_to": 8}, {"min_keep": 0.7}, {"exclude": ["up.bias"]}])
+def test_the_goal_that_is_offered_instead_is_reached_with_the_same_options(graph, options):
+    error = refused(graph, kirsch.Goal(params=0.01, macs=0.01), **options)
+    found = re.search(
+        r"Or ask for params=([\d.]+), macs=([\d.]+)|Or ask for macs=([\d.]+), params=([\d.]+)", error.mend
+    )
+    macs, params = (float(number) for number in (found[3], found[4]))
+    assert plan(graph, kirsch.Goal(macs=macs, params=params), **options).groups
+
+
+def test_where_no_options_reach_a_goal_this_is_said_with_the_least_they_reach(graph):
+    error = refused(graph, kirsch.Goal(params=0.001))
+    assert re.search(
+        r"No options reach it; with round_to=1 and with min_keep=0\.001: params 0\.1% .* least", error.mend
+    )
+    assert "cut as far as min_keep=0.1, round_to='auto' let them" in error.why
+
+
+def test_layers_that_are_frozen_are_named_with_the_operation():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 2))
+    error = refused(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(params=0.5))
+    assert re.search(r"75\.7% of the parameters in `0`, frozen: a softmax spans it", error.why)
+    assert error.mend.endswith("As it is, nothing can go.")
+
+
+def test_layers_that_are_excluded_are_named_with_the_pattern(graph):
+    error = refused(graph, kirsch.Goal(params=0.5), exclude=["embed"])
+    assert "which exclude=['embed'] leaves as they are" in error.why
+
+
+def test_an_importance_that_fails_on_what_was_excluded_is_no_remedy():
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    graph = kirsch.trace(model, torch.randn(1, 4))
+    error = refused(graph, kirsch.Goal(params=0.1), exclude=["2"])
+    assert "It is reached" not in error.mend
+    assert "gives no usable scores" in error.mend
+
+
+def test_a_goal_on_macs_of_a_model_without_any_is_refused():
+    class Lookup(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 8)
+
+        def forward(self, x):
+            return self.table(x).sum(-1)
+
+    graph = kirsch.trace(Lookup(), torch.randint(0, 9, (1, 4)))
+    with pytest.raises(GoalError, match=r"macs=0\.5 asks for nothing\. Lookup has no MACs"):
+        plan(graph, kirsch.Goal(macs=0.5))
