@@ -173,7 +173,7 @@ def flaws(folder: Path, beside: Collection[str] = ()) -> dict[str, str]:
         beside: names of files that the manifest leaves out.
     """
     try:
-        known = entries(folder) if _is_plain(folder / MANIFEST) else None
+        known = entries(folder)
     except (OSError, ValueError, RecursionError):
         known = None
     if known is None:
@@ -196,9 +196,21 @@ def entries(folder: Path) -> dict[str, tuple[int, str]]:
     """Bytes and sha256 by name, from the manifest of a folder.
 
     Raises:
-        ValueError: the manifest is damaged.
+        ValueError: the manifest is missing or damaged.
     """
-    return _entries((folder / MANIFEST).read_bytes().decode())
+    path = folder / MANIFEST
+    if path.is_symlink() or not path.is_file():  # reading a pipe would wait for ever
+        raise ValueError("not a file")
+    return _entries(path.read_bytes().decode())
+
+
+def unlisted(folder: Path) -> list[str]:
+    """The names of files that the manifest of a folder does not name; none where the manifest is damaged."""
+    try:
+        known = entries(folder)
+    except (OSError, ValueError, RecursionError):
+        return []
+    return sorted(_present(folder)[0] - known.keys() - {MANIFEST})
 
 
 def odd(folder: Path) -> dict[str, str]:
@@ -280,11 +292,6 @@ def _is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _is_plain(path: Path) -> bool:
-    """Whether a path is a regular file; reading a pipe would wait for ever."""
-    return path.is_file() and not path.is_symlink()
 
 
 def sha256(path: Path) -> str:

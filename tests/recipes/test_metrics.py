@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from kirsch import files
+from kirsch.recipes import seal
 from kirsch.recipes.metrics import goal_text
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import materials_of
@@ -228,6 +229,8 @@ def test_a_plan_that_keeps_too_much_is_seen(done):
     record["macs"] = round(0.61 * cost(8)[1])
     (folder / "record.json").write_text(json.dumps(record))
     files.write_manifest(folder)
+    seal.lift(done.folder)
+    seal.seal(done.folder)
     found = done.do()
     assert found.exit_code == 3
     assert [(item["name"], item["met"]) for item in found.metrics["goal"]["items"]] == [

@@ -48,22 +48,35 @@ def refuse_strangers(recipe: Recipe, folder: Path) -> None:
             )
 
 
+def require(folder: Path) -> None:
+    """Make sure that a folder holds a run, whatever state that is in.
+
+    Raises:
+        LoadError: it does not.
+    """
+    if not seal.is_run(folder):
+        raise _no_run(folder)
+
+
+def _no_run(folder: Path) -> LoadError:
+    return LoadError(f"{folder} holds no run.", f"{RUN} is missing or damaged.", "Start it: kirsch compress.")
+
+
 def refuse_misplaced(folder: Path) -> None:
-    """Leave links, pipes and files of somebody else where a run would trip over them or remove them.
+    """Stop before links, pipes and foreign files that a run would trip over or remove.
 
     Raises:
         CheckpointError: names all of them.
     """
     found = seal.misplaced(folder)
     for place in seal.stage_folders(folder):
-        for name, sentence in files.flaws(place).items():
-            if sentence.endswith("is not in its manifest") and not WRITTEN.fullmatch(name.rpartition("/")[2]):
-                found.append(sentence)
+        foreign = (name for name in files.unlisted(place) if not WRITTEN.fullmatch(name.rpartition("/")[2]))
+        found += [f"{place / name} is not in its manifest" for name in foreign]
     if found:
         raise CheckpointError(
-            f"The run {folder} holds what Kirsch did not put there:\n" + "\n".join(found),
+            f"The run {folder} cannot go on as it is:\n" + "\n".join(found),
             "",
-            f"Delete it or move it elsewhere; then kirsch resume {folder} makes again what is missing.",
+            f"Delete or move these, or make them readable; then kirsch resume {folder} makes again what is missing.",
         )
 
 
@@ -77,7 +90,7 @@ def stored(folder: Path) -> tuple[Recipe, Path]:
     run = seal.read_run(folder)
     base = run.get("base") or _base_of_events(folder)
     if base is None and not (folder / CHECKPOINTS).is_dir():
-        raise LoadError(f"{folder} holds no run.", f"{RUN} is missing or damaged.", "Start it: kirsch compress.")
+        raise _no_run(folder)
     recipe = _recipe(folder, run)
     if base is None or recipe is None:
         raise LoadError(

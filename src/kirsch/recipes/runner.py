@@ -168,6 +168,7 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcom
         LoadError: the folder holds no run, or one whose models were given as objects.
         CheckpointError: the folder holds something that is to be deleted or moved first; names it.
     """
+    run_folder.require(folder)
     run_folder.refuse_misplaced(folder)
     recipe, base = run_folder.stored(folder)
     if recipe.teacher.model == GIVEN:

@@ -33,6 +33,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     return content if known else {}
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, or what is left of one."""
+    if os.path.lexists(folder / RUN):
+        return True
+    begun = (folder / EVENTS).is_file() and (folder / CHECKPOINTS).is_dir()
+    return begun or any(path != folder / PRUNED for path in stage_folders(folder))
+
+
 def seal(folder: Path) -> None:
     """Record every file of a finished run in its manifest, and the manifest in run.json.
 

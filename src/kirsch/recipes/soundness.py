@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +45,7 @@ def check(folder: Path) -> Soundness:
     Raises:
         LoadError: the folder holds no run.
     """
-    present = {name for name in (RUN, CHECKPOINTS, EVENTS, files.MANIFEST) if os.path.lexists(folder / name)}
-    if RUN not in present and not (CHECKPOINTS in present and present & {EVENTS, files.MANIFEST}):
+    if not seal.is_run(folder):
         raise LoadError(f"{folder} holds no run.", f"{RUN} is missing.", "Give the folder of a run.")
     finished = seal.is_sealed(folder)
     misplaced = seal.misplaced(folder)
