@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import onnx
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -82,14 +80,6 @@ recover: {train: {epochs: 3, learning_rate: 0.02, warmup_epochs: 1}}
 measure: {rounds: 10}
 goal: {max_drop: 0.5}
 """
-
-
-def bare(path: Path) -> bytes:
-    """What an ONNX file computes and with which weights, without its notes on the source, which hold file paths."""
-    model = onnx.load(path)
-    for node in model.graph.node:
-        del node.metadata_props[:]
-    return model.SerializeToString(deterministic=True)
 
 
 def write_job(folder: Path) -> Path:

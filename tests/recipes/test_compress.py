@@ -13,7 +13,7 @@ import torch
 
 import kirsch
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.errors import GoalError, Interrupted, RecipeError, UsageError
+from kirsch.errors import GoalError, Interrupted, NumericError, RecipeError, UsageError
 from kirsch.recipes import stages
 from kirsch.recipes.models import build
 from kirsch.recipes.tasks.data import load_data
@@ -228,3 +228,16 @@ def test_without_a_folder_a_new_one_is_made_under_runs(given, tmp_path, monkeypa
         kirsch.compress(given[0], given[2], kirsch.Goal(macs=0.001), name="a/b")
     (made,) = (tmp_path / "runs").iterdir()
     assert "-a-b-" in made.name
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_without_finite_scores_is_not_judged(given, tmp_path, value):
+    """Its accuracy would be that of its first class."""
+    model, _, data = given
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.head.bias[0] = value
+    with pytest.raises(NumericError, match=r"gives NaN or infinity as scores of 60 of 60 samples") as caught:
+        kirsch.compress(broken, data, HALF, recover=None, folder=tmp_path / "run")
+    assert caught.value.exit_code == 6
+    assert not (tmp_path / "run" / "report.html").exists()

@@ -31,7 +31,6 @@ from kirsch.recipes import runner, soundness
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import new_folder_name, resume
 from kirsch.recipes.tasks.data import DataSet, Split
-from tiny import bare
 
 STAGES = ["teacher", "distil", "prune", "recover", "export", "measure"]
 MODELS_ALONE = ("export=null", "measure=null")
@@ -45,11 +44,6 @@ def contents(folder):
 def equal(first, second):
     one, two = (model if isinstance(model, dict) else model.state_dict() for model in (first, second))
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def sealed(path):
-    """A file, without what says where its source lies."""
-    return bare(path) if path.suffix == ".onnx" else path.read_bytes()
 
 
 def flip(path):
@@ -193,7 +187,7 @@ def test_whatever_is_damaged_is_made_again_and_comes_out_the_same(done):
     """One bit in each file but those that say what is to be done."""
     before = contents(done.folder)
     damaged = before.keys() - {".lock", "recipe.yaml", "run.json", "events.jsonl"}
-    sound = {name: sealed(done.folder / name) for name in damaged}
+    sound = {name: (done.folder / name).read_bytes() for name in damaged}
     for name in damaged:
         flip(done.folder / name)
     resume(done.folder, listen=done.heard.append)
@@ -204,7 +198,7 @@ def test_whatever_is_damaged_is_made_again_and_comes_out_the_same(done):
         name for name in damaged if not name.endswith(("record.json", "manifest.json", "metrics.json", "report.html"))
     }
     assert len(bits) > 12
-    assert {name for name in bits if sealed(done.folder / name) != sound[name]} == set()
+    assert {name for name in bits if (done.folder / name).read_bytes() != sound[name]} == set()
     figures = [json.loads(side["metrics.json"]) for side in (before, now)]
     for side in figures:
         for model in side["models"]:
@@ -227,12 +221,12 @@ def test_a_damaged_stage_is_named_and_those_after_it_are_kept(done, stage):
 @pytest.mark.parametrize("name", ["model.onnx", "model/model.safetensors"])
 def test_a_damaged_artifact_is_exported_again(done, name):
     path = done.folder / "artifacts" / name
-    before = sealed(path)
+    before = path.read_bytes()
     flip(path)
     resume(done.folder, listen=done.heard.append)
     assert done.stages("stage_start") == ["export"]
     assert re.match(rf"The stage 'export' is done again: .*{name} ", done.notes()[0])
-    assert sealed(path) == before
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink])

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from kirsch.report import render
-from kirsch.report.html import FOLDER, heat, mistakes
+from kirsch.report.html import FOLDER, heat, mistakes, without_folders
 
 STYLE = (FOLDER / "style.css").read_text(encoding="utf-8")
 
@@ -139,12 +139,12 @@ def test_each_drawing_has_its_numbers_in_a_table_below_it(page, metrics):
 
 
 def test_the_verdict_is_size_latency_and_quality_before_and_after(page, metrics):
-    """3574126 / 512319 = 6.976; a ratio with its interval; both accuracies."""
+    """3541463 / 479666 = 7.383; a ratio with its interval; both accuracies."""
     tree = page(metrics)
     (heading,) = tree.all("h1")
-    assert heading.words == "digits: 6.98× smaller, 5.42× [4.88 – 5.96] as fast, 98.5 % → 97.0 % accuracy"
+    assert heading.words == "digits: 7.38× smaller, 5.42× [4.88 – 5.96] as fast, 98.5 % → 97.0 % accuracy"
     assert [part.words for part in tree.all("dd", class_="big")] == [
-        "3.57 MB → 512 kB",
+        "3.54 MB → 480 kB",
         "223 µs → 41.2 µs",
         "98.5 % → 97.0 %",
     ]
@@ -170,7 +170,7 @@ def test_the_page_says_whether_the_goal_is_met_and_not_when_there_is_none(page, 
 
 
 @pytest.mark.parametrize(
-    ("size", "said"), [(3_574_126, "same size"), (7_148_252, "2.00× larger"), (1_787_063, "2.00× smaller")]
+    ("size", "said"), [(3_541_463, "same size"), (7_082_926, "2.00× larger"), (1_770_731, "2.00× smaller")]
 )
 def test_a_file_that_grew_is_not_called_smaller(page, metrics, size, said):
     metrics["models"][-1]["bytes"] = size
@@ -179,7 +179,7 @@ def test_a_file_that_grew_is_not_called_smaller(page, metrics, size, said):
 
 def test_what_to_ship_is_named_with_its_hash_and_a_program(page, metrics):
     (verdict,) = page(metrics).all("section", aria_label="Verdict")
-    assert "artifacts/model.onnx, ONNX opset 20, 512 kB (512,319 bytes)" in verdict.words
+    assert "artifacts/model.onnx, ONNX opset 20, 480 kB (479,666 bytes)" in verdict.words
     assert metrics["export"]["sha256"] in verdict.words
     assert "399 of 400 test samples get the same label" in verdict.words
     assert "3.8e-06" in verdict.words
@@ -188,10 +188,10 @@ def test_what_to_ship_is_named_with_its_hash_and_a_program(page, metrics):
 
 def test_the_models_are_told_with_all_their_costs(page, metrics):
     assert table(page(metrics), "model", "parameters") == [
-        ["teacher", "885 k", "10.7 M", "3.57 MB", "223 µs", "268 µs", "reference", "98.5 % ± 1.2"],
-        ["student", "223 k", "2.69 M", "925 kB", "67.8 µs", "81.4 µs", "3.29× [2.96 – 3.62]", "97.3 % ± 1.6"],
+        ["teacher", "885 k", "10.7 M", "3.54 MB", "223 µs", "268 µs", "reference", "98.5 % ± 1.2"],
+        ["student", "223 k", "2.69 M", "892 kB", "67.8 µs", "81.4 µs", "3.29× [2.96 – 3.62]", "97.3 % ± 1.6"],
         ["pruned", "119 k", "1.34 M", "485 kB", "not measured", "", "", "54.3 % ± 4.8"],
-        ["exported", "119 k", "1.34 M", "512 kB", "41.2 µs", "49.4 µs", "5.42× [4.88 – 5.96]", "97.0 % ± 1.7"],
+        ["exported", "119 k", "1.34 M", "480 kB", "41.2 µs", "49.4 µs", "5.42× [4.88 – 5.96]", "97.0 % ± 1.7"],
     ]
     assert "Models that were not timed stand in the table alone." in page(metrics).words
 
@@ -202,7 +202,7 @@ def test_without_a_stopwatch_latency_is_said_not_to_be_measured(page, metrics):
     metrics["measured"] |= dict.fromkeys(("runtime", "threads", "batch", "rounds", "aa", "load_before", "load_after"))
     tree = page(metrics)
     assert_well_formed(tree)
-    assert tree.all("h1")[0].words == "digits: 6.98× smaller, 98.5 % → 97.0 % accuracy"
+    assert tree.all("h1")[0].words == "digits: 7.38× smaller, 98.5 % → 97.0 % accuracy"
     assert [part.words for part in tree.all("dd", class_="big")][1] == "not measured"
     assert "Models that were not timed" not in tree.words
     assert "Noise floor" not in tree.words
@@ -391,6 +391,29 @@ def test_nothing_removed_and_no_layers_render(page, metrics):
     part = section(page(metrics), "What was removed")
     assert part.all("svg") == []
     assert "Nothing but inputs and outputs held any layer." in part.words
+
+
+# ------------------------------------------------------------------------------------------- paths
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("model: /home/alice/work/nets.py:teacher", "model: nets.py:teacher"),
+        ("model: nets.py:teacher", "model: nets.py:teacher"),
+        ("source: ../data/nets.py:stripes", "source: ../data/nets.py:stripes"),
+        ("options: {path: '/Users/alice'}", "options: {path: '~'}"),
+        ('weights: "~/secret/w.safetensors"', 'weights: "w.safetensors"'),
+        (r"weights: C:\Users\alice\w.safetensors", "weights: w.safetensors"),
+        ("folder: /srv/alice/data", "folder: data"),
+        ("model: /home/alice/nets.py:teacher", "model: nets.py:teacher"),
+        ("model: timm:resnet18", "model: timm:resnet18"),
+    ],
+)
+def test_the_recipe_is_shown_without_the_folders_of_whoever_ran_it(page, metrics, text, shown):
+    assert without_folders(text) == shown
+    metrics["provenance"]["recipe"] = f"name: digits\n{text}\n"
+    assert f"name: digits\n{shown}\n" in [found.text for found in page(metrics).all("pre")]
 
 
 # ------------------------------------------------------------------------------------------- hostile names

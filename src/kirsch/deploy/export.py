@@ -63,20 +63,31 @@ class Exporter(Protocol):
 EXPORTERS: Registry[Exporter] = Registry("exporter")
 
 
+<<<<<<< HEAD
 @checked
 def export(model: Model, path: str | Path, *, example_inputs: Inputs, format: str = "onnx") -> Artifact:  # noqa: A002 - the field's word
     """The model as a file, run once more on its runtime and held against the model.
+=======
+def export(model: Any, path: str | Path, *, example_inputs: Any, format: str = "onnx") -> Artifact:  # noqa: A002 - the field's word
+    """Write the model to a file, run the file on its runtime, and compare it with the model.
+>>>>>>> fix-export
 
     Args:
         model: exported in inference mode; left as it is.
         path: of the file; it appears whole or not at all.
-        example_inputs: one array, a tuple of positional or a dict of keyword arguments; the first axis is the batch,
-            which stays free.
+        example_inputs: one array, a tuple of positional or a dict of keyword arguments, which may be nested and hold
+            None, truth values and texts beside arrays; as they occur, since what is compared follows from them. The
+            first axis is the batch. It stays free; where the model or its export allow one size only, it is fixed at
+            that of the example inputs, with a warning and a note in `details["notes"]`.
         format: "onnx".
 
+    Returns:
+        The `Artifact`; `details["trials"]` says how far file and model differ for which inputs.
+
     Raises:
-        ModelError: the model cannot be exported.
-        NumericError: the file computes something else than the model.
+        ModelError: the model cannot be copied, run with these inputs, or exported.
+        NumericError: the file computes something else than the model, or the model gives NaN, no finite number, or
+            other outputs at each run.
         UnknownNameError: there is no such format.
         OutputError: the file cannot be written.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ FOLDER = Path(__file__).parent
 
 MOST_CLASSES = 40
 """Nobody reads a table of confusions with more classes; the most frequent mistakes are listed instead."""
+
+HOME = re.compile(r"(?<![^\s'\"=])(/home|/Users|[A-Za-z]:[/\\]Users)[/\\][^/\\\s:'\"]+")
+FOLDERS = re.compile(r"(?<![^\s'\"=])(/(?:[^/\s:'\"]+/)+|(?:~|[A-Za-z]:)[/\\](?:[^/\\\s:'\"]+[/\\])*)")
+"""A person's folder, and the folders of an absolute path, where a word begins."""
 
 SPACE = "\N{NO-BREAK SPACE}"
 
@@ -31,6 +36,7 @@ def render(metrics: dict[str, Any]) -> str:
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals.update(figures=figures, charts=charts)
+    environment.filters["without_folders"] = without_folders
     environment.filters["pretty"] = lambda value: json.dumps(value, indent=1, ensure_ascii=False)
     style = (FOLDER / "style.css").read_text(encoding="utf-8")
     template = environment.get_template("template.html.j2")
@@ -43,6 +49,11 @@ def render(metrics: dict[str, Any]) -> str:
         mistakes=mistakes(quality) if quality and len(quality["classes"]) > MOST_CLASSES else None,
         heat=heat,
     )
+
+
+def without_folders(text: str) -> str:
+    """Return a text with only the last part of each absolute path: the page is shown to others."""
+    return FOLDERS.sub("", HOME.sub("~", text))
 
 
 def verdict(metrics: dict[str, Any]) -> dict[str, Any]:
