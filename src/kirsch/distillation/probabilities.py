@@ -188,7 +188,8 @@ def refusal(whose: str, shape: str, objective: Objective, field: str) -> UsageEr
         fix += ', or losses of classes: "cross-entropy" and "kd".'
     else:
         fix += (
-            f', or say Objective(..., {field}="probabilities"), which takes their logarithms; '
+            f', or say Objective(..., {field}="probabilities"), in a recipe outputs: probabilities of the model, which '
+            "takes their logarithms; "
             f'{field}="logits" takes them as they are.'
         )
     return UsageError(

@@ -122,7 +122,11 @@ class DataSet:
             )
             what = error.what.replace("The targets have", f"The labels of the {part} part of {self.name} have")
             why = f"They must be class numbers: one whole number a sample, shape (N,), from 0 to {count - 1}."
-            raise DataError(what, why, fix if split.labels.ndim > len("NK") else error.mend)
+            if "label_loss" in error.mend:
+                fix = f"A DataSet is for classifiers that answer one class a sample. For kirsch.distill: {error.mend}"
+            elif split.labels.ndim <= len("NK"):
+                fix = error.mend
+            raise DataError(what, why, fix)
         wrong = (split.labels < 0) | (split.labels >= count)
         if wrong.any():
             error = out_of_range(split.labels, wrong, count, IGNORED)
