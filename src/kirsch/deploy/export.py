@@ -63,14 +63,9 @@ class Exporter(Protocol):
 EXPORTERS: Registry[Exporter] = Registry("exporter")
 
 
-<<<<<<< HEAD
 @checked
 def export(model: Model, path: str | Path, *, example_inputs: Inputs, format: str = "onnx") -> Artifact:  # noqa: A002 - the field's word
-    """The model as a file, run once more on its runtime and held against the model.
-=======
-def export(model: Any, path: str | Path, *, example_inputs: Any, format: str = "onnx") -> Artifact:  # noqa: A002 - the field's word
     """Write the model to a file, run the file on its runtime, and compare it with the model.
->>>>>>> fix-export
 
     Args:
         model: exported in inference mode; left as it is.
