@@ -121,6 +121,22 @@ def test_files_lie_where_it_says(made):
     assert sum(event["event"] == "epoch" for event in heard) == SOME.epochs
 
 
+def test_a_model_whose_checkpoints_could_not_be_loaded_is_told_of_and_refuses_to_write_them(given, tmp_path):
+    class Saving(type(given[0])):
+        def save_pretrained(self, folder):
+            raise NotImplementedError
+
+    model, heard = copy.deepcopy(given[0]), []
+    model.__class__ = Saving
+    found = kirsch.compress(
+        model, given[2], HALF, recover=SOME, batch_size=16, folder=tmp_path / "run", listen=heard.append
+    )
+    text = "No configuration describes the pruned Saving. from_pretrained would build it in its original size."
+    assert [event for event in heard if event["event"] == "note" and event["text"].startswith(text)]
+    with pytest.raises(UsageError, match=r"from_pretrained cannot load.*kirsch\.save"):
+        found.model.save_pretrained(tmp_path)
+
+
 def test_the_same_call_goes_on_where_it_was(given, made, tmp_path):
     heard = []
     folder = shutil.copytree(made[0].folder, tmp_path / "run")

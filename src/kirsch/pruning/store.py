@@ -62,7 +62,7 @@ def _require_unchanged(model: Any) -> None:
             f"This {type(model).__name__} was changed after kirsch.prune: it had {shapes[0]} at {other!r}, and has "
             f"{shapes[1]}.",
             "kirsch.load builds the original and prunes it by the plan, which gives the model before that change.",
-            "Change the model before it is pruned, or save its state_dict with safetensors.",
+            "Undo it (unwrap the model, merge its adapters), make it before pruning, or save the state_dict itself.",
         )
 
 
@@ -75,6 +75,9 @@ def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = No
         build: makes the original architecture, before any pruning; its weights and floating types do not matter.
         example_inputs: only needed where the plan could not store those that it was made with (objects of a class of
             their own, or values that decide which way the forward takes); see `kirsch.trace`.
+
+    Returns:
+        The pruned model, in the mode and on the device of what `build` returns.
 
     Raises:
         CheckpointError: a file is missing, damaged or not one of `save`; names it.

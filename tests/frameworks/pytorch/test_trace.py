@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from kirsch.errors import GoalError, ModelError
 from kirsch.frameworks.pytorch.count import count
 from kirsch.frameworks.pytorch.trace import trace
+from kirsch.graph.graph import InputSpec, InputValue, NestedInput
 from kirsch.graph.plan import Goal
 from kirsch.pruning.choose import plan
 from proving import assert_cut_is_right
@@ -184,13 +186,15 @@ def test_inputs_are_stored_by_shape_type_and_range(value, dtype, high):
     assert (stored.name, stored.shape, stored.dtype, stored.high) == ("", tuple(value.shape), dtype, high)
 
 
-def test_nested_inputs_are_traced_and_not_stored():
+def test_nested_inputs_are_traced_and_stored_without_the_values_of_tensors():
     class Nested(Net):
         def forward(self, pair, scale):
             return super().forward(pair[0] + pair[1]["x"]) * scale
 
     graph, _ = assert_cut_is_right(Nested(lambda _, x: torch.relu(x)), ((TOKENS, {"x": TOKENS}), 2.0), sizes=[8])
-    assert graph.inputs == ()
+    shape = InputSpec("", tuple(TOKENS.shape), "float32")
+    inner = NestedInput("", "dict", (replace(shape, name="x"),))
+    assert graph.inputs == (NestedInput("", "tuple", (shape, inner)), InputValue("", 2.0))
 
 
 def test_a_lazy_layer_that_was_never_run_is_named():

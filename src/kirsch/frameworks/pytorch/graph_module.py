@@ -57,7 +57,7 @@ def graph_module(model: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> fx.
     if not all(isinstance(value, torch.Tensor) for value in (*traced.args, *traced.options.values())):
         raise ModelError(
             f"The {graph.model_name} cannot be given as a graph.",
-            "Not all of its inputs are tensors.",
+            "Its inputs are nested, or not all tensors.",
             "Trace it without as_graph, or a part that takes tensors.",
         )
     root = cut(model, graph, keep, constants=False)
