@@ -80,6 +80,8 @@ ACCEPTED = {
     **each("options adapter_options", {"dict"}),
     **each("loss adapter name", TEXTS),
     "outputs": {"None", "empty list"},
+    "student_outputs": {"None"},
+    "teacher_outputs": {"None", "empty list"},
     "stop": {"None", "function", "model"},
     "clip_norm": {"None", *POSITIVE},
     "label_weight": POSITIVE,
@@ -126,7 +128,12 @@ SPECIAL = {
     "Distiller.counts.batches": {"empty list", "generator"},
     "Distiller.check_labels.targets": {"None", "numbers"},
     "Distiller.__call__.through": {"None", "function", "class", "model"},
-    "compress.name": TEXTS,
+    "ArrayData.ids": {"None", "numbers"},
+    "ArrayData.targets": {"None", "numbers"},
+    "Split.inputs": {"array", "numbers", "empty list"},
+    "Split.labels": {"array", "numbers", "empty list"},
+    "DataSet.augment": {"None", "class", "model"},
+    "compress.name": {"text"},
     "compress.data": set(),
     "compress.temperature": {"None", *POSITIVE},
     "save.folder": {*TEXTS, "path"},
@@ -230,7 +237,7 @@ def calls(tmp_path_factory):
         "prune": (kirsch.prune, {"model": model, "plan": plan, "example_inputs": x, "verify": True}),
         "prune_with_proof": (prune_with_proof, {"model": model, "plan": plan, "example_inputs": x, "verify": True}),
         "save": (kirsch.save, {"model": small, "folder": folder / "again"}),
-        "load": (kirsch.load, {"folder": folder / "saved", "build": Net}),
+        "load": (kirsch.load, {"folder": folder / "saved", "build": Net, "example_inputs": x}),
         "export": (
             kirsch.export,
             {"model": model, "path": folder / "again.onnx", "example_inputs": x, "format": "onnx"},
@@ -378,7 +385,7 @@ def test_the_table_has_every_public_callable_and_every_argument(calls):
         assert named <= values.keys(), name
 
 
-OF_THE_RIGHT_KIND = {"model", "models", "array", "dict", "function", "text", "empty text", "path"}
+OF_THE_RIGHT_KIND = {"bytes", "model", "models", "array", "dict", "function", "text", "empty text", "path"}
 """Kinds of values that can have the right type and not fit otherwise; then the error names what does not fit."""
 
 NAMES = [

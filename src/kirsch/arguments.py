@@ -57,7 +57,7 @@ def checked(target: T) -> T:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise _wrong_call(public_name(target), signature, kwargs, error) from None
+            raise _wrong_call(target, signature, kwargs, error) from None
         wrong: list[UsageError] = []
         for argument, hint in _hints(function, target).items():
             if argument in bound.arguments:
@@ -95,14 +95,15 @@ def _hints(function: Any, target: Any) -> dict[str, Any]:
     return typing.get_type_hints(types.SimpleNamespace(__annotations__=annotations), known, include_extras=True)
 
 
-def _wrong_call(call: str, signature: inspect.Signature, given: Mapping[str, Any], error: TypeError) -> UsageError:
+def _wrong_call(target: Any, signature: inspect.Signature, given: Mapping[str, Any], error: TypeError) -> UsageError:
     """Return the error for arguments that are unknown, missing or too many."""
-    known = [name for name in signature.parameters if name != "self"]
+    call, known = public_name(target), [name for name in signature.parameters if name != "self"]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     unknown = next((name for name in given if name not in known and not takes_any), None)
     if unknown is None:
         return UsageError(f"The call of {call} does not fit: {error}.", mend=f"Its arguments are {', '.join(known)}.")
-    return UsageError(
+    refused: UsageError | None = target.refuse_argument(unknown) if hasattr(target, "refuse_argument") else None
+    return refused or UsageError(
         f"{call} has no argument {unknown!r}.", listing(known), nearest(unknown, known) or "Leave it out."
     )
 

@@ -159,7 +159,7 @@ def test_going_through_the_data_does_not_change_it():
 
 
 def test_no_samples_are_refused():
-    with pytest.raises(DataError, match=r"The data is empty\. Give at least one sample"):
+    with pytest.raises(DataError, match=r"The data is empty: its inputs have no sample\. Give"):
         data(0, 4)
 
 

@@ -29,7 +29,7 @@ PLAN = kirsch.plan(kirsch.trace(MODEL, IMAGE), kirsch.Goal(macs=0.75), round_to=
 TEXT = PLAN.to_json()
 GROUP = PLAN.groups[0].name
 ENTRY = {"name": "", "shape": [2, 3, 6, 6], "dtype": "float32", "high": 0}
-MISSING = object()
+MISSING = type("Missing", (), {"__repr__": lambda _: "missing"})()
 
 
 def altered(path, value):

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+INPUTS_FIX = "Give example inputs of that number, shape and type."
+
+
 class OnnxSession:
     """An ONNX file, loaded and ready.
 
@@ -75,11 +78,11 @@ class OnnxSession:
         expected = ", ".join(f"{v.name} {v.shape} {v.type}" for v in self._session.get_inputs())
         what = f"The file cannot take inputs {', '.join(f'{value.shape} {value.dtype}' for value in inputs)}."
         if len(inputs) != len(self.inputs):
-            raise ShapeError(what, f"It expects {expected}.")
+            raise ShapeError(what, f"It expects {expected}.", INPUTS_FIX)
         try:
             out: list[NDArray[Any]] = self._session.run(None, dict(zip(self.inputs, inputs, strict=True)))
         except Exception as error:  # its errors have no common base of their own
-            raise ShapeError(what, f"It expects {expected}. {_first_line(error)}") from error
+            raise ShapeError(what, f"It expects {expected}. {_first_line(error)}", INPUTS_FIX) from error
         return out
 
     def predict(self, inputs: NDArray[Any], batch_size: int = 256) -> NDArray[Any]:

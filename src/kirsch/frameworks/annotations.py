@@ -75,7 +75,7 @@ def _is_data(value: Any) -> bool:
     if hasattr(value, "epoch"):
         return True
     if isinstance(value, (list, tuple)):
-        return bool(value) and is_batch(value[0])
+        return not value or is_batch(value[0])  # without batches it is data, which is empty
     other = isinstance(value, (str, bytes, Mapping, AbstractSet, os.PathLike)) or inspect.isclass(value)
     if other or is_model(value) or hasattr(value, "dtype"):
         return False

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+ONE_EACH = "Give one for each sample, on the first axis."
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a step sees.
@@ -129,9 +132,9 @@ class ArrayData(SeededData):
     def __post_init__(self) -> None:
         self._make_arrays()
         if not self.parts or not self.samples:
-            raise DataError("The data is empty.", mend="Give at least one sample.")
+            raise DataError("The data is empty: its inputs have no sample.", mend="Give at least one sample.")
         if self.targets is not None and self.samples != len(self.targets):
-            raise ShapeError(f"There are {self.samples} inputs and {len(self.targets)} targets.")
+            raise ShapeError(f"There are {self.samples} inputs and {len(self.targets)} targets.", mend=ONE_EACH)
         for name, part in self.parts.items():
             _check_part(name, part, self.samples)
         if self.ids is not None:
@@ -222,7 +225,7 @@ def _array(name: str, given: Any) -> NDArray[Any]:
 
 def _check_part(name: str, part: NDArray[Any], samples: int) -> None:
     if len(part) != samples:
-        raise ShapeError(f"There are {samples} samples of the first input and {len(part)} of {name!r}.")
+        raise ShapeError(f"There are {samples} samples of the first input and {len(part)} of {name!r}.", mend=ONE_EACH)
     if part.dtype.kind not in "biufc":
         raise DataError(
             f"The input {name!r} is {look(part)}.", "A model takes numbers.", "Give arrays of numbers, not of objects."
@@ -234,7 +237,7 @@ def _check_part(name: str, part: NDArray[Any], samples: int) -> None:
 
 def _check_ids(ids: NDArray[Any], count: int) -> None:
     if len(ids) != count:
-        raise ShapeError(f"There are {count} inputs and {len(ids)} ids.")
+        raise ShapeError(f"There are {count} inputs and {len(ids)} ids.", mend=ONE_EACH)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise DataError(f"The ids have shape {ids.shape} and type {ids.dtype}.", "One whole number a sample is needed.")
     ordered = np.sort(ids)

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kirsch.arguments import checked
 from kirsch.errors import GoalError, LoadError, PlanError, nearest
@@ -51,15 +51,12 @@ class Goal:
     macs: float | None = None
     params: float | None = None
 
-    def __new__(cls, *_limits: Any, **named: Any) -> Self:
-        """A new goal; a limit of a name that there is not is refused in words, which `__init__` could not do."""
-        known = [limit.name for limit in fields(cls)]
-        for name in named:
-            if LATENCY.search(name):
-                raise GoalError(f"The goal {name}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
-            if name not in known:
-                raise GoalError(f"There is no goal {name!r}.", f"Known: {', '.join(known)}.", nearest(name, known))
-        return super().__new__(cls)
+    @staticmethod
+    def refuse_argument(name: str) -> GoalError | None:
+        """Return the error for a limit on a time; None for any other name. `kirsch.arguments.checked` asks for it."""
+        if not LATENCY.search(name):
+            return None
+        return GoalError(f"The goal {name}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
 
     def __post_init__(self) -> None:
         if self.macs is None and self.params is None:

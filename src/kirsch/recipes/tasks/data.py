@@ -91,7 +91,8 @@ class DataSet:
                 raise DataError(f"The {part} part of {self.name} is empty.", mend="Give it at least one sample.")
             if len(split.inputs) != len(split.labels):
                 raise DataError(
-                    f"The {part} part of {self.name} has {len(split.inputs)} inputs and {len(split)} labels."
+                    f"The {part} part of {self.name} has {len(split.inputs)} inputs and {len(split)} labels.",
+                    mend="Give one label for each input.",
                 )
             self._check_labels(part, split)
             if split.inputs.ndim != self.train.inputs.ndim:
