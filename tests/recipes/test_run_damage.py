@@ -217,6 +217,15 @@ def test_a_file_of_the_user_is_kept_and_recorded(done):
     assert soundness.check(done.folder).wrong == []
 
 
+def test_a_run_json_that_was_edited_sends_nobody_to_other_models(done):
+    path = done.folder / "run.json"
+    run = json.loads(path.read_text())
+    files.write_json(path, run | {"base": "../elsewhere"})
+    resume(done.folder, listen=done.heard.append)
+    assert done.notes() == [f"{path} does not have the sha256 of its manifest. It is written again."]
+    assert json.loads(path.read_text())["base"] == run["base"]
+
+
 def test_a_resume_that_fails_at_once_leaves_a_finished_run_as_it_is(done):
     (done.base / "nets.py").unlink()
     before = {name: (done.folder / name).read_bytes() for name in names(done.folder)}
@@ -247,7 +256,10 @@ def test_a_run_that_has_not_ended_is_checked_by_its_parts(done):
     with (done.folder / "recipe.yaml").open("a") as recipe:
         recipe.write("# changed\n")
     (done.folder / "artifacts" / "model.onnx").write_bytes(b"")
+    events = done.folder / "events.jsonl"
+    events.write_bytes(b"?" + events.read_bytes())
     assert soundness.check(done.folder).wrong == [
+        f"{events} has lines that are no events",
         f"{done.folder / 'checkpoints/teacher/done'} is missing, and a later stage is done",
         f"{done.folder / 'recipe.yaml'} is not the recipe that run.json states",
         f"{done.folder / 'plan.json'} is missing, or is not the plan of the pruned model",

@@ -87,7 +87,7 @@ def stored(folder: Path) -> tuple[Recipe, Path]:
         LoadError: the folder holds no run, or too little of one.
         RecipeError: recipe.yaml is damaged.
     """
-    run = seal.read_run(folder)
+    run = seal.trusted_run(folder)
     base = run.get("base") or _base_of_events(folder)
     if base is None and not (folder / CHECKPOINTS).is_dir():
         raise _no_run(folder)

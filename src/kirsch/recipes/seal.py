@@ -33,6 +33,16 @@ def read_run(folder: Path) -> dict[str, Any]:
     return content if known else {}
 
 
+def trusted_run(folder: Path) -> dict[str, Any]:
+    """The content of run.json; empty, too, where it is not what the manifest of the run covers."""
+    run = read_run(folder)
+    try:
+        fits = _sealed_form(folder, run)
+    except (OSError, ValueError, RecursionError):
+        fits = True  # no manifest, or a damaged one, to compare it with
+    return run if fits else {}
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run, or what is left of one."""
     if os.path.lexists(folder / RUN):

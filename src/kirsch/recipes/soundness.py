@@ -66,6 +66,9 @@ def check(folder: Path) -> Soundness:
 def _contradictions(folder: Path) -> list[str]:
     """What cannot be right in a run that has not ended: unreadable files, and files that do not agree."""
     wrong = [text for name in (METRICS, PLAN, ENVIRONMENT) if (text := _unreadable(folder / name))]
+    events = folder / EVENTS
+    if events.is_file() and events.read_bytes().count(b"\n") != len(run_folder.events_of(folder)[0]):
+        wrong.append(f"{events} has lines that are no events")  # a kill tears the last one alone, before its end
     run = seal.read_run(folder)
     if not run:
         wrong.append(f"{folder / RUN} is missing or damaged")
