@@ -34,7 +34,7 @@ class Tagger(nn.Module):
 class Dummies(Tagger):
     @property
     def dummy_inputs(self):
-        return {"input_ids": torch.tensor([[7, 6, 0, 0, 1]])}
+        return {"input_ids": torch.tensor([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0]])}
 
     def forward(self, input_ids):
         return super().forward(input_ids)
@@ -83,7 +83,9 @@ def test_an_input_has_sizes_and_may_have_a_name_and_a_type(text, spec):
     assert specifications([text]) == [spec]
 
 
-@pytest.mark.parametrize("text", ["", "1,a", "1,0", "-1,3", "1,,3", "1,3,", "=1,3", "1x=1", "1,3:", "٣,1", "1.5", f"{2**63}"])
+@pytest.mark.parametrize(
+    "text", ["", "1,a", "1,0", "-1,3", "1,,3", "1,3,", "=1,3", "1x=1", "1,3:", "٣,1", "1.5", f"{2**63}"]
+)
 def test_another_form_is_refused_with_examples(text):
     with pytest.raises(UsageError, match=re.escape(f"--input {text!r} is not a shape.")) as caught:
         specifications([text])

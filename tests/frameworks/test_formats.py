@@ -115,5 +115,7 @@ def test_a_folder_that_is_called_like_a_library_or_a_package_is_not_taken_for_th
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "package_of_this_test").mkdir()
-    (tmp_path / "package_of_this_test" / "__init__.py").write_text("from torch import nn\ndef net(): return nn.Linear(2, 2)\n")
+    (tmp_path / "package_of_this_test" / "__init__.py").write_text(
+        "from torch import nn\ndef net(): return nn.Linear(2, 2)\n"
+    )
     assert build("package_of_this_test:net").in_features == 2

@@ -49,7 +49,10 @@ class NotFinite(nn.Linear):
 def test_a_model_that_gives_other_outputs_at_each_run_is_named_with_what_to_do(kind):
     with pytest.raises(NumericError) as caught:
         require_steady(kind(4, 8), BATCH)
-    assert caught.value.what == f"The model {kind.__name__} gives other outputs at each run on the same inputs, in eval mode."
+    assert (
+        caught.value.what
+        == f"The model {kind.__name__} gives other outputs at each run on the same inputs, in eval mode."
+    )
     assert "draws random numbers" in caught.value.why
     assert "training=self.training" in caught.value.mend
 

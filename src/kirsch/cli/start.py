@@ -47,7 +47,6 @@ def interruptible(stdout: TextIO) -> Iterator[None]:
     Args:
         stdout: where a result in JSON goes.
     """
-
     received = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
