@@ -15,7 +15,7 @@ class OutOfMemoryError(RuntimeError):
     """As PyTorch calls that of a GPU."""
 
 
-class Unspeakable(Exception):
+class UnspeakableError(Exception):
     """Its text cannot be had."""
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ def test_what_the_operating_system_refuses_kirsch_is_no_bug(number, kind, fix):
         FileNotFoundError(errno.ENOENT, "gone", "weights.bin"),
         UserWarning("made an error"),
         BaseException("of its own kind"),
-        Unspeakable(),
+        UnspeakableError(),
     ],
 )
 def test_code_of_the_user_that_fails_is_named_with_its_line(error):
@@ -134,10 +134,18 @@ def test_code_of_an_installed_package_is_named_where_there_is_no_other():
 
 
 def test_a_syntax_error_names_its_line_once():
-    try:
+    with pytest.raises(SyntaxError) as caught:
         compile("def f(:", "/home/me/nets.py", "exec")
-    except SyntaxError as error:
-        assert told(error) == "SyntaxError: invalid syntax (nets.py, line 1)."
+    assert told(caught.value) == "SyntaxError: invalid syntax (nets.py, line 1)."
+
+
+def test_the_first_of_several_errors_is_named_too():
+    error = raised(ImportError("no such thing"), USER)
+    error.__cause__ = RuntimeError("in between")
+    error.__cause__.__cause__ = OSError("libgone.so: no such file")
+    assert told(error) == (
+        "ImportError: no such thing (nets.py:2, in forward). It was raised from OSError: libgone.so: no such file."
+    )
 
 
 def test_a_long_text_is_cut():

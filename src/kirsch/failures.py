@@ -28,7 +28,8 @@ RUNTIMES = ("torch", "numpy", "scipy", "onnxruntime", "onnx", "onnxscript", "acc
 
 MEMORY = re.compile(
     "can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc|bad allocation|"
-    "failed to allocate|unable to allocate|ALLOC_FAILED|Storage size calculation overflowed|failed to map segment|array is too big",
+    "failed to allocate|unable to allocate|ALLOC_FAILED|Storage size calculation overflowed|"
+    "failed to map segment|array is too big",
     re.IGNORECASE,
 )
 """How PyTorch, CUDA, numpy, C++ and ONNX Runtime word that memory is lacking."""
@@ -104,9 +105,11 @@ def place(error: BaseException) -> str:
 
 
 def told(error: BaseException) -> str:
-    """Type, first line and place of an exception of the user's code, as one sentence."""
+    """Type, first line and place of an exception of the user's code, and what it was raised from, in sentences."""
     where = "" if isinstance(error, SyntaxError) else place(error)  # a SyntaxError names its line itself
-    return f"{said(error).rstrip('.')} ({where})." if where else said(error)
+    sentence = f"{said(error).rstrip('.')} ({where})." if where else said(error)
+    *_, root = _causes(error)
+    return sentence if root is error else f"{sentence} It was raised from {said(root)}"
 
 
 def _after(doing: str) -> str:
@@ -180,7 +183,7 @@ def _of_system(error: BaseException, doing: str) -> KirschError | None:
 
 def _foreign(file: str) -> bool:
     """Whether a file belongs neither to Kirsch, nor to Python, nor to a package that runs models for Kirsch."""
-    if file.startswith(OWN) or not os.path.isabs(file):  # such as "<string>", and what Cython compiled
+    if file.startswith(OWN) or not Path(file).is_absolute():  # such as "<string>", and what Cython compiled
         return False
     package = PACKAGE.search(file)
     return package[1] not in RUNTIMES if package else not file.startswith(LIBRARY)

@@ -34,7 +34,7 @@ class Tagger(nn.Module):
 class Dummies(Tagger):
     @property
     def dummy_inputs(self):
-        return {"input_ids": torch.tensor([[7, 6, 0, 0, 1]])}
+        return {"input_ids": torch.tensor([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0]])}
 
     def forward(self, input_ids):
         return super().forward(input_ids)

@@ -75,7 +75,7 @@ def test_all_inputs_are_made_in_their_types_with_a_batch_of_one(session):
 
 
 def test_a_type_that_numbers_cannot_fill_is_named(session):
-    with pytest.raises(LoadError, match="'x' .* is of type string"):
+    with pytest.raises(LoadError, match=r"'x' .* is of type string"):
         stand_ins(session(("x", ["n"]), kind=TensorProto.STRING))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kirsch.errors import PlanError
+from kirsch.errors import GoalError, PlanError
 from kirsch.graph.cost import Cost
 from kirsch.graph.graph import InputSpec, Tracing
 from kirsch.graph.group import KINDS
@@ -233,3 +235,19 @@ def test_a_plan_of_another_shape_never_reaches_the_groups():
     stranger = SimpleNamespace(fingerprint="else", model_name="Other", cost=Cost(7, 0, 0))
     with pytest.raises(PlanError, match="The model given is Other with 7 parameters, fingerprint else"):
         plan(removal()).check(stranger)
+
+
+@pytest.mark.parametrize("name", ["latency", "latency_ms", "max_latency", "ms", "speedup", "fps"])
+def test_a_latency_goal_is_refused_with_what_to_use(name):
+    with pytest.raises(GoalError, match="latency goals do not exist yet.*macs=0.5.*kirsch.measure"):
+        Goal(**{name: 5})
+
+
+def test_a_goal_of_an_unknown_name_lists_those_there_are():
+    with pytest.raises(GoalError, match=r"There is no goal 'mac'\. Known: macs, params\. Did you mean 'macs'\?"):
+        Goal(mac=0.5)
+
+
+def test_a_goal_is_copied_and_pickled_as_any_other():
+    goal = Goal(macs=0.5)
+    assert pickle.loads(pickle.dumps(goal)) == copy.deepcopy(goal) == replace(goal) == goal

@@ -406,5 +406,6 @@ def _misuse(error: Any) -> UsageError:
     if LATENCY.search(option):
         return GoalError(f"There is no option {option}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
     first, *rest = error.format_message().strip().split("\n")
-    fix = "Write a fraction: 0.5 for 50 %." if "%" in first else f"See {path} --help."
+    fraction = getattr(getattr(error, "param", None), "name", None) in ("macs", "params")
+    fix = "Write a fraction: 0.5 for 50 %." if fraction else f"See {path} --help."
     return UsageError(first, " ".join(rest), fix)

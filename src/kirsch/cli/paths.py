@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch.errors import UsageError
@@ -30,6 +31,8 @@ SHOWN = 60
 """Characters of a path that an error repeats."""
 
 IMPOSSIBLE = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+NAME_MAX = 255
+"""Bytes of a name that the usual file systems allow."""
 
 
 def check_paths(options: Mapping[str, Any]) -> None:
@@ -57,10 +60,12 @@ def _check(text: str, called: str) -> None:
         )
     try:
         os.lstat(text)
+        long = False
     except ValueError as error:  # NUL, or characters that the file system's encoding lacks
         raise UsageError(f"{called} {shown!r} is not a path.", f"{error}.", "Give another name.") from error
     except OSError as error:
-        if error.errno in IMPOSSIBLE:
-            raise UsageError(
-                f"{called} {shown!r} is not a path that a file can have.", f"{error.strerror}.", "Give a shorter name."
-            ) from error
+        # Where a folder on the way does not exist yet, the system has not looked at the rest.
+        long = error.errno in IMPOSSIBLE or any(len(os.fsencode(part)) > NAME_MAX for part in Path(text).parts)
+    if long:
+        what = f"{called} {shown!r} is not a path that a file can have."
+        raise UsageError(what, f"{os.strerror(errno.ENAMETOOLONG)}.", "Give a shorter name.")

@@ -229,4 +229,6 @@ def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> An
         image = (1, getattr(config, "num_channels", 3), height, width)
         return framework.inputs_like([InputSpec(main, image, "float32")], model)
     dummies = getattr(model, "dummy_inputs", None)
-    return dict(dummies) if isinstance(dummies, Mapping) and main in dummies else None
+    if not isinstance(dummies, Mapping) or main not in dummies:
+        return None
+    return {name: value[:1] if getattr(value, "ndim", 0) else value for name, value in dummies.items()}  # one sample

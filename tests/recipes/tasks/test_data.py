@@ -210,3 +210,23 @@ def test_a_source_that_gives_no_data_is_named(base, source, options, error, sent
     with pytest.raises(KirschError, match=re.escape(sentence)) as caught:
         load_data(source, options, seed=0, base=base)
     assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(
+    ("classes", "sentence"),
+    [
+        (("a", "\udce9", "c"), r"The class 1 of d has the name '\\udce9'\. It is not valid text\."),
+        (("a", "b", 2), r"The class 2 of d has the name 2\. It is of type int\."),
+        (("a", None, "c"), r"The class 1 of d has the name None\. It is of type NoneType\."),
+        (("a", b"b", "c"), r"The class 1 of d has the name b'b'\. It is of type bytes\."),
+        (("a", "b", "a"), r"Two classes of d have the name 'a'\."),
+    ],
+)
+def test_a_class_name_that_no_file_can_hold_is_refused_at_the_start(classes, sentence):
+    with pytest.raises(DataError, match=sentence):
+        data_set(classes=classes)
+
+
+def test_a_data_set_has_a_name_that_is_text():
+    with pytest.raises(DataError, match=r"The data set has the name '\\udce9'\. It is not valid text\."):
+        DataSet("\udce9", split(), split(), split(), ("a", "b", "c"))
