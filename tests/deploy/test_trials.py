@@ -157,15 +157,36 @@ DRAWING = {
 @pytest.mark.parametrize("function", DRAWING.values(), ids=DRAWING)
 def test_a_model_that_draws_random_numbers_is_refused_with_the_line(function, tmp_path):
     model, state = Made(function), torch.random.get_rng_state()
-    sentence = r"A Made gives other outputs at each run.*draws random numbers in inference mode: test_trials\.py:\d+, `"
+    sentence = r"(at each run|No file can equal a Made).*draws random numbers in inference mode: test_trials\.py:\d+, `"
     with pytest.raises(NumericError, match=sentence):
         kirsch.export(model, tmp_path / "m.onnx", example_inputs=PAIR)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_what_is_drawn_without_an_effect_is_exported(tmp_path):
-    still = Made(lambda _, x: functional.dropout(x, 0.0) + 0 * torch.rand(1))
+    def unused(_model, x):
+        torch.rand(1)
+        return functional.dropout(x, 0.0)
+
+    still = Made(unused)
     assert kirsch.export(still, tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] < DRIFT
+
+
+def test_a_draw_that_rarely_matters_is_found_in_the_program(tmp_path):
+    """One path in a million is dropped, so that runs agree; a file that draws is no file of this model."""
+    rare = Made(lambda _, x: x * torch.bernoulli(torch.full((len(x), 1), 1 - 1e-6)))
+    with pytest.raises(NumericError, match=r"No file can equal a Made\. It draws random .*: test_trials\.py:\d+, `"):
+        kirsch.export(rare, tmp_path / "m.onnx", example_inputs=PAIR)
+
+
+def test_a_forward_with_branches_in_the_graph_is_exported(tmp_path):
+    branching = Made(lambda _, x: torch.cond(x.sum() > 0, lambda v: 2 * v, lambda v: v - 1, (x,)))
+    assert kirsch.export(branching, tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] < DRIFT
+
+
+def test_a_model_without_outputs_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"A Made returns no tensor\."):
+        kirsch.export(Made(lambda _, x: {"text": "nothing"}), tmp_path / "m.onnx", example_inputs=PAIR)
 
 
 @pytest.mark.parametrize(

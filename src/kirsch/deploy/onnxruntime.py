@@ -45,7 +45,7 @@ class OnnxSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors only: its warnings speak of its own optimizer
+        options.log_severity_level = 4  # an error is raised too, and its warnings speak of its own optimizer
         try:
             # ONNX Runtime refuses external data outside the folder of the file by itself.
             self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

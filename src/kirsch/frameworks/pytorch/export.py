@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kirsch.errors import ModelError
+from kirsch.errors import ModelError, NumericError
 from kirsch.frameworks.port import host
 from kirsch.frameworks.pytorch import onnx_file, predict
 from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.frameworks.pytorch.finite import not_finite_names
 from kirsch.frameworks.pytorch.flat import Flat, output_names
-from kirsch.frameworks.pytorch.randomness import unsteady
+from kirsch.frameworks.pytorch.randomness import STILL, drawing, drawing_line, unsteady
 from kirsch.frameworks.pytorch.rounding import Rounding
 from kirsch.frameworks.pytorch.unsupported import check_exportable
 
@@ -105,6 +105,7 @@ class Exportable:
 
         Raises:
             ModelError: the model cannot be exported; names the operation where the exporter does.
+            NumericError: it draws random numbers.
         """
         # An axis of size 1 would be taken for a constant.
         twice = free_batch and all(len(value) == 1 for value in self._flat.inputs.values())
@@ -129,6 +130,9 @@ class Exportable:
             ) from error
         if program is None:
             raise ModelError(f"A {self.name} cannot be exported to ONNX.", "The exporter gave nothing.")
+        line = drawing_line(program.exported_program) if program.exported_program is not None else None
+        if line is not None:  # it may matter too rarely to be seen in runs
+            raise NumericError(f"No file can equal a {self.name}.", drawing(line), STILL)
         size = sum(p.numel() * p.element_size() for p in self._flat.parameters())
         with _quiet():
             program.save(str(path), external_data=size > SINGLE_FILE_BYTES)

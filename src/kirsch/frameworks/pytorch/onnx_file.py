@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import onnx
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.flat import unique
-from kirsch.frameworks.pytorch.randomness import line_of
+from kirsch.frameworks.pytorch.randomness import line_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -149,6 +148,4 @@ def _refuse_bfloat16(graph: Any, model: str) -> None:
 
 def _line(node: Any) -> str:
     """The line of code that a node comes from, "" if it is not known."""
-    trace = next((entry.value for entry in node.metadata_props if entry.key == TRACE), "")
-    found = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', trace)
-    return line_of([(file, int(number), code) for file, number, code in found])
+    return line_in(next((entry.value for entry in node.metadata_props if entry.key == TRACE), ""))

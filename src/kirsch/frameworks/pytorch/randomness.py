@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +16,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
+    from torch.export import ExportedProgram
 
 APART = 1e-5
 """Share of the largest output that two runs may differ by: sums on many threads have no fixed order."""
 
-QUIET = (
+STILL = (
     "Draw only where self.training is true (F.dropout takes training=self.training), or let the random numbers be an "
     "input of the model."
 )
 """What to do about a model that draws random numbers in inference mode."""
-
-DRAWS = 16
-"""Runs, at most, of a model that draws random numbers, to see whether its outputs depend on them."""
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
@@ -38,8 +37,7 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch ann
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
-        # A fused attention is marked as drawing whether or not it drops anything; where it drops, it is not fused.
-        if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func._schema.name:  # noqa: SLF001 - has no public name
+        if draws(func, args, kwargs or {}):
             self.lines.append(line_of([(f.filename, f.lineno, f.line) for f in traceback.extract_stack()]))
         return func(*args, **(kwargs or {}))
 
@@ -47,26 +45,24 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch ann
 def unsteady(model: nn.Module, run: Callable[[], list[torch.Tensor]]) -> tuple[str, str]:
     """Return why two runs for one input differ, and what to do; two empty texts if they do not.
 
+    What draws too rarely to be seen in two runs is found in the program that is exported; see `drawing_line`.
+
     Args:
         model: what is run, whose buffers are compared before and after.
         run: gives the outputs.
     """
-    draws = _Draws()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     before = {name: value.clone() for name, value in model.named_buffers()}
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
-        with draws:
-            first = run()
-        for seed in range(1, DRAWS if draws.lines else 2):  # few classes may be drawn alike
-            torch.manual_seed(seed)
-            if not _alike(first, run()):
-                break
-        else:
+        first = run()
+        torch.manual_seed(1)
+        if _alike(first, run()):
             return "", ""
-    if draws.lines:
-        line = next(filter(None, draws.lines), "")
-        return f"It draws random numbers in inference mode{f': {line}' if line else ''}.", QUIET
+        with _Draws() as watch:
+            run()
+    if watch.lines:
+        return drawing(next(filter(None, watch.lines), "")), STILL
     buffers = dict(model.named_buffers())
     changed = [name for name, value in buffers.items() if name not in before or not torch.equal(value, before[name])]
     if changed:
@@ -78,6 +74,46 @@ def unsteady(model: nn.Module, run: Callable[[], list[torch.Tensor]]) -> tuple[s
         "Two runs with the same inputs give different outputs.",
         "Look for random numbers that are not PyTorch's (random, numpy.random) and for state that a forward changes.",
     )
+
+
+def draws(func: Any, args: Any, options: Any) -> bool:
+    """Return whether an operation draws random numbers.
+
+    Attention and recurrent layers are marked as drawing whether or not they drop anything.
+    """
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        return False
+    names = func._schema.arguments  # noqa: SLF001 - has no public name
+    given = {argument.name: argument.default_value for argument in names}
+    given |= dict(zip(given, args, strict=False)) | options
+    dropped = [given[name] for name in ("p", "dropout_p") if isinstance(given.get(name), (int, float))]
+    return given.get("train", given.get("training")) is not False and 0 not in dropped
+
+
+def drawing_line(program: ExportedProgram) -> str | None:
+    """Return the line of the first operation that draws random numbers for an output, "" if it is unknown.
+
+    None where there is no such operation.
+    """
+    needed = {node for node in program.graph.nodes if node.op == "output"}
+    found = None
+    for node in reversed(program.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+            if node.op == "call_function" and draws(node.target, node.args, node.kwargs):
+                found = line_in(node.meta.get("stack_trace") or "")
+    return found
+
+
+def line_in(trace: str) -> str:
+    """Return the innermost line outside of PyTorch and Kirsch in the text of a stack trace; see `line_of`."""
+    found = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', trace)
+    return line_of([(file, int(number), code) for file, number, code in found])
+
+
+def drawing(line: str) -> str:
+    """Return the sentence for a model that draws random numbers at a line of code, which may be unknown: ""."""
+    return f"It draws random numbers in inference mode{f': {line}' if line else ''}."
 
 
 def _alike(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:

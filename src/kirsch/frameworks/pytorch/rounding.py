@@ -26,10 +26,9 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch a
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
-        schema, options = func._schema, kwargs or {}  # noqa: SLF001 - has no public name
+        options, schema = kwargs or {}, func._schema  # noqa: SLF001 - has no public name
         # What is written into, or shares memory with its result, must stay the same tensor.
-        shares = schema.is_mutable or any(value.alias_info is not None for value in schema.returns)
-        if not shares:
+        if not (schema.is_mutable or any(value.alias_info is not None for value in schema.returns)):
             args, options = tree_map(self._moved, (args, options))
         return func(*args, **options)
 
