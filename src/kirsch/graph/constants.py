@@ -48,11 +48,11 @@ def solve(
                 f"Exclude the layers it belongs to, compute the size from the tensor's own shape, or {AS_GRAPH}.",
             )
     for condition in broken(demands, conditions, kept):
-        sizes = [f"{len(labels)} → {kept(labels)}" for labels in condition.expression.sizes]
+        sizes = [f"a size of {len(labels)} that becomes {kept(labels)}" for labels in condition.expression.sizes]
+        read = [*sizes, *(f"`{leaf}`" for leaf, _ in condition.expression.leaves)]
         raise PlanError(
             f"A comparison at {condition.operation.source or 'an operation of the graph'} does not allow the plan.",
-            f"It reads {', '.join([*sizes, *(f'`{leaf}`' for leaf, _ in condition.expression.leaves)])}, and would turn "
-            "out otherwise than in the original.",
+            f"It reads {', '.join(read)}, and would turn out otherwise than in the original.",
             f"Cut another number of units, as with round_to, exclude the layers that it looks at, or {AS_GRAPH}.",
         )
     return {leaf: values[leaf] for leaf, value in today.items() if isinstance(leaf, Leaf) and values[leaf] != value}

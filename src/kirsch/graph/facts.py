@@ -146,9 +146,8 @@ class Facts:
             if self.cause is not None and labels is not None:  # an axis lost its labels there, upstream of here
                 self.touch(labels)
                 cause = self.cause
-                self.freezes.append(
-                    Freeze(np.unique(labels), cause.reason, cause.operation, cause.boundary, cause.number)
-                )
+                found = np.unique(labels)
+                self.freezes.append(Freeze(found, cause.reason, cause.operation, cause.boundary, cause.number))
             else:
                 self.freeze(labels, "it meets an axis that cannot change")
             return None

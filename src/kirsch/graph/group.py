@@ -31,7 +31,7 @@ KINDS = {
     "position in norm group": "the second axis of that grid",
     "embedding dim": "a column of an embedding table, or of a residual sum that linear layers read and write",
     "rank": "what linear layers compute for linear layers without an activation between, such as the rank of LoRA",
-    "ffn unit": "what linear layers compute for linear layers, except in poolers and heads that see one vector a sample",
+    "ffn unit": "what linear layers compute for others, but not in a pooler or head that sees one vector a sample",
     "block": "the first axis of the grid that any other reshape makes",
     "position in block": "another axis of that grid",
     "channel": "everything else",
@@ -143,14 +143,12 @@ def _kind(coupling: Coupling, components: NDArray[np.int64], otherwise: str) -> 
         return otherwise
     if has("embedded") or (linear and has("summed")):
         return "embedding dim"
-    if not linear:
-        return "channel"
-    if not has("activated"):
+    if linear and not has("activated"):
         return "rank"
     # A pooler or the head of a classifier computes one vector of many positions, and adds it to nothing.
     many = "positions" in coupling.marks or "into convolution" in coupling.marks
     pooled = has("one position") and not has("positions") and many
-    return "channel" if pooled and not has("into sum") else "ffn unit"
+    return "ffn unit" if linear and (has("into sum") or not pooled) else "channel"
 
 
 class _Sites:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group
     from kirsch.graph.labels import Labels
 
+COMPARISON = "comparison"
+"""Name of the operation of a demand that a comparison in the code makes."""
+
 TRIALS = 8
 """Random choices that are tried. Where none of them shows a demand that cannot be met, making the plan does."""
 
@@ -51,20 +54,14 @@ def rigid(
             own = {leaf for leaf, _ in demand.expression.leaves}
             held = [other for other in demands if own & {leaf for leaf, _ in other.expression.leaves}]
         fixed = not len(demand.labels) and not demand.expression.leaves
-        asked = demand.operation.name == "comparison"
-        reason = (
-            f"a comparison in the code reads it{_beside(demand)}"
-            if asked
-            else "the code uses its size as a number"
-            if fixed
-            else f"{demand.names} cannot follow it"
-        )
+        asked = demand.operation.name == COMPARISON
+        reason = "the code uses its size as a number" if fixed else f"{demand.names} cannot follow it"
+        reason = f"a comparison in the code reads it{_beside(demand)}" if asked else reason
         for other in held:
             labels = np.unique(np.concatenate(_touched(other)))
             if not coupling.stuck[coupling.component[labels]].all():
-                freezes.setdefault(
-                    id(other), Freeze(labels, reason, demand.operation if asked else other.operation, number=True)
-                )
+                where = demand.operation if asked else other.operation
+                freezes.setdefault(id(other), Freeze(labels, reason, where, number=True))
     return ties, [] if ties else list(freezes.values())
 
 

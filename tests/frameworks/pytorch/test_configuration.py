@@ -323,7 +323,7 @@ CASES = {
         0.5,
         {"hidden_size", "intermediate_size", "head_dim"},
     ),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT, ["channel"], (), 0.8, {"n_inner"}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT, FFN, (), 0.8, {"n_inner"}),
     "t5": (
         "T5ForConditionalGeneration",
         "T5Config",

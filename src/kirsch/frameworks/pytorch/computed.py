@@ -1,7 +1,7 @@
 """Weights that a model computes from its parameters, and which of them a cut changes for the units that stay.
 
-Spectral and weight normalization, orthogonal parametrizations and standardized convolutions compute a weight from all of
-a parameter. When rows or columns of the parameter go, the computed weight of the others changes with them.
+Spectral and weight normalization, orthogonal parametrizations and standardized convolutions compute a weight from all
+of a parameter. When rows or columns of the parameter go, the computed weight of the others changes with them.
 """
 
 from __future__ import annotations
@@ -102,12 +102,9 @@ def _fixed(traced: Traced) -> set[Node]:
     held = {*traced.slots, *traced.program.graph_signature.inputs_to_lifted_tensor_constants}
     fixed: set[Node] = set()
     for node in traced.program.graph.nodes:
-        if node.op == "placeholder":
-            if node.name in held:
-                fixed.add(node)
-        elif node.op == "call_function" and fixed.issuperset(node.all_input_nodes):
-            if not any(word in name_of(node) for word in RANDOM):
-                fixed.add(node)
+        computes = node.op == "call_function" and not any(word in name_of(node) for word in RANDOM)
+        if node.name in held or (computes and fixed.issuperset(node.all_input_nodes)):
+            fixed.add(node)
     return fixed
 
 

@@ -123,4 +123,5 @@ def renew_weights(module: nn.Module) -> None:
             elif isinstance(hook, SpectralNorm):
                 setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
             elif isinstance(hook, BasePruningMethod):
-                setattr(module, hook._tensor_name, hook.apply_mask(module))  # noqa: SLF001 - likewise
+                weight = hook.apply_mask(module)  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
+                setattr(module, hook._tensor_name, weight)  # noqa: SLF001 - likewise

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 def drop(model: nn.Module, blocks: Collection[Block], args: Any, options: Any) -> dict[str, str]:
     """Take blocks out of a model, which is changed.
 
-    A block that a `torch.fx` graph runs leaves the graph. One that stands in a list leaves it, and what numbers the elements of the list is numbered anew; where the forward
-    does not allow that, and elsewhere, it becomes `nn.Identity`.
+    A block that a `torch.fx` graph runs leaves the graph. One that stands in a list leaves it, and what numbers the
+    elements of the list is numbered anew; where the forward does not allow that, and elsewhere, it becomes
+    `nn.Identity`.
 
     Args:
         model: the copy that is changed.

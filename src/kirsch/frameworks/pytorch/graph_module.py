@@ -9,9 +9,10 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from kirsch.errors import ModelError
+from kirsch.frameworks.pytorch.integers import TracedInt
 from kirsch.frameworks.pytorch.masked import ASSERTIONS
 from kirsch.frameworks.pytorch.program import name_of
-from kirsch.frameworks.pytorch.provenance import Call, TracedInt
+from kirsch.frameworks.pytorch.provenance import Call
 from kirsch.frameworks.pytorch.surgery import cut
 from kirsch.graph.expression import Leaf
 

@@ -17,9 +17,10 @@ from torch.fx import Interpreter, traceback
 from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import ModelError
+from kirsch.frameworks.pytorch.integers import PACKAGES
 from kirsch.frameworks.pytorch.interpreted import owned
 from kirsch.frameworks.pytorch.masked import ASSERTIONS
-from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, twin_of, watched
+from kirsch.frameworks.pytorch.provenance import Calls, twin_of, watched
 from kirsch.frameworks.pytorch.unsupported import reason_of
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _reason(
     place = f" in `{calls.failed_in}`{line}" if calls.failed_in else line
     first = next((text for text in str(error).splitlines() if text.strip()), "").strip()
     what = f"The model {name} cannot be traced with inputs of shape {shapes or 'none'}."
-    known = reason_of(calls, error)
+    known = reason_of({call.name for call in calls.log}, error)
     if known is not None:
         return what, f"{known[0]} ({type(error).__name__}{place})", known[1]
     why = f"{type(error).__name__}{place}: {first}"

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from kirsch.frameworks.pytorch.provenance import SizeOf, TracedInt
+from kirsch.frameworks.pytorch.integers import TracedInt
+from kirsch.frameworks.pytorch.provenance import SizeOf
 from kirsch.graph import relations
 from kirsch.graph.expression import Expression, Leaf, Size
 from kirsch.graph.labels import Tensor
@@ -15,7 +16,8 @@ from kirsch.graph.labels import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from kirsch.frameworks.pytorch.provenance import Call, Compared
+    from kirsch.frameworks.pytorch.integers import Compared
+    from kirsch.frameworks.pytorch.provenance import Call
     from kirsch.graph.facts import Facts
     from kirsch.graph.labels import Axis
 
@@ -154,11 +156,14 @@ class Step:
             self._condition(found, [first, second], must=True)
         else:
             for expression, other in ((first, sides[1]), (second, sides[0])):
-                if expression is not None and expression.plain and expression.sizes:
+                if expression is None:
+                    continue
+                if expression.plain and expression.sizes:
                     reason = f"its size is compared with {int(other)}, a number in the code"
                     self.facts.freeze(expression.sizes[0], reason, number=True)
-                elif expression is not None:
-                    self.facts.pin(int(other), expression)
+                else:  # what an attribute has to do with a size can be solved for the attribute
+                    must = expression.plain or bool(expression.sizes and expression.leaves)
+                    self._condition(found, [expression], must=must)
 
     def _condition(self, found: Compared, parts: list[Expression], *, must: bool = False) -> None:
         if not parts:

@@ -21,10 +21,20 @@ from kirsch.frameworks.pytorch.blocks import Block, Runner
 from kirsch.frameworks.pytorch.blocks import find as find_blocks
 from kirsch.frameworks.pytorch.count import macs_of
 from kirsch.frameworks.pytorch.graph_module import call_of
+from kirsch.frameworks.pytorch.held import (
+    costs,
+    freeze_shared,
+    freeze_unused,
+    identities,
+    labelled,
+    specification,
+    values_of,
+)
+from kirsch.frameworks.pytorch.integers import PACKAGES, Compared, TracedInt
 from kirsch.frameworks.pytorch.outputs import counting
 from kirsch.frameworks.pytorch.predict import arguments
 from kirsch.frameworks.pytorch.program import Sizes, export, name_of, shapes_of
-from kirsch.frameworks.pytorch.provenance import PACKAGES, Calls, Compared, SizeOf, TracedInt
+from kirsch.frameworks.pytorch.provenance import Calls, SizeOf
 from kirsch.frameworks.pytorch.residual import ends_of_branch
 from kirsch.frameworks.pytorch.scope import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.stand_ins import specification
@@ -33,11 +43,11 @@ from kirsch.frameworks.pytorch.unsupported import check
 from kirsch.graph.facts import Facts, Freeze, Operation
 from kirsch.graph.graph import Graph, Tracing
 from kirsch.graph.labels import Tensor
+from kirsch.graph.rigid import COMPARISON
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
-    from numpy.typing import NDArray
     from torch.export import ExportedProgram
     from torch.fx import Node
 
@@ -88,7 +98,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
     args, options = arguments(example_inputs)
     check(model)
     facts = Facts()
-    tensors = _labelled(model, facts)
+    tensors = labelled(model, facts)
     traced = _walk(model, args, options, facts, tensors, tracing)
     if not traced.outputs:
         raise ModelError(
@@ -96,7 +106,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
             "Every unit could go without any output changing, so that a cut could not be verified.",
             "Let its forward return the tensors that count.",
         )
-    _parameter_costs(model, facts, tensors)
+    costs(model, facts, tensors)
     unused = _unused(tensors, traced)
     if unused:
         traced.training = _training_only(model, args, options, facts, tensors, tracing)
@@ -104,9 +114,9 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         unused &= _unused(tensors, traced.training)
         known = {name for fold in traced.folds for name in fold.rows}
         traced.folds += [fold for fold in traced.training.folds if known.isdisjoint(fold.rows)]
-    _freeze_unused(unused, facts, tensors)
+    freeze_unused(unused, facts, tensors)
     if tracing.scope:
-        _freeze_shared(shared_with_rest(whole, tracing.scope), model, facts, tensors)
+        freeze_shared(shared_with_rest(whole, tracing.scope), model, facts, tensors)
     own = dict(model.named_parameters())
     return Graph(
         model_name=type(model).__name__,
@@ -114,28 +124,13 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         tensors=tensors,
         parameters=tuple(own),
         inputs=specification(args, options),
-        values=lambda name: _values(own[name], name, type(model).__name__),
-        fits=lambda other: other is whole and {n: id(p) for n, p in own.items()} == _identities(model),
+        values=lambda name: values_of(own[name], name, type(model).__name__),
+        fits=lambda other: other is whole and {n: id(p) for n, p in own.items()} == identities(model),
         blocks=tuple(block.path for block in traced.blocks),
         runner=Runner(whole, model, traced.blocks),
         tracing=tracing,
         traced=traced,
     )
-
-
-def _values(parameter: nn.Parameter, name: str, model: str) -> NDArray[Any]:
-    if parameter.is_meta:
-        raise ModelError(
-            f"The parameter {name!r} of {model} has no values.",
-            "It lives on the meta device, and an importance by magnitude needs them.",
-            'Give the model values, or plan with importance="random".',
-        )
-    value: NDArray[Any] = parameter.detach().to("cpu", torch.float32).numpy()
-    return value
-
-
-def _identities(model: nn.Module) -> dict[str, int]:
-    return {name: id(parameter) for name, parameter in model.named_parameters()}
 
 
 def _walk(
@@ -194,52 +189,12 @@ def _training_only(
         facts.terms[:], facts.statistics = terms, statistics
 
 
-def _labelled(model: nn.Module, facts: Facts) -> dict[str, Tensor]:
-    """Fresh labels for each axis of each parameter and buffer; tied tensors share theirs."""
-    by_identity: dict[int, Tensor] = {}
-    out = {}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, value in named:
-        if id(value) not in by_identity:
-            axes = [facts.fresh(size) if size > 1 else None for size in value.shape]
-            by_identity[id(value)] = Tensor.of(value.shape, axes)
-        out[name] = by_identity[id(value)]
-    return out
-
-
-def _parameter_costs(model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:
-    for name, _ in model.named_parameters():
-        tensor = tensors[name]
-        constant = 1
-        for size, axis in zip(tensor.shape, tensor.axes, strict=True):
-            constant *= size if axis is None else 1
-        facts.cost("parameters", constant, tensor.axes, owner=name.rpartition(".")[0])
-
-
 def _unused(tensors: dict[str, Tensor], traced: Traced) -> set[int]:
     """The labelled tensors, by identity, that no operation of a trace takes."""
     nodes = traced.program.graph.nodes
     taken = [traced.slots[n.name] for n in nodes if n.op == "placeholder" and n.name in traced.slots and n.users]
     used = {id(tensors[name]) for name in taken}
     return {id(tensor) for tensor in tensors.values() if any(a is not None for a in tensor.axes)} - used
-
-
-def _freeze_unused(unused: set[int], facts: Facts, tensors: dict[str, Tensor]) -> None:
-    """Parameters that no traced forward reaches may be read elsewhere: nothing is known about them."""
-    for name, tensor in tensors.items():
-        if id(tensor) in unused:
-            facts.begin(Operation("parameter", name.rpartition(".")[0]))
-            for axis in tensor.axes:
-                facts.freeze(axis, "no traced forward uses it")
-
-
-def _freeze_shared(shared: set[int], model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:
-    """Tensors that the rest of a model reads too stay whole."""
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if id(value) in shared:
-            facts.begin(Operation("parameter", name.rpartition(".")[0]))
-            for axis in tensors[name].axes:
-                facts.freeze(axis, "the rest of the model reads it too")
 
 
 class _Walk:
@@ -397,7 +352,7 @@ class _Walk:
                     step.pin(integer)
         for lost in self._calls.lost:
             if isinstance(lost, Compared):
-                self._facts.begin(Operation("comparison", source=lost.source))
+                self._facts.begin(Operation(COMPARISON, source=lost.source))
                 step.compared(lost)
             else:
                 self._facts.begin(Operation("arithmetic", source=lost.source))

@@ -67,7 +67,8 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
     """
     home = device_of(model)
     check_trainable(student_of(model))
-    pupil = copy_of(model if isinstance(model, Pupil) else Pupil(model), name=type(student_of(model)).__name__)
+    own = model if isinstance(model, Pupil) else Pupil(model)
+    pupil: Any = copy_of(own, name=type(student_of(model)).__name__)
     try:
         with torch.random.fork_rng(), own_precision():
             run = _Run(pupil, batches, loss, training, hooks)

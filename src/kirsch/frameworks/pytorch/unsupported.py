@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,9 +14,7 @@ from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.interpreted import graph_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from kirsch.frameworks.pytorch.provenance import Calls
+    from collections.abc import Collection, Iterator
 
 QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized", "bitsandbytes")
 """Packages of modules whose weights are integers."""
@@ -126,9 +125,7 @@ def _modules(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, st
     converted = [node for node in (graph.nodes if graph is not None else ()) if "dequantize" in str(node.target)]
     if converted:
         yield f"{where} a converted graph, which computes with quantized numbers ({converted[0].target}).", PRUNE_FIRST
-    if any(kind.startswith(OBSERVING) for kind in kinds) and any(
-        "Observer" in kind or "Fake" in kind for kind in kinds
-    ):
+    if any(kind.startswith(OBSERVING) and ("Observer" in kind or "Fake" in kind) for kind in kinds):
         yield (
             f"{where} a {type(module).__name__}, which observes values for a quantization.",
             "Prune the model first, and prepare the pruned one for quantization.",
@@ -155,16 +152,13 @@ def _tensors(name: str, value: torch.Tensor) -> Iterator[tuple[str, str]]:
             "Replace it with a plain tensor, as with .dequantize() or .to_padded_tensor(0.0).",
         )
     elif value.layout is not torch.strided or value.is_nested:
-        yield (
-            f"Its `{name}` is {'nested' if value.is_nested else f'of layout {value.layout}'}, and only dense tensors "
-            "are cut.",
-            f"Store it as a dense tensor: {'.to_padded_tensor(0.0)' if value.is_nested else '.to_dense()'}.",
-        )
+        layout, dense = ("nested", ".to_padded_tensor(0.0)") if value.is_nested else (value.layout, ".to_dense()")
+        yield f"Its `{name}` is {layout}, not a dense tensor.", f"Store it as a dense tensor: {dense}."
 
 
 def _overlapping(model: nn.Module) -> tuple[str, str] | None:
     """The names of two parameters with memory in common; those that are one object are one parameter."""
-    spans: dict[int, list[tuple[int, int, str]]] = {}
+    spans: dict[int, list[tuple[Any, Any, str]]] = {}
     for name, value in model.named_parameters():
         if value.layout is torch.strided and not value.is_meta and value.numel():
             last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
@@ -172,15 +166,19 @@ def _overlapping(model: nn.Module) -> tuple[str, str] | None:
             spans.setdefault(value.untyped_storage().data_ptr(), []).append((begin, begin + last + 1, name))
     for own in spans.values():
         own.sort()
-        for first, second in zip(own, own[1:], strict=False):
+        for first, second in itertools.pairwise(own):
             if second[0] < first[1]:
                 return first[2], second[2]
     return None
 
 
-def reason_of(calls: Calls, error: Exception) -> tuple[str, str] | None:
-    """Why the calls of a forward could not be exported, and what to do; None if neither they nor the error tell."""
-    names = {call.name for call in calls.log}
+def reason_of(names: Collection[str], error: Exception) -> tuple[str, str] | None:
+    """Why a forward could not be exported, and what to do; None if neither its calls nor the error tell.
+
+    Args:
+        names: of the functions that it called.
+        error: of the exporter.
+    """
     if "_pack_padded_sequence" in names:
         return (
             "It packs sequences (pack_padded_sequence), which torch.export does not trace.",

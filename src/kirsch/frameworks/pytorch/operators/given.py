@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kirsch.frameworks.pytorch.provenance import LIKE_ANOTHER, TracedInt
+from kirsch.frameworks.pytorch.integers import TracedInt
+from kirsch.frameworks.pytorch.provenance import LIKE_ANOTHER
 from kirsch.frameworks.pytorch.step import FOLLOWS
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.frameworks.pytorch.integers import TracedInt
 from kirsch.frameworks.pytorch.operators.given import border, sizes
 from kirsch.frameworks.pytorch.operators.rule import rule
-from kirsch.frameworks.pytorch.provenance import TracedInt
 from kirsch.frameworks.pytorch.step import axes_of
 from kirsch.graph import relations
 from kirsch.graph.labels import Tensor

@@ -1,0 +1,100 @@
+"""What the analysis needs of the parameters, buffers and example inputs of a model: labels, costs, values, shapes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kirsch.errors import ModelError
+from kirsch.graph.facts import Operation
+from kirsch.graph.graph import InputSpec
+from kirsch.graph.labels import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from kirsch.graph.facts import Facts
+
+
+def labelled(model: nn.Module, facts: Facts) -> dict[str, Tensor]:
+    """Fresh labels for each axis of each parameter and buffer; tied tensors share theirs."""
+    by_identity: dict[int, Tensor] = {}
+    out = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, value in named:
+        if id(value) not in by_identity:
+            axes = [facts.fresh(size) if size > 1 else None for size in value.shape]
+            by_identity[id(value)] = Tensor.of(value.shape, axes)
+        out[name] = by_identity[id(value)]
+    return out
+
+
+def costs(model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:
+    """Record each parameter as a cost of its module."""
+    for name, _ in model.named_parameters():
+        tensor = tensors[name]
+        constant = 1
+        for size, axis in zip(tensor.shape, tensor.axes, strict=True):
+            constant *= size if axis is None else 1
+        facts.cost("parameters", constant, tensor.axes, owner=name.rpartition(".")[0])
+
+
+def freeze_unused(unused: set[int], facts: Facts, tensors: dict[str, Tensor]) -> None:
+    """Parameters that no traced forward reaches may be read elsewhere: nothing is known about them."""
+    for name, tensor in tensors.items():
+        if id(tensor) in unused:
+            facts.begin(Operation("parameter", name.rpartition(".")[0]))
+            for axis in tensor.axes:
+                facts.freeze(axis, "no traced forward uses it")
+
+
+def freeze_shared(shared: set[int], model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:
+    """Tensors that the rest of a model reads too stay whole."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if id(value) in shared:
+            facts.begin(Operation("parameter", name.rpartition(".")[0]))
+            for axis in tensors[name].axes:
+                facts.freeze(axis, "the rest of the model reads it too")
+
+
+def values_of(parameter: nn.Parameter, name: str, model: str) -> NDArray[Any]:
+    """Return the values of a parameter as floats.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if parameter.is_meta:
+        raise ModelError(
+            f"The parameter {name!r} of {model} has no values.",
+            "It lives on the meta device, and an importance by magnitude needs them.",
+            'Give the model values, or plan with importance="random".',
+        )
+    value: NDArray[Any] = parameter.detach().to("cpu", torch.float32).numpy()
+    return value
+
+
+def identities(model: nn.Module) -> dict[str, int]:
+    """Return the identity of each parameter by its path."""
+    return {name: id(parameter) for name, parameter in model.named_parameters()}
+
+
+def specification(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[InputSpec, ...]:
+    """Example inputs without their values; nested inputs cannot be stored and give an empty one."""
+    named = [("", value) for value in args] + list(options.items())
+    if not all(isinstance(value, torch.Tensor) for _, value in named):
+        return ()
+    return tuple(
+        InputSpec(
+            name,
+            tuple(value.shape),
+            str(value.dtype).removeprefix("torch."),
+            0 if value.is_floating_point() or value.is_complex() or value.is_meta else _highest(value),
+        )
+        for name, value in named
+    )
+
+
+def _highest(value: torch.Tensor) -> int:
+    return int(value.max()) if value.numel() else 0

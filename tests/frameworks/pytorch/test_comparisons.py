@@ -1,0 +1,184 @@
+"""What a model's code compares with its sizes follows a cut, or is held with the line and the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import fx, nn
+
+import kirsch
+from kirsch.errors import GoalError, PlanError, VerificationError
+from kirsch.graph.plan import Goal
+from kirsch.pruning.prune import prune_with_proof
+from proving import shaken
+
+IMAGE = torch.randn(2, 3, 6, 6)
+
+
+class Checked(nn.Module):
+    """A layer whose forward asks something of its input first."""
+
+    def __init__(self, check):
+        super().__init__()
+        self.channels, self.half, self.listed = 16, 8, [16]
+        self.named, self.config = {"channels": 16}, SimpleNamespace(channels=16)
+        self.conv, self.check = nn.Conv2d(16, 16, 3, padding=1), check
+
+    def forward(self, x):
+        self.check(self, x)
+        return self.conv(x)
+
+
+class Net(nn.Module):
+    def __init__(self, check):
+        super().__init__()
+        self.first, self.checked, self.last = nn.Conv2d(3, 16, 1), Checked(check), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.checked(torch.relu(self.first(x)))))
+
+
+def raising(s, x):
+    if x.shape[1] != s.channels:
+        raise ValueError(x.shape)
+
+
+def asserting(s, x):
+    assert x.shape[1] == s.channels
+
+
+def tupled(s, x):
+    assert tuple(x.shape) == (2, s.channels, 6, 6)
+
+
+def compared_with_a_layer(s, x):
+    assert x.shape[1] == s.conv.in_channels
+
+
+def compared_with_a_weight(s, x):
+    assert x.size(1) == s.conv.weight.shape[0]
+
+
+FOLLOWING = {
+    "assert": asserting,
+    "raise": raising,
+    "torch._assert": lambda s, x: torch._assert(x.shape[1] == s.channels, "channels"),
+    "torch._check": lambda s, x: torch._check(x.shape[1] == s.channels),
+    "list": lambda s, x: torch._assert(x.shape[1] == s.listed[0], "channels"),
+    "difference": lambda s, x: torch._assert(not x.shape[1] - s.channels, "channels"),
+    "shape": tupled,
+    "layer": compared_with_a_layer,
+    "weight": compared_with_a_weight,
+    "double": lambda s, x: torch._assert(2 * x.shape[1] == 2 * s.channels, "channels"),
+}
+
+
+def number(_, x):
+    assert x.shape[1] == 16
+
+
+def one_of(_, x):
+    assert x.shape[1] in (16, 32)
+
+
+def at_least(s, x):
+    assert x.shape[1] >= s.channels
+
+
+def multiple(_, x):
+    assert x.shape[1] % 16 == 0
+
+
+def remainder(_, x):
+    if x.shape[1] % 16:
+        raise ValueError(x.shape)
+
+
+def named(s, x):
+    assert x.shape[1] == s.named["channels"]
+
+
+def configured(s, x):
+    assert x.shape[1] == s.config.channels
+
+
+HELD = {
+    "number": number,
+    "one of several": one_of,
+    "at least": at_least,
+    "multiple": multiple,
+    "remainder": remainder,
+    "dict": named,
+    "config": configured,
+}
+
+
+def widths(model):
+    return model.first.out_channels, model.checked.conv.out_channels
+
+
+@pytest.mark.parametrize("kind", FOLLOWING)
+def test_an_attribute_that_a_size_is_compared_with_follows(kind):
+    model = shaken(Net(FOLLOWING[kind]))
+    found = prune_with_proof(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5)))
+    assert found.verification.power > 1e-3
+    assert all(width < 16 for width in widths(found.model))
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_a_size_that_is_compared_with_what_cannot_follow_stays_and_the_error_has_the_line_and_the_way_out(kind):
+    model = shaken(Net(HELD[kind]))
+    graph = kirsch.trace(model, IMAGE)
+    pruned = kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.8)))
+    assert pruned.first.out_channels == 16
+    line = HELD[kind].__code__.co_firstlineno + 1
+    with pytest.raises(GoalError, match=rf"\(test_comparisons\.py:{line}\).*as_graph=True"):
+        kirsch.plan(graph, Goal(macs=0.2))
+    free = kirsch.trace(model, IMAGE, as_graph=True)
+    assert kirsch.prune(model, kirsch.plan(free, Goal(macs=0.2))).first.weight.shape[0] < 16
+
+
+def test_a_property_of_an_attribute_follows_or_holds():
+    model = shaken(Net(lambda s, x: torch._assert(x.shape[1] == 2 * s.half, "channels")))
+    assert prune_with_proof(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.8))).verification.passed
+
+
+def test_a_condition_that_some_choices_meet_is_left_to_the_plan():
+    def eights(_, x):
+        if x.shape[1] % 2:
+            raise ValueError(x.shape)
+
+    model = shaken(Net(eights))
+    graph = kirsch.trace(model, IMAGE)
+    assert kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.5), round_to=2)).first.out_channels < 16
+    line = eights.__code__.co_firstlineno + 1
+    plan = kirsch.plan(graph, Goal(macs=0.5), round_to=2)
+    removals = (dataclasses.replace(r, removed=r.removed[r.name == "first" :]) for r in plan.groups)
+    with pytest.raises(PlanError, match=rf"A comparison at test_comparisons\.py:{line} does not allow.*as_graph=True"):
+        kirsch.prune(model, dataclasses.replace(plan, groups=tuple(removals)))
+
+
+def test_a_comparison_in_a_graph_of_torch_fx_holds():
+    traced = fx.symbolic_trace(shaken(Net(lambda _, x: torch._assert(x.shape[1] == 16, "channels"))))
+    found = prune_with_proof(traced, kirsch.plan(kirsch.trace(traced, IMAGE), Goal(macs=0.8)))
+    assert found.verification.power > 1e-3
+
+
+def test_sizes_that_are_looked_up_do_not_count_as_compared():
+    lookup = {number: number for number in range(1, 17)}
+    model = shaken(Net(lambda _, x: lookup[x.shape[1]]))
+    pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5)))
+    assert pruned.first.out_channels < 16
+
+
+def test_an_error_of_the_pruned_model_has_the_line_and_the_way_out():
+    model = shaken(Net(lambda _, x: {16: None}[x.shape[1]]))
+    plan = kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5))
+    sentence = r"does not run\. KeyError: \d+\. It is raised at test_comparisons\.py:\d+\..*as_graph=True"
+    with pytest.raises(VerificationError, match=sentence) as caught:
+        kirsch.prune(model, plan)
+    assert not re.search("report the model", str(caught.value))

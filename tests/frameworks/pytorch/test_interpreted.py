@@ -1,0 +1,225 @@
+"""Models whose forward is a graph of torch.fx are traced, cut and shortened as those that are written in Python."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+import kirsch
+from kirsch.errors import ModelError, VerificationError
+from kirsch.graph.plan import Goal
+from kirsch.pruning.prune import prune_with_proof
+from proving import shaken
+
+IMAGE = torch.randn(2, 3, 8, 8)
+WORDS = torch.randn(2, 5, 16)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # PyTorch's, about its own exported modules
+]
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return F.relu(x + self.second(F.relu(self.norm(self.first(x)))))
+
+
+class Images(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks, self.head = nn.Conv2d(3, 8, 3), nn.Sequential(*(Residual() for _ in range(3))), None
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks(F.relu(self.stem(x))).mean((2, 3)))
+
+
+class Heads(nn.Module):
+    """Attention whose code states its sizes as numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out, self.last = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        parts = self.qkv(x).chunk(3, -1)
+        q, k, v = (parts[number].view(2, 5, 4, 4).transpose(1, 2) for number in range(3))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 5, 16)
+        return self.last(x + self.out(y))
+
+
+class Within(nn.Module):
+    """A graph as a part of a model that is written in Python."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part, self.last = part, nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.part(x)))
+
+
+def exported(model, inputs):
+    return torch.export.export(model, (inputs,)).module()
+
+
+MAKERS = {
+    "symbolic_trace": lambda model, _: fx.symbolic_trace(model),
+    "export": exported,
+    "unflatten": lambda model, inputs: torch.export.unflatten(torch.export.export(model, (inputs,))),
+    "as_graph": lambda model, inputs: kirsch.prune(
+        model, dataclasses.replace(kirsch.plan(kirsch.trace(model, inputs, as_graph=True), Goal(macs=0.9)), groups=())
+    ),
+}
+
+
+def groups(graph):
+    return [(group.kind, group.size) for group in graph.groups]
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_graph_has_the_groups_the_cost_and_the_blocks_of_the_model_that_it_was_made_from(maker):
+    model = shaken(Images())
+    plain = kirsch.trace(model, IMAGE)
+    graph = kirsch.trace(MAKERS[maker](model, IMAGE), IMAGE)
+    assert groups(graph) == groups(plain)
+    assert graph.cost.macs == plain.cost.macs
+    assert graph.parameters == plain.parameters
+    assert graph.blocks == plain.blocks == ("blocks.0", "blocks.1", "blocks.2")
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_cut_graph_computes_what_the_cut_model_computes(maker):
+    model = shaken(Images())
+    plain = kirsch.prune(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.6)))
+    made = MAKERS[maker](model, IMAGE)
+    found = prune_with_proof(made, kirsch.plan(kirsch.trace(made, IMAGE), Goal(macs=0.6)))
+    assert found.verification.power > 1e-3
+    assert type(found.model).__mro__[1:] == type(made).__mro__[1:]
+    torch.testing.assert_close(found.model(IMAGE), plain(IMAGE))
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("importance", ["influence", "change"])
+def test_blocks_leave_a_graph(maker, importance):
+    model = shaken(Images())
+    plain = kirsch.plan_depth(kirsch.trace(model, IMAGE), Goal(macs=0.8), IMAGE, importance=importance)
+    made = MAKERS[maker](model, IMAGE)
+    plan = kirsch.plan_depth(kirsch.trace(made, IMAGE), Goal(macs=0.8), IMAGE, importance=importance)
+    assert plan.without == plain.without
+    short = kirsch.prune(made, plan)
+    torch.testing.assert_close(short(IMAGE), kirsch.prune(model, plain)(IMAGE))
+    assert not any(name.startswith(plan.without[0]) for name, _ in short.named_parameters())
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_model_with_a_graph_in_it_is_cut_and_shortened(maker):
+    model = Within(MAKERS[maker](shaken(Images()), IMAGE))
+    graph = kirsch.trace(model, IMAGE)
+    assert graph.blocks == ("part.blocks.0", "part.blocks.1", "part.blocks.2")
+    short = kirsch.prune(model, kirsch.plan_depth(graph, Goal(macs=0.8), IMAGE))
+    assert prune_with_proof(short, kirsch.plan(kirsch.trace(short, IMAGE), Goal(macs=0.7))).verification.passed
+
+
+@pytest.mark.parametrize("maker", ["symbolic_trace", "export", "unflatten"])
+def test_numbers_in_the_code_of_a_graph_follow_a_cut(maker):
+    model = shaken(Heads())
+    assert not kirsch.trace(model, WORDS).groups  # in Python they cannot
+    made = MAKERS[maker](model, WORDS)
+    graph = kirsch.trace(made, WORDS)
+    assert {kind for kind, _ in groups(graph)} == {"head", "head dim"}
+    found = prune_with_proof(made, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
+    assert found.verification.power > 1e-3
+    assert "val" not in {key for node in getattr(found.model, "graph").nodes for key in node.meta}  # noqa: B009
+
+
+def test_a_graph_is_left_as_it_is():
+    made = fx.symbolic_trace(shaken(Heads()))
+    before, code = copy.deepcopy(made.state_dict()), made.code
+    kirsch.prune(made, kirsch.plan(kirsch.trace(made, WORDS), Goal(macs=0.7), round_to=1))
+    assert made.code == code
+    torch.testing.assert_close(made.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_graph_that_was_left_out_for_a_look_runs_by_its_own_code_again():
+    made = fx.symbolic_trace(shaken(Images()))
+    kirsch.plan_depth(kirsch.trace(made, IMAGE), Goal(macs=0.8), IMAGE, importance="change")
+    assert "forward" not in vars(made)
+
+
+def test_a_branch_of_a_graph_is_not_a_block():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.a(x)) + self.b(x))
+
+    assert kirsch.trace(fx.symbolic_trace(shaken(Two())), WORDS).blocks == ()
+
+
+def test_two_graphs_for_inference_and_training_are_both_cut():
+    class Dual(fx.GraphModule):
+        """As torchvision's feature extractors."""
+
+        def __init__(self, root, train_graph, eval_graph):
+            super().__init__(root, eval_graph)
+            self.train_graph, self.eval_graph = train_graph, eval_graph
+
+        def train(self, mode=True):
+            self.graph = self.train_graph if mode else self.eval_graph
+            return super().train(mode)
+
+        def _deepcopy_init(self):
+            def init(made, root, _):
+                Dual.__init__(
+                    made, root, *(copy.deepcopy(root.__dict__[name]) for name in ("train_graph", "eval_graph"))
+                )
+
+            return init
+
+    model = shaken(Heads())
+    graphs = [fx.Tracer().trace(model) for _ in range(2)]
+    dual = Dual(model, *graphs).eval()
+    pruned = kirsch.prune(dual, kirsch.plan(kirsch.trace(dual, WORDS), Goal(macs=0.7), round_to=1))
+    torch.testing.assert_close(pruned.train()(WORDS), pruned.eval()(WORDS))
+
+
+class Silent(nn.Linear):
+    def forward(self, x):
+        self.kept = super().forward(x)
+
+
+def test_a_model_that_returns_nothing_is_refused():
+    model = nn.Sequential(nn.Linear(16, 8), Silent(8, 4))
+    with pytest.raises(ModelError, match=r"The model Sequential returns no tensors\. .* could not be verified\."):
+        kirsch.trace(model, WORDS)
+
+
+class Off(nn.Module):
+    """Its output does not depend on the units in the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.other = nn.Linear(16, 8), nn.Linear(8, 3), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.other(x) + torch.relu(self.second(torch.relu(self.first(x))) - 1e6)
+
+
+def test_a_cut_that_no_output_shows_is_refused_unless_asked_for():
+    model = shaken(Off())
+    plan = kirsch.plan(kirsch.trace(model, WORDS), Goal(macs=0.9))
+    with pytest.raises(VerificationError, match=r"Its outputs are the same whether .* verify=False"):
+        kirsch.prune(model, plan)
+    assert kirsch.prune(model, plan, verify=False).first.out_features < 8

@@ -1,0 +1,149 @@
+"""Units are named after what they are for: beside LoRA, in adapters, poolers, heads and gates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kirsch
+
+WORDS = torch.randint(0, 30, (2, 5))
+
+
+class LoRA(nn.Module):
+    def __init__(self, layer, rank=4):
+        super().__init__()
+        self.layer, self.drop = layer, nn.Dropout(0.1)
+        self.a = nn.Linear(layer.in_features, rank, bias=False)
+        self.b = nn.Linear(rank, layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + 2.0 * self.b(self.a(self.drop(x)))
+
+
+class Encoder(nn.Module):
+    """One block on a stream of tokens, and a classifier."""
+
+    def __init__(self, wrap=lambda layer: layer, *, gated=False, adapter="", act=F.gelu):
+        super().__init__()
+        self.words, self.norm = nn.Embedding(30, 16), nn.LayerNorm(16)
+        self.up, self.down = wrap(nn.Linear(16, 48)), wrap(nn.Linear(48, 16))
+        self.gate = wrap(nn.Linear(16, 48)) if gated else None
+        self.scale = nn.Parameter(torch.ones(48)) if adapter == "IA3" else 1
+        self.into, self.back = nn.Linear(16, 6), nn.Linear(6, 16)
+        self.pooler, self.last = nn.Linear(16, 12), nn.Linear(12, 3)
+        self.adapter, self.act = adapter, act
+
+    def forward(self, ids):
+        x = self.words(ids)
+        h = self.norm(x)
+        y = self.act(self.up(h)) if self.gate is None else self.up(h) * F.silu(self.gate(h))
+        y = self.down(y * self.scale)
+        if self.adapter == "serial":
+            y = y + self.back(torch.relu(self.into(y)))
+        elif self.adapter == "parallel":
+            y = y + self.back(torch.relu(self.into(h)))
+        return self.last(torch.tanh(self.pooler((x + y)[:, 0])))
+
+
+def kinds(model, inputs=WORDS):
+    return {group.name: group.kind for group in kirsch.trace(model, inputs).groups}
+
+
+def new_gelu(x):
+    return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gated": True}, {"adapter": "IA3"}, {"act": new_gelu}, {"adapter": "serial"}, {"adapter": "parallel"}],
+)
+@pytest.mark.parametrize("wrap", [None, LoRA])
+def test_the_hidden_units_of_a_block_are_ffn_units_whatever_stands_beside_them(options, wrap):
+    found = kinds(Encoder(wrap, **options) if wrap else Encoder(**options))
+    hidden = {kind for name, kind in found.items() if name in ("up", "up.layer", "scale")}
+    assert hidden == {"ffn unit"}
+    assert found["norm"] == "embedding dim"
+    assert found["pooler"] == "channel"
+    assert {kind for name, kind in found.items() if name.endswith(".a")} <= {"rank"}
+    assert ("up.a" in found) == (wrap is not None)
+    assert found.get("into", "ffn unit") == "ffn unit"
+
+
+def test_granularity_by_ffn_units_leaves_ranks_and_poolers_whole():
+    model = Encoder(LoRA)
+    plan = kirsch.plan(kirsch.trace(model, WORDS), kirsch.Goal(macs=0.8), granularity=["ffn unit"])
+    assert [removal.name for removal in plan.groups] == ["up.layer"]
+
+
+def test_a_decoder_with_one_token_has_ffn_units():
+    class Decoder(Encoder):
+        def forward(self, ids):
+            return super().forward(ids[:, :1])
+
+    assert kinds(Decoder())["up"] == "ffn unit"
+
+
+class Gated(nn.Module):
+    """Channels that linear layers weigh, and a head with a hidden layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.squeeze, self.excite = nn.Linear(16, 4), nn.Linear(4, 16)
+        self.hidden, self.last = nn.Linear(16, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))
+        x = x + self.second(x) * gate[:, :, None, None]
+        return self.last(torch.relu(self.hidden(x.mean((2, 3)))))
+
+
+def test_a_gate_and_a_head_of_one_vector_have_channels():
+    assert set(kinds(Gated(), torch.randn(2, 3, 6, 6)).values()) == {"channel"}
+
+
+class Mixer(nn.Module):
+    """Layers over tokens, and layers at each position of a map."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.up, self.down = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 24), nn.Linear(24, 8)
+        self.over, self.back, self.last = nn.Linear(9, 20), nn.Linear(20, 9), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.down(F.gelu(self.up(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+        tokens = x.flatten(2)
+        tokens = tokens + self.back(F.gelu(self.over(tokens)))
+        return self.last(tokens.mean(2))
+
+
+def test_hidden_units_over_positions_and_over_channels_are_ffn_units():
+    found = kinds(Mixer(), torch.randn(2, 3, 6, 6))
+    assert (found["up"], found["over"], found["stem"]) == ("ffn unit", "ffn unit", "embedding dim")
+
+
+class Matrix(nn.Module):
+    """The layer of GPT-2: a product with a matrix that is stored the other way round."""
+
+    def __init__(self, inn, out):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inn, out)), nn.Parameter(torch.zeros(out))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
+
+
+def test_layers_that_are_plain_products_have_ffn_units():
+    model = Encoder()
+    model.up, model.down = Matrix(16, 48), Matrix(48, 16)
+    assert kinds(model)["up"] == "ffn unit"
+
+
+def test_a_plain_row_of_layers_has_ffn_units():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    assert kinds(model, torch.randn(4, 8)) == {"0": "ffn unit"}
