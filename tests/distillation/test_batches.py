@@ -263,7 +263,9 @@ ROWS = TensorDataset(torch.cat([X, X[:1]]), torch.cat([Y, Y[:1]]))
 
 
 @pytest.mark.parametrize(
-    "data", [DataLoader(ROWS, 4), DataLoader(ROWS, 4, shuffle=True), [(X, Y), (X[:1], Y[:1])]], ids=str
+    "data",
+    [DataLoader(ROWS, 4), DataLoader(ROWS, 4, shuffle=True), [(X, Y), (X[:1], Y[:1])]],
+    ids=["in order", "shuffled", "a list"],
 )
 def test_a_last_batch_of_one_is_refused_before_training_where_a_norm_cannot_take_it(data):
     told = []

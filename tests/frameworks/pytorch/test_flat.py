@@ -8,14 +8,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch import nn
-from transformers import BatchEncoding
 
 import kirsch
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.flat import identifier, output_names
 from kirsch.frameworks.pytorch.predict import outputs
+from kirsch.frameworks.pytorch.vision import import_beside
+
+pytest.importorskip("transformers", exc_type=ImportError)
+import_beside("torchvision")
+import transformers  # noqa: E402 - what it would import first is stood in for
+from transformers import BatchEncoding  # noqa: E402
 
 ROW = torch.tensor([[1.0, 2.0, 3.0]])
 

@@ -8,7 +8,6 @@ import torch
 
 from kirsch.errors import ModelError
 from kirsch.graph.facts import Operation
-from kirsch.graph.graph import InputSpec
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
@@ -78,23 +77,3 @@ def values_of(parameter: nn.Parameter, name: str, model: str) -> NDArray[Any]:
 def identities(model: nn.Module) -> dict[str, int]:
     """Return the identity of each parameter by its path."""
     return {name: id(parameter) for name, parameter in model.named_parameters()}
-
-
-def specification(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[InputSpec, ...]:
-    """Example inputs without their values; nested inputs cannot be stored and give an empty one."""
-    named = [("", value) for value in args] + list(options.items())
-    if not all(isinstance(value, torch.Tensor) for _, value in named):
-        return ()
-    return tuple(
-        InputSpec(
-            name,
-            tuple(value.shape),
-            str(value.dtype).removeprefix("torch."),
-            0 if value.is_floating_point() or value.is_complex() or value.is_meta else _highest(value),
-        )
-        for name, value in named
-    )
-
-
-def _highest(value: torch.Tensor) -> int:
-    return int(value.max()) if value.numel() else 0

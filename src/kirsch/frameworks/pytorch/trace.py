@@ -27,7 +27,6 @@ from kirsch.frameworks.pytorch.held import (
     freeze_unused,
     identities,
     labelled,
-    specification,
     values_of,
 )
 from kirsch.frameworks.pytorch.integers import PACKAGES, Compared, TracedInt
