@@ -39,7 +39,7 @@ def kept(small: Any, original: Any, *, example_inputs: Any = None) -> dict[str, 
     Args:
         small: of `kirsch.prune`, trained further or not, or of `kirsch.load`; pruned once or several times.
         original: the model that it was made of.
-        example_inputs: only needed where those of the plan were nested.
+        example_inputs: only needed where a plan could not store its own.
 
     Returns:
         The places in the order of the original's operations. Left out are modules that run several times, that put out

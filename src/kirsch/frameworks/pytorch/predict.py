@@ -35,7 +35,7 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return example inputs as positional and keyword arguments; numpy arrays become tensors."""
     if isinstance(example_inputs, Call):
         return example_inputs.args, dict(example_inputs.options)
-    if isinstance(example_inputs, Mapping):  # what a tokenizer gives is no dict
+    if isinstance(example_inputs, Mapping):  # a tokenizer returns a UserDict, which is not a dict
         return (), _tensors_for_numpy(dict(example_inputs))
     return _tensors_for_numpy(
         tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
