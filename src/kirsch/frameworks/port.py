@@ -81,8 +81,8 @@ class Framework(Protocol):
     def tensor(self, array: Any) -> Any:
         """A numpy array as an array of the framework."""
 
-    def outputs(self, model: Any, inputs: Any) -> list[Any]:
-        """All outputs in inference mode, as numpy arrays, for a tuple or a dict of numpy inputs."""
+    def unsteady(self, model: Any, inputs: Any) -> tuple[str, str]:
+        """Return why two runs in inference mode for one input differ, and what to do; empty texts if they agree."""
 
     def frozen(self, model: Any, like: Any) -> Any:
         """A copy in inference mode that takes no gradient, where another model lies."""

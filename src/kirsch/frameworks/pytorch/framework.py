@@ -24,6 +24,7 @@ from kirsch.frameworks.pytorch import (
     outputs,
     predict,
     pupil,
+    randomness,
     regions,
     scope,
     sites,
@@ -229,9 +230,11 @@ class PyTorch:
         """See the port."""
         return torch.from_numpy(array)
 
-    def outputs(self, model: Any, inputs: Any) -> list[Any]:
+    def unsteady(self, model: Any, inputs: Any) -> tuple[str, str]:
         """See the port."""
-        return predict.outputs(model, inputs)
+        args, options = predict.arguments(predict.tensors(inputs, model))
+        with predict.inference(model):
+            return randomness.unsteady(model, lambda: predict.run(model, args, options))
 
     def frozen(self, model: Any, like: Any) -> Any:
         """See the port."""
