@@ -16,7 +16,7 @@ import kirsch
 from kirsch.deploy.export import EXPORTERS, usage
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.deploy.trials import DRIFT
-from kirsch.errors import ModelError, NumericError, OutputError, UnknownNameError
+from kirsch.errors import ModelError, NumericError, OutputError, UnknownNameError, UsageError
 
 PAIR = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 
@@ -328,3 +328,9 @@ def test_the_trials_are_the_same_each_time_and_cover_zero_and_large_values(plant
     assert not zero.any()
     assert np.abs(normal).max() < 10
     assert np.abs(large).max() > 50
+
+
+@pytest.mark.parametrize("name", ["model", "model.pt"])
+def test_a_file_that_no_runtime_would_know_by_its_name_is_refused_before_the_export(tmp_path, name):
+    with pytest.raises(UsageError, match=rf"`path` of kirsch\.export .* does not end in \.onnx.*{name}\.onnx"):
+        kirsch.export(nn.Linear(2, 1), tmp_path / name, example_inputs=torch.ones(1, 2))

@@ -318,3 +318,11 @@ def test_targets_of_a_name_that_nobody_knows_are_warned_of_where_the_model_swall
 
 def test_arguments_are_given_by_the_names_that_the_model_knows():
     assert len(fit(Told(), [{"pixel_values": X, "labels": Y}], training=ONCE).history) == ONCE.epochs
+
+
+@pytest.mark.parametrize("data", [(X, Y), [X, Y], (X, X)], ids=["a tuple", "a list", "a tuple of floats"])
+def test_inputs_and_targets_are_not_taken_for_two_batches(data):
+    with pytest.raises(
+        UsageError, match=r"`data` of kirsch\.distill is a (tuple|list) of 2; .*ArrayData\(inputs, targets\)"
+    ):
+        distill(Net(), Net(), data)

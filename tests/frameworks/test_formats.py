@@ -119,3 +119,12 @@ def test_a_folder_that_is_called_like_a_library_or_a_package_is_not_taken_for_th
         "from torch import nn\ndef net(): return nn.Linear(2, 2)\n"
     )
     assert build("package_of_this_test:net").in_features == 2
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580, 0x4B50, 0x5547])
+def test_the_length_of_a_header_passes_for_no_other_format(tmp_path, length):
+    """The first bytes of a safetensors file are those of a pickle, an archive or GGUF for some lengths."""
+    path = tmp_path / "weights.safetensors"
+    header = b"{}".ljust(length)
+    path.write_bytes(length.to_bytes(8, "little") + header)
+    assert describe(path).why == ""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import kirsch
-from kirsch.errors import GoalError, PlanError, UnknownNameError, UsageError
+from kirsch.errors import GoalError, NumericError, PlanError, UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.count import count
 
 IMAGE = torch.randn(1, 3, 16, 16)
@@ -146,13 +146,6 @@ def test_options_out_of_range_are_named_together():
         kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), scope="each", round_to=0, norm=3, min_keep=0)
 
 
-def test_weights_that_are_not_finite_are_named():
-    model = network()
-    model[3].weight.data[0, 0, 0, 0] = float("nan")
-    with pytest.raises(UsageError, match=r"no usable scores for .0.*NaN"):
-        kirsch.plan(kirsch.trace(model, IMAGE), kirsch.Goal(macs=0.5))
-
-
 @pytest.mark.parametrize("scope", ["global", "local"])
 def test_something_of_every_axis_stays_where_several_groups_share_one(scope):
     """Two layers side by side on one axis of a third: each may go to its last unit, and one of them must keep it."""
@@ -178,3 +171,12 @@ def test_a_plan_survives_json():
     assert kirsch.Plan.from_json(plan.to_json()) == plan
     with pytest.raises(PlanError, match="not JSON"):
         kirsch.Plan.from_json("{")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_parameter_that_is_not_finite_is_named(value):
+    model = network()
+    with torch.no_grad():
+        model[3].weight[0] = value
+    with pytest.raises(NumericError, match=r"The parameter '3\.weight' of Sequential holds NaN or infinity"):
+        kirsch.plan(kirsch.trace(model, IMAGE), kirsch.Goal(macs=0.5))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import kirsch
-from kirsch.errors import LoadError, ModelError, PlanError, UsageError
+from kirsch.errors import CheckpointError, LoadError, ModelError, PlanError, UsageError
 from kirsch.graph.plan import Plan
 from proving import shaken
 
@@ -256,3 +256,14 @@ def test_an_input_of_an_unknown_type_in_a_plan_is_named():
     content["inputs"][0]["dtype"] = "float31"
     with pytest.raises(PlanError, match="an input of the type 'float31'"):
         kirsch.prune(model, Plan.from_json(json.dumps(content)))
+
+
+def test_what_is_no_folder_of_a_saved_model_is_said(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place, sentence in (
+        (tmp_path / "nowhere", r"nowhere does not exist\..*Check the path"),
+        (tmp_path / "file", r"file is a file\..*Give its folder"),
+        (tmp_path, r"holds no model of kirsch\.save\. Give a folder made by kirsch\.save"),
+    ):
+        with pytest.raises(CheckpointError, match=sentence):
+            kirsch.load(place, lambda: None)

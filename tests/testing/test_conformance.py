@@ -14,7 +14,8 @@ from kirsch import testing
 from kirsch.distillation.arrays import constant, log_softmax, namespace, same_shape
 from kirsch.distillation.losses import LOSSES, soft_target
 from kirsch.errors import ShapeError
-from kirsch.frameworks.port import pytorch, trace
+from kirsch.frameworks.port import trace
+from kirsch.frameworks.pytorch.predict import outputs
 from kirsch.pruning.importance import IMPORTANCES, magnitude
 from kirsch.testing import IMPORTANCE_CHECKS, LOSS_CHECKS, WEIGHT_IMPORTANCE_CHECKS, importances, losses
 

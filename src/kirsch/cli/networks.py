@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import InputSpec
 
 RANDOM, PRETRAINED = "random", "pretrained"
+GOAL_MISSED = 3
+"""Exit code where the work is done and a goal is missed."""
 MADE = ("plan.json", "model.safetensors", MANIFEST)
 """What a folder of a pruned model holds."""
 
@@ -234,7 +236,8 @@ def show_prune(make: Callable[[], Given], plan_file: str, choice: Choice, output
         "weights": given.weights,
     }
     terminal.result(lines, content)
-    return 0
+    goal_met = not plan.goal or Goal(**plan.goal).met_by(plan.after, plan.before)
+    return 0 if goal_met else GOAL_MISSED
 
 
 def show_export(given: Given, output: str, terminal: Terminal) -> int:

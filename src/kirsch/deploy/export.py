@@ -13,7 +13,7 @@ from kirsch import files
 from kirsch.arguments import checked
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.deploy.trials import Trial, compare, fixed_trials, trials
-from kirsch.errors import LoadError, ModelError, NumericError, OutputError, ShapeError
+from kirsch.errors import LoadError, ModelError, NumericError, OutputError, ShapeError, UsageError
 from kirsch.frameworks.annotations import Inputs, Model
 from kirsch.frameworks.port import Exportable, framework_of
 from kirsch.registry import Registry
@@ -90,6 +90,12 @@ def export(model: Model, path: str | Path, *, example_inputs: Inputs, format: st
     target = Path(path)
     if target.is_dir():
         raise OutputError(f"{target} is a folder.", "A file is to be written.", "Give the name of a file in it.")
+    if target.suffix.lower() != f".{format}":
+        raise UsageError(
+            f"`path` of kirsch.export is {str(path)!r}, which does not end in .{format}.",
+            "Programs tell the format of such a file by its name.",
+            f"Give {str(target) + '.' + format!r}." if target.name else "Give the name of a file.",
+        )
     files.check_writable(target.parent)
     with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=target.parent) as folder:
         written = Path(folder) / target.name

@@ -75,14 +75,26 @@ def _is_data(value: Any) -> bool:
     if hasattr(value, "epoch"):
         return True
     if isinstance(value, (list, tuple)):
-        return not value or is_batch(value[0])  # without batches it is data, which is empty
+        return not value or (is_batch(value[0]) and not _is_one_batch(value))  # without batches it is data: empty
     other = isinstance(value, (str, bytes, Mapping, AbstractSet, os.PathLike)) or inspect.isclass(value)
     if other or is_model(value) or hasattr(value, "dtype"):
         return False
     return hasattr(value, "__iter__") or hasattr(value, "__getitem__")
 
 
+def _is_one_batch(value: Any) -> bool:
+    """Return whether two arrays are inputs and targets of the same samples, and not two batches of inputs."""
+    if len(value) != len(("inputs", "targets")) or not all(map(is_array, value)):
+        return False
+    inputs, targets = value
+    kinds = {str(part.dtype).removeprefix("torch.").rstrip("0123456789") for part in value}
+    alike = inputs.shape[1:] == targets.shape[1:] and len(kinds) == 1
+    return len(inputs) == len(targets) and (isinstance(value, tuple) or not alike)
+
+
 def _give_data(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "Give inputs and targets as kirsch.frameworks.data.ArrayData(inputs, targets), or [(inputs, targets)]."
     if is_array(value):
         return "Give inputs and targets together: kirsch.frameworks.data.ArrayData(inputs, targets, batch_size=64)."
     if isinstance(value, Mapping):

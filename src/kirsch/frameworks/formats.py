@@ -90,6 +90,9 @@ def describe(path: Path) -> Format | None:
 def _by_content(path: Path, head: bytes, size: int) -> Format | None:
     if not size:
         return _other("an empty file", "There is nothing in it.", "Write or download it again.")
+    header = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and header + 8 <= size:  # first, since the length may begin with the bytes of any other format
+        return _safetensors(whole=True, size=size)
     text = head.lstrip().lower()
     for at, magic, what, why, fix in MAGIC:
         if (head[at:] if at else text if magic.startswith(b"<") else head).startswith(magic):
@@ -98,11 +101,10 @@ def _by_content(path: Path, head: bytes, size: int) -> Format | None:
         return _archive(path)
     if head[:2] in PICKLES:
         return _checkpoint(path, "a pickle, as torch.save wrote it before PyTorch 1.6")
-    header = int.from_bytes(head[:8], "little")
-    return _safetensors(header + 8 <= size, size) if head[8:9] == b"{" and header < LONGEST_HEADER else None
+    return _safetensors(whole=False, size=size) if head[8:9] == b"{" and header < LONGEST_HEADER else None
 
 
-def _safetensors(whole: bool, size: int) -> Format:
+def _safetensors(*, whole: bool, size: int) -> Format:
     if not whole:
         why = f"It ends after {size} bytes, within its header: it was cut off."
         return _other("a damaged safetensors file", why, "Copy it again.")

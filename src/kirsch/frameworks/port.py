@@ -41,6 +41,9 @@ class Framework(Protocol):
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
         """A new model without the units that the plan removes, and the proof; the given model is left as it is."""
 
+    def reweighted(self, model: Any, plan: Plan, graph: Graph) -> dict[str, float]:
+        """Path of each module whose computed weight the cut changes for the units that stay → its relative size."""
+
     def configure(
         self, pruned: Any, model: Any, plan: Plan, graph: Graph, *, verify: bool
     ) -> tuple[dict[str, float], tuple[str, ...], str]:

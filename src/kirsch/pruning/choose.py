@@ -10,7 +10,7 @@ import numpy as np
 
 from kirsch.annotations import Count, Names, Seed
 from kirsch.arguments import checked
-from kirsch.errors import GoalError, PlanError, UsageError
+from kirsch.errors import GoalError, NumericError, PlanError, UsageError
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan, Removal
 from kirsch.pruning.importance import IMPORTANCES
@@ -158,6 +158,13 @@ def _removals(
 
 def _scored(graph: Graph, group: Group, importance: str, norm: int, seed: int) -> NDArray[np.float64]:
     """One finite number a unit."""
+    for name in dict.fromkeys(name for name, _ in group.footprint if name in graph.parameters):
+        if not np.isfinite(graph.values(name)).all():
+            raise NumericError(
+                f"The parameter {name!r} of {graph.model_name} holds NaN or infinity.",
+                "Its units cannot be ranked, and the outputs of the model are no numbers.",
+                "Give a model with finite weights, or train it again from before they went wrong.",
+            )
     scores = np.asarray(IMPORTANCES[importance](graph, group, norm=norm, seed=seed))
     if scores.shape != (group.size,) or not np.isfinite(scores).all():
         raise UsageError(

@@ -84,11 +84,16 @@ def prune_with_proof(model: Model, plan: Plan, *, example_inputs: Inputs | None 
     plan.check(graph)
     plan.check_cost(graph)
     try:
-        return _cut(model, plan, graph, verify=verify)
+        found = _cut(model, plan, graph, verify=verify)
     except VerificationError:
         if graph is not plan.graph and example_inputs is None:
             _check_inputs(model, plan)
         raise
+    sizes = {} if verify else framework_of(model).reweighted(model, found.plan, graph)
+    if not sizes:
+        return found
+    text = _reweighted(sizes)
+    return replace(found, notes=(*found.notes, text), warnings=(*found.warnings, text))
 
 
 def _check_inputs(model: Any, plan: Plan) -> None:

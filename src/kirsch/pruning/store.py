@@ -86,6 +86,14 @@ def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = No
         PlanError: `build` makes another model than the one that was pruned, or `example_inputs` are needed.
     """
     source = Path(folder)
+    if not source.is_dir():
+        raise CheckpointError(
+            f"{source} is a file." if source.exists() else f"The folder {source} does not exist.",
+            "A model is loaded from the folder that kirsch.save wrote.",
+            f"Give its folder, {source.parent}." if source.exists() else "Check the path.",
+        )
+    if not (source / files.MANIFEST).exists() and not (source / _plan_name(1)).exists():
+        raise CheckpointError(f"{source} holds no model of kirsch.save.", mend="Give a folder made by kirsch.save.")
     wrong = files.damage(source)
     if wrong:
         raise CheckpointError(

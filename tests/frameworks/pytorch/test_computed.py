@@ -157,3 +157,10 @@ def test_power_compares_the_units_that_both_runs_show():
 )
 def test_power_is_a_finite_number(masked, dense, expected):
     assert effect([torch.tensor(masked)], [torch.tensor(dense)]) == pytest.approx(expected)
+
+
+def test_a_weight_that_changes_is_named_without_verification_too():
+    model = shaken(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)))
+    plan = kirsch.plan(kirsch.trace(model, torch.randn(2, 6)), Goal(params=0.6))
+    with pytest.warns(UserWarning, match=r"The weights of `0` \(to .* times its size\) are computed from whole"):
+        kirsch.prune(model, plan, verify=False)

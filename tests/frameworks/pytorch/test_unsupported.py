@@ -205,3 +205,46 @@ def test_a_model_without_values_neither_teaches_nor_learns():
     for student, teacher in ((Net().to("meta"), Net()), (Net(), Net().to("meta"))):
         with pytest.raises(ModelError, match=r"Its parameter `a\.weight` lives on the meta device"):
             kirsch.distill(student, teacher, data, check_teacher=False)
+
+
+class Keeping(nn.Module):
+    """Keeps what a hook sees, in a dict, a list and an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 2)
+        self.seen, self.all, self.latest = {}, [], None
+        self.first.register_forward_hook(self._keep)
+
+    def _keep(self, _module, _args, output):
+        self.seen["first"] = self.latest = output.detach()
+        self.all.append(output.detach())
+
+    def forward(self, x):
+        return self.last(self.first(x).relu())
+
+
+def test_what_hooks_keep_in_a_model_is_as_it_was_before_a_trace():
+    model, x = Keeping(), torch.randn(2, 4)
+    model(x)
+    before = (model.seen["first"], model.latest, list(model.all))
+    graph = kirsch.trace(model, x)
+    assert model.seen["first"] is before[0]
+    assert model.latest is before[1]
+    assert [id(value) for value in model.all] == [id(value) for value in before[2]]
+    pruned = kirsch.prune(model, kirsch.plan(graph, Goal(params=0.6)))
+    assert torch.equal(copy_of(pruned)(x), pruned(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, of its own quantization
+@pytest.mark.parametrize("use", [kirsch.export, kirsch.measure])
+def test_a_quantized_model_is_not_exported(tmp_path, use):
+    quantization = torch.ao.quantization
+    model = nn.Sequential(quantization.QuantStub(), nn.Linear(4, 2), quantization.DeQuantStub()).eval()
+    model.qconfig = quantization.get_default_qconfig("x86")
+    x = torch.randn(2, 4)
+    quantization.prepare(model, inplace=True)
+    model(x)
+    quantization.convert(model, inplace=True)
+    with pytest.raises(ModelError, match=r"cannot be exported.*a quantized .*Prune the floating-point model first"):
+        use(model, **({"path": tmp_path / "model.onnx"} if use is kirsch.export else {}), example_inputs=x)

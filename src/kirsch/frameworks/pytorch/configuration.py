@@ -153,8 +153,14 @@ def _fix(plan: Plan, graph: Graph, stuck: Sequence[tuple[str, int]], *, differs:
         if not stuck:
             return "Save it with kirsch.save."
         if not plan.method.get("uniform"):
-            return "Save it with kirsch.save, or plan with uniform=True."
-        taken = {group.kind for group in graph.groups if stuck[0] in group.footprint} & taken or taken
+            return (
+                'Save it with kirsch.save, or plan with uniform=True, if need be with granularity=["ffn unit"] alone.'
+            )
+        name, axis = stuck[0]
+        size = graph.tensors[name].shape[axis]
+        on_axis = {group.kind for group in graph.groups if stuck[0] in group.footprint} & taken
+        of_that_size = {removal.kind for removal in plan.groups if removal.size == size}
+        taken = on_axis or of_that_size or taken
     kinds = ", ".join(f'"{kind}"' for kind in sorted(taken))
     return f"Save it with kirsch.save, or plan without {kinds} (granularity) or without that layer (exclude)."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import warnings
@@ -59,6 +60,24 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None, name: str = ""
         for old, new in zip(model.parameters(), made.parameters(), strict=True):
             new.requires_grad = old.requires_grad
     return made
+
+
+@contextlib.contextmanager
+def kept_by_hooks(model: nn.Module) -> Iterator[None]:
+    """Give back what a model holds as it was: a hook that points at it writes what a trace of a copy computes."""
+    held = [(module, dict(_attributes(module))) for module in model.modules()]
+    stores = [(value, copy.copy(value)) for value in _values(model) if isinstance(value, (dict, list))]
+    try:
+        yield
+    finally:
+        for module, before in held:
+            for name, value in _attributes(module):
+                if isinstance(value, FakeTensor) and before.get(name) is not value:
+                    setattr(module, name, before[name]) if name in before else delattr(module, name)
+        for store, was in stores:
+            if any(isinstance(value, FakeTensor) for value in (store.values() if isinstance(store, dict) else store)):
+                store.clear()
+                store.update(was) if isinstance(store, dict) else store.extend(was)
 
 
 def _values(model: nn.Module) -> Iterator[Any]:

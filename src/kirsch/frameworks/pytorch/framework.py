@@ -82,6 +82,9 @@ class PyTorch:
         except KirschError:
             raise
         except Exception as error:  # whatever the model's own code raises
+            traced = graph.traced
+            given = predict.Call(traced.args, traced.options) if traced.args and traced.options else None
+            self.check_runs(model, given or traced.options or traced.args)  # the inputs may be at fault
             line = user_line(error)
             raise VerificationError(
                 f"The pruned {graph.model_name} does not run.",
@@ -90,6 +93,11 @@ class PyTorch:
                 if graph.tracing.as_graph
                 else f"Exclude the layers that are unusual, or {AS_GRAPH}; the model given is unchanged.",
             ) from error
+
+    def reweighted(self, model: Any, plan: Plan, graph: Graph) -> dict[str, float]:
+        """See the port."""
+        own = scope.part_of(model, graph.tracing.scope)
+        return verify.computed(own, graph, plan.keep(graph), torch.float64)
 
     def configure(
         self, pruned: Any, model: Any, plan: Plan, graph: Graph, *, verify: bool

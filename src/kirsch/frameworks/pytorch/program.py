@@ -17,6 +17,7 @@ from torch.fx import Interpreter, traceback
 from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import ModelError
+from kirsch.frameworks.pytorch.copying import kept_by_hooks
 from kirsch.frameworks.pytorch.integers import PACKAGES
 from kirsch.frameworks.pytorch.interpreted import owned
 from kirsch.frameworks.pytorch.masked import ASSERTIONS
@@ -43,7 +44,13 @@ def export(
     if decisions == "example":
         _plain_tensors(twin)
     with_values = dict.fromkeys(WITH_VALUES, decisions == "example")
-    with _quiet(), torch.no_grad(), traceback.preserve_node_meta(), functorch_config.patch(with_values):
+    with (
+        kept_by_hooks(model),
+        _quiet(),
+        torch.no_grad(),
+        traceback.preserve_node_meta(),
+        functorch_config.patch(with_values),
+    ):
         try:
             watched(twin, calls)
             program = torch.export.export(twin, args, options, strict=False)
@@ -69,15 +76,18 @@ def _plain_tensors(twin: nn.Module) -> None:
 def _quiet() -> Iterator[None]:
     """Without PyTorch's warnings about its own internals, and with the caller's random state unharmed."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # each decision that is followed would be told
+    # Each decision that is followed would be told, and each failure with a traceback beside the error that names it.
+    quiet = {"torch.fx.experimental.symbolic_shapes": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
+    levels = {name: logging.getLogger(name).level for name in quiet}
+    for name, level in quiet.items():
+        logging.getLogger(name).setLevel(level)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _reason(

@@ -73,17 +73,15 @@ def check_values(model: nn.Module) -> None:
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Raise if a model is wrapped or compiled, so that torch.export cannot follow its forward.
+    """Raise if a model is wrapped, compiled or quantized, so that torch.export cannot follow its forward.
 
     Raises:
         ModelError: says which part is of which kind, and what to give instead.
     """
     check_values(model)
-    wrapped = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)
     for path, module in model.named_modules():
-        for why, fix in _modules(module, f"Its part `{path}` is" if path else "It is", path):
-            if isinstance(module, wrapped):
-                raise ModelError(f"A {type(model).__name__} cannot be exported.", why, fix)
+        for why, fix in _opaque(module, f"Its part `{path}` is" if path else "It is", path):
+            raise ModelError(f"A {type(model).__name__} cannot be exported.", why, fix)
 
 
 def reasons(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -98,8 +96,8 @@ def _refused(model: nn.Module, why: str, fix: str) -> ModelError:
     return ModelError(f"The model {type(model).__name__} cannot be traced.", why, fix)
 
 
-def _modules(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
-    """Why a module cannot be traced, and what to do."""
+def _opaque(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
+    """Why no exporter sees what a module computes, and what to do."""
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
     inner = f"model.{path}.module" if path else "model.module"
     if isinstance(module, torch.jit.ScriptModule):
@@ -121,10 +119,16 @@ def _modules(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, st
         )
     if any(kind.startswith(QUANTIZED) for kind in kinds):
         yield f"{where} a quantized {type(module).__name__}, whose weights are packed integers.", PRUNE_FIRST
+
+
+def _modules(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
+    """Why a module cannot be traced, and what to do."""
+    yield from _opaque(module, where, path)
     graph = graph_in(module)
     converted = [node for node in (graph.nodes if graph is not None else ()) if "dequantize" in str(node.target)]
     if converted:
         yield f"{where} a converted graph, which computes with quantized numbers ({converted[0].target}).", PRUNE_FIRST
+    kinds = [f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__]
     if any(kind.startswith(OBSERVING) and ("Observer" in kind or "Fake" in kind) for kind in kinds):
         yield (
             f"{where} a {type(module).__name__}, which observes values for a quantization.",

@@ -162,6 +162,12 @@ def _training_fault(model: nn.Module, graph: Graph) -> Exception | None:
     return None
 
 
+def computed(original: nn.Module, graph: Graph, keep: NDArray[np.bool_], dtype: torch.dtype) -> dict[str, float]:
+    """Return the modules whose computed weights a cut changes for the units that stay; see `computed.changed`."""
+    with _OneType(dtype):
+        return changed(graph, keep, {name: _cast(value, dtype) for name, value in _named(original).items()})
+
+
 def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, dtype: torch.dtype) -> Verification:
     keep = what.keep
     traced: Traced = graph.traced
@@ -180,8 +186,7 @@ def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, d
     del candidate, noise
     with _OneType(dtype):
         hidden = unseen(graph, keep, tensors, flat) if error <= tolerance else ()
-        plain = {name: _cast(value, dtype) for name, value in _named(original).items()}
-        reweighted = changed(graph, keep, plain) if error <= tolerance else {}
+        reweighted = computed(original, graph, keep, dtype) if error <= tolerance else {}
     return Verification(
         error=error,
         tolerance=tolerance,
