@@ -225,7 +225,7 @@ def test_state_that_is_no_tensor_is_refused_and_the_older_folder_stays(tmp_path)
 
     kirsch.save(pruned(Net, X), tmp_path / "small")
     before = (tmp_path / "small" / "plan.json").read_text()
-    with pytest.raises(UsageError, match="holds a dict at '_extra_state', and safetensors stores tensors alone"):
+    with pytest.raises(ModelError, match=r"_extra_state is a dict; .*make get_extra_state return a tensor"):
         kirsch.save(pruned(Counting, X), tmp_path / "small")
     assert (tmp_path / "small" / "plan.json").read_text() == before
 
@@ -233,14 +233,14 @@ def test_state_that_is_no_tensor_is_refused_and_the_older_folder_stays(tmp_path)
 @pytest.mark.parametrize(
     ("entry", "sentence"),
     [
-        ({"name": "", "shape": [2, 4], "dtype": "float32"}, "has other fields than one of"),
+        ({"name": "", "shape": [2, 4], "dtype": "float32"}, r"inputs\[0\]\.high is missing"),
         ({"name": "", "value": [1]}, "'value' has"),
-        ({"name": "", "value": math.nan}, "'value' has nan"),
-        ({"name": "", "kind": "set", "items": []}, "'kind' has 'set'"),
-        ({"name": "", "kind": "list", "items": [1]}, "the input 1 has other fields"),
+        ({"name": "", "value": math.nan}, "NaN is not a JSON number"),
+        ({"name": "", "kind": "set", "items": []}, "kind: one of list, tuple, dict is expected"),
+        ({"name": "", "kind": "list", "items": [1]}, r"inputs\[0\]\.items\[0\]: an object is expected, and 1"),
         ({"name": "", "kind": "dict", "items": [{"name": "a", "value": 1}] * 2}, "a dict with a key twice: a, a"),
-        ({"name": "", "shape": [2, -4], "dtype": "float32", "high": 0}, "'shape' has -4, which is not a whole number"),
-        ({"name": 1, "value": None}, "'name' has 1, which is not text"),
+        ({"name": "", "shape": [2, -4], "dtype": "float32", "high": 0}, r"shape\[1\]: .* of at least 0 .* -4"),
+        ({"name": 1, "value": None}, r"inputs\[0\]\.name: a text is expected, and 1"),
     ],
 )  # fmt: skip
 def test_inputs_in_a_plan_that_are_none_are_named(entry, sentence):
@@ -254,7 +254,7 @@ def test_an_input_of_an_unknown_type_in_a_plan_is_named():
     model = shaken(Net())
     content = json.loads(kirsch.plan(kirsch.trace(model, X), kirsch.Goal(params=0.6)).to_json())
     content["inputs"][0]["dtype"] = "float31"
-    with pytest.raises(PlanError, match="an input of the type 'float31'"):
+    with pytest.raises(PlanError, match=r"inputs\[0\]\.dtype: one of .* and 'float31' was found"):
         kirsch.prune(model, Plan.from_json(json.dumps(content)))
 
 

@@ -90,11 +90,11 @@ def export(model: Model, path: str | Path, *, example_inputs: Inputs, format: st
     target = Path(path)
     if target.is_dir():
         raise OutputError(f"{target} is a folder.", "A file is to be written.", "Give the name of a file in it.")
-    if target.suffix.lower() != f".{format}":
+    if format == "onnx" and target.suffix.lower() != ".onnx":
         raise UsageError(
-            f"`path` of kirsch.export is {str(path)!r}, which does not end in .{format}.",
+            f"`path` of kirsch.export is {str(path)!r}, which does not end in .onnx.",
             "Programs tell the format of such a file by its name.",
-            f"Give {str(target) + '.' + format!r}." if target.name else "Give the name of a file.",
+            f"Give {str(target) + '.onnx'!r}." if target.name else "Give the name of a file.",
         )
     files.check_writable(target.parent)
     with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=target.parent) as folder:
@@ -126,7 +126,7 @@ def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
         f"The batch of {path.name} is fixed at {size}, that of the example inputs. {fixed} "
         "Run the file with batches of this size, or let the forward read the batch from its input: x.shape[0]."
     )
-    warnings.warn(note, stacklevel=3)
+    warnings.warn(note, stacklevel=4)  # past the check of the arguments
     return {**details, "notes": [*details["notes"], note]}
 
 

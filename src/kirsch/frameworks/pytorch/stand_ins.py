@@ -57,7 +57,8 @@ def _highest(value: torch.Tensor) -> int:
     """The largest value of an integer tensor, so that a stand-in for an index stays in range; 0 for any other."""
     if value.is_floating_point() or value.is_complex() or value.is_meta or not value.numel():
         return 0
-    return int(value.to(torch.int64).max())  # PyTorch has no maximum of unsigned integers of 16 bits and more
+    highest = int(value.to(torch.int64).max())  # PyTorch has no maximum of unsigned integers of 16 bits and more
+    return min(max(highest, 0), LARGEST)
 
 
 def stand_ins(specification: Sequence[Input], model: nn.Module) -> Any:
