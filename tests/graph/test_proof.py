@@ -45,6 +45,7 @@ def test_a_verification_as_json_holds_all_it_knows():
         "power": 0.3,
         "statistics": ["mean"],
         "unseen": [],
+        "reweighted": {},
     }
 
 

@@ -109,13 +109,17 @@ def test_a_cut_graph_computes_what_the_cut_model_computes(maker):
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-@pytest.mark.parametrize("importance", ["influence", "change"])
-def test_blocks_leave_a_graph(maker, importance):
+@pytest.mark.parametrize(
+    ("importance", "share", "number"), [("influence", 0.8, 1), ("change", 0.8, 1), ("random", 0.5, 2)]
+)
+def test_blocks_leave_a_graph(maker, importance, share, number):
     model = shaken(Images())
-    plain = kirsch.plan_depth(kirsch.trace(model, IMAGE), Goal(macs=0.8), IMAGE, importance=importance)
+    goal = Goal(macs=share)
+    plain = kirsch.plan_depth(kirsch.trace(model, IMAGE), goal, IMAGE, importance=importance)
     made = MAKERS[maker](model, IMAGE)
-    plan = kirsch.plan_depth(kirsch.trace(made, IMAGE), Goal(macs=0.8), IMAGE, importance=importance)
+    plan = kirsch.plan_depth(kirsch.trace(made, IMAGE), goal, IMAGE, importance=importance)
     assert plan.without == plain.without
+    assert len(plan.without) == number
     short = kirsch.prune(made, plan)
     torch.testing.assert_close(short(IMAGE), kirsch.prune(model, plain)(IMAGE))
     assert not any(name.startswith(plan.without[0]) for name, _ in short.named_parameters())

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kirsch
+from kirsch.pruning.prune import prune_with_proof
 
 WORDS = torch.randint(0, 30, (2, 5))
 
@@ -70,6 +71,29 @@ def test_the_hidden_units_of_a_block_are_ffn_units_whatever_stands_beside_them(o
     assert {kind for name, kind in found.items() if name.endswith(".a")} <= {"rank"}
     assert ("up.a" in found) == (wrap is not None)
     assert found.get("into", "ffn unit") == "ffn unit"
+
+
+class DoRA(LoRA):
+    """Each row of the merged weight has a length of its own."""
+
+    def __init__(self, layer, rank=4):
+        super().__init__(layer, rank)
+        self.length = nn.Parameter(layer.weight.detach().norm(dim=1))
+
+    def forward(self, x):
+        merged = self.layer.weight + self.b(self.a(torch.eye(self.a.weight.shape[1]))).T
+        scale = self.length / torch.linalg.norm(merged, dim=1)
+        return scale * (self.layer(x) + self.b(self.a(self.drop(x))))
+
+
+def test_units_whose_weights_have_a_length_of_their_own_are_ffn_units():
+    model = Encoder(DoRA)
+    graph = kirsch.trace(model, WORDS)
+    assert {group.name: group.kind for group in graph.groups if group.size == 48} == {"up": "ffn unit"}
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.8), granularity=["ffn unit"])
+    found = prune_with_proof(model, plan)
+    assert found.verification.power > 1e-3
+    assert found.model.up.layer.out_features < 48
 
 
 def test_granularity_by_ffn_units_leaves_ranks_and_poolers_whole():

@@ -113,7 +113,7 @@ def _block(
 ) -> tuple[Block, list[Node]] | None:
     """The module as a block, and the way from its output back to its input; None if it is none."""
     del model
-    found = _through(region, place, held)
+    found = _through(region, place, states, held)
     if found is None:
         return None
     *way, entry = found
@@ -144,10 +144,10 @@ def _block_of_graph(
     """
     del calls
     region = list(region)
-    found = _through(region, place, held)
+    found = _through(region, place, states, held)
     while found is None and region and not any(source.name in held for source in region[-1].all_input_nodes):
         region.pop()
-        found = _through(region, place, held)
+        found = _through(region, place, states, held)
     if found is None:
         return None
     *way, entry = found
@@ -157,12 +157,17 @@ def _block_of_graph(
     return None if part is None else (Block(path, entry, way[0], 0, True, _features(states[way[0]]), part), way)
 
 
-def _through(region: list[Node], place: Mapping[Node, int], held: Collection[str]) -> list[Node] | None:
+def _through(
+    region: list[Node], place: Mapping[Node, int], states: Mapping[Node, Any], held: Collection[str]
+) -> list[Node] | None:
     """The way from the one output of a region back to its entry, on which nothing else that it takes depends."""
     inside = set(region)
     ends = exits(region)
     found = _way_back(ends[0], inside) if len(ends) == 1 else None
     if found is None:
+        return None
+    axes = {_features(states[node]) for node in (found[0], found[-1])} - {None}
+    if len(axes) > 1:  # of equal sizes, but turned
         return None
     given = {source for node in region for source in node.all_input_nodes} - inside
     others = [node for node in given if node is not found[-1] and node.name not in held]

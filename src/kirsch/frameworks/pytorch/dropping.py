@@ -8,7 +8,7 @@ from torch import nn
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.blocks import repeatable, skipping
-from kirsch.frameworks.pytorch.interpreted import without
+from kirsch.frameworks.pytorch.interpreted import Part, without
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -40,12 +40,8 @@ def drop(model: nn.Module, blocks: Collection[Block], args: Any, options: Any) -
     before = {id(module): path for path, module in modules.items()}
     with skipping(model, blocks):
         wanted = repeatable(model, args, options)
+    _leave_graphs(model, blocks)
     left = [block for block in blocks if block.part is None]
-    for block in blocks:
-        if block.part is not None:
-            without(model.get_submodule(block.part.path), block.part)
-            holder, _, name = block.path.rpartition(".")
-            delattr(model.get_submodule(holder), name)
     parents = dict.fromkeys(block.path.rpartition(".")[0] for block in left)
     for parent in sorted(parents, key=lambda path: -path.count(".")):  # leaving a list moves what lies below it
         own = [block for block in left if block.path.rpartition(".")[0] == parent]
@@ -68,6 +64,20 @@ def drop(model: nn.Module, blocks: Collection[Block], args: Any, options: Any) -
                 )
             setattr(container, name, nn.Identity().train(container.training))
     return {before[id(module)]: path for path, module in model.named_modules() if id(module) in before}
+
+
+def _leave_graphs(model: nn.Module, blocks: Collection[Block]) -> None:
+    """Take those blocks out that graphs run, and their parameters."""
+    parts: dict[str, list[Part]] = {}
+    for block in blocks:
+        if block.part is not None:
+            parts.setdefault(block.part.path, []).append(block.part)
+    for path, own in parts.items():
+        without(model.get_submodule(path), own)
+    for block in blocks:
+        if block.part is not None:
+            holder, _, name = block.path.rpartition(".")
+            delattr(model.get_submodule(holder), name)
 
 
 def _leave(container: nn.Module, names: Collection[str]) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""What the analysis needs of the parameters, buffers and example inputs of a model: labels, costs, values, shapes."""
+"""What the analysis needs of the parameters, buffers and example inputs of a model: costs, freezes, values, shapes."""
 
 from __future__ import annotations
 
@@ -8,26 +8,13 @@ import torch
 
 from kirsch.errors import ModelError
 from kirsch.graph.facts import Operation
-from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
     from kirsch.graph.facts import Facts
-
-
-def labelled(model: nn.Module, facts: Facts) -> dict[str, Tensor]:
-    """Fresh labels for each axis of each parameter and buffer; tied tensors share theirs."""
-    by_identity: dict[int, Tensor] = {}
-    out = {}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, value in named:
-        if id(value) not in by_identity:
-            axes = [facts.fresh(size) if size > 1 else None for size in value.shape]
-            by_identity[id(value)] = Tensor.of(value.shape, axes)
-        out[name] = by_identity[id(value)]
-    return out
+    from kirsch.graph.labels import Tensor
 
 
 def costs(model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:

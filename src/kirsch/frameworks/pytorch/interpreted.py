@@ -17,7 +17,7 @@ from torch import fx, nn
 from kirsch.graph.expression import Leaf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch.export import ExportedProgram
     from torch.fx import Node
@@ -221,16 +221,17 @@ def tapped(module: nn.Module, taps: Mapping[Part, Callable[[Any, Any], Any]]) ->
             module.forward = own
 
 
-def without(module: nn.Module, part: Part) -> None:
-    """Take a part out of the graphs of a module: what reads its exit reads its entry."""
+def without(module: nn.Module, parts: Sequence[Part]) -> None:
+    """Take parts out of the graphs of a module: what reads their exits reads their entries."""
     for graph in _graphs_in(module):
+        place = {node.name: number for number, node in enumerate(graph.nodes)}
         nodes = {node.name: node for node in graph.nodes}
-        if not {part.entry, part.exit}.issubset(nodes):
-            continue
-        nodes[part.exit].replace_all_uses_with(nodes[part.entry])
-        for node in reversed(graph.nodes):
-            if not node.users and (node.name in part.nodes or node.op == "get_attr"):
-                graph.erase_node(node)
+        here = [part for part in parts if part.entry in nodes and part.exit in nodes]
+        for part in sorted(here, key=lambda part: -place[part.exit]):  # the entry of one may be the exit of another
+            nodes[part.exit].replace_all_uses_with(nodes[part.entry])
+            for node in reversed(graph.nodes):
+                if not node.users and (node.name in part.nodes or node.op == "get_attr"):
+                    graph.erase_node(node)
     renew(module)
 
 
@@ -241,6 +242,8 @@ def owned(program: ExportedProgram, slots: dict[str, str]) -> None:
     beside the module of that source which was computed last, in the same container.
     """
     place = {node: number for number, node in enumerate(program.graph.nodes)}
+    paths = [path.rpartition(".")[0].split(".") for path in slots.values()]
+    containers = {".".join(parts[:end]) for parts in paths for end in range(1, len(parts))}
     owner: dict[Node, str] = {}
     beside: dict[Node, str] = {}
     for node in program.graph.nodes:
@@ -253,7 +256,7 @@ def owned(program: ExportedProgram, slots: dict[str, str]) -> None:
         last = max((s for s in node.all_input_nodes if s in owner), key=place.__getitem__, default=None)
         if inner not in ("", made_by[0]) or read:
             owner[node] = inner if inner not in ("", made_by[0]) else read[0]
-            beside[node] = owner[node].rpartition(".")[0]
+            beside[node] = owner[node] if owner[node] in containers else owner[node].rpartition(".")[0]
         else:
             source = None if last is None else _made_by(last)
             if last is None or source is None:

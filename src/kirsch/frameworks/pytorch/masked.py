@@ -270,9 +270,9 @@ def _std(mask: torch.Tensor, x: torch.Tensor, *args: Any, **options: Any) -> tor
 
 
 def _norm(
-    mask: torch.Tensor, x: torch.Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, **_: Any
+    mask: torch.Tensor, x: torch.Tensor, order: float | None = None, dim: Any = None, keepdim: bool = False, **_: Any
 ) -> torch.Tensor:
-    out: torch.Tensor = torch.linalg.vector_norm(x * mask, order, _dims(x, dim), keepdim)
+    out: torch.Tensor = torch.linalg.vector_norm(x * mask, 2 if order is None else order, _dims(x, dim), keepdim)
     return out
 
 
@@ -317,6 +317,7 @@ STATISTICS: dict[str, Callable[..., torch.Tensor]] = {
     "mean": _mean,
     "nansum": _sum,
     "linalg_vector_norm": _norm,
+    "linalg_norm": _norm,
     "norm": _norm,
     "var": _var,
     "std": _std,

@@ -26,7 +26,6 @@ from kirsch.frameworks.pytorch.held import (
     freeze_shared,
     freeze_unused,
     identities,
-    labelled,
     values_of,
 )
 from kirsch.frameworks.pytorch.integers import PACKAGES, Compared, TracedInt
@@ -97,7 +96,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
     args, options = arguments(example_inputs)
     check(model)
     facts = Facts()
-    tensors = labelled(model, facts)
+    tensors = _labelled(model, facts)
     traced = _walk(model, args, options, facts, tensors, tracing)
     if not traced.outputs:
         raise ModelError(
@@ -186,6 +185,19 @@ def _training_only(
         return None
     finally:
         facts.terms[:], facts.statistics = terms, statistics
+
+
+def _labelled(model: nn.Module, facts: Facts) -> dict[str, Tensor]:
+    """Fresh labels for each axis of each parameter and buffer; tied tensors share theirs."""
+    by_identity: dict[int, Tensor] = {}
+    out = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, value in named:
+        if id(value) not in by_identity:
+            axes = [facts.fresh(size) if size > 1 else None for size in value.shape]
+            by_identity[id(value)] = Tensor.of(value.shape, axes)
+        out[name] = by_identity[id(value)]
+    return out
 
 
 def _unused(tensors: dict[str, Tensor], traced: Traced) -> set[int]:

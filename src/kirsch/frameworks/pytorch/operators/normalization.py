@@ -101,6 +101,20 @@ def _reduction(step: Step) -> Tensor:
     return _without(step, x, dims)
 
 
+@rule("linalg_norm")
+def _linalg_norm(step: Step) -> Tensor | list[Tensor]:
+    """The length of vectors; without an order, that of all numbers of a matrix."""
+    order, dim = step.arg(1, "ord"), step.arg(2, "dim")
+    one = isinstance(dim, int) or (isinstance(dim, (list, tuple)) and len(dim) == 1)
+    if order is not None and not (one and isinstance(order, (int, float))):
+        relations.freeze(step.facts, [step.args[0]], "a norm of matrices spans it")
+        return [Tensor.of(shape) for shape in step.shapes]
+    x = step.args[0]
+    dims = axes_of(dim, len(x.shape))
+    step.facts.statistic([x.axes[place] for place in dims])
+    return _without(step, x, dims)
+
+
 @rule(
     "var_mean", "std_mean", "prod", "any", "all", "logsumexp", "median", "nanmedian", "mode", "aminmax", "count_nonzero"
 )

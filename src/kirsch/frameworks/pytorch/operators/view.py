@@ -73,3 +73,14 @@ def _create(step: Step) -> Tensor:
         for axis in tensor.axes:
             step.facts.reduce(axis)  # `new_*` take only type and device from their tensor
     return Tensor.of(step.shape, axes)
+
+
+@rule("eye")
+def _eye(step: Step) -> Tensor:
+    """The identity matrix; of what is kept, it is the identity again."""
+    rows, columns = step.shape
+    given = step.given(0, "n")
+    if rows != columns or rows == 1 or not step.can_follow(given):
+        return Tensor.of(step.shape)
+    axis = step.follow(step.facts.fresh(rows), given)
+    return Tensor.of(step.shape, [axis, axis])
