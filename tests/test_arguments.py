@@ -273,7 +273,10 @@ def calls(tmp_path_factory):
         ),
         "born_again": (kirsch.born_again, {"build": Net, "generations": 1, "teacher": None, **common}),
         "distill_mutually": (kirsch.distill_mutually, {"students": [Net(), Net()], **mutual}),
-        "ensemble": (kirsch.ensemble, {"models": [model], "combine": "probabilities", "activation": "softmax"}),
+        "ensemble": (
+            kirsch.ensemble,
+            {"models": [model], "combine": "probabilities", "activation": "softmax", "outputs": None},
+        ),
         "Distiller": (
             kirsch.Distiller,
             {

@@ -26,7 +26,7 @@ from kirsch.frameworks.training import Training, doubts
         ({"milestones": (0.75, 0.5)}, r"milestones are \(0.75, 0.5\); ascending fractions between 0 and 1"),
         ({"milestones": (0.5, 1.0)}, "milestones are"),
         ({"milestones": (30, 60)}, r"milestones are \(30, 60\)"),
-        ({"epochs": 3, "warmup_epochs": 4}, "warmup_epochs is 4; 0 to 3 is possible"),
+        ({"epochs": 3, "warmup_epochs": 4}, "warmup_epochs is 4; a number from 0 to 3 is needed"),
         ({"warmup_epochs": -1}, "warmup_epochs is -1"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0; a number above 0, or None"),
         ({"clip_norm": -1.0}, "clip_norm is -1.0"),

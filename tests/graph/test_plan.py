@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kirsch.errors import GoalError, PlanError
+from kirsch.errors import GoalError, PlanError, UsageError
 from kirsch.graph.cost import Cost
 from kirsch.graph.graph import InputSpec, Tracing
 from kirsch.graph.group import KINDS
@@ -244,7 +244,7 @@ def test_a_latency_goal_is_refused_with_what_to_use(name):
 
 
 def test_a_goal_of_an_unknown_name_lists_those_there_are():
-    with pytest.raises(GoalError, match=r"There is no goal 'mac'\. Known: macs, params\. Did you mean 'macs'\?"):
+    with pytest.raises(UsageError, match=r"has no argument 'mac'\. Known: macs, params\. Did you mean 'macs'\?"):
         Goal(mac=0.5)
 
 

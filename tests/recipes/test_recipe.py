@@ -166,7 +166,7 @@ def test_a_file_is_named_by_its_path(tmp_path):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ("{epochs: 2, warmup_epochs: 3}", "warmup_epochs is 3.0; 0 to 2 is possible"),
+        ("{epochs: 2, warmup_epochs: 3}", "warmup_epochs is 3.0; a number from 0 to 2 is needed"),
         ("{milestones: [0.7, 0.2]}", "milestones are (0.7, 0.2); ascending fractions between 0 and 1 are needed"),
     ],
 )

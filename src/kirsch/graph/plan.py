@@ -292,7 +292,8 @@ class Plan:
             twice = sorted({name for name in named if named.count(name) > 1})
             if twice:
                 raise PlanError(f"{self.title} names the {part} {twice[0]!r} twice.", mend="Join the two entries.")
-        if not self.without and not any(removal.removed for removal in self.groups):
+        nothing = not self.without and not any(removal.removed for removal in self.groups)
+        if nothing and not graph.tracing.as_graph:  # which gives the program of the model, a change by itself
             raise PlanError(
                 f"{self.title} removes nothing.",
                 "No group lists a unit in removed, and no block is left out.",

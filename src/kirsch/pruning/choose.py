@@ -158,14 +158,9 @@ def _removals(
 
 def _scored(graph: Graph, group: Group, importance: str, norm: int, seed: int) -> NDArray[np.float64]:
     """One finite number a unit."""
-    for name in dict.fromkeys(name for name, _ in group.footprint if name in graph.parameters):
-        if not np.isfinite(graph.values(name)).all():
-            raise NumericError(
-                f"The parameter {name!r} of {graph.model_name} holds NaN or infinity.",
-                "Its units cannot be ranked, and the outputs of the model are no numbers.",
-                "Give a model with finite weights, or train it again from before they went wrong.",
-            )
     scores = np.asarray(IMPORTANCES[importance](graph, group, norm=norm, seed=seed))
+    if scores.shape == (group.size,) and not np.isfinite(scores).all():
+        _refuse_not_finite(graph, group)
     if scores.shape != (group.size,) or not np.isfinite(scores).all():
         raise UsageError(
             f"The importance {importance!r} gives no usable scores for {group.name!r}.",
@@ -174,6 +169,17 @@ def _scored(graph: Graph, group: Group, importance: str, norm: int, seed: int) -
             "Check the weights of this layer.",
         )
     return scores
+
+
+def _refuse_not_finite(graph: Graph, group: Group) -> None:
+    """Raise a NumericError if a parameter of a group is not finite."""
+    for name in dict.fromkeys(name for name, _ in group.footprint if name in graph.parameters):
+        if not np.isfinite(graph.values(name)).all():
+            raise NumericError(
+                f"The parameter {name!r} of {graph.model_name} holds NaN or infinity.",
+                "Its units cannot be ranked, and the outputs of the model are no numbers.",
+                "Give a model with finite weights, or train it again from before they went wrong.",
+            )
 
 
 def _short_of(goal: Goal, after: Cost, before: Cost) -> float:

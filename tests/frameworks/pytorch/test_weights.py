@@ -267,8 +267,8 @@ def entry(first: int, end: int, kind: str = "F32", shape: str = "[2]") -> str:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"no tensors", "header too large"),
-        (b"", "header"),
+        (b"no tensors", "Neither a zip archive nor a pickle"),
+        (b"", "an empty file"),
         (raw(f'{{"held":{entry(0, 8)},"held":{entry(0, 8)}}}', bytes(8)), "'held' twice"),
         (raw('{"held":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', bytes(8)), "dtype"),
         (raw(f'{{"held":{entry(0, 8)},"other":{entry(4, 12)}}}', bytes(12)), "[Oo]ffset"),
@@ -279,14 +279,16 @@ def entry(first: int, end: int, kind: str = "F32", shape: str = "[2]") -> str:
 )
 def test_a_file_that_is_not_sound_is_refused(content, why, path):
     path.write_bytes(content)
-    with pytest.raises(LoadError, match=rf"The weights .*w\.safetensors cannot be read\..*{why}"):
+    with pytest.raises(LoadError, match=rf"The weights .*w\.safetensors cannot be (read|loaded).*{why}"):
         load_weights(Holding(torch.zeros(2)), path)
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), os.mkfifo])
 def test_a_path_that_is_no_file_is_refused_at_once(make, path):
     make(path)
-    with pytest.raises(LoadError, match=r"The weights .*w\.safetensors are not a file\."):
+    with pytest.raises(
+        LoadError, match=r"weights .*w\.safetensors (are not a file|cannot be read\. It does not exist)"
+    ):
         load_weights(nn.Linear(4, 3), path)
 
 

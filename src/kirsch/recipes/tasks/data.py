@@ -177,9 +177,8 @@ def _check_names(name: Any, classes: Any) -> None:
         raise DataError(f"The data set has the name {name!r}.", "It is not valid text.", "Give a name in Unicode.")
     for place, label in enumerate(classes):
         if not is_text(label):
-            why = f"It is of type {type(label).__name__}." if not isinstance(label, str) else "It is not valid text."
             fix = "Give each class a name that can be written as UTF-8."
-            raise DataError(f"The class {place} of {name} has the name {label!r}.", why, fix)
+            raise DataError(f"The class {place} of {name} has the name {label!r}.", "It is not valid text.", fix)
     twice = [label for label in classes if list(classes).count(label) > 1]
     if twice:
         raise DataError(f"Two classes of {name} have the name {twice[0]!r}.", mend="Give each class its own name.")
