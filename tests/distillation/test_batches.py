@@ -15,7 +15,7 @@ from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.mutual import distill_mutually
 from kirsch.distillation.objective import Objective
-from kirsch.errors import DataError, KirschError, UsageError
+from kirsch.errors import DataError, KirschError, ModelError, UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -205,7 +205,7 @@ WRONG = {
     "double precision": ([(X.double(), Y)], UsageError, "Net computes in float32, and its inputs are float64"),
     "channels last": (
         [(X.permute(0, 2, 3, 1), Y)],
-        UsageError,
+        ModelError,
         r"Net does not run on the first batch, whose inputs are float32 of shape \(8, 6, 6, 1\)\..* channels last",
     ),
     "nothing": ([], DataError, "The data is empty"),
@@ -236,7 +236,7 @@ def test_inputs_of_two_models_are_named_by_the_one_that_does_not_run(net):
         def forward(self, x):
             return self.conv(x).flatten(1)
 
-    with pytest.raises(UsageError, match=r"Large does not run on the first batch"):
+    with pytest.raises(ModelError, match=r"Large does not run on the first batch"):
         distill(net, Large(), [(X, Y)], training=ONCE)
 
 

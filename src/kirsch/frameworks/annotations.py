@@ -47,8 +47,8 @@ def has_arrays(value: Any) -> bool:
     """Return whether a value is an array with an axis for the samples, or a container with at least one in it."""
     if is_array(value):
         return len(value.shape) > 0
-    if isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "values")):
-        return any(map(has_arrays, value.values()))
+    if isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "__getitem__")):
+        return any(has_arrays(value[name]) for name in value.keys())  # noqa: SIM118 - not all of them are a Mapping
     if isinstance(value, (tuple, list)):
         return any(map(has_arrays, value))
     return not inspect.isclass(value) and any(map(is_array, getattr(value, "__dict__", {}).values()))  # a data class

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from kirsch.errors import DataError, UsageError, said
+from kirsch.errors import DataError, ModelError, UsageError, said
+from kirsch.failures import told
 from kirsch.frameworks.structure import look
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
     return None
 
 
-def not_running(model: nn.Module, inputs: Any, error: Exception) -> UsageError:
+def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:
     """The error for a model that raises on the first batch, whatever it raises."""
     images = [part for part in tree_leaves(inputs) if getattr(part, "ndim", 0) == NCHW]
     last = next((part for part in images if part.shape[-1] in COLORS and part.shape[1] not in COLORS), None)
@@ -126,8 +127,8 @@ def not_running(model: nn.Module, inputs: Any, error: Exception) -> UsageError:
         fix = "Numbers that an embedding looks up, such as those of tokens, must be int64."
     elif isinstance(error, IndexError):
         fix = "If these are numbers of tokens, compare the vocabulary of the tokenizer with that of the model."
-    return UsageError(
-        f"{type(model).__name__} does not run on the first batch, whose inputs are {look(inputs)}.", said(error), fix
+    return ModelError(
+        f"{type(model).__name__} does not run on the first batch, whose inputs are {look(inputs)}.", told(error), fix
     )
 
 

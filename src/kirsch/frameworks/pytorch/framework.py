@@ -148,7 +148,7 @@ class PyTorch:
             args, options = predict.arguments(predict.copied(predict.tensors(inputs, model)))
             with torch.random.fork_rng(), torch.no_grad():
                 predict.called(copying.copy_of(model).train(), args, options)
-        except KirschError:
+        except (KirschError, MemoryError, OSError):  # of the machine, unless the caller can tell
             raise
         except Exception as error:  # whatever the model's own code raises
             raise calling.not_running(model, inputs, error) from error
