@@ -85,7 +85,7 @@ def prune_with_proof(model: Model, plan: Plan, *, example_inputs: Inputs | None 
     plan.check_cost(graph)
     try:
         found = _cut(model, plan, graph, verify=verify)
-    except (VerificationError, UsageError):
+    except (VerificationError, UsageError, ModelError):
         if graph is not plan.graph and example_inputs is None:
             _check_inputs(model, plan)
         raise
