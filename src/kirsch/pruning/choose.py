@@ -158,7 +158,8 @@ def _removals(
 
 def _scored(graph: Graph, group: Group, importance: str, norm: int, seed: int) -> NDArray[np.float64]:
     """One finite number a unit."""
-    scores = np.asarray(IMPORTANCES[importance](graph, group, norm=norm, seed=seed))
+    with np.errstate(invalid="ignore"):  # what is not finite is named below
+        scores = np.asarray(IMPORTANCES[importance](graph, group, norm=norm, seed=seed))
     if scores.shape == (group.size,) and not np.isfinite(scores).all():
         _refuse_not_finite(graph, group)
     if scores.shape != (group.size,) or not np.isfinite(scores).all():
