@@ -67,7 +67,7 @@ def test_a_call_for_timing_runs_the_file_each_time(doubling, numbers):
             [np.zeros((2, 2), np.float32)] * 2,
             r"\(2, 2\) float32, \(2, 2\) float32\. It expects input \['batch', 2\]",
         ),
-        ([], r"It expects input \['batch', 2\] tensor\(float\)\.$"),
+        ([], r"It expects input \['batch', 2\] tensor\(float\)\. Give example inputs"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named_with_what_is_expected(doubling, verb, inputs, sentence):

@@ -15,7 +15,7 @@ import kirsch
 from kirsch.distillation.objective import Objective, Term
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TopK, build
-from kirsch.errors import CheckpointError, DataError, ModelError, NumericError, ShapeError, StoreError, UsageError
+from kirsch.errors import CheckpointError, DataError, NumericError, ShapeError, StoreError, UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training
 
@@ -246,7 +246,13 @@ def test_what_does_not_fit_is_answered_when_it_is_built():
         (net(6, 2, classes=5), WHOLE, inputs, ShapeError, "The student puts out 3 classes, the teacher 5 classes"),
         (net(6, 2), "kd", inputs, UsageError, "`objective` .* is 'kd'; .*kirsch.Objective.kd"),
         (net(6, 2), WHOLE, (inputs, np.array([0, 1, 2, 3])), DataError, "Sample 3 has the label 3"),
-        (None, WHOLE, inputs, ModelError, "no model that Kirsch knows"),
+        (
+            None,
+            WHOLE,
+            inputs,
+            UsageError,
+            "`teacher` of kirsch.Distiller is None, and the terms of the objective need one",
+        ),
     ):
         with pytest.raises(error, match=sentence):
             kirsch.Distiller(student, teacher, objective, batch)

@@ -17,7 +17,7 @@ from kirsch.distillation.mutual import distill_mutually
 from kirsch.distillation.objective import Objective, Term
 from kirsch.distillation.probabilities import to_logits
 from kirsch.distillation.store import Dense, TopK, build, building
-from kirsch.errors import UnknownNameError, UsageError
+from kirsch.errors import UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -238,7 +238,7 @@ def test_an_ensemble_of_probabilities_has_the_logits_of_their_mean():
     torch.testing.assert_close(ensemble([net(seed=0), net(seed=1)])(inputs).softmax(-1), mean)
     with pytest.raises(UsageError, match=r"Model 0 of the ensemble puts out probabilities.* outputs=\"probabilities\""):
         ensemble(soft)(inputs)
-    with pytest.raises(UnknownNameError, match="no kind of outputs 'soft'"):
+    with pytest.raises(UsageError, match=r"`outputs` of kirsch\.ensemble is 'soft'; expected 'logits' or"):
         ensemble(soft, outputs="soft")
 
 
@@ -274,7 +274,7 @@ def test_outputs_that_are_not_what_is_stated_are_refused():
         fit(PLAIN, whole(), objective=Objective(student_outputs="probabilities"), training=SHORT)
     with pytest.raises(UsageError, match=r"the classes of a sample sum to .* and not to 1"):
         fit(net(nn.Sigmoid()), whole(), objective=Objective(student_outputs="probabilities"), training=SHORT)
-    with pytest.raises(UnknownNameError, match="no kind of outputs 'probs'"):
+    with pytest.raises(UsageError, match=r"`student_outputs` .* is 'probs'; expected 'logits' or"):
         Objective(student_outputs="probs")
 
 

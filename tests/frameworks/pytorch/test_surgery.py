@@ -251,5 +251,5 @@ def test_a_model_that_cannot_be_copied_is_named():
 
 def test_the_inputs_that_a_plan_stores_run_the_model():
     graph = trace(Several(), {"a": torch.randn(2, 4), "b": torch.randn(2, 5)})
-    inputs = PyTorch().inputs_like(graph.inputs)
+    inputs = PyTorch().inputs_like(graph.inputs, Several())
     assert {name: tuple(value.shape) for name, value in inputs.items()} == {"a": (2, 4), "b": (2, 5)}
