@@ -108,7 +108,7 @@ def expected(hint: Any) -> str:
         return " or ".join(repr(arg) for arg in args)
     kind = origin or hint
     noun = WORDS.get(kind) or _class_noun(kind)
-    elements = [expected(arg) for arg in args if arg is not ...]
+    elements = [] if noun == "an array" else [expected(arg) for arg in args if arg is not ...]
     return f"{noun} of {' and '.join(map(plural, elements))}" if elements else noun
 
 

@@ -144,10 +144,9 @@ def test_what_cannot_be_exported_is_named_once_and_in_one_place(model, reason, t
             (torch.zeros(2, 3), torch.tensor(1.0)),
             r"Input 1 is a tensor without axes\. Give tensors whose first",
         ),
-        (np.zeros((2, 3), np.float32), r"Input 0 is of type ndarray\. Give tensors"),
         ((torch.zeros(2, 3), 7), r"Input 1 is of type int\."),
     ],
-    ids=["keywords", "scalar", "numpy", "number"],
+    ids=["keywords", "scalar", "number"],
 )
 def test_inputs_without_a_batch_are_refused(inputs, sentence, tmp_path):
     with pytest.raises(ModelError, match=sentence):

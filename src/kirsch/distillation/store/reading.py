@@ -101,7 +101,7 @@ class TeacherStore:
 
     @checked
     def read(
-        self, ids: NDArray[Any], view: View = 0, seeds: NDArray[np.uint64] | None = None
+        self, ids: NDArray[Any] | Sequence[int], view: View = 0, seeds: NDArray[np.uint64] | None = None
     ) -> dict[str, NDArray[Any]]:
         """The records of some samples, in the order asked: arrays by field, the first axis that of the samples.
 
