@@ -41,7 +41,7 @@ def test_a_file_without_inputs_is_refused_also_by_measure(session, tmp_path):
     with pytest.raises(LoadError, match=r"net\.onnx has no inputs\. It gives the same numbers at each run"):
         stand_ins(session())
     with pytest.raises(LoadError, match="has no inputs"):
-        kirsch.measure(tmp_path / "net.onnx", example_inputs=())
+        kirsch.measure(tmp_path / "net.onnx", example_inputs=np.ones((1, 2), np.float32))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kirsch
-from kirsch.errors import ModelError, UnknownNameError, VerificationError
+from kirsch.errors import ModelError, UnknownNameError, UsageError, VerificationError
 from kirsch.graph.plan import Plan
 
 IMAGE = torch.randn(2, 3, 8, 8)
@@ -120,7 +120,7 @@ def test_a_whole_that_does_not_run_is_said(detector):
 
 
 def test_an_unknown_way_with_decisions_is_answered_with_the_known(detector):
-    with pytest.raises(UnknownNameError, match=r"no way with decisions 'guess'\. Known: example, refuse"):
+    with pytest.raises(UsageError, match=r"`decisions` .* is 'guess'; expected 'refuse' or 'example'"):
         kirsch.trace(detector, IMAGE, decisions="guess")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kirsch
-from kirsch.errors import UnknownNameError
+from kirsch.errors import UsageError
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.prune import prune_with_proof
 from proving import shaken
@@ -57,5 +57,5 @@ def test_the_option_is_kept_with_the_plan():
 
 
 def test_an_unknown_way_is_refused():
-    with pytest.raises(UnknownNameError, match=r"no way with softmax .*'keep'.*kept"):
+    with pytest.raises(UsageError, match=r"`softmax` .* is 'keep'; .*Did you mean 'kept'"):
         kirsch.trace(Gate(GATES["softmax"]), torch.randn(5, 4), softmax="keep")
