@@ -230,6 +230,7 @@ def _measured(
     missing: list[str],
 ) -> Measurement:
     session = OnnxSession(path)
+    require_inputs(session)
     size = session.batch or 1
     some = tuple(_arrays(_first(inputs, size)))
     if size != 1:
