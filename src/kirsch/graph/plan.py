@@ -147,7 +147,7 @@ class Plan:
         file: that it was read from, for messages; not stored.
     """
 
-    made_by: ClassVar[str] = "kirsch.plan(graph, kirsch.Goal(macs=0.5))"
+    made_by: ClassVar[str] = "kirsch.plan(graph, kirsch.Goal(macs=0.5)), or kirsch.Plan.read(path) for a stored one"
 
     fingerprint: str
     model: str
