@@ -146,6 +146,7 @@ SPECIAL = {
     "store.build.outputs": {"None", "model"},
     "store.finish.folder": {*TEXTS, "path"},
     "store.open.folder": {*TEXTS, "path"},
+    "store.read.ids": {"numbers"},
     "store.read.seeds": {"None", "array", "text array"},
     "store.require.teacher": {"None"},
     "store.check.teacher": set(),
