@@ -130,6 +130,79 @@ def test_a_sigmoid_is_refused_whatever_its_values(behind, classes):
         distill(net(classes=classes), net(behind, classes=classes), whole(targets), objective=BINARY, **QUIET)
 
 
+def of_logits(function):
+    """A layer that computes a function of the logits."""
+
+    class After(nn.Module):
+        def forward(self, z):
+            return function(z)
+
+    return After()
+
+
+SQUASHED = {
+    "scaled": lambda z: z.sigmoid() * 1.0,
+    "shifted": lambda z: z.sigmoid() * 0.999 + 1e-7,
+    "one minus": lambda z: 1 - (-z).sigmoid(),
+    "by hand": lambda z: 1 / (1 + torch.exp(-z)),
+    "tanh": lambda z: (z.tanh() + 1) / 2,
+    "log-sigmoid": lambda z: nn.functional.logsigmoid(z).exp(),
+    "softplus": lambda z: torch.exp(-nn.functional.softplus(-z)),
+    "hardtanh": lambda z: nn.functional.hardtanh(z, 0.0, 1.0),
+    "clamped": lambda z: z.clamp(0, 1),
+    "cleaned": lambda z: z.sigmoid().nan_to_num(),
+    "chosen": lambda z: torch.where(z > 0, z.sigmoid(), z.sigmoid()),
+    "masked": lambda z: z.sigmoid().masked_fill(z > 9, 0.5),
+    "flipped": lambda z: z.sigmoid().flip(-1).roll(1, -1),
+    "a product": lambda z: z.sigmoid() * (2 * z).sigmoid(),
+    "a mean": lambda z: (z.sigmoid() + (2 * z).sigmoid()) / 2,
+    "a softmax without a class": lambda z: torch.cat([z, z[:, :1]], -1).softmax(-1)[:, :-1] * 1.0,
+}
+
+
+@pytest.mark.parametrize("name", SQUASHED)
+def test_what_is_computed_from_a_sigmoid_without_a_layer_between_is_refused(name):
+    student = net(of_logits(SQUASHED[name]), seed=2)
+    with pytest.raises(UsageError, match="The student, a Sequential, puts out probabilities"):
+        distill(student, net(seed=3), whole(YES), objective=BINARY, **QUIET)
+
+
+def test_a_map_that_is_enlarged_after_its_sigmoid_is_refused():
+    student = nn.Sequential(nn.Conv2d(2, 1, 1), nn.Sigmoid(), nn.Upsample(scale_factor=2, mode="bilinear"))
+    images = np.random.default_rng(0).standard_normal((8, 2, 4, 4)).astype(np.float32)
+    masks = (np.random.default_rng(1).random((8, 1, 8, 8)) < 0.5).astype(np.float32)
+    with pytest.raises(UsageError, match="puts out probabilities"):
+        fit(student, ArrayData(images, masks), objective=Objective(label_loss="binary"), training=SHORT)
+
+
+class Gated(nn.Module):
+    """Attention and gates inside, and logits that lie from 0 to 1 for these inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.head = nn.Linear(D, D), nn.Linear(D, K)
+        with torch.no_grad():
+            self.head.weight.mul_(0.05)
+            self.head.bias.fill_(0.5)
+
+    def forward(self, x):
+        attention = (x[:, :, None] * x[:, None]).softmax(-1)
+        return self.head((attention @ x[:, :, None])[:, :, 0] * self.gate(x).sigmoid())
+
+
+def test_logits_that_are_only_kept_from_below_are_trained():
+    model = nn.Sequential(Squeezed(K), of_logits(lambda z: z.clamp(min=0).relu()))
+    assert fit(model, whole(YES), objective=Objective(label_loss="binary"), training=SHORT).history
+
+
+def test_gates_and_attention_before_the_last_layer_are_no_reason_to_refuse():
+    model = Gated().double()
+    with torch.no_grad():
+        found = model(torch.from_numpy(samples()[0]))
+    assert 0 <= found.min() <= found.max() <= 1
+    assert fit(model, whole(YES), objective=Objective(label_loss="binary"), training=SHORT).history
+
+
 def test_a_sigmoid_before_the_cross_entropy_of_classes_is_refused():
     with pytest.raises(UsageError, match="all are from 0 to 1, as a sigmoid makes them"):
         fit(net(nn.Sigmoid()), whole(), training=SHORT)

@@ -1,4 +1,4 @@
-"""Whether what a model puts out comes from a sigmoid or a softmax: found in a run, since values alone may not tell."""
+"""Whether the outputs of a model come from a sigmoid or a softmax: found in a run, since values alone may not tell."""
 
 from __future__ import annotations
 
@@ -13,31 +13,44 @@ from kirsch.frameworks.pytorch.watch import dry_run
 if TYPE_CHECKING:
     from torch import nn
 
-SQUASHING = ("sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "_softmax", "_safe_softmax")
-"""Operators whose results are from 0 to 1."""
+_SATURATING = "sigmoid hardsigmoid _softmax _safe_softmax softmax tanh hardtanh exp"
+SATURATING = frozenset(_SATURATING.split())
+"""Operators that map any number into a bounded range, or are a part of writing such an operator by hand.
 
-PASSING = ("clone", "_to_copy", "copy_", "cat", "stack", "index", "index_select", "clamp", "clamp_min", "clamp_max")
-"""Operators whose results have the values that they are given."""
+`clamp` is one where it has both bounds.
+"""
+
+_LEARNED = """
+mm addmm bmm baddbmm mv addmv addbmm dot linear matmul einsum convolution _convolution conv1d conv2d conv3d
+mkldnn_convolution mkldnn_linear embedding _embedding_bag lstm gru rnn_tanh rnn_relu native_layer_norm
+native_batch_norm native_group_norm _native_batch_norm_legit_no_training cudnn_batch_norm
+"""
+LEARNED = frozenset(_LEARNED.split())
+"""Operators of layers. What they return is no longer the result of an activation before them."""
 
 
 class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch tells no types
-    """Remembers in which memory results of squashing operators lie, that of their views included."""
+    """Remembers in which memory results lie that come from a saturating operator without a layer between."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # the same
-        self.kept: list[torch.Tensor] = []  # so that its memory is not given to another tensor
+        self.kept: dict[int, torch.Tensor] = {}  # with the tensor, so that its memory is not given to another
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        passed = name in PASSING and any(self.holds(part) for part in tree_leaves(args))
-        if isinstance(out, torch.Tensor) and (name in SQUASHING or passed):
-            self.kept.append(out)
+        name = func.overloadpacket.__name__.removesuffix("_")
+        if name in LEARNED or name.startswith("_scaled_dot_product"):
+            return out
+        bounded = name == "clamp" and len([bound for bound in args[1:] if bound is not None]) == len(("min", "max"))
+        if bounded or name in SATURATING or any(self.holds(part) for part in tree_leaves((args, kwargs))):
+            for part in tree_leaves(out):
+                if isinstance(part, torch.Tensor):
+                    self.kept[_memory(part)] = part
         return out
 
     def holds(self, value: Any) -> bool:
-        """Whether a tensor lies in the memory of such a result."""
-        return isinstance(value, torch.Tensor) and any(_memory(value) == _memory(kept) for kept in self.kept)
+        """Return whether a tensor lies in the memory of such a result."""
+        return isinstance(value, torch.Tensor) and _memory(value) in self.kept
 
 
 def _memory(tensor: torch.Tensor) -> int:
@@ -45,7 +58,10 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 def squashed(model: nn.Module, site: str, inputs: Any) -> bool:
-    """Whether the value at a site, for one batch, comes out of a sigmoid or a softmax."""
+    """Return whether the value at a site comes out of a sigmoid, a softmax or the like, by operators without weights.
+
+    Only meaningful for values that are all from 0 to 1: a difference of two sigmoids comes out of them as well.
+    """
     with _Marks() as marks:
         found = dry_run(model, (site,), inputs)[site]
     return bool(marks.holds(found))
