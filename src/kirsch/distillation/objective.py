@@ -20,10 +20,6 @@ NUMBERS = ("weight", "temperature", "label_weight")
 Outputs = Literal["logits", "probabilities"]
 """What a model may be said to put out."""
 
-COMBINED = ("probabilities", "logits", "confidence", "sum")
-"""How the scores of several teachers become one: their mean probabilities; their mean scores, which is no mixture of
-what they say; probabilities weighed by how sure each is; or one term for each teacher, added up."""
-
 
 @checked
 @dataclass(frozen=True)
@@ -116,7 +112,9 @@ class Objective:
             nothing to the loss on labels, which is averaged over all samples of a batch.
         balance: "fixed": weights are as stated. "gradient": each term's gradient is scaled, at the first batch of an
             epoch, so that the lengths of the gradients stand to each other as the weights.
-        teachers: how several teachers are combined: "probabilities", "logits", "confidence" or "sum".
+        teachers: how several teachers are combined. "probabilities": the mean of their probabilities; "logits": the
+            mean of their logits; "confidence": the mean of their probabilities, weighted by each one's confidence;
+            "sum": one term for each teacher, added up.
         student_outputs: what the student puts out. "logits"; or "probabilities", of which logits are made by their
             logarithms (of yes or no: log p - log (1 - p)) for all losses on them. None: logits, and outputs that look
             like probabilities are an error.

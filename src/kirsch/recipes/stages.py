@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch import files
-from kirsch.deploy.export import Artifact, export, usage
+from kirsch.deploy.export import export, usage
 from kirsch.deploy.measure import race
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.distillation.checks import first_batch
@@ -387,12 +387,3 @@ def _measure(job: Job, folder: Path) -> Record:
 
 def _load_nothing(job: Job, folder: Path, record: Record) -> None:
     """The artifact lies in the run folder already; nothing is taken up from the stage itself."""
-
-
-def artifact_of(job: Job) -> Artifact | None:
-    """The exported file of a job, None if it has none."""
-    record = job.records.get("export")
-    if record is None:
-        return None
-    entry = record["artifact"]
-    return Artifact(job.folder / MODEL, entry["format"], entry["bytes"], entry["sha256"], json.loads(json.dumps(entry)))

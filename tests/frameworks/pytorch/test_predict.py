@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kirsch.errors import DataError
-from kirsch.frameworks.pytorch.predict import infer, inference, logits_of, outputs, predict
+from kirsch.frameworks.pytorch.predict import infer, inference, logits_of, predict
 
 
 @pytest.fixture
@@ -87,24 +87,6 @@ def test_inferred_scores_carry_no_gradient(model):
     model.eval()
     assert not infer(model, torch.from_numpy(INPUTS)).requires_grad
     assert torch.is_grad_enabled()
-
-
-def test_all_outputs_come_back_in_the_order_in_which_they_stand():
-    class Two(nn.Module):
-        def forward(self, x, y):
-            return {"sum": x + y, "rest": (x - y, "a word", [x * y])}
-
-    x, y = np.float32([1, 2]), np.float32([3, 5])
-    found = outputs(Two(), (x, y))
-    for wanted, value in zip((x + y, x - y, x * y), found, strict=True):
-        np.testing.assert_array_equal(value, wanted)
-
-
-def test_all_outputs_are_those_of_inference_mode(model):
-    before = modes(model)
-    (found,) = outputs(model, (INPUTS,))
-    np.testing.assert_allclose(found, by_hand(model), atol=1e-6)  # float32
-    assert modes(model) == before
 
 
 def test_no_samples_are_no_scores():

@@ -83,8 +83,10 @@ def find(model: nn.Module, states: Mapping[Node, Any], held: Collection[str], ca
     for path, module in reversed([*model.named_modules()]):  # the inner ones first
         if not path or path not in within or len(calls.entered.get(path, ())) > 1:
             continue
-        look = _block if path in calls.entered else _block_of_graph
-        block, way = look(model, path, within[path], place, states, held, calls) or (None, [])
+        if path in calls.entered:
+            block, way = _block(path, within[path], place, states, held, calls) or (None, [])
+        else:
+            block, way = _block_of_graph(model, path, within[path], place, states, held) or (None, [])
         if block is None or not any(True for _ in module.parameters()) or shared_with_rest(model, path):
             continue
         if block.part is None and not block.plain and not _in_row(model, path):
@@ -103,7 +105,6 @@ def find(model: nn.Module, states: Mapping[Node, Any], held: Collection[str], ca
 
 
 def _block(
-    model: nn.Module,
     path: str,
     region: list[Node],
     place: Mapping[Node, int],
@@ -112,7 +113,6 @@ def _block(
     calls: Calls,
 ) -> tuple[Block, list[Node]] | None:
     """The module as a block, and the way from its output back to its input; None if it is none."""
-    del model
     found = _through(region, place, states, held)
     if found is None:
         return None
@@ -135,14 +135,12 @@ def _block_of_graph(
     place: Mapping[Node, int],
     states: Mapping[Node, Any],
     held: Collection[str],
-    calls: Calls,
 ) -> tuple[Block, list[Node]] | None:
     """The same for a module that a `torch.fx` graph runs operation by operation.
 
     What follows the module and has no parameters, such as a pooling, may have been counted to its region: without it
     the module may be a block.
     """
-    del calls
     region = list(region)
     found = _through(region, place, states, held)
     while found is None and region and not any(source.name in held for source in region[-1].all_input_nodes):

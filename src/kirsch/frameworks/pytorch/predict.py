@@ -197,11 +197,3 @@ def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[
             part = tree_map(lambda value, rows=rows: value[rows] if hasattr(value, "shape") else value, inputs)
             out.append(infer(model, tensors(part, model)).float().cpu().numpy())
     return np.concatenate(out)
-
-
-def outputs(model: nn.Module, inputs: Any) -> list[NDArray[Any]]:
-    """All tensors that a model puts out in inference mode for one batch: a tuple or a dict of arrays."""
-    args, options = arguments(copied(tensors(inputs, model)))
-    with inference(model), torch.no_grad():
-        found = called(model, args, options)
-    return [value.cpu().numpy() for value in named(found).values()]
