@@ -24,6 +24,8 @@ class Soundness:
     Args:
         finished: the run has ended, and one manifest covers all of it.
         wrong: a sentence for everything that is damaged, missing or not of the run.
+        stages: the stages of the recipe, in order, of a run without damage that has not ended; else empty.
+        done: those of them that are done.
         files: how many files were compared with a hash.
         folders: how many folders have a manifest of their own.
         uncovered: names at the top of the folder that no hash covers yet.
@@ -31,6 +33,8 @@ class Soundness:
 
     finished: bool
     wrong: list[str]
+    stages: list[str]
+    done: list[str]
     files: int
     folders: int
     uncovered: list[str]
@@ -60,7 +64,10 @@ def check(folder: Path) -> Soundness:
         count = len(files.entries(folder))
     known = (RUN, RECIPE, PLAN, EVENTS, METRICS, REPORT, ENVIRONMENT)
     uncovered = [] if finished else [name for name in known if (folder / name).exists()]
-    return Soundness(finished, list(dict.fromkeys([*misplaced, *wrong])), count, len(sealed), uncovered)
+    wrong = list(dict.fromkeys([*misplaced, *wrong]))
+    stages = [] if finished or wrong else _stages(folder, seal.read_run(folder))
+    done = [key for key in stages if (folder / CHECKPOINTS / key / "done").is_dir()]
+    return Soundness(finished, wrong, stages, done, count, len(sealed), uncovered)
 
 
 def _contradictions(folder: Path) -> list[str]:
