@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -317,7 +318,7 @@ def test_what_is_no_file_of_its_own_is_named_by_its_kind(sound, replace, kind):
     replace(sound / "weights")
     assert files.damage(sound) == f"{sound / 'weights'} is {kind}"
     (sound / "manifest.json").rename(sound / "weights.json")
-    assert files.damage(sound) == f"{sound / 'manifest.json'} is missing or damaged"
+    assert files.damage(sound) == f"{sound / 'manifest.json'} is missing"
 
 
 @pytest.mark.parametrize("name", ["new", "inner/new", ".hidden", "Weights"])
@@ -372,7 +373,7 @@ def test_all_flaws_are_found_by_name(sound):
 )
 def test_a_damaged_manifest_is_named(sound, text):
     (sound / "manifest.json").write_text(text)
-    assert files.damage(sound) == f"{sound / 'manifest.json'} is missing or damaged"
+    assert files.damage(sound).startswith(f"{sound / 'manifest.json'} is damaged: ")
 
 
 @pytest.mark.parametrize(
@@ -388,16 +389,33 @@ def test_a_damaged_manifest_is_named(sound, text):
 def test_a_manifest_that_reads_otherwise_than_it_was_written_is_damaged(sound, change):
     path = sound / "manifest.json"
     path.write_text(change(path.read_text()))
-    assert files.damage(sound) == f"{path} is missing or damaged"
+    assert files.damage(sound).startswith(f"{path} is damaged: ")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ('"bytes": 256', '"bytes": NaN', "NaN is not a JSON number"),
+        ('"bytes": 256', '"bytes": "256"', "the entry of 'weights' must have a whole number of bytes"),
+        ('"bytes": 256', '"size": 256', "the entry of 'weights' must have 'bytes' and 'sha256' alone"),
+        ('"kirsch_manifest": 1', '"kirsch_manifest": "1"', "it is not a manifest of version 1"),
+    ],
+)
+def test_a_fault_in_a_manifest_is_named_with_its_file_and_its_reason(sound, old, new, why):
+    path = sound / "manifest.json"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged: {why}")):
+        files.entries(sound)
+    assert files.damage(sound).startswith(f"{path} is damaged: {why}")
 
 
 def test_a_manifest_that_is_no_text_is_named(sound):
     (sound / "manifest.json").write_bytes(b"\xff\xfe\x00")
-    assert files.damage(sound) == f"{sound / 'manifest.json'} is missing or damaged"
+    assert files.damage(sound) == f"{sound / 'manifest.json'} is damaged: it is not UTF-8 text (byte 0)"
 
 
 def test_a_missing_folder_is_damage(tmp_path):
-    assert "none/manifest.json is missing or damaged" in files.damage(tmp_path / "none")
+    assert "none/manifest.json is missing" in files.damage(tmp_path / "none")
 
 
 def test_a_name_that_no_file_can_have_is_damage(sound):

@@ -174,10 +174,10 @@ def flaws(folder: Path, beside: Collection[str] = ()) -> dict[str, str]:
     """
     try:
         known = entries(folder)
-    except (OSError, ValueError, RecursionError):
-        known = None
-    if known is None:
-        return {MANIFEST: f"{folder / MANIFEST} is missing or damaged"}
+    except OSError as error:
+        return {MANIFEST: f"{folder / MANIFEST} cannot be read: {error.strerror or error}"}
+    except ValueError as error:
+        return {MANIFEST: str(error)}
     if not known:
         return {MANIFEST: f"{folder / MANIFEST} names no files"}
     outside = {name: f"{folder / MANIFEST} names {name!r}, outside its folder" for name in known if _leads_out(name)}
@@ -196,19 +196,26 @@ def entries(folder: Path) -> dict[str, tuple[int, str]]:
     """Bytes and sha256 by name, from the manifest of a folder.
 
     Raises:
-        ValueError: the manifest is missing or damaged.
+        OSError: the manifest cannot be read.
+        ValueError: it is missing or damaged; names the file and says why, without a point at its end.
     """
     path = folder / MANIFEST
+    if not os.path.lexists(path):
+        raise ValueError(f"{path} is missing")
     if path.is_symlink() or not path.is_file():  # reading a pipe would wait for ever
-        raise ValueError("not a file")
-    return _entries(path.read_bytes().decode())
+        raise ValueError(f"{path} is not a file")
+    content = path.read_bytes()
+    try:
+        return _entries(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def unlisted(folder: Path) -> list[str]:
     """The names of files that the manifest of a folder does not name; none where the manifest is damaged."""
     try:
         known = entries(folder)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return []
     return sorted(_present(folder)[0] - known.keys() - {MANIFEST})
 
@@ -218,7 +225,7 @@ def odd(folder: Path) -> dict[str, str]:
     return _present(folder)[1]
 
 
-def _entries(text: str) -> dict[str, tuple[int, str]]:
+def _entries(text: bytes) -> dict[str, tuple[int, str]]:
     """Bytes and sha256 by name, from the text of a manifest.
 
     Raises:
@@ -226,16 +233,18 @@ def _entries(text: str) -> dict[str, tuple[int, str]]:
             a repeated name cannot hide another.
     """
     content = strict_json.parse(text)
-    if json_text(content) != text or not isinstance(content, dict) or content.keys() != {"kirsch_manifest", "files"}:
-        raise ValueError("not the text of a manifest")
+    if not isinstance(content, dict) or content.keys() != {"kirsch_manifest", "files"}:
+        raise ValueError("an object with the keys 'kirsch_manifest' and 'files' is expected")
     version, found = content["kirsch_manifest"], content["files"]
     if type(version) is not int or version != 1 or not isinstance(found, dict):
-        raise ValueError("not a manifest of version 1")
-    for entry in found.values():
+        raise ValueError("it is not a manifest of version 1")
+    for name, entry in found.items():
         if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
-            raise ValueError("not an entry")
+            raise ValueError(f"the entry of {name!r} must have 'bytes' and 'sha256' alone")
         if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
-            raise ValueError("not an entry")
+            raise ValueError(f"the entry of {name!r} must have a whole number of bytes and a text as sha256")
+    if json_text(content).encode() != text:
+        raise ValueError("it is not spaced or ordered as Kirsch writes it")
     return {name: (entry["bytes"], entry["sha256"]) for name, entry in found.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import signal
 
@@ -119,6 +120,19 @@ def test_a_sound_run_is_found_sound(finished, run, answer):
     assert (found["sound"], found["finished"], found["uncovered"]) == (True, True, [])
     assert found["folders"] >= len(STAGES)
     assert found["files"] == len(covered(finished[0] / "run")) - 1  # the manifest itself
+
+
+def test_a_run_whose_manifest_is_not_written_is_not_called_sound(run, kirsch, answer):
+    seal.lift(run)
+    found = answer("verify", "run", code=3)
+    assert (found["sound"], found["finished"], found["done"]) == (False, False, found["stages"])
+    (run / "checkpoints" / "recover").rename(run.parent / "recover")
+    (run / "checkpoints" / "export").rename(run.parent / "export")
+    (run / "checkpoints" / "measure").rename(run.parent / "measure")
+    code, out, _ = kirsch("verify", "run")
+    assert code == 3
+    assert out.startswith("not finished run: 3 of 6 stages are done; ")
+    assert "sound" not in out
 
 
 def covered(run) -> list:
@@ -351,5 +365,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does(folder, process, kirsc
     assert err.splitlines()[-1] == "do      Go on with: kirsch resume run"
     assert list((folder / "run" / "checkpoints" / "teacher").glob("step-*"))
     code, out, _ = kirsch("verify", "run")
-    assert code == 0
-    assert "no hash covers run.json, recipe.yaml, events.jsonl, environment.json until the run ends" in out
+    assert code == 3
+    first, second, third = out.splitlines()
+    assert first == "not finished run: 0 of 6 stages are done; go on with kirsch resume run"
+    assert re.fullmatch(r"verified     \d files in \d folders? have the sha256 of their manifests", second)
+    assert third.startswith("not verified run.json, recipe.yaml, events.jsonl, environment.json: no hash covers them ")

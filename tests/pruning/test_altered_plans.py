@@ -245,10 +245,33 @@ def test_an_edit_that_changes_the_cost_is_said_and_the_goal_is_judged_anew(tmp_p
     assert not any("land at" in note for note in stored["notes"])
 
 
+def test_an_importance_that_is_not_registered_is_noted_and_the_plan_is_applied(tmp_path):
+    """It may be one of the user's own, registered where the plan was made and not where it is applied."""
+    found = prune_with_proof(MODEL, Plan.from_json(altered("method/importance", "magnitud")))
+    (note,) = [note for note in found.notes if "importance" in note]
+    assert note.startswith(
+        "The plan names the importance 'magnitud', which is not registered. Did you mean 'magnitude'?"
+    )
+    assert found.plan.groups == PLAN.groups
+    kirsch.save(found.model, tmp_path / "small")
+    assert kirsch.load(tmp_path / "small", lambda: copy.deepcopy(MODEL))
+
+
+@pytest.mark.parametrize("name", ["magnitude", "random", "influence", "change"])
+def test_an_importance_of_units_or_blocks_has_no_note(name):
+    found = prune_with_proof(MODEL, Plan.from_json(altered("method/importance", name)), verify=False)
+    assert not any("importance" in note for note in found.notes)
+
+
+def test_a_class_that_is_not_that_of_the_model_is_noted():
+    found = prune_with_proof(MODEL, Plan.from_json(altered("model/class", "Other")))
+    assert "The plan names the class Other; the model given is a Sequential." in found.notes
+
+
 def test_a_plan_as_it_was_made_is_applied_without_a_word_on_its_figures():
     found = prune_with_proof(MODEL, Plan.from_json(TEXT))
     assert found.plan == PLAN
-    assert not any("edited" in note or "other inputs" in note for note in found.notes)
+    assert not any(note.startswith("The plan ") for note in found.notes)
 
 
 def test_costs_are_those_on_the_inputs_that_are_given():

@@ -181,6 +181,34 @@ def test_a_build_of_another_type_or_mode_is_pruned_by_the_plan(convert, tmp_path
     assert kirsch.load(tmp_path / "small", Net).first.out_features < 16
 
 
+def normalized():
+    return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_loaded_model_is_in_inference_mode_whatever_mode_build_gives(mode, tmp_path):
+    small = pruned(normalized, X)
+    kirsch.save(small.train(), tmp_path / "small")  # the mode is not stored
+    again = kirsch.load(tmp_path / "small", lambda: normalized().train(mode))
+    assert not any(module.training for module in again.modules())
+    before = {name: value.clone() for name, value in again.state_dict().items()}
+    assert torch.equal(again(X), small.eval()(X))
+    assert all(torch.equal(value, before[name]) for name, value in again.state_dict().items())
+
+
+def test_a_loaded_model_is_trained_by_distill_as_the_saved_one_is(tmp_path):
+    small = pruned(normalized, X)
+    again = kirsch.load(kirsch.save(small, tmp_path / "small"), normalized)
+    teacher = shaken(normalized())
+    data = [(torch.randn(32, 4), torch.arange(32) % 3)]
+    training = kirsch.Training(epochs=1, learning_rate=0.1)
+    first, second = (
+        kirsch.distill(model, teacher, data, training=training, check_teacher=False).model for model in (small, again)
+    )
+    assert not torch.equal(first[1].running_mean, small[1].running_mean)
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [

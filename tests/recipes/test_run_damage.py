@@ -14,7 +14,7 @@ import pytest
 
 from kirsch import files
 from kirsch.errors import CheckpointError, KirschError, LoadError
-from kirsch.recipes import soundness
+from kirsch.recipes import seal, soundness
 from kirsch.recipes.runner import resume
 
 FILES = [
@@ -240,6 +240,53 @@ def test_events_that_cannot_be_read_are_dropped_and_the_others_kept(done):
     events.write_bytes(b"".join([*lines[:2], b"\xff\n", b"3\n", *lines[3:]]))
     resume(done.folder, listen=done.heard.append)
     assert events.read_bytes().startswith(b"".join([*lines[:2], *lines[3:]]))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("models", lambda models: models[-1]["accuracy"].update(value=0.123)),
+        ("stages", lambda stages: stages[0].update(did="nothing")),
+        ("curves", lambda curves: curves[0]["loss"].reverse()),
+        ("removed", lambda removed: removed["groups"].pop()),
+        ("verification", lambda verification: verification.update(passed=False)),
+        ("export", lambda export: export.update(n=1)),
+    ],
+)
+def test_metrics_of_a_run_without_manifest_are_compared_with_the_records_of_its_stages(done, part, change):
+    seal.lift(done.folder)
+    path = done.folder / "metrics.json"
+    metrics = json.loads(path.read_text())
+    change(metrics[part])
+    files.write_json(path, metrics)
+    assert soundness.check(done.folder).wrong == [
+        f"{path} does not have the {part} that the records of the stages give"
+    ]
+    resume(done.folder, listen=done.heard.append)
+    assert soundness.check(done.folder).wrong == []
+
+
+@pytest.mark.parametrize("content", [None, "[1]"])
+def test_metrics_that_are_missing_or_no_object_are_named_without_a_manifest_too(done, content):
+    seal.lift(done.folder)
+    path = done.folder / "metrics.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    assert soundness.check(done.folder).wrong == [f"{path} is missing, or holds no JSON object"]
+
+
+def test_metrics_that_an_earlier_process_wrote_are_no_damage(done):
+    """A run that is resumed does stages again, and may be killed before it writes its metrics."""
+    seal.lift(done.folder)
+    with (done.folder / "events.jsonl").open("a") as events:
+        events.write('{"event": "start"}\n')
+    record = done.folder / "checkpoints/recover/done/record.json"
+    files.write_json(record, json.loads(record.read_text()) | {"seconds": 99.0})
+    files.write_manifest(record.parent)
+    found = soundness.check(done.folder)
+    assert (found.finished, found.wrong) == (False, [])
+    assert "metrics.json" in found.uncovered
 
 
 def test_a_run_that_has_not_ended_is_checked_by_its_parts(done):

@@ -37,8 +37,9 @@ app = typer.Typer(
     name="kirsch",
     help="Distil, prune, export and measure neural networks, with proof.",
     epilog=(
-        "Exit codes: 0 done, goals met; 2 usage or recipe; 3 a goal missed; 4 model, data or checkpoint; "
-        "5 environment; 6 numbers went wrong; 75 and 130 stopped, checkpoint saved; 1 a bug of ours."
+        "Exit codes: 0 done, goals met; 2 usage or recipe; 3 a goal missed, or verify of a run that is not finished; "
+        "4 model, data or checkpoint; 5 environment; 6 numbers went wrong; 75 and 130 stopped, checkpoint saved; "
+        "1 a bug of ours."
     ),
     add_completion=False,
     rich_markup_mode=None,

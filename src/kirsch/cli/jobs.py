@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 RUNS, METRICS, REPORT = Path("runs"), "metrics.json", "report.html"
 DEFAULT = BUILTIN / "digits.yaml"
 
+NOT_FINISHED = 3
+"""Exit code of `verify` for a run without damage that has not ended, so that no hash covers all of it."""
+
 
 def read(path: str, changes: Sequence[str]) -> tuple[Recipe, Path]:
     """A recipe, with the changes of the environment and the command line, and the folder that it is relative to."""
@@ -161,7 +164,7 @@ def report(folder: Path, terminal: Terminal) -> int:
 
 
 def verify(folder: Path, terminal: Terminal) -> int:
-    """Compare a run folder with the hashes that were written with it.
+    """Compare a run folder with the hashes that were written with it. Gives the exit code.
 
     Raises:
         LoadError: the folder holds no run.
@@ -176,17 +179,23 @@ def verify(folder: Path, terminal: Terminal) -> int:
             "",
             f"kirsch resume {folder} makes the damaged parts again, or says what to delete.",
         )
+    content = {"run": str(folder), "sound": found.finished, "finished": found.finished, "stages": found.stages}
+    content |= {"done": found.done, "uncovered": found.uncovered, "files": found.files, "folders": found.folders}
     if found.finished:
         said = f"all {found.files} files have the sha256 of the manifest"
-    else:
-        said = f"{found.files} files in {found.folders} sealed folders have the sha256 of their manifests"
-    lines = [[Piece(f"{'sound':<13}", "good"), Piece(f"{folder}: {said}")]]
-    if not found.finished:
-        rest = ", ".join(found.uncovered)
-        lines.append([Piece(f"{'not finished':<13}", "doubt"), Piece(f"no hash covers {rest} until the run ends")])
-    content = {"run": str(folder), "sound": True, "finished": found.finished, "uncovered": found.uncovered}
-    terminal.result(lines, content | {"files": found.files, "folders": found.folders})
-    return 0
+        terminal.result([[Piece(f"{'sound':<13}", "good"), Piece(f"{folder}: {said}")]], content)
+        return 0
+    progress = f"{len(found.done)} of {len(found.stages)} stages are done"
+    plural = "s" * (found.folders != 1)
+    said = f"{found.files} files in {found.folders} folder{plural} have the sha256 of their manifests"
+    rest = f"{', '.join(found.uncovered)}: no hash covers them until the run ends"
+    lines: list[Line] = [
+        [Piece(f"{'not finished':<13}", "doubt"), Piece(f"{folder}: {progress}; go on with kirsch resume {folder}")],
+        [Piece(f"{'verified':<13}", "good"), Piece(said)],
+        [Piece(f"{'not verified':<13}", "doubt"), Piece(rest)],
+    ]
+    terminal.result(lines, content)
+    return NOT_FINISHED
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

@@ -90,6 +90,9 @@ class Framework(Protocol):
     def frozen(self, model: Any, like: Any) -> Any:
         """A copy in inference mode that takes no gradient, where another model lies."""
 
+    def inferring(self, model: Any) -> Any:
+        """The model itself, put into inference mode."""
+
     def expand(self, model: Any, site: str, inputs: Any) -> list[str]:
         """The concrete sites that a text names, such as "layer*"; see `kirsch.frameworks.sites`."""
 

@@ -9,6 +9,8 @@ from kirsch.graph.inputs import tensors
 from kirsch.graph.plan import Goal
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Plan
 
@@ -34,7 +36,25 @@ def renewed(plan: Plan, graph: Graph) -> Plan:
 
 
 def changes(stated: Plan, counted: Plan) -> list[str]:
-    """What a plan stated otherwise than it was counted when it was applied, as notes."""
+    """Return a note for each statement of a plan that differs from what was found when it was applied."""
+    found = _cost_changes(stated, counted)
+    if stated.model != counted.model:
+        found.append(f"{stated.title} names the class {stated.model}; the model given is a {counted.model}.")
+    if stated.configuration not in ({}, counted.configuration):
+        result = (
+            f"The model without the removed units has {_in_words(counted.configuration)}, which is used."
+            if counted.configuration
+            else "It does not describe the model without the removed units, and is not used."
+        )
+        found.append(f"{stated.title} states the configuration {_in_words(stated.configuration)}. {result}")
+    return found
+
+
+def _in_words(configuration: Mapping[str, float]) -> str:
+    return ", ".join(f"{path}={number}" for path, number in configuration.items())
+
+
+def _cost_changes(stated: Plan, counted: Plan) -> list[str]:
     if stated.before != counted.before:
         shapes = ", ".join("×".join(map(str, spec.shape)) for spec in tensors(counted.inputs))
         on = f"inputs of shape {shapes}" if shapes else "the inputs given"

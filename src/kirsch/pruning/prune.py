@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kirsch.arguments import checked
-from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError, said
+from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError, nearest, said
 from kirsch.frameworks.annotations import Inputs, Model
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan, Removal, Skip
+from kirsch.pruning.depth import BLOCK_IMPORTANCES
+from kirsch.pruning.importance import IMPORTANCES
 from kirsch.pruning.notes import changes, renewed
 
 if TYPE_CHECKING:
@@ -154,7 +156,7 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     warned = [f"{unsavable} {until}"] if unsavable else []
     if verification is not None and verification.reweighted:
         warned.append(_reweighted(verification.reweighted))
-    notes = [*changes(stated, plan), *plan.notes, *told, *warned, OPTIMIZER_NOTE]
+    notes = [*changes(stated, plan), *_unknown_importance(plan), *plan.notes, *told, *warned, OPTIMIZER_NOTE]
     if verification is not None and verification.unseen:
         modules = ", ".join(f"`{path}`" for path in verification.unseen)
         notes.append(
@@ -163,6 +165,15 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
             "runs them."
         )
     return Pruned(pruned, verification, plan, tuple(notes), tuple(warned))
+
+
+def _unknown_importance(plan: Plan) -> list[str]:
+    """Return a note if the importance that a plan names is not registered, as one of the user's own may not be here."""
+    name, known = plan.method.get("importance"), [*IMPORTANCES, *BLOCK_IMPORTANCES]
+    if name is None or name in known:
+        return []
+    unknown = f"{plan.title} names the importance {name!r}, which is not registered."
+    return [" ".join(filter(None, [unknown, nearest(name, known), "What it lists is removed all the same."]))]
 
 
 def _reweighted(sizes: Mapping[str, float], most: int = 3) -> str:

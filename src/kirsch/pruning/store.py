@@ -68,7 +68,11 @@ def _require_unchanged(model: Any) -> None:
 
 @checked
 def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = None) -> Any:
-    """The model that was saved, bit for bit and in its types.
+    """Return the model that was saved, bit for bit, in its types and in inference mode.
+
+    The mode is not stored. A model in training mode would drop activations at random and update the statistics of its
+    batch normalization at its first forward. `kirsch.distill` sets training mode itself; in a loop of your own call
+    `model.train()` first.
 
     Args:
         folder: of `save`; it holds exactly the files that `save` wrote.
@@ -77,7 +81,7 @@ def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = No
             their own, or values that decide which way the forward takes); see `kirsch.trace`.
 
     Returns:
-        The pruned model, in the mode and on the device of what `build` returns.
+        The pruned model in inference mode, on the device of what `build` returns, whatever mode that has.
 
     Raises:
         CheckpointError: a file is missing, damaged or not one of `save`; names it.
@@ -112,7 +116,7 @@ def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = No
     framework = framework_of(model)
     framework.take_types(model, source / WEIGHTS)
     framework.load_weights(model, source / WEIGHTS)
-    return model
+    return framework.inferring(model)
 
 
 def _rebuilt(build: Build, plans: list[Plan], weights: Path, example_inputs: Any) -> Any:

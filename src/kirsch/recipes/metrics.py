@@ -10,6 +10,8 @@ from kirsch.measurement.quality import calibration, confusion, lost_classes, pai
 from kirsch.report import figures
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from kirsch.recipes.job import Job
 
 MODELS = {"teacher": "teacher", "distil": "student", "prune": "pruned", "recover": "recovered", "export": "exported"}
@@ -28,7 +30,24 @@ def metrics_of(job: Job, environment: dict[str, Any], seconds: float) -> dict[st
         "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "seconds": seconds,
         "goal": _goal(job),
-        "models": _models(job),
+        **of_records(records),
+        "quality": _quality(job),
+        "measured": _measured(job, environment),
+        "not_measured": _not_measured(job),
+        "provenance": {
+            "recipe": job.recipe.to_yaml(),
+            "plan": pruned["plan"] if pruned else None,
+            "environment": environment,
+            "fingerprint": pruned["plan"]["model"]["fingerprint"] if pruned else "",
+        },
+    }
+
+
+def of_records(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the parts of the metrics that follow from the records of the stages alone."""
+    pruned = records.get("prune")
+    return {
+        "models": _models(records),
         "stages": [
             {
                 "number": number,
@@ -41,23 +60,14 @@ def metrics_of(job: Job, environment: dict[str, Any], seconds: float) -> dict[st
         ],
         "curves": [_curve(key, record["history"]) for key, record in records.items() if record.get("history")],
         "removed": pruned["removed"] if pruned else None,
-        "quality": _quality(job),
         "verification": pruned["verification"] if pruned else None,
         "export": _export(records.get("export")),
-        "measured": _measured(job, environment),
-        "not_measured": _not_measured(job),
-        "provenance": {
-            "recipe": job.recipe.to_yaml(),
-            "plan": pruned["plan"] if pruned else None,
-            "environment": environment,
-            "fingerprint": pruned["plan"]["model"]["fingerprint"] if pruned else "",
-        },
     }
 
 
-def _final(job: Job) -> str:
+def _final(records: Mapping[str, dict[str, Any]]) -> str:
     """The last stage that has a quality."""
-    return [key for key, record in job.records.items() if "accuracy" in record][-1]
+    return [key for key, record in records.items() if "accuracy" in record][-1]
 
 
 def _goal(job: Job) -> dict[str, Any]:
@@ -74,7 +84,7 @@ def _goal(job: Job) -> dict[str, Any]:
                 value = records["prune"][field] / max(start[field], 1)
                 text = f"{word} {figures.percent(value)} of the {of}, goal ≤ {figures.percent(limit, 0)}"
                 items.append(_item(field, text, limit, value, met=value <= limit))
-    final = _final(job)
+    final = _final(records)
     if recipe.goal.max_drop is not None:
         drop = records["teacher"]["accuracy"]["value"] - records[final]["accuracy"]["value"]
         found = paired(job.logits("teacher"), job.logits(final), job.data.test.labels)
@@ -118,13 +128,13 @@ def goal_text(job: Job) -> str:
     return ", ".join(parts)
 
 
-def _models(job: Job) -> list[dict[str, Any]]:
-    race = job.records.get("measure", {}).get("race")
-    sizes = job.records.get("measure", {}).get("onnx_bytes", {})
-    final = _final(job)
+def _models(records: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    race = records.get("measure", {}).get("race")
+    sizes = records.get("measure", {}).get("onnx_bytes", {})
+    final = _final(records)
     out = []
     for stage, key in MODELS.items():
-        record = job.records.get(stage)
+        record = records.get(stage)
         if record is None:
             continue
         latency = None
@@ -159,7 +169,7 @@ def _curve(stage: str, history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _quality(job: Job) -> dict[str, Any]:
-    first, final = "teacher", _final(job)
+    first, final = "teacher", _final(job.records)
     labels, names = job.data.test.labels, list(job.data.classes)
     before, after = job.logits(first), job.logits(final)
     tables = confusion(before, labels), confusion(after, labels)

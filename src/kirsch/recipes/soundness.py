@@ -9,6 +9,7 @@ from kirsch import files, strict_json
 from kirsch.errors import KirschError, LoadError
 from kirsch.recipes import run_folder, seal
 from kirsch.recipes.job import RECORD
+from kirsch.recipes.metrics import of_records
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.seal import CHECKPOINTS, ENVIRONMENT, EVENTS, METRICS, MODEL, PLAN, RECIPE, REPORT, RUN
 from kirsch.recipes.stages import stages_of
@@ -24,6 +25,8 @@ class Soundness:
     Args:
         finished: the run has ended, and one manifest covers all of it.
         wrong: a sentence for everything that is damaged, missing or not of the run.
+        stages: the stages of the recipe, in order, of a run without damage that has not ended; else empty.
+        done: those of them that are done.
         files: how many files were compared with a hash.
         folders: how many folders have a manifest of their own.
         uncovered: names at the top of the folder that no hash covers yet.
@@ -31,6 +34,8 @@ class Soundness:
 
     finished: bool
     wrong: list[str]
+    stages: list[str]
+    done: list[str]
     files: int
     folders: int
     uncovered: list[str]
@@ -60,7 +65,10 @@ def check(folder: Path) -> Soundness:
         count = len(files.entries(folder))
     known = (RUN, RECIPE, PLAN, EVENTS, METRICS, REPORT, ENVIRONMENT)
     uncovered = [] if finished else [name for name in known if (folder / name).exists()]
-    return Soundness(finished, list(dict.fromkeys([*misplaced, *wrong])), count, len(sealed), uncovered)
+    wrong = list(dict.fromkeys([*misplaced, *wrong]))
+    stages = [] if finished or wrong else _stages(folder, seal.read_run(folder))
+    done = [key for key in stages if (folder / CHECKPOINTS / key / "done").is_dir()]
+    return Soundness(finished, wrong, stages, done, count, len(sealed), uncovered)
 
 
 def _contradictions(folder: Path) -> list[str]:
@@ -86,6 +94,8 @@ def _contradictions(folder: Path) -> list[str]:
     sealed, shown = done.get("prune", folder) / "model" / PLAN, folder / PLAN
     if under_way != "prune" and sealed.is_file() and not _same(sealed, shown):
         wrong.append(f"{shown} is missing, or is not the plan of the pruned model")
+    if _ended(folder) and all(path.is_dir() for path in done.values()):
+        wrong += _metrics(folder, [path / RECORD for path in done.values()])
     if under_way != "export" and "export" in keys and done["export"].is_dir():
         wrong += _artifact(folder, done["export"] / RECORD)
     return wrong
@@ -101,6 +111,29 @@ def _under_way(folder: Path) -> str:
         if event.get("event") in ("stage_start", "stage_end", "stage_kept"):
             return str(event.get("key")) if event["event"] == "stage_start" else ""
     return ""
+
+
+def _ended(folder: Path) -> bool:
+    """Whether the process that worked last has written metrics.json; if not, that may be of an earlier one."""
+    said = [event.get("event") for event in run_folder.events_of(folder)[0]]
+    return [event for event in said if event in ("start", "end")][-1:] == ["end"]
+
+
+def _metrics(folder: Path, records: list[Path]) -> list[str]:
+    """The parts of metrics.json that contradict the records of the stages."""
+    path = folder / METRICS
+    try:
+        found = strict_json.read(path) if path.is_file() else None
+        expected = of_records({record.parts[-3]: strict_json.read(record) for record in records})
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return []  # the file itself is named as damaged, or the manifest of the stage does not fit such a record
+    if not isinstance(found, dict):
+        return [f"{path} is missing, or holds no JSON object"]
+    return [
+        f"{path} does not have the {name} that the records of the stages give"
+        for name, value in expected.items()
+        if found.get(name) != value
+    ]
 
 
 def _stages(folder: Path, run: dict[str, Any]) -> list[str]:

@@ -283,7 +283,7 @@ def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
 
 def _load_pruned(job: Job, folder: Path, _record: Record) -> None:
     job.models["before"] = job.models["result"]
-    job.models["pruned"] = job.models["result"] = load(folder / "model", _before_pruning(job)).eval()
+    job.models["pruned"] = job.models["result"] = load(folder / "model", _before_pruning(job))
     sealed, shown = folder / "model" / "plan.json", job.folder / PLAN
     if not shown.is_file() or shown.read_bytes() != sealed.read_bytes():
         files.write_bytes(shown, sealed.read_bytes())

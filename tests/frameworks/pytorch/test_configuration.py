@@ -208,6 +208,10 @@ def test_a_configuration_that_would_compute_something_else_is_not_taken(kind, wh
     assert_said(config_notes(found), why)
 
 
+def stated_notes(found):
+    return [note for note in found.notes if "states the configuration" in note]
+
+
 def assert_said(notes, pattern):
     (note,) = notes
     with pytest.raises(ValueError, match=pattern):
@@ -297,6 +301,30 @@ def test_a_plan_that_states_numbers_of_another_model_changes_nothing():
     found = prune_with_proof(copy.deepcopy(model), kirsch.Plan.from_json(json.dumps(content)), verify=False)
     assert found.model.config.ffn is None
     assert found.plan.configuration == {}
+    assert_said(stated_notes(found), r"states the configuration ffn=\d+, .*\. It does not describe the model")
+
+
+@pytest.mark.parametrize("numbers_", [{"width": 5}, {"ffn": 20}])
+def test_a_stated_configuration_that_the_cut_does_not_give_is_noted_and_computed_anew(numbers_):
+    model = carrying()
+    plan = halved(model).plan
+    content = json.loads(plan.to_json()) | {"configuration": numbers_}
+    found = prune_with_proof(model, kirsch.Plan.from_json(json.dumps(content)))
+    assert found.plan.configuration == plan.configuration
+    ((name, number),) = numbers_.items()
+    assert_said(
+        stated_notes(found), rf"states the configuration {name}={number}\. .* has ffn={plan.configuration['ffn']}, "
+    )
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("stated", [True, False])
+def test_the_configuration_that_the_cut_gives_has_no_note_on_what_the_plan_states(verify, stated):
+    model = carrying()
+    content = json.loads(halved(model).plan.to_json())
+    content["configuration"] = content["configuration"] if stated else {}
+    found = prune_with_proof(model, kirsch.Plan.from_json(json.dumps(content)), verify=verify)
+    assert stated_notes(found) == []
 
 
 # ------------------------------------------------------------------------------------------------------ transformers

@@ -253,6 +253,10 @@ class PyTorch:
             parameter.requires_grad = False
         return own.to(predict.device_of(like))
 
+    def inferring(self, model: Any) -> Any:
+        """See the port."""
+        return model.eval()
+
     def train(self, model: Any, batches: Any, loss: Any, training: Training, hooks: TrainingHooks) -> Trained:
         """See the port."""
         return train.train(model, batches, loss, training, hooks)
