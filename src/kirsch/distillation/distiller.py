@@ -29,7 +29,6 @@ from kirsch.frameworks.annotations import BatchLike, Model, Regularizer
 from kirsch.frameworks.data import Batch
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.sites import texts
-from kirsch.frameworks.structure import check_inputs
 from kirsch.frameworks.training import Charge, doubts, shares_of
 
 if TYPE_CHECKING:
@@ -89,7 +88,6 @@ class Distiller:
     ) -> None:
         framework = framework_of(student)
         first = Batch.of(example_batch)
-        check_inputs(first.inputs, first.targets)
         some = few(first)
         framework.check_runs(student, some.inputs)
         self._framework, self._objective = framework, objective
@@ -169,7 +167,8 @@ class Distiller:
         """
         model = self.pupil if through is None else through
         given = Batch.of(batch)
-        self.lesson.check(given, wherever=self.pupil.training and int(epoch) != self._looked)
+        for text in self.lesson.check(given, wherever=self.pupil.training and int(epoch) != self._looked):
+            self._doubt(text)
         charge = self.lesson(model, self._framework.placed(given, self.student), epoch, of)
         if self.pupil.training and charge.parts and int(epoch) != self._looked:
             norms = self._framework.gradient_norms(self.pupil, charge.parts)

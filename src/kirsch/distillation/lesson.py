@@ -12,9 +12,9 @@ from kirsch.distillation.attach import of_all
 from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.loss import SCORED, TOKEN_KINDS, given_to, loss_of
 from kirsch.distillation.schedule import at
-from kirsch.distillation.targets import check_batch, check_labels
+from kirsch.distillation.targets import check_batch, check_labels, uses_labels
 from kirsch.distillation.teachers import combined, holds_top_k, stored_scores
-from kirsch.errors import UsageError
+from kirsch.errors import DataError, UsageError
 from kirsch.frameworks.sites import at_sites, texts
 from kirsch.frameworks.training import Charge, require_labels
 
@@ -71,6 +71,7 @@ class Lesson:
         self._names = _distinct([term.called for term in objective.terms])
         self._over = {pair.name: self._counted_by(pair) for pair in pairs}
         self._example = {self._over[pair.name]: pair for pair in pairs}
+        self._labelled, self._warned = False, False  # whether a batch had labels that are used; see `_without_targets`
         self._factors: dict[str, float] = {}
         self._used: dict[str, float] = {}
 
@@ -256,10 +257,31 @@ class Lesson:
                 found[over] += self._count(over, batch)
         return found
 
-    def check(self, batch: Batch, *, wherever: bool = False) -> None:
+    def check(self, batch: Batch, *, wherever: bool = False) -> list[str]:
         """See `LossFunction`; `wherever`: also where the targets do not lie on the host."""
+        if batch.targets is None:
+            return self._without_targets()
+        self._labelled = uses_labels(self._objective)
         if self._scores is not None:
             check_batch(batch.targets, self._scores, self._objective, wherever=wherever)
+        return []
+
+    def _without_targets(self) -> list[str]:
+        """A warning, once, where a batch has no targets and those before have."""
+        if not self._objective.terms:
+            raise DataError(
+                "A batch has no targets, and there is no teacher.",
+                "There is nothing to learn from it.",
+                "Give (inputs, targets) in each batch.",
+            )
+        if not self._labelled or self._warned:
+            return []
+        self._warned = True
+        text = (
+            "A batch has no targets, while batches before it have, so that the student learns from the teacher alone "
+            "on it. If that is not intended, give (inputs, targets) in each batch."
+        )
+        return [text]
 
     def _counted_by(self, pair: Pair) -> str:
         """What the mean of a pair goes over: samples, labels, or positions of one side of a model of tokens."""

@@ -27,6 +27,10 @@ def taken_apart(given: Any) -> tuple[Any, Any, Any]:
     Raises:
         DataError: the parts cannot be told from each other, or are not collated.
     """
+    if given is None:
+        raise DataError(
+            "A batch is None.", "The loader, or its collate_fn, gave nothing.", f"Leave it out, or give {FORMS}."
+        )
     names = _names(given)
     if names is not None:
         inputs, targets, ids = _by_name(names, given)

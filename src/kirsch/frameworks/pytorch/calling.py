@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 NCHW = 4
 COLORS = (1, 3, 4)
+UNFIT = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+"""What the forward of a model raises on inputs of a wrong shape."""
+
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.bool)
 """Types of whole numbers that neither layers with float weights nor embeddings take."""
 
@@ -113,10 +116,13 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
 
 
 def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:
-    """The error for a model that raises on the first batch, whatever it raises."""
+    """The error for a model that raises on a batch, whatever it raises."""
     images = [part for part in tree_leaves(inputs) if getattr(part, "ndim", 0) == NCHW]
     last = next((part for part in images if part.shape[-1] in COLORS and part.shape[1] not in COLORS), None)
-    fix = "Give batches as the forward of the model takes them; try model(inputs) by itself."
+    fix = (
+        "Give each batch as the forward of the model takes it, padded or resized where it has one size; try "
+        "model(inputs) by itself."
+    )
     if last is not None:
         axes = (0, 3, 1, 2)
         fix = (
@@ -128,7 +134,7 @@ def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:
     elif isinstance(error, IndexError):
         fix = "If these are numbers of tokens, compare the vocabulary of the tokenizer with that of the model."
     return ModelError(
-        f"{type(model).__name__} does not run on the first batch, whose inputs are {look(inputs)}.", told(error), fix
+        f"{type(model).__name__} does not run on a batch whose inputs are {look(inputs)}.", told(error), fix
     )
 
 
