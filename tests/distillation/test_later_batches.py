@@ -155,3 +155,49 @@ def test_batches_without_targets_are_no_reason_to_warn_where_no_label_is_used():
     for data in ([(X, Y), (X,)], [(X,), (X,)]):
         distill(Fixed(), Fixed(5), data, objective=objective, training=ONCE, check_teacher=False, hooks=hooks)
     assert not [event for event in told if event["event"] == "doubt"]
+
+
+# ------------------------------------------------------------------------------------------------ ids, mask, labels
+
+
+class Masked(nn.Module):
+    """A model of tokens that takes a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(9, 4), nn.Linear(4, K)
+
+    def forward(self, words, mask):
+        return self.head((self.words(words) * mask[..., None]).mean(1))
+
+
+class Optional(Masked):
+    """A model of tokens that may be given a mask."""
+
+    def forward(self, words, mask=None):
+        return super().forward(words, torch.ones(words.shape) if mask is None else mask)
+
+
+WORDS = torch.randint(0, 9, (N, 6), generator=torch.Generator().manual_seed(0))
+MASK = (torch.arange(6) < 4).expand(N, 6)
+
+
+@pytest.mark.parametrize("mask", [MASK.float(), MASK.long(), MASK], ids=["float", "int", "bool"])
+@pytest.mark.parametrize(
+    ("model", "error", "sentence"),
+    [
+        (
+            Masked,
+            UsageError,
+            r'takes words, mask; .* as a dict .*: \{"words": \.\.\., "mask": \.\.\., "labels": \.\.\.\}',
+        ),
+        (Optional, DataError, r'If they are a mask of the inputs, give a dict .*"labels": \.\.\.\}'),
+    ],
+)
+def test_a_batch_of_inputs_a_mask_and_labels_is_answered_with_how_to_give_it(model, error, sentence, mask):
+    with pytest.raises(error, match=sentence):
+        fit(model(), [(WORDS, mask, Y)], training=ONCE)
+    with pytest.raises(DataError, match=r"third part of a batch is int64 of shape \(12, 6\).* or a dict"):
+        fit(model(), [(WORDS, mask, WORDS)], training=ONCE)
+    found = fit(model(), [{"words": WORDS, "mask": mask, "labels": Y}], training=ONCE)
+    assert len(found.history) == ONCE.epochs

@@ -150,7 +150,8 @@ def _ids(ids: Any, given: Any) -> Any:
     raise DataError(
         f"The third part of a batch is {look(ids)}: the batch is {look(given)}.",
         "It would be the numbers of the samples, shape (N,), by which a store and adapters with a memory find them.",
-        f"Leave it out, or give several inputs as a tuple: ((first, second), targets). Known: {FORMS}.",
+        "Leave it out, or give several inputs as a tuple or a dict beside the targets: ((first, second), targets), "
+        f'or {{"input_ids": first, "attention_mask": second, "labels": targets}}. Known: {FORMS}.',
     )
 
 

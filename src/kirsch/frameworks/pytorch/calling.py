@@ -69,11 +69,17 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter] | None:
 
 def _unfit(model: nn.Module, known: list[str], args: Any, options: Any) -> UsageError:
     given = [f"{len(args)} by place"] * bool(args) + [f"{', '.join(options)} by name"] * bool(options)
+    why = "The entries of a dict are given to the model by their names, but for labels and ids."
+    fix = "Rename the entries or leave out those that the model does not take, or give batches of (inputs, targets)."
+    if len(args) < len(known) and not options:
+        why = "Of a batch (a, b, c) the model is given a; b are the targets and c the numbers of the samples."
+        entries = ", ".join(f'"{name}": ...' for name in [*known, "labels"])
+        fix = f"Give batches as a dict that names the inputs of the model: {{{entries}}}."
     return UsageError(
         f"The forward of {type(model).__name__} takes {', '.join(known) or 'no arguments'}; the batches give "
         f"{' and '.join(given)}.",
-        "The entries of a dict are given to the model by their names, but for labels and ids.",
-        "Rename the entries or leave out those that the model does not take, or give batches of (inputs, targets).",
+        why,
+        fix,
     )
 
 
