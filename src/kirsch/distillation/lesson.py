@@ -205,10 +205,14 @@ class Lesson:
 
     def _counting(self, labels: Any) -> Any:
         """True where there is a label; None where all count, as those that are no class numbers do."""
-        if _floating(labels):
+        if self._are_numbers(labels):
             return None
         counts = labels != self._objective.ignore
         return None if bool(counts.all()) else counts
+
+    def _are_numbers(self, labels: Any) -> bool:
+        """Whether labels are numbers to come near to, of which none stands for no label, and not numbers of classes."""
+        return "float" in str(labels.dtype) or self._objective.label_loss == "squared-error"
 
     def _positions(self, scores: Any, labels: Any, batch: Batch, *, loss_needs_labels: bool) -> Any:
         """Which scores of teacher and student are compared.
@@ -242,7 +246,7 @@ class Lesson:
         if not any(name.startswith("decoder_input") for name in masks) or (side and side[0] == "encoder"):
             return masks.get("attention_mask")
         found, labels = masks.get("decoder_attention_mask"), batch.targets
-        if found is None and labels is not None and labels.ndim == len("NL") and not _floating(labels):
+        if found is None and labels is not None and labels.ndim == len("NL") and not self._are_numbers(labels):
             found = labels != self._objective.ignore
         if of_pairs and CROSS.search(text) and found is not None:
             keys = masks.get("attention_mask")
@@ -314,7 +318,7 @@ class Lesson:
         labels = batch.targets
         if labels is None and self._sequences and (mask := self._unlabelled(batch)) is not None:
             return int((mask != 0).sum())
-        if labels is None or labels.ndim == 1 or _floating(labels):
+        if labels is None or labels.ndim == 1 or self._are_numbers(labels):
             return len(batch)
         _, labels = self._aligned(labels, batch)
         return int((labels != self._objective.ignore).sum())
@@ -347,11 +351,6 @@ def _wide_targets(batch: Batch) -> Batch:
     if "int" not in kind or kind == "int64":
         return batch
     return dataclasses.replace(batch, targets=whole_numbers(labels))
-
-
-def _floating(labels: Any) -> bool:
-    """Whether labels are numbers to come near to, and not numbers of classes."""
-    return bool("float" in str(labels.dtype))
 
 
 def _shorter(values: Any) -> Any:
