@@ -11,6 +11,7 @@ from kirsch.distillation.arrays import blank, first_of, namespace, whole_numbers
 from kirsch.distillation.attach import of_all
 from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.loss import SCORED, TOKEN_KINDS, given_to, loss_of
+from kirsch.distillation.probabilities import check_training, scored_sites
 from kirsch.distillation.schedule import at
 from kirsch.distillation.targets import check_batch, check_labels, uses_labels
 from kirsch.distillation.teachers import combined, holds_top_k, stored_scores
@@ -72,6 +73,7 @@ class Lesson:
         self._over = {pair.name: self._counted_by(pair) for pair in pairs}
         self._example = {self._over[pair.name]: pair for pair in pairs}
         self._labelled, self._warned = False, False  # whether a batch had labels that are used; see `_without_targets`
+        self._trained_at = scored_sites(objective, pairs, None)  # looked at once, in training mode
         self._factors: dict[str, float] = {}
         self._used: dict[str, float] = {}
 
@@ -88,6 +90,9 @@ class Lesson:
         held = {pair.name: self._held(pair, theirs, epoch) for number in terms for pair in self._pairs[number]}
         joined = {p.name: held[p.name][0] for number in terms for p in self._pairs[number] if p.joint is not None}
         seen = model(batch.inputs, joined, batch.ids)
+        if self._trained_at and getattr(model, "training", True):
+            check_training(seen.values, self._trained_at, self._objective)
+            self._trained_at = []
         parts: dict[str, Any] = {}
         aside: dict[str, Any] = {}
         if shares["labels"]:  # of a batch in which nothing counts there is no mean
