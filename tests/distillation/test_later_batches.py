@@ -76,7 +76,7 @@ LATER = {
 @pytest.mark.parametrize("way", [*WAYS, *WAYS_TO_JUDGE])
 def test_a_later_batch_that_does_not_fit_is_named(way, form, case):
     batch, error, sentence = LATER[case]
-    with pytest.raises(error, match=rf"Batch 2 of (epoch 1|the data|the validation): .*{sentence}"):
+    with pytest.raises(error, match=rf"Batch 2 of (epoch 1:|the data:|the validation( does not fit\.|:)) .*{sentence}"):
         {**WAYS, **WAYS_TO_JUDGE}[way](form((X, Y), batch))
 
 
@@ -142,10 +142,8 @@ def test_a_later_batch_without_targets_is_refused_or_warned_of(batch):
     texts = [event["text"] for event in told if event["event"] == "doubt"]
     assert len(texts) == 1
     assert texts[0].startswith("Batch 2 of epoch 1: A batch has no targets, while batches before it have")
-    distiller = Distiller(Fixed(), Fixed(5), Objective.kd(), (X, Y), doubt=told.append)
-    distiller((X, Y))
-    distiller(batch)
-    assert str(told[-1]).startswith("A batch has no targets")
+    distiller = Distiller(Fixed(), Fixed(5), Objective.kd(), (X, Y))  # in a loop of one's own it is no accident
+    assert [set(distiller(given).parts) for given in ((X, Y), batch)] == [{"label", "kd"}, {"kd"}]
 
 
 def test_batches_without_targets_are_no_reason_to_warn_where_no_label_is_used():

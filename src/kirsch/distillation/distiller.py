@@ -167,8 +167,8 @@ class Distiller:
         """
         model = self.pupil if through is None else through
         given = Batch.of(batch)
-        for text in self.lesson.check(given, wherever=self.pupil.training and int(epoch) != self._looked):
-            self._doubt(text)
+        # Its warnings are of batches that a loader gives; a loop of one's own knows which of its batches have targets.
+        self.lesson.check(given, wherever=self.pupil.training and int(epoch) != self._looked)
         charge = self.lesson(model, self._framework.placed(given, self.student), epoch, of)
         if self.pupil.training and charge.parts and int(epoch) != self._looked:
             norms = self._framework.gradient_norms(self.pupil, charge.parts)

@@ -376,13 +376,13 @@ class Validation:
         return ((number, batch) for number, batch in batches if batch.targets is not None)
 
     def _told(self, model: Any, batch: Batch, number: int) -> Told:
+        with naming(f"Batch {number} of the validation"):
+            outputs = self._framework.predict(model, batch.inputs)
         try:
-            with naming(f"Batch {number} of the validation"):
-                outputs = self._framework.predict(model, batch.inputs)
-                return told_of(outputs, batch.targets, self._objective, self._objective.student_outputs)
+            return told_of(outputs, batch.targets, self._objective, self._objective.student_outputs)
         except DataError as error:
             raise DataError(
-                f"The validation does not fit. {error.what}",
+                f"Batch {number} of the validation does not fit. {error.what}",
                 error.why,
                 f"{error.mend} Or give validation as a callable: model → metrics by name.",
             ) from error
