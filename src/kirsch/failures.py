@@ -62,7 +62,7 @@ def translated(error: BaseException, doing: str = "", lower: str = "") -> Kirsch
         doing: what Kirsch was doing, such as "in the stage 'teacher'".
         lower: the number to lower where memory is lacking, as a sentence.
     """
-    short = next((cause for cause in _causes(error) if _lacks_memory(cause)), None)
+    short = next((cause for cause in _causes(error) if lacks_memory(cause)), None)
     if short is not None and not isinstance(error, MemoryShortageError):
         return MemoryShortageError(
             f"The memory does not suffice{_after(doing)}.", said(short), lower or "Use a machine with more memory."
@@ -126,7 +126,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__
 
 
-def _lacks_memory(error: BaseException) -> bool:
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory is lacking."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):

@@ -206,7 +206,7 @@ WRONG = {
     "channels last": (
         [(X.permute(0, 2, 3, 1), Y)],
         ModelError,
-        r"Net does not run on the first batch, whose inputs are float32 of shape \(8, 6, 6, 1\)\..* channels last",
+        r"Net does not run on a batch whose inputs are float32 of shape \(8, 6, 6, 1\)\..* channels last",
     ),
     "nothing": ([], DataError, "The data is empty"),
     "an empty loader": (DataLoader(TensorDataset(X[:0], Y[:0])), DataError, "The data is empty"),
@@ -236,7 +236,7 @@ def test_inputs_of_two_models_are_named_by_the_one_that_does_not_run(net):
         def forward(self, x):
             return self.conv(x).flatten(1)
 
-    with pytest.raises(ModelError, match=r"Large does not run on the first batch"):
+    with pytest.raises(ModelError, match=r"Large does not run on a batch whose"):
         distill(net, Large(), [(X, Y)], training=ONCE)
 
 

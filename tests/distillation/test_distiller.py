@@ -15,7 +15,7 @@ import kirsch
 from kirsch.distillation.objective import Objective, Term
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TopK, build
-from kirsch.errors import CheckpointError, DataError, NumericError, ShapeError, StoreError, UsageError
+from kirsch.errors import CheckpointError, DataError, ModelError, NumericError, ShapeError, StoreError, UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training
 
@@ -128,7 +128,7 @@ def test_a_state_of_another_objective_is_refused():
 
 def test_hooks_are_gone_after_an_exception_and_back_with_the_next_call():
     student, teacher = net(4, 1), net(6, 2)
-    with pytest.raises(RuntimeError), kirsch.Distiller(student, teacher, WHOLE, data().inputs[:2]) as found:
+    with pytest.raises(ModelError), kirsch.Distiller(student, teacher, WHOLE, data().inputs[:2]) as found:
         found((torch.zeros(2, 5, 8, 8), torch.zeros(2, dtype=torch.long)))
     assert_no_hooks(student, teacher)
     assert found((data().inputs[:3], data().targets[:3]), 0.5).parts.keys() == {"label", "kd", "fitnet", "rkd-distance"}

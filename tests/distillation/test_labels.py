@@ -10,8 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from distillation.golden import y, z_s
+from kirsch.distillation.distill import fit
 from kirsch.distillation.losses.labels import LABEL_LOSSES, binary_label, hard_label, shifted, squared_error
+from kirsch.distillation.objective import Objective
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
+from kirsch.frameworks.training import Training
 
 N, K = z_s.shape
 FRAMEWORKS = [lambda array: array, torch.from_numpy]
@@ -174,6 +177,28 @@ def test_a_label_that_no_class_has_is_refused(label, framework):
 
 
 @both
+def test_what_is_no_class_number_is_refused(framework):
+    for targets, name in ((y + 0.5, "float64"), (y.astype(float), "float64"), (y == 1, "bool")):
+        with pytest.raises(DataError, match=rf"The labels have type {name}\. They must be class numbers"):
+            hard_label(framework(z_s), framework(targets))
+    assert float(hard_label(framework(z_s), framework(y.astype(np.uint8)))) == float(hard_label(z_s, y))
+
+
+@both
+@pytest.mark.parametrize(
+    ("loss", "values"), [(binary_label, (-1, 2, 255, math.nan)), (squared_error, (math.nan, math.inf))]
+)
+def test_targets_outside_the_domain_of_a_loss_are_refused_where_they_count(loss, values, framework):
+    counts = np.arange(N) != 2
+    for value in values:
+        targets = np.zeros((N, K))
+        targets[2, 1] = value
+        with pytest.raises(DataError, match=rf"Sample 2 has the target {value:g}\. The label loss"):
+            loss(framework(z_s), framework(targets))
+        assert float(loss(framework(z_s), framework(targets), mask=framework(counts))) > 0
+
+
+@both
 def test_labels_of_which_none_counts_are_refused(framework):
     with pytest.raises(DataError, match="All targets are masked"):
         hard_label(framework(z_s), framework(np.full(N, -100)))
@@ -219,3 +244,19 @@ def test_what_cannot_be_shifted_is_refused():
     for scores, labels in ((SCORES, TOKENS[:, 1:]), (SCORES[:, :1], TOKENS[:, :1]), (z_s, y)):
         with pytest.raises(ShapeError, match=r"To predict the next token, \(N, L, K\) and \(N, L\) with L of at least"):
             shifted(scores, labels)
+
+
+@pytest.mark.parametrize("shape", [(N,), (N, 1), (N, 3)])
+def test_minus_one_hundred_among_whole_numbers_is_trained_on_like_any_number(shape):
+    targets = np.arange(math.prod(shape)).reshape(shape)
+    targets[:2] = -100
+    inputs, outputs = torch.from_numpy(z_s).float(), 3 if shape == (N, 3) else 1
+    losses = []
+    for dtype in (torch.int64, torch.float32):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(K, outputs)
+        data = [(inputs, torch.from_numpy(targets).to(dtype))]
+        objective = Objective(label_loss="squared-error")
+        losses.append(fit(model, data, objective=objective, training=Training(epochs=1, learning_rate=1e-9)).history[0])
+    assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-6)
+    assert losses[0]["loss"] > 1e3

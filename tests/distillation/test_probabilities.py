@@ -373,3 +373,42 @@ def test_a_softmax_student_learns_as_much_as_one_without_when_it_is_stated():
         SOFT, teacher, whole(), objective=objective, training=training, validation=samples(1), hooks=hooks
     )
     assert found.history[-1]["accuracy"] == 1.0
+
+
+# ------------------------------------------------------------------------------------------------ training mode
+
+
+class Only(nn.Module):
+    """Applies an activation in one mode alone."""
+
+    def __init__(self, behind, *, training, seed=1):
+        super().__init__()
+        self.body, self.behind, self.when = net(seed=seed), behind, training
+
+    def forward(self, x):
+        out = self.body(x)
+        return self.behind(out) if self.training == self.when else out
+
+
+def test_a_softmax_in_training_mode_alone_is_refused():
+    refuses = pytest.raises(
+        UsageError, match=r"The student, in training mode, puts out probabilities.* return logits in"
+    )
+    student = Only(nn.Softmax(-1), training=True)
+    with refuses:
+        fit(student, whole(), training=SHORT)
+    with refuses:
+        distill(student, net(), whole(), **QUIET)
+    with refuses:
+        distill_mutually([student, net()], whole(), training=SHORT)
+    distiller = Distiller(student, net(), Objective.kd(), samples())
+    distiller.eval()(samples())
+    with refuses:
+        distiller.train()(samples())
+
+
+def test_what_a_student_puts_out_in_training_mode_is_trusted_where_it_is_said_to_be_logits():
+    objective = Objective(student_outputs="logits")
+    assert fit(Only(nn.Softmax(-1), training=True), whole(), objective=objective, training=SHORT).history
+    dropped = nn.Sequential(net(), nn.Dropout(0.9))
+    assert fit(dropped, whole(), training=SHORT).history

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.arrays import each
@@ -10,8 +11,7 @@ from kirsch.distillation.attach import of_all
 from kirsch.distillation.losses.loss import loss_of
 from kirsch.distillation.schedule import Ramp, ends
 from kirsch.errors import DataError
-from kirsch.frameworks.data import ArrayData, Batch, SeededData
-from kirsch.frameworks.structure import check_inputs
+from kirsch.frameworks.data import ArrayData, Batch, SeededData, batches_of
 
 if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
@@ -43,14 +43,12 @@ def first_batch(framework: Framework, data: Any) -> Batch:
                 "Each epoch goes through it anew.",
                 "Give a list or a DataLoader.",
             )
-        return next(batches, None)
+        return list(itertools.islice(batches, 1))
 
     first = framework.seeded(fetch, 0)  # a loader that shuffles draws from the caller's random state
-    if first is None:
+    if not first:
         raise DataError("The data is empty.", mend="Give at least one batch.")
-    batch = Batch.of(first)
-    check_inputs(batch.inputs, batch.targets)
-    return batch
+    return Batch.of(*first)
 
 
 DATASETS = ("torch.utils.data.dataset.Dataset", "datasets.arrow_dataset.Dataset")
@@ -99,7 +97,7 @@ def check_last_batch(framework: Framework, model: Any, data: Any, first: Batch) 
     if isinstance(size, int) and samples is not None:
         alone = samples % size == 1 % size and not getattr(data, "drop_last", False)
     else:
-        alone = isinstance(data, (list, tuple)) and any(len(Batch.of(given)) == 1 for given in data)
+        alone = isinstance(data, (list, tuple)) and 1 in [len(batch) for batch in batches_of(data)]
     if alone:
         framework.check_runs(model, few(first, 1).inputs, training=True)
 

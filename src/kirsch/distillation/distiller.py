@@ -29,7 +29,6 @@ from kirsch.frameworks.annotations import BatchLike, Model, Regularizer
 from kirsch.frameworks.data import Batch
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.sites import texts
-from kirsch.frameworks.structure import check_inputs
 from kirsch.frameworks.training import Charge, doubts, shares_of
 
 if TYPE_CHECKING:
@@ -89,7 +88,6 @@ class Distiller:
     ) -> None:
         framework = framework_of(student)
         first = Batch.of(example_batch)
-        check_inputs(first.inputs, first.targets)
         some = few(first)
         framework.check_runs(student, some.inputs)
         self._framework, self._objective = framework, objective
@@ -169,6 +167,7 @@ class Distiller:
         """
         model = self.pupil if through is None else through
         given = Batch.of(batch)
+        # Its warnings are of batches that a loader gives; a loop of one's own knows which of its batches have targets.
         self.lesson.check(given, wherever=self.pupil.training and int(epoch) != self._looked)
         charge = self.lesson(model, self._framework.placed(given, self.student), epoch, of)
         if self.pupil.training and charge.parts and int(epoch) != self._looked:

@@ -15,7 +15,7 @@ from kirsch.distillation.probabilities import stated_of, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_batch
 from kirsch.errors import DataError, NumericError
-from kirsch.frameworks.data import ArrayData, Batch
+from kirsch.frameworks.data import ArrayData, Batch, batches_of, naming
 from kirsch.frameworks.port import host
 from kirsch.measurement.quality import Answers
 
@@ -249,18 +249,19 @@ def _live(
     else:
         batches = framework.seeded(lambda: _until_enough(source, objective), 0)
     found = []
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         places = _spread(len(batch))
-        outputs = framework.predict(teacher, _rows(batch.inputs, places))
-        if not np.isfinite(outputs).all():
-            raise NumericError(
-                "The teacher's scores are not finite.",
-                "A student would learn nothing from NaN or infinity.",
-                "Check the teacher's weights, and that the inputs are prepared as it expects.",
-            )
-        if batch.targets is not None:
-            stated = stated_of(objective, place)
-            found.append(told_of(outputs, host(batch.targets)[places], objective, stated))
+        with naming(f"Batch {number} of the {'data' if source is data else 'validation'}"):
+            outputs = framework.predict(teacher, _rows(batch.inputs, places))
+            if not np.isfinite(outputs).all():
+                raise NumericError(
+                    "The teacher's scores are not finite.",
+                    "A student would learn nothing from NaN or infinity.",
+                    "Check the teacher's weights, and that the inputs are prepared as it expects.",
+                )
+            if batch.targets is not None:
+                stated = stated_of(objective, place)
+                found.append(told_of(outputs, host(batch.targets)[places], objective, stated))
     return found
 
 
@@ -273,8 +274,7 @@ def _until_enough(data: Any, objective: Objective) -> list[Batch]:
     """The first batches of a loader, until there are samples enough, and of more than one class."""
     batches: list[Batch] = []
     counts: dict[Any, int] = {}
-    for given in data:
-        batch = Batch.of(given)
+    for batch in batches_of(data):
         batches.append(batch)
         samples = sum(map(len, batches))
         if batch.targets is None or objective.label_loss != "cross-entropy":
@@ -351,7 +351,7 @@ class Validation:
             DataError: nothing of the validation has a label.
         """
         # A loader that shuffles draws from the random state of the run.
-        found = self._framework.seeded(lambda: [self._told(model, batch) for batch in self._labelled()], 0)
+        found = self._framework.seeded(lambda: [self._told(model, batch, n) for n, batch in self._labelled()], 0)
         kind = self._objective.label_loss
         labels = answers_of_labels(found) if found and kind == "binary" else []
         if not sum(len(told.targets) for told in found) or (kind == "binary" and not labels):
@@ -370,16 +370,19 @@ class Validation:
         metrics = {"accuracy": self._last.accuracy}
         return metrics | ({"balanced_accuracy": self._last.balanced} if self._last.uneven else {})
 
-    def _labelled(self) -> Iterator[Batch]:
-        return (batch for batch in map(Batch.of, self._batches) if batch.targets is not None)
+    def _labelled(self) -> Iterator[tuple[int, Batch]]:
+        """The batches with targets and their numbers, from 1 on."""
+        batches = enumerate(batches_of(self._batches, "the validation"), 1)
+        return ((number, batch) for number, batch in batches if batch.targets is not None)
 
-    def _told(self, model: Any, batch: Batch) -> Told:
-        try:
+    def _told(self, model: Any, batch: Batch, number: int) -> Told:
+        with naming(f"Batch {number} of the validation"):
             outputs = self._framework.predict(model, batch.inputs)
+        try:
             return told_of(outputs, batch.targets, self._objective, self._objective.student_outputs)
         except DataError as error:
             raise DataError(
-                f"The validation does not fit. {error.what}",
+                f"Batch {number} of the validation does not fit. {error.what}",
                 error.why,
                 f"{error.mend} Or give validation as a callable: model → metrics by name.",
             ) from error
@@ -390,9 +393,9 @@ class Validation:
         Raises:
             DataError: its targets are of another kind than the label loss takes.
         """
-        first = self._framework.seeded(lambda: next(self._labelled(), None), 0)
+        number, first = self._framework.seeded(lambda: next(self._labelled(), (0, None)), 0)
         if first is not None and self._objective.label_loss in CHECKED:
-            self._told(model, few(first))
+            self._told(model, few(first), number)
 
     def warning(self) -> str:
         """A sentence where the model answered one class for all samples when it was last validated; else empty."""

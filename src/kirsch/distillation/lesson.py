@@ -11,10 +11,11 @@ from kirsch.distillation.arrays import blank, first_of, namespace, whole_numbers
 from kirsch.distillation.attach import of_all
 from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.loss import SCORED, TOKEN_KINDS, given_to, loss_of
+from kirsch.distillation.probabilities import check_training, scored_sites
 from kirsch.distillation.schedule import at
-from kirsch.distillation.targets import check_batch, check_labels
+from kirsch.distillation.targets import check_batch, check_labels, uses_labels
 from kirsch.distillation.teachers import combined, holds_top_k, stored_scores
-from kirsch.errors import UsageError
+from kirsch.errors import DataError, UsageError
 from kirsch.frameworks.sites import at_sites, texts
 from kirsch.frameworks.training import Charge, require_labels
 
@@ -71,6 +72,8 @@ class Lesson:
         self._names = _distinct([term.called for term in objective.terms])
         self._over = {pair.name: self._counted_by(pair) for pair in pairs}
         self._example = {self._over[pair.name]: pair for pair in pairs}
+        self._labelled, self._warned = False, False  # whether a batch had labels that are used; see `_without_targets`
+        self._trained_at = scored_sites(objective, pairs, None)  # looked at once, in training mode
         self._factors: dict[str, float] = {}
         self._used: dict[str, float] = {}
 
@@ -87,6 +90,9 @@ class Lesson:
         held = {pair.name: self._held(pair, theirs, epoch) for number in terms for pair in self._pairs[number]}
         joined = {p.name: held[p.name][0] for number in terms for p in self._pairs[number] if p.joint is not None}
         seen = model(batch.inputs, joined, batch.ids)
+        if self._trained_at and getattr(model, "training", True):
+            check_training(seen.values, self._trained_at, self._objective)
+            self._trained_at = []
         parts: dict[str, Any] = {}
         aside: dict[str, Any] = {}
         if shares["labels"]:  # of a batch in which nothing counts there is no mean
@@ -204,10 +210,14 @@ class Lesson:
 
     def _counting(self, labels: Any) -> Any:
         """True where there is a label; None where all count, as those that are no class numbers do."""
-        if _floating(labels):
+        if self._are_numbers(labels):
             return None
         counts = labels != self._objective.ignore
         return None if bool(counts.all()) else counts
+
+    def _are_numbers(self, labels: Any) -> bool:
+        """Whether labels are numbers to come near to, of which none stands for no label, and not numbers of classes."""
+        return "float" in str(labels.dtype) or self._objective.label_loss == "squared-error"
 
     def _positions(self, scores: Any, labels: Any, batch: Batch, *, loss_needs_labels: bool) -> Any:
         """Which scores of teacher and student are compared.
@@ -241,7 +251,7 @@ class Lesson:
         if not any(name.startswith("decoder_input") for name in masks) or (side and side[0] == "encoder"):
             return masks.get("attention_mask")
         found, labels = masks.get("decoder_attention_mask"), batch.targets
-        if found is None and labels is not None and labels.ndim == len("NL") and not _floating(labels):
+        if found is None and labels is not None and labels.ndim == len("NL") and not self._are_numbers(labels):
             found = labels != self._objective.ignore
         if of_pairs and CROSS.search(text) and found is not None:
             keys = masks.get("attention_mask")
@@ -256,10 +266,31 @@ class Lesson:
                 found[over] += self._count(over, batch)
         return found
 
-    def check(self, batch: Batch, *, wherever: bool = False) -> None:
+    def check(self, batch: Batch, *, wherever: bool = False) -> list[str]:
         """See `LossFunction`; `wherever`: also where the targets do not lie on the host."""
+        if batch.targets is None:
+            return self._without_targets()
+        self._labelled = uses_labels(self._objective)
         if self._scores is not None:
             check_batch(batch.targets, self._scores, self._objective, wherever=wherever)
+        return []
+
+    def _without_targets(self) -> list[str]:
+        """A warning, once, where a batch has no targets and those before have."""
+        if not self._objective.terms:
+            raise DataError(
+                "A batch has no targets, and there is no teacher.",
+                "There is nothing to learn from it.",
+                "Give (inputs, targets) in each batch.",
+            )
+        if not self._labelled or self._warned:
+            return []
+        self._warned = True
+        text = (
+            "A batch has no targets, while batches before it have, so that the student learns from the teacher alone "
+            "on it. If that is not intended, give (inputs, targets) in each batch."
+        )
+        return [text]
 
     def _counted_by(self, pair: Pair) -> str:
         """What the mean of a pair goes over: samples, labels, or positions of one side of a model of tokens."""
@@ -292,7 +323,7 @@ class Lesson:
         labels = batch.targets
         if labels is None and self._sequences and (mask := self._unlabelled(batch)) is not None:
             return int((mask != 0).sum())
-        if labels is None or labels.ndim == 1 or _floating(labels):
+        if labels is None or labels.ndim == 1 or self._are_numbers(labels):
             return len(batch)
         _, labels = self._aligned(labels, batch)
         return int((labels != self._objective.ignore).sum())
@@ -325,11 +356,6 @@ def _wide_targets(batch: Batch) -> Batch:
     if "int" not in kind or kind == "int64":
         return batch
     return dataclasses.replace(batch, targets=whole_numbers(labels))
-
-
-def _floating(labels: Any) -> bool:
-    """Whether labels are numbers to come near to, and not numbers of classes."""
-    return bool("float" in str(labels.dtype))
 
 
 def _shorter(values: Any) -> Any:

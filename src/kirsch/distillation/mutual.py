@@ -222,9 +222,9 @@ class MutualLesson:
         """See `LossFunction`; the students are charged for the same."""
         return self._lessons[0].counts(batches)
 
-    def check(self, batch: Batch) -> None:
+    def check(self, batch: Batch) -> list[str]:
         """See `LossFunction`; the students are charged for the same targets."""
-        self._lessons[0].check(batch)
+        return self._lessons[0].check(batch)
 
     def balance(self, norms: dict[str, float]) -> None:
         """See `LossFunction`."""

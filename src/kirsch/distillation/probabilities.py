@@ -215,6 +215,29 @@ def _check_stated(whose: str, site: str, values: NDArray[Any], activations: set[
     )
 
 
+def check_training(values: Mapping[str, Any], sites: Sequence[str], objective: Objective) -> None:
+    """Refuse probabilities that a student puts out in training mode alone; `settle` looks in inference mode.
+
+    Args:
+        values: of the student in training mode, by site.
+        sites: at which losses take logits.
+        objective: says what the student puts out.
+
+    Raises:
+        UsageError: they are probabilities, and the objective does not say what they are.
+    """
+    activations = activations_of(objective)
+    for site in sites if stated_of(objective, None) is None and activations else ():
+        shape = shape_of(host(wide(values[site])), activations)
+        if shape not in ("", "inside"):
+            error = refusal("The student, in training mode,", shape, objective, "student_outputs")
+            fix = (
+                "Let its forward return logits in training mode, as it does in inference mode; "
+                'student_outputs="logits" of the objective takes them as they are.'
+            )
+            raise UsageError(error.what, error.why, fix)
+
+
 def check_record(values: Any, objective: Objective) -> None:
     """Refuse the logits of a store that are probabilities.
 

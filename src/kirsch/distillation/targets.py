@@ -270,7 +270,8 @@ def _remedy_of_columns(columns: int, *, whole: bool) -> str:
     if columns > 1:
         return (
             f"These are {columns} answers of yes or no a sample: give the model as many outputs, and take "
-            'label_loss="binary" with "binary-kd".'
+            'label_loss="binary" with "binary-kd". If they are a mask of the inputs, give a dict that names the inputs '
+            'and the targets: {"input_ids": ..., "attention_mask": ..., "labels": ...}.'
         )
     if whole:
         return "Take out the axis of length 1: targets[:, 0], as int64."

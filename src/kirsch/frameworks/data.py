@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +12,9 @@ import numpy as np
 
 from kirsch.annotations import Count, Seed
 from kirsch.arguments import checked
-from kirsch.errors import DataError, ShapeError, UsageError, said
+from kirsch.errors import DataError, ModelError, ShapeError, UsageError, said
 from kirsch.frameworks.augment import TRIED, Augment, Seeded, apply, check, sample_seeds
-from kirsch.frameworks.structure import look, taken_apart
+from kirsch.frameworks.structure import check_inputs, look, taken_apart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,13 +51,38 @@ class Batch:
         "labels", "label", "label_ids", "targets", "target" or "y" are the targets and "ids" the ids.
 
         Raises:
-            DataError: the parts cannot be told from each other.
+            DataError: the parts cannot be told from each other, or are nothing that a model takes.
         """
-        return given if isinstance(given, cls) else cls(*taken_apart(given))
+        batch = given if isinstance(given, cls) else cls(*taken_apart(given))
+        check_inputs(batch.inputs, batch.targets)
+        return batch
 
     def __len__(self) -> int:
         """Samples."""
         return len(_first(self.inputs))
+
+
+def batches_of(data: Any, name: str = "the data") -> Iterator[Batch]:
+    """The batches of data, each of which is named in errors about it.
+
+    Raises:
+        DataError: see `Batch.of`.
+    """
+    for number, given in enumerate(data, 1):
+        with naming(f"Batch {number} of {name}"):
+            batch = Batch.of(given)
+        yield batch
+
+
+@contextlib.contextmanager
+def naming(batch: str) -> Iterator[None]:
+    """Name the batch in errors about it that are raised within the block."""
+    try:
+        yield
+    except (DataError, ModelError, UsageError) as error:
+        if type(error) not in (DataError, ModelError, ShapeError, UsageError):  # which are not about a batch
+            raise
+        raise type(error)(f"{batch}: {error.what}", error.why, error.mend) from error
 
 
 def _first(part: Any) -> Any:

@@ -27,6 +27,10 @@ def taken_apart(given: Any) -> tuple[Any, Any, Any]:
     Raises:
         DataError: the parts cannot be told from each other, or are not collated.
     """
+    if given is None:
+        raise DataError(
+            "A batch is None.", "The loader, or its collate_fn, gave nothing.", f"Leave it out, or give {FORMS}."
+        )
     names = _names(given)
     if names is not None:
         inputs, targets, ids = _by_name(names, given)
@@ -146,7 +150,8 @@ def _ids(ids: Any, given: Any) -> Any:
     raise DataError(
         f"The third part of a batch is {look(ids)}: the batch is {look(given)}.",
         "It would be the numbers of the samples, shape (N,), by which a store and adapters with a memory find them.",
-        f"Leave it out, or give several inputs as a tuple: ((first, second), targets). Known: {FORMS}.",
+        "Leave it out, or give several inputs as a tuple or a dict beside the targets: ((first, second), targets), "
+        f'or {{"input_ids": first, "attention_mask": second, "labels": targets}}. Known: {FORMS}.',
     )
 
 

@@ -120,11 +120,15 @@ class LossFunction(Protocol):
         learn from.
         """
 
-    def check(self, batch: Batch) -> None:
+    def check(self, batch: Batch) -> list[str]:
         """Refuse a batch of a loader whose targets are not what the loss takes; those of another device are skipped.
 
+        Returns:
+            Warnings, a sentence each.
+
         Raises:
-            DataError: its targets are of another kind or out of range.
+            DataError: its targets are of another kind or out of range, or it has none and there is nothing else to
+                learn from.
         """
 
     def balance(self, norms: dict[str, float]) -> None:

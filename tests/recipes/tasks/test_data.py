@@ -26,7 +26,6 @@ def data_set(classes=("a", "b", "c"), **parts):
     ("wrong", "sentence"),
     [
         (split(()), r"The {} part of d is empty\. Give it at least one sample\."),
-        (Split(np.zeros((2, 2), np.float32), np.zeros(3, np.int64)), r"The {} part of d has 2 inputs and 3 labels\."),
         (
             split((0, 3)),
             r"Sample 1 of the {} part of d has the label 3\. There are 3 classes, so labels go from 0 to 2\.",
@@ -76,6 +75,12 @@ def test_a_split_takes_tensors_and_lists_and_refuses_a_loader():
         Split(loader, loader)
     with pytest.raises(DataError, match=r"The labels of a Split are a list of 3 str, the first 'a'; .* Give numbers"):
         Split(np.zeros((3, 2)), ["a", "b", "c"])
+
+
+def test_a_split_has_one_label_for_each_input():
+    with pytest.raises(DataError, match=r"A Split has 2 inputs and 3 labels\. Give one label for each input"):
+        Split(np.zeros((2, 2), np.float32), np.zeros(3, np.int64))
+    assert len(Split(np.zeros((2, 2)), [0, 1])) == 2
 
 
 def test_parts_whose_samples_differ_in_their_axes_are_refused():

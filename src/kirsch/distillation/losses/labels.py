@@ -104,7 +104,7 @@ def binary_label(student: Any, targets: Any, *, mask: Any = None, label_smoothin
     Raises:
         ShapeError: there is not one target a score.
         UsageError: the share is none.
-        DataError: nothing counts.
+        DataError: nothing counts, or a target that counts is not from 0 to 1.
 
     Source: Bishop 2006, Pattern Recognition and Machine Learning, equation 4.90.
     """
@@ -113,6 +113,7 @@ def binary_label(student: Any, targets: Any, *, mask: Any = None, label_smoothin
     known = targets != IGNORED
     if mask is not None:
         known = known & spread(mask, known)
+    _require(known & ~((targets >= 0) & (targets <= 1)), targets, '"binary" takes targets from 0 (no) to 1 (yes)')
     scores = xp.where(known, student, xp.zeros_like(student))
     truth = xp.where(known, targets, xp.zeros_like(targets)) * (1 - label_smoothing) + label_smoothing / 2
     charge = -(truth * log_sigmoid(scores) + (1 - truth) * log_sigmoid(-scores))
@@ -126,7 +127,8 @@ def squared_error(student: Any, targets: Any, *, mask: Any = None, label_smoothi
 
     Args:
         student: numbers, shape (N, D), (N, L, D), of pixels (N, D, H, W), or (N,), floating.
-        targets: numbers of the same shape, or (N,) for (N, 1).
+        targets: finite numbers of the same shape, or (N,) for (N, 1). -100 is a number like any other; samples without
+            a target are left out by the mask.
         mask: shape (N,), (N, L) or (N, H, W), true where a sample or position counts; None counts all.
         label_smoothing: 0, since numbers are no classes.
 
@@ -136,7 +138,7 @@ def squared_error(student: Any, targets: Any, *, mask: Any = None, label_smoothi
     Raises:
         ShapeError: there is not one target a number.
         UsageError: label smoothing is asked for.
-        DataError: nothing counts.
+        DataError: nothing counts, or a target that counts is NaN or infinity.
     """
     if label_smoothing:
         raise UsageError(
@@ -145,7 +147,9 @@ def squared_error(student: Any, targets: Any, *, mask: Any = None, label_smoothi
             "Leave it at 0.",
         )
     student, targets = _paired(student, targets)
-    apart = blank(student, mask) - blank(targets, mask)
+    targets = blank(targets, mask)
+    _require(~namespace(targets).isfinite(targets), targets, '"squared-error" takes finite numbers')
+    apart = blank(student, mask) - targets
     return mean_over((apart * apart).sum(-1), mask)
 
 
@@ -180,8 +184,14 @@ def counted(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]:
 
     Raises:
         ShapeError: there is not one label a sample or position.
-        DataError: a label that counts is no class of the scores.
+        DataError: the labels are not whole numbers, or one that counts is no class of the scores.
     """
+    if "int" not in str(labels.dtype):  # PyTorch would cut off the fractions, and nobody would see it
+        raise DataError(
+            f"The labels have type {str(labels.dtype).removeprefix('torch.')}.",
+            "They must be class numbers, which are whole.",
+            "Give them as int64 if they are; for shares of classes or numbers take another label loss.",
+        )
     if tuple(labels.shape) != tuple(student.shape[:-1]):
         raise ShapeError(
             f"The labels have shape {tuple(labels.shape)}; the scores have shape {tuple(student.shape)}.",
@@ -216,6 +226,17 @@ def _paired(student: Any, targets: Any) -> tuple[Any, Any]:
             "One target for each number is needed.",
         )
     return student, typed(targets, student)
+
+
+def _require(wrong: Any, targets: Any, what: str) -> None:
+    """Raise a DataError if there is a target outside the domain of its loss."""
+    if bool(wrong.any()):
+        place = int(namespace(wrong).argwhere(wrong)[0][0])
+        raise DataError(
+            f"Sample {place} has the target {float(targets[wrong][0]):g}.",
+            f"The label loss {what}.",
+            "Repair the data.",
+        )
 
 
 def _check_share(label_smoothing: float) -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 NCHW = 4
 COLORS = (1, 3, 4)
+UNFIT = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+"""What the forward of a model raises on inputs of a wrong shape."""
+
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.bool)
 """Types of whole numbers that neither layers with float weights nor embeddings take."""
 
@@ -66,11 +69,17 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter] | None:
 
 def _unfit(model: nn.Module, known: list[str], args: Any, options: Any) -> UsageError:
     given = [f"{len(args)} by place"] * bool(args) + [f"{', '.join(options)} by name"] * bool(options)
+    why = "The entries of a dict are given to the model by their names, but for labels and ids."
+    fix = "Rename the entries or leave out those that the model does not take, or give batches of (inputs, targets)."
+    if len(args) < len(known) and not options:
+        why = "Of a batch (a, b, c) the model is given a; b are the targets and c the numbers of the samples."
+        entries = ", ".join(f'"{name}": ...' for name in [*known, "labels"])
+        fix = f"Give batches as a dict that names the inputs of the model: {{{entries}}}."
     return UsageError(
         f"The forward of {type(model).__name__} takes {', '.join(known) or 'no arguments'}; the batches give "
         f"{' and '.join(given)}.",
-        "The entries of a dict are given to the model by their names, but for labels and ids.",
-        "Rename the entries or leave out those that the model does not take, or give batches of (inputs, targets).",
+        why,
+        fix,
     )
 
 
@@ -113,10 +122,13 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
 
 
 def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:
-    """The error for a model that raises on the first batch, whatever it raises."""
+    """The error for a model that raises on a batch, whatever it raises."""
     images = [part for part in tree_leaves(inputs) if getattr(part, "ndim", 0) == NCHW]
     last = next((part for part in images if part.shape[-1] in COLORS and part.shape[1] not in COLORS), None)
-    fix = "Give batches as the forward of the model takes them; try model(inputs) by itself."
+    fix = (
+        "Give each batch as the forward of the model takes it, padded or resized where it has one size; try "
+        "model(inputs) by itself."
+    )
     if last is not None:
         axes = (0, 3, 1, 2)
         fix = (
@@ -128,7 +140,7 @@ def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:
     elif isinstance(error, IndexError):
         fix = "If these are numbers of tokens, compare the vocabulary of the tokenizer with that of the model."
     return ModelError(
-        f"{type(model).__name__} does not run on the first batch, whose inputs are {look(inputs)}.", told(error), fix
+        f"{type(model).__name__} does not run on a batch whose inputs are {look(inputs)}.", told(error), fix
     )
 
 

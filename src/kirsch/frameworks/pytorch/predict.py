@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kirsch.errors import DataError, UsageError, said
-from kirsch.frameworks.pytorch.calling import explained, fitted, one_sample
+from kirsch.errors import DataError, KirschError, UsageError, said
+from kirsch.failures import lacks_memory
+from kirsch.frameworks.pytorch.calling import UNFIT, explained, fitted, not_running, one_sample
 from kirsch.frameworks.pytorch.outputs import named
 
 if TYPE_CHECKING:
@@ -58,26 +59,33 @@ def called(model: nn.Module, args: Any, options: Any, asked: Any = MappingProxyT
         UsageError: it does not run, and its inputs are of another type than it computes in, are called otherwise than
             its arguments, or lack those of a decoder.
         DataError: it normalizes over the batch, in training mode, and the batch has one sample.
+        ModelError: it does not run for another reason, such as the shapes of its inputs.
     """
     args, options = fitted(model, args, options, asked)
     try:
         return model(*args, **options)
-    except ValueError as error:
-        if "more than 1 value per channel" in str(error):
-            raise one_sample(model, error) from error
-        decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        if not decodes or any(name.startswith("decoder_input") for name in options):
+    except UNFIT as error:
+        if lacks_memory(error):  # the caller may try a smaller batch
             raise
-        raise UsageError(
+        raise _reason(model, args, options, asked, error) from error
+
+
+def _reason(model: nn.Module, args: Any, options: Any, asked: Any, error: Exception) -> KirschError:
+    """The error for a model that raises on these arguments."""
+    if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+        return one_sample(model, error)
+    decodes = isinstance(error, ValueError) and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if decodes and not any(name.startswith("decoder_input") for name in options):
+        return UsageError(
             f"{type(model).__name__} has a decoder, and the batches have no decoder_input_ids for it.",
             said(error),
             "Give DataCollatorForSeq2Seq the model, or model.prepare_decoder_input_ids_from_labels(labels=labels).",
-        ) from error
-    except (RuntimeError, TypeError) as error:
-        reason = explained(model, args, options, error)
-        if reason is None:
-            raise
-        raise reason from error
+        )
+    reason = explained(model, args, options, error) if isinstance(error, (RuntimeError, TypeError)) else None
+    if reason is not None:
+        return reason
+    named_inputs = {name: value for name, value in options.items() if name not in asked}
+    return not_running(model, named_inputs or (args[0] if len(args) == 1 else args), error)
 
 
 @contextlib.contextmanager

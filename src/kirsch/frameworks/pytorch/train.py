@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import CheckpointError, DataError, NumericError, UsageError
-from kirsch.frameworks.data import Batch, SeededData
+from kirsch.frameworks.data import Batch, SeededData, naming
 from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.frameworks.pytorch.finite import MEND, check_given, not_finite, not_finite_names
 from kirsch.frameworks.pytorch.optimizer import (
@@ -155,12 +155,15 @@ class _Run:
         done = self.batch  # it moves on while a window of batches is gathered
         for number in itertools.count(start):
             self._set_random(number)
-            given = next(batches, None)
-            if given is None:
+            given = list(itertools.islice(batches, 1))
+            if not given:
                 return
-            whole = Batch.of(given)
-            if not isinstance(self.batches, SeededData):  # of which all targets were looked at before
-                self.loss.check(whole)
+            name = f"Batch {number + 1} of epoch {self.epoch + 1}"
+            with naming(name):
+                whole = Batch.of(*given)
+                if not isinstance(self.batches, SeededData):  # of which all targets were looked at before
+                    for text in self.loss.check(whole):
+                        self.hooks.doubt(f"{name}: {text}")
             if number == 0 and self.accelerator.num_processes > 1:
                 self._require_same(whole)
             if number >= done:
@@ -200,10 +203,10 @@ class _Run:
         place = [self.training.seed, self.epoch, batch]
         if own and self.accelerator.num_processes > 1:
             place.append(self.accelerator.process_index)
-        state = np.random.SeedSequence(place).generate_state(1, np.uint64)
+        (state,) = np.random.SeedSequence(place).generate_state(1, np.uint64).tolist()
         # Where no device is, torch.manual_seed keeps a stack trace for the day that there is one: 0.3 ms a call.
         on_cpu = self.accelerator.device.type == "cpu"
-        (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(int(state[0]))
+        (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(state)
 
     def _step(self, window: Sequence[_Part]) -> None:
         """One step of the optimizer on the gradients of one or more batches, each item of which counts alike."""
@@ -232,7 +235,7 @@ class _Run:
         batch = part.batch
         if self.accelerator.num_processes > 1:
             self._set_random(self.batch, own=True)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), naming(f"Batch {self.batch + 1} of epoch {self.epoch + 1}"):
             charge = self.loss(self.model, batch, epoch, counts)
         if not self.batch:
             self._look_at(charge)

@@ -40,7 +40,7 @@ class Split:
         labels: class numbers, shape (N,), int64. Tensors and lists become arrays.
 
     Raises:
-        DataError: one of them is not an array of numbers, such as a DataLoader.
+        DataError: one of them is not an array of numbers, such as a DataLoader, or they differ in number.
     """
 
     made_by: ClassVar[str] = "kirsch.Split(inputs, labels)"
@@ -51,6 +51,11 @@ class Split:
     def __post_init__(self) -> None:
         for name in ("inputs", "labels"):
             object.__setattr__(self, name, _array(name, getattr(self, name)))
+        if len(self.inputs) != len(self.labels):
+            raise DataError(
+                f"A Split has {len(self.inputs)} inputs and {len(self.labels)} labels.",
+                mend="Give one label for each input, on the first axis.",
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -89,11 +94,6 @@ class DataSet:
             split: Split = getattr(self, part)
             if not len(split):
                 raise DataError(f"The {part} part of {self.name} is empty.", mend="Give it at least one sample.")
-            if len(split.inputs) != len(split.labels):
-                raise DataError(
-                    f"The {part} part of {self.name} has {len(split.inputs)} inputs and {len(split)} labels.",
-                    mend="Give one label for each input.",
-                )
             self._check_labels(part, split)
             if split.inputs.ndim != self.train.inputs.ndim:
                 raise DataError(

@@ -1,0 +1,201 @@
+"""A batch after the first that does not fit is named, with what is wrong with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from kirsch.distillation.distill import distill, fit
+from kirsch.distillation.distiller import Distiller
+from kirsch.distillation.mutual import distill_mutually
+from kirsch.distillation.objective import Objective
+from kirsch.errors import DataError, ModelError, UsageError
+from kirsch.frameworks.training import Training, TrainingHooks
+
+N, K = 12, 3
+X, Y = torch.randn(N, 1, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(N) % K
+ONCE = Training(epochs=2, learning_rate=0.05)
+
+
+class Fixed(nn.Module):
+    """A model of images of one size."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, width, 3), nn.Linear(width * 16, K)
+
+    def forward(self, image):
+        return self.head(self.conv(image).relu().flatten(1))
+
+
+class Stream:
+    """Batches that come one by one, so that none is looked at before its turn."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def loader(*batches):
+    """A DataLoader of these batches."""
+    return DataLoader(list(batches), batch_size=1, collate_fn=lambda given: given[0])
+
+
+CONSTANT = Training(epochs=2, schedule="constant")
+WAYS = {
+    "fit": lambda data: fit(Fixed(), data, training=CONSTANT),
+    "distill": lambda data: distill(Fixed(), Fixed(5), data, training=CONSTANT, check_teacher=False),
+    "mutual": lambda data: distill_mutually([Fixed(), Fixed(5)], data, training=CONSTANT),
+}
+WAYS_TO_JUDGE = {
+    "teacher": lambda data: distill(Fixed(), Fixed(5), data, training=CONSTANT),
+    "validation": lambda data: fit(Fixed(), [(X, Y)], validation=data, training=CONSTANT),
+}
+LATER = {
+    "another size": (
+        (X[..., :5], Y),
+        ModelError,
+        r"Fixed does not run on .* float32 of shape \(12, 1, 6, 5\)\. .*one size",
+    ),
+    "another type": ((X.double(), Y), UsageError, "computes in float32, and its inputs are float64"),
+    "none": (None, DataError, "A batch is None"),
+    "texts": ((["a"] * N, Y), DataError, "texts cannot be given"),
+    "too few targets": ((X, Y[:7]), DataError, "That is 12 samples and 7 targets"),
+    "other targets": ((X, Y + K), DataError, "Sample 0 has the label 3"),
+}
+
+
+@pytest.mark.parametrize("case", LATER)
+@pytest.mark.parametrize(
+    "form", [Stream, loader, lambda *batches: list(batches)], ids=["a stream", "a loader", "a list"]
+)
+@pytest.mark.parametrize("way", [*WAYS, *WAYS_TO_JUDGE])
+def test_a_later_batch_that_does_not_fit_is_named(way, form, case):
+    batch, error, sentence = LATER[case]
+    with pytest.raises(error, match=rf"Batch 2 of (epoch 1:|the data:|the validation( does not fit\.|:)) .*{sentence}"):
+        {**WAYS, **WAYS_TO_JUDGE}[way](form((X, Y), batch))
+
+
+@pytest.mark.parametrize("case", sorted(LATER.keys() - {"none"}))
+def test_a_batch_of_a_loop_of_ones_own_that_does_not_fit_is_described(case):
+    batch, error, sentence = LATER[case]
+    distiller = Distiller(Fixed(), Fixed(5), Objective.kd(), (X, Y))
+    distiller((X, Y))
+    with pytest.raises(error, match=sentence):
+        distiller(batch)
+
+
+class Pooled(Fixed):
+    """A model of images of any size."""
+
+    def forward(self, image):
+        return super().forward(nn.functional.adaptive_avg_pool2d(image, 6))
+
+
+def test_batches_of_several_sizes_are_trained_where_the_model_takes_them():
+    batches = [(X, Y), (X[..., :5], Y), (X[:5], Y[:5])]
+    found = distill(Pooled(), Pooled(5), batches, training=ONCE, check_teacher=False, validation=batches)
+    assert len(found.history) == ONCE.epochs
+    assert set(Distiller(Pooled(), Pooled(5), Objective.kd(), batches[0])(batches[1]).parts) == {"label", "kd"}
+
+
+class Failing(Fixed):
+    """Raises what it is told on the second batch in training."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.calls = error, 0
+
+    def forward(self, image):
+        self.calls += self.training
+        if self.calls > 1:
+            raise self.error
+        return super().forward(image)
+
+
+def test_an_error_of_the_models_own_code_keeps_its_line():
+    with pytest.raises(
+        ModelError, match=r"Batch 2 of epoch 1: .*ValueError: mine \(test_later_batches\.py:\d+, in forward\)"
+    ) as it:
+        fit(Failing(ValueError("mine")), [(X, Y)] * 2, training=ONCE)
+    assert isinstance(it.value.__cause__.__cause__, ValueError)
+
+
+def test_a_lack_of_memory_and_errors_that_no_shape_causes_stay_what_they_are():
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), KeyError("mine")):
+        with pytest.raises(type(error)):
+            fit(Failing(error), [(X, Y)] * 2, training=ONCE)
+
+
+@pytest.mark.parametrize("batch", [(X,), (X, None), X, {"image": X}], ids=["alone", "None", "an array", "a dict"])
+def test_a_later_batch_without_targets_is_refused_or_warned_of(batch):
+    with pytest.raises(DataError, match=r"Batch 2 of epoch 1: A batch has no targets, and there is no teacher"):
+        WAYS["fit"]([(X, Y), batch])
+    told = []
+    hooks = TrainingHooks(event=told.append)
+    data = [(X, Y), batch, batch]
+    distill(Fixed(), Fixed(5), data, training=ONCE, check_teacher=False, hooks=hooks)
+    texts = [event["text"] for event in told if event["event"] == "doubt"]
+    assert len(texts) == 1
+    assert texts[0].startswith("Batch 2 of epoch 1: A batch has no targets, while batches before it have")
+    distiller = Distiller(Fixed(), Fixed(5), Objective.kd(), (X, Y))  # in a loop of one's own it is no accident
+    assert [set(distiller(given).parts) for given in ((X, Y), batch)] == [{"label", "kd"}, {"kd"}]
+
+
+def test_batches_without_targets_are_no_reason_to_warn_where_no_label_is_used():
+    objective = Objective(Objective.kd().terms, label_weight=0)
+    told = []
+    hooks = TrainingHooks(event=told.append)
+    for data in ([(X, Y), (X,)], [(X,), (X,)]):
+        distill(Fixed(), Fixed(5), data, objective=objective, training=ONCE, check_teacher=False, hooks=hooks)
+    assert not [event for event in told if event["event"] == "doubt"]
+
+
+# ------------------------------------------------------------------------------------------------ ids, mask, labels
+
+
+class Masked(nn.Module):
+    """A model of tokens that takes a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(9, 4), nn.Linear(4, K)
+
+    def forward(self, words, mask):
+        return self.head((self.words(words) * mask[..., None]).mean(1))
+
+
+class Optional(Masked):
+    """A model of tokens that may be given a mask."""
+
+    def forward(self, words, mask=None):
+        return super().forward(words, torch.ones(words.shape) if mask is None else mask)
+
+
+WORDS = torch.randint(0, 9, (N, 6), generator=torch.Generator().manual_seed(0))
+MASK = (torch.arange(6) < 4).expand(N, 6)
+
+
+@pytest.mark.parametrize("mask", [MASK.float(), MASK.long(), MASK], ids=["float", "int", "bool"])
+@pytest.mark.parametrize(
+    ("model", "error", "sentence"),
+    [
+        (
+            Masked,
+            UsageError,
+            r'takes words, mask; .* as a dict .*: \{"words": \.\.\., "mask": \.\.\., "labels": \.\.\.\}',
+        ),
+        (Optional, DataError, r'If they are a mask of the inputs, give a dict .*"labels": \.\.\.\}'),
+    ],
+)
+def test_a_batch_of_inputs_a_mask_and_labels_is_answered_with_how_to_give_it(model, error, sentence, mask):
+    with pytest.raises(error, match=sentence):
+        fit(model(), [(WORDS, mask, Y)], training=ONCE)
+    with pytest.raises(DataError, match=r"third part of a batch is int64 of shape \(12, 6\).* or a dict"):
+        fit(model(), [(WORDS, mask, WORDS)], training=ONCE)
+    found = fit(model(), [{"words": WORDS, "mask": mask, "labels": Y}], training=ONCE)
+    assert len(found.history) == ONCE.epochs
