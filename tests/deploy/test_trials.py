@@ -139,6 +139,20 @@ def test_a_type_that_the_runtime_lacks_is_refused_with_the_fix(make, sentence, t
     assert str(tmp_path) not in str(caught.value)
 
 
+@pytest.mark.parametrize("returned", [lambda y: y, lambda y: y.float(), lambda y: (y.float(), y)])
+def test_autocast_to_bfloat16_is_refused_with_a_fix_that_works(returned, tmp_path):
+    def narrow(model, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not fixed or model.training):
+            return returned(model.second(x))
+
+    model, fixed = Made(narrow), False
+    model.second = nn.Linear(4, 3)
+    with pytest.raises(ModelError, match=r"computes in bfloat16 cannot be exported.*enabled=self\.training"):
+        kirsch.export(model, tmp_path / "m.onnx", example_inputs=PAIR)
+    fixed = True
+    assert kirsch.export(model, tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] < DRIFT
+
+
 # ------------------------------------------------------------------------------------------- chance and state
 
 

@@ -120,6 +120,8 @@ def _random_trials(model: Exportable, size: int | None) -> list[Trial]:
 def _run(model: Exportable, inputs: Arrays) -> dict[str, NDArray[Any]]:
     try:
         return model.outputs(inputs)
+    except ModelError:
+        raise
     except Exception as error:  # a foreign model is run, which may raise anything
         shapes = ", ".join(str(array.shape) for array in inputs)
         raise ModelError(

@@ -67,8 +67,16 @@ class Exportable:
         self.double = any(tensor.dtype is torch.float64 for tensor in given)
 
     def outputs(self, inputs: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return all outputs for one batch, by their path in what the model returns."""
-        return {name: host(value) for name, value in self._run(inputs).items()}
+        """Return all outputs for one batch, by their path in what the model returns.
+
+        Raises:
+            ModelError: one is a bfloat16, a type that numpy lacks, too.
+        """
+        found = self._run(inputs)
+        narrow = next((name for name, value in found.items() if value.dtype is torch.bfloat16), None)
+        if narrow is not None:
+            raise onnx_file.computing_in_bfloat16(self.name, "", f"Its output {narrow!r} is of this type. ")
+        return {name: host(value) for name, value in found.items()}
 
     def rounded(self, inputs: Sequence[NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:
         """Return the outputs where every operation rounds otherwise; see `Rounding`."""
