@@ -295,7 +295,7 @@ def test_rounding_that_turns_a_constant_map_into_nan_says_that_the_trial_says_no
 
 def test_the_cause_of_nan_is_named(tmp_path):
     model = Made(lambda _, x: x)
-    with pytest.raises(NumericError, match=r"The input 'input' is not finite\."):
+    with pytest.raises(NumericError, match=r"The input 'x' is not finite\."):
         kirsch.export(model, tmp_path / "m.onnx", example_inputs=PAIR * torch.nan)
     with torch.no_grad():
         model.layer.weight[0, 0] = torch.nan
