@@ -40,6 +40,29 @@ class Dummies(Tagger):
         return super().forward(input_ids)
 
 
+def told(inputs):
+    net = Tagger()
+    net.dummy_inputs = inputs
+    return net
+
+
+def told_by_name():
+    return told({"ids": torch.tensor([[7, 6, 0], [1, 2, 3]]), "mask": torch.ones(2, 3)})
+
+
+def told_a_tensor():
+    return told(torch.tensor([[7, 6, 0], [1, 2, 3]]))
+
+
+def told_a_tuple():
+    return told((torch.tensor([[7, 6, 0], [1, 2, 3]]), torch.ones(2, 3)))
+
+
+class Lookup(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Embedding(50, 16), nn.Linear(16, 3))
+
+
 class Images(nn.Module):
     main_input_name = "pixel_values"
 
@@ -123,6 +146,9 @@ def tokens(folder):
         (["tokens.py:Tagger", "--input", "1,7:int64", "--input", "1,7"], [[1, 7], [1, 7]]),
         (["tokens.py:Tagger", "--input", "mask=1,7:float32", "--input", "ids=1,7:int64"], [[1, 7], [1, 7]]),
         (["tokens.py:Dummies"], [[1, 5]]),
+        (["tokens.py:told_by_name"], [[1, 3], [1, 3]]),
+        (["tokens.py:told_a_tensor"], [[1, 3]]),
+        (["tokens.py:told_a_tuple"], [[1, 3], [1, 3]]),
         (["tokens.py:images"], [[1, 2, 9, 8]]),
     ],
 )
@@ -161,3 +187,20 @@ def test_a_model_that_does_not_state_its_inputs_is_told_how_to_give_them(kirsch,
     found, _, err = kirsch("trace", model)
     assert found == code
     assert re.search(sentence, " ".join(err.split()))
+
+
+@pytest.mark.usefixtures("tokens")
+@pytest.mark.parametrize("verb", [["trace"], ["export", "-o", "net.onnx"], ["measure", "--rounds", "6"]])
+@pytest.mark.parametrize(("given", "fixed"), [("1,7", "1,7:int64"), ("input=1,7", "input=1,7:int64")])
+def test_an_embedding_that_is_given_floating_numbers_names_the_type_on_the_command_line(kirsch, verb, given, fixed):
+    verb, *more = verb
+    code, _, err = kirsch(verb, "tokens.py:Lookup", "--input", given, *more)
+    assert code == 4
+    assert f"must be int64: --input {fixed} on the command line." in " ".join(err.split())
+    assert kirsch(verb, "tokens.py:Lookup", "--input", fixed, *more)[0] == 0
+
+
+@pytest.mark.usefixtures("tokens")
+def test_a_file_has_the_names_that_the_forward_has(answer):
+    found = answer("export", "tokens.py:told_a_tuple", "-o", "net.onnx")
+    assert [value["name"] for value in found["inputs"]] == ["ids", "mask"]

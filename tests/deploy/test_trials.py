@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import kirsch
-from kirsch.deploy.trials import DRIFT, distance
+from kirsch.deploy.trials import DRIFT, Trial, compare, distance
 from kirsch.errors import ModelError, NumericError
 
 PAIR = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -106,6 +106,7 @@ def test_an_output_that_is_rounding_alone_for_all_inputs_is_refused(tmp_path):
         ([1.0, -np.inf], [1.5, -np.inf], 0.5),
         ([1.0, -np.inf], [1.0, np.inf], np.inf),
         ([1.0, np.nan], [1.0, 1.0], np.inf),
+        ([1.0, 1.0], [1.0, np.nan], np.inf),
         ([3, 4, 5, 6], [3, 4, 5, 7], 0.25),
         ([True, False], [True, True], 0.5),
         ([[1.0]], [1.0], np.inf),
@@ -137,6 +138,20 @@ def test_a_type_that_the_runtime_lacks_is_refused_with_the_fix(make, sentence, t
         kirsch.export(model, tmp_path / "m.onnx", example_inputs=inputs)
     assert "kirsch.export wrote" not in str(caught.value)
     assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("returned", [lambda y: y, lambda y: y.float(), lambda y: (y.float(), y)])
+def test_autocast_to_bfloat16_is_refused_with_a_fix_that_works(returned, tmp_path):
+    def narrow(model, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not fixed or model.training):
+            return returned(model.second(x))
+
+    model, fixed = Made(narrow), False
+    model.second = nn.Linear(4, 3)
+    with pytest.raises(ModelError, match=r"computes in bfloat16 cannot be exported.*enabled=self\.training"):
+        kirsch.export(model, tmp_path / "m.onnx", example_inputs=PAIR)
+    fixed = True
+    assert kirsch.export(model, tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] < DRIFT
 
 
 # ------------------------------------------------------------------------------------------- chance and state
@@ -227,9 +242,60 @@ def test_a_model_without_finite_numbers_is_refused(function, sentence, tmp_path)
         kirsch.measure(Made(function), example_inputs=PAIR)
 
 
+class Divided(nn.Module):
+    """Of zeros, 0 / 0."""
+
+    def forward(self, x):
+        return x / x.abs()
+
+
+def test_special_inputs_of_which_the_model_itself_gives_nan_say_nothing(planted, tmp_path):
+    """The file may give 0 for 0 / 0; for ordinary inputs it is compared as ever."""
+    zero = "n = Abs(input) tiny = Constant<value_float = 1e-30>() d = Add(n, tiny) "
+    planted(zero + "y = Div(input, d)")
+    found = kirsch.export(Divided(), tmp_path / "m.onnx", example_inputs=PAIR).details["trials"]
+    assert [trial["unstable"] for trial in found if trial["inputs"] == "zero"] == [["0"]]
+    assert all(trial["drift"] < DRIFT for trial in found if trial["inputs"] != "zero")
+    planted(zero + "q = Div(input, d) y = Add(q, q)")
+    with pytest.raises(NumericError, match="does not compute what the model computes"):
+        kirsch.export(Divided(), tmp_path / "m.onnx", example_inputs=PAIR)
+
+
+def test_a_file_that_gives_nan_where_the_model_does_not_is_refused_in_words(planted, tmp_path):
+    class Guarded(nn.Module):
+        def forward(self, x):
+            return x / (x.abs() + 1e-30)
+
+    planted("n = Abs(input) y = Div(input, n)")
+    sentence = "The outputs differ in their shape, or in which numbers are finite, in '0' for zero values"
+    with pytest.raises(NumericError, match=sentence):
+        kirsch.export(Guarded(), tmp_path / "m.onnx", example_inputs=PAIR)
+
+
+def test_rounding_that_turns_a_constant_map_into_nan_says_that_the_trial_says_nothing():
+    """Constant maps have a deviation of 0, or of rounding: which one, no two runtimes agree on."""
+
+    class Model:
+        name = "Norm"
+
+        def rounded(self, _inputs, _seed):
+            return {"0": np.array([np.nan, 1.0])}
+
+        def unsteady(self, _inputs):
+            return "", ""
+
+    class File:
+        def run(self, *inputs):
+            return [np.array([np.nan, 1.0]) if inputs[0][0] == 0 else inputs[0]]
+
+    one, zeros = np.ones(2), np.zeros(2)
+    made = [Trial("example", (one,), {"0": one}), Trial("zero", (zeros,), {"0": one})]
+    assert compare(Model(), File(), made)[1]["unstable"] == ["0"]
+
+
 def test_the_cause_of_nan_is_named(tmp_path):
     model = Made(lambda _, x: x)
-    with pytest.raises(NumericError, match=r"The input 'input' is not finite\."):
+    with pytest.raises(NumericError, match=r"The input 'x' is not finite\."):
         kirsch.export(model, tmp_path / "m.onnx", example_inputs=PAIR * torch.nan)
     with torch.no_grad():
         model.layer.weight[0, 0] = torch.nan

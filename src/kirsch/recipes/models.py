@@ -213,8 +213,8 @@ def example_shape(reference: str, model: Any, *, base: Path | None = None) -> tu
 def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> Any:
     """Example inputs that a model states, as the framework takes them; None where it states none.
 
-    They are random numbers of its `example_shape`; else, for a model of transformers, its `dummy_inputs`, or images of
-    the size in its configuration.
+    They are random numbers of its `example_shape`; else its `dummy_inputs`, a dict, an array or a tuple of arrays, or,
+    for a model of transformers, images of the size in its configuration.
     """
     framework = framework_of(model)
     sizes = example_shape(reference, model, base=base)
@@ -229,6 +229,12 @@ def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> An
         image = (1, getattr(config, "num_channels", 3), height, width)
         return framework.inputs_like([InputSpec(main, image, "float32")], model)
     dummies = getattr(model, "dummy_inputs", None)
-    if not isinstance(dummies, Mapping) or main not in dummies:
-        return None
-    return {name: value[:1] if getattr(value, "ndim", 0) else value for name, value in dummies.items()}  # one sample
+    if isinstance(dummies, Mapping):
+        named = main in dummies or not hasattr(model, "main_input_name")  # else some are of another part of the model
+        return {name: _one_sample(value) for name, value in dummies.items()} if named and dummies else None
+    arrays = dummies if isinstance(dummies, (tuple, list)) else (dummies,)
+    return tuple(map(_one_sample, arrays)) if arrays and all(hasattr(array, "shape") for array in arrays) else None
+
+
+def _one_sample(value: Any) -> Any:
+    return value[:1] if getattr(value, "ndim", 0) else value

@@ -63,6 +63,19 @@ def compared_with_a_weight(s, x):
     assert x.size(1) == s.conv.weight.shape[0]
 
 
+def compared_with_the_width_of_a_layer(s, x):
+    assert s.conv.out_channels == x.shape[1]
+
+
+def all_of_several(s, x):
+    assert all(size == wanted for size, wanted in zip(x.shape, (2, s.channels, 6, 6), strict=True))
+
+
+def any_of_several(s, x):
+    if any(size != s.conv.in_channels for size in (x.shape[1], x.size(1))):
+        raise ValueError(x.shape)
+
+
 FOLLOWING = {
     "assert": asserting,
     "raise": raising,
@@ -73,6 +86,9 @@ FOLLOWING = {
     "shape": tupled,
     "layer": compared_with_a_layer,
     "weight": compared_with_a_weight,
+    "width of a layer": compared_with_the_width_of_a_layer,
+    "all": all_of_several,
+    "any": any_of_several,
     "double": lambda s, x: torch._assert(2 * x.shape[1] == 2 * s.channels, "channels"),
 }
 
@@ -106,6 +122,14 @@ def configured(s, x):
     assert x.shape[1] == s.config.channels
 
 
+def every(_, x):
+    assert all(size == wanted for size, wanted in zip(x.shape, (2, 16, 6, 6), strict=True))
+
+
+def width_of_a_layer(s, _):
+    assert s.conv.in_channels == 16
+
+
 HELD = {
     "number": number,
     "one of several": one_of,
@@ -114,6 +138,8 @@ HELD = {
     "remainder": remainder,
     "dict": named,
     "config": configured,
+    "all": every,
+    "width of a layer": width_of_a_layer,
 }
 
 
@@ -166,6 +192,51 @@ def test_a_comparison_in_a_graph_of_torch_fx_holds():
     traced = fx.symbolic_trace(shaken(Net(lambda _, x: torch._assert(x.shape[1] == 16, "channels"))))
     found = prune_with_proof(traced, kirsch.plan(kirsch.trace(traced, IMAGE), Goal(macs=0.8)))
     assert found.verification.power > 1e-3
+
+
+def test_comparisons_that_all_is_given_and_that_only_choose_do_not_hold():
+    def choosing(_, x):
+        if all(size == 16 for size in x.shape[1:2]):
+            return x
+        return tuple(size == 16 for size in x.shape)
+
+    model = shaken(Net(choosing))
+    assert kirsch.prune(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5))).first.out_channels < 16
+
+
+def test_a_reshape_to_the_width_of_a_layer_ties_both():
+    class Reshaping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            x = torch.relu(x.reshape(len(x), self.second.out_channels, 6, 6))
+            return self.last(torch.relu(self.second(x)))
+
+    model = shaken(Reshaping())
+    pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5)))
+    assert pruned.first.out_channels == pruned.second.out_channels < 16
+
+
+UNSEEN = {
+    "lookup": lambda _, x: {16: None}[x.shape[1]],
+    "name": lambda _, x: {"w16": None}[f"w{x.shape[1]}"],
+    "text": lambda _, x: torch._assert(str(x.shape[1]) == "16", "channels"),
+    "list": lambda _, x: torch._assert(not [size for size in x.shape if size not in (2, 16, 6)], "channels"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_the_ways_out_that_an_error_of_the_pruned_model_names_are_ways_out(kind):
+    model = shaken(Net(UNSEEN[kind]))
+    graph = kirsch.trace(model, IMAGE)
+    with pytest.raises(VerificationError, match=r"Exclude 'first', or trace .* as_graph=True"):
+        kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.5)))
+    assert kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.6), exclude=["first"])).checked.conv.out_channels < 16
+    free = kirsch.trace(model, IMAGE, as_graph=True)
+    assert kirsch.prune(model, kirsch.plan(free, Goal(macs=0.5))).first.weight.shape[0] < 16
 
 
 def test_sizes_that_are_looked_up_do_not_count_as_compared():

@@ -54,7 +54,7 @@ def test_a_model_in_training_is_exported_in_inference_mode_and_left_as_it_is(tmp
     assert run(tmp_path / "m.onnx", samples)[0] == pytest.approx(expected, abs=1e-6)  # float32
     written = onnx.load(tmp_path / "m.onnx")
     onnx.checker.check_model(written)
-    assert details["inputs"] == [{"name": "input", "shape": ["batch", 3], "type": "float"}]
+    assert details["inputs"] == [{"name": "x", "shape": ["batch", 3], "type": "float"}]
     assert {entry.domain: entry.version for entry in written.opset_import}[""] == details["opset"]
     assert (written.ir_version, details["exporter"]) == (details["ir_version"], f"torch {torch.__version__}")
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
@@ -84,7 +84,7 @@ def test_two_inputs_keep_their_order_and_all_outputs_are_there(tmp_path):
     details = export_onnx(Two(), pair, tmp_path / "m.onnx")
     assert [(v["name"], v["shape"], v["type"]) for v in details["inputs"]] == [
         ("tokens", ["batch", 2], "int64"),
-        ("input", ["batch", 2], "float"),
+        ("x", ["batch", 2], "float"),
     ]
     assert [value["shape"] for value in details["outputs"]] == [["batch", 2], ["batch"]]
     difference, total = run(tmp_path / "m.onnx", *(torch.cat([value, value, value]) for value in pair))

@@ -61,7 +61,7 @@ RETURNED = {
     "a dataclass": (lambda y, _: Answer(y, (2 * y,)), ["logits", "parts_0"]),
     "a named tuple": (lambda y, _: Pair(y, 2 * y), ["boxes", "scores"]),
     "one tensor twice": (lambda y, _: {"a": y, "b": y}, ["a", "b"]),
-    "the input": (lambda y, x: {"y": y, "same": x, "input": x}, ["y", "same", "input_1"]),
+    "the input": (lambda y, x: {"y": y, "same": x, "x": x}, ["y", "same", "x_1"]),
     "names that become one": (lambda y, _: {"a.b": y, "a": {"b": 2 * y}, "a_b": 3 * y}, ["a_b", "a_b_", "a_b_1"]),
     "names of its operations": (lambda y, _: {"linear": 2 * y, "mul": y + 1, "weight": y}, ["linear", "mul", "weight"]),
     "numbers beside tensors": (lambda y, _: (7, y, "text", None), ["output_1"]),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import kirsch
 from kirsch.errors import ModelError, VerificationError
@@ -227,3 +228,35 @@ def test_a_cut_that_no_output_shows_is_refused_unless_asked_for():
     with pytest.raises(VerificationError, match=r"Its outputs are the same whether .* verify=False"):
         kirsch.prune(model, plan)
     assert kirsch.prune(model, plan, verify=False).first.out_features < 8
+
+
+class Norms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.batch = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.grouped, self.group = nn.Conv2d(8, 8, 3, groups=8), nn.GroupNorm(4, 8)
+        self.up, self.hidden, self.layer = nn.ConvTranspose2d(8, 8, 2), nn.Linear(8, 16), nn.LayerNorm(16)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.group(self.grouped(F.relu(self.batch(self.first(x)))))
+        return self.last(self.layer(F.gelu(self.hidden(self.up(x).mean((2, 3))))))
+
+
+DECOMPOSED = {
+    "run_decompositions": lambda model: torch.export.export(model, (IMAGE,)).run_decompositions().module(),
+    "make_fx": lambda model: make_fx(model)(IMAGE),
+}
+
+
+@pytest.mark.parametrize("kind", DECOMPOSED)
+def test_a_decomposed_program_is_cut_as_its_model(kind):
+    model = shaken(Norms().eval())
+    decomposed = DECOMPOSED[kind](model)
+    found = [
+        prune_with_proof(each, kirsch.plan(kirsch.trace(each, IMAGE), Goal(macs=0.4))) for each in (model, decomposed)
+    ]
+    sizes = [[value.shape for value in each.model.parameters()] for each in found]
+    assert sizes[0] == sizes[1] != [value.shape for value in model.parameters()]
+    assert found[1].verification.power > 1e-3
+    assert torch.allclose(found[0].model(IMAGE), found[1].model(IMAGE), atol=1e-5)

@@ -102,7 +102,7 @@ def test_copies_on_disk_are_plain_numbers():
 class Layered(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.GroupNorm(2, 8)
         self.width, self.flag, self.one, self.shape, self.names = 8, True, 1, (1, -1, 8), ["a"]
 
     def forward(self, x):
@@ -116,7 +116,8 @@ def test_a_twin_carries_integers_with_a_past_and_shares_the_tensors():
     assert twin.conv.weight is model.conv.weight
     assert (twin.training, model.training) == (False, True)
     assert twin.width.leaves == ((Leaf("", "width"), 8),)
-    assert twin.conv.out_channels.leaves == ((Leaf("conv", "out_channels"), 8),)
+    assert twin.conv.out_channels.leaves == ((SizeOf(-1, None, 0, "conv.weight"), 8),)
+    assert twin.norm.num_channels.leaves == ((Leaf("norm", "num_channels"), 8),)
     assert [type(n) for n in twin.shape] == [int, int, TracedInt]
     assert twin.shape[2].leaves == ((Leaf("", "shape", 2), 8),)
     assert {type(n) for n in (twin.flag, twin.one, model.width, *twin.conv.stride)} == {bool, int}

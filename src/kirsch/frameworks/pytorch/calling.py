@@ -26,6 +26,24 @@ WHOLE = (torch.uint8, torch.int8, torch.int16, torch.bool)
 """Types of whole numbers that neither layers with float weights nor embeddings take."""
 
 
+LOOKED_UP = "Numbers that an embedding looks up, such as those of tokens, must be int64."
+
+
+def looks_up(error: BaseException) -> bool:
+    """Whether an embedding was given other numbers than integers."""
+    return "'indices'" in str(error)
+
+
+def fix_of_looked_up(args: Any, options: Any) -> str:
+    """Return how to give an embedding its integers, on the command line too, by the shape of the floating input."""
+    named = [("", part) for part in tree_leaves(args)] + [(f"{name}=", part) for name, part in options.items()]
+    floating = [(name, part) for name, part in named if isinstance(part, torch.Tensor) and part.is_floating_point()]
+    name, sizes = "", "1,24"
+    if len(floating) == 1:
+        name, sizes = floating[0][0], ",".join(map(str, floating[0][1].shape))
+    return f"{LOOKED_UP[:-1]}: --input {name}{sizes}:int64 on the command line."
+
+
 def fitted(model: nn.Module, args: Any, options: Any, asked: Any) -> tuple[Any, Any]:
     """The arguments as the forward of a model takes them.
 
@@ -135,8 +153,8 @@ def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:
             f"These images have their channels last. Where the model takes them first, give inputs.transpose{axes} of "
             f"an array, inputs.permute{axes} of a tensor."
         )
-    if "'indices'" in str(error):
-        fix = "Numbers that an embedding looks up, such as those of tokens, must be int64."
+    if looks_up(error):
+        fix = LOOKED_UP
     elif isinstance(error, IndexError):
         fix = "If these are numbers of tokens, compare the vocabulary of the tokenizer with that of the model."
     return ModelError(

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kirsch.errors import ModelError, NumericError
+from kirsch.errors import ModelError, NumericError, said
 from kirsch.frameworks.port import host
 from kirsch.frameworks.pytorch import onnx_file, predict
+from kirsch.frameworks.pytorch.calling import fix_of_looked_up, looks_up
 from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.frameworks.pytorch.finite import not_finite_names
 from kirsch.frameworks.pytorch.flat import Flat, output_names
@@ -67,8 +68,24 @@ class Exportable:
         self.double = any(tensor.dtype is torch.float64 for tensor in given)
 
     def outputs(self, inputs: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return all outputs for one batch, by their path in what the model returns."""
-        return {name: host(value) for name, value in self._run(inputs).items()}
+        """Return all outputs for one batch, by their path in what the model returns.
+
+        Raises:
+            ModelError: one is a bfloat16, a type that numpy lacks, too; or an embedding is given floating numbers.
+        """
+        try:
+            found = self._run(inputs)
+        except RuntimeError as error:
+            if not looks_up(error):
+                raise
+            args, options = self._flat.arguments(*self._tensors(inputs))
+            raise ModelError(
+                f"A {self.name} does not run with its inputs.", said(error), fix_of_looked_up(args, options)
+            ) from error
+        narrow = next((name for name, value in found.items() if value.dtype is torch.bfloat16), None)
+        if narrow is not None:
+            raise onnx_file.computing_in_bfloat16(self.name, "", f"Its output {narrow!r} is of this type. ")
+        return {name: host(value) for name, value in found.items()}
 
     def rounded(self, inputs: Sequence[NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:
         """Return the outputs where every operation rounds otherwise; see `Rounding`."""

@@ -64,10 +64,15 @@ class Flat(nn.Module):
 
     def by_path(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return all tensors among the model's outputs by their path; see `named`."""
+        args, options = self.arguments(*inputs)
+        return named(self.model(*args, **options))
+
+    def arguments(self, *inputs: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the model is called with, by place and by name."""
         given = iter(inputs)
         leaves = [next(given) if leaf is None else leaf[0] for leaf in self._leaves]
         args, options = tree_unflatten(leaves, self._structure)
-        return named(self.model(*args, **options))
+        return args, options
 
 
 def output_names(paths: Sequence[str], taken: Iterable[str]) -> list[str]:
@@ -114,7 +119,6 @@ def _input_name(path: tuple[Any, ...], positional: Sequence[str]) -> tuple[str, 
     if side == 1:
         return f"{first}{inner}", identifier(f"{first}{inner}", "input")
     base = positional[first] if first < len(positional) else f"input{first or ''}"
-    base = "input" if base == "x" else base  # the usual name of what has none
     return f"Input {first}{inner}", identifier(f"{base}{inner}", "input")
 
 

@@ -35,6 +35,10 @@ def guards(frame: FrameType, result: bool, *, compares: bool) -> bool:
         compares: whether the question is a comparison, which only some instructions ask on their own; others do so to
             look something up, as in a cache of earlier results.
     """
+    above = frame.f_back
+    if compares and above is not None and _yielded(frame.f_code, frame.f_lasti, above.f_code, above.f_lasti):
+        # Of `all`, today's answer is that of each element; of `any`, that of the element that decides.
+        return _guards(above.f_code, above.f_lasti, bool(result), compares=False)
     return _guards(frame.f_code, frame.f_lasti, bool(result), compares=compares)
 
 
@@ -44,6 +48,18 @@ def guards_in_graph(frame: FrameType) -> bool:
     node: Node | None = above.f_locals.get("n") if above is not None else None
     users = [getattr(user.target, "__name__", str(user.target)) for user in node.users] if node is not None else []
     return any(name.startswith(ASSERTING) for name in users)
+
+
+@functools.cache
+def _yielded(code: CodeType, offset: int, above: CodeType, call: int) -> bool:
+    """Whether a comparison is an element of a generator expression that a call of `all` or `any` goes through."""
+    after = [step.opname for step in dis.get_instructions(code) if step.offset > offset]
+    if code.co_name != "<genexpr>" or next((name for name in after if name not in PASSING), "") != "YIELD_VALUE":
+        return False
+    steps = list(dis.get_instructions(above))
+    line = next((_line(step) for step in steps if step.offset == call and "CALL" in step.opname), None)
+    named = {step.argval for step in steps if step.opname == "LOAD_GLOBAL" and _line(step) == line}
+    return line is not None and not named.isdisjoint(("all", "any"))
 
 
 @functools.cache

@@ -234,6 +234,26 @@ def _group_norm(
     return (out if bias is None else out + bias.reshape(shape)) * mask
 
 
+def _native_layer_norm(mask: torch.Tensor, x: torch.Tensor, *args: Any) -> Any:
+    return _layer_norm(mask, x, *args), *_unread(x)
+
+
+def _native_group_norm(
+    mask: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *sizes_groups_eps: Any,
+) -> Any:
+    groups, eps = sizes_groups_eps[-2:]
+    return _group_norm(mask, x, groups, weight, bias, eps), *_unread(x)
+
+
+def _unread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation, which only the gradient reads: NaN would show if anything else did."""
+    return x.new_full((), torch.nan), x.new_full((), torch.nan)
+
+
 def _dims(x: torch.Tensor, dim: Any) -> tuple[int, ...]:
     return tuple(range(x.dim())) if dim is None else tuple(dim) if isinstance(dim, (list, tuple)) else (dim,)
 
@@ -308,11 +328,13 @@ def _min(mask: torch.Tensor, x: torch.Tensor, *args: Any, **options: Any) -> Any
     return x.masked_fill(mask == 0, torch.inf).min(*args, **options)
 
 
-STATISTICS: dict[str, Callable[..., torch.Tensor]] = {
+STATISTICS: dict[str, Callable[..., Any]] = {
     "layer_norm": _layer_norm,
+    "native_layer_norm": _native_layer_norm,
     "rms_norm": _rms_norm,
     "_weight_norm": _weight_norm,
     "group_norm": _group_norm,
+    "native_group_norm": _native_group_norm,
     "sum": _sum,
     "mean": _mean,
     "nansum": _sum,

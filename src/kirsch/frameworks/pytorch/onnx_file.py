@@ -139,11 +139,17 @@ def _refuse_bfloat16(graph: Any, model: str) -> None:
     nodes = [node for node in _nodes(graph) if narrow.intersection(node.output)]
     if nodes:
         line = next(filter(None, map(_line, nodes)), "")
-        raise ModelError(
-            f"A {model} that computes in bfloat16 cannot be exported{f': {line}' if line else ''}.",
-            "ONNX Runtime lacks most operators in this type.",
-            "Leave torch.autocast and conversions to bfloat16 out of the forward in inference mode.",
-        )
+        raise computing_in_bfloat16(model, f": {line}" if line else "", "")
+
+
+def computing_in_bfloat16(model: str, line: str, output: str) -> ModelError:
+    """Return the error for a model whose weights are in another type than bfloat16, but not all of its values."""
+    return ModelError(
+        f"A {model} that computes in bfloat16 cannot be exported{line}.",
+        f"{output}ONNX Runtime lacks most operators in this type.",
+        "Leave conversions to bfloat16 out of the forward in inference mode, and give torch.autocast "
+        "enabled=self.training.",
+    )
 
 
 def _line(node: Any) -> str:

@@ -17,6 +17,7 @@ from torch.fx import Interpreter, traceback
 from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import ModelError
+from kirsch.frameworks.pytorch.calling import fix_of_looked_up, looks_up
 from kirsch.frameworks.pytorch.copying import kept_by_hooks
 from kirsch.frameworks.pytorch.integers import PACKAGES
 from kirsch.frameworks.pytorch.interpreted import owned
@@ -103,6 +104,8 @@ def _reason(
     if known is not None:
         return what, f"{known[0]} ({type(error).__name__}{place})", known[1]
     why = f"{type(error).__name__}{place}: {first}"
+    if looks_up(error):
+        return what, why, fix_of_looked_up(args, options)
     dynamic = any(word in type(error).__name__ for word in ("DataDependent", "GuardOn")) or "data-dependent" in str(
         error
     )

@@ -293,7 +293,12 @@ def watched(twin: nn.Module, calls: Calls) -> None:
         own = type(module).__module__.startswith("torch.nn.")
         for name, value in list(vars(module).items()):
             if not name.startswith("_") and (not own or name in WIDTHS):
-                planted = _planted(value, path, name, calls.lost)
+                axis = _axis_of(module, name)
+                if axis is not None and type(value) is int and value > 1:
+                    size = SizeOf(-1, None, axis, f"{path}.weight".lstrip("."))
+                    planted: Any = TracedInt.leaf(value, size, calls.lost)
+                else:
+                    planted = _planted(value, path, name, calls.lost)
                 if planted is not value:
                     setattr(module, name, planted)
         module.forward = _locating(module.forward, path, calls)
@@ -314,6 +319,26 @@ def watched(twin: nn.Module, calls: Calls) -> None:
         return list(tensors.values()), [tensor for key, tensor in watch.unread.items() if key not in put_out]
 
     twin.forward = forward
+
+
+def _axis_of(module: nn.Module, name: str) -> int | None:
+    """The axis of a standard layer's weight whose size an attribute states, as `surgery.tell_widths` sets it.
+
+    Such an attribute cannot be given another value than the weight has, so it is a size that is read.
+    """
+    if module._parameters.get("weight") is None:  # noqa: SLF001 - a parametrized weight is an attribute, too
+        return None
+    axes: tuple[str, ...] = ()
+    if isinstance(module, nn.Linear):
+        axes = ("out_features", "in_features")
+    elif isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001 - as in `surgery.tell_widths`
+        axes = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+        axes = axes[:1] if module.groups > 1 else axes  # the second axis then has a part of them
+    elif isinstance(module, nn.modules.batchnorm._NormBase):  # noqa: SLF001 - likewise
+        axes = ("num_features",)
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        axes = ("num_embeddings", "embedding_dim")
+    return axes.index(name) if name in axes else None
 
 
 def _planted(value: Any, path: str, name: str, lost: list[Lost | Compared]) -> Any:

@@ -167,10 +167,11 @@ def _repeated(step: Step, tensor: Tensor, query: Tensor) -> Tensor:
     return relations.gather(step.facts, tensor, heads, np.repeat(np.arange(tensor.shape[heads]), times))
 
 
-@rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
 def _convolution(step: Step) -> Tensor:
+    """`convolution` is what a decomposed program calls for all others."""
     x, weight, bias = step.args[0], step.args[1], step.arg(2, "bias")
-    transposed = step.name.startswith("conv_transpose")
+    transposed = step.name.startswith("conv_transpose") or (step.name == "convolution" and step.args[6])
     rank = len(weight.shape) - 2
     at = len(x.shape) - rank - 1  # the channel axis: 1, or 0 without a batch axis
     spatial = range(at + 1, len(x.shape))
@@ -192,7 +193,8 @@ def _channels(step: Step, given: Axis, size: int, weight: Tensor, *, transposed:
 
     Of several groups each convolves its own part of the channels: the channels are a grid of group and position in it.
     """
-    facts, groups = step.facts, step.arg(6, "groups", 1)
+    facts, place = step.facts, 8 if step.name == "convolution" else 6
+    groups = step.arg(place, "groups", 1)
     own, other = (weight.axes[0], weight.axes[1]) if transposed else (weight.axes[1], weight.axes[0])
     if groups == 1 or size == 1:
         if size > 1:
@@ -201,7 +203,7 @@ def _channels(step: Step, given: Axis, size: int, weight: Tensor, *, transposed:
     rows, columns = given, None
     if size > groups and given is not None:
         rows, columns = facts.split(given.reshape(groups, -1), "conv groups")
-    step.follow(rows, step.given(6, "groups"))
+    step.follow(rows, step.given(place, "groups"))
     if transposed:  # the weight has all channels that come in, and those that one group puts out
         facts.equate(given, own)
         return facts.merge([rows, other], [groups, weight.shape[1]], "conv groups")

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     "_native_batch_norm_legit",
     "_native_batch_norm_legit_functional",
     "batch_norm",
+    "native_batch_norm",
     "instance_norm",
 )
 def _per_channel_norm(step: Step) -> Tensor:
     x = step.args[0]
-    if step.name != "_native_batch_norm_legit_no_training":  # a weight may be standardised by this operator
+    running = step.name == "_native_batch_norm_legit_no_training"
+    running |= step.name == "native_batch_norm" and not step.args[5]
+    if not running:  # a weight may be standardised by this operator
         others = [dim for dim in range(len(x.shape)) if dim != 1]
         relations.freeze(step.facts, [x], "a normalisation computes its statistics over it", others)
     own = [(t, letters(x)[1]) for t in step.args[1:5] if isinstance(t, Tensor)]
@@ -32,7 +35,7 @@ def _per_channel_norm(step: Step) -> Tensor:
     return out
 
 
-@rule("layer_norm", "rms_norm")
+@rule("layer_norm", "native_layer_norm", "rms_norm")
 def _layer_norm(step: Step) -> Tensor:
     x, sizes = step.args[0], step.args[1]
     own = [t for t in (step.arg(2, "weight"), step.arg(3, "bias")) if isinstance(t, Tensor)]
@@ -58,18 +61,23 @@ def _weight_norm(step: Step) -> Tensor:
     return out
 
 
-@rule("group_norm")
+@rule("group_norm", "native_group_norm")
 def _group_norm(step: Step) -> Tensor:
-    x, groups = step.args[0], step.args[1]
+    """A decomposed program gives the sizes (N, C, H·W) before the number of groups."""
+    native = step.name == "native_group_norm"
+    x, groups = step.args[0], step.args[6 if native else 1]
     others = [dim for dim in range(len(x.shape)) if dim != 1]
     relations.freeze(step.facts, [x], "a normalisation computes its statistics over it", others)
-    own = [(t, letters(x)[1]) for t in (step.arg(2, "weight"), step.arg(3, "bias")) if t is not None]
+    weights = step.args[1:3] if native else (step.arg(2, "weight"), step.arg(3, "bias"))
+    own = [(t, letters(x)[1]) for t in weights if t is not None]
     out = relations.relate(step.facts, [(x, letters(x)), *own], letters(x), step.shape)
     step.activated(out)
     channels = out.axes[1]
     if channels is None:
         return out
-    given = step.given(1, "num_groups")
+    given = step.given(6, "group") if native else step.given(1, "num_groups")
+    if native:
+        step.follow(channels, step.given(4, "C"))
     if groups == len(channels):
         step.follow(channels, given)
     elif groups > 1:
