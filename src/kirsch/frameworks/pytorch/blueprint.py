@@ -313,6 +313,14 @@ class Search:
 
     def _levers(self, start: Sizes, implied: Numbers) -> list[Lever]:
         """The numbers that move an axis that is cut, and those that move what these move."""
+        every = self._movers(start, implied)
+        reached = set(_wrong(start, self.stored))
+        for _ in every:  # no chain of levers is longer
+            reached |= {axis for lever in every if not reached.isdisjoint(lever.moved) for axis in lever.moved}
+        return [lever for lever in every if not reached.isdisjoint(lever.moved)]
+
+    def _movers(self, start: Sizes, implied: Numbers) -> list[Lever]:
+        """The numbers that move an axis."""
         every = []
         said_ = {path: value for path, value in numbers(self.model.config).items() if value is not None}
         for path, value in {**said_, **implied}.items():
@@ -322,10 +330,19 @@ class Search:
                 if moved:
                     every.append(Lever(path, value, trial, moved))
                     break
-        reached = set(_wrong(start, self.stored))
-        for _ in every:  # no chain of levers is longer
-            reached |= {axis for lever in every if not reached.isdisjoint(lever.moved) for axis in lever.moved}
-        return [lever for lever in every if not reached.isdisjoint(lever.moved)]
+        return every
+
+    def settable(self, within: AbstractSet[tuple[str, int]]) -> set[tuple[str, int]]:
+        """Return the axes of parameters that numbers of the configuration change without any effect on other axes.
+
+        Args:
+            within: the axes that may change. The model is one that is not pruned yet.
+        """
+        start = self.trial({})
+        levers = [] if start is None else self._movers(start, self._implied(start, {}))
+        parameters = dict(self.model.named_parameters())
+        moved = [{axis for axis in lever.moved if axis[0] in parameters} for lever in levers]
+        return {axis for axes in moved if axes <= within for axis in axes}
 
     def _solutions(self, levers: list[Lever], chosen: Numbers, start: Sizes) -> Iterator[Numbers]:
         """What is chosen together with what these levers may add; what no lever moves any more must be right."""
