@@ -182,7 +182,7 @@ class Measure(Section):
 class Wanted(Section):
     """When the job is done well. The limits of prune.goal count as well."""
 
-    max_drop: AtLeastZero | None = Field(None, lt=1, description="accuracy that may be lost against the teacher")
+    max_drop: AtLeastZero | None = Field(None, lt=1, description="accuracy that may be lost: 0.01 is one point")
     speedup: Positive | None = Field(None, description="over the teacher, on the runtime")
 
 
@@ -292,7 +292,8 @@ def recipe_of(
     except ValidationError as error:
         problems = [_problem(details, lines, origins) for details in error.errors()]
         many = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
-        raise RecipeError(f"The {name} has {many}:\n  " + "\n  ".join(problems), mend="See `kirsch init`.") from None
+        listed = "".join(f"\n  {problem}{'' if problem.endswith(('.', '?')) else '.'}" for problem in problems)
+        raise RecipeError(f"The {name} has {many}:{listed}\n", mend="See `kirsch init`.") from None
 
 
 def _put(data: dict[str, Any], path: list[str], value: Any, origin: str) -> None:
