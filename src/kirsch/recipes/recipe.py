@@ -292,8 +292,7 @@ def recipe_of(
     except ValidationError as error:
         problems = [_problem(details, lines, origins) for details in error.errors()]
         many = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
-        listed = "".join(f"\n  {problem}{'' if problem.endswith(('.', '?')) else '.'}" for problem in problems)
-        raise RecipeError(f"The {name} has {many}:{listed}\n", mend="See `kirsch init`.") from None
+        raise RecipeError(f"The {name} has {many}:\n  " + "\n  ".join(problems), mend="See `kirsch init`.") from None
 
 
 def _put(data: dict[str, Any], path: list[str], value: Any, origin: str) -> None:
