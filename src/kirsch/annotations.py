@@ -1,4 +1,4 @@
-"""What annotations of public arguments say beyond their type, and how types and values are named in errors."""
+"""Constraints in the annotations of public arguments, and the names of types and values in errors."""
 
 from __future__ import annotations
 
