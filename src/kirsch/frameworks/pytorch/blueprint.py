@@ -41,7 +41,7 @@ def carried(model: nn.Module) -> bool:
 
 
 def numbers(owner: Any, path: str = "") -> dict[str, float | None]:
-    """What may be the size of something: numbers above 1, or None, with those of lists and of configurations within."""
+    """Numbers above 1, which may be sizes, and None, by their paths, those of lists and inner configurations included."""
     if owner is None or (type(owner) in (int, float) and 1 < owner < float("inf")):
         return {path: owner}
     if isinstance(owner, (list, tuple)):
@@ -181,7 +181,7 @@ class Lever:
 class Search:
     """The search for the numbers with which a configuration builds a model of the sizes of a given one.
 
-    What a model stores must have its size; buffers that are made anew with it are left to be proven.
+    Stored tensors must have their sizes; buffers that the constructor fills are left to the verification.
 
     Args:
         model: the pruned model, with the configuration of the original.

@@ -1,8 +1,8 @@
-"""The configuration that a model may carry, told what the model became when it was pruned.
+"""Updates the configuration of a pruned model, as models of transformers have one.
 
-A model carries one if `type(model)(config)` makes it anew and the configuration goes to a dict and back, as those of
-transformers do. It is told new numbers only when they were proven: a model built from them puts out the same bits.
-Where no configuration describes the result, `save_pretrained` is refused; see `pretrained.py`.
+A model carries a configuration if `type(model)(config)` builds it and the configuration converts to a dict and back.
+New numbers are set only after verification: a model built from them returns the same bits. Where no configuration
+describes the result, `save_pretrained` raises an error; see `pretrained.py`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Configured:
 def configure(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
     """Make the configurations in a pruned model describe it, or `save_pretrained` raise an error.
 
-    Without verification only the numbers that the plan states are taken, which were proven when it was applied first.
+    Without verification only the numbers that the plan states are set; they were verified when it was applied first.
     """
     if not (plan.groups or plan.blocks):
         return Configured()
@@ -199,7 +199,7 @@ def otherwise(pruned: nn.Module, changes: Numbers, args: Any, options: Any) -> s
     """What the model that a configuration builds does otherwise than the pruned one, in words; "" if nothing.
 
     Both get the same noise on what is stored, since parameters that start at zero would hide a difference, and must
-    then put out the same bits. So must the pruned model when it has the new configuration itself.
+    then return the same bits. So must the pruned model when it has the new configuration itself.
     """
     noise = noise_of(pruned)
     own = copy_of(pruned).eval()
@@ -255,7 +255,7 @@ def _cause(own: nn.Module, anew: nn.Module, differs: Callable[[], bool]) -> str:
                 setattr(mine, name, today)
     buffers = dict(own.named_buffers())
     others = [name for name, value in anew.named_buffers() if not torch.equal(value, buffers[name])]
-    return f"{others[0]} would have other values" if others else "it puts out other numbers"
+    return f"{others[0]} would have other values" if others else "its outputs differ"
 
 
 def tell(model: nn.Module, anew: nn.Module) -> None:
