@@ -452,6 +452,33 @@ NAMES = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kirsch.plan(1), r"^kirsch\.plan was called with the wrong arguments: missing a required argument"),
+        (lambda: kirsch.distill_chain(3, []), r"Give a list of models or kirsch\.TeacherStores\.$"),
+        (lambda: kirsch.Term("kd", options=[]), r"expected a dict from text to any object|Give a dict from text to"),
+        (lambda: kirsch.Goal(macs=np.ones(3)), r"is an ndarray of shape \(3,\); expected a number or None\."),
+        (lambda: kirsch.Objective(teachers="x"), r"expected 'probabilities', 'logits', 'confidence' or 'sum'"),
+        (
+            lambda: kirsch.Objective(teacher_outputs=3),
+            r"Give 'logits', 'probabilities', a tuple of 'logits', 'probabilities' or None, or None\.$",
+        ),
+        (lambda: kirsch.Plan.from_json(3), r"is 3\. Give text or bytes\.$"),
+    ],
+)
+def test_an_error_is_read_once(call, message):
+    with pytest.raises(KirschError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("max_drop", [1, -0.1, 3])
+def test_an_accuracy_drop_in_percentage_points_is_refused(calls, max_drop):
+    function, given = calls["compress"]
+    with pytest.raises(KirschError, match=r"`max_drop` .* of at least 0 and below 1\. .* write max_drop=0\.01\."):
+        function(**{**given, "max_drop": max_drop})
+
+
 @pytest.mark.filterwarnings("ignore")  # some values are right, and what they lead to may warn
 @pytest.mark.parametrize("name", NAMES)
 def test_an_argument_of_the_wrong_kind_is_named_with_the_fix(calls, name, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What annotations of public arguments say beyond their type, and how types and values are named in errors."""
+"""Constraints in the annotations of public arguments, and the names of types and values in errors."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     str: "text",
+    bytes: "bytes",
     Path: "a path",
     type(None): "None",
     Any: "any object",
@@ -102,14 +103,27 @@ def expected(hint: Any) -> str:
     if origin is Callable or hint is Callable:
         return WORDS[Callable]
     if origin in (Union, types.UnionType):
-        words = list(dict.fromkeys(expected(arg) for arg in args))
-        return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+        return _either([word for arg in args for word in _alternatives(arg)])
     if origin is Literal:
-        return " or ".join(repr(arg) for arg in args)
+        return _either([repr(arg) for arg in args])
     kind = origin or hint
     noun = WORDS.get(kind) or _class_noun(kind)
     elements = [] if noun == "an array" else [expected(arg) for arg in args if arg is not ...]
-    return f"{noun} of {' and '.join(map(plural, elements))}" if elements else noun
+    entries = kind in (Mapping, dict)
+    parts = (" to " if entries else " and ").join(map(plural, elements))
+    return f"{noun} {'from' if entries else 'of'} {parts}" if elements else noun
+
+
+def _alternatives(hint: Any) -> list[str]:
+    """The noun phrases of one alternative of a union: each value of a `Literal` is one."""
+    return [repr(arg) for arg in get_args(hint)] if get_origin(hint) is Literal else [expected(hint)]
+
+
+def _either(words: list[str]) -> str:
+    """Join noun phrases by "or", with a comma before it where a phrase has an "or" itself."""
+    *first, last = dict.fromkeys(words)
+    nested = any(" or " in word for word in first)
+    return f"{', '.join(first)}{',' * nested} or {last}" if first else last
 
 
 def _class_noun(kind: Any) -> str:
@@ -142,10 +156,10 @@ def described(value: Any) -> str:
 
 
 def plural(noun: str) -> str:
-    """Return the plural of a noun phrase: "a whole number of at least 1" → "whole numbers of at least 1"."""
-    return re.sub(r"^an? (.*?)(?= of | between |$)", r"\1s", noun)
+    """Return the plural of a noun phrase: "a model or a list of text" → "models or lists of text"."""
+    return re.sub(r"(^|, | or )an? (.*?)(?= of | between | or |, |$)", r"\1\2s", noun)
 
 
 def with_article(noun: str) -> str:
     """Return a noun with "a" or "an" before it."""
-    return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
+    return f"{'an' if noun[:1].lower() in 'aeio' or noun.startswith('nd') else 'a'} {noun}"

@@ -101,7 +101,9 @@ def _wrong_call(target: Any, signature: inspect.Signature, given: Mapping[str, A
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     unknown = next((name for name in given if name not in known and not takes_any), None)
     if unknown is None:
-        return UsageError(f"The call of {call} does not fit: {error}.", mend=f"Its arguments are {', '.join(known)}.")
+        return UsageError(
+            f"{call} was called with the wrong arguments: {error}.", mend=f"Its arguments are {', '.join(known)}."
+        )
     refused: UsageError | None = target.refuse_argument(unknown) if hasattr(target, "refuse_argument") else None
     return refused or UsageError(
         f"{call} has no argument {unknown!r}.", listing(known), nearest(unknown, known) or "Leave it out."
@@ -127,7 +129,8 @@ def _argument(target: Any, parameter: inspect.Parameter, value: Any, hint: Any) 
     except _MismatchError as error:
         found = f"`{parameter.name}{error.where}` of {public_name(target)} is {described(error.value)}"
         fix = error.fix or _usual(target, parameter) or f"Give {expected(hint)}."
-        raise UsageError(f"{found}; expected {error.expected}.", mend=fix) from None
+        wanted = "" if fix == f"Give {error.expected}." else f"; expected {error.expected}"
+        raise UsageError(f"{found}{wanted}.", mend=fix) from None
 
 
 def _usual(target: Any, parameter: inspect.Parameter) -> str:

@@ -299,7 +299,7 @@ def test_an_ensemble_is_exported_as_any_model(tmp_path):
 def test_an_ensemble_of_nothing_or_in_an_unknown_way_is_refused():
     with pytest.raises(UsageError, match="An ensemble of no models has no scores"):
         ensemble([])
-    with pytest.raises(UsageError, match=r"`combine` .* is 'sum'; expected 'probabilities' or 'logits' or"):
+    with pytest.raises(UsageError, match=r"`combine` .* is 'sum'; expected 'probabilities', 'logits'"):
         ensemble(models(), "sum")
     five = nn.Linear(D, 5).double()
     with pytest.raises(ShapeError, match="The models of the ensemble put out 5, 3 classes"):

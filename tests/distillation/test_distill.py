@@ -305,9 +305,9 @@ def test_a_teacher_that_is_not_told_from_chance_is_doubted(student, teacher):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"validation": 3}, r"The validation is a int\. Give ArrayData, \(inputs, labels\), a DataLoader"),
-        ({"validation": iter([])}, r"The validation is a list_iterator\. Give ArrayData"),
-        ({"validation": (1, 2, 3)}, r"The validation is a tuple of 3\. Give ArrayData"),
+        ({"validation": 3}, r"`validation` is 3\. Give ArrayData, \(inputs, labels\), a DataLoader"),
+        ({"validation": iter([])}, r"`validation` is a list_iterator\. Give ArrayData"),
+        ({"validation": (1, 2, 3)}, r"`validation` is a tuple of 3\. Give ArrayData"),
         ({"training": {"epochs": 2}}, r"`training` .* is a dict of 1; .* Give kirsch\.Training\(epochs=10\)"),
         ({"training": 2}, r"`training` .* is 2; .* Give kirsch\.Training\(epochs=10\)"),
         ({"hooks": {"event": print}}, r"`hooks` .* is a dict of 1; .*Give kirsch\.frameworks\.training\.TrainingHooks"),

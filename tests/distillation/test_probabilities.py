@@ -311,7 +311,7 @@ def test_an_ensemble_of_probabilities_has_the_logits_of_their_mean():
     torch.testing.assert_close(ensemble([net(seed=0), net(seed=1)])(inputs).softmax(-1), mean)
     with pytest.raises(UsageError, match=r"Model 0 of the ensemble puts out probabilities.* outputs=\"probabilities\""):
         ensemble(soft)(inputs)
-    with pytest.raises(UsageError, match=r"`outputs` of kirsch\.ensemble is 'soft'; expected 'logits' or"):
+    with pytest.raises(UsageError, match=r"`outputs` of kirsch\.ensemble is 'soft'; expected 'logits', 'prob"):
         ensemble(soft, outputs="soft")
 
 
@@ -347,7 +347,7 @@ def test_outputs_that_are_not_what_is_stated_are_refused():
         fit(PLAIN, whole(), objective=Objective(student_outputs="probabilities"), training=SHORT)
     with pytest.raises(UsageError, match=r"the classes of a sample sum to .* and not to 1"):
         fit(net(nn.Sigmoid()), whole(), objective=Objective(student_outputs="probabilities"), training=SHORT)
-    with pytest.raises(UsageError, match=r"`student_outputs` .* is 'probs'; expected 'logits' or"):
+    with pytest.raises(UsageError, match=r"`student_outputs` .* is 'probs'; expected 'logits', 'prob"):
         Objective(student_outputs="probs")
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kirsch
 from kirsch.graph import relations
 from kirsch.graph.cost import Cost
 from kirsch.graph.expression import Expression, Leaf
@@ -265,3 +266,10 @@ def test_the_price_of_a_choice_is_the_size_of_what_is_left(heads, shuffle, chain
         masks = [graph.kept(labels, keep) for labels in tensor.axes]
         left += np.prod([n if mask is None else mask.sum() for n, mask in zip(tensor.shape, masks, strict=True)])
     assert graph.prices.price(keep).parameters == left
+
+
+def test_a_graph_is_printed_as_one_line():
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    text = repr(kirsch.trace(model, torch.ones(2, 4)))
+    assert text == "<kirsch.Graph of Sequential: 67 parameters, 8 units in 1 group, inputs float32 (2, 4)>"

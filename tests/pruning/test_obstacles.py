@@ -101,7 +101,7 @@ def test_layers_that_are_frozen_are_named_with_the_operation():
     model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 2))
     error = refused(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(params=0.5))
     assert re.search(r"75\.7% of the parameters in `0`, frozen: a softmax spans it", error.why)
-    assert error.mend.endswith("As it is, nothing can go.")
+    assert error.mend.endswith("With these options nothing can be removed.")
 
 
 def test_layers_that_are_excluded_are_named_with_the_pattern(graph):

@@ -152,7 +152,7 @@ def test_a_template_says_on_its_line_how_to_choose():
         ),
         (
             "  objective: {terms: [{}], teachers: some}",
-            [r"line 3: recover.objective: `teachers` .* is 'some'; expected 'probabilities' or .*'sum'"],
+            [r"line 3: recover.objective: `teachers` .* is 'some'; expected 'probabilities', .*'sum'"],
         ),
         (
             "  objective: dkd\n  temperature: 2\n  weight: 0.5",

@@ -84,7 +84,7 @@ def race(contenders: Mapping[str, Path], inputs: Any, *, reference: str, threads
     cores = usable_cores()
     if not 1 <= threads <= cores:
         raise UsageError(
-            f"threads is {threads}; this machine has 1 to {cores}.",
+            f"`threads` is {threads}; expected 1 to {cores}, the cores of this machine.",
             "More threads than cores slow down.",
             "Give threads=1.",
         )

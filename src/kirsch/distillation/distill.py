@@ -156,9 +156,8 @@ def to_validate_by(validation: Any) -> Any:
         return [Batch(*validation)]
     batches = hasattr(validation, "__iter__") and not hasattr(validation, "__next__")
     if not batches or isinstance(validation, tuple) or hasattr(validation, "shape"):
-        parts = f" of {len(validation)}" if isinstance(validation, tuple) else ""
         raise UsageError(
-            f"The validation is a {type(validation).__name__}{parts}.",
+            f"`validation` is {described(validation)}.",
             mend="Give ArrayData, (inputs, labels), a DataLoader, a list of batches, or a callable: model → metrics.",
         )
     return validation

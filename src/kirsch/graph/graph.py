@@ -161,6 +161,15 @@ class Graph:
     tracing: Tracing = field(default_factory=Tracing)
     traced: Any = field(repr=False, default=None)
 
+    def __repr__(self) -> str:
+        """Return one line: the model, its size, its units, its inputs."""
+        units = sum(found.size for found in self.groups)
+        shapes = ", ".join(f"{each.dtype} {each.shape}" for each in self.inputs if isinstance(each, InputSpec))
+        return (
+            f"<kirsch.Graph of {self.model_name}: {self.cost.parameters:,} parameters, {units:,} units in "
+            f"{len(self.groups):,} group{'s' * (len(self.groups) != 1)}{', inputs ' * bool(shapes)}{shapes}>"
+        )
+
     @cached_property
     def _solved(self) -> tuple[coupling.Coupling, tuple[Group, ...]]:
         """The solved facts and their groups, with all tied or frozen that the integers of the code cannot follow."""

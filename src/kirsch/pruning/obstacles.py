@@ -77,7 +77,7 @@ def reachable(goal: Goal, least: Cost, original: Cost) -> str:
         for name, (value, limit) in goal.fractions(least, original).items()
     }
     if any(limit >= 1 for limit in limits.values()):
-        return "As it is, nothing can go."
+        return "With these options nothing can be removed."
     return f"Or ask for {', '.join(f'{name}={limit:g}' for name, limit in limits.items())}, which is reached."
 
 

@@ -71,7 +71,7 @@ def compress(
         data: the data set, in three parts.
         goal: of the removal, as fractions of what is pruned.
         student: a small untrained model that learns from the model; if left out, the model itself is pruned.
-        max_drop: accuracy that may be lost against the model, as a fraction.
+        max_drop: accuracy that may be lost against the model, as a fraction below 1: 0.01 is one percentage point.
         distil: training of the student.
         recover: training after the removal.
         temperature: of the soft targets in both, without an objective; 4 if left out.
@@ -87,6 +87,11 @@ def compress(
     """
     if distil is not None and student is None:
         raise UsageError("distil is given without a student.", mend="Give student=..., or leave distil out.")
+    if max_drop is not None and not 0 <= max_drop < 1:
+        raise UsageError(
+            f"`max_drop` of kirsch.compress is {max_drop:g}; expected a fraction of at least 0 and below 1.",
+            mend="For a loss of at most one percentage point of accuracy write max_drop=0.01.",
+        )
     recipe = recipe_of(
         {
             "name": name,

@@ -182,7 +182,7 @@ class Measure(Section):
 class Wanted(Section):
     """When the job is done well. The limits of prune.goal count as well."""
 
-    max_drop: AtLeastZero | None = Field(None, lt=1, description="accuracy that may be lost against the teacher")
+    max_drop: AtLeastZero | None = Field(None, lt=1, description="accuracy that may be lost: 0.01 is one point")
     speedup: Positive | None = Field(None, description="over the teacher, on the runtime")
 
 

@@ -190,7 +190,7 @@ def test_layers_that_differ_leave_the_configuration_as_it_is():
     assert found.plan.configuration == {}
     (note,) = config_notes(found)
     assert note.startswith("No configuration describes the pruned Carrying. Layers differ")
-    assert "Save it with kirsch.save, or plan with uniform=True" in note
+    assert 'Save it with kirsch.save, or plan with granularity=["ffn unit"], uniform=True.' in note
 
 
 @pytest.mark.parametrize(
@@ -485,7 +485,7 @@ def test_heads_of_which_a_part_goes_keep_their_scale_and_the_configuration_stays
     found = prune_with_proof(model, plan)
     assert found.verification.passed
     assert found.model.config.to_dict() == model.config.to_dict()
-    assert_said(config_notes(found), r'self_attn\.scaling is 0\.2887 and would be 0\.\d+\. .* plan without "head dim"')
+    assert_said(config_notes(found), r"self_attn\.scaling is 0\.2887 and would be 0\.\d+\. Save it with kirsch\.save")
     kirsch.save(found.model, tmp_path / "small")
     again = kirsch.load(tmp_path / "small", lambda: made(transformers, "llama", num_hidden_layers=1)[0])
     assert torch.equal(again(**inputs)[0], found.model(**inputs)[0])
@@ -494,5 +494,5 @@ def test_heads_of_which_a_part_goes_keep_their_scale_and_the_configuration_stays
 def test_widths_that_no_number_holds_are_named(transformers):
     model, inputs = made(transformers, "distilbert")
     plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.8), uniform=True, granularity=["head"])
-    why = r'no number gives axis 0 of distilbert\.\S+ its \d+\. Save it with kirsch\.save, or plan without "head"'
+    why = r"no number gives axis 0 of distilbert\.\S+ its \d+\. Save it with kirsch\.save, or plan with granul"
     assert_said(config_notes(prune_with_proof(model, plan)), why)

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import pickle
+import re
 import warnings
 
 import pytest
@@ -63,6 +64,33 @@ def t5():
     return shaken(transformers.T5ForConditionalGeneration(transformers.T5Config(**config, use_cache=False))).eval()
 
 
+def vit():
+    torch.manual_seed(0)
+    config = {**SIZES, "image_size": 16, "patch_size": 8, "num_labels": 3}
+    model = shaken(transformers.ViTForImageClassification(transformers.ViTConfig(**config))).eval()
+    return model, {"pixel_values": torch.randn(2, 3, 16, 16)}
+
+
+def made(kind, config, **settings):
+    """A model of words, and its inputs."""
+    torch.manual_seed(0)
+    config = getattr(transformers, config)(vocab_size=80, bos_token_id=1, eos_token_id=2, **settings)
+    return shaken(getattr(transformers, kind)(config)).eval(), {"input_ids": WORDS}
+
+
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 48, "intermediate_size": 96}
+GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 32, "use_cache": False}
+DISTIL = {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "max_position_embeddings": 32}
+MODELS = {
+    "bert": lambda: made("BertForSequenceClassification", "BertConfig", **SIZES),
+    "gpt2": lambda: made("GPT2LMHeadModel", "GPT2Config", **GPT2),
+    "vit": vit,
+    "llama": lambda: made("LlamaForCausalLM", "LlamaConfig", **SIZES, num_key_value_heads=2, use_cache=False),
+    "distilbert": lambda: made("DistilBertForSequenceClassification", "DistilBertConfig", **DISTIL),
+    "t5": lambda: (t5(), {"input_ids": WORDS, "decoder_input_ids": WORDS}),
+}
+
+
 def pruned(model, inputs=WORDS, *, scope="", params=0.6, **options):
     """The pruned model, and the warnings of `kirsch.prune`."""
     plan = kirsch.plan(kirsch.trace(model, inputs, scope=scope), kirsch.Goal(params=params), round_to=1, **options)
@@ -76,7 +104,7 @@ def small():
     model, said = pruned(bert())
     (text,) = said
     assert "No configuration describes the pruned BertForSequenceClassification." in text
-    assert "kirsch.save, or plan with uniform=True" in text
+    assert 'kirsch.save, or plan with granularity=["ffn unit"], uniform=True.' in text
     assert "save_pretrained and push_to_hub raise an error" in text
     return model
 
@@ -90,9 +118,44 @@ def assert_refused(model, folder):
 
 def test_pruning_warns_and_saving_is_refused_with_the_remedy(small, tmp_path):
     assert_refused(small, tmp_path)
-    with pytest.raises(UsageError, match=r"Save it with kirsch\.save, or plan with uniform=True"):
+    with pytest.raises(
+        UsageError, match=r'Save it with kirsch\.save, or plan with granularity=\["ffn unit"\], uniform=True\.'
+    ):
         small.save_pretrained(tmp_path)
     assert_refused(small.bert, tmp_path)  # a part that was cut with it
+
+
+@pytest.mark.parametrize(
+    ("kind", "kinds"),
+    [
+        ("bert", ["ffn unit"]),
+        ("gpt2", ["ffn unit"]),
+        ("vit", ["ffn unit", "head"]),
+        ("llama", ["ffn unit", "head in kv group", "kv group"]),
+        ("distilbert", ["ffn unit"]),
+        ("t5", ["ffn unit", "head"]),
+    ],
+)
+def test_a_model_that_is_planned_as_the_error_says_can_be_saved_and_loaded(kind, kinds, tmp_path):
+    model, inputs = MODELS[kind]()
+    named = rf"plan with granularity={re.escape(json.dumps(kinds))}, uniform=True\."
+    once, _ = pruned(model, inputs, params=0.9)
+    with pytest.raises(UsageError, match=named):
+        once.save_pretrained(tmp_path)
+    small, said = pruned(model, inputs, params=0.85, granularity=kinds, uniform=True)
+    assert not said
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path).eval()
+    assert torch.equal(again(**inputs)[0], small(**inputs)[0])
+
+
+def test_the_error_names_no_plan_where_no_number_of_the_configuration_counts_units(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 1], num_labels=3)
+    model = shaken(transformers.ResNetForImageClassification(config)).eval()
+    small, _ = pruned(model, torch.randn(2, 3, 32, 32), params=0.7)
+    with pytest.raises(UsageError, match=r"Save it with kirsch\.save\.$"):
+        small.save_pretrained(tmp_path)
 
 
 def test_copies_conversions_and_pickles_are_refused_too(small, tmp_path):

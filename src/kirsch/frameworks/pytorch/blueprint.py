@@ -41,7 +41,7 @@ def carried(model: nn.Module) -> bool:
 
 
 def numbers(owner: Any, path: str = "") -> dict[str, float | None]:
-    """What may be the size of something: numbers above 1, or None, with those of lists and of configurations within."""
+    """Numbers above 1, which may be sizes, and None, by their paths, those of lists and inner configurations included."""
     if owner is None or (type(owner) in (int, float) and 1 < owner < float("inf")):
         return {path: owner}
     if isinstance(owner, (list, tuple)):
@@ -181,7 +181,7 @@ class Lever:
 class Search:
     """The search for the numbers with which a configuration builds a model of the sizes of a given one.
 
-    What a model stores must have its size; buffers that are made anew with it are left to be proven.
+    Stored tensors must have their sizes; buffers that the constructor fills are left to the verification.
 
     Args:
         model: the pruned model, with the configuration of the original.
@@ -313,6 +313,14 @@ class Search:
 
     def _levers(self, start: Sizes, implied: Numbers) -> list[Lever]:
         """The numbers that move an axis that is cut, and those that move what these move."""
+        every = self._movers(start, implied)
+        reached = set(_wrong(start, self.stored))
+        for _ in every:  # no chain of levers is longer
+            reached |= {axis for lever in every if not reached.isdisjoint(lever.moved) for axis in lever.moved}
+        return [lever for lever in every if not reached.isdisjoint(lever.moved)]
+
+    def _movers(self, start: Sizes, implied: Numbers) -> list[Lever]:
+        """The numbers that move an axis."""
         every = []
         said_ = {path: value for path, value in numbers(self.model.config).items() if value is not None}
         for path, value in {**said_, **implied}.items():
@@ -322,10 +330,19 @@ class Search:
                 if moved:
                     every.append(Lever(path, value, trial, moved))
                     break
-        reached = set(_wrong(start, self.stored))
-        for _ in every:  # no chain of levers is longer
-            reached |= {axis for lever in every if not reached.isdisjoint(lever.moved) for axis in lever.moved}
-        return [lever for lever in every if not reached.isdisjoint(lever.moved)]
+        return every
+
+    def settable(self, within: AbstractSet[tuple[str, int]]) -> set[tuple[str, int]]:
+        """Return the axes of parameters that numbers of the configuration change without any effect on other axes.
+
+        Args:
+            within: the axes that may change. The model is one that is not pruned yet.
+        """
+        start = self.trial({})
+        levers = [] if start is None else self._movers(start, self._implied(start, {}))
+        parameters = dict(self.model.named_parameters())
+        moved = [{axis for axis in lever.moved if axis[0] in parameters} for lever in levers]
+        return {axis for axes in moved if axes <= within for axis in axes}
 
     def _solutions(self, levers: list[Lever], chosen: Numbers, start: Sizes) -> Iterator[Numbers]:
         """What is chosen together with what these levers may add; what no lever moves any more must be right."""

@@ -1,13 +1,14 @@
-"""The configuration that a model may carry, told what the model became when it was pruned.
+"""Updates the configuration of a pruned model, as models of transformers have one.
 
-A model carries one if `type(model)(config)` makes it anew and the configuration goes to a dict and back, as those of
-transformers do. It is told new numbers only when they were proven: a model built from them puts out the same bits.
-Where no configuration describes the result, `save_pretrained` is refused; see `pretrained.py`.
+A model carries a configuration if `type(model)(config)` builds it and the configuration converts to a dict and back.
+New numbers are set only after verification: a model built from them returns the same bits. Where no configuration
+describes the result, `save_pretrained` raises an error; see `pretrained.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from kirsch.frameworks.pytorch.pretrained import allow, refuse, refused, savers
 from kirsch.frameworks.pytorch.verify import distance, drawing_alike, noise_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import nn
 
@@ -33,6 +34,9 @@ MOST_SOLUTIONS = 4
 """Configurations of the right shapes that are held against the pruned model."""
 MOST_GROWTH = 4
 """A number of a configuration may grow, as a ratio does whose divisor shrinks, but not above this times any size."""
+
+SCALING = ("embedding dim", "head dim")
+"""Kinds whose number often sets a factor as well, such as the scale of attention, which no shape shows."""
 
 
 def check(model: nn.Module, plan: Plan) -> None:
@@ -89,13 +93,13 @@ class Configured:
 def configure(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
     """Make the configurations in a pruned model describe it, or `save_pretrained` raise an error.
 
-    Without verification only the numbers that the plan states are taken, which were proven when it was applied first.
+    Without verification only the numbers that the plan states are set; they were verified when it was applied first.
     """
     if not (plan.groups or plan.blocks):
         return Configured()
     if "" not in dict(savers(pruned)):
         return _refuse_parts(pruned, model)
-    found = _of_whole(pruned, plan, graph, verify=verify)
+    found = _of_whole(pruned, model, plan, graph, verify=verify)
     if found.why:
         refuse(pruned, found.why, found.fix)
     else:
@@ -104,7 +108,7 @@ def configure(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, 
     return found
 
 
-def _of_whole(pruned: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
+def _of_whole(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
     """Find out whether a configuration describes the pruned model as a whole, and tell it if so."""
     name, scope = type(pruned).__name__, graph.tracing.scope
     if not carried(pruned):
@@ -112,9 +116,9 @@ def _of_whole(pruned: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> C
         return Configured(why=why, fix="Save it with kirsch.save.")
     if scope:
         why = f"The configuration of the {name} is left as it was, since a part was pruned alone: {scope!r}."
-        return Configured(why=why, fix="Save it with kirsch.save, or prune the whole by a plan with uniform=True.")
+        return Configured(why=why, fix="Save it with kirsch.save, or trace without scope and prune the whole model.")
     if not verify:
-        return _as_stated(pruned, plan.configuration)
+        return _as_stated(pruned, model, plan, graph)
     search, differences = Search(pruned), []
     for changes in search.solutions()[:MOST_SOLUTIONS]:
         difference = otherwise(pruned, changes, graph.traced.args, graph.traced.options)
@@ -122,7 +126,8 @@ def _of_whole(pruned: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> C
             return _told(pruned, changes)
         differences.append(f"With {_in_words(pruned, changes)} it has these shapes and differs: {difference}.")
     why = differences[0] if differences else search.obstacle
-    fix = _fix(plan, graph, search.stuck, differs=bool(differences))
+    remedy = _remedy(model, plan, graph)
+    fix = f"Save it with kirsch.save, or {remedy}." if remedy else "Save it with kirsch.save."
     return Configured(why=f"No configuration describes the pruned {name}. {why}", fix=fix)
 
 
@@ -147,32 +152,33 @@ def _refuse_parts(pruned: nn.Module, model: nn.Module) -> Configured:
     return found
 
 
-def _fix(plan: Plan, graph: Graph, stuck: Sequence[tuple[str, int]], *, differs: bool) -> str:
-    taken = {removal.kind for removal in plan.groups}
-    if not differs:
-        if not stuck:
-            return "Save it with kirsch.save."
-        if not plan.method.get("uniform"):
-            return (
-                'Save it with kirsch.save, or plan with uniform=True, if need be with granularity=["ffn unit"] alone.'
-            )
-        name, axis = stuck[0]
-        size = graph.tensors[name].shape[axis]
-        on_axis = {group.kind for group in graph.groups if stuck[0] in group.footprint} & taken
-        of_that_size = {removal.kind for removal in plan.groups if removal.size == size}
-        taken = on_axis or of_that_size or taken
-    kinds = ", ".join(f'"{kind}"' for kind in sorted(taken))
-    return f"Save it with kirsch.save, or plan without {kinds} (granularity) or without that layer (exclude)."
+def _remedy(model: nn.Module, plan: Plan, graph: Graph) -> str:
+    """The options of a plan whose result the configuration describes, in words; empty where none are known."""
+    kinds = _described(model, graph)
+    cut = {removal.kind for removal in plan.groups}
+    if not kinds or not cut or (plan.method.get("uniform") and cut <= set(kinds)):
+        return ""
+    return f"plan with granularity={json.dumps(kinds)}, uniform=True"
 
 
-def _as_stated(pruned: nn.Module, changes: Numbers) -> Configured:
-    search = Search(pruned)
+def _described(model: nn.Module, graph: Graph) -> list[str]:
+    """The kinds of units of which a configuration says how many there are, by numbers that set no other size."""
+    search, axes = Search(model), dict[str, set[tuple[str, int]]]()
+    for group in graph.groups:
+        if group.kind not in SCALING:
+            axes.setdefault(group.kind, set()).update(group.footprint)
+    return [kind for kind, touched in sorted(axes.items()) if touched <= search.settable(touched)]
+
+
+def _as_stated(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph) -> Configured:
+    search, changes = Search(pruned), plan.configuration
     if changes and search.fits(changes):
         return _told(pruned, changes)
     why = search.misfit or "Without verification nothing shows that it computes the same."
+    remedy = _remedy(model, plan, graph)
     return Configured(
         why=f"The configuration of the {type(pruned).__name__} is left as it was, without verification. {why}",
-        fix="Save it with kirsch.save, or plan with uniform=True and prune with verify=True.",
+        fix=f"Save it with kirsch.save, or {remedy}{' and ' * bool(remedy)}prune with verify=True.",
     )
 
 
@@ -193,7 +199,7 @@ def otherwise(pruned: nn.Module, changes: Numbers, args: Any, options: Any) -> s
     """What the model that a configuration builds does otherwise than the pruned one, in words; "" if nothing.
 
     Both get the same noise on what is stored, since parameters that start at zero would hide a difference, and must
-    then put out the same bits. So must the pruned model when it has the new configuration itself.
+    then return the same bits. So must the pruned model when it has the new configuration itself.
     """
     noise = noise_of(pruned)
     own = copy_of(pruned).eval()
@@ -249,7 +255,7 @@ def _cause(own: nn.Module, anew: nn.Module, differs: Callable[[], bool]) -> str:
                 setattr(mine, name, today)
     buffers = dict(own.named_buffers())
     others = [name for name, value in anew.named_buffers() if not torch.equal(value, buffers[name])]
-    return f"{others[0]} would have other values" if others else "it puts out other numbers"
+    return f"{others[0]} would have other values" if others else "its outputs differ"
 
 
 def tell(model: nn.Module, anew: nn.Module) -> None:
