@@ -14,7 +14,7 @@ from kirsch.distillation.objective import Objective, Term
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TopK, build
-from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, UsageError
+from kirsch.errors import DataError, ModelError, ShapeError, StoreError, UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.sites import expand
 from kirsch.frameworks.pytorch.watch import Watch, dry_run
@@ -129,7 +129,7 @@ def test_a_site_gives_the_value_that_is_computed_there(site, wanted):
 def test_hooks_are_gone_after_an_exception():
     net = Net(4)
     watch = Watch(net, ["down"])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ModelError):
         watch(torch.randn(2, 5, 8, 8))
     watch.close()
     assert not any(module._forward_hooks for module in net.modules())

@@ -239,7 +239,7 @@ def test_a_validation_of_another_kind_is_refused_before_training():
     hooks = TrainingHooks(event=told.append)
     labels = np.arange(N) % 2
     for wrong in (labels[:, None] * 1.0, np.full(N, 2), labels + 0.5):
-        with pytest.raises(DataError, match=r"The validation does not fit\. .* Or give validation as a callable"):
+        with pytest.raises(DataError, match=r"of the validation does not fit\. .* Or give validation as a callable"):
             fit(KNOWS, ArrayData(X, labels), validation=(X, wrong), training=ONCE, hooks=hooks)
     assert not told
 

@@ -124,11 +124,11 @@ def _check_classes(targets: NDArray[Any], shape: tuple[int, ...], objective: Obj
 def _only_one_class(targets: NDArray[Any], shape: tuple[int, ...]) -> DataError:
     """The error for a model with one logit, of whose softmax nothing can be learned."""
     values = set(np.unique(targets).tolist()) if targets.dtype.kind != "f" or np.isfinite(targets).all() else {None}
-    binary = 'take label_loss="binary", and the term "binary-kd" if there is a teacher'
-    if len(shape) >= KHW:
-        binary = 'take label_loss="binary", and Term("fitnet", student="logits") if there is a teacher'
-    fix = _NUMBERS
-    if values <= {0, 1}:
+    binary = f'take label_loss="binary", and {_term_of(shape)} if there is a teacher'
+    fix = _numbers(targets, shape)
+    if not _fits(targets, shape):
+        fix = _reshaped(targets, shape)
+    elif values <= {0, 1}:
         fix = f"For a yes or no {binary}."
     elif values <= {-1, 1}:
         fix = f"For a yes or no give (targets + 1) / 2, and {binary}."
@@ -140,6 +140,17 @@ def _only_one_class(targets: NDArray[Any], shape: tuple[int, ...]) -> DataError:
         'The label loss "cross-entropy" takes a softmax over classes, which is 1 for a single one whatever the logit.',
         fix,
     )
+
+
+def _term_of(shape: tuple[int, ...]) -> str:
+    """The term on answers of yes or no that a teacher of such logits can give."""
+    return 'Term("fitnet", student="logits")' if len(shape) >= KHW else 'the term "binary-kd"'
+
+
+def _fits(targets: NDArray[Any], shape: tuple[int, ...]) -> bool:
+    """Whether there is one target for each logit; the axis of a single class may be missing."""
+    places, classes = places_of(shape)
+    return targets.shape[1:] == shape or (classes == 1 and targets.shape[1:] == places)
 
 
 def places_of(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
@@ -190,28 +201,60 @@ def not_class_numbers(targets: NDArray[Any], shape: tuple[int, ...]) -> DataErro
 
 def _remedy(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
     """What to do with targets that are not class numbers, by what they look like."""
-    places, classes = places_of(shape)
+    places, _ = places_of(shape)
     if targets.dtype.kind not in "biuf":
         return "Give numbers: turn class names into class numbers."
     known = targets[np.isfinite(targets)] if targets.dtype.kind == "f" else targets
     whole = bool(known.size == targets.size and (known == np.round(known)).all())
     yes_or_no = bool(whole and np.isin(known, (0, 1)).all())
     if targets.shape[1:] == places:
-        return _remedy_of_numbers(targets, whole=whole)
-    if targets.shape[1:] == shape and classes > 1:
-        return _remedy_of_rows(targets, 1 if len(shape) >= KHW else -1, yes_or_no=yes_or_no)
-    if whole and places:
-        return _remedy_of_places(targets, places, dense=len(shape) >= KHW)
+        return _remedy_of_numbers(targets, shape, whole=whole)
+    if targets.shape[1:] == shape or _classes_last(targets, shape):
+        axis = 1 if targets.shape[1:] == shape and len(shape) >= KHW else -1
+        return _remedy_of_rows(targets, shape, axis, yes_or_no=yes_or_no)
+    if (whole and places) or _answers_once(shape):
+        return _remedy_of_places(targets, shape)
     if targets.ndim == len("ND") and not places and (targets.shape[1] == 1 or yes_or_no):
-        return _remedy_of_columns(targets.shape[1], whole=whole)
-    return _COUNTS if whole else _NUMBERS
+        return _remedy_of_columns(targets, shape, whole=whole)
+    return _COUNTS if whole else _numbers(targets, shape)
 
 
-def _remedy_of_places(targets: NDArray[Any], places: tuple[int, ...], *, dense: bool) -> str:
-    """Of whole numbers where the model answers for each pixel or position."""
+def _classes_last(targets: NDArray[Any], shape: tuple[int, ...]) -> bool:
+    """Whether targets of pixels have their classes on the last axis, as images of TensorFlow have."""
+    places, classes = places_of(shape)
+    return len(shape) >= KHW and targets.shape[1:] == (*places, classes)
+
+
+def _answers_once(shape: tuple[int, ...]) -> bool:
+    """Whether logits of pixels are of one place, such as (K, 1, 1)."""
+    return len(shape) >= KHW and set(places_of(shape)[0]) == {1}
+
+
+def _reshaped(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
+    """What to do with targets of which there is not one for each logit."""
+    places, classes = places_of(shape)
+    if _classes_last(targets, shape):
+        return f"Bring the classes to axis 1: {_TO_AXIS_1}."
+    one_each = targets.shape[1:] == places or (not places and targets.shape[1:] == (1,))
+    if one_each and classes > 1:
+        if not (targets.dtype.kind == "f" and (targets != np.round(targets)).any()):
+            kd = "pixel-kd" if len(shape) >= KHW else "kd"
+            return f'Of class numbers, of which one holds, take label_loss="cross-entropy" and the term "{kd}".'
+    elif places:
+        return _remedy_of_places(targets, shape)
+    return f"Give one target for each logit, or a model with outputs of shape {targets.shape[1:]} a sample."
+
+
+def _remedy_of_places(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
+    """Of numbers where the model answers for each pixel or position."""
+    (places, classes), dense = places_of(shape), len(shape) >= KHW
+    if _answers_once(shape) and targets.ndim <= len("NK"):
+        return "The model answers once for each sample, with axes of length 1: let it return outputs.flatten(1)."
+    if not dense and classes > 1 and targets.shape[1:] == shape[1:]:
+        return "If the classes of the logits lie on axis 1, let the model return outputs.transpose(1, 2)."
     for axis, text in ((1, "targets[:, 0]"), (targets.ndim - 1, "targets[..., 0]")):
         if np.delete(targets.shape, axis % targets.ndim)[1:].tolist() == list(places) and targets.shape[axis] == 1:
-            return f"Take out the axis of length 1: {text}, as int64."
+            return f"Take out the axis of length 1: {text}{', as int64' * (classes > 1)}."
     if targets.ndim == 1:
         head = (
             ": give it a head that answers once for each sample, such as nn.AdaptiveAvgPool2d(1) and nn.Flatten(), or "
@@ -224,18 +267,24 @@ def _remedy_of_places(targets: NDArray[Any], places: tuple[int, ...], *, dense: 
     if targets.ndim == len(places) + 1:
         sizes = ("×".join(map(str, sizes)) for sizes in (targets.shape[1:], places))
         return "The labels are {} a sample and the logits {}: bring one to the size of the other.".format(*sizes)
-    return _COUNTS
+    return f"Give targets of shape (N, {', '.join(map(str, shape))}), or a model with outputs of their shape."
 
 
 _COUNTS = "Give one class number for each place that the model answers for, or a model with logits of that shape."
 
-_NUMBERS = (
-    'For numbers to come near to (regression) take label_loss="squared-error" and a term on the outputs such as '
-    'Term("fitnet", student="logits").'
-)
+_TO_AXIS_1 = "targets.permute(0, 3, 1, 2) of a tensor, targets.transpose(0, 3, 1, 2) of an array"
 
 
-def _remedy_of_numbers(targets: NDArray[Any], *, whole: bool) -> str:
+def _numbers(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
+    """What to do with numbers that are no classes."""
+    outputs = "" if _fits(targets, shape) else f", with a model whose outputs have shape {targets.shape[1:]} a sample"
+    return (
+        'For numbers to come near to (regression) take label_loss="squared-error" and a term on the outputs such as '
+        f'Term("fitnet", student="logits"){outputs}.'
+    )
+
+
+def _remedy_of_numbers(targets: NDArray[Any], shape: tuple[int, ...], *, whole: bool) -> str:
     """Of targets that have the shape of class numbers, and another type."""
     if targets.dtype == bool:
         return "Give whole numbers: targets.astype(numpy.int64), or targets.long() of a tensor."
@@ -243,11 +292,12 @@ def _remedy_of_numbers(targets: NDArray[Any], *, whole: bool) -> str:
         return "Leave out samples whose target is NaN, or give -100 where a label is missing, as whole numbers."
     if whole:
         return "They are whole numbers stored as floats: give targets.astype(numpy.int64), or targets.long()."
-    return _NUMBERS
+    return _numbers(targets, shape)
 
 
-def _remedy_of_rows(targets: NDArray[Any], axis: int, *, yes_or_no: bool) -> str:
-    """Of targets that have the shape of the logits."""
+def _remedy_of_rows(targets: NDArray[Any], shape: tuple[int, ...], axis: int, *, yes_or_no: bool) -> str:
+    """Of targets that have the shape of the logits, with the classes on this axis."""
+    moved = f", and bring the classes to axis 1: {_TO_AXIS_1}" if axis < 0 and len(shape) >= KHW else ""
     finite = bool(np.isfinite(targets).all())
     shares = finite and bool((targets >= 0).all()) and bool((abs(targets.sum(axis) - 1) < CLOSE).all())
     if yes_or_no and shares:
@@ -259,15 +309,15 @@ def _remedy_of_rows(targets: NDArray[Any], axis: int, *, yes_or_no: bool) -> str
         )
     if yes_or_no or (finite and targets.min() >= 0 and targets.max() <= 1):
         return (
-            'They answer yes or no for each class (several may hold): take label_loss="binary" and the term '
-            '"binary-kd".'
+            'They answer yes or no for each class (several may hold): take label_loss="binary" and '
+            f"{_term_of(shape)}{moved}."
         )
-    return _NUMBERS
+    return f"{_numbers(targets, targets.shape[1:] if moved else shape)[:-1]}{moved}."
 
 
-def _remedy_of_columns(columns: int, *, whole: bool) -> str:
+def _remedy_of_columns(targets: NDArray[Any], shape: tuple[int, ...], *, whole: bool) -> str:
     """Of targets (N, D), such as (N, 1), where the model answers once a sample."""
-    if columns > 1:
+    if (columns := targets.shape[1]) > 1:
         return (
             f"These are {columns} answers of yes or no a sample: give the model as many outputs, and take "
             'label_loss="binary" with "binary-kd". If they are a mask of the inputs, give a dict that names the inputs '
@@ -275,7 +325,7 @@ def _remedy_of_columns(columns: int, *, whole: bool) -> str:
         )
     if whole:
         return "Take out the axis of length 1: targets[:, 0], as int64."
-    return _NUMBERS
+    return _numbers(targets, shape)
 
 
 def _values(targets: NDArray[Any]) -> str:
@@ -292,23 +342,19 @@ def _values(targets: NDArray[Any]) -> str:
 
 def _check_answers(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
     """Refuse targets of the binary cross-entropy that are not from 0 to 1."""
-    single = shape in ((), (1,)) or (len(shape) >= KHW and shape[0] == 1) or shape[-1:] == (1,)
-    fits = targets.shape[1:] == shape or (single and targets.shape[1:] == _without_one(shape))
+    fits = _fits(targets, shape)
     if targets.dtype.kind not in "biuf" or not fits:
-        whole = targets.ndim == 1 and targets.dtype.kind in "iu" and len(shape) == 1
         raise DataError(
             f"The targets have shape {targets.shape} and type {targets.dtype}{_values(targets)}.",
             f'The label loss "binary" takes a yes or no, 0 to 1, for each of the logits of shape {shape} a sample.',
-            'Of class numbers, of which one holds, take label_loss="cross-entropy" and the term "kd".'
-            if whole
-            else "Give one target for each logit; -100 stands for none.",
+            "Give one target for each logit; -100 stands for none." if fits else _reshaped(targets, shape),
         )
     wrong = ~((targets >= 0) & (targets <= 1)) & (targets != IGNORED)  # NaN is not in any range
     if not wrong.any():
         return
     place, value = int(wrong.reshape(len(targets), -1).any(axis=1).argmax()), targets[wrong][0]
     values = set(np.unique(targets[~np.isnan(targets)] if targets.dtype.kind == "f" else targets).tolist()) - {IGNORED}
-    fix = f"Give 0 for no and 1 for yes, or shares between; {IGNORED} stands for no label."
+    fix = f"Give 0 for no and 1 for yes, or shares between; {IGNORED} stands for no label. {_numbers(targets, shape)}"
     if np.isnan(value):
         fix = f"Give {IGNORED} where a label is missing."
     elif values <= {-1, 1}:
@@ -326,22 +372,14 @@ def _check_answers(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
     )
 
 
-def _without_one(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one sample without the axis of the only class."""
-    return shape[1:] if len(shape) >= KHW else shape[:-1]
-
-
 def _check_numbers(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
     """Refuse targets of the squared error that are not finite numbers, one for each output."""
-    single = shape[-1:] == (1,) or (len(shape) >= KHW and shape[0] == 1) or not shape
-    fits = targets.shape[1:] == shape or (single and targets.shape[1:] == _without_one(shape))
+    fits = _fits(targets, shape)
     if targets.dtype.kind not in "biuf" or not fits:
         raise DataError(
             f"The targets have shape {targets.shape} and type {targets.dtype}{_values(targets)}.",
             f'The label loss "squared-error" takes one number for each output, and these have shape {shape} a sample.',
-            'Of class numbers take label_loss="cross-entropy".'
-            if targets.ndim == 1 and targets.dtype.kind in "iu" and shape[-1] > 1
-            else "Give targets of the shape of the model's outputs.",
+            "Give numbers of the shape of the model's outputs." if fits else _reshaped(targets, shape),
         )
     wrong = ~np.isfinite(targets) if targets.dtype.kind == "f" else np.zeros(targets.shape, np.bool_)
     if wrong.any():

@@ -159,17 +159,20 @@ def _checked(side: Any, takes: Takes, says: Activation) -> Any:
         raise DataError("The batch has no samples.", mend="Leave it out.")
     if side.ndim == 1 and takes in SCORED and says != "softmax":
         return side[:, None]
-    if takes in ("scores", "values") and side.ndim < len("NK"):
+    if takes in ("scores", "values", "pixels") and side.ndim < len("NK"):
         raise ShapeError(
             f"The {takes} have shape {tuple(side.shape)}; (N, K) or (N, L, K) is needed.",
             "Samples would be taken for classes.",
             'Leave the last axis where it is; for a single question use "binary-kd".',
         )
     if takes in ("scores", "pixels") and says == "softmax" and side.shape[1 if takes == "pixels" else -1] == 1:
+        fix = 'Use "binary-kd" for a yes or no; for a number Term("fitnet", student="logits").'
+        if side.ndim >= len("NKHW"):
+            fix = 'Use Term("fitnet", student="logits") for a yes or no or a number at each pixel.'
         raise ShapeError(
             f"The scores have shape {tuple(side.shape)}: they are of one class.",
             "Its softmax is 1 whatever the score, so that there is nothing to learn.",
-            'Use "binary-kd" for a yes or no; for a number Term("fitnet", student="logits").',
+            fix,
         )
     return side
 
