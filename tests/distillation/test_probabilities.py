@@ -412,3 +412,37 @@ def test_what_a_student_puts_out_in_training_mode_is_trusted_where_it_is_said_to
     assert fit(Only(nn.Softmax(-1), training=True), whole(), objective=objective, training=SHORT).history
     dropped = nn.Sequential(net(), nn.Dropout(0.9))
     assert fit(dropped, whole(), training=SHORT).history
+
+
+# ------------------------------------------------------------------------------------------------ logarithms
+
+
+@pytest.mark.parametrize("classes", [1, K])
+def test_logarithms_of_a_sigmoid_are_no_logits_of_yes_or_no(classes):
+    data = whole(YES[:, :classes].astype(np.float64))
+    for model in (
+        net(nn.LogSigmoid(), classes=classes),
+        net(nn.LogSigmoid(), nn.Unflatten(1, (classes, 1)), nn.Flatten(), classes=classes),
+    ):
+        with pytest.raises(UsageError, match=r"The student, a Sequential, puts out logarithms of a sigmoid, at most 0"):
+            fit(model, data, objective=Objective(label_loss="binary"), training=SHORT)
+    with pytest.raises(UsageError, match="The teacher, a Sequential, puts out logarithms of a sigmoid"):
+        distill(net(classes=classes), net(nn.LogSigmoid(), classes=classes), data, objective=BINARY, **QUIET)
+
+
+LOGITS = {
+    "a difference, which is a logit": lambda z: nn.functional.logsigmoid(z - 9) - nn.functional.logsigmoid(9 - z),
+    "negative by themselves": lambda z: z - 50,
+    "capped": lambda z: 30 * ((z - 50) / 30).tanh(),
+    "distances": lambda z: -(z**2),
+}
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits_that_are_all_negative_are_trained(name):
+    model = net(of_logits(LOGITS[name]))
+    assert fit(model, whole(YES.astype(np.float64)), objective=Objective(label_loss="binary"), training=SHORT).history
+
+
+def test_logarithms_of_a_sigmoid_are_logits_of_classes():
+    assert fit(net(nn.LogSigmoid()), whole(), training=SHORT).history

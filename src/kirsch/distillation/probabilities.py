@@ -149,6 +149,9 @@ def settle(
             shape = shape_of(found, activations)
             if shape == "inside" and framework.squashed(model, site, inputs):
                 shape = "sigmoid"
+            negative = not shape and "sigmoid" in activations and found.size and found.max() <= 0
+            if negative and framework.squashed(model, site, inputs, logarithm=True):
+                shape = "log-sigmoid"
             if shape not in ("", "inside"):
                 raise refusal(named, shape, objective, "student_outputs" if teacher is None else "teacher_outputs")
     return Logits(tuple(sites), next(iter(activations))) if stated == "probabilities" else None
@@ -181,10 +184,13 @@ def refusal(whose: str, shape: str, objective: Objective, field: str) -> UsageEr
         "softmax": "probabilities: they are at least 0 and sum to 1 for each sample",
         "sigmoid": "probabilities: all are from 0 to 1, as a sigmoid makes them",
         "log-softmax": "logarithms of probabilities that sum to 1",
+        "log-sigmoid": "logarithms of a sigmoid, at most 0: read as logits, no probability would be above 0.5",
     }[shape]
     takes = " and ".join(sorted(activations_of(objective)))
     fix = "Give the model without its last activation"
-    if shape == "log-softmax":
+    if shape == "log-sigmoid":
+        fix += f'; {field}="logits" takes its outputs as they are.'
+    elif shape == "log-softmax":
         fix += ', or losses of classes: "cross-entropy" and "kd".'
     else:
         fix += (

@@ -111,8 +111,11 @@ class Framework(Protocol):
     def unknown_arguments(self, model: Any, names: Sequence[str]) -> list[str]:
         """Those of some names that the forward of a model does not name among its arguments; none if it names none."""
 
-    def squashed(self, model: Any, site: str, inputs: Any) -> bool:
-        """Whether the value at a site comes out of a sigmoid or a softmax, seen in a run on some samples."""
+    def squashed(self, model: Any, site: str, inputs: Any, *, logarithm: bool = False) -> bool:
+        """Whether the value at a site comes out of a sigmoid or a softmax, seen in a run on some samples.
+
+        `logarithm`: whether it is that of `logsigmoid` instead.
+        """
 
     def watch(self, model: Any, sites: Sequence[str]) -> Any:
         """A callable inputs → values by site, until its `close` is called."""

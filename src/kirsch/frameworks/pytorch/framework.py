@@ -157,9 +157,9 @@ class PyTorch:
         """See the port."""
         return calling.unknown(model, names)
 
-    def squashed(self, model: Any, site: str, inputs: Any) -> bool:
+    def squashed(self, model: Any, site: str, inputs: Any, *, logarithm: bool = False) -> bool:
         """See the port."""
-        return squashed.squashed(model, site, predict.tensors(inputs, model))
+        return squashed.squashed(model, site, predict.tensors(inputs, model), logarithm=logarithm)
 
     def watch(self, model: Any, sites_: Sequence[str]) -> Any:
         """See the port."""

@@ -29,11 +29,21 @@ LEARNED = frozenset(_LEARNED.split())
 """Operators of layers. What they return is no longer the result of an activation before them."""
 
 
-class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch tells no types
-    """Remembers in which memory results lie that come from a saturating operator without a layer between."""
+LOGARITHM = "log_sigmoid_forward"
+COPIES = frozenset("clone _to_copy cat stack clamp clamp_min nan_to_num index index_select flip roll".split())
+"""Operators that leave a logarithm of a sigmoid what it is; a difference of two of them is a logit."""
 
-    def __init__(self) -> None:
+
+class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch tells no types
+    """Remembers in which memory results lie that come from a saturating operator without a layer between.
+
+    Args:
+        logarithm: those of `logsigmoid` instead, and their copies.
+    """
+
+    def __init__(self, *, logarithm: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # the same
+        self.logarithm = logarithm
         self.kept: dict[int, torch.Tensor] = {}  # with the tensor, so that its memory is not given to another
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,12 +51,19 @@ class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch tel
         name = func.overloadpacket.__name__.removesuffix("_")
         if name in LEARNED or name.startswith("_scaled_dot_product"):
             return out
-        bounded = name == "clamp" and len([bound for bound in args[1:] if bound is not None]) == len(("min", "max"))
-        if bounded or name in SATURATING or any(self.holds(part) for part in tree_leaves((args, kwargs))):
+        follows = any(self.holds(part) for part in tree_leaves((args, kwargs)))
+        if self._begins(name, args) or (follows and (not self.logarithm or name in COPIES)):
             for part in tree_leaves(out):
                 if isinstance(part, torch.Tensor):
                     self.kept[_memory(part)] = part
         return out
+
+    def _begins(self, name: str, args: Any) -> bool:
+        """Return whether an operator gives such a result whatever it is given."""
+        if self.logarithm:
+            return name == LOGARITHM
+        bounded = name == "clamp" and len([bound for bound in args[1:] if bound is not None]) == len(("min", "max"))
+        return bounded or name in SATURATING
 
     def holds(self, value: Any) -> bool:
         """Return whether a tensor lies in the memory of such a result."""
@@ -57,11 +74,15 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def squashed(model: nn.Module, site: str, inputs: Any) -> bool:
+def squashed(model: nn.Module, site: str, inputs: Any, *, logarithm: bool = False) -> bool:
     """Return whether the value at a site comes out of a sigmoid, a softmax or the like, by operators without weights.
 
     Only meaningful for values that are all from 0 to 1: a difference of two sigmoids comes out of them as well.
+
+    Args:
+        model, site, inputs: of the run.
+        logarithm: whether the value is that of `logsigmoid` instead, by copies alone.
     """
-    with _Marks() as marks:
+    with _Marks(logarithm=logarithm) as marks:
         found = dry_run(model, (site,), inputs)[site]
     return bool(marks.holds(found))
