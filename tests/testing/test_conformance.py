@@ -15,7 +15,7 @@ from kirsch.distillation.arrays import constant, log_softmax, namespace, same_sh
 from kirsch.distillation.losses import LOSSES, soft_target
 from kirsch.errors import ShapeError
 from kirsch.frameworks.port import trace
-from kirsch.frameworks.pytorch.predict import outputs
+from kirsch.frameworks.pytorch.predict import predict
 from kirsch.pruning.importance import IMPORTANCES, magnitude
 from kirsch.testing import IMPORTANCE_CHECKS, LOSS_CHECKS, WEIGHT_IMPORTANCE_CHECKS, importances, losses
 
@@ -339,7 +339,7 @@ def test_units_in_another_order_compute_the_same():
         graph = trace(plain, importances._image())
         for group in graph.groups:
             importances._reorder(moved, graph, group, np.roll(np.arange(group.size), 1))
-        (first,), (second,) = (outputs(model, (image,)) for model in (plain, moved))
+        first, second = (predict(model, (image,)) for model in (plain, moved))
         assert not np.array_equal(*(next(iter(model.state_dict().values())) for model in (plain, moved)))
         np.testing.assert_allclose(second, first, rtol=1e-4, atol=1e-4)  # float32; sums run in another order
 

@@ -41,7 +41,7 @@ def carried(model: nn.Module) -> bool:
 
 
 def numbers(owner: Any, path: str = "") -> dict[str, float | None]:
-    """Numbers above 1, which may be sizes, and None, by their paths, those of lists and inner configurations included."""
+    """Numbers above 1, which may be sizes, and None, by their paths, also in lists and inner configurations."""
     if owner is None or (type(owner) in (int, float) and 1 < owner < float("inf")):
         return {path: owner}
     if isinstance(owner, (list, tuple)):

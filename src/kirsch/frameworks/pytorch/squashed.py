@@ -28,9 +28,9 @@ native_batch_norm native_group_norm _native_batch_norm_legit_no_training cudnn_b
 LEARNED = frozenset(_LEARNED.split())
 """Operators of layers. What they return is no longer the result of an activation before them."""
 
-
 LOGARITHM = "log_sigmoid_forward"
-COPIES = frozenset("clone _to_copy cat stack clamp clamp_min nan_to_num index index_select flip roll".split())
+_COPIES = "clone _to_copy cat stack clamp clamp_min nan_to_num index index_select flip roll"
+COPIES = frozenset(_COPIES.split())
 """Operators that leave a logarithm of a sigmoid what it is; a difference of two of them is a logit."""
 
 
