@@ -203,9 +203,9 @@ def test_a_forward_that_fails_in_compress_names_line_stage_and_number(
     arguments = ("compress", "recipe.yaml", "--set", "teacher.model=models.py:counted", "--set", "student=null")
     told = answer(*arguments, "--run", "run", code=code)["error"]
     first = "Counted does not run on a batch whose inputs are"
-    assert told["what"].startswith((what, first))
+    assert told["what"].startswith(what) or first in told["what"]
     assert why in told["why"]
-    assert code == 130 or when in told["what"] or told["what"].startswith(first)
+    assert code == 130 or when in told["what"] or first in told["what"]
     assert code != 5 or "MemoryError" not in error or "batch size" in told["mend"]
 
 

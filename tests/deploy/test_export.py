@@ -87,7 +87,9 @@ FAULTS = {
 @pytest.mark.parametrize("body", FAULTS.values(), ids=FAULTS)
 def test_a_file_that_computes_something_else_is_refused_and_does_not_appear(planted, tmp_path, body):
     planted(body)
-    sentence = r"does not compute what the model computes\. The outputs differ by .* of the largest, 1e-04 is allowed"
+    sentence = (
+        r"does not compute what the model computes\. The outputs differ (by .* of the largest, 1e-04|in their shape)"
+    )
     with pytest.raises(NumericError, match=sentence):
         kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR)
     assert list(tmp_path.iterdir()) == []

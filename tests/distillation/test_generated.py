@@ -160,7 +160,7 @@ def test_a_teacher_that_no_label_judges_is_doubted_aloud():
         (lambda count, _generator: torch.randn(count, D), {}, "does not follow from its generator"),
         (nn.Linear(2, D), {}, r"Linear is given without the shape of its noise\. Say noise=\(64,\)"),
         (normal, {"noise": (2,)}, r"is no model, and is given noise=\(2,\)"),
-        (normal, {"samples": 0}, "`samples` .* is 0; expected a whole number of at least 1"),
+        (normal, {"samples": 0}, "`samples` .* is 0. Give a whole number of at least 1"),
         (normal, {"batch_size": 0}, "`batch_size` .* is 0; expected a whole number of at least 1"),
         (normal, {"views": 0}, "`views` .* is 0; expected a whole number of at least 1"),
         (normal, {"seed": -1}, "`seed` .* is -1; expected a whole number"),

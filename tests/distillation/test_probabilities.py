@@ -311,7 +311,7 @@ def test_an_ensemble_of_probabilities_has_the_logits_of_their_mean():
     torch.testing.assert_close(ensemble([net(seed=0), net(seed=1)])(inputs).softmax(-1), mean)
     with pytest.raises(UsageError, match=r"Model 0 of the ensemble puts out probabilities.* outputs=\"probabilities\""):
         ensemble(soft)(inputs)
-    with pytest.raises(UsageError, match=r"`outputs` of kirsch\.ensemble is 'soft'; expected 'logits', 'prob"):
+    with pytest.raises(UsageError, match=r"`outputs` of kirsch\.ensemble is 'soft'\. Give 'logits', 'prob"):
         ensemble(soft, outputs="soft")
 
 

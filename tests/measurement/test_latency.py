@@ -175,7 +175,7 @@ def test_a_reference_that_does_not_run_is_refused():
 
 def test_too_few_rounds_for_an_interval_are_refused():
     """With five, even the whole range holds the median in 1 - 2 / 2⁵ = 93.75 % of cases only."""
-    with pytest.raises(UsageError, match=r"rounds is 5; at least 6 are needed"):
+    with pytest.raises(UsageError, match=r"`rounds` is 5; a confidence interval needs more\. Give at least 6\."):
         interleaved({"a": int}, reference="a", rounds=5)
 
 

@@ -228,7 +228,6 @@ def test_training_of_a_student_that_is_not_there_is_refused(given, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"max_drop": 5}, r"goal\.max_drop: input should be less than 1, found 5"),
         ({"name": ""}, r"name: string should have at least 1 character, found ''"),
         ({"temperature": 0.0}, r"recover\.temperature: input should be greater than 0, found 0\.0"),
     ],
