@@ -115,6 +115,29 @@ def test_probabilities_of_pixels_tokens_and_named_outputs_are_refused():
         fit(language, ArrayData(tokens, tokens), objective=Objective.preset("seqkd", causal=True), training=SHORT)
 
 
+@pytest.mark.parametrize("factor", [100, 255, 0.5, 12.3])
+def test_a_softmax_times_a_number_is_refused(factor):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net(nn.Softmax(-1))
+
+        def forward(self, x):
+            return factor * self.body(x)
+
+    scaled = "puts out scaled probabilities: they are at least 0 and have the same sum"
+    with pytest.raises(UsageError, match=f"The student, a Scaled, {scaled}"):
+        fit(Scaled(), whole(), training=SHORT)
+    with pytest.raises(UsageError, match=f"The teacher, a Scaled, {scaled}"):
+        distill(net(), Scaled(), whole(), **QUIET)
+    assert fit(Scaled(), whole(), objective=Objective(student_outputs="logits"), training=SHORT).history
+
+
+@pytest.mark.parametrize("behind", [nn.ReLU(), nn.Softplus()])
+def test_logits_that_are_at_least_0_are_trained(behind):
+    assert fit(net(behind), whole(), training=SHORT).history
+
+
 YES = np.random.default_rng(3).random((N, K)) < 0.4
 BINARY = Objective((Term("binary-kd", 0.5),), 0.5, label_loss="binary")
 

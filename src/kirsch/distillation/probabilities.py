@@ -12,7 +12,7 @@ from kirsch.distillation.losses.loss import loss_of
 from kirsch.distillation.schedule import ends
 from kirsch.errors import UsageError
 from kirsch.frameworks.port import host
-from kirsch.measurement.quality import are_probabilities
+from kirsch.measurement.quality import are_probabilities, are_scaled_probabilities
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -158,7 +158,7 @@ def settle(
 
 
 def shape_of(values: NDArray[Any], activations: set[Activation]) -> str:
-    """What outputs look like: "softmax", "sigmoid", "log-softmax", or "" where they look like logits.
+    """What outputs look like: "softmax", "scaled softmax", "sigmoid", "log-softmax", or "" where they look like logits.
 
     "inside": all are from 0 to 1, which logits may be too. Logarithms of probabilities are logits of a softmax, and are
     named only where losses take yes or no.
@@ -169,6 +169,8 @@ def shape_of(values: NDArray[Any], activations: set[Activation]) -> str:
     if are_probabilities(rows):  # what is the same for all samples may be a bias that sums to 1
         alike = values.shape[0] > 1 and bool((values == values[:1]).all())
         return "inside" if alike else "softmax"
+    if are_scaled_probabilities(rows) and not (values == values[:1]).all():
+        return "scaled softmax"
     if "sigmoid" in activations and rows.shape[-1] > 1 and rows.max() <= 0 and are_probabilities(np.exp(rows)):
         return "log-softmax"
     if values.min() < -ROUNDING or values.max() > 1 + ROUNDING:
@@ -182,13 +184,14 @@ def refusal(whose: str, shape: str, objective: Objective, field: str) -> UsageEr
     """The error for outputs that look like this."""
     looks = {
         "softmax": "probabilities: they are at least 0 and sum to 1 for each sample",
+        "scaled softmax": "scaled probabilities: they are at least 0 and have the same sum for each sample",
         "sigmoid": "probabilities: all are from 0 to 1, as a sigmoid makes them",
         "log-softmax": "logarithms of probabilities that sum to 1",
         "log-sigmoid": "logarithms of a sigmoid, at most 0: read as logits, no probability would be above 0.5",
     }[shape]
     takes = " and ".join(sorted(activations_of(objective)))
     fix = "Give the model without its last activation"
-    if shape == "log-sigmoid":
+    if shape in ("log-sigmoid", "scaled softmax"):
         fix += f'; {field}="logits" takes its outputs as they are.'
     elif shape == "log-softmax":
         fix += ', or losses of classes: "cross-entropy" and "kd".'
@@ -260,7 +263,7 @@ def check_record(values: Any, objective: Objective) -> None:
         )
     activations = activations_of(objective)
     shape = shape_of(host(wide(values)), activations) if activations and stated_of(objective, 0) is None else ""
-    if shape in ("softmax", "sigmoid", "log-softmax"):
+    if shape not in ("", "inside"):
         error = refusal("The teacher of the store", shape, objective, "teacher_outputs")
         raise UsageError(error.what, error.why, fix)
 

@@ -134,6 +134,16 @@ def are_probabilities(scores: NDArray[Any]) -> bool:
     return bool(rows.min() >= 0 and (abs(rows.sum(-1, dtype=np.float64) - 1) < within).all())
 
 
+def are_scaled_probabilities(outputs: NDArray[Any]) -> bool:
+    """Return whether each row of outputs (..., K) is at least 0 and all rows have the same sum, such as 100 for percent.
+
+    False for fewer than `FEW_ROWS` rows, which may have the same sum by chance.
+    """
+    rows = outputs.reshape(-1, outputs.shape[-1])
+    total = rows.sum(-1, dtype=np.float64).mean()
+    return len(rows) >= FEW_ROWS and total > 0 and are_probabilities(rows / total)
+
+
 def accuracy(logits: NDArray[Any], labels: NDArray[Any]) -> Rate:
     """The share of samples whose largest score is that of their label.
 
