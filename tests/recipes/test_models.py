@@ -190,6 +190,24 @@ def test_a_callable_that_gives_no_model_is_named(tmp_path, write, body, sentence
         build("nets.py:net", base=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("reference", "sentence"),
+    [
+        ("nets.py:net", r"^nets\.py:net is a model, and .* `def build\(\): return net` .* give nets\.py:build\."),
+        ("nets.py:Net", r"^nets\.py:Net cannot be .*'classes'\. Add `def build\(\): return Net\(\.\.\.\)`"),
+        ("nets.py:make", r"^nets\.py:make cannot be .*'classes'\."),
+    ],
+)
+def test_a_model_or_a_callable_with_arguments_in_place_of_a_builder_is_named(tmp_path, write, reference, sentence):
+    write(
+        "nets.py",
+        "from torch import nn\n\nnet = nn.Linear(2, 3)\n\n\nclass Net(nn.Linear):\n    def __init__(self, classes):\n"
+        "        super().__init__(2, classes)\n\n\ndef make(classes):\n    return Net(classes)\n",
+    )
+    with pytest.raises(UsageError, match=sentence):
+        build(reference, base=tmp_path)
+
+
 def test_a_callable_that_cannot_load_its_own_files_says_so_itself(tmp_path, write):
     write(
         "nets.py",

@@ -135,7 +135,7 @@ def are_probabilities(scores: NDArray[Any]) -> bool:
 
 
 def are_scaled_probabilities(outputs: NDArray[Any]) -> bool:
-    """Return whether each row of outputs (..., K) is at least 0 and all rows have the same sum, such as 100 for percent.
+    """Return whether each row of outputs (..., K) is at least 0 and all rows have the same sum, such as 100.
 
     False for fewer than `FEW_ROWS` rows, which may have the same sum by chance.
     """

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import warnings
@@ -59,6 +60,7 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
             pytorch().load_weights(model, Path(weights))
         return model
     maker = resolve(reference, base=base)
+    _check_takes_no_arguments(maker, reference)
     try:
         with contained():
             model = pytorch().seeded(maker, seed)
@@ -68,6 +70,26 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
         raise ModelError(f"{reference} failed.", told(error), "Repair the callable.") from error
     framework_of(model)  # something that is no model is named here
     return model
+
+
+def _check_takes_no_arguments(builder: Any, reference: str) -> None:
+    """Refuse a model, or a class or function with arguments, in place of a function that returns a model."""
+    kind, _, name = reference.rpartition(":")
+    with contextlib.suppress(ModelError):
+        framework_of(builder)
+        raise UsageError(
+            f"{reference} is a model, and a function that returns one is needed.",
+            mend=f"Add `def build(): return {name}` to it, and give {kind}:build.",
+        )
+    try:
+        inspect.signature(builder).bind()
+    except TypeError as error:
+        raise UsageError(
+            f"{reference} cannot be called without arguments: {error}.",
+            mend=f"Add `def build(): return {name}(...)` to it, and give {kind}:build.",
+        ) from None
+    except ValueError:  # a callable of C, which states no arguments
+        return
 
 
 def is_text(name: Any) -> bool:

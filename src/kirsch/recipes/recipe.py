@@ -292,7 +292,10 @@ def recipe_of(
     except ValidationError as error:
         problems = [_problem(details, lines, origins) for details in error.errors()]
         many = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
-        raise RecipeError(f"The {name} has {many}:\n  " + "\n  ".join(problems), mend="See `kirsch init`.") from None
+        raise RecipeError(
+            f"The {name} has {many}:\n  " + "\n  ".join(problems),
+            mend="`kirsch init` writes a recipe that runs, with its sections and keys.",
+        ) from None
 
 
 def _put(data: dict[str, Any], path: list[str], value: Any, origin: str) -> None:
