@@ -39,7 +39,7 @@ from kirsch.frameworks.pytorch.scope import inputs_of, part_of
 from kirsch.frameworks.pytorch.surgery import cut
 from kirsch.frameworks.pytorch.verify import verify
 from kirsch.measurement.machine import cpu
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,7 +94,7 @@ def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -
     plan = planned(graph, row)
     row["stage"] = "prune"
     start = time.perf_counter()
-    found = prune_with_proof(model, plan)
+    found = prune_with_verification(model, plan)
     row["prune"] = time.perf_counter() - start
     row["macs"], row["error"] = plan.after.macs / plan.before.macs, found.verification.error
     _same("cost", (plan.after.parameters, plan.after.macs), count(part_of(found.model, recipe.scope), given))
@@ -153,7 +153,7 @@ def depth(model: nn.Module, graph: Graph, inputs: Any) -> str:
     least = graph.prices.price(graph.keep({}), graph.blocks).macs / max(graph.cost.macs, 1)
     try:
         plan = kirsch.plan_depth(graph, kirsch.Goal(macs=(1 + least) / 2), inputs, "random")
-        found = prune_with_proof(model, plan)
+        found = prune_with_verification(model, plan)
         own = part_of(found.model, graph.tracing.scope)
         given = inputs_of(model, graph.tracing.scope, inputs) if graph.tracing.scope else inputs
         _same("cost without blocks", (plan.after.parameters, plan.after.macs), count(own, given))
@@ -263,7 +263,7 @@ def page(lists: dict[str, list[dict[str, Any]]]) -> str:
     """docs/coverage.md."""
     heads = {
         "tuned": "## The models that the rules were written with",
-        "others": "## Models that the rules were not written with\n\nWhat their first run showed was mended since: "
+        "others": "## Models that the rules were not written with\n\nWhat their first run showed was fixed since: "
         "models that fill buffers in their first run are loaded; a maximum over units is that of what is kept.",
     }
     machine = f"{cpu()[0]}, one thread each, torch {torch.__version__}"

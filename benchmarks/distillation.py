@@ -22,8 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import distil_images
-import distil_text
+import distill_images
+import distill_text
 import numpy as np
 import torch
 from scipy import stats
@@ -36,9 +36,9 @@ ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "distillation.jsonl"
 PAGE = ROOT / "docs" / "benchmarks.md"
 TASKS: dict[str, Any] = {
-    "resnet": distil_images,
-    "mobilenet": distil_images,
-    "sst2": distil_text,
+    "resnet": distill_images,
+    "mobilenet": distill_images,
+    "sst2": distill_text,
 }
 LABELS = "labels alone"
 START, END = "<!-- tables: written by benchmarks/distillation.py -->", "<!-- end of tables -->"

@@ -92,7 +92,7 @@ class Crnn(nn.Module):
 
 
 class Tcn(nn.Module):
-    """Bai et al. 2018: dilated causal convolutions with weight normalisation and residual connections."""
+    """Bai et al. 2018: dilated causal convolutions with weight normalization and residual connections."""
 
     class Block(nn.Module):
         """Two causal convolutions beside a shortcut."""

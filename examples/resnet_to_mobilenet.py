@@ -25,7 +25,7 @@ from kirsch.report import figures
 
 
 def unit(width_in: int, width_out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """Convolution and batch normalisation."""
+    """Convolution and batch normalization."""
     convolution = nn.Conv2d(width_in, width_out, kernel, stride, kernel // 2, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(width_out)]
 

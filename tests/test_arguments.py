@@ -20,7 +20,7 @@ from kirsch.errors import KirschError
 from kirsch.frameworks import augment
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import TrainingHooks
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.regularizers import L1, Slimming
 
 VALUES = {
@@ -72,7 +72,7 @@ ACCEPTED = {
     **each("label_smoothing probability contrast min_keep warmup_epochs", {"number"}),
     **each("macs params ema max_drop", {"None", "number"}),
     **each("event save validate listen", {"None", "model"}),
-    **each("objective training validation hooks teacher recover distil", {"None"}),
+    **each("objective training validation hooks teacher recover distill", {"None"}),
     **each("data resume granularity at of through noise student", {"None"}),
     **each("augment ids targets seeds temperature", {"None"}),
     **each("terms milestones exclude regularizers", {"empty list"}),
@@ -236,7 +236,10 @@ def calls(tmp_path_factory):
             {"graph": graph, "goal": goal, "data": x, "importance": "random", "exclude": (), "seed": 0},
         ),
         "prune": (kirsch.prune, {"model": model, "plan": plan, "example_inputs": x, "verify": True}),
-        "prune_with_proof": (prune_with_proof, {"model": model, "plan": plan, "example_inputs": x, "verify": True}),
+        "prune_with_verification": (
+            prune_with_verification,
+            {"model": model, "plan": plan, "example_inputs": x, "verify": True},
+        ),
         "save": (kirsch.save, {"model": small, "folder": folder / "again"}),
         "load": (kirsch.load, {"folder": folder / "saved", "build": Net, "example_inputs": x}),
         "export": (
@@ -322,7 +325,7 @@ def calls(tmp_path_factory):
                 "goal": goal,
                 "student": None,
                 "max_drop": 0.5,
-                "distil": None,
+                "distill": None,
                 "recover": training,
                 "temperature": None,
                 "objective": None,
@@ -398,7 +401,7 @@ NAMES = [
     "plan",
     "plan_depth",
     "prune",
-    "prune_with_proof",
+    "prune_with_verification",
     "save",
     "load",
     "export",
@@ -500,7 +503,7 @@ def misled(name, function, given, argument):
             named = re.search(rf"\b{argument}\b", message) or (isinstance(shown, str) and repr(shown) in message)
             if not named and kind not in OF_THE_RIGHT_KIND:
                 yield f"{argument} is {kind}: not named in {message!r}"
-            if not error.mend and "needed" not in message and "Known" not in message:
+            if not error.fix and "needed" not in message and "Known" not in message:
                 yield f"{argument} is {kind}: no fix in {message!r}"
         except Exception as error:  # noqa: BLE001 - what must not happen
             yield f"{argument} is {kind}: {type(error).__name__}: {error}"

@@ -67,7 +67,7 @@ def test_the_exit_codes_at_the_head_of_the_file_are_those_of_the_classes():
 def test_an_error_says_what_why_and_mend(parts, sentence):
     error = errors.KirschError(*parts)
     assert str(error) == sentence
-    assert (error.what, error.why, error.mend) == (*parts, "", "")[:3]
+    assert (error.what, error.why, error.fix) == (*parts, "", "")[:3]
 
 
 def test_a_missing_extra_gives_the_exact_line_to_run():

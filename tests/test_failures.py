@@ -53,7 +53,7 @@ def test_a_lack_of_memory_is_told_with_the_number_to_lower_whoever_met_it(error,
     assert type(known) is MemoryShortageError
     assert known.exit_code == 5
     assert known.what == "The memory does not suffice in the stage 'recover'."
-    assert known.mend == "Lower batch_size."
+    assert known.fix == "Lower batch_size."
 
 
 def test_a_lack_of_memory_behind_an_error_of_kirsch_is_seen():
@@ -74,7 +74,7 @@ def test_a_lack_of_memory_behind_an_error_of_kirsch_is_seen():
 )
 def test_what_the_operating_system_refuses_kirsch_is_no_bug(number, kind, fix):
     known = translated(raised(OSError(number, "refused", "some/file"), OWN))
-    assert (type(known), known.exit_code, known.mend) == (kind, 5, fix)
+    assert (type(known), known.exit_code, known.fix) == (kind, 5, fix)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def louder(batch, random):
     return batch * random.uniform(0.8, 1.25, (len(batch), 1, 1, 1)).astype(np.float32)
 
 
-def stripes(*, seed, classes=("dark", "grey", "light"), name="stripes"):
+def stripes(*, seed, classes=("dark", "gray", "light"), name="stripes"):
     """Three classes that differ in how their rows change. Data may change while its source does not."""
     random, noise = np.random.default_rng(seed), float(os.environ.get("NOISE", "0.8"))
 
@@ -74,7 +74,7 @@ RECIPE = """
 name: stripes
 data: {source: "nets.py:stripes", batch_size: 16}
 teacher: {model: "nets.py:teacher", train: {epochs: 6, learning_rate: 0.02, optimizer: adamw}}
-student: {model: "nets.py:student", distil: {train: {epochs: 4, learning_rate: 0.05}}}
+student: {model: "nets.py:student", distill: {train: {epochs: 4, learning_rate: 0.05}}}
 prune: {goal: {macs: 0.6}, round_to: 1}
 recover: {train: {epochs: 3, learning_rate: 0.02, warmup_epochs: 1}}
 measure: {rounds: 10}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 STEPS = (
     ("teacher", "large, trained"),
-    ("distil", "CE + T²·KL"),
+    ("distill", "CE + T²·KL"),
     ("prune", "plan, cut, proof"),
     ("recover", "learn again"),
     ("export", "ONNX, checked"),
@@ -17,7 +17,7 @@ BOX, GAP, HEIGHT, TOP = 112, 24, 60, 12
 
 
 def draw() -> str:
-    """The picture as SVG; grey and red are readable on white and on black."""
+    """The picture as SVG; gray and red are readable on white and on black."""
     width = len(STEPS) * (BOX + GAP) - GAP + 4
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT + 2 * TOP}" role="img" '
@@ -25,11 +25,11 @@ def draw() -> str:
     )
     parts = [
         head,
-        "<title>teacher, distil, prune, recover, export, measure, report</title>",
+        "<title>teacher, distill, prune, recover, export, measure, report</title>",
     ]
     for place, (name, text) in enumerate(STEPS):
         x = 2 + place * (BOX + GAP)
-        ours = name in ("distil", "prune", "recover")
+        ours = name in ("distill", "prune", "recover")
         color = "#d6336c" if ours else "#868e96"
         box = f'x="{x}" y="{TOP}" width="{BOX}" height="{HEIGHT}" rx="8"'
         parts += [

@@ -102,7 +102,7 @@ def _wrong_call(target: Any, signature: inspect.Signature, given: Mapping[str, A
     unknown = next((name for name in given if name not in known and not takes_any), None)
     if unknown is None:
         return UsageError(
-            f"{call} was called with the wrong arguments: {error}.", mend=f"Its arguments are {', '.join(known)}."
+            f"{call} was called with the wrong arguments: {error}.", fix=f"Its arguments are {', '.join(known)}."
         )
     refused: UsageError | None = target.refuse_argument(unknown) if hasattr(target, "refuse_argument") else None
     return refused or UsageError(
@@ -114,8 +114,8 @@ def _together(wrong: list[UsageError]) -> UsageError:
     """Return one error for all arguments that do not fit."""
     if len(wrong) == 1:
         return wrong[0]
-    fixes = dict.fromkeys(error.mend for error in wrong)
-    return UsageError(" ".join(error.what for error in wrong), mend=" ".join(fixes))
+    fixes = dict.fromkeys(error.fix for error in wrong)
+    return UsageError(" ".join(error.what for error in wrong), fix=" ".join(fixes))
 
 
 def _argument(target: Any, parameter: inspect.Parameter, value: Any, hint: Any) -> Any:
@@ -130,7 +130,7 @@ def _argument(target: Any, parameter: inspect.Parameter, value: Any, hint: Any) 
         found = f"`{parameter.name}{error.where}` of {public_name(target)} is {described(error.value)}"
         fix = error.fix or _usual(target, parameter) or f"Give {expected(hint)}."
         wanted = "" if fix == f"Give {error.expected}." else f"; expected {error.expected}"
-        raise UsageError(f"{found}{wanted}.", mend=fix) from None
+        raise UsageError(f"{found}{wanted}.", fix=fix) from None
 
 
 def _usual(target: Any, parameter: inspect.Parameter) -> str:

@@ -41,16 +41,16 @@ class KirschError(Exception):
     Args:
         what: what happened, with the name of the thing.
         why: the reason; may be empty.
-        mend: what the reader should do; may be empty.
+        fix: what the reader should do; may be empty.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, why: str = "", mend: str = "") -> None:
-        super().__init__(" ".join(part for part in (what, why, mend) if part))
+    def __init__(self, what: str, why: str = "", fix: str = "") -> None:
+        super().__init__(" ".join(part for part in (what, why, fix) if part))
         self.what = what
         self.why = why
-        self.mend = mend
+        self.fix = fix
 
 
 class UsageError(KirschError):

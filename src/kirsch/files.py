@@ -319,16 +319,16 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
     Raises:
         OutputError: the folder is a file, cannot be written, or has too little room; no file is left behind.
     """
-    mend = "Choose another folder."
+    fix = "Choose another folder."
     # os.path: a name that is too long is no folder there, and an exception of pathlib
     if os.path.exists(folder) and not os.path.isdir(folder):  # noqa: PTH110, PTH112
         message = f"{folder} is a file."
-        raise OutputError(message, "A folder is needed for the output.", mend)
+        raise OutputError(message, "A folder is needed for the output.", fix)
     there = next(place for place in (folder, *folder.absolute().parents) if os.path.isdir(place))  # noqa: PTH112
     free = shutil.disk_usage(there).free
     if free < needed_bytes:
         message = f"The folder {folder} has {free / 1e6:.0f} MB free; the work needs about {needed_bytes / 1e6:.0f} MB."
-        raise OutputError(message, mend="Free space or choose another folder.")
+        raise OutputError(message, fix="Free space or choose another folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=TEMPORARY, dir=folder) as probe:
@@ -336,7 +336,7 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
             probe.flush()
     except OSError as error:
         message = f"The folder {folder} cannot be written."
-        raise OutputError(message, f"{error.strerror or error}.", mend) from error
+        raise OutputError(message, f"{error.strerror or error}.", fix) from error
 
 
 def remove(folder: Path) -> None:

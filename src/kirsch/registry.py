@@ -33,7 +33,7 @@ class Registry(Generic[T]):
         def put(thing: T) -> T:
             if name in self._things:
                 message = f"The {self.kind} {name!r} is registered already."
-                raise UsageError(message, mend="Choose another name.")
+                raise UsageError(message, fix="Choose another name.")
             self._things[name] = thing
             return thing
 

@@ -93,14 +93,14 @@ def stripes(*, seed):
         noise = random.standard_normal((n, 1, 6, 6))
         return Split((labels[:, None, None, None] - 1 + 0.1 * noise).astype(np.float32), labels)
 
-    return DataSet("stripes", part(96), part(30), part(30), ("dark", "grey", "light"))
+    return DataSet("stripes", part(96), part(30), part(30), ("dark", "gray", "light"))
 '''
 
 RECIPE = """
 name: stripes
 data: {source: "nets.py:stripes", batch_size: 16}
 teacher: {model: "nets.py:teacher", train: {epochs: 6, learning_rate: 0.02}}
-student: {model: "nets.py:student", distil: {train: {epochs: 6, learning_rate: 0.02}}}
+student: {model: "nets.py:student", distill: {train: {epochs: 6, learning_rate: 0.02}}}
 prune: {goal: {macs: 0.6}}
 recover: {train: {epochs: 2, learning_rate: 0.01}}
 measure: {rounds: 10}

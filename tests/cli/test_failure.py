@@ -85,7 +85,7 @@ def test_with_json_an_error_is_an_object(told):
             "type": "CheckpointError",
             "what": "What.",
             "why": "Why.",
-            "mend": "Mend.",
+            "fix": "Mend.",
             "exit_code": 4,
             "traceback": None,
         }

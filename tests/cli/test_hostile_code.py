@@ -206,7 +206,7 @@ def test_a_forward_that_fails_in_compress_names_line_stage_and_number(
     assert told["what"].startswith(what) or first in told["what"]
     assert why in told["why"]
     assert code == 130 or when in told["what"] or first in told["what"]
-    assert code != 5 or "MemoryError" not in error or "batch size" in told["mend"]
+    assert code != 5 or "MemoryError" not in error or "batch size" in told["fix"]
 
 
 def test_code_that_moves_away_leaves_files_and_warnings_where_they_were(answer, folder):

@@ -112,7 +112,7 @@ def test_an_input_has_sizes_and_may_have_a_name_and_a_type(text, spec):
 def test_another_form_is_refused_with_examples(text):
     with pytest.raises(UsageError, match=re.escape(f"--input {text!r} is not a shape.")) as caught:
         specifications([text])
-    assert "--input 1,24:int64 for token ids" in caught.value.mend
+    assert "--input 1,24:int64 for token ids" in caught.value.fix
 
 
 @pytest.mark.parametrize(

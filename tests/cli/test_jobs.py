@@ -21,7 +21,7 @@ from kirsch.recipes.recipe import read_recipe
 
 pytest.importorskip("torch")
 
-STAGES = ["teacher", "distil", "prune", "recover", "export", "measure"]
+STAGES = ["teacher", "distill", "prune", "recover", "export", "measure"]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kirsch.distillation.catalogue import page
+from kirsch.distillation.catalog import page
 
 
 def test_all_methods_are_listed(kirsch):

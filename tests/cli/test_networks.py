@@ -227,7 +227,7 @@ def test_a_group_that_is_excluded_is_kept_whole(kirsch):
 )
 def test_a_goal_or_option_that_is_wrong_is_said(answer, arguments, sentence):
     error = answer("plan", CHAIN, *arguments, code=2)["error"]
-    assert re.search(sentence, f"{error['what']} {error['why']} {error['mend']}")
+    assert re.search(sentence, f"{error['what']} {error['why']} {error['fix']}")
 
 
 def test_a_pruned_model_goes_through_the_whole_shell(kirsch, answer, folder):

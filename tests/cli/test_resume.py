@@ -19,7 +19,7 @@ from tiny import write_job
 
 pytest.importorskip("torch")
 
-STAGES = ["teacher", "distil", "prune", "recover", "export"]
+STAGES = ["teacher", "distill", "prune", "recover", "export"]
 
 NURSERY = '''
 """Does a job once, so that everything is loaded, and then forks a process for each order that it reads.
@@ -118,7 +118,7 @@ def in_removal(name, times):
     shutil.rmtree = removed
 
 
-def signalled(number, batch, again):
+def signaled(number, batch, again):
     """Sent a signal, once or twice, before a batch is given out."""
     epoch, due = ArrayData.epoch, Countdown(batch)
 
@@ -236,7 +236,7 @@ CHAINS = {
     ],
     "from the student to the recovery": [
         ("at_event", "teacher", "stage_end", 1),  # between two stages
-        ("at_event", "distil", "epoch", 2),
+        ("at_event", "distill", "epoch", 2),
         ("before_rename", "model", 1),  # the pruned model is half written
         ("in_event", "recover", "epoch", 2),  # a line of events is half written
         ("before_rename", "step-00002-000000", 1),
@@ -298,7 +298,7 @@ def test_a_run_that_is_killed_from_outside_ends_in_the_same_bits(nursery, run):
     child = nursery.begin("compress", "recipe.yaml", "--run", "run")
     events = run / "events.jsonl"
     deadline = time.monotonic() + 60
-    while not (events.is_file() and '"stage": "distil"' in events.read_text()) and time.monotonic() < deadline:
+    while not (events.is_file() and '"stage": "distill"' in events.read_text()) and time.monotonic() < deadline:
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     assert nursery.end() == -signal.SIGKILL
@@ -313,7 +313,7 @@ def test_a_run_that_is_stopped_within_an_epoch_ends_in_the_same_bits(nursery, ru
         (("resume",), signal.SIGTERM, 3, 75, "teacher/step-00001-000002"),
         (("resume",), signal.SIGTERM, 13 + 3 * 4 + 1, 75, "recover/step-00000-000001"),
     ):
-        assert nursery.do(*verb, "run", plant=("signalled", number, batch, 0)) == code
+        assert nursery.do(*verb, "run", plant=("signaled", number, batch, 0)) == code
         assert (run / "checkpoints" / checkpoint).is_dir()
     assert nursery.do("resume", "run") == 0
     assert_same_run(run, nursery.base / "whole")
@@ -321,9 +321,9 @@ def test_a_run_that_is_stopped_within_an_epoch_ends_in_the_same_bits(nursery, ru
 
 def test_a_second_signal_ends_a_run_at_once_and_it_ends_in_the_same_bits(nursery, run):
     """At once: without the checkpoint of the epoch that it is in."""
-    plant = ("signalled", signal.SIGINT, 3 * 6 + 3 + 2, 1)
+    plant = ("signaled", signal.SIGINT, 3 * 6 + 3 + 2, 1)
     assert nursery.do("compress", "recipe.yaml", "--run", "run", plant=plant) == 130
-    assert [path.name for path in run.glob("checkpoints/distil/step-*")] == ["step-00001-000000"]
+    assert [path.name for path in run.glob("checkpoints/distill/step-*")] == ["step-00001-000000"]
     assert nursery.do("resume", "run") == 0
     assert_same_run(run, nursery.base / "whole")
 

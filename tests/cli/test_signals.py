@@ -26,7 +26,7 @@ def test_a_signal_is_kept_until_the_work_asks(number, kind, code):
         error = stop()
     assert type(error) is kind
     assert error.exit_code == code
-    assert error.mend == "Go on with: kirsch resume 'my run'"
+    assert error.fix == "Go on with: kirsch resume 'my run'"
 
 
 def test_handlers_are_as_before_when_the_block_ends():

@@ -152,13 +152,13 @@ def test_whole_numbers_are_tried_as_they_were_given(planted, tmp_path):
     """Random ones would lie outside of the table of an embedding."""
     seen = []
 
-    class Seen(Double):
+    class StudentOutputs(Double):
         def forward(self, x):
             seen.append(x.numpy().copy())
             return super().forward(x)
 
     planted("y = Add(input, input)", taken="int64[batch,2] input", given="int64[batch,2] y")
-    found = kirsch.export(Seen(), tmp_path / "m.onnx", example_inputs=torch.tensor([[1, 2], [3, 4]]))
+    found = kirsch.export(StudentOutputs(), tmp_path / "m.onnx", example_inputs=torch.tensor([[1, 2], [3, 4]]))
     tried = {1: [[1, 2]], 2: [[1, 2], [3, 4]], 3: [[1, 2], [3, 4], [1, 2]]}
     assert all(batch.tolist() == tried[len(batch)] for batch in seen)
     assert [(trial["inputs"], trial["batch"]) for trial in found.details["trials"]] == [
@@ -308,7 +308,7 @@ def test_the_program_feeds_every_input_with_its_type_whatever_the_names(tmp_path
 def test_the_trials_are_the_same_each_time_and_cover_zero_and_large_values(planted, tmp_path):
     runs = []
 
-    class Seen(Double):
+    class StudentOutputs(Double):
         def forward(self, x):
             runs[-1].append(x.numpy().copy())
             return super().forward(x)
@@ -316,7 +316,7 @@ def test_the_trials_are_the_same_each_time_and_cover_zero_and_large_values(plant
     planted("y = Add(input, input)")
     for _ in range(2):
         runs.append([])
-        found = kirsch.export(Seen(), tmp_path / "m.onnx", example_inputs=PAIR)
+        found = kirsch.export(StudentOutputs(), tmp_path / "m.onnx", example_inputs=PAIR)
     assert all(np.array_equal(a, b) for a, b in zip(*runs, strict=True))
     assert [(trial["inputs"], trial["batch"]) for trial in found.details["trials"]] == [
         ("example", 2),

@@ -153,6 +153,6 @@ MOST_STEPS = 6
 @pytest.mark.parametrize(("shape", "name"), CASES, ids=str)
 def test_the_advice_of_errors_leads_to_a_run(shape, name, start):
     call, told = Call(shape, TARGETS[shape][name], *start), []
-    while (error := call.run()) is not None and len(told) < MOST_STEPS and call.follow(error.mend):
+    while (error := call.run()) is not None and len(told) < MOST_STEPS and call.follow(error.fix):
         told.append(str(error))
     assert error is None, [*told, str(error)]

@@ -16,7 +16,7 @@ from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TopK, build
 from kirsch.errors import DataError, ModelError, ShapeError, StoreError, UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.pytorch.sites import expand
+from kirsch.frameworks.pytorch.layers import expand
 from kirsch.frameworks.pytorch.watch import Watch, dry_run
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -102,7 +102,7 @@ def test_stages_are_matched_by_the_size_of_their_maps():
 
 
 @pytest.mark.parametrize(
-    ("site", "wanted"),
+    ("layer", "wanted"),
     [
         ("down", lambda net, x: net.down(torch.relu(net.norm(net.stem(x))))),
         ("down:in", lambda net, x: torch.relu(net.norm(net.stem(x)))),
@@ -112,15 +112,15 @@ def test_stages_are_matched_by_the_size_of_their_maps():
         ("logits", lambda net, x: net(x)),
     ],
 )
-def test_a_site_gives_the_value_that_is_computed_there(site, wanted):
+def test_a_site_gives_the_value_that_is_computed_there(layer, wanted):
     net, x = Net(4).eval(), torch.randn(2, 1, 8, 8)
-    if wanted is None and site != "penultimate":
+    if wanted is None and layer != "penultimate":
         with pytest.raises(UsageError, match="names no place in a model"):  # :in stands before #
-            expand(net, site, x)
+            expand(net, layer, x)
         return
-    (concrete,) = expand(net, site, x)
+    (concrete,) = expand(net, layer, x)
     found = dry_run(net, [concrete], x)[concrete]
-    if site == "penultimate":
+    if layer == "penultimate":
         assert torch.equal(net.head(found), net(x))
     else:
         assert torch.equal(found, wanted(net, x))
@@ -136,7 +136,7 @@ def test_hooks_are_gone_after_an_exception():
 
 
 def test_a_site_that_is_not_there_is_answered_with_the_nearest():
-    with pytest.raises(UnknownNameError, match=r"no site in Net 'dwn'.*Did you mean 'down'"):
+    with pytest.raises(UnknownNameError, match=r"no layer in Net 'dwn'.*Did you mean 'down'"):
         trained(Objective((Term("fitnet", 1.0, student="dwn"),)))
 
 

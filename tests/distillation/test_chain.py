@@ -82,8 +82,8 @@ def test_each_link_may_learn_from_all_before_it_with_the_nearest_first():
     given = models()
     found = chain(learn_from="all", objective=objective)
     guides = [[given[0]], [found[0].model, given[0]], [found[1].model, found[0].model, given[0]]]
-    for trained, student, guide in zip(found, given[1:], guides, strict=True):
-        alone = distill(student, guide, data(), objective=objective, training=SHORT, check_teacher=False)
+    for trained, student, teacher_source in zip(found, given[1:], guides, strict=True):
+        alone = distill(student, teacher_source, data(), objective=objective, training=SHORT, check_teacher=False)
         assert same(trained.model, alone.model)
 
 
@@ -262,7 +262,7 @@ def test_an_ensemble_says_the_mean_of_what_its_models_say(tmp_path):
 
 
 def test_models_that_write_into_their_inputs_do_not_change_what_others_see():
-    class Centred(nn.Module):
+    class Centered(nn.Module):
         def __init__(self, seed):
             super().__init__()
             self.model = net(5, seed)
@@ -272,13 +272,13 @@ def test_models_that_write_into_their_inputs_do_not_change_what_others_see():
             return self.model(x)
 
     members, inputs = (
-        [Centred(1).eval(), Centred(1).eval()],
+        [Centered(1).eval(), Centered(1).eval()],
         torch.zeros(4, *data().inputs.shape[1:], dtype=torch.float64),
     )
     alone = members[0](inputs.clone())
     torch.testing.assert_close(ensemble(members)(inputs).log_softmax(-1), alone.log_softmax(-1))
     assert not inputs.any()
-    distill_mutually([Centred(1), Centred(2)], data(), training=SHORT)
+    distill_mutually([Centered(1), Centered(2)], data(), training=SHORT)
 
 
 def test_an_ensemble_teaches_as_its_models_do_together():

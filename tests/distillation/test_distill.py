@@ -69,9 +69,9 @@ def weight(model):
 def gradients(student, teacher, temperature):
     """Of the labels and of the soft targets for the weight of a linear student, worked out: (K, D) each."""
     inputs, targets = samples()
-    scores, guide = inputs @ weight(student).T, inputs @ weight(teacher).T
+    scores, teacher_source = inputs @ weight(student).T, inputs @ weight(teacher).T
     label = (softmax(scores) - np.eye(K)[targets]).T @ inputs / N
-    soft = temperature * (softmax(scores / temperature) - softmax(guide / temperature)).T @ inputs / N
+    soft = temperature * (softmax(scores / temperature) - softmax(teacher_source / temperature)).T @ inputs / N
     return label, soft
 
 
@@ -86,8 +86,8 @@ def test_the_first_batch_shares_in_closed_form(student, teacher):
     label, soft = gradients(student, teacher, 3.0)
     found = distill(student, teacher, whole(), objective=Objective.kd(3.0, 0.7), training=ONE_STEP).first_batch
     inputs, targets = samples()
-    scores, guide = inputs @ weight(student).T, inputs @ weight(teacher).T
-    losses = 0.3 * hard_label(scores, targets), 0.7 * soft_target(scores, guide, temperature=3.0)
+    scores, teacher_source = inputs @ weight(student).T, inputs @ weight(teacher).T
+    losses = 0.3 * hard_label(scores, targets), 0.7 * soft_target(scores, teacher_source, temperature=3.0)
     norms = 0.3 * np.linalg.norm(label), 0.7 * np.linalg.norm(soft)
     for shares, parts in (("loss_shares", losses), ("gradient_shares", norms)):
         # 1e-6: norms are summed in float32
@@ -98,10 +98,10 @@ def test_the_first_batch_shares_in_closed_form(student, teacher):
 def test_the_history_holds_the_weighted_parts_and_their_sum(student, teacher):
     (record,) = distill(student, teacher, whole(), objective=Objective.kd(3.0, 0.7), training=ONE_STEP).history
     inputs, targets = samples()
-    scores, guide = inputs @ weight(student).T, inputs @ weight(teacher).T
+    scores, teacher_source = inputs @ weight(student).T, inputs @ weight(teacher).T
     parts = {
         "label": 0.3 * hard_label(scores, targets),
-        "kd": 0.7 * soft_target(scores, guide, temperature=3.0),
+        "kd": 0.7 * soft_target(scores, teacher_source, temperature=3.0),
     }
     assert record["parts"] == pytest.approx(parts)
     assert record["loss"] == pytest.approx(sum(parts.values()))

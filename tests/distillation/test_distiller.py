@@ -1,4 +1,4 @@
-"""A loop of one's own distils as `kirsch.distill` does."""
+"""A loop of one's own distills as `kirsch.distill` does."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_the_teacher_stays_in_inference_mode_and_as_it_is():
     quiet_student = found(batch).parts["kd"].detach()
     found.student[5] = nn.Identity()
     assert found.eval()(batch).parts["kd"].detach() == quiet_student  # nothing of the teacher was drawn anew
-    assert found.train().pupil.training
+    assert found.train().module.training
     assert found.student.training
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
@@ -168,7 +168,7 @@ def test_batches_of_one_step_add_up_to_one_large_batch():
     for batch in window:
         found(batch, of=counts).total.backward()
     summed = [p.grad.clone() for p in found.parameters()]
-    found.pupil.zero_grad()
+    found.module.zero_grad()
     found((inputs, labels)).total.backward()
     for mine, other in zip(summed, found.parameters(), strict=True):
         torch.testing.assert_close(mine, other.grad, rtol=1e-10, atol=1e-12)
@@ -182,8 +182,8 @@ def test_a_wrapped_pupil_takes_the_step_that_the_bare_one_takes():
         batch = next(data().epoch(0, 0))
         found(batch).total.backward()
         bare = [p.grad.clone() for p in found.parameters()]
-        found.pupil.zero_grad()
-        found(batch, through=nn.parallel.DistributedDataParallel(found.pupil)).total.backward()
+        found.module.zero_grad()
+        found(batch, module=nn.parallel.DistributedDataParallel(found.module)).total.backward()
         for mine, other in zip(bare, found.parameters(), strict=True):
             torch.testing.assert_close(mine, other.grad)
     finally:
@@ -195,7 +195,7 @@ def test_a_student_that_others_run_too_keeps_nothing():
     batch = next(data().epoch(0, 0))
     found(batch)
     found.student(torch.as_tensor(batch.inputs))
-    assert not found.pupil._watch._seen
+    assert not found.module._watch._seen
 
 
 def test_a_term_that_does_not_reach_the_student_is_an_error():

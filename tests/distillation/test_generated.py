@@ -47,7 +47,7 @@ def bits(batches):
 def test_a_batch_follows_from_seed_epoch_and_its_number():
     data = GeneratedData(normal, samples=9, batch_size=4)
     found = list(data.epoch(3, 1))
-    assert [len(batch) for batch in found] == [4, 5]  # a last batch of one would have no variance to normalise by
+    assert [len(batch) for batch in found] == [4, 5]  # a last batch of one would have no variance to normalize by
     assert len(data) == 2
     wanted = np.random.default_rng([3, 1, 1]).standard_normal((5, D))
     np.testing.assert_array_equal(found[1].inputs, wanted)

@@ -277,11 +277,11 @@ def test_the_gradient_is_temperature_times_the_difference_of_the_softened_output
 
 def test_the_gradient_of_hot_soft_targets_is_that_of_squared_scores():
     """Hinton et al. 2015, section 2.1: for T → ∞ the gradient is (z_s - z_t) / (N K), of scores with a mean of zero."""
-    centred = [scores - scores.mean(-1, keepdims=True) for scores in (z_s, z_t)]
-    student = torch.from_numpy(centred[0]).requires_grad_()
-    soft_target(student, torch.from_numpy(centred[1]), temperature=1e5).backward()
+    centered = [scores - scores.mean(-1, keepdims=True) for scores in (z_s, z_t)]
+    student = torch.from_numpy(centered[0]).requires_grad_()
+    soft_target(student, torch.from_numpy(centered[1]), temperature=1e5).backward()
     # The next term is smaller by a factor of scores / T, here 1e-4.
-    np.testing.assert_allclose(student.grad, (centred[0] - centred[1]) / (N * K), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(student.grad, (centered[0] - centered[1]) / (N * K), rtol=0, atol=1e-5)
 
 
 @both
@@ -313,7 +313,7 @@ def test_scores_that_numpy_would_broadcast_are_refused(framework):
 # What the documentation of the conventions says: times T², mean over classes, with the entropy of the targets.
 STATED = {
     **dict.fromkeys(
-        ("kirsch", "repdistiller", "mdistiller", "mmrazor", "distillkit", "huggingface", "distil-whisper"),
+        ("kirsch", "repdistiller", "mdistiller", "mmrazor", "distillkit", "huggingface", "distill-whisper"),
         (True, False, False),
     ),
     **dict.fromkeys(("modelopt", "deit", "neural-compressor"), (True, True, False)),

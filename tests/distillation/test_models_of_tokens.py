@@ -113,11 +113,11 @@ def charge(models, objective, inputs, labels=None):
     batch = Batch(tensors, None if labels is None else torch.from_numpy(labels))
     bound = Distiller(student, teacher, objective, batch)
     try:
-        charged = bound.lesson(bound.pupil, batch, 0.0)
+        charged = bound.lesson(bound.module, batch, 0.0)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         found = torch.autograd.grad(charged.total, trained, allow_unused=True)
     finally:
-        bound.pupil.close()
+        bound.module.close()
         bound.close()
     parts = {name: float(part.detach()) for name, part in charged.parts.items()}
     return parts, torch.cat([part.flatten() for part in found if part is not None])
@@ -161,13 +161,13 @@ def test_a_language_model_is_charged_for_the_next_token(transformers, build):
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+@pytest.mark.parametrize("labeled", [True, False], ids=["labels", "no labels"])
 @pytest.mark.parametrize("build", [gpt2, llama])
-def test_padding_of_a_language_model_is_nothing(transformers, build, labelled, left):
+def test_padding_of_a_language_model_is_nothing(transformers, build, labeled, left):
     inputs, labels = causal_batch(left=left)
     objective = Objective((Term("kd", 1.0, 2.0), Term("hidden-mse", 1.0, student="hidden[-1]")), causal=True)
     other = changed(inputs, input_ids=inputs["attention_mask"])
-    assert_padding_is_nothing(pair(build, transformers), objective, inputs, other, labels if labelled else None)
+    assert_padding_is_nothing(pair(build, transformers), objective, inputs, other, labels if labeled else None)
 
 
 def test_a_batch_of_which_nothing_counts_is_no_step(transformers):
@@ -243,12 +243,12 @@ ENCODED = (
 """Of all that a mean may go over: samples, positions, queries, and pairs of positions."""
 
 
-@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
-def test_padding_of_an_encoder_is_nothing(transformers, labelled):
+@pytest.mark.parametrize("labeled", [True, False], ids=["labels", "no labels"])
+def test_padding_of_an_encoder_is_nothing(transformers, labeled):
     mask = mask_of([7, 4, 2, 5], 7)
     inputs = {"input_ids": words((4, 7)), "attention_mask": mask}
     other = changed(inputs, input_ids=mask)
-    labels = np.arange(4) % 2 if labelled else None
+    labels = np.arange(4) % 2 if labeled else None
     assert_padding_is_nothing(pair(bert, transformers), Objective(ENCODED), inputs, other, labels)
 
 
@@ -446,17 +446,17 @@ def unequal(build):
     return {"input_ids": words((4, 7)), "attention_mask": mask_of([7, 4, 2, 5], 7)}, np.arange(4) % 2
 
 
-@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+@pytest.mark.parametrize("labeled", [True, False], ids=["labels", "no labels"])
 @pytest.mark.parametrize("build", [bert, gpt2, *BOTH])
-def test_batches_of_a_step_add_up_to_one_large_batch(transformers, build, labelled):
+def test_batches_of_a_step_add_up_to_one_large_batch(transformers, build, labeled):
     """Each term by what its mean goes over, although labels, tokens and pairs are spread differently."""
     student, teacher = pair(build, transformers)
     inputs, labels = unequal(build)
-    if not labelled and build in BOTH:  # the batch says itself which positions of the decoder count
+    if not labeled and build in BOTH:  # the batch says itself which positions of the decoder count
         inputs["decoder_attention_mask"] = (labels != -100).astype(np.int64)
     terms = translated(build) if build in BOTH else ENCODED if build is bert else (Term("kd", 1.0), LAST)
     objective = Objective(terms, causal=build is gpt2)
-    batch = Batch(inputs, labels if labelled else None)
+    batch = Batch(inputs, labels if labeled else None)
     with Distiller(student, teacher, objective, batch).eval() as found:
         window = [part_of(batch, rows) for rows in (slice(1), slice(1, 4))]
         counts = found.counts(window)
@@ -466,7 +466,7 @@ def test_batches_of_a_step_add_up_to_one_large_batch(transformers, build, labell
         slopes = [torch.autograd.grad(part.total, trained, allow_unused=True) for part in parts]
         whole = found(batch)
         wanted = torch.autograd.grad(whole.total, trained, allow_unused=True)
-    assert whole.parts.keys() == {term.called for term in terms} | ({"label"} if labelled else set())
+    assert whole.parts.keys() == {term.called for term in terms} | ({"label"} if labeled else set())
     for name, part in whole.parts.items():
         assert sum(float(own.parts[name].detach()) for own in parts) == pytest.approx(float(part.detach()), rel=1e-6), (
             name

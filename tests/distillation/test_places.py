@@ -1,4 +1,4 @@
-"""Sites hold what is computed there: in networks that write in place, in transformers, and in what they call."""
+"""LayerNames hold what is computed there: in networks that write in place, in transformers, and in what they call."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def test_what_is_overwritten_later_is_kept_as_it_was():
     }
     watch = Watch(net, list(wanted))
     for _ in range(3):
-        for site, value in watch(x).items():
-            torch.testing.assert_close(value, wanted[site], msg=site)
+        for layer, value in watch(x).items():
+            torch.testing.assert_close(value, wanted[layer], msg=layer)
     copied = {key[0][0] or "root" for key, overwritten in watch._overwritten.items() if overwritten}
     assert copied == {"layer1.0.bn2", "layer1.0"}  # the functions of the block; what it puts out is not written to
     watch.close()
@@ -113,8 +113,8 @@ def test_what_a_module_calls_is_its_own_code_alone():
     net, x = ResNet(4), torch.from_numpy(images())
     watch = Watch(net, ["layer1.0/add", "layer1.1/add", "/mean"])
     for mode in (net.eval(), net.train()):
-        for site, value in watch(x).items():
-            assert value.shape == ((12, 4) if site == "/mean" else (12, 4, 6, 6)), mode
+        for layer, value in watch(x).items():
+            assert value.shape == ((12, 4) if layer == "/mean" else (12, 4, 6, 6)), mode
     watch.close()
     with pytest.raises(
         UsageError, match=r'`layer1.0` calls no relu itself; `layer1.0.relu` does\. Write "layer1.0.relu/r'
@@ -178,8 +178,8 @@ def attention(block, x):
 
 def test_functions_of_a_vision_transformer_give_what_they_compute(vit):
     net, x = vit(8, fused=False).eval(), torch.from_numpy(images(2))
-    sites = ["blocks.0:in", "blocks.0.attn/softmax:in", "blocks.0.attn/softmax", "blocks.0/add#0", "blocks.0/add#1"]
-    found = dry_run(net, [*sites, "blocks.0", "blocks.0.attn", "blocks.0.mlp"], x)
+    layers = ["blocks.0:in", "blocks.0.attn/softmax:in", "blocks.0.attn/softmax", "blocks.0/add#0", "blocks.0/add#1"]
+    found = dry_run(net, [*layers, "blocks.0", "blocks.0.attn", "blocks.0.mlp"], x)
     _, scores = attention(net.blocks[0], found["blocks.0:in"])
     torch.testing.assert_close(found["blocks.0.attn/softmax:in"], scores)
     torch.testing.assert_close(found["blocks.0.attn/softmax"], scores.softmax(-1))

@@ -20,7 +20,7 @@ from kirsch.frameworks.augment import Flip
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.pytorch.adapters.build import joining
-from kirsch.frameworks.pytorch.sites import expand
+from kirsch.frameworks.pytorch.layers import expand
 from kirsch.frameworks.pytorch.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -59,12 +59,12 @@ def taught(term, student=None, teacher=None):
 
 
 @pytest.mark.parametrize(
-    ("site", "error", "sentence"),
+    ("layer", "error", "sentence"),
     [
-        ("nrom", UnknownNameError, r"no site in Net 'nrom'\. .* Did you mean 'norm'\?"),
-        ("penultimat", UnknownNameError, r"no site in Net 'penultimat'.* Did you mean 'penultimate'\?"),
-        ("nor?m*", UnknownNameError, r"no site in Net 'nor\?m\*'"),
-        ("**.nrom*", UnknownNameError, r"no site in Net '\*\*\.nrom\*'\. Known: conv, head, norm, relu"),
+        ("nrom", UnknownNameError, r"no layer in Net 'nrom'\. .* Did you mean 'norm'\?"),
+        ("penultimat", UnknownNameError, r"no layer in Net 'penultimat'.* Did you mean 'penultimate'\?"),
+        ("nor?m*", UnknownNameError, r"no layer in Net 'nor\?m\*'"),
+        ("**.nrom*", UnknownNameError, r"no layer in Net '\*\*\.nrom\*'\. Known: conv, head, norm, relu"),
         ("output.logit", UnknownNameError, r"no output 'logit'\. Known: 0"),
         ("/maen", UnknownNameError, r"no function that the model calls 'maen'.* Did you mean 'mean'\?"),
         ("/mean#1", UsageError, r"the model calls mean 1 times in one forward; there is no call #1"),
@@ -76,16 +76,16 @@ def taught(term, student=None, teacher=None):
         ("auto[7]", UsageError, r"There are 1 stages that student and teacher share; \[7\] is none"),
     ],
 )
-def test_a_place_that_is_not_there_is_answered_with_what_is(site, error, sentence):
+def test_a_place_that_is_not_there_is_answered_with_what_is(layer, error, sentence):
     with pytest.raises(error, match=sentence):
-        taught(Term("fitnet", 1.0, student=site))
+        taught(Term("fitnet", 1.0, student=layer))
 
 
 def test_a_place_that_the_teacher_lacks_is_refused_by_the_name_of_the_teacher():
     class Large(Net):
         pass
 
-    with pytest.raises(UnknownNameError, match=r"no site in Large 'nrom'\. .* Did you mean 'norm'\?"):
+    with pytest.raises(UnknownNameError, match=r"no layer in Large 'nrom'\. .* Did you mean 'norm'\?"):
         taught(Term("fitnet", 1.0, student="norm", teacher="nrom"), teacher=Large(6))
 
 
@@ -224,7 +224,7 @@ def test_the_copy_of_a_teacher_is_frozen_and_drops_nothing(of_timm):
     first = first_batch(framework_of(teacher), data())
     bound = Distiller(Net(), teacher, Objective.kd(), first)
     bound(first)
-    (watch,) = bound._guide._watches
+    (watch,) = bound._teacher_source._watches
     assert watch.model is not teacher
     assert not any(module.training for module in watch.model.modules())
     assert not any(parameter.requires_grad for parameter in watch.model.parameters())

@@ -69,13 +69,13 @@ def test_a_file_is_named_whether_it_is_given_as_weights_or_as_a_model(tmp_path, 
         framework_of(nn.Linear(2, 2)).load_weights(nn.Linear(2, 2), tmp_path / name)
     assert f"it is {what}" in caught.value.what
     assert caught.value.why
-    assert caught.value.mend
+    assert caught.value.fix
     for reference in (name, f"{name}:net") if (tmp_path / name).is_file() else (name,):
         with pytest.raises(ModelError) as caught:
             build(reference, base=tmp_path)
         assert caught.value.what.startswith(f"{name!r} is not a model: it is {what}")
         assert caught.value.why
-        assert caught.value.mend
+        assert caught.value.fix
 
 
 def test_a_file_of_weights_is_not_a_model_and_is_good_as_weights(tmp_path):

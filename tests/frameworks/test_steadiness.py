@@ -61,7 +61,7 @@ def test_a_model_that_gives_other_outputs_at_each_run_is_named_with_what_to_do(k
         == f"The model {kind.__name__} gives other outputs at each run on the same inputs, in eval mode."
     )
     assert cause in caught.value.why
-    assert caught.value.mend
+    assert caught.value.fix
 
 
 @pytest.mark.parametrize(

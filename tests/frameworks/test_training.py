@@ -60,7 +60,7 @@ def data(n, batch_size, augment=None):
     [
         (8, 4, [4, 4]),
         (10, 4, [4, 4, 2]),
-        (9, 4, [4, 5]),  # a last batch of one would have no variance to normalise by
+        (9, 4, [4, 5]),  # a last batch of one would have no variance to normalize by
         (5, 4, [5]),
         (3, 4, [3]),
         (1, 4, [1]),

@@ -116,7 +116,7 @@ def test_attributes_are_found_one_from_the_other_in_any_order(order):
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_an_attribute_meets_all_its_lines_and_not_the_first_alone(swapped):
-    """Half of it is 3, which 6 and 7 fulfil; twice it is 14."""
+    """Half of it is 3, which 6 and 7 fulfill; twice it is 14."""
     demands = [demand(3, lambda width: width // 2, WIDTH), demand(14, lambda width: 2 * width, WIDTH)]
     assert solve(demands[::-1] if swapped else demands, kept) == {WIDTH: 7}
 

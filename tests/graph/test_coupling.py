@@ -31,12 +31,12 @@ def why(coupling, label):
     return found and found.reason
 
 
-def test_without_facts_only_the_label_zero_is_stuck():
+def test_without_facts_only_the_label_zero_is_frozen():
     facts = Facts()
     facts.fresh(3)
     found = solve(facts)
     assert together(found, range(4)) == [{0}, {1}, {2}, {3}]
-    assert found.stuck[found.component].tolist() == [True, False, False, False]
+    assert found.frozen[found.component].tolist() == [True, False, False, False]
     assert found.grids == ()
     assert found.why == {}
 
@@ -72,14 +72,14 @@ def test_a_long_row_of_ties_is_one_component():
     assert equalities(facts).tolist() == [0] + [1] * 1000
 
 
-def test_a_component_is_stuck_by_any_of_its_labels_and_the_first_reason_stays():
+def test_a_component_is_frozen_by_any_of_its_labels_and_the_first_reason_stays():
     facts = Facts()
     a, b = facts.fresh(2), facts.fresh(2)
     facts.equate(a, b)
     freeze(facts, b[:1], "first")
     freeze(facts, a, "second")
     found = solve(facts)
-    assert found.stuck[found.component[a]].tolist() == [True, True]
+    assert found.frozen[found.component[a]].tolist() == [True, True]
     assert [why(found, label) for label in a] == ["first", "second"]
 
 
@@ -99,7 +99,7 @@ def test_an_axis_with_one_free_position_is_still_an_axis():
     freeze(facts, rows[:2], "why")
     found = solve(facts)
     assert found.grids[0].cells.shape == (3, 2)
-    assert not found.stuck[found.component[1:7]].any()
+    assert not found.frozen[found.component[1:7]].any()
 
 
 def test_a_fused_projection_ties_its_parts_when_their_number_is_fixed():
@@ -113,12 +113,12 @@ def test_a_fused_projection_ties_its_parts_when_their_number_is_fixed():
     assert grid.cells.tolist() == found.component[np.arange(1, 5)].reshape(2, 2).tolist()
     assert [m.tolist() for m in grid.marginals] == [found.component[m].tolist() for m in (heads, width)]
     assert grid.kind == "view"
-    assert not found.stuck[found.component[1:13]].any()
+    assert not found.frozen[found.component[1:13]].any()
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_grid_of_one_free_axis_is_no_grid(axis):
-    """Its cells are tied along the stuck axis, and to the marginals of the other."""
+    """Its cells are tied along the frozen axis, and to the marginals of the other."""
     facts = Facts()
     cells = facts.fresh(6).reshape((2, 3) if axis == 0 else (3, 2))
     marginals = facts.split(cells, "view")
@@ -130,7 +130,7 @@ def test_a_grid_of_one_free_axis_is_no_grid(axis):
     assert together(found, [*cells.ravel(), *free]) == [
         {*map(int, line), int(label)} for line, label in zip(lines, free, strict=True)
     ]
-    assert not found.stuck[found.component[cells]].any()
+    assert not found.frozen[found.component[cells]].any()
 
 
 @pytest.mark.parametrize("free", [0, 1, 2])
@@ -149,14 +149,14 @@ def test_one_free_axis_of_three_is_left(free):
     ]
 
 
-def test_cells_of_a_grid_without_a_free_axis_are_stuck_and_name_what_did_it():
+def test_cells_of_a_grid_without_a_free_axis_are_frozen_and_name_what_did_it():
     facts = Facts()
     rows, columns = facts.split(facts.fresh(4).reshape(2, 2), "view")
     freeze(facts, columns, "a softmax spans it")
     freeze(facts, rows, "a sort runs along it")
     found = solve(facts)
     assert found.grids == ()
-    assert found.stuck[found.component[1:5]].all()
+    assert found.frozen[found.component[1:5]].all()
     assert {why(found, label) for label in range(1, 5)} <= {"a softmax spans it", "a sort runs along it"}
 
 
@@ -170,9 +170,9 @@ def test_grids_fall_one_after_the_other():
         freeze(facts, marginal, "why")
     found = solve(facts)
     assert found.grids == ()
-    assert found.stuck[found.component[rows]].all()
+    assert found.frozen[found.component[rows]].all()
     assert [len(part) for part in together(found, second.ravel())] == [4, 4, 4]
-    assert not found.stuck[found.component[second]].any()
+    assert not found.frozen[found.component[second]].any()
 
 
 def test_a_grid_that_falls_because_of_another_names_the_root():
@@ -185,7 +185,7 @@ def test_a_grid_that_falls_because_of_another_names_the_root():
     facts.begin(Operation("other"))
     facts.freeze(columns, "another")
     found = solve(facts)
-    assert found.stuck[found.component[second]].all()
+    assert found.frozen[found.component[second]].all()
     assert {why(found, label) for label in rows} == {"the root"}
     assert {why(found, label) for label in second} <= {"the root", "another"}
 

@@ -128,7 +128,7 @@ def test_an_axis_of_which_nothing_is_left_is_found(shuffle, chain):
     name = graph.groups[0].name
     assert graph.emptied(graph.keep({name: (0,)})) is None
     assert graph.emptied(graph.keep({name: (0, 1)})) == ("before.weight", 0)
-    assert graph.emptied(np.zeros_like(graph.coupling.stuck)) == ("before.weight", 0)
+    assert graph.emptied(np.zeros_like(graph.coupling.frozen)) == ("before.weight", 0)
 
 
 def test_tied_tensors_are_one(network):

@@ -210,7 +210,7 @@ def test_a_cell_that_goes_takes_the_slab_that_adds_the_fewest_cells(network, mon
     assert [unit["four.weight", 0] for unit in columns] == [[0, 2], [1, 3]]
 
 
-def test_a_cell_that_goes_takes_another_slab_where_the_cheapest_is_stuck(network):
+def test_a_cell_that_goes_takes_another_slab_where_the_cheapest_is_frozen(network):
     """As above with two others a row; the columns of the four cannot go, so the rows of the wide grid do."""
     net = network()
     four = net.parameter("four.weight", 4).axes[0].reshape(2, 2)
@@ -225,7 +225,7 @@ def test_a_cell_that_goes_takes_another_slab_where_the_cheapest_is_stuck(network
 
 
 def test_a_cell_that_no_slab_can_take_holds_all_that_would_take_it(network):
-    """Channel 0 lies in row 0 and column 0 of a second grid, and both are stuck."""
+    """Channel 0 lies in row 0 and column 0 of a second grid, and both are frozen."""
     net = network()
     channels = net.parameter("layer.weight", 9).axes[0]
     net.facts.split(channels.reshape(3, 3), "first")
@@ -312,16 +312,16 @@ def shuffled(draw):
 
 @STEADY
 @given(shuffled(), st.data())
-def test_any_choice_of_units_leaves_each_grid_a_product_and_nothing_stuck_goes(network, data):
+def test_any_choice_of_units_leaves_each_grid_a_product_and_nothing_frozen_goes(network, data):
     facts, axes = network
     coupling = solve(facts)
     groups = find_groups(coupling, axes)
     event(f"{sum(group.size for group in groups)} units")
-    keep = np.ones(len(coupling.stuck), bool)
+    keep = np.ones(len(coupling.frozen), bool)
     for group in groups:
         keep[group.of(data.draw(st.sets(st.integers(0, group.size - 1))))] = False
     assert_products(coupling, keep)
-    assert keep[coupling.stuck].all()
+    assert keep[coupling.frozen].all()
 
 
 @STEADY

@@ -113,8 +113,8 @@ def test_what_fails_by_a_frozen_axis_freezes_what_moves_its_attribute(rows):
     follows(net, first, ((HEADS, 8),), same)
     assert free(net) == [8]
     graph = net.graph()
-    assert graph.coupling.stuck[graph.coupling.component[first]].all()
-    assert not graph.coupling.stuck[graph.coupling.component[second]].any()
+    assert graph.coupling.frozen[graph.coupling.component[first]].all()
+    assert not graph.coupling.frozen[graph.coupling.component[second]].any()
 
 
 def test_a_demand_that_never_held_ends_the_search(rows):

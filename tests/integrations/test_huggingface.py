@@ -1,4 +1,4 @@
-"""The Trainer of transformers distils; transformers' own loop runs, on models made from configurations."""
+"""The Trainer of transformers distills; transformers' own loop runs, on models made from configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Trainer of Lightning distils by a callback; Lightning's own loop runs."""
+"""The Trainer of Lightning distills by a callback; Lightning's own loop runs."""
 
 from __future__ import annotations
 

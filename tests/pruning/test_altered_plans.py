@@ -18,7 +18,7 @@ from kirsch import files
 from kirsch.errors import KirschError, PlanError
 from kirsch.frameworks.pytorch.count import count
 from kirsch.graph.plan import Plan
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 from proving import shaken
 
 MODEL = shaken(
@@ -225,7 +225,7 @@ def test_what_is_not_a_plan_is_refused(tmp_path, text, sentence):
 
 @pytest.mark.parametrize(("path", "value"), OBEYED, ids=lambda value: str(value)[:40])
 def test_an_edited_plan_works_and_its_figures_are_those_of_the_model(path, value):
-    found = prune_with_proof(MODEL, Plan.from_json(altered(path, value)))
+    found = prune_with_verification(MODEL, Plan.from_json(altered(path, value)))
     assert (found.plan.after.parameters, found.plan.after.macs) == count(found.model, IMAGE)
     assert found.plan.before == PLAN.before
     assert found.plan.model == "Sequential"
@@ -235,7 +235,7 @@ def test_an_edited_plan_works_and_its_figures_are_those_of_the_model(path, value
 def test_an_edit_that_changes_the_cost_is_said_and_the_goal_is_judged_anew(tmp_path):
     plan = Plan.from_json(altered("groups/0/removed", []))
     plan = Plan.from_json(plan.to_json().replace('"macs": 0.75', '"macs": 0.2'))
-    found = prune_with_proof(MODEL, plan)
+    found = prune_with_verification(MODEL, plan)
     assert any("was edited after it was made: it stated" in note for note in found.notes)
     assert any("The goal is missed: macs are" in note for note in found.notes)
     kirsch.save(found.model, tmp_path / "small")
@@ -247,7 +247,7 @@ def test_an_edit_that_changes_the_cost_is_said_and_the_goal_is_judged_anew(tmp_p
 
 def test_an_importance_that_is_not_registered_is_noted_and_the_plan_is_applied(tmp_path):
     """It may be one of the user's own, registered where the plan was made and not where it is applied."""
-    found = prune_with_proof(MODEL, Plan.from_json(altered("method/importance", "magnitud")))
+    found = prune_with_verification(MODEL, Plan.from_json(altered("method/importance", "magnitud")))
     (note,) = [note for note in found.notes if "importance" in note]
     assert note.startswith(
         "The plan names the importance 'magnitud', which is not registered. Did you mean 'magnitude'?"
@@ -259,23 +259,23 @@ def test_an_importance_that_is_not_registered_is_noted_and_the_plan_is_applied(t
 
 @pytest.mark.parametrize("name", ["magnitude", "random", "influence", "change"])
 def test_an_importance_of_units_or_blocks_has_no_note(name):
-    found = prune_with_proof(MODEL, Plan.from_json(altered("method/importance", name)), verify=False)
+    found = prune_with_verification(MODEL, Plan.from_json(altered("method/importance", name)), verify=False)
     assert not any("importance" in note for note in found.notes)
 
 
 def test_a_class_that_is_not_that_of_the_model_is_noted():
-    found = prune_with_proof(MODEL, Plan.from_json(altered("model/class", "Other")))
+    found = prune_with_verification(MODEL, Plan.from_json(altered("model/class", "Other")))
     assert "The plan names the class Other; the model given is a Sequential." in found.notes
 
 
 def test_a_plan_as_it_was_made_is_applied_without_a_word_on_its_figures():
-    found = prune_with_proof(MODEL, Plan.from_json(TEXT))
+    found = prune_with_verification(MODEL, Plan.from_json(TEXT))
     assert found.plan == PLAN
     assert not any(note.startswith("The plan ") for note in found.notes)
 
 
 def test_costs_are_those_on_the_inputs_that_are_given():
-    found = prune_with_proof(MODEL, Plan.from_json(TEXT), example_inputs=IMAGE[:1])
+    found = prune_with_verification(MODEL, Plan.from_json(TEXT), example_inputs=IMAGE[:1])
     assert any(
         "was made for other inputs; its costs are counted anew on inputs of shape 1×3×6×6" in n for n in found.notes
     )
@@ -322,7 +322,7 @@ def test_whatever_stands_in_a_field_nothing_but_our_errors_is_raised(path, value
     again = Plan.from_json(plan.to_json())
     assert again == plan
     try:
-        found = prune_with_proof(MODEL, plan, verify=False)
+        found = prune_with_verification(MODEL, plan, verify=False)
     except KirschError:
         return
     assert (found.plan.after.parameters, found.plan.after.macs) == count(found.model, IMAGE)

@@ -43,7 +43,7 @@ def test_embeddings_that_granularity_leaves_out_are_named_with_their_share(graph
     share = 500 * 16 / graph.cost.parameters
     assert f"`embed` ({share:.1%})" in error.why
     assert "whose units of the kind 'embedding dim' granularity leaves out" in error.why
-    assert "'embedding dim' in granularity (--kind)" in error.mend
+    assert "'embedding dim' in granularity (--kind)" in error.fix
 
 
 @pytest.mark.parametrize(
@@ -75,25 +75,21 @@ def test_embeddings_that_granularity_leaves_out_are_named_with_their_share(graph
 def test_a_remedy_that_is_offered_reaches_the_goal(graph, goal, options, remedy, repaired):
     wanted = kirsch.Goal(**goal)
     error = refused(graph, wanted, **options)
-    assert remedy in error.mend
+    assert remedy in error.fix
     assert wanted.met_by(plan(graph, wanted, **repaired).after, graph.cost)
 
 
 @pytest.mark.parametrize("options", [{"round_to": 8}, {"min_keep": 0.7}, {"exclude": ["up.bias"]}])
 def test_the_goal_that_is_offered_instead_is_reached_with_the_same_options(graph, options):
     error = refused(graph, kirsch.Goal(params=0.01, macs=0.01), **options)
-    found = re.search(
-        r"Or ask for params=([\d.]+), macs=([\d.]+)|Or ask for macs=([\d.]+), params=([\d.]+)", error.mend
-    )
+    found = re.search(r"Or ask for params=([\d.]+), macs=([\d.]+)|Or ask for macs=([\d.]+), params=([\d.]+)", error.fix)
     macs, params = (float(number) for number in (found[3], found[4]))
     assert plan(graph, kirsch.Goal(macs=macs, params=params), **options).groups
 
 
 def test_where_no_options_reach_a_goal_this_is_said_with_the_least_they_reach(graph):
     error = refused(graph, kirsch.Goal(params=0.001))
-    assert re.search(
-        r"No options reach it; with round_to=1 and with min_keep=0\.001: params 0\.1% .* least", error.mend
-    )
+    assert re.search(r"No options reach it; with round_to=1 and with min_keep=0\.001: params 0\.1% .* least", error.fix)
     assert "cut as far as min_keep=0.1, round_to='auto' let them" in error.why
 
 
@@ -101,7 +97,7 @@ def test_layers_that_are_frozen_are_named_with_the_operation():
     model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 2))
     error = refused(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(params=0.5))
     assert re.search(r"75\.7% of the parameters in `0`, frozen: a softmax spans it", error.why)
-    assert error.mend.endswith("With these options nothing can be removed.")
+    assert error.fix.endswith("With these options nothing can be removed.")
 
 
 def test_layers_that_are_excluded_are_named_with_the_pattern(graph):
@@ -115,8 +111,8 @@ def test_an_importance_that_fails_on_what_was_excluded_is_no_remedy():
         model[2].weight[0, 0] = torch.nan
     graph = kirsch.trace(model, torch.randn(1, 4))
     error = refused(graph, kirsch.Goal(params=0.1), exclude=["2"])
-    assert "It is reached" not in error.mend
-    assert "The parameter '2.weight' of Sequential holds NaN" in error.mend
+    assert "It is reached" not in error.fix
+    assert "The parameter '2.weight' of Sequential holds NaN" in error.fix
 
 
 def test_a_goal_on_macs_of_a_model_without_any_is_refused():

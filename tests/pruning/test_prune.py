@@ -14,7 +14,7 @@ import kirsch
 from kirsch import files
 from kirsch.errors import CheckpointError, LoadError, PlanError, UsageError, VerificationError
 from kirsch.frameworks.pytorch import surgery
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.regularizers import L1, Slimming
 from proving import shaken
 
@@ -53,7 +53,7 @@ def edited(plan, **changes):
 
 
 def test_the_result_is_verified_and_says_what_an_optimizer_must_do(case):
-    found = prune_with_proof(*case)
+    found = prune_with_verification(*case)
     assert found.verification.passed
     assert any("make a new one" in note for note in found.notes)
 
@@ -71,7 +71,7 @@ def test_what_the_example_does_not_show_is_said():
 
     for tokens, said in ((1, True), (5, False)):  # the weight of a single token is 1, whatever its score
         model = shaken(Pooled())
-        found = prune_with_proof(
+        found = prune_with_verification(
             model, kirsch.plan(kirsch.trace(model, torch.randn(2, tokens, 4)), kirsch.Goal(macs=0.6))
         )
         assert any("no output depends on `hidden`, `score`:" in note for note in found.notes) is said
@@ -305,7 +305,7 @@ def test_the_regularizers_in_closed_form():
 
 
 def test_slimming_without_batch_norm_is_refused():
-    with pytest.raises(UsageError, match="no batch normalisation with a scale"):
+    with pytest.raises(UsageError, match="no batch normalization with a scale"):
         Slimming(1e-4)(nn.Linear(3, 3))
 
 

@@ -168,7 +168,7 @@ def test_another_model_in_the_same_folder_does_not_pass_for_the_first(given, tmp
 
         compress = functools.partial(kirsch.compress, recover=SOME, batch_size=16, folder=tmp_path / "run")
         with pytest.raises(Interrupted):
-            compress(model, data, HALF, student=student, distil=SOME, listen=stop)
+            compress(model, data, HALF, student=student, distill=SOME, listen=stop)
 
     first, second = [], []
     call(model, student, first)
@@ -196,7 +196,7 @@ def test_a_student_learns_first_and_is_the_one_that_is_pruned(given, tmp_path):
             data,
             kirsch.Goal(params=0.6),
             student=student,
-            distil=kirsch.Training(epochs=3, learning_rate=0.05),
+            distill=kirsch.Training(epochs=3, learning_rate=0.05),
             recover=kirsch.Training(epochs=1, learning_rate=0.01),
             temperature=2.0,
             batch_size=16,
@@ -205,12 +205,12 @@ def test_a_student_learns_first_and_is_the_one_that_is_pruned(given, tmp_path):
         )
     assert equal(before, student)
     ends = {event["key"]: event for event in heard if event["event"] == "stage_end"}
-    assert list(ends) == ["teacher", "distil", "prune", "recover"]
-    assert [event["stage"] for event in heard if event["event"] == "epoch"] == ["distil"] * 3 + ["recover"]
+    assert list(ends) == ["teacher", "distill", "prune", "recover"]
+    assert [event["stage"] for event in heard if event["event"] == "epoch"] == ["distill"] * 3 + ["recover"]
     places = tmp_path / "run" / "checkpoints"
     records = {key: json.loads((places / key / "done" / "record.json").read_text()) for key in ends}
-    assert records["distil"]["parameters"] == sum(parameter.numel() for parameter in student.parameters())
-    assert records["prune"]["parameters"] <= 0.6 * records["distil"]["parameters"]
+    assert records["distill"]["parameters"] == sum(parameter.numel() for parameter in student.parameters())
+    assert records["prune"]["parameters"] <= 0.6 * records["distill"]["parameters"]
     assert (tmp_path / "run" / "recipe.yaml").read_text().count("temperature: 2.0") == 2
     with torch.no_grad():
         scores = model.eval()(torch.from_numpy(data.test.inputs)).numpy()
@@ -219,9 +219,9 @@ def test_a_student_learns_first_and_is_the_one_that_is_pruned(given, tmp_path):
 
 def test_training_of_a_student_that_is_not_there_is_refused(given, tmp_path):
     with pytest.raises(
-        UsageError, match=r"distil is given without a student\. Give student=\.\.\., or leave distil out\."
+        UsageError, match=r"distill is given without a student\. Give student=\.\.\., or leave distill out\."
     ):
-        kirsch.compress(given[0], given[2], HALF, distil=SOME, folder=tmp_path / "run")
+        kirsch.compress(given[0], given[2], HALF, distill=SOME, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

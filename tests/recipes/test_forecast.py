@@ -23,10 +23,10 @@ def costs(stages):
 def test_models_cost_what_they_cost_in_the_run(job, finished):
     found = costs(forecast(job.recipe(), base=job.base)["stages"])
     real = {model["key"]: (model["parameters"], model["macs"]) for model in finished[1].metrics["models"]}
-    assert list(found) == ["teacher", "distil", "prune", "recover", "export", "measure"]
-    assert (found["teacher"], found["distil"]) == (real["teacher"], real["student"])
+    assert list(found) == ["teacher", "distill", "prune", "recover", "export", "measure"]
+    assert (found["teacher"], found["distill"]) == (real["teacher"], real["student"])
     assert found["prune"] == found["recover"]
-    assert found["prune"][1] <= 0.6 * found["distil"][1]
+    assert found["prune"][1] <= 0.6 * found["distill"][1]
     assert found["export"] == found["measure"] == (None, None)
 
 
@@ -63,7 +63,7 @@ def test_times_are_those_of_a_few_steps_for_all_of_them(job, monkeypatch):
     seconds = {stage["key"]: stage["seconds"] for stage in found["stages"]}
     assert seconds == {
         "teacher": 6 * 6.0,
-        "distil": 4 * 6.0,
+        "distill": 4 * 6.0,
         "prune": 1.0,
         "recover": 3 * 6.0,
         "export": 3.0,

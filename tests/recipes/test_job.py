@@ -47,24 +47,24 @@ def test_an_event_goes_to_the_file_with_its_time_before_it_is_heard(job, heard):
 
 
 def test_what_a_training_tells_carries_its_stage(job, heard):
-    job.hooks("distil").event({"event": "epoch", "epoch": 1})
-    assert heard == [{"stage": "distil", "event": "epoch", "epoch": 1}]
+    job.hooks("distill").event({"event": "epoch", "epoch": 1})
+    assert heard == [{"stage": "distill", "event": "epoch", "epoch": 1}]
 
 
 def test_a_training_goes_on_from_what_it_saved_with_the_same_inputs_alone(job, heard):
-    job.hooks("distil").save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
-    assert job.hooks("distil").resume.values == {"epoch": 3, "batch": 1}
+    job.hooks("distill").save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
+    assert job.hooks("distill").resume.values == {"epoch": 3, "batch": 1}
     assert job.hooks("teacher").resume is None
     job.inputs = "others"
-    assert job.hooks("distil").resume is None
+    assert job.hooks("distill").resume is None
     assert [event["event"] for event in heard] == ["note"]
 
 
 def test_a_training_does_not_begin_anew_in_silence_where_all_is_damaged(job):
-    job.hooks("distil").save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
-    (job.folder / "checkpoints" / "distil" / "step-00003-000001" / "values.json").unlink()
-    with pytest.raises(CheckpointError, match=r"All checkpoints in .*distil are damaged"):
-        job.hooks("distil")
+    job.hooks("distill").save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
+    (job.folder / "checkpoints" / "distill" / "step-00003-000001" / "values.json").unlink()
+    with pytest.raises(CheckpointError, match=r"All checkpoints in .*distill are damaged"):
+        job.hooks("distill")
 
 
 def test_a_model_is_counted_on_one_sample(job):

@@ -18,7 +18,7 @@ from kirsch.recipes.metrics import goal_text
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import materials_of
 
-MODELS = {"teacher": "teacher", "distil": "student", "prune": "pruned", "recover": "recovered", "export": "exported"}
+MODELS = {"teacher": "teacher", "distill": "student", "prune": "pruned", "recover": "recovered", "export": "exported"}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_the_confusion_is_counted_sample_by_sample(run, side, key):
         expected[label][said] += 1
     assert run.metrics["quality"][side] == {"key": key, "confusion": expected}
     named = {row["name"]: row for row in run.metrics["quality"]["lost"]}
-    for place, name in enumerate(("dark", "grey", "light")):
+    for place, name in enumerate(("dark", "gray", "light")):
         assert named[name][side] == expected[place][place] / 20
         assert named[name]["n"] == 20
 
@@ -118,15 +118,15 @@ def test_curves_have_a_point_an_epoch(run):
     curves = {curve["stage"]: curve for curve in run.metrics["curves"]}
     assert {stage: curve["epochs"] for stage, curve in curves.items()} == {
         "teacher": [1, 2, 3, 4, 5, 6],
-        "distil": [1, 2, 3, 4],
+        "distill": [1, 2, 3, 4],
         "recover": [1, 2, 3],
     }
-    told = [event for event in run.job.heard if event["event"] == "epoch" and event["stage"] == "distil"]
+    told = [event for event in run.job.heard if event["event"] == "epoch" and event["stage"] == "distill"]
     for key in ("loss", "accuracy", "learning_rate", "seconds"):
-        assert curves["distil"][key] == [event[key] for event in told]
-    parts = curves["distil"]["parts"]
+        assert curves["distill"][key] == [event[key] for event in told]
+    parts = curves["distill"]["parts"]
     assert parts["label"] + parts["kd"] == [event["parts"][name] for name in ("label", "kd") for event in told]
-    assert curves["distil"]["loss"] == pytest.approx(
+    assert curves["distill"]["loss"] == pytest.approx(
         [sum(pair) for pair in zip(*parts.values(), strict=True)], rel=1e-5
     )
 

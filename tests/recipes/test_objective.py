@@ -18,7 +18,7 @@ from kirsch.frameworks.training import Trained
 from kirsch.recipes.compress import _section
 from kirsch.recipes.forecast import forecast
 from kirsch.recipes.models import build
-from kirsch.recipes.recipe import Distil, commented, read_recipe
+from kirsch.recipes.recipe import Distill, commented, read_recipe
 from kirsch.recipes.stages import _share
 from kirsch.recipes.tasks.data import load_data
 
@@ -177,16 +177,16 @@ MAPS = "{terms: [{weight: 0.5, temperature: 4}, {loss: fitnet, weight: 0.1, stud
 
 def test_a_run_learns_what_its_recipe_says(job):
     """The student from scores and maps, and after the removal the pruned one from its correlations."""
-    changes = (f"student.distil.objective={MAPS}", "recover.objective=dist", "export=null")
+    changes = (f"student.distill.objective={MAPS}", "recover.objective=dist", "export=null")
     outcome = job.do(*changes)
     records = {
         key: json.loads((job.folder / "checkpoints" / key / "done" / "record.json").read_text())
-        for key in ("distil", "recover")
+        for key in ("distill", "recover")
     }
-    assert set(records["distil"]["first_batch"]["gradient_shares"]) == {"label", "kd", "fitnet"}
+    assert set(records["distill"]["first_batch"]["gradient_shares"]) == {"label", "kd", "fitnet"}
     assert set(records["recover"]["first_batch"]["gradient_shares"]) == {"label", "dist"}
-    assert records["distil"]["cells"][-1].endswith("% of gradient")
-    assert any(event["event"] == "attached" and event["stage"] == "distil" for event in job.heard)
+    assert records["distill"]["cells"][-1].endswith("% of gradient")
+    assert any(event["event"] == "attached" and event["stage"] == "distill" for event in job.heard)
     assert outcome.exit_code == 0
 
 
@@ -204,8 +204,12 @@ def test_a_term_that_warms_up_is_told_by_its_share_at_the_end():
             UnknownNameError,
             r"'secondd'.* mean 'second'",
         ),
-        ("student.distil.objective={terms: [{loss: fitnet, teacher: head, student: first}]}", ShapeError, "No adapter"),
-        ("student.distil.objective=causal", UsageError, "The objective is causal, and the student puts out 3 scores"),
+        (
+            "student.distill.objective={terms: [{loss: fitnet, teacher: head, student: first}]}",
+            ShapeError,
+            "No adapter",
+        ),
+        ("student.distill.objective=causal", UsageError, "The objective is causal, and the student puts out 3 scores"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_anything_is_trained(job, change, error, sentence):
@@ -220,9 +224,9 @@ def test_objects_are_compressed_with_an_objective(job):
     data = load_data("nets.py:stripes", {}, seed=0, base=job.base)
     teacher = build("nets.py:teacher", base=job.base)
     objective = Objective((Term("hcl", 1.0, student="second", options={"sizes": (2, 1)}),))
-    section = Distil.model_validate(_section(None, None, objective))
+    section = Distill.model_validate(_section(None, None, objective))
     assert section.learned() == Objective((Term("hcl", 1.0, student="second", options={"sizes": [2, 1]}),))
-    assert Distil.model_validate(section.model_dump(mode="json")) == section
+    assert Distill.model_validate(section.model_dump(mode="json")) == section
     with pytest.raises(RecipeError, match="temperature beside an objective"):
         kirsch.compress(copy.deepcopy(teacher), data, kirsch.Goal(macs=0.5), temperature=2.0, objective="dkd")
     with pytest.raises(RecipeError, match=r"no preset 'dkdd'\. .* Did you mean 'dkd'"):

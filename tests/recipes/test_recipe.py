@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kirsch.errors import RecipeError
-from kirsch.recipes.recipe import BUILTIN, Distil, Recipe, Train, commented, read_recipe
+from kirsch.recipes.recipe import BUILTIN, Distill, Recipe, Train, commented, read_recipe
 
 ROOT = Path(__file__).parents[2]
 LEAST = "teacher: {model: 'm:t'}\n"
@@ -65,7 +65,7 @@ RECIPES = st.fixed_dictionaries(
         "name": NAMES,
         "seed": st.integers(0, 2**63 - 1),
         "data": st.fixed_dictionaries({"source": NAMES, "options": OPTIONS}),
-        "student": st.none() | st.fixed_dictionaries({"model": NAMES, "distil": DISTILS}),
+        "student": st.none() | st.fixed_dictionaries({"model": NAMES, "distill": DISTILS}),
         "prune": st.none()
         | st.fixed_dictionaries(
             {"goal": st.fixed_dictionaries({"macs": FRACTIONS, "params": st.none() | FRACTIONS})},
@@ -116,7 +116,7 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
         ("name: ''", "line 8: name: string should have at least 1 character, found ''"),
         ("version: 2", "line 8: version: input should be 1, found 2"),
         ("export: {format: onyx}", "line 8: export.format: input should be 'onnx', found 'onyx'"),
-        ("student: {distil: {}}", "line 8: student.model: this key is needed"),
+        ("student: {distill: {}}", "line 8: student.model: this key is needed"),
         ("goal:", "line 8: goal: input should be a valid dictionary or instance of Wanted, found None"),
     ],
 )
@@ -224,7 +224,7 @@ def test_any_key_can_be_set(change, key, value):
 def test_a_section_that_is_null_can_be_filled():
     text = f"{LEAST}recover: null\nprune:\n"
     recipe = read_recipe(text, ["recover.weight=0.5", "prune.goal.params=0.5"])
-    assert recipe.recover == Distil(weight=0.5)
+    assert recipe.recover == Distill(weight=0.5)
     assert recipe.prune.goal.params == 0.5
     assert read_recipe(text).recover is None
 
@@ -252,7 +252,7 @@ def test_what_is_no_change_is_said_with_the_form(change):
         ),
         ("prune.gaol.macs=1", "--set prune.gaol.macs=1: prune.gaol: unknown key. Did you mean 'goal'?"),
         ("student={}", "--set student={}: student.model: this key is needed"),
-        ("student.distil.weight=1", "--set student.distil.weight=1: student.model: this key is needed"),
+        ("student.distill.weight=1", "--set student.distill.weight=1: student.model: this key is needed"),
     ],
 )
 def test_a_wrong_change_is_named_and_no_line_of_the_file(change, sentence):

@@ -156,7 +156,7 @@ def test_a_run_with_any_file_changed_is_sound_after_resuming_or_says_what_to_del
     found = soundness.check(done.folder)
     if refused:
         assert str(done.folder) in refused[0].what
-        assert "elete" in refused[0].mend
+        assert "elete" in refused[0].fix
         assert done.heard == []
     else:
         assert (found.finished, found.wrong) == (True, [])

@@ -32,7 +32,7 @@ from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import new_folder_name, resume
 from kirsch.recipes.tasks.data import DataSet, Split
 
-STAGES = ["teacher", "distil", "prune", "recover", "export", "measure"]
+STAGES = ["teacher", "distill", "prune", "recover", "export", "measure"]
 MODELS_ALONE = ("export=null", "measure=null")
 
 
@@ -67,7 +67,7 @@ def test_a_run_does_its_stages_in_order_and_tells_each(finished):
     assert job.stages("stage_start") == job.stages("stage_end") == STAGES
     assert [event["number"] for event in job.heard if event["event"] == "stage_end"] == [1, 2, 3, 4, 5, 6]
     epochs = collections.Counter(event["stage"] for event in job.heard if event["event"] == "epoch")
-    assert epochs == {"teacher": 6, "distil": 4, "recover": 3}
+    assert epochs == {"teacher": 6, "distill": 4, "recover": 3}
     assert job.heard[-1]["event"] == "end"
     assert (outcome.exit_code, job.heard[-1]["met"]) == (0, True)
 
@@ -430,8 +430,8 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_data_is_loaded(job):
         (["teacher={model: 'nets.py:Silent'}"], "teacher", "It says one class for every sample"),
         (["teacher.train.learning_rate=1e-9"], "teacher", "It (guesses|says one class for every sample)"),
         (
-            ["student.model=nets.py:Silent", "student.distil.train.learning_rate=1e-9", "prune=null"],
-            "distil",
+            ["student.model=nets.py:Silent", "student.distill.train.learning_rate=1e-9", "prune=null"],
+            "distill",
             "It says one",
         ),
     ],

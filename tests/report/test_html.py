@@ -503,9 +503,9 @@ def contrast(first, second):
 
 
 def test_contrast_is_that_of_the_standard():
-    black, white, grey = (0, 0, 0), (1, 1, 1), (0x77 / 255,) * 3
+    black, white, gray = (0, 0, 0), (1, 1, 1), (0x77 / 255,) * 3
     assert contrast(black, white) == pytest.approx(21)
-    assert contrast(grey, white) == pytest.approx(4.48, abs=0.005)  # the well-known grey that just fails
+    assert contrast(gray, white) == pytest.approx(4.48, abs=0.005)  # the well-known gray that just fails
 
 
 TEXT = [

@@ -35,7 +35,7 @@ BadCall: type[Exception] = next(base for base in typer.BadParameter.__mro__ if b
 
 app = typer.Typer(
     name="kirsch",
-    help="Distil, prune, export and measure neural networks, with proof.",
+    help="Distill, prune, export and measure neural networks, with verification.",
     epilog=(
         "Exit codes: 0 done, goals met; 2 usage or recipe; 3 a goal missed, or verify of a run that is not finished; "
         "4 model, data or checkpoint; 5 environment; 6 numbers went wrong; 75 and 130 stopped, checkpoint saved; "
@@ -253,7 +253,7 @@ def prune(
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
-    """Cut a model by a plan or a goal, with proof."""
+    """Cut a model by a plan or a goal, with verification."""
     from kirsch.cli import networks
 
     kinds, left = kind or [], exclude or []
@@ -370,7 +370,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
-    """Distil, prune, export and measure neural networks, with proof."""
+    """Distill, prune, export and measure neural networks, with verification."""
     if version:
         typer.echo(f"kirsch {__version__}")
     elif context.invoked_subcommand is None:

@@ -80,7 +80,7 @@ def doctor(terminal: Terminal) -> int:
     """Show them, with the machine. Gives 0 when the core is complete, else 5."""
     found = packages()
     complete = all(package.state == "ok" for package in found if package.extra == CORE)
-    mends = {
+    fixes = {
         extra: 'pip install "kirsch"' if extra == CORE else f'pip install "kirsch[{extra}]"'
         for extra in NEEDED
         if any(package.state != "ok" for package in found if package.extra == extra)
@@ -91,7 +91,7 @@ def doctor(terminal: Terminal) -> int:
         *([Piece(f"{name:<13}{text}")] for name, text in machine.items()),
     ]
     for extra in NEEDED:
-        lines += [[], *_section(extra, [package for package in found if package.extra == extra], mends.get(extra))]
+        lines += [[], *_section(extra, [package for package in found if package.extra == extra], fixes.get(extra))]
     content = {
         "kirsch": __version__,
         **machine,
@@ -99,14 +99,14 @@ def doctor(terminal: Terminal) -> int:
             {"name": p.name, "extra": p.extra, "needed": p.needed, "found": p.found, "state": p.state} for p in found
         ],
         "complete": complete,
-        "install": mends,
+        "install": fixes,
     }
     terminal.result(lines, content)
     return 0 if complete else 5
 
 
-def _section(extra: str, found: list[Package], mend: str | None) -> list[Line]:
-    state, tone = ("complete", "good") if mend is None else ("incomplete", "bad" if extra == CORE else "doubt")
+def _section(extra: str, found: list[Package], fix: str | None) -> list[Line]:
+    state, tone = ("complete", "good") if fix is None else ("incomplete", "bad" if extra == CORE else "doubt")
     lines: list[Line] = [
         [Piece(f"{extra:<13}", "strong"), Piece(state, tone), Piece(f"   for {PURPOSE[extra]}", "faint")]
     ]
@@ -114,7 +114,7 @@ def _section(extra: str, found: list[Package], mend: str | None) -> list[Line]:
         note = {"ok": "", "missing": "missing", "too old": f"too old, {package.needed} is needed"}[package.state]
         version = package.found or ""
         lines.append([Piece(f"  {package.name:<15}{version:<14}"), Piece(note, "doubt")])
-    return lines if mend is None else [*lines, [Piece(f"  {mend}")]]
+    return lines if fix is None else [*lines, [Piece(f"  {fix}")]]
 
 
 def _machine() -> dict[str, str]:

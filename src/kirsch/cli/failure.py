@@ -68,7 +68,7 @@ def lines(error: KirschError) -> list[Line]:
     """What happened, why, and what to do, each with its word; a sentence that breaks goes on below itself."""
     word, tone = ("stopped", "doubt") if isinstance(error, Stopped) else ("error", "bad")
     said: list[Line] = []
-    for head, shown, sentence in ((word, tone, error.what), ("why", "faint", error.why), ("do", "faint", error.mend)):
+    for head, shown, sentence in ((word, tone, error.what), ("why", "faint", error.why), ("do", "faint", error.fix)):
         first, *rest = sentence.split("\n")
         if sentence:
             said.append([Piece(f"{head:<8}", shown), Piece(first)])
@@ -82,7 +82,7 @@ def as_json(error: KirschError, kept: Path | None = None) -> dict[str, Any]:
         "type": type(error).__name__,
         "what": error.what,
         "why": error.why,
-        "mend": error.mend,
+        "fix": error.fix,
         "exit_code": error.exit_code,
         "traceback": None if kept is None else str(kept),
     }

@@ -36,7 +36,7 @@ def specifications(texts: Sequence[str]) -> list[InputSpec]:
         )
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UsageError(f"The input {twice!r} is given twice.", mend="Give each input once.")
+        raise UsageError(f"The input {twice!r} is given twice.", fix="Give each input once.")
     require_room(found)
     return found
 

@@ -204,7 +204,7 @@ def _metrics(folder: Path) -> dict[str, Any]:
     try:
         path = folder / METRICS
         if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise LoadError(f"{path} is not a file.", mend=f"Delete or move it; then kirsch resume {folder}")
+            raise LoadError(f"{path} is not a file.", fix=f"Delete or move it; then kirsch resume {folder}")
         return read_metrics(path)
     except OSError as error:
         raise LoadError(

@@ -6,7 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from kirsch.cli.terminal import Line, Piece
-from kirsch.distillation.catalogue import losses, page, presets
+from kirsch.distillation.catalog import losses, page, presets
 from kirsch.distillation.losses import LOSSES
 from kirsch.distillation.presets import PRESETS
 from kirsch.errors import UnknownNameError

@@ -20,7 +20,7 @@ from kirsch.frameworks.port import Framework, framework_of, trace
 from kirsch.graph.inputs import tensors
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.choose import plan as choose
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.store import load, save
 from kirsch.recipes.models import build, stated_inputs
 from kirsch.report import figures
@@ -198,7 +198,7 @@ def show_plan(given: Given, choice: Choice, output: str, terminal: Terminal) -> 
 
 
 def show_prune(make: Callable[[], Given], plan_file: str, choice: Choice, output: str, terminal: Terminal) -> int:
-    """A pruned model in a folder, with proof. The plan and the folder are looked at before the model is made."""
+    """A pruned model in a folder, with verification. The plan and the folder are looked at before the model is made."""
     if plan_file and (choice.macs is not None or choice.params is not None):
         raise UsageError(
             "Both a plan and a goal are given.", "A plan has its goal.", "Give --plan or --macs, not both."
@@ -207,13 +207,13 @@ def show_prune(make: Callable[[], Given], plan_file: str, choice: Choice, output
     stored = Plan.read(plan_file) if plan_file else None
     given = make()
     plan = stored or choice.plan(trace(given.model, given.inputs), given.weights)
-    pruned = prune_with_proof(given.model, plan, example_inputs=given.inputs)
+    pruned = prune_with_verification(given.model, plan, example_inputs=given.inputs)
     folder = save(pruned.model, output)
     plan = pruned.plan
     notes = [*pruned.notes, *_chance(given, plan), *_other_weights(given, plan)]
     cut = sum(bool(removal.removed) for removal in plan.groups)
-    proof = pruned.verification
-    if proof is None:
+    verification = pruned.verification
+    if verification is None:
         raise RuntimeError("a removal that was asked to verify gave no verification")
     lines = [
         [
@@ -223,7 +223,7 @@ def show_prune(make: Callable[[], Given], plan_file: str, choice: Choice, output
             ),
         ],
         *drawing.cost_lines(plan),
-        [Piece(f"{'verified':<13}", "good"), Piece(proof.text)],
+        [Piece(f"{'verified':<13}", "good"), Piece(verification.text)],
         [Piece(f"{'saved':<13}{folder}"), Piece("   kirsch.load gives it back", "faint")],
         *drawing.notes(notes),
         *given.said(),
@@ -231,7 +231,7 @@ def show_prune(make: Callable[[], Given], plan_file: str, choice: Choice, output
     content = {
         "folder": str(folder),
         "plan": json.loads(pruned.plan.to_json()),
-        "verification": proof.to_dict(),
+        "verification": verification.to_dict(),
         "notes": notes,
         "weights": given.weights,
     }

@@ -87,7 +87,7 @@ class Building:
     def options(self) -> dict[str, Any]:
         """As `store.build` takes them."""
         if self.keep != "dense" and not re.fullmatch("[0-9]{1,9}", self.keep):
-            raise UsageError(f"--keep is {self.keep!r}.", mend="Give a number of classes, or dense.")
+            raise UsageError(f"--keep is {self.keep!r}.", fix="Give a number of classes, or dense.")
         share = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", self.part or "1/1")
         if share is None or not 1 <= int(share[1]) <= int(share[2]):
             raise UsageError(f"--part is {self.part!r}.", "Its form is i/n, from 1/n to n/n.", "Write --part 1/4.")
@@ -162,7 +162,7 @@ def _check(store: TeacherStore, asked: Asked, samples: int, terminal: Terminal) 
     if store.manifest.outputs_sha256 is not None:
         raise UsageError(
             f"The store {store.folder} was built with outputs=..., a callable that a command line cannot name.",
-            mend="Check it in Python: TeacherStore.open(folder).check(teacher, data, outputs=...).",
+            fix="Check it in Python: TeacherStore.open(folder).check(teacher, data, outputs=...).",
         )
     teacher, data = asked.load()
     store.require(teacher=teacher, data=data)

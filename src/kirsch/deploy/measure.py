@@ -16,7 +16,7 @@ from kirsch.deploy.export import Artifact, export
 from kirsch.deploy.onnx_inputs import require_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError, NumericError, UsageError
-from kirsch.frameworks.annotations import Inputs, Labelled, Model
+from kirsch.frameworks.annotations import Inputs, Labeled, Model
 from kirsch.frameworks.data import Batch, SeededData
 from kirsch.frameworks.port import framework_of, host
 from kirsch.measurement.latency import Latency, Ratio, interleaved
@@ -155,7 +155,7 @@ def measure(
     model_or_artifact: Artifact | str | Path | Model,
     *,
     example_inputs: Inputs,
-    data: Labelled | None = None,
+    data: Labeled | None = None,
     runtime: Literal["onnxruntime"] = "onnxruntime",  # noqa: ARG001 - the only one there is
     threads: Count = 1,
     rounds: Count = 30,
@@ -213,11 +213,11 @@ def _labelled(data: Any) -> Iterator[tuple[Any, Any]]:
     empty = True
     for batch in map(Batch.of, batches):
         if batch.targets is None:
-            raise DataError("A batch of `data` has no labels.", mend="Give (inputs, labels), or batches of such pairs.")
+            raise DataError("A batch of `data` has no labels.", fix="Give (inputs, labels), or batches of such pairs.")
         yield batch.inputs, batch.targets
         empty = False
     if empty:
-        raise DataError("`data` has no batch.", mend="Give (inputs, labels), or batches of such pairs.")
+        raise DataError("`data` has no batch.", fix="Give (inputs, labels), or batches of such pairs.")
 
 
 def _measured(
@@ -239,7 +239,7 @@ def _measured(
         if np.issubdtype(output.dtype, np.floating) and output.size and not np.isfinite(output).any():
             raise NumericError(
                 f"The output {name!r} of {path.name} holds no finite number for the example inputs.",
-                mend="Repair the model, or give example inputs as they occur.",
+                fix="Repair the model, or give example inputs as they occur.",
             )
     run = race({"model": path}, some, reference="model", threads=threads, rounds=rounds)
     found = None

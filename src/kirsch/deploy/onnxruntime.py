@@ -39,7 +39,7 @@ class OnnxSession:
         file = Path(path)
         found = describe(file)
         if found is None:
-            raise LoadError(f"The file {file} does not exist.", mend="Export the model first.")
+            raise LoadError(f"The file {file} does not exist.", fix="Export the model first.")
         if file.is_dir() or (file.suffix.lower() != ".onnx" and found.why):
             raise LoadError(f"{file} is not an ONNX file: it is {found.what}.", found.why, found.as_model)
         options = onnxruntime.SessionOptions()
@@ -94,7 +94,7 @@ class OnnxSession:
             DataError: there are no inputs.
         """
         if not len(inputs):
-            raise DataError("There are no inputs to predict.", mend="Give at least one.")
+            raise DataError("There are no inputs to predict.", fix="Give at least one.")
         size = self.batch or batch_size
         parts = []
         for start in range(0, len(inputs), size):

@@ -75,7 +75,7 @@ def trials(model: Exportable) -> tuple[list[Trial], str]:
     example = tuple(model.inputs.values())
     found = [Trial("example", example, _run(model, example))]
     if not found[0].expected:
-        raise ModelError(f"A {model.name} returns no tensor.", mend="Let its forward return what the file shall give.")
+        raise ModelError(f"A {model.name} returns no tensor.", fix="Let its forward return what the file shall give.")
     _check_finite(model, found[0])
     _check_steady(model, example)
     count, fixed = len(example[0]), ""
@@ -149,9 +149,9 @@ def _check_finite(model: Exportable, trial: Trial) -> None:
 
 
 def _check_steady(model: Exportable, inputs: Arrays) -> None:
-    why, mend = model.unsteady(inputs)
+    why, fix = model.unsteady(inputs)
     if why:
-        raise NumericError(f"A {model.name} gives other outputs at each run, so no file can equal it.", why, mend)
+        raise NumericError(f"A {model.name} gives other outputs at each run, so no file can equal it.", why, fix)
 
 
 def _broken(array: NDArray[Any]) -> bool:

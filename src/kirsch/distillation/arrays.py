@@ -34,9 +34,7 @@ def namespace(array: Any) -> Any:
     root = type(array).__module__.partition(".")[0]
     if root == "torch":
         return sys.modules["torch"]
-    raise UsageError(
-        f"A {type(array).__qualname__} is no array that losses know.", mend="Give numpy arrays or tensors."
-    )
+    raise UsageError(f"A {type(array).__qualname__} is no array that losses know.", fix="Give numpy arrays or tensors.")
 
 
 def each(function: Callable[[Any], Any], arrays: Any) -> Any:
@@ -160,8 +158,8 @@ def deviation(array: Any, axis: int | tuple[int, ...] = -1) -> Any:
     count = 1
     for place in axes:
         count *= array.shape[place]
-    centred = array - xp.mean(array, axis=axes, keepdims=True)
-    return root(xp.sum(centred * centred, axis=axes, keepdims=True) / max(count - 1, 1))
+    centered = array - xp.mean(array, axis=axes, keepdims=True)
+    return root(xp.sum(centered * centered, axis=axes, keepdims=True) / max(count - 1, 1))
 
 
 def flat(features: Any) -> Any:
@@ -215,7 +213,7 @@ def mean_over(values: Any, mask: Any = None) -> Any:
     counts = mask != 0
     number = int(counts.sum())
     if number == 0:
-        raise DataError("All targets are masked: there is nothing to learn from.", mend="Look at the mask and labels.")
+        raise DataError("All targets are masked: there is nothing to learn from.", fix="Look at the mask and labels.")
     return xp.where(counts, values, 0.0 * xp.zeros_like(values)).sum() / number
 
 
@@ -279,7 +277,7 @@ def check_maps(student: Any, teacher: Any) -> None:
         if len(maps.shape) != len("NCHW"):
             raise ShapeError(
                 f"The {whose}'s maps have shape {tuple(maps.shape)}; (N, C, H, W) is needed.",
-                mend="Take the output of a convolution, or a loss of features or tokens.",
+                fix="Take the output of a convolution, or a loss of features or tokens.",
             )
     same_samples(student, teacher, "maps")
 
@@ -351,7 +349,7 @@ def rows_that_count(scores: Any, mask: Any = None) -> Any:
         raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {tuple(scores.shape[:-1])} is needed.")
     rows = rows[mask.reshape(-1) != 0]
     if len(rows) == 0:
-        raise DataError("All targets are masked: there is nothing to learn from.", mend="Look at the mask and labels.")
+        raise DataError("All targets are masked: there is nothing to learn from.", fix="Look at the mask and labels.")
     return rows
 
 

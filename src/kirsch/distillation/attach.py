@@ -15,17 +15,17 @@ from kirsch.distillation.matching import by_depth, stages, stages_of
 from kirsch.distillation.schedule import ends
 from kirsch.distillation.teachers import holds_top_k, stored_scores
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
-from kirsch.frameworks.sites import at_sites, texts
+from kirsch.frameworks.layers import at_layers, texts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from kirsch.distillation.objective import Objective, Term
+    from kirsch.frameworks.layers import LayerNames
     from kirsch.frameworks.port import Framework
-    from kirsch.frameworks.sites import Sites
 
 SCORES = ("logits", "output.logits")
-"""Sites of what labels belong to."""
+"""LayerNames of what labels belong to."""
 
 GATHERED = ("stages", "relations")
 """Kinds of values that are lists: all places of a term make one pair."""
@@ -37,17 +37,17 @@ class Pair:
 
     Args:
         term: which term of the objective, by its place.
-        name: of its joint, as parameters are called by it.
-        student, teacher: concrete sites.
-        joint: what brings them to one shape, a module; None where they are compared as they are.
+        name: of its adapter, as parameters are called by it.
+        student, teacher: concrete layers.
+        adapter: what brings them to one shape, a module; None where they are compared as they are.
         shapes: of both sides, as text.
     """
 
     term: int
     name: str
-    student: Sites
-    teacher: Sites
-    joint: Any
+    student: LayerNames
+    teacher: LayerNames
+    adapter: Any
     shapes: tuple[str, str]
 
 
@@ -61,7 +61,7 @@ def attach(
     seed: int,
     recorded: Mapping[str, Any] | None = None,
 ) -> list[Pair]:
-    """The pairs of an objective: concrete sites, and adapters sized from a run of all models.
+    """The pairs of an objective: concrete layers, and adapters sized from a run of all models.
 
     Args:
         framework: of all models.
@@ -72,12 +72,12 @@ def attach(
         recorded: what a store holds of these samples, instead of teachers.
 
     Raises:
-        UnknownNameError: a model has no such site, or the store no such record.
+        UnknownNameError: a model has no such layer, or the store no such record.
         ShapeError: no adapter joins two places, or student and teacher put out other classes.
         UsageError: student and teacher have different numbers of places, or there is no such teacher.
     """
     if recorded is None and not teachers:
-        raise UsageError("The objective has terms, and there is no teacher.", mend="Give one, or Objective.labels().")
+        raise UsageError("The objective has terms, and there is no teacher.", fix="Give one, or Objective.labels().")
     places = []
     for number, term in enumerate(objective.terms):
         if not any(ends(term.weight)):  # a term that never counts is not computed
@@ -99,12 +99,12 @@ def attach(
     pairs = []
     for place, (number, mine, theirs) in enumerate(places):
         term = objective.terms[number]
-        values = at_sites(seen, mine), at_sites(others[term.of or 0], theirs)
-        joint = _joint(framework, term, values, place, seed)
+        values = at_layers(seen, mine), at_layers(others[term.of or 0], theirs)
+        adapter = _adapter(framework, term, values, place, seed)
         if of_all(term) and len(teachers) > 1:
-            _check_teachers(objective, term, [at_sites(other, theirs) for other in others], joint)
-        pairs.append(Pair(number, f"joint{place}", mine, theirs, joint, (_shape(values[0]), _shape(values[1]))))
-        _try(framework, term, values, joint, f"{said(mine)} of the student and {said(theirs)} of the teacher")
+            _check_teachers(objective, term, [at_layers(other, theirs) for other in others], adapter)
+        pairs.append(Pair(number, f"adapter{place}", mine, theirs, adapter, (_shape(values[0]), _shape(values[1]))))
+        _try(framework, term, values, adapter, f"{said(mine)} of the student and {said(theirs)} of the teacher")
     return pairs
 
 
@@ -129,7 +129,7 @@ def _check_all_held(objective: Objective, terms: Sequence[int], teachers: int) -
             )
 
 
-def _check_teachers(objective: Objective, term: Term, scores: Sequence[Any], joint: Any) -> None:
+def _check_teachers(objective: Objective, term: Term, scores: Sequence[Any], adapter: Any) -> None:
     """Refuse teachers that cannot be combined."""
     sizes = [tuple(values.shape) for values in scores]
     if len(set(sizes)) > 1:
@@ -141,17 +141,17 @@ def _check_teachers(objective: Objective, term: Term, scores: Sequence[Any], joi
     if loss_of(term.loss).activation == "identity" and objective.teachers == "confidence":
         raise UsageError(
             f"The term {term.called!r} compares numbers, which do not tell how sure a teacher is of them.",
-            mend='Combine them as "probabilities", which is the mean of numbers, or name one for the term: of=0.',
+            fix='Combine them as "probabilities", which is the mean of numbers, or name one for the term: of=0.',
         )
-    if joint is not None and objective.teachers == "sum":
+    if adapter is not None and objective.teachers == "sum":
         raise UsageError(
             f"The term {term.called!r} has an adapter, which takes one teacher, and there are {len(scores)} to add up.",
-            mend='Combine them as "probabilities", or name one of them for the term: of=0.',
+            fix='Combine them as "probabilities", or name one of them for the term: of=0.',
         )
 
 
 def wanted_of(objective: Objective, pairs: Sequence[Pair], place: int) -> list[str]:
-    """The sites that are watched in the teacher of this place."""
+    """The layers that are watched in the teacher of this place."""
     return texts([pair.teacher for pair in pairs if concerns(objective.terms[pair.term], place)])
 
 
@@ -164,7 +164,7 @@ def table(objective: Objective, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
             "teacher": pair.teacher,
             "student_shape": pair.shapes[0],
             "teacher_shape": pair.shapes[1],
-            "adapter": type(pair.joint).__name__ if pair.joint is not None else None,
+            "adapter": type(pair.adapter).__name__ if pair.adapter is not None else None,
         }
         for pair in pairs
     ]
@@ -172,8 +172,8 @@ def table(objective: Objective, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 
 def _places(
     framework: Framework, term: Term, student: Any, teacher: Any, inputs: Any, recorded: Mapping[str, Any] | None
-) -> list[tuple[Sites, Sites]]:
-    """The pairs of concrete sites of a term."""
+) -> list[tuple[LayerNames, LayerNames]]:
+    """The pairs of concrete layers of a term."""
     gathered = loss_of(term.loss).takes in GATHERED
     auto = re.fullmatch(r"auto(?:\[(-?\d+)\])?", term.student) if isinstance(term.student, str) else None
     if auto is not None and term.teacher is None and recorded is None:
@@ -197,7 +197,7 @@ def _places(
         if isinstance(term.there, list) and not any("*" in text for text in term.there):
             raise UsageError(
                 f"The term {term.called!r} names {len(theirs)} places of the teacher for {len(mine)} of the student.",
-                mend="Name as many, or a pattern such as layer*, of which as many are taken by their depth.",
+                fix="Name as many, or a pattern such as layer*, of which as many are taken by their depth.",
             )
         theirs = by_depth(theirs, len(mine))
     return [(mine, theirs)] if gathered else list(zip(mine, theirs, strict=True))
@@ -209,46 +209,46 @@ def _picked(found: Any, place: int, what: str) -> Any:
     return [found[place]]
 
 
-def _expanded(framework: Framework, model: Any, sites: Sites, inputs: Any) -> Any:
-    if isinstance(sites, dict):
-        return {name: _expanded(framework, model, site, inputs)[0] for name, site in sites.items()}
-    return [concrete for text in texts(sites) for concrete in framework.expand(model, text, inputs)]
+def _expanded(framework: Framework, model: Any, layers: LayerNames, inputs: Any) -> Any:
+    if isinstance(layers, dict):
+        return {name: _expanded(framework, model, layer, inputs)[0] for name, layer in layers.items()}
+    return [concrete for text in texts(layers) for concrete in framework.expand(model, text, inputs)]
 
 
-def _recorded(sites: Sites, recorded: Mapping[str, Any]) -> list[str]:
-    names = [sites] if isinstance(sites, str) else list(sites)
+def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:
+    names = [layers] if isinstance(layers, str) else list(layers)
     for name in names:
         if name not in recorded:
             raise UnknownNameError("record in the store", name, recorded)
     return names
 
 
-def _joint(framework: Framework, term: Term, values: tuple[Any, Any], place: int, seed: int) -> Any:
+def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], place: int, seed: int) -> Any:
     loss = loss_of(term.loss)
     # Scores of other classes are no matter of an adapter.
     if term.adapter == "none" or (term.adapter == "auto" and loss.takes in ("scores", "pixels", "values", "sets")):
         return None
     options = {"widths": loss.widths, "takes": loss.takes, **term.adapter_options}
-    return framework.seeded(lambda: framework.joint(term.adapter, *values, options), seed + place)
+    return framework.seeded(lambda: framework.adapter(term.adapter, *values, options), seed + place)
 
 
-def _try(framework: Framework, term: Term, values: tuple[Any, Any], joint: Any, where: str) -> None:
+def _try(framework: Framework, term: Term, values: tuple[Any, Any], adapter: Any, where: str) -> None:
     """The loss of a term on the values of the dry run, so that what does not fit is an error before any training."""
     loss = loss_of(term.loss)
     mine, theirs = values
     if holds_top_k(theirs):
         stored_scores(term, mine, theirs, None, term.keywords(0.0))
         return
-    if joint is not None:
+    if adapter is not None:
         ids = framework.tensor(np.arange(len(first_of(mine))))
-        mine, theirs = framework.seeded(lambda: copy.deepcopy(joint)(mine, theirs, ids=ids), 0)
+        mine, theirs = framework.seeded(lambda: copy.deepcopy(adapter)(mine, theirs, ids=ids), 0)
     if loss.takes == "scores" and mine.ndim >= len("NKHW"):
         classes = "Take 'pixel-kd' or 'cwd-pixels' for classes of pixels; for " if mine.shape[1] > 1 else "For "
-        site = texts(term.student)[0]
+        layer = texts(term.student)[0]
         raise ShapeError(
             f"The term {term.called!r} cannot compare {where}: of shape {tuple(mine.shape)} they are scores of pixels.",
             f"The loss {term.loss!r} takes the last axis for that of the classes.",
-            f'{classes}images of numbers, or a yes or no for each pixel, Term("fitnet", student="{site}").',
+            f'{classes}images of numbers, or a yes or no for each pixel, Term("fitnet", student="{layer}").',
         )
     if loss.takes == "scores" and loss.widths == "same" and tuple(mine.shape[1:]) != tuple(theirs.shape[1:]):
         refuse_classes(tuple(mine.shape), tuple(theirs.shape))
@@ -261,7 +261,7 @@ def _try(framework: Framework, term: Term, values: tuple[Any, Any], joint: Any, 
         raise ShapeError(
             f"The term {term.called!r} cannot compare {where}. {error.what}",
             error.why,
-            error.mend or "Name an adapter, or other places.",
+            error.fix or "Name an adapter, or other places.",
         ) from error
 
 
@@ -288,7 +288,7 @@ def _check_names(mine: Sequence[str], theirs: Sequence[str]) -> None:
         raise ShapeError(
             f"The student calls class {differ[0]} {mine[differ[0]]!r}, the teacher {theirs[differ[0]]!r}.",
             "Soft targets need the same classes in the same order.",
-            "Build the student with the id2label of the teacher's configuration, or mend the names.",
+            "Build the student with the id2label of the teacher's configuration, or fix the names.",
         )
 
 
@@ -304,6 +304,6 @@ def _shape(values: Any) -> str:
     return " × ".join(str(size) for size in tuple(first_of(values).shape)[1:])
 
 
-def said(sites: Sites) -> str:
-    """Sites as words."""
-    return ", ".join(f"`{text}`" for text in texts(sites))
+def said(layers: LayerNames) -> str:
+    """LayerNames as words."""
+    return ", ".join(f"`{text}`" for text in texts(layers))

@@ -69,13 +69,13 @@ def distill_chain(
         at random; with "probabilities" the gradient of soft targets is that of their mean divergence.
     """
     if len(models) < FEWEST:
-        raise UsageError(f"A chain needs a teacher and a student; there are {len(models)} models.", mend="Give both.")
+        raise UsageError(f"A chain needs a teacher and a student; there are {len(models)} models.", fix="Give both.")
     _check_apart(models)
     first, students = models[0], models[1:]
     if learn_from == "all" and isinstance(first, TeacherStore):
         raise UsageError(
             "A store cannot be combined with the models that come after it.",
-            mend='Give the teacher itself, or learn_from="previous".',
+            fix='Give the teacher itself, or learn_from="previous".',
         )
     objectives = _each(objective or Objective.kd(), len(students), "objective")
     trainings = _each(training or Training(), len(students), "training")
@@ -159,10 +159,10 @@ def born_again(
             if not before and teacher is None:
                 bare = dataclasses.replace(objective, terms=(), label_weight=1.0)
                 return fit(models[place], data, objective=bare, training=own_training, hooks=own, **common)
-            guide = before[-1].model if before else teacher
+            teacher_source = before[-1].model if before else teacher
             return distill(
                 models[place],
-                guide,
+                teacher_source,
                 data,
                 objective=objective,
                 training=own_training,
@@ -232,7 +232,7 @@ def ensemble(
         UsageError: there are no models, or an argument has another value.
     """
     if not models:
-        raise UsageError("An ensemble of no models has no scores.", mend="Give at least one.")
+        raise UsageError("An ensemble of no models has no scores.", fix="Give at least one.")
     return framework_of(models[0]).ensemble(models, _Combination(combine, activation, outputs))
 
 
@@ -243,7 +243,7 @@ def _each(given: Any, links: int, what: str) -> list[Any]:
     if len(given) != links:
         raise UsageError(
             f"There are {len(given)} for {what!r} and {links} links, each from one model to the next.",
-            mend="Give one for all, or one for each link.",
+            fix="Give one for all, or one for each link.",
         )
     return list(given)
 
@@ -254,7 +254,7 @@ def _check_apart(models: Sequence[Any]) -> None:
             if models[other] is model:
                 raise UsageError(
                     f"Models {other} and {place} are the same object.",
-                    mend="Build each by itself, or give a copy: copy.deepcopy(model).",
+                    fix="Build each by itself, or give a copy: copy.deepcopy(model).",
                 )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kirsch.frameworks.training import Training
 
 FEW = 8
-"""Samples of the run that finds the shapes at all sites."""
+"""Samples of the run that finds the shapes at all layers."""
 
 
 def first_batch(framework: Framework, data: Any) -> Batch:
@@ -47,7 +47,7 @@ def first_batch(framework: Framework, data: Any) -> Batch:
 
     first = framework.seeded(fetch, 0)  # a loader that shuffles draws from the caller's random state
     if not first:
-        raise DataError("The data is empty.", mend="Give at least one batch.")
+        raise DataError("The data is empty.", fix="Give at least one batch.")
     return Batch.of(*first)
 
 
@@ -61,7 +61,7 @@ def _refuse_dataset(data: Any) -> None:
     if kinds & set(DATASETS) and STREAMS not in kinds:
         raise DataError(
             f"The data is a {type(data).__name__}, which gives single samples, and batches are needed.",
-            mend="Give torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True).",
+            fix="Give torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True).",
         )
 
 

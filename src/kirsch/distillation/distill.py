@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from kirsch.annotations import described
 from kirsch.arguments import checked, takes
 from kirsch.distillation.checks import check_last_batch, few, first_batch, late_ramps, split_relations
+from kirsch.distillation.distillation_loss import DistillationLoss
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.evaluation import CHECKED, UNJUDGED, Validation, evaluate_teacher
-from kirsch.distillation.lesson import Lesson
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import scored_sites, settle
+from kirsch.distillation.probabilities import logit_layers, settle
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
 from kirsch.distillation.teachers import Teacher, one_or_more, replayed
@@ -65,7 +65,7 @@ def distill(
         UsageError: student and teacher are one object, one does not run on the first batch, or puts out probabilities
             and the objective does not say so.
         ShapeError: they put out different numbers of classes, or two places are of shapes that no adapter joins.
-        UnknownNameError: a model has no such site.
+        UnknownNameError: a model has no such layer.
         DataError: there are no samples, the targets are not what the label loss takes, the data is a dataset and not a
             loader, or a batch is nothing that a model takes.
         StoreError: a store is of other data.
@@ -97,7 +97,7 @@ def distill(
     for text in split_relations(objective, training) + late_ramps(objective, training):
         hooks.doubt(text)
     try:
-        trained = framework.train(bound.pupil, data, bound.lesson, training, hooks)
+        trained = framework.train(bound.module, data, bound.lesson, training, hooks)
     finally:
         bound.close()
     warn_of_result(hooks)
@@ -125,11 +125,13 @@ def fit(
     framework.check_runs(model, inputs)
     shape = tuple(framework.predict(model, inputs).shape[1:])
     check_labels(targets, shape, objective)
-    logits = settle(framework, model, objective, scored_sites(objective, (), None), inputs, teacher=None)
+    logits = settle(framework, model, objective, logit_layers(objective, (), None), inputs, teacher=None)
     check_last_batch(framework, model, data, first)
-    lesson = Lesson(framework, objective, regularizers=regularizers, scores=shape)
+    lesson = DistillationLoss(framework, objective, regularizers=regularizers, scores=shape)
     hooks = with_validation(hooks, framework, validation, objective, [model])
-    trained = framework.train(framework.pupil(model, ("logits",), {}, {}, logits), data, lesson, training, hooks)
+    trained = framework.train(
+        framework.with_adapters(model, ("logits",), {}, {}, logits), data, lesson, training, hooks
+    )
     warn_of_result(hooks)
     return trained
 
@@ -143,7 +145,7 @@ def to_validate_by(validation: Any) -> Any:
     if callable(validation) and not takes(validation, 1):
         raise UsageError(
             f"`validation` is {described(validation)}, which does not take one argument.",
-            mend="Write it as validation(model) → metrics by name.",
+            fix="Write it as validation(model) → metrics by name.",
         )
     if validation is None or callable(validation):
         return validation
@@ -158,7 +160,7 @@ def to_validate_by(validation: Any) -> Any:
     if not batches or isinstance(validation, tuple) or hasattr(validation, "shape"):
         raise UsageError(
             f"`validation` is {described(validation)}.",
-            mend="Give ArrayData, (inputs, labels), a DataLoader, a list of batches, or a callable: model → metrics.",
+            fix="Give ArrayData, (inputs, labels), a DataLoader, a list of batches, or a callable: model → metrics.",
         )
     return validation
 

@@ -11,9 +11,9 @@ from kirsch.annotations import Seed
 from kirsch.arguments import checked
 from kirsch.distillation.attach import Pair, attach, refuse_classes, table, wanted_of
 from kirsch.distillation.checks import few, missing_targets, mixed_scores
-from kirsch.distillation.lesson import Lesson
+from kirsch.distillation.distillation_loss import DistillationLoss
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import check_record, scored_sites, settle, teachers_logits
+from kirsch.distillation.probabilities import check_record, logit_layers, settle, teachers_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
 from kirsch.distillation.teachers import (
@@ -27,18 +27,18 @@ from kirsch.distillation.teachers import (
 from kirsch.errors import CheckpointError, UsageError
 from kirsch.frameworks.annotations import BatchLike, Model, Regularizer
 from kirsch.frameworks.data import Batch
+from kirsch.frameworks.layers import texts
 from kirsch.frameworks.port import framework_of
-from kirsch.frameworks.sites import texts
-from kirsch.frameworks.training import Charge, doubts, shares_of
+from kirsch.frameworks.training import LossOutput, doubts, shares_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kirsch.distillation.teachers import Guide
+    from kirsch.distillation.teachers import TeacherSource
 
 
 class Distiller:
-    """What a training loop of one's own calls to distil.
+    """What a training loop of one's own calls to distill.
 
         with kirsch.Distiller(student, teacher, objective, next(iter(loader))) as distiller:
             optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
@@ -61,7 +61,7 @@ class Distiller:
 
     Attributes:
         student: the model given.
-        pupil: student and adapters as one module, to be wrapped by DDP and the like; see `__call__`.
+        module: student and adapters as one module, to be wrapped by DDP and the like; see `__call__`.
         lesson: what a step charges, as `kirsch.frameworks.training.LossFunction` says.
         rows: which places are compared with which, and by what adapter; to be printed.
         shares: of each term in the gradient, as the first batch of the epoch had them.
@@ -70,7 +70,7 @@ class Distiller:
         UsageError: student and teacher are one object, a store is asked for what it does not hold, a model does not run
             on the batch, or puts out probabilities where logits are needed.
         ShapeError: they put out different numbers of classes, or two places are of shapes that no adapter joins.
-        UnknownNameError: a model has no such site.
+        UnknownNameError: a model has no such layer.
         DataError: the targets are not what the loss on labels takes, or the parts of the batch cannot be told apart.
     """
 
@@ -91,46 +91,52 @@ class Distiller:
         some = few(first)
         framework.check_runs(student, some.inputs)
         self._framework, self._objective = framework, objective
-        self._guide: Guide | None = None
+        self._teacher_source: TeacherSource | None = None
         pairs: list[Pair] = []
         if isinstance(teacher, TeacherStore):
             require_temperature(teacher, objective)
             _require_classes(teacher, objective, framework.predict(student, some.inputs).shape)
-            self._guide = StoredTeacher(framework, teacher)
-            (recorded,) = self._guide(first)
+            self._teacher_source = StoredTeacher(framework, teacher)
+            (recorded,) = self._teacher_source(first)
             if "logits" in recorded and not holds_top_k(recorded["logits"]):
                 check_record(recorded["logits"], objective)
-            (recorded,) = self._guide(some)
+            (recorded,) = self._teacher_source(some)
             pairs = attach(framework, objective, student, (), some.inputs, seed=seed, recorded=recorded)
         elif objective.terms:
             if teacher is None:
                 raise UsageError(
                     "`teacher` of kirsch.Distiller is None, and the terms of the objective need one.",
-                    mend="Give a teacher, or an objective without terms: kirsch.Objective.labels().",
+                    fix="Give a teacher, or an objective without terms: kirsch.Objective.labels().",
                 )
             teachers = _copies(student, teacher)
             for model in teachers:
                 framework.check_runs(model, some.inputs)
             pairs = attach(framework, objective, student, teachers, some.inputs, seed=seed)
-            sites = [wanted_of(objective, pairs, place) for place in range(len(teachers))]
+            layers = [wanted_of(objective, pairs, place) for place in range(len(teachers))]
             logits = teachers_logits(framework, teachers, objective, pairs, some.inputs)
-            self._guide = LiveTeachers(framework, teachers, sites, logits)
+            self._teacher_source = LiveTeachers(framework, teachers, layers, logits)
             for sentence in mixed_scores(objective, len(teachers)):
                 doubt(sentence)
         for sentence in missing_targets(framework, student, first, objective):
             doubt(sentence)
         self.student = student
-        own_sites = scored_sites(objective, pairs, None)
-        self.pupil: Any = framework.pupil(
+        own_sites = logit_layers(objective, pairs, None)
+        self.module: Any = framework.with_adapters(
             student,
             list(dict.fromkeys(["logits"] * objective.scored + texts([pair.student for pair in pairs]))),
-            {pair.name: pair.joint for pair in pairs if pair.joint is not None},
+            {pair.name: pair.adapter for pair in pairs if pair.adapter is not None},
             {pair.name: pair.student for pair in pairs},
             settle(framework, student, objective, own_sites, some.inputs, teacher=None),
         )
         self._scores = tuple(framework.predict(student, some.inputs).shape[1:]) if objective.scored else None
-        self.lesson = Lesson(
-            framework, objective, pairs, self._guide, regularizers, partial(framework.positions, student), self._scores
+        self.lesson = DistillationLoss(
+            framework,
+            objective,
+            pairs,
+            self._teacher_source,
+            regularizers,
+            partial(framework.positions, student),
+            self._scores,
         )
         self.rows: list[dict[str, Any]] = table(objective, pairs)
         self.shares: dict[str, float] = {}
@@ -146,8 +152,8 @@ class Distiller:
         epoch: float = 0.0,
         *,
         of: Mapping[str, int] | None = None,
-        through: Callable[..., Any] | None = None,
-    ) -> Charge:
+        module: Callable[..., Any] | None = None,
+    ) -> LossOutput:
         """What a batch is charged; the student runs in it, and `.total` is to be sent backward.
 
         At the first batch of each whole epoch that is trained on, each term must reach the student. Its share of the
@@ -159,19 +165,19 @@ class Distiller:
             epoch: how many are done, for what changes over them.
             of: where several batches make one step, what `counts` says of them all; the charges then add up to that of
                 one large batch. None: the batch is a step.
-            through: `pupil` as something wraps it, `DistributedDataParallel(distiller.pupil)`; itself if left out.
+            module: `module` as something wraps it, `DistributedDataParallel(distiller.module)`; itself if left out.
 
         Raises:
             NumericError: a term gives the student no gradient.
             DataError: all targets of a step are masked.
         """
-        model = self.pupil if through is None else through
+        model = self.module if module is None else module
         given = Batch.of(batch)
         # Its warnings are of batches that a loader gives; a loop of one's own knows which of its batches have targets.
-        self.lesson.check(given, wherever=self.pupil.training and int(epoch) != self._looked)
+        self.lesson.check(given, wherever=self.module.training and int(epoch) != self._looked)
         charge = self.lesson(model, self._framework.placed(given, self.student), epoch, of)
-        if self.pupil.training and charge.parts and int(epoch) != self._looked:
-            norms = self._framework.gradient_norms(self.pupil, charge.parts)
+        if self.module.training and charge.parts and int(epoch) != self._looked:
+            norms = self._framework.gradient_norms(self.module, charge.parts)
             if norms:
                 self._look_at(norms, int(epoch))
         return charge
@@ -204,18 +210,18 @@ class Distiller:
 
     def parameters(self) -> Iterator[Any]:
         """Those of the student, and those of the adapters: what an optimizer is to be given."""
-        found: Iterator[Any] = self.pupil.parameters()
+        found: Iterator[Any] = self.module.parameters()
         return found
 
     @property
     def adapters(self) -> Any:
         """What is trained beside the student, as one module; without parameters where nothing has to be joined."""
-        return self.pupil.joints
+        return self.module.adapters
 
     @checked
     def train(self, mode: bool = True) -> Self:
         """Student and adapters in training mode; the teachers stay in inference mode."""
-        self.pupil.train(mode)
+        self.module.train(mode)
         return self
 
     def eval(self) -> Self:
@@ -225,7 +231,7 @@ class Distiller:
     def state_dict(self) -> dict[str, Any]:
         """What a run needs beside the states of student and optimizer to go on: adapters, balance, and last look."""
         return {
-            "adapters": dict(self.pupil.joints.state_dict()),
+            "adapters": dict(self.module.adapters.state_dict()),
             "balance": self.lesson.state(),
             "looked": self._looked,
             "shares": dict(self.shares),
@@ -242,25 +248,25 @@ class Distiller:
         missing = [name for name in self.state_dict() if name not in state]
         if missing:
             raise CheckpointError(
-                f"`state` has no {missing[0]!r}.", mend="Give what `state_dict` of a distiller returned."
+                f"`state` has no {missing[0]!r}.", fix="Give what `state_dict` of a distiller returned."
             )
-        own, given = self.pupil.joints.state_dict(), state["adapters"]
+        own, given = self.module.adapters.state_dict(), state["adapters"]
         other = sorted(own.keys() ^ given.keys())
         other = other or [name for name, value in own.items() if tuple(value.shape) != tuple(given[name].shape)]
         if other:
             raise CheckpointError(
                 f"The state holds other adapters than this distiller: {', '.join(other[:3])}.",
-                mend="Build it with the objective, the models and the places that the state was saved with.",
+                fix="Build it with the objective, the models and the places that the state was saved with.",
             )
-        self.pupil.joints.load_state_dict(given)
+        self.module.adapters.load_state_dict(given)
         self.lesson.restore(state["balance"])
         self._looked, self.shares, self._began = state["looked"], dict(state["shares"]), dict(state["began"])
 
     def close(self) -> None:
         """Take the hooks from student and teachers; the next call puts them back."""
-        self.pupil.close()
-        if self._guide is not None:
-            self._guide.close()
+        self.module.close()
+        if self._teacher_source is not None:
+            self._teacher_source.close()
 
     def __enter__(self) -> Self:
         return self
@@ -274,7 +280,7 @@ def _copies(student: Any, teacher: Any) -> list[Any]:
     given = one_or_more(teacher)
     if any(model is student for model in given):
         raise UsageError(
-            "Student and teacher are the same object.", mend="Give the student as a copy: copy.deepcopy(teacher)."
+            "Student and teacher are the same object.", fix="Give the student as a copy: copy.deepcopy(teacher)."
         )
     return [framework_of(model).frozen(model, student) for model in given]
 

@@ -1,4 +1,4 @@
-"""How good a teacher or a student is on labelled samples, compared with a model that does not look at its inputs."""
+"""How good a teacher or a student is on labeled samples, compared with a model that does not look at its inputs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def evaluate_teacher(
     doubt: Callable[[str], None],
     place: int = 0,
 ) -> dict[str, Any]:
-    """How good a teacher is on some labelled samples; empty where none has a label.
+    """How good a teacher is on some labeled samples; empty where none has a label.
 
     A `TeacherStore` is evaluated by its first view of the data that it was built from, since its teacher is not there.
     What cannot be told from chance, by two standard deviations, is warned of.
@@ -90,7 +90,7 @@ def evaluate_teacher(
 
 
 @dataclass(frozen=True)
-class Told:
+class EvaluatedBatch:
     """What a model answers, and what is right, of a batch.
 
     Args:
@@ -107,7 +107,7 @@ class Told:
 # ------------------------------------------------------------------------------------------------ classes
 
 
-def _check_classes(found: Sequence[Told], doubt: Callable[[str], None]) -> dict[str, Any]:
+def _check_classes(found: Sequence[EvaluatedBatch], doubt: Callable[[str], None]) -> dict[str, Any]:
     answers = Answers.of(
         np.concatenate([told.outputs for told in found]), np.concatenate([told.targets for told in found])
     )
@@ -139,7 +139,7 @@ def _check_classes(found: Sequence[Told], doubt: Callable[[str], None]) -> dict[
     return known | ({"balanced_accuracy": answers.balanced, "majority": answers.majority} if answers.uneven else {})
 
 
-def _check_yes_or_no(found: Sequence[Told], doubt: Callable[[str], None]) -> dict[str, Any]:
+def _check_yes_or_no(found: Sequence[EvaluatedBatch], doubt: Callable[[str], None]) -> dict[str, Any]:
     """Of labels each by itself: how many answers are right, against those of a model that answers alike for all."""
     outputs, _ = rows_of(found)
     labels = answers_of_labels(found)
@@ -171,13 +171,13 @@ def _check_yes_or_no(found: Sequence[Told], doubt: Callable[[str], None]) -> dic
     return {"accuracy": right, "chance": chance, "labels": len(labels)}
 
 
-def rows_of(found: Sequence[Told]) -> tuple[NDArray[Any], NDArray[Any]]:
+def rows_of(found: Sequence[EvaluatedBatch]) -> tuple[NDArray[Any], NDArray[Any]]:
     """The outputs of all samples and positions as rows (n, K), and the targets beside them."""
     outputs = np.concatenate([told.outputs.reshape(-1, told.outputs.shape[-1]) for told in found])
     return outputs, np.concatenate([told.targets.reshape(-1, outputs.shape[-1]) for told in found])
 
 
-def answers_of_labels(found: Sequence[Told]) -> list[Answers]:
+def answers_of_labels(found: Sequence[EvaluatedBatch]) -> list[Answers]:
     """The answers of yes or no for each label of which any is known."""
     outputs, targets = rows_of(found)
     return [
@@ -195,14 +195,14 @@ def _mean(labels: Sequence[Answers], name: str) -> float:
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-def r_squared(found: Sequence[Told]) -> float | None:
+def r_squared(found: Sequence[EvaluatedBatch]) -> float | None:
     """R² of numbers: 1 where they are right, 0 for their mean; None where the targets do not differ."""
     outputs, targets = (side.astype(np.float64) for side in rows_of(found))
     spread = ((targets - targets.mean(0)) ** 2).sum()
     return float(1 - ((outputs - targets) ** 2).sum() / spread) if spread > 0 else None
 
 
-def _check_numbers(found: Sequence[Told]) -> dict[str, Any]:
+def _check_numbers(found: Sequence[EvaluatedBatch]) -> dict[str, Any]:
     fit, count = r_squared(found), sum(len(told.outputs) for told in found)
     if fit is None:
         return {}
@@ -224,7 +224,7 @@ def _spread(samples: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, samples - 1, min(samples, MOST_JUDGED)).round().astype(np.int64))
 
 
-def _stored(store: TeacherStore, data: ArrayData, objective: Objective) -> list[Told]:
+def _stored(store: TeacherStore, data: ArrayData, objective: Objective) -> list[EvaluatedBatch]:
     """What a store holds of some samples, beside their labels."""
     if data.targets is None or store.manifest.keep is None:
         return []
@@ -233,15 +233,15 @@ def _stored(store: TeacherStore, data: ArrayData, objective: Objective) -> list[
     classes = store.manifest.classes or 0
     if "indices" not in found:
         scores = found["scores"] + found["maximum"][..., None]
-        return [told_of(scores, data.targets[places], objective)]
+        return [evaluated_batch(scores, data.targets[places], objective)]
     if objective.label_loss != "cross-entropy":
         return []
-    return [Told(*_counted(found["indices"][..., 0], host(data.targets[places]), objective), classes)]
+    return [EvaluatedBatch(*_counted(found["indices"][..., 0], host(data.targets[places]), objective), classes)]
 
 
 def _live(
     framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective, place: int
-) -> list[Told]:
+) -> list[EvaluatedBatch]:
     """What a teacher answers for some samples that have labels."""
     source = validation if validation is not None and not callable(validation) else data
     if isinstance(source, ArrayData):
@@ -261,7 +261,7 @@ def _live(
                 )
             if batch.targets is not None:
                 stated = stated_of(objective, place)
-                found.append(told_of(outputs, host(batch.targets)[places], objective, stated))
+                found.append(evaluated_batch(outputs, host(batch.targets)[places], objective, stated))
     return found
 
 
@@ -290,7 +290,9 @@ def _until_enough(data: Any, objective: Objective) -> list[Batch]:
     return batches
 
 
-def told_of(outputs: NDArray[Any], targets: Any, objective: Objective, stated: str | None = None) -> Told:
+def evaluated_batch(
+    outputs: NDArray[Any], targets: Any, objective: Objective, stated: str | None = None
+) -> EvaluatedBatch:
     """Answers and targets that count, of one batch.
 
     Args:
@@ -306,13 +308,13 @@ def told_of(outputs: NDArray[Any], targets: Any, objective: Objective, stated: s
     check_batch(targets, outputs.shape[1:], objective)
     if objective.label_loss == "cross-entropy":
         rows = classes_last(outputs)
-        return Told(*_counted(rows.argmax(-1), targets, objective), rows.shape[-1])
+        return EvaluatedBatch(*_counted(rows.argmax(-1), targets, objective), rows.shape[-1])
     if stated == "probabilities" and objective.label_loss == "binary":
         outputs = to_logits(outputs, "sigmoid")
     rows = classes_last(outputs[:, None] if outputs.ndim == 1 else outputs)
     if targets.ndim == outputs.ndim:
         targets = classes_last(targets)
-    return Told(rows, targets.reshape(rows.shape), rows.shape[-1])
+    return EvaluatedBatch(rows, targets.reshape(rows.shape), rows.shape[-1])
 
 
 def _counted(likely: Any, targets: NDArray[Any], objective: Objective) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -320,7 +322,7 @@ def _counted(likely: Any, targets: NDArray[Any], objective: Objective) -> tuple[
     if likely.shape != targets.shape:
         raise DataError(
             f"The targets have shape {targets.shape}, and the teacher of the store answers for {likely.shape}.",
-            mend="Give one class number for each place that the teacher answers for.",
+            fix="Give one class number for each place that the teacher answers for.",
         )
     if objective.causal:
         likely, targets = likely[:, :-1], targets[:, 1:]
@@ -329,7 +331,7 @@ def _counted(likely: Any, targets: NDArray[Any], objective: Objective) -> tuple[
 
 
 class Validation:
-    """Metrics of a model on labelled batches, as `TrainingHooks.validate` wants it.
+    """Metrics of a model on labeled batches, as `TrainingHooks.validate` wants it.
 
     They are the accuracy of classes, with the balanced accuracy where classes are uneven; of labels of yes or no the
     accuracy; of numbers R².
@@ -375,16 +377,16 @@ class Validation:
         batches = enumerate(batches_of(self._batches, "the validation"), 1)
         return ((number, batch) for number, batch in batches if batch.targets is not None)
 
-    def _told(self, model: Any, batch: Batch, number: int) -> Told:
+    def _told(self, model: Any, batch: Batch, number: int) -> EvaluatedBatch:
         with naming(f"Batch {number} of the validation"):
             outputs = self._framework.predict(model, batch.inputs)
         try:
-            return told_of(outputs, batch.targets, self._objective, self._objective.student_outputs)
+            return evaluated_batch(outputs, batch.targets, self._objective, self._objective.student_outputs)
         except DataError as error:
             raise DataError(
                 f"Batch {number} of the validation does not fit. {error.what}",
                 error.why,
-                f"{error.mend} Or give validation as a callable: model → metrics by name.",
+                f"{error.fix} Or give validation as a callable: model → metrics by name.",
             ) from error
 
     def check(self, model: Any) -> None:

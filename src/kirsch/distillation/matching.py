@@ -160,7 +160,7 @@ def by_depth(places: Sequence[str], count: int) -> list[str]:
     if len(places) < count:
         raise UsageError(
             f"The student has {count} places, the teacher {len(places)} for them: {', '.join(places[:6])}.",
-            mend="Name the places of both, one for each.",
+            fix="Name the places of both, one for each.",
         )
     if places[0].endswith("hidden[0]") and count > 1:
         return [places[round(place * (len(places) - 1) / (count - 1))] for place in range(count)]

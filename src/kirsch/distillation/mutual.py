@@ -21,15 +21,15 @@ from kirsch.distillation.checks import (
     split_relations,
 )
 from kirsch.distillation.distill import to_validate_by, with_validation
-from kirsch.distillation.lesson import Lesson, add
+from kirsch.distillation.distillation_loss import DistillationLoss, add
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import Logits, scored_sites, settle
+from kirsch.distillation.probabilities import Logits, logit_layers, settle
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
 from kirsch.frameworks.annotations import Data, Model, Regularizer
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
-from kirsch.frameworks.training import Charge, Trained, Training, TrainingHooks, shares_of
+from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHooks, shares_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,7 +85,7 @@ def distill_mutually(
     if framework is None or len(students) < FEWEST:
         raise UsageError(
             f"Mutual learning needs at least two students; there {'is 1' if students else 'are none'}.",
-            mend="Give more of them, or a teacher to kirsch.distill.",
+            fix="Give more of them, or a teacher to kirsch.distill.",
         )
     _check_students(framework, students)
     _check_terms(objective, len(students))
@@ -100,18 +100,20 @@ def distill_mutually(
         check_labels(targets, shape, objective)
         others = [*students[:place], *students[place + 1 :]]
         pairs = attach(framework, objective, student, others, inputs, seed=training.seed)
-        sites = scored_sites(objective, pairs, None)
-        logits.append(settle(framework, student, objective, sites, inputs, teacher=None))
+        layers = logit_layers(objective, pairs, None)
+        logits.append(settle(framework, student, objective, layers, inputs, teacher=None))
         peers.append(_Peers())
-        lessons.append(Lesson(framework, objective, pairs, peers[-1], scores=shape))
+        lessons.append(DistillationLoss(framework, objective, pairs, peers[-1], scores=shape))
     hooks = _of_each(framework, with_validation(hooks, framework, validation, objective, students))
     texts = split_relations(objective, training) + late_ramps(objective, training)
     texts += missing_targets(framework, students[0], first, objective)
     for text in texts + mixed_scores(objective, len(students) - 1):
         hooks.doubt(text)
-    pupil = framework.pupil(framework.cohort(students), [_site(place) for place in range(len(students))], {}, {})
+    module = framework.with_adapters(
+        framework.cohort(students), [_site(place) for place in range(len(students))], {}, {}
+    )
     trained = framework.train(
-        pupil, data, MutualLesson(framework, lessons, peers, logits, regularizers), training, hooks
+        module, data, MutualLoss(framework, lessons, peers, logits, regularizers), training, hooks
     )
     return [_own(trained, place, model) for place, model in enumerate(framework.members(trained.model))]
 
@@ -120,7 +122,7 @@ def _check_students(framework: Framework, students: Sequence[Any]) -> None:
     prints = [framework.fingerprint(student) for student in students]
     for one, other in combinations(range(len(students)), 2):
         if students[one] is students[other]:
-            raise UsageError(f"Students {one} and {other} are the same object.", mend="Build each by itself.")
+            raise UsageError(f"Students {one} and {other} are the same object.", fix="Build each by itself.")
         if prints[one] == prints[other]:
             raise UsageError(
                 f"Students {one} and {other} begin with the same weights.",
@@ -133,12 +135,12 @@ def _check_terms(objective: Objective, students: int) -> None:
     if objective.teacher_outputs not in (None, objective.student_outputs):
         raise UsageError(
             "The objective says what teachers put out, and students that learn from each other have none.",
-            mend="Say it of the students: student_outputs=.",
+            fix="Say it of the students: student_outputs=.",
         )
     if not objective.terms:
         raise UsageError(
             "The objective has no terms, so that the students would learn from the labels alone.",
-            mend='Give one that compares scores, such as Objective.preset("dml").',
+            fix='Give one that compares scores, such as Objective.preset("dml").',
         )
     for term in objective.terms:
         if (term.student, term.there) != ("logits", "logits") or term.adapter not in ("auto", "none"):
@@ -150,13 +152,13 @@ def _check_terms(objective: Objective, students: int) -> None:
         if term.of is not None:
             raise UsageError(
                 f"The term {term.called!r} is of teacher {term.of}; there are peers instead.",
-                mend="Leave out `of`: each student is held against all of its peers.",
+                fix="Leave out `of`: each student is held against all of its peers.",
             )
         if students > FEWEST and not of_all(term):
             raise UsageError(
                 f"The term {term.called!r} compares what several peers cannot say together, and there are "
                 f"{students} students.",
-                mend="Give two students, or a loss on scores.",
+                fix="Give two students, or a loss on scores.",
             )
 
 
@@ -167,14 +169,14 @@ class _Peers:
         self.said: list[dict[str, Any]] = []
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:  # noqa: ARG002 - they were run with the student
-        """See `kirsch.distillation.teachers.Guide`."""
+        """See `kirsch.distillation.teachers.TeacherSource`."""
         return self.said
 
     def close(self) -> None:
-        """See `kirsch.distillation.teachers.Guide`."""
+        """See `kirsch.distillation.teachers.TeacherSource`."""
 
 
-class MutualLesson:
+class MutualLoss:
     """Charges all students for a batch, as `kirsch.frameworks.training.LossFunction` wants it.
 
     Args:
@@ -188,7 +190,7 @@ class MutualLesson:
     def __init__(
         self,
         framework: Framework,
-        lessons: Sequence[Lesson],
+        lessons: Sequence[DistillationLoss],
         peers: Sequence[_Peers],
         logits: Sequence[Logits | None],
         regularizers: Sequence[Regularizer] = (),
@@ -196,7 +198,7 @@ class MutualLesson:
         self._framework, self._lessons, self._peers, self._regularizers = framework, lessons, peers, regularizers
         self._logits = logits
 
-    def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> Charge:
+    def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> LossOutput:
         """What a batch is charged, of all students together; see `LossFunction`."""
         seen = model(batch.inputs, {}, batch.ids).values
         scores = [
@@ -216,7 +218,7 @@ class MutualLesson:
                 part = regularizer(student) * (1.0 if of is None else len(batch) / of["samples"])
                 total = total + part
                 add(parts, _name(place, type(regularizer).__name__), part)
-        return Charge(total, parts)
+        return LossOutput(total, parts)
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
         """See `LossFunction`; the students are charged for the same."""

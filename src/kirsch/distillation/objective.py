@@ -1,4 +1,4 @@
-"""What a training run minimises, as data."""
+"""What a training run minimizes, as data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.loss import loss_of, options_of
 from kirsch.distillation.schedule import Number, Ramp, at, ends, problem
 from kirsch.errors import UnknownNameError, UsageError
-from kirsch.frameworks.sites import Site, Sites, texts
+from kirsch.frameworks.layers import LayerName, LayerNames, texts
 
 NUMBERS = ("weight", "temperature", "label_weight")
 """Fields that may be ramps."""
@@ -30,7 +30,7 @@ class Term:
         loss: its name among `LOSSES`.
         weight: >= 0, or a `Ramp`.
         temperature: > 0, or a `Ramp`; None is the loss's own.
-        student: where in the student, as `kirsch.frameworks.sites` says: "logits", "layer3", "hidden[2]", "auto".
+        student: where in the student, as `kirsch.frameworks.layers` says: "logits", "layer3", "hidden[2]", "auto".
         teacher: where in the teacher; None where it is the same.
         adapter: what joins two sides whose shapes differ, by its name; "auto" takes one only where it is needed, "none"
             never.
@@ -45,8 +45,8 @@ class Term:
     loss: str = "kd"
     weight: Number = 0.9
     temperature: Number | None = None
-    student: Sites = "logits"
-    teacher: Sites | None = None
+    student: LayerNames = "logits"
+    teacher: LayerNames | None = None
     adapter: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
     adapter_options: Mapping[str, Any] = field(default_factory=dict)
@@ -74,14 +74,14 @@ class Term:
     @property
     def _weights(self) -> bool:
         """Whether it compares what models put out as attention, which are weights behind a softmax."""
-        sites = [Site.read(text) for text in texts([self.student, self.there])]
-        return any(site.layered and site.layered[2] == "attention" for site in sites)
+        layers = [LayerName.read(text) for text in texts([self.student, self.there])]
+        return any(layer.layered and layer.layered[2] == "attention" for layer in layers)
 
     def problems(self) -> list[str]:
         """What is wrong with its numbers and options, one sentence each; an unknown loss is an error."""
         known = options_of(loss_of(self.loss))
         for text in texts([self.student, self.there]):
-            Site.read(text)
+            LayerName.read(text)
         wrong = [problem(f"the weight of {self.called!r}", self.weight, least=0)]
         if self.temperature is not None:
             wrong.insert(0, problem(f"the temperature of {self.called!r}", self.temperature, above=0))
@@ -153,8 +153,8 @@ class Objective:
     @property
     def scored(self) -> bool:
         """Whether it needs the scores of the models: for labels, or for a term."""
-        sites = texts([[term.student, term.there] for term in self.terms if any(ends(term.weight))])
-        return any(ends(self.label_weight)) or "logits" in sites
+        layers = texts([[term.student, term.there] for term in self.terms if any(ends(term.weight))])
+        return any(ends(self.label_weight)) or "logits" in layers
 
     @classmethod
     @checked

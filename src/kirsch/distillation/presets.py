@@ -47,7 +47,7 @@ def dist() -> Objective:
 
 @PRESETS.register("lskd")
 def lskd() -> Objective:
-    """Soft targets of standardised scores: temperature 2, weight 9, and a tenth of the labels.
+    """Soft targets of standardized scores: temperature 2, weight 9, and a tenth of the labels.
 
     Source: Sun et al. 2024, arXiv:2403.01427, section 4.
     """

@@ -74,25 +74,26 @@ def stated_of(objective: Objective, teacher: int | None) -> str | None:
 
 @dataclass(frozen=True)
 class Logits:
-    """Replaces probabilities at some sites of a model by logits; values at other sites stay.
+    """Replaces probabilities at some layers of a model by logits; values at other layers stay.
 
     Args:
-        sites: where the model puts out probabilities.
+        layers: where the model puts out probabilities.
         activation: see `to_logits`.
     """
 
-    sites: tuple[str, ...]
+    layers: tuple[str, ...]
     activation: Activation
 
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values by site."""
+        """The values by layer."""
         return {
-            site: to_logits(value, self.activation) if site in self.sites else value for site, value in values.items()
+            layer: to_logits(value, self.activation) if layer in self.layers else value
+            for layer, value in values.items()
         }
 
 
-def scored_sites(objective: Objective, pairs: Sequence[Pair], teacher: int | None) -> list[str]:
-    """The sites of the student (None), or of the teacher of this place, at which losses take logits."""
+def logit_layers(objective: Objective, pairs: Sequence[Pair], teacher: int | None) -> list[str]:
+    """The layers of the student (None), or of the teacher of this place, at which losses take logits."""
     found = ["logits"] if teacher is None and _labels_take_logits(objective) else []
     for pair in pairs:
         term = objective.terms[pair.term]
@@ -101,11 +102,11 @@ def scored_sites(objective: Objective, pairs: Sequence[Pair], teacher: int | Non
             continue
         if teacher is not None and term.of not in (None, teacher):
             continue
-        if teacher is None and pair.joint is not None:  # of its features an adapter makes logits
+        if teacher is None and pair.adapter is not None:  # of its features an adapter makes logits
             continue
-        sites = pair.student if teacher is None else pair.teacher
-        sites = sites.get("scores", ()) if isinstance(sites, dict) else sites
-        found += [sites] if isinstance(sites, str) else []
+        layers = pair.student if teacher is None else pair.teacher
+        layers = layers.get("scores", ()) if isinstance(layers, dict) else layers
+        found += [layers] if isinstance(layers, str) else []
     return list(dict.fromkeys(found))
 
 
@@ -114,7 +115,7 @@ def _labels_take_logits(objective: Objective) -> bool:
 
 
 def settle(
-    framework: Framework, model: Any, objective: Objective, sites: Sequence[str], inputs: Any, *, teacher: int | None
+    framework: Framework, model: Any, objective: Objective, layers: Sequence[str], inputs: Any, *, teacher: int | None
 ) -> Logits | None:
     """What makes logits of a model's outputs; None where they are logits.
 
@@ -122,7 +123,7 @@ def settle(
         framework: of the model.
         model: the student, or a teacher.
         objective: says what the model puts out; where it does not, outputs that look like probabilities are refused.
-        sites: at which losses take logits.
+        layers: at which losses take logits.
         inputs: some samples.
         teacher: its place among the teachers; None for the student.
 
@@ -130,7 +131,7 @@ def settle(
         UsageError: the outputs are probabilities and the objective does not say so, or the other way round.
     """
     stated, activations = stated_of(objective, teacher), activations_of(objective)
-    if not sites or not activations or stated == "logits":
+    if not layers or not activations or stated == "logits":
         return None
     if stated == "probabilities" and len(activations) > 1:
         raise UsageError(
@@ -138,23 +139,23 @@ def settle(
             "Probabilities become logits in another way for each.",
             "Give models that put out logits.",
         )
-    values = framework.dry_run(model, sites, inputs)
+    values = framework.dry_run(model, layers, inputs)
     whose = "The student" if teacher is None else "The teacher"
     named = f"{whose}, a {type(model).__name__},"
-    for site in sites:
-        found = host(wide(values[site]))
+    for layer in layers:
+        found = host(wide(values[layer]))
         if stated == "probabilities":
-            _check_stated(named, site, found, activations)
+            _check_stated(named, layer, found, activations)
         else:
             shape = shape_of(found, activations)
-            if shape == "inside" and framework.squashed(model, site, inputs):
+            if shape == "inside" and framework.squashed(model, layer, inputs):
                 shape = "sigmoid"
             negative = not shape and "sigmoid" in activations and found.size and found.max() <= 0
-            if negative and framework.squashed(model, site, inputs, logarithm=True):
+            if negative and framework.squashed(model, layer, inputs, logarithm=True):
                 shape = "log-sigmoid"
             if shape not in ("", "inside"):
                 raise refusal(named, shape, objective, "student_outputs" if teacher is None else "teacher_outputs")
-    return Logits(tuple(sites), next(iter(activations))) if stated == "probabilities" else None
+    return Logits(tuple(layers), next(iter(activations))) if stated == "probabilities" else None
 
 
 def shape_of(values: NDArray[Any], activations: set[Activation]) -> str:
@@ -208,15 +209,15 @@ def refusal(whose: str, shape: str, objective: Objective, field: str) -> UsageEr
     )
 
 
-def _check_stated(whose: str, site: str, values: NDArray[Any], activations: set[Activation]) -> None:
+def _check_stated(whose: str, layer: str, values: NDArray[Any], activations: set[Activation]) -> None:
     """Refuse outputs that are said to be probabilities and are not."""
     inside = np.isfinite(values).all() and values.min() >= -ROUNDING and values.max() <= 1 + ROUNDING
     if inside and (activations != {"softmax"} or are_probabilities(classes_last(values))):
         return
-    why = f"`{site}` has values from {values.min():.3g} to {values.max():.3g}."
+    why = f"`{layer}` has values from {values.min():.3g} to {values.max():.3g}."
     if inside:
         sums = classes_last(values).sum(-1)
-        why = f"Of `{site}` the classes of a sample sum to {sums.min():.3g} to {sums.max():.3g}, and not to 1."
+        why = f"Of `{layer}` the classes of a sample sum to {sums.min():.3g} to {sums.max():.3g}, and not to 1."
     raise UsageError(
         f"{whose} is said to put out probabilities, and does not.",
         why,
@@ -224,20 +225,20 @@ def _check_stated(whose: str, site: str, values: NDArray[Any], activations: set[
     )
 
 
-def check_training(values: Mapping[str, Any], sites: Sequence[str], objective: Objective) -> None:
+def check_training(values: Mapping[str, Any], layers: Sequence[str], objective: Objective) -> None:
     """Refuse probabilities that a student puts out in training mode alone; `settle` looks in inference mode.
 
     Args:
-        values: of the student in training mode, by site.
-        sites: at which losses take logits.
+        values: of the student in training mode, by layer.
+        layers: at which losses take logits.
         objective: says what the student puts out.
 
     Raises:
         UsageError: they are probabilities, and the objective does not say what they are.
     """
     activations = activations_of(objective)
-    for site in sites if stated_of(objective, None) is None and activations else ():
-        shape = shape_of(host(wide(values[site])), activations)
+    for layer in layers if stated_of(objective, None) is None and activations else ():
+        shape = shape_of(host(wide(values[layer])), activations)
         if shape not in ("", "inside"):
             error = refusal("The student, in training mode,", shape, objective, "student_outputs")
             fix = (
@@ -280,9 +281,9 @@ def teachers_logits(
     if isinstance(stated, (tuple, list)) and len(stated) != len(teachers):
         raise UsageError(
             f"teacher_outputs says what {len(stated)} teachers put out, and there are {len(teachers)}.",
-            mend="Give one for each, or one for all.",
+            fix="Give one for each, or one for all.",
         )
     return [
-        settle(framework, model, objective, scored_sites(objective, pairs, place), inputs, teacher=place)
+        settle(framework, model, objective, logit_layers(objective, pairs, place), inputs, teacher=place)
         for place, model in enumerate(teachers)
     ]

@@ -54,11 +54,11 @@ def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> No
         )
     if given is None:
         if not objective.terms:
-            raise DataError("The data has no targets, and there is no teacher.", mend="Give (inputs, targets).")
+            raise DataError("The data has no targets, and there is no teacher.", fix="Give (inputs, targets).")
         return
     targets = host(given)
     if not targets.ndim:
-        raise DataError(f"The targets are {given!r}, a single value.", mend="Give one target for each sample.")
+        raise DataError(f"The targets are {given!r}, a single value.", fix="Give one target for each sample.")
     _check_values(targets, shape, objective)
     if objective.label_loss != "cross-entropy":
         return

@@ -33,11 +33,11 @@ Teacher = Model | TeacherStore | Sequence[Model]
 """A teacher that runs, several of them, or the stored outputs of one."""
 
 
-class Guide(Protocol):
+class TeacherSource(Protocol):
     """Gives the teachers' side of a step."""
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
-        """For each teacher its values by site, as constants, where the batch lies."""
+        """For each teacher its values by layer, as constants, where the batch lies."""
 
     def close(self) -> None:
         """Take hooks away, until the next call."""
@@ -49,7 +49,7 @@ class LiveTeachers:
     Args:
         framework: of the teachers.
         models: frozen, in inference mode.
-        sites: for each, where its values are wanted.
+        layers: for each, where its values are wanted.
         logits: for each, what makes logits of probabilities among its values; None leaves them as they are.
     """
 
@@ -57,22 +57,22 @@ class LiveTeachers:
         self,
         framework: Framework,
         models: Sequence[Any],
-        sites: Sequence[Sequence[str]],
+        layers: Sequence[Sequence[str]],
         logits: Sequence[Logits | None],
     ) -> None:
         self._framework, self._logits = framework, logits
-        self._places = list(zip(models, sites, strict=True))
+        self._places = list(zip(models, layers, strict=True))
         self._watches: list[Any] = []
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
-        """See `Guide`."""
+        """See `TeacherSource`."""
         if not self._watches:
-            self._watches = [self._framework.watch(model, sites) for model, sites in self._places]
+            self._watches = [self._framework.watch(model, layers) for model, layers in self._places]
         found = [self._framework.infer(watch, batch.inputs) for watch in self._watches]
         return [values if own is None else own(values) for own, values in zip(self._logits, found, strict=True)]
 
     def close(self) -> None:
-        """See `Guide`."""
+        """See `TeacherSource`."""
         for watch in self._watches:
             watch.close()
         self._watches.clear()
@@ -90,11 +90,11 @@ class StoredTeacher:
         self._framework, self._store = framework, store
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
-        """See `Guide`."""
+        """See `TeacherSource`."""
         if batch.ids is None:
             raise UsageError(
                 "A store is read by the numbers of the samples, and the batches do not carry any.",
-                mend="Give ArrayData, or batches of (inputs, targets, ids).",
+                fix="Give ArrayData, or batches of (inputs, targets, ids).",
             )
         self._check_looks(batch)
         self._store.trust(batch.view)
@@ -126,7 +126,7 @@ class StoredTeacher:
             )
 
     def close(self) -> None:
-        """See `Guide`."""
+        """See `TeacherSource`."""
 
 
 def holds_top_k(values: Any) -> bool:
@@ -143,7 +143,7 @@ def stored_scores(term: Term, mine: Any, record: Mapping[str, Any], mask: Any, o
     if term.loss not in ("kd", "top-k"):
         raise UsageError(
             f"The term {term.called!r} needs all scores of the teacher, and the store holds the largest alone.",
-            mend="Build the store with Dense(), or take the terms 'kd' or 'top-k'.",
+            fix="Build the store with Dense(), or take the terms 'kd' or 'top-k'.",
         )
     lost = set(options) - {"temperature", "tail", "k"}
     if lost:
@@ -173,7 +173,7 @@ def replayed(store: TeacherStore, data: Any) -> ArrayData:
     if not isinstance(data, ArrayData):
         raise UsageError(
             "A store replays the augmentation of each sample, which a loader of its own does not let it.",
-            mend="Give ArrayData.",
+            fix="Give ArrayData.",
         )
     store.require(data=data)
     return dataclasses.replace(data, views=store.manifest.views, seed=store.manifest.seed)
@@ -192,7 +192,7 @@ def require_temperature(store: TeacherStore, objective: Objective) -> None:
             if isinstance(term.temperature, Ramp):
                 raise UsageError(
                     f"The temperature of {term.called!r} changes, and the store holds {manifest.temperature:g} alone.",
-                    mend="Build the store with Dense(), or state one temperature.",
+                    fix="Build the store with Dense(), or state one temperature.",
                 )
             store.require(temperature=1.0 if term.temperature is None else term.temperature)
 
@@ -215,7 +215,7 @@ def combined(
         activation: as a loss names it: what makes probabilities of the scores. Numbers have a mean alone.
         axis: of the classes.
 
-    Source: why probabilities: what minimises Σ KL(p_i ‖ q) over q is the mean of p_i. Confidence by entropy: Kwon et
+    Source: why probabilities: what minimizes Σ KL(p_i ‖ q) over q is the mean of p_i. Confidence by entropy: Kwon et
         al. 2020, Adaptive knowledge distillation based on entropy, ICASSP.
     """
     if len(scores) == 1:

@@ -1,1 +1,1 @@
-"""One folder a framework, and the protocol that each fulfils."""
+"""One folder a framework, and the protocol that each fulfills."""

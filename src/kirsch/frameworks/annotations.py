@@ -122,7 +122,7 @@ Inputs = Annotated[Any, Kind("an array, or a tuple or dict of arrays", has_array
 BatchLike = Annotated[Any, Kind("a batch", is_batch, _give_batch)]
 """One batch as a loader returns it."""
 
-Labelled = Annotated[Any, Kind("inputs with labels", _is_labelled, _give_labelled)]
+Labeled = Annotated[Any, Kind("inputs with labels", _is_labelled, _give_labelled)]
 """Inputs and labels as a pair of arrays, or batches of such pairs."""
 
 Data = Annotated[Any, Kind("training data", _is_data, _give_data)]

@@ -330,14 +330,14 @@ def check(transform: Seeded | Augment | None, samples: NDArray[Any]) -> None:
             )
 
 
-def check_call(function: Any, called: str, given: str, mend: str) -> None:
+def check_call(function: Any, called: str, given: str, fix: str) -> None:
     """Refuse a callable that does not take a generator, before any work.
 
     Args:
         function: of two arguments, the second a generator.
         called: what the error calls it.
         given: its first argument, in words.
-        mend: how it should be written.
+        fix: how it should be written.
 
     Raises:
         UsageError: it cannot be called so.
@@ -348,7 +348,7 @@ def check_call(function: Any, called: str, given: str, mend: str) -> None:
         raise UsageError(
             f"{called} cannot be called with {given} and a generator: {error}.",
             "What it draws from elsewhere could not be drawn again.",
-            mend,
+            fix,
         ) from error
     except ValueError:
         return  # of some built-in functions Python does not know the signature; trying them shows

@@ -82,7 +82,7 @@ def naming(batch: str) -> Iterator[None]:
     except (DataError, ModelError, UsageError) as error:
         if type(error) not in (DataError, ModelError, ShapeError, UsageError):  # which are not about a batch
             raise
-        raise type(error)(f"{batch}: {error.what}", error.why, error.mend) from error
+        raise type(error)(f"{batch}: {error.what}", error.why, error.fix) from error
 
 
 def _first(part: Any) -> Any:
@@ -109,7 +109,7 @@ class SeededData(ABC):
 
 
 def count_of(samples: int, batch_size: int) -> int:
-    """Batches of so many samples; a last one of one sample joins the one before, since normalisation needs two."""
+    """Batches of so many samples; a last one of one sample joins the one before, since normalization needs two."""
     full, rest = divmod(samples, batch_size)
     return max(1, full + (rest > 1 or (rest == 1 and full == 0)))
 
@@ -132,7 +132,7 @@ class ArrayData(SeededData):
         inputs: shape (N, ...), finite; or a dict of such, keyword arguments of the model. Tensors and lists of numbers
             become arrays of numpy, here as in `targets` and `ids`.
         targets: what the loss on labels takes, such as class numbers (N,) or (N, L); None where there are none.
-        batch_size: >= 1; a last batch of one sample joins the one before, since normalisation needs two.
+        batch_size: >= 1; a last batch of one sample joins the one before, since normalization needs two.
         augment: a transform of `kirsch.frameworks.augment`, or a user's (batch, generator) → batch, which is called
             with one sample at a time; None leaves samples as they are.
         ids: unique whole numbers, shape (N,); 0 to N - 1 if left out.
@@ -158,15 +158,15 @@ class ArrayData(SeededData):
     def __post_init__(self) -> None:
         self._make_arrays()
         if not self.parts or not self.samples:
-            raise DataError("The data is empty: its inputs have no sample.", mend="Give at least one sample.")
+            raise DataError("The data is empty: its inputs have no sample.", fix="Give at least one sample.")
         if self.targets is not None and self.samples != len(self.targets):
-            raise ShapeError(f"There are {self.samples} inputs and {len(self.targets)} targets.", mend=ONE_EACH)
+            raise ShapeError(f"There are {self.samples} inputs and {len(self.targets)} targets.", fix=ONE_EACH)
         for name, part in self.parts.items():
             _check_part(name, part, self.samples)
         if self.ids is not None:
             _check_ids(self.ids, self.samples)
         if self.augment is not None and isinstance(self.inputs, dict):
-            raise UsageError("A transform takes one array; the inputs are a dict.", mend="Augment them beforehand.")
+            raise UsageError("A transform takes one array; the inputs are a dict.", fix="Augment them beforehand.")
         if self.augment is not None:
             check(self.augment, self.rows(np.linspace(0, self.samples - 1, min(self.samples, TRIED)).astype(int)))
 
@@ -245,25 +245,25 @@ def _array(name: str, given: Any) -> NDArray[Any]:
         return found
     raise DataError(
         f"The {name} of ArrayData are {look(given)}; one array with all samples on the first axis is needed.",
-        mend="A DataLoader is data by itself: give it in place of ArrayData.",
+        fix="A DataLoader is data by itself: give it in place of ArrayData.",
     )
 
 
 def _check_part(name: str, part: NDArray[Any], samples: int) -> None:
     if len(part) != samples:
-        raise ShapeError(f"There are {samples} samples of the first input and {len(part)} of {name!r}.", mend=ONE_EACH)
+        raise ShapeError(f"There are {samples} samples of the first input and {len(part)} of {name!r}.", fix=ONE_EACH)
     if part.dtype.kind not in "biufc":
         raise DataError(
             f"The input {name!r} is {look(part)}.", "A model takes numbers.", "Give arrays of numbers, not of objects."
         )
     bad = ~np.isfinite(part.reshape(len(part), -1)).all(axis=1)
     if bad.any():
-        raise DataError(f"Sample {int(bad.argmax())} holds NaN or infinity.", mend="Repair or leave it out.")
+        raise DataError(f"Sample {int(bad.argmax())} holds NaN or infinity.", fix="Repair or leave it out.")
 
 
 def _check_ids(ids: NDArray[Any], count: int) -> None:
     if len(ids) != count:
-        raise ShapeError(f"There are {count} inputs and {len(ids)} ids.", mend=ONE_EACH)
+        raise ShapeError(f"There are {count} inputs and {len(ids)} ids.", fix=ONE_EACH)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise DataError(f"The ids have shape {ids.shape} and type {ids.dtype}.", "One whole number a sample is needed.")
     ordered = np.sort(ids)

@@ -65,7 +65,7 @@ class GeneratedData(SeededData):
         if self._is_model and self.noise is None:
             raise UsageError(
                 f"The model {called} is given without the shape of its noise.",
-                mend="Say noise=(64,) for 64 numbers a sample, or give a function (count, generator) → inputs.",
+                fix="Say noise=(64,) for 64 numbers a sample, or give a function (count, generator) → inputs.",
             )
         if not self._is_model:
             self._check_callable(called)
@@ -79,7 +79,7 @@ class GeneratedData(SeededData):
         if self.noise is not None:
             raise UsageError(
                 f"{called} is no model, and is given noise={self.noise}.",
-                mend="Leave it out: a function draws from the generator itself.",
+                fix="Leave it out: a function draws from the generator itself.",
             )
         check_call(self.generate, called, "a count", HOW)
 
@@ -125,7 +125,7 @@ class GeneratedData(SeededData):
             raise DataError(
                 f"{name_of(self.generate)} gives {', '.join(map(str, sorted(sizes))) or 'no'} samples; "
                 f"{count} were asked for.",
-                mend="Give as many as `count` says, on the first axis.",
+                fix="Give as many as `count` says, on the first axis.",
             )
         return made
 

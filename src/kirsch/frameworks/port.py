@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Input
     from kirsch.graph.labels import Tensor
     from kirsch.graph.plan import Plan
-    from kirsch.graph.proof import Verification
+    from kirsch.graph.verification import Verification
 
 
 class Framework(Protocol):
-    """The verbs that each framework folder fulfils; `model` is a model of that framework throughout."""
+    """The verbs that each framework folder fulfills; `model` is a model of that framework throughout."""
 
     name: str
 
@@ -39,7 +39,7 @@ class Framework(Protocol):
         """
 
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
-        """A new model without the units that the plan removes, and the proof; the given model is left as it is."""
+        """Return a model without the units that the plan removes, and its verification; the given one is unchanged."""
 
     def reweighted(self, model: Any, plan: Plan, graph: Graph) -> dict[str, float]:
         """Path of each module whose computed weight the cut changes for the units that stay → its relative size."""
@@ -93,14 +93,14 @@ class Framework(Protocol):
     def inferring(self, model: Any) -> Any:
         """The model itself, put into inference mode."""
 
-    def expand(self, model: Any, site: str, inputs: Any) -> list[str]:
-        """The concrete sites that a text names, such as "layer*"; see `kirsch.frameworks.sites`."""
+    def expand(self, model: Any, layer: str, inputs: Any) -> list[str]:
+        """The concrete layers that a text names, such as "layer*"; see `kirsch.frameworks.layers`."""
 
     def shapes(self, model: Any, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
         """Path and output shape of each module that runs once, in the order in which they end."""
 
-    def dry_run(self, model: Any, sites: Sequence[str], inputs: Any) -> dict[str, Any]:
-        """The values at some sites for one batch, in inference mode and without gradient."""
+    def dry_run(self, model: Any, layers: Sequence[str], inputs: Any) -> dict[str, Any]:
+        """The values at some layers for one batch, in inference mode and without gradient."""
 
     def check_runs(self, model: Any, inputs: Any, *, training: bool = False) -> None:
         """Raise an error that describes the inputs if a model does not run on them; the model is left as it is.
@@ -111,34 +111,34 @@ class Framework(Protocol):
     def unknown_arguments(self, model: Any, names: Sequence[str]) -> list[str]:
         """Those of some names that the forward of a model does not name among its arguments; none if it names none."""
 
-    def squashed(self, model: Any, site: str, inputs: Any, *, logarithm: bool = False) -> bool:
-        """Whether the value at a site comes out of a sigmoid or a softmax, seen in a run on some samples.
+    def squashed(self, model: Any, layer: str, inputs: Any, *, logarithm: bool = False) -> bool:
+        """Whether the value at a layer comes out of a sigmoid or a softmax, seen in a run on some samples.
 
         `logarithm`: whether it is that of `logsigmoid` instead.
         """
 
-    def watch(self, model: Any, sites: Sequence[str]) -> Any:
-        """A callable inputs → values by site, until its `close` is called."""
+    def watch(self, model: Any, layers: Sequence[str]) -> Any:
+        """A callable inputs → values by layer, until its `close` is called."""
 
     def infer(self, run: Any, inputs: Any) -> Any:
         """What a model or a watch gives for one batch, without gradient, where the batch lies."""
 
-    def joint(self, name: str, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
+    def adapter(self, name: str, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
         """An adapter between two values; None where "auto" finds that none is needed."""
 
-    def pupil(
+    def with_adapters(
         self,
-        student: Any,
-        sites: Sequence[str],
-        joints: dict[str, Any],
+        model: Any,
+        layers: Sequence[str],
+        adapters: dict[str, Any],
         pairs: dict[str, Any],
         logits: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> Any:
-        """A student with its adapters: (inputs, guide, ids) → values by site, and joined values by adapter.
+        """A student with its adapters: (inputs, teacher_source, ids) → values by layer, and joined values by adapter.
 
-        `logits` makes logits of probabilities among the values by site.
+        `logits` makes logits of probabilities among the values by layer.
 
-        It has `student`, `joints` with a state by name, `parameters()` of both, `training`, `train(mode)`, `close()`.
+        It has `student`, `adapters` with a state by name, `parameters()` of both, `training`, `train(mode)`, `close()`.
         """
 
     def ensemble(self, models: Sequence[Any], combine: Callable[[list[Any]], Any]) -> Any:
@@ -157,9 +157,9 @@ class Framework(Protocol):
         """The mask (N, L) of what a model holds inside, of that of its inputs; another L where a model strides."""
 
     def student_of(self, model: Any) -> Any:
-        """The student within a pupil, however it is wrapped; any other model itself."""
+        """The student within a student, however it is wrapped; any other model itself."""
 
-    def gradient_norms(self, pupil: Any, parts: dict[str, Any]) -> dict[str, float]:
+    def gradient_norms(self, student: Any, parts: dict[str, Any]) -> dict[str, float]:
         """How long the gradient of each part is for the student; empty where gradients are switched off.
 
         Raises:
@@ -176,7 +176,7 @@ class Framework(Protocol):
         """Train a copy of the model; the given model is left as it is."""
 
     def scales(self, model: Any) -> Iterable[Any]:
-        """The scale of each batch normalisation, as arrays that carry gradients."""
+        """The scale of each batch normalization, as arrays that carry gradients."""
 
     def weights(self, model: Any) -> Iterable[Any]:
         """The weights of two or more axes, as arrays that carry gradients."""
@@ -280,8 +280,8 @@ def trace(
             default all do, except hidden states and the like that stand beside logits or predictions.
         decisions: a forward that decides by the values of its input, such as `if x.sum() > 0` or the selection of boxes
             in a detector, takes another way for other inputs. "refuse": it is an error that names the line. "example":
-            the way of the example inputs is followed; what other ways would do is not analysed.
-        scope: path of a part, "backbone", that is analysed alone. What it is given is seen in a run of the whole; its
+            the way of the example inputs is followed; what other ways would do is not analyzed.
+        scope: path of a part, "backbone", that is analyzed alone. What it is given is seen in a run of the whole; its
             inputs and outputs stay as they are. Plans for it are fractions of its own cost, and `kirsch.prune` gives
             the whole model with the part pruned in its place.
         softmax: a softmax over units adds up to one, so that taking some away changes all others; a choice of the k
@@ -291,7 +291,7 @@ def trace(
         as_graph: the pruned model is to be the traced program, a `torch.fx.GraphModule`, and not the module's own code.
             Integers in the code that hold units otherwise are then rewritten. It is for the shapes of the example
             inputs (the batch may differ where the code does not state it), and stays in inference mode: no dropout,
-            and batch normalisation by its running statistics.
+            and batch normalization by its running statistics.
 
     Returns:
         The `Graph` with `.groups`, `.blockers` and `.cost`.

@@ -57,9 +57,7 @@ def _by_name(values: dict[str, Any], given: Any) -> tuple[Any, Any, Any]:
     name = _target_name(values, given)
     targets = None if name is None else values.pop(name)
     if not values:
-        raise DataError(
-            f"A batch has no inputs: it is {look(given)}.", mend=f"Give {FORMS}, with the inputs beside it."
-        )
+        raise DataError(f"A batch has no inputs: it is {look(given)}.", fix=f"Give {FORMS}, with the inputs beside it.")
     alone = len(values) == 1 and isinstance(
         given, tuple
     )  # of a named tuple the names are the loader's, not the model's
@@ -88,7 +86,7 @@ def _by_place(given: Any) -> tuple[Any, Any, Any]:
             "Give torch.utils.data.DataLoader(...) its default collate_fn, or one that stacks the samples.",
         )
     if not 1 <= len(parts) <= len(("inputs", "targets", "ids")):
-        raise DataError(f"A batch has {len(parts)} parts: it is {look(given)}.", mend=f"Give {FORMS}.")
+        raise DataError(f"A batch has {len(parts)} parts: it is {look(given)}.", fix=f"Give {FORMS}.")
     inputs, targets, ids = [*parts, None, None][:3]
     held = _names(targets)
     if held is not None:

@@ -1,4 +1,4 @@
-"""How to train, as data: settings, hooks and what comes back. Each framework's `train.py` fulfils it."""
+"""How to train, as data: settings, hooks and what comes back. Each framework's `train.py` fulfills it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Training:
         epochs: passes over the data, >= 1.
         learning_rate: peak learning rate, > 0.
         optimizer: "sgd" (momentum 0.9, Nesterov) or "adamw".
-        weight_decay: >= 0; not applied to biases and normalisation parameters.
+        weight_decay: >= 0; not applied to biases and normalization parameters.
         schedule: "cosine" to zero, "multistep" (times 0.1 at each milestone), or "constant".
         milestones: fractions of what follows the warm-up, ascending, for "multistep".
         warmup_epochs: epochs of linear warm-up, >= 0.
@@ -85,7 +85,7 @@ class Training:
 
 
 @dataclass
-class Charge:
+class LossOutput:
     """What a batch is charged.
 
     Args:
@@ -100,13 +100,13 @@ class Charge:
 
 
 class LossFunction(Protocol):
-    """What a training step minimises."""
+    """What a training step minimizes."""
 
-    def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> Charge:
+    def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> LossOutput:
         """What the batch is charged.
 
         Args:
-            model: the pupil.
+            model: the module.
             batch: one.
             epoch: how many are done.
             of: counts of the step that the batch is a part of. Each mean is then the batch's share of that over the
@@ -245,7 +245,7 @@ def require_labels(counts: Mapping[str, int], step: str) -> None:
         DataError: all of its targets are masked.
     """
     if not counts["labels"]:
-        raise DataError(f"All targets of {step} are masked.", mend="Look at the mask and the labels of the data.")
+        raise DataError(f"All targets of {step} are masked.", fix="Look at the mask and the labels of the data.")
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """From facts to components: which labels go together, and which cannot go.
 
-All equalities are solved at once. A grid axis that is stuck as a whole is no freedom: its cells are tied along it and
+All equalities are solved at once. A grid axis that is frozen as a whole is no freedom: its cells are tied along it and
 the axis is dropped. Grids that cut the same cells into the same slabs are one. Both tie more, until nothing changes.
 """
 
@@ -28,14 +28,14 @@ class Coupling:
 
     Args:
         component: label → component, int64 of shape (labels,).
-        stuck: component → whether it cannot go, bool of shape (components,).
+        frozen: component → whether it cannot go, bool of shape (components,).
         grids: the grids that are left, with components in place of labels.
         marks: what operations use components as → component → whether, bool of shape (components,).
         why: component → the first fact that froze it.
     """
 
     component: NDArray[np.int64]
-    stuck: NDArray[np.bool_]
+    frozen: NDArray[np.bool_]
     grids: tuple[Grid, ...]
     marks: dict[str, NDArray[np.bool_]]
     why: dict[int, Freeze]
@@ -53,24 +53,24 @@ def solve(
     """
     component = _tied(equalities(facts) if equal is None else equal, ties)
     freezes = [*facts.freezes, *more]
-    grids, frozen = list(facts.grids), [freeze.labels for freeze in freezes]
+    grids, frozen_labels = list(facts.grids), [freeze.labels for freeze in freezes]
     fallen: list[Grid] = []
     while True:
-        stuck = np.zeros(component.max() + 1, bool)
-        stuck[component[np.concatenate([[0], *frozen])]] = True
-        grids, tied, fixed = _collapse(grids, component, stuck)
+        frozen = np.zeros(component.max() + 1, bool)
+        frozen[component[np.concatenate([[0], *frozen_labels])]] = True
+        grids, tied, fixed = _collapse(grids, component, frozen)
         tied += _alike(grids, component)
         if not tied and not fixed:
             break
         component = _tied(component, tied)
-        frozen += [grid.cells.ravel() for grid in fixed]
+        frozen_labels += [grid.cells.ravel() for grid in fixed]
         fallen += fixed
     marks = {}
     for use, marked in facts.marks.items():
-        marks[use] = np.zeros(len(stuck), bool)
+        marks[use] = np.zeros(len(frozen), bool)
         for labels in {id(labels): labels for labels in marked}.values():
             marks[use][component[labels]] = True
-    return Coupling(component, stuck, _distinct(grids, component), marks, _causes(freezes, fallen, component))
+    return Coupling(component, frozen, _distinct(grids, component), marks, _causes(freezes, fallen, component))
 
 
 def _causes(freezes: Sequence[Freeze], fallen: Sequence[Grid], component: NDArray[np.int64]) -> dict[int, Freeze]:
@@ -115,15 +115,15 @@ def _tied(component: NDArray[np.int64], ties: Sequence[tuple[Labels, Labels]]) -
 
 
 def _collapse(
-    grids: Sequence[Grid], component: NDArray[np.int64], stuck: NDArray[np.bool_]
+    grids: Sequence[Grid], component: NDArray[np.int64], frozen: NDArray[np.bool_]
 ) -> tuple[list[Grid], list[tuple[Labels, Labels]], list[Grid]]:
-    """Drop the stuck axes of grids: grids that are left, ties that follow, grids without a free axis."""
+    """Drop the frozen axes of grids: grids that are left, ties that follow, grids without a free axis."""
     kept: list[Grid] = []
     ties: list[tuple[Labels, Labels]] = []
     fixed: list[Grid] = []
     for grid in grids:
         cells, marginals = grid.cells, list(grid.marginals)
-        drop = [axis for axis, marginal in enumerate(marginals) if stuck[component[marginal]].all()]
+        drop = [axis for axis, marginal in enumerate(marginals) if frozen[component[marginal]].all()]
         if not drop:
             kept.append(grid)
             continue

@@ -87,7 +87,7 @@ def _reason(graph: Graph, site: ParameterAxis) -> str:
 def _roads(graph: Graph, unit: NDArray[np.int64], start: ParameterAxis) -> dict[ParameterAxis, list[Operation]]:
     """(parameter, axis) → the operations on the shortest way to it from the start, over what ties labels of a unit."""
     component = graph.coupling.component
-    inside = np.zeros(len(graph.coupling.stuck), bool)
+    inside = np.zeros(len(graph.coupling.frozen), bool)
     inside[unit] = True
     edges = _edges(graph, inside[component])
     places: dict[int, list[ParameterAxis]] = {}

@@ -7,7 +7,7 @@ grid        an array of cells with one *marginal* label per position of each of 
 mark        what an operation uses labels as: the heads of an attention, the units of a recurrent state;
 demand      an integer in the model's own code must equal the number of labels that are kept;
 condition   the answer of a comparison in the model's code must stay what it is;
-statistic   an operation averages over a labelled axis: its result depends on how many labels are kept;
+statistic   an operation averages over a labeled axis: its result depends on how many labels are kept;
 floor       at least so many labels must be kept;
 term        what an operation or a parameter costs: a coefficient times the kept counts of some label arrays.
 """
@@ -156,10 +156,10 @@ class Facts:
         self.touch(first)
         self.touch(second)
         differs = first != second
-        stuck = differs & ((first == 0) | (second == 0))
-        if stuck.any():
-            self.freeze(np.maximum(first[stuck], second[stuck]), "it meets an index that cannot change")
-        tied = differs & ~stuck
+        frozen = differs & ((first == 0) | (second == 0))
+        if frozen.any():
+            self.freeze(np.maximum(first[frozen], second[frozen]), "it meets an index that cannot change")
+        tied = differs & ~frozen
         self.left.append(first if tied.all() else first[tied])
         self.right.append(second if tied.all() else second[tied])
         self.equated_by.append(self.operation)
@@ -213,8 +213,8 @@ class Facts:
 
     def cost(self, of: str, coefficient: float, factors: Sequence[Axis], owner: str = "") -> None:
         """Record a cost; axes without labels belong into the coefficient."""
-        labelled = tuple(axis for axis in factors if axis is not None)
-        self.terms.append(Term(of, owner or self.operation.module, float(coefficient), labelled))
+        labeled = tuple(axis for axis in factors if axis is not None)
+        self.terms.append(Term(of, owner or self.operation.module, float(coefficient), labeled))
 
     def split(self, cells: Labels, kind: str) -> tuple[Axis, ...]:
         """One label array per axis of an array of cells: what a reshape (C) -> (A, B, ...) puts on the new axes.
@@ -246,18 +246,18 @@ class Facts:
 
         Axes without labels repeat the labels of the others.
         """
-        labelled = [axis for axis in axes if axis is not None]
-        if not labelled:
+        labeled = [axis for axis in axes if axis is not None]
+        if not labeled:
             return None
-        for axis in labelled:
+        for axis in labeled:
             self.touch(axis)
-        if len(labelled) == 1:
-            cells = labelled[0]
+        if len(labeled) == 1:
+            cells = labeled[0]
         else:
-            key = tuple(axis.tobytes() for axis in labelled)
+            key = tuple(axis.tobytes() for axis in labeled)
             if key not in self._cells:
-                shape = tuple(len(axis) for axis in labelled)
-                self._remember(self.fresh(int(np.prod(shape))).reshape(shape), tuple(labelled), kind)
+                shape = tuple(len(axis) for axis in labeled)
+                self._remember(self.fresh(int(np.prod(shape))).reshape(shape), tuple(labeled), kind)
             cells = self._cells[key]
         shape = tuple(1 if axis is None else size for axis, size in zip(axes, sizes, strict=True))
         return np.ascontiguousarray(np.broadcast_to(cells.reshape(shape), tuple(sizes)).ravel())

@@ -107,7 +107,7 @@ class Tracing:
     Args:
         outputs: names of the outputs that count; empty for the default.
         decisions: what is made of decisions by the values of the inputs, one of `DECISIONS`.
-        scope: path of the part that is analysed; "" for all.
+        scope: path of the part that is analyzed; "" for all.
         softmax: what is made of a softmax over units, one of `SOFTMAX`.
         as_graph: whether the pruned model is the traced program itself.
     """
@@ -223,7 +223,7 @@ class Graph:
         digest = hashlib.sha256()
         if self.tracing != Tracing():
             digest.update(json.dumps(asdict(self.tracing)).encode())
-        unit = np.full(len(self.coupling.stuck), -1, "<i8")  # the byte order of every machine
+        unit = np.full(len(self.coupling.frozen), -1, "<i8")  # the byte order of every machine
         first = 0
         for found in self.groups:
             digest.update(f"{found.name}{found.kind}{found.size}".encode())
@@ -249,7 +249,7 @@ class Graph:
 
     def keep(self, removed: Mapping[str, tuple[int, ...]]) -> NDArray[np.bool_]:
         """Component → whether it stays when these units (group name → indices) go."""
-        keep = np.ones(len(self.coupling.stuck), bool)
+        keep = np.ones(len(self.coupling.frozen), bool)
         groups = {found.name: found for found in self.groups}
         for name, units in removed.items():
             keep[groups[name].of(units)] = False
@@ -306,7 +306,7 @@ class Graph:
     @cached_property
     def _free(self) -> NDArray[np.bool_]:
         """Component → whether it is in a group."""
-        free = np.zeros(len(self.coupling.stuck), bool)
+        free = np.zeros(len(self.coupling.frozen), bool)
         for found in self.groups:
             free[found.components] = True
         return free
@@ -314,8 +314,8 @@ class Graph:
     def frozen_by(self, name: str) -> list[Freeze]:
         """The facts that keep a parameter whole, each once, inputs and outputs last; empty if some of it may go."""
         component, why = self.coupling.component, self.coupling.why
-        labelled = [component[labels] for labels in self.tensors[name].axes if labels is not None]
-        if any(self._free[found].any() for found in labelled):
+        labeled = [component[labels] for labels in self.tensors[name].axes if labels is not None]
+        if any(self._free[found].any() for found in labeled):
             return []
-        freezes = [why[c] for found in labelled for c in np.unique(found).tolist() if c in why]
+        freezes = [why[c] for found in labeled for c in np.unique(found).tolist() if c in why]
         return sorted({id(freeze): freeze for freeze in freezes}.values(), key=lambda freeze: freeze.boundary)

@@ -27,7 +27,7 @@ KINDS = {
     "recurrent unit": "a unit of the state of an LSTM, GRU or plain recurrent layer",
     "conv group": "the first axis of the grid (groups, channels of each) that a grouped convolution makes",
     "position in conv group": "the second axis of that grid",
-    "norm group": "the first axis of the grid (groups, channels of each) that a group normalisation makes",
+    "norm group": "the first axis of the grid (groups, channels of each) that a group normalization makes",
     "position in norm group": "the second axis of that grid",
     "embedding dim": "a column of an embedding table, or of a residual sum that linear layers read and write",
     "rank": "what linear layers compute for linear layers without an activation between, such as the rank of LoRA",
@@ -93,14 +93,14 @@ def find_groups(coupling: Coupling, axes: Mapping[ParameterAxis, Labels]) -> tup
     """
     keys = list(axes)
     sites = _Sites(coupling, axes)
-    in_grid = np.zeros(len(coupling.stuck), bool)
+    in_grid = np.zeros(len(coupling.frozen), bool)
     for grid in coupling.grids:
         in_grid[grid.cells.ravel()] = True
         for marginal in grid.marginals:
             in_grid[marginal] = True
     grouped = {
         (_kind(coupling, alone, "channel"), footprint): [(alone, np.ones(len(alone), np.int64))]
-        for footprint, alone in sites.alike(np.flatnonzero(sites.touched & ~coupling.stuck & ~in_grid)).items()
+        for footprint, alone in sites.alike(np.flatnonzero(sites.touched & ~coupling.frozen & ~in_grid)).items()
     }
     for kind, unit in _closed_units(coupling, in_grid):
         footprint = sites.of(unit)
@@ -159,14 +159,14 @@ class _Sites:
     """
 
     def __init__(self, coupling: Coupling, axes: Mapping[ParameterAxis, Labels]) -> None:
-        signature = np.zeros(len(coupling.stuck), np.int64)
+        signature = np.zeros(len(coupling.frozen), np.int64)
         numbers = np.random.default_rng(0).integers(1, 2**62, len(axes))
         for number, labels in zip(numbers, axes.values(), strict=True):
             signature[coupling.component[labels]] += number  # once, however often a component occurs; wraps around
         self.touched = signature != 0
         _, first, self._class = np.unique(signature, return_index=True, return_inverse=True)
         self._sites: list[list[int]] = [[] for _ in first]
-        is_first = np.zeros(len(coupling.stuck), bool)
+        is_first = np.zeros(len(coupling.frozen), bool)
         is_first[first] = True
         for site, labels in enumerate(axes.values()):
             components = coupling.component[labels]
@@ -188,12 +188,12 @@ class _Sites:
 
 def _closed_units(coupling: Coupling, in_grid: NDArray[np.bool_]) -> list[tuple[str, NDArray[np.int64]]]:
     """The units that grids make: each marginal that is not a cell itself, closed so that every grid stays a product."""
-    cells = np.zeros(len(coupling.stuck), bool)
+    cells = np.zeros(len(coupling.frozen), bool)
     for grid in coupling.grids:
         cells[grid.cells.ravel()] = True
     closure = _Closure(coupling)
     units: dict[bytes, tuple[str, NDArray[np.int64]]] = {}
-    for seed in np.flatnonzero(in_grid & ~cells & ~coupling.stuck).tolist():
+    for seed in np.flatnonzero(in_grid & ~cells & ~coupling.frozen).tolist():
         closed = closure.of(seed)
         if closed is not None:
             units.setdefault(closed.tobytes(), (closure.kind(seed), closed))
@@ -221,10 +221,10 @@ class _Closure:
         merged = np.concatenate([*members, np.zeros(0, np.int64)])
         order = np.argsort(merged, kind="stable")
         self._grids = grids[order]  # of each component in turn
-        self._first = np.searchsorted(merged[order], np.arange(len(coupling.stuck) + 1))
-        self._gone = np.zeros(len(coupling.stuck), bool)
+        self._first = np.searchsorted(merged[order], np.arange(len(coupling.frozen) + 1))
+        self._gone = np.zeros(len(coupling.frozen), bool)
         self._known: dict[int, NDArray[np.int64] | None] = {}
-        self._is_known = np.zeros(len(coupling.stuck), bool)
+        self._is_known = np.zeros(len(coupling.frozen), bool)
         alone = np.diff(self._first) == 1
         sizes = [grid.cells.size + sum(len(np.unique(m)) for m in grid.marginals) for grid in coupling.grids]
         self._simple = [
@@ -244,13 +244,13 @@ class _Closure:
         return next((kind for kind in kinds if kind.endswith("kv group")), kinds[0])
 
     def of(self, seed: int) -> NDArray[np.int64] | None:
-        """The smallest set found that holds the seed, sorted; None if it meets a stuck component."""
+        """The smallest set found that holds the seed, sorted; None if it meets a frozen component."""
         gone, found = self._gone, [np.array([seed])]
         if all(self._simple[place] for place, _ in self._on[seed]):  # no cell of them lies in another grid, or twice
             on = [(self._coupling.grids[place], axis) for place, axis in self._on[seed]]
             slabs = [grid.cells.compress(grid.marginals[axis] == seed, axis).ravel() for grid, axis in on]
             closed = np.sort(np.concatenate([*found, *slabs]))
-            return None if self._coupling.stuck[closed].any() else closed
+            return None if self._coupling.frozen[closed].any() else closed
         gone[seed] = True
         try:
             whole = self._closed(found)
@@ -269,7 +269,7 @@ class _Closure:
         waiting = self._of_components(found[0])
         while waiting:
             more = self._wanted(waiting.pop(0))
-            if more is None or self._coupling.stuck[more].any():
+            if more is None or self._coupling.frozen[more].any():
                 return None
             if not len(more):
                 continue
@@ -313,7 +313,7 @@ class _Closure:
         where = np.argwhere(grid.cells == cell)
         for axis, marginal in enumerate(grid.marginals):
             needed = np.unique(marginal[where[:, axis]])
-            if self._coupling.stuck[needed].any():
+            if self._coupling.frozen[needed].any():
                 continue
             slab = np.unique(grid.cells.take(np.unique(where[:, axis]), axis))
             new = int((~self._gone[slab]).sum())

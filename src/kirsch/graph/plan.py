@@ -60,7 +60,7 @@ class Goal:
 
     def __post_init__(self) -> None:
         if self.macs is None and self.params is None:
-            raise GoalError("A goal needs at least one limit.", mend="Say macs=0.5 or params=0.5.")
+            raise GoalError("A goal needs at least one limit.", fix="Say macs=0.5 or params=0.5.")
         for name, value in (("macs", self.macs), ("params", self.params)):
             if value is not None and not (math.isfinite(value) and 0 < value < 1):
                 raise GoalError(
@@ -291,7 +291,7 @@ class Plan:
         for part, named in (("group", [removal.name for removal in self.groups]), ("block", list(self.without))):
             twice = sorted({name for name in named if named.count(name) > 1})
             if twice:
-                raise PlanError(f"{self.title} names the {part} {twice[0]!r} twice.", mend="Join the two entries.")
+                raise PlanError(f"{self.title} names the {part} {twice[0]!r} twice.", fix="Join the two entries.")
         nothing = not self.without and not any(removal.removed for removal in self.groups)
         if nothing and not graph.tracing.as_graph:  # which gives the program of the model, a change by itself
             raise PlanError(
@@ -320,10 +320,10 @@ class Plan:
             )
         if len(set(removal.removed)) < len(removal.removed):
             twice = next(unit for unit in removal.removed if removal.removed.count(unit) > 1)
-            raise PlanError(f"{self.title} removes unit {twice} of {removal.name!r} twice.", mend="List it once.")
+            raise PlanError(f"{self.title} removes unit {twice} of {removal.name!r} twice.", fix="List it once.")
         if len(removal.removed) == group.size:
             raise PlanError(
-                f"{self.title} removes all {group.size} units of {removal.name!r}.", mend="Leave at least one of them."
+                f"{self.title} removes all {group.size} units of {removal.name!r}.", fix="Leave at least one of them."
             )
         if (removal.size, removal.kind) != (group.size, group.kind):
             raise PlanError(

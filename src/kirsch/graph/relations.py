@@ -1,6 +1,6 @@
 """The closed set of ways in which an operation relates the labels of its tensors.
 
-relate    a labelled einsum: elementwise with broadcast, permutation, contraction, reduction
+relate    a labeled einsum: elementwise with broadcast, permutation, contraction, reduction
 reshape   axes merged and split
 concat    axes laid end to end
 gather    indices of an axis taken: slice, split, flip, repeat
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def relate(facts: Facts, operands: Sequence[tuple[Tensor, str]], result: str, shape: Sequence[int]) -> Tensor:
-    """A labelled einsum: axes with the same letter are the same axis.
+    """A labeled einsum: axes with the same letter are the same axis.
 
     Args:
         facts: gathers the equalities.

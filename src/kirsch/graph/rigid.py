@@ -49,7 +49,7 @@ def rigid(
         if ties:
             continue
         held = [demand]
-        if all(coupling.stuck[coupling.component[labels]].all() for labels in _touched(demand)):
+        if all(coupling.frozen[coupling.component[labels]].all() for labels in _touched(demand)):
             # What it touches itself is frozen already, so it fails by an attribute that other demands move.
             own = {leaf for leaf, _ in demand.expression.leaves}
             held = [other for other in demands if own & {leaf for leaf, _ in other.expression.leaves}]
@@ -59,7 +59,7 @@ def rigid(
         reason = f"a comparison in the code reads it{_beside(demand)}" if asked else reason
         for other in held:
             labels = np.unique(np.concatenate(_touched(other)))
-            if not coupling.stuck[coupling.component[labels]].all():
+            if not coupling.frozen[coupling.component[labels]].all():
                 where = demand.operation if asked else other.operation
                 freezes.setdefault(id(other), Freeze(labels, reason, where, number=True))
     return ties, [] if ties else list(freezes.values())
@@ -99,7 +99,7 @@ def _choices(coupling: Coupling, groups: Sequence[Group]) -> Iterator[NDArray[np
     """Random choices of components that stay; each group loses a number of its own, or nothing."""
     random = np.random.default_rng(0)
     for _ in range(TRIALS):
-        keep = np.ones(len(coupling.stuck), bool)
+        keep = np.ones(len(coupling.frozen), bool)
         for group in groups:
             number = int(random.integers(0, group.size))
             keep[group.of(random.choice(group.size, number, replace=False))] = False
@@ -121,7 +121,7 @@ def _partner(demand: Demand, demands: Sequence[Demand], coupling: Coupling) -> L
 def _may_go(coupling: Coupling, first: Labels, second: Labels) -> bool:
     """Whether tying two axes changes something and holds neither: one that is held is better named by its attribute."""
     one, other = coupling.component[first], coupling.component[second]
-    return bool((one != other).any() and not coupling.stuck[one].any() and not coupling.stuck[other].any())
+    return bool((one != other).any() and not coupling.frozen[one].any() and not coupling.frozen[other].any())
 
 
 def _touched(demand: Demand) -> list[Labels]:

@@ -34,7 +34,7 @@ try:
     from transformers import Trainer
     from transformers.utils import SAFE_WEIGHTS_NAME
 except ModuleNotFoundError as error:
-    raise MissingExtraError(error.name or "transformers", "hf", "to distil in the Trainer of transformers") from error
+    raise MissingExtraError(error.name or "transformers", "hf", "to distill in the Trainer of transformers") from error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +51,7 @@ STATE = "distiller.safetensors"
 
 
 class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind it, and tells no types
-    """Has a Trainer minimise an objective; to be named before the Trainer among the bases.
+    """Has a Trainer minimize an objective; to be named before the Trainer among the bases.
 
     The model that is trained is the student with its adapters, so that they are in the optimizer, in DDP, in the norm
     that gradients are clipped by, and in checkpoints; `save_model` writes the student. Batches of one step, and
@@ -62,7 +62,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
         args, kwargs: of the Trainer; the student is its model. What it says about losses has no place beside an
             objective: `compute_loss_func` and `label_smoothing_factor` are refused.
         teacher: see `kirsch.Distiller`. Its copy is let go of only with the trainer.
-        objective: what is minimised. Evaluation reports the student's own loss.
+        objective: what is minimized. Evaluation reports the student's own loss.
         regularizers: further terms of the student alone.
 
     Attributes:
@@ -108,24 +108,24 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
             name = "label_smoothing_factor" if self.compute_loss_func is None else "compute_loss_func"
             raise UsageError(
                 f"The Trainer is given {name}, and an objective.",
-                "The objective alone says what is minimised.",
+                "The objective alone says what is minimized.",
                 "Leave it out: Objective(label_weight=..., label_smoothing=..., label_loss=...).",
             )
         if objective.balance == "gradient" and self.accelerator.num_processes > 1:
             raise UsageError(
                 "Each process would balance the terms by the gradients of its own samples.",
-                mend='Take balance="fixed", or one process.',
+                fix='Take balance="fixed", or one process.',
             )
         shifts, kind = _predicts_next(self.model), type(self.model).__name__
         if shifts and not objective.causal:
             raise UsageError(
                 f"A {kind} predicts the next token, and the objective holds its scores against the label of the same.",
-                mend='Give Objective.preset("causal"), or an objective with causal=True.',
+                fix='Give Objective.preset("causal"), or an objective with causal=True.',
             )
         if objective.causal and shifts is False:
             raise UsageError(
                 f"The objective is causal, and a {kind} does not predict the next token.",
-                mend="Give an objective with causal=False.",
+                fix="Give an objective with causal=False.",
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,7 +151,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
             framework = framework_of(self.model)
             loader, first = framework.seeded(fetch, self.args.seed)  # the order of the run is left as it is
             if first is None:
-                raise DataError("The training data is empty.", mend="Give at least one batch.")
+                raise DataError("The training data is empty.", fix="Give at least one batch.")
             if self.accelerator.num_processes == 1:
                 check_last_batch(framework, self.model, loader, Batch.of(first))
             self.distiller = Distiller(
@@ -162,7 +162,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
     def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - the one that is given has no adapters
         """One over student and adapters."""
         found = self._bound()
-        optimizer = super().create_optimizer(found.pupil)
+        optimizer = super().create_optimizer(found.module)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [p for p in found.adapters.parameters() if p.requires_grad and id(p) not in held]
         if missing and self.lr_scheduler is not None:
@@ -178,7 +178,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         if not training:
             return super()._wrap_model(model, training=False, dataloader=dataloader)
-        return self.accelerator.prepare_model(self._bound().pupil)
+        return self.accelerator.prepare_model(self._bound().module)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The batches of one step, and how many items count in them over all processes."""
@@ -195,14 +195,14 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
     ) -> Any:
         """What the objective charges the student in training, and its own loss otherwise.
 
-        In training, `return_outputs` adds the `Charge`.
+        In training, `return_outputs` adds the `LossOutput`.
         """
         if model is self.model:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         found = self._bound()
         with self.accelerator.autocast():
             of = self._counts if num_items_in_batch is not None else None
-            charge = found(inputs, self.state.epoch or 0.0, of=of, through=model)
+            charge = found(inputs, self.state.epoch or 0.0, of=of, module=model)
         processes = 1 if of is None else self.accelerator.num_processes  # DDP divides the sum of gradients by it
         for name, part in {**charge.parts, **charge.aside}.items():
             self._parts[name] = self._parts.get(name, 0.0) + part.detach() * processes
@@ -270,7 +270,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
         if not path.is_file():
             raise CheckpointError(
                 f"{path.parent} has no {STATE}.",
-                "It was saved with save_only_model=True, or by a Trainer that does not distil.",
+                "It was saved with save_only_model=True, or by a Trainer that does not distill.",
                 "Start anew from the student in it: from_pretrained, without resume_from_checkpoint.",
             )
         with safe_open(path, framework="pt") as file:

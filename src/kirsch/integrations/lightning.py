@@ -26,7 +26,7 @@ try:
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
     from lightning.pytorch.utilities import CombinedLoader
 except ModuleNotFoundError as error:
-    raise MissingExtraError(error.name or "lightning", "lightning", "to distil in the Trainer of Lightning") from error
+    raise MissingExtraError(error.name or "lightning", "lightning", "to distill in the Trainer of Lightning") from error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ BESIDE = "distillation_adapter"
 
 
 class Distillation(Callback):  # type: ignore[misc]  # Lightning tells no types
-    """Has `fit` minimise an objective in place of what `training_step` returns, which is not called.
+    """Has `fit` minimize an objective in place of what `training_step` returns, which is not called.
 
     Adapters are among the `parameters()` of the student while it is trained, so that `configure_optimizers`, DDP and
     clipping take them in; they lie in checkpoints as the state of this callback, and in no `state_dict` of a model. The
@@ -48,8 +48,8 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning tells no types
 
     Args:
         teacher: see `kirsch.Distiller`.
-        objective: what is minimised.
-        student: path of the part of the LightningModule that learns, such as "model", which sites are counted from; the
+        objective: what is minimized.
+        student: path of the part of the LightningModule that learns, such as "model", the root of layer names; the
             module itself if left out, by its `forward`. It must be there before `setup` and `configure_model`.
         batch_of: what a loader gives → (inputs, targets), or else that `kirsch.frameworks.data.Batch.of` takes; as it
             comes if left out.
@@ -144,7 +144,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning tells no types
     def _bound(self) -> Distiller:
         if self.distiller is None:
             raise UsageError(
-                "Distillation is not set up.", mend="Give it to the Trainer: callbacks=[Distillation(...)]."
+                "Distillation is not set up.", fix="Give it to the Trainer: callbacks=[Distillation(...)]."
             )
         return self.distiller
 
@@ -226,12 +226,12 @@ def _check(trainer: Any, module: Any, objective: Objective) -> None:
     if not module.automatic_optimization:
         raise UsageError(
             f"The training_step of {type(module).__name__} steps its optimizer itself, and it would not be called.",
-            mend="Call a kirsch.Distiller there, in place of the loss.",
+            fix="Call a kirsch.Distiller there, in place of the loss.",
         )
     if objective.balance == "gradient" and trainer.world_size > 1:
         raise UsageError(
             "Each process would balance the terms by the gradients of its own samples.",
-            mend='Take balance="fixed", or one process.',
+            fix='Take balance="fixed", or one process.',
         )
 
 
@@ -256,11 +256,11 @@ def _first(trainer: Any, student: Any) -> tuple[Any, Any]:
     if isinstance(loader, (dict, list, tuple, CombinedLoader)):
         raise UsageError(
             "There are several loaders, or batches without one.",
-            mend="Give Distillation an example_batch, and batch_of= if it is not (inputs, targets).",
+            fix="Give Distillation an example_batch, and batch_of= if it is not (inputs, targets).",
         )
     first = framework_of(student).seeded(lambda: next(iter(loader), None), 0)  # the order of the run is left as it is
     if first is None:
-        raise DataError("The training data is empty.", mend="Give at least one batch.")
+        raise DataError("The training data is empty.", fix="Give at least one batch.")
     return loader, first
 
 

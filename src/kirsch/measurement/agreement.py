@@ -53,7 +53,7 @@ def agreement(reference: NDArray[Any], found: NDArray[Any]) -> Agreement:
     if reference.shape != found.shape:
         raise ShapeError(f"Scores of shape {reference.shape} cannot be compared with {found.shape}.")
     if not len(reference):
-        raise DataError("There are no scores to compare.", mend="Give at least one sample.")
+        raise DataError("There are no scores to compare.", fix="Give at least one sample.")
     check_scores(reference, "reference")
     check_scores(found, "file")
     infinite = ~(np.isfinite(reference) & np.isfinite(found))

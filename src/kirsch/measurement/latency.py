@@ -115,7 +115,7 @@ def interleaved(
         raise UsageError(f"The reference {reference!r} is none of {', '.join(contenders)}.")
     if rounds < FEWEST_ROUNDS:
         raise UsageError(
-            f"`rounds` is {rounds}; a confidence interval needs more.", mend=f"Give at least {FEWEST_ROUNDS}."
+            f"`rounds` is {rounds}; a confidence interval needs more.", fix=f"Give at least {FEWEST_ROUNDS}."
         )
     again = f"{max(contenders, key=len)} again"  # longer than every name, so that it is none of them
     entries = [*contenders.items(), (again, contenders[reference])]

@@ -49,7 +49,7 @@ def rate(hits: int, n: int) -> Rate:
     Source: Wilson 1927, J. Amer. Statist. Assoc. 22, 209-212.
     """
     if n < 1:
-        raise DataError("There are no samples to judge by.", mend="Give at least one.")
+        raise DataError("There are no samples to judge by.", fix="Give at least one.")
     share = hits / n
     center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
@@ -286,7 +286,7 @@ def _check(logits: NDArray[Any], labels: NDArray[Any]) -> None:
     if logits.ndim != 2 or len(logits) != len(labels):  # noqa: PLR2004 - (N, K)
         raise ShapeError(f"Scores of shape {logits.shape} and labels of shape {labels.shape} do not fit together.")
     if not len(labels):
-        raise DataError("There are no samples to judge by.", mend="Give at least one.")
+        raise DataError("There are no samples to judge by.", fix="Give at least one.")
     check_scores(logits)
     wrong = (labels < 0) | (labels >= logits.shape[1])
     if wrong.any():

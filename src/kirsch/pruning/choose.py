@@ -192,4 +192,4 @@ def _check_constants(graph: Graph, keep: NDArray[np.bool_]) -> None:
     graph.constants(keep)
     empty = graph.emptied(keep)
     if empty is not None:
-        raise PlanError(f"The plan would leave too little of {empty[0]!r}.", mend="Raise min_keep.")
+        raise PlanError(f"The plan would leave too little of {empty[0]!r}.", fix="Raise min_keep.")

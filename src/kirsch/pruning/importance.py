@@ -73,7 +73,7 @@ def _per_unit(
     graph: Graph, group: Group, labels: NDArray[np.int64], values: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """The mean over the indices of an axis that belong to each unit."""
-    unit = np.full(len(graph.coupling.stuck), -1)
+    unit = np.full(len(graph.coupling.frozen), -1)
     unit[group.components] = group.unit_of()
     of_index = unit[graph.coupling.component[labels]]
     member = of_index >= 0

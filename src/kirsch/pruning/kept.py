@@ -10,7 +10,7 @@ import numpy as np
 from kirsch.errors import UsageError
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan
-from kirsch.pruning.prune import PLANS, graph_of, prune_with_proof
+from kirsch.pruning.prune import PLANS, graph_of, prune_with_verification
 
 if TYPE_CHECKING:
     from kirsch.frameworks.port import Framework
@@ -62,14 +62,14 @@ def kept(small: Any, original: Any, *, example_inputs: Any = None) -> dict[str, 
             why = "lost whole blocks" if plan.blocks else "is a traced program"
             raise UsageError(
                 f"This {type(small).__name__} {why}, so that its places have other names than in the original.",
-                mend="Name the places of both in terms of your own.",
+                fix="Name the places of both in terms of your own.",
             )
         graph = graph_of(original, plan, None if plan.inputs else example_inputs)
         plan.check(graph)
         step = _kept_by(framework_of(original), graph, plan)
         found = step if found is None else _after(found, step)
         if number + 1 < len(plans):
-            original = prune_with_proof(original, plan, example_inputs=example_inputs, verify=False).model
+            original = prune_with_verification(original, plan, example_inputs=example_inputs, verify=False).model
     return found or {}
 
 
@@ -77,8 +77,8 @@ def _kept_by(framework: Framework, graph: Graph, plan: Plan) -> dict[str, Kept]:
     """What one plan keeps."""
     left, scope = plan.keep(graph), graph.tracing.scope
     found = {}
-    for path, labelled in framework.put_out(graph).items():
-        masks = {axis: graph.kept(labels, left) for axis, labels in enumerate(labelled.axes)}
+    for path, labeled in framework.put_out(graph).items():
+        masks = {axis: graph.kept(labels, left) for axis, labels in enumerate(labeled.axes)}
         going = {axis: mask for axis, mask in masks.items() if mask is not None}
         whole = f"{scope}.{path}" if scope else path
         if not going:

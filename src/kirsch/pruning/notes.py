@@ -93,8 +93,8 @@ def landing_note(plan: Plan) -> str:
     single = multiple == 1 or (multiple == "auto" and {removal.kind for removal in plan.groups} <= WHOLE)
     why = "A single unit of its groups costs that much." if single else f"round_to={multiple!r} rounds the widths."
     better = ([] if single else ["a smaller round_to"]) + (["uniform=False"] if plan.method.get("uniform") else [])
-    mend = f" It may land nearer with {' or '.join(better)}." if better else ""
-    return f"{name} land at {value:.1%}, {100 * (limit - value):.1f} points below the goal of {limit:.1%}. {why}{mend}"
+    fix = f" It may land nearer with {' or '.join(better)}." if better else ""
+    return f"{name} land at {value:.1%}, {100 * (limit - value):.1f} points below the goal of {limit:.1%}. {why}{fix}"
 
 
 def width_notes(plan: Plan) -> list[str]:

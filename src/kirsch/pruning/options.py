@@ -45,7 +45,7 @@ class Options:
         if not 0 < self.min_keep <= 1:
             raise UsageError(
                 f"`min_keep` is {self.min_keep}; it is the fraction of each group that always stays.",
-                mend="Give a number above 0 and up to 1, such as min_keep=0.1.",
+                fix="Give a number above 0 and up to 1, such as min_keep=0.1.",
             )
 
     @property

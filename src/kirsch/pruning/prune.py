@@ -1,4 +1,4 @@
-"""From a plan to a new model, with proof."""
+"""From a plan to a new model, with verification."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from kirsch.graph.graph import Graph
-    from kirsch.graph.proof import Verification
+    from kirsch.graph.verification import Verification
 
 PLANS = "_kirsch_plans"
 """Attribute of a pruned model: the JSON of each plan that made it, so that `kirsch.save` can store them."""
@@ -73,14 +73,16 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
             original that is not its cost.
         VerificationError: the pruned model is not equal to the masked original; names the groups that go wrong.
     """
-    found = prune_with_proof(model, plan, example_inputs=example_inputs, verify=verify)
+    found = prune_with_verification(model, plan, example_inputs=example_inputs, verify=verify)
     for text in found.warnings:
         warnings.warn(text, stacklevel=3)  # past the check of the arguments
     return found.model
 
 
 @checked
-def prune_with_proof(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, verify: bool = True) -> Pruned:
+def prune_with_verification(
+    model: Model, plan: Plan, *, example_inputs: Inputs | None = None, verify: bool = True
+) -> Pruned:
     """The same as `prune`, with the verification and the notes, in place of warnings."""
     graph = graph_of(model, plan, example_inputs)
     plan.check(graph)
@@ -134,7 +136,7 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     keep = plan.keep(graph)
     empty = graph.emptied(keep)
     if empty is not None:
-        raise PlanError(f"{plan.title} would leave too little of {empty[0]!r}.", mend="Leave more of its units.")
+        raise PlanError(f"{plan.title} would leave too little of {empty[0]!r}.", fix="Leave more of its units.")
     try:
         pruned, verification = framework.prune(model, plan, graph, verify=verify)
     except VerificationError as error:
@@ -214,7 +216,7 @@ def _named(error: VerificationError, plan: Plan, cut: Callable[[Plan], Any]) -> 
     return VerificationError(
         error.what,
         f"{error.why} The cut of {names} by itself is wrong{' already' if len(part) == 1 else ', and no half of it'}.",
-        error.mend.replace("the layers that are unusual", names),
+        error.fix.replace("the layers that are unusual", names),
     )
 
 
@@ -237,7 +239,7 @@ def graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
         raise PlanError(
             f"{plan.title} cannot be applied: {error.what}",
             error.why,
-            f"{error.mend} Check its tracing options.".strip(),
+            f"{error.fix} Check its tracing options.".strip(),
         ) from error
     except ModelError as error:
         if example_inputs is not None:
@@ -245,5 +247,5 @@ def graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
         raise ModelError(
             f"{plan.title} cannot be applied: {error.what}",
             error.why,
-            f"{error.mend} Or correct the inputs that the plan states, or give example_inputs.".strip(),
+            f"{error.fix} Or correct the inputs that the plan states, or give example_inputs.".strip(),
         ) from error

@@ -32,7 +32,7 @@ class L1:
 @checked
 @dataclass(frozen=True)
 class Slimming:
-    """strength · Σ |γ| over the scales of all batch normalisations (Network Slimming).
+    """strength · Σ |γ| over the scales of all batch normalizations (Network Slimming).
 
     Args:
         strength: >= 0; 1e-5 to 1e-4 is usual.
@@ -46,12 +46,12 @@ class Slimming:
         """The term: a scalar with gradient.
 
         Raises:
-            UsageError: the model has no batch normalisation with a scale.
+            UsageError: the model has no batch normalization with a scale.
         """
         scales = list(framework_of(model).scales(model))
         if not scales:
             raise UsageError(
-                f"A {type(model).__name__} has no batch normalisation with a scale.",
+                f"A {type(model).__name__} has no batch normalization with a scale.",
                 "Network Slimming has nothing to act on.",
                 "Use L1 instead.",
             )

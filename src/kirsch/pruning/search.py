@@ -81,7 +81,7 @@ class Chooser:
 
     def keep(self, counts: Sequence[int]) -> NDArray[np.bool_]:
         """Component → whether it stays."""
-        keep = np.ones(len(self._graph.coupling.stuck), bool)
+        keep = np.ones(len(self._graph.coupling.frozen), bool)
         for candidate, count in zip(self.candidates, counts, strict=True):
             keep[candidate.gone(count)] = False
         return keep

@@ -97,7 +97,7 @@ def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = No
             f"Give its folder, {source.parent}." if source.exists() else "Check the path.",
         )
     if not (source / files.MANIFEST).exists() and not (source / _plan_name(1)).exists():
-        raise CheckpointError(f"{source} holds no model of kirsch.save.", mend="Give a folder made by kirsch.save.")
+        raise CheckpointError(f"{source} holds no model of kirsch.save.", fix="Give a folder made by kirsch.save.")
     wrong = files.damage(source)
     if wrong:
         raise CheckpointError(

@@ -55,7 +55,7 @@ def compress(
     *,
     student: Model | None = None,
     max_drop: float | None = None,
-    distil: Training | None = None,
+    distill: Training | None = None,
     recover: Training | None = None,
     temperature: float | None = None,
     objective: Objective | str | None = None,
@@ -72,7 +72,7 @@ def compress(
         goal: of the removal, as fractions of what is pruned.
         student: a small untrained model that learns from the model; if left out, the model itself is pruned.
         max_drop: accuracy that may be lost against the model, as a fraction below 1: 0.01 is one percentage point.
-        distil: training of the student.
+        distill: training of the student.
         recover: training after the removal.
         temperature: of the soft targets in both, without an objective; 4 if left out.
         objective: what is learned in both, instead of soft targets and labels: an objective, or a preset by its name.
@@ -82,22 +82,22 @@ def compress(
         listen: is given each event.
 
     Raises:
-        UsageError: `distil` is given without a student.
+        UsageError: `distill` is given without a student.
         KirschError: whatever a stage raises; the run folder has what was done until then.
     """
-    if distil is not None and student is None:
-        raise UsageError("distil is given without a student.", mend="Give student=..., or leave distil out.")
+    if distill is not None and student is None:
+        raise UsageError("distill is given without a student.", fix="Give student=..., or leave distill out.")
     if max_drop is not None and not 0 <= max_drop < 1:
         raise UsageError(
             f"`max_drop` of kirsch.compress is {max_drop:g}; expected a fraction of at least 0 and below 1.",
-            mend="For a loss of at most one percentage point of accuracy write max_drop=0.01.",
+            fix="For a loss of at most one percentage point of accuracy write max_drop=0.01.",
         )
     recipe = recipe_of(
         {
             "name": name,
             "data": {"source": GIVEN, "batch_size": batch_size},
             "teacher": {"model": GIVEN},
-            "student": {"model": GIVEN, "distil": _section(distil, temperature, objective)}
+            "student": {"model": GIVEN, "distill": _section(distill, temperature, objective)}
             if student is not None
             else None,
             "prune": {"goal": goal.to_dict()},

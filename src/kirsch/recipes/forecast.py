@@ -55,13 +55,13 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     start = (materials.make_student or materials.make_teacher)()  # a model of its own: none learns from itself
     costs = {"teacher": job.count(teacher)}
     if materials.make_student:
-        costs["distil"] = job.count(start)
+        costs["distill"] = job.count(start)
     check_objectives(job, teacher, start)
     plan = None
     if recipe.prune is not None:
         _, plan = plan_for(job, start, recipe.prune)
         costs["prune"] = costs["recover"] = (plan.after.parameters, plan.after.macs)
-    models = {"teacher": recipe.teacher.model, "distil": recipe.student.model if recipe.student else None}
+    models = {"teacher": recipe.teacher.model, "distill": recipe.student.model if recipe.student else None}
     stages = [
         {
             "key": stage.key,
@@ -111,7 +111,7 @@ def _weights(recipe: Recipe) -> str:
 def _seconds(job: Job, key: str, teacher: Any, start: Any) -> float:
     """How long a stage would take: its steps, timed on a few."""
     recipe = job.recipe
-    taught = {"distil": recipe.student.distil if recipe.student else None, "recover": recipe.recover}.get(key)
+    taught = {"distill": recipe.student.distill if recipe.student else None, "recover": recipe.recover}.get(key)
     section = recipe.teacher.train if key == "teacher" else taught.train if taught else None
     if key == "measure" and recipe.measure is not None:
         return EXPORT_SECONDS + 0.04 * recipe.measure.rounds

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kirsch.recipes.job import Job
 
-MODELS = {"teacher": "teacher", "distil": "student", "prune": "pruned", "recover": "recovered", "export": "exported"}
+MODELS = {"teacher": "teacher", "distill": "student", "prune": "pruned", "recover": "recovered", "export": "exported"}
 """Stage → the model that it makes."""
 
 
@@ -74,8 +74,8 @@ def _goal(job: Job) -> dict[str, Any]:
     recipe, records = job.recipe, job.records
     items = []
     if recipe.prune is not None and "prune" in records:
-        start = records["distil" if "distil" in records else "teacher"]
-        of = "student" if "distil" in records else "teacher"
+        start = records["distill" if "distill" in records else "teacher"]
+        of = "student" if "distill" in records else "teacher"
         for limit, field, word in (
             (recipe.prune.goal.macs, "macs", "MACs"),
             (recipe.prune.goal.params, "parameters", "parameters"),

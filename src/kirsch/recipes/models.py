@@ -79,14 +79,14 @@ def _check_takes_no_arguments(builder: Any, reference: str) -> None:
         framework_of(builder)
         raise UsageError(
             f"{reference} is a model, and a function that returns one is needed.",
-            mend=f"Add `def build(): return {name}` to it, and give {kind}:build.",
+            fix=f"Add `def build(): return {name}` to it, and give {kind}:build.",
         )
     try:
         inspect.signature(builder).bind()
     except TypeError as error:
         raise UsageError(
             f"{reference} cannot be called without arguments: {error}.",
-            mend=f"Add `def build(): return {name}(...)` to it, and give {kind}:build.",
+            fix=f"Add `def build(): return {name}(...)` to it, and give {kind}:build.",
         ) from None
     except ValueError:  # a callable of C, which states no arguments
         return
@@ -141,7 +141,7 @@ def resolve(reference: str, *, base: Path | None = None) -> Callable[[], Any]:
     if not callable(getattr(module, name, None)):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         unknown = UnknownNameError(f"callable of {kind} named", name, public)
-        raise LoadError(unknown.what, unknown.why, unknown.mend)
+        raise LoadError(unknown.what, unknown.why, unknown.fix)
     found: Callable[[], Any] = getattr(module, name)
     return found
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kirsch.registry import Registry
 
 Places = str | list[str] | dict[str, str]
-"""A site, several for losses of stages or relations, or one by name for those of sets."""
+"""A layer, several for losses of stages or relations, or one by name for those of sets."""
 
 
 class Stated(Section):

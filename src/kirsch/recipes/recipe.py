@@ -88,7 +88,7 @@ class Teacher(Section):
     train: Train | None = Field(None, description="null: it comes trained")
 
 
-class Distil(Section):
+class Distill(Section):
     """Learning from the teacher."""
 
     temperature: Positive | None = Field(None, description="softens both models' scores; 4.0")
@@ -137,7 +137,7 @@ class Student(Section):
 
     model: str = Field(description="package.module:callable, file.py:callable or timm:NAME")
     outputs: Outputs = Field(None, description=OUTPUTS)
-    distil: Distil = Field(default_factory=Distil, description="learning from the teacher")
+    distill: Distill = Field(default_factory=Distill, description="learning from the teacher")
 
 
 class PruneGoal(Section):
@@ -196,7 +196,7 @@ class Recipe(Section):
     teacher: Teacher = Field(description="the large model")
     student: Student | None = Field(None, description="the small model; null: the teacher itself is made smaller")
     prune: Prune | None = Field(None, description="what to remove from it")
-    recover: Distil | None = Field(None, description="training after the removal, on the teacher's scores")
+    recover: Distill | None = Field(None, description="training after the removal, on the teacher's scores")
     export: Export | None = Field(default_factory=Export, description="the file to ship")
     measure: Measure | None = Field(default_factory=Measure, description="where and how to time")
     goal: Wanted = Field(default_factory=Wanted, description="when the job is done well")
@@ -209,9 +209,9 @@ class Recipe(Section):
             raise ValueError("a speedup is wanted, and without the sections export and measure nothing is timed")
         return goal
 
-    def section_of(self, stage: str) -> Distil | None:
-        """The section of a stage that learns from the teacher, "distil" or "recover"; None where there is none."""
-        found = {"distil": self.student.distil if self.student else None, "recover": self.recover}
+    def section_of(self, stage: str) -> Distill | None:
+        """The section of a stage that learns from the teacher, "distill" or "recover"; None where there is none."""
+        found = {"distill": self.student.distill if self.student else None, "recover": self.recover}
         return found.get(stage)
 
     def objective_of(self, stage: str) -> Objective:
@@ -294,7 +294,7 @@ def recipe_of(
         many = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         raise RecipeError(
             f"The {name} has {many}:\n  " + "\n  ".join(problems),
-            mend="`kirsch init` writes a recipe that runs, with its sections and keys.",
+            fix="`kirsch init` writes a recipe that runs, with its sections and keys.",
         ) from None
 
 

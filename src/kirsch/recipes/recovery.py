@@ -98,7 +98,7 @@ def _chosen(
         if path not in known:
             raise UnknownNameError(f"place in {called} whose kept channels are known", path, known)
     if not paths:
-        raise UsageError("There are no places to compare.", mend='Name some: at="layer*".')
+        raise UsageError("There are no places to compare.", fix='Name some: at="layer*".')
     return list(dict.fromkeys(paths))
 
 

@@ -23,7 +23,7 @@ from kirsch.graph.plan import Goal, Plan
 from kirsch.measurement.agreement import agreement
 from kirsch.measurement.machine import usable_cores
 from kirsch.pruning.choose import plan as choose
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.store import load, save
 from kirsch.recipes.job import LOGITS, Job
 from kirsch.recipes.seal import MODEL, PLAN
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from kirsch.frameworks.training import Trained
     from kirsch.graph.graph import Graph
-    from kirsch.recipes.recipe import Distil, Prune, Recipe
+    from kirsch.recipes.recipe import Distill, Prune, Recipe
     from kirsch.recipes.section import Section
 
 Record = dict[str, Any]
@@ -64,7 +64,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     student, nothing = recipe.student, _load_nothing
     wanted = [
         Stage("teacher", recipe.teacher, _teacher, _load_teacher),
-        Stage("distil", student, _distil, _load_student) if student else None,
+        Stage("distill", student, _distill, _load_student) if student else None,
         Stage("prune", recipe.prune, _prune, _load_pruned) if recipe.prune else None,
         Stage("recover", recipe.recover, _recover, _load_recovered) if recipe.recover else None,
         Stage("export", recipe.export, _export, nothing) if recipe.export else None,
@@ -107,15 +107,15 @@ def _load_teacher(job: Job, folder: Path, _record: Record) -> None:
     job.models["teacher"] = job.models["result"] = model.eval()
 
 
-def _distil(job: Job, folder: Path) -> Record:
+def _distill(job: Job, folder: Path) -> Record:
     section = job.recipe.student
     if section is None or job.make_student is None:
-        raise RuntimeError("a recipe without a student has no stage to distil one")
-    trained = _taught(job, "distil", job.make_student(), section.distil)
+        raise RuntimeError("a recipe without a student has no stage to distill one")
+    trained = _taught(job, "distill", job.make_student(), section.distill)
     record = _described(job, trained.model, folder, "student", trained.history)
     record["first_batch"] = trained.first_batch
     record["cells"].append(_share(trained))
-    job.check_alive("distil", record)
+    job.check_alive("distill", record)
     job.models["student"] = job.models["result"] = trained.model
     return record
 
@@ -128,7 +128,7 @@ def _load_student(job: Job, folder: Path, _record: Record) -> None:
     job.models["student"] = job.models["result"] = model.eval()
 
 
-def _taught(job: Job, key: str, model: Any, section: Distil) -> Any:
+def _taught(job: Job, key: str, model: Any, section: Distill) -> Any:
     return distill(
         model,
         job.models["teacher"],
@@ -163,7 +163,7 @@ def check_objectives(job: Job, teacher: Any, model: Any) -> None:
         require_steady(candidate, (job.example,))
     first = first_batch(job.framework(model), job.data.batches(recipe.data.batch_size))
     student = model if model is not teacher else copy.deepcopy(model)
-    for stage in ("distil", "recover"):
+    for stage in ("distill", "recover"):
         if recipe.section_of(stage) is not None:
             Distiller(student, teacher, recipe.objective_of(stage), first).close()  # looks at the labels, too
 
@@ -213,7 +213,7 @@ def _prune(job: Job, folder: Path) -> Record:
         raise RuntimeError("a recipe without a section to prune has no such stage")
     before = job.models["result"]
     graph, plan = plan_for(job, before, section)
-    pruned = prune_with_proof(before, plan)
+    pruned = prune_with_verification(before, plan)
     save(pruned.model, folder / "model")
     files.write_text(job.folder / PLAN, pruned.plan.to_json())
     notes = [*plan.notes, *pruned.warnings]
@@ -355,7 +355,7 @@ def check_threads(recipe: Recipe) -> None:
     """
     wanted, cores = recipe.measure.threads if recipe.measure and recipe.export else 1, usable_cores()
     if wanted > cores:
-        raise UsageError(f"measure.threads is {wanted}; this machine has {cores}.", mend="Lower measure.threads.")
+        raise UsageError(f"measure.threads is {wanted}; this machine has {cores}.", fix="Lower measure.threads.")
 
 
 def _measure(job: Job, folder: Path) -> Record:

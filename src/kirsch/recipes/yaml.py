@@ -83,7 +83,7 @@ def read(source: str | Path) -> Document:
     if node is None:
         return Document({}, {})
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{name} is no mapping of keys to values.", mend="Start from `kirsch init`.")
+        raise RecipeError(f"{name} is no mapping of keys to values.", fix="Start from `kirsch init`.")
     data = reader.plain(node, "", 0)
     return Document(data, reader.lines)
 

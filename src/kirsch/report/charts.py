@@ -187,7 +187,7 @@ def _axes(
 
 
 def removed_bars(layers: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> Markup:
-    """A bar a layer: what is kept in color, what was removed in grey, grouped as the cuts belong together."""
+    """A bar a layer: what is kept in color, what was removed in gray, grouped as the cuts belong together."""
     by_name = {group["name"]: group for group in groups}
     widest = max(layer["before"] for layer in layers)
     left, row = 230, 20

@@ -38,7 +38,7 @@ def check_scores_are_one_finite_number_a_unit(importance: Importance) -> None:
 
 
 def check_scores_where_normalization_and_a_residual_couple_layers(importance: Importance) -> None:
-    """Units that lie on a batch normalisation and on several convolutions have one score each."""
+    """Units that lie on a batch normalization and on several convolutions have one score each."""
     _assert_scored(importance, trace(_residual(), _image()), layers=5)
 
 
@@ -210,7 +210,7 @@ def _registered(importance: Importance) -> Iterator[str]:
 
 def _reorder(model: Any, graph: Graph, group: Group, order: NDArray[np.int64]) -> None:
     """Bring the units of a group into another order: unit u becomes the one that was `order[u]`."""
-    unit = np.full(len(graph.coupling.stuck), -1)
+    unit = np.full(len(graph.coupling.frozen), -1)
     unit[group.components] = group.unit_of()
     tensors = model.state_dict()
     for name, axis in group.footprint:

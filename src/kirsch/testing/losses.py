@@ -220,7 +220,7 @@ def check_order_of_samples_does_not_matter(loss: Loss) -> None:
     """The same samples in another order give the same number."""
     values = _values(loss)
     places = np.arange(len(first_of(values[0])))
-    order = np.concatenate([places[1::2], places[::2]])  # other neighbours, which no reversal would give
+    order = np.concatenate([places[1::2], places[::2]])  # other neighbors, which no reversal would give
     for options in _options(loss):
         moved = [each(lambda part: part[order], side) for side in values]
         other = {name: value[order] if name in ("labels", "mask") else value for name, value in options.items()}

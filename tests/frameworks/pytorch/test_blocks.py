@@ -15,7 +15,7 @@ from kirsch.errors import ModelError, PlanError, VerificationError
 from kirsch.frameworks.pytorch import dropping
 from kirsch.frameworks.pytorch.count import count
 from kirsch.graph.plan import Goal, Plan, Skip
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 from proving import shaken
 
 
@@ -33,7 +33,7 @@ class Conv(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Two branches behind each other, the one by a module and the other written out; normalised before or after."""
+    """Two branches behind each other, the one by a module and the other written out; normalized before or after."""
 
     def __init__(self, number, *, post=False):
         super().__init__()
@@ -152,7 +152,7 @@ class Adds(nn.Module):
 FOUND = {
     "convolutions, but not where the shortcut is a layer": (convolutional, IMAGES, ("2", "4")),
     "layers in a list, with both of their branches": (lambda: Row(3), WORDS, ("layers.0", "layers.1", "layers.2")),
-    "layers that normalise after": (lambda: Row(2, post=True), WORDS, ("layers.0", "layers.1")),
+    "layers that normalize after": (lambda: Row(2, post=True), WORDS, ("layers.0", "layers.1")),
     "none whose parameters are read elsewhere": (Weights, torch.randn(2, 8), ()),
     "none that runs twice": (Twice, torch.randn(2, 8), ()),
     "none whose inside is read": (Hidden, torch.randn(2, 8), ()),
@@ -176,7 +176,7 @@ def without(model, inputs, *names):
 def test_a_block_in_a_list_leaves_it_and_the_rest_is_numbered_anew():
     model = shaken(Row(4))
     plan = without(model, WORDS, "layers.1", "layers.2")
-    found = prune_with_proof(model, plan)
+    found = prune_with_verification(model, plan)
     assert found.verification.power > 0.01
     assert count(found.model, WORDS) == (plan.after.parameters, plan.after.macs)
     assert [layer.number for layer in found.model.layers] == [0, 1]
@@ -190,7 +190,7 @@ def test_a_block_in_a_list_leaves_it_and_the_rest_is_numbered_anew():
 
 def test_a_block_in_a_sequence_leaves_it():
     model = convolutional()
-    found = prune_with_proof(model, without(model, IMAGES, "2"))
+    found = prune_with_verification(model, without(model, IMAGES, "2"))
     assert found.verification.passed
     assert len(found.model) == len(model) - 1
 
@@ -209,14 +209,14 @@ class Stages(nn.Module):
 def test_the_names_of_a_sequence_stay():
     names = ["into", "one", "two", "out"]
     model = shaken(nn.Sequential(OrderedDict(zip(names, Stages().children(), strict=True))))
-    found = prune_with_proof(model, without(model, IMAGES, "one"))
+    found = prune_with_verification(model, without(model, IMAGES, "one"))
     assert [name for name, _ in found.model.named_children()] == ["into", "two", "out"]
     assert found.verification.passed
 
 
 def test_a_block_with_a_name_becomes_an_identity():
     model = shaken(Stages())
-    found = prune_with_proof(model, without(model, IMAGES, "one"))
+    found = prune_with_verification(model, without(model, IMAGES, "one"))
     assert type(found.model.one) is nn.Identity
     assert found.verification.passed
 
@@ -240,7 +240,7 @@ class Named(nn.Module):
 def test_many_blocks_become_identities():
     model = shaken(Named())
     plan = without(model, IMAGES, *(f"block{number}" for number in range(0, 12, 2)))
-    found = prune_with_proof(model, plan)
+    found = prune_with_verification(model, plan)
     assert found.verification.passed
     assert count(found.model, IMAGES) == (plan.after.parameters, plan.after.macs)
 
@@ -259,7 +259,7 @@ class Numbered(Stages):
 
 def test_a_block_that_is_called_by_its_number_becomes_an_identity():
     model = shaken(Numbered())
-    found = prune_with_proof(model, without(model, IMAGES, "blocks.0"))
+    found = prune_with_verification(model, without(model, IMAGES, "blocks.0"))
     assert type(found.model.blocks[0]) is nn.Identity
     assert found.verification.passed
 
@@ -279,7 +279,7 @@ def test_widths_and_blocks_go_together():
         graph.prices.price(widths.keep(graph), ["layers.1"]),
         blocks=(Skip("layers.1", "by hand"),), inputs=graph.inputs,
     )  # fmt: skip
-    found = prune_with_proof(model, both)
+    found = prune_with_verification(model, both)
     assert found.verification.passed
     assert count(found.model, WORDS) == (both.after.parameters, both.after.macs)
 

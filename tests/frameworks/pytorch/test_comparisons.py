@@ -13,7 +13,7 @@ from torch import fx, nn
 import kirsch
 from kirsch.errors import GoalError, PlanError, VerificationError
 from kirsch.graph.plan import Goal
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 from proving import shaken
 
 IMAGE = torch.randn(2, 3, 6, 6)
@@ -150,7 +150,7 @@ def widths(model):
 @pytest.mark.parametrize("kind", FOLLOWING)
 def test_an_attribute_that_a_size_is_compared_with_follows(kind):
     model = shaken(Net(FOLLOWING[kind]))
-    found = prune_with_proof(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5)))
+    found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5)))
     assert found.verification.power > 1e-3
     assert all(width < 16 for width in widths(found.model))
 
@@ -170,7 +170,7 @@ def test_a_size_that_is_compared_with_what_cannot_follow_stays_and_the_error_has
 
 def test_a_property_of_an_attribute_follows_or_holds():
     model = shaken(Net(lambda s, x: torch._assert(x.shape[1] == 2 * s.half, "channels")))
-    assert prune_with_proof(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.8))).verification.passed
+    assert prune_with_verification(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.8))).verification.passed
 
 
 def test_a_condition_that_some_choices_meet_is_left_to_the_plan():
@@ -190,7 +190,7 @@ def test_a_condition_that_some_choices_meet_is_left_to_the_plan():
 
 def test_a_comparison_in_a_graph_of_torch_fx_holds():
     traced = fx.symbolic_trace(shaken(Net(lambda _, x: torch._assert(x.shape[1] == 16, "channels"))))
-    found = prune_with_proof(traced, kirsch.plan(kirsch.trace(traced, IMAGE), Goal(macs=0.8)))
+    found = prune_with_verification(traced, kirsch.plan(kirsch.trace(traced, IMAGE), Goal(macs=0.8)))
     assert found.verification.power > 1e-3
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 import kirsch
 from kirsch.frameworks.pytorch.verify import effect
 from kirsch.graph.plan import Goal
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 from proving import shaken
 
 X = torch.randn(5, 8)
@@ -85,7 +85,7 @@ CHANGING = {
 def pruned(wrap):
     torch.manual_seed(0)
     model = Layers(wrap)
-    return model, prune_with_proof(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
+    return model, prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
 
 
 @pytest.mark.parametrize("kind", CHANGING)
@@ -121,7 +121,7 @@ def test_a_weight_that_stays_what_it_is_for_what_stays_is_not_named(kind):
 
 def test_a_cut_in_training_mode_leaves_the_vectors_of_spectral_norm_as_they_were():
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 4)).train()
-    found = prune_with_proof(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
+    found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
     assert found.verification.passed
     assert all(module.training for module in found.model.modules())
 
@@ -139,7 +139,7 @@ def test_power_compares_the_units_that_both_runs_show():
             return {"logits": self.b(hidden), "hidden_states": hidden}
 
     model = shaken(Both())
-    found = prune_with_proof(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
+    found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
     assert 1e-3 < found.verification.power <= 2
 
 

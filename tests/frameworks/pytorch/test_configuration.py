@@ -17,7 +17,7 @@ from kirsch.errors import PlanError
 from kirsch.frameworks.pytorch import blueprint
 from kirsch.frameworks.pytorch.blueprint import changed, numbers
 from kirsch.frameworks.pytorch.vision import import_beside
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 from proving import shaken
 
 # ---------------------------------------------------------------------------------------- a model of nobody's library
@@ -105,7 +105,7 @@ def carrying(kind=Carrying, **options):
 def halved(model, kinds=("ffn unit",), **options):
     graph = kirsch.trace(model, INPUT.to(model.first.weight))
     options = {"uniform": True, "round_to": 1, **options}
-    return prune_with_proof(model, kirsch.plan(graph, kirsch.Goal(params=0.6), granularity=kinds, **options))
+    return prune_with_verification(model, kirsch.plan(graph, kirsch.Goal(params=0.6), granularity=kinds, **options))
 
 
 def config_notes(found):
@@ -165,7 +165,7 @@ def test_blocks_that_are_left_out_are_counted(depth):
     model = carrying(depth=4)
     graph = kirsch.trace(model, INPUT)
     plan = kirsch.plan_depth(graph, kirsch.Goal(params=0.9 if depth == 3 else 0.7), INPUT, exclude=["listed", "wide"])
-    found = prune_with_proof(model, plan)
+    found = prune_with_verification(model, plan)
     assert found.plan.configuration == {"depth": depth} == {"depth": len(found.model.blocks)}
     assert config_notes(found) == [f"config: depth 4 -> {depth}; save_pretrained holds it."]
     assert_built_anew(found.model)
@@ -177,7 +177,7 @@ def test_blocks_that_no_number_counts_leave_the_configuration_as_it_is():
         kirsch.trace(model, INPUT), kirsch.Goal(params=0.95), INPUT, exclude=["blocks", "listed", "inner"]
     )
     assert plan.without == ("wide",)
-    assert_said(config_notes(prune_with_proof(model, plan)), "No configuration describes .* names differ")
+    assert_said(config_notes(prune_with_verification(model, plan)), "No configuration describes .* names differ")
 
 
 def test_layers_that_differ_leave_the_configuration_as_it_is():
@@ -185,7 +185,7 @@ def test_layers_that_differ_leave_the_configuration_as_it_is():
     plan = kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(params=0.7), granularity=["ffn unit"], round_to=1)
     counts = {len(removal.removed) for removal in plan.groups if removal.name.startswith("blocks")}
     assert len(counts) == 2
-    found = prune_with_proof(model, plan)
+    found = prune_with_verification(model, plan)
     assert found.model.config.to_dict() == model.config.to_dict()
     assert found.plan.configuration == {}
     (note,) = config_notes(found)
@@ -241,7 +241,7 @@ def test_a_model_that_its_configuration_does_not_build_is_said_to_be_such():
 def test_without_verification_nothing_is_said_to_fit():
     model = carrying()
     plan = kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(params=0.6), uniform=True, granularity=["ffn unit"])
-    found = prune_with_proof(model, plan, verify=False)
+    found = prune_with_verification(model, plan, verify=False)
     assert found.model.config.to_dict() == model.config.to_dict()
     assert "without verification" in config_notes(found)[0]
 
@@ -249,17 +249,17 @@ def test_without_verification_nothing_is_said_to_fit():
 def test_a_part_that_is_pruned_in_its_place_leaves_the_configuration_as_it_is():
     model = carrying()
     graph = kirsch.trace(model, INPUT, scope="wide")
-    found = prune_with_proof(model, kirsch.plan(graph, kirsch.Goal(params=0.6)))
+    found = prune_with_verification(model, kirsch.plan(graph, kirsch.Goal(params=0.6)))
     assert "a part was pruned alone" in config_notes(found)[0]
     assert found.model.config.to_dict() == model.config.to_dict()
 
 
 def test_a_model_without_a_configuration_has_no_note():
     model = shaken(nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 3)))
-    found = prune_with_proof(model, kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(params=0.5)))
+    found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(params=0.5)))
     assert config_notes(found) == []
     model.config = {"width": 32}  # it has no way to a dict and back
-    found = prune_with_proof(model, kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(params=0.5)))
+    found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(params=0.5)))
     assert config_notes(found) == []
 
 
@@ -298,7 +298,7 @@ def test_a_plan_that_states_numbers_of_another_model_changes_nothing():
     plan = halved(model).plan
     content = json.loads(plan.to_json())
     content["configuration"]["ffn"] += 1
-    found = prune_with_proof(copy.deepcopy(model), kirsch.Plan.from_json(json.dumps(content)), verify=False)
+    found = prune_with_verification(copy.deepcopy(model), kirsch.Plan.from_json(json.dumps(content)), verify=False)
     assert found.model.config.ffn is None
     assert found.plan.configuration == {}
     assert_said(stated_notes(found), r"states the configuration ffn=\d+, .*\. It does not describe the model")
@@ -309,7 +309,7 @@ def test_a_stated_configuration_that_the_cut_does_not_give_is_noted_and_computed
     model = carrying()
     plan = halved(model).plan
     content = json.loads(plan.to_json()) | {"configuration": numbers_}
-    found = prune_with_proof(model, kirsch.Plan.from_json(json.dumps(content)))
+    found = prune_with_verification(model, kirsch.Plan.from_json(json.dumps(content)))
     assert found.plan.configuration == plan.configuration
     ((name, number),) = numbers_.items()
     assert_said(
@@ -323,7 +323,7 @@ def test_the_configuration_that_the_cut_gives_has_no_note_on_what_the_plan_state
     model = carrying()
     content = json.loads(halved(model).plan.to_json())
     content["configuration"] = content["configuration"] if stated else {}
-    found = prune_with_proof(model, kirsch.Plan.from_json(json.dumps(content)), verify=verify)
+    found = prune_with_verification(model, kirsch.Plan.from_json(json.dumps(content)), verify=verify)
     assert stated_notes(found) == []
 
 
@@ -423,7 +423,7 @@ def pruned(transformers, name):
     model, inputs = made(transformers, name)
     goal = kirsch.Goal(macs=fraction)
     plan = kirsch.plan(kirsch.trace(model, inputs), goal, uniform=True, granularity=kinds, exclude=excluded)
-    return prune_with_proof(model, plan), inputs
+    return prune_with_verification(model, plan), inputs
 
 
 @pytest.fixture(scope="module")
@@ -467,7 +467,7 @@ def test_the_note_says_what_changed(round_trip):
 def test_a_language_model_with_fewer_layers_says_so(transformers, tmp_path):
     model, inputs = made(transformers, "llama", num_hidden_layers=4)
     plan = kirsch.plan_depth(kirsch.trace(model, inputs), kirsch.Goal(macs=0.7), inputs)
-    found = prune_with_proof(model, plan).model
+    found = prune_with_verification(model, plan).model
     assert found.config.num_hidden_layers == len(found.model.layers) < 4
     assert [layer.self_attn.layer_idx for layer in found.model.layers] == list(range(len(found.model.layers)))
     found.save_pretrained(tmp_path)
@@ -482,7 +482,7 @@ def test_heads_of_which_a_part_goes_keep_their_scale_and_the_configuration_stays
     plan = kirsch.plan(
         kirsch.trace(model, inputs), kirsch.Goal(macs=0.9), uniform=True, granularity=["head dim"], round_to=1
     )
-    found = prune_with_proof(model, plan)
+    found = prune_with_verification(model, plan)
     assert found.verification.passed
     assert found.model.config.to_dict() == model.config.to_dict()
     assert_said(config_notes(found), r"self_attn\.scaling is 0\.2887 and would be 0\.\d+\. Save it with kirsch\.save")
@@ -495,4 +495,4 @@ def test_widths_that_no_number_holds_are_named(transformers):
     model, inputs = made(transformers, "distilbert")
     plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.8), uniform=True, granularity=["head"])
     why = r"no number gives axis 0 of distilbert\.\S+ its \d+\. Save it with kirsch\.save, or plan with granul"
-    assert_said(config_notes(prune_with_proof(model, plan)), why)
+    assert_said(config_notes(prune_with_verification(model, plan)), why)

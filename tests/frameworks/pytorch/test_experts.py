@@ -11,7 +11,7 @@ import kirsch
 from kirsch.errors import PlanError
 from kirsch.frameworks.pytorch.count import count
 from kirsch.graph.plan import Goal, Plan
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 from proving import shaken
 
 ROWS = torch.randn(7, 6)
@@ -78,7 +78,7 @@ def test_experts_go_with_their_rows_of_the_router(run):
     experts = next(group for group in graph.groups if group.kind == "expert")
     assert experts.size == 5
     plan = kirsch.plan(graph, Goal(params=0.75), granularity=["expert"], round_to=1)
-    found = prune_with_proof(model, plan)
+    found = prune_with_verification(model, plan)
     (removal,) = plan.groups
     kept = [unit for unit in range(5) if unit not in removal.removed]
     assert found.verification.power > 1e-3
@@ -167,7 +167,7 @@ def test_experts_of_any_choice_go_with_the_option_alone(run, softmax):
     assert len(found) == (softmax == "kept")
     if found:
         plan = kirsch.plan(graph, Goal(params=0.75), granularity=["expert"], round_to=1)
-        assert prune_with_proof(model, plan).verification.power > 1e-3
+        assert prune_with_verification(model, plan).verification.power > 1e-3
 
 
 class Told(Mixture):

@@ -127,8 +127,8 @@ class Choosing(nn.Module):
 def test_what_cannot_be_exported_is_named_once_and_in_one_place(model, reason, tmp_path, capfd):
     """Neither the exporter's advice to its own developers nor its logs are shown."""
     level = logging.getLogger("torch").level
-    what, mend = rf"^A {type(model).__name__} cannot be exported to ONNX\.", "Export a part without the operation"
-    with pytest.raises(ModelError, match=rf"{what} {reason}\. {mend}") as caught:
+    what, fix = rf"^A {type(model).__name__} cannot be exported to ONNX\.", "Export a part without the operation"
+    with pytest.raises(ModelError, match=rf"{what} {reason}\. {fix}") as caught:
         export_onnx(model, torch.randn(2, 3), tmp_path / "m.onnx")
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")

@@ -13,7 +13,7 @@ from kirsch.frameworks.pytorch.count import count
 from kirsch.frameworks.pytorch.graph_module import graph_module
 from kirsch.frameworks.pytorch.verify import verify
 from kirsch.graph.plan import Goal, Plan
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 from proving import half_of_everything, shaken
 
 
@@ -42,7 +42,7 @@ RUNS = {
     "a split in equal parts": lambda s, x: torch.cat(x.split(4, -1)[:2], -1),
     "a view and back": lambda s, x: x.view(2, 5, 4, 3).transpose(-2, -1).reshape(2, 5, 12)[..., :8],
     "heads": heads,
-    "a normalisation": lambda s, x: F.layer_norm(x, (12,), s.norm)[..., 4:],
+    "a normalization": lambda s, x: F.layer_norm(x, (12,), s.norm)[..., 4:],
     "an expanded tensor": lambda s, x: (x + torch.ones(2, 1, 1).expand(2, 5, 12))[..., :8],
     "a tensor of zeros": lambda s, x: (x + torch.zeros(2, 5, 12))[..., :8],
     "padding": lambda s, x: F.pad(x[..., :6], (1, 1)),
@@ -78,7 +78,7 @@ IMAGES = torch.randn(2, 3, 9, 9)
 def pruned():
     model = convolutional()
     plan = kirsch.plan(kirsch.trace(model, IMAGES, as_graph=True), Goal(params=0.8))
-    return model, plan, prune_with_proof(model, plan).model
+    return model, plan, prune_with_verification(model, plan).model
 
 
 def test_it_costs_what_was_said(pruned):
@@ -120,7 +120,7 @@ def test_it_is_saved_and_loaded_bit_for_bit(pruned, tmp_path):
 def test_it_can_be_pruned_again(pruned):
     _, _, small = pruned
     plan = kirsch.plan(kirsch.trace(small, IMAGES, as_graph=True), Goal(params=0.7))
-    assert prune_with_proof(small, plan).verification.passed
+    assert prune_with_verification(small, plan).verification.passed
 
 
 class Several(nn.Module):

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import kirsch
 from kirsch.errors import ModelError, VerificationError
 from kirsch.graph.plan import Goal
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 from proving import shaken
 
 IMAGE = torch.randn(2, 3, 8, 8)
@@ -103,7 +103,7 @@ def test_a_cut_graph_computes_what_the_cut_model_computes(maker):
     model = shaken(Images())
     plain = kirsch.prune(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.6)))
     made = MAKERS[maker](model, IMAGE)
-    found = prune_with_proof(made, kirsch.plan(kirsch.trace(made, IMAGE), Goal(macs=0.6)))
+    found = prune_with_verification(made, kirsch.plan(kirsch.trace(made, IMAGE), Goal(macs=0.6)))
     assert found.verification.power > 1e-3
     assert type(found.model).__mro__[1:] == type(made).__mro__[1:]
     torch.testing.assert_close(found.model(IMAGE), plain(IMAGE))
@@ -132,7 +132,7 @@ def test_a_model_with_a_graph_in_it_is_cut_and_shortened(maker):
     graph = kirsch.trace(model, IMAGE)
     assert graph.blocks == ("part.blocks.0", "part.blocks.1", "part.blocks.2")
     short = kirsch.prune(model, kirsch.plan_depth(graph, Goal(macs=0.8), IMAGE))
-    assert prune_with_proof(short, kirsch.plan(kirsch.trace(short, IMAGE), Goal(macs=0.7))).verification.passed
+    assert prune_with_verification(short, kirsch.plan(kirsch.trace(short, IMAGE), Goal(macs=0.7))).verification.passed
 
 
 @pytest.mark.parametrize("maker", ["symbolic_trace", "export", "unflatten"])
@@ -142,7 +142,7 @@ def test_numbers_in_the_code_of_a_graph_follow_a_cut(maker):
     made = MAKERS[maker](model, WORDS)
     graph = kirsch.trace(made, WORDS)
     assert {kind for kind, _ in groups(graph)} == {"head", "head dim"}
-    found = prune_with_proof(made, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
+    found = prune_with_verification(made, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
     assert found.verification.power > 1e-3
     assert "val" not in {key for node in getattr(found.model, "graph").nodes for key in node.meta}  # noqa: B009
 
@@ -254,7 +254,8 @@ def test_a_decomposed_program_is_cut_as_its_model(kind):
     model = shaken(Norms().eval())
     decomposed = DECOMPOSED[kind](model)
     found = [
-        prune_with_proof(each, kirsch.plan(kirsch.trace(each, IMAGE), Goal(macs=0.4))) for each in (model, decomposed)
+        prune_with_verification(each, kirsch.plan(kirsch.trace(each, IMAGE), Goal(macs=0.4)))
+        for each in (model, decomposed)
     ]
     sizes = [[value.shape for value in each.model.parameters()] for each in found]
     assert sizes[0] == sizes[1] != [value.shape for value in model.parameters()]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kirsch
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 
 WORDS = torch.randint(0, 30, (2, 5))
 
@@ -91,7 +91,7 @@ def test_units_whose_weights_have_a_length_of_their_own_are_ffn_units():
     graph = kirsch.trace(model, WORDS)
     assert {group.name: group.kind for group in graph.groups if group.size == 48} == {"up": "ffn unit"}
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.8), granularity=["ffn unit"])
-    found = prune_with_proof(model, plan)
+    found = prune_with_verification(model, plan)
     assert found.verification.power > 1e-3
     assert found.model.up.layer.out_features < 48
 

@@ -265,14 +265,14 @@ def interleaved_gates(plain):
 
 
 def labels_for_each_name(plain):
-    def labelled(model, facts):
+    def labeled(model, facts):
         out = plain(model, facts)
         return {
             name: Tensor.of(x.shape, [None if axis is None else facts.fresh(len(axis)) for axis in x.axes])
             for name, x in out.items()
         }
 
-    return labelled
+    return labeled
 
 
 def split_by_columns(kind):
@@ -318,7 +318,7 @@ def words_for_columns(plain):
 
 
 def without_cells(plain):
-    """The grids without what ties the cells along an axis that is stuck."""
+    """The grids without what ties the cells along an axis that is frozen."""
 
     def collapse(*given):
         kept, ties, fixed = plain(*given)
@@ -333,16 +333,16 @@ def folded(change):
 
 
 def of_first_axis(plain):
-    def sliced(value, labelled, *more):
-        return plain(value, Tensor(labelled.shape, (*labelled.axes[:1], *[None] * (value.dim() - 1))), *more)
+    def sliced(value, labeled, *more):
+        return plain(value, Tensor(labeled.shape, (*labeled.axes[:1], *[None] * (value.dim() - 1))), *more)
 
     return sliced
 
 
 def of_the_other_axis(plain):
-    def sliced(value, labelled, *more):
+    def sliced(value, labeled, *more):
         square = value.dim() == 2 and value.shape[0] == value.shape[1]
-        return plain(value, Tensor(labelled.shape, labelled.axes[::-1]) if square else labelled, *more)
+        return plain(value, Tensor(labeled.shape, labeled.axes[::-1]) if square else labeled, *more)
 
     return sliced
 
@@ -374,12 +374,12 @@ def sliced_by(change):
     """The surgery takes other places of each axis than the mask says."""
 
     def make(plain):
-        def sliced(value, labelled, graph, keep):
+        def sliced(value, labeled, graph, keep):
             def kept(labels, keep):
                 mask = graph.kept(labels, keep)
                 return None if mask is None else change(mask)
 
-            return plain(value, labelled, SimpleNamespace(traced=graph.traced, tensors=graph.tensors, kept=kept), keep)
+            return plain(value, labeled, SimpleNamespace(traced=graph.traced, tensors=graph.tensors, kept=kept), keep)
 
         return sliced
 
@@ -486,7 +486,7 @@ FAULTS = {
     "a size asks nothing of its attribute": Fault("heads", broken(Facts, "demand", without)),
     "a divisor is not pinned": Fault("a width as a divisor", broken(Facts, "pin", without)),
     # Units and components.
-    "a stuck axis of a grid ties nothing": Fault("heads by a number", broken(coupling, "_collapse", without_cells)),
+    "a frozen axis of a grid ties nothing": Fault("heads by a number", broken(coupling, "_collapse", without_cells)),
     "a unit goes without its cells": Fault(
         "scaled grid", broken(group._Closure, "of", lambda plain: lambda self, seed: np.array([seed])), STUCK
     ),

@@ -15,7 +15,7 @@ from kirsch.frameworks.pytorch.predict import infer, inference, logits_of, predi
 
 @pytest.fixture
 def model():
-    """In training mode, but for one layer; normalisation and dropout show it in the output."""
+    """In training mode, but for one layer; normalization and dropout show it in the output."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))

@@ -14,7 +14,7 @@ IMAGE = torch.randn(2, 3, 8, 8)
 
 
 class Detector(nn.Module):
-    """A backbone that is analysed, and a head that decides by the values it sees."""
+    """A backbone that is analyzed, and a head that decides by the values it sees."""
 
     def __init__(self, bound=0.0):
         super().__init__()

@@ -9,7 +9,7 @@ from torch import nn
 import kirsch
 from kirsch.errors import UsageError
 from kirsch.graph.plan import Goal, Plan
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 from proving import shaken
 
 
@@ -43,7 +43,7 @@ def test_units_that_a_softmax_spans_stay(gate):
 def test_with_the_option_they_go_and_that_is_said(gate):
     model, inputs = shaken(Gate(GATES[gate])), torch.randn(5, 4)
     plan = kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(params=0.6))
-    found = prune_with_proof(model, plan)
+    found = prune_with_verification(model, plan)
     assert found.verification.power > 1e-3
     assert "statistics of 1 operations follow the kept width" in found.verification.text
     kept = torch.nn.functional.linear(inputs, found.model.before.weight, found.model.before.bias)

@@ -19,9 +19,9 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from kirsch.errors import CheckpointError, DataError, Interrupted, NumericError, UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.optimizer import learning_rate
-from kirsch.frameworks.pytorch.pupil import student_of
+from kirsch.frameworks.pytorch.student import student_of
 from kirsch.frameworks.pytorch.train import train
-from kirsch.frameworks.training import Charge, Training, TrainingHooks, TrainingState
+from kirsch.frameworks.training import LossOutput, Training, TrainingHooks, TrainingState
 
 N, D, K = 14, 5, 3
 QUIET = TrainingHooks()
@@ -68,7 +68,7 @@ class Plain:
     def __call__(self, model, batch, epoch, of):
         total, parts = self.function(student_of(model), batch.inputs, batch.targets)
         share = len(batch) / of["labels"]
-        return Charge(share * total, {name: share * part for name, part in parts.items()})
+        return LossOutput(share * total, {name: share * part for name, part in parts.items()})
 
     def counts(self, batches):
         return {"labels": sum(len(batch) for batch in batches)}
@@ -522,7 +522,7 @@ def test_the_model_is_validated_in_inference_mode_after_each_epoch_and_trains_on
 def test_nan_in_the_weights_given_is_refused_by_name_before_any_step():
     model = network()
     model[4].weight.data[0, 0] = math.nan
-    sentence = r"The parameter `4\.weight` of the model given is not finite\. .* Load or initialise its weights anew"
+    sentence = r"The parameter `4\.weight` of the model given is not finite\. .* Load or initialize its weights anew"
     with pytest.raises(NumericError, match=sentence) as caught:
         trained(model=model, loss=lambda *_: pytest.fail("a step was made"))
     assert caught.value.exit_code == 6

@@ -13,7 +13,7 @@ import kirsch
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.copying import copy_of
 from kirsch.graph.plan import Goal
-from kirsch.pruning.prune import prune_with_proof
+from kirsch.pruning.prune import prune_with_verification
 
 X = torch.randn(3, 8)
 
@@ -48,10 +48,10 @@ HOOKED = {
 def test_a_model_whose_hooks_keep_a_computed_weight_is_cut(kind, ran):
     model = Net(HOOKED[kind])
     model = run(model) if ran else model
-    pruned = prune_with_proof(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5))).model
+    pruned = prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5))).model
     assert pruned.a.weight.shape[0] == pruned.a.out_features == pruned.b.in_features < 16
     pruned.train()(X).sum().backward()
-    assert prune_with_proof(pruned, kirsch.plan(kirsch.trace(pruned, X), Goal(macs=0.7))).verification.passed
+    assert prune_with_verification(pruned, kirsch.plan(kirsch.trace(pruned, X), Goal(macs=0.7))).verification.passed
 
 
 KEEPING = {
@@ -68,7 +68,7 @@ KEEPING = {
 @pytest.mark.parametrize("kind", KEEPING)
 def test_a_model_that_keeps_something_is_cut(kind):
     model = KEEPING[kind]()
-    assert prune_with_proof(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5))).verification.passed
+    assert prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5))).verification.passed
 
 
 def test_a_copy_has_a_lock_of_its_own():

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import kirsch
 from kirsch.distillation.objective import Objective, Term
 from kirsch.errors import ModelError, NumericError, UsageError
-from kirsch.frameworks.pytorch.sites import expand
+from kirsch.frameworks.pytorch.layers import expand
 
 D, K = 6, 3
 
@@ -98,7 +98,7 @@ def test_layers_that_are_checkpointed_the_old_way_are_told_the_new_one(before, e
 def test_places_within_a_compiled_model_that_has_run_are_told_the_way_out():
     student = torch.compile(net(), backend="eager")
     student(batch()[0])
-    sentence = r"runs in no forward of OptimizedModule.* A compiled forward that has run .* compile distiller\.pupil"
+    sentence = r"runs in no forward of OptimizedModule.* A compiled forward that has run .* compile distiller\.module"
     with pytest.raises(UsageError, match=sentence):
         distilled(student, net(), at("_orig_mod.0"))
 

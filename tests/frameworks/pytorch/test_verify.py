@@ -343,7 +343,7 @@ def test_what_only_training_runs_is_cut_and_held_against_the_masked_original():
     assert verified(model, torch.randn(5, 4)).unseen == ()
 
 
-@pytest.mark.parametrize("left_out", ["the tie of a sum", "the statistic of a normalisation"])
+@pytest.mark.parametrize("left_out", ["the tie of a sum", "the statistic of a normalization"])
 def test_a_fault_in_what_only_training_runs_is_seen(monkeypatch, left_out):
     def untied(step):
         for tensor in step.tensors()[1:]:

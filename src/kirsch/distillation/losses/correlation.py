@@ -167,7 +167,7 @@ def multi_level(
     """
     check_at_least(0, instance=instance, batch=batch, classes=classes)
     if not temperatures:
-        raise UsageError("There are no temperatures, so there is nothing to learn.", mend="Give at least one.")
+        raise UsageError("There are no temperatures, so there is nothing to learn.", fix="Give at least one.")
     parts = [
         instance * soft_target(student, teacher, temperature=temperature, standardize=standardize, mask=mask)
         + batch * batch_correlation(student, teacher, temperature=temperature, mask=mask)

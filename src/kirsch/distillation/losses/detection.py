@@ -175,7 +175,7 @@ def detr(
     _check_sets(student, teacher)
     if classes == "softmax" and student["scores"].shape[-1] == 1:
         raise ShapeError(
-            'The scores are of one class, which is "no object".', mend='State classes="sigmoid", or add a class.'
+            'The scores are of one class, which is "no object".', fix='State classes="sigmoid", or add a class.'
         )
     teacher = surest(teacher, classes, student["scores"].shape[1])
     log_s, log_t = logarithms(student["scores"], classes), logarithms(teacher["scores"], classes)

@@ -54,7 +54,7 @@ CONVENTIONS = {
     "keras": Convention(floor=1e-7),  # LogitsDistillation(loss=KLDivergence())
     "paddleslim": Convention(temperature_squared=False, entropy_kept=True),  # soft_label, both of one temperature
     "huggingface": Convention(),  # DistilBERT
-    "distil-whisper": Convention(),
+    "distill-whisper": Convention(),
 }
 """Code base → how it scales the soft targets. A weight fits the convention with which it was found."""
 
@@ -203,8 +203,8 @@ def softened(
 
 def standardized(scores: Any) -> Any:
     """Scores (..., K) with mean 0 and standard deviation 1, divided by K - 1, over classes; 1e-7 is added to it."""
-    centred = scores - scores.mean(-1)[..., None]
-    return centred / (deviation(scores) + 1e-7)
+    centered = scores - scores.mean(-1)[..., None]
+    return centered / (deviation(scores) + 1e-7)
 
 
 def check_temperature(temperature: float) -> None:

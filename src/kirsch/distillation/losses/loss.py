@@ -151,12 +151,12 @@ def _checked(side: Any, takes: Takes, says: Activation) -> Any:
     """
     if isinstance(side, (dict, list)):
         if not side:
-            raise ShapeError("A side gives no arrays.", mend=f"Give at least one: {takes} are compared.")
+            raise ShapeError("A side gives no arrays.", fix=f"Give at least one: {takes} are compared.")
         if len(first_of(side)) == 0:
-            raise DataError("The batch has no samples.", mend="Leave it out.")
+            raise DataError("The batch has no samples.", fix="Leave it out.")
         return side
     if side.ndim and len(side) == 0:
-        raise DataError("The batch has no samples.", mend="Leave it out.")
+        raise DataError("The batch has no samples.", fix="Leave it out.")
     if side.ndim == 1 and takes in SCORED and says != "softmax":
         return side[:, None]
     if takes in ("scores", "values", "pixels") and side.ndim < len("NK"):

@@ -253,7 +253,7 @@ def sift_targets(
     if (log_probabilities is None) != (limits.least_log_probability is None):
         raise UsageError(
             "The teacher's log-probabilities and a limit for them go together.",
-            mend="Give `log_probabilities` and `least_log_probability`, or neither.",
+            fix="Give `log_probabilities` and `least_log_probability`, or neither.",
         )
     for name, given in (("sources", sources), ("log-probabilities", log_probabilities)):
         if given is not None and len(given) != len(targets):

@@ -124,7 +124,7 @@ def singular_vectors(student: Any, teacher: Any, *, count: int = 1, convention: 
             same_shape(own[:, :, 0], its[:, :, 0], "rows of maps")
     most = min(min(_matrix(part, convention).shape[1:]) for part in (*student, *teacher))
     if count > most:
-        raise UsageError(f"`count` is {count}; the smallest map has {most} directions.", mend=f"Choose at most {most}.")
+        raise UsageError(f"`count` is {count}; the smallest map has {most} directions.", fix=f"Choose at most {most}.")
     stages = [_directions(*pair, count, convention) for pair in zip(student, teacher, strict=True)]
     total = 0.0
     for before, after in pairwise(stages):

@@ -335,7 +335,7 @@ def minilm(
     _same_positions(student, teacher)
     chosen = [(i, i) for i in range(len(student))] if pairs is None else list(pairs)
     if not chosen:
-        raise UsageError("There are no pairs, so there is nothing to relate.", mend="Give one, or leave `pairs` out.")
+        raise UsageError("There are no pairs, so there is nothing to relate.", fix="Give one, or leave `pairs` out.")
     for place in (place for pair in chosen for place in pair):
         if not 0 <= place < len(student):
             raise UsageError(f"A pair names value {place}; there are {len(student)}, from 0 on.")
@@ -352,7 +352,7 @@ def _split(states: Any, heads: int, mask: Any) -> Any:
     """(N, L, D) as (N, heads, L, D / heads)."""
     n, length, width = states.shape
     if heads < 1 or width % heads:
-        raise ShapeError(f"{heads} relation heads do not divide a width of {width}.", mend="Choose another `heads`.")
+        raise ShapeError(f"{heads} relation heads do not divide a width of {width}.", fix="Choose another `heads`.")
     return blank(states, mask).reshape(n, length, heads, width // heads).swapaxes(1, 2)
 
 
@@ -429,5 +429,5 @@ def _same_positions(student: Sequence[Any], teacher: Sequence[Any]) -> None:
 def _two_layers(layers: Sequence[Any]) -> None:
     if len(layers) != 2:  # noqa: PLR2004 - a relation has two ends
         raise ShapeError(
-            f"States of {len(layers)} layers are given; two are related.", mend="Give a layer twice for one."
+            f"States of {len(layers)} layers are given; two are related.", fix="Give a layer twice for one."
         )

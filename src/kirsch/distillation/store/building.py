@@ -202,7 +202,7 @@ def _begin(folder: Path, data: ArrayData, wanted: Specification, shares: int) ->
     if begun:
         _check_same(folder, spec.read(folder / spec.BUILDING, Specification), wanted)
     elif view_file(folder, 0).exists() and not (folder / spec.MANIFEST).exists():
-        raise StoreError(f"{folder} holds views without a manifest.", mend="Remove it, or choose another folder.")
+        raise StoreError(f"{folder} holds views without a manifest.", fix="Remove it, or choose another folder.")
     missing = len(spec.missing_ranges(folder, wanted)) * wanted.range_size * wanted.record_bytes
     one_view = wanted.samples * wanted.record_bytes  # `finish` writes a view before it removes its ranges
     files.check_writable(folder, missing // shares + one_view)
@@ -246,8 +246,8 @@ def finish(folder: str | Path) -> TeacherStore:
     if (folder / spec.MANIFEST).is_file():
         return TeacherStore.open(folder)
     if not (folder / spec.BUILDING).is_file():
-        raise StoreError(f"{folder} holds no store.", mend="Build one: kirsch.distillation.store.build.")
-    busy = OutputError(f"The store {folder} is being finished by another process.", mend="Wait for it.")
+        raise StoreError(f"{folder} holds no store.", fix="Build one: kirsch.distillation.store.build.")
+    busy = OutputError(f"The store {folder} is being finished by another process.", fix="Wait for it.")
     with files.alone(folder / LOCK, busy):
         if not (folder / spec.MANIFEST).is_file():
             stored = spec.read(folder / spec.BUILDING, Specification)

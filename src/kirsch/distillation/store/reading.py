@@ -82,7 +82,7 @@ class TeacherStore:
         folder = Path(folder)
         if not (folder / spec.MANIFEST).is_file():
             if not (folder / spec.BUILDING).is_file():
-                raise StoreError(f"{folder} holds no store.", mend="Build one: kirsch.distillation.store.build.")
+                raise StoreError(f"{folder} holds no store.", fix="Build one: kirsch.distillation.store.build.")
             stored = spec.read(folder / spec.BUILDING, Specification)
             raise spec.partial(folder, stored, spec.missing_ranges(folder, stored))
         manifest = spec.read(folder / spec.MANIFEST, Manifest)
@@ -146,7 +146,7 @@ class TeacherStore:
         if not 0 <= view < self.manifest.views:
             raise DataError(
                 f"The store {self.folder} has the views 0 to {self.manifest.views - 1}; view {view} is asked for.",
-                mend=f"Give the data as ArrayData(..., views={self.manifest.views}).",
+                fix=f"Give the data as ArrayData(..., views={self.manifest.views}).",
             )
         return view
 

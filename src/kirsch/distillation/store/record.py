@@ -103,7 +103,7 @@ def fields_of(keep: Keep | None, outputs: Mapping[str, NDArray[Any]]) -> tuple[F
         places = tuple(positions)
         if isinstance(keep, TopK):
             if keep.k > classes:
-                raise UsageError(f"TopK({keep.k}) is asked of {classes} classes.", mend="Choose fewer, or Dense().")
+                raise UsageError(f"TopK({keep.k}) is asked of {classes} classes.", fix="Choose fewer, or Dense().")
             rows = (*places, keep.k)
             found += [Field("indices", index_type(classes), rows), Field("log_p", "f2", rows)]
             found += [Field("tail", "f2", places)]

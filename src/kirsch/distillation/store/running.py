@@ -90,12 +90,12 @@ class Runner:
     def _by_callable(self, batch: Batch) -> dict[str, NDArray[Any]]:
         given: Any = self._outputs(batch.inputs) if self._outputs is not None else None
         if not isinstance(given, dict) or not given:
-            raise UsageError(f"The outputs are a {type(given).__name__}.", mend="Give a dict of arrays by name.")
+            raise UsageError(f"The outputs are a {type(given).__name__}.", fix="Give a dict of arrays by name.")
         found = {str(name): host(wide(array)) for name, array in given.items()}
         for name, array in found.items():
             if array.ndim < 1 or len(array) != len(batch):
                 raise UsageError(
                     f"The output {name!r} has shape {array.shape} for {len(batch)} samples.",
-                    mend="Its first axis must be that of the samples.",
+                    fix="Its first axis must be that of the samples.",
                 )
         return found

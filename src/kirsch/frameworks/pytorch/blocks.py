@@ -1,7 +1,7 @@
 """Residual blocks: modules whose output can be replaced by what they are given, found on the traced operations.
 
 A block is a module that is called once, from whose output a path of additions, and of operations that keep each number
-in its place or normalise, leads back to one tensor that it is given, of the same shape. Its own parameters lie in the
+in its place or normalize, leads back to one tensor that it is given, of the same shape. Its own parameters lie in the
 branches that are added on that path. What it is given besides (masks, positions) does not depend on that tensor.
 """
 
@@ -173,8 +173,8 @@ def _through(
 
 
 def _features(state: Any) -> int | None:
-    labelled = [axis for axis, labels in enumerate(state.axes) if labels is not None]
-    return labelled[0] if len(labelled) == 1 else None
+    labeled = [axis for axis, labels in enumerate(state.axes) if labels is not None]
+    return labeled[0] if len(labeled) == 1 else None
 
 
 def _adds(node: Node) -> bool:
@@ -228,7 +228,7 @@ def _in_row(model: nn.Module, path: str) -> bool:
 
 
 class Runner:
-    """Fulfils `kirsch.graph.graph.Runner`."""
+    """Fulfills `kirsch.graph.graph.Runner`."""
 
     def __init__(self, whole: nn.Module, model: nn.Module, blocks: Collection[Block]) -> None:
         """`whole` is run; the blocks are those of `model`, which may be a part of it."""

@@ -192,7 +192,7 @@ class Search:
         self.wanted = sizes(model)
         self.names = set(model.state_dict())
         self.stored = {axis: size for axis, size in self.wanted.items() if axis[0] in self.names}
-        self.stuck: list[tuple[str, int]] = []  # the axes that nothing sets right once most numbers are chosen
+        self.frozen: list[tuple[str, int]] = []  # the axes that nothing sets right once most numbers are chosen
         self._reached = (MOST_BUILDS, 0)  # how many numbers were still open there, how many axes wrong
         self.refusals: list[str] = []  # what was raised where all numbers were chosen
         self.held = held(model)
@@ -210,11 +210,11 @@ class Search:
             return f"None was found in {MOST_BUILDS} trials."
         if self.refusals:
             return f"The numbers that would are refused: {self.refusals[0]}"
-        if not self.stuck:
+        if not self.frozen:
             self.trial({})
             why = self._known[frozenset()]
             return f"Its own builds no such model: {said(why) if isinstance(why, Exception) else 'names differ.'}"
-        name, axis = self.stuck[0]
+        name, axis = self.frozen[0]
         return (
             "Layers differ, or a size follows from another one: "
             f"no number gives axis {axis} of {name} its {self.wanted[name, axis]}."
@@ -351,14 +351,14 @@ class Search:
         found = self.trial(chosen)
         wrong = [] if found is None else _wrong(found, self.stored)
         movers = Counter(axis for lever in levers for axis in lever.moved)
-        stuck = [axis for axis in wrong if axis not in movers]
-        if stuck and (len(levers), len(stuck)) < self._reached:
-            self.stuck, self._reached = stuck, (len(levers), len(stuck))
-        if not levers and found is not None and not stuck:
+        frozen = [axis for axis in wrong if axis not in movers]
+        if frozen and (len(levers), len(frozen)) < self._reached:
+            self.frozen, self._reached = frozen, (len(levers), len(frozen))
+        if not levers and found is not None and not frozen:
             yield chosen
         elif not levers and isinstance(error := self._known.get(frozenset(chosen.items())), Exception):
             self.refusals.append(said(error.__cause__ or error))
-        elif levers and not stuck:
+        elif levers and not frozen:
             alone = [{axis for axis in lever.moved if movers[axis] == 1} & self.stored.keys() for lever in levers]
             hints = [self.held.get(lever.path.rpartition(".")[2], set()) - {lever.value} for lever in levers]
             at = max(range(len(levers)), key=lambda at: (bool(alone[at]), bool(hints[at]), -len(levers[at].moved)))

@@ -35,7 +35,7 @@ class Cohort(nn.Module):
                 if other != place:
                     raise UsageError(
                         f"Students {other} and {place} share a parameter: `{its}` of the one is `{name}` of the other.",
-                        mend="Build each by itself, or give copies: copy.deepcopy.",
+                        fix="Build each by itself, or give copies: copy.deepcopy.",
                     )
 
     def forward(self, *args: Any, **options: Any) -> dict[str, Tensor]:

@@ -133,7 +133,7 @@ def _computed(graph: Graph, keep: NDArray[np.bool_], fixed: set[Node]) -> dict[N
 def _used(graph: Graph, fixed: set[Node]) -> NDArray[np.bool_]:
     """Component → whether it lies on an axis of what depends on an input."""
     traced: Traced = graph.traced
-    used = np.zeros(len(graph.coupling.stuck), bool)
+    used = np.zeros(len(graph.coupling.frozen), bool)
     for node, state in traced.states.items():
         for tensor in state if isinstance(state, list) else [state]:
             if isinstance(tensor, Tensor) and node not in fixed:
@@ -143,8 +143,8 @@ def _used(graph: Graph, fixed: set[Node]) -> NDArray[np.bool_]:
     return used
 
 
-def _kept(value: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> torch.Tensor:
-    for axis, labels in enumerate(labelled.axes):
+def _kept(value: torch.Tensor, labeled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> torch.Tensor:
+    for axis, labels in enumerate(labeled.axes):
         mask = graph.kept(labels, keep)
         if mask is not None:
             value = value.index_select(axis, torch.from_numpy(mask.nonzero()[0]).to(value.device))

@@ -37,8 +37,8 @@ def check_given(model: nn.Module) -> set[str]:
     if names and names[0].startswith("parameter"):
         raise NumericError(
             f"The {names[0]} of the model given is not finite.",
-            "Training cannot mend NaN or infinity.",
-            "Load or initialise its weights anew.",
+            "Training cannot fix NaN or infinity.",
+            "Load or initialize its weights anew.",
         )
     return set(names)
 
@@ -48,9 +48,9 @@ def not_finite(model: nn.Module, inputs: Any, parts: dict[str, Any], epoch: int,
     when = f"at epoch {epoch}, batch {batch}"
     for name in not_finite_names(model):
         if name.startswith("parameter"):
-            return NumericError(f"The {name} is no longer finite {when}.", mend=MEND)
+            return NumericError(f"The {name} is no longer finite {when}.", fix=MEND)
     if isinstance(inputs, torch.Tensor) and inputs.is_floating_point() and not torch.isfinite(inputs).all():
-        return NumericError(f"The inputs hold NaN or infinity {when}.", mend="Repair the data.")
+        return NumericError(f"The inputs hold NaN or infinity {when}.", fix="Repair the data.")
     seen: list[str] = []
 
     def look(path: str) -> Any:
@@ -71,7 +71,7 @@ def not_finite(model: nn.Module, inputs: Any, parts: dict[str, Any], epoch: int,
             handle.remove()
     terms = [name for name, part in parts.items() if not math.isfinite(float(part.detach()))]
     if seen:
-        return NumericError(f"The output of {seen[0]} is not finite {when}.", mend=MEND)
+        return NumericError(f"The output of {seen[0]} is not finite {when}.", fix=MEND)
     return NumericError(
         f"The loss term {', '.join(terms) or 'total'} is not finite {when}, while all that the model puts out is.",
         "It is made so by what the model is held against, or by the loss itself.",

@@ -52,11 +52,11 @@ class Flat(nn.Module):
                 self.inputs[unique(name, self.inputs)] = leaf
             elif not isinstance(leaf, CONSTANTS):
                 raise ModelError(
-                    f"{told} is of type {type(leaf).__name__}.", mend="Give tensors whose first axis is the batch."
+                    f"{told} is of type {type(leaf).__name__}.", fix="Give tensors whose first axis is the batch."
                 )
             self._leaves.append(None if isinstance(leaf, torch.Tensor) else (leaf,))
         if not self.inputs:
-            raise ModelError("The example inputs hold no tensor.", mend="Give tensors whose first axis is the batch.")
+            raise ModelError("The example inputs hold no tensor.", fix="Give tensors whose first axis is the batch.")
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return all tensors among the model's outputs."""
@@ -123,8 +123,8 @@ def _input_name(path: tuple[Any, ...], positional: Sequence[str]) -> tuple[str, 
 
 
 def _check(told: str, tensor: torch.Tensor) -> None:
-    mend = "Give tensors whose first axis is the batch."
+    fix = "Give tensors whose first axis is the batch."
     if not tensor.dim():
-        raise ModelError(f"{told} is a tensor without axes.", mend=mend)
+        raise ModelError(f"{told} is a tensor without axes.", fix=fix)
     if not tensor.numel():
-        raise ModelError(f"{told} has shape {tuple(tensor.shape)} and holds no numbers.", mend=mend)
+        raise ModelError(f"{told} has shape {tuple(tensor.shape)} and holds no numbers.", fix=fix)

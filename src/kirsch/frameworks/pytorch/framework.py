@@ -21,15 +21,15 @@ from kirsch.frameworks.pytorch import (
     fingerprint,
     graph_module,
     hub,
+    layers,
     outputs,
     predict,
-    pupil,
     randomness,
     regions,
     scope,
-    sites,
     squashed,
     stand_ins,
+    student,
     surgery,
     trace,
     train,
@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph, Input, Tracing
     from kirsch.graph.labels import Tensor
     from kirsch.graph.plan import Plan
-    from kirsch.graph.proof import Verification
+    from kirsch.graph.verification import Verification
 
 
 class PyTorch:
-    """Fulfils `kirsch.frameworks.port.Framework`."""
+    """Fulfills `kirsch.frameworks.port.Framework`."""
 
     name = "pytorch"
 
@@ -71,8 +71,8 @@ class PyTorch:
         pruned = make(own, graph, keep)
         gone = [block for block in graph.traced.blocks if block.path in plan.without]
         moved = dropping.drop(pruned, gone, graph.traced.args, graph.traced.options) if gone else None
-        proof = self._prove(pruned, own, graph, keep, plan.without, moved) if verify else None
-        return scope.with_part(model, path, pruned) if path else pruned, proof
+        verification = self._prove(pruned, own, graph, keep, plan.without, moved) if verify else None
+        return scope.with_part(model, path, pruned) if path else pruned, verification
 
     def _prove(
         self, pruned: Any, model: Any, graph: Graph, keep: Any, without: Sequence[str] = (), moved: Any = None
@@ -126,18 +126,18 @@ class PyTorch:
         """See the port."""
         return predict.infer(run, inputs)
 
-    def expand(self, model: Any, site: str, inputs: Any) -> list[str]:
+    def expand(self, model: Any, layer: str, inputs: Any) -> list[str]:
         """See the port."""
-        return sites.expand(model, site, predict.tensors(inputs, model))
+        return layers.expand(model, layer, predict.tensors(inputs, model))
 
     def shapes(self, model: Any, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
         """See the port."""
-        return sites.shapes(model, predict.tensors(inputs, model))
+        return layers.shapes(model, predict.tensors(inputs, model))
 
-    def dry_run(self, model: Any, sites_: Sequence[str], inputs: Any) -> dict[str, Any]:
+    def dry_run(self, model: Any, layers_: Sequence[str], inputs: Any) -> dict[str, Any]:
         """See the port."""
         unsupported.check_values(model)
-        return watch.dry_run(model, sites_, predict.tensors(inputs, model))
+        return watch.dry_run(model, layers_, predict.tensors(inputs, model))
 
     def check_runs(self, model: Any, inputs: Any, *, training: bool = False) -> None:
         """See the port."""
@@ -157,15 +157,15 @@ class PyTorch:
         """See the port."""
         return calling.unknown(model, names)
 
-    def squashed(self, model: Any, site: str, inputs: Any, *, logarithm: bool = False) -> bool:
+    def squashed(self, model: Any, layer: str, inputs: Any, *, logarithm: bool = False) -> bool:
         """See the port."""
-        return squashed.squashed(model, site, predict.tensors(inputs, model), logarithm=logarithm)
+        return squashed.squashed(model, layer, predict.tensors(inputs, model), logarithm=logarithm)
 
-    def watch(self, model: Any, sites_: Sequence[str]) -> Any:
+    def watch(self, model: Any, layers_: Sequence[str]) -> Any:
         """See the port."""
-        return watch.Watch(model, sites_)
+        return watch.Watch(model, layers_)
 
-    def joint(self, name: str, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
+    def adapter(self, name: str, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
         """See the port."""
         shapes = [
             [part.shape for part in side] if isinstance(side, list) else side.shape for side in (student, teacher)
@@ -174,16 +174,16 @@ class PyTorch:
         made = adapters.build(name, *shapes, options={"dtype": dtype, **options})
         return None if made is None else made.to((student[0] if isinstance(student, list) else student).device)
 
-    def pupil(
+    def with_adapters(
         self,
-        student: Any,
-        sites_: Sequence[str],
-        joints: dict[str, Any],
+        model: Any,
+        layers_: Sequence[str],
+        adapters: dict[str, Any],
         pairs: dict[str, Any],
         logits: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> Any:
         """See the port."""
-        return pupil.Pupil(student, sites_, joints, pairs, logits)
+        return student.StudentWithAdapters(model, layers_, adapters, pairs, logits)
 
     def ensemble(self, models: Sequence[Any], combine: Callable[[list[Any]], Any]) -> Any:
         """See the port."""
@@ -207,11 +207,11 @@ class PyTorch:
 
     def student_of(self, model: Any) -> Any:
         """See the port."""
-        return pupil.student_of(model)
+        return student.student_of(model)
 
-    def gradient_norms(self, pupil_: Any, parts: dict[str, Any]) -> dict[str, float]:
+    def gradient_norms(self, model: Any, parts: dict[str, Any]) -> dict[str, float]:
         """See the port."""
-        return pupil.gradient_norms(pupil_, parts) if torch.is_grad_enabled() else {}
+        return student.gradient_norms(model, parts) if torch.is_grad_enabled() else {}
 
     def placed(self, batch: Batch, model: Any) -> Batch:
         """See the port."""

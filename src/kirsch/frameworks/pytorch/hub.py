@@ -31,11 +31,11 @@ def from_timm(name: str, *, pretrained: bool) -> nn.Module:
         ) from error
     if not timm.is_model(name):
         unknown = UnknownNameError("timm model", name, timm.list_models())
-        raise LoadError(unknown.what, unknown.why, unknown.mend)
+        raise LoadError(unknown.what, unknown.why, unknown.fix)
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # the hub's client has a tree of errors of its own
         what = f"The weights of timm:{name} cannot be fetched." if pretrained else f"timm:{name} cannot be built."
-        mend = "Check the network, give a safetensors file, or use random weights." if pretrained else ""
-        raise LoadError(what, said(error), mend) from error
+        fix = "Check the network, give a safetensors file, or use random weights." if pretrained else ""
+        raise LoadError(what, said(error), fix) from error
     return model

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Tensor
 
 
-def mask_of(labelled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch.Tensor) -> torch.Tensor:
+def mask_of(labeled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch.Tensor) -> torch.Tensor:
     """1 where an entry of a tensor is kept, 0 where it is removed; broadcasts against the tensor."""
-    mask = torch.ones((1,) * len(labelled.shape), dtype=like.dtype, device=like.device)
-    for axis, labels in enumerate(labelled.axes):
+    mask = torch.ones((1,) * len(labeled.shape), dtype=like.dtype, device=like.device)
+    for axis, labels in enumerate(labeled.axes):
         kept = graph.kept(labels, keep)
         if kept is not None:
-            shape = [-1 if position == axis else 1 for position in range(len(labelled.shape))]
+            shape = [-1 if position == axis else 1 for position in range(len(labeled.shape))]
             mask = mask * torch.from_numpy(kept).to(like.device, like.dtype).reshape(shape)
     return mask
 
@@ -113,9 +113,9 @@ class MaskedRun(Interpreter):
                 feed.append(next(waiting))
         return feed
 
-    def _kept(self, value: torch.Tensor, labelled: Tensor | None, shown: NDArray[np.bool_]) -> torch.Tensor:
+    def _kept(self, value: torch.Tensor, labeled: Tensor | None, shown: NDArray[np.bool_]) -> torch.Tensor:
         """What is left of an output that does not count, and may lose units."""
-        for axis, labels in enumerate(labelled.axes if labelled is not None else ()):
+        for axis, labels in enumerate(labeled.axes if labeled is not None else ()):
             mask = self._graph.kept(labels, shown)
             if mask is not None:
                 value = value.index_select(axis, torch.from_numpy(mask.nonzero()[0]).to(value.device))
@@ -129,7 +129,7 @@ class MaskedRun(Interpreter):
         return out
 
     def _operation(self, n: Node) -> Any:
-        """One operation, with its statistics over kept entries if they span a labelled axis."""
+        """One operation, with its statistics over kept entries if they span a labeled axis."""
         if n.op == "placeholder" and n.name in self._traced.slots:
             next(self.args_iter)  # the None that stands for it
             return _Due(self._traced.slots[n.name])
@@ -154,28 +154,28 @@ class MaskedRun(Interpreter):
         )
 
     def _masked(self, name: str) -> torch.Tensor:
-        value, labelled = self._tensors[name], self._graph.tensors[name]
-        whole = all(self._graph.kept(labels, self._keep) is None for labels in labelled.axes)
+        value, labeled = self._tensors[name], self._graph.tensors[name]
+        whole = all(self._graph.kept(labels, self._keep) is None for labels in labeled.axes)
         if whole or not (value.is_floating_point() or value.is_complex()):
             return value
-        return value * mask_of(labelled, self._graph, self._keep, value)
+        return value * mask_of(labeled, self._graph, self._keep, value)
 
-    def _finite(self, value: Any, labelled: Any) -> Any:
+    def _finite(self, value: Any, labeled: Any) -> Any:
         """The value with 0 for infinity and NaN where it belongs to removed units.
 
         A removed channel is all zeros, and its logarithm or its length is in no use, but times a weight of 0 it would
         spoil what is kept.
         """
-        if not isinstance(value, torch.Tensor) or labelled is None or bool(value.isfinite().all()):
+        if not isinstance(value, torch.Tensor) or labeled is None or bool(value.isfinite().all()):
             return value
-        removed = mask_of(labelled, self._graph, self._keep, value) == 0
+        removed = mask_of(labeled, self._graph, self._keep, value) == 0
         return torch.where(removed & ~value.isfinite(), 0, value)
 
     def _statistic(self, n: Node) -> Any:
         args, options = self.fetch_args_kwargs_from_env(n)
         source = n.args[0]
-        labelled = self._traced.states[source]  # type: ignore[index]
-        mask = mask_of(labelled, self._graph, self._keep, args[0]).expand(args[0].shape)
+        labeled = self._traced.states[source]  # type: ignore[index]
+        mask = mask_of(labeled, self._graph, self._keep, args[0]).expand(args[0].shape)
         return STATISTICS[n.target.__name__.partition(".")[0]](mask, *args, **options)  # type: ignore[union-attr]
 
 

@@ -128,17 +128,17 @@ def logits_of(outputs: Any) -> Any:
     if name not in found:
         raise UsageError(
             f"The model puts out a {type(outputs).__name__} without tensors, so there are no scores.",
-            mend="Give a model that puts out its scores, in inference mode as well as in training.",
+            fix="Give a model that puts out its scores, in inference mode as well as in training.",
         )
     if len(called) > 1:
         raise UsageError(
             f"The model puts out {', '.join(called)}, and none of them is the scores.",
-            mend=f'Name each by itself, as "output.{called[0]}", and leave the labels out: label_weight=0.',
+            fix=f'Name each by itself, as "output.{called[0]}", and leave the labels out: label_weight=0.',
         )
     if "hidden_state" in name:
         raise UsageError(
             f"The model puts out {name}, and no scores: it has no head.",
-            mend=f'Give a model with one, or compare "output.{name}" alone, with label_weight=0.',
+            fix=f'Give a model with one, or compare "output.{name}" alone, with label_weight=0.',
         )
     return found[name]
 

@@ -94,7 +94,7 @@ def _quiet() -> Iterator[None]:
 def _reason(
     name: str, args: tuple[Any, ...], options: dict[str, Any], calls: Calls, error: Exception
 ) -> tuple[str, str, str]:
-    """What, why and mend for a model that cannot be exported."""
+    """What, why and fix for a model that cannot be exported."""
     shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves((args, options)) if isinstance(t, torch.Tensor))
     line = f" ({found})" if (found := user_line(error)) else ""
     place = f" in `{calls.failed_in}`{line}" if calls.failed_in else line
@@ -109,13 +109,13 @@ def _reason(
     dynamic = any(word in type(error).__name__ for word in ("DataDependent", "GuardOn")) or "data-dependent" in str(
         error
     )
-    mend = (
+    fix = (
         'The forward decides by the values of its input; trace a part that does not (scope="backbone"), '
         'or follow the way of these inputs (decisions="example").'
         if dynamic
         else "Check that model(*example_inputs) runs, and that the shapes are those that the model expects."
     )
-    return what, why if why.endswith((".", "!", "?")) else f"{why}.", mend
+    return what, why if why.endswith((".", "!", "?")) else f"{why}.", fix
 
 
 def user_line(error: BaseException) -> str:
@@ -126,7 +126,7 @@ def user_line(error: BaseException) -> str:
 
 def of_user(path: str) -> bool:
     """Whether a file belongs neither to PyTorch, nor to this library, nor to Python's own."""
-    own = path.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in path
+    own = path.startswith(sysconfig.get_path("stdlib")) and "layer-packages" not in path
     return not own and not path.startswith((*PACKAGES, "<"))
 
 

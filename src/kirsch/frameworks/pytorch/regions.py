@@ -41,4 +41,4 @@ def put_out(states: Mapping[Node, Any]) -> dict[str, Tensor]:
     """
     found = {path: exits(region) for path, region in regions(states).items() if path}
     ends = {path: states[nodes[0]] for path, nodes in found.items() if len(nodes) == 1}
-    return {path: labelled for path, labelled in ends.items() if isinstance(labelled, Tensor)}
+    return {path: labeled for path, labeled in ends.items() if isinstance(labeled, Tensor)}

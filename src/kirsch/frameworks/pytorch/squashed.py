@@ -74,15 +74,15 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def squashed(model: nn.Module, site: str, inputs: Any, *, logarithm: bool = False) -> bool:
-    """Return whether the value at a site comes out of a sigmoid, a softmax or the like, by operators without weights.
+def squashed(model: nn.Module, layer: str, inputs: Any, *, logarithm: bool = False) -> bool:
+    """Return whether the value at a layer comes out of a sigmoid, a softmax or the like, by operators without weights.
 
     Only meaningful for values that are all from 0 to 1: a difference of two sigmoids comes out of them as well.
 
     Args:
-        model, site, inputs: of the run.
+        model, layer, inputs: of the run.
         logarithm: whether the value is that of `logsigmoid` instead, by copies alone.
     """
     with _Marks(logarithm=logarithm) as marks:
-        found = dry_run(model, (site,), inputs)[site]
+        found = dry_run(model, (layer,), inputs)[layer]
     return bool(marks.holds(found))

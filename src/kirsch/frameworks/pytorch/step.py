@@ -238,6 +238,6 @@ def axes_of(dims: Any, rank: int) -> list[int]:
     return [int(dim) % rank for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
 
 
-def unlabelled(tensor: Tensor, dims: Sequence[int]) -> int:
+def unlabeled(tensor: Tensor, dims: Sequence[int]) -> int:
     """The product of the sizes of those of some axes that carry no labels."""
     return int(np.prod([tensor.shape[dim] for dim in dims if tensor.axes[dim] is None], initial=1))

@@ -1,4 +1,4 @@
-"""The cut: a new module whose tensors are slices of the old one's, with its own integers mended."""
+"""The cut: a new module whose tensors are slices of the old one's, with its own integers fixed."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_], *, constants: b
     return pruned
 
 
-def sliced(value: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> torch.Tensor:
+def sliced(value: torch.Tensor, labeled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> torch.Tensor:
     """The kept part of a tensor, a parameter if it is one; the tensor itself if all of it is kept.
 
     Rows that make the queries of an attention are scaled so that its scale stays that of the whole width.
     """
     part = value.detach()
-    for axis, labels in enumerate(labelled.axes):
+    for axis, labels in enumerate(labeled.axes):
         mask = graph.kept(labels, keep)
         if mask is not None:
             index = torch.from_numpy(mask.nonzero()[0]).to(value.device)
             part = part.index_select(axis, index)
     if part.shape == value.shape:
         return value
-    _scale(part, labelled, graph, keep)
+    _scale(part, labeled, graph, keep)
     last = torch.channels_last
     if value.dim() == 4 and value.is_contiguous(memory_format=last) and not value.is_contiguous():  # noqa: PLR2004 - NCHW
         part = part.contiguous(memory_format=last)
@@ -72,15 +72,15 @@ def sliced(value: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np
     return parameter
 
 
-def _scale(part: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> None:
+def _scale(part: torch.Tensor, labeled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> None:
     """Multiply the rows of a cut tensor, in its place, that the scale of an attention is folded into."""
     for fold in graph.traced.folds:
         for name, rows in fold.rows.items():
-            width = graph.kept(fold.width, keep) if graph.tensors[name] is labelled else None
+            width = graph.kept(fold.width, keep) if graph.tensors[name] is labeled else None
             if width is not None:
-                folded = np.zeros(labelled.shape[0], bool)
+                folded = np.zeros(labeled.shape[0], bool)
                 folded[list(rows)] = True
-                mask = graph.kept(labelled.axes[0], keep)
+                mask = graph.kept(labeled.axes[0], keep)
                 left = (folded if mask is None else folded[mask]).nonzero()[0]
                 index = torch.from_numpy(left).to(part.device)
                 part.index_copy_(0, index, part.index_select(0, index) * float(width.mean()) ** 0.5)
@@ -89,7 +89,7 @@ def _scale(part: torch.Tensor, labelled: Tensor, graph: Graph, keep: NDArray[np.
 def tell_widths(module: nn.Module) -> None:
     """Give the standard layers the widths of their tensors; they show them and users read them.
 
-    What a forward itself reads (groups, num_groups, normalized_shape) is mended before, by its provenance.
+    What a forward itself reads (groups, num_groups, normalized_shape) is fixed before, by its provenance.
     """
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape

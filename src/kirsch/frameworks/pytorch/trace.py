@@ -201,7 +201,7 @@ def _labelled(model: nn.Module, facts: Facts) -> dict[str, Tensor]:
 
 
 def _unused(tensors: dict[str, Tensor], traced: Traced) -> set[int]:
-    """The labelled tensors, by identity, that no operation of a trace takes."""
+    """The labeled tensors, by identity, that no operation of a trace takes."""
     nodes = traced.program.graph.nodes
     taken = [traced.slots[n.name] for n in nodes if n.op == "placeholder" and n.name in traced.slots and n.users]
     used = {id(tensors[name]) for name in taken}

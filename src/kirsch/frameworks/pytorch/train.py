@@ -30,14 +30,14 @@ from kirsch.frameworks.pytorch.optimizer import (
     own_precision,
 )
 from kirsch.frameworks.pytorch.predict import device_of, inference, on
-from kirsch.frameworks.pytorch.pupil import Pupil, gradient_norms, student_of
+from kirsch.frameworks.pytorch.student import StudentWithAdapters, gradient_norms, student_of
 from kirsch.frameworks.pytorch.unsupported import check_trainable
 from kirsch.frameworks.training import Trained, TrainingState, doubts, require_labels, shares_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kirsch.frameworks.training import Charge, LossFunction, Training, TrainingHooks
+    from kirsch.frameworks.training import LossFunction, LossOutput, Training, TrainingHooks
 
 
 def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training, hooks: TrainingHooks) -> Trained:
@@ -48,10 +48,10 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
     other. A batch too small for that is taken as a whole by each.
 
     Args:
-        model: left as it is; a `Pupil` where more than the model is trained.
+        model: left as it is; a `StudentWithAdapters` where more than the model is trained.
         batches: `SeededData` such as `ArrayData`, a DataLoader, or anything that gives what `Batch.of` takes each time
             it is gone through. It must not leave out what other processes take.
-        loss: what a step minimises.
+        loss: what a step minimizes.
         training: how.
         hooks: what the caller wants to see and decide.
 
@@ -67,14 +67,14 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
     """
     home = device_of(model)
     check_trainable(student_of(model))
-    own = model if isinstance(model, Pupil) else Pupil(model)
-    pupil: Any = copy_of(own, name=type(student_of(model)).__name__)
+    own = model if isinstance(model, StudentWithAdapters) else StudentWithAdapters(model)
+    module: Any = copy_of(own, name=type(student_of(model)).__name__)
     try:
         with torch.random.fork_rng(), own_precision():
-            run = _Run(pupil, batches, loss, training, hooks)
+            run = _Run(module, batches, loss, training, hooks)
             run.go()
     finally:
-        pupil.close()
+        module.close()
     return Trained(run.result().to(home).eval(), run.history, run.first_batch)
 
 
@@ -90,20 +90,20 @@ class _Run:
     """One run and where it stands."""
 
     def __init__(
-        self, pupil: Pupil, batches: Any, loss: LossFunction, training: Training, hooks: TrainingHooks
+        self, module: StudentWithAdapters, batches: Any, loss: LossFunction, training: Training, hooks: TrainingHooks
     ) -> None:
         self.training, self.hooks, self.loss = training, hooks, loss
-        self.pupil = pupil
-        self.not_finite = check_given(pupil.student)
+        self.module = module
+        self.not_finite = check_given(module.student)
         self.accelerator = accelerator_for(training)
-        optimizer = optimizer_of(pupil, training, type(pupil.student).__name__)
-        self.average = Average(pupil.student, training.ema) if training.ema is not None else None
-        self.model, self.optimizer = self.accelerator.prepare(pupil, optimizer)
+        optimizer = optimizer_of(module, training, type(module.student).__name__)
+        self.average = Average(module.student, training.ema) if training.ema is not None else None
+        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
         # Not prepared by Accelerate, whose parts of a short batch are filled up with samples that are trained on twice.
         self.batches = batches
         self.generators = _generators(batches) if isinstance(batches, torch.utils.data.DataLoader) else []
         self._share_generators()
-        normalized = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pupil.modules())  # noqa: SLF001 - the common base has no public name
+        normalized = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())  # noqa: SLF001 - the common base has no public name
         self.least = self.accelerator.num_processes * (2 if normalized else 1)  # samples that can be shared out
         self.length = _length(batches)
         check_schedule(training, self.length)
@@ -119,7 +119,7 @@ class _Run:
 
     def result(self) -> nn.Module:
         """The student that is judged and given back."""
-        return self.average.model if self.average is not None else self.pupil.student
+        return self.average.model if self.average is not None else self.module.student
 
     def go(self) -> None:
         while self.epoch < self.training.epochs:
@@ -228,7 +228,7 @@ class _Run:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
         self.optimizer.step()
         if self.average is not None:
-            self.average.follow(self.pupil.student)
+            self.average.follow(self.module.student)
 
     def _backward(self, part: _Part, epoch: float, counts: dict[str, int], samples: int) -> None:
         """Gradients of one batch, of a step with these counts, in which this process has so many samples."""
@@ -240,7 +240,7 @@ class _Run:
         if not self.batch:
             self._look_at(charge)
         if not math.isfinite(float(charge.total.detach())):
-            raise not_finite(self.pupil.student, batch.inputs, charge.parts, self.epoch + 1, self.batch + 1)
+            raise not_finite(self.module.student, batch.inputs, charge.parts, self.epoch + 1, self.batch + 1)
         # DDP divides the sum of their gradients by how many processes there are.
         times = 1 if part.whole else self.accelerator.num_processes
         self.accelerator.backward(charge.total * times)
@@ -257,7 +257,7 @@ class _Run:
         total = self.accelerator.reduce(torch.tensor(list(counts.values()), device=self.accelerator.device), "sum")
         return dict(zip(counts, total.tolist(), strict=True))
 
-    def _look_at(self, charge: Charge) -> None:
+    def _look_at(self, charge: LossOutput) -> None:
         """Each term must reach the student; its share of the loss and of the gradient is shown, epoch by epoch."""
         norms = self._norms(charge)
         self.shares = shares_of(norms)
@@ -272,10 +272,10 @@ class _Run:
                 self.doubted.add(name)
                 self.hooks.doubt(sentence, epoch=self.epoch + 1)
 
-    def _norms(self, charge: Charge) -> dict[str, float]:
+    def _norms(self, charge: LossOutput) -> dict[str, float]:
         """The length of each part's gradient over the batch, of which another process may have a part as well."""
         if self.accelerator.num_processes == 1:
-            return gradient_norms(self.pupil, charge.parts)
+            return gradient_norms(self.module, charge.parts)
         nothing = 0.0 * charge.total.detach()  # of a part that this process has no sample of
         names = dict.fromkeys(gather_object(list(charge.parts)))
 
@@ -283,12 +283,12 @@ class _Run:
             total: torch.Tensor = self.accelerator.reduce(gradient, "sum")
             return total
 
-        return gradient_norms(self.pupil, {name: charge.parts.get(name, nothing) for name in names}, summed)
+        return gradient_norms(self.module, {name: charge.parts.get(name, nothing) for name in names}, summed)
 
     def _end_epoch(self, seconds: float) -> None:
         samples = self.sums.pop("samples", 0.0)
         if not samples:
-            raise DataError("An epoch had no batches.", mend="Give data that can be gone through more than once.")
+            raise DataError("An epoch had no batches.", fix="Give data that can be gone through more than once.")
         self._check_finite()
         means = {name: value / samples for name, value in self.sums.items()}
         record: dict[str, Any] = {
@@ -306,7 +306,7 @@ class _Run:
             if taken:
                 raise UsageError(
                     f"`validate` gives {taken[0]!r}, a name that the record of an epoch has already.",
-                    mend="Give it another name.",
+                    fix="Give it another name.",
                 )
             record.update(found)
         self.history.append(record)
@@ -328,16 +328,16 @@ class _Run:
 
     def _check_finite(self) -> None:
         """What the last step left must be finite before it is judged, saved or given back."""
-        name = next((name for name in not_finite_names(self.pupil.student) if name not in self.not_finite), None)
+        name = next((name for name in not_finite_names(self.module.student) if name not in self.not_finite), None)
         if name is not None:
-            raise NumericError(f"The {name} is no longer finite in epoch {self.epoch + 1}.", mend=MEND)
+            raise NumericError(f"The {name} is no longer finite in epoch {self.epoch + 1}.", fix=MEND)
 
     def _tell(self, event: dict[str, Any]) -> None:
         if self.hooks.event is not None:
             self.hooks.event(event)
 
     def _state(self) -> TrainingState:
-        arrays = {f"model.{name}": _array(value) for name, value in self.pupil.state_dict().items()}
+        arrays = {f"model.{name}": _array(value) for name, value in self.module.state_dict().items()}
         if self.average is not None:
             arrays |= {f"average.{name}": _array(value) for name, value in self.average.model.state_dict().items()}
         for number, entries in self.optimizer.state_dict()["state"].items():
@@ -371,7 +371,7 @@ class _Run:
             )
 
     def _restore(self, state: TrainingState) -> None:
-        _take_up(self.pupil, state, "model.")
+        _take_up(self.module, state, "model.")
         self._require_settings(state)
         if self.average is not None:
             _take_up(self.average.model, state, "average.")
@@ -395,7 +395,7 @@ def _take_up(model: nn.Module, state: TrainingState, prefix: str) -> None:
     own = model.state_dict()
     stored = {n.removeprefix(prefix): a for n, a in state.arrays.items() if n.startswith(prefix)}
     if set(own) != set(stored) or any(tuple(own[n].shape) != a.shape for n, a in stored.items()):
-        raise CheckpointError("The checkpoint is of another model.", mend="Start the run anew.")
+        raise CheckpointError("The checkpoint is of another model.", fix="Start the run anew.")
     model.load_state_dict({name: _tensor(array, own[name].dtype) for name, array in stored.items()})
 
 

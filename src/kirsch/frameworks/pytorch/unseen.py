@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group, ParameterAxis
 
 FAINT = 1e-6
-"""What is rounding, as a part of the largest effect; the noise of the proof keeps others within a thousandth or so."""
+"""Rounding, as a part of the largest effect; noise in the verification keeps others within a thousandth or so."""
 
 Reach = dict["ParameterAxis", "NDArray[np.float64]"]
 
@@ -53,10 +53,10 @@ def unseen(
 
 
 def _hidden(group: Group, path: str, graph: Graph, reach: Reach, faint: float) -> bool:
-    units = np.zeros(len(graph.coupling.stuck), bool)
+    units = np.zeros(len(graph.coupling.frozen), bool)
     units[group.components] = True
-    own = [site for site in group.footprint if site in reach and site[0].rpartition(".")[0] == path]
-    effects = [reach[site][units[graph.coupling.component[graph.axes[site]]]] for site in own]
+    own = [layer for layer in group.footprint if layer in reach and layer[0].rpartition(".")[0] == path]
+    effects = [reach[layer][units[graph.coupling.component[graph.axes[layer]]]] for layer in own]
     return bool(own) and all(bool((effect <= faint).all()) for effect in effects)
 
 
@@ -64,21 +64,21 @@ def _reach(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: list[Any])
     """Axis of a tensor → for each place on it, how far it moves the outputs."""
     once: dict[int, torch.Tensor] = {}  # tied tensors are one
     leaves = {name: once.setdefault(id(graph.tensors[name]), value.detach()) for name, value in tensors.items()}
-    sites: dict[str, list[int]] = {}
+    layers: dict[str, list[int]] = {}
     for name, axis in graph.axes:
         if leaves[name].is_floating_point():
-            sites.setdefault(name, []).append(axis)
-    reach: Reach = {(name, axis): np.zeros(leaves[name].shape[axis]) for name, own in sites.items() for axis in own}
+            layers.setdefault(name, []).append(axis)
+    reach: Reach = {(name, axis): np.zeros(leaves[name].shape[axis]) for name, own in layers.items() for axis in own}
 
     def take(name: str, leaf: torch.Tensor) -> None:
         effect = (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad * leaf).detach()
         effect = effect.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs()
         leaf.grad = None  # not all of them at once
-        for axis in sites[name]:
+        for axis in layers[name]:
             places = effect.movedim(axis, 0).reshape(effect.shape[axis], -1)
             reach[name, axis] = places.amax(1).cpu().double().numpy()
 
-    for name in sites:
+    for name in layers:
         leaf: Any = leaves[name].requires_grad_()  # PyTorch annotates no hooks
         leaf.register_post_accumulate_grad_hook(functools.partial(take, name))
     torch.manual_seed(0)

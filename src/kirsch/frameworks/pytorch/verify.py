@@ -1,4 +1,4 @@
-"""The proof of a cut: the very module that is returned, held against the masked original."""
+"""The verification of a cut: the very module that is returned, held against the masked original."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kirsch.frameworks.pytorch.program import user_line
 from kirsch.frameworks.pytorch.surgery import sliced
 from kirsch.frameworks.pytorch.unseen import unseen
 from kirsch.graph.constants import AS_GRAPH
-from kirsch.graph.proof import Verification
+from kirsch.graph.verification import Verification
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping

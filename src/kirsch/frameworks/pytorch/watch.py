@@ -1,4 +1,4 @@
-"""A run of a PyTorch model that keeps what is computed at some sites."""
+"""A run of a PyTorch model that keeps what is computed at some layers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import UnknownNameError, UsageError
+from kirsch.frameworks.layers import LayerName
 from kirsch.frameworks.pytorch.outputs import named
 from kirsch.frameworks.pytorch.predict import arguments, called, copied, inference, logits_of
-from kirsch.frameworks.sites import Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kirsch.frameworks.sites import Key
+    from kirsch.frameworks.layers import Key
 
 ASKED = {"hidden": "output_hidden_states", "attention": "output_attentions"}
 """By which keyword models of transformers are asked to put out what."""
@@ -31,24 +31,24 @@ MOST_NAMED = 4
 
 
 class Watch:
-    """Runs a model and keeps what it computes at some sites. Its hooks stay until `close`.
+    """Runs a model and keeps what it computes at some layers. Its hooks stay until `close`.
 
-    What is overwritten in place later in the forward, as by `nn.ReLU(inplace=True)`, is kept as it was at the site.
+    What is overwritten in place later in the forward, as by `nn.ReLU(inplace=True)`, is kept as it was at the layer.
     Since that is not known before, the first run copies all values, and the others those alone. So it is with the
     inputs: a model that writes into them is given copies, the first run in each mode included.
 
     Args:
         model: called in its present mode.
-        sites: concrete ones, as `expand` gives them.
+        layers: concrete ones, as `expand` gives them.
 
     Raises:
         UnknownNameError: the model has no such module.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         self.model = model
-        self.sites = [Site.read(text) for text in dict.fromkeys(sites)]
-        self._options = {_asked(model, s): True for s in self.sites if s.layered}
+        self.layers = [LayerName.read(text) for text in dict.fromkeys(layers)]
+        self._options = {_asked(model, s): True for s in self.layers if s.layered}
         self._seen: dict[Key, list[Any]] = {}
         self._versions: dict[tuple[Key, int], list[tuple[torch.Tensor, int]]] = {}
         self._overwritten: dict[tuple[Key, int], bool] = {}
@@ -56,16 +56,16 @@ class Watch:
         self._called: dict[str, set[str]] = {}
         self._inside: list[str] = []
         self._running = False
-        places = dict.fromkeys(s.key for s in self.sites if not s.layered and not s.of_outputs)
+        places = dict.fromkeys(s.key for s in self.layers if not s.layered and not s.of_outputs)
         self._functions = {key[:2] for key in places if key[1]}
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
         for path in (path for path, _, _ in places if path not in modules):  # before there is any hook
-            raise UnknownNameError(f"site in {type(model).__name__}", path, [*filter(None, modules), *OTHERS])
+            raise UnknownNameError(f"layer in {type(model).__name__}", path, [*filter(None, modules), *OTHERS])
         for path in (path for path, _, _ in places if closed(modules[path])):
             raise UsageError(
                 f"{_quoted(path) if path else 'The model'} is TorchScript, which lets nobody look inside.",
-                mend="Take losses on the scores, or give the model that it was made of.",
+                fix="Take losses on the scores, or give the model that it was made of.",
             )
         for path, function, given in places:
             if not function:
@@ -126,15 +126,15 @@ class Watch:
                 raise UsageError(
                     f"The value at {where} is overwritten in place in this forward of {type(self.model).__name__}, and "
                     "was not before.",
-                    mend="Name another place, or compute it without changing tensors in place.",
+                    fix="Name another place, or compute it without changing tensors in place.",
                 )
             self._overwritten[place] = self._overwritten.get(place, False) or changed
 
     def __call__(self, inputs: Any) -> dict[str, Any]:
-        """The values at the sites for one batch, by the text of the site.
+        """The values at the layers for one batch, by the text of the layer.
 
         Raises:
-            UsageError: a place runs several times and the site does not say which is meant, or it does not run.
+            UsageError: a place runs several times and the layer does not say which is meant, or it does not run.
             UnknownNameError: the code of a module calls no such function, or nothing of that name is put out.
         """
         mode, compiling = self.model.training, torch.compiler.is_compiling()  # which knows no versions
@@ -162,7 +162,7 @@ class Watch:
                 )
             if not compiling:
                 self._writes[mode] = writes
-            return {site.text: self._value(site, outputs) for site in self.sites}
+            return {layer.text: self._value(layer, outputs) for layer in self.layers}
         finally:
             self._running = False
             self._clear()
@@ -172,42 +172,42 @@ class Watch:
         self._seen.clear()
         self._versions.clear()
 
-    def _value(self, site: Site, outputs: Any) -> Any:
-        if site.layered:
-            layers = layers_of(self.model, outputs, site)
-            if not -len(layers) <= int(site.index) < len(layers):
-                raise UsageError(f"There is no {site.text}: the model puts out {len(layers)} of them, from 0 on.")
-            return layers[int(site.index)]
-        if site.path == "logits":
+    def _value(self, layer: LayerName, outputs: Any) -> Any:
+        if layer.layered:
+            layers = layers_of(self.model, outputs, layer)
+            if not -len(layers) <= int(layer.index) < len(layers):
+                raise UsageError(f"There is no {layer.text}: the model puts out {len(layers)} of them, from 0 on.")
+            return layers[int(layer.index)]
+        if layer.path == "logits":
             return logits_of(outputs)
-        if site.of_outputs:
+        if layer.of_outputs:
             found = named(outputs)
-            name = site.path.removeprefix("output.")
+            name = layer.path.removeprefix("output.")
             if name not in found:
                 raise UnknownNameError("output", name, found)
             return found[name]
-        return _item(self._call(site), site)
+        return _item(self._call(layer), layer)
 
-    def _call(self, site: Site) -> Any:
-        calls = self._seen.get(site.key, [])
-        what = f"{_quoted(site.path)} {f'calls {site.function}' if site.function else 'runs'}"
-        if not calls and site.function and self._called:
-            self._refuse_function(site)
+    def _call(self, layer: LayerName) -> Any:
+        calls = self._seen.get(layer.key, [])
+        what = f"{_quoted(layer.path)} {f'calls {layer.function}' if layer.function else 'runs'}"
+        if not calls and layer.function and self._called:
+            self._refuse_function(layer)
         if not calls:
             raise UsageError(
-                f"{what} in no forward of {type(self.model).__name__}, so {site.text!r} has no value.",
+                f"{what} in no forward of {type(self.model).__name__}, so {layer.text!r} has no value.",
                 *self._elsewhere(),
             )
-        if site.call is None and len(calls) > 1:
+        if layer.call is None and len(calls) > 1:
             raise UsageError(
-                f"{what} {len(calls)} times in one forward, and {site.text!r} does not say which is meant.",
-                mend=f"Write #0 behind it for the first, up to #{len(calls) - 1}.",
+                f"{what} {len(calls)} times in one forward, and {layer.text!r} does not say which is meant.",
+                fix=f"Write #0 behind it for the first, up to #{len(calls) - 1}.",
             )
-        if (site.call or 0) >= len(calls):
+        if (layer.call or 0) >= len(calls):
             raise UsageError(
-                f"{what} {len(calls)} times in one forward; there is no call #{site.call}, as they count from 0."
+                f"{what} {len(calls)} times in one forward; there is no call #{layer.call}, as they count from 0."
             )
-        return calls[site.call or 0]
+        return calls[layer.call or 0]
 
     def _elsewhere(self) -> tuple[str, str]:
         """Why a place may not run, and what to do."""
@@ -215,20 +215,20 @@ class Watch:
             return "", "Name a place that the forward goes through."
         return (
             "A compiled forward that has run knows of no place to look at.",
-            "Give the model that it was made of. A loop of one's own may compile distiller.pupil, given as through=.",
+            "Give the model that it was made of. A loop of one's own may compile distiller.module, given as module=.",
         )
 
-    def _refuse_function(self, site: Site) -> None:
+    def _refuse_function(self, layer: LayerName) -> None:
         """Raise the error for a function that a module does not call itself."""
-        inner = [path for path, names in self._called.items() if site.function in names and path != site.path]
+        inner = [path for path, names in self._called.items() if layer.function in names and path != layer.path]
         if inner:
             within = ", ".join(f"`{path}`" for path in inner[:MOST_NAMED])
             raise UsageError(
-                f"{_quoted(site.path)} calls no {site.function} itself; {within} does.",
-                mend=f'Write "{inner[0]}/{site.function}".',
+                f"{_quoted(layer.path)} calls no {layer.function} itself; {within} does.",
+                fix=f'Write "{inner[0]}/{layer.function}".',
             )
         raise UnknownNameError(
-            f"function that {_quoted(site.path)} calls", site.function, self._called.get(site.path, ())
+            f"function that {_quoted(layer.path)} calls", layer.function, self._called.get(layer.path, ())
         )
 
     def close(self) -> None:
@@ -239,17 +239,17 @@ class Watch:
         self._clear()
 
 
-def _asked(model: nn.Module, site: Site) -> str:
+def _asked(model: nn.Module, layer: LayerName) -> str:
     """The keyword by which a model is asked to put out the states or weights of its layers.
 
     Raises:
         UsageError: its forward knows none.
     """
-    name = ASKED[site.layered[2]] if site.layered else ""
+    name = ASKED[layer.layered[2]] if layer.layered else ""
     taken = inspect.signature(model.forward).parameters
     if name not in taken and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
         raise UsageError(
-            f"{type(model).__name__} cannot be asked for {name}, so {site.text!r} has no value.",
+            f"{type(model).__name__} cannot be asked for {name}, so {layer.text!r} has no value.",
             "Models of transformers take that keyword.",
             "Name the module that computes it instead.",
         )
@@ -298,19 +298,19 @@ class _Calls(TorchFunctionMode):
         return out
 
 
-def layers_of(model: nn.Module, outputs: Any, site: Site) -> Sequence[Any]:
+def layers_of(model: nn.Module, outputs: Any, layer: LayerName) -> Sequence[Any]:
     """The states or weights of all layers among the outputs of a model of transformers.
 
     Raises:
         UsageError: the model puts out none.
     """
-    part, kind = site.layered.groups() if site.layered else ("", "")
+    part, kind = layer.layered.groups() if layer.layered else ("", "")
     name = {"hidden": "hidden_states", "attention": "attentions"}[kind]
     fields = [f"{part}_{name}"] if part else [name, f"decoder_{name}", f"encoder_{name}"]
     found = next((getattr(outputs, field) for field in fields if getattr(outputs, field, None)), None)
     if found is None or any(layer is None for layer in found):
         raise UsageError(
-            f"{type(model).__name__} puts out no {' or '.join(fields)}, so {site.text!r} has no value.",
+            f"{type(model).__name__} puts out no {' or '.join(fields)}, so {layer.text!r} has no value.",
             "Fused attention never has weights to put out." if kind == "attention" else "",
             'Build it with attn_implementation="eager".' if kind == "attention" else "Name a module instead.",
         )
@@ -318,20 +318,20 @@ def layers_of(model: nn.Module, outputs: Any, site: Site) -> Sequence[Any]:
     return layers
 
 
-def _item(value: Any, site: Site) -> Any:
+def _item(value: Any, layer: LayerName) -> Any:
     """The tensor that is meant of what a module puts out: itself, or the named, numbered or first part of several."""
     if isinstance(value, torch.Tensor):
         return value
     parts = named(value)
-    name = site.item or next(iter(parts), "")
+    name = layer.item or next(iter(parts), "")
     if name not in parts:
-        raise UnknownNameError(f"part of what `{site.path}` puts out", name, parts)
+        raise UnknownNameError(f"part of what `{layer.path}` puts out", name, parts)
     return parts[name]
 
 
-def dry_run(model: nn.Module, sites: Sequence[str], inputs: Any) -> dict[str, Any]:
-    """The values at some sites for one batch, in inference mode and without gradient; the model is left as it is."""
-    watch = Watch(model, sites)
+def dry_run(model: nn.Module, layers: Sequence[str], inputs: Any) -> dict[str, Any]:
+    """The values at some layers for one batch, in inference mode and without gradient; the model is left as it is."""
+    watch = Watch(model, layers)
     try:
         with inference(model), torch.no_grad():
             return watch(inputs)

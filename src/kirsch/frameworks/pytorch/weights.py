@@ -143,7 +143,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.dtype]]:
     """The tensors of a file, and the types of the buffers beside them."""
     if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would be waited for
-        raise LoadError(f"The weights {path} are not a file.", mend="Give the path of a safetensors file.")
+        raise LoadError(f"The weights {path} are not a file.", fix="Give the path of a safetensors file.")
     _refuse_other_formats(path)
     try:
         stored = safetensors.torch.load_file(str(path))

@@ -78,7 +78,7 @@ def _table(name: str) -> Any:
     if not path.is_file():
         raise DataError(
             f"CIFAR-10 is not there: {path} does not exist.",
-            mend="Set KIRSCH_DATA to a folder that holds cifar10/train.parquet and cifar10/test.parquet.",
+            fix="Set KIRSCH_DATA to a folder that holds cifar10/train.parquet and cifar10/test.parquet.",
         )
     try:
         import pyarrow.parquet  # noqa: PLC0415 - an extra is loaded when it is used

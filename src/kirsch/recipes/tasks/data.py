@@ -54,7 +54,7 @@ class Split:
         if len(self.inputs) != len(self.labels):
             raise DataError(
                 f"A Split has {len(self.inputs)} inputs and {len(self.labels)} labels.",
-                mend="Give one label for each input, on the first axis.",
+                fix="Give one label for each input, on the first axis.",
             )
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ class DataSet:
         for part in ("train", "validation", "test"):
             split: Split = getattr(self, part)
             if not len(split):
-                raise DataError(f"The {part} part of {self.name} is empty.", mend="Give it at least one sample.")
+                raise DataError(f"The {part} part of {self.name} is empty.", fix="Give it at least one sample.")
             self._check_labels(part, split)
             if split.inputs.ndim != self.train.inputs.ndim:
                 raise DataError(
@@ -102,9 +102,7 @@ class DataSet:
                     "The models take the samples of all parts alike.",
                 )
             if not np.isfinite(split.inputs).all():
-                raise DataError(
-                    f"The {part} part of {self.name} holds NaN or infinity.", mend="Repair or leave it out."
-                )
+                raise DataError(f"The {part} part of {self.name} holds NaN or infinity.", fix="Repair or leave it out.")
         missing = sorted(set(range(len(self.classes))) - set(np.unique(self.train.labels).tolist()))
         if missing:
             raise DataError(
@@ -123,10 +121,10 @@ class DataSet:
             )
             what = error.what.replace("The targets have", f"The labels of the {part} part of {self.name} have")
             why = f"They must be class numbers: one whole number a sample, shape (N,), from 0 to {count - 1}."
-            if "label_loss" in error.mend:
-                fix = f"A DataSet is for classifiers that answer one class a sample. For kirsch.distill: {error.mend}"
+            if "label_loss" in error.fix:
+                fix = f"A DataSet is for classifiers that answer one class a sample. For kirsch.distill: {error.fix}"
             elif split.labels.ndim <= len("NK"):
-                fix = error.mend
+                fix = error.fix
             raise DataError(what, why, fix)
         wrong = (split.labels < 0) | (split.labels >= count)
         if wrong.any():
@@ -181,7 +179,7 @@ def _check_names(name: Any, classes: Any) -> None:
             raise DataError(f"The class {place} of {name} has the name {label!r}.", "It is not valid text.", fix)
     twice = [label for label in classes if list(classes).count(label) > 1]
     if twice:
-        raise DataError(f"Two classes of {name} have the name {twice[0]!r}.", mend="Give each class its own name.")
+        raise DataError(f"Two classes of {name} have the name {twice[0]!r}.", fix="Give each class its own name.")
 
 
 def _signature(load: Source) -> inspect.Signature:
@@ -217,7 +215,7 @@ def load_data(source: str, options: dict[str, Any], *, seed: int, base: Path | N
     parameters = _signature(load).parameters
     seeded = "seed" in parameters or any(found.kind is found.VAR_KEYWORD for found in parameters.values())
     if seeded and "seed" in options:
-        raise UsageError(f"data.options holds the seed of {source!r}.", mend="Set the seed of the recipe.")
+        raise UsageError(f"data.options holds the seed of {source!r}.", fix="Set the seed of the recipe.")
     given = {**options, "seed": seed} if seeded else options
     try:
         _signature(load).bind(**given)
@@ -240,6 +238,6 @@ def load_data(source: str, options: dict[str, Any], *, seed: int, base: Path | N
     if not isinstance(data, DataSet):
         raise DataError(
             f"{source} gives a {type(data).__name__}.",
-            mend="It must give a kirsch DataSet: kirsch.DataSet(name, train=kirsch.Split(inputs, labels), ...).",
+            fix="It must give a kirsch DataSet: kirsch.DataSet(name, train=kirsch.Split(inputs, labels), ...).",
         )
     return data

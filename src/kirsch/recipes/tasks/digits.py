@@ -1,4 +1,4 @@
-"""UCI digits as scikit-learn carries them: 1,797 grey images of 8 x 8, ten classes. Nothing is downloaded."""
+"""UCI digits as scikit-learn carries them: 1,797 gray images of 8 x 8, ten classes. Nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class KeptChannels(Adapter):
         if not indices:
             raise UsageError(
                 "The adapter 'kept' is not told which channels are kept.",
-                mend='Take the terms of kirsch.recovery, or say adapter_options={"indices": [0, 2, 5]}.',
+                fix='Take the terms of kirsch.recovery, or say adapter_options={"indices": [0, 2, 5]}.',
             )
         own, its = list(student), list(teacher)
         if not 1 <= axis < len(its) or own[:axis] + own[axis + 1 :] != its[:axis] + its[axis + 1 :]:

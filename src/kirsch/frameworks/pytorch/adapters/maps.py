@@ -222,7 +222,7 @@ class Factor(Adapter):
         own, its = map_of(student, "student", "factor")[0], map_of(teacher, "teacher", "factor")[0]
         factors = int(rate * its)
         if factors < 1:
-            raise UsageError(f"A rate of {rate} leaves no factor of {its} channels.", mend="Choose a larger one.")
+            raise UsageError(f"A rate of {rate} leaves no factor of {its} channels.", fix="Choose a larger one.")
         self.paraphraser = _leaky(nn.Conv2d, (its, its, factors, factors), norm=False)
         self.restore = _leaky(nn.ConvTranspose2d, (factors, factors, its, its), norm=False)
         self.translator = _leaky(nn.Conv2d, (own, own, factors, factors), norm=True)

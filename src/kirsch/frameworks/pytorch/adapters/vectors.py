@@ -124,7 +124,7 @@ class Projector(Adapter):
             if not halvings:
                 raise UsageError(
                     f"A stage of shape {tuple(student)} is not halved, so there is no 'width' to choose.",
-                    mend="Leave it out.",
+                    fix="Leave it out.",
                 )
             widths[-1] = width
         self.halve = nn.Sequential(*(_separable(*pair) for pair in pairwise(widths)))

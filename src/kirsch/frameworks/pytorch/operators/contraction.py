@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kirsch.frameworks.pytorch.operators.rule import letters, rule
-from kirsch.frameworks.pytorch.step import unlabelled
+from kirsch.frameworks.pytorch.step import unlabeled
 from kirsch.graph import relations
 from kirsch.graph.labels import Tensor
 
@@ -34,8 +34,8 @@ def contract(step: Step, operands: Sequence[tuple[Tensor, str]], result: str, sh
     whole = float(np.prod([size for size, _ in sizes.values()], initial=1))
     if step.name not in PRODUCTS or min(len(tensor.shape) for tensor, _ in operands) < 2:  # noqa: PLR2004 - of a matrix
         whole = step.macs()  # PyTorch may add up before it multiplies, or not count what it does
-    labelled = [axis for _, axis in sizes.values() if axis is not None]
-    step.facts.cost("macs", whole / np.prod([len(axis) for axis in labelled], initial=1), labelled)
+    labeled = [axis for _, axis in sizes.values() if axis is not None]
+    step.facts.cost("macs", whole / np.prod([len(axis) for axis in labeled], initial=1), labeled)
     return out
 
 
@@ -71,7 +71,7 @@ def _mark_linear(step: Step, x: Tensor, into: Axis, out: Axis) -> None:
 def _linear(step: Step) -> Tensor | list[Tensor]:
     x, weight, bias = step.args[0], step.args[1], step.arg(2, "bias")
     if len(weight.shape) == 1:
-        return step.freeze_all("a linear layer whose weight is a vector is not analysed")
+        return step.freeze_all("a linear layer whose weight is a vector is not analyzed")
     lead = letters(x)[:-1]
     out = contract(step, [(x, lead + "I"), (weight, "OI")], lead + "O", step.shape)
     _mark_linear(step, x, weight.axes[1], weight.axes[0])
@@ -128,7 +128,7 @@ def _grouped(step: Step) -> Tensor | list[Tensor]:
     """Rows of x, each times the matrix of its group: (S, I) and (G, I, O) → (S, O). Offsets say where groups begin."""
     x, weight, offsets = step.args[0], step.args[1], step.arg(2, "offs")
     if (len(x.shape), len(weight.shape)) != (2, 3) or step.arg(3, "bias") is not None:
-        return step.freeze_all("a product of groups of matrices of other ranks is not analysed")
+        return step.freeze_all("a product of groups of matrices of other ranks is not analyzed")
     if step.is_weight(offsets):  # rows of a group that goes would fall to the next one
         relations.freeze(step.facts, [weight, offsets], "the number of rows of each group is stored", [0])
     groups = step.facts.equate(weight.axes[0], offsets.axes[0])
@@ -218,6 +218,6 @@ def _channels(step: Step, given: Axis, size: int, weight: Tensor, *, transposed:
 
 def _multiply_accumulates(step: Step, positions: Tensor, dims: Sequence[int], weight: Tensor) -> None:
     """Each kept number of the weight is used once at each kept position."""
-    coefficient = unlabelled(positions, dims) * unlabelled(weight, range(len(weight.shape)))
+    coefficient = unlabeled(positions, dims) * unlabeled(weight, range(len(weight.shape)))
     factors = [*(positions.axes[dim] for dim in dims), *weight.axes]
     step.facts.cost("macs", coefficient, factors)

@@ -1,4 +1,4 @@
-"""Operators that compute a statistic over some axes: normalisations, softmax, reductions."""
+"""Operators that compute a statistic over some axes: normalizations, softmax, reductions."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def _per_channel_norm(step: Step) -> Tensor:
     x = step.args[0]
     running = step.name == "_native_batch_norm_legit_no_training"
     running |= step.name == "native_batch_norm" and not step.args[5]
-    if not running:  # a weight may be standardised by this operator
+    if not running:  # a weight may be standardized by this operator
         others = [dim for dim in range(len(x.shape)) if dim != 1]
-        relations.freeze(step.facts, [x], "a normalisation computes its statistics over it", others)
+        relations.freeze(step.facts, [x], "a normalization computes its statistics over it", others)
     own = [(t, letters(x)[1]) for t in step.args[1:5] if isinstance(t, Tensor)]
     out = relations.relate(step.facts, [(x, letters(x)), *own], letters(x), step.shape)
     step.activated(out)
@@ -67,7 +67,7 @@ def _group_norm(step: Step) -> Tensor:
     native = step.name == "native_group_norm"
     x, groups = step.args[0], step.args[6 if native else 1]
     others = [dim for dim in range(len(x.shape)) if dim != 1]
-    relations.freeze(step.facts, [x], "a normalisation computes its statistics over it", others)
+    relations.freeze(step.facts, [x], "a normalization computes its statistics over it", others)
     weights = step.args[1:3] if native else (step.arg(2, "weight"), step.arg(3, "bias"))
     own = [(t, letters(x)[1]) for t in weights if t is not None]
     out = relations.relate(step.facts, [(x, letters(x)), *own], letters(x), step.shape)

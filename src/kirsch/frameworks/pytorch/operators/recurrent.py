@@ -26,7 +26,7 @@ def _recurrent(step: Step) -> list[Tensor]:
     A module keeps one `hidden_size` for all its layers and directions, which therefore go together.
     """
     if isinstance(step.args[3], (list, tuple)):
-        return step.freeze_all("a recurrent layer over packed sequences is not analysed")
+        return step.freeze_all("a recurrent layer over packed sequences is not analyzed")
     x, start, weights, biased, layers = step.args[:5]
     directions = 2 if step.args[7] else 1
     each = len(weights) // (layers * directions)

@@ -11,13 +11,13 @@ from kirsch.distillation.arrays import blank, first_of, namespace, whole_numbers
 from kirsch.distillation.attach import of_all
 from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.loss import SCORED, TOKEN_KINDS, given_to, loss_of
-from kirsch.distillation.probabilities import check_training, scored_sites
+from kirsch.distillation.probabilities import check_training, logit_layers
 from kirsch.distillation.schedule import at
 from kirsch.distillation.targets import check_batch, check_labels, uses_labels
 from kirsch.distillation.teachers import combined, holds_top_k, stored_scores
 from kirsch.errors import DataError, UsageError
-from kirsch.frameworks.sites import at_sites, texts
-from kirsch.frameworks.training import Charge, require_labels
+from kirsch.frameworks.layers import at_layers, texts
+from kirsch.frameworks.training import LossOutput, require_labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from kirsch.distillation.attach import Pair
     from kirsch.distillation.losses.loss import Loss
     from kirsch.distillation.objective import Objective, Term
-    from kirsch.distillation.teachers import Guide
+    from kirsch.distillation.teachers import TeacherSource
     from kirsch.frameworks.annotations import Regularizer
     from kirsch.frameworks.data import Batch
+    from kirsch.frameworks.layers import LayerNames
     from kirsch.frameworks.port import Framework
-    from kirsch.frameworks.sites import Sites
 
 CROSS = re.compile(r"cross|encoder_attn|EncDecAttention")
 """In the path of what a decoder attends to its encoder with, as models of transformers call it."""
@@ -38,14 +38,14 @@ SIDE = re.compile(r"encoder|decoder|cross")
 """The first of these in a path says where in a model of tokens it is: decoder.layers.0.encoder_attn in the decoder."""
 
 
-class Lesson:
-    """Charges a pupil for a batch, as `kirsch.frameworks.training.LossFunction` wants it.
+class DistillationLoss:
+    """Charges a module for a batch, as `kirsch.frameworks.training.LossFunction` wants it.
 
     Args:
         framework: of student and teachers.
         objective: what is charged.
         pairs: of its terms, as `attach` gives them.
-        guide: the teachers' side; None without terms.
+        teacher_source: the teachers' side; None without terms.
         regularizers: further terms of the student alone.
         positions: mask of the inputs of a model of sequences → that of its positions.
         scores: the shape of the logits of one sample, by which targets are checked; None leaves them unchecked.
@@ -56,14 +56,14 @@ class Lesson:
         framework: Framework,
         objective: Objective,
         pairs: Sequence[Pair] = (),
-        guide: Guide | None = None,
+        teacher_source: TeacherSource | None = None,
         regularizers: Sequence[Regularizer] = (),
         positions: Callable[[Any], Any] = lambda mask: mask,
         scores: tuple[int, ...] | None = None,
     ) -> None:
         self._scores = scores
         self._positions_of = positions
-        self._framework, self._objective, self._guide = framework, objective, guide
+        self._framework, self._objective, self._teacher_source = framework, objective, teacher_source
         self._pairs = [[pair for pair in pairs if pair.term == number] for number in range(len(objective.terms))]
         self._regularizers = regularizers
         self._sequences = any(
@@ -73,11 +73,11 @@ class Lesson:
         self._over = {pair.name: self._counted_by(pair) for pair in pairs}
         self._example = {self._over[pair.name]: pair for pair in pairs}
         self._labelled, self._warned = False, False  # whether a batch had labels that are used; see `_without_targets`
-        self._trained_at = scored_sites(objective, pairs, None)  # looked at once, in training mode
+        self._trained_at = logit_layers(objective, pairs, None)  # looked at once, in training mode
         self._factors: dict[str, float] = {}
         self._used: dict[str, float] = {}
 
-    def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> Charge:
+    def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> LossOutput:
         """What a batch is charged; see `LossFunction`."""
         batch = _wide_targets(batch)
         own = self.counts([batch])
@@ -86,9 +86,9 @@ class Lesson:
         whole = own if of is None else of
         shares = {over: count / whole[over] if count else 0.0 for over, count in own.items()}
         terms = [number for number, term in enumerate(self._objective.terms) if at(term.weight, epoch)]
-        theirs = self._guide(batch) if terms and self._guide is not None else []
+        theirs = self._teacher_source(batch) if terms and self._teacher_source is not None else []
         held = {pair.name: self._held(pair, theirs, epoch) for number in terms for pair in self._pairs[number]}
-        joined = {p.name: held[p.name][0] for number in terms for p in self._pairs[number] if p.joint is not None}
+        joined = {p.name: held[p.name][0] for number in terms for p in self._pairs[number] if p.adapter is not None}
         seen = model(batch.inputs, joined, batch.ids)
         if self._trained_at and getattr(model, "training", True):
             check_training(seen.values, self._trained_at, self._objective)
@@ -115,8 +115,8 @@ class Lesson:
             part = regularizer(self._framework.student_of(model))
             add(parts, type(regularizer).__name__, shares["samples"] * part)
         if not parts:  # a step that several batches or processes share goes on without this one
-            return Charge(0.0 * first_of(seen.values).sum(), parts)
-        return Charge(sum(parts.values()) + sum(aside.values()), parts, aside)
+            return LossOutput(0.0 * first_of(seen.values).sum(), parts)
+        return LossOutput(sum(parts.values()) + sum(aside.values()), parts, aside)
 
     def _charge_labels(self, parts: dict[str, Any], scores: Any, batch: Batch, epoch: float, share: float) -> None:
         weight = at(self._objective.label_weight, epoch)
@@ -140,25 +140,25 @@ class Lesson:
     def _charged(self, pair: Pair, seen: Any, held: list[Any], batch: Batch, epoch: float) -> Any:
         """What a pair costs, over all teachers that it is held against."""
         term = self._objective.terms[pair.term]
-        if pair.joint is not None:
+        if pair.adapter is not None:
             sides = [seen.joined[pair.name]]
         else:
-            sides = [(at_sites(seen.values, pair.student), theirs) for theirs in held]
+            sides = [(at_layers(seen.values, pair.student), theirs) for theirs in held]
         return sum(self._compared(term, mine, theirs, pair.student, batch, epoch) for mine, theirs in sides)
 
     def _held(self, pair: Pair, theirs: list[dict[str, Any]], epoch: float) -> list[Any]:
         """The values that a pair is held against: one, or one of each teacher."""
         term = self._objective.terms[pair.term]
         if len(theirs) == 1 or not of_all(term):
-            return [at_sites(theirs[term.of or 0], pair.teacher)]
-        scores = [at_sites(values, pair.teacher) for values in theirs]
+            return [at_layers(theirs[term.of or 0], pair.teacher)]
+        scores = [at_layers(values, pair.teacher) for values in theirs]
         if self._objective.teachers == "sum":
             return scores
         loss, way = loss_of(term.loss), self._objective.teachers
         axis = 1 if loss.takes == "pixels" else -1
         return [combined(scores, way, term.keywords(epoch).get("temperature", 1.0), loss.activation, axis)]
 
-    def _compared(self, term: Term, mine: Any, theirs: Any, site: Sites, batch: Batch, epoch: float) -> Any:
+    def _compared(self, term: Term, mine: Any, theirs: Any, layer: LayerNames, batch: Batch, epoch: float) -> Any:
         """One loss, with the labels, the mask and the time that it asks for."""
         loss, given = loss_of(term.loss), given_to(loss_of(term.loss))
         options, labels = term.keywords(epoch), batch.targets
@@ -167,7 +167,7 @@ class Lesson:
             theirs = theirs if not self._objective.causal else _shorter(theirs)
             mask = self._positions(mine, labels, batch, loss_needs_labels="labels" in given)
         else:
-            mask = self._tokens_of(loss, site, batch, mine)
+            mask = self._tokens_of(loss, layer, batch, mine)
         if holds_top_k(theirs):
             return stored_scores(term, mine, theirs, mask, options)
         if "labels" in given:
@@ -185,11 +185,11 @@ class Lesson:
             part = part * (int(mask.sum()) / len(mask))
         return part
 
-    def _tokens_of(self, loss: Loss, site: Sites, batch: Batch, mine: Any) -> Any:
+    def _tokens_of(self, loss: Loss, layer: LayerNames, batch: Batch, mine: Any) -> Any:
         """Which positions, or pairs of them, of what a sequence holds are compared; None for other values."""
         if loss.takes not in TOKEN_KINDS:
             return None
-        mask = self._tokens(site, batch, of_pairs=loss.takes == "attention")
+        mask = self._tokens(layer, batch, of_pairs=loss.takes == "attention")
         if mask is not None and mask.ndim == len("NQK"):
             mask = namespace(mask).broadcast_to(mask, (*mask.shape[:-1], mine.shape[-1]))
         return mask
@@ -239,14 +239,14 @@ class Lesson:
         mask = given.get("attention_mask")
         return given if mask is None else {**given, "attention_mask": self._positions_of(mask)}
 
-    def _tokens(self, site: Sites, batch: Batch, *, of_pairs: bool = False) -> Any:
+    def _tokens(self, layer: LayerNames, batch: Batch, *, of_pairs: bool = False) -> Any:
         """Which positions of a model of tokens are no padding; None where the batch does not say.
 
         Of a decoder beside an encoder these are, unless the batch says it, the positions with a label. Of pairs between
         both, a query in the decoder and a key in the encoder must count: (N, queries, keys), or (N, queries, 1) where
         all keys do.
         """
-        masks, text = self._masks(batch), texts(site)[0]
+        masks, text = self._masks(batch), texts(layer)[0]
         side = SIDE.search(text)
         if not any(name.startswith("decoder_input") for name in masks) or (side and side[0] == "encoder"):
             return masks.get("attention_mask")

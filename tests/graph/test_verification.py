@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from kirsch.graph.proof import Verification
+from kirsch.graph.verification import Verification
 
 
 def verification(error, **changes):

@@ -10,7 +10,7 @@ from kirsch.distillation.losses import LOSSES
 from kirsch.distillation.losses.loss import loss_of, options_of
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
-from kirsch.frameworks.sites import texts
+from kirsch.frameworks.layers import texts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

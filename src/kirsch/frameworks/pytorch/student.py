@@ -10,22 +10,22 @@ import torch
 from torch import nn
 
 from kirsch.errors import NumericError, UsageError
+from kirsch.frameworks.layers import at_layers
 from kirsch.frameworks.pytorch.adapters import Adapter
 from kirsch.frameworks.pytorch.watch import Watch
-from kirsch.frameworks.sites import at_sites
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 
 @dataclass(frozen=True)
-class Seen:
+class StudentOutputs:
     """What one forward gives.
 
     Args:
-        values: by site of the student.
-        joined: by name of a joint, the student's and the teacher's side as its loss takes them.
-        extra: by name of a joint, what trains the joint itself.
+        values: by layer of the student.
+        joined: by name of a adapter, the student's and the teacher's side as its loss takes them.
+        extra: by name of a adapter, what trains the adapter itself.
     """
 
     values: dict[str, Any]
@@ -33,52 +33,52 @@ class Seen:
     extra: dict[str, Any]
 
 
-class Pupil(nn.Module):
-    """A student, the sites at which it is watched, and the adapters between it and its teacher.
+class StudentWithAdapters(nn.Module):
+    """A student, the layers at which it is watched, and the adapters between it and its teacher.
 
     Args:
         student: the model that learns.
-        sites: concrete ones.
-        joints: adapters by name.
-        pairs: by the same names, where the student's side comes from: a site, or a list or dict of them.
-        logits: makes logits of probabilities among the values by site; None leaves all as they are.
+        layers: concrete ones.
+        adapters: adapters by name.
+        pairs: by the same names, where the student's side comes from: a layer, or a list or dict of them.
+        logits: makes logits of probabilities among the values by layer; None leaves all as they are.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        sites: Sequence[str] = ("logits",),
-        joints: Mapping[str, nn.Module] | None = None,
+        layers: Sequence[str] = ("logits",),
+        adapters: Mapping[str, nn.Module] | None = None,
         pairs: Mapping[str, Any] | None = None,
         logits: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
-        self.joints = nn.ModuleDict(joints or {})
-        self._sites, self._pairs = tuple(sites), dict(pairs or {})
+        self.adapters = nn.ModuleDict(adapters or {})
+        self._sites, self._pairs = tuple(layers), dict(pairs or {})
         self._logits = logits
         self._watch: Watch | None = None
 
-    def forward(self, inputs: Any, guide: Mapping[str, Any] | None = None, ids: Any = None) -> Seen:
+    def forward(self, inputs: Any, teacher_source: Mapping[str, Any] | None = None, ids: Any = None) -> StudentOutputs:
         """One run of the student.
 
         Args:
             inputs: one batch.
-            guide: the teacher's side of each joint.
-            ids: numbers of the samples, for joints that remember them.
+            teacher_source: the teacher's side of each adapter.
+            ids: numbers of the samples, for adapters that remember them.
         """
         if self._watch is None:  # not in __init__: hooks would be copied along, and write into the original
             self._watch = Watch(self.student, self._sites)
         values = self._watch(inputs)
         values = values if self._logits is None else self._logits(values)
         joined, extra = {}, {}
-        for name, theirs in (guide or {}).items():
-            joint = self.joints[name]
-            joined[name] = joint(at_sites(values, self._pairs[name]), theirs, ids=ids)
-            beside = joint.extra_loss() if isinstance(joint, Adapter) else None
+        for name, theirs in (teacher_source or {}).items():
+            adapter = self.adapters[name]
+            joined[name] = adapter(at_layers(values, self._pairs[name]), theirs, ids=ids)
+            beside = adapter.extra_loss() if isinstance(adapter, Adapter) else None
             if beside is not None:
                 extra[name] = beside
-        return Seen(values, joined, extra)
+        return StudentOutputs(values, joined, extra)
 
     def close(self) -> None:
         """Take the hooks away."""
@@ -88,8 +88,8 @@ class Pupil(nn.Module):
 
 
 def student_of(model: nn.Module) -> nn.Module:
-    """The student within a pupil, also where distribution or compilation wraps it; any other model itself."""
-    while not isinstance(model, Pupil):
+    """The student within a student, also where distribution or compilation wraps it; any other model itself."""
+    while not isinstance(model, StudentWithAdapters):
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if not isinstance(inner, nn.Module):
             return model
@@ -98,12 +98,14 @@ def student_of(model: nn.Module) -> nn.Module:
 
 
 def gradient_norms(
-    pupil: Pupil, parts: Mapping[str, torch.Tensor], summed: Callable[[torch.Tensor], torch.Tensor] | None = None
+    student: StudentWithAdapters,
+    parts: Mapping[str, torch.Tensor],
+    summed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, float]:
     """How long the gradient of each part of a loss is for the student, without adapters; the graph stays for the step.
 
     Args:
-        pupil: with the student.
+        student: with the student.
         parts: by name.
         summed: what the processes of a run make of the gradients that each has of its share.
 
@@ -111,12 +113,12 @@ def gradient_norms(
         NumericError: a part gives the student no gradient.
         UsageError: the student is checkpointed in a way that gives the gradient of the whole loss alone.
     """
-    beside = {id(p) for p in pupil.joints.parameters()}  # a student may hold them too, so that others find them
-    parameters = [p for p in pupil.student.parameters() if p.requires_grad and id(p) not in beside]
+    beside = {id(p) for p in student.adapters.parameters()}  # a student may hold them too, so that others find them
+    parameters = [p for p in student.student.parameters() if p.requires_grad and id(p) not in beside]
     norms: dict[str, float] = {}
     for name, part in parts.items():
         found: Sequence[torch.Tensor | None] = (
-            _gradients(pupil, part, parameters) if part.requires_grad and parameters else [None] * len(parameters)
+            _gradients(student, part, parameters) if part.requires_grad and parameters else [None] * len(parameters)
         )
         if summed is not None:
             found = [summed(p.new_zeros(p.shape) if g is None else g) for p, g in zip(parameters, found, strict=True)]
@@ -132,14 +134,16 @@ def gradient_norms(
     return norms
 
 
-def _gradients(pupil: Pupil, part: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+def _gradients(
+    student: StudentWithAdapters, part: torch.Tensor, parameters: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
     try:
         return torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
         raise UsageError(
-            f"{type(pupil.student).__name__} is checkpointed with use_reentrant=True.",
+            f"{type(student.student).__name__} is checkpointed with use_reentrant=True.",
             "That way gives the gradient of the whole loss alone, and none of one term.",
             "Set use_reentrant=False, in models of transformers by "
             'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).',

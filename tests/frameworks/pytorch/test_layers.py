@@ -11,8 +11,8 @@ import kirsch
 from kirsch.distillation.objective import Term
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
+from kirsch.frameworks.pytorch.layers import expand, shapes
 from kirsch.frameworks.pytorch.predict import predict
-from kirsch.frameworks.pytorch.sites import expand, shapes
 from kirsch.frameworks.pytorch.watch import Watch, dry_run
 
 N, D, K = 8, 4, 3
@@ -38,11 +38,11 @@ def hooks(model):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-@pytest.mark.parametrize("sites", [["0", "absent"], ["0/linear", "0", "absent"]])
-def test_a_site_that_the_model_lacks_leaves_no_hook(sites):
+@pytest.mark.parametrize("layers", [["0", "absent"], ["0/linear", "0", "absent"]])
+def test_a_site_that_the_model_lacks_leaves_no_hook(layers):
     model = nn.Sequential(nn.Linear(D, K))
-    with pytest.raises(UnknownNameError, match="There is no site in Sequential 'absent'"):
-        Watch(model, sites)
+    with pytest.raises(UnknownNameError, match="There is no layer in Sequential 'absent'"):
+        Watch(model, layers)
     assert hooks(model) == 0
 
 

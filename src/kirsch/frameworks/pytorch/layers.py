@@ -1,4 +1,4 @@
-"""Sites of a PyTorch model: how they are found."""
+"""LayerNames of a PyTorch model: how they are found."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from kirsch.errors import UnknownNameError, UsageError
+from kirsch.frameworks.layers import LayerName, pattern
 from kirsch.frameworks.pytorch.predict import arguments, called, copied, inference, logits_of
 from kirsch.frameworks.pytorch.watch import Watch, closed, layers_of
-from kirsch.frameworks.sites import Site, pattern
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,41 +23,41 @@ EMPTY = (nn.Identity, nn.Dropout, nn.Flatten)
 
 
 def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
-    """The concrete sites that a text names, in the order of the model's modules or layers: one, or all that fit.
+    """The concrete layers that a text names, in the order of the model's modules or layers: one, or all that fit.
 
     Args:
         model: run once in inference mode where layers must be counted, or the last layer found.
-        text: a site, perhaps with a pattern.
+        text: a layer, perhaps with a pattern.
         inputs: one batch, for that run.
 
     Raises:
         UnknownNameError: nothing fits.
         UsageError: the model has no last layer, or puts out no states of layers.
     """
-    site = Site.read(text)
-    if site.layered and site.index == "*":
+    layer = LayerName.read(text)
+    if layer.layered and layer.index == "*":
         watch = Watch(model, [text.replace("[*]", "[0]")])
         try:
             with inference(model), torch.no_grad():
                 args, options = arguments(copied(inputs))
-                count = len(layers_of(model, called(model, args, options, watch._options), site))  # noqa: SLF001 - of this file
+                count = len(layers_of(model, called(model, args, options, watch._options), layer))  # noqa: SLF001 - of this file
         finally:
             watch.close()
         return [text.replace("[*]", f"[{place}]") for place in range(count)]
-    if site.path == "penultimate":
+    if layer.path == "penultimate":
         return [f"{_last_layer(model, inputs)}:in"]
-    if site.layered or site.of_outputs or not ("*" in site.path or site.index):
+    if layer.layered or layer.of_outputs or not ("*" in layer.path or layer.index):
         return [text]
-    fits = re.compile(pattern(site.path))
+    fits = re.compile(pattern(layer.path))
     paths = [path for path, _ in model.named_modules() if path and fits.fullmatch(path)]
     if not paths:
         known = [path for path, _ in model.named_modules() if path]
-        raise UnknownNameError(f"site in {type(model).__name__}", site.path, known)
-    if site.index and site.index != "*":
-        if not -len(paths) <= int(site.index) < len(paths):
-            raise UsageError(f"{site.path!r} fits {len(paths)} modules; there is no [{site.index}] of them.")
-        paths = [paths[int(site.index)]]
-    behind = text[len(site.path) :].partition("[")[0]
+        raise UnknownNameError(f"layer in {type(model).__name__}", layer.path, known)
+    if layer.index and layer.index != "*":
+        if not -len(paths) <= int(layer.index) < len(paths):
+            raise UsageError(f"{layer.path!r} fits {len(paths)} modules; there is no [{layer.index}] of them.")
+        paths = [paths[int(layer.index)]]
+    behind = text[len(layer.path) :].partition("[")[0]
     return [path + behind for path in paths]
 
 
@@ -90,7 +90,7 @@ def _last_layer(model: nn.Module, inputs: Any) -> str:
     if not last:
         raise UsageError(
             f"The scores of {type(model).__name__} are made by no layer of its own, so there is no penultimate value.",
-            mend='Name the place: the path of a module, with ":in" for what it is given.',
+            fix='Name the place: the path of a module, with ":in" for what it is given.',
         )
     weighted = [path for path in made if any(True for _ in model.get_submodule(path).parameters())]
     if last[-1] in weighted:
@@ -99,7 +99,7 @@ def _last_layer(model: nn.Module, inputs: Any) -> str:
     if not isinstance(out, torch.Tensor) or scores.shape[-1] not in (out.shape[1], out.shape[-1]):
         raise UsageError(
             f"The last weights of {type(model).__name__} do not make its scores, so there is no penultimate value.",
-            mend='Name the place: the path of a module, with ":in" for what it is given.',
+            fix='Name the place: the path of a module, with ":in" for what it is given.',
         )
     return weighted[-1]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kirsch.distillation.catalogue import charged, losses, page, presets
+from kirsch.distillation.catalog import charged, losses, page, presets
 from kirsch.distillation.losses import LOSSES
 from kirsch.distillation.objective import Objective, Term
 from kirsch.distillation.presets import PRESETS

@@ -1,6 +1,6 @@
 """Places in a model whose values a loss compares, as text: the same for every framework.
 
-A site is written as text:
+A layer is written as text:
 
 - `logits`: the scores among what the model puts out; `output.boxes`: another of its outputs, by name
 - `layer3`: what a module puts out; `layer3:in`: what it is given; `layer3@1`: the second of several that it puts out
@@ -33,10 +33,10 @@ def _names_sites(value: Any) -> bool:
     return isinstance(value, str)
 
 
-Sites = Annotated[
+LayerNames = Annotated[
     Any, Kind("a path as text, or a list or dict of these", _names_sites, lambda _: 'Give "layer3", say.')
 ]
-"""A site as text; a list of them for losses of stages or relations, a dict for sets; "auto" to have stages matched."""
+"""A layer as text; a list of them for losses of stages or relations, a dict for sets; "auto" to have stages matched."""
 
 Key = tuple[str, str, bool]
 """Path of a module, function that its forward calls or "", and whether what it is given is meant."""
@@ -49,7 +49,7 @@ LAYERED = re.compile(r"(?:(encoder|decoder|cross)\.)?(hidden|attention)")
 
 
 @dataclass(frozen=True)
-class Site:
+class LayerName:
     """One place, taken apart.
 
     Args:
@@ -71,8 +71,8 @@ class Site:
     index: str = ""
 
     @classmethod
-    def read(cls, text: str) -> Site:
-        """A site from its text.
+    def read(cls, text: str) -> LayerName:
+        """A layer from its text.
 
         Raises:
             UsageError: it is none.
@@ -107,7 +107,7 @@ class Site:
 
     @property
     def layered(self) -> re.Match[str] | None:
-        """The parts of "encoder.hidden" and the like; None for other sites."""
+        """The parts of "encoder.hidden" and the like; None for other layers."""
         return LAYERED.fullmatch(self.path) if self.index else None
 
 
@@ -117,15 +117,15 @@ def pattern(path: str) -> str:
     return "".join({"**": r".*", "*": r"[^.]*"}.get(piece, re.escape(piece)) for piece in pieces)
 
 
-def at_sites(values: Mapping[str, Any], sites: Sites) -> Any:
-    """The values at a site, or at each of a list or dict of sites."""
-    if isinstance(sites, dict):
-        return {name: values[site] for name, site in sites.items()}
-    return [values[site] for site in sites] if isinstance(sites, list) else values[sites]
+def at_layers(values: Mapping[str, Any], layers: LayerNames) -> Any:
+    """The values at a layer, or at each of a list or dict of layers."""
+    if isinstance(layers, dict):
+        return {name: values[layer] for name, layer in layers.items()}
+    return [values[layer] for layer in layers] if isinstance(layers, list) else values[layers]
 
 
-def texts(sites: Any) -> list[str]:
-    """All sites in a structure of them."""
-    if isinstance(sites, str):
-        return [sites]
-    return [text for part in (sites.values() if isinstance(sites, dict) else sites) for text in texts(part)]
+def texts(layers: Any) -> list[str]:
+    """All layers in a structure of them."""
+    if isinstance(layers, str):
+        return [layers]
+    return [text for part in (layers.values() if isinstance(layers, dict) else layers) for text in texts(part)]
