@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kirsch
-from kirsch.frameworks.pytorch.surgery import cut
-from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.pytorch.io.vision import import_beside
+from kirsch.frameworks.pytorch.surgery.cut import cut
 from kirsch.graph.plan import Plan, Removal
 from kirsch.measurement.machine import cpu
 

@@ -33,11 +33,11 @@ from zoo import MODELS, OTHERS, Recipe
 
 import kirsch
 from kirsch.errors import GoalError, KirschError
-from kirsch.frameworks.pytorch.count import count
-from kirsch.frameworks.pytorch.predict import arguments
-from kirsch.frameworks.pytorch.scope import inputs_of, part_of
-from kirsch.frameworks.pytorch.surgery import cut
-from kirsch.frameworks.pytorch.verify import verify
+from kirsch.frameworks.pytorch.analysis.count import count
+from kirsch.frameworks.pytorch.inference.predict import arguments
+from kirsch.frameworks.pytorch.modules.submodule import inputs_of, part_of
+from kirsch.frameworks.pytorch.surgery.cut import cut
+from kirsch.frameworks.pytorch.verification.verify import verify
 from kirsch.measurement.machine import cpu
 from kirsch.pruning.prune import prune_with_verification
 

@@ -15,9 +15,10 @@ from kirsch.distillation.arrays import namespace
 from kirsch.distillation.distill import fit
 from kirsch.distillation.losses.loss import loss
 from kirsch.distillation.matching import stages
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TeacherStore, build
+from kirsch.distillation.term import Term
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import TrainingHooks

@@ -16,10 +16,11 @@ from sklearn.linear_model import LogisticRegression
 
 import kirsch
 from kirsch.distillation.distill import fit
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.term import Term
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
-from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import TrainingHooks
 from kirsch.recipes.tasks.cifar10 import data_folder
 from kirsch.report import figures

@@ -13,7 +13,7 @@ import kernels
 import small
 import torch
 
-from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.pytorch.io.vision import import_beside
 
 if TYPE_CHECKING:
     from torch import nn

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kirsch.frameworks.pytorch.surgery import cut
-from kirsch.frameworks.pytorch.trace import trace
-from kirsch.frameworks.pytorch.verify import verify
+from kirsch.frameworks.pytorch.analysis.trace import trace
+from kirsch.frameworks.pytorch.surgery.cut import cut
+from kirsch.frameworks.pytorch.verification.verify import verify
 
 
 def shaken(model, seed=0):

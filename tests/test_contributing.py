@@ -15,7 +15,7 @@ from kirsch.pruning.importance import IMPORTANCES
 
 torch = pytest.importorskip("torch")
 
-from kirsch.frameworks.pytorch.adapters import ADAPTERS, build  # noqa: E402 - without torch there are none
+from kirsch.frameworks.pytorch.features.adapters import ADAPTERS, build  # noqa: E402 - without torch there are none
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kirsch.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from kirsch.deploy.export import Artifact, export
     from kirsch.deploy.measure import Measurement, measure
@@ -12,7 +14,8 @@ if TYPE_CHECKING:
     from kirsch.distillation.distill import distill
     from kirsch.distillation.distiller import Distiller
     from kirsch.distillation.mutual import distill_mutually
-    from kirsch.distillation.objective import Objective, Term
+    from kirsch.distillation.objective import Objective
+    from kirsch.distillation.term import Term
     from kirsch.frameworks.generated import GeneratedData
     from kirsch.frameworks.port import trace
     from kirsch.frameworks.training import Training
@@ -25,8 +28,6 @@ if TYPE_CHECKING:
     from kirsch.recipes.compress import compress
     from kirsch.recipes.recovery import recovery
     from kirsch.recipes.tasks.data import DataSet, Split
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Artifact",
@@ -70,7 +71,7 @@ _HOMES = {
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
     "Split": "kirsch.recipes.tasks.data",
-    "Term": "kirsch.distillation.objective",
+    "Term": "kirsch.distillation.term",
     "Training": "kirsch.frameworks.training",
     "born_again": "kirsch.distillation.chain",
     "compress": "kirsch.recipes.compress",

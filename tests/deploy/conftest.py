@@ -53,7 +53,7 @@ def doubling(write):
 @pytest.fixture
 def planted(monkeypatch):
     """Makes the exporter of PyTorch write a file with this body in the place of the model."""
-    from kirsch.frameworks.pytorch.export import Exportable
+    from kirsch.frameworks.pytorch.io.export import Exportable
 
     def plant(body, **signature):
         def write_onnx(_self, path, **_options):

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from kirsch.distillation.distill import distill
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.term import Term
 from kirsch.errors import KirschError
 from kirsch.frameworks.training import Training, TrainingHooks
 

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from kirsch.distillation.distill import distill
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TopK, build
+from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ModelError, ShapeError, StoreError, UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.pytorch.layers import expand
-from kirsch.frameworks.pytorch.watch import Watch, dry_run
+from kirsch.frameworks.pytorch.features.capture import Watch, dry_run
+from kirsch.frameworks.pytorch.features.layers import expand
 from kirsch.frameworks.training import Training, TrainingHooks
 
 K = 3

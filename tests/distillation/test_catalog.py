@@ -8,9 +8,10 @@ import pytest
 
 from kirsch.distillation.catalog import charged, losses, page, presets
 from kirsch.distillation.losses import LOSSES
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
+from kirsch.distillation.term import Term
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 

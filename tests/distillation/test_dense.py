@@ -12,10 +12,11 @@ from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses.detection import detection_response, detr
 from kirsch.distillation.losses.labels import hard_label
 from kirsch.distillation.losses.maps import channel_wise
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.pytorch.predict import logits_of
+from kirsch.frameworks.pytorch.inference.predict import logits_of
 from kirsch.frameworks.training import Training, TrainingHooks
 
 K, N = 3, 12

@@ -14,7 +14,8 @@ from kirsch.distillation.arrays import constant
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses import LOSSES, hard_label, loss, soft_target
 from kirsch.distillation.mutual import distill_mutually
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.term import Term
 from kirsch.errors import DataError, Interrupted, NumericError, ShapeError, UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks

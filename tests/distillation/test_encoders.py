@@ -23,7 +23,7 @@ from kirsch.distillation.losses.tokens import (
 )
 from kirsch.distillation.objective import Objective
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
 

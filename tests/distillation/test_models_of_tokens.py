@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from kirsch.distillation.distill import distill
 from kirsch.distillation.distiller import Distiller
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, UsageError
 from kirsch.frameworks.data import ArrayData, Batch
-from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
 WORDS, PAD = 20, 0

@@ -12,8 +12,9 @@ from torch import nn
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses import hard_label, soft_target
 from kirsch.distillation.mutual import distill_mutually
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
+from kirsch.distillation.term import Term
 from kirsch.errors import DataError, Interrupted, ShapeError, UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.term import Term
 from kirsch.errors import UnknownNameError, UsageError
 
 

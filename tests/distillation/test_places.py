@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from kirsch.distillation.distill import distill
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.term import Term
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.pytorch.vision import import_beside
-from kirsch.frameworks.pytorch.watch import Watch, dry_run
+from kirsch.frameworks.pytorch.features.capture import Watch, dry_run
+from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
 K = 3

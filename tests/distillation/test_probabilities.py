@@ -14,9 +14,10 @@ from kirsch.distillation.chain import born_again, distill_chain, ensemble
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.mutual import distill_mutually
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import to_logits
 from kirsch.distillation.store import Dense, TopK, build, building
+from kirsch.distillation.term import Term
 from kirsch.errors import UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks

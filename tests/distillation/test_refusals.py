@@ -12,16 +12,17 @@ from torch import nn
 from kirsch.distillation.checks import first_batch
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, build
+from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, UsageError
 from kirsch.frameworks.augment import Flip
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
-from kirsch.frameworks.pytorch.adapters.build import joining
-from kirsch.frameworks.pytorch.layers import expand
-from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.pytorch.features.adapters.build import joining
+from kirsch.frameworks.pytorch.features.layers import expand
+from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
 K, TOKENS = 3, 7

@@ -11,8 +11,9 @@ from torch import nn
 
 from kirsch.distillation.distill import distill
 from kirsch.distillation.distiller import Distiller
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
 from kirsch.distillation.teachers import combined
+from kirsch.distillation.term import Term
 from kirsch.errors import UsageError
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks

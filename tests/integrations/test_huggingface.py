@@ -14,9 +14,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 import kirsch
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
-from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.pytorch.io.vision import import_beside
 
 import_beside("torchvision")
 transformers = import_beside("transformers")

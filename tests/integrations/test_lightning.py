@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import kirsch
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UnknownNameError, UsageError
-from kirsch.frameworks.pytorch.vision import import_beside
+from kirsch.frameworks.pytorch.io.vision import import_beside
 
 import_beside("torchvision")  # of which torchmetrics, and so Lightning, imports a part
 import lightning  # noqa: E402 - see above

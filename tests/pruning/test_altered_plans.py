@@ -16,7 +16,7 @@ from torch import nn
 import kirsch
 from kirsch import files
 from kirsch.errors import KirschError, PlanError
-from kirsch.frameworks.pytorch.count import count
+from kirsch.frameworks.pytorch.analysis.count import count
 from kirsch.graph.plan import Plan
 from kirsch.pruning.prune import prune_with_verification
 from proving import shaken

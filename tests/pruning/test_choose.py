@@ -9,7 +9,7 @@ from torch import nn
 
 import kirsch
 from kirsch.errors import GoalError, NumericError, PlanError, UnknownNameError, UsageError
-from kirsch.frameworks.pytorch.count import count
+from kirsch.frameworks.pytorch.analysis.count import count
 
 IMAGE = torch.randn(1, 3, 16, 16)
 

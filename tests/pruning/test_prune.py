@@ -13,7 +13,7 @@ from torch import nn
 import kirsch
 from kirsch import files
 from kirsch.errors import CheckpointError, LoadError, PlanError, UsageError, VerificationError
-from kirsch.frameworks.pytorch import surgery
+from kirsch.frameworks.pytorch.surgery import cut as surgery
 from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.regularizers import L1, Slimming
 from proving import shaken

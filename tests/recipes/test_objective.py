@@ -10,9 +10,10 @@ import re
 import pytest
 
 import kirsch
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
+from kirsch.distillation.term import Term
 from kirsch.errors import RecipeError, ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.training import Trained
 from kirsch.recipes.compress import _section

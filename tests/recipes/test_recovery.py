@@ -17,10 +17,10 @@ from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
 from kirsch.errors import NumericError, PlanError, ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData, Batch
-from kirsch.frameworks.pytorch import adapters
-from kirsch.frameworks.pytorch.masked import MaskedRun
-from kirsch.frameworks.pytorch.regions import exits, regions
-from kirsch.frameworks.pytorch.watch import dry_run
+from kirsch.frameworks.pytorch.analysis.regions import exits, regions
+from kirsch.frameworks.pytorch.features import adapters
+from kirsch.frameworks.pytorch.features.capture import dry_run
+from kirsch.frameworks.pytorch.verification.masked import MaskedRun
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.graph.plan import Removal
 from kirsch.pruning.kept import Kept, kept

@@ -15,7 +15,7 @@ from kirsch.distillation.arrays import constant, log_softmax, namespace, same_sh
 from kirsch.distillation.losses import LOSSES, soft_target
 from kirsch.errors import ShapeError
 from kirsch.frameworks.port import trace
-from kirsch.frameworks.pytorch.predict import predict
+from kirsch.frameworks.pytorch.inference.predict import predict
 from kirsch.pruning.importance import IMPORTANCES, magnitude
 from kirsch.testing import IMPORTANCE_CHECKS, LOSS_CHECKS, WEIGHT_IMPORTANCE_CHECKS, importances, losses
 

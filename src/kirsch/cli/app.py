@@ -13,8 +13,8 @@ import typer
 
 from kirsch import __version__
 from kirsch.cli import failure
+from kirsch.cli.interrupts import interruptible
 from kirsch.cli.paths import check_paths
-from kirsch.cli.start import interruptible
 from kirsch.cli.streams import forsake_stdout, prepare_streams, stdout_for_result
 from kirsch.cli.terminal import ClosedError, Mode, Terminal
 from kirsch.errors import GoalError, Interrupted, OutputError, UsageError

@@ -6,9 +6,9 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from kirsch import __version__
 from kirsch.cli.terminal import WIDTH, Line, Piece
 from kirsch.report import figures
+from kirsch.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,17 +6,12 @@ import contextlib
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
+
+from kirsch.cli.interrupts import INTERRUPTED, end_at_start
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from types import FrameType
-
-INTERRUPTED = 130
-WHAT = "The command was stopped by SIGINT."
-LOADERS = (os.path.join("frameworks", "port.py"), os.path.join("recipes", "models.py"))  # noqa: PTH118 - ends of paths
-"""Files of Kirsch that import what other people wrote."""
-AS_JSON = f'{{"error": {{"type": "Interrupted", "what": "{WHAT}", "exit_code": {INTERRUPTED}}}}}\n'
+    from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,67 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     whole = arguments is None
     if whole and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # one that is ignored stays ignored
-        signal.signal(signal.SIGINT, _end_at_start)
+        signal.signal(signal.SIGINT, end_at_start)
     from kirsch.cli.app import run
 
     code = run(list(sys.argv[1:] if arguments is None else arguments))
     if whole:
         _leave(code)
     return code
-
-
-@contextlib.contextmanager
-def interruptible(stdout: TextIO) -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt within the block, which puts in order what is at work, and ends at once after.
-
-    While a framework or the model's file is being imported it ends at once, too: C++ code, which then runs, aborts the
-    process where it meets the exception.
-
-    Args:
-        stdout: where a result in JSON goes.
-    """
-    received = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if _imports(frame):
-            _end_at_start(number, frame, stdout.fileno())
-        raise KeyboardInterrupt
-
-    ours = signal.getsignal(signal.SIGINT) is _end_at_start
-    try:
-        if ours:
-            signal.signal(signal.SIGINT, interrupt)
-        yield
-    except Exception:
-        if received:  # what C code makes of the exception where it was met in an import
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, _end)
-
-
-def _imports(frame: FrameType | None) -> bool:
-    """Whether a frame belongs to the import of a framework or of the model's file."""
-    files = []
-    while frame is not None:
-        files.append(frame.f_code.co_filename)
-        frame = frame.f_back
-    return any(file.startswith("<frozen importlib") for file in files) and any(file.endswith(LOADERS) for file in files)
-
-
-def _end_at_start(_number: int, _frame: FrameType | None, stdout: int = 1) -> None:
-    """End the process, before anything that would have to be put in order is at work."""
-    as_json = "--json" in sys.argv
-    with contextlib.suppress(OSError):
-        os.write(stdout if as_json else 2, (AS_JSON if as_json else f"stopped {WHAT}\n").encode())
-    os._exit(INTERRUPTED)
-
-
-def _end(_number: int, _frame: FrameType | None) -> None:
-    """End the process, whose result is written."""
-    os._exit(INTERRUPTED)
 
 
 def _leave(code: int) -> None:

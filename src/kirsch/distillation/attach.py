@@ -20,7 +20,8 @@ from kirsch.frameworks.layers import at_layers, texts
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kirsch.distillation.objective import Objective, Term
+    from kirsch.distillation.objective import Objective
+    from kirsch.distillation.term import Term
     from kirsch.frameworks.layers import LayerNames
     from kirsch.frameworks.port import Framework
 

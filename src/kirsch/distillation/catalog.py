@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.losses import LOSSES
 from kirsch.distillation.losses.loss import loss_of, options_of
+from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
 from kirsch.frameworks.layers import texts
@@ -15,8 +16,8 @@ from kirsch.frameworks.layers import texts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kirsch.distillation.objective import Objective, Term
     from kirsch.distillation.schedule import Number
+    from kirsch.distillation.term import Term
 
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
@@ -53,7 +54,7 @@ def presets() -> list[dict[str, Any]]:
     """Each preset by name: what is charged in words and as data, what it is, and its source."""
     found = []
     for name in PRESETS:
-        objective = PRESETS[name]()
+        objective = Objective.preset(name)
         found.append(
             {"name": name, "charged": charged(objective), **_words(PRESETS[name]), "objective": objective.to_dict()}
         )

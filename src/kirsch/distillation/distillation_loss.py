@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from kirsch.distillation.attach import Pair
     from kirsch.distillation.losses.loss import Loss
-    from kirsch.distillation.objective import Objective, Term
+    from kirsch.distillation.objective import Objective
     from kirsch.distillation.teachers import TeacherSource
+    from kirsch.distillation.term import Term
     from kirsch.frameworks.annotations import Regularizer
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.layers import LayerNames

@@ -4,97 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from kirsch.arguments import checked
 from kirsch.distillation.losses.labels import LABEL_LOSSES
-from kirsch.distillation.losses.loss import loss_of, options_of
-from kirsch.distillation.schedule import Number, Ramp, at, ends, problem
+from kirsch.distillation.presets import PRESETS
+from kirsch.distillation.schedule import Number, Ramp, ends, problem
+from kirsch.distillation.term import Term
 from kirsch.errors import UnknownNameError, UsageError
-from kirsch.frameworks.layers import LayerName, LayerNames, texts
+from kirsch.frameworks.layers import texts
 
 NUMBERS = ("weight", "temperature", "label_weight")
 """Fields that may be ramps."""
 
 Outputs = Literal["logits", "probabilities"]
 """What a model may be said to put out."""
-
-
-@checked
-@dataclass(frozen=True)
-class Term:
-    """One distillation loss: what it compares, and how much it counts.
-
-    Args:
-        loss: its name among `LOSSES`.
-        weight: >= 0, or a `Ramp`.
-        temperature: > 0, or a `Ramp`; None is the loss's own.
-        student: where in the student, as `kirsch.frameworks.layers` says: "logits", "layer3", "hidden[2]", "auto".
-        teacher: where in the teacher; None where it is the same.
-        adapter: what joins two sides whose shapes differ, by its name; "auto" takes one only where it is needed, "none"
-            never.
-        options: keywords of the loss.
-        adapter_options: keywords of the adapter.
-        name: what the term is called in records; its loss by default.
-        of: of several teachers the one that it is compared with; None takes all for scores, and the first otherwise.
-    """
-
-    made_by: ClassVar[str] = 'kirsch.Term("kd", weight=0.9)'
-
-    loss: str = "kd"
-    weight: Number = 0.9
-    temperature: Number | None = None
-    student: LayerNames = "logits"
-    teacher: LayerNames | None = None
-    adapter: str = "auto"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    adapter_options: Mapping[str, Any] = field(default_factory=dict)
-    name: str = ""
-    of: int | None = None
-
-    @property
-    def called(self) -> str:
-        """Its name in records."""
-        return self.name or self.loss
-
-    @property
-    def there(self) -> Any:
-        """Where in the teacher."""
-        return self.student if self.teacher is None else self.teacher
-
-    def keywords(self, epoch: float) -> dict[str, Any]:
-        """What its loss is called with when this many epochs are done, with its temperature if it has one."""
-        known, found = options_of(loss_of(self.loss)), dict(self.options)
-        if "given" in known and self._weights:
-            found.setdefault("given", "weights")
-        temperature = known.get("temperature") if self.temperature is None else at(self.temperature, epoch)
-        return found if temperature is None else {**found, "temperature": temperature}
-
-    @property
-    def _weights(self) -> bool:
-        """Whether it compares what models put out as attention, which are weights behind a softmax."""
-        layers = [LayerName.read(text) for text in texts([self.student, self.there])]
-        return any(layer.layered and layer.layered[2] == "attention" for layer in layers)
-
-    def problems(self) -> list[str]:
-        """What is wrong with its numbers and options, one sentence each; an unknown loss is an error."""
-        known = options_of(loss_of(self.loss))
-        for text in texts([self.student, self.there]):
-            LayerName.read(text)
-        wrong = [problem(f"the weight of {self.called!r}", self.weight, least=0)]
-        if self.temperature is not None:
-            wrong.insert(0, problem(f"the temperature of {self.called!r}", self.temperature, above=0))
-        if self.temperature is not None and "temperature" not in known:
-            wrong.append(f"{self.loss!r} has no temperature")
-        for name in self.options:
-            if name == "temperature":
-                wrong.append(f"the temperature of {self.called!r} is stated among its options; give it as temperature=")
-            elif name not in known:
-                raise UnknownNameError(f"option of the loss {self.loss!r}", name, known)
-        if self._weights and self.options.get("given") == "scores":
-            wrong.append(f"{self.called!r} takes scores, and {self.student!r} has weights, behind the softmax")
-        return [sentence for sentence in wrong if sentence]
 
 
 @checked
@@ -187,13 +112,12 @@ class Objective:
         Raises:
             UnknownNameError: there is no such preset.
         """
-        from kirsch.distillation.presets import PRESETS  # noqa: PLC0415 - presets are made of objectives
-
         known = [entry.name for entry in dataclasses.fields(cls)]
         for field_name in changes:
             if field_name not in known:
                 raise UnknownNameError("field of an objective", field_name, known)
-        return dataclasses.replace(PRESETS[name](), **changes)
+        made: Objective = cls(**{**PRESETS[name](), **changes})
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

@@ -20,8 +20,9 @@ from kirsch.frameworks.port import host
 
 if TYPE_CHECKING:
     from kirsch.distillation.losses.loss import Activation
-    from kirsch.distillation.objective import Objective, Term
+    from kirsch.distillation.objective import Objective
     from kirsch.distillation.probabilities import Logits
+    from kirsch.distillation.term import Term
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.port import Framework
 

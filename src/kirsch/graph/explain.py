@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from kirsch.errors import UnknownNameError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from numpy.typing import NDArray
 
-    from kirsch.graph.facts import Operation
-    from kirsch.graph.graph import Graph
+    from kirsch.graph.coupling import Coupling
+    from kirsch.graph.facts import Facts, Operation
     from kirsch.graph.group import Group, ParameterAxis
 
 SHOWN = 4
 """Operations of a chain that are named; of a longer one the ends."""
 
 
-def explain(graph: Graph, layer: str) -> str:
+class CoupledGraph(Protocol):
+    """The parts of a `Graph` that explain the coupling of its parameters."""
+
+    @property
+    def facts(self) -> Facts:
+        """What the operations say of the labels."""
+
+    @property
+    def tensors(self) -> Mapping[str, object]:
+        """Parameters and buffers by name."""
+
+    @property
+    def coupling(self) -> Coupling:
+        """The components of the labels."""
+
+    @property
+    def axes(self) -> Mapping[ParameterAxis, NDArray[np.int64]]:
+        """The labels of each axis of each parameter."""
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """Groups of units."""
+
+
+def explain(graph: CoupledGraph, layer: str) -> str:
     """See `Graph.explain`."""
     own = [name for name in graph.tensors if name == layer or name.startswith(f"{layer}.")]
     if not own:
@@ -40,7 +66,7 @@ def explain(graph: Graph, layer: str) -> str:
     return "\n".join(lines)
 
 
-def _group(graph: Graph, group: Group, touched: list[ParameterAxis]) -> list[str]:
+def _group(graph: CoupledGraph, group: Group, touched: list[ParameterAxis]) -> list[str]:
     """One group: its units, and what goes with them."""
     held = f"{', '.join(_axis(site) for site in touched)}: the {group.size} units ({group.kind}) of {group.name!r}."
     roads = _roads(graph, group.of([0]), touched[0])
@@ -74,7 +100,7 @@ def _chain(operations: list[Operation]) -> str:
     return " → ".join(names)
 
 
-def _reason(graph: Graph, site: ParameterAxis) -> str:
+def _reason(graph: CoupledGraph, site: ParameterAxis) -> str:
     component, why = graph.coupling.component, graph.coupling.why
     found = [why[c] for c in np.unique(component[graph.axes[site]]).tolist() if c in why]
     if not found:
@@ -84,7 +110,7 @@ def _reason(graph: Graph, site: ParameterAxis) -> str:
     return f"{freeze.reason} ({place})"
 
 
-def _roads(graph: Graph, unit: NDArray[np.int64], start: ParameterAxis) -> dict[ParameterAxis, list[Operation]]:
+def _roads(graph: CoupledGraph, unit: NDArray[np.int64], start: ParameterAxis) -> dict[ParameterAxis, list[Operation]]:
     """(parameter, axis) → the operations on the shortest way to it from the start, over what ties labels of a unit."""
     component = graph.coupling.component
     inside = np.zeros(len(graph.coupling.frozen), bool)
@@ -108,7 +134,7 @@ def _roads(graph: Graph, unit: NDArray[np.int64], start: ParameterAxis) -> dict[
     return roads
 
 
-def _edges(graph: Graph, inside: NDArray[np.bool_]) -> dict[int, list[tuple[int, Operation]]]:
+def _edges(graph: CoupledGraph, inside: NDArray[np.bool_]) -> dict[int, list[tuple[int, Operation]]]:
     """Label → the labels that are tied to it, and by which operation; of the labels inside of a unit."""
     facts = graph.facts
     edges: dict[int, list[tuple[int, Operation]]] = {}

@@ -25,7 +25,7 @@ from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
 from kirsch.frameworks.data import Batch
 from kirsch.frameworks.port import framework_of
-from kirsch.frameworks.pytorch.pretrained import refused
+from kirsch.frameworks.pytorch.transformers.pretrained import refused
 from kirsch.frameworks.structure import IDS, TARGETS
 from kirsch.frameworks.training import require_labels
 

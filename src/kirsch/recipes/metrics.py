@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from kirsch import __version__
 from kirsch.measurement.quality import calibration, confusion, lost_classes, paired
 from kirsch.report import figures
+from kirsch.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,7 +11,8 @@ import numpy as np
 from kirsch.arguments import checked
 from kirsch.distillation.arrays import first_of
 from kirsch.distillation.matching import stages_among
-from kirsch.distillation.objective import Objective, Term
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.term import Term
 from kirsch.errors import NumericError, UnknownNameError, UsageError
 from kirsch.frameworks.annotations import Inputs, Model
 from kirsch.frameworks.port import framework_of, host

@@ -6,11 +6,12 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from kirsch import __version__, files, strict_json
+from kirsch import files, strict_json
 from kirsch.errors import CheckpointError, LoadError, OutputError, RecipeError
 from kirsch.recipes import seal
 from kirsch.recipes.recipe import Recipe, read_recipe
 from kirsch.recipes.seal import CHECKPOINTS, ENVIRONMENT, EVENTS, LOCK, METRICS, PLAN, RECIPE, REPORT, RUN
+from kirsch.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch import __version__, files, strict_json
+from kirsch import files, strict_json
 from kirsch.errors import KirschError, LoadError, OutputError
 from kirsch.failures import during
 from kirsch.measurement.machine import environment
@@ -23,6 +23,7 @@ from kirsch.recipes.seal import ARTIFACTS, ENVIRONMENT, LOCK, METRICS, MODEL, PR
 from kirsch.recipes.stages import Stage, check_objectives, check_threads, plan_for, stages_of
 from kirsch.recipes.tasks.data import DataSet, load_data
 from kirsch.report import render
+from kirsch.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,37 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kirsch.errors import KirschError, UnknownNameError, VerificationError, said
-from kirsch.frameworks.pytorch import (
-    adapters,
-    calling,
-    cohort,
-    configuration,
-    copying,
-    count,
-    dropping,
-    ensemble,
-    export,
-    fingerprint,
-    graph_module,
-    hub,
-    layers,
-    outputs,
-    predict,
-    randomness,
-    regions,
-    scope,
-    squashed,
-    stand_ins,
-    student,
-    surgery,
-    trace,
-    train,
-    unsupported,
-    verify,
-    watch,
-    weights,
-)
-from kirsch.frameworks.pytorch.program import user_line
+from kirsch.frameworks.pytorch.analysis import count, randomness, regions, stand_ins, trace
+from kirsch.frameworks.pytorch.analysis.program import user_line
+from kirsch.frameworks.pytorch.features import adapters, cohort, ensemble, layers, squashed, student
+from kirsch.frameworks.pytorch.features import capture as watch
+from kirsch.frameworks.pytorch.inference import calling, outputs, predict
+from kirsch.frameworks.pytorch.io import export, fingerprint, hub, weights
+from kirsch.frameworks.pytorch.modules import copying, unsupported
+from kirsch.frameworks.pytorch.modules import submodule as scope
+from kirsch.frameworks.pytorch.surgery import cut as surgery
+from kirsch.frameworks.pytorch.surgery import dropping, graph_module
+from kirsch.frameworks.pytorch.training import train
+from kirsch.frameworks.pytorch.transformers import configuration
+from kirsch.frameworks.pytorch.verification import verify
 from kirsch.graph.constants import AS_GRAPH
 
 if TYPE_CHECKING:

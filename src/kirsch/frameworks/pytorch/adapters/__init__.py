@@ -1,7 +1,0 @@
-"""What stands between the values of student and teacher and the loss that compares them; it is trained along."""
-
-from kirsch.frameworks.pytorch.adapters.adapter import ADAPTERS, Adapter
-from kirsch.frameworks.pytorch.adapters.build import build
-from kirsch.frameworks.pytorch.adapters.memory import bank_bytes
-
-__all__ = ["ADAPTERS", "Adapter", "bank_bytes", "build"]

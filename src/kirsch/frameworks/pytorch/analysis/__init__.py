@@ -1,0 +1,1 @@
+"""From a model to a graph: export, operators, provenance of integers, blocks."""

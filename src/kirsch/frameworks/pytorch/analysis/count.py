@@ -1,0 +1,95 @@
+"""Parameters and multiply-accumulates of a real model, counted while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.node import map_arg
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from kirsch.frameworks.pytorch.inference.predict import arguments, inference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+    from torch.fx import Node
+
+
+def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates of one forward run.
+
+    Args:
+        model: any mode; it keeps it.
+        example_inputs: a tensor, a tuple of positional, or a dict of keyword arguments.
+
+    Source: torch.utils.flop_counter counts two floating operations a multiply-accumulate. The fast paths of attention
+        and of oneDNN are off, because it does not see into them.
+    """
+    args, options = arguments(example_inputs)
+    counter = _counter()
+    with inference(model), torch.no_grad(), torch.random.fork_rng(), _plain_kernels(), counter:
+        model(*args, **options)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+def macs_of(node: Node) -> int:
+    """Multiply-accumulates of one traced operation with the shapes that it was traced with; nothing is computed."""
+    args, options = map_arg((node.args, node.kwargs), lambda source: source.meta.get("val"))
+    mode = next((v.fake_mode for v in tree_leaves((args, options)) if isinstance(v, FakeTensor)), FakeTensorMode())
+    counter = _counter()
+    try:
+        with torch.no_grad(), mode, _plain_kernels(), counter:
+            node.target(*args, **options)  # type: ignore[operator]  # only called for nodes that call a function
+    except Exception:  # noqa: BLE001 - an operator that cannot run without values, such as a higher-order one
+        return 0
+    return counter.get_total_flops() // 2
+
+
+def _counter() -> FlopCounterMode:
+    grouped = [getattr(space, name, None) for space, name in GROUPED]
+    counter = FlopCounterMode(display=False, custom_mapping={op: _grouped for op in grouped if op is not None})
+    # It would count by module too, for which it hooks onto the gradients of tensors that have none here.
+    counter.mod_tracker = _WholeModel()  # type: ignore[assignment]
+    return counter
+
+
+GROUPED = ((torch.ops.aten, "_grouped_mm"), (torch.ops.transformers, "grouped_mm_fallback"))
+"""Products of groups of matrices, which PyTorch does not count; the latter is there once its library is loaded."""
+
+
+def _grouped(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Floating operations of (S, I) times (G, I, O), from the shapes: each row meets the matrix of one group."""
+    return int(2 * math.prod(rows) * weight[-1]) if len(rows) < len(weight) else 0
+
+
+class _WholeModel:
+    """Stands in for `ModuleTracker`."""
+
+    parents: ClassVar = {"Global"}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _plain_kernels() -> Iterator[None]:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # setting this flag warns of Intel GPUs that are not there
+            with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+                yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,0 +1,1 @@
+"""Features of layers: capture, adapters, and students with adapters."""

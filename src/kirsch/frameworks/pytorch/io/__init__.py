@@ -1,0 +1,1 @@
+"""Files: ONNX export, weights, fingerprints, model hubs."""

@@ -1,0 +1,41 @@
+"""Models of other libraries by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kirsch.errors import LoadError, MissingExtraError, SurroundingsError, UnknownNameError, said
+from kirsch.frameworks.pytorch.io.vision import import_beside
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def from_timm(name: str, *, pretrained: bool) -> nn.Module:
+    """A timm model by its name.
+
+    Raises:
+        MissingExtraError: timm is not installed.
+        SurroundingsError: timm is installed and does not work.
+        LoadError: there is no such model, or its weights cannot be fetched.
+    """
+    try:
+        timm = import_beside("timm")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("timm", "zoo", "for models named timm:NAME") from error
+    except (ImportError, RuntimeError, OSError) as error:
+        raise SurroundingsError(
+            "timm is installed and cannot be imported.",
+            said(error),
+            "Install timm anew, with the torchvision that belongs to this torch.",
+        ) from error
+    if not timm.is_model(name):
+        unknown = UnknownNameError("timm model", name, timm.list_models())
+        raise LoadError(unknown.what, unknown.why, unknown.fix)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained)
+    except Exception as error:  # the hub's client has a tree of errors of its own
+        what = f"The weights of timm:{name} cannot be fetched." if pretrained else f"timm:{name} cannot be built."
+        fix = "Check the network, give a safetensors file, or use random weights." if pretrained else ""
+        raise LoadError(what, said(error), fix) from error
+    return model

@@ -1,0 +1,77 @@
+"""A part of a model by its path: what it is given in a run of the whole, and the whole with another in its place."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kirsch.errors import ModelError, UnknownNameError
+from kirsch.frameworks.pytorch.inference.predict import Call, arguments, inference
+from kirsch.frameworks.pytorch.modules.copying import copy_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def part_of(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path; the model itself for "".
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    if path not in modules:
+        raise UnknownNameError("module", path, [name for name in modules if name])
+    return modules[path]
+
+
+def inputs_of(model: nn.Module, path: str, example_inputs: Any) -> Any:
+    """The inputs of the first call of a part when the whole runs in inference mode, as positional or keyword arguments.
+
+    Raises:
+        ModelError: the part is not called.
+    """
+    part = part_of(model, path)
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = part.register_forward_pre_hook(lambda _, args, options: given.append((args, options)), with_kwargs=True)
+    args, options = arguments(example_inputs)
+    try:
+        with inference(model), torch.no_grad(), torch.random.fork_rng():
+            model(*args, **options)
+    except Exception as error:
+        raise ModelError(
+            f"The model {type(model).__name__} does not run.",
+            f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}.",
+            "Check the example inputs.",
+        ) from error
+    finally:
+        hook.remove()
+    if not given:
+        raise ModelError(
+            f"The part {path!r} of {type(model).__name__} is not run.",
+            "The whole does not call it in inference mode.",
+            "Trace it by itself: kirsch.trace(model.part, inputs).",
+        )
+    args, options = given[0]
+    if not args or not options:
+        return options or args
+    signature = inspect.signature(part.forward)
+    bound = signature.bind_partial(*args).arguments
+    unnamed = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY
+    by_place = any(signature.parameters[name].kind in unnamed for name in bound)
+    return Call(args, options) if by_place else {**bound, **options}
+
+
+def shared_with_rest(model: nn.Module, path: str) -> set[int]:
+    """Parameters and buffers, by identity, that a part has in common with the rest of the model."""
+    prefix = f"{path}."
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    inside = {id(tensor) for name, tensor in named if name.startswith(prefix)}
+    return {id(tensor) for name, tensor in named if not name.startswith(prefix)} & inside
+
+
+def with_part(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
+    """A copy of the model with this part in the place of its own."""
+    return copy_of(model, {id(part_of(model, path)): part})

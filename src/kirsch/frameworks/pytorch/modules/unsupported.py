@@ -1,0 +1,196 @@
+"""Models that cannot be analyzed and cut, each refused with its reason before any work is done."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from kirsch.errors import ModelError
+from kirsch.frameworks.pytorch.modules.interpreted import graph_in
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized", "bitsandbytes")
+"""Packages of modules whose weights are integers."""
+
+OBSERVING = ("torch.ao.quantization", "torchao.quantization")
+"""Packages of modules that observe values for a quantization."""
+
+PRUNE_FIRST = "Prune the floating-point model first, and quantize the pruned one."
+
+
+def check(model: nn.Module) -> None:
+    """Raise if a model is of a kind that cannot be traced and cut.
+
+    Raises:
+        ModelError: says which part is of which kind, and what to give instead.
+    """
+    for why, fix in reasons(model):
+        raise _refused(model, why, fix)
+    shared = _overlapping(model)
+    if shared is not None:
+        raise _refused(
+            model,
+            f"Its parameters `{shared[0]}` and `{shared[1]}` share memory without being one parameter, so that a cut "
+            "would part them.",
+            f"Assign the same parameter to both, or give `{shared[1]}` memory of its own: .data.clone().",
+        )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise if the parameters of a model cannot be trained.
+
+    Raises:
+        ModelError: says which parameter, and what to give instead.
+    """
+    check_values(model)
+    name = type(model).__name__
+    for path, value in model.named_parameters():
+        for why, _ in [] if is_lazy(value) else _tensors(path, value):
+            fix = "Train the model with plain floating-point tensors, and quantize or shard it afterwards."
+            raise ModelError(f"The model {name} cannot be trained.", why, fix)
+
+
+def check_values(model: nn.Module) -> None:
+    """Raise if parameters of a model have no values.
+
+    Raises:
+        ModelError: names one of them.
+    """
+    empty = next((name for name, value in model.named_parameters() if value.is_meta), None)
+    if empty is not None:
+        raise ModelError(
+            f"The model {type(model).__name__} cannot be run.",
+            f"Its parameter `{empty}` lives on the meta device and has no values.",
+            "Load its weights first.",
+        )
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Raise if a model is wrapped, compiled or quantized, so that torch.export cannot follow its forward.
+
+    Raises:
+        ModelError: says which part is of which kind, and what to give instead.
+    """
+    check_values(model)
+    for path, module in model.named_modules():
+        for why, fix in _opaque(module, f"Its part `{path}` is" if path else "It is", path):
+            raise ModelError(f"A {type(model).__name__} cannot be exported.", why, fix)
+
+
+def reasons(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Why a model cannot be traced and cut, and what to do, for each part that is at fault."""
+    for path, module in model.named_modules():
+        yield from _modules(module, f"Its part `{path}` is" if path else "It is", path)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        yield from _tensors(name, value)
+
+
+def _refused(model: nn.Module, why: str, fix: str) -> ModelError:
+    return ModelError(f"The model {type(model).__name__} cannot be traced.", why, fix)
+
+
+def _opaque(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
+    """Why no exporter sees what a module computes, and what to do."""
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
+    inner = f"model.{path}.module" if path else "model.module"
+    if isinstance(module, torch.jit.ScriptModule):
+        yield (
+            f"{where} TorchScript, whose compiled code cannot be followed.",
+            "Give the Python module that it was compiled from.",
+        )
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        yield f"{where} wrapped in DistributedDataParallel.", f"Give {inner}, and wrap the result again."
+    if any(kind.startswith("torch.distributed.fsdp.") for kind in kinds):
+        yield (
+            f"{where} sharded by FSDP, so that no process holds whole parameters.",
+            "Give the model before it is sharded, with a full state dict loaded, and shard the pruned one.",
+        )
+    if any(kind.startswith("keras.") for kind in kinds):
+        yield (
+            f"{where} a Keras model, whose layers keep their weights outside of PyTorch's parameters.",
+            "Give a PyTorch model with the same weights, written with torch.nn.",
+        )
+    if any(kind.startswith(QUANTIZED) for kind in kinds):
+        yield f"{where} a quantized {type(module).__name__}, whose weights are packed integers.", PRUNE_FIRST
+
+
+def _modules(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
+    """Why a module cannot be traced, and what to do."""
+    yield from _opaque(module, where, path)
+    graph = graph_in(module)
+    converted = [node for node in (graph.nodes if graph is not None else ()) if "dequantize" in str(node.target)]
+    if converted:
+        yield f"{where} a converted graph, which computes with quantized numbers ({converted[0].target}).", PRUNE_FIRST
+    kinds = [f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__]
+    if any(kind.startswith(OBSERVING) and ("Observer" in kind or "Fake" in kind) for kind in kinds):
+        yield (
+            f"{where} a {type(module).__name__}, which observes values for a quantization.",
+            "Prune the model first, and prepare the pruned one for quantization.",
+        )
+
+
+def _tensors(name: str, value: torch.Tensor) -> Iterator[tuple[str, str]]:
+    """Why a parameter or buffer cannot be cut, and what to do."""
+    kind = type(value)
+    if is_lazy(value):
+        yield f"Its {name!r} is lazy and has no shape yet.", "Run the model once on an example input."
+    elif kind.__module__.startswith(("torchao", "bitsandbytes")):
+        yield f"Its `{name}` is a quantized {kind.__name__}.", PRUNE_FIRST
+    elif isinstance(value, nn.Parameter) and value.dtype.itemsize == 1 and value.dtype is not torch.bool:
+        yield f"Its parameter `{name}` holds {value.dtype} numbers, as packed quantized weights do.", PRUNE_FIRST
+    elif kind.__module__.startswith("torch.distributed"):
+        yield (
+            f"Its `{name}` is a {kind.__name__}, of which each process holds a part.",
+            "Give the model before it is distributed.",
+        )
+    elif is_traceable_wrapper_subclass(value):
+        yield (
+            f"Its `{name}` is a {kind.__name__}, a tensor whose parts cannot be sliced.",
+            "Replace it with a plain tensor, as with .dequantize() or .to_padded_tensor(0.0).",
+        )
+    elif value.layout is not torch.strided or value.is_nested:
+        layout, dense = ("nested", ".to_padded_tensor(0.0)") if value.is_nested else (value.layout, ".to_dense()")
+        yield f"Its `{name}` is {layout}, not a dense tensor.", f"Store it as a dense tensor: {dense}."
+
+
+def _overlapping(model: nn.Module) -> tuple[str, str] | None:
+    """The names of two parameters with memory in common; those that are one object are one parameter."""
+    spans: dict[int, list[tuple[Any, Any, str]]] = {}
+    for name, value in model.named_parameters():
+        if value.layout is torch.strided and not value.is_meta and value.numel():
+            last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            begin = value.storage_offset()
+            spans.setdefault(value.untyped_storage().data_ptr(), []).append((begin, begin + last + 1, name))
+    for own in spans.values():
+        own.sort()
+        for first, second in itertools.pairwise(own):
+            if second[0] < first[1]:
+                return first[2], second[2]
+    return None
+
+
+def reason_of(names: Collection[str], error: Exception) -> tuple[str, str] | None:
+    """Why a forward could not be exported, and what to do; None if neither its calls nor the error tell.
+
+    Args:
+        names: of the functions that it called.
+        error: of the exporter.
+    """
+    if "_pack_padded_sequence" in names:
+        return (
+            "It packs sequences (pack_padded_sequence), which torch.export does not trace.",
+            "Trace a forward that gives the recurrent layer the padded batch itself.",
+        )
+    if any("nested" in name for name in names) or "is not tracked with proxy" in str(error):  # a ragged size
+        return (
+            "It computes with nested tensors, which torch.export does not trace.",
+            "Trace a forward that computes with a padded batch and a mask.",
+        )
+    return None

@@ -1,0 +1,1 @@
+"""Configurations and checkpoints of Hugging Face transformers."""

@@ -1,0 +1,1 @@
+"""The pruned model against the masked original."""

@@ -1,0 +1,354 @@
+"""The masked original: the traced operations with the removed entries zero and statistics over what is kept.
+
+The statistics are written out here by their definitions, apart from the surgery, so that one wrong rule cannot hide in
+both.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Interpreter
+from torch.utils._pytree import tree_map
+
+from kirsch.frameworks.pytorch.analysis.program import ASSERTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch.fx import Node
+
+    from kirsch.frameworks.pytorch.analysis.traced import Traced
+    from kirsch.graph.graph import Graph
+    from kirsch.graph.labels import Tensor
+
+
+def mask_of(labeled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch.Tensor) -> torch.Tensor:
+    """1 where an entry of a tensor is kept, 0 where it is removed; broadcasts against the tensor."""
+    mask = torch.ones((1,) * len(labeled.shape), dtype=like.dtype, device=like.device)
+    for axis, labels in enumerate(labeled.axes):
+        kept = graph.kept(labels, keep)
+        if kept is not None:
+            shape = [-1 if position == axis else 1 for position in range(len(labeled.shape))]
+            mask = mask * torch.from_numpy(kept).to(like.device, like.dtype).reshape(shape)
+    return mask
+
+
+@dataclass(frozen=True)
+class _Due:
+    """Stands for a parameter or buffer, by path, until an operation reads it."""
+
+    name: str
+
+
+class MaskedRun(Interpreter):
+    """Runs the traced operations of the original with masked tensors."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        keep: NDArray[np.bool_],
+        tensors: Mapping[str, torch.Tensor],
+        blocks: Collection[str] = (),
+        *,
+        training: bool = False,
+    ) -> None:
+        """A run in inference mode, or of the trace in training mode.
+
+        Args:
+            graph, keep: what is masked.
+            tensors: parameters and buffers by path, in the type to compute in.
+            blocks: those that are left out.
+            training: whether it is the trace in training mode.
+        """
+        self._graph = graph
+        self._traced: Traced = graph.traced.training if training else graph.traced
+        self._keep = keep
+        self._tensors = tensors
+        self._entries = {block.exit: block.entry for block in self._traced.blocks if block.path in blocks}
+        self._entered: dict[Node, Any] = {}
+        super().__init__(self._traced.program.graph_module)
+
+    def outputs(
+        self, inputs: list[Any], *, gradients: bool = False, shown: NDArray[np.bool_] | None = None
+    ) -> list[torch.Tensor]:
+        """The outputs for the flat user inputs.
+
+        Args:
+            inputs: in the order of the flat inputs.
+            gradients: whether the gradients of the tensors can be computed.
+            shown: component → whether an output that may lose units shows it; those that are kept if None.
+        """
+        shown = self._keep if shown is None else shown
+        with torch.set_grad_enabled(gradients):
+            found = self.run(*self.feed(inputs))
+        node = next(iter(reversed(self._traced.program.graph.nodes)))
+        given: Any = node.args[0]
+        states, counted = self._traced.states, self._traced.counted  # one that counts must have come out whole
+        return [
+            found[place] if place in counted else self._kept(found[place], states.get(given[place]), shown)
+            for place in self._traced.outputs
+        ]
+
+    def feed(self, inputs: list[Any]) -> list[Any]:
+        """What the program takes: None for parameters and buffers, its constants, and the flat user inputs."""
+        signature = self._traced.program.graph_signature
+        waiting = iter(inputs)
+        feed: list[Any] = []
+        for node in self._traced.program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            if node.name in self._traced.slots:
+                feed.append(None)
+            elif node.name in signature.inputs_to_lifted_tensor_constants:
+                feed.append(self._traced.program.constants[signature.inputs_to_lifted_tensor_constants[node.name]])
+            else:
+                feed.append(next(waiting))
+        return feed
+
+    def _kept(self, value: torch.Tensor, labeled: Tensor | None, shown: NDArray[np.bool_]) -> torch.Tensor:
+        """What is left of an output that does not count, and may lose units."""
+        for axis, labels in enumerate(labeled.axes if labeled is not None else ()):
+            mask = self._graph.kept(labels, shown)
+            if mask is not None:
+                value = value.index_select(axis, torch.from_numpy(mask.nonzero()[0]).to(value.device))
+        return value
+
+    def run_node(self, n: Node) -> Any:
+        """One operation; what a block puts out that is left out is what it was given."""
+        out = self._entered[self._entries[n]] if n in self._entries else self._operation(n)
+        if n in self._entries.values():
+            self._entered[n] = out
+        return out
+
+    def _operation(self, n: Node) -> Any:
+        """One operation, with its statistics over kept entries if they span a labeled axis."""
+        if n.op == "placeholder" and n.name in self._traced.slots:
+            next(self.args_iter)  # the None that stands for it
+            return _Due(self._traced.slots[n.name])
+        if n.op != "call_function" or n.target is operator.getitem:
+            return super().run_node(n)
+        if n.target.__name__.partition(".")[0] in ASSERTIONS:  # type: ignore[union-attr]
+            return None
+        if n.target is torch.ops.aten.view.default:  # a masked statistic may lie in memory otherwise
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            return self._finite(args[0].reshape(args[1]), self._traced.states[n])
+        out = self._statistic(n) if n.name in self._traced.statistics else super().run_node(n)
+        state = self._traced.states[n]
+        if isinstance(out, (tuple, list)):
+            return [self._finite(value, known) for value, known in zip(out, state, strict=True)]
+        return self._finite(out, state)
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
+        """The arguments of an operation; its parameters are masked only now, so that not all of them lie about."""
+        return tree_map(
+            lambda value: self._masked(value.name) if isinstance(value, _Due) else value,
+            super().fetch_args_kwargs_from_env(n),
+        )
+
+    def _masked(self, name: str) -> torch.Tensor:
+        value, labeled = self._tensors[name], self._graph.tensors[name]
+        whole = all(self._graph.kept(labels, self._keep) is None for labels in labeled.axes)
+        if whole or not (value.is_floating_point() or value.is_complex()):
+            return value
+        return value * mask_of(labeled, self._graph, self._keep, value)
+
+    def _finite(self, value: Any, labeled: Any) -> Any:
+        """The value with 0 for infinity and NaN where it belongs to removed units.
+
+        A removed channel is all zeros, and its logarithm or its length is in no use, but times a weight of 0 it would
+        spoil what is kept.
+        """
+        if not isinstance(value, torch.Tensor) or labeled is None or bool(value.isfinite().all()):
+            return value
+        removed = mask_of(labeled, self._graph, self._keep, value) == 0
+        return torch.where(removed & ~value.isfinite(), 0, value)
+
+    def _statistic(self, n: Node) -> Any:
+        args, options = self.fetch_args_kwargs_from_env(n)
+        source = n.args[0]
+        labeled = self._traced.states[source]  # type: ignore[index]
+        mask = mask_of(labeled, self._graph, self._keep, args[0]).expand(args[0].shape)
+        return STATISTICS[n.target.__name__.partition(".")[0]](mask, *args, **options)  # type: ignore[union-attr]
+
+
+def _layer_norm(
+    mask: torch.Tensor,
+    x: torch.Tensor,
+    sizes: list[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    _cudnn: bool = False,
+) -> torch.Tensor:
+    dims = tuple(range(-len(sizes), 0))
+    count = mask.sum(dims, keepdim=True)
+    mean = (x * mask).sum(dims, keepdim=True) / count
+    variance = (((x - mean) * mask) ** 2).sum(dims, keepdim=True) / count
+    out = (x - mean) / (variance + eps).sqrt()
+    out = out if weight is None else out * weight
+    return (out if bias is None else out + bias) * mask
+
+
+def _rms_norm(
+    mask: torch.Tensor,
+    x: torch.Tensor,
+    sizes: list[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    dims = tuple(range(-len(sizes), 0))
+    square = ((x * mask) ** 2).sum(dims, keepdim=True) / mask.sum(dims, keepdim=True)
+    out = x / (square + (torch.finfo(x.dtype).eps if eps is None else eps)).sqrt()
+    return (out if weight is None else out * weight) * mask
+
+
+def _weight_norm(mask: torch.Tensor, v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    others = tuple(place for place in range(v.dim()) if place != dim)  # -1: all
+    return g * v / ((v * mask) ** 2).sum(others, keepdim=True).sqrt()
+
+
+def _group_norm(
+    mask: torch.Tensor,
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    _cudnn: bool = False,
+) -> torch.Tensor:
+    rows, kept = (t.reshape(x.shape[0], groups, -1) for t in (x, mask))
+    count = kept.sum(-1, keepdim=True).clamp(min=1)  # a group that goes as a whole has nothing to average
+    mean = (rows * kept).sum(-1, keepdim=True) / count
+    variance = (((rows - mean) * kept) ** 2).sum(-1, keepdim=True) / count
+    out = ((rows - mean) / (variance + eps).sqrt()).reshape(x.shape)
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    out = out if weight is None else out * weight.reshape(shape)
+    return (out if bias is None else out + bias.reshape(shape)) * mask
+
+
+def _native_layer_norm(mask: torch.Tensor, x: torch.Tensor, *args: Any) -> Any:
+    return _layer_norm(mask, x, *args), *_unread(x)
+
+
+def _native_group_norm(
+    mask: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *sizes_groups_eps: Any,
+) -> Any:
+    groups, eps = sizes_groups_eps[-2:]
+    return _group_norm(mask, x, groups, weight, bias, eps), *_unread(x)
+
+
+def _unread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation, which only the gradient reads: NaN would show if anything else did."""
+    return x.new_full((), torch.nan), x.new_full((), torch.nan)
+
+
+def _dims(x: torch.Tensor, dim: Any) -> tuple[int, ...]:
+    return tuple(range(x.dim())) if dim is None else tuple(dim) if isinstance(dim, (list, tuple)) else (dim,)
+
+
+def _sum(mask: torch.Tensor, x: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> torch.Tensor:
+    return (x * mask).sum(_dims(x, dim), keepdim=keepdim)
+
+
+def _mean(mask: torch.Tensor, x: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> torch.Tensor:
+    return (x * mask).sum(_dims(x, dim), keepdim=keepdim) / mask.sum(_dims(x, dim), keepdim=keepdim).clamp(min=1)
+
+
+def _var(
+    mask: torch.Tensor,
+    x: torch.Tensor,
+    dim: Any = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    *,
+    correction: float | None = None,
+) -> torch.Tensor:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    dims = _dims(x, dim)
+    count = mask.sum(dims, keepdim=True)
+    mean = (x * mask).sum(dims, keepdim=True) / count
+    lost = float(unbiased) if correction is None else correction
+    out = (((x - mean) * mask) ** 2).sum(dims, keepdim=True) / (count - lost)
+    return out if keepdim else out.squeeze(dims)
+
+
+def _std(mask: torch.Tensor, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    return _var(mask, x, *args, **options).sqrt()
+
+
+def _norm(
+    mask: torch.Tensor, x: torch.Tensor, order: float | None = None, dim: Any = None, keepdim: bool = False, **_: Any
+) -> torch.Tensor:
+    out: torch.Tensor = torch.linalg.vector_norm(x * mask, 2 if order is None else order, _dims(x, dim), keepdim)
+    return out
+
+
+def _softmax(mask: torch.Tensor, x: torch.Tensor, dim: int, *_: Any, **__: Any) -> torch.Tensor:
+    return torch.exp(_log_softmax(mask, x, dim)) * mask
+
+
+def _log_softmax(mask: torch.Tensor, x: torch.Tensor, dim: int, *_: Any, **__: Any) -> torch.Tensor:
+    return x - x.masked_fill(mask == 0, -torch.inf).logsumexp(dim, keepdim=True)
+
+
+def _topk(mask: torch.Tensor, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+    return x.masked_fill(mask == 0, -torch.inf).topk(*args, **options)
+
+
+def _cumsum(mask: torch.Tensor, x: torch.Tensor, dim: int, **options: Any) -> torch.Tensor:
+    return (x * mask.to(x.dtype)).cumsum(dim, **options)
+
+
+def _amax(mask: torch.Tensor, x: torch.Tensor, dim: Any = (), keepdim: bool = False) -> torch.Tensor:
+    return x.masked_fill(mask == 0, -torch.inf).amax(_dims(x, dim), keepdim)
+
+
+def _amin(mask: torch.Tensor, x: torch.Tensor, dim: Any = (), keepdim: bool = False) -> torch.Tensor:
+    return x.masked_fill(mask == 0, torch.inf).amin(_dims(x, dim), keepdim)
+
+
+def _max(mask: torch.Tensor, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+    return x.masked_fill(mask == 0, -torch.inf).max(*args, **options)
+
+
+def _min(mask: torch.Tensor, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+    return x.masked_fill(mask == 0, torch.inf).min(*args, **options)
+
+
+STATISTICS: dict[str, Callable[..., Any]] = {
+    "layer_norm": _layer_norm,
+    "native_layer_norm": _native_layer_norm,
+    "rms_norm": _rms_norm,
+    "_weight_norm": _weight_norm,
+    "group_norm": _group_norm,
+    "native_group_norm": _native_group_norm,
+    "sum": _sum,
+    "mean": _mean,
+    "nansum": _sum,
+    "linalg_vector_norm": _norm,
+    "linalg_norm": _norm,
+    "norm": _norm,
+    "var": _var,
+    "std": _std,
+    "softmax": _softmax,
+    "_softmax": _softmax,
+    "log_softmax": _log_softmax,
+    "_log_softmax": _log_softmax,
+    "topk": _topk,
+    "cumsum": _cumsum,
+    "amax": _amax,
+    "amin": _amin,
+    "max": _max,
+    "min": _min,
+}

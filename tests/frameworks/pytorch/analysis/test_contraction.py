@@ -1,0 +1,333 @@
+"""Products of tensors: grouped convolutions, matrix products, and attention in its spellings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kirsch.frameworks.pytorch.analysis.count import count
+from proving import assert_cut_is_right, half_of_everything
+
+IMAGE = torch.randn(2, 3, 8, 8)
+TOKENS = torch.randn(2, 5, 12)
+
+
+def conv(i, o, **options):
+    return nn.Conv2d(i, o, 3, padding=1, **options)
+
+
+def chain(*layers):
+    return nn.Sequential(*layers)
+
+
+CONVOLUTIONS = {
+    "groups": (chain(conv(3, 8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 5)), IMAGE, [2, 3, 4]),
+    "groups before groups": (
+        chain(conv(3, 8), nn.ReLU(), conv(8, 8, groups=4), nn.ReLU(), conv(8, 8, groups=4), nn.ReLU(), conv(8, 5)),
+        IMAGE,
+        [2, 2, 2, 4],
+    ),
+    "groups of the image freeze their number": (
+        chain(nn.Conv2d(3, 9, 1, groups=3), nn.ReLU(), conv(9, 5)),
+        IMAGE,
+        [3],
+    ),
+    "multiplier": (chain(conv(3, 4), nn.ReLU(), conv(4, 12, groups=4), nn.ReLU(), conv(12, 5)), IMAGE, [3, 4]),
+    "groups in one dimension": (
+        chain(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv1d(8, 5, 1)),
+        torch.randn(2, 3, 9),
+        [2, 4, 4],
+    ),
+    "groups in three dimensions": (
+        chain(nn.Conv3d(3, 8, 1), nn.ReLU(), nn.Conv3d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv3d(8, 5, 1)),
+        torch.randn(2, 3, 3, 3, 3),
+        [2, 4, 4],
+    ),
+    "transposed groups": (
+        chain(conv(3, 8), nn.ReLU(), nn.ConvTranspose2d(8, 12, 2, groups=4), nn.ReLU(), conv(12, 5)),
+        IMAGE,
+        [2, 3, 4],
+    ),
+    "transposed groups, other arguments off their defaults": (
+        chain(
+            conv(3, 8),
+            nn.ReLU(),
+            nn.ConvTranspose2d(8, 4, 3, stride=3, padding=2, output_padding=1, groups=2, dilation=4, bias=False),
+            nn.ReLU(),
+            conv(4, 5),
+        ),
+        IMAGE,
+        [2, 2, 4],
+    ),
+    "transposed depthwise": (
+        chain(conv(3, 8), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, groups=8), nn.ReLU(), conv(8, 5)),
+        IMAGE,
+        [8],
+    ),
+    "transposed multiplier": (
+        chain(conv(3, 4), nn.ReLU(), nn.ConvTranspose2d(4, 12, 2, groups=4), nn.ReLU(), conv(12, 5)),
+        IMAGE,
+        [3, 4],
+    ),
+    "groups without batch axis": (
+        chain(conv(3, 8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 5)),
+        IMAGE[0],
+        [2, 3, 4],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_convolution_is_cut_right(name, seed):
+    model, inputs, sizes = CONVOLUTIONS[name]
+    graph, _ = assert_cut_is_right(model, inputs, sizes=sizes, seed=seed)
+    assert graph.blockers == ()
+
+
+def test_groups_and_places_in_them_have_names():
+    graph, _ = assert_cut_is_right(*CONVOLUTIONS["groups"][:2])
+    assert sorted((group.kind, group.size) for group in graph.groups) == [
+        ("conv group", 4),
+        ("position in conv group", 2),
+        ("position in conv group", 3),
+    ]
+
+
+class Between(nn.Module):
+    """A linear layer, something between, and another; given as a function of the module and its activations."""
+
+    def __init__(self, between, *, width=8, out=6, **parts):
+        super().__init__()
+        self.first, self.last, self.between = nn.Linear(12, width), nn.Linear(out, 4), between
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.last(self.between(self, torch.relu(self.first(x))))
+
+
+def weight(*shape):
+    return nn.Parameter(torch.randn(shape))
+
+
+PRODUCTS = {
+    "matmul": (lambda s, x: x @ s.w, {"w": weight(8, 6)}, [6, 8]),
+    "matmul with the weight first": (
+        lambda s, x: (s.w @ x.transpose(1, 2)).transpose(1, 2),
+        {"w": weight(6, 8)},
+        [6, 8],
+    ),
+    "matmul with a batch of weights": (lambda s, x: x @ s.w, {"w": weight(2, 8, 6)}, [6, 8]),
+    "mm": (lambda s, x: torch.mm(x.flatten(0, 1), s.w), {"w": weight(8, 6)}, [6, 8]),
+    "bmm": (lambda s, x: torch.bmm(x, s.w), {"w": weight(2, 8, 6)}, [6, 8]),
+    "addmm": (lambda s, x: torch.addmm(s.b, x[0], s.w), {"b": weight(6), "w": weight(8, 6)}, [6, 8]),
+    "baddbmm": (lambda s, x: torch.baddbmm(s.b, x, s.w), {"b": weight(6), "w": weight(2, 8, 6)}, [6, 8]),
+    "mv and outer": (lambda s, x: torch.outer(x[0] @ s.v, s.w), {"v": weight(8), "w": weight(6)}, [6, 8]),
+    "vector on the left": (lambda s, x: (s.v @ s.w)[None] + x[..., :1], {"v": weight(8), "w": weight(8, 6)}, [6, 7, 8]),
+    "dot": (lambda s, x: torch.dot(x[0, 0], s.v) * s.w, {"v": weight(8), "w": weight(6)}, [6, 8]),
+    "einsum": (lambda s, x: torch.einsum("bti,io->bto", x, s.w), {"w": weight(8, 6)}, [6, 8]),
+    "einsum, dots": (lambda s, x: torch.einsum("...i,oi->...o", x, s.w), {"w": weight(6, 8)}, [6, 8]),
+    "einsum without an arrow": (
+        lambda s, x: torch.einsum("ati,io", x, s.w).transpose(1, 2),
+        {"w": weight(8, 6)},
+        [6, 8],
+    ),
+    "einsum of three": (
+        lambda s, x: torch.einsum("bti,ij,jo->bto", x, s.w, s.v),
+        {"w": weight(8, 7), "v": weight(7, 6)},
+        [6, 7, 8],
+    ),
+    "einsum with a sum of its own": (lambda s, x: torch.einsum("bti,jo->to", x, s.w), {"w": weight(8, 6)}, [6, 8, 8]),
+    "bilinear": (lambda s, x: s.both(x, x), {"both": nn.Bilinear(8, 8, 6)}, [6, 8]),
+    "bilinear without bias": (lambda s, x: s.both(x, x * 2), {"both": nn.Bilinear(8, 8, 6, bias=False)}, [6, 8]),
+    "gram": (lambda s, x: torch.einsum("bti,btj->bij", x, x) @ s.w, {"w": weight(8, 6)}, [6]),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_product_is_cut_right(name):
+    between, parts, sizes = PRODUCTS[name]
+    graph, _ = assert_cut_is_right(Between(between, **parts), TOKENS, sizes=sizes)
+    assert graph.blockers == ()
+
+
+class Attention(nn.Module):
+    """Heads by the width of one, so that their number follows."""
+
+    def __init__(self, attend, *, heads=4, width=6, shared=1, **numbers):
+        super().__init__()
+        self.q = nn.Linear(12, heads * width)
+        self.k, self.v = (nn.Linear(12, heads // shared * width) for _ in range(2))
+        self.o = nn.Linear(heads * width, 4)
+        self.width, self.shared, self.attend, self.scale = width, shared, attend, width**-0.5
+        for name, number in numbers.items():
+            setattr(self, name, number)
+
+    def split(self, x):
+        return x.view(*x.shape[:2], -1, self.width).transpose(1, 2)
+
+    def forward(self, x):
+        q, k, v = (self.split(layer(x)) for layer in (self.q, self.k, self.v))
+        return self.o(self.attend(self, q, k, v).transpose(1, 2).flatten(2))
+
+
+def by_hand(s, q, k, v):
+    return torch.softmax(q @ k.transpose(-2, -1) * s.scale, -1) @ v
+
+
+def rotated(x):
+    half = x.shape[-1] // 2
+    return torch.cat([-x[..., half:], x[..., :half]], -1)
+
+
+def rotary(s, q, k, v, attend=None):
+    angle = torch.outer(torch.arange(5.0), s.frequency)
+    cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
+    q, k = (x * cos + rotated(x) * sin for x in (q, k))
+    return by_hand(s, q, k, v) if attend is None else attend(q, k, v)
+
+
+def grouped(s, q, k, v):
+    b, h, t, d = k.shape
+    k, v = (x[:, :, None].expand(b, h, s.shared, t, d).reshape(b, h * s.shared, t, d) for x in (k, v))
+    return by_hand(s, q, k, v)
+
+
+ATTENTIONS = {
+    "by hand": (Attention(by_hand), [4, 6]),
+    "einsum": (
+        Attention(
+            lambda s, q, k, v: torch.einsum(
+                "bhts,bhsd->bhtd", torch.softmax(torch.einsum("bhtd,bhsd->bhts", q, k) * s.scale, -1), v
+            )
+        ),
+        [4, 6],
+    ),
+    "baddbmm": (
+        Attention(
+            lambda s, q, k, v: (
+                torch.softmax(
+                    torch.baddbmm(torch.zeros(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=s.scale), -1
+                )
+                @ v.flatten(0, 1)
+            ).view(v.shape)
+        ),
+        [4, 6],
+    ),
+    "sdpa": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v, scale=s.scale)),
+        [4, 6],
+    ),
+    "sdpa, with a bias for each head": (
+        Attention(
+            lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v, s.bias, scale=s.scale), bias=weight(4, 5, 5)
+        ),
+        [4, 6],
+    ),
+    "sdpa, causal": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=s.scale)),
+        [4, 6],
+    ),
+    "sdpa with a scale of its own": (Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v)), [4, 6]),
+    "sdpa with a scale of its own, rotary": (
+        Attention(lambda s, q, k, v: rotary(s, q, k, v, F.scaled_dot_product_attention), frequency=weight(3)),
+        [3, 4],
+    ),
+    "sdpa with a scale of its own, queries normalized": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(s.norm(q), k, v), norm=nn.LayerNorm(6)),
+        [4, 6],
+    ),
+    "sdpa with a scale of its own, a bias on the queries": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q + s.bias, k, v), bias=weight(6)),
+        [4],
+    ),
+    "sdpa with a scale of its own, a number added to the queries": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q + 1, k, v)),
+        [4],
+    ),
+    "sdpa with a scale of its own, queries squared": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q * q, k, v)),
+        [4],
+    ),
+    "sdpa with a scale of its own, queries divided": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q / 3, k, v)),
+        [4, 6],
+    ),
+    "sdpa with a scale of its own, something divided by the queries": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(s.bias / (q.abs() + 1), k, v), bias=weight(6)),
+        [4],
+    ),
+    "sdpa with a scale of its own, queries used twice": (
+        Attention(lambda s, q, k, v: q + F.scaled_dot_product_attention(q, k, v)),
+        [4],
+    ),
+    "keys for several queries, repeated": (Attention(grouped, shared=2), [2, 2, 6]),
+    "keys for several queries, interleaved": (
+        Attention(
+            lambda s, q, k, v: by_hand(s, q, k.repeat_interleave(s.shared, 1), v.repeat_interleave(s.shared, dim=1)),
+            shared=2,
+        ),
+        [2, 6],
+    ),
+    "keys for several queries in sdpa": (
+        Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v, scale=s.scale, enable_gqa=True), shared=2),
+        [2, 6],
+    ),
+    "rotary": (Attention(rotary, frequency=weight(3)), [3, 4]),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_attention_is_cut_right(name, seed):
+    model, sizes = ATTENTIONS[name]
+    assert_cut_is_right(model, TOKENS, sizes=sizes, seed=seed)
+
+
+class Fused(nn.Module):
+    """One layer for queries, keys and values, as in vision transformers."""
+
+    def __init__(self, heads=4, width=6):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(12, 3 * heads * width), nn.Linear(heads * width, 4)
+        self.heads, self.width, self.scale = heads, width, width**-0.5
+
+    def forward(self, x):
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, self.width).permute(2, 0, 3, 1, 4)
+        return self.o(by_hand(self, *qkv.unbind(0)).transpose(1, 2).reshape(*x.shape[:2], self.heads * self.width))
+
+
+def test_fused_attention_loses_heads_and_widths_by_its_attributes():
+    _, pruned = assert_cut_is_right(Fused(), TOKENS, sizes=[4, 6])
+    assert (pruned.heads, pruned.width, tuple(pruned.qkv.weight.shape)) == (2, 3, (18, 12))
+
+
+def test_a_scale_is_kept_also_where_gradients_are_off():
+    with torch.inference_mode():
+        assert_cut_is_right(ATTENTIONS["sdpa with a scale of its own"][0], TOKENS.clone(), sizes=[4, 6])
+
+
+class Experts(nn.Module):
+    """Rows in order of their experts, each through the two layers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(4, 16), nn.Linear(16, 2)
+        self.up, self.down = nn.Parameter(torch.randn(3, 16, 32)), nn.Parameter(torch.randn(3, 32, 16))
+        self.register_buffer("ends", torch.tensor([2, 3, 6], dtype=torch.int32))
+
+    def forward(self, x):
+        x = F.relu(F.grouped_mm(self.into(x), self.up, offs=self.ends))
+        return self.out(F.grouped_mm(x, self.down, offs=self.ends))
+
+
+def test_experts_lose_widths_together_and_none_of_them_goes():
+    model = Experts().bfloat16()
+    graph, pruned = assert_cut_is_right(model, torch.randn(6, 4).bfloat16(), sizes=[16, 16, 32])
+    assert pruned.up.shape == (3, 8, 16)
+    keep = graph.keep(half_of_everything(graph))
+    assert graph.prices.price(keep).macs == 6 * (4 * 8 + 8 * 16 + 16 * 8 + 8 * 2)
+    assert count(pruned, torch.randn(6, 4).bfloat16())[1] == graph.prices.price(keep).macs

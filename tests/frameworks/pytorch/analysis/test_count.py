@@ -1,0 +1,71 @@
+"""Parameters and multiply-accumulates against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kirsch.frameworks.pytorch.analysis.count import count, macs_of
+
+
+class Attends(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+LAYERS = {
+    "linear": (nn.Linear(6, 8), (4, 6), 6 * 8 + 8, 4 * 6 * 8),
+    "convolution": (nn.Conv2d(3, 8, 3, bias=False), (2, 3, 6, 6), 8 * 3 * 9, 2 * 4 * 4 * 8 * 3 * 9),
+    "grouped": (nn.Conv2d(4, 8, 3, padding=1, groups=2, bias=False), (1, 4, 5, 5), 8 * 2 * 9, 25 * 8 * 2 * 9),
+    "transposed": (nn.ConvTranspose2d(4, 6, 2, 2, bias=False), (1, 4, 5, 5), 4 * 6 * 4, 25 * 4 * 6 * 4),
+    "recurrent": (nn.LSTM(6, 5, bias=False, batch_first=True), (2, 3, 6), 20 * 11, 2 * 3 * 20 * 11),
+    "attention": (Attends(), (2, 7, 5), 0, 2 * 2 * 7 * 7 * 5),
+    "no product": (nn.BatchNorm2d(3), (2, 3, 4, 4), 6, 0),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_costs_what_its_formula_says(name):
+    layer, shape, parameters, macs = LAYERS[name]
+    assert count(layer, torch.randn(shape)) == (parameters, macs)
+
+
+def test_a_parameter_that_is_handed_to_a_module_is_no_hindrance():
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.inner = nn.Parameter(torch.ones(2, 6)), nn.Linear(6, 8)
+
+        def forward(self, x):
+            return self.inner(self.token) + x
+
+    assert count(Token(), torch.randn(2, 8)) == (12 + 56, 2 * 6 * 8)
+
+
+def test_a_tied_parameter_counts_once():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    assert count(model, torch.randn(1, 4)) == (16, 32)
+
+
+def test_keyword_inputs_modes_and_the_random_state_are_respected():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train()
+    model[0].eval()
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    assert count(model, {"input": torch.ones(1, 4)}) == (20, 16)
+    assert [m.training for m in model.modules()] == [True, False, True]
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_one_traced_operation_costs_what_its_shapes_say():
+    class Product(nn.Module):
+        def forward(self, x, y):
+            return (x @ y).relu()
+
+    program = torch.export.export(Product(), (torch.ones(2, 3, 4), torch.ones(4, 5)), strict=False)
+    costs = {n.target._schema.name: macs_of(n) for n in program.graph.nodes if n.op == "call_function"}
+    assert costs == {"aten::matmul": 2 * 3 * 4 * 5, "aten::relu": 0}

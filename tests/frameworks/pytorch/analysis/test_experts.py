@@ -1,0 +1,184 @@
+"""Experts go with what chooses them, where the choice may be made among those that are kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kirsch
+from kirsch.errors import PlanError
+from kirsch.frameworks.pytorch.analysis.count import count
+from kirsch.graph.plan import Goal, Plan
+from kirsch.pruning.prune import prune_with_verification
+from proving import shaken
+
+ROWS = torch.randn(7, 6)
+
+
+class Mixture(nn.Module):
+    """Each row goes through the layers of the experts that its router chooses for it."""
+
+    def __init__(self, run, experts=5, chosen=2):
+        super().__init__()
+        self.router, self.run = nn.Linear(6, experts, bias=False), run
+        self.up, self.down = nn.Parameter(torch.randn(experts, 6, 8)), nn.Parameter(torch.randn(experts, 8, 6))
+        self.bias, self.out = nn.Embedding(experts, 6), nn.Linear(6, 3)
+        self.experts, self.chosen = experts, chosen
+
+    def forward(self, x):
+        return self.out(self.run(self, x, self.router(x)))
+
+
+def each(self, x, ids):
+    """(rows, chosen) ids → what each chosen expert makes of its row."""
+    rows = x.repeat_interleave(ids.shape[1], 0).unsqueeze(1)
+    inner = F.relu(torch.bmm(rows, self.up[ids.reshape(-1)]))
+    return torch.bmm(inner, self.down[ids.reshape(-1)]).reshape(*ids.shape, -1)
+
+
+def before(self, x, logits):
+    """The softmax spans all experts."""
+    weights, ids = logits.softmax(-1).topk(self.chosen, -1)
+    return (each(self, x, ids) * (weights / weights.sum(-1, keepdim=True)).unsqueeze(-1)).sum(1)
+
+
+def after(self, x, logits):
+    """The softmax spans the chosen ones."""
+    values, ids = torch.topk(logits, self.chosen)
+    return (each(self, x, ids) * values.softmax(-1).unsqueeze(-1)).sum(1)
+
+
+def gathered(self, x, logits):
+    """The choice is made by other numbers than the weights."""
+    scores = logits.sigmoid()
+    ids = scores.square().topk(k=self.chosen, dim=-1, sorted=False)[1]
+    return (each(self, x, ids) * scores.gather(1, ids).unsqueeze(-1) + self.bias(ids)).sum(1)
+
+
+def sorted_rows(self, x, logits):
+    """As on an accelerator: rows in order of their experts, and where those of each end."""
+    values, ids = logits.topk(self.chosen)
+    _, order = ids.reshape(-1).sort()
+    number = torch.histc(ids.reshape(-1)[order].float(), bins=self.experts, min=0, max=self.experts - 1)
+    ends = number.cumsum(0, dtype=torch.int32)
+    rows = x.repeat_interleave(self.chosen, 0)[order]
+    inner = F.grouped_mm(F.relu(F.grouped_mm(rows, self.up, offs=ends)), self.down, offs=ends)
+    return (inner[order.argsort()].reshape(*ids.shape, -1) * values.unsqueeze(-1)).sum(1)
+
+
+RUNS = {"softmax before": before, "softmax after": after, "gathered": gathered}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_experts_go_with_their_rows_of_the_router(run):
+    model = shaken(Mixture(RUNS[run]))
+    graph = kirsch.trace(model, ROWS, softmax="kept")
+    experts = next(group for group in graph.groups if group.kind == "expert")
+    assert experts.size == 5
+    plan = kirsch.plan(graph, Goal(params=0.75), granularity=["expert"], round_to=1)
+    found = prune_with_verification(model, plan)
+    (removal,) = plan.groups
+    kept = [unit for unit in range(5) if unit not in removal.removed]
+    assert found.verification.power > 1e-3
+    assert torch.equal(found.model.router.weight, model.router.weight[kept])
+    assert torch.equal(found.model.up, model.up[kept])
+    assert count(found.model, ROWS) == (plan.after.parameters, plan.after.macs)
+
+
+def test_rows_in_order_of_their_experts_follow_too():
+    model = Mixture(sorted_rows, experts=4)
+    for name, shape in {"up": (4, 8, 16), "down": (4, 16, 8)}.items():
+        setattr(model, name, nn.Parameter(torch.randn(shape)))
+    model.router, model.out = nn.Linear(8, 4, bias=False), nn.Linear(8, 3)
+    model = shaken(model.bfloat16())
+    inputs = torch.randn(6, 8).bfloat16()
+    graph = kirsch.trace(model, inputs, softmax="kept")
+    assert sorted((group.kind, group.size) for group in graph.groups) == [
+        ("expert", 4),
+        ("ffn unit", 8),
+        ("ffn unit", 16),
+    ]
+    plan = kirsch.plan(graph, Goal(params=0.8), granularity=["expert"], round_to=1)
+    pruned = kirsch.prune(model, plan)
+    assert pruned.experts == len(pruned.up) < 4
+    assert count(pruned, inputs) == (plan.after.parameters, plan.after.macs)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_experts_stay_unless_the_choice_may_change(run):
+    graph = kirsch.trace(shaken(Mixture(RUNS[run])), ROWS)
+    assert not [group for group in graph.groups if group.kind == "expert" or group.size == 5]
+    assert {"the order along it matters", "a softmax spans it"} & {blocker.reason for blocker in graph.blockers}
+
+
+def test_as_many_experts_stay_as_are_chosen():
+    model = shaken(Mixture(after, chosen=3))
+    graph = kirsch.trace(model, ROWS, softmax="kept")
+    plan = kirsch.plan(graph, Goal(params=0.75), granularity=["expert"], round_to=1, min_keep=0.01)
+    assert len(plan.groups[0].removed) == 2
+    text = plan.to_json().replace(
+        '"removed": [', '"removed": [4,' if 4 not in plan.groups[0].removed else '"removed": [3,'
+    )
+    with pytest.raises(PlanError, match="would leave too little of"):
+        kirsch.prune(model, Plan.from_json(text))
+
+
+COMPUTED = {
+    "added to": lambda s, x, logits: each(s, x, (logits.topk(s.chosen)[1] + 1) % s.experts).sum(1),
+    "compared": lambda s, x, logits: x * (logits.topk(s.chosen)[1] == 2).float().mean(-1, keepdim=True),
+    "summed": lambda s, x, logits: x * logits.topk(s.chosen)[1].sum(-1, keepdim=True),
+    "counted with a number of the code": lambda s, x, logits: (
+        x * torch.histc(logits.topk(s.chosen)[1].float(), bins=5, min=0, max=4).mean()
+    ),
+    "counted in other bins": lambda s, x, logits: (
+        x * torch.histc(logits.topk(s.chosen)[1].float(), bins=s.experts, min=0, max=9).mean()
+    ),
+    "of another axis": lambda s, x, logits: x[logits.topk(s.chosen)[1][:, 0]],
+}
+
+
+@pytest.mark.parametrize("way", COMPUTED)
+def test_experts_stay_where_their_numbers_are_computed_with(way):
+    model = shaken(Mixture(COMPUTED[way]))
+    graph = kirsch.trace(model, ROWS, softmax="kept")
+    assert not [group for group in graph.groups if ("router.weight", 0) in group.footprint]
+
+
+def first(self, x, logits):
+    """One expert for each row, by the maximum."""
+    values, ids = logits.max(-1)
+    return each(self, x, ids.unsqueeze(1)).squeeze(1) * values.unsqueeze(-1)
+
+
+def reordered(self, x, logits):
+    """Positions that are taken in another order are positions still."""
+    ids = logits.topk(self.chosen)[1].gather(1, torch.tensor([[1, 0]]).expand(len(x), 2))
+    return each(self, x, ids).sum(1)
+
+
+@pytest.mark.parametrize("run", [first, reordered])
+@pytest.mark.parametrize("softmax", ["freeze", "kept"])
+def test_experts_of_any_choice_go_with_the_option_alone(run, softmax):
+    model = shaken(Mixture(run))
+    graph = kirsch.trace(model, ROWS, softmax=softmax)
+    found = [group for group in graph.groups if ("router.weight", 0) in group.footprint]
+    assert len(found) == (softmax == "kept")
+    if found:
+        plan = kirsch.plan(graph, Goal(params=0.75), granularity=["expert"], round_to=1)
+        assert prune_with_verification(model, plan).verification.power > 1e-3
+
+
+class Told(Mixture):
+    """Tells which experts it chose."""
+
+    def forward(self, x):
+        logits = self.router(x)
+        return self.out(self.run(self, x, logits)), logits.topk(self.chosen)[1]
+
+
+def test_experts_stay_where_their_numbers_are_put_out():
+    graph = kirsch.trace(shaken(Told(after)), ROWS, softmax="kept")
+    assert not [group for group in graph.groups if ("router.weight", 0) in group.footprint]
+    assert "positions on it are an output of the model" in graph.explain("router")

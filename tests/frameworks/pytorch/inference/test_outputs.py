@@ -1,0 +1,75 @@
+"""The tensors that a model puts out have names, none is lost, and those that count are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.errors import UnknownNameError
+from kirsch.frameworks.pytorch.inference.outputs import counting, named
+
+ONE, TWO = torch.zeros(1), torch.ones(2)
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+@dataclass
+class Record:
+    logits: torch.Tensor
+    hidden_states: tuple
+
+
+@pytest.mark.parametrize(
+    ("outputs", "names"),
+    [
+        (ONE, ["0"]),
+        ((ONE, [TWO, None]), ["0", "1.0"]),
+        ({"a": ONE, "b": {"c": TWO}}, ["a", "b.c"]),
+        (Pair(ONE, TWO), ["first", "second"]),
+        (Record(ONE, (TWO, ONE)), ["logits", "hidden_states.0", "hidden_states.1"]),
+        ({"a.b": ONE, "a": {"b": TWO}}, ["a.b", "a.b'"]),
+        (None, []),
+    ],
+)
+def test_every_tensor_has_a_name_of_its_own(outputs, names):
+    assert list(named(outputs)) == names
+
+
+def test_hidden_states_count_unless_they_stand_beside_predictions():
+    assert counting(["last_hidden_state", "pooled"], ()) == {"last_hidden_state", "pooled"}
+    assert counting(["logits", "encoder_last_hidden_state", "past_key_values.0"], ()) == {"logits"}
+    assert counting(["logits", "aux.0", "aux.1"], ["aux"]) == {"aux.0", "aux.1"}
+
+
+class Both(nn.Module):
+    """Scores, and the features that they come from."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        features = torch.relu(self.first(x))
+        return {"logits": self.last(features), "features": features}
+
+
+def test_outputs_that_are_not_named_may_lose_units_and_are_proven_all_the_same():
+    model, inputs = Both(), torch.randn(2, 6)
+    assert kirsch.trace(model, inputs).groups == ()
+    graph = kirsch.trace(model, inputs, outputs="logits")
+    assert [group.size for group in graph.groups] == [8]
+    pruned = kirsch.prune(model, kirsch.plan(graph, kirsch.Goal(macs=0.5)))
+    assert pruned(inputs)["features"].shape == (2, 4)
+
+
+def test_an_unknown_output_is_answered_with_the_nearest():
+    with pytest.raises(UnknownNameError, match=r"no output 'logit'\. Known: features, logits\. Did you mean 'logits'"):
+        kirsch.trace(Both(), torch.randn(2, 6), outputs=["logit"])

@@ -1,0 +1,94 @@
+"""Outputs in inference mode, whatever mode the model is in."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kirsch.errors import DataError
+from kirsch.frameworks.pytorch.inference.predict import infer, inference, logits_of, predict
+
+
+@pytest.fixture
+def model():
+    """In training mode, but for one layer; normalization and dropout show it in the output."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+        model[1].running_mean.copy_(torch.randn(4))
+    model[0].eval()
+    return model
+
+
+INPUTS = np.random.default_rng(0).standard_normal((7, 3)).astype(np.float32)
+
+
+def by_hand(model):
+    """The linear layers with the stored statistics between them, in numpy."""
+    first, norm, _, last = model
+    x = INPUTS @ first.weight.detach().numpy().T + first.bias.detach().numpy()
+    x = (x - norm.running_mean.numpy()) / np.sqrt(norm.running_var.numpy() + norm.eps)
+    return x @ last.weight.detach().numpy().T + last.bias.detach().numpy()
+
+
+def modes(model):
+    return [module.training for module in model.modules()]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 256])
+def test_scores_are_those_of_inference_mode_in_batches_of_any_size(model, batch_size):
+    before, state = modes(model), {name: value.clone() for name, value in model.state_dict().items()}
+    found = predict(model, INPUTS, batch_size=batch_size)
+    np.testing.assert_allclose(found, by_hand(model), atol=1e-6)  # float32
+    assert modes(model) == before == [True, False, True, True, True]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_arrays_tensors_and_views_give_the_same_scores(model):
+    wanted = predict(model, INPUTS)
+    np.testing.assert_array_equal(predict(model, torch.from_numpy(INPUTS)), wanted)
+    np.testing.assert_allclose(predict(model, INPUTS[::-1]), wanted[::-1], atol=1e-6)  # a view of negative stride
+
+
+def test_scores_in_half_precision_come_back_as_numbers_that_numpy_has(model):
+    found = predict(model.to(torch.bfloat16), torch.from_numpy(INPUTS).bfloat16())
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, by_hand(model.float()), atol=0.05)  # bfloat16 has 8 bits
+
+
+def test_modes_come_back_after_an_error(model):
+    before, inside = modes(model), []
+    with pytest.raises(ZeroDivisionError), inference(model):
+        inside.append(modes(model) and 1 / sum(modes(model)))
+    assert inside == []  # all modules were in inference mode, so the sum was zero
+    assert modes(model) == before
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda scores: scores,
+        lambda scores: SimpleNamespace(logits=scores),
+        lambda scores: {"loss": None, "logits": scores},
+        lambda scores: (scores, None),
+        lambda scores: [scores],
+    ],
+)
+def test_the_scores_are_found_among_outputs(wrap):
+    scores = torch.arange(3)
+    assert logits_of(wrap(scores)) is scores
+
+
+def test_inferred_scores_carry_no_gradient(model):
+    model.eval()
+    assert not infer(model, torch.from_numpy(INPUTS)).requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_no_samples_are_no_scores():
+    with pytest.raises(DataError, match=r"^There is nothing to predict: the inputs have no samples\.$"):
+        predict(nn.Linear(3, 2), np.zeros((0, 3), np.float32))

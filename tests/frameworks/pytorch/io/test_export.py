@@ -1,0 +1,194 @@
+"""From a PyTorch model to one ONNX file."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.errors import ModelError
+from kirsch.frameworks.pytorch.io import export
+from kirsch.frameworks.pytorch.io.export import Exportable
+from proving import shaken
+
+
+class Normalized(nn.Module):
+    """Depends on its mode: statistics and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.drop = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.norm(self.layer(x)))
+
+
+def export_onnx(model, inputs, path):
+    return Exportable(model, inputs).write_onnx(path)
+
+
+def run(path, *inputs):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    return session.run(None, dict(zip(names, (value.numpy() for value in inputs), strict=True)))
+
+
+def test_a_model_in_training_is_exported_in_inference_mode_and_left_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    model = shaken(Normalized()).train()
+    model.layer.eval()
+    before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    details = export_onnx(model, torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), tmp_path / "m.onnx")
+    assert [module.training for module in model.modules()] == [True, False, True, True]
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert torch.equal(state, torch.random.get_rng_state())
+    samples = torch.randn(5, 3)
+    expected = model.eval()(samples).detach().numpy()
+    assert run(tmp_path / "m.onnx", samples)[0] == pytest.approx(expected, abs=1e-6)  # float32
+    written = onnx.load(tmp_path / "m.onnx")
+    onnx.checker.check_model(written)
+    assert details["inputs"] == [{"name": "x", "shape": ["batch", 3], "type": "float"}]
+    assert {entry.domain: entry.version for entry in written.opset_import}[""] == details["opset"]
+    assert (written.ir_version, details["exporter"]) == (details["ir_version"], f"torch {torch.__version__}")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_a_model_in_bfloat16_is_refused_with_the_mend(tmp_path):
+    with pytest.raises(ModelError, match=r"A Linear in bfloat16 cannot be exported\..*Give model\.float\(\)"):
+        export_onnx(nn.Linear(3, 4).bfloat16(), torch.randn(2, 3).bfloat16(), tmp_path / "m.onnx")
+
+
+def test_an_example_of_one_sample_does_not_fix_the_batch(tmp_path):
+    """A recurrent layer is where the exporter takes an axis of size 1 for a constant."""
+    torch.manual_seed(0)
+    model, samples = nn.GRU(3, 4, batch_first=True), torch.randn(5, 2, 3)
+    details = export_onnx(model, samples[:1], tmp_path / "m.onnx")
+    assert [value["shape"] for value in details["outputs"]] == [["batch", 2, 4], [1, "batch", 4]]
+    for expected, found in zip(model(samples), run(tmp_path / "m.onnx", samples), strict=True):
+        assert found == pytest.approx(expected.detach().numpy(), abs=1e-6)  # float32
+
+
+def test_two_inputs_keep_their_order_and_all_outputs_are_there(tmp_path):
+    class Two(nn.Module):
+        def forward(self, tokens, x):
+            return x - tokens, x.sum(1)
+
+    pair = torch.tensor([[1, 2], [3, 4]]), torch.randn(2, 2)
+    details = export_onnx(Two(), pair, tmp_path / "m.onnx")
+    assert [(v["name"], v["shape"], v["type"]) for v in details["inputs"]] == [
+        ("tokens", ["batch", 2], "int64"),
+        ("x", ["batch", 2], "float"),
+    ]
+    assert [value["shape"] for value in details["outputs"]] == [["batch", 2], ["batch"]]
+    difference, total = run(tmp_path / "m.onnx", *(torch.cat([value, value, value]) for value in pair))
+    assert np.array_equal(difference, np.tile((pair[1] - pair[0]).numpy(), (3, 1)))
+    assert total == pytest.approx(np.tile(pair[1].sum(1).numpy(), 3))
+
+
+def test_weights_too_large_for_one_file_go_to_a_second(tmp_path, monkeypatch):
+    """Nine weights and three biases of four bytes each are 48; protobuf's limit is moved below."""
+    monkeypatch.setattr(export, "SINGLE_FILE_BYTES", 47)
+    model, samples = nn.Linear(3, 3), torch.randn(4, 3)
+    export_onnx(model, torch.randn(2, 3), tmp_path / "m.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
+    assert run(tmp_path / "m.onnx", samples)[0] == pytest.approx(model(samples).detach().numpy(), abs=1e-6)
+
+
+class Foreign(nn.Module):
+    """Has an operation that ONNX does not know."""
+
+    def forward(self, x):
+        return torch.special.i1e(x)
+
+
+class Choosing(nn.Module):
+    """Looks at its data to decide what to compute."""
+
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Foreign(), r"DispatchError: No ONNX function found for .*bessel_i1e.*"),
+        (Choosing(), r"\w+: Could not guard on data-dependent expression .*"),
+        (nn.Linear(4, 2), r"RuntimeError: mat1 and mat2 shapes cannot be multiplied \(2x3 and 4x2\)"),
+    ],
+    ids=["operation", "decision", "shape"],
+)
+def test_what_cannot_be_exported_is_named_once_and_in_one_place(model, reason, tmp_path, capfd):
+    """Neither the exporter's advice to its own developers nor its logs are shown."""
+    level = logging.getLogger("torch").level
+    what, fix = rf"^A {type(model).__name__} cannot be exported to ONNX\.", "Export a part without the operation"
+    with pytest.raises(ModelError, match=rf"{what} {reason}\. {fix}") as caught:
+        export_onnx(model, torch.randn(2, 3), tmp_path / "m.onnx")
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    assert logging.getLogger("torch").level == level
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"x": torch.tensor(2.0)}, r"x is a tensor without axes\. Give tensors whose first axis is the batch"),
+        (
+            (torch.zeros(2, 3), torch.tensor(1.0)),
+            r"Input 1 is a tensor without axes\. Give tensors whose first",
+        ),
+        ((torch.zeros(2, 3), 7), r"Input 1 is of type int\."),
+    ],
+    ids=["keywords", "scalar", "number"],
+)
+def test_inputs_without_a_batch_are_refused(inputs, sentence, tmp_path):
+    with pytest.raises(ModelError, match=sentence):
+        export_onnx(nn.ReLU(), inputs, tmp_path / "m.onnx")
+
+
+def test_an_exporter_that_gives_nothing_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
+    with pytest.raises(ModelError, match=r"A ReLU cannot be exported to ONNX\. The exporter gave nothing\."):
+        export_onnx(nn.ReLU(), torch.zeros(2, 3), tmp_path / "m.onnx")
+
+
+def test_a_cause_without_a_text_is_named_by_its_kind(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("see the next page") from NotImplementedError()
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(ModelError, match=r"to ONNX\. NotImplementedError: it says no more\. Export a part"):
+        export_onnx(nn.ReLU(), torch.zeros(2, 3), tmp_path / "m.onnx")
+
+
+def test_an_exporter_that_draws_random_numbers_leaves_those_of_the_caller(tmp_path, monkeypatch):
+    def draws(*_, **__):
+        torch.rand(3)
+
+    monkeypatch.setattr(torch.onnx, "export", draws)
+    state = torch.random.get_rng_state()
+    with pytest.raises(ModelError, match="gave nothing"):
+        export_onnx(nn.ReLU(), torch.zeros(2, 3), tmp_path / "m.onnx")
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_keyword_inputs_keep_their_names(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.last = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+        def forward(self, words, *, mask):
+            return {"logits": self.last((self.table(words) * mask[..., None]).sum(1))}
+
+    inputs = {"words": torch.randint(0, 7, (2, 5)), "mask": torch.ones(2, 5)}
+    artifact = kirsch.export(Two(), tmp_path / "m.onnx", example_inputs=inputs)
+    assert [taken["name"] for taken in artifact.details["inputs"]] == ["words", "mask"]
+    assert [taken["shape"] for taken in artifact.details["inputs"]] == [["batch", 5], ["batch", 5]]

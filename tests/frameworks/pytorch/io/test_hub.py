@@ -1,0 +1,72 @@
+"""Models of timm by name, and what is said when timm is missing, broken, or does not know the name."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from kirsch.errors import LoadError, MissingExtraError, SurroundingsError
+from kirsch.frameworks.pytorch.io import hub
+from kirsch.frameworks.pytorch.io.hub import from_timm
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """A timm with two models; `made` takes the place of what building one gives."""
+    names = ["resnet18", "resnet50"]
+    fake = SimpleNamespace(is_model=names.__contains__, list_models=lambda: names, made=[])
+
+    def create_model(name, *, pretrained):
+        fake.made.append((name, pretrained))
+        if isinstance(fake.error, Exception):
+            raise fake.error
+        return nn.Linear(2, 2)
+
+    fake.create_model, fake.error = create_model, None
+    monkeypatch.setitem(sys.modules, "timm", fake)
+    return fake
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_model_is_made_by_its_name(timm, pretrained):
+    assert isinstance(from_timm("resnet18", pretrained=pretrained), nn.Linear)
+    assert timm.made == [("resnet18", pretrained)]
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(timm):
+    with pytest.raises(LoadError, match=r"no timm model 'resnet81'.*Did you mean 'resnet18'\?"):
+        from_timm("resnet81", pretrained=False)
+
+
+def test_weights_that_cannot_be_fetched_are_told_in_one_line(timm):
+    timm.error = OSError("no route to host.\nand forty more lines")
+    with pytest.raises(
+        LoadError, match=r"^The weights of timm:resnet18 cannot be fetched\. OSError: no route to host\. "
+    ):
+        from_timm("resnet18", pretrained=True)
+
+
+def test_a_model_that_cannot_be_built_is_not_blamed_on_the_network(timm):
+    timm.error = AssertionError()
+    with pytest.raises(LoadError, match=r"^timm:resnet18 cannot be built\. AssertionError: it says no more\.$"):
+        from_timm("resnet18", pretrained=False)
+
+
+def test_a_missing_timm_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingExtraError, match=r"'timm' is not installed.*kirsch\[zoo\]"):
+        from_timm("resnet18", pretrained=False)
+
+
+def test_a_broken_timm_is_told_apart_from_a_missing_one(monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator x::y is not there")
+
+    monkeypatch.setattr(hub, "import_beside", broken)
+    with pytest.raises(
+        SurroundingsError, match=r"cannot be imported\. RuntimeError: operator x::y is not there\. Install"
+    ):
+        from_timm("resnet18", pretrained=False)

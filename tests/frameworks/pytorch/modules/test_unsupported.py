@@ -1,0 +1,250 @@
+"""Models that cannot be traced are refused with their kind and what to give instead; what can be copied is copied."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune as masks
+
+import kirsch
+from kirsch.errors import ModelError
+from kirsch.frameworks.pytorch.modules.copying import copy_of
+from kirsch.graph.plan import Goal
+from kirsch.pruning.prune import prune_with_verification
+
+X = torch.randn(3, 8)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+class Net(nn.Module):
+    def __init__(self, wrap=lambda layer: layer, **attributes):
+        super().__init__()
+        self.a, self.b = wrap(nn.Linear(8, 16)), nn.Linear(16, 4)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+def run(model):
+    model(X)
+    return model
+
+
+HOOKED = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "mask": lambda layer: masks.l1_unstructured(layer, "weight", 0.3),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKED)
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_model_whose_hooks_keep_a_computed_weight_is_cut(kind, ran):
+    model = Net(HOOKED[kind])
+    model = run(model) if ran else model
+    pruned = prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5))).model
+    assert pruned.a.weight.shape[0] == pruned.a.out_features == pruned.b.in_features < 16
+    pruned.train()(X).sum().backward()
+    assert prune_with_verification(pruned, kirsch.plan(kirsch.trace(pruned, X), Goal(macs=0.7))).verification.passed
+
+
+KEEPING = {
+    "a lock": lambda: Net(lock=threading.Lock()),
+    "a lock of its own thread": lambda: Net(lock=threading.RLock()),
+    "a lock in a list": lambda: Net(locks=[{"one": threading.Lock()}]),
+    "a generator of random numbers": lambda: Net(chance=torch.Generator()),
+    "a function": lambda: Net(function=lambda x: x),
+    "a cache": lambda: Net(cache=[Net().a(X)]),
+    "a cache of objects": lambda: Net(cache=threading.local.__class__ and type("Cache", (), {"x": Net().a(X)})()),
+}
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_a_model_that_keeps_something_is_cut(kind):
+    model = KEEPING[kind]()
+    assert prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5))).verification.passed
+
+
+def test_a_copy_has_a_lock_of_its_own():
+    model = Net(lock=threading.Lock())
+    with model.lock:
+        assert not copy_of(model).lock.locked()
+
+
+def test_what_cannot_be_copied_is_named(tmp_path):
+    path = tmp_path / "log"
+    with (
+        path.open("w") as log,
+        pytest.raises(ModelError, match=r"A Net cannot be copied\. Its attribute `log`, a Text"),
+    ):
+        kirsch.trace(Net(log=log), X)
+    model = nn.Sequential(Net(), nn.ReLU())
+    model[0].stream = (number for number in range(3))
+    with pytest.raises(ModelError, match=r"Its attribute `0\.stream`, a generator, cannot be: TypeError"):
+        kirsch.trace(model, X)
+
+
+class Shared(Net):
+    """Two parameters in one memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Linear(8, 16)
+        self.c.weight = nn.Parameter(self.a.weight.data[:])
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)) + self.c(x))
+
+
+class Sparse(Net):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.eye(8).to_sparse())
+
+    def forward(self, x):
+        return super().forward(torch.sparse.mm(self.mix, x.t()).t())
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.into, self.rnn, self.out = nn.Linear(8, 6), nn.LSTM(6, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(self.into(x), lengths, batch_first=True)
+        return self.out(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
+class Nested(Net):
+    def forward(self, x):
+        rows = torch.nested.as_nested_tensor([x[:1], x[1:]], layout=torch.jagged)
+        return super().forward(rows).to_padded_tensor(0.0)
+
+
+def observed():
+    from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+
+    model = Net().train()
+    model.qconfig = get_default_qat_qconfig("x86")
+    return prepare_qat(model)
+
+
+def packed_integers():
+    model = Net()
+    model.a.weight = nn.Parameter(torch.zeros(64, 1, dtype=torch.uint8), requires_grad=False)
+    return model
+
+
+def of(package):
+    """A module of a class that says it is of a package that is not installed here."""
+    kind = type("Dense", (nn.Linear,), {"__module__": package})
+    model = Net()
+    model.a = kind(8, 16)
+    return model
+
+
+REFUSED = {
+    "TorchScript": (lambda: torch.jit.script(Net()), "It is TorchScript.*the Python module"),
+    "TorchScript by a run": (lambda: torch.jit.trace(Net(), X), "It is TorchScript"),
+    "a part in TorchScript": (lambda: Net(torch.jit.script), "Its part `a` is TorchScript"),
+    "dynamic int8": (
+        lambda: torch.ao.quantization.quantize_dynamic(Net().eval(), {nn.Linear}, dtype=torch.qint8),
+        r"Its part `a` is a quantized Linear.*quantize the pruned one",
+    ),
+    "observers": (observed, "Its part `a.weight_fake_quant` is a .*prepare the pruned one"),
+    "packed integers": (packed_integers, "Its parameter `a.weight` holds torch.uint8 numbers.*quantize the pruned"),
+    "Keras": (lambda: of("keras.src.layers"), "Its part `a` is a Keras model.*PyTorch model with the same weights"),
+    "bitsandbytes": (lambda: of("bitsandbytes.nn"), "Its part `a` is a quantized Dense"),
+    "FSDP": (lambda: of("torch.distributed.fsdp.x"), "Its part `a` is sharded by FSDP.*before it is sharded"),
+    "shared memory": (Shared, "`a.weight` and `c.weight` share memory.*the same parameter"),
+    "sparse": (Sparse, r"Its `mix` is torch.sparse_coo, not a dense tensor\..*to_dense"),
+    "lazy": (lambda: Net(lambda _: nn.LazyLinear(16)), "Its 'a.weight' is lazy.*Run the model once"),
+    "nested": (Nested, "computes with nested tensors.*padded batch and a mask"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_that_cannot_be_traced_is_refused_with_its_kind(kind):
+    build, sentence = REFUSED[kind]
+    with pytest.raises(ModelError, match=sentence):
+        kirsch.trace(build(), X)
+
+
+def test_packed_sequences_are_told_to_be_padded_ones():
+    with pytest.raises(ModelError, match=r"It packs sequences .*the padded batch itself"):
+        kirsch.trace(Packed(), (torch.randn(3, 5, 8), torch.tensor([5, 3, 2])))
+
+
+def test_a_wrapper_that_distributes_is_told_to_be_taken_off(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(Net())
+        with pytest.raises(ModelError, match=r"wrapped in DistributedDataParallel\. Give model\.module"):
+            kirsch.trace(wrapped, X)
+        with pytest.raises(ModelError, match=r"cannot be exported.* Give model\.module"):
+            kirsch.export(wrapped, tmp_path / "model.onnx", example_inputs=X)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_model_without_values_is_planned_by_chance_alone():
+    graph = kirsch.trace(Net().to("meta"), X.to("meta"))
+    with pytest.raises(ModelError, match=r"The parameter 'a\.weight' of Net has no values.*importance=\"random\""):
+        kirsch.plan(graph, Goal(macs=0.5))
+    assert kirsch.plan(graph, Goal(macs=0.5), importance="random").groups
+
+
+def test_a_model_without_values_neither_teaches_nor_learns():
+    data = [(X, torch.tensor([0, 1, 2]))]
+    for student, teacher in ((Net().to("meta"), Net()), (Net(), Net().to("meta"))):
+        with pytest.raises(ModelError, match=r"Its parameter `a\.weight` lives on the meta device"):
+            kirsch.distill(student, teacher, data, check_teacher=False)
+
+
+class Keeping(nn.Module):
+    """Keeps what a hook sees, in a dict, a list and an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 2)
+        self.seen, self.all, self.latest = {}, [], None
+        self.first.register_forward_hook(self._keep)
+
+    def _keep(self, _module, _args, output):
+        self.seen["first"] = self.latest = output.detach()
+        self.all.append(output.detach())
+
+    def forward(self, x):
+        return self.last(self.first(x).relu())
+
+
+def test_what_hooks_keep_in_a_model_is_as_it_was_before_a_trace():
+    model, x = Keeping(), torch.randn(2, 4)
+    model(x)
+    before = (model.seen["first"], model.latest, list(model.all))
+    graph = kirsch.trace(model, x)
+    assert model.seen["first"] is before[0]
+    assert model.latest is before[1]
+    assert [id(value) for value in model.all] == [id(value) for value in before[2]]
+    pruned = kirsch.prune(model, kirsch.plan(graph, Goal(params=0.6)))
+    assert torch.equal(copy_of(pruned)(x), pruned(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, of its own quantization
+@pytest.mark.parametrize("use", [kirsch.export, kirsch.measure])
+def test_a_quantized_model_is_not_exported(tmp_path, use):
+    quantization = torch.ao.quantization
+    model = nn.Sequential(quantization.QuantStub(), nn.Linear(4, 2), quantization.DeQuantStub()).eval()
+    model.qconfig = quantization.get_default_qconfig("x86")
+    x = torch.randn(2, 4)
+    quantization.prepare(model, inplace=True)
+    model(x)
+    quantization.convert(model, inplace=True)
+    with pytest.raises(ModelError, match=r"cannot be exported.*a quantized .*Prune the floating-point model first"):
+        use(model, **({"path": tmp_path / "model.onnx"} if use is kirsch.export else {}), example_inputs=x)

@@ -1,0 +1,195 @@
+"""Two processes end where one does that takes whole batches."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import PartialState
+
+from kirsch.errors import UsageError
+from kirsch.frameworks.pytorch.training.optimizer import accelerator_for, own_precision
+from kirsch.frameworks.training import Training
+
+ROOT = Path(__file__).parents[4]
+PROGRAM = """
+import os
+import sys
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import nn
+
+import kirsch
+from kirsch.distillation.term import Term
+from kirsch.frameworks.data import ArrayData
+
+
+def net(width, seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3)).double()
+
+
+random = np.random.default_rng(0)
+labels = np.arange(24) % 3
+labels[::5] = -100  # so that the parts of a batch have other numbers of labels
+data = ArrayData(random.standard_normal((24, 5)), labels, batch_size=8)
+joined = Term("l2-normalized", 0.5, student="1", adapter="linear")
+objective = kirsch.Objective((Term("kd", 0.5, 2.0), joined), label_weight=1.0)
+balanced = kirsch.Objective((Term("kd", 0.5, 2.0), joined), label_weight=1.0, balance="gradient")
+made = kirsch.GeneratedData(lambda count, generator: generator.standard_normal((count, 5)), 24, 8)
+found = []
+for accumulate in (1, 3):
+    training = kirsch.Training(epochs=3, learning_rate=0.1, accumulate=accumulate)
+    student, teacher = net(4, 1), net(6, 2)
+    for each in (objective, balanced):
+        found.append(kirsch.distill(student, teacher, data, objective=each, training=training, check_teacher=False))
+    found += kirsch.distill_mutually([student, teacher, net(5, 3)], data, training=training)
+    found.append(kirsch.distill(student, teacher, made, training=training))
+assert PartialState().num_processes == int(os.environ.get("WORLD_SIZE", "1"))  # and not each for itself
+if int(os.environ.get("RANK", "0")) == 0:
+    np.savez(sys.argv[1], *[p.detach().numpy() for trained in found for p in trained.model.parameters()])
+"""
+
+
+LOADERS = """
+import os
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+import kirsch
+from kirsch.errors import Interrupted
+from kirsch.frameworks.training import TrainingHooks
+
+torch.manual_seed(0)
+random = np.random.default_rng(0)
+teacher = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+student = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+samples = TensorDataset(torch.from_numpy(random.standard_normal((53, 6))), torch.from_numpy(random.integers(0, 4, 53)))
+
+
+def own():
+    generator = torch.Generator()
+    generator.manual_seed(int(os.environ.get("RANK", "0")))  # each process would draw an order of its own
+    return DataLoader(samples, sampler=RandomSampler(samples, generator=generator), batch_size=8)
+
+
+made = {
+    "in order": lambda: DataLoader(samples, 8),
+    "shuffled": lambda: DataLoader(samples, 8, shuffle=True),
+    "own generator": own,
+    "list": lambda: [samples[start : start + 8] for start in range(0, 53, 8)],
+}
+found = {}
+
+
+def distilled(data, seed, accumulate=1, student=student, **hooks):
+    training = kirsch.Training(
+        epochs=2, learning_rate=0.1, clip_norm=1.0, ema=0.9, accumulate=accumulate, seed=seed
+    )
+    hooks = TrainingHooks(**hooks)
+    trained = kirsch.distill(student, teacher, data, training=training, hooks=hooks, check_teacher=False)
+    return torch.cat([p.detach().flatten() for p in trained.model.parameters()]).numpy()
+
+
+for name, make in made.items():
+    for seed in (0, 1):
+        found[f"{name} {seed}"] = distilled(make(), seed)
+
+few = TensorDataset(*samples[:49])  # the last batch of one sample has no part for the second process
+for accumulate in (1, 7):
+    found[f"{accumulate} too few"] = distilled(DataLoader(few, 8), 0, accumulate=accumulate)
+
+for name in ("shuffled", "own generator"):
+    states = []
+    stops = iter([None, None, Interrupted("enough")])
+    try:
+        distilled(made[name](), 1, save=states.append, stop=lambda: next(stops))
+    except Interrupted:
+        assert states[0].values["batch"] == 3
+    found[f"{name} resumed"] = distilled(made[name](), 1, resume=states[0])
+normal = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
+distilled(DataLoader(TensorDataset(*samples[:51]), 8), 0, student=normal)  # a last batch of 3, of which one has 1
+if int(os.environ.get("RANK", "0")) == 0:
+    np.savez(sys.argv[1], **found)
+"""
+
+SHARDED = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+import kirsch
+
+samples = TensorDataset(torch.randn(32, 6), torch.arange(32) % 4)
+torch.distributed.init_process_group("gloo")
+loader = DataLoader(samples, 8, sampler=DistributedSampler(samples))
+kirsch.distill(nn.Linear(6, 4), nn.Linear(6, 4), loader, training=kirsch.Training(epochs=1), check_teacher=False)
+"""
+
+
+def run(program, folder, processes):
+    """What a program saved; the error output where it failed."""
+    path, out = folder / "job.py", folder / f"{processes}.npz"
+    path.write_text(program)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    environment.pop("ACCELERATE_USE_CPU", None)
+    done = subprocess.run([*command, str(path), str(out)], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return done.stderr
+    with np.load(out) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def assert_ends_alike(one, two):
+    assert isinstance(one, dict), one[-2000:]
+    assert isinstance(two, dict), two[-2000:]
+    for name, wanted in one.items():  # sums in another order, in float64
+        np.testing.assert_allclose(two[name], wanted, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_two_processes_end_where_one_does(tmp_path):
+    """With and without batches that share a step."""
+    assert_ends_alike(*(run(PROGRAM, tmp_path, processes) for processes in (1, 2)))
+
+
+def test_two_processes_with_a_loader_end_where_one_does(tmp_path):
+    """53 samples, 8 at a time, leave a last batch of 5; the order follows from the seed, also where a run is cut."""
+    one, two = (run(LOADERS, tmp_path, processes) for processes in (1, 2))
+    assert_ends_alike(one, two)
+    assert not np.array_equal(two["shuffled 0"], two["shuffled 1"])
+    for name in ("shuffled", "own generator"):
+        np.testing.assert_array_equal(two[f"{name} resumed"], two[f"{name} 1"])
+
+
+def test_batches_that_each_process_has_for_itself_are_refused(tmp_path):
+    told = run(SHARDED, tmp_path, 2)
+    assert "The first batch of epoch 1 is another one in each process." in told
+    assert "without DistributedSampler" in told
+
+
+def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
+    """Accelerate has been set up for this process alone, as by the caller before."""
+    PartialState()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    sentence = r"torchrun started 2 processes, and Accelerate knows of 1\. Each would train on everything by itself\."
+    with own_precision(), pytest.raises(UsageError, match=sentence):
+        accelerator_for(Training())

@@ -1,0 +1,166 @@
+"""Weights that are computed from whole parameters are named where a cut changes them; the power is a number."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import kirsch
+from kirsch.frameworks.pytorch.verification.verify import effect
+from kirsch.graph.plan import Goal
+from kirsch.pruning.prune import prune_with_verification
+from proving import shaken
+
+X = torch.randn(5, 8)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+
+
+class Layers(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.a, self.b, self.c = wrap(nn.Linear(8, 16)), wrap(nn.Linear(16, 16)), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+class Standardized(nn.Linear):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean(1, keepdim=True)
+        return F.linear(x, weight / (weight.var(1, keepdim=True) + 1e-5).sqrt(), self.bias)
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, F.normalize(self.weight, dim=1))
+
+
+class Divided(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight) / self.weight.norm(dim=1)
+
+
+class Scaled(nn.Module):
+    def forward(self, weight):
+        return weight / weight.abs().mean()
+
+
+class Factored(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.u, self.v = (nn.Parameter(torch.randn(size)) for size in ((layer.out_features, 6), (6, layer.in_features)))
+
+    def forward(self, x):
+        return F.linear(x, self.u @ self.v)
+
+
+def parametrized(layer):
+    return parametrize.register_parametrization(layer, "weight", Scaled())
+
+
+def like(kind):
+    return lambda layer: kind(layer.in_features, layer.out_features)
+
+
+CHANGING = {
+    "spectral norm": parametrizations.spectral_norm,
+    "spectral norm by a hook": nn.utils.spectral_norm,
+    "weight norm": parametrizations.weight_norm,
+    "weight norm of the whole": lambda layer: parametrizations.weight_norm(layer, dim=None),
+    "weight norm of columns": lambda layer: parametrizations.weight_norm(layer, dim=1),
+    "weight norm by a hook": nn.utils.weight_norm,
+    "standardized": like(Standardized),
+    "cosine": like(Cosine),
+    "divided later": like(Divided),
+    "parametrized": parametrized,
+}
+
+
+def pruned(wrap):
+    torch.manual_seed(0)
+    model = Layers(wrap)
+    return model, prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
+
+
+@pytest.mark.parametrize("kind", CHANGING)
+def test_a_weight_that_changes_for_what_stays_is_named(kind):
+    _, found = pruned(CHANGING[kind])
+    assert "b" in found.verification.reweighted
+    assert any("`b` (to " in note and "times its size" in note for note in found.notes)
+    assert "the computed weights of" in found.verification.text
+    assert found.verification.to_dict()["reweighted"] == dict(found.verification.reweighted)
+
+
+def test_the_factor_is_that_of_the_kept_rows():
+    model, found = pruned(parametrizations.weight_norm)
+    model.eval(), found.model.eval()
+    removal = next(removal for removal in found.plan.groups if removal.name == "b")
+    rows = [row for row in range(16) if row not in removal.removed]
+    first = next(removal for removal in found.plan.groups if removal.name == "a")
+    columns = [column for column in range(16) if column not in first.removed]
+    before = model.b.weight[rows][:, columns]
+    size = (found.model.b.weight.square().mean() / before.square().mean()).sqrt().item()
+    assert found.verification.reweighted["b"] == pytest.approx(size, rel=1e-4)
+
+
+STAYING = {"plain": lambda layer: layer, "orthogonal": parametrizations.orthogonal, "factored": Factored}
+
+
+@pytest.mark.parametrize("kind", STAYING)
+def test_a_weight_that_stays_what_it_is_for_what_stays_is_not_named(kind):
+    _, found = pruned(STAYING[kind])
+    assert not found.verification.reweighted
+    assert found.verification.power > 1e-3
+
+
+def test_a_cut_in_training_mode_leaves_the_vectors_of_spectral_norm_as_they_were():
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 4)).train()
+    found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
+    assert found.verification.passed
+    assert all(module.training for module in found.model.modules())
+
+
+def test_power_compares_the_units_that_both_runs_show():
+    class Both(nn.Module):
+        """What it returns beside its logits loses units, as hidden states do."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            hidden = torch.relu(self.a(x))
+            return {"logits": self.b(hidden), "hidden_states": hidden}
+
+    model = shaken(Both())
+    found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
+    assert 1e-3 < found.verification.power <= 2
+
+
+@pytest.mark.parametrize(
+    ("masked", "dense", "expected"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([1.0, 2.0], [1.0, 4.0], 0.5),
+        ([0.0, 0.0], [1.0, 4.0], 1.0),
+        ([-math.inf, 2.0], [-math.inf, 2.0], 0.0),
+        ([-math.inf, 2.0], [1.0, 2.0], 1.0),
+        ([math.nan, 2.0], [1.0, 2.0], 1.0),
+        ([3.0, 0.0], [-3.0, 0.0], 2.0),
+    ],
+)
+def test_power_is_a_finite_number(masked, dense, expected):
+    assert effect([torch.tensor(masked)], [torch.tensor(dense)]) == pytest.approx(expected)
+
+
+def test_a_weight_that_changes_is_named_without_verification_too():
+    model = shaken(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)))
+    plan = kirsch.plan(kirsch.trace(model, torch.randn(2, 6)), Goal(params=0.6))
+    with pytest.warns(UserWarning, match=r"The weights of `0` \(to .* times its size\) are computed from whole"):
+        kirsch.prune(model, plan, verify=False)
