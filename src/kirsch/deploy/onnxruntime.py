@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.errors import DataError, LoadError, MissingExtraError, ShapeError
+from kirsch.errors import DataError, LoadError, MissingExtraError, ShapeError, UsageError
 from kirsch.frameworks.formats import describe
+from kirsch.frameworks.port import host
+from kirsch.frameworks.predictions import logits_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,22 +88,49 @@ class OnnxSession:
             raise ShapeError(what, f"It expects {expected}. {_first_line(error)}", INPUTS_FIX) from error
         return out
 
-    def predict(self, inputs: NDArray[Any], batch_size: int = 256) -> NDArray[Any]:
-        """The first output for inputs of shape (N, ...): shape (N, K).
+    def arrays(self, inputs: Any) -> tuple[NDArray[Any], ...]:
+        """Return inputs in the order of the file.
+
+        Args:
+            inputs: an array, a tuple of arrays in the order of the file, or a dict of arrays by the names of the file.
+                Nested inputs are taken in their order; what is not an array is left out.
+
+        Raises:
+            UsageError: a name is not an input of the file, or an input is missing.
+        """
+        if not isinstance(inputs, Mapping) or not all(hasattr(value, "shape") for value in inputs.values()):
+            return tuple(_arrays(inputs))
+        if set(inputs) != set(self.inputs):
+            raise UsageError(
+                f"The inputs are named {', '.join(map(str, inputs))}; the file has {', '.join(self.inputs)}.",
+                fix="Give an array for each of these names.",
+            )
+        return tuple(host(inputs[name]) for name in self.inputs)
+
+    def predict(self, inputs: Any, batch_size: int = 256) -> NDArray[Any]:
+        """Return the logits for N samples, shape (N, K); see `logits_output` for which output these are.
 
         A file whose batch is fixed gets batches of its size; the last is filled up, and what was filled is dropped.
 
+        Args:
+            inputs: see `arrays`.
+            batch_size: samples at a time, where the batch is free.
+
         Raises:
             DataError: there are no inputs.
+            UsageError: the inputs do not have the names of the file, or its outputs do not tell which are the logits.
         """
-        if not len(inputs):
+        arrays = self.arrays(inputs)
+        samples = len(arrays[0]) if arrays else 0
+        if not samples:
             raise DataError("There are no inputs to predict.", fix="Give at least one.")
+        output = self.outputs.index(logits_output(self.outputs))
         size = self.batch or batch_size
         parts = []
-        for start in range(0, len(inputs), size):
-            part = inputs[start : start + size]
-            whole = np.resize(part, (self.batch, *part.shape[1:])) if self.batch else part
-            parts.append(self.run(whole)[0][: len(part)])
+        for start in range(0, samples, size):
+            rows = [array[start : start + size] for array in arrays]
+            filled = [np.resize(part, (self.batch, *part.shape[1:])) for part in rows] if self.batch else rows
+            parts.append(self.run(*filled)[output][: len(rows[0])])
         return np.concatenate(parts)
 
     def call(self, *inputs: NDArray[Any]) -> Callable[[], Any]:
@@ -109,6 +139,14 @@ class OnnxSession:
         feed = dict(zip(self.inputs, inputs, strict=True))
         session = self._session
         return lambda: session.run(None, feed)
+
+
+def _arrays(inputs: Any) -> list[NDArray[Any]]:
+    """The arrays in inputs that may be nested, in the order in which a file takes them."""
+    if isinstance(inputs, (Mapping, tuple, list)):
+        parts = inputs.values() if isinstance(inputs, Mapping) else inputs
+        return [array for part in parts for array in _arrays(part)]
+    return [host(inputs)] if hasattr(inputs, "shape") else []
 
 
 def _type(text: str) -> str:

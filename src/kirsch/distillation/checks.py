@@ -136,7 +136,8 @@ def late_ramps(objective: Objective, training: Training) -> list[str]:
     weights += [(f"the term {term.called!r}", term.weight) for term in objective.terms]
     return [
         f"The weight of {name} comes to {weight.end:g} after {weight.after + weight.epochs:g} epochs, and the run ends "
-        f"after {training.epochs}, with {weight.at(training.epochs):.3g}. Give a Ramp that is a like part of these."
+        f"after {training.epochs}, with {weight.at(training.epochs):.3g}. Train for longer, or give the term "
+        f"weight=kirsch.Ramp({weight.start:g}, {weight.end:g}, epochs={max(training.epochs // 2, 1)})."
         for name, weight in weights
         if isinstance(weight, Ramp) and weight.after + weight.epochs > training.epochs
     ]

@@ -283,6 +283,11 @@ def check_scores(scores: NDArray[Any], whose: str = "model") -> None:
 
 
 def _check(logits: NDArray[Any], labels: NDArray[Any]) -> None:
+    if labels.ndim != 1 or labels.dtype.kind not in "iub":
+        raise DataError(
+            f"The labels have shape {labels.shape} and type {labels.dtype}; expected class numbers, shape (N,).",
+            fix="Give integers: labels[:, 0] for a column, labels.argmax(-1) for one-hot rows.",
+        )
     if logits.ndim != 2 or len(logits) != len(labels):  # noqa: PLR2004 - (N, K)
         raise ShapeError(f"Scores of shape {logits.shape} and labels of shape {labels.shape} do not fit together.")
     if not len(labels):
