@@ -193,3 +193,9 @@ def listing(names: list[str], most: int = 12) -> str:
         return "There are none."
     shown = ", ".join(names[:most])
     return f"Known: {shown}, and {len(names) - most} more." if len(names) > most else f"Known: {shown}."
+
+
+def name_of(value: object) -> str:
+    """Return module and name of a function or class, or of the class of anything else."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"

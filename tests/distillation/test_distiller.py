@@ -123,7 +123,7 @@ def test_a_loop_that_is_cut_goes_on_in_the_same_bits():
 
 def test_a_state_of_another_objective_is_refused():
     state = distiller(Objective((Term("fitnet", 1.0, student="1"),))).state_dict()
-    with pytest.raises(CheckpointError, match=r"other adapters than this distiller: joint0\..*Build it with"):
+    with pytest.raises(CheckpointError, match=r"other adapters than this distiller: adapter0\..*Build it with"):
         distiller(Objective.kd()).load_state_dict(state)
 
 

@@ -7,7 +7,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.arrays import each
-from kirsch.distillation.attach import of_all
+from kirsch.distillation.binding import of_all
 from kirsch.distillation.losses.loss import loss_of
 from kirsch.distillation.schedule import Ramp, ends
 from kirsch.errors import DataError

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kirsch.annotations import Seed
 from kirsch.arguments import checked
-from kirsch.distillation.attach import Pair, attach, refuse_classes, table, wanted_of
+from kirsch.distillation.binding import bind, layers_of_teacher, refuse_classes, table
 from kirsch.distillation.checks import few, missing_targets, mixed_scores
-from kirsch.distillation.distillation_loss import DistillationLoss
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import check_record, logit_layers, settle, teachers_logits
+from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
 from kirsch.distillation.teachers import (
@@ -34,6 +34,7 @@ from kirsch.frameworks.training import LossOutput, doubts, shares_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.teachers import TeacherSource
 
 
@@ -62,7 +63,7 @@ class Distiller:
     Attributes:
         student: the model given.
         module: student and adapters as one module, to be wrapped by DDP and the like; see `__call__`.
-        lesson: what a step charges, as `kirsch.frameworks.training.LossFunction` says.
+        step: returns the loss of a batch, as `kirsch.frameworks.training.LossFunction` says.
         rows: which places are compared with which, and by what adapter; to be printed.
         shares: of each term in the gradient, as the first batch of the epoch had them.
 
@@ -92,7 +93,7 @@ class Distiller:
         framework.check_runs(student, some.inputs)
         self._framework, self._objective = framework, objective
         self._teacher_source: TeacherSource | None = None
-        pairs: list[Pair] = []
+        terms: list[BoundTerm] = []
         if isinstance(teacher, TeacherStore):
             require_temperature(teacher, objective)
             _require_classes(teacher, objective, framework.predict(student, some.inputs).shape)
@@ -101,7 +102,7 @@ class Distiller:
             if "logits" in recorded and not holds_top_k(recorded["logits"]):
                 check_record(recorded["logits"], objective)
             (recorded,) = self._teacher_source(some)
-            pairs = attach(framework, objective, student, (), some.inputs, seed=seed, recorded=recorded)
+            terms = bind(framework, objective, student, (), some.inputs, seed=seed, recorded=recorded)
         elif objective.terms:
             if teacher is None:
                 raise UsageError(
@@ -111,34 +112,34 @@ class Distiller:
             teachers = _copies(student, teacher)
             for model in teachers:
                 framework.check_runs(model, some.inputs)
-            pairs = attach(framework, objective, student, teachers, some.inputs, seed=seed)
-            layers = [wanted_of(objective, pairs, place) for place in range(len(teachers))]
-            logits = teachers_logits(framework, teachers, objective, pairs, some.inputs)
+            terms = bind(framework, objective, student, teachers, some.inputs, seed=seed)
+            layers = [layers_of_teacher(terms, index) for index in range(len(teachers))]
+            logits = teachers_logits(framework, teachers, objective, terms, some.inputs)
             self._teacher_source = LiveTeachers(framework, teachers, layers, logits)
             for sentence in mixed_scores(objective, len(teachers)):
                 doubt(sentence)
         for sentence in missing_targets(framework, student, first, objective):
             doubt(sentence)
         self.student = student
-        own_sites = logit_layers(objective, pairs, None)
+        logits_of_student = logit_layers(objective, terms, None)
         self.module: Any = framework.with_adapters(
             student,
-            list(dict.fromkeys(["logits"] * objective.scored + texts([pair.student for pair in pairs]))),
-            {pair.name: pair.adapter for pair in pairs if pair.adapter is not None},
-            {pair.name: pair.student for pair in pairs},
-            settle(framework, student, objective, own_sites, some.inputs, teacher=None),
+            list(dict.fromkeys(["logits"] * objective.scored + texts([term.student_layer for term in terms]))),
+            {term.adapter_name: term.adapter for term in terms if term.adapter is not None},
+            {term.adapter_name: term.student_layer for term in terms},
+            settle(framework, student, objective, logits_of_student, some.inputs, teacher=None),
         )
         self._scores = tuple(framework.predict(student, some.inputs).shape[1:]) if objective.scored else None
-        self.lesson = DistillationLoss(
+        self.step = DistillationStep(
             framework,
             objective,
-            pairs,
+            terms,
             self._teacher_source,
             regularizers,
             partial(framework.positions, student),
             self._scores,
         )
-        self.rows: list[dict[str, Any]] = table(objective, pairs)
+        self.rows: list[dict[str, Any]] = table(terms)
         self.shares: dict[str, float] = {}
         self._looked: int | None = None
         self._began: dict[str, float] = {}
@@ -174,8 +175,8 @@ class Distiller:
         model = self.module if module is None else module
         given = Batch.of(batch)
         # Its warnings are of batches that a loader gives; a loop of one's own knows which of its batches have targets.
-        self.lesson.check(given, wherever=self.module.training and int(epoch) != self._looked)
-        charge = self.lesson(model, self._framework.placed(given, self.student), epoch, of)
+        self.step.check(given, wherever=self.module.training and int(epoch) != self._looked)
+        charge = self.step(model, self._framework.placed(given, self.student), epoch, of)
         if self.module.training and charge.parts and int(epoch) != self._looked:
             norms = self._framework.gradient_norms(self.module, charge.parts)
             if norms:
@@ -185,7 +186,7 @@ class Distiller:
     def _look_at(self, norms: dict[str, float], epoch: int) -> None:
         self._looked, self.shares = epoch, shares_of(norms)
         self._began = self._began or self.shares
-        self.lesson.balance(norms)
+        self.step.balance(norms)
         for name, sentence in doubts(self.shares, self._began).items():
             if name not in self._doubted:
                 self._doubted.add(name)
@@ -197,7 +198,7 @@ class Distiller:
 
         Processes that share a step add theirs up, by name, before.
         """
-        return self.lesson.counts([Batch.of(batch) for batch in batches])
+        return self.step.counts([Batch.of(batch) for batch in batches])
 
     def check_labels(self, targets: Any) -> None:
         """Refuse targets that the objective cannot charge the student for.
@@ -232,7 +233,7 @@ class Distiller:
         """What a run needs beside the states of student and optimizer to go on: adapters, balance, and last look."""
         return {
             "adapters": dict(self.module.adapters.state_dict()),
-            "balance": self.lesson.state(),
+            "balance": self.step.state(),
             "looked": self._looked,
             "shares": dict(self.shares),
             "began": dict(self._began),
@@ -259,7 +260,7 @@ class Distiller:
                 fix="Build it with the objective, the models and the places that the state was saved with.",
             )
         self.module.adapters.load_state_dict(given)
-        self.lesson.restore(state["balance"])
+        self.step.restore(state["balance"])
         self._looked, self.shares, self._began = state["looked"], dict(state["shares"]), dict(state["began"])
 
     def close(self) -> None:

@@ -19,10 +19,10 @@ from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import host
 
 if TYPE_CHECKING:
+    from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.probabilities import Logits
-    from kirsch.distillation.term import Term
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.port import Framework
 
@@ -135,33 +135,32 @@ def holds_top_k(values: Any) -> bool:
     return isinstance(values, Mapping) and set(TOP_K) <= set(values)
 
 
-def stored_scores(term: Term, mine: Any, record: Mapping[str, Any], mask: Any, options: Mapping[str, Any]) -> Any:
-    """Soft targets from a record that holds the teacher's largest scores.
+def stored_scores(
+    term: BoundTerm, student: Any, record: Mapping[str, Any], mask: Any, options: Mapping[str, Any]
+) -> Any:
+    """Return the soft-target loss for a record that holds the teacher's largest logits.
 
     Raises:
-        UsageError: the term needs all scores, or states what the record cannot serve.
+        UsageError: the term needs all logits, or states what the record cannot serve.
     """
-    if term.loss not in ("kd", "top-k"):
+    if term.loss.name not in ("kd", "top-k"):
         raise UsageError(
-            f"The term {term.called!r} needs all scores of the teacher, and the store holds the largest alone.",
+            f"The term {term.name!r} needs all logits of the teacher, and the store holds the largest only.",
             fix="Build the store with Dense(), or take the terms 'kd' or 'top-k'.",
         )
     lost = set(options) - {"temperature", "tail", "k"}
     if lost:
         raise UsageError(
-            f"The term {term.called!r} states {', '.join(sorted(lost))}.",
-            "A record of the largest scores cannot serve that.",
+            f"The term {term.name!r} states {', '.join(sorted(lost))}.",
+            "A record of the largest logits cannot serve that.",
             "Build the store with Dense(), or leave it out.",
         )
-    if options.get("k", record["indices"].shape[-1]) != record["indices"].shape[-1]:
-        raise UsageError(
-            f"The term {term.called!r} takes the {options['k']} largest scores; the store holds "
-            f"{record['indices'].shape[-1]}."
-        )
-    temperature = options.get("temperature", 1.0)
-    tail = options.get("tail", "bucket")
-    given = [record[name] for name in TOP_K]
-    return stored_top_k(mine, *given, tail=tail, temperature=temperature, stored_temperature=temperature, mask=mask)
+    stored = record["indices"].shape[-1]
+    if options.get("k", stored) != stored:
+        raise UsageError(f"The term {term.name!r} takes the {options['k']} largest logits; the store holds {stored}.")
+    temperature, tail = options.get("temperature", 1.0), options.get("tail", "bucket")
+    fields = [record[name] for name in TOP_K]
+    return stored_top_k(student, *fields, tail=tail, temperature=temperature, stored_temperature=temperature, mask=mask)
 
 
 def replayed(store: TeacherStore, data: Any) -> ArrayData:
