@@ -265,7 +265,7 @@ def test_a_teacher_is_held_against_chance_on_samples_of_all_classes_also_from_a_
         source = teacher if keep is None else build(tmp_path / name, teacher, given, keep=keep)
         learned(net(wide=K), source, given, check_teacher=True, hooks=hooks)
 
-    with pytest.raises(NumericError, match=r"The teacher is no better than chance: 0\.0% of 1024 samples are right"):
+    with pytest.raises(NumericError, match=r"The teacher is no better than chance: 0\.0% of 1024 samples are correct"):
         taught([1, 2, 3, 4, 0], "wrong")
     taught([1, 2, 0, 3, 4], "late")
     assert told[0] == {"event": "teacher", "accuracy": pytest.approx(0.4, abs=0.01), "classes": K}

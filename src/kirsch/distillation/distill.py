@@ -10,7 +10,7 @@ from kirsch.annotations import described
 from kirsch.arguments import checked, takes
 from kirsch.distillation.checks import check_last_batch, few, first_batch, late_ramps, split_relations
 from kirsch.distillation.distiller import Distiller
-from kirsch.distillation.evaluation import CHECKED, UNJUDGED, Validation, evaluate_teacher
+from kirsch.distillation.evaluation import CHECKED, NOT_EVALUATED, Validation, evaluate_teacher
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import logit_layers, settle
 from kirsch.distillation.step import DistillationStep
@@ -91,7 +91,7 @@ def distill(
             known = evaluate_teacher(framework, model, data, validation, objective, hooks.doubt, place)
             tell({"event": "teacher", **known})
             if not known and not stored:
-                hooks.doubt(UNJUDGED)
+                hooks.doubt(NOT_EVALUATED)
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         tell({"event": "attached", "pairs": bound.rows})
     for text in split_relations(objective, training) + late_ramps(objective, training):

@@ -168,15 +168,15 @@ def shape_of(values: NDArray[Any], activations: set[Activation]) -> str:
     if are_probabilities(rows):  # what is the same for all samples may be a bias that sums to 1
         alike = values.shape[0] > 1 and bool((values == values[:1]).all())
         return "inside" if alike else "softmax"
-    if are_scaled_probabilities(rows) and not (values == values[:1]).all():
+    few_values = len(np.unique(values)) <= len((0, 1, 2))  # a constant output, or codes of 0 and 1, may be anything
+    if are_scaled_probabilities(rows) and not few_values and not (values == values[:1]).all():
         return "scaled softmax"
     if "sigmoid" in activations and rows.shape[-1] > 1 and rows.max() <= 0 and are_probabilities(np.exp(rows)):
         return "log-softmax"
     if values.min() < -ROUNDING or values.max() > 1 + ROUNDING:
         return ""
     both = values.min() < NEAR and values.max() > 1 - NEAR
-    spread = len(np.unique(values)) > len((0, 1, 2))  # a constant output, or codes of 0 and 1, may be anything
-    return "sigmoid" if values.size >= MANY and both and spread else "inside"
+    return "sigmoid" if values.size >= MANY and both and not few_values else "inside"
 
 
 def refusal(whose: str, shape: str, objective: Objective, field: str) -> UsageError:

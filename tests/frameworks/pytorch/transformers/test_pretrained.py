@@ -167,7 +167,7 @@ def test_copies_conversions_and_pickles_are_refused_too(small, tmp_path):
         assert_refused(found, tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:Whether the teacher knows more than chance:UserWarning")
+@pytest.mark.filterwarnings("ignore:The teacher is not measurably better than chance:UserWarning")
 def test_what_kirsch_saves_and_trains_is_refused_too(small, tmp_path):
     kirsch.save(small, tmp_path / "small")
     again = kirsch.load(tmp_path / "small", bert)  # warns of nothing
