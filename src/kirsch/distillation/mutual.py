@@ -23,7 +23,7 @@ from kirsch.distillation.checks import (
 from kirsch.distillation.distill import to_validate_by, with_validation
 from kirsch.distillation.distillation_loss import DistillationLoss
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import Logits, logit_layers, settle
+from kirsch.distillation.probabilities import Logits, check_training, logit_layers, settle
 from kirsch.distillation.step import TargetCheck, balanced, regularization
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
@@ -189,6 +189,7 @@ class MutualStep:
         self._check, self._regularizers = check, regularizers
         self._factors: list[dict[str, float]] = [{} for _ in losses]
         self._epoch = 0.0
+        self._unchecked = True  # until the first step in training mode
 
     def __call__(self, module: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> LossOutput:
         """Return the sum of the losses of all students; see `LossFunction`."""
@@ -198,6 +199,10 @@ class MutualStep:
             values[_output(place)] if to_logits is None else to_logits({"logits": values[_output(place)]})["logits"]
             for place, to_logits in enumerate(self._logits)
         ]
+        if self._unchecked and module.training:
+            for loss, own in zip(self._losses, logits, strict=True):
+                check_training({"logits": own}, logit_layers(loss.objective, loss.terms, None), loss.objective)
+            self._unchecked = False
         students = self._framework.members(self._framework.student_of(module))
         total: Any = 0.0
         parts: dict[str, Any] = {}
