@@ -210,8 +210,8 @@ WRONG = {
     ),
     "nothing": ([], DataError, "The data is empty"),
     "an empty loader": (DataLoader(TensorDataset(X[:0], Y[:0])), DataError, "The data is empty"),
-    "a generator": (((X, Y) for _ in range(2)), DataError, "gone through only once"),
-    "an exhausted one": (Exhausted(), DataError, "gone through only once"),
+    "a generator": (((X, Y) for _ in range(2)), DataError, "iterated only once"),
+    "an exhausted one": (Exhausted(), DataError, "iterated only once"),
 }
 
 

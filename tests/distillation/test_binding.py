@@ -323,7 +323,7 @@ def test_what_a_record_of_the_largest_scores_cannot_serve_is_refused(tmp_path):
     for term, sentence in (
         (Term("dkd", 1.0, 1.0), "needs all logits of the teacher"),
         (Term("kd", 1.0, 1.0, options={"standardize": True}), "states standardize"),
-        (Term("top-k", 1.0, 1.0, options={"k": 3}), "takes the 3 largest scores; the store holds 2"),
+        (Term("top-k", 1.0, 1.0, options={"k": 3}), "takes the 3 largest logits; the store holds 2"),
     ):
         with pytest.raises(UsageError, match=sentence):
             distill(Net(4), store, data(), objective=Objective((term,)))

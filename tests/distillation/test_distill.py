@@ -376,7 +376,7 @@ def test_no_batches_are_refused(student, learn):
 
 @either
 def test_data_for_one_pass_is_refused(student, learn):
-    sentence = r"gone through only once\. Each epoch goes through it anew\. Give a list or a DataLoader"
+    sentence = r"iterated only once\. Each epoch iterates over it again\. Give a list or a DataLoader"
     with pytest.raises(DataError, match=sentence):
         learn(student, (samples() for _ in range(2)))
 

@@ -236,7 +236,7 @@ def test_a_store_may_teach(tmp_path, keep):
     if isinstance(keep, TopK):
         with pytest.raises(StoreError, match="temperature"):
             kirsch.Distiller(net(4, 1), store, Objective.kd(4.0), batch)
-    with pytest.raises(UsageError, match="batches do not carry any"):
+    with pytest.raises(UsageError, match="the batches have none"):
         kirsch.Distiller(net(4, 1), store, objective, (batch.inputs, batch.targets))
 
 

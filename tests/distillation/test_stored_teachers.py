@@ -140,16 +140,18 @@ def test_a_loop_of_ones_own_is_held_to_the_looks_that_the_teacher_saw(tmp_path):
             distiller(next(other.epoch(0, 1)))
     plain = next(data().epoch(0, 0))
     for unsaid in (plain, (plain.inputs, plain.targets, plain.ids)):
-        with pytest.raises(UsageError, match=r"do not say how .*kirsch\.distill.*ArrayData\.epoch"):
+        with pytest.raises(UsageError, match=r"have no seeds .*kirsch\.distill.*ArrayData\.epoch"):
             distiller(unsaid)
-        with pytest.raises(UsageError, match=r"do not say how"):
+        with pytest.raises(UsageError, match=r"have no seeds"):
             bound(store, unsaid)
 
 
 def test_a_store_of_samples_as_they_are_is_not_for_augmented_ones(tmp_path):
     store = build(tmp_path / "store", net(), data(), keep=Dense())
     distiller = bound(store, next(data().epoch(0, 0)))
-    with pytest.raises(UsageError, match=r"is of samples as they are, and the batches are augmented\. .*Build"):
+    with pytest.raises(
+        UsageError, match=r"holds samples without augmentation, and the batches are augmented\. .*Build"
+    ):
         distiller(next(data(SHAKEN).epoch(0, 0)))
 
 

@@ -12,12 +12,12 @@ from kirsch.arguments import checked
 from kirsch.distillation.arrays import constant
 from kirsch.distillation.binding import bind, of_all
 from kirsch.distillation.checks import (
+    averaged_logits,
     check_last_batch,
     few,
     first_batch,
     late_ramps,
     missing_targets,
-    mixed_scores,
     split_relations,
 )
 from kirsch.distillation.distill import to_validate_by, with_validation
@@ -104,7 +104,7 @@ def distill_mutually(
     hooks = _of_each(framework, with_validation(hooks, framework, validation, objective, students))
     warnings = split_relations(objective, training) + late_ramps(objective, training)
     warnings += missing_targets(framework, students[0], first, objective)
-    for text in warnings + mixed_scores(objective, len(students) - 1):
+    for text in warnings + averaged_logits(objective, len(students) - 1):
         hooks.doubt(text)
     outputs = [_output(place) for place in range(len(students))]
     module = framework.with_adapters(framework.cohort(students), outputs, {}, {})
