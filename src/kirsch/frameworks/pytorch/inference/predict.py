@@ -17,6 +17,7 @@ from kirsch.errors import DataError, KirschError, UsageError, said
 from kirsch.failures import lacks_memory
 from kirsch.frameworks.pytorch.inference.calling import UNFIT, explained, fitted, not_running, one_sample
 from kirsch.frameworks.pytorch.inference.outputs import named
+from kirsch.frameworks.pytorch.modules.modes import set_modes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -99,8 +100,7 @@ def inference(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        set_modes(modes)
 
 
 def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
