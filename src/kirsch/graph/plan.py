@@ -310,8 +310,7 @@ class Plan:
             f"The model given is {graph.model_name} with {graph.cost.parameters:,} parameters, "
             f"fingerprint {graph.fingerprint[:12]}"
             + (
-                ": its layers differ, or the fields model, tracing or inputs of the plan were changed."
-                f"{traced}"
+                f": its layers differ, or the fields model, tracing or inputs of the plan were changed.{traced}"
                 if same
                 else "."
             ),

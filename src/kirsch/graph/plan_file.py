@@ -41,7 +41,12 @@ def _fingerprint(value: Any, path: str) -> Any:
 
 
 TENSOR = record(
-    {"name": text(), "shape": array(whole(0, MOST_NUMBERS), most=16), "dtype": one_of((*FLOATING, *LARGEST)), "high": whole(0)}
+    {
+        "name": text(),
+        "shape": array(whole(0, MOST_NUMBERS), most=16),
+        "dtype": one_of((*FLOATING, *LARGEST)),
+        "high": whole(0),
+    }
 )
 VALUE = record({"name": text(), "value": anything})
 
