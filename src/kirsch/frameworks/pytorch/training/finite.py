@@ -51,7 +51,7 @@ def not_finite(model: nn.Module, given: Batch, parts: dict[str, Any], epoch: int
     for name in not_finite_names(model):
         if name.startswith("parameter"):
             return NumericError(f"The {name} is no longer finite {when}.", fix=MEND)
-    inputs, largest = given.inputs, _largest(given.targets)
+    inputs = given.inputs
     if isinstance(inputs, torch.Tensor) and inputs.is_floating_point() and not torch.isfinite(inputs).all():
         return NumericError(f"The inputs hold NaN or infinity {when}.", fix="Repair the data.")
     seen: list[str] = []
@@ -75,9 +75,15 @@ def not_finite(model: nn.Module, given: Batch, parts: dict[str, Any], epoch: int
     terms = [name for name, part in parts.items() if not math.isfinite(float(part.detach()))]
     if seen:
         return NumericError(f"The output of {seen[0]} is not finite {when}.", fix=MEND)
+    return _of_loss(", ".join(terms) or "total", given.targets, when)
+
+
+def _of_loss(terms: str, targets: Any, when: str) -> NumericError:
+    """The error for a loss that is not finite although the outputs of the model are."""
+    largest = _largest(targets)
     if not math.isfinite(largest):
         return NumericError(f"The labels hold NaN or infinity {when}.", fix="Repair the data.")
-    what = f"The loss term {', '.join(terms) or 'total'} is not finite {when}, while all that the model puts out is."
+    what = f"The loss term {terms} is not finite {when}, while all that the model puts out is."
     if largest**2 > torch.finfo(torch.float32).max:
         return NumericError(
             what,
