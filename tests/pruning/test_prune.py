@@ -293,6 +293,15 @@ def test_another_architecture_is_refused_at_loading(case, tmp_path):
         kirsch.load(tmp_path / "small", lambda: build(width=8))
 
 
+def test_another_class_on_which_the_inputs_fail_is_named_first(case, tmp_path):
+    kirsch.save(kirsch.prune(*case), tmp_path / "small")
+    sentence = r"is for Sequential, and the model given is Linear\. It cannot be applied: .* Give the Sequential"
+    with pytest.raises(PlanError, match=sentence):
+        kirsch.load(tmp_path / "small", lambda: nn.Linear(3, 3))
+    with pytest.raises(PlanError, match=sentence):
+        kirsch.prune(nn.Linear(3, 3), kirsch.Plan.read(tmp_path / "small" / "plan.json"), example_inputs=IMAGE)
+
+
 def test_the_regularizers_in_closed_form():
     model = build()
     weights = sum(float(p.detach().abs().sum()) for p in model.parameters() if p.dim() > 1)

@@ -302,13 +302,21 @@ class Plan:
 
     def _for_another(self, graph: Graph) -> PlanError:
         same = (self.model, self.before.parameters) == (graph.model_name, graph.cost.parameters)
+        shapes = ", ".join("×".join(map(str, shape)) for _, shape, _ in _shapes(graph.inputs))
+        traced = f" It was traced with inputs of shape {shapes}." if shapes else ""
         return PlanError(
             f"{self.title} is for another model: {self.model} with {self.before.parameters:,} parameters, "
             f"fingerprint {self.fingerprint[:12]}.",
             f"The model given is {graph.model_name} with {graph.cost.parameters:,} parameters, "
             f"fingerprint {graph.fingerprint[:12]}"
-            + (": its layers differ, or the fields model or tracing of the plan were changed." if same else "."),
-            "Give the model that the plan was made for, or make a new plan.",
+            + (
+                f": its layers differ, or the fields model, tracing or inputs of the plan were changed.{traced}"
+                if same
+                else "."
+            ),
+            "Give the model that the plan was made for, correct these fields, or make a new plan."
+            if same
+            else "Give the model that the plan was made for, or make a new plan.",
         )
 
     def _check_group(self, removal: Removal, group: Group) -> None:

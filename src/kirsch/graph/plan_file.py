@@ -41,7 +41,12 @@ def _fingerprint(value: Any, path: str) -> Any:
 
 
 TENSOR = record(
-    {"name": text(), "shape": array(whole(0), most=16), "dtype": one_of((*FLOATING, *LARGEST)), "high": whole(0)}
+    {
+        "name": text(),
+        "shape": array(whole(0, MOST_NUMBERS), most=16),
+        "dtype": one_of((*FLOATING, *LARGEST)),
+        "high": whole(0),
+    }
 )
 VALUE = record({"name": text(), "value": anything})
 
@@ -162,9 +167,9 @@ def _check_inputs(entries: list[dict[str, Any]]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"inputs has two inputs of the same name, {max(names, key=names.count)!r}")
     tensors = list(inputs.tensors(map(inputs.read, entries)))
-    if sum(math.prod(tensor.shape) for tensor in tensors) > MOST_NUMBERS:
+    if sum(math.prod(size or 1 for size in tensor.shape) for tensor in tensors) > MOST_NUMBERS:  # as strides count them
         shapes = ", ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
-        raise ValueError(f"inputs of shape {shapes} have more than {MOST_NUMBERS:,} numbers")
+        raise ValueError(f"inputs of shape {shapes} have more than {MOST_NUMBERS:,} numbers; sizes of 0 count as 1")
     for place, tensor in enumerate(tensors):
         most = LARGEST.get(tensor.dtype, 0)
         if tensor.high > most:

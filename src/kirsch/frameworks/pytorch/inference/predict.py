@@ -18,6 +18,7 @@ from kirsch.failures import lacks_memory
 from kirsch.frameworks.predictions import logits_output
 from kirsch.frameworks.pytorch.inference.calling import UNFIT, explained, fitted, not_running, one_sample
 from kirsch.frameworks.pytorch.inference.outputs import named
+from kirsch.frameworks.pytorch.modules.modes import set_modes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -100,8 +101,7 @@ def inference(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        set_modes(modes)
 
 
 def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:

@@ -62,7 +62,7 @@ def drop(model: nn.Module, blocks: Collection[Block], args: Any, options: Any) -
                     "one argument.",
                     "Exclude it.",
                 )
-            setattr(container, name, nn.Identity().train(container.training))
+            setattr(container, name, nn.Identity().train(modules[block.path].training))
     return {before[id(module)]: path for path, module in model.named_modules() if id(module) in before}
 
 
