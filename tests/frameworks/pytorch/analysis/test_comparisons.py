@@ -168,6 +168,42 @@ def test_a_size_that_is_compared_with_what_cannot_follow_stays_and_the_error_has
     assert kirsch.prune(model, kirsch.plan(free, Goal(macs=0.2))).first.weight.shape[0] < 16
 
 
+@pytest.mark.parametrize(
+    ("today", "widths_today"), [(16, {8: 8, 12: 12, 7: 7}), (8, {12: 6, 14: 7}), (4, {12: 4, 8: 4})]
+)
+def test_an_attribute_that_divides_a_size_keeps_its_relation_to_it(today, widths_today):
+    """Each size is divisible by 1, which is not what the attribute stands for."""
+
+    def divides(s, x):
+        assert x.shape[1] % s.channels == 0
+
+    for width, expected in widths_today.items():
+        model = shaken(Net(divides))
+        model.checked.channels = today
+        graph = kirsch.trace(model, IMAGE)
+        plan = kirsch.plan(graph, Goal(macs=0.9), round_to=4)
+        pruned = kirsch.prune(model, removing(plan, "first", 16 - width))
+        assert (pruned.first.out_channels, pruned.checked.channels) == (width, expected)
+
+
+def test_a_size_that_no_value_in_the_same_relation_divides_is_refused_at_the_line():
+    def divides(s, x):
+        assert x.shape[1] % s.channels == 0
+
+    model = shaken(Net(divides))
+    model.checked.channels = 4
+    plan = kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.9), round_to=4)
+    line = divides.__code__.co_firstlineno + 1
+    with pytest.raises(PlanError, match=rf"A comparison at test_comparisons\.py:{line} .*`checked\.channels`"):
+        kirsch.prune(model, removing(plan, "first", 3))
+
+
+def removing(plan, name, number):
+    """The plan with nothing but so many units of one group."""
+    only = dataclasses.replace(plan.groups[0], name=name, size=16, removed=tuple(range(number)))
+    return dataclasses.replace(plan, groups=(only,))
+
+
 def test_a_property_of_an_attribute_follows_or_holds():
     model = shaken(Net(lambda s, x: torch._assert(x.shape[1] == 2 * s.half, "channels")))
     assert prune_with_verification(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.8))).verification.passed

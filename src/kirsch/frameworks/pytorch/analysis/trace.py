@@ -39,10 +39,10 @@ from kirsch.frameworks.pytorch.inference.outputs import counting
 from kirsch.frameworks.pytorch.inference.predict import arguments
 from kirsch.frameworks.pytorch.modules.submodule import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.modules.unsupported import check
+from kirsch.graph.constants import COMPARISON
 from kirsch.graph.facts import Facts, Freeze, Operation
 from kirsch.graph.graph import Graph, Tracing
 from kirsch.graph.labels import Tensor
-from kirsch.graph.rigid import COMPARISON
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
