@@ -240,6 +240,29 @@ def test_comparisons_that_all_is_given_and_that_only_choose_do_not_hold():
     assert kirsch.prune(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5))).first.out_channels < 16
 
 
+class Skipping(Checked):
+    """A layer that only runs for inputs that are wide enough."""
+
+    def forward(self, x):
+        if self.channels == 16 and x.shape[1] >= self.channels:
+            return super().forward(x)
+        return x
+
+
+def test_a_choice_that_turns_out_otherwise_is_named_when_the_cut_fails():
+    model = shaken(Net(lambda _, x: None))
+    model.checked = shaken(Skipping(lambda _, x: None))
+    graph = kirsch.trace(model, IMAGE)
+    plan = removing(kirsch.plan(graph, Goal(macs=0.9)), "first", 4)
+    line = Skipping.forward.__code__.co_firstlineno + 1
+    sentence = (
+        rf"The comparison at test_comparisons\.py:{line} turns out otherwise.*Exclude 'first', or trace.*as_graph"
+    )
+    with pytest.raises(VerificationError, match=sentence) as caught:
+        kirsch.prune(model, plan)
+    assert "report the model" not in str(caught.value)
+
+
 def test_a_reshape_to_the_width_of_a_layer_ties_both():
     class Reshaping(nn.Module):
         def __init__(self):
