@@ -136,6 +136,36 @@ def test_what_cannot_be_exported_is_named_once_and_in_one_place(model, reason, t
     assert list(tmp_path.iterdir()) == []
 
 
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0]
+
+
+class Nested(nn.Module):
+    def forward(self, x):
+        return torch.nested.nested_tensor([x[0], x[1]]).to_padded_tensor(0.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "sentence"),
+    [
+        (Packed(), (torch.randn(2, 5, 3), torch.tensor([5, 4])), "It packs sequences .*the padded batch itself"),
+        (Nested(), torch.randn(2, 5, 3), "It computes with nested tensors.*a padded batch and a mask"),
+    ],
+    ids=["packed", "nested"],
+)
+def test_what_torch_export_never_follows_is_named_as_in_a_trace(model, inputs, sentence, tmp_path):
+    with pytest.raises(ModelError, match=sentence):
+        export_onnx(model, inputs, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=sentence):
+        kirsch.trace(model, inputs)
+
+
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
