@@ -144,7 +144,7 @@ def fix_of_inputs(model: nn.Module, args: Any, options: Any, error: Exception) -
     """Return how to change inputs that a model raises on, by their type or layout; "" where those do not tell."""
     parts = [part for part in tree_leaves((args, options)) if isinstance(part, torch.Tensor)]
     own, given = _floating(model.parameters()), _floating(parts)
-    if own and given and not own & given:
+    if own and given and not own & given and "type" in str(error):
         return _fix_of_types(own, given)
     whole = _whole(parts, error) if own and not given else None
     return _fix_of_whole(whole) if whole is not None else _fix_of_layout(parts)

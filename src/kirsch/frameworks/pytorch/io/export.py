@@ -16,7 +16,7 @@ from kirsch.frameworks.port import host
 from kirsch.frameworks.pytorch.analysis.provenance import called_name
 from kirsch.frameworks.pytorch.analysis.randomness import STILL, drawing, drawing_line, unsteady
 from kirsch.frameworks.pytorch.inference import predict
-from kirsch.frameworks.pytorch.inference.calling import fix_of_looked_up, looks_up
+from kirsch.frameworks.pytorch.inference.calling import fix_of_inputs, fix_of_looked_up, looks_up
 from kirsch.frameworks.pytorch.io import onnx_file
 from kirsch.frameworks.pytorch.io.flat import Flat, output_names
 from kirsch.frameworks.pytorch.io.rounding import Rounding
@@ -79,12 +79,15 @@ class Exportable:
         try:
             found = self._run(inputs)
         except RuntimeError as error:
-            if not looks_up(error):
-                raise
             args, options = self._flat.arguments(*self._tensors(inputs))
-            raise ModelError(
-                f"A {self.name} does not run with its inputs.", said(error), fix_of_looked_up(args, options)
-            ) from error
+            fix = (
+                fix_of_looked_up(args, options)
+                if looks_up(error)
+                else fix_of_inputs(self._flat.model, args, options, error)
+            )
+            if not fix:
+                raise
+            raise ModelError(f"A {self.name} does not run with its inputs.", said(error), fix) from error
         narrow = next((name for name, value in found.items() if value.dtype is torch.bfloat16), None)
         if narrow is not None:
             raise onnx_file.computing_in_bfloat16(self.name, "", f"Its output {narrow!r} is of this type. ")

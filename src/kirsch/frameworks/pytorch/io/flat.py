@@ -126,5 +126,7 @@ def _check(told: str, tensor: torch.Tensor) -> None:
     fix = "Give tensors whose first axis is the batch."
     if not tensor.dim():
         raise ModelError(f"{told} is a tensor without axes.", fix=fix)
+    if tensor.is_meta:
+        raise ModelError(f"{told} lies on the meta device and has no values.", fix="Give a tensor with values.")
     if not tensor.numel():
         raise ModelError(f"{told} has shape {tuple(tensor.shape)} and holds no numbers.", fix=fix)
