@@ -92,6 +92,19 @@ def test_two_inputs_keep_their_order_and_all_outputs_are_there(tmp_path):
     assert total == pytest.approx(np.tile(pair[1].sum(1).numpy(), 3))
 
 
+def test_numbers_and_texts_among_the_inputs_become_constants(tmp_path):
+    class Scaled(nn.Module):
+        def forward(self, x, kind, scale, power, *, shift=0):
+            return getattr(torch, kind)(x) ** power * scale + shift
+
+    inputs, samples = (torch.randn(2, 3), "tanh", 2.5, 3), torch.randn(5, 3)
+    artifact = kirsch.export(Scaled(), tmp_path / "m.onnx", example_inputs=inputs)
+    assert [value["name"] for value in artifact.details["inputs"]] == ["x"]
+    assert run(tmp_path / "m.onnx", samples)[0] == pytest.approx((2.5 * samples.tanh() ** 3).numpy(), abs=1e-5)
+    kirsch.export(Scaled(), tmp_path / "n.onnx", example_inputs={"x": samples, "kind": "sin", "scale": 2, "power": 1})
+    assert run(tmp_path / "n.onnx", samples)[0] == pytest.approx((2 * samples.sin()).numpy(), abs=1e-5)
+
+
 def test_weights_too_large_for_one_file_go_to_a_second(tmp_path, monkeypatch):
     """Nine weights and three biases of four bytes each are 48; protobuf's limit is moved below."""
     monkeypatch.setattr(export, "SINGLE_FILE_BYTES", 47)
@@ -174,7 +187,7 @@ def test_what_torch_export_never_follows_is_named_as_in_a_trace(model, inputs, s
             (torch.zeros(2, 3), torch.tensor(1.0)),
             r"Input 1 is a tensor without axes\. Give tensors whose first",
         ),
-        ((torch.zeros(2, 3), 7), r"Input 1 is of type int\."),
+        ((torch.zeros(2, 3), 1j), r"Input 1 is of type complex\."),
     ],
     ids=["keywords", "scalar", "number"],
 )
