@@ -65,6 +65,16 @@ def test_a_model_in_bfloat16_is_refused_with_the_mend(tmp_path):
         export_onnx(nn.Linear(3, 4).bfloat16(), torch.randn(2, 3).bfloat16(), tmp_path / "m.onnx")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_autocast_of_the_caller_is_not_exported(tmp_path, dtype):
+    with torch.autocast("cpu", dtype=dtype):
+        kirsch.export(nn.Linear(3, 4), tmp_path / "m.onnx", example_inputs=torch.randn(2, 3))
+        assert torch.is_autocast_enabled("cpu")
+    written = onnx.load(tmp_path / "m.onnx").graph
+    assert {tensor.data_type for tensor in written.initializer} == {onnx.TensorProto.FLOAT}
+    assert not [node for node in written.node if node.op_type == "Cast"]
+
+
 def test_an_example_of_one_sample_does_not_fix_the_batch(tmp_path):
     """A recurrent layer is where the exporter takes an axis of size 1 for a constant."""
     torch.manual_seed(0)

@@ -107,7 +107,7 @@ class Exportable:
         return next(not_finite_names(self._flat.model), "")
 
     def _run(self, inputs: Sequence[NDArray[Any]]) -> dict[str, torch.Tensor]:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), _own_types(self._flat):
             return self._flat.by_path(*self._tensors(inputs))
 
     def _functions(self) -> set[str]:
@@ -143,7 +143,7 @@ class Exportable:
         given = tuple(torch.cat([value, value]) for value in given) if twice else given
         batch = torch.export.Dim("batch")
         try:
-            with _quiet():
+            with _quiet(), _own_types(self._flat):
                 paths = list(self._run(list(self.inputs.values())))
                 program = torch.onnx.export(
                     self._flat,
@@ -168,6 +168,13 @@ class Exportable:
         inputs = list(self.inputs)
         onnx_file.finish(path, inputs=inputs, outputs=output_names(paths, inputs), prefix="model.", model=self.name)
         return {**onnx_file.details(path), "exporter": f"torch {torch.__version__}"}
+
+
+@contextlib.contextmanager
+def _own_types(model: nn.Module) -> Iterator[None]:
+    """Without the autocast of the caller, which the file would hold; that of the model's own code stays."""
+    with torch.autocast("cpu", enabled=False), torch.autocast(predict.device_of(model).type, enabled=False):
+        yield
 
 
 class _Functions(TorchFunctionMode):

@@ -22,6 +22,7 @@ QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.
 OBSERVING = ("torch.ao.quantization", "torchao.quantization")
 """Packages of modules that observe values for a quantization."""
 
+EXPORT_FIRST = "Export the floating-point model, and quantize the file: onnxruntime.quantization.quantize_dynamic."
 PRUNE_FIRST = "Prune the floating-point model first, and quantize the pruned one."
 
 
@@ -81,6 +82,7 @@ def check_exportable(model: nn.Module) -> None:
     check_values(model)
     for path, module in model.named_modules():
         for why, fix in _opaque(module, f"Its part `{path}` is" if path else "It is", path):
+            fix = EXPORT_FIRST if fix == PRUNE_FIRST else fix  # noqa: PLW2901 - of the same reason
             raise ModelError(f"A {type(model).__name__} cannot be exported.", why, fix)
 
 
