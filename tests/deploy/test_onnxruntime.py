@@ -94,7 +94,7 @@ def test_a_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(LoadError, match=r"The file .*gone\.onnx does not exist\. Export the model first\."):
         OnnxSession(tmp_path / "gone.onnx")
     with pytest.raises(
-        LoadError, match="is not an ONNX file: it is a folder.* Give an ONNX file, such as kirsch.export"
+        LoadError, match=r"is not an ONNX file: it is a folder.* Give an ONNX file, such as kirsch\.export"
     ):
         OnnxSession(tmp_path)
 

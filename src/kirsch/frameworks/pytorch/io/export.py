@@ -155,7 +155,7 @@ class Exportable:
         except Exception as error:
             fix = "Export a part without the operation that is named, or replace it."
             first = _root(error)
-            why, fix = reason_of(self._functions(), first) or (_in_one_sentence(first), fix)
+            why, fix = reason_of(self._functions(), first) or (said(first), fix)
             raise ModelError(f"A {self.name} cannot be exported to ONNX.", why, fix) from error
         if program is None:
             raise ModelError(f"A {self.name} cannot be exported to ONNX.", "The exporter gave nothing.")
@@ -209,11 +209,6 @@ def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _in_one_sentence(error: BaseException) -> str:
-    first = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "it says no more")
-    return f"{type(error).__name__}: {first}."
 
 
 @contextlib.contextmanager
