@@ -176,7 +176,9 @@ def said(error: BaseException) -> str:
         text = str(error)
     except Exception:  # noqa: BLE001 - the exception is not ours, and so is its __str__
         text = ""
-    first = next((line.strip() for line in text.splitlines() if line.strip()), "it says no more")
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    if not first:
+        return f"{type(error).__name__} without a message."
     shown = first if len(first) <= LONGEST else f"{first[:LONGEST]}…"
     return f"{type(error).__name__}: {shown.rstrip('.')}."
 

@@ -202,7 +202,11 @@ WRONG = {
         UsageError,
         r"computes in float32, and its inputs are uint8 of shape \(8, 1, 6, 6\), values \d+ to \d+.* / 255",
     ),
-    "double precision": ([(X.double(), Y)], UsageError, "Net computes in float32, and its inputs are float64"),
+    "double precision": (
+        [(X.double(), Y)],
+        UsageError,
+        r"Net computes in float32, and its inputs are float64.*astype\(numpy\.float32\)",
+    ),
     "channels last": (
         [(X.permute(0, 2, 3, 1), Y)],
         ModelError,

@@ -251,6 +251,13 @@ def test_a_build_that_stores_nothing_is_refused(tmp_path):
         kirsch.load(tmp_path / "small", lambda: Net().to("meta"))
 
 
+def test_a_wrapped_model_is_saved_without_its_wrapper(tmp_path):
+    small = pruned(Net, X)
+    with pytest.raises(UsageError, match=r"DataParallel wraps the model .* kirsch\.save\(model\.module, folder\)"):
+        kirsch.save(nn.DataParallel(small), tmp_path / "small")
+    kirsch.save(nn.DataParallel(small).module, tmp_path / "small")
+
+
 def test_a_model_that_was_changed_after_it_was_pruned_is_not_saved(tmp_path):
     small = pruned(Net, X)
     width = small.first.out_features

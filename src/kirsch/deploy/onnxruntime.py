@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+FILE_FIX = "Give an ONNX file, such as kirsch.export writes, or the model itself to kirsch.measure."
 INPUTS_FIX = "Give example inputs of that number, shape and type."
 
 
@@ -43,8 +44,10 @@ class OnnxSession:
         found = describe(file)
         if found is None:
             raise LoadError(f"The file {file} does not exist.", fix="Export the model first.")
-        if file.is_dir() or (file.suffix.lower() != ".onnx" and found.why):
-            raise LoadError(f"{file} is not an ONNX file: it is {found.what}.", found.why, found.as_model)
+        if found.what != "an ONNX file":
+            of_the_command = any(word in found.as_model for word in ("MODEL", "callable"))
+            fix = FILE_FIX if of_the_command else found.as_model
+            raise LoadError(f"{file} is not an ONNX file: it is {found.what}.", found.why, fix)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -53,11 +56,8 @@ class OnnxSession:
             # ONNX Runtime refuses external data outside the folder of the file by itself.
             self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common base of their own
-            raise LoadError(
-                f"{file} cannot be loaded by ONNX Runtime.",
-                _first_line(error),
-                "Give a model that kirsch.export wrote.",
-            ) from error
+            why = _first_line(error)
+            raise LoadError(f"{file} cannot be loaded by ONNX Runtime.", why, _fix_of_file(why)) from error
         self.path = file
         self.threads = threads
         self.version: str = onnxruntime.__version__
@@ -152,6 +152,15 @@ def _arrays(inputs: Any) -> list[NDArray[Any]]:
 def _type(text: str) -> str:
     """The type of the numbers in a type of ONNX Runtime: that of "tensor(float)" is "float"; any other as it is."""
     return text.removeprefix("tensor(").removesuffix(")") if text.startswith("tensor(") else text
+
+
+def _fix_of_file(why: str) -> str:
+    """What to do about a file that ONNX Runtime does not load, by what it says."""
+    if "INVALID_PROTOBUF" in why or "No graph was found" in why:
+        return "The file is damaged, or not an ONNX file: write or copy it again."
+    if "opset import" in why or "is not a registered function/op" in why:
+        return "Leave custom operators out of the model: the file must run with the operators of ONNX Runtime alone."
+    return "Give a model that kirsch.export wrote."
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from kirsch.distillation.checks import few
 from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.probabilities import stated_of, to_logits
 from kirsch.distillation.store import TeacherStore
-from kirsch.distillation.targets import check_batch
+from kirsch.distillation.targets import check_evaluable, uses_labels
 from kirsch.errors import DataError, NumericError
 from kirsch.frameworks.data import ArrayData, Batch, batches_of, naming
 from kirsch.frameworks.port import host
@@ -76,10 +76,15 @@ def evaluate_teacher(
     Raises:
         NumericError: the teacher is no better than a model that ignores its inputs, or its outputs are not finite.
     """
-    if isinstance(teacher, TeacherStore):
-        found = _stored(teacher, data, objective)
-    else:
-        found = _live(framework, teacher, data, validation, objective, place)
+    try:
+        if isinstance(teacher, TeacherStore):
+            found = _stored(teacher, data, objective)
+        else:
+            found = _live(framework, teacher, data, validation, objective, place)
+    except DataError:
+        if uses_labels(objective) or (validation is not None and not callable(validation)):
+            raise
+        return {}  # targets that nothing is learned from need not be what the label loss takes
     if not found:
         return {}
     if objective.label_loss == "squared-error":
@@ -305,7 +310,7 @@ def evaluated_batch(
         DataError: the label loss does not take the targets.
     """
     targets = host(targets)
-    check_batch(targets, outputs.shape[1:], objective)
+    check_evaluable(targets, outputs.shape[1:], objective)
     if objective.label_loss == "cross-entropy":
         rows = classes_last(outputs)
         return EvaluatedBatch(*_counted(rows.argmax(-1), targets, objective), rows.shape[-1])

@@ -7,7 +7,6 @@ value that meets all its demands.
 from __future__ import annotations
 
 from collections import ChainMap
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from kirsch.errors import PlanError
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
     from kirsch.graph.facts import Demand
     from kirsch.graph.labels import Labels
 
+
+COMPARISON = "comparison"
+"""Name of the operation of a demand that a comparison in the code makes."""
 
 AS_GRAPH = "trace the model with kirsch.trace(..., as_graph=True), which gives its operations without its code"
 
@@ -42,20 +44,27 @@ def solve(
     for demand in demands:
         found, wanted = _found(demand, values), _wanted(demand, kept)
         if found != wanted:
+            if demand.operation.name == COMPARISON:
+                raise _turned(demand, kept)
             raise PlanError(
                 f"No value of {demand.names} fits the plan.",
                 f"{demand.operation.source or demand.operation.name} needs {wanted}, and would get {found}.",
                 f"Exclude the layers it belongs to, compute the size from the tensor's own shape, or {AS_GRAPH}.",
             )
     for condition in broken(demands, conditions, kept):
-        sizes = [f"a size of {len(labels)} that becomes {kept(labels)}" for labels in condition.expression.sizes]
-        read = [*sizes, *(f"`{leaf}`" for leaf, _ in condition.expression.leaves)]
-        raise PlanError(
-            f"A comparison at {condition.operation.source or 'an operation of the graph'} does not allow the plan.",
-            f"It reads {', '.join(read)}, and would turn out otherwise than in the original.",
-            f"Cut another number of units, as with round_to, exclude the layers that it looks at, or {AS_GRAPH}.",
-        )
+        raise _turned(condition, kept)
     return {leaf: values[leaf] for leaf, value in today.items() if isinstance(leaf, Leaf) and values[leaf] != value}
+
+
+def _turned(condition: Demand, kept: Callable[[Labels], int]) -> PlanError:
+    """Return the error for a comparison whose answer changes."""
+    sizes = [f"a size of {len(labels)} that becomes {kept(labels)}" for labels in condition.expression.sizes]
+    read = [*sizes, *(f"`{leaf}`" for leaf, _ in condition.expression.leaves)]
+    return PlanError(
+        f"A comparison at {condition.operation.source or 'an operation of the graph'} does not allow the plan.",
+        f"It reads {', '.join(read)}, and would turn out otherwise than in the original.",
+        f"Cut another number of units, as with round_to, exclude the layers that it looks at, or {AS_GRAPH}.",
+    )
 
 
 def unmet(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> list[Demand]:
@@ -108,10 +117,26 @@ def _alone(demands: Sequence[Demand], known: Container[object]) -> dict[Leaf, li
 
 
 def _value(leaf: Leaf, own: Sequence[Demand], values: dict[object, int], kept: Callable[[Labels], int]) -> int:
-    """The value of an attribute that meets all its own demands; today's if there is none, for `solve` to refuse."""
-    wanted = [_wanted(demand, kept) for demand in own]
-    for candidate in chain(wanted, [values[leaf]], range(values[leaf] + 1)):  # the likely ones first
+    """The value of an attribute that meets all its own demands; today's if there is none, for `solve` to refuse.
+
+    Where only numbers that must stay what they are tell of it, it keeps its relation to the sizes: equal to one, or the
+    same multiple. Any other value must be the only one that fits: each size is divisible by 1.
+    """
+    today, wanted = values[leaf], [_wanted(demand, kept) for demand in own]
+
+    def fits(candidate: int) -> bool:
         trial = ChainMap[object, int]({leaf: candidate}, values)
-        if all(_found(demand, trial) == number for demand, number in zip(own, wanted, strict=True)):
-            return candidate
-    return values[leaf]
+        return all(_found(demand, trial) == number for demand, number in zip(own, wanted, strict=True))
+
+    sizes = [(len(labels), kept(labels)) for demand in own for labels in demand.expression.sizes]
+    related = bool(sizes) and not any(len(demand.labels) for demand in own)
+    if related:
+        equal = [now for before, now in sizes if before == today]
+        likely = [*equal, today, *(today * now // before for before, now in sizes if today * now % before == 0)]
+    else:
+        likely = [*wanted, today]
+    found = next((candidate for candidate in likely if fits(candidate)), None)
+    if found is not None:
+        return found
+    others = [candidate for candidate in range(1 + max(today, *(now for _, now in sizes), 0)) if fits(candidate)]
+    return others[0] if others and not (related and len(others) > 1) else today

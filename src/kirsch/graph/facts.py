@@ -7,6 +7,7 @@ grid        an array of cells with one *marginal* label per position of each of 
 mark        what an operation uses labels as: the heads of an attention, the units of a recurrent state;
 demand      an integer in the model's own code must equal the number of labels that are kept;
 condition   the answer of a comparison in the model's code must stay what it is;
+choice      the answer of a comparison that only chooses between two ways, which may change;
 statistic   an operation averages over a labeled axis: its result depends on how many labels are kept;
 floor       at least so many labels must be kept;
 term        what an operation or a parameter costs: a coefficient times the kept counts of some label arrays.
@@ -118,6 +119,7 @@ class Facts:
     grids: list[Grid] = field(default_factory=list)
     demands: list[Demand] = field(default_factory=list)
     conditions: list[Demand] = field(default_factory=list)
+    choices: list[Demand] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     statistics: set[str] = field(default_factory=set)
     floors: list[tuple[Labels, int]] = field(default_factory=list)
@@ -195,6 +197,10 @@ class Facts:
     def condition(self, expression: Expression, *, holds: bool) -> None:
         """Record a question of the model's code, 1 or 0, whose answer must stay what it is."""
         self.conditions.append(Demand(np.zeros(0, np.int64), expression, self.operation, int(holds)))
+
+    def choose(self, expression: Expression, *, holds: bool) -> None:
+        """Record a question by which the model's code chooses between two ways, for the message of a failed cut."""
+        self.choices.append(Demand(np.zeros(0, np.int64), expression, self.operation, int(holds)))
 
     def mark(self, axis: Axis, use: str) -> None:
         """Note what an operation uses an axis as; see `group.KINDS`."""

@@ -268,6 +268,13 @@ class Graph:
         kept = lambda labels: int(keep[component[labels]].sum())  # noqa: E731 - read in one place
         return constants.solve(self.facts.demands, kept, self.facts.conditions)
 
+    def turned(self, keep: NDArray[np.bool_]) -> list[str]:
+        """Lines of the comparisons that choose another way in the model's code when units go."""
+        component = self.coupling.component
+        kept = lambda labels: int(keep[component[labels]].sum())  # noqa: E731 - as above
+        found = constants.broken(self.facts.demands, self.facts.choices, kept)
+        return list(dict.fromkeys(choice.operation.source for choice in found))
+
     def emptied(self, keep: NDArray[np.bool_]) -> ParameterAxis | None:
         """A parameter axis of which nothing, or less than an operation needs, would be left; None if all is well."""
         component = self.coupling.component

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kirsch.graph import constants
+from kirsch.graph.constants import COMPARISON
+from kirsch.graph.expression import Size
 from kirsch.graph.facts import Freeze
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -23,9 +25,6 @@ if TYPE_CHECKING:
     from kirsch.graph.facts import Demand
     from kirsch.graph.group import Group
     from kirsch.graph.labels import Labels
-
-COMPARISON = "comparison"
-"""Name of the operation of a demand that a comparison in the code makes."""
 
 TRIALS = 8
 """Random choices that are tried. Where none of them shows a demand that cannot be met, making the plan does."""
@@ -72,27 +71,51 @@ def _beside(demand: Demand) -> str:
 def _failing(
     demands: Sequence[Demand], conditions: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]
 ) -> list[Demand]:
-    """The demands that are not met by every choice that is tried, and the conditions that no change of theirs meets."""
+    """The demands that are not met by every choice that is tried, and the conditions that no change of theirs meets.
+
+    A comparison that today's attributes pass at another size, as of `width % heads` with 0, counts as a condition.
+    """
     failing: dict[int, Demand] = {}
     both = [*demands, *conditions]
+    loose = [demand for demand in demands if _asks_of_sizes(demand)]
     touched = {id(labels): coupling.component[labels] for demand in both for labels in _touched(demand)}
-    hopeless = {id(condition): condition for condition in conditions}
-    seen = set[int]()
+    hopeless = {id(condition): condition for condition in [*conditions, *loose]}
+    hopeful, seen = {id(demand) for demand in loose}, set[int]()
     for keep in _choices(coupling, groups) if both and groups else ():
         left = {labels: int(np.count_nonzero(keep[components])) for labels, components in touched.items()}
 
         def kept(labels: Labels, left: dict[int, int] = left) -> int:
             return left[id(labels)]
 
-        failing |= {id(demand): demand for demand in constants.unmet(demands, kept)}
+        unmet = {id(demand): demand for demand in constants.unmet(demands, kept)}
+        failing |= {name: demand for name, demand in unmet.items() if name not in hopeful}
         broken = {id(condition) for condition in constants.broken(demands, conditions, kept)}
-        seen |= broken
-        for condition in conditions:
+        seen |= broken | unmet.keys() & hopeful
+        broken |= {id(demand) for demand in loose if not _as_today(demand, kept)}
+        for condition in [*conditions, *loose]:
             moves = any(kept(labels) != len(labels) for labels in condition.expression.sizes)
             if id(condition) not in broken and (moves or not condition.expression.sizes):
                 hopeless.pop(id(condition), None)
     failing |= {name: condition for name, condition in hopeless.items() if name in seen}
     return list(failing.values())
+
+
+def _asks_of_sizes(demand: Demand) -> bool:
+    """Whether it is a comparison of sizes and attributes with a number."""
+    expression = demand.expression
+    return (
+        demand.operation.name == COMPARISON and not len(demand.labels) and bool(expression.sizes and expression.leaves)
+    )
+
+
+def _as_today(demand: Demand, kept: Callable[[Labels], int]) -> bool:
+    """Whether today's attributes meet a demand without labels at the sizes that are kept."""
+    values: dict[object, int] = dict(demand.expression.leaves)
+    values |= {Size(labels.tobytes()): kept(labels) for labels in demand.expression.sizes}
+    try:
+        return demand.expression.compute(values) == demand.constant
+    except ZeroDivisionError:
+        return False
 
 
 def _choices(coupling: Coupling, groups: Sequence[Group]) -> Iterator[NDArray[np.bool_]]:

@@ -168,6 +168,42 @@ def test_a_size_that_is_compared_with_what_cannot_follow_stays_and_the_error_has
     assert kirsch.prune(model, kirsch.plan(free, Goal(macs=0.2))).first.weight.shape[0] < 16
 
 
+@pytest.mark.parametrize(
+    ("today", "widths_today"), [(16, {8: 8, 12: 12, 7: 7}), (8, {12: 6, 14: 7}), (4, {12: 4, 8: 4})]
+)
+def test_an_attribute_that_divides_a_size_keeps_its_relation_to_it(today, widths_today):
+    """Each size is divisible by 1, which is not what the attribute stands for."""
+
+    def divides(s, x):
+        assert x.shape[1] % s.channels == 0
+
+    for width, expected in widths_today.items():
+        model = shaken(Net(divides))
+        model.checked.channels = today
+        graph = kirsch.trace(model, IMAGE)
+        plan = kirsch.plan(graph, Goal(macs=0.9), round_to=4)
+        pruned = kirsch.prune(model, removing(plan, "first", 16 - width))
+        assert (pruned.first.out_channels, pruned.checked.channels) == (width, expected)
+
+
+def test_a_size_that_no_value_in_the_same_relation_divides_is_refused_at_the_line():
+    def divides(s, x):
+        assert x.shape[1] % s.channels == 0
+
+    model = shaken(Net(divides))
+    model.checked.channels = 4
+    plan = kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.9), round_to=4)
+    line = divides.__code__.co_firstlineno + 1
+    with pytest.raises(PlanError, match=rf"A comparison at test_comparisons\.py:{line} .*`checked\.channels`"):
+        kirsch.prune(model, removing(plan, "first", 3))
+
+
+def removing(plan, name, number):
+    """The plan with nothing but so many units of one group."""
+    only = dataclasses.replace(plan.groups[0], name=name, size=16, removed=tuple(range(number)))
+    return dataclasses.replace(plan, groups=(only,))
+
+
 def test_a_property_of_an_attribute_follows_or_holds():
     model = shaken(Net(lambda s, x: torch._assert(x.shape[1] == 2 * s.half, "channels")))
     assert prune_with_verification(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.8))).verification.passed
@@ -202,6 +238,29 @@ def test_comparisons_that_all_is_given_and_that_only_choose_do_not_hold():
 
     model = shaken(Net(choosing))
     assert kirsch.prune(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5))).first.out_channels < 16
+
+
+class Skipping(Checked):
+    """A layer that only runs for inputs that are wide enough."""
+
+    def forward(self, x):
+        if self.channels == 16 and x.shape[1] >= self.channels:
+            return super().forward(x)
+        return x
+
+
+def test_a_choice_that_turns_out_otherwise_is_named_when_the_cut_fails():
+    model = shaken(Net(lambda _, x: None))
+    model.checked = shaken(Skipping(lambda _, x: None))
+    graph = kirsch.trace(model, IMAGE)
+    plan = removing(kirsch.plan(graph, Goal(macs=0.9)), "first", 4)
+    line = Skipping.forward.__code__.co_firstlineno + 1
+    sentence = (
+        rf"The comparison at test_comparisons\.py:{line} turns out otherwise.*Exclude 'first', or trace.*as_graph"
+    )
+    with pytest.raises(VerificationError, match=sentence) as caught:
+        kirsch.prune(model, plan)
+    assert "report the model" not in str(caught.value)
 
 
 def test_a_reshape_to_the_width_of_a_layer_ties_both():

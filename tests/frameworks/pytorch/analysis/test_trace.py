@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kirsch.errors import GoalError, ModelError
+import kirsch
+from kirsch.errors import GoalError, ModelError, UsageError
 from kirsch.frameworks.pytorch.analysis.count import count
 from kirsch.frameworks.pytorch.analysis.trace import trace
 from kirsch.graph.graph import InputSpec, InputValue, NestedInput
@@ -174,7 +176,7 @@ def test_outputs_of_any_structure(pack):
         (torch.tensor([[4, 9], [1, 0]]), "int64", 9),
         (torch.tensor([True, False]), "bool", 1),
         (torch.randn(2, dtype=torch.complex64), "complex64", 0),
-        (torch.zeros(0, 3, dtype=torch.int32), "int32", 0),
+        (torch.zeros(2, 0, dtype=torch.int32), "int32", 0),
     ],
 )
 def test_inputs_are_stored_by_shape_type_and_range(value, dtype, high):
@@ -221,3 +223,58 @@ def test_the_graph_fits_the_model_with_its_own_parameters_alone():
     assert graph.fits(model)
     model[0].weight = nn.Parameter(torch.zeros(8, 6))
     assert not graph.fits(model)
+
+
+PIXELS = torch.rand(2, 3, 8, 8)
+UNFIT = {
+    "bytes": ((PIXELS * 255).to(torch.uint8), r"unsigned char.*inputs\.astype\(numpy\.float32\) / 255"),
+    "double": (
+        PIXELS.double(),
+        r"double.*Give inputs in float32: inputs\.astype\(numpy\.float32\) .* inputs\.float\(\)",
+    ),
+    "double array": (PIXELS.double().numpy(), r"double.*Give inputs in float32"),
+    "half": (PIXELS.half(), "Half.*Give inputs in float32"),
+    "channels last": (PIXELS.permute(0, 2, 3, 1), r"channels last.*inputs\.permute\(0, 3, 1, 2\)"),
+    "other channels": (torch.rand(2, 5, 8, 8), r"Check that model\(\*example_inputs\) runs"),
+    "meta": (PIXELS.to("meta"), "The example inputs lie on the meta device and have no values"),
+    "no samples": (PIXELS[:0], r"no samples: their shapes are \(0, 3, 8, 8\).*at least one sample"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_inputs_that_a_model_does_not_take_are_told_with_the_conversion(kind):
+    inputs, sentence = UNFIT[kind]
+    with pytest.raises(ModelError, match=sentence):
+        trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), inputs)
+
+
+def test_a_model_without_values_needs_inputs_without_values():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).to("meta")
+    with pytest.raises(ModelError, match=r"Its parameter `0\.weight` lies on the meta device.*Load its weights"):
+        trace(model, PIXELS)
+    assert [group.size for group in trace(model, PIXELS.to("meta")).groups] == [8]
+
+
+def test_a_model_in_half_precision_may_be_brought_to_its_inputs():
+    with pytest.raises(ModelError, match=r"inputs\.bfloat16\(\) of a tensor; or bring the model to theirs"):
+        trace(nn.Conv2d(3, 4, 3).bfloat16(), PIXELS)
+
+
+@pytest.mark.parametrize(("array", "dtype"), [(np.array(["a"]), "<U1"), (np.array([None, 1]), "object")])
+def test_arrays_that_hold_no_numbers_are_named_by_their_type(array, dtype):
+    with pytest.raises(UsageError, match=rf"of dtype {dtype} and shape .*Give numbers"):
+        kirsch.trace(nn.Linear(6, 8), array)
+    with pytest.raises(UsageError, match=rf"of dtype {dtype} and shape .*Give numbers"):
+        kirsch.trace(nn.Linear(6, 8), (torch.randn(2, 6), array))
+
+
+def test_an_input_without_entries_beside_one_with_samples_is_taken():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x, earlier):
+            return self.second(torch.cat([earlier, self.first(x)]))
+
+    assert [g.size for g in trace(Attending(), (torch.randn(2, 6), torch.zeros(0, 8))).groups] in ([8], [])

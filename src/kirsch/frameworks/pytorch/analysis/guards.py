@@ -1,7 +1,7 @@
 """Whether a model's code raises if a comparison turns out otherwise, as an `assert` does; read off its instructions.
 
 A comparison that only chooses between two ways, such as `if repeats == 1: return x`, may turn out either way after a
-cut: both ways compute what they should, and the verification sees to it.
+cut: both ways compute what they should, and the verification sees to it; where it fails, its error names the line.
 """
 
 from __future__ import annotations
@@ -48,6 +48,16 @@ def guards_in_graph(frame: FrameType) -> bool:
     node: Node | None = above.f_locals.get("n") if above is not None else None
     users = [getattr(user.target, "__name__", str(user.target)) for user in node.users] if node is not None else []
     return any(name.startswith(ASSERTING) for name in users)
+
+
+def compares(frame: FrameType) -> bool:
+    """Whether the instruction that a frame is at compares, and does not look something up."""
+    return _compares(frame.f_code, frame.f_lasti)
+
+
+@functools.cache
+def _compares(code: CodeType, offset: int) -> bool:
+    return any(step.offset == offset and step.opname in COMPARING for step in dis.get_instructions(code))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch.fx import interpreter
 
-from kirsch.frameworks.pytorch.analysis.guards import guards, guards_in_graph
+from kirsch.frameworks.pytorch.analysis.guards import compares, guards, guards_in_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -34,13 +34,14 @@ class Lost:
 
 @dataclass(frozen=True)
 class Compared:
-    """A comparison of two integers, of which one at least has a past, without whose answer the model's code raises.
+    """A comparison of two integers, of which one at least has a past.
 
     Args:
         left, right: what is compared.
         compare: of two integers.
         result: today's.
         source: the line of code, "" for an operation of a graph.
+        chooses: whether it only chooses between two ways; the model's code raises if any other turns out otherwise.
     """
 
     left: int
@@ -48,6 +49,7 @@ class Compared:
     compare: Callable[[int, int], bool]
     result: bool
     source: str
+    chooses: bool = False
 
     @property
     def equal(self) -> bool:
@@ -154,6 +156,8 @@ def _comparing(name: str) -> Callable[..., Any]:
             self.lost.append(Compared(self, other, compare, result, ""))
         elif not path.startswith(PACKAGES) and guards(frame, result, compares=True):
             self.lost.append(Compared(self, other, compare, result, _line(frame)))
+        elif not path.startswith(PACKAGES) and compares(frame):
+            self.lost.append(Compared(self, other, compare, result, _line(frame), chooses=True))
         return result
 
     return method

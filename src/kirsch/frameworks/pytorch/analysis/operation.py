@@ -144,6 +144,9 @@ class Step:
         expressions = [self.expression(side) if isinstance(side, TracedInt) else None for side in sides]
         if any(isinstance(side, TracedInt) and not self._known(side) for side in sides):
             return
+        if found.chooses:
+            self._condition(found, [e for e in expressions if e is not None])
+            return
         first, second = expressions
         plain = [e.sizes[0] if e is not None and e.plain and e.sizes else None for e in expressions]
         if not found.equal:
@@ -180,7 +183,9 @@ class Step:
             return int(bool(found.compare(left, right)))
 
         whole = Expression(compute, tuple(leaves.items()), tuple(sizes.values()))
-        if must:
+        if found.chooses:
+            self.facts.choose(whole, holds=found.result)
+        elif must:
             self.facts.pin(int(found.result), whole)
         else:
             self.facts.condition(whole, holds=found.result)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis.integers import PACKAGES
 from kirsch.frameworks.pytorch.analysis.provenance import Calls, twin_of, watched
-from kirsch.frameworks.pytorch.inference.calling import fix_of_looked_up, looks_up
+from kirsch.frameworks.pytorch.inference.calling import fix_of_inputs, fix_of_looked_up, looks_up, without_values
 from kirsch.frameworks.pytorch.modules.copying import kept_by_hooks
 from kirsch.frameworks.pytorch.modules.interpreted import owned
 from kirsch.frameworks.pytorch.modules.unsupported import reason_of
@@ -42,7 +42,6 @@ def export(
     model: nn.Module, args: tuple[Any, ...], options: dict[str, Any], calls: Calls, decisions: str, *, training: bool
 ) -> ExportedProgram:
     """The operations of the model, functional and not decomposed."""
-    name = type(model).__name__
     twin = twin_of(model, shared=decisions == "refuse", training=training)  # with values, it may write into its buffers
     if decisions == "example":
         _plain_tensors(twin)
@@ -59,7 +58,7 @@ def export(
             program = torch.export.export(twin, args, options, strict=False)
             functional: ExportedProgram = program.run_decompositions({})
         except Exception as error:
-            raise ModelError(*_reason(name, args, options, calls, error)) from error
+            raise ModelError(*_reason(model, args, options, calls, error)) from error
     signature = functional.graph_signature
     owned(functional, {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
     return functional
@@ -94,18 +93,22 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(
-    name: str, args: tuple[Any, ...], options: dict[str, Any], calls: Calls, error: Exception
+    model: nn.Module, args: tuple[Any, ...], options: dict[str, Any], calls: Calls, error: Exception
 ) -> tuple[str, str, str]:
     """What, why and fix for a model that cannot be exported."""
     shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves((args, options)) if isinstance(t, torch.Tensor))
     line = f" ({found})" if (found := user_line(error)) else ""
     place = f" in `{calls.failed_in}`{line}" if calls.failed_in else line
     first = next((text for text in str(error).splitlines() if text.strip()), "").strip()
-    what = f"The model {name} cannot be traced with inputs of shape {shapes or 'none'}."
+    what = f"The model {type(model).__name__} cannot be traced with inputs of shape {shapes or 'none'}."
+    empty = without_values(model, args, options)
+    if empty is not None:
+        return what, *empty
     known = reason_of({call.name for call in calls.log}, error)
     if known is not None:
         return what, f"{known[0]} ({type(error).__name__}{place})", known[1]
     why = f"{type(error).__name__}{place}: {first}"
+    why = why if why.endswith((".", "!", "?")) else f"{why}."
     if looks_up(error):
         return what, why, fix_of_looked_up(args, options)
     dynamic = any(word in type(error).__name__ for word in ("DataDependent", "GuardOn")) or "data-dependent" in str(
@@ -115,9 +118,10 @@ def _reason(
         'The forward decides by the values of its input; trace a part that does not (scope="backbone"), '
         'or follow the way of these inputs (decisions="example").'
         if dynamic
-        else "Check that model(*example_inputs) runs, and that the shapes are those that the model expects."
+        else fix_of_inputs(model, args, options, error)
+        or "Check that model(*example_inputs) runs, and that the shapes are those that the model expects."
     )
-    return what, why if why.endswith((".", "!", "?")) else f"{why}.", fix
+    return what, why, fix
 
 
 def user_line(error: BaseException) -> str:

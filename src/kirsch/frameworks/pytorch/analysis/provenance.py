@@ -157,7 +157,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call."""
         kwargs = kwargs or {}
-        name = _called(func)
+        name = called_name(func)
         if func in _SHAPE or name in _COUNTS:
             return self._sizes(name, func(*args, **kwargs), args, kwargs)
         if name.startswith("sym_"):  # arithmetic with sizes that depend on values
@@ -228,7 +228,7 @@ class Watch(TorchFunctionMode):
         return TracedInt.leaf(size, SizeOf(call, place, axis, name), self._calls.lost)
 
 
-def _called(func: Any) -> str:
+def called_name(func: Any) -> str:
     """The name of a function, without the overload where it is an operator of `torch.ops`."""
     schema = getattr(func, "_schema", None)
     if schema is not None:

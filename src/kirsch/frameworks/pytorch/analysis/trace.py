@@ -35,14 +35,15 @@ from kirsch.frameworks.pytorch.analysis.provenance import Calls, SizeOf
 from kirsch.frameworks.pytorch.analysis.residual import ends_of_branch
 from kirsch.frameworks.pytorch.analysis.stand_ins import specification
 from kirsch.frameworks.pytorch.analysis.traced import Traced
+from kirsch.frameworks.pytorch.inference.calling import without_values
 from kirsch.frameworks.pytorch.inference.outputs import counting
 from kirsch.frameworks.pytorch.inference.predict import arguments
 from kirsch.frameworks.pytorch.modules.submodule import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.modules.unsupported import check
+from kirsch.graph.constants import COMPARISON
 from kirsch.graph.facts import Facts, Freeze, Operation
 from kirsch.graph.graph import Graph, Tracing
 from kirsch.graph.labels import Tensor
-from kirsch.graph.rigid import COMPARISON
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -65,6 +66,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         example_inputs = inputs_of(whole, tracing.scope, example_inputs)
     args, options = arguments(example_inputs)
     check(model)
+    _check_samples(model, args, options)
     facts = Facts()
     tensors = _labelled(model, facts)
     traced = _walk(model, args, options, facts, tensors, tracing)
@@ -99,6 +101,21 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         tracing=tracing,
         traced=traced,
     )
+
+
+def _check_samples(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Raise if the example inputs hold no samples, or no values where the model has some: any cut would pass."""
+    given = [value for value in tree_leaves((args, options)) if isinstance(value, torch.Tensor)]
+    empty = without_values(model, args, options) if any(value.is_meta for value in given) else None
+    if empty is not None:
+        raise ModelError(f"The model {type(model).__name__} cannot be traced.", *empty)
+    axes = [value.shape for value in given if value.dim()]
+    if axes and not any(shape[0] for shape in axes):
+        raise ModelError(
+            f"The example inputs have no samples: their shapes are {', '.join(str(tuple(shape)) for shape in axes)}.",
+            "On no samples, a verification would show nothing.",
+            "Give at least one sample on the first axis.",
+        )
 
 
 def _walk(

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import DataError, KirschError, UsageError, said
 from kirsch.failures import lacks_memory
+from kirsch.frameworks.annotations import ONLY_NUMBERS
 from kirsch.frameworks.predictions import logits_output
 from kirsch.frameworks.pytorch.inference.calling import UNFIT, explained, fitted, not_running, one_sample
 from kirsch.frameworks.pytorch.inference.outputs import named
@@ -46,7 +47,15 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _tensors_for_numpy(inputs: Any) -> Any:
-    return tree_map(lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value, inputs)
+    return tree_map(lambda value: _from_numpy(value) if isinstance(value, np.ndarray) else value, inputs)
+
+
+def _from_numpy(array: NDArray[Any]) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array) if array.ndim else array)
+    except TypeError:
+        what = f"An input is an array of dtype {array.dtype} and shape {array.shape}."
+        raise UsageError(what, fix=ONLY_NUMBERS) from None
 
 
 def copied(inputs: Any) -> Any:
@@ -154,7 +163,7 @@ def tensors(inputs: Any, model: nn.Module) -> Any:
 def on(device: torch.device, array: Any) -> Any:
     """An array, of numpy or of PyTorch, on a device; anything else as it is."""
     if isinstance(array, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        return _from_numpy(array).to(device)
     return array.to(device) if isinstance(array, torch.Tensor) else array
 
 
