@@ -72,9 +72,9 @@ def export(model: Model, path: str | Path, *, example_inputs: Inputs, format: st
         path: of the file; it appears whole or not at all.
         example_inputs: one array, a tuple of positional or a dict of keyword arguments, which may be nested and hold
             None, numbers, truth values and texts beside arrays, which become constants of the file. Give inputs as they
-            occur, since the comparison follows from them. The first axis is the batch. It stays free; every other axis keeps the size that it has here. Where the
-            model or its export allow one size only, the batch is fixed at that of the example inputs, with a warning
-            and a note in `details["notes"]`.
+            occur, since the comparison follows from them. The first axis is the batch. It stays free; every
+            other axis keeps the size that it has here. Where the model or its export allow one size only, the batch is
+            fixed at that of the example inputs, with a warning and a note in `details["notes"]`.
         format: "onnx".
 
     Returns:
