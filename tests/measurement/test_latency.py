@@ -41,19 +41,19 @@ WARM_UP = 10
 
 def test_equal_contenders_have_ratio_one():
     clock = Clock()
-    found = interleaved({"a": clock.spender(0.1), "b": clock.spender(0.1)}, reference="a", rounds=6, clock=clock)
-    for ratio in (*found.speedups.values(), found.aa):
+    result = interleaved({"a": clock.spender(0.1), "b": clock.spender(0.1)}, reference="a", rounds=6, clock=clock)
+    for ratio in (*result.speedups.values(), result.aa):
         assert (ratio.value, ratio.low, ratio.high) == pytest.approx((1, 1, 1), abs=ROUNDING)
 
 
 def test_a_speedup_is_the_time_of_the_reference_over_the_time_of_the_contender():
     clock = Clock()
     contenders = {"slow": clock.spender(0.2), "fast": clock.spender(0.1), "slowest": clock.spender(0.8)}
-    found = interleaved(contenders, reference="slow", rounds=6, clock=clock)
-    assert {name: ratio.value for name, ratio in found.speedups.items()} == pytest.approx(
+    result = interleaved(contenders, reference="slow", rounds=6, clock=clock)
+    assert {name: ratio.value for name, ratio in result.speedups.items()} == pytest.approx(
         {"slow": 1, "fast": 2, "slowest": 0.25}, abs=ROUNDING
     )
-    assert found.reference == "slow"
+    assert result.reference == "slow"
 
 
 def test_rounds_alternate_in_order_and_time_the_reference_twice():
@@ -82,10 +82,10 @@ def test_speedups_do_not_change_while_the_machine_slows_down():
 
         return call
 
-    found = interleaved({"a": slowing(0.2), "b": slowing(0.1)}, reference="a", rounds=11, clock=clock)
-    assert found.latencies["b"].median_us == pytest.approx(0.6e6, abs=1)
-    assert found.latencies["b"].p90_us == pytest.approx(1.0e6, abs=1)
-    assert found.speedups["b"] == Ratio(*(pytest.approx(2, abs=ROUNDING),) * 3)
+    result = interleaved({"a": slowing(0.2), "b": slowing(0.1)}, reference="a", rounds=11, clock=clock)
+    assert result.latencies["b"].median_us == pytest.approx(0.6e6, abs=1)
+    assert result.latencies["b"].p90_us == pytest.approx(1.0e6, abs=1)
+    assert result.speedups["b"] == Ratio(*(pytest.approx(2, abs=ROUNDING),) * 3)
 
 
 def test_the_noise_floor_includes_a_slower_first_call_of_each_round():
@@ -101,11 +101,11 @@ def test_the_noise_floor_includes_a_slower_first_call_of_each_round():
         return call
 
     contenders = {"a": disturbed(0.1), "near": disturbed(0.09), "far": disturbed(0.05)}
-    found = interleaved(contenders, reference="a", rounds=10, clock=clock)
-    assert (found.aa.low, found.aa.high) == pytest.approx((1 / 1.25, 1.25), abs=ROUNDING)
-    assert found.aa.value == pytest.approx((1.25 + 1 / 1.25) / 2, abs=ROUNDING)
-    assert not found.significant("near")
-    assert found.significant("far")
+    result = interleaved(contenders, reference="a", rounds=10, clock=clock)
+    assert (result.aa.low, result.aa.high) == pytest.approx((1 / 1.25, 1.25), abs=ROUNDING)
+    assert result.aa.value == pytest.approx((1.25 + 1 / 1.25) / 2, abs=ROUNDING)
+    assert not result.significant("near")
+    assert result.significant("far")
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def test_a_speedup_is_significant_if_its_interval_is_outside_the_noise_floor(rat
 def test_short_calls_are_repeated_within_a_round():
     """At 1 ms per call, 200 calls warm up, ten fill a slice, and the reported time is that of one call."""
     clock = Clock()
-    found = interleaved({"a": clock.spender(0.001)}, reference="a", rounds=6, clock=clock)
-    assert found.latencies["a"].calls == 10
-    assert found.latencies["a"].rounds == 6
-    assert found.latencies["a"].median_us == pytest.approx(1000, rel=ROUNDING)
+    result = interleaved({"a": clock.spender(0.001)}, reference="a", rounds=6, clock=clock)
+    assert result.latencies["a"].calls == 10
+    assert result.latencies["a"].rounds == 6
+    assert result.latencies["a"].median_us == pytest.approx(1000, rel=ROUNDING)
     assert clock.now == pytest.approx(2 * (0.2 + 6 * 0.01), rel=0.01)  # one more call if 200 sum to less than 0.2
 
 
@@ -132,8 +132,8 @@ def test_percentiles_are_over_rounds_and_in_microseconds():
     clock = Clock()
     seconds = (7, 3, 11, 1, 5, 9, 2, 10, 4, 8, 6)
     contenders = {"a": clock.spender(0.1), "b": clock.spender(*seconds)}
-    found = interleaved(contenders, reference="a", rounds=11, clock=clock).latencies["b"]
-    assert found == Latency(
+    result = interleaved(contenders, reference="a", rounds=11, clock=clock).latencies["b"]
+    assert result == Latency(
         *(pytest.approx(value * 1e6, rel=ROUNDING) for value in (6, 2, 10, 10.5)), rounds=11, calls=1
     )
 
@@ -162,10 +162,10 @@ def test_garbage_collection_is_off_while_timing_and_restored_after_an_error(coll
 def test_a_contender_can_have_the_name_of_the_second_entry_of_the_reference():
     clock = Clock()
     contenders = {"a": clock.spender(0.1), "a again": clock.spender(0.2)}
-    found = interleaved(contenders, reference="a", rounds=6, clock=clock)
-    assert found.speedups["a again"].value == pytest.approx(0.5, abs=ROUNDING)
-    assert found.aa.value == pytest.approx(1, abs=ROUNDING)
-    assert list(found.latencies) == ["a", "a again"]
+    result = interleaved(contenders, reference="a", rounds=6, clock=clock)
+    assert result.speedups["a again"].value == pytest.approx(0.5, abs=ROUNDING)
+    assert result.aa.value == pytest.approx(1, abs=ROUNDING)
+    assert list(result.latencies) == ["a", "a again"]
 
 
 def test_an_unknown_reference_raises():

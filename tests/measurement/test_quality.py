@@ -60,21 +60,21 @@ def test_the_rate_of_no_samples_raises():
 
 def test_accuracy_is_the_fraction_of_samples_whose_label_has_the_largest_logit():
     logits = np.array([[-3.0, -1.0], [2.0, 1.0], [0.0, 5.0], [1e9, -1e9]])
-    found = accuracy(logits, np.array([1, 0, 0, 0]))
-    assert (found.value, found.n) == (0.75, 4)
-    assert found == rate(3, 4)
+    result = accuracy(logits, np.array([1, 0, 0, 0]))
+    assert (result.value, result.n) == (0.75, 4)
+    assert result == rate(3, 4)
 
 
 def test_rows_of_the_confusion_matrix_are_true_classes_and_columns_predicted_ones():
-    found = confusion(logits_of([0, 1, 1, 2, 0]), np.array([0, 0, 1, 2, 0]))
-    assert found.tolist() == [[2, 1, 0], [0, 1, 0], [0, 0, 1]]
+    result = confusion(logits_of([0, 1, 1, 2, 0]), np.array([0, 0, 1, 2, 0]))
+    assert result.tolist() == [[2, 1, 0], [0, 1, 0], [0, 0, 1]]
 
 
 def test_labels_of_a_small_integer_type_do_not_overflow_in_the_confusion_matrix():
     """The index of the cell is 100 · 101 + 100, too large for uint8."""
-    found = confusion(logits_of([100], 101), np.array([100], dtype=np.uint8))
-    assert found.shape == (101, 101)
-    assert found[100, 100] == found.sum() == 1
+    result = confusion(logits_of([100], 101), np.array([100], dtype=np.uint8))
+    assert result.shape == (101, 101)
+    assert result[100, 100] == result.sum() == 1
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=50))
@@ -119,25 +119,25 @@ def two_classifiers(lost, gained, both=3, neither=2):
     ],
 )
 def test_mcnemars_p_is_twice_the_binomial_tail(lost, gained, p):
-    found = paired(*two_classifiers(lost, gained))
-    assert found == Paired(lost, gained, lost + gained + 5, pytest.approx(p, rel=1e-12))
-    assert found.significant is (p < 0.05)
+    result = paired(*two_classifiers(lost, gained))
+    assert result == Paired(lost, gained, lost + gained + 5, pytest.approx(p, rel=1e-12))
+    assert result.significant is (p < 0.05)
 
 
 def test_the_text_of_a_paired_comparison_has_the_counts_and_the_significance():
     assert paired(*two_classifiers(1, 0)).text == "1 sample lost, 0 gained of 6; not significant (p = 1)"
-    found = paired(*two_classifiers(0, 6))
-    assert found.text == "0 samples lost, 6 gained of 11; significant (p = 0.031)"
-    assert found.to_dict() == {"text": found.text, "p": found.p, "lost": 0, "gained": 6}
+    result = paired(*two_classifiers(0, 6))
+    assert result.text == "0 samples lost, 6 gained of 11; significant (p = 0.031)"
+    assert result.to_dict() == {"text": result.text, "p": result.p, "lost": 0, "gained": 6}
 
 
 def test_the_calibration_error_in_closed_form():
     """Four samples with confidence 90 %, three correct; two with 65 %, one correct: (4 · 0.15 + 2 · 0.15) / 6."""
     confidence = np.array([0.9] * 4 + [0.65] * 2)
     logits = np.log(np.stack([confidence, 1 - confidence], axis=1))
-    found = calibration(logits, np.array([0, 0, 0, 1, 0, 1]))
-    assert found["ece"] == pytest.approx(0.15, abs=1e-12)
-    assert found["bins"] == [
+    result = calibration(logits, np.array([0, 0, 0, 1, 0, 1]))
+    assert result["ece"] == pytest.approx(0.15, abs=1e-12)
+    assert result["bins"] == [
         {"confidence": pytest.approx(0.65), "accuracy": 0.5, "n": 2},
         {"confidence": pytest.approx(0.9), "accuracy": 0.75, "n": 4},
     ]
@@ -153,8 +153,8 @@ def test_calibration_errors_of_opposite_sign_cancel_within_a_bin_and_not_across_
 
 
 def test_confidence_1_is_in_the_last_bin_and_large_logits_do_not_overflow():
-    found = calibration(np.array([[1e4, -1e4], [3e38, 0]], dtype=np.float32), np.array([0, 1]))
-    assert found == {"ece": 0.5, "bins": [{"confidence": 1.0, "accuracy": 0.5, "n": 2}]}
+    result = calibration(np.array([[1e4, -1e4], [3e38, 0]], dtype=np.float32), np.array([0, 1]))
+    assert result == {"ece": 0.5, "bins": [{"confidence": 1.0, "accuracy": 0.5, "n": 2}]}
 
 
 def test_a_constant_added_to_all_logits_does_not_change_the_calibration_error():

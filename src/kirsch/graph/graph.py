@@ -15,7 +15,7 @@ from kirsch.graph import constants, coupling
 from kirsch.graph.cost import Cost, CostModel
 from kirsch.graph.explain import explain
 from kirsch.graph.group import find_groups
-from kirsch.graph.rigid import rigid
+from kirsch.graph.rigid import code_constraints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -185,7 +185,7 @@ class Graph:
         while True:
             solved = coupling.solve(self.facts, ties, freezes, equal)
             groups = find_groups(solved, self.axes)
-            more_ties, more_freezes = rigid(self.facts.demands, self.facts.conditions, solved, groups)
+            more_ties, more_freezes = code_constraints(self.facts.demands, self.facts.conditions, solved, groups)
             if not more_ties and not more_freezes:
                 return solved, groups
             ties += more_ties

@@ -32,7 +32,7 @@ TRIALS = 8
 """Number of random choices. A demand that fails for none of them by chance is still checked when a plan is made."""
 
 
-def rigid(
+def code_constraints(
     demands: Sequence[Demand], conditions: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]
 ) -> tuple[list[tuple[Labels, Labels]], list[Freeze]]:
     """Return the ties, or else the freezes, that failing demands need; both empty if no demand fails.
