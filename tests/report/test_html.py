@@ -504,7 +504,7 @@ def test_the_contrast_ratio_has_the_known_values_of_wcag():
 
 
 TEXT = [
-    *(("paper", color) for color in ("ink", "soft", "ours", "met", "missed")),
+    *(("paper", color) for color in ("ink", "soft", "accent", "met", "missed")),
     *(("wash", color) for color in ("ink", "soft")),
     ("met-wash", "met"),
     ("missed-wash", "missed"),
@@ -533,5 +533,5 @@ def test_the_contrast_of_counts_in_a_confusion_matrix_is_at_least_4_5(theme):
 def test_the_contrast_of_kept_units_with_removed_ones_and_the_page_is_at_least_3(theme):
     """WCAG 2.2, criterion 1.4.11: graphics need a contrast of 3 : 1 with adjacent colors."""
     palette = palettes()[theme]
-    assert contrast(palette["ours"], palette["paper"]) >= 3
-    assert contrast(palette["ours"], palette["gone"]) >= 3
+    assert contrast(palette["accent"], palette["paper"]) >= 3
+    assert contrast(palette["accent"], palette["gone"]) >= 3

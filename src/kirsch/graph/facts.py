@@ -115,7 +115,19 @@ class CostTerm:
 
 @dataclass
 class Facts:
-    """All facts about one model, and the check that no operation loses a label."""
+    """All facts about one model, and the check that no operation loses a label.
+
+    Attributes:
+        count: number of labels, including label 0.
+        left, right: pairs of label arrays that are equal element by element.
+        equated_by: operation of each pair.
+        freezes, grids, demands, conditions, terms: the facts of each kind, in the order of the operations.
+        statistics: nodes of the operations with statistics over labeled axes.
+        floors: label arrays, with the least number of labels to keep.
+        marks: role → label arrays.
+        operation: the current operation.
+        cause: the freeze by which an input of the current operation lost its labels, if one did.
+    """
 
     count: int = 1
     left: list[Labels] = field(default_factory=list)
