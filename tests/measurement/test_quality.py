@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 
 from kirsch.errors import DataError, NumericError, ShapeError
 from kirsch.measurement.quality import (
+    Answers,
     Paired,
     Rate,
     accuracy,
@@ -93,6 +94,21 @@ def test_lost_classes_are_sorted_by_loss_and_leave_out_classes_without_samples()
         {"name": "cat", "before": 1.0, "after": 0.75, "n": 4},
         {"name": "dog", "before": 0.5, "after": 1.0, "n": 2},
     ]
+
+
+def test_balanced_and_chance_accuracy_in_closed_form():
+    """Recall 2/3 of class 0 and 1 of class 1; predictions are half of each class."""
+    result = Answers.of(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1]))
+    assert (result.n, result.classes, result.first, result.most_frequent) == (4, 2, 0, 3)
+    assert (result.accuracy, result.balanced, result.chance) == pytest.approx((3 / 4, 5 / 6, 1 / 2))
+    assert (result.majority, result.uneven, result.constant) == (0.75, True, False)
+
+
+def test_the_chance_accuracy_of_constant_predictions_is_their_accuracy():
+    result = Answers.of(np.array([1, 1, 1, 1, 1]), np.array([0, 1, 1, 2, 2]))
+    assert result.constant
+    assert result.chance == result.accuracy == pytest.approx(0.4)
+    assert not result.uneven  # the largest class has 1.2 times the mean number of samples
 
 
 def two_classifiers(lost, gained, both=3, neither=2):
