@@ -141,7 +141,7 @@ def test_an_unknown_importance_lists_the_known_and_the_nearest():
 
 
 def test_an_impossible_goal_says_the_least_reachable():
-    with pytest.raises(GoalError, match=r"macs 0\.1% is asked for, \d+\.\d% is the least reachable"):
+    with pytest.raises(GoalError, match=r"macs 0\.1% is requested, \d+\.\d% is the least reachable"):
         kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.001))
 
 

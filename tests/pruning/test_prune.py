@@ -108,7 +108,7 @@ def test_a_plan_edited_wrongly_is_refused(case, changes, sentence):
 
 def test_a_plan_for_another_model_is_refused_with_both_named(case):
     _, plan = case
-    with pytest.raises(PlanError, match=r"for another model: Sequential with \d.*given is Sequential with \d"):
+    with pytest.raises(PlanError, match=r"for another model: Sequential with \d.*This model is Sequential with \d"):
         kirsch.prune(build(width=8), plan)
 
 

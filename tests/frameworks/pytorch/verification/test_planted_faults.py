@@ -488,13 +488,13 @@ FAULTS = {
     # Units and components.
     "a frozen axis of a grid ties nothing": Fault("heads by a number", broken(coupling, "_collapse", without_cells)),
     "a unit goes without its cells": Fault(
-        "scaled grid", broken(group._Closure, "of", lambda plain: lambda self, seed: np.array([seed])), STUCK
+        "scaled grid", broken(group._Closure, "close", lambda plain: lambda self, seed: np.array([seed])), STUCK
     ),
     "components of a unit are those beside": Fault(
         "heads",
         broken(
             group.Group,
-            "of",
+            "components_of",
             lambda plain: lambda self, units: np.roll(self.components, -1)[np.isin(self.unit_of(), units)],
         ),
         STUCK,

@@ -228,7 +228,7 @@ def _in_row(model: nn.Module, path: str) -> bool:
 
 
 class Runner:
-    """Fulfills `kirsch.graph.graph.Runner`."""
+    """Fulfills `kirsch.graph.graph.ModelRunner`."""
 
     def __init__(self, whole: nn.Module, model: nn.Module, blocks: Collection[Block]) -> None:
         """`whole` is run; the blocks are those of `model`, which may be a part of it."""
