@@ -1,4 +1,4 @@
-"""Thirty-nine small networks of the kind that breaks pruning tools: each is cut right, or left whole with a reason."""
+"""Small networks with operations that break other pruning tools: each is cut right, or frozen with a reason."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from frameworks.pytorch.analysis.networks import conv
 from proving import assert_cut_is_right
 
 IMAGE, TOKENS, WORDS = torch.randn(3, 3, 8, 8), torch.randn(3, 5, 3), torch.randint(0, 11, (3, 5))
 
 
 class Probe(NamedTuple):
-    """A network and what must become of it: the sizes of all its groups, and why its middle layer stays whole if so."""
+    """A network, its inputs, the expected sizes of its groups, and the reason if its middle layer is frozen."""
 
     network: nn.Module
     inputs: torch.Tensor
@@ -26,7 +27,7 @@ class Probe(NamedTuple):
 
 
 class Net(nn.Module):
-    """Layers, and what is done with them as a function of the module and the activations of its middle layer."""
+    """Two layers, and a function of the module and the activations of the second one."""
 
     def __init__(self, stem, middle, forward, **parts):
         super().__init__()
@@ -36,10 +37,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.rest(self, self.middle(self.stem(x).relu()))
-
-
-def conv(i, o, **options):
-    return nn.Conv2d(i, o, 3, padding=1, **options)
 
 
 def image(width, rest, *sizes, frozen="", **parts):
@@ -83,17 +80,17 @@ def normalized(s, x):
 
 
 class Language(nn.Module):
-    """Words in, scores of words out, with one table for both."""
+    """A language model with a tied embedding."""
 
     def __init__(self):
         super().__init__()
         self.table, self.up, self.middle = nn.Embedding(11, 8), nn.Linear(8, 10), nn.Linear(10, 8)
-        self.scores = nn.Linear(8, 11, bias=False)
-        self.scores.weight = self.table.weight
+        self.output = nn.Linear(8, 11, bias=False)
+        self.output.weight = self.table.weight
 
     def forward(self, x):
         x = self.table(x)
-        return self.scores(x + self.middle(self.up(x).relu()))
+        return self.output(x + self.middle(self.up(x).relu()))
 
 
 PROBES = {
@@ -107,7 +104,7 @@ PROBES = {
     ),
     "every second channel": image(8, lambda s, x: s.head(x[:, ::2]), frozen="sliced with a stride", head=conv(4, 3)),
     "channels by a list of indices": image(
-        8, lambda s, x: s.head(x[:, [6, 0, 3, 5]]), frozen="a tensor of indices chooses from it", head=conv(4, 3)
+        8, lambda s, x: s.head(x[:, [6, 0, 3, 5]]), frozen="it is indexed by a tensor", head=conv(4, 3)
     ),
     "repeat": image(4, lambda s, x: s.head(x.repeat(1, 3, 1, 1)), 4, head=conv(12, 3)),
     "repeat_interleave": image(4, lambda s, x: s.head(x.repeat_interleave(3, dim=1)), 4, head=conv(12, 3)),
@@ -158,7 +155,7 @@ PROBES = {
         8, lambda s, x: s.head(x.permute(0, 2, 3, 1).flatten(1)), 8, head=nn.Linear(512, 3)
     ),
     "flip": image(8, lambda s, x: s.head(x + x.flip(1)), 4, head=conv(8, 3)),
-    "roll": image(8, lambda s, x: s.head(x + x.roll(1, 1)), frozen="rolled by a number", head=conv(8, 3)),
+    "roll": image(8, lambda s, x: s.head(x + x.roll(1, 1)), frozen="rolled by a fixed offset", head=conv(8, 3)),
     "stack and flatten": image(
         8, lambda s, x: s.head(torch.stack([x, x.tanh()], 2).flatten(1, 2)), 8, head=conv(16, 3)
     ),
@@ -176,7 +173,7 @@ PROBES = {
         *(8, 3, 4, 4),
         heads=3,
         q=nn.Linear(8, 12),
-        k=nn.Linear(8, 12, bias=False),  # a softmax is blind to it, so it would not train
+        k=nn.Linear(8, 12, bias=False),  # a softmax is invariant to it, so it would not train
         v=nn.Linear(8, 12),
         head=nn.Linear(12, 3),
     ),
@@ -225,7 +222,7 @@ PROBES = {
 
 
 def assert_trains(model, inputs):
-    """One step of training moves every parameter and leaves numbers behind."""
+    """Assert that one training step changes every parameter and that all stay finite."""
     before = [parameter.detach().clone() for parameter in model.parameters()]
     model.train()
     sum(output.pow(2).mean() for output in tree_leaves(model(inputs))).backward()
@@ -235,18 +232,14 @@ def assert_trains(model, inputs):
         assert not torch.equal(old, parameter)
 
 
-class TestProbes:
-    def test_there_are_thirty_nine(self):
-        assert len(PROBES) == 39
-
-    @pytest.mark.parametrize("name", PROBES)
-    def test_is_cut_right_or_left_whole_with_a_reason(self, name):
-        network, inputs, sizes, frozen = PROBES[name]
-        graph, pruned = assert_cut_is_right(network, inputs, sizes=sizes)
-        assert_trains(pruned, inputs)
-        of_middle = [group for group in graph.groups if ("middle.weight", 0) in group.footprint]
-        if frozen:
-            assert not of_middle
-            assert any(re.search(frozen, b.reason) for b in graph.blockers), [b.reason for b in graph.blockers]
-        else:
-            assert of_middle
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_is_cut_right_or_frozen_with_a_reason(name):
+    network, inputs, sizes, frozen = PROBES[name]
+    graph, pruned = assert_cut_is_right(network, inputs, sizes=sizes)
+    assert_trains(pruned, inputs)
+    middle = [group for group in graph.groups if ("middle.weight", 0) in group.footprint]
+    if frozen:
+        assert not middle
+        assert any(re.search(frozen, b.reason) for b in graph.blockers), [b.reason for b in graph.blockers]
+    else:
+        assert middle
