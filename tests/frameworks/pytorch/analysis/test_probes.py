@@ -29,22 +29,22 @@ class Probe(NamedTuple):
 class Net(nn.Module):
     """Two layers, and a function of the module and the activations of the second one."""
 
-    def __init__(self, stem, middle, forward, **parts):
+    def __init__(self, stem, middle, run, **parts):
         super().__init__()
-        self.stem, self.middle, self.rest = stem, middle, forward
+        self.stem, self.middle, self.run = stem, middle, run
         for name, part in parts.items():
             setattr(self, name, part)
 
     def forward(self, x):
-        return self.rest(self, self.middle(self.stem(x).relu()))
+        return self.run(self, self.middle(self.stem(x).relu()))
 
 
-def image(width, rest, *sizes, frozen="", **parts):
-    return Probe(Net(conv(3, 6), conv(6, width), rest, **parts), IMAGE, (6, *sizes), frozen)
+def image(width, run, *sizes, frozen="", **parts):
+    return Probe(Net(conv(3, 6), conv(6, width), run, **parts), IMAGE, (6, *sizes), frozen)
 
 
-def tokens(width, rest, *sizes, frozen="", **parts):
-    return Probe(Net(nn.Linear(3, 6), nn.Linear(6, width), rest, **parts), TOKENS, (6, *sizes), frozen)
+def tokens(width, run, *sizes, frozen="", **parts):
+    return Probe(Net(nn.Linear(3, 6), nn.Linear(6, width), run, **parts), TOKENS, (6, *sizes), frozen)
 
 
 def view_shuffle(s, x):
@@ -64,7 +64,7 @@ def split_and_add(s, x):
     return s.head(left + right.tanh())
 
 
-def heads_by_hand(s, x):
+def attention_by_products(s, x):
     q, k, v = (t.reshape(*t.shape[:2], s.heads, -1).permute(0, 2, 1, 3) for t in x.chunk(3, -1))
     mixed = (q @ k.transpose(-2, -1)).div(5).softmax(-1) @ v
     return s.head(mixed.transpose(1, 2).flatten(2))
@@ -79,7 +79,7 @@ def normalized(s, x):
     return s.head(F.batch_norm(x, s.mean, s.variance, s.scale, s.shift).relu())
 
 
-class Language(nn.Module):
+class LanguageModel(nn.Module):
     """A language model with a tied embedding."""
 
     def __init__(self):
@@ -99,7 +99,7 @@ PROBES = {
     ),
     "pixel shuffle": image(16, lambda s, x: s.head(F.pixel_shuffle(x, 2)), 4, head=conv(4, 3)),
     "pixel unshuffle": image(4, lambda s, x: s.head(F.pixel_unshuffle(x, 2)), 4, head=conv(16, 3)),
-    "the first channels by a number, the others beside": image(
+    "two slices bounded by a number": image(
         12, lambda s, x: s.left(x[:, :8]) + s.right(x[:, 8:]), 4, left=conv(8, 3), right=conv(4, 3)
     ),
     "every second channel": image(8, lambda s, x: s.head(x[:, ::2]), frozen="sliced with a stride", head=conv(4, 3)),
@@ -166,7 +166,7 @@ PROBES = {
         8, lambda s, x: s.head(torch.cat([x + s.other(x.relu()), x], 1)), 8, other=conv(8, 8), head=conv(16, 3)
     ),
     "split and sum": image(12, split_and_add, 6, half=6, head=conv(6, 3)),
-    "heads by reshape": tokens(36, heads_by_hand, *(3, 4), heads=3, head=nn.Linear(12, 3)),
+    "heads by reshape": tokens(36, attention_by_products, *(3, 4), heads=3, head=nn.Linear(12, 3)),
     "scaled dot product attention": tokens(
         8,
         attention,
@@ -202,7 +202,7 @@ PROBES = {
         mix=nn.Parameter(torch.randn(10, 8)),
         head=nn.Linear(10, 3),
     ),
-    "an embedding tied with the output": Probe(Language(), WORDS, (8, 10)),
+    "an embedding tied with the output": Probe(LanguageModel(), WORDS, (8, 10)),
     "batch norm as a function": image(
         8,
         normalized,

@@ -61,8 +61,8 @@ class Comparison:
 class TracedInt(int):
     """An integer that can be computed again from its leaves.
 
-    An operation whose result is not an integer, such as `width ** -0.5`, ends the trace of the origin. It is appended
-    to `events`, since the rest of the model's code then uses the value before any cut.
+    The origin is lost in an operation whose result is not an integer, such as `width ** -0.5`: after a cut, the code
+    would still use the old value. Each such operation is recorded in `events`.
     """
 
     compute: Callable[[Mapping[object, int]], int]

@@ -252,7 +252,7 @@ def _function_name(func: Any) -> str:
 
 
 def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Run PyTorch's own attention so that its calls are recorded, with the width of the query taken from the module."""
+    """Run PyTorch's multi-head attention with recorded calls; the query has the width that the module states."""
     names = ("key", "value", "embed_dim_to_check")
     options = {**dict(zip(names, args, strict=False)), **kwargs}
     viewed = query.view(*query.shape[:-1], options["embed_dim_to_check"])
