@@ -100,7 +100,7 @@ class PyTorch:
 
     def put_out(self, graph: Graph) -> dict[str, Tensor]:
         """See the port."""
-        return regions.put_out(graph.traced.states)
+        return regions.module_outputs(graph.traced.states)
 
     def count(self, model: Any, example_inputs: Any) -> tuple[int, int]:
         """See the port."""

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from kirsch.errors import ModelError, NumericError, said
 from kirsch.frameworks.port import host
 from kirsch.frameworks.pytorch.analysis.provenance import called_name
-from kirsch.frameworks.pytorch.analysis.randomness import STILL, drawing, drawing_line, unsteady
+from kirsch.frameworks.pytorch.analysis.randomness import RANDOMNESS_FIX, line_that_draws, reason_for, unsteady
 from kirsch.frameworks.pytorch.inference import predict
 from kirsch.frameworks.pytorch.inference.calling import fix_of_inputs, fix_of_looked_up, looks_up
 from kirsch.frameworks.pytorch.io import onnx_file
@@ -159,9 +159,9 @@ class Exportable:
             raise ModelError(f"A {self.name} cannot be exported to ONNX.", why, fix) from error
         if program is None:
             raise ModelError(f"A {self.name} cannot be exported to ONNX.", "The exporter gave nothing.")
-        line = drawing_line(program.exported_program) if program.exported_program is not None else None
+        line = line_that_draws(program.exported_program) if program.exported_program is not None else None
         if line is not None:  # it may matter too rarely to be seen in runs
-            raise NumericError(f"No file can equal a {self.name}.", drawing(line), STILL)
+            raise NumericError(f"No file can equal a {self.name}.", reason_for(line), RANDOMNESS_FIX)
         size = sum(p.numel() * p.element_size() for p in self._flat.parameters())
         with _quiet():
             program.save(str(path), external_data=size > SINGLE_FILE_BYTES)
