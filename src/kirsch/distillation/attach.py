@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import first_of
-from kirsch.distillation.losses.loss import SCORED, given_to, loss_of
+from kirsch.distillation.arrays import first_array
+from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss, step_arguments
 from kirsch.distillation.matching import by_depth, stages, stages_of
 from kirsch.distillation.schedule import ends
 from kirsch.distillation.teachers import holds_top_k, stored_scores
@@ -111,7 +111,7 @@ def attach(
 
 def of_all(term: Term) -> bool:
     """Whether a term holds the student against all teachers together, and not against one."""
-    return term.of is None and loss_of(term.loss).takes in SCORED
+    return term.of is None and get_loss(term.loss).takes in OUTPUT_KINDS
 
 
 def concerns(term: Term, place: int) -> bool:
@@ -139,7 +139,7 @@ def _check_teachers(objective: Objective, term: Term, scores: Sequence[Any], ada
             "What they say can be combined only of the same classes.",
             "Name one of them for the term: of=0.",
         )
-    if loss_of(term.loss).activation == "identity" and objective.teachers == "confidence":
+    if get_loss(term.loss).activation == "identity" and objective.teachers == "confidence":
         raise UsageError(
             f"The term {term.called!r} compares numbers, which do not tell how sure a teacher is of them.",
             fix='Combine them as "probabilities", which is the mean of numbers, or name one for the term: of=0.',
@@ -175,7 +175,7 @@ def _places(
     framework: Framework, term: Term, student: Any, teacher: Any, inputs: Any, recorded: Mapping[str, Any] | None
 ) -> list[tuple[LayerNames, LayerNames]]:
     """The pairs of concrete layers of a term."""
-    gathered = loss_of(term.loss).takes in GATHERED
+    gathered = get_loss(term.loss).takes in GATHERED
     auto = re.fullmatch(r"auto(?:\[(-?\d+)\])?", term.student) if isinstance(term.student, str) else None
     if auto is not None and term.teacher is None and recorded is None:
         found = stages(framework, student, teacher, inputs)
@@ -225,7 +225,7 @@ def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:
 
 
 def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], place: int, seed: int) -> Any:
-    loss = loss_of(term.loss)
+    loss = get_loss(term.loss)
     # Scores of other classes are no matter of an adapter.
     if term.adapter == "none" or (term.adapter == "auto" and loss.takes in ("scores", "pixels", "values", "sets")):
         return None
@@ -235,13 +235,13 @@ def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], place: i
 
 def _try(framework: Framework, term: Term, values: tuple[Any, Any], adapter: Any, where: str) -> None:
     """The loss of a term on the values of the dry run, so that what does not fit is an error before any training."""
-    loss = loss_of(term.loss)
+    loss = get_loss(term.loss)
     mine, theirs = values
     if holds_top_k(theirs):
         stored_scores(term, mine, theirs, None, term.keywords(0.0))
         return
     if adapter is not None:
-        ids = framework.tensor(np.arange(len(first_of(mine))))
+        ids = framework.tensor(np.arange(len(first_array(mine))))
         mine, theirs = framework.seeded(lambda: copy.deepcopy(adapter)(mine, theirs, ids=ids), 0)
     if loss.takes == "scores" and mine.ndim >= len("NKHW"):
         classes = "Take 'pixel-kd' or 'cwd-pixels' for classes of pixels; for " if mine.shape[1] > 1 else "For "
@@ -253,11 +253,11 @@ def _try(framework: Framework, term: Term, values: tuple[Any, Any], adapter: Any
         )
     if loss.takes == "scores" and loss.widths == "same" and tuple(mine.shape[1:]) != tuple(theirs.shape[1:]):
         refuse_classes(tuple(mine.shape), tuple(theirs.shape))
-    if "labels" in given_to(loss):
+    if "labels" in step_arguments(loss):
         return  # they are known to a training step only
     given = {"mask": None, "epoch": 0.0}
     try:
-        loss(mine, theirs, **term.keywords(0.0), **{name: given[name] for name in given_to(loss)})
+        loss(mine, theirs, **term.keywords(0.0), **{name: given[name] for name in step_arguments(loss)})
     except ShapeError as error:
         raise ShapeError(
             f"The term {term.called!r} cannot compare {where}. {error.what}",
@@ -302,7 +302,7 @@ def _shape(values: Any) -> str:
         return ", ".join(f"{name} {_shape(value)}" for name, value in values.items())
     if isinstance(values, list):
         return ", ".join(_shape(value) for value in values)
-    return " × ".join(str(size) for size in tuple(first_of(values).shape)[1:])
+    return " × ".join(str(size) for size in tuple(first_array(values).shape)[1:])
 
 
 def said(layers: LayerNames) -> str:

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.losses import LOSSES
-from kirsch.distillation.losses.loss import loss_of, options_of
+from kirsch.distillation.losses.loss import get_loss, loss_options
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
@@ -66,10 +66,10 @@ def losses() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "takes": loss_of(name).takes,
-            "widths": loss_of(name).widths,
-            "options": options_of(loss_of(name)),
-            **_words(loss_of(name)),
+            "takes": get_loss(name).takes,
+            "widths": get_loss(name).widths,
+            "options": loss_options(get_loss(name)),
+            **_words(get_loss(name)),
         }
         for name in LOSSES
     ]

@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import blank, first_of, namespace, whole_numbers
+from kirsch.distillation.arrays import first_array, namespace, to_int64, zero_masked
 from kirsch.distillation.attach import of_all
 from kirsch.distillation.losses.labels import LABEL_LOSSES
-from kirsch.distillation.losses.loss import SCORED, TOKEN_KINDS, given_to, loss_of
+from kirsch.distillation.losses.loss import OUTPUT_KINDS, TOKEN_KINDS, get_loss, step_arguments
 from kirsch.distillation.probabilities import check_training, logit_layers
 from kirsch.distillation.schedule import at
 from kirsch.distillation.targets import check_batch, check_labels, uses_labels
@@ -68,7 +68,7 @@ class DistillationLoss:
         self._pairs = [[pair for pair in pairs if pair.term == number] for number in range(len(objective.terms))]
         self._regularizers = regularizers
         self._sequences = any(
-            loss_of(objective.terms[pair.term].loss).takes == "scores" and "×" in pair.shapes[0] for pair in pairs
+            get_loss(objective.terms[pair.term].loss).takes == "scores" and "×" in pair.shapes[0] for pair in pairs
         )
         self._names = _distinct([term.called for term in objective.terms])
         self._over = {pair.name: self._counted_by(pair) for pair in pairs}
@@ -116,7 +116,7 @@ class DistillationLoss:
             part = regularizer(self._framework.student_of(model))
             add(parts, type(regularizer).__name__, shares["samples"] * part)
         if not parts:  # a step that several batches or processes share goes on without this one
-            return LossOutput(0.0 * first_of(seen.values).sum(), parts)
+            return LossOutput(0.0 * first_array(seen.values).sum(), parts)
         return LossOutput(sum(parts.values()) + sum(aside.values()), parts, aside)
 
     def _charge_labels(self, parts: dict[str, Any], scores: Any, batch: Batch, epoch: float, share: float) -> None:
@@ -155,15 +155,15 @@ class DistillationLoss:
         scores = [at_layers(values, pair.teacher) for values in theirs]
         if self._objective.teachers == "sum":
             return scores
-        loss, way = loss_of(term.loss), self._objective.teachers
+        loss, way = get_loss(term.loss), self._objective.teachers
         axis = 1 if loss.takes == "pixels" else -1
         return [combined(scores, way, term.keywords(epoch).get("temperature", 1.0), loss.activation, axis)]
 
     def _compared(self, term: Term, mine: Any, theirs: Any, layer: LayerNames, batch: Batch, epoch: float) -> Any:
         """One loss, with the labels, the mask and the time that it asks for."""
-        loss, given = loss_of(term.loss), given_to(loss_of(term.loss))
+        loss, given = get_loss(term.loss), step_arguments(get_loss(term.loss))
         options, labels = term.keywords(epoch), batch.targets
-        if loss.takes in SCORED:
+        if loss.takes in OUTPUT_KINDS:
             mine, labels = self._aligned(mine, batch)
             theirs = theirs if not self._objective.causal else _shorter(theirs)
             mask = self._positions(mine, labels, batch, loss_needs_labels="labels" in given)
@@ -174,9 +174,9 @@ class DistillationLoss:
         if "labels" in given:
             if labels is None:
                 raise UsageError(f"The term {term.called!r} needs labels, and a batch has none.")
-            options["labels"] = blank(labels, mask)
+            options["labels"] = zero_masked(labels, mask)
             if mask is not None and not bool(mask.any()):
-                return 0.0 * first_of(mine).sum()
+                return 0.0 * first_array(mine).sum()
         if "mask" in given:
             options["mask"] = mask
         if "epoch" in given:
@@ -295,8 +295,8 @@ class DistillationLoss:
 
     def _counted_by(self, pair: Pair) -> str:
         """What the mean of a pair goes over: samples, labels, or positions of one side of a model of tokens."""
-        loss = loss_of(self._objective.terms[pair.term].loss)
-        if loss.takes in SCORED:
+        loss = get_loss(self._objective.terms[pair.term].loss)
+        if loss.takes in OUTPUT_KINDS:
             return "labels"
         if loss.takes not in TOKEN_KINDS or loss.over == "samples":
             return "samples"
@@ -310,7 +310,7 @@ class DistillationLoss:
         if over == "samples":
             return len(batch)
         pair = self._example[over]
-        loss = loss_of(self._objective.terms[pair.term].loss)
+        loss = get_loss(self._objective.terms[pair.term].loss)
         mask = self._tokens(pair.student, batch, of_pairs=loss.takes == "attention")
         if mask is None:
             return len(batch)
@@ -356,7 +356,7 @@ def _wide_targets(batch: Batch) -> Batch:
     kind = str(getattr(labels, "dtype", "")).removeprefix("torch.")
     if "int" not in kind or kind == "int64":
         return batch
-    return dataclasses.replace(batch, targets=whole_numbers(labels))
+    return dataclasses.replace(batch, targets=to_int64(labels))
 
 
 def _shorter(values: Any) -> Any:

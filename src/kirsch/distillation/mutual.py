@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from kirsch.arguments import checked
-from kirsch.distillation.arrays import constant
+from kirsch.distillation.arrays import detach
 from kirsch.distillation.attach import attach, of_all
 from kirsch.distillation.checks import (
     check_last_batch,
@@ -208,7 +208,7 @@ class MutualLoss:
         total: Any = 0.0
         parts: dict[str, Any] = {}
         for place, (lesson, peers) in enumerate(zip(self._lessons, self._peers, strict=True)):
-            peers.said = [{"logits": constant(each)} for each in (*scores[:place], *scores[place + 1 :])]
+            peers.said = [{"logits": detach(each)} for each in (*scores[:place], *scores[place + 1 :])]
             own = SimpleNamespace(values={"logits": scores[place]}, joined={}, extra={})
             charge = lesson(lambda *_given, own=own: own, batch, epoch, of)
             total = total + charge.total

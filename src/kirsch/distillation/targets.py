@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.distillation.losses.labels import IGNORED
-from kirsch.distillation.losses.loss import given_to, loss_of
+from kirsch.distillation.losses.loss import get_loss, step_arguments
 from kirsch.distillation.schedule import ends
 from kirsch.errors import DataError, UsageError
 from kirsch.frameworks.port import host
@@ -30,7 +30,7 @@ MASK_LEVEL = 255
 
 def uses_labels(objective: Objective) -> bool:
     """Whether the objective learns from the values of the targets."""
-    named = any(any(ends(term.weight)) and "labels" in given_to(loss_of(term.loss)) for term in objective.terms)
+    named = any(any(ends(term.weight)) and "labels" in step_arguments(get_loss(term.loss)) for term in objective.terms)
     return named or any(ends(objective.label_weight))
 
 
@@ -62,7 +62,7 @@ def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> No
     _check_values(targets, shape, objective)
     if objective.label_loss != "cross-entropy":
         return
-    without = [term for term in objective.terms if "labels" not in given_to(loss_of(term.loss))]
+    without = [term for term in objective.terms if "labels" not in step_arguments(get_loss(term.loss))]
     if not without and not _counting(targets, objective.ignore).any():
         raise DataError(
             f"All targets are masked: each of the {len(targets)} samples looked at has the label {objective.ignore}.",

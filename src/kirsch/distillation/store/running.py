@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import wide
+from kirsch.distillation.arrays import upcast
 from kirsch.distillation.store.record import LOGITS
 from kirsch.distillation.store.specification import text_hash
 from kirsch.errors import NumericError, UsageError
@@ -91,7 +91,7 @@ class Runner:
         given: Any = self._outputs(batch.inputs) if self._outputs is not None else None
         if not isinstance(given, dict) or not given:
             raise UsageError(f"The outputs are a {type(given).__name__}.", fix="Give a dict of arrays by name.")
-        found = {str(name): host(wide(array)) for name, array in given.items()}
+        found = {str(name): host(upcast(array)) for name, array in given.items()}
         for name, array in found.items():
             if array.ndim < 1 or len(array) != len(batch):
                 raise UsageError(
