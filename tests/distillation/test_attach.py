@@ -17,7 +17,7 @@ from kirsch.distillation.store import Dense, TopK, build
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ModelError, ShapeError, StoreError, UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.pytorch.features.capture import Watch, dry_run
+from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
 from kirsch.frameworks.pytorch.features.layers import expand
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -129,7 +129,7 @@ def test_a_site_gives_the_value_that_is_computed_there(layer, wanted):
 
 def test_hooks_are_gone_after_an_exception():
     net = Net(4)
-    watch = Watch(net, ["down"])
+    watch = FeatureCapture(net, ["down"])
     with pytest.raises(ModelError):
         watch(torch.randn(2, 5, 8, 8))
     watch.close()
