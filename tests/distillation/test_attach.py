@@ -142,7 +142,7 @@ def test_a_site_that_is_not_there_is_answered_with_the_nearest():
 
 
 def test_a_place_that_runs_twice_must_say_which():
-    with pytest.raises(UsageError, match=r"calls relu 3 times in one forward.*Write #0 behind it"):
+    with pytest.raises(UsageError, match=r"calls relu 3 times in one forward.*Append #0 for the first"):
         dry_run(Net(4), ["/relu"], torch.randn(2, 1, 8, 8))
 
 
@@ -152,7 +152,7 @@ def test_other_classes_are_refused_before_training():
 
 
 def test_shapes_that_no_adapter_joins_are_refused():
-    with pytest.raises(ShapeError, match="No adapter joins the student's value"):
+    with pytest.raises(ShapeError, match="No adapter fits the student's value"):
         trained(Objective((Term("fitnet", 1.0, student="down", teacher="logits"),)))
 
 

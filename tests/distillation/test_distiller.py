@@ -123,7 +123,7 @@ def test_a_loop_that_is_cut_goes_on_in_the_same_bits():
 
 def test_a_state_of_another_objective_is_refused():
     state = distiller(Objective((Term("fitnet", 1.0, student="1"),))).state_dict()
-    with pytest.raises(CheckpointError, match=r"other adapters than this distiller: joint0\..*Build it with"):
+    with pytest.raises(CheckpointError, match=r"other adapters than this distiller: adapter0\..*Build it with"):
         distiller(Objective.kd()).load_state_dict(state)
 
 
@@ -196,13 +196,13 @@ def test_a_student_that_others_run_too_keeps_nothing():
     batch = next(data().epoch(0, 0))
     found(batch)
     found.student(torch.as_tensor(batch.inputs))
-    assert not found.module._watch._seen
+    assert not found.module._capture._values
 
 
 def test_a_term_that_does_not_reach_the_student_is_an_error():
     found = distiller(Objective.kd())
     found.student.requires_grad_(requires_grad=False)
-    with pytest.raises(NumericError, match="The loss term 'label' gives the model no gradient"):
+    with pytest.raises(NumericError, match="No gradient of the loss term 'label' reaches the model"):
         found(next(data().epoch(0, 0)))
 
 

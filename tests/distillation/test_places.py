@@ -118,7 +118,7 @@ def test_what_a_module_calls_is_its_own_code_alone():
             assert value.shape == ((12, 4) if layer == "/mean" else (12, 4, 6, 6)), mode
     watch.close()
     with pytest.raises(
-        UsageError, match=r'`layer1.0` calls no relu itself; `layer1.0.relu` does\. Write "layer1.0.relu/r'
+        UsageError, match=r'`layer1.0` does not call relu itself; `layer1.0.relu` does\. Write "layer1.0.relu/r'
     ):
         dry_run(net, ["layer1.0/relu"], x)
     with pytest.raises(
@@ -251,7 +251,7 @@ def test_functions_of_an_encoder_give_what_they_compute(bert, given):
     queries = found[query].unflatten(-1, (4, 2)).transpose(1, 2)
     torch.testing.assert_close(found[f"{function}:in"], queries)
     torch.testing.assert_close(found[function].transpose(1, 2).flatten(2), found[place])
-    with pytest.raises(UsageError, match=r'puts out no attentions.*attn_implementation="eager"'):
+    with pytest.raises(UsageError, match=r'returns no attentions.*attn_implementation="eager"'):
         dry_run(net, ["attention[0]"], inputs)
 
 

@@ -129,7 +129,10 @@ def _words(thing: Any) -> dict[str, str]:
     found = re.search(r"^Source: (.*?)(?=\n\s*\n|\Z)", text, re.MULTILINE | re.DOTALL)
     source = " ".join(found[1].split()) if found else ""
     first = re.match(rf".*?{ARXIV.pattern}|[^.;]*\d{{4}}[^.;]*", source)
-    return {"what": text.partition("\n")[0], "source": (first[0] if first else source).rstrip(".")}
+    summary = text.partition("\n")[0]
+    for prefix in ("Return the ", "Return "):
+        summary = summary.removeprefix(prefix)
+    return {"what": summary[:1].upper() + summary[1:], "source": (first[0] if first else source).rstrip(".")}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
