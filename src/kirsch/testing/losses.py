@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import each, first_of, namespace
-from kirsch.distillation.losses.loss import TOKEN_KINDS, given_to, options_of
+from kirsch.distillation.arrays import first_array, map_arrays, namespace
+from kirsch.distillation.losses.loss import TOKEN_KINDS, loss_options, step_arguments
 from kirsch.errors import ShapeError
 from kirsch.frameworks.port import pytorch
 
@@ -68,7 +68,7 @@ def check_loss_is_smallest_when_the_student_equals_the_teacher(loss: Loss) -> No
     for options in _options(loss):
         least = float(loss(teacher, teacher, **options))
         for distance in (1e-4, 1e-2, 1.0, 10.0):
-            way = each(lambda part: random.standard_normal(part.shape), teacher)
+            way = map_arrays(lambda part: random.standard_normal(part.shape), teacher)
             for step in (-distance, distance):  # both ways: a slope leads down on one of them
                 found = float(loss(_sum(teacher, way, step), teacher, **options))
                 # 1e-12: what the rounding of float64 may cost in a sum over a few dozen values of size 10
@@ -108,9 +108,9 @@ def check_teacher_takes_no_gradient(loss: Loss) -> None:
 
     A loss that says `learned=True` compares with what is learned from the teacher, and is not asked.
     """
-    student, teacher = (each(lambda part: part.requires_grad_(), _tensors(side)) for side in _values(loss))
+    student, teacher = (map_arrays(lambda part: part.requires_grad_(), _tensors(side)) for side in _values(loss))
     loss(student, teacher, **_like(list(_options(loss))[-1], student)).backward()
-    assert first_of(student).grad is not None, "the student takes no gradient"
+    assert first_array(student).grad is not None, "the student takes no gradient"
     if not getattr(loss, "learned", False):
         assert all(part.grad is None for part, _ in _parts(teacher, teacher)), "the teacher takes a gradient"
 
@@ -133,8 +133,8 @@ def check_loss_is_finite_for_huge_values(loss: Loss) -> None:
     """
     torch = namespace(_tensors(np.zeros(1)))
     random = np.random.default_rng(2)
-    signs = each(lambda part: random.choice([-1.0, 1.0], part.shape), _values(loss)[0])
-    huge, against = each(lambda part: 1e4 * part, signs), each(lambda part: -1e4 * part, signs)
+    signs = map_arrays(lambda part: random.choice([-1.0, 1.0], part.shape), _values(loss)[0])
+    huge, against = map_arrays(lambda part: 1e4 * part, signs), map_arrays(lambda part: -1e4 * part, signs)
     for options in _options(loss):
         for student, teacher in ((huge, against), (huge, huge), (huge, signs)):
             found = float(loss(student, teacher, **options))
@@ -144,7 +144,7 @@ def check_loss_is_finite_for_huge_values(loss: Loss) -> None:
     for dtype, options in itertools.product((torch.float32, torch.bfloat16, torch.float16), _options(loss)):
         for sides in ((huge, against), (huge, huge), (huge, signs)):
             student, teacher = (_rounded(_tensors(side), dtype) for side in sides)
-            each(lambda part: part.requires_grad_(), student)
+            map_arrays(lambda part: part.requires_grad_(), student)
             charge = loss(student, teacher, **_like(options, student))
             found = float(charge.detach())
             assert np.isfinite(found), f"the loss of huge {dtype} values is {found}"
@@ -165,7 +165,7 @@ def check_loss_is_finite_in_half_precision(loss: Loss) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         for options in _options(loss):
             student, teacher = (_rounded(_tensors(side), dtype) for side in _values(loss))
-            each(lambda part: part.requires_grad_(), student)
+            map_arrays(lambda part: part.requires_grad_(), student)
             with torch.autocast("cpu", dtype=dtype):
                 found = loss(student, teacher, **_like(options, student))
             found.backward()
@@ -175,13 +175,15 @@ def check_loss_is_finite_in_half_precision(loss: Loss) -> None:
             assert all(bool(torch.isfinite(part.grad).all()) for part, _ in _parts(student, student)), (
                 f"the gradient of {dtype} values is not finite"
             )
-            exact, its = (_rounded(side, torch.float64) for side in (each(lambda p: p.detach(), student), teacher))
+            exact, its = (
+                _rounded(side, torch.float64) for side in (map_arrays(lambda p: p.detach(), student), teacher)
+            )
             wanted = float(loss(exact, its, **_like(options, exact)))
             # 32 bits hold 7 digits, of which sums and differences of a few dozen values may cost 3.
             assert abs(value - wanted) <= 1e-4 * max(1.0, abs(wanted)), (
                 f"the loss of {dtype} values is {value}; in 64 bits it is {wanted}"
             )
-            slopes = _gradient(loss, each(lambda part: part.numpy(), exact), each(np.asarray, its), options)
+            slopes = _gradient(loss, map_arrays(lambda part: part.numpy(), exact), map_arrays(np.asarray, its), options)
             for (part, _), (slope, _) in zip(_parts(student, student), _parts(slopes, slopes), strict=True):
                 apart = np.linalg.norm(np.asarray(part.grad.double()) - slope)
                 # The gradient itself has the 8 bits of a bfloat16.
@@ -192,7 +194,7 @@ def check_loss_is_finite_in_half_precision(loss: Loss) -> None:
 
 def check_masked_positions_contribute_nothing(loss: Loss) -> None:
     """Where a loss takes a mask, what lies under it, even NaN, changes neither the loss nor the gradient."""
-    if "mask" not in given_to(loss):
+    if "mask" not in step_arguments(loss):
         return
     shapes: list[Any] = [None, SEQUENCES] if getattr(loss, "takes", "scores") == "scores" else [None]
     for shape in shapes:
@@ -219,10 +221,10 @@ def _check_masked(loss: Loss, shape: Any) -> None:
 def check_order_of_samples_does_not_matter(loss: Loss) -> None:
     """The same samples in another order give the same number."""
     values = _values(loss)
-    places = np.arange(len(first_of(values[0])))
+    places = np.arange(len(first_array(values[0])))
     order = np.concatenate([places[1::2], places[::2]])  # other neighbors, which no reversal would give
     for options in _options(loss):
-        moved = [each(lambda part: part[order], side) for side in values]
+        moved = [map_arrays(lambda part: part[order], side) for side in values]
         other = {name: value[order] if name in ("labels", "mask") else value for name, value in options.items()}
         _assert_same(loss, (*values, options), (*moved, other), "in another order the same samples are charged")
 
@@ -236,7 +238,7 @@ def check_loss_is_a_mean_over_samples(loss: Loss) -> None:
         return
     values = _values(loss)
     for options in _options(loss):
-        twice = [each(lambda part: np.concatenate([part, part]), side) for side in values]
+        twice = [map_arrays(lambda part: np.concatenate([part, part]), side) for side in values]
         other = {n: np.concatenate([v, v]) if n in ("labels", "mask") else v for n, v in options.items()}
         _assert_same(loss, (*values, options), (*twice, other), "each sample twice is charged")
 
@@ -252,7 +254,7 @@ def check_parts_of_a_batch_add_up_to_it(loss: Loss) -> None:
         return
     student, teacher = _values(loss)
     masks: list[Any] = [None]
-    if "mask" in given_to(loss):
+    if "mask" in step_arguments(loss):
         mask = _mask(loss)
         mask[(..., 0) if mask.ndim > 1 else 0] = True  # each text begins with a token
         masks.append(mask)
@@ -262,7 +264,7 @@ def check_parts_of_a_batch_add_up_to_it(loss: Loss) -> None:
         for part in (slice(1), slice(1, None)):
             cut = [_cut(side, part) for side in (student, teacher)]
             own = {name: value[part] if name in ("labels", "mask") else value for name, value in options.items()}
-            parts.append((_counted(over, loss, own.get("mask"), len(first_of(cut[0]))), float(loss(*cut, **own))))
+            parts.append((_counted(over, loss, own.get("mask"), len(first_array(cut[0]))), float(loss(*cut, **own))))
         found = sum(count * value for count, value in parts) / sum(count for count, _ in parts)
         whole = float(loss(student, teacher, **options))
         assert abs(found - whole) <= 1e-9 * max(1.0, abs(whole)), (  # sums in another order
@@ -279,7 +281,7 @@ def check_unequal_shapes_are_refused(loss: Loss) -> None:
         cuts += [lambda part: part.take([0], axis), lambda part: part.take(range(part.shape[axis] - 1), axis)]
     for options in _options(loss):
         for cut in cuts:
-            other = each(cut, teacher)
+            other = map_arrays(cut, teacher)
             for pair in ((student, other), (_tensors(student), _tensors(other))):
                 try:
                     loss(*pair, **_like(options, pair[0]))
@@ -289,15 +291,15 @@ def check_unequal_shapes_are_refused(loss: Loss) -> None:
                     found = f"raise a {type(error).__name__}"
                 else:
                     found = "are accepted"
-                shapes = first_of(student).shape, first_of(other).shape
-                message = f"values of shape {shapes[0]} and {shapes[1]} {found}; call arrays.same_shape first"
+                shapes = first_array(student).shape, first_array(other).shape
+                message = f"values of shape {shapes[0]} and {shapes[1]} {found}; call arrays.check_same_shape first"
                 raise AssertionError(message)
 
 
 def check_inputs_are_left_as_they_are(loss: Loss) -> None:
     """Neither the student's nor the teacher's values are written to."""
     sides = _values(loss)
-    before = [each(lambda part: part.copy(), side) for side in sides]
+    before = [map_arrays(lambda part: part.copy(), side) for side in sides]
     for options in _options(loss):
         loss(*sides, **options)
         tensors = [_tensors(side) for side in sides]  # tensors share the memory of the arrays
@@ -344,7 +346,7 @@ def _values(loss: Loss, shape: Any = None) -> tuple[Any, Any]:
 
 def _mask(loss: Loss, shape: Any = None) -> Any:
     """True for some samples or positions: (N,) of scores and features, (N, L) of what has positions."""
-    takes, shape = getattr(loss, "takes", "scores"), first_of(_values(loss, shape)[0]).shape
+    takes, shape = getattr(loss, "takes", "scores"), first_array(_values(loss, shape)[0]).shape
     whole = {
         "attention": (shape[0], shape[-1]),
         "pixels": (shape[0], *shape[2:]),
@@ -369,12 +371,12 @@ def _counted(over: str, loss: Loss, mask: Any, samples: int) -> int:
 def _options(loss: Loss, shape: Any = None) -> Iterator[dict[str, Any]]:
     """The keywords to call a loss with: each temperature, and what a training step gives."""
     given: dict[str, Any] = {}
-    if "labels" in given_to(loss):
-        shape = first_of(_values(loss, shape)[0]).shape
+    if "labels" in step_arguments(loss):
+        shape = first_array(_values(loss, shape)[0]).shape
         random = np.random.default_rng(5)
         numbers = getattr(loss, "takes", "scores") == "values"
         given["labels"] = random.standard_normal(shape) if numbers else random.integers(0, shape[-1], shape[:-1])
-    for temperature in TEMPERATURES if "temperature" in options_of(loss) else (None,):
+    for temperature in TEMPERATURES if "temperature" in loss_options(loss) else (None,):
         yield given if temperature is None else {**given, "temperature": temperature}
 
 
@@ -383,16 +385,16 @@ def _said(options: dict[str, Any]) -> str:
 
 
 def _tensors(values: Any) -> Any:
-    return each(lambda part: pytorch().tensor(part), values)
+    return map_arrays(lambda part: pytorch().tensor(part), values)
 
 
 def _rounded(values: Any, dtype: Any) -> Any:
-    return each(lambda part: part.to(dtype), values)
+    return map_arrays(lambda part: part.to(dtype), values)
 
 
 def _like(options: dict[str, Any], values: Any) -> dict[str, Any]:
     """The options with arrays of the framework of these values."""
-    if isinstance(first_of(values), np.ndarray):
+    if isinstance(first_array(values), np.ndarray):
         return options
     return {name: _tensors(value) if isinstance(value, np.ndarray) else value for name, value in options.items()}
 
@@ -407,16 +409,16 @@ def _parts(first: Any, second: Any) -> list[tuple[Any, Any]]:
 def _sum(values: Any, way: Any, step: float) -> Any:
     """`values + step way`, of each array."""
     moves = iter([part for part, _ in _parts(way, way)])
-    return each(lambda part: part + step * next(moves), values)
+    return map_arrays(lambda part: part + step * next(moves), values)
 
 
 def _cut(values: Any, rows: slice) -> Any:
-    return each(lambda part: part[rows], values)
+    return map_arrays(lambda part: part[rows], values)
 
 
 def _spoilt(values: Any, hidden: Any, other: float) -> Any:
     """The values with `other` at the hidden samples or positions."""
-    return each(lambda part: _covered(part, hidden, other), values)
+    return map_arrays(lambda part: _covered(part, hidden, other), values)
 
 
 def _covered(part: Any, hidden: Any, other: float) -> Any:
@@ -430,9 +432,9 @@ def _covered(part: Any, hidden: Any, other: float) -> Any:
 
 def _gradient(loss: Loss, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
     """The gradient for the student's values, by automatic differentiation, in arrays of the same kind."""
-    values = each(lambda part: pytorch().tensor(part.copy()).requires_grad_(), student)
+    values = map_arrays(lambda part: pytorch().tensor(part.copy()).requires_grad_(), student)
     loss(values, _tensors(teacher), **_like(options, values)).backward()
-    return each(lambda part: np.zeros(part.shape) if part.grad is None else np.asarray(part.grad), values)
+    return map_arrays(lambda part: np.zeros(part.shape) if part.grad is None else np.asarray(part.grad), values)
 
 
 def _assert_same(loss: Loss, first: Any, second: Any, what: str) -> None:
