@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kirsch import files
 from kirsch.cli import jobs, main
 from kirsch.cli.terminal import plain
-from kirsch.recipes import seal
+from kirsch.recipes import manifest
 from kirsch.recipes.recipe import read_recipe
 
 pytest.importorskip("torch")
@@ -123,7 +123,7 @@ def test_a_sound_run_is_found_sound(finished, run, answer):
 
 
 def test_a_run_whose_manifest_is_not_written_is_not_called_sound(run, kirsch, answer):
-    seal.lift(run)
+    manifest.remove(run)
     found = answer("verify", "run", code=3)
     assert (found["sound"], found["finished"], found["done"]) == (False, False, found["stages"])
     (run / "checkpoints" / "recover").rename(run.parent / "recover")
@@ -211,8 +211,8 @@ def test_no_report_is_drawn_from_numbers_that_were_altered(run, kirsch):
 def test_a_report_that_another_version_drew_is_replaced_in_a_run_that_stays_sound(run, kirsch):
     drawn = (run / "report.html").read_text()
     (run / "report.html").write_text("drawn otherwise")
-    seal.lift(run)
-    seal.seal(run)
+    manifest.remove(run)
+    manifest.write(run)
     assert kirsch("verify", "run")[0] == kirsch("report", "run")[0] == kirsch("verify", "run")[0] == 0
     assert (run / "report.html").read_text() == drawn
 

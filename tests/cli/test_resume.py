@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kirsch import files
-from kirsch.recipes import soundness
+from kirsch.recipes import integrity
 from tiny import write_job
 
 pytest.importorskip("torch")
@@ -220,8 +220,8 @@ def assert_same_run(run, whole):
         assert first | {"seconds": 0} == second | {"seconds": 0}
     events = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert events[-1]["event"] == "end"
-    found = soundness.check(run)
-    assert (found.finished, found.wrong) == (True, [])
+    found = integrity.check(run)
+    assert (found.finished, found.problems) == (True, [])
 
 
 CHAINS = {

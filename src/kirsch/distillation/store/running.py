@@ -70,7 +70,7 @@ class Runner:
             NumericError: an output is not finite, or a feature is too large for 16 bits.
             UsageError: the callable gives something else than arrays of one row a sample.
         """
-        batch = self._data.look(places, seed, view)
+        batch = self._data.batch(places, seed, view)
         if self._outputs is None:
             found = {LOGITS: self._framework.predict(self._teacher, batch.inputs, batch_size=self.batch_size)}
         else:

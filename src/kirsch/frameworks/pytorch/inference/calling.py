@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import DataError, ModelError, UsageError, said
 from kirsch.failures import told
-from kirsch.frameworks.structure import look
+from kirsch.frameworks.structure import summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -131,7 +131,7 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
     if own and whole is not None and not given and (whole.dtype in WHOLE or "dtype" in str(error)):
         scale = " and scaled as in its training, for example inputs.astype(numpy.float32) / 255"
         return UsageError(
-            f"{name} computes in {_plain(next(iter(own)))}, and its inputs are {look(whole)}, values "
+            f"{name} computes in {_plain(next(iter(own)))}, and its inputs are {summary(whole)}, values "
             f"{int(whole.min())} to {int(whole.max())}.",
             said(error),
             f"Give inputs of floating type{scale if whole.dtype == torch.uint8 else ''}; numbers of tokens as int64.",
@@ -158,7 +158,7 @@ def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:
     elif isinstance(error, IndexError):
         fix = "If these are numbers of tokens, compare the vocabulary of the tokenizer with that of the model."
     return ModelError(
-        f"{type(model).__name__} does not run on a batch whose inputs are {look(inputs)}.", told(error), fix
+        f"{type(model).__name__} does not run on a batch whose inputs are {summary(inputs)}.", told(error), fix
     )
 
 
