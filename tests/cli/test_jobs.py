@@ -319,7 +319,7 @@ def test_init_leaves_a_file_that_is_there(folder, kirsch):
     ("arguments", "sentence"),
     [
         (["absent.yaml"], "The recipe absent.yaml cannot be read."),
-        (["recipe.yaml", "--set", "prune"], "--set 'prune' is no change."),
+        (["recipe.yaml", "--set", "prune"], "--set 'prune' is not a change of a key."),
         (["recipe.yaml", "--set", "prune.gaol.macs=1"], "prune.gaol: unknown key. Did you mean 'goal'?"),
         (["recipe.yaml", "--set", "prune.goal.macs=.nan"], "prune.goal.macs"),
         (["recipe.yaml", "--set", "teacher.train.epochs=ten"], "teacher.train.epochs"),

@@ -78,7 +78,7 @@ def test_goals_are_evaluated_with_costs_and_accuracies(run):
     assert macs["text"] == f"MACs {100 * share:.1f} % of the student, goal ≤ 60 %"
     assert (drop["name"], drop["limit"], drop["met"]) == ("max_drop", 0.5, True)
     assert drop["value"] == pytest.approx(lost, abs=1e-12)
-    assert drop["text"] == f"accuracy drop {100 * lost:.1f} points compared with the teacher, goal ≤ 50.0 points"
+    assert drop["text"] == f"accuracy drop {100 * lost:.1f} points against the teacher, goal ≤ 50.0 points"
     assert run.metrics["goal"]["met"] is True
     assert run.metrics["goal"]["text"] == "MACs ≤ 60 %, accuracy drop ≤ 50.0 points, runtime onnxruntime (1 thread)"
 
@@ -271,7 +271,5 @@ def test_accuracy_gain_is_reported_as_gain(job):
     first, last = (model["accuracy"]["value"] for model in found.metrics["models"])
     assert last > first
     (item,) = found.metrics["goal"]["items"]
-    assert (
-        item["text"] == f"accuracy gain {100 * (last - first):.1f} points compared with the teacher, goal ≤ 0.0 points"
-    )
+    assert item["text"] == f"accuracy gain {100 * (last - first):.1f} points against the teacher, goal ≤ 0.0 points"
     assert item["met"] is True

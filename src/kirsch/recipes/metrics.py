@@ -89,7 +89,7 @@ def _goal(job: Job) -> dict[str, Any]:
         drop = records["teacher"]["accuracy"]["value"] - records[final]["accuracy"]["value"]
         comparison = paired(job.logits("teacher"), job.logits(final), job.data.test.labels)
         change = f"accuracy drop {figures.points(drop)}" if drop >= 0 else f"accuracy gain {figures.points(-drop)}"
-        text = f"{change} compared with the teacher, goal ≤ {figures.points(recipe.goal.max_drop)}"
+        text = f"{change} against the teacher, goal ≤ {figures.points(recipe.goal.max_drop)}"
         before, after = (records[key].get("balanced_accuracy") for key in ("teacher", final))
         if before is not None and after is not None:  # accuracy may hide the loss of a rare class
             text += f" (balanced accuracy {figures.percent(before)} → {figures.percent(after)})"
