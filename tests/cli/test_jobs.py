@@ -173,7 +173,7 @@ def test_all_damage_is_named_at_once(run, kirsch):
 def test_a_folder_that_holds_no_run_is_said(kirsch, folder, verb):
     code, out, err = kirsch(verb, ".")
     assert (code, out) == (4, "")
-    assert err.startswith("error   . h")
+    assert err.startswith("error   . has no metrics.json" if verb == "report" else "error   . is not a run folder")
     assert sorted(path.name for path in folder.iterdir()) == ["nets.py", "recipe.yaml"]
 
 

@@ -93,8 +93,8 @@ def test_sample_seeds_equal_the_documented_formula():
     step = 0x9E3779B97F4A7C15
     seed, view, number = 11, 5, 123_456
     key = mix((mix((seed + step) % 2**64) + view + step) % 2**64)
-    wanted = mix((key + mix((number + step) % 2**64) + step) % 2**64)
-    assert int(sample_seeds(seed, view, np.array([number]))[0]) == wanted
+    expected = mix((key + mix((number + step) % 2**64) + step) % 2**64)
+    assert int(sample_seeds(seed, view, np.array([number]))[0]) == expected
 
 
 def test_samples_views_and_runs_have_different_seeds():

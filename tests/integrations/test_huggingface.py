@@ -18,6 +18,7 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
 from kirsch.frameworks.pytorch.io.vision import import_beside
+from tiny import assert_weights_close
 
 import_beside("torchvision")
 transformers = import_beside("transformers")
@@ -96,11 +97,6 @@ def trainer(folder, student=None, teacher=None, objective=LAYERS, data=None, kin
 TRAINER_ARGUMENTS = ("optimizers", "compute_loss_func", "model_init", "regularizers", "data_collator")
 
 
-def assert_same(one, two, **tolerance):
-    for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
-        torch.testing.assert_close(value, other, msg=name, **tolerance)
-
-
 def assert_no_hooks(*models):
     """Check that no hook of Kirsch is left; transformers has hooks of its own."""
     modules = [module for model in models for module in model.modules()]
@@ -125,7 +121,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
     distiller.train()(batch).total.backward()
     optimizer.step()
     for other in students[1:]:
-        assert_same(students[0], other, rtol=1e-10, atol=1e-12)
+        assert_weights_close(students[0], other, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:The term:UserWarning")
@@ -139,8 +135,8 @@ def test_resumed_run_is_bitwise_equal(tmp_path):
         run = trainer(tmp_path / folder, causal(8, 2, 0, dropout=0.2), objective=objective, **settings)
         run.train(resume_from_checkpoint=resume)
         runs.append(run)
-    assert_same(runs[0].model, runs[1].model, rtol=0, atol=0)
-    assert_same(runs[0].distiller.adapters, runs[1].distiller.adapters, rtol=0, atol=0)
+    assert_weights_close(runs[0].model, runs[1].model, rtol=0, atol=0)
+    assert_weights_close(runs[0].distiller.adapters, runs[1].distiller.adapters, rtol=0, atol=0)
     assert runs[0].distiller.state_dict()["balance"] == runs[1].distiller.state_dict()["balance"]
     assert runs[0].state.log_history[-2]["loss/kd"] == runs[1].state.log_history[-2]["loss/kd"]
 
@@ -155,7 +151,9 @@ def test_adapters_are_trained_and_only_the_student_is_saved(tmp_path):
     for before, after in zip(fresh.adapters.parameters(), run.distiller.adapters.parameters(), strict=True):
         assert not torch.equal(before, after)
     run.save_model(str(tmp_path / "student"))
-    assert_same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student"), run.model, rtol=0, atol=0)
+    assert_weights_close(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student"), run.model, rtol=0, atol=0
+    )
     assert_no_hooks(run.model)
     assert run.model_wrapped is run.model
 
@@ -279,7 +277,7 @@ def test_pruned_student_without_configuration_is_resumed_and_not_saved(tmp_path)
         run = trainer(tmp_path / folder, kirsch.prune(original, plan), save_steps=2, max_steps=4, **kind)
         run.train(resume_from_checkpoint=resume)
         runs.append(run)
-    assert_same(runs[0].model, runs[1].model, rtol=0, atol=0)
+    assert_weights_close(runs[0].model, runs[1].model, rtol=0, atol=0)
     assert not (tmp_path / "complete" / "checkpoint-2" / "config.json").exists()
     for save in (lambda: runs[0].save_model(tmp_path / "small"), runs[0].push_to_hub):
         with pytest.raises(UsageError, match=r"from_pretrained cannot load.*kirsch\.save"):

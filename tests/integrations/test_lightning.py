@@ -17,6 +17,7 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.io.vision import import_beside
+from tiny import assert_weights_close
 
 import_beside("torchvision")  # imported by torchmetrics, which Lightning imports
 import lightning  # noqa: E402 - see above
@@ -112,12 +113,6 @@ def test_batches_and_outputs_are_checked_before_training():
         fit(Module(batch_size=15), Distillation(net(6, 2), Objective.kd(2.0), student="model"), limit_val_batches=0)
 
 
-def assert_same(one, two, **tolerance):
-    assert one.state_dict().keys() == two.state_dict().keys()
-    for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
-        torch.testing.assert_close(value, other, msg=name, **tolerance)
-
-
 def assert_plain(module, before):
     """Check that the module has no hooks, adapters or replaced methods."""
     assert module.state_dict().keys() == before.state_dict().keys()
@@ -158,7 +153,7 @@ def test_step_equals_that_of_a_distiller():
         optimizer.zero_grad()
         distiller(samples()[:16], epoch).total.backward()
         optimizer.step()
-    assert_same(module, expected, rtol=1e-4, atol=1e-6)  # the order of the samples differs, in float32
+    assert_weights_close(module, expected, rtol=1e-4, atol=1e-6)  # the order of the samples differs, in float32
     assert callback.distiller.shares == pytest.approx(distiller.shares, rel=1e-3)
 
 
@@ -175,8 +170,8 @@ def test_resumed_run_is_bitwise_equal(tmp_path):
         fit(module, callback, max_epochs=3, ckpt_path=path, callbacks=[keep],
             enable_checkpointing=True)  # fmt: skip
         runs.append((module, callback))
-    assert_same(runs[0][0], runs[1][0], rtol=0, atol=0)
-    assert_same(runs[0][1].distiller.adapters, runs[1][1].distiller.adapters, rtol=0, atol=0)
+    assert_weights_close(runs[0][0], runs[1][0], rtol=0, atol=0)
+    assert_weights_close(runs[0][1].distiller.adapters, runs[1][1].distiller.adapters, rtol=0, atol=0)
     assert runs[0][1].state_dict()["balance"] == runs[1][1].state_dict()["balance"]
     kept = torch.load(tmp_path / "epoch=1-step=8.ckpt", weights_only=True)
     assert kept["state_dict"].keys() == Module().state_dict().keys()
@@ -195,7 +190,7 @@ def test_accumulated_batches_equal_one_large_batch():
             limit_val_batches=0)  # fmt: skip
         found.append(module)
     for other in found[1:]:
-        assert_same(found[0], other, rtol=1e-10, atol=1e-12)
+        assert_weights_close(found[0], other, rtol=1e-10, atol=1e-12)
     assert not torch.equal(found[0].model[1].weight, token_model(4, 1)[1].weight)
 
 
@@ -264,9 +259,9 @@ def test_unsupported_modules_and_loaders_are_refused():
         def train_dataloader(self):
             return {"a": super().train_dataloader(), "b": super().train_dataloader()}
 
-    places = Objective((Term("fitnet", 1.0, student="model.1"),))
+    other = Objective((Term("fitnet", 1.0, student="model.1"),))
     for module, options, error, sentence in (
-        (Narrow(), {"teacher": Module(net(6, 2)), "objective": places}, UsageError, r"lacks the adapters.*self\.param"),
+        (Narrow(), {"teacher": Module(net(6, 2)), "objective": other}, UsageError, r"lacks the adapters.*self\.param"),
         (Manual(), {}, UsageError, "has manual optimization.*kirsch.Distiller"),
         (Late(), {}, UsageError, "Late has no parameters yet.*in __init__"),
         (Several(), {}, UsageError, "not a single loader.*example_batch"),
@@ -324,26 +319,29 @@ class SaveParameters(lightning.Callback):
 def test_two_processes_equal_one(tmp_path, with_adapter):
     """Sequences with different numbers of valid positions, or an adapter."""
 
-    def quiet(width, seed):
-        made = net(width, seed).double()
-        made[1], made[3] = nn.Tanh(), nn.Identity()
-        return made
+    def deterministic_net(width, seed):
+        model = net(width, seed).double()
+        model[1], model[3] = nn.Tanh(), nn.Identity()
+        return model
 
     inputs, labels = samples().tensors
     data = torch.utils.data.TensorDataset(inputs.double(), labels) if with_adapter else texts(32)
-    made, objective = (quiet, OBJECTIVE) if with_adapter else (token_model, Objective.preset("causal"))
-    found, students = [], []
+    build, objective = (deterministic_net, OBJECTIVE) if with_adapter else (token_model, Objective.preset("causal"))
+    parameters, students = [], []
     for processes in (1, 2):
-        module, callback = Split(made(4, 1), data, 8 // processes), Distillation(made(6, 2), objective, student="model")
+        module, callback = (
+            Split(build(4, 1), data, 8 // processes),
+            Distillation(build(6, 2), objective, student="model"),
+        )
         options = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False} if processes > 1 else {}
         saved = SaveParameters(tmp_path / f"{processes}.npz", callback)
         fit(
             module, callback, callbacks=[saved], accumulate_grad_batches=2, max_epochs=2, limit_val_batches=0, **options
         )
         with np.load(saved.path) as arrays:
-            found.append([arrays[name] for name in arrays.files])
+            parameters.append([arrays[name] for name in arrays.files])
         students.append(module)
-    assert len(found[0]) == len(list(students[0].parameters())) + 2 * with_adapter
-    for one, two in zip(*found, strict=True):
+    assert len(parameters[0]) == len(list(students[0].parameters())) + 2 * with_adapter
+    for one, two in zip(*parameters, strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-8, atol=1e-11)  # the order of summation differs, in float64
-    assert_same(*students, rtol=1e-8, atol=1e-11)
+    assert_weights_close(*students, rtol=1e-8, atol=1e-11)

@@ -17,16 +17,10 @@ from kirsch.errors import GoalError, Interrupted, NumericError, RecipeError, Usa
 from kirsch.recipes import stages
 from kirsch.recipes.models import build
 from kirsch.recipes.tasks.data import load_data
-from tiny import write_job
+from tiny import same_weights, write_job
 
 TRAINING = kirsch.Training(epochs=5, learning_rate=0.02)
 HALF = kirsch.Goal(macs=0.5)
-
-
-def equal(first, second):
-    return all(
-        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,7 +71,7 @@ def compressed(trained, tmp_path_factory):
         name="my model",
         listen=events.append,
     )
-    assert equal(before, model), "the argument must not change"
+    assert same_weights(before, model), "the argument must not change"
     assert model.training, "the mode of the argument must not change"
     return found, events
 
@@ -160,7 +154,7 @@ def test_same_call_continues_the_run(trained, compressed, tmp_path):
         listen=events.append,
     )
     assert [event["event"] for event in events if "stage" in event["event"]] == ["stage_kept"] * 5
-    assert equal(again.model, compressed[0].model)
+    assert same_weights(again.model, compressed[0].model)
 
 
 @pytest.mark.parametrize("other", ["model", "student"])
@@ -211,7 +205,7 @@ def test_student_is_distilled_and_then_pruned(trained, tmp_path):
             folder=tmp_path / "run",
             listen=listen,
         )
-    assert equal(before, student)
+    assert same_weights(before, student)
     ends = {event["key"]: event for event in events if event["event"] == "stage_end"}
     assert list(ends) == ["teacher", "distill", "prune", "recover"]
     assert [event["stage"] for event in events if event["event"] == "epoch"] == ["distill"] * 3 + ["recover"]
@@ -227,7 +221,7 @@ def test_student_is_distilled_and_then_pruned(trained, tmp_path):
 
 def test_distill_without_student_is_refused(trained, tmp_path):
     with pytest.raises(
-        UsageError, match=r"distill is given without a student\. Give student=\.\.\., or leave distill out\."
+        UsageError, match=r"`distill` of kirsch\.compress needs a student\. Give student=\.\.\., or remove distill\."
     ):
         kirsch.compress(trained[0], trained[2], HALF, distill=TRAINING, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -249,8 +243,8 @@ def test_default_folder_is_a_new_one_under_runs(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GoalError, match="reaches the goal"):
         kirsch.compress(trained[0], trained[2], kirsch.Goal(macs=0.001), name="a/b")
-    (made,) = (tmp_path / "runs").iterdir()
-    assert "-a-b-" in made.name
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert "-a-b-" in folder.name
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -64,9 +64,10 @@ class Layer(nn.Module):
         self.out, self.up, self.down = nn.Linear(width, width), nn.Linear(width, 10), nn.Linear(10, width)
 
     def forward(self, x):
-        given = self.norm1(x)
+        normalized = self.norm1(x)
         parts = [
-            part(given).unflatten(-1, (self.heads, -1)).swapaxes(1, 2) for part in (self.query, self.key, self.value)
+            part(normalized).unflatten(-1, (self.heads, -1)).swapaxes(1, 2)
+            for part in (self.query, self.key, self.value)
         ]
         x = x + self.out(F.scaled_dot_product_attention(*parts).swapaxes(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -87,7 +88,7 @@ class Transformer(nn.Module):
 
 
 NETS = {"residual": (Residual, (1, 8, 8)), "transformer": (Transformer, (6, 5))}
-PLACES = {"residual": ("stem", "layer1", "layer2"), "transformer": ("embed", "layers.0", "layers.1")}
+LAYERS = {"residual": ("stem", "layer1", "layer2"), "transformer": ("embed", "layers.0", "layers.1")}
 """The first layer, which depends on the inputs alone, and the stages."""
 
 
@@ -114,8 +115,8 @@ class Case:
     known: dict
 
     @property
-    def places(self):
-        return PLACES[self.name]
+    def layers(self):
+        return LAYERS[self.name]
 
 
 @pytest.fixture(scope="module", params=list(NETS))
@@ -134,34 +135,34 @@ def traced(case, monkeypatch):
     return case
 
 
-class Recorded(MaskedRun):
+class RecordingRun(MaskedRun):
     """The masked original, which records the output of each operation."""
 
     def __init__(self, graph, keep, model):
         super().__init__(graph, keep, {**dict(model.named_parameters()), **dict(model.named_buffers())})
-        self.seen = {}
+        self.outputs_by_node = {}
 
     def run_node(self, n):
-        self.seen[n] = super().run_node(n)
-        return self.seen[n]
+        self.outputs_by_node[n] = super().run_node(n)
+        return self.outputs_by_node[n]
 
 
-# ------------------------------------------------------------------------------------------------ what was kept
+# ------------------------------------------------------------------------------------------------ kept channels
 
 
 def test_kept_channels_equal_those_of_the_masked_original(case):
     """Two ways in every layer: kept channels of the masked program, and the pruned module."""
-    masked = Recorded(case.graph, case.plan.keep(case.graph), case.model)
+    masked = RecordingRun(case.graph, case.plan.keep(case.graph), case.model)
     masked.outputs([case.inputs])
-    assert sum(place.axis is not None for place in case.known.values()) > 10
+    assert sum(channels.axis is not None for channels in case.known.values()) > 10
     for path, nodes in regions(case.graph.traced.states).items():
         if path not in case.known:
             continue
         (node,) = exits(nodes)
-        place, wanted = case.known[path], masked.seen[node].detach()
-        if place.axis is not None:
-            wanted = wanted.index_select(place.axis, torch.tensor(place.indices))
-        torch.testing.assert_close(dry_run(case.small, [path], case.inputs)[path], wanted, rtol=1e-9, atol=1e-10)
+        channels, expected = case.known[path], masked.outputs_by_node[node].detach()
+        if channels.axis is not None:
+            expected = expected.index_select(channels.axis, torch.tensor(channels.indices))
+        torch.testing.assert_close(dry_run(case.small, [path], case.inputs)[path], expected, rtol=1e-9, atol=1e-10)
 
 
 def test_kept_channels_are_known_by_module_path(case):
@@ -231,24 +232,24 @@ def term_values(objective, case):
 
 
 def test_term_is_zero_where_nothing_upstream_is_pruned(traced):
-    first, _, last = traced.places
+    first, _, last = traced.layers
     found = term_values(recovery(traced.small, traced.model, traced.inputs, at=[first, last]), traced)
     assert found[f"kept.{first}"] < 1e-28  # equal up to the order of summation
     assert found[f"kept.{last}"] > 1e-3
 
 
 def test_term_is_the_relative_mean_squared_difference(traced):
-    place = traced.places[1]
-    objective = recovery(traced.small, traced.model, traced.inputs, at=place, weight=3.0)
-    small_features, target = (dry_run(net, [place], traced.inputs)[place] for net in (traced.small, traced.model))
-    target = target.index_select(traced.known[place].axis, torch.tensor(traced.known[place].indices))
+    layer = traced.layers[1]
+    objective = recovery(traced.small, traced.model, traced.inputs, at=layer, weight=3.0)
+    small_features, target = (dry_run(net, [layer], traced.inputs)[layer] for net in (traced.small, traced.model))
+    target = target.index_select(traced.known[layer].axis, torch.tensor(traced.known[layer].indices))
     expected = 3.0 * ((small_features - target) ** 2).mean() / (target**2).mean()
-    assert term_values(objective, traced)[f"kept.{place}"] == pytest.approx(expected.item(), rel=1e-5)
+    assert term_values(objective, traced)[f"kept.{layer}"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_default_layers_are_the_stages_and_the_objective_survives_json(traced):
     objective = recovery(traced.small, traced.model, traced.inputs, objective=Objective.preset("dkd"))
-    assert [term.student for term in objective.terms] == ["logits", *traced.places[1:]]
+    assert [term.student for term in objective.terms] == ["logits", *traced.layers[1:]]
     loss = {"residual": "fitnet", "transformer": "hidden-mse"}[traced.name]
     assert [term.loss for term in objective.terms] == ["dkd", loss, loss]
     assert Objective.from_dict(json.loads(json.dumps(objective.to_dict()))) == objective
@@ -262,32 +263,34 @@ def test_training_reduces_all_terms_without_new_parameters(case):
     data, hooks = ArrayData(many.numpy(), None, batch_size=16), TrainingHooks(event=events.append)
     found = kirsch.distill(case.small, case.model, data, objective=objective, training=training, hooks=hooks)
     before, after = found.history[0]["parts"], found.history[-1]["parts"]
-    assert set(before) == {f"kept.{place}" for place in case.places[1:]}
-    assert all(after[place] < 0.8 * before[place] for place in before), (before, after)
+    assert set(before) == {f"kept.{layer}" for layer in case.layers[1:]}
+    assert all(after[layer] < 0.8 * before[layer] for layer in before), (before, after)
     shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (found.model, case.small)]
     assert shapes[0] == shapes[1]
     (event,) = (event for event in events if event["event"] == "attached")
-    assert [(row["student"], row["teacher"]) for row in event["pairs"]] == [(place, place) for place in case.places[1:]]
+    assert [(row["student"], row["teacher"]) for row in event["pairs"]] == [(layer, layer) for layer in case.layers[1:]]
 
 
 def test_layer_with_all_channels_needs_no_adapter(case, monkeypatch):
-    place = case.places[1]
-    monkeypatch.setattr("kirsch.recipes.recovery.kept", lambda *_args, **_options: {place: Kept()})
-    (_, term) = recovery(case.model, case.model, case.inputs, at=place).terms
+    layer = case.layers[1]
+    monkeypatch.setattr("kirsch.recipes.recovery.kept", lambda *_args, **_options: {layer: Kept()})
+    (_, term) = recovery(case.model, case.model, case.inputs, at=layer).terms
     assert (term.adapter, dict(term.adapter_options)) == ("none", {})
 
 
 def test_layer_with_other_shape_is_refused(case, monkeypatch):
-    place = case.places[1]
-    monkeypatch.setattr("kirsch.recipes.recovery.kept", lambda *_args, **_options: {place: Kept()})
+    layer = case.layers[1]
+    monkeypatch.setattr("kirsch.recipes.recovery.kept", lambda *_args, **_options: {layer: Kept()})
     with pytest.raises(UnknownNameError, match="with known kept channels"):
-        recovery(case.small, case.model, case.inputs, at=place)
+        recovery(case.small, case.model, case.inputs, at=layer)
 
 
 def test_unknown_layer_is_refused_with_the_nearest(traced):
-    right = traced.places[1]
-    with pytest.raises(UnknownNameError, match=rf"no layer of \w+ with known kept channels.*Did you mean '{right}"):
-        recovery(traced.small, traced.model, traced.inputs, at=right + right[-1])
+    known_layer = traced.layers[1]
+    with pytest.raises(
+        UnknownNameError, match=rf"no layer of \w+ with known kept channels.*Did you mean '{known_layer}"
+    ):
+        recovery(traced.small, traced.model, traced.inputs, at=known_layer + known_layer[-1])
     with pytest.raises(UsageError, match=r"`at` of kirsch\.recovery names no layers\. Give a layer"):
         recovery(traced.small, traced.model, traced.inputs, at=[])
 

@@ -16,6 +16,7 @@ from kirsch import files
 from kirsch.errors import CheckpointError, KirschError, LoadError
 from kirsch.recipes import integrity, manifest
 from kirsch.recipes.runner import resume
+from tiny import flip_bit
 
 FILES = [
     "artifacts/model.onnx",
@@ -37,12 +38,6 @@ FILES = [
     "run.json",
 ]  # fmt: skip
 """All files of a run without student and measurement, except the lock."""
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def truncate(path):
@@ -80,8 +75,8 @@ def pipe(path):
 
 def socket_(path):
     path.unlink()
-    with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(path.parent):  # such paths must be short
-        made.bind(path.name)
+    with socket.socket(socket.AF_UNIX) as unix_socket, contextlib.chdir(path.parent):  # such paths must be short
+        unix_socket.bind(path.name)
 
 
 def folder(path):
@@ -89,7 +84,7 @@ def folder(path):
     path.mkdir()
 
 
-CHANGES = [Path.unlink, lambda path: path.write_bytes(b""), truncate, flip, change_case, append_line]
+CHANGES = [Path.unlink, lambda path: path.write_bytes(b""), truncate, flip_bit, change_case, append_line]
 CHANGES += [add_another, edit_with_its_manifest]
 REPLACEMENTS = {link: "a symbolic link", pipe: "a named pipe", socket_: "a socket", folder: "a folder"}
 

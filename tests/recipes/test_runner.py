@@ -31,6 +31,7 @@ from kirsch.recipes import integrity, runner
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import new_folder_name, resume
 from kirsch.recipes.tasks.data import DataSet, Split
+from tiny import flip_bit, same_weights
 
 STAGES = ["teacher", "distill", "prune", "recover", "export", "measure"]
 NO_EXPORT = ("export=null", "measure=null")
@@ -39,18 +40,6 @@ NO_EXPORT = ("export=null", "measure=null")
 def contents(folder):
     """Return the content of all files below a folder by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def equal(first, second):
-    a, b = (model if isinstance(model, dict) else model.state_dict() for model in (first, second))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def flip(path):
-    """Change one bit in the middle of a file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def assert_no_stage_started(job):
@@ -88,7 +77,7 @@ def test_resuming_a_finished_run_returns_the_same_result(finished, done):
     assert after.keys() == before.keys()
     written_anew = {"events.jsonl", "metrics.json", "report.html", "manifest.json", "run.json"}
     assert {name for name in before if before[name] != after[name]} <= written_anew
-    assert equal(outcome.model, finished[1].model)
+    assert same_weights(outcome.model, finished[1].model)
     assert not outcome.model.training
     assert outcome.metrics | {"created": ""} == finished[1].metrics | {"created": ""}
 
@@ -144,7 +133,7 @@ def test_training_does_not_resume_from_a_checkpoint_of_other_settings(job):
     (job.folder / "recipe.yaml").write_text(job.recipe(*changed).to_yaml())
     found = job.do(*changed)
     assert sum("the inputs of its stage have changed" in note for note in job.notes()) == 2
-    assert equal(found.model, job.do(*changed, folder=job.base / "fresh").model)
+    assert same_weights(found.model, job.do(*changed, folder=job.base / "fresh").model)
 
 
 def test_checkpoints_of_a_finished_stage_are_removed(done):
@@ -159,17 +148,17 @@ def test_checkpoints_of_a_finished_stage_are_removed(done):
 
 def test_recovery_does_not_change_earlier_models(job, monkeypatch):
     """A loaded stage must not write its weights to the model of an earlier stage."""
-    seen = []
+    jobs = []
     metrics_of = runner.metrics_of
-    monkeypatch.setattr(runner, "metrics_of", lambda job, *rest: seen.append(job) or metrics_of(job, *rest))
+    monkeypatch.setattr(runner, "metrics_of", lambda job, *rest: jobs.append(job) or metrics_of(job, *rest))
     alone = ("student=null", "prune=null", *NO_EXPORT)
     for _ in range(2):
         job.do(*alone)
     assert job.stages("stage_kept") == ["teacher", "recover"]
     stored = safetensors.torch.load_file(job.folder / "checkpoints" / "teacher" / "done" / "weights.safetensors")
-    for state in seen:
-        assert equal(state.models["teacher"], stored)
-        assert not equal(state.models["result"], stored)
+    for finished_job in jobs:
+        assert same_weights(finished_job.models["teacher"], stored)
+        assert not same_weights(finished_job.models["result"], stored)
 
 
 def test_trained_teacher_is_returned_in_inference_mode(job, monkeypatch):
@@ -189,7 +178,7 @@ def test_damaged_files_are_restored_bit_for_bit(done):
     damaged = before.keys() - {".lock", "recipe.yaml", "run.json", "events.jsonl"}
     original = {name: (done.folder / name).read_bytes() for name in damaged}
     for name in damaged:
-        flip(done.folder / name)
+        flip_bit(done.folder / name)
     resume(done.folder, listen=done.heard.append)
     assert done.stages("stage_start") == STAGES
     now = contents(done.folder)
@@ -211,7 +200,7 @@ def test_damaged_files_are_restored_bit_for_bit(done):
 @pytest.mark.parametrize("stage", ["teacher", "prune"])
 def test_only_the_damaged_stage_is_run_again(done, stage):
     path = done.folder / "checkpoints" / stage / "done" / "logits.npy"
-    flip(path)
+    flip_bit(path)
     resume(done.folder, listen=done.heard.append)
     assert done.stages("stage_start") == [stage]
     assert done.notes()[0] == f"The stage {stage!r} is run again: {path} does not have the sha256 of its manifest."
@@ -221,14 +210,14 @@ def test_only_the_damaged_stage_is_run_again(done, stage):
 def test_damaged_artifact_is_exported_again(done, name):
     path = done.folder / "artifacts" / name
     before = path.read_bytes()
-    flip(path)
+    flip_bit(path)
     resume(done.folder, listen=done.heard.append)
     assert done.stages("stage_start") == ["export"]
     assert re.match(rf"The stage 'export' is run again: .*{name} ", done.notes()[0])
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", [flip, Path.unlink])
+@pytest.mark.parametrize("damage", [flip_bit, Path.unlink])
 def test_damaged_or_missing_plan_is_restored(done, damage):
     before = (done.folder / "plan.json").read_bytes()
     damage(done.folder / "plan.json")
@@ -426,10 +415,10 @@ def test_unwritable_folder_is_reported_before_data_is_loaded(job):
 @pytest.mark.parametrize(
     ("changes", "stage", "why"),
     [
-        (["teacher={model: 'nets.py:Silent'}"], "teacher", "It predicts one class for every sample"),
+        (["teacher={model: 'nets.py:Constant'}"], "teacher", "It predicts one class for every sample"),
         (["teacher.train.learning_rate=1e-9"], "teacher", "It (is not better than chance|predicts one class)"),
         (
-            ["student.model=nets.py:Silent", "student.distill.train.learning_rate=1e-9", "prune=null"],
+            ["student.model=nets.py:Constant", "student.distill.train.learning_rate=1e-9", "prune=null"],
             "distill",
             "It predicts one",
         ),

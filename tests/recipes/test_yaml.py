@@ -110,14 +110,14 @@ def test_duplicate_key_is_refused_with_both_lines(text, lines):
         "!!omap [a: 1]",
         "!!binary aGk=",
         "!!timestamp 2020-01-01",
-        "!mine 5",
-        "!mine:int 5",
+        "!custom 5",
+        "!custom:int 5",
         "!!seq 5",
         "!!str [a]",
     ],
 )
 def test_tag_is_refused_with_its_line_and_no_code_runs(tmp_path, value):
-    text = value.format(folder=tmp_path / "made")
+    text = value.format(folder=tmp_path / "created")
     for document in (f"x: 1\ny:\n  a: {text}\n", f"x: 1\ny:\n  - {text}\n"):
         with pytest.raises(RecipeError, match=r"The recipe uses the tag '.*'\. Line 3\. Write a plain value"):
             read(document)
@@ -125,8 +125,8 @@ def test_tag_is_refused_with_its_line_and_no_code_runs(tmp_path, value):
 
 
 def test_tag_of_a_key_is_refused():
-    with pytest.raises(RecipeError, match=r"uses the tag '!mine'\. Line 2\."):
-        read("x: 1\n!mine y: 1\n")
+    with pytest.raises(RecipeError, match=r"uses the tag '!custom'\. Line 2\."):
+        read("x: 1\n!custom y: 1\n")
 
 
 def test_key_that_is_not_a_scalar_is_refused_with_its_line():

@@ -89,7 +89,7 @@ def compress(
         KirschError: a stage failed; the run folder keeps the finished stages.
     """
     if distill is not None and student is None:
-        raise UsageError("distill is given without a student.", fix="Give student=..., or leave distill out.")
+        raise UsageError("`distill` of kirsch.compress needs a student.", fix="Give student=..., or remove distill.")
     if max_drop is not None and not 0 <= max_drop < 1:
         raise UsageError(
             f"`max_drop` of kirsch.compress is {max_drop:g}; expected a fraction of at least 0 and below 1.",

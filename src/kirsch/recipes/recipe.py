@@ -160,7 +160,7 @@ class Prune(Section):
         "auto", description="kept widths are multiples of this number; or a number by kind of unit"
     )
     granularity: tuple[str, ...] | dict[str, AtLeastZero] | None = Field(
-        None, description="kinds of units to prune, or a weight by kind; all"
+        None, description="kinds of units to prune, or a preference by kind; all"
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of a kind")
     exclude: tuple[str, ...] = Field((), description="layers not to prune; glob patterns")

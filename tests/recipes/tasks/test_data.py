@@ -139,7 +139,7 @@ def mistyped(*, seed):
 
 
 def missing(*, seed):
-    raise LoadError("The archive is not there.")
+    raise LoadError("The archive is missing.")
 
 
 def plain(classes=2):
@@ -206,7 +206,7 @@ def test_source_without_seed_parameter_is_called_without_seed(base):
             DataError,
             "The data source 'sources.py:mistyped' failed. TypeError: unsupported operand",
         ),
-        ("sources.py:missing", {}, LoadError, "The archive is not there."),
+        ("sources.py:missing", {}, LoadError, "The archive is missing."),
         (
             "sources.py:other",
             {},
