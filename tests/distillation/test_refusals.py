@@ -312,7 +312,7 @@ def test_sample_ids_that_are_not_unique_are_refused():
     [
         (lambda: Term(student=[]), "`student` of kirsch.Term is a list without elements; expected a layer name"),
         (lambda: Term(student=None), "`student` of kirsch.Term is None"),
-        (lambda: Term("fitnet", student=["conv", 3]), "`student` of kirsch.Term is a list of 2; expected a path"),
+        (lambda: Term("fitnet", student=["conv", 3]), "`student` of kirsch.Term is a list of 2; expected a layer name"),
         (lambda: Term(weight="0.9"), "`weight` of kirsch.Term is '0.9'; expected a number"),
         (lambda: Term("attention-kl", student="attention[-1]", options={"given": "scores"}), "has weights, behind the"),
     ],

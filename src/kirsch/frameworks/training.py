@@ -84,7 +84,9 @@ class Training:
         if self.seed < 0:
             problems.append(f"seed is {self.seed}; expected an integer of at least 0")
         if problems:
-            raise UsageError("The training settings are not valid: " + "; ".join(problems) + ".")
+            raise UsageError(
+                "The training settings are not valid: " + "; ".join(problems) + ".", fix="Give values in these ranges."
+            )
 
 
 @dataclass

@@ -58,7 +58,7 @@ class Train(Section):
         try:
             self.settings(0)
         except UsageError as error:
-            raise ValueError(error) from error
+            raise ValueError(error.what) from error
         return self
 
 

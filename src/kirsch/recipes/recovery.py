@@ -62,7 +62,9 @@ def recovery(
         arXiv:2407.14679.
     """
     if not weight > 0:
-        raise UsageError(f"`weight` of kirsch.recovery is {weight}; expected a number above 0.")
+        raise UsageError(
+            f"`weight` of kirsch.recovery is {weight}; expected a number above 0.", fix="For example, give weight=1.0."
+        )
     objective = objective or Objective.kd()
     framework = framework_of(small)
     known = _comparable_layers(framework, small, original, inputs)
