@@ -78,6 +78,15 @@ def test_format_is_named_in_errors_about_weights_and_models(tmp_path, name):
         assert caught.value.fix
 
 
+def test_folder_in_place_of_a_weights_file_is_refused_with_the_file_in_it(tmp_path):
+    model = nn.Linear(2, 2)
+    with pytest.raises(LoadError, match=r"it is a folder\..* Give a safetensors file"):
+        framework_of(model).load_weights(model, tmp_path)
+    safetensors.torch.save_model(model, str(tmp_path / "w.safetensors"))
+    with pytest.raises(LoadError, match=r"it is a folder\..* Give the file in it: .*w\.safetensors"):
+        framework_of(model).load_weights(model, tmp_path)
+
+
 def test_safetensors_file_is_accepted_as_weights_and_refused_as_model(tmp_path):
     safetensors.torch.save_model(nn.Linear(2, 2), str(tmp_path / "w.safetensors"))
     framework_of(nn.Linear(2, 2)).load_weights(nn.Linear(2, 2), tmp_path / "w.safetensors")

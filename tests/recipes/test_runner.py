@@ -415,19 +415,25 @@ def test_unwritable_folder_is_reported_before_data_is_loaded(job):
 @pytest.mark.parametrize(
     ("changes", "stage", "why"),
     [
-        (["teacher={model: 'nets.py:Constant'}"], "teacher", "It predicts one class for every sample"),
-        (["teacher.train.learning_rate=1e-9"], "teacher", "It (is not better than chance|predicts one class)"),
+        (
+            ["teacher={model: 'nets.py:Constant'}"],
+            "teacher",
+            r"It predicts one class .*Load trained weights in nets\.py:Constant, or",
+        ),
+        (
+            ["teacher.train.learning_rate=1e-9"],
+            "teacher",
+            "It (is not better than chance|predicts one class).*Lower the",
+        ),
         (
             ["student.model=nets.py:Constant", "student.distill.train.learning_rate=1e-9", "prune=null"],
             "distill",
-            "It predicts one",
+            "It predicts one.*Lower the",
         ),
     ],
 )
 def test_unusable_model_ends_the_run_after_its_stage(job, changes, stage, why):
-    sentence = (
-        rf"The model is unusable after the stage '{stage}': \d+\.\d% of 60 correct, chance is 33\.3%\. {why}.*Lower the"
-    )
+    sentence = rf"The model is unusable after the stage '{stage}': \d+\.\d% of 60 correct, chance is 33\.3%\. {why}"
     with pytest.raises(NumericError, match=sentence) as caught:
         job.do(*changes, *NO_EXPORT)
     assert caught.value.exit_code == 6

@@ -9,7 +9,6 @@ each sample with a generator that is made from the sample's seed.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -20,8 +19,7 @@ import numpy as np
 
 from kirsch.annotations import Between, Count, Fix, Share
 from kirsch.arguments import checked
-from kirsch.errors import ShapeError, UsageError, said
-from kirsch.frameworks.description import described, name_of
+from kirsch.errors import ShapeError, UsageError, name_of, said
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -353,11 +351,6 @@ def check_call(function: Any, name: str, argument: str, fix: str) -> None:
         ) from error
     except ValueError:
         return  # built-in functions without a signature are checked when they are called
-
-
-def description(transform: Seeded | Augment | None) -> str:
-    """Return a transform's code and settings as JSON, for hashing; see `kirsch.frameworks.description`."""
-    return json.dumps(described(transform), sort_keys=True)
 
 
 def _check_images(name: str, batch: NDArray[Any]) -> None:

@@ -34,6 +34,9 @@ Listen = Callable[[dict[str, Any]], None]
 Stop = Callable[[], Exception | None]
 
 
+TRAIN_BETTER = "Lower the learning rate, train longer, or remove less."
+
+
 @dataclass
 class Job:
     """State that the stages of a run share.
@@ -153,8 +156,13 @@ class Job:
             )
         return framework.count(model, framework.tensor(self.example))
 
-    def check_alive(self, key: str, record: dict[str, Any]) -> None:
+    def check_alive(self, key: str, record: dict[str, Any], fix: str = TRAIN_BETTER) -> None:
         """Refuse a trained model that predicts one class for all samples, or is not better than chance.
+
+        Args:
+            key: stage.
+            record: record of the stage, with the accuracy on the test part.
+            fix: fix of the error.
 
         Raises:
             NumericError: the model is such a model.
@@ -168,7 +176,7 @@ class Job:
                 f"The model is unusable after the stage {key!r}: {value:.1%} of {n} correct, "
                 f"chance is {chance:.1%}{more}.",
                 "It predicts one class for every sample." if record["one_class"] else "It is not better than chance.",
-                "Lower the learning rate, train longer, or remove less.",
+                fix,
             )
 
     def logits(self, key: str) -> NDArray[Any]:

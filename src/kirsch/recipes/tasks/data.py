@@ -157,7 +157,8 @@ def _array(name: str, value: Any) -> NDArray[Any]:
     except (ValueError, TypeError, RuntimeError):  # samples of several shapes
         array = None
     if array is not None and array.ndim and array.dtype.kind in "biuf":
-        return array
+        python_floats = isinstance(value, list) and array.size and type(_first_number(value)) is float
+        return array.astype(np.float32) if python_floats else array  # numpy converts Python floats to float64
     what = summary(value) if array is None or isinstance(value, list) else f"{array.dtype} of shape {array.shape}"
     loads = hasattr(value, "dataset") or (hasattr(value, "__getitem__") and not hasattr(value, "__array__"))
     raise DataError(
@@ -167,6 +168,12 @@ def _array(name: str, value: Any) -> NDArray[Any]:
         if loads and not isinstance(value, (list, tuple, str))
         else "Give numbers of the same shape for each sample.",
     )
+
+
+def _first_number(value: Any) -> Any:
+    while isinstance(value, (list, tuple)):
+        value = value[0]
+    return value
 
 
 def _check_names(name: Any, classes: Any) -> None:
