@@ -112,4 +112,4 @@ def test_a_wrong_call_is_named(folder, kirsch, arguments, sentence):
 def test_a_folder_without_a_store_is_named(folder, kirsch):
     code, _, err = kirsch("store", "info", "nothing")
     assert code == 4
-    assert "nothing holds no store" in err
+    assert "There is no store in nothing" in err

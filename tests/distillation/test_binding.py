@@ -17,7 +17,7 @@ from kirsch.distillation.store import Dense, TopK, build
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ModelError, ShapeError, StoreError, UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.pytorch.features.capture import Watch, dry_run
+from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
 from kirsch.frameworks.pytorch.features.layers import expand
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -129,7 +129,7 @@ def test_a_site_gives_the_value_that_is_computed_there(layer, wanted):
 
 def test_hooks_are_gone_after_an_exception():
     net = Net(4)
-    watch = Watch(net, ["down"])
+    watch = FeatureCapture(net, ["down"])
     with pytest.raises(ModelError):
         watch(torch.randn(2, 5, 8, 8))
     watch.close()
@@ -142,7 +142,7 @@ def test_a_site_that_is_not_there_is_answered_with_the_nearest():
 
 
 def test_a_place_that_runs_twice_must_say_which():
-    with pytest.raises(UsageError, match=r"calls relu 3 times in one forward.*Write #0 behind it"):
+    with pytest.raises(UsageError, match=r"calls relu 3 times in one forward.*Append #0 for the first"):
         dry_run(Net(4), ["/relu"], torch.randn(2, 1, 8, 8))
 
 
@@ -152,7 +152,7 @@ def test_other_classes_are_refused_before_training():
 
 
 def test_shapes_that_no_adapter_joins_are_refused():
-    with pytest.raises(ShapeError, match="No adapter joins the student's value"):
+    with pytest.raises(ShapeError, match="No adapter fits the student's value"):
         trained(Objective((Term("fitnet", 1.0, student="down", teacher="logits"),)))
 
 

@@ -310,18 +310,18 @@ def test_zero_weight_and_zero_features_are_refused(traced):
 @pytest.mark.parametrize(
     ("shapes", "options", "error", "sentence"),
     [
-        (((4, 2, 8, 8), (4, 5, 8, 8)), {}, UsageError, "'kept' is not told which channels are kept"),
+        (((4, 2, 8, 8), (4, 5, 8, 8)), {}, UsageError, "'kept' needs the option `indices`"),
         (
             ((4, 2, 8, 8), (4, 5, 8, 8)),
             {"indices": [0, 5]},
             UsageError,
-            "told channel 5; the teacher has channels 0 to 4",
+            "contain channel 5; the teacher has channels 0 to 4",
         ),
-        (((4, 2, 8, 8), (4, 5, 8, 8)), {"indices": [1, 1]}, UsageError, "told a channel twice"),
-        (((4, 3, 8, 8), (4, 5, 8, 8)), {"indices": [0, 1]}, ShapeError, "has 3 channels, and 2 are named as kept"),
-        (((4, 2, 8, 8), (4, 5, 4, 4)), {"indices": [0, 1]}, ShapeError, "shapes that differ in axis 1 alone"),
-        (((4, 2, 8, 8), (4, 5, 8)), {"indices": [0, 1]}, ShapeError, "shapes that differ in axis 1 alone"),
-        (((4, 6, 2), (4, 6, 5)), {"indices": [0, 1], "axis": 3}, ShapeError, "differ in axis 3 alone"),
+        (((4, 2, 8, 8), (4, 5, 8, 8)), {"indices": [1, 1]}, UsageError, "contain a channel twice"),
+        (((4, 3, 8, 8), (4, 5, 8, 8)), {"indices": [0, 1]}, ShapeError, "has 3 channels, and `indices` has 2"),
+        (((4, 2, 8, 8), (4, 5, 4, 4)), {"indices": [0, 1]}, ShapeError, "shapes that differ only in axis 1"),
+        (((4, 2, 8, 8), (4, 5, 8)), {"indices": [0, 1]}, ShapeError, "shapes that differ only in axis 1"),
+        (((4, 6, 2), (4, 6, 5)), {"indices": [0, 1], "axis": 3}, ShapeError, "differ only in axis 3"),
     ],
 )
 def test_invalid_indices_are_refused(shapes, options, error, sentence):

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import each, first_of, namespace
-from kirsch.distillation.losses.loss import TOKEN_KINDS, given_to, options_of
+from kirsch.distillation.arrays import first_array, map_arrays, namespace
+from kirsch.distillation.losses.loss import TOKEN_KINDS, loss_options, step_arguments
 from kirsch.errors import ShapeError
 from kirsch.frameworks.port import pytorch
 
@@ -68,7 +68,7 @@ def check_loss_is_smallest_when_the_student_equals_the_teacher(loss: Loss) -> No
     for options in _options(loss):
         least = float(loss(teacher, teacher, **options))
         for distance in (1e-4, 1e-2, 1.0, 10.0):
-            direction = each(lambda part: random.standard_normal(part.shape), teacher)
+            direction = map_arrays(lambda part: random.standard_normal(part.shape), teacher)
             for step in (-distance, distance):  # a nonzero slope leads down in one of the directions
                 value = float(loss(_add(teacher, direction, step), teacher, **options))
                 # 1e-12: rounding of float64 in a sum over a few dozen values of size 10
@@ -108,9 +108,9 @@ def check_teacher_has_no_gradient(loss: Loss) -> None:
 
     The check of the teacher is skipped for losses with `learned=True`, whose target is trained.
     """
-    student, teacher = (each(lambda part: part.requires_grad_(), _tensors(side)) for side in _values(loss))
+    student, teacher = (map_arrays(lambda part: part.requires_grad_(), _tensors(side)) for side in _values(loss))
     loss(student, teacher, **_like(list(_options(loss))[-1], student)).backward()
-    assert first_of(student).grad is not None, "the student has no gradient"
+    assert first_array(student).grad is not None, "the student has no gradient"
     if not getattr(loss, "learned", False):
         assert all(part.grad is None for part, _ in _parts(teacher, teacher)), "the teacher has a gradient"
 
@@ -133,8 +133,8 @@ def check_loss_is_finite_for_huge_values(loss: Loss) -> None:
     """
     torch = namespace(_tensors(np.zeros(1)))
     random = np.random.default_rng(2)
-    signs = each(lambda part: random.choice([-1.0, 1.0], part.shape), _values(loss)[0])
-    huge, opposite = each(lambda part: 1e4 * part, signs), each(lambda part: -1e4 * part, signs)
+    signs = map_arrays(lambda part: random.choice([-1.0, 1.0], part.shape), _values(loss)[0])
+    huge, opposite = map_arrays(lambda part: 1e4 * part, signs), map_arrays(lambda part: -1e4 * part, signs)
     for options in _options(loss):
         for student, teacher in ((huge, opposite), (huge, huge), (huge, signs)):
             value = float(loss(student, teacher, **options))
@@ -144,7 +144,7 @@ def check_loss_is_finite_for_huge_values(loss: Loss) -> None:
     for dtype, options in itertools.product((torch.float32, torch.bfloat16, torch.float16), _options(loss)):
         for sides in ((huge, opposite), (huge, huge), (huge, signs)):
             student, teacher = (_rounded(_tensors(side), dtype) for side in sides)
-            each(lambda part: part.requires_grad_(), student)
+            map_arrays(lambda part: part.requires_grad_(), student)
             total = loss(student, teacher, **_like(options, student))
             value = float(total.detach())
             assert np.isfinite(value), f"the loss of huge {dtype} values is {value}"
@@ -162,7 +162,7 @@ def check_loss_is_finite_in_half_precision(loss: Loss) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         for options in _options(loss):
             student, teacher = (_rounded(_tensors(side), dtype) for side in _values(loss))
-            each(lambda part: part.requires_grad_(), student)
+            map_arrays(lambda part: part.requires_grad_(), student)
             with torch.autocast("cpu", dtype=dtype):
                 total = loss(student, teacher, **_like(options, student))
             total.backward()
@@ -173,14 +173,18 @@ def check_loss_is_finite_in_half_precision(loss: Loss) -> None:
                 f"the gradient of {dtype} values is not finite"
             )
             student64, teacher64 = (
-                _rounded(side, torch.float64) for side in (each(lambda p: p.detach(), student), teacher)
+                _rounded(side, torch.float64) for side in (map_arrays(lambda p: p.detach(), student), teacher)
             )
             expected = float(loss(student64, teacher64, **_like(options, student64)))
             # float32 has 7 digits, of which sums and differences of a few dozen values may lose 3.
             assert abs(value - expected) <= 1e-4 * max(1.0, abs(expected)), (
                 f"the loss of {dtype} values is {value}; in 64 bits it is {expected}"
             )
-            exact = _gradient(loss, each(lambda part: part.numpy(), student64), each(np.asarray, teacher64), options)
+            exact = _gradient(
+                loss, map_arrays(lambda part: part.numpy(), student64), map_arrays(np.asarray, teacher64), options
+            )
+                loss, map_arrays(lambda part: part.numpy(), student64), map_arrays(np.asarray, teacher64), options
+            )
             for (part, _), (gradient, _) in zip(_parts(student, student), _parts(exact, exact), strict=True):
                 error = np.linalg.norm(np.asarray(part.grad.double()) - gradient)
                 # The gradient is rounded to the 8 bits of bfloat16.
@@ -191,7 +195,7 @@ def check_loss_is_finite_in_half_precision(loss: Loss) -> None:
 
 def check_masked_positions_contribute_nothing(loss: Loss) -> None:
     """Values at masked positions, even NaN, change neither the loss nor the gradient."""
-    if "mask" not in given_to(loss):
+    if "mask" not in step_arguments(loss):
         return
     shapes: list[Any] = [None, SEQUENCES] if getattr(loss, "takes", "scores") == "scores" else [None]
     for shape in shapes:
@@ -220,10 +224,10 @@ def _check_masked(loss: Loss, shape: Any) -> None:
 def check_order_of_samples_does_not_matter(loss: Loss) -> None:
     """The loss of the same samples in another order is the same."""
     values = _values(loss)
-    indices = np.arange(len(first_of(values[0])))
+    indices = np.arange(len(first_array(values[0])))
     order = np.concatenate([indices[1::2], indices[::2]])  # changes the neighbors, as a reversal would not
     for options in _options(loss):
-        permuted = [each(lambda part: part[order], side) for side in values]
+        permuted = [map_arrays(lambda part: part[order], side) for side in values]
         other = {name: value[order] if name in ("labels", "mask") else value for name, value in options.items()}
         _assert_same(loss, (*values, options), (*permuted, other), "for the same samples in another order")
 
@@ -237,7 +241,7 @@ def check_loss_is_a_mean_over_samples(loss: Loss) -> None:
         return
     values = _values(loss)
     for options in _options(loss):
-        twice = [each(lambda part: np.concatenate([part, part]), side) for side in values]
+        twice = [map_arrays(lambda part: np.concatenate([part, part]), side) for side in values]
         other = {n: np.concatenate([v, v]) if n in ("labels", "mask") else v for n, v in options.items()}
         _assert_same(loss, (*values, options), (*twice, other), "with each sample twice")
 
@@ -253,7 +257,7 @@ def check_parts_of_a_batch_add_up_to_it(loss: Loss) -> None:
         return
     student, teacher = _values(loss)
     masks: list[Any] = [None]
-    if "mask" in given_to(loss):
+    if "mask" in step_arguments(loss):
         mask = _mask(loss)
         mask[(..., 0) if mask.ndim > 1 else 0] = True  # no part is masked completely
         masks.append(mask)
@@ -264,7 +268,7 @@ def check_parts_of_a_batch_add_up_to_it(loss: Loss) -> None:
             sides = [_rows(side, part) for side in (student, teacher)]
             own = {name: value[part] if name in ("labels", "mask") else value for name, value in options.items()}
             parts.append(
-                (_item_count(over, loss, own.get("mask"), len(first_of(sides[0]))), float(loss(*sides, **own)))
+                (_item_count(over, loss, own.get("mask"), len(first_array(sides[0]))), float(loss(*sides, **own)))
             )
         value = sum(count * part for count, part in parts) / sum(count for count, _ in parts)
         expected = float(loss(student, teacher, **options))
@@ -282,7 +286,7 @@ def check_unequal_shapes_are_refused(loss: Loss) -> None:
         cuts += [lambda part: part.take([0], axis), lambda part: part.take(range(part.shape[axis] - 1), axis)]
     for options in _options(loss):
         for cut in cuts:
-            other = each(cut, teacher)
+            other = map_arrays(cut, teacher)
             for pair in ((student, other), (_tensors(student), _tensors(other))):
                 try:
                     loss(*pair, **_like(options, pair[0]))
@@ -292,15 +296,15 @@ def check_unequal_shapes_are_refused(loss: Loss) -> None:
                     result = f"raise a {type(error).__name__}"
                 else:
                     result = "are accepted"
-                shapes = first_of(student).shape, first_of(other).shape
-                message = f"values of shape {shapes[0]} and {shapes[1]} {result}; call arrays.same_shape first"
+                shapes = first_array(student).shape, first_array(other).shape
+                message = f"values of shape {shapes[0]} and {shapes[1]} {result}; call arrays.check_same_shape first"
                 raise AssertionError(message)
 
 
 def check_inputs_are_not_changed(loss: Loss) -> None:
     """The loss does not write to the values of student and teacher."""
     sides = _values(loss)
-    before = [each(lambda part: part.copy(), side) for side in sides]
+    before = [map_arrays(lambda part: part.copy(), side) for side in sides]
     for options in _options(loss):
         loss(*sides, **options)
         tensors = [_tensors(side) for side in sides]  # they share memory with the arrays
@@ -347,7 +351,7 @@ def _values(loss: Loss, shape: Any = None) -> tuple[Any, Any]:
 
 def _mask(loss: Loss, shape: Any = None) -> Any:
     """Return a mask that is True for some samples, shape (N,), or positions, shape (N, L)."""
-    takes, shape = getattr(loss, "takes", "scores"), first_of(_values(loss, shape)[0]).shape
+    takes, shape = getattr(loss, "takes", "scores"), first_array(_values(loss, shape)[0]).shape
     mask_shape = {
         "attention": (shape[0], shape[-1]),
         "pixels": (shape[0], *shape[2:]),
@@ -372,12 +376,12 @@ def _item_count(over: str, loss: Loss, mask: Any, samples: int) -> int:
 def _options(loss: Loss, shape: Any = None) -> Iterator[dict[str, Any]]:
     """Yield keyword arguments for a loss: each temperature, together with labels if the loss takes them."""
     arguments: dict[str, Any] = {}
-    if "labels" in given_to(loss):
-        shape = first_of(_values(loss, shape)[0]).shape
+    if "labels" in step_arguments(loss):
+        shape = first_array(_values(loss, shape)[0]).shape
         random = np.random.default_rng(5)
         regression = getattr(loss, "takes", "scores") == "values"
         arguments["labels"] = random.standard_normal(shape) if regression else random.integers(0, shape[-1], shape[:-1])
-    for temperature in TEMPERATURES if "temperature" in options_of(loss) else (None,):
+    for temperature in TEMPERATURES if "temperature" in loss_options(loss) else (None,):
         yield arguments if temperature is None else {**arguments, "temperature": temperature}
 
 
@@ -386,16 +390,16 @@ def _describe(options: dict[str, Any]) -> str:
 
 
 def _tensors(values: Any) -> Any:
-    return each(lambda part: pytorch().tensor(part), values)
+    return map_arrays(lambda part: pytorch().tensor(part), values)
 
 
 def _rounded(values: Any, dtype: Any) -> Any:
-    return each(lambda part: part.to(dtype), values)
+    return map_arrays(lambda part: part.to(dtype), values)
 
 
 def _like(options: dict[str, Any], values: Any) -> dict[str, Any]:
     """Return the options with their arrays converted to the framework of the values."""
-    if isinstance(first_of(values), np.ndarray):
+    if isinstance(first_array(values), np.ndarray):
         return options
     return {name: _tensors(value) if isinstance(value, np.ndarray) else value for name, value in options.items()}
 
@@ -410,16 +414,16 @@ def _parts(first: Any, second: Any) -> list[tuple[Any, Any]]:
 def _add(values: Any, direction: Any, step: float) -> Any:
     """Return `values + step * direction` for each array."""
     directions = iter([part for part, _ in _parts(direction, direction)])
-    return each(lambda part: part + step * next(directions), values)
+    return map_arrays(lambda part: part + step * next(directions), values)
 
 
 def _rows(values: Any, rows: slice) -> Any:
-    return each(lambda part: part[rows], values)
+    return map_arrays(lambda part: part[rows], values)
 
 
 def _fill_hidden(values: Any, hidden: Any, other: float) -> Any:
     """Return the values with `other` at the hidden samples or positions."""
-    return each(lambda part: _fill_array(part, hidden, other), values)
+    return map_arrays(lambda part: _fill_array(part, hidden, other), values)
 
 
 def _fill_array(part: Any, hidden: Any, other: float) -> Any:
@@ -433,9 +437,9 @@ def _fill_array(part: Any, hidden: Any, other: float) -> Any:
 
 def _gradient(loss: Loss, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
     """Return the gradient for the student's values, by automatic differentiation, as numpy arrays."""
-    values = each(lambda part: pytorch().tensor(part.copy()).requires_grad_(), student)
+    values = map_arrays(lambda part: pytorch().tensor(part.copy()).requires_grad_(), student)
     loss(values, _tensors(teacher), **_like(options, values)).backward()
-    return each(lambda part: np.zeros(part.shape) if part.grad is None else np.asarray(part.grad), values)
+    return map_arrays(lambda part: np.zeros(part.shape) if part.grad is None else np.asarray(part.grad), values)
 
 
 def _assert_same(loss: Loss, first: Any, second: Any, case: str) -> None:
