@@ -160,17 +160,17 @@ LONG = "a" * 300
         (
             ["compress", "recipe.yaml", "--set", "teacher.model=models.py:draws", "--run", "run"],
             6,
-            ["The model Draws gives other outputs at each run", "training=self.training"],
+            ["The model Draws returns different outputs for the same inputs", "training=self.training"],
         ),
         (
             ["compress", "recipe.yaml", "--set", "teacher.model=models.py:draws", "--dry-run"],
             6,
-            ["The model Draws gives other outputs at each run"],
+            ["The model Draws returns different outputs for the same inputs"],
         ),
         (
             ["store", "build", "kept", "--model", "models.py:draws", "--data", "nets.py:stripes"],
             6,
-            ["The model Draws gives other outputs at each run"],
+            ["The model Draws returns different outputs for the same inputs"],
         ),
     ],
 )

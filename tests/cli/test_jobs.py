@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kirsch import files
 from kirsch.cli import jobs, main
 from kirsch.cli.terminal import plain
-from kirsch.recipes import seal
+from kirsch.recipes import manifest
 from kirsch.recipes.recipe import read_recipe
 
 pytest.importorskip("torch")
@@ -123,7 +123,7 @@ def test_a_sound_run_is_found_sound(finished, run, answer):
 
 
 def test_a_run_whose_manifest_is_not_written_is_not_called_sound(run, kirsch, answer):
-    seal.lift(run)
+    manifest.remove(run)
     found = answer("verify", "run", code=3)
     assert (found["sound"], found["finished"], found["done"]) == (False, False, found["stages"])
     (run / "checkpoints" / "recover").rename(run.parent / "recover")
@@ -173,7 +173,7 @@ def test_all_damage_is_named_at_once(run, kirsch):
 def test_a_folder_that_holds_no_run_is_said(kirsch, folder, verb):
     code, out, err = kirsch(verb, ".")
     assert (code, out) == (4, "")
-    assert err.startswith("error   . h")
+    assert err.startswith("error   . has no metrics.json" if verb == "report" else "error   . is not a run folder")
     assert sorted(path.name for path in folder.iterdir()) == ["nets.py", "recipe.yaml"]
 
 
@@ -211,8 +211,8 @@ def test_no_report_is_drawn_from_numbers_that_were_altered(run, kirsch):
 def test_a_report_that_another_version_drew_is_replaced_in_a_run_that_stays_sound(run, kirsch):
     drawn = (run / "report.html").read_text()
     (run / "report.html").write_text("drawn otherwise")
-    seal.lift(run)
-    seal.seal(run)
+    manifest.remove(run)
+    manifest.write(run)
     assert kirsch("verify", "run")[0] == kirsch("report", "run")[0] == kirsch("verify", "run")[0] == 0
     assert (run / "report.html").read_text() == drawn
 
@@ -319,7 +319,7 @@ def test_init_leaves_a_file_that_is_there(folder, kirsch):
     ("arguments", "sentence"),
     [
         (["absent.yaml"], "The recipe absent.yaml cannot be read."),
-        (["recipe.yaml", "--set", "prune"], "--set 'prune' is no change."),
+        (["recipe.yaml", "--set", "prune"], "--set 'prune' is not a change of a key."),
         (["recipe.yaml", "--set", "prune.gaol.macs=1"], "prune.gaol: unknown key. Did you mean 'goal'?"),
         (["recipe.yaml", "--set", "prune.goal.macs=.nan"], "prune.goal.macs"),
         (["recipe.yaml", "--set", "teacher.train.epochs=ten"], "teacher.train.epochs"),

@@ -92,7 +92,7 @@ def test_the_shape_can_be_given(answer):
         ([CHAIN, "--input", "1,3,6,6"], 4, "cannot be traced with inputs of shape .1, 3, 6, 6"),
         ([CHAIN, "--weights", "pretrained"], 2, "pretrained does not go with nets.py:chain"),
         ([CHAIN, "--weights", "absent.safetensors"], 4, "absent.safetensors"),
-        (["chain"], 2, "'chain' names no model"),
+        (["chain"], 2, "'chain' is not a reference to a model"),
         (["absent.py:chain"], 4, "absent.py does not exist"),
         (["nets.py:chian"], 4, "no callable of nets.py named 'chian'"),
         (["nets.py:fails"], 4, "nets.py:fails failed. why ValueError: no such thing"),

@@ -122,9 +122,9 @@ def test_without_a_goal_none_is_met():
     assert plain(verdict(END | {"text": ""})[0]) == "goal         none was set"
 
 
-def test_the_verdict_carries_its_doubt():
-    assert plain(verdict(END | {"doubt": "not significant (p = 0.5)"})[1]) == "doubt        not significant (p = 0.5)"
-    assert not any("doubt" in plain(line) for line in verdict(END))
+def test_verdict_shows_the_significance():
+    assert plain(verdict(END | {"doubt": "not significant (p = 0.5)"})[1]) == "significance not significant (p = 0.5)"
+    assert not any("significance" in plain(line) for line in verdict(END))
 
 
 def run_through(stream: io.StringIO, **mode: bool) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kirsch import files
-from kirsch.recipes import soundness
+from kirsch.recipes import integrity
 from tiny import write_job
 
 pytest.importorskip("torch")
@@ -56,28 +56,28 @@ class Countdown:
 
 def at_event(stage, event, times):
     """Killed after an event was written."""
-    tell, due = Job.tell, Countdown(times)
+    emit, due = Job.emit, Countdown(times)
 
-    def told(self, happening):
-        tell(self, happening)
+    def patched(self, happening):
+        emit(self, happening)
         if happening["event"] == event and stage in (happening.get("stage"), happening.get("key")) and due():
             die()
 
-    Job.tell = told
+    Job.emit = patched
 
 
 def in_event(stage, event, times):
     """Killed while the line of an event is half written."""
-    tell, due = Job.tell, Countdown(times)
+    emit, due = Job.emit, Countdown(times)
 
-    def told(self, happening):
+    def patched(self, happening):
         if happening["event"] == event and stage in (happening.get("stage"), happening.get("key")) and due():
             with (self.folder / "events.jsonl").open("a") as file:
                 file.write(json.dumps(happening)[:25])
             die()
-        tell(self, happening)
+        emit(self, happening)
 
-    Job.tell = told
+    Job.emit = patched
 
 
 def before_rename(name, times):
@@ -220,8 +220,8 @@ def assert_same_run(run, whole):
         assert first | {"seconds": 0} == second | {"seconds": 0}
     events = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert events[-1]["event"] == "end"
-    found = soundness.check(run)
-    assert (found.finished, found.wrong) == (True, [])
+    found = integrity.check(run)
+    assert (found.finished, found.problems) == (True, [])
 
 
 CHAINS = {
@@ -231,8 +231,8 @@ CHAINS = {
         ("before_rename", "values.json", 2),  # a file of the second is
         ("at_event", "teacher", "epoch", 2),  # the third epoch is done and told, and not saved
         ("in_removal", ".tmp-step-", 1),  # an old checkpoint is half removed
-        ("before_rename", "done", 1),  # the stage is done, and not sealed
-        ("after_rename", "done", 1),  # it is sealed, with its checkpoints still there
+        ("before_rename", "done", 1),  # the stage is done, and not renamed yet
+        ("after_rename", "done", 1),  # the stage is renamed, and its checkpoints still exist
     ],
     "from the student to the recovery": [
         ("at_event", "teacher", "stage_end", 1),  # between two stages
@@ -335,6 +335,6 @@ def test_a_run_that_was_killed_before_it_began_is_started_again(nursery, run):
         assert nursery.do("compress", "recipe.yaml", "--run", "run", plant=plant) == -signal.SIGKILL
         assert list(run.glob(f"{files.TEMPORARY}*"))
         assert nursery.do("resume", "run") == 4
-    assert "Start it: kirsch compress" in (nursery.base / "output.txt").read_text()
+    assert "Start a run: kirsch compress" in (nursery.base / "output.txt").read_text()
     assert nursery.do("compress", "recipe.yaml", "--run", "run") == 0
     assert_same_run(run, nursery.base / "whole")

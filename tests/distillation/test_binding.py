@@ -116,7 +116,7 @@ def test_stages_are_matched_by_the_size_of_their_maps():
 def test_a_site_gives_the_value_that_is_computed_there(layer, wanted):
     net, x = Net(4).eval(), torch.randn(2, 1, 8, 8)
     if wanted is None and layer != "penultimate":
-        with pytest.raises(UsageError, match="names no place in a model"):  # :in stands before #
+        with pytest.raises(UsageError, match="is not a layer name"):  # :in stands before #
             expand(net, layer, x)
         return
     (concrete,) = expand(net, layer, x)
@@ -332,7 +332,7 @@ def test_what_a_record_of_the_largest_scores_cannot_serve_is_refused(tmp_path):
 def test_an_unknown_loss_on_labels_or_place_is_answered_before_any_work():
     with pytest.raises(UnknownNameError, match="no label-loss 'crossentropy'"):
         Objective(label_loss="crossentropy")
-    with pytest.raises(UsageError, match="names no place in a model"):
+    with pytest.raises(UsageError, match="is not a layer name"):
         Term("fitnet", student="layer[").problems()
 
 

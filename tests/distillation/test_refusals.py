@@ -298,7 +298,9 @@ def test_a_store_of_another_teacher_is_named_by_its_weights(tmp_path):
 def test_sample_ids_that_are_not_unique_are_refused():
     ids = np.arange(24)
     ids[3] = 9
-    with pytest.raises(DataError, match=r"sample ids are not unique\. 9 stands for more than one sample\. Give each"):
+    with pytest.raises(
+        DataError, match=r"sample ids are not unique\. The id 9 belongs to more than one sample\. Give each"
+    ):
         data(ids=ids)
 
 
@@ -308,9 +310,9 @@ def test_sample_ids_that_are_not_unique_are_refused():
 @pytest.mark.parametrize(
     ("made", "sentence"),
     [
-        (lambda: Term(student=[]), "`student` of kirsch.Term is a list without elements; expected a path as text"),
+        (lambda: Term(student=[]), "`student` of kirsch.Term is a list without elements; expected a layer name"),
         (lambda: Term(student=None), "`student` of kirsch.Term is None"),
-        (lambda: Term("fitnet", student=["conv", 3]), "`student` of kirsch.Term is a list of 2; expected a path"),
+        (lambda: Term("fitnet", student=["conv", 3]), "`student` of kirsch.Term is a list of 2; expected a layer name"),
         (lambda: Term(weight="0.9"), "`weight` of kirsch.Term is '0.9'; expected a number"),
         (lambda: Term("attention-kl", student="attention[-1]", options={"given": "scores"}), "has weights, behind the"),
     ],

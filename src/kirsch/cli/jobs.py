@@ -145,11 +145,11 @@ def init(path: str, terminal: Terminal) -> int:
 
 def report(folder: Path, terminal: Terminal) -> int:
     """Draw the report of a finished run again, from its metrics."""
-    from kirsch.recipes import seal
+    from kirsch.recipes import manifest
     from kirsch.report import render
 
     metrics = _metrics(folder)
-    altered = seal.altered(folder)
+    altered = manifest.altered_files(folder)
     wrong = [altered[name] for name in (METRICS, files.MANIFEST) if name in altered]
     if wrong:
         raise CheckpointError(
@@ -158,7 +158,7 @@ def report(folder: Path, terminal: Terminal) -> int:
             f"Write them again: kirsch resume {folder}",
         )
     target = folder / REPORT
-    seal.rewrite(folder, REPORT, render(metrics))
+    manifest.update_file(folder, REPORT, render(metrics))
     terminal.result([[Piece(f"{'report':<13}{target}")]], {"report": str(target)})
     return 0
 
@@ -167,15 +167,15 @@ def verify(folder: Path, terminal: Terminal) -> int:
     """Compare a run folder with the hashes that were written with it. Gives the exit code.
 
     Raises:
-        LoadError: the folder holds no run.
-        CheckpointError: something is damaged, missing, or not of the run; names all of it.
+        LoadError: the folder does not hold a run.
+        CheckpointError: a file is damaged, missing or foreign; the message lists all of them.
     """
-    from kirsch.recipes import soundness
+    from kirsch.recipes import integrity
 
-    found = soundness.check(folder)
-    if found.wrong:
+    found = integrity.check(folder)
+    if found.problems:
         raise CheckpointError(
-            f"The run {folder} is damaged:\n" + "\n".join(found.wrong),
+            f"The run {folder} is damaged:\n" + "\n".join(found.problems),
             "",
             f"kirsch resume {folder} makes the damaged parts again, or says what to delete.",
         )

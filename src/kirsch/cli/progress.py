@@ -167,7 +167,7 @@ def verdict(event: dict[str, Any]) -> list[Line]:
     else:
         lines = [[Piece(f"{words:<13}", tone), Piece(event["text"])]]
     if event.get("doubt"):
-        lines.append([Piece(f"{'doubt':<13}", "doubt"), Piece(event["doubt"])])
+        lines.append([Piece(f"{'significance':<13}", "doubt"), Piece(event["doubt"])])
     lines.append([Piece(f"{'report':<13}"), Piece(event["report"])])
     lines.append([Piece(f"{'took':<13}"), Piece(figures.seconds(event["seconds"]))])
     return lines

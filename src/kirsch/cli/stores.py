@@ -12,7 +12,7 @@ from kirsch.cli.terminal import Line, Piece
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build, finish
 from kirsch.errors import StoreError, UnknownNameError, UsageError
 from kirsch.failures import during
-from kirsch.frameworks.steadiness import require_steady
+from kirsch.frameworks.determinism import require_deterministic
 from kirsch.recipes.tasks.data import load_data
 from kirsch.recipes.yaml import scalar
 from kirsch.report import figures
@@ -58,7 +58,7 @@ class Asked:
             options[key] = scalar(value, f"--option {key}")
         data = load_data(self.data, options, seed=self.seed, base=Path())
         teacher, batches = model_of(self.model, self.weights, seed=self.seed), data.batches(self.batch_size)
-        require_steady(teacher, (data.train.inputs[:1],))
+        require_deterministic(teacher, (data.train.inputs[:1],))
         return teacher, batches
 
     def said(self) -> Line:

@@ -11,7 +11,7 @@ from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss, step_argumen
 from kirsch.distillation.schedule import ends
 from kirsch.errors import DataError, UsageError
 from kirsch.frameworks.port import host
-from kirsch.frameworks.structure import look
+from kirsch.frameworks.structure import summary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -387,7 +387,7 @@ def _check_answers(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
     elif MASK_LEVEL in values and values <= {0, 1, MASK_LEVEL}:
         fix = f"Where {MASK_LEVEL} marks what has no label, give {IGNORED} there."
     raise DataError(
-        f"Sample {place} has the target {value:g}; the targets are {look(targets)}{_values(targets)}.",
+        f"Sample {place} has the target {value:g}; the targets are {summary(targets)}{_values(targets)}.",
         'The label loss "binary" takes targets from 0 (no) to 1 (yes).',
         fix,
     )

@@ -71,7 +71,7 @@ class TeacherRunner:
             NumericError: an output is not finite, or a feature is too large for 16 bits.
             UsageError: the callable does not return arrays with one row a sample.
         """
-        batch = self._data.look(indices, seed, view)
+        batch = self._data.batch(indices, seed, view)
         if self._outputs is None:
             outputs = {LOGITS: self._framework.predict(self._teacher, batch.inputs, batch_size=self.batch_size)}
         else:

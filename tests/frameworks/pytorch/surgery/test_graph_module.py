@@ -166,5 +166,5 @@ def test_nested_inputs_are_refused():
 
 
 def test_a_part_cannot_be_given_as_a_graph():
-    with pytest.raises(UsageError, match="A part cannot be given as a graph"):
+    with pytest.raises(UsageError, match=r"`as_graph` of kirsch\.trace cannot be combined with `scope`"):
         kirsch.trace(convolutional(), IMAGES, scope="0", as_graph=True)

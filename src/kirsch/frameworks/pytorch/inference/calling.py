@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import DataError, ModelError, UsageError, said
 from kirsch.failures import told
-from kirsch.frameworks.structure import look
+from kirsch.frameworks.structure import summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -132,7 +132,7 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
     whole = _whole(parts, error) if own and not given else None
     if whole is not None:
         return UsageError(
-            f"{name} computes in {_plain(next(iter(own)))}, and its inputs are {look(whole)}, values "
+            f"{name} computes in {_plain(next(iter(own)))}, and its inputs are {summary(whole)}, values "
             f"{int(whole.min())} to {int(whole.max())}.",
             said(error),
             _fix_of_whole(whole),
@@ -209,7 +209,7 @@ def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:
     elif isinstance(error, IndexError):
         fix = "If these are numbers of tokens, compare the vocabulary of the tokenizer with that of the model."
     return ModelError(
-        f"{type(model).__name__} does not run on a batch whose inputs are {look(inputs)}.", told(error), fix
+        f"{type(model).__name__} does not run on a batch whose inputs are {summary(inputs)}.", told(error), fix
     )
 
 
