@@ -266,7 +266,7 @@ def test_a_block_that_is_called_by_its_number_becomes_an_identity():
 
 def test_a_block_that_can_be_neither_is_refused_by_name():
     model = shaken(Row(4, last=True))
-    with pytest.raises(ModelError, match=r"block 'layers\.1' of Row cannot be left out"):
+    with pytest.raises(ModelError, match=r"block 'layers\.1' of Row cannot be dropped"):
         kirsch.prune(model, without(model, WORDS, "layers.1"))
 
 

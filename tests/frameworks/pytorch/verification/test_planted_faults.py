@@ -526,7 +526,7 @@ FAULTS = {
     "statistics of a batch norm stay whole": Fault("batch norm", buffers(lambda value, kept: value), STUCK),
     "statistics of a batch norm are the first": Fault("batch norm", buffers(lambda value, kept: value[: len(kept)])),
     "tied weights are cut apart": Fault("tied", broken(surgery, "cut", untied), "does not share the tensors"),
-    "a recurrent layer keeps its old width": Fault("LSTM", broken(surgery, "tell_widths", without), STUCK),
+    "a recurrent layer keeps its old width": Fault("LSTM", broken(surgery, "update_widths", without), STUCK),
     **{
         f"integers of {name} keep their old values": Fault(
             name, broken(Graph, "constants", lambda plain: lambda *_: {})

@@ -322,7 +322,7 @@ def watched(twin: nn.Module, calls: Calls) -> None:
 
 
 def _axis_of(module: nn.Module, name: str) -> int | None:
-    """The axis of a standard layer's weight whose size an attribute states, as `surgery.tell_widths` sets it.
+    """The axis of a standard layer's weight whose size an attribute states, as `surgery.cut.update_widths` sets it.
 
     Such an attribute cannot be given another value than the weight has, so it is a size that is read.
     """
@@ -331,7 +331,7 @@ def _axis_of(module: nn.Module, name: str) -> int | None:
     axes: tuple[str, ...] = ()
     if isinstance(module, nn.Linear):
         axes = ("out_features", "in_features")
-    elif isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001 - as in `surgery.tell_widths`
+    elif isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001 - as in `surgery.cut.update_widths`
         axes = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
         axes = axes[:1] if module.groups > 1 else axes  # the second axis then has a part of them
     elif isinstance(module, nn.modules.batchnorm._NormBase):  # noqa: SLF001 - likewise
