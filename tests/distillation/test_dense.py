@@ -229,5 +229,5 @@ def test_scores_are_found_among_what_a_model_puts_out():
     assert logits_of({"out": first, "aux": second}) is first
     assert logits_of({"aux_logits": second, "logits": first}) is first
     assert logits_of((first, second)) is first
-    with pytest.raises(UsageError, match="The model puts out a list without tensors, so there are no scores"):
+    with pytest.raises(UsageError, match="The model returns a list without tensors, so there are no logits"):
         logits_of([])

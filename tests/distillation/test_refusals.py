@@ -379,8 +379,8 @@ class Answers(nn.Module):
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
-        (("start_logits", "end_logits"), 'puts out start_logits, end_logits, and none.*"output.start_logits"'),
-        (("last_hidden_state",), "puts out last_hidden_state, and no scores: it has no head"),
+        (("start_logits", "end_logits"), 'returns start_logits, end_logits; which .*"output.start_logits"'),
+        (("last_hidden_state",), "returns last_hidden_state and no logits: it has no head"),
     ],
 )
 def test_outputs_of_which_none_is_the_scores_are_compared_by_name_alone(names, sentence):

@@ -22,6 +22,7 @@ from kirsch.frameworks.pytorch.training import train
 from kirsch.frameworks.pytorch.transformers import configuration
 from kirsch.frameworks.pytorch.verification import verify
 from kirsch.graph.constants import AS_GRAPH
+from kirsch.graph.verification import UNUSUAL_LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -53,10 +54,10 @@ class PyTorch:
         pruned = make(own, graph, keep)
         gone = [block for block in graph.traced.blocks if block.path in plan.without]
         moved = dropping.drop(pruned, gone, graph.traced.args, graph.traced.options) if gone else None
-        verification = self._prove(pruned, own, graph, keep, plan.without, moved) if verify else None
+        verification = self._verify(pruned, own, graph, keep, plan.without, moved) if verify else None
         return scope.with_part(model, path, pruned) if path else pruned, verification
 
-    def _prove(
+    def _verify(
         self, pruned: Any, model: Any, graph: Graph, keep: Any, without: Sequence[str] = (), moved: Any = None
     ) -> Verification:
         try:
@@ -65,15 +66,15 @@ class PyTorch:
             raise
         except Exception as error:  # whatever the model's own code raises
             traced = graph.traced
-            given = predict.Call(traced.args, traced.options) if traced.args and traced.options else None
-            self.check_runs(model, given or traced.options or traced.args)  # the inputs may be at fault
+            both = predict.Call(traced.args, traced.options) if traced.args and traced.options else None
+            self.check_runs(model, both or traced.options or traced.args)  # the inputs may be at fault
             line = user_line(error)
             raise VerificationError(
                 f"The pruned {graph.model_name} does not run.",
                 f"{said(error)}{f' It is raised at {line}.' if line else ''}",
-                "Exclude the layers that are unusual, and report the model; the model given is unchanged."
+                f"Exclude {UNUSUAL_LAYERS}, and report the model. The original is unchanged."
                 if graph.tracing.as_graph
-                else f"Exclude the layers that are unusual, or {AS_GRAPH}; the model given is unchanged.",
+                else f"Exclude {UNUSUAL_LAYERS}, or {AS_GRAPH}. The original is unchanged.",
             ) from error
 
     def reweighted(self, model: Any, plan: Plan, graph: Graph) -> dict[str, float]:
@@ -252,9 +253,9 @@ class PyTorch:
         """See the port."""
         return (p for p in model.parameters() if p.dim() > 1)
 
-    def exportable(self, model: Any, example_inputs: Any) -> export.Exportable:
+    def exportable(self, model: Any, example_inputs: Any) -> export.TorchExportable:
         """See the port."""
-        return export.Exportable(model, example_inputs)
+        return export.TorchExportable(model, example_inputs)
 
     def parameter_shapes(self, model: Any) -> dict[str, tuple[int, ...]]:
         """See the port."""

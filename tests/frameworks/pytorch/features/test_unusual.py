@@ -107,6 +107,6 @@ def test_places_within_a_compiled_model_that_has_run_are_told_the_way_out():
 def test_a_teacher_that_puts_out_nan_is_not_taken_for_a_learning_rate():
     teacher = net()
     teacher[0].weight.data.fill_(float("nan"))
-    sentence = r"The loss term kd is not finite at epoch 1, batch 1, while all that the model puts out is\. .* teacher"
+    sentence = r"The loss term kd is not finite at epoch 1, batch 1, and the outputs of the model are\. .* teacher"
     with pytest.raises(NumericError, match=sentence):
         distilled(net(), teacher)

@@ -560,7 +560,7 @@ def proven(name):
     model, inputs = NETS[name]
     graph = tracing.trace(model, inputs)
     keep = graph.keep(half_of_everything(graph, SEED))
-    return PyTorch()._prove(surgery.cut(model, graph, keep), model, graph, keep)
+    return PyTorch()._verify(surgery.cut(model, graph, keep), model, graph, keep)
 
 
 @functools.cache

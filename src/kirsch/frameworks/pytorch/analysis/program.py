@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis.integers import PACKAGES
 from kirsch.frameworks.pytorch.analysis.provenance import Calls, twin_of, watched
-from kirsch.frameworks.pytorch.inference.calling import fix_of_looked_up, looks_up
+from kirsch.frameworks.pytorch.inference.calling import embedding_fix, is_embedding_error
 from kirsch.frameworks.pytorch.modules.copying import kept_by_hooks
 from kirsch.frameworks.pytorch.modules.interpreted import owned
 from kirsch.frameworks.pytorch.modules.unsupported import reason_of
@@ -106,8 +106,8 @@ def _reason(
     if known is not None:
         return what, f"{known[0]} ({type(error).__name__}{place})", known[1]
     why = f"{type(error).__name__}{place}: {first}"
-    if looks_up(error):
-        return what, why, fix_of_looked_up(args, options)
+    if is_embedding_error(error):
+        return what, why, embedding_fix(args, options)
     dynamic = any(word in type(error).__name__ for word in ("DataDependent", "GuardOn")) or "data-dependent" in str(
         error
     )

@@ -1,4 +1,4 @@
-"""Outputs of a model in inference mode."""
+"""Run models on batches, and return their outputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """Example inputs of which some are positional and some are keyword arguments, as a part of a model may take."""
+    """Example inputs with positional and keyword arguments, as a submodule may take them."""
 
     args: tuple[Any, ...]
     options: dict[str, Any]
@@ -48,53 +48,58 @@ def _tensors_for_numpy(inputs: Any) -> Any:
 
 
 def copied(inputs: Any) -> Any:
-    """Inputs that a model may write into."""
+    """Return inputs with cloned tensors, which a model may change in place."""
     return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, inputs)
 
 
-def called(model: nn.Module, args: Any, options: Any, asked: Any = MappingProxyType({})) -> Any:
-    """What a model puts out, with further keywords that it is asked by.
+def called(model: nn.Module, args: Any, options: Any, extra: Any = MappingProxyType({})) -> Any:
+    """Call a model and return its outputs.
+
+    Args:
+        model: the model.
+        args, options: positional and keyword arguments.
+        extra: keyword arguments that the forward is known to take.
 
     Raises:
-        UsageError: it does not run, and its inputs are of another type than it computes in, are called otherwise than
-            its arguments, or lack those of a decoder.
-        DataError: it normalizes over the batch, in training mode, and the batch has one sample.
-        ModelError: it does not run for another reason, such as the shapes of its inputs.
+        UsageError: the inputs have another dtype than the model or unknown names, or a decoder lacks its inputs.
+        DataError: the model has batch normalization in training mode, and the batch has one sample.
+        ModelError: the model does not run for another reason, such as the shapes of the inputs.
     """
-    args, options = fitted(model, args, options, asked)
+    args, options = fitted(model, args, options, extra)
     try:
         return model(*args, **options)
     except UNFIT as error:
         if lacks_memory(error):  # the caller may try a smaller batch
             raise
-        raise _reason(model, args, options, asked, error) from error
+        raise _call_error(model, args, options, extra, error) from error
 
 
-def _reason(model: nn.Module, args: Any, options: Any, asked: Any, error: Exception) -> KirschError:
+def _call_error(model: nn.Module, args: Any, options: Any, extra: Any, error: Exception) -> KirschError:
     """The error for a model that raises on these arguments."""
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return one_sample(model, error)
-    decodes = isinstance(error, ValueError) and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if decodes and not any(name.startswith("decoder_input") for name in options):
+    decoder = isinstance(error, ValueError) and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if decoder and not any(name.startswith("decoder_input") for name in options):
         return UsageError(
-            f"{type(model).__name__} has a decoder, and the batches have no decoder_input_ids for it.",
+            f"{type(model).__name__} has a decoder, and the batches have no decoder_input_ids.",
             said(error),
-            "Give DataCollatorForSeq2Seq the model, or model.prepare_decoder_input_ids_from_labels(labels=labels).",
+            "Pass the model to DataCollatorForSeq2Seq, or add "
+            "model.prepare_decoder_input_ids_from_labels(labels=labels) to the batches.",
         )
-    reason = explained(model, args, options, error) if isinstance(error, (RuntimeError, TypeError)) else None
-    if reason is not None:
-        return reason
-    named_inputs = {name: value for name, value in options.items() if name not in asked}
+    explanation = explained(model, args, options, error) if isinstance(error, (RuntimeError, TypeError)) else None
+    if explanation is not None:
+        return explanation
+    named_inputs = {name: value for name, value in options.items() if name not in extra}
     return not_running(model, named_inputs or (args[0] if len(args) == 1 else args), error)
 
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """The model in inference mode; each module gets its own mode back afterwards."""
+    """Set a model to inference mode within the block, and restore the mode of each module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-    except NotImplementedError:  # of torch.export, whose mode is the one that it was exported in
+    except NotImplementedError:  # raised by modules of torch.export, whose mode is fixed
         model.training = False
     try:
         yield
@@ -104,74 +109,79 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
-    """All tensors that a model puts out in its present mode, without gradient; it may write into its inputs."""
+    """Return all output tensors of a model in its current mode, without gradient. The inputs are copied."""
     args, options = copied((args, options))
     with torch.no_grad():
         return list(named(model(*args, **options)).values())
 
 
 def logits_of(outputs: Any) -> Any:
-    """The scores among what a model puts out: a tensor; what is called logits, or the only thing whose name has that
-    word; else the first of a tuple or a dict.
+    """Return the logits in the outputs of a model.
+
+    These are a single tensor, the output "logits", the only output whose name contains "logits", or else the first
+    output.
 
     Raises:
-        UsageError: there are none, or several of which none is the only one.
+        UsageError: there is no tensor, several outputs have "logits" in their names, or the first is a hidden state.
     """
     if isinstance(outputs, torch.Tensor):
         return outputs
     direct = getattr(outputs, "logits", None)
-    if isinstance(direct, torch.Tensor):  # most models; the rest of what they put out may be much to go through
+    if isinstance(direct, torch.Tensor):  # saves the search of all outputs for most models
         return direct
-    found = named(outputs)
-    called = ["logits"] if "logits" in found else [name for name in found if "logits" in name]
-    name = called[0] if len(called) == 1 else next(iter(found), "")
-    if name not in found:
+    by_path = named(outputs)
+    candidates = ["logits"] if "logits" in by_path else [name for name in by_path if "logits" in name]
+    name = candidates[0] if len(candidates) == 1 else next(iter(by_path), "")
+    if name not in by_path:
         raise UsageError(
-            f"The model puts out a {type(outputs).__name__} without tensors, so there are no scores.",
-            fix="Give a model that puts out its scores, in inference mode as well as in training.",
+            f"The model returns a {type(outputs).__name__} without tensors, so there are no logits.",
+            fix="Give a model that returns its logits in inference and in training mode.",
         )
-    if len(called) > 1:
+    if len(candidates) > 1:
         raise UsageError(
-            f"The model puts out {', '.join(called)}, and none of them is the scores.",
-            fix=f'Name each by itself, as "output.{called[0]}", and leave the labels out: label_weight=0.',
+            f"The model returns {', '.join(candidates)}; which of these are the logits is not known.",
+            fix=f'Name each one, as "output.{candidates[0]}", and train without labels: label_weight=0.',
         )
     if "hidden_state" in name:
         raise UsageError(
-            f"The model puts out {name}, and no scores: it has no head.",
-            fix=f'Give a model with one, or compare "output.{name}" alone, with label_weight=0.',
+            f"The model returns {name} and no logits: it has no head.",
+            fix=f'Give a model with a head, or compare only "output.{name}", with label_weight=0.',
         )
-    return found[name]
+    return by_path[name]
 
 
 def logits_of_each(models: Iterable[nn.Module], args: Any, options: Any) -> list[Any]:
-    """The scores of several models for the same inputs, into which one may write without the next seeing it."""
-    found = []
+    """Return the logits of several models. Each gets a copy of the inputs, which it may change in place."""
+    logits = []
     for model in models:
-        own_args, own_options = copied((args, options))
-        found.append(logits_of(called(model, own_args, own_options)))
-    return found
+        model_args, model_options = copied((args, options))
+        logits.append(logits_of(called(model, model_args, model_options)))
+    return logits
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model lies: the device of its first parameter."""
+    """Return the device of the first parameter of a model."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def tensors(inputs: Any, model: nn.Module) -> Any:
-    """One batch, of numpy or of PyTorch, as tensors where the model lies."""
+    """Return a batch of numpy arrays or tensors as tensors on the device of a model."""
     device = device_of(model)
     return tree_map(lambda value: on(device, value), inputs)
 
 
 def on(device: torch.device, array: Any) -> Any:
-    """An array, of numpy or of PyTorch, on a device; anything else as it is."""
+    """Return a numpy array or a tensor as a tensor on a device; anything else unchanged."""
     if isinstance(array, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
     return array.to(device) if isinstance(array, torch.Tensor) else array
 
 
 def infer(run: Any, inputs: Any) -> Any:
-    """What a model in inference mode, or a watch of one, gives for one batch, without gradient; it moves there."""
+    """Return the logits of a model in inference mode, or the features of a watch, without gradient.
+
+    The model is moved to the device of the inputs.
+    """
     first = next(value for value in tree_leaves(inputs) if isinstance(value, torch.Tensor))
     getattr(run, "model", run).to(first.device)
     with torch.no_grad():
@@ -182,26 +192,26 @@ def infer(run: Any, inputs: Any) -> Any:
 
 
 def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[Any]:
-    """Scores of a classifier in inference mode.
+    """Return the logits of a classifier in inference mode.
 
     Args:
-        model: any mode; it keeps it.
-        inputs: an array of shape (N, ...), of numpy or PyTorch, or a tuple or dict of such.
-        batch_size: samples at a time.
+        model: the classifier; its mode is kept.
+        inputs: numpy array or tensor of shape (N, ...), or a tuple or dict of these.
+        batch_size: number of samples in one forward.
 
     Returns:
-        Floating array of shape (N, K).
+        Array of shape (N, K), float32.
 
     Raises:
         DataError: there are no samples.
     """
     count = len(next(leaf for leaf in tree_leaves(inputs) if hasattr(leaf, "shape")))
     if not count:
-        raise DataError("There is nothing to predict: the inputs have no samples.")
-    out = []
+        raise DataError("The inputs have no samples, so there is nothing to predict.")
+    logits = []
     with inference(model):
         for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
             part = tree_map(lambda value, rows=rows: value[rows] if hasattr(value, "shape") else value, inputs)
-            out.append(infer(model, tensors(part, model)).float().cpu().numpy())
-    return np.concatenate(out)
+            logits.append(infer(model, tensors(part, model)).float().cpu().numpy())
+    return np.concatenate(logits)

@@ -11,8 +11,8 @@ from torch import nn
 
 from kirsch.frameworks.pytorch.analysis.provenance import put
 from kirsch.frameworks.pytorch.inference.predict import inference
-from kirsch.frameworks.pytorch.modules.copying import copy_of, renew_weights
-from kirsch.frameworks.pytorch.modules.interpreted import renew
+from kirsch.frameworks.pytorch.modules.copying import copy_of, recompute_weights
+from kirsch.frameworks.pytorch.modules.interpreted import refresh_graphs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,9 +45,9 @@ def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_], *, constants: b
         put(pruned, leaf, number)
     with inference(pruned), torch.no_grad():  # a parametrization may change its state in training mode
         for module in pruned.modules():
-            renew_weights(module)
+            recompute_weights(module)
             update_widths(module)
-            renew(module)
+            refresh_graphs(module)
     return pruned
 
 

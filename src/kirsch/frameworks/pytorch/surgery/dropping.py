@@ -8,7 +8,7 @@ from torch import nn
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis.blocks import repeatable, skipping
-from kirsch.frameworks.pytorch.modules.interpreted import Part, without
+from kirsch.frameworks.pytorch.modules.interpreted import Part, remove_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -73,7 +73,7 @@ def _remove_from_graphs(model: nn.Module, blocks: Collection[Block]) -> None:
         if block.part is not None:
             parts.setdefault(block.part.path, []).append(block.part)
     for path, graph_parts in parts.items():
-        without(model.get_submodule(path), graph_parts)
+        remove_parts(model.get_submodule(path), graph_parts)
     for block in blocks:
         if block.part is not None:
             holder, _, name = block.path.rpartition(".")

@@ -19,7 +19,7 @@ from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.transformers.blueprint import Search, built, carried, held, numbers, quietly, sizes
 from kirsch.frameworks.pytorch.transformers.pretrained import allow, refuse, refused, savers
-from kirsch.frameworks.pytorch.verification.verify import distance, drawing_alike, noise_of
+from kirsch.frameworks.pytorch.verification.verify import distance, noise_of, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -205,7 +205,7 @@ def otherwise(pruned: nn.Module, changes: Numbers, args: Any, options: Any) -> s
     own = copy_of(pruned).eval()
 
     def outputs(model: nn.Module) -> list[torch.Tensor]:
-        return drawing_alike(lambda: run(model, args, options))
+        return seeded(lambda: run(model, args, options))
 
     def differs() -> bool:
         with contextlib.suppress(Exception):  # one number alone may not fit the others
