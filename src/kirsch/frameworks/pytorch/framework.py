@@ -1,4 +1,4 @@
-"""PyTorch as Kirsch's port sees it; each verb lives in the file of its name."""
+"""The `Framework` of PyTorch. The methods call functions of the packages beside this file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class PyTorch:
-    """Fulfills `kirsch.frameworks.port.Framework`."""
+    """Implements `kirsch.frameworks.port.Framework`."""
 
     name = "pytorch"
 
@@ -49,12 +49,11 @@ class PyTorch:
         """See the port."""
         configuration.check(model, plan)
         keep, path = plan.keep(graph), graph.tracing.scope
-        own = scope.part_of(model, path)
-        make = graph_module.graph_module if graph.tracing.as_graph else surgery.cut
-        pruned = make(own, graph, keep)
-        gone = [block for block in graph.traced.blocks if block.path in plan.without]
-        moved = dropping.drop(pruned, gone, graph.traced.args, graph.traced.options) if gone else None
-        verification = self._verify(pruned, own, graph, keep, plan.without, moved) if verify else None
+        part = scope.part_of(model, path)
+        pruned = (graph_module.graph_module if graph.tracing.as_graph else surgery.cut)(part, graph, keep)
+        dropped = [block for block in graph.traced.blocks if block.path in plan.without]
+        moved = dropping.drop(pruned, dropped, graph.traced.args, graph.traced.options) if dropped else None
+        verification = self._verify(pruned, part, graph, keep, plan.without, moved) if verify else None
         return scope.with_part(model, path, pruned) if path else pruned, verification
 
     def _verify(
@@ -79,15 +78,15 @@ class PyTorch:
 
     def reweighted(self, model: Any, plan: Plan, graph: Graph) -> dict[str, float]:
         """See the port."""
-        own = scope.part_of(model, graph.tracing.scope)
-        return verify.computed(own, graph, plan.keep(graph), torch.float64)
+        part = scope.part_of(model, graph.tracing.scope)
+        return verify.computed(part, graph, plan.keep(graph), torch.float64)
 
     def configure(
         self, pruned: Any, model: Any, plan: Plan, graph: Graph, *, verify: bool
     ) -> tuple[dict[str, float], tuple[str, ...], str]:
         """See the port."""
-        found = configuration.configure(pruned, model, plan, graph, verify=verify)
-        return found.numbers, found.notes, f"{found.why} {found.fix}".strip()
+        configured = configuration.configure(pruned, model, plan, graph, verify=verify)
+        return configured.numbers, configured.notes, f"{configured.why} {configured.fix}".strip()
 
     def inputs_like(self, specification: Sequence[Input], model: Any) -> Any:
         """See the port."""
@@ -131,7 +130,7 @@ class PyTorch:
             args, options = predict.arguments(predict.copied(predict.tensors(inputs, model)))
             with torch.random.fork_rng(), torch.no_grad():
                 predict.called(copying.copy_of(model).train(), args, options)
-        except (KirschError, MemoryError, OSError):  # of the machine, unless the caller can tell
+        except (KirschError, MemoryError, OSError):  # the cause may be the machine, which the caller reports
             raise
         except Exception as error:  # whatever the model's own code raises
             raise calling.not_running(model, inputs, error) from error
@@ -154,8 +153,8 @@ class PyTorch:
             [part.shape for part in side] if isinstance(side, list) else side.shape for side in (student, teacher)
         ]
         dtype = (student[0] if isinstance(student, list) else student).dtype
-        made = adapters.build(name, *shapes, options={"dtype": dtype, **options})
-        return None if made is None else made.to((student[0] if isinstance(student, list) else student).device)
+        adapter = adapters.build(name, *shapes, options={"dtype": dtype, **options})
+        return None if adapter is None else adapter.to((student[0] if isinstance(student, list) else student).device)
 
     def with_adapters(
         self,
@@ -230,11 +229,11 @@ class PyTorch:
     def frozen(self, model: Any, like: Any) -> Any:
         """See the port."""
         unsupported.check_values(model)
-        own = copying.copy_of(model)
-        own.eval()
-        for parameter in own.parameters():  # one by one, as TorchScript wants it
+        copied = copying.copy_of(model)
+        copied.eval()
+        for parameter in copied.parameters():  # TorchScript modules lack requires_grad_
             parameter.requires_grad = False
-        return own.to(predict.device_of(like))
+        return copied.to(predict.device_of(like))
 
     def inferring(self, model: Any) -> Any:
         """See the port."""

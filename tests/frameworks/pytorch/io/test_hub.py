@@ -15,12 +15,12 @@ from kirsch.frameworks.pytorch.io.hub import from_timm
 
 @pytest.fixture
 def timm(monkeypatch):
-    """A stand-in for timm with two models. `made` records the calls; `error` is raised by the next one."""
+    """A stand-in for timm with two models. `created` records the calls; `error` is raised by the next one."""
     names = ["resnet18", "resnet50"]
-    fake = SimpleNamespace(is_model=names.__contains__, list_models=lambda: names, made=[])
+    fake = SimpleNamespace(is_model=names.__contains__, list_models=lambda: names, created=[])
 
     def create_model(name, *, pretrained):
-        fake.made.append((name, pretrained))
+        fake.created.append((name, pretrained))
         if isinstance(fake.error, Exception):
             raise fake.error
         return nn.Linear(2, 2)
@@ -33,7 +33,7 @@ def timm(monkeypatch):
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_a_model_is_created_by_its_name(timm, pretrained):
     assert isinstance(from_timm("resnet18", pretrained=pretrained), nn.Linear)
-    assert timm.made == [("resnet18", pretrained)]
+    assert timm.created == [("resnet18", pretrained)]
 
 
 def test_the_error_for_an_unknown_name_proposes_the_nearest(timm):
@@ -67,6 +67,6 @@ def test_the_error_for_a_broken_timm_gives_the_cause(monkeypatch):
 
     monkeypatch.setattr(hub, "import_beside", broken)
     with pytest.raises(
-        SurroundingsError, match=r"cannot be imported\. RuntimeError: operator x::y is not there\. Install"
+        SurroundingsError, match=r"cannot be imported\. RuntimeError: operator x::y is not there\. Reinstall"
     ):
         from_timm("resnet18", pretrained=False)

@@ -102,10 +102,10 @@ def test_a_graph_module_has_groups_cost_and_blocks_of_its_original(maker):
 def test_a_pruned_graph_module_equals_the_pruned_original(maker):
     model = shaken(Images())
     plain = kirsch.prune(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.6)))
-    made = MAKERS[maker](model, IMAGE)
-    found = prune_with_verification(made, kirsch.plan(kirsch.trace(made, IMAGE), Goal(macs=0.6)))
+    module = MAKERS[maker](model, IMAGE)
+    found = prune_with_verification(module, kirsch.plan(kirsch.trace(module, IMAGE), Goal(macs=0.6)))
     assert found.verification.power > 1e-3
-    assert type(found.model).__mro__[1:] == type(made).__mro__[1:]
+    assert type(found.model).__mro__[1:] == type(module).__mro__[1:]
     torch.testing.assert_close(found.model(IMAGE), plain(IMAGE))
 
 
@@ -117,11 +117,11 @@ def test_dropped_blocks_are_removed_from_a_graph_module(maker, importance, share
     model = shaken(Images())
     goal = Goal(macs=share)
     plain = kirsch.plan_depth(kirsch.trace(model, IMAGE), goal, IMAGE, importance=importance)
-    made = MAKERS[maker](model, IMAGE)
-    plan = kirsch.plan_depth(kirsch.trace(made, IMAGE), goal, IMAGE, importance=importance)
+    module = MAKERS[maker](model, IMAGE)
+    plan = kirsch.plan_depth(kirsch.trace(module, IMAGE), goal, IMAGE, importance=importance)
     assert plan.without == plain.without
     assert len(plan.without) == number
-    short = kirsch.prune(made, plan)
+    short = kirsch.prune(module, plan)
     torch.testing.assert_close(short(IMAGE), kirsch.prune(model, plain)(IMAGE))
     assert not any(name.startswith(plan.without[0]) for name, _ in short.named_parameters())
 
@@ -139,26 +139,26 @@ def test_a_graph_module_within_a_model_is_pruned_and_shortened(maker):
 def test_literal_sizes_in_a_graph_are_updated_by_a_cut(maker):
     model = shaken(Heads())
     assert not kirsch.trace(model, TOKENS).groups  # literals in Python code cannot be changed
-    made = MAKERS[maker](model, TOKENS)
-    graph = kirsch.trace(made, TOKENS)
+    module = MAKERS[maker](model, TOKENS)
+    graph = kirsch.trace(module, TOKENS)
     assert {kind for kind, _ in groups(graph)} == {"head", "head dim"}
-    found = prune_with_verification(made, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
+    found = prune_with_verification(module, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
     assert found.verification.power > 1e-3
     assert "val" not in {key for node in getattr(found.model, "graph").nodes for key in node.meta}  # noqa: B009
 
 
 def test_pruning_does_not_change_the_original_graph_module():
-    made = fx.symbolic_trace(shaken(Heads()))
-    before, code = copy.deepcopy(made.state_dict()), made.code
-    kirsch.prune(made, kirsch.plan(kirsch.trace(made, TOKENS), Goal(macs=0.7), round_to=1))
-    assert made.code == code
-    torch.testing.assert_close(made.state_dict(), before, rtol=0, atol=0)
+    module = fx.symbolic_trace(shaken(Heads()))
+    before, code = copy.deepcopy(module.state_dict()), module.code
+    kirsch.prune(module, kirsch.plan(kirsch.trace(module, TOKENS), Goal(macs=0.7), round_to=1))
+    assert module.code == code
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
 def test_plan_depth_restores_the_forward_of_a_graph_module():
-    made = fx.symbolic_trace(shaken(Images()))
-    kirsch.plan_depth(kirsch.trace(made, IMAGE), Goal(macs=0.8), IMAGE, importance="change")
-    assert "forward" not in vars(made)
+    module = fx.symbolic_trace(shaken(Images()))
+    kirsch.plan_depth(kirsch.trace(module, IMAGE), Goal(macs=0.8), IMAGE, importance="change")
+    assert "forward" not in vars(module)
 
 
 def test_a_branch_without_identity_is_not_a_block():

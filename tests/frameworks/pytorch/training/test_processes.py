@@ -43,7 +43,7 @@ data = ArrayData(random.standard_normal((24, 5)), labels, batch_size=8)
 joined = Term("l2-normalized", 0.5, student="1", adapter="linear")
 objective = kirsch.Objective((Term("kd", 0.5, 2.0), joined), label_weight=1.0)
 balanced = kirsch.Objective((Term("kd", 0.5, 2.0), joined), label_weight=1.0, balance="gradient")
-made = kirsch.GeneratedData(lambda count, generator: generator.standard_normal((count, 5)), 24, 8)
+generated = kirsch.GeneratedData(lambda count, generator: generator.standard_normal((count, 5)), 24, 8)
 found = []
 for accumulate in (1, 3):
     training = kirsch.Training(epochs=3, learning_rate=0.1, accumulate=accumulate)
@@ -51,7 +51,7 @@ for accumulate in (1, 3):
     for each in (objective, balanced):
         found.append(kirsch.distill(student, teacher, data, objective=each, training=training, check_teacher=False))
     found += kirsch.distill_mutually([student, teacher, net(5, 3)], data, training=training)
-    found.append(kirsch.distill(student, teacher, made, training=training))
+    found.append(kirsch.distill(student, teacher, generated, training=training))
 assert PartialState().num_processes == int(os.environ.get("WORLD_SIZE", "1"))
 if int(os.environ.get("RANK", "0")) == 0:
     np.savez(sys.argv[1], *[p.detach().numpy() for trained in found for p in trained.model.parameters()])
@@ -84,7 +84,7 @@ def own():
     return DataLoader(samples, sampler=RandomSampler(samples, generator=generator), batch_size=8)
 
 
-made = {
+makers = {
     "in order": lambda: DataLoader(samples, 8),
     "shuffled": lambda: DataLoader(samples, 8, shuffle=True),
     "own generator": own,
@@ -102,7 +102,7 @@ def distilled(data, seed, accumulate=1, student=student, **hooks):
     return torch.cat([p.detach().flatten() for p in trained.model.parameters()]).numpy()
 
 
-for name, make in made.items():
+for name, make in makers.items():
     for seed in (0, 1):
         found[f"{name} {seed}"] = distilled(make(), seed)
 
@@ -114,10 +114,10 @@ for name in ("shuffled", "own generator"):
     states = []
     stops = iter([None, None, Interrupted("enough")])
     try:
-        distilled(made[name](), 1, save=states.append, stop=lambda: next(stops))
+        distilled(makers[name](), 1, save=states.append, stop=lambda: next(stops))
     except Interrupted:
         assert states[0].values["batch"] == 3
-    found[f"{name} resumed"] = distilled(made[name](), 1, resume=states[0])
+    found[f"{name} resumed"] = distilled(makers[name](), 1, resume=states[0])
 normal = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
 distilled(DataLoader(TensorDataset(*samples[:51]), 8), 0, student=normal)  # a last batch of 3, too few for two shards
 if int(os.environ.get("RANK", "0")) == 0:

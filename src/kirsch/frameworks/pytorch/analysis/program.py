@@ -20,8 +20,8 @@ from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis.integers import PACKAGES
 from kirsch.frameworks.pytorch.analysis.provenance import Calls, twin_of, watched
 from kirsch.frameworks.pytorch.inference.calling import embedding_fix, is_embedding_error
-from kirsch.frameworks.pytorch.modules.copying import kept_by_hooks
-from kirsch.frameworks.pytorch.modules.interpreted import owned
+from kirsch.frameworks.pytorch.modules.copying import restoring_attributes
+from kirsch.frameworks.pytorch.modules.interpreted import assign_modules
 from kirsch.frameworks.pytorch.modules.unsupported import reason_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def export(
         _plain_tensors(twin)
     with_values = dict.fromkeys(WITH_VALUES, decisions == "example")
     with (
-        kept_by_hooks(model),
+        restoring_attributes(model),
         _quiet(),
         torch.no_grad(),
         traceback.preserve_node_meta(),
@@ -61,7 +61,7 @@ def export(
         except Exception as error:
             raise ModelError(*_reason(name, args, options, calls, error)) from error
     signature = functional.graph_signature
-    owned(functional, {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
+    assign_modules(functional, {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
     return functional
 
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from kirsch.frameworks.pytorch.analysis.integers import Compared, Lost, TracedInt
 from kirsch.frameworks.pytorch.inference.outputs import named
 from kirsch.frameworks.pytorch.modules.copying import copy_of
-from kirsch.frameworks.pytorch.modules.interpreted import NUMBERS, plant, put_number, shell_of
+from kirsch.frameworks.pytorch.modules.interpreted import NUMBERS, plain_module_of, replace_integers, set_integer
 from kirsch.graph.expression import Leaf
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ def twin_of(model: nn.Module, *, shared: bool, training: bool) -> nn.Module:
     """
     same: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]} if shared else {}
     twin = copy_of(model, same)
-    return shell_of(twin.train(training))
+    return plain_module_of(twin.train(training))
 
 
 def watched(twin: nn.Module, calls: Calls) -> None:
@@ -289,7 +289,7 @@ def watched(twin: nn.Module, calls: Calls) -> None:
     The forward then gives a pair: the tensors that the model puts out, and those that it computes and never reads.
     """
     for path, module in twin.named_modules():
-        plant(module, path, lambda value, leaf: TracedInt.leaf(value, leaf, calls.lost) if value > 1 else value)
+        replace_integers(module, path, lambda size, leaf: TracedInt.leaf(size, leaf, calls.lost) if size > 1 else size)
         own = type(module).__module__.startswith("torch.nn.")
         for name, value in list(vars(module).items()):
             if not name.startswith("_") and (not own or name in WIDTHS):
@@ -380,7 +380,7 @@ def put(model: nn.Module, leaf: Leaf, value: int) -> None:
     """Give an integer attribute its new value."""
     module = model.get_submodule(leaf.module)
     if leaf.attribute.startswith(NUMBERS):
-        put_number(module, leaf, value)
+        set_integer(module, leaf, value)
         return
     if leaf.index is None:
         setattr(module, leaf.attribute, value)

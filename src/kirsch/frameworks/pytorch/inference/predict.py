@@ -75,7 +75,7 @@ def called(model: nn.Module, args: Any, options: Any, extra: Any = MappingProxyT
 
 
 def _call_error(model: nn.Module, args: Any, options: Any, extra: Any, error: Exception) -> KirschError:
-    """The error for a model that raises on these arguments."""
+    """Return the error for a model that raises an exception on these arguments."""
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return one_sample(model, error)
     decoder = isinstance(error, ValueError) and getattr(getattr(model, "config", None), "is_encoder_decoder", False)

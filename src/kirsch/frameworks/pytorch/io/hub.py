@@ -27,7 +27,7 @@ def from_timm(name: str, *, pretrained: bool) -> nn.Module:
         raise SurroundingsError(
             "timm is installed and cannot be imported.",
             said(error),
-            "Install timm anew, with the torchvision that belongs to this torch.",
+            "Reinstall timm, with the torchvision for this torch.",
         ) from error
     if not timm.is_model(name):
         unknown = UnknownNameError("timm model", name, timm.list_models())

@@ -63,7 +63,7 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None, name: str = ""
 
 
 @contextlib.contextmanager
-def kept_by_hooks(model: nn.Module) -> Iterator[None]:
+def restoring_attributes(model: nn.Module) -> Iterator[None]:
     """Restore attributes, dicts and lists of a model in which hooks store fake tensors within the block.
 
     The hooks of a copy may be bound methods of the original. A trace of the copy then writes into the original.

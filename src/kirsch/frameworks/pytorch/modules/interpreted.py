@@ -41,7 +41,7 @@ def _graphs_in(module: nn.Module) -> list[fx.Graph]:
     return list(dict.fromkeys(graph for graph in graphs if graph is not None))
 
 
-def shell_of(model: nn.Module) -> nn.Module:
+def plain_module_of(model: nn.Module) -> nn.Module:
     """Return a plain module with the state of a `GraphModule`; any other module itself.
 
     `torch.export` runs the graph of a `GraphModule` directly and would not call the replaced forward.
@@ -63,20 +63,20 @@ def interpreting(module: nn.Module, signature: inspect.Signature) -> Callable[..
     return forward
 
 
-def plant(module: nn.Module, path: str, planted: Callable[[int, Leaf], int]) -> None:
+def replace_integers(module: nn.Module, path: str, replacement: Callable[[int, Leaf], int]) -> None:
     """Replace the integers in the graph of a copied module, and mark its nodes by path and name.
 
     Args:
         module: the copy.
         path: of the module in the model.
-        planted: integer, its leaf → the replacement.
+        replacement: integer, its leaf → the replacement.
     """
     graph = graph_in(module)
     for node in graph.nodes if graph is not None else ():
         node.meta = {"custom": {"kirsch_node": (path, node.name)}}  # traced operations of the node inherit this
         if node.op.startswith("call"):
             leaves = (Leaf(path, NUMBERS + node.name, place) for place in range(len(_numbers(node))))
-            _replace(node, lambda value, leaves=leaves: planted(value, next(leaves)))  # type: ignore[misc]
+            _replace(node, lambda value, leaves=leaves: replacement(value, next(leaves)))  # type: ignore[misc]
     if isinstance(module, fx.GraphModule):
         module.forward = interpreting(module, inspect.signature(module.forward))
 
@@ -107,7 +107,7 @@ def _replaced(value: Any, new: Callable[[int], int]) -> Any:
     return value
 
 
-def put_number(module: nn.Module, leaf: Leaf, value: int) -> None:
+def set_integer(module: nn.Module, leaf: Leaf, value: int) -> None:
     """Set an integer argument of a node, in the graphs for inference and for training."""
     name = leaf.attribute.removeprefix(NUMBERS)
     nodes = [node for graph in _graphs_in(module) for node in graph.nodes if node.name == name]
@@ -244,7 +244,7 @@ def remove_parts(module: nn.Module, parts: Sequence[Part]) -> None:
     refresh_graphs(module)
 
 
-def owned(program: ExportedProgram, slots: dict[str, str]) -> None:
+def assign_modules(program: ExportedProgram, slots: dict[str, str]) -> None:
     """Set `nn_module_stack` of the operations that come from a graph, which does not call containers.
 
     An operation that reads parameters is assigned to the module with these. Any other operation is assigned to the

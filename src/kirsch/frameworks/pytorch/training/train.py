@@ -100,7 +100,7 @@ class _Run:
         optimizer = optimizer_of(module, training, type(module.student).__name__)
         self.average = Average(module.student, training.ema) if training.ema is not None else None
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
-        # Accelerate does not prepare the data: it would fill short batches with samples that then count twice.
+        # Accelerate must not prepare the data: it would fill short batches with samples that then count twice.
         self.batches = batches
         self.generators = generators_of(batches) if isinstance(batches, torch.utils.data.DataLoader) else []
         self._synchronize_generators()
@@ -177,8 +177,8 @@ class _Run:
         if any(other != digests[0] for other in digests):
             raise UsageError(
                 f"The processes have different first batches in epoch {self.epoch + 1}.",
-                "Each process must iterate over all batches, because it trains on its part of each one. Samples would "
-                "be left out.",
+                "Each process iterates over all batches and trains on its part of each one. With different batches, "
+                "samples would be left out.",
                 "Remove DistributedSampler and similar samplers, and draw random numbers only from PyTorch's "
                 "generators. If only the augmentation differs, give batches with the ids of the samples.",
             )
@@ -280,7 +280,7 @@ class _Run:
                 self.hooks.doubt(sentence, epoch=self.epoch + 1)
 
     def _norms(self, loss: LossOutput) -> dict[str, float]:
-        """Return the norm of each term's gradient over the batch, summed over the processes."""
+        """Return the norm of each term's gradient over the batch. Gradients are summed over the processes."""
         if self.accelerator.num_processes == 1:
             return gradient_norms(self.module, loss.parts)
         zero = 0.0 * loss.total.detach()  # a term that no sample of this process has
