@@ -91,3 +91,8 @@ def test_a_stop_is_no_numeric_or_usage_error():
     """A handler for faults must not swallow a wish to stop."""
     faults = (errors.UsageError, errors.LoadError, errors.SurroundingsError, errors.NumericError)
     assert not issubclass(errors.Stopped, faults)
+
+
+def test_an_error_without_a_text_says_so():
+    assert errors.said(AssertionError()) == "AssertionError without a message."
+    assert errors.said(ValueError("two\nlines")) == "ValueError: two."

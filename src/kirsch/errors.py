@@ -176,7 +176,9 @@ def said(error: BaseException) -> str:
         text = str(error)
     except Exception:  # noqa: BLE001 - the exception is not ours, and so is its __str__
         text = ""
-    first = next((line.strip() for line in text.splitlines() if line.strip()), "it says no more")
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    if not first:
+        return f"{type(error).__name__} without a message."
     shown = first if len(first) <= LONGEST else f"{first[:LONGEST]}…"
     return f"{type(error).__name__}: {shown.rstrip('.')}."
 
@@ -193,3 +195,9 @@ def listing(names: list[str], most: int = 12) -> str:
         return "There are none."
     shown = ", ".join(names[:most])
     return f"Known: {shown}, and {len(names) - most} more." if len(names) > most else f"Known: {shown}."
+
+
+def name_of(value: object) -> str:
+    """Return module and name of a function or class, or of the class of anything else."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -94,7 +94,7 @@ def test_what_is_excluded_stays(inputs):
 
 def test_a_goal_out_of_reach_says_what_is_in_reach(inputs):
     graph = kirsch.trace(nn.Sequential(row(TURN), nn.Linear(2, 2)).eval(), inputs)
-    with pytest.raises(GoalError, match=r"macs 20\.0% is asked for, 50\.0% is the least reachable.*1 residual block"):
+    with pytest.raises(GoalError, match=r"macs 20\.0% is requested, 50\.0% is the least reachable.*1 residual block"):
         kirsch.plan_depth(graph, Goal(macs=0.2), inputs)
 
 

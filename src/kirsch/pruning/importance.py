@@ -48,7 +48,8 @@ def magnitude(graph: Graph, group: Group, *, norm: int, seed: int) -> NDArray[np
         2023, arXiv:2301.12900, section 3.2.
     """
     del seed
-    sites = [(name, axis) for name, axis in group.footprint if name in graph.parameters]
+    full = {name for name in graph.parameters if 0 not in graph.tensors[name].shape}  # others have no mean
+    sites = [(name, axis) for name, axis in group.footprint if name in full]
     weights = [(name, axis) for name, axis in sites if len(graph.tensors[name].shape) > 1] or sites
     total = np.zeros(group.size)
     for name, axis in weights:

@@ -51,7 +51,7 @@ def test_the_error_for_weights_that_cannot_be_downloaded_has_one_line(timm):
 
 def test_the_error_for_a_model_that_cannot_be_built_does_not_mention_the_network(timm):
     timm.error = AssertionError()
-    with pytest.raises(LoadError, match=r"^timm:resnet18 cannot be built\. AssertionError: it says no more\.$"):
+    with pytest.raises(LoadError, match=r"^timm:resnet18 cannot be built\. AssertionError without a message\.$"):
         from_timm("resnet18", pretrained=False)
 
 

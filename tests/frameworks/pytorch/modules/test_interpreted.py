@@ -173,30 +173,67 @@ def test_a_branch_without_identity_is_not_a_block():
     assert kirsch.trace(fx.symbolic_trace(shaken(Two())), TOKENS).blocks == ()
 
 
+class Dual(fx.GraphModule):
+    """A graph for each mode, as in torchvision's feature extractors, whose copies start in training mode."""
+
+    def __init__(self, root, train_graph, eval_graph):
+        super().__init__(root, train_graph)
+        self.train_graph, self.eval_graph = train_graph, eval_graph
+        self.train()
+        self.graph = train_graph
+
+    def train(self, mode=True):
+        if mode and not self.training:
+            self.graph = self.train_graph
+        elif not mode and self.training:
+            self.graph = self.eval_graph
+        return super().train(mode)
+
+    def _deepcopy_init(self):
+        def init(copied, root, _):
+            graphs = [copy.deepcopy(root.__dict__[name]) for name in ("train_graph", "eval_graph")]
+            Dual.__init__(copied, root, *graphs)
+
+        return init
+
+
+def dual(model):
+    return Dual(model, *(fx.Tracer().trace(model) for _ in range(2)))
+
+
 def test_the_graphs_for_inference_and_for_training_are_both_cut():
-    class Dual(fx.GraphModule):
-        """Two graphs, as in torchvision's feature extractors."""
-
-        def __init__(self, root, train_graph, eval_graph):
-            super().__init__(root, eval_graph)
-            self.train_graph, self.eval_graph = train_graph, eval_graph
-
-        def train(self, mode=True):
-            self.graph = self.train_graph if mode else self.eval_graph
-            return super().train(mode)
-
-        def _deepcopy_init(self):
-            def init(copied, root, _):
-                graphs = [copy.deepcopy(root.__dict__[name]) for name in ("train_graph", "eval_graph")]
-                Dual.__init__(copied, root, *graphs)
-
-            return init
-
-    model = shaken(Heads())
-    graphs = [fx.Tracer().trace(model) for _ in range(2)]
-    dual = Dual(model, *graphs).eval()
-    pruned = kirsch.prune(dual, kirsch.plan(kirsch.trace(dual, TOKENS), Goal(macs=0.7), round_to=1))
+    model = dual(shaken(Heads())).eval()
+    pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, TOKENS), Goal(macs=0.7), round_to=1))
     torch.testing.assert_close(pruned.train()(TOKENS), pruned.eval()(TOKENS))
+
+
+def modes(model):
+    return {path: module.training for path, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("maker", ["dual", "within", "symbolic"])
+def test_modes_and_the_graph_of_the_mode_are_those_of_the_original(maker, training):
+    plain = shaken(Images())
+    made = fx.symbolic_trace(plain) if maker == "symbolic" else dual(plain)
+    model = (nn.Sequential(made) if maker == "within" else made).train(training)
+    graph = kirsch.trace(model, IMAGE)
+    pruned = kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
+    short = kirsch.prune(model, kirsch.plan_depth(graph, Goal(macs=0.8), IMAGE))
+    for found in (pruned, short, model):
+        assert set(modes(found).values()) == {training}
+        for module in found.modules():
+            if isinstance(module, Dual):
+                assert module.graph is (module.train_graph if training else module.eval_graph)
+
+
+def test_a_graph_has_the_modes_of_the_original_module_by_module():
+    model = shaken(Images()).eval()
+    next(model.children()).train()
+    graph = kirsch.trace(model, IMAGE, as_graph=True)
+    pruned = kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
+    assert modes(pruned).items() <= modes(model).items()
+    assert set(modes(pruned).values()) == {False, True}
 
 
 class Silent(nn.Linear):

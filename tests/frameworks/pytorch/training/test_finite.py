@@ -65,6 +65,25 @@ def test_the_error_names_the_loss_term_that_is_not_finite():
         trained(loss=loss)
 
 
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [
+        (1e30, r"The labels are finite and reach 1e\+30, whose square exceeds .* Scale the labels"),
+        (math.nan, r"^The labels contain NaN or infinity at epoch 1, batch 1\. Repair"),
+        (-math.inf, r"^The labels contain NaN or infinity at epoch 1, batch 1\. Repair"),
+        (2.0, r"The labels are finite, so .* the outputs of the teacher, if there is one"),
+    ],
+)
+def test_the_error_tells_labels_that_make_a_loss_infinite_from_the_loss_and_the_teacher(label, sentence):
+    def loss(model, inputs, targets):
+        value = F.mse_loss(model(inputs), targets) / (0 if label == 2 else 1)
+        return value, {"label": value}
+
+    inputs, _ = samples()
+    with pytest.raises(NumericError, match=sentence):
+        trained([(inputs, np.full((len(inputs), K), label, np.float32))], loss=loss)
+
+
 def test_the_error_names_the_parameter_that_is_not_finite_at_the_next_step():
     with pytest.raises(NumericError, match=r"The parameter `\d\.\w+` is no longer finite at epoch 1, batch 2\. Lower"):
         trained(loss=exploding(at=1))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import kirsch
-from kirsch.errors import PlanError
+from kirsch.errors import PlanError, UsageError
 from kirsch.frameworks.pytorch.transformers import blueprint
 from kirsch.frameworks.pytorch.transformers.blueprint import numbers, with_numbers
 from kirsch.pruning.prune import prune_with_verification
@@ -233,6 +233,20 @@ def test_the_configuration_is_unchanged_without_verification():
     found = prune_with_verification(model, plan, verify=False)
     assert found.model.config.to_dict() == model.config.to_dict()
     assert "without verification" in config_notes(found)[0]
+
+
+def test_a_loaded_model_without_a_configuration_raises_the_error_of_the_pruned_model(tmp_path):
+    model = configurable()
+    found = halved(model, uniform=False)
+    assert found.verification is not None
+    kirsch.save(found.model, tmp_path / "small")
+    loaded = kirsch.load(tmp_path / "small", lambda: copy.deepcopy(model))
+    errors = []
+    for pruned in (found.model, loaded):
+        with pytest.raises(UsageError, match="No configuration describes the pruned") as caught:
+            pruned.save_pretrained(tmp_path / "never")
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
 
 
 def test_the_configuration_is_unchanged_after_pruning_with_a_scope():

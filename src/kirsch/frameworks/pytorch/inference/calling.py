@@ -13,7 +13,7 @@ from kirsch.failures import told
 from kirsch.frameworks.structure import look
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import nn
 
@@ -26,6 +26,9 @@ SMALL_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.bool)
 """Dtypes that neither layers with floating-point weights nor embeddings take."""
 
 EMBEDDING_INDICES = "The indices of an embedding, such as token ids, must be int64."
+
+CASTS = {torch.float32: "float()", torch.float64: "double()", torch.float16: "half()", torch.bfloat16: "bfloat16()"}
+"""Methods of a tensor or a model that convert it to a dtype."""
 
 
 def is_embedding_error(error: BaseException) -> bool:
@@ -110,8 +113,7 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
     """
     name = type(model).__name__
     parts = [part for part in tree_leaves((args, options)) if isinstance(part, torch.Tensor)]
-    model_types = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    input_types = {part.dtype for part in parts if part.is_floating_point()}
+    model_types, input_types = _floating(model.parameters()), _floating(parts)
     if isinstance(error, TypeError):
         try:
             inspect.signature(model.forward).bind(*args, **options)
@@ -124,35 +126,84 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
         return UsageError(
             f"{name} computes in {types[0]}, and its inputs are {types[1]}.",
             said(error),
-            f"Give inputs of the type of the model, or convert the model, for float32 with {name}.float().",
+            _fix_of_types(model_types, input_types),
         )
-    integers = next((part for part in parts if not part.is_floating_point()), None)
-    small = integers is not None and integers.dtype in SMALL_INTEGERS
-    if model_types and integers is not None and not input_types and (small or "dtype" in str(error)):
-        scale = " and scaled as in its training, for example inputs.astype(numpy.float32) / 255"
+    integers = _integers(parts, error) if model_types and not input_types else None
+    if integers is not None:
         return UsageError(
             f"{name} computes in {_dtype_name(next(iter(model_types)))}, and its inputs are {look(integers)}, values "
             f"{int(integers.min())} to {int(integers.max())}.",
             said(error),
-            f"Give floating-point inputs{scale if integers.dtype == torch.uint8 else ''}; token ids as int64.",
+            _fix_of_integers(integers),
         )
     return None
 
 
+def fix_of_inputs(model: nn.Module, args: Any, options: Any, error: Exception) -> str:
+    """Return how to change inputs that a model raises on, by their dtype or layout; "" if these are not the cause."""
+    parts = [part for part in tree_leaves((args, options)) if isinstance(part, torch.Tensor)]
+    model_types, input_types = _floating(model.parameters()), _floating(parts)
+    if model_types and input_types and not model_types & input_types and "type" in str(error):
+        return _fix_of_types(model_types, input_types)
+    integers = _integers(parts, error) if model_types and not input_types else None
+    return _fix_of_integers(integers) if integers is not None else _fix_of_layout(parts)
+
+
+def without_values(model: nn.Module, args: Any, options: Any) -> tuple[str, str] | None:
+    """Return (why, fix) if either the inputs or the model, but not both, are on the meta device; None otherwise."""
+    empty = next((name for name, value in model.named_parameters() if value.is_meta), None)
+    inputs_on_meta = any(part.is_meta for part in tree_leaves((args, options)) if isinstance(part, torch.Tensor))
+    if inputs_on_meta and empty is None:
+        return (
+            "The example inputs are on the meta device and have no values.",
+            "Give inputs with values, such as torch.randn(inputs.shape).",
+        )
+    if empty is not None and not inputs_on_meta:
+        return f"Its parameter `{empty}` is on the meta device and has no values.", "Load its weights first."
+    return None
+
+
+def _floating(values: Iterable[torch.Tensor]) -> set[torch.dtype]:
+    return {value.dtype for value in values if value.is_floating_point()}
+
+
+def _fix_of_types(model_types: set[torch.dtype], input_types: set[torch.dtype]) -> str:
+    dtype = torch.float32 if torch.float32 in model_types else min(model_types, key=str)
+    name, method = _dtype_name(dtype), CASTS.get(dtype, f"to({dtype})")
+    array = "" if dtype is torch.bfloat16 else f"inputs.astype(numpy.{name}) for arrays, "  # numpy lacks bfloat16
+    other = "; or convert the model: model.float()" if input_types == {torch.float32} else ""
+    return f"Give inputs in {name}: {array}inputs.{method} for tensors{other}."
+
+
+def _integers(parts: Sequence[torch.Tensor], error: Exception) -> torch.Tensor | None:
+    """Return the first integer input if integers are the cause of the error."""
+    integers = next((part for part in parts if not part.is_floating_point()), None)
+    caused = integers is not None and (integers.dtype in SMALL_INTEGERS or "type" in str(error))
+    return integers if caused else None
+
+
+def _fix_of_integers(integers: torch.Tensor) -> str:
+    scale = " and scaled as in its training, for example inputs.astype(numpy.float32) / 255"
+    return f"Give floating-point inputs{scale if integers.dtype == torch.uint8 else ''}; token ids as int64."
+
+
+def _fix_of_layout(parts: Iterable[Any]) -> str:
+    images = [part for part in parts if getattr(part, "ndim", 0) == NCHW]
+    if not any(part.shape[-1] in COLORS and part.shape[1] not in COLORS for part in images):
+        return ""
+    axes = (0, 3, 1, 2)
+    return (
+        f"The images have their channels last. If the model takes channels first, use inputs.transpose{axes} for "
+        f"arrays and inputs.permute{axes} for tensors."
+    )
+
+
 def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:
     """Return the error for a model that raises an exception on a batch."""
-    images = [part for part in tree_leaves(inputs) if getattr(part, "ndim", 0) == NCHW]
-    last = next((part for part in images if part.shape[-1] in COLORS and part.shape[1] not in COLORS), None)
-    fix = (
+    fix = _fix_of_layout(tree_leaves(inputs)) or (
         "Give each batch as the forward of the model takes it, padded or resized to its size. Check that "
         "model(inputs) runs."
     )
-    if last is not None:
-        axes = (0, 3, 1, 2)
-        fix = (
-            f"The images have their channels last. If the model takes channels first, use inputs.transpose{axes} for "
-            f"arrays and inputs.permute{axes} for tensors."
-        )
     if is_embedding_error(error):
         fix = EMBEDDING_INDICES
     elif isinstance(error, IndexError):

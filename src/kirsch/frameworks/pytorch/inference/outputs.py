@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kirsch.errors import UnknownNameError
+from kirsch.frameworks.predictions import ASIDE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 
 PREDICTIONS = ("logits", "pred")
 """Parts of the names of predictions."""
-
-AUXILIARY = ("hidden_state", "attention", "past_key_values", "router_logits")
-"""Parts of the names of outputs beside the predictions."""
 
 
 def named(outputs: Any) -> dict[str, torch.Tensor]:
@@ -75,7 +73,7 @@ def counting(names: Sequence[str], selected: Sequence[str]) -> set[str]:
             raise UnknownNameError("output", name, names)
     if selected:
         return {path for path in names if any(_within(path, name) for name in selected)}
-    main = {path for path in names if not any(word in path for word in AUXILIARY)}
+    main = {path for path in names if not any(word in path for word in ASIDE)}
     predicts = any(word in path for path in main for word in PREDICTIONS)
     return main if predicts else set(names)
 

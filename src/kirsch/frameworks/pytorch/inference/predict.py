@@ -15,8 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import DataError, KirschError, UsageError, said
 from kirsch.failures import lacks_memory
+from kirsch.frameworks.annotations import ONLY_NUMBERS
+from kirsch.frameworks.predictions import logits_output
 from kirsch.frameworks.pytorch.inference.calling import UNFIT, explained, fitted, not_running, one_sample
 from kirsch.frameworks.pytorch.inference.outputs import named
+from kirsch.frameworks.pytorch.modules.modes import set_modes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -44,7 +47,15 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _tensors_for_numpy(inputs: Any) -> Any:
-    return tree_map(lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value, inputs)
+    return tree_map(lambda value: _from_numpy(value) if isinstance(value, np.ndarray) else value, inputs)
+
+
+def _from_numpy(array: NDArray[Any]) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array) if array.ndim else array)
+    except TypeError:
+        what = f"An input is an array of dtype {array.dtype} and shape {array.shape}."
+        raise UsageError(what, fix=ONLY_NUMBERS) from None
 
 
 def copied(inputs: Any) -> Any:
@@ -104,8 +115,7 @@ def inference(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        set_modes(modes)
 
 
 def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
@@ -116,13 +126,10 @@ def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
 
 
 def logits_of(outputs: Any) -> Any:
-    """Return the logits in the outputs of a model.
-
-    These are a single tensor, the output "logits", the only output whose name contains "logits", or else the first
-    output.
+    """Return the logits among the outputs of a model, a tensor; see `logits_output`.
 
     Raises:
-        UsageError: there is no tensor, several outputs have "logits" in their names, or the first is a hidden state.
+        UsageError: there are no tensors, or their names do not tell which are the logits.
     """
     if isinstance(outputs, torch.Tensor):
         return outputs
@@ -130,24 +137,12 @@ def logits_of(outputs: Any) -> Any:
     if isinstance(direct, torch.Tensor):  # saves the search of all outputs for most models
         return direct
     by_path = named(outputs)
-    candidates = ["logits"] if "logits" in by_path else [name for name in by_path if "logits" in name]
-    name = candidates[0] if len(candidates) == 1 else next(iter(by_path), "")
-    if name not in by_path:
+    if not by_path:
         raise UsageError(
             f"The model returns a {type(outputs).__name__} without tensors, so there are no logits.",
             fix="Give a model that returns its logits in inference and in training mode.",
         )
-    if len(candidates) > 1:
-        raise UsageError(
-            f"The model returns {', '.join(candidates)}; which of these are the logits is not known.",
-            fix=f'Name each one, as "output.{candidates[0]}", and train without labels: label_weight=0.',
-        )
-    if "hidden_state" in name:
-        raise UsageError(
-            f"The model returns {name} and no logits: it has no head.",
-            fix=f'Give a model with a head, or compare only "output.{name}", with label_weight=0.',
-        )
-    return by_path[name]
+    return by_path[logits_output(list(by_path))]
 
 
 def logits_of_each(models: Iterable[nn.Module], args: Any, options: Any) -> list[Any]:
@@ -173,7 +168,7 @@ def tensors(inputs: Any, model: nn.Module) -> Any:
 def on(device: torch.device, array: Any) -> Any:
     """Return a numpy array or a tensor as a tensor on a device; anything else unchanged."""
     if isinstance(array, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        return _from_numpy(array).to(device)
     return array.to(device) if isinstance(array, torch.Tensor) else array
 
 

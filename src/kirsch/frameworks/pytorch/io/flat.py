@@ -17,7 +17,7 @@ from kirsch.frameworks.pytorch.inference.predict import arguments
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-CONSTANTS = (type(None), bool, str)
+CONSTANTS = (type(None), bool, int, float, str)
 """Types of non-tensor inputs, which become constants of the exported function."""
 
 TENSORS_WITH_BATCH = "Give tensors whose first axis is the batch."
@@ -26,8 +26,8 @@ TENSORS_WITH_BATCH = "Give tensors whose first axis is the batch."
 class Flat(nn.Module):
     """A model that takes its input tensors as positional arguments and returns a tuple of tensors.
 
-    The tensors are inserted into lists, dicts and keyword arguments as in the example inputs. None, booleans and
-    strings keep their values of the example inputs.
+    The tensors are inserted into lists, dicts and keyword arguments as in the example inputs. None, numbers, booleans
+    and strings keep their values of the example inputs.
 
     Args:
         model: the module to wrap.
@@ -125,5 +125,7 @@ def _input_name(path: tuple[Any, ...], positional: Sequence[str]) -> tuple[str, 
 def _check(description: str, tensor: torch.Tensor) -> None:
     if not tensor.dim():
         raise ModelError(f"{description} is a tensor without axes.", fix=TENSORS_WITH_BATCH)
+    if tensor.is_meta:
+        raise ModelError(f"{description} is on the meta device and has no values.", fix="Give a tensor with values.")
     if not tensor.numel():
         raise ModelError(f"{description} has shape {tuple(tensor.shape)} and is empty.", fix=TENSORS_WITH_BATCH)

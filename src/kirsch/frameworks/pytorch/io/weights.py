@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 BUFFER_TYPES = "kirsch.buffers"
-"""Metadata key of the dtypes of non-persistent floating-point buffers, as JSON."""
+"""Metadata key of the dtypes of non-persistent floating-point and complex buffers, as JSON."""
 
 WIDER = {
     torch.float16: (torch.float32, torch.float64),
@@ -72,7 +72,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def take_types(model: nn.Module, path: Path) -> bool:
-    """Convert the floating-point tensors of a model to the dtypes in a file of `save_weights`.
+    """Convert the floating-point and complex tensors of a model to the dtypes in a file of `save_weights`.
 
     Returns:
         Whether any tensor was converted.
@@ -86,10 +86,11 @@ def take_types(model: nn.Module, path: Path) -> bool:
     changed = False
     for name, dtype in ({name: value.dtype for name, value in stored.items()} | buffer_types).items():
         value = tensors.get(name)
-        if value is None or is_lazy(value) or not (value.is_floating_point() and dtype.is_floating_point):
+        if value is None or is_lazy(value) or not (_is_floating(value.dtype) and _is_floating(dtype)):
             continue
         if value.dtype != dtype:
-            value.data = value.data.to(dtype)
+            real = value.is_complex() and not dtype.is_complex  # as `model.to(torch.float16)` makes it
+            value.data = (value.data.real if real else value.data).to(dtype)
             changed = True
     return changed
 
@@ -188,10 +189,14 @@ def _difference(name: str, value: torch.Tensor, current: dict[str, Any]) -> str:
 
 
 def _buffer_types(model: nn.Module) -> dict[str, str]:
-    """Return the dtypes of the non-persistent floating-point buffers, by name."""
+    """Return the dtypes of the non-persistent floating-point and complex buffers, by name."""
     stored = model.state_dict()
     buffers = sorted(model.named_buffers(remove_duplicate=False))
-    return {name: _dtype_name(b.dtype) for name, b in buffers if name not in stored and b.is_floating_point()}
+    return {name: _dtype_name(b.dtype) for name, b in buffers if name not in stored and _is_floating(b.dtype)}
+
+
+def _is_floating(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _memory(value: torch.Tensor) -> tuple[Any, ...]:

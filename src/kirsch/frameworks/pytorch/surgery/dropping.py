@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from kirsch.frameworks.pytorch.analysis.blocks import Block
+    from kirsch.frameworks.pytorch.analysis.blocks import ResidualBlock
 
 
-def drop(model: nn.Module, blocks: Collection[Block], args: Any, options: Any) -> dict[str, str]:
+def drop(model: nn.Module, blocks: Collection[ResidualBlock], args: Any, options: Any) -> dict[str, str]:
     """Drop residual blocks from a model, in place.
 
     A block of a `torch.fx` graph is removed from the graph. A block in a list is removed from the list, and the
@@ -62,11 +62,11 @@ def drop(model: nn.Module, blocks: Collection[Block], args: Any, options: Any) -
                     "block takes more than one argument, so that nn.Identity cannot replace it.",
                     "Exclude the block.",
                 )
-            setattr(container, name, nn.Identity().train(container.training))
+            setattr(container, name, nn.Identity().train(modules[block.path].training))
     return {old_paths[id(module)]: path for path, module in model.named_modules() if id(module) in old_paths}
 
 
-def _remove_from_graphs(model: nn.Module, blocks: Collection[Block]) -> None:
+def _remove_from_graphs(model: nn.Module, blocks: Collection[ResidualBlock]) -> None:
     """Remove the blocks that a `torch.fx` graph runs, and their parameters."""
     parts: dict[str, list[Part]] = {}
     for block in blocks:

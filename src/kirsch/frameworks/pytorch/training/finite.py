@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from kirsch.frameworks.data import Batch
+
 FIX = "Lower the learning rate, or set clip_norm."
 
 
@@ -43,19 +45,20 @@ def check_initial(model: nn.Module) -> set[str]:
     return set(names)
 
 
-def not_finite(model: nn.Module, inputs: Any, parts: dict[str, Any], epoch: int, batch: int) -> NumericError:
+def not_finite(model: nn.Module, batch: Batch, parts: dict[str, Any], epoch: int, number: int) -> NumericError:
     """Return the error for a loss that is not finite. It names the parameter, layer or loss term where that begins.
 
     Args:
         model: the model in training.
-        inputs: of the batch.
+        batch: inputs and targets of the step.
         parts: loss terms by name.
-        epoch, batch: numbers for the message, from 1.
+        epoch, number: of the batch, for the message, from 1.
     """
-    when = f"at epoch {epoch}, batch {batch}"
+    when = f"at epoch {epoch}, batch {number}"
     for name in not_finite_names(model):
         if name.startswith("parameter"):
             return NumericError(f"The {name} is no longer finite {when}.", fix=FIX)
+    inputs = batch.inputs
     if isinstance(inputs, torch.Tensor) and inputs.is_floating_point() and not torch.isfinite(inputs).all():
         return NumericError(f"The inputs contain NaN or infinity {when}.", fix="Repair the data.")
     layers: list[str] = []
@@ -79,9 +82,31 @@ def not_finite(model: nn.Module, inputs: Any, parts: dict[str, Any], epoch: int,
     terms = [name for name, part in parts.items() if not math.isfinite(float(part.detach()))]
     if layers:
         return NumericError(f"The output of {layers[0]} is not finite {when}.", fix=FIX)
+    return _loss_error(", ".join(terms) or "total", batch.targets, when)
+
+
+def _loss_error(terms: str, targets: Any, when: str) -> NumericError:
+    """Return the error for a loss that is not finite although the outputs of the model are."""
+    largest = _largest(targets)
+    if not math.isfinite(largest):
+        return NumericError(f"The labels contain NaN or infinity {when}.", fix="Repair the data.")
+    what = f"The loss term {terms} is not finite {when}, and the outputs of the model are."
+    if largest**2 > torch.finfo(torch.float32).max:
+        return NumericError(
+            what,
+            f"The labels are finite and reach {largest:.0e}, whose square exceeds the range of float32.",
+            "Scale the labels, for example to mean 0 and standard deviation 1.",
+        )
     return NumericError(
-        f"The loss term {', '.join(terms) or 'total'} is not finite {when}, and the outputs of the model are.",
-        "The cause is in the teacher outputs, the labels or the loss itself.",
-        "Check the teacher outputs and the labels for NaN and infinity. If it happens after some steps, lower the "
-        "learning rate.",
+        what,
+        "The labels are finite, so the cause is in the loss itself or in the teacher outputs.",
+        "Check the loss and the outputs of the teacher, if there is one, for NaN and infinity. If it happens after "
+        "some steps, lower the learning rate.",
     )
+
+
+def _largest(targets: Any) -> float:
+    """Return the largest absolute value in the targets; NaN or infinity if one of them is not finite."""
+    parts = [part for part in tree_leaves(targets) if isinstance(part, torch.Tensor) and part.is_floating_point()]
+    sizes = [float(part.detach().double().abs().max()) for part in parts if part.numel()]
+    return math.nan if any(math.isnan(size) for size in sizes) else max(sizes, default=0.0)

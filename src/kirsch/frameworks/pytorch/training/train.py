@@ -250,7 +250,7 @@ class _Run:
         if not self.batch:
             self._check_shares(loss)
         if not math.isfinite(float(loss.total.detach())):
-            raise not_finite(self.module.student, batch.inputs, loss.parts, self.epoch + 1, self.batch + 1)
+            raise not_finite(self.module.student, batch, loss.parts, self.epoch + 1, self.batch + 1)
         # DDP averages the gradients of the processes; the loss of a shard is a summand of the step.
         factor = 1 if shard.replicated else self.accelerator.num_processes
         self.accelerator.backward(loss.total * factor)

@@ -134,10 +134,12 @@ def _configure_model(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Gra
         if not difference:
             return _updated(pruned, changes)
         differences.append(f"With {_in_words(pruned, changes)}, the shapes agree and the outputs differ: {difference}.")
-    why = differences[0] if differences else search.obstacle
-    options = _plan_options(model, plan, graph)
+    return _undescribed(pruned, differences[0] if differences else search.obstacle, _plan_options(model, plan, graph))
+
+
+def _undescribed(pruned: nn.Module, why: str, options: str) -> Configured:
     fix = f"Save it with kirsch.save, or {options}." if options else "Save it with kirsch.save."
-    return Configured(why=f"No configuration describes the pruned {name}. {why}", fix=fix)
+    return Configured(why=f"No configuration describes the pruned {type(pruned).__name__}. {why}", fix=fix)
 
 
 def _refuse_parts(pruned: nn.Module, model: nn.Module) -> Configured:
@@ -184,6 +186,8 @@ def _as_stated(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph) ->
     search, changes = Search(pruned), plan.configuration
     if changes and search.fits(changes):
         return _updated(pruned, changes)
+    if not search.solutions():  # the same message as after verification
+        return _undescribed(pruned, search.obstacle, _plan_options(model, plan, graph))
     why = search.misfit or "Without verification, it is not known whether the outputs agree."
     advice = _plan_options(model, plan, graph)
     return Configured(

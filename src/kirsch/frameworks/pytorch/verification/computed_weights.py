@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kirsch.frameworks.pytorch.analysis.program import name_of
-from kirsch.frameworks.pytorch.verification.masked import MaskedRun
+from kirsch.frameworks.pytorch.verification.masked import MaskedRun, input_free_nodes
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ contiguous getitem split split_with_sizes chunk unbind
 MOVING = frozenset(_MOVING.split())
 """Operations that only move or copy values, so that their result is not a computed weight."""
 
-RANDOM = ("rand", "normal", "bernoulli", "dropout", "multinomial")
-"""Parts of the names of operations that draw random numbers."""
-
 
 class _WeightsRun(MaskedRun):
     """Run the operations that do not depend on inputs, and record the results of some of them."""
@@ -46,11 +43,9 @@ class _WeightsRun(MaskedRun):
         graph: Graph,
         keep: NDArray[np.bool_],
         tensors: Mapping[str, torch.Tensor],
-        input_free: Collection[Node],
         recorded: Collection[Node],
     ) -> None:
         super().__init__(graph, keep, tensors)
-        self._input_free = input_free
         self._recorded = recorded
         self.results: dict[Node, torch.Tensor] = {}
 
@@ -79,13 +74,13 @@ def changed(graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.T
         Path of the module → root mean square of the kept entries after the cut, relative to before.
     """
     traced: Traced = graph.traced
-    input_free = _input_free(traced)
+    input_free = input_free_nodes(traced)
     computed = _computed(graph, keep, input_free)
     if not computed:
         return {}
     results = []
     for mask in (keep | _used(graph, input_free), keep):
-        run = _WeightsRun(graph, mask, tensors, input_free, computed)
+        run = _WeightsRun(graph, mask, tensors, computed)
         with torch.no_grad():
             run.run(*run.feed([None] * len(traced.program.graph_signature.user_inputs)))
         results.append(run.results)
@@ -98,17 +93,6 @@ def changed(graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.T
             path = _module(user)
             sizes[path] = max(size, sizes.get(path, size), key=lambda value: abs(np.log(max(value, 1e-9))))
     return sizes
-
-
-def _input_free(traced: Traced) -> set[Node]:
-    """Return the nodes that only depend on parameters, buffers and constants."""
-    stored = {*traced.slots, *traced.program.graph_signature.inputs_to_lifted_tensor_constants}
-    input_free: set[Node] = set()
-    for node in traced.program.graph.nodes:
-        deterministic = node.op == "call_function" and not any(word in name_of(node) for word in RANDOM)
-        if node.name in stored or (deterministic and input_free.issuperset(node.all_input_nodes)):
-            input_free.add(node)
-    return input_free
 
 
 def _computed(graph: Graph, keep: NDArray[np.bool_], input_free: set[Node]) -> dict[Node, Node]:

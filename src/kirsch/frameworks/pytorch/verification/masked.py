@@ -14,7 +14,7 @@ import torch
 from torch.fx import Interpreter
 from torch.utils._pytree import tree_map
 
-from kirsch.frameworks.pytorch.analysis.program import ASSERTIONS
+from kirsch.frameworks.pytorch.analysis.program import ASSERTIONS, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Tensor
 
 
+RANDOM = ("rand", "normal", "bernoulli", "dropout", "multinomial")
+"""Parts of the names of operations that draw random numbers."""
+
+
 def mask_of(labeled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch.Tensor) -> torch.Tensor:
     """Return 1 for kept and 0 for removed entries of a tensor, in a shape that broadcasts against the tensor."""
     mask = torch.ones((1,) * len(labeled.shape), dtype=like.dtype, device=like.device)
@@ -37,6 +41,17 @@ def mask_of(labeled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch.
             shape = [-1 if position == axis else 1 for position in range(len(labeled.shape))]
             mask = mask * torch.from_numpy(kept).to(like.device, like.dtype).reshape(shape)
     return mask
+
+
+def input_free_nodes(traced: Traced) -> set[Node]:
+    """Return the nodes that only depend on parameters, buffers and constants."""
+    stored = {*traced.slots, *traced.program.graph_signature.inputs_to_lifted_tensor_constants}
+    input_free: set[Node] = set()
+    for node in traced.program.graph.nodes:
+        deterministic = node.op == "call_function" and not any(word in name_of(node) for word in RANDOM)
+        if node.name in stored or (deterministic and input_free.issuperset(node.all_input_nodes)):
+            input_free.add(node)
+    return input_free
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,7 @@ class MaskedRun(Interpreter):
         self._tensors = tensors
         self._entries = {block.exit: block.entry for block in self._traced.blocks if block.path in blocks}
         self._entered: dict[Node, Any] = {}
+        self._input_free = input_free_nodes(self._traced)
         super().__init__(self._traced.program.graph_module)
 
     def outputs(
@@ -141,9 +157,10 @@ class MaskedRun(Interpreter):
             return self._finite(args[0].reshape(args[1]), self._traced.states[n])
         out = self._statistic(n) if n.name in self._traced.statistics else super().run_node(n)
         state = self._traced.states[n]
+        zeroed = self._zeroed if n in self._input_free else self._finite
         if isinstance(out, (tuple, list)):
-            return [self._finite(value, labeled) for value, labeled in zip(out, state, strict=True)]
-        return self._finite(out, state)
+            return [zeroed(value, labeled) for value, labeled in zip(out, state, strict=True)]
+        return zeroed(out, state)
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
         """Return the arguments of an operation. Parameters are masked here, so that few masked ones use memory."""
@@ -158,6 +175,15 @@ class MaskedRun(Interpreter):
         if uncut or not (value.is_floating_point() or value.is_complex()):
             return value
         return value * mask_of(labeled, self._graph, self._keep, value)
+
+    def _zeroed(self, value: Any, labeled: Any) -> Any:
+        """Return the value with 0 in removed units, for a weight that is computed from others.
+
+        A centered weight is not 0 there by itself, so a removed unit would affect the next computed weight.
+        """
+        if not isinstance(value, torch.Tensor) or labeled is None:
+            return value
+        return value.masked_fill(mask_of(labeled, self._graph, self._keep, value) == 0, 0)
 
     def _finite(self, value: Any, labeled: Any) -> Any:
         """Return the value with 0 in place of infinity and NaN in removed units.

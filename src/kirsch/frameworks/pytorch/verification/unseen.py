@@ -70,7 +70,7 @@ def _effects(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: list[Any
     leaves = {name: tied.setdefault(id(graph.tensors[name]), value.detach()) for name, value in tensors.items()}
     axes: dict[str, list[int]] = {}
     for name, axis in graph.axes:
-        if leaves[name].is_floating_point():
+        if leaves[name].is_floating_point() and leaves[name].numel():
             axes.setdefault(name, []).append(axis)
     effects: Effects = {(name, axis): np.zeros(leaves[name].shape[axis]) for name in axes for axis in axes[name]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from kirsch.graph.constants import AS_GRAPH
 from kirsch.graph.verification import UNUSUAL_LAYERS, Verification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -39,6 +40,9 @@ TOLERANCES = {
     torch.float32: (1e-4, "rounding in float32, because the model cannot run in float64"),
 }
 FOLDED = 1e-6, "rounding of weights that an attention scale is folded into; a wrong index changes outputs by 1e-3"
+
+LIMIT = 1e37
+"""Larger values are the limits of a dtype, such as `torch.finfo(dtype).min` in masked logits, or sums with them."""
 
 WRONG_CUT = "The cut is wrong, so no model was returned; the original is unchanged."
 OTHER_BRANCH = (
@@ -187,7 +191,8 @@ def _compare(
     with _OneType(dtype):
         masked = seeded(lambda: MaskedRun(graph, keep, tensors, removal.without).outputs(flat))
         dense = seeded(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat, shown=keep))
-        found = seeded(functools.partial(run, candidate, args, options))
+        with _limits_of_the_trace(traced, dtype):
+            found = seeded(functools.partial(run, candidate, args, options))
     folded = any(graph.kept(fold.width, keep) is not None for fold in traced.folds)
     tolerance, reason = max(TOLERANCES[dtype], FOLDED) if folded else TOLERANCES[dtype]
     error = distance(masked, found)
@@ -229,7 +234,8 @@ def _training_error(
         candidate = _candidate(model, original, graph, removal, noise, dtype).train()
         with _OneType(dtype), _WithoutDropout():  # type: ignore[no-untyped-call]
             masked = seeded(lambda: MaskedRun(graph, removal.keep, tensors, training=True).outputs(flat))
-            return distance(masked, seeded(functools.partial(run, candidate, args, options)))
+            with _limits_of_the_trace(graph.traced, dtype):
+                return distance(masked, seeded(functools.partial(run, candidate, args, options)))
 
     try:
         follows_trace = error(original, nothing) <= TOLERANCES[dtype][0]
@@ -260,6 +266,29 @@ def seeded(forward: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
     """Return the outputs of a run from a fixed seed, so that equal models draw equal random numbers."""
     torch.manual_seed(0)
     return forward()
+
+
+@contextlib.contextmanager
+def _limits_of_the_trace(traced: Traced, dtype: torch.dtype) -> Iterator[None]:
+    """Make `torch.finfo` return the limits of the dtype of the trace, in which they are constants.
+
+    Only if all values of the trace have one floating-point dtype.
+    """
+    values = [value for node in traced.program.graph.nodes for value in tree_leaves(node.meta.get("val"))]
+    types = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    original: Any = torch.finfo
+    if len(types) == 1:
+        traced_type = types.pop()
+
+        def finfo(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = tree_map(lambda value: traced_type if value is dtype else value, (args, kwargs))
+            return original(*args, **kwargs)
+
+        setattr(torch, "finfo", finfo)  # noqa: B010 - mypy does not allow the assignment
+    try:
+        yield
+    finally:
+        setattr(torch, "finfo", original)  # noqa: B010 - likewise
 
 
 class _OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
@@ -376,6 +405,14 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.detach().to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
+def _without_limits(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with infinity in place of the limits of a dtype, beside which other differences would vanish."""
+    if not value.is_floating_point():
+        return value
+    limits = value.double().abs() >= LIMIT
+    return value if bool(limits.all()) else torch.where(limits, value.sign() * torch.inf, value)
+
+
 def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     """Return the largest difference relative to the largest reference value, over all outputs.
 
@@ -389,7 +426,7 @@ def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     if len(reference) != len(found) or any(a.shape != b.shape for a, b in pairs):
         return float("inf")
     largest = 0.0
-    for a, b in pairs:
+    for a, b in ((_without_limits(a), _without_limits(b)) for a, b in pairs):
         if a.numel():
             if a.is_floating_point() or a.is_complex():
                 if not a.isfinite().any():  # equal infinities are ignored below, so nothing would be compared
@@ -411,7 +448,7 @@ def effect(masked: list[torch.Tensor], dense: list[torch.Tensor]) -> float:
     From 0 to 2. Entries of which only one is finite differ by 1; entries that are both not finite are equal.
     """
     largest = 0.0
-    for a, b in zip(masked, dense, strict=True):
+    for a, b in ((_without_limits(a), _without_limits(b)) for a, b in zip(masked, dense, strict=True)):
         if not a.numel():
             continue
         if not (a.is_floating_point() or a.is_complex()):
