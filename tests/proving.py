@@ -41,7 +41,7 @@ def assert_cut_is_right(model, inputs, *, sizes=None, share=0.5, seed=0, power=1
 
     Args:
         model, inputs: to trace.
-        sizes: expected sizes of all groups; without them, a rule that freezes all axes would pass.
+        sizes: expected sizes of all groups; without them, a rule that freezes too many axes would pass.
         share: of the units that are removed.
         seed: of the choice of the units.
         power: least relative change of the outputs by the mask; a smaller change would not show a wrong cut.

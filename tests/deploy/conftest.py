@@ -53,14 +53,14 @@ def doubling(write):
 @pytest.fixture
 def planted(monkeypatch):
     """Makes the exporter of PyTorch write a file with this body in the place of the model."""
-    from kirsch.frameworks.pytorch.io.export import Exportable
+    from kirsch.frameworks.pytorch.io.export import TorchExportable
 
     def plant(body, **signature):
         def write_onnx(_self, path, **_options):
             put(body, path, **signature)
             return {}
 
-        monkeypatch.setattr(Exportable, "write_onnx", write_onnx)
+        monkeypatch.setattr(TorchExportable, "write_onnx", write_onnx)
 
     return plant
 

@@ -194,9 +194,9 @@ WRONG = {
     "entries that nobody takes": (
         [{"image": X, "size": Y, "label": Y}],
         UsageError,
-        "The forward of Net takes image; the batches give image, size by name.* Rename the entries",
+        "The forward of Net takes image; the batches have image, size by name.* Rename or remove the entries",
     ),
-    "two inputs": ([((X, X), Y)], UsageError, "The forward of Net takes image; the batches give 2 by place"),
+    "two inputs": ([((X, X), Y)], UsageError, "The forward of Net takes image; the batches have 2 positional"),
     "bytes": (
         [((X * 255).to(torch.uint8), Y)],
         UsageError,

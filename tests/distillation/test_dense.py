@@ -228,5 +228,5 @@ def test_logits_are_found_among_the_outputs_of_a_model():
     assert logits_of({"out": first, "aux": second}) is first
     assert logits_of({"aux_logits": second, "logits": first}) is first
     assert logits_of((first, second)) is first
-    with pytest.raises(UsageError, match="The model puts out a list without tensors, so there are no scores"):
+    with pytest.raises(UsageError, match="The model returns a list without tensors, so there are no logits"):
         logits_of([])

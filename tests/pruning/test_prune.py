@@ -123,7 +123,7 @@ def test_nothing_is_returned_when_the_proof_fails(case, monkeypatch):
         return pruned
 
     monkeypatch.setattr(surgery, "cut", wrong)
-    with pytest.raises(VerificationError, match="nothing was returned; the model given is unchanged"):
+    with pytest.raises(VerificationError, match="no model was returned; the original is unchanged"):
         kirsch.prune(model, plan)
     assert equal(before, model)
     assert kirsch.prune(model, plan, verify=False) is not None

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+UNUSUAL_LAYERS = "the unusual layers"
+"""Words of an error that `kirsch.prune` replaces with the names of the layers, once these are found."""
+
+
 @dataclass(frozen=True)
 class Verification:
     """Comparison of the pruned model with the original model whose removed units are masked.

@@ -1,4 +1,4 @@
-"""PyTorch as Kirsch's port sees it; each verb lives in the file of its name."""
+"""The `Framework` of PyTorch. The methods call functions of the packages beside this file."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from kirsch.frameworks.pytorch.training import train
 from kirsch.frameworks.pytorch.transformers import configuration
 from kirsch.frameworks.pytorch.verification import verify
 from kirsch.graph.constants import AS_GRAPH
+from kirsch.graph.verification import UNUSUAL_LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class PyTorch:
-    """Fulfills `kirsch.frameworks.port.Framework`."""
+    """Implements `kirsch.frameworks.port.Framework`."""
 
     name = "pytorch"
 
@@ -47,15 +48,14 @@ class PyTorch:
         """See the port."""
         configuration.check(model, plan)
         keep, path = plan.keep(graph), graph.tracing.scope
-        own = scope.part_of(model, path)
-        make = graph_module.graph_module if graph.tracing.as_graph else surgery.cut
-        pruned = make(own, graph, keep)
-        gone = [block for block in graph.traced.blocks if block.path in plan.without]
-        moved = dropping.drop(pruned, gone, graph.traced.args, graph.traced.options) if gone else None
-        verification = self._prove(pruned, own, graph, keep, plan.without, moved) if verify else None
+        part = scope.part_of(model, path)
+        pruned = (graph_module.graph_module if graph.tracing.as_graph else surgery.cut)(part, graph, keep)
+        dropped = [block for block in graph.traced.blocks if block.path in plan.without]
+        moved = dropping.drop(pruned, dropped, graph.traced.args, graph.traced.options) if dropped else None
+        verification = self._verify(pruned, part, graph, keep, plan.without, moved) if verify else None
         return scope.with_part(model, path, pruned) if path else pruned, verification
 
-    def _prove(
+    def _verify(
         self, pruned: Any, model: Any, graph: Graph, keep: Any, without: Sequence[str] = (), moved: Any = None
     ) -> Verification:
         try:
@@ -64,34 +64,34 @@ class PyTorch:
             turned = _turned(graph, keep)
             if not turned:
                 raise
-            fix = f"Exclude the layers that are unusual, or {AS_GRAPH}."
+            fix = f"Exclude {UNUSUAL_LAYERS}, or {AS_GRAPH}."
             raise VerificationError(error.what, f"{error.why}{turned}", fix) from error
         except KirschError:
             raise
         except Exception as error:  # whatever the model's own code raises
             traced = graph.traced
-            given = predict.Call(traced.args, traced.options) if traced.args and traced.options else None
-            self.check_runs(model, given or traced.options or traced.args)  # the inputs may be at fault
+            both = predict.Call(traced.args, traced.options) if traced.args and traced.options else None
+            self.check_runs(model, both or traced.options or traced.args)  # the inputs may be at fault
             line = user_line(error)
             raise VerificationError(
                 f"The pruned {graph.model_name} does not run.",
                 f"{said(error)}{f' It is raised at {line}.' if line else ''}{_turned(graph, keep)}",
-                "Exclude the layers that are unusual, and report the model; the model given is unchanged."
+                f"Exclude {UNUSUAL_LAYERS}, and report the model. The original is unchanged."
                 if graph.tracing.as_graph
-                else f"Exclude the layers that are unusual, or {AS_GRAPH}; the model given is unchanged.",
+                else f"Exclude {UNUSUAL_LAYERS}, or {AS_GRAPH}. The original is unchanged.",
             ) from error
 
     def reweighted(self, model: Any, plan: Plan, graph: Graph) -> dict[str, float]:
         """See the port."""
-        own = scope.part_of(model, graph.tracing.scope)
-        return verify.computed(own, graph, plan.keep(graph), torch.float64)
+        part = scope.part_of(model, graph.tracing.scope)
+        return verify.computed(part, graph, plan.keep(graph), torch.float64)
 
     def configure(
         self, pruned: Any, model: Any, plan: Plan, graph: Graph, *, verify: bool
     ) -> tuple[dict[str, float], tuple[str, ...], str]:
         """See the port."""
-        found = configuration.configure(pruned, model, plan, graph, verify=verify)
-        return found.numbers, found.notes, f"{found.why} {found.fix}".strip()
+        configured = configuration.configure(pruned, model, plan, graph, verify=verify)
+        return configured.numbers, configured.notes, f"{configured.why} {configured.fix}".strip()
 
     def inputs_like(self, specification: Sequence[Input], model: Any) -> Any:
         """See the port."""
@@ -135,7 +135,7 @@ class PyTorch:
             args, options = predict.arguments(predict.copied(predict.tensors(inputs, model)))
             with torch.random.fork_rng(), torch.no_grad():
                 predict.called(copying.copy_of(model).train(), args, options)
-        except (KirschError, MemoryError, OSError):  # of the machine, unless the caller can tell
+        except (KirschError, MemoryError, OSError):  # the cause may be the machine, which the caller reports
             raise
         except Exception as error:  # whatever the model's own code raises
             raise calling.not_running(model, inputs, error) from error
@@ -158,8 +158,8 @@ class PyTorch:
             [part.shape for part in side] if isinstance(side, list) else side.shape for side in (student, teacher)
         ]
         dtype = (student[0] if isinstance(student, list) else student).dtype
-        made = adapters.build(name, *shapes, options={"dtype": dtype, **options})
-        return None if made is None else made.to((student[0] if isinstance(student, list) else student).device)
+        adapter = adapters.build(name, *shapes, options={"dtype": dtype, **options})
+        return None if adapter is None else adapter.to((student[0] if isinstance(student, list) else student).device)
 
     def with_adapters(
         self,
@@ -234,11 +234,11 @@ class PyTorch:
     def frozen(self, model: Any, like: Any) -> Any:
         """See the port."""
         unsupported.check_values(model)
-        own = copying.copy_of(model)
-        own.eval()
-        for parameter in own.parameters():  # one by one, as TorchScript wants it
+        copied = copying.copy_of(model)
+        copied.eval()
+        for parameter in copied.parameters():  # TorchScript modules lack requires_grad_
             parameter.requires_grad = False
-        return own.to(predict.device_of(like))
+        return copied.to(predict.device_of(like))
 
     def inferring(self, model: Any) -> Any:
         """See the port."""
@@ -257,9 +257,9 @@ class PyTorch:
         """See the port."""
         return (p for p in model.parameters() if p.dim() > 1)
 
-    def exportable(self, model: Any, example_inputs: Any) -> export.Exportable:
+    def exportable(self, model: Any, example_inputs: Any) -> export.TorchExportable:
         """See the port."""
-        return export.Exportable(model, example_inputs)
+        return export.TorchExportable(model, example_inputs)
 
     def parameter_shapes(self, model: Any) -> dict[str, tuple[int, ...]]:
         """See the port."""
@@ -283,12 +283,12 @@ class PyTorch:
 
 
 def _turned(graph: Graph, keep: Any) -> str:
-    """A sentence on the comparisons in the model's code that choose another way after a cut; "" if there are none."""
+    """Return a sentence on the comparisons in the model's code whose result changes with a cut; "" if none does."""
     lines = graph.turned(keep)
     if not lines:
         return ""
-    many = len(lines) > 1
+    several = len(lines) > 1
     return (
-        f" The comparison{'s' * many} at {', '.join(lines[:3])} turn{'s' * (not many)} out otherwise after the cut, so "
-        "that the forward may go another way."
+        f" The result{'s' * several} of the comparison{'s' * several} at {', '.join(lines[:3])} "
+        f"change{'s' * (not several)} with the cut, so the forward may take another branch."
     )

@@ -278,7 +278,7 @@ def test_a_block_called_by_number_becomes_an_identity():
 
 def test_a_block_that_can_be_neither_deleted_nor_replaced_is_refused():
     model = shaken(TokenNet(4, fixed=True))
-    with pytest.raises(ModelError, match=r"block 'layers\.1' of TokenNet cannot be left out"):
+    with pytest.raises(ModelError, match=r"block 'layers\.1' of TokenNet cannot be dropped"):
         kirsch.prune(model, plan_without(model, WORDS, "layers.1"))
 
 

@@ -1,4 +1,4 @@
-"""The tensors that a model puts out have names, none is lost, and those that count are told."""
+"""Names of output tensors, and the choice of outputs that must keep their shapes."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ class Record:
         (None, []),
     ],
 )
-def test_every_tensor_has_a_name_of_its_own(outputs, names):
+def test_every_tensor_has_a_unique_name(outputs, names):
     assert list(named(outputs)) == names
 
 
-def test_hidden_states_count_unless_they_stand_beside_predictions():
+def test_hidden_states_may_lose_units_only_beside_predictions():
     assert counting(["last_hidden_state", "pooled"], ()) == {"last_hidden_state", "pooled"}
     assert counting(["logits", "encoder_last_hidden_state", "past_key_values.0"], ()) == {"logits"}
     assert counting(["logits", "aux.0", "aux.1"], ["aux"]) == {"aux.0", "aux.1"}
 
 
 class Both(nn.Module):
-    """Scores, and the features that they come from."""
+    """Returns logits and the features before the last layer."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ class Both(nn.Module):
         return {"logits": self.last(features), "features": features}
 
 
-def test_outputs_that_are_not_named_may_lose_units_and_are_proven_all_the_same():
+def test_outputs_that_are_not_selected_may_lose_units_and_are_verified():
     model, inputs = Both(), torch.randn(2, 6)
     assert kirsch.trace(model, inputs).groups == ()
     graph = kirsch.trace(model, inputs, outputs="logits")
@@ -70,6 +70,6 @@ def test_outputs_that_are_not_named_may_lose_units_and_are_proven_all_the_same()
     assert pruned(inputs)["features"].shape == (2, 4)
 
 
-def test_an_unknown_output_is_answered_with_the_nearest():
+def test_the_error_for_an_unknown_output_proposes_the_nearest_name():
     with pytest.raises(UnknownNameError, match=r"no output 'logit'\. Known: features, logits\. Did you mean 'logits'"):
         kirsch.trace(Both(), torch.randn(2, 6), outputs=["logit"])

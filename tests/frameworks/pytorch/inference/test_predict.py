@@ -1,4 +1,4 @@
-"""Outputs in inference mode, whatever mode the model is in."""
+"""Prediction in inference mode, for models in any mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kirsch.frameworks.pytorch.inference.predict import infer, inference, logits
 
 @pytest.fixture
 def model():
-    """In training mode, but for one layer; normalization and dropout show it in the output."""
+    """A model with batch normalization and dropout, in training mode except for one layer."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
@@ -27,8 +27,8 @@ def model():
 INPUTS = np.random.default_rng(0).standard_normal((7, 3)).astype(np.float32)
 
 
-def by_hand(model):
-    """The linear layers with the stored statistics between them, in numpy."""
+def logits_in_numpy(model):
+    """Return the logits with running statistics and without dropout, computed in numpy."""
     first, norm, _, last = model
     x = INPUTS @ first.weight.detach().numpy().T + first.bias.detach().numpy()
     x = (x - norm.running_mean.numpy()) / np.sqrt(norm.running_var.numpy() + norm.eps)
@@ -40,27 +40,27 @@ def modes(model):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 256])
-def test_scores_are_those_of_inference_mode_in_batches_of_any_size(model, batch_size):
+def test_logits_are_those_of_inference_mode_for_any_batch_size(model, batch_size):
     before, state = modes(model), {name: value.clone() for name, value in model.state_dict().items()}
     found = predict(model, INPUTS, batch_size=batch_size)
-    np.testing.assert_allclose(found, by_hand(model), atol=1e-6)  # float32
+    np.testing.assert_allclose(found, logits_in_numpy(model), atol=1e-6)  # float32
     assert modes(model) == before == [True, False, True, True, True]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_arrays_tensors_and_views_give_the_same_scores(model):
-    wanted = predict(model, INPUTS)
-    np.testing.assert_array_equal(predict(model, torch.from_numpy(INPUTS)), wanted)
-    np.testing.assert_allclose(predict(model, INPUTS[::-1]), wanted[::-1], atol=1e-6)  # a view of negative stride
+def test_arrays_tensors_and_views_give_the_same_logits(model):
+    expected = predict(model, INPUTS)
+    np.testing.assert_array_equal(predict(model, torch.from_numpy(INPUTS)), expected)
+    np.testing.assert_allclose(predict(model, INPUTS[::-1]), expected[::-1], atol=1e-6)  # a view of negative stride
 
 
-def test_scores_in_half_precision_come_back_as_numbers_that_numpy_has(model):
+def test_logits_of_a_bfloat16_model_are_float32(model):
     found = predict(model.to(torch.bfloat16), torch.from_numpy(INPUTS).bfloat16())
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, by_hand(model.float()), atol=0.05)  # bfloat16 has 8 bits
+    np.testing.assert_allclose(found, logits_in_numpy(model.float()), atol=0.05)  # bfloat16 has 8 bits
 
 
-def test_modes_come_back_after_an_error(model):
+def test_modes_are_restored_after_an_error(model):
     before, inside = modes(model), []
     with pytest.raises(ZeroDivisionError), inference(model):
         inside.append(modes(model) and 1 / sum(modes(model)))
@@ -71,24 +71,24 @@ def test_modes_come_back_after_an_error(model):
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda scores: scores,
-        lambda scores: SimpleNamespace(logits=scores),
-        lambda scores: {"loss": None, "logits": scores},
-        lambda scores: (scores, None),
-        lambda scores: [scores],
+        lambda logits: logits,
+        lambda logits: SimpleNamespace(logits=logits),
+        lambda logits: {"loss": None, "logits": logits},
+        lambda logits: (logits, None),
+        lambda logits: [logits],
     ],
 )
-def test_the_scores_are_found_among_outputs(wrap):
-    scores = torch.arange(3)
-    assert logits_of(wrap(scores)) is scores
+def test_logits_of_returns_the_logits_in_the_outputs(wrap):
+    logits = torch.arange(3)
+    assert logits_of(wrap(logits)) is logits
 
 
-def test_inferred_scores_carry_no_gradient(model):
+def test_infer_records_no_gradient(model):
     model.eval()
     assert not infer(model, torch.from_numpy(INPUTS)).requires_grad
     assert torch.is_grad_enabled()
 
 
-def test_no_samples_are_no_scores():
-    with pytest.raises(DataError, match=r"^There is nothing to predict: the inputs have no samples\.$"):
+def test_predict_without_samples_is_an_error():
+    with pytest.raises(DataError, match=r"^The inputs have no samples, so there is nothing to predict\.$"):
         predict(nn.Linear(3, 2), np.zeros((0, 3), np.float32))

@@ -1,4 +1,4 @@
-"""From a PyTorch model to one ONNX file."""
+"""Export of PyTorch models to ONNX files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import nn
 import kirsch
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.io import export
-from kirsch.frameworks.pytorch.io.export import Exportable
+from kirsch.frameworks.pytorch.io.export import TorchExportable
 from proving import shaken
 
 
 class Normalized(nn.Module):
-    """Depends on its mode: statistics and dropout."""
+    """A model whose output depends on its mode, through batch statistics and dropout."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class Normalized(nn.Module):
 
 
 def export_onnx(model, inputs, path):
-    return Exportable(model, inputs).write_onnx(path)
+    return TorchExportable(model, inputs).write_onnx(path)
 
 
 def run(path, *inputs):
@@ -40,7 +40,7 @@ def run(path, *inputs):
     return session.run(None, dict(zip(names, (value.numpy() for value in inputs), strict=True)))
 
 
-def test_a_model_in_training_is_exported_in_inference_mode_and_left_as_it_is(tmp_path):
+def test_a_model_in_training_mode_is_exported_in_inference_mode_and_not_changed(tmp_path):
     torch.manual_seed(0)
     model = shaken(Normalized()).train()
     model.layer.eval()
@@ -60,8 +60,8 @@ def test_a_model_in_training_is_exported_in_inference_mode_and_left_as_it_is(tmp
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
-def test_a_model_in_bfloat16_is_refused_with_the_mend(tmp_path):
-    with pytest.raises(ModelError, match=r"A Linear in bfloat16 cannot be exported\..*Give model\.float\(\)"):
+def test_the_error_for_a_model_in_bfloat16_proposes_float32(tmp_path):
+    with pytest.raises(ModelError, match=r"A Linear in bfloat16 cannot be exported\..*Use model\.float\(\)"):
         export_onnx(nn.Linear(3, 4).bfloat16(), torch.randn(2, 3).bfloat16(), tmp_path / "m.onnx")
 
 
@@ -75,8 +75,8 @@ def test_the_autocast_of_the_caller_is_not_exported(tmp_path, dtype):
     assert not [node for node in written.node if node.op_type == "Cast"]
 
 
-def test_an_example_of_one_sample_does_not_fix_the_batch(tmp_path):
-    """A recurrent layer is where the exporter takes an axis of size 1 for a constant."""
+def test_the_batch_axis_is_free_for_an_example_of_one_sample(tmp_path):
+    """In a recurrent layer, the exporter takes an axis of size 1 for a constant."""
     torch.manual_seed(0)
     model, samples = nn.GRU(3, 4, batch_first=True), torch.randn(5, 2, 3)
     details = export_onnx(model, samples[:1], tmp_path / "m.onnx")
@@ -85,7 +85,7 @@ def test_an_example_of_one_sample_does_not_fix_the_batch(tmp_path):
         assert found == pytest.approx(expected.detach().numpy(), abs=1e-6)  # float32
 
 
-def test_two_inputs_keep_their_order_and_all_outputs_are_there(tmp_path):
+def test_inputs_and_outputs_keep_their_order(tmp_path):
     class Two(nn.Module):
         def forward(self, tokens, x):
             return x - tokens, x.sum(1)
@@ -102,7 +102,7 @@ def test_two_inputs_keep_their_order_and_all_outputs_are_there(tmp_path):
     assert total == pytest.approx(np.tile(pair[1].sum(1).numpy(), 3))
 
 
-def test_numbers_and_texts_among_the_inputs_become_constants(tmp_path):
+def test_numbers_and_strings_among_the_inputs_become_constants(tmp_path):
     class Scaled(nn.Module):
         def forward(self, x, kind, scale, power, *, shift=0):
             return getattr(torch, kind)(x) ** power * scale + shift
@@ -115,8 +115,8 @@ def test_numbers_and_texts_among_the_inputs_become_constants(tmp_path):
     assert run(tmp_path / "n.onnx", samples)[0] == pytest.approx((2 * samples.sin()).numpy(), abs=1e-5)
 
 
-def test_weights_too_large_for_one_file_go_to_a_second(tmp_path, monkeypatch):
-    """Nine weights and three biases of four bytes each are 48; protobuf's limit is moved below."""
+def test_weights_above_the_size_limit_go_to_a_second_file(tmp_path, monkeypatch):
+    """Nine weights and three biases of four bytes each are 48 bytes, one above the limit."""
     monkeypatch.setattr(export, "SINGLE_FILE_BYTES", 47)
     model, samples = nn.Linear(3, 3), torch.randn(4, 3)
     export_onnx(model, torch.randn(2, 3), tmp_path / "m.onnx")
@@ -125,14 +125,14 @@ def test_weights_too_large_for_one_file_go_to_a_second(tmp_path, monkeypatch):
 
 
 class Foreign(nn.Module):
-    """Has an operation that ONNX does not know."""
+    """A model with an operation that ONNX lacks."""
 
     def forward(self, x):
         return torch.special.i1e(x)
 
 
 class Choosing(nn.Module):
-    """Looks at its data to decide what to compute."""
+    """A model that branches on the values of its input."""
 
     def forward(self, x):
         return x if x.sum() > 0 else -x
@@ -147,10 +147,10 @@ class Choosing(nn.Module):
     ],
     ids=["operation", "decision", "shape"],
 )
-def test_what_cannot_be_exported_is_named_once_and_in_one_place(model, reason, tmp_path, capfd):
+def test_the_error_of_a_failed_export_has_one_line_and_nothing_is_printed(model, reason, tmp_path, capfd):
     """Neither the exporter's advice to its own developers nor its logs are shown."""
     level = logging.getLogger("torch").level
-    what, fix = rf"^A {type(model).__name__} cannot be exported to ONNX\.", "Export a part without the operation"
+    what, fix = rf"^A {type(model).__name__} cannot be exported to ONNX\.", "Replace the operation"
     with pytest.raises(ModelError, match=rf"{what} {reason}\. {fix}") as caught:
         export_onnx(model, torch.randn(2, 3), tmp_path / "m.onnx")
     assert "\n" not in str(caught.value)
@@ -201,33 +201,33 @@ def test_what_torch_export_never_follows_is_named_as_in_a_trace(model, inputs, s
     ],
     ids=["keywords", "scalar", "number"],
 )
-def test_inputs_without_a_batch_are_refused(inputs, sentence, tmp_path):
+def test_inputs_without_a_batch_axis_are_an_error(inputs, sentence, tmp_path):
     with pytest.raises(ModelError, match=sentence):
         export_onnx(nn.ReLU(), inputs, tmp_path / "m.onnx")
 
 
-def test_an_exporter_that_gives_nothing_is_not_believed(tmp_path, monkeypatch):
+def test_an_exporter_that_returns_none_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
-    with pytest.raises(ModelError, match=r"A ReLU cannot be exported to ONNX\. The exporter gave nothing\."):
+    with pytest.raises(ModelError, match=r"A ReLU cannot be exported to ONNX\. The exporter returned None\."):
         export_onnx(nn.ReLU(), torch.zeros(2, 3), tmp_path / "m.onnx")
 
 
-def test_a_cause_without_a_text_is_named_by_its_kind(tmp_path, monkeypatch):
+def test_an_exception_without_a_message_is_reported_by_its_type(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("see the next page") from NotImplementedError()
 
     monkeypatch.setattr(torch.onnx, "export", fails)
-    with pytest.raises(ModelError, match=r"to ONNX\. NotImplementedError without a message\. Export a part"):
+    with pytest.raises(ModelError, match=r"to ONNX\. NotImplementedError without a message\. Replace the operation"):
         export_onnx(nn.ReLU(), torch.zeros(2, 3), tmp_path / "m.onnx")
 
 
-def test_an_exporter_that_draws_random_numbers_leaves_those_of_the_caller(tmp_path, monkeypatch):
+def test_an_export_does_not_change_the_random_state_of_the_caller(tmp_path, monkeypatch):
     def draws(*_, **__):
         torch.rand(3)
 
     monkeypatch.setattr(torch.onnx, "export", draws)
     state = torch.random.get_rng_state()
-    with pytest.raises(ModelError, match="gave nothing"):
+    with pytest.raises(ModelError, match="returned None"):
         export_onnx(nn.ReLU(), torch.zeros(2, 3), tmp_path / "m.onnx")
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -243,5 +243,5 @@ def test_keyword_inputs_keep_their_names(tmp_path):
 
     inputs = {"words": torch.randint(0, 7, (2, 5)), "mask": torch.ones(2, 5)}
     artifact = kirsch.export(Two(), tmp_path / "m.onnx", example_inputs=inputs)
-    assert [taken["name"] for taken in artifact.details["inputs"]] == ["words", "mask"]
-    assert [taken["shape"] for taken in artifact.details["inputs"]] == [["batch", 5], ["batch", 5]]
+    assert [value["name"] for value in artifact.details["inputs"]] == ["words", "mask"]
+    assert [value["shape"] for value in artifact.details["inputs"]] == [["batch", 5], ["batch", 5]]

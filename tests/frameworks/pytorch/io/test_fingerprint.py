@@ -1,4 +1,4 @@
-"""One hash for the weights of a model."""
+"""The fingerprint of a model's weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kirsch.frameworks.pytorch.io.fingerprint import fingerprint
 
 
 def network():
-    found = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2, dtype=torch.bfloat16))
-    found[0].register_buffer("scale", torch.ones(2), persistent=False)
-    return found
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2, dtype=torch.bfloat16))
+    model[0].register_buffer("scale", torch.ones(2), persistent=False)
+    return model
 
 
 def flip(model):
@@ -36,7 +36,7 @@ def flip(model):
         lambda m: m.register_module("0x", m._modules.pop("0")),
     ],
 )
-def test_every_bit_shape_type_and_name_counts(change):
+def test_any_change_of_bits_shapes_dtypes_or_names_changes_the_fingerprint(change):
     model = network()
     other = copy.deepcopy(model)
     assert fingerprint(other) == fingerprint(model)
@@ -45,14 +45,14 @@ def test_every_bit_shape_type_and_name_counts(change):
     assert fingerprint(other) != fingerprint(model)
 
 
-def test_mode_gradients_and_layout_in_memory_do_not_count():
+def test_mode_requires_grad_and_memory_layout_do_not_change_the_fingerprint():
     model = network()
     other = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
     other[0].weight.data = model[0].weight.data.to(memory_format=torch.channels_last)
     assert framework_of(model).fingerprint(other) == fingerprint(model)
 
 
-def test_the_order_of_modules_does_not_count_their_names_do():
+def test_the_order_of_modules_does_not_change_the_fingerprint_and_their_names_do():
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     one, two = nn.ModuleDict({"a": first, "b": second}), nn.ModuleDict({"b": second, "a": first})
     assert fingerprint(one) == fingerprint(two)

@@ -1,4 +1,4 @@
-"""Models of any signature as functions of tensors, and the names that a file gives their inputs and outputs."""
+"""Models of any signature are exported, with names for their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kirsch.frameworks.pytorch.io.vision import import_beside
 
 pytest.importorskip("transformers", exc_type=ImportError)
 import_beside("torchvision")
-import transformers  # noqa: E402 - what it would import first is stood in for
+import transformers  # noqa: E402 - after the operators of torchvision are declared
 from transformers import BatchEncoding  # noqa: E402
 
 ROW = torch.tensor([[1.0, 2.0, 3.0]])
@@ -26,21 +26,21 @@ ROW = torch.tensor([[1.0, 2.0, 3.0]])
 
 @dataclasses.dataclass
 class Answer:
-    """What some models return."""
+    """A dataclass as output of a model."""
 
     logits: torch.Tensor
     parts: Any = None
 
 
 class Pair(NamedTuple):
-    """What others return."""
+    """A named tuple as output of a model."""
 
     boxes: torch.Tensor
     scores: torch.Tensor
 
 
-class Made(nn.Module):
-    """A layer, then any function of its output and of the input."""
+class Returning(nn.Module):
+    """A layer, and a function of its output and the input."""
 
     def __init__(self, function):
         super().__init__()
@@ -70,7 +70,7 @@ RETURNED = {
 
 @pytest.mark.parametrize(("function", "names"), RETURNED.values(), ids=RETURNED)
 def test_outputs_keep_their_names_and_their_order(function, names, tmp_path):
-    model = Made(function)
+    model = Returning(function)
     artifact = kirsch.export(model, tmp_path / "m.onnx", example_inputs=ROW)
     assert [value["name"] for value in artifact.details["outputs"]] == names
     rows = torch.randn(4, 3)
@@ -81,15 +81,15 @@ def test_outputs_keep_their_names_and_their_order(function, names, tmp_path):
         assert value == pytest.approx(tensor.numpy(), abs=1e-5)
 
 
-def test_a_buffer_that_is_returned_is_an_output(tmp_path):
-    model = Made(lambda y, _: y)
+def test_a_returned_buffer_is_an_output(tmp_path):
+    model = Returning(lambda y, _: y)
     model.function = lambda y, _: (y, model.anchors)
     artifact = kirsch.export(model, tmp_path / "m.onnx", example_inputs=ROW)
     assert [value["shape"] for value in artifact.details["outputs"]] == [["batch", 3], [2, 2]]
 
 
 class Taking(nn.Module):
-    """Takes what it is given in every way that Python has."""
+    """A forward with all kinds of parameters that Python has."""
 
     def __init__(self):
         super().__init__()
@@ -104,9 +104,9 @@ class Taking(nn.Module):
 
 
 TAKEN = {
-    "by place": ((ROW, [ROW, -ROW]), ["first", "parts_0", "parts_1"]),
-    "a dict by place": ((ROW, {"left": ROW, "right": -ROW}), ["first", "parts_left", "parts_right"]),
-    "by name": ({"mask": ROW, "first": ROW, "weight": ROW}, ["mask", "first", "weight"]),
+    "positional": ((ROW, [ROW, -ROW]), ["first", "parts_0", "parts_1"]),
+    "a positional dict": ((ROW, {"left": ROW, "right": -ROW}), ["first", "parts_left", "parts_right"]),
+    "keywords": ({"mask": ROW, "first": ROW, "weight": ROW}, ["mask", "first", "weight"]),
     "None": ({"first": ROW, "mask": None}, ["first"]),
     "a switch": ({"first": ROW, "twice": True, "mode": "mean"}, ["first"]),
     "the result of a tokenizer": (BatchEncoding({"first": ROW, "mask": ROW}), ["first", "mask"]),
@@ -131,17 +131,17 @@ def test_inputs_keep_their_names_and_their_order(inputs, names, tmp_path):
     [
         ({"first": ROW, "parts": [ROW, object()]}, r"parts\.1 is of type object\. Give tensors"),
         ({"first": ROW, "parts": {"a": torch.tensor(1.0)}}, r"parts\.a is a tensor without axes\."),
-        (torch.zeros(0, 3), r"Input 0 has shape \(0, 3\) and holds no numbers\."),
+        (torch.zeros(0, 3), r"Input 0 has shape \(0, 3\) and is empty\."),
         ({"first": None}, "`example_inputs` .* is a dict of 1; expected an array"),
         ((), "`example_inputs` .* is a tuple without elements; expected an array"),
     ],
 )
-def test_inputs_that_a_file_cannot_take_are_named(inputs, sentence, tmp_path):
+def test_the_error_for_an_unsupported_input_names_the_input(inputs, sentence, tmp_path):
     with pytest.raises((ModelError, UsageError), match=sentence):
         kirsch.export(Taking(), tmp_path / "m.onnx", example_inputs=inputs)
 
 
-def test_names_are_identifiers():
+def test_names_of_outputs_are_c_identifiers():
     assert [identifier(path, "output") for path in ("a.b", "0.c", "ж", "", "x:0")] == [
         "a_b",
         "output_0_c",
@@ -167,7 +167,7 @@ LLAMA = transformers.LlamaConfig(
 T5 = transformers.T5Config(num_layers=1, num_heads=2, d_model=8, d_kv=4, d_ff=8, decoder_start_token_id=0, **SMALL)
 
 LANGUAGE = {
-    "gpt2 by place": (transformers.GPT2LMHeadModel, GPT, ids(1, 5), ["input_ids"], ["logits"]),
+    "gpt2 with a positional input": (transformers.GPT2LMHeadModel, GPT, ids(1, 5), ["input_ids"], ["logits"]),
     "llama with a mask": (
         transformers.LlamaForCausalLM,
         LLAMA,
@@ -192,13 +192,15 @@ LANGUAGE = {
 }
 
 
-@pytest.mark.parametrize(("kind", "config", "inputs", "taken", "given"), LANGUAGE.values(), ids=LANGUAGE)
-def test_a_language_model_is_exported_as_it_comes_from_transformers(kind, config, inputs, taken, given, tmp_path):
+@pytest.mark.parametrize(("kind", "config", "inputs", "input_names", "outputs"), LANGUAGE.values(), ids=LANGUAGE)
+def test_a_language_model_of_transformers_is_exported_without_kv_cache(
+    kind, config, inputs, input_names, outputs, tmp_path
+):
     model = kind(config)
     artifact = kirsch.export(model, tmp_path / "m.onnx", example_inputs=inputs)
-    assert [value["name"] for value in artifact.details["inputs"]] == taken
-    assert [value["name"] for value in artifact.details["outputs"]] == given
-    assert model.config.use_cache is True  # the model given is left as it is
+    assert [value["name"] for value in artifact.details["inputs"]] == input_names
+    assert [value["name"] for value in artifact.details["outputs"]] == outputs
+    assert model.config.use_cache is True  # the original is not changed
     sample = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
     arrays = [np.concatenate([v.numpy()] * 3) for v in sample.values() if isinstance(v, torch.Tensor)]
     expected = model.eval()(**sample).logits.detach().numpy()
@@ -206,7 +208,7 @@ def test_a_language_model_is_exported_as_it_comes_from_transformers(kind, config
     assert found == pytest.approx(np.concatenate([expected] * 3), abs=1e-5)
 
 
-def test_a_cache_that_is_asked_for_is_exported(tmp_path):
+def test_the_kv_cache_is_exported_with_use_cache_in_the_inputs(tmp_path):
     model = transformers.GPT2LMHeadModel(GPT)
     inputs = {"input_ids": ids(1, 5), "use_cache": True}
     names = [v["name"] for v in kirsch.export(model, tmp_path / "m.onnx", example_inputs=inputs).details["outputs"]]

@@ -1,4 +1,4 @@
-"""Models of timm by name, and what is said when timm is missing, broken, or does not know the name."""
+"""Models of timm by name, and the errors if timm is missing, broken, or lacks the name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kirsch.frameworks.pytorch.io.hub import from_timm
 
 @pytest.fixture
 def timm(monkeypatch):
-    """A timm with two models; `made` takes the place of what building one gives."""
+    """A stand-in for timm with two models. `created` records the calls; `error` is raised by the next one."""
     names = ["resnet18", "resnet50"]
-    fake = SimpleNamespace(is_model=names.__contains__, list_models=lambda: names, made=[])
+    fake = SimpleNamespace(is_model=names.__contains__, list_models=lambda: names, created=[])
 
     def create_model(name, *, pretrained):
-        fake.made.append((name, pretrained))
+        fake.created.append((name, pretrained))
         if isinstance(fake.error, Exception):
             raise fake.error
         return nn.Linear(2, 2)
@@ -31,42 +31,42 @@ def timm(monkeypatch):
 
 
 @pytest.mark.parametrize("pretrained", [True, False])
-def test_a_model_is_made_by_its_name(timm, pretrained):
+def test_a_model_is_created_by_its_name(timm, pretrained):
     assert isinstance(from_timm("resnet18", pretrained=pretrained), nn.Linear)
-    assert timm.made == [("resnet18", pretrained)]
+    assert timm.created == [("resnet18", pretrained)]
 
 
-def test_an_unknown_name_is_answered_with_the_nearest(timm):
+def test_the_error_for_an_unknown_name_proposes_the_nearest(timm):
     with pytest.raises(LoadError, match=r"no timm model 'resnet81'.*Did you mean 'resnet18'\?"):
         from_timm("resnet81", pretrained=False)
 
 
-def test_weights_that_cannot_be_fetched_are_told_in_one_line(timm):
+def test_the_error_for_weights_that_cannot_be_downloaded_has_one_line(timm):
     timm.error = OSError("no route to host.\nand forty more lines")
     with pytest.raises(
-        LoadError, match=r"^The weights of timm:resnet18 cannot be fetched\. OSError: no route to host\. "
+        LoadError, match=r"^The weights of timm:resnet18 cannot be downloaded\. OSError: no route to host\. "
     ):
         from_timm("resnet18", pretrained=True)
 
 
-def test_a_model_that_cannot_be_built_is_not_blamed_on_the_network(timm):
+def test_the_error_for_a_model_that_cannot_be_built_does_not_mention_the_network(timm):
     timm.error = AssertionError()
     with pytest.raises(LoadError, match=r"^timm:resnet18 cannot be built\. AssertionError without a message\.$"):
         from_timm("resnet18", pretrained=False)
 
 
-def test_a_missing_timm_is_named_with_its_extra(monkeypatch):
+def test_the_error_for_a_missing_timm_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtraError, match=r"'timm' is not installed.*kirsch\[zoo\]"):
         from_timm("resnet18", pretrained=False)
 
 
-def test_a_broken_timm_is_told_apart_from_a_missing_one(monkeypatch):
+def test_the_error_for_a_broken_timm_gives_the_cause(monkeypatch):
     def broken(name):
         raise RuntimeError("operator x::y is not there")
 
     monkeypatch.setattr(hub, "import_beside", broken)
     with pytest.raises(
-        SurroundingsError, match=r"cannot be imported\. RuntimeError: operator x::y is not there\. Install"
+        SurroundingsError, match=r"cannot be imported\. RuntimeError: operator x::y is not there\. Reinstall"
     ):
         from_timm("resnet18", pretrained=False)

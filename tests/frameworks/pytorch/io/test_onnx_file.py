@@ -1,4 +1,4 @@
-"""A file to ship: it holds what a runtime reads, and nothing of whoever made it."""
+"""An exported ONNX file has what a runtime reads, and no traces of the author or the source code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 class VerySecretNetwork(nn.Module):
-    """A docstring that nobody else shall read."""
+    """A docstring that must not be in the file."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ class VerySecretNetwork(nn.Module):
 
 @pytest.fixture(scope="module")
 def secret(tmp_path_factory):
-    """A file exported from a model whose source lies in a folder with a name of its own; its folder and path."""
+    """Folder of a model's source, with a unique name, and path of the exported file."""
     folder = tmp_path_factory.mktemp("home_of_someone")
     path = folder / "confidential.py"
     path.write_text(SOURCE)
@@ -54,7 +54,7 @@ def secret(tmp_path_factory):
     return folder, artifact.path
 
 
-def test_no_byte_of_a_file_tells_of_source_folders_or_people(secret):
+def test_a_file_contains_no_source_code_paths_or_user_names(secret):
     folder, path = secret
     content = path.read_bytes()
     words = ["Secret", "confidential", "docstring", "peculiar", "comment", "home_of_someone", "attended", "in forward"]
@@ -71,7 +71,7 @@ def test_no_byte_of_a_file_tells_of_source_folders_or_people(secret):
     assert [word for word in words if word.encode() in content] == []
 
 
-def test_what_a_runtime_and_a_debugger_read_stays(secret):
+def test_producer_opset_weight_names_and_shapes_are_kept(secret):
     model = onnx.load(secret[1])
     onnx.checker.check_model(model, full_check=True)
     assert (model.producer_name, model.producer_version) == ("pytorch", str(torch.__version__))
@@ -84,13 +84,13 @@ def test_what_a_runtime_and_a_debugger_read_stays(secret):
     assert not weights & known
 
 
-def test_no_message_of_a_file_has_notes(secret):
-    """By the text form, which shows every field that is set."""
+def test_no_message_in_a_file_has_a_doc_string_or_metadata(secret):
+    """The text form shows every field that is set."""
     text = str(onnx.load(secret[1]))
     assert not re.findall(r"^ *(doc_string|metadata_props)", text, re.MULTILINE)
 
 
-def test_weights_in_a_second_file_are_found_under_their_names(tmp_path, monkeypatch):
+def test_external_weights_keep_their_names(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "SINGLE_FILE_BYTES", 10)
     model, rows = nn.Linear(30, 30), torch.randn(4, 30)
     artifact = kirsch.export(model, tmp_path / "m.onnx", example_inputs=rows)
@@ -110,7 +110,7 @@ def finished(text, path, **options):
 HEAD = '<ir_version: 8, opset_import: ["" : 17, "local" : 1, "unused" : 3]>'
 
 
-def test_names_are_given_within_branches_too_and_domains_without_use_go(tmp_path):
+def test_values_in_branches_are_renamed_and_unused_domains_removed(tmp_path):
     found = finished(
         f"""{HEAD} g (float[n] given, bool[1] c) => (float[n] out)
         <float[1] "model.w" = {{2}}> {{
@@ -135,7 +135,7 @@ def test_names_are_given_within_branches_too_and_domains_without_use_go(tmp_path
     assert [session.run(three, np.array([choice]))[0].tolist() for choice in (True, False)] == [[9], [12]]
 
 
-def test_an_input_that_is_an_output_twice_is_three_values(tmp_path):
+def test_an_input_that_is_two_outputs_gets_two_identity_nodes(tmp_path):
     found = finished(
         f"{HEAD} g (float[n] given) => (float[n] given, float[n] given) {{ }}", tmp_path / "m.onnx", outputs=["y", "z"]
     )

@@ -1,4 +1,4 @@
-"""Weights to a file and back: bit for bit, in their types, or refused by name."""
+"""Saving and loading weights returns the same bits and dtypes, or raises an error that names the tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kirsch.frameworks.pytorch.io.weights import load_weights, save_weights, tak
 
 
 class Versioned(nn.Module):
-    """Reads the version of its weights, as torchvision's MNASNet does."""
+    """A model that reads the version of its weights, as torchvision's MNASNet does."""
 
     _version = 2
 
@@ -37,24 +37,22 @@ class Tied(nn.Module):
         self.second.weight = self.third.weight = self.first.weight
 
 
-class Loose(nn.Module):
-    """`Tied`, with weights of its own in each layer."""
+class Untied(nn.Module):
+    """`Tied`, with separate weights in each layer."""
 
     def __init__(self):
         super().__init__()
         self.first, self.second, self.third = (nn.Linear(4, 4, bias=False) for _ in range(3))
 
 
-class Holding(nn.Module):
-    """One buffer."""
-
+class OneBuffer(nn.Module):
     def __init__(self, value):
         super().__init__()
-        self.register_buffer("held", value)
+        self.register_buffer("buffer", value)
 
 
-class Aside(nn.Module):
-    """A buffer that the state dict leaves out, as tables of positions are."""
+class NonPersistent(nn.Module):
+    """A model with a buffer that is not in the state dict, like a table of positions."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +61,7 @@ class Aside(nn.Module):
 
 
 def bits(model):
-    """Every tensor of a state dict, with its type and bytes."""
+    """Return dtype, shape and bytes of each tensor of a state dict."""
     return {
         name: (value.dtype, tuple(value.shape), value.contiguous().reshape(-1).view(torch.uint8).tolist())
         for name, value in model.state_dict().items()
@@ -76,7 +74,7 @@ def path(tmp_path):
 
 
 @pytest.mark.parametrize("build", [Versioned, Tied, lambda: nn.BatchNorm1d(4), lambda: nn.Linear(4, 3).half()])
-def test_weights_come_back_bit_for_bit(build, path):
+def test_loading_saved_weights_returns_the_same_bits(build, path):
     model, other = build(), build()
     save_weights(model, path)
     load_weights(other, path)
@@ -87,28 +85,28 @@ TYPES = ["float16", "bfloat16", "float64", "float8_e4m3fn", "complex64", "bool",
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_every_type_comes_back(name, path):
+def test_tensors_of_each_dtype_are_saved_and_loaded(name, path):
     value = torch.tensor([1.0, 0.0, 3.5]).to(getattr(torch, name))
-    save_weights(Holding(value), path)
-    other = Holding(torch.zeros_like(value))
+    save_weights(OneBuffer(value), path)
+    other = OneBuffer(torch.zeros_like(value))
     load_weights(other, path)
-    assert bits(other) == bits(Holding(value))
+    assert bits(other) == bits(OneBuffer(value))
 
 
 @pytest.mark.parametrize("value", [torch.zeros(0, 3), torch.tensor(2.0), torch.arange(6.0).reshape(2, 3).T])
-def test_empty_single_and_transposed_tensors_come_back(value, path):
-    save_weights(Holding(value), path)
-    other = Holding(torch.ones_like(value))
+def test_empty_scalar_and_transposed_tensors_are_saved_and_loaded(value, path):
+    save_weights(OneBuffer(value), path)
+    other = OneBuffer(torch.ones_like(value))
     load_weights(other, path)
-    assert bits(other) == bits(Holding(value))
+    assert bits(other) == bits(OneBuffer(value))
 
 
-def test_numbers_that_are_not_finite_come_back(path):
+def test_nan_infinity_and_negative_zero_are_saved_and_loaded(path):
     value = torch.tensor([float("nan"), float("-inf"), -0.0])
-    save_weights(Holding(value), path)
-    other = Holding(torch.zeros(3))
+    save_weights(OneBuffer(value), path)
+    other = OneBuffer(torch.zeros(3))
     load_weights(other, path)
-    assert bits(other) == bits(Holding(value))
+    assert bits(other) == bits(OneBuffer(value))
 
 
 # ------------------------------------------------------------------------------------------------ shared tensors
@@ -122,26 +120,26 @@ def test_tied_weights_are_stored_once_and_stay_tied(path):
     assert list(safetensors.torch.load_file(path)) == ["first.weight"]
 
 
-def test_the_bytes_of_a_file_follow_from_the_model_alone(path):
-    """A run whose model has tied weights is resumed to the same bits; notes on them came in random order."""
-    model, found = Tied(), set()
+def test_equal_models_give_equal_files(path):
+    """`safetensors.torch.save_model` writes its metadata on tied weights in random order."""
+    model, contents = Tied(), set()
     for _ in range(20):
         save_weights(model, path)
-        found.add(path.read_bytes())
-    assert len(found) == 1
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
 
 
-def test_a_file_of_save_model_is_taken(path):
+def test_a_file_of_save_model_is_loaded(path):
     model, other = Tied(), Tied()
     safetensors.torch.save_model(model, str(path))
     load_weights(other, path)
     assert bits(other) == bits(model)
 
 
-def test_overlapping_tensors_come_back(path):
+def test_overlapping_tensors_are_saved_and_loaded(path):
     def build():
-        model, whole = Loose(), torch.randn(8, 4)
-        model.first.weight.data, model.second.weight.data = whole[:4], whole[2:6]
+        model, storage = Untied(), torch.randn(8, 4)
+        model.first.weight.data, model.second.weight.data = storage[:4], storage[2:6]
         return model
 
     model, other = build(), build()
@@ -150,26 +148,25 @@ def test_overlapping_tensors_come_back(path):
     assert bits(other) == bits(model)
 
 
-def test_tied_weights_that_differ_in_the_file_are_refused(path):
-    save_weights(Loose(), path)
-    with pytest.raises(LoadError, match=r"other values in .*weight.*: it shares tensors that the file keeps apart"):
+def test_tied_weights_that_differ_in_the_file_are_an_error(path):
+    save_weights(Untied(), path)
+    with pytest.raises(LoadError, match=r"other values in .*weight.*: it shares tensors that differ in the file"):
         load_weights(Tied(), path)
 
 
-def test_loose_weights_that_the_file_has_once_are_named(path):
+def test_the_error_for_untied_weights_that_are_tied_in_the_file_names_the_missing_ones(path):
     save_weights(Tied(), path)
     with pytest.raises(LoadError, match=r"The file lacks second\.weight, third\.weight\."):
-        load_weights(Loose(), path)
+        load_weights(Untied(), path)
 
 
 # ------------------------------------------------------------------------------------------------ types
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
-def test_types_of_the_file_are_restored_where_that_is_asked(kind, path):
-    model, other = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).to(kind)), nn.Sequential(
-        nn.Linear(4, 4), nn.BatchNorm1d(4)
-    )  # fmt: skip
+def test_take_types_converts_a_model_to_the_dtypes_of_the_file(kind, path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).to(kind))
+    other = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     save_weights(model, path)
     assert take_types(other, path)
     load_weights(other, path)
@@ -178,7 +175,7 @@ def test_types_of_the_file_are_restored_where_that_is_asked(kind, path):
     assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in other.parameters())
 
 
-def test_tied_weights_stay_tied_when_their_type_is_restored(path):
+def test_take_types_keeps_tied_weights_tied(path):
     model, other = Tied().half(), Tied()
     save_weights(model, path)
     assert take_types(other, path)
@@ -188,8 +185,8 @@ def test_tied_weights_stay_tied_when_their_type_is_restored(path):
     assert other.second.weight is other.first.weight
 
 
-def test_buffers_outside_the_state_dict_take_their_type_too(path):
-    model, other, plain = Aside().half(), Aside(), Aside()
+def test_take_types_converts_non_persistent_buffers(path):
+    model, other, plain = NonPersistent().half(), NonPersistent(), NonPersistent()
     save_weights(model, path)
     assert take_types(other, path)
     load_weights(other, path)
@@ -201,7 +198,7 @@ def test_buffers_outside_the_state_dict_take_their_type_too(path):
 
 
 @pytest.mark.parametrize(("narrow", "wide"), [("float16", "float32"), ("bfloat16", "float32"), ("float32", "float64")])
-def test_a_type_in_which_every_value_fits_is_taken(narrow, wide, path):
+def test_weights_of_a_narrower_dtype_are_loaded(narrow, wide, path):
     model = nn.Linear(4, 3).to(getattr(torch, narrow))
     other = nn.Linear(4, 3).to(getattr(torch, wide))
     save_weights(model, path)
@@ -225,24 +222,24 @@ NARROWER = [
 
 
 @pytest.mark.parametrize(
-    ("stored", "own", "restore"),
+    ("stored", "current", "restore"),
     [(*kinds, restore) for kinds in OTHER_KINDS for restore in (False, True)] + [(*kinds, False) for kinds in NARROWER],
 )
-def test_a_conversion_that_could_change_values_is_refused_with_tensor_and_types(stored, own, restore, path):
-    safetensors.torch.save_file({"held": torch.ones(3).to(getattr(torch, stored))}, path)
-    model = Holding(torch.zeros(3).to(getattr(torch, own)))
+def test_the_error_for_a_lossy_conversion_names_tensor_and_dtypes(stored, current, restore, path):
+    safetensors.torch.save_file({"buffer": torch.ones(3).to(getattr(torch, stored))}, path)
+    model = OneBuffer(torch.zeros(3).to(getattr(torch, current)))
     assert not (restore and take_types(model, path))
-    with pytest.raises(LoadError, match=rf"held is {stored} in the file and {own} in the model\."):
+    with pytest.raises(LoadError, match=rf"buffer is {stored} in the file and {current} in the model\."):
         load_weights(model, path)
-    assert bool((model.held == 0).all())
+    assert bool((model.buffer == 0).all())
 
 
-@pytest.mark.parametrize(("stored", "own"), [((4, 6), (6, 4)), ((24,), (4, 6)), ((1,), ()), ((5,), ()), ((), (1,))])
-def test_another_shape_is_refused_whatever_its_size(stored, own, path):
-    """PyTorch itself takes the first element where the model's tensor has no axes."""
-    save_weights(Holding(torch.ones(stored)), path)
-    with pytest.raises(LoadError, match=r"held has shape \(.*\) in the file and \(.*\) in the model\."):
-        load_weights(Holding(torch.zeros(own)), path)
+@pytest.mark.parametrize(("stored", "current"), [((4, 6), (6, 4)), ((24,), (4, 6)), ((1,), ()), ((5,), ()), ((), (1,))])
+def test_another_shape_is_an_error(stored, current, path):
+    """PyTorch itself would load the first element into a tensor without axes."""
+    save_weights(OneBuffer(torch.ones(stored)), path)
+    with pytest.raises(LoadError, match=r"buffer has shape \(.*\) in the file and \(.*\) in the model\."):
+        load_weights(OneBuffer(torch.zeros(current)), path)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +250,7 @@ def test_another_shape_is_refused_whatever_its_size(stored, own, path):
         (lambda: nn.Sequential(nn.Linear(5, 3)), r"0\.weight has shape \(3, 4\) in the file and \(3, 5\) in the model"),
     ],
 )
-def test_weights_that_do_not_fit_are_told_by_name(build, why, path):
+def test_the_error_for_weights_that_do_not_fit_names_the_tensors(build, why, path):
     save_weights(nn.Sequential(nn.Linear(4, 3)), path)
     with pytest.raises(LoadError, match=rf"do not fit a Sequential\..*{why}.*Give the model that they were saved from"):
         load_weights(build(), path)
@@ -263,7 +260,7 @@ def test_weights_that_do_not_fit_are_told_by_name(build, why, path):
 
 
 def raw(header: str, content: bytes) -> bytes:
-    """A safetensors file by hand."""
+    """Return the bytes of a safetensors file."""
     return struct.pack("<Q", len(header)) + header.encode() + content
 
 
@@ -276,22 +273,22 @@ def entry(first: int, end: int, kind: str = "F32", shape: str = "[2]") -> str:
     [
         (b"no tensors", "does not start like a zip archive, a pickle"),
         (b"", "an empty file"),
-        (raw(f'{{"held":{entry(0, 8)},"held":{entry(0, 8)}}}', bytes(8)), "'held' twice"),
-        (raw('{"held":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', bytes(8)), "dtype"),
-        (raw(f'{{"held":{entry(0, 8)},"other":{entry(4, 12)}}}', bytes(12)), "[Oo]ffset"),
-        (raw(f'{{"held":{entry(0, 8)}}}', bytes(4)), "(Metadata|header|buffer)"),
-        (raw(f'{{"held":{entry(0, 8, "F99")}}}', bytes(8)), "F99"),
-        (raw(f'{{"__metadata__":{{"kirsch.buffers":"{{"}},"held":{entry(0, 8)}}}', bytes(8)), "JSON"),
+        (raw(f'{{"buffer":{entry(0, 8)},"buffer":{entry(0, 8)}}}', bytes(8)), "'buffer' twice"),
+        (raw('{"buffer":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', bytes(8)), "dtype"),
+        (raw(f'{{"buffer":{entry(0, 8)},"other":{entry(4, 12)}}}', bytes(12)), "[Oo]ffset"),
+        (raw(f'{{"buffer":{entry(0, 8)}}}', bytes(4)), "(Metadata|header|buffer)"),
+        (raw(f'{{"buffer":{entry(0, 8, "F99")}}}', bytes(8)), "F99"),
+        (raw(f'{{"__metadata__":{{"kirsch.buffers":"{{"}},"buffer":{entry(0, 8)}}}', bytes(8)), "JSON"),
     ],
 )
-def test_a_file_that_is_not_sound_is_refused(content, why, path):
+def test_an_invalid_file_is_an_error(content, why, path):
     path.write_bytes(content)
     with pytest.raises(LoadError, match=rf"The weights .*w\.safetensors cannot be (read|loaded).*{why}"):
-        load_weights(Holding(torch.zeros(2)), path)
+        load_weights(OneBuffer(torch.zeros(2)), path)
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), os.mkfifo])
-def test_a_path_that_is_no_file_is_refused_at_once(make, path):
+def test_a_path_that_is_not_a_file_is_an_error(make, path):
     make(path)
     with pytest.raises(
         LoadError,
@@ -310,17 +307,16 @@ class Extra(nn.Linear):
     [
         (Extra(2, 2), r"_extra_state is a dict"),
         (nn.Linear(2, 2, device="meta"), r"bias is a Parameter without values|bias is a Tensor without values"),
-        (Holding(torch.zeros(2, dtype=torch.complex128)), r"held is a tensor of complex128"),
+        (OneBuffer(torch.zeros(2, dtype=torch.complex128)), r"buffer is a tensor of complex128"),
     ],
 )
-def test_what_no_file_can_hold_is_named(model, why, path):
+def test_the_error_for_state_that_safetensors_cannot_store_names_the_entry(model, why, path):
     with pytest.raises(ModelError, match=rf"The weights of .* cannot be written\. {why}"):
         save_weights(model, path)
 
 
-def test_the_header_is_plain_safetensors(path):
-    """Other programs read the file."""
-    model = Aside()
+def test_other_programs_can_read_the_file(path):
+    model = NonPersistent()
     save_weights(model, path)
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

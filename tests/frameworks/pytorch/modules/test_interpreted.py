@@ -1,4 +1,4 @@
-"""Models whose forward is a graph of torch.fx are traced, cut and shortened as those that are written in Python."""
+"""Models whose forward is a `torch.fx` graph are traced, pruned and shortened like models written in Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kirsch.pruning.prune import prune_with_verification
 from proving import shaken
 
 IMAGE = torch.randn(2, 3, 8, 8)
-WORDS = torch.randn(2, 5, 16)
+TOKENS = torch.randn(2, 5, 16)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # PyTorch's, about its own exported modules
@@ -45,7 +45,7 @@ class Images(nn.Module):
 
 
 class Heads(nn.Module):
-    """Attention whose code states its sizes as numbers."""
+    """Attention whose code writes its sizes as literals."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ class Heads(nn.Module):
 
 
 class Within(nn.Module):
-    """A graph as a part of a model that is written in Python."""
+    """A graph module as a submodule of a model written in Python."""
 
     def __init__(self, part):
         super().__init__()
@@ -88,7 +88,7 @@ def groups(graph):
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_graph_has_the_groups_the_cost_and_the_blocks_of_the_model_that_it_was_made_from(maker):
+def test_a_graph_module_has_groups_cost_and_blocks_of_its_original(maker):
     model = shaken(Images())
     plain = kirsch.trace(model, IMAGE)
     graph = kirsch.trace(MAKERS[maker](model, IMAGE), IMAGE)
@@ -99,13 +99,13 @@ def test_a_graph_has_the_groups_the_cost_and_the_blocks_of_the_model_that_it_was
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_cut_graph_computes_what_the_cut_model_computes(maker):
+def test_a_pruned_graph_module_equals_the_pruned_original(maker):
     model = shaken(Images())
     plain = kirsch.prune(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.6)))
-    made = MAKERS[maker](model, IMAGE)
-    found = prune_with_verification(made, kirsch.plan(kirsch.trace(made, IMAGE), Goal(macs=0.6)))
+    module = MAKERS[maker](model, IMAGE)
+    found = prune_with_verification(module, kirsch.plan(kirsch.trace(module, IMAGE), Goal(macs=0.6)))
     assert found.verification.power > 1e-3
-    assert type(found.model).__mro__[1:] == type(made).__mro__[1:]
+    assert type(found.model).__mro__[1:] == type(module).__mro__[1:]
     torch.testing.assert_close(found.model(IMAGE), plain(IMAGE))
 
 
@@ -113,21 +113,21 @@ def test_a_cut_graph_computes_what_the_cut_model_computes(maker):
 @pytest.mark.parametrize(
     ("importance", "share", "number"), [("influence", 0.8, 1), ("change", 0.8, 1), ("random", 0.5, 2)]
 )
-def test_blocks_leave_a_graph(maker, importance, share, number):
+def test_dropped_blocks_are_removed_from_a_graph_module(maker, importance, share, number):
     model = shaken(Images())
     goal = Goal(macs=share)
     plain = kirsch.plan_depth(kirsch.trace(model, IMAGE), goal, IMAGE, importance=importance)
-    made = MAKERS[maker](model, IMAGE)
-    plan = kirsch.plan_depth(kirsch.trace(made, IMAGE), goal, IMAGE, importance=importance)
+    module = MAKERS[maker](model, IMAGE)
+    plan = kirsch.plan_depth(kirsch.trace(module, IMAGE), goal, IMAGE, importance=importance)
     assert plan.without == plain.without
     assert len(plan.without) == number
-    short = kirsch.prune(made, plan)
+    short = kirsch.prune(module, plan)
     torch.testing.assert_close(short(IMAGE), kirsch.prune(model, plain)(IMAGE))
     assert not any(name.startswith(plan.without[0]) for name, _ in short.named_parameters())
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_model_with_a_graph_in_it_is_cut_and_shortened(maker):
+def test_a_graph_module_within_a_model_is_pruned_and_shortened(maker):
     model = Within(MAKERS[maker](shaken(Images()), IMAGE))
     graph = kirsch.trace(model, IMAGE)
     assert graph.blocks == ("part.blocks.0", "part.blocks.1", "part.blocks.2")
@@ -136,32 +136,32 @@ def test_a_model_with_a_graph_in_it_is_cut_and_shortened(maker):
 
 
 @pytest.mark.parametrize("maker", ["symbolic_trace", "export", "unflatten"])
-def test_numbers_in_the_code_of_a_graph_follow_a_cut(maker):
+def test_literal_sizes_in_a_graph_are_updated_by_a_cut(maker):
     model = shaken(Heads())
-    assert not kirsch.trace(model, WORDS).groups  # in Python they cannot
-    made = MAKERS[maker](model, WORDS)
-    graph = kirsch.trace(made, WORDS)
+    assert not kirsch.trace(model, TOKENS).groups  # literals in Python code cannot be changed
+    module = MAKERS[maker](model, TOKENS)
+    graph = kirsch.trace(module, TOKENS)
     assert {kind for kind, _ in groups(graph)} == {"head", "head dim"}
-    found = prune_with_verification(made, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
+    found = prune_with_verification(module, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
     assert found.verification.power > 1e-3
     assert "val" not in {key for node in getattr(found.model, "graph").nodes for key in node.meta}  # noqa: B009
 
 
-def test_a_graph_is_left_as_it_is():
-    made = fx.symbolic_trace(shaken(Heads()))
-    before, code = copy.deepcopy(made.state_dict()), made.code
-    kirsch.prune(made, kirsch.plan(kirsch.trace(made, WORDS), Goal(macs=0.7), round_to=1))
-    assert made.code == code
-    torch.testing.assert_close(made.state_dict(), before, rtol=0, atol=0)
+def test_pruning_does_not_change_the_original_graph_module():
+    module = fx.symbolic_trace(shaken(Heads()))
+    before, code = copy.deepcopy(module.state_dict()), module.code
+    kirsch.prune(module, kirsch.plan(kirsch.trace(module, TOKENS), Goal(macs=0.7), round_to=1))
+    assert module.code == code
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_graph_that_was_left_out_for_a_look_runs_by_its_own_code_again():
-    made = fx.symbolic_trace(shaken(Images()))
-    kirsch.plan_depth(kirsch.trace(made, IMAGE), Goal(macs=0.8), IMAGE, importance="change")
-    assert "forward" not in vars(made)
+def test_plan_depth_restores_the_forward_of_a_graph_module():
+    module = fx.symbolic_trace(shaken(Images()))
+    kirsch.plan_depth(kirsch.trace(module, IMAGE), Goal(macs=0.8), IMAGE, importance="change")
+    assert "forward" not in vars(module)
 
 
-def test_a_branch_of_a_graph_is_not_a_block():
+def test_a_branch_without_identity_is_not_a_block():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -170,11 +170,11 @@ def test_a_branch_of_a_graph_is_not_a_block():
         def forward(self, x):
             return self.last(torch.relu(self.a(x)) + self.b(x))
 
-    assert kirsch.trace(fx.symbolic_trace(shaken(Two())), WORDS).blocks == ()
+    assert kirsch.trace(fx.symbolic_trace(shaken(Two())), TOKENS).blocks == ()
 
 
 class Dual(fx.GraphModule):
-    """As torchvision's feature extractors: a graph for each mode, and copies start in training mode."""
+    """A graph for each mode, as in torchvision's feature extractors, whose copies start in training mode."""
 
     def __init__(self, root, train_graph, eval_graph):
         super().__init__(root, train_graph)
@@ -190,8 +190,9 @@ class Dual(fx.GraphModule):
         return super().train(mode)
 
     def _deepcopy_init(self):
-        def init(made, root, _):
-            Dual.__init__(made, root, *(copy.deepcopy(root.__dict__[name]) for name in ("train_graph", "eval_graph")))
+        def init(copied, root, _):
+            graphs = [copy.deepcopy(root.__dict__[name]) for name in ("train_graph", "eval_graph")]
+            Dual.__init__(copied, root, *graphs)
 
         return init
 
@@ -200,10 +201,10 @@ def dual(model):
     return Dual(model, *(fx.Tracer().trace(model) for _ in range(2)))
 
 
-def test_two_graphs_for_inference_and_training_are_both_cut():
+def test_the_graphs_for_inference_and_for_training_are_both_cut():
     model = dual(shaken(Heads())).eval()
-    pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, WORDS), Goal(macs=0.7), round_to=1))
-    torch.testing.assert_close(pruned.train()(WORDS), pruned.eval()(WORDS))
+    pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, TOKENS), Goal(macs=0.7), round_to=1))
+    torch.testing.assert_close(pruned.train()(TOKENS), pruned.eval()(TOKENS))
 
 
 def modes(model):
@@ -240,14 +241,14 @@ class Silent(nn.Linear):
         self.kept = super().forward(x)
 
 
-def test_a_model_that_returns_nothing_is_refused():
+def test_a_model_that_returns_no_tensors_is_an_error():
     model = nn.Sequential(nn.Linear(16, 8), Silent(8, 4))
     with pytest.raises(ModelError, match=r"The model Sequential returns no tensors\. .* could not be verified\."):
-        kirsch.trace(model, WORDS)
+        kirsch.trace(model, TOKENS)
 
 
-class Off(nn.Module):
-    """Its output does not depend on the units in the middle."""
+class Constant(nn.Module):
+    """A model whose output does not depend on its hidden units."""
 
     def __init__(self):
         super().__init__()
@@ -257,9 +258,9 @@ class Off(nn.Module):
         return self.other(x) + torch.relu(self.second(torch.relu(self.first(x))) - 1e6)
 
 
-def test_a_cut_that_no_output_shows_is_refused_unless_asked_for():
-    model = shaken(Off())
-    plan = kirsch.plan(kirsch.trace(model, WORDS), Goal(macs=0.9))
+def test_a_cut_without_effect_on_the_outputs_is_an_error_unless_verify_is_false():
+    model = shaken(Constant())
+    plan = kirsch.plan(kirsch.trace(model, TOKENS), Goal(macs=0.9))
     with pytest.raises(VerificationError, match=r"Its outputs are the same whether .* verify=False"):
         kirsch.prune(model, plan)
     assert kirsch.prune(model, plan, verify=False).first.out_features < 8
@@ -285,14 +286,14 @@ DECOMPOSED = {
 
 
 @pytest.mark.parametrize("kind", DECOMPOSED)
-def test_a_decomposed_program_is_cut_as_its_model(kind):
+def test_a_decomposed_program_is_pruned_like_its_original(kind):
     model = shaken(Norms().eval())
     decomposed = DECOMPOSED[kind](model)
-    found = [
+    original, other = (
         prune_with_verification(each, kirsch.plan(kirsch.trace(each, IMAGE), Goal(macs=0.4)))
         for each in (model, decomposed)
-    ]
-    sizes = [[value.shape for value in each.model.parameters()] for each in found]
-    assert sizes[0] == sizes[1] != [value.shape for value in model.parameters()]
-    assert found[1].verification.power > 1e-3
-    assert torch.allclose(found[0].model(IMAGE), found[1].model(IMAGE), atol=1e-5)
+    )
+    shapes = [[value.shape for value in each.model.parameters()] for each in (original, other)]
+    assert shapes[0] == shapes[1] != [value.shape for value in model.parameters()]
+    assert other.verification.power > 1e-3
+    assert torch.allclose(original.model(IMAGE), other.model(IMAGE), atol=1e-5)

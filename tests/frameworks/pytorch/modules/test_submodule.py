@@ -1,4 +1,4 @@
-"""A part of a model is pruned in its place: the seams hold, and the rest of the model is kept."""
+"""`scope` prunes one submodule; its inputs, its outputs and the rest of the model keep their sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IMAGE = torch.randn(2, 3, 8, 8)
 
 
 class Detector(nn.Module):
-    """A backbone that is analyzed, and a head that decides by the values it sees."""
+    """A backbone, and a choice of heads that depends on values."""
 
     def __init__(self, bound=0.0):
         super().__init__()
@@ -37,8 +37,8 @@ def detector():
     return Detector().eval()
 
 
-def test_the_whole_is_refused_and_a_part_is_pruned_in_its_place(detector):
-    with pytest.raises(ModelError, match=r'test_scope\.py:30.*scope="backbone"'):
+def test_a_model_that_branches_on_values_is_an_error_and_its_backbone_can_be_pruned(detector):
+    with pytest.raises(ModelError, match=r'test_submodule\.py:30.*scope="backbone"'):
         kirsch.trace(detector, IMAGE)
     graph = kirsch.trace(detector, IMAGE, scope="backbone")
     assert [(group.name, group.size) for group in graph.groups] == [("0", 8), ("2", 8)]
@@ -53,7 +53,7 @@ def test_the_whole_is_refused_and_a_part_is_pruned_in_its_place(detector):
     torch.testing.assert_close(pruned.head.weight, detector.head.weight)
 
 
-def test_a_plan_for_a_part_goes_through_json_and_files(detector, tmp_path):
+def test_a_model_pruned_with_a_scope_is_saved_and_loaded(detector, tmp_path):
     plan = kirsch.plan(kirsch.trace(detector, IMAGE, scope="backbone"), kirsch.Goal(macs=0.5), round_to=1)
     pruned = kirsch.prune(detector, Plan.from_json(plan.to_json()))
     kirsch.save(pruned, tmp_path / "model")
@@ -61,7 +61,7 @@ def test_a_plan_for_a_part_goes_through_json_and_files(detector, tmp_path):
     assert torch.equal(again(IMAGE), pruned(IMAGE))
 
 
-def test_what_the_rest_reads_too_stays_whole():
+def test_parameters_shared_with_the_rest_of_the_model_are_not_cut():
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
@@ -79,7 +79,7 @@ def test_what_the_rest_reads_too_stays_whole():
     assert "the rest of the model reads it too" in {blocker.reason for blocker in graph.blockers}
 
 
-def test_keyword_inputs_of_a_part_are_kept():
+def test_a_submodule_with_keyword_only_inputs_is_pruned():
     class Inner(nn.Module):
         def __init__(self):
             super().__init__()
@@ -103,39 +103,39 @@ def test_keyword_inputs_of_a_part_are_kept():
     assert kirsch.prune(model, plan).inner.first.out_features == 4
 
 
-def test_an_unknown_part_is_answered_with_the_nearest(detector):
+def test_the_error_for_an_unknown_scope_proposes_the_nearest_name(detector):
     with pytest.raises(UnknownNameError, match=r"no module 'backbon'.*Did you mean 'backbone'"):
         kirsch.trace(detector, IMAGE, scope="backbon")
 
 
-def test_a_part_that_is_not_run_is_said(detector):
+def test_a_scope_that_the_model_does_not_call_is_an_error(detector):
     with pytest.raises(ModelError, match=r"The part 'spare' of Detector is not run\..*Trace it by itself"):
         kirsch.trace(detector, IMAGE, scope="spare")
 
 
-def test_a_whole_that_does_not_run_is_said(detector):
+def test_a_scope_in_a_model_that_does_not_run_is_an_error(detector):
     with pytest.raises(ModelError, match=r"The model Detector does not run\. RuntimeError: .*Check the example inputs"):
         kirsch.trace(detector, IMAGE[:, :2], scope="backbone")
     assert not detector.backbone._forward_pre_hooks
 
 
-def test_an_unknown_way_with_decisions_is_answered_with_the_known(detector):
+def test_the_error_for_an_unknown_value_of_decisions_lists_the_known(detector):
     with pytest.raises(UsageError, match=r"`decisions` .* is 'guess'; expected 'refuse' or 'example'"):
         kirsch.trace(detector, IMAGE, decisions="guess")
 
 
-def test_a_decision_may_be_followed_as_the_example_decides():
+def test_with_decisions_example_the_branch_of_the_example_inputs_is_traced():
     detector = Detector(bound=-1e9).eval()
     graph = kirsch.trace(detector, IMAGE, decisions="example")
     pruned = kirsch.prune(detector, kirsch.plan(graph, kirsch.Goal(macs=0.5), round_to=1))
     assert pruned.backbone[0].out_channels < 8
-    assert (pruned.backbone[4].out_channels, pruned.other.in_features) == (6, 6)  # the other way needs them
+    assert (pruned.backbone[4].out_channels, pruned.other.in_features) == (6, 6)  # the other branch needs 6 features
 
 
-def test_a_pruned_model_that_decides_otherwise_is_refused_as_such(detector):
-    detector.bound = -1e9  # the trace goes by way of the head
+def test_a_pruned_model_that_takes_another_branch_than_the_trace_is_an_error(detector):
+    detector.bound = -1e9  # the trace takes the branch of `head`
     graph = kirsch.trace(detector, IMAGE, decisions="example")
-    plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), exclude=["head", "other"])  # the two ways agree in width
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), exclude=["head", "other"])  # both branches keep their width
     detector.bound = 1e9
-    with pytest.raises(VerificationError, match=r"Its forward decides by values, and may have gone another way"):
+    with pytest.raises(VerificationError, match=r"Its forward branches on values and may have taken another branch"):
         kirsch.prune(detector, plan)

@@ -1,4 +1,4 @@
-"""What a cut keeps of the original, and that the original is left as it was."""
+"""`cut` keeps the class, flags and values of the original, which is not changed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def halved(model, inputs=IMAGE):
     return cut(model, graph, graph.keep(half_of_everything(graph)))
 
 
-def test_the_original_is_left_as_it_was_bit_for_bit():
+def test_the_original_is_not_changed():
     model = shaken(Residual()).train()
     before = copy.deepcopy(model.state_dict())
     identities = [id(p) for p in model.parameters()]
@@ -49,7 +49,7 @@ def test_the_original_is_left_as_it_was_bit_for_bit():
     assert "forward" not in vars(model)
 
 
-def test_the_random_state_of_the_caller_is_left_as_it_was():
+def test_the_random_state_of_the_caller_is_not_changed():
     model = Residual()
     torch.manual_seed(3)
     expected = torch.rand(3)
@@ -58,7 +58,7 @@ def test_the_random_state_of_the_caller_is_left_as_it_was():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_result_is_of_the_same_class_with_the_widths_it_shows():
+def test_the_pruned_model_has_the_class_of_the_original_and_updated_width_attributes():
     model = Residual()
     pruned = halved(model)
     assert type(pruned) is Residual
@@ -68,7 +68,7 @@ def test_the_result_is_of_the_same_class_with_the_widths_it_shows():
     assert all(type(n) is int for n in (pruned.stem.out_channels, pruned.norm.num_features, pruned.head.in_features))
 
 
-def test_kept_weights_are_those_of_the_original():
+def test_kept_weights_equal_those_of_the_original():
     model = shaken(Residual())
     graph = trace(model, IMAGE)
     removed = half_of_everything(graph)
@@ -82,7 +82,7 @@ def test_kept_weights_are_those_of_the_original():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_type_is_kept(dtype):
+def test_the_dtype_is_kept(dtype):
     model = Residual().to(dtype)
     assert {p.dtype for p in halved(model, IMAGE.to(dtype)).parameters()} == {dtype}
 
@@ -91,20 +91,20 @@ def test_flags_modes_and_hooks_are_kept():
     model = Residual().train()
     model.norm.eval()
     model.stem.weight.requires_grad_(False)
-    model.stem.weight.remark = "mine"
+    model.stem.weight.remark = "a note of the user"
     seen = []
     model.inner.register_forward_hook(lambda *_: seen.append("called"))
     pruned = halved(model)
-    seen.clear()  # tracing runs hooks too, since they may change what a module puts out
+    seen.clear()  # tracing runs hooks, too, because they may change outputs
     assert pruned.training
     assert not pruned.norm.training
     assert [p.requires_grad for p in pruned.parameters()] == [p.requires_grad for p in model.parameters()]
-    assert pruned.stem.weight.remark == "mine"
+    assert pruned.stem.weight.remark == "a note of the user"
     pruned(IMAGE)
     assert seen == ["called"]
 
 
-def test_channels_last_weights_stay_so():
+def test_channels_last_weights_keep_their_memory_format():
     model = Residual().to(memory_format=torch.channels_last)
     pruned = halved(model)
     assert pruned.inner.weight.is_contiguous(memory_format=torch.channels_last)
@@ -112,8 +112,8 @@ def test_channels_last_weights_stay_so():
 
 def test_no_memory_is_shared_with_the_original():
     model = Residual()
-    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
-    assert not own.intersection(tensor.data_ptr() for tensor in halved(model).state_dict().values())
+    addresses = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert addresses.isdisjoint(tensor.data_ptr() for tensor in halved(model).state_dict().values())
 
 
 def test_tied_weights_stay_tied():
@@ -126,7 +126,7 @@ def test_tied_weights_stay_tied():
     assert graph.cost.parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_the_result_trains_copies_and_runs_backward():
+def test_the_pruned_model_can_be_copied_and_trained():
     pruned = halved(Residual()).train()
     clone = copy.deepcopy(pruned)
     optimizer = torch.optim.SGD(clone.parameters(), lr=0.1)
@@ -136,7 +136,7 @@ def test_the_result_trains_copies_and_runs_backward():
     assert not torch.equal(clone.stem.weight, pruned.stem.weight)
 
 
-def test_a_frozen_model_is_cut_like_any_other():
+def test_parameters_without_gradient_are_cut():
     model = Residual()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -161,7 +161,7 @@ def test_a_model_on_the_meta_device_is_traced_and_cut():
 
 
 class Auxiliary(nn.Module):
-    """A head that only training runs."""
+    """A classifier with an auxiliary head that only runs in training mode."""
 
     def __init__(self):
         super().__init__()
@@ -172,14 +172,14 @@ class Auxiliary(nn.Module):
         return (self.head(x), self.aux(x)) if self.training else self.head(x)
 
 
-def test_heads_that_only_training_runs_are_cut_along():
+def test_a_head_that_only_runs_in_training_mode_is_cut():
     _, pruned = assert_cut_is_right(Auxiliary(), torch.randn(2, 6), sizes=[8])
     main, aux = pruned.train()(torch.randn(2, 6))
     assert main.shape == (2, 3)
     assert aux.shape == (2, 5)
 
 
-def test_parameters_that_nothing_uses_are_left_and_named():
+def test_unused_parameters_are_kept_and_reported_as_a_blocker():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     model.register_parameter("spare", nn.Parameter(torch.ones(40)))
     graph, pruned = assert_cut_is_right(model, torch.randn(2, 6), sizes=[8])
@@ -203,11 +203,11 @@ class Several(nn.Module):
     [(torch.randn(2, 4), torch.randn(2, 5)), {"a": torch.randn(2, 4), "b": torch.randn(2, 5)}],
     ids=["positional", "keywords"],
 )
-def test_several_inputs_and_outputs(inputs):
+def test_a_model_with_several_inputs_and_outputs_is_cut(inputs):
     assert_cut_is_right(Several(), inputs, sizes=[8])
 
 
-def test_attributes_that_no_value_fits_freeze_what_they_hold():
+def test_an_attribute_with_two_uses_that_no_value_fits_freezes_its_units():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -217,12 +217,13 @@ def test_attributes_that_no_value_fits_freeze_what_they_hold():
             x = self.first(x).view(-1, self.width, 8, 8)
             return self.second(x).view(-1, self.width, 64).mean(-1)
 
-    graph, _ = assert_cut_is_right(Twice(), IMAGE, sizes=[])  # the second view holds the output, so the first as well
+    # The second view fixes `width` to the output size, and the first view uses the same attribute.
+    graph, _ = assert_cut_is_right(Twice(), IMAGE, sizes=[])
     assert graph.blockers[0].reason == "`width` cannot follow it"
     assert graph.blockers[0].source.startswith("test_cut.py:")
 
 
-def test_a_forward_that_decides_by_values_is_refused_with_its_line():
+def test_the_error_for_a_forward_that_branches_on_values_names_its_line():
     class Deciding(nn.Module):
         def __init__(self):
             super().__init__()
@@ -235,12 +236,12 @@ def test_a_forward_that_decides_by_values_is_refused_with_its_line():
         trace(Deciding(), torch.randn(2, 4))
 
 
-def test_inputs_of_a_wrong_shape_name_shape_and_layer():
+def test_the_error_for_a_wrong_input_shape_names_shape_and_layer():
     with pytest.raises(ModelError, match=r"shape \(2, 5\).*in `0`: .*\[2, 5\] X \[4, 4\]"):
         trace(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 5))
 
 
-def test_a_model_that_cannot_be_copied_is_named():
+def test_the_error_for_a_model_that_cannot_be_copied_names_the_reason():
     class Locked(nn.Linear):
         def __deepcopy__(self, memo):
             raise TypeError("cannot pickle lock")
@@ -249,7 +250,7 @@ def test_a_model_that_cannot_be_copied_is_named():
         trace(nn.Sequential(Locked(4, 4)), torch.randn(2, 4))
 
 
-def test_the_inputs_that_a_plan_stores_run_the_model():
+def test_inputs_like_a_specification_have_its_names_and_shapes():
     graph = trace(Several(), {"a": torch.randn(2, 4), "b": torch.randn(2, 5)})
     inputs = PyTorch().inputs_like(graph.inputs, Several())
     assert {name: tuple(value.shape) for name, value in inputs.items()} == {"a": (2, 4), "b": (2, 5)}

@@ -1,4 +1,4 @@
-"""A pruned model as the traced program: its integers are rewritten, whatever the code does with them."""
+"""`as_graph=True`: the pruned model is the traced program, with the sizes in its operations rewritten."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from proving import half_of_everything, shaken
 
 
 class Numbers(nn.Module):
-    """Its code states its widths as numbers, in each way that the tests name."""
+    """A network whose code writes widths as literals, in the way that `run` shows."""
 
     def __init__(self, run, width=8):
         super().__init__()
@@ -30,7 +30,7 @@ class Numbers(nn.Module):
 
 
 def heads(self, x):
-    """Three heads of four, their attention, and back."""
+    """Attention with three heads of width four."""
     q = x.view(2, 5, 3, 4).transpose(1, 2)
     q = (q @ q.transpose(-2, -1)).softmax(-1) @ q
     return q.transpose(1, 2).reshape(2, 5, 12)[..., :8]
@@ -47,19 +47,19 @@ RUNS = {
     "a tensor of zeros": lambda s, x: (x + torch.zeros(2, 5, 12))[..., :8],
     "padding": lambda s, x: F.pad(x[..., :6], (1, 1)),
 }
-WORDS = torch.randn(2, 5, 6)
+TOKENS = torch.randn(2, 5, 6)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_what_the_code_states_as_a_number_can_go(run):
+def test_widths_that_the_code_writes_as_literals_are_pruned(run):
     model = shaken(Numbers(RUNS[run]))
-    graph = kirsch.trace(model, WORDS, as_graph=True)
+    graph = kirsch.trace(model, TOKENS, as_graph=True)
     keep = graph.keep(half_of_everything(graph))
-    proof = verify(graph_module(model, graph, keep), model, graph, keep)
-    assert proof.passed
-    assert proof.power > 1e-3
+    verification = verify(graph_module(model, graph, keep), model, graph, keep)
+    assert verification.passed
+    assert verification.power > 1e-3
     assert graph.kept(graph.axes["before.weight", 0], keep) is not None, [b.reason for b in graph.blockers]
-    assert len(graph.groups) > len(kirsch.trace(model, WORDS).groups) or run == "padding"
+    assert len(graph.groups) > len(kirsch.trace(model, TOKENS).groups) or run == "padding"
 
 
 def convolutional():
@@ -81,13 +81,13 @@ def pruned():
     return model, plan, prune_with_verification(model, plan).model
 
 
-def test_it_costs_what_was_said(pruned):
+def test_the_counted_cost_is_the_planned_cost(pruned):
     _, plan, small = pruned
     assert isinstance(small, torch.fx.GraphModule)
     assert count(small, IMAGES) == (plan.after.parameters, plan.after.macs)
 
 
-def test_it_learns(pruned):
+def test_the_graph_module_trains(pruned):
     _, _, small = pruned
     optimizer, losses = torch.optim.Adam(small.train().parameters(), 0.05), []
     for _ in range(20):
@@ -99,32 +99,32 @@ def test_it_learns(pruned):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_it_takes_batches_of_other_sizes(pruned):
+def test_the_graph_module_takes_other_batch_sizes(pruned):
     _, _, small = pruned
     inputs = torch.randn(5, 3, 9, 9)
     torch.testing.assert_close(small(inputs)[3:], small(inputs[3:]))
 
 
-def test_it_is_exported(pruned, tmp_path):
+def test_the_graph_module_can_be_exported(pruned, tmp_path):
     _, _, small = pruned
     assert kirsch.export(small, tmp_path / "small.onnx", example_inputs=IMAGES).path.exists()
 
 
-def test_it_is_saved_and_loaded_bit_for_bit(pruned, tmp_path):
+def test_saving_and_loading_returns_the_same_bits(pruned, tmp_path):
     _, plan, small = pruned
     assert Plan.from_json(plan.to_json()).tracing.as_graph
     kirsch.save(small, tmp_path / "saved")
     assert torch.equal(kirsch.load(tmp_path / "saved", convolutional)(IMAGES), small(IMAGES))
 
 
-def test_it_can_be_pruned_again(pruned):
+def test_the_graph_module_can_be_pruned_again(pruned):
     _, _, small = pruned
     plan = kirsch.plan(kirsch.trace(small, IMAGES, as_graph=True), Goal(params=0.7))
     assert prune_with_verification(small, plan).verification.passed
 
 
 class Several(nn.Module):
-    """Takes keywords, and puts out several tensors by name, by place, or one."""
+    """Takes keyword arguments; `arrange` decides whether it returns one tensor, a tuple or a dict."""
 
     def __init__(self, arrange):
         super().__init__()
@@ -143,11 +143,11 @@ ARRANGED = {
 
 
 @pytest.mark.parametrize("arranged", ARRANGED)
-def test_it_takes_and_gives_what_the_model_does(arranged):
-    arrange, right = ARRANGED[arranged]
+def test_inputs_and_outputs_have_the_form_of_the_original(arranged):
+    arrange, has_form = ARRANGED[arranged]
     model, inputs = shaken(Several(arrange)), {"x": torch.randn(3, 4), "scale": torch.rand(3, 1)}
     plan = kirsch.plan(kirsch.trace(model, inputs, as_graph=True), Goal(params=0.6))
-    assert right(kirsch.prune(model, plan)(**inputs))
+    assert has_form(kirsch.prune(model, plan)(**inputs))
 
 
 def test_nested_inputs_are_refused():
@@ -161,10 +161,10 @@ def test_nested_inputs_are_refused():
 
     model, inputs = shaken(Nested()), ([torch.randn(3, 4), torch.randn(3, 4)],)
     plan = kirsch.plan(kirsch.trace(model, inputs, as_graph=True), Goal(params=0.6))
-    with pytest.raises(ModelError, match=r"Nested cannot be given as a graph.*Its inputs are nested"):
+    with pytest.raises(ModelError, match=r"Nested cannot be returned as a graph.*Its inputs are nested"):
         kirsch.prune(model, plan)
 
 
-def test_a_part_cannot_be_given_as_a_graph():
+def test_as_graph_with_a_scope_is_an_error():
     with pytest.raises(UsageError, match=r"`as_graph` of kirsch\.trace cannot be combined with `scope`"):
         kirsch.trace(convolutional(), IMAGES, scope="0", as_graph=True)

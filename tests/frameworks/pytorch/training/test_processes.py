@@ -1,4 +1,4 @@
-"""Two processes end where one does that takes whole batches."""
+"""Training with two processes gives the result of a single process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from accelerate import PartialState
 
 from kirsch.errors import UsageError
-from kirsch.frameworks.pytorch.training.optimizer import accelerator_for, own_precision
+from kirsch.frameworks.pytorch.training.optimizer import accelerator_for, separate_precision
 from kirsch.frameworks.training import Training
 
 ROOT = Path(__file__).parents[4]
@@ -38,12 +38,12 @@ def net(width, seed):
 
 random = np.random.default_rng(0)
 labels = np.arange(24) % 3
-labels[::5] = -100  # so that the parts of a batch have other numbers of labels
+labels[::5] = -100  # so that the shards of a batch have different numbers of labels
 data = ArrayData(random.standard_normal((24, 5)), labels, batch_size=8)
 joined = Term("l2-normalized", 0.5, student="1", adapter="linear")
 objective = kirsch.Objective((Term("kd", 0.5, 2.0), joined), label_weight=1.0)
 balanced = kirsch.Objective((Term("kd", 0.5, 2.0), joined), label_weight=1.0, balance="gradient")
-made = kirsch.GeneratedData(lambda count, generator: generator.standard_normal((count, 5)), 24, 8)
+generated = kirsch.GeneratedData(lambda count, generator: generator.standard_normal((count, 5)), 24, 8)
 found = []
 for accumulate in (1, 3):
     training = kirsch.Training(epochs=3, learning_rate=0.1, accumulate=accumulate)
@@ -51,8 +51,8 @@ for accumulate in (1, 3):
     for each in (objective, balanced):
         found.append(kirsch.distill(student, teacher, data, objective=each, training=training, check_teacher=False))
     found += kirsch.distill_mutually([student, teacher, net(5, 3)], data, training=training)
-    found.append(kirsch.distill(student, teacher, made, training=training))
-assert PartialState().num_processes == int(os.environ.get("WORLD_SIZE", "1"))  # and not each for itself
+    found.append(kirsch.distill(student, teacher, generated, training=training))
+assert PartialState().num_processes == int(os.environ.get("WORLD_SIZE", "1"))
 if int(os.environ.get("RANK", "0")) == 0:
     np.savez(sys.argv[1], *[p.detach().numpy() for trained in found for p in trained.model.parameters()])
 """
@@ -80,11 +80,11 @@ samples = TensorDataset(torch.from_numpy(random.standard_normal((53, 6))), torch
 
 def own():
     generator = torch.Generator()
-    generator.manual_seed(int(os.environ.get("RANK", "0")))  # each process would draw an order of its own
+    generator.manual_seed(int(os.environ.get("RANK", "0")))  # another order in each process, without synchronization
     return DataLoader(samples, sampler=RandomSampler(samples, generator=generator), batch_size=8)
 
 
-made = {
+makers = {
     "in order": lambda: DataLoader(samples, 8),
     "shuffled": lambda: DataLoader(samples, 8, shuffle=True),
     "own generator": own,
@@ -102,11 +102,11 @@ def distilled(data, seed, accumulate=1, student=student, **hooks):
     return torch.cat([p.detach().flatten() for p in trained.model.parameters()]).numpy()
 
 
-for name, make in made.items():
+for name, make in makers.items():
     for seed in (0, 1):
         found[f"{name} {seed}"] = distilled(make(), seed)
 
-few = TensorDataset(*samples[:49])  # the last batch of one sample has no part for the second process
+few = TensorDataset(*samples[:49])  # the last batch of one sample is too small for two processes
 for accumulate in (1, 7):
     found[f"{accumulate} too few"] = distilled(DataLoader(few, 8), 0, accumulate=accumulate)
 
@@ -114,12 +114,12 @@ for name in ("shuffled", "own generator"):
     states = []
     stops = iter([None, None, Interrupted("enough")])
     try:
-        distilled(made[name](), 1, save=states.append, stop=lambda: next(stops))
+        distilled(makers[name](), 1, save=states.append, stop=lambda: next(stops))
     except Interrupted:
         assert states[0].values["batch"] == 3
-    found[f"{name} resumed"] = distilled(made[name](), 1, resume=states[0])
+    found[f"{name} resumed"] = distilled(makers[name](), 1, resume=states[0])
 normal = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
-distilled(DataLoader(TensorDataset(*samples[:51]), 8), 0, student=normal)  # a last batch of 3, of which one has 1
+distilled(DataLoader(TensorDataset(*samples[:51]), 8), 0, student=normal)  # a last batch of 3, too few for two shards
 if int(os.environ.get("RANK", "0")) == 0:
     np.savez(sys.argv[1], **found)
 """
@@ -140,7 +140,7 @@ kirsch.distill(nn.Linear(6, 4), nn.Linear(6, 4), loader, training=kirsch.Trainin
 
 
 def run(program, folder, processes):
-    """What a program saved; the error output where it failed."""
+    """Return the arrays that a program saved, or its error output if it failed."""
     path, out = folder / "job.py", folder / f"{processes}.npz"
     path.write_text(program)
     with socket.socket() as free:
@@ -158,38 +158,38 @@ def run(program, folder, processes):
         return {name: arrays[name] for name in arrays.files}
 
 
-def assert_ends_alike(one, two):
+def assert_equal_results(one, two):
     assert isinstance(one, dict), one[-2000:]
     assert isinstance(two, dict), two[-2000:]
-    for name, wanted in one.items():  # sums in another order, in float64
-        np.testing.assert_allclose(two[name], wanted, rtol=1e-9, atol=1e-12, err_msg=name)
+    for name, expected in one.items():  # float64 sums in another order
+        np.testing.assert_allclose(two[name], expected, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-def test_two_processes_end_where_one_does(tmp_path):
-    """With and without batches that share a step."""
-    assert_ends_alike(*(run(PROGRAM, tmp_path, processes) for processes in (1, 2)))
+def test_two_processes_train_the_model_of_one_process(tmp_path):
+    """With and without gradient accumulation."""
+    assert_equal_results(*(run(PROGRAM, tmp_path, processes) for processes in (1, 2)))
 
 
-def test_two_processes_with_a_loader_end_where_one_does(tmp_path):
-    """53 samples, 8 at a time, leave a last batch of 5; the order follows from the seed, also where a run is cut."""
+def test_two_processes_with_a_data_loader_train_the_model_of_one_process(tmp_path):
+    """53 samples in batches of 8 leave a last batch of 5. The order depends on the seed only, also in a resumed run."""
     one, two = (run(LOADERS, tmp_path, processes) for processes in (1, 2))
-    assert_ends_alike(one, two)
+    assert_equal_results(one, two)
     assert not np.array_equal(two["shuffled 0"], two["shuffled 1"])
     for name in ("shuffled", "own generator"):
         np.testing.assert_array_equal(two[f"{name} resumed"], two[f"{name} 1"])
 
 
-def test_batches_that_each_process_has_for_itself_are_refused(tmp_path):
-    told = run(SHARDED, tmp_path, 2)
-    assert "The first batch of epoch 1 is another one in each process." in told
-    assert "without DistributedSampler" in told
+def test_different_batches_in_each_process_are_an_error(tmp_path):
+    output = run(SHARDED, tmp_path, 2)
+    assert "The processes have different first batches in epoch 1." in output
+    assert "Remove DistributedSampler" in output
 
 
-def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
-    """Accelerate has been set up for this process alone, as by the caller before."""
+def test_processes_that_accelerate_does_not_see_are_an_error(monkeypatch):
+    """The caller has set up Accelerate for this process alone."""
     PartialState()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    sentence = r"torchrun started 2 processes, and Accelerate knows of 1\. Each would train on everything by itself\."
-    with own_precision(), pytest.raises(UsageError, match=sentence):
+    sentence = r"torchrun started 2 processes, and Accelerate sees 1\. Each process would train a separate model"
+    with separate_precision(), pytest.raises(UsageError, match=sentence):
         accelerator_for(Training())

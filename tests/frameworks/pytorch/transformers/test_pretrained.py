@@ -1,4 +1,4 @@
-"""A pruned model whose checkpoint `from_pretrained` could not load refuses to write one."""
+"""`save_pretrained` of a pruned model raises an error if `from_pretrained` could not load the checkpoint."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ import_beside("torchvision")
 transformers = import_beside("transformers")
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
-WORDS = torch.randint(3, 80, (2, 7), generator=torch.Generator().manual_seed(0))
-REFUSED = r"would write a checkpoint that from_pretrained cannot load\. .*kirsch\.save"
+TOKENS = torch.randint(3, 80, (2, 7), generator=torch.Generator().manual_seed(0))
+ERROR = r"would write a checkpoint that from_pretrained cannot load\. .*kirsch\.save"
 
 
 class Mixed(nn.Module, huggingface_hub.PyTorchModelHubMixin):
-    """Keeps the arguments of its constructor as its configuration, as PyTorchModelHubMixin does."""
+    """A model whose configuration has the arguments of its constructor, by PyTorchModelHubMixin."""
 
     def __init__(self, width=24):
         super().__init__()
@@ -39,15 +39,15 @@ class Mixed(nn.Module, huggingface_hub.PyTorchModelHubMixin):
 
 
 class Wrapper(nn.Module):
-    """A model of nobody's library with one of transformers in it, and layers of its own."""
+    """A user's model with a transformers model and a head."""
 
     def __init__(self):
         super().__init__()
         self.bert = bert("BertModel")
         self.head = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 3))
 
-    def forward(self, words):
-        return self.head(self.bert(words).last_hidden_state[:, 0])
+    def forward(self, tokens):
+        return self.head(self.bert(tokens).last_hidden_state[:, 0])
 
 
 def bert(kind="BertForSequenceClassification", layers=1):
@@ -71,28 +71,28 @@ def vit():
     return model, {"pixel_values": torch.randn(2, 3, 16, 16)}
 
 
-def made(kind, config, **settings):
-    """A model of words, and its inputs."""
+def language_model(kind, config, **settings):
+    """Return a language model and its inputs."""
     torch.manual_seed(0)
     config = getattr(transformers, config)(vocab_size=80, bos_token_id=1, eos_token_id=2, **settings)
-    return shaken(getattr(transformers, kind)(config)).eval(), {"input_ids": WORDS}
+    return shaken(getattr(transformers, kind)(config)).eval(), {"input_ids": TOKENS}
 
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 48, "intermediate_size": 96}
 GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 32, "use_cache": False}
 DISTIL = {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "max_position_embeddings": 32}
 MODELS = {
-    "bert": lambda: made("BertForSequenceClassification", "BertConfig", **SIZES),
-    "gpt2": lambda: made("GPT2LMHeadModel", "GPT2Config", **GPT2),
+    "bert": lambda: language_model("BertForSequenceClassification", "BertConfig", **SIZES),
+    "gpt2": lambda: language_model("GPT2LMHeadModel", "GPT2Config", **GPT2),
     "vit": vit,
-    "llama": lambda: made("LlamaForCausalLM", "LlamaConfig", **SIZES, num_key_value_heads=2, use_cache=False),
-    "distilbert": lambda: made("DistilBertForSequenceClassification", "DistilBertConfig", **DISTIL),
-    "t5": lambda: (t5(), {"input_ids": WORDS, "decoder_input_ids": WORDS}),
+    "llama": lambda: language_model("LlamaForCausalLM", "LlamaConfig", **SIZES, num_key_value_heads=2, use_cache=False),
+    "distilbert": lambda: language_model("DistilBertForSequenceClassification", "DistilBertConfig", **DISTIL),
+    "t5": lambda: (t5(), {"input_ids": TOKENS, "decoder_input_ids": TOKENS}),
 }
 
 
-def pruned(model, inputs=WORDS, *, scope="", params=0.6, **options):
-    """The pruned model, and the warnings of `kirsch.prune`."""
+def pruned(model, inputs=TOKENS, *, scope="", params=0.6, **options):
+    """Return the pruned model and the warnings of `kirsch.prune`."""
     plan = kirsch.plan(kirsch.trace(model, inputs, scope=scope), kirsch.Goal(params=params), round_to=1, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -101,28 +101,27 @@ def pruned(model, inputs=WORDS, *, scope="", params=0.6, **options):
 
 @pytest.fixture(scope="module")
 def small():
-    model, said = pruned(bert())
-    (text,) = said
+    model, (text,) = pruned(bert())
     assert "No configuration describes the pruned BertForSequenceClassification." in text
     assert 'kirsch.save, or plan with granularity=["ffn unit"], uniform=True.' in text
     assert "save_pretrained and push_to_hub raise an error" in text
     return model
 
 
-def assert_refused(model, folder):
+def assert_cannot_be_saved(model, folder):
     for method in (model.save_pretrained, model.push_to_hub):
-        with pytest.raises(UsageError, match=REFUSED):
+        with pytest.raises(UsageError, match=ERROR):
             method(folder / "checkpoint")
     assert not (folder / "checkpoint").exists()
 
 
-def test_pruning_warns_and_saving_is_refused_with_the_remedy(small, tmp_path):
-    assert_refused(small, tmp_path)
+def test_saving_raises_an_error_with_the_options_of_a_plan_that_can_be_saved(small, tmp_path):
+    assert_cannot_be_saved(small, tmp_path)
     with pytest.raises(
         UsageError, match=r'Save it with kirsch\.save, or plan with granularity=\["ffn unit"\], uniform=True\.'
     ):
         small.save_pretrained(tmp_path)
-    assert_refused(small.bert, tmp_path)  # a part that was cut with it
+    assert_cannot_be_saved(small.bert, tmp_path)  # a submodule that was cut
 
 
 @pytest.mark.parametrize(
@@ -136,20 +135,20 @@ def test_pruning_warns_and_saving_is_refused_with_the_remedy(small, tmp_path):
         ("t5", ["ffn unit", "head"]),
     ],
 )
-def test_a_model_that_is_planned_as_the_error_says_can_be_saved_and_loaded(kind, kinds, tmp_path):
+def test_a_model_planned_with_the_options_in_the_error_can_be_saved_and_loaded(kind, kinds, tmp_path):
     model, inputs = MODELS[kind]()
     named = rf"plan with granularity={re.escape(json.dumps(kinds))}, uniform=True\."
     once, _ = pruned(model, inputs, params=0.9)
     with pytest.raises(UsageError, match=named):
         once.save_pretrained(tmp_path)
-    small, said = pruned(model, inputs, params=0.85, granularity=kinds, uniform=True)
-    assert not said
+    small, warned = pruned(model, inputs, params=0.85, granularity=kinds, uniform=True)
+    assert not warned
     small.save_pretrained(tmp_path)
     again = type(small).from_pretrained(tmp_path).eval()
     assert torch.equal(again(**inputs)[0], small(**inputs)[0])
 
 
-def test_the_error_names_no_plan_where_no_number_of_the_configuration_counts_units(tmp_path):
+def test_the_error_proposes_no_plan_if_no_number_of_the_configuration_counts_units(tmp_path):
     torch.manual_seed(0)
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 1], num_labels=3)
     model = shaken(transformers.ResNetForImageClassification(config)).eval()
@@ -158,46 +157,46 @@ def test_the_error_names_no_plan_where_no_number_of_the_configuration_counts_uni
         small.save_pretrained(tmp_path)
 
 
-def test_copies_conversions_and_pickles_are_refused_too(small, tmp_path):
+def test_copies_conversions_and_pickles_raise_the_error(small, tmp_path):
     buffer = io.BytesIO()
     torch.save(small, buffer)
     buffer.seek(0)
     copies = [copy.deepcopy(small), torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(small))]
     for found in [*copies, copy.deepcopy(small).half(), nn.DataParallel(small).module, torch.compile(small)]:
-        assert_refused(found, tmp_path)
+        assert_cannot_be_saved(found, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:The teacher is not measurably better than chance:UserWarning")
-def test_what_kirsch_saves_and_trains_is_refused_too(small, tmp_path):
+def test_loaded_and_distilled_models_raise_the_error(small, tmp_path):
     kirsch.save(small, tmp_path / "small")
-    again = kirsch.load(tmp_path / "small", bert)  # warns of nothing
-    assert torch.equal(again.eval()(WORDS).logits, small(WORDS).logits)
-    assert_refused(again, tmp_path)
+    again = kirsch.load(tmp_path / "small", bert)  # without a warning
+    assert torch.equal(again.eval()(TOKENS).logits, small(TOKENS).logits)
+    assert_cannot_be_saved(again, tmp_path)
     training = kirsch.Training(epochs=1, learning_rate=0.01)
-    data = [(WORDS, torch.tensor([0, 1]))]
-    assert_refused(kirsch.distill(small, bert(), data, training=training).model, tmp_path)
+    data = [(TOKENS, torch.tensor([0, 1]))]
+    assert_cannot_be_saved(kirsch.distill(small, bert(), data, training=training).model, tmp_path)
 
 
-def test_the_state_and_the_traced_program_are_those_of_any_model(small):
+def test_the_error_does_not_change_the_state_dict_or_the_traced_program(small):
     assert not [name for name in small.state_dict() if "pretrained" in name]
-    program = torch.export.export(small, (WORDS,), strict=False)
-    torch.testing.assert_close(program.module()(WORDS).logits, small(WORDS).logits)
+    program = torch.export.export(small, (TOKENS,), strict=False)
+    torch.testing.assert_close(program.module()(TOKENS).logits, small(TOKENS).logits)
 
 
-def test_a_trainer_of_transformers_does_not_write_it(small, tmp_path):
+def test_a_trainer_of_transformers_raises_the_error(small, tmp_path):
     args = transformers.TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
-    with pytest.raises(UsageError, match=REFUSED):
+    with pytest.raises(UsageError, match=ERROR):
         transformers.Trainer(small, args).save_model(tmp_path / "checkpoint")
 
 
-def test_a_second_cut_that_a_configuration_describes_allows_saving_again(tmp_path):
+def test_a_second_cut_that_a_configuration_describes_can_be_saved(tmp_path):
     kinds = {"granularity": ["ffn unit"], "exclude": ["bert.pooler"]}
-    once, said = pruned(bert(layers=2), params=0.9, **kinds)
+    once, warned = pruned(bert(layers=2), params=0.9, **kinds)
     widths = [layer.intermediate.dense.out_features for layer in once.bert.encoder.layer]
     assert len(set(widths)) == 2
-    assert said
-    assert_refused(once, tmp_path)
-    plan = kirsch.plan(kirsch.trace(once, WORDS), kirsch.Goal(params=0.9), round_to=1, **kinds)
+    assert warned
+    assert_cannot_be_saved(once, tmp_path)
+    plan = kirsch.plan(kirsch.trace(once, TOKENS), kirsch.Goal(params=0.9), round_to=1, **kinds)
     content = json.loads(plan.to_json())
     content["groups"] = [
         {
@@ -213,55 +212,55 @@ def test_a_second_cut_that_a_configuration_describes_allows_saving_again(tmp_pat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         twice = kirsch.prune(once, kirsch.Plan.from_json(json.dumps(content)))
-    assert_refused(once, tmp_path)
+    assert_cannot_be_saved(once, tmp_path)
     kirsch.save(twice, tmp_path / "kirsch")
     for model in (twice, kirsch.load(tmp_path / "kirsch", lambda: bert(layers=2)).eval()):
         model.save_pretrained(tmp_path / "checkpoint")
         again = type(model).from_pretrained(tmp_path / "checkpoint").eval()
-        assert torch.equal(again(WORDS).logits, twice(WORDS).logits)
+        assert torch.equal(again(TOKENS).logits, twice(TOKENS).logits)
         model.bert.save_pretrained(tmp_path / "part")
 
 
-def test_a_part_that_is_pruned_alone_makes_whole_and_part_refuse(tmp_path):
-    model, said = pruned(bert(), scope="bert.encoder")
-    assert "a part was pruned alone: 'bert.encoder'" in said[0]
-    assert_refused(model, tmp_path)
-    assert_refused(model.bert, tmp_path)
+def test_after_pruning_a_submodule_both_model_and_submodule_raise_the_error(tmp_path):
+    model, warned = pruned(bert(), scope="bert.encoder")
+    assert "only a part was pruned: 'bert.encoder'" in warned[0]
+    assert_cannot_be_saved(model, tmp_path)
+    assert_cannot_be_saved(model.bert, tmp_path)
 
 
-def test_only_the_part_that_was_cut_refuses(tmp_path):
-    model, said = pruned(t5(), {"input_ids": WORDS, "decoder_input_ids": WORDS}, scope="encoder")
-    assert said
-    assert_refused(model, tmp_path)
-    assert_refused(model.encoder, tmp_path)
+def test_a_submodule_that_was_not_cut_can_be_saved(tmp_path):
+    model, warned = pruned(t5(), {"input_ids": TOKENS, "decoder_input_ids": TOKENS}, scope="encoder")
+    assert warned
+    assert_cannot_be_saved(model, tmp_path)
+    assert_cannot_be_saved(model.encoder, tmp_path)
     model.decoder.save_pretrained(tmp_path / "decoder")
     assert (tmp_path / "decoder" / "config.json").is_file()
 
 
-def test_a_checkpoint_within_a_model_of_nobodys_library_is_guarded(tmp_path):
-    model, said = pruned(Wrapper())
-    assert "No configuration describes the pruned 'bert', a BertModel." in said[0]
-    assert_refused(model.bert, tmp_path)
-    model, said = pruned(Wrapper(), params=0.99, exclude=["bert"])
+def test_a_transformers_model_within_a_users_model_raises_the_error_only_if_it_was_cut(tmp_path):
+    model, warned = pruned(Wrapper())
+    assert "No configuration describes the pruned 'bert', a BertModel." in warned[0]
+    assert_cannot_be_saved(model.bert, tmp_path)
+    model, warned = pruned(Wrapper(), params=0.99, exclude=["bert"])
     assert model.head[0].out_features < 32
-    assert not said  # nothing of it was cut
+    assert not warned  # only the head was cut
     model.bert.save_pretrained(tmp_path / "bert")
 
 
-def test_a_model_that_keeps_its_arguments_refuses(tmp_path):
-    model, said = pruned(Mixed(), torch.randn(4, 5))
-    assert "from_pretrained would build it in its original size" in said[0]
-    assert_refused(model, tmp_path)
+def test_a_model_with_pytorch_model_hub_mixin_raises_the_error(tmp_path):
+    model, warned = pruned(Mixed(), torch.randn(4, 5))
+    assert "from_pretrained would build it in its original size" in warned[0]
+    assert_cannot_be_saved(model, tmp_path)
 
 
 def test_a_model_without_save_pretrained_is_pruned_without_a_warning():
-    model, said = pruned(nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 3)), torch.randn(4, 5))
-    assert not said
+    model, warned = pruned(nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 3)), torch.randn(4, 5))
+    assert not warned
     assert not hasattr(model, "save_pretrained")
 
 
-def test_without_verification_a_checkpoint_is_refused(tmp_path):
-    plan = kirsch.plan(kirsch.trace(model := bert(), WORDS), kirsch.Goal(params=0.6), round_to=1)
+def test_saving_a_model_pruned_without_verification_raises_the_error(tmp_path):
+    plan = kirsch.plan(kirsch.trace(model := bert(), TOKENS), kirsch.Goal(params=0.6), round_to=1)
     with pytest.warns(UserWarning, match="No configuration describes the pruned Bert"):
         small = kirsch.prune(model, plan, verify=False)
-    assert_refused(small, tmp_path)
+    assert_cannot_be_saved(small, tmp_path)

@@ -1,4 +1,4 @@
-"""Weights that are computed from whole parameters are named where a cut changes them; the power is a number."""
+"""Computed weights that a cut changes are listed; the power of a verification is finite."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ CHANGING = {
     "spectral norm": parametrizations.spectral_norm,
     "spectral norm by a hook": nn.utils.spectral_norm,
     "weight norm": parametrizations.weight_norm,
-    "weight norm of the whole": lambda layer: parametrizations.weight_norm(layer, dim=None),
+    "weight norm over all axes": lambda layer: parametrizations.weight_norm(layer, dim=None),
     "weight norm of columns": lambda layer: parametrizations.weight_norm(layer, dim=1),
     "weight norm by a hook": nn.utils.weight_norm,
     "standardized": like(Standardized),
@@ -103,7 +103,7 @@ def pruned(wrap):
 
 
 @pytest.mark.parametrize("kind", CHANGING)
-def test_a_weight_that_changes_for_what_stays_is_named(kind):
+def test_modules_whose_computed_weight_changes_for_kept_units_are_listed(kind):
     _, found = pruned(CHANGING[kind])
     assert "b" in found.verification.reweighted
     assert any("`b` (to " in note and "times its size" in note for note in found.notes)
@@ -111,7 +111,7 @@ def test_a_weight_that_changes_for_what_stays_is_named(kind):
     assert found.verification.to_dict()["reweighted"] == dict(found.verification.reweighted)
 
 
-def test_the_factor_is_that_of_the_kept_rows():
+def test_the_reported_size_is_the_rms_ratio_of_the_kept_entries():
     model, found = pruned(parametrizations.weight_norm)
     model.eval(), found.model.eval()
     removal = next(removal for removal in found.plan.groups if removal.name == "b")
@@ -127,22 +127,22 @@ STAYING = {"plain": lambda layer: layer, "orthogonal": parametrizations.orthogon
 
 
 @pytest.mark.parametrize("kind", STAYING)
-def test_a_weight_that_stays_what_it_is_for_what_stays_is_not_named(kind):
+def test_modules_whose_computed_weight_is_unchanged_are_not_listed(kind):
     _, found = pruned(STAYING[kind])
     assert not found.verification.reweighted
     assert found.verification.power > 1e-3
 
 
-def test_a_cut_in_training_mode_leaves_the_vectors_of_spectral_norm_as_they_were():
+def test_a_model_with_spectral_norm_is_pruned_in_training_mode():
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 4)).train()
     found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
     assert found.verification.passed
     assert all(module.training for module in found.model.modules())
 
 
-def test_power_compares_the_units_that_both_runs_show():
+def test_power_compares_only_kept_units_of_an_output_that_loses_units():
     class Both(nn.Module):
-        """What it returns beside its logits loses units, as hidden states do."""
+        """Returns logits and hidden states; the hidden states lose units."""
 
         def __init__(self):
             super().__init__()
@@ -169,11 +169,11 @@ def test_power_compares_the_units_that_both_runs_show():
         ([3.0, 0.0], [-3.0, 0.0], 2.0),
     ],
 )
-def test_power_is_a_finite_number(masked, dense, expected):
+def test_power_is_the_largest_relative_difference(masked, dense, expected):
     assert effect([torch.tensor(masked)], [torch.tensor(dense)]) == pytest.approx(expected)
 
 
-def test_a_weight_that_changes_is_named_without_verification_too():
+def test_prune_without_verification_warns_of_changed_computed_weights():
     model = shaken(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)))
     plan = kirsch.plan(kirsch.trace(model, torch.randn(2, 6)), Goal(params=0.6))
     with pytest.warns(UserWarning, match=r"The weights of `0` \(to .* times its size\) are computed from whole"):

@@ -209,7 +209,7 @@ FAULTS = {
         "batch norm", buffers(lambda value, kept: value[: len(kept)])
     ),
     "tied weights are cut apart": Fault("tied weights", replaced(surgery, "cut", untied), "does not share the tensors"),
-    "a recurrent layer keeps its old width": Fault("LSTM", replaced(surgery, "tell_widths", doing_nothing), FAILING),
+    "a recurrent layer keeps its old width": Fault("LSTM", replaced(surgery, "update_widths", doing_nothing), FAILING),
     **{
         f"integers of {name} keep their old values": Fault(
             name, replaced(Graph, "constants", lambda plain: lambda *_: {})
@@ -243,7 +243,7 @@ def verified_cut(name):
     model, inputs = NETS[name]
     graph = tracing.trace(model, inputs)
     keep = graph.keep(half_of_everything(graph, SEED))
-    return PyTorch()._prove(surgery.cut(model, graph, keep), model, graph, keep)
+    return PyTorch()._verify(surgery.cut(model, graph, keep), model, graph, keep)
 
 
 @functools.cache

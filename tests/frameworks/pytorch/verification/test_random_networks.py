@@ -1,4 +1,4 @@
-"""Random small networks of layers, norms, attention, sums, joins, splits, shuffles: a cut never fails nor differs."""
+"""Small random networks of layers, norms, attention, sums, joins, splits and shuffles pass the verification."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from proving import assert_cut_is_right
 
 
 class Tokens(nn.Module):
-    """A layer over the places of an image as tokens."""
+    """A layer over the pixels of an image as tokens."""
 
     def __init__(self, layer):
         super().__init__()
@@ -25,12 +25,12 @@ class Tokens(nn.Module):
 
 
 class Attention(nn.Module):
-    """Two heads, scaled as PyTorch does."""
+    """Scaled dot-product attention with two heads."""
 
-    def __init__(self, here, width):
+    def __init__(self, inputs, width):
         super().__init__()
         self.heads = 2
-        self.q, self.k, self.v = (nn.Linear(here, width) for _ in range(3))
+        self.q, self.k, self.v = (nn.Linear(inputs, width) for _ in range(3))
 
     def forward(self, x):
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
@@ -38,11 +38,11 @@ class Attention(nn.Module):
 
 
 class Halves(nn.Module):
-    """The channels split at an attribute, and added."""
+    """The sum of two halves of the channels; an attribute holds the width of a half."""
 
-    def __init__(self, here):
+    def __init__(self, inputs):
         super().__init__()
-        self.half = here // 2
+        self.half = inputs // 2
 
     def forward(self, x):
         left, right = x.split([self.half, self.half], 1)
@@ -53,7 +53,7 @@ def shuffled(x):
     return x.view(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
 
 
-# A step: what makes a layer of the widths of its two inputs and a width to choose; what it does; its own width.
+# Step → (widths a and b of its inputs and a chosen width w → layer; layer and inputs → output; widths → output width).
 STEPS = {
     "conv": (lambda a, b, w: nn.Conv2d(a, w, 3, padding=1), lambda f, x, y: f(x), lambda a, b, w: w),
     "linear": (lambda a, b, w: Tokens(nn.Linear(a, w)), lambda f, x, y: f(x), lambda a, b, w: w),
@@ -89,11 +89,11 @@ EVEN = {
     "split": (lambda a, b, w: Halves(a), lambda f, x, y: f(x), lambda a, b, w: a // 2),
 }
 ALL = {**STEPS, **EVEN}
-"""Those of `EVEN` ask for an even number of channels, and are left out elsewhere."""
+"""Steps of `EVEN` need an even number of channels and are skipped elsewhere."""
 
 
 class RandomNet(nn.Module):
-    """Steps over a list of activations; each step takes one or two of them and adds one."""
+    """Steps over a list of activations; each step takes one or two of these and appends one."""
 
     def __init__(self, steps):
         super().__init__()
@@ -118,20 +118,20 @@ step = st.tuples(st.sampled_from(list(ALL)), st.integers(0, 99), st.integers(0, 
 NETWORKS = given(st.lists(step, min_size=2, max_size=9), st.sampled_from([0.3, 0.5, 0.8]))
 
 
-def assert_network_is_cut_right(steps, share):
+def assert_random_network_is_verified(steps, share):
     torch.manual_seed(0)
     assert_cut_is_right(RandomNet(steps), torch.randn(2, 3, 5, 5), share=share, power=-1.0)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @NETWORKS
-def test_a_random_network_is_cut_right(steps, share):
-    assert_network_is_cut_right(steps, share)
+def test_random_networks_pass_the_verification(steps, share):
+    assert_random_network_is_verified(steps, share)
 
 
 @pytest.mark.sweep
 @pytest.mark.timeout(3600)
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @NETWORKS
-def test_many_random_networks_are_cut_right(steps, share):
-    assert_network_is_cut_right(steps, share)
+def test_many_random_networks_pass_the_verification(steps, share):
+    assert_random_network_is_verified(steps, share)

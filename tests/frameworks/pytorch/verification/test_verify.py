@@ -1,4 +1,4 @@
-"""The proof sees every fault that is planted."""
+"""The verification detects faults that are planted in a pruned model."""
 
 from __future__ import annotations
 
@@ -62,24 +62,24 @@ FAULTS = {
 }
 
 
-def test_a_right_cut_passes(case):
+def test_a_correct_cut_passes(case):
     model, graph, keep, pruned = case
-    proof = verify(pruned, model, graph, keep)
-    assert proof.passed
-    assert proof.error < 1e-12
-    assert proof.power > 0.01
-    assert len(proof.statistics) == 2
+    verification = verify(pruned, model, graph, keep)
+    assert verification.passed
+    assert verification.error < 1e-12
+    assert verification.power > 0.01
+    assert len(verification.statistics) == 2
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_proof_sees(fault, case):
+def test_a_fault_in_a_tensor_or_attribute_is_detected(fault, case):
     model, graph, keep, pruned = case
     FAULTS[fault](pruned)
     with pytest.raises(VerificationError):
-        PyTorch()._prove(pruned, model, graph, keep)
+        PyTorch()._verify(pruned, model, graph, keep)
 
 
-def test_a_wrong_statistic_is_seen(case, monkeypatch):
+def test_a_statistic_over_removed_entries_is_detected(case, monkeypatch):
     model, graph, keep, pruned = case
     plain = masked.STATISTICS["layer_norm"]
     monkeypatch.setitem(masked.STATISTICS, "layer_norm", lambda mask, *a: plain(torch.ones_like(mask), *a))
@@ -87,9 +87,9 @@ def test_a_wrong_statistic_is_seen(case, monkeypatch):
         verify(pruned, model, graph, keep)
 
 
-def test_branches_that_start_at_zero_cannot_hide_a_fault():
+def test_a_fault_in_a_branch_that_is_scaled_by_zero_is_detected():
     model = network().eval()
-    nn.init.zeros_(model[1].weight)  # the branch puts out nothing
+    nn.init.zeros_(model[1].weight)  # the output of the branch is zero
     nn.init.zeros_(model[4].weight)
     graph = trace(model, torch.randn(2, 3, 9, 9))
     keep = graph.keep(half_of_everything(graph))
@@ -113,7 +113,7 @@ class Between(nn.Module):
 
 def refuse(self, x):
     if x.dtype == torch.float64:
-        raise TypeError("float64 is not for me")
+        raise TypeError("float64 is not supported")
     return self.second(x)
 
 
@@ -143,10 +143,10 @@ def test_a_model_that_refuses_float64_is_verified_in_float32():
 
 
 @pytest.mark.parametrize("between", [half_and_back, autocast, constant])
-def test_what_converts_its_numbers_is_verified_in_float64_all_the_same(between):
-    proof = verified(shaken(Between(between)), torch.randn(3, 4))
-    assert "float64" in proof.reason
-    assert proof.error < 1e-12
+def test_a_forward_that_converts_dtypes_is_verified_in_float64(between):
+    verification = verified(shaken(Between(between)), torch.randn(3, 4))
+    assert "float64" in verification.reason
+    assert verification.error < 1e-12
 
 
 OUTPUTS = {
@@ -167,15 +167,15 @@ def limited(scores, number):
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
-def test_faults_are_seen_in(kind):
-    torch.manual_seed(0)  # of few samples and unlucky weights, every class could stay what it was
+def test_faults_are_detected_in_outputs_of_each_kind(kind):
+    torch.manual_seed(0)  # with few samples and unlucky weights, no predicted class might change
     model, inputs = shaken(Between(OUTPUTS[kind])), torch.randn(300, 4)
     assert verified(model, inputs).passed
     with pytest.raises(VerificationError, match="not equal to the masked original"):
         verified(model, inputs, lambda m: setattr(m.second.weight, "data", swap(m.second.weight, 1)))
 
 
-def test_complex_weights_stay_complex():
+def test_a_model_with_complex_weights_is_verified():
     class Filter(nn.Module):
         def __init__(self):
             super().__init__()
@@ -189,7 +189,7 @@ def test_complex_weights_stay_complex():
     assert verified(shaken(Filter()), torch.randn(3, 4)).passed
 
 
-def test_small_variances_and_logarithms_survive_the_noise():
+def test_the_noise_keeps_small_variances_and_arguments_of_logarithms_positive():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -200,12 +200,12 @@ def test_small_variances_and_logarithms_survive_the_noise():
         def forward(self, x):
             return self.second(self.first(x) * self.rate.log() / self.variance.sqrt())
 
-    proof = verified(Scaled(), torch.randn(3, 4))
-    assert proof.passed
-    assert proof.power > 0.01
+    verification = verified(Scaled(), torch.randn(3, 4))
+    assert verification.passed
+    assert verification.power > 0.01
 
 
-def test_a_model_that_draws_random_numbers_is_refused_by_that_name():
+def test_a_model_that_draws_random_numbers_in_inference_is_an_error():
     model, inputs = Between(lambda s, x: s.second(F.dropout(x, 0.5, training=True))), torch.randn(3, 4)
     torch.manual_seed(3)
     expected = torch.rand(3)
@@ -215,7 +215,7 @@ def test_a_model_that_draws_random_numbers_is_refused_by_that_name():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_model_that_draws_as_much_after_the_cut_is_held_against_the_same_draws():
+def test_a_model_that_draws_equally_many_numbers_after_the_cut_is_compared_with_the_same_seed():
     def shuffled(self, x):
         order = torch.rand(x.shape[0], x.shape[1]).argsort(1)
         return self.second(x.gather(1, order.unsqueeze(-1).expand_as(x)))
@@ -224,7 +224,7 @@ def test_a_model_that_draws_as_much_after_the_cut_is_held_against_the_same_draws
 
 
 @pytest.mark.parametrize("number", [0.0, 1.0])
-def test_an_example_of_one_number_everywhere_cannot_hide_a_fault(number):
+def test_a_constant_example_input_cannot_hide_a_fault(number):
     model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 2, bias=False))
     inputs = torch.full((3, 4), number)
     assert verified(model, inputs).power > 1e-3
@@ -253,32 +253,32 @@ TOKENS = {
 
 
 @pytest.mark.parametrize("kind", TOKENS)
-def test_what_the_example_does_not_show_is_named(kind):
+def test_modules_without_effect_on_the_outputs_are_listed_as_unseen(kind):
     inputs, unseen = TOKENS[kind]
     assert verified(shaken(Attention()), inputs).unseen == unseen
 
 
-def test_an_output_of_classes_shows_no_slope_and_nothing_is_said():
+def test_no_module_is_listed_as_unseen_if_no_output_is_differentiable():
     assert verified(shaken(Between(OUTPUTS["classes"])), torch.randn(3, 4)).unseen == ()
 
 
-def test_an_output_of_zeros_in_single_precision_differs_from_none():
+def test_the_distance_from_a_reference_of_zeros_is_zero_only_for_zeros():
     zeros = [torch.zeros(3)]
     assert distance(zeros, zeros) == 0.0
     assert distance(zeros, [torch.ones(3)]) > 1e9
 
 
-def test_a_model_that_puts_out_nan_is_refused_by_that_name():
-    with pytest.raises(VerificationError, match="It puts out NaN"):
+def test_a_model_that_returns_nan_is_an_error():
+    with pytest.raises(VerificationError, match="It returns NaN"):
         verified(Between(lambda s, x: s.second(x).sub(100).log()), torch.randn(3, 4))
 
 
-def test_a_model_that_puts_out_infinity_alone_is_refused():
+def test_a_model_that_returns_only_infinity_is_an_error():
     with pytest.raises(VerificationError, match="no finite number"):
         verified(Between(lambda s, x: s.second(x).abs() / 0), torch.randn(3, 4))
 
 
-def test_infinities_beside_finite_numbers_are_equal_where_they_are_the_same():
+def test_equal_infinities_beside_finite_numbers_have_distance_zero():
     one, other = torch.tensor([1.0, -torch.inf]), torch.tensor([-torch.inf, 1.0])
     assert distance([one], [one]) == 0
     assert not distance([one], [other]) <= 1
@@ -287,19 +287,19 @@ def test_infinities_beside_finite_numbers_are_equal_where_they_are_the_same():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("limit", ["eps", "tiny", "min"])
-def test_limits_of_the_type_in_the_code_are_those_of_the_trace(limit, dtype):
+def test_limits_of_the_dtype_in_the_code_are_those_of_the_trace(limit, dtype):
     model = Between(lambda s, x: s.second(x) * getattr(torch.finfo(x.dtype), limit)).to(dtype)
     assert verified(model, torch.randn(3, 4, dtype=dtype)).passed
     assert torch.finfo is FINFO
 
 
-def test_large_numbers_alone_are_compared():
+def test_outputs_with_large_values_only_are_compared():
     assert distance([torch.tensor([1e38, 2e38])], [torch.tensor([1e38, 1e38])]) > 0.1
 
 
-def test_a_model_without_values_is_refused_by_that_name():
+def test_a_model_on_the_meta_device_is_an_error():
     model = Between(lambda s, x: s.second(x)).to("meta")
-    with pytest.raises(VerificationError, match="lives on the meta device"):
+    with pytest.raises(VerificationError, match="is on the meta device"):
         verified(model, torch.randn(3, 4, device="meta"))
 
 
@@ -307,12 +307,12 @@ def only_in_training(self, x):
     return self.second(x.view(-1, 8) if self.training else x)
 
 
-def test_a_width_that_only_training_holds_on_to_is_seen():
+def test_a_fixed_width_in_the_training_branch_of_the_forward_is_detected():
     with pytest.raises(VerificationError, match=r"runs in inference mode only\. RuntimeError: shape '\[-1, 8\]'"):
         verified(Between(only_in_training), torch.randn(3, 4))
 
 
-def test_a_model_that_cannot_train_as_it_is_may_be_cut():
+def test_a_model_whose_original_fails_in_training_mode_is_verified_in_inference():
     def either(self, x):
         if self.training:
             raise ValueError("needs targets")
@@ -321,7 +321,7 @@ def test_a_model_that_cannot_train_as_it_is_may_be_cut():
     assert verified(shaken(Between(either)), torch.randn(3, 4)).passed
 
 
-def test_whatever_the_code_of_the_pruned_model_raises_is_told_in_one_sentence(case):
+def test_the_error_for_a_pruned_model_that_fails_names_exception_and_line():
     class Checked(nn.Linear):
         def forward(self, x):
             {8: None}[x.shape[1]]
@@ -331,10 +331,10 @@ def test_whatever_the_code_of_the_pruned_model_raises_is_told_in_one_sentence(ca
     graph = trace(model, torch.randn(3, 4))
     keep = graph.keep(half_of_everything(graph))
     with pytest.raises(VerificationError, match=r"does not run\. KeyError: 4\. It is raised at test_verify\.py:\d+\."):
-        PyTorch()._prove(cut(model, graph, keep), model, graph, keep)
+        PyTorch()._verify(cut(model, graph, keep), model, graph, keep)
 
 
-def test_inputs_that_the_model_writes_into_are_left_as_they_were():
+def test_inputs_that_the_model_changes_in_place_are_not_changed():
     inputs = torch.randn(3, 4, dtype=torch.float64)
     before = inputs.clone()
     model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double()
@@ -343,7 +343,7 @@ def test_inputs_that_the_model_writes_into_are_left_as_they_were():
 
 
 class Auxiliary(nn.Module):
-    """A second head that only training runs, over the sum of two layers of its own."""
+    """A classifier with an auxiliary head, over the sum of two layers, that only runs in training mode."""
 
     def __init__(self, *, draws=False):
         super().__init__()
@@ -358,7 +358,7 @@ class Auxiliary(nn.Module):
         return self.second(x), self.head(self.norm(F.dropout(self.left(x) + self.right(x), 0.3, training=True)))
 
 
-def test_what_only_training_runs_is_cut_and_held_against_the_masked_original():
+def test_modules_that_only_run_in_training_mode_are_cut_and_verified():
     model = shaken(Auxiliary())
     graph = trace(model, torch.randn(5, 4))
     assert sorted(group.size for group in graph.groups) == [6, 8]
@@ -366,7 +366,7 @@ def test_what_only_training_runs_is_cut_and_held_against_the_masked_original():
 
 
 @pytest.mark.parametrize("left_out", ["the tie of a sum", "the statistic of a normalization"])
-def test_a_fault_in_what_only_training_runs_is_seen(monkeypatch, left_out):
+def test_a_fault_in_modules_that_only_run_in_training_mode_is_detected(monkeypatch, left_out):
     def untied(step):
         for tensor in step.tensors()[1:]:
             for axis in tensor.axes:
@@ -385,9 +385,9 @@ def test_a_fault_in_what_only_training_runs_is_seen(monkeypatch, left_out):
         verified(shaken(Auxiliary()), torch.randn(5, 4))
 
 
-def test_a_model_that_draws_what_it_runs_in_training_is_not_refused_for_that():
+def test_a_model_that_chooses_a_training_branch_at_random_is_verified_in_inference():
     seen = set()
     for seed in range(6):
         torch.manual_seed(seed)
         seen.add(verified(shaken(Auxiliary(draws=True)), torch.randn(5, 4)).unseen)
-    assert ("left", "right", "head", "norm") in seen  # where it went another way, that is said
+    assert ("left", "right", "head", "norm") in seen  # listed where the branch was not taken

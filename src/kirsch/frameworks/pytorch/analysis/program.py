@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis.integers import PACKAGES
 from kirsch.frameworks.pytorch.analysis.provenance import RecordedCalls, record_calls, traceable_copy
-from kirsch.frameworks.pytorch.inference.calling import fix_of_inputs, fix_of_looked_up, looks_up, without_values
-from kirsch.frameworks.pytorch.modules.copying import kept_by_hooks
-from kirsch.frameworks.pytorch.modules.interpreted import owned
+from kirsch.frameworks.pytorch.inference.calling import embedding_fix, fix_of_inputs, is_embedding_error, without_values
+from kirsch.frameworks.pytorch.modules.copying import restoring_attributes
+from kirsch.frameworks.pytorch.modules.interpreted import assign_modules
 from kirsch.frameworks.pytorch.modules.unsupported import reason_of
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def export(
         _parameters_to_buffers(copied)
     with_values = dict.fromkeys(WITH_VALUES, decisions == "example")
     with (
-        kept_by_hooks(model),
+        restoring_attributes(model),
         _quiet(),
         torch.no_grad(),
         traceback.preserve_node_meta(),
@@ -78,7 +78,7 @@ def export(
         except Exception as error:
             raise ModelError(*_reason(model, args, options, recorded, error)) from error
     signature = functional.graph_signature
-    owned(functional, {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
+    assign_modules(functional, {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
     return functional
 
 
@@ -127,8 +127,8 @@ def _reason(
         return what, f"{known[0]} ({type(error).__name__}{place})", known[1]
     why = f"{type(error).__name__}{place}: {first}"
     why = why if why.endswith((".", "!", "?")) else f"{why}."
-    if looks_up(error):
-        return what, why, fix_of_looked_up(args, options)
+    if is_embedding_error(error):
+        return what, why, embedding_fix(args, options)
     dynamic = any(word in type(error).__name__ for word in ("DataDependent", "GuardOn")) or "data-dependent" in str(
         error
     )

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from kirsch.frameworks.pytorch.analysis.integers import Comparison, LostOrigin, TracedInt
 from kirsch.frameworks.pytorch.inference.outputs import named
 from kirsch.frameworks.pytorch.modules.copying import copy_of
-from kirsch.frameworks.pytorch.modules.interpreted import NUMBERS, plant, put_number, shell_of
+from kirsch.frameworks.pytorch.modules.interpreted import NUMBERS, plain_module_of, replace_integers
+from kirsch.frameworks.pytorch.modules.interpreted import set_integer as set_graph_integer
 from kirsch.graph.expression import Leaf
 
 if TYPE_CHECKING:
@@ -300,7 +301,7 @@ def traceable_copy(model: nn.Module, *, shared: bool, training: bool) -> nn.Modu
     """
     same: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]} if shared else {}
     copied = copy_of(model, same)
-    return shell_of(copied.train(training))
+    return plain_module_of(copied.train(training))
 
 
 def record_calls(model: nn.Module, recorded: RecordedCalls) -> None:
@@ -310,7 +311,9 @@ def record_calls(model: nn.Module, recorded: RecordedCalls) -> None:
     read.
     """
     for path, module in model.named_modules():
-        plant(module, path, lambda value, leaf: TracedInt.leaf(value, leaf, recorded.events) if value > 1 else value)
+        replace_integers(
+            module, path, lambda size, leaf: TracedInt.leaf(size, leaf, recorded.events) if size > 1 else size
+        )
         from_torch = type(module).__module__.startswith("torch.nn.")
         for name, value in list(vars(module).items()):
             if not name.startswith("_") and (not from_torch or name in WIDTHS):
@@ -343,7 +346,7 @@ def record_calls(model: nn.Module, recorded: RecordedCalls) -> None:
 
 
 def _axis_of(module: nn.Module, name: str) -> int | None:
-    """Return the axis of a standard layer's weight whose size an attribute states; see `surgery.tell_widths`.
+    """Return the axis of a standard layer's weight whose size an attribute states; see `surgery.cut.update_widths`.
 
     Such an attribute always equals the size of the weight, so it is traced as that size.
     """
@@ -401,7 +404,7 @@ def set_integer(model: nn.Module, leaf: Leaf, value: int) -> None:
     """Set an integer attribute of a module to a new value."""
     module = model.get_submodule(leaf.module)
     if leaf.attribute.startswith(NUMBERS):
-        put_number(module, leaf, value)
+        set_graph_integer(module, leaf, value)
         return
     if leaf.index is None:
         setattr(module, leaf.attribute, value)

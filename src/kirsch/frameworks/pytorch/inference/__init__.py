@@ -1,1 +1,1 @@
-"""Running a model in inference mode: its arguments, its outputs, and the errors of both."""
+"""Run a model in inference mode: arguments, outputs, and errors for both."""

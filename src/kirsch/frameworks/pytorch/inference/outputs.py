@@ -1,4 +1,4 @@
-"""What a model puts out, as tensors with names, and which of them count."""
+"""Named tensors in the outputs of a model."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from torch import nn
 
 PREDICTIONS = ("logits", "pred")
-"""Words in the names of outputs that a model is trained for."""
+"""Parts of the names of predictions."""
 
 
 def named(outputs: Any) -> dict[str, torch.Tensor]:
-    """All tensors in what a model puts out, by path: "logits", "0", "aux.0"; a single tensor is "0".
+    """Return all tensors in the outputs of a model, by path: "logits", "0", "aux.0"; a single tensor is "0".
 
-    Mappings, sequences, dataclasses and other objects with attributes are gone through, each object once.
+    Mappings, sequences, dataclasses and other objects with attributes are searched, each object once.
     """
-    found: dict[str, torch.Tensor] = {}
+    by_path: dict[str, torch.Tensor] = {}
     for path, tensor in _tensors([outputs] if isinstance(outputs, torch.Tensor) else outputs, "", set()):
         name = path
-        while name in found:  # {"a.b": ..., "a": {"b": ...}}
+        while name in by_path:  # {"a.b": ..., "a": {"b": ...}}
             name += "'"
-        found[name] = tensor
-    return found
+        by_path[name] = tensor
+    return by_path
 
 
 def _tensors(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -57,19 +57,24 @@ def _parts(value: Any) -> list[tuple[Any, Any]]:
     return list(vars(value).items()) if hasattr(value, "__dict__") and not isinstance(value, type) else []
 
 
-def counting(names: Sequence[str], asked: Sequence[str]) -> set[str]:
-    """Which of these outputs count: those asked for, else all but hidden states and the like beside predictions.
+def counting(names: Sequence[str], selected: Sequence[str]) -> set[str]:
+    """Return the outputs that must keep their shapes.
+
+    Args:
+        names: of all outputs.
+        selected: names or prefixes of outputs. If empty: all outputs, without hidden states, attention weights and
+            caches if there are predictions.
 
     Raises:
-        UnknownNameError: there is no output of a name that is asked for.
+        UnknownNameError: no output has a selected name.
     """
-    for name in asked:
-        if not any(_within(found, name) for found in names):
+    for name in selected:
+        if not any(_within(path, name) for path in names):
             raise UnknownNameError("output", name, names)
-    if asked:
-        return {found for found in names if any(_within(found, name) for name in asked)}
-    main = {found for found in names if not any(word in found for word in ASIDE)}
-    predicts = any(word in found for found in main for word in PREDICTIONS)
+    if selected:
+        return {path for path in names if any(_within(path, name) for name in selected)}
+    main = {path for path in names if not any(word in path for word in ASIDE)}
+    predicts = any(word in path for path in main for word in PREDICTIONS)
     return main if predicts else set(names)
 
 
@@ -78,20 +83,25 @@ def _within(path: str, name: str) -> bool:
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """What the configuration of a model of transformers calls its classes; empty for its "LABEL_0" and for others."""
+    """Return the class names in the configuration of a transformers model.
+
+    Empty for other models, and for the default names "LABEL_0", "LABEL_1", ...
+    """
     names = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(names, dict) or set(names) != set(range(len(names))):
         return []
-    found = [str(names[number]) for number in range(len(names))]
-    return [] if found == [f"LABEL_{number}" for number in range(len(names))] else found
+    ordered = [str(names[number]) for number in range(len(names))]
+    return [] if ordered == [f"LABEL_{number}" for number in range(len(names))] else ordered
 
 
 def positions(model: nn.Module, mask: Any) -> Any:
-    """The mask (N, L) of what a model holds inside: of frames where a model of speech strides over the sound.
+    """Return the mask of the hidden positions, shape (N, L), from the mask of the inputs.
+
+    L is T, except for speech models, whose convolutions have strides over the samples of the sound.
 
     Args:
-        model: any.
-        mask: of its inputs, shape (N, T), of numpy or PyTorch; nonzero where there is something.
+        model: any model.
+        mask: numpy array or tensor of shape (N, T), nonzero at valid inputs.
     """
     frames = getattr(model, "_get_feature_vector_attention_mask", None)
     if frames is None:

@@ -1,4 +1,4 @@
-"""Outputs of a model in inference mode."""
+"""Run models on batches, and return their outputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """Example inputs of which some are positional and some are keyword arguments, as a part of a model may take."""
+    """Example inputs with positional and keyword arguments, as a submodule may take them."""
 
     args: tuple[Any, ...]
     options: dict[str, Any]
@@ -59,53 +59,58 @@ def _from_numpy(array: NDArray[Any]) -> torch.Tensor:
 
 
 def copied(inputs: Any) -> Any:
-    """Inputs that a model may write into."""
+    """Return inputs with cloned tensors, which a model may change in place."""
     return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, inputs)
 
 
-def called(model: nn.Module, args: Any, options: Any, asked: Any = MappingProxyType({})) -> Any:
-    """What a model puts out, with further keywords that it is asked by.
+def called(model: nn.Module, args: Any, options: Any, extra: Any = MappingProxyType({})) -> Any:
+    """Call a model and return its outputs.
+
+    Args:
+        model: the model.
+        args, options: positional and keyword arguments.
+        extra: keyword arguments that the forward is known to take.
 
     Raises:
-        UsageError: it does not run, and its inputs are of another type than it computes in, are called otherwise than
-            its arguments, or lack those of a decoder.
-        DataError: it normalizes over the batch, in training mode, and the batch has one sample.
-        ModelError: it does not run for another reason, such as the shapes of its inputs.
+        UsageError: the inputs have another dtype than the model or unknown names, or a decoder lacks its inputs.
+        DataError: the model has batch normalization in training mode, and the batch has one sample.
+        ModelError: the model does not run for another reason, such as the shapes of the inputs.
     """
-    args, options = fitted(model, args, options, asked)
+    args, options = fitted(model, args, options, extra)
     try:
         return model(*args, **options)
     except UNFIT as error:
         if lacks_memory(error):  # the caller may try a smaller batch
             raise
-        raise _reason(model, args, options, asked, error) from error
+        raise _call_error(model, args, options, extra, error) from error
 
 
-def _reason(model: nn.Module, args: Any, options: Any, asked: Any, error: Exception) -> KirschError:
-    """The error for a model that raises on these arguments."""
+def _call_error(model: nn.Module, args: Any, options: Any, extra: Any, error: Exception) -> KirschError:
+    """Return the error for a model that raises an exception on these arguments."""
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return one_sample(model, error)
-    decodes = isinstance(error, ValueError) and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if decodes and not any(name.startswith("decoder_input") for name in options):
+    decoder = isinstance(error, ValueError) and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if decoder and not any(name.startswith("decoder_input") for name in options):
         return UsageError(
-            f"{type(model).__name__} has a decoder, and the batches have no decoder_input_ids for it.",
+            f"{type(model).__name__} has a decoder, and the batches have no decoder_input_ids.",
             said(error),
-            "Give DataCollatorForSeq2Seq the model, or model.prepare_decoder_input_ids_from_labels(labels=labels).",
+            "Pass the model to DataCollatorForSeq2Seq, or add "
+            "model.prepare_decoder_input_ids_from_labels(labels=labels) to the batches.",
         )
-    reason = explained(model, args, options, error) if isinstance(error, (RuntimeError, TypeError)) else None
-    if reason is not None:
-        return reason
-    named_inputs = {name: value for name, value in options.items() if name not in asked}
+    explanation = explained(model, args, options, error) if isinstance(error, (RuntimeError, TypeError)) else None
+    if explanation is not None:
+        return explanation
+    named_inputs = {name: value for name, value in options.items() if name not in extra}
     return not_running(model, named_inputs or (args[0] if len(args) == 1 else args), error)
 
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """The model in inference mode; each module gets its own mode back afterwards."""
+    """Set a model to inference mode within the block, and restore the mode of each module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-    except NotImplementedError:  # of torch.export, whose mode is the one that it was exported in
+    except NotImplementedError:  # raised by modules of torch.export, whose mode is fixed
         model.training = False
     try:
         yield
@@ -114,7 +119,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
-    """All tensors that a model puts out in its present mode, without gradient; it may write into its inputs."""
+    """Return all output tensors of a model in its current mode, without gradient. The inputs are copied."""
     args, options = copied((args, options))
     with torch.no_grad():
         return list(named(model(*args, **options)).values())
@@ -129,46 +134,49 @@ def logits_of(outputs: Any) -> Any:
     if isinstance(outputs, torch.Tensor):
         return outputs
     direct = getattr(outputs, "logits", None)
-    if isinstance(direct, torch.Tensor):  # most models; their other outputs may be many
+    if isinstance(direct, torch.Tensor):  # saves the search of all outputs for most models
         return direct
-    found = named(outputs)
-    if not found:
+    by_path = named(outputs)
+    if not by_path:
         raise UsageError(
             f"The model returns a {type(outputs).__name__} without tensors, so there are no logits.",
-            fix="Give a model that returns its logits, in inference mode as well as in training.",
+            fix="Give a model that returns its logits in inference and in training mode.",
         )
-    return found[logits_output(list(found))]
+    return by_path[logits_output(list(by_path))]
 
 
 def logits_of_each(models: Iterable[nn.Module], args: Any, options: Any) -> list[Any]:
-    """The scores of several models for the same inputs, into which one may write without the next seeing it."""
-    found = []
+    """Return the logits of several models. Each gets a copy of the inputs, which it may change in place."""
+    logits = []
     for model in models:
-        own_args, own_options = copied((args, options))
-        found.append(logits_of(called(model, own_args, own_options)))
-    return found
+        model_args, model_options = copied((args, options))
+        logits.append(logits_of(called(model, model_args, model_options)))
+    return logits
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model lies: the device of its first parameter."""
+    """Return the device of the first parameter of a model."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def tensors(inputs: Any, model: nn.Module) -> Any:
-    """One batch, of numpy or of PyTorch, as tensors where the model lies."""
+    """Return a batch of numpy arrays or tensors as tensors on the device of a model."""
     device = device_of(model)
     return tree_map(lambda value: on(device, value), inputs)
 
 
 def on(device: torch.device, array: Any) -> Any:
-    """An array, of numpy or of PyTorch, on a device; anything else as it is."""
+    """Return a numpy array or a tensor as a tensor on a device; anything else unchanged."""
     if isinstance(array, np.ndarray):
         return _from_numpy(array).to(device)
     return array.to(device) if isinstance(array, torch.Tensor) else array
 
 
 def infer(run: Any, inputs: Any) -> Any:
-    """What a model in inference mode, or a watch of one, gives for one batch, without gradient; it moves there."""
+    """Return the logits of a model in inference mode, or the features of a watch, without gradient.
+
+    The model is moved to the device of the inputs.
+    """
     first = next(value for value in tree_leaves(inputs) if isinstance(value, torch.Tensor))
     getattr(run, "model", run).to(first.device)
     with torch.no_grad():
@@ -179,26 +187,26 @@ def infer(run: Any, inputs: Any) -> Any:
 
 
 def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[Any]:
-    """Scores of a classifier in inference mode.
+    """Return the logits of a classifier in inference mode.
 
     Args:
-        model: any mode; it keeps it.
-        inputs: an array of shape (N, ...), of numpy or PyTorch, or a tuple or dict of such.
-        batch_size: samples at a time.
+        model: the classifier; its mode is kept.
+        inputs: numpy array or tensor of shape (N, ...), or a tuple or dict of these.
+        batch_size: number of samples in one forward.
 
     Returns:
-        Floating array of shape (N, K).
+        Array of shape (N, K), float32.
 
     Raises:
         DataError: there are no samples.
     """
     count = len(next(leaf for leaf in tree_leaves(inputs) if hasattr(leaf, "shape")))
     if not count:
-        raise DataError("There is nothing to predict: the inputs have no samples.")
-    out = []
+        raise DataError("The inputs have no samples, so there is nothing to predict.")
+    logits = []
     with inference(model):
         for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
             part = tree_map(lambda value, rows=rows: value[rows] if hasattr(value, "shape") else value, inputs)
-            out.append(infer(model, tensors(part, model)).float().cpu().numpy())
-    return np.concatenate(out)
+            logits.append(infer(model, tensors(part, model)).float().cpu().numpy())
+    return np.concatenate(logits)

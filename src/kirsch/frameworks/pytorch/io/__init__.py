@@ -1,1 +1,1 @@
-"""Files: ONNX export, weights, fingerprints, model hubs."""
+"""ONNX export, weight files, fingerprints and model hubs."""

@@ -1,4 +1,4 @@
-"""From a PyTorch model to one ONNX file."""
+"""Export a PyTorch model to an ONNX file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kirsch.frameworks.port import host
 from kirsch.frameworks.pytorch.analysis.provenance import called_name
 from kirsch.frameworks.pytorch.analysis.randomness import RANDOMNESS_FIX, line_that_draws, reason_for, unsteady
 from kirsch.frameworks.pytorch.inference import predict
-from kirsch.frameworks.pytorch.inference.calling import fix_of_inputs, fix_of_looked_up, looks_up
+from kirsch.frameworks.pytorch.inference.calling import embedding_fix, fix_of_inputs, is_embedding_error
 from kirsch.frameworks.pytorch.io import onnx_file
 from kirsch.frameworks.pytorch.io.flat import Flat, output_names
 from kirsch.frameworks.pytorch.io.rounding import Rounding
@@ -32,78 +32,80 @@ if TYPE_CHECKING:
     from torch import nn
 
 SINGLE_FILE_BYTES = 1_500_000_000
-"""Protobuf stops at 2 GB; above this the weights go to a second file."""
+"""Protobuf messages are limited to 2 GB; the weights of larger models go to a second file."""
 
 
-class Exportable:
-    """A copy of a model in inference mode as a function of arrays, ready to be written and to be compared with.
+class TorchExportable:
+    """A copy of a PyTorch model in inference mode as a function of arrays.
 
-    A model of transformers runs without its cache of keys and values, which only generation needs.
+    Implements `kirsch.frameworks.port.Exportable`. The KV cache of a transformers model, which only generation needs,
+    is switched off.
 
     Args:
-        model: left as it is.
+        model: the model to export; it is not changed.
         example_inputs: tensors whose first axis is the batch; see `Flat`.
 
     Attributes:
-        name: of the model's class.
+        name: name of the model's class.
         inputs: name → example array.
+        double: whether weights or inputs are float64.
 
     Raises:
-        ModelError: the model cannot be copied, or the inputs or the model cannot be exported in their type.
+        ModelError: the model cannot be copied, or the inputs or the model have an unsupported type.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         self.name = type(model).__name__
         check_exportable(model)
-        own = copy_of(model).eval()
-        for parameter in own.parameters():
-            parameter.requires_grad = False  # the attention of PyTorch is exported otherwise where gradients flow
-        _without_cache(own)
-        self._flat = Flat(own, example_inputs).eval()
-        given = [*own.state_dict().values(), *self._flat.inputs.values()]
-        if any(tensor.dtype is torch.bfloat16 for tensor in given):
+        copied = copy_of(model).eval()
+        for parameter in copied.parameters():
+            parameter.requires_grad = False  # with gradients, PyTorch exports attention as other operators
+        _without_cache(copied)
+        self._flat = Flat(copied, example_inputs).eval()
+        tensors = [*copied.state_dict().values(), *self._flat.inputs.values()]
+        if any(tensor.dtype is torch.bfloat16 for tensor in tensors):
             raise ModelError(
                 f"A {self.name} in bfloat16 cannot be exported.",
                 "ONNX Runtime lacks most operators in this type.",
-                "Give model.float(), and inputs in float32.",
+                "Use model.float(), and inputs in float32.",
             )
         self.inputs: dict[str, NDArray[Any]] = {name: host(value) for name, value in self._flat.inputs.items()}
-        self.double = any(tensor.dtype is torch.float64 for tensor in given)
+        self.double = any(tensor.dtype is torch.float64 for tensor in tensors)
 
     def outputs(self, inputs: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return all outputs for one batch, by their path in what the model returns.
+        """Return all outputs for one batch, by their path in the value that the model returns.
 
         Raises:
-            ModelError: one is a bfloat16, a type that numpy lacks, too; or an embedding is given floating numbers.
+            ModelError: an output is bfloat16, which numpy lacks, too; or an embedding gets floating-point indices.
         """
         try:
-            found = self._run(inputs)
+            outputs = self._run(inputs)
         except RuntimeError as error:
             args, options = self._flat.arguments(*self._tensors(inputs))
             fix = (
-                fix_of_looked_up(args, options)
-                if looks_up(error)
+                embedding_fix(args, options)
+                if is_embedding_error(error)
                 else fix_of_inputs(self._flat.model, args, options, error)
             )
             if not fix:
                 raise
             raise ModelError(f"A {self.name} does not run with its inputs.", said(error), fix) from error
-        narrow = next((name for name, value in found.items() if value.dtype is torch.bfloat16), None)
-        if narrow is not None:
-            raise onnx_file.computing_in_bfloat16(self.name, "", f"Its output {narrow!r} is of this type. ")
-        return {name: host(value) for name, value in found.items()}
+        bfloat16 = next((name for name, value in outputs.items() if value.dtype is torch.bfloat16), None)
+        if bfloat16 is not None:
+            raise onnx_file.computing_in_bfloat16(self.name, "", f"Its output {bfloat16!r} is bfloat16. ")
+        return {name: host(value) for name, value in outputs.items()}
 
     def rounded(self, inputs: Sequence[NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:
-        """Return the outputs where every operation rounds otherwise; see `Rounding`."""
+        """Return the outputs with random rounding errors in every operation; see `Rounding`."""
         with Rounding(seed):
             return self.outputs(inputs)
 
     def unsteady(self, inputs: Sequence[NDArray[Any]]) -> tuple[str, str]:
-        """Return why two runs for these inputs differ, and what to do; two empty texts if they do not."""
+        """Return why two runs on these inputs differ, and a fix; two empty strings if the runs are equal."""
         return unsteady(self._flat.model, lambda: list(self._run(inputs).values()))
 
     def not_finite(self) -> str:
-        """Return the first parameter or buffer that holds NaN or infinity, in words; "" if none does."""
+        """Return a description of the first parameter or buffer with NaN or infinity; "" if all are finite."""
         return next(not_finite_names(self._flat.model), "")
 
     def _run(self, inputs: Sequence[NDArray[Any]]) -> dict[str, torch.Tensor]:
@@ -118,7 +120,7 @@ class Exportable:
         return seen.names
 
     def _tensors(self, inputs: Iterable[NDArray[Any]]) -> tuple[torch.Tensor, ...]:
-        """Arrays as tensors where the model lies, which it may write into."""
+        """Return copies of arrays as tensors on the device of the model, which may change them in place."""
         device = predict.device_of(self._flat)
         return tuple(torch.tensor(array, device=device) for array in inputs)
 
@@ -127,40 +129,40 @@ class Exportable:
 
         Args:
             path: of the file.
-            free_batch: whether the first axis of every input may have any size. Otherwise all sizes are those of the
-                example inputs.
+            free_batch: allow any size of the first axis of every input. Otherwise, all sizes are those of the example
+                inputs.
 
         Returns:
             opset, IR version, exporter, and name, shape and type of each input and output.
 
         Raises:
-            ModelError: the model cannot be exported; names the operation where the exporter does.
-            NumericError: it draws random numbers.
+            ModelError: the model cannot be exported. The error names the operation if the exporter does.
+            NumericError: the model draws random numbers.
         """
-        # An axis of size 1 would be taken for a constant.
-        twice = free_batch and all(len(value) == 1 for value in self._flat.inputs.values())
-        given = self._tensors(self.inputs.values())
-        given = tuple(torch.cat([value, value]) for value in given) if twice else given
+        # The exporter takes an axis of size 1 for a constant.
+        double_batch = free_batch and all(len(value) == 1 for value in self._flat.inputs.values())
+        tensors = self._tensors(self.inputs.values())
+        tensors = tuple(torch.cat([value, value]) for value in tensors) if double_batch else tensors
         batch = torch.export.Dim("batch")
         try:
             with _quiet(), _own_types(self._flat):
                 paths = list(self._run(list(self.inputs.values())))
                 program = torch.onnx.export(
                     self._flat,
-                    given,
+                    tensors,
                     dynamo=True,
-                    dynamic_shapes=(tuple({0: batch} for _ in given),) if free_batch else None,
+                    dynamic_shapes=(tuple({0: batch} for _ in tensors),) if free_batch else None,
                     verbose=False,
                 )
         except Exception as error:
-            fix = "Export a part without the operation that is named, or replace it."
-            first = _root(error)
+            first = _root_cause(error)
+            fix = "Replace the operation that the message names, or export a part of the model without it."
             why, fix = reason_of(self._functions(), first) or (said(first), fix)
             raise ModelError(f"A {self.name} cannot be exported to ONNX.", why, fix) from error
         if program is None:
-            raise ModelError(f"A {self.name} cannot be exported to ONNX.", "The exporter gave nothing.")
+            raise ModelError(f"A {self.name} cannot be exported to ONNX.", "The exporter returned None.")
         line = line_that_draws(program.exported_program) if program.exported_program is not None else None
-        if line is not None:  # it may matter too rarely to be seen in runs
+        if line is not None:  # the effect may be too rare to show in the runs of `unsteady`
             raise NumericError(f"No file can equal a {self.name}.", reason_for(line), RANDOMNESS_FIX)
         size = sum(p.numel() * p.element_size() for p in self._flat.parameters())
         with _quiet():
@@ -191,21 +193,21 @@ class _Functions(TorchFunctionMode):
 
 
 def _without_cache(model: nn.Module) -> None:
-    """Switch off the cache of keys and values in every configuration that a model of transformers carries."""
+    """Switch off the KV cache in every configuration of a transformers model."""
     seen: set[int] = set()
-    waiting = [vars(module)["config"] for module in model.modules() if "config" in vars(module)]
-    while waiting:
-        config = waiting.pop()
+    pending = [vars(module)["config"] for module in model.modules() if "config" in vars(module)]
+    while pending:
+        config = pending.pop()
         if id(config) in seen or not hasattr(config, "__dict__"):
             continue
         seen.add(id(config))
         if getattr(config, "use_cache", False) is True:
             config.use_cache = False
-        waiting += [part for part in vars(config).values() if hasattr(part, "use_cache")]
+        pending += [part for part in vars(config).values() if hasattr(part, "use_cache")]
 
 
-def _root(error: BaseException) -> BaseException:
-    """What went wrong first; the exporter wraps it in advice to its own developers."""
+def _root_cause(error: BaseException) -> BaseException:
+    """Return the first exception; the exporter wraps it in advice to its own developers."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -213,10 +215,10 @@ def _root(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's own console output and its warnings about its internals."""
+    """Suppress the console output of the exporter and its warnings about internals."""
     logger = logging.getLogger("torch")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # an error is raised too, and said in our words
+    logger.setLevel(logging.CRITICAL)  # errors are also raised, and reported by the caller
     silent = io.StringIO()
     try:
         with (

@@ -1,4 +1,4 @@
-"""One hash for the weights of a model."""
+"""Hash the weights of a model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The sha256 over names, shapes, types and bytes of a state dict and all other buffers, as 64 hexadecimal digits.
+    """Return the sha256 of the state dict and the non-persistent buffers, as 64 hexadecimal digits.
 
-    Equal for equal bits on whatever device, in whatever order the names stand. What else a module keeps, code and
-    settings, is not seen.
+    The hash covers names, shapes, dtypes and bytes. It does not depend on the device or the order of the names, and
+    does not cover code or other attributes.
     """
     digest = hashlib.sha256()
-    beside = dict(model.named_buffers(remove_duplicate=False))  # a state dict leaves out those that are not persistent
-    for name, value in sorted((beside | model.state_dict()).items()):
-        if not isinstance(value, torch.Tensor):  # what a module's get_extra_state gives
+    buffers = dict(model.named_buffers(remove_duplicate=False))  # the state dict lacks non-persistent ones
+    for name, value in sorted((buffers | model.state_dict()).items()):
+        if not isinstance(value, torch.Tensor):  # the result of a module's get_extra_state
             digest.update(f"{name} {type(value).__qualname__} {value!r}\n".encode())
             continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -1,4 +1,4 @@
-"""A model as a function of tensors by place, with a name for each input and each output."""
+"""Wrap a model as a function of positional tensors, and name its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 CONSTANTS = (type(None), bool, int, float, str)
-"""Types of inputs that are no tensors and become a part of the function."""
+"""Types of non-tensor inputs, which become constants of the exported function."""
+
+TENSORS_WITH_BATCH = "Give tensors whose first axis is the batch."
 
 
 class Flat(nn.Module):
-    """A model whose inputs are its tensors one after the other, and whose output is a tuple of tensors.
+    """A model that takes its input tensors as positional arguments and returns a tuple of tensors.
 
-    Lists, dicts and keyword arguments are taken apart and put together again. None, numbers, flags and texts stay as
-    they were in the example inputs.
+    The tensors are inserted into lists, dicts and keyword arguments as in the example inputs. None, numbers, booleans
+    and strings keep their values of the example inputs.
 
     Args:
-        model: any module; it is called as the example inputs say.
+        model: the module to wrap.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, which may be nested.
 
     Attributes:
@@ -46,65 +48,63 @@ class Flat(nn.Module):
         self._leaves: list[Any] = []
         self.inputs: dict[str, torch.Tensor] = {}
         for path, leaf in leaves:
-            told, name = _input_name(path, names)
+            description, name = _input_name(path, names)
             if isinstance(leaf, torch.Tensor):
-                _check(told, leaf)
+                _check(description, leaf)
                 self.inputs[unique(name, self.inputs)] = leaf
             elif not isinstance(leaf, CONSTANTS):
-                raise ModelError(
-                    f"{told} is of type {type(leaf).__name__}.", fix="Give tensors whose first axis is the batch."
-                )
+                raise ModelError(f"{description} is of type {type(leaf).__name__}.", fix=TENSORS_WITH_BATCH)
             self._leaves.append(None if isinstance(leaf, torch.Tensor) else (leaf,))
         if not self.inputs:
-            raise ModelError("The example inputs hold no tensor.", fix="Give tensors whose first axis is the batch.")
+            raise ModelError("The example inputs contain no tensor.", fix=TENSORS_WITH_BATCH)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return all tensors among the model's outputs."""
+        """Return all tensors in the outputs of the model."""
         return tuple(self.by_path(*inputs).values())
 
     def by_path(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return all tensors among the model's outputs by their path; see `named`."""
+        """Return all tensors in the outputs of the model, by path; see `named`."""
         args, options = self.arguments(*inputs)
         return named(self.model(*args, **options))
 
     def arguments(self, *inputs: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return what the model is called with, by place and by name."""
-        given = iter(inputs)
-        leaves = [next(given) if leaf is None else leaf[0] for leaf in self._leaves]
+        """Return the positional and keyword arguments for a call of the model."""
+        tensors = iter(inputs)
+        leaves = [next(tensors) if leaf is None else leaf[0] for leaf in self._leaves]
         args, options = tree_unflatten(leaves, self._structure)
         return args, options
 
 
 def output_names(paths: Sequence[str], taken: Iterable[str]) -> list[str]:
-    """Return a name for each output that an ONNX file may hold: `logits`, `aux_0`, `output_1`; `output` for one tensor.
+    """Return a valid ONNX name for each output, such as `logits`, `aux_0` or `output_1`; `output` for a single tensor.
 
     Args:
-        paths: of the outputs, as `named` gives them.
-        taken: names that the inputs have already.
+        paths: of the outputs; see `named`.
+        taken: names of the inputs.
     """
-    found: list[str] = []
+    names: list[str] = []
     for path in paths:
         name = "output" if list(paths) == ["0"] else identifier(path, "output")
-        found.append(unique(name, {*taken, *found}))
-    return found
+        names.append(unique(name, {*taken, *names}))
+    return names
 
 
 def identifier(path: str, kind: str) -> str:
-    """Return a path as a C identifier, which the ONNX specification asks of names; after `kind` if it is a number."""
+    """Return a path as a C identifier, as the ONNX specification requires, with the prefix `kind` before a digit."""
     name = re.sub(r"\W", "_", path, flags=re.ASCII)
     return name if name and not name[0].isdigit() else f"{kind}_{name}"
 
 
 def unique(name: str, taken: Iterable[str]) -> str:
-    """Return the name, with a number after it if it is taken."""
-    found, number = name, 1
-    while found in taken:
-        found, number = f"{name}_{number}", number + 1
-    return found
+    """Return the name, with the first free number appended if it is taken."""
+    candidate, number = name, 1
+    while candidate in taken:
+        candidate, number = f"{name}_{number}", number + 1
+    return candidate
 
 
 def _positional_names(model: nn.Module) -> list[str]:
-    """The parameters of a forward that may be given by place."""
+    """Return the names of the positional parameters of a forward."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):  # compiled code has no signature
@@ -113,20 +113,19 @@ def _positional_names(model: nn.Module) -> list[str]:
 
 
 def _input_name(path: tuple[Any, ...], positional: Sequence[str]) -> tuple[str, str]:
-    """An input in the words of an error, and its name in a file."""
-    side, first, *rest = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
+    """Return a description of an input for errors, and its name in a file."""
+    kind, first, *rest = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
     inner = "".join(f".{key}" for key in rest)
-    if side == 1:
+    if kind == 1:  # of (args, kwargs)
         return f"{first}{inner}", identifier(f"{first}{inner}", "input")
     base = positional[first] if first < len(positional) else f"input{first or ''}"
     return f"Input {first}{inner}", identifier(f"{base}{inner}", "input")
 
 
-def _check(told: str, tensor: torch.Tensor) -> None:
-    fix = "Give tensors whose first axis is the batch."
+def _check(description: str, tensor: torch.Tensor) -> None:
     if not tensor.dim():
-        raise ModelError(f"{told} is a tensor without axes.", fix=fix)
+        raise ModelError(f"{description} is a tensor without axes.", fix=TENSORS_WITH_BATCH)
     if tensor.is_meta:
-        raise ModelError(f"{told} lies on the meta device and has no values.", fix="Give a tensor with values.")
+        raise ModelError(f"{description} is on the meta device and has no values.", fix="Give a tensor with values.")
     if not tensor.numel():
-        raise ModelError(f"{told} has shape {tuple(tensor.shape)} and holds no numbers.", fix=fix)
+        raise ModelError(f"{description} has shape {tuple(tensor.shape)} and is empty.", fix=TENSORS_WITH_BATCH)

@@ -1,4 +1,4 @@
-"""Models of other libraries by name."""
+"""Create models of other libraries by name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def from_timm(name: str, *, pretrained: bool) -> nn.Module:
-    """A timm model by its name.
+    """Return a timm model by its name.
 
     Raises:
         MissingExtraError: timm is not installed.
-        SurroundingsError: timm is installed and does not work.
-        LoadError: there is no such model, or its weights cannot be fetched.
+        SurroundingsError: timm is installed and cannot be imported.
+        LoadError: timm has no such model, or its weights cannot be downloaded.
     """
     try:
         timm = import_beside("timm")
@@ -27,15 +27,15 @@ def from_timm(name: str, *, pretrained: bool) -> nn.Module:
         raise SurroundingsError(
             "timm is installed and cannot be imported.",
             said(error),
-            "Install timm anew, with the torchvision that belongs to this torch.",
+            "Reinstall timm, with the torchvision for this torch.",
         ) from error
     if not timm.is_model(name):
         unknown = UnknownNameError("timm model", name, timm.list_models())
         raise LoadError(unknown.what, unknown.why, unknown.fix)
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained)
-    except Exception as error:  # the hub's client has a tree of errors of its own
-        what = f"The weights of timm:{name} cannot be fetched." if pretrained else f"timm:{name} cannot be built."
+    except Exception as error:  # the client of the hub has its own exception classes
+        what = f"The weights of timm:{name} cannot be downloaded." if pretrained else f"timm:{name} cannot be built."
         fix = "Check the network, give a safetensors file, or use random weights." if pretrained else ""
         raise LoadError(what, said(error), fix) from error
     return model

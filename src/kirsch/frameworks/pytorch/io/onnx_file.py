@@ -1,4 +1,4 @@
-"""An ONNX file as the exporter leaves it, made ready to ship: names for people, and nothing of the user's source."""
+"""Prepare an exported ONNX file for distribution: readable names, and no traces of the user's source code."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ TRACE = "pkg.torch.onnx.stack_trace"
 """Key under which the exporter stores the source lines of a node."""
 
 NOTES = ("doc_string", "metadata_props")
-"""Fields that no runtime reads. The exporter writes source lines, file paths and class names into them."""
+"""Fields that no runtime reads, into which the exporter writes source lines, file paths and class names."""
 
 
 def finish(path: Path, *, inputs: Sequence[str], outputs: Sequence[str], prefix: str, model: str) -> None:
-    """Rewrite an ONNX file with these names for its inputs and outputs, and without notes about the source.
+    """Rewrite an ONNX file with new names of inputs and outputs, and without notes about the source code.
 
-    What stays is what a runtime or a debugger reads: operations, weights under the names that they have in the model,
-    shapes and types of intermediate values, names of nodes, opset, and the producer with its version.
+    The file keeps what a runtime or a debugger reads: operations, weights under their names in the model, shapes and
+    types of intermediate values, names of nodes, opset, and the producer with its version.
 
     Args:
-        path: of the file; a second file of weights beside it is left as it is.
-        inputs, outputs: C identifiers in the order of the graph's inputs and outputs, all different.
-        prefix: what the names of weights begin with and lose.
+        path: of the file; an external weights file beside it is not changed.
+        inputs, outputs: new names in the order of the graph, C identifiers, all different.
+        prefix: prefix to remove from the names of weights.
         model: name of the model's class, for errors.
 
     Raises:
-        ModelError: something in it is computed in bfloat16, for which ONNX Runtime lacks most operators.
+        ModelError: an intermediate value is bfloat16, for which ONNX Runtime lacks most operators.
     """
     written = onnx.load(str(path), load_external_data=False)
-    _refuse_bfloat16(written.graph, model)
-    _clear(written)
-    _name(written.graph, inputs, outputs, prefix)
+    _check_bfloat16(written.graph, model)
+    _clear_notes(written)
+    _rename(written.graph, inputs, outputs, prefix)
     weights = {tensor.name for tensor in written.graph.initializer}
-    values = [value for value in written.graph.value_info if value.name not in weights]  # weights have their own shapes
+    values = [
+        value for value in written.graph.value_info if value.name not in weights
+    ]  # initializers state their shapes
     del written.graph.value_info[:]
     written.graph.value_info.extend(values)
     used = {node.domain for node in _nodes(written.graph)} | {f.domain for f in written.functions} | {""}
@@ -69,21 +71,21 @@ def _value(value: Any) -> dict[str, Any]:
     return {"name": value.name, "shape": shape, "type": onnx.TensorProto.DataType.Name(tensor.elem_type).lower()}
 
 
-def _clear(message: Any) -> None:
-    """Take the notes out of a message and of all that lies in it."""
+def _clear_notes(message: Any) -> None:
+    """Delete the notes of a protobuf message and of its nested messages."""
     for name in NOTES:
         if name in message.DESCRIPTOR.fields_by_name:
             message.ClearField(name)
-    if isinstance(message, onnx.TensorProto):  # its bytes are not to be copied
+    if isinstance(message, onnx.TensorProto):  # listing its fields would copy the data
         return
     for field, value in message.ListFields():
         if field.message_type is not None:
             for part in (value,) if hasattr(value, "ListFields") else value:
-                _clear(part)
+                _clear_notes(part)
 
 
 def _graphs(graph: Any) -> Iterator[Any]:
-    """A graph and those in its nodes: branches and bodies of loops."""
+    """Yield a graph and its subgraphs: branches and bodies of loops."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -95,8 +97,8 @@ def _nodes(graph: Any) -> Iterator[Any]:
     return (node for part in _graphs(graph) for node in part.node)
 
 
-def _name(graph: Any, inputs: Sequence[str], outputs: Sequence[str], prefix: str) -> None:
-    """Give inputs and outputs their names, weights those of the model, and all else what is left."""
+def _rename(graph: Any, inputs: Sequence[str], outputs: Sequence[str], prefix: str) -> None:
+    """Rename inputs, outputs and weights; other values keep their names, with a number appended if taken."""
     _separate_outputs(graph)
     names = dict(zip((value.name for value in graph.input), inputs, strict=True))
     names |= dict(zip((value.name for value in graph.output), outputs, strict=True))
@@ -104,9 +106,9 @@ def _name(graph: Any, inputs: Sequence[str], outputs: Sequence[str], prefix: str
     weights = {tensor.name: tensor.name.removeprefix(prefix) for part in _graphs(graph) for tensor in part.initializer}
     others = {name: name for node in _nodes(graph) for name in node.output if name}
     others |= {value.name: value.name for part in _graphs(graph) for value in part.input}
-    for old, wanted in (weights | {old: name for old, name in others.items() if old not in weights}).items():
+    for old, preferred in (weights | {old: name for old, name in others.items() if old not in weights}).items():
         if old not in names:
-            names[old] = unique(wanted, taken)
+            names[old] = unique(preferred, taken)
             taken.add(names[old])
     for part in _graphs(graph):
         for value in (*part.input, *part.output, *part.initializer, *part.value_info):
@@ -117,41 +119,37 @@ def _name(graph: Any, inputs: Sequence[str], outputs: Sequence[str], prefix: str
 
 
 def _separate_outputs(graph: Any) -> None:
-    """Make each output of a graph a value of its own, where it is an input or is given twice."""
+    """Insert an Identity node for each output that is also an input or another output."""
     seen = {value.name for value in graph.input}
-    every = seen | {name for node in _nodes(graph) for name in node.output}
+    names = seen | {name for node in _nodes(graph) for name in node.output}
     for value in graph.output:
         if value.name in seen:
-            name = unique(value.name, every)
+            name = unique(value.name, names)
             graph.node.append(onnx.helper.make_node("Identity", [value.name], [name]))
             value.name = name
-            every.add(name)
+            names.add(name)
         seen.add(value.name)
 
 
-def _refuse_bfloat16(graph: Any, model: str) -> None:
-    """Raise an error with the line of code where a value of a graph is a bfloat16.
-
-    Raises:
-        ModelError: one is.
-    """
-    narrow = {v.name for v in graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16}
-    nodes = [node for node in _nodes(graph) if narrow.intersection(node.output)]
+def _check_bfloat16(graph: Any, model: str) -> None:
+    """Raise an error with the line of code if an intermediate value is bfloat16."""
+    bfloat16 = {v.name for v in graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16}
+    nodes = [node for node in _nodes(graph) if bfloat16.intersection(node.output)]
     if nodes:
         line = next(filter(None, map(_line, nodes)), "")
         raise computing_in_bfloat16(model, f": {line}" if line else "", "")
 
 
 def computing_in_bfloat16(model: str, line: str, output: str) -> ModelError:
-    """Return the error for a model whose weights are in another type than bfloat16, but not all of its values."""
+    """Return the error for a model with other weights that converts activations to bfloat16."""
     return ModelError(
         f"A {model} that computes in bfloat16 cannot be exported{line}.",
         f"{output}ONNX Runtime lacks most operators in this type.",
-        "Leave conversions to bfloat16 out of the forward in inference mode, and give torch.autocast "
+        "Remove conversions to bfloat16 from the forward in inference mode, and call torch.autocast with "
         "enabled=self.training.",
     )
 
 
 def _line(node: Any) -> str:
-    """The line of code that a node comes from, "" if it is not known."""
+    """Return the line of code that a node comes from; "" if it is not known."""
     return line_in(next((entry.value for entry in node.metadata_props if entry.key == TRACE), ""))

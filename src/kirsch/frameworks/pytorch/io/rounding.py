@@ -1,4 +1,4 @@
-"""How far rounding alone moves the outputs of a model."""
+"""Simulate random rounding errors in the operations of a model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch.utils._pytree import tree_map
 
 
 class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
-    """Each operation gets inputs that are off by a random part of the precision of their type.
+    """Multiply the inputs of each operation by 1 + u·eps, with u uniform in [-1, 1] and eps the machine epsilon.
 
-    Another runtime adds in another order, so that its results are off by about as much. Where the outputs move far,
-    as after a normalization of what is constant, no two runtimes agree, and neither does the model with itself in
-    float64. (Monte Carlo arithmetic: Parker 1997, UCLA CSD-970002.)
+    Other runtimes sum in another order and have errors of about this size. If the outputs change much more, as after
+    the normalization of a constant, no two runtimes agree on the model.
 
     Args:
         seed: of the random numbers.
+
+    Source: Monte Carlo arithmetic, Parker 1997, UCLA CSD-970002.
     """
 
     def __init__(self, seed: int) -> None:
@@ -27,14 +28,14 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch a
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
         options, schema = kwargs or {}, func._schema  # noqa: SLF001 - has no public name
-        # What is written into, or shares memory with its result, must stay the same tensor.
+        # In-place operations and views need the original tensor.
         if not (schema.is_mutable or any(value.alias_info is not None for value in schema.returns)):
-            args, options = tree_map(self._moved, (args, options))
+            args, options = tree_map(self._perturbed, (args, options))
         return func(*args, **options)
 
-    def _moved(self, value: Any) -> Any:
+    def _perturbed(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
             return value
-        apart = torch.rand(value.shape, generator=self._generator, dtype=torch.float64) * 2 - 1
-        factor = 1 + apart.to(value.device) * torch.finfo(value.dtype).eps
+        uniform = torch.rand(value.shape, generator=self._generator, dtype=torch.float64) * 2 - 1
+        factor = 1 + uniform.to(value.device) * torch.finfo(value.dtype).eps
         return (value * factor).to(value.dtype)

@@ -1,8 +1,8 @@
-"""Importing torchvision where its compiled operators are missing.
+"""Import torchvision when its compiled operators are missing.
 
-A torchvision wheel that was built for another build of torch (CUDA wheels beside a CPU torch are common) cannot load
-its compiled operators, and then fails to import although most models never call them. The operators are declared,
-without kernels, so that the import goes through; a model that does call one fails there, by its name.
+A torchvision wheel for another build of torch (often a CUDA wheel beside a CPU torch) cannot load its compiled
+operators, and its import fails although most models do not call them. `import_beside` declares the operators without
+kernels, so that the import succeeds. A model that calls one raises an error that names the operator.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 MISSING = re.compile(r"operator torchvision::(\w+) does not exist")
-MOST = 40
-"""torchvision has some fifteen operators; more rounds than this mean that something else is wrong."""
+MOST_OPERATORS = 40
+"""torchvision has about 15 operators; more declarations mean that another fault causes the errors."""
 
-_declared: dict[str, torch.library.Library] = {}  # a declaration lives as long as its library object
+_declared: dict[str, torch.library.Library] = {}  # a declaration exists as long as its library object
 
 
 def import_beside(name: str) -> ModuleType:
-    """Import a package that imports torchvision, declaring the operators that turn out to be missing.
+    """Import a package that imports torchvision, and declare the operators that are missing.
 
     Raises:
         ImportError, RuntimeError: the import fails for another reason.
     """
-    for _ in range(MOST):
+    for _ in range(MOST_OPERATORS):
         try:
             return importlib.import_module(name)
         except RuntimeError as error:
-            found = MISSING.search(str(error))
-            if found is None or found.group(1) in _declared:
+            match = MISSING.search(str(error))
+            if match is None or match.group(1) in _declared:
                 raise
-            _declare(found.group(1))
+            _declare(match.group(1))
             for module in [m for m in sys.modules if m.partition(".")[0] in ("torchvision", name)]:
-                del sys.modules[module]  # half imported
-    raise RuntimeError(f"{name} asks for more than {MOST} operators that do not exist")
+                del sys.modules[module]  # partially imported
+    raise RuntimeError(f"{name} needs more than {MOST_OPERATORS} operators that do not exist")
 
 
 def _declare(operator: str) -> None:

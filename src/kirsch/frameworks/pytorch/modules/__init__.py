@@ -1,1 +1,1 @@
-"""PyTorch modules as they are: copies, graph modules, submodules, and what is not supported."""
+"""Copies, graph modules, submodules and unsupported kinds of PyTorch modules."""

@@ -1,4 +1,4 @@
-"""Copies of models: what `copy.deepcopy` cannot copy is either copied another way, or named."""
+"""Copy models, also those that `copy.deepcopy` cannot copy by itself."""
 
 from __future__ import annotations
 
@@ -25,97 +25,102 @@ if TYPE_CHECKING:
 
 LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
 
-OWN = ("_parameters", "_buffers", "_modules")
-"""Where a module keeps its state, which copies as it is."""
+STATE = ("_parameters", "_buffers", "_modules")
+"""Attributes with the state of a module, which `copy.deepcopy` can copy."""
 
 
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None, name: str = "") -> nn.Module:
-    """A deep copy of a model.
+    """Return a deep copy of a model.
 
-    Results of a forward that the model keeps (the weight of `torch.nn.utils.weight_norm`, a cache) are copied without
-    their history, and locks are made anew.
+    Tensors that the model stores from a forward (the weight of `torch.nn.utils.weight_norm`, a cache) are copied
+    without their gradient history. Locks are replaced with new ones.
 
     Args:
-        model: any.
-        memo: identity of an object of the model → what stands in its place in the copy.
-        name: of the model in errors; that of its class if empty.
+        model: the module to copy.
+        memo: id of an object of the model → its replacement in the copy.
+        name: of the model in errors; the name of its class if empty.
 
     Raises:
-        ModelError: an attribute cannot be copied; names it.
+        ModelError: an attribute cannot be copied. The error names it.
     """
-    own = dict(memo or {})
+    replacements = dict(memo or {})
     for value in _values(model):
         if isinstance(value, FakeTensor):
-            own.setdefault(id(value), value)
+            replacements.setdefault(id(value), value)
         elif isinstance(value, torch.Tensor) and not value.is_leaf:
-            own.setdefault(id(value), value.detach().clone())
+            replacements.setdefault(id(value), value.detach().clone())
         elif type(value) in LOCKS:
-            own.setdefault(id(value), LOCKS[type(value)]())
+            replacements.setdefault(id(value), LOCKS[type(value)]())
     try:
-        with warnings.catch_warnings(), torch.no_grad():  # no_grad for TorchScript, whose copies depend on it otherwise
-            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's about its own classes
-            made: nn.Module = copy.deepcopy(model, own)
+        with warnings.catch_warnings(), torch.no_grad():  # copies of TorchScript modules would record gradients
+            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about its own classes
+            copied: nn.Module = copy.deepcopy(model, replacements)
     except Exception as error:
         raise ModelError(*_reason(model, name or type(model).__name__, error)) from error
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        for old, new in zip(model.parameters(), made.parameters(), strict=True):
+        for old, new in zip(model.parameters(), copied.parameters(), strict=True):
             new.requires_grad = old.requires_grad
-    # `torch.fx` makes the containers of a copied graph anew, and feature extractors of torchvision start in training.
+    # `torch.fx` creates new containers in a copied graph module, and the feature extractors of torchvision start in
+    # training mode.
     modes = {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
     replaced = {id(value) for value in (memo or {}).values()}
-    copied = [(path, module) for path, module in made.named_modules() if id(module) not in replaced]
-    set_modes((module, modes[path]) for path, module in copied if path in modes)
-    return made
+    new_modules = [(path, module) for path, module in copied.named_modules() if id(module) not in replaced]
+    set_modes((module, modes[path]) for path, module in new_modules if path in modes)
+    return copied
 
 
 @contextlib.contextmanager
-def kept_by_hooks(model: nn.Module) -> Iterator[None]:
-    """Give back what a model holds as it was: a hook that points at it writes what a trace of a copy computes."""
-    held = [(module, dict(_attributes(module))) for module in model.modules()]
-    stores = [(value, copy.copy(value)) for value in _values(model) if isinstance(value, (dict, list))]
+def restoring_attributes(model: nn.Module) -> Iterator[None]:
+    """Restore attributes, dicts and lists of a model in which hooks store fake tensors within the block.
+
+    The hooks of a copy may be bound methods of the original. A trace of the copy then writes into the original.
+    """
+    attributes = [(module, dict(_attributes(module))) for module in model.modules()]
+    containers = [(value, copy.copy(value)) for value in _values(model) if isinstance(value, (dict, list))]
     try:
         yield
     finally:
-        for module, before in held:
+        for module, before in attributes:
             for name, value in _attributes(module):
                 if isinstance(value, FakeTensor) and before.get(name) is not value:
                     setattr(module, name, before[name]) if name in before else delattr(module, name)
-        for store, was in stores:
-            if any(isinstance(value, FakeTensor) for value in (store.values() if isinstance(store, dict) else store)):
-                store.clear()
-                store.update(was) if isinstance(store, dict) else store.extend(was)
+        for container, contents in containers:
+            values = container.values() if isinstance(container, dict) else container
+            if any(isinstance(value, FakeTensor) for value in values):
+                container.clear()
+                container.update(contents) if isinstance(container, dict) else container.extend(contents)
 
 
 def _values(model: nn.Module) -> Iterator[Any]:
-    """What the modules of a model hold beside parameters, buffers and modules, and what is in it."""
+    """Yield the attributes of all modules except their state, and the objects reachable from these, each once."""
     seen: set[int] = set()
-    waiting = [value for module in model.modules() for _, value in _attributes(module)]
-    while waiting:
-        value = waiting.pop()
+    pending = [value for module in model.modules() for _, value in _attributes(module)]
+    while pending:
+        value = pending.pop()
         if id(value) in seen or isinstance(value, (nn.Module, type)):
             continue
         seen.add(id(value))
         yield value
         if isinstance(value, dict):
-            waiting += value.values()
+            pending += value.values()
         elif isinstance(value, (list, tuple, set, frozenset)):
-            waiting += value
+            pending += value
         elif isinstance(value, fx.Graph):
-            waiting += [node.meta for node in value.nodes]
+            pending += [node.meta for node in value.nodes]
         elif isinstance(value, fx.Node):
-            waiting += [value.meta, value.graph, *value.all_input_nodes, *value.users, value.prev, value.next]
+            pending += [value.meta, value.graph, *value.all_input_nodes, *value.users, value.prev, value.next]
         elif not isinstance(value, torch.Tensor):
-            waiting += getattr(value, "__dict__", {}).values()
+            pending += getattr(value, "__dict__", {}).values()
 
 
 def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    found = [(name, value) for name, value in vars(module).items() if name not in OWN]
+    attributes = [(name, value) for name, value in vars(module).items() if name not in STATE]
     graph = graph_in(module)
-    return found if graph is None else [*found, ("graph", graph)]
+    return attributes if graph is None else [*attributes, ("graph", graph)]
 
 
 def _reason(model: nn.Module, name: str, error: Exception) -> tuple[str, str, str]:
-    """What, why and fix: the kind of the model, or the first attribute that cannot be copied."""
+    """Return what, why and fix of the error: an unsupported kind, or the first attribute that cannot be copied."""
     what = f"A {name} cannot be copied."
     for why, fix in unsupported.reasons(model):
         return what, why, fix
@@ -126,20 +131,20 @@ def _reason(model: nn.Module, name: str, error: Exception) -> tuple[str, str, st
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     copy.deepcopy(value, dict(modules))
-            except Exception as own:  # noqa: BLE001 - whatever copying a part of the model raises
+            except Exception as cause:  # noqa: BLE001 - whatever copying a part of the model raises
                 where = f"{path}.{attribute}".lstrip(".")
                 return (
                     what,
-                    f"Its attribute `{where}`, a {type(value).__name__}, cannot be: {said(own)}",
+                    f"Its attribute `{where}`, a {type(value).__name__}, cannot be copied: {said(cause)}",
                     "Set the attribute to None or delete it, or give its class a __deepcopy__.",
                 )
     return what, said(error), "Make copy.deepcopy(model) work, for instance by giving the class a __deepcopy__."
 
 
-def renew_weights(module: nn.Module) -> None:
-    """Compute the weight anew that a hook of `weight_norm`, `spectral_norm` or `prune` keeps in a module.
+def recompute_weights(module: nn.Module) -> None:
+    """Recompute the weight that a hook of `weight_norm`, `spectral_norm` or `prune` stores in a module.
 
-    Its hooks compute it at each forward; until the next one, a module whose parameters were cut would show the old one.
+    The hook only updates it in a forward. Until then, a cut module would have a weight of the old shape.
     """
     with torch.no_grad():
         for hook in module._forward_pre_hooks.values():  # noqa: SLF001 - has no public name

@@ -1,8 +1,8 @@
-"""Modules whose forward is a `torch.fx` graph: their operations run one by one, and their numbers can change.
+"""Modules whose forward is a `torch.fx` graph: run them node by node, and change the integers in their nodes.
 
-Such are `torch.fx.GraphModule`s, of `symbolic_trace`, `torch.export`, feature extractors and Kirsch's own `as_graph`,
-and the modules of `torch.export.unflatten`. The code of a `GraphModule` is generated from its graph, so an integer in
-it, such as a size of a view, is an argument of a node, and a cut writes it there.
+`torch.fx.GraphModule`s come from `symbolic_trace`, `torch.export`, feature extractors and `as_graph` of Kirsch; the
+modules of `torch.export.unflatten` have a graph, too. The code of a `GraphModule` is generated from its graph. An
+integer in it, such as a size of a view, is an argument of a node, where a cut updates it.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
 NUMBERS = "graph."
-"""How the attribute of a leaf begins that is an integer argument of a node; the name of the node follows."""
+"""Prefix of `Leaf.attribute` for an integer argument of a node; the name of the node follows."""
 
-HELD_SHAPES = ("val", "example_value", "tensor_meta")
-"""What a node remembers of the shapes that it was traced with."""
+TRACED_SHAPES = ("val", "example_value", "tensor_meta")
+"""Keys of `node.meta` with the shapes of the trace."""
 
 
 def graph_in(module: nn.Module) -> fx.Graph | None:
-    """The graph that a module runs as its forward; None for a module whose forward is written in Python."""
-    own = vars(module)
-    return next((own[name] for name in ("_graph", "graph") if isinstance(own.get(name), fx.Graph)), None)
+    """Return the graph that a module runs as its forward; None if the forward is Python code."""
+    attributes = vars(module)
+    return next((attributes[name] for name in ("_graph", "graph") if isinstance(attributes.get(name), fx.Graph)), None)
 
 
 def _graphs_in(module: nn.Module) -> list[fx.Graph]:
-    """The graph that a module runs first, then those that it keeps for another mode."""
-    found = [graph_in(module), *(value for value in vars(module).values() if isinstance(value, fx.Graph))]
-    return list(dict.fromkeys(graph for graph in found if graph is not None))
+    """Return the graph that a module runs, and then those that it stores for another mode."""
+    graphs = [graph_in(module), *(value for value in vars(module).values() if isinstance(value, fx.Graph))]
+    return list(dict.fromkeys(graph for graph in graphs if graph is not None))
 
 
-def shell_of(model: nn.Module) -> nn.Module:
-    """A plain module with the state of a `GraphModule`; any other module as it is.
+def plain_module_of(model: nn.Module) -> nn.Module:
+    """Return a plain module with the state of a `GraphModule`; any other module itself.
 
-    `torch.export` runs the graph of a `GraphModule` itself and never calls its forward.
+    `torch.export` runs the graph of a `GraphModule` directly and would not call the replaced forward.
     """
     if not isinstance(model, fx.GraphModule):
         return model
@@ -55,37 +55,36 @@ def shell_of(model: nn.Module) -> nn.Module:
 
 
 def interpreting(module: nn.Module, signature: inspect.Signature) -> Callable[..., Any]:
-    """A forward that runs the graph of a module node by node."""
+    """Return a forward that runs the graph of a module node by node."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).args
-        return fx.Interpreter(module, graph=graph_in(module)).run(*given)
+        return fx.Interpreter(module, graph=graph_in(module)).run(*signature.bind(*args, **kwargs).args)
 
     return forward
 
 
-def plant(module: nn.Module, path: str, planted: Callable[[int, Leaf], int]) -> None:
-    """Replace the integers in the graph of a copied module, and mark the operations that each of its nodes makes.
+def replace_integers(module: nn.Module, path: str, replacement: Callable[[int, Leaf], int]) -> None:
+    """Replace the integers in the graph of a copied module, and mark its nodes by path and name.
 
     Args:
-        module: a copy, with a graph.
+        module: the copy.
         path: of the module in the model.
-        planted: integer, the leaf that stands for it → what takes its place.
+        replacement: integer, its leaf → the replacement.
     """
     graph = graph_in(module)
     for node in graph.nodes if graph is not None else ():
-        node.meta = {"custom": {"kirsch_node": (path, node.name)}}  # the operations that a node makes inherit this
+        node.meta = {"custom": {"kirsch_node": (path, node.name)}}  # traced operations of the node inherit this
         if node.op.startswith("call"):
             leaves = (Leaf(path, NUMBERS + node.name, place) for place in range(len(_numbers(node))))
-            _replace(node, lambda value, leaves=leaves: planted(value, next(leaves)))  # type: ignore[misc]
+            _replace(node, lambda value, leaves=leaves: replacement(value, next(leaves)))  # type: ignore[misc]
     if isinstance(module, fx.GraphModule):
         module.forward = interpreting(module, inspect.signature(module.forward))
 
 
 def _numbers(node: Node) -> list[int]:
-    found: list[int] = []
-    _replaced((node.args, node.kwargs), lambda value: found.append(value) or value)  # type: ignore[func-returns-value]
-    return found
+    numbers: list[int] = []
+    _replaced((node.args, node.kwargs), lambda value: numbers.append(value) or value)  # type: ignore[func-returns-value]
+    return numbers
 
 
 def _replace(node: Node, new: Callable[[int], int]) -> None:
@@ -93,7 +92,7 @@ def _replace(node: Node, new: Callable[[int], int]) -> None:
 
 
 def _replaced(value: Any, new: Callable[[int], int]) -> Any:
-    """A nested argument with each of its integers replaced, in a fixed order."""
+    """Return a nested argument with each integer replaced, in a fixed order."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -108,22 +107,22 @@ def _replaced(value: Any, new: Callable[[int], int]) -> Any:
     return value
 
 
-def put_number(module: nn.Module, leaf: Leaf, value: int) -> None:
-    """Give an integer argument of a node its new value, in the graphs for inference and for training."""
+def set_integer(module: nn.Module, leaf: Leaf, value: int) -> None:
+    """Set an integer argument of a node, in the graphs for inference and for training."""
     name = leaf.attribute.removeprefix(NUMBERS)
-    named = [next((node for node in graph.nodes if node.name == name), None) for graph in _graphs_in(module)]
-    old = [_numbers(node) for node in named if node is not None]
-    for node in named:
-        if node is not None and _numbers(node) == old[0]:
-            places = iter(range(len(old[0])))
-            _replace(node, lambda held, places=places: value if next(places) == leaf.index else held)  # type: ignore[misc]
+    nodes = [node for graph in _graphs_in(module) for node in graph.nodes if node.name == name]
+    old = [_numbers(node) for node in nodes]
+    for node in nodes:
+        if _numbers(node) == old[0]:
+            indices = iter(range(len(old[0])))
+            _replace(node, lambda number, indices=indices: value if next(indices) == leaf.index else number)  # type: ignore[misc]
 
 
-def renew(module: nn.Module) -> None:
-    """Generate the code of a changed graph anew, and drop the shapes that it was traced with."""
+def refresh_graphs(module: nn.Module) -> None:
+    """Regenerate the code of changed graphs, and delete the shapes of their trace."""
     for graph in _graphs_in(module):
         for node in graph.nodes:
-            for key in HELD_SHAPES:
+            for key in TRACED_SHAPES:
                 node.meta.pop(key, None)
     if isinstance(module, fx.GraphModule):
         module.recompile()
@@ -134,8 +133,9 @@ class Part:
     """Nodes of a graph between an entry and an exit.
 
     Args:
-        path: of the module whose graph it is.
-        entry, exit: names of the nodes; the entry lies outside.
+        path: of the module with the graph.
+        entry: name of the node before the part.
+        exit: name of the last node of the part.
         nodes: names of the nodes of the part.
     """
 
@@ -146,52 +146,60 @@ class Part:
 
 
 def part_in(model: nn.Module, region: list[Node], entry: Node, exit_: Node) -> Part | None:
-    """The part of a graph that made some operations of a traced program; None if that is not plain."""
-    made_by = [_made_by(node) for node in region]
-    paths = {made[0] for made in made_by if made is not None}
-    end = _made_by(exit_)
-    if None in made_by or len(paths) != 1 or end is None:
+    """Return the part of a module's graph that corresponds to some operations of the traced program.
+
+    None if the operations come from more than one module, or the part has more than one exit.
+
+    Args:
+        model: the traced model.
+        region: operations of the traced program.
+        entry, exit_: the operation before the region, and its last one.
+    """
+    origins = [_origin(node) for node in region]
+    paths = {origin[0] for origin in origins if origin is not None}
+    end = _origin(exit_)
+    if None in origins or len(paths) != 1 or end is None:
         return None
     (path,) = paths
     graph = graph_in(model.get_submodule(path))
-    names = frozenset(made[1] for made in made_by if made is not None)
+    names = frozenset(origin[1] for origin in origins if origin is not None)
     nodes = {node.name: node for node in (graph.nodes if graph is not None else ())}
-    given = {source for name in names for source in nodes[name].all_input_nodes if source.name not in names}
-    start = _made_by(entry)
-    first = start[1] if start is not None and start[0] == path else ""
-    if not first:  # an input of the graph
-        taken = [node.name for node in given if node.op == "placeholder"]
-        first = taken[0] if len(taken) == 1 else ""
+    inputs = {source for name in names for source in nodes[name].all_input_nodes if source.name not in names}
+    start = _origin(entry)
+    entry_name = start[1] if start is not None and start[0] == path else ""
+    if not entry_name:  # an input of the graph
+        placeholders = [node.name for node in inputs if node.op == "placeholder"]
+        entry_name = placeholders[0] if len(placeholders) == 1 else ""
     out = nodes[end[1]]
-    computing = {made[1] for node in exit_.graph.nodes if (made := _made_by(node)) is not None and made[0] == path}
+    traced = {o[1] for node in exit_.graph.nodes if (o := _origin(node)) is not None and o[0] == path}
     inner = {nodes[name] for name in names}
-    for node in graph.nodes if graph is not None else ():  # sizes and places of tuples that the part reads itself
-        if node.name not in computing and (inner - {out}).intersection(node.all_input_nodes):
+    for node in graph.nodes if graph is not None else ():  # sizes and tuple items of the part, which are not traced
+        if node.name not in traced and (inner - {out}).intersection(node.all_input_nodes):
             inner.add(node)
-    leave = [node for node in inner if any(_reads(user, computing) and user not in inner for user in node.users)]
-    if first not in {node.name for node in given} or leave != [out]:
+    exits = [node for node in inner if any(_uses_values(user, traced) and user not in inner for user in node.users)]
+    if entry_name not in {node.name for node in inputs} or exits != [out]:
         return None
-    return Part(path, first, out.name, frozenset(node.name for node in inner))
+    return Part(path, entry_name, out.name, frozenset(node.name for node in inner))
 
 
-def _reads(node: Node, computing: set[str]) -> bool:
-    """Whether a node uses the values that it is given, and not only their sizes."""
-    return node.op == "output" or node.name in computing
+def _uses_values(node: Node, traced: set[str]) -> bool:
+    """Return whether a node uses the values of its inputs, and not only their sizes."""
+    return node.op == "output" or node.name in traced
 
 
-def _made_by(node: Node) -> tuple[str, str] | None:
-    """Path of the module and name of the node in its graph that made an operation of a traced program."""
-    found: tuple[str, str] | None = (node.meta.get("custom") or {}).get("kirsch_node")
-    return found
+def _origin(node: Node) -> tuple[str, str] | None:
+    """Return the path of the module and the name of its graph node from which a traced operation comes."""
+    origin: tuple[str, str] | None = (node.meta.get("custom") or {}).get("kirsch_node")
+    return origin
 
 
 @contextlib.contextmanager
 def tapped(module: nn.Module, taps: Mapping[Part, Callable[[Any, Any], Any]]) -> Iterator[None]:
-    """Run a module with a graph node by node, and give each tap the entry and the exit of its part.
+    """Within the block, run the graph of a module node by node, and call each tap with entry and exit of its part.
 
-    What a tap returns takes the place of the exit, unless it is None.
+    The result of a tap replaces the exit, unless it is None.
     """
-    graph, signature, own = graph_in(module), inspect.signature(module.forward), vars(module).get("forward")
+    graph, signature, forward_before = graph_in(module), inspect.signature(module.forward), vars(module).get("forward")
     ends = {part.exit: (part.entry, tap) for part, tap in taps.items()}
     entries = {part.entry for part in taps}
 
@@ -200,13 +208,13 @@ def tapped(module: nn.Module, taps: Mapping[Part, Callable[[Any, Any], Any]]) ->
             out = super().run_node(n)
             if n.name in ends:
                 entry, tap = ends[n.name]
-                new = tap(kept[entry], out)
-                out = out if new is None else new
+                replacement = tap(entry_values[entry], out)
+                out = out if replacement is None else replacement
             if n.name in entries:
-                kept[n.name] = out
+                entry_values[n.name] = out
             return out
 
-    kept: dict[str, Any] = {}
+    entry_values: dict[str, Any] = {}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return Tapped(module, graph=graph).run(*signature.bind(*args, **kwargs).args)
@@ -215,57 +223,58 @@ def tapped(module: nn.Module, taps: Mapping[Part, Callable[[Any, Any], Any]]) ->
     try:
         yield
     finally:
-        if own is None:
+        if forward_before is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = forward_before
 
 
-def without(module: nn.Module, parts: Sequence[Part]) -> None:
-    """Take parts out of the graphs of a module: what reads their exits reads their entries."""
+def remove_parts(module: nn.Module, parts: Sequence[Part]) -> None:
+    """Remove parts from the graphs of a module. The users of an exit use the entry instead."""
     for graph in _graphs_in(module):
-        place = {node.name: number for number, node in enumerate(graph.nodes)}
+        position = {node.name: number for number, node in enumerate(graph.nodes)}
         nodes = {node.name: node for node in graph.nodes}
-        here = [part for part in parts if part.entry in nodes and part.exit in nodes]
-        for part in sorted(here, key=lambda part: -place[part.exit]):  # the entry of one may be the exit of another
+        in_graph = [part for part in parts if part.entry in nodes and part.exit in nodes]
+        # From the last to the first, because the entry of one part may be the exit of another.
+        for part in sorted(in_graph, key=lambda part: -position[part.exit]):
             nodes[part.exit].replace_all_uses_with(nodes[part.entry])
             for node in reversed(graph.nodes):
                 if not node.users and (node.name in part.nodes or node.op == "get_attr"):
                     graph.erase_node(node)
-    renew(module)
+    refresh_graphs(module)
 
 
-def owned(program: ExportedProgram, slots: dict[str, str]) -> None:
-    """Note for each operation that a node of a graph made the module that it belongs to.
+def assign_modules(program: ExportedProgram, slots: dict[str, str]) -> None:
+    """Set `nn_module_stack` of the operations that come from a graph, which does not call containers.
 
-    A graph calls no containers. An operation that reads parameters belongs to the module that has them; any other lies
-    beside the module of that source which was computed last, in the same container.
+    An operation that reads parameters is assigned to the module with these. Any other operation is assigned to the
+    container of its latest input.
     """
-    place = {node: number for number, node in enumerate(program.graph.nodes)}
+    position = {node: number for number, node in enumerate(program.graph.nodes)}
     paths = [path.rpartition(".")[0].split(".") for path in slots.values()]
     containers = {".".join(parts[:end]) for parts in paths for end in range(1, len(parts))}
     owner: dict[Node, str] = {}
-    beside: dict[Node, str] = {}
+    container: dict[Node, str] = {}
     for node in program.graph.nodes:
-        made_by = _made_by(node)
-        if made_by is None:
+        origin = _origin(node)
+        if origin is None:
             continue
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         inner = str(stack[-1][0]) if stack else ""
         read = [slots[source.name].rpartition(".")[0] for source in node.all_input_nodes if source.name in slots]
-        last = max((s for s in node.all_input_nodes if s in owner), key=place.__getitem__, default=None)
-        if inner not in ("", made_by[0]) or read:
-            owner[node] = inner if inner not in ("", made_by[0]) else read[0]
-            beside[node] = owner[node] if owner[node] in containers else owner[node].rpartition(".")[0]
+        latest = max((s for s in node.all_input_nodes if s in owner), key=position.__getitem__, default=None)
+        if inner not in ("", origin[0]) or read:
+            owner[node] = inner if inner not in ("", origin[0]) else read[0]
+            container[node] = owner[node] if owner[node] in containers else owner[node].rpartition(".")[0]
         else:
-            source = None if last is None else _made_by(last)
-            if last is None or source is None:
-                near = made_by[0]
-            elif source[0] == made_by[0]:
-                near = beside[last]
+            source = None if latest is None else _origin(latest)
+            if latest is None or source is None:
+                nearest = origin[0]
+            elif source[0] == origin[0]:
+                nearest = container[latest]
             else:  # the graph of a module that this one calls
-                near = source[0].rpartition(".")[0]
-            owner[node] = beside[node] = near if near.startswith(made_by[0]) else made_by[0]
+                nearest = source[0].rpartition(".")[0]
+            owner[node] = container[node] = nearest if nearest.startswith(origin[0]) else origin[0]
         parts = owner[node].split(".") if owner[node] else []
         stacked = ["", *(".".join(parts[: end + 1]) for end in range(len(parts)))]
         node.meta["nn_module_stack"] = {path: (path, "") for path in stacked}

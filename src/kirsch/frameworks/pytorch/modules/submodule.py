@@ -1,4 +1,4 @@
-"""A part of a model by its path: what it is given in a run of the whole, and the whole with another in its place."""
+"""Submodules by path: their inputs in a run of the model, and copies of the model with one replaced."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def part_of(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path; the model itself for "".
+    """Return the module at a path; the model itself for "".
 
     Raises:
-        UnknownNameError: there is none.
+        UnknownNameError: the model has no such module.
     """
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if path not in modules:
@@ -28,14 +28,17 @@ def part_of(model: nn.Module, path: str) -> nn.Module:
 
 
 def inputs_of(model: nn.Module, path: str, example_inputs: Any) -> Any:
-    """The inputs of the first call of a part when the whole runs in inference mode, as positional or keyword arguments.
+    """Return the inputs of the first call of a submodule in a run of the model in inference mode.
+
+    Returns:
+        A tuple of positional arguments or a dict of keyword arguments; a `Call` if both are needed.
 
     Raises:
-        ModelError: the part is not called.
+        ModelError: the model does not run, or does not call the submodule.
     """
     part = part_of(model, path)
-    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hook = part.register_forward_pre_hook(lambda _, args, options: given.append((args, options)), with_kwargs=True)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = part.register_forward_pre_hook(lambda _, args, options: calls.append((args, options)), with_kwargs=True)
     args, options = arguments(example_inputs)
     try:
         with inference(model), torch.no_grad(), torch.random.fork_rng():
@@ -48,24 +51,24 @@ def inputs_of(model: nn.Module, path: str, example_inputs: Any) -> Any:
         ) from error
     finally:
         hook.remove()
-    if not given:
+    if not calls:
         raise ModelError(
             f"The part {path!r} of {type(model).__name__} is not run.",
-            "The whole does not call it in inference mode.",
+            "The model does not call it in inference mode.",
             "Trace it by itself: kirsch.trace(model.part, inputs).",
         )
-    args, options = given[0]
+    args, options = calls[0]
     if not args or not options:
         return options or args
     signature = inspect.signature(part.forward)
     bound = signature.bind_partial(*args).arguments
     unnamed = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY
-    by_place = any(signature.parameters[name].kind in unnamed for name in bound)
-    return Call(args, options) if by_place else {**bound, **options}
+    positional = any(signature.parameters[name].kind in unnamed for name in bound)
+    return Call(args, options) if positional else {**bound, **options}
 
 
 def shared_with_rest(model: nn.Module, path: str) -> set[int]:
-    """Parameters and buffers, by identity, that a part has in common with the rest of the model."""
+    """Return the ids of parameters and buffers that a submodule shares with the rest of the model."""
     prefix = f"{path}."
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     inside = {id(tensor) for name, tensor in named if name.startswith(prefix)}
@@ -73,5 +76,5 @@ def shared_with_rest(model: nn.Module, path: str) -> set[int]:
 
 
 def with_part(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
-    """A copy of the model with this part in the place of its own."""
+    """Return a copy of the model with the submodule at a path replaced."""
     return copy_of(model, {id(part_of(model, path)): part})

@@ -1,4 +1,4 @@
-"""Models that cannot be analyzed and cut, each refused with its reason before any work is done."""
+"""Raise errors for models that cannot be traced, trained or exported, before any work is done."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
 QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized", "bitsandbytes")
-"""Packages of modules whose weights are integers."""
+"""Packages of modules with quantized weights."""
 
 OBSERVING = ("torch.ao.quantization", "torchao.quantization")
-"""Packages of modules that observe values for a quantization."""
+"""Packages of modules that observe activations for quantization."""
 
 EXPORT_FIRST = "Export the floating-point model, and quantize the file: onnxruntime.quantization.quantize_dynamic."
 PRUNE_FIRST = "Prune the floating-point model first, and quantize the pruned one."
 
 
 def check(model: nn.Module) -> None:
-    """Raise if a model is of a kind that cannot be traced and cut.
+    """Raise an error if a model is of a kind that cannot be traced and cut.
 
     Raises:
-        ModelError: says which part is of which kind, and what to give instead.
+        ModelError: names the part, its kind, and what to use instead.
     """
     for why, fix in reasons(model):
-        raise _refused(model, why, fix)
+        raise _untraceable(model, why, fix)
     shared = _overlapping(model)
     if shared is not None:
-        raise _refused(
+        raise _untraceable(
             model,
-            f"Its parameters `{shared[0]}` and `{shared[1]}` share memory without being one parameter, so that a cut "
-            "would part them.",
-            f"Assign the same parameter to both, or give `{shared[1]}` memory of its own: .data.clone().",
+            f"Its parameters `{shared[0]}` and `{shared[1]}` are two objects in the same memory. A cut would copy them "
+            "and separate their values.",
+            f"Assign the same parameter to both, or copy the memory of `{shared[1]}`: .data.clone().",
         )
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise if the parameters of a model cannot be trained.
+    """Raise an error if the parameters of a model cannot be trained.
 
     Raises:
-        ModelError: says which parameter, and what to give instead.
+        ModelError: names the parameter, and what to use instead.
     """
     check_values(model)
     name = type(model).__name__
@@ -59,25 +59,25 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def check_values(model: nn.Module) -> None:
-    """Raise if parameters of a model have no values.
+    """Raise an error if a parameter of a model is on the meta device.
 
     Raises:
-        ModelError: names one of them.
+        ModelError: names the first such parameter.
     """
     empty = next((name for name, value in model.named_parameters() if value.is_meta), None)
     if empty is not None:
         raise ModelError(
             f"The model {type(model).__name__} cannot be run.",
-            f"Its parameter `{empty}` lives on the meta device and has no values.",
+            f"Its parameter `{empty}` is on the meta device and has no values.",
             "Load its weights first.",
         )
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Raise if a model is wrapped, compiled or quantized, so that torch.export cannot follow its forward.
+    """Raise an error if a model is wrapped, compiled or quantized, so that `torch.export` cannot follow its forward.
 
     Raises:
-        ModelError: says which part is of which kind, and what to give instead.
+        ModelError: names the part, its kind, and what to use instead.
     """
     check_values(model)
     for path, module in model.named_modules():
@@ -87,74 +87,74 @@ def check_exportable(model: nn.Module) -> None:
 
 
 def reasons(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Why a model cannot be traced and cut, and what to do, for each part that is at fault."""
+    """Yield (why, fix) for each module and tensor that cannot be traced and cut."""
     for path, module in model.named_modules():
         yield from _modules(module, f"Its part `{path}` is" if path else "It is", path)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         yield from _tensors(name, value)
 
 
-def _refused(model: nn.Module, why: str, fix: str) -> ModelError:
+def _untraceable(model: nn.Module, why: str, fix: str) -> ModelError:
     return ModelError(f"The model {type(model).__name__} cannot be traced.", why, fix)
 
 
 def _opaque(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
-    """Why no exporter sees what a module computes, and what to do."""
+    """Yield (why, fix) if `torch.export` cannot follow the forward of a module."""
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
     inner = f"model.{path}.module" if path else "model.module"
     if isinstance(module, torch.jit.ScriptModule):
         yield (
             f"{where} TorchScript, whose compiled code cannot be followed.",
-            "Give the Python module that it was compiled from.",
+            "Use the Python module from which it was compiled.",
         )
     if isinstance(module, nn.parallel.DistributedDataParallel):
-        yield f"{where} wrapped in DistributedDataParallel.", f"Give {inner}, and wrap the result again."
+        yield f"{where} wrapped in DistributedDataParallel.", f"Use {inner}, and wrap the result again."
     if any(kind.startswith("torch.distributed.fsdp.") for kind in kinds):
         yield (
-            f"{where} sharded by FSDP, so that no process holds whole parameters.",
-            "Give the model before it is sharded, with a full state dict loaded, and shard the pruned one.",
+            f"{where} sharded by FSDP, so that no process has full parameters.",
+            "Use the model before it is sharded, with a full state dict, and shard the pruned one.",
         )
     if any(kind.startswith("keras.") for kind in kinds):
         yield (
             f"{where} a Keras model, whose layers keep their weights outside of PyTorch's parameters.",
-            "Give a PyTorch model with the same weights, written with torch.nn.",
+            "Use a PyTorch model with the same weights, written with torch.nn.",
         )
     if any(kind.startswith(QUANTIZED) for kind in kinds):
         yield f"{where} a quantized {type(module).__name__}, whose weights are packed integers.", PRUNE_FIRST
 
 
 def _modules(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
-    """Why a module cannot be traced, and what to do."""
+    """Yield (why, fix) if a module cannot be traced."""
     yield from _opaque(module, where, path)
     graph = graph_in(module)
     converted = [node for node in (graph.nodes if graph is not None else ()) if "dequantize" in str(node.target)]
     if converted:
-        yield f"{where} a converted graph, which computes with quantized numbers ({converted[0].target}).", PRUNE_FIRST
+        yield f"{where} a converted graph with quantized operations ({converted[0].target}).", PRUNE_FIRST
     kinds = [f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__]
     if any(kind.startswith(OBSERVING) and ("Observer" in kind or "Fake" in kind) for kind in kinds):
         yield (
-            f"{where} a {type(module).__name__}, which observes values for a quantization.",
+            f"{where} a {type(module).__name__}, which observes activations for quantization.",
             "Prune the model first, and prepare the pruned one for quantization.",
         )
 
 
 def _tensors(name: str, value: torch.Tensor) -> Iterator[tuple[str, str]]:
-    """Why a parameter or buffer cannot be cut, and what to do."""
+    """Yield (why, fix) if a parameter or buffer cannot be cut."""
     kind = type(value)
     if is_lazy(value):
         yield f"Its {name!r} is lazy and has no shape yet.", "Run the model once on an example input."
     elif kind.__module__.startswith(("torchao", "bitsandbytes")):
         yield f"Its `{name}` is a quantized {kind.__name__}.", PRUNE_FIRST
     elif isinstance(value, nn.Parameter) and value.dtype.itemsize == 1 and value.dtype is not torch.bool:
-        yield f"Its parameter `{name}` holds {value.dtype} numbers, as packed quantized weights do.", PRUNE_FIRST
+        yield f"Its parameter `{name}` has dtype {value.dtype}, which packed quantized weights have.", PRUNE_FIRST
     elif kind.__module__.startswith("torch.distributed"):
         yield (
-            f"Its `{name}` is a {kind.__name__}, of which each process holds a part.",
-            "Give the model before it is distributed.",
+            f"Its `{name}` is a {kind.__name__}, of which each process has only a part.",
+            "Use the model before it is distributed.",
         )
     elif is_traceable_wrapper_subclass(value):
         yield (
-            f"Its `{name}` is a {kind.__name__}, a tensor whose parts cannot be sliced.",
+            f"Its `{name}` is a {kind.__name__}, a tensor subclass that cannot be sliced.",
             "Replace it with a plain tensor, as with .dequantize() or .to_padded_tensor(0.0).",
         )
     elif value.layout is not torch.strided or value.is_nested:
@@ -163,32 +163,32 @@ def _tensors(name: str, value: torch.Tensor) -> Iterator[tuple[str, str]]:
 
 
 def _overlapping(model: nn.Module) -> tuple[str, str] | None:
-    """The names of two parameters with memory in common; those that are one object are one parameter."""
+    """Return the names of two parameters that are different objects in overlapping memory; None if there are none."""
     spans: dict[int, list[tuple[Any, Any, str]]] = {}
     for name, value in model.named_parameters():
         if value.layout is torch.strided and not value.is_meta and value.numel():
             last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
             begin = value.storage_offset()
             spans.setdefault(value.untyped_storage().data_ptr(), []).append((begin, begin + last + 1, name))
-    for own in spans.values():
-        own.sort()
-        for first, second in itertools.pairwise(own):
+    for in_storage in spans.values():
+        in_storage.sort()
+        for first, second in itertools.pairwise(in_storage):
             if second[0] < first[1]:
                 return first[2], second[2]
     return None
 
 
 def reason_of(names: Collection[str], error: BaseException) -> tuple[str, str] | None:
-    """Why a forward could not be exported, and what to do; None if neither its calls nor the error tell.
+    """Return (why, fix) for a forward that could not be exported; None if the reason is not known.
 
     Args:
-        names: of the functions that it called.
-        error: of the exporter.
+        names: functions that the forward called.
+        error: the exception of the exporter.
     """
     if "_pack_padded_sequence" in names:
         return (
             "It packs sequences (pack_padded_sequence), which torch.export does not trace.",
-            "Give a model whose forward passes the padded batch itself to the recurrent layer.",
+            "Give a model whose forward passes the padded batch to the recurrent layer.",
         )
     signs = ("nested_tensor", "is not tracked with proxy")  # the second is of a ragged size
     if any("nested" in name for name in names) or any(sign in str(error) for sign in signs):

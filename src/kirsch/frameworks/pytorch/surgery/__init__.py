@@ -1,1 +1,1 @@
-"""From a plan to a smaller model: slices of tensors, dropped blocks, rebuilt graphs."""
+"""Apply a plan to a model: slice tensors, drop residual blocks, rebuild traced graphs."""

@@ -1,4 +1,4 @@
-"""The cut: a new module whose tensors are slices of the old one's, with its own integers fixed."""
+"""Copy a module with only the kept units: slice its tensors and update its integer attributes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 
 from kirsch.frameworks.pytorch.analysis.provenance import set_integer
 from kirsch.frameworks.pytorch.inference.predict import inference
-from kirsch.frameworks.pytorch.modules.copying import copy_of, renew_weights
-from kirsch.frameworks.pytorch.modules.interpreted import renew
+from kirsch.frameworks.pytorch.modules.copying import copy_of, recompute_weights
+from kirsch.frameworks.pytorch.modules.interpreted import refresh_graphs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,36 +22,40 @@ if TYPE_CHECKING:
 
 
 def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_], *, constants: bool = True) -> nn.Module:
-    """A new module of the same class without the components that are not kept; the old one is left as it is.
+    """Return a copy of a module without the removed components. The original is not changed.
 
-    `constants`: whether the integers of its code are given their new values.
+    The slices replace the tensors while the module is copied. The full weights are therefore never copied, and tied
+    tensors stay tied. The copy keeps mode, hooks, dtypes, devices and `requires_grad`.
 
-    The copy is made with the slices already in the place of the tensors, so that the full weights are never copied,
-    and a tensor that is used twice stays one tensor. Mode, hooks, types, devices and requires_grad are those of the
-    original.
+    Args:
+        model: the original.
+        graph: of the original.
+        keep: component → whether it is kept.
+        constants: whether to update the integer attributes that the forward reads.
     """
     memo: dict[int, Any] = {}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, value in named:
         if id(value) not in memo:
-            kept = sliced(value, graph.tensors[name], graph, keep)
-            if kept is not value:
-                memo[id(value)] = kept
+            part = sliced(value, graph.tensors[name], graph, keep)
+            if part is not value:
+                memo[id(value)] = part
     pruned = copy_of(model, memo)
     for leaf, number in graph.constants(keep).items() if constants else ():
         set_integer(pruned, leaf, number)
-    with inference(pruned), torch.no_grad():  # a parametrization may compute a weight otherwise in training mode
+    with inference(pruned), torch.no_grad():  # a parametrization may change its state in training mode
         for module in pruned.modules():
-            renew_weights(module)
-            tell_widths(module)
-            renew(module)
+            recompute_weights(module)
+            update_widths(module)
+            refresh_graphs(module)
     return pruned
 
 
 def sliced(value: torch.Tensor, labeled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> torch.Tensor:
-    """The kept part of a tensor, a parameter if it is one; the tensor itself if all of it is kept.
+    """Return the kept entries of a tensor, or the tensor itself if all entries are kept.
 
-    Rows that make the queries of an attention are scaled so that its scale stays that of the whole width.
+    A slice of a parameter is a parameter. Rows that compute attention queries are scaled so that the attention scale
+    stays that of the original width.
     """
     part = value.detach()
     for axis, labels in enumerate(labeled.axes):
@@ -73,7 +77,7 @@ def sliced(value: torch.Tensor, labeled: Tensor, graph: Graph, keep: NDArray[np.
 
 
 def _scale(part: torch.Tensor, labeled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> None:
-    """Multiply the rows of a cut tensor, in its place, that the scale of an attention is folded into."""
+    """Multiply, in place, the rows of a cut tensor that an attention scale is folded into."""
     for fold in graph.traced.folds:
         for name, rows in fold.rows.items():
             width = graph.kept(fold.width, keep) if graph.tensors[name] is labeled else None
@@ -81,26 +85,28 @@ def _scale(part: torch.Tensor, labeled: Tensor, graph: Graph, keep: NDArray[np.b
                 folded = np.zeros(labeled.shape[0], bool)
                 folded[list(rows)] = True
                 mask = graph.kept(labeled.axes[0], keep)
-                left = (folded if mask is None else folded[mask]).nonzero()[0]
-                index = torch.from_numpy(left).to(part.device)
+                kept_rows = (folded if mask is None else folded[mask]).nonzero()[0]
+                index = torch.from_numpy(kept_rows).to(part.device)
                 part.index_copy_(0, index, part.index_select(0, index) * float(width.mean()) ** 0.5)
 
 
-def tell_widths(module: nn.Module) -> None:
-    """Give the standard layers the widths of their tensors; they show them and users read them.
+def update_widths(module: nn.Module) -> None:
+    """Set the width attributes of a standard layer, such as `in_features`, to the shapes of its tensors.
 
-    What a forward itself reads (groups, num_groups, normalized_shape) is fixed before, by its provenance.
+    These attributes appear in the `repr` of the layer and are read by users. Attributes that the forward reads
+    (`groups`, `num_groups`, `normalized_shape`) are updated by `cut`, from the demands of the trace.
     """
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001 - the common base of all convolutions has no public name
         first, second = module.weight.shape[:2]
-        out, inn = (second, first) if module.transposed else (first, second)
-        module.out_channels = out * module.groups if module.transposed else out
-        module.in_channels = inn if module.transposed else inn * module.groups
-    elif isinstance(module, nn.modules.batchnorm._NormBase):  # noqa: SLF001 - likewise of batch and instance norm
-        stated = module.weight if module.weight is not None else module.running_mean
-        module.num_features = module.num_features if stated is None else stated.shape[0]
+        if module.transposed:  # weight: (in, out / groups, ...)
+            module.in_channels, module.out_channels = first, second * module.groups
+        else:  # weight: (out, in / groups, ...)
+            module.out_channels, module.in_channels = first, second * module.groups
+    elif isinstance(module, nn.modules.batchnorm._NormBase):  # noqa: SLF001 - the common base of batch and instance norm, likewise
+        per_channel = module.weight if module.weight is not None else module.running_mean
+        module.num_features = module.num_features if per_channel is None else per_channel.shape[0]
     elif isinstance(module, nn.GroupNorm) and module.weight is not None:
         module.num_channels = module.weight.shape[0]
     elif isinstance(module, nn.PReLU):

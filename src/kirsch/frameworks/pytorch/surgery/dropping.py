@@ -1,4 +1,4 @@
-"""Residual blocks leave a model: those in a list leave it, and others become identities."""
+"""Drop residual blocks: remove them from their list or graph, or replace them with `nn.Identity`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis.blocks import repeatable, skipping
-from kirsch.frameworks.pytorch.modules.interpreted import Part, without
+from kirsch.frameworks.pytorch.modules.interpreted import Part, remove_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,126 +19,126 @@ if TYPE_CHECKING:
 
 
 def drop(model: nn.Module, blocks: Collection[ResidualBlock], args: Any, options: Any) -> dict[str, str]:
-    """Take blocks out of a model, which is changed.
+    """Drop residual blocks from a model, in place.
 
-    A block that a `torch.fx` graph runs leaves the graph. One that stands in a list leaves it, and what numbers the
-    elements of the list is numbered anew; where the forward does not allow that, and elsewhere, it becomes
+    A block of a `torch.fx` graph is removed from the graph. A block in a list is removed from the list, and the
+    following elements are renumbered. A block that the forward needs in its list, or that is not in a list, becomes
     `nn.Identity`.
 
     Args:
-        model: the copy that is changed.
-        blocks: of `find`.
+        model: the copy to change.
+        blocks: residual blocks that `analysis.blocks` found.
         args, options: example inputs.
 
     Returns:
-        Path of each module that is left → its path now.
+        Old path of each remaining module → its new path.
 
     Raises:
-        ModelError: a block can neither leave its list nor be an identity.
+        ModelError: a block can neither be removed nor be replaced with an identity.
     """
-    modules = dict(model.named_modules())  # kept, since an id is only unique while its module lives
-    before = {id(module): path for path, module in modules.items()}
+    modules = dict(model.named_modules())  # kept alive, because an id is only unique while its object exists
+    old_paths = {id(module): path for path, module in modules.items()}
     with skipping(model, blocks):
-        wanted = repeatable(model, args, options)
-    _leave_graphs(model, blocks)
-    left = [block for block in blocks if block.part is None]
-    parents = dict.fromkeys(block.path.rpartition(".")[0] for block in left)
-    for parent in sorted(parents, key=lambda path: -path.count(".")):  # leaving a list moves what lies below it
-        own = [block for block in left if block.path.rpartition(".")[0] == parent]
-        left = [block for block in left if block not in own]
+        expected = repeatable(model, args, options)
+    _remove_from_graphs(model, blocks)
+    remaining = [block for block in blocks if block.part is None]
+    parents = dict.fromkeys(block.path.rpartition(".")[0] for block in remaining)
+    for parent in sorted(parents, key=lambda path: -path.count(".")):  # deepest first: a removal renames inner paths
+        children = [block for block in remaining if block.path.rpartition(".")[0] == parent]
+        remaining = [block for block in remaining if block not in children]
         container = model.get_submodule(parent)
-        names = [block.path.rpartition(".")[2] for block in own]
+        names = [block.path.rpartition(".")[2] for block in children]
         if isinstance(container, (nn.ModuleList, nn.Sequential)):
-            undo = _leave(container, names)
-            with skipping(model, left):
-                if _same(wanted, _attempt(model, args, options)):
+            undo = _remove_from_list(container, names)
+            with skipping(model, remaining):
+                if _same(expected, _outputs_or_none(model, args, options)):
                     continue
             undo()
-        for block, name in zip(own, names, strict=True):
+        for block, name in zip(children, names, strict=True):
             if not block.plain:
                 raise ModelError(
-                    f"The block {block.path!r} of {type(model).__name__} cannot be left out.",
-                    "The forward does not run without it, or computes something else then, and passes it more than "
-                    "one argument.",
-                    "Exclude it.",
+                    f"The block {block.path!r} of {type(model).__name__} cannot be dropped.",
+                    "The forward fails or computes another result when the block is removed from its list, and the "
+                    "block takes more than one argument, so that nn.Identity cannot replace it.",
+                    "Exclude the block.",
                 )
             setattr(container, name, nn.Identity().train(modules[block.path].training))
-    return {before[id(module)]: path for path, module in model.named_modules() if id(module) in before}
+    return {old_paths[id(module)]: path for path, module in model.named_modules() if id(module) in old_paths}
 
 
-def _leave_graphs(model: nn.Module, blocks: Collection[ResidualBlock]) -> None:
-    """Take those blocks out that graphs run, and their parameters."""
+def _remove_from_graphs(model: nn.Module, blocks: Collection[ResidualBlock]) -> None:
+    """Remove the blocks that a `torch.fx` graph runs, and their parameters."""
     parts: dict[str, list[Part]] = {}
     for block in blocks:
         if block.part is not None:
             parts.setdefault(block.part.path, []).append(block.part)
-    for path, own in parts.items():
-        without(model.get_submodule(path), own)
+    for path, graph_parts in parts.items():
+        remove_parts(model.get_submodule(path), graph_parts)
     for block in blocks:
         if block.part is not None:
             holder, _, name = block.path.rpartition(".")
             delattr(model.get_submodule(holder), name)
 
 
-def _leave(container: nn.Module, names: Collection[str]) -> Callable[[], None]:
-    """Take elements out of a list and number what is left anew; gives the way back."""
-    whole = dict(container.named_children())
-    numbers = _numbers(list(whole.values()))
-    rest = {name: child for name, child in whole.items() if name not in names}
-    numbered = all(name.isdecimal() for name in whole)
-    _fill(container, {str(number) if numbered else name: rest[name] for number, name in enumerate(rest)})
-    for number, child in enumerate(rest.values()):
-        _number(child, number, numbers)
+def _remove_from_list(container: nn.Module, names: Collection[str]) -> Callable[[], None]:
+    """Remove elements of a list and renumber the others. Return a function that undoes both."""
+    children = dict(container.named_children())
+    index_attributes = _index_attributes(list(children.values()))
+    kept = {name: child for name, child in children.items() if name not in names}
+    numbered = all(name.isdecimal() for name in children)
+    _set_children(container, {str(index) if numbered else name: kept[name] for index, name in enumerate(kept)})
+    for index, child in enumerate(kept.values()):
+        _set_index(child, index, index_attributes)
 
     def undo() -> None:
-        _fill(container, whole)
-        for number, child in enumerate(whole.values()):
-            _number(child, number, numbers)
+        _set_children(container, children)
+        for index, child in enumerate(children.values()):
+            _set_index(child, index, index_attributes)
 
     return undo
 
 
-def _fill(container: nn.Module, children: Mapping[str, nn.Module]) -> None:
+def _set_children(container: nn.Module, children: Mapping[str, nn.Module]) -> None:
     for name in [name for name, _ in container.named_children()]:
         delattr(container, name)
     for name, child in children.items():
         container.add_module(name, child)
 
 
-def _numbers(children: Sequence[nn.Module]) -> set[tuple[str, str]]:
-    """(path, attribute) that holds in each element of a list its own number, if there are two elements or more.
+def _index_attributes(children: Sequence[nn.Module]) -> set[tuple[str, str]]:
+    """Return (path, attribute) pairs that hold the index of each list element, such as the `layer_idx` of a KV cache.
 
-    Such as the number of a layer by which it finds its own part of a cache.
+    Empty for fewer than two elements, which cannot show a pattern.
     """
-    found = [
+    candidates = [
         {
             (path, attribute)
             for path, module in child.named_modules()
             for attribute, value in vars(module).items()
-            if type(value) is int and value == number
+            if type(value) is int and value == index
         }
-        for number, child in enumerate(children)
+        for index, child in enumerate(children)
     ]
-    return found[0].intersection(*found[1:]) if len(found) > 1 else set()
+    return candidates[0].intersection(*candidates[1:]) if len(candidates) > 1 else set()
 
 
-def _number(child: nn.Module, number: int, numbers: Collection[tuple[str, str]]) -> None:
-    for path, attribute in numbers:
-        setattr(child.get_submodule(path), attribute, number)
+def _set_index(child: nn.Module, index: int, attributes: Collection[tuple[str, str]]) -> None:
+    for path, attribute in attributes:
+        setattr(child.get_submodule(path), attribute, index)
 
 
-def _attempt(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
-    """The outputs; none if the forward fails."""
+def _outputs_or_none(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
+    """Return the outputs; an empty list if the forward fails."""
     try:
         return repeatable(model, args, options)
     except Exception:  # noqa: BLE001 - whatever the model's own code raises
         return []
 
 
-def _same(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> bool:
-    """Whether two runs put out the same numbers; on the meta device, the same shapes."""
-    if [t.shape for t in wanted] != [t.shape for t in found]:
+def _same(expected: list[torch.Tensor], found: list[torch.Tensor]) -> bool:
+    """Return whether two runs return equal tensors; on the meta device, equal shapes."""
+    if [t.shape for t in expected] != [t.shape for t in found]:
         return False
     return all(
-        a.is_meta or bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(wanted, found, strict=True)
+        a.is_meta or bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(expected, found, strict=True)
     )

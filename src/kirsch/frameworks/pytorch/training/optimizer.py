@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate, the moving average of the weights, and who computes in how many bits."""
+"""Optimizer, learning rate schedule, moving average of the weights, and Accelerate with its precision."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def own_precision() -> Iterator[None]:
-    """A run within which Accelerate may have another precision than before; afterwards it has the former again.
+def separate_precision() -> Iterator[None]:
+    """Reset the precision of Accelerate within the block, and restore it afterwards.
 
-    Accelerate keeps the precision once for the whole process, the caller's own `Accelerator`s included, and refuses a
-    second one.
+    Accelerate has one precision for all `Accelerator`s of a process, those of the caller included, and rejects another.
     """
     before = dict(AcceleratorState._shared_state)  # noqa: SLF001 - has no public name
     AcceleratorState._reset_state()  # noqa: SLF001 - as above
@@ -39,79 +38,80 @@ def own_precision() -> Iterator[None]:
 
 
 def accelerator_for(training: Training) -> Accelerator:
-    """Accelerate, for as many processes as there are; within `own_precision`.
+    """Return the `Accelerator` of this process. Call it within `separate_precision`.
 
     Raises:
-        UsageError: this machine cannot compute in that precision, or other processes are not found.
+        UsageError: this machine does not support the precision, or Accelerate does not see the processes of torchrun.
     """
-    # Of what torchrun starts; without an accelerator each process is alone unless it is told to take the CPU.
+    # torchrun sets both variables. Without an accelerator device, Accelerate ignores other processes unless cpu=True.
     started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    why = "fp16 is for GPUs."
+    why = "fp16 needs a GPU."
     try:
-        made = Accelerator(
+        accelerator = Accelerator(
             cpu=started > 1 and not torch.accelerator.is_available(),
             mixed_precision="no" if training.precision == "fp32" else training.precision,
-            # A term that has no weight yet leaves its adapter without a gradient.
+            # An adapter has no gradient while the weight of its loss term is 0.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
-        _require_processes(made, started)
-        if made.native_amp or training.precision == "fp32":  # on a CPU Accelerate takes fp16 and computes in fp32
-            return made
+        _require_processes(accelerator, started)
+        if accelerator.native_amp or training.precision == "fp32":  # with fp16 on a CPU, Accelerate computes in fp32
+            return accelerator
     except ValueError as error:
         why = said(error)
     raise UsageError(
-        f"precision is {training.precision!r}, which this machine cannot train in.", why, 'Take "bf16" or "fp32".'
+        f"precision is {training.precision!r}, which this machine cannot train in.", why, 'Use "bf16" or "fp32".'
     )
 
 
 def _require_processes(accelerator: Accelerator, started: int) -> None:
     if accelerator.num_processes != started and started > 1:
         raise UsageError(
-            f"torchrun started {started} processes, and Accelerate knows of {accelerator.num_processes}.",
-            "Each would train on everything by itself.",
-            "Make no Accelerator before; where the machine's accelerator takes one process, set ACCELERATE_USE_CPU=1.",
+            f"torchrun started {started} processes, and Accelerate sees {accelerator.num_processes}.",
+            "Each process would train a separate model on all data.",
+            "Do not create an Accelerator or PartialState before the training. If the accelerator of the machine "
+            "allows only one process, set ACCELERATE_USE_CPU=1.",
         )
 
 
 class Average:
-    """An exponential moving average of the weights of a model; buffers, such as running statistics, are copied.
+    """Exponential moving average of the parameters of a model. Buffers, such as running statistics, are copied.
 
     Args:
-        model: whose weights are followed.
-        keep: share of the average that a step leaves, 0 < share < 1.
+        model: model with the initial weights.
+        decay: weight of the previous average in each step, 0 < decay < 1.
 
-    Source: Polyak, Juditsky 1992; with a constant share as Tarvainen, Valpola 2017, arXiv:1703.01780.
+    Source: Polyak, Juditsky 1992; with constant decay: Tarvainen, Valpola 2017, arXiv:1703.01780.
     """
 
-    def __init__(self, model: nn.Module, keep: float) -> None:
-        self.keep = keep
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
         self.model = copy_of(model).eval().requires_grad_(requires_grad=False)
 
     @torch.no_grad()
-    def follow(self, model: nn.Module) -> None:
-        """Take in the weights that a step led to."""
-        for mine, other in zip(self.model.parameters(), model.parameters(), strict=True):
-            mine.lerp_(other, 1 - self.keep)
-        for kept, now in zip(self.model.buffers(), model.buffers(), strict=True):
-            kept.copy_(now)
+    def update(self, model: nn.Module) -> None:
+        """Update the average with the weights after a step."""
+        for average, value in zip(self.model.parameters(), model.parameters(), strict=True):
+            average.lerp_(value, 1 - self.decay)
+        for buffer, new in zip(self.model.buffers(), model.buffers(), strict=True):
+            buffer.copy_(new)
 
 
 def check_schedule(training: Training, length: int | None) -> None:
-    """Raise a DataError if the learning rate depends on how many batches there are, and the data cannot say."""
+    """Raise a DataError if the schedule needs the number of batches, and the data has no length."""
     if length is None and (training.schedule != "constant" or training.warmup_epochs):
         warmup = f" with {training.warmup_epochs:g} warmup_epochs" if training.warmup_epochs else ""
         raise DataError(
-            "The data does not say how many batches an epoch has: it has no length.",
-            f"The schedule {training.schedule!r}{warmup} follows the part of the run that is done.",
+            "The data has no length, so the number of batches of an epoch is not known.",
+            f"The schedule {training.schedule!r}{warmup} depends on this number.",
             'Give the data a __len__, or train with schedule="constant" and warmup_epochs=0.',
         )
 
 
 def learning_rate(training: Training, epoch: float) -> float:
-    """The learning rate at a point of the run, counted in epochs from 0."""
+    """Return the learning rate at a time of the run, in epochs from 0; fractions are batches."""
     peak = training.learning_rate
     if epoch < training.warmup_epochs:
-        return peak * min((epoch + 1e-3) / training.warmup_epochs, 1.0)  # the first step must not be nothing
+        return peak * min((epoch + 1e-3) / training.warmup_epochs, 1.0)  # + 1e-3 so that the first rate is not 0
     if training.schedule == "constant":
         return peak
     done = (epoch - training.warmup_epochs) / max(training.epochs - training.warmup_epochs, 1e-9)
@@ -120,18 +120,27 @@ def learning_rate(training: Training, epoch: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def optimizer_of(model: nn.Module, training: Training, called: str) -> torch.optim.Optimizer:
-    """Weight decay on weights of two or more axes only: on biases and scales it does harm."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
+def optimizer_of(model: nn.Module, training: Training, name: str) -> torch.optim.Optimizer:
+    """Return the optimizer. Weight decay applies to weights of two or more axes only, not to biases and scales.
+
+    Args:
+        model: the module to train.
+        training: settings.
+        name: of the model, for the error.
+
+    Raises:
+        UsageError: no parameter requires a gradient.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
         raise UsageError(
-            f"Nothing of {called} can be trained.",
+            f"{name} has no trainable parameters.",
             "All its parameters have requires_grad=False.",
-            "Set requires_grad on those that shall learn.",
+            "Set requires_grad=True for the parameters to train.",
         )
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": training.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": training.weight_decay},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if training.optimizer == "adamw":

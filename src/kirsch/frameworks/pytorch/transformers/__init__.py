@@ -1,1 +1,1 @@
-"""Configurations and checkpoints of Hugging Face transformers."""
+"""Configurations and checkpoints of Hugging Face transformers models."""

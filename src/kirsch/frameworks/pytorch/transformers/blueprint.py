@@ -1,7 +1,7 @@
-"""The configuration of a model as its blueprint: what it builds with other numbers, and which ones build given sizes.
+"""Search for the numbers in a configuration that build a model of given sizes.
 
-Nothing is known of a library or of names. What a number moves is seen by building the model on the meta device with
-another one; what the numbers must be follows from the sizes that moved.
+The search knows no library and no names. It changes one number at a time, builds the model on the meta device and
+compares the sizes. The numbers then follow from the sizes that changed.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ if TYPE_CHECKING:
     Numbers = dict[str, float]  # path in a configuration, "vision_config.hidden_size" or "conv_dim.0" → its value
 
 MOST_BUILDS = 500
-"""A seven-billion-parameter model of 32 layers is built on the meta device in 20 ms."""
+"""Limit of one search. A model of 7 billion parameters and 32 layers is built on the meta device in 20 ms."""
 INSTEAD_OF_NONE = 8, 12
-"""Numbers to see what a value moves that is None or missing, which stands for "four times the width" and the like."""
+"""Trial values for a number that is None or missing, which often means a default such as four times the width."""
 
 
-def carried(model: nn.Module) -> bool:
-    """Whether a model carries a configuration."""
+def has_configuration(model: nn.Module) -> bool:
+    """Return whether a model has a configuration like those of transformers."""
     config = getattr(model, "config", None)
     return hasattr(config, "to_dict") and hasattr(config, "from_dict") and hasattr(model, "save_pretrained")
 
 
 def numbers(owner: Any, path: str = "") -> dict[str, float | None]:
-    """Numbers above 1, which may be sizes, and None, by their paths, also in lists and inner configurations."""
+    """Return the numbers above 1, which may be sizes, and None values, by path.
+
+    Lists and inner configurations are searched, too.
+    """
     if owner is None or (type(owner) in (int, float) and 1 < owner < float("inf")):
         return {path: owner}
     if isinstance(owner, (list, tuple)):
@@ -49,57 +52,57 @@ def numbers(owner: Any, path: str = "") -> dict[str, float | None]:
     else:
         items = vars(owner) if hasattr(owner, "to_dict") else {}
     inner = [(f"{path}.{key}" if path else str(key), item) for key, item in items.items() if str(key)[0] != "_"]
-    return {place: number for within, item in inner for place, number in numbers(item, within).items()}
+    return {inner_path: number for key, item in inner for inner_path, number in numbers(item, key).items()}
 
 
-def held(model: nn.Module) -> dict[str, set[float]]:
-    """The integers that the modules of a model keep, by their names."""
-    found: dict[str, set[float]] = {}
+def integer_attributes(model: nn.Module) -> dict[str, set[float]]:
+    """Return the integers above 1 in the attributes of a model's modules, by name of the attribute."""
+    integers: dict[str, set[float]] = {}
     for module in model.modules():
         if not type(module).__module__.startswith("torch."):
             for name, value in vars(module).items():
                 if type(value) is int and value > 1 and not name.startswith("_"):
-                    found.setdefault(name, set()).add(value)
-    return found
+                    integers.setdefault(name, set()).add(value)
+    return integers
 
 
-def changed(config: Any, changes: Mapping[str, float]) -> Any:
-    """A copy of a configuration with other numbers, as it is after it was written and read.
+def with_numbers(config: Any, changes: Mapping[str, float]) -> Any:
+    """Return a copy of a configuration with other numbers, after conversion to a dict and back.
 
     Raises:
-        Exception: whatever the configuration raises that does not allow them.
+        Exception: the configuration does not allow the numbers.
     """
     new = copy.deepcopy(config)
     for path, number in changes.items():
-        _put(new, path.split("."), number)
-    read = type(config).from_dict(new.to_dict())
-    _keep_private(new, read)
-    return read
+        _set(new, path.split("."), number)
+    converted = type(config).from_dict(new.to_dict())
+    _copy_private(new, converted)
+    return converted
 
 
-def _put(owner: Any, way: Sequence[str], number: float) -> Any:
-    """The owner with a number at the end of a way of attributes and places."""
-    if not way:
+def _set(owner: Any, path: Sequence[str], number: float) -> Any:
+    """Return the owner with a number set at a path of attributes and list indices."""
+    if not path:
         return number
     if isinstance(owner, (list, tuple)):
-        at = int(way[0])
-        return type(owner)([*owner[:at], _put(owner[at], way[1:], number), *owner[at + 1 :]])
-    setattr(owner, way[0], _put(getattr(owner, way[0], None), way[1:], number))
+        index = int(path[0])
+        return type(owner)([*owner[:index], _set(owner[index], path[1:], number), *owner[index + 1 :]])
+    setattr(owner, path[0], _set(getattr(owner, path[0], None), path[1:], number))
     return owner
 
 
-def _keep_private(old: Any, new: Any) -> None:
-    """What is not written, such as which implementation of attention was asked for."""
+def _copy_private(old: Any, new: Any) -> None:
+    """Copy private attributes, which `to_dict` omits, such as the selected attention implementation."""
     for name, value in vars(old).items():
         if name.startswith("_"):
             setattr(new, name, value)
         elif hasattr(value, "to_dict"):
-            _keep_private(value, getattr(new, name))
+            _copy_private(value, getattr(new, name))
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Without the words and the random numbers of builds that are only trials."""
+def quiet() -> Iterator[None]:
+    """Suppress logs and warnings, and restore the random state, for builds that are only trials."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -110,68 +113,70 @@ def quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-def built(model: nn.Module, changes: Mapping[str, float], device: str | torch.device) -> nn.Module:
-    """The model that the configuration builds with these numbers.
+def build(model: nn.Module, changes: Mapping[str, float], device: str | torch.device) -> nn.Module:
+    """Return a new model of the same class from the configuration with other numbers.
 
     Raises:
-        Exception: whatever the model raises that cannot be built so.
+        Exception: the model cannot be built from these numbers.
     """
     before = torch.get_default_dtype()
-    with quietly(), torch.device(device):
+    with quiet(), torch.device(device):
         torch.set_default_dtype(next((p.dtype for p in model.parameters() if p.is_floating_point()), before))
         try:
-            new: nn.Module = type(model)(changed(model.config, changes))
+            new: nn.Module = type(model)(with_numbers(model.config, changes))
         finally:
             torch.set_default_dtype(before)
     return new
 
 
 def sizes(model: nn.Module) -> Sizes:
-    """The size of each axis of each parameter and buffer."""
+    """Return the size of each axis of each parameter and buffer."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {(name, axis): size for name, value in named for axis, size in enumerate(value.shape)}
 
 
-def _wrong(found: Sizes, wanted: Sizes) -> list[tuple[str, int]]:
-    return [axis for axis, size in wanted.items() if found.get(axis) != size]
+def _different(found: Sizes, target: Sizes) -> list[tuple[str, int]]:
+    return [axis for axis, size in target.items() if found.get(axis) != size]
 
 
-def _numbered(names: AbstractSet[str]) -> dict[str, set[str]]:
-    """Path of a list → the numbers of its elements that these names have."""
-    found: dict[str, set[str]] = {}
+def _list_indices(names: AbstractSet[str]) -> dict[str, set[str]]:
+    """Return path of a module list → indices of its elements in the names of tensors."""
+    indices: dict[str, set[str]] = {}
     for name in names:
         parts = name.split(".")
-        for place, part in enumerate(parts):
+        for position, part in enumerate(parts):
             if part.isdecimal():
-                found.setdefault(".".join(parts[:place]), set()).add(part)
-    return found
+                indices.setdefault(".".join(parts[:position]), set()).add(part)
+    return indices
 
 
 @dataclass(frozen=True)
-class Lever:
-    """A number of a configuration that sets sizes.
+class SizeNumber:
+    """A number of a configuration that determines sizes.
 
     Args:
-        path: where it stands.
-        value: today's.
-        trial: another one.
-        moved: axis → its size with the other number.
+        path: in the configuration.
+        value: current value.
+        trial: another value.
+        affected: axis → its size with the trial value.
     """
 
     path: str
     value: float
     trial: float
-    moved: Sizes
+    affected: Sizes
 
-    def values(self, axis: tuple[str, int], start: int, now: int, wanted: int) -> Iterator[float]:
-        """What it may be so that an axis has its wanted size, if that grows in proportion or in equal steps.
+    def candidates(self, axis: tuple[str, int], start: int, current: int, target: int) -> Iterator[float]:
+        """Yield values that may give an axis its target size, for a proportional and for a linear dependence.
 
         Args:
-            axis: one that it moves.
-            start, now, wanted: its size in the beginning, with the other numbers that are chosen, and in the end.
+            axis: an affected axis.
+            start: size of the axis with the current configuration.
+            current: its size with the numbers chosen so far.
+            target: its size in the pruned model.
         """
-        value, step = Fraction(self.value), Fraction(self.moved[axis] - start) / Fraction(self.trial - self.value)
-        for guess in (value * wanted / max(now, 1), value + (wanted - start) / step):
+        value, step = Fraction(self.value), Fraction(self.affected[axis] - start) / Fraction(self.trial - self.value)
+        for guess in (value * target / max(current, 1), value + (target - start) / step):
             if type(self.value) is float:
                 yield float(guess)
             elif guess.denominator == 1 and guess >= 1:
@@ -179,9 +184,10 @@ class Lever:
 
 
 class Search:
-    """The search for the numbers with which a configuration builds a model of the sizes of a given one.
+    """Search for the numbers with which the configuration builds a model of the sizes of a pruned model.
 
-    Stored tensors must have their sizes; buffers that the constructor fills are left to the verification.
+    The stored tensors must have the sizes of the pruned model. Buffers that the constructor fills are compared later,
+    by the outputs of the built model.
 
     Args:
         model: the pruned model, with the configuration of the original.
@@ -189,120 +195,121 @@ class Search:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.wanted = sizes(model)
+        self.target = sizes(model)
         self.names = set(model.state_dict())
-        self.stored = {axis: size for axis, size in self.wanted.items() if axis[0] in self.names}
-        self.frozen: list[tuple[str, int]] = []  # the axes that nothing sets right once most numbers are chosen
-        self._reached = (MOST_BUILDS, 0)  # how many numbers were still open there, how many axes wrong
-        self.refusals: list[str] = []  # what was raised where all numbers were chosen
-        self.held = held(model)
-        self._known: dict[frozenset[tuple[str, float]], Sizes | Exception] = {}
+        self.stored = {axis: size for axis, size in self.target.items() if axis[0] in self.names}
+        self.unreachable: list[tuple[str, int]] = []  # axes of another size that no open number affects
+        self._best = (MOST_BUILDS, 0)  # number of open numbers and of unreachable axes, at `unreachable`
+        self.rejections: list[str] = []  # exceptions of builds with all numbers chosen
+        self.integers = integer_attributes(model)
+        self._trials: dict[frozenset[tuple[str, float]], Sizes | Exception] = {}
 
     @property
-    def spent(self) -> bool:
-        """Whether as many models were built as may be."""
-        return len(self._known) == MOST_BUILDS
+    def exhausted(self) -> bool:
+        """Whether the limit of builds is reached."""
+        return len(self._trials) == MOST_BUILDS
 
     @property
     def obstacle(self) -> str:
-        """What is in the way of a configuration, in words."""
-        if self.spent:
+        """Sentence that explains why no configuration was found."""
+        if self.exhausted:
             return f"None was found in {MOST_BUILDS} trials."
-        if self.refusals:
-            return f"The numbers that would are refused: {self.refusals[0]}"
-        if not self.frozen:
+        if self.rejections:
+            return f"The model rejects the numbers that have its sizes: {self.rejections[0]}"
+        if not self.unreachable:
             self.trial({})
-            why = self._known[frozenset()]
-            return f"Its own builds no such model: {said(why) if isinstance(why, Exception) else 'names differ.'}"
-        name, axis = self.frozen[0]
+            why = self._trials[frozenset()]
+            if isinstance(why, Exception):
+                return f"The model cannot be built from its configuration: {said(why)}"
+            return "Its configuration builds a model with other names of parameters."
+        name, axis = self.unreachable[0]
         return (
-            "Layers differ, or a size follows from another one: "
-            f"no number gives axis {axis} of {name} its {self.wanted[name, axis]}."
+            "Layers of one kind have different sizes, or a size follows from another one: "
+            f"no number gives axis {axis} of {name} the size {self.target[name, axis]}."
         )
 
     @property
     def misfit(self) -> str:
-        """In words, what the configuration as it is builds otherwise than the model stores; "" if nothing."""
+        """Sentence on the first difference between the model and the one that its configuration builds; "" if none."""
         found = self.trial({})
         if found is None:
-            error = self._known[frozenset()]
+            error = self._trials[frozenset()]
             return f"Its configuration does not build it: {said(error) if isinstance(error, Exception) else ''}"
-        for name, axis in _wrong(found, self.stored)[:1]:
+        for name, axis in _different(found, self.stored)[:1]:
             size = found.get((name, axis))
-            builds = f"with {size}" if size is not None else "not at all"
-            return f"Axis {axis} of {name} has {self.wanted[name, axis]}; its configuration builds it {builds}."
+            builds = f"it with size {size}" if size is not None else "no such tensor"
+            return f"Axis {axis} of {name} has size {self.target[name, axis]}; its configuration builds {builds}."
         return ""
 
     def solutions(self) -> list[Numbers]:
-        """The numbers that change, for each configuration that builds what is stored; those that build most first."""
-        counts = self._counts()
+        """Return the changes of each configuration that builds the stored tensors.
+
+        Those with the fewest differences in other buffers come first.
+        """
+        counts = self._layer_counts()
         start = None if counts is None else self.trial(counts)
         if counts is None or start is None:
             return []
         implied = {**counts, **self._implied(start, counts)}
-        every = self._solutions(self._levers(start, implied), implied, start)
-        found = [self._fewest(changes, implied.keys() - counts.keys()) for changes in every]
-        return sorted(found, key=lambda changes: len(_wrong(self.trial(changes) or {}, self.wanted)))
+        solutions = self._solutions(self._relevant(start, implied), implied, start)
+        minimal = [self._without_implied(changes, implied.keys() - counts.keys()) for changes in solutions]
+        return sorted(minimal, key=lambda changes: len(_different(self.trial(changes) or {}, self.target)))
 
-    def _fewest(self, changes: Numbers, implied: AbstractSet[str]) -> Numbers:
-        """The changes without what goes without saying."""
+    def _without_implied(self, changes: Numbers, implied: AbstractSet[str]) -> Numbers:
+        """Return the changes without implied numbers that are not needed."""
         for path in implied:
             fewer = {other: number for other, number in changes.items() if other != path}
             if self.fits(fewer):
-                return self._fewest(fewer, implied - {path})
+                return self._without_implied(fewer, implied - {path})
         return changes
 
     def fits(self, changes: Numbers) -> bool:
-        """Whether these numbers build what is stored."""
+        """Return whether these numbers build the stored tensors."""
         found = self.trial(changes)
-        return found is not None and not _wrong(found, self.stored)
-
-    def builds(self, changes: Numbers) -> bool:
-        """Whether these numbers build what is stored, and nothing else."""
-        return self.fits(changes) and self._lacking(changes) == set()
+        return found is not None and not _different(found, self.stored)
 
     def trial(self, changes: Numbers) -> Sizes | None:
-        """The sizes that these numbers build; None if they build nothing, or too much was built already."""
+        """Return the sizes that these numbers build; None if the build fails or the limit is reached."""
         key = frozenset(changes.items())
-        if key not in self._known:
-            if self.spent:
+        if key not in self._trials:
+            if self.exhausted:
                 return None
             try:
-                self._known[key] = sizes(built(self.model, changes, "meta"))
-            except Exception as error:  # noqa: BLE001 - whatever the model's own code raises where numbers do not fit
-                self._known[key] = error
-        found = self._known[key]
+                self._trials[key] = sizes(build(self.model, changes, "meta"))
+            except Exception as error:  # noqa: BLE001 - whatever the model's own code raises if numbers do not fit
+                self._trials[key] = error
+        found = self._trials[key]
         return None if isinstance(found, Exception) else found
 
-    def _counts(self) -> Numbers | None:
-        """How many layers there are, where some were left out: the numbers that build what is stored, by its names."""
-        lacking = self._lacking({})
-        fewer = {len(places) for places in _numbered(lacking or set()).values()}
+    def _layer_counts(self) -> Numbers | None:
+        """Return the changed numbers of layers after blocks were dropped; None if none gives the stored names."""
+        extra = self._extra_names({})
+        dropped = {len(indices) for indices in _list_indices(extra or set()).values()}
         counts: Numbers = {}
         for path, value in numbers(self.model.config).items():
             if not isinstance(value, int):
                 continue
-            for count in sorted(fewer) if lacking else ():
-                rest = self._lacking({**counts, path: value - count}) if value > count else None
-                if rest is not None and len(rest) < len(lacking or ()):
-                    counts[path], lacking = value - count, rest
+            for count in sorted(dropped) if extra else ():
+                remaining = self._extra_names({**counts, path: value - count}) if value > count else None
+                if remaining is not None and len(remaining) < len(extra or ()):
+                    counts[path], extra = value - count, remaining
                     break
-        return None if lacking is None or lacking else counts
+        return None if extra is None or extra else counts
 
-    def _lacking(self, changes: Numbers) -> set[str] | None:
-        """What these numbers build and the model does not store; None if they build nothing or less than it stores."""
+    def _extra_names(self, changes: Numbers) -> set[str] | None:
+        """Return names that are built and not stored; None if the build fails or lacks a stored name."""
         try:
-            names = set(built(self.model, changes, "meta").state_dict())
-        except Exception:  # noqa: BLE001 - whatever the model's own code raises where numbers do not fit
+            names = set(build(self.model, changes, "meta").state_dict())
+        except Exception:  # noqa: BLE001 - whatever the model's own code raises if numbers do not fit
             return None
         return names - self.names if self.names <= names else None
 
     def _implied(self, start: Sizes, counts: Numbers) -> Numbers:
-        """What stands for None, or for what is missing: the numbers that say what is built without them."""
-        silent = [path for path, value in numbers(self.model.config).items() if value is None]
-        silent += [name for name in self.held if not hasattr(self.model.config, name)]
+        """Return the values that None and missing numbers of the configuration stand for."""
+        unset = [path for path, value in numbers(self.model.config).items() if value is None]
+        unset += [name for name in self.integers if not hasattr(self.model.config, name)]
         implied: Numbers = {}
-        for path, trial in itertools.product(silent, INSTEAD_OF_NONE):
+        for path, trial in itertools.product(unset, INSTEAD_OF_NONE):
             found = self.trial({**counts, path: trial}) or start
             axis = next((axis for axis, size in found.items() if start.get(axis, size) != size), None)
             if axis is not None and path not in implied:
@@ -311,63 +318,67 @@ class Search:
                     implied[path] = int(number)
         return implied
 
-    def _levers(self, start: Sizes, implied: Numbers) -> list[Lever]:
-        """The numbers that move an axis that is cut, and those that move what these move."""
-        every = self._movers(start, implied)
-        reached = set(_wrong(start, self.stored))
-        for _ in every:  # no chain of levers is longer
-            reached |= {axis for lever in every if not reached.isdisjoint(lever.moved) for axis in lever.moved}
-        return [lever for lever in every if not reached.isdisjoint(lever.moved)]
+    def _relevant(self, start: Sizes, implied: Numbers) -> list[SizeNumber]:
+        """Return the numbers that affect a cut axis, or an axis that a relevant number affects."""
+        size_numbers = self._size_numbers(start, implied)
+        axes = set(_different(start, self.stored))
+        for _ in size_numbers:  # a chain of numbers with common axes is not longer than this list
+            axes |= {axis for n in size_numbers if not axes.isdisjoint(n.affected) for axis in n.affected}
+        return [number for number in size_numbers if not axes.isdisjoint(number.affected)]
 
-    def _movers(self, start: Sizes, implied: Numbers) -> list[Lever]:
-        """The numbers that move an axis."""
-        every = []
-        said_ = {path: value for path, value in numbers(self.model.config).items() if value is not None}
-        for path, value in {**said_, **implied}.items():
+    def _size_numbers(self, start: Sizes, implied: Numbers) -> list[SizeNumber]:
+        """Return the numbers that affect an axis."""
+        size_numbers = []
+        stated = {path: value for path, value in numbers(self.model.config).items() if value is not None}
+        for path, value in {**stated, **implied}.items():
             for trial in (value * 2, type(value)(value / 2)):
                 found = self.trial({**implied, path: trial}) or start
-                moved = {axis: size for axis, size in found.items() if start.get(axis, size) != size}
-                if moved:
-                    every.append(Lever(path, value, trial, moved))
+                affected = {axis: size for axis, size in found.items() if start.get(axis, size) != size}
+                if affected:
+                    size_numbers.append(SizeNumber(path, value, trial, affected))
                     break
-        return every
+        return size_numbers
 
     def settable(self, within: AbstractSet[tuple[str, int]]) -> set[tuple[str, int]]:
         """Return the axes of parameters that numbers of the configuration change without any effect on other axes.
 
         Args:
-            within: the axes that may change. The model is one that is not pruned yet.
+            within: the axes that may change. The model must not be pruned yet.
         """
         start = self.trial({})
-        levers = [] if start is None else self._movers(start, self._implied(start, {}))
+        size_numbers = [] if start is None else self._size_numbers(start, self._implied(start, {}))
         parameters = dict(self.model.named_parameters())
-        moved = [{axis for axis in lever.moved if axis[0] in parameters} for lever in levers]
-        return {axis for axes in moved if axes <= within for axis in axes}
+        affected = [{axis for axis in number.affected if axis[0] in parameters} for number in size_numbers]
+        return {axis for axes in affected if axes <= within for axis in axes}
 
-    def _solutions(self, levers: list[Lever], chosen: Numbers, start: Sizes) -> Iterator[Numbers]:
-        """What is chosen together with what these levers may add; what no lever moves any more must be right."""
-        if self.spent:
+    def _solutions(self, open_: list[SizeNumber], chosen: Numbers, start: Sizes) -> Iterator[Numbers]:
+        """Yield the solutions that extend the chosen numbers with values of the open ones, depth first.
+
+        A branch ends when an axis has another size than the target and no open number affects the axis.
+        """
+        if self.exhausted:
             return
         found = self.trial(chosen)
-        wrong = [] if found is None else _wrong(found, self.stored)
-        movers = Counter(axis for lever in levers for axis in lever.moved)
-        frozen = [axis for axis in wrong if axis not in movers]
-        if frozen and (len(levers), len(frozen)) < self._reached:
-            self.frozen, self._reached = frozen, (len(levers), len(frozen))
-        if not levers and found is not None and not frozen:
+        different = [] if found is None else _different(found, self.stored)
+        uses = Counter(axis for number in open_ for axis in number.affected)
+        unreachable = [axis for axis in different if axis not in uses]
+        if unreachable and (len(open_), len(unreachable)) < self._best:
+            self.unreachable, self._best = unreachable, (len(open_), len(unreachable))
+        if not open_ and found is not None and not unreachable:
             yield chosen
-        elif not levers and isinstance(error := self._known.get(frozenset(chosen.items())), Exception):
-            self.refusals.append(said(error.__cause__ or error))
-        elif levers and not frozen:
-            alone = [{axis for axis in lever.moved if movers[axis] == 1} & self.stored.keys() for lever in levers]
-            hints = [self.held.get(lever.path.rpartition(".")[2], set()) - {lever.value} for lever in levers]
-            at = max(range(len(levers)), key=lambda at: (bool(alone[at]), bool(hints[at]), -len(levers[at].moved)))
-            lever, rest = levers[at], [*levers[:at], *levers[at + 1 :]]
-            values = hints[at].union(
+        elif not open_ and isinstance(error := self._trials.get(frozenset(chosen.items())), Exception):
+            self.rejections.append(said(error.__cause__ or error))
+        elif open_ and not unreachable:
+            alone = [{axis for axis in number.affected if uses[axis] == 1} & self.stored.keys() for number in open_]
+            hints = [self.integers.get(number.path.rpartition(".")[2], set()) - {number.value} for number in open_]
+            # First the numbers that alone affect an axis, then those that an attribute of a module states.
+            best = max(range(len(open_)), key=lambda i: (bool(alone[i]), bool(hints[i]), -len(open_[i].affected)))
+            number, rest = open_[best], [*open_[:best], *open_[best + 1 :]]
+            values = hints[best].union(
                 *(
-                    lever.values(axis, start[axis], (found or start).get(axis, 0), self.wanted[axis])
-                    for axis in (alone[at] or lever.moved.keys()) & self.wanted.keys()
+                    number.candidates(axis, start[axis], (found or start).get(axis, 0), self.target[axis])
+                    for axis in (alone[best] or number.affected.keys()) & self.target.keys()
                 )
             )
-            for more in ({}, *({lever.path: value} for value in sorted(values - {lever.value}))):
-                yield from self._solutions(rest, {**chosen, **more}, start)
+            for change in ({}, *({number.path: value} for value in sorted(values - {number.value}))):
+                yield from self._solutions(rest, {**chosen, **change}, start)

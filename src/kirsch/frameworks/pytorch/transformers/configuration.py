@@ -1,8 +1,8 @@
-"""Updates the configuration of a pruned model, as models of transformers have one.
+"""Update the configuration of a pruned transformers model, so that `from_pretrained` can load it.
 
-A model carries a configuration if `type(model)(config)` builds it and the configuration converts to a dict and back.
-New numbers are set only after verification: a model built from them returns the same bits. Where no configuration
-describes the result, `save_pretrained` raises an error; see `pretrained.py`.
+A model has a configuration if `type(model)(config)` builds the model and the configuration converts to a dict and back.
+New numbers are only set after a check: a model built from them must return the same bits. If no configuration describes
+the pruned model, `save_pretrained` raises an error; see `pretrained.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,17 @@ import torch
 from kirsch.errors import PlanError, nearest, said
 from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
-from kirsch.frameworks.pytorch.transformers.blueprint import Search, built, carried, held, numbers, quietly, sizes
+from kirsch.frameworks.pytorch.transformers.blueprint import (
+    Search,
+    build,
+    has_configuration,
+    integer_attributes,
+    numbers,
+    quiet,
+    sizes,
+)
 from kirsch.frameworks.pytorch.transformers.pretrained import allow, refuse, refused, savers
-from kirsch.frameworks.pytorch.verification.verify import distance, drawing_alike, noise_of
+from kirsch.frameworks.pytorch.verification.verify import distance, noise_of, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,42 +39,42 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Plan
 
 MOST_SOLUTIONS = 4
-"""Configurations of the right shapes that are held against the pruned model."""
+"""Configurations of the right shapes whose outputs are compared with those of the pruned model."""
 MOST_GROWTH = 4
-"""A number of a configuration may grow, as a ratio does whose divisor shrinks, but not above this times any size."""
+"""Limit of a number in a plan, relative to the largest size. Ratios grow when their divisor shrinks."""
 
 SCALING = ("embedding dim", "head dim")
-"""Kinds whose number often sets a factor as well, such as the scale of attention, which no shape shows."""
+"""Kinds of units whose number often sets a factor, too, such as the scale of attention, which shapes do not show."""
 
 
 def check(model: nn.Module, plan: Plan) -> None:
-    """Make sure that the configuration a plan states may be one of a model, before anything is built with it.
+    """Raise an error if the configuration in a plan cannot be one of a model, before a model is built from it.
 
     Raises:
-        PlanError: the model carries no configuration, or none with these numbers.
+        PlanError: the model has no configuration, or its configuration does not have these numbers.
     """
     if not plan.configuration:
         return
-    if not carried(model) or plan.tracing.scope:
+    if not has_configuration(model) or plan.tracing.scope:
         owner = f"The part {plan.tracing.scope!r} of" if plan.tracing.scope else "A"
         raise PlanError(
             f"{plan.title} states a configuration: {', '.join(plan.configuration)}.",
-            f"{owner} {type(model).__name__} carries none that a plan could change.",
-            "Take these numbers out of configuration, or give the model that the plan was made for.",
+            f"{owner} {type(model).__name__} has no configuration that a plan can change.",
+            "Remove these numbers from the configuration in the plan, or give the model that the plan was made for.",
         )
-    today, modules = numbers(model.config), held(model)
-    most = MOST_GROWTH * max([*(size for size in sizes(model).values()), *(n for n in today.values() if n)])
+    current, attributes = numbers(model.config), integer_attributes(model)
+    most = MOST_GROWTH * max([*(size for size in sizes(model).values()), *(n for n in current.values() if n)])
     for path, number in plan.configuration.items():
-        if path not in today and path not in modules:
+        if path not in current and path not in attributes:
             raise PlanError(
                 f"{plan.title} states a number for configuration.{path}.",
                 f"The configuration of the {type(model).__name__} has no such number.",
-                nearest(path, today) or "Take it out, or give the model that the plan was made for.",
+                nearest(path, current) or "Remove it, or give the model that the plan was made for.",
             )
         if number > most:
             raise PlanError(
                 f"{plan.title} states {number:g} for configuration.{path}.",
-                f"No size of the {type(model).__name__} comes near it.",
+                f"This is more than {MOST_GROWTH} times the largest size of the {type(model).__name__}.",
                 "Correct the number, or make a new plan.",
             )
 
@@ -76,12 +84,12 @@ ORIGINAL_SIZE = "from_pretrained would build it in its original size."
 
 @dataclass(frozen=True)
 class Configured:
-    """What became of the configurations in a pruned model.
+    """Changes of the configurations in a pruned model.
 
     Args:
         numbers: new numbers of the configuration of the model itself.
-        notes: what was changed, in words.
-        why, fix: of the error that `save_pretrained` raises from now on; empty where it works.
+        notes: sentences on the changes.
+        why, fix: texts of the error that `save_pretrained` raises; empty if it can save the model.
     """
 
     numbers: Numbers = field(default_factory=dict)
@@ -91,71 +99,73 @@ class Configured:
 
 
 def configure(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
-    """Make the configurations in a pruned model describe it, or `save_pretrained` raise an error.
+    """Update the configurations in a pruned model, or make `save_pretrained` raise an error.
 
-    Without verification only the numbers that the plan states are set; they were verified when it was applied first.
+    Without verification, only the numbers that the plan states are set. These were checked when the plan was applied
+    first.
     """
     if not (plan.groups or plan.blocks):
         return Configured()
     if "" not in dict(savers(pruned)):
         return _refuse_parts(pruned, model)
-    found = _of_whole(pruned, model, plan, graph, verify=verify)
-    if found.why:
-        refuse(pruned, found.why, found.fix)
+    configured = _configure_model(pruned, model, plan, graph, verify=verify)
+    if configured.why:
+        refuse(pruned, configured.why, configured.fix)
     else:
         allow(pruned)
     _refuse_parts(pruned, model)
-    return found
+    return configured
 
 
-def _of_whole(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
-    """Find out whether a configuration describes the pruned model as a whole, and tell it if so."""
+def _configure_model(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
+    """Update the configuration of the pruned model itself if one describes it."""
     name, scope = type(pruned).__name__, graph.tracing.scope
-    if not carried(pruned):
+    if not has_configuration(pruned):
         why = f"No configuration describes the pruned {name}. {ORIGINAL_SIZE}"
         return Configured(why=why, fix="Save it with kirsch.save.")
     if scope:
-        why = f"The configuration of the {name} is left as it was, since a part was pruned alone: {scope!r}."
+        why = f"The configuration of the {name} is unchanged, because only a part was pruned: {scope!r}."
         return Configured(why=why, fix="Save it with kirsch.save, or trace without scope and prune the whole model.")
     if not verify:
         return _as_stated(pruned, model, plan, graph)
     search, differences = Search(pruned), []
     for changes in search.solutions()[:MOST_SOLUTIONS]:
-        difference = otherwise(pruned, changes, graph.traced.args, graph.traced.options)
+        difference = difference_of(pruned, changes, graph.traced.args, graph.traced.options)
         if not difference:
-            return _told(pruned, changes)
-        differences.append(f"With {_in_words(pruned, changes)} it has these shapes and differs: {difference}.")
-    return _undescribed(pruned, differences[0] if differences else search.obstacle, _remedy(model, plan, graph))
+            return _updated(pruned, changes)
+        differences.append(f"With {_in_words(pruned, changes)}, the shapes agree and the outputs differ: {difference}.")
+    return _undescribed(pruned, differences[0] if differences else search.obstacle, _plan_options(model, plan, graph))
 
 
-def _undescribed(pruned: nn.Module, why: str, remedy: str) -> Configured:
-    fix = f"Save it with kirsch.save, or {remedy}." if remedy else "Save it with kirsch.save."
+def _undescribed(pruned: nn.Module, why: str, options: str) -> Configured:
+    fix = f"Save it with kirsch.save, or {options}." if options else "Save it with kirsch.save."
     return Configured(why=f"No configuration describes the pruned {type(pruned).__name__}. {why}", fix=fix)
 
 
 def _refuse_parts(pruned: nn.Module, model: nn.Module) -> Configured:
-    """Make `save_pretrained` of modules within a pruned model raise an error where their configuration does not fit.
+    """Make `save_pretrained` of submodules raise an error if they were cut and their configuration does not fit.
 
-    Those that were not cut are left as they are. Returns the reason for the first that is refused.
+    Returns:
+        The error of the first such submodule.
     """
-    originals, found = dict(model.named_modules()), Configured()
+    originals, first = dict(model.named_modules()), Configured()
     for path, part in savers(pruned):
         cut = path not in originals or sizes(originals[path]) != sizes(part)
         if not path or not (cut or refused(part)):
             continue
-        misfit = Search(part).misfit if carried(part) else ORIGINAL_SIZE
+        misfit = Search(part).misfit if has_configuration(part) else ORIGINAL_SIZE
         if not misfit:
             allow(part)
         elif cut:
             why = f"No configuration describes the pruned {path!r}, a {type(part).__name__}. {misfit}"
-            own = Configured(why=why, fix="Save the whole model with kirsch.save.")
-            refuse(part, own.why, own.fix)
-            found = found if found.why else own
-    return found
+            refusal = Configured(why=why, fix="Save the whole model with kirsch.save.")
+            refuse(part, refusal.why, refusal.fix)
+            first = first if first.why else refusal
+    return first
 
 
-def _remedy(model: nn.Module, plan: Plan, graph: Graph) -> str:
-    """The options of a plan whose result the configuration describes, in words; empty where none are known."""
+def _plan_options(model: nn.Module, plan: Plan, graph: Graph) -> str:
+    """Return options of a plan whose result the configuration describes, in words; empty if none are known."""
     kinds = _described(model, graph)
     cut = {removal.kind for removal in plan.groups}
     if not kinds or not cut or (plan.method.get("uniform") and cut <= set(kinds)):
@@ -164,7 +174,7 @@ def _remedy(model: nn.Module, plan: Plan, graph: Graph) -> str:
 
 
 def _described(model: nn.Module, graph: Graph) -> list[str]:
-    """The kinds of units of which a configuration says how many there are, by numbers that set no other size."""
+    """Return the kinds of units whose number a configuration states, by numbers that set no other size."""
     search, axes = Search(model), dict[str, set[tuple[str, int]]]()
     for group in graph.groups:
         if group.kind not in SCALING:
@@ -175,95 +185,98 @@ def _described(model: nn.Module, graph: Graph) -> list[str]:
 def _as_stated(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph) -> Configured:
     search, changes = Search(pruned), plan.configuration
     if changes and search.fits(changes):
-        return _told(pruned, changes)
-    if not search.solutions():  # as `prune` found, with verification
-        return _undescribed(pruned, search.obstacle, _remedy(model, plan, graph))
-    why = search.misfit or "Without verification nothing shows that it computes the same."
-    remedy = _remedy(model, plan, graph)
+        return _updated(pruned, changes)
+    if not search.solutions():  # the same message as after verification
+        return _undescribed(pruned, search.obstacle, _plan_options(model, plan, graph))
+    why = search.misfit or "Without verification, it is not known whether the outputs agree."
+    advice = _plan_options(model, plan, graph)
     return Configured(
-        why=f"The configuration of the {type(pruned).__name__} is left as it was, without verification. {why}",
-        fix=f"Save it with kirsch.save, or {remedy}{' and ' * bool(remedy)}prune with verify=True.",
+        why=f"The configuration of the {type(pruned).__name__} is unchanged, without verification. {why}",
+        fix=f"Save it with kirsch.save, or {advice}{' and ' * bool(advice)}prune with verify=True.",
     )
 
 
-def _told(pruned: nn.Module, changes: Numbers) -> Configured:
+def _updated(pruned: nn.Module, changes: Numbers) -> Configured:
     if not changes:
         return Configured()
-    note = f"config: {_in_words(pruned, changes)}; save_pretrained holds it."
-    tell(pruned, built(pruned, changes, "meta"))
+    note = f"config: {_in_words(pruned, changes)}; save_pretrained saves it."
+    copy_configurations(build(pruned, changes, "meta"), pruned)
     return Configured(changes, (note,))
 
 
 def _in_words(model: nn.Module, changes: Numbers) -> str:
-    today = numbers(model.config)
-    return ", ".join(f"{path} {today.get(path)} -> {number}" for path, number in changes.items())
+    current = numbers(model.config)
+    return ", ".join(f"{path} {current.get(path)} -> {number}" for path, number in changes.items())
 
 
-def otherwise(pruned: nn.Module, changes: Numbers, args: Any, options: Any) -> str:
-    """What the model that a configuration builds does otherwise than the pruned one, in words; "" if nothing.
+def difference_of(pruned: nn.Module, changes: Numbers, args: Any, options: Any) -> str:
+    """Return how a model built from a changed configuration differs from the pruned model, in words; "" if not at all.
 
-    Both get the same noise on what is stored, since parameters that start at zero would hide a difference, and must
-    then return the same bits. So must the pruned model when it has the new configuration itself.
+    The same noise is added to the stored tensors of both, because parameters that are zero would hide a difference.
+    Both must then return the same bits. The pruned model must also return the same bits with the new configuration.
     """
     noise = noise_of(pruned)
-    own = copy_of(pruned).eval()
+    copied = copy_of(pruned).eval()
 
     def outputs(model: nn.Module) -> list[torch.Tensor]:
-        return drawing_alike(lambda: run(model, args, options))
+        return seeded(lambda: run(model, args, options))
 
     def differs() -> bool:
-        with contextlib.suppress(Exception):  # one number alone may not fit the others
-            return distance(before, outputs(own)) != 0
+        with contextlib.suppress(Exception):  # a single changed number may not fit the others
+            return distance(before, outputs(copied)) != 0
         return False
 
-    with quietly():
+    with quiet():
         try:
-            anew = built(pruned, changes, next(pruned.parameters()).device).eval()
+            built = build(pruned, changes, next(pruned.parameters()).device).eval()
             state = {
                 name: value.detach() + noise[id(value)].to(value) if id(value) in noise else value
                 for name, value in pruned.state_dict(keep_vars=True).items()
             }
-            own.load_state_dict(state)
-            anew.load_state_dict(state)
-            _convert_alike(anew, own)
-            before = outputs(own)
-            tell(own, anew)
-            if distance(before, outputs(own)) != 0:
+            copied.load_state_dict(state)
+            built.load_state_dict(state)
+            _convert_buffers(built, copied)
+            before = outputs(copied)
+            copy_configurations(built, copied)
+            if distance(before, outputs(copied)) != 0:
                 return "the forward of the pruned model reads its configuration"
-            if distance(before, outputs(anew)) != 0:
-                return _cause(own, anew, differs)
+            if distance(before, outputs(built)) != 0:
+                return _cause(copied, built, differs)
         except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
             return said(error).rstrip(".")
     return ""
 
 
-def _convert_alike(anew: nn.Module, own: nn.Module) -> None:
-    """Give the buffers of a model built anew the types to which the other was converted as a whole, `model.half()`."""
-    for path, module in anew.named_modules():
-        for name, value in own.get_submodule(path).named_buffers(recurse=False):
+def _convert_buffers(built: nn.Module, pruned: nn.Module) -> None:
+    """Convert the buffers of a built model to the dtypes of the pruned model, which `model.half()` may have changed."""
+    for path, module in built.named_modules():
+        for name, value in pruned.get_submodule(path).named_buffers(recurse=False):
             setattr(module, name, module.get_buffer(name).to(value.dtype))
 
 
-def _cause(own: nn.Module, anew: nn.Module, differs: Callable[[], bool]) -> str:
-    """The number in the modules that matters and that a model built anew has otherwise, in words."""
+def _cause(pruned: nn.Module, built: nn.Module, differs: Callable[[], bool]) -> str:
+    """Return the attribute of a module that makes the outputs differ, in words.
+
+    `differs` compares the outputs of `pruned` with those of before, after an attribute was set as in `built`.
+    """
     tried = set()
-    for path, module in anew.named_modules():
-        mine = own.get_submodule(path)
+    for path, module in built.named_modules():
+        counterpart = pruned.get_submodule(path)
         for name, number in vars(module).items():
-            today = getattr(mine, name, number)
-            if type(number) in (int, float) and today != number and (type(module), name) not in tried:
+            current = getattr(counterpart, name, number)
+            if type(number) in (int, float) and current != number and (type(module), name) not in tried:
                 tried.add((type(module), name))
-                setattr(mine, name, number)
+                setattr(counterpart, name, number)
                 if differs():
-                    return f"{path}.{name} is {today:.4g} and would be {number:.4g}".removeprefix(".")
-                setattr(mine, name, today)
-    buffers = dict(own.named_buffers())
-    others = [name for name, value in anew.named_buffers() if not torch.equal(value, buffers[name])]
-    return f"{others[0]} would have other values" if others else "its outputs differ"
+                    return f"{path}.{name} is {current:.4g} and would be {number:.4g}".removeprefix(".")
+                setattr(counterpart, name, current)
+    buffers = dict(pruned.named_buffers())
+    others = [name for name, value in built.named_buffers() if not torch.equal(value, buffers[name])]
+    return f"the buffer {others[0]} would have other values" if others else "the cause is not known"
 
 
-def tell(model: nn.Module, anew: nn.Module) -> None:
-    """Give each module the configuration that its counterpart in a model built anew has."""
-    for path, module in anew.named_modules():
+def copy_configurations(source: nn.Module, target: nn.Module) -> None:
+    """Set the configuration of each module to that of its counterpart in another model."""
+    for path, module in source.named_modules():
         if "config" in vars(module):
-            model.get_submodule(path).config = module.config
+            target.get_submodule(path).config = module.config

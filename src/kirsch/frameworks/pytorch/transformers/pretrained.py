@@ -1,8 +1,8 @@
-"""`save_pretrained` and `push_to_hub` of pruned models: an error where the checkpoint could not be loaded.
+"""Errors of `save_pretrained` and `push_to_hub` for pruned models whose checkpoint could not be loaded.
 
-Such a checkpoint is weights and a configuration, and `from_pretrained` builds the model from the configuration. After a
-cut that no configuration describes, it would build other sizes: an error, or, with `ignore_mismatched_sizes=True`,
-weights drawn at random without a word.
+A checkpoint has weights and a configuration, from which `from_pretrained` builds the model. If no configuration
+describes a pruned model, `from_pretrained` builds other sizes. It then raises an error, or, with
+`ignore_mismatched_sizes=True`, silently initializes weights at random.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ METHODS = ("save_pretrained", "push_to_hub")
 
 @dataclass(frozen=True)
 class Refusal:
-    """Raises an error in the place of a method of one model.
+    """Replacement of a method of one model that raises an error.
 
-    It is an attribute of the instance, so that copies, `kirsch.distill` and pickles keep it, and holds nothing but
-    text, so that it is copied and pickled like any setting.
+    An attribute of the instance, so that copies, pickles and models of `kirsch.distill` keep it. It contains only
+    strings, so that it can be copied and pickled.
 
     Args:
-        method: the name of the method.
-        model: the class of the model.
-        why, fix: for the error.
+        method: name of the method.
+        model: name of the model's class.
+        why, fix: texts of the error.
     """
 
     method: str
@@ -48,7 +48,7 @@ class Refusal:
 
 
 def savers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of each part of a model that has `save_pretrained`, the whole ("") first."""
+    """Yield path and module of the model ("") and each submodule with `save_pretrained`."""
     return ((path, module) for path, module in model.named_modules() if _has(module, "save_pretrained"))
 
 
@@ -64,7 +64,7 @@ def refuse(module: nn.Module, why: str, fix: str) -> None:
 
 
 def allow(module: nn.Module) -> None:
-    """Take back what `refuse` did, if it did."""
+    """Undo `refuse`."""
     for method in METHODS:
         if isinstance(vars(module).get(method), Refusal):
             del vars(module)[method]

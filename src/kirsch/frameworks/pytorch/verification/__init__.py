@@ -1,1 +1,1 @@
-"""The pruned model against the masked original."""
+"""Numerical comparison of a pruned model with the masked original."""

@@ -1,7 +1,7 @@
-"""Weights that a model computes from its parameters, and which of them a cut changes for the units that stay.
+"""Find the computed weights that a cut changes for the kept units.
 
-Spectral and weight normalization, orthogonal parametrizations and standardized convolutions compute a weight from all
-of a parameter. When rows or columns of the parameter go, the computed weight of the others changes with them.
+Spectral and weight normalization, orthogonal parametrizations and standardized convolutions compute a weight from a
+full parameter. When rows or columns of the parameter are removed, the computed weight of the kept ones changes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kirsch.frameworks.pytorch.analysis.program import name_of
-from kirsch.frameworks.pytorch.verification.masked import MaskedRun, fixed_nodes
+from kirsch.frameworks.pytorch.verification.masked import MaskedRun, input_free_nodes
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
@@ -25,101 +25,105 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
 
 LEAST = 1e-4
-"""The smallest change, relative to the largest number of a weight, that is more than rounding."""
+"""The smallest change, relative to the largest entry of a weight, that counts as more than rounding."""
 
 _MOVING = """
 t transpose permute view _unsafe_view reshape to _to_copy unsqueeze squeeze slice select expand clone detach alias
 contiguous getitem split split_with_sizes chunk unbind
 """
 MOVING = frozenset(_MOVING.split())
-"""Operations that change no number, so that what they put out is no weight of its own."""
+"""Operations that only move or copy values, so that their result is not a computed weight."""
 
 
-class _Weights(MaskedRun):
-    """Runs what depends on parameters, buffers and constants alone, and keeps the results of some operations."""
+class _WeightsRun(MaskedRun):
+    """Run the operations that do not depend on inputs, and record the results of some of them."""
 
     def __init__(
         self,
         graph: Graph,
         keep: NDArray[np.bool_],
         tensors: Mapping[str, torch.Tensor],
-        wanted: Collection[Node],
+        recorded: Collection[Node],
     ) -> None:
         super().__init__(graph, keep, tensors)
-        self._wanted = wanted
-        self.found: dict[Node, torch.Tensor] = {}
+        self._recorded = recorded
+        self.results: dict[Node, torch.Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
-        """One operation, if it depends on no input."""
-        if n.op != "placeholder" and n not in self._fixed:
+        """Run one operation if it does not depend on an input."""
+        if n.op != "placeholder" and n not in self._input_free:
             return ()
         out = super().run_node(n)
-        if n in self._wanted:
-            self.found[n] = out
+        if n in self._recorded:
+            self.results[n] = out
         return out
 
 
 def changed(graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Path of each module whose computed weight changes for the kept units → its size relative to before.
+    """Return the modules whose computed weight changes for the kept units.
 
-    The size is the root of the mean square of the kept entries. Units that only the computation of the weight itself
-    has, such as the rank of a product of two factors, are taken as gone in both.
+    Units that only exist within the computation of a weight, such as the rank of a product of two factors, are removed
+    in both compared weights.
 
     Args:
-        graph, keep: what is cut.
-        tensors: parameters and buffers of the original by path, as they are.
+        graph: of the original.
+        keep: component → whether it is kept.
+        tensors: parameters and buffers of the original by path.
+
+    Returns:
+        Path of the module → root mean square of the kept entries after the cut, relative to before.
     """
     traced: Traced = graph.traced
-    fixed = fixed_nodes(traced)
-    wanted = _computed(graph, keep, fixed)
-    if not wanted:
+    input_free = input_free_nodes(traced)
+    computed = _computed(graph, keep, input_free)
+    if not computed:
         return {}
-    found = []
-    for which in (keep | _used(graph, fixed), keep):
-        run = _Weights(graph, which, tensors, wanted)
+    results = []
+    for mask in (keep | _used(graph, input_free), keep):
+        run = _WeightsRun(graph, mask, tensors, computed)
         with torch.no_grad():
             run.run(*run.feed([None] * len(traced.program.graph_signature.user_inputs)))
-        found.append(run.found)
+        results.append(run.results)
     sizes: dict[str, float] = {}
-    for node, user in wanted.items():
-        whole, cut = (_kept(values[node], traced.states[node], graph, keep) for values in found)
-        largest = float(whole.abs().max()) if whole.numel() else 0.0
-        if largest and float((whole - cut).abs().max()) > LEAST * largest:
-            size = float(cut.square().mean().sqrt() / whole.square().mean().sqrt())
+    for node, user in computed.items():
+        before, after = (_kept(values[node], traced.states[node], graph, keep) for values in results)
+        largest = float(before.abs().max()) if before.numel() else 0.0
+        if largest and float((before - after).abs().max()) > LEAST * largest:
+            size = float(after.square().mean().sqrt() / before.square().mean().sqrt())
             path = _module(user)
             sizes[path] = max(size, sizes.get(path, size), key=lambda value: abs(np.log(max(value, 1e-9))))
     return sizes
 
 
-def _computed(graph: Graph, keep: NDArray[np.bool_], fixed: set[Node]) -> dict[Node, Node]:
-    """Each result that is computed from a cut parameter and read beside an input → the first that reads it."""
+def _computed(graph: Graph, keep: NDArray[np.bool_], input_free: set[Node]) -> dict[Node, Node]:
+    """Return the results computed from a cut parameter → the first operation with inputs that reads them."""
     traced: Traced = graph.traced
     cut = {name for name, tensor in graph.tensors.items() if any(graph.kept(a, keep) is not None for a in tensor.axes)}
-    mixed: set[Node] = set()  # depends on a cut parameter
-    own: set[Node] = set()  # and is more than a view of it
-    found = {}
+    from_cut: set[Node] = set()  # depends on a cut parameter
+    computed: set[Node] = set()  # of these, more than views of the parameter
+    first_users = {}
     for node in traced.program.graph.nodes:
         if node.op == "placeholder":
             if traced.slots.get(node.name) in cut:
-                mixed.add(node)
-        elif node in fixed and mixed.intersection(node.all_input_nodes):
-            mixed.add(node)
-            if name_of(node).removeprefix("aten.") not in MOVING or own.intersection(node.all_input_nodes):
-                own.add(node)
-            user = next((user for user in node.users if user not in fixed and user.op != "output"), None)
+                from_cut.add(node)
+        elif node in input_free and from_cut.intersection(node.all_input_nodes):
+            from_cut.add(node)
+            if name_of(node).removeprefix("aten.") not in MOVING or computed.intersection(node.all_input_nodes):
+                computed.add(node)
+            user = next((user for user in node.users if user not in input_free and user.op != "output"), None)
             value = node.meta.get("val")
-            if node in own and user is not None and isinstance(value, torch.Tensor) and value.is_floating_point():
-                found[node] = user
-    return found
+            if node in computed and user is not None and isinstance(value, torch.Tensor) and value.is_floating_point():
+                first_users[node] = user
+    return first_users
 
 
-def _used(graph: Graph, fixed: set[Node]) -> NDArray[np.bool_]:
-    """Component → whether it lies on an axis of what depends on an input."""
+def _used(graph: Graph, input_free: set[Node]) -> NDArray[np.bool_]:
+    """Return component → whether it labels an axis of a tensor that depends on an input."""
     traced: Traced = graph.traced
     used = np.zeros(len(graph.coupling.frozen), bool)
     for node, state in traced.states.items():
         for tensor in state if isinstance(state, list) else [state]:
-            if isinstance(tensor, Tensor) and node not in fixed:
+            if isinstance(tensor, Tensor) and node not in input_free:
                 for axis in tensor.axes:
                     if axis is not None:
                         used[graph.coupling.component[axis]] = True

@@ -1,7 +1,7 @@
-"""The masked original: the traced operations with the removed entries zero and statistics over what is kept.
+"""The masked original: the traced program with removed entries set to zero and statistics over the kept entries.
 
-The statistics are written out here by their definitions, apart from the surgery, so that one wrong rule cannot hide in
-both.
+The statistics are implemented here from their definitions, independently of the surgery, so that one wrong rule cannot
+affect both sides of the verification.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 RANDOM = ("rand", "normal", "bernoulli", "dropout", "multinomial")
-"""Parts of the names of operations that draw numbers."""
+"""Parts of the names of operations that draw random numbers."""
 
 
 def mask_of(labeled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch.Tensor) -> torch.Tensor:
-    """1 where an entry of a tensor is kept, 0 where it is removed; broadcasts against the tensor."""
+    """Return 1 for kept and 0 for removed entries of a tensor, in a shape that broadcasts against the tensor."""
     mask = torch.ones((1,) * len(labeled.shape), dtype=like.dtype, device=like.device)
     for axis, labels in enumerate(labeled.axes):
         kept = graph.kept(labels, keep)
@@ -43,26 +43,26 @@ def mask_of(labeled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch.
     return mask
 
 
-def fixed_nodes(traced: Traced) -> set[Node]:
-    """The nodes that depend on parameters, buffers and constants alone."""
-    held = {*traced.slots, *traced.program.graph_signature.inputs_to_lifted_tensor_constants}
-    fixed: set[Node] = set()
+def input_free_nodes(traced: Traced) -> set[Node]:
+    """Return the nodes that only depend on parameters, buffers and constants."""
+    stored = {*traced.slots, *traced.program.graph_signature.inputs_to_lifted_tensor_constants}
+    input_free: set[Node] = set()
     for node in traced.program.graph.nodes:
-        computes = node.op == "call_function" and not any(word in name_of(node) for word in RANDOM)
-        if node.name in held or (computes and fixed.issuperset(node.all_input_nodes)):
-            fixed.add(node)
-    return fixed
+        deterministic = node.op == "call_function" and not any(word in name_of(node) for word in RANDOM)
+        if node.name in stored or (deterministic and input_free.issuperset(node.all_input_nodes)):
+            input_free.add(node)
+    return input_free
 
 
 @dataclass(frozen=True)
-class _Due:
-    """Stands for a parameter or buffer, by path, until an operation reads it."""
+class _Lazy:
+    """Placeholder for a parameter or buffer, by path, until an operation reads it."""
 
     name: str
 
 
 class MaskedRun(Interpreter):
-    """Runs the traced operations of the original with masked tensors."""
+    """Run the traced operations of the original with masked tensors."""
 
     def __init__(
         self,
@@ -73,13 +73,14 @@ class MaskedRun(Interpreter):
         *,
         training: bool = False,
     ) -> None:
-        """A run in inference mode, or of the trace in training mode.
+        """Prepare a run.
 
         Args:
-            graph, keep: what is masked.
-            tensors: parameters and buffers by path, in the type to compute in.
-            blocks: those that are left out.
-            training: whether it is the trace in training mode.
+            graph: of the original.
+            keep: component → whether it is kept.
+            tensors: parameters and buffers by path, in the dtype to compute in.
+            blocks: paths of residual blocks to skip.
+            training: run the trace of training mode.
         """
         self._graph = graph
         self._traced: Traced = graph.traced.training if training else graph.traced
@@ -87,34 +88,34 @@ class MaskedRun(Interpreter):
         self._tensors = tensors
         self._entries = {block.exit: block.entry for block in self._traced.blocks if block.path in blocks}
         self._entered: dict[Node, Any] = {}
-        self._fixed = fixed_nodes(self._traced)
+        self._input_free = input_free_nodes(self._traced)
         super().__init__(self._traced.program.graph_module)
 
     def outputs(
         self, inputs: list[Any], *, gradients: bool = False, shown: NDArray[np.bool_] | None = None
     ) -> list[torch.Tensor]:
-        """The outputs for the flat user inputs.
+        """Return the outputs of the program.
 
         Args:
-            inputs: in the order of the flat inputs.
-            gradients: whether the gradients of the tensors can be computed.
-            shown: component → whether an output that may lose units shows it; those that are kept if None.
+            inputs: the flat user inputs.
+            gradients: record gradients.
+            shown: component → whether to keep it in outputs that may lose units; `keep` if None.
         """
         shown = self._keep if shown is None else shown
         with torch.set_grad_enabled(gradients):
-            found = self.run(*self.feed(inputs))
-        node = next(iter(reversed(self._traced.program.graph.nodes)))
-        given: Any = node.args[0]
-        states, counted = self._traced.states, self._traced.counted  # one that counts must have come out whole
+            outputs = self.run(*self.feed(inputs))
+        output_node = next(iter(reversed(self._traced.program.graph.nodes)))
+        nodes: Any = output_node.args[0]
+        states, counted = self._traced.states, self._traced.counted  # outputs that count must keep all units
         return [
-            found[place] if place in counted else self._kept(found[place], states.get(given[place]), shown)
-            for place in self._traced.outputs
+            outputs[i] if i in counted else self._kept(outputs[i], states.get(nodes[i]), shown)
+            for i in self._traced.outputs
         ]
 
     def feed(self, inputs: list[Any]) -> list[Any]:
-        """What the program takes: None for parameters and buffers, its constants, and the flat user inputs."""
+        """Return the arguments of the program: None for parameters and buffers, constants, and the user inputs."""
         signature = self._traced.program.graph_signature
-        waiting = iter(inputs)
+        user_inputs = iter(inputs)
         feed: list[Any] = []
         for node in self._traced.program.graph.nodes:
             if node.op != "placeholder":
@@ -124,11 +125,11 @@ class MaskedRun(Interpreter):
             elif node.name in signature.inputs_to_lifted_tensor_constants:
                 feed.append(self._traced.program.constants[signature.inputs_to_lifted_tensor_constants[node.name]])
             else:
-                feed.append(next(waiting))
+                feed.append(next(user_inputs))
         return feed
 
     def _kept(self, value: torch.Tensor, labeled: Tensor | None, shown: NDArray[np.bool_]) -> torch.Tensor:
-        """What is left of an output that does not count, and may lose units."""
+        """Return the shown units of an output that may lose units."""
         for axis, labels in enumerate(labeled.axes if labeled is not None else ()):
             mask = self._graph.kept(labels, shown)
             if mask is not None:
@@ -136,59 +137,59 @@ class MaskedRun(Interpreter):
         return value
 
     def run_node(self, n: Node) -> Any:
-        """One operation; what a block puts out that is left out is what it was given."""
+        """Run one operation. The output of a skipped block is its input."""
         out = self._entered[self._entries[n]] if n in self._entries else self._operation(n)
         if n in self._entries.values():
             self._entered[n] = out
         return out
 
     def _operation(self, n: Node) -> Any:
-        """One operation, with its statistics over kept entries if they span a labeled axis."""
+        """Run one operation, with statistics over kept entries if these span a labeled axis."""
         if n.op == "placeholder" and n.name in self._traced.slots:
-            next(self.args_iter)  # the None that stands for it
-            return _Due(self._traced.slots[n.name])
+            next(self.args_iter)  # the None of `feed`
+            return _Lazy(self._traced.slots[n.name])
         if n.op != "call_function" or n.target is operator.getitem:
             return super().run_node(n)
         if n.target.__name__.partition(".")[0] in ASSERTIONS:  # type: ignore[union-attr]
             return None
-        if n.target is torch.ops.aten.view.default:  # a masked statistic may lie in memory otherwise
+        if n.target is torch.ops.aten.view.default:  # strides of a masked statistic may differ
             args, _ = self.fetch_args_kwargs_from_env(n)
             return self._finite(args[0].reshape(args[1]), self._traced.states[n])
         out = self._statistic(n) if n.name in self._traced.statistics else super().run_node(n)
         state = self._traced.states[n]
-        zeroed = self._zeroed if n in self._fixed else self._finite
+        zeroed = self._zeroed if n in self._input_free else self._finite
         if isinstance(out, (tuple, list)):
-            return [zeroed(value, known) for value, known in zip(out, state, strict=True)]
+            return [zeroed(value, labeled) for value, labeled in zip(out, state, strict=True)]
         return zeroed(out, state)
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
-        """The arguments of an operation; its parameters are masked only now, so that not all of them lie about."""
+        """Return the arguments of an operation. Parameters are masked here, so that few masked ones use memory."""
         return tree_map(
-            lambda value: self._masked(value.name) if isinstance(value, _Due) else value,
+            lambda value: self._masked(value.name) if isinstance(value, _Lazy) else value,
             super().fetch_args_kwargs_from_env(n),
         )
 
     def _masked(self, name: str) -> torch.Tensor:
         value, labeled = self._tensors[name], self._graph.tensors[name]
-        whole = all(self._graph.kept(labels, self._keep) is None for labels in labeled.axes)
-        if whole or not (value.is_floating_point() or value.is_complex()):
+        uncut = all(self._graph.kept(labels, self._keep) is None for labels in labeled.axes)
+        if uncut or not (value.is_floating_point() or value.is_complex()):
             return value
         return value * mask_of(labeled, self._graph, self._keep, value)
 
     def _zeroed(self, value: Any, labeled: Any) -> Any:
-        """The value with 0 where it belongs to removed units, as for a weight that is computed from others.
+        """Return the value with 0 in removed units, for a weight that is computed from others.
 
-        A centered weight is not 0 there by itself, and would carry a removed unit to the next such weight.
+        A centered weight is not 0 there by itself, so a removed unit would affect the next computed weight.
         """
         if not isinstance(value, torch.Tensor) or labeled is None:
             return value
         return value.masked_fill(mask_of(labeled, self._graph, self._keep, value) == 0, 0)
 
     def _finite(self, value: Any, labeled: Any) -> Any:
-        """The value with 0 for infinity and NaN where it belongs to removed units.
+        """Return the value with 0 in place of infinity and NaN in removed units.
 
-        A removed channel is all zeros, and its logarithm or its length is in no use, but times a weight of 0 it would
-        spoil what is kept.
+        A removed channel is zero, so its logarithm is infinite. Infinity times a masked weight of 0 is NaN, which would
+        spread to kept units.
         """
         if not isinstance(value, torch.Tensor) or labeled is None or bool(value.isfinite().all()):
             return value
@@ -235,7 +236,7 @@ def _rms_norm(
 
 
 def _weight_norm(mask: torch.Tensor, v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    others = tuple(place for place in range(v.dim()) if place != dim)  # -1: all
+    others = tuple(axis for axis in range(v.dim()) if axis != dim)  # dim=-1 means the norm over all axes
     return g * v / ((v * mask) ** 2).sum(others, keepdim=True).sqrt()
 
 
@@ -249,7 +250,7 @@ def _group_norm(
     _cudnn: bool = False,
 ) -> torch.Tensor:
     rows, kept = (t.reshape(x.shape[0], groups, -1) for t in (x, mask))
-    count = kept.sum(-1, keepdim=True).clamp(min=1)  # a group that goes as a whole has nothing to average
+    count = kept.sum(-1, keepdim=True).clamp(min=1)  # a fully removed group has no entries
     mean = (rows * kept).sum(-1, keepdim=True) / count
     variance = (((rows - mean) * kept) ** 2).sum(-1, keepdim=True) / count
     out = ((rows - mean) / (variance + eps).sqrt()).reshape(x.shape)
@@ -259,7 +260,7 @@ def _group_norm(
 
 
 def _native_layer_norm(mask: torch.Tensor, x: torch.Tensor, *args: Any) -> Any:
-    return _layer_norm(mask, x, *args), *_unread(x)
+    return _layer_norm(mask, x, *args), *_unused_statistics(x)
 
 
 def _native_group_norm(
@@ -270,11 +271,11 @@ def _native_group_norm(
     *sizes_groups_eps: Any,
 ) -> Any:
     groups, eps = sizes_groups_eps[-2:]
-    return _group_norm(mask, x, groups, weight, bias, eps), *_unread(x)
+    return _group_norm(mask, x, groups, weight, bias, eps), *_unused_statistics(x)
 
 
-def _unread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation, which only the gradient reads: NaN would show if anything else did."""
+def _unused_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return NaN for mean and reciprocal deviation, which only the backward pass reads; any other use would show."""
     return x.new_full((), torch.nan), x.new_full((), torch.nan)
 
 
@@ -304,8 +305,8 @@ def _var(
     dims = _dims(x, dim)
     count = mask.sum(dims, keepdim=True)
     mean = (x * mask).sum(dims, keepdim=True) / count
-    lost = float(unbiased) if correction is None else correction
-    out = (((x - mean) * mask) ** 2).sum(dims, keepdim=True) / (count - lost)
+    correction = float(unbiased) if correction is None else correction
+    out = (((x - mean) * mask) ** 2).sum(dims, keepdim=True) / (count - correction)
     return out if keepdim else out.squeeze(dims)
 
 

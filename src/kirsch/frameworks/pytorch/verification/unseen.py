@@ -1,7 +1,7 @@
-"""What the example inputs do not show: modules that lose units on which no output depends for them.
+"""Find cut modules that no output depends on for the example inputs.
 
-Of one token, or of tokens that are all the same, attention puts out the same whatever its queries and keys are, so that
-a wrong cut of them would pass. The gradient tells.
+The output of attention over one token, or over equal tokens, does not depend on queries and keys, so that a wrong cut
+of these would pass the verification. The gradient of the outputs shows such modules.
 """
 
 from __future__ import annotations
@@ -23,69 +23,73 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group, ParameterAxis
 
 FAINT = 1e-6
-"""Rounding, as a part of the largest effect; noise in the verification keeps others within a thousandth or so."""
+"""Effects below this fraction of the largest one are rounding. With the noise of `verify`, others are above 1e-3."""
 
-Reach = dict["ParameterAxis", "NDArray[np.float64]"]
+Effects = dict["ParameterAxis", "NDArray[np.float64]"]
+"""Axis of a tensor → for each index on it, the effect on the outputs."""
 
 
 def unseen(
     graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.Tensor], inputs: list[Any]
 ) -> tuple[str, ...]:
-    """Paths of the modules none of whose places in some group that loses units moves an output.
+    """Return the paths of modules in which the units of a cut group have no effect on any output.
 
     Args:
-        graph, keep: what is cut.
-        tensors: parameters and buffers of the original by path, in the type to compute in.
+        graph: of the original.
+        keep: component → whether it is kept.
+        tensors: parameters and buffers of the original by path, in the dtype to compute in.
         inputs: the flat user inputs.
 
     Returns:
-        In the order of the groups; empty also where an operator has no gradient, or no output is a measurement.
+        Paths in the order of the groups. Empty also if an operator has no gradient or no output is differentiable.
     """
     try:
-        reach = _reach(graph, tensors, inputs)
-    except RuntimeError:  # what PyTorch raises for an operator without a derivative
+        effects = _effects(graph, tensors, inputs)
+    except RuntimeError:  # PyTorch raises it for an operator without a derivative
         return ()
-    faint = FAINT * max((float(effects.max()) for effects in reach.values()), default=0.0)
+    threshold = FAINT * max((float(effect.max()) for effect in effects.values()), default=0.0)
     cut = [group for group in graph.groups if not keep[group.components].all()]
     return tuple(
-        dict.fromkeys(path for group in cut for path in group.layers if _hidden(group, path, graph, reach, faint))
+        dict.fromkeys(
+            path for group in cut for path in group.layers if _without_effect(group, path, graph, effects, threshold)
+        )
     )
 
 
-def _hidden(group: Group, path: str, graph: Graph, reach: Reach, faint: float) -> bool:
+def _without_effect(group: Group, path: str, graph: Graph, effects: Effects, threshold: float) -> bool:
     units = np.zeros(len(graph.coupling.frozen), bool)
     units[group.components] = True
-    own = [layer for layer in group.footprint if layer in reach and layer[0].rpartition(".")[0] == path]
-    effects = [reach[layer][units[graph.coupling.component[graph.axes[layer]]]] for layer in own]
-    return bool(own) and all(bool((effect <= faint).all()) for effect in effects)
+    axes = [axis for axis in group.footprint if axis in effects and axis[0].rpartition(".")[0] == path]
+    of_units = [effects[axis][units[graph.coupling.component[graph.axes[axis]]]] for axis in axes]
+    return bool(axes) and all(bool((effect <= threshold).all()) for effect in of_units)
 
 
-def _reach(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: list[Any]) -> Reach:
-    """Axis of a tensor → for each place on it, how far it moves the outputs."""
-    once: dict[int, torch.Tensor] = {}  # tied tensors are one
-    leaves = {name: once.setdefault(id(graph.tensors[name]), value.detach()) for name, value in tensors.items()}
-    layers: dict[str, list[int]] = {}
+def _effects(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: list[Any]) -> Effects:
+    """Return the largest |gradient x value| for each index of each axis, for a random weighting of the outputs."""
+    tied: dict[int, torch.Tensor] = {}
+    leaves = {name: tied.setdefault(id(graph.tensors[name]), value.detach()) for name, value in tensors.items()}
+    axes: dict[str, list[int]] = {}
     for name, axis in graph.axes:
         if leaves[name].is_floating_point() and leaves[name].numel():
-            layers.setdefault(name, []).append(axis)
-    reach: Reach = {(name, axis): np.zeros(leaves[name].shape[axis]) for name, own in layers.items() for axis in own}
+            axes.setdefault(name, []).append(axis)
+    effects: Effects = {(name, axis): np.zeros(leaves[name].shape[axis]) for name in axes for axis in axes[name]}
 
-    def take(name: str, leaf: torch.Tensor) -> None:
+    def record(name: str, leaf: torch.Tensor) -> None:
         effect = (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad * leaf).detach()
         effect = effect.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs()
-        leaf.grad = None  # not all of them at once
-        for axis in layers[name]:
-            places = effect.movedim(axis, 0).reshape(effect.shape[axis], -1)
-            reach[name, axis] = places.amax(1).cpu().double().numpy()
+        leaf.grad = None  # so that the gradients of all tensors are never in memory at once
+        for axis in axes[name]:
+            rows = effect.movedim(axis, 0).reshape(effect.shape[axis], -1)
+            effects[name, axis] = rows.amax(1).cpu().double().numpy()
 
-    for name in layers:
-        leaf: Any = leaves[name].requires_grad_()  # PyTorch annotates no hooks
-        leaf.register_post_accumulate_grad_hook(functools.partial(take, name))
+    for name in axes:
+        leaf: Any = leaves[name].requires_grad_()  # PyTorch does not annotate hooks
+        leaf.register_post_accumulate_grad_hook(functools.partial(record, name))
     torch.manual_seed(0)
     outputs = MaskedRun(graph, graph.keep({}), leaves).outputs(inputs, gradients=True)
-    moved = [out.abs() if out.is_complex() else out for out in outputs if out.requires_grad]
-    if not moved:
+    differentiable = [out.abs() if out.is_complex() else out for out in outputs if out.requires_grad]
+    if not differentiable:
         return {}
-    whole = torch.stack([torch.where(out.isfinite(), out * torch.rand_like(out), 0).sum() for out in moved]).sum()
-    whole.backward()  # type: ignore[no-untyped-call]  # PyTorch annotates it not
-    return reach
+    sums = [torch.where(out.isfinite(), out * torch.rand_like(out), 0).sum() for out in differentiable]
+    torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
+    return effects

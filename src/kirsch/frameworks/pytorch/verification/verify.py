@@ -1,9 +1,10 @@
-"""The verification of a cut: the very module that is returned, held against the masked original."""
+"""Verify a cut: compare the outputs of the pruned module with those of the masked original."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from kirsch.frameworks.pytorch.verification.computed_weights import changed
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
 from kirsch.frameworks.pytorch.verification.unseen import unseen
 from kirsch.graph.constants import AS_GRAPH
-from kirsch.graph.verification import Verification
+from kirsch.graph.verification import UNUSUAL_LAYERS, Verification
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -32,19 +33,21 @@ if TYPE_CHECKING:
     from kirsch.frameworks.pytorch.analysis.traced import Traced
     from kirsch.graph.graph import Graph
 
-# A wrong index moves an output by a thousandth of its size or more; rounding moves it by the type's epsilon, times the
-# length and number of the sums on the way.
+# A wrong index changes an output by a thousandth of its size or more. Rounding changes it by the machine epsilon times
+# the length and number of the sums.
 TOLERANCES = {
-    torch.float64: (1e-9, "rounding in float64; a wrong index moves outputs by 1e-3 and more"),
+    torch.float64: (1e-9, "rounding in float64; a wrong index changes outputs by 1e-3 or more"),
     torch.float32: (1e-4, "rounding in float32, because the model cannot run in float64"),
 }
-FOLDED = 1e-6, "rounding of the weights that the scale of attention is folded into; a wrong index moves outputs by 1e-3"
+FOLDED = 1e-6, "rounding of weights that an attention scale is folded into; a wrong index changes outputs by 1e-3"
 
 LIMIT = 1e37
-"""Larger numbers are the limits of a type, such as `torch.finfo(dtype).min` in masked scores, or parts of them."""
+"""Larger values are the limits of a dtype, such as `torch.finfo(dtype).min` in masked logits, or sums with them."""
 
-WRONG_CUT = "A cut went wrong, so nothing was returned; the model given is unchanged."
-OTHER_WAY = "Its forward decides by values, and may have gone another way than in the trace; nothing was returned."
+WRONG_CUT = "The cut is wrong, so no model was returned; the original is unchanged."
+OTHER_BRANCH = (
+    "Its forward branches on values and may have taken another branch than in the trace, so no model was returned."
+)
 
 
 def verify(
@@ -55,29 +58,29 @@ def verify(
     without: Collection[str] = (),
     moved: Mapping[str, str] | None = None,
 ) -> Verification:
-    """Hold a pruned module against the masked original, in float64 where the model allows.
+    """Compare a pruned module with the masked original, in float64 if the model can run in it.
 
-    Both get the same noise on all parameters first: biases, scales and branches that start at zero would otherwise hide
-    a wrong cut.
+    The same noise is added to the parameters of both. Biases, scales and branches that are zero would otherwise hide a
+    wrong cut.
 
     Args:
         pruned, original: the new model, and the one that was traced.
         graph: of the original.
-        keep: component → whether it stays.
-        without: paths of the blocks that were left out.
-        moved: path of a module in the original → its path in the pruned one, where blocks were left out.
+        keep: component → whether it is kept.
+        without: paths of the dropped blocks.
+        moved: path of a module in the original → its path in the pruned model. None if no block was dropped.
 
     Raises:
-        VerificationError: the pruned module does not run, differs, or holds what was one tensor as two.
+        VerificationError: the outputs differ, a tied tensor is no longer tied, or the pruned module cannot be verified.
     """
     if any(parameter.is_meta for parameter in original.parameters()):
         raise VerificationError(
             f"The pruned {graph.model_name} cannot be verified.",
-            "It lives on the meta device and has no values.",
-            "Prune with verify=False, or give the model values first.",
+            "It is on the meta device and has no values.",
+            "Prune with verify=False, or load the weights of the model first.",
         )
-    what = _Cut(keep, without, moved)
-    if not _shares_alike(pruned, original, what):  # of equal values, they would put out the same until they are trained
+    removal = _Removal(keep, without, moved)
+    if not _same_ties(pruned, original, removal):  # copies of a tied tensor give equal outputs until they are trained
         raise VerificationError(
             f"The pruned {graph.model_name} does not share the tensors that the original shares.",
             WRONG_CUT,
@@ -85,78 +88,82 @@ def verify(
         )
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices):  # a forward may draw random numbers
-        return _verified(pruned, original, graph, what)
+        return _verify(pruned, original, graph, removal)
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """What `verify` is told of a cut."""
+class _Removal:
+    """The removed components and blocks; see `verify`."""
 
     keep: NDArray[np.bool_]
     without: Collection[str]
     moved: Mapping[str, str] | None
 
-    def now(self, name: str) -> str | None:
-        """What a tensor of the original is called in the pruned model; None if it went with a block."""
+    def new_name(self, name: str) -> str | None:
+        """Return the name of a tensor of the original in the pruned model; None if it was dropped with a block."""
         if self.moved is None:
             return name
-        path, _, own = name.rpartition(".")
-        now = self.moved.get(path)
-        return now if now is None else f"{now}.{own}".removeprefix(".")
+        path, _, leaf = name.rpartition(".")
+        new_path = self.moved.get(path)
+        return new_path if new_path is None else f"{new_path}.{leaf}".removeprefix(".")
 
 
-def _verified(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut) -> Verification:
+def _verify(pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Removal) -> Verification:
     dtype = torch.float64
     try:
-        found = _compare(pruned, original, graph, what, dtype)
+        verification = _compare(pruned, original, graph, removal, dtype)
     except Exception:  # noqa: BLE001 - whatever the model's own code raises
         dtype = torch.float32
-        found = _compare(pruned, original, graph, what, dtype)
-    if not found.passed:
-        _refuse_unstable(pruned, graph)
+        verification = _compare(pruned, original, graph, removal, dtype)
+    if not verification.passed:
+        _raise_if_unstable(pruned, graph)
         raise VerificationError(
-            f"The pruned {graph.model_name} is {found.text}.",
-            OTHER_WAY if graph.tracing.decisions == "example" else WRONG_CUT,
-            "Exclude the layers that are unusual, and report the model.",
+            f"The pruned {graph.model_name} is {verification.text}.",
+            OTHER_BRANCH if graph.tracing.decisions == "example" else WRONG_CUT,
+            f"Exclude {UNUSUAL_LAYERS}, and report the model.",
         )
-    fault = _training_fault(pruned, graph)
-    if fault is None and graph.traced.training is not None and not (what.without or graph.tracing.as_graph):
-        error = _training_error(pruned, original, graph, what, dtype)
-        if error is not None:  # what only training reaches was seen there
-            found = replace(found, unseen=tuple(path for path in found.unseen if path in _reached(graph.traced)))
-        if error is not None and not error <= found.tolerance:
+    exception = _training_exception(pruned, graph)
+    if exception is None and graph.traced.training is not None and not (removal.without or graph.tracing.as_graph):
+        error = _training_error(pruned, original, graph, removal, dtype)
+        if error is not None:  # modules that only run in training mode were compared in this run
+            in_inference = _modules_read(graph.traced)
+            verification = replace(verification, unseen=tuple(p for p in verification.unseen if p in in_inference))
+        if error is not None and not error <= verification.tolerance:
             raise VerificationError(
                 f"The pruned {graph.model_name} in training mode is not equal to the masked original.",
-                f"What only training runs differs by {error:.0e}. {WRONG_CUT}",
-                "Exclude the layers that are unusual, and report the model.",
+                f"Its outputs in training mode differ by {error:.0e}. {WRONG_CUT}",
+                f"Exclude {UNUSUAL_LAYERS}, and report the model.",
             )
-    if fault is not None and _training_fault(original, graph) is None:
+    if exception is not None and _training_exception(original, graph) is None:
         raise VerificationError(
             f"The pruned {graph.model_name} runs in inference mode only.",
-            said(fault),
-            f"What its forward does in training holds on to a width ({user_line(fault) or 'in PyTorch'}); let it read "
-            f"the width from the tensor's shape, or {AS_GRAPH}.",
+            said(exception),
+            f"The forward uses a fixed width in training mode ({user_line(exception) or 'in PyTorch'}). Read the width "
+            f"from the shape of the tensor, or {AS_GRAPH}.",
         )
-    return found
+    return verification
 
 
-def _refuse_unstable(pruned: nn.Module, graph: Graph) -> None:
-    """Say so if a model puts out NaN, or other numbers at each run, so that it differs from anything."""
+def _raise_if_unstable(pruned: nn.Module, graph: Graph) -> None:
+    """Raise an error if the model returns NaN or differs from itself in a second run."""
     traced: Traced = graph.traced
     first, second = (run(copy_of(pruned).eval(), traced.args, traced.options) for _ in range(2))
-    apart = distance(first, second)
-    why = "It puts out NaN, or no finite number, for the example inputs." if apart != apart else ""  # noqa: PLR0124 - NaN
-    why = "It draws random numbers in inference mode, so that no two runs agree." if apart > 0 else why
+    difference = distance(first, second)
+    why = ""
+    if math.isnan(difference):
+        why = "It returns NaN, or no finite number, for the example inputs."
+    elif difference > 0:
+        why = "It draws random numbers in inference mode, so that two runs differ."
     if why:
         raise VerificationError(
             f"The pruned {graph.model_name} cannot be verified.",
             why,
-            "Mend that first, or prune with verify=False; the model given is unchanged.",
+            "Fix this in the model, or prune with verify=False. The original is unchanged.",
         )
 
 
-def _training_fault(model: nn.Module, graph: Graph) -> Exception | None:
-    """What a model raises in training mode; None if it runs."""
+def _training_exception(model: nn.Module, graph: Graph) -> Exception | None:
+    """Return the exception that a model raises in training mode; None if it runs."""
     traced: Traced = graph.traced
     try:
         run(copy_of(model).train(), traced.args, traced.options)
@@ -166,30 +173,32 @@ def _training_fault(model: nn.Module, graph: Graph) -> Exception | None:
 
 
 def computed(original: nn.Module, graph: Graph, keep: NDArray[np.bool_], dtype: torch.dtype) -> dict[str, float]:
-    """Return the modules whose computed weights a cut changes for the units that stay; see `computed.changed`."""
+    """Return the modules whose computed weights change for the kept units; see `computed_weights.changed`."""
     with _OneType(dtype):
         return changed(graph, keep, {name: _cast(value, dtype) for name, value in _named(original).items()})
 
 
-def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, dtype: torch.dtype) -> Verification:
-    keep = what.keep
+def _compare(
+    pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Removal, dtype: torch.dtype
+) -> Verification:
+    keep = removal.keep
     traced: Traced = graph.traced
     noise = noise_of(original)
     tensors = _noisy(original, noise, dtype)
-    candidate = _candidate(pruned, original, graph, what, noise, dtype)
+    candidate = _candidate(pruned, original, graph, removal, noise, dtype)
     args, options = _inputs(graph, dtype)
     flat = tree_leaves((args, options))
     with _OneType(dtype):
-        masked = drawing_alike(lambda: MaskedRun(graph, keep, tensors, what.without).outputs(flat))
-        dense = drawing_alike(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat, shown=keep))
+        masked = seeded(lambda: MaskedRun(graph, keep, tensors, removal.without).outputs(flat))
+        dense = seeded(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat, shown=keep))
         with _limits_of_the_trace(traced, dtype):
-            found = drawing_alike(functools.partial(run, candidate, args, options))
+            found = seeded(functools.partial(run, candidate, args, options))
     folded = any(graph.kept(fold.width, keep) is not None for fold in traced.folds)
     tolerance, reason = max(TOLERANCES[dtype], FOLDED) if folded else TOLERANCES[dtype]
     error = distance(masked, found)
     del candidate, noise
     with _OneType(dtype):
-        hidden = unseen(graph, keep, tensors, flat) if error <= tolerance else ()
+        unseen_modules = unseen(graph, keep, tensors, flat) if error <= tolerance else ()
         reweighted = computed(original, graph, keep, dtype) if error <= tolerance else {}
     return Verification(
         error=error,
@@ -197,46 +206,46 @@ def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, d
         reason=reason,
         power=effect(masked, dense),
         statistics=tuple(sorted(graph.facts.statistics)),
-        unseen=hidden,
+        unseen=unseen_modules,
         reweighted=reweighted,
     )
 
 
-def _reached(traced: Traced) -> set[str]:
-    """Paths of the modules whose tensors the operations read."""
-    taken = {node.name for node in traced.program.graph.nodes if node.op == "placeholder" and node.users}
-    return {path.rpartition(".")[0] for name, path in traced.slots.items() if name in taken}
+def _modules_read(traced: Traced) -> set[str]:
+    """Return the paths of the modules whose tensors are read by an operation."""
+    used = {node.name for node in traced.program.graph.nodes if node.op == "placeholder" and node.users}
+    return {path.rpartition(".")[0] for name, path in traced.slots.items() if name in used}
 
 
 def _training_error(
-    pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, dtype: torch.dtype
+    pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Removal, dtype: torch.dtype
 ) -> float | None:
-    """How far a pruned module lies from the masked original in training mode, where nothing is dropped.
+    """Return the distance of the pruned module from the masked original in training mode, without dropout.
 
-    None where not even the original does what the trace says, because it draws which way it goes.
+    None if the original differs from its own trace, because it chooses branches at random.
     """
     noise = noise_of(original)
     tensors = _noisy(original, noise, dtype)
     args, options = _inputs(graph, dtype)
     flat = tree_leaves((args, options))
-    whole = _Cut(graph.keep({}), (), None)
+    nothing = _Removal(graph.keep({}), (), None)
 
-    def apart(model: nn.Module, cut: _Cut) -> float:
-        candidate = _candidate(model, original, graph, cut, noise, dtype).train()
-        with _OneType(dtype), _DropsNothing():  # type: ignore[no-untyped-call]
-            masked = drawing_alike(lambda: MaskedRun(graph, cut.keep, tensors, training=True).outputs(flat))
+    def error(model: nn.Module, removal: _Removal) -> float:
+        candidate = _candidate(model, original, graph, removal, noise, dtype).train()
+        with _OneType(dtype), _WithoutDropout():  # type: ignore[no-untyped-call]
+            masked = seeded(lambda: MaskedRun(graph, removal.keep, tensors, training=True).outputs(flat))
             with _limits_of_the_trace(graph.traced, dtype):
-                return distance(masked, drawing_alike(functools.partial(run, candidate, args, options)))
+                return distance(masked, seeded(functools.partial(run, candidate, args, options)))
 
     try:
-        follows = apart(original, whole) <= TOLERANCES[dtype][0]
+        follows_trace = error(original, nothing) <= TOLERANCES[dtype][0]
     except Exception:  # noqa: BLE001 - whatever an operation of training raises in this type
         return None
-    return apart(pruned, what) if follows else None
+    return error(pruned, removal) if follows_trace else None
 
 
 def _noisy(model: nn.Module, noise: Mapping[int, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Parameters and buffers with their noise."""
+    """Return the parameters and buffers with noise added."""
     return {
         name: torch.add(_cast(value, dtype), noise[id(value)].to(value.device))
         if id(value) in noise
@@ -246,41 +255,44 @@ def _noisy(model: nn.Module, noise: Mapping[int, torch.Tensor], dtype: torch.dty
 
 
 def _inputs(graph: Graph, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The example inputs in a type; with noise where they tell nothing."""
+    """Return the example inputs in a dtype, with noise added to constant ones."""
     both: tuple[Any, Any] = tree_map(lambda v: _cast(v, dtype), (graph.traced.args, graph.traced.options))
-    if graph.tracing.decisions != "example":  # other values could lead elsewhere
-        both = tree_map(_telling, both)
+    if graph.tracing.decisions != "example":  # other values could take another branch
+        both = tree_map(_without_constant, both)
     return both
 
 
-def drawing_alike(forward: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-    """The outputs of a run, whose forward draws the same random numbers each time if it draws the same number."""
+def seeded(forward: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Return the outputs of a run from a fixed seed, so that equal models draw equal random numbers."""
     torch.manual_seed(0)
     return forward()
 
 
 @contextlib.contextmanager
 def _limits_of_the_trace(traced: Traced, dtype: torch.dtype) -> Iterator[None]:
-    """Let `torch.finfo` return the limits that the trace holds as numbers, where all of it was in one floating type."""
+    """Make `torch.finfo` return the limits of the dtype of the trace, in which they are constants.
+
+    Only if all values of the trace have one floating-point dtype.
+    """
     values = [value for node in traced.program.graph.nodes for value in tree_leaves(node.meta.get("val"))]
     types = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()}
-    own: Any = torch.finfo
+    original: Any = torch.finfo
     if len(types) == 1:
         traced_type = types.pop()
 
         def finfo(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = tree_map(lambda value: traced_type if value is dtype else value, (args, kwargs))
-            return own(*args, **kwargs)
+            return original(*args, **kwargs)
 
         setattr(torch, "finfo", finfo)  # noqa: B010 - mypy does not allow the assignment
     try:
         yield
     finally:
-        setattr(torch, "finfo", own)  # noqa: B010 - likewise
+        setattr(torch, "finfo", original)  # noqa: B010 - likewise
 
 
 class _OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
-    """Everything is computed in one floating type, also where the model's code converts to another."""
+    """Compute all operations in one floating dtype, also where the model's code converts to another."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -291,26 +303,26 @@ class _OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch a
         options = dict(kwargs or {})
         if isinstance(options.get("dtype"), torch.dtype) and options["dtype"].is_floating_point:
             options["dtype"] = self._dtype
-        if not func._schema.is_mutable:  # noqa: SLF001 - the one place that knows
-            args, options = tree_map(self._widened, (args, options))
+        if not func._schema.is_mutable:  # noqa: SLF001 - has no public name
+            args, options = tree_map(self._cast, (args, options))
         out = func(*args, **options)
-        made = not any(isinstance(value, torch.Tensor) for value in tree_leaves((args, options)))
-        return tree_map(self._widened, out) if made else out
+        creates = not any(isinstance(value, torch.Tensor) for value in tree_leaves((args, options)))
+        return tree_map(self._cast, out) if creates else out
 
-    def _widened(self, value: Any) -> Any:
+    def _cast(self, value: Any) -> Any:
         return _cast(value, self._dtype) if isinstance(value, torch.Tensor) else value
 
 
-class _DropsNothing(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Draws of zeros and ones are their means, so that dropout keeps everything, in models of any width."""
+class _WithoutDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Replace Bernoulli draws with their means, so that dropout keeps all entries of tensors of any width."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
-        name = func._schema.name.removeprefix("aten::")  # noqa: SLF001 - as above
+        name = func._schema.name.removeprefix("aten::")  # noqa: SLF001 - has no public name
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if name in ("bernoulli", "bernoulli_"):
-            default = 0.5 if name == "bernoulli_" else args[0]  # PyTorch leaves out what equals the default
+            default = 0.5 if name == "bernoulli_" else args[0]  # PyTorch omits arguments that equal the default
             mean = args[1] if len(args) > 1 else default
             return (args[0] if name == "bernoulli_" else torch.empty_like(args[0])).copy_(torch.as_tensor(mean))
         return func(*args, **(kwargs or {}))
@@ -320,26 +332,26 @@ def _candidate(
     pruned: nn.Module,
     original: nn.Module,
     graph: Graph,
-    what: _Cut,
+    removal: _Removal,
     noise: dict[int, torch.Tensor],
     dtype: torch.dtype,
 ) -> nn.Module:
-    """A copy of the pruned module in inference mode, with its part of the noise."""
+    """Return a copy of the pruned module in inference mode, with slices of the noise added."""
     candidate = copy_of(pruned).eval()
-    candidate = candidate.double() if dtype is torch.float64 else candidate.float()  # and complex ones stay complex
-    mine = _named(candidate)
+    candidate = candidate.double() if dtype is torch.float64 else candidate.float()  # keeps complex tensors complex
+    tensors = _named(candidate)
     done = set()
     with torch.no_grad():
         for name, value in _named(original).items():
-            now = what.now(name)
-            if now is None:
+            new_name = removal.new_name(name)
+            if new_name is None:
                 continue
-            if now not in mine and graph.tracing.as_graph:  # no operation reads it
+            if new_name not in tensors and graph.tracing.as_graph:  # no operation reads it
                 continue
-            target = mine[now]
+            target = tensors[new_name]
             if id(value) in noise and id(target) not in done:
                 done.add(id(target))
-                target.add_(sliced(noise[id(value)], graph.tensors[name], graph, what.keep).to(target.device))
+                target.add_(sliced(noise[id(value)], graph.tensors[name], graph, removal.keep).to(target.device))
     return candidate
 
 
@@ -347,35 +359,40 @@ def _named(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-def _shares_alike(pruned: nn.Module, original: nn.Module, what: _Cut) -> bool:
-    """Whether the names of one tensor are still those of one, and names of two those of two."""
-    mine = _named(pruned)
-    both = {(id(value), id(mine[now])) for name, value in _named(original).items() if (now := what.now(name)) in mine}
-    return len(both) == len({one for one, _ in both}) == len({other for _, other in both})
+def _same_ties(pruned: nn.Module, original: nn.Module, removal: _Removal) -> bool:
+    """Return whether two names share a tensor in the pruned model exactly if they share one in the original."""
+    tensors = _named(pruned)
+    pairs = {
+        (id(value), id(tensors[new_name]))
+        for name, value in _named(original).items()
+        if (new_name := removal.new_name(name)) in tensors
+    }
+    return len(pairs) == len({old for old, _ in pairs}) == len({new for _, new in pairs})
 
 
 def noise_of(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Noise for each floating tensor by identity: a tenth of its size for weights, enough to matter for the rest.
+    """Return noise for each floating tensor, by its id.
 
-    Numbers only ever grow away from zero, because a variance must stay positive, and so must whatever a model takes the
-    logarithm of. Infinite ones (masks) stay so.
+    The standard deviation is 0.1, for tensors of two or more axes times their mean absolute value. The noise has the
+    sign of the value, because variances and arguments of logarithms must stay positive. Infinite values, as in
+    attention masks, stay infinite.
     """
     generator = torch.Generator().manual_seed(0)
-    out: dict[int, torch.Tensor] = {}
+    noise_by_id: dict[int, torch.Tensor] = {}
     for name, value in _named(model).items():
-        if not value.is_floating_point() or id(value) in out:
+        if not value.is_floating_point() or id(value) in noise_by_id:
             continue
         plain = value.detach().to("cpu", torch.float32)
         noise = torch.randn(value.shape, generator=generator)
         size = float(plain.nan_to_num(posinf=0.0, neginf=0.0).abs().mean()) if value.numel() else 0.0
         noise *= 0.1 * max(size, 1e-2) if value.dim() > 1 else 0.1
-        away = torch.ones_like(plain) if name.endswith("running_var") else plain.sign()
-        out[id(value)] = torch.where(away == 0, noise, noise.abs_() * away)
-    return out
+        sign = torch.ones_like(plain) if name.endswith("running_var") else plain.sign()
+        noise_by_id[id(value)] = torch.where(sign == 0, noise, noise.abs_() * sign)
+    return noise_by_id
 
 
-def _telling(value: Any) -> Any:
-    """An input, with noise if all its numbers are the same: zeros put out zeros, whatever is cut."""
+def _without_constant(value: Any) -> Any:
+    """Return an input, with noise added if all its entries are equal: all-zero inputs would hide a wrong cut."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
         return value
     if bool((value != value.flatten()[0]).any()):
@@ -389,7 +406,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _without_limits(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with infinity for numbers at the limits of a type, beside which all others would be nothing."""
+    """Return a tensor with infinity in place of the limits of a dtype, beside which other differences would vanish."""
     if not value.is_floating_point():
         return value
     limits = value.double().abs() >= LIMIT
@@ -397,48 +414,48 @@ def _without_limits(value: torch.Tensor) -> torch.Tensor:
 
 
 def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Largest difference relative to the largest reference value, over all outputs.
+    """Return the largest difference relative to the largest reference value, over all outputs.
 
-    NaN where an output holds NaN, the reference no finite number, or there is nothing to compare. Infinite if shapes
-    differ. Of outputs that are no measurements (classes, masks) it is the share that differs.
+    For integer and boolean outputs (classes, masks), the difference is the fraction of entries that differ. The result
+    is NaN if there are no outputs, an output contains NaN, or the reference has no finite value. It is infinite if
+    shapes differ.
     """
     pairs = list(zip(reference, found, strict=False))
     if not reference and not found:
         return float("nan")
     if len(reference) != len(found) or any(a.shape != b.shape for a, b in pairs):
         return float("inf")
-    worst = 0.0
+    largest = 0.0
     for a, b in ((_without_limits(a), _without_limits(b)) for a, b in pairs):
         if a.numel():
             if a.is_floating_point() or a.is_complex():
-                if not a.isfinite().any():  # infinities alone would differ by nothing
+                if not a.isfinite().any():  # equal infinities are ignored below, so nothing would be compared
                     return float("nan")
-                finite = ~((a == b) & a.isinf())  # equal infinities, as in masked scores, differ by NaN
-                apart = float(torch.where(finite, a - b, 0).abs().max())
-                apart /= max(float(torch.where(finite, a, 0).abs().max()), 1e-300)
+                finite = ~((a == b) & a.isinf())  # equal infinities, as in masked attention scores, differ by NaN
+                difference = float(torch.where(finite, a - b, 0).abs().max())
+                difference /= max(float(torch.where(finite, a, 0).abs().max()), 1e-300)
             else:
-                apart = float((a != b).double().mean())
-            if apart != apart:  # noqa: PLR0124 - NaN
+                difference = float((a != b).double().mean())
+            if math.isnan(difference):
                 return float("nan")
-            worst = max(worst, apart)
-    return worst
+            largest = max(largest, difference)
+    return largest
 
 
 def effect(masked: list[torch.Tensor], dense: list[torch.Tensor]) -> float:
-    """Largest difference of two runs of equal shapes relative to the larger of their values, over all outputs: 0 to 2.
+    """Return the largest difference of two runs relative to the largest value of both, over all outputs.
 
-    Where only one of them is a finite number, they differ by 1; where neither is, not at all.
+    From 0 to 2. Entries of which only one is finite differ by 1; entries that are both not finite are equal.
     """
-    worst = 0.0
+    largest = 0.0
     for a, b in ((_without_limits(a), _without_limits(b)) for a, b in zip(masked, dense, strict=True)):
         if not a.numel():
             continue
         if not (a.is_floating_point() or a.is_complex()):
-            worst = max(worst, float((a != b).double().mean()))
+            largest = max(largest, float((a != b).double().mean()))
             continue
         finite = a.isfinite() & b.isfinite()
-        first, second = (torch.where(finite, value, 0).abs().max() for value in (a, b))
-        largest = float(torch.maximum(first, second))
-        apart = float(torch.where(finite, a - b, 0).abs().max()) / largest if largest else 0.0
-        worst = max(worst, apart, float((a.isfinite() != b.isfinite()).any()))
-    return worst
+        scale = max(float(torch.where(finite, value, 0).abs().max()) for value in (a, b))
+        difference = float(torch.where(finite, a - b, 0).abs().max()) / scale if scale else 0.0
+        largest = max(largest, difference, float((a.isfinite() != b.isfinite()).any()))
+    return largest
