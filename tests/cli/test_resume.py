@@ -209,7 +209,7 @@ def assert_same_run(run, whole):
         for path in sorted((whole / "checkpoints" / stage / "done").rglob("*")):
             if path.suffix in (".safetensors", ".npy") or path.name == "plan.json":
                 assert (run / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
-        assert files.damage(run / "checkpoints" / stage / "done") == ""
+        assert files.first_flaw(run / "checkpoints" / stage / "done") == ""
     for name in ("plan.json", "recipe.yaml", "artifacts/model/model.safetensors", "artifacts/model/plan.json"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     assert (run / "artifacts" / "model.onnx").read_bytes() == (whole / "artifacts" / "model.onnx").read_bytes()

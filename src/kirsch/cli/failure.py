@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch.cli.terminal import ClosedError, Line, Piece
-from kirsch.errors import KirschError, LoadError, MemoryShortageError, NumericError, OutputError, Stopped, said
-from kirsch.failures import translated
+from kirsch.errors import KirschError, LoadError, MemoryShortageError, NumericError, OutputError, Stopped, error_text
+from kirsch.failures import translate
 from kirsch.files import write_text
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def tell(error: BaseException, terminal: Terminal, folder: Path | None = None, v
     """
     if folder is not None and not os.path.isfile(folder / RUN):  # noqa: PTH113 - false for a path that no file can have
         folder = None  # a folder that was refused is not ours to write to
-    known, kept = translated(error, f"in kirsch {verb}" if verb else "", LOWER.get(verb, LOWER_INPUT)), None
+    known, kept = translate(error, f"in kirsch {verb}" if verb else "", LOWER.get(verb, LOWER_INPUT)), None
     if known is None:
         kept = _keep_traceback(error, folder)
         known = _bug(error, kept)
@@ -90,7 +90,7 @@ def as_json(error: KirschError, kept: Path | None = None) -> dict[str, Any]:
 
 def _bug(error: BaseException, kept: Path | None) -> KirschError:
     return KirschError(
-        f"A bug of ours: {said(error)}",
+        f"A bug of ours: {error_text(error)}",
         f"The traceback is in {kept}." if kept else "The traceback could not be written to a file.",
         "Report it with the traceback; --debug shows it here.",
     )

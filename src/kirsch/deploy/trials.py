@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.errors import ModelError, NumericError, said
+from kirsch.errors import ModelError, NumericError, error_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,7 +126,7 @@ def _run(model: Exportable, inputs: Arrays) -> dict[str, NDArray[Any]]:
         shapes = ", ".join(str(array.shape) for array in inputs)
         raise ModelError(
             f"A {model.name} does not run with inputs of shape {shapes}.",
-            said(error),
+            error_text(error),
             "Give example inputs that the model takes.",
         ) from error
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from kirsch.annotations import Between, Count, Fix, Share
 from kirsch.arguments import checked
-from kirsch.errors import ShapeError, UsageError, said
+from kirsch.errors import ShapeError, UsageError, error_text
 from kirsch.frameworks.description import described, name_of
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def _alone(transform: Augment, sample: NDArray[Any], seed: int) -> NDArray[Any]:
     except Exception as error:  # foreign code is run, which may raise anything
         raise UsageError(
             f"The transform {name_of(transform)} given as `augment` fails on a sample of shape {sample.shape}.",
-            said(error),
+            error_text(error),
             "It is called as transform(batch, generator) with one sample as a batch of one.",
         ) from error
     if not isinstance(found, np.ndarray) or found.shape != sample.shape:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kirsch.annotations import Count, Fix, Seed
 from kirsch.arguments import checked
-from kirsch.errors import DataError, KirschError, UsageError, said
+from kirsch.errors import DataError, KirschError, UsageError, error_text
 from kirsch.frameworks.annotations import Model, is_model
 from kirsch.frameworks.augment import check_call
 from kirsch.frameworks.data import Batch, SeededData, borders_of, count_of
@@ -89,7 +89,9 @@ class GeneratedData(SeededData):
         except KirschError:
             raise
         except Exception as error:  # foreign code is run, which may raise anything
-            raise UsageError(f"{called}, given as `generate`, fails for {TRIED} samples.", said(error), HOW) from error
+            raise UsageError(
+                f"{called}, given as `generate`, fails for {TRIED} samples.", error_text(error), HOW
+            ) from error
         if [host(part).tobytes() for part in first] != [host(part).tobytes() for part in again]:
             raise UsageError(
                 f"{called} does not follow from its generator.",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kirsch.arguments import checked
-from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError, nearest, said
+from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError, error_text, nearest
 from kirsch.frameworks.annotations import Inputs, Model
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan, Removal, Skip
@@ -114,7 +114,7 @@ def _check_inputs(model: Any, plan: Plan) -> None:
     except Exception as error:  # whatever the model's own code raises
         raise ModelError(
             f"{plan.title} cannot be applied: the {plan.model} does not run on the inputs that it states.",
-            said(error),
+            error_text(error),
             "Correct shape, dtype and high of its inputs, or give example_inputs.",
         ) from error
 

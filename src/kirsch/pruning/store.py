@@ -9,7 +9,7 @@ from typing import Any
 
 from kirsch import files
 from kirsch.arguments import checked
-from kirsch.errors import CheckpointError, KirschError, ModelError, PlanError, UsageError, said
+from kirsch.errors import CheckpointError, KirschError, ModelError, PlanError, UsageError, error_text
 from kirsch.frameworks.annotations import Build, Inputs, Model
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan
@@ -98,7 +98,7 @@ def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = No
         )
     if not (source / files.MANIFEST).exists() and not (source / _plan_name(1)).exists():
         raise CheckpointError(f"{source} holds no model of kirsch.save.", fix="Give a folder made by kirsch.save.")
-    wrong = files.damage(source)
+    wrong = files.first_flaw(source)
     if wrong:
         raise CheckpointError(
             f"The saved model {source} is damaged.", f"{wrong}.", "Save it again; keep other files elsewhere."
@@ -142,7 +142,7 @@ def _built(build: Build) -> Any:
     except KirschError:
         raise
     except Exception as error:
-        raise ModelError("The function build of kirsch.load raised an error.", said(error), fix) from error
+        raise ModelError("The function build of kirsch.load raised an error.", error_text(error), fix) from error
     try:
         framework_of(model)
     except ModelError as error:

@@ -51,7 +51,7 @@ def newest(folder: Path, inputs: str, tell: Callable[[str], None]) -> TrainingSt
     """
     damaged = False
     for path in reversed(_all(folder)):
-        wrong = files.damage(path)
+        wrong = files.first_flaw(path)
         if wrong:
             tell(f"The checkpoint {path.name} is damaged: {wrong}. The one before it is used.")
             damaged = True

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import strict_json
 from kirsch.errors import LoadError
-from kirsch.json_schema import Check, anything, array, flag, mapping, nullable, number, one_of, record, text, whole
+from kirsch.json_schema import Check, anything, array, flag, integer, mapping, nullable, number, one_of, record, text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,7 @@ def _parts(**required: Check) -> Check:
     return record(required, more=True)
 
 
-SHARE, TIME, COUNT, FIGURE = number(0, most=1), number(above=0), whole(0), number()
+SHARE, TIME, COUNT, FIGURE = number(0, most=1), number(above=0), integer(0), number()
 RATIO = _parts(value=TIME, low=TIME, high=TIME)
 LATENCY = _parts(
     median_us=TIME, p95_us=TIME, speedup=record({"value": TIME, "low": TIME, "high": TIME, "of": text()}, more=True)
@@ -30,7 +30,7 @@ MODEL = _parts(
     name=text(1),
     parameters=COUNT,
     macs=COUNT,
-    bytes=whole(1),
+    bytes=integer(1),
     accuracy=_parts(value=SHARE, low=SHARE, high=SHARE, n=COUNT),
     latency=nullable(LATENCY),
     chosen=flag,
@@ -46,14 +46,16 @@ CURVE = _parts(
 GROUP = _parts(
     name=text(1),
     kind=text(),
-    size=whole(1),
+    size=integer(1),
     removed=array(COUNT),
     reason=text(),
     layers=array(text()),
     parameters=FIGURE,
     macs=FIGURE,
 )
-LAYER = _parts(name=text(), group=text(), before=whole(1), after=COUNT, parameters_before=COUNT, parameters_after=COUNT)
+LAYER = _parts(
+    name=text(), group=text(), before=integer(1), after=COUNT, parameters_before=COUNT, parameters_after=COUNT
+)
 BLOCKER = _parts(reason=text(), where=text(), source=text(), operation=text(), share=SHARE)
 SIDE = _parts(key=text(), confusion=array(array(COUNT)))
 CALIBRATION = _parts(ece=SHARE, bins=array(_parts(confidence=SHARE, accuracy=SHARE, n=COUNT)))

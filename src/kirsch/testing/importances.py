@@ -205,7 +205,7 @@ def _registered(importance: Importance) -> Iterator[str]:
     try:
         yield name
     finally:
-        del IMPORTANCES._things[name]  # noqa: SLF001 - a registry forgets nothing by itself
+        del IMPORTANCES._objects[name]  # noqa: SLF001 - a registry has no public removal
 
 
 def _reorder(model: Any, graph: Graph, group: Group, order: NDArray[np.int64]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kirsch.errors import KirschError, UnknownNameError, VerificationError, said
+from kirsch.errors import KirschError, UnknownNameError, VerificationError, error_text
 from kirsch.frameworks.pytorch.analysis import count, randomness, regions, stand_ins, trace
 from kirsch.frameworks.pytorch.analysis.program import user_line
 from kirsch.frameworks.pytorch.features import adapters, cohort, ensemble, layers, squashed, student
@@ -70,7 +70,7 @@ class PyTorch:
             line = user_line(error)
             raise VerificationError(
                 f"The pruned {graph.model_name} does not run.",
-                f"{said(error)}{f' It is raised at {line}.' if line else ''}",
+                f"{error_text(error)}{f' It is raised at {line}.' if line else ''}",
                 "Exclude the layers that are unusual, and report the model; the model given is unchanged."
                 if graph.tracing.as_graph
                 else f"Exclude the layers that are unusual, or {AS_GRAPH}; the model given is unchanged.",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from kirsch.errors import DataError, ModelError, UsageError, said
-from kirsch.failures import told
+from kirsch.errors import DataError, ModelError, UsageError, error_text
+from kirsch.failures import error_with_location
 from kirsch.frameworks.structure import look
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
         types = [" and ".join(sorted(map(_plain, found))) for found in (own, given)]
         return UsageError(
             f"{name} computes in {types[0]}, and its inputs are {types[1]}.",
-            said(error),
+            error_text(error),
             f"Give it inputs of its own type, or bring it to theirs, as {name}.float() does for float32.",
         )
     whole = next((part for part in parts if part.dtype in WHOLE or not part.is_floating_point()), None)
@@ -133,7 +133,7 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
         return UsageError(
             f"{name} computes in {_plain(next(iter(own)))}, and its inputs are {look(whole)}, values "
             f"{int(whole.min())} to {int(whole.max())}.",
-            said(error),
+            error_text(error),
             f"Give inputs of floating type{scale if whole.dtype == torch.uint8 else ''}; numbers of tokens as int64.",
         )
     return None
@@ -158,7 +158,9 @@ def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:
     elif isinstance(error, IndexError):
         fix = "If these are numbers of tokens, compare the vocabulary of the tokenizer with that of the model."
     return ModelError(
-        f"{type(model).__name__} does not run on a batch whose inputs are {look(inputs)}.", told(error), fix
+        f"{type(model).__name__} does not run on a batch whose inputs are {look(inputs)}.",
+        error_with_location(error),
+        fix,
     )
 
 
@@ -166,7 +168,7 @@ def one_sample(model: nn.Module, error: Exception) -> DataError:
     """The error for a batch of one sample, which batch normalization cannot be trained on."""
     return DataError(
         f"A batch has one sample, and {type(model).__name__} normalizes over the samples of a batch.",
-        said(error),
+        error_text(error),
         "Give the DataLoader drop_last=True, or a batch size that does not leave one sample over; ArrayData joins such "
         "a sample to the batch before.",
     )

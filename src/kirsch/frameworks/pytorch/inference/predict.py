@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kirsch.errors import DataError, KirschError, UsageError, said
+from kirsch.errors import DataError, KirschError, UsageError, error_text
 from kirsch.failures import lacks_memory
 from kirsch.frameworks.pytorch.inference.calling import UNFIT, explained, fitted, not_running, one_sample
 from kirsch.frameworks.pytorch.inference.outputs import named
@@ -78,7 +78,7 @@ def _reason(model: nn.Module, args: Any, options: Any, asked: Any, error: Except
     if decodes and not any(name.startswith("decoder_input") for name in options):
         return UsageError(
             f"{type(model).__name__} has a decoder, and the batches have no decoder_input_ids for it.",
-            said(error),
+            error_text(error),
             "Give DataCollatorForSeq2Seq the model, or model.prepare_decoder_input_ids_from_labels(labels=labels).",
         )
     reason = explained(model, args, options, error) if isinstance(error, (RuntimeError, TypeError)) else None

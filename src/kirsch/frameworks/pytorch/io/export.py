@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kirsch.errors import ModelError, NumericError, said
+from kirsch.errors import ModelError, NumericError, error_text
 from kirsch.frameworks.port import host
 from kirsch.frameworks.pytorch.analysis.randomness import STILL, drawing, drawing_line, unsteady
 from kirsch.frameworks.pytorch.inference import predict
@@ -81,7 +81,7 @@ class Exportable:
                 raise
             args, options = self._flat.arguments(*self._tensors(inputs))
             raise ModelError(
-                f"A {self.name} does not run with its inputs.", said(error), fix_of_looked_up(args, options)
+                f"A {self.name} does not run with its inputs.", error_text(error), fix_of_looked_up(args, options)
             ) from error
         narrow = next((name for name, value in found.items() if value.dtype is torch.bfloat16), None)
         if narrow is not None:
@@ -177,7 +177,7 @@ def _root(error: BaseException) -> str:
     """What went wrong first, in one sentence; the exporter wraps it in advice to its own developers."""
     while error.__cause__ is not None:
         error = error.__cause__
-    first = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "it says no more")
+    first = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {first}."
 
 

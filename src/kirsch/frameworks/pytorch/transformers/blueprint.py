@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kirsch.errors import said
+from kirsch.errors import error_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -213,7 +213,7 @@ class Search:
         if not self.frozen:
             self.trial({})
             why = self._known[frozenset()]
-            return f"Its own builds no such model: {said(why) if isinstance(why, Exception) else 'names differ.'}"
+            return f"Its own builds no such model: {error_text(why) if isinstance(why, Exception) else 'names differ.'}"
         name, axis = self.frozen[0]
         return (
             "Layers differ, or a size follows from another one: "
@@ -226,7 +226,7 @@ class Search:
         found = self.trial({})
         if found is None:
             error = self._known[frozenset()]
-            return f"Its configuration does not build it: {said(error) if isinstance(error, Exception) else ''}"
+            return f"Its configuration does not build it: {error_text(error) if isinstance(error, Exception) else ''}"
         for name, axis in _wrong(found, self.stored)[:1]:
             size = found.get((name, axis))
             builds = f"with {size}" if size is not None else "not at all"
@@ -357,7 +357,7 @@ class Search:
         if not levers and found is not None and not frozen:
             yield chosen
         elif not levers and isinstance(error := self._known.get(frozenset(chosen.items())), Exception):
-            self.refusals.append(said(error.__cause__ or error))
+            self.refusals.append(error_text(error.__cause__ or error))
         elif levers and not frozen:
             alone = [{axis for axis in lever.moved if movers[axis] == 1} & self.stored.keys() for lever in levers]
             hints = [self.held.get(lever.path.rpartition(".")[2], set()) - {lever.value} for lever in levers]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kirsch.errors import VerificationError, said
+from kirsch.errors import VerificationError, error_text
 from kirsch.frameworks.pytorch.analysis.program import user_line
 from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
@@ -130,7 +130,7 @@ def _verified(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut) 
     if fault is not None and _training_fault(original, graph) is None:
         raise VerificationError(
             f"The pruned {graph.model_name} runs in inference mode only.",
-            said(fault),
+            error_text(fault),
             f"What its forward does in training holds on to a width ({user_line(fault) or 'in PyTorch'}); let it read "
             f"the width from the tensor's shape, or {AS_GRAPH}.",
         )
