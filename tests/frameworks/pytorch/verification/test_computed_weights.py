@@ -92,7 +92,7 @@ def pruned(wrap):
 def test_a_weight_that_changes_for_what_stays_is_named(kind):
     _, found = pruned(CHANGING[kind])
     assert "b" in found.verification.reweighted
-    assert any("`b` (to " in note and "times its size" in note for note in found.notes)
+    assert any("`b` (" in note and "times the original" in note for note in found.notes)
     assert "the computed weights of" in found.verification.text
     assert found.verification.to_dict()["reweighted"] == dict(found.verification.reweighted)
 
@@ -162,5 +162,5 @@ def test_power_is_a_finite_number(masked, dense, expected):
 def test_a_weight_that_changes_is_named_without_verification_too():
     model = shaken(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)))
     plan = kirsch.plan(kirsch.trace(model, torch.randn(2, 6)), Goal(params=0.6))
-    with pytest.warns(UserWarning, match=r"The weights of `0` \(to .* times its size\) are computed from whole"):
+    with pytest.warns(UserWarning, match=r"The weights of `0` \(.* times the original\) are computed from all units"):
         kirsch.prune(model, plan, verify=False)
