@@ -1,4 +1,4 @@
-"""What the tests of the core share: trace a network, remove a random half of everything, and hold it to the proof."""
+"""Helpers of several test folders: trace a network, remove random units of all groups, and verify the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kirsch.frameworks.pytorch.verification.verify import verify
 
 
 def shaken(model, seed=0):
-    """The model with no parameter or statistic left at zero or one, in inference mode."""
+    """Return the model in inference mode, with noise on all parameters and statistics."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -25,7 +25,7 @@ def shaken(model, seed=0):
 
 
 def half_of_everything(graph, seed=0, share=0.5):
-    """Group name → units to remove, so that at least one unit and one index of every axis stay."""
+    """Return random units to remove by group name, so that each group and axis keeps at least one unit."""
     random = np.random.default_rng(seed)
     removed = {}
     for group in graph.groups:
@@ -37,9 +37,9 @@ def half_of_everything(graph, seed=0, share=0.5):
 
 
 def assert_cut_is_right(model, inputs, *, sizes=None, share=0.5, seed=0, power=1e-3):
-    """Trace, cut half of every group, and prove it; gives the graph and the pruned model.
+    """Trace a model, cut a share of each group, verify the result, and return the graph and the pruned model.
 
-    `sizes`: the group sizes that the analysis must find, so that a rule that freezes everything fails.
+    `sizes`: the expected group sizes, so that a rule that freezes too many axes fails.
     """
     shaken(model)
     graph = trace(model, inputs)
@@ -49,9 +49,9 @@ def assert_cut_is_right(model, inputs, *, sizes=None, share=0.5, seed=0, power=1
         ] + [(b.reason, b.where) for b in graph.blockers]
     keep = graph.keep(half_of_everything(graph, seed, share))
     pruned = cut(model, graph, keep)
-    proof = verify(pruned, model, graph, keep)
-    assert proof.passed
+    verification = verify(pruned, model, graph, keep)
+    assert verification.passed
     if graph.groups:
-        assert proof.power > power, "the mask hardly moved the output, so the check proves nothing"
+        assert verification.power > power, "the mask has too little effect on the outputs for the check"
     assert sum(p.numel() for p in pruned.parameters()) == graph.prices.price(keep).parameters
     return graph, pruned

@@ -1,4 +1,4 @@
-"""A whole job in two files that runs in some seconds: what the tests of recipes and of resuming share."""
+"""A small recipe with its models and data, shared by the tests of recipes and of resuming."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kirsch.recipes.tasks.data import DataSet, Split
 
 
 class Net(nn.Module):
-    """Statistics of batches and dropout: state and chance that a run which goes on must take up again."""
+    """Has batch statistics and dropout, so that a resumed run must restore buffers and random states."""
 
     def __init__(self, width, classes=3):
         super().__init__()
@@ -44,7 +44,7 @@ def five_classes():
 
 
 class Silent(nn.Module):
-    """Says one class whatever it sees."""
+    """Predicts the same class for all inputs."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ def louder(batch, random):
 
 
 def stripes(*, seed, classes=("dark", "gray", "light"), name="stripes"):
-    """Three classes that differ in how their rows change. Data may change while its source does not."""
+    """Three classes that differ between rows. The environment variable NOISE changes the data without the source."""
     random, noise = np.random.default_rng(seed), float(os.environ.get("NOISE", "0.8"))
 
     def part(n):
@@ -83,7 +83,7 @@ goal: {max_drop: 0.5}
 
 
 def write_job(folder: Path) -> Path:
-    """Put nets.py and recipe.yaml into a folder; gives the recipe."""
+    """Write nets.py and recipe.yaml to a folder, and return the path of the recipe."""
     (folder / "nets.py").write_text(NETS)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder / "recipe.yaml"

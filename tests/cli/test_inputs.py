@@ -190,14 +190,14 @@ def test_a_model_without_inputs_is_refused_with_an_example(kirsch, model, code, 
 
 
 @pytest.mark.usefixtures("tokens")
-@pytest.mark.parametrize("verb", [["trace"], ["export", "-o", "net.onnx"], ["measure", "--rounds", "6"]])
+@pytest.mark.parametrize("arguments", [["trace"], ["export", "-o", "net.onnx"], ["measure", "--rounds", "6"]])
 @pytest.mark.parametrize(("given", "fixed"), [("1,7", "1,7:int64"), ("input=1,7", "input=1,7:int64")])
-def test_floating_inputs_of_an_embedding_are_refused_with_the_option(kirsch, verb, given, fixed):
-    verb, *more = verb
-    code, _, err = kirsch(verb, "tokens.py:Lookup", "--input", given, *more)
+def test_floating_inputs_of_an_embedding_are_refused_with_the_option(kirsch, arguments, given, fixed):
+    subcommand, *more = arguments
+    code, _, err = kirsch(subcommand, "tokens.py:Lookup", "--input", given, *more)
     assert code == 4
     assert f"must be int64: --input {fixed} on the command line." in " ".join(err.split())
-    assert kirsch(verb, "tokens.py:Lookup", "--input", fixed, *more)[0] == 0
+    assert kirsch(subcommand, "tokens.py:Lookup", "--input", fixed, *more)[0] == 0
 
 
 @pytest.mark.usefixtures("tokens")
