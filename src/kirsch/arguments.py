@@ -311,9 +311,8 @@ def _instance(value: Any, kind: Any) -> Any:
         is_array = hasattr(value, "dtype") and len(getattr(value, "shape", ())) > 0
         return value if is_array else _refuse(value, type_phrase(kind))
     made_by = getattr(kind, "made_by", "")
-    return (
-        value if isinstance(value, kind) else _refuse(value, type_phrase(kind), f"Give {made_by}." if made_by else "")
-    )
+    fix = f"Give {made_by}." if made_by else ""
+    return value if isinstance(value, kind) else _refuse(value, type_phrase(kind), fix)
 
 
 def _refuse(value: Any, expected: str, fix: str = "", *, close: bool = False) -> NoReturn:

@@ -22,9 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             the command, so that Ctrl-C may end the process at once.
     """
     owns_process = arguments is None
-    if (
-        owns_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # an ignored signal stays ignored
+    # An ignored signal stays ignored.
+    if owns_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_start)
     from kirsch.cli.app import run
 
