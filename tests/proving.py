@@ -11,7 +11,7 @@ from kirsch.frameworks.pytorch.verification.verify import verify
 
 
 def shaken(model, seed=0):
-    """Return the model in inference mode, with noise on all parameters and statistics."""
+    """Return the model in inference mode, with noise on all parameters and statistics, so that none is 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -25,7 +25,7 @@ def shaken(model, seed=0):
 
 
 def half_of_everything(graph, seed=0, share=0.5):
-    """Return random units to remove by group name, so that each group and axis keeps at least one unit."""
+    """Return random units to remove by group name, such that each group and each axis keeps at least one unit."""
     random = np.random.default_rng(seed)
     removed = {}
     for group in graph.groups:
@@ -37,9 +37,17 @@ def half_of_everything(graph, seed=0, share=0.5):
 
 
 def assert_cut_is_right(model, inputs, *, sizes=None, share=0.5, seed=0, power=1e-3):
-    """Trace a model, cut a share of each group, verify the result, and return the graph and the pruned model.
+    """Trace a model, cut a share of each group, and assert that the pruned model equals the masked one.
 
-    `sizes`: the expected group sizes, so that a rule that freezes too many axes fails.
+    Args:
+        model, inputs: to trace.
+        sizes: expected sizes of all groups; without them, a rule that freezes all axes would pass.
+        share: of the units that are removed.
+        seed: of the choice of the units.
+        power: least relative change of the outputs by the mask; a smaller change would not show a wrong cut.
+
+    Returns:
+        The graph and the pruned model.
     """
     shaken(model)
     graph = trace(model, inputs)
@@ -52,6 +60,6 @@ def assert_cut_is_right(model, inputs, *, sizes=None, share=0.5, seed=0, power=1
     verification = verify(pruned, model, graph, keep)
     assert verification.passed
     if graph.groups:
-        assert verification.power > power, "the mask has too little effect on the outputs for the check"
+        assert verification.power > power, "masking changes the output too little to show a wrong cut"
     assert sum(p.numel() for p in pruned.parameters()) == graph.prices.price(keep).parameters
     return graph, pruned

@@ -509,3 +509,23 @@ def unclear_errors(name, function, arguments, argument):
             yield f"{argument} is {kind}: {type(error).__name__}: {error}"
         else:
             yield f"{argument} is {kind}: accepted"
+
+
+def test_a_class_of_several_alternatives_is_answered_with_the_instance():
+    with pytest.raises(KirschError, match=r"is the class Linear; .* Make an instance: Linear\(\.\.\.\)"):
+        kirsch.measure(nn.Linear, example_inputs=torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("tinybert", 'kirsch.Objective.preset("tinybert")'),
+        ("tinybrt", 'kirsch.Objective.preset("tinybert")'),
+        ("pixel-kd", 'kirsch.Objective((kirsch.Term("pixel-kd"),))'),
+        ("unknown", "kirsch.Objective.kd()"),
+    ],
+)
+def test_a_text_for_an_objective_is_answered_with_the_call_that_makes_it(name, call):
+    model, x = nn.Linear(3, 2), torch.zeros(2, 3)
+    with pytest.raises(KirschError, match=re.escape(f"Give {call}.")):
+        kirsch.distill(model, model, [(x, torch.zeros(2).long())], objective=name)

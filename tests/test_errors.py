@@ -91,3 +91,8 @@ def test_a_stop_is_not_a_subclass_of_the_failures():
     """A handler of failures must not catch a request to stop."""
     failures = (errors.UsageError, errors.LoadError, errors.SurroundingsError, errors.NumericError)
     assert not issubclass(errors.Stopped, failures)
+
+
+def test_an_error_without_a_message_is_described_by_its_type():
+    assert errors.error_text(AssertionError()) == "AssertionError without a message."
+    assert errors.error_text(ValueError("two\nlines")) == "ValueError: two."

@@ -94,7 +94,7 @@ def test_an_exception_in_user_code_names_the_line(error):
     known = translate(raised(error, USER_FILE), "in the stage 'teacher'")
     assert (type(known), known.exit_code) == (ModelError, 4)
     assert known.what == "The code of the model or the data failed in the stage 'teacher'."
-    assert known.why.startswith(f"{type(error).__name__}: ")
+    assert known.why.startswith((f"{type(error).__name__}: ", f"{type(error).__name__} without a message "))
     assert known.why.endswith(" (nets.py:2, in forward).")
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.distiller import Distiller
     from kirsch.distillation.mutual import distill_mutually
     from kirsch.distillation.objective import Objective
+    from kirsch.distillation.schedule import Ramp
     from kirsch.distillation.term import Term
     from kirsch.frameworks.generated import GeneratedData
     from kirsch.frameworks.port import trace
@@ -39,6 +40,7 @@ __all__ = [
     "Measurement",
     "Objective",
     "Plan",
+    "Ramp",
     "Split",
     "Term",
     "Training",
@@ -70,6 +72,7 @@ _MODULES = {
     "Measurement": "kirsch.deploy.measure",
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
+    "Ramp": "kirsch.distillation.schedule",
     "Split": "kirsch.recipes.tasks.data",
     "Term": "kirsch.distillation.term",
     "Training": "kirsch.frameworks.training",

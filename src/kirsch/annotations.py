@@ -145,7 +145,9 @@ def value_phrase(value: Any) -> str:
     elif inspect.isroutine(value):
         noun = f"the function {value.__name__}"
     elif isinstance(shape := getattr(value, "shape", None), tuple) and not isinstance(value, (float, str)):
-        noun += f" of shape {tuple(shape)}"
+        dtype = getattr(value, "dtype", None)
+        noun += f" of dtype {dtype} and" if getattr(dtype, "kind", "f") in "OSU" else " of"
+        noun += f" shape {tuple(shape)}"
     elif isinstance(value, (str, bytes)):
         noun = f"{value[:MAX_VALUE_LENGTH]!r}{'…' if len(value) > MAX_VALUE_LENGTH else ''}"
     elif isinstance(value, (float, complex)) or (isinstance(value, int) and abs(value) < 10**MAX_VALUE_LENGTH):

@@ -182,7 +182,7 @@ def _union(value: Any, hint: Any) -> Any:
         try:
             return convert(value, alternative)
         except _MismatchError as error:
-            fix = error.fix if alternatives == 1 else ""
+            fix = error.fix or fix if alternatives == 1 or inspect.isclass(value) else ""
             if error.close:
                 closest = error
     raise closest or _MismatchError(value, type_phrase(hint), fix, close=False)
@@ -310,6 +310,8 @@ def _instance(value: Any, kind: Any) -> Any:
     if kind.__name__ == "ndarray":  # arrays of a framework as well; the function checks which it supports
         is_array = hasattr(value, "dtype") and len(getattr(value, "shape", ())) > 0
         return value if is_array else _refuse(value, type_phrase(kind))
+    if isinstance(value, str) and hasattr(kind, "of_text"):
+        _refuse(value, type_phrase(kind), kind.of_text(value))
     made_by = getattr(kind, "made_by", "")
     fix = f"Give {made_by}." if made_by else ""
     return value if isinstance(value, kind) else _refuse(value, type_phrase(kind), fix)

@@ -176,7 +176,9 @@ def error_text(error: BaseException) -> str:
         text = str(error)
     except Exception:  # noqa: BLE001 - a foreign __str__ may raise anything
         text = ""
-    first = next((line.strip() for line in text.splitlines() if line.strip()), "no message")
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    if not first:
+        return f"{type(error).__name__} without a message."
     shown = first if len(first) <= MAX_MESSAGE_LENGTH else f"{first[:MAX_MESSAGE_LENGTH]}…"
     return f"{type(error).__name__}: {shown.rstrip('.')}."
 
@@ -193,3 +195,9 @@ def listing(names: list[str], most: int = 12) -> str:
         return "No names are known."
     shown = ", ".join(names[:most])
     return f"Known: {shown}, and {len(names) - most} more." if len(names) > most else f"Known: {shown}."
+
+
+def name_of(value: object) -> str:
+    """Return module and name of a function or class, or of the class of anything else."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"

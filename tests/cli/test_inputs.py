@@ -128,8 +128,8 @@ def test_inconsistent_inputs_are_refused(texts, sentence):
         specifications(texts)
 
 
-def test_inputs_that_exceed_the_memory_are_refused_with_the_size_to_lower():
-    with pytest.raises(MemoryShortageError, match=r"They take 4,000 GB.*Lower the size 1000000000000"):
+def test_inputs_that_exceed_the_memory_are_refused_with_the_largest_axis():
+    with pytest.raises(MemoryShortageError, match=r"They need 4,000 GB.*largest axis has the size 1000000000000\."):
         specifications(["1,1000000000000"])
 
 

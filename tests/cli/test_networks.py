@@ -50,7 +50,7 @@ def test_trace_prints_groups_and_blockers(kirsch):
 def test_trace_explains_a_layer(kirsch, answer):
     explanation = [
         "2.weight[:, i]: the 8 units (channel) of '0'.",
-        "With each of them go:",
+        "Each unit is removed together with:",
         "  0: weight[i]  by conv2d (2)",
     ]
     code, out, err = kirsch("trace", CHAIN, "--explain", "2")
@@ -359,7 +359,7 @@ def test_a_plan_for_another_model_is_refused_with_both_named(kirsch):
     code, _, err = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
     assert code == 2
     assert "The plan plan.json is for another model: Net with" in err
-    assert "The model given is Sequential with" in err
+    assert "This model is Sequential with" in err
 
 
 @pytest.mark.parametrize(

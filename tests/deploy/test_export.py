@@ -179,6 +179,17 @@ class Stubborn(nn.Module):
         return x.reshape(self.size, 2) * 2
 
 
+class Asserting(nn.Module):
+    """Says nothing about what it wants."""
+
+    def forward(self, x):
+        assert len(x) == 2
+        return x * 2
+
+
+ASSERTED = Asserting.forward.__code__.co_firstlineno + 1
+
+
 class Choosing(nn.Module):
     """Runs with any batch size, but computes something else for one sample."""
 
@@ -191,9 +202,10 @@ class Choosing(nn.Module):
     [
         (Stubborn(2), 2, r"The model does not run with a batch of 1: RuntimeError: shape '\[2, 2\]' is invalid"),
         (Stubborn(1), 1, r"The model does not run with a batch of 3: RuntimeError: shape '\[1, 2\]' is invalid"),
+        (Asserting(), 2, rf"with a batch of 1: AssertionError\b.* \(test_export\.py:{ASSERTED}, in forward\)\."),
         (Choosing(), 1, r"(The exporter fixes the batch|does not compute what the model computes\. .* batch of 1)\."),
     ],
-    ids=["two", "one", "choosing"],
+    ids=["two", "one", "assert", "choosing"],
 )
 def test_a_model_that_knows_one_batch_size_only_is_exported_for_it_and_says_so(model, size, reason, tmp_path):
     inputs = PAIR[:size]

@@ -161,6 +161,82 @@ def test_a_file_that_is_missing_is_named(tmp_path, numbers):
         kirsch.measure(tmp_path / "gone.onnx", example_inputs=numbers)
 
 
+class Two(nn.Module):
+    """An embedding and logits of two inputs, whose order matters."""
+
+    def __init__(self, name="logits"):
+        super().__init__()
+        self.name, self.body = name, nn.Linear(4, 8)
+
+    def forward(self, first, second):
+        embedding = torch.relu(self.body(first))
+        return {"embedding": embedding, self.name: first - 3 * second}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    torch.manual_seed(0)
+    pair = {"first": torch.randn(20, 4), "second": torch.randn(20, 4)}
+    path = tmp_path_factory.mktemp("two") / "two.onnx"
+    with torch.no_grad():
+        labels = Two().eval()(**pair)["logits"].argmax(-1)
+    return kirsch.export(Two().eval(), path, example_inputs=pair), pair, labels
+
+
+FORMS = {
+    "a dict": lambda pair, labels: (pair, labels),
+    "a dict in another order": lambda pair, labels: (dict(reversed(pair.items())), labels),
+    "a tuple": lambda pair, labels: ((pair["first"], pair["second"]), labels),
+    "batches of a dict with labels": lambda pair, labels: [{**pair, "labels": labels}] * 2,
+    "a list of pairs": lambda pair, labels: [(pair, labels)],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_several_inputs_are_fed_by_name_and_the_logits_are_measured(two, stopwatch, form):
+    artifact, pair, labels = two
+    some = {name: value[:4] for name, value in reversed(pair.items())}
+    found = kirsch.measure(artifact, example_inputs=some, data=FORMS[form](pair, labels))
+    assert found.accuracy.value == 1
+    np.testing.assert_allclose(stopwatch["outputs"]["model"][1], pair["first"][:1] - 3 * pair["second"][:1], atol=1e-6)
+
+
+def test_names_that_the_file_does_not_have_are_named(two):
+    artifact, pair, labels = two
+    wrong = {"a": pair["first"], "b": pair["second"]}
+    sentence = r"The inputs are named a, b; the file has first, second\."
+    with pytest.raises(UsageError, match=sentence):
+        kirsch.measure(artifact, example_inputs=wrong)
+    with pytest.raises(UsageError, match=sentence):
+        kirsch.measure(artifact, example_inputs=pair, data=(wrong, labels), rounds=6)
+
+
+def test_outputs_of_which_none_is_named_logits_are_named(two, tmp_path):
+    _, pair, labels = two
+    artifact = kirsch.export(Two("scores").eval(), tmp_path / "m.onnx", example_inputs=pair)
+    with pytest.raises(UsageError, match="returns embedding, scores, and none of them is named logits"):
+        kirsch.measure(artifact, example_inputs=pair, data=(pair, labels), rounds=6)
+
+
+WRONG_LABELS = {
+    "a column": lambda labels: labels[:, None],
+    "one-hot rows": lambda labels: np.eye(2, dtype=int)[labels],
+    "halves": lambda labels: labels + 0.5,
+    "floats": lambda labels: labels.astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_LABELS)
+def test_labels_that_are_not_class_numbers_are_refused(doubling, numbers, stopwatch, kind):
+    with pytest.raises(DataError, match=r"labels have shape .* expected class numbers, shape \(N,\)\. Give integers"):
+        kirsch.measure(doubling, example_inputs=numbers, data=(numbers, WRONG_LABELS[kind](numbers.argmax(-1))))
+
+
+def test_too_few_rounds_are_refused_before_the_export(numbers):
+    with pytest.raises(UsageError, match=r"`rounds` is 5; a confidence interval needs more\. Give at least 6\."):
+        kirsch.measure(nn.Linear(2, 2), example_inputs=numbers, rounds=5)
+
+
 def test_data_without_samples_are_refused(doubling, numbers, stopwatch):
     with pytest.raises(DataError, match="There are no inputs to predict"):
         kirsch.measure(doubling, example_inputs=numbers, data=(numbers[:0], np.zeros(0, int)))

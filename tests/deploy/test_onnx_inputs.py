@@ -61,8 +61,13 @@ def test_a_shape_that_the_file_does_not_state_is_asked_for(session, shape, examp
         assert stand_ins(file, [spec(2, *[3] * (len(shape) - 1))])[0].shape == (2, *[3] * (len(shape) - 1))
 
 
+def test_an_input_without_numbers_is_not_given_a_shape(session):
+    with pytest.raises(LoadError, match=r"'x' .* holds no numbers\. It is stated as 0 × 3\. Export the model again"):
+        stand_ins(session(("x", [0, 3])))
+
+
 def test_inputs_larger_than_the_memory_are_refused_before_they_are_made(session):
-    with pytest.raises(MemoryShortageError, match=r"They take 4,000 GB.*Lower the size 1000000"):
+    with pytest.raises(MemoryShortageError, match=r"They need 4,000 GB.*largest axis has the size 1000000\."):
         stand_ins(session(("x", [10**6, 10**6])))
     assert stand_ins(session(("x", [10**6, 10**6])), [spec(2, 2)])[0].shape == (2, 2)
 

@@ -93,17 +93,34 @@ def test_the_number_of_threads_is_that_of_the_session(doubling):
 def test_a_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(LoadError, match=r"The file .*gone\.onnx does not exist\. Export the model first\."):
         OnnxSession(tmp_path / "gone.onnx")
-    with pytest.raises(LoadError, match="is not an ONNX file: it is a folder"):
+    with pytest.raises(
+        LoadError, match=r"is not an ONNX file: it is a folder.* Give an ONNX file, such as kirsch\.export"
+    ):
         OnnxSession(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"hi", b"\x80\x04}q\x00.", b"PK\x03\x04" + bytes(40)])
-def test_a_file_that_is_no_onnx_is_refused_in_one_sentence_each(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", r"is not an ONNX file: it is an empty file.*Write or download it again"),
+        (b"hi", r"cannot be loaded by ONNX Runtime\. .*[^.]\. The file is damaged, or not an ONNX file"),
+        (b"\x80\x04}q\x00.", r"is not an ONNX file: it is a pickle.* Give an ONNX file"),
+        (b"PK\x03\x04" + bytes(40), r"is not an ONNX file: it is a damaged zip archive"),
+    ],
+    ids=["empty", "text", "pickle", "archive"],
+)
+def test_a_file_that_is_no_onnx_is_refused_in_one_sentence_each(tmp_path, content, sentence):
     (tmp_path / "junk.onnx").write_bytes(content)
-    sentence = r"junk\.onnx cannot be loaded by ONNX Runtime\. .*[^.]\. Give a model that kirsch\.export wrote\.$"
-    with pytest.raises(LoadError, match=sentence) as caught:
+    with pytest.raises(LoadError, match=rf"junk\.onnx {sentence}") as caught:
         OnnxSession(tmp_path / "junk.onnx")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_with_operators_of_its_own_is_refused_with_the_reason(tmp_path):
+    text = '<ir_version: 8, opset_import: ["" : 17, "own" : 1]> g (float[2] x) => (float[2] y) { y = own.Foo(x) }'
+    (tmp_path / "own.onnx").write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    with pytest.raises(LoadError, match=r"Foo.*Leave custom operators out"):
+        OnnxSession(tmp_path / "own.onnx")
 
 
 def with_outer_weights(path, location):

@@ -202,7 +202,11 @@ WRONG = {
         UsageError,
         r"computes in float32, and its inputs are uint8 of shape \(8, 1, 6, 6\), values \d+ to \d+.* / 255",
     ),
-    "double precision": ([(X.double(), Y)], UsageError, "Net computes in float32, and its inputs are float64"),
+    "double precision": (
+        [(X.double(), Y)],
+        UsageError,
+        r"Net computes in float32, and its inputs are float64.*astype\(numpy\.float32\)",
+    ),
     "channels last": (
         [(X.permute(0, 2, 3, 1), Y)],
         ModelError,
@@ -210,8 +214,8 @@ WRONG = {
     ),
     "nothing": ([], DataError, "The data is empty"),
     "an empty loader": (DataLoader(TensorDataset(X[:0], Y[:0])), DataError, "The data is empty"),
-    "a generator": (((X, Y) for _ in range(2)), DataError, "gone through only once"),
-    "an exhausted one": (Exhausted(), DataError, "gone through only once"),
+    "a generator": (((X, Y) for _ in range(2)), DataError, "iterated only once"),
+    "an exhausted one": (Exhausted(), DataError, "iterated only once"),
 }
 
 

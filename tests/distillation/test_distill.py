@@ -298,7 +298,7 @@ def test_a_teacher_that_is_not_told_from_chance_is_doubted(student, teacher):
     """16 of 36 are right, of three classes: 44.4%; two standard deviations above a third are 49%."""
     inputs, targets = samples()
     right = np.arange(36) < 16
-    sentence = r"more than chance is not known: 44\.4% of 36 samples are right, chance is 33\.3%"
+    sentence = r"not measurably better than chance: 44\.4% of 36 samples are correct, chance is 33\.3%"
     with pytest.warns(UserWarning, match=sentence):
         distill(student, teacher, whole(), validation=(inputs, np.where(right, targets, (targets + 1) % K)))
 
@@ -376,7 +376,7 @@ def test_no_batches_are_refused(student, learn):
 
 @either
 def test_data_for_one_pass_is_refused(student, learn):
-    sentence = r"gone through only once\. Each epoch goes through it anew\. Give a list or a DataLoader"
+    sentence = r"iterated only once\. Each epoch iterates over it again\. Give a list or a DataLoader"
     with pytest.raises(DataError, match=sentence):
         learn(student, (samples() for _ in range(2)))
 
@@ -423,7 +423,7 @@ def inverted(model):
 
 
 def test_a_teacher_no_better_than_chance_is_refused(student, teacher):
-    sentence = r"no better than chance: 0\.0% of 36 samples are right, chance is 33\.3%"
+    sentence = r"no better than chance: 0\.0% of 36 samples are correct, chance is 33\.3%"
     with pytest.raises(NumericError, match=sentence) as caught:
         distill(student, inverted(teacher), whole())
     assert caught.value.exit_code == 6
@@ -431,7 +431,7 @@ def test_a_teacher_no_better_than_chance_is_refused(student, teacher):
 
 def test_a_teacher_that_says_one_class_is_no_better_than_chance(student, teacher):
     teacher[0].weight.data.zero_()
-    with pytest.raises(NumericError, match=r"33\.3% of 36 samples are right, chance is 33\.3%"):
+    with pytest.raises(NumericError, match=r"33\.3% of 36 samples are correct, chance is 33\.3%"):
         distill(student, teacher, whole())
 
 
@@ -448,12 +448,12 @@ def test_a_bad_teacher_is_let_through_where_it_is_asked_for_or_too_few_samples_s
     assert "teacher" not in [event["event"] for event in told]
     distill(student, teacher, ArrayData(*samples(31)), training=ONE_STEP, hooks=hooks)
     assert {"event": "teacher", "accuracy": 0.0, "classes": K} in told
-    assert any("0.0% of 31 samples are right" in event.get("text", "") for event in told)
+    assert any("0.0% of 31 samples are correct" in event.get("text", "") for event in told)
 
 
 def test_a_teacher_with_nan_is_refused_by_its_name(student, teacher):
     teacher[0].weight.data[0, 0] = float("nan")
-    with pytest.raises(NumericError, match=r"The teacher's scores are not finite\. .* Check the teacher's weights"):
+    with pytest.raises(NumericError, match=r"The teacher's outputs are not finite\. .* Check the teacher's weights"):
         distill(student, teacher, whole())
 
 

@@ -123,7 +123,7 @@ def test_a_loop_that_is_cut_goes_on_in_the_same_bits():
 
 def test_a_state_of_another_objective_is_refused():
     state = distiller(Objective((Term("fitnet", 1.0, student="1"),))).state_dict()
-    with pytest.raises(CheckpointError, match=r"other adapters than this distiller: joint0\..*Build it with"):
+    with pytest.raises(CheckpointError, match=r"other adapters than this distiller: adapter0\..*Build it with"):
         distiller(Objective.kd()).load_state_dict(state)
 
 
@@ -236,7 +236,7 @@ def test_a_store_may_teach(tmp_path, keep):
     if isinstance(keep, TopK):
         with pytest.raises(StoreError, match="temperature"):
             kirsch.Distiller(net(4, 1), store, Objective.kd(4.0), batch)
-    with pytest.raises(UsageError, match="batches do not carry any"):
+    with pytest.raises(UsageError, match="the batches have none"):
         kirsch.Distiller(net(4, 1), store, objective, (batch.inputs, batch.targets))
 
 

@@ -64,8 +64,8 @@ def warnings_of(told):
 
 def test_a_teacher_that_always_answers_the_common_class_is_refused_at_97_percent():
     sentence = (
-        r"no better than chance: 97\.0% of 100 samples are right, chance is 97\.0% \(the most frequent class has "
-        r"97\.0%\); balanced accuracy 50\.0%\. It answers class 0 for every sample"
+        r"no better than chance: 97\.0% of 100 samples are correct, chance is 97\.0% \(the most frequent class has "
+        r"97\.0%\); balanced accuracy 50\.0%\. It predicts class 0 for every sample"
     )
     labels = RARE.astype(int)
     loader = [(X[at : at + 20], labels[at : at + 20]) for at in range(0, N, 20)]
@@ -80,7 +80,7 @@ def test_a_store_of_a_constant_answer_is_refused(tmp_path, keep):
     data = ArrayData(X, RARE.astype(int))
     store = build(tmp_path / "store", ALWAYS_COMMON, data, keep=keep)
     objective = Objective((Term("kd", 0.9, 1.0),), 0.1)
-    with pytest.raises(NumericError, match="It answers class 0 for every sample"):
+    with pytest.raises(NumericError, match="It predicts class 0 for every sample"):
         distill(Says(lambda x: x[:, :2]), store, data, objective=objective, training=ONCE)
 
 
@@ -101,10 +101,10 @@ def test_a_constant_answer_is_only_warned_of_where_few_samples_speak():
     few = slice(20, 45)  # 25 samples, of which one is of the rare class
     sentences = warnings_of(taught(ALWAYS_COMMON, ArrayData(X[few], labels[few])))
     assert any(
-        "It answers class 0 for every sample. Give more samples with labels, of all classes" in s for s in sentences
+        "It predicts class 0 for every sample. Give more labeled samples, of all classes" in s for s in sentences
     )
     same = warnings_of(taught(ALWAYS_COMMON, ArrayData(X, np.zeros(N, int))))
-    assert any("It answers class 0 for every sample" in sentence for sentence in same)
+    assert any("It predicts class 0 for every sample" in sentence for sentence in same)
 
 
 def test_a_loader_is_read_until_a_rare_class_has_been_seen():
@@ -151,7 +151,7 @@ def test_a_teacher_that_answers_background_for_every_pixel_is_refused():
             return self.function(x) * self.scale
 
     student = nn.Conv2d(1, 2, 1).double()
-    with pytest.raises(NumericError, match=r"of 282 samples are right.* It answers class 0 for every sample"):
+    with pytest.raises(NumericError, match=r"of 282 samples are correct.* It predicts class 0 for every sample"):
         distill(nn.Sequential(student), Dense(background), ArrayData(images, masks), objective=Objective.preset("cwd"))
 
 
@@ -163,10 +163,10 @@ RARELY = np.random.default_rng(1).random((N, 3)) < np.array([0.1, 0.2, 0.05])
 
 def test_a_teacher_that_says_no_to_every_label_is_refused_where_it_says_nothing_else():
     no = Says(rows(-2.0, -1.0, -3.0), 3)
-    with pytest.raises(NumericError, match=r"answers of yes or no are right, chance is .* It answers no for every"):
+    with pytest.raises(NumericError, match=r"binary labels are predicted correctly, chance .* It predicts 0"):
         taught(no, ArrayData(X, RARELY.astype(float)), BINARY)
     rare = Says(rows(-2.0), 1)
-    with pytest.raises(NumericError, match=r"97\.0% of 100 answers .* chance is 97\.0%"):
+    with pytest.raises(NumericError, match=r"97\.0% of 100 binary labels .* chance is 97\.0%"):
         taught(rare, ArrayData(X, RARE[:, None].astype(float)), BINARY)
 
 
@@ -174,7 +174,7 @@ def test_a_teacher_that_never_says_yes_and_differs_is_warned_of():
     """Its logits order the samples, as those of rare labels often do without ever passing 0."""
     differs = Says(lambda x: torch.from_numpy(RARELY.astype(float))[: len(x)] - 4.0, 3)
     told = taught(differs, ArrayData(X, RARELY.astype(float)), BINARY)
-    assert any("It answers no for every sample" in sentence for sentence in warnings_of(told))
+    assert any("It predicts 0 for every sample" in sentence for sentence in warnings_of(told))
 
 
 def test_a_teacher_of_several_labels_is_told_with_its_accuracy():
@@ -210,7 +210,7 @@ def test_a_student_that_ends_in_one_answer_is_warned_of():
     assert found.history[-1]["accuracy"] == pytest.approx(0.97)
     assert found.history[-1]["balanced_accuracy"] == pytest.approx(0.5)
     assert any(
-        "The trained model answers class 0 for all 100 samples of the validation" in s for s in warnings_of(told)
+        "The trained model predicts class 0 for all 100 samples of the validation" in s for s in warnings_of(told)
     )
     even = np.arange(N) % 2
     found = fit(Says(lambda x: x[:, :2]), ArrayData(X, even), training=ONCE, validation=(X, even), hooks=hooks)

@@ -114,7 +114,7 @@ def charge(models, objective, inputs, labels=None):
     batch = Batch(tensors, None if labels is None else torch.from_numpy(labels))
     bound = Distiller(student, teacher, objective, batch)
     try:
-        charged = bound.lesson(bound.module, batch, 0.0)
+        charged = bound.step(bound.module, batch, 0.0)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         found = torch.autograd.grad(charged.total, trained, allow_unused=True)
     finally:

@@ -92,7 +92,7 @@ def test_a_place_that_the_teacher_lacks_is_refused_by_the_name_of_the_teacher():
 
 def test_scores_of_pixels_are_no_scores_of_samples():
     nets = [nn.Sequential(nn.Conv2d(1, K, 1)) for _ in range(2)]
-    sentence = r"'kd' cannot compare .*scores of pixels.*Take 'pixel-kd' or 'cwd-pixels'"
+    sentence = r"'kd' cannot compare .*logits of pixels.*Take 'pixel-kd' or 'cwd-pixels'"
     with pytest.raises(ShapeError, match=sentence):
         distill(*nets, ArrayData(data().inputs, None), objective=Objective.kd(), **QUIET)
 
@@ -170,7 +170,7 @@ def test_a_batch_without_labels_is_charged_nothing_by_what_needs_them():
     [
         (
             lambda labels: np.full_like(labels, -100),
-            r"Nothing of the validation has a label\. All its targets are -100",
+            r"No sample of the validation has a label\. All its targets are -100",
         ),
         (
             lambda labels: np.eye(K)[labels],
@@ -379,8 +379,8 @@ class Answers(nn.Module):
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
-        (("start_logits", "end_logits"), 'puts out start_logits, end_logits, and none.*"output.start_logits"'),
-        (("last_hidden_state",), "puts out last_hidden_state, and no scores: it has no head"),
+        (("start_logits", "end_logits"), 'returns start_logits, end_logits, and none.*"output.start_logits"'),
+        (("last_hidden_state",), "returns last_hidden_state and no logits: it has no head"),
     ],
 )
 def test_outputs_of_which_none_is_the_scores_are_compared_by_name_alone(names, sentence):

@@ -140,16 +140,18 @@ def test_a_loop_of_ones_own_is_held_to_the_looks_that_the_teacher_saw(tmp_path):
             distiller(next(other.epoch(0, 1)))
     plain = next(data().epoch(0, 0))
     for unsaid in (plain, (plain.inputs, plain.targets, plain.ids)):
-        with pytest.raises(UsageError, match=r"do not say how .*kirsch\.distill.*ArrayData\.epoch"):
+        with pytest.raises(UsageError, match=r"have no seeds .*kirsch\.distill.*ArrayData\.epoch"):
             distiller(unsaid)
-        with pytest.raises(UsageError, match=r"do not say how"):
+        with pytest.raises(UsageError, match=r"have no seeds"):
             bound(store, unsaid)
 
 
 def test_a_store_of_samples_as_they_are_is_not_for_augmented_ones(tmp_path):
     store = build(tmp_path / "store", net(), data(), keep=Dense())
     distiller = bound(store, next(data().epoch(0, 0)))
-    with pytest.raises(UsageError, match=r"is of samples as they are, and the batches are augmented\. .*Build"):
+    with pytest.raises(
+        UsageError, match=r"holds samples without augmentation, and the batches are augmented\. .*Build"
+    ):
         distiller(next(data(SHAKEN).epoch(0, 0)))
 
 
@@ -265,7 +267,7 @@ def test_a_teacher_is_held_against_chance_on_samples_of_all_classes_also_from_a_
         source = teacher if keep is None else build(tmp_path / name, teacher, given, keep=keep)
         learned(net(wide=K), source, given, check_teacher=True, hooks=hooks)
 
-    with pytest.raises(NumericError, match=r"The teacher is no better than chance: 0\.0% of 1024 samples are right"):
+    with pytest.raises(NumericError, match=r"The teacher is no better than chance: 0\.0% of 1024 samples are correct"):
         taught([1, 2, 3, 4, 0], "wrong")
     taught([1, 2, 0, 3, 4], "late")
     assert told[0] == {"event": "teacher", "accuracy": pytest.approx(0.4, abs=0.01), "classes": K}

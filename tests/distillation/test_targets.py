@@ -244,3 +244,34 @@ def test_texts_and_objects_are_not_targets(objective):
     for targets in (np.array(["a"] * N), np.array([None] * N)):
         with pytest.raises(KirschError, match=r"type (<U1|object)"):
             fit(net(), ArrayData(X, targets), objective=objective, training=ONCE)
+
+
+# ------------------------------------------------------------------------------------------------ unused
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [RANDOM.random((N, 1, 3, 3)), np.arange(N)[:, None], np.arange(N), RANDOM.random((N, 2))],
+    ids=["images", "column", "classes", "rows"],
+)
+@pytest.mark.parametrize("loader", [False, True])
+def test_targets_that_nothing_is_learned_from_may_be_anything(targets, loader):
+    x = RANDOM.random((N, 1, 3, 3))
+    data = [(x[place : place + 8], targets[place : place + 8]) for place in range(0, N, 8)]
+    objective = Objective((Term("fitnet", student="logits"),), label_weight=0.0)
+    with pytest.warns(UserWarning, match="The teacher is not evaluated"):
+        found = distill(
+            pixels(1),
+            pixels(1, 1),
+            data if loader else ArrayData(x, targets, 8),
+            objective=objective,
+            training=ONCE,
+        )
+    assert set(found.history[0]["parts"]) == {"fitnet"}
+
+
+def test_labels_that_mark_what_is_compared_are_checked_without_a_weight():
+    x, targets = RANDOM.random((N, 1, 3, 3)), np.zeros((N, 2), int)
+    objective = Objective((Term("pixel-kd", 1.0, 1.0),), label_weight=0.0)
+    with pytest.raises(DataError, match=r"The targets have shape \(8, 2\)"):
+        distill(pixels(), pixels(seed=1), ArrayData(x, targets, 8), objective=objective, training=ONCE)

@@ -48,7 +48,7 @@ def test_several_teachers_teach_together(way):
     found = trained(objective, hooks=TrainingHooks(event=told.append))
     assert set(found.history[0]["parts"]) == {"label", "kd"}
     texts = [event["text"] for event in told if event["event"] == "doubt"]
-    assert any("averaged, which says the product" in text for text in texts) == (way == "logits")
+    assert any("averaged, which multiplies their probabilities" in text for text in texts) == (way == "logits")
 
 
 TWO = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([[3.0, -2.0], [1.0, 0.5]])
@@ -97,7 +97,7 @@ def test_a_student_that_equals_both_of_its_teachers_is_charged_nothing(loss, way
     found = Distiller(model, [copy.deepcopy(model)] * 2, objective, batch, doubt=told.append)
     with found.eval():
         assert float(found(batch).total.detach()) == pytest.approx(0.0, abs=1e-6)
-    assert [text for text in told if "averaged, which says the product" in text] == told
+    assert [text for text in told if "averaged, which multiplies their probabilities" in text] == told
     assert bool(told) == (way == "logits" and loss != "logit-l2")
 
 

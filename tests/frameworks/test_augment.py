@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kirsch.distillation.store.description import description
 from kirsch.errors import ShapeError, UsageError
 from kirsch.frameworks import augment
 from kirsch.frameworks.augment import Chain, Crop, Erase, Flip, Jitter, Noise, derived, sample_seeds
@@ -376,14 +377,14 @@ def test_a_number_out_of_range_is_named(make, sentence):
 
 
 def test_a_transform_of_ours_is_described_by_its_numbers():
-    assert json.loads(augment.description(Chain(Crop(2), Flip()))) == {
+    assert json.loads(description(Chain(Crop(2), Flip()))) == {
         "callable": "kirsch.frameworks.augment.Chain",
         "stages": [
             {"callable": "kirsch.frameworks.augment.Crop", "padding": 2},
             {"callable": "kirsch.frameworks.augment.Flip", "probability": 0.5},
         ],
     }
-    assert augment.description(None) == "null"
+    assert description(None) == "null"
 
 
 def strength(amount):
@@ -405,16 +406,16 @@ def test_descriptions_differ_where_transforms_do():
         lambda batch, random, by=1: batch,
         lambda batch, random, by=2: batch,
     ]
-    assert len({augment.description(transform) for transform in transforms}) == len(transforms)
+    assert len({description(transform) for transform in transforms}) == len(transforms)
 
 
 def test_transforms_that_are_made_alike_are_described_alike():
     for make in (lambda: Chain(Crop(2), Noise(0.1)), lambda: Shaking(1), lambda: strength(np.ones(3))):
-        assert augment.description(make()) == augment.description(make())
+        assert description(make()) == description(make())
 
 
 def test_where_there_is_no_source_the_name_counts():
     names: dict = {"__name__": "made"}
     exec("def unseen(batch, random): return batch", names)
-    found = json.loads(augment.description(names["unseen"]))
+    found = json.loads(description(names["unseen"]))
     assert (found["callable"], found["source"]) == ("made.unseen", None)

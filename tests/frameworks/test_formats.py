@@ -78,6 +78,15 @@ def test_a_file_is_named_whether_it_is_given_as_weights_or_as_a_model(tmp_path, 
         assert caught.value.fix
 
 
+def test_a_folder_in_the_place_of_a_file_of_weights_is_answered_with_the_file_in_it(tmp_path):
+    model = nn.Linear(2, 2)
+    with pytest.raises(LoadError, match=r"it is a folder\..* Give a safetensors file"):
+        framework_of(model).load_weights(model, tmp_path)
+    safetensors.torch.save_model(model, str(tmp_path / "w.safetensors"))
+    with pytest.raises(LoadError, match=r"it is a folder\..* Give the file in it: .*w\.safetensors"):
+        framework_of(model).load_weights(model, tmp_path)
+
+
 def test_a_file_of_weights_is_not_a_model_and_is_good_as_weights(tmp_path):
     safetensors.torch.save_model(nn.Linear(2, 2), str(tmp_path / "w.safetensors"))
     framework_of(nn.Linear(2, 2)).load_weights(nn.Linear(2, 2), tmp_path / "w.safetensors")

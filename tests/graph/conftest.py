@@ -1,4 +1,4 @@
-"""Small networks whose facts are gathered by hand, as a framework would gather them."""
+"""Small networks with facts recorded by hand, as a framework would record them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from kirsch.graph.labels import Tensor
 
 
 class Network:
-    """Layers are called in the order of the model; `graph` gives what the analysis makes of them."""
+    """Records layers in the order of the calls; `graph` returns their dependency graph."""
 
     def __init__(self):
         self.facts = Facts()
         self.tensors = {}
 
     def parameter(self, name, *shape):
-        """A tensor with fresh labels, and what its numbers cost."""
+        """Add a parameter with new labels and the cost of its elements."""
         axes = [self.facts.fresh(size) if size > 1 else None for size in shape]
         self.tensors[name] = Tensor.of(shape, axes)
         self.facts.cost("parameters", 1, axes, owner=name.rpartition(".")[0])
         return self.tensors[name]
 
     def linear(self, name, x, width, *, bias=True):
-        """(N, I) → (N, O), with a weight of shape (O, I)."""
+        """Add a linear layer (N, I) → (N, O) with a weight of shape (O, I)."""
         rows, columns = x.shape
         weight = self.parameter(f"{name}.weight", width, columns)
         operands = [(x, "ni"), (weight, "oi")]
@@ -57,19 +57,19 @@ class Network:
         return x
 
     def graph(self, name="Net", values=math.nan):
-        """The values of the weights are not looked at by any of the analysis: a call fails."""
+        """The default for `values` is not callable, since the analysis must not read the values of weights."""
         return Graph(name, self.facts, self.tensors, tuple(self.tensors), (), values, lambda model: True)
 
 
 @pytest.fixture(scope="session")
 def network():
-    """The class itself, so that a test builds as many as it likes."""
+    """The class `Network`, so that a test can build several."""
     return Network
 
 
 @pytest.fixture(scope="session")
 def chain():
-    """Builds a linear layer from 3 to `width`, and one from `width` to 2, on one row."""
+    """Build two linear layers, 3 → `width` → 2, on one row."""
 
     def build(width=5):
         net = Network()
@@ -82,7 +82,7 @@ def chain():
 
 @pytest.fixture(scope="session")
 def heads():
-    """Builds a layer whose output is seen as (heads, width), scaled along the width, and read by another layer."""
+    """Build a layer whose output is viewed as (heads, width), plus a vector along the width, and a layer on top."""
 
     def build(number=2, width=3):
         net = Network()
@@ -98,7 +98,7 @@ def heads():
 
 @pytest.fixture(scope="session")
 def shuffle():
-    """Builds the channel shuffle of 4 channels in 2 rows, added to what it shuffles: channels go only by orbits."""
+    """Build a shuffle of 4 channels in 2 rows, added to its input, so that channels can only be removed by orbits."""
 
     def build():
         net = Network()

@@ -1,4 +1,4 @@
-"""What goes with a layer, and by which operations, in words."""
+"""Explanation in words of the parameters that are pruned together with a layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kirsch.errors import UnknownNameError
 
 
 class Residual(nn.Module):
-    """Two layers on one stream, and one that splits what it is given by an attribute."""
+    """Layers on one residual stream, the last of which receives a softmax over the samples."""
 
     def __init__(self):
         super().__init__()
@@ -29,38 +29,38 @@ def graph():
     return kirsch.trace(Residual(), torch.randn(2, 6))
 
 
-def test_each_axis_of_a_layer_is_told_with_the_operations_that_tie_it(graph):
+def test_each_axis_of_a_layer_is_explained_with_the_operations_that_tie_it(graph):
     assert graph.explain("hidden").splitlines() == [
         "hidden.weight[i], hidden.bias[i]: the 8 units (embedding dim) of 'stem'.",
-        "With each of them go:",
+        "Each unit is removed together with:",
         "  stem: weight[i], bias[i]  by add (test_explain.py:23)",
         "  inner: weight[:, i]  by add (test_explain.py:23) → linear (inner)",
         "  last: weight[:, i]  by add (test_explain.py:23) → linear (last)",
         "  norm: weight[i], bias[i]  by add (test_explain.py:23) → layer_norm (norm)",
         "hidden.weight[:, i]: the 8 units (ffn unit) of 'inner'.",
-        "With each of them go:",
+        "Each unit is removed together with:",
         "  inner: weight[i], bias[i]  by linear (hidden)",
     ]
 
 
-def test_what_stays_is_told_with_its_reason(graph):
+def test_an_axis_that_stays_is_explained_with_the_reason(graph):
     assert graph.explain("last").splitlines()[-2:] == [
         "last.weight[i] stays: it is an output of the model (output).",
         "last.bias[i] stays: it is an output of the model (output).",
     ]
 
 
-def test_one_parameter_is_explained_alone(graph):
+def test_a_single_parameter_can_be_explained(graph):
     assert graph.explain("stem.bias").splitlines()[0] == "stem.bias[i]: the 8 units (embedding dim) of 'stem'."
 
 
-def test_an_unknown_layer_is_answered_with_the_nearest(graph):
+def test_the_error_for_an_unknown_layer_suggests_the_nearest_name(graph):
     with pytest.raises(UnknownNameError, match=r"no layer with parameters named 'steam'.*Did you mean 'stem'"):
         graph.explain("steam")
 
 
-def test_sizes_that_one_attribute_gives_are_told_as_such():
-    class Twice(nn.Module):
+def test_layers_tied_by_an_attribute_are_explained_by_a_number_in_the_code():
+    class TwoLayers(nn.Module):
         def __init__(self):
             super().__init__()
             self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(16, 3)
@@ -69,5 +69,5 @@ def test_sizes_that_one_attribute_gives_are_told_as_such():
         def forward(self, x):
             return self.last(torch.cat([layer(x).view(2, self.width) for layer in (self.first, self.second)], 1))
 
-    text = kirsch.trace(Twice(), torch.randn(2, 6)).explain("first")
-    assert "  second: weight[i], bias[i]  as one number in the code gives both their sizes" in text.splitlines()
+    text = kirsch.trace(TwoLayers(), torch.randn(2, 6)).explain("first")
+    assert "  second: weight[i], bias[i]  by a number in the code that sets both sizes" in text.splitlines()

@@ -18,53 +18,50 @@ from kirsch.graph.plan import Plan, Removal
 STEADY = settings(deadline=None, derandomize=True)
 
 
-def blocked(graph):
-    return [(blocker.reason, blocker.where, round(blocker.share * size(graph))) for blocker in graph.blockers]
+def blocked_sizes(graph):
+    """Reason, module and number of blocked parameters of each blocker."""
+    total = sum(int(np.prod(graph.tensors[name].shape)) for name in graph.parameters)
+    return [(blocker.reason, blocker.where, round(blocker.share * total)) for blocker in graph.blockers]
 
 
-def size(graph):
-    return sum(int(np.prod(graph.tensors[name].shape)) for name in graph.parameters)
-
-
-def test_a_fingerprint_is_the_same_for_the_same_model_and_any_weights(chain):
+def test_models_with_the_same_layers_have_the_same_fingerprint_whatever_the_weights(chain):
     def weights(name):
-        raise AssertionError(f"the values of {name} are looked at")
+        raise AssertionError(f"the values of {name} were read")
 
     first, second = chain().graph(values=weights), chain().graph("Another", values=np.zeros)
     assert first.fingerprint == second.fingerprint
     assert len(first.fingerprint) == 64
 
 
-def test_a_fingerprint_follows_shapes(chain):
+def test_the_fingerprint_depends_on_shapes(chain):
     assert len({chain(width).graph().fingerprint for width in (4, 5, 6)}) == 3
 
 
-def test_a_fingerprint_follows_names(network):
-    found = set()
+def test_the_fingerprint_depends_on_names(network):
+    fingerprints = set()
     for name in ("a", "b"):
         net = network()
         net.output(net.linear(name, Tensor.of((1, 3)), 2))
         assert net.graph().groups == ()
-        found.add(net.graph().fingerprint)
-    assert len(found) == 2
+        fingerprints.add(net.graph().fingerprint)
+    assert len(fingerprints) == 2
 
 
-def test_a_fingerprint_follows_shapes_outside_all_groups(network):
-    found = set()
+def test_the_fingerprint_depends_on_shapes_outside_all_groups(network):
+    fingerprints = set()
     for width in (2, 3):
         net = network()
         net.output(net.linear("only", Tensor.of((1, 3)), width))
         assert net.graph().groups == ()
-        found.add(net.graph().fingerprint)
-    assert len(found) == 2
+        fingerprints.add(net.graph().fingerprint)
+    assert len(fingerprints) == 2
 
 
 WIRINGS = ["none", "sum", "reversed sum", "freeze", "one unit"]
 
 
 @pytest.mark.parametrize("tie", WIRINGS)
-def test_a_fingerprint_follows_what_belongs_together(network, tie):
-    """The same parameters, wired otherwise."""
+def test_the_fingerprint_depends_on_how_the_same_parameters_are_connected(network, tie):
 
     def build(tie):
         net = network()
@@ -79,43 +76,43 @@ def test_a_fingerprint_follows_what_belongs_together(network, tie):
             net.facts.freeze(b.axes[1][:1], "why")
         return net.graph()
 
-    prints = {other: build(other).fingerprint for other in WIRINGS}
-    assert [other for other, found in prints.items() if found == prints[tie]] == [tie]
+    fingerprints = {other: build(other).fingerprint for other in WIRINGS}
+    assert [other for other, fingerprint in fingerprints.items() if fingerprint == fingerprints[tie]] == [tie]
 
 
-def test_a_fingerprint_follows_what_the_units_are(network):
-    found = set()
+def test_the_fingerprint_depends_on_the_kinds_of_units(network):
+    fingerprints = set()
     for kind in ("norm groups", "conv groups"):
         net = network()
         net.facts.split(net.parameter("norm.weight", 6).axes[0].reshape(2, 3), kind)
-        found.add(net.graph().fingerprint)
-    assert len(found) == 2
+        fingerprints.add(net.graph().fingerprint)
+    assert len(fingerprints) == 2
 
 
-def test_what_is_removed_goes_and_all_else_stays(chain):
+def test_exactly_the_removed_units_are_missing_from_every_axis_of_the_group(chain):
     graph = chain(5).graph()
     keep = graph.keep({"first": (1, 3)})
     expected = [True, False, True, False, True]
-    assert [graph.kept(graph.axes[site], keep).tolist() for site in graph.groups[0].footprint] == [expected] * 3
+    assert [graph.kept(graph.axes[key], keep).tolist() for key in graph.groups[0].footprint] == [expected] * 3
     assert np.count_nonzero(~keep) == 2
     assert graph.keep({}).all()
 
 
-def test_the_choice_of_a_plan_is_its_removals(chain):
+def test_a_plan_keeps_the_components_that_its_removals_leave(chain):
     graph = chain(5).graph()
     plan = Plan("", "", (Removal("first", "channel", 5, (1, 3), ""),), graph.cost, Cost(0, 0, 0))
     assert plan.keep(graph).tolist() == graph.keep({"first": (1, 3)}).tolist()
 
 
-def test_an_axis_that_is_left_whole_needs_no_positions(chain):
+def test_the_mask_of_an_axis_that_loses_no_index_is_none(chain):
     graph = chain(5).graph()
     keep = graph.keep({"first": (1,)})
     assert graph.kept(graph.axes["second.weight", 0], keep) is None
     assert graph.kept(None, keep) is None
 
 
-def test_units_of_several_groups_go_together(heads):
-    """Head 1 of 2 and width 2 of 3: positions 0 and 1 of the six are left."""
+def test_units_of_several_groups_can_be_removed_at_once(heads):
+    """Without head 1 of 2 and index 2 of 3 in each head, indices 0 and 1 of the six remain."""
     graph = heads(2, 3).graph()
     width, head = graph.groups
     keep = graph.keep({head.name: (1,), width.name: (2,)})
@@ -123,7 +120,7 @@ def test_units_of_several_groups_go_together(heads):
     assert graph.kept(graph.axes["scale", 0], keep).tolist() == [True, True, False]
 
 
-def test_an_axis_of_which_nothing_is_left_is_found(shuffle, chain):
+def test_a_parameter_axis_that_would_lose_all_indices_is_named(shuffle):
     graph = shuffle().graph()
     name = graph.groups[0].name
     assert graph.emptied(graph.keep({name: (0,)})) is None
@@ -131,8 +128,8 @@ def test_an_axis_of_which_nothing_is_left_is_found(shuffle, chain):
     assert graph.emptied(np.zeros_like(graph.coupling.frozen)) == ("before.weight", 0)
 
 
-def test_tied_tensors_are_one(network):
-    """An embedding that is read again as the last layer."""
+def test_tied_tensors_are_counted_once(network):
+    """An embedding table that is also the weight of the last layer."""
     net = network()
     table = net.parameter("embed.weight", 9, 4)
     net.facts.freeze(table.axes[0], "rows are looked up", boundary=True)
@@ -146,7 +143,7 @@ def test_tied_tensors_are_one(network):
     assert graph.cost.parameters == 36
 
 
-def test_integers_in_the_code_follow_what_is_kept(heads):
+def test_integers_in_the_code_follow_the_kept_units(heads):
     net = heads(4, 3)
     rows, columns = net.facts.grids[0].marginals
     number, width = Leaf("query", "heads"), Leaf("query", "width")
@@ -159,8 +156,8 @@ def test_integers_in_the_code_follow_what_is_kept(heads):
     assert graph.constants(graph.keep({rows.name: (3,)})) == {number: 3}
 
 
-def test_a_repeated_label_counts_as_often_as_it_is_there(chain):
-    """The code flattens 5 channels of 2 positions."""
+def test_a_label_that_occurs_twice_on_an_axis_counts_twice(chain):
+    """The code flattens 5 channels with 2 positions each."""
     net = chain(5)
     flat = np.repeat(net.tensors["first.weight"].axes[0], 2)
     leaf = Leaf("", "flat")
@@ -169,8 +166,8 @@ def test_a_repeated_label_counts_as_often_as_it_is_there(chain):
     assert graph.constants(graph.keep({"first": (0,)})) == {leaf: 8}
 
 
-def test_what_holds_a_layer_is_named_with_its_share(network):
-    """3 → 4 → 5 → 2 without biases; a softmax over the 5 leaves the 4 free, so that the last layer alone is whole."""
+def test_a_blocker_has_the_share_of_parameters_that_it_blocks(network):
+    """3 → 4 → 5 → 2 without biases: a softmax over the 5 leaves the 4 free, so that only the last layer is blocked."""
     net = network()
     x = net.linear("a", Tensor.of((1, 3)), 4, bias=False)
     x = net.softmax(net.linear("b", x, 5, bias=False), 1)
@@ -181,11 +178,11 @@ def test_what_holds_a_layer_is_named_with_its_share(network):
     assert blocker.share == pytest.approx(5 * 2 / (3 * 4 + 4 * 5 + 5 * 2))
 
 
-def test_a_parameter_that_may_go_along_any_axis_has_no_blocker(chain):
+def test_a_parameter_with_a_removable_axis_has_no_blocker(chain):
     assert chain().graph().blockers == ()
 
 
-def test_a_parameter_of_which_a_part_may_go_has_no_blocker(network):
+def test_a_parameter_of_which_a_part_can_be_removed_has_no_blocker(network):
     net = network()
     axis = net.parameter("scale", 5).axes[0]
     net.softmax(Tensor.of((2,), [axis[:2]]), 0)
@@ -194,7 +191,7 @@ def test_a_parameter_of_which_a_part_may_go_has_no_blocker(network):
     assert graph.blockers == ()
 
 
-def test_inputs_and_outputs_are_no_blockers(network):
+def test_inputs_and_outputs_are_not_blockers(network):
     net = network()
     weight = net.parameter("only.weight", 2, 3)
     net.facts.freeze(weight.axes[1], "it is an input", boundary=True)
@@ -203,20 +200,20 @@ def test_inputs_and_outputs_are_no_blockers(network):
     assert net.graph().blockers == ()
 
 
-def test_an_obstacle_beside_a_boundary_is_named(network):
+def test_a_blocker_is_named_although_another_axis_is_an_output(network):
     net = network()
     weight = net.parameter("only.weight", 2, 3)
     net.facts.freeze(weight.axes[0], "it is an output", boundary=True)
     net.softmax(weight, 1)
-    assert blocked(net.graph()) == [("a softmax spans it", "softmax", 6)]
+    assert blocked_sizes(net.graph()) == [("a softmax spans it", "softmax", 6)]
 
 
-def test_blockers_of_one_place_are_summed_and_the_costliest_is_first(network):
+def test_blockers_of_one_module_are_summed_and_the_largest_is_first(network):
     net = network()
-    for name, rows, place in (("a", 2, "first"), ("b", 3, "second"), ("c", 4, "first"), ("d", 20, "third")):
-        net.softmax(net.parameter(f"{name}.weight", rows), 0, module=place)
+    for name, rows, module in (("a", 2, "first"), ("b", 3, "second"), ("c", 4, "first"), ("d", 20, "third")):
+        net.softmax(net.parameter(f"{name}.weight", rows), 0, module=module)
     net.parameter("free.weight", 21)
-    assert blocked(net.graph()) == [
+    assert blocked_sizes(net.graph()) == [
         ("a softmax spans it", "third", 20),
         ("a softmax spans it", "first", 2 + 4),
         ("a softmax spans it", "second", 3),
@@ -224,51 +221,50 @@ def test_blockers_of_one_place_are_summed_and_the_costliest_is_first(network):
     assert net.graph().blockers[0].share == pytest.approx(20 / 50)
 
 
-def test_a_blocker_is_the_root_of_what_it_freezes(network):
-    """An axis lost its labels in one layer, and another layer meets it."""
+def test_a_blocker_names_the_operation_that_lost_the_labels_and_not_a_later_one(network):
     net = network()
     x = net.parameter("late.weight", 3)
-    root = Freeze(np.array([99]), "there is no rule for fft", Operation("fft", "early"))
-    net.facts.begin(Operation("add", "late"), cause=root)
+    cause = Freeze(np.array([99]), "there is no rule for fft", Operation("fft", "early"))
+    net.facts.begin(Operation("add", "late"), cause=cause)
     net.facts.equate(x.axes[0], None)
-    assert blocked(net.graph()) == [("there is no rule for fft", "early", 3)]
+    assert blocked_sizes(net.graph()) == [("there is no rule for fft", "early", 3)]
 
 
-def test_a_buffer_is_no_parameter(network):
+def test_buffers_do_not_count_as_blocked_parameters(network):
     net = network()
     net.softmax(net.parameter("norm.weight", 3), 0)
     buffer = net.parameter("norm.mean", 7)
     net.softmax(buffer, 0, module="other")
     graph = net.graph()
-    only = type(graph)("Net", net.facts, net.tensors, ("norm.weight",), (), graph.values, graph.fits)
-    assert [(blocker.where, blocker.share) for blocker in only.blockers] == [("softmax", 1.0)]
+    graph = type(graph)("Net", net.facts, net.tensors, ("norm.weight",), (), graph.values, graph.fits)
+    assert [(blocker.where, blocker.share) for blocker in graph.blockers] == [("softmax", 1.0)]
 
 
-def test_what_holds_both_axes_of_a_view_holds_the_layers_around_it(network):
-    """Rows and columns of the view are frozen, and so is each channel: 6 of the first and 6 * 2 of the second layer."""
+def test_freezing_both_axes_of_a_view_blocks_the_layers_before_and_after(network):
+    """Rows and columns of the view are frozen, so each channel is: 6 of the first and 6 * 2 of the second layer."""
     net = network()
     first = net.parameter("first.bias", 6)
     x = net.view(Tensor.of((1, 6), [None, first.axes[0]]), 1, 2, 3)
     x = net.view(net.softmax(x, 1, 2), 1, 6)
     net.output(net.linear("second", x, 2, bias=False))
     assert net.graph().groups == ()
-    assert blocked(net.graph()) == [("a softmax spans it", "softmax", 6 + 6 * 2)]
+    assert blocked_sizes(net.graph()) == [("a softmax spans it", "softmax", 6 + 6 * 2)]
 
 
 @STEADY
 @given(st.data())
-def test_the_price_of_a_choice_is_the_size_of_what_is_left(heads, shuffle, chain, data):
-    """Two ways: the sum over terms, and the numbers of each parameter that its kept positions span."""
+def test_the_counted_parameters_are_the_elements_of_the_cut_tensors(heads, shuffle, chain, data):
+    """Two ways: the sum over cost terms, and the sizes of the tensors after cutting."""
     graph = data.draw(st.sampled_from([heads(3, 4), shuffle(), chain(5)])).graph()
     keep = graph.keep({g.name: tuple(data.draw(st.sets(st.integers(0, g.size - 1)))) for g in graph.groups})
-    left = 0
+    elements = 0
     for tensor in graph.tensors.values():
         masks = [graph.kept(labels, keep) for labels in tensor.axes]
-        left += np.prod([n if mask is None else mask.sum() for n, mask in zip(tensor.shape, masks, strict=True)])
-    assert graph.prices.price(keep).parameters == left
+        elements += np.prod([n if mask is None else mask.sum() for n, mask in zip(tensor.shape, masks, strict=True)])
+    assert graph.prices.price(keep).parameters == elements
 
 
-def test_a_graph_is_printed_as_one_line():
+def test_the_representation_of_a_graph_is_one_line():
     torch = pytest.importorskip("torch")
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     text = repr(kirsch.trace(model, torch.ones(2, 4)))

@@ -1,4 +1,4 @@
-"""Units that can go, and the groups in which they can stand for each other."""
+"""Units that can be removed, and groups of interchangeable units."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kirsch.graph import relations
 from kirsch.graph.coupling import solve
 from kirsch.graph.facts import Facts, Operation
-from kirsch.graph.group import OF_GRIDS, Group, find_groups
+from kirsch.graph.group import GRID_UNIT_KINDS, Group, find_groups
 from kirsch.graph.labels import Tensor
 
 STEADY = settings(deadline=None, derandomize=True)
@@ -23,18 +23,13 @@ def summary(graph):
 
 
 def units(graph, group):
-    """The labels that go with each unit, of the parameters alone."""
-    found = []
-    for unit in range(group.size):
-        gone = np.isin(graph.coupling.component, group.of([unit]))
-        found.append(
-            {(name, axis): np.flatnonzero(gone[labels]).tolist() for (name, axis), labels in graph.axes.items()}
-        )
-    return found
+    """Return for each unit the indices that it removes from each parameter axis."""
+    removed = [np.isin(graph.coupling.component, group.components_of([unit])) for unit in range(group.size)]
+    return [{key: np.flatnonzero(mask[labels]).tolist() for key, labels in graph.axes.items()} for mask in removed]
 
 
 def assert_products(coupling, keep):
-    """What is kept of each grid is a product: a cell stays exactly when all its marginals stay."""
+    """Assert that the kept part of each grid is a product: a cell is kept exactly if all its marginals are."""
     for grid in coupling.grids:
         product = np.ones((), bool)
         for marginal in grid.marginals:
@@ -42,7 +37,7 @@ def assert_products(coupling, keep):
         assert (keep[grid.cells] == product).all()
 
 
-def test_the_units_between_two_layers_are_one_group(chain):
+def test_the_units_between_two_layers_form_one_group(chain):
     graph = chain(5).graph()
     assert summary(graph) == [("first", "channel", 5)]
     (group,) = graph.groups
@@ -58,7 +53,7 @@ def test_the_units_between_two_layers_are_one_group(chain):
     }
 
 
-def test_a_residual_stream_is_one_group_and_what_branches_off_another(network):
+def test_a_residual_stream_is_one_group_and_each_branch_another(network):
     net = network()
     stream = net.linear("stem", Tensor.of((1, 3)), 4)
     for block in ("a", "b"):
@@ -70,20 +65,20 @@ def test_a_residual_stream_is_one_group_and_what_branches_off_another(network):
     assert graph.groups[0].layers == ("stem", "a.up", "a.down", "b.up", "b.down", "head")
 
 
-def test_a_group_is_named_by_the_layer_that_makes_it_though_a_reader_is_older(network):
-    """The model owns the reader first; the units lie on axis 1 of its weight and on axis 0 of the maker's."""
+def test_a_group_is_named_after_the_producer_although_the_reader_is_defined_first(network):
+    """The units are on axis 1 of the reader's weight and on axis 0 of the producer's."""
     net = network()
     reader = net.parameter("reader.weight", 2, 4)
-    made = net.linear("maker", Tensor.of((1, 3)), 4)
+    produced = net.linear("producer", Tensor.of((1, 3)), 4)
     net.facts.begin(Operation("linear"))
-    net.output(relations.relate(net.facts, [(made, "ni"), (reader, "oi")], "no", (1, 2)))
-    assert summary(net.graph()) == [("maker", "channel", 4)]
+    net.output(relations.relate(net.facts, [(produced, "ni"), (reader, "oi")], "no", (1, 2)))
+    assert summary(net.graph()) == [("producer", "channel", 4)]
 
 
 @pytest.mark.parametrize(
     ("names", "expected"), [(("table", "reader.weight"), "table"), (("a.b.table", "reader.weight"), "a.b")]
 )
-def test_units_of_a_parameter_of_the_model_itself_are_named_by_it(network, names, expected):
+def test_units_of_a_parameter_that_belongs_to_no_layer_are_named_after_it(network, names, expected):
     net = network()
     table, weight = net.parameter(names[0], 4), net.parameter(names[1], 2, 4)
     net.facts.begin(Operation("linear"))
@@ -91,14 +86,14 @@ def test_units_of_a_parameter_of_the_model_itself_are_named_by_it(network, names
     assert summary(net.graph()) == [(expected, "channel", 4)]
 
 
-def test_units_that_no_other_layer_made_are_named_by_their_first_reader(network):
+def test_units_without_a_producer_are_named_after_their_first_reader(network):
     net = network()
     weight = net.parameter("reader.weight", 2, 4)
     net.facts.freeze(weight.axes[0], "it is an output")
     assert summary(net.graph()) == [("reader", "channel", 4)]
 
 
-def test_an_axis_of_one_unit_is_no_group(network):
+def test_a_single_unit_is_not_a_group(network):
     net = network()
     weight = net.parameter("only.weight", 3, 2)
     net.facts.freeze(weight.axes[0][1:], "why")
@@ -106,7 +101,7 @@ def test_an_axis_of_one_unit_is_no_group(network):
     assert net.graph().groups == ()
 
 
-def test_labels_that_lie_on_no_parameter_are_no_units(chain):
+def test_labels_without_a_parameter_form_no_unit(chain):
     net = chain(5)
     net.facts.fresh(7)
     rows, columns = net.facts.fresh(2), net.facts.fresh(2)
@@ -114,7 +109,7 @@ def test_labels_that_lie_on_no_parameter_are_no_units(chain):
     assert summary(net.graph()) == [("first", "channel", 5)]
 
 
-def test_a_view_makes_rows_and_columns_that_can_go(heads):
+def test_rows_and_columns_of_a_view_are_two_groups(heads):
     graph = heads(2, 3).graph()
     assert summary(graph) == [("query", "position in block", 3), ("query#2", "block", 2)]
     columns, rows = (units(graph, group) for group in graph.groups)
@@ -138,14 +133,14 @@ def test_a_view_makes_rows_and_columns_that_can_go(heads):
         ("pixel shuffle", ["block", "position in block"]),
     ],
 )
-def test_a_unit_is_called_after_the_grid_that_makes_it(network, kind, expected):
+def test_the_kind_of_a_unit_follows_from_the_kind_of_its_grid(network, kind, expected):
     net = network()
     weight = net.parameter("norm.weight", 6)
     net.facts.split(weight.axes[0].reshape(2, 3), kind)
     assert summary(net.graph()) == [("norm", expected[0], 2), ("norm#2", expected[1], 3)]
 
 
-def test_a_head_with_a_frozen_channel_stays_and_so_do_all_widths_with_one(heads):
+def test_rows_and_columns_with_a_frozen_channel_are_not_units(heads):
     net = heads(3, 3)
     net.facts.freeze(net.tensors["query.weight"].axes[0][:1], "why")  # row 0, column 0
     graph = net.graph()
@@ -154,8 +149,8 @@ def test_a_head_with_a_frozen_channel_stays_and_so_do_all_widths_with_one(heads)
     assert [unit["query.weight", 0] for unit in columns] == [[1, 4, 7], [2, 5, 8]]
 
 
-def test_a_grid_whose_rows_are_fixed_makes_channels(heads):
-    """Their number is a constant, so each width goes in all of them at once: no grid is left."""
+def test_the_columns_of_a_grid_with_frozen_rows_are_channels(heads):
+    """The number of rows is a constant, so a column is removed from all rows at once, and no grid remains."""
     net = heads(2, 3)
     net.facts.freeze(net.facts.grids[0].marginals[0], "the code fixes the number of rows")
     graph = net.graph()
@@ -163,8 +158,8 @@ def test_a_grid_whose_rows_are_fixed_makes_channels(heads):
     assert units(graph, graph.groups[0])[2]["query.weight", 0] == [2, 5]
 
 
-def test_a_shuffled_channel_goes_with_its_orbit_and_orbits_overlap(shuffle):
-    """Channels 1 and 2 change places: row 0 holds (0, 1) and, shuffled, (0, 2), so that all three go."""
+def test_a_shuffled_channel_is_removed_with_its_orbit_and_orbits_overlap(shuffle):
+    """The shuffle swaps channels 1 and 2: row 0 is (0, 1) and, shuffled, (0, 2), so all three are removed."""
     graph = shuffle().graph()
     (group,) = graph.groups
     assert group.size == 2
@@ -175,8 +170,8 @@ def test_a_shuffled_channel_goes_with_its_orbit_and_orbits_overlap(shuffle):
     assert graph.emptied(graph.keep({group.name: (0, 1)})) == ("before.weight", 0)
 
 
-def test_a_head_goes_from_all_layers_that_agree_on_heads(network):
-    """Query and value have widths of their own, 3 and 2, and meet in the scores by their heads."""
+def test_a_head_is_removed_from_all_layers_with_tied_heads(network):
+    """Query and value have different widths, 3 and 2, and are tied by their heads."""
     net = network()
     query, value = net.parameter("query.bias", 6).axes[0], net.parameter("value.bias", 4).axes[0]
     heads = [net.facts.split(channels.reshape(2, -1), "view")[0] for channels in (query, value)]
@@ -191,27 +186,27 @@ def test_a_head_goes_from_all_layers_that_agree_on_heads(network):
 
 
 @pytest.mark.parametrize(("extra", "expected"), [(1, [[0, 1], [2, 3]]), (2, [])])
-def test_a_cell_that_goes_takes_the_slab_that_adds_the_fewest_cells(network, monkeypatch, extra, expected):
-    """Four channels (2, 2) stand beside (2, extra) others in a second grid. A row of the four goes: 0 and 1.
+def test_a_removed_cell_is_covered_by_the_slab_that_adds_the_fewest_cells(network, monkeypatch, extra, expected):
+    """Four channels (2, 2) are placed beside (2, extra) others in a second grid. A row of the four (0, 1) is removed.
 
-    In the second grid they are covered by their row, which adds `extra` others, or by their columns, which add one cell
-    each. Two columns are all four channels: one unit, and no group of several.
+    In the second grid it is covered by its row, which adds `extra` cells, or by two columns, which add one cell each.
+    Two columns are all four channels, a single unit and hence not a group.
     """
-    monkeypatch.setitem(OF_GRIDS, "four", ("row", "column"))
+    monkeypatch.setitem(GRID_UNIT_KINDS, "four", ("row", "column"))
     net = network()
     four = net.parameter("four.weight", 4).axes[0].reshape(2, 2)
     others = net.parameter("others.weight", 2 * extra).axes[0].reshape(2, extra)
     net.facts.split(four, "four")
     net.facts.split(np.hstack([four, others]), "wide")
     graph = net.graph()
-    rows = [unit for found in graph.groups if found.kind == "row" for unit in units(graph, found)]
-    columns = [unit for found in graph.groups if found.kind == "column" for unit in units(graph, found)]
+    rows = [unit for group in graph.groups if group.kind == "row" for unit in units(graph, group)]
+    columns = [unit for group in graph.groups if group.kind == "column" for unit in units(graph, group)]
     assert [unit["four.weight", 0] for unit in rows] == expected
     assert [unit["four.weight", 0] for unit in columns] == [[0, 2], [1, 3]]
 
 
-def test_a_cell_that_goes_takes_another_slab_where_the_cheapest_is_frozen(network):
-    """As above with two others a row; the columns of the four cannot go, so the rows of the wide grid do."""
+def test_a_removed_cell_is_covered_by_another_slab_if_the_cheapest_is_frozen(network):
+    """As above with two others per row; the columns of the four are frozen, so a row of the wide grid is removed."""
     net = network()
     four = net.parameter("four.weight", 4).axes[0].reshape(2, 2)
     others = net.parameter("others.weight", 4).axes[0].reshape(2, 2)
@@ -224,21 +219,21 @@ def test_a_cell_that_goes_takes_another_slab_where_the_cheapest_is_frozen(networ
     assert [unit["others.weight", 0] for unit in rows] == [[0, 1], [2, 3]]
 
 
-def test_a_cell_that_no_slab_can_take_holds_all_that_would_take_it(network):
-    """Channel 0 lies in row 0 and column 0 of a second grid, and both are frozen."""
+def test_a_cell_in_frozen_slabs_only_is_in_no_unit(network):
+    """Channel 0 is in row 0 and column 0 of a second grid, and both are frozen."""
     net = network()
     channels = net.parameter("layer.weight", 9).axes[0]
     net.facts.split(channels.reshape(3, 3), "first")
     for marginal in net.facts.split(channels.reshape(3, 3).T, "second"):
         net.facts.freeze(marginal[:1], "why")
     graph = net.graph()
-    found = [unit["layer.weight", 0] for group in graph.groups for unit in units(graph, group)]
-    assert found
-    assert not any(0 in unit for unit in found)
+    removed = [unit["layer.weight", 0] for group in graph.groups for unit in units(graph, group)]
+    assert removed
+    assert not any(0 in indices for indices in removed)
 
 
-def test_a_cell_that_is_there_twice_is_covered_twice(network):
-    """Rows (0, 0) and (1, 2): column 0 takes channel 0, which lies in column 1 too, so that its row goes as well."""
+def test_a_cell_that_occurs_twice_in_a_grid_is_covered_twice(network):
+    """Rows (0, 0) and (1, 2): column 0 removes channel 0, which is in column 1 too, so its row is removed as well."""
     net = network()
     a, b, c = net.parameter("layer.weight", 3).axes[0]
     rows = net.parameter("rows", 2).axes[0]
@@ -246,10 +241,10 @@ def test_a_cell_that_is_there_twice_is_covered_twice(network):
         if axis == 0:
             net.facts.equate(labels, rows)
     graph = net.graph()
-    found = {group.kind: units(graph, group) for group in graph.groups}
-    assert [unit["layer.weight", 0] for unit in found["position in block"]] == [[0, 1], [0, 2]]
-    assert [unit["rows", 0] for unit in found["position in block"]] == [[0], [0]]
-    assert [unit["layer.weight", 0] for unit in found["block"]] == [[0], [1, 2]]
+    by_kind = {group.kind: units(graph, group) for group in graph.groups}
+    assert [unit["layer.weight", 0] for unit in by_kind["position in block"]] == [[0, 1], [0, 2]]
+    assert [unit["rows", 0] for unit in by_kind["position in block"]] == [[0], [0]]
+    assert [unit["layer.weight", 0] for unit in by_kind["block"]] == [[0], [1, 2]]
 
 
 def test_groups_are_in_the_order_of_the_model(network):
@@ -261,35 +256,35 @@ def test_groups_are_in_the_order_of_the_model(network):
     assert [group.name for group in net.graph().groups] == ["z", "a", "m"]
 
 
-def test_the_components_of_units_in_closed_form():
+def test_the_components_of_units_are_slices_of_all_components():
     group = Group("layer", "channel", np.array([3, 5, 7, 9, 11, 13]), np.array([0, 1, 4]), ())
     assert group.size == 3
     assert group.unit_of().tolist() == [0, 1, 1, 1, 2, 2]
-    assert group.of([]).tolist() == []
-    assert group.of([2, 0]).tolist() == [3, 11, 13]
-    assert group.of((1,)).tolist() == [5, 7, 9]
+    assert group.components_of([]).tolist() == []
+    assert group.components_of([2, 0]).tolist() == [3, 11, 13]
+    assert group.components_of((1,)).tolist() == [5, 7, 9]
 
 
 @STEADY
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
-def test_units_are_together_exactly_when_they_lie_on_the_same_axes(places):
-    """Each component lies on a random subset of axes: bit i of `place` says whether it lies on axis i."""
+def test_units_are_in_one_group_exactly_if_they_are_on_the_same_axes(masks):
+    """Each component is on a random subset of two axes, given by the bits of its mask."""
     facts = Facts()
-    labels = facts.fresh(len(places))
-    axes = {(f"p{bit}", 0): labels[[place >> bit & 1 == 1 for place in places]] for bit in range(2)}
-    found = {group.footprint: group.components.tolist() for group in find_groups(solve(facts), axes)}
+    labels = facts.fresh(len(masks))
+    axes = {(f"p{bit}", 0): labels[[mask >> bit & 1 == 1 for mask in masks]] for bit in range(2)}
+    groups = {group.footprint: group.components.tolist() for group in find_groups(solve(facts), axes)}
     expected = {}
-    for label, place in zip(labels.tolist(), places, strict=True):
-        expected.setdefault(tuple((f"p{bit}", 0) for bit in range(2) if place >> bit & 1), []).append(label)
-    assert found == {footprint: members for footprint, members in expected.items() if footprint and len(members) > 1}
+    for label, mask in zip(labels.tolist(), masks, strict=True):
+        expected.setdefault(tuple((f"p{bit}", 0) for bit in range(2) if mask >> bit & 1), []).append(label)
+    assert groups == {footprint: members for footprint, members in expected.items() if footprint and len(members) > 1}
 
 
-PLACES = st.integers(0, 11)
+INDICES = st.integers(0, 11)
 
 
 @st.composite
 def shuffled(draw):
-    """Facts of channels that are seen as grids in several orders, with or without repeats, some tied, some frozen."""
+    """Facts on channels viewed as grids in several orders, with or without repeats, some tied, some frozen."""
     facts = Facts()
     size = draw(st.sampled_from([4, 6, 8, 12]))
     channels = facts.fresh(size)
@@ -297,7 +292,7 @@ def shuffled(draw):
     for number in range(draw(st.integers(1, 3))):
         rows = draw(st.sampled_from([n for n in range(2, size) if size % n == 0]))
         order = draw(
-            st.just(range(size)) | st.permutations(range(size)) | st.lists(PLACES, min_size=size, max_size=size)
+            st.just(range(size)) | st.permutations(range(size)) | st.lists(INDICES, min_size=size, max_size=size)
         )
         marginals = facts.split(channels[np.array(order) % size].reshape(rows, -1), "view")
         for axis, labels in enumerate(marginals):
@@ -312,24 +307,24 @@ def shuffled(draw):
 
 @STEADY
 @given(shuffled(), st.data())
-def test_any_choice_of_units_leaves_each_grid_a_product_and_nothing_frozen_goes(network, data):
+def test_any_choice_of_units_keeps_each_grid_a_product_and_all_frozen_components(network, data):
     facts, axes = network
     coupling = solve(facts)
     groups = find_groups(coupling, axes)
     event(f"{sum(group.size for group in groups)} units")
     keep = np.ones(len(coupling.frozen), bool)
     for group in groups:
-        keep[group.of(data.draw(st.sets(st.integers(0, group.size - 1))))] = False
+        keep[group.components_of(data.draw(st.sets(st.integers(0, group.size - 1))))] = False
     assert_products(coupling, keep)
     assert keep[coupling.frozen].all()
 
 
 @STEADY
 @given(shuffled())
-def test_each_unit_is_there_once_and_none_is_empty(network):
+def test_units_of_a_group_are_distinct_and_not_empty(network):
     facts, axes = network
     for group in find_groups(solve(facts), axes):
-        found = [tuple(group.of([unit]).tolist()) for unit in range(group.size)]
-        assert len(set(found)) == group.size > 1
-        assert all(found)
-        assert list(itertools.chain(*found)) == group.components.tolist()
+        components = [tuple(group.components_of([unit]).tolist()) for unit in range(group.size)]
+        assert len(set(components)) == group.size > 1
+        assert all(components)
+        assert list(itertools.chain(*components)) == group.components.tolist()

@@ -1,4 +1,4 @@
-"""Labels on axes, the facts about them, and the account of each operation."""
+"""Labels of axes, the facts about them, and the check that no operation loses a label."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
 
 
 def pairs(facts):
-    """All equalities, as a list of pairs."""
+    """Return all equalities as pairs of labels."""
     return [
         (int(a), int(b))
         for left, right in zip(facts.left, facts.right, strict=True)
@@ -25,25 +25,25 @@ def pairs(facts):
 
 
 def frozen(facts):
-    """Frozen labels and reason of each freeze."""
+    """Return the labels and the reason of each freeze."""
     return [(freeze.labels.tolist(), freeze.reason) for freeze in facts.freezes]
 
 
-def test_fresh_labels_are_new_and_never_zero():
+def test_fresh_labels_are_unused_and_never_zero():
     facts = Facts()
     assert facts.fresh(3).tolist() == [1, 2, 3]
     assert facts.fresh(2).tolist() == [4, 5]
     assert facts.count == 6
 
 
-def test_an_axis_of_length_one_carries_no_label():
+def test_an_axis_of_size_one_has_no_labels():
     tensor = Tensor.of((1, 2), [np.array([7]), np.array([8, 9])])
     assert tensor.axes[0] is None
     assert tensor.axes[1].tolist() == [8, 9]
     assert Tensor.of([2, 3]).axes == (None, None)
 
 
-def test_labels_that_do_not_fill_their_axis_are_refused():
+def test_a_number_of_labels_that_differs_from_the_size_raises():
     with pytest.raises(ValueError, match="3 labels on an axis of size 2"):
         Tensor.of((2,), [np.array([1, 2, 3])])
 
@@ -68,18 +68,18 @@ def test_an_axis_that_meets_one_without_labels_is_frozen_at_the_operation(swappe
     assert pairs(facts) == []
 
 
-def test_an_axis_frozen_by_what_happened_upstream_names_that():
+def test_an_axis_frozen_because_of_an_upstream_operation_names_that_operation():
     facts = Facts()
     axis = facts.fresh(2)
-    root = Freeze(np.array([9]), "a cumulative sum runs along it", Operation("cumsum", "sum"))
-    facts.begin(Operation("add", "layer"), cause=root)
+    cause = Freeze(np.array([9]), "a cumulative sum runs along it", Operation("cumsum", "sum"))
+    facts.begin(Operation("add", "layer"), cause=cause)
     facts.equate(axis, None)
     assert frozen(facts) == [([1, 2], "a cumulative sum runs along it")]
     assert facts.freezes[0].operation.module == "sum"
     assert len(facts.lost([Tensor.of((2,), [axis])], [])) == 0
 
 
-def test_a_cause_lasts_for_one_operation():
+def test_a_cause_applies_to_one_operation_only():
     facts = Facts()
     facts.begin(Operation("add"), cause=Freeze(np.array([9]), "upstream", Operation("cumsum")))
     facts.begin(Operation("mul"))
@@ -87,14 +87,14 @@ def test_a_cause_lasts_for_one_operation():
     assert frozen(facts) == [([1, 2], "it meets an axis that cannot change")]
 
 
-def test_two_axes_without_labels_say_nothing():
+def test_equating_two_axes_without_labels_records_nothing():
     facts = Facts()
     assert facts.equate(None, None) is None
     assert facts.freezes == []
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_a_label_that_meets_a_frozen_index_is_frozen_and_its_neighbours_are_tied(swapped):
+def test_a_label_equated_with_zero_is_frozen_and_the_other_labels_are_tied(swapped):
     facts = Facts()
     first, second = facts.fresh(3), facts.fresh(3)
     second[1] = 0
@@ -103,13 +103,13 @@ def test_a_label_that_meets_a_frozen_index_is_frozen_and_its_neighbours_are_tied
     assert {frozenset(pair) for pair in pairs(facts)} == {frozenset((1, 4)), frozenset((3, 6))}
 
 
-def test_axes_of_different_length_are_never_equal():
+def test_equating_axes_of_different_length_raises():
     facts = Facts()
     with pytest.raises(ValueError, match="axes of 3 and 2 cannot be equal"):
         facts.equate(facts.fresh(3), facts.fresh(2))
 
 
-def test_a_freeze_holds_each_label_once_and_not_the_label_zero():
+def test_a_freeze_has_each_label_once_and_never_the_label_zero():
     facts = Facts()
     facts.begin(Operation("softmax", "a"))
     facts.freeze(np.array([0, 2, 2, 1]), "why", boundary=True)
@@ -120,7 +120,7 @@ def test_a_freeze_holds_each_label_once_and_not_the_label_zero():
     assert facts.freezes[0].operation.name == "softmax"
 
 
-def test_a_split_gives_each_new_axis_labels_of_its_own_and_ties_them_to_the_cells():
+def test_a_split_gives_each_new_axis_new_labels_and_relates_them_to_the_cells():
     facts = Facts()
     rows, columns = facts.split(facts.fresh(6).reshape(2, 3), "view")
     assert (rows.tolist(), columns.tolist()) == ([7, 8], [9, 10, 11])
@@ -130,7 +130,7 @@ def test_a_split_gives_each_new_axis_labels_of_its_own_and_ties_them_to_the_cell
     assert grid.kind == "view"
 
 
-def test_the_same_cells_split_again_give_the_same_axes_and_another_shape_gives_others():
+def test_splitting_the_same_cells_again_gives_the_same_labels_and_another_shape_gives_new_ones():
     facts = Facts()
     cells = facts.fresh(6)
     first = facts.split(cells.reshape(2, 3), "view")
@@ -140,7 +140,7 @@ def test_the_same_cells_split_again_give_the_same_axes_and_another_shape_gives_o
     assert len(facts.grids) == 2
 
 
-def test_an_axis_along_which_cells_do_not_vary_carries_no_labels():
+def test_an_axis_along_which_no_cell_varies_has_no_labels():
     facts = Facts()
     labels = facts.fresh(3)
     assert facts.split(np.tile(labels, (2, 1)), "view")[0] is None
@@ -149,13 +149,13 @@ def test_an_axis_along_which_cells_do_not_vary_carries_no_labels():
     assert facts.freezes == []
 
 
-def test_an_axis_along_which_some_cells_vary_carries_labels():
+def test_an_axis_along_which_some_cells_vary_has_labels():
     facts = Facts()
     rows, columns = facts.split(np.array([[1, 1, 2], [3, 3, 3]]), "view")
     assert (len(rows), len(columns)) == (2, 3)
 
 
-def test_constant_axes_of_a_grid_are_left_out_of_it():
+def test_an_axis_without_labels_is_not_part_of_the_grid():
     facts = Facts()
     cells = np.repeat(facts.fresh(6).reshape(2, 1, 3), 4, axis=1)
     axes = facts.split(cells, "view")
@@ -163,13 +163,13 @@ def test_constant_axes_of_a_grid_are_left_out_of_it():
     assert facts.grids[0].cells.tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
-def test_one_unit_that_fills_a_whole_axis_is_frozen():
+def test_splitting_an_axis_with_a_single_label_freezes_it():
     facts = Facts()
     assert facts.split(np.full((2, 2), 1), "view") == (None, None)
     assert frozen(facts) == [([1], "one unit fills the whole axis")]
 
 
-def test_a_merge_repeats_labels_along_axes_without_any():
+def test_a_merge_repeats_labels_along_axes_without_labels():
     facts = Facts()
     labels = facts.fresh(2)
     assert facts.merge([labels, None], (2, 3), "view").tolist() == [1, 1, 1, 2, 2, 2]
@@ -177,7 +177,7 @@ def test_a_merge_repeats_labels_along_axes_without_any():
     assert facts.merge([None, None], (3, 2), "view") is None
 
 
-def test_a_merge_of_two_labelled_axes_makes_cells_once_and_one_grid():
+def test_merging_two_labeled_axes_twice_adds_one_grid():
     facts = Facts()
     rows, columns = facts.fresh(2), facts.fresh(3)
     cells = facts.merge([rows, None, columns], (2, 2, 3), "view")
@@ -189,7 +189,7 @@ def test_a_merge_of_two_labelled_axes_makes_cells_once_and_one_grid():
 
 @STEADY
 @given(SHAPES)
-def test_what_is_split_and_merged_again_is_what_it_was(shape):
+def test_a_merge_undoes_a_split(shape):
     facts = Facts()
     size = int(np.prod(shape))
     if size == 1:
@@ -202,7 +202,7 @@ def test_what_is_split_and_merged_again_is_what_it_was(shape):
 
 @STEADY
 @given(SHAPES)
-def test_what_is_merged_and_split_again_is_what_it_was(shape):
+def test_a_split_undoes_a_merge(shape):
     facts = Facts()
     axes = [facts.fresh(n) if n > 1 else None for n in shape]
     cells = facts.merge(axes, shape, "view")
@@ -213,7 +213,7 @@ def test_what_is_merged_and_split_again_is_what_it_was(shape):
 
 
 @pytest.mark.parametrize(
-    ("deal", "left_over"),
+    ("account_for", "lost"),
     [
         (lambda facts, labels: None, [1, 2, 3, 4]),
         (lambda facts, labels: facts.equate(labels, facts.fresh(4)), []),
@@ -227,26 +227,26 @@ def test_what_is_merged_and_split_again_is_what_it_was(shape):
         (lambda facts, labels: facts.merge([labels, facts.fresh(2)], (4, 2), "view"), []),
     ],
 )
-def test_a_label_that_is_neither_put_out_nor_dealt_with_is_lost(deal, left_over):
+def test_a_label_that_is_neither_in_the_output_nor_in_a_fact_is_lost(account_for, lost):
     facts = Facts()
     labels = facts.fresh(4)
     facts.begin(Operation("odd"))
-    deal(facts, labels)
-    assert facts.lost([Tensor.of((4,), [labels])], []).tolist() == left_over
+    account_for(facts, labels)
+    assert facts.lost([Tensor.of((4,), [labels])], []).tolist() == lost
 
 
-def test_labels_that_come_out_are_not_lost():
+def test_labels_of_the_outputs_are_not_lost():
     facts = Facts()
     rows, columns = facts.fresh(2), facts.fresh(3)
-    entered = Tensor.of((2, 3, 5), [rows, columns, None])
+    x = Tensor.of((2, 3, 5), [rows, columns, None])
     facts.begin(Operation("transpose"))
-    assert facts.lost([entered], [Tensor.of((3,), [columns])]).tolist() == [1, 2]
+    assert facts.lost([x], [Tensor.of((3,), [columns])]).tolist() == [1, 2]
     facts.begin(Operation("transpose"))
-    assert facts.lost([entered], [Tensor.of((3, 2), [columns, rows])]).tolist() == []
+    assert facts.lost([x], [Tensor.of((3, 2), [columns, rows])]).tolist() == []
     assert facts.lost([Tensor.of((5,))], []).tolist() == []
 
 
-def test_what_an_earlier_operation_dealt_with_is_lost_all_the_same():
+def test_a_label_reduced_by_an_earlier_operation_is_lost_by_the_present_one():
     facts = Facts()
     labels = facts.fresh(2)
     facts.begin(Operation("sum"))
@@ -261,29 +261,29 @@ def test_the_label_zero_is_never_lost():
     assert facts.lost([Tensor.of((3,), [np.array([0, 0, 1])])], []).tolist() == [1]
 
 
-def test_the_account_grows_with_the_labels_and_forgets_nothing():
+def test_reduced_labels_are_remembered_when_many_labels_are_added():
     facts = Facts()
     few = facts.fresh(3)
     facts.begin(Operation("odd"))
     facts.reduce(few)
     many = facts.fresh(5000)
     facts.reduce(many[-2:])
-    entered = [Tensor.of((3,), [few]), Tensor.of((5000,), [many])]
-    assert facts.lost(entered, []).tolist() == many[:-2].tolist()
+    inputs = [Tensor.of((3,), [few]), Tensor.of((5000,), [many])]
+    assert facts.lost(inputs, []).tolist() == many[:-2].tolist()
 
 
-def test_a_cost_keeps_labelled_axes_and_belongs_to_the_operation_unless_said_otherwise():
+def test_a_cost_has_the_labeled_axes_and_belongs_to_the_module_of_the_operation_by_default():
     facts = Facts()
     labels = facts.fresh(2)
     facts.begin(Operation("linear", "block.0"))
     facts.cost("macs", 6, [None, labels, labels])
     facts.cost("parameters", 2, [None], owner="other")
     macs, parameters = facts.terms
-    assert (macs.of, macs.owner, macs.coefficient, len(macs.factors)) == ("macs", "block.0", 6.0, 2)
-    assert (parameters.of, parameters.owner, parameters.factors) == ("parameters", "other", ())
+    assert (macs.quantity, macs.owner, macs.coefficient, len(macs.factors)) == ("macs", "block.0", 6.0, 2)
+    assert (parameters.quantity, parameters.owner, parameters.factors) == ("parameters", "other", ())
 
 
-def test_a_statistic_is_noted_where_an_axis_has_labels():
+def test_a_statistic_is_recorded_only_for_labeled_axes():
     facts = Facts()
     facts.begin(Operation("mean", node="mean_1"))
     facts.statistic([None, None])
@@ -292,7 +292,7 @@ def test_a_statistic_is_noted_where_an_axis_has_labels():
     assert facts.statistics == {"mean_1"}
 
 
-def test_a_demand_remembers_the_operation_and_needs_labels():
+def test_a_demand_has_the_operation_and_is_recorded_only_for_a_labeled_axis():
     facts = Facts()
     expression = Expression(lambda values: 3, (), ())
     facts.begin(Operation("view", source="net.py:9"))

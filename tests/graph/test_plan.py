@@ -1,4 +1,4 @@
-"""A plan as data: read, written, checked."""
+"""Plans as data: reading, writing and checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kirsch.graph.plan import Goal, Plan, Removal
 
 STEADY = settings(deadline=None, derandomize=True)
 SMALL, LARGE = st.integers(0, 10**6), st.integers(10**6, 10**12)
-TEXT = st.text(max_size=12)  # without half surrogates, which are not Unicode
+TEXT = st.text(max_size=12)  # no lone surrogates, which cannot be encoded in UTF-8
 NAME = st.text(min_size=1, max_size=12)
 PLANS = st.builds(
     Plan,
@@ -64,7 +64,7 @@ PLANS = st.builds(
 )
 
 
-def plan(*groups, fingerprint="0123456789abcdef" * 4):
+def make_plan(*groups, fingerprint="0123456789abcdef" * 4):
     return Plan(fingerprint, "Net", groups, Cost(1000, 10, 5), Cost(500, 5, 3))
 
 
@@ -73,26 +73,26 @@ def removal(name="first", removed=(0,), size=5):
 
 
 def edited(**changes):
-    """The JSON of a plan with one group, with some fields replaced; None takes a field out."""
-    content = json.loads(plan(removal()).to_json()) | changes
+    """Return the JSON of a plan with one group after replacing some fields; None removes a field."""
+    content = json.loads(make_plan(removal()).to_json()) | changes
     return json.dumps({name: value for name, value in content.items() if value is not None})
 
 
 @pytest.fixture(scope="module")
 def graph(chain):
-    """Groups "first" of 5 units; 32 parameters."""
+    """Graph with the group "first" of 5 units and 32 parameters."""
     return chain(5).graph()
 
 
 @STEADY
 @given(PLANS)
-def test_a_plan_survives_json(made):
-    again = Plan.from_json(made.to_json())
-    assert again == made
-    assert again.to_json() == made.to_json()
+def test_a_plan_is_equal_after_a_round_trip_through_json(original):
+    restored = Plan.from_json(original.to_json())
+    assert restored == original
+    assert restored.to_json() == original.to_json()
 
 
-def test_the_json_is_for_reading():
+def test_the_json_of_a_plan_has_all_fields_and_is_not_escaped():
     text = Plan("f", "Netz für Größe", (removal(),), Cost(32, 25, 7), Cost(20, 15, 7), goal={"macs": 0.5}).to_json()
     assert "Netz für Größe" in text
     assert json.loads(text) == {
@@ -113,102 +113,108 @@ def test_the_json_is_for_reading():
     }
 
 
-def test_the_graph_is_no_part_of_what_a_plan_is(graph):
-    first, second = plan(removal()), Plan(**{**vars(plan(removal())), "graph": graph})
+def test_equality_and_json_of_a_plan_ignore_its_graph(graph):
+    first, second = make_plan(removal()), Plan(**{**vars(make_plan(removal())), "graph": graph})
     assert first == second
     assert first.to_json() == second.to_json()
 
 
-def test_units_edited_in_any_order_are_read_ascending():
+def test_units_listed_in_any_order_are_sorted():
     group = json.loads(edited())["groups"][0] | {"removed": [4, 0, 2]}
     assert Plan.from_json(edited(groups=[group])).groups[0].removed == (0, 2, 4)
 
 
-def assert_refused(made, graph, sentence):
-    with pytest.raises(PlanError, match=f"^{re.escape(sentence)}$"):
-        made.check(graph)
+def assert_check_raises(plan, graph, message):
+    with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
+        plan.check(graph)
 
 
-def fitting(graph, *groups):
-    return plan(*groups, fingerprint=graph.fingerprint)
+def plan_for(graph, *groups):
+    return make_plan(*groups, fingerprint=graph.fingerprint)
 
 
 @pytest.mark.parametrize("removed", [(0,), (4,), (0, 1, 3, 4)])
-def test_a_plan_that_fits_is_let_through(graph, removed):
-    assert fitting(graph, removal(removed=removed)).check(graph) is None
+def test_a_plan_that_fits_passes_the_check(graph, removed):
+    assert plan_for(graph, removal(removed=removed)).check(graph) is None
 
 
-def test_a_plan_for_another_model_names_both(graph):
-    assert_refused(
-        plan(),
+def test_the_error_for_a_plan_of_another_model_names_both_models(graph):
+    assert_check_raises(
+        make_plan(),
         graph,
         "The plan is for another model: Net with 1,000 parameters, fingerprint 0123456789ab. "
-        f"The model given is Net with 32 parameters, fingerprint {graph.fingerprint[:12]}. "
-        "Give the model that the plan was made for, or make a new plan.",
+        f"This model is Net with 32 parameters, fingerprint {graph.fingerprint[:12]}. "
+        "Use the model that the plan was made for, or make a new plan.",
     )
 
 
-def test_a_group_that_is_not_there_is_named_with_the_nearest(graph):
-    made = fitting(graph, removal("fist"))
-    assert_refused(made, graph, "The plan names a group 'fist'. The model has none of that name. Did you mean 'first'?")
+def test_the_error_for_an_unknown_group_suggests_the_nearest_name(graph):
+    plan = plan_for(graph, removal("fist"))
+    assert_check_raises(
+        plan, graph, "The plan names a group 'fist'. The model has no such group. Did you mean 'first'?"
+    )
 
 
 @pytest.mark.parametrize(
     ("removed", "unit"), [((5,), 5), ((0, 4, 7), 7), ((-1,), -1), ((-2, 3), -2), ((-2, -1), -2), ((-1, 9), -1)]
 )
-def test_a_unit_that_is_not_there_is_named(graph, removed, unit):
-    made = fitting(graph, removal(removed=removed))
-    assert_refused(made, graph, f"The plan removes unit {unit} of 'first'. The group has units 0 to 4.")
+def test_the_error_for_an_unknown_unit_names_it(graph, removed, unit):
+    plan = plan_for(graph, removal(removed=removed))
+    assert_check_raises(plan, graph, f"The plan removes unit {unit} of 'first'. The group has units 0 to 4.")
 
 
-def test_a_group_that_would_be_emptied_is_named(graph):
-    made = fitting(graph, removal(removed=(0, 1, 2, 3, 4)))
-    assert_refused(made, graph, "The plan removes all 5 units of 'first'. Leave at least one of them.")
+def test_removing_all_units_of_a_group_raises(graph):
+    plan = plan_for(graph, removal(removed=(0, 1, 2, 3, 4)))
+    assert_check_raises(plan, graph, "The plan removes all 5 units of 'first'. Keep at least one of them.")
 
 
-def test_a_group_that_is_named_twice_is_refused(graph):
-    made = fitting(graph, removal(removed=(0,)), removal(removed=(1,)))
-    assert_refused(made, graph, "The plan names the group 'first' twice. Join the two entries.")
+def test_a_repeated_group_raises(graph):
+    plan = plan_for(graph, removal(removed=(0,)), removal(removed=(1,)))
+    assert_check_raises(plan, graph, "The plan names the group 'first' twice. Merge the two entries.")
 
 
-def test_a_plan_that_removes_nothing_is_refused(graph):
+def test_a_plan_that_removes_nothing_raises(graph):
     for groups in ((), (removal(removed=()),)):
-        with pytest.raises(PlanError, match=r"^The plan removes nothing\. No group lists a unit"):
-            fitting(graph, *groups).check(graph)
+        with pytest.raises(PlanError, match=r"^The plan removes nothing\. The list `removed` of each group"):
+            plan_for(graph, *groups).check(graph)
 
 
-def test_another_size_or_kind_of_a_group_is_refused_with_both(graph):
-    with pytest.raises(PlanError, match=r"'first' has 6 units of the kind 'channel'.*has 5 of the kind 'channel'"):
-        fitting(graph, removal(size=6)).check(graph)
-    made = fitting(graph, replace(removal(), kind="head"))
-    with pytest.raises(PlanError, match=r"'first' has 5 units of the kind 'head'.*has 5 of the kind 'channel'"):
-        made.check(graph)
+def test_the_error_for_a_wrong_size_or_kind_of_a_group_names_the_stated_and_the_actual_one(graph):
+    with pytest.raises(
+        PlanError, match=r"'first' has 6 units of the kind 'channel'.*has 5 units of the kind 'channel'"
+    ):
+        plan_for(graph, removal(size=6)).check(graph)
+    plan = plan_for(graph, replace(removal(), kind="head"))
+    with pytest.raises(PlanError, match=r"'first' has 5 units of the kind 'head'.*has 5 units of the kind 'channel'"):
+        plan.check(graph)
 
 
-def test_a_unit_that_is_listed_twice_is_refused(graph):
-    assert_refused(
-        fitting(graph, removal(removed=(1, 1))), graph, "The plan removes unit 1 of 'first' twice. List it once."
+def test_a_repeated_unit_raises(graph):
+    assert_check_raises(
+        plan_for(graph, removal(removed=(1, 1))),
+        graph,
+        "The plan removes unit 1 of 'first' twice. List each unit once.",
     )
 
 
-def test_what_the_trace_was_asked_for_is_part_of_the_fingerprint(chain):
+def test_the_fingerprint_depends_on_the_options_of_the_trace(chain):
     plain = chain(5).graph()
     other = replace(plain, tracing=Tracing(softmax="kept"))
     assert plain.fingerprint != other.fingerprint
-    made = replace(fitting(plain, removal()), tracing=Tracing(softmax="kept"))
+    plan = replace(plan_for(plain, removal()), tracing=Tracing(softmax="kept"))
     with pytest.raises(PlanError, match=r"made with other options of kirsch\.trace"):
-        made.check(plain)
+        plan.check(plain)
 
 
-def test_costs_are_counted_anew_whatever_a_plan_states(graph):
-    made = fitting(graph, removal(removed=(0, 1)))
-    assert made.after == Cost(500, 5, 3)
-    counted = made.priced(graph)
+def test_the_costs_in_a_plan_are_replaced_by_counted_ones(graph):
+    plan = plan_for(graph, removal(removed=(0, 1)))
+    assert plan.after == Cost(500, 5, 3)
+    counted = plan.priced(graph)
     assert counted.before == graph.cost
     assert counted.after == graph.prices.price(graph.keep({"first": (0, 1)}))
 
 
-def test_a_goal_is_held_against_the_original_in_closed_form():
+def test_the_fractions_of_a_cost_in_closed_form():
     original = Cost(parameters=200, macs=1000, activations=9)
     goal = Goal(macs=0.5, params=0.25)
     assert goal.fractions(Cost(40, 600, 9), original) == {"macs": (0.6, 0.5), "params": (0.2, 0.25)}
@@ -221,33 +227,33 @@ def test_a_goal_is_held_against_the_original_in_closed_form():
     ("cost", "met"),
     [((50, 500), True), ((51, 500), False), ((50, 501), False), ((0, 0), True)],
 )
-def test_a_goal_is_met_within_every_limit(cost, met):
+def test_a_goal_is_met_if_the_cost_is_within_every_limit(cost, met):
     assert Goal(macs=0.5, params=0.25).met_by(Cost(*cost, 0), Cost(200, 1000, 0)) is met
 
 
-def test_a_model_without_macs_meets_a_goal_on_them():
-    """A network of lookups alone: nothing is divided by nothing."""
+def test_a_model_without_macs_meets_a_goal_on_macs():
+    """As for a network of embedding tables; 0 / 0 must not raise."""
     assert Goal(macs=0.5).met_by(Cost(10, 0, 0), Cost(10, 0, 0))
 
 
-def test_a_plan_of_another_shape_never_reaches_the_groups():
-    """The fingerprint is compared first: the groups of another model need not even exist."""
-    stranger = SimpleNamespace(fingerprint="else", model_name="Other", cost=Cost(7, 0, 0))
-    with pytest.raises(PlanError, match="The model given is Other with 7 parameters, fingerprint else"):
-        plan(removal()).check(stranger)
+def test_the_fingerprint_is_compared_before_the_groups():
+    """The other graph has no attribute `groups`."""
+    other = SimpleNamespace(fingerprint="else", model_name="Other", cost=Cost(7, 0, 0))
+    with pytest.raises(PlanError, match="This model is Other with 7 parameters, fingerprint else"):
+        make_plan(removal()).check(other)
 
 
 @pytest.mark.parametrize("name", ["latency", "latency_ms", "max_latency", "ms", "speedup", "fps"])
-def test_a_latency_goal_is_refused_with_what_to_use(name):
+def test_the_error_for_a_latency_goal_names_the_alternatives(name):
     with pytest.raises(GoalError, match=r"latency goals do not exist yet.*macs=0\.5.*kirsch\.measure"):
         Goal(**{name: 5})
 
 
-def test_a_goal_of_an_unknown_name_lists_those_there_are():
+def test_the_error_for_an_unknown_goal_lists_the_known_ones():
     with pytest.raises(UsageError, match=r"has no argument 'mac'\. Known: macs, params\. Did you mean 'macs'\?"):
         Goal(mac=0.5)
 
 
-def test_a_goal_is_copied_and_pickled_as_any_other():
+def test_a_goal_can_be_copied_and_pickled():
     goal = Goal(macs=0.5)
     assert pickle.loads(pickle.dumps(goal)) == copy.deepcopy(goal) == replace(goal) == goal

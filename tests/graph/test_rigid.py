@@ -1,4 +1,4 @@
-"""What no value of an attribute could follow is tied, or else frozen, before anybody plans with it."""
+"""Axes whose sizes no value of an attribute can follow are tied or frozen before a plan is made."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ WIDTH, HEADS = Leaf("net", "width"), Leaf("net", "heads")
 
 
 @pytest.fixture
-def rows(network):
-    """Builds linear layers in a row, each width free on its own, and gives the labels of each."""
+def layers(network):
+    """Build a chain of linear layers with independent widths; return the network and the labels of each width."""
 
     def build(*widths):
         net, axes = network(), []
@@ -29,106 +29,108 @@ def rows(network):
     return build
 
 
-def follows(net, axis, leaves, compute=None, *, size=None):
-    """The code says that the axis has the size of an attribute, or of another axis."""
+def add_demand(net, axis, leaves, compute=None, *, size=None):
+    """Demand that the size of an axis, or the constant 8 for None, is computed from attributes or another size."""
     if size is not None:
         key = Size(size.tobytes())
-        expression = Expression(lambda values: compute(values[key]), (), (size,), plain=compute is same)
+        expression = Expression(lambda values: compute(values[key]), (), (size,), plain=compute is identity)
     else:
         names = [leaf for leaf, _ in leaves]
-        expression = Expression(lambda values: compute(*(values[n] for n in names)), leaves, (), plain=compute is same)
+        expression = Expression(
+            lambda values: compute(*(values[n] for n in names)), leaves, (), plain=compute is identity
+        )
     constant = 0 if axis is not None else 8
     labels = axis if axis is not None else np.zeros(0, np.int64)
     net.facts.demands.append(Demand(labels, expression, LINE, constant))
 
 
-def same(value):
+def identity(value):
     return value
 
 
-def free(net):
+def group_sizes(net):
     return sorted(group.size for group in net.graph().groups)
 
 
 def reasons(net):
-    """Why something is held, but for the input of the network."""
+    """Return the reasons of all freezes except those of the input of the network."""
     causes = net.graph().coupling.why.values()
     return {cause.reason for cause in causes if not cause.boundary} - {"it meets an axis that cannot change"}
 
 
-def test_an_attribute_of_its_own_follows(rows):
-    net, (first, _) = rows(8, 8)
-    follows(net, first, ((WIDTH, 8),), same)
-    assert free(net) == [8, 8]
+def test_an_attribute_used_for_one_axis_leaves_the_axis_free(layers):
+    net, (first, _) = layers(8, 8)
+    add_demand(net, first, ((WIDTH, 8),), identity)
+    assert group_sizes(net) == [8, 8]
 
 
-def test_two_axes_of_one_attribute_are_tied(rows):
-    net, (first, second) = rows(8, 8)
-    follows(net, first, ((WIDTH, 8),), same)
-    follows(net, second, ((WIDTH, 8),), same)
-    assert free(net) == [8]
+def test_two_axes_sized_by_one_attribute_are_tied(layers):
+    net, (first, second) = layers(8, 8)
+    add_demand(net, first, ((WIDTH, 8),), identity)
+    add_demand(net, second, ((WIDTH, 8),), identity)
+    assert group_sizes(net) == [8]
     graph = net.graph()
     assert np.array_equal(graph.coupling.component[first], graph.coupling.component[second])
 
 
-def test_a_size_that_must_be_that_of_another_axis_ties_the_two(rows):
-    net, (first, second) = rows(8, 8)
-    follows(net, first, (), same, size=second)
-    assert free(net) == [8]
+def test_an_axis_that_must_have_the_size_of_another_is_tied_to_it(layers):
+    net, (first, second) = layers(8, 8)
+    add_demand(net, first, (), identity, size=second)
+    assert group_sizes(net) == [8]
 
 
-def test_a_size_of_itself_needs_no_tie(rows):
-    net, (first, _) = rows(8, 8)
-    follows(net, first, (), lambda size: 2 * size // 2, size=first)
-    assert free(net) == [8, 8]
+def test_a_size_computed_from_the_axis_itself_leaves_the_axis_free(layers):
+    net, (first, _) = layers(8, 8)
+    add_demand(net, first, (), lambda size: 2 * size // 2, size=first)
+    assert group_sizes(net) == [8, 8]
 
 
-def test_an_attribute_that_something_else_holds_freezes_its_axis_and_says_so(rows):
-    net, (first, _) = rows(8, 8)
-    follows(net, first, ((WIDTH, 8),), same)
-    follows(net, None, ((WIDTH, 8),), same)  # a kernel of this size, say
-    assert free(net) == [8]
+def test_an_attribute_that_must_keep_its_value_freezes_its_axis_with_the_reason(layers):
+    net, (first, _) = layers(8, 8)
+    add_demand(net, first, ((WIDTH, 8),), identity)
+    add_demand(net, None, ((WIDTH, 8),), identity)  # such as a kernel of this size
+    assert group_sizes(net) == [8]
     assert reasons(net) == {"`net.width` cannot follow it"}
     assert net.graph().blockers[0].source == "net.py:8"
 
 
-def test_a_size_that_is_used_as_a_number_freezes_its_axis(rows):
-    net, (first, _) = rows(8, 8)
-    follows(net, None, (), same, size=first)
-    assert free(net) == [8]
+def test_a_size_that_is_used_as_a_number_freezes_its_axis(layers):
+    net, (first, _) = layers(8, 8)
+    add_demand(net, None, (), identity, size=first)
+    assert group_sizes(net) == [8]
     assert reasons(net) == {"the code uses its size as a number"}
 
 
-def test_a_product_of_two_attributes_can_follow_nothing(rows):
-    net, (first, _) = rows(8, 8)
-    follows(net, first, ((HEADS, 2), (WIDTH, 4)), lambda heads, width: heads * width)
-    assert free(net) == [8]
+def test_an_axis_sized_by_a_product_of_two_attributes_is_frozen(layers):
+    net, (first, _) = layers(8, 8)
+    add_demand(net, first, ((HEADS, 2), (WIDTH, 4)), lambda heads, width: heads * width)
+    assert group_sizes(net) == [8]
     assert reasons(net) == {"`net.heads`, `net.width` cannot follow it"}
 
 
-def test_what_fails_by_a_frozen_axis_freezes_what_moves_its_attribute(rows):
-    net, (first, second) = rows(8, 8)
+def test_an_attribute_of_a_frozen_axis_freezes_the_other_axes_that_use_it(layers):
+    net, (first, second) = layers(8, 8)
     fixed = net.softmax(Tensor.of((4, 8), (None, net.facts.fresh(8))), 1).axes[1]
-    follows(net, fixed, ((HEADS, 8),), same)
-    follows(net, first, ((HEADS, 8),), same)
-    assert free(net) == [8]
+    add_demand(net, fixed, ((HEADS, 8),), identity)
+    add_demand(net, first, ((HEADS, 8),), identity)
+    assert group_sizes(net) == [8]
     graph = net.graph()
     assert graph.coupling.frozen[graph.coupling.component[first]].all()
     assert not graph.coupling.frozen[graph.coupling.component[second]].any()
 
 
-def test_a_demand_that_never_held_ends_the_search(rows):
-    net, (first, _) = rows(8, 8)
-    follows(net, first, ((WIDTH, 5), (HEADS, 5)), lambda width, heads: width + heads)  # 10 for 8
-    assert free(net) == [8]
+def test_a_demand_that_is_violated_without_pruning_freezes_its_axis(layers):
+    net, (first, _) = layers(8, 8)
+    add_demand(net, first, ((WIDTH, 5), (HEADS, 5)), lambda width, heads: width + heads)  # 10 for 8
+    assert group_sizes(net) == [8]
 
 
 @pytest.mark.parametrize("width", [2, 3, 17])
-def test_the_outcome_is_the_same_each_time(width, rows):
+def test_ties_do_not_depend_on_the_run(width, layers):
     def groups():
-        net, (first, second) = rows(width, width)
-        follows(net, first, ((WIDTH, width),), same)
-        follows(net, second, ((WIDTH, width),), same)
+        net, (first, second) = layers(width, width)
+        add_demand(net, first, ((WIDTH, width),), identity)
+        add_demand(net, second, ((WIDTH, width),), identity)
         return [(group.name, group.size, group.footprint) for group in net.graph().groups]
 
     assert groups() == groups()

@@ -1,4 +1,4 @@
-"""What a verification says."""
+"""Result of a verification: verdict, text and JSON."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def test_an_error_within_the_tolerance_passes_and_nan_does_not(error, passed):
     assert verification(error).passed is passed
 
 
-def test_the_sentence_says_what_was_found_and_allowed():
+def test_the_text_has_the_verdict_the_error_and_the_tolerance():
     assert verification(3e-7).text == "equal to the masked original: error 3e-07, allowed 1e-04"
     assert verification(0.25).text == "not equal to the masked original: error 2e-01, allowed 1e-04"
     assert verification(math.nan).text == "not equal to the masked original: error nan, allowed 1e-04"
 
 
-def test_the_sentence_counts_statistics_that_follow_the_kept_width():
+def test_the_text_counts_the_statistics_that_follow_the_kept_width():
     assert verification(0.0, statistics=("mean", "layer_norm_1")).text == (
         "equal to the masked original: error 0e+00, allowed 1e-04; statistics of 2 operations follow the kept width"
     )
 
 
-def test_a_verification_as_json_holds_all_it_knows():
-    proof = verification(3e-7, statistics=("mean",))
-    assert json.loads(json.dumps(proof.to_dict())) == {
-        "text": proof.text,
+def test_the_json_of_a_verification_has_all_fields():
+    result = verification(3e-7, statistics=("mean",))
+    assert json.loads(json.dumps(result.to_dict())) == {
+        "text": result.text,
         "passed": True,
         "error": 3e-7,
         "tolerance": 1e-4,
@@ -50,7 +50,7 @@ def test_a_verification_as_json_holds_all_it_knows():
 
 
 @pytest.mark.parametrize("error", [math.nan, math.inf])
-def test_json_has_null_where_it_knows_no_number(error):
-    found = verification(error).to_dict()
-    assert (found["error"], found["passed"]) == (None, False)
-    json.dumps(found, allow_nan=False)
+def test_an_infinite_error_is_null_in_json(error):
+    content = verification(error).to_dict()
+    assert (content["error"], content["passed"]) == (None, False)
+    json.dumps(content, allow_nan=False)

@@ -1,4 +1,4 @@
-"""Interleaved timing, on a clock that the test winds by hand."""
+"""Interleaved timing, with a clock controlled by the test."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kirsch.errors import UsageError
 from kirsch.measurement.latency import Latency, Ratio, Timing, interleaved, median_ratio
 
 ROUNDING = 1e-9
-"""Sums of seconds in float64 are exact to about 1e-14; nothing here is known less well."""
+"""Tolerance for sums of seconds in float64, whose relative error is about 1e-14."""
 
 
 class Clock:
-    """Seconds that pass only when a contender spends them."""
+    """A clock that only contenders advance."""
 
     def __init__(self):
         self.now = 0.0
@@ -25,38 +25,38 @@ class Clock:
         return self.now
 
     def spender(self, *seconds):
-        """A contender that takes these seconds: each warm call the first of them, then one after the other."""
+        """Return a contender that takes these seconds: the first for each warm-up call, then one after the other."""
         state = {"call": 0}
 
         def call():
-            self.now += seconds[min(max(state["call"] - WARM, 0), len(seconds) - 1)]
+            self.now += seconds[min(max(state["call"] - WARM_UP, 0), len(seconds) - 1)]
             state["call"] += 1
 
         return call
 
 
-WARM = 10
-"""Calls that warm a contender up, if each takes more than 20 ms."""
+WARM_UP = 10
+"""Warm-up calls of a contender that takes more than 20 ms."""
 
 
 def test_equal_contenders_have_ratio_one():
     clock = Clock()
-    found = interleaved({"a": clock.spender(0.1), "b": clock.spender(0.1)}, reference="a", rounds=6, clock=clock)
-    for ratio in (*found.speedups.values(), found.aa):
+    result = interleaved({"a": clock.spender(0.1), "b": clock.spender(0.1)}, reference="a", rounds=6, clock=clock)
+    for ratio in (*result.speedups.values(), result.aa):
         assert (ratio.value, ratio.low, ratio.high) == pytest.approx((1, 1, 1), abs=ROUNDING)
 
 
-def test_a_speedup_is_the_time_of_the_reference_over_the_own():
+def test_a_speedup_is_the_time_of_the_reference_over_the_time_of_the_contender():
     clock = Clock()
     contenders = {"slow": clock.spender(0.2), "fast": clock.spender(0.1), "slowest": clock.spender(0.8)}
-    found = interleaved(contenders, reference="slow", rounds=6, clock=clock)
-    assert {name: ratio.value for name, ratio in found.speedups.items()} == pytest.approx(
+    result = interleaved(contenders, reference="slow", rounds=6, clock=clock)
+    assert {name: ratio.value for name, ratio in result.speedups.items()} == pytest.approx(
         {"slow": 1, "fast": 2, "slowest": 0.25}, abs=ROUNDING
     )
-    assert found.reference == "slow"
+    assert result.reference == "slow"
 
 
-def test_rounds_go_forwards_and_backwards_with_the_reference_twice():
+def test_rounds_alternate_in_order_and_time_the_reference_twice():
     clock, order = Clock(), []
 
     def named(name):
@@ -67,85 +67,85 @@ def test_rounds_go_forwards_and_backwards_with_the_reference_twice():
         return call
 
     interleaved({name: named(name) for name in "abc"}, reference="b", rounds=6, clock=clock)
-    assert order[: 4 * WARM] == [*"a" * WARM, *"b" * WARM, *"c" * WARM, *"b" * WARM]
-    assert order[4 * WARM :] == [*"abcb", *"bcba"] * 3
+    assert order[: 4 * WARM_UP] == [*"a" * WARM_UP, *"b" * WARM_UP, *"c" * WARM_UP, *"b" * WARM_UP]
+    assert order[4 * WARM_UP :] == [*"abcb", *"bcba"] * 3
 
 
-def test_a_ratio_holds_while_the_machine_slows_down():
-    """Round r takes r times as long for everyone: times spread over a factor of eleven, ratios not at all."""
-    clock, passed = Clock(), {"calls": -3 * WARM}
+def test_speedups_do_not_change_while_the_machine_slows_down():
+    """In round r all calls take r times as long: times vary by a factor of eleven, ratios do not."""
+    clock, state = Clock(), {"calls": -3 * WARM_UP}
 
     def slowing(seconds):
         def call():
-            clock.now += seconds * (1 + max(passed["calls"], 0) // 3)  # two contenders and the reference again
-            passed["calls"] += 1
+            clock.now += seconds * (1 + max(state["calls"], 0) // 3)  # two contenders and the reference again
+            state["calls"] += 1
 
         return call
 
-    found = interleaved({"a": slowing(0.2), "b": slowing(0.1)}, reference="a", rounds=11, clock=clock)
-    assert found.latencies["b"].median_us == pytest.approx(0.6e6, abs=1)
-    assert found.latencies["b"].p90_us == pytest.approx(1.0e6, abs=1)
-    assert found.speedups["b"] == Ratio(*(pytest.approx(2, abs=ROUNDING),) * 3)
+    result = interleaved({"a": slowing(0.2), "b": slowing(0.1)}, reference="a", rounds=11, clock=clock)
+    assert result.latencies["b"].median_us == pytest.approx(0.6e6, abs=1)
+    assert result.latencies["b"].p90_us == pytest.approx(1.0e6, abs=1)
+    assert result.speedups["b"] == Ratio(*(pytest.approx(2, abs=ROUNDING),) * 3)
 
 
-def test_the_noise_floor_sees_that_the_first_of_a_round_is_slower():
-    """Forwards the reference is first and 1.25 times slower than itself, backwards its second entry is."""
-    clock, passed = Clock(), {"calls": -4 * WARM}
+def test_the_noise_floor_includes_a_slower_first_call_of_each_round():
+    """The first call of a round is 1.25 times slower; it is the first or the second entry of the reference in turn."""
+    clock, state = Clock(), {"calls": -4 * WARM_UP}
 
     def disturbed(seconds):
         def call():
-            first = passed["calls"] >= 0 and passed["calls"] % 4 == 0
+            first = state["calls"] >= 0 and state["calls"] % 4 == 0
             clock.now += seconds * (1.25 if first else 1)
-            passed["calls"] += 1
+            state["calls"] += 1
 
         return call
 
     contenders = {"a": disturbed(0.1), "near": disturbed(0.09), "far": disturbed(0.05)}
-    found = interleaved(contenders, reference="a", rounds=10, clock=clock)
-    assert (found.aa.low, found.aa.high) == pytest.approx((1 / 1.25, 1.25), abs=ROUNDING)
-    assert found.aa.value == pytest.approx((1.25 + 1 / 1.25) / 2, abs=ROUNDING)
-    assert not found.significant("near")
-    assert found.significant("far")
+    result = interleaved(contenders, reference="a", rounds=10, clock=clock)
+    assert (result.aa.low, result.aa.high) == pytest.approx((1 / 1.25, 1.25), abs=ROUNDING)
+    assert result.aa.value == pytest.approx((1.25 + 1 / 1.25) / 2, abs=ROUNDING)
+    assert not result.significant("near")
+    assert result.significant("far")
 
 
 @pytest.mark.parametrize(
     ("ratio", "significant"),
     [((2, 1.11, 3), True), ((2, 1.1, 3), False), ((0.5, 0.4, 0.89), True), ((0.5, 0.4, 0.9), False)],
 )
-def test_significant_is_what_lies_wholly_outside_the_noise_floor(ratio, significant):
+def test_a_speedup_is_significant_if_its_interval_is_outside_the_noise_floor(ratio, significant):
     timing = Timing({}, {"x": Ratio(*ratio)}, Ratio(1, 0.9, 1.1), "a")
     assert timing.significant("x") is significant
 
 
-def test_short_calls_are_repeated_until_the_clock_can_see_them():
-    """1 ms a call: 200 of them warm up, ten fill a slice, and the time is that of one."""
+def test_short_calls_are_repeated_within_a_round():
+    """At 1 ms per call, 200 calls warm up, ten fill a slice, and the reported time is that of one call."""
     clock = Clock()
-    found = interleaved({"a": clock.spender(0.001)}, reference="a", rounds=6, clock=clock)
-    assert found.latencies["a"].calls == 10
-    assert found.latencies["a"].rounds == 6
-    assert found.latencies["a"].median_us == pytest.approx(1000, rel=ROUNDING)
-    assert clock.now == pytest.approx(2 * (0.2 + 6 * 0.01), rel=0.01)  # a call more where 200 sum to less than 0.2
+    result = interleaved({"a": clock.spender(0.001)}, reference="a", rounds=6, clock=clock)
+    assert result.latencies["a"].calls == 10
+    assert result.latencies["a"].rounds == 6
+    assert result.latencies["a"].median_us == pytest.approx(1000, rel=ROUNDING)
+    assert clock.now == pytest.approx(2 * (0.2 + 6 * 0.01), rel=0.01)  # one more call if 200 sum to less than 0.2
 
 
-def test_percentiles_are_those_of_the_rounds_in_microseconds():
-    """Times of 1 s to 11 s: the k-th lies at (k - 1) / 10, so p95 is halfway between the last two."""
+def test_percentiles_are_over_rounds_and_in_microseconds():
+    """For times of 1 s to 11 s, the k-th is the quantile (k - 1) / 10, so p95 is halfway between the last two."""
     clock = Clock()
     seconds = (7, 3, 11, 1, 5, 9, 2, 10, 4, 8, 6)
     contenders = {"a": clock.spender(0.1), "b": clock.spender(*seconds)}
-    found = interleaved(contenders, reference="a", rounds=11, clock=clock).latencies["b"]
-    assert found == Latency(
+    result = interleaved(contenders, reference="a", rounds=11, clock=clock).latencies["b"]
+    assert result == Latency(
         *(pytest.approx(value * 1e6, rel=ROUNDING) for value in (6, 2, 10, 10.5)), rounds=11, calls=1
     )
 
 
 @pytest.mark.parametrize("collecting", [True, False])
-def test_garbage_is_collected_as_before_even_after_a_fault(collecting):
-    clock, seen = Clock(), []
+def test_garbage_collection_is_off_while_timing_and_restored_after_an_error(collecting):
+    clock, enabled = Clock(), []
 
     def fails():
         clock.now += 0.1
-        seen.append(gc.isenabled())
-        if len(seen) > WARM * 2 + 3:
+        enabled.append(gc.isenabled())
+        if len(enabled) > WARM_UP * 2 + 3:
             raise ZeroDivisionError
 
     try:
@@ -156,37 +156,37 @@ def test_garbage_is_collected_as_before_even_after_a_fault(collecting):
         assert gc.isenabled() is collecting
     finally:
         gc.enable()
-    assert seen[-1] is False
+    assert enabled[-1] is False
 
 
-def test_a_contender_may_have_the_name_of_the_second_entry():
+def test_a_contender_can_have_the_name_of_the_second_entry_of_the_reference():
     clock = Clock()
     contenders = {"a": clock.spender(0.1), "a again": clock.spender(0.2)}
-    found = interleaved(contenders, reference="a", rounds=6, clock=clock)
-    assert found.speedups["a again"].value == pytest.approx(0.5, abs=ROUNDING)
-    assert found.aa.value == pytest.approx(1, abs=ROUNDING)
-    assert list(found.latencies) == ["a", "a again"]
+    result = interleaved(contenders, reference="a", rounds=6, clock=clock)
+    assert result.speedups["a again"].value == pytest.approx(0.5, abs=ROUNDING)
+    assert result.aa.value == pytest.approx(1, abs=ROUNDING)
+    assert list(result.latencies) == ["a", "a again"]
 
 
-def test_a_reference_that_does_not_run_is_refused():
-    with pytest.raises(UsageError, match=r"The reference 'c' is none of a, b\."):
+def test_an_unknown_reference_raises():
+    with pytest.raises(UsageError, match=r"The reference 'c' is not one of a, b\."):
         interleaved({"a": int, "b": int}, reference="c")
 
 
-def test_too_few_rounds_for_an_interval_are_refused():
-    """With five, even the whole range holds the median in 1 - 2 / 2⁵ = 93.75 % of cases only."""
-    with pytest.raises(UsageError, match=r"`rounds` is 5; a confidence interval needs more\. Give at least 6\."):
+def test_too_few_rounds_for_a_confidence_interval_raise():
+    """With five rounds, even the full range covers the median in only 1 - 2 / 2⁵ = 93.75 % of cases."""
+    with pytest.raises(UsageError, match=r"`rounds` is 5, too few for a confidence interval\. Use at least 6\."):
         interleaved({"a": int}, reference="a", rounds=5)
 
 
-def test_the_interval_is_the_narrowest_that_holds_the_median_in_95_percent():
-    """From the r-th to the s-th of n: the median lies between when r to s - 1 of n coins show heads."""
+def test_the_interval_is_the_narrowest_with_a_coverage_of_95_percent():
+    """The interval from the r-th to the s-th of n values covers the median if r to s - 1 of n coins show heads."""
     for n in range(6, 201):
-        found = median_ratio(np.arange(n, 0, -1.0))
-        low, high = int(found.low), int(found.high)
+        ratio = median_ratio(np.arange(n, 0, -1.0))
+        low, high = int(ratio.low), int(ratio.high)
         assert low + high == n + 1
-        held = [sum(math.comb(n, k) for k in range(r, n + 1 - r)) / 2**n for r in (low, low + 1)]
-        assert held[0] >= 0.95 > held[1]
+        coverage = [sum(math.comb(n, k) for k in range(r, n + 1 - r)) / 2**n for r in (low, low + 1)]
+        assert coverage[0] >= 0.95 > coverage[1]
 
 
 def test_thirty_rounds_give_the_tenth_to_the_twenty_first_ratio():

@@ -1,4 +1,4 @@
-"""What a measurement ran on: enough to repeat it, and nobody's name."""
+"""Description of the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -19,65 +19,65 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd sve crc32\nCPU implementer\t: 0x41\n
 
 @pytest.fixture
 def cpuinfo(tmp_path, monkeypatch):
-    """Puts a text in the place of /proc/cpuinfo."""
+    """Replace the content of /proc/cpuinfo."""
 
-    def put(text):
+    def write(text):
         (tmp_path / "cpuinfo").write_text(text)
 
     monkeypatch.setattr(machine, "Path", lambda name: tmp_path / Path(name).name)
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    return put
+    return write
 
 
-def test_the_processor_is_named_with_the_instruction_sets_that_matter(cpuinfo):
+def test_the_processor_is_described_by_its_model_name_and_known_instruction_sets(cpuinfo):
     cpuinfo(X86)
     assert machine.cpu() == ("Cherry 9000 @ 3.2 GHz: fast", ["avx2", "avx512f"])
 
 
-def test_an_arm_processor_without_a_name_is_named_by_its_architecture(cpuinfo):
+def test_a_processor_without_a_model_name_is_described_by_its_architecture(cpuinfo):
     cpuinfo(ARM)
     assert machine.cpu() == ("riscv64", ["asimd", "sve"])
 
 
-def test_a_system_without_cpuinfo_still_says_what_it_is(cpuinfo):
+def test_a_system_without_cpuinfo_is_described_by_its_architecture(cpuinfo):
     assert machine.cpu() == ("riscv64", [])
 
 
-def test_usable_cores_are_those_that_the_process_may_use(monkeypatch):
+def test_usable_cores_are_counted_by_the_affinity_of_the_process(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
     assert machine.usable_cores() == 3
 
 
 @pytest.mark.parametrize(("counted", "cores"), [(7, 7), (None, 1)])
-def test_where_a_process_has_no_affinity_all_cores_count(monkeypatch, counted, cores):
+def test_all_cores_are_usable_on_systems_without_affinity(monkeypatch, counted, cores):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: counted)
     assert machine.usable_cores() == cores
 
 
-def test_the_load_is_that_of_the_last_minute_or_unknown(monkeypatch):
+def test_the_load_is_the_average_of_the_last_minute_or_none(monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (0.25, 2.0, 3.0), raising=False)
     assert machine.load() == 0.25
     monkeypatch.delattr(os, "getloadavg")
     assert machine.load() is None
 
 
-def test_versions_are_those_that_are_installed():
+def test_a_version_is_that_of_the_installed_package_or_none():
     assert machine.version_of("numpy") == metadata.version("numpy")
     assert machine.version_of("no-such-package-as-this") is None
 
 
-def test_the_environment_is_json_and_names_neither_person_nor_host(monkeypatch):
+def test_the_environment_is_json_without_the_names_of_user_and_host(monkeypatch):
     monkeypatch.setattr(platform, "node", lambda: "host-of-somebody")
     host = platform.uname()._replace(node="host-of-somebody", version="built by somebody")
     monkeypatch.setattr(platform, "uname", lambda: host)
     monkeypatch.setenv("LOGNAME", "somebody-by-name")
-    found = machine.environment()
-    text = json.dumps(found)
+    environment = machine.environment()
+    text = json.dumps(environment)
     assert getpass.getuser() == "somebody-by-name"
     assert not any(name in text for name in ("somebody", "host-of", str(Path.home())))
-    assert found["system"] == f"{platform.system()} {platform.machine()}"
-    assert found["packages"]["numpy"] == metadata.version("numpy")
-    assert None not in found["packages"].values()
-    assert found.keys() == {"cpu", "instruction_sets", "cores", "memory_bytes", "system", "python", "packages"}
+    assert environment["system"] == f"{platform.system()} {platform.machine()}"
+    assert environment["packages"]["numpy"] == metadata.version("numpy")
+    assert None not in environment["packages"].values()
+    assert environment.keys() == {"cpu", "instruction_sets", "cores", "memory_bytes", "system", "python", "packages"}

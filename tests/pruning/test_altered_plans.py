@@ -116,7 +116,7 @@ REFUSED = [
     ("groups/0/removed", [True], "groups[0].removed[0]"),
     ("groups/0/removed", 0, "groups[0].removed: a list"),
     ("groups/0/reason", 7, "groups[0].reason: a text"),
-    ("blocks", [{"name": "2"}], "leaves out '2'"),
+    ("blocks", [{"name": "2"}], "removes the block '2'"),
     ("blocks", [{"name": "2"}, {"name": "2"}], "blocks has '2' twice"),
     ("cost/after/macs", -5, "cost.after.macs: a whole number of at least 0 is expected, and -5"),
     ("cost/after/macs", 10**12, "cost.after.macs is 1,000,000,000,000, more than cost.before.macs"),
@@ -124,8 +124,11 @@ REFUSED = [
     ("cost/before/activations", 10**12, "cost.before.activations is 1,000,000,000,000"),
     ("cost/before/parameters", 10**12, "cost.before.parameters is 1,000,000,000,000"),
     ("cost/before/macs", 2.5, "cost.before.macs: a whole number"),
-    ("inputs/0/shape", [-1], "inputs[0].shape[0]: a whole number of at least 0 is expected, and -1"),
-    ("inputs/0/shape", [10**12], "inputs of shape 1000000000000 have more than"),
+    ("inputs/0/shape", [-1], "inputs[0].shape[0]: a whole number from 0 to 268,435,456 is expected, and -1"),
+    ("inputs/0/shape", [10**12], "inputs[0].shape[0]: a whole number from 0 to 268,435,456 is expected"),
+    ("inputs/0/shape", [2**40, 2**40, 0], "inputs[0].shape[0]: a whole number from 0 to 268,435,456 is expected"),
+    ("inputs/0/shape", [2**28, 2], "inputs of shape 268435456×2 have more than"),
+    ("inputs/0/shape", [2**28, 2**28, 2**28, 0], "have more than 268,435,456 numbers; sizes of 0 count as 1"),
     ("inputs/0/shape", [2**70], "inputs[0].shape[0]"),
     ("inputs/0/shape", [1] * 99, "inputs[0].shape: at most 16 items"),
     ("inputs/0/shape", [2, 3, 7, 7], "cannot be applied"),
@@ -133,7 +136,7 @@ REFUSED = [
     ("inputs/0/shape", [4], "cannot be applied"),
     ("inputs/0/dtype", "__class__", "inputs[0].dtype: one of"),
     ("inputs/0/high", 2**70, "inputs[0].high"),
-    ("inputs/0/high", 3, "inputs[0].high is 3; 0 is the most for float32"),
+    ("inputs/0/high", 3, "inputs[0].high is 3; 0 is the largest for float32"),
     ("inputs/0/name", "other", "cannot be applied"),
     ("inputs", [ENTRY, ENTRY], "cannot be applied"),
     ("inputs", [ENTRY | {"name": "x"}] * 2, "two inputs of the same name, 'x'"),
@@ -171,6 +174,15 @@ def test_an_invalid_plan_is_refused_with_file_and_field(tmp_path, path, value, s
     with pytest.raises(KirschError, match=re.escape(sentence)) as caught:
         kirsch.prune(MODEL, Plan.read(file))
     assert str(file) in caught.value.what
+
+
+def test_inputs_that_change_the_coupled_units_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    made = json.loads(kirsch.plan(kirsch.trace(model.eval(), IMAGE), kirsch.Goal(macs=0.75)).to_json())
+    made["inputs"][0]["shape"][0] = 0
+    wanted = r"tracing or inputs of the plan were changed\. It was traced with inputs of shape 0×3×6×6\."
+    with pytest.raises(KirschError, match=wanted):
+        kirsch.prune(model, Plan.from_json(json.dumps(made)))
 
 
 @pytest.mark.parametrize("path", REQUIRED)

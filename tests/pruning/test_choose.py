@@ -74,6 +74,27 @@ def test_magnitude_in_closed_form(norm, expected):
     assert expected is None or np.argsort(found).tolist() == np.argsort(expected).tolist()
 
 
+@pytest.mark.parametrize("norm", [1, 2])
+def test_an_empty_parameter_has_no_importance(norm):
+    class Joined(nn.Module):
+        """A model with empty parameters, like YOLOS with one layer, which has no intermediate position embeddings."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.rows, self.columns = nn.Parameter(torch.zeros(0, 16)), nn.Parameter(torch.zeros(16, 0))
+
+        def forward(self, x):
+            return self.last(torch.cat([self.rows, self.first(x) + self.columns.sum(1)]))
+
+    torch.manual_seed(0)
+    model, example = Joined(), torch.randn(3, 8)
+    plain = nn.Sequential(model.first, model.last)
+    plans = [kirsch.plan(kirsch.trace(m, example), kirsch.Goal(params=0.7), norm=norm) for m in (model, plain)]
+    assert plans[0].groups[0].removed == plans[1].groups[0].removed
+    assert kirsch.prune(model, plans[0]).rows.shape == (0, 8)
+
+
 def test_random_importance_depends_only_on_the_seed():
     graph = kirsch.trace(network(), IMAGE)
     plans = [kirsch.plan(graph, kirsch.Goal(macs=0.5), "random", seed=seed) for seed in (1, 1, 2)]
@@ -120,7 +141,7 @@ def test_an_unknown_importance_lists_known_names_and_the_nearest():
 
 
 def test_an_unreachable_goal_names_the_least_reachable_cost():
-    with pytest.raises(GoalError, match=r"macs 0\.1% is asked for, \d+\.\d% is the least reachable"):
+    with pytest.raises(GoalError, match=r"macs 0\.1% is requested, \d+\.\d% is the least reachable"):
         kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.001))
 
 

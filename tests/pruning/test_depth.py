@@ -94,7 +94,7 @@ def test_excluded_blocks_are_kept(inputs):
 
 def test_an_unreachable_goal_names_the_least_reachable_cost(inputs):
     graph = kirsch.trace(nn.Sequential(chain(ROTATION), nn.Linear(2, 2)).eval(), inputs)
-    with pytest.raises(GoalError, match=r"macs 20\.0% is asked for, 50\.0% is the least reachable.*1 residual block"):
+    with pytest.raises(GoalError, match=r"macs 20\.0% is requested, 50\.0% is the least reachable.*1 residual block"):
         kirsch.plan_depth(graph, Goal(macs=0.2), inputs)
 
 

@@ -125,5 +125,11 @@ def test_a_goal_on_macs_is_refused_for_a_model_without_macs():
             return self.table(x).sum(-1)
 
     graph = kirsch.trace(Lookup(), torch.randint(0, 9, (1, 4)))
-    with pytest.raises(GoalError, match=r"macs=0\.5 has no effect\. Lookup has no MACs"):
+    with pytest.raises(GoalError, match=r"macs=0\.5 has no effect\. Lookup has no MACs\. Give params"):
+        plan(graph, kirsch.Goal(macs=0.5))
+
+
+def test_a_goal_on_macs_of_a_model_without_parameters_advises_another_model():
+    graph = kirsch.trace(nn.MaxPool1d(2), torch.randn(1, 3, 4))
+    with pytest.raises(GoalError, match=r"has no MACs and no parameters\. Give a model that has layers"):
         plan(graph, kirsch.Goal(macs=0.5))

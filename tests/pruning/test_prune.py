@@ -108,7 +108,7 @@ def test_an_invalid_edit_of_a_plan_is_refused(case, changes, sentence):
 
 def test_a_plan_for_another_model_is_refused_with_both_models(case):
     _, plan = case
-    with pytest.raises(PlanError, match=r"for another model: Sequential with \d.*given is Sequential with \d"):
+    with pytest.raises(PlanError, match=r"for another model: Sequential with \d.*This model is Sequential with \d"):
         kirsch.prune(build(width=8), plan)
 
 
@@ -293,6 +293,15 @@ def test_loading_another_architecture_is_refused(case, tmp_path):
     kirsch.save(kirsch.prune(*case), tmp_path / "small")
     with pytest.raises((PlanError, LoadError), match="another model"):
         kirsch.load(tmp_path / "small", lambda: build(width=8))
+
+
+def test_another_class_on_which_the_inputs_fail_is_named_first(case, tmp_path):
+    kirsch.save(kirsch.prune(*case), tmp_path / "small")
+    sentence = r"is for Sequential, and the model given is Linear\. It cannot be applied: .* Give the Sequential"
+    with pytest.raises(PlanError, match=sentence):
+        kirsch.load(tmp_path / "small", lambda: nn.Linear(3, 3))
+    with pytest.raises(PlanError, match=sentence):
+        kirsch.prune(nn.Linear(3, 3), kirsch.Plan.read(tmp_path / "small" / "plan.json"), example_inputs=IMAGE)
 
 
 def test_the_regularizers_in_closed_form():

@@ -181,6 +181,28 @@ def test_build_may_return_another_type_or_mode(convert, tmp_path):
     assert kirsch.load(tmp_path / "small", Net).first.out_features < 16
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values:UserWarning")  # by `Module.to`
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.complex64])
+def test_complex_buffers_that_became_real_are_loaded(dtype, tmp_path):
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 3)
+            self.register_buffer("kept", torch.full((3,), 1 + 2j))
+            self.register_buffer("beside", torch.full((3,), 3 + 4j), persistent=False)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.first(x))) * self.kept.real * self.beside.real
+
+    small = pruned(Turned, X)
+    small.kept, small.beside = small.kept.to(dtype), small.beside.to(dtype)
+    kirsch.save(small, tmp_path / "small")
+    again = kirsch.load(tmp_path / "small", Turned)
+    for name in ("kept", "beside"):
+        assert getattr(again, name).dtype is dtype
+        assert torch.equal(getattr(again, name), getattr(small, name))
+
+
 def normalized():
     return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 3))
 
@@ -229,6 +251,13 @@ def test_a_build_on_the_meta_device_is_refused(tmp_path):
         kirsch.load(tmp_path / "small", lambda: Net().to("meta"))
 
 
+def test_a_wrapped_model_is_saved_without_its_wrapper(tmp_path):
+    small = pruned(Net, X)
+    with pytest.raises(UsageError, match=r"DataParallel wraps the model .* kirsch\.save\(model\.module, folder\)"):
+        kirsch.save(nn.DataParallel(small), tmp_path / "small")
+    kirsch.save(nn.DataParallel(small).module, tmp_path / "small")
+
+
 def test_saving_a_model_that_was_changed_after_pruning_is_refused(tmp_path):
     small = pruned(Net, X)
     width = small.first.out_features
@@ -267,7 +296,7 @@ def test_extra_state_that_is_not_a_tensor_is_refused_and_the_older_folder_is_kep
         ({"name": "", "kind": "set", "items": []}, "kind: one of list, tuple, dict is expected"),
         ({"name": "", "kind": "list", "items": [1]}, r"inputs\[0\]\.items\[0\]: an object is expected, and 1"),
         ({"name": "", "kind": "dict", "items": [{"name": "a", "value": 1}] * 2}, "a dict with a key twice: a, a"),
-        ({"name": "", "shape": [2, -4], "dtype": "float32", "high": 0}, r"shape\[1\]: .* of at least 0 .* -4"),
+        ({"name": "", "shape": [2, -4], "dtype": "float32", "high": 0}, r"shape\[1\]: .* from 0 to .* -4"),
         ({"name": 1, "value": None}, r"inputs\[0\]\.name: a text is expected, and 1"),
     ],
 )  # fmt: skip

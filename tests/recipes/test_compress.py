@@ -252,7 +252,7 @@ def test_a_model_without_finite_scores_is_not_judged(given, tmp_path, value):
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.head.bias[0] = value
-    with pytest.raises(NumericError, match=r"gives NaN or infinity as scores of 60 of 60 samples") as caught:
+    with pytest.raises(NumericError, match=r"returns NaN or infinity for 60 of 60 samples") as caught:
         kirsch.compress(broken, data, HALF, recover=None, folder=tmp_path / "run")
     assert caught.value.exit_code == 6
     assert not (tmp_path / "run" / "report.html").exists()

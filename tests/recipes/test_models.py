@@ -204,7 +204,7 @@ def test_a_model_or_a_callable_with_arguments_in_place_of_a_builder_is_named(tmp
         "from torch import nn\n\nnet = nn.Linear(2, 3)\n\n\nclass Net(nn.Linear):\n    def __init__(self, classes):\n"
         "        super().__init__(2, classes)\n\n\ndef make(classes):\n    return Net(classes)\n",
     )
-    with pytest.raises(UsageError, match=sentence):
+    with pytest.raises(ModelError, match=sentence):
         build(reference, base=tmp_path)
 
 

@@ -427,19 +427,17 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_data_is_loaded(job):
 @pytest.mark.parametrize(
     ("changes", "stage", "why"),
     [
-        (["teacher={model: 'nets.py:Silent'}"], "teacher", "It says one class for every sample"),
-        (["teacher.train.learning_rate=1e-9"], "teacher", "It (guesses|says one class for every sample)"),
+        (["teacher={model: 'nets.py:Silent'}"], "teacher", r"It says .*Load trained weights in nets\.py:Silent, or"),
+        (["teacher.train.learning_rate=1e-9"], "teacher", "It (guesses|says one class for every sample).*Lower the"),
         (
             ["student.model=nets.py:Silent", "student.distill.train.learning_rate=1e-9", "prune=null"],
             "distill",
-            "It says one",
+            "It says one.*Lower the",
         ),
     ],
 )
 def test_a_dead_model_ends_the_run_with_its_stage(job, changes, stage, why):
-    sentence = (
-        rf"The model is dead after the stage '{stage}': \d+\.\d% of 60 right, chance is 33\.3%\. {why}.*Lower the"
-    )
+    sentence = rf"The model is dead after the stage '{stage}': \d+\.\d% of 60 right, chance is 33\.3%\. {why}"
     with pytest.raises(NumericError, match=sentence) as caught:
         job.do(*changes, *MODELS_ALONE)
     assert caught.value.exit_code == 6

@@ -1,4 +1,4 @@
-"""The numbers of a run as metrics.json holds them, made by hand, and a reader of the page."""
+"""Metrics of a run, as in metrics.json, and a parser of the report."""
 
 from __future__ import annotations
 
@@ -14,42 +14,45 @@ VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 @dataclass
 class Element:
-    """A part of the page: its tag, its attributes, and what lies in it."""
+    """An HTML element with its attributes and children (elements and texts)."""
 
     tag: str
     attributes: dict[str, str | None]
-    inside: list[Element | str] = field(default_factory=list)
+    children: list[Element | str] = field(default_factory=list)
 
     @property
     def text(self):
-        """All text in it, entities resolved."""
-        return "".join(part if isinstance(part, str) else part.text for part in self.inside)
+        """Text of the element and its descendants, with entities resolved."""
+        return "".join(child if isinstance(child, str) else child.text for child in self.children)
 
     @property
     def words(self):
-        """Its text with each run of white space as one space."""
+        """Text of the element with each run of whitespace replaced by one space."""
         return " ".join(self.text.split())
 
     def all(self, *tags, **attributes):
-        """All elements in it, at any depth, with one of these tags and these attributes; in order."""
-        found = []
-        for part in self.inside:
-            if isinstance(part, Element):
-                fits = all(part.attributes.get(key.rstrip("_").replace("_", "-")) == v for key, v in attributes.items())
-                found += [part] if (not tags or part.tag in tags) and fits else []
-                found += part.all(*tags, **attributes)
-        return found
+        """Return all descendants with one of the tags and with the attributes, in order."""
+        elements = []
+        for child in self.children:
+            if isinstance(child, Element):
+                matches = all(
+                    child.attributes.get(key.rstrip("_").replace("_", "-")) == value
+                    for key, value in attributes.items()
+                )
+                elements += [child] if (not tags or child.tag in tags) and matches else []
+                elements += child.all(*tags, **attributes)
+        return elements
 
     def rows(self):
-        """The texts of a table, row by row; a cell over several columns counts as several."""
+        """Return the texts of a table by rows; a cell that spans several columns is repeated."""
         return [
             [cell.words for cell in row.all("td", "th") for _ in range(int(cell.attributes.get("colspan") or 1))]
             for row in self.all("tr")
         ]
 
 
-class Reader(HTMLParser):
-    """Builds the tree, and fails where a tag is not closed in its turn."""
+class TreeParser(HTMLParser):
+    """Build the tree of elements; fail if tags are not properly nested."""
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
@@ -57,9 +60,9 @@ class Reader(HTMLParser):
         self.path = [self.root]
 
     def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs), f"an attribute of <{tag}> is there twice"
+        assert len(dict(attrs)) == len(attrs), f"an attribute of <{tag}> is repeated"
         element = Element(tag, dict(attrs))
-        self.path[-1].inside.append(element)
+        self.path[-1].children.append(element)
         if tag not in VOID:
             self.path.append(element)
 
@@ -68,21 +71,21 @@ class Reader(HTMLParser):
         self.path.pop()
 
     def handle_data(self, data):
-        self.path[-1].inside.append(data)
+        self.path[-1].children.append(data)
 
 
-def read(html):
-    reader = Reader()
-    reader.feed(html)
-    reader.close()
-    assert [element.tag for element in reader.path] == ["page"]
-    return reader.root
+def parse(html):
+    parser = TreeParser()
+    parser.feed(html)
+    parser.close()
+    assert [element.tag for element in parser.path] == ["page"]
+    return parser.root
 
 
 @pytest.fixture
 def page():
-    """Renders metrics and gives the tree of the page."""
-    return lambda metrics: read(render(metrics))
+    """Render metrics and return the tree of the page."""
+    return lambda metrics: parse(render(metrics))
 
 
 def share(value, low, high, n=400):
@@ -101,7 +104,7 @@ def latency(median, speedup):
     }
 
 
-def model(key, parameters, macs, size, accuracy, timed=None, *, chosen=False):
+def model(key, parameters, macs, size, accuracy, timed_latency=None, *, chosen=False):
     return {
         "key": key,
         "name": key,
@@ -109,7 +112,7 @@ def model(key, parameters, macs, size, accuracy, timed=None, *, chosen=False):
         "macs": macs,
         "bytes": size,
         "accuracy": accuracy,
-        "latency": timed,
+        "latency": timed_latency,
         "chosen": chosen,
     }
 
@@ -153,7 +156,7 @@ def layer(name, group, before, after):
 
 @pytest.fixture
 def metrics():
-    """A run with all blocks; each number differs from the others, so that a wrong one is seen."""
+    """Metrics of a run with all blocks; all numbers differ, so that a mix-up is detected."""
     return {
         "kirsch_metrics": 1,
         "name": "digits",

@@ -1,4 +1,4 @@
-"""Charts: whether what is drawn lies where the numbers say."""
+"""Charts: coordinates, labels and texts of the drawn values."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from kirsch.report import charts
 from kirsch.report.charts import WIDTH, Scale
 
 
-def numbers(pattern, text):
-    return [tuple(float(part) for part in found) for found in re.findall(pattern, str(text))]
+def numbers(pattern, svg):
+    """Return the groups of each match of the pattern as numbers."""
+    return [tuple(float(group) for group in groups) for groups in re.findall(pattern, str(svg))]
 
 
 def points_of(svg):
-    """The corners of each polyline."""
+    """Return the points of each polyline."""
     return [
         [tuple(float(part) for part in pair.split(",")) for pair in line.split()]
         for line in re.findall(r'<polyline points="([^"]*)"', str(svg))
@@ -29,7 +30,7 @@ def texts_of(svg):
     return re.findall(r"<text[^>]*>([^<]*)</text>", str(svg))
 
 
-def test_a_scale_puts_its_ends_and_its_middle_where_they_belong():
+def test_a_scale_maps_its_ends_and_its_middle():
     linear, logarithmic = Scale(2, 4, 100, 50), Scale(1, 100, 0, 10, logarithmic=True)
     assert [linear(value) for value in (2, 3, 4)] == [100, 75, 50]
     assert [logarithmic(value) for value in (1, 10, 100)] == pytest.approx([0, 5, 10])
@@ -43,20 +44,20 @@ def test_a_scale_puts_its_ends_and_its_middle_where_they_belong():
         (Scale(0, 4, 0, 1), [0, 1, 2, 3, 4]),
         (Scale(0.93, 0.99, 0, 1), [0.94, 0.96, 0.98]),
         (Scale(1, 3, 0, 1), [1, 1.5, 2, 2.5, 3]),
-        (Scale(1, 3, 0, 1, whole=True), [1, 2, 3]),
-        (Scale(1, 300, 0, 1, whole=True), [100, 200, 300]),
+        (Scale(1, 3, 0, 1, integers=True), [1, 2, 3]),
+        (Scale(1, 300, 0, 1, integers=True), [100, 200, 300]),
         (Scale(30, 700, 0, 1, logarithmic=True), [50, 100, 200, 500]),
     ],
 )
-def test_ticks_are_round_numbers_between_the_ends(scale, ticks):
+def test_ticks_are_round_numbers_within_the_range(scale, ticks):
     assert scale.ticks() == pytest.approx(ticks)
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_a_scale_has_two_to_six_ticks_within_its_ends(low, width):
+def test_a_linear_scale_has_two_to_six_ticks_within_its_range(low, width):
     scale = Scale(low, low + width, 0, 1)
     assert 2 <= len(scale.ticks()) <= 6
-    slack = 1e-6 * width + 1e-9 * abs(low)  # a tick on an end may be off by a rounding
+    slack = 1e-6 * width + 1e-9 * abs(low)  # a tick at an end may differ by rounding
     assert all(low - slack <= tick <= low + width + slack for tick in scale.ticks())
 
 
@@ -71,23 +72,23 @@ GROUPS = [
 ]
 
 
-def test_a_bar_is_as_long_as_its_layer_is_wide_and_colored_as_far_as_it_is_kept():
+def test_the_length_of_a_bar_is_the_width_of_the_layer_and_its_colored_part_the_kept_units():
     svg = charts.removed_bars(LAYERS, GROUPS)
     bars = numbers(r'<rect x="230" y="([\d.]+)" width="([\d.]+)" height="14" class="(?:gone|kept)"', svg)
-    (y_b, whole_b), (_, kept_b), (y_a, whole_a), (_, kept_a), (y_c, whole_c), (_, kept_c) = bars
-    assert whole_b == whole_c == kept_b == 2 * whole_a == WIDTH - 230 - 90
-    assert (kept_a / whole_a, kept_c / whole_c) == (0.25, 0.25)
-    assert y_c - y_a == 20  # cut together, so they stand together
-    assert y_a - y_b == 28
+    (y_b, width_b), (_, kept_b), (y_a, width_a), (_, kept_a), (y_c, width_c), (_, kept_c) = bars
+    assert width_b == width_c == kept_b == 2 * width_a == WIDTH - 230 - 90
+    assert (kept_a / width_a, kept_c / width_c) == (0.25, 0.25)
+    assert y_c - y_a == 20  # layers of one group are adjacent
+    assert y_a - y_b == 28  # with a gap between groups
     assert [text for text in texts_of(svg) if "/" in text] == ["80 / 80", "10 / 40", "20 / 80"]
 
 
-def test_a_bar_tells_units_reason_and_chain_when_pointed_at():
-    found = re.findall(r"<title>([^<]*)</title>", str(charts.removed_bars(LAYERS, GROUPS)))[1:]
-    assert found == [
-        "b: 80 of 80 kept. These go along: b, b.norm.",
-        "a: 10 of 40 kept. Removed: 0–2, 9; smallest weights. These go along: a, c.",
-        "c: 20 of 80 kept. Removed: 0–2, 9; smallest weights. These go along: a, c.",
+def test_the_tooltip_of_a_bar_has_the_removed_units_the_reason_and_the_layers_of_the_group():
+    tooltips = re.findall(r"<title>([^<]*)</title>", str(charts.removed_bars(LAYERS, GROUPS)))[1:]
+    assert tooltips == [
+        "b: 80 of 80 kept. Pruned together: b, b.norm.",
+        "a: 10 of 40 kept. Removed: 0–2, 9; smallest weights. Pruned together: a, c.",
+        "c: 20 of 80 kept. Removed: 0–2, 9; smallest weights. Pruned together: a, c.",
     ]
 
 
@@ -95,30 +96,30 @@ def test_a_bar_tells_units_reason_and_chain_when_pointed_at():
     ("units", "text"),
     [([], "none"), ([5], "5"), ([0, 1, 2, 3, 7], "0–3, 7"), ([1, 3, 5, 6], "1, 3, 5–6"), (range(1000), "0–999")],
 )
-def test_ranges_tell_ascending_units_shortly(units, text):
+def test_ranges_join_consecutive_units(units, text):
     assert charts.ranges(units) == text
 
 
 @given(st.sets(st.integers(0, 60)))
-def test_ranges_hold_exactly_their_units(units):
-    found = set()
+def test_ranges_contain_exactly_the_units(units):
+    contained = set()
     for part in charts.ranges(sorted(units)).replace("none", "").split(", "):
         first, _, last = part.partition("–")
-        found |= set(range(int(first), int(last or first) + 1)) if part else set()
-    assert found == units
+        contained |= set(range(int(first), int(last or first) + 1)) if part else set()
+    assert contained == units
 
 
-def test_a_curve_goes_through_its_values_with_a_tick_for_each_epoch():
+def test_a_curve_passes_through_its_values_and_has_a_tick_per_epoch():
     svg = charts.curve("loss", [1, 2, 3], [4.0, 2.0, 1.0], share=False)
     (line,) = points_of(svg)
     assert [x for x, _ in line] == [58, 202, 346]
     (_, top), (_, middle), (_, bottom) = line
-    assert (bottom - middle) / (bottom - top) == pytest.approx(1 / 3, abs=0.01)  # places have one decimal
+    assert (bottom - middle) / (bottom - top) == pytest.approx(1 / 3, abs=0.01)  # coordinates have one decimal
     assert texts_of(svg)[-3:] == ["1", "2", "3"]
     assert "<desc>loss: 1.00 after epoch 3</desc>" in svg
 
 
-def test_missing_values_leave_a_gap_and_one_alone_is_a_dot():
+def test_missing_values_are_gaps_and_a_value_between_gaps_is_a_dot():
     values = [0.5, 0.6, None, 0.7, math.nan, 0.8, 0.9, None]
     svg = charts.curve("accuracy", list(range(1, 9)), values, share=True)
     assert [len(line) for line in points_of(svg)] == [2, 2]
@@ -129,7 +130,7 @@ def test_missing_values_leave_a_gap_and_one_alone_is_a_dot():
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_a_single_epoch_is_a_dot_in_the_middle(value, share):
+def test_a_single_epoch_is_a_centered_dot(value, share):
     svg = charts.curve("x", [4], [value], share=share)
     ((x, y),) = numbers(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="3.5"', svg)
     assert x == 202
@@ -138,7 +139,7 @@ def test_a_single_epoch_is_a_dot_in_the_middle(value, share):
     assert points_of(svg) == []
 
 
-def test_a_curve_without_a_value_says_so():
+def test_a_curve_without_values_is_described_as_such():
     svg = charts.curve("x", [1, 2], [None, math.nan], share=False)
     assert "<desc>x: no value</desc>" in svg
     assert points_of(svg) == []
@@ -146,7 +147,7 @@ def test_a_curve_without_a_value_says_so():
 
 
 @pytest.mark.parametrize(
-    ("values", "share", "beside"),
+    ("values", "share", "labels"),
     [
         ([0.98, 0.9812], True, ["98.00 %", "98.05 %", "98.10 %"]),
         ([0.9, 1.0], True, ["90 %", "95 %", "100 %"]),
@@ -155,17 +156,17 @@ def test_a_curve_without_a_value_says_so():
         ([0.0, 20_000], False, ["0", "5.00 k", "10.0 k", "15.0 k", "20.0 k"]),
     ],
 )
-def test_ticks_beside_a_curve_can_be_told_apart_and_never_pass_100_percent(values, share, beside):
-    found = texts_of(charts.curve("x", [1, 2], values, share=share))[:-2]
-    assert found == beside
+def test_tick_labels_of_a_curve_are_distinct_and_at_most_100_percent(values, share, labels):
+    assert texts_of(charts.curve("x", [1, 2], values, share=share))[:-2] == labels
 
 
 @given(st.lists(st.none() | st.floats(0, 1), min_size=1, max_size=30))
-def test_a_curve_stays_on_its_paper(values):
+def test_a_curve_stays_within_its_axes(values):
     svg = charts.curve("x", list(range(1, len(values) + 1)), values, share=True)
-    places = [place for line in points_of(svg) for place in line] + numbers(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
-    assert len(places) == sum(value is not None for value in values)
-    assert all(58 <= x <= 346 and 12 <= y <= 150 for x, y in places)
+    dots = numbers(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
+    points = [point for line in points_of(svg) for point in line] + dots
+    assert len(points) == sum(value is not None for value in values)
+    assert all(58 <= x <= 346 and 12 <= y <= 150 for x, y in points)
     labels = [text for text in texts_of(svg) if "%" in text]
     assert len(set(labels)) == len(labels) >= 1
 
@@ -180,14 +181,14 @@ def model(name, value, cost, *, chosen=False, timed=True):
     }
 
 
-def test_the_front_joins_those_that_no_other_beats_in_both():
+def test_the_front_connects_the_models_that_no_other_beats_in_accuracy_and_cost():
     models = [
         model("big", 0.95, 100),
-        model("beaten", 0.90, 50),
+        model("dominated", 0.90, 50),
         model("as fast and worse", 0.85, 40),
         model("good", 0.92, 40),
         model("small", 0.80, 10, chosen=True),
-        model("equal but dearer", 0.92, 60),
+        model("equal and slower", 0.92, 60),
     ]
     svg = charts.trade_off(models)
     circles = numbers(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
@@ -195,7 +196,7 @@ def test_the_front_joins_those_that_no_other_beats_in_both():
     assert "small: 80.0 % at 10.0 µs" in svg
 
 
-def test_each_point_has_its_interval_and_the_chosen_one_is_marked():
+def test_each_model_is_a_point_with_its_interval_and_the_chosen_one_is_marked():
     svg = str(charts.trade_off([model("a", 0.9, 100), model("b", 0.8, 10, chosen=True)]))
     lines = numbers(r'<line x1="([\d.]+)" x2="([\d.]+)" y1="([\d.]+)" y2="([\d.]+)" class="span"', svg)
     circles = numbers(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="([\d.]+)"', svg)
@@ -207,25 +208,25 @@ def test_each_point_has_its_interval_and_the_chosen_one_is_marked():
     assert "<title>b: 80.0 % ± 1.5, 10.0 µs</title>" in svg
 
 
-def test_models_that_were_not_timed_are_left_out_of_a_chart_of_latency():
+def test_models_without_a_latency_are_left_out_of_the_latency_chart():
     svg = charts.trade_off(
         [model("a", 0.9, 100), model("untimed", 0.1, 7, timed=False), model("b", 0.8, 10, chosen=True)]
     )
     assert "untimed" not in svg
-    assert "Accuracy against latency" in svg
+    assert "Accuracy over latency" in svg
 
 
 @pytest.mark.parametrize("timed", [(False, False), (True, False)])
-def test_without_a_time_of_the_chosen_one_the_size_of_the_file_is_drawn(timed):
+def test_the_chart_shows_file_sizes_if_the_chosen_model_has_no_latency(timed):
     svg = charts.trade_off([model("a", 0.9, 5000, timed=timed[0]), model("b", 0.8, 1000, chosen=True, timed=timed[1])])
-    assert "Accuracy against file size" in svg
+    assert "Accuracy over file size" in svg
     assert "a: 90.0 % at 5.00 kB; b: 80.0 % at 1.00 kB" in svg
 
 
 @given(st.floats(0.01, 1e9), st.floats(0, 1))
-def test_a_single_model_stands_between_ticks_and_within_the_paper(cost, value):
-    alone = model("a", value, cost, chosen=True) | {"accuracy": {"value": value, "low": value, "high": value}}
-    svg = charts.trade_off([alone])
+def test_a_single_model_is_within_the_axes_which_have_ticks(cost, value):
+    single = model("a", value, cost, chosen=True) | {"accuracy": {"value": value, "low": value, "high": value}}
+    svg = charts.trade_off([single])
     ((x, y),) = numbers(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
     assert 70 < x < WIDTH - 24
     assert 30 <= y <= 264
@@ -234,21 +235,21 @@ def test_a_single_model_stands_between_ticks_and_within_the_paper(cost, value):
 
 
 @given(st.lists(st.tuples(st.floats(80, 600), st.floats(60, 240)), min_size=1, max_size=4, unique=True))
-def test_few_names_lie_on_no_point_on_no_other_name_and_on_the_paper(points):
+def test_up_to_four_names_cover_neither_points_nor_each_other(points):
     names = [f"model {number}" for number in range(len(points))]
     boxes = []
-    for x, y, anchor in charts._labels(points, names):
-        wide = 7.0 * 7 + 4
-        left = x - wide if anchor == "end" else x
-        boxes.append((left, y - 12, left + wide, y + 3))
+    for x, y, anchor in charts._label_positions(points, names):
+        width = 7.0 * 7 + 4
+        left = x - width if anchor == "end" else x
+        boxes.append((left, y - 12, left + width, y + 3))
     dots = [(x - 7, y - 7, x + 7, y + 7) for x, y in points]
-    for place, box in enumerate(boxes):
+    for index, box in enumerate(boxes):
         assert 0 < box[0] < box[2] < WIDTH
-        for other in (*dots, *boxes[:place]):
+        for other in (*dots, *boxes[:index]):
             assert box[2] < other[0] or box[0] > other[2] or box[3] < other[1] or box[1] > other[3]
 
 
-def test_calibration_draws_each_bin_where_it_belongs():
+def test_the_reliability_diagram_has_a_dot_per_bin_at_its_confidence_and_accuracy():
     before = {
         "ece": 0.1,
         "bins": [{"confidence": 1.0, "accuracy": 0.0, "n": 9}, {"confidence": 0, "accuracy": 1, "n": 99}],
@@ -261,7 +262,7 @@ def test_calibration_draws_each_bin_where_it_belongs():
         (196, 193.5, 3.7),
     ]
     assert "Calibration error old 10.0 %, new 5.0 %" in svg
-    assert "new: sure 0.50, right 0.25, n = 9" in svg
+    assert "new: confidence 0.50, accuracy 0.25, n = 9" in svg
 
 
 def test_texts_and_attributes_of_a_chart_are_escaped():
@@ -281,7 +282,7 @@ def test_texts_and_attributes_of_a_chart_are_escaped():
         ("model.layers.12.self_attention.output_projection", "model.layers.12.…output_projection"),
     ],
 )
-def test_a_long_name_loses_its_middle_and_is_told_in_full_when_pointed_at(name, short):
+def test_a_long_name_loses_its_middle_and_is_complete_in_the_tooltip(name, short):
     svg = str(charts.removed_bars([LAYERS[0] | {"name": name}], GROUPS))
     assert len(short) <= 34
     assert texts_of(svg)[0] == short

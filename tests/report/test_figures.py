@@ -1,4 +1,4 @@
-"""Numbers as people read them, at the places where a digit or a unit changes."""
+"""Numbers as texts, tested where a digit or a unit changes."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def test_a_number_has_three_significant_digits_and_no_exponent(value, text):
     assert figures.digits(value) == text
 
 
-def test_the_number_of_digits_can_be_chosen():
-    assert [figures.digits(math.pi, places) for places in (1, 2, 5)] == ["3", "3.1", "3.1416"]
+def test_the_number_of_significant_digits_can_be_chosen():
+    assert [figures.digits(math.pi, significant) for significant in (1, 2, 5)] == ["3", "3.1", "3.1416"]
 
 
 @given(st.floats(1e-12, 1e12) | st.floats(-1e12, -1e-12), st.integers(1, 6))
-def test_a_number_reads_back_to_within_half_of_its_last_digit(value, significant):
+def test_the_rounding_error_is_at_most_half_of_the_last_digit(value, significant):
     text = figures.digits(value, significant)
     power = 10.0 ** (math.floor(math.log10(abs(value))) + 1 - significant)
-    assert abs(float(text) - value) <= 0.5 * power * (1 + 1e-9)  # a tie may go either way
+    assert abs(float(text) - value) <= 0.5 * power * (1 + 1e-9)  # a tie may be rounded either way
     assert len(text.replace("-", "").replace(".", "").lstrip("0").rstrip("0")) <= significant
     assert "e" not in text
 
@@ -76,7 +76,7 @@ def test_a_number_reads_back_to_within_half_of_its_last_digit(value, significant
         (INF, "inf"),
     ],
 )
-def test_a_count_takes_the_unit_in_which_it_has_one_to_three_digits(value, text):
+def test_a_count_has_the_prefix_with_one_to_three_digits_before_the_point(value, text):
     assert figures.count(value) == text
 
 
@@ -84,7 +84,7 @@ def test_a_count_takes_the_unit_in_which_it_has_one_to_three_digits(value, text)
     ("value", "text"),
     [(0, "0 B"), (999, "999 B"), (999.5, "1.00 kB"), (61_234, "61.2 kB"), (3_574_126, "3.57 MB"), (NAN, "nan B")],
 )
-def test_a_size_is_a_count_of_bytes_in_decimal_units(value, text):
+def test_a_file_size_is_in_decimal_units(value, text):
     assert figures.bytes_(value) == text
 
 
@@ -104,7 +104,7 @@ def test_a_size_is_a_count_of_bytes_in_decimal_units(value, text):
         (INF, "inf s"),
     ],
 )
-def test_a_time_takes_the_unit_in_which_it_has_one_to_three_digits(value, text):
+def test_a_time_has_the_unit_with_one_to_three_digits_before_the_point(value, text):
     assert figures.micros(value) == text
 
 
@@ -127,15 +127,15 @@ def test_a_time_takes_the_unit_in_which_it_has_one_to_three_digits(value, text):
         (INF, "inf s"),
     ],
 )
-def test_a_duration_is_told_in_one_or_two_units(value, text):
+def test_a_duration_has_one_or_two_units(value, text):
     assert figures.seconds(value) == text
 
 
 @pytest.mark.parametrize(
-    ("value", "places", "text"),
+    ("value", "decimals", "text"),
     [
         (0.98349, 1, "98.3 %"),
-        (0.9995, 1, "100.0 %"),  # 99.95 is a little more in binary
+        (0.9995, 1, "100.0 %"),  # 99.95 is slightly larger in binary
         (0.9994, 1, "99.9 %"),
         (1, 0, "100 %"),
         (0, 1, "0.0 %"),
@@ -145,8 +145,8 @@ def test_a_duration_is_told_in_one_or_two_units(value, text):
         (NAN, 1, "nan %"),
     ],
 )
-def test_a_share_is_told_as_percent(value, places, text):
-    assert figures.percent(value, places) == text
+def test_a_fraction_is_shown_as_percent(value, decimals, text):
+    assert figures.percent(value, decimals) == text
 
 
 @pytest.mark.parametrize(
@@ -161,18 +161,18 @@ def test_a_share_is_told_as_percent(value, places, text):
         (NAN, "nan points"),
     ],
 )
-def test_a_difference_of_shares_is_told_in_points(value, text):
+def test_a_difference_of_fractions_is_shown_in_percentage_points(value, text):
     assert figures.points(value) == text
 
 
-def test_an_interval_is_told_by_its_half():
+def test_an_interval_is_shown_by_half_its_width():
     assert figures.interval(0.983, 0.971, 0.995) == "98.3 % ± 1.2"
     assert figures.interval(1.0, 0.9, 1.0) == "100.0 % ± 5.0"
     assert figures.interval(NAN, NAN, NAN) == "nan % ± nan"
 
 
 @pytest.mark.parametrize(
-    ("given", "text"),
+    ("arguments", "text"),
     [
         ((2.7, 2.514, 2.926), "2.70× [2.51 – 2.93]"),
         ((0.9995,), "1.00×"),
@@ -182,5 +182,5 @@ def test_an_interval_is_told_by_its_half():
         ((0.0, 0.0, 0.0), "0× [0 – 0]"),
     ],
 )
-def test_a_ratio_is_told_with_its_interval(given, text):
-    assert figures.ratio(*given) == text
+def test_a_ratio_is_shown_with_its_interval(arguments, text):
+    assert figures.ratio(*arguments) == text

@@ -1,4 +1,4 @@
-"""The page: complete, offline, readable, and deaf to what a name holds."""
+"""The report as a page: content, structure, escaping and contrast."""
 
 from __future__ import annotations
 
@@ -8,49 +8,48 @@ import re
 import pytest
 
 from kirsch.report import render
-from kirsch.report.html import FOLDER, heat, mistakes, without_folders
+from kirsch.report.html import FOLDER, frequent_errors, shade, without_folders
 
 STYLE = (FOLDER / "style.css").read_text(encoding="utf-8")
 
 SECTIONS = [
     "Trade-off",
-    "Steps",
-    "What was removed",
-    "Quality in detail",
+    "Stages",
+    "Removed units",
+    "Quality",
     "Training",
-    "How it was measured",
+    "Measurement",
     "Provenance",
 ]
-"""What follows the verdict, in order."""
+"""Headings of the sections after the summary, in order."""
 
 
-def sections(tree):
+def headings(tree):
     return [heading.words for heading in tree.all("h2")]
 
 
 def section(tree, heading):
-    """Everything between a heading and the next of its level."""
+    """Return the elements between a heading and the next heading of the same level."""
     (body,) = tree.all("body")
-    headings = [(place, part) for place, part in enumerate(body.inside) if getattr(part, "tag", "") == "h2"]
-    start = next(place for place, part in headings if part.words == heading)
-    end = next((place for place, _ in headings if place > start), len(body.inside))
-    return type(body)("section", {}, body.inside[start:end])
+    starts = {child.words: i for i, child in enumerate(body.children) if getattr(child, "tag", "") == "h2"}
+    end = min((i for i in starts.values() if i > starts[heading]), default=len(body.children))
+    return type(body)("section", {}, body.children[starts[heading] : end])
 
 
 def table(tree, *head):
-    """The rows below a head that starts with these words."""
-    for found in tree.all("table"):
-        first, *rows = found.rows()
+    """Return the rows of the table whose head starts with these texts."""
+    for candidate in tree.all("table"):
+        first, *rows = candidate.rows()
         if tuple(first[: len(head)]) == head:
             return rows
     raise AssertionError(f"no table starts with {head}: {[t.rows()[0] for t in tree.all('table')]}")
 
 
-# ------------------------------------------------------------------------------------------- form
+# ------------------------------------------------------------------------------------------- structure
 
 
-def assert_offline_and_still(tree):
-    """Nothing is fetched, nothing is run: neither by a tag, nor by an attribute, nor by the style."""
+def assert_self_contained(tree):
+    """Assert that no tag, attribute or style loads a resource or runs a script."""
     active = {"script", "iframe", "object", "embed", "link", "base", "form", "img", "image", "use", "a", "audio"}
     assert not active & {element.tag for element in tree.all()}
     for element in tree.all():
@@ -64,12 +63,12 @@ def assert_offline_and_still(tree):
 
 
 def assert_well_formed(tree):
-    for found in tree.all("table"):
-        widths = {len(row) for row in found.rows()}
-        assert len(widths) == 1, (found.rows()[0], widths)
-        assert [part.tag for part in found.all("thead", "tbody")] == ["thead", "tbody"]
+    for element in tree.all("table"):
+        widths = {len(row) for row in element.rows()}
+        assert len(widths) == 1, (element.rows()[0], widths)
+        assert [part.tag for part in element.all("thead", "tbody")] == ["thead", "tbody"]
     for drawing in tree.all("svg"):
-        first, second = drawing.inside[:2]
+        first, second = drawing.children[:2]
         assert (first.tag, second.tag) == ("title", "desc")
         assert first.text
         assert second.text
@@ -81,56 +80,56 @@ def assert_well_formed(tree):
     assert [len(tree.all(tag)) for tag in ("html", "head", "body", "h1")] == [1, 1, 1, 1]
 
 
-def test_the_style_reaches_for_nothing_outside():
+def test_the_style_sheet_loads_no_resources():
     assert not re.search(r"url\(|@import|expression|://", STYLE)
 
 
-def test_the_page_is_offline_still_and_well_formed(page, metrics):
+def test_the_page_is_self_contained_and_well_formed(page, metrics):
     tree = page(metrics)
-    assert_offline_and_still(tree)
+    assert_self_contained(tree)
     assert_well_formed(tree)
     assert render(metrics).startswith("<!doctype html>\n")
     assert tree.all("html")[0].attributes == {"lang": "en"}
     assert {"charset": "utf-8"} in [meta.attributes for meta in tree.all("meta")]
 
 
-def test_sections_come_in_the_order_of_interest(page, metrics):
+def test_the_summary_is_followed_by_all_sections_in_order(page, metrics):
     tree = page(metrics)
-    (verdict,) = tree.all("section", aria_label="Verdict")
-    assert "What to ship" in verdict.words
-    assert sections(tree) == SECTIONS
+    (summary,) = tree.all("section", aria_label="Summary")
+    assert "Exported model" in summary.words
+    assert headings(tree) == SECTIONS
 
 
 @pytest.mark.parametrize(
-    ("missing", "gone"),
+    ("missing", "omitted"),
     [
-        ({"removed": None, "verification": None}, ["What was removed"]),
-        ({"quality": None}, ["Quality in detail"]),
+        ({"removed": None, "verification": None}, ["Removed units"]),
+        ({"quality": None}, ["Quality"]),
         ({"curves": []}, ["Training"]),
         ({"export": None}, []),
         ({"removed": None, "verification": None, "quality": None, "curves": [], "export": None}, SECTIONS[2:5]),
     ],
 )
-def test_a_block_that_is_none_leaves_its_section_out(page, metrics, missing, gone):
+def test_the_section_of_a_missing_block_is_omitted(page, metrics, missing, omitted):
     tree = page(metrics | missing)
-    assert_offline_and_still(tree)
+    assert_self_contained(tree)
     assert_well_formed(tree)
-    assert sections(tree) == [heading for heading in SECTIONS if heading not in gone]
-    assert ("What to ship" in tree.words) is ("export" not in missing)
+    assert headings(tree) == [heading for heading in SECTIONS if heading not in omitted]
+    assert ("Exported model" in tree.words) is ("export" not in missing)
 
 
-def test_each_drawing_has_its_numbers_in_a_table_below_it(page, metrics):
-    """The trade-off's table is open; the others unfold."""
+def test_each_chart_has_a_table_with_its_values(page, metrics):
+    """The table of the trade-off is always visible, the others are in details elements."""
     tree = page(metrics)
     assert len(tree.all("svg")) == 5
-    head = {heading: section(tree, heading) for heading in SECTIONS[:5]}
-    assert [row[0] for row in table(head["Trade-off"], "model")] == [m["name"] for m in metrics["models"]]
-    folded = [details for heading in SECTIONS[2:5] for details in head[heading].all("details")]
+    sections = {heading: section(tree, heading) for heading in SECTIONS[:5]}
+    assert [row[0] for row in table(sections["Trade-off"], "model")] == [m["name"] for m in metrics["models"]]
+    folded = [details for heading in SECTIONS[2:5] for details in sections[heading].all("details")]
     assert [details.all("summary")[0].words for details in folded] == [
-        "Groups in numbers",
-        "Layers in numbers",
-        "In numbers",
-        "In numbers",
+        "Table of groups",
+        "Table of layers",
+        "Table of values",
+        "Table of values",
     ]
     assert all(len(details.all("table")) == 1 for details in folded)
 
@@ -138,8 +137,8 @@ def test_each_drawing_has_its_numbers_in_a_table_below_it(page, metrics):
 # ------------------------------------------------------------------------------------------- numbers
 
 
-def test_the_verdict_is_size_latency_and_quality_before_and_after(page, metrics):
-    """3541463 / 479666 = 7.383; a ratio with its interval; both accuracies."""
+def test_the_summary_has_size_latency_and_accuracy_before_and_after(page, metrics):
+    """The size ratio is 3541463 / 479666 = 7.383."""
     tree = page(metrics)
     (heading,) = tree.all("h1")
     assert heading.words == "digits: 7.38× smaller, 5.42× [4.88 – 5.96] as fast, 98.5 % → 97.0 % accuracy"
@@ -151,52 +150,52 @@ def test_the_verdict_is_size_latency_and_quality_before_and_after(page, metrics)
     assert "95 % interval 94.8 % – 98.2 %, n = 400" in tree.words
     assert [item.words for item in tree.all("li")][:2] == [
         "✓ met MACs 49.6 % of it",
-        "✗ missed accuracy drop 1.5 points (7 samples lost, 1 gained)",
+        "✗ missed accuracy drop 1.5 points (significance: 7 samples lost, 1 gained)",
     ]
 
 
 @pytest.mark.parametrize(
-    ("goal", "said"),
+    ("goal", "text"),
     [
         ({"met": True, "text": "wanted", "items": [{"text": "t", "met": True, "doubt": ""}]}, "Goal met"),
         ({"met": False, "text": "wanted", "items": [{"text": "t", "met": False, "doubt": ""}]}, "Goal missed"),
-        ({"met": True, "text": "no goal was set", "items": []}, "No goal to meet"),
+        ({"met": True, "text": "", "items": []}, "No goal was set"),
     ],
 )
-def test_the_page_says_whether_the_goal_is_met_and_not_when_there_is_none(page, metrics, goal, said):
+def test_the_header_says_if_the_goal_is_met_missed_or_not_set(page, metrics, goal, text):
     words = page(metrics | {"goal": goal}).all("header")[0].words
-    assert [text for text in ("Goal met", "Goal missed", "No goal to meet") if text in words] == [said]
+    assert [state for state in ("Goal met", "Goal missed", "No goal was set") if state in words] == [text]
     assert goal["text"] in words
 
 
 @pytest.mark.parametrize(
-    ("size", "said"), [(3_541_463, "same size"), (7_082_926, "2.00× larger"), (1_770_731, "2.00× smaller")]
+    ("size", "text"), [(3_541_463, "same size"), (7_082_926, "2.00× larger"), (1_770_731, "2.00× smaller")]
 )
-def test_a_file_that_grew_is_not_called_smaller(page, metrics, size, said):
+def test_the_size_ratio_is_smaller_larger_or_same(page, metrics, size, text):
     metrics["models"][-1]["bytes"] = size
-    assert page(metrics).all("h1")[0].words.startswith(f"digits: {said}, ")
+    assert page(metrics).all("h1")[0].words.startswith(f"digits: {text}, ")
 
 
-def test_what_to_ship_is_named_with_its_hash_and_a_program(page, metrics):
-    (verdict,) = page(metrics).all("section", aria_label="Verdict")
-    assert "artifacts/model.onnx, ONNX opset 20, 480 kB (479,666 bytes)" in verdict.words
-    assert metrics["export"]["sha256"] in verdict.words
-    assert "399 of 400 test samples get the same label" in verdict.words
-    assert "3.8e-06" in verdict.words
-    assert [part.text for part in verdict.all("pre")] == [metrics["export"]["usage"]]
+def test_the_exported_file_is_shown_with_its_hash_agreement_and_usage(page, metrics):
+    (summary,) = page(metrics).all("section", aria_label="Summary")
+    assert "artifacts/model.onnx, ONNX opset 20, 480 kB (479,666 bytes)" in summary.words
+    assert metrics["export"]["sha256"] in summary.words
+    assert "399 of 400 test samples get the same label" in summary.words
+    assert "3.8e-06" in summary.words
+    assert [part.text for part in summary.all("pre")] == [metrics["export"]["usage"]]
 
 
-def test_the_models_are_told_with_all_their_costs(page, metrics):
+def test_the_table_of_models_has_all_costs(page, metrics):
     assert table(page(metrics), "model", "parameters") == [
         ["teacher", "885 k", "10.7 M", "3.54 MB", "223 µs", "268 µs", "reference", "98.5 % ± 1.2"],
         ["student", "223 k", "2.69 M", "892 kB", "67.8 µs", "81.4 µs", "3.29× [2.96 – 3.62]", "97.3 % ± 1.6"],
         ["pruned", "119 k", "1.34 M", "485 kB", "not measured", "", "", "54.3 % ± 4.8"],
         ["exported", "119 k", "1.34 M", "480 kB", "41.2 µs", "49.4 µs", "5.42× [4.88 – 5.96]", "97.0 % ± 1.7"],
     ]
-    assert "Models that were not timed stand in the table alone." in page(metrics).words
+    assert "Models without a measured latency are listed in the table only." in page(metrics).words
 
 
-def test_without_a_stopwatch_latency_is_said_not_to_be_measured(page, metrics):
+def test_latency_is_shown_as_not_measured_if_no_model_has_one(page, metrics):
     for model in metrics["models"]:
         model["latency"] = None
     metrics["measured"] |= dict.fromkeys(("runtime", "threads", "batch", "rounds", "aa", "load_before", "load_after"))
@@ -204,12 +203,12 @@ def test_without_a_stopwatch_latency_is_said_not_to_be_measured(page, metrics):
     assert_well_formed(tree)
     assert tree.all("h1")[0].words == "digits: 7.38× smaller, 98.5 % → 97.0 % accuracy"
     assert [part.words for part in tree.all("dd", class_="big")][1] == "not measured"
-    assert "Models that were not timed" not in tree.words
+    assert "Models without a measured latency" not in tree.words
     assert "Noise floor" not in tree.words
-    assert "Accuracy against file size" in tree.all("svg")[0].text
+    assert "Accuracy over file size" in tree.all("svg")[0].text
 
 
-def test_the_stages_are_told_with_their_cells_in_order(page, metrics):
+def test_the_table_of_stages_has_their_results_in_order(page, metrics):
     assert table(page(metrics), "#", "stage") == [
         ["1", "teacher", "trained", "98.5 % ± 1.2", "10.7 M MACs", "", "", "18 s"],
         ["2", "prune", "−50.4 % MACs", "a", "b", "c", "2 groups", "0.4 s"],
@@ -217,10 +216,10 @@ def test_the_stages_are_told_with_their_cells_in_order(page, metrics):
     ]
 
 
-def test_what_was_removed_is_told_group_by_group_and_layer_by_layer(page, metrics):
-    part = section(page(metrics), "What was removed")
+def test_removed_units_are_listed_by_group_and_by_layer(page, metrics):
+    part = section(page(metrics), "Removed units")
     reason = "smallest weights of the group (L2)"
-    assert table(part, "group", "unit") == [
+    assert table(part, "group", "kind") == [
         ["stem", "channel", "32", "0", "0", "0", "kept", "stem, stem_bn", "none"],
         ["block.conv1", "channel", "64", "5", "485", "5.07 k", reason, "block.conv1, block.bn1", "0–2, 7, 63"],
     ]
@@ -228,22 +227,22 @@ def test_what_was_removed_is_told_group_by_group_and_layer_by_layer(page, metric
         ["block.conv1", "block.conv1", "64", "59", "1.09 k", "1.00 k"],
         ["stem", "stem", "32", "32", "544", "544"],
     ]
-    assert table(part, "of the parameters") == [["27.3 %", "reshape (view)", "head net.py:41"]]
+    assert table(part, "share of parameters") == [["27.3 %", "reshape (view)", "head net.py:41"]]
     assert "The pruned model is equal to the masked original (rounding)." in part.words
     assert "0.707 of their size" in part.words
 
 
-@pytest.mark.parametrize(("count", "said"), [(12, None), (13, "1 more hold"), (40, "28 more hold")])
-def test_many_blockers_are_cut_short_and_counted(page, metrics, count, said):
+@pytest.mark.parametrize(("count", "note"), [(12, None), (13, "1 more with"), (40, "28 more with")])
+def test_at_most_twelve_blockers_are_listed_and_the_others_are_counted(page, metrics, count, note):
     metrics["removed"]["blockers"] *= count
-    part = section(page(metrics), "What was removed")
-    assert len(table(part, "of the parameters")) == 12
-    assert ("more hold smaller shares" in part.words) is (said is not None)
-    assert said is None or said in part.words
+    part = section(page(metrics), "Removed units")
+    assert len(table(part, "share of parameters")) == 12
+    assert ("more with smaller shares" in part.words) is (note is not None)
+    assert note is None or note in part.words
 
 
-def test_the_quality_is_told_class_by_class_the_greatest_loss_first(page, metrics):
-    part = section(page(metrics), "Quality in detail")
+def test_classes_are_listed_by_loss_of_accuracy_and_bins_by_model(page, metrics):
+    part = section(page(metrics), "Quality")
     assert "teacher → exported: 7 samples lost, 1 gained of 400; not significant (p = 0.07)." in part.words
     assert table(part, "class", "before") == [
         ["eel", "97.7 %", "94.6 %", "−3.1 points", "130"],
@@ -252,22 +251,22 @@ def test_the_quality_is_told_class_by_class_the_greatest_loss_first(page, metric
     assert "2 of 3 classes lost accuracy." in part.words
     assert "teacher 2.5 %" in part.words
     assert "exported 1.8 %" in part.words
-    assert table(part, "model", "sure") == [
+    assert table(part, "model", "confidence") == [
         ["teacher", "55.3 %", "60.0 %", "5"],
         ["teacher", "97.4 %", "98.9 %", "395"],
         ["exported", "94.1 %", "96.8 %", "400"],
     ]
 
 
-def test_where_no_class_lost_no_class_is_listed(page, metrics):
+def test_no_class_is_listed_if_none_lost_accuracy(page, metrics):
     metrics["quality"]["lost"] = [{"name": "cat", "before": 0.5, "after": 0.5, "n": 4}]
-    part = section(page(metrics), "Quality in detail")
+    part = section(page(metrics), "Quality")
     assert "None of 1 classes lost accuracy." in part.words
-    assert [found for found in part.all("table") if found.rows()[0][:2] == ["class", "before"]] == []
+    assert [element for element in part.all("table") if element.rows()[0][:2] == ["class", "before"]] == []
 
 
-def test_confusions_are_tables_of_counts_shaded_by_their_share(page, metrics):
-    before, after = section(page(metrics), "Quality in detail").all("table", class_="heat")
+def test_confusion_matrices_are_shaded_by_the_fraction_of_the_row(page, metrics):
+    before, after = section(page(metrics), "Quality").all("table", class_="heat")
     assert before.rows() == [
         ["", "cat", "dog", "eel"],
         ["cat", "139", "", "1"],
@@ -279,37 +278,37 @@ def test_confusions_are_tables_of_counts_shaded_by_their_share(page, metrics):
 
 
 @pytest.mark.parametrize(
-    ("count", "total", "shade"),
+    ("count", "total", "expected"),
     [(0, 10, 0), (0, 0, 0), (1, 50, 1), (1, 49, 2), (1, 10, 2), (2, 10, 3), (4, 10, 3), (5, 10, 4), (10, 10, 4)],
 )
-def test_a_wrong_cell_is_the_darker_the_greater_its_share(count, total, shade):
-    assert heat(count, total) == shade
-    assert f".h{shade} {{" in STYLE or not shade
+def test_the_shade_of_an_error_grows_with_its_fraction_and_has_a_style(count, total, expected):
+    assert shade(count, total) == expected
+    assert f".h{expected} {{" in STYLE or not expected
 
 
-def test_with_many_classes_the_most_frequent_mistakes_are_listed(page, metrics):
-    """A thousand classes would be two million cells."""
+def test_the_most_frequent_errors_are_listed_if_there_are_many_classes(page, metrics):
+    """Two confusion matrices of a thousand classes would have two million cells."""
     count = 1000
     tables = [[[0] * count for _ in range(count)] for _ in range(2)]
-    for place in range(count):
-        tables[0][place][place] = tables[1][place][place] = 50
+    for k in range(count):
+        tables[0][k][k] = tables[1][k][k] = 50
     tables[0][3][7], tables[1][3][7], tables[1][999][0], tables[1][5][6] = 2, 9, 30, 1
     quality = metrics["quality"]
-    quality["classes"] = [f"class {place}" for place in range(count)]
+    quality["classes"] = [f"class {k}" for k in range(count)]
     quality["before"]["confusion"], quality["after"]["confusion"] = tables
     tree = page(metrics)
     assert_well_formed(tree)
     assert tree.all("table", class_="heat") == []
-    assert table(tree, "class", "taken for") == [
+    assert table(tree, "true class", "predicted class") == [
         ["class 999", "class 0", "0", "30"],
         ["class 3", "class 7", "2", "9"],
         ["class 5", "class 6", "0", "1"],
     ]
     tables[1][0] = list(range(count))
-    assert [found["after"] for found in mistakes(quality)] == list(range(999, 979, -1))
+    assert [error["after"] for error in frequent_errors(quality)] == list(range(999, 979, -1))
 
 
-def test_the_training_is_told_epoch_by_epoch(page, metrics):
+def test_the_training_table_has_a_row_per_epoch(page, metrics):
     assert table(section(page(metrics), "Training"), "epoch", "loss") == [
         ["1", "0.583", "0.146", "", "92.8 %", "0.0500"],
         ["2", "0.0410", "0.0103", "", "99.4 %", "0.0250"],
@@ -317,53 +316,53 @@ def test_the_training_is_told_epoch_by_epoch(page, metrics):
     ]
 
 
-def test_how_it_was_measured_is_told_with_what_was_not(page, metrics):
-    part = section(page(metrics), "How it was measured")
-    keys, values = ([found.words for found in part.all(tag)] for tag in ("dt", "dd"))
+def test_the_conditions_of_the_measurement_and_its_omissions_are_listed(page, metrics):
+    part = section(page(metrics), "Measurement")
+    keys, values = ([element.words for element in part.all(tag)] for tag in ("dt", "dd"))
     facts = dict(zip(keys, values, strict=True))
     assert facts["Runtime"] == "onnxruntime 1.32.0, 2 threads, batch of 1"
     assert facts["Rounds"].startswith("31, ")
     assert facts["Noise floor"].endswith("1.01× [0.974 – 1.03]")
-    assert facts["Load of the machine"] == "0.3 before, 0.8 after"
+    assert facts["Load average"] == "0.3 before, 0.8 after"
     assert facts["Machine"] == "Cherry 9000"
-    assert facts["Data"] == "digits: 1,078 training, 360 validation, 400 test samples; sha256 6e072b976e072b97"
+    assert facts["Data"] == "digits: 1,078 training, 360 validation, 400 test samples; SHA-256 6e072b976e072b97"
     assert facts["Seed"] == "11"
-    assert [found.words for found in part.all("li")] == ["Energy.", "Other seeds."]
+    assert [element.words for element in part.all("li")] == ["Energy.", "Other seeds."]
 
 
-def test_one_thread_is_told_in_the_singular(page, metrics):
+def test_one_thread_is_written_in_the_singular(page, metrics):
     metrics["measured"]["threads"] = 1
     assert "onnxruntime 1.32.0, 1 thread, batch" in page(metrics).words
 
 
-def test_the_provenance_holds_recipe_plan_and_environment_in_full(page, metrics):
+def test_the_provenance_has_the_complete_recipe_plan_and_environment(page, metrics):
     part = section(page(metrics), "Provenance")
-    recipe, plan, environment = (found.text for found in part.all("pre"))
+    recipe, plan, environment = (element.text for element in part.all("pre"))
     assert recipe == metrics["provenance"]["recipe"]
     assert json.loads(plan) == metrics["provenance"]["plan"]
     assert json.loads(environment) == metrics["provenance"]["environment"]
     assert "005859b571d823de" in part.words
-    bare = metrics["provenance"] | {"plan": None, "fingerprint": ""}
-    part = section(page(metrics | {"provenance": bare}), "Provenance")
-    assert [found.words for found in part.all("summary")] == ["Recipe", "Environment"]
+    unpruned = metrics["provenance"] | {"plan": None, "fingerprint": ""}
+    part = section(page(metrics | {"provenance": unpruned}), "Provenance")
+    assert [element.words for element in part.all("summary")] == ["Recipe", "Environment"]
     assert "Fingerprint" not in part.words
 
 
-# ------------------------------------------------------------------------------------------- extremes
+# ------------------------------------------------------------------------------------------- edge cases
 
 
-def test_a_thousand_layers_are_drawn_each(page, metrics):
+def test_each_of_a_thousand_layers_is_drawn(page, metrics):
     removed = metrics["removed"]
-    for place in range(1000):
-        removed["groups"].append(removed["groups"][1] | {"name": f"g{place}"})
-        removed["layers"].append(removed["layers"][0] | {"name": f"layer{place}", "group": f"g{place}"})
+    for i in range(1000):
+        removed["groups"].append(removed["groups"][1] | {"name": f"g{i}"})
+        removed["layers"].append(removed["layers"][0] | {"name": f"layer{i}", "group": f"g{i}"})
     tree = page(metrics)
     assert_well_formed(tree)
-    assert len(section(tree, "What was removed").all("g", class_="bar")) == 1002
+    assert len(section(tree, "Removed units").all("g", class_="bar")) == 1002
     assert len(table(tree, "layer", "group")) == 1002
 
 
-def test_a_single_model_and_a_single_epoch_render(page, metrics):
+def test_a_single_model_and_a_single_epoch_are_rendered(page, metrics):
     metrics["models"] = metrics["models"][-1:]
     metrics["models"][0]["latency"]["speedup"]["of"] = "exported"
     for key in ("epochs", "loss", "accuracy", "learning_rate"):
@@ -375,7 +374,7 @@ def test_a_single_model_and_a_single_epoch_render(page, metrics):
     assert table(tree, "model", "parameters")[0][6] == "reference"
 
 
-def test_values_that_are_missing_leave_empty_cells(page, metrics):
+def test_missing_values_are_empty_cells(page, metrics):
     metrics["curves"][0] |= {"loss": [None, 0.5, float("nan")], "accuracy": [None] * 3, "learning_rate": [None] * 3}
     tree = page(metrics)
     assert_well_formed(tree)
@@ -386,11 +385,11 @@ def test_values_that_are_missing_leave_empty_cells(page, metrics):
     ]
 
 
-def test_nothing_removed_and_no_layers_render(page, metrics):
+def test_a_plan_without_groups_and_layers_is_rendered(page, metrics):
     metrics["removed"] = {"groups": [], "layers": [], "blockers": []}
-    part = section(page(metrics), "What was removed")
+    part = section(page(metrics), "Removed units")
     assert part.all("svg") == []
-    assert "Nothing but inputs and outputs held any layer." in part.words
+    assert "No blockers: only inputs and outputs of the model are fixed." in part.words
 
 
 # ------------------------------------------------------------------------------------------- paths
@@ -410,10 +409,10 @@ def test_nothing_removed_and_no_layers_render(page, metrics):
         ("model: timm:resnet18", "model: timm:resnet18"),
     ],
 )
-def test_the_recipe_is_shown_without_the_folders_of_whoever_ran_it(page, metrics, text, shown):
+def test_the_recipe_is_shown_without_the_folders_of_absolute_paths(page, metrics, text, shown):
     assert without_folders(text) == shown
     metrics["provenance"]["recipe"] = f"name: digits\n{text}\n"
-    assert f"name: digits\n{shown}\n" in [found.text for found in page(metrics).all("pre")]
+    assert f"name: digits\n{shown}\n" in [element.text for element in page(metrics).all("pre")]
 
 
 # ------------------------------------------------------------------------------------------- hostile names
@@ -441,11 +440,11 @@ NAMES = {
     "Energy.", "Other seeds.", "rounding", "equal to the masked original",
     "trained", "−50.4 % MACs", "98.5 % ± 1.2", "2 groups",
 }  # fmt: skip
-"""Texts of the metrics that come from a model, a recipe, a machine, or whoever wrote them."""
+"""Texts of the metrics that come from a model, a recipe or a machine."""
 
 
 def prefixed(value, name):
-    """The same metrics with a name before each text of `NAMES`."""
+    """Return the metrics with a prefix before each text in `NAMES`."""
     if isinstance(value, dict):
         return {key: prefixed(part, name) for key, part in value.items()}
     if isinstance(value, list):
@@ -454,18 +453,18 @@ def prefixed(value, name):
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_hostile_name_is_text_wherever_it_stands(page, metrics, name):
+def test_a_hostile_name_is_escaped_everywhere(page, metrics, name):
     plain = page(metrics)
-    worse = prefixed(metrics, name)
-    worse["export"]["usage"] = worse["provenance"]["recipe"] = f"a\n{name}\n"
-    worse["provenance"]["environment"] = {name: [name]}
-    worse["curves"][0]["parts"] = {name: [1.0, 2.0, 3.0], "kd": [4.0, 5.0, 6.0]}
-    tree = page(worse)
-    assert_offline_and_still(tree)
+    hostile = prefixed(metrics, name)
+    hostile["export"]["usage"] = hostile["provenance"]["recipe"] = f"a\n{name}\n"
+    hostile["provenance"]["environment"] = {name: [name]}
+    hostile["curves"][0]["parts"] = {name: [1.0, 2.0, 3.0], "kd": [4.0, 5.0, 6.0]}
+    tree = page(hostile)
+    assert_self_contained(tree)
     assert_well_formed(tree)
     assert [element.tag for element in tree.all()] == [element.tag for element in plain.all()]
     assert [text for text in NAMES if name + text not in tree.text] == []
-    usage, recipe, _, environment = (found.text for found in tree.all("pre"))
+    usage, recipe, _, environment = (element.text for element in tree.all("pre"))
     assert usage == recipe == f"a\n{name}\n"
     assert json.loads(environment) == {name: [name]}
 
@@ -473,26 +472,22 @@ def test_a_hostile_name_is_text_wherever_it_stands(page, metrics, name):
 # ------------------------------------------------------------------------------------------- contrast
 
 
-def color(code):
-    """(red, green, blue), each 0 to 1, of "fff" or "ffffff"."""
-    wide = code if len(code) == 6 else "".join(2 * digit for digit in code)
-    return tuple(int(wide[at : at + 2], 16) / 255 for at in (0, 2, 4))
+def rgb(code):
+    """Return (red, green, blue), each 0 to 1, of a hexadecimal code of 3 or 6 digits."""
+    code = code if len(code) == 6 else "".join(2 * digit for digit in code)
+    return tuple(int(code[i : i + 2], 16) / 255 for i in (0, 2, 4))
 
 
 def palettes():
-    """Theme → variable → color."""
-    found = {}
-    for theme, block in zip(("light", "dark"), re.findall(r":root \{([^}]*)\}", STYLE), strict=True):
-        pairs = re.findall(r"--([\w-]+): #([0-9a-f]{3}|[0-9a-f]{6});", block)
-        wide = {name: code if len(code) == 6 else "".join(2 * digit for digit in code) for name, code in pairs}
-        found[theme] = {
-            name: tuple(int(code[at : at + 2], 16) / 255 for at in (0, 2, 4)) for name, code in wide.items()
-        }
-    return found
+    """Return the colors of the style sheet by theme and variable."""
+    return {
+        theme: {name: rgb(code) for name, code in re.findall(r"--([\w-]+): #([0-9a-f]{3}|[0-9a-f]{6});", block)}
+        for theme, block in zip(("light", "dark"), re.findall(r":root \{([^}]*)\}", STYLE), strict=True)
+    }
 
 
 def contrast(first, second):
-    """WCAG 2.2, relative luminance and contrast ratio."""
+    """Return the contrast ratio of two colors as defined by WCAG 2.2."""
 
     def luminance(color):
         red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color)
@@ -502,14 +497,14 @@ def contrast(first, second):
     return (high + 0.05) / (low + 0.05)
 
 
-def test_contrast_is_that_of_the_standard():
+def test_the_contrast_ratio_has_the_known_values_of_wcag():
     black, white, gray = (0, 0, 0), (1, 1, 1), (0x77 / 255,) * 3
     assert contrast(black, white) == pytest.approx(21)
-    assert contrast(gray, white) == pytest.approx(4.48, abs=0.005)  # the well-known gray that just fails
+    assert contrast(gray, white) == pytest.approx(4.48, abs=0.005)  # the lightest common gray below 4.5
 
 
 TEXT = [
-    *(("paper", color) for color in ("ink", "soft", "ours", "met", "missed")),
+    *(("paper", color) for color in ("ink", "soft", "accent", "met", "missed")),
     *(("wash", color) for color in ("ink", "soft")),
     ("met-wash", "met"),
     ("missed-wash", "missed"),
@@ -517,26 +512,26 @@ TEXT = [
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize(("ground", "color"), TEXT)
-def test_text_has_enough_contrast(theme, ground, color):
+@pytest.mark.parametrize(("background", "color"), TEXT)
+def test_the_contrast_of_text_is_at_least_4_5(theme, background, color):
     palette = palettes()[theme]
-    assert contrast(palette[color], palette[ground]) >= 4.5
+    assert contrast(palette[color], palette[background]) >= 4.5
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_counts_on_the_shades_of_a_confusion_have_enough_contrast(theme):
+def test_the_contrast_of_counts_in_a_confusion_matrix_is_at_least_4_5(theme):
     palette = palettes()[theme]
     shades = re.findall(r"background: color-mix\(in srgb, var\(--(\w+)\) (\d+)%, transparent\)", STYLE)
     assert len(shades) == 5
     for name, percent in shades:
-        share = int(percent) / 100
-        ground = [share * c + (1 - share) * p for c, p in zip(palette[name], palette["paper"], strict=True)]
-        assert contrast(palette["ink"], ground) >= 4.5
+        opacity = int(percent) / 100
+        background = [opacity * c + (1 - opacity) * p for c, p in zip(palette[name], palette["paper"], strict=True)]
+        assert contrast(palette["ink"], background) >= 4.5
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_what_is_kept_stands_out_from_what_is_gone(theme):
-    """Graphics need 3 : 1 to what they lie on or beside."""
+def test_the_contrast_of_kept_units_with_removed_ones_and_the_page_is_at_least_3(theme):
+    """WCAG 2.2, criterion 1.4.11: graphics need a contrast of 3 : 1 with adjacent colors."""
     palette = palettes()[theme]
-    assert contrast(palette["ours"], palette["paper"]) >= 3
-    assert contrast(palette["ours"], palette["gone"]) >= 3
+    assert contrast(palette["accent"], palette["paper"]) >= 3
+    assert contrast(palette["accent"], palette["gone"]) >= 3

@@ -1,4 +1,4 @@
-"""metrics.json is read with every part that the report shows, or refused with the part named."""
+"""Reading metrics.json: every field that the report shows is required."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from kirsch.errors import LoadError
 from kirsch.report import read_metrics, render
 
 
-def places(content, way=()):
-    """The way to every part."""
+def paths_in(content, path=()):
+    """Yield the path of every value in nested dicts and lists."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
-        yield (*way, key)
-        yield from places(value, (*way, key))
+        yield (*path, key)
+        yield from paths_in(value, (*path, key))
 
 
-def without(content, way):
+def copy_with_parent(content, path):
+    """Return a copy, and the dict or list in it that contains the last key of the path."""
     changed = copy.deepcopy(content)
-    place = changed
-    for key in way[:-1]:
-        place = place[key]
-    del place[way[-1]]
+    parent = changed
+    for key in path[:-1]:
+        parent = parent[key]
+    return changed, parent
+
+
+def without(content, path):
+    changed, parent = copy_with_parent(content, path)
+    del parent[path[-1]]
     return changed
 
 
-def replaced(content, way, value):
-    changed = copy.deepcopy(content)
-    place = changed
-    for key in way[:-1]:
-        place = place[key]
-    place[way[-1]] = value
+def replaced(content, path, value):
+    changed, parent = copy_with_parent(content, path)
+    parent[path[-1]] = value
     return changed
 
 
@@ -47,55 +50,54 @@ def read(tmp_path):
     return from_file
 
 
-def test_metrics_are_read_as_they_were_written(read, metrics):
+def test_metrics_are_read_as_written_and_unknown_fields_are_kept(read, metrics):
     assert read(metrics) == metrics
     assert read(metrics | {"later": 1}) == metrics | {"later": 1}
 
 
-def test_each_part_that_is_missing_is_named_or_is_not_shown(read, metrics):
-    kept = []
-    for way in list(places(metrics)):
-        changed = without(metrics, way)
+def test_a_missing_field_is_named_or_not_needed_by_the_report(read, metrics):
+    accepted = []
+    for path in list(paths_in(metrics)):
         try:
-            kept.append(read(changed))
+            accepted.append(read(without(metrics, path)))
         except LoadError as error:
-            name = way[-1]
-            assert isinstance(name, int) or name in error.why or "null" in error.why  # noqa: PT017 - in any of many
-    assert 20 < len(kept) < 120
-    for found in kept[::5]:
-        assert render(found).startswith("<!doctype html>")
+            name = path[-1]
+            assert isinstance(name, int) or name in error.why or "null" in error.why  # noqa: PT017 - some paths are accepted
+    assert 20 < len(accepted) < 120
+    for content in accepted[::5]:
+        assert render(content).startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize("value", [None, "text", -1, [], {}, True, 1e300], ids=str)
-def test_whatever_stands_in_a_part_the_report_is_drawn_or_the_file_is_refused(read, metrics, value):
-    kept = []
-    for way in list(places(metrics)):
+def test_a_file_with_a_wrong_value_is_either_rejected_or_rendered(read, metrics, value):
+    accepted = []
+    for path in list(paths_in(metrics)):
         with contextlib.suppress(LoadError):
-            kept.append(read(replaced(metrics, way, value)))
-    for found in kept[::9]:
-        assert render(found).startswith("<!doctype html>")
+            accepted.append(read(replaced(metrics, path, value)))
+    for content in accepted[::9]:
+        assert render(content).startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize(
-    ("way", "value", "sentence"),
+    ("path", "value", "message"),
     [
         (("kirsch_metrics",), True, "kirsch_metrics: 1 is expected, and true was found"),
         (("kirsch_metrics",), 2, "kirsch_metrics: 1 is expected"),
         (("models",), [], "models: at least 1 items"),
-        (("models", 3, "chosen"), False, "models: one model is chosen, and 0 say so"),
+        (("models", 3, "chosen"), False, "models: 0 models are chosen; exactly one must be"),
         (("quality", "before", "confusion"), [[1]], r"quality\.before\.confusion"),
-        (("curves", 0, "loss"), [1.0], r"curves\[0\]: each list has one value"),
+        (("curves", 0, "loss"), [1.0], r"curves\[0\]: each list must have 3 values"),
         (("removed", "layers", 0, "group"), "x", "there is no group 'x'"),
-        (("measured", "aa"), None, r"measured\.aa is null"),
+        (("measured", "aa"), None, r"measured\.aa is null although"),
         (("models", 0, "latency", "median_us"), 0, r"models\[0\]\.latency\.median_us"),
     ],
 )
-def test_parts_that_cannot_be_are_named(read, metrics, way, value, sentence):
-    with pytest.raises(LoadError, match=sentence):
-        read(replaced(metrics, way, value))
+def test_an_invalid_field_is_named(read, metrics, path, value, message):
+    with pytest.raises(LoadError, match=message):
+        read(replaced(metrics, path, value))
 
 
-def test_nesting_and_keys_given_twice_are_refused(tmp_path, metrics):
+def test_deep_nesting_and_repeated_keys_are_rejected(tmp_path, metrics):
     path = tmp_path / "metrics.json"
     for text in ("[" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000):
         path.write_text(text)

@@ -71,9 +71,10 @@ def export(model: Model, path: str | Path, *, example_inputs: Inputs, format: st
         model: exported in inference mode; left as it is.
         path: of the file; it appears whole or not at all.
         example_inputs: one array, a tuple of positional or a dict of keyword arguments, which may be nested and hold
-            None, truth values and texts beside arrays; as they occur, since what is compared follows from them. The
-            first axis is the batch. It stays free; where the model or its export allow one size only, it is fixed at
-            that of the example inputs, with a warning and a note in `details["notes"]`.
+            None, numbers, truth values and texts beside arrays, which become constants of the file. Give inputs as they
+            occur, since the comparison follows from them. The first axis is the batch. It stays free; every
+            other axis keeps the size that it has here. Where the model or its export allow one size only, the batch is
+            fixed at that of the example inputs, with a warning and a note in `details["notes"]`.
         format: "onnx".
 
     Returns:

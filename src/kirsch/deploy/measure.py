@@ -19,14 +19,12 @@ from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.annotations import Inputs, Labeled, Model
 from kirsch.frameworks.data import Batch, SeededData
 from kirsch.frameworks.port import framework_of, host
-from kirsch.measurement.latency import Latency, Ratio, interleaved
+from kirsch.measurement.latency import FEWEST_ROUNDS, Latency, Ratio, interleaved
 from kirsch.measurement.machine import cpu, load, usable_cores
 from kirsch.measurement.quality import Rate, accuracy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -166,11 +164,20 @@ def measure(
         model_or_artifact: a model (exported to a temporary file for timing), an `Artifact`, or a path of one.
         example_inputs: one batch: an array, a tuple of positional or a dict of keyword ones; its first sample is used.
         data: (inputs, labels) as arrays, `ArrayData`, or batches of such pairs, such as a DataLoader; the accuracy of
-            the file is measured on it.
+            the file is measured on it. Inputs of several arrays are a tuple in the order of the file, or a dict by the
+            names of its inputs; labels are class numbers, shape (N,).
         runtime: "onnxruntime".
         threads: of the runtime.
-        rounds: of the timing.
+        rounds: of the timing, at least 6.
+
+    Raises:
+        UsageError: too few rounds, or inputs whose names are not those of the file.
+        DataError: the labels are not class numbers.
     """
+    if rounds < FEWEST_ROUNDS:
+        raise UsageError(
+            f"`rounds` is {rounds}; a confidence interval needs more.", fix=f"Give at least {FEWEST_ROUNDS}."
+        )
     missing = [] if data is not None else ["Accuracy: no data was given."]
     if isinstance(model_or_artifact, (Artifact, str, Path)):
         given = model_or_artifact
@@ -195,15 +202,7 @@ def _first(inputs: Any, size: int) -> Any:
     return inputs[:size] if hasattr(inputs, "shape") else inputs
 
 
-def _arrays(inputs: Any) -> list[NDArray[Any]]:
-    """The arrays in inputs that may be nested, in the order in which a file takes them."""
-    if isinstance(inputs, (Mapping, tuple, list)):
-        parts = inputs.values() if isinstance(inputs, Mapping) else inputs
-        return [array for part in parts for array in _arrays(part)]
-    return [host(inputs)] if hasattr(inputs, "shape") else []
-
-
-def _labelled(data: Any) -> Iterator[tuple[Any, Any]]:
+def _labeled(data: Any) -> Iterator[tuple[Any, Any]]:
     """Yield inputs and labels of one pair of arrays, or of each batch.
 
     Raises:
@@ -232,7 +231,7 @@ def _measured(
     session = OnnxSession(path)
     require_inputs(session)
     size = session.batch or 1
-    some = tuple(_arrays(_first(inputs, size)))
+    some = session.arrays(_first(inputs, size))
     if size != 1:
         missing.append(f"One sample: the file takes batches of {size} alone, so the latency and MACs are for {size}.")
     for name, output in zip(session.outputs, session.run(*some), strict=True):
@@ -245,7 +244,7 @@ def _measured(
     found = None
     if data is not None:
         session = OnnxSession(path, threads)
-        batches = [(session.predict(host(part)), host(labels)) for part, labels in _labelled(data)]
+        batches = [(session.predict(part), host(labels)) for part, labels in _labeled(data)]
         found = accuracy(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
     return Measurement(
         parameters=counted[0],

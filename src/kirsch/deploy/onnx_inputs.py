@@ -49,7 +49,7 @@ def stand_ins(session: OnnxSession, stated: Sequence[InputSpec] = ()) -> tuple[N
         stated: shapes that replace those of the file, by name or in its order.
 
     Raises:
-        LoadError: the file has no inputs, or one of a type that numbers cannot fill.
+        LoadError: the file has no inputs, or one without numbers or of a type that numbers cannot fill.
         UsageError: a shape is neither stated nor in the file, or the names or the number of those stated do not fit.
         MemoryShortageError: the machine could not hold the inputs.
     """
@@ -92,6 +92,12 @@ def _own_shape(session: OnnxSession, name: str, own: tuple[Any, ...]) -> tuple[i
     if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
         found = " × ".join(str(size) if size is not None else "?" for size in own)
         why = f"It is stated as {found}." if own else "Its number of axes is unknown, or it is a single number."
+        if 0 in own:
+            raise LoadError(
+                f"The input {name!r} of {session.path} holds no numbers.",
+                why,
+                "Export the model again, with example inputs that hold samples.",
+            )
         known = [str(size) if isinstance(size, int) and size > 0 else "224" for size in sizes]
         example = ",".join(known) or "1,3,224,224"
         raise UsageError(

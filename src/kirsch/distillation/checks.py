@@ -1,4 +1,4 @@
-"""What is checked before a student is trained: the first batch of the data, and settings that do not go together."""
+"""Checks before training: the first batch of the data, and settings that exclude each other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.arrays import each
-from kirsch.distillation.attach import of_all
+from kirsch.distillation.binding import of_all
 from kirsch.distillation.losses.loss import loss_of
 from kirsch.distillation.schedule import Ramp, ends
 from kirsch.errors import DataError
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from kirsch.frameworks.training import Training
 
 FEW = 8
-"""Samples of the run that finds the shapes at all layers."""
+"""Samples of the dry run that finds shapes."""
 
 
 def first_batch(framework: Framework, data: Any) -> Batch:
-    """The first batch of the data, as it is without augmentation where the data lies in memory.
+    """Return the first batch of the data; for data in memory, without augmentation.
 
     Raises:
-        DataError: there is none, the data can be gone through only once, gives single samples, or its batches are
-            nothing that a model takes.
+        DataError: there is no batch, the data can be iterated only once, or it gives single samples or batches that no
+            model takes.
     """
     if isinstance(data, ArrayData):
         end = data.batch_size
@@ -39,8 +39,8 @@ def first_batch(framework: Framework, data: Any) -> Batch:
         keeps_workers = getattr(data, "persistent_workers", False)  # and gives the same iterator, begun anew
         if batches is data or (not keeps_workers and iter(data) is batches):
             raise DataError(
-                "The data can be gone through only once.",
-                "Each epoch goes through it anew.",
+                "The data can be iterated only once.",
+                "Each epoch iterates over it again.",
                 "Give a list or a DataLoader.",
             )
         return list(itertools.islice(batches, 1))
@@ -56,7 +56,7 @@ STREAMS = "torch.utils.data.dataset.IterableDataset"
 
 
 def _refuse_dataset(data: Any) -> None:
-    """Refuse a dataset, which gives samples one by one; one that streams may give batches."""
+    """Refuse a dataset, which gives single samples; an iterable dataset may give batches."""
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(data).__mro__}
     if kinds & set(DATASETS) and STREAMS not in kinds:
         raise DataError(
@@ -66,30 +66,29 @@ def _refuse_dataset(data: Any) -> None:
 
 
 def missing_targets(framework: Framework, model: Any, batch: Batch, objective: Objective) -> list[str]:
-    """A warning where batches without targets have entries that the model swallows without naming them.
+    """Return a warning if batches without targets have entries that are not arguments of the model.
 
     Args:
         framework: of the model.
-        model: the student, which may take any keywords.
-        batch: the first one.
-        objective: which may have a weight for the labels.
+        model: the student.
+        batch: the first batch.
+        objective: for the weight of the labels.
     """
     if batch.targets is not None or not isinstance(batch.inputs, dict) or not any(ends(objective.label_weight)):
         return []
     unknown = framework.unknown_arguments(model, [str(name) for name in batch.inputs])
     text = (
-        f"The batches have no targets, so that the labels (their weight is not 0) teach nothing, and "
-        f"{type(model).__name__} has no argument {' or '.join(unknown)}. If that holds the targets, call it labels; "
-        "else leave it out of the batches."
+        f"The batches have no targets, although the weight of the labels is not 0, and {type(model).__name__} has no "
+        f"argument {' or '.join(unknown)}. If that holds the targets, call it labels; else leave it out of the batches."
     )
     return [text] if unknown else []
 
 
 def check_last_batch(framework: Framework, model: Any, data: Any, first: Batch) -> None:
-    """Refuse a model that cannot be trained on one sample where a batch of the data will have one alone.
+    """Refuse a model that cannot be trained on one sample, if a batch of the data has a single sample.
 
     Raises:
-        DataError: it normalizes over the samples of a batch.
+        DataError: the model normalizes over the samples of a batch.
     """
     if isinstance(data, SeededData):  # joins such a sample to the batch before
         return
@@ -110,7 +109,7 @@ def _length(given: Any) -> int | None:
 
 
 def few(batch: Batch, count: int = FEW) -> Batch:
-    """Some samples of a batch."""
+    """Return the first samples of a batch."""
     return dataclasses.replace(
         batch,
         inputs=each(lambda part: part[:count] if hasattr(part, "shape") else part, batch.inputs),  # else a switch
@@ -121,34 +120,35 @@ def few(batch: Batch, count: int = FEW) -> Batch:
 
 
 def split_relations(objective: Objective, training: Training) -> list[str]:
-    """A doubt about each term that parts of a batch do not add up to, where a step has several batches."""
+    """Return a warning for each term that relates samples of a batch, if a step has several batches."""
     return [
-        f"The term {term.called!r} relates the samples of a batch to each other. Of the {training.accumulate} "
-        "batches of a step it sees one at a time, so that it is not what one large batch would give."
+        f"The term {term.called!r} relates the samples of a batch to each other. It sees each of the "
+        f"{training.accumulate} batches of a step by itself, so its value is not that of one large batch."
         for term in objective.terms
         if training.accumulate > 1 and (loss_of(term.loss).relational or loss_of(term.loss).over == "contents")
     ]
 
 
 def late_ramps(objective: Objective, training: Training) -> list[str]:
-    """A doubt about each weight that has not come to its end when the run has."""
+    """Return a warning for each weight that has not reached its end value when the run ends."""
     weights = [("the labels", objective.label_weight)]
     weights += [(f"the term {term.called!r}", term.weight) for term in objective.terms]
     return [
         f"The weight of {name} comes to {weight.end:g} after {weight.after + weight.epochs:g} epochs, and the run ends "
-        f"after {training.epochs}, with {weight.at(training.epochs):.3g}. Give a Ramp that is a like part of these."
+        f"after {training.epochs}, with {weight.at(training.epochs):.3g}. Train for longer, or give the term "
+        f"weight=kirsch.Ramp({weight.start:g}, {weight.end:g}, epochs={max(training.epochs // 2, 1)})."
         for name, weight in weights
         if isinstance(weight, Ramp) and weight.after + weight.epochs > training.epochs
     ]
 
 
-def mixed_scores(objective: Objective, teachers: int) -> list[str]:
-    """A doubt about probabilities of several teachers that are multiplied, and not mixed."""
+def averaged_logits(objective: Objective, teachers: int) -> list[str]:
+    """Return a warning if the probabilities of several teachers are multiplied instead of mixed."""
     activations = {loss_of(term.loss).activation for term in objective.terms if of_all(term)}
     if objective.teachers != "logits" or teachers == 1 or not activations - {"identity"}:
         return []
     text = (
-        f"The scores of the {teachers} teachers are averaged, which says the product of what they say, and no mixture: "
-        'one that is sure outvotes the others. Combined as "probabilities" they are a mixture.'
+        f"The logits of the {teachers} teachers are averaged, which multiplies their probabilities: a confident one "
+        'outweighs the others. teachers="probabilities" averages the probabilities.'
     )
     return [text]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from kirsch.annotations import value_phrase
 from kirsch.arguments import checked, takes
 from kirsch.distillation.checks import check_last_batch, few, first_batch, late_ramps, split_relations
-from kirsch.distillation.distillation_loss import DistillationLoss
 from kirsch.distillation.distiller import Distiller
-from kirsch.distillation.evaluation import CHECKED, UNJUDGED, Validation, evaluate_teacher
+from kirsch.distillation.evaluation import CHECKED, NOT_EVALUATED, Validation, evaluate_teacher
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import logit_layers, settle
+from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
 from kirsch.distillation.teachers import Teacher, one_or_more, replayed
@@ -91,13 +91,13 @@ def distill(
             known = evaluate_teacher(framework, model, data, validation, objective, hooks.doubt, place)
             tell({"event": "teacher", **known})
             if not known and not stored:
-                hooks.doubt(UNJUDGED)
+                hooks.doubt(NOT_EVALUATED)
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         tell({"event": "attached", "pairs": bound.rows})
     for text in split_relations(objective, training) + late_ramps(objective, training):
         hooks.doubt(text)
     try:
-        trained = framework.train(bound.module, data, bound.lesson, training, hooks)
+        trained = framework.train(bound.module, data, bound.step, training, hooks)
     finally:
         bound.close()
     warn_of_result(hooks)
@@ -127,11 +127,9 @@ def fit(
     check_labels(targets, shape, objective)
     logits = settle(framework, model, objective, logit_layers(objective, (), None), inputs, teacher=None)
     check_last_batch(framework, model, data, first)
-    lesson = DistillationLoss(framework, objective, regularizers=regularizers, scores=shape)
+    step = DistillationStep(framework, objective, regularizers=regularizers, logits_shape=shape)
     hooks = with_validation(hooks, framework, validation, objective, [model])
-    trained = framework.train(
-        framework.with_adapters(model, ("logits",), {}, {}, logits), data, lesson, training, hooks
-    )
+    trained = framework.train(framework.with_adapters(model, ("logits",), {}, {}, logits), data, step, training, hooks)
     warn_of_result(hooks)
     return trained
 

@@ -1,4 +1,4 @@
-"""An objective bound to its models: hooks on them, adapters beside the student, and what each batch is charged."""
+"""An objective bound to its models: hooks, adapters, and the loss of each batch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kirsch.annotations import Seed
 from kirsch.arguments import checked
-from kirsch.distillation.attach import Pair, attach, refuse_classes, table, wanted_of
-from kirsch.distillation.checks import few, missing_targets, mixed_scores
-from kirsch.distillation.distillation_loss import DistillationLoss
+from kirsch.distillation.binding import bind, layers_of_teacher, refuse_classes, table
+from kirsch.distillation.checks import averaged_logits, few, missing_targets
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import check_record, logit_layers, settle, teachers_logits
+from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
 from kirsch.distillation.teachers import (
@@ -34,11 +34,12 @@ from kirsch.frameworks.training import LossOutput, doubts, shares_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.teachers import TeacherSource
 
 
 class Distiller:
-    """What a training loop of one's own calls to distill.
+    """Computes the distillation loss in a training loop of your own.
 
         with kirsch.Distiller(student, teacher, objective, next(iter(loader))) as distiller:
             optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
@@ -50,28 +51,28 @@ class Distiller:
                     optimizer.step()
 
     Args:
-        student: the model that learns; it is trained itself, not a copy, and its hooks are there until `close`.
-        teacher: one, several as a list, or a `TeacherStore`. Copies are used, where the student lies, in inference mode
-            and without gradient; only an objective without terms needs none.
-        objective: what is compared.
-        example_batch: of the kind that will come; some of its samples are run to find the shapes.
-        seed: of what adapters begin with.
+        student: the model to train; not a copy. It has hooks until `close`.
+        teacher: a model, a list of models, or a `TeacherStore`. Copies of models run on the device of the student, in
+            inference mode and without gradient. An objective without terms needs no teacher.
+        objective: the weighted terms.
+        example_batch: a batch like those to come; some of its samples are run to find shapes.
+        seed: of the initial weights of adapters.
         regularizers: further terms of the student alone, see `kirsch.distill`.
-        doubt: is told what seems wrong, a sentence each.
+        doubt: takes the warnings.
 
     Attributes:
-        student: the model given.
-        module: student and adapters as one module, to be wrapped by DDP and the like; see `__call__`.
-        lesson: what a step charges, as `kirsch.frameworks.training.LossFunction` says.
-        rows: which places are compared with which, and by what adapter; to be printed.
-        shares: of each term in the gradient, as the first batch of the epoch had them.
+        student: the model to train.
+        module: student and adapters as one module, to be wrapped by DDP; see `__call__`.
+        step: returns the loss of a batch; a `kirsch.frameworks.training.LossFunction`.
+        rows: the layers that are compared, with shapes and adapters.
+        shares: the share of each term in the gradient on the first batch of the epoch.
 
     Raises:
-        UsageError: student and teacher are one object, a store is asked for what it does not hold, a model does not run
-            on the batch, or puts out probabilities where logits are needed.
-        ShapeError: they put out different numbers of classes, or two places are of shapes that no adapter joins.
+        UsageError: student and teacher are one object, a store lacks what a term needs, a model does not run on the
+            batch, or it returns probabilities instead of logits.
+        ShapeError: student and teacher return different numbers of classes, or no adapter joins two layers.
         UnknownNameError: a model has no such layer.
-        DataError: the targets are not what the loss on labels takes, or the parts of the batch cannot be told apart.
+        DataError: the label loss does not take the targets, or inputs and targets of the batch cannot be told apart.
     """
 
     @checked
@@ -92,7 +93,7 @@ class Distiller:
         framework.check_runs(student, some.inputs)
         self._framework, self._objective = framework, objective
         self._teacher_source: TeacherSource | None = None
-        pairs: list[Pair] = []
+        terms: list[BoundTerm] = []
         if isinstance(teacher, TeacherStore):
             require_temperature(teacher, objective)
             _require_classes(teacher, objective, framework.predict(student, some.inputs).shape)
@@ -101,7 +102,7 @@ class Distiller:
             if "logits" in recorded and not holds_top_k(recorded["logits"]):
                 check_record(recorded["logits"], objective)
             (recorded,) = self._teacher_source(some)
-            pairs = attach(framework, objective, student, (), some.inputs, seed=seed, recorded=recorded)
+            terms = bind(framework, objective, student, (), some.inputs, seed=seed, recorded=recorded)
         elif objective.terms:
             if teacher is None:
                 raise UsageError(
@@ -111,36 +112,36 @@ class Distiller:
             teachers = _copies(student, teacher)
             for model in teachers:
                 framework.check_runs(model, some.inputs)
-            pairs = attach(framework, objective, student, teachers, some.inputs, seed=seed)
-            layers = [wanted_of(objective, pairs, place) for place in range(len(teachers))]
-            logits = teachers_logits(framework, teachers, objective, pairs, some.inputs)
+            terms = bind(framework, objective, student, teachers, some.inputs, seed=seed)
+            layers = [layers_of_teacher(terms, index) for index in range(len(teachers))]
+            logits = teachers_logits(framework, teachers, objective, terms, some.inputs)
             self._teacher_source = LiveTeachers(framework, teachers, layers, logits)
-            for sentence in mixed_scores(objective, len(teachers)):
+            for sentence in averaged_logits(objective, len(teachers)):
                 doubt(sentence)
         for sentence in missing_targets(framework, student, first, objective):
             doubt(sentence)
         self.student = student
-        own_sites = logit_layers(objective, pairs, None)
+        logits_of_student = logit_layers(objective, terms, None)
         self.module: Any = framework.with_adapters(
             student,
-            list(dict.fromkeys(["logits"] * objective.scored + texts([pair.student for pair in pairs]))),
-            {pair.name: pair.adapter for pair in pairs if pair.adapter is not None},
-            {pair.name: pair.student for pair in pairs},
-            settle(framework, student, objective, own_sites, some.inputs, teacher=None),
+            list(dict.fromkeys(["logits"] * objective.scored + texts([term.student_layer for term in terms]))),
+            {term.adapter_name: term.adapter for term in terms if term.adapter is not None},
+            {term.adapter_name: term.student_layer for term in terms},
+            settle(framework, student, objective, logits_of_student, some.inputs, teacher=None),
         )
         self._scores = tuple(framework.predict(student, some.inputs).shape[1:]) if objective.scored else None
-        self.lesson = DistillationLoss(
+        self.step = DistillationStep(
             framework,
             objective,
-            pairs,
+            terms,
             self._teacher_source,
             regularizers,
             partial(framework.positions, student),
             self._scores,
         )
-        self.rows: list[dict[str, Any]] = table(objective, pairs)
+        self.rows: list[dict[str, Any]] = table(terms)
         self.shares: dict[str, float] = {}
-        self._looked: int | None = None
+        self._checked_epoch: int | None = None
         self._began: dict[str, float] = {}
         self._doubt, self._doubted = doubt, set[str]()
         self.check_labels(first.targets)
@@ -154,38 +155,38 @@ class Distiller:
         of: Mapping[str, int] | None = None,
         module: Callable[..., Any] | None = None,
     ) -> LossOutput:
-        """What a batch is charged; the student runs in it, and `.total` is to be sent backward.
+        """Run student and teachers on a batch and return the loss; call `.total.backward()`.
 
-        At the first batch of each whole epoch that is trained on, each term must reach the student. Its share of the
-        gradient is kept in `shares`, a share that teaches nothing is warned of, and `balance="gradient"` scales by it.
+        On the first batch of each epoch in training mode, the gradient of each term is computed by itself: one without
+        gradient is an error, `shares` is set, and `balance="gradient"` sets the factors of the terms.
 
         Args:
-            batch: whatever `kirsch.frameworks.data.Batch.of` takes, such as (inputs, targets) or a dict with "labels";
-                of numpy or of the framework, wherever it lies.
-            epoch: how many are done, for what changes over them.
-            of: where several batches make one step, what `counts` says of them all; the charges then add up to that of
-                one large batch. None: the batch is a step.
-            module: `module` as something wraps it, `DistributedDataParallel(distiller.module)`; itself if left out.
+            batch: as `kirsch.frameworks.data.Batch.of` takes it, such as (inputs, targets) or a dict with "labels"; of
+                numpy or of the framework, on any device.
+            epoch: number of epochs done, for numbers that change over them.
+            of: with several batches a step, the `counts` of all of them; the losses of the batches then add up to
+                that of one large batch. None: the batch is the step.
+            module: the wrapped module, `DistributedDataParallel(distiller.module)`; by default `module` itself.
 
         Raises:
             NumericError: a term gives the student no gradient.
-            DataError: all targets of a step are masked.
+            DataError: no target of the step counts.
         """
         model = self.module if module is None else module
         given = Batch.of(batch)
-        # Its warnings are of batches that a loader gives; a loop of one's own knows which of its batches have targets.
-        self.lesson.check(given, wherever=self.module.training and int(epoch) != self._looked)
-        charge = self.lesson(model, self._framework.placed(given, self.student), epoch, of)
-        if self.module.training and charge.parts and int(epoch) != self._looked:
-            norms = self._framework.gradient_norms(self.module, charge.parts)
+        # Warnings are for the batches of a loader; your own loop knows which of its batches have targets.
+        self.step.check(given, wherever=self.module.training and int(epoch) != self._checked_epoch)
+        output = self.step(model, self._framework.placed(given, self.student), epoch, of)
+        if self.module.training and output.parts and int(epoch) != self._checked_epoch:
+            norms = self._framework.gradient_norms(self.module, output.parts)
             if norms:
-                self._look_at(norms, int(epoch))
-        return charge
+                self._check_gradients(norms, int(epoch))
+        return output
 
-    def _look_at(self, norms: dict[str, float], epoch: int) -> None:
-        self._looked, self.shares = epoch, shares_of(norms)
+    def _check_gradients(self, norms: dict[str, float], epoch: int) -> None:
+        self._checked_epoch, self.shares = epoch, shares_of(norms)
         self._began = self._began or self.shares
-        self.lesson.balance(norms)
+        self.step.balance(norms)
         for name, sentence in doubts(self.shares, self._began).items():
             if name not in self._doubted:
                 self._doubted.add(name)
@@ -193,57 +194,57 @@ class Distiller:
 
     @checked
     def counts(self, batches: Iterable[BatchLike]) -> dict[str, int]:
-        """How many samples, labels and positions the means of some batches go over, to be given as `of`.
+        """Return the samples, labels and positions that the means of some batches go over, for `of`.
 
-        Processes that share a step add theirs up, by name, before.
+        Processes that share a step add up their counts, by name.
         """
-        return self.lesson.counts([Batch.of(batch) for batch in batches])
+        return self.step.counts([Batch.of(batch) for batch in batches])
 
     def check_labels(self, targets: Any) -> None:
-        """Refuse targets that the objective cannot charge the student for.
+        """Check targets.
 
         Raises:
-            DataError: they are of another kind or out of range.
+            DataError: the label loss does not take them.
         """
         if self._scores is not None:
             check_labels(targets, self._scores, self._objective)
 
     def parameters(self) -> Iterator[Any]:
-        """Those of the student, and those of the adapters: what an optimizer is to be given."""
+        """Return the parameters of student and adapters, for the optimizer."""
         found: Iterator[Any] = self.module.parameters()
         return found
 
     @property
     def adapters(self) -> Any:
-        """What is trained beside the student, as one module; without parameters where nothing has to be joined."""
+        """The adapters as one module; without parameters if no term needs one."""
         return self.module.adapters
 
     @checked
     def train(self, mode: bool = True) -> Self:
-        """Student and adapters in training mode; the teachers stay in inference mode."""
+        """Set student and adapters to training mode; the teachers stay in inference mode."""
         self.module.train(mode)
         return self
 
     def eval(self) -> Self:
-        """Student and adapters in inference mode."""
+        """Set student and adapters to inference mode."""
         return self.train(mode=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs beside the states of student and optimizer to go on: adapters, balance, and last look."""
+        """Return the state to save beside those of student and optimizer: adapters, factors, and gradient shares."""
         return {
             "adapters": dict(self.module.adapters.state_dict()),
-            "balance": self.lesson.state(),
-            "looked": self._looked,
+            "balance": self.step.state(),
+            "looked": self._checked_epoch,
             "shares": dict(self.shares),
             "began": dict(self._began),
         }
 
     @checked
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Restore a state of `state_dict`.
 
         Raises:
-            CheckpointError: it is of another objective, or of models of other shapes.
+            CheckpointError: the state is of another objective or of models of other shapes.
         """
         missing = [name for name in self.state_dict() if name not in state]
         if missing:
@@ -256,14 +257,14 @@ class Distiller:
         if other:
             raise CheckpointError(
                 f"The state holds other adapters than this distiller: {', '.join(other[:3])}.",
-                fix="Build it with the objective, the models and the places that the state was saved with.",
+                fix="Build it with the objective and the models that the state was saved with.",
             )
         self.module.adapters.load_state_dict(given)
-        self.lesson.restore(state["balance"])
-        self._looked, self.shares, self._began = state["looked"], dict(state["shares"]), dict(state["began"])
+        self.step.restore(state["balance"])
+        self._checked_epoch, self.shares, self._began = state["looked"], dict(state["shares"]), dict(state["began"])
 
     def close(self) -> None:
-        """Take the hooks from student and teachers; the next call puts them back."""
+        """Remove the hooks from student and teachers; the next call adds them again."""
         self.module.close()
         if self._teacher_source is not None:
             self._teacher_source.close()
@@ -276,7 +277,7 @@ class Distiller:
 
 
 def _copies(student: Any, teacher: Any) -> list[Any]:
-    """The teachers as copies that do not learn."""
+    """Return copies of the teachers, frozen."""
     given = one_or_more(teacher)
     if any(model is student for model in given):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""How good a teacher or a student is on labeled samples, compared with a model that does not look at its inputs."""
+"""Metrics of a teacher or a student on labeled samples, compared with predictions that ignore the inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kirsch.distillation.checks import few
 from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.probabilities import stated_of, to_logits
 from kirsch.distillation.store import TeacherStore
-from kirsch.distillation.targets import check_batch
+from kirsch.distillation.targets import check_evaluable, uses_labels
 from kirsch.errors import DataError, NumericError
 from kirsch.frameworks.data import ArrayData, Batch, batches_of, naming
 from kirsch.frameworks.port import host
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
     from kirsch.frameworks.port import Framework
 
 ENOUGH = 32
-"""Samples from which on a teacher is refused that is no better than chance."""
+"""Fewest samples on which a teacher that is no better than chance is an error."""
 
 FEW_OTHERS = 3
-"""Of so many samples that are not of the most frequent class a teacher that knows anything is expected to find one."""
+"""Samples outside the most frequent class of which a useful teacher is expected to predict one correctly."""
 
 WANTED_OTHERS = 8
-"""So many are looked for before a loader is no longer read."""
+"""Samples outside the most frequent class after which a loader is no longer read."""
 
-MOST_JUDGED = 1024
-"""Samples on which a teacher is judged."""
+MOST_SAMPLES = 1024
+"""Samples on which a teacher is evaluated."""
 
-UNJUDGED = (
-    "The teacher is not evaluated, since no sample has a label: whether it knows anything of these inputs is not "
-    "known. Give validation=(inputs, labels), or check_teacher=False to leave it at that."
+NOT_EVALUATED = (
+    "The teacher was not evaluated, since no sample has a label. Give validation=(inputs, labels) to evaluate it, or "
+    "check_teacher=False."
 )
-"""Of a teacher whose accuracy cannot be told."""
+"""Warning for a teacher without labeled samples."""
 
 CHECKED = ("cross-entropy", "binary", "squared-error")
-"""Label losses by which a teacher can be evaluated."""
+"""Label losses with a metric."""
 
 LEAST_SPREAD = 1e-9
 
@@ -60,43 +60,48 @@ def evaluate_teacher(
     doubt: Callable[[str], None],
     place: int = 0,
 ) -> dict[str, Any]:
-    """How good a teacher is on some labeled samples; empty where none has a label.
+    """Return the metrics of a teacher on some labeled samples; empty if no sample has a label.
 
-    A `TeacherStore` is evaluated by its first view of the data that it was built from, since its teacher is not there.
-    What cannot be told from chance, by two standard deviations, is warned of.
+    A `TeacherStore` is evaluated on its first view of the data that it was built from. A teacher within two standard
+    deviations of chance gives a warning.
 
     Args:
         framework: of the teacher.
         teacher: a model or a store.
-        data, validation: see `distill`; the validation counts where there is one.
-        objective: by its label loss: the accuracy of classes, or of answers of yes or no, or R².
-        doubt: is told warnings.
-        place: of the teacher among several.
+        data, validation: see `distill`; the validation is used if there is one.
+        objective: its label loss determines the metric: accuracy of classes, accuracy of binary labels, or R².
+        doubt: takes the warnings.
+        place: index of the teacher among several.
 
     Raises:
-        NumericError: it is no better than a model that does not look at its inputs, or its outputs are not finite.
+        NumericError: the teacher is no better than a model that ignores its inputs, or its outputs are not finite.
     """
-    if isinstance(teacher, TeacherStore):
-        found = _stored(teacher, data, objective)
-    else:
-        found = _live(framework, teacher, data, validation, objective, place)
+    try:
+        if isinstance(teacher, TeacherStore):
+            found = _stored(teacher, data, objective)
+        else:
+            found = _live(framework, teacher, data, validation, objective, place)
+    except DataError:
+        if uses_labels(objective) or (validation is not None and not callable(validation)):
+            raise
+        return {}  # targets that nothing is learned from need not be what the label loss takes
     if not found:
         return {}
     if objective.label_loss == "squared-error":
         return _check_numbers(found)
     if objective.label_loss == "binary":
-        return _check_yes_or_no(found, doubt)
+        return _check_binary(found, doubt)
     return _check_classes(found, doubt)
 
 
 @dataclass(frozen=True)
 class EvaluatedBatch:
-    """What a model answers, and what is right, of a batch.
+    """Predictions and targets of the labeled samples or positions of a batch.
 
     Args:
-        outputs: logits or numbers with the classes on the last axis, or class numbers where a store holds no more.
-        targets: of the samples or positions.
-        classes: how many there are.
+        outputs: predicted class numbers, or logits or numbers with the classes on the last axis.
+        targets: of the same samples or positions.
+        classes: number of classes.
     """
 
     outputs: NDArray[Any]
@@ -109,77 +114,77 @@ class EvaluatedBatch:
 
 def _check_classes(found: Sequence[EvaluatedBatch], doubt: Callable[[str], None]) -> dict[str, Any]:
     answers = Answers.of(
-        np.concatenate([told.outputs for told in found]), np.concatenate([told.targets for told in found])
+        np.concatenate([batch.outputs for batch in found]), np.concatenate([batch.targets for batch in found])
     )
     if not answers.n:
         return {}
     classes = max(found[0].classes, 1)
     others = answers.n - answers.most_frequent
-    text = f"{answers.accuracy:.1%} of {answers.n} samples are right, chance is {answers.chance:.1%}"
+    text = f"{answers.accuracy:.1%} of {answers.n} samples are correct, chance is {answers.chance:.1%}"
     if answers.uneven:
         text += f" (the most frequent class has {answers.majority:.1%}); balanced accuracy {answers.balanced:.1%}"
     constant = answers.constant and answers.n > 1
     if constant:
-        text += f". It answers class {answers.first} for every sample"
+        text += f". It predicts class {answers.first} for every sample"
     guessing = answers.accuracy <= 1 / classes or (others >= FEW_OTHERS and answers.accuracy <= answers.chance)
     if answers.n >= ENOUGH and guessing and not (others == 0 and answers.accuracy == 1):
         raise NumericError(
             f"The teacher is no better than chance: {text}.",
             "A student would learn noise from it.",
             "Check the teacher's weights, the order of its classes, and that the inputs are prepared as it expects; "
-            "check_teacher=False trains all the same.",
+            "check_teacher=False skips this check.",
         )
     margin = 2 * math.sqrt(answers.chance * (1 - answers.chance) / answers.n)
     if answers.accuracy <= answers.chance + margin or constant:
         doubt(
-            f"Whether the teacher knows more than chance is not known: {text}. Give more samples with labels, of all "
-            "classes, as validation=(inputs, labels)."
+            f"The teacher is not measurably better than chance: {text}. Give more labeled samples, of all classes, as "
+            "validation=(inputs, labels)."
         )
     known = {"accuracy": answers.accuracy, "classes": classes}
     return known | ({"balanced_accuracy": answers.balanced, "majority": answers.majority} if answers.uneven else {})
 
 
-def _check_yes_or_no(found: Sequence[EvaluatedBatch], doubt: Callable[[str], None]) -> dict[str, Any]:
-    """Of labels each by itself: how many answers are right, against those of a model that answers alike for all."""
-    outputs, _ = rows_of(found)
-    labels = answers_of_labels(found)
+def _check_binary(found: Sequence[EvaluatedBatch], doubt: Callable[[str], None]) -> dict[str, Any]:
+    """Evaluate binary labels, compared with the same prediction for every sample."""
+    outputs, _ = _rows_of(found)
+    labels = _answers_by_label(found)
     if not labels:
         return {}
     count = sum(label.n for label in labels)
     right, chance = (_mean(labels, name) for name in ("accuracy", "chance"))
     others = sum(label.n - label.most_frequent for label in labels)
-    text = f"{right:.1%} of {count} answers of yes or no are right, chance is {chance:.1%}"
+    text = f"{right:.1%} of {count} binary labels are predicted correctly, chance is {chance:.1%}"
     constant = all(label.constant for label in labels) and len(outputs) > 1
     if constant:
-        said = {label.first for label in labels}
-        text += f". It answers {'no' if said == {0} else 'yes' if said == {1} else 'the same'} for every sample"
+        first = {label.first for label in labels}
+        text += f". It predicts {first.pop() if len(first) == 1 else 'the same'} for every sample"
     flat = bool((np.ptp(outputs, axis=0) <= LEAST_SPREAD * (1 + abs(outputs).max())).all())
-    # Of several rare labels a useful teacher may say none: its logits differ all the same.
+    # With several rare labels a useful teacher may predict none of them; its logits still differ between samples.
     hopeless = right <= chance + LEAST_SPREAD and (flat or len(labels) == 1 or not constant)
     if len(outputs) >= ENOUGH and others >= FEW_OTHERS and hopeless:
         raise NumericError(
             f"The teacher is no better than chance: {text}.",
             "A student would learn noise from it.",
             "Check the teacher's weights, the order of its labels, and that the inputs are prepared as it expects; "
-            "check_teacher=False trains all the same.",
+            "check_teacher=False skips this check.",
         )
     if right <= chance + 2 * math.sqrt(chance * (1 - chance) / count) or constant:
         doubt(
-            f"Whether the teacher knows more than chance is not known: {text}. Compare its outputs with the labels, or "
-            "give more samples with labels as validation=(inputs, labels)."
+            f"The teacher is not measurably better than chance: {text}. Give more labeled samples as "
+            "validation=(inputs, labels)."
         )
     return {"accuracy": right, "chance": chance, "labels": len(labels)}
 
 
-def rows_of(found: Sequence[EvaluatedBatch]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The outputs of all samples and positions as rows (n, K), and the targets beside them."""
-    outputs = np.concatenate([told.outputs.reshape(-1, told.outputs.shape[-1]) for told in found])
-    return outputs, np.concatenate([told.targets.reshape(-1, outputs.shape[-1]) for told in found])
+def _rows_of(found: Sequence[EvaluatedBatch]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return outputs and targets of all samples and positions as rows, shape (n, K)."""
+    outputs = np.concatenate([batch.outputs.reshape(-1, batch.outputs.shape[-1]) for batch in found])
+    return outputs, np.concatenate([batch.targets.reshape(-1, outputs.shape[-1]) for batch in found])
 
 
-def answers_of_labels(found: Sequence[EvaluatedBatch]) -> list[Answers]:
-    """The answers of yes or no for each label of which any is known."""
-    outputs, targets = rows_of(found)
+def _answers_by_label(found: Sequence[EvaluatedBatch]) -> list[Answers]:
+    """Return the predictions of each binary label that is known for any sample."""
+    outputs, targets = _rows_of(found)
     return [
         Answers.of((outputs[known, label] > 0).astype(int), (targets[known, label] > 1 / 2).astype(int))
         for label in range(outputs.shape[-1])
@@ -188,22 +193,22 @@ def answers_of_labels(found: Sequence[EvaluatedBatch]) -> list[Answers]:
 
 
 def _mean(labels: Sequence[Answers], name: str) -> float:
-    """A property of the answers for several labels, averaged over all answers."""
+    """Return a property of several labels, averaged over all predictions."""
     return float(sum(getattr(label, name) * label.n for label in labels) / sum(label.n for label in labels))
 
 
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-def r_squared(found: Sequence[EvaluatedBatch]) -> float | None:
-    """R² of numbers: 1 where they are right, 0 for their mean; None where the targets do not differ."""
-    outputs, targets = (side.astype(np.float64) for side in rows_of(found))
+def _r_squared(found: Sequence[EvaluatedBatch]) -> float | None:
+    """Return R²: 1 for exact predictions, 0 for the mean of the targets; None if the targets do not differ."""
+    outputs, targets = (side.astype(np.float64) for side in _rows_of(found))
     spread = ((targets - targets.mean(0)) ** 2).sum()
     return float(1 - ((outputs - targets) ** 2).sum() / spread) if spread > 0 else None
 
 
 def _check_numbers(found: Sequence[EvaluatedBatch]) -> dict[str, Any]:
-    fit, count = r_squared(found), sum(len(told.outputs) for told in found)
+    fit, count = _r_squared(found), sum(len(batch.outputs) for batch in found)
     if fit is None:
         return {}
     if count >= ENOUGH and fit <= LEAST_SPREAD:
@@ -211,7 +216,7 @@ def _check_numbers(found: Sequence[EvaluatedBatch]) -> dict[str, Any]:
             f"The teacher is no better than the mean of the targets: its R² is {fit:.3g} on {count} samples.",
             "A student would learn noise from it.",
             "Check the teacher's weights, the scale of the targets, and that the inputs are prepared as it expects; "
-            "check_teacher=False trains all the same.",
+            "check_teacher=False skips this check.",
         )
     return {"r2": fit}
 
@@ -220,12 +225,12 @@ def _check_numbers(found: Sequence[EvaluatedBatch]) -> dict[str, Any]:
 
 
 def _spread(samples: int) -> NDArray[np.int64]:
-    """Places of the samples that a teacher is evaluated on: evenly spread, since data may be sorted by its labels."""
-    return np.unique(np.linspace(0, samples - 1, min(samples, MOST_JUDGED)).round().astype(np.int64))
+    """Return the indices of the samples to evaluate: evenly spread, since data may be sorted by label."""
+    return np.unique(np.linspace(0, samples - 1, min(samples, MOST_SAMPLES)).round().astype(np.int64))
 
 
 def _stored(store: TeacherStore, data: ArrayData, objective: Objective) -> list[EvaluatedBatch]:
-    """What a store holds of some samples, beside their labels."""
+    """Return the stored predictions of some samples, with their labels."""
     if data.targets is None or store.manifest.keep is None:
         return []
     places = _spread(data.samples)
@@ -242,7 +247,7 @@ def _stored(store: TeacherStore, data: ArrayData, objective: Objective) -> list[
 def _live(
     framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective, place: int
 ) -> list[EvaluatedBatch]:
-    """What a teacher answers for some samples that have labels."""
+    """Return the predictions of a teacher for some labeled samples."""
     source = validation if validation is not None and not callable(validation) else data
     if isinstance(source, ArrayData):
         batches: Iterable[Batch] = [Batch(source.inputs, source.targets)]
@@ -255,8 +260,8 @@ def _live(
             outputs = framework.predict(teacher, _rows(batch.inputs, places))
             if not np.isfinite(outputs).all():
                 raise NumericError(
-                    "The teacher's scores are not finite.",
-                    "A student would learn nothing from NaN or infinity.",
+                    "The teacher's outputs are not finite.",
+                    "A student cannot learn from NaN or infinity.",
                     "Check the teacher's weights, and that the inputs are prepared as it expects.",
                 )
             if batch.targets is not None:
@@ -266,12 +271,12 @@ def _live(
 
 
 def _rows(inputs: Any, places: NDArray[np.int64]) -> Any:
-    """The inputs of some samples; what holds no samples stays."""
+    """Return the inputs of some samples; inputs that are not arrays stay."""
     return each(lambda part: part[places] if hasattr(part, "shape") else part, inputs)
 
 
 def _until_enough(data: Any, objective: Objective) -> list[Batch]:
-    """The first batches of a loader, until there are samples enough, and of more than one class."""
+    """Return the first batches of a loader, until there are enough samples of more than one class."""
     batches: list[Batch] = []
     counts: dict[Any, int] = {}
     for batch in batches_of(data):
@@ -285,7 +290,7 @@ def _until_enough(data: Any, objective: Objective) -> list[Batch]:
             for value, number in zip(values.tolist(), numbers.tolist(), strict=True):
                 counts[value] = counts.get(value, 0) + number
             others = sum(counts.values()) - max(counts.values(), default=0)
-        if samples >= MOST_JUDGED or (samples >= ENOUGH and others >= WANTED_OTHERS):
+        if samples >= MOST_SAMPLES or (samples >= ENOUGH and others >= WANTED_OTHERS):
             break
     return batches
 
@@ -293,19 +298,19 @@ def _until_enough(data: Any, objective: Objective) -> list[Batch]:
 def evaluated_batch(
     outputs: NDArray[Any], targets: Any, objective: Objective, stated: str | None = None
 ) -> EvaluatedBatch:
-    """Answers and targets that count, of one batch.
+    """Return the predictions and targets of the labeled samples or positions of one batch.
 
     Args:
-        outputs: of the model, numpy.
+        outputs: of the model, a numpy array.
         targets: as the label loss of the objective takes them.
-        objective: the label loss, what stands for no label, and whether positions predict the next one.
-        stated: what the model puts out, as the objective says.
+        objective: the label loss, the number that marks a missing label, and whether positions predict the next token.
+        stated: "probabilities" if the objective says that the model returns probabilities.
 
     Raises:
-        DataError: the targets are not what the label loss takes.
+        DataError: the label loss does not take the targets.
     """
     targets = host(targets)
-    check_batch(targets, outputs.shape[1:], objective)
+    check_evaluable(targets, outputs.shape[1:], objective)
     if objective.label_loss == "cross-entropy":
         rows = classes_last(outputs)
         return EvaluatedBatch(*_counted(rows.argmax(-1), targets, objective), rows.shape[-1])
@@ -317,29 +322,29 @@ def evaluated_batch(
     return EvaluatedBatch(rows, targets.reshape(rows.shape), rows.shape[-1])
 
 
-def _counted(likely: Any, targets: NDArray[Any], objective: Objective) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The answers and the targets of the samples or positions that have a label."""
-    if likely.shape != targets.shape:
+def _counted(predicted: Any, targets: NDArray[Any], objective: Objective) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return predicted and true class numbers of the samples or positions that have a label."""
+    if predicted.shape != targets.shape:
         raise DataError(
-            f"The targets have shape {targets.shape}, and the teacher of the store answers for {likely.shape}.",
-            fix="Give one class number for each place that the teacher answers for.",
+            f"The targets have shape {targets.shape}, and the store holds predictions of shape {predicted.shape}.",
+            fix="Give one class number for each of these predictions.",
         )
     if objective.causal:
-        likely, targets = likely[:, :-1], targets[:, 1:]
+        predicted, targets = predicted[:, :-1], targets[:, 1:]
     counts = targets.astype(np.int64) != objective.ignore
-    return likely[counts], targets[counts]
+    return predicted[counts], targets[counts]
 
 
 class Validation:
-    """Metrics of a model on labeled batches, as `TrainingHooks.validate` wants it.
+    """Computes metrics of a model on labeled batches; a `TrainingHooks.validate`.
 
-    They are the accuracy of classes, with the balanced accuracy where classes are uneven; of labels of yes or no the
-    accuracy; of numbers R².
+    The metric follows from the label loss: accuracy of classes, with the balanced accuracy if classes are uneven;
+    accuracy of binary labels; R² of numbers.
 
     Args:
         framework: of the model.
-        batches: that can be gone through again and again.
-        objective: its label loss says which; what stands for no label, and whether positions predict the next one.
+        batches: that can be iterated more than once.
+        objective: the label loss, the number that marks a missing label, and whether positions predict the next token.
     """
 
     def __init__(self, framework: Framework, batches: Any, objective: Objective) -> None:
@@ -347,37 +352,37 @@ class Validation:
         self._last: Answers | None = None
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """See the class.
+        """Return the metrics of a model by name.
 
         Raises:
-            DataError: nothing of the validation has a label.
+            DataError: no sample of the validation has a label.
         """
         # A loader that shuffles draws from the random state of the run.
-        found = self._framework.seeded(lambda: [self._told(model, batch, n) for n, batch in self._labelled()], 0)
+        found = self._framework.seeded(lambda: [self._evaluate(model, batch, n) for n, batch in self._labeled()], 0)
         kind = self._objective.label_loss
-        labels = answers_of_labels(found) if found and kind == "binary" else []
-        if not sum(len(told.targets) for told in found) or (kind == "binary" and not labels):
+        labels = _answers_by_label(found) if found and kind == "binary" else []
+        if not sum(len(batch.targets) for batch in found) or (kind == "binary" and not labels):
             raise DataError(
-                "Nothing of the validation has a label.",
+                "No sample of the validation has a label.",
                 f"All its targets are {self._objective.ignore}, or there are none.",
-                "Give some that have, or a callable: model → metrics by name.",
+                "Give labeled samples, or a callable: model → metrics by name.",
             )
         if kind == "binary":
             return {"accuracy": _mean(labels, "accuracy")}
         if kind == "squared-error":
-            fit = r_squared(found)
+            fit = _r_squared(found)
             return {} if fit is None else {"r2": fit}
-        answers, targets = ([getattr(told, name) for told in found] for name in ("outputs", "targets"))
+        answers, targets = ([getattr(batch, name) for batch in found] for name in ("outputs", "targets"))
         self._last = Answers.of(np.concatenate(answers), np.concatenate(targets))
         metrics = {"accuracy": self._last.accuracy}
         return metrics | ({"balanced_accuracy": self._last.balanced} if self._last.uneven else {})
 
-    def _labelled(self) -> Iterator[tuple[int, Batch]]:
-        """The batches with targets and their numbers, from 1 on."""
+    def _labeled(self) -> Iterator[tuple[int, Batch]]:
+        """Return the batches with targets and their numbers, counted from 1."""
         batches = enumerate(batches_of(self._batches, "the validation"), 1)
         return ((number, batch) for number, batch in batches if batch.targets is not None)
 
-    def _told(self, model: Any, batch: Batch, number: int) -> EvaluatedBatch:
+    def _evaluate(self, model: Any, batch: Batch, number: int) -> EvaluatedBatch:
         with naming(f"Batch {number} of the validation"):
             outputs = self._framework.predict(model, batch.inputs)
         try:
@@ -390,22 +395,22 @@ class Validation:
             ) from error
 
     def check(self, model: Any) -> None:
-        """Refuse a validation that has no such metrics, by its first batch, before any training.
+        """Check the targets of the first batch before training.
 
         Raises:
-            DataError: its targets are of another kind than the label loss takes.
+            DataError: the label loss does not take them.
         """
-        number, first = self._framework.seeded(lambda: next(self._labelled(), (0, None)), 0)
+        number, first = self._framework.seeded(lambda: next(self._labeled(), (0, None)), 0)
         if first is not None and self._objective.label_loss in CHECKED:
-            self._told(model, few(first), number)
+            self._evaluate(model, few(first), number)
 
     def warning(self) -> str:
-        """A sentence where the model answered one class for all samples when it was last validated; else empty."""
+        """Return a warning if the model predicted one class for all samples in the last validation; else ""."""
         last = self._last
         if last is None or not last.constant or last.most_frequent == last.n:
             return ""
         return (
-            f"The trained model answers class {last.first} for all {last.n} samples of the validation, which has other "
-            f"classes as well: accuracy {last.accuracy:.1%}, balanced accuracy {last.balanced:.1%}. It has not learned "
+            f"The trained model predicts class {last.first} for all {last.n} samples of the validation, which has more "
+            f"classes: accuracy {last.accuracy:.1%}, balanced accuracy {last.balanced:.1%}. It has not learned "
             "to tell the classes apart; lower the learning rate, train longer, or balance the classes."
         )

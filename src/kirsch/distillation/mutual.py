@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from kirsch.arguments import checked
 from kirsch.distillation.arrays import constant
-from kirsch.distillation.attach import attach, of_all
+from kirsch.distillation.binding import bind, of_all
 from kirsch.distillation.checks import (
+    averaged_logits,
     check_last_batch,
     few,
     first_batch,
     late_ramps,
     missing_targets,
-    mixed_scores,
     split_relations,
 )
 from kirsch.distillation.distill import to_validate_by, with_validation
-from kirsch.distillation.distillation_loss import DistillationLoss, add
+from kirsch.distillation.distillation_loss import DistillationLoss
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import Logits, logit_layers, settle
+from kirsch.distillation.probabilities import Logits, check_training, logit_layers, settle
+from kirsch.distillation.step import TargetCheck, balanced, regularization
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
 from kirsch.frameworks.annotations import Data, Model, Regularizer
@@ -32,8 +33,6 @@ from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHooks, shares_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.port import Framework
 
@@ -92,29 +91,25 @@ def distill_mutually(
     first = first_batch(framework, data)
     inputs = few(first).inputs
     targets = data.targets if isinstance(data, ArrayData) else first.targets
-    lessons, peers, logits = [], [], []
+    losses, logits, shape = [], [], ()
     for place, student in enumerate(students):
         check_last_batch(framework, student, data, first)
         framework.check_runs(student, inputs)
         shape = tuple(framework.predict(student, inputs).shape[1:])
         check_labels(targets, shape, objective)
         others = [*students[:place], *students[place + 1 :]]
-        pairs = attach(framework, objective, student, others, inputs, seed=training.seed)
-        layers = logit_layers(objective, pairs, None)
-        logits.append(settle(framework, student, objective, layers, inputs, teacher=None))
-        peers.append(_Peers())
-        lessons.append(DistillationLoss(framework, objective, pairs, peers[-1], scores=shape))
+        terms = bind(framework, objective, student, others, inputs, seed=training.seed)
+        logits.append(settle(framework, student, objective, logit_layers(objective, terms, None), inputs, teacher=None))
+        losses.append(DistillationLoss(objective, terms))
     hooks = _of_each(framework, with_validation(hooks, framework, validation, objective, students))
-    texts = split_relations(objective, training) + late_ramps(objective, training)
-    texts += missing_targets(framework, students[0], first, objective)
-    for text in texts + mixed_scores(objective, len(students) - 1):
+    warnings = split_relations(objective, training) + late_ramps(objective, training)
+    warnings += missing_targets(framework, students[0], first, objective)
+    for text in warnings + averaged_logits(objective, len(students) - 1):
         hooks.doubt(text)
-    module = framework.with_adapters(
-        framework.cohort(students), [_site(place) for place in range(len(students))], {}, {}
-    )
-    trained = framework.train(
-        module, data, MutualLoss(framework, lessons, peers, logits, regularizers), training, hooks
-    )
+    outputs = [_output(place) for place in range(len(students))]
+    module = framework.with_adapters(framework.cohort(students), outputs, {}, {})
+    step = MutualStep(framework, losses, logits, TargetCheck(objective, shape), regularizers)
+    trained = framework.train(module, data, step, training, hooks)
     return [_own(trained, place, model) for place, model in enumerate(framework.members(trained.model))]
 
 
@@ -162,89 +157,97 @@ def _check_terms(objective: Objective, students: int) -> None:
             )
 
 
-class _Peers:
-    """A student's peers as its teachers: what they said in the step that is under way."""
+@dataclass(frozen=True)
+class _Logits:
+    """The outputs of one student of a cohort, as `DistillationLoss` takes them: logits, and no adapters."""
 
-    def __init__(self) -> None:
-        self.said: list[dict[str, Any]] = []
-
-    def __call__(self, batch: Batch) -> list[dict[str, Any]]:  # noqa: ARG002 - they were run with the student
-        """See `kirsch.distillation.teachers.TeacherSource`."""
-        return self.said
-
-    def close(self) -> None:
-        """See `kirsch.distillation.teachers.TeacherSource`."""
+    values: dict[str, Any]
+    joined: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-class MutualLoss:
-    """Charges all students for a batch, as `kirsch.frameworks.training.LossFunction` wants it.
+class MutualStep:
+    """Runs all students on a batch and adds up their losses; a `kirsch.frameworks.training.LossFunction`.
 
     Args:
         framework: of the students.
-        lessons: of each.
-        peers: the guides of these lessons.
-        logits: what makes logits of the outputs of each student; None where they are logits.
+        losses: of each student, with the other students as its teachers.
+        logits: for each student, what makes logits of its outputs; None if they are logits.
+        check: of the targets of each batch.
         regularizers: further terms of each student.
     """
 
     def __init__(
         self,
         framework: Framework,
-        lessons: Sequence[DistillationLoss],
-        peers: Sequence[_Peers],
+        losses: Sequence[DistillationLoss],
         logits: Sequence[Logits | None],
+        check: TargetCheck,
         regularizers: Sequence[Regularizer] = (),
     ) -> None:
-        self._framework, self._lessons, self._peers, self._regularizers = framework, lessons, peers, regularizers
-        self._logits = logits
+        self._framework, self._losses, self._logits = framework, losses, logits
+        self._check, self._regularizers = check, regularizers
+        self._factors: list[dict[str, float]] = [{} for _ in losses]
+        self._epoch = 0.0
+        self._unchecked = True  # until the first step in training mode
 
-    def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> LossOutput:
-        """What a batch is charged, of all students together; see `LossFunction`."""
-        seen = model(batch.inputs, {}, batch.ids).values
-        scores = [
-            seen[_site(place)] if own is None else own({"logits": seen[_site(place)]})["logits"]
-            for place, own in enumerate(self._logits)
+    def __call__(self, module: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> LossOutput:
+        """Return the sum of the losses of all students; see `LossFunction`."""
+        self._epoch = epoch
+        values = module(batch.inputs, {}, batch.ids).values
+        logits = [
+            values[_output(place)] if to_logits is None else to_logits({"logits": values[_output(place)]})["logits"]
+            for place, to_logits in enumerate(self._logits)
         ]
+        if self._unchecked and module.training:
+            for loss, own in zip(self._losses, logits, strict=True):
+                check_training({"logits": own}, logit_layers(loss.objective, loss.terms, None), loss.objective)
+            self._unchecked = False
+        students = self._framework.members(self._framework.student_of(module))
         total: Any = 0.0
         parts: dict[str, Any] = {}
-        for place, (lesson, peers) in enumerate(zip(self._lessons, self._peers, strict=True)):
-            peers.said = [{"logits": constant(each)} for each in (*scores[:place], *scores[place + 1 :])]
-            own = SimpleNamespace(values={"logits": scores[place]}, joined={}, extra={})
-            charge = lesson(lambda *_given, own=own: own, batch, epoch, of)
-            total = total + charge.total
-            parts |= {_name(place, name): part for name, part in charge.parts.items()}
-        for place, student in enumerate(self._framework.members(self._framework.student_of(model))):
-            for regularizer in self._regularizers:
-                part = regularizer(student) * (1.0 if of is None else len(batch) / of["samples"])
-                total = total + part
-                add(parts, _name(place, type(regularizer).__name__), part)
+        for place, (loss, student) in enumerate(zip(self._losses, students, strict=True)):
+            peers = [{"logits": constant(other)} for other in (*logits[:place], *logits[place + 1 :])]
+            output = loss(
+                _Logits({"logits": logits[place]}),
+                loss.features(peers, epoch),
+                batch,
+                epoch,
+                of,
+                factors=self._factors[place],
+                regularization=regularization(self._regularizers, student),
+            )
+            total = total + output.total
+            parts |= {_name(place, name): part for name, part in output.parts.items()}
         return LossOutput(total, parts)
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
-        """See `LossFunction`; the students are charged for the same."""
-        return self._lessons[0].counts(batches)
+        """Return the counts of the batches, which are the same for all students."""
+        return self._losses[0].counts(batches)
 
     def check(self, batch: Batch) -> list[str]:
-        """See `LossFunction`; the students are charged for the same targets."""
-        return self._lessons[0].check(batch)
+        """Refuse targets that the label loss does not take; see `LossFunction`."""
+        return self._check(batch)
 
     def balance(self, norms: dict[str, float]) -> None:
-        """See `LossFunction`."""
-        for place, lesson in enumerate(self._lessons):
-            lesson.balance(_of(place, norms))
+        """Scale the terms of each student by their gradients; see `DistillationStep.balance`."""
+        for place, loss in enumerate(self._losses):
+            if loss.objective.balance == "gradient":
+                weights = loss.weights(self._epoch, self._factors[place])
+                names = [term.name for term in loss.terms]
+                self._factors[place] |= balanced(_of(place, norms), weights, names)
 
     def state(self) -> dict[str, Any]:
-        """See `LossFunction`."""
-        return {"students": [lesson.state() for lesson in self._lessons]}
+        """Return the factors of the terms of each student."""
+        return {"students": [dict(factors) for factors in self._factors]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """See `LossFunction`."""
-        for lesson, own in zip(self._lessons, state["students"], strict=True):
-            lesson.restore(own)
+        """Continue from a state."""
+        self._factors = [dict(factors) for factors in state["students"]]
 
 
-def _site(place: int) -> str:
-    """Where the scores of a student are among what a cohort puts out."""
+def _output(place: int) -> str:
+    """Return the layer of a cohort that holds the logits of one student."""
     return f"output.{place}"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from kirsch.arguments import checked
 from kirsch.distillation.losses.labels import LABEL_LOSSES
+from kirsch.distillation.losses.loss import LOSSES
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Number, Ramp, ends, problem
 from kirsch.distillation.term import Term
@@ -62,6 +64,14 @@ class Objective:
     teachers: Literal["probabilities", "logits", "confidence", "sum"] = "probabilities"
     student_outputs: Outputs | None = None
     teacher_outputs: Outputs | tuple[Outputs | None, ...] | None = None
+
+    @staticmethod
+    def of_text(name: str) -> str:
+        """Return how to make the objective that a text names. `kirsch.arguments.checked` asks for it."""
+        if name in LOSSES and name not in PRESETS:
+            return f'Give kirsch.Objective((kirsch.Term("{name}"),)).'
+        close = difflib.get_close_matches(name, list(PRESETS), n=1)
+        return f'Give kirsch.Objective.preset("{close[0]}").' if close else f"Give {Objective.made_by}."
 
     def __post_init__(self) -> None:
         problems = [sentence for term in self.terms for sentence in term.problems()]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kirsch.distillation.attach import Pair
+    from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
     from kirsch.frameworks.port import Framework
@@ -92,19 +92,17 @@ class Logits:
         }
 
 
-def logit_layers(objective: Objective, pairs: Sequence[Pair], teacher: int | None) -> list[str]:
-    """The layers of the student (None), or of the teacher of this place, at which losses take logits."""
+def logit_layers(objective: Objective, terms: Sequence[BoundTerm], teacher: int | None) -> list[str]:
+    """Return the layers of the student (None) or of a teacher (its index) at which losses take logits."""
     found = ["logits"] if teacher is None and _labels_take_logits(objective) else []
-    for pair in pairs:
-        term = objective.terms[pair.term]
-        loss = loss_of(term.loss)
-        if loss.takes not in ("scores", "pixels", "sets") or loss.activation == "identity":
+    for term in terms:
+        if term.loss.takes not in ("scores", "pixels", "sets") or term.loss.activation == "identity":
             continue
-        if teacher is not None and term.of not in (None, teacher):
+        if teacher is not None and term.teacher not in (None, teacher):
             continue
-        if teacher is None and pair.adapter is not None:  # of its features an adapter makes logits
+        if teacher is None and term.adapter is not None:  # the adapter makes the logits
             continue
-        layers = pair.student if teacher is None else pair.teacher
+        layers = term.student_layer if teacher is None else term.teacher_layer
         layers = layers.get("scores", ()) if isinstance(layers, dict) else layers
         found += [layers] if isinstance(layers, str) else []
     return list(dict.fromkeys(found))
@@ -170,15 +168,15 @@ def shape_of(values: NDArray[Any], activations: set[Activation]) -> str:
     if are_probabilities(rows):  # what is the same for all samples may be a bias that sums to 1
         alike = values.shape[0] > 1 and bool((values == values[:1]).all())
         return "inside" if alike else "softmax"
-    if are_scaled_probabilities(rows) and not (values == values[:1]).all():
+    few_values = len(np.unique(values)) <= len((0, 1, 2))  # a constant output, or codes of 0 and 1, may be anything
+    if are_scaled_probabilities(rows) and not few_values and not (values == values[:1]).all():
         return "scaled softmax"
     if "sigmoid" in activations and rows.shape[-1] > 1 and rows.max() <= 0 and are_probabilities(np.exp(rows)):
         return "log-softmax"
     if values.min() < -ROUNDING or values.max() > 1 + ROUNDING:
         return ""
     both = values.min() < NEAR and values.max() > 1 - NEAR
-    spread = len(np.unique(values)) > len((0, 1, 2))  # a constant output, or codes of 0 and 1, may be anything
-    return "sigmoid" if values.size >= MANY and both and spread else "inside"
+    return "sigmoid" if values.size >= MANY and both and not few_values else "inside"
 
 
 def refusal(whose: str, shape: str, objective: Objective, field: str) -> UsageError:
@@ -270,7 +268,7 @@ def check_record(values: Any, objective: Objective) -> None:
 
 
 def teachers_logits(
-    framework: Framework, teachers: Sequence[Any], objective: Objective, pairs: Sequence[Pair], inputs: Any
+    framework: Framework, teachers: Sequence[Any], objective: Objective, terms: Sequence[BoundTerm], inputs: Any
 ) -> list[Logits | None]:
     """What makes logits of the outputs of each teacher; see `settle`.
 
@@ -284,6 +282,6 @@ def teachers_logits(
             fix="Give one for each, or one for all.",
         )
     return [
-        settle(framework, model, objective, logit_layers(objective, pairs, place), inputs, teacher=place)
+        settle(framework, model, objective, logit_layers(objective, terms, place), inputs, teacher=place)
         for place, model in enumerate(teachers)
     ]

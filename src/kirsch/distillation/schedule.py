@@ -20,7 +20,7 @@ class Ramp:
         after: epochs before it begins to move, >= 0.
     """
 
-    made_by: ClassVar[str] = "kirsch.distillation.schedule.Ramp(start, end, epochs)"
+    made_by: ClassVar[str] = "kirsch.Ramp(start, end, epochs)"
 
     start: float
     end: float

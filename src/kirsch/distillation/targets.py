@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.distillation.losses.labels import IGNORED
-from kirsch.distillation.losses.loss import given_to, loss_of
+from kirsch.distillation.losses.loss import SCORED, given_to, loss_of
 from kirsch.distillation.schedule import ends
 from kirsch.errors import DataError, UsageError
 from kirsch.frameworks.port import host
@@ -32,6 +32,12 @@ def uses_labels(objective: Objective) -> bool:
     """Whether the objective learns from the values of the targets."""
     named = any(any(ends(term.weight)) and "labels" in given_to(loss_of(term.loss)) for term in objective.terms)
     return named or any(ends(objective.label_weight))
+
+
+def _reads(objective: Objective, targets: NDArray[Any]) -> bool:
+    """Whether the objective looks at targets: at their values, or at which positions of the logits have a label."""
+    marks = objective.label_loss == "cross-entropy" and targets.ndim > 1 and targets.dtype.kind in "iu"
+    return uses_labels(objective) or (marks and any(loss_of(term.loss).takes in SCORED for term in objective.terms))
 
 
 def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> None:
@@ -59,6 +65,8 @@ def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> No
     targets = host(given)
     if not targets.ndim:
         raise DataError(f"The targets are {given!r}, a single value.", fix="Give one target for each sample.")
+    if not _reads(objective, targets):
+        return
     _check_values(targets, shape, objective)
     if objective.label_loss != "cross-entropy":
         return
@@ -74,6 +82,8 @@ def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> No
 def check_batch(given: Any, shape: tuple[int, ...], objective: Objective, *, wherever: bool = False) -> None:
     """Refuse the targets of one batch of a run by their values, whose numbers of positions may differ.
 
+    Those that the objective does not look at may be anything.
+
     Those of another device than the host are not looked at, which would wait for it, unless `wherever` says so.
 
     Raises:
@@ -82,7 +92,16 @@ def check_batch(given: Any, shape: tuple[int, ...], objective: Objective, *, whe
     on_device = getattr(getattr(given, "device", None), "type", "cpu") != "cpu"
     if given is None or (on_device and not wherever):
         return
-    targets = host(given)
+    if _reads(objective, targets := host(given)):
+        check_evaluable(targets, shape, objective)
+
+
+def check_evaluable(targets: NDArray[Any], shape: tuple[int, ...], objective: Objective) -> None:
+    """Refuse targets that answers of a model cannot be compared with by the label loss.
+
+    Raises:
+        DataError: see `check_labels`.
+    """
     sizes, dense = targets.shape[1:], len(shape) >= KHW
     if len(sizes) == len(shape) - 1:
         shape = (shape[0], *sizes) if dense else (*sizes, *shape[-1:])
@@ -94,9 +113,9 @@ def check_batch(given: Any, shape: tuple[int, ...], objective: Objective, *, whe
 def _check_values(targets: NDArray[Any], shape: tuple[int, ...], objective: Objective) -> None:
     if objective.label_loss == "cross-entropy":
         _check_classes(targets, shape, objective)
-    elif objective.label_loss == "binary" and uses_labels(objective):
+    elif objective.label_loss == "binary":
         _check_answers(targets, shape)
-    elif objective.label_loss == "squared-error" and uses_labels(objective):
+    elif objective.label_loss == "squared-error":
         _check_numbers(targets, shape)
 
 

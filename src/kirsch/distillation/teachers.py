@@ -1,4 +1,4 @@
-"""What a student is held against: one teacher or several that are run, or a store of what one put out."""
+"""Where the outputs of the teachers come from: models that run, or a store."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import host
 
 if TYPE_CHECKING:
+    from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.probabilities import Logits
-    from kirsch.distillation.term import Term
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.port import Framework
 
 TOP_K = ("indices", "log_p", "tail")
-"""Fields of a record that holds the largest scores alone."""
+"""Fields of a record that holds the largest logits only."""
 
 
 Teacher = Model | TeacherStore | Sequence[Model]
@@ -35,13 +35,13 @@ Teacher = Model | TeacherStore | Sequence[Model]
 
 
 class TeacherSource(Protocol):
-    """Gives the teachers' side of a step."""
+    """Returns the outputs of the teachers for a batch."""
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
-        """For each teacher its values by layer, as constants, where the batch lies."""
+        """Return for each teacher its values by layer, without gradient, on the device of the batch."""
 
     def close(self) -> None:
-        """Take hooks away, until the next call."""
+        """Remove hooks, until the next call."""
 
 
 class LiveTeachers:
@@ -50,8 +50,8 @@ class LiveTeachers:
     Args:
         framework: of the teachers.
         models: frozen, in inference mode.
-        layers: for each, where its values are wanted.
-        logits: for each, what makes logits of probabilities among its values; None leaves them as they are.
+        layers: for each teacher, the layers whose values are needed.
+        logits: for each teacher, a function that converts probabilities among its values to logits, or None.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class LiveTeachers:
 
 
 class StoredTeacher:
-    """A teacher's outputs as they lie in a store.
+    """The outputs of a teacher that a store holds.
 
     Args:
         framework: of the student.
@@ -94,10 +94,10 @@ class StoredTeacher:
         """See `TeacherSource`."""
         if batch.ids is None:
             raise UsageError(
-                "A store is read by the numbers of the samples, and the batches do not carry any.",
+                "A store is read by sample numbers, and the batches have none.",
                 fix="Give ArrayData, or batches of (inputs, targets, ids).",
             )
-        self._check_looks(batch)
+        self._check_views(batch)
         self._store.trust(batch.view)
         like = first_of(batch.inputs)
         found = self._store.read(host(batch.ids), batch.view, batch.seeds)
@@ -110,19 +110,19 @@ class StoredTeacher:
             values["logits"] = {name: values.pop(name) for name in TOP_K}
         return [values]
 
-    def _check_looks(self, batch: Batch) -> None:
-        """Refuse batches of which it cannot be told whether they are what the teacher saw, or that are not."""
+    def _check_views(self, batch: Batch) -> None:
+        """Refuse batches whose augmentation is not, or may not be, that of the stored samples."""
         if self._store.manifest.augmented and batch.seeds is None:
             raise UsageError(
-                "The store is of augmented samples, and the batches do not say how theirs are augmented.",
-                "Whether they are what the teacher saw cannot be told.",
+                "The store holds augmented samples, and the batches have no seeds of an augmentation.",
+                "They may not be the views that the teacher saw.",
                 "Take kirsch.distill, or the batches of ArrayData.epoch; of a loader of your own give "
                 "Batch(inputs, targets, ids, view, seeds).",
             )
         if not self._store.manifest.augmented and batch.seeds is not None:
             raise UsageError(
-                "The store is of samples as they are, and the batches are augmented.",
-                "The teacher did not see them so.",
+                "The store holds samples without augmentation, and the batches are augmented.",
+                "The teacher did not see these views.",
                 "Build a store from the data with its transform, or train without one.",
             )
 
@@ -131,49 +131,48 @@ class StoredTeacher:
 
 
 def holds_top_k(values: Any) -> bool:
-    """Whether these are the largest scores alone."""
+    """Return whether a record holds the largest logits only."""
     return isinstance(values, Mapping) and set(TOP_K) <= set(values)
 
 
-def stored_scores(term: Term, mine: Any, record: Mapping[str, Any], mask: Any, options: Mapping[str, Any]) -> Any:
-    """Soft targets from a record that holds the teacher's largest scores.
+def stored_scores(
+    term: BoundTerm, student: Any, record: Mapping[str, Any], mask: Any, options: Mapping[str, Any]
+) -> Any:
+    """Return the soft-target loss for a record that holds the teacher's largest logits.
 
     Raises:
-        UsageError: the term needs all scores, or states what the record cannot serve.
+        UsageError: the term needs all logits, or states what the record cannot serve.
     """
-    if term.loss not in ("kd", "top-k"):
+    if term.loss.name not in ("kd", "top-k"):
         raise UsageError(
-            f"The term {term.called!r} needs all scores of the teacher, and the store holds the largest alone.",
+            f"The term {term.name!r} needs all logits of the teacher, and the store holds the largest only.",
             fix="Build the store with Dense(), or take the terms 'kd' or 'top-k'.",
         )
     lost = set(options) - {"temperature", "tail", "k"}
     if lost:
         raise UsageError(
-            f"The term {term.called!r} states {', '.join(sorted(lost))}.",
-            "A record of the largest scores cannot serve that.",
+            f"The term {term.name!r} states {', '.join(sorted(lost))}.",
+            "A record of the largest logits cannot serve that.",
             "Build the store with Dense(), or leave it out.",
         )
-    if options.get("k", record["indices"].shape[-1]) != record["indices"].shape[-1]:
-        raise UsageError(
-            f"The term {term.called!r} takes the {options['k']} largest scores; the store holds "
-            f"{record['indices'].shape[-1]}."
-        )
-    temperature = options.get("temperature", 1.0)
-    tail = options.get("tail", "bucket")
-    given = [record[name] for name in TOP_K]
-    return stored_top_k(mine, *given, tail=tail, temperature=temperature, stored_temperature=temperature, mask=mask)
+    stored = record["indices"].shape[-1]
+    if options.get("k", stored) != stored:
+        raise UsageError(f"The term {term.name!r} takes the {options['k']} largest logits; the store holds {stored}.")
+    temperature, tail = options.get("temperature", 1.0), options.get("tail", "bucket")
+    fields = [record[name] for name in TOP_K]
+    return stored_top_k(student, *fields, tail=tail, temperature=temperature, stored_temperature=temperature, mask=mask)
 
 
 def replayed(store: TeacherStore, data: Any) -> ArrayData:
-    """The data with the views and the seed of augmentation of a store, which it may leave open.
+    """Return the data with the views and the augmentation seed of a store.
 
     Raises:
-        UsageError: the data does not lie in memory, so that its augmentation cannot be replayed.
-        StoreError: the store is of other data, another transform, or other looks than the data says.
+        UsageError: the data is not in memory, so that its augmentation cannot be repeated.
+        StoreError: the store is of other data, another transform, or other views.
     """
     if not isinstance(data, ArrayData):
         raise UsageError(
-            "A store replays the augmentation of each sample, which a loader of its own does not let it.",
+            "A store repeats the augmentation of each sample, which is not possible with a loader.",
             fix="Give ArrayData.",
         )
     store.require(data=data)
@@ -184,15 +183,15 @@ def require_temperature(store: TeacherStore, objective: Objective) -> None:
     """Refuse a store that holds probabilities of another temperature.
 
     Raises:
-        UsageError: a temperature changes while the store has one.
-        StoreError: it is another one.
+        UsageError: the temperature of a term changes over time.
+        StoreError: the temperature of a term is not that of the store.
     """
     manifest = store.manifest
     for term in objective.terms:
         if term.there == "logits" and manifest.keep == "top-k":
             if isinstance(term.temperature, Ramp):
                 raise UsageError(
-                    f"The temperature of {term.called!r} changes, and the store holds {manifest.temperature:g} alone.",
+                    f"The temperature of {term.called!r} changes, and the store holds {manifest.temperature:g} only.",
                     fix="Build the store with Dense(), or state one temperature.",
                 )
             store.require(temperature=1.0 if term.temperature is None else term.temperature)
@@ -205,15 +204,15 @@ def combined(
     activation: Activation = "softmax",
     axis: int = -1,
 ) -> Any:
-    """The scores of several teachers as those of one, which at the temperature says what they say together.
+    """Return the logits of several teachers combined.
 
     Args:
-        scores: of each teacher, shape (N, K), (N, L, K) or (N, K, H, W).
-        way: "probabilities": the mean of what they say. "logits": their mean scores, which for classes say the product
-            of what they say and not a mixture. "confidence": the mean, weighed for each sample, or label, by how little
-            entropy a teacher's probabilities have.
-        temperature: at which they are softened.
-        activation: as a loss names it: what makes probabilities of the scores. Numbers have a mean alone.
+        scores: logits of each teacher, shape (N, K), (N, L, K) or (N, K, H, W).
+        way: "probabilities": the mean of the softened probabilities. "logits": the mean of the logits, which for
+            classes is a product of the probabilities and not a mixture. "confidence": the mean of the probabilities,
+            weighted for each sample, or label, by the negative entropy of each teacher.
+        temperature: that softens the probabilities.
+        activation: of the loss: "softmax", "sigmoid", or "identity" for numbers, which only have a mean.
         axis: of the classes.
 
     Source: why probabilities: what minimizes Σ KL(p_i ‖ q) over q is the mean of p_i. Confidence by entropy: Kwon et
@@ -242,5 +241,5 @@ def combined(
 
 
 def one_or_more(teacher: Any) -> list[Any]:
-    """A teacher, or several of a list or tuple, as a list."""
+    """Return one teacher, or a list or tuple of teachers, as a list."""
     return list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]

@@ -55,13 +55,17 @@ class Term:
         """Where in the teacher."""
         return self.student if self.teacher is None else self.teacher
 
-    def keywords(self, epoch: float) -> dict[str, Any]:
-        """What its loss is called with when this many epochs are done, with its temperature if it has one."""
-        known, found = options_of(loss_of(self.loss)), dict(self.options)
+    def resolved(self) -> tuple[dict[str, Any], Number | None]:
+        """Return the keywords of the loss but for its temperature, and its temperature or None if it has none."""
+        known, options = options_of(loss_of(self.loss)), dict(self.options)
         if "given" in known and self._weights:
-            found.setdefault("given", "weights")
-        temperature = known.get("temperature") if self.temperature is None else at(self.temperature, epoch)
-        return found if temperature is None else {**found, "temperature": temperature}
+            options.setdefault("given", "weights")
+        return options, known.get("temperature") if self.temperature is None else self.temperature
+
+    def keywords(self, epoch: float) -> dict[str, Any]:
+        """Return the keywords of the loss after so many epochs."""
+        options, temperature = self.resolved()
+        return options if temperature is None else {**options, "temperature": at(temperature, epoch)}
 
     @property
     def _weights(self) -> bool:

@@ -20,6 +20,9 @@ FRAMEWORKS = (
 """Base classes of models. `kirsch.frameworks.port.framework_of` says which of them Kirsch can work on."""
 
 
+ONLY_NUMBERS = "Give numbers, such as inputs.astype(numpy.float32); texts as the numbers of their tokens."
+
+
 def is_model(value: Any) -> bool:
     """Return whether a value is a model of some framework."""
     return not inspect.isclass(value) and any(
@@ -57,6 +60,8 @@ def has_arrays(value: Any) -> bool:
 def _give_inputs(value: Any) -> str:
     if hasattr(value, "dataset") or inspect.isgenerator(value):
         return "Give the inputs of one batch, such as next(iter(loader))[0]."
+    if hasattr(value, "dtype") and not is_array(value):
+        return ONLY_NUMBERS
     return "Give what the model is called with, such as torch.randn(1, 3, 224, 224), or a dict of keyword arguments."
 
 

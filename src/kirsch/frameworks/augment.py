@@ -9,7 +9,6 @@ machines (logarithm, cosine). A user's transform draws from a generator that is 
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -20,8 +19,7 @@ import numpy as np
 
 from kirsch.annotations import Between, Count, Fix, Share
 from kirsch.arguments import checked
-from kirsch.errors import ShapeError, UsageError, error_text
-from kirsch.frameworks.description import described, name_of
+from kirsch.errors import ShapeError, UsageError, error_text, name_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -352,11 +350,6 @@ def check_call(function: Any, called: str, given: str, fix: str) -> None:
         ) from error
     except ValueError:
         return  # of some built-in functions Python does not know the signature; trying them shows
-
-
-def description(transform: Seeded | Augment | None) -> str:
-    """What a transform does, as JSON that a hash can be taken of; see `kirsch.frameworks.description`."""
-    return json.dumps(described(transform), sort_keys=True)
 
 
 def _check_images(name: str, batch: NDArray[Any]) -> None:

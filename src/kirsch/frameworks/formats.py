@@ -164,7 +164,9 @@ def _folder(path: Path) -> Format:
     if (path / "config.json").is_file():
         fix = f'Give a callable that loads it: AutoModel.from_pretrained("{path}") in file.py:callable.'
         return Format("a folder of a transformers model", "Its code is in that library.", fix, fix)
-    return _other("a folder", "A model is named by its code, and weights by a file.", AS_CALLABLE)
+    files = sorted(path.glob("*.safetensors"))
+    fix = f"Give the file in it: {files[0]}." if files else "Give a safetensors file."
+    return Format("a folder", "A model is named by its code, and weights by a file.", AS_CALLABLE, fix)
 
 
 def _checkpoint(path: Path, what: str, load: str = "torch.load") -> Format:

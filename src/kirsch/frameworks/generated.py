@@ -10,11 +10,10 @@ import numpy as np
 
 from kirsch.annotations import Count, Fix, Seed
 from kirsch.arguments import checked
-from kirsch.errors import DataError, KirschError, UsageError, error_text
+from kirsch.errors import DataError, KirschError, UsageError, error_text, name_of
 from kirsch.frameworks.annotations import Model, is_model
 from kirsch.frameworks.augment import check_call
 from kirsch.frameworks.data import Batch, SeededData, borders_of, count_of
-from kirsch.frameworks.description import name_of
 from kirsch.frameworks.port import framework_of, host
 
 if TYPE_CHECKING:

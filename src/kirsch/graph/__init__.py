@@ -1,1 +1,1 @@
-"""What must stay together: labels, relations, coupling, groups, cost, plan. Numpy alone."""
+"""Dependency analysis of a model: labels, relations, coupling, groups, cost and plan. Needs numpy only."""

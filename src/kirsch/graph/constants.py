@@ -1,13 +1,12 @@
-"""New values for the integers in the code of a model when units go.
+"""New values of the integers in the model's code after pruning.
 
-A view that takes `self.heads` demands that it equal the number of indices kept on its axis; the attribute gets the
-value that meets all its demands.
+A view with the size `self.heads` demands that the attribute equals the number of indices kept on that axis. The
+attribute is set to the value that meets all its demands.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from kirsch.errors import PlanError
@@ -20,98 +19,126 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Labels
 
 
-AS_GRAPH = "trace the model with kirsch.trace(..., as_graph=True), which gives its operations without its code"
+COMPARISON = "comparison"
+"""Name of the operation of a demand that a comparison in the code makes."""
+
+AS_GRAPH = "trace the model with kirsch.trace(..., as_graph=True), which prunes the traced program instead of the code"
 
 
 def solve(
     demands: Sequence[Demand], kept: Callable[[Labels], int], conditions: Sequence[Demand] = ()
 ) -> dict[Leaf, int]:
-    """New values of the attributes so that every demand is met; only those that change.
+    """Return the new values of the attributes that must change so that every demand is met.
 
     Args:
-        demands: what the code needs.
-        kept: label array → how many of its labels stay.
-        conditions: answers of comparisons in the code, which must stay what they are.
+        demands: requirements of the model's code.
+        kept: takes a label array and returns the number of kept labels.
+        conditions: comparisons in the model's code whose results must not change.
 
     Raises:
-        PlanError: no value of an attribute meets its demands, or a comparison would turn out otherwise; names the
+        PlanError: no value of an attribute meets its demands, or the result of a comparison would change; names the
             attribute and the line.
     """
-    today: dict[object, int] = {leaf: value for demand in demands for leaf, value in demand.expression.leaves}
-    values = _settled(demands, kept)
+    present: dict[object, int] = {leaf: value for demand in demands for leaf, value in demand.expression.leaves}
+    values = _solved_values(demands, kept)
     for demand in demands:
-        found, wanted = _found(demand, values), _wanted(demand, kept)
-        if found != wanted:
+        computed, required = _computed(demand, values), _required(demand, kept)
+        if computed != required:
+            if demand.operation.name == COMPARISON:
+                raise _changed_comparison(demand, kept)
             raise PlanError(
                 f"No value of {demand.names} fits the plan.",
-                f"{demand.operation.source or demand.operation.name} needs {wanted}, and would get {found}.",
-                f"Exclude the layers it belongs to, compute the size from the tensor's own shape, or {AS_GRAPH}.",
+                f"{demand.operation.source or demand.operation.name} requires {required}; the code would give "
+                f"{computed}.",
+                f"Exclude its layers, compute the size from the shape of the tensor, or {AS_GRAPH}.",
             )
     for condition in broken(demands, conditions, kept):
-        sizes = [f"a size of {len(labels)} that becomes {kept(labels)}" for labels in condition.expression.sizes]
-        read = [*sizes, *(f"`{leaf}`" for leaf, _ in condition.expression.leaves)]
-        raise PlanError(
-            f"A comparison at {condition.operation.source or 'an operation of the graph'} does not allow the plan.",
-            f"It reads {', '.join(read)}, and would turn out otherwise than in the original.",
-            f"Cut another number of units, as with round_to, exclude the layers that it looks at, or {AS_GRAPH}.",
-        )
-    return {leaf: values[leaf] for leaf, value in today.items() if isinstance(leaf, Leaf) and values[leaf] != value}
+        raise _changed_comparison(condition, kept)
+    return {leaf: values[leaf] for leaf, value in present.items() if isinstance(leaf, Leaf) and values[leaf] != value}
+
+
+def _changed_comparison(demand: Demand, kept: Callable[[Labels], int]) -> PlanError:
+    """Return the error for a comparison whose result would change."""
+    sizes = [f"a size that changes from {len(labels)} to {kept(labels)}" for labels in demand.expression.sizes]
+    operands = [*sizes, *(f"`{leaf}`" for leaf, _ in demand.expression.leaves)]
+    return PlanError(
+        f"The plan changes the result of a comparison at {demand.operation.source or 'an operation of the graph'}.",
+        f"The comparison reads {', '.join(operands)}.",
+        f"Remove another number of units, e.g. with round_to, exclude the layers that it reads, or {AS_GRAPH}.",
+    )
 
 
 def unmet(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> list[Demand]:
-    """The demands that would make `solve` fail."""
-    values = _settled(demands, kept)
-    return [demand for demand in demands if _found(demand, values) != _wanted(demand, kept)]
+    """Return the demands that `solve` cannot meet."""
+    values = _solved_values(demands, kept)
+    return [demand for demand in demands if _computed(demand, values) != _required(demand, kept)]
 
 
 def broken(demands: Sequence[Demand], conditions: Sequence[Demand], kept: Callable[[Labels], int]) -> list[Demand]:
-    """The conditions whose answer changes."""
+    """Return the conditions whose result changes."""
     if not conditions:
         return []
-    values = _settled(demands, kept)
+    values = _solved_values(demands, kept)
     values |= {Size(axis.tobytes()): kept(axis) for condition in conditions for axis in condition.expression.sizes}
-    return [condition for condition in conditions if _found(condition, values) != condition.constant]
+    return [condition for condition in conditions if _computed(condition, values) != condition.constant]
 
 
-def _settled(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> dict[object, int]:
-    """The best values of all attributes and sizes."""
+def _solved_values(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> dict[object, int]:
+    """Return the values of all attributes and sizes that meet the demands, as far as possible."""
     values: dict[object, int] = {leaf: value for demand in demands for leaf, value in demand.expression.leaves}
     values |= {Size(axis.tobytes()): kept(axis) for demand in demands for axis in demand.expression.sizes}
-    known = set[object]()
-    while alone := _alone(demands, known):  # each round may leave just one attribute open in further demands
-        for leaf, own in alone.items():
-            values[leaf] = _value(leaf, own, values, kept)
-        known.update(alone)
+    solved = set[object]()
+    while determined := _determined(demands, solved):  # solved attributes may determine others through shared demands
+        for leaf, leaf_demands in determined.items():
+            values[leaf] = _value(leaf, leaf_demands, values, kept)
+        solved.update(determined)
     return values
 
 
-def _wanted(demand: Demand, kept: Callable[[Labels], int]) -> int:
+def _required(demand: Demand, kept: Callable[[Labels], int]) -> int:
     return kept(demand.labels) + demand.constant
 
 
-def _found(demand: Demand, values: Mapping[object, int]) -> int | None:
-    """What the expression of a demand gives; None if it divides by a size of which nothing is left."""
+def _computed(demand: Demand, values: Mapping[object, int]) -> int | None:
+    """Return the value of a demand's expression; None if it divides by a size that has become 0."""
     try:
         return demand.expression.compute(values)
     except ZeroDivisionError:
         return None
 
 
-def _alone(demands: Sequence[Demand], known: Container[object]) -> dict[Leaf, list[Demand]]:
-    """Attributes that are the only open one of some demands, with these demands."""
-    alone: dict[Leaf, list[Demand]] = {}
+def _determined(demands: Sequence[Demand], solved: Container[object]) -> dict[Leaf, list[Demand]]:
+    """Return the attributes that are the only unsolved one of some demands, with these demands."""
+    determined: dict[Leaf, list[Demand]] = {}
     for demand in demands:
-        still = [leaf for leaf, _ in demand.expression.leaves if leaf not in known]
-        if len(still) == 1:
-            alone.setdefault(still[0], []).append(demand)
-    return alone
+        unsolved = [leaf for leaf, _ in demand.expression.leaves if leaf not in solved]
+        if len(unsolved) == 1:
+            determined.setdefault(unsolved[0], []).append(demand)
+    return determined
 
 
-def _value(leaf: Leaf, own: Sequence[Demand], values: dict[object, int], kept: Callable[[Labels], int]) -> int:
-    """The value of an attribute that meets all its own demands; today's if there is none, for `solve` to refuse."""
-    wanted = [_wanted(demand, kept) for demand in own]
-    for candidate in chain(wanted, [values[leaf]], range(values[leaf] + 1)):  # the likely ones first
+def _value(leaf: Leaf, demands: Sequence[Demand], values: dict[object, int], kept: Callable[[Labels], int]) -> int:
+    """Return the value of an attribute that meets the demands; the present value if none does, as `solve` reports.
+
+    If only numbers that must not change determine the attribute, it keeps its relation to the sizes: it stays equal to
+    one, or the same multiple. Any other value is taken only if no second one fits: every size is divisible by 1.
+    """
+    present, required = values[leaf], [_required(demand, kept) for demand in demands]
+
+    def fits(candidate: int) -> bool:
         trial = ChainMap[object, int]({leaf: candidate}, values)
-        if all(_found(demand, trial) == number for demand, number in zip(own, wanted, strict=True)):
-            return candidate
-    return values[leaf]
+        return all(_computed(demand, trial) == number for demand, number in zip(demands, required, strict=True))
+
+    sizes = [(len(labels), kept(labels)) for demand in demands for labels in demand.expression.sizes]
+    related = bool(sizes) and not any(len(demand.labels) for demand in demands)
+    if related:
+        equal = [now for before, now in sizes if before == present]
+        multiples = [present * now // before for before, now in sizes if present * now % before == 0]
+        likely = [*equal, present, *multiples]
+    else:
+        likely = [*required, present]
+    value = next((candidate for candidate in likely if fits(candidate)), None)
+    if value is not None:
+        return value
+    others = [candidate for candidate in range(1 + max(present, *(now for _, now in sizes), 0)) if fits(candidate)]
+    return others[0] if others and not (related and len(others) > 1) else present

@@ -1,4 +1,4 @@
-"""What a plan costs, without building the model: sums of products of kept counts."""
+"""Cost of a plan, counted without building the pruned model: sums of products of kept counts."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kirsch.graph.facts import Term
+    from kirsch.graph.facts import CostTerm
     from kirsch.graph.labels import Labels
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one forward run on the example inputs.
+    """The cost of one forward pass on the example inputs.
 
     Args:
-        parameters: numbers that are trained.
+        parameters: number of parameters.
         macs: multiply-accumulates of convolutions, linear layers and matrix products.
-        activations: numbers that all operations together put out.
+        activations: number of elements in the outputs of all operations.
     """
 
     parameters: int
@@ -31,55 +31,67 @@ class Cost:
     activations: int
 
     def to_dict(self) -> dict[str, int]:
-        """As JSON."""
+        """Return the cost as JSON."""
         return asdict(self)
 
 
 class CostModel:
-    """All terms of a network, ready to be priced under any choice of components.
+    """All cost terms of a model, arranged to count the cost of any choice of components.
 
     Args:
         terms: the recorded costs.
-        component: label → component.
+        component: component of each label.
     """
 
-    def __init__(self, terms: Sequence[Term], component: NDArray[np.int64]) -> None:
+    def __init__(self, terms: Sequence[CostTerm], component: NDArray[np.int64]) -> None:
         index: dict[bytes, int] = {}
         arrays: list[NDArray[np.int64]] = []
         width = max((len(term.factors) for term in terms), default=0) + 1
         self._factor = np.zeros((len(terms), width), np.int64)
         for row, term in enumerate(terms):
             for column, labels in enumerate(term.factors, start=1):
-                self._factor[row, column] = 1 + _position(labels, index, arrays, component)
+                self._factor[row, column] = 1 + _array_index(labels, index, arrays, component)
         self._coefficient = np.array([term.coefficient for term in terms], float)
-        self._of = np.array([term.of for term in terms])
+        self._quantity = np.array([term.quantity for term in terms])
         self._owner = [term.owner for term in terms]
         self._flat = np.concatenate([*arrays, np.zeros(0, np.int64)])
         self._start = np.cumsum([0, *(len(array) for array in arrays[:-1])]) if arrays else np.zeros(0, np.int64)
 
     def price(self, keep: NDArray[np.bool_], without: Collection[str] = ()) -> Cost:
-        """The cost when only the components marked in `keep` (bool, shape (components,)) stay.
+        """Return the cost of the pruned model.
 
-        `without`: paths of modules that are left out as a whole.
+        Args:
+            keep: mask of the components that stay, bool of shape (components,).
+            without: paths of the modules that are removed.
         """
-        each = self._each(keep)
+        costs = self._term_costs(keep)
         if without:
-            inside = tuple(f"{path}." for path in without)
-            each[[f"{owner}.".startswith(inside) for owner in self._owner]] = 0
-        return Cost(*(round(float(each[self._of == of].sum())) for of in ("parameters", "macs", "activations")))
+            prefixes = tuple(f"{path}." for path in without)
+            costs[[f"{owner}.".startswith(prefixes) for owner in self._owner]] = 0
+        parameters, macs, activations = (
+            round(float(costs[self._quantity == quantity].sum())) for quantity in ("parameters", "macs", "activations")
+        )
+        return Cost(parameters, macs, activations)
 
     def by_owner(self, keep: NDArray[np.bool_]) -> dict[str, tuple[int, int]]:
-        """Module path → (parameters, MACs) that stay."""
-        out: dict[str, tuple[int, int]] = {}
-        for owner, of, value in zip(self._owner, self._of, self._each(keep).tolist(), strict=True):
-            parameters, macs = out.get(owner, (0, 0))
-            out[owner] = (
-                parameters + (round(value) if of == "parameters" else 0),
-                macs + (round(value) if of == "macs" else 0),
-            )
-        return out
+        """Return the parameters and MACs of each module in the pruned model.
 
-    def _each(self, keep: NDArray[np.bool_]) -> NDArray[np.float64]:
+        Args:
+            keep: mask of the components that stay, bool of shape (components,).
+
+        Returns:
+            Module path → (parameters, MACs).
+        """
+        owners: dict[str, tuple[int, int]] = {}
+        for owner, quantity, value in zip(self._owner, self._quantity, self._term_costs(keep).tolist(), strict=True):
+            parameters, macs = owners.get(owner, (0, 0))
+            owners[owner] = (
+                parameters + (round(value) if quantity == "parameters" else 0),
+                macs + (round(value) if quantity == "macs" else 0),
+            )
+        return owners
+
+    def _term_costs(self, keep: NDArray[np.bool_]) -> NDArray[np.float64]:
         kept = np.ones(1 + len(self._start))
         if len(self._start):
             kept[1:] = np.add.reduceat(keep[self._flat].astype(float), self._start)
@@ -87,12 +99,13 @@ class CostModel:
         return product
 
 
-def _position(
+def _array_index(
     labels: Labels, index: dict[bytes, int], arrays: list[NDArray[np.int64]], component: NDArray[np.int64]
 ) -> int:
-    found = component[labels]
-    key = found.tobytes()
+    """Return the index in `arrays` of the components of some labels, after adding them if they are new."""
+    components = component[labels]
+    key = components.tobytes()
     if key not in index:
         index[key] = len(arrays)
-        arrays.append(found)
+        arrays.append(components)
     return index[key]

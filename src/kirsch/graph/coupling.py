@@ -1,7 +1,8 @@
-"""From facts to components: which labels go together, and which cannot go.
+"""Components: sets of labels that are removed together, and which of them are frozen.
 
-All equalities are solved at once. A grid axis that is frozen as a whole is no freedom: its cells are tied along it and
-the axis is dropped. Grids that cut the same cells into the same slabs are one. Both tie more, until nothing changes.
+All equalities are solved at once. If all marginals of a grid axis are frozen, the cells along that axis are tied and
+the axis is dropped. Grids that split the same cells into the same slabs are merged. Both steps add ties and are
+repeated until nothing changes.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ class Coupling:
     """The solved facts.
 
     Args:
-        component: label → component, int64 of shape (labels,).
-        frozen: component → whether it cannot go, bool of shape (components,).
-        grids: the grids that are left, with components in place of labels.
-        marks: what operations use components as → component → whether, bool of shape (components,).
+        component: component of each label, int64 of shape (labels,).
+        frozen: mask of components that cannot be removed, bool of shape (components,).
+        grids: the remaining grids, with components instead of labels.
+        marks: role → mask of the components that operations use in this role, bool of shape (components,).
         why: component → the first fact that froze it.
     """
 
@@ -47,68 +48,73 @@ def solve(
     more: Sequence[Freeze] = (),
     equal: NDArray[np.int64] | None = None,
 ) -> Coupling:
-    """The components of all facts, and of ties and more freezes that follow from them.
+    """Solve the facts.
 
-    `equal`: what `equalities` gives, if it is known.
+    Args:
+        facts: the facts of a model.
+        ties: further pairs of label arrays that are removed together.
+        more: further freezes.
+        equal: result of `equalities`, if known.
     """
     component = _tied(equalities(facts) if equal is None else equal, ties)
     freezes = [*facts.freezes, *more]
     grids, frozen_labels = list(facts.grids), [freeze.labels for freeze in freezes]
-    fallen: list[Grid] = []
+    fixed_grids: list[Grid] = []
     while True:
         frozen = np.zeros(component.max() + 1, bool)
         frozen[component[np.concatenate([[0], *frozen_labels])]] = True
         grids, tied, fixed = _collapse(grids, component, frozen)
-        tied += _alike(grids, component)
+        tied += _equal_grid_ties(grids, component)
         if not tied and not fixed:
             break
         component = _tied(component, tied)
         frozen_labels += [grid.cells.ravel() for grid in fixed]
-        fallen += fixed
+        fixed_grids += fixed
     marks = {}
     for use, marked in facts.marks.items():
         marks[use] = np.zeros(len(frozen), bool)
         for labels in {id(labels): labels for labels in marked}.values():
             marks[use][component[labels]] = True
-    return Coupling(component, frozen, _distinct(grids, component), marks, _causes(freezes, fallen, component))
+    return Coupling(component, frozen, _distinct(grids, component), marks, _causes(freezes, fixed_grids, component))
 
 
-def _causes(freezes: Sequence[Freeze], fallen: Sequence[Grid], component: NDArray[np.int64]) -> dict[int, Freeze]:
-    """Component → the first fact that froze it. Cells of a grid without a free axis have that of its marginals."""
+def _causes(freezes: Sequence[Freeze], fixed_grids: Sequence[Grid], component: NDArray[np.int64]) -> dict[int, Freeze]:
+    """Return the first fact that froze each component. Cells of a grid without a free axis take that of a marginal."""
     why: dict[int, Freeze] = {}
     for freeze in freezes:
-        for found in np.unique(component[freeze.labels]).tolist():
-            why.setdefault(found, freeze)
-    for grid in fallen:  # in the order in which they fell, so that marginals that are cells of another have theirs
+        for frozen in np.unique(component[freeze.labels]).tolist():
+            why.setdefault(frozen, freeze)
+    for grid in fixed_grids:  # in the order of fixing: marginals that are cells of an earlier grid have their cause
         longest_first = sorted(grid.marginals, key=len, reverse=True)  # the 3 of (3, heads, width) explains least
         marginals = component[np.concatenate(longest_first)].tolist()
-        causes = [why[found] for found in marginals if found in why]
-        for found in np.unique(component[grid.cells]).tolist() if causes else ():
-            why.setdefault(found, causes[0])
+        causes = [why[marginal] for marginal in marginals if marginal in why]
+        for cell in np.unique(component[grid.cells]).tolist() if causes else ():
+            why.setdefault(cell, causes[0])
     return why
 
 
 def equalities(facts: Facts) -> NDArray[np.int64]:
-    """Label → component, by the equalities alone; int64 of shape (labels,)."""
+    """Return the component of each label by the equalities alone, int64 of shape (labels,)."""
     return _tied(np.arange(facts.count), list(zip(facts.left, facts.right, strict=True)))
 
 
 def _tied(component: NDArray[np.int64], ties: Sequence[tuple[Labels, Labels]]) -> NDArray[np.int64]:
-    """Label → component once these labels go together too; components are numbered by their first labels.
+    """Return the component of each label after adding ties; components are numbered by their first labels.
 
-    Whatever meets earlier components hangs on the earliest, all at once, until none meet: one round for a row, two for
-    a star.
+    Every round links each tied component to the smallest component that it is tied to, for all ties at once: one round
+    for a chain of ties, two for a star.
     """
     if not ties:
         return component
-    distinct = {(id(left), id(right)): (left, right) for left, right in ties}.values()  # those of training come again
+    # A model is traced in evaluation and in training mode, so most ties occur twice.
+    distinct = {(id(left), id(right)): (left, right) for left, right in ties}.values()
     one, other = (component[np.concatenate(side)] for side in zip(*distinct, strict=True))
     root = np.arange(component.max() + 1)
     while (differs := one != other).any():
         one, other = one[differs], other[differs]
         np.minimum.at(root, np.maximum(one, other), np.minimum(one, other))
-        while ((above := root[root]) != root).any():
-            root = above
+        while ((parent := root[root]) != root).any():
+            root = parent
         one, other = root[one], root[other]
     number = np.cumsum(root == np.arange(len(root))) - 1
     return number[root][component]
@@ -117,7 +123,7 @@ def _tied(component: NDArray[np.int64], ties: Sequence[tuple[Labels, Labels]]) -
 def _collapse(
     grids: Sequence[Grid], component: NDArray[np.int64], frozen: NDArray[np.bool_]
 ) -> tuple[list[Grid], list[tuple[Labels, Labels]], list[Grid]]:
-    """Drop the frozen axes of grids: grids that are left, ties that follow, grids without a free axis."""
+    """Drop the frozen axes of grids. Return the remaining grids, the new ties, and the grids without a free axis."""
     kept: list[Grid] = []
     ties: list[tuple[Labels, Labels]] = []
     fixed: list[Grid] = []
@@ -142,16 +148,16 @@ def _collapse(
     return kept, ties, fixed
 
 
-def _alike(grids: Sequence[Grid], component: NDArray[np.int64]) -> list[tuple[Labels, Labels]]:
-    """Ties of the marginals of grids that cut the same cells into the same slabs: they are one grid.
+def _equal_grid_ties(grids: Sequence[Grid], component: NDArray[np.int64]) -> list[tuple[Labels, Labels]]:
+    """Return ties between the marginals of grids that split the same cells into the same slabs.
 
-    Slabs are told apart by a random 64-bit number for each component, summed.
+    The hash of a slab is the sum of a random 64-bit number per component.
     """
-    number = np.random.default_rng(0).integers(1, 2**62, component.max() + 1)
+    hashes = np.random.default_rng(0).integers(1, 2**62, component.max() + 1)
     seen: dict[tuple[bytes, ...], list[Labels]] = {}
     ties: list[tuple[Labels, Labels]] = []
     for grid in grids:
-        cells = number[component[grid.cells]]
+        cells = hashes[component[grid.cells]]
         slabs = [cells.sum(tuple({*range(cells.ndim)} - {axis})) for axis in range(cells.ndim)]
         cuts = [np.unique(sums, return_index=True) for sums in slabs]
         marginals = [marginal[first] for marginal, (_, first) in zip(grid.marginals, cuts, strict=True)]
@@ -160,7 +166,7 @@ def _alike(grids: Sequence[Grid], component: NDArray[np.int64]) -> list[tuple[La
 
 
 def _distinct(grids: Sequence[Grid], component: NDArray[np.int64]) -> tuple[Grid, ...]:
-    """The grids over components, each once."""
+    """Return the grids with components instead of labels, each once."""
     seen: dict[tuple[object, ...], Grid] = {}
     for grid in grids:
         marginals = tuple(component[marginal] for marginal in grid.marginals)

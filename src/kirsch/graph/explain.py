@@ -1,4 +1,4 @@
-"""Why parameters go together: the chain of operations that ties one to another, in words."""
+"""Explanation of a group in words: the operations through which parameters are pruned together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group, ParameterAxis
 
 SHOWN = 4
-"""Operations of a chain that are named; of a longer one the ends."""
+"""Number of operations shown of a chain; of a longer chain the first and the last are shown."""
 
 
 class CoupledGraph(Protocol):
@@ -27,19 +27,19 @@ class CoupledGraph(Protocol):
 
     @property
     def facts(self) -> Facts:
-        """What the operations say of the labels."""
+        """Facts gathered from the operations."""
 
     @property
     def tensors(self) -> Mapping[str, object]:
-        """Parameters and buffers by name."""
+        """Parameters and buffers, keyed by name."""
 
     @property
     def coupling(self) -> Coupling:
-        """The components of the labels."""
+        """The solved facts."""
 
     @property
     def axes(self) -> Mapping[ParameterAxis, NDArray[np.int64]]:
-        """The labels of each axis of each parameter."""
+        """Labels of each axis of each parameter."""
 
     @property
     def groups(self) -> Sequence[Group]:
@@ -47,52 +47,59 @@ class CoupledGraph(Protocol):
 
 
 def explain(graph: CoupledGraph, layer: str) -> str:
-    """See `Graph.explain`."""
-    own = [name for name in graph.tensors if name == layer or name.startswith(f"{layer}.")]
-    if not own:
-        layers = {name.rpartition(".")[0] or name for name in graph.tensors}  # those of the model itself by their names
+    """Describe the groups of a layer; see `Graph.explain`."""
+    parameters = [name for name in graph.tensors if name == layer or name.startswith(f"{layer}.")]
+    if not parameters:
+        layers = {name.rpartition(".")[0] or name for name in graph.tensors}  # a parameter of the model has no layer
         raise UnknownNameError("layer with parameters named", layer, layers)
-    sites = [site for site in graph.axes if site[0] in own]
+    layer_axes = [key for key in graph.axes if key[0] in parameters]
     lines: list[str] = []
-    told: set[ParameterAxis] = set()
+    grouped: set[ParameterAxis] = set()
     for group in graph.groups:
-        touched = [site for site in group.footprint if site in sites]
-        if touched:
-            told.update(touched)
-            lines += _group(graph, group, touched)
-    for site in sites:
-        if site not in told:
-            lines.append(f"{_axis(site)} stays: {_reason(graph, site)}.")
+        in_group = [key for key in group.footprint if key in layer_axes]
+        if in_group:
+            grouped.update(in_group)
+            lines += _describe_group(graph, group, in_group)
+    for key in layer_axes:
+        if key not in grouped:
+            lines.append(f"{_axis_text(key)} stays: {_reason(graph, key)}.")
     return "\n".join(lines)
 
 
-def _group(graph: CoupledGraph, group: Group, touched: list[ParameterAxis]) -> list[str]:
-    """One group: its units, and what goes with them."""
-    held = f"{', '.join(_axis(site) for site in touched)}: the {group.size} units ({group.kind}) of {group.name!r}."
-    roads = _roads(graph, group.of([0]), touched[0])
+def _describe_group(graph: CoupledGraph, group: Group, layer_axes: list[ParameterAxis]) -> list[str]:
+    """Return lines on one group: its units on the axes of the layer, and the other axes that are pruned with them."""
+    axes = ", ".join(map(_axis_text, layer_axes))
+    paths = _shortest_paths(graph, group.components_of([0]), layer_axes[0])
     chains: dict[str, str] = {}
-    names: dict[str, list[str]] = {}
-    for site in group.footprint:
-        if site not in touched:
-            layer, _, own = _axis(site).rpartition(".")
-            chain = f"by {_chain(roads[site])}" if site in roads else "as one number in the code gives both their sizes"
-            chains[layer] = min(chains.get(layer, chain), chain, key=len)  # a bias is tied by way of the weight
-            names.setdefault(layer, []).append(own)
-    lines = [f"  {f'{layer}: ' if layer else ''}{', '.join(names[layer])}  {chain}" for layer, chain in chains.items()]
-    return [held, "With each of them go:" if lines else "Nothing else goes with them.", *lines]
+    indices: dict[str, list[str]] = {}
+    for key in group.footprint:
+        if key not in layer_axes:
+            layer, _, parameter = _axis_text(key).rpartition(".")
+            chain = f"by {_chain_text(paths[key])}" if key in paths else "by a number in the code that sets both sizes"
+            chains[layer] = min(chains.get(layer, chain), chain, key=len)  # a bias is reached through the weight
+            indices.setdefault(layer, []).append(parameter)
+    lines = [
+        f"  {f'{layer}: ' if layer else ''}{', '.join(indices[layer])}  {chain}" for layer, chain in chains.items()
+    ]
+    return [
+        f"{axes}: the {group.size} units ({group.kind}) of {group.name!r}.",
+        "Each unit is removed together with:" if lines else "No other parameter is pruned with them.",
+        *lines,
+    ]
 
 
-def _axis(site: ParameterAxis) -> str:
-    name, axis = site
+def _axis_text(key: ParameterAxis) -> str:
+    """Return a parameter axis as an index expression, such as "conv.weight[:, i]"."""
+    name, axis = key
     return f"{name}[{', '.join([*(':' * axis), 'i'])}]"
 
 
-def _chain(operations: list[Operation]) -> str:
-    """The operations on the way, each once in a row, with the module or line that runs them."""
+def _chain_text(operations: list[Operation]) -> str:
+    """Return the operations with the module or line that runs them; repeats in a row are shown once."""
     names: list[str] = []
     for operation in operations:
-        place = operation.module or operation.source
-        name = f"{operation.name.removeprefix('aten.')}{f' ({place})' if place else ''}"
+        location = operation.module or operation.source
+        name = f"{operation.name.removeprefix('aten.')}{f' ({location})' if location else ''}"
         if not names or names[-1] != name:
             names.append(name)
     if len(names) > SHOWN:
@@ -100,42 +107,47 @@ def _chain(operations: list[Operation]) -> str:
     return " → ".join(names)
 
 
-def _reason(graph: CoupledGraph, site: ParameterAxis) -> str:
+def _reason(graph: CoupledGraph, key: ParameterAxis) -> str:
+    """Return why an axis outside all groups stays."""
     component, why = graph.coupling.component, graph.coupling.why
-    found = [why[c] for c in np.unique(component[graph.axes[site]]).tolist() if c in why]
-    if not found:
-        return "no smaller part of it can go alone"
-    freeze = found[0]
-    place = freeze.operation.source or freeze.operation.module or freeze.operation.name
-    return f"{freeze.reason} ({place})"
+    freezes = [why[c] for c in np.unique(component[graph.axes[key]]).tolist() if c in why]
+    if not freezes:
+        return "all its indices form a single unit"
+    operation = freezes[0].operation
+    return f"{freezes[0].reason} ({operation.source or operation.module or operation.name})"
 
 
-def _roads(graph: CoupledGraph, unit: NDArray[np.int64], start: ParameterAxis) -> dict[ParameterAxis, list[Operation]]:
-    """(parameter, axis) → the operations on the shortest way to it from the start, over what ties labels of a unit."""
+def _shortest_paths(
+    graph: CoupledGraph, unit: NDArray[np.int64], start: ParameterAxis
+) -> dict[ParameterAxis, list[Operation]]:
+    """Return the operations on the shortest path from `start` to each parameter axis, by breadth-first search.
+
+    The nodes are the labels of the unit, the edges the facts that tie them.
+    """
     component = graph.coupling.component
-    inside = np.zeros(len(graph.coupling.frozen), bool)
-    inside[unit] = True
-    edges = _edges(graph, inside[component])
-    places: dict[int, list[ParameterAxis]] = {}
-    for site, labels in graph.axes.items():
-        for label in labels[inside[component[labels]]].tolist():
-            places.setdefault(label, []).append(site)
-    first = next(label for label, found in places.items() if start in found)
-    roads: dict[ParameterAxis, list[Operation]] = {}
+    in_unit = np.zeros(len(graph.coupling.frozen), bool)
+    in_unit[unit] = True
+    edges = _edges(graph, in_unit[component])
+    axes_with: dict[int, list[ParameterAxis]] = {}
+    for key, labels in graph.axes.items():
+        for label in labels[in_unit[component[labels]]].tolist():
+            axes_with.setdefault(label, []).append(key)
+    first = next(label for label, keys in axes_with.items() if start in keys)
+    paths: dict[ParameterAxis, list[Operation]] = {}
     seen, queue = {first}, deque[tuple[int, "list[Operation]"]]([(first, [])])
     while queue:
-        label, way = queue.popleft()
-        for site in places.get(label, ()):
-            roads.setdefault(site, way)
+        label, path = queue.popleft()
+        for key in axes_with.get(label, ()):
+            paths.setdefault(key, path)
         for other, operation in edges.get(label, ()):
             if other not in seen:
                 seen.add(other)
-                queue.append((other, [*way, operation]))
-    return roads
+                queue.append((other, [*path, operation]))
+    return paths
 
 
-def _edges(graph: CoupledGraph, inside: NDArray[np.bool_]) -> dict[int, list[tuple[int, Operation]]]:
-    """Label → the labels that are tied to it, and by which operation; of the labels inside of a unit."""
+def _edges(graph: CoupledGraph, in_unit: NDArray[np.bool_]) -> dict[int, list[tuple[int, Operation]]]:
+    """Return the neighbors of each label of a unit, with the operation that ties the two."""
     facts = graph.facts
     edges: dict[int, list[tuple[int, Operation]]] = {}
 
@@ -144,12 +156,12 @@ def _edges(graph: CoupledGraph, inside: NDArray[np.bool_]) -> dict[int, list[tup
         edges.setdefault(second, []).append((first, operation))
 
     for left, right, operation in zip(facts.left, facts.right, facts.equated_by, strict=True):
-        here = inside[left]
-        for first, second in zip(left[here].tolist(), right[here].tolist(), strict=True):
+        selected = in_unit[left]
+        for first, second in zip(left[selected].tolist(), right[selected].tolist(), strict=True):
             tie(first, second, operation)
     for grid in facts.grids:
         for axis, marginal in enumerate(grid.marginals):
-            for position in np.flatnonzero(inside[marginal]).tolist():
-                for cell in np.unique(grid.cells.take(position, axis)).tolist():
-                    tie(int(marginal[position]), int(cell), grid.operation)
+            for index in np.flatnonzero(in_unit[marginal]).tolist():
+                for cell in np.unique(grid.cells.take(index, axis)).tolist():
+                    tie(int(marginal[index]), int(cell), grid.operation)
     return edges

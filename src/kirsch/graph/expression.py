@@ -1,7 +1,7 @@
-"""An integer in the code of a model, over the attributes and sizes that it comes from.
+"""An integer in the model's code, as a function of module attributes and tensor sizes.
 
-A user's forward says `x.view(n, self.heads, -1)`. The 8 of `self.heads` reaches the analysis as an `Expression` over
-the *leaf* (module path, "heads").
+For `x.view(n, self.heads, -1)` in a model's forward, the value of `self.heads` is an `Expression` with the leaf
+(module path, "heads").
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Leaf:
-    """An integer attribute of a module, or one place of a tuple attribute.
+    """An integer attribute of a module, or one item of a tuple attribute.
 
     Args:
         module: path of the module.
         attribute: name of the attribute.
-        index: place in the tuple or list, None for a plain integer.
+        index: index in the tuple or list, None for a plain integer.
     """
 
     module: str
@@ -30,15 +30,19 @@ class Leaf:
     index: int | None = None
 
     def __str__(self) -> str:
-        place = "" if self.index is None else f"[{self.index}]"
-        return f"{self.module}.{self.attribute}{place}".lstrip(".")
+        index = "" if self.index is None else f"[{self.index}]"
+        return f"{self.module}.{self.attribute}{index}".lstrip(".")
 
 
 @dataclass(frozen=True)
 class Size:
-    """The size of an axis of a tensor that the code reads at run time: it follows by itself."""
+    """The size of a tensor axis, read at run time, so that it follows the kept labels.
 
-    labels: bytes  # the label array's bytes: hashable, and the same for the same labels
+    Args:
+        labels: bytes of the axis' label array, which are hashable.
+    """
+
+    labels: bytes
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,10 @@ class Expression:
     """An integer computed from leaves and sizes.
 
     Args:
-        compute: values of the leaves and sizes → the integer.
-        leaves: the attributes it depends on, with today's values.
-        sizes: the axis sizes it depends on, as label arrays.
-        plain: whether it is one leaf or size itself, without computation.
+        compute: takes the values of the leaves and sizes and returns the integer.
+        leaves: the attributes that the integer depends on, with their present values.
+        sizes: the axes whose sizes the integer depends on, as label arrays.
+        plain: whether the integer is a single leaf or size without computation.
     """
 
     compute: Callable[[Mapping[object, int]], int]

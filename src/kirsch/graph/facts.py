@@ -1,20 +1,21 @@
-"""What the operations of a network say about its labels.
+"""Facts about labels, gathered from the operations of a model.
 
-equality    two labels go together;
-freeze      a label cannot go, with the reason;
-grid        an array of cells with one *marginal* label per position of each of its axes: a cell goes exactly when one
-            of its marginals goes. A reshape (C) -> (A, B) makes one, so that what is kept stays a product;
-mark        what an operation uses labels as: the heads of an attention, the units of a recurrent state;
-demand      an integer in the model's own code must equal the number of labels that are kept;
-condition   the answer of a comparison in the model's code must stay what it is;
-statistic   an operation averages over a labeled axis: its result depends on how many labels are kept;
-floor       at least so many labels must be kept;
-term        what an operation or a parameter costs: a coefficient times the kept counts of some label arrays.
+equality    two labels are removed together;
+freeze      a label cannot be removed, with the reason;
+grid        an array of labels (*cells*) with one *marginal* label per index of each axis. A cell is removed exactly if
+            one of its marginals is. A reshape (C) -> (A, B) adds a grid, so that the kept cells remain a product;
+mark        the role of labels in an operation, such as heads of an attention or units of a recurrent state;
+demand      an integer in the model's code must equal the number of kept labels;
+condition   the result of a comparison in the model's code must not change;
+choice      the result of a comparison that only chooses between two branches may change;
+statistic   an operation averages over a labeled axis, so its result depends on the number of kept labels;
+floor       a minimum number of labels must be kept;
+cost term   cost of an operation or parameter: a coefficient times the kept counts of some label arrays.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Operation:
-    """Where a fact comes from.
+    """An operation of the model, the source of facts.
 
     Args:
-        name: the operation, such as "aten.add".
-        module: path of the module that runs it, "" for the model itself.
-        source: line of the user's code, "file.py:12", or "".
-        node: its own name in the framework's trace, "" for none.
+        name: name of the operation, such as "aten.add".
+        module: path of the module that runs the operation, "" for the model itself.
+        source: line of the user's code, such as "file.py:12", or "".
+        node: name of the operation's node in the framework's trace, or "".
     """
 
     name: str
@@ -47,14 +48,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class Freeze:
-    """Labels that cannot go, why, and where that was decided.
+    """Labels that cannot be removed.
 
     Args:
-        labels: that cannot go.
-        reason: in words.
-        operation: that decided it.
-        boundary: whether it is an input or output, not an obstacle.
-        number: whether a number in the model's code holds them, which the traced operations by themselves do not have.
+        labels: the labels.
+        reason: the reason in words.
+        operation: the operation that freezes the labels.
+        boundary: whether the labels belong to an input or output of the model.
+        number: whether the reason is a number in the model's code, which the traced program does not contain.
     """
 
     labels: Labels
@@ -66,7 +67,14 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells (n axes) and one array of marginal labels per axis, and the operation that made it."""
+    """An array of cells whose kept part must be a product.
+
+    Args:
+        cells: labels of the cells, n axes.
+        marginals: one array of labels per axis of `cells`.
+        kind: kind of the reshape, such as "view" or "conv groups".
+        operation: the operation that adds the grid.
+    """
 
     cells: Labels
     marginals: tuple[Labels, ...]
@@ -76,7 +84,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Demand:
-    """`expression` must equal the number of `labels` that are kept, plus `constant`."""
+    """Requirement that `expression` equals the number of kept `labels` plus `constant`."""
 
     labels: Labels
     expression: Expression
@@ -85,22 +93,22 @@ class Demand:
 
     @property
     def names(self) -> str:
-        """The attributes of the expression, for messages."""
+        """Names of the attributes in the expression, for messages."""
         return ", ".join(f"`{leaf}`" for leaf, _ in self.expression.leaves) or "a size read at run time"
 
 
 @dataclass(frozen=True)
-class Term:
+class CostTerm:
     """A cost: `coefficient` times the product of the kept counts of `factors`.
 
     Args:
-        of: "parameters", "macs" or "activations".
-        owner: path of the module that it belongs to.
-        coefficient: the part that does not change.
+        quantity: "parameters", "macs" or "activations".
+        owner: path of the module that the cost belongs to.
+        coefficient: product of the sizes without labels.
         factors: label arrays.
     """
 
-    of: str
+    quantity: str
     owner: str
     coefficient: float
     factors: tuple[Labels, ...]
@@ -108,7 +116,19 @@ class Term:
 
 @dataclass
 class Facts:
-    """All facts about one network, and the check that no label is lost on the way through an operation."""
+    """All facts about one model, and the check that no operation loses a label.
+
+    Attributes:
+        count: number of labels, including label 0.
+        left, right: pairs of label arrays that are equal element by element.
+        equated_by: operation of each pair.
+        freezes, grids, demands, conditions, terms: the facts of each kind, in the order of the operations.
+        statistics: nodes of the operations with statistics over labeled axes.
+        floors: label arrays, with the least number of labels to keep.
+        marks: role → label arrays.
+        operation: the current operation.
+        cause: the freeze by which an input of the current operation lost its labels, if one did.
+    """
 
     count: int = 1
     left: list[Labels] = field(default_factory=list)
@@ -118,7 +138,8 @@ class Facts:
     grids: list[Grid] = field(default_factory=list)
     demands: list[Demand] = field(default_factory=list)
     conditions: list[Demand] = field(default_factory=list)
-    terms: list[Term] = field(default_factory=list)
+    choices: list[Demand] = field(default_factory=list)
+    terms: list[CostTerm] = field(default_factory=list)
     statistics: set[str] = field(default_factory=set)
     floors: list[tuple[Labels, int]] = field(default_factory=list)
     marks: dict[str, list[Labels]] = field(default_factory=dict)
@@ -126,28 +147,29 @@ class Facts:
     cause: Freeze | None = None
     _marginals: dict[tuple[tuple[int, ...], bytes], tuple[Labels, ...]] = field(default_factory=dict)
     _cells: dict[tuple[bytes, ...], Labels] = field(default_factory=dict)
-    _number: int = 0
+    _operation_number: int = 0
     _touched: NDArray[np.int32] = field(default_factory=lambda: np.zeros(1024, np.int32))
 
     def fresh(self, size: int) -> Labels:
-        """`size` labels that nothing else has."""
+        """Return `size` new labels."""
         self.count += size
         return np.arange(self.count - size, self.count, dtype=np.int64)
 
     def equate(self, first: Axis, second: Axis) -> Axis:
-        """Record that two axes are the same axis, position by position; gives the labels to go on with.
+        """Record that two axes are the same axis, index by index, and return the labels of that axis.
 
-        An axis without labels cannot change, so one with labels that meets it is frozen.
+        An axis without labels cannot change. If only one axis has labels, they are frozen, and None is returned.
+
+        Raises:
+            ValueError: the axes differ in length.
         """
         if first is second or (first is None and second is None):
             return first
         if first is None or second is None:
             labels = first if second is None else second
-            if self.cause is not None and labels is not None:  # an axis lost its labels there, upstream of here
+            if self.cause is not None and labels is not None:  # the other axis lost its labels upstream
                 self.touch(labels)
-                cause = self.cause
-                found = np.unique(labels)
-                self.freezes.append(Freeze(found, cause.reason, cause.operation, cause.boundary, cause.number))
+                self.freezes.append(replace(self.cause, labels=np.unique(labels)))
             else:
                 self.freeze(labels, "it meets an axis that cannot change")
             return None
@@ -166,7 +188,7 @@ class Facts:
         return first
 
     def freeze(self, axis: Axis, reason: str, *, boundary: bool = False, number: bool = False) -> None:
-        """Record that the labels of an axis cannot go."""
+        """Record that the labels of an axis cannot be removed. For the arguments see `Freeze`."""
         if axis is None:
             return
         self.touch(axis)
@@ -176,75 +198,90 @@ class Facts:
             self.freezes.append(Freeze(labels, reason, self.operation, boundary, number))
 
     def reduce(self, axis: Axis) -> None:
-        """Declare that an axis ends here on purpose: contracted, summed over, or not selected."""
+        """Record that the operation consumes an axis: contracts it, sums over it, or does not select it."""
         if axis is not None:
             self.touch(axis)
 
     def demand(self, axis: Axis, expression: Expression, constant: int = 0) -> None:
-        """Record that an integer of the model's code must equal the number of labels kept on an axis, plus a constant.
+        """Record that an integer in the model's code must equal the number of labels kept on an axis plus `constant`.
 
-        `constant`: such as -1 for the last position on the axis.
+        For the last index of an axis, `constant` is -1.
         """
         if axis is not None:
             self.demands.append(Demand(axis, expression, self.operation, constant))
 
     def pin(self, number: int, expression: Expression) -> None:
-        """Record that an integer of the model's code must stay what it is."""
+        """Record that an integer in the model's code must keep the value `number`."""
         self.demands.append(Demand(np.zeros(0, np.int64), expression, self.operation, number))
 
     def condition(self, expression: Expression, *, holds: bool) -> None:
-        """Record a question of the model's code, 1 or 0, whose answer must stay what it is."""
+        """Record a comparison in the model's code, an expression of value 1 or 0, whose result must stay `holds`."""
         self.conditions.append(Demand(np.zeros(0, np.int64), expression, self.operation, int(holds)))
 
+    def choose(self, expression: Expression, *, holds: bool) -> None:
+        """Record a question by which the model's code chooses between two ways, for the message of a failed cut."""
+        self.choices.append(Demand(np.zeros(0, np.int64), expression, self.operation, int(holds)))
+
     def mark(self, axis: Axis, use: str) -> None:
-        """Note what an operation uses an axis as; see `group.KINDS`."""
+        """Record the role of an axis in an operation; see `group.KINDS`."""
         if axis is not None:
             self.marks.setdefault(use, []).append(axis)
 
     def statistic(self, axes: Sequence[Axis]) -> None:
-        """Note that the operation computes a statistic over these axes, so that it follows what is kept."""
+        """Record that the operation computes a statistic over these axes, which depends on the kept labels."""
         if any(axis is not None for axis in axes):
             self.statistics.add(self.operation.node)
 
     def floor(self, axis: Axis, least: int) -> None:
-        """Record that at least so many labels of an axis must be kept."""
+        """Record that at least `least` labels of an axis must be kept."""
         if axis is not None:
             self.floors.append((axis, least))
 
-    def cost(self, of: str, coefficient: float, factors: Sequence[Axis], owner: str = "") -> None:
-        """Record a cost; axes without labels belong into the coefficient."""
+    def cost(self, quantity: str, coefficient: float, factors: Sequence[Axis], owner: str = "") -> None:
+        """Record a cost. `coefficient` must include the sizes of axes without labels; `owner` defaults to the module.
+
+        For the arguments see `CostTerm`.
+        """
         labeled = tuple(axis for axis in factors if axis is not None)
-        self.terms.append(Term(of, owner or self.operation.module, float(coefficient), labeled))
+        self.terms.append(CostTerm(quantity, owner or self.operation.module, float(coefficient), labeled))
 
     def split(self, cells: Labels, kind: str) -> tuple[Axis, ...]:
-        """One label array per axis of an array of cells: what a reshape (C) -> (A, B, ...) puts on the new axes.
+        """Return the labels of the new axes after a reshape (C) -> (A, B, ...).
 
-        An axis along which the cells do not vary carries none. Where two or more vary, each gets marginals of its own
-        and a grid ties them to the cells; the same cells seen again give the same marginals.
+        Args:
+            cells: labels of the split axis, reshaped to the new axes.
+            kind: kind of the reshape; see `Grid`.
+
+        Returns:
+            One label array per axis of `cells`; None for an axis along which the cells do not vary. If two or more axes
+            vary, each gets new labels, and a grid relates them to the cells. The same cells give the same labels.
         """
         self.touch(cells.ravel())
         varies = [
             axis for axis in range(cells.ndim) if cells.shape[axis] > 1 and (cells != cells.take([0], axis)).any()
         ]
-        out: list[Axis] = [None] * cells.ndim
+        axes: list[Axis] = [None] * cells.ndim
         if not varies:
             self.freeze(cells.ravel(), "one unit fills the whole axis")
-            return tuple(out)
-        core = np.ascontiguousarray(cells[tuple(slice(None) if axis in varies else 0 for axis in range(cells.ndim))])
+            return tuple(axes)
+        varying = np.ascontiguousarray(cells[tuple(slice(None) if axis in varies else 0 for axis in range(cells.ndim))])
         if len(varies) == 1:
-            out[varies[0]] = core
-            return tuple(out)
-        key = (core.shape, core.tobytes())
+            axes[varies[0]] = varying
+            return tuple(axes)
+        key = (varying.shape, varying.tobytes())
         if key not in self._marginals:
-            self._remember(core, tuple(self.fresh(size) for size in core.shape), kind)
+            self._add_grid(varying, tuple(self.fresh(size) for size in varying.shape), kind)
         for axis, marginal in zip(varies, self._marginals[key], strict=True):
-            out[axis] = marginal
-        return tuple(out)
+            axes[axis] = marginal
+        return tuple(axes)
 
     def merge(self, axes: Sequence[Axis], sizes: Sequence[int], kind: str) -> Axis:
-        """The labels of one axis made of several, (A, B, ...) -> (A*B*...): the way back from `split`.
+        """Return the labels of the merged axis after a reshape (A, B, ...) -> (A*B*...), the inverse of `split`.
 
-        Axes without labels repeat the labels of the others.
+        Args:
+            axes: labels of the merged axes; an axis without labels repeats the labels of the others.
+            sizes: sizes of the merged axes.
+            kind: kind of the reshape; see `Grid`.
         """
         labeled = [axis for axis in axes if axis is not None]
         if not labeled:
@@ -257,42 +294,47 @@ class Facts:
             key = tuple(axis.tobytes() for axis in labeled)
             if key not in self._cells:
                 shape = tuple(len(axis) for axis in labeled)
-                self._remember(self.fresh(int(np.prod(shape))).reshape(shape), tuple(labeled), kind)
+                self._add_grid(self.fresh(int(np.prod(shape))).reshape(shape), tuple(labeled), kind)
             cells = self._cells[key]
         shape = tuple(1 if axis is None else size for axis, size in zip(axes, sizes, strict=True))
         return np.ascontiguousarray(np.broadcast_to(cells.reshape(shape), tuple(sizes)).ravel())
 
-    def _remember(self, cells: Labels, marginals: tuple[Labels, ...], kind: str) -> None:
+    def _add_grid(self, cells: Labels, marginals: tuple[Labels, ...], kind: str) -> None:
         self._marginals[(cells.shape, cells.tobytes())] = marginals
         self._cells[tuple(marginal.tobytes() for marginal in marginals)] = cells
         self.grids.append(Grid(cells, marginals, kind, self.operation))
 
     def touch(self, labels: Labels) -> None:
-        """Note that the present operation has dealt with these labels."""
+        """Record that the current operation accounts for these labels."""
         if self.count > len(self._touched):
             grown = np.zeros(2 * self.count, np.int32)
             grown[: len(self._touched)] = self._touched
             self._touched = grown
-        self._touched[labels] = self._number
+        self._touched[labels] = self._operation_number
 
     def begin(self, operation: Operation, cause: Freeze | None = None) -> None:
-        """Start the account of an operation. `cause`: why its inputs have no labels, if something took them."""
+        """Start an operation; the facts recorded next belong to it.
+
+        `cause`: the freeze by which an input of the operation lost its labels, if one did.
+        """
         self.operation = operation
         self.cause = cause
-        self._number += 1
+        self._operation_number += 1
 
     def lost(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Labels:
-        """Labels that entered the present operation and neither came out nor were equated, frozen or declared reduced.
+        """Return labels of the inputs that are not in the outputs and were not equated, frozen or reduced.
 
-        A rule that loses a label is the one way to be silently wrong; the caller treats any as an error.
+        A rule that loses a label makes the analysis wrong without any other sign, so the caller must raise an error.
         """
         for tensor in outputs:
             for axis in tensor.axes:
                 if axis is not None:
                     self.touch(axis)
-        entered = [axis for tensor in inputs for axis in tensor.axes if axis is not None]
-        if not entered:
+        labeled = [axis for tensor in inputs for axis in tensor.axes if axis is not None]
+        if not labeled:
             return np.zeros(0, np.int64)
-        self.touch(np.zeros(1, np.int64))
-        missing: Labels = np.unique(np.concatenate([axis[self._touched[axis] != self._number] for axis in entered]))
-        return missing
+        self.touch(np.zeros(1, np.int64))  # label 0 cannot be lost
+        lost: Labels = np.unique(
+            np.concatenate([axis[self._touched[axis] != self._operation_number] for axis in labeled])
+        )
+        return lost

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 import numpy as np
 
 from kirsch.arguments import checked
-from kirsch.graph import constants, coupling, group
+from kirsch.graph import constants, coupling
 from kirsch.graph.cost import Cost, CostModel
 from kirsch.graph.explain import explain
-from kirsch.graph.rigid import rigid
+from kirsch.graph.group import find_groups
+from kirsch.graph.rigid import code_constraints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -29,15 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blocker:
-    """What keeps parameters from going.
+    """A reason why parameters cannot be removed.
 
     Args:
-        reason: in words.
-        where: path of the module.
-        source: line of the user's code, or "".
-        operation: such as "aten.softmax".
-        share: fraction of the model's parameters that it keeps.
-        number: whether it is a number in the model's code; `as_graph=True` traces a program without them.
+        reason: the reason in words.
+        where: path of the module that runs the operation.
+        source: line of the user's code, such as "net.py:12", or "".
+        operation: name of the operation, such as "aten.softmax".
+        share: fraction of the model's parameters that cannot be removed for this reason.
+        number: whether the reason is a number in the model's code. With `as_graph=True` the traced program has no such
+            numbers.
     """
 
     reason: str
@@ -50,13 +52,14 @@ class Blocker:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An example input that is a tensor, without its values.
+    """Description of an example input that is a tensor, without its values.
 
     Args:
-        name: keyword, or key of the dict it is in; "" for a positional one, and in a list or tuple.
-        shape: with the batch axis.
+        name: name of the keyword argument, or key of the dict that contains the tensor; "" for a positional argument
+            and for an item of a list or tuple.
+        shape: sizes of all axes, including the batch axis.
         dtype: "float32", "int64", ...
-        high: largest value of an integer input, so that a stand-in stays in range.
+        high: largest value of an integer input, so that random inputs stay in range.
     """
 
     name: str
@@ -67,11 +70,11 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class InputValue:
-    """An example input that is not a tensor: a flag, a number, a text, or None.
+    """An example input that is a bool, a number, a string or None.
 
     Args:
-        name: keyword, or key of the dict it is in; "" for a positional one, and in a list or tuple.
-        value: as it was given.
+        name: see `InputSpec`.
+        value: the value itself.
     """
 
     name: str
@@ -83,9 +86,9 @@ class NestedInput:
     """An example input that is a list, a tuple or a dict.
 
     Args:
-        name: keyword, or key of the dict it is in; "" for a positional one, and in a list or tuple.
+        name: see `InputSpec`.
         kind: "list", "tuple" or "dict".
-        items: what is in it, in its order.
+        items: the items of the container, in order.
     """
 
     name: str
@@ -94,7 +97,7 @@ class NestedInput:
 
 
 Input: TypeAlias = InputSpec | InputValue | NestedInput
-"""An example input as a plan stores it: without the values of tensors, with all other values."""
+"""An example input as a plan stores it: tensors without their values, all other inputs with them."""
 
 DECISIONS = ("refuse", "example")
 SOFTMAX = ("freeze", "kept")
@@ -102,14 +105,14 @@ SOFTMAX = ("freeze", "kept")
 
 @dataclass(frozen=True)
 class Tracing:
-    """What a trace was asked for.
+    """Options of a trace.
 
     Args:
-        outputs: names of the outputs that count; empty for the default.
-        decisions: what is made of decisions by the values of the inputs, one of `DECISIONS`.
-        scope: path of the part that is analyzed; "" for all.
-        softmax: what is made of a softmax over units, one of `SOFTMAX`.
-        as_graph: whether the pruned model is the traced program itself.
+        outputs: names of the outputs to analyze; empty for the default.
+        decisions: how control flow that depends on input values is treated, one of `DECISIONS`.
+        scope: path of the module that is analyzed; "" for the whole model.
+        softmax: how a softmax over units is treated, one of `SOFTMAX`.
+        as_graph: whether the pruned model is the traced program instead of the model's own code.
     """
 
     outputs: tuple[str, ...] = ()
@@ -119,31 +122,31 @@ class Tracing:
     as_graph: bool = False
 
 
-class Runner(Protocol):
-    """Runs the model that was traced, as it is now, on inputs in the form of the example inputs."""
+class ModelRunner(Protocol):
+    """Runs the traced model with its present weights on inputs of the same structure as the example inputs."""
 
     def outputs(self, inputs: Any, without: Collection[str] = ()) -> list[NDArray[Any]]:
-        """Its floating outputs, with some blocks putting out what they are given."""
+        """Return the floating outputs; the blocks named in `without` return their input unchanged."""
 
     def passed(self, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
-        """Shows for each block what it is given and what it puts out, floats of shape (..., features)."""
+        """Call `see(path, input, output)` for each block, with float arrays of shape (..., features)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """What must stay together in a model, what is free to go, and what each choice costs.
+    """Dependency graph of a traced model: groups of units that can be removed, and the cost of each choice.
 
     Args:
-        model_name: class of the model.
-        facts: all facts gathered from its operations.
-        tensors: each parameter and buffer by its path, with labels; tied ones share theirs.
-        parameters: which of `tensors` are parameters, each tied one once.
-        inputs: the example inputs as a plan stores them; empty where it cannot.
-        values: path → the parameter's values as a float array; only called when an importance needs them.
-        fits: whether a model is the very one that was traced, with the same parameters.
-        blocks: paths of the residual blocks: modules whose output can be replaced by what they are given.
-        runner: runs the model with and without its blocks; None for a graph that was built by hand.
-        tracing: what the trace was asked for.
+        model_name: class name of the model.
+        facts: the facts gathered from the operations of the model.
+        tensors: path of each parameter and buffer → its labels; tied tensors are the same object.
+        parameters: names in `tensors` that are parameters; tied parameters are listed once.
+        inputs: the example inputs as a plan stores them; empty if a plan cannot store them.
+        values: path → values of the parameter as a float array; only called if an importance needs them.
+        fits: returns whether a model is the traced object, with the same parameters.
+        blocks: paths of the residual blocks, i.e. modules that can be replaced by the identity.
+        runner: runs the model with and without its blocks; None for a graph built by hand.
+        tracing: the options of the trace.
         traced: the framework's own record of the trace.
     """
 
@@ -157,14 +160,14 @@ class Graph:
     values: Callable[[str], NDArray[Any]]
     fits: Callable[[Any], bool]
     blocks: tuple[str, ...] = ()
-    runner: Runner | None = field(repr=False, default=None)
+    runner: ModelRunner | None = field(repr=False, default=None)
     tracing: Tracing = field(default_factory=Tracing)
     traced: Any = field(repr=False, default=None)
 
     def __repr__(self) -> str:
         """Return one line: the model, its size, its units, its inputs."""
-        units = sum(found.size for found in self.groups)
-        shapes = ", ".join(f"{each.dtype} {each.shape}" for each in self.inputs if isinstance(each, InputSpec))
+        units = sum(group.size for group in self.groups)
+        shapes = ", ".join(f"{item.dtype} {item.shape}" for item in self.inputs if isinstance(item, InputSpec))
         return (
             f"<kirsch.Graph of {self.model_name}: {self.cost.parameters:,} parameters, {units:,} units in "
             f"{len(self.groups):,} group{'s' * (len(self.groups) != 1)}{', inputs ' * bool(shapes)}{shapes}>"
@@ -172,14 +175,17 @@ class Graph:
 
     @cached_property
     def _solved(self) -> tuple[coupling.Coupling, tuple[Group, ...]]:
-        """The solved facts and their groups, with all tied or frozen that the integers of the code cannot follow."""
+        """Solve the facts and find the groups.
+
+        Axes whose sizes the integers in the model's code cannot follow are tied or frozen, until none is left.
+        """
         equal = coupling.equalities(self.facts)
         ties: list[tuple[Labels, Labels]] = []
         freezes: list[Freeze] = []
         while True:
             solved = coupling.solve(self.facts, ties, freezes, equal)
-            groups = group.find_groups(solved, self.axes)
-            more_ties, more_freezes = rigid(self.facts.demands, self.facts.conditions, solved, groups)
+            groups = find_groups(solved, self.axes)
+            more_ties, more_freezes = code_constraints(self.facts.demands, self.facts.conditions, solved, groups)
             if not more_ties and not more_freezes:
                 return solved, groups
             ties += more_ties
@@ -192,43 +198,45 @@ class Graph:
 
     @cached_property
     def axes(self) -> dict[ParameterAxis, Labels]:
-        """(parameter or buffer, axis) → labels; tied tensors once."""
-        out, seen = {}, set[int]()
+        """Labels of each axis of each parameter and buffer, keyed by (name, axis); tied tensors are listed once."""
+        axes, seen = {}, set[int]()
         for name, tensor in self.tensors.items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                out.update({(name, axis): labels for axis, labels in enumerate(tensor.axes) if labels is not None})
-        return out
+                axes.update({(name, axis): labels for axis, labels in enumerate(tensor.axes) if labels is not None})
+        return axes
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """Groups of units that may go, in the order in which the model owns their layers."""
+        """Groups of units that can be removed, in the order of the model's layers."""
         return self._solved[1]
 
     @cached_property
     def prices(self) -> CostModel:
-        """The price of any choice."""
+        """Cost model, which counts the cost of any choice of units."""
         return CostModel(self.facts.terms, self.coupling.component)
 
     @cached_property
     def cost(self) -> Cost:
-        """The cost of the whole model."""
+        """Cost of the unpruned model."""
         return self.prices.price(self.keep({}))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sha256 over what a plan relies on: names and shapes of the tensors, groups, the unit at each place, and what
-        the trace was asked for, where that is not the default.
+        """SHA-256 of everything that a plan depends on, in hexadecimal.
+
+        Covers the names and shapes of the tensors, the groups, the unit at each index of each axis, and the options of
+        the trace where they differ from the defaults.
         """
         digest = hashlib.sha256()
         if self.tracing != Tracing():
             digest.update(json.dumps(asdict(self.tracing)).encode())
         unit = np.full(len(self.coupling.frozen), -1, "<i8")  # the byte order of every machine
         first = 0
-        for found in self.groups:
-            digest.update(f"{found.name}{found.kind}{found.size}".encode())
-            unit[found.components] = first + found.unit_of()
-            first += found.size
+        for group in self.groups:
+            digest.update(f"{group.name}{group.kind}{group.size}".encode())
+            unit[group.components] = first + group.unit_of()
+            first += group.size
         for name, tensor in self.tensors.items():
             digest.update(f"{name}{tensor.shape}".encode())
             for labels in tensor.axes:
@@ -237,50 +245,68 @@ class Graph:
 
     @checked
     def explain(self, layer: str) -> str:
-        """In words: what goes together with the outputs and inputs of a layer, by which operations, and what stays.
+        """Describe which parameters are pruned together with a layer, through which operations, and what stays.
 
         Args:
-            layer: path of a module, "layer4.1.conv2", or of one parameter.
+            layer: path of a module, such as "layer4.1.conv2", or of one parameter.
+
+        Returns:
+            Text of several lines.
 
         Raises:
-            UnknownNameError: the model has no parameters there.
+            UnknownNameError: the model has no such module or parameter.
         """
         return explain(self, layer)
 
     def keep(self, removed: Mapping[str, tuple[int, ...]]) -> NDArray[np.bool_]:
-        """Component → whether it stays when these units (group name → indices) go."""
+        """Return the mask of components that stay, bool of shape (components,).
+
+        Args:
+            removed: group name → indices of the units to remove.
+        """
         keep = np.ones(len(self.coupling.frozen), bool)
-        groups = {found.name: found for found in self.groups}
+        groups = {group.name: group for group in self.groups}
         for name, units in removed.items():
-            keep[groups[name].of(units)] = False
+            keep[groups[name].components_of(units)] = False
         return keep
 
     def kept(self, labels: Axis, keep: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
-        """Positions of an axis that stay, bool; None where the axis has no labels or nothing goes."""
+        """Return the mask of indices of an axis that stay; None if the axis has no labels or loses no index."""
         if labels is None:
             return None
         mask: NDArray[np.bool_] = keep[self.coupling.component[labels]]
         return None if mask.all() else mask
 
     def constants(self, keep: NDArray[np.bool_]) -> dict[Leaf, int]:
-        """New values of the integers in the model's own code; see `constants.solve`."""
+        """Return the new values of the integers in the model's code; see `constants.solve`."""
         component = self.coupling.component
-        kept = lambda labels: int(keep[component[labels]].sum())  # noqa: E731 - read in one place
-        return constants.solve(self.facts.demands, kept, self.facts.conditions)
+
+        def kept_count(labels: Labels) -> int:
+            return int(keep[component[labels]].sum())
+
+        return constants.solve(self.facts.demands, kept_count, self.facts.conditions)
+
+    def turned(self, keep: NDArray[np.bool_]) -> list[str]:
+        """Lines of the comparisons that choose another way in the model's code when units go."""
+        component = self.coupling.component
+        kept = lambda labels: int(keep[component[labels]].sum())  # noqa: E731 - as above
+        found = constants.broken(self.facts.demands, self.facts.choices, kept)
+        return list(dict.fromkeys(choice.operation.source for choice in found))
 
     def emptied(self, keep: NDArray[np.bool_]) -> ParameterAxis | None:
-        """A parameter axis of which nothing, or less than an operation needs, would be left; None if all is well."""
+        """Return a parameter axis that would lose all indices, or more than an operation allows; None if none would."""
         component = self.coupling.component
-        for labels, least in self.facts.floors:
-            if keep[component[labels]].sum() < least:
-                gone = component[labels][~keep[component[labels]]]
-                return next(site for site, own in self.axes.items() if np.isin(gone, component[own]).any())
-        return next((site for site, labels in self.axes.items() if not keep[component[labels]].any()), None)
+        for floor_labels, least in self.facts.floors:
+            components = component[floor_labels]
+            if keep[components].sum() < least:
+                removed = components[~keep[components]]
+                return next(key for key, labels in self.axes.items() if np.isin(removed, component[labels]).any())
+        return next((key for key, labels in self.axes.items() if not keep[component[labels]].any()), None)
 
     @cached_property
     def blockers(self) -> tuple[Blocker, ...]:
-        """What keeps parameters from going, the costliest first. Inputs and outputs are no blockers."""
-        cost: dict[tuple[str, str, str, str], float] = {}
+        """Reasons why parameters cannot be removed, the largest share first. Inputs and outputs are not counted."""
+        sizes: dict[tuple[str, str, str, str], float] = {}
         numbers = set[tuple[str, str, str, str]]()
         total = 0
         for name in self.parameters:
@@ -288,34 +314,37 @@ class Graph:
             total += size
             freeze = next(iter(self.frozen_by(name)), None)
             if freeze is not None and not freeze.boundary:
-                at = freeze.operation
-                key = (freeze.reason, at.module, at.source, at.name)
-                cost[key] = cost.get(key, 0.0) + size
+                operation = freeze.operation
+                key = (freeze.reason, operation.module, operation.source, operation.name)
+                sizes[key] = sizes.get(key, 0.0) + size
                 if freeze.number and not self.tracing.as_graph:
                     numbers.add(key)
-        blockers = [Blocker(*key, share=size / max(total, 1), number=key in numbers) for key, size in cost.items()]
+        blockers = [Blocker(*key, share=size / max(total, 1), number=key in numbers) for key, size in sizes.items()]
         return tuple(sorted(blockers, key=lambda blocker: -blocker.share))
 
     @property
     def without_numbers(self) -> str:
-        """A sentence on the numbers in the model's code that keep parameters from going; "" if there are none."""
+        """Hint for messages if numbers in the model's code keep parameters from being removed; "" otherwise."""
         if not any(blocker.number for blocker in self.blockers):
             return ""
-        return f" Where a number in the code is what holds, {constants.AS_GRAPH}."
+        return f" Where the reason is a number in the code, {constants.AS_GRAPH}."
 
     @cached_property
     def _free(self) -> NDArray[np.bool_]:
-        """Component → whether it is in a group."""
+        """Mask of components that belong to a group."""
         free = np.zeros(len(self.coupling.frozen), bool)
-        for found in self.groups:
-            free[found.components] = True
+        for group in self.groups:
+            free[group.components] = True
         return free
 
     def frozen_by(self, name: str) -> list[Freeze]:
-        """The facts that keep a parameter whole, each once, inputs and outputs last; empty if some of it may go."""
+        """Return the facts that keep any part of a parameter from being removed, inputs and outputs last.
+
+        Empty if a part of the parameter can be removed.
+        """
         component, why = self.coupling.component, self.coupling.why
-        labeled = [component[labels] for labels in self.tensors[name].axes if labels is not None]
-        if any(self._free[found].any() for found in labeled):
+        axes = [component[labels] for labels in self.tensors[name].axes if labels is not None]
+        if any(self._free[components].any() for components in axes):
             return []
-        freezes = [why[c] for found in labeled for c in np.unique(found).tolist() if c in why]
+        freezes = [why[c] for components in axes for c in np.unique(components).tolist() if c in why]
         return sorted({id(freeze): freeze for freeze in freezes}.values(), key=lambda freeze: freeze.boundary)

@@ -1,4 +1,4 @@
-"""Units, the smallest sets of components that can go, and groups of units with the same footprint."""
+"""Units, the smallest sets of components that can be removed, and groups of units with the same footprint."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ if TYPE_CHECKING:
 ParameterAxis = tuple[str, int]
 
 KINDS = {
-    "expert": "one of several weights among which the data choose the k with the largest scores, with its score",
-    "kv group": "heads of queries that share keys and values: heads that repeat, or the first axis of a grid of heads",
-    "head in kv group": "the second axis of that grid",
-    "head": "an index that two activations have in common when they are multiplied, as queries and keys do",
-    "head dim": "a position inside of heads, the same in all: summed over between activations, or in the values",
+    "expert": "one of several weights of which a router selects the k with the largest scores, with its score",
+    "kv group": "query heads that share keys and values: repeated heads, or the first axis of a grid of heads",
+    "head in kv group": "the second axis of a grid of heads",
+    "head": "an index shared by two activations that are multiplied, such as queries and keys",
+    "head dim": "an index inside each head, the same in all heads: contracted between activations, or in the values",
     "recurrent unit": "a unit of the state of an LSTM, GRU or plain recurrent layer",
-    "conv group": "the first axis of the grid (groups, channels of each) that a grouped convolution makes",
+    "conv group": "the first axis of the grid (groups, channels per group) of a grouped convolution",
     "position in conv group": "the second axis of that grid",
-    "norm group": "the first axis of the grid (groups, channels of each) that a group normalization makes",
+    "norm group": "the first axis of the grid (groups, channels per group) of a group normalization",
     "position in norm group": "the second axis of that grid",
-    "embedding dim": "a column of an embedding table, or of a residual sum that linear layers read and write",
-    "rank": "what linear layers compute for linear layers without an activation between, such as the rank of LoRA",
-    "ffn unit": "what linear layers compute for others, but not in a pooler or head that sees one vector a sample",
-    "block": "the first axis of the grid that any other reshape makes",
+    "embedding dim": "a column of an embedding table, or a feature of a residual stream between linear layers",
+    "rank": "an output of a linear layer that another linear layer reads without activation, such as the rank of LoRA",
+    "ffn unit": "an output of a linear layer that another reads after an activation, except in a pooler or classifier",
+    "block": "the first axis of the grid of any other reshape",
     "position in block": "another axis of that grid",
-    "channel": "everything else",
+    "channel": "any other unit",
 }
-"""The kinds of units, and how each is told; where several fit, the first. Most come from what operations mark."""
+"""Kinds of units with their definitions. The first that fits applies; most follow from the marks of operations."""
 
-OF_GRIDS = {
+GRID_UNIT_KINDS = {
     "norm groups": ("norm group", "position in norm group"),
     "conv groups": ("conv group", "position in conv group"),
 }
-"""The kinds of units that the axes of a grid make, the first and all others."""
+"""Kind of a grid → kinds of the units on its first axis and on all other axes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Units that touch the same axes of the same parameters, so that any of them can stand for another.
+    """Interchangeable units: all of them occur on the same axes of the same parameters.
 
     Args:
         name: path of the first layer that produces the units.
         kind: one of `KINDS`.
-        components: all components of all units, one unit after the other.
-        starts: where each unit begins in `components`; shape (units,).
-        footprint: (parameter, axis) that the units touch, in the order of the model.
+        components: components of all units, one unit after the other.
+        starts: index in `components` at which each unit begins, shape (units,).
+        footprint: the parameter axes (name, axis) on which the units occur, in the order of the model.
     """
 
     name: str
@@ -65,258 +65,264 @@ class Group:
 
     @property
     def size(self) -> int:
-        """How many units there are."""
+        """Number of units."""
         return len(self.starts)
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Paths of the modules whose parameters or buffers change with the group, in the order of the model."""
+        """Paths of the modules whose parameters or buffers are pruned with the group, in the order of the model."""
         return tuple(dict.fromkeys(name.rpartition(".")[0] for name, _ in self.footprint))
 
     def unit_of(self) -> NDArray[np.int64]:
-        """For each entry of `components` the unit it belongs to."""
+        """Return the unit of each entry of `components`."""
         return np.repeat(np.arange(self.size), np.diff(np.append(self.starts, len(self.components))))
 
-    def of(self, units: Iterable[int]) -> NDArray[np.int64]:
-        """The components of some units."""
-        chosen = np.zeros(self.size, bool)
-        chosen[units if isinstance(units, np.ndarray) else list(units)] = True
-        return self.components[chosen[self.unit_of()]]
+    def components_of(self, units: Iterable[int]) -> NDArray[np.int64]:
+        """Return the components of the given units."""
+        selected = np.zeros(self.size, bool)
+        selected[units if isinstance(units, np.ndarray) else list(units)] = True
+        return self.components[selected[self.unit_of()]]
 
 
 def find_groups(coupling: Coupling, axes: Mapping[ParameterAxis, Labels]) -> tuple[Group, ...]:
-    """All groups of two or more units, in the order in which the model owns their layers.
+    """Return all groups of two or more units, in the order of the model's layers.
 
     Args:
         coupling: the solved facts.
-        axes: the label array of each axis of each parameter and buffer, in the order of the model.
+        axes: labels of each axis of each parameter and buffer, in the order of the model.
     """
-    keys = list(axes)
-    sites = _Sites(coupling, axes)
+    parameter_axes = list(axes)
+    footprints = _Footprints(coupling, axes)
     in_grid = np.zeros(len(coupling.frozen), bool)
     for grid in coupling.grids:
         in_grid[grid.cells.ravel()] = True
         for marginal in grid.marginals:
             in_grid[marginal] = True
-    grouped = {
-        (_kind(coupling, alone, "channel"), footprint): [(alone, np.ones(len(alone), np.int64))]
-        for footprint, alone in sites.alike(np.flatnonzero(sites.touched & ~coupling.frozen & ~in_grid)).items()
+    single = np.flatnonzero(footprints.on_parameter & ~coupling.frozen & ~in_grid)
+    members = {  # (kind, footprint) → components of units, with the number of components of each unit
+        (_kind(coupling, components, "channel"), footprint): [(components, np.ones(len(components), np.int64))]
+        for footprint, components in footprints.partition(single).items()
     }
     for kind, unit in _closed_units(coupling, in_grid):
-        footprint = sites.of(unit)
+        footprint = footprints.of(unit)
         if footprint:
-            grouped.setdefault((_kind(coupling, unit, kind), footprint), []).append((unit, np.array([len(unit)])))
+            members.setdefault((_kind(coupling, unit, kind), footprint), []).append((unit, np.array([len(unit)])))
     groups, names = [], dict[str, int]()
-    for (kind, footprint), members in sorted(grouped.items(), key=lambda item: item[0][1]):
-        lengths = np.concatenate([found for _, found in members])
+    for (kind, footprint), units in sorted(members.items(), key=lambda item: item[0][1]):
+        lengths = np.concatenate([lengths for _, lengths in units])
         if len(lengths) == 1:
             continue
-        touched = tuple(keys[site] for site in footprint)
+        touched = tuple(parameter_axes[index] for index in footprint)
         name = _name(touched)
         names[name] = names.get(name, 0) + 1
         if names[name] > 1:
             name = f"{name}#{names[name]}"
         starts = np.cumsum(lengths) - lengths
-        groups.append(Group(name, kind, np.concatenate([units for units, _ in members]), starts, touched))
+        groups.append(Group(name, kind, np.concatenate([components for components, _ in units]), starts, touched))
     return tuple(groups)
 
 
 def _name(footprint: tuple[ParameterAxis, ...]) -> str:
-    """The module whose output the units are: the first that has them on axis 0 of a weight, else the first at all."""
+    """Return the module that produces the units: the first with the units on axis 0, otherwise the first of all."""
     first = next((name for name, axis in footprint if axis == 0), footprint[0][0])
     return first.rpartition(".")[0] or first
 
 
-def _kind(coupling: Coupling, components: NDArray[np.int64], otherwise: str) -> str:
-    """The kind of a unit of these components, by what operations use them as."""
+def _kind(coupling: Coupling, components: NDArray[np.int64], default: str) -> str:
+    """Return the kind of a unit by the marks on its components; `default` if no mark decides."""
 
-    def has(use: str) -> bool:
-        return use in coupling.marks and bool(coupling.marks[use][components].any())
+    def has(mark: str) -> bool:
+        return mark in coupling.marks and bool(coupling.marks[mark][components].any())
 
-    if otherwise.endswith("kv group"):
-        return otherwise
+    if default.endswith("kv group"):
+        return default
     for kind in ("expert", "kv group", "head", "head dim", "recurrent unit"):
         if has(kind):
             return kind
     linear = has("out of linear") and has("into linear") and not has("into convolution")
-    if otherwise != "channel":
-        return otherwise
+    if default != "channel":
+        return default
     if has("embedded") or (linear and has("summed")):
         return "embedding dim"
     if linear and not has("activated"):
         return "rank"
-    # A pooler or the head of a classifier computes one vector of many positions, and adds it to nothing.
-    many = "positions" in coupling.marks or "into convolution" in coupling.marks
-    pooled = has("one position") and not has("positions") and many
+    # A pooler or classifier head computes one vector from many positions and does not add it to a residual stream.
+    many_positions = "positions" in coupling.marks or "into convolution" in coupling.marks
+    pooled = has("one position") and not has("positions") and many_positions
     return "ffn unit" if linear and (has("into sum") or not pooled) else "channel"
 
 
-class _Sites:
-    """Which (parameter, axis) each component sits on.
+class _Footprints:
+    """The footprint of each component: indices of the parameter axes on which the component occurs, ascending.
 
-    A model has some hundred thousand components and only a few hundred different sets of sites, its *classes*. They are
-    told apart by a random 64-bit number for each site, summed over the sites of a component.
+    A model has some hundred thousand components and only a few hundred different footprints. The hash of a footprint
+    is the sum of a random 64-bit number per parameter axis.
     """
 
     def __init__(self, coupling: Coupling, axes: Mapping[ParameterAxis, Labels]) -> None:
-        signature = np.zeros(len(coupling.frozen), np.int64)
+        hashes = np.zeros(len(coupling.frozen), np.int64)
         numbers = np.random.default_rng(0).integers(1, 2**62, len(axes))
         for number, labels in zip(numbers, axes.values(), strict=True):
-            signature[coupling.component[labels]] += number  # once, however often a component occurs; wraps around
-        self.touched = signature != 0
-        _, first, self._class = np.unique(signature, return_index=True, return_inverse=True)
-        self._sites: list[list[int]] = [[] for _ in first]
+            hashes[coupling.component[labels]] += number  # once, however often a component occurs; wraps around
+        self.on_parameter = hashes != 0
+        _, first, self._footprint = np.unique(hashes, return_index=True, return_inverse=True)
+        self._axes: list[list[int]] = [[] for _ in first]
         is_first = np.zeros(len(coupling.frozen), bool)
         is_first[first] = True
-        for site, labels in enumerate(axes.values()):
+        for index, labels in enumerate(axes.values()):
             components = coupling.component[labels]
-            for found in np.unique(self._class[components[is_first[components]]]).tolist():
-                self._sites[found].append(site)
+            for footprint in np.unique(self._footprint[components[is_first[components]]]).tolist():
+                self._axes[footprint].append(index)
 
     def of(self, components: NDArray[np.int64]) -> tuple[int, ...]:
-        """The sites of some components."""
-        sites = [self._sites[found] for found in np.unique(self._class[components]).tolist()]
-        return tuple(sorted(set().union(*sites)))
+        """Return the union of the footprints of some components."""
+        axes = [self._axes[footprint] for footprint in np.unique(self._footprint[components]).tolist()]
+        return tuple(sorted(set().union(*axes)))
 
-    def alike(self, components: NDArray[np.int64]) -> dict[tuple[int, ...], NDArray[np.int64]]:
-        """Components that are units of their own, ascending, by their sites."""
-        found = self._class[components]
-        order = np.argsort(found, kind="stable")
-        parts = np.split(components[order], np.flatnonzero(np.diff(found[order])) + 1)
+    def partition(self, components: NDArray[np.int64]) -> dict[tuple[int, ...], NDArray[np.int64]]:
+        """Return the components of each footprint, ascending."""
+        footprints = self._footprint[components]
+        order = np.argsort(footprints, kind="stable")
+        parts = np.split(components[order], np.flatnonzero(np.diff(footprints[order])) + 1)
         return {self.of(part[:1]): part for part in parts if len(part)}
 
 
 def _closed_units(coupling: Coupling, in_grid: NDArray[np.bool_]) -> list[tuple[str, NDArray[np.int64]]]:
-    """The units that grids make: each marginal that is not a cell itself, closed so that every grid stays a product."""
+    """Return the kind and components of the units of grids.
+
+    Each marginal that is not itself a cell gives a unit: the smallest set with that marginal that keeps every grid a
+    product.
+    """
     cells = np.zeros(len(coupling.frozen), bool)
     for grid in coupling.grids:
         cells[grid.cells.ravel()] = True
     closure = _Closure(coupling)
     units: dict[bytes, tuple[str, NDArray[np.int64]]] = {}
     for seed in np.flatnonzero(in_grid & ~cells & ~coupling.frozen).tolist():
-        closed = closure.of(seed)
+        closed = closure.close(seed)
         if closed is not None:
             units.setdefault(closed.tobytes(), (closure.kind(seed), closed))
     return list(units.values())
 
 
-def _of_grid(coupling: Coupling, grid: Grid, axis: int) -> str:
-    """The kind of the units on an axis of a grid."""
+def _grid_unit_kind(coupling: Coupling, grid: Grid, axis: int) -> str:
     if "head" in coupling.marks and coupling.marks["head"][grid.cells].all():
         return "head in kv group" if axis else "kv group"
-    return OF_GRIDS.get(grid.kind, ("block", "position in block"))[axis > 0]
+    return GRID_UNIT_KINDS.get(grid.kind, ("block", "position in block"))[axis > 0]
 
 
 class _Closure:
-    """Closes sets of components so that every grid stays a product.
+    """Extends sets of removed components until the kept part of every grid is a product.
 
-    A marginal that goes takes its slab of cells along. A cell that goes must lie in a slab that goes, in every grid
-    that holds it; where it does not, the slab that adds the fewest cells goes too.
+    Removing a marginal removes its slab of cells. A removed cell must lie in a removed slab of every grid that contains
+    the cell; where it does not, the slab that adds the fewest cells is removed too.
     """
 
     def __init__(self, coupling: Coupling) -> None:
         self._coupling = coupling
         members = [np.unique(np.concatenate([g.cells.ravel(), *g.marginals])) for g in coupling.grids]
-        grids = np.repeat(np.arange(len(members)), [len(own) for own in members])
+        grids = np.repeat(np.arange(len(members)), [len(components) for components in members])
         merged = np.concatenate([*members, np.zeros(0, np.int64)])
         order = np.argsort(merged, kind="stable")
-        self._grids = grids[order]  # of each component in turn
+        self._grids = grids[order]  # grid indices of component 0, then of component 1, ...
         self._first = np.searchsorted(merged[order], np.arange(len(coupling.frozen) + 1))
-        self._gone = np.zeros(len(coupling.frozen), bool)
+        self._removed = np.zeros(len(coupling.frozen), bool)
         self._known: dict[int, NDArray[np.int64] | None] = {}
         self._is_known = np.zeros(len(coupling.frozen), bool)
-        alone = np.diff(self._first) == 1
+        in_one_grid = np.diff(self._first) == 1
         sizes = [grid.cells.size + sum(len(np.unique(m)) for m in grid.marginals) for grid in coupling.grids]
-        self._simple = [
-            bool(alone[grid.cells].all()) and len(own) == size
-            for grid, own, size in zip(coupling.grids, members, sizes, strict=True)
+        self._simple = [  # no cell lies in another grid, or twice in this one
+            bool(in_one_grid[grid.cells].all()) and len(components) == size
+            for grid, components, size in zip(coupling.grids, members, sizes, strict=True)
         ]
-        self._kinds = [[_of_grid(coupling, grid, axis) for axis in range(grid.cells.ndim)] for grid in coupling.grids]
-        self._on: dict[int, list[tuple[int, int]]] = {}  # marginal → the grids, by their places, and the axes it is on
-        for place, grid in enumerate(coupling.grids):
+        self._kinds = [
+            [_grid_unit_kind(coupling, grid, axis) for axis in range(grid.cells.ndim)] for grid in coupling.grids
+        ]
+        self._grid_axes: dict[int, list[tuple[int, int]]] = {}  # marginal → (index of a grid, axis)
+        for index, grid in enumerate(coupling.grids):
             for axis, marginal in enumerate(grid.marginals):
                 for component in np.unique(marginal).tolist():
-                    self._on.setdefault(component, []).append((place, axis))
+                    self._grid_axes.setdefault(component, []).append((index, axis))
 
     def kind(self, seed: int) -> str:
-        """What the units of a marginal are called."""
-        kinds = [self._kinds[place][axis] for place, axis in self._on[seed]]
+        """Return the kind of the units on the axis of a marginal."""
+        kinds = [self._kinds[index][axis] for index, axis in self._grid_axes[seed]]
         return next((kind for kind in kinds if kind.endswith("kv group")), kinds[0])
 
-    def of(self, seed: int) -> NDArray[np.int64] | None:
-        """The smallest set found that holds the seed, sorted; None if it meets a frozen component."""
-        gone, found = self._gone, [np.array([seed])]
-        if all(self._simple[place] for place, _ in self._on[seed]):  # no cell of them lies in another grid, or twice
-            on = [(self._coupling.grids[place], axis) for place, axis in self._on[seed]]
-            slabs = [grid.cells.compress(grid.marginals[axis] == seed, axis).ravel() for grid, axis in on]
-            closed = np.sort(np.concatenate([*found, *slabs]))
+    def close(self, seed: int) -> NDArray[np.int64] | None:
+        """Return the components removed together with a marginal, sorted; None if one of them is frozen."""
+        parts = [np.array([seed])]
+        if all(self._simple[index] for index, _ in self._grid_axes[seed]):
+            grid_axes = [(self._coupling.grids[index], axis) for index, axis in self._grid_axes[seed]]
+            slabs = [grid.cells.compress(grid.marginals[axis] == seed, axis).ravel() for grid, axis in grid_axes]
+            closed = np.sort(np.concatenate([*parts, *slabs]))
             return None if self._coupling.frozen[closed].any() else closed
-        gone[seed] = True
+        self._removed[seed] = True
         try:
-            whole = self._closed(found)
+            result = self._extend(parts)
         finally:
-            for components in found:
-                gone[components] = False
-        self._known[seed] = whole
+            for components in parts:
+                self._removed[components] = False
+        self._known[seed] = result
         self._is_known[seed] = True
-        return whole
+        return result
 
-    def _closed(self, found: list[NDArray[np.int64]]) -> NDArray[np.int64] | None:
-        """What is found grown until it is closed. A set that is closed already is taken as a whole.
+    def _extend(self, parts: list[NDArray[np.int64]]) -> NDArray[np.int64] | None:
+        """Extend `parts`, disjoint sets of removed components, until every grid is a product.
 
-        The first grids come first: their marginals are the seeds that were closed before.
+        Returns:
+            The union of the parts, sorted; None if a frozen component would have to be removed.
         """
-        waiting = self._of_components(found[0])
+        waiting = self._grids_with(parts[0])  # grids of earlier seeds come first: their closed sets are known
         while waiting:
-            more = self._wanted(waiting.pop(0))
+            more = self._missing(waiting.pop(0))
             if more is None or self._coupling.frozen[more].any():
                 return None
             if not len(more):
                 continue
-            self._gone[more] = True
-            found.append(more)
-            whole = [self._known[seed] for seed in more[self._is_known[more]].tolist()]
-            for closed in whole:
+            self._removed[more] = True
+            parts.append(more)
+            for closed in [self._known[seed] for seed in more[self._is_known[more]].tolist()]:
                 if closed is None:
                     return None
-                found.append(closed[~self._gone[closed]])
-                self._gone[found[-1]] = True
-                if sum(map(len, found)) == len(closed):
+                parts.append(closed[~self._removed[closed]])
+                self._removed[parts[-1]] = True
+                if sum(map(len, parts)) == len(closed):
                     return closed
-            known = {id(grid) for grid in waiting}
-            waiting += [grid for grid in self._of_components(more) if id(grid) not in known]
-        return np.sort(np.concatenate(found))
+            queued = {id(grid) for grid in waiting}
+            waiting += [grid for grid in self._grids_with(more) if id(grid) not in queued]
+        return np.sort(np.concatenate(parts))
 
-    def _of_components(self, components: NDArray[np.int64]) -> list[Grid]:
-        """The grids that hold some components, as cells or as marginals."""
+    def _grids_with(self, components: NDArray[np.int64]) -> list[Grid]:
+        """Return the grids that contain some of the components, as cells or marginals."""
         first, last = self._first[components], self._first[components + 1]
-        numbers = last - first
-        within = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
-        places = np.unique(self._grids[np.repeat(first, numbers) + within])
-        return [self._coupling.grids[place] for place in places.tolist()]
+        counts = last - first
+        offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        indices = np.unique(self._grids[np.repeat(first, counts) + offsets])
+        return [self._coupling.grids[index] for index in indices.tolist()]
 
-    def _wanted(self, grid: Grid) -> NDArray[np.int64] | None:
-        """What else must go for a grid to stay a product; None if it cannot."""
-        covered = np.zeros(grid.cells.shape, bool)
+    def _missing(self, grid: Grid) -> NDArray[np.int64] | None:
+        """Return further components to remove so that the grid is a product; None if that is impossible."""
+        in_slab = np.zeros(grid.cells.shape, bool)
         for axis, marginal in enumerate(grid.marginals):
-            shape = [-1 if place == axis else 1 for place in range(covered.ndim)]
-            covered |= self._gone[marginal].reshape(shape)
-        cells = self._gone[grid.cells]
-        if (covered & ~cells).any():
-            return np.unique(grid.cells[covered & ~cells])
-        bare = np.argwhere(cells & ~covered)
-        return self._cheapest_slab(grid, grid.cells[tuple(bare[0])]) if len(bare) else bare[:, 0]
+            shape = [-1 if other == axis else 1 for other in range(in_slab.ndim)]
+            in_slab |= self._removed[marginal].reshape(shape)
+        cells = self._removed[grid.cells]
+        if (in_slab & ~cells).any():
+            return np.unique(grid.cells[in_slab & ~cells])
+        uncovered = np.argwhere(cells & ~in_slab)
+        return self._cheapest_slab(grid, grid.cells[tuple(uncovered[0])]) if len(uncovered) else uncovered[:, 0]
 
     def _cheapest_slab(self, grid: Grid, cell: np.int64) -> NDArray[np.int64] | None:
-        """The marginals that must go for a cell to go; None if none can go."""
+        """Return the marginals whose removal removes a cell with the fewest others; None if all are frozen."""
         best: tuple[int, NDArray[np.int64]] | None = None
-        where = np.argwhere(grid.cells == cell)
+        indices = np.argwhere(grid.cells == cell)
         for axis, marginal in enumerate(grid.marginals):
-            needed = np.unique(marginal[where[:, axis]])
+            needed = np.unique(marginal[indices[:, axis]])
             if self._coupling.frozen[needed].any():
                 continue
-            slab = np.unique(grid.cells.take(np.unique(where[:, axis]), axis))
-            new = int((~self._gone[slab]).sum())
-            if best is None or new < best[0]:
-                best = (new, needed[~self._gone[needed]])
+            slab = np.unique(grid.cells.take(np.unique(indices[:, axis]), axis))
+            added = int((~self._removed[slab]).sum())
+            if best is None or added < best[0]:
+                best = (added, needed[~self._removed[needed]])
         return None if best is None else best[1]

@@ -1,7 +1,7 @@
 """Labels on the axes of tensors.
 
-Every index of every axis of every parameter gets an integer of its own, its *label*. A tensor is seen as one array of
-labels per axis, or None for an axis that no parameter index sits on (batch, space, time). Label 0 means: cannot go.
+Each index of each axis of each parameter gets a unique integer, its *label*. A tensor has one array of labels per axis,
+or None for an axis without parameter indices (batch, space, time). An index with label 0 cannot be removed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ Axis = Labels | None
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as the analysis sees it.
+    """Shape and labels of a tensor.
 
     Args:
         shape: sizes of the axes.
-        axes: one label array per axis, or None where no parameter index sits. An axis of size 1 carries none.
-        points: where its numbers are positions on an axis with labels, these labels: what a choice of the k largest
-            along the axis puts out.
+        axes: one label array per axis, or None for an axis without labels. An axis of size 1 has no labels.
+        points: for a tensor of indices, such as those returned by a top-k, the labels of the axis that they index.
     """
 
     shape: tuple[int, ...]
@@ -36,11 +35,15 @@ class Tensor:
 
     @classmethod
     def of(cls, shape: Sequence[int], axes: Sequence[Axis] | None = None) -> Tensor:
-        """A tensor with these labels (without any, if none are given); axes of size 1 lose theirs."""
+        """Return a tensor with these labels, or without labels if `axes` is None; labels of axes of size 1 are dropped.
+
+        Raises:
+            ValueError: the number of labels differs from the size of the axis.
+        """
         sizes = tuple(int(size) for size in shape)
-        given = axes if axes is not None else [None] * len(sizes)
-        kept = tuple(None if size == 1 else axis for size, axis in zip(sizes, given, strict=True))
-        for size, axis in zip(sizes, kept, strict=True):
+        labels = axes if axes is not None else [None] * len(sizes)
+        labels = tuple(None if size == 1 else axis for size, axis in zip(sizes, labels, strict=True))
+        for size, axis in zip(sizes, labels, strict=True):
             if axis is not None and len(axis) != size:
                 raise ValueError(f"{len(axis)} labels on an axis of size {size}")
-        return cls(sizes, kept)
+        return cls(sizes, labels)

@@ -1,4 +1,4 @@
-"""What to remove, as data: made, printed, checked, saved as JSON, edited by hand, and only then applied."""
+"""Pruning plan: the units to remove, as data that can be printed, saved as JSON, edited, checked and applied."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 
 LATENCY = re.compile(r"(?i)latency|speed|fps|milli|(?<![a-z])ms(?![a-z])")
-"""Names under which a time is asked for as a goal."""
+"""Argument names that ask for a limit on the time."""
 NO_LATENCY = "latency goals do not exist yet."
-WHY_NO_LATENCY = "A plan is made from counts of MACs and parameters; a time is known once the result has been measured."
+WHY_NO_LATENCY = "A plan is made from counts of MACs and parameters; latency is known only after a measurement."
 IN_PLACE_OF_LATENCY = (
-    "Use macs, say macs=0.5, measure the result with kirsch.measure, and lower macs where it is too slow; "
-    "goal.speedup of a recipe judges the measured time."
+    "Use macs, such as macs=0.5, measure the result with kirsch.measure, and lower macs if it is too slow. "
+    "The key goal.speedup of a recipe checks the measured speedup."
 )
 
 
 @checked
 @dataclass(frozen=True)
 class Goal:
-    """What the pruned model may cost, as a fraction of the original.
+    """Largest cost of the pruned model, as a fraction of the original.
 
     Args:
-        macs: multiply-accumulates, 0 < macs < 1.
-        params: parameters, 0 < params < 1.
+        macs: fraction of the multiply-accumulates, 0 < macs < 1.
+        params: fraction of the parameters, 0 < params < 1.
 
     Raises:
-        GoalError: no goal is given, or a fraction is out of range.
+        GoalError: both limits are None, or a fraction is out of range.
     """
 
     made_by: ClassVar[str] = "kirsch.Goal(macs=0.5)"
@@ -53,57 +53,56 @@ class Goal:
 
     @staticmethod
     def refuse_argument(name: str) -> GoalError | None:
-        """Return the error for a limit on a time; None for any other name. `kirsch.arguments.checked` asks for it."""
+        """Return the error for a latency limit; None for any other name. Called by `kirsch.arguments.checked`."""
         if not LATENCY.search(name):
             return None
         return GoalError(f"The goal {name}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
 
     def __post_init__(self) -> None:
         if self.macs is None and self.params is None:
-            raise GoalError("A goal needs at least one limit.", fix="Say macs=0.5 or params=0.5.")
+            raise GoalError("A goal needs at least one limit.", fix="Pass macs=0.5 or params=0.5.")
         for name, value in (("macs", self.macs), ("params", self.params)):
             if value is not None and not (math.isfinite(value) and 0 < value < 1):
                 raise GoalError(
                     f"The goal {name}={value} cannot be met.",
-                    "A goal is a fraction of the original, between 0 and 1.",
-                    "For half the cost say 0.5.",
+                    "A goal is a fraction of the original, between 0 and 1 (exclusive).",
+                    f"For half the cost use {name}=0.5.",
                 )
 
     def fractions(self, cost: Cost, original: Cost) -> dict[str, tuple[float, float]]:
-        """Limit name → (fraction that a cost is of the original, fraction allowed)."""
-        out = {}
+        """Return for each limit (cost as a fraction of the original, largest fraction allowed), keyed by its name."""
+        fractions = {}
         if self.macs is not None:
-            out["macs"] = (cost.macs / max(original.macs, 1), self.macs)
+            fractions["macs"] = (cost.macs / max(original.macs, 1), self.macs)
         if self.params is not None:
-            out["params"] = (cost.parameters / max(original.parameters, 1), self.params)
-        return out
+            fractions["params"] = (cost.parameters / max(original.parameters, 1), self.params)
+        return fractions
 
     def met_by(self, cost: Cost, original: Cost) -> bool:
-        """Whether a cost is within every limit."""
+        """Return whether a cost is within every limit."""
         return all(value <= limit for value, limit in self.fractions(cost, original).values())
 
     def shortfall(self, least: Cost, original: Cost) -> str:
-        """In words, by how much the least reachable cost misses the limits."""
-        reached = self.fractions(least, original).items()
+        """Return a text that compares the limits with the least reachable cost, for the limits that are missed."""
         return "; ".join(
-            f"{name} {limit:.1%} is asked for, {value:.1%} is the least reachable"
-            for name, (value, limit) in reached
+            f"{name} {limit:.1%} is requested, {value:.1%} is the least reachable"
+            for name, (value, limit) in self.fractions(least, original).items()
             if value > limit
         )
 
     def to_dict(self) -> dict[str, float]:
-        """As JSON."""
+        """Return the limits as JSON."""
         return {name: value for name, value in (("macs", self.macs), ("params", self.params)) if value is not None}
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What goes from one group.
+    """The units to remove from one group.
 
     Args:
-        name, kind, size: of the group.
-        removed: indices of the units that go, ascending.
-        reason: why these.
+        name, kind, size: name, kind and number of units of the group.
+        removed: indices of the units to remove, ascending.
+        reason: why these units were chosen.
     """
 
     name: str
@@ -115,11 +114,11 @@ class Removal:
 
 @dataclass(frozen=True)
 class Skip:
-    """A residual block that goes as a whole.
+    """A residual block to remove.
 
     Args:
         name: path of the module.
-        reason: why this one.
+        reason: why this block was chosen.
     """
 
     name: str
@@ -128,23 +127,23 @@ class Skip:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to remove from a model, and what it costs before and after.
+    """Units and blocks to remove from a model, with the cost before and after.
 
     Args:
-        fingerprint: of the graph that the plan was made for.
-        model: class name of that model, for messages.
-        groups: what goes from each group that loses anything.
-        before, after: cost of one run on the example inputs.
-        goal: what was asked for, as JSON.
-        method: how the units were chosen, as JSON.
-        inputs: the example inputs, of tensors without their values; empty where they cannot be stored.
-        tracing: what the trace was asked for.
-        blocks: what goes as a whole.
-        notes: what stopped the plan from landing nearer to its goal, and widths that will be slow.
-        configuration: new numbers of the configuration that the model carries, by their paths, where one describes the
-            result; known once the plan was applied.
-        graph: the graph it was made from; not stored.
-        file: that it was read from, for messages; not stored.
+        fingerprint: fingerprint of the graph that the plan was made for.
+        model: class name of the model, for messages.
+        groups: units to remove, for each group that loses units.
+        before, after: cost of one forward pass on the example inputs.
+        goal: the goal, as JSON.
+        method: options by which the units were chosen, as JSON.
+        inputs: the example inputs, tensors without their values; empty if they cannot be stored.
+        tracing: options of the trace.
+        blocks: residual blocks to remove.
+        notes: reasons why the plan is not closer to its goal, and widths that are slow on common hardware.
+        configuration: path of a number in the model's configuration → its new value; set when the plan is applied, if
+            a configuration describes the pruned model.
+        graph: the graph that the plan was made from; not stored.
+        file: path of the file that the plan was read from, for messages; not stored.
     """
 
     made_by: ClassVar[str] = "kirsch.plan(graph, kirsch.Goal(macs=0.5)), or kirsch.Plan.read(path) for a stored one"
@@ -165,7 +164,7 @@ class Plan:
     file: str = field(default="", compare=False)
 
     def to_json(self) -> str:
-        """The plan as JSON, version 1, for reading and editing by hand."""
+        """Return the plan as JSON of version 1, indented for editing by hand."""
         return json.dumps(
             {
                 "kirsch_plan": plan_file.VERSION,
@@ -178,7 +177,7 @@ class Plan:
                 ],
                 "blocks": [{"name": block.name, "reason": block.reason} for block in self.blocks],
                 "cost": {"before": self.before.to_dict(), "after": self.after.to_dict()},
-                "inputs": [inputs.write(given) for given in self.inputs],
+                "inputs": [inputs.write(example) for example in self.inputs],
                 "tracing": {**vars(self.tracing), "outputs": list(self.tracing.outputs)},
                 "notes": list(self.notes),
                 "configuration": self.configuration,
@@ -190,18 +189,18 @@ class Plan:
     @classmethod
     @checked
     def from_json(cls, text: str | bytes) -> Plan:
-        """The plan of `to_json`.
+        """Return the plan of a JSON text, the inverse of `to_json`.
 
         Raises:
-            PlanError: it is not a plan of version 1, or a field is missing, unknown, given twice, or has a value that
-                no plan has; names the field.
+            PlanError: the text is not a plan of version 1, or a field is missing, unknown, repeated or has an invalid
+                value; names the field.
         """
         return cls._of(plan_file.read(text, cls.title_of("")))
 
     @classmethod
     @checked
     def read(cls, path: str | Path) -> Plan:
-        """The plan in a file; every error about it names the file.
+        """Read a plan from a file. Errors about the plan name the file.
 
         Raises:
             LoadError: the file cannot be read.
@@ -211,13 +210,13 @@ class Plan:
             content = Path(path).read_bytes()
         except OSError as error:
             raise LoadError(
-                f"The plan {path} cannot be read.", f"{error.strerror or error}.", "Make one: kirsch plan."
+                f"The plan {path} cannot be read.", f"{error.strerror or error}.", "Make a plan with kirsch plan."
             ) from error
         return cls._of(plan_file.read(content, cls.title_of(str(path))), str(path))
 
     @classmethod
     def _of(cls, content: dict[str, Any], file: str = "") -> Plan:
-        """The plan of a content that was checked."""
+        """Return the plan of the validated content of a plan file."""
         model, cost, tracing = content["model"], content["cost"], content["tracing"]
         return cls(
             fingerprint=model["fingerprint"],
@@ -240,36 +239,37 @@ class Plan:
 
     @staticmethod
     def title_of(file: str) -> str:
-        """How messages call the plan of a file, "" for none."""
+        """Return the name of a plan in messages; `file` is "" for a plan without a file."""
         return f"The plan {file}" if file else "The plan"
 
     @property
     def title(self) -> str:
-        """How messages call this plan."""
+        """Name of the plan in messages."""
         return self.title_of(self.file)
 
     @property
     def without(self) -> tuple[str, ...]:
-        """Paths of the blocks that go."""
+        """Paths of the blocks to remove."""
         return tuple(block.name for block in self.blocks)
 
     def keep(self, graph: Graph) -> NDArray[np.bool_]:
-        """Component of the graph → whether it stays."""
+        """Return the mask of components of the graph that stay."""
         return graph.keep({removal.name: removal.removed for removal in self.groups})
 
     def check(self, graph: Graph) -> None:
-        """Make sure that the plan fits a graph and removes something.
+        """Check that the plan fits a graph and removes something.
 
         Raises:
-            PlanError: it was made for another model or traced with other options, names a group or unit that does not
-                exist, states another kind or size of a group, empties a group, or removes nothing.
+            PlanError: the plan was made for another model or with other options of the trace, names a group, unit or
+                block that does not exist or names one twice, states a wrong kind or size of a group, removes all units
+                of a group, or removes nothing.
         """
         if self.fingerprint != graph.fingerprint:
-            raise self._for_another(graph)
+            raise self._wrong_model_error(graph)
         if self.tracing != graph.tracing:
             raise PlanError(
-                f"{self.title} was made with other options of kirsch.trace than the graph given.",
-                f"The plan has {self.tracing}, the graph {graph.tracing}.",
+                f"{self.title} was made with other options of kirsch.trace than the graph.",
+                f"The plan has {self.tracing}, the graph has {graph.tracing}.",
                 "Trace the model with the options of the plan, or make a new plan.",
             )
         groups = {group.name: group for group in graph.groups}
@@ -277,38 +277,46 @@ class Plan:
             if removal.name not in groups:
                 raise PlanError(
                     f"{self.title} names a group {removal.name!r}.",
-                    "The model has none of that name.",
+                    "The model has no such group.",
                     nearest(removal.name, groups),
                 )
             self._check_group(removal, groups[removal.name])
         for name in self.without:
             if name not in graph.blocks:
                 raise PlanError(
-                    f"{self.title} leaves out {name!r}.",
-                    "The model has no residual block there.",
+                    f"{self.title} removes the block {name!r}.",
+                    "The model has no such residual block.",
                     nearest(name, graph.blocks),
                 )
-        for part, named in (("group", [removal.name for removal in self.groups]), ("block", list(self.without))):
-            twice = sorted({name for name in named if named.count(name) > 1})
-            if twice:
-                raise PlanError(f"{self.title} names the {part} {twice[0]!r} twice.", fix="Join the two entries.")
-        nothing = not self.without and not any(removal.removed for removal in self.groups)
-        if nothing and not graph.tracing.as_graph:  # which gives the program of the model, a change by itself
+        for part, names in (("group", [removal.name for removal in self.groups]), ("block", list(self.without))):
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise PlanError(f"{self.title} names the {part} {repeated[0]!r} twice.", fix="Merge the two entries.")
+        empty = not self.without and not any(removal.removed for removal in self.groups)
+        if empty and not graph.tracing.as_graph:  # with as_graph, the traced program is itself a change
             raise PlanError(
                 f"{self.title} removes nothing.",
-                "No group lists a unit in removed, and no block is left out.",
-                "List what shall go, or keep using the model as it is.",
+                "The list `removed` of each group and the list `blocks` are empty.",
+                "List units or blocks to remove, or keep using the model without pruning.",
             )
 
-    def _for_another(self, graph: Graph) -> PlanError:
-        same = (self.model, self.before.parameters) == (graph.model_name, graph.cost.parameters)
+    def _wrong_model_error(self, graph: Graph) -> PlanError:
+        similar = (self.model, self.before.parameters) == (graph.model_name, graph.cost.parameters)
+        shapes = ", ".join("×".join(map(str, shape)) for _, shape, _ in _shapes(graph.inputs))
+        traced = f" It was traced with inputs of shape {shapes}." if shapes else ""
         return PlanError(
             f"{self.title} is for another model: {self.model} with {self.before.parameters:,} parameters, "
             f"fingerprint {self.fingerprint[:12]}.",
-            f"The model given is {graph.model_name} with {graph.cost.parameters:,} parameters, "
+            f"This model is {graph.model_name} with {graph.cost.parameters:,} parameters, "
             f"fingerprint {graph.fingerprint[:12]}"
-            + (": its layers differ, or the fields model or tracing of the plan were changed." if same else "."),
-            "Give the model that the plan was made for, or make a new plan.",
+            + (
+                f": its layers differ, or the fields model, tracing or inputs of the plan were edited.{traced}"
+                if similar
+                else "."
+            ),
+            "Use the model that the plan was made for, correct these fields, or make a new plan."
+            if similar
+            else "Use the model that the plan was made for, or make a new plan.",
         )
 
     def _check_group(self, removal: Removal, group: Group) -> None:
@@ -319,44 +327,46 @@ class Plan:
                 f"The group has units 0 to {group.size - 1}.",
             )
         if len(set(removal.removed)) < len(removal.removed):
-            twice = next(unit for unit in removal.removed if removal.removed.count(unit) > 1)
-            raise PlanError(f"{self.title} removes unit {twice} of {removal.name!r} twice.", fix="List it once.")
+            repeated = next(unit for unit in removal.removed if removal.removed.count(unit) > 1)
+            raise PlanError(
+                f"{self.title} removes unit {repeated} of {removal.name!r} twice.", fix="List each unit once."
+            )
         if len(removal.removed) == group.size:
             raise PlanError(
-                f"{self.title} removes all {group.size} units of {removal.name!r}.", fix="Leave at least one of them."
+                f"{self.title} removes all {group.size} units of {removal.name!r}.", fix="Keep at least one of them."
             )
         if (removal.size, removal.kind) != (group.size, group.kind):
             raise PlanError(
-                f"{self.title} says that {removal.name!r} has {removal.size} units of the kind {removal.kind!r}.",
-                f"The model has {group.size} of the kind {group.kind!r} there.",
+                f"{self.title} states that {removal.name!r} has {removal.size} units of the kind {removal.kind!r}.",
+                f"The group has {group.size} units of the kind {group.kind!r}.",
                 "Correct size and kind, or make a new plan.",
             )
 
     def check_cost(self, graph: Graph) -> None:
-        """Make sure that the stated cost of the original is that of the graph, which no edit of a plan changes.
+        """Check that the cost of the original in the plan is that of the graph.
 
-        MACs and activations depend on the inputs and are compared only where these are the same.
+        MACs and activations depend on the inputs and are compared only if the example inputs are the same.
 
         Raises:
-            PlanError: it is another one.
+            PlanError: the costs differ.
         """
-        stated, found = self.before.to_dict(), graph.cost.to_dict()
-        same = _shapes(self.inputs) == _shapes(graph.inputs) != []
-        for name in stated if same else ("parameters",):
-            if stated[name] != found[name]:
+        stated, actual = self.before.to_dict(), graph.cost.to_dict()
+        same_inputs = _shapes(self.inputs) == _shapes(graph.inputs) != []
+        for name in stated if same_inputs else ("parameters",):
+            if stated[name] != actual[name]:
                 raise PlanError(
                     f"{self.title} states a wrong cost of the original: cost.before.{name} is {stated[name]:,}.",
-                    f"The {graph.model_name} has {found[name]:,}"
+                    f"The {graph.model_name} has {actual[name]:,}"
                     + (" on the inputs of the plan." if name != "parameters" else "."),
                     f"Restore cost.before.{name} and inputs, or make a new plan.",
                 )
 
     def priced(self, graph: Graph) -> Plan:
-        """The plan with its costs counted on the graph that it is applied to, whatever it stated."""
-        given = self.inputs if _shapes(self.inputs) == _shapes(graph.inputs) else graph.inputs
+        """Return the plan with its costs counted on a graph."""
+        examples = self.inputs if _shapes(self.inputs) == _shapes(graph.inputs) else graph.inputs
         after = graph.prices.price(self.keep(graph), self.without)
-        return replace(self, model=graph.model_name, before=graph.cost, after=after, inputs=given)
+        return replace(self, model=graph.model_name, before=graph.cost, after=after, inputs=examples)
 
 
-def _shapes(given: tuple[Input, ...]) -> list[tuple[str, tuple[int, ...], str]]:
-    return [(spec.name, spec.shape, spec.dtype) for spec in inputs.tensors(given)]
+def _shapes(examples: tuple[Input, ...]) -> list[tuple[str, tuple[int, ...], str]]:
+    return [(spec.name, spec.shape, spec.dtype) for spec in inputs.tensors(examples)]

@@ -1,4 +1,4 @@
-"""The JSON of a plan: its schema, and what its parts must have in common."""
+"""JSON of a plan: the schema, and checks that its fields are consistent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kirsch.json_schema import anything, array, either, flag, integer, mapping, 
 VERSION = 1
 CORRECT = "Correct the file, or make a new plan with kirsch.plan."
 MOST_NUMBERS = 1 << 28
-"""Numbers that all example inputs of a plan have together, which are drawn when it is applied: 1 GiB of float32."""
+"""Largest number of elements in all example inputs, which are drawn when the plan is applied: 1 GiB of float32."""
 
 LARGEST = {
     "bool": 1,
@@ -27,11 +27,11 @@ LARGEST = {
     "uint16": 2**16 - 1,
     "int32": 2**31 - 1,
     "uint32": 2**32 - 1,
-    "int64": 2**63 - 2,  # one more must fit as well
+    "int64": 2**63 - 2,  # random integers are drawn below this value plus 1
     "uint64": 2**63 - 2,
 }
 FLOATING = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2")
-"""Element types of example inputs; `LARGEST` has the integers, with the largest value of each."""
+"""Floating types of example inputs. `LARGEST` has the integer types with the largest value of each."""
 
 
 def _fingerprint(value: Any, path: str) -> Any:
@@ -41,7 +41,12 @@ def _fingerprint(value: Any, path: str) -> Any:
 
 
 TENSOR = record(
-    {"name": text(), "shape": array(integer(0), most=16), "dtype": one_of((*FLOATING, *LARGEST)), "high": integer(0)}
+    {
+        "name": text(),
+        "shape": array(integer(0, MOST_NUMBERS), most=16),
+        "dtype": one_of((*FLOATING, *LARGEST)),
+        "high": integer(0),
+    }
 )
 VALUE = record({"name": text(), "value": anything})
 
@@ -106,36 +111,42 @@ PLAN = record(
 
 
 def read(content: str | bytes, title: str) -> dict[str, Any]:
-    """The content of a plan file that fits the schema and itself.
+    """Return the content of a plan file after validation.
 
     Args:
-        content: of the file.
-        title: how messages call the plan, "The plan small/plan.json".
+        content: content of the file.
+        title: name of the plan in messages, such as "The plan small/plan.json".
 
     Raises:
-        PlanError: it does not; names the field, what is expected there and what was found.
+        PlanError: the content is not a valid plan; names the field, the expected and the found value.
     """
     try:
-        found = strict_json.parse(content)
+        parsed = strict_json.parse(content)
     except ValueError as error:
         why = str(error)
         raise PlanError(f"{title} cannot be read as JSON.", f"{why[0].upper()}{why[1:]}.", CORRECT) from error
-    if type(found) is not dict or "kirsch_plan" not in found:
+    if type(parsed) is not dict or "kirsch_plan" not in parsed:
         raise PlanError(
-            f"{title} is not a plan.", f'The key "kirsch_plan": {VERSION} is missing.', "Give a file of kirsch plan."
+            f"{title} is not a plan.",
+            f'The key "kirsch_plan": {VERSION} is missing.',
+            "Use a file written by kirsch plan.",
         )
     try:
-        plan: dict[str, Any] = PLAN(found, "")
-        _check_whole(plan)
+        plan: dict[str, Any] = PLAN(parsed, "")
+        _check_consistency(plan)
     except ValueError as error:
         raise PlanError(f"{title} is not valid.", f"{error}.", CORRECT) from error
-    for place, group in enumerate(plan["groups"]):
-        _check_units(group, place, title)
+    for index, group in enumerate(plan["groups"]):
+        _check_units(group, index, title)
     return plan
 
 
-def _check_whole(plan: dict[str, Any]) -> None:
-    """Raise a ValueError where two fields contradict each other."""
+def _check_consistency(plan: dict[str, Any]) -> None:
+    """Check that fields do not contradict each other.
+
+    Raises:
+        ValueError: two fields contradict each other.
+    """
     before, after = plan["cost"]["before"], plan["cost"]["after"]
     if plan["model"]["parameters"] != before["parameters"]:
         raise ValueError(
@@ -148,12 +159,12 @@ def _check_whole(plan: dict[str, Any]) -> None:
     if plan["method"] and "importance" not in plan["method"]:
         raise ValueError("method.importance is missing")
     if plan["tracing"]["as_graph"] and plan["tracing"]["scope"]:
-        raise ValueError("tracing.as_graph is true and tracing.scope is not empty; only one of them is possible")
+        raise ValueError("tracing.as_graph is true and tracing.scope is not empty; they exclude each other")
     for part in ("groups", "blocks"):
         names = [entry["name"] for entry in plan[part]]
         if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{part} has {twice!r} twice; join the two entries")
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{part} has {repeated!r} twice; merge the two entries")
     _check_inputs(plan["inputs"])
 
 
@@ -162,23 +173,27 @@ def _check_inputs(entries: list[dict[str, Any]]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"inputs has two inputs of the same name, {max(names, key=names.count)!r}")
     tensors = list(inputs.tensors(map(inputs.read, entries)))
-    if sum(math.prod(tensor.shape) for tensor in tensors) > MOST_NUMBERS:
+    if sum(math.prod(size or 1 for size in tensor.shape) for tensor in tensors) > MOST_NUMBERS:  # as strides count them
         shapes = ", ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
-        raise ValueError(f"inputs of shape {shapes} have more than {MOST_NUMBERS:,} numbers")
-    for place, tensor in enumerate(tensors):
-        most = LARGEST.get(tensor.dtype, 0)
-        if tensor.high > most:
-            raise ValueError(f"inputs[{place}].high is {tensor.high}; {most} is the most for {tensor.dtype}")
+        raise ValueError(f"inputs of shape {shapes} have more than {MOST_NUMBERS:,} numbers; sizes of 0 count as 1")
+    for index, tensor in enumerate(tensors):
+        largest = LARGEST.get(tensor.dtype, 0)
+        if tensor.high > largest:
+            raise ValueError(f"inputs[{index}].high is {tensor.high}; {largest} is the largest for {tensor.dtype}")
 
 
-def _check_units(group: dict[str, Any], place: int, title: str) -> None:
-    """Raise a PlanError where a group lists a unit that it does not have, or twice, or lists all of them."""
-    units, name, field = group["removed"], group["name"], f"groups[{place}].removed"
+def _check_units(group: dict[str, Any], index: int, title: str) -> None:
+    """Check the list of removed units of a group.
+
+    Raises:
+        PlanError: a unit does not exist or is repeated, or all units are listed.
+    """
+    units, name, field = group["removed"], group["name"], f"groups[{index}].removed"
     if len(set(units)) < len(units):
-        twice = sorted(unit for unit, number in Counter(units).items() if number > 1)
+        repeated = sorted(unit for unit, count in Counter(units).items() if count > 1)
         raise PlanError(
-            f"{title} removes unit {twice[0]} of {name!r} twice.",
-            f"{field} lists {', '.join(map(str, twice[:5]))}{', …' if len(twice) > 5 else ''} more than once.",  # noqa: PLR2004 - five are shown
+            f"{title} removes unit {repeated[0]} of {name!r} twice.",
+            f"{field} lists {', '.join(map(str, repeated[:5]))}{', …' if len(repeated) > 5 else ''} more than once.",  # noqa: PLR2004 - five are shown
             "List each unit once.",
         )
     outside = [unit for unit in units if unit >= group["size"]]
@@ -191,6 +206,6 @@ def _check_units(group: dict[str, Any], place: int, title: str) -> None:
     if len(units) == group["size"]:
         raise PlanError(
             f"{title} removes all {len(units)} units of {name!r}.",
-            f"They are in {field}.",
+            f"All of them are in {field}.",
             "Keep at least one of them.",
         )

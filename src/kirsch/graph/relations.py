@@ -1,11 +1,12 @@
-"""The closed set of ways in which an operation relates the labels of its tensors.
+"""The five relations between the labels of an operation's inputs and outputs.
 
-relate    a labeled einsum: elementwise with broadcast, permutation, contraction, reduction
-reshape   axes merged and split
-concat    axes laid end to end
-gather    indices of an axis taken: slice, split, flip, repeat
-freeze    anything else
-Every operator of a framework is described by these five; a rule never touches label arrays itself.
+relate    labeled einsum: elementwise with broadcasting, permutation, contraction, reduction
+reshape   merges and splits axes
+concat    concatenates along an axis
+gather    selects indices of an axis: slice, split, flip, repeat
+freeze    everything else
+
+The rule of every operator is written with these relations and never handles label arrays itself.
 """
 
 from __future__ import annotations
@@ -25,48 +26,54 @@ if TYPE_CHECKING:
 
 
 def relate(facts: Facts, operands: Sequence[tuple[Tensor, str]], result: str, shape: Sequence[int]) -> Tensor:
-    """A labeled einsum: axes with the same letter are the same axis.
+    """Return the result of a labeled einsum, in which axes with the same letter are the same axis.
 
     Args:
-        facts: gathers the equalities.
+        facts: records the equalities.
         operands: tensors with one letter per axis.
-        result: one letter per axis of the result; letters left out are contracted or reduced, a new letter is an axis
+        result: one letter per axis of the result. Letters left out are contracted or reduced; a new letter is an axis
             without labels.
-        shape: of the result.
+        shape: shape of the result.
     """
-    known: dict[str, Axis] = {}
+    axes: dict[str, Axis] = {}
     for tensor, letters in operands:
         for letter, axis, size in zip(letters, tensor.axes, tensor.shape, strict=True):
             if size == 1:
-                continue  # broadcast: it says nothing
-            known[letter] = facts.equate(known[letter], axis) if letter in known else axis
-    for letter, axis in known.items():
+                continue  # broadcast, relates nothing
+            axes[letter] = facts.equate(axes[letter], axis) if letter in axes else axis
+    for letter, axis in axes.items():
         if letter not in result:
             facts.reduce(axis)
-    return Tensor.of(shape, [known.get(letter) for letter in result])
+    return Tensor.of(shape, [axes.get(letter) for letter in result])
 
 
 def elementwise(facts: Facts, tensors: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """`relate` with numpy's broadcasting: axes are aligned from the right, axes of size 1 say nothing."""
+    """Return the result of an elementwise operation with numpy's broadcasting.
+
+    Axes are aligned from the right; axes of size 1 are broadcast.
+    """
     axes: list[Axis] = []
     for position in range(-len(shape), 0):
-        met = [t.axes[position] for t in tensors if len(t.shape) >= -position and t.shape[position] != 1]
-        axis = met[0] if met else None
-        for other in met[1:]:
+        aligned = [t.axes[position] for t in tensors if len(t.shape) >= -position and t.shape[position] != 1]
+        axis = aligned[0] if aligned else None
+        for other in aligned[1:]:
             axis = facts.equate(axis, other)
         axes.append(axis)
     return Tensor.of(shape, axes)
 
 
 def permute(tensor: Tensor, order: Sequence[int]) -> Tensor:
-    """`relate` with the axes in another order."""
+    """Return the tensor with its axes in the given order."""
     return Tensor.of([tensor.shape[axis] for axis in order], [tensor.axes[axis] for axis in order])
 
 
 def reshape(facts: Facts, tensor: Tensor, shape: Sequence[int], kind: str = "view") -> Tensor:
-    """The labels after a reshape: both shapes are cut into the shortest runs of axes with equal products."""
+    """Return the tensor reshaped to `shape`.
+
+    Both shapes are split into the shortest runs of axes with equal products; each run is merged and split by itself.
+    """
     axes: list[Axis] = [None] * len(shape)
-    for old, new in _segments(tensor.shape, shape):
+    for old, new in _matching_runs(tensor.shape, shape):
         if all(tensor.axes[axis] is None for axis in old):
             continue
         if len(old) == len(new) == 1:
@@ -80,26 +87,27 @@ def reshape(facts: Facts, tensor: Tensor, shape: Sequence[int], kind: str = "vie
     return Tensor.of(shape, axes)
 
 
-def _segments(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def _matching_runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Return the shortest runs of axes of two shapes with equal products; axes of size 1 are left out."""
     olds = [axis for axis, size in enumerate(before) if size != 1]
     news = [axis for axis, size in enumerate(after) if size != 1]
-    segments: list[tuple[list[int], list[int]]] = []
+    runs: list[tuple[list[int], list[int]]] = []
     while olds and news:
         old, new = [olds.pop(0)], [news.pop(0)]
-        have, want = before[old[0]], after[new[0]]
-        while have != want:
-            if have < want:
+        old_size, new_size = before[old[0]], after[new[0]]
+        while old_size != new_size:
+            if old_size < new_size:
                 old.append(olds.pop(0))
-                have *= before[old[-1]]
+                old_size *= before[old[-1]]
             else:
                 new.append(news.pop(0))
-                want *= after[new[-1]]
-        segments.append((old, new))
-    return segments
+                new_size *= after[new[-1]]
+        runs.append((old, new))
+    return runs
 
 
 def concat(facts: Facts, tensors: Sequence[Tensor], dim: int, shape: Sequence[int]) -> Tensor:
-    """Tensors laid end to end along `dim`; the other axes are equal. A part without labels cannot go."""
+    """Return the tensors concatenated along `dim`. Indices of a part without labels cannot be removed."""
     axes: list[Axis] = []
     for position in range(len(shape)):
         parts = [tensor.axes[position] for tensor in tensors]
@@ -111,29 +119,30 @@ def concat(facts: Facts, tensors: Sequence[Tensor], dim: int, shape: Sequence[in
             axis = None
         else:
             sizes = [tensor.shape[position] for tensor in tensors]
-            filled = [np.zeros(n, np.int64) if part is None else part for part, n in zip(parts, sizes, strict=True)]
-            axis = np.concatenate(filled)
+            axis = np.concatenate(
+                [np.zeros(n, np.int64) if part is None else part for part, n in zip(parts, sizes, strict=True)]
+            )
         axes.append(axis)
     return Tensor.of(shape, axes)
 
 
 def gather(facts: Facts, tensor: Tensor, dim: int, index: NDArray[np.int64]) -> Tensor:
-    """The tensor at these indices of one axis, which may repeat, leave out and reorder.
+    """Return the tensor at these indices of axis `dim`, which may repeat, leave out and reorder indices.
 
-    An axis of length one carries no label, so a single index that is taken is frozen.
+    A single selected index is frozen, since an axis of size 1 has no labels.
     """
     axis = tensor.axes[dim]
-    taken = None if axis is None else axis[index]
-    if axis is not None and taken is not None:
+    selected = None if axis is None else axis[index]
+    if axis is not None and selected is not None:
         facts.reduce(axis)
         if len(index) == 1:
-            facts.freeze(taken, "a single index of the axis is taken by number")
+            facts.freeze(selected, "a single index of the axis is selected by number")
     shape = [len(index) if position == dim else size for position, size in enumerate(tensor.shape)]
-    return Tensor.of(shape, [taken if position == dim else a for position, a in enumerate(tensor.axes)])
+    return Tensor.of(shape, [selected if position == dim else a for position, a in enumerate(tensor.axes)])
 
 
 def drop(facts: Facts, tensor: Tensor, dims: Sequence[int], *, keepdim: bool) -> Tensor:
-    """The tensor after a reduction over some axes."""
+    """Return the tensor after a reduction over the axes `dims`."""
     for dim in dims:
         facts.reduce(tensor.axes[dim])
     rest = [
@@ -146,7 +155,7 @@ def drop(facts: Facts, tensor: Tensor, dims: Sequence[int], *, keepdim: bool) ->
 
 
 def freeze(facts: Facts, tensors: Sequence[Tensor], reason: str, dims: Sequence[int] | None = None) -> None:
-    """Nothing of these axes (of all, if `dims` is None) can go."""
+    """Freeze the axes `dims` of the tensors; all axes if `dims` is None."""
     for tensor in tensors:
         for dim in range(len(tensor.axes)) if dims is None else dims:
             facts.freeze(tensor.axes[dim], reason)

@@ -1,8 +1,9 @@
-"""Integers in the code of a model that no value fits once units go: what they hold is tied, or else frozen.
+"""Ties and freezes of axes whose sizes are set by integers in the model's code.
 
-`x.reshape(n, c, heads, c // heads)` on an axis that does not change keeps `c` from changing; two axes whose sizes come
-from one attribute must lose the same number. Whether a demand holds whatever is chosen is tried out: one that holds
-for some random choices of quite different numbers holds for all, since sizes are sums and products of kept counts.
+`x.reshape(n, c, heads, c // heads)` on an axis that does not change keeps `c` from changing. Two axes whose sizes come
+from one attribute must lose the same number of units. Whether the code can follow every choice of units is tested on
+random choices: sizes are sums and products of kept counts, so a demand that holds for a few very different choices
+holds for all.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kirsch.graph import constants
+from kirsch.graph.constants import COMPARISON
+from kirsch.graph.expression import Size
 from kirsch.graph.facts import Freeze
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -24,105 +27,133 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group
     from kirsch.graph.labels import Labels
 
-COMPARISON = "comparison"
-"""Name of the operation of a demand that a comparison in the code makes."""
-
 TRIALS = 8
-"""Random choices that are tried. Where none of them shows a demand that cannot be met, making the plan does."""
+"""Number of random choices. A demand that fails for none of them by chance is still checked when a plan is made."""
 
 
-def rigid(
+def code_constraints(
     demands: Sequence[Demand], conditions: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]
 ) -> tuple[list[tuple[Labels, Labels]], list[Freeze]]:
-    """What must be tied, or else frozen, for the demands to hold; both empty if they held for all that was tried.
+    """Return the ties, or else the freezes, that failing demands need; both empty if no demand fails.
 
-    What is tied may let others follow, so nothing is frozen as long as something can be tied. A condition that holds
-    for some of the choices leaves them to the plan; one that holds for none is a demand.
+    A tie may be enough for other demands, so nothing is frozen while something can be tied. A condition that holds for
+    some choices is left to the check of the plan; one that holds for none is treated as a demand.
     """
-    failing = _failing(demands, conditions, coupling, groups)
     ties: list[tuple[Labels, Labels]] = []
     freezes: dict[int, Freeze] = {}
-    for demand in failing:
+    for demand in _failing(demands, conditions, coupling, groups):
         partner = _partner(demand, demands, coupling)
         if partner is not None:
             ties.append((partner, demand.labels))
         if ties:
             continue
-        held = [demand]
-        if all(coupling.frozen[coupling.component[labels]].all() for labels in _touched(demand)):
-            # What it touches itself is frozen already, so it fails by an attribute that other demands move.
-            own = {leaf for leaf, _ in demand.expression.leaves}
-            held = [other for other in demands if own & {leaf for leaf, _ in other.expression.leaves}]
-        fixed = not len(demand.labels) and not demand.expression.leaves
-        asked = demand.operation.name == COMPARISON
-        reason = "the code uses its size as a number" if fixed else f"{demand.names} cannot follow it"
-        reason = f"a comparison in the code reads it{_beside(demand)}" if asked else reason
-        for other in held:
-            labels = np.unique(np.concatenate(_touched(other)))
+        to_freeze = [demand]
+        if all(coupling.frozen[coupling.component[labels]].all() for labels in _axes_of(demand)):
+            # The axes of the demand are frozen already: it fails because other demands change its attributes.
+            leaves = {leaf for leaf, _ in demand.expression.leaves}
+            to_freeze = [other for other in demands if leaves & {leaf for leaf, _ in other.expression.leaves}]
+        reason = _reason(demand)
+        for other in to_freeze:
+            labels = np.unique(np.concatenate(_axes_of(other)))
             if not coupling.frozen[coupling.component[labels]].all():
-                where = demand.operation if asked else other.operation
-                freezes.setdefault(id(other), Freeze(labels, reason, where, number=True))
+                operation = demand.operation if demand.operation.name == COMPARISON else other.operation
+                freezes.setdefault(id(other), Freeze(labels, reason, operation, number=True))
     return ties, [] if ties else list(freezes.values())
 
 
-def _beside(demand: Demand) -> str:
-    return f" beside {demand.names}" if demand.expression.leaves else ""
+def _reason(demand: Demand) -> str:
+    """Return why an axis is frozen by a demand, for messages."""
+    has_leaves = bool(demand.expression.leaves)
+    if demand.operation.name == COMPARISON:
+        return f"a comparison in the code reads its size{f' and {demand.names}' if has_leaves else ''}"
+    if not has_leaves and not len(demand.labels):
+        return "the code uses its size as a number"
+    return f"{demand.names} cannot follow it"
 
 
 def _failing(
     demands: Sequence[Demand], conditions: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]
 ) -> list[Demand]:
-    """The demands that are not met by every choice that is tried, and the conditions that no change of theirs meets."""
+    """Return the demands that fail for a random choice, and the conditions that fail whenever a size they read changes.
+
+    A condition must also fail for at least one of the choices. A comparison that holds for the present attributes at
+    another size, such as `width % heads == 0`, is treated as a condition.
+    """
     failing: dict[int, Demand] = {}
     both = [*demands, *conditions]
-    touched = {id(labels): coupling.component[labels] for demand in both for labels in _touched(demand)}
-    hopeless = {id(condition): condition for condition in conditions}
-    seen = set[int]()
-    for keep in _choices(coupling, groups) if both and groups else ():
-        left = {labels: int(np.count_nonzero(keep[components])) for labels, components in touched.items()}
+    loose = [demand for demand in demands if _compares_sizes(demand)]
+    components = {id(labels): coupling.component[labels] for demand in both for labels in _axes_of(demand)}
+    never_held = {id(condition): condition for condition in [*conditions, *loose]}
+    loose_ids, failed_once = {id(demand) for demand in loose}, set[int]()
+    for keep in _random_choices(coupling, groups) if both and groups else ():
+        counts = {key: int(np.count_nonzero(keep[axis])) for key, axis in components.items()}
 
-        def kept(labels: Labels, left: dict[int, int] = left) -> int:
-            return left[id(labels)]
+        def kept(labels: Labels, counts: dict[int, int] = counts) -> int:
+            return counts[id(labels)]
 
-        failing |= {id(demand): demand for demand in constants.unmet(demands, kept)}
+        unmet = {id(demand): demand for demand in constants.unmet(demands, kept)}
+        failing |= {name: demand for name, demand in unmet.items() if name not in loose_ids}
         broken = {id(condition) for condition in constants.broken(demands, conditions, kept)}
-        seen |= broken
-        for condition in conditions:
-            moves = any(kept(labels) != len(labels) for labels in condition.expression.sizes)
-            if id(condition) not in broken and (moves or not condition.expression.sizes):
-                hopeless.pop(id(condition), None)
-    failing |= {name: condition for name, condition in hopeless.items() if name in seen}
+        failed_once |= broken | unmet.keys() & loose_ids
+        broken |= {id(demand) for demand in loose if not _holds_now(demand, kept)}
+        for condition in [*conditions, *loose]:
+            changed = any(kept(labels) != len(labels) for labels in condition.expression.sizes)
+            if id(condition) not in broken and (changed or not condition.expression.sizes):
+                never_held.pop(id(condition), None)
+    failing |= {key: condition for key, condition in never_held.items() if key in failed_once}
     return list(failing.values())
 
 
-def _choices(coupling: Coupling, groups: Sequence[Group]) -> Iterator[NDArray[np.bool_]]:
-    """Random choices of components that stay; each group loses a number of its own, or nothing."""
+def _compares_sizes(demand: Demand) -> bool:
+    """Return whether a demand is a comparison of sizes and attributes with a number."""
+    expression = demand.expression
+    return (
+        demand.operation.name == COMPARISON and not len(demand.labels) and bool(expression.sizes and expression.leaves)
+    )
+
+
+def _holds_now(demand: Demand, kept: Callable[[Labels], int]) -> bool:
+    """Return whether the present attributes meet a demand without labels at the kept sizes."""
+    values: dict[object, int] = dict(demand.expression.leaves)
+    values |= {Size(labels.tobytes()): kept(labels) for labels in demand.expression.sizes}
+    try:
+        return demand.expression.compute(values) == demand.constant
+    except ZeroDivisionError:
+        return False
+
+
+def _random_choices(coupling: Coupling, groups: Sequence[Group]) -> Iterator[NDArray[np.bool_]]:
+    """Yield masks of kept components; each group loses a random number of random units, possibly none."""
     random = np.random.default_rng(0)
     for _ in range(TRIALS):
         keep = np.ones(len(coupling.frozen), bool)
         for group in groups:
-            number = int(random.integers(0, group.size))
-            keep[group.of(random.choice(group.size, number, replace=False))] = False
+            count = int(random.integers(0, group.size))
+            keep[group.components_of(random.choice(group.size, count, replace=False))] = False
         yield keep
 
 
 def _partner(demand: Demand, demands: Sequence[Demand], coupling: Coupling) -> Labels | None:
-    """Labels that would meet a demand if they went along with its own, and do not yet: of the one size that it reads,
-    or of another demand on the one attribute that it reads; None if there are none.
+    """Return the labels of an axis that must be tied to the axis of a demand; None if no tie meets the demand.
+
+    Candidates are the axis whose size the demand reads, and axes with a demand on the same single attribute.
     """
-    mine, expression = demand.labels, demand.expression
-    if not expression.plain or not len(mine):
+    labels, expression = demand.labels, demand.expression
+    if not expression.plain or not len(labels):
         return None
-    alike = [d for d in demands if d.expression.plain and d.expression.leaves == expression.leaves]
-    near = [*expression.sizes, *(other.labels for other in alike if expression.leaves)]
-    return next((one for one in near if len(one) == len(mine) and _may_go(coupling, one, mine)), None)
+    same_leaf = [d for d in demands if d.expression.plain and d.expression.leaves == expression.leaves]
+    candidates = [*expression.sizes, *(other.labels for other in same_leaf if expression.leaves)]
+    return next((axis for axis in candidates if len(axis) == len(labels) and _tieable(coupling, axis, labels)), None)
 
 
-def _may_go(coupling: Coupling, first: Labels, second: Labels) -> bool:
-    """Whether tying two axes changes something and holds neither: one that is held is better named by its attribute."""
+def _tieable(coupling: Coupling, first: Labels, second: Labels) -> bool:
+    """Return whether two axes are not yet tied and neither is frozen.
+
+    A tie to a frozen axis would freeze the other one too, and the reason would not name the attribute.
+    """
     one, other = coupling.component[first], coupling.component[second]
     return bool((one != other).any() and not coupling.frozen[one].any() and not coupling.frozen[other].any())
 
 
-def _touched(demand: Demand) -> list[Labels]:
+def _axes_of(demand: Demand) -> list[Labels]:
     return [demand.labels, *demand.expression.sizes]

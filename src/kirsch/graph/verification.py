@@ -1,4 +1,4 @@
-"""What a verification found."""
+"""Result of the numerical verification of a pruned model."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verification:
-    """The pruned model held against the original with the removed units masked.
+    """Comparison of the pruned model with the original model whose removed units are masked.
 
     Args:
         error: largest difference of any output, relative to the largest output.
-        tolerance: the error that is allowed.
-        reason: why that tolerance.
-        power: how far the masked original lies from the dense one: the largest difference of any output relative to the
-            larger of both, from 0 to 2. With power 0 two unchanged models are compared, and nothing is verified.
-        statistics: operations whose statistics span a cut axis; they were evaluated over what is kept, so that the
-            function itself differs from the plainly masked one.
-        unseen: modules that were cut where no output depends on them for the example inputs, such as the queries and
-            keys of a single token: a wrong cut there would pass.
-        reweighted: path of each module that computes its weight from its parameters, as spectral normalization does,
-            where that weight changes for the units that stay → its size (RMS) relative to before.
+        tolerance: largest error that is allowed.
+        reason: reason for the tolerance.
+        power: largest difference between the outputs of the masked and the unmasked original, relative to the larger of
+            both, 0 to 2. With power 0 the mask has no effect, and the comparison verifies nothing.
+        statistics: operations with statistics over a pruned axis, such as layer normalization. They were evaluated over
+            the kept units, so the pruned model differs from a plainly masked one.
+        unseen: pruned modules that do not affect any output on the example inputs, such as the queries and keys of a
+            single token. A wrong cut of these modules would not be detected.
+        reweighted: path of each module that computes its weight from its parameters, such as spectral normalization,
+            and whose weight for the kept units changes → RMS of the new weight relative to the old one.
     """
 
     error: float
@@ -38,19 +38,20 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance; NaN is not."""
+        """Return whether the error is within the tolerance; False for NaN."""
         return self.error <= self.tolerance
 
     @property
     def text(self) -> str:
-        """One sentence for the terminal and the report."""
-        spans = f"; statistics of {len(self.statistics)} operations follow the kept width" if self.statistics else ""
+        """Return the result in one sentence, for the terminal and the report."""
         verdict = "equal to" if self.passed else "not equal to"
-        changed = f"; the computed weights of {len(self.reweighted)} modules change" if self.reweighted else ""
-        return f"{verdict} the masked original: error {self.error:.0e}, allowed {self.tolerance:.0e}{spans}{changed}"
+        statistics, modules = len(self.statistics), len(self.reweighted)
+        notes = f"; statistics of {statistics} operations follow the kept width" if statistics else ""
+        notes += f"; the computed weights of {modules} modules change" if modules else ""
+        return f"{verdict} the masked original: error {self.error:.0e}, allowed {self.tolerance:.0e}{notes}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, which knows neither NaN nor infinity: they become null."""
+        """Return the result as JSON; NaN and infinity become null."""
         return {
             "text": self.text,
             "passed": self.passed,

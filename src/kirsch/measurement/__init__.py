@@ -1,1 +1,1 @@
-"""Latency, quality and agreement, each with its doubt."""
+"""Latency and quality with confidence intervals, and agreement of two models."""

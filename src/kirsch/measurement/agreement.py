@@ -1,4 +1,4 @@
-"""Whether a file computes what its model computes."""
+"""Agreement of the outputs of an exported file with those of its model."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import DataError, NumericError, ShapeError
-from kirsch.measurement.quality import check_scores
+from kirsch.measurement.quality import check_outputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-VARIES = 1e-6
-"""Share of a reference's energy that must vary over the samples for an agreement to mean anything."""
+LEAST_VARIATION = 1e-6
+"""Least fraction of the squared norm of the reference that varies over the samples."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two sets of scores for the same samples.
+    """Comparison of two sets of outputs for the same samples.
+
+    Outputs that are infinite in both sets count as equal and are left out of the differences.
 
     Args:
-        same_labels: samples with the same largest score.
-        n: samples.
+        same_labels: number of samples with the same predicted class.
+        n: number of samples.
         max_error: largest absolute difference.
-        relative: root of the squared differences over the root of the squared reference.
-        centered: the same after the mean over samples is taken from both, since a constant hides drift.
-
-    A score that is infinite in both sets of scores counts as equal and is left out of the differences.
+        relative: norm of the difference divided by the norm of the reference.
+        centered: the same after subtracting the mean over samples from both; a large constant would hide differences.
     """
 
     same_labels: int
@@ -38,48 +38,52 @@ class Agreement:
     centered: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the fields as JSON."""
         return asdict(self)
 
 
-def agreement(reference: NDArray[Any], found: NDArray[Any]) -> Agreement:
-    """How far `found` lies from `reference`, both of shape (N, K).
+def agreement(reference: NDArray[Any], outputs: NDArray[Any]) -> Agreement:
+    """Compare outputs with those of a reference.
+
+    Args:
+        reference: outputs of the model, shape (N, K), K classes.
+        outputs: outputs of the file, shape (N, K).
 
     Raises:
         ShapeError: the shapes differ.
-        DataError: no samples, or a reference that hardly depends on them, so that agreeing with it proves nothing.
-        NumericError: a sample has NaN or no finite number among its scores, or one of the two is infinite alone.
+        DataError: there are no samples, or the reference is nearly constant over the samples, so that a comparison
+            would not detect a file that ignores its inputs.
+        NumericError: a sample has NaN, +inf or no finite output, or an output is infinite in one set only.
     """
-    if reference.shape != found.shape:
-        raise ShapeError(f"Scores of shape {reference.shape} cannot be compared with {found.shape}.")
+    if reference.shape != outputs.shape:
+        raise ShapeError(f"Outputs of shape {outputs.shape} cannot be compared with a reference of {reference.shape}.")
     if not len(reference):
-        raise DataError("There are no scores to compare.", fix="Give at least one sample.")
-    check_scores(reference, "reference")
-    check_scores(found, "file")
-    infinite = ~(np.isfinite(reference) & np.isfinite(found))
-    apart = infinite & (reference != found)
-    if apart.any():
+        raise DataError("There are no outputs to compare.", fix="Pass at least one sample.")
+    check_outputs(reference, "reference")
+    check_outputs(outputs, "file")
+    infinite = ~(np.isfinite(reference) & np.isfinite(outputs))
+    differs = infinite & (reference != outputs)
+    if differs.any():
         raise NumericError(
-            f"The scores of sample {int(np.argwhere(apart)[0][0])} are infinite in one of two that should agree.",
-            "One computes another function, or overflows.",
+            f"An output of sample {int(np.argwhere(differs)[0][0])} is infinite in only one of reference and file.",
+            "One of the two overflows or computes another function.",
             "Look for large numbers in the model, such as 1e38 in a mask.",
         )
-    labels = [scores.argmax(-1) for scores in (reference, found)]
-    a, b = (np.where(infinite, 0.0, scores.astype(np.float64)) for scores in (reference, found))
-    middle = a - a.mean(0)
-    if len(a) > 1 and (middle**2).sum() <= VARIES * (a**2).sum():  # equal: all scores are zero
+    labels, reference_labels = outputs.argmax(-1), reference.argmax(-1)
+    a, b = (np.where(infinite, 0.0, values.astype(np.float64)) for values in (reference, outputs))
+    centered_a, centered_b = a - a.mean(0), b - b.mean(0)
+    if len(a) > 1 and (centered_a**2).sum() <= LEAST_VARIATION * (a**2).sum():  # both sides are 0 for zero outputs
         raise DataError(
             "The outputs of the reference hardly depend on its inputs.",
-            "An agreement with it would prove nothing.",
-            "Compare on a trained model and real samples.",
+            "A file that ignores its inputs would seem to agree.",
+            "Compare a trained model on real samples.",
         )
-    centered = middle - (b - b.mean(0))
     return Agreement(
-        same_labels=int((labels[0] == labels[1]).sum()),
+        same_labels=int((labels == reference_labels).sum()),
         n=len(a),
         max_error=float(np.abs(a - b).max()),
         relative=_norm(a - b) / max(_norm(a), 1e-300),
-        centered=_norm(centered) / max(_norm(middle), 1e-300),
+        centered=_norm(centered_a - centered_b) / max(_norm(centered_a), 1e-300),
     )
 
 

@@ -1,8 +1,8 @@
-"""How long something takes, on a machine that other things run on too.
+"""Interleaved latency measurement on a machine that other processes use too.
 
-Contenders are timed in turn within each round, forwards and backwards (A B C, C B A), each long enough for the clock.
-What is compared is the ratio within a round: it holds while the machine's speed drifts. The reference runs twice under
-two names; the ratio of the two is the noise floor.
+All contenders are timed in turn within each round, in alternating order (A B C, then C B A), and each call is repeated
+until the clock can resolve it. Speedups are ratios within a round, which are not affected by slow changes of the
+machine's speed. The reference is timed twice per round; the ratio of its two times is the noise floor.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SLICE_S = 0.01
-"""A contender is repeated within a round until it takes about this long."""
+"""Approximate time in seconds for which a contender is repeated within a round."""
 
-WARM_CALLS, WARM_S = 10, 0.2
+WARM_UP_CALLS, WARM_UP_S = 10, 0.2
 
 FEWEST_ROUNDS = 6
-"""Of five ratios, even the smallest and the largest hold the median in 94 % of cases only."""
+"""With five rounds, the interval from the smallest to the largest ratio covers the median in only 94 % of cases."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one call, over rounds.
+    """Time of one call, as percentiles over rounds.
 
     Args:
         median_us, p10_us, p90_us, p95_us: percentiles in microseconds.
-        rounds: how many rounds.
-        calls: calls timed in each.
+        rounds: number of rounds.
+        calls: number of calls in each round.
     """
 
     median_us: float
@@ -49,17 +49,17 @@ class Latency:
     calls: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the fields as JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of two times with the 95 % interval of its median.
+    """A ratio of two times.
 
     Args:
         value: median over rounds.
-        low, high: ends of the interval.
+        low, high: 95 % confidence interval of the median.
     """
 
     value: float
@@ -67,19 +67,19 @@ class Ratio:
     high: float
 
     def to_dict(self) -> dict[str, float]:
-        """As JSON."""
+        """Return the fields as JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What an interleaved run found.
+    """Result of an interleaved measurement.
 
     Args:
-        latencies: contender → its time.
-        speedups: contender → time of the reference divided by its time.
-        aa: the reference against itself: the noise floor.
-        reference: which contender that is.
+        latencies: latency of each contender, keyed by name.
+        speedups: time of the reference divided by the time of each contender, keyed by name.
+        aa: ratio of the two times of the reference (A/A test), the noise floor.
+        reference: name of the reference.
     """
 
     latencies: dict[str, Latency]
@@ -88,9 +88,9 @@ class Timing:
     reference: str
 
     def significant(self, name: str) -> bool:
-        """Whether a speedup lies outside the noise floor."""
-        found = self.speedups[name]
-        return found.low > self.aa.high or found.high < self.aa.low
+        """Return whether the interval of a speedup does not overlap the interval of the noise floor."""
+        speedup = self.speedups[name]
+        return speedup.low > self.aa.high or speedup.high < self.aa.low
 
 
 def interleaved(
@@ -103,25 +103,26 @@ def interleaved(
     """Time several callables in turn.
 
     Args:
-        contenders: name → callable without arguments.
-        reference: the one that the others are compared with.
-        rounds: at least 6; 30 give an interval of the median from the 10th to the 21st ratio.
-        clock: seconds.
+        contenders: callables without arguments, keyed by name.
+        reference: name of the callable that the others are compared with.
+        rounds: number of rounds, at least 6. With 30 rounds, the confidence interval of the median is from the 10th to
+            the 21st ratio.
+        clock: returns the time in seconds.
 
     Raises:
-        UsageError: there is no such reference, or too few rounds.
+        UsageError: the reference is not a contender, or there are too few rounds.
     """
     if reference not in contenders:
-        raise UsageError(f"The reference {reference!r} is none of {', '.join(contenders)}.")
+        raise UsageError(f"The reference {reference!r} is not one of {', '.join(contenders)}.")
     if rounds < FEWEST_ROUNDS:
         raise UsageError(
-            f"`rounds` is {rounds}; a confidence interval needs more.", fix=f"Give at least {FEWEST_ROUNDS}."
+            f"`rounds` is {rounds}, too few for a confidence interval.", fix=f"Use at least {FEWEST_ROUNDS}."
         )
-    again = f"{max(contenders, key=len)} again"  # longer than every name, so that it is none of them
+    again = f"{max(contenders, key=len)} again"  # longer than every name, so different from all of them
     entries = [*contenders.items(), (again, contenders[reference])]
-    calls = {name: _calls(call, clock) for name, call in entries}
+    calls = {name: _calls_per_round(call, clock) for name, call in entries}
     times: dict[str, list[float]] = {name: [] for name, _ in entries}
-    collecting = gc.isenabled()
+    gc_was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
@@ -132,7 +133,7 @@ def interleaved(
                     call()
                 times[name].append((clock() - started) / calls[name])
     finally:
-        if collecting:
+        if gc_was_enabled:
             gc.enable()
     seconds = {name: np.array(values) for name, values in times.items()}
     return Timing(
@@ -143,13 +144,13 @@ def interleaved(
     )
 
 
-def _calls(call: Callable[[], Any], clock: Callable[[], float]) -> int:
-    """Warm up, and find how many calls fill a slice."""
-    started, done = clock(), 0
-    while done < WARM_CALLS or clock() - started < WARM_S:
+def _calls_per_round(call: Callable[[], Any], clock: Callable[[], float]) -> int:
+    """Warm up, and return the number of calls that take about `SLICE_S`."""
+    started, calls = clock(), 0
+    while calls < WARM_UP_CALLS or clock() - started < WARM_UP_S:
         call()
-        done += 1
-    return max(1, round(SLICE_S * done / max(clock() - started, 1e-9)))
+        calls += 1
+    return max(1, round(SLICE_S * calls / max(clock() - started, 1e-9)))
 
 
 def _latency(seconds: NDArray[np.float64], calls: int) -> Latency:
@@ -158,11 +159,10 @@ def _latency(seconds: NDArray[np.float64], calls: int) -> Latency:
 
 
 def median_ratio(ratios: NDArray[np.float64]) -> Ratio:
-    """The median with its distribution-free 95 % interval from order statistics.
+    """Return the median with its distribution-free 95 % confidence interval from order statistics.
 
     Source: Conover 1999, Practical Nonparametric Statistics, section 3.2.
     """
     ordered = np.sort(ratios)
-    lowest = int(binom.ppf(0.025, len(ordered), 0.5))
-    place = max(lowest - 1, 0)
-    return Ratio(float(np.median(ordered)), float(ordered[place]), float(ordered[len(ordered) - 1 - place]))
+    low = max(int(binom.ppf(0.025, len(ordered), 0.5)) - 1, 0)
+    return Ratio(float(np.median(ordered)), float(ordered[low]), float(ordered[len(ordered) - 1 - low]))

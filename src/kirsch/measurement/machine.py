@@ -1,4 +1,4 @@
-"""What a measurement ran on: enough to repeat it, nothing that names a person or a host."""
+"""Description of the machine and package versions of a measurement, without names of persons or hosts."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ BYTES = {
     "float32": 4, "float64": 8, "float16": 2, "bfloat16": 2,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
-"""Types of numbers that an input may have → bytes of one."""
+"""Element types of inputs, with the size of one element in bytes."""
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package, None if it is missing."""
+    """Return the installed version of a package, None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -49,36 +49,36 @@ def version_of(package: str) -> str | None:
 
 
 def require_room(specs: Sequence[InputSpec]) -> None:
-    """Make sure that the machine could hold inputs.
+    """Check that inputs fit into the memory of the machine.
 
     Raises:
-        MemoryShortageError: it could not; names the largest size.
+        MemoryShortageError: the inputs do not fit; names the largest axis.
     """
-    needed = sum(math.prod(spec.shape) * BYTES.get(spec.dtype, 4) for spec in specs)
-    have = psutil.virtual_memory().total
-    if needed > have:
+    needed_bytes = sum(math.prod(spec.shape) * BYTES.get(spec.dtype, 4) for spec in specs)
+    memory_bytes = psutil.virtual_memory().total
+    if needed_bytes > memory_bytes:
         largest = max(specs, key=lambda spec: math.prod(spec.shape))
         shapes = ", ".join("×".join(map(str, spec.shape)) for spec in specs)
         raise MemoryShortageError(
             f"The memory is not sufficient for inputs of shape {shapes}.",
-            f"They take {needed / 1e9:,.0f} GB; the machine has {have / 1e9:,.0f} GB.",
-            f"Lower the size {max(largest.shape)}: give the inputs other sizes, as --input does.",
+            f"They need {needed_bytes / 1e9:,.0f} GB; the machine has {memory_bytes / 1e9:,.0f} GB.",
+            f"Use smaller inputs, e.g. with --input; the largest axis has the size {max(largest.shape)}.",
         )
 
 
 def usable_cores() -> int:
-    """How many cores this process may use."""
+    """Return the number of cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def load() -> float | None:
-    """Load average of the last minute, None where the system has none."""
+    """Return the load average of the last minute, None on systems without one."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def cpu() -> tuple[str, list[str]]:
-    """Model name and the instruction sets that matter."""
+    """Return the model name of the processor and its instruction sets listed in `FLAGS`."""
     name, flags = platform.processor() or platform.machine(), list[str]()
     information = Path("/proc/cpuinfo")
     if information.is_file():
@@ -92,7 +92,7 @@ def cpu() -> tuple[str, list[str]]:
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions, as JSON."""
+    """Return the machine and the package versions as JSON."""
     name, flags = cpu()
     return {
         "cpu": name,

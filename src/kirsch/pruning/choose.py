@@ -76,7 +76,9 @@ def plan(
     options.check()
     if not graph.cost.macs and goal.params is None:
         raise GoalError(
-            f"The goal macs={goal.macs} has no effect.", f"{graph.model_name} has no MACs.", "Give params=0.5."
+            f"The goal macs={goal.macs} has no effect.",
+            f"{graph.model_name} has no MACs{'' if graph.cost.parameters else ' and no parameters'}.",
+            "Give params=0.5." if graph.cost.parameters else "Give a model that has layers with parameters to prune.",
         )
     scores = _ScoreCache(graph, options)
     for fineness in range(options.finest + 1):

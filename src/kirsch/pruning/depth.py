@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kirsch.graph.graph import Runner
+    from kirsch.graph.graph import ModelRunner
 
 
 class BlockImportance(Protocol):
@@ -165,7 +165,7 @@ def _fix(graph: Graph, goal: Goal, exclude: Sequence[str]) -> str:
     return "Removing all of them does not reach it; kirsch.plan reduces widths." if graph.blocks else ""
 
 
-def _runner(graph: Graph) -> Runner:
+def _runner(graph: Graph) -> ModelRunner:
     if graph.runner is None:
         raise UsageError("This graph cannot run its model.", "It was not created by kirsch.trace.")
     return graph.runner

@@ -48,7 +48,8 @@ def magnitude(graph: Graph, group: Group, *, norm: int, seed: int) -> NDArray[np
         2023, arXiv:2301.12900, section 3.2.
     """
     del seed
-    parameters = [(name, axis) for name, axis in group.footprint if name in graph.parameters]
+    not_empty = {name for name in graph.parameters if 0 not in graph.tensors[name].shape}  # an empty one has no mean
+    parameters = [(name, axis) for name, axis in group.footprint if name in not_empty]
     weights = [(name, axis) for name, axis in parameters if len(graph.tensors[name].shape) > 1] or parameters
     total = np.zeros(group.size)
     for name, axis in weights:

@@ -235,13 +235,19 @@ def graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
         if example_inputs is not None:
             return framework.trace(model, example_inputs, plan.tracing)
         return framework.trace(model, framework.inputs_like(plan.inputs, model), plan.tracing, of_part=True)
-    except UsageError as error:  # the model does not have an output or a part that the plan names
-        raise PlanError(
-            f"{plan.title} cannot be applied: {error.what}",
-            error.why,
-            f"{error.fix} Check its tracing options.".strip(),
-        ) from error
-    except ModelError as error:
+    except (UsageError, ModelError) as error:
+        if plan.model != type(model).__name__ and not plan.tracing.scope:
+            raise PlanError(
+                f"{plan.title} is for {plan.model}, and the model given is {type(model).__name__}.",
+                f"It cannot be applied: {error.what} {error.why}".strip(),
+                f"Give the {plan.model} that the plan was made for.",
+            ) from error
+        if isinstance(error, UsageError):  # the model lacks an output or a part that the plan names
+            raise PlanError(
+                f"{plan.title} cannot be applied: {error.what}",
+                error.why,
+                f"{error.fix} Check its tracing options.".strip(),
+            ) from error
         if example_inputs is not None:
             raise
         raise ModelError(

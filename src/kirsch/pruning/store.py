@@ -37,6 +37,12 @@ def save(model: Model, folder: str | Path) -> Path:
     """
     plans = getattr(model, PLANS, None)
     if not plans:
+        inside = getattr(model, "module", None)
+        if getattr(inside, PLANS, None):
+            raise UsageError(
+                f"This {type(model).__name__} wraps the model that Kirsch pruned.",
+                fix="Save the model inside: kirsch.save(model.module, folder).",
+            )
         raise UsageError(
             f"This {type(model).__name__} was not pruned by Kirsch.",
             "Its architecture cannot be restored without a plan.",

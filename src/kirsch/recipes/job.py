@@ -33,6 +33,9 @@ Listen = Callable[[dict[str, Any]], None]
 Stop = Callable[[], Exception | None]
 
 
+TRAIN_BETTER = "Lower the learning rate, train longer, or remove less."
+
+
 @dataclass
 class Job:
     """Everything that the stages of a run share.
@@ -152,8 +155,13 @@ class Job:
             )
         return framework.count(model, framework.tensor(self.example))
 
-    def check_alive(self, key: str, record: dict[str, Any]) -> None:
-        """Refuse a trained model that answers one class for everything, or no better than chance.
+    def check_alive(self, key: str, record: dict[str, Any], fix: str = TRAIN_BETTER) -> None:
+        """Refuse a model that answers one class for everything, or no better than chance.
+
+        Args:
+            key: of the stage.
+            record: of the stage, with its accuracy on the test part.
+            fix: the advice of the error.
 
         Raises:
             NumericError: it does.
@@ -166,7 +174,7 @@ class Job:
             raise NumericError(
                 f"The model is dead after the stage {key!r}: {value:.1%} of {n} right, chance is {chance:.1%}{more}.",
                 "It says one class for every sample." if record["one_class"] else "It guesses.",
-                "Lower the learning rate, train longer, or remove less.",
+                fix,
             )
 
     def logits(self, key: str) -> NDArray[Any]:

@@ -75,21 +75,28 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
 def _check_takes_no_arguments(builder: Any, reference: str) -> None:
     """Refuse a model, or a class or function with arguments, in place of a function that returns a model."""
     kind, _, name = reference.rpartition(":")
-    with contextlib.suppress(ModelError):
-        framework_of(builder)
-        raise UsageError(
+    if _is_model(builder):
+        raise ModelError(
             f"{reference} is a model, and a function that returns one is needed.",
             fix=f"Add `def build(): return {name}` to it, and give {kind}:build.",
         )
     try:
         inspect.signature(builder).bind()
     except TypeError as error:
-        raise UsageError(
+        raise ModelError(
             f"{reference} cannot be called without arguments: {error}.",
             fix=f"Add `def build(): return {name}(...)` to it, and give {kind}:build.",
         ) from None
     except ValueError:  # a callable of C, which states no arguments
         return
+
+
+def _is_model(value: Any) -> bool:
+    try:
+        framework_of(value)
+    except ModelError:
+        return False
+    return True
 
 
 def is_text(name: Any) -> bool:

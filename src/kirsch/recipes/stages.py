@@ -96,7 +96,8 @@ def _teacher(job: Job, folder: Path) -> Record:
             "teacher.train is null. Name a callable that gives it with its weights, or train it."
         )
     record = _described(job, model, folder, "trained" if section else "given", history)
-    job.check_alive("teacher", record)
+    load = f"Load trained weights in {job.recipe.teacher.model}, or train the teacher: state teacher.train."
+    job.check_alive("teacher", record, *([] if section else [load]))
     job.models["teacher"] = job.models["result"] = model
     return record
 

@@ -1,4 +1,4 @@
-"""The report: one offline HTML file."""
+"""Report of a run as one offline HTML file."""
 
 from kirsch.report.html import render
 from kirsch.report.metrics import read_metrics

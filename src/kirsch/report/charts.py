@@ -1,4 +1,4 @@
-"""Charts as inline SVG: pure functions from numbers to markup, in the colors of the page's style sheet."""
+"""Charts as inline SVG, colored by the style sheet of the page."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 WIDTH = 720
+"""Width of a chart in user units."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Numbers to places on the paper.
+    """Mapping from values to coordinates.
 
     Args:
-        low, high: ends of the numbers.
-        start, end: their places.
-        logarithmic: whether equal factors are equal distances.
-        whole: whether only whole numbers have a tick.
+        low, high: range of the values.
+        start, end: coordinates of `low` and `high`.
+        logarithmic: whether the scale is logarithmic.
+        integers: whether only integers have a tick.
     """
 
     low: float
@@ -32,55 +33,56 @@ class Scale:
     start: float
     end: float
     logarithmic: bool = False
-    whole: bool = False
+    integers: bool = False
 
     def __call__(self, value: float) -> float:
-        """The place of a number."""
-        low, high, at = self.low, self.high, value
+        """Return the coordinate of a value."""
+        low, high = self.low, self.high
         if self.logarithmic:
-            low, high, at = math.log(low), math.log(high), math.log(max(value, 1e-300))
-        return self.start + (at - low) / ((high - low) or 1.0) * (self.end - self.start)
+            low, high, value = math.log(low), math.log(high), math.log(max(value, 1e-300))
+        return self.start + (value - low) / ((high - low) or 1.0) * (self.end - self.start)
 
     @property
     def step(self) -> float:
-        """From tick to tick of a linear scale; it has two to six of them."""
-        return max(_nice((self.high - self.low) / 5), 1.0 if self.whole else 0.0)
+        """Distance between the ticks of a linear scale, which has two to six ticks."""
+        return max(_round_up((self.high - self.low) / 5), 1.0 if self.integers else 0.0)
 
     def ticks(self) -> list[float]:
-        """Round numbers between the ends."""
+        """Return the values of the ticks: round numbers within the range."""
         if self.logarithmic:
             first = math.floor(math.log10(self.low))
             last = math.ceil(math.log10(self.high))
-            every = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
-            return [t for t in every if self.low <= t <= self.high]
+            candidates = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
+            return [tick for tick in candidates if self.low <= tick <= self.high]
         first, last = math.ceil(self.low / self.step - 1e-9), math.floor(self.high / self.step + 1e-9)
-        return [place * self.step for place in range(first, last + 1)]
+        return [multiple * self.step for multiple in range(first, last + 1)]
 
 
-def _fixed(scale: Scale) -> list[str]:
-    """The ticks of a linear scale with the decimals that tell them apart."""
-    places = max(0, -math.floor(math.log10(scale.step) + 1e-9))
-    return [figures.count(tick) if scale.step >= 1000 else f"{tick:.{places}f}" for tick in scale.ticks()]  # noqa: PLR2004 - thousands
+def _number_labels(scale: Scale) -> list[str]:
+    """Return the labels of the ticks of a linear scale, with enough decimals to distinguish them."""
+    decimals = max(0, -math.floor(math.log10(scale.step) + 1e-9))
+    return [figures.count(tick) if scale.step >= 1000 else f"{tick:.{decimals}f}" for tick in scale.ticks()]  # noqa: PLR2004 - thousands
 
 
-def _percents(scale: Scale) -> list[str]:
-    """The same for shares, as percent."""
-    places = max(0, -math.floor(math.log10(100 * scale.step) + 1e-9))
-    return [figures.percent(tick, places) for tick in scale.ticks()]
+def _percent_labels(scale: Scale) -> list[str]:
+    """Return the labels of the ticks of a linear scale of fractions, as percent."""
+    decimals = max(0, -math.floor(math.log10(100 * scale.step) + 1e-9))
+    return [figures.percent(tick, decimals) for tick in scale.ticks()]
 
 
-def _nice(step: float) -> float:
+def _round_up(step: float) -> float:
+    """Return the smallest number of the form 1, 2 or 5 times a power of ten that is at least `step`."""
     power = 10.0 ** math.floor(math.log10(step)) if step > 0 else 1.0
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= step)
 
 
 def _element(name: str, content: str | Markup = "", **attributes: Any) -> Markup:
-    """One SVG element; every attribute and every plain text is escaped."""
+    """Return an SVG element; attributes and plain texts are escaped."""
     pairs = Markup("").join(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), _number(value))
         for key, value in attributes.items()
     )
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), pairs, content)  # noqa: S704 - names are our own constants
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), pairs, content)  # noqa: S704 - names are constants
 
 
 def _number(value: Any) -> str:
@@ -91,94 +93,96 @@ def _join(parts: Sequence[Markup]) -> Markup:
     return Markup("").join(parts)
 
 
-def _picture(title: str, description: str, height: float, parts: Sequence[Markup]) -> Markup:
+def _svg(title: str, description: str, size: tuple[float, float], parts: Sequence[Markup]) -> Markup:
+    """Return a chart with an accessible title and description; `size` is (width, height)."""
     body = [_element("title", title), _element("desc", description), *parts]
-    box = f"0 0 {WIDTH} {_number(float(height))}"
+    box = f"0 0 {_number(float(size[0]))} {_number(float(size[1]))}"
     return _element("svg", _join(body), viewBox=box, role="img", aria_label=title)
 
 
 def trade_off(models: Sequence[dict[str, Any]]) -> Markup:
-    """Quality against latency (file size where latency was not measured), each model a point with its interval."""
+    """Plot accuracy over latency, or over file size if the latency of the chosen model was not measured.
+
+    Each model is a point with its confidence interval. A line connects the Pareto front.
+    """
     timed = all(model["latency"] for model in models if model["chosen"]) and any(m["latency"] for m in models)
     shown = [model for model in models if model["latency"] or not timed]
-    cost = [model["latency"]["median_us"] if timed else model["bytes"] for model in shown]
-    name = figures.micros if timed else figures.bytes_
+    costs = [model["latency"]["median_us"] if timed else model["bytes"] for model in shown]
+    cost_text = figures.micros if timed else figures.bytes_
     low = min(model["accuracy"]["low"] for model in shown)
-    x = Scale(
-        min(cost) / 1.6, max(cost) * 1.6, 70, WIDTH - 24, logarithmic=True
-    )  # at least one of 1, 2, 5 lies between
+    # The factor 1.6 on both sides makes the range wide enough for at least one tick.
+    x = Scale(min(costs) / 1.6, max(costs) * 1.6, 70, WIDTH - 24, logarithmic=True)
     y = Scale(max(low - 0.01, 0.0), min(1.0, max(m["accuracy"]["high"] for m in shown) + 0.005), 264, 30)
-    parts = _axes(x, y, 264, [name(t) for t in x.ticks()], _percents(y), "accuracy")
+    parts = _axes(x, y, 264, [cost_text(tick) for tick in x.ticks()], _percent_labels(y), "accuracy")
     best, front = -1.0, []
-    for place in sorted(range(len(shown)), key=lambda place: (cost[place], -shown[place]["accuracy"]["value"])):
-        if shown[place]["accuracy"]["value"] > best:
-            best = shown[place]["accuracy"]["value"]
-            front.append((x(cost[place]), y(best)))
-    corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in front)
-    parts.append(_element("polyline", points=corners, class_="front"))
-    places = [(x(at), y(model["accuracy"]["value"])) for model, at in zip(shown, cost, strict=True)]
-    for model, at, label in zip(shown, cost, _labels(places, [m["name"] for m in shown]), strict=True):
-        parts.append(_point(model, x(at), y, name(at), label))
-    caption = "Accuracy against latency" if timed else "Accuracy against file size"
+    accuracies = [model["accuracy"]["value"] for model in shown]
+    for cost, accuracy in sorted(zip(costs, accuracies, strict=True), key=lambda point: (point[0], -point[1])):
+        if accuracy > best:
+            best = accuracy
+            front.append((x(cost), y(best)))
+    parts.append(_element("polyline", points=_points(front), class_="front"))
+    points = [(x(cost), y(accuracy)) for cost, accuracy in zip(costs, accuracies, strict=True)]
+    for model, cost, label in zip(shown, costs, _label_positions(points, [m["name"] for m in shown]), strict=True):
+        parts.append(_model_point(model, x(cost), y, cost_text(cost), label))
+    title = "Accuracy over latency" if timed else "Accuracy over file size"
     parts.append(_element("text", "latency, one sample" if timed else "file size", x=WIDTH - 24, y=302, class_="end"))
-    return _picture(caption, "; ".join(_said(model, timed) for model in shown), 310, parts)
+    return _svg(title, "; ".join(_model_text(model, timed) for model in shown), (WIDTH, 310), parts)
 
 
-def _said(model: dict[str, Any], timed: bool) -> str:
+def _points(coordinates: Sequence[tuple[float, float]]) -> str:
+    """Return coordinates as the attribute `points` of a polyline."""
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in coordinates)
+
+
+def _model_text(model: dict[str, Any], timed: bool) -> str:
     cost = figures.micros(model["latency"]["median_us"]) if timed else figures.bytes_(model["bytes"])
     return f"{model['name']}: {figures.percent(model['accuracy']['value'])} at {cost}"
 
 
-def _labels(points: Sequence[tuple[float, float]], names: Sequence[str]) -> list[tuple[float, float, str]]:
-    """A place for each name beside its point (x, y, side) that covers no other point and no other name."""
-    boxes = [(at - 7, here - 7, at + 7, here + 7) for at, here in points]
-    out = []
-    for (at, here), name in zip(points, names, strict=True):
-        wide = 7.0 * min(len(name), 30) + 4
-        tries = [
-            (at + side * 11, here + rise, "" if side > 0 else "end")
-            for rise in (4, -12, 20, -28, 36, -44, 52)
+def _label_positions(points: Sequence[tuple[float, float]], names: Sequence[str]) -> list[tuple[float, float, str]]:
+    """Return a position (x, y, class) for the name of each point, if possible without covering points or names."""
+    boxes = [(x - 7, y - 7, x + 7, y + 7) for x, y in points]
+    labels = []
+    for (point_x, point_y), name in zip(points, names, strict=True):
+        width = 7.0 * min(len(name), 30) + 4
+        candidates = [
+            (point_x + side * 11, point_y + offset, "" if side > 0 else "end")
+            for offset in (4, -12, 20, -28, 36, -44, 52)
             for side in (1, -1)
         ]
-        for x, y, anchor in tries:
-            left = x if not anchor else x - wide
-            box = (left, y - 12, left + wide, y + 3)
+        for x, y, anchor in candidates:
+            left = x if not anchor else x - width
+            box = (left, y - 12, left + width, y + 3)
             free = all(box[2] < b[0] or box[0] > b[2] or box[3] < b[1] or box[1] > b[3] for b in boxes)
-            if free and left > 0 and left + wide < WIDTH:
+            if free and left > 0 and left + width < WIDTH:
                 break
         boxes.append(box)
-        out.append((x, y, anchor))
-    return out
+        labels.append((x, y, anchor))
+    return labels
 
 
-def _point(model: dict[str, Any], at: float, y: Scale, cost: str, label: tuple[float, float, str]) -> Markup:
-    quality = model["accuracy"]
-    here = y(quality["value"])
-    mark = "chosen" if model["chosen"] else "other"
-    tip = f"{model['name']}: {figures.interval(quality['value'], quality['low'], quality['high'])}, {cost}"
-    return _element(
-        "g",
-        _join(
-            [
-                _element("title", tip),
-                _element("line", x1=at, x2=at, y1=y(quality["low"]), y2=y(quality["high"]), class_="span"),
-                _element("circle", cx=at, cy=here, r=6 if model["chosen"] else 4.5),
-                _element("text", _short(model["name"], 30), x=label[0], y=label[1], class_=label[2]),
-            ]
-        ),
-        class_=mark,
-    )
+def _model_point(model: dict[str, Any], x: float, y: Scale, cost: str, label: tuple[float, float, str]) -> Markup:
+    accuracy = model["accuracy"]
+    tooltip = f"{model['name']}: {figures.interval(accuracy['value'], accuracy['low'], accuracy['high'])}, {cost}"
+    parts = [
+        _element("title", tooltip),
+        _element("line", x1=x, x2=x, y1=y(accuracy["low"]), y2=y(accuracy["high"]), class_="span"),
+        _element("circle", cx=x, cy=y(accuracy["value"]), r=6 if model["chosen"] else 4.5),
+        _element("text", _shorten(model["name"], 30), x=label[0], y=label[1], class_=label[2]),
+    ]
+    return _element("g", _join(parts), class_="chosen" if model["chosen"] else "other")
 
 
 def _axes(
-    x: Scale, y: Scale, base: float, below: Sequence[str], beside: Sequence[str], upwards: str = ""
+    x: Scale, y: Scale, base: float, x_labels: Sequence[str], y_labels: Sequence[str], y_title: str = ""
 ) -> list[Markup]:
-    parts = [_element("text", upwards, x=x.start - 8, y=y.end - 14, class_="end")] if upwards else []
-    for tick, text in zip(y.ticks(), beside, strict=True):
+    """Return the axes of a chart; `base` is the y coordinate of the x axis. Overlapping x labels are left out."""
+    parts = [_element("text", y_title, x=x.start - 8, y=y.end - 14, class_="end")] if y_title else []
+    for tick, text in zip(y.ticks(), y_labels, strict=True):
         parts.append(_element("line", x1=x.start, x2=x.end, y1=y(tick), y2=y(tick), class_="grid"))
         parts.append(_element("text", text, x=x.start - 8, y=y(tick) + 4, class_="end"))
     last = -1e9
-    for tick, text in zip(x.ticks(), below, strict=True):
+    for tick, text in zip(x.ticks(), x_labels, strict=True):
         if x(tick) - last > 7 * len(text) + 12:
             parts.append(_element("text", text, x=x(tick), y=base + 18, class_="middle"))
             last = x(tick)
@@ -187,45 +191,46 @@ def _axes(
 
 
 def removed_bars(layers: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> Markup:
-    """A bar a layer: what is kept in color, what was removed in gray, grouped as the cuts belong together."""
+    """Draw one bar per layer, with kept units in color and removed units in gray; layers of a group are adjacent."""
     by_name = {group["name"]: group for group in groups}
     widest = max(layer["before"] for layer in layers)
     left, row = 230, 20
     parts: list[Markup] = []
     height, previous = 6.0, None
-    order = {name: place for place, name in enumerate(by_name)}
+    order = {name: index for index, name in enumerate(by_name)}
     for layer in sorted(layers, key=lambda layer: order[layer["group"]]):
         if layer["group"] != previous:
             height += 8 if previous is not None else 0
             previous = layer["group"]
         group = by_name[layer["group"]]
-        whole = max((WIDTH - left - 90) * layer["before"] / widest, 2.0)
-        kept = whole * layer["after"] / layer["before"]
-        tip = f"{layer['name']}: {layer['after']} of {layer['before']} kept."
-        tip += f" Removed: {ranges(group['removed'])}; {group['reason']}." if group["removed"] else ""
-        tip += f" These go along: {', '.join(group['layers'])}."
-        texts = [
-            _element("title", tip),
-            _element("text", _short(layer["name"], 34), x=left - 10, y=height + 13, class_="end"),
-            _element("rect", x=left, y=height + 3, width=whole, height=row - 6, class_="gone"),
-            _element("rect", x=left, y=height + 3, width=kept, height=row - 6, class_="kept"),
-            _element("text", f"{layer['after']} / {layer['before']}", x=left + whole + 8, y=height + 13),
+        width = max((WIDTH - left - 90) * layer["before"] / widest, 2.0)
+        kept_width = width * layer["after"] / layer["before"]
+        tooltip = f"{layer['name']}: {layer['after']} of {layer['before']} kept."
+        tooltip += f" Removed: {ranges(group['removed'])}; {group['reason']}." if group["removed"] else ""
+        tooltip += f" Pruned together: {', '.join(group['layers'])}."
+        bar = [
+            _element("title", tooltip),
+            _element("text", _shorten(layer["name"], 34), x=left - 10, y=height + 13, class_="end"),
+            _element("rect", x=left, y=height + 3, width=width, height=row - 6, class_="gone"),
+            _element("rect", x=left, y=height + 3, width=kept_width, height=row - 6, class_="kept"),
+            _element("text", f"{layer['after']} / {layer['before']}", x=left + width + 8, y=height + 13),
         ]
-        parts.append(_element("g", _join(texts), class_="bar"))
+        parts.append(_element("g", _join(bar), class_="bar"))
         height += row
-    kept_all, all_ = sum(layer["after"] for layer in layers), sum(layer["before"] for layer in layers)
-    return _picture(
-        "What was removed", f"{kept_all} of {all_} output units are kept, layer by layer", height + 4, parts
-    )
+    kept, total = sum(layer["after"] for layer in layers), sum(layer["before"] for layer in layers)
+    return _svg("Removed units", f"{kept} of {total} output units are kept", (WIDTH, height + 4), parts)
 
 
-def _short(name: str, most: int) -> str:
-    """A name without its middle: its beginning tells repeated blocks apart, its end the layers within one."""
+def _shorten(name: str, most: int) -> str:
+    """Return a name of at most `most` characters; a longer name loses its middle.
+
+    The beginning of a path distinguishes repeated blocks, the end the layers within a block.
+    """
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most - most // 2) :]}"
 
 
 def ranges(units: Sequence[int]) -> str:
-    """Ascending numbers as ranges: "0–3, 7"."""
+    """Return ascending integers as ranges: "0–3, 7"; "none" if there are none."""
     runs: list[list[int]] = []
     for unit in units:
         if runs and unit == runs[-1][1] + 1:
@@ -236,31 +241,38 @@ def ranges(units: Sequence[int]) -> str:
 
 
 def curve(title: str, epochs: Sequence[int], values: Sequence[float | None], *, share: bool) -> Markup:
-    """One training curve; values that are missing leave a gap, and one that stands alone is a dot."""
-    known = [pair for run in _runs(epochs, values) for pair in run]
+    """Plot a training curve.
+
+    Args:
+        title: title of the chart.
+        epochs: ascending epochs, at least one.
+        values: value of each epoch. A missing or infinite value is a gap; a value between two gaps is a dot.
+        share: whether the values are fractions, shown as percent.
+    """
+    runs = _runs(epochs, values)
+    known = [pair for run in runs for pair in run]
     low, high = min((v for _, v in known), default=0.0), max((v for _, v in known), default=1.0)
-    room = 0.02 * (high - low) or max(0.05 * abs(high), 1e-3)  # a constant lies in the middle
-    bottom, top = (max(low - room, 0.0), min(high + room, 1.0)) if share else (low - room, high + room)
+    margin = 0.02 * (high - low) or max(0.05 * abs(high), 1e-3)  # centers a constant curve
+    bottom, top = (max(low - margin, 0.0), min(high + margin, 1.0)) if share else (low - margin, high + margin)
     y = Scale(bottom, top, 150, 12)
-    alone = 0.5 if epochs[0] == epochs[-1] else 0.0  # in the middle
-    x = Scale(epochs[0] - alone, epochs[-1] + alone, 58, WIDTH / 2 - 14, whole=True)
-    parts = _axes(x, y, 150, _fixed(x), _percents(y) if share else _fixed(y))
-    for run in _runs(epochs, values):
-        places = [(x(e), y(v)) for e, v in run]
-        if len(places) > 1:
-            parts.append(_element("polyline", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in places), class_="line"))
+    x_margin = 0.5 if epochs[0] == epochs[-1] else 0.0  # centers a single epoch
+    x = Scale(epochs[0] - x_margin, epochs[-1] + x_margin, 58, WIDTH / 2 - 14, integers=True)
+    parts = _axes(x, y, 150, _number_labels(x), _percent_labels(y) if share else _number_labels(y))
+    for run in runs:
+        points = [(x(epoch), y(value)) for epoch, value in run]
+        if len(points) > 1:
+            parts.append(_element("polyline", points=_points(points), class_="line"))
         else:
-            parts.append(_element("circle", cx=places[0][0], cy=places[0][1], r=3.5, class_="dot"))
+            parts.append(_element("circle", cx=points[0][0], cy=points[0][1], r=3.5, class_="dot"))
     last = "no value"
     if known:
         epoch, value = known[-1]
         last = f"{figures.percent(value) if share else figures.digits(value)} after epoch {epoch}"
-    body = [_element("title", title), _element("desc", f"{title}: {last}"), *parts]
-    return _element("svg", _join(body), viewBox=f"0 0 {WIDTH // 2} 178", role="img", aria_label=title)
+    return _svg(title, f"{title}: {last}", (WIDTH / 2, 178), parts)
 
 
 def _runs(epochs: Sequence[int], values: Sequence[float | None]) -> list[list[tuple[int, float]]]:
-    """The values that are known, each stretch without a gap for itself."""
+    """Return the runs of consecutive finite values, as (epoch, value)."""
     runs: list[list[tuple[int, float]]] = [[]]
     for epoch, value in zip(epochs, values, strict=True):
         if value is not None and math.isfinite(value):
@@ -271,23 +283,22 @@ def _runs(epochs: Sequence[int], values: Sequence[float | None]) -> list[list[tu
 
 
 def calibration(before: dict[str, Any], after: dict[str, Any], names: tuple[str, str]) -> Markup:
-    """How often a classifier is right against how sure it is; on the diagonal both agree."""
+    """Draw a reliability diagram of two models: accuracy over confidence, equal on the diagonal.
+
+    Args:
+        before, after: results of `kirsch.measurement.quality.calibration`.
+        names: names of the two models.
+    """
     x, y = Scale(0, 1, 58, 334), Scale(0, 1, 250, 24)
-    parts = _axes(x, y, 250, _percents(x), _percents(y), "right")
+    parts = _axes(x, y, 250, _percent_labels(x), _percent_labels(y), "accuracy")
     parts.append(_element("line", x1=x(0), y1=y(0), x2=x(1), y2=y(1), class_="front"))
-    for found, mark, name in ((before, "other", names[0]), (after, "chosen", names[1])):
-        dots = [
-            _element(
-                "circle",
-                _element("title", f"{name}: sure {b['confidence']:.2f}, right {b['accuracy']:.2f}, n = {b['n']}"),
-                cx=x(b["confidence"]),
-                cy=y(b["accuracy"]),
-                r=2.5 + 1.2 * math.log10(b["n"] + 1),
-            )
-            for b in found["bins"]
-        ]
-        parts.append(_element("g", _join(dots), class_=mark))
-    parts.append(_element("text", "sure", x=334, y=286, class_="end"))
+    for result, css_class, name in ((before, "other", names[0]), (after, "chosen", names[1])):
+        dots = []
+        for row in result["bins"]:
+            confidence, accuracy, n = row["confidence"], row["accuracy"], row["n"]
+            tooltip = _element("title", f"{name}: confidence {confidence:.2f}, accuracy {accuracy:.2f}, n = {n}")
+            dots.append(_element("circle", tooltip, cx=x(confidence), cy=y(accuracy), r=2.5 + 1.2 * math.log10(n + 1)))
+        parts.append(_element("g", _join(dots), class_=css_class))
+    parts.append(_element("text", "confidence", x=334, y=286, class_="end"))
     text = f"Calibration error {names[0]} {figures.percent(before['ece'])}, {names[1]} {figures.percent(after['ece'])}"
-    body = [_element("title", "Calibration"), _element("desc", text), *parts]
-    return _element("svg", _join(body), viewBox="0 0 360 292", role="img", aria_label="Calibration")
+    return _svg("Calibration", text, (360, 292), parts)

@@ -1,4 +1,4 @@
-"""From the numbers of a run to one HTML file that needs nothing else."""
+"""Rendering of the metrics of a run as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from kirsch.report import charts, figures
 FOLDER = Path(__file__).parent
 
 MOST_CLASSES = 40
-"""Nobody reads a table of confusions with more classes; the most frequent mistakes are listed instead."""
+"""Largest number of classes for which confusion matrices are shown; for more, the most frequent errors are listed."""
 
 HOME = re.compile(r"(?<![^\s'\"=])(/home|/Users|[A-Za-z]:[/\\]Users)[/\\][^/\\\s:'\"]+")
 FOLDERS = re.compile(r"(?<![^\s'\"=])(/(?:[^/\s:'\"]+/)+|(?:~|[A-Za-z]:)[/\\](?:[^/\\\s:'\"]+[/\\])*)")
-"""A person's folder, and the folders of an absolute path, where a word begins."""
+"""A user's home folder, and the folders of an absolute path, at the beginning of a word."""
 
 SPACE = "\N{NO-BREAK SPACE}"
 
 
 def render(metrics: dict[str, Any]) -> str:
-    """The report of a run.
+    """Return the report of a run as HTML.
 
     Args:
-        metrics: as in metrics.json; blocks that are None leave their section out.
+        metrics: content of metrics.json; a section whose block is None is left out.
 
     Returns:
-        HTML with its style inside, no script, and no reference to anything outside. Every text from the run is escaped.
+        HTML with an inline style sheet, without scripts and external references. All texts of the run are escaped.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -44,60 +44,68 @@ def render(metrics: dict[str, Any]) -> str:
     return template.render(
         **metrics,
         style=style,
-        verdict=verdict(metrics),
+        summary=summary(metrics),
         lost=[row for row in quality["lost"] if row["after"] < row["before"]] if quality else [],
-        mistakes=mistakes(quality) if quality and len(quality["classes"]) > MOST_CLASSES else None,
-        heat=heat,
+        errors=frequent_errors(quality) if quality and len(quality["classes"]) > MOST_CLASSES else None,
+        shade=shade,
     )
 
 
 def without_folders(text: str) -> str:
-    """Return a text with only the last part of each absolute path: the page is shown to others."""
+    """Return a text in which absolute paths are replaced by their last part, since reports are shared."""
     return FOLDERS.sub("", HOME.sub("~", text))
 
 
-def verdict(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The three numbers that matter, before and after, as texts."""
+def summary(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return file size, accuracy and latency of the first and of the chosen model, as texts."""
     models = metrics["models"]
     first, last = models[0], next(model for model in models if model["chosen"])
     quality = last["accuracy"]
-    out = {
+    texts = {
         "before": first["name"],
         "after": last["name"],
         "size": f"{figures.bytes_(first['bytes'])} → {figures.bytes_(last['bytes'])}",
-        "size_ratio": _smaller(first["bytes"], last["bytes"]),
-        "quality": f"{figures.percent(first['accuracy']['value'])} → {figures.percent(quality['value'])}",
-        "quality_doubt": f"95 % interval {figures.percent(quality['low'])} – {figures.percent(quality['high'])}, "
+        "size_ratio": _size_ratio(first["bytes"], last["bytes"]),
+        "accuracy": f"{figures.percent(first['accuracy']['value'])} → {figures.percent(quality['value'])}",
+        "accuracy_interval": f"95 % interval {figures.percent(quality['low'])} – {figures.percent(quality['high'])}, "
         f"n{SPACE}={SPACE}{quality['n']}",
     }
     if first["latency"] and last["latency"]:
-        gain = last["latency"]["speedup"]
-        out["latency"] = (
+        speedup = last["latency"]["speedup"]
+        texts["latency"] = (
             f"{figures.micros(first['latency']['median_us'])} → {figures.micros(last['latency']['median_us'])}"
         )
-        out["latency_ratio"] = f"{figures.ratio(gain['value'], gain['low'], gain['high'])} as fast"
-    return out
+        texts["latency_ratio"] = f"{figures.ratio(speedup['value'], speedup['low'], speedup['high'])} as fast"
+    return texts
 
 
-def _smaller(before: int, after: int) -> str:
+def _size_ratio(before: int, after: int) -> str:
     if after > before:
         return f"{figures.digits(after / max(before, 1))}× larger"
     return f"{figures.digits(before / max(after, 1))}× smaller" if after < before else "same size"
 
 
-def mistakes(quality: dict[str, Any], most: int = 20) -> list[dict[str, Any]]:
-    """The most frequent confusions after the work, with how often each was there before."""
+def frequent_errors(quality: dict[str, Any], most: int = 20) -> list[dict[str, Any]]:
+    """Return the most frequent errors of the final model, with their counts before and after.
+
+    Args:
+        quality: block "quality" of the metrics.
+        most: largest number of errors.
+
+    Returns:
+        Dicts with the class names "true" and "predicted" and the counts "before" and "after".
+    """
     names, before, after = quality["classes"], quality["before"]["confusion"], quality["after"]["confusion"]
-    found = [
-        {"actual": names[row], "said": names[column], "before": before[row][column], "after": n}
+    errors = [
+        {"true": names[row], "predicted": names[column], "before": before[row][column], "after": n}
         for row, counts in enumerate(after)
         for column, n in enumerate(counts)
         if n and row != column
     ]
-    return sorted(found, key=lambda mistake: -mistake["after"])[:most]
+    return sorted(errors, key=lambda error: -error["after"])[:most]
 
 
-def heat(count: int, total: int) -> int:
-    """The shade of a wrong cell of a confusion table, 0 to 4; small shares stay visible."""
-    share = count / total if total else 0.0
-    return 0 if not count else 1 + sum(share > step for step in (0.02, 0.1, 0.4))
+def shade(count: int, total: int) -> int:
+    """Return the shade of an off-diagonal cell of a confusion matrix, 0 to 4; 0 only for a count of 0."""
+    fraction = count / total if total else 0.0
+    return 0 if not count else 1 + sum(fraction > step for step in (0.02, 0.1, 0.4))

@@ -1,4 +1,4 @@
-"""metrics.json as the report reads it: its schema, and the file read with it."""
+"""Schema and reader of metrics.json, the input of the report."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ METRICS = "metrics.json"
 VERSION = 1
 
 
-def _parts(**required: Check) -> Check:
-    """An object with these parts and any others, which a later version may have added."""
+def _fields(**required: Check) -> Check:
+    """Return the schema of an object with these fields; others are allowed, since later versions may add fields."""
     return record(required, more=True)
 
 
 SHARE, TIME, COUNT, FIGURE = number(0, most=1), number(above=0), integer(0), number()
-RATIO = _parts(value=TIME, low=TIME, high=TIME)
-LATENCY = _parts(
+RATIO = _fields(value=TIME, low=TIME, high=TIME)
+LATENCY = _fields(
     median_us=TIME, p95_us=TIME, speedup=record({"value": TIME, "low": TIME, "high": TIME, "of": text()}, more=True)
 )
-MODEL = _parts(
+MODEL = _fields(
     key=text(1),
     name=text(1),
     parameters=COUNT,
     macs=COUNT,
     bytes=integer(1),
-    accuracy=_parts(value=SHARE, low=SHARE, high=SHARE, n=COUNT),
+    accuracy=_fields(value=SHARE, low=SHARE, high=SHARE, n=COUNT),
     latency=nullable(LATENCY),
     chosen=flag,
 )
-CURVE = _parts(
+CURVE = _fields(
     stage=text(),
     epochs=array(COUNT, least=1),
     loss=array(nullable(FIGURE)),
@@ -43,7 +43,7 @@ CURVE = _parts(
     accuracy=array(nullable(SHARE)),
     learning_rate=array(nullable(FIGURE)),
 )
-GROUP = _parts(
+GROUP = _fields(
     name=text(1),
     kind=text(),
     size=integer(1),
@@ -53,36 +53,36 @@ GROUP = _parts(
     parameters=FIGURE,
     macs=FIGURE,
 )
-LAYER = _parts(
+LAYER = _fields(
     name=text(), group=text(), before=integer(1), after=COUNT, parameters_before=COUNT, parameters_after=COUNT
 )
-BLOCKER = _parts(reason=text(), where=text(), source=text(), operation=text(), share=SHARE)
-SIDE = _parts(key=text(), confusion=array(array(COUNT)))
-CALIBRATION = _parts(ece=SHARE, bins=array(_parts(confidence=SHARE, accuracy=SHARE, n=COUNT)))
-QUALITY = _parts(
+BLOCKER = _fields(reason=text(), where=text(), source=text(), operation=text(), share=SHARE)
+SIDE = _fields(key=text(), confusion=array(array(COUNT)))
+CALIBRATION = _fields(ece=SHARE, bins=array(_fields(confidence=SHARE, accuracy=SHARE, n=COUNT)))
+QUALITY = _fields(
     classes=array(text(), least=1),
     before=SIDE,
     after=SIDE,
-    lost=array(_parts(name=text(), before=SHARE, after=SHARE, n=COUNT)),
-    calibration=_parts(before=CALIBRATION, after=CALIBRATION),
-    paired=_parts(text=text()),
+    lost=array(_fields(name=text(), before=SHARE, after=SHARE, n=COUNT)),
+    calibration=_fields(before=CALIBRATION, after=CALIBRATION),
+    paired=_fields(text=text()),
 )
-SCHEMA = _parts(
+SCHEMA = _fields(
     kirsch_metrics=one_of((VERSION,)),
     name=text(),
     run=text(),
     kirsch=text(),
     created=text(),
     seconds=number(0),
-    goal=_parts(met=flag, text=text(), items=array(_parts(text=text(), met=flag, doubt=text()))),
+    goal=_fields(met=flag, text=text(), items=array(_fields(text=text(), met=flag, doubt=text()))),
     models=array(MODEL, least=1),
-    stages=array(_parts(number=COUNT, key=text(), did=text(), cells=array(text()), seconds=number(0))),
+    stages=array(_fields(number=COUNT, key=text(), did=text(), cells=array(text()), seconds=number(0))),
     curves=array(CURVE),
-    removed=nullable(_parts(groups=array(GROUP), layers=array(LAYER), blockers=array(BLOCKER))),
+    removed=nullable(_fields(groups=array(GROUP), layers=array(LAYER), blockers=array(BLOCKER))),
     quality=nullable(QUALITY),
-    verification=nullable(_parts(text=text(), reason=text(), power=FIGURE)),
+    verification=nullable(_fields(text=text(), reason=text(), power=FIGURE)),
     export=nullable(
-        _parts(
+        _fields(
             file=text(1),
             bytes=COUNT,
             sha256=text(1),
@@ -93,7 +93,7 @@ SCHEMA = _parts(
             usage=text(),
         )
     ),
-    measured=_parts(
+    measured=_fields(
         runtime=nullable(text()),
         threads=nullable(COUNT),
         batch=nullable(COUNT),
@@ -103,46 +103,50 @@ SCHEMA = _parts(
         load_before=nullable(FIGURE),
         load_after=nullable(FIGURE),
         seed=COUNT,
-        data=_parts(name=text(), sha256=text(), train=COUNT, validation=COUNT, test=COUNT),
+        data=_fields(name=text(), sha256=text(), train=COUNT, validation=COUNT, test=COUNT),
     ),
     not_measured=array(text()),
-    provenance=_parts(recipe=text(), plan=nullable(anything), environment=anything, fingerprint=text()),
+    provenance=_fields(recipe=text(), plan=nullable(anything), environment=anything, fingerprint=text()),
 )
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """The metrics in a file, with every part that the report shows.
+    """Read metrics.json and check that it has every field that the report shows.
 
     Raises:
         OSError: the file cannot be read.
-        LoadError: it is damaged, or a part is missing or of a wrong kind; names the part.
+        LoadError: the file is not valid JSON, or a field is missing or wrong; names the field.
     """
     try:
         metrics: dict[str, Any] = SCHEMA(strict_json.read(path), "")
-        _check_whole(metrics)
+        _check_consistency(metrics)
     except ValueError as error:
         raise LoadError(f"{path} is damaged.", f"{error}.", f"Write it again: kirsch resume {path.parent}") from error
     return metrics
 
 
-def _check_whole(metrics: dict[str, Any]) -> None:
-    """Raise a ValueError where parts contradict each other."""
+def _check_consistency(metrics: dict[str, Any]) -> None:
+    """Check that fields do not contradict each other.
+
+    Raises:
+        ValueError: two fields contradict each other.
+    """
     chosen = [model["key"] for model in metrics["models"] if model["chosen"]]
     if len(chosen) != 1:
-        raise ValueError(f"models: one model is chosen, and {len(chosen)} say so")
-    for place, curve in enumerate(metrics["curves"]):
+        raise ValueError(f"models: {len(chosen)} models are chosen; exactly one must be")
+    for index, curve in enumerate(metrics["curves"]):
         series = [curve["loss"], curve["accuracy"], curve["learning_rate"], *curve["parts"].values()]
         if any(len(values) != len(curve["epochs"]) for values in series):
-            raise ValueError(f"curves[{place}]: each list has one value for each of {len(curve['epochs'])} epochs")
+            raise ValueError(f"curves[{index}]: each list must have {len(curve['epochs'])} values, one per epoch")
     names = {group["name"] for group in (metrics["removed"] or {"groups": []})["groups"]}
-    for place, layer in enumerate((metrics["removed"] or {"layers": []})["layers"]):
+    for index, layer in enumerate((metrics["removed"] or {"layers": []})["layers"]):
         if layer["group"] not in names:
-            raise ValueError(f"removed.layers[{place}].group: there is no group {layer['group']!r}")
+            raise ValueError(f"removed.layers[{index}].group: there is no group {layer['group']!r}")
     quality, measured = metrics["quality"], metrics["measured"]
     for side in ("before", "after") if quality else ():
         sizes = {len(row) for row in quality[side]["confusion"]} | {len(quality[side]["confusion"])}
         if sizes != {len(quality["classes"])}:
-            raise ValueError(f"quality.{side}.confusion: a row and a column for each class are expected")
+            raise ValueError(f"quality.{side}.confusion: one row and one column per class are expected")
     missing = [name for name in ("threads", "batch", "rounds", "aa") if measured[name] is None]
     if measured["runtime"] is not None and missing:
-        raise ValueError(f"measured.{missing[0]} is null, and measured.runtime is not")
+        raise ValueError(f"measured.{missing[0]} is null although measured.runtime is not")

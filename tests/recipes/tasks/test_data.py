@@ -69,7 +69,9 @@ def test_a_split_takes_tensors_and_lists_and_refuses_a_loader():
     rows = torch.zeros(3, 2), torch.tensor([0, 1, 2])
     data = data_set(train=Split(*rows), test=Split([[0.0, 0.0]] * 3, [0, 1, 2]))
     assert isinstance(data.train.inputs, np.ndarray)
-    assert data.sha256 == data_set(test=Split(np.zeros((3, 2)), np.arange(3))).sha256
+    assert data.test.inputs.dtype == np.float32  # as the models take them
+    assert data.sha256 == data_set(test=Split(np.zeros((3, 2), np.float32), np.arange(3))).sha256
+    assert Split(list(np.zeros((3, 2))), [0, 1, 2]).inputs.dtype == np.float64  # as they are given
     loader = DataLoader(TensorDataset(*rows))
     with pytest.raises(DataError, match=r"The inputs of a Split are a DataLoader; one array .* numpy\.concatenate"):
         Split(loader, loader)

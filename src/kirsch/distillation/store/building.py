@@ -17,13 +17,14 @@ from kirsch.annotations import Between, Count, Seed
 from kirsch.arguments import checked
 from kirsch.distillation.probabilities import shape_of
 from kirsch.distillation.store import specification as spec
+from kirsch.distillation.store.description import description
 from kirsch.distillation.store.reading import TeacherStore
 from kirsch.distillation.store.record import Dense, Keep, TopK, fields_of, packed, values
 from kirsch.distillation.store.running import Outputs, Runner
 from kirsch.distillation.store.specification import Manifest, Specification, range_file, view_file
 from kirsch.errors import OutputError, StoreError, UsageError
 from kirsch.frameworks.annotations import Model
-from kirsch.frameworks.augment import description, sample_seeds
+from kirsch.frameworks.augment import sample_seeds
 from kirsch.frameworks.data import ArrayData
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from kirsch.annotations import Between, Count, Seed
 from kirsch.arguments import checked
 from kirsch.distillation.store import specification as spec
+from kirsch.distillation.store.description import description
 from kirsch.distillation.store.record import RESERVED, SEED, values
 from kirsch.distillation.store.running import Outputs, Runner
 from kirsch.distillation.store.specification import Manifest, Specification, view_file
 from kirsch.errors import DataError, ShapeError, StoreError
 from kirsch.frameworks.annotations import Model
-from kirsch.frameworks.augment import description, sample_seeds
+from kirsch.frameworks.augment import sample_seeds
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
 

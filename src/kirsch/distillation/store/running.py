@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.distillation.arrays import wide
+from kirsch.distillation.store.description import described
 from kirsch.distillation.store.record import LOGITS
 from kirsch.distillation.store.specification import text_hash
 from kirsch.errors import NumericError, UsageError
-from kirsch.frameworks.description import described
 from kirsch.frameworks.port import framework_of, host
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-class Block(nn.Module):
+class ConvBlock(nn.Module):
     """Two convolutions and a shortcut.
 
     Args:
@@ -43,7 +43,7 @@ class DigitsNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
         stages = zip((widths[0], *widths), widths, range(len(widths)), strict=False)
-        self.stages = nn.Sequential(*(Block(before, after, 2 if place else 1) for before, after, place in stages))
+        self.stages = nn.Sequential(*(ConvBlock(before, after, 2 if place else 1) for before, after, place in stages))
         self.head = nn.Linear(widths[-1], 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,12 @@ class PyTorch:
     ) -> Verification:
         try:
             return verify.verify(pruned, model, graph, keep, without, moved)
+        except VerificationError as error:
+            turned = _turned(graph, keep)
+            if not turned:
+                raise
+            fix = f"Exclude the layers that are unusual, or {AS_GRAPH}."
+            raise VerificationError(error.what, f"{error.why}{turned}", fix) from error
         except KirschError:
             raise
         except Exception as error:  # whatever the model's own code raises
@@ -70,7 +76,7 @@ class PyTorch:
             line = user_line(error)
             raise VerificationError(
                 f"The pruned {graph.model_name} does not run.",
-                f"{error_text(error)}{f' It is raised at {line}.' if line else ''}",
+                f"{error_text(error)}{f' It is raised at {line}.' if line else ''}{_turned(graph, keep)}",
                 "Exclude the layers that are unusual, and report the model; the model given is unchanged."
                 if graph.tracing.as_graph
                 else f"Exclude the layers that are unusual, or {AS_GRAPH}; the model given is unchanged.",
@@ -94,7 +100,7 @@ class PyTorch:
 
     def put_out(self, graph: Graph) -> dict[str, Tensor]:
         """See the port."""
-        return regions.put_out(graph.traced.states)
+        return regions.module_outputs(graph.traced.states)
 
     def count(self, model: Any, example_inputs: Any) -> tuple[int, int]:
         """See the port."""
@@ -275,3 +281,15 @@ class PyTorch:
     def take_types(self, model: Any, path: Path) -> bool:
         """See the port."""
         return weights.take_types(model, path)
+
+
+def _turned(graph: Graph, keep: Any) -> str:
+    """A sentence on the comparisons in the model's code that choose another way after a cut; "" if there are none."""
+    lines = graph.turned(keep)
+    if not lines:
+        return ""
+    many = len(lines) > 1
+    return (
+        f" The comparison{'s' * many} at {', '.join(lines[:3])} turn{'s' * (not many)} out otherwise after the cut, so "
+        "that the forward may go another way."
+    )

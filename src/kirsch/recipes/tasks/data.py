@@ -157,7 +157,8 @@ def _array(name: str, given: Any) -> NDArray[Any]:
     except (ValueError, TypeError, RuntimeError):  # samples of several shapes
         found = None
     if found is not None and found.ndim and found.dtype.kind in "biuf":
-        return found
+        python_floats = isinstance(given, list) and found.size and type(_first(given)) is float
+        return found.astype(np.float32) if python_floats else found  # numpy would make them float64
     what = look(given) if found is None or isinstance(given, list) else f"{found.dtype} of shape {found.shape}"
     loads = hasattr(given, "dataset") or (hasattr(given, "__getitem__") and not hasattr(given, "__array__"))
     raise DataError(
@@ -167,6 +168,12 @@ def _array(name: str, given: Any) -> NDArray[Any]:
         if loads and not isinstance(given, (list, tuple, str))
         else "Give numbers of one shape for each sample.",
     )
+
+
+def _first(given: Any) -> Any:
+    while isinstance(given, (list, tuple)):
+        given = given[0]
+    return given
 
 
 def _check_names(name: Any, classes: Any) -> None:

@@ -1,4 +1,4 @@
-"""Residual blocks are found by what the forward computes, and leave a model that runs without them."""
+"""Residual blocks are found from the computation of the forward, and can be removed from the model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from kirsch.pruning.prune import prune_with_verification
 from proving import shaken
 
 
-class Conv(nn.Module):
-    """An ordinary residual block; with another width, its shortcut is a layer of its own."""
+class ConvBlock(nn.Module):
+    """A residual block; with another output width, its shortcut is a convolution."""
 
     def __init__(self, width, out=None):
         super().__init__()
@@ -32,8 +32,8 @@ class Conv(nn.Module):
         return F.relu(self.short(x) + self.second(F.relu(self.norm(self.first(x)))))
 
 
-class Tokens(nn.Module):
-    """Two branches behind each other, the one by a module and the other written out; normalized before or after."""
+class TokenBlock(nn.Module):
+    """Two residual branches in sequence, with normalization before or after each branch."""
 
     def __init__(self, number, *, post=False):
         super().__init__()
@@ -53,72 +53,78 @@ class Tokens(nn.Module):
         return x + self.down(F.gelu(self.up(second(x)))), None
 
 
-class Row(nn.Module):
-    """Tokens in a row, held in a list."""
+class TokenNet(nn.Module):
+    """Token blocks in a list; with `fixed`, the forward calls four of them by number."""
 
-    def __init__(self, depth, *, post=False, last=False):
+    def __init__(self, depth, *, post=False, fixed=False):
         super().__init__()
         self.into, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
-        self.layers = nn.ModuleList(Tokens(number, post=post) for number in range(depth))
-        self.last = last
+        self.layers = nn.ModuleList(TokenBlock(number, post=post) for number in range(depth))
+        self.fixed = fixed
 
     def forward(self, x):
-        seen, x = [], self.into(x)
+        numbers, x = [], self.into(x)
         mask = torch.ones(x.shape[1], 1)
-        for number in range(len(self.layers)) if not self.last else (0, 1, 2, 3):
-            x, _ = self.layers[number](x, mask=mask, cache=seen)
-        self.seen = tuple(seen)
+        for number in range(len(self.layers)) if not self.fixed else (0, 1, 2, 3):
+            x, _ = self.layers[number](x, mask=mask, cache=numbers)
+        self.numbers = tuple(numbers)
         return self.out(x)
 
 
 def convolutional():
     return shaken(
         nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.ReLU(), Conv(8), Conv(8, 12), Conv(12), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(),
+            ConvBlock(8),
+            ConvBlock(8, 12),
+            ConvBlock(12),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
             nn.Linear(12, 4),
         )
-    )  # fmt: skip
+    )
 
 
 IMAGES, WORDS = torch.randn(2, 3, 9, 9), torch.randn(2, 5, 4)
 
 
-class Weights(nn.Module):
-    """A block whose parameters are read elsewhere too."""
+class SharedWeight(nn.Module):
+    """A block whose weight is used outside of it, too."""
 
     def __init__(self):
         super().__init__()
-        self.block, self.out = Tokens(0), nn.Linear(8, 2)
+        self.block, self.out = TokenBlock(0), nn.Linear(8, 2)
 
     def forward(self, x):
         return self.out(self.block(x)[0]) + (x @ self.block.mix.weight)[..., :2]
 
 
-class Twice(nn.Module):
-    """One block, run twice."""
+class CalledTwice(nn.Module):
+    """One block that is called twice."""
 
     def __init__(self):
         super().__init__()
-        self.block, self.out = Tokens(0), nn.Linear(8, 2)
+        self.block, self.out = TokenBlock(0), nn.Linear(8, 2)
 
     def forward(self, x):
         return self.out(self.block(self.block(x)[0])[0])
 
 
-class Hidden(nn.Module):
-    """What its block puts out is read, and a part of its inside as well."""
+class InnerFeatureUsed(nn.Module):
+    """A block of which an inner feature is used outside."""
 
     def __init__(self):
         super().__init__()
         self.first, self.second, self.out = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 2)
-        self.inner = Inner(self.first, self.second)
+        self.inner = TwoOutputs(self.first, self.second)
 
     def forward(self, x):
         y, inside = self.inner(x)
         return self.out(y) + inside.mean()
 
 
-class Inner(nn.Module):
+class TwoOutputs(nn.Module):
     def __init__(self, first, second):
         super().__init__()
         self.first, self.second = first, second
@@ -128,19 +134,24 @@ class Inner(nn.Module):
         return x + self.second(inside), inside
 
 
-class Branch(nn.Module):
-    """The addition lies outside of the module, or the module only adds what was computed elsewhere."""
+class BranchOutside(nn.Module):
+    """The addition is outside of the module, or the module only adds a branch that was computed outside."""
 
     def __init__(self):
         super().__init__()
-        self.branch, self.other, self.add, self.out = nn.Linear(8, 8), nn.Linear(8, 8), Adds(), nn.Linear(8, 2)
+        self.branch, self.other, self.add, self.out = (
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            ScaledAddition(),
+            nn.Linear(8, 2),
+        )
 
     def forward(self, x):
         x = x + self.branch(x)
         return self.out(self.add(x, self.other(x)))
 
 
-class Adds(nn.Module):
+class ScaledAddition(nn.Module):
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(8))
@@ -150,85 +161,86 @@ class Adds(nn.Module):
 
 
 FOUND = {
-    "convolutions, but not where the shortcut is a layer": (convolutional, IMAGES, ("2", "4")),
-    "layers in a list, with both of their branches": (lambda: Row(3), WORDS, ("layers.0", "layers.1", "layers.2")),
-    "layers that normalize after": (lambda: Row(2, post=True), WORDS, ("layers.0", "layers.1")),
-    "none whose parameters are read elsewhere": (Weights, torch.randn(2, 8), ()),
-    "none that runs twice": (Twice, torch.randn(2, 8), ()),
-    "none whose inside is read": (Hidden, torch.randn(2, 8), ()),
-    "none whose branch lies elsewhere": (Branch, torch.randn(2, 8), ()),
+    "convolutions without a layer in the shortcut": (convolutional, IMAGES, ("2", "4")),
+    "layers in a list, with two branches each": (lambda: TokenNet(3), WORDS, ("layers.0", "layers.1", "layers.2")),
+    "layers that normalize after each branch": (lambda: TokenNet(2, post=True), WORDS, ("layers.0", "layers.1")),
+    "no block whose weight is used outside": (SharedWeight, torch.randn(2, 8), ()),
+    "no block that is called twice": (CalledTwice, torch.randn(2, 8), ()),
+    "no block whose inner feature is used outside": (InnerFeatureUsed, torch.randn(2, 8), ()),
+    "no block whose branch is outside": (BranchOutside, torch.randn(2, 8), ()),
 }
 
 
 @pytest.mark.parametrize("case", FOUND)
-def test_blocks_are_found(case):
-    build, inputs, found = FOUND[case]
-    assert kirsch.trace(build().eval(), inputs).blocks == found
+def test_the_residual_blocks_are_found(case):
+    build, inputs, blocks = FOUND[case]
+    assert kirsch.trace(build().eval(), inputs).blocks == blocks
 
 
-def without(model, inputs, *names):
+def plan_without(model, inputs, *names):
+    """Return a plan that removes these blocks."""
     graph = kirsch.trace(model, inputs)
     after = graph.prices.price(graph.keep({}), names)
     skips = tuple(Skip(name, "by hand") for name in names)
     return Plan(graph.fingerprint, graph.model_name, (), graph.cost, after, blocks=skips, inputs=graph.inputs)
 
 
-def test_a_block_in_a_list_leaves_it_and_the_rest_is_numbered_anew():
-    model = shaken(Row(4))
-    plan = without(model, WORDS, "layers.1", "layers.2")
-    found = prune_with_verification(model, plan)
-    assert found.verification.power > 0.01
-    assert count(found.model, WORDS) == (plan.after.parameters, plan.after.macs)
-    assert [layer.number for layer in found.model.layers] == [0, 1]
-    assert torch.equal(found.model.layers[1].mix.weight, model.layers[3].mix.weight)
+def test_a_block_in_a_list_is_deleted_and_the_remaining_ones_are_renumbered():
+    model = shaken(TokenNet(4))
+    plan = plan_without(model, WORDS, "layers.1", "layers.2")
+    result = prune_with_verification(model, plan)
+    assert result.verification.power > 0.01
+    assert count(result.model, WORDS) == (plan.after.parameters, plan.after.macs)
+    assert [layer.number for layer in result.model.layers] == [0, 1]
+    assert torch.equal(result.model.layers[1].mix.weight, model.layers[3].mix.weight)
     by_hand = model.into(WORDS)
     for number in (0, 3):
         by_hand = model.layers[number](by_hand)[0]
-    torch.testing.assert_close(found.model(WORDS), model.out(by_hand))
+    torch.testing.assert_close(result.model(WORDS), model.out(by_hand))
     assert len(model.layers) == 4
 
 
-def test_a_block_in_a_sequence_leaves_it():
+def test_a_block_in_a_sequential_is_deleted():
     model = convolutional()
-    found = prune_with_verification(model, without(model, IMAGES, "2"))
-    assert found.verification.passed
-    assert len(found.model) == len(model) - 1
+    result = prune_with_verification(model, plan_without(model, IMAGES, "2"))
+    assert result.verification.passed
+    assert len(result.model) == len(model) - 1
 
 
-class Stages(nn.Module):
-    """Blocks that are called by their names, one after the other."""
+class NamedBlocks(nn.Module):
+    """Two blocks that the forward calls by name."""
 
     def __init__(self):
         super().__init__()
-        self.into, self.one, self.two, self.out = nn.Conv2d(3, 8, 3), Conv(8), Conv(8), nn.Conv2d(8, 2, 1)
+        self.into, self.one, self.two, self.out = nn.Conv2d(3, 8, 3), ConvBlock(8), ConvBlock(8), nn.Conv2d(8, 2, 1)
 
     def forward(self, x):
         return self.out(self.two(self.one(F.relu(self.into(x)))))
 
 
-def test_the_names_of_a_sequence_stay():
+def test_the_names_in_a_sequential_are_kept():
     names = ["into", "one", "two", "out"]
-    model = shaken(nn.Sequential(OrderedDict(zip(names, Stages().children(), strict=True))))
-    found = prune_with_verification(model, without(model, IMAGES, "one"))
-    assert [name for name, _ in found.model.named_children()] == ["into", "two", "out"]
-    assert found.verification.passed
+    model = shaken(nn.Sequential(OrderedDict(zip(names, NamedBlocks().children(), strict=True))))
+    result = prune_with_verification(model, plan_without(model, IMAGES, "one"))
+    assert [name for name, _ in result.model.named_children()] == ["into", "two", "out"]
+    assert result.verification.passed
 
 
-def test_a_block_with_a_name_becomes_an_identity():
-    model = shaken(Stages())
-    found = prune_with_verification(model, without(model, IMAGES, "one"))
-    assert type(found.model.one) is nn.Identity
-    assert found.verification.passed
+def test_a_block_called_by_name_becomes_an_identity():
+    model = shaken(NamedBlocks())
+    result = prune_with_verification(model, plan_without(model, IMAGES, "one"))
+    assert type(result.model.one) is nn.Identity
+    assert result.verification.passed
 
 
-class Named(nn.Module):
-    """Many blocks that are called by their names."""
+class ManyBlocks(nn.Module):
+    """Twelve blocks that the forward calls by name."""
 
     def __init__(self):
         super().__init__()
         self.into, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
         for number in range(12):
-            self.add_module(f"block{number}", Conv(8))
+            self.add_module(f"block{number}", ConvBlock(8))
 
     def forward(self, x):
         x = F.relu(self.into(x))
@@ -238,15 +250,15 @@ class Named(nn.Module):
 
 
 def test_many_blocks_become_identities():
-    model = shaken(Named())
-    plan = without(model, IMAGES, *(f"block{number}" for number in range(0, 12, 2)))
-    found = prune_with_verification(model, plan)
-    assert found.verification.passed
-    assert count(found.model, IMAGES) == (plan.after.parameters, plan.after.macs)
+    model = shaken(ManyBlocks())
+    plan = plan_without(model, IMAGES, *(f"block{number}" for number in range(0, 12, 2)))
+    result = prune_with_verification(model, plan)
+    assert result.verification.passed
+    assert count(result.model, IMAGES) == (plan.after.parameters, plan.after.macs)
 
 
-class Numbered(Stages):
-    """Blocks that are called by their numbers in a list."""
+class NumberedBlocks(NamedBlocks):
+    """Two blocks in a list that the forward calls by number."""
 
     def __init__(self):
         super().__init__()
@@ -257,43 +269,43 @@ class Numbered(Stages):
         return self.out(self.blocks[1](self.blocks[0](F.relu(self.into(x)))))
 
 
-def test_a_block_that_is_called_by_its_number_becomes_an_identity():
-    model = shaken(Numbered())
-    found = prune_with_verification(model, without(model, IMAGES, "blocks.0"))
-    assert type(found.model.blocks[0]) is nn.Identity
-    assert found.verification.passed
+def test_a_block_called_by_number_becomes_an_identity():
+    model = shaken(NumberedBlocks())
+    result = prune_with_verification(model, plan_without(model, IMAGES, "blocks.0"))
+    assert type(result.model.blocks[0]) is nn.Identity
+    assert result.verification.passed
 
 
-def test_a_block_that_can_be_neither_is_refused_by_name():
-    model = shaken(Row(4, last=True))
-    with pytest.raises(ModelError, match=r"block 'layers\.1' of Row cannot be left out"):
-        kirsch.prune(model, without(model, WORDS, "layers.1"))
+def test_a_block_that_can_be_neither_deleted_nor_replaced_is_refused():
+    model = shaken(TokenNet(4, fixed=True))
+    with pytest.raises(ModelError, match=r"block 'layers\.1' of TokenNet cannot be left out"):
+        kirsch.prune(model, plan_without(model, WORDS, "layers.1"))
 
 
-def test_widths_and_blocks_go_together():
-    model = shaken(Row(3))
+def test_a_plan_can_remove_units_and_blocks():
+    model = shaken(TokenNet(3))
     graph = kirsch.trace(model, WORDS)
     widths = kirsch.plan(graph, Goal(params=0.6))
     both = Plan(
-        graph.fingerprint, "Row", widths.groups, graph.cost,
+        graph.fingerprint, "TokenNet", widths.groups, graph.cost,
         graph.prices.price(widths.keep(graph), ["layers.1"]),
         blocks=(Skip("layers.1", "by hand"),), inputs=graph.inputs,
     )  # fmt: skip
-    found = prune_with_verification(model, both)
-    assert found.verification.passed
-    assert count(found.model, WORDS) == (both.after.parameters, both.after.macs)
+    result = prune_with_verification(model, both)
+    assert result.verification.passed
+    assert count(result.model, WORDS) == (both.after.parameters, both.after.macs)
 
 
-def test_a_model_without_blocks_is_saved_and_loaded_bit_for_bit(tmp_path):
-    model = shaken(Row(3))
-    plan = without(model, WORDS, "layers.1")
+def test_a_model_with_removed_blocks_is_saved_and_loaded_exactly(tmp_path):
+    model = shaken(TokenNet(3))
+    plan = plan_without(model, WORDS, "layers.1")
     assert Plan.from_json(plan.to_json()) == plan
     pruned = kirsch.prune(model, plan)
     kirsch.save(pruned, tmp_path / "saved")
-    assert torch.equal(kirsch.load(tmp_path / "saved", lambda: Row(3)).eval()(WORDS), pruned(WORDS))
+    assert torch.equal(kirsch.load(tmp_path / "saved", lambda: TokenNet(3)).eval()(WORDS), pruned(WORDS))
 
 
-def test_a_block_of_a_part_is_left_out_in_its_place():
+def test_a_block_of_the_traced_part_is_removed_from_the_whole_model():
     model = shaken(nn.Sequential(convolutional(), nn.Linear(4, 2)))
     graph = kirsch.trace(model, IMAGES, scope="0")
     plan = kirsch.plan_depth(graph, Goal(params=0.95), IMAGES)
@@ -302,8 +314,8 @@ def test_a_block_of_a_part_is_left_out_in_its_place():
 
 
 @pytest.mark.parametrize("other", ["layers.0", "layers.2"])
-def test_another_block_than_the_one_of_the_plan_is_seen_by_the_proof(monkeypatch, other):
-    model, drop = shaken(Row(3)), dropping.drop
+def test_the_verification_rejects_the_removal_of_another_block(monkeypatch, other):
+    model, drop = shaken(TokenNet(3)), dropping.drop
 
     def wrong(pruned, gone, args, options):
         moved = drop(pruned, [dataclasses.replace(gone[0], path=other)], args, options)
@@ -311,19 +323,19 @@ def test_another_block_than_the_one_of_the_plan_is_seen_by_the_proof(monkeypatch
 
     monkeypatch.setattr(dropping, "drop", wrong)
     with pytest.raises(VerificationError, match="not equal to the masked original"):
-        kirsch.prune(model, without(model, WORDS, "layers.1"))
+        kirsch.prune(model, plan_without(model, WORDS, "layers.1"))
 
 
-def test_a_block_that_is_still_there_is_seen_by_the_proof(monkeypatch):
-    model = shaken(Row(3))
+def test_the_verification_rejects_a_block_that_was_not_removed(monkeypatch):
+    model = shaken(TokenNet(3))
     monkeypatch.setattr(dropping, "drop", lambda pruned, *_: {path: path for path, _ in pruned.named_modules()})
     with pytest.raises(VerificationError, match="not equal to the masked original"):
-        kirsch.prune(model, without(model, WORDS, "layers.1"))
+        kirsch.prune(model, plan_without(model, WORDS, "layers.1"))
 
 
-def test_a_plan_that_names_no_block_is_refused():
-    model = shaken(Row(2))
-    plan = without(model, WORDS, "layers.1")
+def test_a_plan_with_an_unknown_or_repeated_block_is_refused():
+    model = shaken(TokenNet(2))
+    plan = plan_without(model, WORDS, "layers.1")
     text = plan.to_json().replace("layers.1", "layers.7")
     with pytest.raises(PlanError, match=r"leaves out 'layers\.7'.*no residual block there.*layers\.1"):
         kirsch.prune(model, Plan.from_json(text))

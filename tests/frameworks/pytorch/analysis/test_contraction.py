@@ -1,4 +1,4 @@
-"""Products of tensors: grouped convolutions, matrix products, and attention in its spellings."""
+"""Products of tensors: grouped convolutions, matrix products, and attention."""
 
 from __future__ import annotations
 
@@ -7,51 +7,45 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from frameworks.pytorch.analysis.networks import IMAGE, Between, conv
 from kirsch.frameworks.pytorch.analysis.count import count
 from proving import assert_cut_is_right, half_of_everything
 
-IMAGE = torch.randn(2, 3, 8, 8)
 TOKENS = torch.randn(2, 5, 12)
 
 
-def conv(i, o, **options):
-    return nn.Conv2d(i, o, 3, padding=1, **options)
-
-
-def chain(*layers):
-    return nn.Sequential(*layers)
-
-
 CONVOLUTIONS = {
-    "groups": (chain(conv(3, 8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 5)), IMAGE, [2, 3, 4]),
+    "groups": (nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 5)), IMAGE, [2, 3, 4]),
     "groups before groups": (
-        chain(conv(3, 8), nn.ReLU(), conv(8, 8, groups=4), nn.ReLU(), conv(8, 8, groups=4), nn.ReLU(), conv(8, 5)),
+        nn.Sequential(
+            conv(3, 8), nn.ReLU(), conv(8, 8, groups=4), nn.ReLU(), conv(8, 8, groups=4), nn.ReLU(), conv(8, 5)
+        ),
         IMAGE,
         [2, 2, 2, 4],
     ),
-    "groups of the image freeze their number": (
-        chain(nn.Conv2d(3, 9, 1, groups=3), nn.ReLU(), conv(9, 5)),
+    "groups of the image freeze the number of groups": (
+        nn.Sequential(nn.Conv2d(3, 9, 1, groups=3), nn.ReLU(), conv(9, 5)),
         IMAGE,
         [3],
     ),
-    "multiplier": (chain(conv(3, 4), nn.ReLU(), conv(4, 12, groups=4), nn.ReLU(), conv(12, 5)), IMAGE, [3, 4]),
+    "multiplier": (nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 12, groups=4), nn.ReLU(), conv(12, 5)), IMAGE, [3, 4]),
     "groups in one dimension": (
-        chain(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv1d(8, 5, 1)),
+        nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv1d(8, 5, 1)),
         torch.randn(2, 3, 9),
         [2, 4, 4],
     ),
     "groups in three dimensions": (
-        chain(nn.Conv3d(3, 8, 1), nn.ReLU(), nn.Conv3d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv3d(8, 5, 1)),
+        nn.Sequential(nn.Conv3d(3, 8, 1), nn.ReLU(), nn.Conv3d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv3d(8, 5, 1)),
         torch.randn(2, 3, 3, 3, 3),
         [2, 4, 4],
     ),
     "transposed groups": (
-        chain(conv(3, 8), nn.ReLU(), nn.ConvTranspose2d(8, 12, 2, groups=4), nn.ReLU(), conv(12, 5)),
+        nn.Sequential(conv(3, 8), nn.ReLU(), nn.ConvTranspose2d(8, 12, 2, groups=4), nn.ReLU(), conv(12, 5)),
         IMAGE,
         [2, 3, 4],
     ),
     "transposed groups, other arguments off their defaults": (
-        chain(
+        nn.Sequential(
             conv(3, 8),
             nn.ReLU(),
             nn.ConvTranspose2d(8, 4, 3, stride=3, padding=2, output_padding=1, groups=2, dilation=4, bias=False),
@@ -62,17 +56,17 @@ CONVOLUTIONS = {
         [2, 2, 4],
     ),
     "transposed depthwise": (
-        chain(conv(3, 8), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, groups=8), nn.ReLU(), conv(8, 5)),
+        nn.Sequential(conv(3, 8), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, groups=8), nn.ReLU(), conv(8, 5)),
         IMAGE,
         [8],
     ),
     "transposed multiplier": (
-        chain(conv(3, 4), nn.ReLU(), nn.ConvTranspose2d(4, 12, 2, groups=4), nn.ReLU(), conv(12, 5)),
+        nn.Sequential(conv(3, 4), nn.ReLU(), nn.ConvTranspose2d(4, 12, 2, groups=4), nn.ReLU(), conv(12, 5)),
         IMAGE,
         [3, 4],
     ),
     "groups without batch axis": (
-        chain(conv(3, 8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 5)),
+        nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 5)),
         IMAGE[0],
         [2, 3, 4],
     ),
@@ -81,32 +75,19 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_convolution_is_cut_right(name, seed):
+def test_a_grouped_convolution_is_cut_right(name, seed):
     model, inputs, sizes = CONVOLUTIONS[name]
     graph, _ = assert_cut_is_right(model, inputs, sizes=sizes, seed=seed)
     assert graph.blockers == ()
 
 
-def test_groups_and_places_in_them_have_names():
+def test_groups_and_positions_in_them_have_different_kinds():
     graph, _ = assert_cut_is_right(*CONVOLUTIONS["groups"][:2])
     assert sorted((group.kind, group.size) for group in graph.groups) == [
         ("conv group", 4),
         ("position in conv group", 2),
         ("position in conv group", 3),
     ]
-
-
-class Between(nn.Module):
-    """A linear layer, something between, and another; given as a function of the module and its activations."""
-
-    def __init__(self, between, *, width=8, out=6, **parts):
-        super().__init__()
-        self.first, self.last, self.between = nn.Linear(12, width), nn.Linear(out, 4), between
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return self.last(self.between(self, torch.relu(self.first(x))))
 
 
 def weight(*shape):
@@ -129,7 +110,7 @@ PRODUCTS = {
     "vector on the left": (lambda s, x: (s.v @ s.w)[None] + x[..., :1], {"v": weight(8), "w": weight(8, 6)}, [6, 7, 8]),
     "dot": (lambda s, x: torch.dot(x[0, 0], s.v) * s.w, {"v": weight(8), "w": weight(6)}, [6, 8]),
     "einsum": (lambda s, x: torch.einsum("bti,io->bto", x, s.w), {"w": weight(8, 6)}, [6, 8]),
-    "einsum, dots": (lambda s, x: torch.einsum("...i,oi->...o", x, s.w), {"w": weight(6, 8)}, [6, 8]),
+    "einsum with an ellipsis": (lambda s, x: torch.einsum("...i,oi->...o", x, s.w), {"w": weight(6, 8)}, [6, 8]),
     "einsum without an arrow": (
         lambda s, x: torch.einsum("ati,io", x, s.w).transpose(1, 2),
         {"w": weight(8, 6)},
@@ -140,22 +121,27 @@ PRODUCTS = {
         {"w": weight(8, 7), "v": weight(7, 6)},
         [6, 7, 8],
     ),
-    "einsum with a sum of its own": (lambda s, x: torch.einsum("bti,jo->to", x, s.w), {"w": weight(8, 6)}, [6, 8, 8]),
+    "einsum that also sums an axis of the weight": (
+        lambda s, x: torch.einsum("bti,jo->to", x, s.w),
+        {"w": weight(8, 6)},
+        [6, 8, 8],
+    ),
     "bilinear": (lambda s, x: s.both(x, x), {"both": nn.Bilinear(8, 8, 6)}, [6, 8]),
     "bilinear without bias": (lambda s, x: s.both(x, x * 2), {"both": nn.Bilinear(8, 8, 6, bias=False)}, [6, 8]),
-    "gram": (lambda s, x: torch.einsum("bti,btj->bij", x, x) @ s.w, {"w": weight(8, 6)}, [6]),
+    "Gram matrix": (lambda s, x: torch.einsum("bti,btj->bij", x, x) @ s.w, {"w": weight(8, 6)}, [6]),
 }
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_product_is_cut_right(name):
-    between, parts, sizes = PRODUCTS[name]
-    graph, _ = assert_cut_is_right(Between(between, **parts), TOKENS, sizes=sizes)
+def test_a_product_is_cut_right(name):
+    between, attributes, sizes = PRODUCTS[name]
+    model = Between(nn.Sequential(nn.Linear(12, 8), nn.ReLU()), between, nn.Linear(6, 4), **attributes)
+    graph, _ = assert_cut_is_right(model, TOKENS, sizes=sizes)
     assert graph.blockers == ()
 
 
 class Attention(nn.Module):
-    """Heads by the width of one, so that their number follows."""
+    """Attention that reshapes by the width of a head, so that the number of heads can change."""
 
     def __init__(self, attend, *, heads=4, width=6, shared=1, **numbers):
         super().__init__()
@@ -174,7 +160,7 @@ class Attention(nn.Module):
         return self.o(self.attend(self, q, k, v).transpose(1, 2).flatten(2))
 
 
-def by_hand(s, q, k, v):
+def manual_attention(s, q, k, v):
     return torch.softmax(q @ k.transpose(-2, -1) * s.scale, -1) @ v
 
 
@@ -187,17 +173,17 @@ def rotary(s, q, k, v, attend=None):
     angle = torch.outer(torch.arange(5.0), s.frequency)
     cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
     q, k = (x * cos + rotated(x) * sin for x in (q, k))
-    return by_hand(s, q, k, v) if attend is None else attend(q, k, v)
+    return manual_attention(s, q, k, v) if attend is None else attend(q, k, v)
 
 
-def grouped(s, q, k, v):
+def grouped_query_attention(s, q, k, v):
     b, h, t, d = k.shape
     k, v = (x[:, :, None].expand(b, h, s.shared, t, d).reshape(b, h * s.shared, t, d) for x in (k, v))
-    return by_hand(s, q, k, v)
+    return manual_attention(s, q, k, v)
 
 
 ATTENTIONS = {
-    "by hand": (Attention(by_hand), [4, 6]),
+    "by matrix products": (Attention(manual_attention), [4, 6]),
     "einsum": (
         Attention(
             lambda s, q, k, v: torch.einsum(
@@ -231,48 +217,50 @@ ATTENTIONS = {
         Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=s.scale)),
         [4, 6],
     ),
-    "sdpa with a scale of its own": (Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v)), [4, 6]),
-    "sdpa with a scale of its own, rotary": (
+    "sdpa without a scale": (Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v)), [4, 6]),
+    "sdpa without a scale, rotary": (
         Attention(lambda s, q, k, v: rotary(s, q, k, v, F.scaled_dot_product_attention), frequency=weight(3)),
         [3, 4],
     ),
-    "sdpa with a scale of its own, queries normalized": (
+    "sdpa without a scale, queries normalized": (
         Attention(lambda s, q, k, v: F.scaled_dot_product_attention(s.norm(q), k, v), norm=nn.LayerNorm(6)),
         [4, 6],
     ),
-    "sdpa with a scale of its own, a bias on the queries": (
+    "sdpa without a scale, a bias on the queries": (
         Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q + s.bias, k, v), bias=weight(6)),
         [4],
     ),
-    "sdpa with a scale of its own, a number added to the queries": (
+    "sdpa without a scale, a number added to the queries": (
         Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q + 1, k, v)),
         [4],
     ),
-    "sdpa with a scale of its own, queries squared": (
+    "sdpa without a scale, queries squared": (
         Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q * q, k, v)),
         [4],
     ),
-    "sdpa with a scale of its own, queries divided": (
+    "sdpa without a scale, queries divided": (
         Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q / 3, k, v)),
         [4, 6],
     ),
-    "sdpa with a scale of its own, something divided by the queries": (
+    "sdpa without a scale, something divided by the queries": (
         Attention(lambda s, q, k, v: F.scaled_dot_product_attention(s.bias / (q.abs() + 1), k, v), bias=weight(6)),
         [4],
     ),
-    "sdpa with a scale of its own, queries used twice": (
+    "sdpa without a scale, queries used twice": (
         Attention(lambda s, q, k, v: q + F.scaled_dot_product_attention(q, k, v)),
         [4],
     ),
-    "keys for several queries, repeated": (Attention(grouped, shared=2), [2, 2, 6]),
-    "keys for several queries, interleaved": (
+    "shared keys, repeated": (Attention(grouped_query_attention, shared=2), [2, 2, 6]),
+    "shared keys, interleaved": (
         Attention(
-            lambda s, q, k, v: by_hand(s, q, k.repeat_interleave(s.shared, 1), v.repeat_interleave(s.shared, dim=1)),
+            lambda s, q, k, v: manual_attention(
+                s, q, k.repeat_interleave(s.shared, 1), v.repeat_interleave(s.shared, dim=1)
+            ),
             shared=2,
         ),
         [2, 6],
     ),
-    "keys for several queries in sdpa": (
+    "shared keys in sdpa": (
         Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v, scale=s.scale, enable_gqa=True), shared=2),
         [2, 6],
     ),
@@ -282,13 +270,13 @@ ATTENTIONS = {
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_attention_is_cut_right(name, seed):
+def test_an_attention_is_cut_right(name, seed):
     model, sizes = ATTENTIONS[name]
     assert_cut_is_right(model, TOKENS, sizes=sizes, seed=seed)
 
 
-class Fused(nn.Module):
-    """One layer for queries, keys and values, as in vision transformers."""
+class FusedAttention(nn.Module):
+    """Attention with one layer for queries, keys and values, as in vision transformers."""
 
     def __init__(self, heads=4, width=6):
         super().__init__()
@@ -297,21 +285,23 @@ class Fused(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, self.width).permute(2, 0, 3, 1, 4)
-        return self.o(by_hand(self, *qkv.unbind(0)).transpose(1, 2).reshape(*x.shape[:2], self.heads * self.width))
+        return self.o(
+            manual_attention(self, *qkv.unbind(0)).transpose(1, 2).reshape(*x.shape[:2], self.heads * self.width)
+        )
 
 
-def test_fused_attention_loses_heads_and_widths_by_its_attributes():
-    _, pruned = assert_cut_is_right(Fused(), TOKENS, sizes=[4, 6])
+def test_fused_attention_updates_the_attributes_for_heads_and_width():
+    _, pruned = assert_cut_is_right(FusedAttention(), TOKENS, sizes=[4, 6])
     assert (pruned.heads, pruned.width, tuple(pruned.qkv.weight.shape)) == (2, 3, (18, 12))
 
 
-def test_a_scale_is_kept_also_where_gradients_are_off():
+def test_the_scale_is_kept_in_inference_mode():
     with torch.inference_mode():
-        assert_cut_is_right(ATTENTIONS["sdpa with a scale of its own"][0], TOKENS.clone(), sizes=[4, 6])
+        assert_cut_is_right(ATTENTIONS["sdpa without a scale"][0], TOKENS.clone(), sizes=[4, 6])
 
 
 class Experts(nn.Module):
-    """Rows in order of their experts, each through the two layers of its own."""
+    """Rows sorted by expert, with two grouped matrix products."""
 
     def __init__(self):
         super().__init__()
@@ -324,7 +314,7 @@ class Experts(nn.Module):
         return self.out(F.grouped_mm(x, self.down, offs=self.ends))
 
 
-def test_experts_lose_widths_together_and_none_of_them_goes():
+def test_experts_lose_the_same_hidden_units_and_no_expert_is_removed():
     model = Experts().bfloat16()
     graph, pruned = assert_cut_is_right(model, torch.randn(6, 4).bfloat16(), sizes=[16, 16, 32])
     assert pruned.up.shape == (3, 8, 16)

@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates against numbers worked out by hand."""
+"""Counted parameters and multiply-accumulates equal the closed form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from kirsch.frameworks.pytorch.analysis.count import count, macs_of
 
 
-class Attends(nn.Module):
+class Attention(nn.Module):
     def forward(self, x):
         return F.scaled_dot_product_attention(x, x, x)
 
@@ -21,19 +21,19 @@ LAYERS = {
     "grouped": (nn.Conv2d(4, 8, 3, padding=1, groups=2, bias=False), (1, 4, 5, 5), 8 * 2 * 9, 25 * 8 * 2 * 9),
     "transposed": (nn.ConvTranspose2d(4, 6, 2, 2, bias=False), (1, 4, 5, 5), 4 * 6 * 4, 25 * 4 * 6 * 4),
     "recurrent": (nn.LSTM(6, 5, bias=False, batch_first=True), (2, 3, 6), 20 * 11, 2 * 3 * 20 * 11),
-    "attention": (Attends(), (2, 7, 5), 0, 2 * 2 * 7 * 7 * 5),
+    "attention": (Attention(), (2, 7, 5), 0, 2 * 2 * 7 * 7 * 5),
     "no product": (nn.BatchNorm2d(3), (2, 3, 4, 4), 6, 0),
 }
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_costs_what_its_formula_says(name):
+def test_the_counts_of_a_layer_equal_its_formula(name):
     layer, shape, parameters, macs = LAYERS[name]
     assert count(layer, torch.randn(shape)) == (parameters, macs)
 
 
-def test_a_parameter_that_is_handed_to_a_module_is_no_hindrance():
-    class Token(nn.Module):
+def test_a_parameter_can_be_the_input_of_a_module():
+    class LearnedToken(nn.Module):
         def __init__(self):
             super().__init__()
             self.token, self.inner = nn.Parameter(torch.ones(2, 6)), nn.Linear(6, 8)
@@ -41,7 +41,7 @@ def test_a_parameter_that_is_handed_to_a_module_is_no_hindrance():
         def forward(self, x):
             return self.inner(self.token) + x
 
-    assert count(Token(), torch.randn(2, 8)) == (12 + 56, 2 * 6 * 8)
+    assert count(LearnedToken(), torch.randn(2, 8)) == (12 + 56, 2 * 6 * 8)
 
 
 def test_a_tied_parameter_counts_once():
@@ -50,7 +50,7 @@ def test_a_tied_parameter_counts_once():
     assert count(model, torch.randn(1, 4)) == (16, 32)
 
 
-def test_keyword_inputs_modes_and_the_random_state_are_respected():
+def test_counting_takes_keyword_inputs_and_keeps_modes_and_the_random_state():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train()
     model[0].eval()
     torch.manual_seed(1)
@@ -61,7 +61,7 @@ def test_keyword_inputs_modes_and_the_random_state_are_respected():
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_one_traced_operation_costs_what_its_shapes_say():
+def test_the_macs_of_a_traced_operation_follow_from_its_shapes():
     class Product(nn.Module):
         def forward(self, x, y):
             return (x @ y).relu()

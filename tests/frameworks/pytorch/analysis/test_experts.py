@@ -1,4 +1,4 @@
-"""Experts go with what chooses them, where the choice may be made among those that are kept."""
+"""Experts are removed with their rows of the router if the router may select among the kept experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = torch.randn(7, 6)
 
 
 class Mixture(nn.Module):
-    """Each row goes through the layers of the experts that its router chooses for it."""
+    """A mixture of experts; `run` applies the experts that the router selects for each row."""
 
     def __init__(self, run, experts=5, chosen=2):
         super().__init__()
@@ -31,63 +31,63 @@ class Mixture(nn.Module):
         return self.out(self.run(self, x, self.router(x)))
 
 
-def each(self, x, ids):
-    """(rows, chosen) ids → what each chosen expert makes of its row."""
+def apply_experts(self, x, ids):
+    """Return the outputs of the selected experts; ids have the shape (rows, chosen)."""
     rows = x.repeat_interleave(ids.shape[1], 0).unsqueeze(1)
     inner = F.relu(torch.bmm(rows, self.up[ids.reshape(-1)]))
     return torch.bmm(inner, self.down[ids.reshape(-1)]).reshape(*ids.shape, -1)
 
 
-def before(self, x, logits):
-    """The softmax spans all experts."""
+def softmax_over_all(self, x, logits):
+    """Compute the softmax over all experts."""
     weights, ids = logits.softmax(-1).topk(self.chosen, -1)
-    return (each(self, x, ids) * (weights / weights.sum(-1, keepdim=True)).unsqueeze(-1)).sum(1)
+    return (apply_experts(self, x, ids) * (weights / weights.sum(-1, keepdim=True)).unsqueeze(-1)).sum(1)
 
 
-def after(self, x, logits):
-    """The softmax spans the chosen ones."""
+def softmax_over_chosen(self, x, logits):
+    """Compute the softmax over the selected experts."""
     values, ids = torch.topk(logits, self.chosen)
-    return (each(self, x, ids) * values.softmax(-1).unsqueeze(-1)).sum(1)
+    return (apply_experts(self, x, ids) * values.softmax(-1).unsqueeze(-1)).sum(1)
 
 
 def gathered(self, x, logits):
-    """The choice is made by other numbers than the weights."""
+    """Select by other values than the weights."""
     scores = logits.sigmoid()
     ids = scores.square().topk(k=self.chosen, dim=-1, sorted=False)[1]
-    return (each(self, x, ids) * scores.gather(1, ids).unsqueeze(-1) + self.bias(ids)).sum(1)
+    return (apply_experts(self, x, ids) * scores.gather(1, ids).unsqueeze(-1) + self.bias(ids)).sum(1)
 
 
 def sorted_rows(self, x, logits):
-    """As on an accelerator: rows in order of their experts, and where those of each end."""
+    """Sort the rows by expert and use grouped matrix products, as on an accelerator."""
     values, ids = logits.topk(self.chosen)
     _, order = ids.reshape(-1).sort()
-    number = torch.histc(ids.reshape(-1)[order].float(), bins=self.experts, min=0, max=self.experts - 1)
-    ends = number.cumsum(0, dtype=torch.int32)
+    counts = torch.histc(ids.reshape(-1)[order].float(), bins=self.experts, min=0, max=self.experts - 1)
+    ends = counts.cumsum(0, dtype=torch.int32)
     rows = x.repeat_interleave(self.chosen, 0)[order]
     inner = F.grouped_mm(F.relu(F.grouped_mm(rows, self.up, offs=ends)), self.down, offs=ends)
     return (inner[order.argsort()].reshape(*ids.shape, -1) * values.unsqueeze(-1)).sum(1)
 
 
-RUNS = {"softmax before": before, "softmax after": after, "gathered": gathered}
+RUNS = {"softmax before": softmax_over_all, "softmax after": softmax_over_chosen, "gathered": gathered}
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_experts_go_with_their_rows_of_the_router(run):
+def test_experts_are_removed_with_their_rows_of_the_router(run):
     model = shaken(Mixture(RUNS[run]))
     graph = kirsch.trace(model, ROWS, softmax="kept")
     experts = next(group for group in graph.groups if group.kind == "expert")
     assert experts.size == 5
     plan = kirsch.plan(graph, Goal(params=0.75), granularity=["expert"], round_to=1)
-    found = prune_with_verification(model, plan)
+    result = prune_with_verification(model, plan)
     (removal,) = plan.groups
     kept = [unit for unit in range(5) if unit not in removal.removed]
-    assert found.verification.power > 1e-3
-    assert torch.equal(found.model.router.weight, model.router.weight[kept])
-    assert torch.equal(found.model.up, model.up[kept])
-    assert count(found.model, ROWS) == (plan.after.parameters, plan.after.macs)
+    assert result.verification.power > 1e-3
+    assert torch.equal(result.model.router.weight, model.router.weight[kept])
+    assert torch.equal(result.model.up, model.up[kept])
+    assert count(result.model, ROWS) == (plan.after.parameters, plan.after.macs)
 
 
-def test_rows_in_order_of_their_experts_follow_too():
+def test_experts_of_sorted_rows_are_removed():
     model = Mixture(sorted_rows, experts=4)
     for name, shape in {"up": (4, 8, 16), "down": (4, 16, 8)}.items():
         setattr(model, name, nn.Parameter(torch.randn(shape)))
@@ -107,14 +107,14 @@ def test_rows_in_order_of_their_experts_follow_too():
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_experts_stay_unless_the_choice_may_change(run):
+def test_experts_are_frozen_without_the_option(run):
     graph = kirsch.trace(shaken(Mixture(RUNS[run])), ROWS)
     assert not [group for group in graph.groups if group.kind == "expert" or group.size == 5]
     assert {"the order along it matters", "a softmax spans it"} & {blocker.reason for blocker in graph.blockers}
 
 
-def test_as_many_experts_stay_as_are_chosen():
-    model = shaken(Mixture(after, chosen=3))
+def test_at_least_as_many_experts_are_kept_as_are_selected():
+    model = shaken(Mixture(softmax_over_chosen, chosen=3))
     graph = kirsch.trace(model, ROWS, softmax="kept")
     plan = kirsch.plan(graph, Goal(params=0.75), granularity=["expert"], round_to=1, min_keep=0.01)
     assert len(plan.groups[0].removed) == 2
@@ -126,59 +126,59 @@ def test_as_many_experts_stay_as_are_chosen():
 
 
 COMPUTED = {
-    "added to": lambda s, x, logits: each(s, x, (logits.topk(s.chosen)[1] + 1) % s.experts).sum(1),
+    "added to": lambda s, x, logits: apply_experts(s, x, (logits.topk(s.chosen)[1] + 1) % s.experts).sum(1),
     "compared": lambda s, x, logits: x * (logits.topk(s.chosen)[1] == 2).float().mean(-1, keepdim=True),
     "summed": lambda s, x, logits: x * logits.topk(s.chosen)[1].sum(-1, keepdim=True),
-    "counted with a number of the code": lambda s, x, logits: (
+    "counted with a constant number of bins": lambda s, x, logits: (
         x * torch.histc(logits.topk(s.chosen)[1].float(), bins=5, min=0, max=4).mean()
     ),
     "counted in other bins": lambda s, x, logits: (
         x * torch.histc(logits.topk(s.chosen)[1].float(), bins=s.experts, min=0, max=9).mean()
     ),
-    "of another axis": lambda s, x, logits: x[logits.topk(s.chosen)[1][:, 0]],
+    "index into another axis": lambda s, x, logits: x[logits.topk(s.chosen)[1][:, 0]],
 }
 
 
 @pytest.mark.parametrize("way", COMPUTED)
-def test_experts_stay_where_their_numbers_are_computed_with(way):
+def test_experts_are_frozen_if_the_code_computes_with_their_indices(way):
     model = shaken(Mixture(COMPUTED[way]))
     graph = kirsch.trace(model, ROWS, softmax="kept")
     assert not [group for group in graph.groups if ("router.weight", 0) in group.footprint]
 
 
-def first(self, x, logits):
-    """One expert for each row, by the maximum."""
+def maximum(self, x, logits):
+    """Select one expert for each row by the maximum."""
     values, ids = logits.max(-1)
-    return each(self, x, ids.unsqueeze(1)).squeeze(1) * values.unsqueeze(-1)
+    return apply_experts(self, x, ids.unsqueeze(1)).squeeze(1) * values.unsqueeze(-1)
 
 
 def reordered(self, x, logits):
-    """Positions that are taken in another order are positions still."""
+    """Reorder the indices, which remain indices."""
     ids = logits.topk(self.chosen)[1].gather(1, torch.tensor([[1, 0]]).expand(len(x), 2))
-    return each(self, x, ids).sum(1)
+    return apply_experts(self, x, ids).sum(1)
 
 
-@pytest.mark.parametrize("run", [first, reordered])
+@pytest.mark.parametrize("run", [maximum, reordered])
 @pytest.mark.parametrize("softmax", ["freeze", "kept"])
-def test_experts_of_any_choice_go_with_the_option_alone(run, softmax):
+def test_experts_are_removed_only_with_the_option(run, softmax):
     model = shaken(Mixture(run))
     graph = kirsch.trace(model, ROWS, softmax=softmax)
-    found = [group for group in graph.groups if ("router.weight", 0) in group.footprint]
-    assert len(found) == (softmax == "kept")
-    if found:
+    experts = [group for group in graph.groups if ("router.weight", 0) in group.footprint]
+    assert len(experts) == (softmax == "kept")
+    if experts:
         plan = kirsch.plan(graph, Goal(params=0.75), granularity=["expert"], round_to=1)
         assert prune_with_verification(model, plan).verification.power > 1e-3
 
 
-class Told(Mixture):
-    """Tells which experts it chose."""
+class ReturnsIndices(Mixture):
+    """Returns the indices of the selected experts as well."""
 
     def forward(self, x):
         logits = self.router(x)
         return self.out(self.run(self, x, logits)), logits.topk(self.chosen)[1]
 
 
-def test_experts_stay_where_their_numbers_are_put_out():
-    graph = kirsch.trace(shaken(Told(after)), ROWS, softmax="kept")
+def test_experts_are_frozen_if_their_indices_are_an_output():
+    graph = kirsch.trace(shaken(ReturnsIndices(softmax_over_chosen)), ROWS, softmax="kept")
     assert not [group for group in graph.groups if ("router.weight", 0) in group.footprint]
-    assert "positions on it are an output of the model" in graph.explain("router")
+    assert "indices into it are an output of the model" in graph.explain("router")

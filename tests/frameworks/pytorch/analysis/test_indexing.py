@@ -1,4 +1,4 @@
-"""Tensors of indices that read and write places: what they choose from stays, all else follows."""
+"""Operators that read or write by a tensor of indices: the indexed axis is frozen, other axes can be pruned."""
 
 from __future__ import annotations
 
@@ -9,63 +9,51 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from frameworks.pytorch.analysis.networks import Between
 from proving import assert_cut_is_right
 
 TOKENS = torch.randn(2, 5, 6)
-PLACES = torch.tensor([3, 0, 2])
+ROWS = torch.tensor([3, 0, 2])
 MASK = torch.tensor([True, False, True, True, False])
 
 
-class Net(nn.Module):
-    """A linear layer, something between, and another; given as a function of the module and its activations."""
-
-    def __init__(self, between, **parts):
-        super().__init__()
-        self.before, self.after, self.between = nn.Linear(6, 8), nn.Linear(8, 4), between
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return self.after(self.between(self, torch.tanh(self.before(x))))
-
-
 def written(x, *at, value):
-    """A copy of x with a value in one place."""
+    """Return a copy of x with a value written at an index."""
     x = x.clone()
     x[at] = value
     return x
 
 
-def places(*shape, below):
+def indices(*shape, below):
     return torch.arange(math.prod(shape)).reshape(shape) % below
 
 
 BETWEEN = {
-    "index on one axis": (lambda _, x: x[:, PLACES], {}, [8]),
+    "index on one axis": (lambda _, x: x[:, ROWS], {}, [8]),
     "index on the first axis": (lambda _, x: x[torch.tensor([1, 0, 1])], {}, [8]),
-    "index on two axes": (lambda _, x: x[torch.tensor([0, 1, 1]), PLACES], {}, [8]),
+    "index on two axes": (lambda _, x: x[torch.tensor([0, 1, 1]), ROWS], {}, [8]),
     "index on two axes apart": (
-        lambda s, x: x.unflatten(1, (5, 1)).expand(2, 5, 3, x.shape[-1])[torch.tensor([0, 1, 1]), :, PLACES % 3],
+        lambda s, x: x.unflatten(1, (5, 1)).expand(2, 5, 3, x.shape[-1])[torch.tensor([0, 1, 1]), :, ROWS % 3],
         {},
         [8],
     ),
-    "index of two axes in the place of one": (lambda _, x: x[:, places(2, 3, below=5)], {}, [8]),
+    "index with two axes on one axis": (lambda _, x: x[:, indices(2, 3, below=5)], {}, [8]),
     "index by a mask": (lambda _, x: x[:, MASK], {}, [8]),
     "index on the last axis": (lambda _, x: x[..., torch.arange(8)], {}, []),
-    "index_select": (lambda _, x: x.index_select(1, PLACES), {}, [8]),
-    "index_select, negative axis": (lambda _, x: x.index_select(-2, PLACES), {}, [8]),
+    "index_select": (lambda _, x: x.index_select(1, ROWS), {}, [8]),
+    "index_select, negative axis": (lambda _, x: x.index_select(-2, ROWS), {}, [8]),
     "index_select of channels": (lambda _, x: x.index_select(-1, torch.arange(8)), {}, []),
-    "gather": (lambda _, x: x.gather(1, places(2, 3, 1, below=5).expand(2, 3, x.shape[-1])), {}, [8]),
-    "gather by an index of its own width": (lambda _, x: x.gather(1, places(2, 3, 8, below=5)), {}, []),
-    "gather, places from the data": (lambda _, x: x.gather(1, x.argsort(1)), {}, [8]),
+    "gather": (lambda _, x: x.gather(1, indices(2, 3, 1, below=5).expand(2, 3, x.shape[-1])), {}, [8]),
+    "gather by an index of constant width": (lambda _, x: x.gather(1, indices(2, 3, 8, below=5)), {}, []),
+    "gather, indices from the data": (lambda _, x: x.gather(1, x.argsort(1)), {}, [8]),
     "gather of part of an axis": (lambda _, x: F.pad(x.gather(1, x.argsort(1)[..., :5]), (0, 3)), {}, []),
-    "gather of channels": (lambda _, x: x.gather(-1, places(2, 5, 8, below=8)), {}, []),
+    "gather of channels": (lambda _, x: x.gather(-1, indices(2, 5, 8, below=8)), {}, []),
     "take_along_dim": (lambda _, x: x.take_along_dim(x.argsort(1), 1), {}, [8]),
-    "take_along_dim of all": (lambda _, x: x.take_along_dim(places(80, below=7)).view(2, 5, 8), {}, []),
+    "take_along_dim of all": (lambda _, x: x.take_along_dim(indices(80, below=7)).view(2, 5, 8), {}, []),
     "index_put of rows": (lambda _, x: written(x, torch.tensor([1]), value=0.5), {}, [8]),
     "index_put of rows with values": (lambda s, x: written(x, torch.tensor([1]), value=s.row), {"row": 8}, [8]),
     "index_put of single tokens": (
-        lambda s, x: written(x, torch.tensor([0, 1]), PLACES[:2], value=s.row),
+        lambda s, x: written(x, torch.tensor([0, 1]), ROWS[:2], value=s.row),
         {"row": 8},
         [8],
     ),
@@ -77,13 +65,13 @@ BETWEEN = {
     "scatter": (lambda _, x: x.scatter(1, x.argsort(1), x * 2), {}, [8]),
     "scatter of a number": (lambda _, x: x.scatter(1, x.argsort(1)[:, :2], 0.5), {}, [8]),
     "scatter of part of an axis": (lambda _, x: x.scatter(1, x.argsort(1)[..., :5], 0.5), {}, []),
-    "scatter of channels": (lambda _, x: x.scatter(2, places(2, 5, 8, below=8), x * 2), {}, []),
+    "scatter of channels": (lambda _, x: x.scatter(2, indices(2, 5, 8, below=8), x * 2), {}, []),
     "scatter_add": (lambda _, x: x.scatter_add(1, x.argsort(1), x * 2), {}, [8]),
     "scatter_reduce": (lambda _, x: x.scatter_reduce(1, x.argsort(1), x * 2, "amax"), {}, [8]),
-    "index_add": (lambda s, x: x.index_add(1, PLACES, x[:, :3] * 2), {}, [8]),
-    "index_copy": (lambda s, x: x.index_copy(1, PLACES, x[:, :3] * 2), {}, [8]),
-    "index_fill": (lambda s, x: x.index_fill(1, PLACES, 0.5), {}, [8]),
-    "index_add of channels": (lambda s, x: x.index_add(2, PLACES, x[..., :3] * 2), {}, []),
+    "index_add": (lambda s, x: x.index_add(1, ROWS, x[:, :3] * 2), {}, [8]),
+    "index_copy": (lambda s, x: x.index_copy(1, ROWS, x[:, :3] * 2), {}, [8]),
+    "index_fill": (lambda s, x: x.index_fill(1, ROWS, 0.5), {}, [8]),
+    "index_add of channels": (lambda s, x: x.index_add(2, ROWS, x[..., :3] * 2), {}, []),
     "cumsum over tokens": (lambda _, x: x.cumsum(1), {}, [8]),
     "cumprod over tokens": (lambda _, x: x.cumprod(-2), {}, [8]),
     "cummax over tokens": (lambda _, x: x.cummax(1)[0], {}, [8]),
@@ -104,24 +92,25 @@ BETWEEN = {
 
 
 @pytest.mark.parametrize("name", BETWEEN)
-def test_what_indices_choose_from_stays(name):
+def test_an_indexed_axis_is_frozen_and_the_others_are_cut_right(name):
     between, widths, sizes = BETWEEN[name]
-    parts = {part: nn.Parameter(torch.randn(width)) for part, width in widths.items()}
-    assert_cut_is_right(Net(between, **parts), TOKENS, sizes=sizes)
+    parameters = {key: nn.Parameter(torch.randn(width)) for key, width in widths.items()}
+    model = Between(nn.Sequential(nn.Linear(6, 8), nn.Tanh()), between, nn.Linear(8, 4), **parameters)
+    assert_cut_is_right(model, TOKENS, sizes=sizes)
 
 
 class Words(nn.Module):
-    """Tokens by their numbers."""
+    """A table of token embeddings, read by the function `read`."""
 
-    def __init__(self, table, look, *, width=8, tie=False):
+    def __init__(self, table, read, *, width=8, tie=False):
         super().__init__()
-        self.table, self.look, self.inner = table, look, nn.Linear(width, width)
+        self.table, self.read, self.inner = table, read, nn.Linear(width, width)
         self.last = nn.Linear(width, 11, bias=False)
         if tie:
             self.last.weight = table.weight
 
     def forward(self, words):
-        return self.last(torch.tanh(self.inner(self.look(self.table, words))))
+        return self.last(torch.tanh(self.inner(self.read(self.table, words))))
 
 
 WORDS = torch.randint(0, 11, (3, 5))
@@ -150,7 +139,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_keep_their_words(name):
+def test_an_embedding_keeps_its_tokens_and_loses_channels(name):
     model, sizes = TABLES[name]
     _, pruned = assert_cut_is_right(model, WORDS, sizes=sizes)
     assert pruned.table.weight.shape == (11, 4)

@@ -1,4 +1,4 @@
-"""Units are named after what they are for: beside LoRA, in adapters, poolers, heads and gates."""
+"""The kind of a group describes its units, also beside LoRA and in adapters, poolers, heads and gates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LoRA(nn.Module):
 
 
 class Encoder(nn.Module):
-    """One block on a stream of tokens, and a classifier."""
+    """A transformer block without attention, and a classifier."""
 
     def __init__(self, wrap=lambda layer: layer, *, gated=False, adapter="", act=F.gelu):
         super().__init__()
@@ -62,19 +62,19 @@ def new_gelu(x):
     [{}, {"gated": True}, {"adapter": "IA3"}, {"act": new_gelu}, {"adapter": "serial"}, {"adapter": "parallel"}],
 )
 @pytest.mark.parametrize("wrap", [None, LoRA])
-def test_the_hidden_units_of_a_block_are_ffn_units_whatever_stands_beside_them(options, wrap):
-    found = kinds(Encoder(wrap, **options) if wrap else Encoder(**options))
-    hidden = {kind for name, kind in found.items() if name in ("up", "up.layer", "scale")}
+def test_the_hidden_units_of_a_block_are_ffn_units_also_with_adapters(options, wrap):
+    kind_of = kinds(Encoder(wrap, **options) if wrap else Encoder(**options))
+    hidden = {kind for name, kind in kind_of.items() if name in ("up", "up.layer", "scale")}
     assert hidden == {"ffn unit"}
-    assert found["norm"] == "embedding dim"
-    assert found["pooler"] == "channel"
-    assert {kind for name, kind in found.items() if name.endswith(".a")} <= {"rank"}
-    assert ("up.a" in found) == (wrap is not None)
-    assert found.get("into", "ffn unit") == "ffn unit"
+    assert kind_of["norm"] == "embedding dim"
+    assert kind_of["pooler"] == "channel"
+    assert {kind for name, kind in kind_of.items() if name.endswith(".a")} <= {"rank"}
+    assert ("up.a" in kind_of) == (wrap is not None)
+    assert kind_of.get("into", "ffn unit") == "ffn unit"
 
 
 class DoRA(LoRA):
-    """Each row of the merged weight has a length of its own."""
+    """LoRA with a learned norm for each row of the merged weight."""
 
     def __init__(self, layer, rank=4):
         super().__init__(layer, rank)
@@ -86,23 +86,23 @@ class DoRA(LoRA):
         return scale * (self.layer(x) + self.b(self.a(self.drop(x))))
 
 
-def test_units_whose_weights_have_a_length_of_their_own_are_ffn_units():
+def test_hidden_units_with_dora_are_ffn_units():
     model = Encoder(DoRA)
     graph = kirsch.trace(model, WORDS)
     assert {group.name: group.kind for group in graph.groups if group.size == 48} == {"up": "ffn unit"}
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.8), granularity=["ffn unit"])
-    found = prune_with_verification(model, plan)
-    assert found.verification.power > 1e-3
-    assert found.model.up.layer.out_features < 48
+    result = prune_with_verification(model, plan)
+    assert result.verification.power > 1e-3
+    assert result.model.up.layer.out_features < 48
 
 
-def test_granularity_by_ffn_units_leaves_ranks_and_poolers_whole():
+def test_granularity_ffn_unit_keeps_ranks_and_poolers():
     model = Encoder(LoRA)
     plan = kirsch.plan(kirsch.trace(model, WORDS), kirsch.Goal(macs=0.8), granularity=["ffn unit"])
     assert [removal.name for removal in plan.groups] == ["up.layer"]
 
 
-def test_a_decoder_with_one_token_has_ffn_units():
+def test_the_hidden_units_of_a_decoder_with_one_token_are_ffn_units():
     class Decoder(Encoder):
         def forward(self, ids):
             return super().forward(ids[:, :1])
@@ -111,7 +111,7 @@ def test_a_decoder_with_one_token_has_ffn_units():
 
 
 class Gated(nn.Module):
-    """Channels that linear layers weigh, and a head with a hidden layer."""
+    """Channels with squeeze and excitation, and a head with a hidden layer."""
 
     def __init__(self):
         super().__init__()
@@ -126,12 +126,12 @@ class Gated(nn.Module):
         return self.last(torch.relu(self.hidden(x.mean((2, 3)))))
 
 
-def test_a_gate_and_a_head_of_one_vector_have_channels():
+def test_units_of_a_gate_and_of_a_head_on_one_vector_are_channels():
     assert set(kinds(Gated(), torch.randn(2, 3, 6, 6)).values()) == {"channel"}
 
 
 class Mixer(nn.Module):
-    """Layers over tokens, and layers at each position of a map."""
+    """One hidden layer over channels, and one over positions."""
 
     def __init__(self):
         super().__init__()
@@ -147,27 +147,27 @@ class Mixer(nn.Module):
 
 
 def test_hidden_units_over_positions_and_over_channels_are_ffn_units():
-    found = kinds(Mixer(), torch.randn(2, 3, 6, 6))
-    assert (found["up"], found["over"], found["stem"]) == ("ffn unit", "ffn unit", "embedding dim")
+    kind_of = kinds(Mixer(), torch.randn(2, 3, 6, 6))
+    assert (kind_of["up"], kind_of["over"], kind_of["stem"]) == ("ffn unit", "ffn unit", "embedding dim")
 
 
-class Matrix(nn.Module):
-    """The layer of GPT-2: a product with a matrix that is stored the other way round."""
+class TransposedLinear(nn.Module):
+    """The linear layer of GPT-2, whose weight is stored transposed."""
 
-    def __init__(self, inn, out):
+    def __init__(self, inputs, outputs):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(inn, out)), nn.Parameter(torch.zeros(out))
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x):
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
 
 
-def test_layers_that_are_plain_products_have_ffn_units():
+def test_hidden_units_of_addmm_layers_are_ffn_units():
     model = Encoder()
-    model.up, model.down = Matrix(16, 48), Matrix(48, 16)
+    model.up, model.down = TransposedLinear(16, 48), TransposedLinear(48, 16)
     assert kinds(model)["up"] == "ffn unit"
 
 
-def test_a_plain_row_of_layers_has_ffn_units():
+def test_hidden_units_of_a_sequential_are_ffn_units():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     assert kinds(model, torch.randn(4, 8)) == {"0": "ffn unit"}

@@ -1,4 +1,4 @@
-"""Thirty-nine small networks of the kind that breaks pruning tools: each is cut right, or left whole with a reason."""
+"""Small networks with operations that break other pruning tools: each is cut right, or frozen with a reason."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from frameworks.pytorch.analysis.networks import conv
 from proving import assert_cut_is_right
 
 IMAGE, TOKENS, WORDS = torch.randn(3, 3, 8, 8), torch.randn(3, 5, 3), torch.randint(0, 11, (3, 5))
 
 
 class Probe(NamedTuple):
-    """A network and what must become of it: the sizes of all its groups, and why its middle layer stays whole if so."""
+    """A network, its inputs, the expected sizes of its groups, and the reason if its middle layer is frozen."""
 
     network: nn.Module
     inputs: torch.Tensor
@@ -26,28 +27,24 @@ class Probe(NamedTuple):
 
 
 class Net(nn.Module):
-    """Layers, and what is done with them as a function of the module and the activations of its middle layer."""
+    """Two layers, and a function of the module and the activations of the second one."""
 
-    def __init__(self, stem, middle, forward, **parts):
+    def __init__(self, stem, middle, run, **parts):
         super().__init__()
-        self.stem, self.middle, self.rest = stem, middle, forward
+        self.stem, self.middle, self.run = stem, middle, run
         for name, part in parts.items():
             setattr(self, name, part)
 
     def forward(self, x):
-        return self.rest(self, self.middle(self.stem(x).relu()))
+        return self.run(self, self.middle(self.stem(x).relu()))
 
 
-def conv(i, o, **options):
-    return nn.Conv2d(i, o, 3, padding=1, **options)
+def image(width, run, *sizes, frozen="", **parts):
+    return Probe(Net(conv(3, 6), conv(6, width), run, **parts), IMAGE, (6, *sizes), frozen)
 
 
-def image(width, rest, *sizes, frozen="", **parts):
-    return Probe(Net(conv(3, 6), conv(6, width), rest, **parts), IMAGE, (6, *sizes), frozen)
-
-
-def tokens(width, rest, *sizes, frozen="", **parts):
-    return Probe(Net(nn.Linear(3, 6), nn.Linear(6, width), rest, **parts), TOKENS, (6, *sizes), frozen)
+def tokens(width, run, *sizes, frozen="", **parts):
+    return Probe(Net(nn.Linear(3, 6), nn.Linear(6, width), run, **parts), TOKENS, (6, *sizes), frozen)
 
 
 def view_shuffle(s, x):
@@ -67,7 +64,7 @@ def split_and_add(s, x):
     return s.head(left + right.tanh())
 
 
-def heads_by_hand(s, x):
+def attention_by_products(s, x):
     q, k, v = (t.reshape(*t.shape[:2], s.heads, -1).permute(0, 2, 1, 3) for t in x.chunk(3, -1))
     mixed = (q @ k.transpose(-2, -1)).div(5).softmax(-1) @ v
     return s.head(mixed.transpose(1, 2).flatten(2))
@@ -82,18 +79,18 @@ def normalized(s, x):
     return s.head(F.batch_norm(x, s.mean, s.variance, s.scale, s.shift).relu())
 
 
-class Language(nn.Module):
-    """Words in, scores of words out, with one table for both."""
+class LanguageModel(nn.Module):
+    """A language model with a tied embedding."""
 
     def __init__(self):
         super().__init__()
         self.table, self.up, self.middle = nn.Embedding(11, 8), nn.Linear(8, 10), nn.Linear(10, 8)
-        self.scores = nn.Linear(8, 11, bias=False)
-        self.scores.weight = self.table.weight
+        self.output = nn.Linear(8, 11, bias=False)
+        self.output.weight = self.table.weight
 
     def forward(self, x):
         x = self.table(x)
-        return self.scores(x + self.middle(self.up(x).relu()))
+        return self.output(x + self.middle(self.up(x).relu()))
 
 
 PROBES = {
@@ -102,12 +99,12 @@ PROBES = {
     ),
     "pixel shuffle": image(16, lambda s, x: s.head(F.pixel_shuffle(x, 2)), 4, head=conv(4, 3)),
     "pixel unshuffle": image(4, lambda s, x: s.head(F.pixel_unshuffle(x, 2)), 4, head=conv(16, 3)),
-    "the first channels by a number, the others beside": image(
+    "two slices bounded by a number": image(
         12, lambda s, x: s.left(x[:, :8]) + s.right(x[:, 8:]), 4, left=conv(8, 3), right=conv(4, 3)
     ),
     "every second channel": image(8, lambda s, x: s.head(x[:, ::2]), frozen="sliced with a stride", head=conv(4, 3)),
     "channels by a list of indices": image(
-        8, lambda s, x: s.head(x[:, [6, 0, 3, 5]]), frozen="a tensor of indices chooses from it", head=conv(4, 3)
+        8, lambda s, x: s.head(x[:, [6, 0, 3, 5]]), frozen="it is indexed by a tensor", head=conv(4, 3)
     ),
     "repeat": image(4, lambda s, x: s.head(x.repeat(1, 3, 1, 1)), 4, head=conv(12, 3)),
     "repeat_interleave": image(4, lambda s, x: s.head(x.repeat_interleave(3, dim=1)), 4, head=conv(12, 3)),
@@ -158,7 +155,7 @@ PROBES = {
         8, lambda s, x: s.head(x.permute(0, 2, 3, 1).flatten(1)), 8, head=nn.Linear(512, 3)
     ),
     "flip": image(8, lambda s, x: s.head(x + x.flip(1)), 4, head=conv(8, 3)),
-    "roll": image(8, lambda s, x: s.head(x + x.roll(1, 1)), frozen="rolled by a number", head=conv(8, 3)),
+    "roll": image(8, lambda s, x: s.head(x + x.roll(1, 1)), frozen="rolled by a fixed offset", head=conv(8, 3)),
     "stack and flatten": image(
         8, lambda s, x: s.head(torch.stack([x, x.tanh()], 2).flatten(1, 2)), 8, head=conv(16, 3)
     ),
@@ -169,14 +166,14 @@ PROBES = {
         8, lambda s, x: s.head(torch.cat([x + s.other(x.relu()), x], 1)), 8, other=conv(8, 8), head=conv(16, 3)
     ),
     "split and sum": image(12, split_and_add, 6, half=6, head=conv(6, 3)),
-    "heads by reshape": tokens(36, heads_by_hand, *(3, 4), heads=3, head=nn.Linear(12, 3)),
+    "heads by reshape": tokens(36, attention_by_products, *(3, 4), heads=3, head=nn.Linear(12, 3)),
     "scaled dot product attention": tokens(
         8,
         attention,
         *(8, 3, 4, 4),
         heads=3,
         q=nn.Linear(8, 12),
-        k=nn.Linear(8, 12, bias=False),  # a softmax is blind to it, so it would not train
+        k=nn.Linear(8, 12, bias=False),  # a softmax is invariant to it, so it would not train
         v=nn.Linear(8, 12),
         head=nn.Linear(12, 3),
     ),
@@ -205,7 +202,7 @@ PROBES = {
         mix=nn.Parameter(torch.randn(10, 8)),
         head=nn.Linear(10, 3),
     ),
-    "an embedding tied with the output": Probe(Language(), WORDS, (8, 10)),
+    "an embedding tied with the output": Probe(LanguageModel(), WORDS, (8, 10)),
     "batch norm as a function": image(
         8,
         normalized,
@@ -225,7 +222,7 @@ PROBES = {
 
 
 def assert_trains(model, inputs):
-    """One step of training moves every parameter and leaves numbers behind."""
+    """Assert that one training step changes every parameter and that all stay finite."""
     before = [parameter.detach().clone() for parameter in model.parameters()]
     model.train()
     sum(output.pow(2).mean() for output in tree_leaves(model(inputs))).backward()
@@ -235,18 +232,14 @@ def assert_trains(model, inputs):
         assert not torch.equal(old, parameter)
 
 
-class TestProbes:
-    def test_there_are_thirty_nine(self):
-        assert len(PROBES) == 39
-
-    @pytest.mark.parametrize("name", PROBES)
-    def test_is_cut_right_or_left_whole_with_a_reason(self, name):
-        network, inputs, sizes, frozen = PROBES[name]
-        graph, pruned = assert_cut_is_right(network, inputs, sizes=sizes)
-        assert_trains(pruned, inputs)
-        of_middle = [group for group in graph.groups if ("middle.weight", 0) in group.footprint]
-        if frozen:
-            assert not of_middle
-            assert any(re.search(frozen, b.reason) for b in graph.blockers), [b.reason for b in graph.blockers]
-        else:
-            assert of_middle
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_is_cut_right_or_frozen_with_a_reason(name):
+    network, inputs, sizes, frozen = PROBES[name]
+    graph, pruned = assert_cut_is_right(network, inputs, sizes=sizes)
+    assert_trains(pruned, inputs)
+    middle = [group for group in graph.groups if ("middle.weight", 0) in group.footprint]
+    if frozen:
+        assert not middle
+        assert any(re.search(frozen, b.reason) for b in graph.blockers), [b.reason for b in graph.blockers]
+    else:
+        assert middle

@@ -1,4 +1,4 @@
-"""Recurrent layers: a unit of the state goes from all gates, layers and directions at once."""
+"""Recurrent layers: a unit of the state is removed from all gates, layers and directions together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOKENS = torch.randn(2, 5, 6)
 
 
 class Recurrent(nn.Module):
-    """A linear layer, a recurrent one, and another linear layer on what `read` takes of its results."""
+    """A linear layer, a recurrent layer, and a linear layer on the part of its results that `read` returns."""
 
     def __init__(self, layer, read, width):
         super().__init__()
@@ -69,15 +69,14 @@ LAYERS = {
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_recurrence_is_cut_right(name, seed):
+def test_a_recurrent_layer_is_cut_right(name, seed):
     layer, read, width, sizes = LAYERS[name]
     _, pruned = assert_cut_is_right(Recurrent(layer, read, width), TOKENS, sizes=sizes, seed=seed)
-    if sizes:
-        assert (pruned.layer.input_size, pruned.layer.hidden_size) == (4, 4)
+    assert (pruned.layer.input_size, pruned.layer.hidden_size) == (4, 4)
 
 
-def test_a_state_to_start_from_follows():
-    class Started(nn.Module):
+def test_an_initial_state_loses_the_same_units():
+    class InitialState(nn.Module):
         def __init__(self):
             super().__init__()
             self.start, self.layer, self.last = nn.Linear(6, 8), nn.GRU(6, 8, batch_first=True), nn.Linear(8, 4)
@@ -85,12 +84,12 @@ def test_a_state_to_start_from_follows():
         def forward(self, x):
             return self.last(self.layer(x, torch.tanh(self.start(x[:, 0]))[None])[0])
 
-    _, pruned = assert_cut_is_right(Started(), TOKENS, sizes=[8])
+    _, pruned = assert_cut_is_right(InitialState(), TOKENS, sizes=[8])
     assert pruned.start.out_features == 4
 
 
-class Steps(nn.Module):
-    """A cell run over the tokens by a loop."""
+class Loop(nn.Module):
+    """A cell that a loop applies to the tokens."""
 
     def __init__(self, cell):
         super().__init__()
@@ -113,6 +112,6 @@ class Steps(nn.Module):
         nn.RNNCell(6, 8, nonlinearity="relu"),
     ],
 )
-def test_cells_are_cut_right(cell):
-    _, pruned = assert_cut_is_right(Steps(cell), TOKENS, sizes=[8])
+def test_a_recurrent_cell_is_cut_right(cell):
+    _, pruned = assert_cut_is_right(Loop(cell), TOKENS, sizes=[8])
     assert (pruned.cell.input_size, pruned.cell.hidden_size) == (6, 4)

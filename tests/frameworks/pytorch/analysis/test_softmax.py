@@ -1,4 +1,4 @@
-"""A softmax over units: they stay, or it is computed over those that are kept."""
+"""A softmax over units freezes them, or is computed over the kept units."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ class Gate(nn.Module):
 GATES = {
     "softmax": lambda x: x.softmax(-1),
     "logarithm of a softmax": lambda x: x.log_softmax(-1),
-    "softmax in a given type": lambda x: torch.softmax(x, -1, dtype=torch.float64).float(),
+    "softmax in another type": lambda x: torch.softmax(x, -1, dtype=torch.float64).float(),
 }
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_units_that_a_softmax_spans_stay(gate):
+def test_units_under_a_softmax_are_frozen_by_default(gate):
     graph = kirsch.trace(shaken(Gate(GATES[gate])), torch.randn(5, 4))
     assert not graph.groups
     assert graph.blockers[0].reason == "a softmax spans it"
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_with_the_option_they_go_and_that_is_said(gate):
+def test_with_the_option_units_are_removed_and_the_verification_states_it(gate):
     model, inputs = shaken(Gate(GATES[gate])), torch.randn(5, 4)
     plan = kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(params=0.6))
-    found = prune_with_verification(model, plan)
-    assert found.verification.power > 1e-3
-    assert "statistics of 1 operations follow the kept width" in found.verification.text
-    kept = torch.nn.functional.linear(inputs, found.model.before.weight, found.model.before.bias)
-    torch.testing.assert_close(found.model(inputs), found.model.after(kept * GATES[gate](kept)))
+    result = prune_with_verification(model, plan)
+    assert result.verification.power > 1e-3
+    assert "statistics of 1 operations follow the kept width" in result.verification.text
+    kept = torch.nn.functional.linear(inputs, result.model.before.weight, result.model.before.bias)
+    torch.testing.assert_close(result.model(inputs), result.model.after(kept * GATES[gate](kept)))
 
 
-def test_the_option_is_kept_with_the_plan():
+def test_the_option_is_stored_in_the_plan():
     model, inputs = shaken(Gate(GATES["softmax"])), torch.randn(5, 4)
     plan = Plan.from_json(kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(params=0.6)).to_json())
     assert kirsch.prune(model, plan).before.out_features < 8
 
 
-def test_an_unknown_way_is_refused():
+def test_an_unknown_value_of_the_option_is_refused():
     with pytest.raises(UsageError, match=r"`softmax` .* is 'keep'; .*Did you mean 'kept'"):
         kirsch.trace(Gate(GATES["softmax"]), torch.randn(5, 4), softmax="keep")

@@ -1,17 +1,22 @@
-"""What a trace says about a model: its blockers with their lines, its cost, its inputs, and why it cannot be traced."""
+"""The graph of a model: blockers with their lines, costs, stored inputs, and errors of models that cannot be traced."""
 
 from __future__ import annotations
 
+import sysconfig
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kirsch.errors import GoalError, ModelError
+import kirsch
+from kirsch.errors import GoalError, ModelError, UsageError
 from kirsch.frameworks.pytorch.analysis.count import count
+from kirsch.frameworks.pytorch.analysis.program import of_user
 from kirsch.frameworks.pytorch.analysis.trace import trace
 from kirsch.graph.graph import InputSpec, InputValue, NestedInput
 from kirsch.graph.plan import Goal
@@ -22,13 +27,16 @@ TOKENS = torch.randn(2, 5, 6)
 
 
 class Net(nn.Module):
-    """Two layers with something between them."""
+    """Two linear layers with a function between them.
 
-    def __init__(self, between, after=8, **parts):
+    Blockers have the line of a forward, so this one must be in this file.
+    """
+
+    def __init__(self, between, width=8, **attributes):
         super().__init__()
-        self.before, self.after, self.between = nn.Linear(6, 8), nn.Linear(after, 3), between
-        for name, part in parts.items():
-            setattr(self, name, part)
+        self.before, self.after, self.between = nn.Linear(6, 8), nn.Linear(width, 3), between
+        for name, value in attributes.items():
+            setattr(self, name, value)
 
     def forward(self, x):
         return self.after(self.between(self, self.before(x)))
@@ -41,27 +49,27 @@ FROZEN = {
     "argmax": ("the order along it matters", lambda _, x: x * x.argmax(-1, keepdim=True), 8),
     "median": ("median spans it", lambda _, x: x * x.median(-1, keepdim=True)[0], 8),
     "prod": ("prod spans it", lambda _, x: x * x.prod(-1, keepdim=True), 8),
-    "index": ("a tensor of indices chooses from it", lambda _, x: x[..., [3, 1, 0]], 3),
+    "index": ("it is indexed by a tensor", lambda _, x: x[..., [3, 1, 0]], 3),
     "gather": (
-        "a tensor of indices chooses from it",
+        "it is indexed by a tensor",
         lambda _, x: x.gather(-1, torch.zeros(2, 5, 8, dtype=torch.int64)),
         8,
     ),
-    "roll": ("it is rolled by a number", lambda _, x: x.roll(1, -1), 8),
-    "unbind": ("it is taken apart", lambda _, x: torch.stack(x.unbind(-1), -1), 8),
+    "roll": ("it is rolled by a fixed offset", lambda _, x: x.roll(1, -1), 8),
+    "unbind": ("unbind splits it", lambda _, x: torch.stack(x.unbind(-1), -1), 8),
     "fft": ("there is no rule for aten.fft_rfft", lambda _, x: torch.fft.rfft(x).abs(), 5),
 }
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_what_cannot_be_cut_is_frozen_and_named_with_its_line(name):
-    reason, between, after = FROZEN[name]
-    graph, _ = assert_cut_is_right(Net(between, after), TOKENS, sizes=[])
+def test_an_operation_that_cannot_be_cut_is_a_blocker_with_its_line(name):
+    reason, between, width = FROZEN[name]
+    graph, _ = assert_cut_is_right(Net(between, width), TOKENS, sizes=[])
     assert (reason, "test_trace.py") in {(b.reason, b.source.partition(":")[0]) for b in graph.blockers}
     assert sum(b.share for b in graph.blockers) > 0.5
 
 
-def test_inputs_and_outputs_are_no_blockers_and_the_plan_says_that_they_hold():
+def test_inputs_and_outputs_are_not_blockers_and_the_plan_error_names_them():
     model = nn.Linear(6, 3)
     graph = trace(model, TOKENS)
     assert graph.blockers == ()
@@ -69,8 +77,8 @@ def test_inputs_and_outputs_are_no_blockers_and_the_plan_says_that_they_hold():
         plan(graph, Goal(macs=0.5))
 
 
-def test_blockers_are_sorted_by_the_share_that_they_keep():
-    class Two(nn.Module):
+def test_blockers_are_sorted_by_their_share_of_the_parameters():
+    class TwoBranches(nn.Module):
         def __init__(self):
             super().__init__()
             self.small, self.large, self.last = nn.Linear(6, 2), nn.Linear(6, 30), nn.Linear(32, 3)
@@ -78,22 +86,22 @@ def test_blockers_are_sorted_by_the_share_that_they_keep():
         def forward(self, x):
             return self.last(torch.cat([self.small(x).cumsum(-1), self.large(x).softmax(-1)], -1))
 
-    graph = trace(Two(), TOKENS)
-    own = [(b.reason, round(b.share * graph.cost.parameters)) for b in graph.blockers]
-    # The softmax holds the inputs of `last` as well, all but its bias.
+    graph = trace(TwoBranches(), TOKENS)
+    counts = [(b.reason, round(b.share * graph.cost.parameters)) for b in graph.blockers]
+    # The softmax also freezes the inputs of `last`, that is, all of it except the bias.
     weights = {"a softmax spans it": 6 * 30 + 30 + 32 * 3, "the order along it matters": 6 * 2 + 2}
-    assert {reason: n for reason, n in own if reason in weights} == weights
-    assert [share for _, share in own] == sorted((share for _, share in own), reverse=True)
+    assert {reason: n for reason, n in counts if reason in weights} == weights
+    assert [share for _, share in counts] == sorted((share for _, share in counts), reverse=True)
 
 
-def test_a_constant_tensor_is_named_where_it_is_met():
+def test_a_constant_tensor_is_a_blocker_with_the_line_that_uses_it():
     graph = trace(Net(lambda _, x: x * torch.arange(8.0)), TOKENS)
-    assert graph.blockers[0].reason == "it meets a constant tensor"
+    assert graph.blockers[0].reason == "it is combined with a constant tensor"
     assert graph.blockers[0].source.startswith("test_trace.py:")
     assert graph.blockers[0].operation == "aten.mul"
 
 
-def test_what_meets_an_input_is_no_obstacle_of_the_model():
+def test_units_added_to_an_input_are_not_blockers():
     class Residual(nn.Module):
         def __init__(self):
             super().__init__()
@@ -106,7 +114,7 @@ def test_what_meets_an_input_is_no_obstacle_of_the_model():
     assert graph.blockers == ()
 
 
-def test_attributes_that_cannot_follow_are_named():
+def test_attributes_that_cannot_change_are_named():
     between = lambda s, x: x.view(2, 5, s.heads, s.each).flatten(2)  # noqa: E731 - what is traced
     graph = trace(Net(between, heads=2, each=4, fixed=nn.Parameter(torch.ones(2, 1))), TOKENS)
     assert sorted(group.size for group in graph.groups) == [2, 4]
@@ -115,7 +123,7 @@ def test_attributes_that_cannot_follow_are_named():
     assert product.blockers[0].reason == "`heads`, `each` cannot follow it"
 
 
-def test_a_width_used_as_a_number_is_named_with_the_line_of_the_arithmetic():
+def test_a_width_used_as_a_number_is_a_blocker_with_the_line_of_the_arithmetic():
     graph = trace(Net(lambda _, x: x * x.shape[-1] ** -0.5), TOKENS)
     assert graph.blockers[0].reason == "the code uses its size as a number"
     assert graph.blockers[0].source.startswith("test_trace.py:")
@@ -127,16 +135,16 @@ COUNTED = {
     "scaled dot product": lambda s, x: F.scaled_dot_product_attention(x, x, x),
     "attention": lambda s, x: s.attend(x, x, x)[0],
     "recurrence": lambda s, x: s.recur(x)[0],
-    "computed and never read but for its shape": lambda s, x: x.flatten(1).view_as(s.unread(x)),
+    "computed but only read for its shape": lambda s, x: x.flatten(1).view_as(s.unread(x)),
 }
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_the_cost_of_what_is_frozen_is_that_of_a_real_run(name):
+def test_the_cost_of_frozen_operations_equals_the_count_of_a_run(name):
     parts = {
         "attention": {"attend": nn.MultiheadAttention(8, 2, batch_first=True)},
         "recurrence": {"recur": nn.LSTM(8, 8, batch_first=True)},
-        "computed and never read but for its shape": {"unread": nn.Linear(8, 8)},
+        "computed but only read for its shape": {"unread": nn.Linear(8, 8)},
     }
     model = Net(COUNTED[name], **parts.get(name, {}))
     graph, pruned = assert_cut_is_right(model, TOKENS, power=-1.0)
@@ -154,12 +162,12 @@ class Point(NamedTuple):
 @pytest.mark.parametrize(
     "pack",
     [
-        lambda y: {"scores": y, "none": None, "number": 3},
+        lambda y: {"logits": y, "none": None, "number": 3},
         lambda y: Point(y, (y * 2, None)),
         lambda y: [y, [y.argmax(-1)]],
     ],
 )
-def test_outputs_of_any_structure(pack):
+def test_outputs_of_any_structure_are_traced(pack):
     class Packed(Net):
         def forward(self, x):
             return pack(super().forward(x))
@@ -174,15 +182,15 @@ def test_outputs_of_any_structure(pack):
         (torch.tensor([[4, 9], [1, 0]]), "int64", 9),
         (torch.tensor([True, False]), "bool", 1),
         (torch.randn(2, dtype=torch.complex64), "complex64", 0),
-        (torch.zeros(0, 3, dtype=torch.int32), "int32", 0),
+        (torch.zeros(2, 0, dtype=torch.int32), "int32", 0),
     ],
 )
 def test_inputs_are_stored_by_shape_type_and_range(value, dtype, high):
-    class Same(nn.Module):
+    class Doubled(nn.Module):
         def forward(self, x):
             return x.to(torch.complex64) * 2
 
-    (stored,) = trace(Same(), value).inputs
+    (stored,) = trace(Doubled(), value).inputs
     assert (stored.name, stored.shape, stored.dtype, stored.high) == ("", tuple(value.shape), dtype, high)
 
 
@@ -197,27 +205,96 @@ def test_nested_inputs_are_traced_and_stored_without_the_values_of_tensors():
     assert graph.inputs == (NestedInput("", "tuple", (shape, inner)), InputValue("", 2.0))
 
 
-def test_a_lazy_layer_that_was_never_run_is_named():
+def test_a_lazy_layer_without_a_shape_is_refused():
     with pytest.raises(ModelError, match=r"'0\.weight' is lazy and has no shape yet\. Run the model once"):
         trace(nn.Sequential(nn.LazyLinear(8), nn.ReLU()), TOKENS)
 
 
-def test_missing_inputs_are_told_without_a_line_of_python_itself():
+def test_the_error_for_missing_inputs_names_no_line_of_the_standard_library():
     with pytest.raises(ModelError, match=r"inputs of shape none\. TypeError: missing a required argument"):
         trace(nn.Linear(6, 3), ())
 
 
-def test_the_fingerprint_is_that_of_the_architecture():
-    def of(width):
+def test_the_fingerprint_depends_on_the_architecture_only():
+    def fingerprint(width):
         return trace(nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3)), TOKENS).fingerprint
 
-    assert of(8) == of(8)
-    assert of(8) != of(9)
+    assert fingerprint(8) == fingerprint(8)
+    assert fingerprint(8) != fingerprint(9)
 
 
-def test_the_graph_fits_the_model_with_its_own_parameters_alone():
+def test_the_graph_fits_only_the_model_with_the_traced_parameters():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     graph = trace(model, TOKENS)
     assert graph.fits(model)
     model[0].weight = nn.Parameter(torch.zeros(8, 6))
     assert not graph.fits(model)
+
+
+PIXELS = torch.rand(2, 3, 8, 8)
+UNFIT = {
+    "bytes": ((PIXELS * 255).to(torch.uint8), r"unsigned char.*inputs\.astype\(numpy\.float32\) / 255"),
+    "double": (
+        PIXELS.double(),
+        r"double.*Give inputs in float32: inputs\.astype\(numpy\.float32\) .* inputs\.float\(\)",
+    ),
+    "double array": (PIXELS.double().numpy(), r"double.*Give inputs in float32"),
+    "half": (PIXELS.half(), "Half.*Give inputs in float32"),
+    "channels last": (PIXELS.permute(0, 2, 3, 1), r"channels last.*inputs\.permute\(0, 3, 1, 2\)"),
+    "other channels": (torch.rand(2, 5, 8, 8), r"Check that model\(\*example_inputs\) runs"),
+    "meta": (PIXELS.to("meta"), "The example inputs lie on the meta device and have no values"),
+    "no samples": (PIXELS[:0], r"no samples: their shapes are \(0, 3, 8, 8\).*at least one sample"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_inputs_that_a_model_does_not_take_are_told_with_the_conversion(kind):
+    inputs, sentence = UNFIT[kind]
+    with pytest.raises(ModelError, match=sentence):
+        trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), inputs)
+
+
+def test_a_model_without_values_needs_inputs_without_values():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).to("meta")
+    with pytest.raises(ModelError, match=r"Its parameter `0\.weight` lies on the meta device.*Load its weights"):
+        trace(model, PIXELS)
+    assert [group.size for group in trace(model, PIXELS.to("meta")).groups] == [8]
+
+
+def test_a_model_in_half_precision_may_be_brought_to_its_inputs():
+    with pytest.raises(ModelError, match=r"inputs\.bfloat16\(\) of a tensor; or bring the model to theirs"):
+        trace(nn.Conv2d(3, 4, 3).bfloat16(), PIXELS)
+
+
+@pytest.mark.parametrize(("array", "dtype"), [(np.array(["a"]), "<U1"), (np.array([None, 1]), "object")])
+def test_arrays_that_hold_no_numbers_are_named_by_their_type(array, dtype):
+    with pytest.raises(UsageError, match=rf"of dtype {dtype} and shape .*Give numbers"):
+        kirsch.trace(nn.Linear(6, 8), array)
+    with pytest.raises(UsageError, match=rf"of dtype {dtype} and shape .*Give numbers"):
+        kirsch.trace(nn.Linear(6, 8), (torch.randn(2, 6), array))
+
+
+def test_an_input_without_entries_beside_one_with_samples_is_taken():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x, earlier):
+            return self.second(torch.cat([earlier, self.first(x)]))
+
+    assert [g.size for g in trace(Attending(), (torch.randn(2, 6), torch.zeros(0, 8))).groups] in ([8], [])
+
+
+@pytest.mark.parametrize(
+    ("path", "users"),
+    [
+        (__file__, True),
+        (str(Path(sysconfig.get_path("stdlib")) / "site-packages" / "models" / "net.py"), True),
+        (str(Path(sysconfig.get_path("stdlib")) / "functools.py"), False),
+        (torch.__file__, False),
+        ("<string>", False),
+    ],
+)
+def test_installed_models_are_user_code_and_the_standard_library_is_not(path, users):
+    assert of_user(path) == users

@@ -65,6 +65,16 @@ def test_a_model_in_bfloat16_is_refused_with_the_mend(tmp_path):
         export_onnx(nn.Linear(3, 4).bfloat16(), torch.randn(2, 3).bfloat16(), tmp_path / "m.onnx")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_autocast_of_the_caller_is_not_exported(tmp_path, dtype):
+    with torch.autocast("cpu", dtype=dtype):
+        kirsch.export(nn.Linear(3, 4), tmp_path / "m.onnx", example_inputs=torch.randn(2, 3))
+        assert torch.is_autocast_enabled("cpu")
+    written = onnx.load(tmp_path / "m.onnx").graph
+    assert {tensor.data_type for tensor in written.initializer} == {onnx.TensorProto.FLOAT}
+    assert not [node for node in written.node if node.op_type == "Cast"]
+
+
 def test_an_example_of_one_sample_does_not_fix_the_batch(tmp_path):
     """A recurrent layer is where the exporter takes an axis of size 1 for a constant."""
     torch.manual_seed(0)
@@ -90,6 +100,19 @@ def test_two_inputs_keep_their_order_and_all_outputs_are_there(tmp_path):
     difference, total = run(tmp_path / "m.onnx", *(torch.cat([value, value, value]) for value in pair))
     assert np.array_equal(difference, np.tile((pair[1] - pair[0]).numpy(), (3, 1)))
     assert total == pytest.approx(np.tile(pair[1].sum(1).numpy(), 3))
+
+
+def test_numbers_and_texts_among_the_inputs_become_constants(tmp_path):
+    class Scaled(nn.Module):
+        def forward(self, x, kind, scale, power, *, shift=0):
+            return getattr(torch, kind)(x) ** power * scale + shift
+
+    inputs, samples = (torch.randn(2, 3), "tanh", 2.5, 3), torch.randn(5, 3)
+    artifact = kirsch.export(Scaled(), tmp_path / "m.onnx", example_inputs=inputs)
+    assert [value["name"] for value in artifact.details["inputs"]] == ["x"]
+    assert run(tmp_path / "m.onnx", samples)[0] == pytest.approx((2.5 * samples.tanh() ** 3).numpy(), abs=1e-5)
+    kirsch.export(Scaled(), tmp_path / "n.onnx", example_inputs={"x": samples, "kind": "sin", "scale": 2, "power": 1})
+    assert run(tmp_path / "n.onnx", samples)[0] == pytest.approx((2 * samples.sin()).numpy(), abs=1e-5)
 
 
 def test_weights_too_large_for_one_file_go_to_a_second(tmp_path, monkeypatch):
@@ -136,6 +159,36 @@ def test_what_cannot_be_exported_is_named_once_and_in_one_place(model, reason, t
     assert list(tmp_path.iterdir()) == []
 
 
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0]
+
+
+class Nested(nn.Module):
+    def forward(self, x):
+        return torch.nested.nested_tensor([x[0], x[1]]).to_padded_tensor(0.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "sentence"),
+    [
+        (Packed(), (torch.randn(2, 5, 3), torch.tensor([5, 4])), "It packs sequences .*the padded batch itself"),
+        (Nested(), torch.randn(2, 5, 3), "It computes with nested tensors.*a padded batch and a mask"),
+    ],
+    ids=["packed", "nested"],
+)
+def test_what_torch_export_never_follows_is_named_as_in_a_trace(model, inputs, sentence, tmp_path):
+    with pytest.raises(ModelError, match=sentence):
+        export_onnx(model, inputs, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=sentence):
+        kirsch.trace(model, inputs)
+
+
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
@@ -144,7 +197,7 @@ def test_what_cannot_be_exported_is_named_once_and_in_one_place(model, reason, t
             (torch.zeros(2, 3), torch.tensor(1.0)),
             r"Input 1 is a tensor without axes\. Give tensors whose first",
         ),
-        ((torch.zeros(2, 3), 7), r"Input 1 is of type int\."),
+        ((torch.zeros(2, 3), 1j), r"Input 1 is of type complex\."),
     ],
     ids=["keywords", "scalar", "number"],
 )
@@ -164,7 +217,7 @@ def test_a_cause_without_a_text_is_named_by_its_kind(tmp_path, monkeypatch):
         raise RuntimeError("see the next page") from NotImplementedError()
 
     monkeypatch.setattr(torch.onnx, "export", fails)
-    with pytest.raises(ModelError, match=r"to ONNX\. NotImplementedError: no message\. Export a part"):
+    with pytest.raises(ModelError, match=r"to ONNX\. NotImplementedError without a message\. Export a part"):
         export_onnx(nn.ReLU(), torch.zeros(2, 3), tmp_path / "m.onnx")
 
 

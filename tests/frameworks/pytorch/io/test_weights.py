@@ -211,10 +211,17 @@ def test_a_type_in_which_every_value_fits_is_taken(narrow, wide, path):
 
 
 OTHER_KINDS = [
-    ("int64", "float32"), ("complex64", "float32"), ("bool", "float32"), ("float32", "int64"),
-    ("float32", "bool"), ("float32", "complex64"), ("int32", "int64"), ("int8", "float16"),
+    ("int64", "float32"), ("bool", "float32"), ("float32", "int64"),
+    ("float32", "bool"), ("int32", "int64"), ("int8", "float16"),
 ]  # fmt: skip
-NARROWER = [("float64", "float32"), ("float32", "float16"), ("float16", "bfloat16"), ("float8_e4m3fn", "float32")]
+NARROWER = [
+    ("complex64", "float32"),
+    ("float32", "complex64"),
+    ("float64", "float32"),
+    ("float32", "float16"),
+    ("float16", "bfloat16"),
+    ("float8_e4m3fn", "float32"),
+]
 
 
 @pytest.mark.parametrize(

@@ -173,31 +173,66 @@ def test_a_branch_of_a_graph_is_not_a_block():
     assert kirsch.trace(fx.symbolic_trace(shaken(Two())), WORDS).blocks == ()
 
 
+class Dual(fx.GraphModule):
+    """As torchvision's feature extractors: a graph for each mode, and copies start in training mode."""
+
+    def __init__(self, root, train_graph, eval_graph):
+        super().__init__(root, train_graph)
+        self.train_graph, self.eval_graph = train_graph, eval_graph
+        self.train()
+        self.graph = train_graph
+
+    def train(self, mode=True):
+        if mode and not self.training:
+            self.graph = self.train_graph
+        elif not mode and self.training:
+            self.graph = self.eval_graph
+        return super().train(mode)
+
+    def _deepcopy_init(self):
+        def init(made, root, _):
+            Dual.__init__(made, root, *(copy.deepcopy(root.__dict__[name]) for name in ("train_graph", "eval_graph")))
+
+        return init
+
+
+def dual(model):
+    return Dual(model, *(fx.Tracer().trace(model) for _ in range(2)))
+
+
 def test_two_graphs_for_inference_and_training_are_both_cut():
-    class Dual(fx.GraphModule):
-        """As torchvision's feature extractors."""
-
-        def __init__(self, root, train_graph, eval_graph):
-            super().__init__(root, eval_graph)
-            self.train_graph, self.eval_graph = train_graph, eval_graph
-
-        def train(self, mode=True):
-            self.graph = self.train_graph if mode else self.eval_graph
-            return super().train(mode)
-
-        def _deepcopy_init(self):
-            def init(made, root, _):
-                Dual.__init__(
-                    made, root, *(copy.deepcopy(root.__dict__[name]) for name in ("train_graph", "eval_graph"))
-                )
-
-            return init
-
-    model = shaken(Heads())
-    graphs = [fx.Tracer().trace(model) for _ in range(2)]
-    dual = Dual(model, *graphs).eval()
-    pruned = kirsch.prune(dual, kirsch.plan(kirsch.trace(dual, WORDS), Goal(macs=0.7), round_to=1))
+    model = dual(shaken(Heads())).eval()
+    pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, WORDS), Goal(macs=0.7), round_to=1))
     torch.testing.assert_close(pruned.train()(WORDS), pruned.eval()(WORDS))
+
+
+def modes(model):
+    return {path: module.training for path, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("maker", ["dual", "within", "symbolic"])
+def test_modes_and_the_graph_of_the_mode_are_those_of_the_original(maker, training):
+    plain = shaken(Images())
+    made = fx.symbolic_trace(plain) if maker == "symbolic" else dual(plain)
+    model = (nn.Sequential(made) if maker == "within" else made).train(training)
+    graph = kirsch.trace(model, IMAGE)
+    pruned = kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
+    short = kirsch.prune(model, kirsch.plan_depth(graph, Goal(macs=0.8), IMAGE))
+    for found in (pruned, short, model):
+        assert set(modes(found).values()) == {training}
+        for module in found.modules():
+            if isinstance(module, Dual):
+                assert module.graph is (module.train_graph if training else module.eval_graph)
+
+
+def test_a_graph_has_the_modes_of_the_original_module_by_module():
+    model = shaken(Images()).eval()
+    next(model.children()).train()
+    graph = kirsch.trace(model, IMAGE, as_graph=True)
+    pruned = kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
+    assert modes(pruned).items() <= modes(model).items()
+    assert set(modes(pruned).values()) == {False, True}
 
 
 class Silent(nn.Linear):

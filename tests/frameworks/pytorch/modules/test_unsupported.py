@@ -246,5 +246,7 @@ def test_a_quantized_model_is_not_exported(tmp_path, use):
     quantization.prepare(model, inplace=True)
     model(x)
     quantization.convert(model, inplace=True)
-    with pytest.raises(ModelError, match=r"cannot be exported.*a quantized .*Prune the floating-point model first"):
+    with pytest.raises(
+        ModelError, match=r"cannot be exported.*a quantized .*Export the floating-point model, and quant"
+    ):
         use(model, **({"path": tmp_path / "model.onnx"} if use is kirsch.export else {}), example_inputs=x)

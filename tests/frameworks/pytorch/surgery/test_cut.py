@@ -219,7 +219,7 @@ def test_attributes_that_no_value_fits_freeze_what_they_hold():
 
     graph, _ = assert_cut_is_right(Twice(), IMAGE, sizes=[])  # the second view holds the output, so the first as well
     assert graph.blockers[0].reason == "`width` cannot follow it"
-    assert graph.blockers[0].source.startswith("test_surgery.py:")
+    assert graph.blockers[0].source.startswith("test_cut.py:")
 
 
 def test_a_forward_that_decides_by_values_is_refused_with_its_line():
@@ -231,7 +231,7 @@ def test_a_forward_that_decides_by_values_is_refused_with_its_line():
         def forward(self, x):
             return self.layer(x) if x.sum() > 0 else x
 
-    with pytest.raises(ModelError, match=r"Deciding cannot be traced.*test_surgery\.py:\d+.*decides by the values"):
+    with pytest.raises(ModelError, match=r"Deciding cannot be traced.*test_cut\.py:\d+.*decides by the values"):
         trace(Deciding(), torch.randn(2, 4))
 
 

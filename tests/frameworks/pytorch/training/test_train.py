@@ -560,6 +560,25 @@ def test_a_loss_term_that_is_not_finite_is_named():
         trained(loss=loss)
 
 
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [
+        (1e30, r"The labels are finite and reach 1e\+30, whose square is beyond .* Scale the labels"),
+        (math.nan, r"^The labels hold NaN or infinity at epoch 1, batch 1\. Repair"),
+        (-math.inf, r"^The labels hold NaN or infinity at epoch 1, batch 1\. Repair"),
+        (2.0, r"The labels are finite; .* the outputs of the teacher, if there is one"),
+    ],
+)
+def test_labels_that_make_a_loss_infinite_are_told_from_the_loss_and_the_teacher(label, sentence):
+    def loss(model, inputs, targets):
+        value = F.mse_loss(model(inputs), targets) / (0 if label == 2 else 1)
+        return value, {"label": value}
+
+    inputs, _ = samples()
+    with pytest.raises(NumericError, match=sentence):
+        trained([(inputs, np.full((len(inputs), K), label, np.float32))], loss=loss)
+
+
 def test_weights_that_leave_the_numbers_are_named_at_the_next_step():
     with pytest.raises(NumericError, match=r"The parameter `\d\.\w+` is no longer finite at epoch 1, batch 2\. Lower"):
         trained(loss=exploding(at=1))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import kirsch
-from kirsch.errors import PlanError
+from kirsch.errors import PlanError, UsageError
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.pytorch.transformers import blueprint
 from kirsch.frameworks.pytorch.transformers.blueprint import changed, numbers
@@ -244,6 +244,20 @@ def test_without_verification_nothing_is_said_to_fit():
     found = prune_with_verification(model, plan, verify=False)
     assert found.model.config.to_dict() == model.config.to_dict()
     assert "without verification" in config_notes(found)[0]
+
+
+def test_a_loaded_model_that_no_configuration_describes_has_the_text_of_prune(tmp_path):
+    model = carrying()
+    found = halved(model, uniform=False)
+    assert found.verification is not None
+    kirsch.save(found.model, tmp_path / "small")
+    loaded = kirsch.load(tmp_path / "small", lambda: copy.deepcopy(model))
+    errors = []
+    for made in (found.model, loaded):
+        with pytest.raises(UsageError, match="No configuration describes the pruned") as caught:
+            made.save_pretrained(tmp_path / "never")
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
 
 
 def test_a_part_that_is_pruned_in_its_place_leaves_the_configuration_as_it_is():

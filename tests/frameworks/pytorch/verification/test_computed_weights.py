@@ -36,6 +36,18 @@ class Standardized(nn.Linear):
         return F.linear(x, weight / (weight.var(1, keepdim=True) + 1e-5).sqrt(), self.bias)
 
 
+class Whole(nn.Module):
+    """Removed entries are not 0 after it, neither those of a layer nor those of the next."""
+
+    def forward(self, weight):
+        return (weight - weight.mean()) / weight.std()
+
+
+class StandardizedAsAWhole(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, Whole()(self.weight), self.bias)
+
+
 class Cosine(nn.Linear):
     def forward(self, x):
         return F.linear(x, F.normalize(self.weight, dim=1))
@@ -60,8 +72,8 @@ class Factored(nn.Module):
         return F.linear(x, self.u @ self.v)
 
 
-def parametrized(layer):
-    return parametrize.register_parametrization(layer, "weight", Scaled())
+def parametrized(layer, by=Scaled):
+    return parametrize.register_parametrization(layer, "weight", by())
 
 
 def like(kind):
@@ -79,6 +91,8 @@ CHANGING = {
     "cosine": like(Cosine),
     "divided later": like(Divided),
     "parametrized": parametrized,
+    "standardized as a whole": like(StandardizedAsAWhole),
+    "standardized as a whole, parametrized": lambda layer: parametrized(layer, Whole),
 }
 
 

@@ -154,7 +154,16 @@ OUTPUTS = {
     "a mask": lambda s, x: s.second(x) > 0,
     "complex numbers": lambda s, x: torch.fft.fft(s.second(x)),
     "infinities beside numbers": lambda s, x: s.second(x).unsqueeze(1) + torch.full((6, 6), -torch.inf).triu(1),
+    "the least number of a type": lambda s, x: limited(s.second(x), torch.finfo(x.dtype).min),
+    "a part of the least number": lambda s, x: limited(s.second(x), torch.finfo(type=x.dtype).min / 2),
+    "the least number, read before": lambda s, x: limited(s.second(x), FINFO(x.dtype).min),
+    "the largest number, added": lambda s, x: s.second(x) + (x[:, :1] > 0) * torch.finfo(x.dtype).max,
 }
+FINFO = torch.finfo
+
+
+def limited(scores, number):
+    return scores.masked_fill(torch.arange(6) < 2, number)
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
@@ -274,6 +283,18 @@ def test_infinities_beside_finite_numbers_are_equal_where_they_are_the_same():
     assert distance([one], [one]) == 0
     assert not distance([one], [other]) <= 1
     assert torch.tensor(distance([one * torch.inf], [one * torch.inf])).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("limit", ["eps", "tiny", "min"])
+def test_limits_of_the_type_in_the_code_are_those_of_the_trace(limit, dtype):
+    model = Between(lambda s, x: s.second(x) * getattr(torch.finfo(x.dtype), limit)).to(dtype)
+    assert verified(model, torch.randn(3, 4, dtype=dtype)).passed
+    assert torch.finfo is FINFO
+
+
+def test_large_numbers_alone_are_compared():
+    assert distance([torch.tensor([1e38, 2e38])], [torch.tensor([1e38, 1e38])]) > 0.1
 
 
 def test_a_model_without_values_is_refused_by_that_name():

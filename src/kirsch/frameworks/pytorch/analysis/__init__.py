@@ -1,1 +1,1 @@
-"""From a model to a graph: export, operators, provenance of integers, blocks."""
+"""Analysis of a model: export, rules of operators, origin of integers, residual blocks."""

@@ -1,8 +1,9 @@
-"""Attention whose scale PyTorch computes from the width of a head: a narrower head would be scaled otherwise.
+"""Keep the scale of attention when the width of its heads changes.
 
-`scaled_dot_product_attention` without a scale takes width ** -0.5. The trained value is kept by folding the difference
-into the rows of the weights, biases or gains that make the queries and nothing else. They are found by going back from
-the attention through operations that move numbers or are linear in them; where that fails, the width is frozen.
+`scaled_dot_product_attention` without an explicit scale multiplies the attention scores by width ** -0.5. To keep the
+trained scale after a cut, the rows of the weights, biases or gains that make the queries are multiplied by
+sqrt(new width / old width). The rows are found by following the graph back from the queries through operations that
+move values or are linear; if that fails, the width is frozen.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 
     from kirsch.graph.labels import Labels
 
-MOVING = """
+_MOVES = """
 view reshape _unsafe_view unflatten flatten squeeze unsqueeze permute transpose expand select slice split
 split_with_sizes chunk unbind unsafe_chunk unsafe_split contiguous clone getitem roll flip
 """
-MOVES = frozenset(MOVING.split())
+MOVES = frozenset(_MOVES.split())
 SCALES = frozenset(["mul", "div"])
 SUMS = frozenset(["add", "sub", "cat", "stack", "neg"])
 PRODUCERS = {
@@ -32,16 +33,16 @@ PRODUCERS = {
     "layer_norm": (2, 3, -1),
     "rms_norm": (2, 3, -1),
 }
-"""Operator → places of weight and bias among its arguments, and the axis of its result that their rows lie along."""
+"""Operator → positions of weight and bias among its arguments, and the axis of its result that their rows make."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows that are multiplied by sqrt(kept / width) when a part of the width goes.
+    """Rows that are multiplied by sqrt(new width / old width) when a part of the width is removed.
 
     Args:
         width: labels of the axis that the scale is computed from.
-        rows: parameter → rows along its first axis.
+        rows: path of a parameter → rows along its first axis.
     """
 
     width: Labels
@@ -49,81 +50,83 @@ class Fold:
 
 
 def fold(attention: Node, width: Labels, slots: Mapping[str, str]) -> Fold | None:
-    """How the scale of an attention is kept when a part of its width goes; None where that cannot be.
+    """Return the rows that keep the scale of an attention when its width changes; None if there are none.
 
     Args:
-        attention: a node of `scaled_dot_product_attention`.
-        width: labels of the last axis of its queries.
-        slots: graph input → path of the parameter or buffer that it takes.
+        attention: node of `scaled_dot_product_attention`.
+        width: labels of the last axis of the queries.
+        slots: graph input → path of its parameter or buffer.
     """
     query: Any = attention.args[0]
     if len(query.users) > 1 or attention.args.count(query) > 1:
         return None
     between: set[Node] = set()
-    producer = _back(query, between)
+    producer = _producer_of(query, between)
     if producer is None:
         return None
     path = [node for node in attention.graph.nodes if node in between]
     weight, bias, axis = PRODUCERS[_name(producer)]
-    rows = _reached(producer, path, query, axis)
+    rows = _rows_used(producer, path, query, axis)
     before = [node for node in (producer, *path) if node is not query]
-    aside = [user for node in before for user in node.users if user not in between]
-    for other in aside:
-        if _name(other) not in MOVES or rows & _reached(producer, [*path, other], other, axis):
+    others = [user for node in before for user in node.users if user not in between]
+    for other in others:
+        if _name(other) not in MOVES or rows & _rows_used(producer, [*path, other], other, axis):
             return None
-    found: dict[str, tuple[int, ...]] = {}
-    for place in (weight, bias):
-        source: Any = producer.args[place] if len(producer.args) > place else None
-        if not isinstance(source, Node) and place == bias:
+    folded: dict[str, tuple[int, ...]] = {}
+    for position in (weight, bias):
+        source: Any = producer.args[position] if len(producer.args) > position else None
+        if not isinstance(source, Node) and position == bias:
             continue
-        for part, of_part in _pieces(source, rows):
+        for part, part_rows in _graph_inputs(source, rows):
             if part.op != "placeholder" or part.name not in slots or len(part.users) > 1:
                 return None
-            found[slots[part.name]] = tuple(sorted(of_part))
-    return Fold(width, found)
+            folded[slots[part.name]] = tuple(sorted(part_rows))
+    return Fold(width, folded)
 
 
 def _name(node: Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
-def _back(node: Node, between: set[Node]) -> Node | None:
-    """The one producer from which a value comes, None if there is none; notes the nodes on the way."""
+def _producer_of(node: Node, between: set[Node]) -> Node | None:
+    """Return the only producer that a value is linear in, or None; adds the nodes on the path to `between`."""
     name = _name(node)
     if node.op != "call_function":
         return None
     if name in PRODUCERS:
         return node
-    made = [source for source in node.all_input_nodes if _made(source)]
-    if name in SCALES:  # by something else; a square is not linear, nor is what is divided by
-        linear = len(made) == 1 and node.args.count(made[0]) == 1 and (name == "mul" or made[0] is node.args[0])
-    elif name in SUMS:  # of nothing else, not of a number either
+    produced = [source for source in node.all_input_nodes if _has_producer(source)]
+    if name in SCALES:  # a square is not linear, nor is a quotient in its divisor
+        linear = (
+            len(produced) == 1 and node.args.count(produced[0]) == 1 and (name == "mul" or produced[0] is node.args[0])
+        )
+    elif name in SUMS:  # adding a constant or another tensor is not linear
         number = name in ("add", "sub") and not all(isinstance(value, Node) for value in node.args)
-        linear = len(made) == len(node.all_input_nodes) and not number
+        linear = len(produced) == len(node.all_input_nodes) and not number
     else:
         linear = name in MOVES
     if not linear:
         return None
     between.add(node)
-    ends = {_back(source, between) for source in made}
-    return ends.pop() if len(ends) == 1 else None
+    producers = {_producer_of(source, between) for source in produced}
+    return producers.pop() if len(producers) == 1 else None
 
 
-def _made(node: Node) -> bool:
-    """Whether a producer lies upstream of a value."""
+def _has_producer(node: Node) -> bool:
+    """Return whether a producer is upstream of a value."""
     seen, stack = set[Node](), [node]
     while stack:
-        one = stack.pop()
-        if one not in seen:
-            seen.add(one)
-            if one.op == "call_function" and _name(one) in PRODUCERS:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            if current.op == "call_function" and _name(current) in PRODUCERS:
                 return True
-            stack += one.all_input_nodes
+            stack += current.all_input_nodes
     return False
 
 
-def _reached(producer: Node, path: list[Node], end: Node, axis: int) -> set[int]:
-    """The rows of a producer on which the value at the end depends, found by the gradient of a stand-in."""
+def _rows_used(producer: Node, path: list[Node], end: Node, axis: int) -> set[int]:
+    """Return the rows of a producer that the value at the end depends on, from the gradient at random values."""
     values: dict[Node, Any] = {}
 
     def value(node: Node) -> Any:
@@ -137,23 +140,23 @@ def _reached(producer: Node, path: list[Node], end: Node, axis: int) -> set[int]
             values[node] = node.target(*args, **options)  # type: ignore[operator]  # only nodes that call
         out = values[end]
         parts = out if isinstance(out, (list, tuple)) else [out]
-        whole = torch.stack([(part * torch.rand(part.shape)).sum() for part in parts]).sum()
-        (slope,) = torch.autograd.grad(whole, start, allow_unused=True)
-    if slope is None:
+        total = torch.stack([(part * torch.rand(part.shape)).sum() for part in parts]).sum()
+        (gradient,) = torch.autograd.grad(total, start, allow_unused=True)
+    if gradient is None:
         return set()
-    moved = slope.movedim(axis, 0).flatten(1).abs().sum(1)
-    return set(moved.nonzero().flatten().tolist())
+    by_row = gradient.movedim(axis, 0).flatten(1).abs().sum(1)
+    return set(by_row.nonzero().flatten().tolist())
 
 
-def _pieces(source: Node, rows: set[int]) -> Iterator[tuple[Node, set[int]]]:
-    """The inputs of the graph that hold these rows of a weight or bias, which may be laid end to end of several."""
+def _graph_inputs(source: Node, rows: set[int]) -> Iterator[tuple[Node, set[int]]]:
+    """Yield the graph inputs that hold rows of a weight or bias, which may be a concatenation, and their rows."""
     if source.op == "call_function" and _name(source) == "cat" and len(source.users) == 1:
         first = 0
         for part in source.args[0]:  # type: ignore[union-attr]
             size = part.meta["val"].shape[0]  # type: ignore[union-attr]
-            own = {row - first for row in rows if first <= row < first + size}
-            if own:
-                yield from _pieces(part, own)  # type: ignore[arg-type]
+            part_rows = {row - first for row in rows if first <= row < first + size}
+            if part_rows:
+                yield from _graph_inputs(part, part_rows)  # type: ignore[arg-type]
             first += size
     else:
         yield source, rows

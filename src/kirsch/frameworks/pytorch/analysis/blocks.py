@@ -1,8 +1,8 @@
-"""Residual blocks: modules whose output can be replaced by what they are given, found on the traced operations.
+"""Residual blocks: modules whose output can be replaced by their input, found from the traced operations.
 
-A block is a module that is called once, from whose output a path of additions, and of operations that keep each number
-in its place or normalize, leads back to one tensor that it is given, of the same shape. Its own parameters lie in the
-branches that are added on that path. What it is given besides (masks, positions) does not depend on that tensor.
+A residual block is a module that is called once. A path of additions, normalizations and operations that only
+rearrange or rescale values leads from its output back to one of its input tensors, of the same shape. The parameters
+of the block belong to the branches that the path adds. Other inputs (masks, positions) do not depend on that tensor.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch.fx import Node
 
-    from kirsch.frameworks.pytorch.analysis.provenance import Calls
+    from kirsch.frameworks.pytorch.analysis.provenance import RecordedCalls
 
 _CARRYING = """
 relu relu6 gelu silu mish elu leaky_relu hardswish hardtanh clamp dropout native_dropout clone contiguous alias detach
@@ -37,21 +37,21 @@ to _to_copy view _unsafe_view reshape flatten unflatten permute transpose squeez
 batch_norm _native_batch_norm_legit_no_training getitem group_norm instance_norm
 """
 CARRYING = frozenset(_CARRYING.split())
-"""Operations that a path from the output of a block to its input may lead through, by their first operand."""
+"""Operations that the path from the output of a block to its input may follow through their first operand."""
 
 
 @dataclass(frozen=True)
-class Block:
-    """A module that may be left out.
+class ResidualBlock:
+    """A module that can be removed.
 
     Args:
         path: of the module.
-        entry: what it is given and hands on when it is left out.
-        exit: what it puts out.
-        argument: place or keyword of the entry among the arguments of its call.
-        plain: whether the entry is its one argument and the exit all that it gives back.
-        features: axis of the exit that holds channels; None if that is not known.
-        part: where it lies in the graph that runs it, if a `torch.fx` graph does and never calls the module.
+        entry: node of the input that replaces the output when the block is removed.
+        exit: node of the output.
+        argument: position or keyword of the entry among the arguments of the module.
+        plain: whether the entry is the only argument and the exit the only result.
+        features: axis of the exit that holds channels; None if it is unknown.
+        part: the block's part of the graph, if a `torch.fx` graph runs the operations and never calls the module.
     """
 
     path: str
@@ -63,113 +63,128 @@ class Block:
     part: Part | None = None
 
     def entry_of(self, args: tuple[Any, ...], options: dict[str, Any]) -> torch.Tensor:
-        """The entry among the arguments of a call."""
+        """Return the entry among the arguments of a call."""
         entry: torch.Tensor = args[self.argument] if isinstance(self.argument, int) else options[self.argument]
         return entry
 
 
-def find(model: nn.Module, states: Mapping[Node, Any], held: Collection[str], calls: Calls) -> tuple[Block, ...]:
-    """The blocks of a model, in its order; of two within each other that which has additions of its own.
+class _Program:
+    """The traced operations that blocks are searched in.
+
+    Args:
+        states: labels of the result of each node, in the order of the program.
+        constants: names of the nodes that are parameters, buffers and constants.
+    """
+
+    def __init__(self, states: Mapping[Node, Any], constants: Collection[str]) -> None:
+        self.states = states
+        self.constants = constants
+        self.index = {node: number for number, node in enumerate(states)}
+
+    def reads_constant(self, node: Node) -> bool:
+        """Return whether a parameter, buffer or constant is an input of a node."""
+        return any(source.name in self.constants for source in node.all_input_nodes)
+
+
+def find(
+    model: nn.Module, states: Mapping[Node, Any], constants: Collection[str], recorded: RecordedCalls
+) -> tuple[ResidualBlock, ...]:
+    """Return the residual blocks of a model, in its order.
+
+    Of two nested blocks, the outer one is returned if it has additions outside of the inner one.
 
     Args:
         model: that was traced.
-        states: the labels of the result of each node of its program, in their order.
-        held: names of the nodes that are parameters, buffers and constants.
-        calls: what was seen while it was traced.
+        states: labels of the result of each node of its program, in the order of the program.
+        constants: names of the nodes that are parameters, buffers and constants.
+        recorded: the calls of the traced forward pass.
     """
-    place = {node: number for number, node in enumerate(states)}
-    within = regions(states)
-    found: dict[str, Block] = {}
-    for path, module in reversed([*model.named_modules()]):  # the inner ones first
-        if not path or path not in within or len(calls.entered.get(path, ())) > 1:
+    program = _Program(states, constants)
+    region_of = regions(states)
+    blocks: dict[str, ResidualBlock] = {}
+    for path, module in reversed([*model.named_modules()]):  # inner modules first
+        if not path or path not in region_of or len(recorded.module_calls.get(path, ())) > 1:
             continue
-        if path in calls.entered:
-            block, way = _block(path, within[path], place, states, held, calls) or (None, [])
+        if path in recorded.module_calls:
+            block, way = _called_block(path, region_of[path], program, recorded) or (None, [])
         else:
-            block, way = _block_of_graph(model, path, within[path], place, states, held) or (None, [])
+            block, way = _block_of_graph(model, path, region_of[path], program) or (None, [])
         if block is None or not any(True for _ in module.parameters()) or shared_with_rest(model, path):
             continue
-        if block.part is None and not block.plain and not _in_row(model, path):
+        if block.part is None and not block.plain and not _in_list(model, path):
             continue
-        inner = [name for name in found if name.startswith(f"{path}.")]
-        covered = {node for name in inner for node in within[name]}
-        same = block.part is not None and [(found[name].entry, found[name].exit) for name in inner] == [
-            (block.entry, block.exit)  # a graph does not tell which of two modules adds
+        inner = [name for name in blocks if name.startswith(f"{path}.")]
+        covered = {node for name in inner for node in region_of[name]}
+        same = block.part is not None and [(blocks[name].entry, blocks[name].exit) for name in inner] == [
+            (block.entry, block.exit)  # a graph does not show which of two nested modules adds
         ]
         if inner and not same and not any(_adds(node) and node not in covered for node in way):
-            continue  # a row of blocks
+            continue  # a sequence of blocks
         for name in inner:
-            del found[name]
-        found[path] = block
-    return tuple(found[path] for path, _ in model.named_modules() if path in found)
+            del blocks[name]
+        blocks[path] = block
+    return tuple(blocks[path] for path, _ in model.named_modules() if path in blocks)
 
 
-def _block(
-    path: str,
-    region: list[Node],
-    place: Mapping[Node, int],
-    states: Mapping[Node, Any],
-    held: Collection[str],
-    calls: Calls,
-) -> tuple[Block, list[Node]] | None:
-    """The module as a block, and the way from its output back to its input; None if it is none."""
-    found = _through(region, place, states, held)
-    if found is None:
+def _called_block(
+    path: str, region: list[Node], program: _Program, recorded: RecordedCalls
+) -> tuple[ResidualBlock, list[Node]] | None:
+    """Return a module as a block, and the path from its output to its input; None if the module is not a block."""
+    path_back = _path_through(region, program)
+    if path_back is None:
         return None
-    *way, entry = found
-    call = calls.entered[path][0]
+    *way, entry = path_back
+    call = recorded.module_calls[path][0]
     origin = (entry.meta.get("custom") or {}).get("kirsch_call", -1)
     shape = shapes_of(entry)[0]
-    alike = [given for given in call.tensors if given.shape == shape]
-    own = [given for given in alike if given.origin == origin] or alike
-    if len(own) != 1 or call.result == "other":
+    same_shape = [argument for argument in call.tensors if argument.shape == shape]
+    candidates = [argument for argument in same_shape if argument.origin == origin] or same_shape
+    if len(candidates) != 1 or call.result == "other":
         return None
-    plain = own[0].argument == 0 and call.alone and call.result == "tensor"
-    return Block(path, entry, way[0], own[0].argument, plain, _features(states[way[0]])), way
+    argument = candidates[0].argument
+    plain = argument == 0 and call.single and call.result == "tensor"
+    return ResidualBlock(path, entry, way[0], argument, plain, _features(program.states[way[0]])), way
 
 
 def _block_of_graph(
-    model: nn.Module,
-    path: str,
-    region: list[Node],
-    place: Mapping[Node, int],
-    states: Mapping[Node, Any],
-    held: Collection[str],
-) -> tuple[Block, list[Node]] | None:
-    """The same for a module that a `torch.fx` graph runs operation by operation.
+    model: nn.Module, path: str, region: list[Node], program: _Program
+) -> tuple[ResidualBlock, list[Node]] | None:
+    """Return the same for a module whose operations a `torch.fx` graph runs one by one.
 
-    What follows the module and has no parameters, such as a pooling, may have been counted to its region: without it
-    the module may be a block.
+    Operations without parameters that follow the module, such as a pooling, may be attributed to it. They are removed
+    from its region until a block is found.
     """
     region = list(region)
-    found = _through(region, place, states, held)
-    while found is None and region and not any(source.name in held for source in region[-1].all_input_nodes):
+    path_back = _path_through(region, program)
+    while (
+        path_back is None and region and not any(node.name in program.constants for node in region[-1].all_input_nodes)
+    ):
         region.pop()
-        found = _through(region, place, states, held)
-    if found is None:
+        path_back = _path_through(region, program)
+    if path_back is None:
         return None
-    *way, entry = found
+    *way, entry = path_back
     if not any(entry in node.all_input_nodes for node in region if node is not way[-1]):
-        return None  # a branch, with the addition of the other one counted to it
+        return None  # only a branch, to which the addition of another branch was attributed
     part = part_in(model, region, entry, way[0])
-    return None if part is None else (Block(path, entry, way[0], 0, True, _features(states[way[0]]), part), way)
+    if part is None:
+        return None
+    return ResidualBlock(path, entry, way[0], 0, True, _features(program.states[way[0]]), part), way
 
 
-def _through(
-    region: list[Node], place: Mapping[Node, int], states: Mapping[Node, Any], held: Collection[str]
-) -> list[Node] | None:
-    """The way from the one output of a region back to its entry, on which nothing else that it takes depends."""
+def _path_through(region: list[Node], program: _Program) -> list[Node] | None:
+    """Return the path from the only output of a region to its entry; None if another input depends on the entry."""
     inside = set(region)
     ends = exits(region)
-    found = _way_back(ends[0], inside) if len(ends) == 1 else None
-    if found is None:
+    way = _path_back(ends[0], inside) if len(ends) == 1 else None
+    if way is None:
         return None
-    axes = {_features(states[node]) for node in (found[0], found[-1])} - {None}
-    if len(axes) > 1:  # of equal sizes, but turned
+    axes = {_features(program.states[node]) for node in (way[0], way[-1])} - {None}
+    if len(axes) > 1:  # equal shapes with transposed axes
         return None
-    given = {source for node in region for source in node.all_input_nodes} - inside
-    others = [node for node in given if node is not found[-1] and node.name not in held]
-    return None if any(_depends(node, found[-1], place) for node in others) else found
+    inputs = {source for node in region for source in node.all_input_nodes} - inside
+    others = [node for node in inputs if node is not way[-1] and node.name not in program.constants]
+    return None if any(_depends(node, way[-1], program.index) for node in others) else way
 
 
 def _features(state: Any) -> int | None:
@@ -181,19 +196,22 @@ def _adds(node: Node) -> bool:
     return name_of(node) == "aten.add" and len(node.all_input_nodes) > 1
 
 
-def _way_back(exit_: Node, inside: set[Node]) -> list[Node] | None:
-    """The shortest way from the output of a region by additions and what carries to a like tensor outside."""
+def _path_back(exit_: Node, inside: set[Node]) -> list[Node] | None:
+    """Return the shortest path from the output of a region to a tensor of the same shape outside of it.
+
+    The path follows additions and `CARRYING` operations, and has at least one addition.
+    """
     shape = shapes_of(exit_)
-    before: dict[Node, Node | None] = {exit_: None}
+    previous: dict[Node, Node | None] = {exit_: None}
     waiting = deque([exit_])
     while waiting:
         node = waiting.popleft()
         if node not in inside:
             way = [node]
-            while (following := before[way[-1]]) is not None:
+            while (following := previous[way[-1]]) is not None:
                 way.append(following)
             way.reverse()
-            if shapes_of(node) == shape and any(_adds(step) for step in way[:-1]):
+            if shapes_of(node) == shape and any(_adds(each) for each in way[:-1]):
                 return way
             continue
         if node.op != "call_function":
@@ -202,69 +220,74 @@ def _way_back(exit_: Node, inside: set[Node]) -> list[Node] | None:
         if name_of(node).removeprefix("aten.") in CARRYING:
             sources = node.all_input_nodes[:1]
         for source in sources:
-            if source not in before:
-                before[source] = node
+            if source not in previous:
+                previous[source] = node
                 waiting.append(source)
     return None
 
 
-def _depends(node: Node, on: Node, place: Mapping[Node, int]) -> bool:
-    """Whether a node is computed from another."""
+def _depends(node: Node, on: Node, index: Mapping[Node, int]) -> bool:
+    """Return whether a node is computed from another."""
     seen, waiting = {node}, [node]
     while waiting:
         for source in waiting.pop().all_input_nodes:
             if source is on:
                 return True
-            if source not in seen and place[source] > place[on]:
+            if source not in seen and index[source] > index[on]:
                 seen.add(source)
                 waiting.append(source)
     return False
 
 
-def _in_row(model: nn.Module, path: str) -> bool:
-    """Whether a module is one of a list of modules of one class."""
+def _in_list(model: nn.Module, path: str) -> bool:
+    """Return whether a module is an element of a list of modules of one class."""
     parent = part_of(model, path.rpartition(".")[0])
     return isinstance(parent, (nn.ModuleList, nn.Sequential)) and len({type(child) for child in parent}) == 1
 
 
-class Runner:
-    """Fulfills `kirsch.graph.graph.Runner`."""
+class BlockRunner:
+    """Implements `kirsch.graph.graph.ModelRunner`.
 
-    def __init__(self, whole: nn.Module, model: nn.Module, blocks: Collection[Block]) -> None:
-        """`whole` is run; the blocks are those of `model`, which may be a part of it."""
+    Args:
+        whole: the model that is run.
+        model: the part of it that was traced, or `whole` itself.
+        blocks: the residual blocks of `model`.
+    """
+
+    def __init__(self, whole: nn.Module, model: nn.Module, blocks: Collection[ResidualBlock]) -> None:
         self._whole = whole
         self._model = model
         self._blocks = {block.path: block for block in blocks}
 
     def outputs(self, inputs: Any, without: Collection[str] = ()) -> list[NDArray[Any]]:
-        """See there."""
+        """Return the floating outputs with some blocks replaced by their inputs."""
         with skipping(self._model, [self._blocks[path] for path in without]):
-            found = repeatable(self._whole, *arguments(inputs))
-        return [value.double().cpu().numpy() for value in found if value.is_floating_point()]
+            outputs = repeatable(self._whole, *arguments(inputs))
+        return [value.double().cpu().numpy() for value in outputs if value.is_floating_point()]
 
     def passed(self, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
-        """See there."""
+        """Call `see` with the path, input and output of each block; arrays of shape (..., features)."""
 
         def features_last(value: torch.Tensor, axis: int | None) -> NDArray[Any]:
             value = value.flatten(1) if axis is None else value.movedim(axis, -1)
             return value.detach().double().cpu().numpy()
 
-        def saw(block: Block, entry: torch.Tensor, out: torch.Tensor) -> None:
+        def tap(block: ResidualBlock, entry: torch.Tensor, out: torch.Tensor) -> None:
             see(block.path, *(features_last(value, block.features) for value in (entry, out)))
 
-        with _tapped(self._model, self._blocks.values(), saw):
+        with _tapped(self._model, self._blocks.values(), tap):
             repeatable(self._whole, *arguments(inputs))
 
 
-Tap = Callable[[Block, torch.Tensor, torch.Tensor], torch.Tensor | None]
-"""Block, its entry, its output → what takes the place of the output, if anything."""
+Tap = Callable[[ResidualBlock, torch.Tensor, torch.Tensor], torch.Tensor | None]
+"""Function of a block, its entry and its output that returns a new output, or None to keep the output."""
 
 
 @contextlib.contextmanager
-def _tapped(model: nn.Module, blocks: Collection[Block], tap: Tap) -> Iterator[None]:
+def _tapped(model: nn.Module, blocks: Collection[ResidualBlock], tap: Tap) -> Iterator[None]:
     """Call `tap` at the end of each of these blocks whenever the model runs."""
 
-    def hook(block: Block) -> Any:
+    def hook(block: ResidualBlock) -> Any:
         def ended(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], out: Any) -> Any:
             several = not isinstance(out, torch.Tensor)
             new = tap(block, block.entry_of(args, options), out[0] if several else out)
@@ -286,13 +309,13 @@ def _tapped(model: nn.Module, blocks: Collection[Block], tap: Tap) -> Iterator[N
         yield
 
 
-def skipping(model: nn.Module, blocks: Collection[Block]) -> contextlib.AbstractContextManager[None]:
-    """The model with these blocks putting out what they are given."""
+def skipping(model: nn.Module, blocks: Collection[ResidualBlock]) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which these blocks of the model return their inputs."""
     return _tapped(model, blocks, lambda _, entry, __: entry)
 
 
 def repeatable(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
-    """The outputs in inference mode, with the same random numbers each time."""
+    """Return the outputs in inference mode, with the same random numbers in each call."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with inference(model), torch.random.fork_rng(devices):
         torch.manual_seed(0)

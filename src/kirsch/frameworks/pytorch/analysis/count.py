@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a real model, counted while it runs."""
+"""Count the parameters of a model, and the multiply-accumulates of a forward pass."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
-    """Parameters, and multiply-accumulates of one forward run.
+    """Return the number of parameters, and of the multiply-accumulates of one forward pass.
 
     Args:
-        model: any mode; it keeps it.
-        example_inputs: a tensor, a tuple of positional, or a dict of keyword arguments.
+        model: in any mode, which is kept.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
-    Source: torch.utils.flop_counter counts two floating operations a multiply-accumulate. The fast paths of attention
-        and of oneDNN are off, because it does not see into them.
+    Source: torch.utils.flop_counter counts two floating-point operations for each multiply-accumulate. It cannot
+        count inside of the fast paths of attention and of oneDNN, so these are off.
     """
     args, options = arguments(example_inputs)
     counter = _counter()
@@ -41,7 +41,7 @@ def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
 
 
 def macs_of(node: Node) -> int:
-    """Multiply-accumulates of one traced operation with the shapes that it was traced with; nothing is computed."""
+    """Return the multiply-accumulates of one traced operation, from its traced shapes; no value is computed."""
     args, options = map_arg((node.args, node.kwargs), lambda source: source.meta.get("val"))
     mode = next((v.fake_mode for v in tree_leaves((args, options)) if isinstance(v, FakeTensor)), FakeTensorMode())
     counter = _counter()
@@ -56,22 +56,22 @@ def macs_of(node: Node) -> int:
 def _counter() -> FlopCounterMode:
     grouped = [getattr(space, name, None) for space, name in GROUPED]
     counter = FlopCounterMode(display=False, custom_mapping={op: _grouped for op in grouped if op is not None})
-    # It would count by module too, for which it hooks onto the gradients of tensors that have none here.
-    counter.mod_tracker = _WholeModel()  # type: ignore[assignment]
+    # The default tracker registers hooks on gradients, which the tensors do not have here.
+    counter.mod_tracker = _NoModuleTracker()  # type: ignore[assignment]
     return counter
 
 
 GROUPED = ((torch.ops.aten, "_grouped_mm"), (torch.ops.transformers, "grouped_mm_fallback"))
-"""Products of groups of matrices, which PyTorch does not count; the latter is there once its library is loaded."""
+"""Grouped matrix products, which PyTorch does not count; the second one exists if transformers is imported."""
 
 
 def _grouped(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """Floating operations of (S, I) times (G, I, O), from the shapes: each row meets the matrix of one group."""
+    """Return the floating-point operations of (S, I) times (G, I, O); each row is multiplied by one matrix."""
     return int(2 * math.prod(rows) * weight[-1]) if len(rows) < len(weight) else 0
 
 
-class _WholeModel:
-    """Stands in for `ModuleTracker`."""
+class _NoModuleTracker:
+    """Replacement of `ModuleTracker` that tracks no modules."""
 
     parents: ClassVar = {"Global"}
 
@@ -88,7 +88,7 @@ def _plain_kernels() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # setting this flag warns of Intel GPUs that are not there
+            warnings.simplefilter("ignore")  # setting this flag warns about missing Intel GPUs
             with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
                 yield
     finally:

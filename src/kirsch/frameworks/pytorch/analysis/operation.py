@@ -1,4 +1,4 @@
-"""One operation on its way through the analysis: its tensors, its constants, and where those came from."""
+"""One operation during the analysis: its labeled tensors, its constants, and the origin of its integers."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from kirsch.graph.labels import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from kirsch.frameworks.pytorch.analysis.integers import Compared
-    from kirsch.frameworks.pytorch.analysis.provenance import Call
+    from kirsch.frameworks.pytorch.analysis.integers import Comparison
+    from kirsch.frameworks.pytorch.analysis.provenance import UserCall
     from kirsch.graph.facts import Facts
     from kirsch.graph.labels import Axis
 
-FOLLOWS: Final = object()
-"""In place of a size: the framework computes it from the tensor itself, so it follows whatever is kept."""
+INFERRED: Final = object()
+"""In place of a size: the framework infers the size from the tensor, so a cut needs no change in the code."""
 
 
 @dataclass
-class Step:
+class OperationContext:
     """An operation with the labels of its arguments.
 
     Args:
-        facts: gathers what the rule finds.
-        name: of the operator, without overload: "conv2d".
-        args, options: its arguments; tensors are `Tensor`s.
-        shapes: of its results.
-        call: the call of the user's code that it came from, None if that is unknown.
-        labels_of: the labels of a size that the code read at run time; raises KeyError where they are unknown.
-        macs: the multiply-accumulates of the operation as it stands.
-        keeps_scale: whether the scale of an attention can stay what it is when a part of its width, an axis, goes.
-        is_weight: whether a tensor is made of parameters and constants alone.
+        facts: collects what the rule of the operator states.
+        name: of the operator without its overload, such as "conv2d".
+        args, options: positional and keyword arguments; each tensor is a `Tensor` with labels.
+        shapes: of the results.
+        call: the call in the user's code that made the operation; None if it is unknown.
+        labels_of: returns the labels of a size that the code read; raises KeyError if they are unknown.
+        macs: returns the multiply-accumulates of the operation before any cut.
+        keeps_scale: returns whether an attention can keep its scale when a part of its width is removed.
+        is_weight: returns whether a tensor is computed from parameters and constants only.
         softmax: see `kirsch.trace`.
-        is_residual: whether an addition adds something to what it is computed from.
-        batch: number of samples among the example inputs.
-        settled: the integers of the call, by identity, that a rule has tied to an axis.
+        is_residual: returns whether an addition is residual.
+        batch: number of samples in the example inputs.
+        tied: identities of the integers of the call that a rule has tied to an axis.
     """
 
     facts: Facts
@@ -50,7 +50,7 @@ class Step:
     args: tuple[Any, ...]
     options: dict[str, Any]
     shapes: list[tuple[int, ...]]
-    call: Call | None
+    call: UserCall | None
     labels_of: Callable[[SizeOf], Axis]
     macs: Callable[[], int] = lambda: 0
     keeps_scale: Callable[[Axis], bool] = lambda _: True
@@ -58,23 +58,23 @@ class Step:
     softmax: str = "freeze"
     is_residual: Callable[[], bool] = lambda: False
     batch: int = 1
-    settled: set[int] = field(default_factory=set)
+    tied: set[int] = field(default_factory=set)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the first result."""
+        """Shape of the first result."""
         return self.shapes[0]
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument by position or keyword."""
+        """Return an argument by position or keyword."""
         return self.args[position] if len(self.args) > position else self.options.get(name, default)
 
     def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments."""
+        """Return all tensors among the arguments."""
         return list(_tensors((self.args, self.options)))
 
-    def given(self, position: int, name: str) -> Any:
-        """The same argument as the user's call gave it, with its provenance; None if the call is unknown."""
+    def traced_arg(self, position: int, name: str) -> Any:
+        """Return an argument of the user's call, whose integers know their origin; None if the call is unknown."""
         if self.call is None:
             return None
         if len(self.call.arguments) > position:
@@ -82,111 +82,118 @@ class Step:
         return self.call.options.get(name)
 
     def freeze_all(self, reason: str) -> list[Tensor]:
-        """Freeze whatever the operation touches; gives its results, without labels."""
+        """Freeze all axes of all arguments, and return the results without labels."""
         relations.freeze(self.facts, self.tensors(), reason)
         for tensor in self.tensors():
             self.facts.freeze(tensor.points, reason)
         self.facts.cost("macs", self.macs(), ())
         return [Tensor.of(shape) for shape in self.shapes]
 
-    def follow(self, axis: Axis, given: Any, less: int = 0) -> Axis:
-        """See to it that a size in the code can follow its axis; freeze the axis where it cannot.
+    def tie_size(self, axis: Axis, size: Any, less: int = 0) -> Axis:
+        """Require that a size in the code changes with its axis; freeze the axis if the size cannot change.
 
         Args:
-            axis: the labels whose number the size must equal; None where it must stay what it is.
-            given: the size as the code gives it: an integer with or without provenance, -1, or `FOLLOWS`.
-            less: how much less than the size it is, as the last position on the axis is 1 less.
+            axis: the labels that the size counts; None if the size must not change.
+            size: the size as the code gives it: an integer with or without a known origin, -1, or `INFERRED`.
+            less: the number of labels minus the size; 1 for the index of the last position.
 
         Returns:
-            The labels to go on with.
+            The labels of the axis, unchanged.
         """
-        if isinstance(given, TracedInt):
-            self.settled.add(id(given))
+        if isinstance(size, TracedInt):
+            self.tied.add(id(size))
         if axis is None:
-            if isinstance(given, TracedInt):
-                self.pin(given)
+            if isinstance(size, TracedInt):
+                self.pin(size)
             return None
-        if given is FOLLOWS or (type(given) is int and given == -1):
+        if size is INFERRED or (type(size) is int and size == -1):
             return axis
-        fits = isinstance(given, TracedInt) and given == len(axis) - less
-        expression = self.expression(given) if fits else None
+        fits = isinstance(size, TracedInt) and size == len(axis) - less
+        expression = self.expression(size) if fits else None
         if expression is not None:
             self.facts.demand(axis, expression, -less)
-        elif isinstance(given, TracedInt):
-            self.facts.freeze(axis, f"its size {given} comes from what cannot change", number=True)
+        elif isinstance(size, TracedInt):
+            self.facts.freeze(axis, f"its size {size} is computed from values that cannot change", number=True)
+        elif isinstance(size, int):
+            self.facts.freeze(axis, f"its size {size} is a number in the code", number=True)
         else:
-            size = f"its size {given} is a number in the code" if isinstance(given, int) else "its size is fixed here"
-            self.facts.freeze(axis, size, number=True)
+            self.facts.freeze(axis, "its size is set by code that is not traced", number=True)
         return axis
 
-    def can_follow(self, given: Any) -> bool:
-        """Whether a size in the code can follow an axis that changes."""
-        return given is FOLLOWS or (isinstance(given, TracedInt) and self.expression(given) is not None)
+    def can_tie(self, size: Any) -> bool:
+        """Return whether a size in the code can change with an axis."""
+        return size is INFERRED or (isinstance(size, TracedInt) and self.expression(size) is not None)
 
-    def activated(self, tensor: Tensor) -> None:
-        """Note that something other than a linear map gave these values."""
+    def mark_activated(self, tensor: Tensor) -> None:
+        """Mark the axes of a tensor that is not the output of a linear map."""
         for axis in tensor.axes:
             self.facts.mark(axis, "activated")
 
     def pin(self, number: TracedInt) -> None:
-        """Record that an integer of the code must stay what it is today."""
+        """Require that an integer of the code keeps its value."""
         expression = self.expression(number)
         if expression is not None:
             self.facts.pin(number, expression)
 
-    def compared(self, found: Compared) -> None:
-        """Hold the code to the answer that a comparison gives today.
+    def add_comparison(self, comparison: Comparison) -> None:
+        """Require that a comparison in the code keeps its result.
 
-        A size that equals an attribute demands that the attribute follows it; one that equals a number in the code is
-        frozen. Any other answer is a condition that a plan has to meet.
+        A size that equals an attribute requires that the attribute changes with the size. A size that equals a number
+        in the code is frozen. Any other comparison is a condition on the plan.
         """
-        sides = (found.left, found.right)
+        sides = (comparison.left, comparison.right)
         expressions = [self.expression(side) if isinstance(side, TracedInt) else None for side in sides]
         if any(isinstance(side, TracedInt) and not self._known(side) for side in sides):
             return
-        first, second = expressions
+        if comparison.chooses:
+            self._condition(comparison, [e for e in expressions if e is not None])
+            return
+        left, right = expressions
         plain = [e.sizes[0] if e is not None and e.plain and e.sizes else None for e in expressions]
-        if not found.equal:
-            self._condition(found, [e for e in expressions if e is not None])
-        elif plain[0] is not None and second is not None:
-            self.facts.demand(plain[0], second)
-        elif plain[1] is not None and first is not None:
-            self.facts.demand(plain[1], first)
-        elif first is not None and second is not None:
-            self._condition(found, [first, second], must=True)
+        if not comparison.equal:
+            self._condition(comparison, [e for e in expressions if e is not None])
+        elif plain[0] is not None and right is not None:
+            self.facts.demand(plain[0], right)
+        elif plain[1] is not None and left is not None:
+            self.facts.demand(plain[1], left)
+        elif left is not None and right is not None:
+            self._condition(comparison, [left, right], must=True)
         else:
-            for expression, other in ((first, sides[1]), (second, sides[0])):
+            for expression, number in ((left, sides[1]), (right, sides[0])):
                 if expression is None:
                     continue
                 if expression.plain and expression.sizes:
-                    reason = f"its size is compared with {int(other)}, a number in the code"
+                    reason = f"its size is compared with {int(number)}, a number in the code"
                     self.facts.freeze(expression.sizes[0], reason, number=True)
-                else:  # what an attribute has to do with a size can be solved for the attribute
+                else:  # an expression of attributes and sizes can be solved for an attribute
                     must = expression.plain or bool(expression.sizes and expression.leaves)
-                    self._condition(found, [expression], must=must)
+                    self._condition(comparison, [expression], must=must)
 
-    def _condition(self, found: Compared, parts: list[Expression], *, must: bool = False) -> None:
+    def _condition(self, comparison: Comparison, parts: list[Expression], *, must: bool = False) -> None:
         if not parts:
             return
         leaves = dict(pair for part in parts for pair in part.leaves)
         sizes = {labels.tobytes(): labels for part in parts for labels in part.sizes}
-        first, second = (
-            self.expression(side) if isinstance(side, TracedInt) else None for side in (found.left, found.right)
+        left, right = (
+            self.expression(side) if isinstance(side, TracedInt) else None
+            for side in (comparison.left, comparison.right)
         )
 
         def compute(values: Mapping[object, int]) -> int:
-            left = int(found.left) if first is None else first.compute(values)
-            right = int(found.right) if second is None else second.compute(values)
-            return int(bool(found.compare(left, right)))
+            first = int(comparison.left) if left is None else left.compute(values)
+            second = int(comparison.right) if right is None else right.compute(values)
+            return int(bool(comparison.compare(first, second)))
 
-        whole = Expression(compute, tuple(leaves.items()), tuple(sizes.values()))
-        if must:
-            self.facts.pin(int(found.result), whole)
+        result = Expression(compute, tuple(leaves.items()), tuple(sizes.values()))
+        if comparison.chooses:
+            self.facts.choose(result, holds=comparison.result)
+        elif must:
+            self.facts.pin(int(comparison.result), result)
         else:
-            self.facts.condition(whole, holds=found.result)
+            self.facts.condition(result, holds=comparison.result)
 
     def _known(self, number: TracedInt) -> bool:
-        """Whether the tensors are known whose sizes an integer comes from."""
+        """Return whether all tensors are known whose sizes an integer is computed from."""
         for leaf, value in number.leaves:
             if isinstance(leaf, SizeOf):
                 try:
@@ -198,7 +205,7 @@ class Step:
         return True
 
     def expression(self, number: TracedInt) -> Expression | None:
-        """An integer of the code as an expression over attributes and sizes; None if part of its past is unknown."""
+        """Return an integer of the code as an expression of attributes and sizes; None if a part is unknown."""
         leaves: list[tuple[Leaf, int]] = []
         sizes: dict[SizeOf, Any] = {}
         for leaf, value in number.leaves:
@@ -231,13 +238,13 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in _tensors(item)]
 
 
-def axes_of(dims: Any, rank: int) -> list[int]:
-    """Axes as an operator gives them (None or empty: all; negative: from the end), as positions."""
+def dims_of(dims: Any, rank: int) -> list[int]:
+    """Return the dimensions of an operator as non-negative indices; None or an empty list means all dimensions."""
     if dims is None or (isinstance(dims, (list, tuple)) and not dims):
         return list(range(rank))
     return [int(dim) % rank for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
 
 
-def unlabeled(tensor: Tensor, dims: Sequence[int]) -> int:
-    """The product of the sizes of those of some axes that carry no labels."""
+def unlabeled_size(tensor: Tensor, dims: Sequence[int]) -> int:
+    """Return the product of the sizes of those of the given axes that have no labels."""
     return int(np.prod([tensor.shape[dim] for dim in dims if tensor.axes[dim] is None], initial=1))

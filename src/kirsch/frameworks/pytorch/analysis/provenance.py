@@ -1,9 +1,9 @@
-"""Where the integers of a forward come from: which module attribute, which tensor's size, or a number in the code.
+"""The origin of the integers in a forward pass: a module attribute, the size of a tensor, or a number in the code.
 
-A twin of the model, sharing its tensors, gets every integer attribute replaced by a `TracedInt` that remembers
-its leaf through arithmetic. While the twin is exported, a function mode sees each call that the user's code makes,
-notes the integers in its arguments, and marks the graph nodes that come of it with the number of the call. The sizes
-that the code reads (`x.shape[1]`) are `TracedInt`s too.
+A copy of the model shares its tensors and has a `TracedInt` in place of each integer attribute. While the copy is
+exported, a function mode records each call of the user's code with the integers among its arguments, and writes the
+number of the call on the graph nodes that the call makes. The sizes that the code reads, such as `x.shape[1]`, are
+`TracedInt`s too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from kirsch.frameworks.pytorch.analysis.integers import Compared, Lost, TracedInt
+from kirsch.frameworks.pytorch.analysis.integers import Comparison, LostOrigin, TracedInt
 from kirsch.frameworks.pytorch.inference.outputs import named
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.modules.interpreted import NUMBERS, plant, put_number, shell_of
@@ -29,7 +29,6 @@ from kirsch.graph.expression import Leaf
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-# The attributes of PyTorch's own layers that speak of channels; strides, paddings and the like are left alone.
 WIDTHS = frozenset(
     [
         "in_features",
@@ -52,28 +51,33 @@ WIDTHS = frozenset(
         "padding",
     ]
 )
+"""Attributes of PyTorch's own layers that may count channels; others, such as strides, are never traced."""
 
 
 @dataclass(frozen=True)
 class SizeOf:
-    """Axis `axis` of what call `call` put out, or of the parameter or buffer `name`.
+    """The size of an axis of a result of a call, or of a parameter or buffer.
 
-    `place`: which of several tensors that the call put out; None if it put out one.
+    Args:
+        call: number of the call, -1 for a parameter or buffer.
+        output: index of the tensor among several results; None if the call returns one tensor.
+        axis: of the tensor.
+        name: path of the parameter or buffer, "" for a result of a call.
     """
 
     call: int
-    place: int | None
+    output: int | None
     axis: int
     name: str = ""
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call of the user's code that made nodes of the graph.
+class UserCall:
+    """A call in the user's code that made nodes of the graph.
 
     Args:
         name: of the function, such as "view".
-        arguments: without tensors; integers may be `TracedInt`.
+        arguments: None in place of tensors; integers may be `TracedInt`s.
         options: keyword arguments, likewise.
     """
 
@@ -82,7 +86,7 @@ class Call:
     options: dict[str, Any]
 
     def integers(self) -> list[int]:
-        """All integers among the arguments, in order."""
+        """Return all integers among the arguments, in order."""
         return list(_integers((self.arguments, tuple(self.options.values()))))
 
 
@@ -99,8 +103,14 @@ def _integers(value: Any) -> Iterator[int]:
 
 
 @dataclass(frozen=True)
-class Given:
-    """A tensor that a module is called with: its place or keyword, the call that put it out (-1: none), its shape."""
+class TensorArgument:
+    """A tensor argument of a module.
+
+    Args:
+        argument: position or keyword.
+        origin: number of the call that returned the tensor, -1 for none.
+        shape: of the tensor.
+    """
 
     argument: int | str
     origin: int
@@ -108,100 +118,105 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Entered:
+class ModuleCall:
     """One call of a module.
 
     Args:
-        tensors: that it is called with.
-        alone: whether it has one argument only.
-        result: "tensor", "first" for a tuple or list that begins with one, "other".
+        tensors: the tensor arguments.
+        single: whether the call has exactly one argument.
+        result: "tensor", "first" for a tuple or list that begins with a tensor, "other".
     """
 
-    tensors: tuple[Given, ...]
-    alone: bool
+    tensors: tuple[TensorArgument, ...]
+    single: bool
     result: str
 
 
 @dataclass
-class Calls:
-    """What the function mode saw.
+class RecordedCalls:
+    """The calls of one forward pass.
 
     Args:
-        log: the calls, by number.
-        failed_in: path of the module in whose forward an exception passed, "" if none.
-        outputs: names of the tensors that the model puts out.
-        lost: where an integer with a past became a plain number, or was compared.
-        entered: path of each module → its calls.
-        origin: identity of each tensor → the call that put it out, and its place if that put out several.
+        log: the calls of the user's code, by number.
+        failed_in: path of the module whose forward raised, "" if none did.
+        outputs: names of the output tensors of the model.
+        events: traced integers that became plain numbers, and comparisons.
+        module_calls: path of each module → its calls.
+        origin: identity of each tensor → number of the call that returned it, and its index among several results.
     """
 
-    log: list[Call] = field(default_factory=list)
-    lost: list[Lost | Compared] = field(default_factory=list)
+    log: list[UserCall] = field(default_factory=list)
     failed_in: str = ""
     outputs: tuple[str, ...] = ()
-    entered: dict[str, list[Entered]] = field(default_factory=dict)
+    events: list[LostOrigin | Comparison] = field(default_factory=list)
+    module_calls: dict[str, list[ModuleCall]] = field(default_factory=dict)
     origin: dict[int, tuple[int, int | None]] = field(default_factory=dict)
 
 
-class Watch(TorchFunctionMode):
-    """Notes calls, marks their nodes, and hands out sizes that remember their tensor."""
+class CallRecorder(TorchFunctionMode):
+    """Records calls, numbers their graph nodes, and returns sizes as `TracedInt`s.
 
-    def __init__(self, calls: Calls, names: Mapping[int, str]) -> None:
+    Args:
+        recorded: where the calls are recorded.
+        names: identity of each parameter and buffer → its path.
+    """
+
+    def __init__(self, recorded: RecordedCalls, names: Mapping[int, str]) -> None:
         super().__init__()
-        self._calls = calls
+        self._recorded = recorded
         self._names = names
         self._alive: list[Any] = []  # an id is only unique while its tensor lives
-        self._together: dict[int, list[int]] = {}  # results of one call: what reads one keeps the call
+        self._siblings: dict[int, list[int]] = {}  # all results of a call count as read if one of them is
         self.unread: dict[int, torch.Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one call."""
+        """Run and record one call."""
         kwargs = kwargs or {}
-        name = _called(func)
+        name = called_name(func)
         if func in _SHAPE or name in _COUNTS:
             return self._sizes(name, func(*args, **kwargs), args, kwargs)
         if name.startswith("sym_"):  # arithmetic with sizes that depend on values
             return func(*(int(value) if isinstance(value, TracedInt) else value for value in args), **kwargs)
         if func is nn.functional.multi_head_attention_forward:
-            with self:  # it reads sizes and computes with them, as the code of a user does
+            with self:  # the function reads sizes and computes with them, like user code
                 return _attention(*args, **kwargs)
-        number = len(self._calls.log)
+        number = len(self._recorded.log)
         if name in LIKE_ANOTHER:  # the other tensor stands for its shape
             other = args[1] if len(args) > 1 else kwargs["other"]
             shape = tuple(self._size(other, axis, size) for axis, size in enumerate(other.shape))
-            self._calls.log.append(Call(name, (None, shape), {}))
+            self._recorded.log.append(UserCall(name, (None, shape), {}))
         else:
-            given, options = (self._own(_without_tensors(value)) for value in (args, kwargs))
-            self._calls.log.append(Call(name, given, options))
+            arguments, options = (self._without_foreign(_without_tensors(value)) for value in (args, kwargs))
+            self._recorded.log.append(UserCall(name, arguments, options))
         with traceback.annotate({"kirsch_call": number}):
             out = func(*args, **kwargs)
-        read = args[:1] if name in LIKE_ANOTHER else (args, kwargs)  # a shape is not a value
-        given = {id(value) for value in tree_leaves(read) if isinstance(value, torch.Tensor)}
-        for tensor in given:
-            for result in self._together.get(tensor, (tensor,)):
-                self.unread.pop(result, None)
+        read = args[:1] if name in LIKE_ANOTHER else (args, kwargs)  # reading a shape is not reading values
+        inputs = {id(value) for value in tree_leaves(read) if isinstance(value, torch.Tensor)}
+        for tensor in inputs:
+            for sibling in self._siblings.get(tensor, (tensor,)):
+                self.unread.pop(sibling, None)
         several = isinstance(out, (tuple, list))
         if several:
-            together = [id(tensor) for tensor in out if isinstance(tensor, torch.Tensor)]
-            self._together.update(dict.fromkeys(together, together))
-        for place, tensor in enumerate(out if several else (out,)):
-            if isinstance(tensor, torch.Tensor) and id(tensor) not in given:
-                self._calls.origin[id(tensor)] = (number, place if several else None)
+            results = [id(tensor) for tensor in out if isinstance(tensor, torch.Tensor)]
+            self._siblings.update(dict.fromkeys(results, results))
+        for index, tensor in enumerate(out if several else (out,)):
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in inputs:
+                self._recorded.origin[id(tensor)] = (number, index if several else None)
                 self._alive.append(tensor)
                 self.unread[id(tensor)] = tensor
         return out
 
-    def _own(self, value: Any) -> Any:
-        """Arguments in which integers of another trace, as out of a cache of the code, are plain numbers."""
-        foreign = isinstance(value, TracedInt) and value.lost is not self._calls.lost
+    def _without_foreign(self, value: Any) -> Any:
+        """Return arguments with plain numbers for the integers of another trace, which the code may have cached."""
+        foreign = isinstance(value, TracedInt) and value.events is not self._recorded.events
         if isinstance(value, (tuple, dict)):
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            made = {key: self._own(item) for key, item in items}
-            return made if isinstance(value, dict) else tuple(made.values())
+            result = {key: self._without_foreign(item) for key, item in items}
+            return result if isinstance(value, dict) else tuple(result.values())
         return int.__int__(value) if foreign else value
 
     def _sizes(self, name: str, out: Any, args: Any, kwargs: Any) -> Any:
-        """The shape, size or count just read, with its past."""
+        """Return a shape, size or count that the code reads, as traced integers."""
         tensor = args[0]
         if isinstance(out, torch.SymInt):  # it depends on values
             return out
@@ -210,7 +225,7 @@ class Watch(TorchFunctionMode):
         if name in ("numel", "nelement"):
             sizes = [self._size(tensor, axis, size) for axis, size in enumerate(tensor.shape)]
             return functools.reduce(operator.mul, sizes, 1)
-        if name == "__len__":  # Python makes a plain number of it
+        if name == "__len__":  # Python converts the result to a plain number
             number = self._size(tensor, 0, out)
             if isinstance(number, TracedInt):
                 number.lose()
@@ -222,14 +237,14 @@ class Watch(TorchFunctionMode):
         if isinstance(size, torch.SymInt):
             return size
         name = self._names.get(id(tensor), "")
-        call, place = self._calls.origin.get(id(tensor), (-1, None))
+        call, output = self._recorded.origin.get(id(tensor), (-1, None))
         if not name and call < 0:
             return size
-        return TracedInt.leaf(size, SizeOf(call, place, axis, name), self._calls.lost)
+        return TracedInt.leaf(size, SizeOf(call, output, axis, name), self._recorded.events)
 
 
-def _called(func: Any) -> str:
-    """The name of a function, without the overload where it is an operator of `torch.ops`."""
+def called_name(func: Any) -> str:
+    """Return the name of a function; of an operator of `torch.ops`, without the overload."""
     schema = getattr(func, "_schema", None)
     if schema is not None:
         return str(schema.name).rpartition("::")[2]
@@ -237,16 +252,16 @@ def _called(func: Any) -> str:
 
 
 def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """PyTorch's own attention, whose calls are seen one by one, and whose width must be that of the query."""
+    """Run PyTorch's multi-head attention with recorded calls; the query has the width that the module states."""
     names = ("key", "value", "embed_dim_to_check")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    seen = query.view(*query.shape[:-1], given["embed_dim_to_check"])
-    for name in ("key", "value"):  # whether they are the query itself decides how they are projected
-        given[name] = seen if given[name] is query else given[name]
-    return _OPEN_ATTENTION(seen, **given, **dict(zip(_PARAMETERS[4:], args[3:], strict=False)))
+    options = {**dict(zip(names, args, strict=False)), **kwargs}
+    viewed = query.view(*query.shape[:-1], options["embed_dim_to_check"])
+    for name in ("key", "value"):  # keys and values that are the query itself are projected together with it
+        options[name] = viewed if options[name] is query else options[name]
+    return _OPEN_ATTENTION(viewed, **options, **dict(zip(_PARAMETERS[4:], args[3:], strict=False)))
 
 
-# The function hands itself over to whoever watches it, and would do so for ever.
+# The original would pass itself to the active function mode again, in an endless recursion.
 _OPEN_ATTENTION = FunctionType(
     nn.functional.multi_head_attention_forward.__code__,
     {**vars(nn.functional), "has_torch_function": lambda _: False},
@@ -270,70 +285,76 @@ def _without_tensors(value: Any) -> Any:
     return value
 
 
-def twin_of(model: nn.Module, *, shared: bool, training: bool) -> nn.Module:
-    """A copy of the model in inference or training mode, whose parameters and buffers may be those of the model.
+def traceable_copy(model: nn.Module, *, shared: bool, training: bool) -> nn.Module:
+    """Return a copy of a model in inference or training mode.
 
-    Its hooks run while it is traced, since they may change what a module puts out.
+    The hooks of the model are kept, since they may change the outputs of a module.
+
+    Args:
+        model: to copy.
+        shared: whether the copy uses the parameters and buffers of the model itself.
+        training: the mode.
 
     Raises:
         ModelError: the model cannot be copied.
     """
     same: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]} if shared else {}
-    twin = copy_of(model, same)
-    return shell_of(twin.train(training))
+    copied = copy_of(model, same)
+    return shell_of(copied.train(training))
 
 
-def watched(twin: nn.Module, calls: Calls) -> None:
-    """Plant traced integers in a twin and make its forward note every call.
+def record_calls(model: nn.Module, recorded: RecordedCalls) -> None:
+    """Put traced integers into a model, and make its forward record all calls.
 
-    The forward then gives a pair: the tensors that the model puts out, and those that it computes and never reads.
+    The forward then returns two lists: the output tensors of the model, and the tensors that are computed and never
+    read.
     """
-    for path, module in twin.named_modules():
-        plant(module, path, lambda value, leaf: TracedInt.leaf(value, leaf, calls.lost) if value > 1 else value)
-        own = type(module).__module__.startswith("torch.nn.")
+    for path, module in model.named_modules():
+        plant(module, path, lambda value, leaf: TracedInt.leaf(value, leaf, recorded.events) if value > 1 else value)
+        from_torch = type(module).__module__.startswith("torch.nn.")
         for name, value in list(vars(module).items()):
-            if not name.startswith("_") and (not own or name in WIDTHS):
+            if not name.startswith("_") and (not from_torch or name in WIDTHS):
                 axis = _axis_of(module, name)
                 if axis is not None and type(value) is int and value > 1:
                     size = SizeOf(-1, None, axis, f"{path}.weight".lstrip("."))
-                    planted: Any = TracedInt.leaf(value, size, calls.lost)
+                    traced: Any = TracedInt.leaf(value, size, recorded.events)
                 else:
-                    planted = _planted(value, path, name, calls.lost)
-                if planted is not value:
-                    setattr(module, name, planted)
-        module.forward = _locating(module.forward, path, calls)
-    plain = twin.forward
+                    traced = _traced(value, path, name, recorded.events)
+                if traced is not value:
+                    setattr(module, name, traced)
+        module.forward = _recording(module.forward, path, recorded)
+    original = model.forward
 
-    @functools.wraps(plain)
+    @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        for seen in (calls.log, calls.lost, calls.entered, calls.origin):
-            seen.clear()
-        # Only now, since the exporter puts stand-ins in the places of the tensors.
-        names = {id(t): name for name, t in [*twin.named_parameters(), *twin.named_buffers()]}
-        with Watch(calls, names) as watch:
-            out = plain(*args, **kwargs)
+        for record in (recorded.log, recorded.events, recorded.module_calls, recorded.origin):
+            record.clear()
+        # Looked up here, since the exporter replaces the tensors by fake ones before it calls the forward.
+        names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        with CallRecorder(recorded, names) as recorder:
+            out = original(*args, **kwargs)
         tensors = named(out)
-        calls.outputs = tuple(tensors)
-        put_out = {id(tensor) for tensor in tensors.values()}
-        # The exporter drops what no output depends on, but the forward goes on computing it after a cut.
-        return list(tensors.values()), [tensor for key, tensor in watch.unread.items() if key not in put_out]
+        recorded.outputs = tuple(tensors)
+        outputs = {id(tensor) for tensor in tensors.values()}
+        # The exporter drops operations that no output depends on, but the forward still runs them after a cut.
+        return list(tensors.values()), [tensor for key, tensor in recorder.unread.items() if key not in outputs]
 
-    twin.forward = forward
+    model.forward = forward
 
 
 def _axis_of(module: nn.Module, name: str) -> int | None:
-    """The axis of a standard layer's weight whose size an attribute states, as `surgery.tell_widths` sets it.
+    """Return the axis of a standard layer's weight whose size an attribute states; see `surgery.tell_widths`.
 
-    Such an attribute cannot be given another value than the weight has, so it is a size that is read.
+    Such an attribute always equals the size of the weight, so it is traced as that size.
     """
     if module._parameters.get("weight") is None:  # noqa: SLF001 - a parametrized weight is an attribute, too
         return None
     axes: tuple[str, ...] = ()
     if isinstance(module, nn.Linear):
         axes = ("out_features", "in_features")
-    elif isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001 - as in `surgery.tell_widths`
+    elif isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001 - the common base of all convolutions
         axes = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
-        axes = axes[:1] if module.groups > 1 else axes  # the second axis then has a part of them
+        axes = axes[:1] if module.groups > 1 else axes  # the second axis then counts the channels of one group
     elif isinstance(module, nn.modules.batchnorm._NormBase):  # noqa: SLF001 - likewise
         axes = ("num_features",)
     elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -341,43 +362,43 @@ def _axis_of(module: nn.Module, name: str) -> int | None:
     return axes.index(name) if name in axes else None
 
 
-def _planted(value: Any, path: str, name: str, lost: list[Lost | Compared]) -> Any:
+def _traced(value: Any, path: str, name: str, events: list[LostOrigin | Comparison]) -> Any:
     if type(value) is int and value > 1:
-        return TracedInt.leaf(value, Leaf(path, name), lost)
+        return TracedInt.leaf(value, Leaf(path, name), events)
     if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
         return type(value)(
-            TracedInt.leaf(item, Leaf(path, name, place), lost) if item > 1 else item
-            for place, item in enumerate(value)
+            TracedInt.leaf(item, Leaf(path, name, index), events) if item > 1 else item
+            for index, item in enumerate(value)
         )
     return value
 
 
-def _locating(forward: Callable[..., Any], path: str, calls: Calls) -> Callable[..., Any]:
-    """The forward, noting how it is called and the innermost module in which an exception arises."""
+def _recording(forward: Callable[..., Any], path: str, recorded: RecordedCalls) -> Callable[..., Any]:
+    """Return a forward that records its calls, and the innermost module that raised."""
 
     @functools.wraps(forward)
-    def located(*args: Any, **kwargs: Any) -> Any:
+    def recording(*args: Any, **kwargs: Any) -> Any:
         try:
             out = forward(*args, **kwargs)
         except Exception:
-            calls.failed_in = calls.failed_in or path or "the model itself"
+            recorded.failed_in = recorded.failed_in or path or "the model itself"
             raise
-        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         tensors = tuple(
-            Given(key, calls.origin.get(id(value), (-1, None))[0], tuple(value.shape))
-            for key, value in given
+            TensorArgument(key, recorded.origin.get(id(value), (-1, None))[0], tuple(value.shape))
+            for key, value in arguments
             if isinstance(value, torch.Tensor)
         )
         several = type(out) in (tuple, list) and bool(out) and isinstance(out[0], torch.Tensor)
         result = "tensor" if isinstance(out, torch.Tensor) else "first" if several else "other"
-        calls.entered.setdefault(path, []).append(Entered(tensors, len(given) == 1, result))
+        recorded.module_calls.setdefault(path, []).append(ModuleCall(tensors, len(arguments) == 1, result))
         return out
 
-    return located
+    return recording
 
 
-def put(model: nn.Module, leaf: Leaf, value: int) -> None:
-    """Give an integer attribute its new value."""
+def set_integer(model: nn.Module, leaf: Leaf, value: int) -> None:
+    """Set an integer attribute of a module to a new value."""
     module = model.get_submodule(leaf.module)
     if leaf.attribute.startswith(NUMBERS):
         put_number(module, leaf, value)

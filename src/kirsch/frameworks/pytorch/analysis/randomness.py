@@ -1,4 +1,4 @@
-"""Whether a model gives the same outputs each time it is run, and what it draws if it does not."""
+"""Detect models whose outputs differ from run to run, and the line of code that draws random numbers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-APART = 1e-5
-"""Share of the largest output that two runs may differ by: sums on many threads have no fixed order."""
+TOLERANCE = 1e-5
+"""Relative to the largest output; sums on several threads have no fixed order, so equal runs may differ a little."""
 
-STILL = (
+RANDOMNESS_FIX = (
     "Draw only where self.training is true (F.dropout takes training=self.training), or let the random numbers be an "
     "input of the model."
 )
-"""What to do about a model that draws random numbers in inference mode."""
+"""Fix for a model that draws random numbers in inference mode."""
 
 
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
-    """Notes the line of code of each operation that draws random numbers."""
+class _DrawRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
+    """Records the line of code of each operation that draws random numbers."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -43,13 +43,13 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch ann
 
 
 def unsteady(model: nn.Module, run: Callable[[], list[torch.Tensor]]) -> tuple[str, str]:
-    """Return why two runs for one input differ, and what to do; two empty texts if they do not.
+    """Return why two runs with the same inputs differ, and the fix; two empty texts if they agree.
 
-    What draws too rarely to be seen in two runs is found in the program that is exported; see `drawing_line`.
+    Operations that draw too rarely to change two runs are found in the exported program; see `line_that_draws`.
 
     Args:
-        model: what is run, whose buffers are compared before and after.
-        run: gives the outputs.
+        model: the model that runs; its buffers are compared before and after.
+        run: returns the outputs of one run.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     before = {name: value.clone() for name, value in model.named_buffers()}
@@ -59,10 +59,10 @@ def unsteady(model: nn.Module, run: Callable[[], list[torch.Tensor]]) -> tuple[s
         torch.manual_seed(1)
         if _alike(first, run()):
             return "", ""
-        with _Draws() as watch:
+        with _DrawRecorder() as recorder:
             run()
-    if watch.lines:
-        return drawing(next(filter(None, watch.lines), "")), STILL
+    if recorder.lines:
+        return reason_for(next(filter(None, recorder.lines), "")), RANDOMNESS_FIX
     buffers = dict(model.named_buffers())
     changed = [name for name, value in buffers.items() if name not in before or not torch.equal(value, before[name])]
     if changed:
@@ -79,59 +79,63 @@ def unsteady(model: nn.Module, run: Callable[[], list[torch.Tensor]]) -> tuple[s
 def draws(func: Any, args: Any, options: Any) -> bool:
     """Return whether an operation draws random numbers.
 
-    Attention and recurrent layers are marked as drawing whether or not they drop anything.
+    PyTorch marks attention and recurrent layers as random even if their dropout is 0, so the dropout is checked.
     """
     if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
         return False
     names = func._schema.arguments  # noqa: SLF001 - has no public name
-    given = {argument.name: argument.default_value for argument in names}
-    given |= dict(zip(given, args, strict=False)) | options
-    dropped = [given[name] for name in ("p", "dropout_p") if isinstance(given.get(name), (int, float))]
-    return given.get("train", given.get("training")) is not False and 0 not in dropped
+    values = {argument.name: argument.default_value for argument in names}
+    values |= dict(zip(values, args, strict=False)) | options
+    dropout = [values[name] for name in ("p", "dropout_p") if isinstance(values.get(name), (int, float))]
+    return values.get("train", values.get("training")) is not False and 0 not in dropout
 
 
-def drawing_line(program: ExportedProgram) -> str | None:
-    """Return the line of the first operation that draws random numbers for an output, "" if it is unknown.
+def line_that_draws(program: ExportedProgram) -> str | None:
+    """Return the line of the first operation that draws random numbers for an output.
 
-    None where there is no such operation.
+    Returns:
+        The line, "" if it is unknown; None if no operation draws for an output.
     """
     needed = {node for node in program.graph.nodes if node.op == "output"}
-    found = None
+    line = None
     for node in reversed(program.graph.nodes):
         if node in needed:
             needed.update(node.all_input_nodes)
             if node.op == "call_function" and draws(node.target, node.args, node.kwargs):
-                found = line_in(node.meta.get("stack_trace") or "")
-    return found
+                line = line_in(node.meta.get("stack_trace") or "")
+    return line
 
 
 def line_in(trace: str) -> str:
     """Return the innermost line outside of PyTorch and Kirsch in the text of a stack trace; see `line_of`."""
-    found = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', trace)
-    return line_of([(file, int(number), code) for file, number, code in found])
+    frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', trace)
+    return line_of([(file, int(number), code) for file, number, code in frames])
 
 
-def drawing(line: str) -> str:
-    """Return the sentence for a model that draws random numbers at a line of code, which may be unknown: ""."""
+def reason_for(line: str) -> str:
+    """Return the error sentence for a model that draws random numbers at a line of code, "" if it is unknown."""
     return f"It draws random numbers in inference mode{f': {line}' if line else ''}."
 
 
 def _alike(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    """Whether two runs give the same numbers up to rounding; NaN and infinity at the same places are the same."""
+    """Return whether two runs agree up to rounding; NaN equals NaN, and infinity equals infinity."""
     if [value.shape for value in first] != [value.shape for value in second]:
         return False
     sizes = [float(a.abs().nan_to_num(posinf=0.0).max()) if a.is_floating_point() and a.numel() else 0.0 for a in first]
     return all(
-        torch.allclose(a, b, rtol=0.0, atol=APART * size, equal_nan=True)
+        torch.allclose(a, b, rtol=0.0, atol=TOLERANCE * size, equal_nan=True)
         for a, b, size in zip(first, second, sizes, strict=True)
     )
 
 
 def line_of(frames: list[tuple[str, int | None, str | None]]) -> str:
-    """Return the innermost line outside of PyTorch and Kirsch, as "net.py:41, `return F.dropout(x)`"; "" if none is.
+    """Return the innermost line outside of PyTorch and Kirsch: "net.py:41, `return F.dropout(x)`".
 
     Args:
-        frames: file, line number and code of each call, the outermost first.
+        frames: file, line number and code of each call, outermost first.
+
+    Returns:
+        The line, "" if there is none.
     """
     for file, number, code in reversed(frames):
         if of_user(file):

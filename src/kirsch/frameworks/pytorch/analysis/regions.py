@@ -1,4 +1,4 @@
-"""Which operations of a traced program belong to which module, and what each module puts out."""
+"""The operations of each module in a traced program, and the output of each module."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 def regions(nodes: Iterable[Node]) -> dict[str, list[Node]]:
-    """Path of a module → its operations and those of the modules within it; all calls of a module together."""
-    found: dict[str, list[Node]] = {}
+    """Return the operations of each module by its path, inner modules and all calls of the module included."""
+    operations: dict[str, list[Node]] = {}
     for node in nodes:
         for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-            found.setdefault(str(path).split("@")[0], []).append(node)
-    return found
+            operations.setdefault(str(path).split("@")[0], []).append(node)
+    return operations
 
 
 def exits(region: Sequence[Node]) -> list[Node]:
-    """The operations of a region whose result something outside of it reads."""
+    """Return the operations of a region whose results are read outside of it."""
     inside = set(region)
     return [node for node in region if any(user not in inside and _reads(user) for user in node.users)]
 
@@ -32,12 +32,12 @@ def _reads(user: Node) -> bool:
     return user.op != "call_function" or name_of(user).removeprefix("aten.") not in ASSERTIONS
 
 
-def put_out(states: Mapping[Node, Any]) -> dict[str, Tensor]:
-    """Path of a module → the one tensor that the rest of the program takes from it, with its labels.
+def module_outputs(states: Mapping[Node, Any]) -> dict[str, Tensor]:
+    """Return the output of each module by its path, with labels; modules with several outputs are left out.
 
     Args:
-        states: node → the labels of its result.
+        states: labels of the result of each node.
     """
-    found = {path: exits(region) for path, region in regions(states).items() if path}
-    ends = {path: states[nodes[0]] for path, nodes in found.items() if len(nodes) == 1}
-    return {path: labeled for path, labeled in ends.items() if isinstance(labeled, Tensor)}
+    exits_of = {path: exits(region) for path, region in regions(states).items() if path}
+    outputs = {path: states[nodes[0]] for path, nodes in exits_of.items() if len(nodes) == 1}
+    return {path: output for path, output in outputs.items() if isinstance(output, Tensor)}

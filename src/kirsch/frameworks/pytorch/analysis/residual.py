@@ -1,4 +1,4 @@
-"""Residual sums: an addition of which one operand is computed from the other by a layer with weights."""
+"""Residual sums: additions of which one operand is computed from the other by a layer with weights."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ linear matmul mm bmm mv addmm baddbmm addmv einsum bilinear _grouped_mm grouped_
 convolution conv_transpose1d conv_transpose2d conv_transpose3d scaled_dot_product_attention lstm gru
 """
 MIXING = frozenset(_MIXING.split())
-"""Operations that compute features from others."""
+"""Operations that compute features from other features."""
 
 WEIGHTED = frozenset(["mul"])
 """Operations whose smaller operand scales the larger one, such as a gate or the weight of an expert."""
 
 
-def ends_of_branch(node: Node, place: Mapping[Node, int]) -> list[Node] | None:
-    """The last layers of the branch that a residual sum adds; None for a sum that is not residual.
+def last_layers_of_branch(node: Node, index: Mapping[Node, int]) -> list[Node] | None:
+    """Return the last layers of the branch that a residual sum adds; None if the sum is not residual.
 
     Args:
         node: an addition.
-        place: of each node in the order of the program.
+        index: of each node in the order of the program.
     """
     for stream in node.all_input_nodes:
         for branch in node.all_input_nodes:
-            if branch is not stream and _computed_from(branch, stream, place):
-                return _ends(branch, place[stream], place)
+            if branch is not stream and _computed_from(branch, stream, index):
+                return _last_layers(branch, index[stream], index)
     return None
 
 
 def mixes(node: Node) -> bool:
-    """Whether an operation computes features from others."""
+    """Return whether an operation computes features from other features."""
     return name_of(node).rpartition(".")[2] in MIXING
 
 
-def _computed_from(branch: Node, stream: Node, place: Mapping[Node, int]) -> bool:
-    """Whether a way leads from the stream to the branch through a layer."""
+def _computed_from(branch: Node, stream: Node, index: Mapping[Node, int]) -> bool:
+    """Return whether a path leads from the stream to the branch through a layer."""
     seen: set[tuple[Node, bool]] = set()
     waiting = [(branch, False)]
     while waiting:
@@ -53,32 +53,32 @@ def _computed_from(branch: Node, stream: Node, place: Mapping[Node, int]) -> boo
             if crossed:
                 return True
             continue
-        if (node, crossed) in seen or place[node] < place[stream]:
+        if (node, crossed) in seen or index[node] < index[stream]:
             continue
         seen.add((node, crossed))
         waiting += [(source, crossed or mixes(node)) for source in node.all_input_nodes]
     return False
 
 
-def _ends(branch: Node, first: int, place: Mapping[Node, int]) -> list[Node]:
-    """The layers that are met first on the ways back from a branch."""
-    found: list[Node] = []
+def _last_layers(branch: Node, first: int, index: Mapping[Node, int]) -> list[Node]:
+    """Return the first layers on each path back from a branch."""
+    layers: list[Node] = []
     seen: set[Node] = set()
     waiting = [branch]
     while waiting:
         node = waiting.pop()
-        if node in seen or place[node] < first:
+        if node in seen or index[node] < first:
             continue
         seen.add(node)
         if mixes(node):
-            found.append(node)
+            layers.append(node)
             continue
         sources = node.all_input_nodes
         if name_of(node).rpartition(".")[2] in WEIGHTED:
             sizes = [_size(source) for source in sources]
             sources = [source for source, size in zip(sources, sizes, strict=True) if size == max(sizes)]
         waiting += sources
-    return found
+    return layers
 
 
 def _size(node: Node) -> int:

@@ -1,4 +1,4 @@
-"""Example inputs as a plan stores them, and inputs of the same form to trace a model with."""
+"""Specifications of example inputs for plans, and random inputs from a specification."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Input
 
 KINDS: dict[type[Any], str] = {list: "list", tuple: "tuple", dict: "dict", OrderedDict: "dict"}
-"""Containers that can be made again from plain data; a subclass may be read in ways of its own."""
+"""Containers that plain data can rebuild; subclasses are not, since a model may depend on their other attributes."""
 LARGEST = 2**63 - 2
-"""A stand-in is drawn from 0 to this, and the end of the range must be an int64."""
+"""Largest random integer; the end of its range must be an int64."""
 COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Types that a layer computes in, so that its inputs must have the type of its parameters."""
+"""Types that layers compute in; inputs of these types must have the type of the parameters."""
 
 
 def specification(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Input, ...]:
-    """Example inputs as a plan stores them, of tensors without their values; empty where one cannot be stored."""
-    given = [("", value) for value in args] + list(options.items())
-    found = [_described(name, value) for name, value in given]
-    stored = [item for item in found if item is not None]
-    return tuple(stored) if len(stored) == len(found) else ()
+    """Return example inputs as a plan stores them, without the values of tensors; empty if one cannot be stored."""
+    inputs = [("", value) for value in args] + list(options.items())
+    described = [_described(name, value) for name, value in inputs]
+    stored = [item for item in described if item is not None]
+    return tuple(stored) if len(stored) == len(described) else ()
 
 
 def _described(name: str, value: Any) -> Input | None:
-    """One example input; None where it cannot be stored."""
+    """Return the specification of one example input; None if it cannot be stored."""
     if isinstance(value, torch.Tensor):
         plain = value.layout is torch.strided and not value.is_quantized and not value.is_nested
         dtype = str(value.dtype).removeprefix("torch.")
@@ -54,7 +54,7 @@ def _described(name: str, value: Any) -> Input | None:
 
 
 def _highest(value: torch.Tensor) -> int:
-    """The largest value of an integer tensor, so that a stand-in for an index stays in range; 0 for any other."""
+    """Return the largest value of an integer tensor, so that random indices stay in range; 0 for any other type."""
     if value.is_floating_point() or value.is_complex() or value.is_meta or not value.numel():
         return 0
     highest = int(value.to(torch.int64).max())  # PyTorch has no maximum of unsigned integers of 16 bits and more
@@ -62,47 +62,51 @@ def _highest(value: torch.Tensor) -> int:
 
 
 def stand_ins(specification: Sequence[Input], model: nn.Module) -> Any:
-    """Example inputs of stored shapes and types: those with a name are keyword arguments.
+    """Return random inputs of the specified shapes and types, on the device of a model.
 
-    They lie where the model lies. Floating ones are of its type where none of theirs is, since what was pruned may have
-    been converted, as by `model.half()`, and the model given may not be.
+    If no floating input has a type of the parameters, the floating inputs get the type of the first parameter: the
+    pruned model may have been converted, as by `model.half()`.
+
+    Args:
+        specification: of the inputs; those with a name are keyword arguments.
+        model: that the inputs are for.
 
     Raises:
-        PlanError: a type is unknown.
+        PlanError: a type is unknown to PyTorch.
     """
     generator = torch.Generator().manual_seed(0)
-    values = _moved([(given.name, _made(given, generator)) for given in specification], model)
+    values = _moved([(each.name, _random(each, generator)) for each in specification], model)
     args, options = tuple(value for name, value in values if not name), {name: value for name, value in values if name}
     return Call(args, options) if args and options else options or args
 
 
-def _made(given: Input, generator: torch.Generator) -> Any:
-    if isinstance(given, InputValue):
-        return given.value
-    if isinstance(given, NestedInput):
-        items = [_made(item, generator) for item in given.items]
-        if given.kind == "dict":
-            return {item.name: value for item, value in zip(given.items, items, strict=True)}
-        return items if given.kind == "list" else tuple(items)
-    dtype = getattr(torch, given.dtype, None)
+def _random(spec: Input, generator: torch.Generator) -> Any:
+    if isinstance(spec, InputValue):
+        return spec.value
+    if isinstance(spec, NestedInput):
+        items = [_random(item, generator) for item in spec.items]
+        if spec.kind == "dict":
+            return {item.name: value for item, value in zip(spec.items, items, strict=True)}
+        return items if spec.kind == "list" else tuple(items)
+    dtype = getattr(torch, spec.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise PlanError(
-            f"The plan has an input of the type {given.dtype!r}.",
-            "PyTorch has no such type.",
-            "Give example_inputs=..., or make a new plan.",
+            f"The plan has an input of type {spec.dtype!r}.",
+            "PyTorch does not have this type.",
+            "Pass example_inputs=..., or make a new plan.",
         )
     if dtype.is_floating_point or dtype.is_complex:
         wide = torch.complex64 if dtype.is_complex else torch.float32
-        return torch.randn(given.shape, generator=generator, dtype=wide).to(dtype)
-    highest = min(max(given.high, 0), LARGEST)
-    return torch.randint(0, highest + 1, given.shape, generator=generator).to(dtype)
+        return torch.randn(spec.shape, generator=generator, dtype=wide).to(dtype)
+    highest = min(max(spec.high, 0), LARGEST)
+    return torch.randint(0, highest + 1, spec.shape, generator=generator).to(dtype)
 
 
 def _moved(inputs: Any, model: nn.Module) -> Any:
-    """Inputs where a model lies, and of its floating type where none of theirs is one of its own."""
-    own = {p.dtype for p in model.parameters() if p.dtype in COMPUTED_IN}
+    """Return inputs on the device of a model, with its floating type if no input has one of its types."""
+    types = {p.dtype for p in model.parameters() if p.dtype in COMPUTED_IN}
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dtype in COMPUTED_IN]
-    other = bool(own and leaves) and own.isdisjoint(leaf.dtype for leaf in leaves)
+    other = bool(types and leaves) and types.isdisjoint(leaf.dtype for leaf in leaves)
     first = next((p.dtype for p in model.parameters() if p.dtype in COMPUTED_IN), None)
 
     def moved(value: Any) -> Any:

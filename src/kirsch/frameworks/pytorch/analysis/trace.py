@@ -1,4 +1,4 @@
-"""From a PyTorch model to its `Graph`: export, then walk the operations."""
+"""Analyze a PyTorch model: export it, then apply the rule of each operation."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from torch.utils._pytree import tree_leaves
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis import operators
 from kirsch.frameworks.pytorch.analysis.attention import Fold, fold
-from kirsch.frameworks.pytorch.analysis.blocks import Runner
+from kirsch.frameworks.pytorch.analysis.blocks import BlockRunner
 from kirsch.frameworks.pytorch.analysis.blocks import find as find_blocks
 from kirsch.frameworks.pytorch.analysis.count import macs_of
-from kirsch.frameworks.pytorch.analysis.held import (
-    costs,
+from kirsch.frameworks.pytorch.analysis.integers import PACKAGES, Comparison, TracedInt
+from kirsch.frameworks.pytorch.analysis.node_call import call_of
+from kirsch.frameworks.pytorch.analysis.operation import OperationContext
+from kirsch.frameworks.pytorch.analysis.parameters import (
+    add_costs,
     freeze_shared,
     freeze_unused,
     identities,
     values_of,
 )
-from kirsch.frameworks.pytorch.analysis.integers import PACKAGES, Compared, TracedInt
-from kirsch.frameworks.pytorch.analysis.node_call import call_of
-from kirsch.frameworks.pytorch.analysis.operation import Step
-from kirsch.frameworks.pytorch.analysis.program import Sizes, export, name_of, shapes_of
-from kirsch.frameworks.pytorch.analysis.provenance import Calls, SizeOf
-from kirsch.frameworks.pytorch.analysis.residual import ends_of_branch
+from kirsch.frameworks.pytorch.analysis.program import SizeInterpreter, export, name_of, shapes_of
+from kirsch.frameworks.pytorch.analysis.provenance import RecordedCalls, SizeOf
+from kirsch.frameworks.pytorch.analysis.residual import last_layers_of_branch
 from kirsch.frameworks.pytorch.analysis.stand_ins import specification
 from kirsch.frameworks.pytorch.analysis.traced import Traced
+from kirsch.frameworks.pytorch.inference.calling import without_values
 from kirsch.frameworks.pytorch.inference.outputs import counting
 from kirsch.frameworks.pytorch.inference.predict import arguments
 from kirsch.frameworks.pytorch.modules.submodule import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.modules.unsupported import check
+from kirsch.graph.constants import COMPARISON
 from kirsch.graph.facts import Facts, Freeze, Operation
 from kirsch.graph.graph import Graph, Tracing
 from kirsch.graph.labels import Tensor
-from kirsch.graph.rigid import COMPARISON
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -52,53 +53,76 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Axis
 
 DEFAULT = Tracing()
-CONSTANT = "it meets a constant tensor"
+CONSTANT = "it is combined with a constant tensor"
 
 
 def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, of_part: bool = False) -> Graph:
-    """The coupling analysis of a model; see `kirsch.trace`.
+    """Return the coupling analysis of a model; see `kirsch.trace`.
 
-    `of_part`: the example inputs are those of the part that is traced, not of the whole.
+    Args:
+        whole: the model.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        tracing: the options, such as the part to analyze.
+        of_part: whether the example inputs are those of the part, not of the whole model.
+
+    Raises:
+        ModelError: the model cannot be traced, or returns no tensors.
     """
     model = part_of(whole, tracing.scope)
     if tracing.scope and not of_part:
         example_inputs = inputs_of(whole, tracing.scope, example_inputs)
     args, options = arguments(example_inputs)
     check(model)
+    _check_samples(model, args, options)
     facts = Facts()
-    tensors = _labelled(model, facts)
+    tensors = _labeled_tensors(model, facts)
     traced = _walk(model, args, options, facts, tensors, tracing)
     if not traced.outputs:
         raise ModelError(
             f"The model {type(model).__name__} returns no tensors.",
-            "Every unit could go without any output changing, so that a cut could not be verified.",
-            "Let its forward return the tensors that count.",
+            "Without outputs, a cut could not be verified.",
+            "Let the forward return the output tensors.",
         )
-    costs(model, facts, tensors)
+    add_costs(model, facts, tensors)
     unused = _unused(tensors, traced)
     if unused:
-        traced.training = _training_only(model, args, options, facts, tensors, tracing)
+        traced.training = _training_walk(model, args, options, facts, tensors, tracing)
     if traced.training is not None:
         unused &= _unused(tensors, traced.training)
-        known = {name for fold in traced.folds for name in fold.rows}
-        traced.folds += [fold for fold in traced.training.folds if known.isdisjoint(fold.rows)]
+        folded = {name for fold in traced.folds for name in fold.rows}
+        traced.folds += [fold for fold in traced.training.folds if folded.isdisjoint(fold.rows)]
     freeze_unused(unused, facts, tensors)
     if tracing.scope:
         freeze_shared(shared_with_rest(whole, tracing.scope), model, facts, tensors)
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     return Graph(
         model_name=type(model).__name__,
         facts=facts,
         tensors=tensors,
-        parameters=tuple(own),
+        parameters=tuple(parameters),
         inputs=specification(args, options),
-        values=lambda name: values_of(own[name], name, type(model).__name__),
-        fits=lambda other: other is whole and {n: id(p) for n, p in own.items()} == identities(model),
+        values=lambda name: values_of(parameters[name], name, type(model).__name__),
+        fits=lambda other: other is whole and {n: id(p) for n, p in parameters.items()} == identities(model),
         blocks=tuple(block.path for block in traced.blocks),
-        runner=Runner(whole, model, traced.blocks),
+        runner=BlockRunner(whole, model, traced.blocks),
         tracing=tracing,
         traced=traced,
     )
+
+
+def _check_samples(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Raise if the example inputs hold no samples, or no values where the model has some: any cut would pass."""
+    given = [value for value in tree_leaves((args, options)) if isinstance(value, torch.Tensor)]
+    empty = without_values(model, args, options) if any(value.is_meta for value in given) else None
+    if empty is not None:
+        raise ModelError(f"The model {type(model).__name__} cannot be traced.", *empty)
+    axes = [value.shape for value in given if value.dim()]
+    if axes and not any(shape[0] for shape in axes):
+        raise ModelError(
+            f"The example inputs have no samples: their shapes are {', '.join(str(tuple(shape)) for shape in axes)}.",
+            "On no samples, a verification would show nothing.",
+            "Give at least one sample on the first axis.",
+        )
 
 
 def _walk(
@@ -111,31 +135,32 @@ def _walk(
     *,
     training: bool = False,
 ) -> Traced:
-    """Export the model and gather the facts of each operation."""
-    calls = Calls()
-    program = export(model, args, options, calls, tracing.decisions, training=training)
+    """Export the model and collect the facts of each operation."""
+    recorded = RecordedCalls()
+    program = export(model, args, options, recorded, tracing.decisions, training=training)
     signature = program.graph_signature
     slots = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    user = [place for place, spec in enumerate(signature.output_specs) if spec.kind is OutputKind.USER_OUTPUT]
-    outputs = dict(zip(user, calls.outputs, strict=False))  # after them come tensors that are computed and never read
-    counts = counting(calls.outputs, () if training else tracing.outputs)
+    user = [index for index, spec in enumerate(signature.output_specs) if spec.kind is OutputKind.USER_OUTPUT]
+    outputs = dict(zip(user, recorded.outputs, strict=False))  # the remaining ones are computed and never read
+    counts = counting(recorded.outputs, () if training else tracing.outputs)
     constants = frozenset(signature.inputs_to_lifted_tensor_constants)
     shaped = [value for value in tree_leaves((args, options)) if isinstance(value, torch.Tensor) and value.dim()]
     batch = shaped[0].shape[0] if shaped else 1
-    walk = _Walk(facts, tensors, slots, constants, calls, Sizes.of(program, args, options), tracing, batch)
+    sizes = SizeInterpreter.of(program, args, options)
+    walk = _Walk(facts, tensors, slots, constants, recorded, sizes, tracing, batch)
     for node in program.graph.nodes:
         walk.visit(node)
-    counted = frozenset(place for place, name in outputs.items() if name in counts)
-    walk.put_out(outputs, counted)
+    counted = frozenset(index for index, name in outputs.items() if name in counts)
+    walk.freeze_outputs(outputs, counted)
     if not tracing.as_graph:
         walk.pin_numbers()
     modules = not training and not tracing.as_graph
-    blocks = find_blocks(model, walk.states, {*slots, *constants}, calls) if modules else ()
+    blocks = find_blocks(model, walk.states, {*slots, *constants}, recorded) if modules else ()
     statistics = frozenset(facts.statistics)
     return Traced(program, slots, walk.states, args, options, outputs, counted, walk.folds, blocks, statistics)
 
 
-def _training_only(
+def _training_walk(
     model: nn.Module,
     args: tuple[Any, ...],
     options: dict[str, Any],
@@ -143,43 +168,44 @@ def _training_only(
     tensors: dict[str, Tensor],
     tracing: Tracing,
 ) -> Traced | None:
-    """Add the ties of what only training runs, such as auxiliary heads; None if training cannot be traced.
+    """Add the facts of a forward pass in training mode; None if the model cannot be traced in training mode.
 
-    Costs and statistics stay those of inference.
+    Such a pass also runs auxiliary heads. Costs and statistics remain those of inference.
     """
     terms, statistics, facts.statistics = list(facts.terms), facts.statistics, set()
     try:
-        way = replace(tracing, decisions="example")  # of several, such as the masks that training draws
-        return _walk(model, args, options, facts, tensors, way, training=True)
+        # Training mode may make decisions by random values, such as masks.
+        by_example = replace(tracing, decisions="example")
+        return _walk(model, args, options, facts, tensors, by_example, training=True)
     except ModelError:
         return None
     finally:
         facts.terms[:], facts.statistics = terms, statistics
 
 
-def _labelled(model: nn.Module, facts: Facts) -> dict[str, Tensor]:
-    """Fresh labels for each axis of each parameter and buffer; tied tensors share theirs."""
+def _labeled_tensors(model: nn.Module, facts: Facts) -> dict[str, Tensor]:
+    """Return each parameter and buffer with new labels on each axis; tied tensors share their labels."""
     by_identity: dict[int, Tensor] = {}
-    out = {}
+    labeled = {}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, value in named:
         if id(value) not in by_identity:
             axes = [facts.fresh(size) if size > 1 else None for size in value.shape]
             by_identity[id(value)] = Tensor.of(value.shape, axes)
-        out[name] = by_identity[id(value)]
-    return out
+        labeled[name] = by_identity[id(value)]
+    return labeled
 
 
 def _unused(tensors: dict[str, Tensor], traced: Traced) -> set[int]:
-    """The labeled tensors, by identity, that no operation of a trace takes."""
+    """Return the identities of the labeled tensors that no operation of a trace uses."""
     nodes = traced.program.graph.nodes
-    taken = [traced.slots[n.name] for n in nodes if n.op == "placeholder" and n.name in traced.slots and n.users]
-    used = {id(tensors[name]) for name in taken}
+    names = [traced.slots[n.name] for n in nodes if n.op == "placeholder" and n.name in traced.slots and n.users]
+    used = {id(tensors[name]) for name in names}
     return {id(tensor) for tensor in tensors.values() if any(a is not None for a in tensor.axes)} - used
 
 
 class _Walk:
-    """Visits the nodes in order; `states` holds what each put out."""
+    """Visits the nodes in order; `states` maps each node to the labels of its result."""
 
     def __init__(
         self,
@@ -187,87 +213,85 @@ class _Walk:
         tensors: dict[str, Tensor],
         slots: dict[str, str],
         constants: frozenset[str],
-        calls: Calls,
+        recorded: RecordedCalls,
         sizes: dict[Node, list[tuple[int, ...]]],
         tracing: Tracing,
         batch: int,
     ) -> None:
         self.states: dict[Node, Any] = {}
         self.folds: list[Fold] = []
-        self._causes: dict[Node, Freeze] = {}
+        self._causes: dict[Node, Freeze] = {}  # why a result has no labels
         self._facts = facts
         self._tensors = tensors
         self._slots = slots
         self._constants = constants
-        self._calls = calls
+        self._recorded = recorded
         self._sizes = sizes
         self._tracing = tracing
-        self._given: list[Any] = []
-        self._place: dict[Node, int] = {}
+        self._outputs: list[Any] = []
+        self._index: dict[Node, int] = {}
         self._batch = batch
-        self._fixed: set[Node] = set()  # made of parameters and constants alone
+        self._weights: set[Node] = set()  # computed from parameters and constants only
         self._by_call: dict[int, list[Any]] = {}
-        self._settled: dict[int, set[int]] = {}
-        self._origin: dict[int, Operation] = {}  # the first of each call
+        self._tied: dict[int, set[int]] = {}
+        self._origin: dict[int, Operation] = {}  # the first operation of each call
 
     def visit(self, node: Node) -> None:
-        """One node."""
-        self._place[node] = len(self._place)
+        """Process one node."""
+        self._index[node] = len(self._index)
         if node.op == "placeholder":
             self.states[node] = self._input(node)
         elif node.op == "call_function" and node.target is operator.getitem:
-            source, place = node.args[0], node.args[1]
-            self.states[node] = self.states[source][place]  # type: ignore[index]
+            source, item = node.args[0], node.args[1]
+            self.states[node] = self.states[source][item]  # type: ignore[index]
             if source in self._causes:
                 self._causes[node] = self._causes[source]  # type: ignore[index]
-            if source in self._fixed:
-                self._fixed.add(node)
+            if source in self._weights:
+                self._weights.add(node)
         elif node.op == "call_function":
             self.states[node] = self._operation(node)
         elif node.op == "output":
-            given: Any = node.args[0]
-            self._given = [self.states.get(source) for source in given]
+            sources: Any = node.args[0]
+            self._outputs = [self.states.get(source) for source in sources]
         else:
             value = node.meta.get("val")
             self.states[node] = Tensor.of(value.shape) if isinstance(value, torch.Tensor) else None
 
     def _input(self, node: Node) -> Tensor | None:
         if node.name in self._slots or node.name in self._constants:
-            self._fixed.add(node)
+            self._weights.add(node)
         if node.name in self._slots:
             return self._tensors[self._slots[node.name]]
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return None
-        own = node.name in self._constants
-        reason = CONSTANT if own else "it meets an input of the model"
-        self._causes[node] = Freeze(np.zeros(0, np.int64), reason, Operation(node.name), boundary=not own)
+        constant = node.name in self._constants
+        reason = CONSTANT if constant else "it is combined with an input of the model"
+        self._causes[node] = Freeze(np.zeros(0, np.int64), reason, Operation(node.name), boundary=not constant)
         return Tensor.of(value.shape)
 
     def _operation(self, node: Node) -> Any:
         facts = self._facts
-        causes = [self._causes[source] for source in node.all_input_nodes if source in self._causes]
-        causes.sort(key=lambda cause: cause.boundary)  # what the model does to itself is the better explanation
-        here = Operation(name_of(node), _module(node), _source(node), node.name)
-        causes = [cause if cause.operation.node else replace(cause, operation=here) for cause in causes]
-        facts.begin(here, causes[0] if causes else None)
+        inputs = node.all_input_nodes
+        causes = [self._causes[source] for source in inputs if source in self._causes]
+        causes.sort(key=lambda cause: cause.boundary)  # an operation of the model explains more than an input
+        operation = Operation(name_of(node), _module(node), _source(node), node.name)
+        causes = [cause if cause.operation.node else replace(cause, operation=operation) for cause in causes]
+        facts.begin(operation, causes[0] if causes else None)
         frozen = len(facts.freezes)
-        values = node.meta.get("val")
         shapes = self._sizes.get(node) or shapes_of(node)
         number = (node.meta.get("custom") or {}).get("kirsch_call", -1)
-        call = self._calls.log[number] if 0 <= number < len(self._calls.log) else None
+        call = self._recorded.log[number] if 0 <= number < len(self._recorded.log) else None
         if self._tracing.as_graph:
             call = call_of(node)
         args: Any = map_arg(node.args, self.states.get)
         options: Any = map_arg(node.kwargs, self.states.get)
-        name = name_of(node).removeprefix("aten.")
-        fixed = {id(self.states[source]) for source in node.all_input_nodes if source in self._fixed}
-        if node.all_input_nodes and len(self._fixed.intersection(node.all_input_nodes)) == len(node.all_input_nodes):
-            self._fixed.add(node)
-        settled = self._settled.setdefault(number, set())
-        step = Step(
+        weights = {id(self.states[source]) for source in inputs if source in self._weights}
+        if inputs and self._weights.issuperset(inputs):
+            self._weights.add(node)
+        op = OperationContext(
             facts,
-            name,
+            name_of(node).removeprefix("aten."),
             args,
             options,
             shapes,
@@ -275,34 +299,34 @@ class _Walk:
             self._labels_of,
             macs=lambda: macs_of(node),
             keeps_scale=lambda width: self._keeps_scale(node, width),
-            is_weight=lambda tensor: id(tensor) in fixed,
+            is_weight=lambda tensor: id(tensor) in weights,
             softmax=self._tracing.softmax,
-            settled=settled,
-            is_residual=lambda: self._residual(node),
+            tied=self._tied.setdefault(number, set()),
+            is_residual=lambda: self._is_residual(node),
             batch=self._batch,
         )
-        results = operators.apply(step) if shapes else []
-        facts.cost("activations", *_outputs(results), owner=facts.operation.module)
-        ended = all(axis is None for result in results for axis in result.axes)  # whatever labels there were
-        own = facts.freezes[frozen:][-1:]
-        made = [] if node.all_input_nodes else [Freeze(np.zeros(0, np.int64), CONSTANT, Operation(node.name))]
-        found = [*(cause for cause in causes if not cause.boundary), *own, *causes, *made]
-        if ended and found:
-            self._causes[node] = found[0]
-        state = _arranged(iter(results), values)
+        results = operators.apply(op) if shapes else []
+        facts.cost("activations", *_activations(results), owner=facts.operation.module)
+        if all(axis is None for result in results for axis in result.axes):
+            last = facts.freezes[frozen:][-1:]
+            created = [] if inputs else [Freeze(np.zeros(0, np.int64), CONSTANT, Operation(node.name))]
+            reasons = [*(cause for cause in causes if not cause.boundary), *last, *causes, *created]
+            if reasons:
+                self._causes[node] = reasons[0]
+        state = _structured(iter(results), node.meta.get("val"))
         if call is not None:
             self._by_call.setdefault(number, []).append(state)
             self._origin.setdefault(number, facts.operation)
         return state
 
-    def put_out(self, places: Iterable[int], counted: Collection[int]) -> None:
-        """The shapes of the outputs that count stay what they are, as do axes on which any output holds positions."""
+    def freeze_outputs(self, indices: Iterable[int], counted: Collection[int]) -> None:
+        """Freeze the axes of the counted outputs, and axes that any output holds indices into."""
         self._facts.begin(Operation("output"))
-        for place in places:
-            state = self._given[place]
+        for index in indices:
+            state = self._outputs[index]
             if isinstance(state, Tensor):
-                self._facts.freeze(state.points, "positions on it are an output of the model")
-                for axis in state.axes if place in counted else ():
+                self._facts.freeze(state.points, "indices into it are an output of the model")
+                for axis in state.axes if index in counted else ():
                     self._facts.freeze(axis, "it is an output of the model", boundary=True)
 
     def _keeps_scale(self, node: Node, width: Axis) -> bool:
@@ -311,58 +335,58 @@ class _Walk:
             self.folds.append(found)
         return width is None or found is not None
 
-    def _residual(self, node: Node) -> bool:
-        """Whether an addition is residual; marks what the layers read that end its branch."""
-        ends = ends_of_branch(node, self._place)
-        for end in ends or []:
-            for source, axis in zip(end.all_input_nodes[1:], (1, 0), strict=False):
+    def _is_residual(self, node: Node) -> bool:
+        """Return whether an addition is residual; mark the inputs of the last layers of its branch."""
+        layers = last_layers_of_branch(node, self._index)
+        for layer in layers or []:
+            for source, axis in zip(layer.all_input_nodes[1:], (1, 0), strict=False):
                 weight = self.states[source]
-                if isinstance(weight, Tensor) and source in self._fixed and len(weight.axes) > 1:
-                    name = name_of(end).rpartition(".")[2]
+                if isinstance(weight, Tensor) and source in self._weights and len(weight.axes) > 1:
+                    name = name_of(layer).rpartition(".")[2]
                     into = axis if name == "linear" else len(weight.axes) - 2
                     self._facts.mark(weight.axes[into], "into sum")
-        return ends is not None
+        return layers is not None
 
     def pin_numbers(self) -> None:
-        """What the code does with its integers apart from sizes (scales, paddings) it does after a cut as well."""
-        step = Step(self._facts, "", (), {}, [], None, self._labels_of)
+        """Require that integers of the code that are not sizes, such as scales and paddings, keep their values."""
+        op = OperationContext(self._facts, "", (), {}, [], None, self._labels_of)
         for number, operation in self._origin.items():
-            for integer in self._calls.log[number].integers():
-                if isinstance(integer, TracedInt) and id(integer) not in self._settled[number]:
+            for integer in self._recorded.log[number].integers():
+                if isinstance(integer, TracedInt) and id(integer) not in self._tied[number]:
                     self._facts.begin(operation)
-                    step.pin(integer)
-        for lost in self._calls.lost:
-            if isinstance(lost, Compared):
-                self._facts.begin(Operation(COMPARISON, source=lost.source))
-                step.compared(lost)
+                    op.pin(integer)
+        for event in self._recorded.events:
+            if isinstance(event, Comparison):
+                self._facts.begin(Operation(COMPARISON, source=event.source))
+                op.add_comparison(event)
             else:
-                self._facts.begin(Operation("arithmetic", source=lost.source))
-                step.pin(lost.number)
+                self._facts.begin(Operation("arithmetic", source=event.source))
+                op.pin(event.number)
 
     def _labels_of(self, size: SizeOf) -> Axis:
-        """The labels of a size that the code read; KeyError if the tensor is not known."""
+        """Return the labels of a size that the code read; raises KeyError if its tensor is unknown."""
         if size.name:
             return self._tensors[size.name].axes[size.axis]
         state = self._by_call[size.call][-1]
         if isinstance(state, list):
-            tensor = state[size.place or 0] if (size.place or 0) < len(state) else None
+            tensor = state[size.output or 0] if (size.output or 0) < len(state) else None
         else:
-            tensor = state if size.place is None else None
+            tensor = state if size.output is None else None
         if tensor is None or size.axis >= len(tensor.axes):
             raise KeyError(size)
         axis: Axis = tensor.axes[size.axis]
         return axis
 
 
-def _arranged(results: Iterator[Tensor], values: Any) -> Any:
-    """The results in the places of the tensors that an operation puts out; None in the place of anything else."""
+def _structured(results: Iterator[Tensor], values: Any) -> Any:
+    """Return the results in the structure of the values of an operation, with None for values that are not tensors."""
     if isinstance(values, (list, tuple)):
-        return [_arranged(results, value) for value in values]
+        return [_structured(results, value) for value in values]
     return next(results) if isinstance(values, torch.Tensor) else None
 
 
-def _outputs(results: list[Tensor]) -> tuple[float, list[Axis]]:
-    """Coefficient and factors of the numbers that an operation puts out; only its first result counts."""
+def _activations(results: list[Tensor]) -> tuple[float, list[Axis]]:
+    """Return coefficient and factors of the size of the first result of an operation."""
     if not results:
         return 0.0, []
     constant = 1
@@ -377,11 +401,11 @@ def _module(node: Node) -> str:
 
 
 def _source(node: Node) -> str:
-    """The last line of the stack that lies outside PyTorch: "file.py:12"."""
-    found = ""
+    """Return the last line of the stack that is outside of PyTorch: "file.py:12"."""
+    source = ""
     for line in (node.meta.get("stack_trace") or "").splitlines():
         text = line.strip()
         if text.startswith('File "') and not text[6:].startswith(PACKAGES):
             path, _, rest = text[6:].partition('", line ')
-            found = f"{Path(path).name}:{rest.partition(',')[0]}"
-    return found
+            source = f"{Path(path).name}:{rest.partition(',')[0]}"
+    return source

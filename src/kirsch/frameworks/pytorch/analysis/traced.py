@@ -1,4 +1,4 @@
-"""The PyTorch side of a trace, which pruning and verification read."""
+"""PyTorch's record of a trace, for pruning and verification."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from kirsch.frameworks.pytorch.analysis.attention import Fold
-    from kirsch.frameworks.pytorch.analysis.blocks import Block
+    from kirsch.frameworks.pytorch.analysis.blocks import ResidualBlock
 
 
 @dataclass
 class Traced:
-    """What PyTorch knows of a trace.
+    """PyTorch's record of a trace.
 
     Args:
         program: the exported operations.
-        slots: graph input → path of the parameter or buffer that it takes.
-        states: graph node → the labels of its result, or a list of them.
+        slots: graph input → path of its parameter or buffer.
+        states: graph node → labels of its result, or a list of them.
         args, options: the example inputs.
-        outputs: place among the outputs of the program → name, of those that the model itself puts out.
-        counted: those of them that count, and stay whole.
-        folds: where the scale of an attention is kept.
-        blocks: what may be left out as a whole.
-        statistics: nodes whose result is a statistic over units.
-        training: the same of a run in training mode, where only that reaches some parameters.
+        outputs: index among the outputs of the program → name, for the outputs of the model.
+        counted: indices of the outputs whose shapes must not change.
+        folds: rows that keep the scale of attention.
+        blocks: residual blocks that can be removed.
+        statistics: names of the nodes whose result is a statistic over units.
+        training: the record of a run in training mode; None unless only that run uses some parameters.
     """
 
     program: ExportedProgram
@@ -38,6 +38,6 @@ class Traced:
     outputs: dict[int, str]
     counted: frozenset[int]
     folds: list[Fold]
-    blocks: tuple[Block, ...]
+    blocks: tuple[ResidualBlock, ...]
     statistics: frozenset[str]
     training: Traced | None = None

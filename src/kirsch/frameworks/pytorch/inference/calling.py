@@ -13,7 +13,7 @@ from kirsch.failures import error_with_location
 from kirsch.frameworks.structure import look
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import nn
 
@@ -25,6 +25,9 @@ UNFIT = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.bool)
 """Types of whole numbers that neither layers with float weights nor embeddings take."""
 
+
+CASTS = {torch.float32: "float()", torch.float64: "double()", torch.float16: "half()", torch.bfloat16: "bfloat16()"}
+"""Methods of a tensor or a model that convert it to a type."""
 
 LOOKED_UP = "Numbers that an embedding looks up, such as those of tokens, must be int64."
 
@@ -111,8 +114,7 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
     """
     name = type(model).__name__
     parts = [part for part in tree_leaves((args, options)) if isinstance(part, torch.Tensor)]
-    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    given = {part.dtype for part in parts if part.is_floating_point()}
+    own, given = _floating(model.parameters()), _floating(parts)
     if isinstance(error, TypeError):
         try:
             inspect.signature(model.forward).bind(*args, **options)
@@ -125,34 +127,83 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
         return UsageError(
             f"{name} computes in {types[0]}, and its inputs are {types[1]}.",
             error_text(error),
-            f"Give it inputs of its own type, or bring it to theirs, as {name}.float() does for float32.",
+            _fix_of_types(own, given),
         )
-    whole = next((part for part in parts if part.dtype in WHOLE or not part.is_floating_point()), None)
-    if own and whole is not None and not given and (whole.dtype in WHOLE or "dtype" in str(error)):
-        scale = " and scaled as in its training, for example inputs.astype(numpy.float32) / 255"
+    whole = _whole(parts, error) if own and not given else None
+    if whole is not None:
         return UsageError(
             f"{name} computes in {_plain(next(iter(own)))}, and its inputs are {look(whole)}, values "
             f"{int(whole.min())} to {int(whole.max())}.",
             error_text(error),
-            f"Give inputs of floating type{scale if whole.dtype == torch.uint8 else ''}; numbers of tokens as int64.",
+            _fix_of_whole(whole),
         )
     return None
 
 
+def fix_of_inputs(model: nn.Module, args: Any, options: Any, error: Exception) -> str:
+    """Return how to change inputs that a model raises on, by their type or layout; "" where those do not tell."""
+    parts = [part for part in tree_leaves((args, options)) if isinstance(part, torch.Tensor)]
+    own, given = _floating(model.parameters()), _floating(parts)
+    if own and given and not own & given and "type" in str(error):
+        return _fix_of_types(own, given)
+    whole = _whole(parts, error) if own and not given else None
+    return _fix_of_whole(whole) if whole is not None else _fix_of_layout(parts)
+
+
+def without_values(model: nn.Module, args: Any, options: Any) -> tuple[str, str] | None:
+    """Return why inputs and a model do not fit of which only one lies on the meta device, and the fix; None if not."""
+    empty = next((name for name, value in model.named_parameters() if value.is_meta), None)
+    given = any(part.is_meta for part in tree_leaves((args, options)) if isinstance(part, torch.Tensor))
+    if given and empty is None:
+        return (
+            "The example inputs lie on the meta device and have no values.",
+            "Give inputs with values, such as torch.randn(inputs.shape).",
+        )
+    if empty is not None and not given:
+        return f"Its parameter `{empty}` lies on the meta device and has no values.", "Load its weights first."
+    return None
+
+
+def _floating(values: Iterable[torch.Tensor]) -> set[torch.dtype]:
+    return {value.dtype for value in values if value.is_floating_point()}
+
+
+def _fix_of_types(own: set[torch.dtype], given: set[torch.dtype]) -> str:
+    wanted = torch.float32 if torch.float32 in own else min(own, key=str)
+    name, method = _plain(wanted), CASTS.get(wanted, f"to({wanted})")
+    array = "" if wanted is torch.bfloat16 else f"inputs.astype(numpy.{name}) of an array, "  # numpy lacks it
+    other = "; or bring the model to theirs: model.float()" if given == {torch.float32} else ""
+    return f"Give inputs in {name}: {array}inputs.{method} of a tensor{other}."
+
+
+def _whole(parts: Sequence[torch.Tensor], error: Exception) -> torch.Tensor | None:
+    """The first input of whole numbers, where these are at fault."""
+    whole = next((part for part in parts if part.dtype in WHOLE or not part.is_floating_point()), None)
+    return whole if whole is not None and (whole.dtype in WHOLE or "type" in str(error)) else None
+
+
+def _fix_of_whole(whole: torch.Tensor) -> str:
+    scale = " and scaled as in its training, for example inputs.astype(numpy.float32) / 255"
+    return f"Give inputs of floating type{scale if whole.dtype == torch.uint8 else ''}; numbers of tokens as int64."
+
+
+def _fix_of_layout(parts: Iterable[Any]) -> str:
+    images = [part for part in parts if getattr(part, "ndim", 0) == NCHW]
+    if not any(part.shape[-1] in COLORS and part.shape[1] not in COLORS for part in images):
+        return ""
+    axes = (0, 3, 1, 2)
+    return (
+        f"These images have their channels last. Where the model takes them first, give inputs.transpose{axes} of an "
+        f"array, inputs.permute{axes} of a tensor."
+    )
+
+
 def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:
     """The error for a model that raises on a batch, whatever it raises."""
-    images = [part for part in tree_leaves(inputs) if getattr(part, "ndim", 0) == NCHW]
-    last = next((part for part in images if part.shape[-1] in COLORS and part.shape[1] not in COLORS), None)
-    fix = (
+    fix = _fix_of_layout(tree_leaves(inputs)) or (
         "Give each batch as the forward of the model takes it, padded or resized where it has one size; try "
         "model(inputs) by itself."
     )
-    if last is not None:
-        axes = (0, 3, 1, 2)
-        fix = (
-            f"These images have their channels last. Where the model takes them first, give inputs.transpose{axes} of "
-            f"an array, inputs.permute{axes} of a tensor."
-        )
     if looks_up(error):
         fix = LOOKED_UP
     elif isinstance(error, IndexError):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kirsch.errors import UnknownNameError
+from kirsch.frameworks.predictions import ASIDE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 
 PREDICTIONS = ("logits", "pred")
 """Words in the names of outputs that a model is trained for."""
-
-ASIDE = ("hidden_state", "attention", "past_key_values", "router_logits")
-"""Words in the names of what models put out beside their predictions."""
 
 
 def named(outputs: Any) -> dict[str, torch.Tensor]:

@@ -15,8 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import DataError, KirschError, UsageError, error_text
 from kirsch.failures import lacks_memory
+from kirsch.frameworks.annotations import ONLY_NUMBERS
+from kirsch.frameworks.predictions import logits_output
 from kirsch.frameworks.pytorch.inference.calling import UNFIT, explained, fitted, not_running, one_sample
 from kirsch.frameworks.pytorch.inference.outputs import named
+from kirsch.frameworks.pytorch.modules.modes import set_modes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -44,7 +47,15 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _tensors_for_numpy(inputs: Any) -> Any:
-    return tree_map(lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value, inputs)
+    return tree_map(lambda value: _from_numpy(value) if isinstance(value, np.ndarray) else value, inputs)
+
+
+def _from_numpy(array: NDArray[Any]) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array) if array.ndim else array)
+    except TypeError:
+        what = f"An input is an array of dtype {array.dtype} and shape {array.shape}."
+        raise UsageError(what, fix=ONLY_NUMBERS) from None
 
 
 def copied(inputs: Any) -> Any:
@@ -99,8 +110,7 @@ def inference(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        set_modes(modes)
 
 
 def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
@@ -111,36 +121,23 @@ def run(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
 
 
 def logits_of(outputs: Any) -> Any:
-    """The scores among what a model puts out: a tensor; what is called logits, or the only thing whose name has that
-    word; else the first of a tuple or a dict.
+    """Return the logits among the outputs of a model, a tensor; see `logits_output`.
 
     Raises:
-        UsageError: there are none, or several of which none is the only one.
+        UsageError: there are no tensors, or their names do not tell which are the logits.
     """
     if isinstance(outputs, torch.Tensor):
         return outputs
     direct = getattr(outputs, "logits", None)
-    if isinstance(direct, torch.Tensor):  # most models; the rest of what they put out may be much to go through
+    if isinstance(direct, torch.Tensor):  # most models; their other outputs may be many
         return direct
     found = named(outputs)
-    called = ["logits"] if "logits" in found else [name for name in found if "logits" in name]
-    name = called[0] if len(called) == 1 else next(iter(found), "")
-    if name not in found:
+    if not found:
         raise UsageError(
-            f"The model puts out a {type(outputs).__name__} without tensors, so there are no scores.",
-            fix="Give a model that puts out its scores, in inference mode as well as in training.",
+            f"The model returns a {type(outputs).__name__} without tensors, so there are no logits.",
+            fix="Give a model that returns its logits, in inference mode as well as in training.",
         )
-    if len(called) > 1:
-        raise UsageError(
-            f"The model puts out {', '.join(called)}, and none of them is the scores.",
-            fix=f'Name each by itself, as "output.{called[0]}", and leave the labels out: label_weight=0.',
-        )
-    if "hidden_state" in name:
-        raise UsageError(
-            f"The model puts out {name}, and no scores: it has no head.",
-            fix=f'Give a model with one, or compare "output.{name}" alone, with label_weight=0.',
-        )
-    return found[name]
+    return found[logits_output(list(found))]
 
 
 def logits_of_each(models: Iterable[nn.Module], args: Any, options: Any) -> list[Any]:
@@ -166,7 +163,7 @@ def tensors(inputs: Any, model: nn.Module) -> Any:
 def on(device: torch.device, array: Any) -> Any:
     """An array, of numpy or of PyTorch, on a device; anything else as it is."""
     if isinstance(array, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        return _from_numpy(array).to(device)
     return array.to(device) if isinstance(array, torch.Tensor) else array
 
 

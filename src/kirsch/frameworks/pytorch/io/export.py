@@ -9,17 +9,19 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from kirsch.errors import ModelError, NumericError, error_text
 from kirsch.frameworks.port import host
-from kirsch.frameworks.pytorch.analysis.randomness import STILL, drawing, drawing_line, unsteady
+from kirsch.frameworks.pytorch.analysis.provenance import called_name
+from kirsch.frameworks.pytorch.analysis.randomness import RANDOMNESS_FIX, line_that_draws, reason_for, unsteady
 from kirsch.frameworks.pytorch.inference import predict
-from kirsch.frameworks.pytorch.inference.calling import fix_of_looked_up, looks_up
+from kirsch.frameworks.pytorch.inference.calling import fix_of_inputs, fix_of_looked_up, looks_up
 from kirsch.frameworks.pytorch.io import onnx_file
 from kirsch.frameworks.pytorch.io.flat import Flat, output_names
 from kirsch.frameworks.pytorch.io.rounding import Rounding
 from kirsch.frameworks.pytorch.modules.copying import copy_of
-from kirsch.frameworks.pytorch.modules.unsupported import check_exportable
+from kirsch.frameworks.pytorch.modules.unsupported import check_exportable, reason_of
 from kirsch.frameworks.pytorch.training.finite import not_finite_names
 
 if TYPE_CHECKING:
@@ -77,12 +79,15 @@ class Exportable:
         try:
             found = self._run(inputs)
         except RuntimeError as error:
-            if not looks_up(error):
-                raise
             args, options = self._flat.arguments(*self._tensors(inputs))
-            raise ModelError(
-                f"A {self.name} does not run with its inputs.", error_text(error), fix_of_looked_up(args, options)
-            ) from error
+            fix = (
+                fix_of_looked_up(args, options)
+                if looks_up(error)
+                else fix_of_inputs(self._flat.model, args, options, error)
+            )
+            if not fix:
+                raise
+            raise ModelError(f"A {self.name} does not run with its inputs.", error_text(error), fix) from error
         narrow = next((name for name, value in found.items() if value.dtype is torch.bfloat16), None)
         if narrow is not None:
             raise onnx_file.computing_in_bfloat16(self.name, "", f"Its output {narrow!r} is of this type. ")
@@ -102,8 +107,15 @@ class Exportable:
         return next(not_finite_names(self._flat.model), "")
 
     def _run(self, inputs: Sequence[NDArray[Any]]) -> dict[str, torch.Tensor]:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), _own_types(self._flat):
             return self._flat.by_path(*self._tensors(inputs))
+
+    def _functions(self) -> set[str]:
+        """Return the names of the functions of PyTorch that the forward calls, as far as it runs."""
+        seen = _Functions()
+        with seen, _quiet(), contextlib.suppress(Exception):
+            self._run(list(self.inputs.values()))
+        return seen.names
 
     def _tensors(self, inputs: Iterable[NDArray[Any]]) -> tuple[torch.Tensor, ...]:
         """Arrays as tensors where the model lies, which it may write into."""
@@ -131,7 +143,7 @@ class Exportable:
         given = tuple(torch.cat([value, value]) for value in given) if twice else given
         batch = torch.export.Dim("batch")
         try:
-            with _quiet():
+            with _quiet(), _own_types(self._flat):
                 paths = list(self._run(list(self.inputs.values())))
                 program = torch.onnx.export(
                     self._flat,
@@ -141,22 +153,41 @@ class Exportable:
                     verbose=False,
                 )
         except Exception as error:
-            raise ModelError(
-                f"A {self.name} cannot be exported to ONNX.",
-                _root(error),
-                "Export a part without the operation that is named, or replace it.",
-            ) from error
+            fix = "Export a part without the operation that is named, or replace it."
+            first = _root(error)
+            why, fix = reason_of(self._functions(), first) or (error_text(first), fix)
+            raise ModelError(f"A {self.name} cannot be exported to ONNX.", why, fix) from error
         if program is None:
             raise ModelError(f"A {self.name} cannot be exported to ONNX.", "The exporter gave nothing.")
-        line = drawing_line(program.exported_program) if program.exported_program is not None else None
+        line = line_that_draws(program.exported_program) if program.exported_program is not None else None
         if line is not None:  # it may matter too rarely to be seen in runs
-            raise NumericError(f"No file can equal a {self.name}.", drawing(line), STILL)
+            raise NumericError(f"No file can equal a {self.name}.", reason_for(line), RANDOMNESS_FIX)
         size = sum(p.numel() * p.element_size() for p in self._flat.parameters())
         with _quiet():
             program.save(str(path), external_data=size > SINGLE_FILE_BYTES)
         inputs = list(self.inputs)
         onnx_file.finish(path, inputs=inputs, outputs=output_names(paths, inputs), prefix="model.", model=self.name)
         return {**onnx_file.details(path), "exporter": f"torch {torch.__version__}"}
+
+
+@contextlib.contextmanager
+def _own_types(model: nn.Module) -> Iterator[None]:
+    """Without the autocast of the caller, which the file would hold; that of the model's own code stays."""
+    with torch.autocast("cpu", enabled=False), torch.autocast(predict.device_of(model).type, enabled=False):
+        yield
+
+
+class _Functions(TorchFunctionMode):
+    """Notes the names of the functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call."""
+        self.names.add(called_name(func))
+        return func(*args, **(kwargs or {}))
 
 
 def _without_cache(model: nn.Module) -> None:
@@ -173,12 +204,11 @@ def _without_cache(model: nn.Module) -> None:
         waiting += [part for part in vars(config).values() if hasattr(part, "use_cache")]
 
 
-def _root(error: BaseException) -> str:
-    """What went wrong first, in one sentence; the exporter wraps it in advice to its own developers."""
+def _root(error: BaseException) -> BaseException:
+    """What went wrong first; the exporter wraps it in advice to its own developers."""
     while error.__cause__ is not None:
         error = error.__cause__
-    first = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "no message")
-    return f"{type(error).__name__}: {first}."
+    return error
 
 
 @contextlib.contextmanager

@@ -17,14 +17,14 @@ from kirsch.frameworks.pytorch.inference.predict import arguments
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-CONSTANTS = (type(None), bool, str)
+CONSTANTS = (type(None), bool, int, float, str)
 """Types of inputs that are no tensors and become a part of the function."""
 
 
 class Flat(nn.Module):
     """A model whose inputs are its tensors one after the other, and whose output is a tuple of tensors.
 
-    Lists, dicts and keyword arguments are taken apart and put together again. None, truth values and texts stay as
+    Lists, dicts and keyword arguments are taken apart and put together again. None, numbers, flags and texts stay as
     they were in the example inputs.
 
     Args:
@@ -126,5 +126,7 @@ def _check(told: str, tensor: torch.Tensor) -> None:
     fix = "Give tensors whose first axis is the batch."
     if not tensor.dim():
         raise ModelError(f"{told} is a tensor without axes.", fix=fix)
+    if tensor.is_meta:
+        raise ModelError(f"{told} lies on the meta device and has no values.", fix="Give a tensor with values.")
     if not tensor.numel():
         raise ModelError(f"{told} has shape {tuple(tensor.shape)} and holds no numbers.", fix=fix)

@@ -73,7 +73,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def take_types(model: nn.Module, path: Path) -> bool:
-    """Give the floating tensors of a model the types that they have in a file of `save_weights`.
+    """Give the floating and complex tensors of a model the types that they have in a file of `save_weights`.
 
     Returns:
         Whether any of them had another type.
@@ -87,10 +87,11 @@ def take_types(model: nn.Module, path: Path) -> bool:
     changed = False
     for name, dtype in ({name: value.dtype for name, value in stored.items()} | beside).items():
         value = tensors.get(name)
-        if value is None or is_lazy(value) or not (value.is_floating_point() and dtype.is_floating_point):
+        if value is None or is_lazy(value) or not (_is_floating(value.dtype) and _is_floating(dtype)):
             continue
         if value.dtype != dtype:
-            value.data = value.data.to(dtype)
+            real = value.is_complex() and not dtype.is_complex  # as `model.to(torch.float16)` makes it
+            value.data = (value.data.real if real else value.data).to(dtype)
             changed = True
     return changed
 
@@ -189,10 +190,14 @@ def _difference(name: str, value: torch.Tensor, own: dict[str, Any]) -> str:
 
 
 def _types_beside(model: nn.Module) -> dict[str, str]:
-    """The types of the floating buffers that the state dict leaves out, by name."""
+    """The types of the floating and complex buffers that the state dict leaves out, by name."""
     stored = model.state_dict()
     buffers = sorted(model.named_buffers(remove_duplicate=False))
-    return {name: _plain(b.dtype) for name, b in buffers if name not in stored and b.is_floating_point()}
+    return {name: _plain(b.dtype) for name, b in buffers if name not in stored and _is_floating(b.dtype)}
+
+
+def _is_floating(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _memory(value: torch.Tensor) -> tuple[Any, ...]:

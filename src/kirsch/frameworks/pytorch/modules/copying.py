@@ -18,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from kirsch.errors import ModelError, error_text
 from kirsch.frameworks.pytorch.modules import unsupported
 from kirsch.frameworks.pytorch.modules.interpreted import graph_in
+from kirsch.frameworks.pytorch.modules.modes import set_modes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,6 +60,11 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None, name: str = ""
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         for old, new in zip(model.parameters(), made.parameters(), strict=True):
             new.requires_grad = old.requires_grad
+    # `torch.fx` makes the containers of a copied graph anew, and feature extractors of torchvision start in training.
+    modes = {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
+    replaced = {id(value) for value in (memo or {}).values()}
+    copied = [(path, module) for path, module in made.named_modules() if id(module) not in replaced]
+    set_modes((module, modes[path]) for path, module in copied if path in modes)
     return made
 
 

@@ -22,6 +22,7 @@ QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.
 OBSERVING = ("torch.ao.quantization", "torchao.quantization")
 """Packages of modules that observe values for a quantization."""
 
+EXPORT_FIRST = "Export the floating-point model, and quantize the file: onnxruntime.quantization.quantize_dynamic."
 PRUNE_FIRST = "Prune the floating-point model first, and quantize the pruned one."
 
 
@@ -81,6 +82,7 @@ def check_exportable(model: nn.Module) -> None:
     check_values(model)
     for path, module in model.named_modules():
         for why, fix in _opaque(module, f"Its part `{path}` is" if path else "It is", path):
+            fix = EXPORT_FIRST if fix == PRUNE_FIRST else fix  # noqa: PLW2901 - of the same reason
             raise ModelError(f"A {type(model).__name__} cannot be exported.", why, fix)
 
 
@@ -176,7 +178,7 @@ def _overlapping(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def reason_of(names: Collection[str], error: Exception) -> tuple[str, str] | None:
+def reason_of(names: Collection[str], error: BaseException) -> tuple[str, str] | None:
     """Why a forward could not be exported, and what to do; None if neither its calls nor the error tell.
 
     Args:
@@ -186,11 +188,12 @@ def reason_of(names: Collection[str], error: Exception) -> tuple[str, str] | Non
     if "_pack_padded_sequence" in names:
         return (
             "It packs sequences (pack_padded_sequence), which torch.export does not trace.",
-            "Trace a forward that gives the recurrent layer the padded batch itself.",
+            "Give a model whose forward passes the padded batch itself to the recurrent layer.",
         )
-    if any("nested" in name for name in names) or "is not tracked with proxy" in str(error):  # a ragged size
+    signs = ("nested_tensor", "is not tracked with proxy")  # the second is of a ragged size
+    if any("nested" in name for name in names) or any(sign in str(error) for sign in signs):
         return (
             "It computes with nested tensors, which torch.export does not trace.",
-            "Trace a forward that computes with a padded batch and a mask.",
+            "Give a model whose forward computes with a padded batch and a mask.",
         )
     return None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kirsch.frameworks.pytorch.analysis.provenance import put
+from kirsch.frameworks.pytorch.analysis.provenance import set_integer
 from kirsch.frameworks.pytorch.inference.predict import inference
 from kirsch.frameworks.pytorch.modules.copying import copy_of, renew_weights
 from kirsch.frameworks.pytorch.modules.interpreted import renew
@@ -39,7 +39,7 @@ def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_], *, constants: b
                 memo[id(value)] = kept
     pruned = copy_of(model, memo)
     for leaf, number in graph.constants(keep).items() if constants else ():
-        put(pruned, leaf, number)
+        set_integer(pruned, leaf, number)
     with inference(pruned), torch.no_grad():  # a parametrization may compute a weight otherwise in training mode
         for module in pruned.modules():
             renew_weights(module)

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from kirsch.frameworks.pytorch.analysis.blocks import Block
+    from kirsch.frameworks.pytorch.analysis.blocks import ResidualBlock
 
 
-def drop(model: nn.Module, blocks: Collection[Block], args: Any, options: Any) -> dict[str, str]:
+def drop(model: nn.Module, blocks: Collection[ResidualBlock], args: Any, options: Any) -> dict[str, str]:
     """Take blocks out of a model, which is changed.
 
     A block that a `torch.fx` graph runs leaves the graph. One that stands in a list leaves it, and what numbers the
@@ -62,11 +62,11 @@ def drop(model: nn.Module, blocks: Collection[Block], args: Any, options: Any) -
                     "one argument.",
                     "Exclude it.",
                 )
-            setattr(container, name, nn.Identity().train(container.training))
+            setattr(container, name, nn.Identity().train(modules[block.path].training))
     return {before[id(module)]: path for path, module in model.named_modules() if id(module) in before}
 
 
-def _leave_graphs(model: nn.Module, blocks: Collection[Block]) -> None:
+def _leave_graphs(model: nn.Module, blocks: Collection[ResidualBlock]) -> None:
     """Take those blocks out that graphs run, and their parameters."""
     parts: dict[str, list[Part]] = {}
     for block in blocks:

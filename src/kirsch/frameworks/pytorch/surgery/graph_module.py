@@ -10,6 +10,7 @@ from torch.fx.node import map_arg
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis.program import ASSERTIONS, name_of
+from kirsch.frameworks.pytorch.modules.modes import set_modes
 from kirsch.frameworks.pytorch.surgery.cut import cut
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def graph_module(model: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> fx.
     new.output(found if not plain else next(iter(found.values())) if len(found) == 1 else tuple(found.values()))
     new.eliminate_dead_code()
     module = fx.GraphModule(root, new, class_name=graph.model_name)
-    module.train(model.training)
+    modes = {path: part.training for path, part in model.named_modules(remove_duplicate=False)}
+    set_modes((part, modes[path]) for path, part in module.named_modules())
     return module
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from kirsch.frameworks.data import Batch
+
 MEND = "Lower the learning rate, or set clip_norm."
 
 
@@ -43,12 +45,13 @@ def check_given(model: nn.Module) -> set[str]:
     return set(names)
 
 
-def not_finite(model: nn.Module, inputs: Any, parts: dict[str, Any], epoch: int, batch: int) -> NumericError:
+def not_finite(model: nn.Module, given: Batch, parts: dict[str, Any], epoch: int, batch: int) -> NumericError:
     """The error for a loss that is not finite, with the first layer whose numbers are not."""
     when = f"at epoch {epoch}, batch {batch}"
     for name in not_finite_names(model):
         if name.startswith("parameter"):
             return NumericError(f"The {name} is no longer finite {when}.", fix=MEND)
+    inputs = given.inputs
     if isinstance(inputs, torch.Tensor) and inputs.is_floating_point() and not torch.isfinite(inputs).all():
         return NumericError(f"The inputs hold NaN or infinity {when}.", fix="Repair the data.")
     seen: list[str] = []
@@ -72,9 +75,31 @@ def not_finite(model: nn.Module, inputs: Any, parts: dict[str, Any], epoch: int,
     terms = [name for name, part in parts.items() if not math.isfinite(float(part.detach()))]
     if seen:
         return NumericError(f"The output of {seen[0]} is not finite {when}.", fix=MEND)
+    return _of_loss(", ".join(terms) or "total", given.targets, when)
+
+
+def _of_loss(terms: str, targets: Any, when: str) -> NumericError:
+    """The error for a loss that is not finite although the outputs of the model are."""
+    largest = _largest(targets)
+    if not math.isfinite(largest):
+        return NumericError(f"The labels hold NaN or infinity {when}.", fix="Repair the data.")
+    what = f"The loss term {terms} is not finite {when}, while all that the model puts out is."
+    if largest**2 > torch.finfo(torch.float32).max:
+        return NumericError(
+            what,
+            f"The labels are finite and reach {largest:.0e}, whose square is beyond the numbers of float32.",
+            "Scale the labels, for example to mean 0 and standard deviation 1.",
+        )
     return NumericError(
-        f"The loss term {', '.join(terms) or 'total'} is not finite {when}, while all that the model puts out is.",
-        "It is made so by what the model is held against, or by the loss itself.",
-        "Look for NaN and infinity in what the teacher puts out, and in the labels; after some steps, lower the "
-        "learning rate.",
+        what,
+        "The labels are finite; the loss itself makes it so, or what a teacher returns.",
+        "Look for NaN and infinity in the outputs of the teacher, if there is one, and in the loss; after some steps, "
+        "lower the learning rate.",
     )
+
+
+def _largest(targets: Any) -> float:
+    """The largest size of a number in the targets; NaN or infinity if one of them is not finite."""
+    found = [part for part in tree_leaves(targets) if isinstance(part, torch.Tensor) and part.is_floating_point()]
+    sizes = [float(part.detach().double().abs().max()) for part in found if part.numel()]
+    return math.nan if any(math.isnan(size) for size in sizes) else max(sizes, default=0.0)

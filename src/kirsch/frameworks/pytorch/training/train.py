@@ -240,7 +240,7 @@ class _Run:
         if not self.batch:
             self._look_at(charge)
         if not math.isfinite(float(charge.total.detach())):
-            raise not_finite(self.module.student, batch.inputs, charge.parts, self.epoch + 1, self.batch + 1)
+            raise not_finite(self.module.student, batch, charge.parts, self.epoch + 1, self.batch + 1)
         # DDP divides the sum of their gradients by how many processes there are.
         times = 1 if part.whole else self.accelerator.num_processes
         self.accelerator.backward(charge.total * times)

@@ -125,10 +125,12 @@ def _of_whole(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, 
         if not difference:
             return _told(pruned, changes)
         differences.append(f"With {_in_words(pruned, changes)} it has these shapes and differs: {difference}.")
-    why = differences[0] if differences else search.obstacle
-    remedy = _remedy(model, plan, graph)
+    return _undescribed(pruned, differences[0] if differences else search.obstacle, _remedy(model, plan, graph))
+
+
+def _undescribed(pruned: nn.Module, why: str, remedy: str) -> Configured:
     fix = f"Save it with kirsch.save, or {remedy}." if remedy else "Save it with kirsch.save."
-    return Configured(why=f"No configuration describes the pruned {name}. {why}", fix=fix)
+    return Configured(why=f"No configuration describes the pruned {type(pruned).__name__}. {why}", fix=fix)
 
 
 def _refuse_parts(pruned: nn.Module, model: nn.Module) -> Configured:
@@ -174,6 +176,8 @@ def _as_stated(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph) ->
     search, changes = Search(pruned), plan.configuration
     if changes and search.fits(changes):
         return _told(pruned, changes)
+    if not search.solutions():  # as `prune` found, with verification
+        return _undescribed(pruned, search.obstacle, _remedy(model, plan, graph))
     why = search.misfit or "Without verification nothing shows that it computes the same."
     remedy = _remedy(model, plan, graph)
     return Configured(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kirsch.frameworks.pytorch.analysis.program import name_of
-from kirsch.frameworks.pytorch.verification.masked import MaskedRun
+from kirsch.frameworks.pytorch.verification.masked import MaskedRun, fixed_nodes
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
@@ -35,28 +35,22 @@ MOVING = frozenset(_MOVING.split())
 """Operations that change no number, so that what they put out is no weight of its own."""
 
 
-RANDOM = ("rand", "normal", "bernoulli", "dropout", "multinomial")
-"""Parts of the names of operations that draw numbers."""
-
-
 class _Weights(MaskedRun):
-    """Runs some operations and keeps the results of some of them."""
+    """Runs what depends on parameters, buffers and constants alone, and keeps the results of some operations."""
 
     def __init__(
         self,
         graph: Graph,
         keep: NDArray[np.bool_],
         tensors: Mapping[str, torch.Tensor],
-        fixed: Collection[Node],
         wanted: Collection[Node],
     ) -> None:
         super().__init__(graph, keep, tensors)
-        self._fixed = fixed
         self._wanted = wanted
         self.found: dict[Node, torch.Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
-        """One operation, if it is one of them."""
+        """One operation, if it depends on no input."""
         if n.op != "placeholder" and n not in self._fixed:
             return ()
         out = super().run_node(n)
@@ -76,13 +70,13 @@ def changed(graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.T
         tensors: parameters and buffers of the original by path, as they are.
     """
     traced: Traced = graph.traced
-    fixed = _fixed(traced)
+    fixed = fixed_nodes(traced)
     wanted = _computed(graph, keep, fixed)
     if not wanted:
         return {}
     found = []
     for which in (keep | _used(graph, fixed), keep):
-        run = _Weights(graph, which, tensors, fixed, wanted)
+        run = _Weights(graph, which, tensors, wanted)
         with torch.no_grad():
             run.run(*run.feed([None] * len(traced.program.graph_signature.user_inputs)))
         found.append(run.found)
@@ -95,17 +89,6 @@ def changed(graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.T
             path = _module(user)
             sizes[path] = max(size, sizes.get(path, size), key=lambda value: abs(np.log(max(value, 1e-9))))
     return sizes
-
-
-def _fixed(traced: Traced) -> set[Node]:
-    """The nodes that depend on parameters, buffers and constants alone."""
-    held = {*traced.slots, *traced.program.graph_signature.inputs_to_lifted_tensor_constants}
-    fixed: set[Node] = set()
-    for node in traced.program.graph.nodes:
-        computes = node.op == "call_function" and not any(word in name_of(node) for word in RANDOM)
-        if node.name in held or (computes and fixed.issuperset(node.all_input_nodes)):
-            fixed.add(node)
-    return fixed
 
 
 def _computed(graph: Graph, keep: NDArray[np.bool_], fixed: set[Node]) -> dict[Node, Node]:

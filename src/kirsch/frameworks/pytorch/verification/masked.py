@@ -14,7 +14,7 @@ import torch
 from torch.fx import Interpreter
 from torch.utils._pytree import tree_map
 
-from kirsch.frameworks.pytorch.analysis.program import ASSERTIONS
+from kirsch.frameworks.pytorch.analysis.program import ASSERTIONS, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Tensor
 
 
+RANDOM = ("rand", "normal", "bernoulli", "dropout", "multinomial")
+"""Parts of the names of operations that draw numbers."""
+
+
 def mask_of(labeled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch.Tensor) -> torch.Tensor:
     """1 where an entry of a tensor is kept, 0 where it is removed; broadcasts against the tensor."""
     mask = torch.ones((1,) * len(labeled.shape), dtype=like.dtype, device=like.device)
@@ -37,6 +41,17 @@ def mask_of(labeled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch.
             shape = [-1 if position == axis else 1 for position in range(len(labeled.shape))]
             mask = mask * torch.from_numpy(kept).to(like.device, like.dtype).reshape(shape)
     return mask
+
+
+def fixed_nodes(traced: Traced) -> set[Node]:
+    """The nodes that depend on parameters, buffers and constants alone."""
+    held = {*traced.slots, *traced.program.graph_signature.inputs_to_lifted_tensor_constants}
+    fixed: set[Node] = set()
+    for node in traced.program.graph.nodes:
+        computes = node.op == "call_function" and not any(word in name_of(node) for word in RANDOM)
+        if node.name in held or (computes and fixed.issuperset(node.all_input_nodes)):
+            fixed.add(node)
+    return fixed
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,7 @@ class MaskedRun(Interpreter):
         self._tensors = tensors
         self._entries = {block.exit: block.entry for block in self._traced.blocks if block.path in blocks}
         self._entered: dict[Node, Any] = {}
+        self._fixed = fixed_nodes(self._traced)
         super().__init__(self._traced.program.graph_module)
 
     def outputs(
@@ -140,9 +156,10 @@ class MaskedRun(Interpreter):
             return self._finite(args[0].reshape(args[1]), self._traced.states[n])
         out = self._statistic(n) if n.name in self._traced.statistics else super().run_node(n)
         state = self._traced.states[n]
+        zeroed = self._zeroed if n in self._fixed else self._finite
         if isinstance(out, (tuple, list)):
-            return [self._finite(value, known) for value, known in zip(out, state, strict=True)]
-        return self._finite(out, state)
+            return [zeroed(value, known) for value, known in zip(out, state, strict=True)]
+        return zeroed(out, state)
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
         """The arguments of an operation; its parameters are masked only now, so that not all of them lie about."""
@@ -157,6 +174,15 @@ class MaskedRun(Interpreter):
         if whole or not (value.is_floating_point() or value.is_complex()):
             return value
         return value * mask_of(labeled, self._graph, self._keep, value)
+
+    def _zeroed(self, value: Any, labeled: Any) -> Any:
+        """The value with 0 where it belongs to removed units, as for a weight that is computed from others.
+
+        A centered weight is not 0 there by itself, and would carry a removed unit to the next such weight.
+        """
+        if not isinstance(value, torch.Tensor) or labeled is None:
+            return value
+        return value.masked_fill(mask_of(labeled, self._graph, self._keep, value) == 0, 0)
 
     def _finite(self, value: Any, labeled: Any) -> Any:
         """The value with 0 for infinity and NaN where it belongs to removed units.

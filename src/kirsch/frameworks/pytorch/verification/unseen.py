@@ -66,7 +66,7 @@ def _reach(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: list[Any])
     leaves = {name: once.setdefault(id(graph.tensors[name]), value.detach()) for name, value in tensors.items()}
     layers: dict[str, list[int]] = {}
     for name, axis in graph.axes:
-        if leaves[name].is_floating_point():
+        if leaves[name].is_floating_point() and leaves[name].numel():
             layers.setdefault(name, []).append(axis)
     reach: Reach = {(name, axis): np.zeros(leaves[name].shape[axis]) for name, own in layers.items() for axis in own}
 

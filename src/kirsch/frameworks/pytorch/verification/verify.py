@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from kirsch.graph.constants import AS_GRAPH
 from kirsch.graph.verification import Verification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -39,6 +40,8 @@ TOLERANCES = {
 }
 FOLDED = 1e-6, "rounding of the weights that the scale of attention is folded into; a wrong index moves outputs by 1e-3"
 
+LIMIT = 1e37
+"""Larger numbers are the limits of a type, such as `torch.finfo(dtype).min` in masked scores, or parts of them."""
 
 WRONG_CUT = "A cut went wrong, so nothing was returned; the model given is unchanged."
 OTHER_WAY = "Its forward decides by values, and may have gone another way than in the trace; nothing was returned."
@@ -179,7 +182,8 @@ def _compare(pruned: nn.Module, original: nn.Module, graph: Graph, what: _Cut, d
     with _OneType(dtype):
         masked = drawing_alike(lambda: MaskedRun(graph, keep, tensors, what.without).outputs(flat))
         dense = drawing_alike(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat, shown=keep))
-        found = drawing_alike(functools.partial(run, candidate, args, options))
+        with _limits_of_the_trace(traced, dtype):
+            found = drawing_alike(functools.partial(run, candidate, args, options))
     folded = any(graph.kept(fold.width, keep) is not None for fold in traced.folds)
     tolerance, reason = max(TOLERANCES[dtype], FOLDED) if folded else TOLERANCES[dtype]
     error = distance(masked, found)
@@ -221,7 +225,8 @@ def _training_error(
         candidate = _candidate(model, original, graph, cut, noise, dtype).train()
         with _OneType(dtype), _DropsNothing():  # type: ignore[no-untyped-call]
             masked = drawing_alike(lambda: MaskedRun(graph, cut.keep, tensors, training=True).outputs(flat))
-            return distance(masked, drawing_alike(functools.partial(run, candidate, args, options)))
+            with _limits_of_the_trace(graph.traced, dtype):
+                return distance(masked, drawing_alike(functools.partial(run, candidate, args, options)))
 
     try:
         follows = apart(original, whole) <= TOLERANCES[dtype][0]
@@ -252,6 +257,26 @@ def drawing_alike(forward: Callable[[], list[torch.Tensor]]) -> list[torch.Tenso
     """The outputs of a run, whose forward draws the same random numbers each time if it draws the same number."""
     torch.manual_seed(0)
     return forward()
+
+
+@contextlib.contextmanager
+def _limits_of_the_trace(traced: Traced, dtype: torch.dtype) -> Iterator[None]:
+    """Let `torch.finfo` return the limits that the trace holds as numbers, where all of it was in one floating type."""
+    values = [value for node in traced.program.graph.nodes for value in tree_leaves(node.meta.get("val"))]
+    types = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    own: Any = torch.finfo
+    if len(types) == 1:
+        traced_type = types.pop()
+
+        def finfo(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = tree_map(lambda value: traced_type if value is dtype else value, (args, kwargs))
+            return own(*args, **kwargs)
+
+        setattr(torch, "finfo", finfo)  # noqa: B010 - mypy does not allow the assignment
+    try:
+        yield
+    finally:
+        setattr(torch, "finfo", own)  # noqa: B010 - likewise
 
 
 class _OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
@@ -363,6 +388,14 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.detach().to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
+def _without_limits(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with infinity for numbers at the limits of a type, beside which all others would be nothing."""
+    if not value.is_floating_point():
+        return value
+    limits = value.double().abs() >= LIMIT
+    return value if bool(limits.all()) else torch.where(limits, value.sign() * torch.inf, value)
+
+
 def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     """Largest difference relative to the largest reference value, over all outputs.
 
@@ -375,7 +408,7 @@ def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     if len(reference) != len(found) or any(a.shape != b.shape for a, b in pairs):
         return float("inf")
     worst = 0.0
-    for a, b in pairs:
+    for a, b in ((_without_limits(a), _without_limits(b)) for a, b in pairs):
         if a.numel():
             if a.is_floating_point() or a.is_complex():
                 if not a.isfinite().any():  # infinities alone would differ by nothing
@@ -397,7 +430,7 @@ def effect(masked: list[torch.Tensor], dense: list[torch.Tensor]) -> float:
     Where only one of them is a finite number, they differ by 1; where neither is, not at all.
     """
     worst = 0.0
-    for a, b in zip(masked, dense, strict=True):
+    for a, b in ((_without_limits(a), _without_limits(b)) for a, b in zip(masked, dense, strict=True)):
         if not a.numel():
             continue
         if not (a.is_floating_point() or a.is_complex()):

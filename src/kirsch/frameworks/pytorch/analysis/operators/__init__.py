@@ -1,13 +1,13 @@
-"""What each ATen operator does to labels; importing this registers all rules."""
+"""Rules for the ATen operators; importing this package registers all of them."""
 
 from kirsch.frameworks.pytorch.analysis.operators import (
     contraction,
     indexing,
     normalization,
-    part,
     pointwise,
     recurrent,
-    space,
+    slicing,
+    spatial,
     view,
 )
 from kirsch.frameworks.pytorch.analysis.operators.rule import RULES, apply
@@ -18,9 +18,9 @@ __all__ = [
     "contraction",
     "indexing",
     "normalization",
-    "part",
     "pointwise",
     "recurrent",
-    "space",
+    "slicing",
+    "spatial",
     "view",
 ]

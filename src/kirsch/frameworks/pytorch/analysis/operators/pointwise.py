@@ -1,4 +1,4 @@
-"""Operators that act on each number by itself."""
+"""Rules of elementwise operators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kirsch.graph import relations
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
-    from kirsch.frameworks.pytorch.analysis.operation import Step
+    from kirsch.frameworks.pytorch.analysis.operation import OperationContext
 
 ELEMENTWISE = """
 add sub rsub mul div pow neg abs exp expm1 log log1p sqrt rsqrt square reciprocal sigmoid tanh relu relu6 gelu silu
@@ -31,42 +31,42 @@ add sub rsub mul div neg to _to_copy clone detach contiguous alias lift_fresh_co
 native_dropout zeros_like ones_like empty_like full_like rand_like randn_like fill copy zero
 """
 LINEAR = frozenset(_LINEAR.split())
-"""Those that leave a product of two matrices one; a product of two activations does not."""
+"""Elementwise operators that are linear; a product of two activations is not."""
 
 
 @rule(*ELEMENTWISE.split())
-def _elementwise(step: Step) -> Tensor:
-    tensors = step.tensors()
-    several = len(tensors) > 1 and not any(step.is_weight(tensor) for tensor in tensors)
-    if step.name == "add" and several and step.is_residual():
+def _elementwise(op: OperationContext) -> Tensor:
+    tensors = op.tensors()
+    several = len(tensors) > 1 and not any(op.is_weight(tensor) for tensor in tensors)
+    if op.name == "add" and several and op.is_residual():
         for axis in tensors[0].axes:
-            step.facts.mark(axis, "summed")
-    out = relations.elementwise(step.facts, tensors, step.shape)
-    if step.name not in LINEAR or (several and step.name in ("mul", "div")):
-        step.activated(out)
+            op.facts.mark(axis, "summed")
+    out = relations.elementwise(op.facts, tensors, op.shape)
+    if op.name not in LINEAR or (several and op.name in ("mul", "div")):
+        op.mark_activated(out)
     return out
 
 
 @rule("type_as")
-def _type_as(step: Step) -> Tensor:
-    x, other = step.args
-    relations.freeze(step.facts, [other], "only its type is used")
-    return Tensor.of(step.shape, x.axes)
+def _type_as(op: OperationContext) -> Tensor:
+    x, other = op.args
+    relations.freeze(op.facts, [other], "only its data type is used")
+    return Tensor.of(op.shape, x.axes)
 
 
 @rule("prelu")
-def _prelu(step: Step) -> Tensor:
-    x, weight = step.args
+def _prelu(op: OperationContext) -> Tensor:
+    x, weight = op.args
     if weight.shape[0] == 1:
-        return Tensor.of(step.shape, x.axes)
-    return relations.relate(step.facts, [(x, letters(x)), (weight, letters(x)[1])], letters(x), step.shape)
+        return Tensor.of(op.shape, x.axes)
+    return relations.relate(op.facts, [(x, letters(x)), (weight, letters(x)[1])], letters(x), op.shape)
 
 
 @rule("glu")
-def _glu(step: Step) -> Tensor:
-    x = step.args[0]
-    dim = step.arg(1, "dim", -1) % len(x.shape)
-    half = step.shape[dim]
-    first = relations.gather(step.facts, x, dim, np.arange(half))
-    second = relations.gather(step.facts, x, dim, np.arange(half, 2 * half))
-    return relations.elementwise(step.facts, [first, second], step.shape)
+def _glu(op: OperationContext) -> Tensor:
+    x = op.args[0]
+    dim = op.arg(1, "dim", -1) % len(x.shape)
+    half = op.shape[dim]
+    first = relations.gather(op.facts, x, dim, np.arange(half))
+    second = relations.gather(op.facts, x, dim, np.arange(half, 2 * half))
+    return relations.elementwise(op.facts, [first, second], op.shape)

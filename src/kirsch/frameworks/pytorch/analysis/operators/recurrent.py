@@ -1,4 +1,4 @@
-"""Recurrent layers: LSTM, GRU and plain ones, of several layers and in both directions."""
+"""Rules of recurrent layers and cells: LSTM, GRU and plain ones."""
 
 from __future__ import annotations
 
@@ -13,75 +13,75 @@ from kirsch.graph.labels import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kirsch.frameworks.pytorch.analysis.operation import Step
+    from kirsch.frameworks.pytorch.analysis.operation import OperationContext
     from kirsch.graph.labels import Axis
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 @rule(*GATES)
-def _recurrent(step: Step) -> list[Tensor]:
-    """Each gate has a row for each unit of the state, so that a unit goes from all gates at once.
+def _recurrent(op: OperationContext) -> list[Tensor]:
+    """Each gate has one row for each unit of the state, so a unit is removed from all gates together.
 
-    A module keeps one `hidden_size` for all its layers and directions, which therefore go together.
+    All layers and directions share one `hidden_size`, so they lose the same units.
     """
-    if isinstance(step.args[3], (list, tuple)):
-        return step.freeze_all("a recurrent layer over packed sequences is not analyzed")
-    x, start, weights, biased, layers = step.args[:5]
-    directions = 2 if step.args[7] else 1
-    each = len(weights) // (layers * directions)
+    if isinstance(op.args[3], (list, tuple)):
+        return op.freeze_all("a recurrent layer over packed sequences is not analyzed")
+    x, start, weights, biased, layers = op.args[:5]
+    directions = 2 if op.args[7] else 1
+    each = len(weights) // (layers * directions)  # weights of one layer in one direction
     projected = each > 2 + 2 * biased
-    facts = step.facts
-    relations.freeze(facts, [x], "it is the time or the batch of a recurrent layer", range(len(x.shape) - 1))
+    facts = op.facts
+    relations.freeze(facts, [x], "it is the time or batch axis of a recurrent layer", range(len(x.shape) - 1))
     below, hidden = x.axes[-1], weights[each - 1].axes[1] if projected else weights[1].axes[1]
-    shown = weights[1].axes[1]  # what a layer puts out: its state, or the projection of it
+    output = weights[1].axes[1]  # the state, or its projection
     for layer in range(layers):
         for direction in range(directions):
-            place = (layer * directions + direction) * each
-            own = weights[place : place + each]
-            into, within = own[:2]
-            facts.equate(below, into.axes[1])
-            shown = facts.equate(shown, within.axes[1])
-            hidden = _gated(step, hidden, own[: each - projected])
+            first = (layer * directions + direction) * each
+            own = weights[first : first + each]
+            from_input, from_state = own[:2]
+            facts.equate(below, from_input.axes[1])
+            output = facts.equate(output, from_state.axes[1])
+            hidden = _gated(op, hidden, own[: each - projected])
             if projected:
-                shown, hidden = facts.equate(shown, own[-1].axes[0]), facts.equate(hidden, own[-1].axes[1])
-            for weight in (into, within, *own[each - projected :]):
+                output, hidden = facts.equate(output, own[-1].axes[0]), facts.equate(hidden, own[-1].axes[1])
+            for weight in (from_input, from_state, *own[each - projected :]):
                 facts.cost("macs", np.prod(x.shape[:-1]), weight.axes)
         if not projected:
-            shown = hidden = facts.equate(shown, hidden)
+            output = hidden = facts.equate(output, hidden)
         facts.mark(hidden, "recurrent unit")
-        below = None if shown is None else np.tile(shown, directions)
+        below = None if output is None else np.tile(output, directions)
     states = list(start) if isinstance(start, (list, tuple)) else [start]
-    kept = [shown, hidden][: len(states)]
-    for tensor, axis in zip(states, kept, strict=True):
+    labels = [output, hidden][: len(states)]
+    for tensor, axis in zip(states, labels, strict=True):
         facts.equate(axis, tensor.axes[-1])
-    ends = [Tensor.of(s, [*[None] * (len(s) - 1), axis]) for s, axis in zip(step.shapes[1:], kept, strict=True)]
-    return [Tensor.of(step.shape, [*[None] * (len(x.shape) - 1), below]), *ends]
+    ends = [Tensor.of(s, [*[None] * (len(s) - 1), axis]) for s, axis in zip(op.shapes[1:], labels, strict=True)]
+    return [Tensor.of(op.shape, [*[None] * (len(x.shape) - 1), below]), *ends]
 
 
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
-def _cell(step: Step) -> list[Tensor]:
-    """One step in time, (batch, features); the state is a pair where a memory goes along."""
-    x, start = step.args[:2]
-    weights = [weight for weight in step.args[2:] if weight is not None]
-    step.facts.equate(x.axes[-1], weights[0].axes[1])
-    hidden = _gated(step, weights[1].axes[1], weights)
+def _cell(op: OperationContext) -> list[Tensor]:
+    """One time step on (batch, features); the state of an LSTM is a pair."""
+    x, start = op.args[:2]
+    weights = [weight for weight in op.args[2:] if weight is not None]
+    op.facts.equate(x.axes[-1], weights[0].axes[1])
+    hidden = _gated(op, weights[1].axes[1], weights)
     states = start if isinstance(start, (list, tuple)) else [start]
-    relations.freeze(step.facts, [x, *states], "it is the batch of a recurrent layer", [0])
+    relations.freeze(op.facts, [x, *states], "it is the batch axis of a recurrent layer", [0])
     for tensor in states:
-        step.facts.equate(hidden, tensor.axes[-1])
-    step.facts.mark(hidden, "recurrent unit")
+        op.facts.equate(hidden, tensor.axes[-1])
+    op.facts.mark(hidden, "recurrent unit")
     for weight in weights[:2]:
-        step.facts.cost("macs", x.shape[0], weight.axes)
-    return [Tensor.of(shape, [None, hidden]) for shape in step.shapes]
+        op.facts.cost("macs", x.shape[0], weight.axes)
+    return [Tensor.of(shape, [None, hidden]) for shape in op.shapes]
 
 
-def _gated(step: Step, hidden: Axis, weights: Sequence[Tensor]) -> Axis:
-    """The units of the state, with a row of each gate tied to each."""
-    into, within, *biases = weights
-    for stacked in (into.axes[0], within.axes[0], *(bias.axes[0] for bias in biases)):
+def _gated(op: OperationContext, hidden: Axis, weights: Sequence[Tensor]) -> Axis:
+    """Return the labels of the hidden units, tied to their row in each gate."""
+    from_input, from_state, *biases = weights
+    for stacked in (from_input.axes[0], from_state.axes[0], *(bias.axes[0] for bias in biases)):
         if stacked is None:
             continue
-        for gate in np.split(stacked, GATES[step.name.removesuffix("_cell")]):
-            hidden = step.facts.equate(hidden, None if len(gate) == 1 else gate)
+        for gate in np.split(stacked, GATES[op.name.removesuffix("_cell")]):
+            hidden = op.facts.equate(hidden, None if len(gate) == 1 else gate)
     return hidden

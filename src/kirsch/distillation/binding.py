@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kirsch.distillation.arrays import first_of
-from kirsch.distillation.losses.loss import SCORED, given_to, loss_of
+from kirsch.distillation.bound_term import BoundTerm
+from kirsch.distillation.losses.loss import SCORED, loss_of
 from kirsch.distillation.matching import by_depth, stages, stages_of
 from kirsch.distillation.schedule import ends
 from kirsch.distillation.teachers import holds_top_k, stored_scores
@@ -32,27 +32,7 @@ GATHERED = ("stages", "relations")
 """Kinds of values that are lists: all places of a term make one pair."""
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One place in the student beside one in the teacher.
-
-    Args:
-        term: which term of the objective, by its place.
-        name: of its adapter, as parameters are called by it.
-        student, teacher: concrete layers.
-        adapter: what brings them to one shape, a module; None where they are compared as they are.
-        shapes: of both sides, as text.
-    """
-
-    term: int
-    name: str
-    student: LayerNames
-    teacher: LayerNames
-    adapter: Any
-    shapes: tuple[str, str]
-
-
-def attach(
+def bind(
     framework: Framework,
     objective: Objective,
     student: Any,
@@ -61,52 +41,75 @@ def attach(
     *,
     seed: int,
     recorded: Mapping[str, Any] | None = None,
-) -> list[Pair]:
-    """The pairs of an objective: concrete layers, and adapters sized from a run of all models.
+) -> list[BoundTerm]:
+    """Bind the terms of an objective to concrete layers, with adapters sized from a run of all models.
 
     Args:
         framework: of all models.
-        objective: what is compared.
+        objective: the terms.
         student, teachers: models.
         inputs: some samples.
-        seed: of what adapters begin with.
-        recorded: what a store holds of these samples, instead of teachers.
+        seed: of the initial weights of adapters.
+        recorded: the outputs of a store for these samples, instead of teachers.
 
     Raises:
         UnknownNameError: a model has no such layer, or the store no such record.
-        ShapeError: no adapter joins two places, or student and teacher put out other classes.
-        UsageError: student and teacher have different numbers of places, or there is no such teacher.
+        ShapeError: no adapter joins two layers, or student and teacher return different numbers of classes.
+        UsageError: student and teacher have different numbers of layers, or there is no such teacher.
     """
     if recorded is None and not teachers:
         raise UsageError("The objective has terms, and there is no teacher.", fix="Give one, or Objective.labels().")
-    places = []
+    layers: list[tuple[int, Any, Any]] = []
     for number, term in enumerate(objective.terms):
         if not any(ends(term.weight)):  # a term that never counts is not computed
             continue
         if recorded is None and not 0 <= (term.of or 0) < len(teachers):
             raise UsageError(f"The term {term.called!r} is of teacher {term.of}; there are {len(teachers)}, from 0 on.")
         teacher = None if recorded is not None else teachers[term.of or 0]
-        found = _places(framework, term, student, teacher, inputs, recorded)
-        places += [(number, mine, theirs) for mine, theirs in found]
-    _check_all_held(objective, [number for number, _, _ in places], len(teachers))
-    seen = framework.dry_run(student, texts([mine for _, mine, _ in places]), inputs)
-    others: list[Mapping[str, Any]] = [recorded] if recorded is not None else []
+        pairs = _places(framework, term, student, teacher, inputs, recorded)
+        layers += [(number, own, other) for own, other in pairs]
+    _check_all_used(objective, [number for number, _, _ in layers], len(teachers))
+    values = framework.dry_run(student, texts([own for _, own, _ in layers]), inputs)
+    outputs: list[Mapping[str, Any]] = [recorded] if recorded is not None else []
     for place, teacher in enumerate(teachers):
-        wanted = [theirs for number, _, theirs in places if concerns(objective.terms[number], place)]
-        others.append(framework.dry_run(teacher, texts(wanted), inputs))
-    if any(mine in SCORES and theirs in SCORES for _, mine, theirs in places):
+        wanted = [other for number, _, other in layers if concerns(objective.terms[number], place)]
+        outputs.append(framework.dry_run(teacher, texts(wanted), inputs))
+    if any(own in SCORES and other in SCORES for _, own, other in layers):
         for teacher in teachers:
             _check_names(framework.class_names(student), framework.class_names(teacher))
-    pairs = []
-    for place, (number, mine, theirs) in enumerate(places):
+    names = _distinct([term.called for term in objective.terms])
+    bound = []
+    for place, (number, own, other) in enumerate(layers):
         term = objective.terms[number]
-        values = at_layers(seen, mine), at_layers(others[term.of or 0], theirs)
-        adapter = _adapter(framework, term, values, place, seed)
-        if of_all(term) and len(teachers) > 1:
-            _check_teachers(objective, term, [at_layers(other, theirs) for other in others], adapter)
-        pairs.append(Pair(number, f"adapter{place}", mine, theirs, adapter, (_shape(values[0]), _shape(values[1]))))
-        _try(framework, term, values, adapter, f"{said(mine)} of the student and {said(theirs)} of the teacher")
-    return pairs
+        teacher = None if of_all(term) and recorded is None else (term.of or 0) * (recorded is None)
+        sides = at_layers(values, own), at_layers(outputs[teacher or 0], other)
+        options, temperature = term.resolved()
+        found = BoundTerm(
+            name=names[number],
+            adapter_name=f"adapter{place}",
+            loss=loss_of(term.loss),
+            weight=term.weight,
+            options=options,
+            temperature=temperature,
+            student_layer=own,
+            teacher_layer=other,
+            teacher=teacher,
+            adapter=_adapter(framework, term, sides, place, seed),
+            shapes=(_shape(sides[0]), _shape(sides[1])),
+        )
+        if teacher is None and len(teachers) > 1:
+            _check_teachers(objective, found, [at_layers(output, other) for output in outputs])
+        _try(framework, found, sides)
+        bound.append(found)
+    return bound
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Return the names, the second of the same as "name#2"."""
+    return [
+        name if not (before := names[:place].count(name)) else f"{name}#{before + 1}"
+        for place, name in enumerate(names)
+    ]
 
 
 def of_all(term: Term) -> bool:
@@ -119,7 +122,7 @@ def concerns(term: Term, place: int) -> bool:
     return of_all(term) or (term.of or 0) == place
 
 
-def _check_all_held(objective: Objective, terms: Sequence[int], teachers: int) -> None:
+def _check_all_used(objective: Objective, terms: Sequence[int], teachers: int) -> None:
     """Refuse a teacher that would be run for nothing."""
     for place in range(teachers):
         if terms and not any(concerns(objective.terms[number], place) for number in terms):
@@ -130,44 +133,44 @@ def _check_all_held(objective: Objective, terms: Sequence[int], teachers: int) -
             )
 
 
-def _check_teachers(objective: Objective, term: Term, scores: Sequence[Any], adapter: Any) -> None:
+def _check_teachers(objective: Objective, term: BoundTerm, logits: Sequence[Any]) -> None:
     """Refuse teachers that cannot be combined."""
-    sizes = [tuple(values.shape) for values in scores]
+    sizes = [tuple(values.shape) for values in logits]
     if len(set(sizes)) > 1:
         raise ShapeError(
-            f"The teachers put out scores of shape {', '.join(str(size[1:]) for size in sizes)} a sample.",
-            "What they say can be combined only of the same classes.",
+            f"The teachers return logits of shape {', '.join(str(size[1:]) for size in sizes)} a sample.",
+            "Only teachers of the same classes can be combined.",
             "Name one of them for the term: of=0.",
         )
-    if loss_of(term.loss).activation == "identity" and objective.teachers == "confidence":
+    if term.loss.activation == "identity" and objective.teachers == "confidence":
         raise UsageError(
-            f"The term {term.called!r} compares numbers, which do not tell how sure a teacher is of them.",
+            f"The term {term.name!r} compares numbers, which do not tell how sure a teacher is of them.",
             fix='Combine them as "probabilities", which is the mean of numbers, or name one for the term: of=0.',
         )
-    if adapter is not None and objective.teachers == "sum":
+    if term.adapter is not None and objective.teachers == "sum":
         raise UsageError(
-            f"The term {term.called!r} has an adapter, which takes one teacher, and there are {len(scores)} to add up.",
+            f"The term {term.name!r} has an adapter, which takes one teacher, and there are {len(logits)} to add up.",
             fix='Combine them as "probabilities", or name one of them for the term: of=0.',
         )
 
 
-def wanted_of(objective: Objective, pairs: Sequence[Pair], place: int) -> list[str]:
-    """The layers that are watched in the teacher of this place."""
-    return texts([pair.teacher for pair in pairs if concerns(objective.terms[pair.term], place)])
+def layers_of_teacher(terms: Sequence[BoundTerm], index: int) -> list[str]:
+    """Return the layers of one teacher whose features the terms compare."""
+    return texts([term.teacher_layer for term in terms if term.teacher in (None, index)])
 
 
-def table(objective: Objective, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """What is compared with what, one JSON-able row a pair: to be printed, read and written into an objective."""
+def table(terms: Sequence[BoundTerm]) -> list[dict[str, Any]]:
+    """Return which layers are compared, one JSON-able row a bound term."""
     return [
         {
-            "term": objective.terms[pair.term].called,
-            "student": pair.student,
-            "teacher": pair.teacher,
-            "student_shape": pair.shapes[0],
-            "teacher_shape": pair.shapes[1],
-            "adapter": type(pair.adapter).__name__ if pair.adapter is not None else None,
+            "term": term.name,
+            "student": term.student_layer,
+            "teacher": term.teacher_layer,
+            "student_shape": term.shapes[0],
+            "teacher_shape": term.shapes[1],
+            "adapter": type(term.adapter).__name__ if term.adapter is not None else None,
         }
-        for pair in pairs
+        for term in terms
     ]
 
 
@@ -233,36 +236,37 @@ def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], place: i
     return framework.seeded(lambda: framework.adapter(term.adapter, *values, options), seed + place)
 
 
-def _try(framework: Framework, term: Term, values: tuple[Any, Any], adapter: Any, where: str) -> None:
-    """The loss of a term on the values of the dry run, so that what does not fit is an error before any training."""
-    loss = loss_of(term.loss)
-    mine, theirs = values
-    if holds_top_k(theirs):
-        stored_scores(term, mine, theirs, None, term.keywords(0.0))
+def _try(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None:
+    """Compute the loss of a term on the values of the dry run, so that shapes that do not fit are an error here."""
+    loss = term.loss
+    student, teacher = values
+    where = f"{quoted(term.student_layer)} of the student and {quoted(term.teacher_layer)} of the teacher"
+    if holds_top_k(teacher):
+        stored_scores(term, student, teacher, None, term.keywords(0.0))
         return
-    if adapter is not None:
-        ids = framework.tensor(np.arange(len(first_of(mine))))
-        mine, theirs = framework.seeded(lambda: copy.deepcopy(adapter)(mine, theirs, ids=ids), 0)
-    if loss.takes == "scores" and mine.ndim >= len("NKHW"):
-        classes = "Take 'pixel-kd' or 'cwd-pixels' for classes of pixels; for " if mine.shape[1] > 1 else "For "
-        layer = texts(term.student)[0]
+    if term.adapter is not None:
+        ids = framework.tensor(np.arange(len(first_of(student))))
+        student, teacher = framework.seeded(lambda: copy.deepcopy(term.adapter)(student, teacher, ids=ids), 0)
+    if loss.takes == "scores" and student.ndim >= len("NKHW"):
+        classes = "Take 'pixel-kd' or 'cwd-pixels' for classes of pixels; for " if student.shape[1] > 1 else "For "
+        layer = texts(term.student_layer)[0]
         raise ShapeError(
-            f"The term {term.called!r} cannot compare {where}: of shape {tuple(mine.shape)} they are scores of pixels.",
-            f"The loss {term.loss!r} takes the last axis for that of the classes.",
+            f"The term {term.name!r} cannot compare {where}: they are logits of pixels, {tuple(student.shape)}.",
+            f"The loss {loss.name!r} takes the last axis for that of the classes.",
             f'{classes}images of numbers, or a yes or no for each pixel, Term("fitnet", student="{layer}").',
         )
-    if loss.takes == "scores" and loss.widths == "same" and tuple(mine.shape[1:]) != tuple(theirs.shape[1:]):
-        refuse_classes(tuple(mine.shape), tuple(theirs.shape))
-    if "labels" in given_to(loss):
-        return  # they are known to a training step only
-    given = {"mask": None, "epoch": 0.0}
+    if loss.takes == "scores" and loss.widths == "same" and tuple(student.shape[1:]) != tuple(teacher.shape[1:]):
+        refuse_classes(tuple(student.shape), tuple(teacher.shape))
+    if "labels" in term.step_keywords:
+        return  # only a training step knows them
+    known = {"mask": None, "epoch": 0.0}
     try:
-        loss(mine, theirs, **term.keywords(0.0), **{name: given[name] for name in given_to(loss)})
+        loss(student, teacher, **term.keywords(0.0), **{name: known[name] for name in term.step_keywords})
     except ShapeError as error:
         raise ShapeError(
-            f"The term {term.called!r} cannot compare {where}. {error.what}",
+            f"The term {term.name!r} cannot compare {where}. {error.what}",
             error.why,
-            error.fix or "Name an adapter, or other places.",
+            error.fix or "Name an adapter, or other layers.",
         ) from error
 
 
@@ -305,6 +309,6 @@ def _shape(values: Any) -> str:
     return " × ".join(str(size) for size in tuple(first_of(values).shape)[1:])
 
 
-def said(layers: LayerNames) -> str:
-    """LayerNames as words."""
+def quoted(layers: LayerNames) -> str:
+    """Return layers as text for an error."""
     return ", ".join(f"`{text}`" for text in texts(layers))

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.errors import ModelError, UsageError
+from kirsch.errors import ModelError, UsageError, name_of
 from kirsch.frameworks.port import framework_of, host
 
 if TYPE_CHECKING:
@@ -67,10 +67,9 @@ def described(value: Any) -> Any:
         ) from error
 
 
-def name_of(value: Any) -> str:
-    """Module and name of a function or class, or of the class of anything else."""
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+def description(transform: Any) -> str:
+    """Return what a transform does, as JSON to take a hash of."""
+    return json.dumps(described(transform), sort_keys=True)
 
 
 PLAIN = (bool, int, float, str)

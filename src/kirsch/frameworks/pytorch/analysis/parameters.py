@@ -1,4 +1,4 @@
-"""What the analysis needs of the parameters, buffers and example inputs of a model: costs, freezes, values, shapes."""
+"""Costs, freezes and values of the parameters and buffers of a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Tensor
 
 
-def costs(model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:
+def add_costs(model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:
     """Record each parameter as a cost of its module."""
     for name, _ in model.named_parameters():
         tensor = tensors[name]
@@ -28,7 +28,7 @@ def costs(model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:
 
 
 def freeze_unused(unused: set[int], facts: Facts, tensors: dict[str, Tensor]) -> None:
-    """Parameters that no traced forward reaches may be read elsewhere: nothing is known about them."""
+    """Freeze parameters that no traced forward uses, since other code may depend on their shapes."""
     for name, tensor in tensors.items():
         if id(tensor) in unused:
             facts.begin(Operation("parameter", name.rpartition(".")[0]))
@@ -37,7 +37,7 @@ def freeze_unused(unused: set[int], facts: Facts, tensors: dict[str, Tensor]) ->
 
 
 def freeze_shared(shared: set[int], model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:
-    """Tensors that the rest of a model reads too stay whole."""
+    """Freeze tensors that the rest of a model uses, too."""
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if id(value) in shared:
             facts.begin(Operation("parameter", name.rpartition(".")[0]))
@@ -48,13 +48,18 @@ def freeze_shared(shared: set[int], model: nn.Module, facts: Facts, tensors: dic
 def values_of(parameter: nn.Parameter, name: str, model: str) -> NDArray[Any]:
     """Return the values of a parameter as floats.
 
+    Args:
+        parameter: on any device.
+        name: its path.
+        model: name of the model, for the error.
+
     Raises:
-        ModelError: it has none.
+        ModelError: the parameter is on the meta device and has no values.
     """
     if parameter.is_meta:
         raise ModelError(
             f"The parameter {name!r} of {model} has no values.",
-            "It lives on the meta device, and an importance by magnitude needs them.",
+            "It is on the meta device, and an importance by magnitude needs values.",
             'Give the model values, or plan with importance="random".',
         )
     value: NDArray[Any] = parameter.detach().to("cpu", torch.float32).numpy()

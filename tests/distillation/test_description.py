@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.distillation.store.description import described
 from kirsch.errors import UsageError
 from kirsch.frameworks.augment import Chain, Flip
-from kirsch.frameworks.description import described
 
 
 def told(value):

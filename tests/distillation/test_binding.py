@@ -305,7 +305,7 @@ def test_a_term_that_begins_later_leaves_the_first_step_empty():
 
 
 def test_teachers_of_other_classes_are_refused():
-    with pytest.raises(ShapeError, match=r"The teachers put out scores of shape \(3,\), \(5,\) a sample"):
+    with pytest.raises(ShapeError, match=r"The teachers return logits of shape \(3,\), \(5,\) a sample"):
         trained(Objective.kd(), teacher=[Net(6), Net(6, classes=5)])
 
 
@@ -321,9 +321,9 @@ def test_several_teachers_speak_through_an_adapter_together():
 def test_what_a_record_of_the_largest_scores_cannot_serve_is_refused(tmp_path):
     store = build(tmp_path / "store", Net(6), data(), keep=TopK(2))
     for term, sentence in (
-        (Term("dkd", 1.0, 1.0), "needs all scores of the teacher"),
+        (Term("dkd", 1.0, 1.0), "needs all logits of the teacher"),
         (Term("kd", 1.0, 1.0, options={"standardize": True}), "states standardize"),
-        (Term("top-k", 1.0, 1.0, options={"k": 3}), "takes the 3 largest scores; the store holds 2"),
+        (Term("top-k", 1.0, 1.0, options={"k": 3}), "takes the 3 largest logits; the store holds 2"),
     ):
         with pytest.raises(UsageError, match=sentence):
             distill(Net(4), store, data(), objective=Objective((term,)))

@@ -1,0 +1,101 @@
+"""A term of an objective with every name resolved: what the distillation loss evaluates at each step."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from kirsch.distillation.losses.loss import SCORED, TOKEN_KINDS, given_to
+from kirsch.distillation.schedule import at
+from kirsch.frameworks.layers import texts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kirsch.distillation.losses.loss import Loss
+    from kirsch.distillation.schedule import Number
+    from kirsch.frameworks.layers import LayerNames
+
+CROSS_ATTENTION = re.compile(r"cross|encoder_attn|EncDecAttention")
+"""In the paths of modules by which a decoder attends to its encoder, as models of transformers name them."""
+
+STACK = re.compile(r"encoder|decoder|cross")
+"""The first match in a path is the stack of a layer: decoder.layers.0.encoder_attn is in the decoder."""
+
+
+@dataclass(frozen=True)
+class BoundTerm:
+    """One loss between one layer of the student and one layer of the teacher.
+
+    A term whose layers are a pattern gives several.
+
+    Args:
+        name: of the term in records. A second term of the same name has "#2" appended.
+        adapter_name: unique in an objective; the key of the adapter and of the features.
+        loss: the loss function.
+        weight: of the term, at least 0.
+        options: keywords of the loss.
+        temperature: of the loss; None if it has none.
+        student_layer, teacher_layer: concrete layers, see `kirsch.frameworks.layers`.
+        teacher: index of the teacher; None: all teachers, combined.
+        adapter: module that brings both sides to one shape; None if they are compared as they are.
+        shapes: of one sample on both sides, as text.
+    """
+
+    name: str
+    adapter_name: str
+    loss: Loss
+    weight: Number
+    options: Mapping[str, Any]
+    temperature: Number | None
+    student_layer: LayerNames
+    teacher_layer: LayerNames
+    teacher: int | None
+    adapter: Any
+    shapes: tuple[str, str]
+
+    def keywords(self, epoch: float) -> dict[str, Any]:
+        """Return the keywords of the loss after so many epochs."""
+        found = dict(self.options)
+        return found if self.temperature is None else {**found, "temperature": at(self.temperature, epoch)}
+
+    @cached_property
+    def step_keywords(self) -> frozenset[str]:
+        """The keywords that depend on the batch: "labels", "mask" and "epoch", if the loss has them."""
+        return frozenset(given_to(self.loss))
+
+    @property
+    def on_logits(self) -> bool:
+        """Whether the term compares logits or predicted numbers, to which the labels belong."""
+        return self.loss.takes in SCORED
+
+    @property
+    def on_tokens(self) -> bool:
+        """Whether the term compares hidden states or attention of a sequence, whose padding is masked."""
+        return self.loss.takes in TOKEN_KINDS
+
+    @cached_property
+    def of_cross_attention(self) -> bool:
+        """Whether the term compares the attention of a decoder to its encoder."""
+        return self.loss.takes == "attention" and bool(CROSS_ATTENTION.search(texts(self.student_layer)[0]))
+
+    @cached_property
+    def stack(self) -> str:
+        """The stack of the student's layer: "encoder", "decoder" or "cross"; empty for a model with one stack."""
+        found = STACK.search(texts(self.student_layer)[0])
+        return found[0] if found else ""
+
+    @cached_property
+    def mean_over(self) -> str:
+        """What the mean of the loss goes over, by which the batches of one step are weighted.
+
+        "labels" (samples, or positions with a label), "samples", or positions or pairs of a stack.
+        """
+        if self.on_logits:
+            return "labels"
+        if not self.on_tokens or self.loss.over == "samples":
+            return "samples"
+        across = " across" if self.of_cross_attention else ""
+        return f"{self.loss.over} of {self.stack or 'tokens'}{across}"

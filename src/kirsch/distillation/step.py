@@ -1,0 +1,162 @@
+"""One step of distillation: teachers, student with adapters, loss. Every training loop calls it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kirsch.distillation.distillation_loss import LABEL, DistillationLoss, add
+from kirsch.distillation.probabilities import check_training, logit_layers
+from kirsch.distillation.targets import check_batch, uses_labels
+from kirsch.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from kirsch.distillation.bound_term import BoundTerm
+    from kirsch.distillation.objective import Objective
+    from kirsch.distillation.teachers import TeacherSource
+    from kirsch.frameworks.annotations import Regularizer
+    from kirsch.frameworks.data import Batch
+    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.training import LossOutput
+
+WITHOUT_TARGETS = (
+    "A batch has no targets, while batches before it have, so that the student learns from the teacher alone on it. If "
+    "that is not intended, give (inputs, targets) in each batch."
+)
+
+
+class TargetCheck:
+    """Checks the targets of each batch of a loader.
+
+    Args:
+        objective: the label loss, and whether there are other terms to learn from.
+        logits_shape: of one sample; None leaves the targets unchecked.
+    """
+
+    def __init__(self, objective: Objective, logits_shape: tuple[int, ...] | None) -> None:
+        self._objective, self._logits_shape = objective, logits_shape
+        self._had_targets, self._warned = False, False
+
+    def __call__(self, batch: Batch, *, wherever: bool = False) -> list[str]:
+        """Return warnings, once for batches without targets after batches with them.
+
+        Args:
+            batch: of a loader.
+            wherever: also check targets that do not lie on the host.
+
+        Raises:
+            DataError: the label loss does not take the targets, or there are none and no other term.
+        """
+        if batch.targets is not None:
+            self._had_targets = uses_labels(self._objective)
+            if self._logits_shape is not None:
+                check_batch(batch.targets, self._logits_shape, self._objective, wherever=wherever)
+            return []
+        if not self._objective.terms:
+            raise DataError(
+                "A batch has no targets, and there is no teacher.",
+                "There is nothing to learn from it.",
+                "Give (inputs, targets) in each batch.",
+            )
+        if not self._had_targets or self._warned:
+            return []
+        self._warned = True
+        return [WITHOUT_TARGETS]
+
+
+class DistillationStep:
+    """Runs teachers and student on a batch and returns the loss; a `kirsch.frameworks.training.LossFunction`.
+
+    Args:
+        framework: of student and teachers.
+        objective: the weights of labels and terms.
+        terms: of the objective, bound to the layers of the models.
+        teacher_source: the outputs of the teachers for a batch; None without terms.
+        regularizers: further terms of the student alone.
+        positions_of: mask of the inputs of a model of sequences → mask of its hidden states.
+        logits_shape: see `TargetCheck`.
+    """
+
+    def __init__(
+        self,
+        framework: Framework,
+        objective: Objective,
+        terms: Sequence[BoundTerm] = (),
+        teacher_source: TeacherSource | None = None,
+        regularizers: Sequence[Regularizer] = (),
+        positions_of: Callable[[Any], Any] = lambda mask: mask,
+        logits_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        self.loss = DistillationLoss(objective, terms, positions_of)
+        self.factors: dict[str, float] = {}
+        self._framework, self._objective, self._teacher_source = framework, objective, teacher_source
+        self._regularizers, self._targets = regularizers, TargetCheck(objective, logits_shape)
+        self._weights: dict[str, float] = {}
+        self._unchecked = logit_layers(objective, terms, None)  # of the student, until its first step in training mode
+
+    def __call__(self, module: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> LossOutput:
+        """Return the loss of one batch; see `LossFunction`."""
+        active = self.loss.active(epoch)
+        outputs = self._teacher_source(batch) if active and self._teacher_source is not None else []
+        features = self.loss.features(outputs, epoch)
+        adapted = {term.adapter_name: features[term.adapter_name][0] for term in active if term.adapter is not None}
+        student = module(batch.inputs, adapted, batch.ids)
+        if self._unchecked and getattr(module, "training", True):
+            check_training(student.values, self._unchecked, self._objective)
+            self._unchecked = []
+        self._weights = self.loss.weights(epoch, self.factors)
+        return self.loss(
+            student,
+            features,
+            batch,
+            epoch,
+            of,
+            factors=self.factors,
+            regularization=regularization(self._regularizers, self._framework.student_of(module)),
+        )
+
+    def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
+        """Return how many samples, labels and positions the means of the terms go over."""
+        return self.loss.counts(batches)
+
+    def check(self, batch: Batch, *, wherever: bool = False) -> list[str]:
+        """Refuse targets that the label loss does not take; see `TargetCheck`."""
+        return self._targets(batch, wherever=wherever)
+
+    def balance(self, norms: dict[str, float]) -> None:
+        """Scale the terms so that the norms of their gradients are in proportion to their weights.
+
+        The reference is the gradient of the labels, or of the first term without them.
+        """
+        if self._objective.balance == "gradient":
+            self.factors |= balanced(norms, self._weights, [term.name for term in self.loss.terms])
+
+    def state(self) -> dict[str, Any]:
+        """Return the factors of the terms."""
+        return {"factors": dict(self.factors)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self.factors = dict(state.get("factors", {}))
+
+
+def balanced(norms: Mapping[str, float], weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Return the factor of each term by which its gradient has the length that its weight states.
+
+    Args:
+        norms: of the gradients of the weighted terms, by name.
+        weights: of the terms when the norms were taken.
+        names: of the terms.
+    """
+    present = [name for name in dict.fromkeys((LABEL, *names)) if norms.get(name) and weights.get(name)]
+    unweighted = {name: norms[name] / weights[name] for name in present}
+    return {name: unweighted[present[0]] / unweighted[name] for name in present[1:]}
+
+
+def regularization(regularizers: Sequence[Regularizer], student: Any) -> dict[str, Any]:
+    """Return the values of regularizers for a student, by the name of their class."""
+    found: dict[str, Any] = {}
+    for regularizer in regularizers:
+        add(found, type(regularizer).__name__, regularizer(student))
+    return found

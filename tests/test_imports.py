@@ -1,0 +1,75 @@
+"""No module of Kirsch imports itself in a circle: at its head, within a function, or for its types alone."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+
+def modules_of(root):
+    """Module name → file."""
+    files = sorted(root.rglob("*.py"))
+    return {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+def imports_of(modules):
+    """Module name → the names of the modules that it imports anywhere in its code."""
+    found = {}
+    for name, file in modules.items():
+        targets = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+                targets |= (submodules & modules.keys()) or {node.module}
+        found[name] = targets & modules.keys() - {name}
+    return found
+
+
+def cycle_in(imports):
+    """One cycle as a list of module names that begins and ends with the same module; empty if there is none."""
+    done = set()
+
+    def search(name, path):
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for target in sorted(imports[name]):
+            cycle = search(target, [*path, name])
+            if cycle:
+                return cycle
+        done.add(name)
+        return []
+
+    return next(filter(None, (search(name, []) for name in sorted(imports))), [])
+
+
+def test_no_modules_import_each_other_in_a_cycle():
+    assert cycle_in(imports_of(modules_of(SOURCE))) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from kirsch.a import x",
+        "import kirsch.a",
+        "from kirsch import a",
+        "def f():\n    from kirsch.a import x",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from kirsch.a import x",
+    ],
+)
+def test_a_planted_cycle_is_found(tmp_path, back):
+    package = tmp_path / "kirsch"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "a.py").write_text("from kirsch.b import y")
+    (package / "b.py").write_text(back)
+    assert cycle_in(imports_of(modules_of(tmp_path))) == ["kirsch.a", "kirsch.b", "kirsch.a"]
+    (package / "b.py").write_text("")
+    assert cycle_in(imports_of(modules_of(tmp_path))) == []
