@@ -156,7 +156,7 @@ def test_labels_are_smoothed_by_fit(student):
 
 
 def test_a_term_without_weight_is_not_computed(student, teacher, monkeypatch):
-    monkeypatch.setattr(LOSSES, "_things", dict(LOSSES._things))
+    monkeypatch.setattr(LOSSES, "_objects", dict(LOSSES._objects))
 
     @loss("broken")
     def broken(student, teacher, *, temperature=1.0):
@@ -466,7 +466,7 @@ def test_a_teacher_with_nan_is_refused_by_its_name(student, teacher):
     ids=["cut off", "flat"],
 )
 def test_a_term_without_gradient_is_refused(student, teacher, formula, monkeypatch):
-    monkeypatch.setattr(LOSSES, "_things", dict(LOSSES._things))
+    monkeypatch.setattr(LOSSES, "_objects", dict(LOSSES._objects))
     loss("flat")(formula)
     sentence = r"No gradient of the loss term 'flat' reaches the model\. Its value on the first batch of the epoch is"
     with pytest.raises(NumericError, match=sentence):

@@ -212,12 +212,12 @@ def test_pruned_part_is_known_by_its_path_in_the_model():
 
 def test_models_without_plan_or_without_blocks_are_refused():
     model = seeded(lambda: nn.Sequential(nn.Conv2d(1, 6, 3), Block(6), Block(6)))
-    with pytest.raises(UsageError, match=r"This Sequential was not pruned by Kirsch\. It carries no plan"):
+    with pytest.raises(UsageError, match=r"This Sequential was not pruned by Kirsch\. It stores no plan"):
         kept(model, model)
     inputs = inputs_of("residual")
     graph = kirsch.trace(model, inputs)
     shallow = kirsch.prune(model, kirsch.plan_depth(graph, kirsch.Goal(macs=0.8), inputs, "random"), verify=False)
-    with pytest.raises(UsageError, match="This Sequential lost whole blocks, so that its places have other names"):
+    with pytest.raises(UsageError, match="This Sequential lost residual blocks, so that its layers have other names"):
         kept(shallow, model)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from kirsch.annotations import Between, Count, Fix, Share
 from kirsch.arguments import checked
-from kirsch.errors import ShapeError, UsageError, name_of, said
+from kirsch.errors import ShapeError, UsageError, error_text, name_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -287,7 +287,7 @@ def _apply_to_sample(transform: Augment, sample: NDArray[Any], seed: int) -> NDA
     except Exception as error:  # code of the user may raise any exception
         raise UsageError(
             f"The transform {name_of(transform)} given as `augment` fails on a sample of shape {sample.shape}.",
-            said(error),
+            error_text(error),
             "It is called as transform(batch, generator) with a batch of one sample.",
         ) from error
     if not isinstance(output, np.ndarray) or output.shape != sample.shape:

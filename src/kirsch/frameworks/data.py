@@ -12,7 +12,7 @@ import numpy as np
 
 from kirsch.annotations import Count, Seed
 from kirsch.arguments import checked
-from kirsch.errors import DataError, ModelError, ShapeError, UsageError, said
+from kirsch.errors import DataError, ModelError, ShapeError, UsageError, error_text
 from kirsch.frameworks.augment import TRIED, Augment, Seeded, apply, check, sample_seeds
 from kirsch.frameworks.structure import check_inputs, split_batch, summary
 
@@ -247,7 +247,7 @@ def _array(name: str, value: Any) -> NDArray[Any]:
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(
             f"The {name} of ArrayData are {summary(value)}, and cannot be converted to an array.",
-            said(error),
+            error_text(error),
             "Give one array with all samples on the first axis; pad or resize samples that differ in shape.",
         ) from error
     if array.ndim:

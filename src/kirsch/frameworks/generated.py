@@ -10,7 +10,7 @@ import numpy as np
 
 from kirsch.annotations import Count, Fix, Seed
 from kirsch.arguments import checked
-from kirsch.errors import DataError, KirschError, UsageError, name_of, said
+from kirsch.errors import DataError, KirschError, UsageError, error_text, name_of
 from kirsch.frameworks.annotations import Model, is_model
 from kirsch.frameworks.augment import check_call
 from kirsch.frameworks.data import Batch, SeededData, borders_of, count_of
@@ -88,7 +88,7 @@ class GeneratedData(SeededData):
         except KirschError:
             raise
         except Exception as error:  # code of the user may raise any exception
-            raise UsageError(f"`generate`, {name}, fails for {TRIED} samples.", said(error), HOW) from error
+            raise UsageError(f"`generate`, {name}, fails for {TRIED} samples.", error_text(error), HOW) from error
         if [host(part).tobytes() for part in first] != [host(part).tobytes() for part in second]:
             raise UsageError(
                 f"`generate`, {name}, returns different inputs for the same seed.",

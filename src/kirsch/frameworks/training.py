@@ -206,39 +206,35 @@ def shares_of(norms: Mapping[str, float]) -> dict[str, float]:
 
 
 def doubts(shares: Mapping[str, float], began: Mapping[str, float]) -> dict[str, str]:
-    """What seems wrong with the shares of the terms in the gradient: a sentence for each term that is doubted.
+    """Return a warning for each term whose share of the gradient suggests a wrong weight or a wrong comparison.
+
+    A term whose share was normal on the first batch and has become small since is learned, which is not warned of.
 
     Args:
-        shares: by term; they add up to 1, or are all 0. A term without any, whose value is 0 as well, says that student
-            and teacher agree; that it does so from the first batch on may have another reason.
-        began: those of the first batch of the run. What had its share there and has lost it was learned; what the
-            others have then is no wonder.
+        shares: by term; they add up to 1, or are all 0.
+        began: shares of the first batch of the run.
     """
     found = {
-        name: f"The term {name!r} is 0 on the first batch, and has no gradient. That is right where student and "
-        "teacher agree already, as copies do, or it asks for no more; if not, it compares what cannot differ, such as "
-        "the softmax over one class."
+        name: f"The term {name!r} is 0 on the first batch, and has no gradient. This is expected if student and "
+        "teacher agree already, as copies do. Otherwise the term compares outputs that cannot differ, such as the "
+        "softmax over one class."
         for name, share in shares.items()
         if share == began.get(name) == 0 and all(map(math.isfinite, shares.values()))
     }
     present = {name: share for name, share in shares.items() if share > 0}
-    learned = [name for name, share in present.items() if share < LEAST_SHARE <= began.get(name, 0.0)]
+    learned = {name for name, share in present.items() if share < LEAST_SHARE <= began.get(name, 0.0)}
     for name, share in present.items():
-        if name in learned:
+        if share < LEAST_SHARE and name not in learned:
             found[name] = (
-                f"The term {name!r} is {share:.2g} of the gradient, after {began[name]:.2g} in the beginning: what it "
-                "asks for is learned, and it teaches next to nothing now."
-            )
-        elif share < LEAST_SHARE:
-            found[name] = (
-                f"The term {name!r} is {share:.2g} of the gradient, so it teaches next to nothing. Its weight may be "
+                f"The term {name!r} is {share:.2g} of the gradient, so it has almost no effect. Its weight may be "
                 "that of another convention: a loss that is averaged over classes, or lacks the factor T², is that "
                 "much smaller."
             )
         elif share > MOST_SHARE and len(present) > 1 and not learned:
             found[name] = (
-                f"The term {name!r} is {share:.4%} of the gradient, so that nothing else is learned. Its weight may be "
-                "that of another convention: a loss that is summed over samples or elements is that much larger."
+                f"The term {name!r} is {share:.4%} of the gradient, so that the other terms have almost no effect. Its "
+                "weight may be that of another convention: a loss that is summed over samples or elements is that much "
+                "larger."
             )
     return found
 

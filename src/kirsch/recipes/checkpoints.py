@@ -51,7 +51,7 @@ def newest(folder: Path, inputs: str, note: Callable[[str], None]) -> TrainingSt
     """
     damaged = False
     for path in reversed(_all(folder)):
-        flaw = files.damage(path)
+        flaw = files.first_flaw(path)
         if flaw:
             note(f"The checkpoint {path.name} is damaged: {flaw}. The previous one is used.")
             damaged = True

@@ -137,7 +137,7 @@ def misplaced_entries(folder: Path) -> list[str]:
     parts = [path for stage in stages for path in _children(stage)]
     plain = (RUN, RECIPE, PLAN, LOCK, EVENTS, METRICS, REPORT, ENVIRONMENT, TRACEBACK, files.MANIFEST, MODEL)
     folders = (folder / CHECKPOINTS, folder / ARTIFACTS, folder / PRUNED, *stages, *parts)
-    found = list(files.odd(folder).values())
+    found = list(files.irregular_entries(folder).values())
     found += [f"{folder / name} is a folder" for name in plain if (folder / name).is_dir()]
     unreadable = (path for path in map(folder.joinpath, plain) if path.is_file() and not os.access(path, os.R_OK))
     found += [f"{path} cannot be read: you lack the permission" for path in unreadable]

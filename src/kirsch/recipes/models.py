@@ -15,8 +15,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, UsageError, said
-from kirsch.failures import told
+from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, UsageError, error_text
+from kirsch.failures import error_with_location
 from kirsch.frameworks.formats import describe
 from kirsch.frameworks.port import framework_of, pytorch
 from kirsch.graph.graph import InputSpec
@@ -67,7 +67,7 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
     except KirschError:
         raise
     except FAILURES as error:
-        raise ModelError(f"{reference} failed.", told(error), "Fix the callable.") from error
+        raise ModelError(f"{reference} failed.", error_with_location(error), "Fix the callable.") from error
     framework_of(model)  # raises an error if this is not a model
     return model
 
@@ -165,14 +165,14 @@ def _module(name: str) -> ModuleType:
             f"The module {name!r} cannot be imported.", f"{error}.", "Install it, or give a file: file.py:callable."
         ) from error
     except FAILURES as error:
-        raise LoadError(f"The module {name!r} fails.", told(error), "Fix the module.") from error
+        raise LoadError(f"The module {name!r} fails.", error_with_location(error), "Fix the module.") from error
 
 
 def _from_file(path: Path) -> ModuleType:
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:
-        why = "" if isinstance(error, FileNotFoundError) else said(error)
+        why = "" if isinstance(error, FileNotFoundError) else error_text(error)
         what = "cannot be read" if why else "does not exist"
         raise LoadError(f"The file {path} {what}.", why, "Check the path; it is relative to the recipe.") from error
     if not is_valid_text(str(path.resolve())):
@@ -201,7 +201,7 @@ def _from_file(path: Path) -> ModuleType:
         del sys.modules[name]
         if isinstance(error, KirschError) or not isinstance(error, FAILURES):
             raise
-        raise LoadError(f"The file {path} fails.", told(error), "Fix the file.") from error
+        raise LoadError(f"The file {path} fails.", error_with_location(error), "Fix the file.") from error
     finally:
         with contextlib.suppress(ValueError):  # the file may have removed the entry
             sys.path.remove(parent)

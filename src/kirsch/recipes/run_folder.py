@@ -171,7 +171,7 @@ def open_folder(recipe: Recipe, folder: Path, base: Path) -> dict[str, str]:
         altered.setdefault(RECIPE, f"{folder / RECIPE} is missing")
     elif run.get("recipe") not in (None, (folder / RECIPE).read_bytes().decode()):
         altered.setdefault(RECIPE, f"{folder / RECIPE} is not the recipe that {RUN} states")
-    files.sweep(folder)
+    files.remove_temporary(folder)
     return altered
 
 

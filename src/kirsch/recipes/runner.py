@@ -127,7 +127,7 @@ def run(
     busy = OutputError(
         f"The run {folder} is in use.", "Another process runs in it.", "Wait for it, or choose another folder."
     )
-    with files.alone(folder / LOCK, busy):
+    with files.exclusive_lock(folder / LOCK, busy):
         altered = run_folder.open_folder(recipe, folder, base)
         materials = materials or materials_of(recipe, base)
         job = Job(recipe, folder, materials.data, materials.make_teacher, materials.make_student, listen, stop)
@@ -229,7 +229,7 @@ def _finished(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]
     """Load a stage that is finished, undamaged and had the same inputs, and return its record; otherwise None."""
     if not done.is_dir():
         return None
-    why = files.damage(done) or _altered(job, f"checkpoints/{stage.key}/done/")
+    why = files.first_flaw(done) or _altered(job, f"checkpoints/{stage.key}/done/")
     if why:
         job.note(f"The stage {stage.key!r} is run again: {why}.")
         return None
@@ -259,7 +259,9 @@ def _artifacts_damage(job: Job, record: dict[str, Any]) -> str:
     path = job.folder / ARTIFACTS / record["artifact"]["file"]
     if not path.is_file() or files.sha256(path) != record["artifact"]["sha256"]:
         return f"{path} is missing or damaged"
-    return _altered(job, MODEL, f"{PRUNED}/") or (files.damage(job.folder / PRUNED) if "prune" in job.records else "")
+    return _altered(job, MODEL, f"{PRUNED}/") or (
+        files.first_flaw(job.folder / PRUNED) if "prune" in job.records else ""
+    )
 
 
 def _run_stage(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]:

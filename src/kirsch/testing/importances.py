@@ -209,7 +209,7 @@ def _registered(importance: Importance) -> Iterator[str]:
     try:
         yield name
     finally:
-        del IMPORTANCES._things[name]  # noqa: SLF001 - a registry has no public way to remove a name
+        del IMPORTANCES._objects[name]  # noqa: SLF001 - a registry has no public way to remove a name
 
 
 def _permute(model: Any, graph: Graph, group: Group, order: NDArray[np.int64]) -> None:

@@ -261,7 +261,7 @@ def finish(folder: str | Path) -> TeacherStore:
     if not (folder / spec.BUILDING).is_file():
         raise StoreError(f"There is no store in {folder}.", fix="Build one with kirsch.distillation.store.build.")
     busy = OutputError(f"The store {folder} is being finished by another process.", fix="Wait for it.")
-    with files.alone(folder / LOCK, busy):
+    with files.exclusive_lock(folder / LOCK, busy):
         if not (folder / spec.MANIFEST).is_file():
             stored = spec.read(folder / spec.BUILDING, Specification)
             missing = spec.missing_ranges(folder, stored)
@@ -272,7 +272,7 @@ def finish(folder: str | Path) -> TeacherStore:
             files.write_text(folder / spec.MANIFEST, manifest.model_dump_json(indent=2) + "\n")
         shutil.rmtree(folder / "parts", ignore_errors=True)
         (folder / spec.BUILDING).unlink(missing_ok=True)
-        files.sweep(folder)
+        files.remove_temporary(folder)
     return TeacherStore.open(folder)
 
 

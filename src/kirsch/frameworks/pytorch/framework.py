@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kirsch.errors import KirschError, UnknownNameError, VerificationError, said
+from kirsch.errors import KirschError, UnknownNameError, VerificationError, error_text
 from kirsch.frameworks.pytorch.analysis import count, randomness, regions, stand_ins, trace
 from kirsch.frameworks.pytorch.analysis.program import user_line
 from kirsch.frameworks.pytorch.features import adapters, capture, cohort, ensemble, layers, squashed, student
@@ -75,7 +75,7 @@ class PyTorch:
             line = user_line(error)
             raise VerificationError(
                 f"The pruned {graph.model_name} does not run.",
-                f"{said(error)}{f' It is raised at {line}.' if line else ''}{_turned(graph, keep)}",
+                f"{error_text(error)}{f' It is raised at {line}.' if line else ''}{_turned(graph, keep)}",
                 f"Exclude {UNUSUAL_LAYERS}, and report the model. The original is unchanged."
                 if graph.tracing.as_graph
                 else f"Exclude {UNUSUAL_LAYERS}, or {AS_GRAPH}. The original is unchanged.",

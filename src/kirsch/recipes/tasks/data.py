@@ -16,7 +16,7 @@ from kirsch.arguments import checked
 from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.targets import not_class_numbers, out_of_range
 from kirsch.errors import DataError, KirschError, UsageError
-from kirsch.failures import told
+from kirsch.failures import error_with_location
 from kirsch.frameworks.augment import Augment, Seeded
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import host
@@ -242,7 +242,7 @@ def load_data(source: str, options: dict[str, Any], *, seed: int, base: Path | N
         raise
     except FAILURES as error:
         raise DataError(
-            f"The data source {source!r} failed.", told(error), "Fix the source, or change data.options."
+            f"The data source {source!r} failed.", error_with_location(error), "Fix the source, or change data.options."
         ) from error
     if not isinstance(data, DataSet):
         raise DataError(

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kirsch.errors import VerificationError, said
+from kirsch.errors import VerificationError, error_text
 from kirsch.frameworks.pytorch.analysis.program import user_line
 from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
@@ -137,7 +137,7 @@ def _verify(pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Remo
     if exception is not None and _training_exception(original, graph) is None:
         raise VerificationError(
             f"The pruned {graph.model_name} runs in inference mode only.",
-            said(exception),
+            error_text(exception),
             f"The forward uses a fixed width in training mode ({user_line(exception) or 'in PyTorch'}). Read the width "
             f"from the shape of the tensor, or {AS_GRAPH}.",
         )
