@@ -242,13 +242,13 @@ UNFIT = {
     "half": (PIXELS.half(), "Half.*Give inputs in float32"),
     "channels last": (PIXELS.permute(0, 2, 3, 1), r"channels last.*inputs\.permute\(0, 3, 1, 2\)"),
     "other channels": (torch.rand(2, 5, 8, 8), r"Check that model\(\*example_inputs\) runs"),
-    "meta": (PIXELS.to("meta"), "The example inputs lie on the meta device and have no values"),
+    "meta": (PIXELS.to("meta"), "The example inputs are on the meta device and have no values"),
     "no samples": (PIXELS[:0], r"no samples: their shapes are \(0, 3, 8, 8\).*at least one sample"),
 }
 
 
 @pytest.mark.parametrize("kind", UNFIT)
-def test_inputs_that_a_model_does_not_take_are_told_with_the_conversion(kind):
+def test_the_error_for_inputs_of_a_wrong_type_or_layout_names_the_conversion(kind):
     inputs, sentence = UNFIT[kind]
     with pytest.raises(ModelError, match=sentence):
         trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), inputs)
@@ -256,13 +256,13 @@ def test_inputs_that_a_model_does_not_take_are_told_with_the_conversion(kind):
 
 def test_a_model_without_values_needs_inputs_without_values():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).to("meta")
-    with pytest.raises(ModelError, match=r"Its parameter `0\.weight` lies on the meta device.*Load its weights"):
+    with pytest.raises(ModelError, match=r"Its parameter `0\.weight` is on the meta device.*Load its weights"):
         trace(model, PIXELS)
     assert [group.size for group in trace(model, PIXELS.to("meta")).groups] == [8]
 
 
-def test_a_model_in_half_precision_may_be_brought_to_its_inputs():
-    with pytest.raises(ModelError, match=r"inputs\.bfloat16\(\) of a tensor; or bring the model to theirs"):
+def test_a_model_in_half_precision_may_be_converted():
+    with pytest.raises(ModelError, match=r"inputs\.bfloat16\(\) for tensors; or convert the model"):
         trace(nn.Conv2d(3, 4, 3).bfloat16(), PIXELS)
 
 

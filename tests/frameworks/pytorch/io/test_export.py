@@ -177,12 +177,12 @@ class Nested(nn.Module):
 @pytest.mark.parametrize(
     ("model", "inputs", "sentence"),
     [
-        (Packed(), (torch.randn(2, 5, 3), torch.tensor([5, 4])), "It packs sequences .*the padded batch itself"),
+        (Packed(), (torch.randn(2, 5, 3), torch.tensor([5, 4])), "It packs sequences .*passes the padded batch to"),
         (Nested(), torch.randn(2, 5, 3), "It computes with nested tensors.*a padded batch and a mask"),
     ],
     ids=["packed", "nested"],
 )
-def test_what_torch_export_never_follows_is_named_as_in_a_trace(model, inputs, sentence, tmp_path):
+def test_the_export_names_unsupported_operations_as_the_trace_does(model, inputs, sentence, tmp_path):
     with pytest.raises(ModelError, match=sentence):
         export_onnx(model, inputs, tmp_path / "m.onnx")
     with pytest.raises(ModelError, match=sentence):
