@@ -183,8 +183,6 @@ def check_loss_is_finite_in_half_precision(loss: Loss) -> None:
             exact = _gradient(
                 loss, map_arrays(lambda part: part.numpy(), student64), map_arrays(np.asarray, teacher64), options
             )
-                loss, map_arrays(lambda part: part.numpy(), student64), map_arrays(np.asarray, teacher64), options
-            )
             for (part, _), (gradient, _) in zip(_parts(student, student), _parts(exact, exact), strict=True):
                 error = np.linalg.norm(np.asarray(part.grad.double()) - gradient)
                 # The gradient is rounded to the 8 bits of bfloat16.
