@@ -337,7 +337,7 @@ def test_a_plan_with_an_unknown_or_repeated_block_is_refused():
     model = shaken(TokenNet(2))
     plan = plan_without(model, WORDS, "layers.1")
     text = plan.to_json().replace("layers.1", "layers.7")
-    with pytest.raises(PlanError, match=r"leaves out 'layers\.7'.*no residual block there.*layers\.1"):
+    with pytest.raises(PlanError, match=r"removes the block 'layers\.7'.*no such residual block.*layers\.1"):
         kirsch.prune(model, Plan.from_json(text))
     twice = plan.to_json().replace('"blocks": [', '"blocks": [{"name": "layers.1", "reason": ""},')
     with pytest.raises(PlanError, match=r"blocks has 'layers\.1' twice"):
