@@ -194,7 +194,8 @@ def test_a_size_that_no_value_in_the_same_relation_divides_is_refused_at_the_lin
     model.checked.channels = 4
     plan = kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.9), round_to=4)
     line = divides.__code__.co_firstlineno + 1
-    with pytest.raises(PlanError, match=rf"result of a comparison at test_comparisons\.py:{line}\..*`checked\.channels`"):
+    sentence = rf"result of a comparison at test_comparisons\.py:{line}\..*`checked\.channels`"
+    with pytest.raises(PlanError, match=sentence):
         kirsch.prune(model, removing(plan, "first", 3))
 
 
