@@ -97,7 +97,7 @@ def test_the_input_shape_is_an_option(answer):
         (["nets.py:chian"], 4, "no callable of nets.py named 'chian'"),
         (["nets.py:fails"], 4, "nets.py:fails failed. why ValueError: no such thing"),
         (["absent_module:chain"], 4, "module 'absent_module' cannot be imported"),
-        (["json:dumps"], 2, "json:dumps cannot be called without arguments"),
+        (["json:dumps"], 4, "json:dumps cannot be called without arguments"),
     ],
 )
 def test_a_model_that_cannot_be_loaded_is_named(kirsch, arguments, code, sentence):

@@ -176,13 +176,31 @@ def test_an_invalid_plan_is_refused_with_file_and_field(tmp_path, path, value, s
     assert str(file) in caught.value.what
 
 
-def test_inputs_that_change_the_coupled_units_are_named():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
-    made = json.loads(kirsch.plan(kirsch.trace(model.eval(), IMAGE), kirsch.Goal(macs=0.75)).to_json())
-    made["inputs"][0]["shape"][0] = 0
-    wanted = r"inputs have no samples: their shapes are \(0, 3, 6, 6\).*correct the inputs that the plan states"
-    with pytest.raises(KirschError, match=wanted):
-        kirsch.prune(model, Plan.from_json(json.dumps(made)))
+class LayerForLargeBatches(nn.Module):
+    """The batch size decides which layers are coupled."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.side = nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.last(hidden) + (self.side(hidden) if len(x) > 2 else 0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "sentence"),
+    [
+        (3, r"tracing or inputs of the plan were edited\. It was traced with inputs of shape 3×4\."),
+        (0, r"The example inputs have no samples: their shapes are \(0, 4\)\..* Or correct the inputs of the plan"),
+    ],
+)
+def test_inputs_that_change_the_coupled_units_are_named(batch, sentence):
+    model = LayerForLargeBatches().eval()
+    content = json.loads(kirsch.plan(kirsch.trace(model, torch.randn(2, 4)), kirsch.Goal(params=0.75)).to_json())
+    content["inputs"][0]["shape"][0] = batch
+    with pytest.raises(KirschError, match=sentence):
+        kirsch.prune(model, Plan.from_json(json.dumps(content)))
 
 
 @pytest.mark.parametrize("path", REQUIRED)

@@ -291,7 +291,7 @@ def test_extra_state_that_is_not_a_tensor_is_refused_and_the_older_folder_is_kep
     ("entry", "sentence"),
     [
         ({"name": "", "shape": [2, 4], "dtype": "float32"}, r"inputs\[0\]\.high is missing"),
-        ({"name": "", "value": [1]}, "'value' is"),
+        ({"name": "", "value": [1]}, r"'value' is \[1\], which is not"),
         ({"name": "", "value": math.nan}, "NaN is not a JSON number"),
         ({"name": "", "kind": "set", "items": []}, "kind: one of list, tuple, dict is expected"),
         ({"name": "", "kind": "list", "items": [1]}, r"inputs\[0\]\.items\[0\]: an object is expected, and 1"),
