@@ -59,12 +59,12 @@ LATER = {
     "another size": (
         (X[..., :5], Y),
         ModelError,
-        r"Fixed does not run on .* float32 of shape \(12, 1, 6, 5\)\. .*one size",
+        r"Fixed does not run on .* float32 of shape \(12, 1, 6, 5\)\. .*padded or resized to its size",
     ),
     "another type": ((X.double(), Y), UsageError, "computes in float32, and its inputs are float64"),
     "none": (None, DataError, "A batch is None"),
-    "texts": ((["a"] * N, Y), DataError, "texts cannot be given"),
-    "too few targets": ((X, Y[:7]), DataError, "That is 12 samples and 7 targets"),
+    "texts": ((["a"] * N, Y), DataError, "A model takes arrays, not strings"),
+    "too few targets": ((X, Y[:7]), DataError, "These are 12 samples and 7 targets"),
     "other targets": ((X, Y + K), DataError, "Sample 0 has the label 3"),
 }
 
