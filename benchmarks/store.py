@@ -77,7 +77,7 @@ def measure(keep: TopK | Dense, classes: int, samples: int) -> dict[str, Any]:
         seconds = time.perf_counter() - begun
         begun = time.perf_counter()
         for start in range(0, samples, BATCH):
-            teacher_inputs = data.look(np.arange(start, min(start + BATCH, samples)), 0, 0).inputs
+            teacher_inputs = data.batch(np.arange(start, min(start + BATCH, samples)), 0, 0).inputs
             with torch.no_grad():
                 teacher(torch.from_numpy(teacher_inputs))
         alone = time.perf_counter() - begun

@@ -1,4 +1,4 @@
-"""Shared by the tests of pruning: trace a network, remove half of all units at random, and verify the result."""
+"""Helpers of several test folders: trace a network, remove random units of all groups, and verify the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def shaken(model, seed=0):
 
 
 def half_of_everything(graph, seed=0, share=0.5):
-    """Return random units to remove by group name, such that one unit and one index of each axis remain."""
+    """Return random units to remove by group name, such that each group and each axis keeps at least one unit."""
     random = np.random.default_rng(seed)
     removed = {}
     for group in graph.groups:
@@ -37,7 +37,7 @@ def half_of_everything(graph, seed=0, share=0.5):
 
 
 def assert_cut_is_right(model, inputs, *, sizes=None, share=0.5, seed=0, power=1e-3):
-    """Cut a share of each group, and assert that the pruned model equals the masked one.
+    """Trace a model, cut a share of each group, and assert that the pruned model equals the masked one.
 
     Args:
         model, inputs: to trace.

@@ -1,4 +1,4 @@
-"""Every argument of every public callable, given a dozen and more objects of the wrong kind: an error names it."""
+"""Each argument of each public callable refuses objects of the wrong kind with an error that names the argument."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kirsch.pruning.regularizers import L1, Slimming
 VALUES = {
     "None": lambda: None,
     "flag": lambda: True,
-    "whole": lambda: 3,
+    "integer": lambda: 3,
     "negative": lambda: -1,
     "number": lambda: 0.5,
     "nan": lambda: math.nan,
@@ -54,7 +54,7 @@ VALUES = {
     "device": lambda: torch.device("cpu"),
 }
 FLAGS = {"flag", "numpy flag"}
-POSITIVE = {"whole", "number", "huge"}
+POSITIVE = {"integer", "number", "huge"}
 NUMBERS = {*POSITIVE, "negative"}
 TEXTS = {"text", "empty text"}
 
@@ -65,15 +65,15 @@ def each(names, kinds):
 
 ACCEPTED = {
     **each("as_graph causal check_teacher mode uniform verify", FLAGS),
-    **each("accumulate epochs generations k padding samples size", {"whole"}),
-    **each("batch_size round_to view", {"whole"}),
-    **each("views range_size seed", {"None", "whole"}),
+    **each("accumulate epochs generations k padding samples size", {"integer"}),
+    **each("batch_size round_to view", {"integer"}),
+    **each("views range_size seed", {"None", "integer"}),
     **each("learning_rate weight_decay brightness scale strength weight", POSITIVE),
     **each("label_smoothing probability contrast min_keep warmup_epochs", {"number"}),
     **each("macs params ema max_drop", {"None", "number"}),
     **each("event save validate listen", {"None", "model"}),
     **each("objective training validation hooks teacher recover distill", {"None"}),
-    **each("data resume granularity at of through noise student", {"None"}),
+    **each("data resume granularity at of module noise student", {"None"}),
     **each("augment ids targets seeds temperature", {"None"}),
     **each("terms milestones exclude regularizers", {"empty list"}),
     **each("start end after epoch", NUMBERS),
@@ -85,22 +85,22 @@ ACCEPTED = {
     "stop": {"None", "function", "model"},
     "clip_norm": {"None", *POSITIVE},
     "label_weight": POSITIVE,
-    "ignore": {"whole", "negative", "huge"},
+    "ignore": {"integer", "negative", "huge"},
     "example_inputs": {"None", "array"},
     "folder": {*TEXTS, "path", "None"},
     "views of": {"None", "empty list", "numbers"},
 }
-"""Argument → kinds of values that it takes, wherever it occurs. What they lead to is tested elsewhere."""
+"""Argument → kinds of values that are accepted, in any callable. Their effects are tested elsewhere."""
 
-SPECIAL = {
+ACCEPTED_BY_CALLABLE = {
     "trace.scope": {"empty text"},
     "trace.example_inputs": set(),
     "export.example_inputs": set(),
     "export.path": {"text", "path"},
     "measure.example_inputs": set(),
-    "plan.seed": {"whole"},
-    "Training.seed": {"whole"},
-    "Distiller.seed": {"whole"},
+    "plan.seed": {"integer"},
+    "Training.seed": {"integer"},
+    "Distiller.seed": {"integer"},
     "plan_depth.data": set(),
     "distill.student": set(),
     "Distiller.student": set(),
@@ -116,7 +116,7 @@ SPECIAL = {
     "ensemble.models": {"models"},
     "Term.weight": NUMBERS,
     "Term.temperature": {"None", *NUMBERS},
-    "Term.of": {"None", "whole", "negative", "huge"},
+    "Term.of": {"None", "integer", "negative", "huge"},
     "Term.teacher": {"None", "texts", *TEXTS},
     "Term.student": {"texts", *TEXTS},
     "Ramp.epochs": NUMBERS,
@@ -127,7 +127,7 @@ SPECIAL = {
     "Distiller.doubt": {"model"},
     "Distiller.counts.batches": {"empty list", "generator"},
     "Distiller.check_labels.targets": {"None", "numbers"},
-    "Distiller.__call__.through": {"None", "function", "class", "model"},
+    "Distiller.__call__.module": {"None", "function", "class", "model"},
     "ArrayData.ids": {"None", "numbers"},
     "ArrayData.targets": {"None", "numbers"},
     "Split.inputs": {"array", "numbers", "empty list"},
@@ -154,7 +154,7 @@ SPECIAL = {
     "store.check.outputs": {"None", "model"},
     "store.verify.views": {"None", "empty list", "numbers"},
 }
-"""The same for an argument of one callable."""
+"""Argument of one callable → kinds of values that are accepted."""
 
 
 class Net(nn.Module):
@@ -169,7 +169,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
-    """Name → a public callable and arguments that it takes."""
+    """Return name → a public callable and valid arguments."""
     folder = tmp_path_factory.mktemp("arguments")
     torch.manual_seed(0)
     model, x, y = Net(), torch.randn(8, 4), torch.arange(8) % 3
@@ -293,7 +293,7 @@ def calls(tmp_path_factory):
                 "doubt": print,
             },
         ),
-        "Distiller.__call__": (distiller, {"batch": (x, y), "epoch": 0.0, "of": None, "through": None}),
+        "Distiller.__call__": (distiller, {"batch": (x, y), "epoch": 0.0, "of": None, "module": None}),
         "Distiller.counts": (distiller.counts, {"batches": [(x, y)]}),
         "Distiller.check_labels": (distiller.check_labels, {"targets": y}),
         "Distiller.train": (distiller.train, {"mode": True}),
@@ -369,7 +369,7 @@ def calls(tmp_path_factory):
             store.check,
             {"teacher": model, "data": data, "samples": 2, "outputs": None, "batch_size": 4},
         ),
-        "store.trust": (store.trust, {"view": 0}),
+        "store.verify_once": (store.verify_once, {"view": 0}),
         "store.verify": (store.verify, {"views": [0]}),
         "TopK": (TopK, {"k": 2}),
         "Crop": (augment.Crop, {"padding": 1}),
@@ -381,10 +381,10 @@ def calls(tmp_path_factory):
 
 
 RECORDS = {"Artifact", "Graph", "Measurement", "Plan"}
-"""What Kirsch returns, and nobody builds by hand."""
+"""Public classes that Kirsch returns, and users do not create."""
 
 
-def test_the_table_has_every_public_callable_and_every_argument(calls):
+def test_the_table_has_each_public_callable_and_each_argument(calls):
     assert {name for name in kirsch.__all__ if name not in RECORDS} <= calls.keys()
     for name, (function, values) in calls.items():
         parameters = inspect.signature(function).parameters.values()
@@ -392,8 +392,8 @@ def test_the_table_has_every_public_callable_and_every_argument(calls):
         assert named <= values.keys(), name
 
 
-OF_THE_RIGHT_KIND = {"bytes", "model", "models", "array", "dict", "function", "text", "empty text", "path"}
-"""Kinds of values that can have the right type and not fit otherwise; then the error names what does not fit."""
+RIGHT_TYPE = {"bytes", "model", "models", "array", "dict", "function", "text", "empty text", "path"}
+"""Kinds of values that can have the right type and be invalid otherwise; the error then names another problem."""
 
 NAMES = [
     "trace",
@@ -444,7 +444,7 @@ NAMES = [
     "store.read",
     "store.require",
     "store.check",
-    "store.trust",
+    "store.verify_once",
     "store.verify",
     "TopK",
     "Crop",
@@ -470,42 +470,42 @@ NAMES = [
         (lambda: kirsch.Plan.from_json(3), r"is 3\. Give text or bytes\.$"),
     ],
 )
-def test_an_error_is_read_once(call, message):
+def test_an_error_names_the_found_value_the_expected_type_or_the_fix(call, message):
     with pytest.raises(KirschError, match=message):
         call()
 
 
 @pytest.mark.parametrize("max_drop", [1, -0.1, 3])
 def test_an_accuracy_drop_in_percentage_points_is_refused(calls, max_drop):
-    function, given = calls["compress"]
+    function, arguments = calls["compress"]
     with pytest.raises(KirschError, match=r"`max_drop` .* of at least 0 and below 1\. .* write max_drop=0\.01\."):
-        function(**{**given, "max_drop": max_drop})
+        function(**{**arguments, "max_drop": max_drop})
 
 
-@pytest.mark.filterwarnings("ignore")  # some values are right, and what they lead to may warn
+@pytest.mark.filterwarnings("ignore")  # some values are valid, and their effects may warn
 @pytest.mark.parametrize("name", NAMES)
 def test_an_argument_of_the_wrong_kind_is_named_with_the_fix(calls, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    function, given = calls[name]
-    assert [wrong for argument in given for wrong in misled(name, function, given, argument)] == []
+    function, arguments = calls[name]
+    assert [failure for argument in arguments for failure in unclear_errors(name, function, arguments, argument)] == []
 
 
-def misled(name, function, given, argument):
-    """What is wrong with the answers to an argument, one text for each kind of value."""
-    accepted = SPECIAL.get(f"{name}.{argument}", ACCEPTED.get(argument, set()))
+def unclear_errors(name, function, arguments, argument):
+    """Yield a text for each kind of value that an argument accepts or refuses without a clear error."""
+    accepted = ACCEPTED_BY_CALLABLE.get(f"{name}.{argument}", ACCEPTED.get(argument, set()))
     for kind in sorted(VALUES.keys() - accepted):
         value = VALUES[kind]()
         try:
-            function(**{**given, argument: value})
+            function(**{**arguments, argument: value})
         except KirschError as error:
             message = str(error)
             shown = value[0] if kind == "texts" else value
             named = re.search(rf"\b{argument}\b", message) or (isinstance(shown, str) and repr(shown) in message)
-            if not named and kind not in OF_THE_RIGHT_KIND:
+            if not named and kind not in RIGHT_TYPE:
                 yield f"{argument} is {kind}: not named in {message!r}"
             if not error.fix and "needed" not in message and "Known" not in message:
                 yield f"{argument} is {kind}: no fix in {message!r}"
-        except Exception as error:  # noqa: BLE001 - what must not happen
+        except Exception as error:  # noqa: BLE001 - must not happen
             yield f"{argument} is {kind}: {type(error).__name__}: {error}"
         else:
             yield f"{argument} is {kind}: accepted"

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md shows works, as it is written there."""
+"""The code in CONTRIBUTING.md runs as written."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 @pytest.fixture
-def shown(monkeypatch):
-    """What the snippets define, run in the order of the page; the names that they register are gone afterwards."""
+def defined(monkeypatch):
+    """Return the names that the snippets define, and remove the names that they register afterwards."""
     for registry in (IMPORTANCES, LOSSES, ADAPTERS):
-        monkeypatch.setattr(registry, "_things", dict(registry._things))
+        monkeypatch.setattr(registry, "_objects", dict(registry._objects))
     names: dict = {}
     for snippet in re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL):
         exec(compile(snippet, "CONTRIBUTING.md", "exec"), names)
     return names
 
 
-def test_the_importance_is_the_largest_weight_worked_out_by_hand(shown):
+def test_the_importance_is_the_largest_weight_in_closed_form(defined):
     first, second = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)
     model = torch.nn.Sequential(first, torch.nn.ReLU(), second)
     with torch.no_grad():
@@ -45,58 +45,58 @@ def test_the_importance_is_the_largest_weight_worked_out_by_hand(shown):
     assert plan.groups[0].removed == (1,)
 
 
-def test_the_loss_is_half_the_squared_distance_in_numpy_and_in_torch(shown):
+def test_the_loss_is_half_the_squared_distance_in_numpy_and_torch(defined):
     student, teacher = np.array([[1.0, 2.0], [0.0, 0.0]]), np.array([[1.0, 0.0], [3.0, 4.0]])
     assert LOSSES["squared-difference"](student, teacher) == (2 + 12.5) / 2
-    given = torch.tensor(student, requires_grad=True)
-    LOSSES["squared-difference"](given, torch.tensor(teacher)).backward()
-    np.testing.assert_array_equal(given.grad, (student - teacher) / 2)
+    student_tensor = torch.tensor(student, requires_grad=True)
+    LOSSES["squared-difference"](student_tensor, torch.tensor(teacher)).backward()
+    np.testing.assert_array_equal(student_tensor.grad, (student - teacher) / 2)
     with pytest.raises(ShapeError):
         LOSSES["squared-difference"](student, teacher[:1])
 
 
-def test_what_the_page_adds_passes_the_checks_that_it_shows(shown):
+def test_the_importance_and_the_loss_pass_the_conformance_checks(defined):
     for name in ("test_largest_weight_conforms", "test_squared_difference_conforms"):
-        (mark,) = shown[name].pytestmark
+        (mark,) = defined[name].pytestmark
         assert mark.args[1]
         for check in mark.args[1]:
-            shown[name](check)
+            defined[name](check)
 
 
-def test_the_objective_knows_the_loss(shown):
-    assert [term.loss for term in shown["objective"].terms] == ["squared-difference"]
+def test_the_objective_uses_the_loss(defined):
+    assert [term.loss for term in defined["objective"].terms] == ["squared-difference"]
 
 
-def test_the_adapter_scales_the_channels_of_the_student_and_leaves_the_teacher_as_it_is(shown):
+def test_the_adapter_normalizes_the_student_and_leaves_the_teacher_unchanged(defined):
     student, teacher = torch.randn(8, 4, 5, 5) * 3 + 1, torch.randn(8, 4, 5, 5)
     adapter = build("per-channel", student.shape, teacher.shape, options={})
-    mine, theirs = adapter(student, teacher)
-    torch.testing.assert_close(mine.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
-    assert theirs is teacher
-    assert shown["feature"].adapter == "per-channel"
+    adapted, unchanged = adapter(student, teacher)
+    torch.testing.assert_close(adapted.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+    assert unchanged is teacher
+    assert defined["feature"].adapter == "per-channel"
 
 
-def test_the_names_are_gone_when_the_page_is_closed():
+def test_the_registered_names_are_removed_after_each_test():
     assert "largest-weight" not in IMPORTANCES
     assert "squared-difference" not in LOSSES
     assert "per-channel" not in ADAPTERS
 
 
-def test_the_entry_point_groups_are_those_that_the_registries_read():
+def test_the_entry_point_groups_are_those_of_the_registries():
     assert f"kirsch.{IMPORTANCES.kind}" in TEXT
     assert f"kirsch.{LOSSES.kind}" in TEXT
     assert f"kirsch.{ADAPTERS.kind}" in TEXT
 
 
-def test_the_floors_are_those_of_the_design():
-    def rooms(text: str) -> list[str]:
+def test_the_layers_are_those_of_the_design():
+    def layers(text: str) -> list[str]:
         rows = re.findall(r"^\| (\d) \| (.*?) \|", text, re.MULTILINE)
-        return [f"{floor}: {sorted(re.findall(r'`([^`]+)`', room))}" for floor, room in rows]
+        return [f"{layer}: {sorted(re.findall(r'`([^`]+)`', packages))}" for layer, packages in rows]
 
-    assert rooms(TEXT) == rooms((ROOT / "docs" / "design.md").read_text())
+    assert layers(TEXT) == layers((ROOT / "docs" / "design.md").read_text())
 
 
-def test_paths_and_make_targets_that_the_page_names_are_there():
+def test_the_paths_and_make_targets_on_the_page_exist():
     targets = re.findall(r"^make (\w+)", TEXT, re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text()
     assert targets == ["test", "demo", "unit"]

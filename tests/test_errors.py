@@ -1,4 +1,4 @@
-"""The tree of errors: its exit codes, its sentences."""
+"""The tree of errors, its exit codes and messages."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ EXIT_CODES = {
 }
 
 
-def test_every_error_has_the_exit_code_that_the_design_gives_it():
+def test_every_error_has_its_documented_exit_code():
     assert {error.__name__: error.exit_code for error in TREE} == EXIT_CODES
 
 
-def test_the_tree_at_the_head_of_the_file_is_the_tree_of_the_classes():
+def test_the_tree_in_the_docstring_is_the_class_hierarchy():
     drawn = re.findall(r"^([│├└─ ]*)(\w+)  ", errors.__doc__, re.MULTILINE)
     parents, path = {}, []
     for branch, name in drawn:
@@ -49,7 +49,7 @@ def test_the_tree_at_the_head_of_the_file_is_the_tree_of_the_classes():
     assert parents == {error.__name__: error.__base__.__name__ for error in TREE}
 
 
-def test_the_exit_codes_at_the_head_of_the_file_are_those_of_the_classes():
+def test_the_exit_codes_in_the_docstring_are_those_of_the_classes():
     drawn = {name: int(code) for name, code in re.findall(r"(\w+) +(\d+)(?: |$)", errors.__doc__, re.MULTILINE)}
     assert drawn == {name: EXIT_CODES[name] for name in drawn}
     assert set(drawn.values()) == {2, 4, 5, 6, 75, 130}
@@ -60,39 +60,39 @@ def test_the_exit_codes_at_the_head_of_the_file_are_those_of_the_classes():
     [
         (("What.",), "What."),
         (("What.", "Why."), "What. Why."),
-        (("What.", "", "Mend."), "What. Mend."),
-        (("What.", "Why.", "Mend."), "What. Why. Mend."),
+        (("What.", "", "Fix."), "What. Fix."),
+        (("What.", "Why.", "Fix."), "What. Why. Fix."),
     ],
 )
-def test_an_error_says_what_why_and_mend(parts, sentence):
+def test_the_message_joins_what_why_and_fix(parts, sentence):
     error = errors.KirschError(*parts)
     assert str(error) == sentence
     assert (error.what, error.why, error.fix) == (*parts, "", "")[:3]
 
 
-def test_a_missing_extra_gives_the_exact_line_to_run():
+def test_a_missing_extra_names_the_command_that_installs_it():
     error = errors.MissingExtraError("onnxruntime", "torch", "to run ONNX files")
     assert str(error) == (
         "The package 'onnxruntime' is not installed. It is needed to run ONNX files. Run: pip install \"kirsch[torch]\""
     )
 
 
-def test_an_unknown_name_keeps_the_name():
+def test_an_unknown_name_error_has_the_name():
     assert errors.UnknownNameError("loss", "kdd", ["kd"]).name == "kdd"
 
 
-def test_a_long_list_of_names_is_cut_and_counted():
+def test_a_long_list_of_names_is_shortened_and_counted():
     names = [f"n{number:02d}" for number in range(14)]
     assert errors.listing(names) == f"Known: {', '.join(names[:12])}, and 2 more."
     assert errors.listing(names[:12]) == f"Known: {', '.join(names[:12])}."
 
 
-def test_a_stop_is_no_numeric_or_usage_error():
-    """A handler for faults must not swallow a wish to stop."""
-    faults = (errors.UsageError, errors.LoadError, errors.SurroundingsError, errors.NumericError)
-    assert not issubclass(errors.Stopped, faults)
+def test_a_stop_is_not_a_subclass_of_the_failures():
+    """A handler of failures must not catch a request to stop."""
+    failures = (errors.UsageError, errors.LoadError, errors.SurroundingsError, errors.NumericError)
+    assert not issubclass(errors.Stopped, failures)
 
 
-def test_an_error_without_a_text_says_so():
-    assert errors.said(AssertionError()) == "AssertionError without a message."
-    assert errors.said(ValueError("two\nlines")) == "ValueError: two."
+def test_an_error_without_a_message_is_described_by_its_type():
+    assert errors.error_text(AssertionError()) == "AssertionError without a message."
+    assert errors.error_text(ValueError("two\nlines")) == "ValueError: two."

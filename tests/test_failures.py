@@ -1,4 +1,4 @@
-"""What an error that Kirsch did not raise is."""
+"""Exceptions of other code are translated to errors of Kirsch."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import pytest
 
 import kirsch
 from kirsch.errors import MemoryShortageError, ModelError, OutputError, Preempted, SurroundingsError, UsageError
-from kirsch.failures import during, place, told, translated
+from kirsch.failures import during, error_with_location, location, translate
 
 
 class OutOfMemoryError(RuntimeError):
-    """As PyTorch calls that of a GPU."""
+    """Named as the error that PyTorch raises for a GPU."""
 
 
-class UnspeakableError(Exception):
-    """Its text cannot be had."""
+class UnprintableError(Exception):
+    """An exception whose text raises an error."""
 
     def __str__(self) -> str:
         raise ValueError("no text")
 
 
-USER, OWN = "/home/me/nets.py", kirsch.__file__
+USER_FILE, KIRSCH_FILE = "/home/me/nets.py", kirsch.__file__
 
 
 def raised(error: BaseException, file: str) -> BaseException:
-    """The error, raised by a line of a file that Kirsch called."""
+    """Return the error, raised by a line of a file that Kirsch called."""
     names = {"error": error}
     exec(compile("def forward():\n    raise error", file, "exec"), names)
     try:
-        exec(compile("forward()", OWN, "exec"), names)
-    except BaseException as caught:  # noqa: BLE001 - that is the point
+        exec(compile("forward()", KIRSCH_FILE, "exec"), names)
+    except BaseException as caught:  # noqa: BLE001 - the exception is the result
         return caught
 
 
@@ -47,20 +47,20 @@ def raised(error: BaseException, file: str) -> BaseException:
         ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     ],
 )
-@pytest.mark.parametrize("file", [USER, OWN])
-def test_a_lack_of_memory_is_told_with_the_number_to_lower_whoever_met_it(error, file):
-    known = translated(raised(error, file), "in the stage 'recover'", "Lower batch_size.")
+@pytest.mark.parametrize("file", [USER_FILE, KIRSCH_FILE])
+def test_a_lack_of_memory_names_the_number_to_lower_in_user_code_and_in_kirsch(error, file):
+    known = translate(raised(error, file), "in the stage 'recover'", "Lower batch_size.")
     assert type(known) is MemoryShortageError
     assert known.exit_code == 5
-    assert known.what == "The memory does not suffice in the stage 'recover'."
+    assert known.what == "The memory is not sufficient in the stage 'recover'."
     assert known.fix == "Lower batch_size."
 
 
-def test_a_lack_of_memory_behind_an_error_of_kirsch_is_seen():
+def test_a_lack_of_memory_that_caused_an_error_of_kirsch_is_found():
     error = ModelError("It cannot be traced.")
     error.__cause__ = MemoryError()
-    assert type(translated(error)) is MemoryShortageError
-    assert translated(known := ModelError("It ran out of memory.")) is known
+    assert type(translate(error)) is MemoryShortageError
+    assert translate(known := ModelError("It ran out of memory.")) is known
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_a_lack_of_memory_behind_an_error_of_kirsch_is_seen():
         (errno.ENAMETOOLONG, SurroundingsError, "Check the path and its permissions."),
     ],
 )
-def test_what_the_operating_system_refuses_kirsch_is_no_bug(number, kind, fix):
-    known = translated(raised(OSError(number, "refused", "some/file"), OWN))
+def test_a_refusal_of_the_operating_system_is_not_a_bug(number, kind, fix):
+    known = translate(raised(OSError(number, "refused", "some/file"), KIRSCH_FILE))
     assert (type(known), known.exit_code, known.fix) == (kind, 5, fix)
 
 
@@ -87,11 +87,11 @@ def test_what_the_operating_system_refuses_kirsch_is_no_bug(number, kind, fix):
         FileNotFoundError(errno.ENOENT, "gone", "weights.bin"),
         UserWarning("made an error"),
         BaseException("of its own kind"),
-        UnspeakableError(),
+        UnprintableError(),
     ],
 )
-def test_code_of_the_user_that_fails_is_named_with_its_line(error):
-    known = translated(raised(error, USER), "in the stage 'teacher'")
+def test_an_exception_in_user_code_names_the_line(error):
+    known = translate(raised(error, USER_FILE), "in the stage 'teacher'")
     assert (type(known), known.exit_code) == (ModelError, 4)
     assert known.what == "The code of the model or the data failed in the stage 'teacher'."
     assert known.why.startswith((f"{type(error).__name__}: ", f"{type(error).__name__} without a message "))
@@ -99,64 +99,64 @@ def test_code_of_the_user_that_fails_is_named_with_its_line(error):
 
 
 @pytest.mark.parametrize("error", [ValueError("boom"), KeyError("x"), ZeroDivisionError(), RuntimeError("wrong shape")])
-def test_what_kirsch_itself_raises_by_mistake_is_a_bug(error):
-    assert translated(raised(error, OWN)) is None
+def test_an_unexpected_exception_inside_kirsch_is_a_bug(error):
+    assert translate(raised(error, KIRSCH_FILE)) is None
 
 
 @pytest.mark.parametrize(
     ("error", "what"),
     [
-        (UserWarning("old"), "A warning was made an error."),
+        (UserWarning("old"), "A warning was raised as an error."),
         (ImportError("broken", name="scipy"), "The package scipy cannot be imported."),
         (ImportError("broken"), "A package cannot be imported."),
     ],
 )
-def test_a_warning_or_an_import_that_fails_is_no_bug(error, what):
-    assert translated(raised(error, OWN)).what == what
+def test_a_warning_or_a_failed_import_is_not_a_bug(error, what):
+    assert translate(raised(error, KIRSCH_FILE)).what == what
 
 
-def test_an_import_of_kirsch_that_fails_is_a_bug():
-    assert translated(raised(ImportError("no name", name="kirsch.graph"), OWN)) is None
+def test_a_failed_import_of_kirsch_is_a_bug():
+    assert translate(raised(ImportError("no name", name="kirsch.graph"), KIRSCH_FILE)) is None
 
 
-def test_a_frame_of_a_worker_process_counts():
+def test_the_location_may_be_a_frame_of_a_worker_process():
     text = (
         "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
         '  File "/home/me/data.py", line 7, in __getitem__\n    raise ValueError'
     )
-    assert place(raised(ValueError(text), OWN)) == "data.py:7, in __getitem__"
+    assert location(raised(ValueError(text), KIRSCH_FILE)) == "data.py:7, in __getitem__"
 
 
-def test_code_of_an_installed_package_is_named_where_there_is_no_other():
-    assert place(raised(ValueError(), "/venv/lib/python3.12/site-packages/timm/net.py")) == "net.py:2, in forward"
-    assert place(raised(ValueError(), "/venv/lib/python3.12/site-packages/torch/nn/linear.py")) == ""
-    assert place(raised(ValueError(), "_compiled.pyx")) == ""
+def test_the_location_is_in_an_installed_package_only_if_no_other_code_is_involved():
+    assert location(raised(ValueError(), "/venv/lib/python3.12/site-packages/timm/net.py")) == "net.py:2, in forward"
+    assert location(raised(ValueError(), "/venv/lib/python3.12/site-packages/torch/nn/linear.py")) == ""
+    assert location(raised(ValueError(), "_compiled.pyx")) == ""
 
 
 def test_a_syntax_error_names_its_line_once():
     with pytest.raises(SyntaxError) as caught:
         compile("def f(:", "/home/me/nets.py", "exec")
-    assert told(caught.value) == "SyntaxError: invalid syntax (nets.py, line 1)."
+    assert error_with_location(caught.value) == "SyntaxError: invalid syntax (nets.py, line 1)."
 
 
-def test_the_first_of_several_errors_is_named_too():
-    error = raised(ImportError("no such thing"), USER)
+def test_the_root_cause_is_named():
+    error = raised(ImportError("no such thing"), USER_FILE)
     error.__cause__ = RuntimeError("in between")
     error.__cause__.__cause__ = OSError("libgone.so: no such file")
-    assert told(error) == (
+    assert error_with_location(error) == (
         "ImportError: no such thing (nets.py:2, in forward). It was raised from OSError: libgone.so: no such file."
     )
 
 
-def test_a_long_text_is_cut():
-    assert len(told(ValueError("x" * 10_000))) < 500
+def test_a_long_message_is_shortened():
+    assert len(error_with_location(ValueError("x" * 10_000))) < 500
 
 
-def test_the_block_raises_in_place_and_lets_what_is_meant_pass():
+def test_during_translates_exceptions_and_passes_interrupts_and_kirsch_errors_on():
     for error in (KeyboardInterrupt(), Preempted("Stopped."), UsageError("Wrong.")):
         with pytest.raises(type(error)) as caught, during("now"):
             raise error
         assert caught.value is error
     with pytest.raises(ModelError) as caught, during("now"):
-        raise raised(ValueError("boom"), USER)
+        raise raised(ValueError("boom"), USER_FILE)
     assert isinstance(caught.value.__cause__, ValueError)

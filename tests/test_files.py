@@ -1,4 +1,4 @@
-"""Files and folders are whole or absent, and damage is named."""
+"""Files and folders are written atomically, and damage is found."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from kirsch import files
 from kirsch.errors import OutputError
 
 
-def assert_nothing_half_written(folder: Path) -> None:
+def assert_no_temporary_files(folder: Path) -> None:
     assert not list(folder.rglob(f"{files.TEMPORARY}*"))
 
 
 @pytest.fixture
-def sound(tmp_path: Path) -> Path:
-    """A folder with a manifest."""
-    with files.new_folder(tmp_path / "sound") as new:
+def intact(tmp_path: Path) -> Path:
+    """A folder that matches its manifest."""
+    with files.new_folder(tmp_path / "folder") as new:
         (new / "weights").write_bytes(bytes(range(256)))
         (new / "inner").mkdir()
         (new / "inner" / "manifest.json").write_text("{}")
-    return tmp_path / "sound"
+    return tmp_path / "folder"
 
 
 @pytest.fixture
 def umask():
-    """Sets the umask, and puts the old one back."""
+    """Set the umask, and restore the old one afterwards."""
     old = os.umask(0o027)
     yield 0o027
     os.umask(old)
@@ -55,12 +55,12 @@ def fail(code: int):
 # ------------------------------------------------------------------------------------------------ one file
 
 
-def test_a_file_holds_what_was_written_and_replaces_the_old(tmp_path):
+def test_a_file_contains_the_written_text_and_replaces_the_old_file(tmp_path):
     target = tmp_path / "a.txt"
     files.write_text(target, "old")
     files.write_text(target, "Kürbis ×2\n")
     assert target.read_bytes() == "Kürbis ×2\n".encode()
-    assert_nothing_half_written(tmp_path)
+    assert_no_temporary_files(tmp_path)
 
 
 def test_json_is_two_spaces_a_level_and_ends_with_a_newline(tmp_path):
@@ -69,29 +69,29 @@ def test_json_is_two_spaces_a_level_and_ends_with_a_newline(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_json_refuses_what_is_no_number_and_keeps_the_old_file(tmp_path, value):
+def test_json_refuses_nan_and_infinity_and_keeps_the_old_file(tmp_path, value):
     files.write_json(tmp_path / "a.json", 1)
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(tmp_path / "a.json", value)
     assert (tmp_path / "a.json").read_text() == "1\n"
 
 
-def test_a_file_has_the_mode_that_the_umask_asks_for(tmp_path, umask):
+def test_the_mode_of_a_file_follows_the_umask(tmp_path, umask):
     files.write_text(tmp_path / "a", "x")
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_failed_rename_says_why_and_keeps_the_old_file(tmp_path, monkeypatch, code):
+def test_a_failed_rename_names_the_reason_and_keeps_the_old_file(tmp_path, monkeypatch, code):
     files.write_text(tmp_path / "a", "old")
     monkeypatch.setattr(Path, "replace", fail(code))
     with pytest.raises(OutputError, match=f"a cannot be written. {os.strerror(code)}. Free space or choose another"):
         files.write_text(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
-    assert_nothing_half_written(tmp_path)
+    assert_no_temporary_files(tmp_path)
 
 
-def test_a_folder_that_takes_no_file_is_named(tmp_path, monkeypatch):
+def test_a_read_only_file_system_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(files.tempfile, "mkstemp", fail(errno.EROFS))
     with pytest.raises(OutputError, match=r"a cannot be written\. Read-only file system\."):
         files.write_text(tmp_path / "a", "x")
@@ -102,15 +102,15 @@ def test_a_missing_folder_is_named(tmp_path):
         files.write_text(tmp_path / "none" / "a", "x")
 
 
-def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+def test_a_folder_at_the_path_of_a_file_is_refused(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(OutputError, match=r"a cannot be written\."):
         files.write_text(tmp_path / "a", "x")
-    assert_nothing_half_written(tmp_path)
+    assert_no_temporary_files(tmp_path)
 
 
-def test_a_file_above_the_size_that_the_system_allows_leaves_the_old_one(tmp_path):
-    """A true EFBIG, in a process of its own: the nearest thing to a full disk that any system has."""
+def test_a_file_above_the_size_limit_of_the_system_keeps_the_old_file(tmp_path):
+    """A real EFBIG in a separate process stands for a full disk."""
     script = (
         "import resource, signal, sys; from pathlib import Path; from kirsch import files\n"
         "from kirsch.errors import OutputError\n"
@@ -124,10 +124,10 @@ def test_a_file_above_the_size_that_the_system_allows_leaves_the_old_one(tmp_pat
     )
     assert "a cannot be written. File too large. Free space or choose another folder." in found.stdout
     assert (tmp_path / "a").read_bytes() == b"old"
-    assert_nothing_half_written(tmp_path)
+    assert_no_temporary_files(tmp_path)
 
 
-def test_a_kill_before_the_rename_leaves_the_old_file_and_a_sweep_removes_the_rest(tmp_path):
+def test_a_kill_before_the_rename_keeps_the_old_file_and_the_temporary_file_can_be_removed(tmp_path):
     script = (
         "import os, signal, sys; from pathlib import Path; from kirsch import files\n"
         "target = Path(sys.argv[1]); files.write_text(target, 'old')\n"
@@ -137,12 +137,12 @@ def test_a_kill_before_the_rename_leaves_the_old_file_and_a_sweep_removes_the_re
     found = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")], check=False)
     assert found.returncode == -signal.SIGKILL
     assert (tmp_path / "a").read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 2  # the half written one is there: the kill came where it should
-    files.sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # the kill came after the temporary file was written
+    files.remove_temporary(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch):
+def test_an_interrupt_leaves_no_temporary_file(tmp_path, monkeypatch):
     def interrupt(_handle: int) -> None:
         raise KeyboardInterrupt
 
@@ -155,62 +155,61 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ a folder
 
 
-def test_a_new_folder_is_sound_and_replaces_the_old_one_wholly(tmp_path, sound):
-    assert files.damage(sound) == ""
-    with files.new_folder(sound) as new:
+def test_a_new_folder_matches_its_manifest_and_replaces_the_old_folder(tmp_path, intact):
+    assert files.first_flaw(intact) == ""
+    with files.new_folder(intact) as new:
         (new / "other").write_text("x")
-    assert sorted(path.name for path in sound.iterdir()) == ["manifest.json", "other"]
-    assert files.damage(sound) == ""
-    assert_nothing_half_written(tmp_path)
+    assert sorted(path.name for path in intact.iterdir()) == ["manifest.json", "other"]
+    assert files.first_flaw(intact) == ""
+    assert_no_temporary_files(tmp_path)
 
 
-def test_a_folder_whose_block_fails_never_appears_and_the_old_one_stays(tmp_path, sound):
+def test_an_error_in_the_block_keeps_the_old_folder(tmp_path, intact):
     def fill() -> None:
-        with files.new_folder(sound) as new:
+        with files.new_folder(intact) as new:
             (new / "weights").write_text("half")
             raise RuntimeError("planted")
 
     with pytest.raises(RuntimeError, match="planted"):
         fill()
-    assert (sound / "weights").read_bytes() == bytes(range(256))
-    assert files.damage(sound) == ""
-    assert_nothing_half_written(tmp_path)
+    assert (intact / "weights").read_bytes() == bytes(range(256))
+    assert files.first_flaw(intact) == ""
+    assert_no_temporary_files(tmp_path)
 
 
-def test_a_kill_while_an_old_folder_is_replaced_never_leaves_half_of_it(tmp_path, sound):
-    """The kill comes when the old folder's removal begins: under its name there is the new folder, whole."""
+def test_a_kill_while_the_old_folder_is_removed_leaves_the_complete_new_folder(tmp_path, intact):
     script = (
         "import os, shutil, signal, sys; from pathlib import Path; from kirsch import files\n"
         "shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "with files.new_folder(Path(sys.argv[1])) as new: (new / 'weights').write_text('new')\n"
     )
-    found = subprocess.run([sys.executable, "-c", script, str(sound)], check=False)
+    found = subprocess.run([sys.executable, "-c", script, str(intact)], check=False)
     assert found.returncode == -signal.SIGKILL
-    assert files.damage(sound) == ""
-    assert (sound / "weights").read_text() == "new"
-    files.sweep(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["sound"]
+    assert files.first_flaw(intact) == ""
+    assert (intact / "weights").read_text() == "new"
+    files.remove_temporary(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, sound, monkeypatch):
+def test_a_failed_rename_of_a_folder_keeps_the_old_folder(tmp_path, intact, monkeypatch):
     plain = Path.replace
 
     def replace(self: Path, target: Path) -> Path:
-        if target == sound and "old" not in self.name:
+        if target == intact and "old" not in self.name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return plain(self, target)
 
     monkeypatch.setattr(Path, "replace", replace)
     with (
-        pytest.raises(OutputError, match=r"The folder .*sound cannot be written\. No space left on device\."),
-        files.new_folder(sound) as new,
+        pytest.raises(OutputError, match=r"The folder .*folder cannot be written\. No space left on device\."),
+        files.new_folder(intact) as new,
     ):
         (new / "weights").write_text("new")
-    assert (sound / "weights").read_bytes() == bytes(range(256))
-    assert_nothing_half_written(tmp_path)
+    assert (intact / "weights").read_bytes() == bytes(range(256))
+    assert_no_temporary_files(tmp_path)
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(OutputError, match=r"The folder .*file/new cannot be written\."),
@@ -220,23 +219,23 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_a_folder_does_not_replace_a_file(tmp_path):
-    (tmp_path / "a").write_text("mine")
+    (tmp_path / "a").write_text("user")
     with (
         pytest.raises(OutputError, match=r"The folder .*a cannot be written\. Not a directory\."),
         files.new_folder(tmp_path / "a") as new,
     ):
         (new / "b").write_text("x")
-    assert (tmp_path / "a").read_text() == "mine"
+    assert (tmp_path / "a").read_text() == "user"
 
 
-def test_the_modes_in_a_folder_are_those_that_the_umask_asks_for(tmp_path, umask):
+def test_the_modes_in_a_folder_follow_the_umask(tmp_path, umask):
     with files.new_folder(tmp_path / "a") as new:
         (new / "private").touch(mode=0o600)  # as safetensors does
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a", *(tmp_path / "a").iterdir())}
     assert modes == {"a": 0o750, "private": 0o640, "manifest.json": 0o640}
 
 
-def test_the_manifest_lists_bytes_and_the_known_sha256(tmp_path):
+def test_the_manifest_lists_size_and_sha256(tmp_path):
     """The sha256 of "abc" is the first example of FIPS 180-4."""
     with files.new_folder(tmp_path / "a") as new:
         (new / "abc").write_text("abc")
@@ -249,38 +248,38 @@ def test_the_manifest_lists_bytes_and_the_known_sha256(tmp_path):
 
 
 @given(place=st.integers(0, 255), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_seen(tmp_path_factory, place, bit):
+def test_a_flipped_bit_is_found(tmp_path_factory, place, bit):
     folder = tmp_path_factory.mktemp("flip")
     content = bytearray(range(256))
     (folder / "weights").write_bytes(content)
     files.write_manifest(folder)
-    assert files.damage(folder) == ""
+    assert files.first_flaw(folder) == ""
     content[place] ^= 1 << bit
     (folder / "weights").write_bytes(content)
-    assert files.damage(folder) == f"{folder / 'weights'} does not have the sha256 of its manifest"
+    assert files.first_flaw(folder) == f"{folder / 'weights'} does not have the sha256 of its manifest"
 
 
-def test_a_truncated_file_is_seen(sound):
-    (sound / "weights").write_bytes(bytes(range(255)))
-    assert files.damage(sound) == f"{sound / 'weights'} does not have the sha256 of its manifest"
+def test_a_truncated_file_is_found(intact):
+    (intact / "weights").write_bytes(bytes(range(255)))
+    assert files.first_flaw(intact) == f"{intact / 'weights'} does not have the sha256 of its manifest"
 
 
-def test_a_missing_file_is_seen(sound):
-    (sound / "weights").unlink()
-    assert files.damage(sound) == f"{sound / 'weights'} is missing"
+def test_a_missing_file_is_found(intact):
+    (intact / "weights").unlink()
+    assert files.first_flaw(intact) == f"{intact / 'weights'} is missing"
 
 
-def test_a_file_inside_that_is_called_like_the_manifest_is_watched_too(sound):
-    (sound / "inner" / "manifest.json").write_text("[]")
-    assert "inner/manifest.json does not have the sha256" in files.damage(sound)
+def test_a_file_named_like_the_manifest_in_a_subfolder_is_checked(intact):
+    (intact / "inner" / "manifest.json").write_text("[]")
+    assert "inner/manifest.json does not have the sha256" in files.first_flaw(intact)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "inner/../../outside"])
-def test_a_name_outside_the_folder_is_refused(sound, name):
-    (sound.parent / "outside").write_text("x")
+def test_a_name_outside_the_folder_is_refused(intact, name):
+    (intact.parent / "outside").write_text("x")
     entries = {name: {"bytes": 1, "sha256": "0"}}
-    files.write_json(sound / "manifest.json", {"kirsch_manifest": 1, "files": entries})
-    assert files.damage(sound) == f"{sound / 'manifest.json'} names {name!r}, outside its folder"
+    files.write_json(intact / "manifest.json", {"kirsch_manifest": 1, "files": entries})
+    assert files.first_flaw(intact) == f"{intact / 'manifest.json'} names {name!r}, outside its folder"
 
 
 def replace_by_link(path):
@@ -313,43 +312,43 @@ def replace_by_folder(path):
         (replace_by_folder, "a folder"),
     ],
 )
-def test_what_is_no_file_of_its_own_is_named_by_its_kind(sound, replace, kind):
-    """Even a link to a file with the right bytes: nothing keeps those as they are."""
-    replace(sound / "weights")
-    assert files.damage(sound) == f"{sound / 'weights'} is {kind}"
-    (sound / "manifest.json").rename(sound / "weights.json")
-    assert files.damage(sound) == f"{sound / 'manifest.json'} is missing"
+def test_an_entry_that_is_not_a_regular_file_is_named_with_its_kind(intact, replace, kind):
+    """A link to a file with the right bytes is refused as well, since its target may change."""
+    replace(intact / "weights")
+    assert files.first_flaw(intact) == f"{intact / 'weights'} is {kind}"
+    (intact / "manifest.json").rename(intact / "weights.json")
+    assert files.first_flaw(intact) == f"{intact / 'manifest.json'} is missing"
 
 
 @pytest.mark.parametrize("name", ["new", "inner/new", ".hidden", "Weights"])
-def test_a_file_that_the_manifest_does_not_name_is_named(sound, name):
-    (sound / name).write_text("")
-    assert files.damage(sound) == f"{sound / name} is not in its manifest"
+def test_a_file_that_the_manifest_does_not_list_is_found(intact, name):
+    (intact / name).write_text("")
+    assert files.first_flaw(intact) == f"{intact / name} is not in its manifest"
 
 
-def test_a_file_whose_entry_is_gone_is_not_sound_whatever_it_holds(sound):
-    content = json.loads((sound / "manifest.json").read_text())
+def test_a_file_whose_entry_was_removed_is_found(intact):
+    content = json.loads((intact / "manifest.json").read_text())
     del content["files"]["weights"]
-    files.write_json(sound / "manifest.json", content)
-    assert files.damage(sound) == f"{sound / 'weights'} is not in its manifest"
+    files.write_json(intact / "manifest.json", content)
+    assert files.first_flaw(intact) == f"{intact / 'weights'} is not in its manifest"
 
 
-def test_a_manifest_that_names_no_files_is_damage(sound):
-    files.write_json(sound / "manifest.json", {"kirsch_manifest": 1, "files": {}})
-    assert files.damage(sound) == f"{sound / 'manifest.json'} names no files"
+def test_an_empty_manifest_is_refused(intact):
+    files.write_json(intact / "manifest.json", {"kirsch_manifest": 1, "files": {}})
+    assert files.first_flaw(intact) == f"{intact / 'manifest.json'} names no files"
 
 
-def test_a_name_in_other_case_is_another_name(sound):
-    (sound / "weights").rename(sound / "Weights")
-    assert list(files.flaws(sound)) == ["weights", "Weights"]
+def test_names_are_case_sensitive(intact):
+    (intact / "weights").rename(intact / "Weights")
+    assert list(files.flaws(intact)) == ["weights", "Weights"]
 
 
-def test_all_flaws_are_found_by_name(sound):
-    (sound / "weights").write_text("x")
-    (sound / "inner" / "manifest.json").unlink()
-    assert files.flaws(sound) == {
-        "inner/manifest.json": f"{sound / 'inner/manifest.json'} is missing",
-        "weights": f"{sound / 'weights'} does not have the sha256 of its manifest",
+def test_flaws_returns_all_flaws_by_name(intact):
+    (intact / "weights").write_text("x")
+    (intact / "inner" / "manifest.json").unlink()
+    assert files.flaws(intact) == {
+        "inner/manifest.json": f"{intact / 'inner/manifest.json'} is missing",
+        "weights": f"{intact / 'weights'} does not have the sha256 of its manifest",
     }
 
 
@@ -371,9 +370,9 @@ def test_all_flaws_are_found_by_name(sound):
         "[" * 100_000,
     ],
 )
-def test_a_damaged_manifest_is_named(sound, text):
-    (sound / "manifest.json").write_text(text)
-    assert files.damage(sound).startswith(f"{sound / 'manifest.json'} is damaged: ")
+def test_a_damaged_manifest_is_named(intact, text):
+    (intact / "manifest.json").write_text(text)
+    assert files.first_flaw(intact).startswith(f"{intact / 'manifest.json'} is damaged: ")
 
 
 @pytest.mark.parametrize(
@@ -386,10 +385,10 @@ def test_a_damaged_manifest_is_named(sound, text):
         lambda text: json.dumps(json.loads(text)),
     ],
 )
-def test_a_manifest_that_reads_otherwise_than_it_was_written_is_damaged(sound, change):
-    path = sound / "manifest.json"
+def test_a_manifest_in_another_format_than_the_written_one_is_damaged(intact, change):
+    path = intact / "manifest.json"
     path.write_text(change(path.read_text()))
-    assert files.damage(sound).startswith(f"{path} is damaged: ")
+    assert files.first_flaw(intact).startswith(f"{path} is damaged: ")
 
 
 @pytest.mark.parametrize(
@@ -397,68 +396,68 @@ def test_a_manifest_that_reads_otherwise_than_it_was_written_is_damaged(sound, c
     [
         ('"bytes": 256', '"bytes": NaN', "NaN is not a JSON number"),
         ('"bytes": 256', '"bytes": "256"', "the entry of 'weights' must have a whole number of bytes"),
-        ('"bytes": 256', '"size": 256', "the entry of 'weights' must have 'bytes' and 'sha256' alone"),
+        ('"bytes": 256', '"size": 256', "the entry of 'weights' must have the keys 'bytes' and 'sha256' only"),
         ('"kirsch_manifest": 1', '"kirsch_manifest": "1"', "it is not a manifest of version 1"),
     ],
 )
-def test_a_fault_in_a_manifest_is_named_with_its_file_and_its_reason(sound, old, new, why):
-    path = sound / "manifest.json"
+def test_an_error_in_a_manifest_is_named_with_file_and_reason(intact, old, new, why):
+    path = intact / "manifest.json"
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=re.escape(f"{path} is damaged: {why}")):
-        files.entries(sound)
-    assert files.damage(sound).startswith(f"{path} is damaged: {why}")
+        files.entries(intact)
+    assert files.first_flaw(intact).startswith(f"{path} is damaged: {why}")
 
 
-def test_a_manifest_that_is_no_text_is_named(sound):
-    (sound / "manifest.json").write_bytes(b"\xff\xfe\x00")
-    assert files.damage(sound) == f"{sound / 'manifest.json'} is damaged: it is not UTF-8 text (byte 0)"
+def test_a_manifest_that_is_not_utf8_is_refused(intact):
+    (intact / "manifest.json").write_bytes(b"\xff\xfe\x00")
+    assert files.first_flaw(intact) == f"{intact / 'manifest.json'} is damaged: it is not UTF-8 text (byte 0)"
 
 
-def test_a_missing_folder_is_damage(tmp_path):
-    assert "none/manifest.json is missing" in files.damage(tmp_path / "none")
+def test_a_missing_folder_is_found(tmp_path):
+    assert "none/manifest.json is missing" in files.first_flaw(tmp_path / "none")
 
 
-def test_a_name_that_no_file_can_have_is_damage(sound):
+def test_an_impossible_file_name_is_found(intact):
     entries = {"a\0b": {"bytes": 1, "sha256": "0"}}
-    files.write_json(sound / "manifest.json", {"kirsch_manifest": 1, "files": entries})
-    assert files.damage(sound) == f"{sound}/a\0b is missing"
+    files.write_json(intact / "manifest.json", {"kirsch_manifest": 1, "files": entries})
+    assert files.first_flaw(intact) == f"{intact}/a\0b is missing"
 
 
-def test_a_file_whose_name_is_no_text_is_damage(sound):
-    Path(os.fsdecode(os.fsencode(sound) + b"/\xff")).write_text("")
-    assert files.damage(sound).endswith("has a name that is not UTF-8")
+def test_a_file_name_that_is_not_utf8_is_found(intact):
+    Path(os.fsdecode(os.fsencode(intact) + b"/\xff")).write_text("")
+    assert files.first_flaw(intact).endswith("has a name that is not UTF-8")
 
 
-def test_a_file_that_cannot_be_read_is_damage(sound, monkeypatch):
+def test_an_unreadable_file_is_found(intact, monkeypatch):
     monkeypatch.setattr(files, "sha256", fail(errno.EACCES))
-    assert "cannot be read: [Errno 13] Permission denied" in files.damage(sound)
+    assert "cannot be read: [Errno 13] Permission denied" in files.first_flaw(intact)
 
 
 # ------------------------------------------------------------------------------------------------ before any work
 
 
-def test_a_writable_folder_is_made_and_left_empty(tmp_path):
+def test_check_writable_creates_the_folder_and_leaves_it_empty(tmp_path):
     files.check_writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-def test_a_file_in_the_place_of_the_output_folder_is_named(tmp_path):
-    (tmp_path / "a").write_text("mine")
+def test_a_file_at_the_path_of_the_output_folder_is_refused(tmp_path):
+    (tmp_path / "a").write_text("user")
     with pytest.raises(OutputError, match=r"a is a file\. A folder is needed for the output\. Choose another folder\."):
         files.check_writable(tmp_path / "a")
     with pytest.raises(OutputError, match=r"The folder .*a/b cannot be written\. Not a directory\."):
         files.check_writable(tmp_path / "a" / "b")
-    assert (tmp_path / "a").read_text() == "mine"
+    assert (tmp_path / "a").read_text() == "user"
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
-def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, monkeypatch, code):
+def test_an_unwritable_folder_is_refused_before_any_work(tmp_path, monkeypatch, code):
     monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", fail(code))
     with pytest.raises(OutputError, match=f"The folder .* cannot be written. {os.strerror(code)}. Choose another"):
         files.check_writable(tmp_path)
 
 
-def test_a_folder_without_room_is_named_with_both_sizes_and_nothing_is_made(tmp_path, monkeypatch):
+def test_too_little_free_space_is_refused_with_both_sizes_and_no_folder_is_created(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 3_000_000))
     with pytest.raises(OutputError, match=r"has 3 MB free; the work needs about 20 MB\. Free space"):
         files.check_writable(tmp_path / "a", needed_bytes=20_000_000)
@@ -466,16 +465,16 @@ def test_a_folder_without_room_is_named_with_both_sizes_and_nothing_is_made(tmp_
     files.check_writable(tmp_path / "a", needed_bytes=3_000_000)
 
 
-def test_a_sweep_removes_only_what_is_half_written(tmp_path):
+def test_remove_temporary_removes_only_temporary_entries(tmp_path):
     for name in (f"{files.TEMPORARY}a", f"kept/{files.TEMPORARY}b", f"{files.TEMPORARY}a/{files.TEMPORARY}c"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "part").write_text("x")
     (tmp_path / "kept" / f"{files.TEMPORARY}file").write_text("x")
-    (tmp_path / "kept" / "mine").write_text("x")
-    files.sweep(tmp_path)
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["kept", "kept/mine"]
+    (tmp_path / "kept" / "user").write_text("x")
+    files.remove_temporary(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["kept", "kept/user"]
 
 
-def test_a_sweep_of_a_missing_folder_does_nothing(tmp_path):
-    files.sweep(tmp_path / "none")
+def test_remove_temporary_ignores_a_missing_folder(tmp_path):
+    files.remove_temporary(tmp_path / "none")
     assert list(tmp_path.iterdir()) == []

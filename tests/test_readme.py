@@ -1,4 +1,4 @@
-"""What the READMEs show works, as it is written there, and both show the same."""
+"""The code in the READMEs runs as written, and both READMEs show the same code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def snippets(text):
 
 
 def build_my_model():
-    """Tells bright images from dark ones, untrained as it is; what is left after a cut still does."""
+    """Return a model with fixed weights that tells bright from dark images, also after pruning."""
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 7, 16),
         torch.nn.ReLU(),
@@ -36,11 +36,11 @@ def build_my_model():
     return model
 
 
-def test_the_snippets_run_as_they_are_shown(tmp_path, monkeypatch, capsys):
+def test_the_snippets_run_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     labels = np.arange(16) % 2
-    seen = labels ^ (np.arange(16) < 2)  # two look like the other class, so that labels teach what the teacher does not
-    images = np.random.default_rng(0).normal(seen[:, None, None, None], 1, (16, 3, 224, 224)).astype(np.float32)
+    brightness = labels ^ (np.arange(16) < 2)  # two labels differ from the teacher, so both terms have a gradient
+    images = np.random.default_rng(0).normal(brightness[:, None, None, None], 1, (16, 3, 224, 224)).astype(np.float32)
     batches = torch.utils.data.TensorDataset(torch.tensor(images), torch.tensor(labels))
     names = {
         "build_my_model": build_my_model,
@@ -57,7 +57,7 @@ def test_the_snippets_run_as_they_are_shown(tmp_path, monkeypatch, capsys):
     assert str(names["result"].report) in capsys.readouterr().out
 
 
-def test_both_languages_show_the_same_code_commands_and_figures():
+def test_both_languages_show_the_same_code_commands_and_numbers():
     def shown(text):
         blocks = re.findall(r"^```(?:\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         code = [re.sub(r"\s+#.*", "", line) for block in blocks for line in block.splitlines()]

@@ -1,4 +1,4 @@
-"""One mechanism for everything that users choose by name."""
+"""Registration, entry points and unknown names of a registry."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def fruits() -> Registry[int]:
 
 @pytest.fixture
 def install(monkeypatch):
-    """Installs packages with entry points of the group kirsch.fruit, given as name → module:attribute."""
+    """Return a function that installs entry points of the group kirsch.fruit, each a pair (name, module:attribute)."""
 
     def put(*entries: tuple[str, str]) -> None:
         installed = EntryPoints(EntryPoint(name, value, "kirsch.fruit") for name, value in entries)
@@ -35,60 +35,58 @@ def install(monkeypatch):
     return put
 
 
-def test_a_registered_thing_is_found_by_its_name(fruits):
+def test_a_registered_object_is_found_by_name(fruits):
     assert fruits["cherry"] == 1
     assert "cherry" in fruits
 
 
-def test_registering_gives_the_thing_back(fruits):
+def test_register_returns_the_object(fruits):
     def plum() -> None: ...
 
     assert fruits.register("plum")(plum) is plum
 
 
-def test_names_are_listed_in_order(fruits):
+def test_names_are_sorted(fruits):
     assert list(fruits) == ["apple", "cherry"]
 
 
-def test_a_name_is_taken_once(fruits):
+def test_a_duplicate_name_is_refused(fruits):
     with pytest.raises(UsageError, match=r"The fruit 'cherry' is registered already\. Choose another name\."):
         fruits.register("cherry")(3)
     assert fruits["cherry"] == 1
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones_and_the_nearest(fruits):
+def test_an_unknown_name_lists_the_known_names_and_the_nearest(fruits):
     sentence = r"There is no fruit 'chery'\. Known: apple, cherry\. Did you mean 'cherry'\?"
     with pytest.raises(UnknownNameError, match=sentence):
         fruits["chery"]
 
 
-def test_an_unknown_name_that_is_near_to_none_proposes_none(fruits):
+def test_an_unknown_name_without_a_near_name_has_no_suggestion(fruits):
     with pytest.raises(UnknownNameError, match=r"Known: apple, cherry\. Give one of these\.$"):
         fruits["zzz"]
 
 
-def test_an_empty_registry_says_so():
-    with pytest.raises(UnknownNameError, match=r"There is no fruit 'plum'\. There are none\."):
+def test_an_unknown_name_of_an_empty_registry_lists_no_names():
+    with pytest.raises(UnknownNameError, match=r"There is no fruit 'plum'\. No names are known\."):
         Registry("fruit")["plum"]
 
 
-def test_another_package_adds_its_thing_by_entry_point(fruits, install):
+def test_an_object_of_another_package_is_loaded_from_its_entry_point(fruits, install):
     install(("plum", "foreign_fruits:plum"))
     assert "plum" in fruits
     assert list(fruits) == ["apple", "cherry", "plum"]
     assert fruits["plum"] == 7
 
 
-def test_entry_points_of_another_kind_are_not_taken(fruits, monkeypatch):
+def test_entry_points_of_another_group_are_ignored(fruits, monkeypatch):
     installed = EntryPoints([EntryPoint("plum", "foreign_fruits:plum", "kirsch.stone")])
     monkeypatch.setattr(registry, "entry_points", lambda **wanted: installed.select(**wanted))
     with pytest.raises(UnknownNameError, match="There is no fruit 'plum'"):
         fruits["plum"]
 
 
-def test_an_entry_point_whose_module_registers_itself_is_no_duplicate(fruits, install, monkeypatch):
-    """The module of an entry point will often use the decorator too."""
-
+def test_an_entry_point_whose_module_uses_the_decorator_is_not_a_duplicate(fruits, install, monkeypatch):
     def load(_self: EntryPoint) -> int:
         return fruits.register("plum")(7)
 
@@ -97,7 +95,7 @@ def test_an_entry_point_whose_module_registers_itself_is_no_duplicate(fruits, in
     assert fruits["plum"] == 7
 
 
-def test_a_broken_package_costs_nothing_to_those_who_do_not_use_it(fruits, install):
+def test_a_broken_package_does_not_affect_other_names(fruits, install):
     install(("rotten", "no_such_module:rotten"))
     assert fruits["cherry"] == 1
     assert list(fruits) == ["apple", "cherry", "rotten"]
@@ -105,19 +103,19 @@ def test_a_broken_package_costs_nothing_to_those_who_do_not_use_it(fruits, insta
         fruits["plum"]
 
 
-def test_a_broken_package_is_named_to_those_who_use_it(fruits, install):
+def test_a_broken_package_is_named_when_its_name_is_used(fruits, install):
     install(("rotten", "no_such_module:rotten"))
     sentence = r"The fruit 'rotten' cannot be loaded from no_such_module:rotten\. ModuleNotFoundError: No module"
     with pytest.raises(SurroundingsError, match=sentence):
         fruits["rotten"]
 
 
-def test_two_packages_that_bring_one_name_are_both_named(fruits, install):
+def test_two_packages_with_the_same_name_are_both_listed(fruits, install):
     install(("plum", "foreign_fruits:plum"), ("plum", "other_fruits:plum"))
-    with pytest.raises(UsageError, match=r"It comes from foreign_fruits:plum and other_fruits:plum\."):
+    with pytest.raises(UsageError, match=r"The entry points are foreign_fruits:plum and other_fruits:plum\."):
         fruits["plum"]
 
 
-def test_own_names_win_over_those_of_other_packages(fruits, install):
+def test_registered_names_take_precedence_over_entry_points(fruits, install):
     install(("cherry", "foreign_fruits:plum"))
     assert fruits["cherry"] == 1

@@ -1,4 +1,4 @@
-"""JSON that Python's own reader takes, and that is refused."""
+"""The strict JSON reader refuses texts that Python's reader accepts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JSON = st.recursive(
 
 @settings(deadline=None, derandomize=True)
 @given(JSON)
-def test_plain_json_is_read_as_python_reads_it(content):
+def test_ordinary_json_is_read_as_by_python(content):
     for text in (json.dumps(content), json.dumps(content, ensure_ascii=False)):
         assert strict_json.parse(text) == strict_json.parse(text.encode()) == content
 
@@ -44,29 +44,29 @@ def test_plain_json_is_read_as_python_reads_it(content):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_is_not_strict_json_is_refused(text, sentence):
+def test_text_that_is_not_strict_json_is_refused(text, sentence):
     with pytest.raises(ValueError, match=sentence):
         strict_json.parse(text)
 
 
-def test_a_file_is_read_with_or_without_its_byte_order_mark(tmp_path):
+def test_a_byte_order_mark_is_accepted(tmp_path):
     path = tmp_path / "a.json"
     for encoding in ("utf-8", "utf-8-sig"):
         path.write_text('{"ü": [1]}', encoding=encoding)
         assert strict_json.read(path) == {"ü": [1]}
 
 
-def test_a_file_that_is_too_large_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
-    monkeypatch.setattr(strict_json, "MOST_BYTES", 4)
+def test_a_too_large_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(strict_json, "MAX_BYTES", 4)
     path = tmp_path / "a.json"
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match="larger than 4 bytes"):
         strict_json.read(path)
 
 
-def test_as_many_levels_as_are_allowed_are_read():
+def test_the_largest_depth_of_nesting_is_accepted():
     assert strict_json.parse("[" * 100 + "]" * 100)
 
 
-def test_numbers_that_python_writes_can_be_let_through():
+def test_nan_is_accepted_on_request():
     assert math.isnan(strict_json.parse("[NaN]", finite=False)[0])

@@ -1,8 +1,10 @@
-"""A whole job in two files that runs in some seconds: what the tests of recipes and of resuming share."""
+"""Recipe, models and data of a run that takes a few seconds, for tests of recipes and of resuming."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+import torch
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +20,7 @@ from kirsch.recipes.tasks.data import DataSet, Split
 
 
 class Net(nn.Module):
-    """Statistics of batches and dropout: state and chance that a run which goes on must take up again."""
+    """Batch statistics and dropout are state that a resumed run must restore."""
 
     def __init__(self, width, classes=3):
         super().__init__()
@@ -43,8 +45,8 @@ def five_classes():
     return Net(8, classes=5)
 
 
-class Silent(nn.Module):
-    """Says one class whatever it sees."""
+class Constant(nn.Module):
+    """Predicts the same class for all inputs."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +61,7 @@ def louder(batch, random):
 
 
 def stripes(*, seed, classes=("dark", "gray", "light"), name="stripes"):
-    """Three classes that differ in how their rows change. Data may change while its source does not."""
+    """Three classes of stripes; the noise is read from the environment, so that data can change without its source."""
     random, noise = np.random.default_rng(seed), float(os.environ.get("NOISE", "0.8"))
 
     def part(n):
@@ -83,7 +85,27 @@ goal: {max_drop: 0.5}
 
 
 def write_job(folder: Path) -> Path:
-    """Put nets.py and recipe.yaml into a folder; gives the recipe."""
+    """Write nets.py and recipe.yaml to a folder, and return the path of the recipe."""
     (folder / "nets.py").write_text(NETS)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder / "recipe.yaml"
+
+
+def same_weights(first, second) -> bool:
+    """Return whether two models or state dicts are equal bit for bit."""
+    a, b = (model if isinstance(model, dict) else model.state_dict() for model in (first, second))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_weights_close(first, second, **tolerance) -> None:
+    """Check that two modules have the same names of weights, and close values."""
+    assert first.state_dict().keys() == second.state_dict().keys()
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(value, second.state_dict()[name], msg=name, **tolerance)
+
+
+def flip_bit(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

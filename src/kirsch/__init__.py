@@ -1,4 +1,4 @@
-"""Kirsch makes trained neural networks small and fast, and proves it."""
+"""Kirsch distills, prunes, exports, measures and verifies neural networks."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ __all__ = [
     "trace",
 ]
 
-# Where each public name lives. They are imported at first use, so that `import kirsch` loads no framework.
-_HOMES = {
+# Module of each public name. Names are imported at first use, so that `import kirsch` loads no framework.
+_MODULES = {
     "Artifact": "kirsch.deploy.export",
     "DataSet": "kirsch.recipes.tasks.data",
     "Distiller": "kirsch.distillation.distiller",
@@ -95,9 +95,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'kirsch' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

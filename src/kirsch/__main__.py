@@ -1,4 +1,4 @@
-"""`python -m kirsch` is `kirsch`."""
+"""Run the `kirsch` command: `python -m kirsch`."""
 
 import sys
 

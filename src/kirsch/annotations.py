@@ -1,4 +1,4 @@
-"""Constraints in the annotations of public arguments, and the names of types and values in errors."""
+"""Constraints in the annotations of public arguments, and noun phrases for types and values in errors."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-UNUSUAL = 2**31
-"""Limits from here on are those of number formats."""
+FORMAT_LIMIT = 2**31
+"""Limits from here on are those of number formats, and are not shown in errors."""
 
-LONGEST_VALUE = 40
+MAX_VALUE_LENGTH = 40
 """Characters of a value that an error shows."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A check that no type expresses, such as a model of any framework.
+    """A check that a type cannot express, such as a model of any framework.
 
     Args:
         expected: noun phrase for errors, such as "a model".
-        accepts: whether a value is of this kind.
-        fix: returns the sentence that says what to give instead of a value.
+        accepts: returns whether a value is of this kind.
+        fix: returns the fix for a value that is not of this kind, as a sentence.
     """
 
     expected: str
@@ -41,20 +41,20 @@ class Between:
     most: float = math.inf
 
     def text(self, value: float | None = None) -> str:
-        """Return the range as part of a noun phrase. A limit far above ordinary numbers counts only where it is hit."""
-        if self.most >= UNUSUAL and (value is None or value < self.most):
+        """Return the range as part of a noun phrase; limits of number formats appear only if `value` exceeds them."""
+        if self.most >= FORMAT_LIMIT and (value is None or value < self.most):
             return f"of at least {self.least:g}"
         return f"between {self.least:g} and {self.most:g}"
 
 
 @dataclass(frozen=True)
 class OneOrMore:
-    """A single text stands for a tuple of one, which is what the function receives."""
+    """A single text is accepted, and converted to a tuple of one text."""
 
 
 @dataclass(frozen=True)
 class Fix:
-    """The sentence of an error that says what to give."""
+    """The fix that an error suggests, as a sentence."""
 
     text: str
 
@@ -93,13 +93,13 @@ WORDS: dict[Any, str] = {
 }
 
 
-def expected(hint: Any) -> str:
-    """Return a noun phrase for an annotation."""
+def type_phrase(hint: Any) -> str:
+    """Return a noun phrase for an annotation, such as "a whole number"."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         kind = next((extra for extra in args[1:] if isinstance(extra, Kind)), None)
         span = next((f" {extra.text()}" for extra in args[1:] if isinstance(extra, Between)), "")
-        return kind.expected if kind else expected(args[0]) + span
+        return kind.expected if kind else type_phrase(args[0]) + span
     if origin is Callable or hint is Callable:
         return WORDS[Callable]
     if origin in (Union, types.UnionType):
@@ -108,19 +108,19 @@ def expected(hint: Any) -> str:
         return _either([repr(arg) for arg in args])
     kind = origin or hint
     noun = WORDS.get(kind) or _class_noun(kind)
-    elements = [] if noun == "an array" else [expected(arg) for arg in args if arg is not ...]
+    elements = [] if noun == "an array" else [type_phrase(arg) for arg in args if arg is not ...]
     entries = kind in (Mapping, dict)
     parts = (" to " if entries else " and ").join(map(plural, elements))
     return f"{noun} {'from' if entries else 'of'} {parts}" if elements else noun
 
 
 def _alternatives(hint: Any) -> list[str]:
-    """The noun phrases of one alternative of a union: each value of a `Literal` is one."""
-    return [repr(arg) for arg in get_args(hint)] if get_origin(hint) is Literal else [expected(hint)]
+    """Return the noun phrases of one alternative of a union; each value of a `Literal` has its own."""
+    return [repr(arg) for arg in get_args(hint)] if get_origin(hint) is Literal else [type_phrase(hint)]
 
 
 def _either(words: list[str]) -> str:
-    """Join noun phrases by "or", with a comma before it where a phrase has an "or" itself."""
+    """Join noun phrases by "or", with a comma before it if one of the phrases contains "or"."""
     *first, last = dict.fromkeys(words)
     nested = any(" or " in word for word in first)
     return f"{', '.join(first)}{',' * nested} or {last}" if first else last
@@ -132,8 +132,8 @@ def _class_noun(kind: Any) -> str:
     return f"a kirsch.{kind.__name__}" if kind.__module__.startswith("kirsch.") else with_article(kind.__name__)
 
 
-def described(value: Any) -> str:
-    """Return a noun phrase for a value: its type, with the value, shape or length where that is short."""
+def value_phrase(value: Any) -> str:
+    """Return a noun phrase for a value: the type, with the value, shape or length if it is short."""
     kind = type(value)
     noun = with_article(
         kind.__name__ if kind.__module__ in ("builtins", "numpy") else f"{kind.__module__}.{kind.__qualname__}"
@@ -149,8 +149,8 @@ def described(value: Any) -> str:
         noun += f" of dtype {dtype} and" if getattr(dtype, "kind", "f") in "OSU" else " of"
         noun += f" shape {tuple(shape)}"
     elif isinstance(value, (str, bytes)):
-        noun = f"{value[:LONGEST_VALUE]!r}{'…' if len(value) > LONGEST_VALUE else ''}"
-    elif isinstance(value, (float, complex)) or (isinstance(value, int) and abs(value) < 10**LONGEST_VALUE):
+        noun = f"{value[:MAX_VALUE_LENGTH]!r}{'…' if len(value) > MAX_VALUE_LENGTH else ''}"
+    elif isinstance(value, (float, complex)) or (isinstance(value, int) and abs(value) < 10**MAX_VALUE_LENGTH):
         noun = repr(value)
     elif isinstance(value, (list, tuple, dict, set, frozenset)):
         noun += f" of {len(value)}" if value else " without elements"

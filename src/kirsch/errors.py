@@ -1,24 +1,24 @@
-"""Every error that Kirsch raises on purpose.
+"""All errors that Kirsch raises on purpose.
 
 KirschError                    exit code
 ├── UsageError                 2     a call, a goal, an option or a recipe is wrong
-│   ├── GoalError                    the goal cannot be reached, or is none
+│   ├── GoalError                    the goal cannot be reached, or is not valid
 │   ├── PlanError                    the plan does not fit the model, or is damaged
 │   ├── RecipeError                  one or more lines of a recipe are wrong
 │   ├── ShapeError                   two arrays do not fit together
-│   └── UnknownNameError             a name that no registry, module or group has
+│   └── UnknownNameError             a name is not that of any registry entry, module or group
 ├── LoadError                  4     a model, data or checkpoint cannot be loaded
 │   ├── ModelError                   the model cannot be built, copied or traced
 │   ├── DataError                    the data is empty, damaged or out of range
-│   ├── CheckpointError              no valid checkpoint is left
+│   ├── CheckpointError              there is no valid checkpoint
 │   └── StoreError                   a store of teacher outputs is partial, stale or damaged
 ├── SurroundingsError          5     something outside the model is missing
 │   ├── MissingExtraError            an optional package is not installed
-│   ├── MemoryShortageError          the memory does not suffice
+│   ├── MemoryShortageError          the memory is not sufficient
 │   └── OutputError                  the output folder cannot be written
-├── NumericError               6     numbers went wrong: NaN, a dead model
+├── NumericError               6     a numerical failure: NaN, constant outputs
 │   └── VerificationError            the pruned model does not equal the masked original
-└── Stopped                          the work was asked to stop; a checkpoint is saved
+└── Stopped                          the run was asked to stop; a checkpoint is saved
     ├── Preempted              75    by SIGTERM
     └── Interrupted            130   by SIGINT
 """
@@ -31,17 +31,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-LONGEST = 400
-"""Characters of a foreign error's text that a sentence repeats."""
+MAX_MESSAGE_LENGTH = 400
+"""Characters of another error's message that are repeated."""
 
 
 class KirschError(Exception):
-    """What happened, why, and what to do: one sentence each.
+    """Base class of the errors that Kirsch raises on purpose.
 
     Args:
-        what: what happened, with the name of the thing.
+        what: the problem, with the name of the object.
         why: the reason; may be empty.
-        fix: what the reader should do; may be empty.
+        fix: what the user should do; may be empty.
     """
 
     exit_code = 1
@@ -60,7 +60,7 @@ class UsageError(KirschError):
 
 
 class GoalError(UsageError):
-    """The goal cannot be reached, or is none."""
+    """The goal cannot be reached, or is not valid."""
 
 
 class PlanError(UsageError):
@@ -76,12 +76,12 @@ class ShapeError(UsageError):
 
 
 class UnknownNameError(UsageError):
-    """A name that no registry, module or group has.
+    """A name is not that of any registry entry, module or group.
 
     Args:
-        kind: what the name was meant to name, such as "importance".
+        kind: kind of the named object, such as "importance".
         name: the unknown name.
-        known: the names there are.
+        known: the known names.
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
@@ -106,7 +106,7 @@ class DataError(LoadError):
 
 
 class CheckpointError(LoadError):
-    """No valid checkpoint is left."""
+    """There is no valid checkpoint."""
 
 
 class StoreError(LoadError):
@@ -124,7 +124,7 @@ class MissingExtraError(SurroundingsError):
 
     Args:
         package: the package that could not be imported.
-        extra: the extra of Kirsch that brings it.
+        extra: the extra of Kirsch that installs it.
         purpose: what it is needed for, such as "to export to ONNX".
     """
 
@@ -137,7 +137,7 @@ class MissingExtraError(SurroundingsError):
 
 
 class MemoryShortageError(SurroundingsError):
-    """The memory does not suffice."""
+    """The memory is not sufficient."""
 
 
 class OutputError(SurroundingsError):
@@ -145,7 +145,7 @@ class OutputError(SurroundingsError):
 
 
 class NumericError(KirschError):
-    """Numbers went wrong: NaN, a dead model."""
+    """A numerical failure: NaN, constant outputs."""
 
     exit_code = 6
 
@@ -154,8 +154,8 @@ class VerificationError(NumericError):
     """The pruned model does not equal the masked original."""
 
 
-class Stopped(KirschError):  # noqa: N818 - not a fault: the user or the machine asked for it
-    """The work was asked to stop; a checkpoint is saved."""
+class Stopped(KirschError):  # noqa: N818 - not a failure: the user or the machine asked for it
+    """The run was asked to stop; a checkpoint is saved."""
 
 
 class Preempted(Stopped):
@@ -170,29 +170,29 @@ class Interrupted(Stopped):
     exit_code = 130
 
 
-def said(error: BaseException) -> str:
-    """The type and the first line of an error that is not ours, as one sentence."""
+def error_text(error: BaseException) -> str:
+    """Return the type and the first line of an error from other code, as one sentence."""
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 - the exception is not ours, and so is its __str__
+    except Exception:  # noqa: BLE001 - a foreign __str__ may raise anything
         text = ""
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     if not first:
         return f"{type(error).__name__} without a message."
-    shown = first if len(first) <= LONGEST else f"{first[:LONGEST]}…"
+    shown = first if len(first) <= MAX_MESSAGE_LENGTH else f"{first[:MAX_MESSAGE_LENGTH]}…"
     return f"{type(error).__name__}: {shown.rstrip('.')}."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence that proposes the known name closest to `name`; empty when none is close."""
+    """Return a sentence that suggests the known name closest to `name`; empty if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else ""
 
 
 def listing(names: list[str], most: int = 12) -> str:
-    """A sentence that lists the known names, the first `most` of them in full."""
+    """Return a sentence that lists the known names: the first `most`, and the number of the others."""
     if not names:
-        return "There are none."
+        return "No names are known."
     shown = ", ".join(names[:most])
     return f"Known: {shown}, and {len(names) - most} more." if len(names) > most else f"Known: {shown}."
 

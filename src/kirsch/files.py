@@ -1,4 +1,7 @@
-"""Files that are either whole or absent: written to a temporary name, synced, renamed, and hashed in a manifest."""
+"""Atomic writing of files and folders, and manifests with their hashes.
+
+A file is written under a temporary name, synced and renamed, so that it is never seen half written.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
-KINDS = {
+IRREGULAR_KINDS = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -30,12 +33,12 @@ KINDS = {
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a kill at any moment, sees the old content or the new, never a part."""
+    """Write a file atomically: readers see the old content or the new, also after a kill at any moment."""
     write_chunks(path, (content,))
 
 
 def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file whole, as `write_bytes` does, from pieces that need not be in memory together."""
+    """Write a file atomically from chunks, which need not fit into memory together."""
     if path.is_dir():
         raise OutputError(f"{path} cannot be written.", "It is a folder.", "Delete or move it.")
     temporary = None
@@ -60,20 +63,21 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    r"""Write a UTF-8 text file whole; see `write_bytes`.
+    r"""Write a UTF-8 text file atomically.
 
-    What UTF-8 cannot hold, such as a byte of a file name that is not text, is written as \udc80: JSON reads that back.
+    Characters that UTF-8 cannot encode, such as an undecodable byte of a file name, are written as \udc80, which a
+    JSON reader restores.
     """
     write_bytes(path, content.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole, two spaces a level; NaN and infinity are refused."""
+    """Write a JSON file atomically; see `json_text`."""
     write_text(path, json_text(content))
 
 
 def json_text(content: Any) -> str:
-    """JSON as Kirsch writes it: two spaces a level, a newline at the end.
+    """Return JSON in the format of Kirsch: two spaces a level, a newline at the end.
 
     Raises:
         ValueError: a number is NaN or infinite.
@@ -83,20 +87,20 @@ def json_text(content: Any) -> str:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when the block ends well, with a manifest of what is in it.
+    """Yield a temporary folder that gets its final name, and a manifest, when the block ends without an error.
 
-    An older folder of that name is replaced. Yields the temporary folder to write into.
+    An older folder of that name is replaced.
     """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
         yield temporary
-        _settle(temporary)
+        _sync_files(temporary)
         write_manifest(temporary)
         _sync_folder(temporary)
         temporary.chmod(0o777 & ~_umask())
-        _take_place(temporary, path)
+        _replace_folder(temporary, path)
     except OSError as error:
         raise OutputError(
             f"The folder {path} cannot be written.",
@@ -109,16 +113,19 @@ def new_folder(path: Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
-def _settle(folder: Path) -> None:
-    """Sync every file of a folder, and give it the user's file mode."""
+def _sync_files(folder: Path) -> None:
+    """Sync every file of a folder, and set the user's default file mode."""
     for file in (path for path in folder.rglob("*") if path.is_file()):
-        file.chmod(0o666 & ~_umask())  # safetensors writes 0600 whatever the umask
+        file.chmod(0o666 & ~_umask())  # safetensors writes 0600 regardless of the umask
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
 
 
-def _take_place(new: Path, path: Path) -> None:
-    """Give a folder its name. Removing an older one under that name would leave half of it there after a kill."""
+def _replace_folder(new: Path, path: Path) -> None:
+    """Rename a folder to its final name.
+
+    An older folder of that name is renamed first: a kill while it is removed must not leave a part under that name.
+    """
     older = new.with_name(f"{new.name}-old") if path.is_dir() and not path.is_symlink() else None
     if older is not None:
         path.replace(older)
@@ -132,45 +139,38 @@ def _take_place(new: Path, path: Path) -> None:
         shutil.rmtree(older, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def scratch(parent: Path) -> Iterator[Path]:
-    """A folder inside `parent` that is gone when the block ends, and swept after a kill."""
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=parent) as name:
-        yield Path(name)
-
-
-def write_manifest(folder: Path, beside: Collection[str] = ()) -> None:
-    """Record name, bytes and sha256 of every file of a folder, in manifest.json.
+def write_manifest(folder: Path, unlisted_names: Collection[str] = ()) -> None:
+    """Record name, size and sha256 of every file of a folder in its manifest.json.
 
     Args:
-        folder: holds regular files and folders alone.
-        beside: names of files that the manifest leaves out.
+        folder: contains only regular files and folders.
+        unlisted_names: names of files that the manifest leaves out.
     """
-    names = _present(folder)[0] - {MANIFEST, *beside}
+    names = _scan(folder)[0] - {MANIFEST, *unlisted_names}
     write_entries(folder, {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in names})
 
 
-def write_entries(folder: Path, found: Mapping[str, tuple[int, str]]) -> None:
-    """Write a manifest of these files: bytes and sha256 by name."""
-    listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(found.items())}
+def write_entries(folder: Path, new_entries: Mapping[str, tuple[int, str]]) -> None:
+    """Write a manifest with these entries: size in bytes and sha256 by file name."""
+    listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(new_entries.items())}
     write_json(folder / MANIFEST, {"kirsch_manifest": 1, "files": listed})
 
 
-def damage(folder: Path) -> str:
-    """The first thing that is wrong with a folder that has a manifest, naming the file; empty when it is sound."""
+def first_flaw(folder: Path) -> str:
+    """Return a sentence on the first file that does not match the manifest of its folder; empty if all match."""
     return next(iter(flaws(folder).values()), "")
 
 
-def flaws(folder: Path, beside: Collection[str] = ()) -> dict[str, str]:
-    """What is wrong with a folder that has a manifest: a sentence for each file, by name; empty when it is sound.
+def flaws(folder: Path, unlisted_names: Collection[str] = ()) -> dict[str, str]:
+    """Return a sentence for each file that does not match the manifest of its folder, by file name.
 
-    Sound means: the manifest is as Kirsch writes it, and the folder holds exactly the files that it names, with their
-    bytes. Who changes a file and recomputes the manifest is not found out; a manifest guards against faults of disks,
-    copies and hands, not against forgery.
+    The result is empty if the manifest has the format of Kirsch, and the folder contains exactly the listed files with
+    the listed hashes. A manifest protects against disk failures and accidental changes, not against forgery: it can be
+    recomputed after a change.
 
     Args:
-        folder: with manifest.json.
-        beside: names of files that the manifest leaves out.
+        folder: contains a manifest.json.
+        unlisted_names: names of files that the manifest leaves out.
     """
     try:
         known = entries(folder)
@@ -180,94 +180,95 @@ def flaws(folder: Path, beside: Collection[str] = ()) -> dict[str, str]:
         return {MANIFEST: str(error)}
     if not known:
         return {MANIFEST: f"{folder / MANIFEST} names no files"}
-    outside = {name: f"{folder / MANIFEST} names {name!r}, outside its folder" for name in known if _leads_out(name)}
+    outside = {name: f"{folder / MANIFEST} names {name!r}, outside its folder" for name in known if _is_outside(name)}
     if outside:
         return outside
-    present, found = _present(folder)
+    present, flaws_by_name = _scan(folder)
     for name, (size, digest) in known.items():
-        if name not in found and (flaw := _flaw(folder / name, size, digest, name in present)):
-            found[name] = flaw
-    for name in sorted(present - known.keys() - {MANIFEST, *beside}):
-        found[name] = f"{folder / name} is not in its manifest"
-    return found
+        if name not in flaws_by_name and (flaw := _flaw(folder / name, size, digest, present=name in present)):
+            flaws_by_name[name] = flaw
+    for name in sorted(present - known.keys() - {MANIFEST, *unlisted_names}):
+        flaws_by_name[name] = f"{folder / name} is not in its manifest"
+    return flaws_by_name
 
 
 def entries(folder: Path) -> dict[str, tuple[int, str]]:
-    """Bytes and sha256 by name, from the manifest of a folder.
+    """Return size in bytes and sha256 by file name, from the manifest of a folder.
 
     Raises:
         OSError: the manifest cannot be read.
-        ValueError: it is missing or damaged; names the file and says why, without a point at its end.
+        ValueError: the manifest is missing or damaged. The message names the file and the reason, without a period at
+            its end.
     """
     path = folder / MANIFEST
     if not os.path.lexists(path):
         raise ValueError(f"{path} is missing")
-    if path.is_symlink() or not path.is_file():  # reading a pipe would wait for ever
+    if path.is_symlink() or not path.is_file():  # reading a pipe would block forever
         raise ValueError(f"{path} is not a file")
     content = path.read_bytes()
     try:
-        return _entries(content)
+        return _parse_entries(content)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def unlisted(folder: Path) -> list[str]:
-    """The names of files that the manifest of a folder does not name; none where the manifest is damaged."""
+    """Return the names of files that the manifest of a folder does not list; none if the manifest is damaged."""
     try:
         known = entries(folder)
     except (OSError, ValueError):
         return []
-    return sorted(_present(folder)[0] - known.keys() - {MANIFEST})
+    return sorted(_scan(folder)[0] - known.keys() - {MANIFEST})
 
 
-def odd(folder: Path) -> dict[str, str]:
-    """Entries of a folder that are neither files nor folders, such as links and pipes: a sentence each, by name."""
-    return _present(folder)[1]
+def irregular_entries(folder: Path) -> dict[str, str]:
+    """Return a sentence for each entry of a folder that is not a file or a folder, such as a link or pipe, by name."""
+    return _scan(folder)[1]
 
 
-def _entries(text: bytes) -> dict[str, tuple[int, str]]:
-    """Bytes and sha256 by name, from the text of a manifest.
+def _parse_entries(text: bytes) -> dict[str, tuple[int, str]]:
+    """Return size in bytes and sha256 by file name, from the text of a manifest.
 
     Raises:
-        ValueError: it is not what `write_manifest` writes. Every other text of the same content is refused, too: so
-            a repeated name cannot hide another.
+        ValueError: the text is not what `write_manifest` writes. A different text of the same content is refused as
+            well, so that a repeated name cannot hide another.
     """
     content = strict_json.parse(text)
     if not isinstance(content, dict) or content.keys() != {"kirsch_manifest", "files"}:
         raise ValueError("an object with the keys 'kirsch_manifest' and 'files' is expected")
-    version, found = content["kirsch_manifest"], content["files"]
-    if type(version) is not int or version != 1 or not isinstance(found, dict):
+    version, listed = content["kirsch_manifest"], content["files"]
+    if type(version) is not int or version != 1 or not isinstance(listed, dict):
         raise ValueError("it is not a manifest of version 1")
-    for name, entry in found.items():
+    for name, entry in listed.items():
         if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
-            raise ValueError(f"the entry of {name!r} must have 'bytes' and 'sha256' alone")
+            raise ValueError(f"the entry of {name!r} must have the keys 'bytes' and 'sha256' only")
         if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
             raise ValueError(f"the entry of {name!r} must have a whole number of bytes and a text as sha256")
     if json_text(content).encode() != text:
-        raise ValueError("it is not spaced or ordered as Kirsch writes it")
-    return {name: (entry["bytes"], entry["sha256"]) for name, entry in found.items()}
+        raise ValueError("its spaces or its order are not those that Kirsch writes")
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
 
 
-def _leads_out(name: str) -> bool:
+def _is_outside(name: str) -> bool:
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == "."
 
 
-def _flaw(file: Path, size: int, digest: str, there: bool) -> str:
+def _flaw(file: Path, size: int, digest: str, *, present: bool) -> str:
     try:
-        if not there:
+        if not present:
             return f"{file} is a folder" if file.is_dir() else f"{file} is missing"
         if file.stat().st_size != size or sha256(file) != digest:
             return f"{file} does not have the sha256 of its manifest"
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: an impossible file name
         return f"{str(file)!r} cannot be read: {error}"
     return ""
 
 
-def _present(folder: Path) -> tuple[set[str], dict[str, str]]:
-    """The names of the regular files below a folder, and a sentence for every entry that is no file and no folder.
+def _scan(folder: Path) -> tuple[set[str], dict[str, str]]:
+    """Return the names of the regular files below a folder, and a sentence for every other entry except folders.
 
-    What a killed process left half written is passed over, and links are not followed.
+    Temporary files are skipped, and links are not followed.
     """
     names, others = set(), {}
 
@@ -275,22 +276,22 @@ def _present(folder: Path) -> tuple[set[str], dict[str, str]]:
         name = Path(error.filename).relative_to(folder).as_posix()
         others[name] = f"{error.filename} cannot be read: {error.strerror}"
 
-    for place, folders, here in os.walk(folder, onerror=unreadable):
-        for entry in [*folders, *here]:
-            path = Path(place, entry)
+    for parent, folders, file_names in os.walk(folder, onerror=unreadable):
+        for entry in [*folders, *file_names]:
+            path = Path(parent, entry)
             name = path.relative_to(folder).as_posix()
             if entry.startswith(TEMPORARY):
                 continue
             try:
                 mode = path.lstat().st_mode
-            except FileNotFoundError:  # a process that works here has just removed it
+            except FileNotFoundError:  # another process has just removed it
                 continue
             if not name.isprintable() and not _is_text(name):
                 others[name] = f"{str(path)!r} has a name that is not UTF-8"
             elif stat.S_ISREG(mode):
                 names.add(name)
             elif not stat.S_ISDIR(mode):
-                others[name] = f"{path} is {KINDS.get(stat.S_IFMT(mode), 'a device')}"
+                others[name] = f"{path} is {IRREGULAR_KINDS.get(stat.S_IFMT(mode), 'a device')}"
         folders[:] = sorted(entry for entry in folders if not entry.startswith(TEMPORARY))
     return names, others
 
@@ -304,28 +305,28 @@ def _is_text(name: str) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a file, as 64 hexadecimal digits."""
+    """Return the sha256 of a file, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(folder: Path, needed_bytes: int = 0) -> None:
-    """Make sure, before any work, that a folder can be made and written and has room.
+    """Check that a folder can be created and written, and that its disk has enough free space.
 
     Args:
-        folder: made if it does not exist.
-        needed_bytes: what the work will write, by estimate.
+        folder: created if it does not exist.
+        needed_bytes: estimated number of bytes to be written.
 
     Raises:
-        OutputError: the folder is a file, cannot be written, or has too little room; no file is left behind.
+        OutputError: the folder is a file, cannot be written, or has too little space. No file is left behind.
     """
     fix = "Choose another folder."
-    # os.path: a name that is too long is no folder there, and an exception of pathlib
+    # os.path returns False for a name that is too long; pathlib raises
     if os.path.exists(folder) and not os.path.isdir(folder):  # noqa: PTH110, PTH112
         message = f"{folder} is a file."
         raise OutputError(message, "A folder is needed for the output.", fix)
-    there = next(place for place in (folder, *folder.absolute().parents) if os.path.isdir(place))  # noqa: PTH112
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.isdir(path))  # noqa: PTH112
+    free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         message = f"The folder {folder} has {free / 1e6:.0f} MB free; the work needs about {needed_bytes / 1e6:.0f} MB."
         raise OutputError(message, fix="Free space or choose another folder.")
@@ -340,17 +341,17 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder so that a kill leaves either all of it or a rest that `sweep` removes."""
-    going = folder.with_name(f"{TEMPORARY}{folder.name}")
-    if going.exists():
-        shutil.rmtree(going, ignore_errors=True)
-    folder.replace(going)
-    shutil.rmtree(going, ignore_errors=True)
+    """Remove a folder; after a kill, the folder is complete or has a temporary name, for `remove_temporary`."""
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
+    if temporary.exists():
+        shutil.rmtree(temporary, ignore_errors=True)
+    folder.replace(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half written in a folder."""
-    for path in list(folder.rglob(f"{TEMPORARY}*")) if folder.is_dir() else ():  # a list: what it walks is removed
+def remove_temporary(folder: Path) -> None:
+    """Remove the temporary files and folders that a killed process left in a folder."""
+    for path in list(folder.rglob(f"{TEMPORARY}*")) if folder.is_dir() else ():  # a list, since the loop removes paths
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -364,7 +365,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Without this, a power cut may forget the rename itself. Not every platform lets a folder be opened.
+    # Without this, a power cut may undo the rename. Some platforms cannot open a folder.
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -374,21 +375,21 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(lock: Path, busy: OutputError) -> Iterator[None]:
-    """What a lock stands for, for this process alone; the lock of a process that died is free.
+def exclusive_lock(path: Path, busy: OutputError) -> Iterator[None]:
+    """Hold a file lock during the block. The operating system releases the lock of a process that died.
 
     Args:
-        lock: a file, made if it is not there.
-        busy: raised where another process holds it.
+        path: lock file, created if it does not exist.
+        busy: error to raise if another process holds the lock.
     """
-    held = filelock.FileLock(lock, timeout=0)
+    lock = filelock.FileLock(path, timeout=0)
     try:
-        held.acquire()
+        lock.acquire()
     except filelock.Timeout as error:
         raise busy from error
     except OSError as error:
-        raise OutputError(f"{lock} cannot be locked.", f"{error.strerror or error}.", "Delete or move it.") from error
+        raise OutputError(f"{path} cannot be locked.", f"{error.strerror or error}.", "Delete or move it.") from error
     try:
         yield
     finally:
-        held.release()
+        lock.release()

@@ -1,7 +1,6 @@
-"""Schemas of JSON files as functions: each takes a value and its path in the file, and gives the value back if it fits.
+"""Schemas of JSON files as functions: each takes a value and its path in the file, and returns the valid value.
 
-A value that does not fit is a `ValueError` that names the path, what was expected and what was found, without a point
-at its end.
+An invalid value raises a `ValueError` with the path, the expected and the found value, without a period at its end.
 """
 
 from __future__ import annotations
@@ -18,33 +17,33 @@ if TYPE_CHECKING:
 Check = Callable[[Any, str], Any]
 """(value, path of the value in the file) → the value."""
 
-SHOWN = 60
+MAX_SHOWN_LENGTH = 60
 """Characters of a wrong value that a message repeats."""
 
 
 def wrong(path: str, expected: str, found: Any) -> ValueError:
-    """The error for a value that does not fit."""
+    """Return the error for an invalid value."""
     words = {dict: "an object", list: "a list", bool: str(found).lower(), type(None): "null"}.get(type(found))
     if words is None:
         words = f"{found!r}"
-        words = words if len(words) <= SHOWN else f"{words[:SHOWN]}…"
+        words = words if len(words) <= MAX_SHOWN_LENGTH else f"{words[:MAX_SHOWN_LENGTH]}…"
     return ValueError(f"{path or 'the content'}: {expected} is expected, and {words} was found")
 
 
 def anything(value: Any, _path: str) -> Any:
-    """Any JSON."""
+    """Accept any JSON."""
     return value
 
 
 def flag(value: Any, path: str) -> Any:
-    """A truth value."""
+    """Accept true or false."""
     if type(value) is not bool:
         raise wrong(path, "true or false", value)
     return value
 
 
 def text(least: int = 0) -> Check:
-    """A text of at least so many characters."""
+    """Accept a text of at least `least` characters."""
 
     def check(value: Any, path: str) -> Any:
         if type(value) is not str or len(value) < least:
@@ -54,8 +53,8 @@ def text(least: int = 0) -> Check:
     return check
 
 
-def whole(least: int, most: int = 2**63 - 1) -> Check:
-    """A whole number within limits; true and false are not numbers."""
+def integer(least: int, most: int = 2**63 - 1) -> Check:
+    """Accept a whole number within limits; true and false are not numbers."""
 
     def check(value: Any, path: str) -> Any:
         if type(value) is not int or not least <= value <= most:
@@ -69,7 +68,7 @@ def whole(least: int, most: int = 2**63 - 1) -> Check:
 def number(
     least: float = -math.inf, above: float = -math.inf, below: float = math.inf, most: float = math.inf
 ) -> Check:
-    """A finite number with least <= number <= most and above < number < below."""
+    """Accept a finite number with least <= number <= most and above < number < below."""
     limits = [f"of at least {least:g}"] if least > -math.inf else []
     limits += [f"above {above:g}"] if above > -math.inf else []
     limits += [f"below {below:g}"] if below < math.inf else []
@@ -84,25 +83,25 @@ def number(
     return check
 
 
-def one_of(known: Collection[Any]) -> Check:
-    """One of some texts or numbers, of the same type: true is not 1."""
+def one_of(choices: Collection[Any]) -> Check:
+    """Accept one of several texts or numbers, of the same type: true is not 1."""
 
     def check(value: Any, path: str) -> Any:
-        if not any(type(value) is type(other) and value == other for other in known):
-            shown = ", ".join(str(other) for other in known)
-            raise wrong(path, f"one of {shown}" if len(known) > 1 else shown, value)
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            shown = ", ".join(str(choice) for choice in choices)
+            raise wrong(path, f"one of {shown}" if len(choices) > 1 else shown, value)
         return value
 
     return check
 
 
 def nullable(inner: Check) -> Check:
-    """A value of another schema, or null."""
+    """Accept null, or a value of another schema."""
     return lambda value, path: None if value is None else inner(value, path)
 
 
 def either(*choices: Check) -> Check:
-    """A value that one of several schemas takes; the message is that of the last."""
+    """Accept a value of one of several schemas; the error is that of the last."""
 
     def check(value: Any, path: str) -> Any:
         for choice in choices[:-1]:
@@ -116,7 +115,7 @@ def either(*choices: Check) -> Check:
 
 
 def array(inner: Check, *, least: int = 0, most: int = 2**63 - 1) -> Check:
-    """A list whose items all fit a schema."""
+    """Accept a list of `least` to `most` items that all fit a schema."""
 
     def check(value: Any, path: str) -> Any:
         if type(value) is not list:
@@ -124,55 +123,58 @@ def array(inner: Check, *, least: int = 0, most: int = 2**63 - 1) -> Check:
         if not least <= len(value) <= most:
             limit = f"at least {least}" if len(value) < least else f"at most {most}"
             raise ValueError(f"{path}: {limit} items are expected, and {len(value)} were found")
-        return [inner(item, f"{path}[{place}]") for place, item in enumerate(value)]
+        return [inner(item, f"{path}[{index}]") for index, item in enumerate(value)]
 
     return check
 
 
-def mapping(inner: Check, names: Collection[str] | None = None) -> Check:
-    """An object whose values all fit a schema; `names`: the keys that it may have."""
+def mapping(inner: Check, keys: Collection[str] | None = None) -> Check:
+    """Accept an object whose values all fit a schema, with keys out of `keys` if those are given."""
 
     def check(value: Any, path: str) -> Any:
         if type(value) is not dict:
             raise wrong(path, "an object", value)
-        for name in value if names is not None else ():
-            if name not in (names or ()):
-                raise _unknown(path, name, names or ())
-        return {name: inner(item, _below(path, name)) for name, item in value.items()}
+        for key in value if keys is not None else ():
+            if key not in (keys or ()):
+                raise _unknown_key(path, key, keys or ())
+        return {key: inner(item, _child_path(path, key)) for key, item in value.items()}
 
     return check
 
 
 def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None, *, more: bool = False) -> Check:
-    """An object with named parts.
+    """Accept an object with named fields.
 
     Args:
-        required: parts that must be there.
-        optional: parts that may be missing.
-        more: whether it may have other parts as well.
+        required: schema of each field that must be present.
+        optional: schema of each field that may be missing.
+        more: whether other fields are accepted as well.
     """
-    parts = {**required, **(optional or {})}
+    fields = {**required, **(optional or {})}
 
     def check(value: Any, path: str) -> Any:
         if type(value) is not dict:
             raise wrong(path, "an object", value)
-        for name in value:
-            if name not in parts and not more:
-                raise _unknown(path, name, parts)
-        for name in required:
-            if name not in value:
-                raise ValueError(f"{_below(path, name)} is missing")
-        return {name: parts[name](item, _below(path, name)) if name in parts else item for name, item in value.items()}
+        for key in value:
+            if key not in fields and not more:
+                raise _unknown_key(path, key, fields)
+        for key in required:
+            if key not in value:
+                raise ValueError(f"{_child_path(path, key)} is missing")
+        return {
+            key: fields[key](item, _child_path(path, key)) if key in fields else item for key, item in value.items()
+        }
 
     return check
 
 
-def _below(path: str, name: str) -> str:
-    """The path of a part; a name that is not a plain word is quoted."""
-    shown = name if name.isidentifier() else repr(name if len(name) <= SHOWN else f"{name[:SHOWN]}…")
+def _child_path(path: str, key: str) -> str:
+    """Return the path of a field; a key that is not an identifier is quoted."""
+    shown = key if key.isidentifier() else repr(key if len(key) <= MAX_SHOWN_LENGTH else f"{key[:MAX_SHOWN_LENGTH]}…")
     return f"{path}.{shown}" if path else shown
 
 
-def _unknown(path: str, name: str, known: Collection[str]) -> ValueError:
-    close = nearest(name, known)
-    return ValueError(f"{_below(path, name)} is not a known key{f' ({close[0].lower()}{close[1:]})' if close else ''}")
+def _unknown_key(path: str, key: str, known: Collection[str]) -> ValueError:
+    close = nearest(key, known)
+    suggestion = f" ({close[0].lower()}{close[1:]})" if close else ""
+    return ValueError(f"{_child_path(path, key)} is not a known key{suggestion}")

@@ -1,4 +1,4 @@
-"""Names for things that users choose by name: importances, losses, exporters, runtimes, tasks."""
+"""Registries of objects that users choose by name: importances, losses, exporters, runtimes, tasks."""
 
 from __future__ import annotations
 
@@ -14,61 +14,61 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Name → thing. A name is taken once; an unknown name is answered with the known ones and the nearest.
+    """Mapping from names to objects. Duplicates are refused; an unknown name raises an error with the known names.
 
-    Other packages add theirs through the entry point group `kirsch.<kind>`; it is read at the first unknown name, so
-    that a broken package costs nothing to those who do not use it.
+    Other packages register objects through the entry point group `kirsch.<kind>`. The group is read when a name is not
+    found, so that a broken package affects only those who use it.
 
     Args:
-        kind: what the names name, in the singular: "importance".
+        kind: kind of the registered objects, in the singular: "importance".
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._things: dict[str, T] = {}
+        self._objects: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that gives the thing below it a name."""
+        """Return a decorator that registers an object under a name."""
 
-        def put(thing: T) -> T:
-            if name in self._things:
+        def add(registered: T) -> T:
+            if name in self._objects:
                 message = f"The {self.kind} {name!r} is registered already."
                 raise UsageError(message, fix="Choose another name.")
-            self._things[name] = thing
-            return thing
+            self._objects[name] = registered
+            return registered
 
-        return put
+        return add
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._things:
-            self._things[name] = self._load(name)
-        return self._things[name]
+        if name not in self._objects:
+            self._objects[name] = self._load(name)
+        return self._objects[name]
 
     def _load(self, name: str) -> T:
-        """What another package calls by this name."""
-        found = entry_points(group=f"kirsch.{self.kind}", name=name)
-        if not found:
+        """Load an object from the entry point of another package."""
+        matches = entry_points(group=f"kirsch.{self.kind}", name=name)
+        if not matches:
             raise UnknownNameError(self.kind, name, self)
-        if len(found) > 1:
+        if len(matches) > 1:
             raise UsageError(
-                f"The {self.kind} {name!r} is there more than once.",
-                f"It comes from {' and '.join(sorted(entry.value for entry in found))}.",
+                f"The {self.kind} {name!r} is registered by several packages.",
+                f"The entry points are {' and '.join(sorted(entry.value for entry in matches))}.",
                 "Uninstall one of the packages.",
             )
-        (entry,) = found
+        (entry,) = matches
         try:
-            thing: T = entry.load()
-        except Exception as error:  # a foreign module is run, which may raise anything
+            loaded: T = entry.load()
+        except Exception as error:  # the import of another package may raise anything
             raise SurroundingsError(
                 f"The {self.kind} {name!r} cannot be loaded from {entry.value}.",
                 f"{type(error).__name__}: {error}.",
-                "Repair or uninstall the package that brings it.",
+                "Repair or uninstall the package that provides it.",
             ) from error
-        return thing
+        return loaded
 
     def __iter__(self) -> Iterator[str]:
-        known = set(self._things) | {entry.name for entry in entry_points(group=f"kirsch.{self.kind}")}
-        return iter(sorted(known))
+        names = set(self._objects) | {entry.name for entry in entry_points(group=f"kirsch.{self.kind}")}
+        return iter(sorted(names))
 
     def __contains__(self, name: object) -> bool:
         return name in set(self)

@@ -1,4 +1,4 @@
-"""Models, data and a recipe in files, as the command line takes them."""
+"""Fixtures with models, data and a recipe in files, and with the command."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kirsch.cli import main
 
 
 @pytest.fixture(autouse=True)
-def _hearing():
-    """What started the tests may ignore a hangup, as nohup does, or an interrupt, as a shell in the background does."""
-    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+def _default_signal_handlers():
+    """Restore the default handlers: the parent process may ignore SIGHUP, as nohup does, or SIGINT, as shells do."""
+    defaults = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -74,7 +74,7 @@ def student():
 
 
 def hostile():
-    """Module names that would color or move the terminal if they were not written verbatim."""
+    """Module names with markup of terminals and HTML."""
     net = nn.Sequential()
     for name, layer in (("[red]", nn.Conv2d(1, 8, 3)), ("<script>", nn.Conv2d(8, 8, 3)), ("[/0]", nn.Conv2d(8, 2, 1))):
         net.add_module(name, layer)
@@ -108,8 +108,8 @@ measure: {rounds: 10}
 
 
 @pytest.fixture(autouse=True)
-def _ordinary_terminal(monkeypatch):
-    """What the tests see does not depend on where they run."""
+def _default_terminal(monkeypatch):
+    """Make the output independent of the terminal of the tests."""
     for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLORTERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
@@ -118,7 +118,7 @@ def _ordinary_terminal(monkeypatch):
 
 @pytest.fixture(scope="session")
 def write_job():
-    """Writes nets.py and recipe.yaml to a folder."""
+    """Return a function that writes nets.py and recipe.yaml to a folder."""
 
     def write(folder: Path) -> None:
         (folder / "nets.py").write_text(NETS)
@@ -129,7 +129,7 @@ def write_job():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, write_job):
-    """A working folder with nets.py and recipe.yaml."""
+    """Return a working folder with nets.py and recipe.yaml."""
     write_job(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -137,7 +137,7 @@ def folder(tmp_path, monkeypatch, write_job):
 
 @pytest.fixture
 def kirsch(capsys):
-    """Runs the command in this process: (exit code, standard output, standard error)."""
+    """Return a function that runs the command in this process: (exit code, standard output, standard error)."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -150,11 +150,11 @@ def kirsch(capsys):
 
 @pytest.fixture
 def answer(kirsch):
-    """Runs a verb with --json and gives what it answers; the exit code must be the one expected."""
+    """Return a function that runs a subcommand with --json, checks the exit code, and returns the content."""
 
     def run(*arguments: str, code: int = 0) -> dict:
-        found, out, err = kirsch(*arguments, "--json")
-        assert found == code, out + err
+        exit_code, out, err = kirsch(*arguments, "--json")
+        assert exit_code == code, out + err
         return json.loads(out)
 
     return run
@@ -162,15 +162,15 @@ def answer(kirsch):
 
 @pytest.fixture
 def process(tmp_path):
-    """Starts `python` with arguments in a process of its own, where this source is importable."""
+    """Return a function that starts `python` with arguments in a new process that can import this source."""
 
     def start(*arguments: str, **options) -> subprocess.Popen:
-        surroundings = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             [sys.executable, *arguments],
             stdout=options.pop("stdout", subprocess.PIPE),
             stderr=subprocess.PIPE,
-            env=surroundings,
+            env=environment,
             cwd=options.pop("cwd", tmp_path),
             text=True,
             **options,

@@ -1,4 +1,4 @@
-"""The verbs and their options."""
+"""The subcommands and their options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from kirsch.cli.app import MODES, app
 
-VERBS = [
+SUBCOMMANDS = [
     "compress",
     "resume",
     "init",
@@ -25,25 +25,25 @@ VERBS = [
 ]
 
 
-def test_the_verbs_are_these():
-    assert [command.name or command.callback.__name__ for command in app.registered_commands] == VERBS
+def test_the_subcommands_are_registered_in_order():
+    assert [command.name or command.callback.__name__ for command in app.registered_commands] == SUBCOMMANDS
 
 
-def test_help_lists_every_verb_with_a_whole_sentence(kirsch):
+def test_help_lists_each_subcommand_with_a_complete_sentence(kirsch):
     code, out, err = kirsch("--help")
     listed = [line.split(maxsplit=1) for line in out.partition("Commands:")[2].partition("Exit codes")[0].splitlines()]
     assert (code, err) == (0, "")
-    assert [entry[0] for entry in listed if entry] == VERBS
+    assert [entry[0] for entry in listed if entry] == SUBCOMMANDS
     assert all(entry[1].endswith(".") and not entry[1].endswith("...") for entry in listed if entry)
 
 
-def test_without_a_verb_the_help_is_shown(kirsch):
+def test_the_help_is_shown_without_a_subcommand(kirsch):
     assert kirsch() == kirsch("-h")
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_the_modes(kirsch, verb):
-    code, out, _ = kirsch(verb, "--help")
+@pytest.mark.parametrize("subcommand", SUBCOMMANDS)
+def test_each_subcommand_has_the_options_of_the_modes(kirsch, subcommand):
+    code, out, _ = kirsch(subcommand, "--help")
     assert code == 0
     assert all(f"--{mode} " in out for mode in MODES)
 
@@ -62,7 +62,7 @@ def test_the_version_is_that_of_the_package(kirsch):
         (["prune", "a:b"], "--output", "kirsch prune --help"),
     ],
 )
-def test_a_wrong_command_line_says_what_and_where_to_look(kirsch, arguments, sentence, see):
+def test_a_wrong_command_line_names_the_problem_and_the_help(kirsch, arguments, sentence, see):
     code, out, err = kirsch(*arguments)
     first, *_, last = err.splitlines()
     assert (code, out) == (2, "")
@@ -71,7 +71,7 @@ def test_a_wrong_command_line_says_what_and_where_to_look(kirsch, arguments, sen
     assert last == f"do      See {see}."
 
 
-def test_a_wrong_command_line_is_json_where_json_is_asked_for(kirsch):
+def test_a_wrong_command_line_with_json_gives_a_json_error(kirsch):
     code, out, err = kirsch("trace", "--json")
     assert (code, err) == (2, "")
     assert json.loads(out)["error"]["type"] == "UsageError"

@@ -1,4 +1,4 @@
-"""How a verb ends when it fails."""
+"""Error output and exit codes of the command."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def told(tmp_path, monkeypatch):
-    """Tells an error and gives (exit code, standard output, standard error)."""
+def report(tmp_path, monkeypatch):
+    """Return a function that reports an error: (exit code, standard output, standard error)."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
-    def tell(error, folder=None, **mode):
+    def run(error, folder=None, **mode):
         out, err = io.StringIO(), io.StringIO()
-        return failure.tell(error, Terminal(Mode(**mode), out, err), folder), out.getvalue(), err.getvalue()
+        return failure.report_error(error, Terminal(Mode(**mode), out, err), folder), out.getvalue(), err.getvalue()
 
-    return tell
+    return run
 
 
 def fail(error: BaseException) -> None:
-    """Raise an error in a line that Python takes for one of the package."""
+    """Raise an error in a line that seems to belong to the package."""
     exec(compile("raise error", kirsch.__file__, "exec"), {"error": error})
 
 
 def raised(error: BaseException) -> BaseException:
-    """The error with a traceback that ends in the package."""
+    """Return the error with a traceback that ends in the package."""
     try:
         fail(error)
-    except BaseException as caught:  # noqa: BLE001 - that is the point
+    except BaseException as caught:  # noqa: BLE001 - the exception is the result
         return caught
 
 
@@ -49,8 +49,8 @@ def run_folder(path: Path) -> Path:
     return path
 
 
-def test_an_error_is_three_lines_what_why_and_what_to_do(told):
-    code, out, err = told(UnknownNameError("importance", "magnitud", ["magnitude", "random"]))
+def test_an_error_has_three_lines_what_why_and_fix(report):
+    code, out, err = report(UnknownNameError("importance", "magnitud", ["magnitude", "random"]))
     assert (code, out) == (2, "")
     assert err.splitlines() == [
         "error   There is no importance 'magnitud'.",
@@ -59,94 +59,94 @@ def test_an_error_is_three_lines_what_why_and_what_to_do(told):
     ]
 
 
-def test_a_line_that_has_nothing_to_say_is_left_out(told):
-    assert told(UsageError("Wrong."))[2] == "error   Wrong.\n"
+def test_an_empty_line_is_omitted(report):
+    assert report(UsageError("Wrong."))[2] == "error   Wrong.\n"
 
 
-def test_the_problems_of_a_recipe_stand_below_each_other(told):
-    assert told(UsageError("Two problems:\nfirst\nsecond"))[2].splitlines()[1:] == ["        first", "        second"]
+def test_further_lines_of_a_message_are_indented(report):
+    assert report(UsageError("Two problems:\nfirst\nsecond"))[2].splitlines()[1:] == ["        first", "        second"]
 
 
-def test_a_name_in_an_error_cannot_steer_the_terminal(told):
-    assert told(UsageError("The layer \x1b[31m[red] is wrong."))[2] == "error   The layer \\x1b[31m[red] is wrong.\n"
+def test_control_characters_in_an_error_are_escaped(report):
+    assert report(UsageError("The layer \x1b[31m[red] is wrong."))[2] == "error   The layer \\x1b[31m[red] is wrong.\n"
 
 
 @pytest.mark.parametrize(("error", "code"), [(Preempted("Stopped."), 75), (Interrupted("Stopped."), 130)])
-def test_being_stopped_is_no_error(told, error, code):
-    found, _, err = told(error)
-    assert (found, err) == (code, "stopped Stopped.\n")
+def test_a_stop_is_not_shown_as_an_error(report, error, code):
+    exit_code, _, err = report(error)
+    assert (exit_code, err) == (code, "stopped Stopped.\n")
 
 
-def test_with_json_an_error_is_an_object(told):
-    code, out, err = told(CheckpointError("What.", "Why.", "Mend."), json=True)
+def test_an_error_with_json_is_an_object(report):
+    code, out, err = report(CheckpointError("What.", "Why.", "Fix."), json=True)
     assert (code, err) == (4, "")
     assert json.loads(out) == {
         "error": {
             "type": "CheckpointError",
             "what": "What.",
             "why": "Why.",
-            "fix": "Mend.",
+            "fix": "Fix.",
             "exit_code": 4,
             "traceback": None,
         }
     }
 
 
-def test_what_nobody_foresaw_is_a_bug_of_ours_and_its_traceback_is_kept(told, tmp_path):
-    code, _, err = told(raised(ZeroDivisionError("division by zero\nand more")))
-    kept = next(tmp_path.glob("kirsch-*.txt"))
+def test_an_unexpected_exception_is_a_bug_and_the_traceback_is_stored(report, tmp_path):
+    code, _, err = report(raised(ZeroDivisionError("division by zero\nand more")))
+    stored = next(tmp_path.glob("kirsch-*.txt"))
     assert code == 1
     assert err.splitlines() == [
-        "error   A bug of ours: ZeroDivisionError: division by zero.",
-        f"why     The traceback is in {kept}.",
+        "error   A bug of Kirsch: ZeroDivisionError: division by zero.",
+        f"why     The traceback is in {stored}.",
         "do      Report it with the traceback; --debug shows it here.",
     ]
-    assert "in raised" in kept.read_text()
+    assert "in raised" in stored.read_text()
 
 
-def test_the_traceback_of_a_run_lies_in_its_folder(told, tmp_path):
+def test_the_traceback_of_a_run_is_stored_in_its_folder(report, tmp_path):
     folder = run_folder(tmp_path / "run")
-    _, out, _ = told(raised(RuntimeError("boom")), folder, json=True)
+    _, out, _ = report(raised(RuntimeError("boom")), folder, json=True)
     assert "RuntimeError: boom" in (folder / "error.txt").read_text()
     assert json.loads(out)["error"]["traceback"] == str(folder / "error.txt")
 
 
-def test_a_folder_that_was_refused_is_not_written_to(told, tmp_path):
-    told(raised(RuntimeError("boom")), tmp_path)
-    told(raised(CheckpointError("boom")), tmp_path)
+def test_no_traceback_is_written_to_a_folder_that_is_not_a_run(report, tmp_path):
+    report(raised(RuntimeError("boom")), tmp_path)
+    report(raised(CheckpointError("boom")), tmp_path)
     assert not (tmp_path / "error.txt").exists()
 
 
-def test_a_wrong_call_leaves_no_traceback_in_the_run(told, tmp_path):
+def test_usage_errors_and_stops_store_no_traceback(report, tmp_path):
     folder = run_folder(tmp_path / "run")
     for error in (UsageError("a"), OutputError("b"), Preempted("c")):
-        told(error, folder)
+        report(error, folder)
     assert not (folder / "error.txt").exists()
-    told(CheckpointError("d"), folder)
+    report(CheckpointError("d"), folder)
     assert (folder / "error.txt").exists()
 
 
-def test_debug_shows_the_traceback(told):
-    assert "in raised" in told(raised(UsageError("Wrong.")), debug=True)[2]
-    assert told(raised(UsageError("Wrong.")))[2] == "error   Wrong.\n"
+def test_debug_shows_the_traceback(report):
+    assert "in raised" in report(raised(UsageError("Wrong.")), debug=True)[2]
+    assert report(raised(UsageError("Wrong.")))[2] == "error   Wrong.\n"
 
 
-def test_an_error_with_bytes_that_are_no_text_can_be_kept(told, tmp_path):
-    code, _, err = told(raised(RuntimeError("name\udce9")))
+def test_the_traceback_of_an_error_with_undecodable_bytes_is_stored(report, tmp_path):
+    code, _, err = report(raised(RuntimeError("name\udce9")))
     assert code == 1
     assert "name\\udce9" in err
     assert "name\\udce9" in next(tmp_path.glob("kirsch-*.txt")).read_text()
 
 
-def test_a_verb_that_fails_in_an_unforeseen_way_exits_with_one(kirsch, monkeypatch, tmp_path):
+def test_an_unexpected_exception_in_a_subcommand_has_exit_code_1(kirsch, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("kirsch.cli.doctor.doctor", lambda _terminal: fail(ZeroDivisionError("division by zero")))
     code, _, err = kirsch("doctor")
     assert code == 1
-    assert err.startswith("error   A bug of ours: ZeroDivisionError: division by zero.\n")
+    assert err.startswith("error   A bug of Kirsch: ZeroDivisionError: division by zero.\n")
 
 
-def test_control_c_ends_a_verb_with_130(kirsch, monkeypatch):
+def test_control_c_in_a_subcommand_has_exit_code_130(kirsch, monkeypatch):
     def interrupted(_terminal):
         raise KeyboardInterrupt
 
@@ -154,9 +154,9 @@ def test_control_c_ends_a_verb_with_130(kirsch, monkeypatch):
     assert kirsch("doctor") == (130, "", "stopped The command was stopped by SIGINT.\n")
 
 
-def test_warnings_of_libraries_are_silent_unless_asked_for():
-    with pytest.warns(UserWarning, match="planted"), app._calm(Mode(debug=True)):
+def test_warnings_of_libraries_are_hidden_without_debug():
+    with pytest.warns(UserWarning, match="planted"), app._quiet_warnings(Mode(debug=True)):
         warnings.warn("planted", stacklevel=1)
-    with warnings.catch_warnings(record=True) as seen, app._calm(Mode()):
+    with warnings.catch_warnings(record=True) as seen, app._quiet_warnings(Mode()):
         warnings.warn("planted", stacklevel=1)
     assert seen == []

@@ -1,4 +1,4 @@
-"""Code of the user that fails or writes, and surroundings that fail: exit code and sentence."""
+"""Exit codes and messages for failing user code, bad paths, and broken streams."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def moves():
 
 
 class Counted(nets.Net):
-    """Fails at the run whose number the environment says."""
+    """Raise the error of the environment variable ERROR in run number AT."""
 
     runs = 0
 
@@ -129,7 +129,7 @@ LONG = "a" * 300
         (["trace", "folder.py:net"], 4, ["folder.py cannot be read"]),
         (["trace", "models.py:fails_when_built"], 4, ["KeyError: 'width' (models.py:", "in fails_when_built"]),
         (["trace", "models.py:exits_when_built"], 4, ["SystemExit: 0 (models.py:"]),
-        (["trace", "models.py:too_large"], 5, ["The memory does not suffice", "--input"]),
+        (["trace", "models.py:too_large"], 5, ["The memory is not sufficient", "--input"]),
         (["trace", f"{LONG}.py:net"], 2, ["File name too long"]),
         (["trace", "nets.py:chain", "--weights", LONG], 2, ["--weights", "File name too long"]),
         (["plan", "nets.py:chain", "--macs", "0.5", "-o", LONG], 2, ["--output", "File name too long"]),
@@ -160,27 +160,27 @@ LONG = "a" * 300
         (
             ["compress", "recipe.yaml", "--set", "teacher.model=models.py:draws", "--run", "run"],
             6,
-            ["The model Draws gives other outputs at each run", "training=self.training"],
+            ["The model Draws returns different outputs for the same inputs", "training=self.training"],
         ),
         (
             ["compress", "recipe.yaml", "--set", "teacher.model=models.py:draws", "--dry-run"],
             6,
-            ["The model Draws gives other outputs at each run"],
+            ["The model Draws returns different outputs for the same inputs"],
         ),
         (
             ["store", "build", "kept", "--model", "models.py:draws", "--data", "nets.py:stripes"],
             6,
-            ["The model Draws gives other outputs at each run"],
+            ["The model Draws returns different outputs for the same inputs"],
         ),
     ],
 )
-def test_what_is_no_bug_of_kirsch_has_its_exit_code_and_says_what_to_do(kirsch, arguments, code, sentences):
-    found, _, err = kirsch(*arguments)
-    said = " ".join(err.split())
-    assert found == code, said
+def test_an_error_of_the_user_or_the_machine_has_its_exit_code_and_a_fix(kirsch, arguments, code, sentences):
+    exit_code, _, err = kirsch(*arguments)
+    message = " ".join(err.split())
+    assert exit_code == code, message
     assert [line.split()[0] for line in err.splitlines() if line[0] != " "] in (["error", "why", "do"], ["error", "do"])
     for sentence in sentences:
-        assert sentence in said
+        assert sentence in message
 
 
 @pytest.mark.parametrize(
@@ -189,27 +189,27 @@ def test_what_is_no_bug_of_kirsch_has_its_exit_code_and_says_what_to_do(kirsch, 
         ("ValueError('boom')", 4, "The code of the model or the data failed", "ValueError: boom (models.py:"),
         ("SystemExit(0)", 4, "The code of the model or the data failed", "SystemExit: 0 (models.py:"),
         ("FileNotFoundError(2, 'gone', 'x')", 4, "The code of the model or the data failed", "FileNotFoundError"),
-        ("MemoryError()", 5, "The memory does not suffice", "MemoryError"),
-        ("OSError(28, 'No space left on device')", 5, "The work cannot go on", "No space left"),
+        ("MemoryError()", 5, "The memory is not sufficient", "MemoryError"),
+        ("OSError(28, 'No space left on device')", 5, "The work cannot continue", "No space left"),
         ("KeyboardInterrupt()", 130, "The command was stopped", ""),
     ],
 )
 @pytest.mark.parametrize(("at", "when"), [(1, "in the checks before the first stage"), (30, "in the stage 'teacher'")])
-def test_a_forward_that_fails_in_compress_names_line_stage_and_number(
+def test_an_exception_in_a_forward_names_line_stage_and_batch_size(
     answer, monkeypatch, error, code, what, why, at, when
 ):
     monkeypatch.setenv("AT", str(at))
     monkeypatch.setenv("ERROR", error)
     arguments = ("compress", "recipe.yaml", "--set", "teacher.model=models.py:counted", "--set", "student=null")
-    told = answer(*arguments, "--run", "run", code=code)["error"]
+    content = answer(*arguments, "--run", "run", code=code)["error"]
     first = "Counted does not run on a batch whose inputs are"
-    assert told["what"].startswith(what) or first in told["what"]
-    assert why in told["why"]
-    assert code == 130 or when in told["what"] or first in told["what"]
-    assert code != 5 or "MemoryError" not in error or "batch size" in told["fix"]
+    assert content["what"].startswith(what) or first in content["what"]
+    assert why in content["why"]
+    assert code == 130 or when in content["what"] or first in content["what"]
+    assert code != 5 or "MemoryError" not in error or "batch size" in content["fix"]
 
 
-def test_code_that_moves_away_leaves_files_and_warnings_where_they_were(answer, folder):
+def test_a_model_that_changes_folder_and_warnings_does_not_affect_the_output_file(answer, folder):
     answer("plan", "models.py:moves", "--macs", "0.7", "-o", "plan.json")
     assert (folder / "plan.json").is_file()
 
@@ -222,7 +222,7 @@ def test_code_that_moves_away_leaves_files_and_warnings_where_they_were(answer, 
         ["compress", "recipe.yaml", "--dry-run", "--set", "data.source=models.py:noisy_stripes"],
     ],
 )
-def test_with_json_nothing_but_the_object_goes_to_the_standard_output(process, folder, arguments):
+def test_with_json_only_the_object_goes_to_the_standard_output(process, folder, arguments):
     with process("-m", "kirsch", *arguments, "--json", cwd=folder) as started:
         out, err = started.communicate(timeout=120)
     assert isinstance(json.loads(out), dict)
@@ -245,7 +245,7 @@ def test_with_json_nothing_but_the_object_goes_to_the_standard_output(process, f
         (["trace", "models.py:fails_when_built"], 4),
     ],
 )
-def test_in_one_process_the_standard_output_is_as_before_afterwards(capfd, arguments, code):
+def test_the_standard_output_is_restored_after_a_call_in_process(capfd, arguments, code):
     assert main([*arguments, "--json"]) == code
     out, err = capfd.readouterr()
     assert isinstance(json.loads(out), dict)
@@ -256,8 +256,8 @@ def test_in_one_process_the_standard_output_is_as_before_afterwards(capfd, argum
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
 @pytest.mark.parametrize("name", ["typer", "nets"])
-def test_control_c_during_imports_is_one_line_and_130(process, folder, name, more):
-    """A module that sends the signal while it is imported: one of Kirsch's own needs, and the model's file."""
+def test_control_c_during_imports_writes_one_line_and_exits_with_130(process, folder, name, more):
+    """The signal is sent during the import of a dependency of Kirsch, or of the model's file."""
     (folder / f"{name}.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.path.insert(0, '')\n"
@@ -272,7 +272,7 @@ def test_control_c_during_imports_is_one_line_and_130(process, folder, name, mor
         assert (out, err) == ("", "stopped The command was stopped by SIGINT.\n")
 
 
-def test_an_interrupt_that_is_ignored_stays_ignored(process, folder):
+def test_an_ignored_interrupt_stays_ignored(process, folder):
     (folder / "signals.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfrom nets import chain\n"
     )
@@ -287,7 +287,7 @@ def test_an_interrupt_that_is_ignored_stays_ignored(process, folder):
 
 
 @pytest.mark.parametrize("mode", [(), ("--json",)])
-def test_a_standard_output_that_cannot_be_written_is_said(process, folder, mode):
+def test_a_full_standard_output_is_an_error(process, folder, mode):
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
@@ -297,7 +297,7 @@ def test_a_standard_output_that_cannot_be_written_is_said(process, folder, mode)
     assert err.startswith("error   The standard output cannot be written.")
 
 
-def test_a_reader_that_has_gone_ends_the_command_without_a_word(process, folder):
+def test_a_closed_pipe_ends_the_command_without_a_message(process, folder):
     with process("-m", "kirsch", "methods", cwd=folder) as started:
         started.stdout.close()
         assert started.stderr.read() == ""
@@ -305,7 +305,7 @@ def test_a_reader_that_has_gone_ends_the_command_without_a_word(process, folder)
 
 
 @pytest.mark.parametrize("closed", ["1", "012"])
-def test_streams_that_are_closed_are_no_obstacle(process, folder, closed):
+def test_the_command_works_with_closed_streams(process, folder, closed):
     program = (
         f"import os, sys\nfor number in {closed!r}: os.close(int(number))\n"
         "os.execv(sys.executable, [sys.executable, '-m', 'kirsch', 'trace', 'nets.py:chain', '--json'])"

@@ -1,4 +1,4 @@
-"""The verbs on a whole job: one small run, looked at from all sides."""
+"""The subcommands on recipes and runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kirsch import files
 from kirsch.cli import jobs, main
 from kirsch.cli.terminal import plain
-from kirsch.recipes import seal
+from kirsch.recipes import manifest
 from kirsch.recipes.recipe import read_recipe
 
 pytest.importorskip("torch")
@@ -26,7 +26,7 @@ STAGES = ["teacher", "distill", "prune", "recover", "export", "measure"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, write_job):
-    """A folder with a finished run in `run`, the exit code, and what was printed. Not to be changed."""
+    """Return a folder with a finished run in `run`, the exit code and the output. Tests must not change the folder."""
     folder = tmp_path_factory.mktemp("job")
     write_job(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -40,13 +40,13 @@ def finished(tmp_path_factory, write_job):
 
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch):
-    """A copy of the finished run, for changing, in the working folder."""
+    """Return a copy of the finished run in the working folder."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "run"
 
 
-def test_a_run_prints_its_head_a_line_a_stage_and_its_verdict(finished):
+def test_a_run_prints_a_header_one_line_per_stage_and_the_verdict(finished):
     _, code, out = finished
     lines = out.splitlines()
     assert code == 0
@@ -58,7 +58,7 @@ def test_a_run_prints_its_head_a_line_a_stage_and_its_verdict(finished):
     assert lines[-2] == "report       run/report.html"
 
 
-def test_a_run_leaves_what_it_promises(finished):
+def test_a_run_folder_has_the_documented_files(finished):
     names = {path.name for path in (finished[0] / "run").iterdir()} - {".lock"}
     assert names == {
         "recipe.yaml",
@@ -74,7 +74,7 @@ def test_a_run_leaves_what_it_promises(finished):
     }
 
 
-def test_a_finished_run_is_kept_stage_by_stage(run, kirsch):
+def test_resuming_a_finished_run_keeps_all_stages(run, kirsch):
     before = files.sha256(run / "artifacts" / "model.onnx")
     code, out, _ = kirsch("resume", "run")
     stages = [line for line in out.splitlines() if line[:2].strip().isdigit()]
@@ -83,7 +83,7 @@ def test_a_finished_run_is_kept_stage_by_stage(run, kirsch):
     assert files.sha256(run / "artifacts" / "model.onnx") == before
 
 
-def test_json_holds_the_metrics_and_progress_goes_to_the_standard_error(run, kirsch):
+def test_json_contains_the_metrics_and_progress_goes_to_the_standard_error(run, kirsch):
     code, out, err = kirsch("resume", "run", "--json")
     answer = json.loads(out)
     assert answer["exit_code"] == code == 0
@@ -92,13 +92,13 @@ def test_json_holds_the_metrics_and_progress_goes_to_the_standard_error(run, kir
     assert " 1 teacher" in err
 
 
-def test_quiet_leaves_the_verdict(run, kirsch):
+def test_quiet_prints_only_the_verdict(run, kirsch):
     code, out, err = kirsch("resume", "run", "--quiet")
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()] == ["goal", "report", "took"]
 
 
-def test_a_goal_that_is_missed_exits_with_three(run, kirsch):
+def test_a_missed_goal_has_exit_code_3(run, kirsch):
     code, out, _ = kirsch(
         "compress",
         "recipe.yaml",
@@ -115,15 +115,15 @@ def test_a_goal_that_is_missed_exits_with_three(run, kirsch):
     assert "\ngoal missed  " in out
 
 
-def test_a_sound_run_is_found_sound(finished, run, answer):
+def test_verify_accepts_an_undamaged_run(finished, run, answer):
     found = answer("verify", "run")
     assert (found["sound"], found["finished"], found["uncovered"]) == (True, True, [])
     assert found["folders"] >= len(STAGES)
     assert found["files"] == len(covered(finished[0] / "run")) - 1  # the manifest itself
 
 
-def test_a_run_whose_manifest_is_not_written_is_not_called_sound(run, kirsch, answer):
-    seal.lift(run)
+def test_verify_shows_a_run_without_manifest_as_not_finished(run, kirsch, answer):
+    manifest.remove(run)
     found = answer("verify", "run", code=3)
     assert (found["sound"], found["finished"], found["done"]) == (False, False, found["stages"])
     (run / "checkpoints" / "recover").rename(run.parent / "recover")
@@ -136,13 +136,13 @@ def test_a_run_whose_manifest_is_not_written_is_not_called_sound(run, kirsch, an
 
 
 def covered(run) -> list:
-    """Every file of a run but its lock."""
+    """Return all files of a run except the lock."""
     return sorted(path for path in run.rglob("*") if path.is_file() and path.name != ".lock")
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_any_flipped_bit_is_found_and_its_file_named(run, kirsch, data):
+def test_verify_names_the_file_of_a_flipped_bit(run, kirsch, data):
     path = data.draw(st.sampled_from(covered(run)))
     content = bytearray(path.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -154,7 +154,7 @@ def test_any_flipped_bit_is_found_and_its_file_named(run, kirsch, data):
     assert str(path.relative_to(run)) in err
 
 
-def test_all_damage_is_named_at_once(run, kirsch):
+def test_verify_names_all_damaged_files(run, kirsch):
     (run / "artifacts" / "model.onnx").unlink()
     (run / "checkpoints" / "teacher" / "done" / files.MANIFEST).unlink()
     (run / "plan.json").write_text("{")
@@ -169,15 +169,17 @@ def test_all_damage_is_named_at_once(run, kirsch):
     }
 
 
-@pytest.mark.parametrize("verb", ["verify", "resume", "report"])
-def test_a_folder_that_holds_no_run_is_said(kirsch, folder, verb):
-    code, out, err = kirsch(verb, ".")
+@pytest.mark.parametrize("subcommand", ["verify", "resume", "report"])
+def test_a_folder_that_is_not_a_run_is_refused(kirsch, folder, subcommand):
+    code, out, err = kirsch(subcommand, ".")
     assert (code, out) == (4, "")
-    assert err.startswith("error   . h")
+    assert err.startswith(
+        "error   . has no metrics.json" if subcommand == "report" else "error   . is not a run folder"
+    )
     assert sorted(path.name for path in folder.iterdir()) == ["nets.py", "recipe.yaml"]
 
 
-def test_the_report_is_drawn_again_from_the_metrics(run, kirsch):
+def test_report_writes_the_report_from_the_metrics(run, kirsch):
     before = (run / "report.html").read_text()
     (run / "report.html").unlink()
     code, out, _ = kirsch("report", "run")
@@ -188,14 +190,14 @@ def test_the_report_is_drawn_again_from_the_metrics(run, kirsch):
 @pytest.mark.parametrize(
     ("content", "sentence"), [("{", "metrics.json is damaged."), ("[]", "an object is expected, and a list was found")]
 )
-def test_damaged_metrics_are_said(run, kirsch, content, sentence):
+def test_report_refuses_damaged_metrics(run, kirsch, content, sentence):
     (run / "metrics.json").write_text(content)
     code, _, err = kirsch("report", "run")
     assert code == 4
     assert sentence in err
 
 
-def test_no_report_is_drawn_from_numbers_that_were_altered(run, kirsch):
+def test_report_refuses_altered_metrics(run, kirsch):
     before = (run / "report.html").read_bytes()
     path = run / "metrics.json"
     metrics = json.loads(path.read_text())
@@ -208,16 +210,16 @@ def test_no_report_is_drawn_from_numbers_that_were_altered(run, kirsch):
     assert (run / "report.html").read_bytes() == before
 
 
-def test_a_report_that_another_version_drew_is_replaced_in_a_run_that_stays_sound(run, kirsch):
-    drawn = (run / "report.html").read_text()
-    (run / "report.html").write_text("drawn otherwise")
-    seal.lift(run)
-    seal.seal(run)
+def test_a_replaced_report_keeps_the_run_valid(run, kirsch):
+    original = (run / "report.html").read_text()
+    (run / "report.html").write_text("another version")
+    manifest.remove(run)
+    manifest.write(run)
     assert kirsch("verify", "run")[0] == kirsch("report", "run")[0] == kirsch("verify", "run")[0] == 0
-    assert (run / "report.html").read_text() == drawn
+    assert (run / "report.html").read_text() == original
 
 
-def test_drawing_a_report_makes_no_damaged_run_sound(run, kirsch):
+def test_report_does_not_hide_other_damage(run, kirsch):
     (run / "report.html").write_text("altered")
     (run / "plan.json").write_text("{}")
     assert kirsch("report", "run")[0] == 0
@@ -238,7 +240,7 @@ def test_drawing_a_report_makes_no_damaged_run_sound(run, kirsch):
         (lambda text: text.replace("true", "NaN", 1), "NaN is not a JSON number"),
     ],
 )
-def test_metrics_without_a_part_are_named_by_report_and_verify(run, kirsch, change, sentence):
+def test_invalid_metrics_are_refused_by_report_and_verify(run, kirsch, change, sentence):
     path = run / "metrics.json"
     path.write_text(change(path.read_text()))
     code, _, err = kirsch("report", "run")
@@ -251,7 +253,7 @@ def test_metrics_without_a_part_are_named_by_report_and_verify(run, kirsch, chan
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"base": ".", "base": ".."}', '{"base": NaN}'])
-def test_a_run_file_that_is_not_strict_json_is_found_and_written_again(run, kirsch, text):
+def test_an_invalid_run_file_is_found_and_restored(run, kirsch, text):
     (run / "run.json").write_text(text)
     code, _, err = kirsch("verify", "run")
     assert code == 4
@@ -260,7 +262,7 @@ def test_a_run_file_that_is_not_strict_json_is_found_and_written_again(run, kirs
     assert kirsch("verify", "run")[0] == 0
 
 
-def test_a_dry_run_says_by_which_weights_the_plan_is_made(folder, kirsch):
+def test_a_dry_run_names_the_weights_of_the_plan(folder, kirsch):
     dry = ("compress", "recipe.yaml", "--dry-run")
     assert "by the weights of nets.py:student before training" in kirsch(*dry)[1]
     trained = ("--set", "student=null", "--set", "recover=null")
@@ -270,7 +272,7 @@ def test_a_dry_run_says_by_which_weights_the_plan_is_made(folder, kirsch):
     assert "untrained" not in out
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder, kirsch, answer):
+def test_a_dry_run_shows_the_stages_and_writes_nothing(folder, kirsch, answer):
     found = answer("compress", "recipe.yaml", "--dry-run")
     code, out, _ = kirsch("compress", "recipe.yaml", "--dry-run")
     assert code == 0
@@ -280,38 +282,38 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder, kirsch, an
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == ["nets.py", "recipe.yaml"]
 
 
-def test_a_dry_run_with_a_run_folder_writes_plan_files_alone(folder, kirsch):
+def test_a_dry_run_with_a_run_folder_writes_only_recipe_and_plan(folder, kirsch):
     code, out, _ = kirsch("compress", "recipe.yaml", "--dry-run", "--run", "soon")
     assert code == 0
     assert sorted(path.name for path in (folder / "soon").iterdir()) == ["plan.json", "recipe.yaml"]
     assert out.splitlines()[-1] == "written      soon: recipe.yaml, plan.json"
 
 
-def test_a_dry_run_does_not_replace_the_recipe_that_it_reads(folder, kirsch):
+def test_a_dry_run_does_not_replace_a_recipe(folder, kirsch):
     before = (folder / "recipe.yaml").read_text()
     code, _, err = kirsch("compress", "recipe.yaml", "--dry-run", "--run", ".")
     assert (code, err.splitlines()[0]) == (5, "error   The folder . is not empty.")
     assert (folder / "recipe.yaml").read_text() == before
 
 
-def test_what_is_missing_is_said_by_a_dry_run():
-    found = {"name": "n", "goal": "g", "data": {"name": "d", "train": 1, "validation": 2, "test": 3}, "stages": []}
-    found |= {"plan": None, "seconds": 1.0, "disk_bytes": 1, "missing": ["onnx"], "notes": []}
-    assert plain(jobs.forecast_lines(found)[-1]) == "missing      onnx; see kirsch doctor"
+def test_a_dry_run_names_missing_packages():
+    content = {"name": "n", "goal": "g", "data": {"name": "d", "train": 1, "validation": 2, "test": 3}, "stages": []}
+    content |= {"plan": None, "seconds": 1.0, "disk_bytes": 1, "missing": ["onnx"], "notes": []}
+    assert plain(jobs.forecast_lines(content)[-1]) == "missing      onnx; see kirsch doctor"
 
 
-def test_init_writes_a_recipe_that_reads_back_to_the_built_in_one(folder, kirsch):
-    code, out, _ = kirsch("init", "mine.yaml")
+def test_init_writes_the_built_in_recipe(folder, kirsch):
+    code, out, _ = kirsch("init", "new.yaml")
     assert code == 0
-    assert "kirsch compress mine.yaml" in out
-    assert read_recipe(folder / "mine.yaml") == read_recipe(jobs.DEFAULT)
+    assert "kirsch compress new.yaml" in out
+    assert read_recipe(folder / "new.yaml") == read_recipe(jobs.DEFAULT)
 
 
-def test_init_leaves_a_file_that_is_there(folder, kirsch):
+def test_init_does_not_replace_a_file(folder, kirsch):
     before = (folder / "recipe.yaml").read_text()
     code, _, err = kirsch("init")
     assert code == 5
-    assert err.splitlines()[:2] == ["error   recipe.yaml exists.", "why     It is left as it is."]
+    assert err.splitlines()[:2] == ["error   recipe.yaml exists.", "why     It is not replaced."]
     assert (folder / "recipe.yaml").read_text() == before
 
 
@@ -319,33 +321,33 @@ def test_init_leaves_a_file_that_is_there(folder, kirsch):
     ("arguments", "sentence"),
     [
         (["absent.yaml"], "The recipe absent.yaml cannot be read."),
-        (["recipe.yaml", "--set", "prune"], "--set 'prune' is no change."),
+        (["recipe.yaml", "--set", "prune"], "--set 'prune' is not a change of a key."),
         (["recipe.yaml", "--set", "prune.gaol.macs=1"], "prune.gaol: unknown key. Did you mean 'goal'?"),
         (["recipe.yaml", "--set", "prune.goal.macs=.nan"], "prune.goal.macs"),
         (["recipe.yaml", "--set", "teacher.train.epochs=ten"], "teacher.train.epochs"),
     ],
 )
-def test_a_recipe_that_is_wrong_is_said_before_any_work(folder, kirsch, arguments, sentence):
+def test_a_wrong_recipe_is_refused_before_any_work(folder, kirsch, arguments, sentence):
     code, out, err = kirsch("compress", *arguments)
     assert (code, out) == (2, "")
     assert sentence in err
     assert not (folder / "runs").exists()
 
 
-def test_the_command_line_is_heard_after_the_environment(folder, monkeypatch):
+def test_the_command_line_takes_precedence_over_the_environment(folder, monkeypatch):
     monkeypatch.setenv("KIRSCH_RECIPE__PRUNE__GOAL__MACS", "0.3")
     assert jobs.read("recipe.yaml", [])[0].prune.goal.macs == 0.3
     assert jobs.read("recipe.yaml", ["prune.goal.macs=0.7"])[0].prune.goal.macs == 0.7
 
 
-def test_without_a_recipe_the_built_in_one_is_meant(folder):
+def test_the_built_in_recipe_is_the_default(folder):
     recipe, base = jobs.read("", [])
     assert recipe.name == "digits"
     assert jobs.folder_for(recipe, "").parent.name == "runs"
     assert (folder / base).samefile(folder)
 
 
-def test_a_run_folder_that_cannot_be_written_is_said_before_any_work(folder, kirsch):
+def test_an_unwritable_run_folder_is_refused_before_any_work(folder, kirsch):
     (folder / "file").write_text("")
     code, _, err = kirsch("compress", "recipe.yaml", "--run", "file")
     assert code == 5
@@ -353,7 +355,7 @@ def test_a_run_folder_that_cannot_be_written_is_said_before_any_work(folder, kir
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_run_that_is_stopped_says_how_to_go_on_and_does(folder, process, kirsch, number, code):
+def test_a_stopped_run_shows_the_resume_command_and_can_be_verified(folder, process, kirsch, number, code):
     command = ["-m", "kirsch.cli", "compress", "recipe.yaml", "--run", "run", "--set", "teacher.train.epochs=2000"]
     with process(*command, cwd=folder) as started:
         for line in started.stdout:
@@ -362,11 +364,11 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does(folder, process, kirsc
         started.send_signal(number)
         err = started.stderr.read()
         assert started.wait(60) == code
-    assert err.splitlines()[-1] == "do      Go on with: kirsch resume run"
+    assert err.splitlines()[-1] == "do      Continue with: kirsch resume run"
     assert list((folder / "run" / "checkpoints" / "teacher").glob("step-*"))
     code, out, _ = kirsch("verify", "run")
     assert code == 3
     first, second, third = out.splitlines()
-    assert first == "not finished run: 0 of 6 stages are done; go on with kirsch resume run"
+    assert first == "not finished run: 0 of 6 stages are done; continue with kirsch resume run"
     assert re.fullmatch(r"verified     \d files in \d folders? have the sha256 of their manifests", second)
-    assert third.startswith("not verified run.json, recipe.yaml, events.jsonl, environment.json: no hash covers them ")
+    assert third.startswith("not verified run.json, recipe.yaml, events.jsonl, environment.json: they have no hash ")

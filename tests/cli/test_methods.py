@@ -1,4 +1,4 @@
-"""Methods are listed, shown in full, and written as a page."""
+"""The subcommand methods lists presets and losses."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ def test_all_methods_are_listed(kirsch):
     head, _, rest = out.partition("\nlosses ")
     assert head.startswith("presets ")
     assert "  kd                  0.9 kd (T 4) + 0.1 labels\n" in head
-    assert "  kd                  scores     Kullback-Leibler divergence" in rest
+    assert "  kd                  scores     KL divergence" in rest
 
 
-def test_one_is_shown_in_full(kirsch):
+def test_a_name_is_shown_in_full(kirsch):
     _, out, _ = kirsch("methods", "dkd")
     assert "preset dkd   0 → 1 over 20 epochs · dkd (T 4; alpha 1; beta 8) + 1 labels" in out
     assert "loss dkd   takes scores" in out
-    assert "alpha, beta: >= 0, weights of the parts." in out
+    assert "alpha, beta: >= 0, weights of the two terms." in out
 
 
-def test_a_name_that_is_none_is_answered_with_the_nearest(kirsch):
+def test_an_unknown_name_is_refused_with_the_nearest(kirsch):
     code, _, err = kirsch("methods", "dkdd")
     assert code == 2
     assert "There is no preset or loss 'dkdd'." in err
     assert "Did you mean 'dkd'?" in err
 
 
-def test_they_come_as_json(answer):
+def test_methods_are_written_as_json(answer):
     found = answer("methods")
     assert {one["name"] for one in found["presets"]} >= {"kd", "dkd", "minilm"}
     (kd,) = (one for one in found["presets"] if one["name"] == "kd")
@@ -36,5 +36,5 @@ def test_they_come_as_json(answer):
     assert [len(answer("methods", "dkd")[kind]) for kind in ("presets", "losses")] == [1, 1]
 
 
-def test_the_page_is_written_as_it_is(kirsch):
+def test_the_markdown_page_is_printed_unchanged(kirsch):
     assert kirsch("methods", "--markdown")[1] == page()

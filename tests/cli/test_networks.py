@@ -1,4 +1,4 @@
-"""The verbs on one model, from the command line to the files."""
+"""The subcommands on one model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def _in_folder(folder):
     return folder
 
 
-def test_trace_shows_what_hangs_on_a_group(answer):
-    """Without the 8 channels, conv 1 → 8 (72 weights) and the input of conv 8 → 4 (288) are gone."""
+def test_trace_shows_the_cost_of_a_group(answer):
+    """The 8 channels have the weights of conv 1 → 8 (72) and conv 8 → 4 (288)."""
     found = answer("trace", CHAIN)
     (group,) = found["groups"]
     assert found["cost"]["parameters"] == 72 + 288 + 51
@@ -36,30 +36,30 @@ def test_trace_shows_what_hangs_on_a_group(answer):
     assert found["inputs"] == [[1, 1, 6, 6]]
 
 
-def test_trace_for_people_has_the_same_group_and_blocker(kirsch):
+def test_trace_prints_groups_and_blockers(kirsch):
     code, out, err = kirsch("trace", CHAIN)
     lines = out.splitlines()
     assert (code, err) == (0, "")
     assert lines[0] == "Sequential   411 parameters   2.35 k MACs   input 1×1×6×6"
     assert lines[2] == "0       8 channels      360 parameters   2.30 k MACs   with 2"
-    assert lines[4] == "blockers  what keeps parameters from going, by the share of them that it holds"
+    assert lines[4] == "blockers  reasons why parameters cannot be removed, with their share of all parameters"
     assert lines[5].split(maxsplit=2)[:2] == ["11.7", "%"]  # 48 of 411: the weights of the linear layer
     assert "a softmax spans it  aten.softmax" in lines[5]
 
 
 def test_trace_explains_a_layer(kirsch, answer):
-    told = [
+    explanation = [
         "2.weight[:, i]: the 8 units (channel) of '0'.",
         "Each unit is removed together with:",
         "  0: weight[i]  by conv2d (2)",
     ]
     code, out, err = kirsch("trace", CHAIN, "--explain", "2")
-    assert (code, out.splitlines()[:3], err) == (0, told, "")
+    assert (code, out.splitlines()[:3], err) == (0, explanation, "")
     found = answer("trace", CHAIN, "--explain", "2")
-    assert (found["layer"], found["explanation"][:3]) == ("2", told)
+    assert (found["layer"], found["explanation"][:3]) == ("2", explanation)
 
 
-def test_kinds_of_units_and_alikeness_are_given_on_the_command_line(answer, kirsch, folder):
+def test_kind_and_uniform_are_options(answer, kirsch, folder):
     answer("plan", CHAIN, "--macs", "0.8", "--kind", "channel", "--uniform", "--round-to", "1", "-o", "plan.json")
     plan = json.loads((folder / "plan.json").read_text())
     assert plan["method"]["uniform"] is True
@@ -69,14 +69,14 @@ def test_kinds_of_units_and_alikeness_are_given_on_the_command_line(answer, kirs
     assert "Did you mean 'channel'?" in err
 
 
-def test_names_in_a_tree_are_written_verbatim(kirsch):
+def test_markup_in_layer_names_is_not_interpreted(kirsch):
     code, out, _ = kirsch("trace", "nets.py:hostile")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()[2:4]] == ["[red]", "<script>"]
     assert "with [/0]" in out
 
 
-def test_the_shape_can_be_given(answer):
+def test_the_input_shape_is_an_option(answer):
     small, large = (
         answer("trace", "nets.py:shapeless", "--input", shape)["cost"]["macs"] for shape in ("2,1,6,6", "4,1,6,6")
     )
@@ -86,27 +86,27 @@ def test_the_shape_can_be_given(answer):
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        (["nets.py:shapeless"], 2, "nets.py:shapeless does not say what its inputs look like.*Give --input"),
+        (["nets.py:shapeless"], 2, "The inputs of nets.py:shapeless are unknown.*Give --input"),
         ([CHAIN, "--input", "1,a"], 2, "--input '1,a' is not a shape"),
         ([CHAIN, "--input", "1,0,6,6"], 2, "--input '1,0,6,6' is not a shape"),
         ([CHAIN, "--input", "1,3,6,6"], 4, "cannot be traced with inputs of shape .1, 3, 6, 6"),
-        ([CHAIN, "--weights", "pretrained"], 2, "pretrained does not go with nets.py:chain"),
+        ([CHAIN, "--weights", "pretrained"], 2, "pretrained cannot be used for nets.py:chain"),
         ([CHAIN, "--weights", "absent.safetensors"], 4, "absent.safetensors"),
-        (["chain"], 2, "'chain' names no model"),
+        (["chain"], 2, "'chain' is not a reference to a model"),
         (["absent.py:chain"], 4, "absent.py does not exist"),
         (["nets.py:chian"], 4, "no callable of nets.py named 'chian'"),
         (["nets.py:fails"], 4, "nets.py:fails failed. why ValueError: no such thing"),
         (["absent_module:chain"], 4, "module 'absent_module' cannot be imported"),
-        (["json:dumps"], 4, "json:dumps failed"),
+        (["json:dumps"], 4, "json:dumps cannot be called without arguments"),
     ],
 )
-def test_a_model_that_cannot_be_had_is_said(kirsch, arguments, code, sentence):
-    found, out, err = kirsch("trace", *arguments)
-    assert (found, out) == (code, "")
+def test_a_model_that_cannot_be_loaded_is_named(kirsch, arguments, code, sentence):
+    exit_code, out, err = kirsch("trace", *arguments)
+    assert (exit_code, out) == (code, "")
     assert re.search(sentence, " ".join(err.split()))
 
 
-def test_weights_that_do_not_fit_name_what_does_not(kirsch, folder):
+def test_weights_that_do_not_fit_are_refused_with_their_names(kirsch, folder):
     safetensors.numpy.save_file({"0.wait": np.zeros((8, 1, 3, 3), np.float32)}, folder / "w.safetensors")
     code, _, err = kirsch("trace", CHAIN, "--weights", "w.safetensors")
     assert code == 4
@@ -116,19 +116,19 @@ def test_weights_that_do_not_fit_name_what_does_not(kirsch, folder):
 
 @pytest.fixture
 def no_timm():
-    """No timm is imported; one that the test puts in its place is forgotten afterwards."""
+    """Remove timm from the loaded modules, and remove a stand-in of the test afterwards."""
 
-    def take() -> dict:
+    def pop_modules() -> dict:
         return {n: sys.modules.pop(n) for n in list(sys.modules) if n.partition(".")[0] in ("timm", "nets")}
 
-    kept = take()
+    removed = pop_modules()
     yield
-    take()
-    sys.modules.update(kept)
+    pop_modules()
+    sys.modules.update(removed)
 
 
 @pytest.mark.usefixtures("no_timm")
-def test_a_timm_that_is_installed_and_broken_is_no_bug_of_ours(kirsch, folder, monkeypatch):
+def test_a_broken_installation_of_timm_is_not_a_bug(kirsch, folder, monkeypatch):
     (folder / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(folder)
     code, _, err = kirsch("trace", "timm:resnet18")
@@ -139,7 +139,7 @@ def test_a_timm_that_is_installed_and_broken_is_no_bug_of_ours(kirsch, folder, m
     ]
 
 
-def test_a_timm_that_is_missing_is_said_with_its_line(kirsch, monkeypatch):
+def test_missing_timm_is_named_with_its_pip_command(kirsch, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     code, _, err = kirsch("trace", "timm:resnet18")
     assert code == 5
@@ -147,8 +147,8 @@ def test_a_timm_that_is_missing_is_said_with_its_line(kirsch, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_timm")
-def test_a_zoo_model_says_that_its_weights_are_random(kirsch, folder, monkeypatch):
-    """A stand-in for timm, with the two functions that are used of it."""
+def test_random_weights_of_a_timm_model_have_a_note(kirsch, folder, monkeypatch):
+    """A stand-in for timm has the functions that Kirsch calls."""
     (folder / "timm.py").write_text(
         "from nets import teacher\n"
         "def is_model(name): return name == 'tiny'\n"
@@ -160,8 +160,8 @@ def test_a_zoo_model_says_that_its_weights_are_random(kirsch, folder, monkeypatc
     monkeypatch.syspath_prepend(folder)
     code, out, _ = kirsch("plan", "timm:tiny", "--macs", "0.5")
     assert code == 0
-    assert "note         the weights are random (seed 0); --weights pretrained or FILE gives others." in out
-    assert "Random weights rank the units by chance" in out
+    assert "note         the weights are random (seed 0); use --weights pretrained or FILE for trained weights." in out
+    assert "The units were ranked by random weights" in out
     code, out, _ = kirsch("plan", "timm:tiny", "--macs", "0.5", "--weights", "pretrained", "-o", "plan.json")
     assert json.loads((folder / "plan.json").read_text())["method"]["weights"] == "the weights are pretrained"
     assert code == 0
@@ -175,15 +175,15 @@ def test_a_module_in_the_working_folder_can_be_named(answer, folder):
     assert answer("trace", "beside:chain")["model"] == "Sequential"
 
 
-def test_weights_come_from_a_file_when_one_is_named(answer, folder):
-    """The plan takes the four channels whose weights are the smallest: here those that the file makes small."""
+def test_weights_are_loaded_from_a_file(answer, folder):
+    """The plan removes the four channels with the smallest weights in the file."""
     random = np.random.default_rng(0)
     weights = {
         name: random.uniform(1, 2, shape) for name, shape in (("0.weight", (8, 1, 3, 3)), ("2.weight", (4, 8, 3, 3)))
     }
-    for place in (1, 2, 5, 7):
-        weights["0.weight"][place] /= 100
-        weights["2.weight"][:, place] /= 100
+    for channel in (1, 2, 5, 7):
+        weights["0.weight"][channel] /= 100
+        weights["2.weight"][:, channel] /= 100
     weights |= {"5.weight": np.zeros((3, 16)), "5.bias": np.zeros(3)}
     arrays = {name: value.astype(np.float32) for name, value in weights.items()}
     safetensors.numpy.save_file(arrays, folder / "w.safetensors")
@@ -192,7 +192,7 @@ def test_weights_come_from_a_file_when_one_is_named(answer, folder):
     assert found["weights"] == "the weights are from w.safetensors"
 
 
-def test_a_plan_is_shown_as_bars_and_kept_as_a_file(kirsch, folder):
+def test_a_plan_is_shown_as_bars_and_written_to_a_file(kirsch, folder):
     code, out, _ = kirsch("plan", CHAIN, "--macs", "0.55", "-o", "plan.json")
     lines = out.splitlines()
     assert code == 0
@@ -202,7 +202,7 @@ def test_a_plan_is_shown_as_bars_and_kept_as_a_file(kirsch, folder):
     assert json.loads((folder / "plan.json").read_text())["groups"][0]["size"] == 8
 
 
-def test_a_group_that_is_excluded_is_kept_whole(kirsch):
+def test_an_excluded_group_is_kept(kirsch):
     code, out, _ = kirsch("plan", TEACHER, "--macs", "0.8", "--exclude", "head")
     kept = next(line for line in out.splitlines() if line.startswith("second"))
     assert code == 0
@@ -225,13 +225,13 @@ def test_a_group_that_is_excluded_is_kept_whole(kirsch):
         (["--macs", "half"], "--macs"),
     ],
 )
-def test_a_goal_or_option_that_is_wrong_is_said(answer, arguments, sentence):
+def test_a_wrong_goal_or_option_is_refused(answer, arguments, sentence):
     error = answer("plan", CHAIN, *arguments, code=2)["error"]
     assert re.search(sentence, f"{error['what']} {error['why']} {error['fix']}")
 
 
-def test_a_pruned_model_goes_through_the_whole_shell(kirsch, answer, folder):
-    """Trace → plan → prune → export → measure, each from the files of the one before."""
+def test_plan_prune_export_and_measure_work_in_sequence(kirsch, answer, folder):
+    """Each subcommand uses the files of the previous one."""
     plan = answer("plan", TEACHER, "--macs", "0.5", "-o", "plan.json")["plan"]
     pruned = answer("prune", TEACHER, "--plan", "plan.json", "-o", "small")
     assert pruned["plan"]["groups"] == plan["groups"]
@@ -262,23 +262,23 @@ def edit(path, **changes):
     path.write_text(json.dumps(content))
 
 
-def test_a_plan_edited_by_hand_is_printed_and_stored_with_its_own_costs(answer, kirsch, folder):
-    """Of 8 channels 7 go: 1 × (9 weights + 4 × 9) are left of the convolutions, and the linear layer of 51."""
+def test_an_edited_plan_is_printed_and_stored_with_recomputed_costs(answer, kirsch, folder):
+    """With 1 of 8 channels, 9 + 4 × 9 weights of the convolutions and the linear layer of 51 are kept."""
     answer("plan", CHAIN, "--macs", "0.8", "--round-to", "1", "-o", "plan.json")
     edit(folder / "plan.json", removed=[0, 1, 2, 3, 4, 5, 6])
     code, out, _ = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
     assert code == 0
-    macs, whole = 9 * 16 + 36 * 4 + 48, 72 * 16 + 288 * 4 + 48
+    macs, original = 9 * 16 + 36 * 4 + 48, 72 * 16 + 288 * 4 + 48
     (line,) = [line for line in out.splitlines() if line.startswith("MACs")]
-    assert line.endswith(f"{100 * macs / whole:.1f} % of the original   goal met: ≤ 80 %")
+    assert line.endswith(f"{100 * macs / original:.1f} % of the original   goal met: ≤ 80 %")
     assert "The plan plan.json was edited after it was made" in out
     stored = json.loads((folder / "small" / "plan.json").read_text())
     assert stored["cost"]["after"]["macs"] == macs
     assert stored["cost"]["after"]["parameters"] == 9 + 36 + 51
-    assert not any("land at" in note for note in stored["notes"])
+    assert not any("points below the goal" in note for note in stored["notes"])
 
 
-def test_an_edited_plan_that_misses_its_goal_says_so(answer, kirsch, folder):
+def test_an_edited_plan_that_misses_its_goal_has_a_note(answer, kirsch, folder):
     answer("plan", CHAIN, "--macs", "0.5", "--round-to", "1", "-o", "plan.json")
     edit(folder / "plan.json", removed=[0])
     _, out, _ = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
@@ -286,7 +286,7 @@ def test_an_edited_plan_that_misses_its_goal_says_so(answer, kirsch, folder):
     assert "The goal is missed: macs are" in out
 
 
-def test_a_plan_whose_goal_is_text_is_refused_before_anything_is_written(kirsch, answer, folder):
+def test_an_invalid_plan_is_refused_before_any_work(kirsch, answer, folder):
     answer("plan", CHAIN, "--macs", "0.55", "-o", "plan.json")
     text = (folder / "plan.json").read_text()
     (folder / "plan.json").write_text(text.replace('"macs": 0.55', '"macs": "half"'))
@@ -297,25 +297,25 @@ def test_a_plan_whose_goal_is_text_is_refused_before_anything_is_written(kirsch,
     assert not (folder / "small").exists()
 
 
-def test_a_plan_is_read_before_the_model_is_made(kirsch, folder):
+def test_a_plan_is_read_before_the_model_is_loaded(kirsch, folder):
     (folder / "plan.json").write_text("{}")
     code, _, err = kirsch("prune", "nets.py:fails", "--plan", "plan.json", "-o", "small")
     assert code == 2
     assert "The plan plan.json is not a plan." in err
 
 
-def test_a_plan_made_by_other_weights_is_said(kirsch, answer, folder):
+def test_a_plan_of_other_weights_has_a_note(kirsch, answer, folder):
     random = np.random.default_rng(0)
     shapes = {"0.weight": (8, 1, 3, 3), "2.weight": (4, 8, 3, 3), "5.weight": (3, 16), "5.bias": (3,)}
     arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     safetensors.numpy.save_file(arrays, folder / "w.safetensors")
     answer("plan", CHAIN, "--macs", "0.55", "-o", "plan.json")
     found = answer("prune", CHAIN, "--plan", "plan.json", "--weights", "w.safetensors", "-o", "small")
-    assert any("ranked by other weights: the weights are those that the callable gives" in n for n in found["notes"])
+    assert any("ranked by other weights: the weights are those of the callable" in n for n in found["notes"])
     assert not any("other weights" in n for n in answer("prune", CHAIN, "--plan", "plan.json", "-o", "small")["notes"])
 
 
-def test_how_much_must_stay_is_given_on_the_command_line(kirsch):
+def test_min_keep_is_an_option(kirsch):
     goal = ("plan", CHAIN, "--macs", "0.2", "--round-to", "1")
     code, _, err = kirsch(*goal, "--min-keep", "0.9")
     assert code == 2
@@ -323,7 +323,7 @@ def test_how_much_must_stay_is_given_on_the_command_line(kirsch):
     assert kirsch(*goal, "--min-keep", "0.05")[0] == 0
 
 
-def test_prune_and_measure_say_the_same_to_people(kirsch):
+def test_prune_measure_and_export_print_their_results(kirsch):
     code, out, _ = kirsch("prune", TEACHER, "--macs", "0.5", "-o", "small")
     assert code == 0
     assert "verified     equal to the masked original: error" in out
@@ -338,19 +338,19 @@ def test_prune_and_measure_say_the_same_to_people(kirsch):
     assert [line.split()[0] for line in out.splitlines()] == ["file", "inputs", "verified", "sha256", "weights"]
 
 
-def test_pruning_again_replaces_what_an_earlier_pruning_left(answer, folder):
+def test_prune_replaces_the_folder_of_an_earlier_prune(answer, folder):
     for goal in ("0.7", "0.5"):
         answer("prune", TEACHER, "--macs", goal, "-o", "small")
     assert json.loads((folder / "small" / "plan.json").read_text())["goal"] == {"macs": 0.5}
 
 
-def test_a_folder_with_other_things_is_left_as_it_is(kirsch, folder):
-    (folder / "mine").mkdir()
-    (folder / "mine" / "thesis.tex").write_text("years of work")
-    code, _, err = kirsch("prune", TEACHER, "--macs", "0.5", "-o", "mine")
+def test_prune_does_not_replace_a_folder_with_other_files(kirsch, folder):
+    (folder / "other").mkdir()
+    (folder / "other" / "thesis.tex").write_text("years of work")
+    code, _, err = kirsch("prune", TEACHER, "--macs", "0.5", "-o", "other")
     assert code == 5
-    assert "The folder mine holds something else." in err
-    assert (folder / "mine" / "thesis.tex").read_text() == "years of work"
+    assert "The folder other contains other files." in err
+    assert (folder / "other" / "thesis.tex").read_text() == "years of work"
     assert kirsch("prune", TEACHER, "--macs", "0.5", "-o", "nets.py")[2].startswith("error   nets.py is a file.")
 
 
@@ -375,20 +375,20 @@ def test_a_plan_for_another_model_is_refused_with_both_named(kirsch):
         (["measure", "absent.onnx"], 4, "The file absent.onnx does not exist."),
     ],
 )
-def test_bad_input_is_said_before_any_work(kirsch, arguments, code, sentence):
-    found, out, err = kirsch(*arguments)
-    assert (found, out) == (code, "")
+def test_wrong_arguments_are_refused_before_any_work(kirsch, arguments, code, sentence):
+    exit_code, out, err = kirsch(*arguments)
+    assert (exit_code, out) == (code, "")
     assert err.startswith(f"error   {sentence}")
 
 
-def test_a_file_that_is_no_model_is_said(kirsch, folder):
+def test_a_file_that_is_not_a_model_is_refused(kirsch, folder):
     (folder / "junk.onnx").write_bytes(b"junk")
     code, _, err = kirsch("measure", "junk.onnx")
     assert code == 4
     assert err.startswith("error   junk.onnx cannot be loaded by ONNX Runtime.")
 
 
-def test_a_file_takes_another_shape_when_one_is_given(kirsch, answer):
+def test_measure_of_a_file_uses_the_given_input_shape(kirsch, answer):
     kirsch("export", CHAIN, "-o", "chain.onnx")
     code, _, err = kirsch("measure", "chain.onnx", "--input", "1,2,6,6", "--rounds", "6")
     assert code != 0

@@ -1,4 +1,4 @@
-"""A run as it is seen."""
+"""Progress lines of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import io
 
 import pytest
 
-from kirsch.cli.progress import Progress, Running, epoch, head, running, stage, still, verdict
+from kirsch.cli.progress import (
+    Progress,
+    RunningStage,
+    epoch_line,
+    header_lines,
+    stage_line,
+    status_line,
+    timing_line,
+    verdict_lines,
+)
 from kirsch.cli.terminal import Mode, Terminal, plain
 
 TEACHER = {
@@ -45,86 +54,89 @@ END = {
 
 
 class Tty(io.StringIO):
-    """A terminal that can be read."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
-def test_a_stage_is_one_line_of_columns():
+def test_a_stage_is_one_line_with_columns():
     text = " 1 teacher    trained        98.3 % ± 1.2   1.21 M MACs   112 k params"
-    assert plain(stage(TEACHER, 80)) == text + " " * 6 + "18 s"
+    assert plain(stage_line(TEACHER, 80)) == text + " " * 6 + "18 s"
 
 
-def test_units_stand_below_each_other():
-    first, second = plain(stage(TEACHER)), plain(stage(PRUNE))
+def test_units_of_all_stages_are_aligned():
+    first, second = plain(stage_line(TEACHER)), plain(stage_line(PRUNE))
     assert first.index(" M MACs") == second.index(" k MACs")
     assert first.index(" k params") == second.index(" k params")
     assert first.index(" %") == second.index(" %", second.index("MACs"))
 
 
-def test_durations_end_in_one_column_where_the_line_leaves_room():
-    assert len(plain(stage(TEACHER, 110))) == len(plain(stage(PRUNE, 110))) == 110
+def test_durations_are_aligned_at_the_right():
+    assert len(plain(stage_line(TEACHER, 110))) == len(plain(stage_line(PRUNE, 110))) == 110
 
 
 def test_a_long_line_keeps_its_duration():
-    assert plain(stage(PRUNE, 40)).endswith("(3e-07)   kept")
+    assert plain(stage_line(PRUNE, 40)).endswith("(3e-07)   kept")
 
 
-def test_a_kept_stage_says_so_in_place_of_its_time():
-    assert plain(stage(PRUNE)).endswith(" kept")
-    assert plain(stage(TEACHER)).endswith(" 18 s")
+def test_a_kept_stage_has_the_word_kept_instead_of_a_duration():
+    assert plain(stage_line(PRUNE)).endswith(" kept")
+    assert plain(stage_line(TEACHER)).endswith(" 18 s")
 
 
 def test_an_epoch_is_one_line():
-    assert plain(epoch(EPOCH)) == "   teacher    epoch  3/12   loss 0.0412   97.5 %   2.0 s"
+    assert plain(epoch_line(EPOCH)) == "   teacher    epoch  3/12   loss 0.0412   97.5 %   2.0 s"
 
 
 def test_an_epoch_without_validation_has_no_accuracy():
-    assert plain(epoch(EPOCH | {"accuracy": None})) == "   teacher    epoch  3/12   loss 0.0412   2.0 s"
+    assert plain(epoch_line(EPOCH | {"accuracy": None})) == "   teacher    epoch  3/12   loss 0.0412   2.0 s"
 
 
-def test_the_bar_and_the_time_left_follow_from_the_epochs():
-    now = Running(1, "teacher", 100.0)
-    now.epoch, now.seen = EPOCH, 3
-    line = running(now, 106.0)  # 3 epochs in 6 s, 9 to go
+def test_bar_and_remaining_time_follow_from_the_epochs():
+    now = RunningStage(1, "teacher", 100.0)
+    now.epoch, now.epochs_here = EPOCH, 3
+    line = status_line(now, 106.0)  # 3 epochs in 6 s, 9 to go
     assert line[1].text == "━" * 6
     assert line[2].text == "━" * 18
     assert plain(line).endswith(" epoch 3/12   loss 0.0412   97.5 %   18 s left")
 
 
-def test_the_time_left_of_a_run_that_goes_on_counts_its_own_epochs_alone():
-    now = Running(1, "teacher", 100.0)
-    now.epoch, now.seen = EPOCH | {"epoch": 10}, 1
-    assert plain(running(now, 106.0)).endswith("12 s left")  # one epoch took 6 s, 2 to go
+def test_the_remaining_time_of_a_resumed_run_counts_only_its_own_epochs():
+    now = RunningStage(1, "teacher", 100.0)
+    now.epoch, now.epochs_here = EPOCH | {"epoch": 10}, 1
+    assert plain(status_line(now, 106.0)).endswith("12 s left")  # one epoch took 6 s, 2 to go
 
 
-def test_before_the_first_epoch_the_line_says_how_long_it_has_been():
-    assert plain(running(Running(5, "export", 1.0), 3.5)) == " 5 export     at work for 2.5 s"
+def test_the_status_line_before_the_first_epoch_has_the_elapsed_time():
+    assert plain(status_line(RunningStage(5, "export", 1.0), 3.5)) == " 5 export     running for 2.5 s"
 
 
-def test_the_head_says_what_where_and_what_for():
-    lines = head({"name": "digits", "run": "runs/a", "goal": "MACs ≤ 50 %"})
+def test_the_header_has_name_folder_and_goal():
+    lines = header_lines({"name": "digits", "run": "runs/a", "goal": "MACs ≤ 50 %"})
     assert [plain(line) for line in lines] == ["kirsch 0.1.0 · digits · run runs/a", "goal  MACs ≤ 50 %", ""]
 
 
-def test_a_head_without_a_goal_has_no_line_for_it():
-    assert len(head({"name": "digits", "run": "runs/a", "goal": ""})) == 2
+def test_the_header_without_a_goal_has_no_goal_line():
+    assert len(header_lines({"name": "digits", "run": "runs/a", "goal": ""})) == 2
 
 
 @pytest.mark.parametrize(("met", "words", "tone"), [(True, "goal met", "good"), (False, "goal missed", "bad")])
-def test_the_verdict_says_in_words_what_its_color_means(met, words, tone):
-    line = verdict(END | {"met": met})[0]
+def test_the_verdict_has_words_and_color(met, words, tone):
+    line = verdict_lines(END | {"met": met})[0]
     assert (line[0].text.strip(), line[0].tone) == (words, tone)
 
 
-def test_without_a_goal_none_is_met():
-    assert plain(verdict(END | {"text": ""})[0]) == "goal         none was set"
+def test_the_verdict_without_a_goal():
+    assert plain(verdict_lines(END | {"text": ""})[0]) == "goal         none was set"
 
 
-def test_the_verdict_carries_its_doubt():
-    assert plain(verdict(END | {"doubt": "not significant (p = 0.5)"})[1]) == "doubt        not significant (p = 0.5)"
-    assert not any("doubt" in plain(line) for line in verdict(END))
+def test_the_verdict_has_the_significance():
+    assert (
+        plain(verdict_lines(END | {"doubt": "not significant (p = 0.5)"})[1])
+        == "significance not significant (p = 0.5)"
+    )
+    assert not any("significance" in plain(line) for line in verdict_lines(END))
 
 
 def run_through(stream: io.StringIO, **mode: bool) -> str:
@@ -143,7 +155,7 @@ def run_through(stream: io.StringIO, **mode: bool) -> str:
     return stream.getvalue()
 
 
-def test_a_pipe_gets_a_line_an_epoch_and_a_line_a_stage():
+def test_a_pipe_gets_one_line_per_epoch_and_stage():
     lines = run_through(io.StringIO()).splitlines()
     assert lines[0] == "kirsch 0.1.0 · [red] · run <script>"
     assert lines[1] == "goal  [/0]"
@@ -156,25 +168,25 @@ def test_a_pipe_gets_a_line_an_epoch_and_a_line_a_stage():
     assert lines[7:] == [""]  # the verdict is a result
 
 
-def test_a_terminal_gets_no_line_an_epoch():
+def test_a_terminal_gets_no_line_per_epoch():
     written = run_through(Tty())
     assert "3/12   loss 0.0412   97.5 %   2.0 s\n" not in written
     assert "1.21 M MACs" in written
 
 
-def test_quiet_shows_nothing_of_it():
+def test_quiet_shows_no_progress():
     assert run_through(io.StringIO(), quiet=True) == ""
 
 
-def test_nothing_moves_while_the_machine_is_timed():
-    asked = []
+def test_the_status_line_is_not_updated_during_the_measurement():
+    refreshes = []
 
     class Spy(Terminal):
-        def start(self, draw, *, moves=True):
-            asked.append(moves)
+        def start_status(self, draw, *, refresh=True):
+            refreshes.append(refresh)
 
     progress = Progress(Spy(Mode(), Tty(), Tty()))
     for key in ("export", "measure"):
         progress({"event": "stage_start", "number": 5, "of": 6, "key": key})
-    assert asked == [True, False]
-    assert plain(still(Running(6, "measure"))).startswith(" 6 measure    timing")
+    assert refreshes == [True, False]
+    assert plain(timing_line(RunningStage(6, "measure"))).startswith(" 6 measure    measuring latency")

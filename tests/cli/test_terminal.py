@@ -1,4 +1,4 @@
-"""What is written where, and that no text can steer the terminal."""
+"""Streams of results, progress and errors, and escaping of control characters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOSTILE = [
 
 
 class Tty(io.StringIO):
-    """A terminal that can be read."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -63,49 +63,49 @@ def terminal(*, tty: bool = False, **mode: bool) -> tuple[Terminal, io.StringIO,
         ("\udc80", "\\udc80"),
     ],
 )
-def test_what_prints_is_written_as_it_is_and_the_rest_by_its_escape(text, written):
+def test_printable_characters_are_unchanged_and_others_escaped(text, written):
     assert verbatim(text) == written
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=())))
-def test_a_written_text_is_always_one_printable_line(text):
+def test_any_text_becomes_one_printable_line(text):
     assert verbatim(text).isprintable()
     assert verbatim(text) == text or not text.isprintable()
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_a_hostile_name_on_a_terminal_shows_as_itself(text):
+def test_markup_in_a_name_is_not_interpreted(text):
     screen, out, _ = terminal(tty=True)
     screen.progress([Piece(text)])
     assert out.getvalue().rstrip() == verbatim(text).rstrip()
 
 
-def test_a_tone_colors_its_piece_alone():
+def test_a_tone_colors_only_its_piece():
     screen, out, _ = terminal(tty=True)
     screen.progress([Piece("goal met", "good"), Piece(" by 3")])
     assert out.getvalue() == "\x1b[32mgoal met\x1b[0m by 3\n"
 
 
-def test_no_color_takes_the_colors_away_and_leaves_the_words(monkeypatch):
+def test_no_color_removes_the_colors(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     screen, out, _ = terminal(tty=True)
     screen.progress([Piece("goal met", "good"), Piece(" by 3", "bad")])
     assert out.getvalue() == "goal met by 3\n"
 
 
-def test_a_pipe_gets_plain_words():
+def test_a_pipe_gets_plain_text():
     screen, out, _ = terminal()
     screen.progress([Piece("goal met", "good"), Piece(" by 3   ")])
     assert out.getvalue() == "goal met by 3\n"
-    assert not screen.lively
+    assert not screen.is_interactive
 
 
-def test_a_terminal_that_can_only_write_gets_plain_words(monkeypatch):
+def test_a_dumb_terminal_gets_plain_text(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     screen, out, _ = terminal(tty=True)
     screen.progress([Piece("goal met", "good")])
     assert out.getvalue() == "goal met\n"
-    assert not screen.lively
+    assert not screen.is_interactive
 
 
 def test_progress_and_results_go_to_the_standard_output():
@@ -115,7 +115,7 @@ def test_progress_and_results_go_to_the_standard_output():
     assert (out.getvalue(), err.getvalue()) == ("one\ntwo\n", "")
 
 
-def test_with_json_the_standard_output_holds_one_object_and_progress_goes_aside():
+def test_with_json_the_standard_output_has_one_object_and_progress_goes_to_the_standard_error():
     screen, out, err = terminal(json=True)
     screen.progress([Piece("one")])
     screen.result([[Piece("two")]], {"two": ["\u202e\x9b", 2]})
@@ -125,67 +125,67 @@ def test_with_json_the_standard_output_holds_one_object_and_progress_goes_aside(
     assert err.getvalue() == "one\n"
 
 
-def test_quiet_leaves_results_alone():
+def test_quiet_writes_only_results():
     screen, out, err = terminal(quiet=True)
     screen.progress([Piece("one")])
     screen.result([[Piece("two")]], {})
     assert (out.getvalue(), err.getvalue()) == ("two\n", "")
 
 
-def test_quiet_still_complains():
+def test_quiet_writes_errors():
     screen, _, err = terminal(quiet=True)
-    screen.complain([Piece("wrong", "bad")])
+    screen.write_error([Piece("wrong", "bad")])
     assert err.getvalue() == "wrong\n"
 
 
-def test_a_reader_that_has_gone_is_no_error_of_ours():
+def test_a_closed_pipe_raises_closed_error():
     screen = Terminal(Mode(), Broken(errno.EPIPE), io.StringIO())
     with pytest.raises(ClosedError):
         screen.progress([Piece("one")])
 
 
-def test_a_full_disk_behind_the_standard_output_is_said():
+def test_a_full_disk_is_an_output_error():
     screen = Terminal(Mode(), Broken(errno.ENOSPC), io.StringIO())
     with pytest.raises(OutputError, match=r"The standard output cannot be written\. planted"):
         screen.progress([Piece("one")])
 
 
-def test_the_living_line_is_shown_cut_to_the_width_and_taken_away(monkeypatch):
+def test_the_status_line_is_cut_to_the_width_and_removed(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     screen, out, _ = terminal(tty=True)
-    screen.start(lambda: [Piece("[red] " + "x" * 40)], moves=False)
+    screen.start_status(lambda: [Piece("[red] " + "x" * 40)], refresh=False)
     shown = out.getvalue()
-    screen.stop()
+    screen.stop_status()
     assert "[red] xxxxxxxxxxxxx…" in shown
     assert "x" * 14 not in shown
     assert out.getvalue().endswith("\x1b[2K")  # the line is erased
 
 
-def test_lines_written_while_one_lives_stand_above_it():
+def test_lines_are_written_above_the_status_line():
     screen, out, _ = terminal(tty=True)
-    screen.start(lambda: [Piece("living")], moves=False)
+    screen.start_status(lambda: [Piece("status")], refresh=False)
     screen.progress([Piece("finished")])
     written = out.getvalue()
-    screen.stop()
-    assert written.index("finished") < written.rindex("living")
+    screen.stop_status()
+    assert written.index("finished") < written.rindex("status")
 
 
 @pytest.mark.parametrize("mode", [{"quiet": True}, {}])
-def test_no_line_lives_where_none_can_or_shall(mode):
+def test_there_is_no_status_line_in_quiet_mode_or_without_a_terminal(mode):
     screen, out, _ = terminal(tty=bool(mode), **mode)
-    screen.start(lambda: [Piece("living")])
-    screen.stop()
+    screen.start_status(lambda: [Piece("status")])
+    screen.stop_status()
     assert out.getvalue() == ""
 
 
-def test_the_cursor_comes_back_when_the_process_ends_at_once():
+def test_restore_cursor_shows_the_cursor():
     screen, out, _ = terminal(tty=True)
-    screen.start(lambda: [Piece("living")], moves=False)
+    screen.start_status(lambda: [Piece("status")], refresh=False)
     before = out.getvalue()
-    screen.restore()
+    screen.restore_cursor()
     assert out.getvalue().removeprefix(before).startswith("\x1b[?25h")
-    screen.stop()
+    screen.stop_status()
 
 
-def test_a_line_has_no_spaces_at_its_end():
+def test_a_line_has_no_trailing_spaces():
     assert plain([Piece("a  ", "bad"), Piece("  ")]) == "a"

@@ -31,7 +31,7 @@ class Double(nn.Module):
 @pytest.fixture
 def exporter(monkeypatch):
     """Registers a function as the exporter "own"."""
-    return lambda function: monkeypatch.setitem(EXPORTERS._things, "own", function)
+    return lambda function: monkeypatch.setitem(EXPORTERS._objects, "own", function)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])

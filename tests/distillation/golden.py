@@ -1,4 +1,4 @@
-"""The inputs on which reference code was run, and the values that it gave."""
+"""Inputs on which reference code was run, and its results."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 
 VALUES: dict[str, float] = json.loads((Path(__file__).parent / "goldens.json").read_text())
-"""Name of the method, the code base and its options → the loss in float64 on the inputs below."""
+"""Loss in float64 on the inputs below, by the name of method, code base and options."""
 
 
 def det(shape, a, b, scale=1.0):
-    """scale (sin(i a + b) + cos(0.37 i² a + 1.3 b) / 2) for i = 0, 1, ... in C order, float64."""
+    """Return scale (sin(i a + b) + cos(0.37 i² a + 1.3 b) / 2) for i = 0, 1, ... in C order, float64."""
     i = np.arange(math.prod(shape), dtype=np.float64)
     return (scale * (np.sin(i * a + b) + 0.5 * np.cos(i * i * 0.37 * a + 1.3 * b))).reshape(shape)
 
 
-# Scores of 8 samples for 10 classes, and labels.
+# Logits of 8 samples for 10 classes, and labels.
 z_s, z_t = det((8, 10), 1.7, 0.3, 3), det((8, 10), 2.3, 1.1, 3)
 y = (3 * np.arange(8) + 1) % 10
 
-# Maps: a student, teachers of other channels, of the same, and of other channels and size; features of other widths.
+# Maps: a student; teachers with other channels, with the same, and with other channels and sizes. Features.
 fs, ft = det((8, 4, 6, 6), 0.9, 0.2), det((8, 6, 6, 6), 1.3, 0.7)
 ft4, ft3 = det((8, 4, 6, 6), 1.3, 0.7), det((8, 6, 3, 3), 1.1, 0.5)
 es, et, et5 = det((8, 5), 0.8, 0.9), det((8, 7), 1.9, 0.4), det((8, 5), 1.9, 0.4)

@@ -167,7 +167,7 @@ class Exhausted:
 WRONG = {
     "a dataset": (Rows(), DataError, r"The data is a Rows, which gives single samples.*DataLoader\(dataset"),
     "tensors of a dataset": (TensorDataset(X, Y), DataError, "The data is a TensorDataset, which gives single"),
-    "a stream of samples": (Stream(), DataError, r"The target of a batch is a number.* looks like one sample"),
+    "a stream of samples": (Stream(), DataError, r"The target of a batch is a number.* looks like a single sample"),
     "samples in a list": (
         [[{"image": X[0], "label": 1}, {"image": X[1], "label": 2}]],
         DataError,
@@ -184,13 +184,13 @@ WRONG = {
     "weights as a third": ([(X, Y, torch.rand(N))], DataError, r"third part of a batch is float32 of shape \(12,\)"),
     "two names of targets": ([{"image": X, "label": Y, "target": Y}], DataError, "has 'label' and 'target'"),
     "targets alone": ([{"labels": Y}], DataError, "A batch has no inputs"),
-    "names of classes": ([(X, ["cat"] * N)], DataError, "a list of 12 str, the first 'cat'.* into class numbers"),
-    "pictures": ([([Images()] * N, Y)], DataError, "a list of 12 Images.* a Images cannot be given to it"),
-    "texts": ([(["a", "b"] * 6, Y)], DataError, "texts cannot be given to it.* tokenizer"),
-    "texts in a dict": ([{"image": X, "path": ["a"] * N, "label": Y}], DataError, "texts cannot be given to it"),
+    "names of classes": ([(X, ["cat"] * N)], DataError, "a list of 12 str, the first 'cat'.* to class numbers"),
+    "pictures": ([([Images()] * N, Y)], DataError, "a list of 12 Images.* not a Images"),
+    "texts": ([(["a", "b"] * 6, Y)], DataError, "not strings.* Tokenize"),
+    "texts in a dict": ([{"image": X, "path": ["a"] * N, "label": Y}], DataError, "not strings"),
     "ragged lists": ([([X[:3], X[:4]], Y[:3])], DataError, "differ in their number of samples"),
     "ragged targets": ([(X, [[1], [1, 2]] * 6)], DataError, "The targets of a batch are a list of 12 list"),
-    "other samples": ([(X, Y[:7])], DataError, "That is 12 samples and 7 targets"),
+    "other samples": ([(X, Y[:7])], DataError, "These are 12 samples and 7 targets"),
     "entries that nobody takes": (
         [{"image": X, "size": Y, "label": Y}],
         UsageError,
@@ -250,7 +250,7 @@ def test_samples_in_memory_may_be_tensors_or_lists(net):
         assert torch.equal(fit(net, ArrayData(inputs, targets), training=ONCE).model.head.weight, wanted)
     assert ArrayData(X.tolist(), Y.tolist()).inputs.shape == X.shape
     for inputs, sentence in (
-        (DataLoader(TensorDataset(X, Y)), "inputs of ArrayData are a DataLoader.* give it in place of ArrayData"),
+        (DataLoader(TensorDataset(X, Y)), "inputs of ArrayData are a DataLoader.* in place of ArrayData"),
         ([[1.0], [1.0, 2.0]], "inputs of ArrayData are a list of 2 list.* pad or resize"),
         (["a", "b"], "The input 'inputs' is <U1 of shape .* numbers"),
         (np.array([None, Images()]), "The input 'inputs' is object of shape"),

@@ -303,5 +303,5 @@ def test_an_ensemble_of_nothing_or_in_an_unknown_way_is_refused():
     with pytest.raises(UsageError, match=r"`combine` .* is 'sum'; expected 'probabilities', 'logits'"):
         ensemble(models(), "sum")
     five = nn.Linear(D, 5).double()
-    with pytest.raises(ShapeError, match="The models of the ensemble put out 5, 3 classes"):
+    with pytest.raises(ShapeError, match="The models of the ensemble have 5, 3 classes"):
         ensemble([five, models()[0]])(torch.from_numpy(samples()[0]))

@@ -1,4 +1,4 @@
-"""Every convention of a loss passes what its default passes."""
+"""Losses with other conventions and options pass the conformance checks of the defaults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kirsch.distillation.losses import LOSSES
 from kirsch.errors import UnknownNameError
 from kirsch.testing import LOSS_CHECKS
 
-STATED = [
+OPTIONS = [
     ("at", {"convention": "paper"}),
     ("at", {"power": 3.0}),
     ("ab", {"convention": "torchdistill"}),
@@ -33,25 +33,25 @@ STATED = [
 ]
 
 
-def stated(name, options):
-    """A loss with some of its options stated."""
+def with_options(name, options):
+    """Return a loss with other default options."""
     return functools.update_wrapper(functools.partial(LOSSES[name], **options), LOSSES[name])
 
 
 @pytest.mark.parametrize("check", LOSS_CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize(("name", "options"), STATED, ids=[f"{name} {options}" for name, options in STATED])
-def test_every_convention_conforms(name, options, check):
-    check(stated(name, options))
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=[f"{name} {options}" for name, options in OPTIONS])
+def test_losses_conform_with_other_options(name, options, check):
+    check(with_options(name, options))
 
 
 @pytest.mark.parametrize("name", ["at", "ab", "ft", "ofd", "mgd", "sp", "cc-kernel", "fsp", "kd-svd"])
-def test_a_convention_that_nobody_has_is_refused_by_name(name):
-    values = {"stages": [g1, g2], "features": es}.get(LOSSES[name].takes, a1)
+def test_an_unknown_convention_is_refused(name):
+    inputs = {"stages": [g1, g2], "features": es}.get(LOSSES[name].takes, a1)
     with pytest.raises(UnknownNameError, match="convention 'torchdistil'"):
-        LOSSES[name](values, values, convention="torchdistil")
+        LOSSES[name](inputs, inputs, convention="torchdistil")
 
 
-def test_a_kernel_that_nobody_has_is_refused_by_name():
+def test_an_unknown_kernel_is_refused():
     with pytest.raises(UnknownNameError, match=r"kernel 'gaussain'.*gaussian"):
         LOSSES["cc-kernel"](es, et5, kernel="gaussain")
 
@@ -64,6 +64,6 @@ def test_a_kernel_that_nobody_has_is_refused_by_name():
         ("mgd", "sum", "modelopt", np.prod(a1.shape[1:])),
     ],
 )
-def test_conventions_that_differ_by_a_factor_differ_by_that_factor(name, first, second, ratio):
-    found = [float(LOSSES[name](a1, b1, convention=convention)) for convention in (first, second)]
-    assert found[0] / found[1] == pytest.approx(ratio, rel=1e-12)
+def test_conventions_differ_by_the_documented_factor(name, first, second, ratio):
+    values = [float(LOSSES[name](a1, b1, convention=convention)) for convention in (first, second)]
+    assert values[0] / values[1] == pytest.approx(ratio, rel=1e-12)

@@ -1,4 +1,4 @@
-"""Networks that say something of every pixel, cell or query are taught: segmentation, dense detectors, sets."""
+"""Distillation of models with an output for every pixel, cell or query."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from kirsch.frameworks.pytorch.inference.predict import logits_of
 from kirsch.frameworks.training import Training, TrainingHooks
 
 K, N = 3, 12
-STILL = Training(epochs=1, learning_rate=1e-12, schedule="constant", weight_decay=0.0)
-"""So slow that what is charged is that of the weights given."""
+NEGLIGIBLE_STEP = Training(epochs=1, learning_rate=1e-12, schedule="constant", weight_decay=0.0)
+"""A learning rate so low that the loss is that of the initial weights."""
 
 
-def learned(student, teacher, data, objective, training=STILL, **options):
+def run_distill(student, teacher, data, objective, training=NEGLIGIBLE_STEP, **options):
     hooks = TrainingHooks(event=lambda event: None)
     options = {"hooks": hooks, "check_teacher": False, **options}
     return distill(student, teacher, data, objective=objective, training=training, **options)
@@ -34,7 +34,7 @@ def learned(student, teacher, data, objective, training=STILL, **options):
 
 
 class Segmenter(nn.Module):
-    """Scores of 6 × 5 pixels, behind maps of another width; as torchvision's do, a dict."""
+    """Segmentation model with 6 × 5 pixels that returns a dict, as those of torchvision do."""
 
     def __init__(self, width, classes=K):
         super().__init__()
@@ -47,7 +47,7 @@ class Segmenter(nn.Module):
 
 
 def pixels(*, batch_size=N):
-    """Class by brightness; some pixels have no label."""
+    """Return images whose brightness is the class; some pixels have no label."""
     random = np.random.default_rng(0)
     labels = random.integers(0, K, (N, 6, 5))
     images = (labels[:, None] + 0.1 * random.standard_normal((N, 1, 6, 5))).astype(np.float64)
@@ -57,86 +57,85 @@ def pixels(*, batch_size=N):
 
 @pytest.fixture
 def segmenters():
-    made = []
+    models = []
     for width in (4, 6):
         torch.manual_seed(width)
-        made.append(Segmenter(width).double())
-    return made
+        models.append(Segmenter(width).double())
+    return models
 
 
-def test_segmentation_is_taught_by_channels_and_labels(segmenters):
-    """Beside cross-entropy over the pixels that have a label."""
+def test_a_segmentation_student_learns_from_channels_and_labels(segmenters):
     student, teacher = segmenters
     data = pixels()
-    found = learned(student, teacher, data, Objective.preset("cwd"))
+    result = run_distill(student, teacher, data, Objective.preset("cwd"))
     with torch.no_grad():
-        mine, theirs = (model(torch.from_numpy(data.inputs))["out"] for model in segmenters)
-    label = F.cross_entropy(mine, torch.from_numpy(data.targets))
-    assert found.history[0]["parts"] == pytest.approx(
-        {"label": float(label), "cwd": 5 * float(channel_wise(mine, theirs))}, rel=1e-6
+        student_out, teacher_out = (model(torch.from_numpy(data.inputs))["out"] for model in segmenters)
+    label = F.cross_entropy(student_out, torch.from_numpy(data.targets))
+    assert result.history[0]["parts"] == pytest.approx(
+        {"label": float(label), "cwd": 5 * float(channel_wise(student_out, teacher_out))}, rel=1e-6
     )
 
 
-def test_soft_targets_of_pixels_count_those_with_a_label(segmenters):
+def test_soft_targets_of_pixels_leave_out_pixels_without_a_label(segmenters):
     student, teacher = segmenters
     data = pixels()
-    found = learned(student, teacher, data, Objective((Term("pixel-kd", 1.0, 2.0),), label_weight=0.0))
+    result = run_distill(student, teacher, data, Objective((Term("pixel-kd", 1.0, 2.0),), label_weight=0.0))
     with torch.no_grad():
         log_s, log_t = (
             (model(torch.from_numpy(data.inputs))["out"].movedim(1, -1) / 2).log_softmax(-1) for model in segmenters
         )
     known = torch.from_numpy(data.targets) != -100
-    wanted = 4 * F.kl_div(log_s[known], log_t[known], log_target=True, reduction="batchmean")
-    assert found.history[0]["parts"] == pytest.approx({"pixel-kd": float(wanted)}, rel=1e-6)
+    expected = 4 * F.kl_div(log_s[known], log_t[known], log_target=True, reduction="batchmean")
+    assert result.history[0]["parts"] == pytest.approx({"pixel-kd": float(expected)}, rel=1e-6)
 
 
-def test_accuracy_of_pixels_is_that_of_those_with_a_label(segmenters):
+def test_pixel_accuracy_leaves_out_pixels_without_a_label(segmenters):
     student, teacher = segmenters
-    data, told = pixels(), []
-    hooks = TrainingHooks(event=told.append)
+    data, events = pixels(), []
+    hooks = TrainingHooks(event=events.append)
     options = {"validation": data, "check_teacher": True, "hooks": hooks}
     teacher = fit(teacher, data, training=Training(epochs=30, learning_rate=0.3)).model
-    found = learned(student, teacher, data, Objective.preset("cwd"), **options)
+    result = run_distill(student, teacher, data, Objective.preset("cwd"), **options)
     known = data.targets != -100
     with torch.no_grad():
-        right = [
+        accuracies = [
             (model(torch.from_numpy(data.inputs))["out"].argmax(1).numpy() == data.targets)[known].mean()
             for model in (student, teacher)
         ]
-    assert found.history[0]["accuracy"] == pytest.approx(right[0])
-    assert told[0] == {"event": "teacher", "accuracy": pytest.approx(right[1]), "classes": K}
-    assert right[1] > 0.9  # brightness tells the class
+    assert result.history[0]["accuracy"] == pytest.approx(accuracies[0])
+    assert events[0] == {"event": "teacher", "accuracy": pytest.approx(accuracies[1]), "classes": K}
+    assert accuracies[1] > 0.9  # the brightness determines the class
 
 
-def test_labels_of_pixels_out_of_range_are_refused(segmenters):
+def test_pixel_labels_out_of_range_are_refused(segmenters):
     data = pixels()
     data.targets[4, 2, 1] = 3
     with pytest.raises(DataError, match=r"Sample 4 has the label 3\. The model puts out 3 classes"):
-        learned(*segmenters, data, Objective.preset("cwd"))
+        run_distill(*segmenters, data, Objective.preset("cwd"))
     with pytest.raises(DataError, match=r"The targets have shape \(12,\) .*one whole number a position"):
-        learned(*segmenters, ArrayData(data.inputs, np.zeros(N, int)), Objective.preset("cwd"))
+        run_distill(*segmenters, ArrayData(data.inputs, np.zeros(N, int)), Objective.preset("cwd"))
 
 
-def test_cross_entropy_of_pixels_is_that_of_pytorch():
-    scores, labels = torch.randn(2, K, 4, 5, dtype=torch.float64), torch.randint(0, K, (2, 4, 5))
+def test_cross_entropy_of_pixels_equals_that_of_pytorch():
+    logits, labels = torch.randn(2, K, 4, 5, dtype=torch.float64), torch.randint(0, K, (2, 4, 5))
     labels[0, :2] = -100
     for smoothing in (0.0, 0.2):
-        wanted = F.cross_entropy(scores, labels, label_smoothing=smoothing)
-        torch.testing.assert_close(hard_label(scores, labels, label_smoothing=smoothing), wanted)
-        assert hard_label(scores.numpy(), labels.numpy(), label_smoothing=smoothing) == pytest.approx(float(wanted))
+        expected = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        torch.testing.assert_close(hard_label(logits, labels, label_smoothing=smoothing), expected)
+        assert hard_label(logits.numpy(), labels.numpy(), label_smoothing=smoothing) == pytest.approx(float(expected))
 
 
-def test_features_of_a_segmenter_teach_through_an_adapter(segmenters):
+def test_features_of_a_segmentation_model_are_distilled_through_an_adapter(segmenters):
     objective = Objective((Term("cwd", 10.0, student="output.aux"), Term("at", 10.0, student="body")))
-    found = learned(*segmenters, pixels(batch_size=6), objective, Training(epochs=2, learning_rate=0.01))
-    assert np.isfinite(found.history[-1]["loss"])
+    result = run_distill(*segmenters, pixels(batch_size=6), objective, Training(epochs=2, learning_rate=0.01))
+    assert np.isfinite(result.history[-1]["loss"])
 
 
 # ------------------------------------------------------------------------------------------------ detectors
 
 
 class Queries(nn.Module):
-    """Q queries with scores and boxes, under the names of DETR."""
+    """Detector with logits and boxes of Q queries, named as in DETR."""
 
     def __init__(self, queries, width, *, shape="pred_"):
         super().__init__()
@@ -147,11 +146,11 @@ class Queries(nn.Module):
 
     def forward(self, x):
         states = torch.relu(self.body(x))
-        scores = self.logits(states).reshape(len(x), self.queries, K + 1)
+        logits = self.logits(states).reshape(len(x), self.queries, K + 1)
         boxes = self.boxes(states).sigmoid().reshape(len(x), self.queries, 4)
         if self.shape == "tuple":
-            return scores, boxes
-        return {f"{self.shape}boxes": boxes, f"{self.shape}logits": scores}
+            return logits, boxes
+        return {f"{self.shape}boxes": boxes, f"{self.shape}logits": logits}
 
 
 def detector(queries, width, shape="pred_"):
@@ -172,58 +171,58 @@ def sides(models, data):
 SET = {"scores": "logits", "boxes": "output.pred_boxes"}
 
 
-def test_sets_are_matched_and_taught():
-    """4 queries learn from 6, in whatever order."""
+def test_a_detr_student_with_fewer_queries_learns():
     models, data = (detector(4, 5), detector(6, 8)), scenes()
     objective = Objective((Term("detr", 1.0, student=SET),), label_weight=0.0)
-    told = []
-    found = learned(*models, data, objective, hooks=TrainingHooks(event=told.append))
-    assert found.history[0]["parts"] == pytest.approx({"detr": float(detr(*sides(models, data)))}, rel=1e-6)
-    (event,) = (event for event in told if event["event"] == "attached")
+    events = []
+    result = run_distill(*models, data, objective, hooks=TrainingHooks(event=events.append))
+    assert result.history[0]["parts"] == pytest.approx({"detr": float(detr(*sides(models, data)))}, rel=1e-6)
+    (event,) = (event for event in events if event["event"] == "attached")
     assert event["pairs"][0]["student"] == SET
     assert event["pairs"][0]["student_shape"] == "scores 4 × 4, boxes 4 × 4"
-    better = learned(*models, data, objective, Training(epochs=20, learning_rate=0.02))
+    better = run_distill(*models, data, objective, Training(epochs=20, learning_rate=0.02))
     assert better.history[-1]["loss"] < 0.7 * better.history[0]["loss"]
 
 
-def test_dense_heads_of_coins_are_taught():
+def test_a_student_with_a_dense_head_learns():
     models, data = (detector(5, 5), detector(5, 8)), scenes()
     objective = Objective((Term("detection-response", 1.0, student=SET),), label_weight=0.0)
-    found = learned(*models, data, objective)
-    wanted = float(detection_response(*sides(models, data)))
-    assert found.history[0]["parts"] == pytest.approx({"detection-response": wanted}, rel=1e-6)
-    better = learned(*models, data, objective, Training(epochs=20, learning_rate=0.02))
+    result = run_distill(*models, data, objective)
+    expected = float(detection_response(*sides(models, data)))
+    assert result.history[0]["parts"] == pytest.approx({"detection-response": expected}, rel=1e-6)
+    better = run_distill(*models, data, objective, Training(epochs=20, learning_rate=0.02))
     assert better.history[-1]["loss"] < 0.7 * better.history[0]["loss"]
 
 
-def test_outputs_without_names_are_named_by_their_places():
+def test_outputs_of_a_tuple_are_named_by_index():
     models, data = (detector(5, 5, "tuple"), detector(5, 8)), scenes()
     term = Term("detection-response", 1.0, student={"scores": "output.0", "boxes": "output.1"}, teacher=SET)
-    found = learned(*models, data, Objective((term,), label_weight=0.0))
-    wanted = learned(detector(5, 5), models[1], data, Objective((Term("detection-response", 1.0, student=SET),)))
-    assert found.history[0]["parts"] == wanted.history[0]["parts"]
+    result = run_distill(*models, data, Objective((term,), label_weight=0.0))
+    expected = run_distill(detector(5, 5), models[1], data, Objective((Term("detection-response", 1.0, student=SET),)))
+    assert result.history[0]["parts"] == expected.history[0]["parts"]
 
 
-def test_coins_alone_are_taught_by_each_class():
-    """A dense head without boxes; what is no object is a coin as well."""
+def test_binary_kd_applies_to_every_class_of_a_dense_head():
     models, data = (detector(5, 5), detector(5, 8)), scenes()
-    found = learned(*models, data, Objective((Term("binary-kd", 1.0, 1.0),), label_weight=0.0))
-    mine, theirs = (side["scores"] for side in sides(models, data))
-    coins = F.binary_cross_entropy_with_logits(mine, theirs.sigmoid(), reduction="none")
-    least = F.binary_cross_entropy_with_logits(theirs, theirs.sigmoid(), reduction="none")
-    assert found.history[0]["parts"] == pytest.approx({"binary-kd": float((coins - least).sum(-1).mean())}, rel=1e-6)
+    result = run_distill(*models, data, Objective((Term("binary-kd", 1.0, 1.0),), label_weight=0.0))
+    student_out, teacher_out = (side["scores"] for side in sides(models, data))
+    cross_entropy = F.binary_cross_entropy_with_logits(student_out, teacher_out.sigmoid(), reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(teacher_out, teacher_out.sigmoid(), reduction="none")
+    assert result.history[0]["parts"] == pytest.approx(
+        {"binary-kd": float((cross_entropy - entropy).sum(-1).mean())}, rel=1e-6
+    )
 
 
-def test_cells_that_differ_in_number_and_outputs_that_are_not_there_are_refused():
+def test_unequal_numbers_of_cells_and_unknown_outputs_are_refused():
     data = scenes()
     with pytest.raises(ShapeError, match=r"'detection-response' cannot compare `logits`, `output.pred_boxes`"):
-        learned(detector(4, 5), detector(5, 8), data, Objective((Term("detection-response", 1.0, student=SET),)))
+        run_distill(detector(4, 5), detector(5, 8), data, Objective((Term("detection-response", 1.0, student=SET),)))
     other = {"scores": "logits", "boxes": "output.pred_box"}
     with pytest.raises(UnknownNameError, match=r"no output 'pred_box'\. .* Did you mean 'pred_boxes'\?"):
-        learned(detector(4, 5), detector(5, 8), data, Objective((Term("detr", 1.0, student=other),)))
+        run_distill(detector(4, 5), detector(5, 8), data, Objective((Term("detr", 1.0, student=other),)))
 
 
-def test_scores_are_found_among_what_a_model_puts_out():
+def test_logits_are_found_among_the_outputs_of_a_model():
     first, second = torch.zeros(1), torch.ones(1)
     assert logits_of({"boxes": second, "pred_logits": first}) is first
     assert logits_of({"out": first, "aux": second}) is first

@@ -10,7 +10,7 @@ from scipy.special import log_softmax, softmax
 
 from kirsch.distillation.bound_term import BoundTerm
 from kirsch.distillation.distillation_loss import DistillationLoss
-from kirsch.distillation.losses.loss import loss_of
+from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.step import balanced
 from kirsch.distillation.term import Term
@@ -27,7 +27,7 @@ INPUTS = np.zeros((N, 1))
 def bound(term, *, teacher=None, name=None, adapter_name="adapter0"):
     options, temperature = term.resolved()
     layers = {"student_layer": "logits", "teacher_layer": "logits", "teacher": teacher}
-    loss = loss_of(term.loss)
+    loss = get_loss(term.loss)
     return BoundTerm(
         name or term.loss,
         adapter_name,

@@ -196,13 +196,13 @@ def test_a_student_that_others_run_too_keeps_nothing():
     batch = next(data().epoch(0, 0))
     found(batch)
     found.student(torch.as_tensor(batch.inputs))
-    assert not found.module._watch._seen
+    assert not found.module._capture._values
 
 
 def test_a_term_that_does_not_reach_the_student_is_an_error():
     found = distiller(Objective.kd())
     found.student.requires_grad_(requires_grad=False)
-    with pytest.raises(NumericError, match="The loss term 'label' gives the model no gradient"):
+    with pytest.raises(NumericError, match="No gradient of the loss term 'label' reaches the model"):
         found(next(data().epoch(0, 0)))
 
 

@@ -157,9 +157,9 @@ def test_a_teacher_that_no_label_judges_is_doubted_aloud():
     ("generate", "options", "sentence"),
     [
         (lambda count: np.ones((count, D)), {}, r"a callable that takes 2 arguments.*generate\(count"),
-        (lambda count, _generator: torch.randn(count, D), {}, "does not follow from its generator"),
-        (nn.Linear(2, D), {}, r"Linear is given without the shape of its noise\. Say noise=\(64,\)"),
-        (normal, {"noise": (2,)}, r"is no model, and is given noise=\(2,\)"),
+        (lambda count, _generator: torch.randn(count, D), {}, "returns different inputs for the same seed"),
+        (nn.Linear(2, D), {}, r"Linear, and the shape of its noise is missing\. Give noise=\(64,\)"),
+        (normal, {"noise": (2,)}, r"which is not a model, and noise=\(2,\) is given"),
         (normal, {"samples": 0}, "`samples` .* is 0. Give a whole number of at least 1"),
         (normal, {"batch_size": 0}, "`batch_size` .* is 0; expected a whole number of at least 1"),
         (normal, {"views": 0}, "`views` .* is 0; expected a whole number of at least 1"),
@@ -172,7 +172,7 @@ def test_what_cannot_be_made_again_is_refused(generate, options, sentence):
 
 
 def test_a_callable_that_gives_other_numbers_of_samples_is_refused():
-    with pytest.raises(DataError, match="gives 3 samples; 2 were asked for"):
+    with pytest.raises(DataError, match="returns 3 samples; expected 2"):
         GeneratedData(lambda count, generator: generator.standard_normal((count + 1, D)), 8)
 
 

@@ -256,7 +256,7 @@ def shared():
             lambda: [linear(1), linear(0), linear(0)],
             r"Students 1 and 2 begin with the same weights\. .*a seed of its own",
         ),
-        (shared, r"Students 0 and 1 share a parameter: `0\.weight` of the one is `1\.weight` of the other"),
+        (shared, r"Students 0 and 1 share a parameter: `0\.weight` of the first is `1\.weight` of the second"),
     ],
 )
 def test_students_that_cannot_teach_each_other_are_refused(students, sentence):

@@ -12,7 +12,7 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.pytorch.features.capture import Watch, dry_run
+from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -69,7 +69,7 @@ def test_what_is_overwritten_later_is_kept_as_it_was():
         "layer1.0.relu#1": out,
         "layer1.0": out,
     }
-    watch = Watch(net, list(wanted))
+    watch = FeatureCapture(net, list(wanted))
     for _ in range(3):
         for layer, value in watch(x).items():
             torch.testing.assert_close(value, wanted[layer], msg=layer)
@@ -80,7 +80,7 @@ def test_what_is_overwritten_later_is_kept_as_it_was():
 
 def test_gradients_reach_what_was_overwritten():
     net, x = ResNet(4).double(), torch.from_numpy(images()).double()
-    watch = Watch(net, ["layer1.0.bn2"])
+    watch = FeatureCapture(net, ["layer1.0.bn2"])
     for _ in range(2):
         found = torch.autograd.grad(watch(x)["layer1.0.bn2"].square().sum(), net.layer1[0].bn2.weight)
     wanted = torch.autograd.grad(parts(net.layer1[0], net.conv1(x))[0].square().sum(), net.layer1[0].bn2.weight)
@@ -101,7 +101,7 @@ def test_a_forward_that_begins_to_overwrite_is_refused():
             return out.relu_() if self.write else out.relu()
 
     net = Moody()
-    watch = Watch(net, ["fc"])
+    watch = FeatureCapture(net, ["fc"])
     watch(torch.ones(1, 2))
     net.write = True
     with pytest.raises(UsageError, match=r"The value at `fc` is overwritten in place in this forward of Moody"):
@@ -112,13 +112,13 @@ def test_a_forward_that_begins_to_overwrite_is_refused():
 def test_what_a_module_calls_is_its_own_code_alone():
     """In training a norm adds 1 to a counter, which is no addition of the block around it."""
     net, x = ResNet(4), torch.from_numpy(images())
-    watch = Watch(net, ["layer1.0/add", "layer1.1/add", "/mean"])
+    watch = FeatureCapture(net, ["layer1.0/add", "layer1.1/add", "/mean"])
     for mode in (net.eval(), net.train()):
         for layer, value in watch(x).items():
             assert value.shape == ((12, 4) if layer == "/mean" else (12, 4, 6, 6)), mode
     watch.close()
     with pytest.raises(
-        UsageError, match=r'`layer1.0` calls no relu itself; `layer1.0.relu` does\. Write "layer1.0.relu/r'
+        UsageError, match=r'`layer1.0` does not call relu itself; `layer1.0.relu` does\. Write "layer1.0.relu/r'
     ):
         dry_run(net, ["layer1.0/relu"], x)
     with pytest.raises(
@@ -251,7 +251,7 @@ def test_functions_of_an_encoder_give_what_they_compute(bert, given):
     queries = found[query].unflatten(-1, (4, 2)).transpose(1, 2)
     torch.testing.assert_close(found[f"{function}:in"], queries)
     torch.testing.assert_close(found[function].transpose(1, 2).flatten(2), found[place])
-    with pytest.raises(UsageError, match=r'puts out no attentions.*attn_implementation="eager"'):
+    with pytest.raises(UsageError, match=r'returns no attentions.*attn_implementation="eager"'):
         dry_run(net, ["attention[0]"], inputs)
 
 

@@ -88,9 +88,9 @@ def test_a_teacher_that_ends_in_a_softmax_is_refused_wherever_it_teaches(tmp_pat
     with refuses_teacher:
         Distiller(copy.deepcopy(PLAIN), net(nn.Softmax(-1)), Objective.kd(), samples())
     for keep in (Dense(), TopK(2)):
-        with pytest.raises(UsageError, match=r"The teacher, a Sequential, puts out probabilities.* with outputs="):
+        with pytest.raises(UsageError, match=r"The teacher, a Sequential, returns probabilities.* callable `outputs`"):
             build(tmp_path / "store", net(nn.Softmax(-1)), whole(), keep=keep)
-    with pytest.raises(UsageError, match=r"The teacher, a Sequential, puts out probabilities.* with outputs="):
+    with pytest.raises(UsageError, match=r"The teacher, a Sequential, returns probabilities.* callable `outputs`"):
         build(tmp_path / "store", net(nn.Sigmoid()), whole(), keep=TopK(2))
 
 
@@ -381,7 +381,7 @@ def test_outputs_that_are_said_to_be_logits_are_trusted():
 
 
 def test_a_store_of_probabilities_is_refused_when_it_teaches(tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "_refuse_probabilities", lambda *_: None)  # as one that was built elsewhere
+    monkeypatch.setattr(building, "_check_not_probabilities", lambda *_: None)  # as one that was built elsewhere
     store = build(tmp_path / "store", net(nn.Softmax(-1)), whole(), keep=Dense())
     with pytest.raises(UsageError, match=r"The teacher of the store puts out probabilities.* Build the store from"):
         distill(PLAIN, store, whole(), **QUIET)

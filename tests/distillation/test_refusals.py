@@ -20,7 +20,7 @@ from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, U
 from kirsch.frameworks.augment import Flip
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
-from kirsch.frameworks.pytorch.features.adapters.build import joining
+from kirsch.frameworks.pytorch.features.adapters.build import choose_adapter
 from kirsch.frameworks.pytorch.features.layers import expand
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
@@ -68,11 +68,11 @@ def taught(term, student=None, teacher=None):
         ("**.nrom*", UnknownNameError, r"no layer in Net '\*\*\.nrom\*'\. Known: conv, head, norm, relu"),
         ("output.logit", UnknownNameError, r"no output 'logit'\. Known: 0"),
         ("/maen", UnknownNameError, r"no function that the model calls 'maen'.* Did you mean 'mean'\?"),
-        ("/mean#1", UsageError, r"the model calls mean 1 times in one forward; there is no call #1"),
+        ("/mean#1", UsageError, r"the model calls mean 1 times in one forward; calls are numbered from 0, so #1"),
         (
             "hidden[0]",
             UsageError,
-            r"Net cannot be asked for output_hidden_states, so .hidden.0.. has no value.* Name the module",
+            r"Net does not take the keyword output_hidden_states, so .hidden.0.. has no value.* Choose the module",
         ),
         ("auto[7]", UsageError, r"There are 1 stages that student and teacher share; \[7\] is none"),
     ],
@@ -115,7 +115,7 @@ def test_tokens_of_other_lengths_are_refused_with_both_lengths():
         def forward(self, x):
             return self.head(self.norm(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
 
-    sentence = r"No adapter joins the student's .* The student has 9 tokens, the teacher 4\. Choose other layers"
+    sentence = r"No adapter fits the student's .* The student has 9 tokens, the teacher 4\. Choose other layers"
     with pytest.raises(ShapeError, match=sentence):
         taught(Term("hidden-mse", 1.0, student="norm"), Patches(2), Patches(3))
 
@@ -298,7 +298,9 @@ def test_a_store_of_another_teacher_is_named_by_its_weights(tmp_path):
 def test_sample_ids_that_are_not_unique_are_refused():
     ids = np.arange(24)
     ids[3] = 9
-    with pytest.raises(DataError, match=r"sample ids are not unique\. 9 stands for more than one sample\. Give each"):
+    with pytest.raises(
+        DataError, match=r"sample ids are not unique\. The id 9 belongs to more than one sample\. Give each"
+    ):
         data(ids=ids)
 
 
@@ -308,9 +310,9 @@ def test_sample_ids_that_are_not_unique_are_refused():
 @pytest.mark.parametrize(
     ("made", "sentence"),
     [
-        (lambda: Term(student=[]), "`student` of kirsch.Term is a list without elements; expected a path as text"),
+        (lambda: Term(student=[]), "`student` of kirsch.Term is a list without elements; expected a layer name"),
         (lambda: Term(student=None), "`student` of kirsch.Term is None"),
-        (lambda: Term("fitnet", student=["conv", 3]), "`student` of kirsch.Term is a list of 2; expected a path"),
+        (lambda: Term("fitnet", student=["conv", 3]), "`student` of kirsch.Term is a list of 2; expected a layer name"),
         (lambda: Term(weight="0.9"), "`weight` of kirsch.Term is '0.9'; expected a number"),
         (lambda: Term("attention-kl", student="attention[-1]", options={"given": "scores"}), "has weights, behind the"),
     ],
@@ -355,7 +357,7 @@ def test_what_the_last_weights_are_given_is_penultimate(behind):
 
 def test_scores_that_are_computed_behind_the_last_weights_have_no_penultimate_value():
     model = Ending(*POOLED, nn.Flatten(), Doubled()).eval()
-    with pytest.raises(UsageError, match="The last weights of Ending do not make its scores"):
+    with pytest.raises(UsageError, match="The last module of Ending with parameters does not compute the logits"):
         expand(model, "penultimate", torch.randn(2, 1, 5, 5))
 
 
@@ -395,6 +397,6 @@ def test_outputs_of_which_none_is_the_scores_are_compared_by_name_alone(names, s
 
 
 def test_heads_of_attention_are_not_mixed():
-    assert joining((2, 4, 5, 5), (2, 4, 5, 5), takes="attention") is None
+    assert choose_adapter((2, 4, 5, 5), (2, 4, 5, 5), takes="attention") is None
     with pytest.raises(ShapeError, match=r"The student's attention has 2 heads, the teacher's 4.*minilm"):
-        joining((2, 2, 5, 5), (2, 4, 5, 5), takes="attention")
+        choose_adapter((2, 2, 5, 5), (2, 4, 5, 5), takes="attention")

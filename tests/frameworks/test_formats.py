@@ -1,4 +1,4 @@
-"""What a file that is given as a model or as weights is."""
+"""Formats of files given in place of a model or of weights are recognized."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_is_named_whether_it_is_given_as_weights_or_as_a_model(tmp_path, name):
+def test_format_is_named_in_errors_about_weights_and_models(tmp_path, name):
     write, what = FILES[name]
     write(tmp_path / name)
     with pytest.raises(LoadError) as caught:
@@ -78,7 +78,7 @@ def test_a_file_is_named_whether_it_is_given_as_weights_or_as_a_model(tmp_path, 
         assert caught.value.fix
 
 
-def test_a_folder_in_the_place_of_a_file_of_weights_is_answered_with_the_file_in_it(tmp_path):
+def test_folder_in_place_of_a_weights_file_is_refused_with_the_file_in_it(tmp_path):
     model = nn.Linear(2, 2)
     with pytest.raises(LoadError, match=r"it is a folder\..* Give a safetensors file"):
         framework_of(model).load_weights(model, tmp_path)
@@ -87,15 +87,15 @@ def test_a_folder_in_the_place_of_a_file_of_weights_is_answered_with_the_file_in
         framework_of(model).load_weights(model, tmp_path)
 
 
-def test_a_file_of_weights_is_not_a_model_and_is_good_as_weights(tmp_path):
+def test_safetensors_file_is_accepted_as_weights_and_refused_as_model(tmp_path):
     safetensors.torch.save_model(nn.Linear(2, 2), str(tmp_path / "w.safetensors"))
     framework_of(nn.Linear(2, 2)).load_weights(nn.Linear(2, 2), tmp_path / "w.safetensors")
     with pytest.raises(ModelError, match="Give it as --weights"):
         build("w.safetensors", base=tmp_path)
 
 
-def test_what_is_advised_for_a_checkpoint_works(tmp_path, monkeypatch):
-    """The two lines of the error, run as they stand."""
+def test_suggested_conversion_of_a_checkpoint_works(tmp_path, monkeypatch):
+    """The two code lines of the error message are executed."""
     monkeypatch.chdir(tmp_path)
     trained = nn.Linear(2, 2)
     torch.save(trained.state_dict(), "net.pt")
@@ -109,18 +109,18 @@ def test_what_is_advised_for_a_checkpoint_works(tmp_path, monkeypatch):
     assert torch.equal(found.weight, trained.weight)
 
 
-def test_code_is_not_weights(tmp_path):
+def test_python_file_is_refused_as_weights(tmp_path):
     (tmp_path / "nets.py").write_text("x = 1")
     with pytest.raises(LoadError, match="it is Python code"):
         framework_of(nn.Linear(2, 2)).load_weights(nn.Linear(2, 2), tmp_path / "nets.py")
 
 
-def test_what_is_not_there_has_no_format(tmp_path):
+def test_missing_file_has_no_format(tmp_path):
     for name in ("absent.onnx", "a" * 300, "a\0b"):
         assert describe(tmp_path / name) is None
 
 
-def test_a_folder_that_is_called_like_a_library_or_a_package_is_not_taken_for_the_model(tmp_path, monkeypatch):
+def test_package_in_the_working_folder_is_imported_and_not_refused_as_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "package_of_this_test").mkdir()
@@ -131,8 +131,8 @@ def test_a_folder_that_is_called_like_a_library_or_a_package_is_not_taken_for_th
 
 
 @pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580, 0x4B50, 0x5547])
-def test_the_length_of_a_header_passes_for_no_other_format(tmp_path, length):
-    """The first bytes of a safetensors file are those of a pickle, an archive or GGUF for some lengths."""
+def test_header_length_is_not_mistaken_for_magic_bytes(tmp_path, length):
+    """For some lengths, a safetensors file starts with the bytes of a pickle, an archive or GGUF."""
     path = tmp_path / "weights.safetensors"
     header = b"{}".ljust(length)
     path.write_bytes(length.to_bytes(8, "little") + header)

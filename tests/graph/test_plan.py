@@ -238,7 +238,7 @@ def test_a_model_without_macs_meets_a_goal_on_macs():
 
 def test_the_fingerprint_is_compared_before_the_groups():
     """The other graph has no attribute `groups`."""
-    other = SimpleNamespace(fingerprint="else", model_name="Other", cost=Cost(7, 0, 0))
+    other = SimpleNamespace(fingerprint="else", model_name="Other", cost=Cost(7, 0, 0), inputs=())
     with pytest.raises(PlanError, match="This model is Other with 7 parameters, fingerprint else"):
         make_plan(removal()).check(other)
 

@@ -1,4 +1,4 @@
-"""The Trainer of transformers distills; transformers' own loop runs, on models made from configurations."""
+"""Distillation in the Trainer of transformers, with small models made from configurations."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
 from kirsch.frameworks.pytorch.io.vision import import_beside
+from tiny import assert_weights_close
 
 import_beside("torchvision")
 transformers = import_beside("transformers")
@@ -59,23 +60,23 @@ def encoder(width, layers, seed):
 
 
 def texts(count=16):
-    """Of unequal lengths, padded, so that batches have other numbers of valid tokens."""
+    """Return padded sequences of unequal lengths, so that batches differ in their numbers of valid tokens."""
     random = np.random.default_rng(0)
     rows = []
-    for place in range(count):
+    for number in range(count):
         tokens = torch.as_tensor(random.integers(1, WORDS, LENGTH))
-        valid = torch.arange(LENGTH) < 3 + place % 6
+        valid = torch.arange(LENGTH) < 3 + number % 6
         rows.append({"input_ids": tokens, "attention_mask": valid.long(), "labels": tokens.masked_fill(~valid, -100)})
     return rows
 
 
 def sentences(count=16):
-    """With a number of its own for each."""
-    return [{**row, "labels": torch.tensor(place % 3), "ids": place} for place, row in enumerate(texts(count))]
+    """Return sequences with class numbers and ids."""
+    return [{**row, "labels": torch.tensor(number % 3), "ids": number} for number, row in enumerate(texts(count))]
 
 
 def trainer(folder, student=None, teacher=None, objective=LAYERS, data=None, kind=DistillationTrainer, **changes):
-    own = {name: changes.pop(name) for name in list(changes) if name in OWN}
+    arguments = {name: changes.pop(name) for name in list(changes) if name in TRAINER_ARGUMENTS}
     settings = {
         "use_cpu": True, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False,
         "per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1, "save_strategy": "no", "optim": "sgd",
@@ -83,33 +84,28 @@ def trainer(folder, student=None, teacher=None, objective=LAYERS, data=None, kin
     }  # fmt: skip
     data = texts() if data is None else data
     return kind(
-        None if "model_init" in own else causal(8, 2, 0) if student is None else student,
+        None if "model_init" in arguments else causal(8, 2, 0) if student is None else student,
         transformers.TrainingArguments(str(folder), **settings),
         teacher=causal(16, 4, 1) if teacher is None else teacher,
         objective=objective,
         train_dataset=data,
         eval_dataset=data,
-        **own,
+        **arguments,
     )
 
 
-OWN = ("optimizers", "compute_loss_func", "model_init", "regularizers", "data_collator")
-
-
-def assert_same(one, two, **tolerance):
-    for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
-        torch.testing.assert_close(value, other, msg=name, **tolerance)
+TRAINER_ARGUMENTS = ("optimizers", "compute_loss_func", "model_init", "regularizers", "data_collator")
 
 
 def assert_no_hooks(*models):
-    """None of ours; transformers has hooks of its own, which stay."""
+    """Check that no hook of Kirsch is left; transformers has hooks of its own."""
     modules = [module for model in models for module in model.modules()]
     hooks = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     assert not [hook for hook in hooks if hook.__module__.startswith("kirsch")]
 
 
-def test_accumulated_batches_make_the_step_of_one_batch(tmp_path):
-    """8 sequences with 3 to 8 valid tokens: twice 4, once 8, and `kirsch.Distiller` by hand."""
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    """Two batches of 4, one of 8, and a step with `kirsch.Distiller`, with 3 to 8 valid tokens per sequence."""
     objective = dataclasses.replace(Objective.preset("causal"), label_weight=0.5)
     students = [causal(8, 2, 0).double() for _ in range(3)]
     teacher = causal(16, 4, 1).double()
@@ -119,33 +115,33 @@ def test_accumulated_batches_make_the_step_of_one_batch(tmp_path):
             per_device_train_batch_size=size, gradient_accumulation_steps=accumulate,
         )  # fmt: skip
         run.train()
-    whole = {name: torch.stack([row[name] for row in texts(8)]) for name in texts(1)[0]}
-    found = kirsch.Distiller(students[2], teacher, objective, whole)
-    optimizer = torch.optim.SGD(found.parameters(), lr=0.1)
-    found.train()(whole).total.backward()
+    batch = {name: torch.stack([row[name] for row in texts(8)]) for name in texts(1)[0]}
+    distiller = kirsch.Distiller(students[2], teacher, objective, batch)
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    distiller.train()(batch).total.backward()
     optimizer.step()
     for other in students[1:]:
-        assert_same(students[0], other, rtol=1e-10, atol=1e-12)
+        assert_weights_close(students[0], other, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:The term:UserWarning")
-def test_a_run_that_is_resumed_ends_in_the_same_bits(tmp_path):
-    """With adapters, balance and dropout; the checkpoint lies within an epoch."""
+def test_resumed_run_is_bitwise_equal(tmp_path):
+    """With adapters, balance and dropout, from a checkpoint within an epoch."""
     terms = (*LAYERS.terms[:2], Term("attention-mse", 0.5, student="attention[*]"))
     objective = dataclasses.replace(LAYERS, terms=terms, balance="gradient")
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
-    ran = []
-    for folder, resume in (("whole", None), ("rest", str(tmp_path / "whole" / "checkpoint-3"))):
+    runs = []
+    for folder, resume in (("complete", None), ("resumed", str(tmp_path / "complete" / "checkpoint-3"))):
         run = trainer(tmp_path / folder, causal(8, 2, 0, dropout=0.2), objective=objective, **settings)
         run.train(resume_from_checkpoint=resume)
-        ran.append(run)
-    assert_same(ran[0].model, ran[1].model, rtol=0, atol=0)
-    assert_same(ran[0].distiller.adapters, ran[1].distiller.adapters, rtol=0, atol=0)
-    assert ran[0].distiller.state_dict()["balance"] == ran[1].distiller.state_dict()["balance"]
-    assert ran[0].state.log_history[-2]["loss/kd"] == ran[1].state.log_history[-2]["loss/kd"]
+        runs.append(run)
+    assert_weights_close(runs[0].model, runs[1].model, rtol=0, atol=0)
+    assert_weights_close(runs[0].distiller.adapters, runs[1].distiller.adapters, rtol=0, atol=0)
+    assert runs[0].distiller.state_dict()["balance"] == runs[1].distiller.state_dict()["balance"]
+    assert runs[0].state.log_history[-2]["loss/kd"] == runs[1].state.log_history[-2]["loss/kd"]
 
 
-def test_adapters_are_trained_and_the_student_is_saved_alone(tmp_path):
+def test_adapters_are_trained_and_only_the_student_is_saved(tmp_path):
     run = trainer(tmp_path, max_steps=2)
     run.train()
     trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
@@ -155,15 +151,17 @@ def test_adapters_are_trained_and_the_student_is_saved_alone(tmp_path):
     for before, after in zip(fresh.adapters.parameters(), run.distiller.adapters.parameters(), strict=True):
         assert not torch.equal(before, after)
     run.save_model(str(tmp_path / "student"))
-    assert_same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student"), run.model, rtol=0, atol=0)
+    assert_weights_close(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student"), run.model, rtol=0, atol=0
+    )
     assert_no_hooks(run.model)
     assert run.model_wrapped is run.model
 
 
-def test_evaluation_tells_the_students_own_loss_and_the_log_its_terms(tmp_path):
+def test_evaluation_uses_the_students_loss_and_terms_are_logged(tmp_path):
     run = trainer(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=16)
     run.train()
-    first, told = run.state.log_history[0], run.state.log_history[2]
+    first, evaluation = run.state.log_history[0], run.state.log_history[2]
     parts = {name: value for name, value in first.items() if name.startswith("loss/")}
     assert parts.keys() == {"loss/label", "loss/kd", "loss/hidden-mse", "loss/attention-mse"}
     assert sum(parts.values()) == pytest.approx(first["loss"], rel=1e-5)
@@ -171,7 +169,7 @@ def test_evaluation_tells_the_students_own_loss_and_the_log_its_terms(tmp_path):
     assert len(shares) == 4
     assert sum(shares) == pytest.approx(1)
     batch = run.data_collator(texts())
-    assert told["eval_loss"] == pytest.approx(run.model.eval()(**batch).loss.item(), rel=1e-5)
+    assert evaluation["eval_loss"] == pytest.approx(run.model.eval()(**batch).loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +181,7 @@ def test_evaluation_tells_the_students_own_loss_and_the_log_its_terms(tmp_path):
     ],
     ids=["minilm", "memory", "logits, relations, states"],
 )  # fmt: skip
-def test_an_encoder_learns_of_every_kind_of_place(tmp_path, objective):
+def test_encoder_is_trained_on_every_kind_of_layer(tmp_path, objective):
     run = trainer(
         tmp_path, encoder(8, 2, 0), encoder(16, 4, 1), objective, sentences(), max_steps=5, num_train_epochs=2
     )
@@ -193,7 +191,7 @@ def test_an_encoder_learns_of_every_kind_of_place(tmp_path, objective):
     assert len(run.predict(sentences()).predictions) == 16
 
 
-def test_sixteen_bits_are_near_to_thirty_two(tmp_path):
+def test_bf16_loss_is_close_to_fp32(tmp_path):
     losses = []
     for bf16 in (False, True):
         run = trainer(tmp_path, bf16=bf16)
@@ -203,7 +201,7 @@ def test_sixteen_bits_are_near_to_thirty_two(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
-def test_a_second_training_goes_on_with_the_same_adapters(tmp_path):
+def test_second_training_keeps_adapters_of_the_same_model(tmp_path):
     run = trainer(tmp_path)
     run.train()
     before = run.distiller
@@ -217,7 +215,7 @@ def test_a_second_training_goes_on_with_the_same_adapters(tmp_path):
     assert run.distiller.student is run.model
 
 
-def test_hooks_are_gone_after_an_exception(tmp_path):
+def test_hooks_are_removed_after_an_exception(tmp_path):
     run = trainer(tmp_path)
 
     def fail(*_args, **_options):
@@ -230,7 +228,7 @@ def test_hooks_are_gone_after_an_exception(tmp_path):
     assert_no_hooks(run.model)
 
 
-def test_an_optimizer_of_ones_own_is_given_the_adapters(tmp_path):
+def test_adapters_are_added_to_a_given_optimizer(tmp_path):
     student = causal(8, 2, 0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     run = trainer(tmp_path, student, optimizers=(optimizer, None))
@@ -240,27 +238,27 @@ def test_an_optimizer_of_ones_own_is_given_the_adapters(tmp_path):
     }
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    with pytest.raises(UsageError, match=r"do not know the adapters of the objective.*optimizer_cls_and_kwargs="):
+    with pytest.raises(UsageError, match=r"lacks the adapters of the objective.*optimizer_cls_and_kwargs="):
         trainer(tmp_path, student, optimizers=(optimizer, schedule)).train()
 
 
-def test_a_trainer_of_ones_own_may_be_mixed_in(tmp_path):
-    class Loud(transformers.Trainer):
-        heard = 0
+def test_mixin_works_with_a_custom_trainer(tmp_path):
+    class CountingTrainer(transformers.Trainer):
+        steps = 0
 
         def training_step(self, *args, **options):
-            self.heard += 1
+            self.steps += 1
             return super().training_step(*args, **options)
 
-    class Mine(DistillationMixin, Loud):
+    class CustomTrainer(DistillationMixin, CountingTrainer):
         pass
 
-    run = trainer(tmp_path, kind=Mine)
+    run = trainer(tmp_path, kind=CustomTrainer)
     run.train()
-    assert run.heard == 1
+    assert run.steps == 1
 
 
-def test_a_checkpoint_without_adapters_is_refused(tmp_path):
+def test_checkpoint_without_adapters_is_refused(tmp_path):
     run = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     run.train()
     (tmp_path / "checkpoint-1" / STATE).unlink()
@@ -269,42 +267,42 @@ def test_a_checkpoint_without_adapters_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:No configuration describes:UserWarning")
-def test_a_pruned_student_without_a_configuration_is_resumed_and_not_saved(tmp_path):
-    """Its checkpoints are its weights alone, which `from_pretrained` cannot take for a model."""
+def test_pruned_student_without_configuration_is_resumed_and_not_saved(tmp_path):
+    """Its checkpoints contain weights without a configuration."""
     original = encoder(16, 1, 0)
     plan = kirsch.plan(kirsch.trace(original, {"input_ids": texts(1)[0]["input_ids"][None]}), kirsch.Goal(params=0.7))
     kind = {"teacher": encoder(16, 1, 1), "objective": Objective.kd(), "data": sentences(), "save_strategy": "steps"}
     runs = []
-    for folder, resume in (("whole", None), ("rest", str(tmp_path / "whole" / "checkpoint-2"))):
+    for folder, resume in (("complete", None), ("resumed", str(tmp_path / "complete" / "checkpoint-2"))):
         run = trainer(tmp_path / folder, kirsch.prune(original, plan), save_steps=2, max_steps=4, **kind)
         run.train(resume_from_checkpoint=resume)
         runs.append(run)
-    assert_same(runs[0].model, runs[1].model, rtol=0, atol=0)
-    assert not (tmp_path / "whole" / "checkpoint-2" / "config.json").exists()
-    for way in (lambda: runs[0].save_model(tmp_path / "small"), runs[0].push_to_hub):
+    assert_weights_close(runs[0].model, runs[1].model, rtol=0, atol=0)
+    assert not (tmp_path / "complete" / "checkpoint-2" / "config.json").exists()
+    for save in (lambda: runs[0].save_model(tmp_path / "small"), runs[0].push_to_hub):
         with pytest.raises(UsageError, match=r"from_pretrained cannot load.*kirsch\.save"):
-            way()
+            save()
     assert not list((tmp_path / "small").glob("*"))
     with pytest.raises(UsageError, match="from_pretrained cannot load"):
         trainer(tmp_path / "hub", runs[0].model, push_to_hub=True, **kind)
 
 
-def test_a_checkpoint_of_another_objective_is_refused(tmp_path):
-    """Of one without adapters, beside which the optimizer has fewer groups."""
+def test_checkpoint_of_another_objective_is_refused(tmp_path):
+    """The other objective has no adapters, so that its optimizer has fewer parameters."""
     trainer(tmp_path, objective=Objective.preset("causal"), save_strategy="steps", save_steps=1).train()
-    with pytest.raises(CheckpointError, match="The state holds other adapters than this distiller: joint"):
+    with pytest.raises(CheckpointError, match="The state holds other adapters than this distiller: adapter1"):
         trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
 
 
 def stacked(rows):
-    """A collator that leaves "label" as the data has it."""
+    """Collator that does not rename "label"."""
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
 
-@pytest.mark.parametrize("called", ["label", "target", "y"])
+@pytest.mark.parametrize("target_name", ["label", "target", "y"])
 @pytest.mark.parametrize("collator", [None, stacked], ids=["default", "own"])
-def test_targets_of_another_name_are_learned_from(tmp_path, called, collator):
-    rows = [{called if name == "labels" else name: value for name, value in row.items()} for row in sentences()]
+def test_targets_of_other_names_are_used(tmp_path, target_name, collator):
+    rows = [{target_name if name == "labels" else name: value for name, value in row.items()} for row in sentences()]
     options = {"student": encoder(8, 2, 0), "teacher": encoder(16, 4, 1), "objective": Objective.kd(2.0)}
     found = trainer(tmp_path, **options, data=rows, data_collator=collator)
     found.train()
@@ -312,7 +310,7 @@ def test_targets_of_another_name_are_learned_from(tmp_path, called, collator):
     assert found.evaluate()["eval_loss"] > 0
 
 
-def test_a_student_that_ends_in_a_softmax_is_refused_by_the_trainer_too(tmp_path):
+def test_student_with_softmax_is_refused_unless_its_outputs_are_stated(tmp_path):
     student = encoder(8, 2, 0)
     student.classifier = torch.nn.Sequential(student.classifier, torch.nn.Softmax(-1))
     options = {"teacher": encoder(16, 4, 1), "data": sentences()}
@@ -322,78 +320,80 @@ def test_a_student_that_ends_in_a_softmax_is_refused_by_the_trainer_too(tmp_path
     assert trainer(tmp_path, student, objective=objective, **options).train().global_step == 1
 
 
-def test_a_step_whose_targets_are_all_masked_is_refused(tmp_path):
+def test_step_with_all_targets_masked_is_refused(tmp_path):
     rows = [{**row, "labels": torch.full((LENGTH,), -100)} for row in texts()]
     with pytest.raises(DataError, match="All targets of step 1 are masked"):
         trainer(tmp_path, data=rows).train()
 
 
-def test_what_distillation_cannot_follow_is_refused(tmp_path):
+def test_conflicting_settings_are_refused(tmp_path):
     bare, labels = Objective.kd(), Objective.preset("causal")
     with pytest.raises(UsageError, match=r"A LlamaForCausalLM predicts the next token.*causal=True"):
         trainer(tmp_path, objective=bare)
     with pytest.raises(UsageError, match="a BertForSequenceClassification does not predict the next token"):
         trainer(tmp_path, encoder(8, 2, 0), encoder(8, 2, 0), labels)
-    with pytest.raises(UsageError, match="given compute_loss_func, and an objective"):
+    with pytest.raises(UsageError, match="has both `compute_loss_func` and an objective"):
         trainer(tmp_path, compute_loss_func=lambda *_: 0)
-    with pytest.raises(UsageError, match="given label_smoothing_factor, and an objective"):
+    with pytest.raises(UsageError, match="has both `label_smoothing_factor` and an objective"):
         trainer(tmp_path, label_smoothing_factor=0.1)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "description"),
     [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed"), ("is_model_parallel", "a device map")],
 )
-def test_a_student_that_is_spread_is_refused(tmp_path, name, said):
+def test_distributed_student_is_refused(tmp_path, name, description):
     run = trainer(tmp_path)
     setattr(run, name, True)
-    with pytest.raises(UsageError, match=f"would spread the student by {said}.*torchrun"):
+    with pytest.raises(UsageError, match=f"would distribute the student with {description}.*torchrun"):
         run._check(LAYERS)
 
 
 def weights(folder, objective, rows, processes):
-    """What a run ends in, and what it logs of its loss and of the norm that it clips by."""
+    """Return the final parameters of a run, and its logged losses and gradient norms."""
     student, teacher = causal(8, 1, 1).double(), causal(16, 1, 2).double()
     settings = {"per_device_train_batch_size": 8 // processes, "max_steps": 4, "max_grad_norm": 0.1}
     run = trainer(folder, student, teacher, objective, rows, **settings)
     run.train()
-    told = [row[name] for row in run.state.log_history[:-1] for name in ("loss", "loss/kd", "loss/label", "grad_norm")]
-    return [*[p.detach().numpy() for p in run.distiller.parameters()], np.array(told)]
+    logged = [
+        row[name] for row in run.state.log_history[:-1] for name in ("loss", "loss/kd", "loss/label", "grad_norm")
+    ]
+    return [*[p.detach().numpy() for p in run.distiller.parameters()], np.array(logged)]
 
 
-def part(rank, folder, port, *given):
-    """One of two processes."""
+def run_process(rank, folder, port, *arguments):
+    """Train in one of two processes."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
-    found = weights(folder, *given, 2)
+    found = weights(folder, *arguments, 2)
     if rank == 0:
         np.savez(folder / "found.npz", *found)
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes begin as copies of this one")
-@pytest.mark.parametrize("joined", [False, True], ids=["soft targets", "adapter"])
-def test_two_processes_end_where_one_does(tmp_path, joined):
-    """Sequences of 3 to 8 valid tokens, or whole ones with an adapter."""
-    terms = (Term("kd", 0.5, 2.0), *([Term("hidden-mse", 0.5, student="hidden[-1]")] if joined else []))
-    rows = [{"input_ids": r["input_ids"], "labels": r["input_ids" if joined else "labels"]} for r in texts()]
-    given = Objective(terms, causal=True), rows
-    one = weights(tmp_path, *given, 1)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks its process")
+@pytest.mark.parametrize("with_adapter", [False, True], ids=["soft targets", "adapter"])
+def test_two_processes_equal_one(tmp_path, with_adapter):
+    """Padded sequences with soft targets, or full sequences with an adapter."""
+    terms = (Term("kd", 0.5, 2.0), *([Term("hidden-mse", 0.5, student="hidden[-1]")] if with_adapter else []))
+    rows = [{"input_ids": r["input_ids"], "labels": r["input_ids" if with_adapter else "labels"]} for r in texts()]
+    arguments = Objective(terms, causal=True), rows
+    one = weights(tmp_path, *arguments, 1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    torch.multiprocessing.start_processes(part, (tmp_path, port, *given), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(run_process, (tmp_path, port, *arguments), nprocs=2, start_method="fork")
     with np.load(tmp_path / "found.npz") as arrays:
         two = [arrays[name] for name in arrays.files]
     assert len(one) == len(two)
     for first, second in zip(one, two, strict=True):
-        # Sums in another order, in float64; what is logged is in single precision.
+        # The order of summation differs, in float64; logged numbers are float32.
         exact = {"rtol": 1e-8, "atol": 1e-11} if first.shape != one[-1].shape else {"rtol": 1e-5}
         np.testing.assert_allclose(second, first, **exact)
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "kirsch.integrations.huggingface")
     with pytest.raises(MissingExtraError, match=r"'transformers' is not installed.*kirsch\[hf\]"):

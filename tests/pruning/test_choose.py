@@ -1,4 +1,4 @@
-"""A plan lands on its goal, takes the least important units, and says what stops it."""
+"""A plan meets its goal with the least important units, or names the reason why it cannot."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def network(width=32):
 @pytest.mark.parametrize("goal", [{"macs": 0.5}, {"macs": 0.3}, {"params": 0.5}, {"macs": 0.6, "params": 0.4}])
 def test_the_goal_is_met_within_one_percent_of_the_original(scope, goal):
     model = network()
-    wanted = kirsch.Goal(**goal)
-    plan = kirsch.plan(kirsch.trace(model, IMAGE), wanted, scope=scope, round_to=1)
-    reached = wanted.fractions(plan.after, plan.before)
+    target = kirsch.Goal(**goal)
+    plan = kirsch.plan(kirsch.trace(model, IMAGE), target, scope=scope, round_to=1)
+    reached = target.fractions(plan.after, plan.before)
     assert all(value <= limit for value, limit in reached.values())
     assert any(limit - value <= 0.01 for value, limit in reached.values())
 
 
-def test_the_price_of_a_plan_is_what_the_real_pruned_model_counts():
+def test_the_cost_of_a_plan_is_that_of_the_pruned_model():
     model = network()
     assert (kirsch.trace(model, IMAGE).cost.parameters, kirsch.trace(model, IMAGE).cost.macs) == count(model, IMAGE)
     plan = kirsch.plan(kirsch.trace(model, IMAGE), kirsch.Goal(macs=0.5))
@@ -77,7 +77,7 @@ def test_magnitude_in_closed_form(norm, expected):
 @pytest.mark.parametrize("norm", [1, 2])
 def test_an_empty_parameter_has_no_importance(norm):
     class Joined(nn.Module):
-        """As YOLOS with one layer, whose position embeddings for the layers between are none."""
+        """A model with empty parameters, like YOLOS with one layer, which has no intermediate position embeddings."""
 
         def __init__(self):
             super().__init__()
@@ -95,7 +95,7 @@ def test_an_empty_parameter_has_no_importance(norm):
     assert kirsch.prune(model, plans[0]).rows.shape == (0, 8)
 
 
-def test_random_follows_its_seed():
+def test_random_importance_depends_only_on_the_seed():
     graph = kirsch.trace(network(), IMAGE)
     plans = [kirsch.plan(graph, kirsch.Goal(macs=0.5), "random", seed=seed) for seed in (1, 1, 2)]
     assert plans[0].groups == plans[1].groups
@@ -108,18 +108,18 @@ def test_kept_widths_are_multiples(multiple):
     assert all((group.size - len(group.removed)) % multiple == 0 for group in plan.groups)
 
 
-def test_coarse_steps_are_said():
+def test_a_plan_far_below_its_goal_has_a_note():
     plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.55), scope="local", round_to=32)
     assert any("points below the goal" in note and "smaller round_to" in note for note in plan.notes)
 
 
-def test_slow_widths_are_named():
+def test_widths_that_run_slowly_have_a_note():
     plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=1)
     assert any("Widths that 4 does not divide run slowly" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize("pattern", ["3", "3.weight", "[3]"])
-def test_an_excluded_layer_is_left_as_it_is(pattern):
+def test_an_excluded_layer_is_not_changed(pattern):
     model = network()
     plan = kirsch.plan(kirsch.trace(model, IMAGE), kirsch.Goal(macs=0.9), exclude=[pattern])
     assert torch.equal(kirsch.prune(model, plan)[3].weight, model[3].weight)
@@ -135,29 +135,29 @@ def test_an_unknown_layer_to_exclude_names_the_nearest():
         kirsch.plan(graph, kirsch.Goal(macs=0.5), exclude=["feature"])
 
 
-def test_an_unknown_importance_lists_the_known_and_the_nearest():
+def test_an_unknown_importance_lists_known_names_and_the_nearest():
     with pytest.raises(UnknownNameError, match=r"Known: magnitude, random\. Did you mean 'magnitude'\?"):
         kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), "magnitud")
 
 
-def test_an_impossible_goal_says_the_least_reachable():
+def test_an_unreachable_goal_names_the_least_reachable_cost():
     with pytest.raises(GoalError, match=r"macs 0\.1% is requested, \d+\.\d% is the least reachable"):
         kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.001))
 
 
-def test_what_stands_in_the_way_of_a_goal_is_named():
+def test_an_unreachable_goal_names_the_frozen_layers():
     model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 2))
     with pytest.raises(GoalError, match=r"a softmax spans it"):
         kirsch.plan(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(params=0.5))
 
 
 @pytest.mark.parametrize("value", [0, 1, 1.5, -0.2])
-def test_a_goal_that_is_no_fraction_is_refused(value):
+def test_a_goal_that_is_not_a_fraction_is_refused(value):
     with pytest.raises(GoalError, match="fraction of the original, between 0 and 1"):
         kirsch.Goal(macs=value)
 
 
-def test_no_goal_at_all_is_refused():
+def test_a_goal_without_limits_is_refused():
     with pytest.raises(GoalError, match="at least one limit"):
         kirsch.Goal()
 
@@ -168,8 +168,8 @@ def test_options_out_of_range_are_named_together():
 
 
 @pytest.mark.parametrize("scope", ["global", "local"])
-def test_something_of_every_axis_stays_where_several_groups_share_one(scope):
-    """Two layers side by side on one axis of a third: each may go to its last unit, and one of them must keep it."""
+def test_no_axis_becomes_empty_if_several_groups_share_it(scope):
+    """Two layers share an axis of a third: each may lose all units, and one of them must keep a unit."""
 
     class Shared(nn.Module):
         def __init__(self):
@@ -187,7 +187,7 @@ def test_something_of_every_axis_stays_where_several_groups_share_one(scope):
     assert kirsch.prune(Shared(), plan) is not None
 
 
-def test_a_plan_survives_json():
+def test_a_plan_is_restored_from_json():
     plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5))
     assert kirsch.Plan.from_json(plan.to_json()) == plan
     with pytest.raises(PlanError, match="not JSON"):

@@ -1,4 +1,4 @@
-"""Which kinds of units go, in what steps, and alike in all layers."""
+"""Kinds of units, multiples by kind, and uniform plans."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = torch.randint(0, 20, (2, 6))
 
 
 class Block(nn.Module):
-    """Attention whose queries share keys and values, and a gated feed-forward part."""
+    """Grouped-query attention, and a gated feed-forward network."""
 
     def __init__(self, width=32, heads=8, shared=2, each=8, hidden=64):
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Words, two blocks, a recurrent layer, a grouped convolution with its norm, scores."""
+    """Embedding, two blocks, a recurrent layer, a grouped convolution with group normalization, logits."""
 
     def __init__(self):
         super().__init__()
@@ -53,11 +53,11 @@ def graph():
     return kirsch.trace(Model().eval(), WORDS)
 
 
-def gone(plan):
+def changed_kinds(plan):
     return Counter(removal.kind for removal in plan.groups)
 
 
-def test_each_kind_is_told(graph):
+def test_the_groups_have_their_kinds_and_sizes(graph):
     assert Counter((group.kind, group.size) for group in graph.groups) == {
         ("embedding dim", 32): 1,
         ("kv group", 4): 2,
@@ -70,18 +70,18 @@ def test_each_kind_is_told(graph):
     }
 
 
-def test_only_the_kinds_that_are_named_go(graph):
+def test_only_the_named_kinds_are_removed(graph):
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.7), granularity=["kv group", "ffn unit"], round_to=1)
-    assert set(gone(plan)) == {"kv group", "ffn unit"}
+    assert set(changed_kinds(plan)) == {"kv group", "ffn unit"}
 
 
-def test_a_kind_with_zero_stays_and_others_go(graph):
+def test_a_kind_with_weight_zero_is_kept(graph):
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), granularity={"head dim": 0, "embedding dim": 0})
-    assert {"head dim", "embedding dim"}.isdisjoint(gone(plan))
-    assert gone(plan)["ffn unit"] == 2
+    assert {"head dim", "embedding dim"}.isdisjoint(changed_kinds(plan))
+    assert changed_kinds(plan)["ffn unit"] == 2
 
 
-def test_a_kind_that_goes_more_readily_loses_more(graph):
+def test_a_kind_with_a_larger_weight_loses_more_units(graph):
     def removed(weight):
         plan = kirsch.plan(graph, kirsch.Goal(macs=0.6), granularity={"ffn unit": weight}, round_to=1)
         return sum(len(removal.removed) for removal in plan.groups if removal.kind == "ffn unit")
@@ -89,7 +89,7 @@ def test_a_kind_that_goes_more_readily_loses_more(graph):
     assert removed(0.1) < removed(1.0) < removed(10.0)
 
 
-def test_steps_are_set_by_kind(graph):
+def test_round_to_can_be_set_by_kind(graph):
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.4), round_to={"ffn unit": 10, "head dim": 2})
     left = {(removal.kind, removal.size - len(removal.removed)) for removal in plan.groups}
     assert any(kind == "ffn unit" for kind, _ in left)
@@ -97,28 +97,28 @@ def test_steps_are_set_by_kind(graph):
     assert all(number % 2 == 0 for kind, number in left if kind == "head dim")
 
 
-def test_whole_parts_go_singly_by_default(graph):
+def test_heads_are_not_rounded_by_default(graph):
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.9), granularity=["kv group"])
     assert [len(removal.removed) for removal in plan.groups] == [1, 1]
 
 
-def test_uniform_plans_leave_every_layer_alike(graph):
+def test_uniform_plans_keep_equal_widths_in_all_layers(graph):
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.45), uniform=True, round_to=1)
-    left = {}
+    removed = {}
     for removal in plan.groups:
-        left.setdefault((removal.kind, removal.size), []).append(len(removal.removed))
-    assert len(left["ffn unit", 64]) == 2
-    assert all(len(set(numbers)) == 1 for numbers in left.values())
-    model = kirsch.prune(_same_model(), plan)
+        removed.setdefault((removal.kind, removal.size), []).append(len(removal.removed))
+    assert len(removed["ffn unit", 64]) == 2
+    assert all(len(set(numbers)) == 1 for numbers in removed.values())
+    model = kirsch.prune(model_of_graph(), plan)
     assert model.blocks[0].up.weight.shape == model.blocks[1].up.weight.shape
 
 
-def _same_model():
+def model_of_graph():
     torch.manual_seed(0)
     return Model().eval()
 
 
-def test_unknown_kinds_are_answered_with_the_nearest(graph):
+def test_an_unknown_kind_names_the_nearest(graph):
     with pytest.raises(UnknownNameError, match=r"no kind of unit for `granularity` 'heads'.*Did you mean 'head'"):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), granularity=["heads"])
     with pytest.raises(UnknownNameError, match=r"no kind of unit for `round_to` 'channels'.*Did you mean 'channel'"):
@@ -126,7 +126,7 @@ def test_unknown_kinds_are_answered_with_the_nearest(graph):
 
 
 @pytest.mark.parametrize("number", [-1, float("nan"), float("inf")])
-def test_numbers_out_of_range_are_named(graph, number):
+def test_a_weight_out_of_range_is_refused(graph, number):
     with pytest.raises(
         UsageError, match=r"granularity.*head'.*(A number of at least 0 is needed|expected a finite number)"
     ):

@@ -1,4 +1,4 @@
-"""A goal that cannot be reached: what holds the rest, and remedies that were tried."""
+"""The error for an unreachable goal names the causes, and options that reach the goal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kirsch.pruning.choose import plan
 
 
 class Words(nn.Module):
-    """An embedding that holds most of the model, a block of linear layers, and a head of two classes."""
+    """An embedding with most of the parameters, a feed-forward block, and a classifier."""
 
     def __init__(self):
         super().__init__()
@@ -38,16 +38,16 @@ def refused(graph, goal, **options):
     return caught.value
 
 
-def test_embeddings_that_granularity_leaves_out_are_named_with_their_share(graph):
+def test_a_layer_that_granularity_keeps_is_named_with_its_share(graph):
     error = refused(graph, kirsch.Goal(params=0.5), granularity=["ffn unit"])
     share = 500 * 16 / graph.cost.parameters
     assert f"`embed` ({share:.1%})" in error.why
-    assert "whose units of the kind 'embedding dim' granularity leaves out" in error.why
+    assert "whose units have the kind 'embedding dim', which granularity keeps" in error.why
     assert "'embedding dim' in granularity (--kind)" in error.fix
 
 
 @pytest.mark.parametrize(
-    ("goal", "options", "remedy", "repaired"),
+    ("goal", "options", "fix", "fixed_options"),
     [
         (
             {"params": 0.5},
@@ -72,40 +72,40 @@ def test_embeddings_that_granularity_leaves_out_are_named_with_their_share(graph
         ),
     ],
 )
-def test_a_remedy_that_is_offered_reaches_the_goal(graph, goal, options, remedy, repaired):
-    wanted = kirsch.Goal(**goal)
-    error = refused(graph, wanted, **options)
-    assert remedy in error.fix
-    assert wanted.met_by(plan(graph, wanted, **repaired).after, graph.cost)
+def test_the_suggested_options_reach_the_goal(graph, goal, options, fix, fixed_options):
+    target = kirsch.Goal(**goal)
+    error = refused(graph, target, **options)
+    assert fix in error.fix
+    assert target.met_by(plan(graph, target, **fixed_options).after, graph.cost)
 
 
 @pytest.mark.parametrize("options", [{"round_to": 8}, {"min_keep": 0.7}, {"exclude": ["up.bias"]}])
-def test_the_goal_that_is_offered_instead_is_reached_with_the_same_options(graph, options):
+def test_the_suggested_goal_is_reached_with_the_same_options(graph, options):
     error = refused(graph, kirsch.Goal(params=0.01, macs=0.01), **options)
-    found = re.search(r"Or ask for params=([\d.]+), macs=([\d.]+)|Or ask for macs=([\d.]+), params=([\d.]+)", error.fix)
-    macs, params = (float(number) for number in (found[3], found[4]))
+    suggested = re.search(r"Or use the goal macs=([\d.]+), params=([\d.]+)", error.fix)
+    macs, params = (float(number) for number in suggested.groups())
     assert plan(graph, kirsch.Goal(macs=macs, params=params), **options).groups
 
 
-def test_where_no_options_reach_a_goal_this_is_said_with_the_least_they_reach(graph):
+def test_a_goal_that_no_options_reach_names_the_least_reachable_cost(graph):
     error = refused(graph, kirsch.Goal(params=0.001))
     assert re.search(r"No options reach it; with round_to=1 and with min_keep=0\.001: params 0\.1% .* least", error.fix)
-    assert "cut as far as min_keep=0.1, round_to='auto' let them" in error.why
+    assert "cut as far as min_keep=0.1, round_to='auto' allow" in error.why
 
 
-def test_layers_that_are_frozen_are_named_with_the_operation():
+def test_frozen_layers_are_named_with_the_operation():
     model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 2))
     error = refused(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(params=0.5))
     assert re.search(r"75\.7% of the parameters in `0`, frozen: a softmax spans it", error.why)
     assert error.fix.endswith("With these options nothing can be removed.")
 
 
-def test_layers_that_are_excluded_are_named_with_the_pattern(graph):
+def test_excluded_layers_are_named_with_the_pattern(graph):
     error = refused(graph, kirsch.Goal(params=0.5), exclude=["embed"])
-    assert "which exclude=['embed'] leaves as they are" in error.why
+    assert "which exclude=['embed'] keeps unchanged" in error.why
 
 
-def test_an_importance_that_fails_on_what_was_excluded_is_no_remedy():
+def test_options_for_which_the_importance_fails_are_not_suggested():
     model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     with torch.no_grad():
         model[2].weight[0, 0] = torch.nan
@@ -115,7 +115,7 @@ def test_an_importance_that_fails_on_what_was_excluded_is_no_remedy():
     assert "The parameter '2.weight' of Sequential holds NaN" in error.fix
 
 
-def test_a_goal_on_macs_of_a_model_without_any_is_refused():
+def test_a_goal_on_macs_is_refused_for_a_model_without_macs():
     class Lookup(nn.Module):
         def __init__(self):
             super().__init__()
@@ -125,7 +125,7 @@ def test_a_goal_on_macs_of_a_model_without_any_is_refused():
             return self.table(x).sum(-1)
 
     graph = kirsch.trace(Lookup(), torch.randint(0, 9, (1, 4)))
-    with pytest.raises(GoalError, match=r"macs=0\.5 asks for nothing\. Lookup has no MACs\. Give params"):
+    with pytest.raises(GoalError, match=r"macs=0\.5 has no effect\. Lookup has no MACs\. Give params"):
         plan(graph, kirsch.Goal(macs=0.5))
 
 

@@ -1,4 +1,4 @@
-"""Removal with proof, plans by hand, and pruned models on disk."""
+"""Removal with verification, edited plans, saved models, regularizers."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def edited(plan, **changes):
     return kirsch.Plan.from_json(json.dumps(content))
 
 
-def test_the_result_is_verified_and_says_what_an_optimizer_must_do(case):
+def test_the_result_is_verified_and_has_a_note_on_optimizers(case):
     found = prune_with_verification(*case)
     assert found.verification.passed
     assert any("make a new one" in note for note in found.notes)
 
 
-def test_what_the_example_does_not_show_is_said():
+def test_modules_without_effect_on_the_outputs_have_a_note():
     class Pooled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -69,22 +69,22 @@ def test_what_the_example_does_not_show_is_said():
             weights = self.score(self.hidden(x).tanh()).softmax(1)
             return self.head((weights * self.values(x)).sum(1))
 
-    for tokens, said in ((1, True), (5, False)):  # the weight of a single token is 1, whatever its score
+    for tokens, expected in ((1, True), (5, False)):  # the attention weight of a single token is always 1
         model = shaken(Pooled())
         found = prune_with_verification(
             model, kirsch.plan(kirsch.trace(model, torch.randn(2, tokens, 4)), kirsch.Goal(macs=0.6))
         )
-        assert any("no output depends on `hidden`, `score`:" in note for note in found.notes) is said
+        assert any("no output depends on `hidden`, `score`:" in note for note in found.notes) is expected
 
 
-def test_a_plan_survives_json_and_cuts_the_same(case):
+def test_a_plan_restored_from_json_has_the_same_result(case):
     model, plan = case
     again = kirsch.Plan.from_json(plan.to_json())
     assert again == plan
     assert equal(kirsch.prune(model, plan), kirsch.prune(model, again))
 
 
-def test_a_plan_edited_by_hand_is_obeyed(case):
+def test_an_edited_plan_is_applied(case):
     model, plan = case
     assert kirsch.prune(model, edited(plan, removed=[0, 5]))[0].out_channels == 14
 
@@ -100,25 +100,25 @@ def test_a_plan_edited_by_hand_is_obeyed(case):
         ({"removed": None}, "a list is expected, and null was found"),
     ],
 )
-def test_a_plan_edited_wrongly_is_refused(case, changes, sentence):
+def test_an_invalid_edit_of_a_plan_is_refused(case, changes, sentence):
     model, plan = case
     with pytest.raises(PlanError, match=sentence):
         kirsch.prune(model, edited(plan, **changes))
 
 
-def test_a_plan_for_another_model_is_refused_with_both_named(case):
+def test_a_plan_for_another_model_is_refused_with_both_models(case):
     _, plan = case
     with pytest.raises(PlanError, match=r"for another model: Sequential with \d.*This model is Sequential with \d"):
         kirsch.prune(build(width=8), plan)
 
 
-def test_nothing_is_returned_when_the_proof_fails(case, monkeypatch):
+def test_no_model_is_returned_if_the_verification_fails(case, monkeypatch):
     model, plan = case
     before = copy.deepcopy(model)
-    plain = surgery.cut
+    original_cut = surgery.cut
 
     def wrong(*args):
-        pruned = plain(*args)
+        pruned = original_cut(*args)
         pruned[0].bias.data = pruned[0].bias.data.roll(1)
         return pruned
 
@@ -129,52 +129,54 @@ def test_nothing_is_returned_when_the_proof_fails(case, monkeypatch):
     assert kirsch.prune(model, plan, verify=False) is not None
 
 
-def several():
-    """Five groups, each of the outputs of one layer."""
-    return shaken(nn.Sequential(*(nn.Conv2d(3 if not place else 8, 8, 1) for place in range(6)))), IMAGE
+def model_of_five_groups():
+    """Return a chain of convolutions with five groups, one per layer, and its inputs."""
+    return shaken(nn.Sequential(*(nn.Conv2d(8 if index else 3, 8, 1) for index in range(6)))), IMAGE
 
 
-def cut_wrongly(monkeypatch, wrong):
-    """The kept rows of a weight are in another order wherever `wrong` says so of the model."""
+def plant_wrong_cut(monkeypatch, wrong_layers):
+    """Make the surgery roll the kept rows of the weights of `wrong_layers(pruned)`."""
     cut = surgery.cut
 
     def planted(model, graph, keep):
         pruned = cut(model, graph, keep)
-        for layer in wrong(pruned):
+        for layer in wrong_layers(pruned):
             layer.weight.data = layer.weight.data.roll(1, 0)
         return pruned
 
     monkeypatch.setattr(surgery, "cut", planted)
 
 
-def test_the_group_that_goes_wrong_is_named(monkeypatch):
-    model, inputs = several()
+def test_the_failing_group_is_named(monkeypatch):
+    model, inputs = model_of_five_groups()
     plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.4))
     assert len(plan.groups) > 3
-    cut_wrongly(monkeypatch, lambda pruned: [pruned[3]] if pruned[3].out_channels < 8 else [])
-    with pytest.raises(VerificationError, match=r"The cut of '3' by itself is wrong already\. Exclude '3', and report"):
+    plant_wrong_cut(monkeypatch, lambda pruned: [pruned[3]] if pruned[3].out_channels < 8 else [])
+    with pytest.raises(VerificationError, match=r"The removal of '3' by itself fails\. Exclude '3', and report"):
         kirsch.prune(model, plan)
 
 
-def test_groups_that_go_wrong_together_are_named(monkeypatch):
-    model, inputs = several()
+def test_groups_that_fail_only_together_are_named(monkeypatch):
+    model, inputs = model_of_five_groups()
     plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.4))
     both = lambda pruned: [pruned[1]] if pruned[1].out_channels < 8 and pruned[4].out_channels < 8 else []  # noqa: E731
-    cut_wrongly(monkeypatch, both)
-    with pytest.raises(VerificationError, match=r"The cut of '1', '2', '3' and \d more by itself .* no half of it"):
+    plant_wrong_cut(monkeypatch, both)
+    with pytest.raises(
+        VerificationError, match=r"The removal of '1', '2', '3' and \d more by itself fails, and no half of it does"
+    ):
         kirsch.prune(model, plan)
 
 
-def test_where_no_cut_is_at_fault_none_is_named(monkeypatch):
-    model, inputs = several()
+def test_no_group_is_named_if_the_failure_does_not_depend_on_groups(monkeypatch):
+    model, inputs = model_of_five_groups()
     plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.4))
-    cut_wrongly(monkeypatch, lambda pruned: [pruned[5]])
+    plant_wrong_cut(monkeypatch, lambda pruned: [pruned[5]])
     with pytest.raises(VerificationError) as caught:
         kirsch.prune(model, plan)
     assert "by itself" not in str(caught.value)
 
 
-def test_saved_and_loaded_is_bit_equal(case, tmp_path):
+def test_a_loaded_model_equals_the_saved_model_bit_for_bit(case, tmp_path):
     model, plan = case
     small = kirsch.prune(model, plan)
     kirsch.save(small, tmp_path / "small")
@@ -184,7 +186,7 @@ def test_saved_and_loaded_is_bit_equal(case, tmp_path):
     assert not list((tmp_path / "small").glob("*.pt*"))
 
 
-def test_pruned_twice_is_saved_and_loaded_too(case, tmp_path):
+def test_a_model_pruned_twice_is_saved_and_loaded(case, tmp_path):
     once = kirsch.prune(*case)
     twice = kirsch.prune(once, kirsch.plan(kirsch.trace(once, IMAGE), kirsch.Goal(macs=0.6)))
     kirsch.save(twice, tmp_path / "small")
@@ -192,7 +194,7 @@ def test_pruned_twice_is_saved_and_loaded_too(case, tmp_path):
 
 
 class Filling(nn.Module):
-    """Has a buffer that its first run replaces by one of another shape."""
+    """Replaces a buffer in its first run by one of another shape."""
 
     def __init__(self):
         super().__init__()
@@ -205,7 +207,7 @@ class Filling(nn.Module):
         return self.second(self.first(x + self.positions).relu())
 
 
-def test_a_model_that_fills_its_buffers_when_it_runs_is_loaded(tmp_path):
+def test_a_model_that_fills_its_buffers_in_its_first_run_is_loaded(tmp_path):
     model, inputs = shaken(Filling()), torch.randn(3, 4)
     model(inputs)
     pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(params=0.6)))
@@ -213,7 +215,7 @@ def test_a_model_that_fills_its_buffers_when_it_runs_is_loaded(tmp_path):
     assert torch.equal(kirsch.load(tmp_path / "small", Filling).eval()(inputs), pruned(inputs))
 
 
-def test_a_model_that_was_not_pruned_is_not_saved(tmp_path):
+def test_saving_a_model_that_was_not_pruned_is_refused(tmp_path):
     with pytest.raises(UsageError, match="was not pruned by Kirsch"):
         kirsch.save(build(), tmp_path / "small")
 
@@ -230,7 +232,7 @@ def test_a_damaged_file_is_named(case, tmp_path, name):
 
 
 def rewrite_manifest(folder, change):
-    """Change the entries of a manifest by hand, so that it is still one."""
+    """Change the entries of a manifest, which stays valid."""
     content = json.loads((folder / "manifest.json").read_text())
     change(content["files"])
     files.write_json(folder / "manifest.json", content)
@@ -240,7 +242,7 @@ def rewrite_manifest(folder, change):
     "change",
     [dict.clear, lambda entries: entries.pop("model.safetensors"), lambda entries: entries.pop("plan.json")],
 )
-def test_a_manifest_that_does_not_name_all_lets_no_altered_weights_pass(case, tmp_path, change):
+def test_altered_weights_are_refused_with_an_incomplete_manifest(case, tmp_path, change):
     kirsch.save(kirsch.prune(*case), tmp_path / "small")
     weights = tmp_path / "small" / "model.safetensors"
     stored = safetensors.torch.load_file(weights)
@@ -251,15 +253,15 @@ def test_a_manifest_that_does_not_name_all_lets_no_altered_weights_pass(case, tm
 
 
 @pytest.mark.parametrize("name", ["plan.json", "model.safetensors"])
-def test_a_saved_model_without_one_of_its_files_is_none_whatever_its_manifest(case, tmp_path, name):
+def test_a_folder_without_plan_or_weights_is_refused(case, tmp_path, name):
     kirsch.save(kirsch.prune(*case), tmp_path / "small")
     (tmp_path / "small" / name).unlink()
     files.write_manifest(tmp_path / "small")
-    with pytest.raises(CheckpointError, match=r"holds no model of kirsch\.save\."):
+    with pytest.raises(CheckpointError, match=r"does not contain a model of kirsch\.save\."):
         kirsch.load(tmp_path / "small", build)
 
 
-def test_a_saved_model_with_a_file_more_is_refused_by_its_name(case, tmp_path):
+def test_an_additional_file_in_the_folder_is_refused(case, tmp_path):
     kirsch.save(kirsch.prune(*case), tmp_path / "small")
     (tmp_path / "small" / "plan.2.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"plan\.2\.json is not in its manifest\..*keep other files elsewhere"):
@@ -267,7 +269,7 @@ def test_a_saved_model_with_a_file_more_is_refused_by_its_name(case, tmp_path):
 
 
 @pytest.mark.parametrize("change", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m[1].half() and m])
-def test_a_model_comes_back_in_its_types(case, tmp_path, change):
+def test_a_loaded_model_has_the_types_of_the_saved_model(case, tmp_path, change):
     """`build` makes single precision, as most code does."""
     small = change(kirsch.prune(*case))
     kirsch.save(small, tmp_path / "small")
@@ -278,7 +280,7 @@ def test_a_model_comes_back_in_its_types(case, tmp_path, change):
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
-def test_a_model_that_was_pruned_in_other_types_than_it_is_built_in_comes_back(tmp_path, kind):
+def test_a_model_pruned_in_other_types_than_build_returns_is_loaded(tmp_path, kind):
     model, inputs = shaken(build()).to(kind), IMAGE.to(kind)
     small = kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.5)))
     kirsch.save(small, tmp_path / "small")
@@ -287,7 +289,7 @@ def test_a_model_that_was_pruned_in_other_types_than_it_is_built_in_comes_back(t
     assert torch.equal(small(inputs), loaded.eval()(inputs))
 
 
-def test_another_architecture_is_refused_at_loading(case, tmp_path):
+def test_loading_another_architecture_is_refused(case, tmp_path):
     kirsch.save(kirsch.prune(*case), tmp_path / "small")
     with pytest.raises((PlanError, LoadError), match="another model"):
         kirsch.load(tmp_path / "small", lambda: build(width=8))
@@ -319,6 +321,6 @@ def test_slimming_without_batch_norm_is_refused():
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
-def test_a_wrong_strength_is_refused(strength):
+def test_an_invalid_strength_is_refused(strength):
     with pytest.raises(UsageError, match="strength"):
         L1(strength)

@@ -1,4 +1,4 @@
-"""Pruned models on disk, whatever their inputs are: what was saved is loaded, and what could not be is refused."""
+"""Saving and loading of pruned models with all kinds of example inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ X, Y = torch.randn(2, 4), torch.randn(2, 4)
 
 
 class Net(nn.Module):
-    """Two layers, run on what `read` makes of the inputs."""
+    """Two layers that run on the result of `read`."""
 
     read = staticmethod(lambda x: x)
 
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 def net(read):
-    """A class of models that reads its inputs so."""
+    """Return a model class with this function to read the inputs."""
     return type("Net", (Net,), {"read": staticmethod(read)})
 
 
@@ -57,24 +57,24 @@ def pruned(build, inputs, **tracing):
     return kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs, **tracing), kirsch.Goal(params=0.6)))
 
 
-DEEP = {"pair": (X, {"y": Y, "none": None}), "settings": [1, "text", False, -0.5]}
+NESTED = {"pair": (X, {"y": Y, "none": None}), "settings": [1, "text", False, -0.5]}
 STORED = {
     "a list": (lambda xs: xs[0] + xs[1], ([X, Y],)),
     "a dict": (lambda given: given["x"] + given["y"], ({"x": X, "y": Y},)),
     "a tuple": (lambda pair: pair[0] + pair[1], ((X, Y),)),
-    "in each other": (lambda given: given["pair"][0] + given["pair"][1]["y"] * given["settings"][3], (DEEP,)),
+    "nested": (lambda given: given["pair"][0] + given["pair"][1]["y"] * given["settings"][3], (NESTED,)),
     "None between": (lambda x, mask, y: x + y if mask is None else x, (X, None, Y)),
     "a flag": (lambda x, flag=False: 2 * x if flag else x, {"x": X, "flag": True}),
     "numbers": (lambda x, scale, times: x * scale * times, (X, 0.5, 3)),
     "a text": (lambda x, mode: 2 * x if mode == "twice" else x, (X, "twice")),
-    "nothing in it": (lambda x, some, more: x, (X, [], {})),
+    "empty": (lambda x, some, more: x, (X, [], {})),
     "an ordered dict": (lambda given: given["x"], (collections.OrderedDict(x=X),)),
     "names like fields": (
         lambda name, kind, items, value: name + items[0],
         {"name": X, "kind": "k", "items": [Y], "value": 1},
     ),
     "any keywords": (lambda **named: named["p"] + named["q"], {"p": X, "q": Y}),
-    "no axes": (lambda x, scale: x * scale, (X, torch.tensor(2.0))),
+    "a scalar": (lambda x, scale: x * scale, (X, torch.tensor(2.0))),
     "a mask": (lambda x, mask: x.masked_fill(mask, 0), (X, X > 0)),
     "negative": (lambda x: x.float(), torch.full((2, 4), -3, dtype=torch.int8)),
     "unsigned": (lambda x: x.float(), torch.ones(2, 4, dtype=torch.uint16)),
@@ -82,18 +82,18 @@ STORED = {
     "half": (lambda x: x.float(), X.half()),
     "double": (lambda x: x.float(), X.double()),
     "complex": (lambda x: x.real, torch.randn(2, 4, dtype=torch.complex64)),
-    "empty": (lambda x, more: torch.cat([x, more]), (X, X[:0])),
+    "an empty tensor": (lambda x, more: torch.cat([x, more]), (X, X[:0])),
 }  # fmt: skip
 OBJECTS = {
     "a dataclass": (lambda given: given.x, (Fields(X),)),
     "a named tuple": (lambda given: given.x + given.y, (Pair(X, Y),)),
-    "keys that are no text": (lambda given: given[0], ({0: X},)),
-    "no finite number": (lambda x, most: x.clamp(max=most), (X, math.inf)),
+    "keys that are not text": (lambda given: given[0], ({0: X},)),
+    "infinity": (lambda x, most: x.clamp(max=most), (X, math.inf)),
 }
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_inputs_of_plain_data_are_stored_and_the_model_is_loaded_bit_for_bit(name, tmp_path):
+def test_inputs_of_plain_data_are_stored_and_the_loaded_model_is_equal(name, tmp_path):
     read, inputs = STORED[name]
     small = pruned(net(read), inputs)
     kirsch.save(small, tmp_path / "small")
@@ -103,7 +103,7 @@ def test_inputs_of_plain_data_are_stored_and_the_model_is_loaded_bit_for_bit(nam
 
 
 @pytest.mark.parametrize("name", OBJECTS)
-def test_inputs_of_other_objects_are_given_to_load(name, tmp_path):
+def test_inputs_of_other_objects_must_be_given_to_load(name, tmp_path):
     read, inputs = OBJECTS[name]
     small = pruned(net(read), inputs)
     kirsch.save(small, tmp_path / "small")
@@ -113,7 +113,7 @@ def test_inputs_of_other_objects_are_given_to_load(name, tmp_path):
     assert torch.equal(run(again.eval(), inputs), run(small, inputs))
 
 
-def test_a_folder_of_an_older_version_without_its_inputs_is_loaded_with_them(tmp_path):
+def test_a_plan_without_stored_inputs_is_loaded_with_example_inputs(tmp_path):
     read, inputs = STORED["a list"]
     small = pruned(net(read), inputs)
     small._kirsch_plans = [json.dumps(json.loads(text) | {"inputs": []}) for text in small._kirsch_plans]
@@ -121,15 +121,15 @@ def test_a_folder_of_an_older_version_without_its_inputs_is_loaded_with_them(tmp
     assert torch.equal(kirsch.load(tmp_path / "small", net(read), example_inputs=inputs)(*inputs), small(*inputs))
 
 
-def test_a_mapping_that_is_no_dict_gives_keywords(tmp_path):
-    """As the BatchEncoding that a tokenizer of transformers gives."""
+def test_a_mapping_that_is_not_a_dict_is_passed_as_keywords(tmp_path):
+    """Such as the BatchEncoding of a tokenizer of transformers."""
     inputs = collections.UserDict(x=X, y=Y)
     small = pruned(net(lambda x, y: x + y), inputs)
     kirsch.save(small, tmp_path / "small")
     assert torch.equal(kirsch.load(tmp_path / "small", net(lambda x, y: x + y))(**inputs), small(**inputs))
 
 
-def test_a_model_pruned_twice_with_other_inputs_each_time_is_loaded(tmp_path):
+def test_a_model_pruned_twice_with_different_inputs_is_loaded(tmp_path):
     build = net(lambda x, more=None: x if more is None else x + more["y"])
     once = pruned(build, (X, None))
     twice = kirsch.prune(once, kirsch.plan(kirsch.trace(once, (X, {"y": Y})), kirsch.Goal(params=0.6)))
@@ -137,7 +137,7 @@ def test_a_model_pruned_twice_with_other_inputs_each_time_is_loaded(tmp_path):
     assert torch.equal(kirsch.load(tmp_path / "small", build)(X, {"y": Y}), twice(X, {"y": Y}))
 
 
-def test_a_part_that_takes_nested_inputs_is_loaded(tmp_path):
+def test_a_model_with_a_pruned_part_that_takes_nested_inputs_is_loaded(tmp_path):
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -148,11 +148,11 @@ def test_a_part_that_takes_nested_inputs_is_loaded(tmp_path):
 
     small = pruned(Outer, (X, Y), scope="inner")
     kirsch.save(small, tmp_path / "small")
-    for more in ({}, {"example_inputs": (X, Y)}):  # the inputs of the part are stored, those of the whole are given
+    for more in ({}, {"example_inputs": (X, Y)}):  # inputs of the part are stored, inputs of the model are passed
         assert torch.equal(kirsch.load(tmp_path / "small", Outer, **more)(X, Y), small(X, Y))
 
 
-def test_a_way_that_values_decide_is_followed_with_the_inputs_that_are_given(tmp_path):
+def test_a_branch_that_depends_on_values_is_followed_with_the_given_inputs(tmp_path):
     class Deciding(Net):
         def forward(self, x):
             return self.last(self.first(x).relu()) if x.sum() > 1e6 else self.last(self.first(x))[:, :1]
@@ -172,7 +172,7 @@ def test_a_traced_program_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.double, nn.Module.train])
-def test_a_build_of_another_type_or_mode_is_pruned_by_the_plan(convert, tmp_path):
+def test_build_may_return_another_type_or_mode(convert, tmp_path):
     model = shaken(convert(Net()))
     inputs = X.to(model.first.weight.dtype)
     kirsch.save(
@@ -208,7 +208,7 @@ def normalized():
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_a_loaded_model_is_in_inference_mode_whatever_mode_build_gives(mode, tmp_path):
+def test_a_loaded_model_is_in_inference_mode_for_any_mode_of_build(mode, tmp_path):
     small = pruned(normalized, X)
     kirsch.save(small.train(), tmp_path / "small")  # the mode is not stored
     again = kirsch.load(tmp_path / "small", lambda: normalized().train(mode))
@@ -218,7 +218,7 @@ def test_a_loaded_model_is_in_inference_mode_whatever_mode_build_gives(mode, tmp
     assert all(torch.equal(value, before[name]) for name, value in again.state_dict().items())
 
 
-def test_a_loaded_model_is_trained_by_distill_as_the_saved_one_is(tmp_path):
+def test_distill_trains_the_loaded_model_like_the_saved_model(tmp_path):
     small = pruned(normalized, X)
     again = kirsch.load(kirsch.save(small, tmp_path / "small"), normalized)
     teacher = shaken(normalized())
@@ -234,18 +234,18 @@ def test_a_loaded_model_is_trained_by_distill_as_the_saved_one_is(tmp_path):
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: None, r"build of kirsch\.load returned None\. .*returns the model as it was before it was pruned"),
+        (lambda: None, r"build of kirsch\.load returned None\. .*returns the model as it was before pruning"),
         (lambda: Net, r"build of kirsch\.load returned a type\."),
         (lambda: Net(wide=3), r"build of kirsch\.load raised an error\. TypeError: .*wide.*Give a function without"),
     ],
 )
-def test_a_build_that_gives_no_model_is_refused(build, sentence, tmp_path):
+def test_a_build_that_does_not_return_a_model_is_refused(build, sentence, tmp_path):
     kirsch.save(pruned(Net, X), tmp_path / "small")
     with pytest.raises(ModelError, match=sentence):
         kirsch.load(tmp_path / "small", build)
 
 
-def test_a_build_that_stores_nothing_is_refused(tmp_path):
+def test_a_build_on_the_meta_device_is_refused(tmp_path):
     kirsch.save(pruned(Net, X), tmp_path / "small")
     with pytest.raises(LoadError, match="meta device, which stores nothing"):
         kirsch.load(tmp_path / "small", lambda: Net().to("meta"))
@@ -258,7 +258,7 @@ def test_a_wrapped_model_is_saved_without_its_wrapper(tmp_path):
     kirsch.save(nn.DataParallel(small).module, tmp_path / "small")
 
 
-def test_a_model_that_was_changed_after_it_was_pruned_is_not_saved(tmp_path):
+def test_saving_a_model_that_was_changed_after_pruning_is_refused(tmp_path):
     small = pruned(Net, X)
     width = small.first.out_features
     small.last = nn.Linear(width, 5)
@@ -272,7 +272,7 @@ def test_a_model_that_was_changed_after_it_was_pruned_is_not_saved(tmp_path):
     assert not (tmp_path / "small").exists()
 
 
-def test_state_that_is_no_tensor_is_refused_and_the_older_folder_stays(tmp_path):
+def test_extra_state_that_is_not_a_tensor_is_refused_and_the_older_folder_is_kept(tmp_path):
     class Counting(Net):
         def get_extra_state(self):
             return {"runs": 1}
@@ -291,16 +291,16 @@ def test_state_that_is_no_tensor_is_refused_and_the_older_folder_stays(tmp_path)
     ("entry", "sentence"),
     [
         ({"name": "", "shape": [2, 4], "dtype": "float32"}, r"inputs\[0\]\.high is missing"),
-        ({"name": "", "value": [1]}, "'value' has"),
+        ({"name": "", "value": [1]}, r"'value' is \[1\], which is not"),
         ({"name": "", "value": math.nan}, "NaN is not a JSON number"),
         ({"name": "", "kind": "set", "items": []}, "kind: one of list, tuple, dict is expected"),
         ({"name": "", "kind": "list", "items": [1]}, r"inputs\[0\]\.items\[0\]: an object is expected, and 1"),
-        ({"name": "", "kind": "dict", "items": [{"name": "a", "value": 1}] * 2}, "a dict with a key twice: a, a"),
+        ({"name": "", "kind": "dict", "items": [{"name": "a", "value": 1}] * 2}, "a dict with a repeated key: a, a"),
         ({"name": "", "shape": [2, -4], "dtype": "float32", "high": 0}, r"shape\[1\]: .* from 0 to .* -4"),
         ({"name": 1, "value": None}, r"inputs\[0\]\.name: a text is expected, and 1"),
     ],
 )  # fmt: skip
-def test_inputs_in_a_plan_that_are_none_are_named(entry, sentence):
+def test_invalid_inputs_in_a_plan_are_named(entry, sentence):
     model = shaken(Net())
     content = json.loads(kirsch.plan(kirsch.trace(model, X), kirsch.Goal(params=0.6)).to_json())
     with pytest.raises(PlanError, match=sentence):
@@ -315,12 +315,12 @@ def test_an_input_of_an_unknown_type_in_a_plan_is_named():
         kirsch.prune(model, Plan.from_json(json.dumps(content)))
 
 
-def test_what_is_no_folder_of_a_saved_model_is_said(tmp_path):
+def test_loading_from_a_path_without_a_saved_model_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    for place, sentence in (
+    for path, sentence in (
         (tmp_path / "nowhere", r"nowhere does not exist\..*Check the path"),
         (tmp_path / "file", r"file is a file\..*Give its folder"),
-        (tmp_path, r"holds no model of kirsch\.save\. Give a folder made by kirsch\.save"),
+        (tmp_path, r"does not contain a model of kirsch\.save\. Give a folder written by kirsch\.save"),
     ):
         with pytest.raises(CheckpointError, match=sentence):
-            kirsch.load(place, lambda: None)
+            kirsch.load(path, lambda: None)

@@ -1,4 +1,4 @@
-"""One finished run, looked at from all sides."""
+"""Fixtures with small recipes and one finished run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Job:
-    """A folder with nets.py and recipe.yaml, whose run is in `run`.
+    """Folder with nets.py and recipe.yaml, whose run is in `run`.
 
     Args:
         base: the folder.
-        heard: the events of the runs of this object, in order.
+        heard: events of the last run of this object, in order.
     """
 
     base: Path
@@ -39,14 +39,14 @@ class Job:
         return read_recipe(self.base / "recipe.yaml", changes)
 
     def do(self, *changes: str, **options: Any) -> Outcome:
-        """Run the recipe, with changes of its keys."""
+        """Run the recipe with changed keys."""
         self.heard.clear()
         folder = options.pop("folder", self.folder)
         return run(self.recipe(*changes), folder, base=self.base, listen=self.heard.append, **options)
 
-    def stages(self, happening: str) -> list[str]:
-        """The stages to which something happened, in order."""
-        return [event["key"] for event in self.heard if event["event"] == happening]
+    def stages(self, name: str) -> list[str]:
+        """Return the stages of the events with this name, in order."""
+        return [event["key"] for event in self.heard if event["event"] == name]
 
     def notes(self) -> list[str]:
         return [event["text"] for event in self.heard if event["event"] == "note"]
@@ -54,7 +54,7 @@ class Job:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """Networks this small are slower on two, far slower on a busy machine."""
+    """Small networks are slower with several threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,14 +63,14 @@ def _one_thread():
 
 @pytest.fixture
 def job(tmp_path):
-    """The files of a job that has not run."""
+    """Recipe and models, not run yet."""
     write_job(tmp_path)
     return Job(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def new_job(tmp_path_factory):
-    """Makes the files of a job that has not run, in a folder that lasts."""
+    """Function that writes recipe and models to a new folder that is kept for the session."""
 
     def make():
         base = tmp_path_factory.mktemp("job")
@@ -82,13 +82,13 @@ def new_job(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(new_job):
-    """A job that has run to its end, and what came out. Not to be changed."""
+    """Finished run and its outcome, which tests must not change."""
     done = new_job()
     return done, done.do()
 
 
 @pytest.fixture
 def done(finished, tmp_path):
-    """A copy of the finished job, for changing."""
+    """Copy of the finished run that a test may change."""
     shutil.copytree(finished[0].base, tmp_path, dirs_exist_ok=True)
     return Job(tmp_path)

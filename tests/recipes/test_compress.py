@@ -1,4 +1,4 @@
-"""The whole job for models and data given as objects."""
+"""Compression of models in memory."""
 
 from __future__ import annotations
 
@@ -17,31 +17,25 @@ from kirsch.errors import GoalError, Interrupted, NumericError, RecipeError, Usa
 from kirsch.recipes import stages
 from kirsch.recipes.models import build
 from kirsch.recipes.tasks.data import load_data
-from tiny import write_job
+from tiny import same_weights, write_job
 
-SOME = kirsch.Training(epochs=5, learning_rate=0.02)
+TRAINING = kirsch.Training(epochs=5, learning_rate=0.02)
 HALF = kirsch.Goal(macs=0.5)
-
-
-def equal(first, second):
-    return all(
-        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_rounds():
-    """Thirty rounds of timing take ten seconds and change nothing here."""
+    """Measure latency in six rounds in place of thirty, to save time."""
     with pytest.MonkeyPatch.context() as patch:
         race = stages.race
-        patch.setattr(stages, "race", lambda *given, rounds, **options: race(*given, rounds=6, **options))
+        patch.setattr(stages, "race", lambda *args, rounds, **options: race(*args, rounds=6, **options))
         yield
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    """A trained model, an untrained small one, and data."""
-    base = tmp_path_factory.mktemp("given")
+def trained(tmp_path_factory):
+    """Trained model, untrained small model, and data."""
+    base = tmp_path_factory.mktemp("trained")
     write_job(base)
     data = load_data("nets.py:stripes", {}, seed=0, base=base)
     teacher = build("nets.py:teacher", base=base)
@@ -60,22 +54,30 @@ def given(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(given, tmp_path_factory):
-    """The model made small, with all that was told."""
-    before, _, data = given
-    heard = []
+def compressed(trained, tmp_path_factory):
+    """Result of compressing the model, and all events."""
+    before, _, data = trained
+    events = []
     model = copy.deepcopy(before).train()
-    folder = tmp_path_factory.mktemp("made") / "run"
+    folder = tmp_path_factory.mktemp("compressed") / "run"
     found = kirsch.compress(
-        model, data, HALF, recover=SOME, max_drop=0.9, batch_size=16, folder=folder, name="mine", listen=heard.append
+        model,
+        data,
+        HALF,
+        recover=TRAINING,
+        max_drop=0.9,
+        batch_size=16,
+        folder=folder,
+        name="my model",
+        listen=events.append,
     )
-    assert equal(before, model), "the model that was given is left as it is"
-    assert model.training, "and in its mode"
-    return found, heard
+    assert same_weights(before, model), "the argument must not change"
+    assert model.training, "the mode of the argument must not change"
+    return found, events
 
 
-def test_a_model_that_ends_in_a_softmax_is_refused_until_it_is_said(given, tmp_path):
-    before, _, data = given
+def test_model_with_softmax_is_refused_unless_its_outputs_are_stated(trained, tmp_path):
+    before, _, data = trained
     model = torch.nn.Sequential(copy.deepcopy(before), torch.nn.Softmax(-1))
     training = kirsch.Training(epochs=1, learning_rate=0.01)
     with pytest.raises(UsageError, match=r"The teacher, a Sequential, puts out probabilities.*teacher_outputs="):
@@ -83,22 +85,22 @@ def test_a_model_that_ends_in_a_softmax_is_refused_until_it_is_said(given, tmp_p
     objective = kirsch.Objective(
         kirsch.Objective.kd().terms, 0.1, student_outputs="probabilities", teacher_outputs="probabilities"
     )
-    found = kirsch.compress(model, data, HALF, recover=training, objective=objective, folder=tmp_path / "said")
+    found = kirsch.compress(model, data, HALF, recover=training, objective=objective, folder=tmp_path / "stated")
     assert found.model is not None
 
 
-def test_the_small_model_is_the_one_in_the_file(given, made):
-    found, _ = made
-    inputs = given[2].test.inputs
+def test_returned_model_equals_the_exported_file(trained, compressed):
+    found, _ = compressed
+    inputs = trained[2].test.inputs
     with torch.no_grad():
-        scores = found.model(torch.from_numpy(inputs)).numpy()
-    assert OnnxSession(found.artifact).predict(inputs) == pytest.approx(scores, abs=1e-4)  # two runtimes, float32
+        logits = found.model(torch.from_numpy(inputs)).numpy()
+    assert OnnxSession(found.artifact).predict(inputs) == pytest.approx(logits, abs=1e-4)  # two runtimes, float32
     parameters = sum(parameter.numel() for parameter in found.model.parameters())
     assert found.metrics["models"][-1]["parameters"] == parameters < 1479
 
 
-def test_goals_are_those_of_the_call(made):
-    found, _ = made
+def test_goals_are_those_of_the_call(compressed):
+    found, _ = compressed
     assert found.met is found.metrics["goal"]["met"] is True
     assert [(item["name"], item["limit"]) for item in found.metrics["goal"]["items"]] == [
         ("macs", 0.5),
@@ -106,69 +108,69 @@ def test_goals_are_those_of_the_call(made):
     ]
 
 
-def test_files_lie_where_it_says(made):
-    found, heard = made
+def test_result_contains_the_paths_of_the_files(compressed):
+    found, events = compressed
     assert found.metrics == json.loads((found.folder / "metrics.json").read_text())
-    assert "mine" in found.report.read_text()
+    assert "my model" in found.report.read_text()
     assert found.artifact == found.folder / "artifacts" / "model.onnx"
-    assert [event["key"] for event in heard if event["event"] == "stage_start"] == [
+    assert [event["key"] for event in events if event["event"] == "stage_start"] == [
         "teacher",
         "prune",
         "recover",
         "export",
         "measure",
     ]
-    assert sum(event["event"] == "epoch" for event in heard) == SOME.epochs
+    assert sum(event["event"] == "epoch" for event in events) == TRAINING.epochs
 
 
-def test_a_model_whose_checkpoints_could_not_be_loaded_is_told_of_and_refuses_to_write_them(given, tmp_path):
-    class Saving(type(given[0])):
+def test_model_without_matching_configuration_refuses_save_pretrained(trained, tmp_path):
+    class Saving(type(trained[0])):
         def save_pretrained(self, folder):
             raise NotImplementedError
 
-    model, heard = copy.deepcopy(given[0]), []
+    model, events = copy.deepcopy(trained[0]), []
     model.__class__ = Saving
     found = kirsch.compress(
-        model, given[2], HALF, recover=SOME, batch_size=16, folder=tmp_path / "run", listen=heard.append
+        model, trained[2], HALF, recover=TRAINING, batch_size=16, folder=tmp_path / "run", listen=events.append
     )
     text = "No configuration describes the pruned Saving. from_pretrained would build it in its original size."
-    assert [event for event in heard if event["event"] == "note" and event["text"].startswith(text)]
+    assert [event for event in events if event["event"] == "note" and event["text"].startswith(text)]
     with pytest.raises(UsageError, match=r"from_pretrained cannot load.*kirsch\.save"):
         found.model.save_pretrained(tmp_path)
 
 
-def test_the_same_call_goes_on_where_it_was(given, made, tmp_path):
-    heard = []
-    folder = shutil.copytree(made[0].folder, tmp_path / "run")
+def test_same_call_continues_the_run(trained, compressed, tmp_path):
+    events = []
+    folder = shutil.copytree(compressed[0].folder, tmp_path / "run")
     again = kirsch.compress(
-        given[0],
-        given[2],
+        trained[0],
+        trained[2],
         HALF,
-        recover=SOME,
+        recover=TRAINING,
         max_drop=0.9,
         batch_size=16,
         folder=folder,
-        name="mine",
-        listen=heard.append,
+        name="my model",
+        listen=events.append,
     )
-    assert [event["event"] for event in heard if "stage" in event["event"]] == ["stage_kept"] * 5
-    assert equal(again.model, made[0].model)
+    assert [event["event"] for event in events if "stage" in event["event"]] == ["stage_kept"] * 5
+    assert same_weights(again.model, compressed[0].model)
 
 
 @pytest.mark.parametrize("other", ["model", "student"])
-def test_another_model_in_the_same_folder_does_not_pass_for_the_first(given, tmp_path, other):
-    """Its weights are all that tells it apart."""
-    model, student, data = given
+def test_run_of_other_weights_is_not_continued(trained, tmp_path, other):
+    """The models differ in their weights only."""
+    model, student, data = trained
 
-    def call(model, student, heard):
+    def call(model, student, events):
         def stop(event):
-            heard.append(event)
+            events.append(event)
             if event["event"] == "first_batch":
                 raise Interrupted("asked")
 
-        compress = functools.partial(kirsch.compress, recover=SOME, batch_size=16, folder=tmp_path / "run")
+        compress = functools.partial(kirsch.compress, recover=TRAINING, batch_size=16, folder=tmp_path / "run")
         with pytest.raises(Interrupted):
-            compress(model, data, HALF, student=student, distill=SOME, listen=stop)
+            compress(model, data, HALF, student=student, distill=TRAINING, listen=stop)
 
     first, second = [], []
     call(model, student, first)
@@ -177,18 +179,18 @@ def test_another_model_in_the_same_folder_does_not_pass_for_the_first(given, tmp
         changed.head.bias.add_(0.25)
     call(*((changed, student) if other == "model" else (model, changed)), second)
     assert [event["key"] for event in second if event["event"] == "stage_kept"] == []
-    assert "The stage 'teacher' is done again: its inputs have changed." in [event.get("text") for event in second]
+    assert "The stage 'teacher' is run again: its inputs have changed." in [event.get("text") for event in second]
 
 
-def test_a_student_learns_first_and_is_the_one_that_is_pruned(given, tmp_path):
-    model, student, data = given
+def test_student_is_distilled_and_then_pruned(trained, tmp_path):
+    model, student, data = trained
     before = copy.deepcopy(student)
-    heard = []
+    events = []
 
     def listen(event):
-        heard.append(event)
+        events.append(event)
         if event.get("key") == "export":
-            raise Interrupted("enough seen")
+            raise Interrupted("stop before the export")
 
     with pytest.raises(Interrupted):
         kirsch.compress(
@@ -203,52 +205,52 @@ def test_a_student_learns_first_and_is_the_one_that_is_pruned(given, tmp_path):
             folder=tmp_path / "run",
             listen=listen,
         )
-    assert equal(before, student)
-    ends = {event["key"]: event for event in heard if event["event"] == "stage_end"}
+    assert same_weights(before, student)
+    ends = {event["key"]: event for event in events if event["event"] == "stage_end"}
     assert list(ends) == ["teacher", "distill", "prune", "recover"]
-    assert [event["stage"] for event in heard if event["event"] == "epoch"] == ["distill"] * 3 + ["recover"]
-    places = tmp_path / "run" / "checkpoints"
-    records = {key: json.loads((places / key / "done" / "record.json").read_text()) for key in ends}
+    assert [event["stage"] for event in events if event["event"] == "epoch"] == ["distill"] * 3 + ["recover"]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    records = {key: json.loads((checkpoints / key / "done" / "record.json").read_text()) for key in ends}
     assert records["distill"]["parameters"] == sum(parameter.numel() for parameter in student.parameters())
     assert records["prune"]["parameters"] <= 0.6 * records["distill"]["parameters"]
     assert (tmp_path / "run" / "recipe.yaml").read_text().count("temperature: 2.0") == 2
     with torch.no_grad():
-        scores = model.eval()(torch.from_numpy(data.test.inputs)).numpy()
-    assert np.array_equal(np.load(places / "teacher" / "done" / "logits.npy"), scores)
+        logits = model.eval()(torch.from_numpy(data.test.inputs)).numpy()
+    assert np.array_equal(np.load(checkpoints / "teacher" / "done" / "logits.npy"), logits)
 
 
-def test_training_of_a_student_that_is_not_there_is_refused(given, tmp_path):
+def test_distill_without_student_is_refused(trained, tmp_path):
     with pytest.raises(
-        UsageError, match=r"distill is given without a student\. Give student=\.\.\., or leave distill out\."
+        UsageError, match=r"`distill` of kirsch\.compress needs a student\. Give student=\.\.\., or remove distill\."
     ):
-        kirsch.compress(given[0], given[2], HALF, distill=SOME, folder=tmp_path / "run")
+        kirsch.compress(trained[0], trained[2], HALF, distill=TRAINING, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("wrong", "sentence"),
+    ("argument", "sentence"),
     [
         ({"name": ""}, r"name: string should have at least 1 character, found ''"),
         ({"temperature": 0.0}, r"recover\.temperature: input should be greater than 0, found 0\.0"),
     ],
 )
-def test_a_wrong_argument_is_refused_in_our_words(given, tmp_path, wrong, sentence):
+def test_invalid_argument_is_refused_with_its_key(trained, tmp_path, argument, sentence):
     with pytest.raises(RecipeError, match=rf"^The call of kirsch\.compress has a problem:\n  {sentence}"):
-        kirsch.compress(given[0], given[2], HALF, folder=tmp_path / "run", **wrong)
+        kirsch.compress(trained[0], trained[2], HALF, folder=tmp_path / "run", **argument)
 
 
-def test_without_a_folder_a_new_one_is_made_under_runs(given, tmp_path, monkeypatch):
+def test_default_folder_is_a_new_one_under_runs(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GoalError, match="reaches the goal"):
-        kirsch.compress(given[0], given[2], kirsch.Goal(macs=0.001), name="a/b")
-    (made,) = (tmp_path / "runs").iterdir()
-    assert "-a-b-" in made.name
+        kirsch.compress(trained[0], trained[2], kirsch.Goal(macs=0.001), name="a/b")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert "-a-b-" in folder.name
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_model_without_finite_scores_is_not_judged(given, tmp_path, value):
-    """Its accuracy would be that of its first class."""
-    model, _, data = given
+def test_model_with_non_finite_logits_is_refused(trained, tmp_path, value):
+    """argmax would return the first class for all samples."""
+    model, _, data = trained
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.head.bias[0] = value

@@ -1,4 +1,4 @@
-"""What a recipe would do, before it does it."""
+"""Forecasts of recipes agree with their runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kirsch.recipes import runner
 from kirsch.recipes.forecast import forecast
 from kirsch.recipes.recipe import read_recipe
 
-COMES_TRAINED = ("teacher.train=null", "student=null", "recover=null", "export=null")
+TRAINED_TEACHER = ("teacher.train=null", "student=null", "recover=null", "export=null")
 
 
 def costs(stages):
     return {stage["key"]: (stage["parameters"], stage["macs"]) for stage in stages}
 
 
-def test_models_cost_what_they_cost_in_the_run(job, finished):
+def test_forecast_costs_equal_those_of_the_run(job, finished):
     found = costs(forecast(job.recipe(), base=job.base)["stages"])
     real = {model["key"]: (model["parameters"], model["macs"]) for model in finished[1].metrics["models"]}
     assert list(found) == ["teacher", "distill", "prune", "recover", "export", "measure"]
@@ -30,10 +30,10 @@ def test_models_cost_what_they_cost_in_the_run(job, finished):
     assert found["export"] == found["measure"] == (None, None)
 
 
-def test_the_plan_for_a_model_that_comes_trained_is_the_one_that_is_done(job, monkeypatch):
-    monkeypatch.setattr(runner.Job, "check_alive", lambda *_: None)  # its weights are random all the same
-    found = forecast(job.recipe(*COMES_TRAINED), base=job.base)
-    metrics = job.do(*COMES_TRAINED).metrics
+def test_plan_of_a_trained_model_equals_that_of_the_run(job, monkeypatch):
+    monkeypatch.setattr(runner.Job, "check_alive", lambda *_: None)  # its weights are random
+    found = forecast(job.recipe(*TRAINED_TEACHER), base=job.base)
+    metrics = job.do(*TRAINED_TEACHER).metrics
     assert found["plan"] == metrics["provenance"]["plan"]
     assert found["goal"] == metrics["goal"]["text"]
     assert costs(found["stages"]) == {
@@ -42,21 +42,21 @@ def test_the_plan_for_a_model_that_comes_trained_is_the_one_that_is_done(job, mo
     }
 
 
-def test_where_each_layer_gives_the_same_share_the_cost_holds_after_training(job):
+def test_cost_of_a_local_plan_equals_that_after_training(job):
     changes = ("prune.scope=local", "student=null", "recover=null", "export=null")
     found = forecast(job.recipe(*changes), base=job.base)
     assert found["plan"]["cost"] == job.do(*changes).metrics["provenance"]["plan"]["cost"]
 
 
-def test_a_teacher_that_is_recovered_from_itself_is_foretold(job):
-    """The trial of its recovery must not take teacher and student for one object."""
+def test_recovery_of_a_pruned_teacher_is_forecast(job):
+    """The trial must not use the same object as teacher and student."""
     found = forecast(job.recipe("student=null", "measure=null"), base=job.base)
     assert [stage["key"] for stage in found["stages"]] == ["teacher", "prune", "recover", "export"]
     assert all(stage["seconds"] > 0 for stage in found["stages"])
 
 
-def test_times_are_those_of_a_few_steps_for_all_of_them(job, monkeypatch):
-    """With a clock that says six seconds for three batches; the whole has three batches an epoch."""
+def test_times_are_extrapolated_from_a_few_steps(job, monkeypatch):
+    """A mocked clock measures six seconds for three batches; an epoch has three batches."""
     ticks = itertools.count(0, 6)
     monkeypatch.setattr(source, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     found = forecast(job.recipe(), base=job.base)
@@ -75,7 +75,7 @@ def test_times_are_those_of_a_few_steps_for_all_of_them(job, monkeypatch):
     assert batch_of_eight["stages"][0]["seconds"] == 6 * 6.0 / 3 * 6
 
 
-def test_nothing_is_written_where_no_folder_is_given(job):
+def test_nothing_is_written_without_a_folder(job):
     before = sorted(path.name for path in job.base.rglob("*") if path.suffix != ".pyc")
     found = forecast(job.recipe(), base=job.base)
     assert sorted(path.name for path in job.base.rglob("*") if path.suffix not in (".pyc", "")) == [
@@ -84,14 +84,14 @@ def test_nothing_is_written_where_no_folder_is_given(job):
     assert found["data"] == {"name": "stripes", "train": 48, "validation": 30, "test": 60}
 
 
-def test_a_folder_gets_the_recipe_and_the_plan_alone(job):
+def test_folder_contains_recipe_and_plan_only(job):
     found = forecast(job.recipe(), base=job.base, folder=job.folder)
     assert sorted(path.name for path in job.folder.iterdir()) == ["plan.json", "recipe.yaml"]
     assert read_recipe(job.folder / "recipe.yaml") == job.recipe()
     assert found["plan"]["goal"] == {"macs": 0.6}
 
 
-def test_without_pruning_there_is_no_plan(job):
+def test_recipe_without_pruning_has_no_plan(job):
     found = forecast(job.recipe("prune=null"), base=job.base, folder=job.folder)
     assert found["plan"] is None
     assert [path.name for path in job.folder.iterdir()] == ["recipe.yaml"]
@@ -101,22 +101,22 @@ def test_without_pruning_there_is_no_plan(job):
     ("change", "error", "sentence"),
     [
         ("prune.goal.macs=0.001", GoalError, "No plan for Net reaches the goal"),
-        ("teacher.model=nets.py:five_classes", ShapeError, r"The data stripes has 3 classes"),
+        ("teacher.model=nets.py:five_classes", ShapeError, r"the data stripes has 3 classes"),
         ("measure.threads=5000", UsageError, r"measure\.threads is 5000"),
     ],
 )
-def test_what_would_stop_the_job_stops_the_forecast(job, change, error, sentence):
+def test_errors_of_the_run_are_raised_by_the_forecast(job, change, error, sentence):
     with pytest.raises(error, match=sentence):
         forecast(job.recipe(change), base=job.base, folder=job.folder)
     assert not job.folder.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_named(job):
+def test_unwritable_folder_is_named(job):
     (job.base / "file").write_text("")
     with pytest.raises(OutputError, match=r"file is a file\."):
-        forecast(job.recipe(*COMES_TRAINED), base=job.base, folder=job.base / "file")
+        forecast(job.recipe(*TRAINED_TEACHER), base=job.base, folder=job.base / "file")
 
 
-def test_what_is_not_installed_is_listed(job, monkeypatch):
+def test_missing_packages_are_listed(job, monkeypatch):
     monkeypatch.setattr(source, "find_spec", lambda name: None if name != "onnx" else object())
-    assert forecast(job.recipe(*COMES_TRAINED), base=job.base)["missing"] == ["onnxscript", "onnxruntime"]
+    assert forecast(job.recipe(*TRAINED_TEACHER), base=job.base)["missing"] == ["onnxscript", "onnxruntime"]

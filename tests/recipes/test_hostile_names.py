@@ -1,4 +1,4 @@
-"""Names from recipes and data reach the terminal, the report and the files as text, whatever they hold."""
+"""Names from recipes and data are escaped in the terminal, the report and the files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASSES = ["<b onclick='x'>one</b>", "[/red]\x1b]0;title\x07", "a\nb & \u2028"]
 
 
 class Reader(HTMLParser):
-    """Everything in a page that a browser would do something with."""
+    """Collects tags, attributes and text of a page."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A run whose recipe, data and classes have such names: its folder, and what was printed."""
+    """Folder of a recipe whose name, data and classes are hostile."""
     base = tmp_path_factory.mktemp("hostile")
     write_job(base)
     recipe = (
@@ -49,7 +49,7 @@ def done(tmp_path_factory):
 
 @pytest.fixture
 def printed(done, capsys, monkeypatch):
-    """What a run prints, with its folder."""
+    """Run folder, and the printed output of the run."""
     monkeypatch.chdir(done)
     monkeypatch.setenv("COLUMNS", "400")
     code = main(["compress", "recipe.yaml", "--run", "run"])
@@ -58,7 +58,7 @@ def printed(done, capsys, monkeypatch):
     return done / "run", out
 
 
-def test_names_stay_text_everywhere(printed):
+def test_names_are_escaped_in_terminal_report_and_files(printed):
     folder, out = printed
     shown = NAME.replace("\n", "\\n").replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")
     assert out.splitlines()[0] == f"kirsch 0.1.0 · {shown} · run run"
@@ -82,7 +82,7 @@ def test_names_stay_text_everywhere(printed):
         assert re.sub(r"\s+", " ", name) in re.sub(r"\s+", " ", text)
 
 
-def test_such_a_run_is_resumed(printed, capsys):
+def test_run_with_hostile_names_is_resumed(printed, capsys):
     folder, _ = printed
     assert main(["resume", str(folder), "--quiet"]) == 0
     assert "\x1b" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""One job at work: what it tells, what it counts, and when a model counts as dead."""
+"""State of a run: events, checkpoints, counts, and the check of trained models."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ def job(tmp_path, heard):
     return Job(recipe, tmp_path, data, None, None, heard.append, lambda: None, inputs="these")
 
 
-def test_an_event_goes_to_the_file_with_its_time_before_it_is_heard(job, heard):
-    """So that what was shown is also kept, whatever comes next."""
+def test_event_is_written_with_its_time_before_the_listener_is_called(job, heard):
     seen = []
     job.listen = lambda event: seen.append((event, len((job.folder / "events.jsonl").read_text().splitlines())))
-    job.tell({"event": "epoch", "loss": np.float32(0.5), "stage": "Kürbis\n\x1b"})
+    job.emit({"event": "epoch", "loss": np.float32(0.5), "stage": "Kürbis\n\x1b"})
     job.note("two\nlines")
     lines = [json.loads(line) for line in (job.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [number for _, number in seen] == [1, 2]
@@ -46,12 +45,12 @@ def test_an_event_goes_to_the_file_with_its_time_before_it_is_heard(job, heard):
     ]
 
 
-def test_what_a_training_tells_carries_its_stage(job, heard):
+def test_training_events_have_the_key_of_their_stage(job, heard):
     job.hooks("distill").event({"event": "epoch", "epoch": 1})
     assert heard == [{"stage": "distill", "event": "epoch", "epoch": 1}]
 
 
-def test_a_training_goes_on_from_what_it_saved_with_the_same_inputs_alone(job, heard):
+def test_training_resumes_only_from_checkpoints_of_the_same_inputs(job, heard):
     job.hooks("distill").save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
     assert job.hooks("distill").resume.values == {"epoch": 3, "batch": 1}
     assert job.hooks("teacher").resume is None
@@ -60,33 +59,33 @@ def test_a_training_goes_on_from_what_it_saved_with_the_same_inputs_alone(job, h
     assert [event["event"] for event in heard] == ["note"]
 
 
-def test_a_training_does_not_begin_anew_in_silence_where_all_is_damaged(job):
+def test_damaged_checkpoints_raise_an_error(job):
     job.hooks("distill").save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
     (job.folder / "checkpoints" / "distill" / "step-00003-000001" / "values.json").unlink()
     with pytest.raises(CheckpointError, match=r"All checkpoints in .*distill are damaged"):
         job.hooks("distill")
 
 
-def test_a_model_is_counted_on_one_sample(job):
+def test_model_is_counted_on_one_sample(job):
     assert job.example.tolist() == [[0.0, 1.0]]
     assert job.count(nn.Linear(2, 3)) == (9, 6)
 
 
 @pytest.mark.parametrize(("model", "shape"), [(nn.Linear(2, 4), r"\(4,\)"), (nn.Unflatten(1, (1, 2)), r"\(1, 2\)")])
-def test_a_model_for_other_classes_is_refused_with_both_numbers(job, model, shape):
-    sentence = rf"The model puts out scores of shape {shape}\. The data small has 3 classes\. Give the model a head"
+def test_model_with_another_number_of_classes_is_refused(job, model, shape):
+    sentence = rf"The model returns logits of shape {shape}; the data small has 3 classes\. Give the model a head"
     with pytest.raises(ShapeError, match=sentence):
         job.count(nn.Sequential(model, nn.Identity()))
 
 
-def test_a_model_is_judged_on_the_test_part_and_its_scores_are_kept(job):
+def test_model_is_evaluated_on_the_test_part_and_its_logits_are_stored(job):
     model = nn.Linear(2, 3)
     with torch.no_grad():
         model.weight.zero_()
         model.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # always b: 4 of 12
-    done = job.place("teacher") / "done"
+    done = job.stage_folder("teacher") / "done"
     done.mkdir()
-    found = job.judge(model, done)
+    found = job.evaluate(model, done)
     assert found["accuracy"]["value"] == 4 / 12
     assert found["one_class"] is True
     assert (found["parameters"], found["macs"]) == (9, 6)
@@ -99,14 +98,18 @@ def test_a_model_is_judged_on_the_test_part_and_its_scores_are_kept(job):
         (
             6,
             True,
-            r"after the stage 'recover': 50\.0% of 12 right, chance is 33\.3%\. It says one class for every sample\.",
+            r"after the stage 'recover': 50\.0% of 12 correct, chance is 33\.3%\. It predicts one class for every",
         ),
-        (4, False, r"dead after the stage 'recover': 33\.3% of 12 right, chance is 33\.3%\. It guesses\."),
-        (0, False, r"It guesses\. Lower the learning rate, train longer, or remove less\."),
+        (
+            4,
+            False,
+            r"unusable after the stage 'recover': 33\.3% of 12 correct, chance is 33\.3%\. It is not",
+        ),
+        (0, False, r"It is not better than chance\. Lower the learning rate, train longer, or remove less\."),
         (5, False, None),
     ],
 )
-def test_a_model_that_knows_nothing_is_dead(job, right, one_class, why):
+def test_model_that_is_not_better_than_chance_is_refused(job, right, one_class, why):
     record = {"one_class": one_class, "chance": 1 / 3, "accuracy": {"value": right / 12, "n": 12}}
     if why is None:
         job.check_alive("recover", record)

@@ -1,4 +1,4 @@
-"""metrics.json: the numbers are those of the files that a run leaves."""
+"""Numbers of metrics.json equal those computed from the files of the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from kirsch import files
-from kirsch.recipes import seal
+from kirsch.recipes import manifest
 from kirsch.recipes.metrics import goal_text
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import materials_of
@@ -23,41 +23,41 @@ MODELS = {"teacher": "teacher", "distill": "student", "prune": "pruned", "recove
 
 @pytest.fixture(scope="module")
 def run(finished):
-    """Metrics as they lie in the folder, scores of each stage, and the labels of the test part."""
+    """Metrics of the run folder, logits of each stage, and labels of the test part."""
     job, outcome = finished
     metrics = json.loads((job.folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics == json.loads(json.dumps(outcome.metrics))
-    scores = {key: np.load(job.folder / "checkpoints" / stage / "done" / "logits.npy") for stage, key in MODELS.items()}
+    logits = {key: np.load(job.folder / "checkpoints" / stage / "done" / "logits.npy") for stage, key in MODELS.items()}
     labels = materials_of(job.recipe(), job.base).data.test.labels
-    return SimpleNamespace(job=job, metrics=metrics, scores=scores, labels=labels)
+    return SimpleNamespace(job=job, metrics=metrics, logits=logits, labels=labels)
 
 
-def right(run, key):
-    return run.scores[key].argmax(1) == run.labels
+def correct(run, key):
+    return run.logits[key].argmax(1) == run.labels
 
 
 def cost(width):
-    """Parameters and MACs of the net on 6 x 6: two convolutions without padding, batch normalization, a linear head."""
+    """Return parameters and MACs on 6 x 6 inputs: two convolutions without padding, batch norm, linear head."""
     parameters = 9 * width + 2 * width + 9 * width**2 + width + 3 * width + 3
     return parameters, 9 * width * 16 + 9 * width**2 * 4 + 3 * width
 
 
-def test_each_models_accuracy_is_that_of_its_scores(run):
+def test_accuracy_of_each_model_is_that_of_its_logits(run):
     found = {model["key"]: model["accuracy"] for model in run.metrics["models"]}
-    assert list(found) == list(run.scores)
+    assert list(found) == list(run.logits)
     for key, accuracy in found.items():
-        assert accuracy["value"] == right(run, key).mean()
+        assert accuracy["value"] == correct(run, key).mean()
         assert accuracy["n"] == 60
-        assert accuracy["low"] - 1e-12 <= accuracy["value"] <= accuracy["high"] + 1e-12  # an end is rounded at 0 and 1
+        assert accuracy["low"] - 1e-12 <= accuracy["value"] <= accuracy["high"] + 1e-12  # bounds are rounded at 0 and 1
 
 
-def test_the_models_differ_so_that_a_mistaken_one_would_show(run):
+def test_models_have_different_accuracies(run):
     values = [model["accuracy"]["value"] for model in run.metrics["models"]]
     assert len(set(values[:4])) >= 3
-    assert run.scores["exported"] == pytest.approx(run.scores["recovered"], abs=1e-4)  # two runtimes, float32
+    assert run.logits["exported"] == pytest.approx(run.logits["recovered"], abs=1e-4)  # two runtimes, float32
 
 
-def test_costs_are_those_worked_out_from_the_widths(run):
+def test_costs_equal_the_closed_form(run):
     found = {model["key"]: (model["parameters"], model["macs"]) for model in run.metrics["models"]}
     assert found["teacher"] == cost(12)
     assert found["student"] == cost(8)
@@ -69,11 +69,11 @@ def test_costs_are_those_worked_out_from_the_widths(run):
     assert macs <= 0.6 * cost(8)[1]
 
 
-def test_the_goals_are_held_against_those_numbers(run):
+def test_goals_are_evaluated_with_costs_and_accuracies(run):
     macs, drop = run.metrics["goal"]["items"]
     costs = {model["key"]: model["macs"] for model in run.metrics["models"]}
     share = costs["pruned"] / costs["student"]
-    lost = right(run, "teacher").mean() - right(run, "exported").mean()
+    lost = correct(run, "teacher").mean() - correct(run, "exported").mean()
     assert (macs["name"], macs["value"], macs["limit"], macs["met"]) == ("macs", share, 0.6, True)
     assert macs["text"] == f"MACs {100 * share:.1f} % of the student, goal ≤ 60 %"
     assert (drop["name"], drop["limit"], drop["met"]) == ("max_drop", 0.5, True)
@@ -83,8 +83,8 @@ def test_the_goals_are_held_against_those_numbers(run):
     assert run.metrics["goal"]["text"] == "MACs ≤ 60 %, accuracy drop ≤ 50.0 points, runtime onnxruntime (1 thread)"
 
 
-def test_samples_lost_and_gained_are_counted_in_pairs(run):
-    first, last = right(run, "teacher"), right(run, "exported")
+def test_paired_test_counts_lost_and_gained_samples(run):
+    first, last = correct(run, "teacher"), correct(run, "exported")
     lost, gained = int((first & ~last).sum()), int((~first & last).sum())
     n = lost + gained
     p = min(1.0, 2 * sum(comb(n, k) for k in range(min(lost, gained) + 1)) / 2**n)
@@ -95,43 +95,43 @@ def test_samples_lost_and_gained_are_counted_in_pairs(run):
 
 
 @pytest.mark.parametrize(("side", "key"), [("before", "teacher"), ("after", "exported")])
-def test_the_confusion_is_counted_sample_by_sample(run, side, key):
+def test_confusion_matrix_counts_samples(run, side, key):
     expected = [[0] * 3 for _ in range(3)]
-    for label, said in zip(run.labels, run.scores[key].argmax(1), strict=True):
-        expected[label][said] += 1
+    for label, prediction in zip(run.labels, run.logits[key].argmax(1), strict=True):
+        expected[label][prediction] += 1
     assert run.metrics["quality"][side] == {"key": key, "confusion": expected}
     named = {row["name"]: row for row in run.metrics["quality"]["lost"]}
-    for place, name in enumerate(("dark", "gray", "light")):
-        assert named[name][side] == expected[place][place] / 20
+    for number, name in enumerate(("dark", "gray", "light")):
+        assert named[name][side] == expected[number][number] / 20
         assert named[name]["n"] == 20
 
 
-def test_calibration_is_the_gap_between_sure_and_right(run):
-    shifted = np.exp(run.scores["teacher"].astype(float))
-    sure = (shifted / shifted.sum(1, keepdims=True)).max(1)
-    place = np.minimum((10 * sure).astype(int), 9)
-    gaps = [abs((sure - right(run, "teacher"))[place == number].sum()) for number in range(10)]
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy(run):
+    exponentials = np.exp(run.logits["teacher"].astype(float))
+    confidence = (exponentials / exponentials.sum(1, keepdims=True)).max(1)
+    bins = np.minimum((10 * confidence).astype(int), 9)
+    gaps = [abs((confidence - correct(run, "teacher"))[bins == number].sum()) for number in range(10)]
     assert run.metrics["quality"]["calibration"]["before"]["ece"] == pytest.approx(sum(gaps) / 60, abs=1e-9)
 
 
-def test_curves_have_a_point_an_epoch(run):
+def test_curves_have_one_point_per_epoch(run):
     curves = {curve["stage"]: curve for curve in run.metrics["curves"]}
     assert {stage: curve["epochs"] for stage, curve in curves.items()} == {
         "teacher": [1, 2, 3, 4, 5, 6],
         "distill": [1, 2, 3, 4],
         "recover": [1, 2, 3],
     }
-    told = [event for event in run.job.heard if event["event"] == "epoch" and event["stage"] == "distill"]
+    events = [event for event in run.job.heard if event["event"] == "epoch" and event["stage"] == "distill"]
     for key in ("loss", "accuracy", "learning_rate", "seconds"):
-        assert curves["distill"][key] == [event[key] for event in told]
+        assert curves["distill"][key] == [event[key] for event in events]
     parts = curves["distill"]["parts"]
-    assert parts["label"] + parts["kd"] == [event["parts"][name] for name in ("label", "kd") for event in told]
+    assert parts["label"] + parts["kd"] == [event["parts"][name] for name in ("label", "kd") for event in events]
     assert curves["distill"]["loss"] == pytest.approx(
         [sum(pair) for pair in zip(*parts.values(), strict=True)], rel=1e-5
     )
 
 
-def test_the_exported_file_is_the_one_that_was_judged(run):
+def test_exported_file_is_the_one_that_was_evaluated(run):
     export = run.metrics["export"]
     path = run.job.folder / export["file"]
     assert export["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -140,17 +140,17 @@ def test_the_exported_file_is_the_one_that_was_judged(run):
     assert (export["same_labels"], export["n"]) == (60, 60)
     inputs = materials_of(run.job.recipe(), run.job.base).data.test.inputs
     session = onnxruntime.InferenceSession(path)
-    scores = session.run(None, {session.get_inputs()[0].name: inputs})[0]
-    assert scores == pytest.approx(run.scores["exported"], abs=1e-5)  # batches of another size round otherwise
+    logits = session.run(None, {session.get_inputs()[0].name: inputs})[0]
+    assert logits == pytest.approx(run.logits["exported"], abs=1e-5)  # rounding differs between batch sizes
 
 
-def test_the_usage_that_is_shown_runs(run, monkeypatch, capsys):
+def test_usage_example_runs(run, monkeypatch, capsys):
     monkeypatch.chdir(run.job.folder / "artifacts")
     exec(compile(run.metrics["export"]["usage"], "usage", "exec"), {})
     assert capsys.readouterr().out.strip() in ("[0]", "[1]", "[2]")
 
 
-def test_times_are_taken_of_teacher_student_and_file(run):
+def test_latency_is_measured_for_teacher_student_and_exported_file(run):
     timed = {model["key"] for model in run.metrics["models"] if model["latency"] is not None}
     assert timed == {"teacher", "student", "exported"}
     teacher = run.metrics["models"][0]["latency"]
@@ -159,7 +159,7 @@ def test_times_are_taken_of_teacher_student_and_file(run):
     assert [model["chosen"] for model in run.metrics["models"]] == [False, False, False, False, True]
 
 
-def test_where_it_all_comes_from_is_said(run):
+def test_provenance_contains_recipe_plan_and_environment(run):
     origin = run.metrics["provenance"]
     assert read_recipe(origin["recipe"]) == run.job.recipe()
     assert origin["plan"] == json.loads((run.job.folder / "plan.json").read_text())
@@ -196,7 +196,7 @@ def test_where_it_all_comes_from_is_said(run):
         (["prune=null", "goal={}", "export=null"], ""),
     ],
 )
-def test_what_is_wanted_is_said_in_one_line(job, changes, text):
+def test_goal_text_lists_all_goals(job, changes, text):
     assert goal_text(SimpleNamespace(recipe=job.recipe(*changes))) == text
 
 
@@ -209,28 +209,28 @@ def test_what_is_wanted_is_said_in_one_line(job, changes, text):
         ("{{speedup: 1000, max_drop: 0}}", 3, ["max_drop", "speedup"]),
     ],
 )
-def test_a_goal_is_met_up_to_its_limit(done, finished, goal, code, missed):
+def test_goal_is_met_up_to_its_limit(done, finished, goal, code, missed):
     drop = finished[1].metrics["goal"]["items"][1]["value"]
     assert drop > 0
-    wanted = goal.format(drop=drop, less=drop - 1e-6)
-    recipe = read_recipe(done.folder / "recipe.yaml", [f"goal={wanted}"])
+    limits = goal.format(drop=drop, less=drop - 1e-6)
+    recipe = read_recipe(done.folder / "recipe.yaml", [f"goal={limits}"])
     (done.folder / "recipe.yaml").write_text(recipe.to_yaml())
-    found = done.do(f"goal={wanted}")
+    found = done.do(f"goal={limits}")
     assert done.stages("stage_start") == []
     assert found.exit_code == code
     assert [item["name"] for item in found.metrics["goal"]["items"] if not item["met"]] == missed
     assert found.metrics["goal"]["met"] is (not missed)
 
 
-def test_a_plan_that_keeps_too_much_is_seen(done):
-    """A planted fault: plans meet their goal, so that what was counted after the cut must be what is looked at."""
+def test_pruned_model_above_its_limit_misses_the_goal(done):
+    """Planted fault: the goal is evaluated with the counted cost after pruning, not with that of the plan."""
     folder = done.folder / "checkpoints" / "prune" / "done"
     record = json.loads((folder / "record.json").read_text())
     record["macs"] = round(0.61 * cost(8)[1])
     (folder / "record.json").write_text(json.dumps(record))
     files.write_manifest(folder)
-    seal.lift(done.folder)
-    seal.seal(done.folder)
+    manifest.remove(done.folder)
+    manifest.write(done.folder)
     found = done.do()
     assert found.exit_code == 3
     assert [(item["name"], item["met"]) for item in found.metrics["goal"]["items"]] == [
@@ -239,27 +239,27 @@ def test_a_plan_that_keeps_too_much_is_seen(done):
     ]
 
 
-def test_a_run_without_goals_pruning_and_timing_says_what_is_missing(job):
+def test_run_without_goals_pruning_and_measurement_lists_what_is_missing(job):
     found = job.do("student=null", "prune=null", "recover=null", "export=null", "goal={}")
     assert found.exit_code == 0
     metrics = found.metrics
     assert (metrics["goal"]["text"], metrics["goal"]["items"]) == ("no goal was set", [])
-    assert metrics["not_measured"][0] == "Latency: the recipe has no file exported and timed."
+    assert metrics["not_measured"][0] == "Latency: the recipe does not export and measure a file."
     assert [metrics[key] for key in ("removed", "verification", "export")] == [None] * 3
     assert [(model["key"], model["chosen"]) for model in metrics["models"]] == [("teacher", True)]
     assert metrics["quality"]["paired"]["p"] == 1.0
     assert (job.folder / "report.html").is_file()
 
 
-def test_what_was_not_measured_names_the_seed(run):
+def test_not_measured_names_runtime_and_seed(run):
     assert run.metrics["not_measured"][:2] == [
-        "Other runtimes and machines: times hold for the one named here.",
-        "Other seeds: one training run with seed 0; another seed gives other figures.",
+        "Other runtimes and machines: the times hold only for the runtime and machine of this report.",
+        "Other seeds: there is one training run, with seed 0; results differ between seeds.",
     ]
 
 
-def test_a_gain_is_called_a_gain(job):
-    """A teacher that has hardly begun, and the same one trained on labels."""
+def test_accuracy_gain_is_reported_as_gain(job):
+    """The teacher is trained for one epoch, and then again on labels."""
     found = job.do(
         "student=null",
         "prune=null",

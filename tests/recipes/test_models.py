@@ -1,4 +1,4 @@
-"""Models by reference."""
+"""Models are built from references."""
 
 from __future__ import annotations
 
@@ -35,39 +35,39 @@ def assert_equal(first: nn.Module, second: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------ forms
 
 
-def test_a_file_is_found_from_the_base(tmp_path, write):
+def test_file_is_relative_to_the_base(tmp_path, write):
     write("inner/nets.py", LINEAR.format(size=3))
     assert build("inner/nets.py:net", base=tmp_path).out_features == 3
     assert build(f"{tmp_path / 'inner' / 'nets.py'}:net", base=tmp_path / "elsewhere").out_features == 3
 
 
-def test_a_file_is_found_from_the_working_folder_where_no_base_is_given(tmp_path, write, monkeypatch):
+def test_file_is_relative_to_the_working_folder_by_default(tmp_path, write, monkeypatch):
     write("nets.py", LINEAR.format(size=3))
     monkeypatch.chdir(tmp_path)
     assert build("nets.py:net").out_features == 3
 
 
-def test_a_module_is_imported():
+def test_module_is_imported():
     assert_equal(build("kirsch.frameworks.pytorch.digits:student"), build("kirsch.frameworks.pytorch.digits:student"))
 
 
-def test_a_model_of_timm_is_made():
+def test_timm_model_is_built():
     if find_spec("timm") is None:
         pytest.skip("timm is not installed")
     assert_equal(build("timm:test_byobnet", seed=1), build("timm:test_byobnet", seed=1))
 
 
-def test_a_class_is_a_callable_too(tmp_path, write):
+def test_class_is_accepted_as_callable(tmp_path, write):
     write(
         "nets.py", "from torch import nn\n\n\nclass Net(nn.Linear):\n    def __init__(self): super().__init__(2, 5)\n"
     )
     assert build("nets.py:Net", base=tmp_path).out_features == 5
 
 
-# ------------------------------------------------------------------------------------------------ chance
+# ------------------------------------------------------------------------------------------------ seeds
 
 
-def test_the_seed_decides_the_weights_and_the_callers_chance_is_left_alone(tmp_path, write):
+def test_weights_depend_on_the_seed_and_the_callers_random_state_is_kept(tmp_path, write):
     write("nets.py", LINEAR.format(size=3))
     torch.manual_seed(0)
     expected = torch.rand(1)
@@ -81,14 +81,14 @@ def test_the_seed_decides_the_weights_and_the_callers_chance_is_left_alone(tmp_p
 # ------------------------------------------------------------------------------------------------ files
 
 
-def test_two_files_of_one_name_are_two_modules(tmp_path, write):
+def test_files_of_the_same_name_are_different_modules(tmp_path, write):
     write("a/nets.py", LINEAR.format(size=3))
     write("b/nets.py", LINEAR.format(size=4))
     assert [build(f"{name}/nets.py:net", base=tmp_path).out_features for name in "aba"] == [3, 4, 3]
 
 
-def test_two_files_of_one_content_know_where_they_lie(tmp_path, write):
-    """A file may load its weights from beside itself."""
+def test_files_of_the_same_content_are_different_modules(tmp_path, write):
+    """A file may load weights that lie beside it."""
     text = (
         "from pathlib import Path\n\nfrom torch import nn\n\n\n"
         "def net():\n    return nn.Linear(2, int(Path(__file__).with_name('size').read_text()))\n"
@@ -99,12 +99,12 @@ def test_two_files_of_one_content_know_where_they_lie(tmp_path, write):
     assert [build(f"{name}/nets.py:net", base=tmp_path).out_features for name in "ab"] == [3, 4]
 
 
-def test_a_file_is_run_once(tmp_path, write):
+def test_file_is_executed_once(tmp_path, write):
     write("nets.py", LINEAR.format(size=3) + "\n\nprobe = []\n")
     assert resolve("nets.py:net", base=tmp_path) is resolve("nets.py:net", base=tmp_path)
 
 
-def test_a_file_imports_its_neighbor_and_the_path_is_as_before(tmp_path, write, monkeypatch):
+def test_file_can_import_modules_beside_it_and_sys_path_is_restored(tmp_path, write, monkeypatch):
     write("of_this_test_alone.py", LINEAR.format(size=6))
     write("nets.py", "from of_this_test_alone import net\n")
     before = list(sys.path)
@@ -113,8 +113,8 @@ def test_a_file_imports_its_neighbor_and_the_path_is_as_before(tmp_path, write, 
     monkeypatch.delitem(sys.modules, "of_this_test_alone")
 
 
-def test_a_file_that_was_changed_is_read_anew_and_has_another_hash(tmp_path, write):
-    """What is built and what is hashed are the same file; else a stage would be kept for a model that is gone."""
+def test_changed_file_is_loaded_again_and_has_another_hash(tmp_path, write):
+    """Otherwise a finished stage would be kept for the old model."""
     write("nets.py", LINEAR.format(size=3))
     first = source_hash("nets.py:net", base=tmp_path)
     assert build("nets.py:net", base=tmp_path).out_features == 3
@@ -124,7 +124,7 @@ def test_a_file_that_was_changed_is_read_anew_and_has_another_hash(tmp_path, wri
     assert source_hash("nets.py:net", base=tmp_path) != first
 
 
-def test_what_is_no_file_is_hashed_as_its_reference(tmp_path):
+def test_hash_of_other_references_is_the_reference(tmp_path):
     assert source_hash("timm:resnet18", base=tmp_path) == "timm:resnet18"
 
 
@@ -132,8 +132,8 @@ def test_what_is_no_file_is_hashed_as_its_reference(tmp_path):
 
 
 @pytest.mark.parametrize("reference", ["resnet18", "", ":net", "nets.py:", "nets.py"])
-def test_another_form_is_refused_with_the_forms(reference):
-    sentence = rf"'{reference}' names no model\. Its form is package\.module:callable, file\.py:callable or timm:NAME\."
+def test_invalid_reference_is_refused_with_the_valid_forms(reference):
+    sentence = rf"'{reference}' is not a reference to a model\. A reference is package\.module:callable, file\.py:"
     with pytest.raises(UsageError, match=sentence):
         build(reference)
 
@@ -142,12 +142,12 @@ def test_another_form_is_refused_with_the_forms(reference):
     ("reference", "sentence"),
     [
         ("none.py:net", r"The file .*none\.py does not exist\. Check the path; it is relative to the recipe\."),
-        ("wrong.py:net", r"The file .*wrong\.py fails\. SyntaxError: .*line 1\)\. Repair it\."),
+        ("wrong.py:net", r"The file .*wrong\.py fails\. SyntaxError: .*line 1\)\. Fix the file\."),
         (
             "fails.py:net",
-            r"The file .*fails\.py fails\. ZeroDivisionError: division by zero \(fails\.py:1\)\. Repair it\.",
+            r"The file .*fails\.py fails\. ZeroDivisionError: division by zero \(fails\.py:1\)\. Fix the file\.",
         ),
-        ("script.py:net", r"The file .*script\.py fails\. SystemExit: 3 \(script\.py:3\)\. Repair it\."),
+        ("script.py:net", r"The file .*script\.py fails\. SystemExit: 3 \(script\.py:3\)\. Fix the file\."),
         ("nets.py:nte", r"There is no callable of nets\.py named 'nte'\. Known: bad, net, nothing, number\..*'net'\?"),
         ("nets.py:SIZE", r"There is no callable of nets\.py named 'SIZE'\."),
         ("no_such_module:net", r"The module 'no_such_module' cannot be imported\. No module named 'no_such_module'\."),
@@ -159,7 +159,7 @@ def test_another_form_is_refused_with_the_forms(reference):
         ("timm:resnet18x", r"There is no timm model 'resnet18x'\. Known: .* more\. Did you mean 'resnet18'\?"),
     ],
 )
-def test_what_cannot_be_loaded_is_named(tmp_path, write, monkeypatch, reference, sentence):
+def test_failing_reference_is_named_with_the_cause(tmp_path, write, monkeypatch, reference, sentence):
     if reference.startswith("timm") and find_spec("timm") is None:
         pytest.skip("timm is not installed")
     write("nets.py", "from torch.nn import Linear as net\nbad = nothing = number = net\nSIZE = 3\n")
@@ -177,14 +177,14 @@ def test_what_cannot_be_loaded_is_named(tmp_path, write, monkeypatch, reference,
     [
         (
             "raise ValueError('no such thing')",
-            r"nets\.py:net failed\. ValueError: no such thing \(nets\.py:2, in net\)\. Repair the callable\.",
+            r"nets\.py:net failed\. ValueError: no such thing \(nets\.py:2, in net\)\. Fix the callable\.",
         ),
         ("raise SystemExit(0)", r"nets\.py:net failed\. SystemExit: 0 \(nets\.py:2, in net\)\."),
-        ("return None", r"A builtins\.NoneType is no model that Kirsch knows\. It is not a torch\.nn\.Module\."),
-        ("return net", r"A builtins\.function is no model that Kirsch knows\."),
+        ("return None", r"A builtins\.NoneType is not a model of a supported framework\. Give a torch\.nn\.Module\."),
+        ("return net", r"A builtins\.function is not a model of a supported framework\."),
     ],
 )
-def test_a_callable_that_gives_no_model_is_named(tmp_path, write, body, sentence):
+def test_callable_that_does_not_return_a_model_is_refused(tmp_path, write, body, sentence):
     write("nets.py", f"def net():\n    {body}\n")
     with pytest.raises(ModelError, match=sentence):
         build("nets.py:net", base=tmp_path)
@@ -193,12 +193,15 @@ def test_a_callable_that_gives_no_model_is_named(tmp_path, write, body, sentence
 @pytest.mark.parametrize(
     ("reference", "sentence"),
     [
-        ("nets.py:net", r"^nets\.py:net is a model, and .* `def build\(\): return net` .* give nets\.py:build\."),
+        (
+            "nets.py:net",
+            r"^nets\.py:net is a model; expected .* `def build\(\): return net` .* give nets\.py:build\.",
+        ),
         ("nets.py:Net", r"^nets\.py:Net cannot be .*'classes'\. Add `def build\(\): return Net\(\.\.\.\)`"),
         ("nets.py:make", r"^nets\.py:make cannot be .*'classes'\."),
     ],
 )
-def test_a_model_or_a_callable_with_arguments_in_place_of_a_builder_is_named(tmp_path, write, reference, sentence):
+def test_model_or_callable_with_arguments_in_place_of_a_builder_is_refused(tmp_path, write, reference, sentence):
     write(
         "nets.py",
         "from torch import nn\n\nnet = nn.Linear(2, 3)\n\n\nclass Net(nn.Linear):\n    def __init__(self, classes):\n"
@@ -208,7 +211,7 @@ def test_a_model_or_a_callable_with_arguments_in_place_of_a_builder_is_named(tmp
         build(reference, base=tmp_path)
 
 
-def test_a_callable_that_cannot_load_its_own_files_says_so_itself(tmp_path, write):
+def test_kirsch_errors_of_the_callable_are_not_wrapped(tmp_path, write):
     write(
         "nets.py",
         "from kirsch.errors import LoadError\n\n\ndef net():\n    raise LoadError('The weights are gone.')\n",
@@ -220,7 +223,7 @@ def test_a_callable_that_cannot_load_its_own_files_says_so_itself(tmp_path, writ
 # ------------------------------------------------------------------------------------------------ shapes
 
 
-def test_the_shape_is_the_models_then_the_callables_then_timms(tmp_path, write):
+def test_example_shape_is_that_of_model_then_callable_then_timm(tmp_path, write):
     write("nets.py", LINEAR.format(size=3) + "\n\nnet.example_shape = [1, 2]\n")
     model = build("nets.py:net", base=tmp_path)
     assert example_shape("nets.py:net", model, base=tmp_path) == (1, 2)

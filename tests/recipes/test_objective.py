@@ -1,4 +1,4 @@
-"""A recipe states what a student learns: two numbers, a preset by its name, or terms; what is wrong has its line."""
+"""Objective of a recipe: two numbers, the name of a preset, or terms; errors name the line."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from kirsch.recipes.compress import _section
 from kirsch.recipes.forecast import forecast
 from kirsch.recipes.models import build
 from kirsch.recipes.recipe import Distill, commented, read_recipe
-from kirsch.recipes.stages import _share
+from kirsch.recipes.stages import _gradient_share
 from kirsch.recipes.tasks.data import load_data
 
-LEAST = "teacher: {model: 'm:t'}\nrecover:\n"
+MINIMAL = "teacher: {model: 'm:t'}\nrecover:\n"
 
 
-def recovered(text: str, *changes: str):
-    """A recipe whose recovery says this; it reads back to itself both ways."""
-    found = read_recipe(f"{LEAST}{text}\n", changes)
+def recover_recipe(text: str, *changes: str):
+    """Return a recipe with this recover section, after checking that it reads back from both written forms."""
+    found = read_recipe(f"{MINIMAL}{text}\n", changes)
     assert read_recipe(found.to_yaml()) == found
     assert read_recipe(commented(found)) == found
     return found
 
 
-def learned(text: str, *changes: str) -> Objective:
-    return recovered(text, *changes).recover.learned()
+def objective_of(text: str, *changes: str) -> Objective:
+    return recover_recipe(text, *changes).recover.as_objective()
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("  {}", Objective.kd()),
         ("  {temperature: 2, weight: 0.5}", Objective.kd(2.0, 0.5)),
@@ -85,28 +85,28 @@ def learned(text: str, *changes: str) -> Objective:
         ("  objective: {terms: []}", Objective.labels()),
     ],
 )
-def test_what_is_learned_is_what_is_said(text, wanted):
-    assert learned(text) == wanted
+def test_section_is_read_as_the_expected_objective(text, expected):
+    assert objective_of(text) == expected
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_every_preset_is_said_by_its_name_or_in_full(name):
-    assert learned(f"  objective: {name}") == Objective.preset(name)
+def test_preset_is_read_from_its_name_and_from_its_full_form(name):
+    assert objective_of(f"  objective: {name}") == Objective.preset(name)
     full = json.dumps(Objective.preset(name).to_dict())
-    assert learned(f"  objective: {full}") == Objective.preset(name)
+    assert objective_of(f"  objective: {full}") == Objective.preset(name)
 
 
-def test_the_command_line_changes_it():
-    assert learned("  train: {epochs: 3}", "recover.objective=dkd") == Objective.preset("dkd")
-    assert learned("  objective: dkd", "recover.objective=null", "recover.weight=0.5") == Objective.kd(4.0, 0.5)
-    found = learned("  objective: {preset: at}", "recover.objective.label_weight=2")
+def test_overrides_change_the_objective():
+    assert objective_of("  train: {epochs: 3}", "recover.objective=dkd") == Objective.preset("dkd")
+    assert objective_of("  objective: dkd", "recover.objective=null", "recover.weight=0.5") == Objective.kd(4.0, 0.5)
+    found = objective_of("  objective: {preset: at}", "recover.objective.label_weight=2")
     assert found == Objective.preset("at", label_weight=2.0)
 
 
-def test_a_template_says_on_its_line_how_to_choose():
-    (line,) = (line for line in commented(recovered("  {}")).splitlines() if line.startswith("  objective:"))
-    assert line.startswith("  objective: null  # instead of these two: dkd, or {preset: at, label_weight: 0.5}, or {t")
-    (line,) = (x for x in commented(recovered("  objective: dkd")).splitlines() if x.startswith("  objective:"))
+def test_commented_recipe_explains_the_objective_key():
+    (line,) = (line for line in commented(recover_recipe("  {}")).splitlines() if line.startswith("  objective:"))
+    assert line.startswith("  objective: null  # in place of temperature and weight: dkd, or {preset: at, label_weight")
+    (line,) = (x for x in commented(recover_recipe("  objective: dkd")).splitlines() if x.startswith("  objective:"))
     assert line.startswith("  objective: {preset: dkd}  # ")
 
 
@@ -115,8 +115,11 @@ def test_a_template_says_on_its_line_how_to_choose():
     [
         ("  objective: dkdd", [r"line 3: recover.objective.preset: there is no preset 'dkdd'. .* mean 'dkd'\?"]),
         ("  objective: 5", ["line 3: recover.objective: input should be a valid dictionary or .* found 5"]),
-        ("  objective: {}", ["line 3: recover.objective: neither a preset nor terms are stated; give one of them"]),
-        ("  objective: {preset: at, terms: []}", ["line 3: recover.objective: a preset and terms are stated; give on"]),
+        ("  objective: {}", ["line 3: recover.objective: neither preset nor terms; give one of them"]),
+        (
+            "  objective: {preset: at, terms: []}",
+            ["line 3: recover.objective: preset and terms are both given"],
+        ),
         (
             "  objective:\n    preset: at\n    label_wieght: 1",
             ["line 5: recover.objective.label_wieght: unknown key. Did you mean 'label_weight'"],
@@ -143,10 +146,10 @@ def test_a_template_says_on_its_line_how_to_choose():
                 r"line 5: recover.objective.terms.0.loss: there is no loss 'kdd'\. .* Did you mean 'kd'\?",
                 r"line 6: recover.objective.terms.1.temperatuur: unknown key. Did you mean 'temperature'\?",
                 r"line 7: recover.objective.terms.2: there is no option of the loss 'dkd' 'betta'. .* mean 'beta'\?",
-                r"line 8: recover.objective.terms.3: 'layer\[' names no place in a model",
+                r"line 8: recover.objective.terms.3: 'layer\[' is not a layer name",
                 r"line 9: recover.objective.terms.4.weight: input should be a valid number",
-                r"line 9: recover.objective.terms.4.weight.end: this key is needed",
-                r"line 9: recover.objective.terms.4.weight.epochs: this key is needed",
+                r"line 9: recover.objective.terms.4.weight.end: this key is required",
+                r"line 9: recover.objective.terms.4.weight.epochs: this key is required",
                 r"line 9: recover.objective.terms.4.weight.endd: unknown key. Did you mean 'end'\?",
                 r"line 10: recover.objective.terms.5: .*the temperature of 'dist' is stated among its options",
             ],
@@ -157,27 +160,27 @@ def test_a_template_says_on_its_line_how_to_choose():
         ),
         (
             "  objective: dkd\n  temperature: 2\n  weight: 0.5",
-            [r"line 2: recover: temperature and weight beside an objective; leave them out, or null, and state such"],
+            [r"line 2: recover: temperature and weight cannot be combined with an objective; remove them, and set"],
         ),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line_and_the_nearest_name(text, sentences):
+def test_invalid_objective_is_named_with_line_and_nearest_name(text, sentences):
     with pytest.raises(RecipeError) as caught:
-        recovered(text)
+        recover_recipe(text)
     _, *found = caught.value.what.split("\n  ")
     assert len(found) == len(sentences)
     for line, sentence in zip(found, sentences, strict=True):
         assert re.match(sentence, line), line
 
 
-# ------------------------------------------------------------------------------------------------ at work
+# ------------------------------------------------------------------------------------------------ runs
 
 
 MAPS = "{terms: [{weight: 0.5, temperature: 4}, {loss: fitnet, weight: 0.1, student: second}], label_weight: 0.5}"
 
 
-def test_a_run_learns_what_its_recipe_says(job):
-    """The student from scores and maps, and after the removal the pruned one from its correlations."""
+def test_run_trains_on_the_objectives_of_its_recipe(job):
+    """The student learns from logits and feature maps, the pruned model from correlations of logits."""
     changes = (f"student.distill.objective={MAPS}", "recover.objective=dist", "export=null")
     outcome = job.do(*changes)
     records = {
@@ -191,10 +194,13 @@ def test_a_run_learns_what_its_recipe_says(job):
     assert outcome.exit_code == 0
 
 
-def test_a_term_that_warms_up_is_told_by_its_share_at_the_end():
+def test_gradient_share_is_that_of_the_last_epoch_after_a_warm_up():
     trained = Trained(None, [{"gradient_shares": {"label": 0.4, "dkd": 0.6}}], {"gradient_shares": {"label": 1.0}})
-    assert _share(trained) == "dkd 60 % of gradient"
-    assert _share(dataclasses.replace(trained, first_batch={"gradient_shares": {"kd": 0.96}})) == "KD 96 % of gradient"
+    assert _gradient_share(trained) == "dkd 60 % of gradient"
+    assert (
+        _gradient_share(dataclasses.replace(trained, first_batch={"gradient_shares": {"kd": 0.96}}))
+        == "KD 96 % of gradient"
+    )
 
 
 @pytest.mark.parametrize(
@@ -213,22 +219,22 @@ def test_a_term_that_warms_up_is_told_by_its_share_at_the_end():
         ("student.distill.objective=causal", UsageError, "The objective is causal, and the student puts out 3 scores"),
     ],
 )
-def test_what_cannot_be_compared_is_said_before_anything_is_trained(job, change, error, sentence):
+def test_invalid_objective_is_refused_before_training(job, change, error, sentence):
     for act in (lambda: job.do(change), lambda: forecast(job.recipe(change), base=job.base)):
         with pytest.raises(error, match=sentence):
             act()
     assert not (job.folder / "checkpoints" / "teacher" / "done").exists()
 
 
-def test_objects_are_compressed_with_an_objective(job):
-    """By name or as an object; what is stored reads back, so that the run may go on."""
+def test_compress_accepts_an_objective_by_name_or_object(job):
+    """The section stored in the recipe reads back, so that the run can be resumed."""
     data = load_data("nets.py:stripes", {}, seed=0, base=job.base)
     teacher = build("nets.py:teacher", base=job.base)
     objective = Objective((Term("hcl", 1.0, student="second", options={"sizes": (2, 1)}),))
     section = Distill.model_validate(_section(None, None, objective))
-    assert section.learned() == Objective((Term("hcl", 1.0, student="second", options={"sizes": [2, 1]}),))
+    assert section.as_objective() == Objective((Term("hcl", 1.0, student="second", options={"sizes": [2, 1]}),))
     assert Distill.model_validate(section.model_dump(mode="json")) == section
-    with pytest.raises(RecipeError, match="temperature beside an objective"):
+    with pytest.raises(RecipeError, match="temperature cannot be combined with an objective"):
         kirsch.compress(copy.deepcopy(teacher), data, kirsch.Goal(macs=0.5), temperature=2.0, objective="dkd")
     with pytest.raises(RecipeError, match=r"no preset 'dkdd'\. .* Did you mean 'dkd'"):
         kirsch.compress(copy.deepcopy(teacher), data, kirsch.Goal(macs=0.5), objective="dkdd")
@@ -263,7 +269,7 @@ def uneven(*, noise=0.4):
 SHORT = ("export=null", "prune=null", "recover=null", "goal={}", "teacher.train.epochs=2")
 
 
-def test_models_that_end_in_a_softmax_are_refused_before_anything_is_trained_and_taken_where_it_is_said(job):
+def test_models_with_softmax_are_refused_unless_their_outputs_are_stated(job):
     (job.base / "nets.py").write_text((job.base / "nets.py").read_text() + SOFT)
     models = ("teacher.model=nets.py:soft_teacher", "student.model=nets.py:soft_student")
     for change, whose in (models[0], "teacher"), (models[1], "student"):
@@ -275,16 +281,16 @@ def test_models_that_end_in_a_softmax_are_refused_before_anything_is_trained_and
     plain = job.do(*SHORT, "teacher.train.weight_decay=0")
     stated = ("teacher.outputs=probabilities", "student.outputs=probabilities")
     found = job.do(*SHORT, *models, *stated, "teacher.train.weight_decay=0", folder=job.base / "soft")
-    for key in ("teacher", "student"):  # logarithms are rounded otherwise
-        wanted, own = (
+    for key in ("teacher", "student"):  # rounding differs, since logits are logarithms of probabilities
+        expected, actual = (
             next(model for model in outcome.metrics["models"] if model["key"] == key) for outcome in (plain, found)
         )
-        assert own["accuracy"]["value"] == pytest.approx(wanted["accuracy"]["value"], abs=0.1)
+        assert actual["accuracy"]["value"] == pytest.approx(expected["accuracy"]["value"], abs=0.1)
     before, after = (outcome.metrics["quality"]["calibration"]["after"]["ece"] for outcome in (plain, found))
-    assert after == pytest.approx(before, abs=0.05)  # probabilities are not taken for logits there
+    assert after == pytest.approx(before, abs=0.05)  # would differ if probabilities were used as logits
 
 
-def test_uneven_classes_have_their_balanced_accuracy_beside(job):
+def test_imbalanced_classes_have_a_balanced_accuracy(job):
     (job.base / "nets.py").write_text(
         (job.base / "nets.py").read_text() + SOFT + "\n\ndef two():\n    return Net(8, classes=2)\n"
     )

@@ -1,4 +1,4 @@
-"""A whole job as data: what is refused, what changes it, and that it reads back to itself."""
+"""Recipes are validated, changed by overrides, and read back from their written forms."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kirsch.errors import RecipeError
 from kirsch.recipes.recipe import BUILTIN, Distill, Recipe, Train, commented, read_recipe
 
 ROOT = Path(__file__).parents[2]
-LEAST = "teacher: {model: 'm:t'}\n"
+MINIMAL = "teacher: {model: 'm:t'}\n"
 
-VALID = f"""{LEAST}prune:
+VALID = f"""{MINIMAL}prune:
   goal:
     macs: 0.5
   round_to: 4
@@ -84,7 +84,7 @@ RECIPES = st.fixed_dictionaries(
 
 
 def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), environment: dict | None = None) -> None:
-    """Every problem is named, one a line, and no other."""
+    """Check that the error lists exactly these problems, one per line."""
     with pytest.raises(RecipeError) as caught:
         read_recipe(text, changes, environment)
     head, *found = caught.value.what.split("\n  ")
@@ -92,7 +92,7 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
     assert head == f"The recipe has {'a problem' if len(found) == 1 else f'{len(found)} problems'}:"
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ validation
 
 
 @pytest.mark.parametrize(
@@ -116,21 +116,21 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
         ("name: ''", "line 8: name: string should have at least 1 character, found ''"),
         ("version: 2", "line 8: version: input should be 1, found 2"),
         ("export: {format: onyx}", "line 8: export.format: input should be 'onnx', found 'onyx'"),
-        ("student: {distill: {}}", "line 8: student.model: this key is needed"),
-        ("goal:", "line 8: goal: input should be a valid dictionary or instance of Wanted, found None"),
+        ("student: {distill: {}}", "line 8: student.model: this key is required"),
+        ("goal:", "line 8: goal: input should be a valid dictionary or instance of RunGoal, found None"),
     ],
 )
-def test_a_wrong_key_or_value_is_named_with_its_line(line, sentence):
+def test_invalid_key_or_value_is_named_with_its_line(line, sentence):
     assert_refused(f"{VALID}{line}\n", sentence)
 
 
-def test_a_wrong_item_of_a_list_has_its_own_line():
-    text = f"{LEAST}recover:\n  train:\n    milestones:\n    - 0.5\n    - 1.5\n"
+def test_invalid_list_item_is_named_with_its_own_line():
+    text = f"{MINIMAL}recover:\n  train:\n    milestones:\n    - 0.5\n    - 1.5\n"
     assert_refused(text, "line 6: recover.train.milestones.1: input should be less than 1, found 1.5")
 
 
-def test_a_key_that_may_be_of_two_kinds_keeps_its_own_name():
-    text = f"{LEAST}prune:\n  goal: {{macs: 0.5}}\n  round_to: some\n"
+def test_key_of_a_union_type_is_named_without_the_member_type():
+    text = f"{MINIMAL}prune:\n  goal: {{macs: 0.5}}\n  round_to: some\n"
     assert_refused(
         text,
         "line 4: prune.round_to: input should be a valid integer, found 'some'",
@@ -139,26 +139,26 @@ def test_a_key_that_may_be_of_two_kinds_keeps_its_own_name():
     )
 
 
-def test_all_problems_are_said_at_once():
+def test_all_problems_are_listed_in_one_error():
     text = "name: 5\nteachr: {}\nteacher:\n  modl: 'm:t'\n  train: {epochs: ten}\nseed: -1\n"
     assert_refused(
         text,
         "line 1: name: input should be a valid string, found 5",
         "line 6: seed: input should be greater than or equal to 0, found -1",
-        "line 3: teacher.model: this key is needed",
+        "line 3: teacher.model: this key is required",
         "line 5: teacher.train.epochs: input should be a valid integer, found 'ten'",
         "line 4: teacher.modl: unknown key. Did you mean 'model'?",
         "line 2: teachr: unknown key. Did you mean 'teacher'?",
     )
 
 
-def test_an_empty_recipe_wants_a_teacher():
-    assert_refused("\n", "teacher: this key is needed")
+def test_empty_recipe_requires_a_teacher():
+    assert_refused("\n", "teacher: this key is required")
 
 
-def test_a_file_is_named_by_its_path(tmp_path):
+def test_file_is_named_by_its_path(tmp_path):
     (tmp_path / "r.yaml").write_text("seed: 1\n")
-    with pytest.raises(RecipeError, match=r"^The .*r\.yaml has a problem:\n  teacher: this key is needed"):
+    with pytest.raises(RecipeError, match=r"^The .*r\.yaml has a problem:\n  teacher: this key is required"):
         read_recipe(tmp_path / "r.yaml")
 
 
@@ -166,28 +166,28 @@ def test_a_file_is_named_by_its_path(tmp_path):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ("{epochs: 2, warmup_epochs: 3}", "warmup_epochs is 3.0; a number from 0 to 2 is needed"),
-        ("{milestones: [0.7, 0.2]}", "milestones are (0.7, 0.2); ascending fractions between 0 and 1 are needed"),
+        ("{epochs: 2, warmup_epochs: 3}", "warmup_epochs is 3.0; expected a number from 0 to 2"),
+        ("{milestones: [0.7, 0.2]}", "milestones are (0.7, 0.2); expected ascending fractions between 0 and 1"),
     ],
 )
-def test_a_training_that_cannot_be_is_refused_before_any_other_has_run(section, values, sentence):
+def test_invalid_training_settings_are_refused_when_reading(section, values, sentence):
     line, key = (3, "teacher.train") if section.startswith("teacher:\n") else (3, "recover.train")
-    assert_refused(f"{section} {values}\n", f"line {line}: {key}: the training settings are wrong: {sentence}")
+    assert_refused(f"{section} {values}\n", f"line {line}: {key}: the training settings are not valid: {sentence}")
 
 
 @pytest.mark.parametrize("missing", ["export", "measure"])
-def test_a_speedup_that_nothing_is_timed_for_is_refused(missing):
-    """It would count as met."""
+def test_speedup_goal_without_measurement_is_refused(missing):
+    """Without a measurement the goal would count as met."""
     assert_refused(
-        f"{LEAST}{missing}: null\ngoal: {{speedup: 2}}\n",
-        "line 3: goal: a speedup is wanted, and without the sections export and measure nothing is timed",
+        f"{MINIMAL}{missing}: null\ngoal: {{speedup: 2}}\n",
+        "line 3: goal: a speedup goal needs the sections export and measure",
     )
 
 
-# ------------------------------------------------------------------------------------------------ what changes it
+# ------------------------------------------------------------------------------------------------ overrides
 
 
-def test_the_environment_changes_the_file_and_the_command_line_both():
+def test_environment_overrides_the_file_and_the_command_line_both():
     environment = {
         "KIRSCH_RECIPE__SEED": "1",
         "KIRSCH_RECIPE__PRUNE__GOAL__MACS": "0.25",
@@ -221,8 +221,8 @@ def test_any_key_can_be_set(change, key, value):
     assert found == value
 
 
-def test_a_section_that_is_null_can_be_filled():
-    text = f"{LEAST}recover: null\nprune:\n"
+def test_null_section_can_be_filled():
+    text = f"{MINIMAL}recover: null\nprune:\n"
     recipe = read_recipe(text, ["recover.weight=0.5", "prune.goal.params=0.5"])
     assert recipe.recover == Distill(weight=0.5)
     assert recipe.prune.goal.params == 0.5
@@ -230,10 +230,8 @@ def test_a_section_that_is_null_can_be_filled():
 
 
 @pytest.mark.parametrize("change", ["prune", "=1", "a b=1", "a..b=1", ".a=1", "a-b=1"])
-def test_what_is_no_change_is_said_with_the_form(change):
-    sentence = (
-        rf"--set '{re.escape(change)}' is no change\. Its form is a\.b=value\. Write --set prune\.goal\.macs=0\.4\."
-    )
+def test_invalid_override_is_refused_with_the_form(change):
+    sentence = rf"--set '{re.escape(change)}' is not a change of a key\. Expected the form a\.b=value\. For example"
     with pytest.raises(RecipeError, match=sentence):
         read_recipe(VALID, [change])
 
@@ -251,15 +249,15 @@ def test_what_is_no_change_is_said_with_the_form(change):
             "--set prune={goal: {macs: 2}}: prune.goal.macs: input should be less than 1, found 2",
         ),
         ("prune.gaol.macs=1", "--set prune.gaol.macs=1: prune.gaol: unknown key. Did you mean 'goal'?"),
-        ("student={}", "--set student={}: student.model: this key is needed"),
-        ("student.distill.weight=1", "--set student.distill.weight=1: student.model: this key is needed"),
+        ("student={}", "--set student={}: student.model: this key is required"),
+        ("student.distill.weight=1", "--set student.distill.weight=1: student.model: this key is required"),
     ],
 )
-def test_a_wrong_change_is_named_and_no_line_of_the_file(change, sentence):
+def test_invalid_override_is_named_in_place_of_a_line(change, sentence):
     assert_refused(VALID, sentence, changes=(change,))
 
 
-def test_a_wrong_variable_is_named():
+def test_invalid_environment_variable_is_named():
     assert_refused(
         VALID,
         "KIRSCH_RECIPE__SEED: seed: input should be a valid integer, found 'x'",
@@ -270,31 +268,31 @@ def test_a_wrong_variable_is_named():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("seed=[", r"^--set seed=\[ is no YAML\. Line 1: "),
+        ("seed=[", r"^--set seed=\[ is not valid YAML\. Line 1: "),
         ("seed=.nan", r"^--set seed=\.nan: '\.nan' cannot be used\."),
         ("name=!!python/name:os.system", r"^--set name=!!python/name:os\.system uses the tag"),
-        ("seed.x=1", r"^--set seed\.x=1: 'seed' holds a value, not a section\."),
+        ("seed.x=1", r"^--set seed\.x=1: 'seed' is a value, not a section\."),
     ],
 )
-def test_a_change_that_cannot_be_read_is_named(change, sentence):
+def test_unreadable_override_is_named(change, sentence):
     with pytest.raises(RecipeError, match=sentence):
         read_recipe(f"seed: 1\n{VALID}", [change])
 
 
-# ------------------------------------------------------------------------------------------------ reading back
+# ------------------------------------------------------------------------------------------------ written forms
 
 
 @given(RECIPES)
-def test_a_recipe_reads_back_from_its_yaml(recipe):
+def test_recipe_reads_back_from_its_yaml(recipe):
     assert read_recipe(recipe.to_yaml()) == recipe
 
 
 @given(RECIPES)
-def test_a_recipe_reads_back_from_its_commented_form(recipe):
+def test_recipe_reads_back_from_its_commented_form(recipe):
     assert read_recipe(commented(recipe)) == recipe
 
 
-def test_each_key_of_the_commented_form_has_its_comment():
+def test_each_key_of_the_commented_form_has_a_comment():
     lines = [line for line in commented(read_recipe(BUILTIN / "digits.yaml")).splitlines() if line.strip()]
     assert lines[0].startswith("# A recipe for `kirsch compress`.")
     bare = [line for line in lines if not line.startswith("#") and not re.search(r"\S  # \S", line)]
@@ -305,13 +303,13 @@ def test_each_key_of_the_commented_form_has_its_comment():
 @pytest.mark.parametrize(
     "path", [*sorted(BUILTIN.glob("*.yaml")), *sorted((ROOT / "examples").glob("*.yaml"))], ids=lambda path: path.name
 )
-def test_what_is_shipped_is_valid(path):
+def test_shipped_recipes_are_valid(path):
     recipe = read_recipe(path)
     assert recipe.prune.goal.macs == 0.5
     assert read_recipe(commented(recipe)) == recipe
 
 
-def test_the_settings_of_a_training_are_those_of_its_section():
+def test_train_section_is_converted_to_training_settings():
     section = Train(epochs=7, learning_rate=0.3, optimizer="adamw", schedule="multistep", warmup_epochs=2, clip_norm=1)
     found = dataclasses.asdict(section.settings(seed=11))
     assert found == {**section.model_dump(), "seed": 11}

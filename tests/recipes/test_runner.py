@@ -1,4 +1,4 @@
-"""Running a recipe: what is kept, what is done again, and what is refused before any work."""
+"""Runs of recipes: stages are kept or run again, and invalid recipes are refused before training."""
 
 from __future__ import annotations
 
@@ -27,41 +27,30 @@ from kirsch.errors import (
     UnknownNameError,
     UsageError,
 )
-from kirsch.recipes import runner, soundness
+from kirsch.recipes import integrity, runner
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import new_folder_name, resume
 from kirsch.recipes.tasks.data import DataSet, Split
+from tiny import flip_bit, same_weights
 
 STAGES = ["teacher", "distill", "prune", "recover", "export", "measure"]
-MODELS_ALONE = ("export=null", "measure=null")
+NO_EXPORT = ("export=null", "measure=null")
 
 
 def contents(folder):
-    """Every file below a folder."""
+    """Return the content of all files below a folder by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def equal(first, second):
-    one, two = (model if isinstance(model, dict) else model.state_dict() for model in (first, second))
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def flip(path):
-    """Change one bit in the middle of a file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def assert_nothing_was_done(job):
+def assert_no_stage_started(job):
     assert [event["event"] for event in job.heard if event["event"] != "start"] == []
     assert not list(job.folder.glob("checkpoints/*/*"))
 
 
-# ------------------------------------------------------------------------------------------------ what is kept
+# ------------------------------------------------------------------------------------------------ stages
 
 
-def test_a_run_does_its_stages_in_order_and_tells_each(finished):
+def test_run_emits_events_of_its_stages_in_order(finished):
     job, outcome = finished
     assert job.heard[0]["event"] == "start"
     assert job.stages("stage_start") == job.stages("stage_end") == STAGES
@@ -72,14 +61,14 @@ def test_a_run_does_its_stages_in_order_and_tells_each(finished):
     assert (outcome.exit_code, job.heard[-1]["met"]) == (0, True)
 
 
-def test_the_file_of_events_holds_what_was_told(finished):
+def test_events_file_contains_all_events(finished):
     job, _ = finished
     lines = [json.loads(line) for line in (job.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [{name: value for name, value in line.items() if name != "time"} for line in lines] == job.heard
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
 
 
-def test_a_finished_run_does_nothing_again_and_gives_the_same(finished, done):
+def test_resuming_a_finished_run_returns_the_same_result(finished, done):
     before = contents(done.folder)
     outcome = resume(done.folder, listen=done.heard.append)
     after = contents(done.folder)
@@ -88,7 +77,7 @@ def test_a_finished_run_does_nothing_again_and_gives_the_same(finished, done):
     assert after.keys() == before.keys()
     written_anew = {"events.jsonl", "metrics.json", "report.html", "manifest.json", "run.json"}
     assert {name for name in before if before[name] != after[name]} <= written_anew
-    assert equal(outcome.model, finished[1].model)
+    assert same_weights(outcome.model, finished[1].model)
     assert not outcome.model.training
     assert outcome.metrics | {"created": ""} == finished[1].metrics | {"created": ""}
 
@@ -97,19 +86,19 @@ def test_a_finished_run_does_nothing_again_and_gives_the_same(finished, done):
     ("key", "value", "first"),
     [("goal.max_drop", 0.4, 5), ("recover.temperature", 3.0, 3), ("prune.norm", 1, 2)],
 )
-def test_a_change_of_a_section_does_its_stage_and_all_after_it_again(done, key, value, first):
-    """The recipe of a run is changed in its folder. Here without timing, which takes long and says nothing more."""
+def test_changed_section_runs_its_stage_and_later_stages_again(done, key, value, first):
+    """The recipe is changed in the run folder. The measurement is left out to save time."""
     changed = read_recipe(done.folder / "recipe.yaml", [f"{key}={value}", "measure=null"])
     (done.folder / "recipe.yaml").write_text(changed.to_yaml())
     resume(done.folder, listen=done.heard.append)
     assert done.stages("stage_kept") == STAGES[:first]
     assert done.stages("stage_start") == STAGES[first:5]
-    again = [f"The stage {stage!r} is done again: its inputs have changed." for stage in STAGES[first:5]]
+    again = [f"The stage {stage!r} is run again: its inputs have changed." for stage in STAGES[first:5]]
     assert [note for note in done.notes() if note.startswith("The stage")] == again
 
 
 @pytest.mark.parametrize("change", ["seed", "batches", "models", "data"])
-def test_a_change_of_what_all_follows_from_does_all_again(done, change, monkeypatch):
+def test_change_of_seed_batches_models_or_data_runs_all_stages_again(done, change, monkeypatch):
     if change == "data":
         monkeypatch.setenv("NOISE", "0.7")
     else:
@@ -122,21 +111,21 @@ def test_a_change_of_what_all_follows_from_does_all_again(done, change, monkeypa
         path.write_text(path.read_text().replace(old, new))
     with pytest.raises(Interrupted):
         resume(done.folder, listen=done.heard.append, stop=after(done, "first_batch"))
-    changed = [note for note in done.notes() if note.endswith("The stages that this changes are done again.")]
+    changed = [note for note in done.notes() if note.endswith("The stages that depend on the change are run again.")]
     assert len(changed) == (change in ("seed", "batches"))
-    again = ["The stage 'teacher' is done again: its inputs have changed."]
+    again = ["The stage 'teacher' is run again: its inputs have changed."]
     assert done.notes()[: len(changed) + 1] == changed + again
     assert done.stages("stage_start") == ["teacher"]
 
 
-def after(job, happening, times=1):
-    """Stops a run as soon as something has happened so many times."""
-    return lambda: Interrupted("asked") if [e["event"] for e in job.heard].count(happening) >= times else None
+def after(job, name, times=1):
+    """Return a stop callback that stops a run after this number of events with this name."""
+    return lambda: Interrupted("asked") if [e["event"] for e in job.heard].count(name) >= times else None
 
 
-def test_a_training_does_not_go_on_from_a_checkpoint_of_other_settings(job):
-    """Else its result would be that of neither recipe."""
-    alone = ("student=null", "prune=null", "recover=null", *MODELS_ALONE)
+def test_training_does_not_resume_from_a_checkpoint_of_other_settings(job):
+    """The result would mix two recipes."""
+    alone = ("student=null", "prune=null", "recover=null", *NO_EXPORT)
     with pytest.raises(Interrupted):
         job.do(*alone, stop=after(job, "epoch", 3))
     assert len(list(job.folder.glob("checkpoints/teacher/step-*"))) == 2
@@ -144,52 +133,52 @@ def test_a_training_does_not_go_on_from_a_checkpoint_of_other_settings(job):
     (job.folder / "recipe.yaml").write_text(job.recipe(*changed).to_yaml())
     found = job.do(*changed)
     assert sum("the inputs of its stage have changed" in note for note in job.notes()) == 2
-    assert equal(found.model, job.do(*changed, folder=job.base / "fresh").model)
+    assert same_weights(found.model, job.do(*changed, folder=job.base / "fresh").model)
 
 
-def test_what_a_kill_left_of_a_finished_stage_goes(done):
-    """A run may be killed after a stage was sealed and before its last checkpoints were removed."""
-    left = shutil.copytree(
+def test_checkpoints_of_a_finished_stage_are_removed(done):
+    """A run may be killed after a stage is finished and before its last checkpoints are removed."""
+    checkpoint = shutil.copytree(
         done.folder / "checkpoints" / "teacher" / "done", done.folder / "checkpoints" / "teacher" / "step-00006-000000"
     )
     resume(done.folder, listen=done.heard.append)
     assert done.stages("stage_kept") == STAGES
-    assert not left.exists()
+    assert not checkpoint.exists()
 
 
-def test_recovering_leaves_the_models_before_it_as_they_are(job, monkeypatch):
-    """A stage that is loaded must not write its weights into the model that an earlier one has made."""
-    seen = []
+def test_recovery_does_not_change_earlier_models(job, monkeypatch):
+    """A loaded stage must not write its weights to the model of an earlier stage."""
+    jobs = []
     metrics_of = runner.metrics_of
-    monkeypatch.setattr(runner, "metrics_of", lambda job, *rest: seen.append(job) or metrics_of(job, *rest))
-    alone = ("student=null", "prune=null", *MODELS_ALONE)
+    monkeypatch.setattr(runner, "metrics_of", lambda job, *rest: jobs.append(job) or metrics_of(job, *rest))
+    alone = ("student=null", "prune=null", *NO_EXPORT)
     for _ in range(2):
         job.do(*alone)
     assert job.stages("stage_kept") == ["teacher", "recover"]
     stored = safetensors.torch.load_file(job.folder / "checkpoints" / "teacher" / "done" / "weights.safetensors")
-    for state in seen:
-        assert equal(state.models["teacher"], stored)
-        assert not equal(state.models["result"], stored)
+    for finished_job in jobs:
+        assert same_weights(finished_job.models["teacher"], stored)
+        assert not same_weights(finished_job.models["result"], stored)
 
 
-def test_a_teacher_that_comes_trained_is_taken_in_inference_mode(job, monkeypatch):
-    """So that the result of a run and of a resumed run are in one mode."""
+def test_trained_teacher_is_returned_in_inference_mode(job, monkeypatch):
+    """The result of a run and of a resumed run have the same mode."""
     monkeypatch.setattr(runner.Job, "check_alive", lambda *_: None)
-    shortest = ("teacher.train=null", "student=null", "recover=null", *MODELS_ALONE)
+    shortest = ("teacher.train=null", "student=null", "recover=null", *NO_EXPORT)
     assert [job.do(*shortest).model.training for _ in range(2)] == [False, False]
     assert job.stages("stage_kept") == ["teacher", "prune"]
 
 
-# ------------------------------------------------------------------------------------------------ what is damaged
+# ------------------------------------------------------------------------------------------------ damage
 
 
-def test_whatever_is_damaged_is_made_again_and_comes_out_the_same(done):
-    """One bit in each file but those that say what is to be done."""
+def test_damaged_files_are_restored_bit_for_bit(done):
+    """One bit is flipped in each file, except those that describe the run."""
     before = contents(done.folder)
     damaged = before.keys() - {".lock", "recipe.yaml", "run.json", "events.jsonl"}
-    sound = {name: (done.folder / name).read_bytes() for name in damaged}
+    original = {name: (done.folder / name).read_bytes() for name in damaged}
     for name in damaged:
-        flip(done.folder / name)
+        flip_bit(done.folder / name)
     resume(done.folder, listen=done.heard.append)
     assert done.stages("stage_start") == STAGES
     now = contents(done.folder)
@@ -198,46 +187,45 @@ def test_whatever_is_damaged_is_made_again_and_comes_out_the_same(done):
         name for name in damaged if not name.endswith(("record.json", "manifest.json", "metrics.json", "report.html"))
     }
     assert len(bits) > 12
-    assert {name for name in bits if (done.folder / name).read_bytes() != sound[name]} == set()
+    assert {name for name in bits if (done.folder / name).read_bytes() != original[name]} == set()
     figures = [json.loads(side["metrics.json"]) for side in (before, now)]
     for side in figures:
         for model in side["models"]:
-            del model["latency"], model["bytes"]  # timed anew; and the file names its source
+            del model["latency"], model["bytes"]  # measured again; and the ONNX file contains its source path
     assert [figures[0][key] for key in ("models", "quality", "goal", "removed")] == [
         figures[1][key] for key in ("models", "quality", "goal", "removed")
     ]
 
 
 @pytest.mark.parametrize("stage", ["teacher", "prune"])
-def test_a_damaged_stage_is_named_and_those_after_it_are_kept(done, stage):
-    """Its inputs are the same, so it comes out the same."""
+def test_only_the_damaged_stage_is_run_again(done, stage):
     path = done.folder / "checkpoints" / stage / "done" / "logits.npy"
-    flip(path)
+    flip_bit(path)
     resume(done.folder, listen=done.heard.append)
     assert done.stages("stage_start") == [stage]
-    assert done.notes()[0] == f"The stage {stage!r} is done again: {path} does not have the sha256 of its manifest."
+    assert done.notes()[0] == f"The stage {stage!r} is run again: {path} does not have the sha256 of its manifest."
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model/model.safetensors"])
-def test_a_damaged_artifact_is_exported_again(done, name):
+def test_damaged_artifact_is_exported_again(done, name):
     path = done.folder / "artifacts" / name
     before = path.read_bytes()
-    flip(path)
+    flip_bit(path)
     resume(done.folder, listen=done.heard.append)
     assert done.stages("stage_start") == ["export"]
-    assert re.match(rf"The stage 'export' is done again: .*{name} ", done.notes()[0])
+    assert re.match(rf"The stage 'export' is run again: .*{name} ", done.notes()[0])
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", [flip, Path.unlink])
-def test_a_plan_that_is_damaged_or_gone_comes_back(done, damage):
+@pytest.mark.parametrize("damage", [flip_bit, Path.unlink])
+def test_damaged_or_missing_plan_is_restored(done, damage):
     before = (done.folder / "plan.json").read_bytes()
     damage(done.folder / "plan.json")
     resume(done.folder, listen=done.heard.append)
     assert (done.folder / "plan.json").read_bytes() == before
 
 
-def test_a_line_of_events_that_a_kill_has_torn_is_dropped(done):
+def test_truncated_last_event_is_dropped(done):
     events = done.folder / "events.jsonl"
     before = events.read_text()
     events.write_text(before + '{"time": 1.0, "eve')
@@ -247,8 +235,8 @@ def test_a_line_of_events_that_a_kill_has_torn_is_dropped(done):
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"kirsch_run": 1, "base": 5}', "\0"])
-def test_a_run_json_that_is_damaged_or_gone_is_written_again(done, content):
-    """The events say where the files of the recipe lie."""
+def test_damaged_or_missing_run_json_is_written_again(done, content):
+    """The base folder is read from the events."""
     path = done.folder / "run.json"
     before = path.read_bytes()
     path.unlink() if content is None else path.write_text(content)
@@ -258,11 +246,11 @@ def test_a_run_json_that_is_damaged_or_gone_is_written_again(done, content):
         r".*run\.json (is missing|does not have the sha256 of its manifest)\. It is written", done.notes()[0]
     )
     assert json.loads(path.read_bytes()).keys() == json.loads(before).keys()
-    assert soundness.check(done.folder).wrong == []
+    assert integrity.check(done.folder).problems == []
 
 
-def test_a_run_that_says_nowhere_what_its_files_are_relative_to_is_started_with_its_recipe(done):
-    """And keeps its stages."""
+def test_run_without_base_folder_can_be_continued_with_its_recipe(done):
+    """The finished stages are kept."""
     (done.folder / "run.json").unlink()
     (done.folder / "events.jsonl").unlink()
     sentence = (
@@ -272,10 +260,10 @@ def test_a_run_that_says_nowhere_what_its_files_are_relative_to_is_started_with_
         resume(done.folder, listen=done.heard.append)
     done.do()
     assert done.stages("stage_kept") == STAGES
-    assert soundness.check(done.folder).wrong == []
+    assert integrity.check(done.folder).problems == []
 
 
-def test_a_recipe_that_is_gone_is_written_again(done):
+def test_missing_recipe_is_written_again(done):
     before = (done.folder / "recipe.yaml").read_bytes()
     (done.folder / "recipe.yaml").unlink()
     resume(done.folder, listen=done.heard.append)
@@ -284,32 +272,32 @@ def test_a_recipe_that_is_gone_is_written_again(done):
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"base": 5}', "\0"])
-def test_a_folder_that_tells_no_run_is_not_resumed(job, content):
+def test_folder_without_run_is_not_resumed(job, content):
     job.folder.mkdir()
     if content is not None:
         (job.folder / "run.json").write_text(content)
     with pytest.raises(
-        LoadError, match=r"run holds no run\. run\.json is missing or damaged\. Start it: kirsch compress"
+        LoadError, match=r"run is not a run folder\. run\.json is missing or damaged\. Start a run: kirsch compress"
     ):
         resume(job.folder, listen=job.heard.append)
     assert job.heard == []
 
 
-def test_a_damaged_recipe_is_named(done):
+def test_damaged_recipe_is_refused(done):
     (done.folder / "recipe.yaml").write_text("teacher: [\n")
-    with pytest.raises(RecipeError, match=r"run/recipe\.yaml is no YAML\. Line 2: .* or delete it: kirsch resume"):
+    with pytest.raises(RecipeError, match=r"run/recipe\.yaml is not valid YAML\. Line 2: .* delete it: kirsch resume"):
         resume(done.folder, listen=done.heard.append)
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ refusals
 
 
-def test_a_folder_with_the_run_of_another_recipe_is_refused_with_the_differences(done):
+def test_run_of_another_recipe_is_refused_with_the_differences(done):
     before = contents(done.folder)
     sentence = (
         r"The folder .*run holds a run of another recipe\. They differ in "
         r"prune\.goal\.macs \(0\.6 and 0\.5\), recover \(.*epochs.* and None\), seed \(0 and 1\)\. "
-        r"Choose another folder, or go on with it: kirsch resume\."
+        r"Choose another folder, or continue that run: kirsch resume\."
     )
     with pytest.raises(RecipeError, match=sentence):
         done.do("seed=1", "prune.goal.macs=0.5", "recover=null")
@@ -317,50 +305,50 @@ def test_a_folder_with_the_run_of_another_recipe_is_refused_with_the_differences
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "recipe.yaml", "plan.json", ".hidden"])
-def test_a_folder_with_something_else_is_refused_and_left_as_it_is(job, name):
+def test_folder_with_other_files_is_refused_and_not_changed(job, name):
     job.folder.mkdir()
-    (job.folder / name).write_text("mine")
+    (job.folder / name).write_text("a file of the user")
     (job.folder / "inner").mkdir()
-    (job.folder / ".tmp-mine").write_text("looks like ours, and is not")
-    (job.folder / "inner" / ".tmp-mine").write_text("mine")
+    (job.folder / ".tmp-user").write_text("named like a temporary file of Kirsch")
+    (job.folder / "inner" / ".tmp-user").write_text("a file of the user")
     before = contents(job.folder)
-    sentence = r"The folder .*run holds something else\. It has '.*', and is no run folder\. Choose another folder\."
+    sentence = r"The folder .*run is not empty\. It contains '.*' and is not a run folder\. Choose another folder\."
     with pytest.raises(OutputError, match=sentence):
         job.do()
     assert contents(job.folder) == before
     assert job.heard == []
 
 
-def test_a_run_that_was_killed_at_its_very_start_begins_anew(job):
-    """Between its first two files there is a recipe and nothing that says that it is a run."""
+def test_run_killed_at_its_start_is_started_again(job):
+    """Only recipe.yaml was written before the run was killed."""
     job.folder.mkdir()
     (job.folder / ".lock").touch()
     (job.folder / ".tmp-half").write_text("")
-    (job.folder / "recipe.yaml").write_text(job.recipe(*MODELS_ALONE).to_yaml())
+    (job.folder / "recipe.yaml").write_text(job.recipe(*NO_EXPORT).to_yaml())
     with pytest.raises(Interrupted):
-        job.do(*MODELS_ALONE, stop=lambda: Interrupted("asked"))
+        job.do(*NO_EXPORT, stop=lambda: Interrupted("asked"))
     assert not (job.folder / ".tmp-half").exists()
     assert json.loads((job.folder / "run.json").read_text())["base"] == ".."
 
 
-def test_a_run_may_follow_its_dry_run_in_the_same_folder(job):
-    recipe = job.recipe(*MODELS_ALONE)
+def test_run_may_use_the_folder_of_its_dry_run(job):
+    recipe = job.recipe(*NO_EXPORT)
     job.folder.mkdir()
     (job.folder / "recipe.yaml").write_text(recipe.to_yaml())
     (job.folder / "plan.json").write_text("{}")
     with pytest.raises(Interrupted):
-        job.do(*MODELS_ALONE, stop=lambda: Interrupted("asked"))
+        job.do(*NO_EXPORT, stop=lambda: Interrupted("asked"))
     assert (job.folder / "run.json").is_file()
 
 
-def test_a_folder_in_use_is_refused_until_its_process_is_dead(done):
+def test_folder_in_use_is_refused_until_its_process_ends(done):
     hold = "import filelock, sys\nwith filelock.FileLock(sys.argv[1]): print('held', flush=True), input()"
     command = [sys.executable, "-c", hold, str(done.folder / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         before = contents(done.folder)
         try:
-            with pytest.raises(OutputError, match=r"The run .*run is in use\. Another process works on it\."):
+            with pytest.raises(OutputError, match=r"The run .*run is in use\. Another process runs in it\."):
                 resume(done.folder, listen=done.heard.append)
         finally:
             other.kill()
@@ -380,12 +368,12 @@ def test_a_folder_in_use_is_refused_until_its_process_is_dead(done):
         (
             ["teacher.model=nets.py:five_classes"],
             ShapeError,
-            r"scores of shape \(5,\)\. The data stripes has 3 classes\.",
+            r"logits of shape \(5,\); the data stripes has 3 classes\.",
         ),
         (
             ["student.model=nets.py:five_classes"],
             ShapeError,
-            r"scores of shape \(5,\)\. The data stripes has 3 classes\.",
+            r"logits of shape \(5,\); the data stripes has 3 classes\.",
         ),
         (["student.model=nets.py:nobody"], LoadError, r"There is no callable of nets\.py named 'nobody'\."),
         (["data.source=nets.py:nobody"], LoadError, r"There is no callable of nets\.py named 'nobody'\."),
@@ -393,17 +381,17 @@ def test_a_folder_in_use_is_refused_until_its_process_is_dead(done):
         (
             ["measure.threads=5000"],
             UsageError,
-            r"measure\.threads is 5000; this machine has \d+\. Lower measure\.threads",
+            r"measure\.threads is 5000; this machine has \d+ usable cores\. Lower measure\.threads",
         ),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_is_trained(job, changes, error, sentence):
+def test_invalid_recipe_is_refused_before_training(job, changes, error, sentence):
     with pytest.raises(error, match=sentence):
         job.do(*changes)
-    assert_nothing_was_done(job)
+    assert_no_stage_started(job)
 
 
-def test_timing_that_is_done_needs_no_threads_again(done, monkeypatch):
+def test_finished_measurement_does_not_need_its_threads(done, monkeypatch):
     from kirsch.recipes import stages
 
     monkeypatch.setattr(stages, "usable_cores", lambda: 0)
@@ -411,14 +399,14 @@ def test_timing_that_is_done_needs_no_threads_again(done, monkeypatch):
     assert done.stages("stage_kept") == STAGES
 
 
-def test_a_full_disk_is_said_before_anything_is_trained(job, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _place: SimpleNamespace(free=2_000_000))
+def test_full_disk_is_reported_before_training(job, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=2_000_000))
     with pytest.raises(OutputError, match=r"The folder .*run has 2 MB free; the work needs about 10 MB\."):
         job.do()
-    assert_nothing_was_done(job)
+    assert_no_stage_started(job)
 
 
-def test_a_folder_that_cannot_be_made_is_said_before_the_data_is_loaded(job):
+def test_unwritable_folder_is_reported_before_data_is_loaded(job):
     (job.base / "file").write_text("")
     with pytest.raises(OutputError, match=r"The folder .*file/run cannot be written\. Not a directory\."):
         job.do("data.source=nets.py:nobody", folder=job.base / "file" / "run")
@@ -427,19 +415,27 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_data_is_loaded(job):
 @pytest.mark.parametrize(
     ("changes", "stage", "why"),
     [
-        (["teacher={model: 'nets.py:Silent'}"], "teacher", r"It says .*Load trained weights in nets\.py:Silent, or"),
-        (["teacher.train.learning_rate=1e-9"], "teacher", "It (guesses|says one class for every sample).*Lower the"),
         (
-            ["student.model=nets.py:Silent", "student.distill.train.learning_rate=1e-9", "prune=null"],
+            ["teacher={model: 'nets.py:Constant'}"],
+            "teacher",
+            r"It predicts one class .*Load trained weights in nets\.py:Constant, or",
+        ),
+        (
+            ["teacher.train.learning_rate=1e-9"],
+            "teacher",
+            "It (is not better than chance|predicts one class).*Lower the",
+        ),
+        (
+            ["student.model=nets.py:Constant", "student.distill.train.learning_rate=1e-9", "prune=null"],
             "distill",
-            "It says one.*Lower the",
+            "It predicts one.*Lower the",
         ),
     ],
 )
-def test_a_dead_model_ends_the_run_with_its_stage(job, changes, stage, why):
-    sentence = rf"The model is dead after the stage '{stage}': \d+\.\d% of 60 right, chance is 33\.3%\. {why}"
+def test_unusable_model_ends_the_run_after_its_stage(job, changes, stage, why):
+    sentence = rf"The model is unusable after the stage '{stage}': \d+\.\d% of 60 correct, chance is 33\.3%\. {why}"
     with pytest.raises(NumericError, match=sentence) as caught:
-        job.do(*changes, *MODELS_ALONE)
+        job.do(*changes, *NO_EXPORT)
     assert caught.value.exit_code == 6
     assert job.stages("stage_end") == STAGES[: STAGES.index(stage)]
 
@@ -447,7 +443,7 @@ def test_a_dead_model_ends_the_run_with_its_stage(job, changes, stage, why):
 # ------------------------------------------------------------------------------------------------ names
 
 
-def test_a_new_folder_has_date_name_and_four_digits(job):
+def test_folder_name_has_date_name_and_four_digits(job):
     plain = r"\d{4}-\d\d-\d\d-stripes-[0-9a-f]{4}"
     assert re.fullmatch(plain, new_folder_name(job.recipe()))
     hostile = job.recipe('name="../<a> [red]\\n\\e[31mé"')
@@ -456,8 +452,8 @@ def test_a_new_folder_has_date_name_and_four_digits(job):
     assert new_folder_name(job.recipe()) != new_folder_name(job.recipe())
 
 
-def test_materials_given_as_objects_take_the_place_of_references(job):
-    recipe = job.recipe("teacher.model=given", "student=null", "recover=null", "data.source=given", *MODELS_ALONE)
+def test_objects_replace_references(job):
+    recipe = job.recipe("teacher.model=given", "student=null", "recover=null", "data.source=given", *NO_EXPORT)
     part = Split(torch.randn(12, 1, 6, 6).numpy(), (torch.arange(12) % 3).numpy())
     materials = runner.Materials(
         make_teacher=lambda: runner.build("nets.py:teacher", base=job.base),

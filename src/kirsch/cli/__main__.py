@@ -1,4 +1,4 @@
-"""`python -m kirsch.cli` is `kirsch`."""
+"""Run the `kirsch` command: `python -m kirsch.cli`."""
 
 import sys
 

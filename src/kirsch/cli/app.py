@@ -1,6 +1,6 @@
-"""The `kirsch` command: its verbs and their options. What a verb does lives in the files beside it."""
+"""The `kirsch` command: its subcommands and their options. The other files implement the subcommands."""
 
-# Annotations are read by typer when a verb is registered: no `from __future__ import annotations` here.
+# typer reads the annotations when a subcommand is registered: no `from __future__ import annotations` here.
 import contextlib
 import inspect
 import sys
@@ -15,7 +15,7 @@ from kirsch import __version__
 from kirsch.cli import failure
 from kirsch.cli.interrupts import interruptible
 from kirsch.cli.paths import check_paths
-from kirsch.cli.streams import forsake_stdout, prepare_streams, stdout_for_result
+from kirsch.cli.streams import discard_stdout, prepare_streams, stdout_for_result
 from kirsch.cli.terminal import ClosedError, Mode, Terminal
 from kirsch.errors import GoalError, Interrupted, OutputError, UsageError
 
@@ -24,22 +24,24 @@ MODES = {
     "quiet": "Results only, no progress.",
     "debug": "Show the traceback of an error.",
 }
-"""Options that every verb has."""
+"""Options of every subcommand."""
 
 STOPPED = "The command was stopped by SIGINT."
 CLOSED = 141
-"""Exit code when the reader of the standard output has gone: what a shell gives for SIGPIPE."""
+"""Exit code if the reader of the standard output has closed it: the exit code of a shell for SIGPIPE."""
 
-# typer has no public name for the base of its errors, and where it lives has changed between its versions.
-BadCall: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+# typer has no public name for the base class of its errors, and its module differs between versions.
+CommandLineError: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
 
 app = typer.Typer(
     name="kirsch",
     help="Distill, prune, export and measure neural networks, with verification.",
     epilog=(
-        "Exit codes: 0 done, goals met; 2 usage or recipe; 3 a goal missed, or verify of a run that is not finished; "
-        "4 model, data or checkpoint; 5 environment; 6 numbers went wrong; 75 and 130 stopped, checkpoint saved; "
-        "1 a bug of ours."
+        "Exit codes: 0 done, goals met; 2 usage or recipe; 3 a goal missed, or verify of an unfinished run; "
+        "4 model, data or checkpoint; 5 environment; 6 numerical failure; 75 and 130 stopped, checkpoint saved; "
+        "1 a bug of Kirsch."
     ),
     add_completion=False,
     rich_markup_mode=None,
@@ -49,21 +51,21 @@ app = typer.Typer(
 
 
 class Session:
-    """What a verb is given beside its options.
+    """State of one subcommand.
 
     Args:
-        terminal: where it writes.
+        terminal: output of the subcommand.
     """
 
     def __init__(self, terminal: Terminal) -> None:
         self.terminal = terminal
-        self.folder: Path | None = None  # of the run, as soon as there is one: tracebacks go there
+        self.folder: Path | None = None  # folder of the run, once known; tracebacks are written there
 
 
-def verb(act: Callable[..., int]) -> Callable[..., int]:
-    """Make a function a verb: it gets a `Session` first, and its options, and gives the exit code.
+def command(function: Callable[..., int]) -> Callable[..., int]:
+    """Register a function as a subcommand. It takes a `Session` and its options, and returns the exit code.
 
-    Each verb has the options of `MODES` as well, and whatever it raises is told as `failure.tell` does.
+    Each subcommand also has the options of `MODES`. `failure.report_error` writes any exception.
     """
 
     def run(**options: Any) -> int:
@@ -72,27 +74,27 @@ def verb(act: Callable[..., int]) -> Callable[..., int]:
             session = Session(Terminal(mode, stdout))
             try:
                 check_paths(options)
-                with interruptible(stdout), _calm(mode):
-                    return act(session, **options)
+                with interruptible(stdout), _quiet_warnings(mode):
+                    return function(session, **options)
             except ClosedError:
-                forsake_stdout()
+                discard_stdout()
                 return CLOSED
             except KeyboardInterrupt:
-                session.terminal.stop()
-                return failure.tell(Interrupted(STOPPED), session.terminal)
-            except BaseException as error:  # noqa: BLE001 - the last stop, also for a model's code that calls sys.exit
-                session.terminal.stop()
-                return failure.tell(error, session.terminal, session.folder, act.__name__)
+                session.terminal.stop_status()
+                return failure.report_error(Interrupted(STOPPED), session.terminal)
+            except BaseException as error:  # noqa: BLE001 - the last handler, also for code of a model that calls sys.exit
+                session.terminal.stop_status()
+                return failure.report_error(error, session.terminal, session.folder, function.__name__)
 
-    _as_command(run, act)
+    _register(run, function)
     return run
 
 
 @contextlib.contextmanager
-def _calm(mode: Mode) -> Iterator[None]:
-    """Silence the warnings of libraries: they speak of their own insides, to those who call them.
+def _quiet_warnings(mode: Mode) -> Iterator[None]:
+    """Hide the warnings of libraries, which are about their internals.
 
-    With --debug, or where Python was told what to do with warnings (-W, PYTHONWARNINGS), they are shown.
+    Warnings are shown with --debug, and if the user sets -W or PYTHONWARNINGS.
     """
     with warnings.catch_warnings():
         if not mode.debug and not sys.warnoptions:
@@ -100,9 +102,9 @@ def _calm(mode: Mode) -> Iterator[None]:
         yield
 
 
-def _as_command(run: Callable[..., int], act: Callable[..., int]) -> None:
-    """Register `run` with the name, the text and the options of `act`, and those of `MODES`."""
-    signature = inspect.signature(act)
+def _register(run: Callable[..., int], function: Callable[..., int]) -> None:
+    """Register `run` with the name, docstring and options of `function`, and the options of `MODES`."""
+    signature = inspect.signature(function)
     modes = [
         inspect.Parameter(
             name,
@@ -113,11 +115,11 @@ def _as_command(run: Callable[..., int], act: Callable[..., int]) -> None:
         for name, text in MODES.items()
     ]
     parameters = [*list(signature.parameters.values())[1:], *modes]
-    run.__name__, run.__doc__ = act.__name__, act.__doc__
-    # typer reads the one, older versions the other.
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Python's own protocol
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    # typer reads the signature, older versions read the annotations.
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # a protocol of Python
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": int}
-    app.command(act.__name__)(run)
+    app.command(function.__name__)(run)
 
 
 Model = Annotated[str, typer.Argument(help="package.module:callable, file.py:callable or timm:NAME.")]
@@ -125,64 +127,69 @@ Inputs = Annotated[
     list[str] | None,
     typer.Option(
         "--input",
-        help="An input: 1,3,224,224, 1,24:int64 or name=1,24:int64; may be repeated. Else what the model states.",
+        help="An input: 1,3,224,224, 1,24:int64 or name=1,24:int64; may be repeated. Default: inputs of the model.",
     ),
 ]
 Weights = Annotated[str, typer.Option("--weights", help="random, pretrained (timm), or a safetensors FILE.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of random weights and random choices.", min=0)]
-Macs = Annotated[float | None, typer.Option("--macs", help="MACs that may stay, as a fraction: 0.5.")]
-Params = Annotated[float | None, typer.Option("--params", help="Parameters that may stay, as a fraction.")]
-Importance = Annotated[str, typer.Option("--importance", help="What ranks the units: magnitude, random.")]
-Scope = Annotated[str, typer.Option("--scope", help="global ranks all layers together, local each by itself.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of random weights and random choices.", min=0)]
+Macs = Annotated[float | None, typer.Option("--macs", help="MACs to keep at most, as a fraction: 0.5.")]
+Params = Annotated[float | None, typer.Option("--params", help="Parameters to keep at most, as a fraction.")]
+Importance = Annotated[str, typer.Option("--importance", help="Importance that ranks the units: magnitude, random.")]
+Scope = Annotated[
+    str, typer.Option("--scope", help="global ranks all layers together, local ranks each layer by itself.")
+]
 RoundTo = Annotated[str, typer.Option("--round-to", help="Kept widths are multiples of this number, or auto.")]
 Granularity = Annotated[
-    list[str] | None, typer.Option("--kind", help="Kind of unit that may go, such as head; may be repeated. All.")
+    list[str] | None,
+    typer.Option("--kind", help="Kind of unit to remove, such as head; may be repeated. Default: all."),
 ]
-Uniform = Annotated[bool, typer.Option("--uniform", help="Layers of one kind lose the same number of units.")]
-MinKeep = Annotated[float, typer.Option("--min-keep", help="Fraction of each group that stays in any case.")]
+Uniform = Annotated[bool, typer.Option("--uniform", help="Remove the same number of units from layers of one kind.")]
+MinKeep = Annotated[float, typer.Option("--min-keep", help="Fraction of each group that is always kept.")]
 Exclude = Annotated[
-    list[str] | None, typer.Option("--exclude", help="A layer or glob to leave as it is; may be repeated.")
+    list[str] | None, typer.Option("--exclude", help="A layer or glob to leave unchanged; may be repeated.")
 ]
 PrunedFolder = Annotated[
     str,
-    typer.Option("--pruned", help="Folder of kirsch prune: take its model; MODEL is the original.", metavar="FOLDER"),
+    typer.Option("--pruned", help="Folder of kirsch prune: use its model; MODEL is the original.", metavar="FOLDER"),
 ]
 Run = Annotated[str, typer.Argument(help="Folder of a run.")]
 
 
-@verb
+@command
 def compress(
     session: Session,
-    recipe: Annotated[str, typer.Argument(help="A recipe; the built-in digits if left out.")] = "",
+    recipe: Annotated[str, typer.Argument(help="A recipe. Default: the built-in recipe digits.")] = "",
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key: prune.goal.macs=0.4; may be repeated.")
     ] = None,
-    run: Annotated[str, typer.Option("--run", help="The run folder; a new one below runs/ if left out.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, without training.")] = False,
+    run: Annotated[str, typer.Option("--run", help="The run folder. Default: a new folder in runs/.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the stages, costs and time, without training.")
+    ] = False,
 ) -> int:
-    """Do a whole job, from the teacher to the report."""
+    """Run a recipe, from the teacher to the report."""
     from kirsch.cli import jobs
 
-    wanted, base = jobs.read(recipe, changes or [])
+    parsed, base = jobs.read(recipe, changes or [])
     if dry_run:
-        return jobs.dry_run(wanted, base, run, session.terminal)
-    session.folder = jobs.folder_for(wanted, run)
-    return jobs.compress(wanted, base, session.folder, session.terminal)
+        return jobs.dry_run(parsed, base, run, session.terminal)
+    session.folder = jobs.folder_for(parsed, run)
+    return jobs.compress(parsed, base, session.folder, session.terminal)
 
 
-@verb
+@command
 def resume(session: Session, run: Run) -> int:
-    """Go on with a run that was stopped or killed."""
+    """Resume a run that was stopped or killed."""
     from kirsch.cli import jobs
 
     session.folder = Path(run)
     return jobs.resume(session.folder, session.terminal)
 
 
-@verb
+@command
 def init(
     session: Session,
-    file: Annotated[str, typer.Argument(help="Where to write it.")] = "recipe.yaml",
+    file: Annotated[str, typer.Argument(help="The recipe file to write.")] = "recipe.yaml",
 ) -> int:
     """Write a recipe with a comment on each key."""
     from kirsch.cli import jobs
@@ -190,24 +197,24 @@ def init(
     return jobs.init(file, session.terminal)
 
 
-@verb
+@command
 def trace(
     session: Session,
     model: Model,
     explain: Annotated[
-        str, typer.Option("--explain", help="Say what goes with this layer, and why.", metavar="LAYER")
+        str, typer.Option("--explain", help="Show the layers tied to this layer, and why.", metavar="LAYER")
     ] = "",
     inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
-    """Show what of a model may go, and what blocks the rest."""
+    """Show removable groups of a model, and what blocks the rest."""
     from kirsch.cli import networks
 
-    return networks.show_trace(networks.given(model, inputs or [], weights, seed=seed), explain, session.terminal)
+    return networks.show_trace(networks.load_model(model, inputs or [], weights, seed=seed), explain, session.terminal)
 
 
-@verb
+@command
 def plan(
     session: Session,
     model: Model,
@@ -225,16 +232,17 @@ def plan(
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
-    """Choose what goes, without cutting it."""
+    """Choose the units to remove, without removing them."""
     from kirsch.cli import networks
 
-    kinds, left = kind or [], exclude or []
-    choice = networks.Choice(macs, params, importance, scope, round_to, left, kinds, uniform, min_keep, seed)
-    found = networks.given(model, inputs or [], weights, seed=seed)
-    return networks.show_plan(found, choice, output, session.terminal)
+    plan_options = networks.PlanOptions(
+        macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, min_keep, seed
+    )
+    loaded = networks.load_model(model, inputs or [], weights, seed=seed)
+    return networks.show_plan(loaded, plan_options, output, session.terminal)
 
 
-@verb
+@command
 def prune(
     session: Session,
     model: Model,
@@ -253,17 +261,22 @@ def prune(
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
-    """Cut a model by a plan or a goal, with verification."""
+    """Prune a model by a plan or a goal, with verification."""
     from kirsch.cli import networks
 
-    kinds, left = kind or [], exclude or []
-    choice = networks.Choice(macs, params, importance, scope, round_to, left, kinds, uniform, min_keep, seed)
+    plan_options = networks.PlanOptions(
+        macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, min_keep, seed
+    )
     return networks.show_prune(
-        lambda: networks.given(model, inputs or [], weights, seed=seed), plan_file, choice, output, session.terminal
+        lambda: networks.load_model(model, inputs or [], weights, seed=seed),
+        plan_file,
+        plan_options,
+        output,
+        session.terminal,
     )
 
 
-@verb
+@command
 def export(
     session: Session,
     model: Model,
@@ -273,14 +286,14 @@ def export(
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
-    """Write a model as an ONNX file, and check it."""
+    """Export a model to an ONNX file, and check the file."""
     from kirsch.cli import networks
 
-    found = networks.given(model, inputs or [], weights, pruned=pruned, seed=seed)
-    return networks.show_export(found, output, session.terminal)
+    loaded = networks.load_model(model, inputs or [], weights, pruned=pruned, seed=seed)
+    return networks.show_export(loaded, output, session.terminal)
 
 
-@verb
+@command
 def measure(
     session: Session,
     model: Annotated[str, typer.Argument(help="A model as for trace, or an ONNX file.")],
@@ -288,27 +301,27 @@ def measure(
     inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
-    threads: Annotated[int, typer.Option("--threads", help="Of the runtime.", min=1)] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", help="Of the timing.", min=6)] = 30,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of the runtime.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds of the timing.", min=6)] = 30,
 ) -> int:
-    """Time and count a model or an ONNX file."""
+    """Measure time and size of a model or an ONNX file."""
     from kirsch.cli import networks
 
     if model.lower().endswith(".onnx"):
         return networks.show_measure_file(model, inputs or [], threads, rounds, session.terminal)
-    found = networks.given(model, inputs or [], weights, pruned=pruned, seed=seed)
-    return networks.show_measure(found, threads, rounds, session.terminal)
+    loaded = networks.load_model(model, inputs or [], weights, pruned=pruned, seed=seed)
+    return networks.show_measure(loaded, threads, rounds, session.terminal)
 
 
-@verb
+@command
 def report(session: Session, run: Run) -> int:
-    """Draw the report of a finished run again."""
+    """Write the report of a finished run again."""
     from kirsch.cli import jobs
 
     return jobs.report(Path(run), session.terminal)
 
 
-@verb
+@command
 def verify(session: Session, run: Run) -> int:
     """Check the files of a run against their hashes."""
     from kirsch.cli import jobs
@@ -316,40 +329,38 @@ def verify(session: Session, run: Run) -> int:
     return jobs.verify(Path(run), session.terminal)
 
 
-@verb
+@command
 def store(
     session: Session,
     action: Annotated[str, typer.Argument(help="build, finish, check, verify or info.")],
     folder: Annotated[str, typer.Argument(help="Folder of the store.")],
-    model: Annotated[str, typer.Option("--model", help="The teacher, as MODEL of trace.")] = "",
+    model: Annotated[str, typer.Option("--model", help="The teacher, in the form of MODEL of trace.")] = "",
     weights: Weights = "random",
-    data: Annotated[str, typer.Option("--data", help="A source of a recipe's data; its training part.")] = "",
+    data: Annotated[str, typer.Option("--data", help="A data source of a recipe; the training part is used.")] = "",
     option: Annotated[
-        list[str] | None, typer.Option("--option", help="Of the data: train=45000; may be repeated.")
+        list[str] | None, typer.Option("--option", help="Option of the data: train=45000; may be repeated.")
     ] = None,
-    keep: Annotated[str, typer.Option("--keep", help="The K most likely classes, as 10; or dense.")] = "10",
-    views: Annotated[int, typer.Option("--views", help="Augmented looks of each sample.", min=1)] = 1,
-    temperature: Annotated[float, typer.Option("--temperature", help="Of the probabilities kept.")] = 1.0,
-    part: Annotated[str, typer.Option("--part", help="Build a share only, as 1/4; then finish.")] = "",
-    samples: Annotated[int, typer.Option("--samples", help="Looks that check compares.", min=1)] = 256,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", help="Samples that the teacher runs on at a time.", min=1)
-    ] = 256,
+    keep: Annotated[str, typer.Option("--keep", help="Number of most likely classes to store, or dense.")] = "10",
+    views: Annotated[int, typer.Option("--views", help="Augmented views of each sample.", min=1)] = 1,
+    temperature: Annotated[float, typer.Option("--temperature", help="Temperature of the stored probabilities.")] = 1.0,
+    part: Annotated[str, typer.Option("--part", help="Build only one part, such as 1/4; then finish.")] = "",
+    samples: Annotated[int, typer.Option("--samples", help="Views that check compares.", min=1)] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Samples of one batch of the teacher.", min=1)] = 256,
     seed: Seed = 0,
 ) -> int:
-    """Keep a teacher's outputs on disk, or check them."""
+    """Store a teacher's outputs on disk, or check a store."""
     from kirsch.cli import stores
 
-    asked = stores.Asked(model, weights, data, option or [], seed, batch_size)
-    building = stores.Building(keep, views, temperature, part)
-    return stores.act(action, Path(folder), asked, building, samples, session.terminal)
+    teacher = stores.TeacherSource(model, weights, data, option or [], seed, batch_size)
+    build_options = stores.BuildOptions(keep, views, temperature, part)
+    return stores.run_action(action, Path(folder), teacher, build_options, samples, session.terminal)
 
 
-@verb
+@command
 def methods(
     session: Session,
-    name: Annotated[str, typer.Argument(help="A preset or a loss, to be shown in full.")] = "",
-    markdown: Annotated[bool, typer.Option("--markdown", help="All as a page of Markdown.")] = False,
+    name: Annotated[str, typer.Argument(help="A preset or a loss to show in full.")] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Write all as Markdown.")] = False,
 ) -> int:
     """List objectives and losses of distillation."""
     from kirsch.cli.methods import methods as show
@@ -357,12 +368,12 @@ def methods(
     return show(name, session.terminal, markdown=markdown)
 
 
-@verb
+@command
 def doctor(session: Session) -> int:
-    """List what is installed, missing, and how to get it."""
-    from kirsch.cli.doctor import doctor as examine
+    """List installed and missing packages, with pip commands."""
+    from kirsch.cli.doctor import doctor as run_doctor
 
-    return examine(session.terminal)
+    return run_doctor(session.terminal)
 
 
 @app.callback(invoke_without_command=True)
@@ -377,28 +388,29 @@ def root(
         typer.echo(context.get_help())
 
 
-def run(given: Sequence[str]) -> int:
-    """Run the command with the arguments of a command line; gives the exit code."""
+def run(arguments: Sequence[str]) -> int:
+    """Run the command with the arguments of a command line, and return the exit code."""
     prepare_streams()
     if "" not in sys.path:
-        sys.path.append("")  # the working folder, last: package.module:callable is found there, and shadows nothing
-    terminal = Terminal(Mode(json="--json" in given, debug="--debug" in given))
+        # The working folder is last, so that package.module:callable is found and no package is shadowed.
+        sys.path.append("")
+    terminal = Terminal(Mode(json="--json" in arguments, debug="--debug" in arguments))
     try:
-        code = app(list(given), prog_name="kirsch", standalone_mode=False)
-    except BadCall as error:
-        return failure.tell(_misuse(error), terminal)
+        code = app(list(arguments), prog_name="kirsch", standalone_mode=False)
+    except CommandLineError as error:
+        return failure.report_error(_usage_error(error), terminal)
     except (typer.Abort, KeyboardInterrupt):
-        return failure.tell(Interrupted(STOPPED), terminal)
-    except (SystemExit, ClosedError):  # typer exits by itself where the reader of the help has gone
-        forsake_stdout()
+        return failure.report_error(Interrupted(STOPPED), terminal)
+    except (SystemExit, ClosedError):  # typer exits if the reader of the help has closed the output
+        discard_stdout()
         return CLOSED
-    except OSError as error:  # of the help, which goes to the standard output by itself
-        return failure.tell(OutputError("The standard output cannot be written.", f"{error}."), terminal)
+    except OSError as error:  # typer writes the help to the standard output itself
+        return failure.report_error(OutputError("The standard output cannot be written.", f"{error}."), terminal)
     return code if isinstance(code, int) else 0
 
 
-def _misuse(error: Any) -> UsageError:
-    """What typer says of a wrong command line, in three lines."""
+def _usage_error(error: Any) -> UsageError:
+    """Return the error for a command line that typer refused."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "kirsch"
     option = str(getattr(error, "option_name", ""))

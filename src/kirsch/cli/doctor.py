@@ -1,4 +1,4 @@
-"""What is installed, what is missing, and the line that installs it."""
+"""The subcommand doctor: installed and missing packages, and the command that installs them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "hf": {"transformers": "5.24"},
     "lightning": {"lightning": "2.6"},
 }
-"""Extra → package → the least version. The same as in pyproject.toml, and here so that it is there without it."""
+"""Extra → package → minimum version, as in pyproject.toml, which is not part of an installation."""
 
 PURPOSE = {
     CORE: "everything",
@@ -51,9 +51,10 @@ class Package:
     """A package that Kirsch can use.
 
     Args:
-        name, extra: the package, and the extra that brings it.
-        needed: the least version.
-        found: the version that is installed, None if it is missing.
+        name: of the package.
+        extra: the extra of Kirsch that installs the package.
+        needed: minimum version.
+        found: installed version, None if the package is missing.
     """
 
     name: str
@@ -63,21 +64,21 @@ class Package:
 
     @property
     def state(self) -> str:
-        """In words: "ok", "missing" or "too old"."""
+        """Return "ok", "missing" or "too old"."""
         if self.found is None:
             return "missing"
         return "ok" if _numbers(self.found) >= _numbers(self.needed) else "too old"
 
 
 def packages() -> list[Package]:
-    """All packages that Kirsch can use, as they are installed here."""
+    """Return all packages that Kirsch can use, with their installed versions."""
     return [
         Package(name, extra, least, _version(name)) for extra, names in NEEDED.items() for name, least in names.items()
     ]
 
 
 def doctor(terminal: Terminal) -> int:
-    """Show them, with the machine. Gives 0 when the core is complete, else 5."""
+    """Show packages and machine. Return 0 if the core is complete, else 5."""
     found = packages()
     complete = all(package.state == "ok" for package in found if package.extra == CORE)
     fixes = {
@@ -106,25 +107,25 @@ def doctor(terminal: Terminal) -> int:
 
 
 def _section(extra: str, found: list[Package], fix: str | None) -> list[Line]:
-    state, tone = ("complete", "good") if fix is None else ("incomplete", "bad" if extra == CORE else "doubt")
+    state, tone = ("complete", "good") if fix is None else ("incomplete", "bad" if extra == CORE else "warning")
     lines: list[Line] = [
         [Piece(f"{extra:<13}", "strong"), Piece(state, tone), Piece(f"   for {PURPOSE[extra]}", "faint")]
     ]
     for package in found:
         note = {"ok": "", "missing": "missing", "too old": f"too old, {package.needed} is needed"}[package.state]
         version = package.found or ""
-        lines.append([Piece(f"  {package.name:<15}{version:<14}"), Piece(note, "doubt")])
+        lines.append([Piece(f"  {package.name:<15}{version:<14}"), Piece(note, "warning")])
     return lines if fix is None else [*lines, [Piece(f"  {fix}")]]
 
 
 def _machine() -> dict[str, str]:
-    """Python, system and processor."""
+    """Return Python version, system and processor."""
     try:
         from kirsch.measurement.machine import cpu, usable_cores
 
         name, flags = cpu()
         processor = f"{name}, {usable_cores()} cores{', ' if flags else ''}{' '.join(flags)}"
-    except ModuleNotFoundError:  # a package of the core is missing, which the list below says
+    except ModuleNotFoundError:  # a package of the core is missing; the list shows which
         processor = platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
@@ -141,6 +142,6 @@ def _version(name: str) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The numbers at the start of a version, for comparison: "2.13.0+cpu" → (2, 13, 0)."""
+    """Return the numbers at the start of a version, for comparison: "2.13.0+cpu" → (2, 13, 0)."""
     start = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in start[0].split(".")) if start else ()

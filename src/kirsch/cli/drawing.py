@@ -1,4 +1,4 @@
-"""A graph as a tree, a plan as bars."""
+"""Lines that show a graph as a tree, and a plan as bars."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Plan
 
 LAYERS = 3
-"""Layers that go along are named up to this number."""
+"""Number of tied layers that are named."""
 
 BLOCKERS = 12
-"""Blockers are shown up to this number; JSON has them all."""
+"""Number of blockers that are shown; JSON has all of them."""
 
 BLOCKS = 6
-"""Residual blocks are named up to this number; JSON has them all."""
+"""Number of residual blocks that are named; JSON has all of them."""
 
 BAR = 24
-"""Characters of a bar."""
+"""Width of a bar in characters."""
 
 
 @dataclass(frozen=True)
-class Hanging:
-    """What hangs on a group: what the model would lose with all of its units.
+class GroupCost:
+    """Cost of all units of a group.
 
     Args:
-        group: the units.
-        parameters, macs: that would go.
+        group: the group.
+        parameters, macs: cost that the model would lose without the units of the group.
     """
 
     group: Group
@@ -43,13 +43,13 @@ class Hanging:
     macs: int
 
     @property
-    def others(self) -> tuple[str, ...]:
-        """The layers that go along with the one that the group is named after."""
-        own = self.group.name.partition("#")[0]
-        return tuple(layer or "the model itself" for layer in self.group.layers if layer != own)
+    def tied_layers(self) -> tuple[str, ...]:
+        """Layers of the group other than the layer that gives the group its name."""
+        first = self.group.name.partition("#")[0]
+        return tuple(layer or "the model itself" for layer in self.group.layers if layer != first)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the group and its cost as JSON values."""
         group = self.group
         return {
             "name": group.name,
@@ -62,13 +62,13 @@ class Hanging:
         }
 
 
-def hanging(graph: Graph) -> list[Hanging]:
-    """What hangs on each group of a graph. Groups share costs, so the sum is more than the model."""
-    whole, out = graph.cost, []
+def group_costs(graph: Graph) -> list[GroupCost]:
+    """Return the cost of each group of a graph. Groups share costs, so the sum exceeds the cost of the model."""
+    total, costs = graph.cost, []
     for group in graph.groups:
         without = graph.prices.price(graph.keep({group.name: tuple(range(group.size))}))
-        out.append(Hanging(group, whole.parameters - without.parameters, whole.macs - without.macs))
-    return out
+        costs.append(GroupCost(group, total.parameters - without.parameters, total.macs - without.macs))
+    return costs
 
 
 @dataclass
@@ -76,18 +76,18 @@ class Node:
     """A module of the tree.
 
     Args:
-        label: what stands between the points of its path.
-        found: the group of that name, if there is one.
-        below: label → node.
+        label: component of the module path, or several components joined by dots.
+        group_cost: the group of this name, if there is one.
+        children: label → node.
     """
 
     label: str
-    found: Hanging | None = None
-    below: dict[str, Node] = field(default_factory=dict)
+    group_cost: GroupCost | None = None
+    children: dict[str, Node] = field(default_factory=dict)
 
 
-def trace_lines(graph: Graph, found: Sequence[Hanging]) -> list[Line]:
-    """A traced model: what it costs, its groups as a tree by module path, and what blocks the rest."""
+def trace_lines(graph: Graph, costs: Sequence[GroupCost]) -> list[Line]:
+    """Return the lines on a traced model: cost, groups as a tree of module paths, blocks and blockers."""
     cost = graph.cost
     shapes = ", ".join("×".join(str(size) for size in spec.shape) for spec in tensors(graph.inputs)) or "as given"
     lines = [
@@ -97,60 +97,62 @@ def trace_lines(graph: Graph, found: Sequence[Hanging]) -> list[Line]:
         ],
         [],
     ]
-    if found:
-        lines += [*_tree(found), []]
+    if costs:
+        lines += [*_tree(costs), []]
     else:
-        lines += [[Piece("no groups", "doubt"), Piece("  nothing of this model may go")], []]
+        lines += [[Piece("no groups", "warning"), Piece("  no unit of this model can be removed")], []]
     return [*lines, *_blocks(graph), *_blockers(graph)]
 
 
 def _blocks(graph: Graph) -> list[Line]:
-    """What may be left out as a whole."""
+    """Return the lines on residual blocks that can be removed."""
     if not graph.blocks:
         return []
     shown = ", ".join(graph.blocks[:BLOCKS])
     more = f" and {len(graph.blocks) - BLOCKS} more" if len(graph.blocks) > BLOCKS else ""
-    return [[Piece(f"residual blocks that may be left out: {shown}{more}")], []]
+    return [[Piece(f"residual blocks that can be removed: {shown}{more}")], []]
 
 
-def _tree(found: Sequence[Hanging]) -> list[Line]:
+def _tree(costs: Sequence[GroupCost]) -> list[Line]:
     root = Node("")
-    for hangs in found:
+    for cost in costs:
         node = root
-        for label in hangs.group.name.split("."):
-            node = node.below.setdefault(label, Node(label))
-        node.found = hangs
-    drawn = list(_walk(root))
-    reach = max(len(stem) + len(node.label) for stem, node in drawn)
-    kinds = max(len(hangs.group.kind) for hangs in found) + 1
+        for label in cost.group.name.split("."):
+            node = node.children.setdefault(label, Node(label))
+        node.group_cost = cost
+    nodes = list(_walk(root))
+    label_width = max(len(prefix) + len(node.label) for prefix, node in nodes)
+    kind_width = max(len(cost.group.kind) for cost in costs) + 1
     lines = []
-    for stem, node in drawn:
-        line = [Piece(stem, "faint"), Piece(node.label)]
-        if node.found is not None:
-            group, costs = node.found.group, (node.found.parameters, node.found.macs)
-            parameters, macs = (f"{figures.count(cost):>6}" for cost in costs)
-            gap = " " * (reach - len(stem) - len(node.label))
-            units = f"{group.size:>5} {_plural(group.kind):<{kinds}}"
+    for prefix, node in nodes:
+        line = [Piece(prefix, "faint"), Piece(node.label)]
+        if node.group_cost is not None:
+            group = node.group_cost.group
+            parameters, macs = (
+                f"{figures.count(number):>6}" for number in (node.group_cost.parameters, node.group_cost.macs)
+            )
+            gap = " " * (label_width - len(prefix) - len(node.label))
+            units = f"{group.size:>5} {_plural(group.kind):<{kind_width}}"
             line.append(Piece(f"{gap}   {units}   {parameters} parameters   {macs} MACs"))
-            line.append(Piece(_along(node.found.others), "faint"))
+            line.append(Piece(_tied_layers_text(node.group_cost.tied_layers), "faint"))
         lines.append(line)
     return lines
 
 
-def _walk(node: Node, stem: str = "", *, top: bool = True) -> Iterable[tuple[str, Node]]:
-    """(what is drawn before the label, node) of all nodes below one, from above."""
-    children = [_joined(child) for child in node.below.values()]
+def _walk(node: Node, prefix: str = "", *, top: bool = True) -> Iterable[tuple[str, Node]]:
+    """Yield (text before the label, node) of all nodes below a node, in the order of the lines."""
+    children = [_joined(child) for child in node.children.values()]
     for child in children:
         last = child is children[-1]
-        yield "" if top else stem + ("└─ " if last else "├─ "), child
-        yield from _walk(child, "" if top else stem + ("   " if last else "│  "), top=False)
+        yield "" if top else prefix + ("└─ " if last else "├─ "), child
+        yield from _walk(child, "" if top else prefix + ("   " if last else "│  "), top=False)
 
 
 def _joined(node: Node) -> Node:
-    """A node, joined with the only one below it as long as there is just one and no group of its own."""
-    while node.found is None and len(node.below) == 1:
-        (child,) = node.below.values()
-        node = Node(f"{node.label}.{child.label}", child.found, child.below)
+    """Return a node, joined with its child as long as it is not a group and has only one child."""
+    while node.group_cost is None and len(node.children) == 1:
+        (child,) = node.children.values()
+        node = Node(f"{node.label}.{child.label}", child.group_cost, child.children)
     return node
 
 
@@ -159,7 +161,7 @@ def _plural(kind: str) -> str:
     return f"{first}s{space}{rest}"
 
 
-def _along(layers: Sequence[str]) -> str:
+def _tied_layers_text(layers: Sequence[str]) -> str:
     if not layers:
         return ""
     more = f" + {len(layers) - LAYERS} more" if len(layers) > LAYERS else ""
@@ -169,63 +171,66 @@ def _along(layers: Sequence[str]) -> str:
 def _blockers(graph: Graph) -> list[Line]:
     blockers = graph.blockers
     if not blockers:
-        return [[Piece("no blockers", "good"), Piece("  only inputs and outputs hold anything")]]
+        return [[Piece("no blockers", "good"), Piece("  only inputs and outputs are frozen")]]
     shown = blockers[:BLOCKERS]
     widths = [max(len(text) for text in texts) for texts in zip(*((b.where, b.reason) for b in shown), strict=True)]
     lines = [
-        [Piece("blockers", "doubt"), Piece("  what keeps parameters from going, by the share of them that it holds")]
+        [
+            Piece("blockers", "warning"),
+            Piece("  reasons why parameters cannot be removed, with their share of all parameters"),
+        ]
     ]
     for blocker in shown:
         head = f"{figures.percent(blocker.share):>8}  {blocker.where:<{widths[0]}}  {blocker.reason:<{widths[1]}}"
         lines.append([Piece(head), Piece(f"  {blocker.operation}  {blocker.source}", "faint")])
     if len(blockers) > BLOCKERS:
-        lines.append([Piece(f"{'':10}and {len(blockers) - BLOCKERS} more; --json lists them all", "faint")])
+        lines.append([Piece(f"{'':10}and {len(blockers) - BLOCKERS} more; --json lists all", "faint")])
     return lines
 
 
 def plan_lines(plan: Plan, graph: Graph) -> list[Line]:
-    """A plan: a bar for each group of the graph, the cost before and after, and the plan's notes."""
-    going = {removal.name: len(removal.removed) for removal in plan.groups}
-    reach = max((len(group.name) for group in graph.groups), default=0)
+    """Return the lines on a plan: a bar for each group, the cost before and after, and the notes."""
+    removed = {removal.name: len(removal.removed) for removal in plan.groups}
+    name_width = max((len(group.name) for group in graph.groups), default=0)
     lines: list[Line] = [[Piece(plan.model, "strong"), Piece(f"   {_method(plan)}")], []]
     for group in graph.groups:
-        gone = going.get(group.name, 0)
-        kept = group.size - gone
+        count = removed.get(group.name, 0)
+        kept = group.size - count
         filled = max(1, round(BAR * kept / group.size))
-        change = f"−{figures.percent(gone / group.size)}" if gone else "kept"
+        change = f"−{figures.percent(count / group.size)}" if count else "kept"
         lines.append(
             [
-                Piece(f"{group.name:<{reach}}  "),
+                Piece(f"{group.name:<{name_width}}  "),
                 Piece("█" * filled),
                 Piece("░" * (BAR - filled), "faint"),
-                Piece(f"  {group.size:>5} → {kept:<5}  {change:>8}", "" if gone else "faint"),
+                Piece(f"  {group.size:>5} → {kept:<5}  {change:>8}", "" if count else "faint"),
             ]
         )
-    lines += [[Piece(f"{name}  "), Piece("left out")] for name in plan.without]
+    lines += [[Piece(f"{name}  "), Piece("removed")] for name in plan.without]
     return [*lines, [], *cost_lines(plan), *notes(plan.notes)]
 
 
 def cost_lines(plan: Plan) -> list[Line]:
-    """Cost before and after, with the share that is left and the share that was asked for."""
-    wanted = {"parameters": plan.goal.get("params"), "macs": plan.goal.get("macs")}
+    """Return the lines on the cost before and after, with the remaining share and the goal."""
+    goals = {"parameters": plan.goal.get("params"), "macs": plan.goal.get("macs")}
     lines = []
     before, after = plan.before.to_dict(), plan.after.to_dict()
     for key, name in (("parameters", "parameters"), ("macs", "MACs"), ("activations", "activations")):
         share = figures.percent(after[key] / max(before[key], 1))
         text = f"{name:<13}{figures.count(before[key]):>6} → {figures.count(after[key]):<6}  {share:>7} of the original"
-        limit = wanted.get(key)
+        limit = goals.get(key)
         line = [Piece(text)]
         if limit is not None:
             met = after[key] <= limit * before[key]
-            said = f"   goal {'met' if met else 'missed'}: ≤ {100 * limit:g} %"
-            line.append(Piece(said, "good" if met else "bad"))
+            verdict = f"   goal {'met' if met else 'missed'}: ≤ {100 * limit:g} %"
+            line.append(Piece(verdict, "good" if met else "bad"))
         lines.append(line)
     return lines
 
 
 def notes(texts: Iterable[str]) -> list[Line]:
-    """A line for each note."""
-    return [[Piece(f"{'note':<13}", "doubt"), Piece(text)] for text in texts]
+    """Return a line for each note."""
+    return [[Piece(f"{'note':<13}", "warning"), Piece(text)] for text in texts]
 
 
 def _method(plan: Plan) -> str:
@@ -239,5 +244,5 @@ def _method(plan: Plan) -> str:
     if "round_to" not in method:
         return f"{importance} of residual blocks{excluded}"
     widths = "round widths" if method["round_to"] == "auto" else f"widths in steps of {method['round_to']}"
-    alike = ", layers alike" if method.get("uniform") else ""
-    return f"{importance}, {method['scope']}, {widths}{alike}{excluded}"
+    uniform = ", uniform" if method.get("uniform") else ""
+    return f"{importance}, {method['scope']}, {widths}{uniform}{excluded}"

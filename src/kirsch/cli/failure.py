@@ -1,4 +1,4 @@
-"""How a verb ends when it fails: three lines, an exit code, and a traceback where it can be found again."""
+"""Error output of the command: three lines or JSON, an exit code, and a stored traceback."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch.cli.terminal import ClosedError, Line, Piece
-from kirsch.errors import KirschError, LoadError, MemoryShortageError, NumericError, OutputError, Stopped, said
-from kirsch.failures import translated
+from kirsch.errors import KirschError, LoadError, MemoryShortageError, NumericError, OutputError, Stopped, error_text
+from kirsch.failures import translate
 from kirsch.files import write_text
 
 if TYPE_CHECKING:
@@ -19,91 +19,99 @@ if TYPE_CHECKING:
 
 TRACEBACK = "error.txt"
 RUN = "run.json"
-"""What makes a folder that of a run."""
-LOWER_INPUT = "Lower the sizes of --input, the first of which is the batch, or take a smaller model."
-LOWER = dict.fromkeys(("compress", "resume"), "Lower data.batch_size of the recipe, or the number of samples.") | {
-    "store": "Lower --batch-size, or the number of samples."
+"""File that every run folder has."""
+INPUT_FIX = "Lower the sizes of --input (the first is the batch), or use a smaller model."
+RECIPE_FIX = "Lower data.batch_size of the recipe, or the number of samples."
+MEMORY_FIXES = {
+    "compress": RECIPE_FIX,
+    "resume": RECIPE_FIX,
+    "store": "Lower --batch-size, or the number of samples.",
 }
-"""Verb → the number to lower where memory is lacking; `LOWER_INPUT` for all others."""
+"""Subcommand → fix for a lack of memory; `INPUT_FIX` for the other subcommands."""
 
 
-def tell(error: BaseException, terminal: Terminal, folder: Path | None = None, verb: str = "") -> int:
-    """Write what went wrong, as three lines on the standard error or as JSON on the standard output.
+def report_error(error: BaseException, terminal: Terminal, folder: Path | None = None, subcommand: str = "") -> int:
+    """Write an error, as three lines on the standard error or as JSON on the standard output.
 
     Args:
-        error: anything that a verb raised. What `kirsch.failures` cannot attribute to anything else is a bug of Kirsch.
-        terminal: where to write.
-        folder: of the run, if there is one; a traceback goes there.
-        verb: that failed; empty for a command line that names none.
+        error: any exception. An exception that `failures.translate` does not know is reported as a bug of Kirsch.
+        terminal: output.
+        folder: folder of the run, if there is one; the traceback is written there.
+        subcommand: that failed; empty if the command line names none.
 
     Returns:
         The exit code.
     """
-    if folder is not None and not os.path.isfile(folder / RUN):  # noqa: PTH113 - false for a path that no file can have
-        folder = None  # a folder that was refused is not ours to write to
-    known, kept = translated(error, f"in kirsch {verb}" if verb else "", LOWER.get(verb, LOWER_INPUT)), None
-    if known is None:
-        kept = _keep_traceback(error, folder)
-        known = _bug(error, kept)
-    elif folder is not None and isinstance(known, (LoadError, NumericError, MemoryShortageError)):
-        kept = _keep_traceback(error, folder)
-    with contextlib.suppress(ClosedError, OutputError):  # nobody is left to tell
+    if folder is not None and not os.path.isfile(folder / RUN):  # noqa: PTH113 - pathlib raises for an impossible path
+        folder = None  # the folder was refused, and must not be written to
+    doing = f"in kirsch {subcommand}" if subcommand else ""
+    translated, path = translate(error, doing, MEMORY_FIXES.get(subcommand, INPUT_FIX)), None
+    if translated is None:
+        path = _store_traceback(error, folder)
+        translated = _bug(error, path)
+    elif folder is not None and isinstance(translated, (LoadError, NumericError, MemoryShortageError)):
+        path = _store_traceback(error, folder)
+    with contextlib.suppress(ClosedError, OutputError):  # nobody reads the output
         if terminal.mode.debug:
-            terminal.complain(*([Piece(line)] for line in _traceback(error).splitlines()))
-        if not (terminal.mode.json and _given(terminal, as_json(known, kept))):
-            terminal.complain(*lines(known))
-    return known.exit_code
+            terminal.write_error(*([Piece(line)] for line in _traceback(error).splitlines()))
+        if not (terminal.mode.json and _write_json(terminal, as_json(translated, path))):
+            terminal.write_error(*lines(translated))
+    return translated.exit_code
 
 
-def _given(terminal: Terminal, content: dict[str, Any]) -> bool:
-    """Whether an error could be written to the standard output, which may be what failed."""
+def _write_json(terminal: Terminal, content: dict[str, Any]) -> bool:
+    """Return whether an error could be written to the standard output, which may be the cause of the error."""
     try:
-        terminal.give({"error": content})
+        terminal.write_json({"error": content})
     except OutputError:
         return False
     return True
 
 
 def lines(error: KirschError) -> list[Line]:
-    """What happened, why, and what to do, each with its word; a sentence that breaks goes on below itself."""
-    word, tone = ("stopped", "doubt") if isinstance(error, Stopped) else ("error", "bad")
-    said: list[Line] = []
-    for head, shown, sentence in ((word, tone, error.what), ("why", "faint", error.why), ("do", "faint", error.fix)):
+    """Return the lines on an error: what, why and fix, each with a label; further lines of a text are indented."""
+    word, tone = ("stopped", "warning") if isinstance(error, Stopped) else ("error", "bad")
+    result: list[Line] = []
+    for label, label_tone, sentence in (
+        (word, tone, error.what),
+        ("why", "faint", error.why),
+        ("do", "faint", error.fix),
+    ):
         first, *rest = sentence.split("\n")
         if sentence:
-            said.append([Piece(f"{head:<8}", shown), Piece(first)])
-            said += [[Piece(f"{'':8}{text}")] for text in rest]
-    return said
+            result.append([Piece(f"{label:<8}", label_tone), Piece(first)])
+            result += [[Piece(f"{'':8}{text}")] for text in rest]
+    return result
 
 
-def as_json(error: KirschError, kept: Path | None = None) -> dict[str, Any]:
-    """An error for other programs."""
+def as_json(error: KirschError, traceback_path: Path | None = None) -> dict[str, Any]:
+    """Return an error as JSON values."""
     return {
         "type": type(error).__name__,
         "what": error.what,
         "why": error.why,
         "fix": error.fix,
         "exit_code": error.exit_code,
-        "traceback": None if kept is None else str(kept),
+        "traceback": None if traceback_path is None else str(traceback_path),
     }
 
 
-def _bug(error: BaseException, kept: Path | None) -> KirschError:
+def _bug(error: BaseException, path: Path | None) -> KirschError:
     return KirschError(
-        f"A bug of ours: {said(error)}",
-        f"The traceback is in {kept}." if kept else "The traceback could not be written to a file.",
+        f"A bug of Kirsch: {error_text(error)}",
+        f"The traceback is in {path}." if path else "The traceback could not be written to a file.",
         "Report it with the traceback; --debug shows it here.",
     )
 
 
-def _keep_traceback(error: BaseException, folder: Path | None) -> Path | None:
+def _store_traceback(error: BaseException, folder: Path | None) -> Path | None:
     """Write the traceback to the run folder, or to a temporary file; None if neither can be written."""
     content = _traceback(error)
     if folder is not None:
         try:
             write_text(folder / TRACEBACK, content)
         except OutputError:
-            pass  # the folder may be what failed
+            pass  # the folder may be the cause of the error
         else:
             return folder / TRACEBACK
     try:
@@ -116,4 +124,4 @@ def _keep_traceback(error: BaseException, folder: Path | None) -> Path | None:
 
 def _traceback(error: BaseException) -> str:
     text = "".join(traceback.format_exception(error))
-    return text.encode(errors="backslashreplace").decode()  # a path may hold bytes that are no text
+    return text.encode(errors="backslashreplace").decode()  # a path may have bytes that are not text

@@ -1,4 +1,4 @@
-"""Example inputs as the command line states them: --input 1,3,224,224, 1,24:int64, name=1,24:int64."""
+"""Example inputs from the command line: --input 1,3,224,224, 1,24:int64, name=1,24:int64."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ EXAMPLE = "Write --input 1,3,224,224, --input 1,24:int64 for token ids, or --inp
 
 
 def specifications(texts: Sequence[str]) -> list[InputSpec]:
-    """Inputs from texts such as "1,3,224,224", "1,24:int64" and "input_ids=1,24:int64"; empty from none.
+    """Return the inputs of texts such as "1,3,224,224", "1,24:int64" and "input_ids=1,24:int64".
 
     Raises:
-        UsageError: a text has another form, a type is unknown, a name comes twice, or only some inputs have names.
+        UsageError: a text has another form, a type is unknown, a name is repeated, or only some inputs have names.
         MemoryShortageError: the inputs do not fit into the memory of the machine.
     """
-    found = [_specification(text) for text in texts]
-    names = [spec.name for spec in found if spec.name]
-    if names and len(names) < len(found):
+    specs = [_specification(text) for text in texts]
+    names = [spec.name for spec in specs if spec.name]
+    if names and len(names) < len(specs):
         raise UsageError(
             "Some of the inputs have names, and some have none.",
-            "They go to the forward either all by place or all by name.",
-            f"Name each: --input name={','.join(map(str, found[0].shape))}.",
+            "All inputs are passed to the forward either by position or by name.",
+            f"Name each: --input name={','.join(map(str, specs[0].shape))}.",
         )
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UsageError(f"The input {twice!r} is given twice.", fix="Give each input once.")
-    require_room(found)
-    return found
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise UsageError(f"The input {repeated!r} is given twice.", fix="Give each input once.")
+    require_room(specs)
+    return specs
 
 
 def example_inputs(model: Any, specs: Sequence[InputSpec]) -> Any:
-    """Arrays of the framework: normal numbers, integers of 0 and 1, and ones for a mask, which hides nothing then."""
+    """Return arrays of the framework: normal random numbers, integers of 0 and 1, and ones for masks."""
     framework = framework_of(model)
     values = framework.inputs_like(specs, model)
     if isinstance(values, dict):
@@ -57,11 +57,13 @@ def _specification(text: str) -> InputSpec:
     sizes = tuple(int(size) for size in re.split("[,x]", form["sizes"])) if form else ()
     if form is None or not all(0 < size < 2**63 for size in sizes):
         raise UsageError(
-            f"--input {text!r} is not a shape.", "Whole numbers above 0 are needed, with commas between.", EXAMPLE
+            f"--input {text!r} is not a shape.",
+            "A shape consists of whole numbers above 0, separated by commas.",
+            EXAMPLE,
         )
     dtype = form["dtype"] or "float32"
     if dtype not in BYTES:
         raise UsageError(
-            f"--input {text!r}: there is no type {dtype!r}.", f"Known: {', '.join(BYTES)}.", nearest(dtype, BYTES)
+            f"--input {text!r}: the type {dtype!r} is unknown.", f"Known: {', '.join(BYTES)}.", nearest(dtype, BYTES)
         )
     return InputSpec(form["name"] or "", sizes, dtype, high=0 if "float" in dtype else 1)

@@ -1,4 +1,4 @@
-"""The verbs on a whole job: compress, resume, init, report, verify."""
+"""The subcommands on recipes and runs: compress, resume, init, report, verify."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files
-from kirsch.cli.progress import Progress, verdict
-from kirsch.cli.signals import watched
+from kirsch.cli.progress import Progress, verdict_lines
+from kirsch.cli.signals import stop_on_signals
 from kirsch.cli.terminal import Line, Piece
 from kirsch.errors import CheckpointError, LoadError, OutputError
 from kirsch.recipes.recipe import BUILTIN, Recipe, commented, read_recipe
@@ -24,175 +24,183 @@ RUNS, METRICS, REPORT = Path("runs"), "metrics.json", "report.html"
 DEFAULT = BUILTIN / "digits.yaml"
 
 NOT_FINISHED = 3
-"""Exit code of `verify` for a run without damage that has not ended, so that no hash covers all of it."""
+"""Exit code of `verify` for an undamaged run that is not finished, so that some files have no hash yet."""
 
 
 def read(path: str, changes: Sequence[str]) -> tuple[Recipe, Path]:
-    """A recipe, with the changes of the environment and the command line, and the folder that it is relative to."""
+    """Return a recipe with the changes of environment and command line, and the base folder of its relative paths."""
     if not path:
         return read_recipe(DEFAULT, changes, os.environ), Path()
     return read_recipe(Path(path), changes, os.environ), Path(path).parent
 
 
 def folder_for(recipe: Recipe, run: str) -> Path:
-    """The run folder: the one that was named, or a new one below runs/."""
+    """Return the named run folder, or a new one in runs/."""
     from kirsch.recipes.runner import new_folder_name
 
     return Path(run) if run else RUNS / new_folder_name(recipe)
 
 
 def compress(recipe: Recipe, base: Path, folder: Path, terminal: Terminal) -> int:
-    """Do a recipe. Gives the exit code."""
+    """Run a recipe, and return the exit code."""
     from kirsch.recipes import runner
 
-    return _followed(
+    return _run_with_progress(
         lambda listen, stop: runner.run(recipe, folder, base=base, listen=listen, stop=stop), folder, terminal
     )
 
 
 def resume(folder: Path, terminal: Terminal) -> int:
-    """Go on with a run. Gives the exit code."""
+    """Resume a run, and return the exit code."""
     from kirsch.recipes import runner
 
-    return _followed(lambda listen, stop: runner.resume(folder, listen=listen, stop=stop), folder, terminal)
+    return _run_with_progress(lambda listen, stop: runner.resume(folder, listen=listen, stop=stop), folder, terminal)
 
 
-def _followed(work: Callable[..., Outcome], folder: Path, terminal: Terminal) -> int:
-    """Do a job, shown on the terminal and stopped by signals."""
+def _run_with_progress(work: Callable[..., Outcome], folder: Path, terminal: Terminal) -> int:
+    """Run a job, show its progress on the terminal, and stop it on signals."""
     progress = Progress(terminal)
-    ends: list[dict[str, Any]] = []
+    end_events: list[dict[str, Any]] = []
 
     def listen(event: dict[str, Any]) -> None:
         if event["event"] == "end":
-            ends.append(event)
+            end_events.append(event)
         progress(event)
 
     try:
-        with watched(folder, terminal.restore) as stop:
+        with stop_on_signals(folder, terminal.restore_cursor) as stop:
             outcome = work(listen, stop)
     finally:
-        terminal.stop()
+        terminal.stop_status()
     content = {
         "exit_code": outcome.exit_code,
         "run": str(outcome.folder),
         "report": str(outcome.folder / REPORT),
         "metrics": outcome.metrics,
     }
-    terminal.result([line for event in ends for line in verdict(event)], content)
+    terminal.result([line for event in end_events for line in verdict_lines(event)], content)
     return outcome.exit_code
 
 
 def dry_run(recipe: Recipe, base: Path, run: str, terminal: Terminal) -> int:
-    """Say what a recipe would do. Plan files are written if a run folder is named, and nothing else."""
+    """Show what a recipe would do. Only if a run folder is named, recipe and plan are written to it."""
     from kirsch.recipes.forecast import forecast
 
-    if run and Path(run).is_dir() and any(Path(run).iterdir()):  # a recipe that lies there must not be replaced
+    if run and Path(run).is_dir() and any(Path(run).iterdir()):  # a recipe in this folder must not be replaced
         raise OutputError(f"The folder {run} is not empty.", "A dry run writes to a new one.", "Choose another folder.")
-    found = forecast(recipe, base=base, folder=Path(run) if run else None)
-    terminal.result(forecast_lines(found, run), found)
+    content = forecast(recipe, base=base, folder=Path(run) if run else None)
+    terminal.result(forecast_lines(content, run), content)
     return 0
 
 
-def forecast_lines(found: dict[str, Any], run: str = "") -> list[Line]:
-    """A forecast, one line a stage."""
-    data = found["data"]
-    samples = f"{data['train']:,} to train on, {data['validation']:,} to watch by, {data['test']:,} to judge by"
+def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
+    """Return the lines of a dry run, one line per stage."""
+    data = content["data"]
+    samples = f"{data['train']:,} for training, {data['validation']:,} for validation, {data['test']:,} for testing"
     lines: list[Line] = [
-        [Piece(found["name"], "strong"), Piece("   a dry run: a few steps are tried, nothing is kept")],
-        [Piece(f"{'goal':<13}{found['goal']}")],
+        [Piece(content["name"], "strong"), Piece("   a dry run: a few steps are run to estimate the time")],
+        [Piece(f"{'goal':<13}{content['goal']}")],
         [Piece(f"{'data':<13}{data['name']}: {samples}")],
         [],
     ]
-    for number, stage in enumerate(found["stages"], start=1):
+    for number, stage in enumerate(content["stages"], start=1):
         cost = ""
         if stage["macs"] is not None:
             cost = f"{figures.count(stage['macs']):>6} MACs   {figures.count(stage['parameters']):>6} params"
-        took = f"about {figures.seconds(stage['seconds'])}"
-        text = f"{number:>2} {stage['key']:<10} {cost:<28}   {took:<14}   {stage['model'] or ''}"
+        duration = f"about {figures.seconds(stage['seconds'])}"
+        text = f"{number:>2} {stage['key']:<10} {cost:<28}   {duration:<14}   {stage['model'] or ''}"
         lines.append([Piece(text.rstrip())])
-    plan = found["plan"]
+    plan = content["plan"]
     if plan is not None:
         before, after = plan["cost"]["before"], plan["cost"]["after"]
-        cut = ", ".join(
+        reduction = ", ".join(
             f"{word} {figures.count(before[key])} → {figures.count(after[key])}"
             f" (−{figures.percent(1 - after[key] / max(before[key], 1))})"
             for key, word in (("macs", "MACs"), ("parameters", "parameters"))
         )
-        lines += [[], [Piece(f"{'plan':<13}{cut} in {len(plan['groups'])} groups, by {found['plan_weights']}")]]
+        lines += [[], [Piece(f"{'plan':<13}{reduction} in {len(plan['groups'])} groups, by {content['plan_weights']}")]]
     lines.append(
-        [Piece(f"{'time':<13}about {figures.seconds(found['seconds'])} on this machine, as busy as it is now")]
+        [Piece(f"{'time':<13}about {figures.seconds(content['seconds'])} on this machine under its current load")]
     )
-    lines.append([Piece(f"{'disk':<13}about {figures.bytes_(found['disk_bytes'])}")])
-    if found["missing"]:
-        lines.append([Piece(f"{'missing':<13}", "bad"), Piece(f"{', '.join(found['missing'])}; see kirsch doctor")])
-    lines += [[Piece(f"{'note':<13}", "doubt"), Piece(text)] for text in found["notes"]]
+    lines.append([Piece(f"{'disk':<13}about {figures.bytes_(content['disk_bytes'])}")])
+    if content["missing"]:
+        lines.append([Piece(f"{'missing':<13}", "bad"), Piece(f"{', '.join(content['missing'])}; see kirsch doctor")])
+    lines += [[Piece(f"{'note':<13}", "warning"), Piece(text)] for text in content["notes"]]
     if run:
         lines.append([Piece(f"{'written':<13}{run}: recipe.yaml{', plan.json' if plan is not None else ''}")])
     return lines
 
 
 def init(path: str, terminal: Terminal) -> int:
-    """Write a recipe with a comment on each key; a file that is there is left as it is."""
+    """Write a recipe with a comment on each key; an existing file is not replaced."""
     target = Path(path)
     if target.exists():
-        raise OutputError(f"{target} exists.", "It is left as it is.", "Name another file: kirsch init FILE.")
+        raise OutputError(f"{target} exists.", "It is not replaced.", "Give another file name: kirsch init FILE.")
     files.check_writable(target.parent)
     files.write_text(target, commented(read_recipe(DEFAULT)))
-    said = [[Piece(f"{'recipe':<13}{target}")], [Piece(f"{'next':<13}kirsch compress {target}")]]
-    terminal.result(said, {"file": str(target)})
+    lines = [[Piece(f"{'recipe':<13}{target}")], [Piece(f"{'next':<13}kirsch compress {target}")]]
+    terminal.result(lines, {"file": str(target)})
     return 0
 
 
 def report(folder: Path, terminal: Terminal) -> int:
-    """Draw the report of a finished run again, from its metrics."""
-    from kirsch.recipes import seal
+    """Write the report of a finished run again, from its metrics."""
+    from kirsch.recipes import manifest
     from kirsch.report import render
 
     metrics = _metrics(folder)
-    altered = seal.altered(folder)
-    wrong = [altered[name] for name in (METRICS, files.MANIFEST) if name in altered]
-    if wrong:
+    altered = manifest.altered_files(folder)
+    damaged = [altered[name] for name in (METRICS, files.MANIFEST) if name in altered]
+    if damaged:
         raise CheckpointError(
-            f"The report of {folder} is not drawn: its numbers cannot be trusted.",
-            f"{wrong[0]}.",
-            f"Write them again: kirsch resume {folder}",
+            f"The report of {folder} cannot be written, since its metrics are damaged.",
+            f"{damaged[0]}.",
+            f"Restore them: kirsch resume {folder}",
         )
     target = folder / REPORT
-    seal.rewrite(folder, REPORT, render(metrics))
+    manifest.update_file(folder, REPORT, render(metrics))
     terminal.result([[Piece(f"{'report':<13}{target}")]], {"report": str(target)})
     return 0
 
 
 def verify(folder: Path, terminal: Terminal) -> int:
-    """Compare a run folder with the hashes that were written with it. Gives the exit code.
+    """Compare the files of a run with their stored hashes, and return the exit code.
 
     Raises:
-        LoadError: the folder holds no run.
-        CheckpointError: something is damaged, missing, or not of the run; names all of it.
+        LoadError: the folder is not a run folder.
+        CheckpointError: files are damaged, missing, or not part of the run; the message names all of them.
     """
-    from kirsch.recipes import soundness
+    from kirsch.recipes import integrity
 
-    found = soundness.check(folder)
-    if found.wrong:
+    checked = integrity.check(folder)
+    if checked.problems:
         raise CheckpointError(
-            f"The run {folder} is damaged:\n" + "\n".join(found.wrong),
+            f"The run {folder} is damaged:\n" + "\n".join(checked.problems),
             "",
-            f"kirsch resume {folder} makes the damaged parts again, or says what to delete.",
+            f"kirsch resume {folder} restores the damaged files, or names the files to delete.",
         )
-    content = {"run": str(folder), "sound": found.finished, "finished": found.finished, "stages": found.stages}
-    content |= {"done": found.done, "uncovered": found.uncovered, "files": found.files, "folders": found.folders}
-    if found.finished:
-        said = f"all {found.files} files have the sha256 of the manifest"
-        terminal.result([[Piece(f"{'sound':<13}", "good"), Piece(f"{folder}: {said}")]], content)
+    content = {"run": str(folder), "sound": checked.finished, "finished": checked.finished, "stages": checked.stages}
+    content |= {
+        "done": checked.done,
+        "uncovered": checked.uncovered,
+        "files": checked.files,
+        "folders": checked.folders,
+    }
+    if checked.finished:
+        text = f"all {checked.files} files have the sha256 of the manifest"
+        terminal.result([[Piece(f"{'sound':<13}", "good"), Piece(f"{folder}: {text}")]], content)
         return 0
-    progress = f"{len(found.done)} of {len(found.stages)} stages are done"
-    plural = "s" * (found.folders != 1)
-    said = f"{found.files} files in {found.folders} folder{plural} have the sha256 of their manifests"
-    rest = f"{', '.join(found.uncovered)}: no hash covers them until the run ends"
+    progress = f"{len(checked.done)} of {len(checked.stages)} stages are done"
+    plural = "s" * (checked.folders != 1)
+    verified = f"{checked.files} files in {checked.folders} folder{plural} have the sha256 of their manifests"
+    unverified = f"{', '.join(checked.uncovered)}: they have no hash until the run ends"
     lines: list[Line] = [
-        [Piece(f"{'not finished':<13}", "doubt"), Piece(f"{folder}: {progress}; go on with kirsch resume {folder}")],
-        [Piece(f"{'verified':<13}", "good"), Piece(said)],
-        [Piece(f"{'not verified':<13}", "doubt"), Piece(rest)],
+        [
+            Piece(f"{'not finished':<13}", "warning"),
+            Piece(f"{folder}: {progress}; continue with kirsch resume {folder}"),
+        ],
+        [Piece(f"{'verified':<13}", "good"), Piece(verified)],
+        [Piece(f"{'not verified':<13}", "warning"), Piece(unverified)],
     ]
     terminal.result(lines, content)
     return NOT_FINISHED
@@ -203,12 +211,12 @@ def _metrics(folder: Path) -> dict[str, Any]:
 
     try:
         path = folder / METRICS
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would block
             raise LoadError(f"{path} is not a file.", fix=f"Delete or move it; then kirsch resume {folder}")
         return read_metrics(path)
     except OSError as error:
         raise LoadError(
             f"{folder} has no {METRICS}.",
-            f"{error.strerror}: the run is not finished, or this is no run folder.",
+            f"{error.strerror}: the run is not finished, or this is not a run folder.",
             f"Finish it: kirsch resume {folder}",
         ) from error

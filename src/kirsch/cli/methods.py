@@ -1,4 +1,4 @@
-"""The methods of distillation that there are, and one of them in full."""
+"""The subcommand methods: presets and losses of distillation."""
 
 from __future__ import annotations
 
@@ -16,38 +16,47 @@ if TYPE_CHECKING:
 
 
 def methods(name: str, terminal: Terminal, *, markdown: bool) -> int:
-    """Show all presets and losses, or what is written of those of one name.
+    """Show all presets and losses, or the documentation of one name.
 
     Raises:
-        UnknownNameError: there is neither a preset nor a loss of this name.
+        UnknownNameError: neither a preset nor a loss has this name.
     """
-    found = {"presets": presets(), "losses": losses()}
+    catalog = {"presets": presets(), "losses": losses()}
     if markdown:
-        terminal.result([[Piece(line)] for line in page().splitlines()], {"markdown": page(), **found})
+        terminal.result([[Piece(line)] for line in page().splitlines()], {"markdown": page(), **catalog})
         return 0
     if name:
-        _show(name, found, terminal)
+        _show(name, catalog, terminal)
         return 0
     lines: list[Line] = [
         [Piece("presets", "strong"), Piece("   objective: NAME in a recipe, Objective.preset", "faint")]
     ]
-    for one in found["presets"]:
-        lines += [[Piece(f"  {one['name']:<20}{one['charged']}")], [Piece(f"  {'':<20}{one['what']}", "faint")]]
+    for preset in catalog["presets"]:
+        lines += [
+            [Piece(f"  {preset['name']:<20}{preset['charged']}")],
+            [Piece(f"  {'':<20}{preset['what']}", "faint")],
+        ]
     lines += [[], [Piece("losses", "strong"), Piece("   of terms; kirsch methods NAME shows one in full", "faint")]]
-    lines += [[Piece(f"  {one['name']:<20}{one['takes']:<11}"), Piece(one["what"], "faint")] for one in found["losses"]]
-    terminal.result(lines, found)
+    lines += [
+        [Piece(f"  {loss['name']:<20}{loss['takes']:<11}"), Piece(loss["what"], "faint")] for loss in catalog["losses"]
+    ]
+    terminal.result(lines, catalog)
     return 0
 
 
-def _show(name: str, found: dict[str, list[dict[str, Any]]], terminal: Terminal) -> None:
-    """Whatever has this name: a preset, a loss, or both."""
+def _show(name: str, catalog: dict[str, list[dict[str, Any]]], terminal: Terminal) -> None:
+    """Show the preset or the loss of this name, or both."""
     lines: list[Line] = []
     for kind, registry in (("presets", PRESETS), ("losses", LOSSES)):
-        for one in (one for one in found[kind] if one["name"] == name):
+        for entry in (entry for entry in catalog[kind] if entry["name"] == name):
             lines += [[]] * bool(lines)
-            what = one["charged"] if kind == "presets" else f"takes {one['takes']}"
+            what = entry["charged"] if kind == "presets" else f"takes {entry['takes']}"
             lines += [[Piece(f"{'preset' if kind == 'presets' else 'loss'} {name}", "strong"), Piece(f"   {what}")], []]
             lines += [[Piece(line)] for line in (inspect.getdoc(registry[name]) or "").splitlines()]
     if not lines:
-        raise UnknownNameError("preset or loss", name, {one["name"] for kind in found.values() for one in kind})
-    terminal.result(lines, {kind: [one for one in some if one["name"] == name] for kind, some in found.items()})
+        raise UnknownNameError(
+            "preset or loss", name, {entry["name"] for entries in catalog.values() for entry in entries}
+        )
+    terminal.result(
+        lines, {kind: [entry for entry in entries if entry["name"] == name] for kind, entries in catalog.items()}
+    )

@@ -1,4 +1,4 @@
-"""Paths as the command line gives them, checked before any work."""
+"""Checks of the paths on the command line, before any work."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ PATHS = {
     "model": "MODEL",
     "data": "--data",
 }
-"""Name of an option that holds a path, or a reference that may begin with one → how the command line calls it."""
+"""Parameter with a path, or with a reference that may begin with a path → its name on the command line."""
 
-SHOWN = 60
+MAX_SHOWN_LENGTH = 60
 """Characters of a path that an error repeats."""
 
 IMPOSSIBLE = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 NAME_MAX = 255
-"""Bytes of a name that the usual file systems allow."""
+"""Largest length of a name in bytes on usual file systems."""
 
 
 def check_paths(options: Mapping[str, Any]) -> None:
-    """Refuse paths that no file can have.
+    """Refuse impossible paths.
 
     Args:
-        options: of a verb, by the names of its parameters.
+        options: of a subcommand, by parameter name.
 
     Raises:
-        UsageError: names the option and what is wrong.
+        UsageError: a path is impossible; the message names the option.
     """
-    for name, called in PATHS.items():
+    for name, option in PATHS.items():
         text = options.get(name)
         if isinstance(text, str) and text:
-            _check(text.rpartition(":")[0] or text if name in ("model", "data") else text, called)
+            _check(text.rpartition(":")[0] or text if name in ("model", "data") else text, option)
 
 
-def _check(text: str, called: str) -> None:
-    shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text)} characters)"
+def _check(text: str, option: str) -> None:
+    shown = text if len(text) <= MAX_SHOWN_LENGTH else f"{text[:MAX_SHOWN_LENGTH]}… ({len(text)} characters)"
     if not text.isprintable() and any(0xD800 <= ord(char) <= 0xDFFF for char in text):  # noqa: PLR2004 - surrogates
         raise UsageError(
-            f"{called} {shown!a} is not valid text.",
+            f"{option} {shown!a} is not valid text.",
             f"Its bytes are not {sys.getfilesystemencoding()}; PyTorch and ONNX Runtime cannot open such a file.",
             "Rename it, or set PYTHONUTF8=1 where the name is UTF-8 and the locale is not.",
         )
     try:
         os.lstat(text)
-        long = False
-    except ValueError as error:  # NUL, or characters that the file system's encoding lacks
-        raise UsageError(f"{called} {shown!r} is not a path.", f"{error}.", "Give another name.") from error
+        impossible = False
+    except ValueError as error:  # NUL, or characters outside the encoding of the file system
+        raise UsageError(f"{option} {shown!r} is not a path.", f"{error}.", "Give another name.") from error
     except OSError as error:
-        # Where a folder on the way does not exist yet, the system has not looked at the rest.
-        long = error.errno in IMPOSSIBLE or any(len(os.fsencode(part)) > NAME_MAX for part in Path(text).parts)
-    if long:
-        what = f"{called} {shown!r} is not a path that a file can have."
+        # If a parent folder does not exist yet, the system has not checked the rest of the path.
+        impossible = error.errno in IMPOSSIBLE or any(len(os.fsencode(part)) > NAME_MAX for part in Path(text).parts)
+    if impossible:
+        what = f"{option} {shown!r} is not a possible path."
         raise UsageError(what, f"{os.strerror(errno.ENAMETOOLONG)}.", "Give a shorter name.")

@@ -1,4 +1,4 @@
-"""A run as it is seen: a head, one line a stage, and in between a line that lives, or one line an epoch."""
+"""Progress of a run: a header, one line per stage, and a status line or one line per epoch."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
     from kirsch.cli.terminal import Terminal
 
 WIDTHS = (13, 11, 12)
-"""Columns of a stage's first cells: quality, MACs, parameters. What follows takes the room that it needs."""
+"""Widths of the first cells of a stage: quality, MACs, parameters. Further cells have no fixed width."""
 
 BAR = 24
-"""Characters of a bar."""
+"""Width of a bar in characters."""
 
-TIMING = "measure"
-"""The stage that times."""
+TIMED_STAGE = "measure"
+"""The stage that measures latency."""
 
 
 class Progress:
-    """Listens to the events of a run and shows them; see `kirsch.recipes.runner`.
+    """Show the events of a run; see `kirsch.recipes.runner`.
 
     Args:
-        terminal: where to write.
-        clock: seconds.
+        terminal: output.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, terminal: Terminal, clock: Callable[[], float] = time.monotonic) -> None:
         self._terminal = terminal
         self._clock = clock
-        self._stage = Running()
-        self._shown = {
+        self._stage = RunningStage()
+        self._handlers = {
             "start": self._start,
             "stage_start": self._stage_start,
             "epoch": self._epoch,
@@ -49,44 +49,44 @@ class Progress:
         }
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Show an event; those that are for the record alone are passed over."""
-        show = self._shown.get(event["event"])
-        if show is not None:
-            show(event)
+        """Show an event; events that are only stored are ignored."""
+        handler = self._handlers.get(event["event"])
+        if handler is not None:
+            handler(event)
 
     def _start(self, event: dict[str, Any]) -> None:
-        self._terminal.progress(*head(event))
+        self._terminal.progress(*header_lines(event))
 
     def _stage_start(self, event: dict[str, Any]) -> None:
-        self._stage = Running(event["number"], event["key"], self._clock())
-        if event["key"] == TIMING:  # a line that moves would take its time from what is timed
-            self._terminal.start(lambda: still(self._stage), moves=False)
+        self._stage = RunningStage(event["number"], event["key"], self._clock())
+        if event["key"] == TIMED_STAGE:  # updates of the line would disturb the measurement
+            self._terminal.start_status(lambda: timing_line(self._stage), refresh=False)
         else:
-            self._terminal.start(lambda: running(self._stage, self._clock()))
+            self._terminal.start_status(lambda: status_line(self._stage, self._clock()))
 
     def _epoch(self, event: dict[str, Any]) -> None:
         self._stage.epoch = event
-        self._stage.seen += 1
-        if not self._terminal.lively:
-            self._terminal.progress(epoch(event))
+        self._stage.epochs_here += 1
+        if not self._terminal.is_interactive:
+            self._terminal.progress(epoch_line(event))
 
     def _stage_end(self, event: dict[str, Any]) -> None:
-        self._terminal.stop()
-        self._terminal.progress(stage(event, self._terminal.width))
+        self._terminal.stop_status()
+        self._terminal.progress(stage_line(event, self._terminal.width))
 
     def _note(self, event: dict[str, Any]) -> None:
-        self._terminal.progress([Piece("   "), Piece("note", "doubt"), Piece(f"       {event['text']}")])
+        self._terminal.progress([Piece("   "), Piece("note", "warning"), Piece(f"       {event['text']}")])
 
     def _end(self, _event: dict[str, Any]) -> None:
-        self._terminal.progress([])  # the verdict is a result, and follows
+        self._terminal.progress([])  # the verdict is a result, and is written at the end
 
 
-class Running:
-    """The stage that is at work.
+class RunningStage:
+    """The current stage.
 
     Args:
         number, key: of the stage.
-        since: when it began, in seconds of the clock.
+        since: start of the stage, in seconds of the clock.
     """
 
     def __init__(self, number: int = 0, key: str = "", since: float = 0.0) -> None:
@@ -94,18 +94,18 @@ class Running:
         self.key = key
         self.since = since
         self.epoch: dict[str, Any] | None = None
-        self.seen = 0  # epochs of this process: a run that goes on has done others before
+        self.epochs_here = 0  # epochs of this process; a resumed run has epochs of earlier processes
 
 
-def head(event: dict[str, Any]) -> list[Line]:
-    """What runs, where, and what for."""
+def header_lines(event: dict[str, Any]) -> list[Line]:
+    """Return the lines with name, folder and goal of the run."""
     run = [Piece(f"kirsch {__version__}", "strong"), Piece(f" · {event['name']} · run {event['run']}")]
     goal = [[Piece("goal  "), Piece(event["goal"])]] if event["goal"] else []
     return [run, *goal, []]
 
 
-def stage(event: dict[str, Any], width: int = WIDTH) -> Line:
-    """A finished stage: what it did, what came out, and, so that they stand below each other, how long it took."""
+def stage_line(event: dict[str, Any], width: int = WIDTH) -> Line:
+    """Return the line of a finished stage: result, cells in columns, and duration."""
     cells = [str(cell) for cell in event["cells"]]
     columns = [f"{_aligned(cell):<{reach}}" for cell, reach in zip(cells, WIDTHS, strict=False)]
     text = "  ".join([f"{event['number']:>2} {event['key']:<10} {event['did']:<13}", *columns])
@@ -115,13 +115,13 @@ def stage(event: dict[str, Any], width: int = WIDTH) -> Line:
 
 
 def _aligned(cell: str) -> str:
-    """A cell whose number is written to the width of three digits and a point, so that units stand below each other."""
+    """Return a cell whose number is padded to four characters, so that units are aligned."""
     number = re.match(r"[\d.]+(?= |$)", cell)
     return cell if number is None else cell[: number.end()].rjust(4) + cell[number.end() :]
 
 
-def epoch(event: dict[str, Any]) -> Line:
-    """A finished epoch, as a line of its own."""
+def epoch_line(event: dict[str, Any]) -> Line:
+    """Return the line of a finished epoch."""
     length = len(str(event["epochs"]))
     parts = [f"epoch {event['epoch']:>{length}}/{event['epochs']}", f"loss {figures.digits(event['loss']):<6}"]
     if event.get("accuracy") is not None:
@@ -133,21 +133,21 @@ def epoch(event: dict[str, Any]) -> Line:
     ]
 
 
-def still(stage: Running) -> Line:
-    """The stage that times, in a line that keeps still."""
-    return [Piece(f"{stage.number:>2} {stage.key:<10} "), Piece("timing; nothing moves meanwhile", "faint")]
+def timing_line(stage: RunningStage) -> Line:
+    """Return the status line of the stage that measures latency, which is not updated."""
+    return [Piece(f"{stage.number:>2} {stage.key:<10} "), Piece("measuring latency; this line is not updated", "faint")]
 
 
-def running(stage: Running, now: float) -> Line:
-    """The stage that is at work: a bar, the metric now, the time that is left by the epochs so far."""
+def status_line(stage: RunningStage, now: float) -> Line:
+    """Return the status line of the current stage: a bar, the last metrics, and the remaining time."""
     line = [Piece(f"{stage.number:>2} {stage.key:<10} ")]
     passed = now - stage.since
     if stage.epoch is None:
-        return [*line, Piece(f"at work for {figures.seconds(passed)}", "faint")]
-    done, of = stage.epoch["epoch"], stage.epoch["epochs"]
-    filled = round(BAR * done / max(of, 1))
-    left = (of - done) * passed / max(stage.seen, 1)
-    parts = [f" epoch {done}/{of}", f"loss {figures.digits(stage.epoch['loss'])}"]
+        return [*line, Piece(f"running for {figures.seconds(passed)}", "faint")]
+    done, total = stage.epoch["epoch"], stage.epoch["epochs"]
+    filled = round(BAR * done / max(total, 1))
+    left = (total - done) * passed / max(stage.epochs_here, 1)
+    parts = [f" epoch {done}/{total}", f"loss {figures.digits(stage.epoch['loss'])}"]
     if stage.epoch.get("accuracy") is not None:
         parts.append(figures.percent(stage.epoch["accuracy"]))
     return [
@@ -159,15 +159,15 @@ def running(stage: Running, now: float) -> Line:
     ]
 
 
-def verdict(event: dict[str, Any]) -> list[Line]:
-    """Whether the goal is met, by what, and where the report is."""
+def verdict_lines(event: dict[str, Any]) -> list[Line]:
+    """Return the lines on the goal, its significance, the report and the duration."""
     words, tone = ("goal met", "good") if event["met"] else ("goal missed", "bad")
     if not event["text"]:
         lines = [[Piece(f"{'goal':<13}"), Piece("none was set")]]
     else:
         lines = [[Piece(f"{words:<13}", tone), Piece(event["text"])]]
     if event.get("doubt"):
-        lines.append([Piece(f"{'doubt':<13}", "doubt"), Piece(event["doubt"])])
+        lines.append([Piece(f"{'significance':<13}", "warning"), Piece(event["doubt"])])
     lines.append([Piece(f"{'report':<13}"), Piece(event["report"])])
     lines.append([Piece(f"{'took':<13}"), Piece(figures.seconds(event["seconds"]))])
     return lines

@@ -1,4 +1,4 @@
-"""Being asked to stop: the first signal lets the work save a checkpoint, a second one ends the process at once."""
+"""Stop requests by signals: the first signal lets the run save a checkpoint, the second ends the process at once."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from kirsch.errors import Stopped
 
 KINDS: dict[str, type[Stopped]] = {"SIGINT": Interrupted, "SIGTERM": Preempted, "SIGHUP": Preempted}
-"""Signals by name, since not every system has each."""
+"""Errors by signal name; some systems do not have all signals."""
 
 
 class Stop:
-    """Whether the work shall stop; calling it gives the error to raise, or None.
+    """Stop request; a call returns the error to raise, or None.
 
     Args:
-        folder: of the run, for the sentence on how to go on.
+        folder: folder of the run, for the fix of the error.
         at_once: called before a second signal ends the process.
         end: ends the process with an exit code.
     """
@@ -39,11 +39,11 @@ class Stop:
         self._error: Stopped | None = None
 
     def __call__(self) -> Stopped | None:
-        """The error that ends the work; None as long as nobody has asked."""
+        """Return the error that ends the run; None as long as no signal was received."""
         return self._error
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
-        """Take a signal; see `signal.signal`."""
+        """Handle a signal; see `signal.signal`."""
         name = signal.Signals(number).name
         kind = KINDS[name]
         if self._error is not None:
@@ -51,25 +51,25 @@ class Stop:
             self._end(kind.exit_code)
         self._error = kind(
             f"The run {self._folder} was stopped by {name}.",
-            "What is finished is saved.",
-            f"Go on with: kirsch resume {shlex.quote(str(self._folder))}",
+            "All finished steps are saved.",
+            f"Continue with: kirsch resume {shlex.quote(str(self._folder))}",
         )
 
 
 @contextlib.contextmanager
-def watched(folder: Path, at_once: Callable[[], None] = lambda: None) -> Iterator[Stop]:
-    """Signals are kept in a `Stop` as long as the block runs.
+def stop_on_signals(folder: Path, at_once: Callable[[], None] = lambda: None) -> Iterator[Stop]:
+    """Yield a `Stop` that receives the signals during the block.
 
-    A signal that is ignored stays ignored: `nohup` and shells that start a process in the background want it so.
+    Ignored signals stay ignored, as `nohup` and shells with background processes expect.
     """
     stop = Stop(folder, at_once)
     numbers = [getattr(signal, name) for name in KINDS if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
-    taken = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-    for number in taken:
+    handled = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in handled:
         signal.signal(number, stop.receive)
     try:
         yield stop
     finally:
-        for number, handler in taken.items():
+        for number, handler in handled.items():
             signal.signal(number, handler)

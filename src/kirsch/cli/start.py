@@ -1,4 +1,4 @@
-"""The start of the command. It imports nothing that takes long, so that Ctrl-C is answered from the first moment on."""
+"""Entry point of the command. It imports only small modules, so that Ctrl-C works from the beginning."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; gives the exit code.
+    """Run the command, and return the exit code.
 
     Args:
-        arguments: of the command line, without the name of the program. If left out, those of the process, which then
-            belongs to the command: Ctrl-C ends it at once where nothing can be lost.
+        arguments: of the command line, without the program name. None: arguments of the process, which then belongs to
+            the command, so that Ctrl-C may end the process at once.
     """
-    whole = arguments is None
-    if whole and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # one that is ignored stays ignored
+    owns_process = arguments is None
+    # An ignored signal stays ignored.
+    if owns_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_start)
     from kirsch.cli.app import run
 
     code = run(list(sys.argv[1:] if arguments is None else arguments))
-    if whole:
-        _leave(code)
+    if owns_process:
+        _prepare_exit(code)
     return code
 
 
-def _leave(code: int) -> None:
-    """Prepare the end of the process: its result is written, and nothing follows it on the standard output."""
+def _prepare_exit(code: int) -> None:
+    """Prepare the end of the process, so that nothing follows the result on the standard output."""
     from kirsch.cli.streams import redirect_stdout
 
-    if "--json" in sys.argv:  # the model's code may still write something
+    if "--json" in sys.argv:  # code of the model may still write
         redirect_stdout()
         sys.stdout = sys.stderr
     if code == INTERRUPTED:
-        # Python would end by the signal itself where an import of C code has met it, whatever became of it then.
+        # Python would end by the signal if an import of C code received it, even if the exception was handled.
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The verb on a store of teacher outputs: build, finish, check, verify, info."""
+"""The subcommand store, on stores of teacher outputs: build, finish, check, verify, info."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kirsch.cli.terminal import Line, Piece
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build, finish
 from kirsch.errors import StoreError, UnknownNameError, UsageError
 from kirsch.failures import during
-from kirsch.frameworks.steadiness import require_steady
+from kirsch.frameworks.determinism import require_deterministic
 from kirsch.recipes.tasks.data import load_data
 from kirsch.recipes.yaml import scalar
 from kirsch.report import figures
@@ -27,15 +27,15 @@ ACTIONS = ("build", "check", "finish", "info", "verify")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The teacher and the data that were named on the command line.
+class TeacherSource:
+    """Teacher and data from the command line.
 
     Args:
-        model, weights: as for the verbs on a model.
-        data: a source as in a recipe.
+        model, weights: as for the subcommands on a model.
+        data: data source of a recipe.
         options: of the source, each "key=value".
-        seed: of the data and of the augmentation.
-        batch_size: samples that the teacher is run on at a time.
+        seed: seed of the data and of the augmentation.
+        batch_size: samples of one batch of the teacher.
     """
 
     model: str
@@ -46,7 +46,7 @@ class Asked:
     batch_size: int
 
     def load(self) -> tuple[Any, ArrayData]:
-        """Both."""
+        """Return teacher and data."""
         for name, value in (("--model", self.model), ("--data", self.data)):
             if not value:
                 raise UsageError(f"{name} is missing.", "The teacher is run on the data.", "See kirsch store --help.")
@@ -54,27 +54,27 @@ class Asked:
         for text in self.options:
             key, equals, value = text.partition("=")
             if not equals or not key:
-                raise UsageError(f"--option {text!r} is no option.", "Its form is key=value.", "Write train=45000.")
+                raise UsageError(f"--option {text!r} is not an option.", "The form is key=value.", "Write train=45000.")
             options[key] = scalar(value, f"--option {key}")
         data = load_data(self.data, options, seed=self.seed, base=Path())
         teacher, batches = model_of(self.model, self.weights, seed=self.seed), data.batches(self.batch_size)
-        require_steady(teacher, (data.train.inputs[:1],))
+        require_deterministic(teacher, (data.train.inputs[:1],))
         return teacher, batches
 
-    def said(self) -> Line:
-        """Where the teacher's weights come from."""
-        tone = "doubt" if self.model.startswith("timm:") and self.weights == RANDOM else ""
+    def weights_line(self) -> Line:
+        """Return a line on the origin of the teacher's weights."""
+        tone = "warning" if self.model.startswith("timm:") and self.weights == RANDOM else ""
         origin = origin_of(self.model, self.weights, self.seed).removeprefix("the weights are ")
-        more = "; --weights pretrained or FILE gives others." if tone else ""
+        more = "; use --weights pretrained or FILE for trained weights." if tone else ""
         return [Piece(f"{'weights':<13}", tone), Piece(origin + more)]
 
 
 @dataclass(frozen=True)
-class Building:
-    """How a store is built, as the command line says it.
+class BuildOptions:
+    """Options to build a store, from the command line.
 
     Args:
-        keep: "dense", or how many classes.
+        keep: "dense", or the number of classes.
         views, temperature: see `store.build`.
         part: "i/n" with 1 <= i <= n; "" builds all and finishes.
     """
@@ -85,12 +85,12 @@ class Building:
     part: str
 
     def options(self) -> dict[str, Any]:
-        """As `store.build` takes them."""
+        """Return the arguments of `store.build`."""
         if self.keep != "dense" and not re.fullmatch("[0-9]{1,9}", self.keep):
             raise UsageError(f"--keep is {self.keep!r}.", fix="Give a number of classes, or dense.")
         share = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", self.part or "1/1")
         if share is None or not 1 <= int(share[1]) <= int(share[2]):
-            raise UsageError(f"--part is {self.part!r}.", "Its form is i/n, from 1/n to n/n.", "Write --part 1/4.")
+            raise UsageError(f"--part is {self.part!r}.", "The form is i/n, from 1/n to n/n.", "Write --part 1/4.")
         return {
             "keep": Dense() if self.keep == "dense" else TopK(int(self.keep)),
             "views": self.views,
@@ -99,86 +99,93 @@ class Building:
         }
 
 
-def act(action: str, folder: Path, asked: Asked, building: Building, samples: int, terminal: Terminal) -> int:
-    """Do what was asked. Gives the exit code."""
+def run_action(
+    action: str, folder: Path, source: TeacherSource, build_options: BuildOptions, samples: int, terminal: Terminal
+) -> int:
+    """Run an action of the subcommand, and return the exit code."""
     if action not in ACTIONS:
         raise UnknownNameError("action", action, ACTIONS)
     if action == "build":
-        return _build(folder, asked, building, terminal)
+        return _build(folder, source, build_options, terminal)
     store = finish(folder) if action == "finish" else TeacherStore.open(folder)
     if action == "check":
-        return _check(store, asked, samples, terminal)
+        return _check(store, source, samples, terminal)
     if action == "verify":
         store.verify()
         count = store.manifest.views * store.manifest.ranges
-        said: list[Line] = [[Piece(f"{'sound':<13}", "good"), Piece(f"{count} ranges have the sha256 of the manifest")]]
-        terminal.result(said, {"store": str(folder), "sound": True, "ranges": count})
+        lines: list[Line] = [
+            [Piece(f"{'sound':<13}", "good"), Piece(f"{count} ranges have the sha256 of the manifest")]
+        ]
+        terminal.result(lines, {"store": str(folder), "sound": True, "ranges": count})
         return 0
-    _tell(store, terminal)
+    _show_info(store, terminal)
     return 0
 
 
-def _build(folder: Path, asked: Asked, building: Building, terminal: Terminal) -> int:
-    options = building.options()
-    teacher, data = asked.load()
+def _build(folder: Path, source: TeacherSource, build_options: BuildOptions, terminal: Terminal) -> int:
+    options = build_options.options()
+    teacher, data = source.load()
 
-    def event(told: dict[str, Any]) -> None:
-        terminal.progress([Piece(f"{'range':<13}{told['done']} of {told['of']}")])
+    def event(content: dict[str, Any]) -> None:
+        terminal.progress([Piece(f"{'range':<13}{content['done']} of {content['of']}")])
 
-    terminal.progress(asked.said())
-    lower = f"Lower --batch-size, which is {asked.batch_size}."
-    with during("while the teacher ran", lower):
-        store = build(folder, teacher, data, seed=asked.seed, event=event, batch_size=asked.batch_size, **options)
+    terminal.progress(source.weights_line())
+    memory_fix = f"Lower --batch-size, which is {source.batch_size}."
+    with during("while the teacher ran", memory_fix):
+        store = build(folder, teacher, data, seed=source.seed, event=event, batch_size=source.batch_size, **options)
     if store is not None:
-        _tell(store, terminal)
+        _show_info(store, terminal)
         return 0
-    next_ = f"kirsch store finish {folder}"
-    said: list[Line] = [[Piece(f"{'built':<13}part {building.part}")], [Piece(f"{'next':<13}{next_}, when all are")]]
-    terminal.result(said, {"store": str(folder), "part": building.part, "next": next_})
+    command = f"kirsch store finish {folder}"
+    lines: list[Line] = [
+        [Piece(f"{'built':<13}part {build_options.part}")],
+        [Piece(f"{'next':<13}{command}, after all parts are built")],
+    ]
+    terminal.result(lines, {"store": str(folder), "part": build_options.part, "next": command})
     return 0
 
 
-def _tell(store: TeacherStore, terminal: Terminal) -> None:
+def _show_info(store: TeacherStore, terminal: Terminal) -> None:
     manifest = store.manifest
     size = manifest.views * manifest.samples * manifest.record_bytes
-    kept = ", ".join(field.name for field in manifest.fields if field.name != "seed")
+    fields = ", ".join(field.name for field in manifest.fields if field.name != "seed")
     lines: list[Line] = [
         [Piece(f"{'store':<13}{store.folder}")],
-        [Piece(f"{'records':<13}{manifest.samples:,} samples, views {manifest.views}: {kept}")],
-        [Piece(f"{'size':<13}{manifest.record_bytes} bytes a record, {figures.bytes_(size)}")],
+        [Piece(f"{'records':<13}{manifest.samples:,} samples, views {manifest.views}: {fields}")],
+        [Piece(f"{'size':<13}{manifest.record_bytes} bytes per record, {figures.bytes_(size)}")],
         [Piece(f"{'teacher':<13}sha256 {manifest.teacher_sha256}")],
     ]
     content = manifest.model_dump(mode="json", exclude={"sha256"})
     terminal.result(lines, {"store": str(store.folder), "bytes": size} | content)
 
 
-def _check(store: TeacherStore, asked: Asked, samples: int, terminal: Terminal) -> int:
-    """Hold hashes, files and outputs against what is there now.
+def _check(store: TeacherStore, source: TeacherSource, samples: int, terminal: Terminal) -> int:
+    """Compare a store with its hashes and with the current outputs of the teacher.
 
     Raises:
-        StoreError: the store is stale or damaged, or the teacher puts out something else now.
-        UsageError: the store is of what a callable puts out.
+        StoreError: the store is stale or damaged, or the outputs of the teacher differ.
+        UsageError: the store has the outputs of a callable.
     """
     if store.manifest.outputs_sha256 is not None:
         raise UsageError(
-            f"The store {store.folder} was built with outputs=..., a callable that a command line cannot name.",
+            f"The store {store.folder} was built with outputs=..., a callable that the command line cannot name.",
             fix="Check it in Python: TeacherStore.open(folder).check(teacher, data, outputs=...).",
         )
-    teacher, data = asked.load()
+    teacher, data = source.load()
     store.require(teacher=teacher, data=data)
     store.verify()
-    found = store.check(teacher, data, samples=samples, batch_size=asked.batch_size)
-    worst = max(found.differences, key=lambda name: found.differences[name])
-    said = f"{found.samples} looks, at most {found.differences[worst]:.1e} apart ({worst})"
-    if not found.agrees:
+    comparison = store.check(teacher, data, samples=samples, batch_size=source.batch_size)
+    worst = max(comparison.differences, key=lambda name: comparison.differences[name])
+    text = f"{comparison.samples} views, largest difference {comparison.differences[worst]:.1e} ({worst})"
+    if not comparison.agrees:
         raise StoreError(
             f"The store {store.folder} and the teacher do not agree.",
-            f"Of {said}.",
-            "The teacher's code may have changed beside its weights; build the store again.",
+            f"Compared {text}.",
+            "The teacher's code may have changed; build the store again.",
         )
-    top = "" if found.top1_agreement is None else f", the same class first in {found.top1_agreement:.1%}"
-    content = {"store": str(store.folder), "samples": found.samples, "differences": found.differences}
+    top = "" if comparison.top1_agreement is None else f", the same top class in {comparison.top1_agreement:.1%}"
+    content = {"store": str(store.folder), "samples": comparison.samples, "differences": comparison.differences}
     terminal.result(
-        [[Piece(f"{'agrees':<13}", "good"), Piece(said + top)]], content | {"top1_agreement": found.top1_agreement}
+        [[Piece(f"{'agrees':<13}", "good"), Piece(text + top)]], content | {"top1_agreement": comparison.top1_agreement}
     )
     return 0

@@ -1,4 +1,4 @@
-"""The standard streams of the process: present, able to take any text, and with --json kept for the one result."""
+"""Standard streams of the process: open, able to write any text, and reserved for the result with --json."""
 
 from __future__ import annotations
 
@@ -12,72 +12,71 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STDOUT, STDERR = 1, 2
-"""Numbers of the file descriptors."""
+"""File descriptors."""
 
 
 def prepare_streams() -> None:
-    """Make the standard streams able to take any text: present, and with a way to write what they cannot encode."""
+    """Open closed standard streams, and let all of them escape characters that they cannot encode."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us; a file of ours must not get its number
+        if getattr(sys, name) is None:  # closed by the parent process; no other file may get its descriptor
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - for the whole process
         with contextlib.suppress(AttributeError, ValueError):
             getattr(sys, name).reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
 
 
-def forsake_stdout() -> None:
-    """Send the rest of the standard output nowhere, so that Python does not complain about it when it ends."""
+def discard_stdout() -> None:
+    """Discard the rest of the standard output, so that Python does not report an error at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def stdout_for_result() -> Iterator[TextIO]:
-    """The standard output, to which nothing but what is written to the stream that is yielded goes.
+    """Yield a stream that writes to the standard output, and redirect all other output to the standard error.
 
-    As long as the block runs, everything else that is written to the standard output goes to the standard error:
-    what Python code prints, what C code writes, and what child processes write.
+    During the block, the output of Python code, C code and child processes is redirected.
     """
-    own, kept = sys.stdout, _duplicate(STDOUT)
-    result = own
+    original, duplicate = sys.stdout, _duplicate(STDOUT)
+    result = original
     try:
-        if kept is not None and _number(own) == STDOUT:
-            result = os.fdopen(os.dup(kept), "w", encoding=own.encoding, errors="backslashreplace")
+        if duplicate is not None and _descriptor(original) == STDOUT:
+            result = os.fdopen(os.dup(duplicate), "w", encoding=original.encoding, errors="backslashreplace")
         sys.stdout = sys.stderr
-        own.flush()
+        original.flush()
         redirect_stdout()
         yield result
     finally:
-        _flush(own)
+        _flush(original)
         _flush_c()
-        sys.stdout = own
-        if kept is not None:
-            os.dup2(kept, STDOUT)
-            os.close(kept)
-        if result is not own:
-            with contextlib.suppress(OSError, ValueError):  # its reader has gone
+        sys.stdout = original
+        if duplicate is not None:
+            os.dup2(duplicate, STDOUT)
+            os.close(duplicate)
+        if result is not original:
+            with contextlib.suppress(OSError, ValueError):  # its reader has closed it
                 result.close()
 
 
 def redirect_stdout() -> None:
-    """Let the file descriptor of the standard output lead to the standard error, or nowhere where that is closed."""
+    """Redirect the standard output to the standard error, or to the null device if that is closed."""
     try:
         os.dup2(STDERR, STDOUT)
     except OSError:
         with contextlib.suppress(OSError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            if nowhere != STDOUT:
-                os.dup2(nowhere, STDOUT)
-                os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            if null != STDOUT:
+                os.dup2(null, STDOUT)
+                os.close(null)
 
 
-def _duplicate(number: int) -> int | None:
+def _duplicate(descriptor: int) -> int | None:
     try:
-        return os.dup(number)
+        return os.dup(descriptor)
     except OSError:  # closed
         return None
 
 
-def _number(stream: TextIO) -> int | None:
+def _descriptor(stream: TextIO) -> int | None:
     try:
         return stream.fileno()
     except (OSError, ValueError):
@@ -90,6 +89,6 @@ def _flush(stream: TextIO) -> None:
 
 
 def _flush_c() -> None:
-    """Write out what C code has printed and its library still holds."""
+    """Flush the output buffers of the C library."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).fflush(None)

@@ -1,7 +1,7 @@
-"""What is written where: results, progress, and a line that lives while the work runs.
+"""Output of the command: results, progress, errors, and a status line.
 
-A line is made of pieces, each a text with a tone. Texts are written verbatim: a name in a model or a recipe can neither
-color nor move anything, whatever it holds.
+A line consists of pieces, each a text with a tone. Control characters in a text, such as the name of a layer, are
+escaped, so that no text can change colors or the cursor.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
-TONES = {"": "", "good": "green", "doubt": "yellow", "bad": "red", "faint": "dim", "strong": "bold"}
-"""What a piece means → how a terminal shows it. The text itself always says it too."""
+TONES = {"": "", "good": "green", "warning": "yellow", "bad": "red", "faint": "dim", "strong": "bold"}
+"""Meaning of a piece → style on a terminal. The text has the same information."""
 
 
 WIDTH = 110
-"""Lines that end in a column of their own are this wide, if the terminal is."""
+"""Width of lines with a last column at the right end, if the terminal is wide enough."""
 
 
 class Piece(NamedTuple):
     """A part of a line.
 
     Args:
-        text: written verbatim.
+        text: written with control characters escaped.
         tone: a key of `TONES`.
     """
 
@@ -46,12 +46,12 @@ Line = list[Piece]
 
 
 class ClosedError(Exception):
-    """The reader of the standard output has gone, as `head` does; there is nobody left to tell."""
+    """The reader of the standard output has closed it, as `head` does."""
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How a verb speaks.
+    """Output mode of a subcommand.
 
     Args:
         json: one JSON object on the standard output; progress goes to the standard error.
@@ -65,104 +65,104 @@ class Mode:
 
 
 def verbatim(text: str) -> str:
-    r"""The text with everything that does not print, such as line breaks and escape sequences, as \n, \x1b, ..."""
+    r"""Return the text with all characters that are not printable escaped, such as \n and \x1b."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def plain(line: Iterable[Piece]) -> str:
-    """A line without its tones, without spaces at its end."""
+    """Return the text of a line without tones and trailing spaces."""
     return "".join(verbatim(text) for text, _ in line).rstrip()
 
 
 class Terminal:
-    """Where a verb writes.
+    """Output of a subcommand.
 
     Args:
-        mode: how it speaks.
-        stdout, stderr: the process's own if left out.
+        mode: output mode.
+        stdout, stderr: streams; None uses those of the process.
     """
 
     def __init__(self, mode: Mode, stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
         self.mode = mode
         self._stdout = stdout or sys.stdout
         self._stderr = stderr or sys.stderr
-        self._people = self._stderr if mode.json else self._stdout
+        self._progress_stream = self._stderr if mode.json else self._stdout
         self._consoles: dict[TextIO, Console | None] = {}
         self._live: Live | None = None
 
     @property
-    def lively(self) -> bool:
-        """Whether progress goes to a terminal, where a line can change."""
-        return not self.mode.quiet and self._console(self._people) is not None
+    def is_interactive(self) -> bool:
+        """Whether progress goes to a terminal that can update a line."""
+        return not self.mode.quiet and self._console(self._progress_stream) is not None
 
     @property
     def width(self) -> int:
-        """Characters that a line of progress may have; `WIDTH` where it goes to no terminal."""
-        console = self._console(self._people)
+        """Largest width of a line of progress in characters; `WIDTH` without a terminal."""
+        console = self._console(self._progress_stream)
         return min(console.width, WIDTH) if console is not None else WIDTH
 
     def progress(self, *lines: Line) -> None:
-        """Lines on what is going on; none when quiet."""
+        """Write lines on the progress, except in quiet mode."""
         if not self.mode.quiet:
             for line in lines:
-                self._write(self._people, line)
+                self._write(self._progress_stream, line)
 
     def result(self, lines: Iterable[Line], content: dict[str, Any]) -> None:
-        """What was asked for: lines for people, or one JSON object."""
+        """Write the result: lines of text, or one JSON object in JSON mode."""
         if self.mode.json:
-            self.give(content)
+            self.write_json(content)
             return
         for line in lines:
             self._write(self._stdout, line)
 
-    def give(self, content: dict[str, Any]) -> None:
-        """A JSON object on the standard output, in one line."""
-        # Escaped to ASCII: any encoding can carry it, and no name in it can steer the terminal.
+    def write_json(self, content: dict[str, Any]) -> None:
+        """Write a JSON object to the standard output, in one line."""
+        # ASCII can be written in any encoding, and has no control characters of a terminal.
         self._put(self._stdout, json.dumps(content, default=str) + "\n")
 
-    def complain(self, *lines: Line) -> None:
-        """Lines on the standard error, also when quiet."""
+    def write_error(self, *lines: Line) -> None:
+        """Write lines to the standard error, also in quiet mode."""
         for line in lines:
             self._write(self._stderr, line)
 
-    def start(self, draw: Callable[[], Line], *, moves: bool = True) -> None:
-        """Show a line below all others, until `stop`; nothing where no line can change.
+    def start_status(self, draw: Callable[[], Line], *, refresh: bool = True) -> None:
+        """Show a status line below all other lines until `stop_status`, if the terminal can update a line.
 
         Args:
-            draw: gives the line.
-            moves: draw it anew four times a second, or only once.
+            draw: returns the line.
+            refresh: update the line four times a second, instead of drawing it once.
         """
-        self.stop()
-        console = self._console(self._people)
+        self.stop_status()
+        console = self._console(self._progress_stream)
         if console is None or self.mode.quiet:
             return
         from rich.live import Live
 
-        def drawn() -> Text:
+        def render() -> Text:
             text = _rich(draw())
             text.truncate(console.width, overflow="ellipsis")
             return text
 
         self._live = Live(
-            get_renderable=drawn, console=console, transient=True, refresh_per_second=4, auto_refresh=moves
+            get_renderable=render, console=console, transient=True, refresh_per_second=4, auto_refresh=refresh
         )
         self._live.start(refresh=True)
 
-    def stop(self) -> None:
-        """Take the living line away."""
+    def stop_status(self) -> None:
+        """Remove the status line."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
-    def restore(self) -> None:
-        """Show the cursor again, for those who end the process at once."""
+    def restore_cursor(self) -> None:
+        """Show the cursor again, before the process ends at once."""
         if self._live is not None:
             with contextlib.suppress(OSError, ValueError):
-                self._people.write("\x1b[?25h\n")
-                self._people.flush()
+                self._progress_stream.write("\x1b[?25h\n")
+                self._progress_stream.flush()
 
     def _console(self, stream: TextIO) -> Console | None:
-        """Rich's view of a stream; None where it is no terminal that can color and move."""
+        """Return a rich console for a stream; None if the stream is not a terminal with colors and cursor movement."""
         if stream not in self._consoles:
             self._consoles[stream] = _console(stream) if stream.isatty() else None
         return self._consoles[stream]
@@ -179,10 +179,10 @@ class Terminal:
             stream.write(text)
             stream.flush()
         except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EINVAL):  # Windows says EINVAL
+            if error.errno in (errno.EPIPE, errno.EINVAL):  # Windows raises EINVAL
                 raise ClosedError from None
             raise OutputError("The standard output cannot be written.", f"{error.strerror or error}.") from error
-        except ValueError as error:  # the model's code has closed it
+        except ValueError as error:  # code of the model has closed the stream
             raise OutputError("The standard output cannot be written.", f"{error}.") from error
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import ModelError, NumericError
-from kirsch.failures import told
+from kirsch.failures import error_with_location
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,7 +127,7 @@ def _run(model: Exportable, inputs: Arrays) -> dict[str, NDArray[Any]]:
         shapes = ", ".join(str(array.shape) for array in inputs)
         raise ModelError(
             f"A {model.name} does not run with inputs of shape {shapes}.",
-            told(error),
+            error_with_location(error),
             "Give example inputs that the model takes.",
         ) from error
 

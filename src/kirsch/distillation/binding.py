@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import first_of
+from kirsch.distillation.arrays import first_array
 from kirsch.distillation.bound_term import BoundTerm
-from kirsch.distillation.losses.loss import SCORED, loss_of
+from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss
 from kirsch.distillation.matching import by_depth, stages, stages_of
 from kirsch.distillation.schedule import ends
 from kirsch.distillation.teachers import holds_top_k, stored_scores
@@ -87,7 +87,7 @@ def bind(
         found = BoundTerm(
             name=names[number],
             adapter_name=f"adapter{place}",
-            loss=loss_of(term.loss),
+            loss=get_loss(term.loss),
             weight=term.weight,
             options=options,
             temperature=temperature,
@@ -114,7 +114,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 def of_all(term: Term) -> bool:
     """Whether a term holds the student against all teachers together, and not against one."""
-    return term.of is None and loss_of(term.loss).takes in SCORED
+    return term.of is None and get_loss(term.loss).takes in OUTPUT_KINDS
 
 
 def concerns(term: Term, place: int) -> bool:
@@ -178,7 +178,7 @@ def _places(
     framework: Framework, term: Term, student: Any, teacher: Any, inputs: Any, recorded: Mapping[str, Any] | None
 ) -> list[tuple[LayerNames, LayerNames]]:
     """The pairs of concrete layers of a term."""
-    gathered = loss_of(term.loss).takes in GATHERED
+    gathered = get_loss(term.loss).takes in GATHERED
     auto = re.fullmatch(r"auto(?:\[(-?\d+)\])?", term.student) if isinstance(term.student, str) else None
     if auto is not None and term.teacher is None and recorded is None:
         found = stages(framework, student, teacher, inputs)
@@ -228,7 +228,7 @@ def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:
 
 
 def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], place: int, seed: int) -> Any:
-    loss = loss_of(term.loss)
+    loss = get_loss(term.loss)
     # Scores of other classes are no matter of an adapter.
     if term.adapter == "none" or (term.adapter == "auto" and loss.takes in ("scores", "pixels", "values", "sets")):
         return None
@@ -245,7 +245,7 @@ def _try(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None
         stored_scores(term, student, teacher, None, term.keywords(0.0))
         return
     if term.adapter is not None:
-        ids = framework.tensor(np.arange(len(first_of(student))))
+        ids = framework.tensor(np.arange(len(first_array(student))))
         student, teacher = framework.seeded(lambda: copy.deepcopy(term.adapter)(student, teacher, ids=ids), 0)
     if loss.takes == "scores" and student.ndim >= len("NKHW"):
         classes = "Take 'pixel-kd' or 'cwd-pixels' for classes of pixels; for " if student.shape[1] > 1 else "For "
@@ -306,7 +306,7 @@ def _shape(values: Any) -> str:
         return ", ".join(f"{name} {_shape(value)}" for name, value in values.items())
     if isinstance(values, list):
         return ", ".join(_shape(value) for value in values)
-    return " × ".join(str(size) for size in tuple(first_of(values).shape)[1:])
+    return " × ".join(str(size) for size in tuple(first_array(values).shape)[1:])
 
 
 def quoted(layers: LayerNames) -> str:

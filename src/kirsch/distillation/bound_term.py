@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.losses.loss import SCORED, TOKEN_KINDS, given_to
+from kirsch.distillation.losses.loss import OUTPUT_KINDS, TOKEN_KINDS, step_arguments
 from kirsch.distillation.schedule import at
 from kirsch.frameworks.layers import texts
 
@@ -64,12 +64,12 @@ class BoundTerm:
     @cached_property
     def step_keywords(self) -> frozenset[str]:
         """The keywords that depend on the batch: "labels", "mask" and "epoch", if the loss has them."""
-        return frozenset(given_to(self.loss))
+        return frozenset(step_arguments(self.loss))
 
     @property
     def on_logits(self) -> bool:
         """Whether the term compares logits or predicted numbers, to which the labels belong."""
-        return self.loss.takes in SCORED
+        return self.loss.takes in OUTPUT_KINDS
 
     @property
     def on_tokens(self) -> bool:

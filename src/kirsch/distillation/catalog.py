@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.losses import LOSSES
-from kirsch.distillation.losses.loss import loss_of, options_of
+from kirsch.distillation.losses.loss import get_loss, loss_options
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
@@ -66,10 +66,10 @@ def losses() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "takes": loss_of(name).takes,
-            "widths": loss_of(name).widths,
-            "options": options_of(loss_of(name)),
-            **_words(loss_of(name)),
+            "takes": get_loss(name).takes,
+            "widths": get_loss(name).widths,
+            "options": loss_options(get_loss(name)),
+            **_words(get_loss(name)),
         }
         for name in LOSSES
     ]
@@ -129,7 +129,10 @@ def _words(thing: Any) -> dict[str, str]:
     found = re.search(r"^Source: (.*?)(?=\n\s*\n|\Z)", text, re.MULTILINE | re.DOTALL)
     source = " ".join(found[1].split()) if found else ""
     first = re.match(rf".*?{ARXIV.pattern}|[^.;]*\d{{4}}[^.;]*", source)
-    return {"what": text.partition("\n")[0], "source": (first[0] if first else source).rstrip(".")}
+    summary = text.partition("\n")[0]
+    for prefix in ("Return the ", "Return "):
+        summary = summary.removeprefix(prefix)
+    return {"what": summary[:1].upper() + summary[1:], "source": (first[0] if first else source).rstrip(".")}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

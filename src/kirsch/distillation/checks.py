@@ -6,9 +6,9 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import each
+from kirsch.distillation.arrays import map_arrays
 from kirsch.distillation.binding import of_all
-from kirsch.distillation.losses.loss import loss_of
+from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.schedule import Ramp, ends
 from kirsch.errors import DataError
 from kirsch.frameworks.data import ArrayData, Batch, SeededData, batches_of
@@ -112,7 +112,7 @@ def few(batch: Batch, count: int = FEW) -> Batch:
     """Return the first samples of a batch."""
     return dataclasses.replace(
         batch,
-        inputs=each(lambda part: part[:count] if hasattr(part, "shape") else part, batch.inputs),  # else a switch
+        inputs=map_arrays(lambda part: part[:count] if hasattr(part, "shape") else part, batch.inputs),  # else a switch
         targets=None if batch.targets is None else batch.targets[:count],
         ids=None if batch.ids is None else batch.ids[:count],
         seeds=None if batch.seeds is None else batch.seeds[:count],
@@ -125,7 +125,7 @@ def split_relations(objective: Objective, training: Training) -> list[str]:
         f"The term {term.called!r} relates the samples of a batch to each other. It sees each of the "
         f"{training.accumulate} batches of a step by itself, so its value is not that of one large batch."
         for term in objective.terms
-        if training.accumulate > 1 and (loss_of(term.loss).relational or loss_of(term.loss).over == "contents")
+        if training.accumulate > 1 and (get_loss(term.loss).relational or get_loss(term.loss).over == "contents")
     ]
 
 
@@ -144,7 +144,7 @@ def late_ramps(objective: Objective, training: Training) -> list[str]:
 
 def averaged_logits(objective: Objective, teachers: int) -> list[str]:
     """Return a warning if the probabilities of several teachers are multiplied instead of mixed."""
-    activations = {loss_of(term.loss).activation for term in objective.terms if of_all(term)}
+    activations = {get_loss(term.loss).activation for term in objective.terms if of_all(term)}
     if objective.teachers != "logits" or teachers == 1 or not activations - {"identity"}:
         return []
     text = (

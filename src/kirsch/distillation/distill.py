@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kirsch.annotations import described
+from kirsch.annotations import value_phrase
 from kirsch.arguments import checked, takes
 from kirsch.distillation.checks import check_last_batch, few, first_batch, late_ramps, split_relations
 from kirsch.distillation.distiller import Distiller
@@ -142,7 +142,7 @@ def to_validate_by(validation: Any) -> Any:
     """
     if callable(validation) and not takes(validation, 1):
         raise UsageError(
-            f"`validation` is {described(validation)}, which does not take one argument.",
+            f"`validation` is {value_phrase(validation)}, which does not take one argument.",
             fix="Write it as validation(model) → metrics by name.",
         )
     if validation is None or callable(validation):
@@ -157,7 +157,7 @@ def to_validate_by(validation: Any) -> Any:
     batches = hasattr(validation, "__iter__") and not hasattr(validation, "__next__")
     if not batches or isinstance(validation, tuple) or hasattr(validation, "shape"):
         raise UsageError(
-            f"`validation` is {described(validation)}.",
+            f"`validation` is {value_phrase(validation)}.",
             fix="Give ArrayData, (inputs, labels), a DataLoader, a list of batches, or a callable: model → metrics.",
         )
     return validation

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import classes_last, each
+from kirsch.distillation.arrays import classes_last, map_arrays
 from kirsch.distillation.checks import few
 from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.probabilities import stated_of, to_logits
@@ -272,7 +272,7 @@ def _live(
 
 def _rows(inputs: Any, places: NDArray[np.int64]) -> Any:
     """Return the inputs of some samples; inputs that are not arrays stay."""
-    return each(lambda part: part[places] if hasattr(part, "shape") else part, inputs)
+    return map_arrays(lambda part: part[places] if hasattr(part, "shape") else part, inputs)
 
 
 def _until_enough(data: Any, objective: Objective) -> list[Batch]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import namespace, whole_numbers
+from kirsch.distillation.arrays import namespace, to_int64
 
 if TYPE_CHECKING:
     from kirsch.distillation.bound_term import BoundTerm
@@ -153,4 +153,4 @@ def _with_int64_targets(batch: Batch) -> Batch:
     kind = str(getattr(batch.targets, "dtype", "")).removeprefix("torch.")
     if "int" not in kind or kind == "int64":
         return batch
-    return dataclasses.replace(batch, targets=whole_numbers(batch.targets))
+    return dataclasses.replace(batch, targets=to_int64(batch.targets))

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from kirsch.arguments import checked
-from kirsch.distillation.arrays import constant
+from kirsch.distillation.arrays import detach
 from kirsch.distillation.binding import bind, of_all
 from kirsch.distillation.checks import (
     averaged_logits,
@@ -207,7 +207,7 @@ class MutualStep:
         total: Any = 0.0
         parts: dict[str, Any] = {}
         for place, (loss, student) in enumerate(zip(self._losses, students, strict=True)):
-            peers = [{"logits": constant(other)} for other in (*logits[:place], *logits[place + 1 :])]
+            peers = [{"logits": detach(other)} for other in (*logits[:place], *logits[place + 1 :])]
             output = loss(
                 _Logits({"logits": logits[place]}),
                 loss.features(peers, epoch),

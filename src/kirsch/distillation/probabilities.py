@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import classes_last, full_precision, namespace, wide
-from kirsch.distillation.losses.loss import loss_of
+from kirsch.distillation.arrays import classes_last, namespace, upcast, without_autocast
+from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.schedule import ends
 from kirsch.errors import UsageError
 from kirsch.frameworks.port import host
@@ -43,8 +43,8 @@ def to_logits(probabilities: Any, activation: Activation) -> Any:
     Returns:
         An array of at least 32 bits. A probability of 0 becomes that of the smallest normal number, without gradient.
     """
-    with full_precision(probabilities):
-        p = wide(probabilities)
+    with without_autocast(probabilities):
+        p = upcast(probabilities)
         limits = namespace(p).finfo(p.dtype)
         log_p = namespace(p).log(p.clip(min=float(limits.tiny)))
         if activation == "softmax":
@@ -58,7 +58,7 @@ def activations_of(objective: Objective) -> set[Activation]:
     if any(ends(objective.label_weight)) and objective.label_loss in ACTIVATIONS:
         found.add(ACTIVATIONS[objective.label_loss])
     for term in objective.terms:
-        loss = loss_of(term.loss)
+        loss = get_loss(term.loss)
         if any(ends(term.weight)) and loss.takes in ("scores", "pixels", "sets"):
             found.add(loss.activation)
     return found - {"identity"}
@@ -141,7 +141,7 @@ def settle(
     whose = "The student" if teacher is None else "The teacher"
     named = f"{whose}, a {type(model).__name__},"
     for layer in layers:
-        found = host(wide(values[layer]))
+        found = host(upcast(values[layer]))
         if stated == "probabilities":
             _check_stated(named, layer, found, activations)
         else:
@@ -236,7 +236,7 @@ def check_training(values: Mapping[str, Any], layers: Sequence[str], objective: 
     """
     activations = activations_of(objective)
     for layer in layers if stated_of(objective, None) is None and activations else ():
-        shape = shape_of(host(wide(values[layer])), activations)
+        shape = shape_of(host(upcast(values[layer])), activations)
         if shape not in ("", "inside"):
             error = refusal("The student, in training mode,", shape, objective, "student_outputs")
             fix = (
@@ -261,7 +261,7 @@ def check_record(values: Any, objective: Objective) -> None:
             "A store holds logits, and the objective says that the teacher puts out probabilities.", "", fix
         )
     activations = activations_of(objective)
-    shape = shape_of(host(wide(values)), activations) if activations and stated_of(objective, 0) is None else ""
+    shape = shape_of(host(upcast(values)), activations) if activations and stated_of(objective, 0) is None else ""
     if shape not in ("", "inside"):
         error = refusal("The teacher of the store", shape, objective, "teacher_outputs")
         raise UsageError(error.what, error.why, fix)

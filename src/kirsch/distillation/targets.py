@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.distillation.losses.labels import IGNORED
-from kirsch.distillation.losses.loss import SCORED, given_to, loss_of
+from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss, step_arguments
 from kirsch.distillation.schedule import ends
 from kirsch.errors import DataError, UsageError
 from kirsch.frameworks.port import host
-from kirsch.frameworks.structure import look
+from kirsch.frameworks.structure import summary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,14 +30,16 @@ MASK_LEVEL = 255
 
 def uses_labels(objective: Objective) -> bool:
     """Whether the objective learns from the values of the targets."""
-    named = any(any(ends(term.weight)) and "labels" in given_to(loss_of(term.loss)) for term in objective.terms)
+    named = any(any(ends(term.weight)) and "labels" in step_arguments(get_loss(term.loss)) for term in objective.terms)
     return named or any(ends(objective.label_weight))
 
 
 def _reads(objective: Objective, targets: NDArray[Any]) -> bool:
     """Whether the objective looks at targets: at their values, or at which positions of the logits have a label."""
     marks = objective.label_loss == "cross-entropy" and targets.ndim > 1 and targets.dtype.kind in "iu"
-    return uses_labels(objective) or (marks and any(loss_of(term.loss).takes in SCORED for term in objective.terms))
+    return uses_labels(objective) or (
+        marks and any(get_loss(term.loss).takes in OUTPUT_KINDS for term in objective.terms)
+    )
 
 
 def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> None:
@@ -70,7 +72,7 @@ def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> No
     _check_values(targets, shape, objective)
     if objective.label_loss != "cross-entropy":
         return
-    without = [term for term in objective.terms if "labels" not in given_to(loss_of(term.loss))]
+    without = [term for term in objective.terms if "labels" not in step_arguments(get_loss(term.loss))]
     if not without and not _counting(targets, objective.ignore).any():
         raise DataError(
             f"All targets are masked: each of the {len(targets)} samples looked at has the label {objective.ignore}.",
@@ -385,7 +387,7 @@ def _check_answers(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
     elif MASK_LEVEL in values and values <= {0, 1, MASK_LEVEL}:
         fix = f"Where {MASK_LEVEL} marks what has no label, give {IGNORED} there."
     raise DataError(
-        f"Sample {place} has the target {value:g}; the targets are {look(targets)}{_values(targets)}.",
+        f"Sample {place} has the target {value:g}; the targets are {summary(targets)}{_values(targets)}.",
         'The label loss "binary" takes targets from 0 (no) to 1 (yes).',
         fix,
     )

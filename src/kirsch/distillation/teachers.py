@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from kirsch.distillation.arrays import first_of, log_sigmoid, log_softmax, log_sum_exp, namespace
+from kirsch.distillation.arrays import first_array, log_sigmoid, log_softmax, log_sum_exp, namespace
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import TeacherStore
@@ -98,8 +98,8 @@ class StoredTeacher:
                 fix="Give ArrayData, or batches of (inputs, targets, ids).",
             )
         self._check_views(batch)
-        self._store.trust(batch.view)
-        like = first_of(batch.inputs)
+        self._store.verify_once(batch.view)
+        like = first_array(batch.inputs)
         found = self._store.read(host(batch.ids), batch.view, batch.seeds)
         if "indices" in found:  # PyTorch knows next to nothing of unsigned numbers of 16 and 32 bits
             found["indices"] = found["indices"].astype(np.int64)

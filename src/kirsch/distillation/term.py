@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from kirsch.arguments import checked
-from kirsch.distillation.losses.loss import loss_of, options_of
+from kirsch.distillation.losses.loss import get_loss, loss_options
 from kirsch.distillation.schedule import Number, at, problem
 from kirsch.errors import UnknownNameError
 from kirsch.frameworks.layers import LayerName, LayerNames, texts
@@ -57,7 +57,7 @@ class Term:
 
     def resolved(self) -> tuple[dict[str, Any], Number | None]:
         """Return the keywords of the loss but for its temperature, and its temperature or None if it has none."""
-        known, options = options_of(loss_of(self.loss)), dict(self.options)
+        known, options = loss_options(get_loss(self.loss)), dict(self.options)
         if "given" in known and self._weights:
             options.setdefault("given", "weights")
         return options, known.get("temperature") if self.temperature is None else self.temperature
@@ -75,7 +75,7 @@ class Term:
 
     def problems(self) -> list[str]:
         """What is wrong with its numbers and options, one sentence each; an unknown loss is an error."""
-        known = options_of(loss_of(self.loss))
+        known = loss_options(get_loss(self.loss))
         for text in texts([self.student, self.there]):
             LayerName.read(text)
         wrong = [problem(f"the weight of {self.called!r}", self.weight, least=0)]

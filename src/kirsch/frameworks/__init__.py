@@ -1,1 +1,1 @@
-"""One folder a framework, and the protocol that each fulfills."""
+"""Framework protocol, training data and settings; each framework has its own subpackage."""

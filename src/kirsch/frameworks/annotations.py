@@ -1,4 +1,4 @@
-"""Annotations of arguments that are objects of a framework: models, inputs and training data."""
+"""Annotations for arguments that are models, inputs or training data of a framework."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FRAMEWORKS = (
     "keras.src.models.model.Model",
     "tensorflow.python.module.module.Module",
 )
-"""Base classes of models. `kirsch.frameworks.port.framework_of` says which of them Kirsch can work on."""
+"""Base classes of models. `kirsch.frameworks.port.framework_of` raises an error for those that are not supported."""
 
 
 ONLY_NUMBERS = "Give numbers, such as inputs.astype(numpy.float32); texts as the numbers of their tokens."
@@ -51,7 +51,7 @@ def has_arrays(value: Any) -> bool:
     if is_array(value):
         return len(value.shape) > 0
     if isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "__getitem__")):
-        return any(has_arrays(value[name]) for name in value.keys())  # noqa: SIM118 - not all of them are a Mapping
+        return any(has_arrays(value[name]) for name in value.keys())  # noqa: SIM118 - a BatchEncoding is not a Mapping
     if isinstance(value, (tuple, list)):
         return any(map(has_arrays, value))
     return not inspect.isclass(value) and any(map(is_array, getattr(value, "__dict__", {}).values()))  # a data class
@@ -62,7 +62,7 @@ def _give_inputs(value: Any) -> str:
         return "Give the inputs of one batch, such as next(iter(loader))[0]."
     if hasattr(value, "dtype") and not is_array(value):
         return ONLY_NUMBERS
-    return "Give what the model is called with, such as torch.randn(1, 3, 224, 224), or a dict of keyword arguments."
+    return "Give the model's arguments, such as torch.randn(1, 3, 224, 224), or a dict of keyword arguments."
 
 
 def is_batch(value: Any) -> bool:
@@ -80,9 +80,9 @@ def _is_data(value: Any) -> bool:
     if hasattr(value, "epoch"):
         return True
     if isinstance(value, (list, tuple)):
-        return not value or (is_batch(value[0]) and not _is_one_batch(value))  # without batches it is data: empty
-    other = isinstance(value, (str, bytes, Mapping, AbstractSet, os.PathLike)) or inspect.isclass(value)
-    if other or is_model(value) or hasattr(value, "dtype"):
+        return not value or (is_batch(value[0]) and not _is_one_batch(value))  # an empty list is empty data
+    excluded = isinstance(value, (str, bytes, Mapping, AbstractSet, os.PathLike)) or inspect.isclass(value)
+    if excluded or is_model(value) or hasattr(value, "dtype"):
         return False
     return hasattr(value, "__iter__") or hasattr(value, "__getitem__")
 
@@ -122,7 +122,7 @@ Model = Annotated[Any, Kind("a model", is_model, _give_model)]
 """A model of any framework."""
 
 Inputs = Annotated[Any, Kind("an array, or a tuple or dict of arrays", has_arrays, _give_inputs)]
-"""What a model is called with: an array, a tuple of positional or a dict of keyword arguments."""
+"""Arguments of a model: an array, a tuple of positional arguments, or a dict of keyword arguments."""
 
 BatchLike = Annotated[Any, Kind("a batch", is_batch, _give_batch)]
 """One batch as a loader returns it."""
@@ -147,4 +147,4 @@ Regularizer = Annotated[
         lambda _: "Give kirsch.pruning.regularizers.L1(1e-4).",
     ),
 ]
-"""Student → scalar with gradient, which is added to the loss."""
+"""Function student → scalar with gradient, which is added to the loss."""

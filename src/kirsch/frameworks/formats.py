@@ -1,4 +1,4 @@
-"""What a file of weights or of a model is, by its content, and how it comes to where Kirsch can use it."""
+"""Formats of model and weight files, found by content, and how to convert them for Kirsch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HEAD = 512
-"""Bytes at the start of a file that are looked at."""
+"""Bytes at the start of a file that are read to find its format."""
 
 KERAS_WHY = "Kirsch works on PyTorch models; Keras models are not supported yet."
-NO_CODE_WHY = "Kirsch prunes and trains the code of a PyTorch model, which such a file does not hold."
+NO_CODE_WHY = "Kirsch needs the Python code of a PyTorch model, which such a file does not contain."
 
 AS_CALLABLE = "Give the code that builds the model: package.module:callable, file.py:callable or timm:NAME."
 CONVERT = (
-    'Load it into the model and save that again: model.load_state_dict(torch.load("{path}", weights_only=True)), then '
+    'Load it into the model and save the weights: model.load_state_dict(torch.load("{path}", weights_only=True)), then '
     'safetensors.torch.save_model(model, "weights.safetensors"), and give --weights weights.safetensors.'
 )
-IN_CALLABLE = "Build the model in PyTorch, and load the numbers in the callable that MODEL names."
+IN_CALLABLE = "Build the model in PyTorch, and load its weights in the callable given as MODEL."
 
 
 MAGIC = (
@@ -31,38 +31,38 @@ MAGIC = (
         0,
         b"version https://git-lfs",
         "a pointer of Git LFS",
-        "The file that it stands for was not fetched.",
+        "The file itself was not fetched.",
         "Run: git lfs pull",
     ),
     *(
-        (0, start, "a web page", "The download gave a page in place of the file.", "Download the file itself.")
+        (0, start, "a web page", "The download returned a page in place of the file.", "Download the file itself.")
         for start in (b"<!doctype html", b"<html")
     ),
 )
-"""Where in a file which bytes stand, what it is then, why Kirsch does not take it, and what to do."""
+"""Offset, bytes at the offset, name of the format, reason why Kirsch does not read it, and fix."""
 
-OTHER_WHY = "Weights are read from safetensors files alone."
+OTHER_WHY = "Weights are read from safetensors files only."
 ARCHIVES = (
     ("model.weights.h5", "a Keras model (.keras)", KERAS_WHY),
     ("metadata.json", "a Keras model (.keras)", KERAS_WHY),
     ("models/", "an exported program (torch.export.save)", NO_CODE_WHY),
     ("archive_format", "an exported program (torch.export.save)", NO_CODE_WHY),
 )
-"""How the name of a member of a zip archive begins, and what the archive is then."""
+"""Prefix of a member's name in a zip archive, name of the format, and reason why Kirsch does not read it."""
 
 PICKLES = tuple(bytes([0x80, protocol]) for protocol in (2, 3, 4, 5))
 LONGEST_HEADER = 100_000_000
-"""Bytes that safetensors allows for its header."""
+"""Longest header of a safetensors file, in bytes."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """What a file is.
+    """Format of a file.
 
     Args:
-        what: in words, such as "a PyTorch checkpoint (pickle)".
-        why: the reason that Kirsch does not take it; empty for safetensors.
-        as_model, as_weights: what to do where it is given as a model, or as weights.
+        what: description of the format, such as "a PyTorch checkpoint (torch.save)".
+        why: reason why Kirsch does not read it; empty for safetensors.
+        as_model, as_weights: fix if the file is given as a model, or as weights.
     """
 
     what: str
@@ -72,9 +72,9 @@ class Format:
 
 
 def describe(path: Path) -> Format | None:
-    """The format of a file or folder; None where there is none, or it cannot be read.
+    """Return the format of a file or folder; None if it does not exist or cannot be read.
 
-    The content decides; the end of the name only where the content says nothing.
+    The format follows from the content, and from the extension if the content is unknown.
     """
     try:
         if path.is_dir():
@@ -89,10 +89,10 @@ def describe(path: Path) -> Format | None:
 
 def _by_content(path: Path, head: bytes, size: int) -> Format | None:
     if not size:
-        return _other("an empty file", "There is nothing in it.", "Write or download it again.")
+        return _other("an empty file", "It has no content.", "Write or download it again.")
     header = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and header + 8 <= size:  # first, since the length may begin with the bytes of any other format
-        return _safetensors(whole=True, size=size)
+    if head[8:9] == b"{" and header + 8 <= size:  # first: the header length may equal the magic bytes of other formats
+        return _safetensors(complete=True, size=size)
     text = head.lstrip().lower()
     for at, magic, what, why, fix in MAGIC:
         if (head[at:] if at else text if magic.startswith(b"<") else head).startswith(magic):
@@ -101,12 +101,12 @@ def _by_content(path: Path, head: bytes, size: int) -> Format | None:
         return _archive(path)
     if head[:2] in PICKLES:
         return _checkpoint(path, "a pickle, as torch.save wrote it before PyTorch 1.6")
-    return _safetensors(whole=False, size=size) if head[8:9] == b"{" and header < LONGEST_HEADER else None
+    return _safetensors(complete=False, size=size) if head[8:9] == b"{" and header < LONGEST_HEADER else None
 
 
-def _safetensors(*, whole: bool, size: int) -> Format:
-    if not whole:
-        why = f"It ends after {size} bytes, within its header: it was cut off."
+def _safetensors(*, complete: bool, size: int) -> Format:
+    if not complete:
+        why = f"It ends after {size} bytes, within its header."
         return _other("a damaged safetensors file", why, "Copy it again.")
     as_model = "Give it as --weights, and the code that builds the model as MODEL."
     return Format("a safetensors file", "", as_model, "Give the model that it was saved from.")
@@ -118,14 +118,14 @@ def _by_name(path: Path) -> Format:
         return Format(
             "an ONNX file",
             NO_CODE_WHY,
-            f"kirsch measure {path} times it; for anything else: {AS_CALLABLE}",
+            f"kirsch measure {path} measures its latency. For other commands: {AS_CALLABLE}",
             IN_CALLABLE,
         )
     if suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
-        why = "Neither a zip archive nor a pickle nor a safetensors header begins it: it is damaged, or something else."
+        why = "It does not start like a zip archive, a pickle or a safetensors file: it is damaged or something else."
         return _other(f"a file named {suffix} of an unknown format", why, "Save or download it again.")
     if suffix in (".h5", ".hdf5", ".keras", ".tflite", ".pb"):
-        why = f"{KERAS_WHY} It does not begin as such a file does, either: it is damaged."
+        why = f"{KERAS_WHY} The file also does not start like such a file: it is damaged."
         return _other(f"a file named {suffix}", why, IN_CALLABLE)
     if suffix == ".py":
         return Format("Python code", OTHER_WHY, f"Name the callable in it: {path}:build.", IN_CALLABLE)
@@ -133,14 +133,14 @@ def _by_name(path: Path) -> Format:
 
 
 def _archive(path: Path) -> Format:
-    """What is in a zip archive."""
+    """Return the format of a zip archive, by the names of its members."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (OSError, ValueError, zipfile.BadZipFile):
         return _other(
             "a damaged zip archive, as torch.save and Keras write it",
-            "It was cut off, or not copied whole.",
+            "It is truncated.",
             "Save or download it again.",
         )
     parts = {name.partition("/")[2] for name in names} | set(names)
@@ -158,19 +158,19 @@ def _archive(path: Path) -> Format:
 def _folder(path: Path) -> Format:
     if (path / "plan.json").is_file():
         fix = "Give the original as MODEL and the folder as --pruned."
-        return Format("a folder of kirsch prune", "It holds weights and a plan, and no code.", fix, fix)
+        return Format("a folder of kirsch prune", "It contains weights and a plan, and no code.", fix, fix)
     if (path / "saved_model.pb").is_file():
         return _other("a TensorFlow SavedModel", NO_CODE_WHY, IN_CALLABLE)
     if (path / "config.json").is_file():
         fix = f'Give a callable that loads it: AutoModel.from_pretrained("{path}") in file.py:callable.'
-        return Format("a folder of a transformers model", "Its code is in that library.", fix, fix)
+        return Format("a folder of a transformers model", "Its code is in transformers.", fix, fix)
     files = sorted(path.glob("*.safetensors"))
     fix = f"Give the file in it: {files[0]}." if files else "Give a safetensors file."
-    return Format("a folder", "A model is named by its code, and weights by a file.", AS_CALLABLE, fix)
+    return Format("a folder", "A model is given by its code, and weights by a file.", AS_CALLABLE, fix)
 
 
 def _checkpoint(path: Path, what: str, load: str = "torch.load") -> Format:
-    why = "It is a pickle or code, which runs what is in it when it is loaded; weights are read from safetensors alone."
+    why = "Loading it can execute code; weights are read from safetensors files only."
     convert = CONVERT.format(path=path)
     if load != "torch.load":
         script = f'{load}("{path}").state_dict()'

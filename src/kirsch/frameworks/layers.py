@@ -1,17 +1,15 @@
-"""Places in a model whose values a loss compares, as text: the same for every framework.
+"""Layer names: the features that a loss compares, written as text in the same way for every framework.
 
-A layer is written as text:
-
-- `logits`: the scores among what the model puts out; `output.boxes`: another of its outputs, by name
-- `layer3`: what a module puts out; `layer3:in`: what it is given; `layer3@1`: the second of several that it puts out
-- `layer1.0.relu#1`: the second call of a module that runs several times
-- `encoder.0/softmax:in`: what the code of `encoder.0` itself gives to the function `softmax`; `encoder.0/add#1`: what
-  the second addition there gives, `x += y` counted, and not those of modules within
-- `hidden[2]`, `attention[-1]`: states (0 is the embedding) and weights of layers, as models of transformers put them
-  out; `encoder.hidden[2]`, `decoder.attention[0]`, `cross.attention[0]` where a model has both
-- `penultimate`: what the last layer is given
-- `layer*`, `**.attention.self.value`: all modules that fit (`*` within one part of a path, `**` over several);
-  `hidden[*]`; `**.conv2[-1]`: the last of them
+- `logits`: the logits among the model's outputs; `output.boxes`: another output, by name
+- `layer3`: output of a module; `layer3:in`: its input; `layer3@1`: the second of several outputs
+- `layer1.0.relu#1`: the second call of a module that is called several times
+- `encoder.0/softmax:in`: input of the function `softmax` in the code of `encoder.0`; `encoder.0/add#1`: output of the
+  second addition in that code, including `x += y`, and excluding the code of submodules
+- `hidden[2]`, `attention[-1]`: hidden states (0 is the embedding) and attention weights of layers, as returned by
+  models of transformers; `encoder.hidden[2]`, `decoder.attention[0]`, `cross.attention[0]` for encoder-decoder models
+- `penultimate`: input of the last layer
+- `layer*`, `**.attention.self.value`: all matching modules (`*` matches within one name of a path, `**` across names);
+  `hidden[*]`: all layers; `**.conv2[-1]`: the last match
 """
 
 from __future__ import annotations
@@ -27,19 +25,21 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def _names_sites(value: Any) -> bool:
+def _is_layer_names(value: Any) -> bool:
     if isinstance(value, (list, tuple, dict)):
-        return bool(value) and all(map(_names_sites, value.values() if isinstance(value, dict) else value))
+        return bool(value) and all(map(_is_layer_names, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str)
 
 
 LayerNames = Annotated[
-    Any, Kind("a path as text, or a list or dict of these", _names_sites, lambda _: 'Give "layer3", say.')
+    Any,
+    Kind("a layer name, or a list or dict of layer names", _is_layer_names, lambda _: 'Give, for example, "layer3".'),
 ]
-"""A layer as text; a list of them for losses of stages or relations, a dict for sets; "auto" to have stages matched."""
+"""A layer name; a list of names for losses of stages or relations; a dict for losses of sets; or "auto", which matches
+the stages of both models."""
 
 Key = tuple[str, str, bool]
-"""Path of a module, function that its forward calls or "", and whether what it is given is meant."""
+"""Path of a module, function called in its forward or "", and whether the input is meant."""
 
 GRAMMAR = re.compile(
     r"(?P<path>[^/:#@\[\]]*)(?:/(?P<function>\w+))?(?P<given>:in)?(?:#(?P<call>\d+))?(?:@(?P<item>\w+))?"
@@ -50,16 +50,16 @@ LAYERED = re.compile(r"(?:(encoder|decoder|cross)\.)?(hidden|attention)")
 
 @dataclass(frozen=True)
 class LayerName:
-    """One place, taken apart.
+    """Parts of a layer name.
 
     Args:
-        text: as it was written.
-        path: of the module, or "logits", "output.NAME", "hidden", "attention".
-        function: name of a function that the module's own code calls; empty for the module itself.
-        given: the place before it, not after it.
-        call: which of several calls; None where there must be one alone.
-        item: which of several things it puts out.
-        index: of a layer, or of the modules that fit a pattern: a number, "*" or empty.
+        text: name as written.
+        path: path of the module, or "logits", "output.NAME", "hidden", "attention".
+        function: name of a function that the module's code calls; empty for the module itself.
+        given: whether the input is meant, not the output.
+        call: number of the call; None if the module must be called once.
+        item: number or name of an output.
+        index: index of a layer, or of the modules that match a pattern: a number, "*" or empty.
     """
 
     text: str
@@ -72,60 +72,60 @@ class LayerName:
 
     @classmethod
     def read(cls, text: str) -> LayerName:
-        """A layer from its text.
+        """Parse a layer name.
 
         Raises:
-            UsageError: it is none.
+            UsageError: the text is not a layer name.
         """
-        found = GRAMMAR.fullmatch(text)
-        if found is None or not (found["path"] or found["function"]):
+        match = GRAMMAR.fullmatch(text)
+        if match is None or not (match["path"] or match["function"]):
             raise UsageError(
-                f"{text!r} names no place in a model.",
-                "A place is a path of modules, with :in, #call, /function or [layer] behind it.",
-                'Write "layer3", "layer3:in", "hidden[2]" or "logits".',
+                f"{text!r} is not a layer name.",
+                "A layer name is a module path, optionally followed by :in, #call, /function or [index].",
+                'Write, for example, "layer3", "layer3:in", "hidden[2]" or "logits".',
             )
-        call = None if found["call"] is None else int(found["call"])
+        call = None if match["call"] is None else int(match["call"])
         return cls(
             text,
-            found["path"],
-            found["function"] or "",
-            bool(found["given"]),
+            match["path"],
+            match["function"] or "",
+            bool(match["given"]),
             call,
-            found["item"] or "",
-            found["index"] or "",
+            match["item"] or "",
+            match["index"] or "",
         )
 
     @property
     def key(self) -> Key:
-        """The place, whichever call and item of it is meant."""
+        """Return path, function and side, without the number of the call and the output."""
         return self.path, self.function, self.given
 
     @property
     def of_outputs(self) -> bool:
-        """Whether it is among what the whole model puts out."""
+        """Return whether the layer is an output of the model."""
         return self.path == "logits" or self.path.startswith("output.")
 
     @property
     def layered(self) -> re.Match[str] | None:
-        """The parts of "encoder.hidden" and the like; None for other layers."""
+        """Return the parts of names such as "encoder.hidden"; None for other layers."""
         return LAYERED.fullmatch(self.path) if self.index else None
 
 
 def pattern(path: str) -> str:
-    """A regular expression for a path in which * stands for a part of one name, and ** for any names."""
+    """Return a regular expression for a path pattern: * matches within one name, ** across names."""
     pieces = re.split(r"(\*\*|\*)", path)
     return "".join({"**": r".*", "*": r"[^.]*"}.get(piece, re.escape(piece)) for piece in pieces)
 
 
 def at_layers(values: Mapping[str, Any], layers: LayerNames) -> Any:
-    """The values at a layer, or at each of a list or dict of layers."""
+    """Return the feature of a layer, or a list or dict of features for a list or dict of layers."""
     if isinstance(layers, dict):
         return {name: values[layer] for name, layer in layers.items()}
     return [values[layer] for layer in layers] if isinstance(layers, list) else values[layers]
 
 
 def texts(layers: Any) -> list[str]:
-    """All layers in a structure of them."""
+    """Return all layer names in a list or dict of names."""
     if isinstance(layers, str):
         return [layers]
     return [text for part in (layers.values() if isinstance(layers, dict) else layers) for text in texts(part)]

@@ -1,4 +1,4 @@
-"""Which part of what a loader gives is the inputs, the targets and the ids; and in words what a batch looks like."""
+"""Batches of loaders: their inputs, targets and ids, and descriptions of values for error messages."""
 
 from __future__ import annotations
 
@@ -11,134 +11,135 @@ import numpy as np
 from kirsch.errors import DataError
 
 TARGETS = ("labels", "label", "label_ids", "targets", "target", "y")
-"""Names under which loaders give the targets."""
+"""Names of the targets in the batches of loaders; the first name has precedence."""
 
 IDS = "ids"
 FORMS = "(inputs, targets), (inputs, targets, ids), or a dict with one of the keys " + ", ".join(TARGETS)
 SWITCHES = (bool, int, float, str, type(None))
-"""Arguments of a model that do not hold samples."""
+"""Types of model arguments that hold no samples."""
 
 MOST_SHOWN = 6
 
 
-def taken_apart(given: Any) -> tuple[Any, Any, Any]:
-    """Inputs, targets and ids of a batch as a loader gives it; None for what it does not hold.
+def split_batch(batch: Any) -> tuple[Any, Any, Any]:
+    """Return inputs, targets and ids of a batch of a loader; None for parts that it does not have.
 
     Raises:
-        DataError: the parts cannot be told from each other, or are not collated.
+        DataError: the parts are ambiguous, or the samples are not collated.
     """
-    if given is None:
+    if batch is None:
         raise DataError(
-            "A batch is None.", "The loader, or its collate_fn, gave nothing.", f"Leave it out, or give {FORMS}."
+            "A batch is None.",
+            "The loader, or its collate_fn, returned None.",
+            f"Leave the batch out, or give {FORMS}.",
         )
-    names = _names(given)
-    if names is not None:
-        inputs, targets, ids = _by_name(names, given)
-    elif isinstance(given, (tuple, list)):
-        inputs, targets, ids = _by_place(given)
+    entries = _entries(batch)
+    if entries is not None:
+        inputs, targets, ids = _split_by_name(entries, batch)
+    elif isinstance(batch, (tuple, list)):
+        inputs, targets, ids = _split_by_position(batch)
     else:
-        inputs, targets, ids = given, None, None
-    return inputs, _targets(targets, given), _ids(ids, given)
+        inputs, targets, ids = batch, None, None
+    return inputs, _targets(targets, batch), _ids(ids, batch)
 
 
-def _names(given: Any) -> dict[str, Any] | None:
-    """The entries of a mapping, a dataclass, or a named tuple that names its targets; None for anything else."""
-    if isinstance(given, Mapping) or hasattr(given, "keys"):
-        return {name: given[name] for name in given.keys()}  # noqa: SIM118 - a BatchEncoding is not a Mapping
-    if dataclasses.is_dataclass(given) and not isinstance(given, type):
-        return {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
-    if isinstance(given, tuple) and hasattr(given, "_fields") and any(name in TARGETS for name in given._fields):
-        return dict(zip(given._fields, given, strict=True))
+def _entries(value: Any) -> dict[str, Any] | None:
+    """Return the entries of a mapping, a dataclass, or a named tuple with a target name; None for other values."""
+    if isinstance(value, Mapping) or hasattr(value, "keys"):
+        return {name: value[name] for name in value.keys()}  # noqa: SIM118 - a BatchEncoding is not a Mapping
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_fields") and any(name in TARGETS for name in value._fields):
+        return dict(zip(value._fields, value, strict=True))
     return None
 
 
-def _by_name(values: dict[str, Any], given: Any) -> tuple[Any, Any, Any]:
-    ids = values.pop(IDS, None)
-    name = _target_name(values, given)
-    targets = None if name is None else values.pop(name)
-    if not values:
-        raise DataError(f"A batch has no inputs: it is {look(given)}.", fix=f"Give {FORMS}, with the inputs beside it.")
-    alone = len(values) == 1 and isinstance(
-        given, tuple
-    )  # of a named tuple the names are the loader's, not the model's
-    return (next(iter(values.values())) if alone else values), targets, ids
+def _split_by_name(entries: dict[str, Any], batch: Any) -> tuple[Any, Any, Any]:
+    ids = entries.pop(IDS, None)
+    name = _target_name(entries, batch)
+    targets = None if name is None else entries.pop(name)
+    if not entries:
+        raise DataError(f"A batch has no inputs: it is {summary(batch)}.", fix=f"Give {FORMS}, together with inputs.")
+    # The fields of a named tuple are named by the loader, not after arguments of the model.
+    single = len(entries) == 1 and isinstance(batch, tuple)
+    return (next(iter(entries.values())) if single else entries), targets, ids
 
 
-def _target_name(values: Mapping[str, Any], given: Any) -> str | None:
-    """The name of the targets; "labels" where it is among several."""
-    found = [name for name in TARGETS if name in values]
-    if len(found) > 1 and found[0] != TARGETS[0]:
+def _target_name(entries: Mapping[str, Any], batch: Any) -> str | None:
+    """Return the name of the targets; "labels" if several names are possible."""
+    names = [name for name in TARGETS if name in entries]
+    if len(names) > 1 and names[0] != TARGETS[0]:
         raise DataError(
-            f"A batch has {' and '.join(map(repr, found))}: it is {look(given)}.",
-            "Either could be the targets.",
-            'Call the targets "labels".',
+            f"A batch has {' and '.join(map(repr, names))}: it is {summary(batch)}.",
+            "Each of them could be the targets.",
+            'Name the targets "labels".',
         )
-    return found[0] if found else None
+    return names[0] if names else None
 
 
-def _by_place(given: Any) -> tuple[Any, Any, Any]:
-    parts = list(given)
-    samples = isinstance(given, list) and len(parts) > 1 and all(_is_sample(part) for part in parts)
-    if samples or (isinstance(given, list) and len(parts) == 1 and _names(parts[0]) is not None):
+def _split_by_position(batch: Any) -> tuple[Any, Any, Any]:
+    parts = list(batch)
+    samples = isinstance(batch, list) and len(parts) > 1 and all(_is_sample(part) for part in parts)
+    if samples or (isinstance(batch, list) and len(parts) == 1 and _entries(parts[0]) is not None):
         raise DataError(
-            f"A batch is a list of samples that are not collated: {look(given)}.",
-            "Each array of a batch must hold all of its samples, on the first axis.",
+            f"A batch is a list of samples that are not collated: {summary(batch)}.",
+            "Each array of a batch must contain all samples, on the first axis.",
             "Give torch.utils.data.DataLoader(...) its default collate_fn, or one that stacks the samples.",
         )
     if not 1 <= len(parts) <= len(("inputs", "targets", "ids")):
-        raise DataError(f"A batch has {len(parts)} parts: it is {look(given)}.", fix=f"Give {FORMS}.")
+        raise DataError(f"A batch has {len(parts)} parts: it is {summary(batch)}.", fix=f"Give {FORMS}.")
     inputs, targets, ids = [*parts, None, None][:3]
-    held = _names(targets)
-    if held is not None:
-        ids = held.pop(IDS, ids)
-        name = _target_name(held, given)
-        if name is None or len(held) > 1:
+    entries = _entries(targets)
+    if entries is not None:
+        ids = entries.pop(IDS, ids)
+        name = _target_name(entries, batch)
+        if name is None or len(entries) > 1:
             raise DataError(
-                f"The second part of a batch is {look(targets)}.",
-                "The targets of a batch are one array; which entry that is cannot be told.",
-                f"Give (inputs, batch[1][{name or next(iter(held), 'labels')!r}]), or the inputs alone where no label "
+                f"The second part of a batch is {summary(targets)}.",
+                "The targets of a batch must be one array; it is unclear which entry is meant.",
+                f"Give (inputs, batch[1][{name or next(iter(entries), 'labels')!r}]), or only the inputs if no label "
                 "is used.",
             )
-        targets = held[name]
+        targets = entries[name]
     return inputs, targets, ids
 
 
 def _is_sample(part: Any) -> bool:
-    return _names(part) is not None or isinstance(part, (tuple, list))
+    return _entries(part) is not None or isinstance(part, (tuple, list))
 
 
-def _targets(targets: Any, given: Any) -> Any:
-    """Targets as an array, or None."""
+def _targets(targets: Any, batch: Any) -> Any:
+    """Return targets as an array, or None."""
     if targets is None or (hasattr(targets, "shape") and len(targets.shape)):
         return targets
     if isinstance(targets, (list, tuple)):
         try:
-            found = np.asarray(targets)
-        except (ValueError, TypeError, RuntimeError):  # ragged, or tensors of several numbers or of another device
-            found = np.empty(0, object)
-        if found.dtype.kind in "biuf":
-            return found
+            array = np.asarray(targets)
+        except (ValueError, TypeError, RuntimeError):  # ragged, or tensors of several numbers or on another device
+            array = np.empty(0, object)
+        if array.dtype.kind in "biuf":
+            return array
         raise DataError(
-            f"The targets of a batch are {look(targets)}.",
-            "They must be one array of numbers with the samples on the first axis.",
-            "Turn class names into class numbers."
-            if found.dtype.kind in "US"
+            f"The targets of a batch are {summary(targets)}.",
+            "Expected one array of numbers with the samples on the first axis.",
+            "Convert class names to class numbers."
+            if array.dtype.kind in "US"
             else "Stack or pad them in the collate_fn.",
         )
-    what = "a number" if _scalar(targets) else look(targets)
+    what = "a number" if _is_scalar(targets) else summary(targets)
     raise DataError(
-        f"The target of a batch is {what}: it is {look(given)}.",
-        "This looks like one sample, and a batch is needed: samples lie on the first axis of each array.",
+        f"The target of a batch is {what}: the batch is {summary(batch)}.",
+        "This looks like a single sample; in a batch, samples lie on the first axis of each array.",
         "Give torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True), not the dataset itself.",
     )
 
 
-def _scalar(value: Any) -> bool:
+def _is_scalar(value: Any) -> bool:
     return isinstance(value, (bool, int, float, np.generic)) or getattr(value, "shape", None) == ()
 
 
-def _ids(ids: Any, given: Any) -> Any:
-    """Ids as an array of whole numbers, or None; texts, such as the paths of files, cannot be ids and are left out."""
+def _ids(ids: Any, batch: Any) -> Any:
+    """Return ids as an array of integers, or None. Strings, such as paths of files, are ignored."""
     if isinstance(ids, (list, tuple)):
         if all(isinstance(part, str) for part in ids):
             return None
@@ -146,60 +147,60 @@ def _ids(ids: Any, given: Any) -> Any:
     if ids is None or (len(getattr(ids, "shape", ())) == 1 and "int" in str(ids.dtype)):
         return ids
     raise DataError(
-        f"The third part of a batch is {look(ids)}: the batch is {look(given)}.",
-        "It would be the numbers of the samples, shape (N,), by which a store and adapters with a memory find them.",
-        "Leave it out, or give several inputs as a tuple or a dict beside the targets: ((first, second), targets), "
-        f'or {{"input_ids": first, "attention_mask": second, "labels": targets}}. Known: {FORMS}.',
+        f"The third part of a batch is {summary(ids)}: the batch is {summary(batch)}.",
+        "Expected the ids of the samples: integers of shape (N,), by which stores and adapters find samples.",
+        "Leave it out, or give several inputs as a tuple or a dict: ((first, second), targets), "
+        f'or {{"input_ids": first, "attention_mask": second, "labels": targets}}. Accepted batches: {FORMS}.',
     )
 
 
-# ------------------------------------------------------------------------------------------------ what it looks like
+# ------------------------------------------------------------------------------------------------ checks, descriptions
 
 
 def check_inputs(inputs: Any, targets: Any) -> None:
-    """Refuse inputs that no model takes: texts, images that are not arrays, samples that are not stacked.
+    """Refuse inputs that a model cannot take: strings, images that are not arrays, samples that are not stacked.
 
     Raises:
-        DataError: there are such, or parts differ in their number of samples.
+        DataError: there are such inputs, or parts differ in their number of samples.
     """
     parts = list(inputs.values()) if isinstance(inputs, dict) else inputs
-    alone = not isinstance(parts, (tuple, list)) or (bool(parts) and all(isinstance(part, str) for part in parts))
-    for part in [parts] if alone else parts:
+    single = not isinstance(parts, (tuple, list)) or (bool(parts) and all(isinstance(part, str) for part in parts))
+    for part in [parts] if single else parts:
         _check_part(part, inputs)
     arrays = [part for part in _leaves(inputs) if len(getattr(part, "shape", ()))]
     if not arrays:
         raise DataError(
-            f"The inputs of a batch hold no array with samples: they are {look(inputs)}.",
+            f"The inputs of a batch contain no array with samples: they are {summary(inputs)}.",
             "Samples lie on the first axis of each array.",
             "Give torch.utils.data.DataLoader(dataset, batch_size=64), not the dataset or single samples.",
         )
     counts = {len(array) for array in arrays}
     if isinstance(inputs, (tuple, list)) and len(counts) > 1:
         raise DataError(
-            f"The inputs of a batch differ in their number of samples: they are {look(inputs)}.",
-            "Several inputs are given to the model side by side, and each must hold all samples on its first axis.",
+            f"The inputs of a batch differ in their number of samples: they are {summary(inputs)}.",
+            "Each input of a model must have all samples on its first axis.",
             "Stack or pad the samples in the collate_fn of the loader.",
         )
     if targets is not None and len(targets) != len(arrays[0]):
         raise DataError(
-            f"A batch has inputs {look(inputs)} and targets {look(targets)}.",
-            f"That is {len(arrays[0])} samples and {len(targets)} targets.",
-            "Give one target for each sample; samples that are not collated must be stacked in the collate_fn.",
+            f"A batch has inputs {summary(inputs)} and targets {summary(targets)}.",
+            f"These are {len(arrays[0])} samples and {len(targets)} targets.",
+            "Give one target for each sample, and stack the samples in the collate_fn.",
         )
 
 
 def _check_part(part: Any, inputs: Any) -> None:
-    """Refuse one argument of a model that is not an array, a container of arrays or a switch."""
+    """Refuse a model argument that is not an array, a container of arrays or a switch."""
     if isinstance(part, dict):
         for inner in part.values():
             _check_part(inner, inputs)
         return
     if isinstance(part, (tuple, list)):
-        texts = bool(part) and all(isinstance(one, str) for one in part)
-        bare = [
-            one for one in part if not hasattr(one, "shape") and not isinstance(one, (*SWITCHES, dict, tuple, list))
+        strings = bool(part) and all(isinstance(item, str) for item in part)
+        other = [
+            item for item in part if not hasattr(item, "shape") and not isinstance(item, (*SWITCHES, dict, tuple, list))
         ]
-        if not texts and not bare:
+        if not strings and not other:
             for inner in part:
                 _check_part(inner, inputs)
             return
@@ -208,13 +209,13 @@ def _check_part(part: Any, inputs: Any) -> None:
     ):
         return
     kind = type(next(iter(part), part) if isinstance(part, (tuple, list)) else part).__name__
-    text = kind in ("str", "str_") or getattr(getattr(part, "dtype", None), "kind", "") == "U"
+    is_text = kind in ("str", "str_") or getattr(getattr(part, "dtype", None), "kind", "") == "U"
     raise DataError(
-        f"The inputs of a batch are {look(inputs)}.",
-        f"A model takes arrays, and {'texts' if text else f'a {kind}'} cannot be given to it.",
-        "Give the loader the numbers of a tokenizer, and leave texts out of the batch."
-        if text
-        else "Turn each sample into an array or tensor of numbers of one shape in the dataset or collate_fn.",
+        f"The inputs of a batch are {summary(inputs)}.",
+        f"A model takes arrays, not {'strings' if is_text else f'a {kind}'}.",
+        "Tokenize strings in the dataset or collate_fn, and leave them out of the batch."
+        if is_text
+        else "Convert each sample to an array or tensor of numbers of one shape in the dataset or collate_fn.",
     )
 
 
@@ -223,14 +224,15 @@ def _leaves(value: Any) -> list[Any]:
     return [value] if parts is None else [leaf for part in parts for leaf in _leaves(part)]
 
 
-def look(value: Any) -> str:
-    """A value in words: type and shape of an array, the parts of a container."""
+def summary(value: Any) -> str:
+    """Return a short description of a value: type and shape of an array, the parts of a container."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-    names = _names(value)
-    if names is not None:
-        shown = [f"{name}: {_short(part)}" for name, part in list(names.items())[:MOST_SHOWN]]
-        return f"a {type(value).__name__} with {', '.join(shown + ['...'] * (len(names) > MOST_SHOWN)) or 'nothing'}"
+    entries = _entries(value)
+    if entries is not None:
+        shown = [f"{name}: {_short(part)}" for name, part in list(entries.items())[:MOST_SHOWN]]
+        shown += ["..."] * (len(entries) > MOST_SHOWN)
+        return f"a {type(value).__name__} with {', '.join(shown) or 'no entries'}"
     if isinstance(value, (tuple, list)):
         kinds = {type(part).__name__ for part in value}
         if len(value) > MOST_SHOWN or (kinds and not any(hasattr(part, "shape") for part in value)):
@@ -241,4 +243,4 @@ def look(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    return repr(value)[:30] if isinstance(value, SWITCHES) else look(value)
+    return repr(value)[:30] if isinstance(value, SWITCHES) else summary(value)

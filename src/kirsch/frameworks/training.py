@@ -1,4 +1,4 @@
-"""How to train, as data: settings, hooks and what comes back. Each framework's `train.py` fulfills it."""
+"""Training settings, hooks, loss protocol and results; each framework implements the training loop."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ class Training:
         optimizer: "sgd" (momentum 0.9, Nesterov) or "adamw".
         weight_decay: >= 0; not applied to biases and normalization parameters.
         schedule: "cosine" to zero, "multistep" (times 0.1 at each milestone), or "constant".
-        milestones: fractions of what follows the warm-up, ascending, for "multistep".
+        milestones: ascending fractions of the steps after the warm-up, for "multistep".
         warmup_epochs: epochs of linear warm-up, >= 0.
-        clip_norm: largest gradient norm, > 0; None leaves gradients as they are.
-        accumulate: batches whose gradients make one step, >= 1; items count alike in whichever batch they are.
-        precision: "fp32", or "bf16" or "fp16" for what automatic casting computes in 16 bits.
-        ema: share that a moving average of the weights keeps at each step, 0 < share < 1; that average is then judged
-            and given back. None takes the weights themselves.
-        seed: of everything random in the run, >= 0.
+        clip_norm: largest gradient norm, > 0; None for no clipping.
+        accumulate: batches per optimizer step, >= 1; each sample has the same weight, also if batch sizes differ.
+        precision: "fp32"; or "bf16" or "fp16" for automatic mixed precision.
+        ema: decay of an exponential moving average of the weights, 0 < ema < 1; the averaged weights are evaluated and
+            returned. None for no average.
+        seed: seed of all random numbers of the run, >= 0.
+
+    Raises:
+        UsageError: a setting is out of range; the message lists all of them.
     """
 
     made_by: ClassVar[str] = "kirsch.Training(epochs=10)"
@@ -54,44 +57,46 @@ class Training:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema: float | None = None
 
-    def __post_init__(self) -> None:  # noqa: C901, PLR0912 - one sentence a setting
+    def __post_init__(self) -> None:  # noqa: C901, PLR0912 - one branch per setting
         problems = []
         if self.epochs < 1:
-            problems.append(f"epochs is {self.epochs}; at least 1 is needed")
+            problems.append(f"epochs is {self.epochs}; expected at least 1")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            problems.append(f"learning_rate is {self.learning_rate}; a number above 0 is needed")
+            problems.append(f"learning_rate is {self.learning_rate}; expected a number above 0")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            problems.append(f"weight_decay is {self.weight_decay}; a number of at least 0 is needed")
+            problems.append(f"weight_decay is {self.weight_decay}; expected a number of at least 0")
         if self.optimizer not in ("sgd", "adamw"):
-            problems.append(f"optimizer is {self.optimizer!r}; known: sgd, adamw")
+            problems.append(f"optimizer is {self.optimizer!r}; expected sgd or adamw")
         if self.schedule not in ("cosine", "multistep", "constant"):
-            problems.append(f"schedule is {self.schedule!r}; known: cosine, multistep, constant")
+            problems.append(f"schedule is {self.schedule!r}; expected cosine, multistep or constant")
         if list(self.milestones) != sorted(self.milestones) or not all(0 < m < 1 for m in self.milestones):
-            problems.append(f"milestones are {self.milestones}; ascending fractions between 0 and 1 are needed")
+            problems.append(f"milestones are {self.milestones}; expected ascending fractions between 0 and 1")
         if not 0 <= self.warmup_epochs <= self.epochs:
-            problems.append(f"warmup_epochs is {self.warmup_epochs}; a number from 0 to {self.epochs} is needed")
+            problems.append(f"warmup_epochs is {self.warmup_epochs}; expected a number from 0 to {self.epochs}")
         if self.clip_norm is not None and not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
-            problems.append(f"clip_norm is {self.clip_norm}; a number above 0, or None, is needed")
+            problems.append(f"clip_norm is {self.clip_norm}; expected a number above 0, or None")
         if self.accumulate < 1:
-            problems.append(f"accumulate is {self.accumulate}; at least 1 is needed")
+            problems.append(f"accumulate is {self.accumulate}; expected at least 1")
         if self.precision not in ("fp32", "bf16", "fp16"):
-            problems.append(f"precision is {self.precision!r}; known: fp32, bf16, fp16")
+            problems.append(f"precision is {self.precision!r}; expected fp32, bf16 or fp16")
         if self.ema is not None and not 0 < self.ema < 1:
-            problems.append(f"ema is {self.ema}; a share above 0 and below 1, or None, is needed")
+            problems.append(f"ema is {self.ema}; expected a number above 0 and below 1, or None")
         if self.seed < 0:
-            problems.append(f"seed is {self.seed}; a whole number of at least 0 is needed")
+            problems.append(f"seed is {self.seed}; expected an integer of at least 0")
         if problems:
-            raise UsageError("The training settings are wrong: " + "; ".join(problems) + ".")
+            raise UsageError(
+                "The training settings are not valid: " + "; ".join(problems) + ".", fix="Give values in these ranges."
+            )
 
 
 @dataclass
 class LossOutput:
-    """What a batch is charged.
+    """Loss of one batch.
 
     Args:
-        total: scalar with gradient: all parts together, and what is aside.
-        parts: its weighted parts by name, each with gradient for the model.
-        aside: parts of the total that train an adapter and not the model.
+        total: sum of `parts` and `aside`, a scalar with gradient.
+        parts: weighted terms by name, scalars with gradient for the model.
+        aside: weighted terms by name that train an adapter only, and not the model.
     """
 
     total: Any
@@ -100,59 +105,59 @@ class LossOutput:
 
 
 class LossFunction(Protocol):
-    """What a training step minimizes."""
+    """Loss that a training step minimizes."""
 
     def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> LossOutput:
-        """What the batch is charged.
+        """Return the loss of a batch.
 
         Args:
-            model: the module.
-            batch: one.
-            epoch: how many are done.
-            of: counts of the step that the batch is a part of. Each mean is then the batch's share of that over the
-                step, so that the charges of all its batches, in all processes, add up. None: the batch is the step.
+            model: model to train.
+            batch: one batch.
+            epoch: number of epochs done so far.
+            of: counts of the whole optimizer step that the batch belongs to, see `counts`. Means are divided by these
+                counts, so that the losses of all batches of the step, in all processes, add up to the loss of the
+                step. None if the batch is the whole step.
         """
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
-        """How many there are of what the means go over, by name; always the same names, and among them "labels".
+        """Return the denominators of the means by name, always with the same names; one of them is "labels".
 
-        These are the samples or positions that are charged. Where there is none in a whole step, there is nothing to
-        learn from.
+        They count the samples or positions that contribute to the loss. A step with none of them cannot be trained on.
         """
 
     def check(self, batch: Batch) -> list[str]:
-        """Refuse a batch of a loader whose targets are not what the loss takes; those of another device are skipped.
+        """Check the targets of a batch of a loader; targets on another device are skipped.
 
         Returns:
-            Warnings, a sentence each.
+            Warnings, one sentence each.
 
         Raises:
-            DataError: its targets are of another kind or out of range, or it has none and there is nothing else to
-                learn from.
+            DataError: the targets have the wrong type or are out of range, or they are missing and there is no other
+                loss.
         """
 
     def balance(self, norms: dict[str, float]) -> None:
-        """Told the gradient norms of the parts, at the first batch of each epoch."""
+        """Update the weights of the terms from their gradient norms, at the first batch of each epoch."""
 
     def state(self) -> dict[str, Any]:
-        """What the loss has learned itself, JSON-able."""
+        """Return the state of the loss itself, JSON-able."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Load a state."""
 
 
 @checked
 @dataclass
 class TrainingHooks:
-    """What the caller of a training run wants to see and to decide; each may be left out.
+    """Callbacks of a training run, all optional.
 
     Args:
-        validate: model → metrics by name, called after each epoch; "accuracy" is shown if there.
-        event: called with one JSON-able dict per event: {"event": "first_batch" | "doubt" | "epoch", ...}. Without it,
-            a doubt is a Python warning.
-        stop: returns an error (`Preempted`, `Interrupted`) when the run shall stop; asked after each batch.
-        save: called with a `TrainingState` after each epoch, and before a stop is obeyed.
-        resume: a state to go on from.
+        validate: function model → metrics by name, called after each epoch; "accuracy" is displayed if present.
+        event: called with a JSON-able dict for each event: {"event": "first_batch" | "doubt" | "epoch", ...}. A "doubt"
+            is a warning; without this callback it is a Python warning.
+        stop: returns an error (`Preempted`, `Interrupted`) if the run is to stop; called after each batch.
+        save: called with a `TrainingState` after each epoch, and before the run stops.
+        resume: state to resume from.
     """
 
     made_by: ClassVar[str] = "kirsch.frameworks.training.TrainingHooks(event=..., stop=..., save=...)"
@@ -164,7 +169,7 @@ class TrainingHooks:
     resume: TrainingState | None = None
 
     def doubt(self, text: str, **more: Any) -> None:
-        """Say what seems wrong where somebody hears it."""
+        """Emit a warning: as an event if there is a callback, otherwise as a Python warning."""
         if self.event is None:
             warnings.warn(text, stacklevel=3)
         else:
@@ -173,11 +178,11 @@ class TrainingHooks:
 
 @dataclass
 class TrainingState:
-    """Everything that a run needs to go on in the same bits.
+    """State from which a run can be resumed bit for bit.
 
     Args:
-        arrays: numpy arrays by name: parameters, buffers, optimizer state ("optimizer." ...), states of a loader's own
-            generators.
+        arrays: numpy arrays by name: parameters, buffers, optimizer state ("optimizer." ...), states of the loader's
+            random generators.
         values: JSON-able: epoch, batches done in it, sums over them, history, shares of the first batch, settings.
     """
 
@@ -185,7 +190,7 @@ class TrainingState:
     values: dict[str, Any]
 
     def ended(self) -> TrainingState:
-        """The state after the last epoch, from which the result can be had, without what only more steps would need."""
+        """Return the state after the last epoch, without the optimizer state."""
         kept = {name: array for name, array in self.arrays.items() if not name.startswith("optimizer.")}
         return TrainingState(kept, self.values)
 
@@ -195,67 +200,63 @@ LEAST_SHARE, MOST_SHARE = 0.001, 0.999
 
 
 def shares_of(norms: Mapping[str, float]) -> dict[str, float]:
-    """What part each of some lengths has of their sum; all 0 where that is 0."""
-    whole = sum(norms.values())
-    return {name: norm / whole if whole else 0.0 for name, norm in norms.items()}
+    """Return the share of each gradient norm in their sum; all 0 if the sum is 0."""
+    total = sum(norms.values())
+    return {name: norm / total if total else 0.0 for name, norm in norms.items()}
 
 
 def doubts(shares: Mapping[str, float], began: Mapping[str, float]) -> dict[str, str]:
-    """What seems wrong with the shares of the terms in the gradient: a sentence for each term that is doubted.
+    """Return a warning for each term whose share of the gradient suggests a wrong weight or a wrong comparison.
+
+    A term whose share was normal on the first batch and has become small since is learned, which is not warned of.
 
     Args:
-        shares: by term; they add up to 1, or are all 0. A term without any, whose value is 0 as well, says that student
-            and teacher agree; that it does so from the first batch on may have another reason.
-        began: those of the first batch of the run. What had its share there and has lost it was learned; what the
-            others have then is no wonder.
+        shares: by term; they add up to 1, or are all 0.
+        began: shares of the first batch of the run.
     """
     found = {
-        name: f"The term {name!r} is 0 on the first batch, and has no gradient. That is right where student and "
-        "teacher agree already, as copies do, or it asks for no more; if not, it compares what cannot differ, such as "
-        "the softmax over one class."
+        name: f"The term {name!r} is 0 on the first batch, and has no gradient. This is expected if student and "
+        "teacher agree already, as copies do. Otherwise the term compares outputs that cannot differ, such as the "
+        "softmax over one class."
         for name, share in shares.items()
         if share == began.get(name) == 0 and all(map(math.isfinite, shares.values()))
     }
     present = {name: share for name, share in shares.items() if share > 0}
-    learned = [name for name, share in present.items() if share < LEAST_SHARE <= began.get(name, 0.0)]
+    learned = {name for name, share in present.items() if share < LEAST_SHARE <= began.get(name, 0.0)}
     for name, share in present.items():
-        if name in learned:
+        if share < LEAST_SHARE and name not in learned:
             found[name] = (
-                f"The term {name!r} is {share:.2g} of the gradient, after {began[name]:.2g} in the beginning: what it "
-                "asks for is learned, and it teaches next to nothing now."
-            )
-        elif share < LEAST_SHARE:
-            found[name] = (
-                f"The term {name!r} is {share:.2g} of the gradient, so it teaches next to nothing. Its weight may be "
+                f"The term {name!r} is {share:.2g} of the gradient, so it has almost no effect. Its weight may be "
                 "that of another convention: a loss that is averaged over classes, or lacks the factor T², is that "
                 "much smaller."
             )
         elif share > MOST_SHARE and len(present) > 1 and not learned:
             found[name] = (
-                f"The term {name!r} is {share:.4%} of the gradient, so that nothing else is learned. Its weight may be "
-                "that of another convention: a loss that is summed over samples or elements is that much larger."
+                f"The term {name!r} is {share:.4%} of the gradient, so that the other terms have almost no effect. Its "
+                "weight may be that of another convention: a loss that is summed over samples or elements is that much "
+                "larger."
             )
     return found
 
 
 def require_labels(counts: Mapping[str, int], step: str) -> None:
-    """Refuse a step of which nothing counts.
+    """Refuse a step without targets.
 
     Raises:
-        DataError: all of its targets are masked.
+        DataError: all targets of the step are masked.
     """
     if not counts["labels"]:
-        raise DataError(f"All targets of {step} are masked.", fix="Look at the mask and the labels of the data.")
+        raise DataError(f"All targets of {step} are masked.", fix="Check the mask and the labels of the data.")
 
 
 @dataclass
 class Trained:
-    """What a training run gives back.
+    """Result of a training run.
 
     Args:
-        model: the trained model, in inference mode.
+        model: trained model, in inference mode.
         history: one dict per epoch: epoch, loss, parts, learning_rate, seconds, and the validation metrics.
-        first_batch: what the first-batch check saw: shares of the loss and of the gradient by part.
+        first_batch: shares of the terms in loss and gradient at the first batch.
     """
 
     model: Any

@@ -12,7 +12,7 @@ from kirsch.errors import PlanError
 from kirsch.graph import inputs
 from kirsch.graph.graph import DECISIONS, SOFTMAX
 from kirsch.graph.group import KINDS
-from kirsch.json_schema import anything, array, either, flag, mapping, number, one_of, record, text, whole, wrong
+from kirsch.json_schema import anything, array, either, flag, integer, mapping, number, one_of, record, text, wrong
 
 VERSION = 1
 CORRECT = "Correct the file, or make a new plan with kirsch.plan."
@@ -43,9 +43,9 @@ def _fingerprint(value: Any, path: str) -> Any:
 TENSOR = record(
     {
         "name": text(),
-        "shape": array(whole(0, MOST_NUMBERS), most=16),
+        "shape": array(integer(0, MOST_NUMBERS), most=16),
         "dtype": one_of((*FLOATING, *LARGEST)),
-        "high": whole(0),
+        "high": integer(0),
     }
 )
 VALUE = record({"name": text(), "value": anything})
@@ -65,11 +65,11 @@ def _input(value: Any, path: str) -> Any:
 
 
 NESTED = record({"name": text(), "kind": one_of(inputs.KINDS), "items": array(_input)})
-COST = record(dict.fromkeys(("parameters", "macs", "activations"), whole(0)))
+COST = record(dict.fromkeys(("parameters", "macs", "activations"), integer(0)))
 PLAN = record(
     {
         "kirsch_plan": one_of((VERSION,)),
-        "model": record({"class": text(1), "fingerprint": _fingerprint, "parameters": whole(0)}),
+        "model": record({"class": text(1), "fingerprint": _fingerprint, "parameters": integer(0)}),
         "goal": record({}, dict.fromkeys(("macs", "params"), number(above=0, below=1))),
         "method": record(
             {},
@@ -77,18 +77,18 @@ PLAN = record(
                 "importance": text(1),
                 "norm": one_of((1, 2)),
                 "scope": one_of(("global", "local")),
-                "round_to": either(one_of(("auto",)), mapping(whole(1), KINDS), whole(1)),
+                "round_to": either(one_of(("auto",)), mapping(integer(1), KINDS), integer(1)),
                 "exclude": array(text(1)),
                 "granularity": mapping(number(least=0), KINDS),
                 "uniform": flag,
                 "min_keep": number(above=0, most=1),
-                "seed": whole(0, 2**128),
+                "seed": integer(0, 2**128),
                 "weights": text(1),
             },
         ),
         "groups": array(
             record(
-                {"name": text(1), "kind": one_of(tuple(KINDS)), "size": whole(2), "removed": array(whole(0))},
+                {"name": text(1), "kind": one_of(tuple(KINDS)), "size": integer(2), "removed": array(integer(0))},
                 {"reason": text()},
             )
         ),

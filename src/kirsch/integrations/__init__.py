@@ -1,1 +1,1 @@
-"""Distilling in training loops of other people: one file each, which imports what it is called after."""
+"""Distillation in the trainers of other libraries: one module per library, which imports that library."""

@@ -1,12 +1,12 @@
-"""Distilling in the `Trainer` of transformers.
+"""Distillation with the `Trainer` of transformers.
 
     trainer = DistillationTrainer(student, args, teacher=teacher, objective=kirsch.Objective.preset("causal"), ...)
     trainer.train()
 
-or, for a Trainer of one's own, `class Mine(DistillationMixin, Seq2SeqTrainer)`. All losses, places and adapters of an
-objective work. The Trainer evaluates and saves the student alone. Checkpoints of a pruned student that no configuration
-describes hold its weights without a configuration: training can be resumed from them, and `from_pretrained` refuses
-them. `save_model` of such a student raises an error; see `kirsch.prune`.
+or, for another Trainer class, `class MyTrainer(DistillationMixin, Seq2SeqTrainer)`. All losses, layers and adapters of
+an objective are supported. The Trainer evaluates and saves the student alone. If no configuration describes a pruned
+student, its checkpoints contain weights without a configuration: training can be resumed from them, but
+`from_pretrained` cannot load them, and `save_model` raises an error; see `kirsch.prune`.
 """
 
 from __future__ import annotations
@@ -47,31 +47,31 @@ else:
     Loop = object
 
 STATE = "distiller.safetensors"
-"""In a checkpoint: adapters, and as metadata what else a `Distiller` needs to go on."""
+"""File of a checkpoint with the state of the `Distiller`: adapters, and the rest of the state as metadata."""
 
 
-class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind it, and tells no types
-    """Has a Trainer minimize an objective; to be named before the Trainer among the bases.
+class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
+    """Mixin that makes a Trainer minimize an objective; list it before the Trainer among the base classes.
 
-    The model that is trained is the student with its adapters, so that they are in the optimizer, in DDP, in the norm
-    that gradients are clipped by, and in checkpoints; `save_model` writes the student. Batches of one step, and
-    processes, are weighed by how many samples or positions count in them. The log has each term's part of the loss, and
-    its share of the gradient in the first process.
+    The model in training is the student with its adapters. So the adapters are part of the optimizer, of DDP, of
+    gradient clipping and of checkpoints; `save_model` writes the student alone. The batches of a step, and the
+    processes, are weighted by the number of samples or positions that contribute to the loss. The log contains each
+    term of the loss, and its share of the gradient in the first process.
 
     Args:
-        args, kwargs: of the Trainer; the student is its model. What it says about losses has no place beside an
-            objective: `compute_loss_func` and `label_smoothing_factor` are refused.
-        teacher: see `kirsch.Distiller`. Its copy is let go of only with the trainer.
-        objective: what is minimized. Evaluation reports the student's own loss.
-        regularizers: further terms of the student alone.
+        args, kwargs: arguments of the Trainer; its model is the student. `compute_loss_func` and
+            `label_smoothing_factor` are refused, since the objective defines the loss.
+        teacher: see `kirsch.Distiller`. The copy of the teacher is kept until the trainer is deleted.
+        objective: objective to minimize. Evaluation uses the student's own loss.
+        regularizers: additional terms of the student alone.
 
     Attributes:
-        distiller: the `kirsch.Distiller`, from the first call of `train` on; its adapters begin from `args.seed`.
+        distiller: the `kirsch.Distiller`, from the first call of `train` on; the seed of its adapters is `args.seed`.
 
     Raises:
-        UsageError: model or loss are spread or stated in a way that distillation cannot follow.
-        CheckpointError: a checkpoint to go on from lacks the adapters.
-        DataError: no target of a step counts, or there is no batch.
+        UsageError: the model is distributed in an unsupported way, or the Trainer defines a loss of its own.
+        CheckpointError: a checkpoint to resume from has no adapters.
+        DataError: all targets of a step are masked, or the data is empty.
     """
 
     loss_is_scaled_for_ga = True
@@ -81,55 +81,57 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
         self, *args: Any, teacher: Any, objective: Objective, regularizers: Sequence[Regularizer] = (), **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._taught = (teacher, objective, regularizers)
+        self._distillation = (teacher, objective, regularizers)
         self.distiller: Distiller | None = None
-        self._counts: dict[str, int] = {}  # of the step under way, over all processes
+        self._counts: dict[str, int] = {}  # denominators of the current step, summed over all processes
         self._parts: dict[str, Any] = {}
         self._to_log: dict[str, float] = {}
         self._check(objective)
 
     def _check(self, objective: Objective) -> None:
-        """Refuse what would be wrong without a word."""
-        spread = {
+        """Refuse settings with which training would run and minimize something else."""
+        unsupported = {
             "FSDP": self.is_fsdp_enabled or self.is_fsdp_xla_enabled,
             "DeepSpeed": self.is_deepspeed_enabled,
             "DataParallel": self.args.n_gpu > 1,
             "a device map": self.is_model_parallel or self.is_distributed_loading_by_transformers,
             "tensor, context or sequence parallelism": self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1,
         }
-        for name, used in spread.items():
+        for name, used in unsupported.items():
             if used:
                 raise UsageError(
-                    f"The Trainer would spread the student by {name}.",
-                    "What stands beside it cannot follow there.",
-                    "Start a process for each GPU, as `torchrun --nproc-per-node=N` does, each with the whole student.",
+                    f"The Trainer would distribute the student with {name}.",
+                    "Distillation needs the whole student in each process.",
+                    "Start one process per GPU with `torchrun --nproc-per-node=N`.",
                 )
         if self.compute_loss_func is not None or self.label_smoother is not None:
             name = "label_smoothing_factor" if self.compute_loss_func is None else "compute_loss_func"
             raise UsageError(
-                f"The Trainer is given {name}, and an objective.",
-                "The objective alone says what is minimized.",
-                "Leave it out: Objective(label_weight=..., label_smoothing=..., label_loss=...).",
+                f"The Trainer has both `{name}` and an objective.",
+                "The objective defines the loss.",
+                f"Remove `{name}`, and use Objective(label_weight=..., label_smoothing=..., label_loss=...).",
             )
         if objective.balance == "gradient" and self.accelerator.num_processes > 1:
             raise UsageError(
-                "Each process would balance the terms by the gradients of its own samples.",
-                fix='Take balance="fixed", or one process.',
+                'The objective has balance="gradient", and there are several processes.',
+                "Each process would weight the terms by the gradients of its own samples.",
+                'Use balance="fixed", or one process.',
             )
         shifts, kind = _predicts_next(self.model), type(self.model).__name__
         if shifts and not objective.causal:
             raise UsageError(
-                f"A {kind} predicts the next token, and the objective holds its scores against the label of the same.",
-                fix='Give Objective.preset("causal"), or an objective with causal=True.',
+                f"A {kind} predicts the next token, and the objective is not causal: it would compare the logits with "
+                "the labels of the same positions.",
+                fix='Use Objective.preset("causal"), or an objective with causal=True.',
             )
         if objective.causal and shifts is False:
             raise UsageError(
                 f"The objective is causal, and a {kind} does not predict the next token.",
-                fix="Give an objective with causal=False.",
+                fix="Use an objective with causal=False.",
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See the Trainer; hooks are gone from the student afterwards, also after an exception."""
+        """See the Trainer; the hooks on the student are removed afterwards, also after an exception."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -139,17 +141,17 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
             self.model_wrapped = self.model
 
     def _bound(self) -> Distiller:
-        """The distiller of the present model, made from the first batch that training will see."""
+        """Return the distiller of the current model; the first call creates it from the first training batch."""
         if self.distiller is None or self.distiller.student is not self.model:
-            teacher, objective, regularizers = self._taught
+            teacher, objective, regularizers = self._distillation
 
             def fetch() -> tuple[Any, Any]:
-                whole = self.get_train_dataloader()
-                loader = getattr(whole, "base_dataloader", whole)
+                prepared = self.get_train_dataloader()
+                loader = getattr(prepared, "base_dataloader", prepared)
                 return loader, next(iter(loader), None)
 
             framework = framework_of(self.model)
-            loader, first = framework.seeded(fetch, self.args.seed)  # the order of the run is left as it is
+            loader, first = framework.seeded(fetch, self.args.seed)  # keeps the random state, so the order of the run
             if first is None:
                 raise DataError("The training data is empty.", fix="Give at least one batch.")
             if self.accelerator.num_processes == 1:
@@ -159,16 +161,16 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
             )
         return self.distiller
 
-    def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - the one that is given has no adapters
-        """One over student and adapters."""
-        found = self._bound()
-        optimizer = super().create_optimizer(found.module)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [p for p in found.adapters.parameters() if p.requires_grad and id(p) not in held]
+    def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - the argument lacks the adapters
+        """Create an optimizer of the parameters of student and adapters."""
+        distiller = self._bound()
+        optimizer = super().create_optimizer(distiller.module)
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [p for p in distiller.adapters.parameters() if p.requires_grad and id(p) not in optimized]
         if missing and self.lr_scheduler is not None:
             raise UsageError(
-                "The optimizer and the scheduler given to the Trainer do not know the adapters of the objective.",
-                "A scheduler cannot take up parameters that are added later.",
+                "The optimizer given to the Trainer lacks the adapters of the objective.",
+                "They cannot be added, since a scheduler is given, too.",
                 "Give optimizer_cls_and_kwargs= instead of optimizers=, or the optimizer without a scheduler.",
             )
         if missing:
@@ -181,11 +183,11 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
         return self.accelerator.prepare_model(self._bound().module)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The batches of one step, and how many items count in them over all processes."""
+        """Return the batches of one step, and the number of labels in them over all processes."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        own = self._bound().counts(samples)
-        total = self.accelerator.reduce(torch.tensor(list(own.values()), device=device), "sum").tolist()
-        self._counts = dict(zip(own, total, strict=True))
+        local = self._bound().counts(samples)
+        total = self.accelerator.reduce(torch.tensor(list(local.values()), device=device), "sum").tolist()
+        self._counts = dict(zip(local, total, strict=True))
         if samples:
             require_labels(self._counts, f"step {self.state.global_step + 1}")
         return samples, self._counts["labels"]
@@ -193,54 +195,54 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """What the objective charges the student in training, and its own loss otherwise.
+        """Return the loss of the objective in training, and the student's own loss in evaluation.
 
         In training, `return_outputs` adds the `LossOutput`.
         """
         if model is self.model:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        found = self._bound()
+        distiller = self._bound()
         with self.accelerator.autocast():
-            of = self._counts if num_items_in_batch is not None else None
-            charge = found(inputs, self.state.epoch or 0.0, of=of, module=model)
-        processes = 1 if of is None else self.accelerator.num_processes  # DDP divides the sum of gradients by it
-        for name, part in {**charge.parts, **charge.aside}.items():
+            counts = self._counts if num_items_in_batch is not None else None
+            loss = distiller(inputs, self.state.epoch or 0.0, of=counts, module=model)
+        processes = 1 if counts is None else self.accelerator.num_processes  # DDP averages gradients over processes
+        for name, part in {**loss.parts, **loss.aside}.items():
             self._parts[name] = self._parts.get(name, 0.0) + part.detach() * processes
-        return (charge.total * processes, charge) if return_outputs else charge.total * processes
+        return (loss.total * processes, loss) if return_outputs else loss.total * processes
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         steps = self.state.global_step - self._globalstep_last_logged
         if self.control.should_log and steps > 0:
-            own = {name: float(part) / steps for name, part in self._parts.items()}
-            every = gather_object([own])  # a process may lack a part, so that no tensors could be gathered
-            names = dict.fromkeys(name for parts in every for name in parts)
-            mean = {f"loss/{name}": sum(parts.get(name, 0.0) for parts in every) / len(every) for name in names}
+            local = {name: float(part) / steps for name, part in self._parts.items()}
+            gathered = gather_object([local])  # objects, since a process may lack a part
+            names = dict.fromkeys(name for parts in gathered for name in parts)
+            mean = {f"loss/{name}": sum(parts.get(name, 0.0) for parts in gathered) / len(gathered) for name in names}
             self._to_log = mean | {f"gradient_share/{name}": share for name, share in self._bound().shares.items()}
             self._parts = {}
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """See the Trainer; beside a training loss stand its parts and the shares of the gradient."""
+        """See the Trainer; the terms of the loss and their shares of the gradient are logged with the training loss."""
         if "loss" in logs:
             logs = logs | self._to_log
             self._to_log = {}
         super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """See the Trainer; a student takes no numbers of samples, and calls its targets labels."""
-        given = {name: inputs[name] for name in inputs if name != IDS}
-        target = next((name for name in TARGETS if name in given), None)
+        """See the Trainer; ids are removed from the inputs, and the targets are renamed to "labels"."""
+        arguments = {name: inputs[name] for name in inputs if name != IDS}
+        target = next((name for name in TARGETS if name in arguments), None)
         if target is not None:
-            given["labels"] = given.pop(target)
-        return super().prediction_step(model, given, *args, **kwargs)
+            arguments["labels"] = arguments.pop(target)
+        return super().prediction_step(model, arguments, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        # Ids are for adapters that remember samples, and for stores.
+        # Ids are used by adapters with a memory bank, and by stores.
         self._signature_columns += [name for name in (IDS, *TARGETS) if name not in self._signature_columns]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """See the Trainer; a checkpoint to resume from holds the weights alone where `save_pretrained` is refused."""
+        """See the Trainer; a checkpoint contains only the weights if `save_pretrained` raises an error."""
         if not (_internal_call and refused(self.model)):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
@@ -249,9 +251,9 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
             framework_of(self.model).save_weights(self.model, folder / SAFE_WEIGHTS_NAME)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """See the Trainer; no repository is made for a student whose checkpoints `from_pretrained` could not load."""
+        """See the Trainer; raises an error for a student whose checkpoints `from_pretrained` cannot load."""
         if refused(self.model):
-            self.model.push_to_hub(self.args.hub_model_id)  # raises the error that says why
+            self.model.push_to_hub(self.args.hub_model_id)  # raises the error with the reason
         super().init_hf_repo(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -262,7 +264,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
             save_file(adapters, Path(output_dir) / STATE, metadata={"state": json.dumps(state)})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:  # first, since the optimizer cannot say whose parameters it lacks
+        if checkpoint is not None:  # before the optimizer, whose error would not mention the adapters
             self._load_distiller(Path(checkpoint) / STATE)
         super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -270,27 +272,27 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # a Trainer stands behind 
         if not path.is_file():
             raise CheckpointError(
                 f"{path.parent} has no {STATE}.",
-                "It was saved with save_only_model=True, or by a Trainer that does not distill.",
-                "Start anew from the student in it: from_pretrained, without resume_from_checkpoint.",
+                "It was saved with save_only_model=True, or by a Trainer without distillation.",
+                "Start a new training from its student: from_pretrained, without resume_from_checkpoint.",
             )
         with safe_open(path, framework="pt") as file:
-            adapters = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            stated = (file.metadata() or {}).get("state", "")
+            adapters = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            text = (file.metadata() or {}).get("state", "")
         try:
-            state = strict_json.parse(stated, finite=False)  # a share of a gradient that overflowed is NaN
+            state = strict_json.parse(text, finite=False)  # gradient shares are NaN after an overflow
         except ValueError as error:
             raise CheckpointError(
-                f"The state in {path} is damaged.", f"{error}.", "Take another checkpoint."
+                f"The state in {path} is damaged.", f"{error}.", "Resume from another checkpoint."
             ) from error
         self._bound().load_state_dict({**state, "adapters": adapters})
 
 
-class DistillationTrainer(DistillationMixin, Trainer):  # type: ignore[misc]  # the same
-    """The Trainer of transformers with an objective; see `DistillationMixin`."""
+class DistillationTrainer(DistillationMixin, Trainer):  # type: ignore[misc]  # the Trainer is not typed
+    """Trainer of transformers that minimizes an objective; see `DistillationMixin`."""
 
 
 def _predicts_next(model: Any) -> bool | None:
-    """Whether labels are those of the position before; None where a model does not say."""
+    """Return whether a model predicts the next token; None if unknown."""
     if not hasattr(model, "can_generate"):
         return None
     return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)

@@ -60,7 +60,7 @@ def require_room(specs: Sequence[InputSpec]) -> None:
         largest = max(specs, key=lambda spec: math.prod(spec.shape))
         shapes = ", ".join("×".join(map(str, spec.shape)) for spec in specs)
         raise MemoryShortageError(
-            f"The memory does not suffice for inputs of shape {shapes}.",
+            f"The memory is not sufficient for inputs of shape {shapes}.",
             f"They need {needed_bytes / 1e9:,.0f} GB; the machine has {memory_bytes / 1e9:,.0f} GB.",
             f"Use smaller inputs, e.g. with --input; the largest axis has the size {max(largest.shape)}.",
         )

@@ -1,1 +1,1 @@
-"""What to remove: importance, choice, removal, storage."""
+"""Pruning: importances, choice of units, removal, storage of pruned models."""

@@ -1,4 +1,4 @@
-"""From a goal to a plan: which units go so that the cost lands on the goal."""
+"""Choice of the units to remove, so that the cost of the model meets a goal."""
 
 from __future__ import annotations
 
@@ -41,58 +41,59 @@ def plan(
     min_keep: float = 0.1,
     seed: Seed = 0,
 ) -> Plan:
-    """What to remove from a traced model so that it costs no more than the goal, and little less.
+    """Return the units to remove from a traced model, so that its cost is at most the goal, and close to it.
 
     Args:
         graph: of `kirsch.trace`.
         goal: fractions of the original cost.
-        importance: name of how units are ranked: "magnitude" or "random".
-        scope: "global" ranks all units together; "local" takes the same fraction of every group.
-        round_to: how many units stay in each group is a multiple of this. "auto": 16 in groups of 32 units or more, 8
-            from 16, 4 from 8, else 1, since runtimes work in blocks and widths between them cost time; halved, but
-            not below 4, where the goal cannot be met closely otherwise; 1 for heads and other whole parts. By kind of
-            unit: {"head dim": 8}; kinds not named are "auto".
-        exclude: one or several module paths, parameter names or globs ("layer4.*"); nothing of these is changed.
-        granularity: the kinds of units that may go (see `kirsch.graph.group.KINDS`), ["head", "ffn unit"]; or by kind
-            how readily they go, {"head": 2.0, "head dim": 0}: importances are divided by the number, and units of a
-            kind with 0 stay. Kinds not named there have 1. None: all may.
-        uniform: groups of the same kind and size lose the same number of units, so that one number in a configuration
-            describes them all.
+        importance: name of the importance that ranks the units: "magnitude" or "random".
+        scope: "global" ranks all units together; "local" removes the same fraction of each group.
+        round_to: the number of kept units of each group is a multiple of this number, since runtimes compute in blocks
+            and other widths are slow. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else
+            1; always 1 for heads and other parts with a width of their own. Multiples are halved, but not below 4, if
+            the goal cannot be met closely otherwise. A dict sets multiples by kind of unit, {"head dim": 8}; other
+            kinds are "auto".
+        exclude: one or several module paths, parameter names or globs ("layer4.*") that are not changed.
+        granularity: kinds of units that may be removed (see `kirsch.graph.group.KINDS`), ["head", "ffn unit"]. A dict
+            sets weights by kind, {"head": 2.0, "head dim": 0}: importances are divided by the weight, and units of a
+            kind with weight 0 are kept; other kinds have weight 1. None: all kinds.
+        uniform: remove the same number of units from all groups of the same kind and size, so that one number in a
+            configuration describes all layers.
         norm: 1 or 2, the norm of "magnitude".
-        min_keep: fraction of each group that stays in any case, 0 < min_keep <= 1.
-        seed: of the importance "random".
+        min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.
+        seed: seed of the importance "random".
 
     Returns:
-        A `Plan`; its `notes` say what kept it from landing within 1 % of the original below the goal.
+        A `Plan`. If its cost is more than 1 % of the original below the goal, its `notes` give the reason.
 
     Raises:
-        GoalError: no plan reaches the goal; says the least that is reachable, what holds the rest, and which options
-            were found to reach it. Or the goal is on MACs alone, and the model has none.
-        UnknownNameError: there is no such importance, or nothing of that name to exclude.
+        GoalError: no plan reaches the goal; the message has the least reachable cost, the layers that cannot be cut
+            further, and options that reach the goal. Or the goal is on MACs only, and the model has no MACs.
+        UnknownNameError: an importance or a name to exclude is unknown.
         UsageError: an option is out of range.
     """
     options = Options(importance, scope, round_to, exclude, granularity, uniform, norm, min_keep, seed)
     options.check()
     if not graph.cost.macs and goal.params is None:
         raise GoalError(
-            f"The goal macs={goal.macs} asks for nothing.",
+            f"The goal macs={goal.macs} has no effect.",
             f"{graph.model_name} has no MACs{'' if graph.cost.parameters else ' and no parameters'}.",
             "Give params=0.5." if graph.cost.parameters else "Give a model that has layers with parameters to prune.",
         )
-    scores = _Scores(graph, options)
+    scores = _ScoreCache(graph, options)
     for fineness in range(options.finest + 1):
         chooser = _chooser(graph, goal, options, scores, fineness)
         counts = chooser.least()
         if goal.met_by(chooser.price(counts), graph.cost):
             counts = chooser.refine(chooser.descend(local=scope == "local"))
-            if _short_of(goal, chooser.price(counts), graph.cost) <= CLOSE:
+            if _distance_to_goal(goal, chooser.price(counts), graph.cost) <= CLOSE:
                 break
     after = chooser.price(counts)
     if not goal.met_by(after, graph.cost):
-        raise unreachable(graph, goal, options, lambda other: _least(graph, goal, other, scores))
+        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, scores))
     reason = {"magnitude": f"smallest weights of the group (L{norm})"}.get(importance, f"least {importance}")
     _check_constants(graph, chooser.keep(counts))
-    made = Plan(
+    chosen = Plan(
         fingerprint=graph.fingerprint,
         model=graph.model_name,
         groups=_removals(options.groups(graph), chooser.candidates, counts, reason),
@@ -104,51 +105,51 @@ def plan(
         tracing=graph.tracing,
         graph=graph,
     )
-    return replace(made, notes=tuple(note for note in (landing_note(made), *width_notes(made)) if note))
+    return replace(chosen, notes=tuple(note for note in (landing_note(chosen), *width_notes(chosen)) if note))
 
 
-def _chooser(graph: Graph, goal: Goal, options: Options, scores: _Scores, fineness: int) -> Chooser:
-    """The search over the groups that the options let go."""
+def _chooser(graph: Graph, goal: Goal, options: Options, scores: _ScoreCache, fineness: int) -> Chooser:
+    """Return the search over the groups that the options allow to change."""
     groups = options.groups(graph)
     candidates = [
         Candidate(
-            [groups[place] for place in places],
-            [scores.of(groups[place], options) for place in places],
-            options.multiple(groups[places[0]], fineness),
+            [groups[index] for index in indices],
+            [scores.get(groups[index], options) for index in indices],
+            options.multiple(groups[indices[0]], fineness),
             options.min_keep,
         )
-        for places in options.together(groups)
+        for indices in options.tied_groups(groups)
     ]
     return Chooser(graph, goal, candidates)
 
 
-def _least(graph: Graph, goal: Goal, options: Options, scores: _Scores) -> Least:
-    """What plans with these options reach at the least."""
+def _least(graph: Graph, goal: Goal, options: Options, scores: _ScoreCache) -> Least:
+    """Return the least cost that plans with these options reach."""
     chooser = _chooser(graph, goal, options, scores, options.finest)
     counts = chooser.least()
     return Least(chooser.price(counts), chooser.keep(counts))
 
 
-class _Scores:
-    """The importance of each unit of each group, computed once."""
+class _ScoreCache:
+    """Importance of each unit of each group, computed once per group."""
 
     def __init__(self, graph: Graph, options: Options) -> None:
         self._graph = graph
         self._options = options
-        self._known: dict[str, NDArray[np.float64]] = {}
+        self._cache: dict[str, NDArray[np.float64]] = {}
 
-    def of(self, group: Group, options: Options) -> NDArray[np.float64]:
-        """One finite number a unit, divided by how readily the kind goes."""
-        if group.name not in self._known:
-            chosen = self._options
-            self._known[group.name] = _scored(self._graph, group, chosen.importance, chosen.norm, chosen.seed)
-        return self._known[group.name] / options.ease[group.kind]
+    def get(self, group: Group, options: Options) -> NDArray[np.float64]:
+        """Return one finite number per unit, divided by the granularity weight of the kind."""
+        if group.name not in self._cache:
+            own = self._options
+            self._cache[group.name] = _importance_scores(self._graph, group, own.importance, own.norm, own.seed)
+        return self._cache[group.name] / options.kind_weights[group.kind]
 
 
 def _removals(
     groups: Sequence[Group], candidates: Sequence[Candidate], counts: Sequence[int], reason: str
 ) -> tuple[Removal, ...]:
-    """What goes, in the order of the groups."""
+    """Return the units to remove, in the order of the groups."""
     units = {
         group.name: tuple(sorted(order[:count].tolist()))
         for candidate, count in zip(candidates, counts, strict=True)
@@ -158,15 +159,15 @@ def _removals(
     return tuple(Removal(g.name, g.kind, g.size, units[g.name], reason) for g in groups if g.name in units)
 
 
-def _scored(graph: Graph, group: Group, importance: str, norm: int, seed: int) -> NDArray[np.float64]:
-    """One finite number a unit."""
-    with np.errstate(invalid="ignore"):  # what is not finite is named below
+def _importance_scores(graph: Graph, group: Group, importance: str, norm: int, seed: int) -> NDArray[np.float64]:
+    """Return one finite number per unit."""
+    with np.errstate(invalid="ignore"):  # numbers that are not finite are refused below
         scores = np.asarray(IMPORTANCES[importance](graph, group, norm=norm, seed=seed))
     if scores.shape == (group.size,) and not np.isfinite(scores).all():
         _refuse_not_finite(graph, group)
     if scores.shape != (group.size,) or not np.isfinite(scores).all():
         raise UsageError(
-            f"The importance {importance!r} gives no usable scores for {group.name!r}.",
+            f"The importance {importance!r} returns no usable scores for {group.name!r}.",
             f"Expected {group.size} finite numbers, found shape {scores.shape}"
             f"{'' if np.isfinite(scores).all() else ' with NaN or infinity'}.",
             "Check the weights of this layer.",
@@ -180,13 +181,13 @@ def _refuse_not_finite(graph: Graph, group: Group) -> None:
         if not np.isfinite(graph.values(name)).all():
             raise NumericError(
                 f"The parameter {name!r} of {graph.model_name} holds NaN or infinity.",
-                "Its units cannot be ranked, and the outputs of the model are no numbers.",
-                "Give a model with finite weights, or train it again from before they went wrong.",
+                "Its units cannot be ranked, and the outputs of the model are not finite.",
+                "Give a model with finite weights, such as an earlier checkpoint.",
             )
 
 
-def _short_of(goal: Goal, after: Cost, before: Cost) -> float:
-    """How far the nearest limit lies above a cost, as a fraction of the original."""
+def _distance_to_goal(goal: Goal, after: Cost, before: Cost) -> float:
+    """Return the distance from a cost up to the nearest limit, as a fraction of the original."""
     return min(limit - value for value, limit in goal.fractions(after, before).values())
 
 
@@ -194,4 +195,4 @@ def _check_constants(graph: Graph, keep: NDArray[np.bool_]) -> None:
     graph.constants(keep)
     empty = graph.emptied(keep)
     if empty is not None:
-        raise PlanError(f"The plan would leave too little of {empty[0]!r}.", fix="Raise min_keep.")
+        raise PlanError(f"The plan would leave no unit on an axis of {empty[0]!r}.", fix="Raise min_keep.")

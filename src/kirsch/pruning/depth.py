@@ -1,4 +1,4 @@
-"""From a goal to a plan that leaves whole residual blocks out."""
+"""Choice of the residual blocks to remove, so that the cost of the model meets a goal."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 class BlockImportance(Protocol):
-    """What a registered importance of blocks looks like."""
+    """Signature of a registered importance of residual blocks."""
 
     def __call__(self, graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, float]:
-        """Path of each block of the graph → a finite number, larger for what should stay.
+        """Return a finite number for the path of each block of the graph, larger for blocks that should be kept.
 
         Args:
-            graph: runs the model by `graph.runner`.
+            graph: `graph.runner` runs the model.
             batches: calibration inputs, each in the form of the example inputs.
-            seed: for those that draw.
+            seed: for random importances.
         """
 
 
@@ -42,45 +42,46 @@ BLOCK_IMPORTANCES: Registry[BlockImportance] = Registry("importance of blocks")
 
 @BLOCK_IMPORTANCES.register("influence")
 def influence(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, float]:
-    """One minus the mean cosine between what a block is given and what it puts out, over all positions.
+    """Return one minus the mean cosine similarity of input and output of each block, over all positions.
 
-    One run of the model for all blocks. 0 is a block that changes no direction.
+    Runs the model once per batch. 0 is a block that does not change the direction of its input.
 
     Source: Men et al. 2024, arXiv:2403.03853, equation 1 (block influence).
     """
     del seed
-    found: dict[str, list[NDArray[np.float64]]] = {path: [] for path in graph.blocks}
+    distances: dict[str, list[NDArray[np.float64]]] = {path: [] for path in graph.blocks}
 
-    def see(path: str, entry: NDArray[Any], exit_: NDArray[Any]) -> None:
+    def record(path: str, entry: NDArray[Any], exit_: NDArray[Any]) -> None:
         lengths = np.linalg.norm(entry, axis=-1) * np.linalg.norm(exit_, axis=-1)
         cosine = (entry * exit_).sum(-1) / np.where(lengths == 0, 1, lengths)
-        found[path].append(1 - cosine.ravel())
+        distances[path].append(1 - cosine.ravel())
 
     for batch in batches:
-        _runner(graph).passed(batch, see)
-    return {path: float(np.concatenate(values).mean()) for path, values in found.items()}
+        _runner(graph).passed(batch, record)
+    return {path: float(np.concatenate(values).mean()) for path, values in distances.items()}
 
 
 @BLOCK_IMPORTANCES.register("change")
 def change(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, float]:
-    """How far the outputs of the model move when the block is left out, relative to their size (L2).
+    """Return the L2 change of the model's outputs when each block is removed, relative to their L2 norm.
 
-    One run of the model for each block.
+    Runs the model once per block and batch.
     """
     del seed
-    moved, size = dict.fromkeys(graph.blocks, 0.0), 0.0
+    squared_change, squared_norm = dict.fromkeys(graph.blocks, 0.0), 0.0
     for batch in batches:
-        whole = _runner(graph).outputs(batch)
-        size += sum(float((out**2).sum()) for out in whole)
+        full = _runner(graph).outputs(batch)
+        squared_norm += sum(float((out**2).sum()) for out in full)
         for path in graph.blocks:
             without = _runner(graph).outputs(batch, [path])
-            moved[path] += sum(float(((a - b) ** 2).sum()) for a, b in zip(whole, without, strict=True))
-    return {path: float(np.sqrt(total / max(size, np.finfo(float).tiny))) for path, total in moved.items()}
+            squared_change[path] += sum(float(((a - b) ** 2).sum()) for a, b in zip(full, without, strict=True))
+    tiny = np.finfo(float).tiny
+    return {path: float(np.sqrt(total / max(squared_norm, tiny))) for path, total in squared_change.items()}
 
 
 @BLOCK_IMPORTANCES.register("random")
 def random(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, float]:
-    """Uniform numbers: the baseline that any other importance has to beat. Equal seeds give equal numbers."""
+    """Return uniform random numbers, the baseline for other importances. Equal seeds give equal numbers."""
     del batches
     return dict(zip(graph.blocks, np.random.default_rng(seed).uniform(size=len(graph.blocks)).tolist(), strict=True))
 
@@ -95,88 +96,87 @@ def plan_depth(
     *,
     seed: Seed = 0,
 ) -> Plan:
-    """Which residual blocks to leave out so that the model costs no more than the goal.
+    """Return the residual blocks to remove, so that the cost of the model is at most the goal.
 
-    The least important go first; then those that the goal leaves room for come back, the most important first. To cut
-    widths too, prune by this plan, trace the result, and plan again with `kirsch.plan`.
+    The least important blocks are removed first. Then blocks are restored as long as the goal is met, the most
+    important first. To reduce widths too, prune by this plan, trace the result, and plan again with `kirsch.plan`.
 
     Args:
-        graph: of `kirsch.trace`; its `blocks` are what may go.
+        graph: of `kirsch.trace`; its `blocks` can be removed.
         goal: fractions of the original cost.
         data: calibration inputs in the form of the example inputs, or a list of such batches.
-        importance: "influence" (one minus the cosine of what a block is given and puts out), "change" (of the outputs
-            when it is left out; one run a block), or "random".
-        exclude: paths of blocks or of what they lie in, or globs ("layer4.*"); these stay.
-        seed: of the importance "random".
+        importance: "influence" (one minus the cosine similarity of a block's input and output), "change" (change of
+            the model's outputs when the block is removed; one run per block), or "random".
+        exclude: paths of blocks or of their parent modules, or globs ("layer4.*"); these blocks are kept.
+        seed: seed of the importance "random".
 
     Returns:
         A `Plan` with `blocks`, for `kirsch.prune`.
 
     Raises:
-        GoalError: leaving all blocks out does not reach the goal; says the least that is reachable.
-        UnknownNameError: there is no such importance, or no such block to exclude.
-        UsageError: an importance is not finite, as where the data make the model put out NaN.
+        GoalError: the goal is not reached by removing all blocks; the message has the least reachable cost.
+        UnknownNameError: an importance or a block to exclude is unknown.
+        UsageError: an importance is not finite, for instance since the model returns NaN for the data.
     """
-    free = _without(graph, exclude)
+    removable = _removable(graph, exclude)
     keep = graph.keep({})
-    least = graph.prices.price(keep, free)
+    least = graph.prices.price(keep, removable)
     if not goal.met_by(least, graph.cost):
         raise GoalError(
-            f"No plan for {graph.model_name} reaches the goal by leaving blocks out: "
-            f"{goal.shortfall(least, graph.cost)}.",
-            f"It has {len(graph.blocks)} residual blocks, of which {len(free)} may go.",
-            f"{_remedy(graph, goal, exclude)} {reachable(goal, least, graph.cost)}".strip(),
+            f"No plan for {graph.model_name} reaches the goal by removing blocks: {goal.shortfall(least, graph.cost)}.",
+            f"It has {len(graph.blocks)} residual blocks, of which {len(removable)} can be removed.",
+            f"{_fix(graph, goal, exclude)} {reachable(goal, least, graph.cost)}".strip(),
         )
-    score = BLOCK_IMPORTANCES[importance](graph, data if isinstance(data, list) else [data], seed=seed)
-    wrong = [path for path in free if not np.isfinite(score[path])]
-    if wrong:
+    scores = BLOCK_IMPORTANCES[importance](graph, data if isinstance(data, list) else [data], seed=seed)
+    not_finite = [path for path in removable if not np.isfinite(scores[path])]
+    if not_finite:
         raise UsageError(
-            f"The importance {importance!r} of the block {wrong[0]!r} is {score[wrong[0]]}.",
+            f"The importance {importance!r} of the block {not_finite[0]!r} is {scores[not_finite[0]]}.",
             "It must be a finite number.",
             "Check the weights and the data.",
         )
-    order = sorted(free, key=lambda path: score[path])
-    gone: list[str] = []
-    while not goal.met_by(graph.prices.price(keep, gone), graph.cost):
-        gone.append(order[len(gone)])
-    for path in reversed(list(gone)):
-        rest = [other for other in gone if other != path]
+    order = sorted(removable, key=lambda path: scores[path])
+    removed: list[str] = []
+    while not goal.met_by(graph.prices.price(keep, removed), graph.cost):
+        removed.append(order[len(removed)])
+    for path in reversed(list(removed)):
+        rest = [other for other in removed if other != path]
         if goal.met_by(graph.prices.price(keep, rest), graph.cost):
-            gone = rest
+            removed = rest
     return Plan(
         fingerprint=graph.fingerprint,
         model=graph.model_name,
         groups=(),
         before=graph.cost,
-        after=graph.prices.price(keep, gone),
+        after=graph.prices.price(keep, removed),
         goal=goal.to_dict(),
         method={"importance": importance, "exclude": list(exclude), "seed": seed},
         inputs=graph.inputs,
         tracing=graph.tracing,
-        blocks=tuple(Skip(p, f"least {importance}: {score[p]:.3g}") for p in graph.blocks if p in gone),
+        blocks=tuple(Skip(p, f"least {importance}: {scores[p]:.3g}") for p in graph.blocks if p in removed),
         graph=graph,
     )
 
 
-def _remedy(graph: Graph, goal: Goal, exclude: Sequence[str]) -> str:
-    """What was found to reach the goal by leaving blocks out, as a sentence."""
+def _fix(graph: Graph, goal: Goal, exclude: Sequence[str]) -> str:
+    """Return a sentence on whether the goal is reached by removing all blocks."""
     if exclude and goal.met_by(graph.prices.price(graph.keep({}), graph.blocks), graph.cost):
-        return "It is reached where nothing is excluded."
-    return "Leaving out all of them does not reach it; kirsch.plan cuts widths." if graph.blocks else ""
+        return "It is reached if no block is excluded."
+    return "Removing all of them does not reach it; kirsch.plan reduces widths." if graph.blocks else ""
 
 
 def _runner(graph: Graph) -> ModelRunner:
     if graph.runner is None:
-        raise UsageError("This graph cannot run its model.", "It was not made by kirsch.trace.")
+        raise UsageError("This graph cannot run its model.", "It was not created by kirsch.trace.")
     return graph.runner
 
 
-def _without(graph: Graph, exclude: Sequence[str]) -> list[str]:
-    """The blocks that may go."""
-    free = list(graph.blocks)
+def _removable(graph: Graph, exclude: Sequence[str]) -> list[str]:
+    """Return the paths of the blocks that are not excluded."""
+    removable = list(graph.blocks)
     for pattern in exclude:
         named = [path for path in graph.blocks if matches(path, pattern)]
         if not named:
             raise UnknownNameError("residual block to `exclude` named", pattern, graph.blocks)
-        free = [path for path in free if path not in named]
-    return free
+        removable = [path for path in removable if path not in named]
+    return removable

@@ -1,4 +1,4 @@
-"""Which channels of each place in a model its pruned version has kept."""
+"""Channels that a pruned model has kept, for each module of the original."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kept:
-    """The channels of one place that are left.
+    """Kept channels of the output of one module.
 
     Args:
-        axis: of the channels, with the batch first; None where none has gone.
-        indices: of the original's channels, in the order in which the pruned model has them; empty where none has gone.
+        axis: axis of the channels, counted with the batch axis; None if no channel was removed.
+        indices: kept channels of the original, in the order of the pruned model; empty if no channel was removed.
     """
 
     axis: int | None = None
@@ -31,73 +31,72 @@ class Kept:
 
 
 def kept(small: Any, original: Any, *, example_inputs: Any = None) -> dict[str, Kept]:
-    """Path of a module → the channels of what it puts out that a pruned model has kept.
+    """Return the kept output channels of a pruned model, by module path.
 
-    The plans that the pruned model carries are followed through the traces of the original: channels have their labels
-    at every operation, and what a module puts out has those of its last one.
+    The plans that the pruned model stores are applied to traces of the original.
 
     Args:
-        small: of `kirsch.prune`, trained further or not, or of `kirsch.load`; pruned once or several times.
-        original: the model that it was made of.
-        example_inputs: only needed where a plan could not store its own.
+        small: result of `kirsch.prune` or `kirsch.load`, pruned once or several times, trained further or not.
+        original: the model before pruning.
+        example_inputs: only needed if a plan does not store its own.
 
     Returns:
-        The places in the order of the original's operations. Left out are modules that run several times, that put out
-        several tensors, or of which several axes have lost something.
+        The modules in the order of the original's operations, except modules that run several times, that return
+        several tensors, or whose output was pruned on several axes.
 
     Raises:
-        UsageError: the small model was not pruned by Kirsch, lost whole blocks, or is a traced program.
-        PlanError: the original is another model than the one that was pruned.
+        UsageError: the small model was not pruned by Kirsch, lost residual blocks, or is a traced program.
+        PlanError: the original is not the model that was pruned.
     """
     plans = [Plan.from_json(text) for text in getattr(small, PLANS, [])]
     if not plans:
         raise UsageError(
             f"This {type(small).__name__} was not pruned by Kirsch.",
-            "It carries no plan that says which channels it has kept.",
-            "Give what kirsch.prune or kirsch.load gave, and the original second.",
+            "It stores no plan with the kept channels.",
+            "Give the model that kirsch.prune or kirsch.load returned first, and the original second.",
         )
-    found: dict[str, Kept] | None = None
+    result: dict[str, Kept] | None = None
     for number, plan in enumerate(plans):
         if plan.blocks or plan.tracing.as_graph:
-            why = "lost whole blocks" if plan.blocks else "is a traced program"
+            why = "lost residual blocks" if plan.blocks else "is a traced program"
             raise UsageError(
-                f"This {type(small).__name__} {why}, so that its places have other names than in the original.",
-                fix="Name the places of both in terms of your own.",
+                f"This {type(small).__name__} {why}, so that its layers have other names than in the original.",
+                fix="Name the layers of both models in your own terms.",
             )
         graph = graph_of(original, plan, None if plan.inputs else example_inputs)
         plan.check(graph)
-        step = _kept_by(framework_of(original), graph, plan)
-        found = step if found is None else _after(found, step)
+        step = _kept_by_plan(framework_of(original), graph, plan)
+        result = step if result is None else _composed(result, step)
         if number + 1 < len(plans):
             original = prune_with_verification(original, plan, example_inputs=example_inputs, verify=False).model
-    return found or {}
+    return result or {}
 
 
-def _kept_by(framework: Framework, graph: Graph, plan: Plan) -> dict[str, Kept]:
-    """What one plan keeps."""
-    left, scope = plan.keep(graph), graph.tracing.scope
-    found = {}
+def _kept_by_plan(framework: Framework, graph: Graph, plan: Plan) -> dict[str, Kept]:
+    """Return the channels that one plan keeps."""
+    keep, scope = plan.keep(graph), graph.tracing.scope
+    result = {}
     for path, labeled in framework.put_out(graph).items():
-        masks = {axis: graph.kept(labels, left) for axis, labels in enumerate(labeled.axes)}
-        going = {axis: mask for axis, mask in masks.items() if mask is not None}
-        whole = f"{scope}.{path}" if scope else path
-        if not going:
-            found[whole] = Kept()
-        elif len(going) == 1:
-            ((axis, mask),) = going.items()
-            found[whole] = Kept(axis, tuple(np.flatnonzero(mask).tolist()))
-    return found
+        masks = {axis: graph.kept(labels, keep) for axis, labels in enumerate(labeled.axes)}
+        pruned_axes = {axis: mask for axis, mask in masks.items() if mask is not None}
+        full_path = f"{scope}.{path}" if scope else path
+        if not pruned_axes:
+            result[full_path] = Kept()
+        elif len(pruned_axes) == 1:
+            ((axis, mask),) = pruned_axes.items()
+            result[full_path] = Kept(axis, tuple(np.flatnonzero(mask).tolist()))
+    return result
 
 
-def _after(first: dict[str, Kept], then: dict[str, Kept]) -> dict[str, Kept]:
-    """What is left when one has followed the other; places of which two axes have lost something are left out."""
-    found = {}
-    for path, one in first.items():
-        other = then.get(path)
-        if other is None:
+def _composed(first: dict[str, Kept], second: dict[str, Kept]) -> dict[str, Kept]:
+    """Return the channels kept by two steps of pruning, without modules that were pruned on two axes."""
+    result = {}
+    for path, before in first.items():
+        after = second.get(path)
+        if after is None:
             continue
-        if one.axis is None or other.axis is None:
-            found[path] = one if other.axis is None else other
-        elif one.axis == other.axis:
-            found[path] = Kept(one.axis, tuple(one.indices[place] for place in other.indices))
-    return found
+        if before.axis is None or after.axis is None:
+            result[path] = before if after.axis is None else after
+        elif before.axis == after.axis:
+            result[path] = Kept(before.axis, tuple(before.indices[index] for index in after.indices))
+    return result

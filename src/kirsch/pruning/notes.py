@@ -1,4 +1,4 @@
-"""Notes on a plan that follow from the plan itself, and a plan whose figures and notes are those of what it removes."""
+"""Notes on a plan, and renewal of its costs and notes from the units that it removes."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Plan
 
 CLOSE = 0.01
-"""How near below its goal a plan must land, as a fraction of the original."""
+"""Largest distance of a plan below its goal without a note, as a fraction of the original."""
 
 ALIGNED = 4
-"""A width that this does not divide leaves the blocked layout of ONNX Runtime's convolutions.
+"""ONNX Runtime cannot use its blocked layout of convolutions for widths that this number does not divide.
 
-Measured on x86: 63 channels take 1.6 times as long as 64, 7 times in a depthwise convolution.
+Measured on x86: 63 channels take 1.6 times as long as 64, and 7 times as long in a depthwise convolution.
 """
 
-WHOLE = frozenset(["expert", "kv group", "head", "head in kv group", "conv group", "norm group", "block"])
-"""Kinds whose number is that of whole parts, each of its own width; no runtime works on them in blocks."""
+UNROUNDED_KINDS = frozenset(["expert", "kv group", "head", "head in kv group", "conv group", "norm group", "block"])
+"""Kinds whose units are parts with a width of their own, such as heads. Runtimes do not compute them in blocks."""
 
 
 def renewed(plan: Plan, graph: Graph) -> Plan:
-    """The plan with costs and notes computed anew from what it removes from a graph that it fits."""
+    """Return the plan with costs and notes recomputed from the units that it removes from the graph."""
     priced = plan.priced(graph)
     landing = landing_note(priced)
-    fresh = [*missed_notes(priced), *([landing] if landing in plan.notes else []), *width_notes(priced)]
-    return replace(priced, notes=tuple(fresh))
+    notes = [*missed_notes(priced), *([landing] if landing in plan.notes else []), *width_notes(priced)]
+    return replace(priced, notes=tuple(notes))
 
 
 def changes(stated: Plan, counted: Plan) -> list[str]:
-    """Return a note for each statement of a plan that differs from what was found when it was applied."""
-    found = _cost_changes(stated, counted)
+    """Return a note for each statement of a plan that differs from the values computed when it was applied."""
+    notes = _cost_changes(stated, counted)
     if stated.model != counted.model:
-        found.append(f"{stated.title} names the class {stated.model}; the model given is a {counted.model}.")
+        notes.append(f"{stated.title} names the class {stated.model}; the model given is a {counted.model}.")
     if stated.configuration not in ({}, counted.configuration):
         result = (
-            f"The model without the removed units has {_in_words(counted.configuration)}, which is used."
+            f"The model without the removed units has {_configuration_text(counted.configuration)}, which is used."
             if counted.configuration
             else "It does not describe the model without the removed units, and is not used."
         )
-        found.append(f"{stated.title} states the configuration {_in_words(stated.configuration)}. {result}")
-    return found
+        notes.append(f"{stated.title} states the configuration {_configuration_text(stated.configuration)}. {result}")
+    return notes
 
 
-def _in_words(configuration: Mapping[str, float]) -> str:
+def _configuration_text(configuration: Mapping[str, float]) -> str:
     return ", ".join(f"{path}={number}" for path, number in configuration.items())
 
 
@@ -58,31 +58,30 @@ def _cost_changes(stated: Plan, counted: Plan) -> list[str]:
     if stated.before != counted.before:
         shapes = ", ".join("×".join(map(str, spec.shape)) for spec in tensors(counted.inputs))
         on = f"inputs of shape {shapes}" if shapes else "the inputs given"
-        return [f"{stated.title} was made for other inputs; its costs are counted anew on {on}."]
+        return [f"{stated.title} was made for other inputs; its costs are recomputed on {on}."]
     if stated.after == counted.after:
         return []
-    was, now = stated.after, counted.after
-    said = (
-        f"{stated.title} was edited after it was made: it stated {was.parameters:,} parameters and {was.macs:,} MACs."
-    )
-    return [f"{said} What it removes leaves {now.parameters:,} and {now.macs:,}."]
+    old, new = stated.after, counted.after
+    stated_cost = f"it states {old.parameters:,} parameters and {old.macs:,} MACs"
+    new_cost = f"it leaves {new.parameters:,} parameters and {new.macs:,} MACs"
+    return [f"{stated.title} was edited after it was made: {stated_cost}, and {new_cost}."]
 
 
 def missed_notes(plan: Plan) -> list[str]:
-    """Each limit of the goal that the plan misses, as a note."""
+    """Return a note for each limit of the goal that the plan misses."""
     if not plan.goal:
         return []
     reached = Goal(**plan.goal).fractions(plan.after, plan.before)
     return [
-        f"The goal is missed: {name} are {value:.1%} of the original, and {limit:.1%} is asked for. Remove more units, "
-        "or make a new plan."
+        f"The goal is missed: {name} are {value:.1%} of the original, above the goal of {limit:.1%}. Remove more "
+        "units, or make a new plan."
         for name, (value, limit) in reached.items()
         if value > limit
     ]
 
 
 def landing_note(plan: Plan) -> str:
-    """Why a plan that was chosen for its goal lands far below it; empty where it lands near."""
+    """Return a note with the reason why a plan is far below its goal; empty if it is close."""
     if not plan.goal or "round_to" not in plan.method:
         return ""
     reached = Goal(**plan.goal).fractions(plan.after, plan.before)
@@ -90,21 +89,22 @@ def landing_note(plan: Plan) -> str:
     if limit - value <= CLOSE:
         return ""
     multiple = plan.method["round_to"]
-    single = multiple == 1 or (multiple == "auto" and {removal.kind for removal in plan.groups} <= WHOLE)
+    single = multiple == 1 or (multiple == "auto" and {removal.kind for removal in plan.groups} <= UNROUNDED_KINDS)
     why = "A single unit of its groups costs that much." if single else f"round_to={multiple!r} rounds the widths."
     better = ([] if single else ["a smaller round_to"]) + (["uniform=False"] if plan.method.get("uniform") else [])
-    fix = f" It may land nearer with {' or '.join(better)}." if better else ""
-    return f"{name} land at {value:.1%}, {100 * (limit - value):.1f} points below the goal of {limit:.1%}. {why}{fix}"
+    fix = f" It may come closer with {' or '.join(better)}." if better else ""
+    distance = f"{100 * (limit - value):.1f} points below the goal of {limit:.1%}"
+    return f"{name} are {value:.1%} of the original, {distance}. {why}{fix}"
 
 
 def width_notes(plan: Plan) -> list[str]:
-    """The widths that a plan leaves and that run slowly on some runtimes, as one note."""
-    odd = [
+    """Return a note on the kept widths that run slowly on some runtimes."""
+    unaligned = [
         f"{removal.name} ({removal.size - len(removal.removed)})"
         for removal in plan.groups
-        if removal.removed and removal.kind not in WHOLE and (removal.size - len(removal.removed)) % ALIGNED
+        if removal.removed and removal.kind not in UNROUNDED_KINDS and (removal.size - len(removal.removed)) % ALIGNED
     ]
-    if not odd:
+    if not unaligned:
         return []
-    more = f", and {len(odd) - 3} more" if len(odd) > 3 else ""  # noqa: PLR2004 - three are shown
-    return [f"Widths that {ALIGNED} does not divide run slowly on some runtimes: {', '.join(odd[:3])}{more}."]
+    more = f", and {len(unaligned) - 3} more" if len(unaligned) > 3 else ""  # noqa: PLR2004 - three are shown
+    return [f"Widths that {ALIGNED} does not divide run slowly on some runtimes: {', '.join(unaligned[:3])}{more}."]

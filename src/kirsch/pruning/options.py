@@ -1,4 +1,4 @@
-"""The options of a plan: what they may be, and which groups of a model they let go."""
+"""Options of a plan, and the groups that they allow to change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.graph.group import KINDS
-from kirsch.pruning.notes import ALIGNED, WHOLE
+from kirsch.pruning.notes import ALIGNED, UNROUNDED_KINDS
 
 if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How a plan is chosen; see `kirsch.plan`."""
+    """Options of a plan; see `kirsch.plan`."""
 
     importance: str = "magnitude"
     scope: str = "global"
@@ -33,10 +33,10 @@ class Options:
     seed: int = 0
 
     def check(self) -> None:
-        """Make sure that each option has a value that it may have.
+        """Check the values of the options.
 
         Raises:
-            UnknownNameError: round_to names a kind that does not exist.
+            UnknownNameError: round_to names an unknown kind.
             UsageError: min_keep is out of range.
         """
         for kind in self.round_to if isinstance(self.round_to, Mapping) else ():
@@ -44,71 +44,71 @@ class Options:
                 raise UnknownNameError("kind of unit for `round_to`", kind, KINDS)
         if not 0 < self.min_keep <= 1:
             raise UsageError(
-                f"`min_keep` is {self.min_keep}; it is the fraction of each group that always stays.",
+                f"`min_keep`, the fraction of each group that is always kept, is {self.min_keep}.",
                 fix="Give a number above 0 and up to 1, such as min_keep=0.1.",
             )
 
     @property
-    def ease(self) -> dict[str, float]:
-        """Kind of unit → how readily it goes, 0 for not at all.
+    def kind_weights(self) -> dict[str, float]:
+        """Granularity weight of each kind of unit: importances are divided by the weight, 0 keeps all units.
 
         Raises:
-            UnknownNameError: granularity names a kind that does not exist.
-            UsageError: it has a number below 0 or infinity.
+            UnknownNameError: granularity names an unknown kind.
+            UsageError: a weight is below 0, or infinite.
         """
-        given = self.granularity
-        named = [given] if isinstance(given, str) else given if given is not None else ()
+        granularity = self.granularity
+        named = [granularity] if isinstance(granularity, str) else granularity if granularity is not None else ()
         for kind in named:
             if kind not in KINDS:
                 raise UnknownNameError("kind of unit for `granularity`", kind, KINDS)
-        if isinstance(given, Mapping):
-            wrong = {kind: number for kind, number in given.items() if not 0 <= number < np.inf}
+        if isinstance(granularity, Mapping):
+            wrong = {kind: number for kind, number in granularity.items() if not 0 <= number < np.inf}
             if wrong:
                 raise UsageError(f"granularity has {wrong}.", "A number of at least 0 is needed for each kind.")
-            return {kind: float(given.get(kind, 1)) for kind in KINDS}
-        return {kind: float(given is None or kind in named) for kind in KINDS}
+            return {kind: float(granularity.get(kind, 1)) for kind in KINDS}
+        return {kind: float(granularity is None or kind in named) for kind in KINDS}
 
     def groups(self, graph: Graph) -> list[Group]:
-        """The groups that may lose units, in the order of the graph.
+        """Return the groups that may lose units, in the order of the graph.
 
         Raises:
-            UnknownNameError: nothing of a name to exclude exists.
+            UnknownNameError: a name to exclude is unknown.
         """
-        ease, untouched = self.ease, excluded(graph, self.exclude)
-        return [group for group in graph.groups if ease[group.kind] > 0 and group.name not in untouched]
+        weights, unchanged = self.kind_weights, excluded(graph, self.exclude)
+        return [group for group in graph.groups if weights[group.kind] > 0 and group.name not in unchanged]
 
-    def together(self, groups: Sequence[Group]) -> list[list[int]]:
-        """Places of the groups that lose the same number of units."""
+    def tied_groups(self, groups: Sequence[Group]) -> list[list[int]]:
+        """Return the indices of groups that lose the same number of units, one list for each number."""
         classes: dict[object, list[int]] = {}
-        for place, group in enumerate(groups):
-            classes.setdefault((group.kind, group.size) if self.uniform else place, []).append(place)
+        for index, group in enumerate(groups):
+            classes.setdefault((group.kind, group.size) if self.uniform else index, []).append(index)
         return list(classes.values())
 
     @property
     def finest(self) -> int:
-        """How many times "auto" may be halved."""
+        """Number of times that "auto" may be halved."""
         return 0 if isinstance(self.round_to, int) else 2
 
     def multiple(self, group: Group, fineness: int) -> int:
-        """What the number of units that stay in a group is a multiple of, with "auto" halved so many times."""
+        """Return the number that divides the kept units of a group, with "auto" halved `fineness` times."""
         if isinstance(self.round_to, int):
             return self.round_to
         if isinstance(self.round_to, Mapping) and group.kind in self.round_to:
             return self.round_to[group.kind]
-        if group.kind in WHOLE:
+        if group.kind in UNROUNDED_KINDS:
             return 1
         coarse = next((multiple for multiple, least in ((16, 32), (8, 16), (4, 8)) if group.size >= least), 1)
         return max(coarse >> fineness, min(coarse, ALIGNED))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, the method of a plan."""
+        """Return the options as JSON values, for the method of a plan."""
         return {
             "importance": self.importance,
             "norm": self.norm,
             "scope": self.scope,
             "round_to": dict(self.round_to) if isinstance(self.round_to, Mapping) else self.round_to,
             "exclude": list(self.exclude),
-            "granularity": {kind: number for kind, number in self.ease.items() if number != 1},
+            "granularity": {kind: number for kind, number in self.kind_weights.items() if number != 1},
             "uniform": self.uniform,
             "min_keep": self.min_keep,
             "seed": self.seed,
@@ -116,12 +116,14 @@ class Options:
 
 
 def excluded(graph: Graph, exclude: Sequence[str]) -> dict[str, str]:
-    """Name of each group that touches something excluded → the first pattern that excludes it.
+    """Return the first pattern that excludes each group, by group name.
+
+    A group is excluded if one of its parameters is excluded, or shares its values with one that is.
 
     Raises:
-        UnknownNameError: nothing of that name exists.
+        UnknownNameError: a pattern matches no layer, parameter or group.
     """
-    found: dict[str, str] = {}
+    pattern_of: dict[str, str] = {}
     for pattern in exclude:
         names = {name for name in graph.tensors if matches(name, pattern)}
         names = names or {name for group in graph.groups if group.name == pattern for name, _ in group.footprint}
@@ -131,11 +133,11 @@ def excluded(graph: Graph, exclude: Sequence[str]) -> dict[str, str]:
         tied = {id(graph.tensors[name]) for name in names}
         for group in graph.groups:
             if any(id(graph.tensors[name]) in tied for name, _ in group.footprint):
-                found.setdefault(group.name, pattern)
-    return found
+                pattern_of.setdefault(group.name, pattern)
+    return pattern_of
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a parameter or block is meant by a path, one of its parent modules, or a glob over either."""
+    """Return whether a pattern matches the path of a parameter or block, or of one of its parent modules."""
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))

@@ -1,4 +1,4 @@
-"""Terms for the training loss that drive weights or channels towards zero, so that pruning finds them."""
+"""Terms of the training loss that drive weights or channels towards zero, in preparation for pruning."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class L1:
     strength: Annotated[float, Between(0)]
 
     def __call__(self, model: Any) -> Any:
-        """The term: a scalar with gradient."""
+        """Return the term, a scalar with gradient."""
         return self.strength * sum(abs(weight).sum() for weight in framework_of(model).weights(model))
 
 
@@ -43,7 +43,7 @@ class Slimming:
     strength: Annotated[float, Between(0)]
 
     def __call__(self, model: Any) -> Any:
-        """The term: a scalar with gradient.
+        """Return the term, a scalar with gradient.
 
         Raises:
             UsageError: the model has no batch normalization with a scale.
@@ -52,7 +52,7 @@ class Slimming:
         if not scales:
             raise UsageError(
                 f"A {type(model).__name__} has no batch normalization with a scale.",
-                "Network Slimming has nothing to act on.",
+                "Network Slimming penalizes these scales.",
                 "Use L1 instead.",
             )
         return self.strength * sum(abs(scale).sum() for scale in scales)

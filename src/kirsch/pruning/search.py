@@ -1,4 +1,4 @@
-"""The search for a choice: how many units go from each group so that the cost lands on the goal."""
+"""Search for the number of units to remove from each group, so that the cost meets the goal."""
 
 from __future__ import annotations
 
@@ -21,57 +21,64 @@ if TYPE_CHECKING:
 
 @dataclass
 class Candidate:
-    """Groups of one size that lose the same number of units, each with its units in the order in which they go."""
+    """Groups of one size that lose the same number of units.
+
+    Args:
+        groups: the groups.
+        group_scores: importance of the units of each group.
+        multiple: number that divides the kept units of each group.
+        min_keep: fraction of each group that is always kept.
+    """
 
     groups: Sequence[Group]
-    own: Sequence[NDArray[np.float64]]
+    group_scores: Sequence[NDArray[np.float64]]
     multiple: int
     min_keep: float
 
     @property
     def size(self) -> int:
-        """Units of each group."""
+        """Number of units of each group."""
         return self.groups[0].size
 
     @cached_property
     def orders(self) -> list[NDArray[np.int64]]:
         """The units of each group, the least important first."""
-        return [np.argsort(scores, kind="stable") for scores in self.own]
+        return [np.argsort(scores, kind="stable") for scores in self.group_scores]
 
     @cached_property
     def scores(self) -> NDArray[np.float64]:
-        """The importance of what goes first, second, ... from each group; their mean."""
-        scores: NDArray[np.float64] = np.mean([np.sort(scores) for scores in self.own], axis=0)
+        """Importance of the first, second, ... unit to be removed, as the mean over the groups."""
+        scores: NDArray[np.float64] = np.mean([np.sort(scores) for scores in self.group_scores], axis=0)
         return scores
 
     @cached_property
-    def _going(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """All components in the order in which their units would go, and how many of them the first n units have."""
-        places = [np.argsort(o)[g.unit_of()] for g, o in zip(self.groups, self.orders, strict=True)]
-        place = np.concatenate(places)
-        order = np.argsort(place, kind="stable")
+    def _removal_order(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """All components in the order of removal, and the number of components of the first n units, for each n."""
+        ranks = [np.argsort(o)[g.unit_of()] for g, o in zip(self.groups, self.orders, strict=True)]
+        rank = np.concatenate(ranks)
+        order = np.argsort(rank, kind="stable")
         components = np.concatenate([group.components for group in self.groups])
-        return components[order], np.searchsorted(place[order], np.arange(self.size + 1))
+        return components[order], np.searchsorted(rank[order], np.arange(self.size + 1))
 
-    def gone(self, count: int) -> NDArray[np.int64]:
-        """The components of the units that go when so many do."""
-        components, numbers = self._going
+    def removed_components(self, count: int) -> NDArray[np.int64]:
+        """Return the components of the first `count` units to be removed from each group."""
+        components, numbers = self._removal_order
         return components[: numbers[count]]
 
     @cached_property
     def steps(self) -> list[int]:
-        """How many units may go: 0, and each number that leaves a multiple, up to what must stay."""
-        floor = max(1, int(np.ceil(self.min_keep * self.size)))
-        return [0] + [n for n in range(1, self.size - floor + 1) if (self.size - n) % self.multiple == 0]
+        """Allowed numbers of removed units: 0, and each number that leaves a multiple and at least `min_keep`."""
+        fewest = max(1, int(np.ceil(self.min_keep * self.size)))
+        return [0] + [n for n in range(1, self.size - fewest + 1) if (self.size - n) % self.multiple == 0]
 
-    def allowed(self, wanted: int) -> int:
-        """The largest number of steps that is no more than wanted."""
+    def allowed(self, most: int) -> int:
+        """Return the largest allowed number of removed units up to `most`."""
         steps = self.steps
-        return steps[int(np.searchsorted(steps, wanted, side="right")) - 1]
+        return steps[int(np.searchsorted(steps, most, side="right")) - 1]
 
 
 class Chooser:
-    """Prices choices. A choice is how many units go from each candidate."""
+    """Search over choices. A choice is the number of removed units of each candidate."""
 
     def __init__(self, graph: Graph, goal: Goal, candidates: list[Candidate]) -> None:
         self._graph = graph
@@ -80,54 +87,58 @@ class Chooser:
         self._prices: dict[tuple[int, ...], Cost] = {}
 
     def keep(self, counts: Sequence[int]) -> NDArray[np.bool_]:
-        """Component → whether it stays."""
+        """Return whether each component is kept."""
         keep = np.ones(len(self._graph.coupling.frozen), bool)
         for candidate, count in zip(self.candidates, counts, strict=True):
-            keep[candidate.gone(count)] = False
+            keep[candidate.removed_components(count)] = False
         return keep
 
     def price(self, counts: Sequence[int]) -> Cost:
-        """The cost of a choice, computed once."""
+        """Return the cost of a choice, computed once."""
         key = tuple(counts)
         if key not in self._prices:
             self._prices[key] = self._graph.prices.price(self.keep(counts))
         return self._prices[key]
 
     def fits(self, counts: Sequence[int]) -> bool:
-        """Whether a choice meets the goal."""
+        """Return whether a choice meets the goal."""
         return self._goal.met_by(self.price(counts), self._graph.cost)
 
     def least(self) -> list[int]:
-        """Everything that may go."""
+        """Return the choice that removes all units that may be removed."""
         return self.repaired([candidate.steps[-1] for candidate in self.candidates])
 
     def repaired(self, counts: Sequence[int]) -> list[int]:
-        """A choice that leaves something of every axis: groups that share one give back their most important units."""
+        """Return a choice that leaves no axis empty: groups that share an axis restore their most important units."""
         counts = list(counts)
         while (empty := self._graph.emptied(self.keep(counts))) is not None:
-            on = [
-                place
-                for place, candidate in enumerate(self.candidates)
-                if counts[place] and any(empty in group.footprint for group in candidate.groups)
+            sharing = [
+                index
+                for index, candidate in enumerate(self.candidates)
+                if counts[index] and any(empty in group.footprint for group in candidate.groups)
             ]
-            best = max(on, key=lambda place: float(self.candidates[place].scores[counts[place] - 1]))
+            best = max(sharing, key=lambda index: float(self.candidates[index].scores[counts[index] - 1]))
             counts[best] = self.candidates[best].allowed(counts[best] - 1)
         return counts
 
     def descend(self, *, local: bool) -> list[int]:
-        """The smallest choice on the way from nothing to everything that meets the goal, by bisection."""
+        """Return the smallest choice that meets the goal, by bisection over a threshold.
+
+        Args:
+            local: the threshold is the removed fraction of each group, instead of the importance of removed units.
+        """
         if local:
-            way: list[float] = sorted({n / c.size for c in self.candidates for n in c.steps})
+            thresholds: list[float] = sorted({n / c.size for c in self.candidates for n in c.steps})
 
-            def choice(place: int) -> list[int]:
-                return self.repaired([c.allowed(int(way[place] * c.size + 1e-9)) for c in self.candidates])
+            def choice(index: int) -> list[int]:
+                return self.repaired([c.allowed(int(thresholds[index] * c.size + 1e-9)) for c in self.candidates])
         else:
-            way = sorted(score for candidate in self.candidates for score in candidate.scores.tolist())
+            thresholds = sorted(score for candidate in self.candidates for score in candidate.scores.tolist())
 
-            def choice(place: int) -> list[int]:
-                return self.repaired([c.allowed(int((c.scores <= way[place]).sum())) for c in self.candidates])
+            def choice(index: int) -> list[int]:
+                return self.repaired([c.allowed(int((c.scores <= thresholds[index]).sum())) for c in self.candidates])
 
-        low, high = 0, len(way) - 1
+        low, high = 0, len(thresholds) - 1
         while low < high:
             middle = (low + high) // 2
             if self.fits(choice(middle)):
@@ -137,21 +148,21 @@ class Chooser:
         return choice(high)
 
     def refine(self, counts: list[int]) -> list[int]:
-        """Give back what the goal leaves room for, the most important units first."""
+        """Restore units as long as the goal is met, the most important first."""
         counts = list(counts)
-        open_ = set(range(len(counts)))
-        while open_:
+        active = set(range(len(counts)))
+        while active:
             best = None
-            for place in sorted(open_):
-                candidate, count = self.candidates[place], counts[place]
+            for index in sorted(active):
+                candidate, count = self.candidates[index], counts[index]
                 fewer = candidate.allowed(count - 1) if count else 0
-                tried = [*counts[:place], fewer, *counts[place + 1 :]]
-                if not count or not self.fits(tried):
-                    open_.discard(place)
+                trial = [*counts[:index], fewer, *counts[index + 1 :]]
+                if not count or not self.fits(trial):
+                    active.discard(index)
                     continue
-                value = float(candidate.scores[fewer:count].mean())
-                if best is None or value > best[0]:
-                    best = (value, place, fewer)
+                score = float(candidate.scores[fewer:count].mean())
+                if best is None or score > best[0]:
+                    best = (score, index, fewer)
             if best is None:
                 break
             counts[best[1]] = best[2]

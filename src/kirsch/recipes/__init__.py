@@ -1,1 +1,1 @@
-"""A whole job as data: recipe, tasks, run folder, runner."""
+"""Recipes: description of a run, data sets, run folder, and the runner."""

@@ -1,4 +1,4 @@
-"""Training states on disk: whole or absent, hashed, and never a damaged one in silence."""
+"""Training states on disk. A checkpoint is written completely or not at all, and checked by its hashes when read."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 ARRAYS, VALUES, INPUTS, PREFIX = "arrays.safetensors", "values.json", "inputs", "step-"
 KEEP = 2
-"""How many checkpoints of a stage are kept, so that a damaged one leaves another to go on from."""
+"""Number of checkpoints of a stage that are kept. The older one is used if the newest is damaged."""
 
 
 def save(folder: Path, state: TrainingState, inputs: str) -> Path:
-    """Add a checkpoint to a stage's folder; the oldest beyond two go.
+    """Write a checkpoint to the folder of a stage, and remove the oldest beyond two.
 
     Args:
-        folder: of the stage.
-        state: what to keep.
-        inputs: a hash over what the stage follows from; see `newest`.
+        folder: folder of the stage.
+        state: training state.
+        inputs: hash over everything that determines the result of the stage; see `newest`.
     """
     name = f"{PREFIX}{state.values['epoch']:05d}-{state.values['batch']:06d}"
     with files.new_folder(folder / name) as new:
@@ -37,51 +37,47 @@ def save(folder: Path, state: TrainingState, inputs: str) -> Path:
     return folder / name
 
 
-def newest(folder: Path, inputs: str, tell: Callable[[str], None]) -> TrainingState | None:
-    """The newest valid checkpoint of a stage; None if there is none at all.
+def newest(folder: Path, inputs: str, note: Callable[[str], None]) -> TrainingState | None:
+    """Return the newest valid checkpoint of a stage; None if the stage has no checkpoints.
 
     Args:
-        folder: of the stage.
-        inputs: a hash over what the stage follows from: checkpoints with another one are removed, since a training
-            that went on from them would be that of neither recipe.
-        tell: is given a sentence for each checkpoint that is passed over.
+        folder: folder of the stage.
+        inputs: hash over everything that determines the result of the stage. Checkpoints with another hash are
+            removed: to continue from them would mix two recipes.
+        note: called with a sentence for each checkpoint that is skipped.
 
     Raises:
-        CheckpointError: there are checkpoints, and all of them are damaged.
+        CheckpointError: all checkpoints are damaged.
     """
     damaged = False
     for path in reversed(_all(folder)):
-        wrong = files.damage(path)
-        if wrong:
-            tell(f"The checkpoint {path.name} is damaged: {wrong}. The one before it is used.")
+        flaw = files.first_flaw(path)
+        if flaw:
+            note(f"The checkpoint {path.name} is damaged: {flaw}. The previous one is used.")
             damaged = True
             continue
         try:
             arrays = safetensors.numpy.load((path / ARRAYS).read_bytes())
             values = strict_json.read(path / VALUES)
+            if not isinstance(values, dict):
+                raise ValueError(f"{VALUES} is not a JSON object")  # noqa: TRY004, TRY301 - reported like bad JSON
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            tell(f"The checkpoint {path.name} cannot be read: {error}. The one before it is used.")
-            damaged = True
-            continue
-        if not isinstance(values, dict):
-            tell(
-                f"The checkpoint {path.name} cannot be read: {VALUES} is not a JSON object. The one before it is used."
-            )
+            note(f"The checkpoint {path.name} cannot be read: {error}. The previous one is used.")
             damaged = True
             continue
         if values.pop(INPUTS, "") == inputs:
             return TrainingState(arrays, values)
-        tell(f"The checkpoint {path.name} is removed: the inputs of its stage have changed.")
+        note(f"The checkpoint {path.name} is removed: the inputs of its stage have changed.")
         files.remove(path)
     if damaged:
         raise CheckpointError(
             f"All checkpoints in {folder} are damaged.",
-            "None of them can be gone on from.",
-            "Remove the folder to start this stage anew.",
+            "The stage cannot continue from any of them.",
+            "Remove the folder to start this stage again.",
         )
     return None
 
 
 def _all(folder: Path) -> list[Path]:
-    """The checkpoints of a stage, the oldest first."""
+    """Return the checkpoints of a stage, oldest first."""
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())

@@ -1,4 +1,4 @@
-"""The whole job for models and data given as objects."""
+"""Compression of a model in memory, from distillation to the report."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from kirsch.frameworks.annotations import Model
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
+from kirsch.recipes.manifest import MODEL, REPORT
 from kirsch.recipes.recipe import Train, recipe_of
 from kirsch.recipes.runner import GIVEN, Materials, new_folder_name, run
-from kirsch.recipes.seal import MODEL, REPORT
 from kirsch.recipes.stages import WEIGHTS
 from kirsch.recipes.tasks.data import DataSet
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """What `kirsch.compress` gives back.
+    """Result of `kirsch.compress`.
 
     Args:
-        model: the small model.
+        model: compressed model.
         artifact: path of the exported file.
         report: path of the report.
-        metrics: every number, as in metrics.json.
+        metrics: content of metrics.json.
         met: whether all goals are met.
-        folder: the run folder.
+        folder: run folder.
     """
 
     model: Any
@@ -64,29 +64,32 @@ def compress(
     name: str = "model",
     listen: Callable[[dict[str, Any]], Any] = lambda _event: None,
 ) -> Compressed:
-    """A trained model made small: distilled if a student is given, pruned, recovered, exported, measured, reported.
+    """Compress a trained model: distill it if a student is given, prune, recover, export, measure and report.
 
     Args:
-        model: trained; it is the teacher throughout, and is left as it is.
-        data: the data set, in three parts.
-        goal: of the removal, as fractions of what is pruned.
-        student: a small untrained model that learns from the model; if left out, the model itself is pruned.
-        max_drop: accuracy that may be lost against the model, as a fraction below 1: 0.01 is one percentage point.
+        model: trained model. It is the teacher of all training, and is not changed.
+        data: data set with training, validation and test part.
+        goal: limits of the pruned model, as fractions of the model before pruning.
+        student: small untrained model that learns from the model and is then pruned; by default the model itself is
+            pruned.
+        max_drop: largest allowed drop of accuracy compared with the model, as a fraction below 1: 0.01 is one
+            percentage point.
         distill: training of the student.
-        recover: training after the removal.
-        temperature: of the soft targets in both, without an objective; 4 if left out.
-        objective: what is learned in both, instead of soft targets and labels: an objective, or a preset by its name.
-        batch_size: samples a step.
-        folder: the run folder; a new one under runs/ if left out.
-        name: for the report.
-        listen: is given each event.
+        recover: training after pruning.
+        temperature: temperature of the soft targets in both trainings, if no objective is given; 4 by default.
+        objective: objective of both trainings in place of soft targets and labels: an objective, or the name of a
+            preset.
+        batch_size: samples per training step.
+        folder: run folder; by default a new folder under runs/.
+        name: name of the model in the report.
+        listen: called with each event.
 
     Raises:
-        UsageError: `distill` is given without a student.
-        KirschError: whatever a stage raises; the run folder has what was done until then.
+        UsageError: `distill` is given without a student, or `max_drop` is not a fraction.
+        KirschError: a stage failed; the run folder keeps the finished stages.
     """
     if distill is not None and student is None:
-        raise UsageError("distill is given without a student.", fix="Give student=..., or leave distill out.")
+        raise UsageError("`distill` of kirsch.compress needs a student.", fix="Give student=..., or remove distill.")
     if max_drop is not None and not 0 <= max_drop < 1:
         raise UsageError(
             f"`max_drop` of kirsch.compress is {max_drop:g}; expected a fraction of at least 0 and below 1.",
@@ -110,31 +113,34 @@ def compress(
         make_teacher=lambda: copy.deepcopy(model),
         make_student=(lambda: copy.deepcopy(student)) if student is not None else None,
         data=data,
-        origin=_fingerprint(model) + ("" if student is None else _fingerprint(student)),
+        origin=_weights_hash(model) + ("" if student is None else _weights_hash(student)),
     )
-    place = Path(folder) if folder is not None else Path("runs") / new_folder_name(recipe)
-    outcome = run(recipe, place, listen=listen, materials=materials)
+    run_folder = Path(folder) if folder is not None else Path("runs") / new_folder_name(recipe)
+    outcome = run(recipe, run_folder, listen=listen, materials=materials)
     return Compressed(
         model=outcome.model,
-        artifact=place / MODEL,
-        report=place / REPORT,
+        artifact=run_folder / MODEL,
+        report=run_folder / REPORT,
         metrics=outcome.metrics,
         met=outcome.exit_code == 0,
-        folder=place,
+        folder=run_folder,
     )
 
 
 def _section(training: Training | None, temperature: float | None, objective: Objective | str | None) -> dict[str, Any]:
-    """Settings of a training run as a recipe has them; its seed is the recipe's."""
-    stated = objective if objective is None or isinstance(objective, str) else objective.to_dict()
-    section = {"temperature": temperature, "objective": json.loads(json.dumps(stated))}  # lists, as a file has them
+    """Return the recipe section of a training; the seed is a key of the recipe itself."""
+    plain = objective if objective is None or isinstance(objective, str) else objective.to_dict()
+    section = {
+        "temperature": temperature,
+        "objective": json.loads(json.dumps(plain)),
+    }  # tuples become lists
     if training is None:
         return section
     return section | {"train": {field: getattr(training, field) for field in Train.model_fields}}
 
 
-def _fingerprint(model: Any) -> str:
-    """A hash over the weights of a model: a folder with the run of another one must not pass for its own."""
+def _weights_hash(model: Any) -> str:
+    """Return a hash over the weights of a model, so that a run folder of another model is not continued."""
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / WEIGHTS
         framework_of(model).save_weights(model, weights)

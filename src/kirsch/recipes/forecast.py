@@ -1,4 +1,4 @@
-"""What a recipe would do, before it does it: stages, costs, time, disk, and what is missing."""
+"""Forecast of a run: stages, costs, time, disk space and missing packages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kirsch.distillation.distill import distill, fit
 from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.recipes.job import Job
+from kirsch.recipes.manifest import PLAN, RECIPE
 from kirsch.recipes.metrics import goal_text
 from kirsch.recipes.models import random_weights
 from kirsch.recipes.runner import materials_of
-from kirsch.recipes.seal import PLAN, RECIPE
 from kirsch.recipes.stages import check_objectives, check_threads, plan_for, stages_of
 
 if TYPE_CHECKING:
@@ -24,35 +24,35 @@ if TYPE_CHECKING:
     from kirsch.recipes.recipe import Recipe
 
 TRIAL_BATCHES = 3
-"""Training steps that are timed to foretell a stage."""
+"""Training steps that are timed to estimate the time of a stage."""
 
 EXPORT_SECONDS = 3.0
-"""An export takes some seconds whatever the model; it is not tried out."""
+"""Estimated time of an export, which depends little on the model and is not measured."""
 
 
 def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[str, Any]:
-    """The stages of a recipe with their models, costs and times, by trying a few steps of each.
+    """Return the stages of a recipe with their models, costs and times, from a few timed steps of each.
 
     Args:
-        recipe: what would be done.
-        base: folder that its files are relative to.
-        folder: gets recipe.yaml and plan.json if given, and nothing else.
+        recipe: recipe to forecast.
+        base: folder that the recipe's references are relative to.
+        folder: if given, recipe.yaml and plan.json are written to it.
 
     Returns:
-        As JSON: "name", "goal", "data", "stages" (key, model, parameters, macs, seconds), "plan" (groups, cost before
-        and after), "plan_weights" (in words, the weights that the plan was made by; where these are trained before the
-        cut, other units go then, and the cost can be another one within the goal where all layers are ranked together),
-        "disk_bytes", "seconds", "missing", "notes".
+        JSON-able: "name", "goal", "data", "stages" (key, model, parameters, macs, seconds), "plan" (groups, cost before
+        and after), "plan_weights" (description of the weights that the plan was made from; if they are trained before
+        pruning, the run removes other units, and with a global ranking its cost may differ within the goal),
+        "disk_bytes", "seconds", "missing" (packages), "notes".
 
     Raises:
-        KirschError: whatever would stop the job before its first long step.
+        KirschError: the run would fail before its first long step.
     """
     check_threads(recipe)
     materials = materials_of(recipe, base)
     scratch = folder or base
     job = Job(recipe, scratch, materials.data, materials.make_teacher, materials.make_student, _ignore, _never)
     teacher = materials.make_teacher()
-    start = (materials.make_student or materials.make_teacher)()  # a model of its own: none learns from itself
+    start = (materials.make_student or materials.make_teacher)()  # not the same object as the teacher
     costs = {"teacher": job.count(teacher)}
     if materials.make_student:
         costs["distill"] = job.count(start)
@@ -98,7 +98,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
 
 
 def _weights(recipe: Recipe) -> str:
-    """The weights that the plan of a forecast is made by, in words."""
+    """Return a description of the weights that the plan of a forecast is made from."""
     if recipe.student is not None:
         return f"the weights of {recipe.student.model} before training"
     if recipe.teacher.train is not None:
@@ -109,35 +109,35 @@ def _weights(recipe: Recipe) -> str:
 
 
 def _seconds(job: Job, key: str, teacher: Any, start: Any) -> float:
-    """How long a stage would take: its steps, timed on a few."""
+    """Return the estimated time of a stage, from a few timed training steps."""
     recipe = job.recipe
-    taught = {"distill": recipe.student.distill if recipe.student else None, "recover": recipe.recover}.get(key)
-    section = recipe.teacher.train if key == "teacher" else taught.train if taught else None
+    distillation = recipe.section_of(key)
+    section = recipe.teacher.train if key == "teacher" else distillation.train if distillation else None
     if key == "measure" and recipe.measure is not None:
         return EXPORT_SECONDS + 0.04 * recipe.measure.rounds
     if section is None:
         return EXPORT_SECONDS if key == "export" else 1.0
-    whole = job.data.batches(recipe.data.batch_size)
-    train, few = job.data.train, TRIAL_BATCHES * whole.batch_size
-    part = ArrayData(train.inputs[:few], train.labels[:few], whole.batch_size, whole.augment)
+    data = job.data.batches(recipe.data.batch_size)
+    train, count = job.data.train, TRIAL_BATCHES * data.batch_size
+    part = ArrayData(train.inputs[:count], train.labels[:count], data.batch_size, data.augment)
     once, quiet = Training(epochs=1, learning_rate=1e-6), TrainingHooks(event=_ignore)
-    learned = recipe.objective_of(key)
+    objective = recipe.objective_of(key)
 
     def trial() -> None:
         if key == "teacher":
-            fit(teacher, part, training=once, objective=learned)
+            fit(teacher, part, training=once, objective=objective)
         else:
-            distill(start, teacher, part, objective=learned, training=once, hooks=quiet, check_teacher=False)
+            distill(start, teacher, part, objective=objective, training=once, hooks=quiet, check_teacher=False)
 
+    trial()  # warm-up
+    started = time.perf_counter()
     trial()
-    begun = time.perf_counter()
-    trial()
-    return (time.perf_counter() - begun) / len(part) * len(whole) * section.epochs
+    return (time.perf_counter() - started) / len(part) * len(data) * section.epochs
 
 
 def _ignore(event: dict[str, Any]) -> None:
-    """A forecast tells nothing on the way."""
+    """Drop an event."""
 
 
 def _never() -> None:
-    """A forecast is not stopped."""
+    """Never stop."""

@@ -1,4 +1,4 @@
-"""One job at work: its materials, its folder, and what it tells on the way."""
+"""State that the stages of a run share: models, data, folder, events, records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kirsch.frameworks.port import Framework, framework_of
 from kirsch.frameworks.training import TrainingHooks, TrainingState
 from kirsch.measurement.quality import Answers, accuracy
 from kirsch.recipes import checkpoints
-from kirsch.recipes.seal import EVENTS
+from kirsch.recipes.manifest import EVENTS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 RECORD, LOGITS = "record.json", "logits.npy"
 FEW_OTHERS = 3
-"""Samples beside the most frequent class from which on a model is compared with answers that ignore their inputs."""
+"""Smallest number of samples outside the most frequent class for which chance is that of predictions that ignore the
+inputs; with fewer, chance is one divided by the number of classes."""
 
 Listen = Callable[[dict[str, Any]], None]
 Stop = Callable[[], Exception | None]
@@ -38,20 +39,20 @@ TRAIN_BETTER = "Lower the learning rate, train longer, or remove less."
 
 @dataclass
 class Job:
-    """Everything that the stages of a run share.
+    """State that the stages of a run share.
 
     Args:
-        recipe: what to do.
-        folder: the run folder.
-        data: what the models serve.
-        make_teacher, make_student: give the models before any training; the second is None where the teacher itself is
-            made smaller.
-        listen: is given each event.
-        stop: gives an error when the run shall stop.
-        inputs: a hash over everything that the present stage follows from.
-        models: "teacher", "student", "pruned", "result" as far as they are made.
-        records: stage → what it found.
-        altered: files of the folder that differ from the manifest of the run, by name, with a sentence each.
+        recipe: recipe of the run.
+        folder: run folder.
+        data: data set.
+        make_teacher, make_student: functions that return the models before training; the second is None if the teacher
+            itself is pruned.
+        listen: called with each event.
+        stop: returns an error if the run is to stop, otherwise None.
+        inputs: hash over everything that determines the result of the current stage.
+        models: "teacher", "student", "pruned", "result", as far as they exist.
+        records: stage → record of its results.
+        altered: files that differ from the manifest of the run: name → description of the difference.
     """
 
     recipe: Recipe
@@ -68,103 +69,103 @@ class Job:
 
     @property
     def example(self) -> NDArray[np.float32]:
-        """One sample, as a batch of one."""
+        """Return one sample, as a batch of one."""
         sample: NDArray[np.float32] = self.data.test.inputs[:1]
         return sample
 
     @property
-    def most(self) -> int:
-        """Samples that are judged at a time; a smaller batch size of the recipe lowers what this takes, too."""
+    def evaluation_batch_size(self) -> int:
+        """Return the batch size of evaluations; a smaller batch size in the recipe lowers their memory use, too."""
         return min(256, self.recipe.data.batch_size)
 
     def framework(self, model: Any) -> Framework:
-        """The framework of a model."""
+        """Return the framework of a model."""
         return framework_of(model)
 
-    def tell(self, event: dict[str, Any]) -> None:
-        """Give an event to the listener and to events.jsonl."""
+    def emit(self, event: dict[str, Any]) -> None:
+        """Append an event to events.jsonl, and pass it to the listener."""
         with (self.folder / EVENTS).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False, default=float) + "\n")
         self.listen(event)
 
     def note(self, text: str) -> None:
-        """Tell a sentence."""
-        self.tell({"event": "note", "text": text})
+        """Emit a note event."""
+        self.emit({"event": "note", "text": text})
 
-    def place(self, key: str) -> Path:
-        """The folder of a stage's checkpoints."""
+    def stage_folder(self, key: str) -> Path:
+        """Return the folder of a stage, which is created if needed."""
         path = self.folder / "checkpoints" / key
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     def hooks(self, key: str) -> TrainingHooks:
-        """What a training stage reports to: events, checkpoints, stop."""
-        place = self.place(key)
+        """Return the hooks of a training stage, with its newest checkpoint as the state to resume from."""
+        folder = self.stage_folder(key)
 
-        def event(happening: dict[str, Any]) -> None:
-            self.tell({"stage": key, **happening})
+        def emit(event: dict[str, Any]) -> None:
+            self.emit({"stage": key, **event})
 
         def save(state: TrainingState) -> None:
-            checkpoints.save(place, state, self.inputs)
+            checkpoints.save(folder, state, self.inputs)
 
-        found = checkpoints.newest(place, self.inputs, self.note)
-        return TrainingHooks(event=event, stop=self.stop, save=save, resume=found)
+        resume = checkpoints.newest(folder, self.inputs, self.note)
+        return TrainingHooks(event=emit, stop=self.stop, save=save, resume=resume)
 
     def validation(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """What training is watched by."""
+        """Return inputs and labels of the validation part."""
         return self.data.validation.inputs, self.data.validation.labels
 
-    def judge(self, model: Any, folder: Path) -> dict[str, Any]:
-        """What a model is and how good it is on the test part; its scores go to the folder."""
+    def evaluate(self, model: Any, folder: Path) -> dict[str, Any]:
+        """Return size, cost and test quality of a model, and write its logits to the folder."""
         framework = self.framework(model)
-        logits = framework.predict(model, self.data.test.inputs, batch_size=self.most)
+        logits = framework.predict(model, self.data.test.inputs, batch_size=self.evaluation_batch_size)
         np.save(folder / LOGITS, logits, allow_pickle=False)
         parameters, macs = self.count(model)
         return {"parameters": parameters, "macs": macs, **self.quality(logits)}
 
     def quality(self, logits: NDArray[Any]) -> dict[str, Any]:
-        """How good scores on the test part are: accuracy with its interval, and what answers without knowledge have.
+        """Return the quality of logits on the test part: accuracy with its interval, and the accuracy of chance.
 
-        Beside them the balanced accuracy where the classes are uneven.
+        The balanced accuracy is included if the classes are imbalanced.
         """
         labels = self.data.test.labels
         answers = Answers.of(logits.argmax(-1), labels)
         others = answers.n - answers.most_frequent
-        found = {
+        quality = {
             "accuracy": accuracy(logits, labels).to_dict(),
             "chance": max(1 / len(self.data.classes), answers.chance if others >= FEW_OTHERS else 0.0),
             "one_class": answers.constant and others > 0,
         }
-        return found | ({"balanced_accuracy": answers.balanced} if answers.uneven else {})
+        return quality | ({"balanced_accuracy": answers.balanced} if answers.uneven else {})
 
     def count(self, model: Any) -> tuple[int, int]:
-        """Parameters and MACs of a model for one sample.
+        """Return the parameters and MACs of a model for one sample.
 
         Raises:
-            UsageError: it does not run on the data.
-            ShapeError: it puts out another number of classes than the data has.
+            UsageError: the model does not run on the data.
+            ShapeError: the model does not return one logit for each class of the data.
         """
         framework = self.framework(model)
         framework.check_runs(model, self.example)
         logits = framework.predict(model, self.example)
         if logits.ndim != 2 or logits.shape[1] != len(self.data.classes):  # noqa: PLR2004 - (N, K)
             raise ShapeError(
-                f"The model puts out scores of shape {logits.shape[1:]}.",
-                f"The data {self.data.name} has {len(self.data.classes)} classes.",
-                "Give the model a head for these classes.",
+                f"The model returns logits of shape {logits.shape[1:]}; the data {self.data.name} has "
+                f"{len(self.data.classes)} classes.",
+                fix="Give the model a head for these classes.",
             )
         return framework.count(model, framework.tensor(self.example))
 
     def check_alive(self, key: str, record: dict[str, Any], fix: str = TRAIN_BETTER) -> None:
-        """Refuse a model that answers one class for everything, or no better than chance.
+        """Refuse a trained model that predicts one class for all samples, or is not better than chance.
 
         Args:
-            key: of the stage.
-            record: of the stage, with its accuracy on the test part.
-            fix: the advice of the error.
+            key: stage.
+            record: record of the stage, with the accuracy on the test part.
+            fix: fix of the error.
 
         Raises:
-            NumericError: it does.
+            NumericError: the model is such a model.
         """
         chance = record["chance"]
         value, n = record["accuracy"]["value"], record["accuracy"]["n"]
@@ -172,12 +173,13 @@ class Job:
             balanced = record.get("balanced_accuracy")
             more = "" if balanced is None else f", balanced accuracy {balanced:.1%}"
             raise NumericError(
-                f"The model is dead after the stage {key!r}: {value:.1%} of {n} right, chance is {chance:.1%}{more}.",
-                "It says one class for every sample." if record["one_class"] else "It guesses.",
+                f"The model is unusable after the stage {key!r}: {value:.1%} of {n} correct, "
+                f"chance is {chance:.1%}{more}.",
+                "It predicts one class for every sample." if record["one_class"] else "It is not better than chance.",
                 fix,
             )
 
     def logits(self, key: str) -> NDArray[Any]:
-        """The scores on the test part that a finished stage has stored."""
-        found: NDArray[Any] = np.load(self.folder / "checkpoints" / key / "done" / LOGITS, allow_pickle=False)
-        return found
+        """Return the logits on the test part that a finished stage has stored."""
+        logits: NDArray[Any] = np.load(self.folder / "checkpoints" / key / "done" / LOGITS, allow_pickle=False)
+        return logits

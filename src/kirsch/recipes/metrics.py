@@ -1,4 +1,4 @@
-"""metrics.json: every number of a run, for the report and for other programs."""
+"""metrics.json: all numbers of a run, for the report and for other programs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from kirsch.recipes.job import Job
 
 MODELS = {"teacher": "teacher", "distill": "student", "prune": "pruned", "recover": "recovered", "export": "exported"}
-"""Stage → the model that it makes."""
+"""Stage → name of the model that it produces."""
 
 
 def metrics_of(job: Job, environment: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """All numbers of a finished run."""
+    """Return all numbers of a finished run."""
     records = job.records
     pruned = records.get("prune")
     return {
@@ -30,7 +30,7 @@ def metrics_of(job: Job, environment: dict[str, Any], seconds: float) -> dict[st
         "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "seconds": seconds,
         "goal": _goal(job),
-        **of_records(records),
+        **metrics_of_records(records),
         "quality": _quality(job),
         "measured": _measured(job, environment),
         "not_measured": _not_measured(job),
@@ -43,8 +43,8 @@ def metrics_of(job: Job, environment: dict[str, Any], seconds: float) -> dict[st
     }
 
 
-def of_records(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the parts of the metrics that follow from the records of the stages alone."""
+def metrics_of_records(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the part of the metrics that depends only on the records of the stages."""
     pruned = records.get("prune")
     return {
         "models": _models(records),
@@ -66,7 +66,7 @@ def of_records(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _final(records: Mapping[str, dict[str, Any]]) -> str:
-    """The last stage that has a quality."""
+    """Return the last stage whose model was evaluated."""
     return [key for key, record in records.items() if "accuracy" in record][-1]
 
 
@@ -75,31 +75,31 @@ def _goal(job: Job) -> dict[str, Any]:
     items = []
     if recipe.prune is not None and "prune" in records:
         start = records["distill" if "distill" in records else "teacher"]
-        of = "student" if "distill" in records else "teacher"
+        reference = "student" if "distill" in records else "teacher"
         for limit, field, word in (
             (recipe.prune.goal.macs, "macs", "MACs"),
             (recipe.prune.goal.params, "parameters", "parameters"),
         ):
             if limit is not None:
                 value = records["prune"][field] / max(start[field], 1)
-                text = f"{word} {figures.percent(value)} of the {of}, goal ≤ {figures.percent(limit, 0)}"
+                text = f"{word} {figures.percent(value)} of the {reference}, goal ≤ {figures.percent(limit, 0)}"
                 items.append(_item(field, text, limit, value, met=value <= limit))
     final = _final(records)
     if recipe.goal.max_drop is not None:
         drop = records["teacher"]["accuracy"]["value"] - records[final]["accuracy"]["value"]
-        found = paired(job.logits("teacher"), job.logits(final), job.data.test.labels)
+        comparison = paired(job.logits("teacher"), job.logits(final), job.data.test.labels)
         change = f"accuracy drop {figures.points(drop)}" if drop >= 0 else f"accuracy gain {figures.points(-drop)}"
         text = f"{change} against the teacher, goal ≤ {figures.points(recipe.goal.max_drop)}"
         before, after = (records[key].get("balanced_accuracy") for key in ("teacher", final))
-        if before is not None and after is not None:  # of uneven classes, accuracy may hide that a rare one is lost
+        if before is not None and after is not None:  # accuracy may hide the loss of a rare class
             text += f" (balanced accuracy {figures.percent(before)} → {figures.percent(after)})"
         met = drop <= recipe.goal.max_drop + 1e-12
-        items.append(_item("max_drop", text, recipe.goal.max_drop, drop, met=met, doubt=found.text))
+        items.append(_item("max_drop", text, recipe.goal.max_drop, drop, met=met, significance=comparison.text))
     if recipe.goal.speedup is not None and "measure" in records:
-        gain = records["measure"]["race"]["speedups"]["exported"]
-        text = f"{figures.ratio(**gain)} the speed of the teacher, goal ≥ {figures.digits(recipe.goal.speedup)}×"
-        met = gain["value"] >= recipe.goal.speedup
-        items.append(_item("speedup", text, recipe.goal.speedup, gain["value"], met=met))
+        speedup = records["measure"]["race"]["speedups"]["exported"]
+        text = f"{figures.ratio(**speedup)} the speed of the teacher, goal ≥ {figures.digits(recipe.goal.speedup)}×"
+        met = speedup["value"] >= recipe.goal.speedup
+        items.append(_item("speedup", text, recipe.goal.speedup, speedup["value"], met=met))
     return {
         "met": all(item["met"] for item in items),
         "text": goal_text(job) or "no goal was set",
@@ -107,12 +107,12 @@ def _goal(job: Job) -> dict[str, Any]:
     }
 
 
-def _item(name: str, text: str, limit: float, value: float, *, met: bool, doubt: str = "") -> dict[str, Any]:
-    return {"name": name, "text": text, "limit": limit, "value": value, "met": met, "doubt": doubt}
+def _item(name: str, text: str, limit: float, value: float, *, met: bool, significance: str = "") -> dict[str, Any]:
+    return {"name": name, "text": text, "limit": limit, "value": value, "met": met, "doubt": significance}
 
 
 def goal_text(job: Job) -> str:
-    """What is wanted, in one line."""
+    """Return all goals of a recipe in one line."""
     recipe = job.recipe
     parts = []
     if recipe.prune is not None:
@@ -226,10 +226,10 @@ def _measured(job: Job, environment: dict[str, Any]) -> dict[str, Any]:
 def _not_measured(job: Job) -> list[str]:
     out = []
     if "measure" not in job.records:
-        out.append("Latency: the recipe has no file exported and timed.")
+        out.append("Latency: the recipe does not export and measure a file.")
     else:
-        out.append("Other runtimes and machines: times hold for the one named here.")
-    out.append(f"Other seeds: one training run with seed {job.recipe.seed}; another seed gives other figures.")
+        out.append("Other runtimes and machines: the times hold only for the runtime and machine of this report.")
+    out.append(f"Other seeds: there is one training run, with seed {job.recipe.seed}; results differ between seeds.")
     out.append("Energy, and peak memory on the device.")
-    out.append("Data unlike the test part: other sources, noise, drift.")
+    out.append("Data that differs from the test part: other sources, noise, drift.")
     return out

@@ -15,8 +15,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, UsageError, said
-from kirsch.failures import told
+from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, UsageError, error_text
+from kirsch.failures import error_with_location
 from kirsch.frameworks.formats import describe
 from kirsch.frameworks.port import framework_of, pytorch
 from kirsch.graph.graph import InputSpec
@@ -27,31 +27,31 @@ if TYPE_CHECKING:
 
 
 FAILURES = (Exception, SystemExit)
-"""What a user's file may raise; one that is also a script may call sys.exit, and that code is no exit code of ours."""
+"""What a user's file may raise. A script may call sys.exit; its exit code must not become that of Kirsch."""
 
 
 def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: str = "random") -> Any:
-    """The model that a reference names.
+    """Build the model of a reference.
 
     Args:
         reference: "package.module:callable", "file.py:callable" or "timm:NAME". The callable takes no arguments and
-            gives the model, with its weights if it has any.
-        base: folder that files are relative to; the working folder if left out.
-        seed: of random initial weights.
-        weights: of timm models: "random", "pretrained" (downloaded by timm), or a safetensors file.
+            returns the model, with its weights if it has any.
+        base: folder that files are relative to; the working folder by default.
+        seed: seed of random initial weights.
+        weights: for timm models: "random", "pretrained" (downloaded by timm), or a safetensors file.
 
     Raises:
-        UsageError: the reference has another form.
-        LoadError: there is no such file, module, callable or model.
-        ModelError: the callable fails, or gives something that is no model.
+        UsageError: the reference has another form, or names a model or a callable with arguments.
+        LoadError: the file, module, callable or timm model does not exist.
+        ModelError: the callable fails, or does not return a model.
     """
     kind, colon, name = reference.rpartition(":")
     _refuse_files(reference, base or Path())
     if not colon or not kind or not name:
         raise UsageError(
-            f"{reference!r} names no model.",
-            "Its form is package.module:callable, file.py:callable or timm:NAME.",
-            "For example timm:resnet18.",
+            f"{reference!r} is not a reference to a model.",
+            "A reference is package.module:callable, file.py:callable or timm:NAME.",
+            "For example, give timm:resnet18.",
         )
     if kind == "timm":
         from_file = weights not in ("random", "pretrained")
@@ -62,32 +62,32 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
     maker = resolve(reference, base=base)
     _check_takes_no_arguments(maker, reference)
     try:
-        with contained():
+        with preserved_process_state():
             model = pytorch().seeded(maker, seed)
     except KirschError:
         raise
     except FAILURES as error:
-        raise ModelError(f"{reference} failed.", told(error), "Repair the callable.") from error
-    framework_of(model)  # something that is no model is named here
+        raise ModelError(f"{reference} failed.", error_with_location(error), "Fix the callable.") from error
+    framework_of(model)  # raises an error if this is not a model
     return model
 
 
 def _check_takes_no_arguments(builder: Any, reference: str) -> None:
-    """Refuse a model, or a class or function with arguments, in place of a function that returns a model."""
+    """Refuse a model, or a callable with arguments, in place of a callable that builds a model."""
     kind, _, name = reference.rpartition(":")
     if _is_model(builder):
         raise ModelError(
-            f"{reference} is a model, and a function that returns one is needed.",
-            fix=f"Add `def build(): return {name}` to it, and give {kind}:build.",
+            f"{reference} is a model; expected a function that returns a model.",
+            fix=f"Add `def build(): return {name}` to the file, and give {kind}:build.",
         )
     try:
         inspect.signature(builder).bind()
     except TypeError as error:
         raise ModelError(
             f"{reference} cannot be called without arguments: {error}.",
-            fix=f"Add `def build(): return {name}(...)` to it, and give {kind}:build.",
+            fix=f"Add `def build(): return {name}(...)` to the file, and give {kind}:build.",
         ) from None
-    except ValueError:  # a callable of C, which states no arguments
+    except ValueError:  # a callable written in C without a signature
         return
 
 
@@ -99,31 +99,31 @@ def _is_model(value: Any) -> bool:
     return True
 
 
-def is_text(name: Any) -> bool:
-    """Whether a name is a text that UTF-8 can hold; half of a surrogate pair, or a byte that is no text, is not."""
+def is_valid_text(name: Any) -> bool:
+    """Return whether a value is a string that UTF-8 can encode; lone surrogates cannot be encoded."""
     return isinstance(name, str) and name.encode(errors="replace").decode() == name
 
 
 @contextlib.contextmanager
-def contained() -> Iterator[None]:
-    """Keep the working folder and the filters of warnings as they are, whatever code of the user does to them."""
-    here = Path.cwd()
+def preserved_process_state() -> Iterator[None]:
+    """Restore the working folder and the warning filters after code of the user has run."""
+    folder = Path.cwd()
     try:
         with warnings.catch_warnings():
             yield
     finally:
-        os.chdir(here)
+        os.chdir(folder)
 
 
 def _refuse_files(reference: str, base: Path) -> None:
-    """Say of a file or folder that is given in place of a model what it is.
+    """Refuse a file or folder in place of a reference to a model.
 
     Raises:
-        ModelError: the reference is a file, other than one of Python with a callable.
+        ModelError: the reference is a file or folder, other than a Python file with a callable; describes the format.
     """
     kind = reference.rpartition(":")[0]
     for text in (reference, kind):
-        # A package of the working folder is a folder, too, and may bear the name of a library of models.
+        # The part before the colon may also be a package in the working folder.
         named = text and not text.endswith(".py") and (text == reference or not (base / text).is_dir())
         found = describe(base / text) if named else None
         if found is not None:
@@ -131,31 +131,32 @@ def _refuse_files(reference: str, base: Path) -> None:
 
 
 def random_weights(reference: str, seed: int) -> str:
-    """A sentence where a trained model is expected and a reference gives one with random weights; else empty."""
+    """Return a note if a reference builds an untrained model; otherwise an empty string."""
     if not reference.startswith("timm:"):
         return ""
     name = reference.partition(":")[2]
     return (
-        f"The weights of {reference} are random (seed {seed}), and it is not trained here. Trained ones come from a "
-        f'callable in a file, model: file.py:callable, that returns timm.create_model("{name}", pretrained=True).'
+        f"The weights of {reference} are random (seed {seed}), and the recipe does not train the model. For trained "
+        f'weights write a callable that returns timm.create_model("{name}", pretrained=True), and refer to it: '
+        "model: file.py:callable."
     )
 
 
 def resolve(reference: str, *, base: Path | None = None) -> Callable[[], Any]:
-    """The callable that a reference names, by module or file."""
+    """Return the callable that a reference names, from a module or a file."""
     kind, _, name = reference.rpartition(":")
     module = _from_file((base or Path()) / kind) if kind.endswith(".py") else _module(kind)
     if not callable(getattr(module, name, None)):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         unknown = UnknownNameError(f"callable of {kind} named", name, public)
         raise LoadError(unknown.what, unknown.why, unknown.fix)
-    found: Callable[[], Any] = getattr(module, name)
-    return found
+    maker: Callable[[], Any] = getattr(module, name)
+    return maker
 
 
 def _module(name: str) -> ModuleType:
     try:
-        with contained():
+        with preserved_process_state():
             return importlib.import_module(name)
     except KirschError:
         raise
@@ -164,51 +165,51 @@ def _module(name: str) -> ModuleType:
             f"The module {name!r} cannot be imported.", f"{error}.", "Install it, or give a file: file.py:callable."
         ) from error
     except FAILURES as error:
-        raise LoadError(f"The module {name!r} fails.", told(error), "Repair it.") from error
+        raise LoadError(f"The module {name!r} fails.", error_with_location(error), "Fix the module.") from error
 
 
 def _from_file(path: Path) -> ModuleType:
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:
-        why = "" if isinstance(error, FileNotFoundError) else said(error)
+        why = "" if isinstance(error, FileNotFoundError) else error_text(error)
         what = "cannot be read" if why else "does not exist"
         raise LoadError(f"The file {path} {what}.", why, "Check the path; it is relative to the recipe.") from error
-    if not is_text(str(path.resolve())):
+    if not is_valid_text(str(path.resolve())):
         raise LoadError(
             f"The path of the file {str(path.resolve())!r} is not valid text.",
-            "PyTorch, which notes the place of each operation, cannot read it.",
-            "Rename the file or folder whose name is not.",
+            "PyTorch records the source file of each operation, and cannot read such a path.",
+            "Rename the file or folder.",
         )
-    # A name of its own for each path and content: two files called model.py are two modules, and a file that was
-    # changed since it was loaded is another one, so that what runs is what `source_hash` is of.
+    # The name depends on path and content: two files called model.py are two modules, and a file that has changed is
+    # loaded again, so that the loaded code is that of `source_hash`.
     identity = hashlib.sha256(str(path.resolve()).encode() + content)
     name = f"kirsch_user_{path.stem}_{identity.hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise LoadError(f"The file {path} is no Python file.")
+        raise LoadError(f"The file {path} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    neighbors = str(path.resolve().parent)
-    sys.path.insert(0, neighbors)  # so that it can import them
+    parent = str(path.resolve().parent)
+    sys.path.insert(0, parent)  # the file may import modules beside it
     try:
-        with contained():
+        with preserved_process_state():
             spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
         if isinstance(error, KirschError) or not isinstance(error, FAILURES):
             raise
-        raise LoadError(f"The file {path} fails.", told(error), "Repair it.") from error
+        raise LoadError(f"The file {path} fails.", error_with_location(error), "Fix the file.") from error
     finally:
-        with contextlib.suppress(ValueError):  # the file may have taken it out
-            sys.path.remove(neighbors)
+        with contextlib.suppress(ValueError):  # the file may have removed the entry
+            sys.path.remove(parent)
     return module
 
 
 def source_hash(reference: str, *, base: Path | None = None) -> str:
-    """A hash that changes when the file behind a reference changes; the reference itself for anything else."""
+    """Return a hash of the file that a reference names; for other references, the reference itself."""
     kind = reference.rpartition(":")[0]
     path = (base or Path()) / kind
     is_file = kind.endswith(".py") and os.path.isfile(path)  # noqa: PTH113 - false for a name that no file can have
@@ -216,10 +217,10 @@ def source_hash(reference: str, *, base: Path | None = None) -> str:
 
 
 def example_shape(reference: str, model: Any, *, base: Path | None = None) -> tuple[int, ...] | None:
-    """The shape of one sample batch, if the model says: `example_shape` on model or callable, or timm's default.
+    """Return the input shape that a model states: `example_shape` of the model or callable, or timm's default.
 
     Raises:
-        ModelError: what is stated is not a shape.
+        ModelError: `example_shape` is not a shape.
     """
     stated = getattr(model, "example_shape", None)
     if stated is None and not reference.startswith("timm:"):
@@ -233,17 +234,17 @@ def example_shape(reference: str, model: Any, *, base: Path | None = None) -> tu
     if not sizes or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
         raise ModelError(
             f"The example_shape of {reference} is {stated!r}.",
-            "It is the shape of one batch of inputs: whole numbers above 0, the first of which is the batch.",
+            "Expected the shape of one batch of inputs: positive integers, the first of which is the batch size.",
             "Write, for example, example_shape = (1, 3, 224, 224).",
         )
     return tuple(int(size) for size in sizes)
 
 
 def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> Any:
-    """Example inputs that a model states, as the framework takes them; None where it states none.
+    """Return example inputs in the form that a model states; None if the model states no form.
 
-    They are random numbers of its `example_shape`; else its `dummy_inputs`, a dict, an array or a tuple of arrays, or,
-    for a model of transformers, images of the size in its configuration.
+    The inputs are random numbers of its `example_shape`; otherwise its `dummy_inputs` (a dict, an array or a tuple of
+    arrays), or, for a vision model of transformers, images of the size in its configuration.
     """
     framework = framework_of(model)
     sizes = example_shape(reference, model, base=base)
@@ -259,7 +260,7 @@ def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> An
         return framework.inputs_like([InputSpec(main, image, "float32")], model)
     dummies = getattr(model, "dummy_inputs", None)
     if isinstance(dummies, Mapping):
-        named = main in dummies or not hasattr(model, "main_input_name")  # else some are of another part of the model
+        named = main in dummies or not hasattr(model, "main_input_name")  # otherwise they may be those of another part
         return {name: _one_sample(value) for name, value in dummies.items()} if named and dummies else None
     arrays = dummies if isinstance(dummies, (tuple, list)) else (dummies,)
     return tuple(map(_one_sample, arrays)) if arrays and all(hasattr(array, "shape") for array in arrays) else None

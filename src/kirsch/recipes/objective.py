@@ -1,6 +1,6 @@
-"""What a student learns, as a recipe says it: a preset by its name, or terms with their weights.
+"""Objective section of a recipe: the name of a preset, or terms with their weights.
 
-The losses are loaded only where a recipe states an objective: they take longer than all the rest of its reading.
+The losses are imported only if a recipe has an objective: their import takes longer than reading the recipe.
 """
 
 from __future__ import annotations
@@ -19,117 +19,118 @@ if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
     from kirsch.registry import Registry
 
-Places = str | list[str] | dict[str, str]
-"""A layer, several for losses of stages or relations, or one by name for those of sets."""
+Layers = str | list[str] | dict[str, str]
+"""A layer, a list of layers for losses of stages or relations, or a dict of layers for losses of sets."""
 
 
-class Stated(Section):
-    """A section that is written as it was stated: what is left out has the default of what it stands in."""
+class SparseSection(Section):
+    """Section that is written without its unset keys, whose defaults depend on the other keys."""
 
     @model_serializer(mode="wrap")
-    def _stated(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_unset_keys(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: value for name, value in write(self).items() if value is not None}
 
 
-class RampOf(Stated):
-    """A number that goes in a line from start to end over some epochs."""
+class RampSection(SparseSection):
+    """Number that changes linearly over some epochs. Its keys are the fields of `Ramp`."""
 
-    start: AtLeastZero = Field(description="where it begins")
-    end: AtLeastZero = Field(description="where it stays")
-    epochs: Positive = Field(description="over how many epochs")
-    after: AtLeastZero | None = Field(None, description="epochs before it begins to move")
-
-
-Weight = AtLeastZero | RampOf | None
+    start: AtLeastZero = Field(description="first value")
+    end: AtLeastZero = Field(description="last value")
+    epochs: Positive = Field(description="epochs from the first to the last value")
+    after: AtLeastZero | None = Field(None, description="epochs at the first value before the change")
 
 
-class TermOf(Stated):
-    """One distillation loss. Its keys are the fields of `Term`."""
+Weight = AtLeastZero | RampSection | None
 
-    loss: str | None = Field(None, description="its name; kd")
-    weight: Weight = Field(None, description="how much it counts; 0.9")
-    temperature: Positive | RampOf | None = Field(None, description="of the loss; its own")
-    student: Places | None = Field(None, description="where in the student; logits")
-    teacher: Places | None = Field(None, description="where in the teacher; the same")
-    adapter: str | None = Field(None, description="what joins shapes that differ; auto")
-    options: dict[str, Any] | None = Field(None, description="of the loss")
-    adapter_options: dict[str, Any] | None = Field(None, description="of the adapter")
-    name: str | None = Field(None, description="in records; that of the loss")
-    of: int | None = Field(None, description="which of several teachers; a recipe has one, 0")
+
+class TermSection(SparseSection):
+    """Term of an objective: one distillation loss. Its keys are the fields of `Term`."""
+
+    loss: str | None = Field(None, description="name of the loss; kd")
+    weight: Weight = Field(None, description="weight of the loss; 0.9")
+    temperature: Positive | RampSection | None = Field(None, description="temperature of the loss; its default")
+    student: Layers | None = Field(None, description="layer of the student; logits")
+    teacher: Layers | None = Field(None, description="layer of the teacher; the student's")
+    adapter: str | None = Field(None, description="adapter between shapes that differ; auto")
+    options: dict[str, Any] | None = Field(None, description="options of the loss")
+    adapter_options: dict[str, Any] | None = Field(None, description="options of the adapter")
+    name: str | None = Field(None, description="name in records; that of the loss")
+    of: int | None = Field(None, description="number of the teacher; a recipe has one, 0")
 
     @field_validator("loss")
     @classmethod
     def _known_loss(cls, name: str | None) -> str | None:
         from kirsch.distillation.losses import LOSSES  # noqa: PLC0415 - see the head of this file
 
-        return _known(LOSSES, name)
+        return _check_known(LOSSES, name)
 
     @validated(mode="after")
-    def _possible(self) -> Self:
+    def _check_term(self) -> Self:
         from kirsch.distillation.objective import Objective  # noqa: PLC0415 - see the head of this file
 
-        _made(lambda: Objective.from_dict({"terms": [self.model_dump()]}))
+        _check_builds(lambda: Objective.from_dict({"terms": [self.model_dump()]}))
         return self
 
 
-class Learning(Stated):
-    """A preset, perhaps with other numbers; or terms. Its keys are the fields of `Objective`."""
+class ObjectiveSection(SparseSection):
+    """Objective: a preset, optionally with changed numbers, or terms. Its keys are the fields of `Objective`."""
 
-    preset: str | None = Field(None, description="a published objective by its name")
-    terms: tuple[TermOf, ...] | None = Field(None, description="losses against the teacher")
-    label_weight: Weight = Field(None, description="of the loss on labels")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = Field(None, description="of the labels")
-    label_loss: str | None = Field(None, description="on labels; cross-entropy")
-    causal: bool | None = Field(None, description="each position predicts the next one")
-    ignore: int | None = Field(None, description="the label that stands for none; -100")
+    preset: str | None = Field(None, description="name of a published objective")
+    terms: tuple[TermSection, ...] | None = Field(None, description="losses that compare student and teacher")
+    label_weight: Weight = Field(None, description="weight of the loss on labels")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = Field(
+        None, description="smoothing of the labels"
+    )
+    label_loss: str | None = Field(None, description="loss on labels; cross-entropy")
+    causal: bool | None = Field(None, description="each position predicts the next token")
+    ignore: int | None = Field(None, description="label of positions without a target; -100")
     balance: Literal["fixed", "gradient"] | None = Field(None, description="gradient: weights scale the gradients")
-    teachers: str | None = Field(None, description="how several are combined; probabilities")
+    teachers: str | None = Field(None, description="how several teachers are combined; probabilities")
     student_outputs: str | None = Field(None, description="logits or probabilities")
-    teacher_outputs: str | list[str | None] | None = Field(None, description="the same; or a list, one for each")
+    teacher_outputs: str | list[str | None] | None = Field(
+        None, description="logits or probabilities; or a list with one entry per teacher"
+    )
 
     @validated(mode="wrap")
     @classmethod
-    def _by_name(cls, given: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
-        return build({"preset": given} if isinstance(given, str) else given)
+    def _from_name(cls, value: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        return build({"preset": value} if isinstance(value, str) else value)
 
     @field_validator("preset")
     @classmethod
     def _known_preset(cls, name: str | None) -> str | None:
         from kirsch.distillation.presets import PRESETS  # noqa: PLC0415 - see the head of this file
 
-        return _known(PRESETS, name)
+        return _check_known(PRESETS, name)
 
     @validated(mode="after")
-    def _possible(self) -> Self:
+    def _check_objective(self) -> Self:
         if (self.preset is None) == (self.terms is None):
-            both = (
-                "a preset and terms are stated" if self.preset is not None else "neither a preset nor terms are stated"
-            )
-            raise ValueError(f"{both}; give one of them, such as dkd or {{terms: [{{loss: kd, weight: 0.9}}]}}")
-        _made(self.objective)
+            problem = "preset and terms are both given" if self.preset is not None else "neither preset nor terms"
+            raise ValueError(f"{problem}; give one of them, such as dkd or {{terms: [{{loss: kd, weight: 0.9}}]}}")
+        _check_builds(self.objective)
         return self
 
     def objective(self) -> Objective:
-        """As training takes it."""
+        """Return the `Objective` of this section."""
         from kirsch.distillation.objective import Objective  # noqa: PLC0415 - see the head of this file
 
-        stated: dict[str, Any] = self.model_dump()
-        preset = stated.pop("preset", None)
+        fields: dict[str, Any] = self.model_dump()
+        preset = fields.pop("preset", None)
         if preset is None:
-            return Objective.from_dict(stated)
-        numbers = Objective.from_dict({"label_weight": 1.0, **stated})  # a ramp becomes what objectives know
-        return Objective.preset(preset, **{name: getattr(numbers, name) for name in stated})
+            return Objective.from_dict(fields)
+        parsed = Objective.from_dict({"label_weight": 1.0, **fields})  # turns the dict of a ramp into a `Ramp`
+        return Objective.preset(preset, **{name: getattr(parsed, name) for name in fields})
 
 
-def _known(registry: Registry[Any], name: str | None) -> str | None:
-    """The name, if there is such a thing."""
+def _check_known(registry: Registry[Any], name: str | None) -> str | None:
     if name is not None:
-        _made(lambda: registry[name])
+        _check_builds(lambda: registry[name])
     return name
 
 
-def _made(build: Callable[[], Any]) -> None:
-    """Build something, so that pydantic hears of what is wrong with it, in the place where it stands."""
+def _check_builds(build: Callable[[], Any]) -> None:
+    """Turn a usage error into a ValueError, which pydantic reports together with the key."""
     try:
         build()
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""A whole job as data."""
+"""Recipe of a run: its sections, reading and writing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pydantic import (
 
 from kirsch.errors import RecipeError, UsageError, nearest
 from kirsch.frameworks.training import Training
-from kirsch.recipes.objective import Learning, Stated
+from kirsch.recipes.objective import ObjectiveSection, SparseSection
 from kirsch.recipes.section import AtLeastZero, Count, Fraction, Positive, Section
 from kirsch.recipes.yaml import dump, read, scalar
 
@@ -30,54 +30,54 @@ if TYPE_CHECKING:
 
 BUILTIN = Path(__file__).parent / "builtin"
 ENVIRONMENT = "KIRSCH_RECIPE__"
-"""Environment variables that start with this change a recipe: KIRSCH_RECIPE__PRUNE__GOAL__MACS=0.4."""
+"""Prefix of environment variables that change a recipe, such as KIRSCH_RECIPE__PRUNE__GOAL__MACS=0.4."""
 
 
 class Train(Section):
-    """How to train."""
+    """Settings of a training run. Its keys are the fields of `kirsch.Training`."""
 
     epochs: Count = Field(10, description="passes over the data")
     learning_rate: Positive = Field(0.05, description="peak learning rate")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (momentum 0.9) or adamw")
-    weight_decay: AtLeastZero = Field(5e-4, description="on weights, not on biases and scales")
-    schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="of the learning rate")
-    milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="of multistep, as fractions of the run")
-    warmup_epochs: AtLeastZero = Field(0.0, description="linear warm-up")
+    weight_decay: AtLeastZero = Field(5e-4, description="weight decay, not on biases and normalization")
+    schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="schedule of the learning rate")
+    milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="for multistep, fractions of the run")
+    warmup_epochs: AtLeastZero = Field(0.0, description="epochs of linear warm-up")
     clip_norm: Positive | None = Field(None, description="largest gradient norm; null: no limit")
-    accumulate: Count = Field(1, description="batches whose gradients make one step")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of what may be computed in 16 bits")
-    ema: Fraction | None = Field(None, description="what a moving average of the weights keeps at a step; null: none")
+    accumulate: Count = Field(1, description="batches per optimizer step")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="bf16 and fp16: mixed precision")
+    ema: Fraction | None = Field(None, description="decay of a moving average of the weights; null: none")
 
     def settings(self, seed: int) -> Training:
-        """As the training loop takes it."""
+        """Return the `Training` of this section."""
         return Training(**self.model_dump(), seed=seed)
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
-        """What the training loop would refuse is refused before anything has been trained."""
+    def _check_settings(self) -> Self:
+        """Refuse settings that `Training` refuses."""
         try:
             self.settings(0)
         except UsageError as error:
-            raise ValueError(error) from error
+            raise ValueError(error.what) from error
         return self
 
 
 class Data(Section):
-    """What the models serve."""
+    """Data that the models are trained and evaluated on."""
 
     source: str = Field(
         "digits",
         description=(
-            "digits, cifar10, file.py:callable or package.module:callable; the callable returns a kirsch.DataSet, and "
-            "is given the options as keywords, and the seed of the recipe as seed= if it has such an argument"
+            "digits, cifar10, file.py:callable or package.module:callable; the callable returns a kirsch.DataSet and "
+            "takes the options as keyword arguments, and the recipe's seed if it has a parameter seed"
         ),
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the source")
-    batch_size: Count = Field(64, description="samples a training step")
+    batch_size: Count = Field(64, description="samples per training step")
 
 
 Outputs = Literal["logits", "probabilities"] | None
-OUTPUTS = "logits, or probabilities if it ends in a softmax; null: logits, and probabilities are an error"
+OUTPUTS = "logits, or probabilities if the model ends in a softmax; null: logits"
 
 
 class Teacher(Section):
@@ -85,50 +85,50 @@ class Teacher(Section):
 
     model: str = Field(description="package.module:callable, file.py:callable or timm:NAME")
     outputs: Outputs = Field(None, description=OUTPUTS)
-    train: Train | None = Field(None, description="null: it comes trained")
+    train: Train | None = Field(None, description="null: the model is already trained")
 
 
 class Distill(Section):
-    """Learning from the teacher."""
+    """Training of a student on its teacher."""
 
-    temperature: Positive | None = Field(None, description="softens both models' scores; 4.0")
-    weight: AtLeastZero | None = Field(None, le=1, description="of the soft targets, the rest is for labels; 0.9")
-    objective: Learning | None = Field(
+    temperature: Positive | None = Field(None, description="temperature of both models' logits; 4.0")
+    weight: AtLeastZero | None = Field(None, le=1, description="weight of the soft targets, 1 - weight for labels; 0.9")
+    objective: ObjectiveSection | None = Field(
         None,
         description=(
-            "instead of these two: dkd, or {preset: at, label_weight: 0.5}, or {terms: [{loss: kd, weight: 0.9}], "
-            "label_weight: 0.1}; see `kirsch methods`"
+            "in place of temperature and weight: dkd, or {preset: at, label_weight: 0.5}, or "
+            "{terms: [{loss: kd, weight: 0.9}], label_weight: 0.1}; see `kirsch methods`"
         ),
     )
-    train: Train = Field(default_factory=Train, description="how to train")
+    train: Train = Field(default_factory=Train, description="training settings")
 
     @model_validator(mode="before")
     @classmethod
-    def _filled(cls, given: Any) -> Any:
-        """The numbers of plain soft targets, where these are meant."""
-        if not isinstance(given, dict) or given.get("objective") is not None:
-            return given
-        plain = {"temperature": 4.0, "weight": 0.9}
-        return {**given, **{name: number for name, number in plain.items() if given.get(name) is None}}
+    def _with_defaults(cls, values: Any) -> Any:
+        """Fill in temperature and weight if there is no objective."""
+        if not isinstance(values, dict) or values.get("objective") is not None:
+            return values
+        defaults = {"temperature": 4.0, "weight": 0.9}
+        return {**values, **{name: number for name, number in defaults.items() if values.get(name) is None}}
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        stated = [name for name in ("temperature", "weight") if getattr(self, name) is not None]
-        if self.objective is not None and stated:
+    def _check_no_duplicate_settings(self) -> Self:
+        numbers = [name for name in ("temperature", "weight") if getattr(self, name) is not None]
+        if self.objective is not None and numbers:
             raise ValueError(
-                f"{' and '.join(stated)} beside an objective; leave them out, or null, and state such numbers in the "
-                "objective"
+                f"{' and '.join(numbers)} cannot be combined with an objective; remove them, and set such numbers in "
+                "the objective"
             )
         return self
 
-    def learned(self) -> Objective:
-        """What is learned, as training takes it."""
+    def as_objective(self) -> Objective:
+        """Return the `Objective` of this section."""
         from kirsch.distillation.objective import Objective  # noqa: PLC0415 - see `kirsch.recipes.objective`
 
         if self.objective is not None:
             return self.objective.objective()
         if self.temperature is None or self.weight is None:
-            raise RuntimeError("a section without an objective has both numbers")
+            raise RuntimeError("a section without an objective has a temperature and a weight")
         return Objective.kd(self.temperature, self.weight)
 
 
@@ -137,114 +137,116 @@ class Student(Section):
 
     model: str = Field(description="package.module:callable, file.py:callable or timm:NAME")
     outputs: Outputs = Field(None, description=OUTPUTS)
-    distill: Distill = Field(default_factory=Distill, description="learning from the teacher")
+    distill: Distill = Field(default_factory=Distill, description="training on the teacher")
 
 
 class PruneGoal(Section):
-    """What the pruned model may cost, as fractions of the model before pruning."""
+    """Limits of the pruned model, as fractions of the model before pruning."""
 
     macs: Fraction | None = Field(None, description="multiply-accumulates")
     params: Fraction | None = Field(None, description="parameters")
 
 
 class Prune(Section):
-    """What to remove."""
+    """Pruning of units."""
 
-    goal: PruneGoal = Field(description="fractions of the model before pruning")
-    importance: str = Field("magnitude", description="what ranks the units: magnitude, random")
-    norm: Literal[1, 2] = Field(2, description="of magnitude")
-    scope: Literal["global", "local"] = Field("global", description="rank all layers together, or each by itself")
+    goal: PruneGoal = Field(description="limits, as fractions of the model before pruning")
+    importance: str = Field("magnitude", description="importance of units: magnitude, random")
+    norm: Literal[1, 2] = Field(2, description="norm of the importance magnitude")
+    scope: Literal["global", "local"] = Field(
+        "global", description="rank units of all layers together, or of each layer"
+    )
     round_to: Count | Literal["auto"] | dict[str, Count] = Field(
-        "auto", description="kept widths are multiples of this; or by kind of unit"
+        "auto", description="kept widths are multiples of this number; or a number by kind of unit"
     )
     granularity: tuple[str, ...] | dict[str, AtLeastZero] | None = Field(
-        None, description="the kinds of units that may go, or by kind how readily; all"
+        None, description="kinds of units to prune, or a preference by kind; all"
     )
-    uniform: bool = Field(False, description="layers of one kind lose the same number of units")
-    exclude: tuple[str, ...] = Field((), description="layers to leave as they are; globs")
-    min_keep: Positive = Field(0.1, le=1, description="fraction of each group that stays in any case")
+    uniform: bool = Field(False, description="remove the same number of units from all layers of a kind")
+    exclude: tuple[str, ...] = Field((), description="layers not to prune; glob patterns")
+    min_keep: Positive = Field(0.1, le=1, description="smallest fraction of each group that is kept")
 
 
 class Export(Section):
-    """The file to ship."""
+    """Exported file."""
 
-    format: Literal["onnx"] = Field("onnx", description="of the file")
+    format: Literal["onnx"] = Field("onnx", description="format of the file")
 
 
 class Measure(Section):
-    """Where and how to time."""
+    """Measurement of latency."""
 
-    runtime: Literal["onnxruntime"] = Field("onnxruntime", description="the runtime that the file is for")
-    threads: Count = Field(1, description="of the runtime")
+    runtime: Literal["onnxruntime"] = Field("onnxruntime", description="runtime of the exported file")
+    threads: Count = Field(1, description="threads of the runtime")
     rounds: int = Field(30, ge=10, strict=True, description="interleaved rounds")
 
 
-class Wanted(Section):
-    """When the job is done well. The limits of prune.goal count as well."""
+class RunGoal(Section):
+    """Goals of a run. The limits of prune.goal are goals, too."""
 
-    max_drop: AtLeastZero | None = Field(None, lt=1, description="accuracy that may be lost: 0.01 is one point")
-    speedup: Positive | None = Field(None, description="over the teacher, on the runtime")
+    max_drop: AtLeastZero | None = Field(None, lt=1, description="allowed drop of accuracy: 0.01 is one point")
+    speedup: Positive | None = Field(None, description="smallest speedup over the teacher")
 
 
 class Recipe(Section):
-    """A whole job: teacher → student → prune → recover → export → measure. Sections that are null are left out."""
+    """Recipe of a run: teacher → student → prune → recover → export → measure. Sections that are null are skipped."""
 
-    version: Literal[1] = Field(1, description="of this format")
-    name: str = Field("recipe", min_length=1, max_length=200, description="for the run folder and the report")
-    seed: int = Field(0, ge=0, lt=2**63, strict=True, description="of everything random")
-    data: Data = Field(default_factory=Data, description="what the models serve")
+    version: Literal[1] = Field(1, description="version of the format")
+    name: str = Field("recipe", min_length=1, max_length=200, description="name in the run folder and the report")
+    seed: int = Field(0, ge=0, lt=2**63, strict=True, description="seed of all random numbers")
+    data: Data = Field(default_factory=Data, description="data of training and evaluation")
     teacher: Teacher = Field(description="the large model")
-    student: Student | None = Field(None, description="the small model; null: the teacher itself is made smaller")
-    prune: Prune | None = Field(None, description="what to remove from it")
-    recover: Distill | None = Field(None, description="training after the removal, on the teacher's scores")
-    export: Export | None = Field(default_factory=Export, description="the file to ship")
-    measure: Measure | None = Field(default_factory=Measure, description="where and how to time")
-    goal: Wanted = Field(default_factory=Wanted, description="when the job is done well")
+    student: Student | None = Field(None, description="the small model; null: the teacher itself is pruned")
+    prune: Prune | None = Field(None, description="pruning of the student, or of the teacher")
+    recover: Distill | None = Field(None, description="training on the teacher after pruning")
+    export: Export | None = Field(default_factory=Export, description="exported file")
+    measure: Measure | None = Field(default_factory=Measure, description="measurement of latency")
+    goal: RunGoal = Field(default_factory=RunGoal, description="goals of the run")
 
     @field_validator("goal")
     @classmethod
-    def _can_be_judged(cls, goal: Wanted, others: ValidationInfo) -> Wanted:
-        """A goal that nothing is held against would count as met."""
+    def _check_speedup_is_measured(cls, goal: RunGoal, others: ValidationInfo) -> RunGoal:
+        """Refuse a speedup goal without measurement, which would count as met."""
         if goal.speedup is not None and None in (others.data.get(name, "") for name in ("export", "measure")):
-            raise ValueError("a speedup is wanted, and without the sections export and measure nothing is timed")
+            raise ValueError("a speedup goal needs the sections export and measure")
         return goal
 
     def section_of(self, stage: str) -> Distill | None:
-        """The section of a stage that learns from the teacher, "distill" or "recover"; None where there is none."""
-        found = {"distill": self.student.distill if self.student else None, "recover": self.recover}
-        return found.get(stage)
+        """Return the section of the stage "distill" or "recover"; None if the recipe has no such stage."""
+        sections = {"distill": self.student.distill if self.student else None, "recover": self.recover}
+        return sections.get(stage)
 
     def objective_of(self, stage: str) -> Objective:
-        """What a stage that trains minimizes, with what its models are said to put out."""
+        """Return the objective of a training stage, with the outputs (logits or probabilities) of its models."""
         from kirsch.distillation.objective import Objective  # noqa: PLC0415 - see `kirsch.recipes.objective`
 
         section = self.section_of(stage)
         if section is None:
             return dataclasses.replace(Objective.labels(), student_outputs=self.teacher.outputs)
-        learned = section.learned()
+        objective = section.as_objective()
         return dataclasses.replace(
-            learned,
-            student_outputs=learned.student_outputs or (self.student or self.teacher).outputs,
-            teacher_outputs=learned.teacher_outputs or self.teacher.outputs,
+            objective,
+            student_outputs=objective.student_outputs or (self.student or self.teacher).outputs,
+            teacher_outputs=objective.teacher_outputs or self.teacher.outputs,
         )
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML text that reads back to it."""
+        """Return the recipe as YAML; `read_recipe` of the text returns an equal recipe."""
         return dump(self.model_dump(mode="json"))
 
 
 def read_recipe(
     source: str | Path, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> Recipe:
-    """A recipe from a file, changed by the environment and then by `a.b=value` overrides.
+    """Read a recipe, and apply changes from environment variables and then from `a.b=value` overrides.
 
     Args:
-        source: path of a file, or a YAML text as a str with a line break.
-        overrides: "prune.goal.macs=0.4"; values are read as YAML.
-        environment: variables by name; those that start with KIRSCH_RECIPE__ count.
+        source: path of a file as a `Path`, or YAML text as a `str`.
+        overrides: changes such as "prune.goal.macs=0.4"; values are read as YAML.
+        environment: environment variables; those that start with KIRSCH_RECIPE__ are used.
 
     Raises:
-        RecipeError: with every problem, each with its line, key, what was found and what is expected.
+        RecipeError: the recipe is not valid; lists every problem with its line, key, found and expected value.
     """
     document = read(source)
     data, lines = document.data, dict(document.lines)
@@ -257,7 +259,9 @@ def read_recipe(
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise RecipeError(
-                f"--set {text!r} is no change.", "Its form is a.b=value.", "Write --set prune.goal.macs=0.4."
+                f"--set {text!r} is not a change of a key.",
+                "Expected the form a.b=value.",
+                "For example, write --set prune.goal.macs=0.4.",
             )
         changes.append((key, value, f"--set {text}"))
     origins: dict[str, str] = {}
@@ -276,16 +280,16 @@ def recipe_of(
     lines: Mapping[str, int] = MappingProxyType({}),
     origins: Mapping[str, str] = MappingProxyType({}),
 ) -> Recipe:
-    """A recipe from plain data.
+    """Return the recipe of plain data.
 
     Args:
         data: sections by name.
-        name: of what holds them, for the sentence of an error.
-        lines: dotted key → line.
-        origins: dotted key → where it comes from, for what does not come from a line.
+        name: name of the source in error messages.
+        lines: dotted key → line in the source.
+        origins: dotted key → origin in error messages, for keys that are not from the source.
 
     Raises:
-        RecipeError: with every problem.
+        RecipeError: the recipe is not valid; lists every problem.
     """
     try:
         return Recipe.model_validate(data)
@@ -294,50 +298,50 @@ def recipe_of(
         many = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         raise RecipeError(
             f"The {name} has {many}:\n  " + "\n  ".join(problems),
-            fix="`kirsch init` writes a recipe that runs, with its sections and keys.",
+            fix="`kirsch init` writes a valid recipe with all sections and keys.",
         ) from None
 
 
 def _put(data: dict[str, Any], path: list[str], value: Any, origin: str) -> None:
-    here = data
+    section = data
     for name in path[:-1]:
-        inner = here.setdefault(name, {})
+        inner = section.setdefault(name, {})
         if inner is None:
-            inner = here[name] = {}
+            inner = section[name] = {}
         if not isinstance(inner, dict):
-            raise RecipeError(f"{origin}: {name!r} holds a value, not a section.")
-        here = inner
-    here[path[-1]] = value
+            raise RecipeError(f"{origin}: {name!r} is a value, not a section.")
+        section = inner
+    section[path[-1]] = value
 
 
 def _problem(details: Any, lines: Mapping[str, int], origins: Mapping[str, str]) -> str:
-    """One line for one problem."""
+    """Return one line that describes a problem found by pydantic."""
     path: list[str] = []
-    *above_it, last = details["loc"]
-    for part in above_it:
-        # pydantic has names of its own for the members of a union; no section has such a key.
+    *parents, last = details["loc"]
+    for part in parents:
+        # pydantic adds the names of union members to the path; they are not keys.
         if isinstance(part, int) or part in _keys(path):
             path.append(str(part))
     if isinstance(last, int) or last in _keys(path) or details["type"] == "extra_forbidden":
         path.append(str(last))
     key = ".".join(path)
-    above = [".".join(path[:end]) for end in range(len(path), 0, -1)]  # what is missing has the line of its section
-    places = (origins.get(name) or (f"line {lines[name]}" if name in lines else "") for name in above)
-    place = next(filter(None, places), "")
+    keys = [".".join(path[:end]) for end in range(len(path), 0, -1)]  # a missing key has the line of its section
+    candidates = (origins.get(name) or (f"line {lines[name]}" if name in lines else "") for name in keys)
+    location = next(filter(None, candidates), "")
     if details["type"] == "extra_forbidden":
-        text = f"unknown key. {_in_place_of(path[-1]) or nearest(path[-1], _keys(path[:-1]))}".rstrip()
+        text = f"unknown key. {_latency_hint(path[-1]) or nearest(path[-1], _keys(path[:-1]))}".rstrip()
     elif details["type"] == "missing":
-        text = "this key is needed"
+        text = "this key is required"
     elif details["type"] == "value_error":
         text = _lower(str(details["ctx"]["error"])).rstrip(".")
     else:
         text = f"{_lower(details['msg'])}, found {details['input']!r}"
-    return f"{place + ': ' if place else ''}{key}: {text}"
+    return f"{location + ': ' if location else ''}{key}: {text}"
 
 
-def _in_place_of(key: str) -> str:
-    """What to use where a latency is asked for as a goal; empty for any other key."""
-    from kirsch.graph import plan  # noqa: PLC0415 - it loads numpy, which the reading of a recipe does not need
+def _latency_hint(key: str) -> str:
+    """Return what to use in place of a latency goal; empty for other keys."""
+    from kirsch.graph import plan  # noqa: PLC0415 - it loads numpy, which reading a recipe does not need
 
     return f"{plan.NO_LATENCY} {plan.IN_PLACE_OF_LATENCY}" if plan.LATENCY.search(key) else ""
 
@@ -347,10 +351,10 @@ def _lower(sentence: str) -> str:
 
 
 def _keys(path: Sequence[str]) -> list[str]:
-    """The keys that the section at a path has; none where no section is."""
+    """Return the keys of the section at a path; empty if there is no section."""
     section: type[BaseModel] = Recipe
     for name in path:
-        if name.isdigit():  # of an item of a list of sections
+        if name.isdigit():  # index in a list of sections
             continue
         field = section.model_fields.get(name)
         section = next((t for t in _kinds(field.annotation if field else None) if issubclass(t, BaseModel)), Section)
@@ -358,15 +362,15 @@ def _keys(path: Sequence[str]) -> list[str]:
 
 
 def _kinds(annotation: Any) -> list[type]:
-    """The classes in an annotation: of a union, of the items of a tuple."""
-    own = [annotation] if isinstance(annotation, type) and not get_args(annotation) else []
-    return own + [kind for part in get_args(annotation) for kind in _kinds(part)]
+    """Return the classes in an annotation: members of a union, items of a tuple."""
+    plain = [annotation] if isinstance(annotation, type) and not get_args(annotation) else []
+    return plain + [kind for part in get_args(annotation) for kind in _kinds(part)]
 
 
 def commented(recipe: Recipe) -> str:
-    """The recipe as YAML with a comment on each key; reads back to the same recipe."""
+    """Return the recipe as YAML with a comment on each key; `read_recipe` of the text returns an equal recipe."""
     lines = [
-        "# A recipe for `kirsch compress`. Sections that are null are left out.",
+        "# A recipe for `kirsch compress`. Sections that are null are skipped.",
         "# Any key can be changed on the command line: --set prune.goal.macs=0.4",
     ]
     _comment(recipe, 0, lines)
@@ -377,7 +381,7 @@ def _comment(section: Section, depth: int, lines: list[str]) -> None:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         indent = "  " * depth
-        if isinstance(value, Section) and not isinstance(value, Stated):
+        if isinstance(value, Section) and not isinstance(value, SparseSection):
             lines += [""] * (depth == 0) + [f"{indent}{name}:  # {field.description}"]
             _comment(value, depth + 1, lines)
         else:

@@ -1,4 +1,4 @@
-"""What a pruned model learns when it recovers: the scores of the original, and its channels that are left."""
+"""Objective of the training after pruning: the features of the original model in the kept channels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.arguments import checked
-from kirsch.distillation.arrays import first_of
+from kirsch.distillation.arrays import first_array
 from kirsch.distillation.matching import stages_among
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kirsch.frameworks.port import Framework
     from kirsch.pruning.kept import Kept
 
-TOKENS = len("NLD")
+TOKEN_AXES = len("NLD")
 
 
 @checked
@@ -35,90 +35,95 @@ def recovery(
     weight: float = 1.0,
     objective: Objective | None = None,
 ) -> Objective:
-    """An objective by which a pruned model comes near to its original again, which is its teacher in `kirsch.distill`.
+    """Return an objective for training a pruned model with the original model as its teacher.
 
-    To the terms of another objective it adds one for each place: the mean squared difference between what the pruned
-    model puts out there and what the original puts out in the same channels. It is divided by the mean square of the
-    latter on the inputs given, so that 0.1 says ten percent wherever it is. Which channels were kept, and these
-    numbers, stand in the objective, which can be told in JSON.
+    The objective adds one term for each layer: the mean squared difference between the features of the pruned model and
+    the kept channels of the original's features. The difference is divided by the mean square of the latter on the
+    inputs given, so that 0.1 means ten percent in every layer. The objective contains the kept channels and these
+    divisors, and can be written as JSON.
 
     Args:
-        small: of `kirsch.prune` or `kirsch.load`, pruned once or several times.
-        original: the model that it was made of; it is the teacher.
-        inputs: some samples, as a batch has them.
-        at: places: a path of modules, or a pattern such as "layer*", or several. By default the stages of the network:
-            the last maps of each size, or each layer of tokens.
-        weight: > 0; of all places together, which count alike.
-        objective: what is learned beside; `Objective.kd()` if left out.
+        small: pruned model from `kirsch.prune` or `kirsch.load`, pruned once or several times.
+        original: model before pruning; the teacher.
+        inputs: inputs of one batch.
+        at: layers to compare: a module path, a pattern such as "layer*", or a list of these. By default the stages of
+            the network: the last feature map of each resolution, or each layer of tokens.
+        weight: total weight of all layers, > 0, divided equally among them.
+        objective: objective to extend; `Objective.kd()` by default.
 
     Raises:
-        UsageError: the model was not pruned by Kirsch, lost whole blocks, has no stages, or the weight is not above 0.
-        UnknownNameError: at a place it is not known which channels were kept.
-        PlanError: the original is another model than the one that was pruned.
-        NumericError: the original puts out nothing but zeros, or no finite numbers, at a place.
+        UsageError: the model was not pruned by Kirsch, lost whole blocks or has no stages, or the weight is not > 0.
+        UnknownNameError: the kept channels of a layer are not known.
+        PlanError: the original is not the model that was pruned.
+        NumericError: the original's features are all zero, or not finite, in a layer.
 
-    Source: the maps of the original as the target of what pruning left: He et al. 2017, arXiv:1707.06168, equation 1,
-        here by gradient and at all places at once; beside soft targets as Muralidharan et al. 2024, arXiv:2407.14679.
+    Source: features of the original as the target after pruning: He et al. 2017, arXiv:1707.06168, equation 1, here by
+        gradient descent and in all layers at once; combined with soft targets as in Muralidharan et al. 2024,
+        arXiv:2407.14679.
     """
     if not weight > 0:
-        raise UsageError(f"The weight of the places is {weight}; a number above 0 is needed.")
+        raise UsageError(
+            f"`weight` of kirsch.recovery is {weight}; expected a number above 0.", fix="For example, give weight=1.0."
+        )
     objective = objective or Objective.kd()
     framework = framework_of(small)
-    known = _known(framework, small, original, inputs)
-    places = _chosen(framework, original, inputs, at, known)
-    values = framework.dry_run(original, places, inputs)
-    terms = tuple(_term(place, known[place][0], host(values[place]), weight / len(places)) for place in places)
+    known = _comparable_layers(framework, small, original, inputs)
+    layers = _selected_layers(framework, original, inputs, at, known)
+    features = framework.dry_run(original, layers, inputs)
+    terms = tuple(_term(layer, known[layer][0], host(features[layer]), weight / len(layers)) for layer in layers)
     return dataclasses.replace(objective, terms=(*objective.terms, *terms))
 
 
-def _known(framework: Framework, small: Any, original: Any, inputs: Any) -> dict[str, tuple[Kept, tuple[int, ...]]]:
-    """Path → what is kept there, and the shape in the original, of modules of both, in the order in which they end."""
-    left, own = kept(small, original, example_inputs=inputs), dict(framework.shapes(small, inputs))
-    found = {}
+def _comparable_layers(
+    framework: Framework, small: Any, original: Any, inputs: Any
+) -> dict[str, tuple[Kept, tuple[int, ...]]]:
+    """Return path → kept channels and shape in the original, of modules in both models, in order of execution."""
+    kept_channels, small_shapes = kept(small, original, example_inputs=inputs), dict(framework.shapes(small, inputs))
+    layers = {}
     for path, shape in framework.shapes(original, inputs):
-        if path not in left or path not in own:
+        if path not in kept_channels or path not in small_shapes:
             continue
-        place = left[path]
-        wanted = [len(place.indices) if axis == place.axis else size for axis, size in enumerate(shape)]
-        if wanted == list(own[path]):
-            found[path] = place, shape
-    return found
+        channels = kept_channels[path]
+        expected = [len(channels.indices) if axis == channels.axis else size for axis, size in enumerate(shape)]
+        if expected == list(small_shapes[path]):
+            layers[path] = channels, shape
+    return layers
 
 
-def _chosen(
+def _selected_layers(
     framework: Framework, original: Any, inputs: Any, at: Any, known: dict[str, tuple[Kept, tuple[int, ...]]]
 ) -> list[str]:
-    """The places that are compared."""
-    called = type(original).__name__
+    """Return the paths of the layers to compare."""
+    model_name = type(original).__name__
     if at is None:
         shapes = [(path, shape) for path, (_, shape) in known.items()]
-        return [path for path, _ in stages_among(shapes, first_of(inputs).shape, called)]
+        return [path for path, _ in stages_among(shapes, first_array(inputs).shape, model_name)]
     texts = [at] if isinstance(at, str) else list(at)
     paths = [path for text in texts for path in framework.expand(original, text, inputs)]
     for path in paths:
         if path not in known:
-            raise UnknownNameError(f"place in {called} whose kept channels are known", path, known)
+            raise UnknownNameError(f"layer of {model_name} with known kept channels", path, known)
     if not paths:
-        raise UsageError("There are no places to compare.", fix='Name some: at="layer*".')
+        raise UsageError("`at` of kirsch.recovery names no layers.", fix='Give a layer or pattern: at="layer*".')
     return list(dict.fromkeys(paths))
 
 
-def _term(path: str, place: Kept, values: Any, weight: float) -> Term:
-    """The term of one place, from what the original puts out there."""
-    seen = values if place.axis is None else np.take(values, place.indices, place.axis)
-    size = float((seen.astype(np.float64) ** 2).mean())
-    if not (np.isfinite(size) and size > 0):
+def _term(path: str, channels: Kept, features: Any, weight: float) -> Term:
+    """Return the term of one layer, from the features of the original."""
+    target = features if channels.axis is None else np.take(features, channels.indices, channels.axis)
+    mean_square = float((target.astype(np.float64) ** 2).mean())
+    if not (np.isfinite(mean_square) and mean_square > 0):
         raise NumericError(
-            f"What the original puts out at `{path}` has the mean square {size:g} on these inputs.",
-            "There is nothing to come near to.",
-            "Give other inputs, or leave the place out.",
+            f"The original's features at `{path}` have the mean square {mean_square:g} on these inputs.",
+            "The term of this layer is divided by this number.",
+            "Give other inputs, or leave the layer out of `at`.",
         )
     options: dict[str, Any] = {}
-    if place.axis is not None:
-        options = {"indices": list(place.indices), "axis": place.axis}
+    if channels.axis is not None:
+        options = {"indices": list(channels.indices), "axis": channels.axis}
     return Term(
-        loss="hidden-mse" if len(seen.shape) == TOKENS else "fitnet",
-        weight=float(f"{weight / size:.6g}"),
+        loss="hidden-mse" if target.ndim == TOKEN_AXES else "fitnet",
+        weight=float(f"{weight / mean_square:.6g}"),
         student=path,
         adapter="kept" if options else "none",
         adapter_options=options,

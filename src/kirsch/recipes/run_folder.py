@@ -1,4 +1,4 @@
-"""A run folder on disk: whose it is, what it says of its run, and what is repaired before work goes on."""
+"""Run folder on disk: which run it holds, the run's recipe, and repairs before the run continues."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
 from kirsch.errors import CheckpointError, LoadError, OutputError, RecipeError
-from kirsch.recipes import seal
+from kirsch.recipes import manifest
+from kirsch.recipes.manifest import CHECKPOINTS, ENVIRONMENT, EVENTS, LOCK, METRICS, PLAN, RECIPE, REPORT, RUN
 from kirsch.recipes.recipe import Recipe, read_recipe
-from kirsch.recipes.seal import CHECKPOINTS, ENVIRONMENT, EVENTS, LOCK, METRICS, PLAN, RECIPE, REPORT, RUN
 from kirsch.version import __version__
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DERIVED = (RUN, PLAN, METRICS, REPORT, ENVIRONMENT, files.MANIFEST)
-"""Files that every run writes again from what else it has."""
+"""Files that every run writes again from its other files."""
 
 WRITTEN = re.compile(
     r"(record|values|manifest|plan(\.\d+)?)\.json|(weights|arrays|model)\.safetensors|logits\.npy|(teacher|student)\.onnx"
@@ -26,69 +26,69 @@ WRITTEN = re.compile(
 """Names of files that stages and checkpoints write."""
 
 
-def refuse_strangers(recipe: Recipe, folder: Path) -> None:
-    """Leave a folder that is not ours as it is, even by the sweep.
+def refuse_foreign(recipe: Recipe, folder: Path) -> None:
+    """Refuse a folder with files of something else, before anything in it is changed or cleaned up.
 
     Raises:
-        OutputError: there is something in the folder, and it holds no run of this recipe.
+        OutputError: the folder is not empty, and does not hold a run.
     """
     if os.path.lexists(folder / RUN):
         return
     stored = folder / RECIPE
-    # What a dry run of the recipe wrote is ours, and what a run that was killed at its very start left.
+    # Files of a dry run of the same recipe, or of a run that was killed at its start, may be there.
     started = stored.is_file() and stored.read_bytes() == recipe.to_yaml().encode()
     if started and (folder / CHECKPOINTS).is_dir():
         return
-    ours = {LOCK, RECIPE, PLAN} if started else {LOCK}
+    allowed = {LOCK, RECIPE, PLAN} if started else {LOCK}
     for path in sorted(folder.iterdir()):
-        if path.name not in ours and not path.name.startswith(files.TEMPORARY):
+        if path.name not in allowed and not path.name.startswith(files.TEMPORARY):
             raise OutputError(
-                f"The folder {folder} holds something else.",
-                f"It has {path.name!r}, and is no run folder.",
+                f"The folder {folder} is not empty.",
+                f"It contains {path.name!r} and is not a run folder.",
                 "Choose another folder.",
             )
 
 
 def require(folder: Path) -> None:
-    """Make sure that a folder holds a run, whatever state that is in.
+    """Check that a folder holds a run, in whatever state.
 
     Raises:
-        LoadError: it does not.
+        LoadError: the folder does not hold a run.
     """
-    if not seal.is_run(folder):
+    if not manifest.is_run(folder):
         raise _no_run(folder)
 
 
 def _no_run(folder: Path) -> LoadError:
-    return LoadError(f"{folder} holds no run.", f"{RUN} is missing or damaged.", "Start it: kirsch compress.")
+    return LoadError(f"{folder} is not a run folder.", f"{RUN} is missing or damaged.", "Start a run: kirsch compress.")
 
 
 def refuse_misplaced(folder: Path) -> None:
-    """Stop before links, pipes and foreign files that a run would trip over or remove.
+    """Refuse links, pipes and foreign files that would make a run fail, or that a run would remove.
 
     Raises:
-        CheckpointError: names all of them.
+        CheckpointError: there are such files; the message lists all of them.
     """
-    found = seal.misplaced(folder)
-    for place in seal.stage_folders(folder):
-        foreign = (name for name in files.unlisted(place) if not WRITTEN.fullmatch(name.rpartition("/")[2]))
-        found += [f"{place / name} is not in its manifest" for name in foreign]
-    if found:
+    problems = manifest.misplaced_entries(folder)
+    for inner in manifest.folders_with_manifest(folder):
+        foreign = (name for name in files.unlisted(inner) if not WRITTEN.fullmatch(name.rpartition("/")[2]))
+        problems += [f"{inner / name} is not in its manifest" for name in foreign]
+    if problems:
         raise CheckpointError(
-            f"The run {folder} cannot go on as it is:\n" + "\n".join(found),
+            f"The run {folder} cannot continue:\n" + "\n".join(problems),
             "",
-            f"Delete or move these, or make them readable; then kirsch resume {folder} makes again what is missing.",
+            f"Delete or move these files, or make them readable. Then kirsch resume {folder} restores missing files.",
         )
 
 
 def stored(folder: Path) -> tuple[Recipe, Path]:
-    """The recipe of a run, and the folder that its files are relative to.
+    """Return the recipe of a run, and the folder that its references are relative to.
 
     Raises:
-        LoadError: the folder holds no run, or too little of one.
+        LoadError: the folder does not hold a run, or not enough of one.
         RecipeError: recipe.yaml is damaged.
     """
-    run = seal.trusted_run(folder)
+    run = manifest.trusted_run(folder)
     base = run.get("base") or _base_of_events(folder)
     if base is None and not (folder / CHECKPOINTS).is_dir():
         raise _no_run(folder)
@@ -96,14 +96,14 @@ def stored(folder: Path) -> tuple[Recipe, Path]:
     if base is None or recipe is None:
         raise LoadError(
             f"{folder} cannot be resumed.",
-            f"{RECIPE if recipe is None else RUN} is missing or damaged, and no other file there says what it said.",
-            f"Give its recipe again: kirsch compress RECIPE --run {folder} keeps the stages that are sound.",
+            f"{RECIPE if recipe is None else RUN} is missing or damaged, and no other file has its content.",
+            f"Give the recipe again: kirsch compress RECIPE --run {folder} keeps the undamaged stages.",
         )
     return recipe, folder / base
 
 
 def _recipe(folder: Path, run: dict[str, Any]) -> Recipe | None:
-    """The recipe of a run: recipe.yaml, else the copy in run.json; None where both are missing."""
+    """Return the recipe from recipe.yaml, otherwise from the copy in run.json; None if both are missing."""
     copy = run.get("recipe")
     if not (folder / RECIPE).is_file():
         return read_recipe(copy) if isinstance(copy, str) else None
@@ -112,12 +112,12 @@ def _recipe(folder: Path, run: dict[str, Any]) -> Recipe | None:
     except RecipeError as error:
         if not isinstance(copy, str):
             raise
-        again = f"Correct it, or delete it: kirsch resume {folder} writes the recipe that the run began with."
-        raise RecipeError(error.what, error.why, again) from error
+        fix = f"Correct it, or delete it: kirsch resume {folder} writes the recipe that the run started with."
+        raise RecipeError(error.what, error.why, fix) from error
 
 
 def _base_of_events(folder: Path) -> str | None:
-    """The folder that a recipe's files are relative to, as the last start in events.jsonl states it."""
+    """Return the folder that the recipe's references are relative to, from the last start event."""
     for event in reversed(events_of(folder)[0]):
         if event.get("event") == "start" and isinstance(event.get("base"), str):
             return str(event["base"])
@@ -125,43 +125,43 @@ def _base_of_events(folder: Path) -> str | None:
 
 
 def events_of(folder: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """The events of a run, and their lines; lines that are no events are left out."""
-    found, kept = [], []
+    """Return the events of a run, and their lines; lines that are not events are left out."""
+    events, lines = [], []
     content = (folder / EVENTS).read_bytes() if (folder / EVENTS).is_file() else b""
     for line in content.splitlines(keepends=True):
         try:
-            event = strict_json.parse(line) if line.endswith(b"\n") else None  # a kill has torn the last one
+            event = strict_json.parse(line) if line.endswith(b"\n") else None  # a kill may have cut off the last line
         except ValueError:
             event = None
         if isinstance(event, dict):
-            found.append(event)
-            kept.append(line)
-    return found, kept
+            events.append(event)
+            lines.append(line)
+    return events, lines
 
 
 def relative(base: Path, folder: Path) -> str:
-    """The folder that a recipe's files are relative to, as seen from the run folder."""
+    """Return the folder that a recipe's references are relative to, as a path relative to the run folder."""
     return os.path.relpath(base.resolve(), folder.resolve())
 
 
-def begin(recipe: Recipe, folder: Path, base: Path) -> dict[str, str]:
-    """Open a new run folder, or one that holds the same recipe.
+def open_folder(recipe: Recipe, folder: Path, base: Path) -> dict[str, str]:
+    """Open a new run folder, or the folder of a run of the same recipe.
 
     Returns:
-        Files that differ from the manifest of the run or are missing, by name, with a sentence each.
+        Files that are missing or differ from the manifest: name → description of the difference.
 
     Raises:
-        RecipeError: the folder holds the run of another recipe.
+        RecipeError: the folder holds a run of another recipe.
     """
-    run = seal.read_run(folder)
+    run = manifest.read_run(folder)
     known = _recipe(folder, run)
     if known is not None and known != recipe:
         raise RecipeError(
             f"The folder {folder} holds a run of another recipe.",
             f"They differ in {', '.join(_differences(known.model_dump(), recipe.model_dump()))}.",
-            "Choose another folder, or go on with it: kirsch resume.",
+            "Choose another folder, or continue that run: kirsch resume.",
         )
-    altered = seal.altered(folder)
+    altered = manifest.altered_files(folder)
     if not os.path.lexists(folder / RUN) and not (folder / CHECKPOINTS).is_dir():
         files.write_text(folder / RECIPE, recipe.to_yaml())
         files.write_json(folder / RUN, _content(recipe, folder, base))
@@ -171,17 +171,17 @@ def begin(recipe: Recipe, folder: Path, base: Path) -> dict[str, str]:
         altered.setdefault(RECIPE, f"{folder / RECIPE} is missing")
     elif run.get("recipe") not in (None, (folder / RECIPE).read_bytes().decode()):
         altered.setdefault(RECIPE, f"{folder / RECIPE} is not the recipe that {RUN} states")
-    files.sweep(folder)
+    files.remove_temporary(folder)
     return altered
 
 
 def reopen(recipe: Recipe, folder: Path, base: Path) -> None:
-    """Make ready for writing: without the manifest, with sound events, run.json and recipe.yaml."""
-    seal.lift(folder)
+    """Prepare a run folder for writing: remove the manifest, and repair events.jsonl, run.json and recipe.yaml."""
+    manifest.remove(folder)
     if not (folder / RECIPE).is_file():
         files.write_text(folder / RECIPE, recipe.to_yaml())
     content = _content(recipe, folder, base)
-    if seal.read_run(folder) != content:
+    if manifest.read_run(folder) != content:
         files.write_json(folder / RUN, content)
     kept, events = b"".join(events_of(folder)[1]), folder / EVENTS
     if events.is_file() and events.read_bytes() != kept:
@@ -193,18 +193,18 @@ def _content(recipe: Recipe, folder: Path, base: Path) -> dict[str, Any]:
 
 
 def notes(altered: dict[str, str], stages: Sequence[str]) -> Iterator[str]:
-    """Say what is done about files that differ from the manifest; what stages find in their own folders, they say."""
-    own = tuple(f"{CHECKPOINTS}/{key}/done/" for key in stages)
-    own += (seal.MODEL, f"{seal.PRUNED}/") if "export" in stages else ()
+    """Yield a note for each altered file; differences in the folders of stages are reported by the stages."""
+    reported = tuple(f"{CHECKPOINTS}/{key}/done/" for key in stages)
+    reported += (manifest.MODEL, f"{manifest.PRUNED}/") if "export" in stages else ()
     for name, sentence in altered.items():
         if name in DERIVED or (name == RECIPE and sentence.endswith("is missing")):
             yield f"{sentence}. It is written again."
         elif name == RECIPE:
-            yield f"{sentence}. The stages that this changes are done again."
+            yield f"{sentence}. The stages that depend on the change are run again."
         elif name == EVENTS:
-            yield f"{sentence}. It cannot be made again; the lines that can be read are kept."
-        elif not name.startswith(own):
-            yield f"{sentence}. It is left as it is, and the new manifest covers what is there."
+            yield f"{sentence}. It cannot be restored; the readable lines are kept."
+        elif not name.startswith(reported):
+            yield f"{sentence}. It is left as it is, and the new manifest lists it."
 
 
 def _differences(first: Any, second: Any, key: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Running a recipe: stage after stage, each finished one kept, so that a killed run goes on where it was."""
+"""Run a recipe, stage after stage. Finished stages are kept, so that an interrupted run continues after them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kirsch import files, strict_json
 from kirsch.errors import KirschError, LoadError, OutputError
 from kirsch.failures import during
 from kirsch.measurement.machine import environment
-from kirsch.recipes import run_folder, seal
+from kirsch.recipes import manifest, run_folder
 from kirsch.recipes.job import RECORD, Job
+from kirsch.recipes.manifest import ARTIFACTS, ENVIRONMENT, LOCK, METRICS, MODEL, PRUNED, REPORT
 from kirsch.recipes.metrics import goal_text, metrics_of
 from kirsch.recipes.models import build, random_weights, source_hash
 from kirsch.recipes.recipe import Recipe
-from kirsch.recipes.seal import ARTIFACTS, ENVIRONMENT, LOCK, METRICS, MODEL, PRUNED, REPORT
 from kirsch.recipes.stages import Stage, check_objectives, check_threads, plan_for, stages_of
 from kirsch.recipes.tasks.data import DataSet, load_data
 from kirsch.report import render
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from kirsch.recipes.recipe import Recipe
 
 GIVEN = "given"
-"""In place of a reference, for a model that was given to `kirsch.compress` as an object."""
+"""Reference that stands for an object passed to `kirsch.compress`."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ended with.
+    """Result of a run.
 
     Args:
-        exit_code: 0 goals met, 3 a goal missed.
-        folder: the run folder.
-        metrics: as in metrics.json.
-        model: the result.
+        exit_code: 0 if all goals are met, 3 if one is missed.
+        folder: run folder.
+        metrics: content of metrics.json.
+        model: resulting model.
     """
 
     exit_code: int
@@ -54,12 +54,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Materials:
-    """Where a job's models and data come from.
+    """Models and data of a job.
 
     Args:
-        make_teacher, make_student: the models before any training.
-        data: the data set.
-        origin: a hash over the sources behind them.
+        make_teacher, make_student: functions that return the models before training.
+        data: data set.
+        origin: hash over the sources of models and data.
     """
 
     make_teacher: Callable[[], Any]
@@ -69,11 +69,11 @@ class Materials:
 
 
 def materials_of(recipe: Recipe, base: Path) -> Materials:
-    """The models and data that a recipe names.
+    """Return the models and data that a recipe refers to.
 
     Args:
-        recipe: with references.
-        base: folder that they are relative to.
+        recipe: recipe with references to models and data.
+        base: folder that the references are relative to.
     """
     references = [recipe.teacher.model, *([recipe.student.model] if recipe.student else []), recipe.data.source]
     student = recipe.student
@@ -90,7 +90,7 @@ def materials_of(recipe: Recipe, base: Path) -> Materials:
 
 
 def new_folder_name(recipe: Recipe) -> str:
-    """A name for a run folder: date, recipe, four random digits."""
+    """Return a name for a run folder: date, recipe name, four random hexadecimal digits."""
     plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in recipe.name)[:60]
     return f"{datetime.now(UTC).date().isoformat()}-{plain}-{secrets.token_hex(2)}"
 
@@ -104,51 +104,51 @@ def run(
     stop: Stop = lambda: None,
     materials: Materials | None = None,
 ) -> Outcome:
-    """Do a whole job, or what is left of it.
+    """Run a recipe, or the unfinished stages of an interrupted run.
 
     Args:
-        recipe: what to do.
-        folder: the run folder; one of the same recipe goes on where it was.
-        base: folder that the recipe's files are relative to; the working folder if left out.
-        listen: is given each event.
-        stop: gives an error when the run shall stop; it is raised after a checkpoint is saved.
-        materials: models and data given as objects, in place of the recipe's references.
+        recipe: recipe to run.
+        folder: run folder; a run of the same recipe in it is continued.
+        base: folder that the recipe's references are relative to; the working folder by default.
+        listen: called with each event.
+        stop: returns an error if the run is to stop; the error is raised after a checkpoint is saved.
+        materials: models and data as objects, in place of the recipe's references.
 
     Raises:
-        OutputError: the folder is in use, holds something else, or cannot be written.
+        OutputError: the folder is in use, holds other files, or cannot be written.
         RecipeError: the folder holds a run of another recipe.
-        KirschError: whatever the stages raise.
+        KirschError: a stage failed.
     """
     started = time.monotonic()
     base = base or Path()
     files.check_writable(folder)
-    run_folder.refuse_strangers(recipe, folder)
+    run_folder.refuse_foreign(recipe, folder)
     run_folder.refuse_misplaced(folder)
     busy = OutputError(
-        f"The run {folder} is in use.", "Another process works on it.", "Wait for it, or choose another folder."
+        f"The run {folder} is in use.", "Another process runs in it.", "Wait for it, or choose another folder."
     )
-    with files.alone(folder / LOCK, busy):
-        altered = run_folder.begin(recipe, folder, base)
+    with files.exclusive_lock(folder / LOCK, busy):
+        altered = run_folder.open_folder(recipe, folder, base)
         materials = materials or materials_of(recipe, base)
         job = Job(recipe, folder, materials.data, materials.make_teacher, materials.make_student, listen, stop)
         job.altered = altered
-        surroundings = environment()
+        machine = environment()
         with during("in the checks before the first stage", _lower(job)):
-            _preflight(job)  # what fails up to here leaves a finished run as it is
+            _preflight(job)  # an error up to here leaves a finished run unchanged
         run_folder.reopen(recipe, folder, base)
-        files.write_json(folder / ENVIRONMENT, surroundings)
+        files.write_json(folder / ENVIRONMENT, machine)
         goal, relative = goal_text(job), run_folder.relative(base, folder)
-        job.tell({"event": "start", "name": recipe.name, "run": str(folder), "goal": goal, "base": relative})
-        unstated = random_weights(recipe.teacher.model, recipe.seed) if recipe.teacher.train is None else ""
+        job.emit({"event": "start", "name": recipe.name, "run": str(folder), "goal": goal, "base": relative})
+        untrained = random_weights(recipe.teacher.model, recipe.seed) if recipe.teacher.train is None else ""
         altered_notes = run_folder.notes(altered, [stage.key for stage in stages_of(recipe)])
-        for sentence in [*([unstated] if unstated else []), *altered_notes]:
+        for sentence in [*([untrained] if untrained else []), *altered_notes]:
             job.note(sentence)
-        _work(job, materials.origin)
+        _run_stages(job, materials.origin)
         seconds = sum(record["seconds"] for record in job.records.values())
-        metrics = metrics_of(job, surroundings, seconds)
+        metrics = metrics_of(job, machine, seconds)
         files.write_json(folder / METRICS, metrics)
         files.write_text(folder / REPORT, render(metrics))
-        job.tell(
+        job.emit(
             {
                 "event": "end",
                 "met": metrics["goal"]["met"],
@@ -158,16 +158,16 @@ def run(
                 "seconds": time.monotonic() - started,
             }
         )
-        seal.seal(folder)
+        manifest.write(folder)
     return Outcome(0 if metrics["goal"]["met"] else 3, folder, metrics, job.models["result"])
 
 
 def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcome:
-    """Go on with a run that was stopped, killed or damaged; a finished one only gets its report anew.
+    """Continue a run that was stopped, killed or damaged; of a finished run only the report is written again.
 
     Raises:
-        LoadError: the folder holds no run, or one whose models were given as objects.
-        CheckpointError: the folder holds something that is to be deleted or moved first; names it.
+        LoadError: the folder does not hold a run, or its models were passed as objects.
+        CheckpointError: the folder holds files that must be deleted or moved first; the message lists them.
     """
     run_folder.require(folder)
     run_folder.refuse_misplaced(folder)
@@ -175,32 +175,32 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcom
     if recipe.teacher.model == GIVEN:
         raise LoadError(
             f"{folder} is a run of kirsch.compress.",
-            "Its models and data were given as objects.",
-            "Call kirsch.compress again with them and this folder: it goes on where it was.",
+            "Its models and data were passed as objects.",
+            "Call kirsch.compress again with the same objects and this folder to continue the run.",
         )
     return run(recipe, folder, base=base, listen=listen, stop=stop)
 
 
 def _preflight(job: Job) -> None:
-    """What can go wrong is found before any long work: classes, threads, disk, objectives, the goal of pruning."""
+    """Check classes, threads, disk space, objectives and the pruning goal before any long work."""
     if not (job.folder / "checkpoints" / "measure" / "done").is_dir():
         check_threads(job.recipe)
     teacher = job.make_teacher()
     model = job.make_student() if job.make_student is not None else teacher
     sizes = sum(4 * job.count(candidate)[0] for candidate in (teacher, model))
-    files.check_writable(job.folder, 12 * sizes + 10_000_000)  # each stage: weights, two checkpoints with momentum
+    files.check_writable(job.folder, 12 * sizes + 10_000_000)  # weights and two checkpoints per stage
     check_objectives(job, teacher, model)
     if job.recipe.prune is not None:
         plan_for(job, model, job.recipe.prune)
 
 
 def _lower(job: Job) -> str:
-    """What to do where the memory does not suffice."""
+    """Return the fix for insufficient memory."""
     return f"Lower the batch size (data.batch_size of a recipe), which is {job.recipe.data.batch_size}."
 
 
-def _work(job: Job, origin: str) -> None:
-    """All stages; a finished one whose inputs are the same is kept."""
+def _run_stages(job: Job, origin: str) -> None:
+    """Run all stages; a finished stage with the same inputs is kept."""
     inputs = hashlib.sha256(f"{__version__} {job.data.sha256} {origin} {job.recipe.seed}".encode()).hexdigest()
     stages = stages_of(job.recipe)
     for number, stage in enumerate(stages, start=1):
@@ -210,28 +210,28 @@ def _work(job: Job, origin: str) -> None:
         section = stage.section.model_dump_json() if stage.section is not None else ""
         inputs = hashlib.sha256(f"{inputs} {stage.key} {section} {job.recipe.data.batch_size}".encode()).hexdigest()
         job.inputs = inputs
-        done = job.place(stage.key) / "done"
+        done = job.stage_folder(stage.key) / "done"
         record = _finished(job, stage, done, inputs)
         if record is None:
-            job.tell({"event": "stage_start", "number": number, "of": len(stages), "key": stage.key})
-            record = _do(job, stage, done, inputs)
-            happened = "stage_end"
+            job.emit({"event": "stage_start", "number": number, "of": len(stages), "key": stage.key})
+            record = _run_stage(job, stage, done, inputs)
+            event = "stage_end"
         else:
-            happened = "stage_kept"
-        for old in done.parent.glob("step-*"):  # also those of a run that was killed just before this
+            event = "stage_kept"
+        for old in done.parent.glob("step-*"):  # also those of a run that was killed just before this line
             files.remove(old)
         job.records[stage.key] = record
         shown = {name: record[name] for name in ("did", "cells", "seconds")}
-        job.tell({"event": happened, "number": number, "key": stage.key, **shown})
+        job.emit({"event": event, "number": number, "key": stage.key, **shown})
 
 
 def _finished(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any] | None:
-    """The record of a stage that is finished, sound, and had the same inputs; its models are loaded."""
+    """Load a stage that is finished, undamaged and had the same inputs, and return its record; otherwise None."""
     if not done.is_dir():
         return None
-    why = files.damage(done) or _altered(job, f"checkpoints/{stage.key}/done/")
+    why = files.first_flaw(done) or _altered(job, f"checkpoints/{stage.key}/done/")
     if why:
-        job.note(f"The stage {stage.key!r} is done again: {why}.")
+        job.note(f"The stage {stage.key!r} is run again: {why}.")
         return None
     try:
         record: dict[str, Any] = strict_json.read(done / RECORD)
@@ -240,34 +240,36 @@ def _finished(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]
             stage.load(job, done, record)
             why = _artifacts_damage(job, record) if stage.key == "export" else ""
     except (KirschError, OSError, ValueError, KeyError, TypeError) as error:
-        why = f"what it left cannot be taken up: {error}".rstrip(".")
+        why = f"its results cannot be loaded: {error}".rstrip(".")
     else:
         why = "its inputs have changed" if changed else why
     if why:
-        job.note(f"The stage {stage.key!r} is done again: {why}.")
+        job.note(f"The stage {stage.key!r} is run again: {why}.")
         return None
     return record
 
 
-def _altered(job: Job, *places: str) -> str:
-    """What differs from the manifest of the run among files whose names begin so; empty if nothing does."""
-    return next((why for name, why in job.altered.items() if name.startswith(places)), "")
+def _altered(job: Job, *prefixes: str) -> str:
+    """Return the first difference from the run's manifest among files with these prefixes; empty if none."""
+    return next((why for name, why in job.altered.items() if name.startswith(prefixes)), "")
 
 
 def _artifacts_damage(job: Job, record: dict[str, Any]) -> str:
-    """What is wrong with what the export left outside its own folder; empty when it is sound."""
+    """Return the damage of the exported files, which lie outside the stage's folder; empty if there is none."""
     path = job.folder / ARTIFACTS / record["artifact"]["file"]
     if not path.is_file() or files.sha256(path) != record["artifact"]["sha256"]:
         return f"{path} is missing or damaged"
-    return _altered(job, MODEL, f"{PRUNED}/") or (files.damage(job.folder / PRUNED) if "prune" in job.records else "")
+    return _altered(job, MODEL, f"{PRUNED}/") or (
+        files.first_flaw(job.folder / PRUNED) if "prune" in job.records else ""
+    )
 
 
-def _do(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]:
+def _run_stage(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]:
     started = time.perf_counter()
     with files.new_folder(done) as folder:
-        # Within the folder, which takes any OSError for one of its own.
+        # Inside `new_folder`, which reports every OSError as an error of the folder.
         with during(f"in the stage {stage.key!r}", _lower(job)):
-            record = stage.work(job, folder)
+            record = stage.run(job, folder)
         record |= {"inputs": inputs, "seconds": round(time.perf_counter() - started, 3)}
         files.write_json(folder / RECORD, record)
     return record

@@ -1,4 +1,4 @@
-"""What the parts of a recipe have in common."""
+"""Base class and field types of the sections of a recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# Strict: true is no number, and neither is a text that looks like one.
+# Strict: booleans, and strings that look like numbers, are not accepted.
 Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
 Positive = Annotated[float, Field(gt=0, strict=True)]
 AtLeastZero = Annotated[float, Field(ge=0, strict=True)]
@@ -14,6 +14,6 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are an error, and so are NaN and infinity."""
+    """Section of a recipe. Unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)

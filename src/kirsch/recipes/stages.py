@@ -1,4 +1,4 @@
-"""The stages of a job. Each makes or loads models, and leaves a record and files in its own folder."""
+"""Stages of a run. Each stage builds or loads models, and writes a record and files to its folder."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from kirsch.distillation.checks import first_batch
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import UsageError
+from kirsch.frameworks.determinism import require_deterministic
 from kirsch.frameworks.port import trace
-from kirsch.frameworks.steadiness import require_steady
 from kirsch.graph.plan import Goal, Plan
 from kirsch.measurement.agreement import agreement
 from kirsch.measurement.machine import usable_cores
@@ -26,7 +26,7 @@ from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.store import load, save
 from kirsch.recipes.job import LOGITS, Job
-from kirsch.recipes.seal import MODEL, PLAN
+from kirsch.recipes.manifest import MODEL, PLAN
 from kirsch.report import figures
 
 if TYPE_CHECKING:
@@ -44,25 +44,25 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a job.
+    """One stage of a run.
 
     Args:
-        key: its name.
-        section: of the recipe; a change in it makes the stage anew.
-        work: does it, with a folder for what it leaves; gives the record.
-        load: takes up what a finished stage left.
+        key: name of the stage.
+        section: section of the recipe; the stage is run again if the section changes.
+        run: runs the stage, writes its files to the given folder, and returns its record.
+        load: loads the results of the finished stage.
     """
 
     key: str
     section: Section | None
-    work: Callable[[Job, Path], Record]
+    run: Callable[[Job, Path], Record]
     load: Callable[[Job, Path, Record], None]
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
-    """The stages that a recipe asks for, in order."""
+    """Return the stages of a recipe, in order."""
     student, nothing = recipe.student, _load_nothing
-    wanted = [
+    stages = [
         Stage("teacher", recipe.teacher, _teacher, _load_teacher),
         Stage("distill", student, _distill, _load_student) if student else None,
         Stage("prune", recipe.prune, _prune, _load_pruned) if recipe.prune else None,
@@ -70,7 +70,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
         Stage("export", recipe.export, _export, nothing) if recipe.export else None,
         Stage("measure", recipe.measure, _measure, nothing) if recipe.export and recipe.measure else None,
     ]
-    return [stage for stage in wanted if stage is not None]
+    return [stage for stage in stages if stage is not None]
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -92,10 +92,10 @@ def _teacher(job: Job, folder: Path) -> Record:
         model, history = trained.model, trained.history
     elif job.recipe.teacher.model.startswith("timm:"):
         job.note(
-            f"The teacher {job.recipe.teacher.model} has random weights: a recipe loads no pretrained ones, and "
-            "teacher.train is null. Name a callable that gives it with its weights, or train it."
+            f"The teacher {job.recipe.teacher.model} has random weights: a recipe does not load pretrained weights, "
+            "and teacher.train is null. Refer to a callable that returns the model with its weights, or train it."
         )
-    record = _described(job, model, folder, "trained" if section else "given", history)
+    record = _model_record(job, model, folder, "trained" if section else "given", history)
     load = f"Load trained weights in {job.recipe.teacher.model}, or train the teacher: state teacher.train."
     job.check_alive("teacher", record, *([] if section else [load]))
     job.models["teacher"] = job.models["result"] = model
@@ -111,11 +111,11 @@ def _load_teacher(job: Job, folder: Path, _record: Record) -> None:
 def _distill(job: Job, folder: Path) -> Record:
     section = job.recipe.student
     if section is None or job.make_student is None:
-        raise RuntimeError("a recipe without a student has no stage to distill one")
-    trained = _taught(job, "distill", job.make_student(), section.distill)
-    record = _described(job, trained.model, folder, "student", trained.history)
+        raise RuntimeError("a recipe without a student has no distillation stage")
+    trained = _train_on_teacher(job, "distill", job.make_student(), section.distill)
+    record = _model_record(job, trained.model, folder, "student", trained.history)
     record["first_batch"] = trained.first_batch
-    record["cells"].append(_share(trained))
+    record["cells"].append(_gradient_share(trained))
     job.check_alive("distill", record)
     job.models["student"] = job.models["result"] = trained.model
     return record
@@ -123,13 +123,13 @@ def _distill(job: Job, folder: Path) -> Record:
 
 def _load_student(job: Job, folder: Path, _record: Record) -> None:
     if job.make_student is None:
-        raise RuntimeError("a recipe without a student has none to load")
+        raise RuntimeError("a recipe without a student has no student to load")
     model = job.make_student()
     job.framework(model).load_weights(model, folder / WEIGHTS)
     job.models["student"] = job.models["result"] = model.eval()
 
 
-def _taught(job: Job, key: str, model: Any, section: Distill) -> Any:
+def _train_on_teacher(job: Job, key: str, model: Any, section: Distill) -> Any:
     return distill(
         model,
         job.models["teacher"],
@@ -141,8 +141,11 @@ def _taught(job: Job, key: str, model: Any, section: Distill) -> Any:
     )
 
 
-def _share(trained: Trained) -> str:
-    """How much of the gradient is due to the teacher, by its largest term: at first, or at last where it warms up."""
+def _gradient_share(trained: Trained) -> str:
+    """Return the largest share of a teacher term in the gradient.
+
+    The share is that of the first batch, or of the last epoch if all terms start with weight 0.
+    """
     for shares in (trained.first_batch.get("gradient_shares", {}), trained.history[-1]["gradient_shares"]):
         terms = {name: share for name, share in shares.items() if name != "label"}
         if terms:
@@ -152,27 +155,27 @@ def _share(trained: Trained) -> str:
 
 
 def check_objectives(job: Job, teacher: Any, model: Any) -> None:
-    """Make sure, before any training, that what the objectives compare is there in both models, and can be compared.
+    """Check before any training that both models have the layers of the objectives, and that their shapes fit.
 
     Raises:
-        UsageError: a place, a name or a shape does not fit, a model does not run on the data, or puts out
+        UsageError: a layer, a name or a shape does not fit, a model does not run on the data, or returns
             probabilities.
-        NumericError: a model gives other outputs at each run.
+        NumericError: a model returns different outputs for the same inputs.
     """
     recipe = job.recipe
     for candidate in (teacher, *([model] if model is not teacher else [])):
-        require_steady(candidate, (job.example,))
+        require_deterministic(candidate, (job.example,))
     first = first_batch(job.framework(model), job.data.batches(recipe.data.batch_size))
     student = model if model is not teacher else copy.deepcopy(model)
     for stage in ("distill", "recover"):
         if recipe.section_of(stage) is not None:
-            Distiller(student, teacher, recipe.objective_of(stage), first).close()  # looks at the labels, too
+            Distiller(student, teacher, recipe.objective_of(stage), first).close()  # checks the labels, too
 
 
-def _described(job: Job, model: Any, folder: Path, did: str, history: list[Any]) -> Record:
-    """The record of a stage that makes a whole model, whose weights go to the folder."""
+def _model_record(job: Job, model: Any, folder: Path, did: str, history: list[Any]) -> Record:
+    """Write the weights of a model to the folder of its stage, and return the record of the stage."""
     job.framework(model).save_weights(model, folder / WEIGHTS)
-    record = {"did": did, "history": history, "bytes": (folder / WEIGHTS).stat().st_size, **job.judge(model, folder)}
+    record = {"did": did, "history": history, "bytes": (folder / WEIGHTS).stat().st_size, **job.evaluate(model, folder)}
     return record | {"cells": _cells(record)}
 
 
@@ -190,7 +193,7 @@ def _cells(record: Record) -> list[str]:
 
 
 def plan_for(job: Job, model: Any, section: Prune) -> tuple[Graph, Plan]:
-    """The plan of a recipe for a model."""
+    """Return the graph of a model, and the plan that a recipe makes for it."""
     graph = trace(model, job.framework(model).tensor(job.example))
     plan = choose(
         graph,
@@ -211,7 +214,7 @@ def plan_for(job: Job, model: Any, section: Prune) -> tuple[Graph, Plan]:
 def _prune(job: Job, folder: Path) -> Record:
     section = job.recipe.prune
     if section is None:
-        raise RuntimeError("a recipe without a section to prune has no such stage")
+        raise RuntimeError("a recipe without a prune section has no such stage")
     before = job.models["result"]
     graph, plan = plan_for(job, before, section)
     pruned = prune_with_verification(before, plan)
@@ -220,7 +223,7 @@ def _prune(job: Job, folder: Path) -> Record:
     notes = [*plan.notes, *pruned.warnings]
     for text in notes:
         job.note(text)
-    record = {"did": _saved(plan), **job.judge(pruned.model, folder)}
+    record = {"did": _saved(plan), **job.evaluate(pruned.model, folder)}
     record["bytes"] = (folder / "model" / "model.safetensors").stat().st_size
     record["verification"] = pruned.verification.to_dict() if pruned.verification else None
     record["removed"] = removed(graph, plan)
@@ -239,13 +242,13 @@ def _saved(plan: Plan) -> str:
 
 
 def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
-    """What a plan removes, group by group and layer by layer, and what holds the rest, as JSON."""
-    going = {removal.name: removal for removal in plan.groups}
-    whole, left = graph.keep({}), plan.keep(graph)
-    before, after = graph.prices.by_owner(whole), graph.prices.by_owner(left)
+    """Return the units that a plan removes by group and by layer, and the blockers of the graph, JSON-able."""
+    removals = {removal.name: removal for removal in plan.groups}
+    kept = plan.keep(graph)
+    before, after = graph.prices.by_owner(graph.keep({})), graph.prices.by_owner(kept)
     groups, layers = [], []
     for group in graph.groups:
-        removal = going.get(group.name)
+        removal = removals.get(group.name)
         units = list(removal.removed) if removal else []
         alone = graph.prices.price(graph.keep({group.name: tuple(units)}))
         groups.append(
@@ -263,7 +266,7 @@ def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
         for name, axis in group.footprint:
             if axis == 0 and name.endswith("weight") and len(graph.tensors[name].shape) > 1:
                 layer = name.rpartition(".")[0]
-                mask = graph.kept(graph.axes[name, 0], left)
+                mask = graph.kept(graph.axes[name, 0], kept)
                 size = graph.tensors[name].shape[0]
                 layers.append(
                     {
@@ -285,9 +288,9 @@ def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
 def _load_pruned(job: Job, folder: Path, _record: Record) -> None:
     job.models["before"] = job.models["result"]
     job.models["pruned"] = job.models["result"] = load(folder / "model", _before_pruning(job))
-    sealed, shown = folder / "model" / "plan.json", job.folder / PLAN
-    if not shown.is_file() or shown.read_bytes() != sealed.read_bytes():
-        files.write_bytes(shown, sealed.read_bytes())
+    stored, shown = folder / "model" / "plan.json", job.folder / PLAN
+    if not shown.is_file() or shown.read_bytes() != stored.read_bytes():
+        files.write_bytes(shown, stored.read_bytes())
 
 
 def _before_pruning(job: Job) -> Callable[[], Any]:
@@ -297,10 +300,10 @@ def _before_pruning(job: Job) -> Callable[[], Any]:
 def _recover(job: Job, folder: Path) -> Record:
     section = job.recipe.recover
     if section is None:
-        raise RuntimeError("a recipe without a section to recover has no such stage")
-    model = copy.deepcopy(job.models["result"])  # without a student or pruning it is the teacher itself
-    trained = _taught(job, "recover", model, section)
-    record = _described(job, trained.model, folder, "", trained.history)
+        raise RuntimeError("a recipe without a recover section has no such stage")
+    model = copy.deepcopy(job.models["result"])  # may be the same object as the teacher
+    trained = _train_on_teacher(job, "recover", model, section)
+    record = _model_record(job, trained.model, folder, "", trained.history)
     record["first_batch"] = trained.first_batch
     job.check_alive("recover", record)
     job.models["result"] = trained.model
@@ -308,7 +311,7 @@ def _recover(job: Job, folder: Path) -> Record:
 
 
 def _load_recovered(job: Job, folder: Path, _record: Record) -> None:
-    model = copy.deepcopy(job.models["result"])  # it is also the pruned one, or the student, or the teacher
+    model = copy.deepcopy(job.models["result"])  # may be the same object as an earlier model
     job.framework(model).load_weights(model, folder / WEIGHTS)
     job.models["result"] = model
 
@@ -319,7 +322,7 @@ def _load_recovered(job: Job, folder: Path, _record: Record) -> None:
 def _export(job: Job, folder: Path) -> Record:
     section, model = job.recipe.export, job.models["result"]
     if section is None:
-        raise RuntimeError("a recipe without a section to export has no such stage")
+        raise RuntimeError("a recipe without an export section has no such stage")
     framework = job.framework(model)
     target = job.folder / MODEL
     target.parent.mkdir(exist_ok=True)
@@ -327,9 +330,9 @@ def _export(job: Job, folder: Path) -> Record:
     if "pruned" in job.models:
         save(model, target.parent / "model")
     session = OnnxSession(target)
-    logits = session.predict(job.data.test.inputs, batch_size=job.most)
+    logits = session.predict(job.data.test.inputs, batch_size=job.evaluation_batch_size)
     np.save(folder / LOGITS, logits, allow_pickle=False)
-    agreed = agreement(framework.predict(model, job.data.test.inputs, batch_size=job.most), logits)
+    agreed = agreement(framework.predict(model, job.data.test.inputs, batch_size=job.evaluation_batch_size), logits)
     quality = job.quality(logits)
     last = next(record for key, record in reversed(job.records.items()) if "macs" in record)
     return {
@@ -349,20 +352,22 @@ def _export(job: Job, folder: Path) -> Record:
 
 
 def check_threads(recipe: Recipe) -> None:
-    """Make sure, before any work, that the machine has the cores to time on.
+    """Check that the machine has a core for each thread that the recipe measures with.
 
     Raises:
-        UsageError: it has fewer.
+        UsageError: the machine has fewer usable cores.
     """
-    wanted, cores = recipe.measure.threads if recipe.measure and recipe.export else 1, usable_cores()
-    if wanted > cores:
-        raise UsageError(f"measure.threads is {wanted}; this machine has {cores}.", fix="Lower measure.threads.")
+    threads, cores = recipe.measure.threads if recipe.measure and recipe.export else 1, usable_cores()
+    if threads > cores:
+        raise UsageError(
+            f"measure.threads is {threads}; this machine has {cores} usable cores.", fix="Lower measure.threads."
+        )
 
 
 def _measure(job: Job, folder: Path) -> Record:
     section = job.recipe.measure
     if section is None:
-        raise RuntimeError("a recipe without a section to measure has no such stage")
+        raise RuntimeError("a recipe without a measure section has no such stage")
     contenders: dict[str, Path] = {}
     for name in ("teacher", "student"):
         if name in job.models:
@@ -370,21 +375,21 @@ def _measure(job: Job, folder: Path) -> Record:
             inputs = job.framework(model).tensor(job.example)
             contenders[name] = export(model, folder / f"{name}.onnx", example_inputs=inputs).path
     contenders["exported"] = job.folder / MODEL
-    found = race(contenders, job.example, reference="teacher", threads=section.threads, rounds=section.rounds)
+    result = race(contenders, job.example, reference="teacher", threads=section.threads, rounds=section.rounds)
     sizes = {name: path.stat().st_size for name, path in contenders.items()}
-    gain = found.speedups["exported"]
-    slow, fast = (figures.micros(found.latencies[name].median_us) for name in ("teacher", "exported"))
+    speedup = result.speedups["exported"]
+    before, after = (figures.micros(result.latencies[name].median_us) for name in ("teacher", "exported"))
     return {
         "did": section.runtime,
-        "race": found.to_dict(),
+        "race": result.to_dict(),
         "onnx_bytes": sizes,
         "cells": [
-            f"teacher {slow} → {fast}",
-            figures.ratio(gain.value, gain.low, gain.high),
-            f"A/A {figures.digits(found.aa.value)}",
+            f"teacher {before} → {after}",
+            figures.ratio(speedup.value, speedup.low, speedup.high),
+            f"A/A {figures.digits(result.aa.value)}",
         ],
     }
 
 
 def _load_nothing(job: Job, folder: Path, record: Record) -> None:
-    """The artifact lies in the run folder already; nothing is taken up from the stage itself."""
+    """Load nothing: later stages do not use the results of these stages."""

@@ -1,4 +1,4 @@
-"""YAML as a recipe may use it: plain data, with line numbers, and nothing that surprises or executes."""
+"""YAML of recipes: a safe subset of YAML 1.2 with plain data only, read together with line numbers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ RULES = (
     (f"{TAG}int", INT, "-+0123456789"),
     (f"{TAG}float", FLOAT, "-+.0123456789"),
 )
-"""YAML 1.2's numbers: 1e-4 is a float, and only true and false are booleans."""
+"""Tag, pattern and first characters of scalars, as in YAML 1.2: 1e-4 is a float; only true and false are booleans."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads by `RULES`; of YAML 1.1's own rules only null is left."""
+    """Loader that resolves scalars by `RULES`; of the rules of YAML 1.1 only null is kept."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -41,7 +41,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that these rules or those of YAML 1.1 take for something else, such as a name 1e5 or no."""
+    """Dumper that quotes strings that `RULES` or YAML 1.1 would resolve to another type, such as 1e5 or no."""
 
 
 for _tag, _pattern, _first in RULES:
@@ -50,7 +50,7 @@ for _tag, _pattern, _first in RULES:
 
 
 def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # In double quotes a line break is an escape; in any other style it is a line, and a comment cannot follow.
+    # Double quotes escape line breaks; in other styles the value takes several lines, and no comment can follow it.
     return dumper.represent_scalar(f"{TAG}str", text, style=None if text.isprintable() else '"')
 
 
@@ -59,11 +59,11 @@ _Dumper.add_representer(str, _text_node)
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML file as plain data.
+    """Content of a YAML file as plain data.
 
     Args:
         data: dictionaries, lists, strings, numbers, booleans and None.
-        lines: dotted key → line, counted from 1.
+        lines: dotted key → line number, starting at 1.
     """
 
     data: dict[str, Any]
@@ -71,10 +71,10 @@ class Document:
 
 
 def read(source: str | Path) -> Document:
-    """The mapping in a YAML text or file.
+    """Read a YAML mapping from a text (`str`) or a file (`Path`).
 
     Raises:
-        RecipeError: it is no YAML of plain data; names the line.
+        RecipeError: the source is not YAML with plain data; names the line.
     """
     text = source if isinstance(source, str) else _text(source)
     name = "The recipe" if isinstance(source, str) else str(source)
@@ -83,28 +83,30 @@ def read(source: str | Path) -> Document:
     if node is None:
         return Document({}, {})
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{name} is no mapping of keys to values.", fix="Start from `kirsch init`.")
+        raise RecipeError(
+            f"{name} is not a mapping of keys to values.", fix="Write `key: value` lines, or start from `kirsch init`."
+        )
     data = reader.plain(node, "", 0)
     return Document(data, reader.lines)
 
 
 def scalar(text: str, origin: str) -> Any:
-    """A value given on the command line or in the environment, read as YAML.
+    """Read a value from the command line or the environment as YAML.
 
     Args:
-        text: the value.
-        origin: where it comes from, for the sentence of an error.
+        text: value as text.
+        origin: source of the value, for error messages.
     """
     node = _compose(text, origin)
     return None if node is None else _Reader(origin).plain(node, "", 0)
 
 
 def dump(data: Any, *, one_line: bool = False) -> str:
-    """Plain data as a YAML text that `read` takes back to equal data.
+    """Return plain data as YAML; `read` of the text returns equal data.
 
     Args:
-        data: as `Document.data`, numbers finite.
-        one_line: lists and mappings in brackets, all in one line.
+        data: plain data as in `Document.data`, with finite numbers.
+        one_line: whether to write lists and mappings in brackets on one line.
     """
     text: str = yaml.dump(
         data,
@@ -114,7 +116,7 @@ def dump(data: Any, *, one_line: bool = False) -> str:
         default_flow_style=one_line,
         width=MOST_BYTES,
     )
-    return text.split("\n", 1)[0] if one_line else text  # a lone scalar is followed by an end mark, which goes
+    return text.split("\n", 1)[0] if one_line else text  # drops the end mark after a scalar
 
 
 def _text(path: Path) -> str:
@@ -124,16 +126,16 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read.", f"{error.strerror}.", "Check the path.") from error
     if len(content) > MOST_BYTES:
-        raise RecipeError(f"{path} is too large for a recipe.", f"{MOST_BYTES:,} bytes are allowed.")
+        raise RecipeError(f"{path} is too large for a recipe.", f"At most {MOST_BYTES:,} bytes are allowed.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise RecipeError(f"The recipe {path} is no UTF-8 text.", f"Line {line}.", "Save it as UTF-8.") from error
+        raise RecipeError(f"The recipe {path} is not UTF-8 text.", f"Line {line}.", "Save it as UTF-8.") from error
 
 
 def _compose(text: str, name: str) -> Node | None:
-    """The tree of a YAML text, with nothing made of it yet."""
+    """Return the node tree of a YAML text."""
     try:
         loader = _Loader(text)
         try:
@@ -142,7 +144,7 @@ def _compose(text: str, name: str) -> Node | None:
             loader.dispose()
     except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(
-            f"{name} is no YAML.", _why(error, text), "Mend the line, or start from `kirsch init`."
+            f"{name} is not valid YAML.", _why(error, text), "Fix the line, or start from `kirsch init`."
         ) from error
 
 
@@ -151,12 +153,12 @@ def _why(error: Exception, text: str) -> str:
         line = text.count("\n", 0, error.position) + 1
         return f"Line {line}: the character {chr(error.character)!a} is not allowed."
     mark = getattr(error, "problem_mark", None)
-    line_of = f"Line {mark.line + 1}: " if mark is not None else ""
-    return f"{line_of}{getattr(error, 'problem', None) or 'It is nested too deeply'}."
+    prefix = f"Line {mark.line + 1}: " if mark is not None else ""
+    return f"{prefix}{getattr(error, 'problem', None) or 'It is nested too deeply'}."
 
 
 class _Reader:
-    """Nodes → plain data. Aliases are followed, so what they unfold to is counted."""
+    """Converts nodes to plain data. Aliases are expanded, and the expanded nodes count towards the limit."""
 
     def __init__(self, name: str) -> None:
         self.lines: dict[str, int] = {}
@@ -168,36 +170,37 @@ class _Reader:
         line = node.start_mark.line + 1
         if self._nodes > MOST_NODES or depth > MOST_DEPTH:
             raise RecipeError(
-                f"{self._name} is too large.", f"Line {line}: more than {MOST_NODES} values, or {MOST_DEPTH} levels."
+                f"{self._name} is too large.",
+                f"Line {line}: more than {MOST_NODES} values, or more than {MOST_DEPTH} levels.",
             )
         if key:
             self.lines[key] = line
         if node.tag == f"{TAG}map" and isinstance(node, yaml.MappingNode):
             return self._mapping(node, key, depth)
         if node.tag == f"{TAG}seq" and isinstance(node, yaml.SequenceNode):
-            return [self.plain(item, f"{key}.{place}", depth + 1) for place, item in enumerate(node.value)]
+            return [self.plain(item, f"{key}.{index}", depth + 1) for index, item in enumerate(node.value)]
         return self._scalar(node, line)
 
     def _mapping(self, node: Any, key: str, depth: int) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        first: dict[str, int] = {}
+        mapping: dict[str, Any] = {}
+        first_lines: dict[str, int] = {}
         for name_node, value in node.value:
             line = name_node.start_mark.line + 1
             if not isinstance(name_node, yaml.ScalarNode):
                 raise RecipeError(f"{self._name}: a key must be a plain word.", f"Line {line}.")
             self._check_tag(name_node, line)
             name = str(name_node.value)
-            if name in first:
+            if name in first_lines:
                 raise RecipeError(
                     f"{self._name} has the key {name!r} twice.",
-                    f"Lines {first[name]} and {line}.",
+                    f"Lines {first_lines[name]} and {line}.",
                     "Keep one of them.",
                 )
-            first[name] = line
+            first_lines[name] = line
             path = f"{key}.{name}".lstrip(".")
-            out[name] = self.plain(value, path, depth + 1)
-            self.lines[path] = line  # a section begins where its key stands
-        return out
+            mapping[name] = self.plain(value, path, depth + 1)
+            self.lines[path] = line  # the line of the key, not of the value
+        return mapping
 
     def _scalar(self, node: Node, line: int) -> Any:
         self._check_tag(node, line)
@@ -207,13 +210,13 @@ class _Reader:
             shown = node.value if len(node.value) <= SHOWN else f"{node.value[:SHOWN]}…"
             raise RecipeError(
                 f"{self._name}: {shown!r} cannot be used.",
-                f"Line {line}: a number must be finite, and of a usual length.",
+                f"Line {line}: expected a finite number of ordinary length.",
             ) from error
 
     def _check_tag(self, node: Node, line: int) -> None:
         if node.tag not in SCALARS or not isinstance(node, yaml.ScalarNode):
             raise RecipeError(
-                f"{self._name} uses the tag {node.tag!r}.", f"Line {line}.", "Only plain values are read."
+                f"{self._name} uses the tag {node.tag!r}.", f"Line {line}.", "Write a plain value without a tag."
             )
 
 
@@ -238,4 +241,4 @@ SCALARS: dict[str, Callable[[str], Any]] = {
     f"{TAG}float": _float,
 }
 SHOWN = 40
-"""Characters of a value that an error repeats."""
+"""Longest part of a value that an error message shows, in characters."""

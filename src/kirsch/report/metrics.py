@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import strict_json
 from kirsch.errors import LoadError
-from kirsch.json_schema import Check, anything, array, flag, mapping, nullable, number, one_of, record, text, whole
+from kirsch.json_schema import Check, anything, array, flag, integer, mapping, nullable, number, one_of, record, text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,7 @@ def _fields(**required: Check) -> Check:
     return record(required, more=True)
 
 
-SHARE, TIME, COUNT, FIGURE = number(0, most=1), number(above=0), whole(0), number()
+SHARE, TIME, COUNT, FIGURE = number(0, most=1), number(above=0), integer(0), number()
 RATIO = _fields(value=TIME, low=TIME, high=TIME)
 LATENCY = _fields(
     median_us=TIME, p95_us=TIME, speedup=record({"value": TIME, "low": TIME, "high": TIME, "of": text()}, more=True)
@@ -30,7 +30,7 @@ MODEL = _fields(
     name=text(1),
     parameters=COUNT,
     macs=COUNT,
-    bytes=whole(1),
+    bytes=integer(1),
     accuracy=_fields(value=SHARE, low=SHARE, high=SHARE, n=COUNT),
     latency=nullable(LATENCY),
     chosen=flag,
@@ -46,7 +46,7 @@ CURVE = _fields(
 GROUP = _fields(
     name=text(1),
     kind=text(),
-    size=whole(1),
+    size=integer(1),
     removed=array(COUNT),
     reason=text(),
     layers=array(text()),
@@ -54,7 +54,7 @@ GROUP = _fields(
     macs=FIGURE,
 )
 LAYER = _fields(
-    name=text(), group=text(), before=whole(1), after=COUNT, parameters_before=COUNT, parameters_after=COUNT
+    name=text(), group=text(), before=integer(1), after=COUNT, parameters_before=COUNT, parameters_after=COUNT
 )
 BLOCKER = _fields(reason=text(), where=text(), source=text(), operation=text(), share=SHARE)
 SIDE = _fields(key=text(), confusion=array(array(COUNT)))

@@ -1,4 +1,4 @@
-"""Conformance suites for what others plug into Kirsch: tuples of checks, each taking the thing under test."""
+"""Conformance suites for importances and losses of other packages: tuples of checks that take the object to test."""
 
 from kirsch.testing.importances import IMPORTANCE_CHECKS, WEIGHT_IMPORTANCE_CHECKS
 from kirsch.testing.losses import LOSS_CHECKS

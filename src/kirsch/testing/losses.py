@@ -1,4 +1,4 @@
-"""What any distillation loss must pass. Each check takes the loss and asserts one statement.
+"""Conformance suite for distillation losses. Each check takes a loss and asserts one property.
 
 ```python
 @pytest.mark.parametrize("check", LOSS_CHECKS, ids=lambda check: check.__name__)
@@ -6,7 +6,7 @@ def test_my_loss(check):
     check(my_loss)
 ```
 
-The arrays that a check makes are of the kind that the loss says it takes. A plain function takes scores.
+A check calls the loss with arrays of the kind that its attribute `takes` names; a plain function takes logits.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import each, first_of, namespace
-from kirsch.distillation.losses.loss import TOKEN_KINDS, given_to, options_of
+from kirsch.distillation.arrays import first_array, map_arrays, namespace
+from kirsch.distillation.losses.loss import TOKEN_KINDS, loss_options, step_arguments
 from kirsch.errors import ShapeError
 from kirsch.frameworks.port import pytorch
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.losses import Loss
 
 TEMPERATURES = (1.0, 4.0)
-"""With which a loss is called that has a temperature."""
+"""Temperatures that a loss with a temperature is called with."""
 
 SHAPES: dict[str, Any] = {
     "scores": (5, 7),
@@ -41,25 +41,25 @@ SHAPES: dict[str, Any] = {
     "stages": [(2, 3, 4, 4), (2, 4, 2, 2)],
     "sets": {"scores": (2, 4, 5), "boxes": (2, 4, 4)},
 }
-"""Of one side, for each kind of values."""
+"""Shape of the student's or the teacher's values, by kind of values."""
 
 SEQUENCES = (3, 4, 7)
-"""Of scores whose samples are positions, of which a mask may hide some."""
+"""Shape of the logits of sequences, whose positions a mask can exclude."""
 
 
 def check_loss_is_a_finite_scalar(loss: Loss) -> None:
-    """One finite number comes back, of no axes, in numpy and in PyTorch."""
+    """The loss is one finite number without axes, in numpy and in PyTorch."""
     for options in _options(loss):
         for student, teacher in (_values(loss), _tensors(_values(loss))):
-            found = loss(student, teacher, **_like(options, student))
-            assert np.shape(found) == (), f"a scalar is needed; the loss has shape {np.shape(found)}"
-            assert np.isfinite(float(found)), f"the loss of ordinary values is {float(found)}"
+            value = loss(student, teacher, **_like(options, student))
+            assert np.shape(value) == (), f"the loss has shape {np.shape(value)}; expected a scalar"
+            assert np.isfinite(float(value)), f"the loss of ordinary values is {float(value)}"
 
 
 def check_loss_is_smallest_when_the_student_equals_the_teacher(loss: Loss) -> None:
-    """No student, near or far, is charged less than the teacher itself, and a far one is charged more.
+    """The loss of a student that equals the teacher is a minimum, and smaller than that of a distant student.
 
-    A loss that says `least_at_teacher=False` has its minimum elsewhere, and is not asked.
+    Skipped for losses with `least_at_teacher=False`, whose minimum is elsewhere.
     """
     if not getattr(loss, "least_at_teacher", True):
         return
@@ -68,88 +68,88 @@ def check_loss_is_smallest_when_the_student_equals_the_teacher(loss: Loss) -> No
     for options in _options(loss):
         least = float(loss(teacher, teacher, **options))
         for distance in (1e-4, 1e-2, 1.0, 10.0):
-            way = each(lambda part: random.standard_normal(part.shape), teacher)
-            for step in (-distance, distance):  # both ways: a slope leads down on one of them
-                found = float(loss(_sum(teacher, way, step), teacher, **options))
-                # 1e-12: what the rounding of float64 may cost in a sum over a few dozen values of size 10
-                assert found >= least - 1e-12 * max(1.0, abs(least)), (
-                    f"with {_said(options)} a student {distance} away is charged {found}, "
-                    f"one that equals the teacher {least}"
+            direction = map_arrays(lambda part: random.standard_normal(part.shape), teacher)
+            for step in (-distance, distance):  # a nonzero slope leads down in one of the directions
+                value = float(loss(_add(teacher, direction, step), teacher, **options))
+                # 1e-12: rounding of float64 in a sum over a few dozen values of size 10
+                assert value >= least - 1e-12 * max(1.0, abs(least)), (
+                    f"with {_describe(options)} the loss of a student at distance {distance} is {value}, "
+                    f"that of a student equal to the teacher {least}"
                 )
-        assert found > least, f"a student far from the teacher is charged {found}, no more than one that equals it"
+        assert value > least, f"the loss of a distant student is {value}, not above that of an equal one"
 
 
-def check_gradient_is_that_of_finite_differences(loss: Loss) -> None:
-    """The gradient for each of the student's values is the slope of the loss.
+def check_gradient_equals_finite_differences(loss: Loss) -> None:
+    """The gradient of each student value equals the central difference of the loss.
 
-    A loss that holds a part of the student constant on purpose cannot pass; leave this check out for it, and say why.
+    A loss that detaches a part of the student on purpose cannot pass; skip this check for it, with the reason.
     """
     student, teacher = _values(loss)
     step = 1e-5
     for options in _options(loss):
-        found = _gradient(loss, student, teacher, options)
-        for part, slope_of in _parts(student, found):
-            for place in np.ndindex(*part.shape):
-                kept = part[place]
-                part[place] = kept + step
+        gradients = _gradient(loss, student, teacher, options)
+        for part, gradient in _parts(student, gradients):
+            for index in np.ndindex(*part.shape):
+                value = part[index]
+                part[index] = value + step
                 above = float(loss(student, teacher, **options))
-                part[place] = kept - step
+                part[index] = value - step
                 below = float(loss(student, teacher, **options))
-                part[place] = kept
+                part[index] = value
                 slope = (above - below) / (2 * step)
-                # Central differences err by step² times the third derivative, and by rounding / step: 1e-10 each here.
-                assert abs(slope_of[place] - slope) <= 1e-7 * max(1.0, abs(slope)), (
-                    f"with {_said(options)} the gradient for value {place} is {slope_of[place]}, the slope {slope}"
+                # A central difference errs by step² times the third derivative, and by rounding / step: 1e-10 each.
+                assert abs(gradient[index] - slope) <= 1e-7 * max(1.0, abs(slope)), (
+                    f"with {_describe(options)} the gradient at {index} is {gradient[index]}, the difference {slope}"
                 )
 
 
-def check_teacher_takes_no_gradient(loss: Loss) -> None:
-    """Backward reaches the student and stops at the teacher, even where the teacher asks for a gradient.
+def check_teacher_has_no_gradient(loss: Loss) -> None:
+    """The student has a gradient and the teacher has none, even if the teacher's tensors require gradients.
 
-    A loss that says `learned=True` compares with what is learned from the teacher, and is not asked.
+    The check of the teacher is skipped for losses with `learned=True`, whose target is trained.
     """
-    student, teacher = (each(lambda part: part.requires_grad_(), _tensors(side)) for side in _values(loss))
+    student, teacher = (map_arrays(lambda part: part.requires_grad_(), _tensors(side)) for side in _values(loss))
     loss(student, teacher, **_like(list(_options(loss))[-1], student)).backward()
-    assert first_of(student).grad is not None, "the student takes no gradient"
+    assert first_array(student).grad is not None, "the student has no gradient"
     if not getattr(loss, "learned", False):
-        assert all(part.grad is None for part, _ in _parts(teacher, teacher)), "the teacher takes a gradient"
+        assert all(part.grad is None for part, _ in _parts(teacher, teacher)), "the teacher has a gradient"
 
 
 def check_numpy_and_pytorch_agree(loss: Loss) -> None:
-    """The same values in float64 give the same number in both frameworks."""
+    """The losses of the same float64 values are equal in both frameworks."""
     student, teacher = _values(loss)
     for options in _options(loss):
         first = float(loss(student, teacher, **options))
         tensors = _tensors(student), _tensors(teacher)
         second = float(loss(*tensors, **_like(options, tensors[0])))
-        # They differ in the order of sums and in the last bits of exp and log.
-        assert abs(first - second) <= 1e-12 * max(1.0, abs(first)), f"numpy gives {first}, PyTorch {second}"
+        # Order of summation, and last bits of exp and log.
+        assert abs(first - second) <= 1e-12 * max(1.0, abs(first)), f"the loss is {first} in numpy, {second} in PyTorch"
 
 
 def check_loss_is_finite_for_huge_values(loss: Loss) -> None:
-    """Values of ±10,000, for and against the teacher, overflow neither the loss nor its gradient, of 64 to 16 bits.
+    """Loss and gradient are finite for values of ±10,000, in 64, 32 and 16 bits.
 
-    A gradient of float16 is not asked for: that of a product of such values is none of its numbers.
+    Gradients in float16 are not checked, since products of such values overflow.
     """
     torch = namespace(_tensors(np.zeros(1)))
     random = np.random.default_rng(2)
-    signs = each(lambda part: random.choice([-1.0, 1.0], part.shape), _values(loss)[0])
-    huge, against = each(lambda part: 1e4 * part, signs), each(lambda part: -1e4 * part, signs)
+    signs = map_arrays(lambda part: random.choice([-1.0, 1.0], part.shape), _values(loss)[0])
+    huge, opposite = map_arrays(lambda part: 1e4 * part, signs), map_arrays(lambda part: -1e4 * part, signs)
     for options in _options(loss):
-        for student, teacher in ((huge, against), (huge, huge), (huge, signs)):
-            found = float(loss(student, teacher, **options))
-            assert np.isfinite(found), f"the loss of huge values is {found}"
+        for student, teacher in ((huge, opposite), (huge, huge), (huge, signs)):
+            value = float(loss(student, teacher, **options))
+            assert np.isfinite(value), f"the loss of huge values is {value}"
             for _, gradient in _parts(student, _gradient(loss, student, teacher, options)):
                 assert np.isfinite(gradient).all(), "the gradient for huge values is not finite"
     for dtype, options in itertools.product((torch.float32, torch.bfloat16, torch.float16), _options(loss)):
-        for sides in ((huge, against), (huge, huge), (huge, signs)):
+        for sides in ((huge, opposite), (huge, huge), (huge, signs)):
             student, teacher = (_rounded(_tensors(side), dtype) for side in sides)
-            each(lambda part: part.requires_grad_(), student)
-            charge = loss(student, teacher, **_like(options, student))
-            found = float(charge.detach())
-            assert np.isfinite(found), f"the loss of huge {dtype} values is {found}"
+            map_arrays(lambda part: part.requires_grad_(), student)
+            total = loss(student, teacher, **_like(options, student))
+            value = float(total.detach())
+            assert np.isfinite(value), f"the loss of huge {dtype} values is {value}"
             if dtype != torch.float16:
-                charge.backward()
+                total.backward()
                 grads = [part.grad for part, _ in _parts(student, student) if part.grad is not None]
                 assert all(bool(torch.isfinite(grad).all()) for grad in grads), (
                     f"the gradient for huge {dtype} values is not finite"
@@ -157,42 +157,43 @@ def check_loss_is_finite_for_huge_values(loss: Loss) -> None:
 
 
 def check_loss_is_finite_in_half_precision(loss: Loss) -> None:
-    """Ordinary values of 16 bits, under autocast, give a finite loss and gradient, near those of 64 bits.
-
-    The same values, in 64 bits: what they lost when they were rounded is not asked for.
-    """
+    """Loss and gradient of 16-bit values under autocast are close to those of the same rounded values in 64 bits."""
     torch = namespace(_tensors(np.zeros(1)))
     for dtype in (torch.bfloat16, torch.float16):
         for options in _options(loss):
             student, teacher = (_rounded(_tensors(side), dtype) for side in _values(loss))
-            each(lambda part: part.requires_grad_(), student)
+            map_arrays(lambda part: part.requires_grad_(), student)
             with torch.autocast("cpu", dtype=dtype):
-                found = loss(student, teacher, **_like(options, student))
-            found.backward()
-            assert found.dtype == torch.float32, f"the loss of {dtype} values is of {found.dtype}; 32 bits are needed"
-            value = float(found.detach())
+                total = loss(student, teacher, **_like(options, student))
+            total.backward()
+            assert total.dtype == torch.float32, f"the loss of {dtype} values has {total.dtype}; expected torch.float32"
+            value = float(total.detach())
             assert np.isfinite(value), f"the loss of {dtype} values is {value}"
             assert all(bool(torch.isfinite(part.grad).all()) for part, _ in _parts(student, student)), (
                 f"the gradient of {dtype} values is not finite"
             )
-            exact, its = (_rounded(side, torch.float64) for side in (each(lambda p: p.detach(), student), teacher))
-            wanted = float(loss(exact, its, **_like(options, exact)))
-            # 32 bits hold 7 digits, of which sums and differences of a few dozen values may cost 3.
-            assert abs(value - wanted) <= 1e-4 * max(1.0, abs(wanted)), (
-                f"the loss of {dtype} values is {value}; in 64 bits it is {wanted}"
+            student64, teacher64 = (
+                _rounded(side, torch.float64) for side in (map_arrays(lambda p: p.detach(), student), teacher)
             )
-            slopes = _gradient(loss, each(lambda part: part.numpy(), exact), each(np.asarray, its), options)
-            for (part, _), (slope, _) in zip(_parts(student, student), _parts(slopes, slopes), strict=True):
-                apart = np.linalg.norm(np.asarray(part.grad.double()) - slope)
-                # The gradient itself has the 8 bits of a bfloat16.
-                assert apart <= 1e-2 * np.linalg.norm(slope) + 1e-6, (
-                    f"the gradient of {dtype} values is {apart} from that in 64 bits, of length {np.linalg.norm(slope)}"
+            expected = float(loss(student64, teacher64, **_like(options, student64)))
+            # float32 has 7 digits, of which sums and differences of a few dozen values may lose 3.
+            assert abs(value - expected) <= 1e-4 * max(1.0, abs(expected)), (
+                f"the loss of {dtype} values is {value}; in 64 bits it is {expected}"
+            )
+            exact = _gradient(
+                loss, map_arrays(lambda part: part.numpy(), student64), map_arrays(np.asarray, teacher64), options
+            )
+            for (part, _), (gradient, _) in zip(_parts(student, student), _parts(exact, exact), strict=True):
+                error = np.linalg.norm(np.asarray(part.grad.double()) - gradient)
+                # The gradient is rounded to the 8 bits of bfloat16.
+                assert error <= 1e-2 * np.linalg.norm(gradient) + 1e-6, (
+                    f"the gradient of {dtype} values has the error {error}, and the norm {np.linalg.norm(gradient)}"
                 )
 
 
 def check_masked_positions_contribute_nothing(loss: Loss) -> None:
-    """Where a loss takes a mask, what lies under it, even NaN, changes neither the loss nor the gradient."""
-    if "mask" not in given_to(loss):
+    """Values at masked positions, even NaN, change neither the loss nor the gradient."""
+    if "mask" not in step_arguments(loss):
         return
     shapes: list[Any] = [None, SEQUENCES] if getattr(loss, "takes", "scores") == "scores" else [None]
     for shape in shapes:
@@ -204,74 +205,78 @@ def _check_masked(loss: Loss, shape: Any) -> None:
     mask = _mask(loss, shape)
     for plain in _options(loss, shape):
         options = {**plain, "mask": mask}
-        wanted = float(loss(student, teacher, **options))
-        slope = _gradient(loss, student, teacher, options)
+        expected = float(loss(student, teacher, **options))
+        gradient = _gradient(loss, student, teacher, options)
         for other in (0.0, 1e4, np.nan):
-            first, second = _spoilt(student, ~mask, other), _spoilt(teacher, ~mask, other)
-            found = float(loss(first, second, **options))
-            assert abs(found - wanted) <= 1e-12 * max(1.0, abs(wanted)), (
-                f"with {other} under the mask the loss is {found}, otherwise {wanted}"
+            first, second = _fill_hidden(student, ~mask, other), _fill_hidden(teacher, ~mask, other)
+            value = float(loss(first, second, **options))
+            assert abs(value - expected) <= 1e-12 * max(1.0, abs(expected)), (
+                f"with {other} at masked positions the loss is {value}, otherwise {expected}"
             )
-            for now, before in _parts(_gradient(loss, first, second, options), slope):
-                assert np.allclose(now, before, rtol=1e-9, atol=1e-12), f"{other} under the mask moves the gradient"
+            for after, before in _parts(_gradient(loss, first, second, options), gradient):
+                assert np.allclose(after, before, rtol=1e-9, atol=1e-12), (
+                    f"{other} at masked positions changes the gradient"
+                )
 
 
 def check_order_of_samples_does_not_matter(loss: Loss) -> None:
-    """The same samples in another order give the same number."""
+    """The loss of the same samples in another order is the same."""
     values = _values(loss)
-    places = np.arange(len(first_of(values[0])))
-    order = np.concatenate([places[1::2], places[::2]])  # other neighbors, which no reversal would give
+    indices = np.arange(len(first_array(values[0])))
+    order = np.concatenate([indices[1::2], indices[::2]])  # changes the neighbors, as a reversal would not
     for options in _options(loss):
-        moved = [each(lambda part: part[order], side) for side in values]
+        permuted = [map_arrays(lambda part: part[order], side) for side in values]
         other = {name: value[order] if name in ("labels", "mask") else value for name, value in options.items()}
-        _assert_same(loss, (*values, options), (*moved, other), "in another order the same samples are charged")
+        _assert_same(loss, (*values, options), (*permuted, other), "for the same samples in another order")
 
 
 def check_loss_is_a_mean_over_samples(loss: Loss) -> None:
-    """Each sample twice gives the same number, so that the batch size does not change the learning rate.
+    """The loss of a batch with each sample twice is the same, so that its scale does not depend on the batch size.
 
-    A loss that says `relational=True` relates samples to each other, and is not asked.
+    Skipped for losses with `relational=True`, which relate samples to each other.
     """
     if getattr(loss, "relational", False):
         return
     values = _values(loss)
     for options in _options(loss):
-        twice = [each(lambda part: np.concatenate([part, part]), side) for side in values]
+        twice = [map_arrays(lambda part: np.concatenate([part, part]), side) for side in values]
         other = {n: np.concatenate([v, v]) if n in ("labels", "mask") else v for n, v in options.items()}
-        _assert_same(loss, (*values, options), (*twice, other), "each sample twice is charged")
+        _assert_same(loss, (*values, options), (*twice, other), "with each sample twice")
 
 
 def check_parts_of_a_batch_add_up_to_it(loss: Loss) -> None:
-    """The losses of two parts, each weighed by how many it has of what the mean goes over, add up to that of the whole.
+    """The mean of the losses of two parts of a batch, weighted by their numbers of items, is the loss of the batch.
 
-    So a step is the same in whichever batches and processes its samples are. A loss that says `relational=True`, or
-    `over="contents"`, is not asked.
+    So a step does not depend on the distribution of its samples over batches and processes. Skipped for losses with
+    `relational=True` or `over="contents"`.
     """
     over = getattr(loss, "over", "samples")
     if getattr(loss, "relational", False) or over == "contents":
         return
     student, teacher = _values(loss)
     masks: list[Any] = [None]
-    if "mask" in given_to(loss):
+    if "mask" in step_arguments(loss):
         mask = _mask(loss)
-        mask[(..., 0) if mask.ndim > 1 else 0] = True  # each text begins with a token
+        mask[(..., 0) if mask.ndim > 1 else 0] = True  # no part is masked completely
         masks.append(mask)
     for plain, mask in itertools.product(_options(loss), masks):
         options = plain if mask is None else {**plain, "mask": mask}
         parts = []
         for part in (slice(1), slice(1, None)):
-            cut = [_cut(side, part) for side in (student, teacher)]
+            sides = [_rows(side, part) for side in (student, teacher)]
             own = {name: value[part] if name in ("labels", "mask") else value for name, value in options.items()}
-            parts.append((_counted(over, loss, own.get("mask"), len(first_of(cut[0]))), float(loss(*cut, **own))))
-        found = sum(count * value for count, value in parts) / sum(count for count, _ in parts)
-        whole = float(loss(student, teacher, **options))
-        assert abs(found - whole) <= 1e-9 * max(1.0, abs(whole)), (  # sums in another order
-            f"a mean over {over} of two parts is {found}, the loss of both together {whole}"
+            parts.append(
+                (_item_count(over, loss, own.get("mask"), len(first_array(sides[0]))), float(loss(*sides, **own)))
+            )
+        value = sum(count * part for count, part in parts) / sum(count for count, _ in parts)
+        expected = float(loss(student, teacher, **options))
+        assert abs(value - expected) <= 1e-9 * max(1.0, abs(expected)), (  # the order of summation differs
+            f"the mean over {over} of two parts is {value}, the loss of the batch {expected}"
         )
 
 
 def check_unequal_shapes_are_refused(loss: Loss) -> None:
-    """Values of other samples, or of another width where it matters, raise a ShapeError, even if numpy broadcasts."""
+    """Unequal numbers of samples, or unequal widths, raise a ShapeError, even if the shapes broadcast."""
     student, teacher = _values(loss)
     cuts: list[Any] = [lambda part: part[:1]]
     if getattr(loss, "widths", "same") == "same":
@@ -279,28 +284,28 @@ def check_unequal_shapes_are_refused(loss: Loss) -> None:
         cuts += [lambda part: part.take([0], axis), lambda part: part.take(range(part.shape[axis] - 1), axis)]
     for options in _options(loss):
         for cut in cuts:
-            other = each(cut, teacher)
+            other = map_arrays(cut, teacher)
             for pair in ((student, other), (_tensors(student), _tensors(other))):
                 try:
                     loss(*pair, **_like(options, pair[0]))
                 except ShapeError:
                     continue
                 except (IndexError, RuntimeError, TypeError, ValueError) as error:
-                    found = f"raise a {type(error).__name__}"
+                    result = f"raise a {type(error).__name__}"
                 else:
-                    found = "are accepted"
-                shapes = first_of(student).shape, first_of(other).shape
-                message = f"values of shape {shapes[0]} and {shapes[1]} {found}; call arrays.same_shape first"
+                    result = "are accepted"
+                shapes = first_array(student).shape, first_array(other).shape
+                message = f"values of shape {shapes[0]} and {shapes[1]} {result}; call arrays.check_same_shape first"
                 raise AssertionError(message)
 
 
-def check_inputs_are_left_as_they_are(loss: Loss) -> None:
-    """Neither the student's nor the teacher's values are written to."""
+def check_inputs_are_not_changed(loss: Loss) -> None:
+    """The loss does not write to the values of student and teacher."""
     sides = _values(loss)
-    before = [each(lambda part: part.copy(), side) for side in sides]
+    before = [map_arrays(lambda part: part.copy(), side) for side in sides]
     for options in _options(loss):
         loss(*sides, **options)
-        tensors = [_tensors(side) for side in sides]  # tensors share the memory of the arrays
+        tensors = [_tensors(side) for side in sides]  # they share memory with the arrays
         loss(*tensors, **_like(options, tensors[0]))
     for name, first, second in zip(("student", "teacher"), before, sides, strict=True):
         assert all(np.array_equal(a, b) for a, b in _parts(first, second)), f"the {name}'s values are changed"
@@ -309,8 +314,8 @@ def check_inputs_are_left_as_they_are(loss: Loss) -> None:
 LOSS_CHECKS: tuple[Callable[[Loss], None], ...] = (
     check_loss_is_a_finite_scalar,
     check_loss_is_smallest_when_the_student_equals_the_teacher,
-    check_gradient_is_that_of_finite_differences,
-    check_teacher_takes_no_gradient,
+    check_gradient_equals_finite_differences,
+    check_teacher_has_no_gradient,
     check_numpy_and_pytorch_agree,
     check_loss_is_finite_for_huge_values,
     check_loss_is_finite_in_half_precision,
@@ -319,46 +324,46 @@ LOSS_CHECKS: tuple[Callable[[Loss], None], ...] = (
     check_loss_is_a_mean_over_samples,
     check_parts_of_a_batch_add_up_to_it,
     check_unequal_shapes_are_refused,
-    check_inputs_are_left_as_they_are,
+    check_inputs_are_not_changed,
 )
 
 
 def _values(loss: Loss, shape: Any = None) -> tuple[Any, Any]:
-    """A student's and a teacher's values, float64, of ordinary size, of the kind that the loss takes."""
+    """Return random values of student and teacher, float64, of the kind that the loss takes."""
     random = np.random.default_rng(0)
 
-    def drawn(shape: Any, scale: float) -> Any:
+    def draw(shape: Any, scale: float) -> Any:
         if isinstance(shape, dict):
-            return {n: boxes(part) if n == "boxes" else drawn(part, scale) for n, part in shape.items()}
+            return {n: boxes(part) if n == "boxes" else draw(part, scale) for n, part in shape.items()}
         if isinstance(shape, list):
-            return [drawn(part, scale) for part in shape]
+            return [draw(part, scale) for part in shape]
         return scale * random.standard_normal(shape)
 
     def boxes(shape: Any) -> Any:
-        """Center and size as shares of the image; a box has an area, and touches others."""
+        """Return center and size as fractions of the image; the boxes have an area and overlap."""
         return random.uniform(0.2, 0.6, shape)
 
     shape = shape or SHAPES[getattr(loss, "takes", "scores")]
-    return drawn(shape, 2.0), drawn(shape, 3.0)
+    return draw(shape, 2.0), draw(shape, 3.0)
 
 
 def _mask(loss: Loss, shape: Any = None) -> Any:
-    """True for some samples or positions: (N,) of scores and features, (N, L) of what has positions."""
-    takes, shape = getattr(loss, "takes", "scores"), first_of(_values(loss, shape)[0]).shape
-    whole = {
+    """Return a mask that is True for some samples, shape (N,), or positions, shape (N, L)."""
+    takes, shape = getattr(loss, "takes", "scores"), first_array(_values(loss, shape)[0]).shape
+    mask_shape = {
         "attention": (shape[0], shape[-1]),
         "pixels": (shape[0], *shape[2:]),
         "tokens": shape[:2],
         "relations": shape[:2],
         "scores": shape[:-1],
     }.get(takes, shape[:1])
-    mask = np.random.default_rng(4).random(whole) < 0.6  # noqa: PLR2004 - a little more than half of them
+    mask = np.random.default_rng(4).random(mask_shape) < 0.6  # noqa: PLR2004 - about 60 % are True
     mask.reshape(-1)[0] = True
     return mask
 
 
-def _counted(over: str, loss: Loss, mask: Any, samples: int) -> int:
-    """How many a mean goes over."""
+def _item_count(over: str, loss: Loss, mask: Any, samples: int) -> int:
+    """Return the number of items that the mean of a loss is taken over."""
     if mask is None:
         return samples
     if over == "pairs":
@@ -367,75 +372,75 @@ def _counted(over: str, loss: Loss, mask: Any, samples: int) -> int:
 
 
 def _options(loss: Loss, shape: Any = None) -> Iterator[dict[str, Any]]:
-    """The keywords to call a loss with: each temperature, and what a training step gives."""
-    given: dict[str, Any] = {}
-    if "labels" in given_to(loss):
-        shape = first_of(_values(loss, shape)[0]).shape
+    """Yield keyword arguments for a loss: each temperature, together with labels if the loss takes them."""
+    arguments: dict[str, Any] = {}
+    if "labels" in step_arguments(loss):
+        shape = first_array(_values(loss, shape)[0]).shape
         random = np.random.default_rng(5)
-        numbers = getattr(loss, "takes", "scores") == "values"
-        given["labels"] = random.standard_normal(shape) if numbers else random.integers(0, shape[-1], shape[:-1])
-    for temperature in TEMPERATURES if "temperature" in options_of(loss) else (None,):
-        yield given if temperature is None else {**given, "temperature": temperature}
+        regression = getattr(loss, "takes", "scores") == "values"
+        arguments["labels"] = random.standard_normal(shape) if regression else random.integers(0, shape[-1], shape[:-1])
+    for temperature in TEMPERATURES if "temperature" in loss_options(loss) else (None,):
+        yield arguments if temperature is None else {**arguments, "temperature": temperature}
 
 
-def _said(options: dict[str, Any]) -> str:
-    return f"temperature {options['temperature']}" if "temperature" in options else "its defaults"
+def _describe(options: dict[str, Any]) -> str:
+    return f"temperature {options['temperature']}" if "temperature" in options else "default options"
 
 
 def _tensors(values: Any) -> Any:
-    return each(lambda part: pytorch().tensor(part), values)
+    return map_arrays(lambda part: pytorch().tensor(part), values)
 
 
 def _rounded(values: Any, dtype: Any) -> Any:
-    return each(lambda part: part.to(dtype), values)
+    return map_arrays(lambda part: part.to(dtype), values)
 
 
 def _like(options: dict[str, Any], values: Any) -> dict[str, Any]:
-    """The options with arrays of the framework of these values."""
-    if isinstance(first_of(values), np.ndarray):
+    """Return the options with their arrays converted to the framework of the values."""
+    if isinstance(first_array(values), np.ndarray):
         return options
     return {name: _tensors(value) if isinstance(value, np.ndarray) else value for name, value in options.items()}
 
 
 def _parts(first: Any, second: Any) -> list[tuple[Any, Any]]:
-    """The arrays of two sides, in pairs."""
+    """Return pairs of corresponding arrays of two sides."""
     if isinstance(first, dict):
         return [(first[name], second[name]) for name in first]
     return list(zip(first, second, strict=True)) if isinstance(first, list) else [(first, second)]
 
 
-def _sum(values: Any, way: Any, step: float) -> Any:
-    """`values + step way`, of each array."""
-    moves = iter([part for part, _ in _parts(way, way)])
-    return each(lambda part: part + step * next(moves), values)
+def _add(values: Any, direction: Any, step: float) -> Any:
+    """Return `values + step * direction` for each array."""
+    directions = iter([part for part, _ in _parts(direction, direction)])
+    return map_arrays(lambda part: part + step * next(directions), values)
 
 
-def _cut(values: Any, rows: slice) -> Any:
-    return each(lambda part: part[rows], values)
+def _rows(values: Any, rows: slice) -> Any:
+    return map_arrays(lambda part: part[rows], values)
 
 
-def _spoilt(values: Any, hidden: Any, other: float) -> Any:
-    """The values with `other` at the hidden samples or positions."""
-    return each(lambda part: _covered(part, hidden, other), values)
+def _fill_hidden(values: Any, hidden: Any, other: float) -> Any:
+    """Return the values with `other` at the hidden samples or positions."""
+    return map_arrays(lambda part: _fill_array(part, hidden, other), values)
 
 
-def _covered(part: Any, hidden: Any, other: float) -> Any:
+def _fill_array(part: Any, hidden: Any, other: float) -> Any:
     if part.ndim == 4 and hidden.ndim == 2 and part.shape[2] == part.shape[3] == hidden.shape[1]:  # noqa: PLR2004 - attention
-        dark = (hidden[:, None, :, None] | hidden[:, None, None, :]) & np.ones(part.shape, bool)
-        return np.where(dark, other, part)
-    if hidden.ndim == 3:  # noqa: PLR2004 - of pixels, whose classes are axis 1
+        pairs = (hidden[:, None, :, None] | hidden[:, None, None, :]) & np.ones(part.shape, bool)
+        return np.where(pairs, other, part)
+    if hidden.ndim == 3:  # noqa: PLR2004 - pixels, with classes on axis 1
         return np.where(hidden[:, None], other, part)
     return np.where(hidden.reshape(*hidden.shape, *(1,) * (part.ndim - hidden.ndim)), other, part)
 
 
 def _gradient(loss: Loss, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
-    """The gradient for the student's values, by automatic differentiation, in arrays of the same kind."""
-    values = each(lambda part: pytorch().tensor(part.copy()).requires_grad_(), student)
+    """Return the gradient for the student's values, by automatic differentiation, as numpy arrays."""
+    values = map_arrays(lambda part: pytorch().tensor(part.copy()).requires_grad_(), student)
     loss(values, _tensors(teacher), **_like(options, values)).backward()
-    return each(lambda part: np.zeros(part.shape) if part.grad is None else np.asarray(part.grad), values)
+    return map_arrays(lambda part: np.zeros(part.shape) if part.grad is None else np.asarray(part.grad), values)
 
 
-def _assert_same(loss: Loss, first: Any, second: Any, what: str) -> None:
-    wanted, found = (float(loss(student, teacher, **options)) for student, teacher, options in (first, second))
-    # Only the order of a sum may differ.
-    assert abs(found - wanted) <= 1e-12 * max(1.0, abs(wanted)), f"{what} {found} instead of {wanted}"
+def _assert_same(loss: Loss, first: Any, second: Any, case: str) -> None:
+    expected, value = (float(loss(student, teacher, **options)) for student, teacher, options in (first, second))
+    # Only the order of summation may differ.
+    assert abs(value - expected) <= 1e-12 * max(1.0, abs(expected)), f"{case} the loss is {value}, not {expected}"

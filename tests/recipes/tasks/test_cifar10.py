@@ -33,7 +33,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("KIRSCH_DATA", str(tmp_path))
 
 
-def test_images_become_scaled_planes_of_colors_beside_their_labels(hub):
+def test_images_are_normalized_by_color_and_keep_their_labels(hub):
     options = {"train": 19, "validation": 1, "test": 4, "mean": (0.0, 0.5, 0.5), "deviation": (1.0, 1.0, 0.25)}
     data = load_data("cifar10", options, seed=3)
     assert data.classes == CLASSES
@@ -46,7 +46,7 @@ def test_images_become_scaled_planes_of_colors_beside_their_labels(hub):
         assert np.allclose(part.inputs[:, 2], (1 - 0.5) / 0.25)
 
 
-def test_the_seed_decides_the_samples_and_augmentation_can_be_left_out(hub):
+def test_seed_selects_the_samples_and_augmentation_is_optional(hub):
     small = {"train": 19, "validation": 1, "test": 2}
     assert load_data("cifar10", small, seed=3).sha256 == load_data("cifar10", small, seed=3).sha256
     assert load_data("cifar10", small, seed=3).sha256 != load_data("cifar10", small, seed=4).sha256
@@ -54,30 +54,28 @@ def test_the_seed_decides_the_samples_and_augmentation_can_be_left_out(hub):
     assert load_data("cifar10", {**small, "augment": False}, seed=3).augment is None
 
 
-@pytest.mark.parametrize(
-    "wanted", [{"train": 20, "validation": 1, "test": 1}, {"train": 1, "validation": 1, "test": 5}]
-)
-def test_more_samples_than_there_are_are_refused(hub, wanted):
-    sentence = (
-        rf"CIFAR-10 has 20 training and 4 test images\. {wanted['train']} \+ 1 and {wanted['test']} were asked for"
-    )
+@pytest.mark.parametrize("sizes", [{"train": 20, "validation": 1, "test": 1}, {"train": 1, "validation": 1, "test": 5}])
+def test_too_many_samples_are_refused(hub, sizes):
+    sentence = rf"CIFAR-10 has 20 training and 4 test images; {sizes['train']} \+ 1 and {sizes['test']} are requested"
     with pytest.raises(DataError, match=sentence):
-        load_data("cifar10", wanted, seed=0)
+        load_data("cifar10", sizes, seed=0)
 
 
-def test_a_missing_folder_is_named_with_the_variable_to_set(tmp_path, monkeypatch):
+def test_missing_folder_is_named_with_the_variable_to_set(tmp_path, monkeypatch):
     monkeypatch.setenv("KIRSCH_DATA", str(tmp_path))
     sentence = (
-        r"CIFAR-10 is not there: .*cifar10/train\.parquet does not exist\. Set KIRSCH_DATA to a folder that holds"
+        r"CIFAR-10 was not found: .*cifar10/train\.parquet does not exist\. Set KIRSCH_DATA to a folder that holds"
     )
     with pytest.raises(DataError, match=sentence):
         load_data("cifar10", {}, seed=0)
 
 
-def test_the_hubs_files_are_what_they_are_said_to_be():
+def test_downloaded_files_have_the_expected_content():
     if not (data_folder() / "cifar10" / "train.parquet").is_file():
         pytest.skip(f"CIFAR-10 is not in {data_folder()}; KIRSCH_DATA names the folder that holds it")
     data = load_data("cifar10", {"train": 300, "validation": 20, "test": 50}, seed=0)
     assert [len(part) for part in (data.train, data.validation, data.test)] == [300, 20, 50]
-    assert np.bincount(data.train.labels, minlength=10).min() > 10, "the files are sorted by class, the choice is not"
-    assert abs(data.train.inputs.mean()) < 0.3, "about standardized by the usual mean and deviation"
+    assert np.bincount(data.train.labels, minlength=10).min() > 10, (
+        "samples are selected at random from files sorted by class"
+    )
+    assert abs(data.train.inputs.mean()) < 0.3, "inputs are approximately standardized"

@@ -1,4 +1,4 @@
-"""A data set in three parts, and where it comes from."""
+"""Data sets check their parts, and sources of data sets are called with their options."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def data_set(classes=("a", "b", "c"), **parts):
             r"Sample 1 of the {} part of d has the label 3\. There are 3 classes, so labels go from 0 to 2\.",
         ),
         (split((0, 1, -1)), r"Sample 2 of the {} part of d has the label -1\."),
-        (split(value=np.nan), r"The {} part of d holds NaN or infinity\."),
-        (split(value=-np.inf), r"The {} part of d holds NaN or infinity\."),
+        (split(value=np.nan), r"The {} part of d contains NaN or infinity\."),
+        (split(value=-np.inf), r"The {} part of d contains NaN or infinity\."),
     ],
 )
-def test_a_wrong_part_is_named(part, wrong, sentence):
+def test_invalid_part_is_named(part, wrong, sentence):
     with pytest.raises(DataError, match=sentence.format(part)):
         data_set(**{part: wrong})
 
 
-def test_a_class_that_nothing_can_be_learned_of_is_named():
+def test_class_without_training_samples_is_refused():
     with pytest.raises(DataError, match=r"The class 'b' of d has no training sample\."):
         data_set(train=split((0, 2, 2)))
     assert data_set(test=split((0, 0))).classes == ("a", "b", "c")
@@ -59,13 +59,13 @@ def test_a_class_that_nothing_can_be_learned_of_is_named():
         (np.array([1, 2, 3]), r"has the label 3.* labels go from 0 to 2\. Give targets - 1"),
     ],
 )
-def test_labels_that_are_not_class_numbers_are_named_by_what_they_look_like(part, labels, sentence):
+def test_labels_that_are_not_class_numbers_are_refused_with_a_fix(part, labels, sentence):
     with pytest.raises(DataError, match=rf"of the {part} part of d") as caught:
         data_set(**{part: Split(np.zeros((3, 2), np.float32), labels)})
     assert re.search(sentence, str(caught.value))
 
 
-def test_a_split_takes_tensors_and_lists_and_refuses_a_loader():
+def test_split_takes_tensors_and_lists_and_refuses_a_loader():
     rows = torch.zeros(3, 2), torch.tensor([0, 1, 2])
     data = data_set(train=Split(*rows), test=Split([[0.0, 0.0]] * 3, [0, 1, 2]))
     assert isinstance(data.train.inputs, np.ndarray)
@@ -73,25 +73,25 @@ def test_a_split_takes_tensors_and_lists_and_refuses_a_loader():
     assert data.sha256 == data_set(test=Split(np.zeros((3, 2), np.float32), np.arange(3))).sha256
     assert Split(list(np.zeros((3, 2))), [0, 1, 2]).inputs.dtype == np.float64  # as they are given
     loader = DataLoader(TensorDataset(*rows))
-    with pytest.raises(DataError, match=r"The inputs of a Split are a DataLoader; one array .* numpy\.concatenate"):
+    with pytest.raises(DataError, match=r"The inputs of a Split are a DataLoader; expected one .* numpy\.concatenate"):
         Split(loader, loader)
     with pytest.raises(DataError, match=r"The labels of a Split are a list of 3 str, the first 'a'; .* Give numbers"):
         Split(np.zeros((3, 2)), ["a", "b", "c"])
 
 
-def test_a_split_has_one_label_for_each_input():
+def test_split_has_one_label_for_each_input():
     with pytest.raises(DataError, match=r"A Split has 2 inputs and 3 labels\. Give one label for each input"):
         Split(np.zeros((2, 2), np.float32), np.zeros(3, np.int64))
     assert len(Split(np.zeros((2, 2)), [0, 1])) == 2
 
 
-def test_parts_whose_samples_differ_in_their_axes_are_refused():
+def test_parts_with_different_numbers_of_axes_are_refused():
     with pytest.raises(DataError, match=r"The test part of d has inputs of shape \(3, 2, 1\), the train part \(3, 2\)"):
         data_set(test=Split(np.zeros((3, 2, 1), np.float32), np.arange(3)))
 
 
 @pytest.mark.parametrize("classes", [3, "cat"])
-def test_classes_are_names_and_not_their_number(classes):
+def test_classes_must_be_a_tuple_of_names(classes):
     sentence = (
         rf"`classes` of kirsch\.DataSet is {classes!r}; .*Give the name of each class.*tuple\(map\(str, range\(10\)\)\)"
     )
@@ -99,7 +99,7 @@ def test_classes_are_names_and_not_their_number(classes):
         data_set(classes=classes)
 
 
-def test_the_hash_follows_each_input_and_label_of_each_part():
+def test_hash_depends_on_inputs_and_labels_of_each_part():
     changed = [
         data_set(**{part: other})
         for part in ("train", "validation", "test")
@@ -111,7 +111,7 @@ def test_the_hash_follows_each_input_and_label_of_each_part():
     assert data_set().sha256 == data_set(classes=("x", "y", "z")).sha256
 
 
-def test_the_training_part_comes_in_batches_with_its_augmentation():
+def test_batches_contain_the_augmented_training_part():
     data = data_set(augment=lambda batch, _random: batch + 1)
     batches = list(data.batches(2).epoch(seed=0, epoch=0))
     assert sorted(np.concatenate([batch.targets for batch in batches]).tolist()) == [0, 1, 2]
@@ -141,7 +141,7 @@ def mistyped(*, seed):
 
 
 def missing(*, seed):
-    raise LoadError("The archive is not there.")
+    raise LoadError("The archive is missing.")
 
 
 def plain(classes=2):
@@ -164,18 +164,18 @@ def base(tmp_path):
     return tmp_path
 
 
-def test_a_source_gets_the_seed_and_its_options(base):
+def test_source_takes_the_seed_and_its_options(base):
     data = load_data("sources.py:good", {"classes": 3}, seed=7, base=base)
     assert data.classes == ("a", "b", "c")
     assert (data.train.inputs == 7).all()
 
 
-def test_a_source_without_a_seed_is_called_without_one(base):
+def test_source_without_seed_parameter_is_called_without_seed(base):
     assert load_data("sources.py:plain", {"classes": 3}, seed=7, base=base).classes == ("a", "b", "c")
     assert (load_data("sources.py:open_to_all", {}, seed=7, base=base).train.inputs == 7).all()
     for options, sentence in (
-        ({"seed": 3}, r"got an unexpected keyword argument 'seed'\. It takes classes: change data\.options"),
-        ({"colors": 3}, r"'colors'\. It takes classes"),
+        ({"seed": 3}, r"got an unexpected keyword argument 'seed'\. Use only classes in data\.options"),
+        ({"colors": 3}, r"'colors'\. Use only classes"),
     ):
         with pytest.raises(UsageError, match=sentence):
             load_data("sources.py:plain", options, seed=0, base=base)
@@ -190,7 +190,12 @@ def test_a_source_without_a_seed_is_called_without_one(base):
             UsageError,
             "does not take these options. got an unexpected keyword argument 'colors'.",
         ),
-        ("sources.py:good", {"seed": 3}, UsageError, "data.options holds the seed of 'sources.py:good'."),
+        (
+            "sources.py:good",
+            {"seed": 3},
+            UsageError,
+            "data.options contains `seed`, which 'sources.py:good' receives",
+        ),
         (
             "sources.py:broken",
             {},
@@ -203,18 +208,18 @@ def test_a_source_without_a_seed_is_called_without_one(base):
             DataError,
             "The data source 'sources.py:mistyped' failed. TypeError: unsupported operand",
         ),
-        ("sources.py:missing", {}, LoadError, "The archive is not there."),
+        ("sources.py:missing", {}, LoadError, "The archive is missing."),
         (
             "sources.py:other",
             {},
             DataError,
-            "sources.py:other gives a list. It must give a kirsch DataSet: kirsch.DataSet(name, train=",
+            "sources.py:other returns a list; expected a kirsch.DataSet. Return kirsch.DataSet(name, train=",
         ),
         ("sources.py:goood", {}, LoadError, "There is no callable of sources.py named 'goood'."),
         ("digit", {}, UnknownNameError, "There is no data 'digit'. Known: cifar10, digits. Did you mean 'digits'?"),
     ],
 )
-def test_a_source_that_gives_no_data_is_named(base, source, options, error, sentence):
+def test_failing_source_is_named(base, source, options, error, sentence):
     with pytest.raises(KirschError, match=re.escape(sentence)) as caught:
         load_data(source, options, seed=0, base=base)
     assert type(caught.value) is error
@@ -230,11 +235,11 @@ def test_a_source_that_gives_no_data_is_named(base, source, options, error, sent
         (("a", "b", "a"), r"Two classes of d have the name 'a'\."),
     ],
 )
-def test_a_class_name_that_no_file_can_hold_is_refused_at_the_start(classes, sentence):
+def test_invalid_class_name_is_refused(classes, sentence):
     with pytest.raises((DataError, UsageError), match=sentence):
         data_set(classes=classes)
 
 
-def test_a_data_set_has_a_name_that_is_text():
+def test_name_that_is_not_valid_text_is_refused():
     with pytest.raises(DataError, match=r"The data set has the name '\\udce9'\. It is not valid text\."):
         DataSet("\udce9", split(), split(), split(), ("a", "b", "c"))

@@ -1,4 +1,4 @@
-"""The digits that scikit-learn carries."""
+"""UCI digits from scikit-learn."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def digits(seed=0, **options):
 
 
 def as_sets(data):
-    """The samples of each part, as bytes; two digits are the same only where all pixels are."""
+    """Return the samples of each part as a set of bytes."""
     return [{sample.tobytes() for sample in part.inputs} for part in (data.train, data.validation, data.test)]
 
 
-def test_no_sample_is_in_two_parts_and_none_is_lost():
-    """The 1,797 images are all different, so that sets of them tell."""
+def test_each_sample_is_in_exactly_one_part():
+    """All 1,797 images are different, so that sets can be compared."""
     parts = as_sets(digits())
     assert [len(part) for part in parts] == [1078, 360, 359]
     assert len(set.union(*parts)) == 1078 + 360 + 359 == 1797
@@ -34,7 +34,7 @@ def test_each_class_is_split_by_the_fractions():
     assert np.bincount(data.test.labels).tolist() == [n - round(0.8 * n) for n in totals]
 
 
-def test_pixels_belong_to_their_labels_and_the_training_part_sets_the_scale():
+def test_inputs_keep_their_labels_and_are_standardized_by_the_training_part():
     data = digits()
     assert data.train.inputs.shape == (1078, 1, 8, 8)
     assert data.train.inputs.mean() == pytest.approx(0, abs=1e-5)  # float32 over 69,000 pixels
@@ -50,14 +50,14 @@ def test_pixels_belong_to_their_labels_and_the_training_part_sets_the_scale():
 
 
 def _scale(data, bunch):
-    """The pixel values go from 0 to 16, so the extremes of all parts give the scale back."""
+    """Return mean and deviation of the standardization, from the known range of pixels, 0 to 16."""
     low = min(part.inputs.min() for part in (data.train, data.validation, data.test))
     high = max(part.inputs.max() for part in (data.train, data.validation, data.test))
     deviation = bunch.images.max() / (float(high) - float(low))
     return -float(low) * deviation, deviation
 
 
-def test_the_seed_decides_the_split():
+def test_split_depends_on_the_seed():
     assert digits(1).sha256 == digits(1).sha256
     assert digits(1).sha256 != digits(2).sha256
 
@@ -65,6 +65,6 @@ def test_the_seed_decides_the_split():
 @pytest.mark.parametrize(
     ("options", "part"), [({"train": 0.7, "validation": 0.3}, "test"), ({"validation": 0}, "validation")]
 )
-def test_a_part_without_samples_is_named(options, part):
+def test_empty_part_is_refused(options, part):
     with pytest.raises(DataError, match=f"The {part} part of digits is empty"):
         digits(**options)

@@ -1,6 +1,6 @@
-"""What a student is charged for. Each formula stands once, over the arrays of any framework.
+"""Distillation losses. Each formula exists once and works on the arrays of any framework.
 
-To import a file of losses is to register them.
+Importing a module of losses registers them.
 """
 
 from kirsch.distillation.losses import (

@@ -1,29 +1,29 @@
-"""Soft targets for scores of which each is a yes or no of its own."""
+"""Soft targets for independent binary outputs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kirsch.distillation.arrays import blank, log_sigmoid, mean_over, relative, same_shape
+from kirsch.distillation.arrays import check_same_shape, kl_terms, log_sigmoid, masked_mean, zero_masked
 from kirsch.distillation.losses.logits import check_temperature
 from kirsch.distillation.losses.loss import loss
 
 
 @loss("binary-kd", activation="sigmoid")
 def binary_soft_target(student: Any, teacher: Any, *, temperature: float = 1.0, mask: Any = None) -> Any:
-    """Kullback-Leibler divergence of the softened yes or no of each class, times temperature².
+    """Return the KL divergence of the softened Bernoulli distribution of each class, times temperature².
 
-    Summed over classes, averaged over samples or positions. Classes are not compared: it fits heads with a logistic
-    function, of many labels a sample or of a single question.
+    The divergence is summed over classes and averaged over samples or positions. It suits heads with a sigmoid: several
+    labels a sample, or a single binary output.
 
     Args:
-        student, teacher: scores, shape (N, K) or (N, L, K), floating, or (N,) of a single question; the teacher takes
-            no gradient.
-        temperature: > 0; scores are divided by it before the logistic function.
+        student, teacher: logits, shape (N, K) or (N, L, K), floating, or (N,) for a single binary output;
+            no gradient reaches the teacher.
+        temperature: > 0; logits are divided by it before the sigmoid.
         mask: shape (N,) or (N, L), true where a sample or position counts; None counts all.
 
     Returns:
-        Scalar in nats, >= 0 up to rounding; 0 when the softened outputs agree. Its gradient for the student's scores
+        Scalar in nats, >= 0 up to rounding; 0 if the softened outputs agree. The gradient for the student's logits
         is T (p_student - p_teacher) / N.
 
     Raises:
@@ -31,13 +31,13 @@ def binary_soft_target(student: Any, teacher: Any, *, temperature: float = 1.0, 
         UsageError: the temperature is not above 0.
         DataError: the mask is false everywhere.
 
-    Source: Yang et al. 2023, arXiv:2308.06453, whose multi-label logits distillation is this at temperature 1.
+    Source: Yang et al. 2023, arXiv:2308.06453, multi-label logits distillation, which has temperature 1.
     """
     check_temperature(temperature)
-    same_shape(student, teacher)
-    student, teacher = blank(student, mask) / temperature, blank(teacher, mask) / temperature
+    check_same_shape(student, teacher)
+    student, teacher = zero_masked(student, mask) / temperature, zero_masked(teacher, mask) / temperature
     divergence: Any = 0.0
-    for sign in (1.0, -1.0):  # yes, and no
+    for sign in (1.0, -1.0):  # p and 1 - p
         log_s, log_t = log_sigmoid(sign * student), log_sigmoid(sign * teacher)
-        divergence = divergence + relative(log_t, log_s)
-    return mean_over(divergence.sum(-1), mask) * temperature**2
+        divergence = divergence + kl_terms(log_t, log_s)
+    return masked_mean(divergence.sum(-1), mask) * temperature**2

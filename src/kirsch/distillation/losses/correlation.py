@@ -1,19 +1,27 @@
-"""Losses that relate the outputs of a batch to each other: samples to samples, and classes to classes."""
+"""Losses that relate the outputs of a batch to each other: samples with samples, and classes with classes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import constant, log_softmax, namespace, normalized, root, rows_that_count, same_shape
-from kirsch.distillation.losses.logits import check_convention, check_temperature, soft_target
-from kirsch.distillation.losses.loss import check_at_least, loss
+from kirsch.distillation.arrays import (
+    check_same_shape,
+    detach,
+    log_softmax,
+    namespace,
+    normalize,
+    safe_sqrt,
+    unmasked_rows,
+)
+from kirsch.distillation.losses.logits import check_temperature, soft_target
+from kirsch.distillation.losses.loss import check_at_least, check_convention, loss
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-FLOORS = {"kirsch": None, "dist-kd": 1e-8, "mmrazor": 1e-8, "ofakd": 1e-8, "torchdistill": None}
-"""Convention of "dist" → what is added to the product of lengths."""
+DENOMINATOR_EPS = {"kirsch": None, "dist-kd": 1e-8, "mmrazor": 1e-8, "ofakd": 1e-8, "torchdistill": None}
+"""Constant that a convention of "dist" adds to the product of the norms."""
 
 
 @loss("dist", relational=True)
@@ -27,82 +35,82 @@ def correlated(
     convention: str = "kirsch",
     mask: Any = None,
 ) -> Any:
-    """One less Pearson's correlation of the softened outputs, within each sample and within each class.
+    """Return 1 - Pearson correlation of the softened outputs, within each sample and within each class.
 
-    inter · mean over samples + intra · mean over classes, times temperature². A student need not match the teacher's
-    probabilities, only what is larger and by how much in proportion; so a much stronger teacher can be followed.
+    The loss is inter · mean over samples + intra · mean over classes, times temperature². The student need not match
+    the teacher's probabilities, only a linear function of them, which is easier with a much stronger teacher.
 
     Args:
-        student, teacher: scores, shape (N, K) or (N, L, K), floating; the teacher takes no gradient. The positions of
+        student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher. The positions of
             sequences are samples.
-        inter, intra: weights of the correlations within samples (of the classes) and within classes (of the samples).
+        inter, intra: weights of the correlations within samples (over classes) and within classes (over samples).
         temperature: > 0.
-        convention: "kirsch" divides by the lengths as they are, so that classes of tiny probabilities count like
-            others. "dist-kd", the authors' code, "mmrazor" and "ofakd" add 1e-8 to the product of lengths: with many
-            classes a student that equals its teacher is then charged for those of tiny probabilities. "torchdistill"
-            raises each length to at least 1e-8.
+        convention: "kirsch" divides by the exact norms, so that classes with tiny probabilities count like others.
+            "dist-kd" (the authors' code), "mmrazor" and "ofakd" add 1e-8 to the product of the norms, so that with many
+            classes the loss is above 0 even if the student equals the teacher. "torchdistill" clips each norm to at
+            least 1e-8.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar, from 0 to 2 T² (inter + intra); 0 when the softened outputs agree, but for what a convention adds. Where
-        one side is constant there is no correlation, and where both are there is nothing to charge.
+        Scalar, from 0 to 2 T² (inter + intra); 0 if the softened outputs agree, up to a convention's constant.
+        The correlation counts as 0 where one side is constant, and as 1 where both are.
 
     Raises:
         ShapeError: the shapes differ.
         UsageError: the temperature is not above 0, or a weight is below 0.
-        UnknownNameError: there is no such convention.
+        UnknownNameError: the convention is unknown.
         DataError: the mask is false everywhere.
 
-    Source: Huang et al. 2022, arXiv:2205.10536. Usual for ImageNet are inter = intra = 1, temperature 1, and weight 2
-        beside the labels.
+    Source: Huang et al. 2022, arXiv:2205.10536. For ImageNet inter = intra = 1, temperature 1, and weight 2 beside
+        the labels.
     """
-    check_convention(convention, FLOORS)
+    check_convention(convention, DENOMINATOR_EPS)
     check_at_least(0, inter=inter, intra=intra)
-    p_s, p_t = _outputs(student, teacher, temperature, mask)
+    p_s, p_t = _softened_outputs(student, teacher, temperature, mask)
     within_samples = 1 - _correlation(p_s, p_t, -1, convention).mean()
     within_classes = 1 - _correlation(p_s, p_t, 0, convention).mean()
     return (inter * within_samples + intra * within_classes) * temperature**2
 
 
 def _correlation(first: Any, second: Any, axis: int, convention: str) -> Any:
-    """Pearson's correlation along an axis of two matrices (N, K)."""
+    """Return the Pearson correlation of two matrices (N, K) along an axis."""
     xp = namespace(first)
     sides = [array - xp.mean(array, axis=axis, keepdims=True) for array in (first, second)]
     if convention == "torchdistill":
-        return xp.sum(normalized(sides[0], axis, 1e-8) * normalized(sides[1], axis, 1e-8), axis=axis)
-    added = FLOORS[convention]
-    if added is not None:
-        lengths = root(xp.sum(sides[0] ** 2, axis=axis)) * root(xp.sum(sides[1] ** 2, axis=axis))
-        return xp.sum(sides[0] * sides[1], axis=axis) / (lengths + added)
-    tops = [xp.amax(xp.abs(side), axis=axis, keepdims=True) for side in sides]
-    flat = [
-        top <= 8 * xp.finfo(array.dtype).eps * xp.amax(xp.abs(array), axis=axis, keepdims=True)
-        for top, array in zip(tops, (first, second), strict=True)
+        return xp.sum(normalize(sides[0], axis, 1e-8) * normalize(sides[1], axis, 1e-8), axis=axis)
+    eps = DENOMINATOR_EPS[convention]
+    if eps is not None:
+        norms = safe_sqrt(xp.sum(sides[0] ** 2, axis=axis)) * safe_sqrt(xp.sum(sides[1] ** 2, axis=axis))
+        return xp.sum(sides[0] * sides[1], axis=axis) / (norms + eps)
+    peaks = [xp.amax(xp.abs(side), axis=axis, keepdims=True) for side in sides]
+    is_constant = [
+        peak <= 8 * xp.finfo(array.dtype).eps * xp.amax(xp.abs(array), axis=axis, keepdims=True)
+        for peak, array in zip(peaks, (first, second), strict=True)
     ]
-    # Divided by the largest first: the squares of tiny probabilities would be 0. What rounding leaves of a constant is.
+    # Dividing by the largest magnitude first keeps the squares of tiny probabilities from underflowing to 0. A centered
+    # constant is set to exactly 0, because its rounding errors would correlate.
     scaled = [
-        xp.where(still, 0.0 * side, side / constant(xp.where(still, xp.ones_like(top), top)))
-        for side, top, still in zip(sides, tops, flat, strict=True)
+        xp.where(constant, 0.0 * side, side / detach(xp.where(constant, xp.ones_like(peak), peak)))
+        for side, peak, constant in zip(sides, peaks, is_constant, strict=True)
     ]
-    cosine = xp.sum(normalized(scaled[0], axis) * normalized(scaled[1], axis), axis=axis, keepdims=True)
-    return xp.where(flat[0] & flat[1], xp.ones_like(cosine), cosine)
+    cosine = xp.sum(normalize(scaled[0], axis) * normalize(scaled[1], axis), axis=axis, keepdims=True)
+    return xp.where(is_constant[0] & is_constant[1], xp.ones_like(cosine), cosine)
 
 
 @loss("batch-correlation", relational=True)
 def batch_correlation(student: Any, teacher: Any, *, temperature: float = 4.0, mask: Any = None) -> Any:
-    """How far apart the inner products of samples are: ‖P_s P_sᵀ - P_t P_tᵀ‖² / N, of the softened outputs.
+    """Return ‖P_s P_sᵀ - P_t P_tᵀ‖² / N: the squared difference of the inner products of samples' softened outputs.
 
-    No temperature² is multiplied with: the products of softened outputs fade faster than with T, and the published
-    weights are without.
+    There is no factor T², as in the published weights. The products decrease faster with T than such a factor corrects.
 
     Args:
-        student, teacher: scores, shape (N, K) or (N, L, K), floating; the teacher takes no gradient. The positions of
+        student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher. The positions of
             sequences are samples.
         temperature: > 0.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar, >= 0; 0 when the softened outputs agree. For samples without relation it grows with N.
+        Scalar, >= 0; 0 if the softened outputs agree. For unrelated samples it grows in proportion to N.
 
     Raises:
         ShapeError: the shapes differ.
@@ -111,19 +119,21 @@ def batch_correlation(student: Any, teacher: Any, *, temperature: float = 4.0, m
 
     Source: Jin, Wang, Lin 2023 (multi-level logit distillation), CVPR, section 3 (batch level), temperature 4.
     """
-    p_s, p_t = _outputs(student, teacher, temperature, mask)
+    p_s, p_t = _softened_outputs(student, teacher, temperature, mask)
     return ((p_s @ p_s.T - p_t @ p_t.T) ** 2).sum() / len(p_s)
 
 
 @loss("class-correlation", relational=True)
 def class_correlation(student: Any, teacher: Any, *, temperature: float = 4.0, mask: Any = None) -> Any:
-    """How far apart the inner products of classes are: ‖P_sᵀ P_s - P_tᵀ P_t‖² / K, of the softened outputs.
+    """Return ‖P_sᵀ P_s - P_tᵀ P_t‖² / K: the squared difference of the inner products of classes' softened outputs.
 
-    Args, returns and errors are those of `batch_correlation`; it grows with N² where the batch repeats itself.
+    Args, returns and errors are those of `batch_correlation`.
+
+    The value grows in proportion to N² if a batch repeats samples.
 
     Source: Jin, Wang, Lin 2023 (multi-level logit distillation), CVPR, section 3 (class level), temperature 4.
     """
-    p_s, p_t = _outputs(student, teacher, temperature, mask)
+    p_s, p_t = _softened_outputs(student, teacher, temperature, mask)
     return ((p_s.T @ p_s - p_t.T @ p_t) ** 2).sum() / p_s.shape[-1]
 
 
@@ -139,48 +149,47 @@ def multi_level(
     standardize: bool = False,
     mask: Any = None,
 ) -> Any:
-    """Soft targets, batch correlation and class correlation, each summed over several temperatures.
+    """Return the sum of `kd`, `batch-correlation` and `class-correlation` over several temperatures.
 
-    Of a student that sees two views of an image (weak and strong), it is called for each, with the teacher's scores of
-    the same view. Of the code that the authors published, and of that which standardizes scores, three things are not
-    taken over. Their choice of confident samples and classes multiplies a mean that is taken already, so that it
-    chooses nothing and halves the loss: here every sample counts, and `mask` chooses. The terms of the strong view at
-    temperatures 2 and 6 are computed from the weak one: here a view is one call. The correlations of the strong view
-    are computed and not added: here each call adds them.
+    With two views of an image (weak and strong augmentation), call the loss once a view, with the teacher's logits of
+    that view. Three details of the published code are left out. First, its selection of confident samples and classes
+    multiplies a mean that was already taken, which selects nothing and halves the loss; here every sample counts, and
+    `mask` selects. Second, its terms for the strong view at temperatures 2 and 6 use the weak view. Third, its
+    correlations of the strong view are computed and not added.
 
     Args:
-        student, teacher: scores, shape (N, K) or (N, L, K), floating; the teacher takes no gradient.
+        student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher.
         temperatures: each > 0, at least one.
         instance, batch, classes: weights of `kd`, `batch-correlation` and `class-correlation`.
-        standardize: as in `kd`, for that part.
+        standardize: as in `kd`, for the term `kd` only.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar, >= 0 up to rounding; 0 when the outputs agree.
+        Scalar, >= 0 up to rounding; 0 if the outputs agree.
 
     Raises:
         ShapeError: the shapes differ.
-        UsageError: a temperature is not above 0, or there is none, or a weight is below 0.
+        UsageError: a temperature is not above 0, `temperatures` is empty, or a weight is below 0.
         DataError: the mask is false everywhere.
 
-    Source: Jin, Wang, Lin 2023 (multi-level logit distillation), CVPR, over 480 epochs for CIFAR-100.
+    Source: Jin, Wang, Lin 2023 (multi-level logit distillation), CVPR; 480 epochs for CIFAR-100.
     """
     check_at_least(0, instance=instance, batch=batch, classes=classes)
     if not temperatures:
-        raise UsageError("There are no temperatures, so there is nothing to learn.", fix="Give at least one.")
-    parts = [
+        raise UsageError("`temperatures` is empty.", fix="Pass at least one temperature.")
+    losses = [
         instance * soft_target(student, teacher, temperature=temperature, standardize=standardize, mask=mask)
         + batch * batch_correlation(student, teacher, temperature=temperature, mask=mask)
         + classes * class_correlation(student, teacher, temperature=temperature, mask=mask)
         for temperature in temperatures
     ]
-    return sum(parts[1:], parts[0])
+    return sum(losses[1:], losses[0])
 
 
-def _outputs(student: Any, teacher: Any, temperature: float, mask: Any) -> tuple[Any, Any]:
-    """Both softened outputs (n, K) of the samples or positions that count."""
+def _softened_outputs(student: Any, teacher: Any, temperature: float, mask: Any) -> tuple[Any, Any]:
+    """Return both softened outputs (n, K) of the unmasked samples or positions."""
     check_temperature(temperature)
     xp = namespace(student)
-    same_shape(student, teacher)
-    p_s, p_t = (xp.exp(log_softmax(rows_that_count(scores, mask) / temperature)) for scores in (student, teacher))
+    check_same_shape(student, teacher)
+    p_s, p_t = (xp.exp(log_softmax(unmasked_rows(logits, mask) / temperature)) for logits in (student, teacher))
     return p_s, p_t

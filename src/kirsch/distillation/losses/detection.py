@@ -1,6 +1,7 @@
-"""Losses on what detectors put out: maps below dense heads, scores and boxes of dense heads, sets of queries.
+"""Losses of detectors: feature maps, logits and boxes of dense heads, and sets of queries.
 
-Boxes are (center x, center y, width, height), as shares of the image, so that both terms of a box are of one size.
+Boxes are (center x, center y, width, height), relative to the image size, so that both terms of a box have a similar
+magnitude.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from kirsch.distillation.arrays import (
-    as_numpy,
+    check_same_shape,
     log_sigmoid,
     log_softmax,
     namespace,
-    same_shape,
+    to_numpy,
     weighted_mean,
 )
 from kirsch.distillation.losses.loss import loss
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
 
-BEYOND = 1e30
-"""The cost of a pair that is not finite: none is matched to it while another is left."""
+LARGEST_COST = 1e30
+"""Cost of a pair in place of NaN or infinity. Such a pair is only matched if no other is left."""
 
-TINY = 1e-12
-"""The least sum of weights that something is divided by."""
+SMALLEST_SUM = 1e-12
+"""Lower bound of a sum of weights before a division."""
 
 
 # ------------------------------------------------------------------------------------------------ dense heads
@@ -33,46 +34,46 @@ TINY = 1e-12
 
 @loss("detection-features", takes="maps")
 def detection_features(student: Any, teacher: Any) -> Any:
-    """Squared difference of maps, averaged over channels and over cells by how sure the teacher is of an object there.
+    """Return the squared difference of feature maps, with each cell weighted by the teacher's confidence in an object.
 
     Args:
         student: maps, shape (N, C, H, W), or a dict with "maps".
-        teacher: maps, shape (N, C, H, W), or a dict of "maps" and "scores": of each class in each cell before the
-            logistic function, (N, K, H, W). A cell weighs as much as the largest probability in it; without scores all
-            cells weigh 1.
+        teacher: maps, shape (N, C, H, W), or a dict of "maps" and "scores", the logits of each class in each cell,
+            (N, K, H, W), before a sigmoid. The weight of a cell is its largest probability, or 1 without "scores".
 
     Returns:
-        Scalar, >= 0; 0 when the maps agree wherever the teacher sees something.
+        Scalar, >= 0, averaged over channels and, with the weights, over cells; 0 if the maps agree in the cells with a
+        weight above 0.
 
     Raises:
-        ShapeError: the shapes differ, or the scores are of other cells.
+        ShapeError: the shapes differ, or the logits have other cells than the maps.
         UsageError: a dict has no "maps".
 
     Source: Chen et al. 2017 (NeurIPS), "Learning efficient object detection models with knowledge distillation"
-        (imitation of maps); weighted as Ultralytics does, behind an adapter of 1 × 1 to the teacher's width.
+        (imitation of maps), with the weights of Ultralytics, which adds a 1 × 1 adapter to the teacher's width.
     """
-    near, far = _maps(student, "student"), _maps(teacher, "teacher")
-    same_shape(near, far, "maps")
-    difference = near - far
+    maps_s, maps_t = _maps(student, "student"), _maps(teacher, "teacher")
+    check_same_shape(maps_s, maps_t, "maps")
+    difference = maps_s - maps_t
     squares = (difference * difference).mean(1)  # (N, H, W)
     xp = namespace(squares)
     weights = xp.ones_like(squares)
     if isinstance(teacher, dict) and "scores" in teacher:
-        scores = teacher["scores"]
-        if (len(scores), *scores.shape[2:]) != tuple(squares.shape):
+        logits = teacher["scores"]
+        if (len(logits), *logits.shape[2:]) != tuple(squares.shape):
             raise ShapeError(
-                f"The teacher's scores have shape {tuple(scores.shape)}, its maps {tuple(far.shape)}.",
+                f"The teacher's logits have shape {tuple(logits.shape)}, its maps {tuple(maps_t.shape)}.",
                 "They must be of the same samples and cells.",
             )
-        weights = xp.exp(xp.amax(log_sigmoid(scores), axis=1))
+        weights = xp.exp(xp.amax(log_sigmoid(logits), axis=1))
     return weighted_mean(squares, weights)
 
 
-def _maps(side: Any, who: str) -> Any:
+def _maps(side: Any, role: str) -> Any:
     if not isinstance(side, dict):
         return side
     if "maps" not in side:
-        raise UsageError(f'The {who} gives {", ".join(sorted(side))}; "maps" are needed.')
+        raise UsageError(f'The {role} returns {", ".join(sorted(side))}; "maps" are needed.')
     return side["maps"]
 
 
@@ -85,47 +86,48 @@ def detection_response(
     giou_weight: float = 2.0,
     threshold: float = 0.5,
 ) -> Any:
-    """Cross-entropy of each class in each cell, by how far student and teacher are apart, and distance of the boxes.
+    """Return the weighted binary cross-entropy of the classes, plus the distance of the boxes, for dense heads.
 
-    Each class is a coin of its own, as in heads with a logistic function: a softmax would have the background, which is
-    nearly everywhere, decide. A coin weighs |p_teacher - p_student|, so that the many cells in which both see nothing
-    fade, and an object that the student alone sees is charged as one that it misses. The weight takes a gradient, too,
-    as in the authors' code. Boxes are compared in the cells in which the teacher sees an object.
+    Each class is a Bernoulli distribution, as in heads with a sigmoid; in a softmax the background, which fills most
+    cells, would dominate. The weight of a class in a cell is |p_teacher - p_student|, so that the many cells without
+    objects add little, and objects predicted by only one of the two add as much as each other. The gradient flows
+    through the weight, too, as in the authors' code. Boxes are compared in the cells where the teacher detects an
+    object.
 
     Args:
-        student, teacher: "scores" before the logistic function, (N, Q, K), and "boxes" as shares of the image,
-            (N, Q, 4), of the same Q cells or anchors.
-        box_weight: of Σ |difference| over the four numbers of a box, >= 0.
-        giou_weight: of 1 - generalized intersection over union, >= 0.
-        threshold: the teacher sees an object where its largest probability is above; 0 to 1.
+        student, teacher: dict of "scores", the logits before a sigmoid, (N, Q, K), and "boxes" relative to the image
+            size, (N, Q, 4), of the same Q cells or anchors.
+        box_weight: weight of Σ |difference| over the four numbers of a box, >= 0.
+        giou_weight: weight of 1 - generalized intersection over union, >= 0.
+        threshold: the teacher detects an object where its largest probability is above the threshold; 0 to 1.
 
     Returns:
-        Scalar, >= 0: of classes, the sum over cells, divided by the number of those in which the teacher sees an
-        object, or by 1; of boxes, the mean over these, weighted by the teacher's largest probability. 0 when scores and
-        boxes agree. Boxes add nothing where the teacher sees no object at all.
+        Scalar, >= 0; 0 if logits and boxes agree. The term of the classes is the sum over cells, divided by the number
+        of cells with an object, at least 1. The term of the boxes is the mean over these cells, weighted by the
+        teacher's largest probability, or 0 if there are none.
 
     Raises:
-        ShapeError: the shapes differ, or there is not one box a cell.
-        UsageError: an option is out of range, or a side is no dict of scores and boxes.
+        ShapeError: the shapes differ, or the number of boxes is not the number of cells.
+        UsageError: an option is out of range, or a side is not a dict of "scores" and "boxes".
 
-    Source: classes after Yang et al. 2023, arXiv:2308.14286, and its code, which divides by the cells that labels
-        assign an object to. Weights of the box are those of DETR (arXiv:2005.12872), the threshold is ours.
+    Source: classes: Yang et al. 2023, arXiv:2308.14286, and its code, which divides by the cells to which the labels
+        assign an object. The box weights are those of DETR (arXiv:2005.12872). The threshold is Kirsch's own choice.
     """
     _check_weights(box_weight=box_weight, giou_weight=giou_weight)
     if not 0 <= threshold <= 1:
-        raise UsageError(f"The threshold of objects is {threshold}; a probability from 0 to 1 is needed.")
+        raise UsageError(f"`threshold` is {threshold}; a probability from 0 to 1 is needed.")
     _check_sets(student, teacher)
     for part in ("scores", "boxes"):
-        same_shape(student[part], teacher[part], part)
+        check_same_shape(student[part], teacher[part], part)
     xp = namespace(teacher["scores"])
     log_s, log_t = (log_sigmoid(side["scores"]) for side in (student, teacher))
     p_s, p_t = xp.exp(log_s), xp.exp(log_t)
-    crossed = (1.0 - p_t) * student["scores"] - log_s  # -log(1 - p) is the score less log p
-    sure = confidence(teacher["scores"], "sigmoid")
-    seen = xp.where(sure > threshold, sure, 0.0 * sure)
+    cross_entropy = (1.0 - p_t) * student["scores"] - log_s  # since -log(1 - p) = logit - log p
+    confident = confidence(teacher["scores"], "sigmoid")
+    weights = xp.where(confident > threshold, confident, 0.0 * confident)
     boxes = box_distance(student["boxes"], teacher["boxes"], box_weight, giou_weight)
-    objects = (seen > 0).sum().clip(min=1)
-    return (xp.abs(p_t - p_s) * crossed).sum() / objects + weighted_mean(boxes, seen)
+    objects = (weights > 0).sum().clip(min=1)
+    return (xp.abs(p_t - p_s) * cross_entropy).sum() / objects + weighted_mean(boxes, weights)
 
 
 # ------------------------------------------------------------------------------------------------ sets
@@ -142,141 +144,147 @@ def detr(
     giou_weight: float = 2.0,
     empty_weight: float = 0.1,
 ) -> Any:
-    """Distance of two sets of predictions, each of the teacher's with the student's that it is matched to.
+    """Return the distance of the teacher's predictions to the student's predictions matched to them.
 
-    Queries have no order, so that number i of both need not be of one object. The matching is the one that makes this
-    very loss smallest; the gradient holds it fixed. Each pair weighs as much as the teacher is sure of an object; its
-    classes weigh no less than those of no object do, so that an object which the student alone sees is charged.
+    Queries have no order, so query i of student and teacher may belong to different objects. The matching minimizes
+    this loss, and no gradient flows through it. The weight of a pair is the teacher's confidence in an object. The
+    weight of its classes is at least `empty_weight`, so that an object detected by the student alone adds to the loss.
 
     Args:
-        student, teacher: "scores" before the softmax, (N, Q, K), and "boxes" as shares of the image, (N, Q, 4). Q may
-            differ: a student with more queries has some left that learn from labels alone; one with fewer learns from
-            those that the teacher is surest of.
-        classes: "softmax", of which the last class is no object (DETR), or "sigmoid", each class a coin of its own
-            (Deformable DETR, DINO).
-        class_weight: of the divergence of the classes, >= 0.
-        box_weight: of Σ |difference| over the four numbers of a box, >= 0.
-        giou_weight: of 1 - generalized intersection over union, >= 0.
-        empty_weight: the least weight of the classes of a pair, >= 0: that of no object.
+        student, teacher: dict of "scores", the logits, (N, Q, K), and "boxes" relative to the image size, (N, Q, 4). Q
+            may differ: of a student with more queries, the unmatched ones learn from labels alone; a student with fewer
+            learns from the teacher's most confident queries.
+        classes: "softmax", whose last class is "no object" (DETR), or "sigmoid" for independent classes (Deformable
+            DETR, DINO).
+        class_weight: weight of the divergence of the classes, >= 0.
+        box_weight: weight of Σ |difference| over the four numbers of a box, >= 0.
+        giou_weight: weight of 1 - generalized intersection over union, >= 0.
+        empty_weight: smallest weight of the classes of a pair, >= 0, for pairs without an object.
 
     Returns:
-        Scalar, >= 0: the weighted mean of the divergences of the classes, and that of the distances of the boxes; 0
-        when the teacher's predictions are among the student's, in any order.
+        Scalar, >= 0: the weighted mean of the divergences of the classes plus that of the distances of the boxes; 0 if
+        the teacher's predictions are among the student's, in any order.
 
     Raises:
-        ShapeError: samples or classes differ, there is not one box a query, or no class beside "no object".
-        UsageError: a weight is negative, or a side is no dict of scores and boxes.
-        UnknownNameError: there is no such kind of classes.
+        ShapeError: samples or classes differ, the number of boxes is not the number of queries, or "no object" is the
+            only class.
+        UsageError: a weight is negative, or a side is not a dict of "scores" and "boxes".
+        UnknownNameError: `classes` is unknown.
 
-    Source: Carion et al. 2020, arXiv:2005.12872, equations 1 and 2, and its weights 1, 5, 2, and 0.1 of no object;
-        Chang et al. 2023, arXiv:2211.10156 (DETRDistill), for matching the teacher's predictions.
+    Source: Carion et al. 2020, arXiv:2005.12872, equations 1 and 2, and its weights 1, 5, 2, and 0.1 for "no object";
+        Chang et al. 2023, arXiv:2211.10156 (DETRDistill), for the matching of the teacher's predictions.
     """
     _check_weights(class_weight=class_weight, box_weight=box_weight, giou_weight=giou_weight, empty_weight=empty_weight)
     _check_sets(student, teacher)
     if classes == "softmax" and student["scores"].shape[-1] == 1:
         raise ShapeError(
-            'The scores are of one class, which is "no object".', fix='State classes="sigmoid", or add a class.'
+            'The logits have one class, which is "no object".', fix='Set classes="sigmoid", or add a class.'
         )
-    teacher = surest(teacher, classes, student["scores"].shape[1])
-    log_s, log_t = logarithms(student["scores"], classes), logarithms(teacher["scores"], classes)
-    shares = namespace(log_t).exp(log_t)
-    # Σ p (log p - log q) of all pairs (N, Q_s, Q_t) as a product of matrices: with the classes spelt out it would be
-    # larger by a factor of K.
-    divergence = (shares * log_t).sum(-1)[:, None, :] - log_s @ shares.swapaxes(1, 2)
+    teacher = most_confident(teacher, classes, student["scores"].shape[1])
+    log_s, log_t = (
+        class_log_probabilities(student["scores"], classes),
+        class_log_probabilities(teacher["scores"], classes),
+    )
+    p_t = namespace(log_t).exp(log_t)
+    # Σ p (log p - log q) of all pairs (N, Q_s, Q_t) as a matrix product, which needs K times less memory than
+    # broadcasting over the classes.
+    divergence = (p_t * log_t).sum(-1)[:, None, :] - log_s @ p_t.swapaxes(1, 2)
     boxes = box_distance(student["boxes"][:, :, None], teacher["boxes"][:, None], box_weight, giou_weight)
-    sure = confidence(teacher["scores"], classes)
-    told = sure.clip(min=empty_weight)
-    shares_of_classes, shares_of_boxes = told / told.sum().clip(min=TINY), sure / sure.sum().clip(min=TINY)
-    costs = class_weight * divergence * shares_of_classes[:, None] + boxes * shares_of_boxes[:, None]
-    return costs[matched(as_numpy(costs))].sum()
+    box_weights = confidence(teacher["scores"], classes)
+    class_weights = box_weights.clip(min=empty_weight)
+    class_weights, box_weights = (
+        weights / weights.sum().clip(min=SMALLEST_SUM) for weights in (class_weights, box_weights)
+    )
+    costs = class_weight * divergence * class_weights[:, None] + boxes * box_weights[:, None]
+    return costs[match_pairs(to_numpy(costs))].sum()
 
 
-def surest(side: dict[str, Any], classes: str, count: int) -> dict[str, Any]:
-    """The queries of which a side is surest, as many as are to be matched, at most all.
+def most_confident(side: dict[str, Any], classes: str, count: int) -> dict[str, Any]:
+    """Return the `count` queries with the highest confidence, or all if there are fewer.
 
-    Left to the least sum, a student with fewer queries would be matched to those of which the teacher is least sure,
-    since they cost least.
+    Without this selection, a student with fewer queries would be matched to the teacher's least confident queries,
+    because these have the lowest costs.
     """
-    sure = as_numpy(confidence(side["scores"], classes))
-    order = np.argsort(-sure, axis=-1, kind="stable")[:, :count]
-    return {name: part[np.arange(len(order))[:, None], order] for name, part in side.items()}
+    confident = to_numpy(confidence(side["scores"], classes))
+    order = np.argsort(-confident, axis=-1, kind="stable")[:, :count]
+    return {name: array[np.arange(len(order))[:, None], order] for name, array in side.items()}
 
 
-def matched(costs: Any) -> tuple[Any, Any, Any]:
-    """The pairs with the least sum of costs in each sample, as indices (samples, rows, columns).
+def match_pairs(costs: Any) -> tuple[Any, Any, Any]:
+    """Return the pairs with the smallest sum of costs in each sample, as indices (samples, rows, columns).
 
     Args:
-        costs: shape (N, R, C), R >= C, numpy; each column gets a row of its own.
+        costs: numpy, shape (N, R, C), R >= C; each column is matched to a different row.
     """
-    found = []
+    pairs = []
     for sample, cost in enumerate(costs):
-        rows, columns = linear_sum_assignment(np.nan_to_num(cost, nan=BEYOND, posinf=BEYOND))
-        found.append((np.full(len(rows), sample), rows, columns))
-    samples, rows, columns = (np.concatenate(part) for part in zip(*found, strict=True))
+        rows, columns = linear_sum_assignment(np.nan_to_num(cost, nan=LARGEST_COST, posinf=LARGEST_COST))
+        pairs.append((np.full(len(rows), sample), rows, columns))
+    samples, rows, columns = (np.concatenate(indices) for indices in zip(*pairs, strict=True))
     return samples, rows, columns
 
 
 # ------------------------------------------------------------------------------------------------ classes and boxes
 
 
-def logarithms(scores: Any, classes: str) -> Any:
-    """Of the probability of each class (..., K), or, of coins, of heads and then of tails (..., 2 K)."""
+def class_log_probabilities(logits: Any, classes: str) -> Any:
+    """Return log p of each class (..., K) for a softmax, or log p and then log(1 - p), (..., 2 K), for a sigmoid."""
     if classes == "softmax":
-        return log_softmax(scores)
+        return log_softmax(logits)
     if classes == "sigmoid":
-        return namespace(scores).concatenate([log_sigmoid(scores), log_sigmoid(-scores)], axis=-1)
+        return namespace(logits).concatenate([log_sigmoid(logits), log_sigmoid(-logits)], axis=-1)
     raise UnknownNameError("kind of classes", classes, ("softmax", "sigmoid"))
 
 
-def confidence(scores: Any, classes: str) -> Any:
-    """The largest probability of a class that is an object, (...) for scores (..., K)."""
-    objects = log_softmax(scores)[..., :-1] if classes == "softmax" else log_sigmoid(scores)
-    xp = namespace(scores)
+def confidence(logits: Any, classes: str) -> Any:
+    """Return the largest probability of an object's class, (...) for logits (..., K)."""
+    objects = log_softmax(logits)[..., :-1] if classes == "softmax" else log_sigmoid(logits)
+    xp = namespace(logits)
     return xp.exp(xp.amax(objects, axis=-1))
 
 
 def box_distance(student: Any, teacher: Any, box_weight: float, giou_weight: float) -> Any:
-    """Weighted sum of the absolute differences and of 1 - GIoU, (...) for boxes (..., 4) that broadcast."""
+    """Return the weighted sum of the absolute differences and of 1 - GIoU, (...) for boxes (..., 4) that broadcast."""
     xp = namespace(student)
     return box_weight * xp.abs(student - teacher).sum(-1) + giou_weight * (1.0 - giou(student, teacher))
 
 
 def giou(first: Any, second: Any) -> Any:
-    """Generalized intersection over union, from -1 to 1, (...) for boxes (..., 4) that broadcast.
+    """Return the generalized intersection over union, from -1 to 1, (...) for boxes (..., 4) that broadcast.
 
-    A width or height below 0 counts as 0. Boxes without an area have no union, and 0 stands for the ratio; where their
-    hull has no area either, they are at one point or on one line, and 1 is the result.
+    A width or height below 0 counts as 0. For two boxes without area the intersection over union counts as 0; if their
+    hull has no area either, the result is 1.
 
     Source: Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1.
     """
     xp = namespace(first)
-    near, far = _corners(first), _corners(second)
-    inner = (xp.minimum(near[1], far[1]) - xp.maximum(near[0], far[0])).clip(min=0)
-    outer = xp.maximum(near[1], far[1]) - xp.minimum(near[0], far[0])
+    low_1, high_1 = _corners(first)
+    low_2, high_2 = _corners(second)
+    inner = (xp.minimum(high_1, high_2) - xp.maximum(low_1, low_2)).clip(min=0)
+    outer = xp.maximum(high_1, high_2) - xp.minimum(low_1, low_2)
     overlap, hull = inner[..., 0] * inner[..., 1], outer[..., 0] * outer[..., 1]
-    union = _area(near) + _area(far) - overlap
-    ratio, beyond = overlap / _or_one(union), (hull - union) / _or_one(hull)
-    return xp.where(hull > 0, ratio - beyond, xp.ones_like(hull))
+    union = _area(high_1 - low_1) + _area(high_2 - low_2) - overlap
+    iou, outside = overlap / _replace_zeros(union), (hull - union) / _replace_zeros(hull)
+    return xp.where(hull > 0, iou - outside, xp.ones_like(hull))
 
 
-def _or_one(areas: Any) -> Any:
-    """The areas, with 1 for those that are 0."""
+def _replace_zeros(areas: Any) -> Any:
+    """Return the areas, with 1 in place of 0."""
     xp = namespace(areas)
     return xp.where(areas > 0, areas, xp.ones_like(areas))
 
 
 def _corners(boxes: Any) -> tuple[Any, Any]:
-    """The corners of least and of greatest x and y, each (..., 2)."""
+    """Return the corners with the smallest and with the largest x and y, each (..., 2)."""
     half = 0.5 * boxes[..., 2:].clip(min=0)
     return boxes[..., :2] - half, boxes[..., :2] + half
 
 
-def _area(corners: tuple[Any, Any]) -> Any:
-    sides = corners[1] - corners[0]
+def _area(sides: Any) -> Any:
     return sides[..., 0] * sides[..., 1]
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------ checks
 
 
 def _check_weights(**weights: float) -> None:
@@ -286,20 +294,22 @@ def _check_weights(**weights: float) -> None:
 
 
 def _check_sets(student: dict[str, Any], teacher: dict[str, Any]) -> None:
-    """Raise an error unless both are scores and boxes of the same samples and classes, with a box for each query."""
-    for who, side in (("student", student), ("teacher", teacher)):
+    """Raise an error unless both have logits and boxes of the same samples and classes, with one box a query."""
+    for role, side in (("student", student), ("teacher", teacher)):
         missing = [name for name in ("scores", "boxes") if not isinstance(side, dict) or name not in side]
         if missing:
-            given = f"gives {', '.join(sorted(side)) or 'nothing'}" if isinstance(side, dict) else "gives one array"
-            raise UsageError(f'The {who} {given}; a dict of "scores" and "boxes" is needed.')
+            found = f"{', '.join(sorted(side)) or 'an empty dict'}" if isinstance(side, dict) else "one array"
+            raise UsageError(f'The {role} returns {found}; a dict of "scores" and "boxes" is needed.')
         if side["scores"].ndim != len("NQK"):
-            raise ShapeError(f"The {who}'s scores have shape {tuple(side['scores'].shape)}; (N, Q, K) is needed.")
+            raise ShapeError(f"The {role}'s logits have shape {tuple(side['scores'].shape)}; (N, Q, K) is needed.")
     shapes = [tuple(side["scores"].shape) for side in (student, teacher)]
     if shapes[0][::2] != shapes[1][::2]:
         raise ShapeError(
-            f"The student's scores have shape {shapes[0]}, the teacher's {shapes[1]}.",
+            f"The student's logits have shape {shapes[0]}, the teacher's {shapes[1]}.",
             "They must be of the same samples for the same classes; the numbers of queries may differ.",
         )
-    for who, side, shape in zip(("student", "teacher"), (student, teacher), shapes, strict=True):
+    for role, side, shape in zip(("student", "teacher"), (student, teacher), shapes, strict=True):
         if tuple(side["boxes"].shape) != (*shape[:2], 4):
-            raise ShapeError(f"The {who}'s boxes have shape {tuple(side['boxes'].shape)}; {(*shape[:2], 4)} is needed.")
+            raise ShapeError(
+                f"The {role}'s boxes have shape {tuple(side['boxes'].shape)}; {(*shape[:2], 4)} is needed."
+            )

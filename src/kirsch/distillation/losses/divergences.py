@@ -1,45 +1,45 @@
-"""Divergences between the softened outputs of student and teacher other than that of soft targets."""
+"""Divergences between the softened outputs of student and teacher, besides the soft-target loss."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from kirsch.distillation.arrays import log_sigmoid, mean_over, namespace, relative, same_shape
-from kirsch.distillation.losses.logits import check_convention, check_temperature, softened
-from kirsch.distillation.losses.loss import loss
+from kirsch.distillation.arrays import check_same_shape, kl_terms, log_sigmoid, masked_mean, namespace
+from kirsch.distillation.losses.logits import check_temperature, softened
+from kirsch.distillation.losses.loss import check_convention, loss
 from kirsch.errors import UsageError
 
-NOTHING = 1e-30
-"""A share below which 32 bits cannot hold its exponentials; the divergence is then its limit."""
+SMALLEST_SHARE = 1e-30
+"""Mixture share below which 32-bit exponentials underflow; the divergence is then replaced by its limit."""
 
 
 @loss("reverse-kl")
 def reverse_kl(student: Any, teacher: Any, *, temperature: float = 1.0, mask: Any = None) -> Any:
-    """Kullback-Leibler divergence from the softened student to the softened teacher, times temperature².
+    """Return the KL divergence from the softened student to the softened teacher, times temperature².
 
-    It charges what the student holds for likely and the teacher does not, so that a small student keeps to some of the
-    teacher's modes, where soft targets spread it over all.
+    The reverse divergence is large where the student assigns probability that the teacher does not. A small student
+    therefore concentrates on some modes of the teacher, whereas soft targets make it cover all of them.
 
     Args:
-        student, teacher: scores, shape (N, K) or (N, L, K), floating; the teacher takes no gradient.
+        student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher.
         temperature: > 0.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar in nats, >= 0 up to rounding; 0 when the softened outputs agree.
+        Scalar in nats, >= 0 up to rounding; 0 if the softened outputs agree.
 
     Raises:
         ShapeError: the shapes differ.
         UsageError: the temperature is not above 0.
         DataError: the mask is false everywhere.
 
-    Source: Gu et al. 2024 (MiniLLM), arXiv:2306.08543, here of each position by itself.
+    Source: Gu et al. 2024 (MiniLLM), arXiv:2306.08543; here for each position separately.
     """
     check_temperature(temperature)
-    same_shape(student, teacher)
+    check_same_shape(student, teacher)
     log_s, log_t = softened(student, teacher, temperature=temperature, mask=mask)
-    return mean_over(relative(log_s, log_t).sum(-1), mask) * temperature**2
+    return masked_mean(kl_terms(log_s, log_t).sum(-1), mask) * temperature**2
 
 
 @loss("jsd")
@@ -52,60 +52,59 @@ def jensen_shannon(
     convention: str = "kirsch",
     mask: Any = None,
 ) -> Any:
-    """Generalized Jensen-Shannon divergence: a smooth way from soft targets (beta 0) to the reverse (beta 1).
+    """Return the generalized Jensen-Shannon divergence, between soft targets (beta 0) and the reverse KL (beta 1).
 
-    With M = (1 - β) p_s + β p_t it is [β KL(p_t ‖ M) + (1 - β) KL(p_s ‖ M)] / [β (1 - β)], times temperature². The
-    limits for β → 0 and β → 1 are KL(p_t ‖ p_s) and KL(p_s ‖ p_t), and the ends have them, so that a schedule may go
-    from one to the other.
+    With M = (1 - β) p_s + β p_t it is [β KL(p_t ‖ M) + (1 - β) KL(p_s ‖ M)] / [β (1 - β)], times temperature². At β = 0
+    and β = 1 it has its limits, KL(p_t ‖ p_s) and KL(p_s ‖ p_t), so a schedule can move β from 0 to 1.
 
     Args:
-        student, teacher: scores, shape (N, K) or (N, L, K), floating; the teacher takes no gradient.
+        student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher.
         beta: share of the teacher in the mixture, 0 to 1.
         temperature: > 0.
-        convention: "trl" does not divide by β (1 - β) and knows no temperature². Its value goes to 0 at both ends, and
-            jumps to the full divergence at β = 0 and β = 1.
+        convention: "kirsch", or "trl", which omits the division by β (1 - β) and the factor T². The latter approaches 0
+            for β → 0 and β → 1, and jumps to the full divergence at β = 0 and β = 1.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar in nats, >= 0 up to rounding; 0 when the softened outputs agree.
+        Scalar in nats, >= 0 up to rounding; 0 if the softened outputs agree.
 
     Raises:
         ShapeError: the shapes differ.
-        UsageError: beta is no share, or the temperature is not above 0.
-        UnknownNameError: there is no such convention.
+        UsageError: beta is not from 0 to 1, or the temperature is not above 0.
+        UnknownNameError: the convention is unknown.
         DataError: the mask is false everywhere.
 
-    Source: Agarwal et al. 2024 (GKD), arXiv:2306.13649, as TRL has it, with β = 0.5 (there, text is sampled at
-        temperature 0.9). Huszár 2015, arXiv:1511.05101, shows the limits that the division brings out.
+    Source: Agarwal et al. 2024 (GKD), arXiv:2306.13649, as in TRL, with β = 0.5 (text is sampled at temperature
+        0.9 there). The limits are derived in Huszár 2015, arXiv:1511.05101.
     """
     check_temperature(temperature)
     check_convention(convention, ("kirsch", "trl"))
     if not 0 <= beta <= 1:
-        raise UsageError(f"beta is {beta}; a share from 0 to 1 is needed.")
+        raise UsageError(f"`beta` is {beta}; a number from 0 to 1 is needed.")
     xp = namespace(student)
-    same_shape(student, teacher)
+    check_same_shape(student, teacher)
     log_s, log_t = softened(student, teacher, temperature=temperature, mask=mask)
-    parts = _excess(log_s, log_t, beta) + _excess(log_t, log_s, 1 - beta)
-    divergence = mean_over(xp.sum(parts, axis=-1), mask)
+    terms = _mixture_terms(log_s, log_t, beta) + _mixture_terms(log_t, log_s, 1 - beta)
+    divergence = masked_mean(xp.sum(terms, axis=-1), mask)
     if convention == "trl":
         return divergence * (beta * (1 - beta) if 0 < beta < 1 else 1.0)
     return divergence * temperature**2
 
 
-def _excess(log_p: Any, log_q: Any, share: float) -> Any:
-    """KL(p ‖ (1 - a) p + a q) / a of each class, plus q - p, whose sum is 0: so each class is >= 0, for a share a.
+def _mixture_terms(log_p: Any, log_q: Any, share: float) -> Any:
+    """Return the terms of KL(p ‖ (1 - a) p + a q) / a for a share a, plus q - p, so that each term is >= 0.
 
-    With u = q / p - 1 it is p (a u - log(1 + a u)) / a. Nothing cancels for small shares, unlike in KL / a; and
-    log(1 + a u) is written with the ratio's logarithm, since q / p itself may overflow.
+    The sum of q - p over classes is 0. With u = q / p - 1 a term is p (a u - log(1 + a u)) / a, which avoids the
+    cancellation in KL / a for small a. log(1 + a u) is computed from log(q / p), since q / p itself may overflow.
     """
     xp = namespace(log_p)
-    if share < NOTHING:
+    if share < SMALLEST_SHARE:
         return xp.zeros_like(log_p)
     p = xp.exp(log_p)
-    # Where p is 0 its share of the sum is, whatever the ratio.
+    # Where p is 0 the product below is 0 whatever the ratio, but an infinite ratio would give NaN.
     ratio = xp.where(p == 0, xp.zeros_like(p), log_q) - xp.where(p == 0, xp.zeros_like(p), log_p)
-    mixed = ratio  # log(1 + a u)
+    log_mixture = ratio  # log(1 + a u)
     if share < 1:
-        rest = math.log1p(-share)
-        mixed = rest - log_sigmoid(rest - math.log(share) - ratio)
-    return xp.exp(log_q) - p - p * mixed / share
+        log_rest = math.log1p(-share)
+        log_mixture = log_rest - log_sigmoid(log_rest - math.log(share) - ratio)
+    return xp.exp(log_q) - p - p * log_mixture / share

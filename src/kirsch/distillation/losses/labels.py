@@ -1,4 +1,4 @@
-"""What a student is charged for against the labels of the data, without a teacher."""
+"""Losses of the student on the labels of the data, without a teacher."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import functools
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kirsch.distillation.arrays import (
-    blank,
+    cast_like,
     classes_last,
-    full_precision,
+    expand_mask,
     log_sigmoid,
     log_softmax,
-    mean_over,
+    masked_mean,
     namespace,
-    pick,
-    spread,
-    typed,
-    wide,
+    take_column,
+    upcast,
+    without_autocast,
+    zero_masked,
 )
 from kirsch.errors import DataError, ShapeError, UsageError
 from kirsch.registry import Registry
@@ -25,221 +25,199 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 IGNORED = -100
-"""A label that does not count."""
+"""Label of samples and positions that are left out of the loss."""
 
 
 class LabelLoss(Protocol):
-    """What the student puts out, and what the data says: a scalar."""
+    """A registered loss on labels."""
 
     def __call__(self, student: Any, targets: Any, *, mask: Any = None, label_smoothing: float = 0.0) -> Any:
-        """A scalar, smallest when the student says what the data says."""
+        """Return a scalar, smallest where the student predicts the targets."""
 
 
 LABEL_LOSSES: Registry[LabelLoss] = Registry("label-loss")
 
 
 def _label_loss(name: str) -> Callable[[LabelLoss], LabelLoss]:
-    """Decorator that names a formula, which then sees at least 32 bits and computes without autocast."""
+    """Decorate a function to register it; it receives at least 32 bits and runs without autocast."""
 
-    def put(formula: LabelLoss) -> LabelLoss:
+    def register(formula: LabelLoss) -> LabelLoss:
         @functools.wraps(formula)
-        def charged(student: Any, targets: Any, *, mask: Any = None, label_smoothing: float = 0.0) -> Any:
-            _check_share(label_smoothing)
-            student, targets = wide(student), wide(targets)
-            with full_precision(student):
+        def compute(student: Any, targets: Any, *, mask: Any = None, label_smoothing: float = 0.0) -> Any:
+            _check_smoothing(label_smoothing)
+            student, targets = upcast(student), upcast(targets)
+            with without_autocast(student):
                 return formula(student, targets, mask=mask, label_smoothing=label_smoothing)
 
-        return LABEL_LOSSES.register(name)(charged)
+        return LABEL_LOSSES.register(name)(compute)
 
-    return put
+    return register
 
 
 @_label_loss("cross-entropy")
 def hard_label(student: Any, targets: Any, *, mask: Any = None, label_smoothing: float = 0.0) -> Any:
-    """Cross-entropy of the student's scores against the labels, averaged over samples or positions.
+    """Return the cross-entropy of the student's logits with the labels, averaged over samples or positions.
 
     Args:
-        student: scores, shape (N, K), (N, L, K), or of pixels (N, K, H, W), floating.
+        student: logits, shape (N, K), (N, L, K), or (N, K, H, W) for pixels, floating.
         targets: class numbers, shape (N,), (N, L) or (N, H, W), 0 <= target < K; those equal to -100 do not count.
-        mask: of the shape of the targets, true where a position counts; None counts all.
-        label_smoothing: this share of each label is spread evenly over all K classes; 0 <= share < 1.
+        mask: same shape as the targets, true where a position counts; None counts all.
+        label_smoothing: fraction of each label that is spread evenly over all K classes; 0 <= fraction < 1.
 
     Returns:
         Scalar in nats, >= 0.
 
     Raises:
-        ShapeError: there is not one label a sample or position.
-        UsageError: the share is none.
-        DataError: nothing counts, or a label is out of range.
+        ShapeError: the number of labels differs from the number of samples or positions.
+        UsageError: `label_smoothing` is out of range.
+        DataError: all labels are masked, or a label is out of range.
 
-    Source: smoothing after Szegedy et al. 2016, arXiv:1512.00567, section 7. Off by default: a teacher that is matched
-        softens the labels better than a constant does (Müller et al. 2019, arXiv:1906.02629).
+    Source: smoothing after Szegedy et al. 2016, arXiv:1512.00567, section 7. Off by default, because a
+        teacher softens the labels better than a constant does (Müller et al. 2019, arXiv:1906.02629).
     """
     student = classes_last(student)
-    targets, mask = counted(student, targets, mask)
-    log_p = log_softmax(blank(student, mask))
-    charge = -pick(log_p, targets)
+    targets, mask = check_labels(student, targets, mask)
+    log_p = log_softmax(zero_masked(student, mask))
+    losses = -take_column(log_p, targets)
     if label_smoothing:
-        charge = (1 - label_smoothing) * charge - label_smoothing * log_p.mean(-1)
-    return mean_over(charge, mask)
+        losses = (1 - label_smoothing) * losses - label_smoothing * log_p.mean(-1)
+    return masked_mean(losses, mask)
 
 
 @_label_loss("binary")
 def binary_label(student: Any, targets: Any, *, mask: Any = None, label_smoothing: float = 0.0) -> Any:
-    """Cross-entropy of a yes or no for each class, summed over classes, averaged over samples or positions.
+    """Return the binary cross-entropy of each class, summed over classes, averaged over samples or positions.
 
-    A mean over classes, as `F.binary_cross_entropy_with_logits` takes it, is smaller by the number of classes.
+    `F.binary_cross_entropy_with_logits` averages over classes, so its value is smaller by the number of classes.
 
     Args:
-        student: scores, shape (N, K), (N, L, K), or of pixels (N, K, H, W), floating, of classes that may hold
-            together; or (N,) or (N, 1) of a single question.
-        targets: 0 to 1, of the shape of the scores, or (N,) for scores (N, 1), (N, H, W) for (N, 1, H, W); those equal
+        student: logits, shape (N, K), (N, L, K), or (N, K, H, W) for pixels, floating, of classes that do not
+            exclude each other; or (N,) or (N, 1) for a single binary output.
+        targets: 0 to 1, same shape as the logits, or (N,) for logits (N, 1), (N, H, W) for (N, 1, H, W); those equal
             to -100 do not count.
         mask: shape (N,), (N, L) or (N, H, W), true where a sample or position counts; None counts all.
-        label_smoothing: this share of each target becomes 1/2; 0 <= share < 1.
+        label_smoothing: fraction of each target that is replaced by 1/2; 0 <= fraction < 1.
 
     Returns:
         Scalar in nats, >= 0. A sample counts if one of its targets does.
 
     Raises:
-        ShapeError: there is not one target a score.
-        UsageError: the share is none.
-        DataError: nothing counts, or a target that counts is not from 0 to 1.
+        ShapeError: the targets have another shape.
+        UsageError: `label_smoothing` is out of range.
+        DataError: all targets are masked, or an unmasked target is not from 0 to 1.
 
     Source: Bishop 2006, Pattern Recognition and Machine Learning, equation 4.90.
     """
     xp = namespace(student)
-    student, targets = _paired(student, targets)
+    student, targets = _align_targets(student, targets)
     known = targets != IGNORED
     if mask is not None:
-        known = known & spread(mask, known)
-    _require(known & ~((targets >= 0) & (targets <= 1)), targets, '"binary" takes targets from 0 (no) to 1 (yes)')
-    scores = xp.where(known, student, xp.zeros_like(student))
+        known = known & expand_mask(mask, known)
+    _check_domain(known & ~((targets >= 0) & (targets <= 1)), targets, '"binary" takes targets from 0 to 1')
+    logits = xp.where(known, student, xp.zeros_like(student))
     truth = xp.where(known, targets, xp.zeros_like(targets)) * (1 - label_smoothing) + label_smoothing / 2
-    charge = -(truth * log_sigmoid(scores) + (1 - truth) * log_sigmoid(-scores))
-    charge = xp.where(known, charge, xp.zeros_like(charge)).sum(-1)
-    return mean_over(charge, known.any(-1))
+    losses = -(truth * log_sigmoid(logits) + (1 - truth) * log_sigmoid(-logits))
+    losses = xp.where(known, losses, xp.zeros_like(losses)).sum(-1)
+    return masked_mean(losses, known.any(-1))
 
 
 @_label_loss("squared-error")
 def squared_error(student: Any, targets: Any, *, mask: Any = None, label_smoothing: float = 0.0) -> Any:
-    """Squared distance of the student's numbers from the true ones, summed over numbers, averaged over samples.
+    """Return the squared error of a regression, summed over outputs, averaged over samples.
 
     Args:
-        student: numbers, shape (N, D), (N, L, D), of pixels (N, D, H, W), or (N,), floating.
-        targets: finite numbers of the same shape, or (N,) for (N, 1). -100 is a number like any other; samples without
-            a target are left out by the mask.
+        student: outputs, shape (N, D), (N, L, D), (N, D, H, W) for pixels, or (N,), floating.
+        targets: finite numbers, same shape, or (N,) for (N, 1). -100 is a valid target here; use the mask for samples
+            without a target.
         mask: shape (N,), (N, L) or (N, H, W), true where a sample or position counts; None counts all.
-        label_smoothing: 0, since numbers are no classes.
+        label_smoothing: 0; smoothing is only defined for classes.
 
     Returns:
-        Scalar, >= 0, in the unit of the targets squared; 0 when the student is right.
+        Scalar, >= 0, in the unit of the targets squared; 0 if the outputs equal the targets.
 
     Raises:
-        ShapeError: there is not one target a number.
-        UsageError: label smoothing is asked for.
-        DataError: nothing counts, or a target that counts is NaN or infinity.
+        ShapeError: the targets have another shape.
+        UsageError: `label_smoothing` is not 0.
+        DataError: all targets are masked, or an unmasked target is NaN or infinite.
     """
     if label_smoothing:
         raise UsageError(
-            f"label_smoothing is {label_smoothing} beside a squared error.",
-            "Numbers are no classes that a label could be spread over.",
-            "Leave it at 0.",
+            f'`label_smoothing` is {label_smoothing} with the label loss "squared-error".',
+            "Label smoothing is only defined for classes.",
+            fix="Set it to 0.",
         )
-    student, targets = _paired(student, targets)
-    targets = blank(targets, mask)
-    _require(~namespace(targets).isfinite(targets), targets, '"squared-error" takes finite numbers')
-    apart = blank(student, mask) - targets
-    return mean_over((apart * apart).sum(-1), mask)
+    student, targets = _align_targets(student, targets)
+    targets = zero_masked(targets, mask)
+    _check_domain(~namespace(targets).isfinite(targets), targets, '"squared-error" takes finite numbers')
+    difference = zero_masked(student, mask) - targets
+    return masked_mean((difference * difference).sum(-1), mask)
 
 
-def shifted(scores: Any, labels: Any) -> tuple[Any, Any]:
-    """The scores and the labels that belong together where each position predicts the next one.
+def check_labels(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]:
+    """Check class numbers; return them with 0 in place of masked labels, and the mask, None if all labels count.
 
     Args:
-        scores: shape (N, L, K), of position i for the token at i + 1.
-        labels: shape (N, L), the token at each position, or a mask of the tokens that count.
-
-    Returns:
-        Scores of all positions but the last, (N, L - 1, K); labels of all but the first, (N, L - 1).
-
-    Raises:
-        ShapeError: there is not one label a position, or one position alone.
-    """
-    if tuple(labels.shape) != tuple(scores.shape[:2]) or scores.shape[1] == 1:
-        raise ShapeError(
-            f"The scores have shape {tuple(scores.shape)}, the labels {tuple(labels.shape)}.",
-            "To predict the next token, (N, L, K) and (N, L) with L of at least 2 are needed.",
-        )
-    return scores[:, :-1], labels[:, 1:]
-
-
-def counted(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]:
-    """Class numbers with 0 for those that do not count, and the mask of those that do; None where all do.
-
-    Args:
-        student: scores, shape (N, K) or (N, L, K).
+        student: logits, shape (N, K) or (N, L, K).
         labels: class numbers, shape (N,) or (N, L); those equal to -100 do not count.
-        mask: of the shape of the labels; None counts all.
+        mask: same shape as the labels; None counts all.
 
     Raises:
-        ShapeError: there is not one label a sample or position.
-        DataError: the labels are not whole numbers, or one that counts is no class of the scores.
+        ShapeError: the number of labels differs from the number of samples or positions.
+        DataError: the labels are not integers, or an unmasked label is out of range.
     """
-    if "int" not in str(labels.dtype):  # PyTorch would cut off the fractions, and nobody would see it
+    if "int" not in str(labels.dtype):  # PyTorch would silently truncate fractions
         raise DataError(
             f"The labels have type {str(labels.dtype).removeprefix('torch.')}.",
-            "They must be class numbers, which are whole.",
-            "Give them as int64 if they are; for shares of classes or numbers take another label loss.",
+            "Class numbers must be integers.",
+            "Convert class numbers to int64; for probabilities or real numbers choose another label loss.",
         )
     if tuple(labels.shape) != tuple(student.shape[:-1]):
         raise ShapeError(
-            f"The labels have shape {tuple(labels.shape)}; the scores have shape {tuple(student.shape)}.",
+            f"The labels have shape {tuple(labels.shape)}; the logits have shape {tuple(student.shape)}.",
             f"One class number for each of {tuple(student.shape[:-1])} is needed.",
         )
     if int(labels.min()) < 0:
         known = labels != IGNORED
-        mask = known if mask is None else known & spread(mask, known)
-    labels = blank(labels, mask)
+        mask = known if mask is None else known & expand_mask(mask, known)
+    labels = zero_masked(labels, mask)
     wrong = (labels < 0) | (labels >= student.shape[-1])
-    if bool(wrong.any()):  # numpy would count -1 from the end, and a class beyond the last would be no class at all
+    if bool(wrong.any()):  # numpy would take -1 as the last class
         raise DataError(
             f"Sample {int(namespace(wrong).argwhere(wrong)[0][0])} has the label {int(labels[wrong][0])}.",
-            f"The model puts out {student.shape[-1]} classes, so labels go from 0 to {student.shape[-1] - 1}.",
-            f"Repair the labels, or give the model a larger head; {IGNORED} says that a label does not count.",
+            f"The model has {student.shape[-1]} classes, so labels must be from 0 to {student.shape[-1] - 1}.",
+            f"Fix the labels, or use a model with more classes. Use {IGNORED} for samples without a label.",
         )
     return labels, mask
 
 
-def _paired(student: Any, targets: Any) -> tuple[Any, Any]:
-    """Scores and targets of one shape with classes on the last axis, and of the type of the scores."""
+def _align_targets(student: Any, targets: Any) -> tuple[Any, Any]:
+    """Return outputs and targets of the same shape, with classes on the last axis, and the type of the outputs."""
     if student.ndim == 1:
         student = student[:, None]
     if student.ndim >= len("NKHW"):
         targets = classes_last(targets) if targets.ndim == student.ndim else targets
         student = classes_last(student)
     if tuple(targets.shape) == tuple(student.shape[:-1]) and student.shape[-1] == 1:
-        targets = targets[..., None]  # (N, 1) - (N,) would be every sample against every other
+        targets = targets[..., None]  # (N, 1) - (N,) would broadcast to (N, N)
     if tuple(targets.shape) != tuple(student.shape):
         raise ShapeError(
             f"The targets have shape {tuple(targets.shape)}; the student's output has shape {tuple(student.shape)}.",
-            "One target for each number is needed.",
+            "One target for each output is needed.",
         )
-    return student, typed(targets, student)
+    return student, cast_like(targets, student)
 
 
-def _require(wrong: Any, targets: Any, what: str) -> None:
-    """Raise a DataError if there is a target outside the domain of its loss."""
+def _check_domain(wrong: Any, targets: Any, domain: str) -> None:
+    """Raise a DataError if a target is outside the domain of its loss."""
     if bool(wrong.any()):
-        place = int(namespace(wrong).argwhere(wrong)[0][0])
+        sample = int(namespace(wrong).argwhere(wrong)[0][0])
         raise DataError(
-            f"Sample {place} has the target {float(targets[wrong][0]):g}.",
-            f"The label loss {what}.",
-            "Repair the data.",
+            f"Sample {sample} has the target {float(targets[wrong][0]):g}.",
+            f"The label loss {domain}.",
+            "Fix the data.",
         )
 
 
-def _check_share(label_smoothing: float) -> None:
-    """Raise a UsageError if a share of smoothing is none."""
+def _check_smoothing(label_smoothing: float) -> None:
     if not 0 <= label_smoothing < 1:
-        raise UsageError(f"label_smoothing is {label_smoothing}; a share of at least 0, below 1, is needed.")
+        raise UsageError(f"`label_smoothing` is {label_smoothing}; a number of at least 0 and below 1 is needed.")

@@ -1,4 +1,4 @@
-"""Losses on the scores of student and teacher, each sample for itself."""
+"""Losses on the logits of student and teacher, one sample at a time."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from kirsch.distillation.arrays import (
-    blank,
-    deviation,
-    expected,
+    check_same_shape,
+    kl_terms,
     log_softmax,
-    mean_over,
+    masked_mean,
     namespace,
-    pick,
-    relative,
-    same_shape,
+    safe_multiply,
+    standard_deviation,
+    take_column,
+    zero_masked,
 )
-from kirsch.distillation.losses.loss import loss
-from kirsch.errors import UnknownNameError, UsageError
+from kirsch.distillation.losses.loss import check_convention, loss
+from kirsch.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Convention:
-    """How a code base scales its soft targets.
+    """Scaling of the soft-target loss in a code base.
 
     Args:
-        temperature_squared: the divergence is multiplied by temperature².
-        mean_over_classes: it is averaged over classes, and not summed: K times smaller.
-        entropy_kept: it is the cross-entropy to the soft targets: larger by their entropy, of the same gradient.
-        floor: probabilities below it are raised to it.
+        temperature_squared: multiply the divergence by temperature².
+        mean_over_classes: average over classes instead of summing, which makes the loss K times smaller.
+        entropy_kept: compute the cross-entropy to the soft targets. It is larger by their entropy and has the same
+            gradient.
+        floor: lower bound to which probabilities are clipped.
     """
 
     temperature_squared: bool = True
@@ -56,7 +57,7 @@ CONVENTIONS = {
     "huggingface": Convention(),  # DistilBERT
     "distill-whisper": Convention(),
 }
-"""Code base → how it scales the soft targets. A weight fits the convention with which it was found."""
+"""Scaling of soft targets by code base. A weight is only valid with the convention for which it was tuned."""
 
 
 @loss("kd")
@@ -69,151 +70,146 @@ def soft_target(
     convention: str = "kirsch",
     mask: Any = None,
 ) -> Any:
-    """Kullback-Leibler divergence from the softened teacher to the softened student, times temperature².
+    """Return the KL divergence from the softened teacher to the softened student, times temperature².
 
-    Summed over classes, averaged over samples, or over the positions of sequences that count.
+    The divergence is summed over classes and averaged over samples, or over the unmasked positions of sequences.
 
     Args:
-        student, teacher: scores, shape (N, K) or (N, L, K), floating; the teacher takes no gradient.
-        temperature: > 0; 1 leaves the scores as they are.
-        standardize: scores of each sample, of both, get mean 0 and standard deviation 1 before they are softened, so
-            that the student need not match their size.
-        convention: a key of `CONVENTIONS`, to take over weights that were found with another code base.
+        student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher.
+        temperature: > 0; 1 leaves the logits unchanged.
+        standardize: scale the logits of each sample to mean 0 and standard deviation 1 before the temperature, so that
+            the student need not match the magnitude of the teacher's logits.
+        convention: a key of `CONVENTIONS`, to reuse weights that were tuned with another code base.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar in nats, >= 0 up to rounding; 0 when the softened outputs agree. Its gradient for the student's scores
-        is T (p_student - p_teacher) / N. Where a convention keeps the entropy, the least value is that entropy.
+        Scalar in nats, >= 0 up to rounding; 0 if the softened outputs agree. The gradient for the student's logits
+        is T (p_student - p_teacher) / N. With a convention that keeps the entropy, the minimum is that entropy.
 
     Raises:
         ShapeError: the shapes differ.
         UsageError: the temperature is not above 0.
-        UnknownNameError: there is no such convention.
+        UnknownNameError: the convention is unknown.
         DataError: the mask is false everywhere.
 
-    Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2 (and why times T²). Usual are temperature 4 with
-        weights 0.9 and 0.1 of the labels for CIFAR-100, temperature 1 with 0.5 and 0.5 for ImageNet. Standardized
-        after Sun et al. 2024, arXiv:2403.01427, equation 7 and algorithm 2, usual with temperature 2 and weight 9.
+    Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2 (and why times T²). Common settings: temperature 4,
+        weight 0.9, and 0.1 for the labels (CIFAR-100); temperature 1, weights 0.5 and 0.5 (ImageNet). Standardization:
+        Sun et al. 2024, arXiv:2403.01427, equation 7 and algorithm 2, with temperature 2 and weight 9.
     """
     check_temperature(temperature)
     check_convention(convention, CONVENTIONS)
     scale = CONVENTIONS[convention]
     xp = namespace(student)
-    same_shape(student, teacher)
+    check_same_shape(student, teacher)
     log_s, log_t = softened(student, teacher, temperature=temperature, standardize=standardize, mask=mask)
     if scale.floor:
         log_s, log_t = log_s.clip(min=math.log(scale.floor)), log_t.clip(min=math.log(scale.floor))
-    charges = expected(xp.exp(log_t), -log_s) if scale.entropy_kept else relative(log_t, log_s)
-    charge = mean_over(charges.sum(-1), mask)
+    terms = safe_multiply(xp.exp(log_t), -log_s) if scale.entropy_kept else kl_terms(log_t, log_s)
+    divergence = masked_mean(terms.sum(-1), mask)
     if scale.mean_over_classes:
-        charge = charge / student.shape[-1]
-    return charge * temperature**2 if scale.temperature_squared else charge
+        divergence = divergence / student.shape[-1]
+    return divergence * temperature**2 if scale.temperature_squared else divergence
 
 
 @loss("hard", least_at_teacher=False)
 def hard_teacher(student: Any, teacher: Any, *, mask: Any = None) -> Any:
-    """Cross-entropy of the student's scores to the class that the teacher holds for the likeliest.
+    """Return the cross-entropy of the student's logits with the class that the teacher predicts as the label.
 
     Args:
-        student, teacher: scores, shape (N, K) or (N, L, K), floating; the teacher takes no gradient.
+        student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar in nats, > 0; it nears 0 where the student is sure of the teacher's choice, surer than the teacher.
+        Scalar in nats, > 0. It approaches 0 as the student's probability of the teacher's class approaches 1.
 
     Raises:
         ShapeError: the shapes differ.
         DataError: the mask is false everywhere.
 
-    Source: Touvron et al. 2021, arXiv:2012.12877, equation 3, with weights 0.5 for this and 0.5 for the labels.
+    Source: Touvron et al. 2021, arXiv:2012.12877, equation 3, with weight 0.5, and 0.5 for the labels.
     """
-    same_shape(student, teacher)
-    choice = blank(teacher, mask).argmax(-1)
-    return mean_over(-pick(log_softmax(blank(student, mask)), choice), mask)
+    check_same_shape(student, teacher)
+    predicted = zero_masked(teacher, mask).argmax(-1)
+    return masked_mean(-take_column(log_softmax(zero_masked(student, mask)), predicted), mask)
 
 
 @loss("logit-l2", activation="identity")
 def squared_logits(
     student: Any, teacher: Any, *, temperature: float = 1.0, convention: str = "kirsch", mask: Any = None
 ) -> Any:
-    """Squared distance of the scores, summed over classes, averaged over samples or positions.
+    """Return the squared difference of the logits, summed over classes, averaged over samples or positions.
 
-    A temperature moves it only where the convention leaves out T²: (z_s / T - z_t / T)² T² is the same for each T.
+    The temperature matters only if the convention omits T², because (z_s / T - z_t / T)² T² does not depend on T.
 
     Args:
-        student, teacher: scores, shape (N, K) or (N, L, K), floating, or (N,) of one score a sample; the teacher takes
-            no gradient.
+        student, teacher: logits, shape (N, K) or (N, L, K), floating, or (N,) for one output a sample;
+            no gradient reaches the teacher.
         temperature: > 0.
-        convention: "textbrewer", its `kd_mse_loss`, is a mean over classes without T²: K T² times smaller.
+        convention: "kirsch", or "textbrewer", whose `kd_mse_loss` averages over classes and omits T², so that it is
+            K T² times smaller.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar, >= 0; 0 when the scores agree, which fixes their sum too, that no softmax sees.
+        Scalar, >= 0; 0 if the logits agree. Unlike a softmax, the loss also sees a constant added to all logits.
 
     Raises:
         ShapeError: the shapes differ.
         UsageError: the temperature is not above 0.
-        UnknownNameError: there is no such convention.
+        UnknownNameError: the convention is unknown.
         DataError: the mask is false everywhere.
 
     Source: Ba, Caruana 2014, arXiv:1312.6184, equation 1 (with a half); Kim et al. 2021, arXiv:2105.08919, equation 2.
     """
     check_temperature(temperature)
     check_convention(convention, ("kirsch", "textbrewer"))
-    same_shape(student, teacher)
-    apart = blank(student, mask) - blank(teacher, mask)
-    charge = mean_over((apart * apart).sum(-1), mask)
-    return charge / (student.shape[-1] * temperature**2) if convention == "textbrewer" else charge
+    check_same_shape(student, teacher)
+    difference = zero_masked(student, mask) - zero_masked(teacher, mask)
+    distance = masked_mean((difference * difference).sum(-1), mask)
+    return distance / (student.shape[-1] * temperature**2) if convention == "textbrewer" else distance
 
 
 @loss("pixel-kd", takes="pixels")
 def pixel_soft_target(student: Any, teacher: Any, *, temperature: float = 1.0, mask: Any = None) -> Any:
-    """Soft targets (`kd`) of every pixel: summed over classes, averaged over the pixels that count, times temperature².
+    """Return the soft-target loss (`kd`) of pixels: summed over classes, averaged over unmasked pixels, times T².
 
     Args:
-        student, teacher: scores, shape (N, K, H, W), floating; the teacher takes no gradient.
+        student, teacher: logits, shape (N, K, H, W), floating; no gradient reaches the teacher.
         temperature: > 0.
         mask: shape (N, H, W), true where a pixel counts; None counts all.
 
     Returns:
-        Scalar in nats, >= 0 up to rounding; 0 when the softened outputs agree.
+        Scalar in nats, >= 0 up to rounding; 0 if the softened outputs agree.
 
     Raises:
         ShapeError: the shapes differ.
         UsageError: the temperature is not above 0.
         DataError: the mask is false everywhere.
 
-    Source: Liu et al. 2019, arXiv:1903.04197, equation 1 (temperature 1, weight 10 beside their other terms).
+    Source: Liu et al. 2019, arXiv:1903.04197, equation 1 (temperature 1, weight 10 beside the other terms).
     """
     xp = namespace(student)
-    same_shape(student, teacher)
-    student, teacher = (xp.moveaxis(scores, 1, -1) for scores in (student, teacher))
+    check_same_shape(student, teacher)
+    student, teacher = (xp.moveaxis(logits, 1, -1) for logits in (student, teacher))
     return soft_target(student, teacher, temperature=temperature, mask=mask)
 
 
 def softened(
     student: Any, teacher: Any, *, temperature: float, standardize: bool = False, mask: Any = None
 ) -> tuple[Any, Any]:
-    """Logarithms of both softmaxes at a temperature, with zeros for the scores under the mask."""
-    student, teacher = blank(student, mask), blank(teacher, mask)
+    """Return the logarithms of both softmaxes at a temperature, with masked logits set to zero."""
+    student, teacher = zero_masked(student, mask), zero_masked(teacher, mask)
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
     return log_softmax(student / temperature), log_softmax(teacher / temperature)
 
 
-def standardized(scores: Any) -> Any:
-    """Scores (..., K) with mean 0 and standard deviation 1, divided by K - 1, over classes; 1e-7 is added to it."""
-    centered = scores - scores.mean(-1)[..., None]
-    return centered / (deviation(scores) + 1e-7)
+def standardized(logits: Any) -> Any:
+    """Scale logits (..., K) to mean 0 and standard deviation 1 (K - 1) over classes; 1e-7 is added to the latter."""
+    centered = logits - logits.mean(-1)[..., None]
+    return centered / (standard_deviation(logits) + 1e-7)
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise a UsageError if a temperature is not a number above 0."""
+    """Raise a UsageError if a temperature is not a finite number above 0."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise UsageError(f"The temperature is {temperature}; a number above 0 is needed.")
-
-
-def check_convention(name: str, known: Any) -> None:
-    """Raise an UnknownNameError if a convention is not among the known."""
-    if name not in known:
-        raise UnknownNameError("convention", name, known)

@@ -1,4 +1,4 @@
-"""What a distillation loss is, and how it gets its name."""
+"""The interface of a distillation loss, and the decorator that registers one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
-from kirsch.distillation.arrays import constant, first_of, full_precision, wide
+from kirsch.distillation.arrays import detach, first_array, upcast, without_autocast
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 from kirsch.registry import Registry
 
@@ -16,46 +16,47 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 Takes = Literal["scores", "values", "pixels", "maps", "features", "tokens", "attention", "relations", "stages", "sets"]
-"""What a loss compares, with the shape of one side:
+"""Kind of values that a loss compares, with the shape of one side:
 
-- scores: (N, K), or (N, L, K) of a sequence: classes on the last axis
-- values: (N, D) or (N,), numbers that a regression puts out; labels are then numbers of the same shape
-- pixels: (N, K, H, W), scores of every pixel
-- maps: (N, C, H, W), activations of a convolution
-- features: (N, ...), of which each sample is one vector
-- tokens: (N, L, D), hidden states of a sequence
-- attention: (N, heads, L, L), scores or weights of attention
-- relations: (N, L, D) for each of several values, which a loss relates to each other
-- stages: a list of maps, from the first stage to the last
-- sets: a dict of "scores" (N, Q, K) and "boxes" (N, Q, 4), of a detector that predicts a set
+- scores: logits of a classifier, (N, K), or (N, L, K) for a sequence: classes on the last axis
+- values: outputs of a regression, (N, D) or (N,); the labels are then numbers of the same shape
+- pixels: logits of each pixel, (N, K, H, W)
+- maps: feature maps of a convolution, (N, C, H, W)
+- features: one vector a sample, (N, ...)
+- tokens: hidden states of a sequence, (N, L, D)
+- attention: attention scores or weights, (N, heads, L, L)
+- relations: several arrays (N, L, D), which the loss relates to each other
+- stages: a list of feature maps, from the first stage to the last
+- sets: a dict of "scores", the logits (N, Q, K), and "boxes" (N, Q, 4), of a detector that predicts a set
 """
 
-SCORED = ("scores", "pixels", "values")
-"""What a model puts out: labels belong to it, and several teachers say it together."""
+OUTPUT_KINDS = ("scores", "pixels", "values")
+"""Kinds that are outputs of a model. Labels exist for them, and several teachers can be combined."""
 
 Activation = Literal["softmax", "sigmoid", "identity"]
-"""What makes of scores what they say: probabilities of classes, of which one is right; of labels, each yes or no; or
-nothing, as they are numbers to come near to."""
+"""Activation that turns the outputs of a model into predictions: "softmax" for exclusive classes, "sigmoid" for
+independent labels, "identity" for a regression."""
 
 TOKEN_KINDS = ("tokens", "attention", "relations")
-"""What a sequence holds, of which a mask says what counts."""
+"""Kinds that belong to the positions of a sequence, so that a mask of positions applies."""
 
 Over = Literal["samples", "positions", "pairs", "contents"]
-"""What the mean of a loss goes over, so that batches which make one step can be weighed by how many there are:
+"""Elements that the mean of a loss runs over. It decides the weights when several batches make one step:
 
-- samples; of scores of sequences and pixels, the positions that count
-- positions of what a sequence holds; of attention, the queries
-- pairs: of such positions
-- contents: what the values themselves decide, such as the objects that a teacher finds; parts do not add up
+- samples; for logits of sequences and pixels, the positions that are not masked
+- positions of a sequence; for attention, the queries
+- pairs of positions
+- contents: elements that depend on the values, such as the objects a teacher finds; the losses of parts of a batch do
+  not add up to the loss of the batch
 """
 
-GIVEN = ("labels", "mask", "epoch")
-"""Keywords that a training step gives, and no objective states: class numbers of the samples or positions; True where
-a position counts; how many epochs are done, as a float."""
+STEP_ARGUMENTS = ("labels", "mask", "epoch")
+"""Keywords that a training step passes and an objective cannot set: `labels`, the class numbers of the samples or
+positions; `mask`, True where a position counts; `epoch`, the number of epochs done, as a float."""
 
 
 class Loss(Protocol):
-    """A registered loss: student, teacher, and keywords, each with a default but those that the step gives."""
+    """A registered loss. It takes student, teacher and keywords; only those of `STEP_ARGUMENTS` may lack a default."""
 
     name: str
     takes: Takes
@@ -68,7 +69,7 @@ class Loss(Protocol):
     __doc__: str | None
 
     def __call__(self, student: Any, teacher: Any, **options: Any) -> Any:
-        """A scalar, smallest when the student equals the teacher."""
+        """Return a scalar, smallest when the student equals the teacher."""
 
 
 LOSSES: Registry[Loss] = Registry("loss")
@@ -85,145 +86,153 @@ def loss(
     activation: Activation | None = None,
     least_at_teacher: bool = True,
 ) -> Callable[[Callable[..., Any]], Loss]:
-    """Decorator that makes a formula a loss of this name.
+    """Decorate a function to register it as a loss.
 
-    The formula then sees arrays of at least 32 bits, computes without autocast, and gets the teacher as a constant.
+    The decorated function receives arrays of at least 32 bits, runs without autocast, and gets the teacher's values
+    without gradient.
 
     Args:
-        name: what objectives call it.
-        takes: what it compares.
-        widths: "same" where channels or hidden sizes must agree, so that an adapter joins those that do not; "any"
-            where the formula compares what has no width: relations of samples, or places.
-        learned: it compares with what is learned from the teacher's values, such as an embedding, so that gradients
-            reach that; the teacher's own values are constants already where it is run.
-        relational: it relates the samples of a batch to each other, so that its value follows the size of the batch.
-        over: what its mean goes over; positions by default where it takes what a sequence holds, else samples.
-        activation: by which several teachers are combined; "identity" by default where it takes values, else "softmax",
-            which has nothing to say of one class, and refuses it. The others take (N,) for (N, 1).
-        least_at_teacher: no student is charged less than one that equals its teacher; false where the labels, too, say
-            where the minimum is.
+        name: the name in objectives.
+        takes: kind of values that the loss compares.
+        widths: "same" if the channels or hidden sizes of student and teacher must agree, so that an adapter is added
+            where they differ; "any" if the formula does not depend on them.
+        learned: the teacher's side passes through a trained module, such as an embedding, so the gradient must reach
+            that module. The teacher itself runs without gradient in any case.
+        relational: the loss relates the samples of a batch to each other, so its value depends on the batch size.
+        over: elements that the mean runs over; by default positions if `takes` is a kind of sequences, else samples.
+        activation: activation by which the outputs of several teachers are combined; by default "identity" if the loss
+            takes values, else "softmax". With "softmax" a single class is an error; with the others, (N,) counts as
+            (N, 1).
+        least_at_teacher: the loss has its minimum where the student equals the teacher; False if the minimum also
+            depends on the labels.
 
     Raises:
-        UnknownNameError: `takes`, `over` or `activation` is none of these.
-        UsageError: the name is taken, or a keyword has no default.
+        UnknownNameError: `takes`, `over` or `activation` has no such choice.
+        UsageError: the name is taken, or a keyword lacks a default.
     """
     if takes not in get_args(Takes):
         raise UnknownNameError("kind of values", takes, get_args(Takes))
     if over is not None and over not in get_args(Over):
-        raise UnknownNameError("what a mean goes over", over, get_args(Over))
+        raise UnknownNameError("value of `over`", over, get_args(Over))
     if activation is not None and activation not in get_args(Activation):
         raise UnknownNameError("activation", activation, get_args(Activation))
 
-    says: Activation = activation or ("identity" if takes == "values" else "softmax")
+    output_activation: Activation = activation or ("identity" if takes == "values" else "softmax")
 
-    def put(formula: Callable[..., Any]) -> Loss:
+    def register(formula: Callable[..., Any]) -> Loss:
         for parameter in list(inspect.signature(formula).parameters.values())[2:]:
             if parameter.kind is not parameter.KEYWORD_ONLY or (
-                parameter.default is parameter.empty and parameter.name not in GIVEN
+                parameter.default is parameter.empty and parameter.name not in STEP_ARGUMENTS
             ):
                 raise UsageError(
-                    f"The loss {name!r} takes {parameter.name!r} without a default, or by its place.",
-                    "What an objective states is a keyword with a default.",
+                    f"The parameter {parameter.name!r} of the loss {name!r} is positional or has no default.",
+                    "An objective passes options by keyword, and only those that differ from the default.",
+                    fix=f"Make {parameter.name!r} keyword-only, with a default.",
                 )
 
         @functools.wraps(formula)
-        def charged(student: Any, teacher: Any, **options: Any) -> Any:
-            student, teacher = (_checked(wide(side), takes, says) for side in (student, teacher))
-            with full_precision(student):
-                return formula(student, teacher if learned else constant(teacher), **options)
+        def compute(student: Any, teacher: Any, **options: Any) -> Any:
+            student, teacher = (_checked(upcast(side), takes, output_activation) for side in (student, teacher))
+            with without_autocast(student):
+                return formula(student, teacher if learned else detach(teacher), **options)
 
-        done = cast("Loss", charged)
-        done.name, done.takes, done.widths, done.learned = name, takes, widths, learned
-        done.relational, done.least_at_teacher = relational, least_at_teacher
-        done.activation = says
-        done.over = over or ("positions" if takes in TOKEN_KINDS else "samples")
-        return LOSSES.register(name)(done)
+        registered = cast("Loss", compute)
+        registered.name, registered.takes, registered.widths, registered.learned = name, takes, widths, learned
+        registered.relational, registered.least_at_teacher = relational, least_at_teacher
+        registered.activation = output_activation
+        registered.over = over or ("positions" if takes in TOKEN_KINDS else "samples")
+        return LOSSES.register(name)(registered)
 
-    return put
+    return register
 
 
-def _checked(side: Any, takes: Takes, says: Activation) -> Any:
-    """The values of one side, those of a single number a sample with an axis for it.
+def _checked(side: Any, takes: Takes, activation: Activation) -> Any:
+    """Return the values of student or teacher, with a class axis added to one number a sample.
 
     Raises:
-        ShapeError: these are scores without an axis of classes, or of one class for a softmax, or nothing at all.
+        ShapeError: the class axis is missing, a softmax has only one class, or there are no arrays.
         DataError: there are no samples.
     """
     if isinstance(side, (dict, list)):
         if not side:
-            raise ShapeError("A side gives no arrays.", fix=f"Give at least one: {takes} are compared.")
-        if len(first_of(side)) == 0:
-            raise DataError("The batch has no samples.", fix="Leave it out.")
+            raise ShapeError("One side has no arrays.", fix=f"Pass at least one: the loss compares {takes}.")
+        if len(first_array(side)) == 0:
+            raise _empty_batch()
         return side
     if side.ndim and len(side) == 0:
-        raise DataError("The batch has no samples.", fix="Leave it out.")
-    if side.ndim == 1 and takes in SCORED and says != "softmax":
+        raise _empty_batch()
+    if side.ndim == 1 and takes in OUTPUT_KINDS and activation != "softmax":
         return side[:, None]
-    if takes in ("scores", "values", "pixels") and side.ndim < len("NK"):
+    noun = "values" if takes == "values" else "logits"
+    if takes in OUTPUT_KINDS and side.ndim < len("NK"):
         raise ShapeError(
-            f"The {takes} have shape {tuple(side.shape)}; (N, K) or (N, L, K) is needed.",
-            "Samples would be taken for classes.",
-            'Leave the last axis where it is; for a single question use "binary-kd".',
+            f"The {noun} have shape {tuple(side.shape)}; (N, K) or (N, L, K) is needed.",
+            "The samples would count as classes.",
+            'Keep the last axis; for a single binary output use "binary-kd".',
         )
-    if takes in ("scores", "pixels") and says == "softmax" and side.shape[1 if takes == "pixels" else -1] == 1:
-        fix = 'Use "binary-kd" for a yes or no; for a number Term("fitnet", student="logits").'
+    if takes in ("scores", "pixels") and activation == "softmax" and side.shape[1 if takes == "pixels" else -1] == 1:
+        fix = 'Use "binary-kd" for a binary output; for a number use Term("fitnet", student="logits").'
         if side.ndim >= len("NKHW"):
-            fix = 'Use Term("fitnet", student="logits") for a yes or no or a number at each pixel.'
+            fix = 'Use Term("fitnet", student="logits") for a binary output or a number at each pixel.'
         raise ShapeError(
-            f"The scores have shape {tuple(side.shape)}: they are of one class.",
-            "Its softmax is 1 whatever the score, so that there is nothing to learn.",
+            f"The logits have shape {tuple(side.shape)}: only one class.",
+            "The softmax of one class is always 1, so there is nothing to learn.",
             fix,
         )
     return side
 
 
-def loss_of(name: str) -> Loss:
-    """The loss of a name.
+def _empty_batch() -> DataError:
+    return DataError("The batch has no samples.", fix="Skip empty batches.")
+
+
+def get_loss(name: str) -> Loss:
+    """Return the registered loss of a name.
 
     Raises:
-        UnknownNameError: there is none.
-        UsageError: it does not say what it compares.
+        UnknownNameError: no loss has this name.
+        UsageError: the registered function was not made by the decorator `loss`.
     """
-    found = LOSSES[name]
-    if not hasattr(found, "takes"):
+    registered = LOSSES[name]
+    if not hasattr(registered, "takes"):
         raise UsageError(
-            f"The loss {name!r} does not say what it compares.",
-            "It is a plain function.",
+            f"The loss {name!r} does not state what it compares.",
+            "It was registered as a plain function.",
             f'Decorate it: @kirsch.distillation.losses.loss("{name}", takes="scores").',
         )
-    return found
+    return registered
 
 
-def options_of(charged: Callable[..., Any]) -> dict[str, Any]:
-    """The keywords that an objective may state for a loss, with their defaults."""
-    found = list(inspect.signature(charged).parameters.values())[2:]
-    return {p.name: p.default for p in found if p.name not in GIVEN}
+def loss_options(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the keywords of a loss that an objective may set, with their defaults."""
+    parameters = list(inspect.signature(function).parameters.values())[2:]
+    return {p.name: p.default for p in parameters if p.name not in STEP_ARGUMENTS}
 
 
-def given_to(charged: Callable[..., Any]) -> frozenset[str]:
-    """Which of `GIVEN` a loss asks for."""
-    return frozenset(p.name for p in inspect.signature(charged).parameters.values() if p.name in GIVEN)
+def step_arguments(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of `STEP_ARGUMENTS` that a loss takes."""
+    return frozenset(p.name for p in inspect.signature(function).parameters.values() if p.name in STEP_ARGUMENTS)
 
 
-def check_at_least(least: float, **options: float) -> None:
-    """Raise a UsageError for an option that is no finite number of at least this."""
+def check_at_least(minimum: float, **options: float) -> None:
+    """Raise a UsageError for an option that is not a finite number of at least the minimum."""
     for name, value in options.items():
-        if not (math.isfinite(value) and value >= least):
-            raise UsageError(f"`{name}` is {value}; a number of at least {least} is needed.")
+        if not (math.isfinite(value) and value >= minimum):
+            raise UsageError(f"`{name}` is {value}; a number of at least {minimum} is needed.")
 
 
 def check_above(bound: float, **options: float) -> None:
-    """Raise a UsageError for an option that is no finite number above this."""
+    """Raise a UsageError for an option that is not a finite number above the bound."""
     for name, value in options.items():
         if not (math.isfinite(value) and value > bound):
             raise UsageError(f"`{name}` is {value}; a number above {bound} is needed.")
 
 
-def check_whole(least: int, **options: int) -> None:
-    """Raise a UsageError for an option that is no whole number of at least this."""
+def check_integer(minimum: int, **options: int) -> None:
+    """Raise a UsageError for an option that is not an integer of at least the minimum."""
     for name, value in options.items():
-        if not isinstance(value, numbers.Integral) or value < least:
-            raise UsageError(f"`{name}` is {value}; a whole number of at least {least} is needed.")
+        if not isinstance(value, numbers.Integral) or value < minimum:
+            raise UsageError(f"`{name}` is {value}; an integer of at least {minimum} is needed.")
 
 
 def check_convention(convention: str, known: Iterable[str]) -> None:

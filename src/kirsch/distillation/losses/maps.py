@@ -1,4 +1,4 @@
-"""Losses on what convolutions put out, place by place."""
+"""Losses on the feature maps of convolutions, position by position."""
 
 from __future__ import annotations
 
@@ -9,142 +9,141 @@ import numpy as np
 from scipy.special import log_ndtr
 
 from kirsch.distillation.arrays import (
+    adaptive_average_pool,
+    array_like,
     check_maps,
-    constant,
-    deviation,
-    flat,
-    like,
+    check_same_shape,
+    detach,
+    flatten,
+    kl_terms,
     log_sigmoid,
     log_softmax,
     namespace,
-    normalized,
-    pooled,
-    relative,
-    root,
-    same_shape,
-    same_size,
+    normalize,
+    pool_to_common_size,
+    safe_sqrt,
+    standard_deviation,
 )
 from kirsch.distillation.losses.logits import check_temperature
-from kirsch.distillation.losses.loss import check_above, check_at_least, check_convention, check_whole, loss
+from kirsch.distillation.losses.loss import check_above, check_at_least, check_convention, check_integer, loss
 from kirsch.errors import ShapeError, UsageError
 
 STANDARD_MARGIN = -math.sqrt(2 / math.pi)
-"""Mean of the negative half of a standard normal distribution, as a channel has it that batch normalization begins."""
+"""Mean of the negative half of a standard normal distribution: a channel after a newly initialized batch norm."""
 
 
 @loss("fitnet", takes="maps")
 def hint(student: Any, teacher: Any) -> Any:
-    """Squared difference of the maps, averaged over samples, channels and places.
+    """Return the squared difference of the maps, averaged over samples, channels and positions.
 
     Args:
         student, teacher: shape (N, C, H, W), floating.
 
     Returns:
-        Scalar, >= 0; 0 when the maps agree.
+        Scalar, >= 0; 0 if the maps agree.
 
     Raises:
         ShapeError: the shapes differ.
 
-    Source: Romero et al. 2015, arXiv:1412.6550, equation 3, without the half. RepDistiller weighs it by 100 on one
+    Source: Romero et al. 2015, arXiv:1412.6550, equation 3, without the half. RepDistiller uses weight 100 on one
         layer in the middle.
     """
-    same_shape(student, teacher, "maps")
+    check_same_shape(student, teacher, "maps")
     return ((student - teacher) ** 2).mean()
 
 
 @loss("at", takes="maps", widths="any")
 def attention_transfer(student: Any, teacher: Any, *, power: float = 2.0, convention: str = "mean") -> Any:
-    """Distance of where the maps are active: of the mean over channels of |activation|^power, scaled to length 1.
+    """Return the distance of the attention maps: the mean over channels of |activation|^power, scaled to norm 1.
 
     Args:
         student, teacher: shape (N, C, H, W), floating; channels and sizes may differ, the larger map is averaged.
-        power: > 0; what an activation is raised to before channels are averaged.
-        convention: "mean" is the squared difference, averaged over samples and places, as the authors' code and
-            RepDistiller have it; "paper" is the length of the difference, averaged over samples, as equation 2 and
-            torchdistill have it, which is larger by one to two powers of ten.
+        power: > 0; exponent of the activations before channels are averaged.
+        convention: "mean" is the squared difference, averaged over samples and positions, as in the authors' code and
+            RepDistiller; "paper" is the norm of the difference, averaged over samples, as in equation 2 and
+            torchdistill, which is 10 to 100 times larger.
 
     Returns:
-        Scalar, >= 0; 0 when the maps are active at the same places.
+        Scalar, >= 0; 0 if the attention maps agree.
 
     Raises:
-        ShapeError: these are no maps, or not of the same samples.
+        ShapeError: an input is not (N, C, H, W), or the numbers of samples differ.
         UsageError: the power is not above 0.
-        UnknownNameError: there is no such convention.
+        UnknownNameError: the convention is unknown.
 
-    Source: Zagoruyko, Komodakis 2017, arXiv:1612.03928, equation 2. Weight 1000 on the last layer of each stage, for
-        either convention (RepDistiller, torchdistill).
+    Source: Zagoruyko, Komodakis 2017, arXiv:1612.03928, equation 2. Weight 1000 on the last layer of each stage,
+        for either convention (RepDistiller, torchdistill).
     """
     check_convention(convention, ("mean", "paper"))
     check_above(0, power=power)
     check_maps(student, teacher)
-    student, teacher = same_size(student, teacher)
-    squares = (_activity(student, power) - _activity(teacher, power)) ** 2
-    return squares.mean() if convention == "mean" else root(squares.sum(-1)).mean()
+    student, teacher = pool_to_common_size(student, teacher)
+    squares = (_attention_map(student, power) - _attention_map(teacher, power)) ** 2
+    return squares.mean() if convention == "mean" else safe_sqrt(squares.sum(-1)).mean()
 
 
-def _activity(maps: Any, power: float) -> Any:
-    """Where maps (N, C, H, W) are active, (N, H · W), each of length 1."""
-    return normalized(flat((abs(maps) ** power).mean(1)))
+def _attention_map(maps: Any, power: float) -> Any:
+    """Return the mean over channels of |activation|^power, (N, H · W), scaled to norm 1."""
+    return normalize(flatten((abs(maps) ** power).mean(1)))
 
 
 @loss("nst", takes="maps", widths="any")
 def neuron_selectivity(student: Any, teacher: Any) -> Any:
-    """Squared maximum mean discrepancy between the channels of both, each scaled to length 1, with kernel (x · y)².
+    """Return the squared maximum mean discrepancy between the channels, scaled to norm 1, with the kernel (x · y)².
 
-    The kernel's sum over pairs of channels is the squared Frobenius norm of a matrix of inner products. That may be of
-    channels with channels, or of places with places; the one that costs less is computed, never the products of all
-    channels at all places.
+    The kernel's sum over pairs of channels is the squared Frobenius norm of a matrix of inner products, either of
+    channels with channels or of positions with positions. The smaller of the two matrices is computed.
 
     Args:
         student, teacher: shape (N, C, H, W), floating; channels and sizes may differ, the larger map is averaged.
 
     Returns:
-        Scalar, >= 0 up to rounding, averaged over samples; 0 when the channels agree, in any order.
+        Scalar, >= 0 up to rounding, averaged over samples; 0 if the channels agree, in any order.
 
     Raises:
-        ShapeError: these are no maps, or not of the same samples.
+        ShapeError: an input is not (N, C, H, W), or the numbers of samples differ.
 
     Source: Huang, Wang 2017, arXiv:1707.01219, with the polynomial kernel (c = 0, d = 2). Weight 50 (RepDistiller).
     """
     check_maps(student, teacher)
-    first, second = (normalized(part.reshape(*part.shape[:2], -1)) for part in same_size(student, teacher))
-    (_, wide, places), (_, other, _) = first.shape, second.shape
-    if places * (wide + other) < wide * wide + other * other + wide * other:
-        between = first.swapaxes(1, 2) @ first / wide - second.swapaxes(1, 2) @ second / other  # (N, H·W, H·W)
-        return (between * between).sum((1, 2)).mean()
+    first, second = (normalize(part.reshape(*part.shape[:2], -1)) for part in pool_to_common_size(student, teacher))
+    (_, channels_s, positions), (_, channels_t, _) = first.shape, second.shape
+    if positions * (channels_s + channels_t) < channels_s**2 + channels_t**2 + channels_s * channels_t:
+        gram_s, gram_t = (side.swapaxes(1, 2) @ side / side.shape[1] for side in (first, second))  # (N, H·W, H·W)
+        return ((gram_s - gram_t) ** 2).sum((1, 2)).mean()
     pairs = [left @ right.swapaxes(1, 2) for left, right in ((first, first), (second, second), (first, second))]
-    own, its, both = ((pair * pair).mean() for pair in pairs)  # (N, C, C') each
-    return own + its - 2 * both
+    within_s, within_t, between = ((pair * pair).mean() for pair in pairs)  # (N, C, C') each
+    return within_s + within_t - 2 * between
 
 
 @loss("ab", takes="maps", least_at_teacher=False)
 def activation_boundary(student: Any, teacher: Any, *, margin: float = 1.0, convention: str = "repdistiller") -> Any:
-    """Squared distance by which the student misses to be on the teacher's side of 0, by a margin.
+    """Return the squared hinge loss that pushes the student's pre-activations to the sign of the teacher's.
 
     Args:
-        student, teacher: before the rectifier, shape (N, C, H, W), floating.
-        margin: > 0; how far from 0 the student is asked to go. A student that equals the teacher pays where the
-            teacher is nearer to 0.
-        convention: summed over channels and places, averaged over samples, and then times 3 / 1000 for
-            "repdistiller"; as it is for "torchdistill".
+        student, teacher: maps before the ReLU, shape (N, C, H, W), floating.
+        margin: > 0; required distance of the student's values from 0. The loss is above 0 for a student that equals the
+            teacher if values of the teacher are nearer to 0.
+        convention: "torchdistill" sums over channels and positions and averages over samples; "repdistiller"
+            multiplies this by 3 / 1000.
 
     Returns:
-        Scalar, >= 0; 0 where every student's value lies on the teacher's side of 0, by the margin.
+        Scalar, >= 0; 0 if every value of the student has the teacher's sign and a magnitude of at least the margin.
 
     Raises:
         ShapeError: the shapes differ.
         UsageError: the margin is not above 0.
-        UnknownNameError: there is no such convention.
+        UnknownNameError: the convention is unknown.
 
     Source: Heo et al. 2019, arXiv:1811.03233, the alternative loss. Weight 2^(i - n + 1) for stage i of n, in a
-        phase of its own before other training (RepDistiller: 30 epochs).
+        separate phase before other training (RepDistiller: 30 epochs).
     """
     check_convention(convention, ("repdistiller", "torchdistill"))
     check_above(0, margin=margin)
     check_maps(student, teacher)
-    same_shape(student, teacher, "maps")
-    missed = namespace(student).where(teacher > 0, margin - student, student + margin).clip(min=0)
-    total = (missed * missed).sum() / len(student)
+    check_same_shape(student, teacher, "maps")
+    hinge = namespace(student).where(teacher > 0, margin - student, student + margin).clip(min=0)
+    total = (hinge * hinge).sum() / len(student)
     return total * 3 / 1000 if convention == "repdistiller" else total
 
 
@@ -152,23 +151,23 @@ def activation_boundary(student: Any, teacher: Any, *, margin: float = 1.0, conv
 def factor_transfer(
     student: Any, teacher: Any, *, power: float = 1.0, activity_power: float = 2.0, convention: str = "repdistiller"
 ) -> Any:
-    """|difference|^power of the factors, scaled to length 1, averaged over everything.
+    """Return |difference|^power of the factors, scaled to norm 1, averaged over all elements.
 
     Args:
         student, teacher: factors, or the maps themselves, shape (N, C, H, W), floating; sizes may differ for
-            "repdistiller", the larger is averaged.
+            "repdistiller", where the larger map is averaged.
         power: > 0; 1 or 2 in the paper.
-        activity_power: > 0; what "repdistiller" raises an activation to before it averages channels.
-        convention: "repdistiller" compares where factors are active, with their channels averaged as in "at"; "paper"
-            compares all values of a factor, as torchdistill and mmrazor do.
+        activity_power: > 0; exponent of the activations before channels are averaged, for "repdistiller".
+        convention: "repdistiller" averages the factors over channels, as "at" does; "paper" compares all values of a
+            factor, as torchdistill and mmrazor do.
 
     Returns:
-        Scalar, >= 0; 0 when the factors agree up to their length.
+        Scalar, >= 0; 0 if the factors agree up to their norm.
 
     Raises:
         ShapeError: channels differ, or, for "paper", sizes.
         UsageError: a power is not above 0.
-        UnknownNameError: there is no such convention.
+        UnknownNameError: the convention is unknown.
 
     Source: Kim et al. 2018, arXiv:1802.04977. Weight 200 (RepDistiller).
     """
@@ -176,140 +175,139 @@ def factor_transfer(
     check_above(0, power=power, activity_power=activity_power)
     check_maps(student, teacher)
     if convention == "paper":
-        same_shape(student, teacher, "factors")
-        first, second = normalized(flat(student)), normalized(flat(teacher))
+        check_same_shape(student, teacher, "factors")
+        first, second = normalize(flatten(student)), normalize(flatten(teacher))
     else:
-        student, teacher = same_size(student, teacher)
-        same_shape(student, teacher, "factors")
-        first, second = _activity(student, activity_power), _activity(teacher, activity_power)
+        student, teacher = pool_to_common_size(student, teacher)
+        check_same_shape(student, teacher, "factors")
+        first, second = _attention_map(student, activity_power), _attention_map(teacher, activity_power)
     return (abs(first - second) ** power).mean()
 
 
 @loss("ofd", takes="maps")
 def overhaul(student: Any, teacher: Any, *, margin: Any = STANDARD_MARGIN, convention: str = "sum") -> Any:
-    """Squared distance to the teacher's maps, cut off below at a margin, but for values that need not be that low.
+    """Return the partial squared distance to the teacher's maps, which are clipped from below at a margin.
 
-    Where the teacher is not active, a student below the teacher costs nothing: the rectifier hides both.
+    Where the teacher is at most 0, a student below the clipped teacher adds nothing, because a ReLU maps both to 0.
 
     Args:
-        student, teacher: before the rectifier, shape (N, C, H, W), floating.
-        margin: <= 0, one number or one for each channel; `margins` gives them for batch normalization.
-        convention: summed over channels and places, averaged over samples, for "sum", as the authors' code and
-            mdistiller; a thousandth of that for "mmrazor".
+        student, teacher: maps before the ReLU, shape (N, C, H, W), floating.
+        margin: <= 0, one number, or one for each channel; `margins` computes them from a batch norm.
+        convention: "sum" sums over channels and positions and averages over samples, as the authors' code and
+            mdistiller do; "mmrazor" divides this by 1000.
 
     Returns:
-        Scalar, >= 0; 0 when the maps agree.
+        Scalar, >= 0; 0 if the maps agree.
 
     Raises:
-        ShapeError: the shapes differ, or there is another number of margins than of channels.
+        ShapeError: the shapes differ, or the number of margins is not the number of channels.
         UsageError: a margin is above 0.
-        UnknownNameError: there is no such convention.
+        UnknownNameError: the convention is unknown.
 
     Source: Heo et al. 2019, arXiv:1904.01866, margin ReLU and partial L2. Weight 1e-3 for CIFAR, 1e-4 for ImageNet,
-        halved for each stage before the last.
+        with half the weight for each earlier stage.
     """
     check_convention(convention, ("sum", "mmrazor"))
     check_maps(student, teacher)
-    same_shape(student, teacher, "maps")
+    check_same_shape(student, teacher, "maps")
     xp = namespace(student)
-    floor = _by_channel(like(margin, teacher), teacher.shape[1], "margin")
-    if not bool((floor <= 0).all()):
+    lowest = _per_channel(array_like(margin, teacher), teacher.shape[1], "margin")
+    if not bool((lowest <= 0).all()):
         raise UsageError(f"`margin` is {margin}; numbers of at most 0 are needed.")
-    target = xp.maximum(teacher, floor)
-    charged = (teacher > 0) | (student > target)
-    squares = xp.where(charged, student - target, xp.zeros_like(student)) ** 2
+    target = xp.maximum(teacher, lowest)
+    counted = (teacher > 0) | (student > target)
+    squares = xp.where(counted, student - target, xp.zeros_like(student)) ** 2
     total = squares.sum() / len(student)
     return total / 1000 if convention == "mmrazor" else total
 
 
-def _by_channel(values: Any, channels: int, what: str) -> Any:
-    """One number, or one a channel, in a shape that goes with maps."""
+def _per_channel(values: Any, channels: int, name: str) -> Any:
+    """Reshape one number, or one a channel, so that it broadcasts with maps (N, C, H, W)."""
     count = math.prod(values.shape)
     if count not in (1, channels):
-        raise ShapeError(f"There are {count} numbers for {what!r}; 1 or one for each of {channels} channels is needed.")
+        raise ShapeError(f"`{name}` has {count} values; 1 or {channels}, one a channel, are needed.")
     return values.reshape(1, -1, 1, 1)
 
 
 def margins(mean: Any, std: Any) -> Any:
-    """The mean of what is negative of normal distributions: E[x | x < 0], the margins of "ofd".
+    """Return E[x | x < 0] of normal distributions, the margins of "ofd".
 
     Args:
-        mean, std: one a channel, shape (C,): the offset and the scale of a batch normalization; a scale's sign does
-            not matter.
+        mean, std: one a channel, shape (C,): bias and weight of a batch norm. The sign of the weight has no effect.
 
     Returns:
-        Numbers <= 0 of shape (C,), float64, in numpy. They are exact also where hardly anything is negative, for which
-        the authors' code puts -3 |std| (less than 1 of 1000 activations).
+        Numbers <= 0, numpy float64, shape (C,). They are exact even if negative values are rare. The authors' code uses
+        -3 |std| if fewer than 1 of 1000 activations are negative.
 
     Source: Heo et al. 2019, arXiv:1904.01866, the margin ReLU.
     """
     mean, std = np.asarray(mean, np.float64), np.abs(np.asarray(std, np.float64))
-    spread = std > 0
-    scale = np.where(spread, std, 1.0)
+    varies = std > 0
+    scale = np.where(varies, std, 1.0)
     z = mean / scale
-    # The density over the share of what is negative, by logarithms: either alone underflows.
+    # Density divided by the probability of a negative value, from logarithms, because either alone may underflow.
     hazard = np.exp(-0.5 * z * z - 0.5 * math.log(2 * math.pi) - log_ndtr(-z))
-    return np.minimum(np.where(spread, mean - scale * hazard, mean), 0.0)
+    return np.minimum(np.where(varies, mean - scale * hazard, mean), 0.0)
 
 
 @loss("hcl", takes="maps")
 def hierarchical_context(student: Any, teacher: Any, *, sizes: tuple[int, ...] = (4, 2, 1)) -> Any:
-    """Mean squared difference of the maps and of the maps averaged to smaller sizes, each with half the weight.
+    """Return the mean squared difference of the maps and of pooled maps, each smaller size with half the weight.
 
     Args:
         student, teacher: shape (N, C, H, W), floating.
-        sizes: heights and widths to average to, the largest first; those that are not below H are left out.
+        sizes: heights and widths after pooling, the largest first; sizes of H or more are skipped.
 
     Returns:
-        Scalar, >= 0, a weighted mean over sizes; 0 when the maps agree.
+        Scalar, >= 0, a weighted mean over sizes; 0 if the maps agree.
 
     Raises:
         ShapeError: the shapes differ.
-        UsageError: a size is none.
+        UsageError: a size is not a positive integer.
 
     Source: Chen et al. 2021, arXiv:2104.09044. Weight 5 for CIFAR, 1 for ImageNet, 8 from ResNet-50 to MobileNet,
         with a warm-up of 20 epochs on CIFAR.
     """
     check_maps(student, teacher)
-    same_shape(student, teacher, "maps")
+    check_same_shape(student, teacher, "maps")
     for size in sizes:
-        check_whole(1, size=size)
-    difference = student - teacher  # averages of the difference are differences of the averages
+        check_integer(1, size=size)
+    difference = student - teacher  # pooling is linear: pool the difference once
     total, weights = (difference * difference).mean(), 1.0
     weight = 1.0
     for size in sizes:
         if size < student.shape[2]:
             weight /= 2
             weights += weight
-            total = total + weight * (pooled(difference, (size, size)) ** 2).mean()
+            total = total + weight * (adaptive_average_pool(difference, (size, size)) ** 2).mean()
     return total / weights
 
 
 def channel_wise(student: Any, teacher: Any, *, temperature: float = 1.0) -> Any:
-    """Kullback-Leibler divergence between where each channel is high, times temperature², averaged over channels.
+    """Return the KL divergence between the spatial distributions of each channel, times T², averaged over channels.
 
-    A softmax runs over the places of each channel; the divergence runs from the teacher to the student.
+    The distribution of a channel is its softmax over positions. The divergence is from the teacher to the student.
 
     Args:
-        student, teacher: scores of pixels or maps, shape (N, C, H, W), floating.
+        student, teacher: logits of pixels, or maps, shape (N, C, H, W), floating.
         temperature: > 0.
 
     Returns:
-        Scalar in nats, >= 0 up to rounding, averaged over samples and channels; 0 when the channels agree up to an
+        Scalar in nats, >= 0 up to rounding, averaged over samples and channels; 0 if the channels agree up to an
         offset.
 
     Raises:
         ShapeError: the shapes differ.
         UsageError: the temperature is not above 0.
 
-    Source: Shu et al. 2021, arXiv:2011.13256. Temperature 1, weight 5 on the scores of a segmentation and 10 on each
-        level of a detector's pyramid (mmrazor).
+    Source: Shu et al. 2021, arXiv:2011.13256. Temperature 1, weight 5 on the logits of a segmentation model, 10 on
+        each level of a detector's feature pyramid (mmrazor).
     """
     check_temperature(temperature)
     check_maps(student, teacher)
-    same_shape(student, teacher, "maps")
+    check_same_shape(student, teacher, "maps")
     log_s, log_t = (log_softmax(part.reshape(*part.shape[:2], -1) / temperature) for part in (student, teacher))
-    return relative(log_t, log_s).sum(-1).mean() * temperature**2
+    return kl_terms(log_t, log_s).sum(-1).mean() * temperature**2
 
 
 channel_wise_maps = loss("cwd", takes="maps")(channel_wise)
@@ -318,108 +316,109 @@ channel_wise_pixels = loss("cwd-pixels", takes="pixels", activation="identity")(
 
 @loss("pkd", takes="maps", relational=True)
 def pearson(student: Any, teacher: Any, *, eps: float = 1e-6) -> Any:
-    """Half the mean squared difference of the maps, each channel standardized over samples and places: 1 - correlation.
+    """Return half the mean squared difference of maps with standardized channels, which is 1 - Pearson correlation.
 
     Args:
-        student, teacher: shape (N, C, H, W), floating.
+        student, teacher: shape (N, C, H, W), floating; each channel is standardized over samples and positions.
         eps: >= 0, added to the standard deviation.
 
     Returns:
-        Scalar, >= 0; 0 when every channel agrees up to scale and offset.
+        Scalar, >= 0; 0 if every channel agrees up to a positive factor and an offset.
 
     Raises:
         ShapeError: the shapes differ.
         UsageError: `eps` is below 0.
 
-    Source: Cao et al. 2022, arXiv:2207.02039. Weight 6 in detection, 10 in three dimensions (mmrazor).
+    Source: Cao et al. 2022, arXiv:2207.02039. Weight 6 in detection, 10 in 3D detection (mmrazor).
     """
     check_at_least(0, eps=eps)
     check_maps(student, teacher)
-    same_shape(student, teacher, "maps")
+    check_same_shape(student, teacher, "maps")
     first, second = (
-        (part - part.mean((0, 2, 3), keepdims=True)) / (deviation(part, (0, 2, 3)) + eps) for part in (student, teacher)
+        (part - part.mean((0, 2, 3), keepdims=True)) / (standard_deviation(part, (0, 2, 3)) + eps)
+        for part in (student, teacher)
     )
     return 0.5 * ((first - second) ** 2).mean()
 
 
 @loss("mgd", takes="maps")
 def generation(student: Any, teacher: Any, *, convention: str = "sum") -> Any:
-    """Squared difference of what is generated from the student's masked maps and the teacher's maps.
+    """Return the squared difference of the maps generated from the student's masked maps and the teacher's maps.
 
     Args:
-        student, teacher: shape (N, C, H, W), floating; the student's are those that a generator made.
-        convention: summed over channels and places, averaged over samples, for "sum"; averaged over everything for
-            "modelopt".
+        student, teacher: shape (N, C, H, W), floating; the student's are the output of the generator.
+        convention: "sum" sums over channels and positions and averages over samples; "modelopt" averages over all
+            elements.
 
     Returns:
-        Scalar, >= 0; 0 when the maps agree.
+        Scalar, >= 0; 0 if the maps agree.
 
     Raises:
         ShapeError: the shapes differ.
-        UnknownNameError: there is no such convention.
+        UnknownNameError: the convention is unknown.
 
-    Source: Yang et al. 2022, arXiv:2205.01529. Weight 2e-5; ModelOpt: weight 1 on the mean, 0.65 of the places masked.
+    Source: Yang et al. 2022, arXiv:2205.01529. Weight 2e-5; ModelOpt: weight 1 on the mean, 65 % of positions masked.
     """
     check_convention(convention, ("sum", "modelopt"))
     check_maps(student, teacher)
-    same_shape(student, teacher, "maps")
+    check_same_shape(student, teacher, "maps")
     squares = (student - teacher) ** 2
     return squares.mean() if convention == "modelopt" else squares.sum() / len(student)
 
 
 @loss("l2-normalized", takes="features")
 def normalized_distance(student: Any, teacher: Any) -> Any:
-    """Squared distance of the features of each sample, scaled to length 1: 2 - 2 cosine, averaged over samples.
+    """Return the squared distance of the features, scaled to norm 1, which is 2 - 2 cosine, averaged over samples.
 
     Args:
         student, teacher: shape (N, ...), floating.
 
     Returns:
-        Scalar from 0 to 4; 0 when the features agree up to their length.
+        Scalar from 0 to 4; 0 if the features agree up to their norm.
 
     Raises:
         ShapeError: the shapes differ.
 
     Source: mmrazor's `L2Loss` with `normalize=True`.
     """
-    same_shape(student, teacher, "features")
-    return ((normalized(flat(student)) - normalized(flat(teacher))) ** 2).sum(-1).mean()
+    check_same_shape(student, teacher, "features")
+    return ((normalize(flatten(student)) - normalize(flatten(teacher))) ** 2).sum(-1).mean()
 
 
 @loss("vid", takes="maps", learned=True)
 def variational(student: Any, teacher: Any, *, variance: float = 5.0, eps: float = 1e-5) -> Any:
-    """Negative logarithm of a normal density at the teacher's maps, without its constant, averaged over everything.
+    """Return the negative log-likelihood of the teacher's maps under a normal distribution, without its constant.
 
     Args:
-        student: "mean" (N, C, H, W), and "scale" with one number a channel, of which log(1 + exp(scale)) + eps is the
-            variance; or the mean alone.
-        teacher: shape (N, C, H, W), floating; takes no gradient, though the student's side is learned.
-        variance: > eps; of every channel where the mean comes alone: what training starts from.
+        student: dict of "mean", (N, C, H, W), and "scale", one number a channel, from which the variance is
+            log(1 + exp(scale)) + eps; or the mean alone.
+        teacher: shape (N, C, H, W), floating; no gradient reaches the teacher.
+        variance: > eps; variance of every channel if only the mean is passed, and the initial value in training.
         eps: > 0, the smallest variance.
 
     Returns:
-        Scalar, of any sign: (mean - teacher)² / variance / 2 + log(variance) / 2.
+        Scalar, of any sign: (mean - teacher)² / variance / 2 + log(variance) / 2, averaged over all elements.
 
     Raises:
-        ShapeError: the mean has another shape than the teacher, or there are more or fewer scales than channels.
-        UsageError: the variance is not above `eps`, or that not above 0.
+        ShapeError: the mean has another shape than the teacher, or the number of scales is not the number of channels.
+        UsageError: `variance` is not above `eps`, or `eps` is not above 0.
 
-    Source: Ahn et al. 2019, arXiv:1904.05835. Weight 1; the mean by three convolutions of 1 × 1 (RepDistiller).
+    Source: Ahn et al. 2019, arXiv:1904.05835. Weight 1; the mean comes from three 1 × 1 convolutions (RepDistiller).
     """
-    teacher = constant(teacher)
+    teacher = detach(teacher)
     check_above(0, eps=eps)
     check_above(eps, variance=variance)
     if isinstance(student, dict):
         mean, scale = student["mean"], student["scale"]
     else:
-        mean, scale = student, like([_scale_of(variance - eps)], student)
+        mean, scale = student, array_like([inverse_softplus(variance - eps)], student)
     check_maps(mean, teacher)
-    same_shape(mean, teacher, "maps")
-    scale = _by_channel(scale, teacher.shape[1], "scale")
-    spread = eps - log_sigmoid(-scale)
-    return 0.5 * ((mean - teacher) ** 2 / spread + namespace(spread).log(spread)).mean()
+    check_same_shape(mean, teacher, "maps")
+    scale = _per_channel(scale, teacher.shape[1], "scale")
+    variances = eps - log_sigmoid(-scale)
+    return 0.5 * ((mean - teacher) ** 2 / variances + namespace(variances).log(variances)).mean()
 
 
-def _scale_of(variance: float) -> float:
-    """The number of which log(1 + exp(number)) is the variance."""
-    return variance + math.log(-math.expm1(-variance))  # the exponential of a large variance would overflow
+def inverse_softplus(value: float) -> float:
+    """Return x with log(1 + exp(x)) = value."""
+    return value + math.log(-math.expm1(-value))  # exp(value) would overflow for large values

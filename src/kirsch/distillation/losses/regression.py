@@ -1,31 +1,31 @@
-"""Losses on numbers that student and teacher put out, where the teacher may be wrong."""
+"""Losses on the outputs of regression models, where the teacher may be wrong."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from kirsch.distillation.arrays import blank, mean_over, namespace, same_shape, typed
+from kirsch.distillation.arrays import cast_like, check_same_shape, masked_mean, namespace, zero_masked
 from kirsch.distillation.losses.loss import loss
 from kirsch.errors import ShapeError, UsageError
 
 
 @loss("bounded-regression", takes="values")
 def bounded_regression(student: Any, teacher: Any, *, labels: Any, margin: float = 0.0, mask: Any = None) -> Any:
-    """Squared error of the student against the labels, where it is not better than the teacher's by a margin.
+    """Return the student's squared error where it is not below the teacher's squared error by a margin, else 0.
 
-    The teacher is no target, since its numbers can be anything: it only says how good is good enough.
+    The teacher's outputs are not a target, because a regression output is unbounded. Its error is a bound below which
+    the student's error no longer counts.
 
     Args:
-        student, teacher: numbers, shape (N, D) or (N,), floating; the teacher takes no gradient.
-        labels: the true numbers, of the same shape; (N,) and (N, 1) are the same.
-        margin: >= 0, in the unit of the squared error: by so much the student is to be better.
+        student, teacher: outputs, shape (N, D) or (N,), floating; no gradient reaches the teacher.
+        labels: true values, same shape; (N,) and (N, 1) are equivalent.
+        margin: >= 0, in the unit of the squared error; how much lower the student's error must be.
         mask: shape (N,), true where a sample counts; None counts all.
 
     Returns:
-        Scalar, >= 0: 0 when the student's squared error, summed over numbers, plus the margin is at most the teacher's
-        in each sample; so, for margin 0, when it equals the teacher. It jumps there: samples that are charged, are
-        charged in full.
+        Scalar, >= 0, averaged over samples. A sample adds 0 if the student's squared error, summed over outputs, plus
+        the margin is at most the teacher's, and adds the whole squared error otherwise, so the loss is discontinuous.
 
     Raises:
         ShapeError: the shapes differ.
@@ -38,14 +38,14 @@ def bounded_regression(student: Any, teacher: Any, *, labels: Any, margin: float
     if not (math.isfinite(margin) and margin >= 0):
         raise UsageError(f"The margin is {margin}; a number of at least 0 is needed.")
     xp = namespace(student)
-    same_shape(student, teacher, "values")
+    check_same_shape(student, teacher, "values")
     if labels.ndim == 1 and student.shape[1:] == (1,):
         labels = labels[:, None]
     if tuple(labels.shape) != tuple(student.shape):
         raise ShapeError(
             f"The labels have shape {tuple(labels.shape)}; the values have shape {tuple(student.shape)}.",
-            "One true number for each is needed.",
+            "One label for each output is needed.",
         )
-    truth = typed(blank(labels, mask), student)
-    mine, theirs = (((blank(values, mask) - truth) ** 2).sum(-1) for values in (student, teacher))
-    return mean_over(xp.where(mine + margin > theirs, mine, xp.zeros_like(mine)), mask)
+    truth = cast_like(zero_masked(labels, mask), student)
+    error_s, error_t = (((zero_masked(values, mask) - truth) ** 2).sum(-1) for values in (student, teacher))
+    return masked_mean(xp.where(error_s + margin > error_t, error_s, xp.zeros_like(error_s)), mask)

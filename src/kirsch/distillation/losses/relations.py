@@ -1,4 +1,4 @@
-"""Losses on how the samples of a batch lie to each other."""
+"""Losses on the relations between the samples of a batch."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import math
 from typing import Any
 
 from kirsch.distillation.arrays import (
-    doubled,
-    flat,
+    cast_like,
+    check_same_samples,
+    check_same_shape,
+    flatten,
     log_softmax,
     namespace,
-    normalized,
-    root,
-    same_samples,
-    same_shape,
-    typed,
+    normalize,
+    safe_sqrt,
+    to_float64,
 )
 from kirsch.distillation.losses.logits import check_temperature
-from kirsch.distillation.losses.loss import check_above, check_at_least, check_convention, check_whole, loss
+from kirsch.distillation.losses.loss import check_above, check_at_least, check_convention, check_integer, loss
 from kirsch.errors import UnknownNameError
 
 KERNELS = ("bilinear", "gaussian")
@@ -25,94 +25,94 @@ KERNELS = ("bilinear", "gaussian")
 
 @loss("sp", takes="features", widths="any", relational=True)
 def similarity(student: Any, teacher: Any, *, convention: str = "rows") -> Any:
-    """Squared difference of the inner products of all pairs of samples, averaged over pairs.
+    """Return the squared difference of the inner products of all pairs of samples, averaged over pairs.
 
     Args:
         student, teacher: shape (N, ...), floating; widths may differ.
-        convention: each row of products is scaled to length 1 for "rows"; to a sum of magnitudes of 1 for
-            "torchdistill", whose values are smaller.
+        convention: "rows" scales each row of products to an L2 norm of 1; "torchdistill" to an L1 norm of 1, which
+            gives smaller values.
 
     Returns:
-        Scalar, >= 0; 0 when the products agree up to a factor a row.
+        Scalar, >= 0; 0 if the products agree up to a positive factor for each row.
 
     Raises:
         ShapeError: the numbers of samples differ.
-        UnknownNameError: there is no such convention.
+        UnknownNameError: the convention is unknown.
 
-    Source: Tung, Mori 2019, arXiv:1907.09682, equations 2 to 4. Weight 3000 on the last maps (RepDistiller).
+    Source: Tung, Mori 2019, arXiv:1907.09682, equations 2 to 4. Weight 3000 on the last feature maps (RepDistiller).
     """
     check_convention(convention, ("rows", "torchdistill"))
-    same_samples(student, teacher)
-    first, second = (_products(flat(part), convention) for part in (student, teacher))
+    check_same_samples(student, teacher)
+    first, second = (_products(flatten(part), convention) for part in (student, teacher))
     return ((first - second) ** 2).mean()
 
 
 def _products(features: Any, convention: str) -> Any:
-    """Inner products of all pairs, (N, N), each row scaled."""
+    """Return the inner products of all pairs, (N, N), each row scaled."""
     products = features @ features.T
     if convention == "rows":
-        return normalized(products)
+        return normalize(products)
     return products / abs(products).sum(-1, keepdims=True).clip(min=1e-12)
 
 
 @loss("rkd-distance", takes="features", widths="any", relational=True)
 def relational_distance(student: Any, teacher: Any, *, unit: bool = False) -> Any:
-    """Smooth difference of the distances of all pairs of samples, in units of their mean, averaged over pairs.
+    """Return the Huber loss of the distances of all pairs of samples, each divided by the mean distance.
 
     Args:
         student, teacher: shape (N, ...), floating; widths may differ.
-        unit: features are scaled to length 1 before, as mmrazor does.
+        unit: scale features to norm 1 first, as mmrazor does.
 
     Returns:
-        Scalar, >= 0; 0 when the distances agree up to one factor, and for a single sample.
+        Scalar, >= 0; 0 if the distances agree up to one factor, or for a single sample.
 
     Raises:
         ShapeError: the numbers of samples differ.
 
     Source: Park et al. 2019, arXiv:1904.05068, equations 5 to 7. Weight 25 (RepDistiller, mmrazor).
     """
-    same_samples(student, teacher)
-    first, second = (_relative(root(_squared_distances(part, unit=unit))) for part in (student, teacher))
-    return _smooth(first - second).mean()
+    check_same_samples(student, teacher)
+    first, second = (_divide_by_mean(safe_sqrt(_squared_distances(part, unit=unit))) for part in (student, teacher))
+    return _huber(first - second).mean()
 
 
 @loss("rkd-angle", takes="features", widths="any", relational=True)
 def relational_angle(student: Any, teacher: Any, *, unit: bool = False) -> Any:
-    """Smooth difference of the cosines of the angles of all triples of samples, averaged over triples.
+    """Return the Huber loss of the cosines of the angles of all triples of samples, averaged over triples.
 
-    (a - b) · (c - b) is made of the three distances, and these of inner products of samples, so that no difference of
-    two samples is ever stored: N³ numbers, and not N² D besides. Distances and products are of 64 bits.
+    The cosines are computed from the pairwise distances, and these from inner products, so the differences of samples
+    (N² D numbers) are never stored, only N³ numbers. Distances and products have 64 bits.
 
     Args:
         student, teacher: shape (N, ...), floating; widths may differ.
-        unit: features are scaled to length 1 before, as mmrazor does.
+        unit: scale features to norm 1 first, as mmrazor does.
 
     Returns:
-        Scalar, >= 0; 0 when the angles agree, and for fewer than three samples.
+        Scalar, >= 0; 0 if the angles agree, or for fewer than three samples.
 
     Raises:
         ShapeError: the numbers of samples differ.
 
     Source: Park et al. 2019, arXiv:1904.05068, equations 8 and 9. Weight 50 (RepDistiller, mmrazor).
     """
-    same_samples(student, teacher)
+    check_same_samples(student, teacher)
     first, second = (_cosines(_squared_distances(part, unit=unit)) for part in (student, teacher))
-    return _smooth(first - second).mean()
+    return _huber(first - second).mean()
 
 
 @loss("rkd", takes="features", widths="any", relational=True)
 def relational(
     student: Any, teacher: Any, *, distance_weight: float = 25.0, angle_weight: float = 50.0, unit: bool = False
 ) -> Any:
-    """Weighted sum of "rkd-distance" and "rkd-angle".
+    """Return the weighted sum of "rkd-distance" and "rkd-angle".
 
     Args:
         student, teacher: shape (N, ...), floating; widths may differ.
         distance_weight, angle_weight: >= 0.
-        unit: features are scaled to length 1 before, as mmrazor does.
+        unit: scale features to norm 1 first, as mmrazor does.
 
     Returns:
-        Scalar, >= 0; 0 when the distances agree up to one factor.
+        Scalar, >= 0; 0 if the distances agree up to one factor.
 
     Raises:
         ShapeError: the numbers of samples differ.
@@ -127,104 +127,103 @@ def relational(
 
 
 def _squared_distances(features: Any, *, unit: bool) -> Any:
-    """Squared distances of all pairs, (N, N), 0 where they are rounding; features are scaled to length 1 for `unit`.
+    """Return the squared distances of all pairs, (N, N), with 0 for those that are only rounding errors.
 
-    The products are of 64 bits and around the mean: what lies close together, far from the mean, is told apart by the
-    last of their digits.
+    The features are centered and have 64 bits, because the difference of products loses digits for samples that are
+    close to each other and far from the mean. With `unit` they are scaled to norm 1 first.
     """
     xp = namespace(features)
-    wide = doubled(flat(features))
-    wide = normalized(wide) if unit else wide
-    wide = wide - wide.mean(0, keepdims=True)
-    products = wide @ wide.T
-    lengths = xp.diagonal(products)
-    both = lengths[:, None] + lengths[None]
-    squares = both - 2 * products
-    # Divided by what rounding, of the products or of the features, leaves of no distance, a cosine would be any number.
-    rounding = max(32 * float(xp.finfo(wide.dtype).eps), 64 * float(xp.finfo(features.dtype).eps) ** 2)
-    apart = squares > rounding * both
-    return typed(xp.where(apart, squares, 0.0 * squares), features)
+    vectors = to_float64(flatten(features))
+    vectors = normalize(vectors) if unit else vectors
+    vectors = vectors - vectors.mean(0, keepdims=True)
+    products = vectors @ vectors.T
+    squared_norms = xp.diagonal(products)
+    norm_sums = squared_norms[:, None] + squared_norms[None]
+    squares = norm_sums - 2 * products
+    # A cosine divided by the rounding error of a distance of 0 would be an arbitrary number.
+    rounding = max(32 * float(xp.finfo(vectors.dtype).eps), 64 * float(xp.finfo(features.dtype).eps) ** 2)
+    return cast_like(xp.where(squares > rounding * norm_sums, squares, 0.0 * squares), features)
 
 
-def _relative(distances: Any) -> Any:
-    """Distances divided by the mean of those above 0."""
+def _divide_by_mean(distances: Any) -> Any:
+    """Divide distances by the mean of those above 0."""
     return distances / (distances.sum() / (distances > 0).sum().clip(min=1)).clip(min=1e-12)
 
 
 def _cosines(squares: Any) -> Any:
-    """Cosine of the angle at sample j between samples i and k, (j, i, k); 0 where two of a leg are the same.
+    """Return the cosine of the angle at sample j between samples i and k, (j, i, k); 0 if i or k equals j.
 
-    It is (d_ij² + d_jk² - d_ik²) / (2 d_ij d_jk). Inner products in its place would lose the digits of short legs.
+    The cosine is (d_ij² + d_jk² - d_ik²) / (2 d_ij d_jk). Inner products would lose the digits of short distances.
     """
     xp = namespace(squares)
     apart = squares > 0
-    distances = root(squares)
+    distances = safe_sqrt(squares)
     inverse = xp.where(apart, 1.0 / xp.where(apart, distances, 0.0 * squares + 1.0), 0.0 * squares)
     left = xp.stack([0.5 * distances, inverse], -1)  # (j, i, 2)
     right = xp.stack([inverse, 0.5 * distances], -2)  # (j, 2, k)
     return left @ right - 0.5 * squares[None] * inverse[:, :, None] * inverse[:, None]
 
 
-def _smooth(difference: Any) -> Any:
-    """Half the square up to 1, the magnitude less a half beyond."""
-    near = difference.clip(-1.0, 1.0)
-    return near * (difference - 0.5 * near)
+def _huber(difference: Any) -> Any:
+    """Return the Huber loss: half the square up to 1, the magnitude minus one half above."""
+    clipped = difference.clip(-1.0, 1.0)
+    return clipped * (difference - 0.5 * clipped)
 
 
 @loss("pkt", takes="features", widths="any", relational=True)
 def probabilistic(student: Any, teacher: Any, *, eps: float = 1e-7) -> Any:
-    """Divergence between the cosines of each sample with all, as probabilities, averaged over pairs.
+    """Return the divergence of the cosine similarities of each sample with all samples, as probabilities.
 
     Args:
         student, teacher: shape (N, ...), floating; widths may differ.
-        eps: >= 0, added to lengths and probabilities.
+        eps: >= 0, added to norms and probabilities.
 
     Returns:
-        Scalar, >= 0 up to rounding; 0 when the cosines agree.
+        Scalar, >= 0 up to rounding, averaged over pairs; 0 if the cosines agree.
 
     Raises:
         ShapeError: the numbers of samples differ.
         UsageError: `eps` is below 0.
 
     Source: Passalis, Tefas 2018, arXiv:1803.10837, with the cosine kernel. Weight 30000 on the pooled feature
-        (RepDistiller): the mean over pairs, not over samples, makes it so large.
+        (RepDistiller). The weight is large because the mean is over pairs, not over samples.
     """
     check_at_least(0, eps=eps)
-    same_samples(student, teacher)
-    first, second = (_probabilities(flat(part), eps) for part in (student, teacher))
+    check_same_samples(student, teacher)
+    first, second = (_probabilities(flatten(part), eps) for part in (student, teacher))
     log = namespace(first).log
     return (second * (log(second + eps) - log(first + eps))).mean()
 
 
 def _probabilities(features: Any, eps: float) -> Any:
-    """(1 + cosine) / 2 of all pairs, (N, N), each row divided by its sum."""
-    directions = features / (root((features * features).sum(-1, keepdims=True)) + eps)
-    similar = (directions @ directions.T + 1) / 2
-    return similar / similar.sum(-1, keepdims=True)
+    """Return (1 + cosine) / 2 of all pairs, (N, N), each row divided by its sum."""
+    directions = features / (safe_sqrt((features * features).sum(-1, keepdims=True)) + eps)
+    similarities = (directions @ directions.T + 1) / 2
+    return similarities / similarities.sum(-1, keepdims=True)
 
 
 @loss("cc", takes="features", learned=True, relational=True)
 def correlation(student: Any, teacher: Any) -> Any:
-    """Inner product of the distances |student - teacher| of each sample and of the one after it, averaged.
+    """Return the mean inner product of |student - teacher| of each sample and of the next one in the batch.
 
-    That is what the authors' code computes; the equations of the paper are "cc-kernel". It follows the order of the
-    batch.
+    This is the formula of the authors' code, and depends on the order of the batch. The equations of the paper are
+    "cc-kernel".
 
     Args:
-        student, teacher: embeddings, shape (N, ...), floating; both are learned.
+        student, teacher: embeddings, shape (N, ...), floating; both receive a gradient.
 
     Returns:
-        Scalar, >= 0; 0 when the embeddings agree, and for a single sample.
+        Scalar, >= 0; 0 if the embeddings agree, or for a single sample.
 
     Raises:
         ShapeError: the shapes differ.
 
-    Source: Peng et al. 2019, arXiv:1904.01802, as RepDistiller has it from its authors. Weight 0.02 on embeddings of
-        width 128.
+    Source: Peng et al. 2019, arXiv:1904.01802, as in the code of the authors and RepDistiller. Weight 0.02 on
+        embeddings of width 128.
     """
-    same_shape(student, teacher, "features")
-    apart = abs(flat(student) - flat(teacher))
-    return (apart[:-1] * apart[1:]).sum() / max(len(apart) - 1, 1)
+    check_same_shape(student, teacher, "features")
+    distances = abs(flatten(student) - flatten(teacher))
+    return (distances[:-1] * distances[1:]).sum() / max(len(distances) - 1, 1)
 
 
 @loss("cc-kernel", takes="features", widths="any", relational=True)
@@ -237,65 +236,65 @@ def kernel_correlation(
     order: int = 2,
     convention: str = "paper",
 ) -> Any:
-    """Squared difference of a kernel of all pairs of samples, averaged over pairs.
+    """Return the squared difference of a kernel over all pairs of samples, averaged over pairs.
 
     Args:
-        student, teacher: shape (N, ...), floating; scaled to length 1 here. Widths may differ.
-        kernel: "gaussian", exp(-gamma |x - y|²) by its Taylor series in x · y, or "bilinear", x · y.
-        gamma, order: of the Gaussian: > 0, and the highest power in the series, >= 1.
-        convention: "paper", or "torchdistill": the length of the difference divided by N².
+        student, teacher: shape (N, ...), floating; they are scaled to norm 1. Widths may differ.
+        kernel: "gaussian", the Taylor series of exp(-gamma |x - y|²) in x · y, or "bilinear", x · y.
+        gamma, order: for "gaussian": width, > 0, and highest power of the series, >= 1.
+        convention: "paper", or "torchdistill", the norm of the difference divided by N².
 
     Returns:
-        Scalar, >= 0; 0 when the cosines agree.
+        Scalar, >= 0; 0 if the cosines agree.
 
     Raises:
         ShapeError: the numbers of samples differ.
-        UsageError: gamma or the order is out of range.
-        UnknownNameError: there is no such kernel or convention.
+        UsageError: `gamma` or `order` is out of range.
+        UnknownNameError: the kernel or the convention is unknown.
 
-    Source: Peng et al. 2019, arXiv:1904.01802, section 3; gamma 0.4, order 2, weight 0.003 there.
+    Source: Peng et al. 2019, arXiv:1904.01802, section 3; gamma 0.4, order 2, weight 0.003.
     """
     check_convention(convention, ("paper", "torchdistill"))
     check_above(0, gamma=gamma)
-    check_whole(1, order=order)
+    check_integer(1, order=order)
     if kernel not in KERNELS:
         raise UnknownNameError("kernel", kernel, KERNELS)
-    same_samples(student, teacher)
-    first, second = (normalized(flat(part)) for part in (student, teacher))
+    check_same_samples(student, teacher)
+    first, second = (normalize(flatten(part)) for part in (student, teacher))
     first, second = first @ first.T, second @ second.T
     if kernel == "gaussian":
         first, second = (_gaussian(part, gamma, order) for part in (first, second))
     squares = (first - second) ** 2
-    return squares.mean() if convention == "paper" else root(squares.sum()) / len(first) ** 2
+    return squares.mean() if convention == "paper" else safe_sqrt(squares.sum()) / len(first) ** 2
 
 
 def _gaussian(cosines: Any, gamma: float, order: int) -> Any:
-    """exp(-2 gamma) Σ_p (2 gamma)^p / p! cosine^p up to the order."""
+    """Return exp(-2 gamma) Σ_p (2 gamma)^p / p! cosine^p up to the order."""
     series = sum((2 * gamma) ** p / math.factorial(p) * cosines**p for p in range(order + 1))
     return math.exp(-2 * gamma) * series
 
 
 @loss("crd-batch", takes="features", learned=True, relational=True, least_at_teacher=False)
 def batch_contrast(student: Any, teacher: Any, *, temperature: float = 0.07) -> Any:
-    """Cross-entropy of finding, by cosine, the teacher's embedding of a sample among those of the batch.
+    """Return the InfoNCE loss of the student's and the teacher's embeddings, with the batch as negatives.
 
-    It needs no memory of other samples; the batch gives N - 1 negatives.
+    Each sample has N - 1 negatives. Unlike "crd", no memory of other samples is needed.
 
     Args:
-        student, teacher: embeddings, shape (N, ...), floating; both are learned.
-        temperature: > 0; cosines are divided by it.
+        student, teacher: embeddings, shape (N, ...), floating; both receive a gradient.
+        temperature: > 0; the cosine similarities are divided by it.
 
     Returns:
-        Scalar in nats, >= 0, averaged over the student's samples; log N when nothing can be told apart.
+        Scalar in nats, >= 0, averaged over samples; log N if all similarities are equal.
 
     Raises:
         ShapeError: the shapes differ.
         UsageError: the temperature is not above 0.
 
     Source: van den Oord et al. 2018, arXiv:1807.03748, equation 4, between two networks as in Tian et al. 2020,
-        arXiv:1910.10699; temperature 0.07 there.
+        arXiv:1910.10699, with temperature 0.07.
     """
     check_temperature(temperature)
-    same_shape(student, teacher, "features")
-    cosines = normalized(flat(student)) @ normalized(flat(teacher)).T
+    check_same_shape(student, teacher, "features")
+    cosines = normalize(flatten(student)) @ normalize(flatten(teacher)).T
     return -namespace(cosines).diagonal(log_softmax(cosines / temperature)).mean()

@@ -1,6 +1,6 @@
-"""Sequences: which scores belong to which labels, frames of speech, and which of a teacher's outputs to learn from.
+"""Sequences: alignment of causal models, frames of speech, and filters for sequences that a teacher generated.
 
-Word by word, a student of translation or of a causal language model learns with the loss "kd" and a mask (N, L).
+Word-level distillation of translation and of causal language models uses the loss "kd" with a mask (N, L).
 """
 
 from __future__ import annotations
@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import blank as blanked
-from kirsch.distillation.arrays import each, log_softmax, namespace, relative, same_shape, weighted_mean
+from kirsch.distillation.arrays import (
+    check_same_shape,
+    kl_terms,
+    log_softmax,
+    map_arrays,
+    namespace,
+    weighted_mean,
+    zero_masked,
+)
 from kirsch.distillation.losses.logits import check_temperature
 from kirsch.distillation.losses.loss import loss
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
@@ -21,61 +28,61 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
 IGNORE = -100
-"""The label of a position that does not count, as PyTorch and transformers write it."""
+"""Label of masked positions, as in PyTorch and transformers."""
 
-BLANKS = ("keep", "drop", "weight")
+BLANK_MODES = ("keep", "drop", "weight")
 
 
 # ------------------------------------------------------------------------------------------------ alignment
 
 
-def causal(scores: Any, labels: Any, ignore: int = IGNORE) -> tuple[Any, Any, Any]:
-    """Scores, labels and mask, aligned: what a causal model puts out at position i is about token i + 1.
+def align_causal(logits: Any, labels: Any, ignore: int = IGNORE) -> tuple[Any, Any, Any]:
+    """Return logits, labels and mask of a causal model, whose output at position i predicts token i + 1.
 
-    The mask belongs to the label, not to the position that the label stands at. Taken without the shift it leaves out
-    the first token of each answer, and counts one guess behind its end.
+    The mask is shifted with the labels. An unshifted mask would leave out the first token of each answer and count one
+    prediction after its end.
 
     Args:
-        scores: shape (N, L, K), or a list or dict of such: those of student and teacher.
-        labels: token numbers, shape (N, L), where they stand in the input; `ignore` where none is to be learned.
-        ignore: the label of prompts and padding.
+        logits: shape (N, L, K), or a list or dict of such arrays, such as those of student and teacher.
+        labels: token numbers, shape (N, L), at the positions of the tokens in the input; `ignore` for masked tokens.
+        ignore: label of prompts and padding.
 
     Returns:
-        Scores (N, L - 1, K), labels (N, L - 1), and a mask (N, L - 1), true where the label counts.
+        Logits (N, L - 1, K), labels (N, L - 1), and a mask (N, L - 1), true where the label counts.
 
     Raises:
-        ShapeError: scores and labels are not of the same positions, or there is one position only.
+        ShapeError: logits and labels have different positions, or there is only one position.
     """
 
-    def cut(array: Any) -> Any:
+    def drop_last(array: Any) -> Any:
         if tuple(array.shape[:2]) != tuple(labels.shape):
             raise ShapeError(
-                f"The labels have shape {tuple(labels.shape)}; the scores are of {tuple(array.shape[:2])}."
+                f"The labels have shape {tuple(labels.shape)}; the logits have positions {tuple(array.shape[:2])}."
             )
         return array[:, :-1]
 
-    if labels.ndim != 2 or labels.shape[1] < 2:  # noqa: PLR2004 - (N, L), of which one token foretells another
+    if labels.ndim != 2 or labels.shape[1] < 2:  # noqa: PLR2004 - (N, L), where a token predicts the next
         raise ShapeError(f"The labels have shape {tuple(labels.shape)}; (N, L) with L of at least 2 is needed.")
     aligned = labels[:, 1:]
-    return each(cut, scores), aligned, aligned != ignore
+    return map_arrays(drop_last, logits), aligned, aligned != ignore
 
 
-def mask_of_lengths(lengths: Any, length: int) -> Any:
-    """True at the first `lengths[n]` of the positions of each sequence: shape (N, length).
+def mask_from_lengths(lengths: Any, length: int) -> Any:
+    """Return a mask, shape (N, length), that is true at the first `lengths[n]` positions of sequence n.
 
     Args:
-        lengths: whole numbers, shape (N,), 0 to `length`.
-        length: of the padded sequences.
+        lengths: integers, shape (N,), 0 to `length`.
+        length: length of the padded sequences.
 
     Raises:
         DataError: a length is below 0 or above `length`.
     """
     xp = namespace(lengths)
-    for worst in (int(lengths.min()), int(lengths.max())):
-        if not 0 <= worst <= length:
-            raise DataError(f"A sequence has length {worst}; the padded ones have {length} positions.")
-    places = np.arange(length) if xp is np else xp.arange(length, device=lengths.device)
-    return places[None, :] < lengths[:, None]
+    for extreme in (int(lengths.min()), int(lengths.max())):
+        if not 0 <= extreme <= length:
+            raise DataError(f"A sequence has length {extreme}; the padded length is {length}.")
+    positions = np.arange(length) if xp is np else xp.arange(length, device=lengths.device)
+    return positions[None, :] < lengths[:, None]
 
 
 # ------------------------------------------------------------------------------------------------ speech
@@ -92,112 +99,114 @@ def ctc_frames(
     threshold: float = 0.95,
     mask: Any = None,
 ) -> Any:
-    """Divergence of the softened classes of each frame, times temperature², averaged over the frames that count.
+    """Return the KL divergence of each frame's softened outputs, times temperature², averaged over unmasked frames.
 
-    Between its spikes a CTC model says blank, so that most frames teach silence. Whether to leave them out is for the
-    data to say: it helps some tasks and harms others.
+    A CTC model predicts blank in most frames, so most of the loss may come from blanks. Leaving them out helps in some
+    tasks and harms in others; compare on your data.
 
     Args:
-        student, teacher: scores of frames, shape (N, L, K).
-        temperature: > 0; it does not touch how sure of a blank the teacher is.
-        blank: "keep": all frames count alike. "drop": those do not count in which the teacher gives the blank more than
-            `threshold`. "weight": each frame counts as much as the teacher gives to other classes than the blank. With
-            both, the frames of a batch share its mean, so that several batches of a step do not add up to a large one.
-        blank_class: number of the blank, -K to K - 1: 0 in most toolkits, -1 where it comes last.
+        student, teacher: logits of frames, shape (N, L, K).
+        temperature: > 0; not applied to the probability of blank used by `blank`.
+        blank: "keep" gives all frames the same weight. "drop" leaves out frames in which the teacher's probability of
+            blank is above `threshold`. "weight" weights each frame by the teacher's probability of the other classes.
+            With "drop" and "weight" the mean depends on the whole batch, so the mean of several batches differs from
+            that of one large batch.
+        blank_class: number of the blank class, -K to K - 1: 0 in most toolkits, -1 if it is the last.
         threshold: 0 to 1.
-        mask: shape (N, L), true where a frame holds sound; None counts all.
+        mask: shape (N, L), true where a frame is not padding; None counts all.
 
     Returns:
-        Scalar in nats, >= 0; 0 when the softened classes agree, or when every frame is dropped.
+        Scalar in nats, >= 0; 0 if the softened outputs agree, or if every frame is dropped.
 
     Raises:
-        ShapeError: the frames of student and teacher differ in number, or the classes do.
+        ShapeError: student and teacher differ in the number of frames or classes.
         UsageError: an option is out of range.
-        UnknownNameError: there is no such way with blanks.
+        UnknownNameError: `blank` is unknown.
         DataError: the mask is false everywhere.
 
-    Source: Takashima, Li, Kawai 2018 (ICASSP), frame by frame. What is done with blanks, and the threshold, are ours.
+    Source: Takashima, Li, Kawai 2018 (ICASSP), frame by frame. The options for blanks and the threshold are Kirsch's.
     """
     check_temperature(temperature)
     _check_frames(student, teacher)
     _check_blank(blank, blank_class, threshold, student.shape[-1])
     xp = namespace(student)
-    student, teacher = blanked(student, mask), blanked(teacher, mask)
+    student, teacher = zero_masked(student, mask), zero_masked(teacher, mask)
     log_s, log_t = log_softmax(student / temperature), log_softmax(teacher / temperature)
-    divergence = relative(log_t, log_s).sum(-1)
+    divergence = kl_terms(log_t, log_s).sum(-1)
     weights = xp.ones_like(divergence)
     if blank != "keep":
-        silence = xp.exp(log_softmax(teacher)[..., blank_class])
-        weights = 1.0 - silence if blank == "weight" else xp.where(silence > threshold, 0.0 * weights, weights)
+        p_blank = xp.exp(log_softmax(teacher)[..., blank_class])
+        weights = 1.0 - p_blank if blank == "weight" else xp.where(p_blank > threshold, 0.0 * weights, weights)
     return weighted_mean(divergence, weights, mask) * temperature**2
 
 
 def _check_frames(student: Any, teacher: Any) -> None:
-    """Raise a ShapeError, of which one about strides is the likeliest."""
-    three = student.ndim == teacher.ndim == 3  # noqa: PLR2004 - (N, L, K)
-    if three and len(student) == len(teacher) and student.shape[1] != teacher.shape[1]:
+    """Raise a ShapeError if the shapes differ; name the strides if only the numbers of frames do."""
+    are_frames = student.ndim == teacher.ndim == 3  # noqa: PLR2004 - (N, L, K)
+    if are_frames and len(student) == len(teacher) and student.shape[1] != teacher.shape[1]:
         raise ShapeError(
-            f"The student puts out {student.shape[1]} frames, the teacher {teacher.shape[1]}, for the same sound.",
-            "Their strides differ, and frame i is not the same moment in both.",
-            "Give both the same stride, or let the student learn from the teacher's transcripts.",
+            f"The student returns {student.shape[1]} frames, the teacher {teacher.shape[1]}, for the same audio.",
+            "Their strides differ, so frame i is a different time in each.",
+            "Use models with the same stride, or train the student on the teacher's transcripts.",
         )
-    same_shape(student, teacher)
+    check_same_shape(student, teacher)
 
 
 def _check_blank(blank: str, blank_class: int, threshold: float, classes: int) -> None:
-    if blank not in BLANKS:
-        raise UnknownNameError("way with blanks", blank, BLANKS)
+    if blank not in BLANK_MODES:
+        raise UnknownNameError("value of `blank`", blank, BLANK_MODES)
     if not -classes <= blank_class < classes:
-        raise UsageError(f"The blank is class {blank_class}; there are {classes} classes.")
+        raise UsageError(f"`blank_class` is {blank_class}; there are {classes} classes.")
     if not 0 <= threshold <= 1:
-        raise UsageError(f"The threshold of blanks is {threshold}; a probability from 0 to 1 is needed.")
+        raise UsageError(f"`threshold` is {threshold}; a probability from 0 to 1 is needed.")
 
 
-# ------------------------------------------------------------------------------------------------ pseudo-targets
+# ------------------------------------------------------------------------------------------------ generated targets
 
 
 @dataclass(frozen=True)
 class TargetLimits:
-    """What a sequence that a teacher generated must keep to, to be learned from.
+    """Limits on sequences that a teacher generated, for use as training targets.
+
+    The defaults are Kirsch's own choice, for languages with similar lengths. Inspect the dropped targets before relying
+    on them.
 
     Args:
-        least_per_source, most_per_source: tokens of the target for each of the source.
-        ngram: how many tokens in a row are looked at for repetition.
-        most_repeats: how often the same ones may occur.
-        least_log_probability: of the teacher, the mean over the tokens, in nats; None asks for none.
-
-    The figures are ours, for languages of like lengths; look at what is dropped before you trust them.
+        min_length_ratio, max_length_ratio: tokens of the target divided by tokens of the source.
+        ngram: length of the token sequences that are counted to detect repetition.
+        max_repeats: largest number of occurrences of the same n-gram.
+        min_log_probability: the teacher's log-probability, averaged over the tokens, in nats; None sets no limit.
 
     Raises:
         UsageError: a number is out of range.
     """
 
-    least_per_source: float = 0.5
-    most_per_source: float = 2.0
+    min_length_ratio: float = 0.5
+    max_length_ratio: float = 2.0
     ngram: int = 4
-    most_repeats: int = 3
-    least_log_probability: float | None = None
+    max_repeats: int = 3
+    min_log_probability: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.least_per_source <= self.most_per_source:
+        if not 0 <= self.min_length_ratio <= self.max_length_ratio:
             raise UsageError(
-                f"Targets are to have {self.least_per_source} to {self.most_per_source} tokens for each of the source;"
-                " two numbers from 0 on, the smaller first, are needed."
+                f"`min_length_ratio` is {self.min_length_ratio}, `max_length_ratio` {self.max_length_ratio}.",
+                fix="Use numbers of at least 0, the first not above the second.",
             )
-        if self.ngram < 1 or self.most_repeats < 1:
+        if self.ngram < 1 or self.max_repeats < 1:
             raise UsageError(
-                f"{self.ngram} tokens in a row may occur {self.most_repeats} times; numbers of at least 1 are needed."
+                f"`ngram` is {self.ngram}, `max_repeats` {self.max_repeats}; integers of at least 1 are needed."
             )
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """Why one pseudo-target is not learned from.
+class DroppedTarget:
+    """A generated target that was left out.
 
     Args:
-        index: its place among the targets.
+        index: index of the target.
         reason: "empty", "duplicate", "short", "long", "repetitive" or "unlikely".
-        detail: a sentence with the number found and the limit.
+        detail: a sentence with the value found and the limit.
     """
 
     index: int
@@ -206,95 +215,101 @@ class Dropped:
 
 
 @dataclass(frozen=True)
-class Sifted:
-    """Which pseudo-targets are kept, and why each of the others is not.
+class FilteredTargets:
+    """Generated targets to train on, and those left out.
 
     Args:
-        kept: places among the targets, rising.
-        dropped: one record each, by rising place.
+        kept: indices of the targets to use, ascending.
+        dropped: one record for each other target, by ascending index.
     """
 
     kept: tuple[int, ...]
-    dropped: tuple[Dropped, ...]
+    dropped: tuple[DroppedTarget, ...]
 
     @property
     def counts(self) -> dict[str, int]:
-        """Reason → how many were dropped for it."""
+        """Number of dropped targets by reason."""
         return dict(Counter(record.reason for record in self.dropped))
 
 
-def sift_targets(
+def filter_targets(
     targets: Sequence[Sequence[Hashable]],
     sources: Sequence[Sequence[Hashable]] | None = None,
     log_probabilities: Sequence[float] | None = None,
     *,
     limits: TargetLimits | None = None,
-) -> Sifted:
-    """Which sequences of a teacher a student should learn from, and why not the others.
+) -> FilteredTargets:
+    """Select the sequences generated by a teacher that are suitable as training targets.
 
-    Each target is dropped for the first reason that holds: it is empty, the same pair was seen before, it is too short
-    or too long for its source, it repeats itself, the teacher itself finds it unlikely.
+    A target is dropped for the first reason that applies: it is empty, it repeats an earlier pair of source and target,
+    it is too short or too long for its source, it repeats the same tokens, its probability is too low.
 
     Args:
-        targets: tokens that the teacher generated, without padding and marks of begin and end.
-        sources: tokens that it was given; None where there are none, so that lengths are not compared and equal targets
-            are duplicates.
-        log_probabilities: of the teacher, the mean over the tokens of each target, in nats; needed where
-            `limits.least_log_probability` is stated.
-        limits: the ones above by default.
+        targets: tokens generated by the teacher, without padding and without begin and end tokens.
+        sources: tokens of the inputs; None if there are none. Then lengths are not checked, and equal targets count as
+            duplicates.
+        log_probabilities: the teacher's log-probability of each target, averaged over its tokens, in nats; required if
+            `limits.min_log_probability` is set.
+        limits: `TargetLimits()` by default.
 
     Raises:
-        UsageError: log-probabilities without a limit, or a limit without them.
-        ShapeError: targets, sources and log-probabilities differ in number.
+        UsageError: log-probabilities without a limit, or a limit without log-probabilities.
+        ShapeError: the numbers of targets, sources and log-probabilities differ.
 
-    Source: Kim, Rush 2016, arXiv:1606.07947, section 3.2 (learning from what the teacher generates).
+    Source: Kim, Rush 2016, arXiv:1606.07947, section 3.2 (sequence-level distillation).
     """
     limits = limits or TargetLimits()
-    if (log_probabilities is None) != (limits.least_log_probability is None):
+    if (log_probabilities is None) != (limits.min_log_probability is None):
         raise UsageError(
-            "The teacher's log-probabilities and a limit for them go together.",
-            fix="Give `log_probabilities` and `least_log_probability`, or neither.",
+            "Log-probabilities of the teacher need a limit, and the limit needs log-probabilities.",
+            fix="Pass both `log_probabilities` and `min_log_probability`, or neither.",
         )
-    for name, given in (("sources", sources), ("log-probabilities", log_probabilities)):
-        if given is not None and len(given) != len(targets):
-            raise ShapeError(f"There are {len(targets)} targets and {len(given)} {name}; as many are needed.")
-    first: dict[Hashable, int] = {}
+    for name, values in (("sources", sources), ("log-probabilities", log_probabilities)):
+        if values is not None and len(values) != len(targets):
+            raise ShapeError(f"There are {len(targets)} targets and {len(values)} {name}; equal numbers are needed.")
+    first_index: dict[Hashable, int] = {}
     kept, dropped = [], []
     for index, target in enumerate(targets):
         source = None if sources is None else sources[index]
-        earlier = first.setdefault((None if source is None else tuple(source), tuple(target)), index)
-        chance = None if log_probabilities is None else log_probabilities[index]
-        found = ("duplicate", f"It is the same as number {earlier}.") if target and earlier != index else None
-        found = found or _fault(target, source, chance, limits)
-        if found is None:
+        earlier = first_index.setdefault((None if source is None else tuple(source), tuple(target)), index)
+        log_probability = None if log_probabilities is None else log_probabilities[index]
+        if target and earlier != index:
+            problem: tuple[str, str] | None = ("duplicate", f"It equals target {earlier}.")
+        else:
+            problem = _problem(target, source, log_probability, limits)
+        if problem is None:
             kept.append(index)
         else:
-            dropped.append(Dropped(index, *found))
-    return Sifted(tuple(kept), tuple(dropped))
+            dropped.append(DroppedTarget(index, *problem))
+    return FilteredTargets(tuple(kept), tuple(dropped))
 
 
-def _fault(
-    target: Sequence[Hashable], source: Sequence[Hashable] | None, chance: float | None, limits: TargetLimits
+def _problem(
+    target: Sequence[Hashable],
+    source: Sequence[Hashable] | None,
+    log_probability: float | None,
+    limits: TargetLimits,
 ) -> tuple[str, str] | None:
-    """The first reason not to learn from a target, with a sentence; None where it is good."""
+    """Return the first reason to drop a target, with a sentence, or None."""
     if not target:
         return "empty", "It has no tokens."
     if source is not None:
-        lengths = f"It has {len(target)} tokens for {len(source)} of the source"
-        if len(target) < limits.least_per_source * len(source):
-            return "short", f"{lengths}; {limits.least_per_source} for each are the least."
-        if len(target) > limits.most_per_source * len(source):
-            return "long", f"{lengths}; {limits.most_per_source} for each are the most."
-    repeats = most_repeats(target, limits.ngram)
-    if repeats > limits.most_repeats:
-        return "repetitive", f"{limits.ngram} tokens in a row occur {repeats} times; {limits.most_repeats} is the most."
-    least = limits.least_log_probability
-    if least is not None and chance is not None and not chance >= least:  # NaN is no probability either
-        return "unlikely", f"Its mean log-probability is {chance:.4g}; {least:.4g} is the least."
+        lengths = f"It has {len(target)} tokens, the source {len(source)}"
+        if len(target) < limits.min_length_ratio * len(source):
+            return "short", f"{lengths}; the ratio must be at least {limits.min_length_ratio}."
+        if len(target) > limits.max_length_ratio * len(source):
+            return "long", f"{lengths}; the ratio must be at most {limits.max_length_ratio}."
+    repeats = count_most_frequent(target, limits.ngram)
+    if repeats > limits.max_repeats:
+        detail = f"An n-gram of {limits.ngram} tokens occurs {repeats} times; the limit is {limits.max_repeats}."
+        return "repetitive", detail
+    minimum = limits.min_log_probability
+    if minimum is not None and log_probability is not None and not log_probability >= minimum:  # also drops NaN
+        return "unlikely", f"Its mean log-probability is {log_probability:.4g}; the minimum is {minimum:.4g}."
     return None
 
 
-def most_repeats(tokens: Sequence[Hashable], ngram: int) -> int:
-    """How often the commonest run of `ngram` tokens occurs, runs that overlap included; 0 of fewer tokens."""
-    runs = Counter(tuple(tokens[i : i + ngram]) for i in range(len(tokens) - ngram + 1))
-    return max(runs.values(), default=0)
+def count_most_frequent(tokens: Sequence[Hashable], ngram: int) -> int:
+    """Return the number of occurrences, overlapping ones included, of the most frequent n-gram; 0 if too short."""
+    ngrams = Counter(tuple(tokens[i : i + ngram]) for i in range(len(tokens) - ngram + 1))
+    return max(ngrams.values(), default=0)

@@ -1,38 +1,48 @@
-"""Losses on how maps of one network follow from each other, stage after stage."""
+"""Losses on the feature maps of several stages and on the relations between successive stages."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
 
-from kirsch.distillation.arrays import check_maps, constant, namespace, normalized, root, same_shape, same_size
-from kirsch.distillation.losses.loss import check_convention, check_whole, loss
+from kirsch.distillation.arrays import (
+    check_maps,
+    check_same_shape,
+    detach,
+    namespace,
+    normalize,
+    pool_to_common_size,
+    safe_sqrt,
+)
+from kirsch.distillation.losses.loss import check_convention, check_integer, loss
 from kirsch.distillation.losses.maps import hierarchical_context
 from kirsch.errors import ShapeError, UsageError
 
-SPARE = 3
-"""How many more directions of the student are looked through for those of the teacher, as RepDistiller does."""
+EXTRA_DIRECTIONS = 3
+"""Number of additional singular vectors of the student to match with the teacher's, as in RepDistiller."""
 
 
 @loss("fsp", takes="stages")
 def flow(student: Any, teacher: Any, *, convention: str = "mean") -> Any:
-    """Squared difference of how the channels of one stage go with those of the next, summed over pairs of stages.
+    """Return the squared difference of the flow matrices (FSP), summed over pairs of successive stages.
+
+    A flow matrix holds the inner products, over positions, of the channels of one stage and those of the next.
 
     Args:
-        student, teacher: maps of two or more stages, shape (N, C, H, W) each, floating; sizes may differ. Of a stage
-            and the next, the larger map is brought to the size of the other.
-        convention: "mean" averages larger maps, and the squared difference of the products over samples and pairs of
-            channels, as RepDistiller does; "torchdistill" takes the maximum of places, and sums over the second
-            channel the length of the difference along the first.
+        student, teacher: maps of two or more stages, shape (N, C, H, W) each, floating; sizes may differ. The larger
+            map of a pair is pooled to the size of the other.
+        convention: "mean" pools by the average, and averages the squared difference over samples and pairs of channels,
+            as RepDistiller does; "torchdistill" pools by the maximum, and sums over the second channel the norm of the
+            difference along the first.
 
     Returns:
-        Scalar, >= 0; 0 when all products agree.
+        Scalar, >= 0; 0 if all flow matrices agree.
 
     Raises:
-        ShapeError: there are fewer than two stages, or other stages, samples or channels than the teacher has.
-        UnknownNameError: there is no such convention.
+        ShapeError: there are fewer than two stages, or student and teacher differ in stages, samples or channels.
+        UnknownNameError: the convention is unknown.
 
-    Source: Yim et al. 2017, "A gift from knowledge distillation", equations 1 and 2. Weight 50 in a phase of its own
+    Source: Yim et al. 2017, "A gift from knowledge distillation", equations 1 and 2. Weight 50 in a separate phase
         before other training (RepDistiller).
     """
     check_convention(convention, ("mean", "torchdistill"))
@@ -40,11 +50,13 @@ def flow(student: Any, teacher: Any, *, convention: str = "mean") -> Any:
     total = 0.0
     for (low_s, high_s), (low_t, high_t) in zip(pairwise(student), pairwise(teacher), strict=True):
         if convention == "mean":
-            difference = _products(*same_size(low_s, high_s)) - _products(*same_size(low_t, high_t))
+            difference = _flow_matrix(*pool_to_common_size(low_s, high_s)) - _flow_matrix(
+                *pool_to_common_size(low_t, high_t)
+            )
             total = total + (difference * difference).mean()
         else:
-            difference = _products(*_same_peaks(low_s, high_s)) - _products(*_same_peaks(low_t, high_t))
-            total = total + root((difference * difference).sum(1)).sum() / len(difference)
+            difference = _flow_matrix(*_max_pool_pair(low_s, high_s)) - _flow_matrix(*_max_pool_pair(low_t, high_t))
+            total = total + safe_sqrt((difference * difference).sum(1)).sum() / len(difference)
     return total
 
 
@@ -52,160 +64,165 @@ def _check_stages(student: Any, teacher: Any) -> None:
     """Raise a ShapeError unless both are two or more stages with the same samples and channels."""
     if len(student) != len(teacher) or len(student) < len("ab"):
         raise ShapeError(
-            f"The student gives {len(student)} stages, the teacher {len(teacher)}.",
-            "How one stage follows from another needs two or more of each, and as many.",
+            f"The student has {len(student)} stages, the teacher {len(teacher)}.",
+            "A relation between stages needs the same number of stages in both, at least two.",
         )
-    for number, (own, its) in enumerate(zip(student, teacher, strict=True)):
-        check_maps(own, its)
-        if own.shape[1] != its.shape[1]:
+    for number, (maps_s, maps_t) in enumerate(zip(student, teacher, strict=True)):
+        check_maps(maps_s, maps_t)
+        if maps_s.shape[1] != maps_t.shape[1]:
             raise ShapeError(
-                f"Stage {number} has {own.shape[1]} channels in the student, {its.shape[1]} in the teacher."
+                f"Stage {number} has {maps_s.shape[1]} channels in the student, {maps_t.shape[1]} in the teacher."
             )
 
 
-def _products(low: Any, high: Any) -> Any:
-    """Mean over places of the products of channels: (N, C, H, W) and (N, D, H, W) give (N, C, D)."""
-    first, second = (part.reshape(*part.shape[:2], -1) for part in (low, high))
+def _flow_matrix(low: Any, high: Any) -> Any:
+    """Return the mean over positions of the products of channels: (N, C, H, W) and (N, D, H, W) give (N, C, D)."""
+    first, second = (maps.reshape(*maps.shape[:2], -1) for maps in (low, high))
     return first @ second.swapaxes(1, 2) / first.shape[2]
 
 
-def _same_peaks(low: Any, high: Any) -> tuple[Any, Any]:
-    """Both maps at the smaller height and width; of larger ones, the maximum of the places that fall together."""
+def _max_pool_pair(low: Any, high: Any) -> tuple[Any, Any]:
+    """Return both maps at the smaller height and width; larger maps are pooled by the maximum."""
     size = min(low.shape[2], high.shape[2]), min(low.shape[3], high.shape[3])
-    return _peaks(low, size), _peaks(high, size)
+    return _adaptive_max_pool(low, size), _adaptive_max_pool(high, size)
 
 
-def _peaks(maps: Any, size: tuple[int, int]) -> Any:
-    """Maximum of a map in as many spans of its height and width, as adaptive pooling lays them."""
+def _adaptive_max_pool(maps: Any, size: tuple[int, int]) -> Any:
+    """Return the maps pooled by the maximum to a height and width, as `F.adaptive_max_pool2d` does."""
     xp = namespace(maps)
-    for axis, wanted in zip((2, 3), size, strict=True):
-        count = maps.shape[axis]
-        spans = [range(i * count // wanted, -(-(i + 1) * count // wanted)) for i in range(wanted)]
+    for axis, out_size in zip((2, 3), size, strict=True):
+        in_size = maps.shape[axis]
+        bounds = [(i * in_size // out_size, -(-(i + 1) * in_size // out_size)) for i in range(out_size)]
         moved = maps.swapaxes(axis, 0)
-        maps = xp.stack([xp.amax(moved[span.start : span.stop], 0) for span in spans]).swapaxes(axis, 0)
+        maps = xp.stack([xp.amax(moved[start:end], 0) for start, end in bounds]).swapaxes(axis, 0)
     return maps
 
 
 @loss("kd-svd", takes="stages")
 def singular_vectors(student: Any, teacher: Any, *, count: int = 1, convention: str = "signed") -> Any:
-    """Squared difference of how the main directions of one stage lie to those of the next, by a Gaussian kernel.
+    """Return the squared difference of Gaussian kernels between the singular vectors of successive stages.
 
-    The directions are the right singular vectors of a map as a matrix of places and channels. Of the student's first,
-    those that lie nearest to the teacher's are taken, and turned to its side.
+    The vectors are the right singular vectors of a map as a matrix of positions and channels. For each of the teacher's
+    vectors, the student's vector with the largest absolute cosine is used, with the teacher's sign.
 
-    The gradient goes through the vectors by perturbation theory: it is that of the decomposition, without what singular
-    values that are equal would make infinite.
+    The gradient of the singular vectors is computed by perturbation theory. Terms with equal singular values, which
+    would be infinite, are left out.
 
     Args:
         student, teacher: maps of two or more stages, shape (N, C, H, W) each, floating; sizes may differ.
-        count: >= 1; how many directions of the teacher are compared.
-        convention: a singular vector has no sign of its own, and the kernel sees the sign. "signed" makes the largest
-            entry of each of the teacher's positive; "repdistiller" keeps what the linear algebra at hand gives, so that
-            the value is that of a machine; "mdistiller" does too, and takes the width of the map where the channels
-            stand otherwise.
+        count: >= 1; number of singular vectors of the teacher to compare.
+        convention: the sign of a singular vector is arbitrary, and the kernel depends on it. "signed" makes the largest
+            entry of each of the teacher's vectors positive; "repdistiller" keeps the sign of the linear algebra
+            library, so the value depends on the machine; "mdistiller" does so, too, and uses the width of the map in
+            place of the channels.
 
     Returns:
-        Scalar, >= 0, summed over pairs of stages, averaged over samples; 0 when the directions agree.
+        Scalar, >= 0, summed over pairs of stages, averaged over samples; 0 if the vectors agree.
 
     Raises:
-        ShapeError: there are fewer than two stages, or other stages, samples or channels than the teacher has; for
-            "mdistiller", another width.
-        UsageError: a map has fewer directions than are compared.
-        UnknownNameError: there is no such convention.
+        ShapeError: there are fewer than two stages, or student and teacher differ in stages, samples or channels, or,
+            for "mdistiller", in widths.
+        UsageError: a map has fewer than `count` singular vectors.
+        UnknownNameError: the convention is unknown.
 
     Source: Lee, Kim, Song 2018, "Self-supervised knowledge distillation using singular value decomposition", as
         RepDistiller computes it. Weight 1 (RepDistiller).
     """
     check_convention(convention, ("signed", "repdistiller", "mdistiller"))
-    check_whole(1, count=count)
+    check_integer(1, count=count)
     _check_stages(student, teacher)
     if convention == "mdistiller":
-        for own, its in zip(student, teacher, strict=True):
-            same_shape(own[:, :, 0], its[:, :, 0], "rows of maps")
-    most = min(min(_matrix(part, convention).shape[1:]) for part in (*student, *teacher))
+        for maps_s, maps_t in zip(student, teacher, strict=True):
+            check_same_shape(maps_s[:, :, 0], maps_t[:, :, 0], "rows of maps")
+    most = min(min(_matrix(maps, convention).shape[1:]) for maps in (*student, *teacher))
     if count > most:
-        raise UsageError(f"`count` is {count}; the smallest map has {most} directions.", fix=f"Choose at most {most}.")
-    stages = [_directions(*pair, count, convention) for pair in zip(student, teacher, strict=True)]
+        raise UsageError(
+            f"`count` is {count}; the smallest map has {most} singular vectors.", fix=f"Use at most {most}."
+        )
+    stages = [_matched_vectors(*pair, count, convention) for pair in zip(student, teacher, strict=True)]
     total = 0.0
     for before, after in pairwise(stages):
-        own, its = (_closeness(after[side], before[side]) for side in (0, 1))
-        total = total + ((own - its) ** 2).sum() / len(own)
+        kernel_s, kernel_t = (_kernel(after[side], before[side]) for side in (0, 1))
+        total = total + ((kernel_s - kernel_t) ** 2).sum() / len(kernel_s)
     return total
 
 
-def _closeness(after: Any, before: Any) -> Any:
-    """exp(-(x - y)² / 8) of (N, C, k) with (N, D, k), for each of k directions: (N, C, D, k)."""
+def _kernel(after: Any, before: Any) -> Any:
+    """Return exp(-(x - y)² / 8) for each of k vectors: (N, C, k) and (N, D, k) give (N, C, D, k)."""
     return namespace(after).exp(-((after[:, :, None] - before[:, None]) ** 2) / 8)
 
 
-def _directions(student: Any, teacher: Any, count: int, convention: str) -> tuple[Any, Any]:
-    """Main directions (N, C, k) of student and teacher at one stage, times the teacher's share of each."""
+def _matched_vectors(student: Any, teacher: Any, count: int, convention: str) -> tuple[Any, Any]:
+    """Return singular vectors (N, C, k) of student and teacher, weighted by the teacher's singular values."""
     xp = namespace(student)
-    shares, its = _right_vectors(_matrix(teacher, convention), count)
-    _, own = _right_vectors(_matrix(student, convention), count + SPARE)
+    values, vectors_t = _right_vectors(_matrix(teacher, convention), count)
+    _, vectors_s = _right_vectors(_matrix(student, convention), count + EXTRA_DIRECTIONS)
     if convention == "signed":
-        largest = xp.amax(abs(its), 2, keepdims=True)
-        peak = xp.where(abs(its) == largest, its, 0.0 * its).sum(2, keepdims=True)
-        its = its * xp.sign(peak)
-    cosine = constant(own @ its.swapaxes(1, 2))  # (N, k + 3, k)
+        magnitudes = abs(vectors_t)
+        is_largest = magnitudes == xp.amax(magnitudes, 2, keepdims=True)
+        vectors_t = vectors_t * xp.sign(xp.where(is_largest, vectors_t, 0.0 * vectors_t).sum(2, keepdims=True))
+    cosine = detach(vectors_s @ vectors_t.swapaxes(1, 2))  # (N, k + 3, k)
     nearest = abs(cosine) == xp.amax(abs(cosine), 1, keepdims=True)
-    chosen = xp.where(nearest, xp.sign(cosine), 0.0 * cosine)
-    weights = normalized(shares)[:, None]  # (N, 1, k)
-    return own.swapaxes(1, 2) @ chosen * weights, its.swapaxes(1, 2) * weights
+    selection = xp.where(nearest, xp.sign(cosine), 0.0 * cosine)
+    weights = normalize(values)[:, None]  # (N, 1, k)
+    return vectors_s.swapaxes(1, 2) @ selection * weights, vectors_t.swapaxes(1, 2) * weights
 
 
 def _matrix(maps: Any, convention: str) -> Any:
-    """A map as (N, places, channels), or as (N, channels and rows, columns)."""
+    """Reshape maps to (N, positions, channels), or to (N, channels · rows, columns) for "mdistiller"."""
     if convention == "mdistiller":
         return maps.reshape(len(maps), -1, maps.shape[3])
     return maps.reshape(*maps.shape[:2], -1).swapaxes(1, 2)
 
 
 def _right_vectors(matrix: Any, count: int) -> tuple[Any, Any]:
-    """The largest singular values (N, k) of matrices (N, P, C), held constant, and right vectors (N, k, C).
+    """Return the largest singular values (N, k) of matrices (N, P, C) and the right singular vectors (N, k, C).
 
-    The vectors carry a gradient: to first order, v_i moves by Σ_j v_j (v_jᵀ dG v_i) / (s_i² - s_j²) for G = XᵀX. Where
-    two values are equal to rounding, any rotation of both vectors is as good, and none is followed.
+    The values have no gradient. The vectors have one: to first order, v_i changes by Σ_j v_j (v_jᵀ dG v_i) /
+    (s_i² - s_j²) for G = XᵀX. Terms of values that are equal up to rounding are left out, because their vectors are
+    only determined up to a rotation.
     """
     xp = namespace(matrix)
-    _, values, rows = xp.linalg.svd(constant(matrix), full_matrices=False)  # (N, r), (N, r, C)
-    values, rows = constant(values), constant(rows)
+    _, values, rows = xp.linalg.svd(detach(matrix), full_matrices=False)  # (N, r), (N, r, C)
+    values, rows = detach(values), detach(rows)
     gram = matrix.swapaxes(1, 2) @ matrix
     squares, top = values**2, rows[:, :count]
-    floor = 16 * float(xp.finfo(matrix.dtype).eps) * squares[:, :1, None]
-    force = top @ (gram - constant(gram))  # zero, and yet it moves: (N, k, C)
-    inside = force @ rows.swapaxes(1, 2)  # along the vectors there are, (N, k, r)
-    beside = force - inside @ rows  # along those whose singular value is 0
-    own = squares[:, :count, None]
-    moved = (inside * _inverse(own - squares[:, None], floor)) @ rows + beside * _inverse(own, floor)
-    return values[:, :count], top + moved
+    rounding = 16 * float(xp.finfo(matrix.dtype).eps) * squares[:, :1, None]
+    change = top @ (gram - detach(gram))  # value 0, but with the gradient of v_iᵀ dG: (N, k, C)
+    inside = change @ rows.swapaxes(1, 2)  # components along the singular vectors, (N, k, r)
+    outside = change - inside @ rows  # component in the null space
+    top_squares = squares[:, :count, None]
+    shift = inside * _safe_inverse(top_squares - squares[:, None], rounding) @ rows
+    return values[:, :count], top + shift + outside * _safe_inverse(top_squares, rounding)
 
 
-def _inverse(gaps: Any, floor: Any) -> Any:
-    """1 / gap, or 0 where the gap is rounding."""
+def _safe_inverse(gaps: Any, rounding: Any) -> Any:
+    """Return 1 / gap, or 0 where the gap is at most the rounding error."""
     xp = namespace(gaps)
-    clear = abs(gaps) > floor
-    return xp.where(clear, 1.0 / xp.where(clear, gaps, 0.0 * gaps + 1.0), 0.0 * gaps)
+    is_clear = abs(gaps) > rounding
+    return xp.where(is_clear, 1.0 / xp.where(is_clear, gaps, 0.0 * gaps + 1.0), 0.0 * gaps)
 
 
 @loss("reviewkd", takes="stages")
 def reviewed(student: Any, teacher: Any, *, sizes: tuple[int, ...] = (4, 2, 1)) -> Any:
-    """The hierarchical context loss of each stage, added up.
+    """Return the sum of the hierarchical context losses (`hcl`) of all stages.
 
     Args:
-        student, teacher: a list of maps (N, C, H, W) for each stage; the student's are those that the adapter "review"
-            fuses.
-        sizes: see `hcl`.
+        student, teacher: a list of maps (N, C, H, W), one a stage; the student's are the outputs of the adapter
+            "review".
+        sizes: as in `hcl`.
 
     Returns:
-        Scalar, >= 0; 0 when all maps agree.
+        Scalar, >= 0; 0 if all maps agree.
 
     Raises:
-        ShapeError: the shapes of a stage differ, one has more stages, or there are none.
-        UsageError: a size is none.
+        ShapeError: the shapes of a stage differ, the numbers of stages differ, or there are no stages.
+        UsageError: a size is not a positive integer.
 
     Source: Chen et al. 2021, arXiv:2104.09044, equation 6.
     """
     if len(student) != len(teacher):
-        raise ShapeError(f"The student gives {len(student)} stages, the teacher {len(teacher)}.")
-    return sum(hierarchical_context(own, its, sizes=sizes) for own, its in zip(student, teacher, strict=True))
+        raise ShapeError(f"The student has {len(student)} stages, the teacher {len(teacher)}.")
+    return sum(
+        hierarchical_context(maps_s, maps_t, sizes=sizes) for maps_s, maps_t in zip(student, teacher, strict=True)
+    )

@@ -1,7 +1,7 @@
-"""Losses on what a transformer holds inside: hidden states, attention, and relations of positions.
+"""Losses on the internal values of transformers: hidden states, attention, and relations of positions.
 
-A mask (N, L) is true where a position holds a token. Where positions meet in pairs, as in attention, a padded one
-counts neither as a key nor as a query.
+A mask (N, L) is true where a position holds a token. In pairs of positions, as in attention, a masked position counts
+neither as a key nor as a query.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.arrays import (
-    blank,
-    constant,
+    check_same_shape,
+    detach,
+    kl_terms,
     log_softmax,
-    mean_over,
+    masked_mean,
     namespace,
-    normalized,
-    relative,
-    same_shape,
+    normalize,
+    zero_masked,
 )
 from kirsch.distillation.losses.loss import loss
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
@@ -25,14 +25,14 @@ from kirsch.errors import ShapeError, UnknownNameError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-TINY = 1e-12
-"""The least weight of attention that has a logarithm."""
+SMALLEST_WEIGHT = 1e-12
+"""Lower bound of attention weights before the logarithm."""
 
-NEVER = -1e30
-"""The score of a key that is padding: its weight is exactly 0, and its logarithm finite."""
+MASKED_SCORE = -1e30
+"""Attention score of a masked key: its weight is exactly 0, and the logarithm of the weight is finite."""
 
-FLOORS = {None: -1e2, "textbrewer": -1e-3}
-"""Convention → scores of attention down to here are those of padding, and count as 0."""
+PADDING_SCORES = {None: -1e2, "textbrewer": -1e-3}
+"""Attention scores at or below this value count as padding, by convention, and are set to 0."""
 
 
 # ------------------------------------------------------------------------------------------------ hidden states
@@ -40,142 +40,142 @@ FLOORS = {None: -1e2, "textbrewer": -1e-3}
 
 @loss("hidden-mse", takes="tokens")
 def hidden_mse(student: Any, teacher: Any, *, mask: Any = None) -> Any:
-    """Squared difference of the hidden states, averaged over the width and the positions that count.
+    """Return the squared difference of the hidden states, averaged over the width and the unmasked positions.
 
     Args:
         student, teacher: hidden states, shape (N, L, D).
         mask: shape (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar, >= 0; 0 when the states agree.
+        Scalar, >= 0; 0 if the states agree.
 
     Raises:
         ShapeError: the shapes differ.
         DataError: the mask is false everywhere.
 
-    Source: Jiao et al. 2020, arXiv:1909.10351, equation 8, with a learned matrix from the student's width to the
-        teacher's; weight 1 for each pair of layers. With a mask as TextBrewer's `hidden_mse`.
+    Source: Jiao et al. 2020, arXiv:1909.10351, equation 8, with a learned projection from the student's width to the
+        teacher's; weight 1 for each pair of layers. The mask is as in TextBrewer's `hidden_mse`.
     """
-    same_shape(student, teacher, "hidden states")
-    difference = blank(student, mask) - blank(teacher, mask)
-    return mean_over((difference * difference).mean(-1), mask)
+    check_same_shape(student, teacher, "hidden states")
+    difference = zero_masked(student, mask) - zero_masked(teacher, mask)
+    return masked_mean((difference * difference).mean(-1), mask)
 
 
 @loss("hidden-cosine", takes="tokens")
 def hidden_cosine(student: Any, teacher: Any, *, mask: Any = None) -> Any:
-    """One minus the cosine between the hidden states of a position, averaged over the positions that count.
+    """Return 1 - cosine of the hidden states of each position, averaged over the unmasked positions.
 
     Args:
         student, teacher: hidden states, shape (N, L, D).
         mask: shape (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar from 0 to 2; 0 when the states point the same way, whatever their lengths; 1 for states of zeros.
+        Scalar from 0 to 2; 0 if the states agree up to a positive factor; 1 for states of zeros.
 
     Raises:
         ShapeError: the shapes differ.
         DataError: the mask is false everywhere.
 
-    Source: Sanh et al. 2019, arXiv:1910.01108, section 3; its training code weighs it with 1, beside 5 for the scores
-        at temperature 2 and 2 for masked words.
+    Source: Sanh et al. 2019, arXiv:1910.01108, section 3; its training code uses weight 1, beside 5 for the logits at
+        temperature 2 and 2 for masked language modeling.
     """
-    same_shape(student, teacher, "hidden states")
-    student, teacher = (_direction(blank(side, mask)) for side in (student, teacher))
-    return mean_over(1.0 - (student * teacher).sum(-1), mask)
+    check_same_shape(student, teacher, "hidden states")
+    student, teacher = (_direction(zero_masked(side, mask)) for side in (student, teacher))
+    return masked_mean(1.0 - (student * teacher).sum(-1), mask)
 
 
 def _direction(states: Any) -> Any:
-    """States (..., D) of length 1, or of 0; divided by the largest number first, whose square may overflow or be 0."""
+    """Scale states (..., D) to norm 1; dividing by the largest magnitude first prevents overflow and underflow."""
     xp = namespace(states)
-    top = constant(xp.amax(xp.abs(states), axis=-1, keepdims=True))
-    return normalized(states / xp.where(top > 0, top, xp.ones_like(top)))
+    largest = detach(xp.amax(xp.abs(states), axis=-1, keepdims=True))
+    return normalize(states / xp.where(largest > 0, largest, xp.ones_like(largest)))
 
 
 @loss("cls-pkd", takes="tokens", over="samples")
 def cls_pkd(student: Any, teacher: Any, *, mask: Any = None) -> Any:
-    """Squared distance of the first position's states ([CLS]), each of length 1, averaged over samples.
+    """Return the squared distance of the states of the first token ([CLS]), scaled to norm 1, averaged over samples.
 
     Args:
-        student, teacher: hidden states, shape (N, L, D), of which position 0 stands for the sample.
+        student, teacher: hidden states, shape (N, L, D); position 0 represents the sample.
         mask: shape (N, L); a sample whose position 0 is masked does not count.
 
     Returns:
-        Scalar from 0 to 4; 0 when the states point the same way.
+        Scalar from 0 to 4; 0 if the states agree up to a positive factor.
 
     Raises:
         ShapeError: the shapes differ.
         DataError: position 0 is masked in every sample.
 
-    Source: Sun et al. 2019, arXiv:1908.09355, section 3.2; its weight β is 10 to 1000, searched for each task.
+    Source: Sun et al. 2019, arXiv:1908.09355, section 3.2; the weight β is 10 to 1000, tuned for each task.
     """
-    same_shape(student, teacher, "hidden states")
+    check_same_shape(student, teacher, "hidden states")
     _check_mask(mask, student)
-    student, teacher = blank(student, mask), blank(teacher, mask)
-    difference = normalized(student[:, 0]) - normalized(teacher[:, 0])
-    return mean_over((difference * difference).sum(-1), None if mask is None else mask[:, 0])
+    student, teacher = zero_masked(student, mask), zero_masked(teacher, mask)
+    difference = normalize(student[:, 0]) - normalize(teacher[:, 0])
+    return masked_mean((difference * difference).sum(-1), None if mask is None else mask[:, 0])
 
 
 @loss("token-fsp", takes="relations", over="samples")
 def token_fsp(student: Sequence[Any], teacher: Sequence[Any], *, mask: Any = None) -> Any:
-    """Squared difference of how two layers go together: of the products of their units, averaged over positions.
+    """Return the squared difference of the flow matrices: inner products, over positions, of the units of two layers.
 
     Args:
-        student, teacher: hidden states of two layers, each (N, L, D); the pair may be one layer twice.
+        student, teacher: hidden states of two layers, each (N, L, D); both may be the same layer.
         mask: shape (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar, >= 0: mean over the D × D products and the samples that have a position; 0 when the states agree.
+        Scalar, >= 0: mean over the D × D products and the samples with unmasked positions; 0 if the states agree.
 
     Raises:
-        ShapeError: the shapes differ, or there are not two layers.
+        ShapeError: the shapes differ, or the number of layers is not two.
         DataError: the mask is false everywhere.
 
     Source: Yim et al. 2017 (CVPR), equations 1 and 2, in TextBrewer's form for sequences (`fsp_loss`).
     """
-    _same_positions(student, teacher)
-    _two_layers(student)
+    _check_same_positions(student, teacher)
+    _check_two_layers(student)
     _check_mask(mask, student[0])
-    for one, other in zip(student, teacher, strict=True):
-        same_shape(one, other, "hidden states")
-    difference = _products(student, mask) - _products(teacher, mask)
-    return mean_over((difference * difference).mean((1, 2)), None if mask is None else (mask != 0).any(1))
+    for states_s, states_t in zip(student, teacher, strict=True):
+        check_same_shape(states_s, states_t, "hidden states")
+    difference = _flow_matrix(student, mask) - _flow_matrix(teacher, mask)
+    return masked_mean((difference * difference).mean((1, 2)), None if mask is None else (mask != 0).any(1))
 
 
-def _products(layers: Sequence[Any], mask: Any) -> Any:
-    """Of the units of two layers, averaged over the positions of a sample: (N, D, D)."""
-    first, second = (blank(layer, mask) for layer in layers)
+def _flow_matrix(layers: Sequence[Any], mask: Any) -> Any:
+    """Return the products of the units of two layers, averaged over the positions of a sample: (N, D, D)."""
+    first, second = (zero_masked(layer, mask) for layer in layers)
     count = first.shape[1] if mask is None else (mask != 0).sum(1).clip(min=1)[:, None, None]
     return first.swapaxes(1, 2) @ second / count
 
 
 @loss("token-nst", takes="relations", widths="any", over="pairs")
 def token_nst(student: Sequence[Any], teacher: Sequence[Any], *, mask: Any = None) -> Any:
-    """Squared difference of how alike two layers make the positions: of the products of their states, over the width.
+    """Return the squared difference of the similarities of positions: inner products, over the width, of two layers.
 
     Args:
-        student, teacher: hidden states of two layers, each (N, L, D); D may be another in the teacher. The pair may be
-            one layer twice.
+        student, teacher: hidden states of two layers, each (N, L, D); D may differ in the teacher. Both may be the
+            same layer.
         mask: shape (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar, >= 0: mean over the pairs of positions that count; 0 when the states agree.
+        Scalar, >= 0: mean over the unmasked pairs of positions; 0 if the states agree.
 
     Raises:
-        ShapeError: the positions differ, or there are not two layers.
+        ShapeError: the positions differ, or the number of layers is not two.
         DataError: the mask is false everywhere.
 
     Source: Huang, Wang 2017, arXiv:1707.01219, section 4, in TextBrewer's form for sequences (`mmd_loss`).
     """
-    _same_positions(student, teacher)
-    _two_layers(student)
+    _check_same_positions(student, teacher)
+    _check_two_layers(student)
     _check_mask(mask, student[0])
-    difference = _likeness(student, mask) - _likeness(teacher, mask)
-    return mean_over(difference * difference, None if mask is None else _both(mask))
+    difference = _similarities(student, mask) - _similarities(teacher, mask)
+    return masked_mean(difference * difference, None if mask is None else _pair_positions(mask))
 
 
-def _likeness(layers: Sequence[Any], mask: Any) -> Any:
-    """Of the positions in two layers: (N, L, L), a mean over the width."""
-    first, second = (blank(layer, mask) for layer in layers)
+def _similarities(layers: Sequence[Any], mask: Any) -> Any:
+    """Return the inner products of the positions of two layers, averaged over the width: (N, L, L)."""
+    first, second = (zero_masked(layer, mask) for layer in layers)
     return first @ second.swapaxes(1, 2) / first.shape[-1]
 
 
@@ -184,118 +184,117 @@ def _likeness(layers: Sequence[Any], mask: Any) -> Any:
 
 @loss("attention-mse", takes="attention", over="pairs")
 def attention_mse(student: Any, teacher: Any, *, convention: str | None = None, mask: Any = None) -> Any:
-    """Squared difference of the scores of attention, averaged over heads and pairs of positions that count.
+    """Return the squared difference of the attention scores, averaged over heads and unmasked pairs of positions.
 
     Args:
-        student, teacher: scores before the softmax, or weights behind it, shape (N, heads, queries, keys).
-        convention: None: scores of -100 and below, by which code hides padding and what comes later, count as 0.
-            "textbrewer": without a mask, all scores of -0.001 and below do, and with a mask none.
-        mask: shape (N, L), true where a position counts, or (N, queries, keys), where both do; None counts all.
+        student, teacher: scores before the softmax, or weights after it, shape (N, heads, queries, keys).
+        convention: None sets scores of -100 and below, which mark padding and later positions, to 0. "textbrewer" sets
+            scores of -0.001 and below to 0 if there is no mask, and none if there is one.
+        mask: shape (N, L), true where a position counts, or (N, queries, keys), for pairs; None counts all.
 
     Returns:
-        Scalar, >= 0; 0 when the scores agree.
+        Scalar, >= 0; 0 if the scores agree.
 
     Raises:
         ShapeError: the shapes differ.
         DataError: the mask is false everywhere.
 
-    Source: Jiao et al. 2020, arXiv:1909.10351, equation 7 (scores, not weights), and its code for the -100; weight 1
+    Source: Jiao et al. 2020, arXiv:1909.10351, equation 7 (scores, not weights); -100 is from its code; weight 1
         for each pair of layers.
     """
     xp = namespace(student)
-    floor = _known(convention)
-    same_shape(student, teacher, "attention")
-    pairs = _pairs(mask, student)
-    student, teacher = blank(student, pairs), blank(teacher, pairs)
+    padding_score = _padding_score(convention)
+    check_same_shape(student, teacher, "attention")
+    pairs = _pair_mask(mask, student)
+    student, teacher = zero_masked(student, pairs), zero_masked(teacher, pairs)
     if convention is None or mask is None:
-        student, teacher = (xp.where(side <= floor, xp.zeros_like(side), side) for side in (student, teacher))
+        student, teacher = (xp.where(side <= padding_score, xp.zeros_like(side), side) for side in (student, teacher))
     difference = student - teacher
-    return mean_over(difference * difference, pairs)
+    return masked_mean(difference * difference, pairs)
 
 
 @loss("attention-ce", takes="attention")
 def attention_ce(
     student: Any, teacher: Any, *, given: str = "scores", convention: str | None = None, mask: Any = None
 ) -> Any:
-    """Cross-entropy of the student's attention against the teacher's, averaged over heads and queries that count.
+    """Return the cross-entropy of the student's attention with the teacher's, averaged over heads and queries.
 
     Args:
         student, teacher: shape (N, heads, queries, keys).
-        given: "scores" before the softmax, or "weights" behind it, as transformers puts them out; those of the keys
-            that count are divided by their sum. They hold the dropout of attention, too: switch it off in the student.
-        convention: None: the softmax runs over the keys that count. "textbrewer": it runs over all keys, of which those
-            that do not count are left out of the sum; without a mask, those whose score is -0.001 or below are.
-        mask: shape (N, L), true where a position counts, or (N, queries, keys), where both do; None counts all.
+        given: "scores" before the softmax, or "weights" after it, as transformers returns them. Weights are divided by
+            their sum over the unmasked keys. They include attention dropout, so disable it in the student.
+        convention: None takes the softmax over the unmasked keys. "textbrewer" takes it over all keys and leaves the
+            masked ones out of the sum; without a mask, keys with a score of -0.001 or below are left out.
+        mask: shape (N, L), true where a position counts, or (N, queries, keys), for pairs; None counts all.
 
     Returns:
-        Scalar in nats, >= 0; when both agree, the mean entropy of the teacher's attention, which is the least. Not so
-        for "textbrewer" where keys do not count: a student that gives them less weight than the teacher pays less.
+        Scalar in nats, >= 0. The minimum, for equal attention, is the mean entropy of the teacher's attention. With
+        "textbrewer" and masked keys the minimum is lower, at a student that gives masked keys less weight.
 
     Raises:
         ShapeError: the shapes differ.
-        UnknownNameError: there is no such convention, or kind of values.
-        UsageError: a convention is named for weights.
+        UnknownNameError: `convention` or `given` is unknown.
+        UsageError: a convention is set for weights.
         DataError: the mask is false everywhere.
 
-    Source: TextBrewer's `att_ce_loss`; its gradient is that of the attention transfer of MiniLM.
+    Source: TextBrewer's `att_ce_loss`; the gradient equals that of MiniLM's attention transfer.
     """
     if convention is None:
-        log_s, log_t = _logarithms(student, teacher, given, mask)
+        log_s, log_t = _log_weights(student, teacher, given, mask)
         entropy = -(namespace(log_t).exp(log_t) * log_s).sum(-1)
-        return mean_over(entropy, _queries(mask, entropy))
-    floor = _known(convention)
+        return masked_mean(entropy, _query_mask(mask, entropy))
+    padding_score = _padding_score(convention)
     if given != "scores":
-        raise UsageError(f"The convention {convention!r} is one of scores; {given!r} are given.")
-    same_shape(student, teacher, "attention")
+        raise UsageError(f"The convention {convention!r} applies to scores; `given` is {given!r}.")
+    check_same_shape(student, teacher, "attention")
     xp = namespace(student)
-    keys = (
-        teacher > floor
-        if mask is None
-        else (mask != 0)[:, None, None, :]
-        if mask.ndim == len("NL")
-        else (mask != 0)[:, None]
-    )
-    shared = xp.where(keys, xp.exp(log_softmax(teacher)), xp.zeros_like(teacher))
-    entropy = -(shared * log_softmax(student)).sum(-1)
-    return mean_over(entropy, _queries(mask, entropy))
+    if mask is None:
+        counted = teacher > padding_score
+    elif mask.ndim == len("NL"):
+        counted = (mask != 0)[:, None, None, :]
+    else:
+        counted = (mask != 0)[:, None]
+    weights_t = xp.where(counted, xp.exp(log_softmax(teacher)), xp.zeros_like(teacher))
+    entropy = -(weights_t * log_softmax(student)).sum(-1)
+    return masked_mean(entropy, _query_mask(mask, entropy))
 
 
 @loss("attention-kl", takes="attention")
 def attention_kl(student: Any, teacher: Any, *, given: str = "scores", mask: Any = None) -> Any:
-    """Kullback-Leibler divergence from the teacher's attention to the student's, averaged over heads and queries.
+    """Return the KL divergence from the teacher's attention to the student's, averaged over heads and queries.
 
     Args:
         student, teacher: shape (N, heads, queries, keys).
-        given: "scores" before the softmax, or "weights" behind it, as transformers puts them out; those of the keys
-            that count are divided by their sum. They hold the dropout of attention, too: switch it off in the student.
-        mask: shape (N, L), true where a position counts, or (N, queries, keys), where both do; None counts all. The
-            softmax runs over the keys that count.
+        given: "scores" before the softmax, or "weights" after it, as transformers returns them. Weights are divided by
+            their sum over the unmasked keys. They include attention dropout, so disable it in the student.
+        mask: shape (N, L), true where a position counts, or (N, queries, keys), for pairs; None counts all. The
+            softmax is taken over the unmasked keys.
 
     Returns:
-        Scalar in nats, >= 0; 0 when the attention agrees.
+        Scalar in nats, >= 0; 0 if the attention agrees.
 
     Raises:
         ShapeError: the shapes differ.
-        UnknownNameError: there is no such kind of values.
+        UnknownNameError: `given` is unknown.
         DataError: the mask is false everywhere.
 
-    Source: Wang et al. 2020, arXiv:2002.10957, section 3.1; of the last layer alone.
+    Source: Wang et al. 2020, arXiv:2002.10957, section 3.1; last layer only.
     """
-    log_s, log_t = _logarithms(student, teacher, given, mask)
-    divergence = relative(log_t, log_s).sum(-1)
-    return mean_over(divergence, _queries(mask, divergence))
+    log_s, log_t = _log_weights(student, teacher, given, mask)
+    divergence = kl_terms(log_t, log_s).sum(-1)
+    return masked_mean(divergence, _query_mask(mask, divergence))
 
 
-def _logarithms(student: Any, teacher: Any, given: str, mask: Any) -> tuple[Any, Any]:
-    """Of the weights of attention, over the keys that count."""
+def _log_weights(student: Any, teacher: Any, given: str, mask: Any) -> tuple[Any, Any]:
+    """Return the logarithms of the attention weights over the unmasked keys."""
     if given not in ("scores", "weights"):
         raise UnknownNameError("kind of attention", given, ("scores", "weights"))
-    same_shape(student, teacher, "attention")
-    pairs = _pairs(mask, student)
-    if given == "weights":  # their logarithms are scores, and a softmax divides by what the keys that count leave of 1
+    check_same_shape(student, teacher, "attention")
+    pairs = _pair_mask(mask, student)
+    if given == "weights":  # the softmax of log-weights divides them by their sum over the unmasked keys
         log = namespace(student).log
-        student, teacher = (log(blank(side, pairs).clip(min=TINY)) for side in (student, teacher))
-    return _over_keys(student, pairs), _over_keys(teacher, pairs)
+        student, teacher = (log(zero_masked(side, pairs).clip(min=SMALLEST_WEIGHT)) for side in (student, teacher))
+    return _masked_log_softmax(student, pairs), _masked_log_softmax(teacher, pairs)
 
 
 @loss("minilm", takes="relations", widths="any")
@@ -307,127 +306,127 @@ def minilm(
     pairs: Sequence[tuple[int, int]] | None = None,
     mask: Any = None,
 ) -> Any:
-    """Divergence of how the positions relate in the queries, keys or values of a layer, in each of several heads.
+    """Return the KL divergence of the relations between positions in the queries, keys or values of a layer.
 
-    The vectors of a position are split into relation heads, whatever heads the layer has, so that neither widths nor
-    numbers of heads need agree. The relation of two values A and B is softmax(A Bᵀ / √d), d the width of a head.
+    Each array is split into relation heads, independently of the attention heads of the layer, so widths and numbers of
+    attention heads may differ. The relation of two arrays A and B is softmax(A Bᵀ / √d), with d the width of a head.
 
     Args:
-        student, teacher: values of one layer with their heads side by side, such as [queries, keys, values], each
-            (N, L, D); D is any multiple of `heads`.
-        heads: in which both sides are split. 12 as BERT base has; MiniLMv2 takes 48 for that width and 64 for 1024.
-        pairs: which values are related. None: each to itself, as MiniLMv2 does. ((0, 1), (2, 2)) of
-            [queries, keys, values]: attention and value relations, as MiniLM does.
+        student, teacher: arrays of one layer with their heads concatenated, such as [queries, keys, values], each
+            (N, L, D); D is a multiple of `heads`.
+        heads: number of relation heads. BERT base has 12 attention heads; MiniLMv2 uses 48 for that width, 64 for 1024.
+        pairs: indices of the arrays to relate. None relates each array to itself, as in MiniLMv2. With [queries, keys,
+            values], ((0, 1), (2, 2)) gives the attention and the value relations of MiniLM.
         mask: shape (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar in nats, >= 0: summed over the relations, averaged over heads and the positions that count; 0 when the
-        values agree.
+        Scalar in nats, >= 0: summed over the relations, averaged over heads and unmasked positions; 0 if the
+        arrays agree.
 
     Raises:
-        ShapeError: the positions differ, or the heads do not divide a width.
-        UsageError: there are no pairs, or one names a value that is not there.
+        ShapeError: the positions differ, or a width is not a multiple of `heads`.
+        UsageError: `pairs` is empty, or contains an index that is out of range.
         DataError: the mask is false everywhere.
 
     Source: Wang et al. 2020, arXiv:2002.10957, sections 3.1 and 3.2; Wang et al. 2021, arXiv:2012.15828, section 3.1.
-        Of the last layer of base teachers; of layer 21 of 24 of BERT large, 19 of RoBERTa large.
+        The last layer of base teachers; layer 21 of 24 of BERT large, 19 of RoBERTa large.
     """
-    _same_positions(student, teacher)
+    _check_same_positions(student, teacher)
     chosen = [(i, i) for i in range(len(student))] if pairs is None else list(pairs)
     if not chosen:
-        raise UsageError("There are no pairs, so there is nothing to relate.", fix="Give one, or leave `pairs` out.")
-    for place in (place for pair in chosen for place in pair):
-        if not 0 <= place < len(student):
-            raise UsageError(f"A pair names value {place}; there are {len(student)}, from 0 on.")
-    student, teacher = [_split(side, heads, mask) for side in student], [_split(side, heads, mask) for side in teacher]
+        raise UsageError("`pairs` is empty.", fix="Pass at least one pair, or omit `pairs`.")
+    for index in (index for pair in chosen for index in pair):
+        if not 0 <= index < len(student):
+            raise UsageError(f"`pairs` contains the index {index}; there are {len(student)} arrays, numbered from 0.")
+    student, teacher = (
+        [_split(array, heads, mask) for array in student],
+        [_split(array, heads, mask) for array in teacher],
+    )
     total: Any = 0.0
     for i, j in chosen:
         log_s, log_t = (_relation(side[i], side[j], mask) for side in (student, teacher))
-        divergence = relative(log_t, log_s).sum(-1)
-        total = total + mean_over(divergence, _queries(mask, divergence))
+        divergence = kl_terms(log_t, log_s).sum(-1)
+        total = total + masked_mean(divergence, _query_mask(mask, divergence))
     return total
 
 
 def _split(states: Any, heads: int, mask: Any) -> Any:
-    """(N, L, D) as (N, heads, L, D / heads)."""
+    """Reshape (N, L, D) to (N, heads, L, D / heads)."""
     n, length, width = states.shape
     if heads < 1 or width % heads:
-        raise ShapeError(f"{heads} relation heads do not divide a width of {width}.", fix="Choose another `heads`.")
-    return blank(states, mask).reshape(n, length, heads, width // heads).swapaxes(1, 2)
+        raise ShapeError(f"`heads` is {heads}, which does not divide the width {width}.", fix="Use a divisor.")
+    return zero_masked(states, mask).reshape(n, length, heads, width // heads).swapaxes(1, 2)
 
 
 def _relation(first: Any, second: Any, mask: Any) -> Any:
-    """Logarithm of how much each position of the first relates to each of the second: (N, heads, L, L)."""
+    """Return log softmax(A Bᵀ / √d) over the unmasked positions of B: (N, heads, L, L)."""
     scores = first @ second.swapaxes(-1, -2) / math.sqrt(first.shape[-1])
-    return _over_keys(scores, _pairs(mask, scores))
+    return _masked_log_softmax(scores, _pair_mask(mask, scores))
 
 
 # ------------------------------------------------------------------------------------------------ masks and shapes
 
 
-def _both(mask: Any) -> Any:
-    """(N, L) as (N, L, L): true where both positions count."""
+def _pair_positions(mask: Any) -> Any:
+    """Expand a mask (N, L) to pairs (N, L, L), true where both positions count."""
     counts = mask != 0
     return counts[:, :, None] & counts[:, None, :]
 
 
 def _check_mask(mask: Any, states: Any) -> None:
-    """Raise a ShapeError unless there is one truth a position, or no mask."""
+    """Raise a ShapeError unless the mask is None or has one entry a position."""
     if mask is not None and tuple(mask.shape) != tuple(states.shape[:2]):
         raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {tuple(states.shape[:2])} is needed.")
 
 
-def _pairs(mask: Any, attention: Any) -> Any:
-    """(N, L) or (N, queries, keys) as the shape of the attention: true where both query and key count."""
+def _pair_mask(mask: Any, attention: Any) -> Any:
+    """Expand a mask (N, L) or (N, queries, keys) to the shape of the attention."""
     if mask is None:
         return None
     n, _, queries, keys = attention.shape
-    wanted = (n, queries, keys) if mask.ndim == len("NQK") or queries != keys else (n, queries)
-    if tuple(mask.shape) != wanted:
-        raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {wanted} is needed.")
-    both = _both(mask) if mask.ndim == len("NL") else mask != 0
-    return namespace(attention).broadcast_to(both[:, None], tuple(attention.shape))
+    expected = (n, queries, keys) if mask.ndim == len("NQK") or queries != keys else (n, queries)
+    if tuple(mask.shape) != expected:
+        raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {expected} is needed.")
+    pairs = _pair_positions(mask) if mask.ndim == len("NL") else mask != 0
+    return namespace(attention).broadcast_to(pairs[:, None], tuple(attention.shape))
 
 
-def _queries(mask: Any, like: Any) -> Any:
-    """(N, L), or (N, queries, keys) of which a query counts with any key, as (N, heads, queries)."""
+def _query_mask(mask: Any, like: Any) -> Any:
+    """Return a mask (N, heads, queries); with (N, queries, keys) a query counts if any of its keys does."""
     if mask is None:
         return None
     counts = mask != 0 if mask.ndim == len("NL") else (mask != 0).any(-1)
     return namespace(like).broadcast_to(counts[:, None], tuple(like.shape))
 
 
-def _over_keys(scores: Any, pairs: Any) -> Any:
-    """Logarithm of the softmax over the keys that count."""
+def _masked_log_softmax(scores: Any, pairs: Any) -> Any:
+    """Return the log-softmax over the unmasked keys."""
     if pairs is None:
         return log_softmax(scores)
-    return log_softmax(namespace(scores).where(pairs, scores, NEVER))
+    return log_softmax(namespace(scores).where(pairs, scores, MASKED_SCORE))
 
 
-def _known(convention: str | None) -> float:
-    """The floor of a convention."""
-    if convention not in FLOORS:
-        raise UnknownNameError("convention", str(convention), (name for name in FLOORS if name))
-    return FLOORS[convention]
+def _padding_score(convention: str | None) -> float:
+    if convention not in PADDING_SCORES:
+        raise UnknownNameError("convention", str(convention), (name for name in PADDING_SCORES if name))
+    return PADDING_SCORES[convention]
 
 
-def _same_positions(student: Sequence[Any], teacher: Sequence[Any]) -> None:
-    """Raise a ShapeError unless both sides have as many values, of the same samples and positions."""
-    for side, values in (("student", student), ("teacher", teacher)):
-        if not isinstance(values, (list, tuple)):
-            raise ShapeError(f"The {side} gives one array; a list of values is needed, each of shape (N, L, D).")
+def _check_same_positions(student: Sequence[Any], teacher: Sequence[Any]) -> None:
+    """Raise a ShapeError unless both sides have the same number of arrays, samples and positions."""
+    for role, arrays in (("student", student), ("teacher", teacher)):
+        if not isinstance(arrays, (list, tuple)):
+            raise ShapeError(f"The {role} has one array; a list of arrays is needed, each of shape (N, L, D).")
     if len(student) != len(teacher):
-        raise ShapeError(f"The student gives {len(student)} values, the teacher {len(teacher)}.")
-    places = {tuple(value.shape[:2]) for value in (*student, *teacher)}
-    if len(places) > 1:
-        found = " and ".join(str(place) for place in sorted(places))
-        raise ShapeError(
-            f"Values of samples and positions {found} cannot be related.", "They must be of the same tokens."
-        )
+        raise ShapeError(f"The student has {len(student)} arrays, the teacher {len(teacher)}.")
+    shapes = {tuple(array.shape[:2]) for array in (*student, *teacher)}
+    if len(shapes) > 1:
+        found = " and ".join(str(shape) for shape in sorted(shapes))
+        raise ShapeError(f"The arrays have samples and positions {found}.", "They must be of the same tokens.")
 
 
-def _two_layers(layers: Sequence[Any]) -> None:
-    if len(layers) != 2:  # noqa: PLR2004 - a relation has two ends
+def _check_two_layers(layers: Sequence[Any]) -> None:
+    if len(layers) != 2:  # noqa: PLR2004 - a flow matrix has two layers
         raise ShapeError(
-            f"States of {len(layers)} layers are given; two are related.", fix="Give a layer twice for one."
+            f"There are states of {len(layers)} layers; two are needed.", fix="Pass a layer twice for one."
         )

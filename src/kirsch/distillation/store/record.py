@@ -1,4 +1,4 @@
-"""What is kept of a teacher's output for one sample and view, and with which precision."""
+"""Format of a record, which holds the teacher's outputs for one sample and view."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LOWEST = float(np.finfo(np.float16).min)
-"""-65504 stands for the logarithm of nothing: exp of it is 0, and 0 times it is 0, which is not so of infinity."""
+"""Stored in place of log 0, -65504: unlike minus infinity it gives 0, not NaN, when multiplied by exp of itself."""
 
 LOGITS, SEED = "logits", "seed"
 TOP_K, DENSE = ("indices", "log_p", "tail"), ("scores", "maximum")
 RESERVED = (SEED, *TOP_K, *DENSE)
-"""Names of fields that no feature may take."""
+"""Names that a feature must not have."""
 
 
 @checked
 @dataclass(frozen=True)
 class TopK:
-    """The k most likely classes, and what is left for all others together.
+    """Keep the k most probable classes, and the total probability of all others.
 
-    Fields: `indices` (..., k) in as few bytes as the classes need; `log_p` (..., k), float16, logarithms of the
-    probabilities at the store's temperature, the largest first; `tail` (...), float16, the logarithm of what remains,
-    -65504 where nothing does.
+    Fields: `indices` (..., k), in the smallest type that holds the class numbers; `log_p` (..., k), float16,
+    log-probabilities at the store's temperature, the largest first; `tail` (...), float16, the logarithm of the
+    remaining probability, -65504 if there is none.
 
-    A rounding of 2⁻¹¹ of log p moves p log p by less than 2⁻¹¹, for every p, since p |log p| < 1.
+    Rounding log p by a relative 2⁻¹¹ changes p log p by less than 2⁻¹¹ for every p, since p |log p| < 1.
 
     Args:
-        k: >= 1, at most as many as there are classes.
+        k: number of classes to keep, at least 1 and at most the number of classes.
 
-    Source: the tail as one more class after TRL's server distillation; the record after TinyViT (Wu et al. 2022,
-        arXiv:2207.10666, section 3.1), which spreads the rest evenly instead.
+    Source: the tail as one more class is from TRL's server distillation; the record is from TinyViT (Wu et al. 2022,
+        arXiv:2207.10666, section 3.1), which spreads the tail evenly instead.
     """
 
     k: Count = 10
@@ -48,10 +48,10 @@ class TopK:
 
 @dataclass(frozen=True)
 class Dense:
-    """All scores.
+    """Keep all logits.
 
-    Fields: `scores` (..., K), float16, less their maximum, so that the likely classes lie where float16 is fine (an
-    error of at most 2⁻¹¹ of the distance to the maximum); `maximum` (...), float32. Their sum gives the scores.
+    Fields: `scores` (..., K), float16, the logits minus their maximum, so that float16 is most precise for the probable
+    classes (an error of at most 2⁻¹¹ of the distance to the maximum); `maximum` (...), float32. The logits are the sum.
     """
 
 
@@ -63,9 +63,9 @@ class Field:
     """One array of a record.
 
     Args:
-        name: of the array.
-        type: of numpy, little-endian: "u1", "u2", "u4", "f2" or "f4".
-        shape: for one sample.
+        name: name of the array.
+        type: numpy type, little-endian: "u1", "u2", "u4", "f2" or "f4".
+        shape: shape for one sample.
     """
 
     name: str
@@ -74,104 +74,107 @@ class Field:
 
 
 def index_type(classes: int) -> str:
-    """The smallest unsigned type that holds every class number."""
+    """Return the smallest unsigned type that holds every class number."""
     return next(f"u{size}" for size in (1, 2, 4) if classes <= 1 << 8 * size)
 
 
 def fields_of(keep: Keep | None, outputs: Mapping[str, NDArray[Any]]) -> tuple[Field, ...]:
-    """The fields of a record, for what a teacher puts out for some samples.
+    """Return the fields of a record for a teacher's outputs.
 
     Args:
-        keep: of "logits"; None where the outputs have none.
+        keep: format of "logits"; None if the outputs have none.
         outputs: arrays by name, shape (N, ...).
 
     Raises:
-        UsageError: there are no logits to keep or no order to keep them, k is too large, or a feature's name is taken.
+        UsageError: `keep` and the outputs disagree about logits, k is too large, or a feature has a reserved name.
     """
     if (keep is None) != (LOGITS not in outputs):
         raise UsageError(
-            f"The outputs {'have no' if keep is not None else 'have'} {LOGITS!r}, and keep is {keep!r}.",
-            "Logits are kept as TopK(k) or Dense().",
-            "Give keep=None exactly where the outputs have no logits.",
+            f"The outputs {'have no' if keep is not None else 'have'} {LOGITS!r}, and `keep` is {keep!r}.",
+            fix="Use TopK(k) or Dense() if the outputs have logits, and keep=None if they have none.",
         )
     for name, array in outputs.items():
         if 0 in array.shape or (name == LOGITS and array.ndim == 1):
-            raise UsageError(f"The output {name!r} has shape {array.shape}; there is nothing to keep.")
-    found = [Field(SEED, "u4", ())]
+            raise UsageError(f"The output {name!r} has shape {array.shape}; it has no values to store.")
+    fields = [Field(SEED, "u4", ())]
     if keep is not None:
         *positions, classes = outputs[LOGITS].shape[1:]
-        places = tuple(positions)
+        leading = tuple(positions)
         if isinstance(keep, TopK):
             if keep.k > classes:
-                raise UsageError(f"TopK({keep.k}) is asked of {classes} classes.", fix="Choose fewer, or Dense().")
-            rows = (*places, keep.k)
-            found += [Field("indices", index_type(classes), rows), Field("log_p", "f2", rows)]
-            found += [Field("tail", "f2", places)]
+                raise UsageError(
+                    f"`keep` is TopK({keep.k}), and there are {classes} classes.", fix="Use a smaller k, or Dense()."
+                )
+            rows = (*leading, keep.k)
+            fields += [Field("indices", index_type(classes), rows), Field("log_p", "f2", rows)]
+            fields += [Field("tail", "f2", leading)]
         else:
-            found += [Field("scores", "f2", (*places, classes)), Field("maximum", "f4", places)]
+            fields += [Field("scores", "f2", (*leading, classes)), Field("maximum", "f4", leading)]
     for name, array in outputs.items():
         if name != LOGITS:
             if name in RESERVED:
-                raise UsageError(f"A feature is named {name!r}.", f"Taken: {', '.join(RESERVED)}.", "Rename it.")
-            found.append(Field(name, "f2", tuple(array.shape[1:])))
-    return tuple(found)
+                raise UsageError(
+                    f"The feature name {name!r} is reserved.",
+                    f"Reserved: {', '.join(RESERVED)}.",
+                    "Rename the feature.",
+                )
+            fields.append(Field(name, "f2", tuple(array.shape[1:])))
+    return tuple(fields)
 
 
 def record_type(fields: tuple[Field, ...]) -> np.dtype[Any]:
-    """The packed numpy type of one record."""
+    """Return the packed numpy type of one record."""
     return np.dtype([(field.name, f"<{field.type}", field.shape) for field in fields])
 
 
-def values(
+def record_values(
     keep: Keep | None, outputs: Mapping[str, NDArray[Any]], temperature: float, indices: NDArray[Any] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """What a record holds, before it is rounded to the types of the fields: arrays by field, but for the seed.
+    """Return the values of all fields but the seed, by field, before they are rounded to the types of the fields.
 
     Args:
-        keep: see `fields_of`.
+        keep: as in `fields_of`.
         outputs: arrays by name, shape (N, ...).
-        temperature: of log-probabilities.
-        indices: classes to look at, shape (N, ..., k); the most likely if left out.
+        temperature: temperature of the log-probabilities.
+        indices: classes to keep, shape (N, ..., k); by default the most probable ones.
     """
-    found = {name: array.astype(np.float32) for name, array in outputs.items() if name != LOGITS}
+    features = {name: array.astype(np.float32) for name, array in outputs.items() if name != LOGITS}
     if keep is None:
-        return found
-    scores = outputs[LOGITS].astype(np.float32)
+        return features
+    logits = outputs[LOGITS].astype(np.float32)
     if isinstance(keep, Dense):
-        most = scores.max(axis=-1)
-        return {"scores": np.maximum(scores - most[..., None], LOWEST), "maximum": most} | found
+        maximum = logits.max(axis=-1)
+        return {"scores": np.maximum(logits - maximum[..., None], LOWEST), "maximum": maximum} | features
     if indices is None:
-        indices = _largest(scores, keep.k)
-    return _buckets(scores, indices, np.float32(temperature)) | found
+        indices = _top_k_indices(logits, keep.k)
+    return _log_probabilities(logits, indices, np.float32(temperature)) | features
 
 
-def _largest(scores: NDArray[Any], k: int) -> NDArray[Any]:
-    """Indices of the k largest along the last axis, the largest first, the lower index first among equals."""
-    classes = scores.shape[-1]
-    found = np.sort(np.argpartition(scores, classes - k, axis=-1)[..., classes - k :], axis=-1)
-    order = np.argsort(-np.take_along_axis(scores, found, axis=-1), axis=-1, kind="stable")
-    return np.take_along_axis(found, order, axis=-1)
+def _top_k_indices(logits: NDArray[Any], k: int) -> NDArray[Any]:
+    """Return the indices of the k largest values, the largest first, and the lower index first among equals."""
+    classes = logits.shape[-1]
+    indices = np.sort(np.argpartition(logits, classes - k, axis=-1)[..., classes - k :], axis=-1)
+    order = np.argsort(-np.take_along_axis(logits, indices, axis=-1), axis=-1, kind="stable")
+    return np.take_along_axis(indices, order, axis=-1)
 
 
-def _buckets(scores: NDArray[Any], indices: NDArray[Any], temperature: np.float32) -> dict[str, NDArray[Any]]:
-    """Log-probabilities of some classes, and of all others together, which is `LOWEST` where it is nothing.
+def _log_probabilities(logits: NDArray[Any], indices: NDArray[Any], temperature: np.float32) -> dict[str, NDArray[Any]]:
+    """Return the log-probabilities of some classes, and of all others together, which is `LOWEST` for probability 0.
 
-    One pass of exponentials over the classes: a vocabulary has a hundred thousand.
+    The exponentials are computed in a single pass over the classes, because a vocabulary may have 100,000.
     """
-    wide = indices.astype(np.int64)
-    most = scores.max(axis=-1, keepdims=True)
-    # In double precision: the logarithm of a probability near 1 is that of 1 + 10⁻⁸.
-    kept = (np.take_along_axis(scores, wide, axis=-1) - most).astype(np.float64) / temperature
-    rest = scores.copy()
-    np.put_along_axis(rest, wide, -np.inf, axis=-1)
-    most_of_rest = np.maximum(rest.max(axis=-1, keepdims=True), np.finfo(np.float32).min)
-    rest -= most_of_rest  # by their own maximum, so that a tail of 10⁻¹⁰⁰ has a logarithm too
+    columns = indices.astype(np.int64)
+    maximum = logits.max(axis=-1, keepdims=True)
+    # In float64, because the log-probability of a nearly certain class is about -10⁻⁸.
+    kept = (np.take_along_axis(logits, columns, axis=-1) - maximum).astype(np.float64) / temperature
+    rest = logits.copy()
+    np.put_along_axis(rest, columns, -np.inf, axis=-1)
+    rest_maximum = np.maximum(rest.max(axis=-1, keepdims=True), np.finfo(np.float32).min)
+    rest -= rest_maximum  # so that a tail of 10⁻¹⁰⁰ does not underflow
     rest /= temperature
     with np.errstate(divide="ignore"):
-        others = (
-            np.log(np.exp(rest, out=rest).sum(axis=-1, dtype=np.float64))
-            + ((most_of_rest - most) / temperature)[..., 0]
-        )
+        log_rest = np.log(np.exp(rest, out=rest).sum(axis=-1, dtype=np.float64))
+    others = log_rest + ((rest_maximum - maximum) / temperature)[..., 0]
     total = np.logaddexp(others, np.log(np.exp(kept).sum(axis=-1)))
     return {
         "indices": indices,
@@ -180,16 +183,18 @@ def _buckets(scores: NDArray[Any], indices: NDArray[Any], temperature: np.float3
     }
 
 
-def packed(fields: tuple[Field, ...], found: Mapping[str, NDArray[Any]], seeds: NDArray[np.uint64]) -> NDArray[Any]:
-    """Records, one a sample: shape (N,), of the type of the fields.
+def pack_records(
+    fields: tuple[Field, ...], values: Mapping[str, NDArray[Any]], seeds: NDArray[np.uint64]
+) -> NDArray[Any]:
+    """Return records, one a sample, shape (N,), with the type of the fields.
 
     Args:
-        fields: of the store.
-        found: arrays by name, as `values` gives them.
-        seeds: of the samples' augmentation; their low 32 bits are kept.
+        fields: fields of the store.
+        values: arrays by field, as returned by `record_values`.
+        seeds: augmentation seeds of the samples; the low 32 bits are stored.
     """
     records = np.zeros(len(seeds), record_type(fields))
     for field in fields:
-        array = seeds.astype(np.uint32) if field.name == SEED else found[field.name]
+        array = seeds.astype(np.uint32) if field.name == SEED else values[field.name]
         records[field.name] = array.astype(f"<{field.type}")
     return records

@@ -1,4 +1,4 @@
-"""Running a teacher on samples, for a store."""
+"""Running a teacher on samples for a store."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import wide
+from kirsch.distillation.arrays import upcast
 from kirsch.distillation.store.description import described
 from kirsch.distillation.store.record import LOGITS
 from kirsch.distillation.store.specification import text_hash
@@ -21,24 +21,25 @@ if TYPE_CHECKING:
     from kirsch.frameworks.data import ArrayData, Batch
 
 Outputs = Callable[[Any], dict[str, Any]]
-"""Inputs as a numpy array (N, ...) → arrays by name (N, ...): "logits" (N, ..., K), and features."""
+"""Callable that takes inputs as a numpy array (N, ...) and returns arrays by name (N, ...): "logits" (N, ..., K), and
+features."""
 
 LARGEST = float(np.finfo(np.float16).max)
 
 
-class Runner:
-    """A teacher, or a callable that runs one, for the looks of some samples.
+class TeacherRunner:
+    """Computes the outputs of a teacher, or of a callable that runs it, for augmented samples.
 
     Args:
-        teacher: run in inference mode; its weights are what is hashed.
-        data: where the samples come from.
-        outputs: what to run; the scores of the teacher if left out.
-        batch_size: samples at a time.
+        teacher: run in inference mode; its weights are hashed.
+        data: source of the samples.
+        outputs: callable to run; by default the logits of the teacher.
+        batch_size: number of samples in a batch.
     """
 
     def __init__(self, teacher: Any, data: ArrayData, outputs: Outputs | None, batch_size: int) -> None:
         if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}; at least 1 is needed.")
+            raise UsageError(f"`batch_size` is {batch_size}; at least 1 is needed.")
         self._teacher = teacher
         self._framework = framework_of(teacher)
         self._data = data
@@ -46,56 +47,57 @@ class Runner:
         self.batch_size = batch_size
 
     def hashes(self) -> dict[str, str | None]:
-        """Of the teacher's weights and of the callable, as a specification names them."""
+        """Return the hashes of the teacher's weights and of the callable, by their names in a specification."""
         outputs = None if self._outputs is None else text_hash(json.dumps(described(self._outputs)))
         return {"teacher_sha256": self._framework.fingerprint(self._teacher), "outputs_sha256": outputs}
 
     @property
     def teacher_name(self) -> str:
-        """The class of the teacher."""
+        """Class name of the teacher."""
         return type(self._teacher).__name__
 
-    def squashed(self, inputs: Any) -> bool:
-        """Whether the teacher's own outputs come out of a sigmoid or a softmax."""
+    def returns_probabilities(self, inputs: Any) -> bool:
+        """Return whether the teacher's outputs come from a sigmoid or a softmax; False with a callable."""
         return self._outputs is None and self._framework.squashed(self._teacher, "logits", inputs)
 
-    def __call__(self, places: NDArray[Any], seed: int, view: int) -> dict[str, NDArray[Any]]:
-        """What the teacher puts out for samples as a view shows them.
+    def __call__(self, indices: NDArray[Any], seed: int, view: int) -> dict[str, NDArray[Any]]:
+        """Return the teacher's outputs for some samples in one view.
 
         Args:
-            places: indices of at most `batch_size` samples, shape (N,).
-            seed, view: of the augmentation.
+            indices: indices of at most `batch_size` samples, shape (N,).
+            seed, view: seed of the augmentation, and number of the view.
 
         Raises:
             NumericError: an output is not finite, or a feature is too large for 16 bits.
-            UsageError: the callable gives something else than arrays of one row a sample.
+            UsageError: the callable does not return arrays with one row a sample.
         """
-        batch = self._data.look(places, seed, view)
+        batch = self._data.batch(indices, seed, view)
         if self._outputs is None:
-            found = {LOGITS: self._framework.predict(self._teacher, batch.inputs, batch_size=self.batch_size)}
+            outputs = {LOGITS: self._framework.predict(self._teacher, batch.inputs, batch_size=self.batch_size)}
         else:
-            found = self._by_callable(batch)
-        for name, array in found.items():
-            fine = np.isfinite(array) if name == LOGITS else np.abs(array) <= LARGEST
-            if not fine.all():
-                bad = batch.ids[~fine.reshape(len(fine), -1).all(axis=1)][0]
-                wrong = "are not finite" if name == LOGITS else f"are not finite, or beyond ±{LARGEST:.0f}"
+            outputs = self._call_outputs(batch)
+        for name, array in outputs.items():
+            is_valid = np.isfinite(array) if name == LOGITS else np.abs(array) <= LARGEST
+            if not is_valid.all():
+                sample = batch.ids[~is_valid.reshape(len(is_valid), -1).all(axis=1)][0]
+                problem = "are not finite" if name == LOGITS else f"are not finite, or beyond ±{LARGEST:.0f}"
                 raise NumericError(
-                    f"The teacher's {name} {wrong} for sample {bad} in view {view}.",
-                    "A store of 16 bits cannot hold them.",
+                    f"The teacher's {name} {problem} for sample {sample} in view {view}.",
+                    "The store has 16 bits for each.",
                     "Check the teacher's weights and inputs; scale features in the callable.",
                 )
-        return found
+        return outputs
 
-    def _by_callable(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        given: Any = self._outputs(batch.inputs) if self._outputs is not None else None
-        if not isinstance(given, dict) or not given:
-            raise UsageError(f"The outputs are a {type(given).__name__}.", fix="Give a dict of arrays by name.")
-        found = {str(name): host(wide(array)) for name, array in given.items()}
-        for name, array in found.items():
+    def _call_outputs(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        returned: Any = self._outputs(batch.inputs) if self._outputs is not None else None
+        if not isinstance(returned, dict) or not returned:
+            found = "an empty dict" if isinstance(returned, dict) else type(returned).__name__
+            raise UsageError(f"The callable `outputs` returned {found}.", fix="Return a dict of arrays by name.")
+        arrays = {str(name): host(upcast(array)) for name, array in returned.items()}
+        for name, array in arrays.items():
             if array.ndim < 1 or len(array) != len(batch):
                 raise UsageError(
                     f"The output {name!r} has shape {array.shape} for {len(batch)} samples.",
-                    fix="Its first axis must be that of the samples.",
+                    fix="Return arrays whose first axis is that of the samples.",
                 )
-        return found
+        return arrays

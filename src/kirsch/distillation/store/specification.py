@@ -1,4 +1,4 @@
-"""What a store holds and what it was built from, as it is written to disk and read back with suspicion."""
+"""Specification and manifest of a store: contents and origin, validated when they are read from disk."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 MANIFEST, BUILDING, IDS = files.MANIFEST, "building.json", "ids.bin"
 LARGEST_RECORD = 2**31 - 1
-"""Bytes; numpy's types are no larger."""
+"""Bytes; the limit of numpy types."""
 CHUNK = 1 << 26
-"""Bytes that are hashed at a time."""
+"""Number of bytes that are hashed at a time."""
 
 Sha256 = Annotated[str, Limit(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Limit(ge=1, le=2**40, strict=True)]
 
-SAID = {
+DESCRIPTIONS = {
     "teacher_sha256": "the teacher's weights",
-    "outputs_sha256": "the callable that gives the outputs",
+    "outputs_sha256": "the callable that returns the outputs",
     "data_sha256": "the data (inputs and ids)",
     "transform_sha256": "the transform",
     "temperature": "the temperature",
@@ -43,15 +43,15 @@ SAID = {
     "samples": "the number of samples",
     "range_size": "the size of the ranges",
     "classes": "the number of classes",
-    "keep": "what is kept",
+    "keep": "the format of the logits",
     "fields": "the fields of a record",
     "ids_sha256": "the ids",
 }
-"""What a store was built from, in words."""
+"""Descriptions of the properties of a store, for messages."""
 
 
 class FieldOnDisk(BaseModel):
-    """See `record.Field`."""
+    """A `record.Field` as it is stored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,7 +61,7 @@ class FieldOnDisk(BaseModel):
 
 
 class Specification(BaseModel):
-    """What is known of a store before any of it is built; two processes that build one store agree on all of it."""
+    """Properties of a store that are known before it is built. Processes that share a build agree on all of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -82,35 +82,35 @@ class Specification(BaseModel):
     ids_sha256: Sha256 | None
 
     @model_validator(mode="after")
-    def _fields_make_a_record(self) -> Self:
+    def _check_fields(self) -> Self:
         names = [field.name for field in self.fields]
         if len(set(names)) != len(names) or names[0] != "seed" or self.fields[0].type != "u4" or self.fields[0].shape:
-            raise ValueError("fields: they must differ in name and begin with the seed")
+            raise ValueError("fields: names must be unique, and the first field must be the seed")
         needed = {"top-k": TOP_K, "dense": DENSE, None: ()}[self.keep]
         if not set(needed) <= set(names) or (self.keep == "top-k" and not self._shape("indices")):
             raise ValueError(f"fields: {', '.join(needed)} are needed")
         if self.record_bytes > LARGEST_RECORD:
-            raise ValueError(f"fields: a record has {self.record_bytes} bytes; {LARGEST_RECORD} is the most")
+            raise ValueError(f"fields: a record has {self.record_bytes} bytes; the limit is {LARGEST_RECORD}")
         return self
 
     @property
     def record_bytes(self) -> int:
-        """Of one sample and view."""
+        """Size of the record of one sample and view."""
         return sum(int(field.type[1]) * math.prod(field.shape) for field in self.fields)
 
     @property
     def record_fields(self) -> tuple[Field, ...]:
-        """The fields as `record` takes them."""
+        """Fields of a record."""
         return tuple(Field(field.name, field.type, field.shape) for field in self.fields)
 
     @property
     def record_type(self) -> np.dtype[Any]:
-        """The numpy type of one record."""
+        """Numpy type of one record."""
         return record_type(self.record_fields)
 
     @property
     def kept(self) -> Keep | None:
-        """What is kept of the logits."""
+        """Format of the logits."""
         return TopK(self._shape("indices")[-1]) if self.keep == "top-k" else Dense() if self.keep == "dense" else None
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -118,60 +118,61 @@ class Specification(BaseModel):
 
     @property
     def ranges(self) -> int:
-        """How many ranges of samples each view is built in."""
+        """Number of ranges of samples in a view."""
         return -(-self.samples // self.range_size)
 
     def bounds(self, number: int) -> tuple[int, int]:
-        """The first sample of a range, and the one after its last."""
+        """Return the index of the first sample of a range, and that after the last."""
         return number * self.range_size, min((number + 1) * self.range_size, self.samples)
 
 
 class Manifest(Specification):
-    """A finished store: the specification, and the sha256 of each range of each view."""
+    """Specification of a finished store, with the sha256 of each range of each view."""
 
     sha256: tuple[tuple[Sha256, ...], ...]
 
     @model_validator(mode="after")
-    def _each_range_has_a_hash(self) -> Self:
+    def _check_hashes(self) -> Self:
         if len(self.sha256) != self.views or any(len(view) != self.ranges for view in self.sha256):
             raise ValueError(f"sha256: {self.views} views of {self.ranges} ranges each are needed")
         return self
 
 
 def read(path: Path, kind: type[Specification]) -> Any:
-    """A specification or manifest from its file.
+    """Read a specification or manifest from its file.
 
     Raises:
-        StoreError: it cannot be read, or says what cannot be.
+        StoreError: the file cannot be read, or its content is invalid.
     """
     try:
         content = json.dumps(strict_json.read(path))
-        return kind.model_validate_json(content, strict=True)  # strict: "yes" and 1 are not true, and true is not 1
+        return kind.model_validate_json(
+            content, strict=True
+        )  # strict: "yes" and 1 are not accepted for true, nor true for 1
     except OSError as error:
         raise StoreError(f"{path} cannot be read.", f"{error.strerror or error}.") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
+        key = ".".join(str(part) for part in first["loc"])
         raise StoreError(
             f"{path} is damaged.",
-            f"{place + ': ' if place else ''}{first['msg']}.",
+            f"{key + ': ' if key else ''}{first['msg']}.",
             "Build the store again in another folder.",
         ) from error
     except ValueError as error:
         raise StoreError(f"{path} is damaged.", f"{error}.", "Build the store again in another folder.") from error
 
 
-def differences(stored: Specification, asked: dict[str, Any]) -> list[str]:
-    """What differs between a store and what is asked of it, in words that show both values."""
-    found = []
-    for name, value in asked.items():
-        own = getattr(stored, name)
-        if own != value:
-            found.append(f"{SAID[name]} ({name}: stored {_shown(own)}, given {_shown(value)})")
-    return found
+def differences(stored: Specification, expected: dict[str, Any]) -> list[str]:
+    """Describe each property of a store that differs from the expected value, with both values."""
+    return [
+        f"{DESCRIPTIONS[name]} ({name}: stored {_format(getattr(stored, name))}, given {_format(value)})"
+        for name, value in expected.items()
+        if getattr(stored, name) != value
+    ]
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, str) and len(value) == len(hashlib.sha256().hexdigest()):
         return f"{value[:12]}…"
     if isinstance(value, tuple):
@@ -180,7 +181,7 @@ def _shown(value: Any) -> str:
 
 
 def data_hash(data: ArrayData) -> str:
-    """The sha256 over type, shape and bytes of the inputs, and the ids, in their order; labels do not count."""
+    """Return the sha256 of the inputs (type, shape and bytes) and the ids, in their order; labels are not included."""
     digest = hashlib.sha256()
     for array in (*data.parts.values(), data.sample_ids.astype("<i8")):
         digest.update(f"{array.dtype.str} {array.shape}\n".encode())
@@ -191,39 +192,39 @@ def data_hash(data: ArrayData) -> str:
 
 
 def text_hash(text: str) -> str:
-    """The sha256 of a text."""
+    """Return the sha256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def ids_on_disk(data: ArrayData) -> NDArray[Any] | None:
-    """The ids as they are written, little-endian; None where they count from 0 and need no file."""
+    """Return the ids in the byte order of the file, or None if they are 0, 1, 2, ... and need no file."""
     ids = data.sample_ids.astype("<i8")
     return None if np.array_equal(ids, np.arange(len(ids))) else ids
 
 
 def view_file(folder: Path, view: int) -> Path:
-    """Where the records of a finished view lie, one after the other in the order of the data."""
+    """Path of the records of a finished view, in the order of the data."""
     return folder / f"view-{view:04d}.bin"
 
 
 def range_file(folder: Path, view: int, number: int) -> Path:
-    """Where a range lies while its view is not finished: its records, and their sha256 in 32 bytes."""
+    """Path of a range of an unfinished view: its records, followed by their sha256 in 32 bytes."""
     return folder / "parts" / f"view-{view:04d}" / f"range-{number:06d}.bin"
 
 
 def digest_file(folder: Path, view: int) -> Path:
-    """Where the sha256 of the ranges of a view lie, one after the other, from before it is made until the manifest."""
+    """Path of the concatenated sha256 of the ranges of a view, until the manifest is written."""
     return folder / "parts" / f"view-{view:04d}.sha256"
 
 
 def missing_ranges(folder: Path, stored: Specification) -> list[tuple[int, int]]:
-    """(view, range) of all that is still to be built."""
+    """Return (view, range) of each range that is not built yet."""
     open_views = (view for view in range(stored.views) if not view_file(folder, view).is_file())
     return [(v, n) for v in open_views for n in range(stored.ranges) if not range_file(folder, v, n).is_file()]
 
 
-def partial(folder: Path, stored: Specification, missing: list[tuple[int, int]]) -> StoreError:
-    """The error for a store of which ranges are missing."""
+def partial_store_error(folder: Path, stored: Specification, missing: list[tuple[int, int]]) -> StoreError:
+    """Return the error for a store that is not finished."""
     if not missing:
         return StoreError(
             f"The store {folder} is not finished.", "All its ranges are built.", "Finish it: store.finish(folder)."
@@ -233,18 +234,18 @@ def partial(folder: Path, stored: Specification, missing: list[tuple[int, int]])
     return StoreError(
         f"The store {folder} is partial.",
         f"{len(missing)} of {count} ranges are missing, the first of view {view}, samples {first} to {end - 1}.",
-        "Build it again with the same arguments: what is there is kept.",
+        "Build it again with the same arguments; existing ranges are kept.",
     )
 
 
-def other_ranges(path: Path, stored: Specification, hashes: Sequence[str]) -> list[tuple[int, int]]:
-    """The bounds of each range of a finished view that does not have its sha256."""
-    found = zip(hashes, range_hashes(path, stored), strict=True)
-    return [stored.bounds(number) for number, (wanted, now) in enumerate(found) if wanted != now]
+def changed_ranges(path: Path, stored: Specification, hashes: Sequence[str]) -> list[tuple[int, int]]:
+    """Return the bounds of each range of a finished view whose sha256 differs from the expected one."""
+    pairs = zip(hashes, range_hashes(path, stored), strict=True)
+    return [stored.bounds(number) for number, (expected, actual) in enumerate(pairs) if expected != actual]
 
 
 def range_hashes(path: Path, stored: Specification) -> list[str]:
-    """The sha256 of each range of a finished view, as its file is now."""
+    """Compute the sha256 of each range of a finished view."""
     hashes = []
     with path.open("rb") as file:
         for number in range(stored.ranges):

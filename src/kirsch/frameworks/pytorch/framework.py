@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kirsch.errors import KirschError, UnknownNameError, VerificationError, said
+from kirsch.errors import KirschError, UnknownNameError, VerificationError, error_text
 from kirsch.frameworks.pytorch.analysis import count, randomness, regions, stand_ins, trace
 from kirsch.frameworks.pytorch.analysis.program import user_line
-from kirsch.frameworks.pytorch.features import adapters, cohort, ensemble, layers, squashed, student
-from kirsch.frameworks.pytorch.features import capture as watch
+from kirsch.frameworks.pytorch.features import adapters, capture, cohort, ensemble, layers, squashed, student
 from kirsch.frameworks.pytorch.inference import calling, outputs, predict
 from kirsch.frameworks.pytorch.io import export, fingerprint, hub, weights
 from kirsch.frameworks.pytorch.modules import copying, unsupported
@@ -76,7 +75,7 @@ class PyTorch:
             line = user_line(error)
             raise VerificationError(
                 f"The pruned {graph.model_name} does not run.",
-                f"{said(error)}{f' It is raised at {line}.' if line else ''}{_turned(graph, keep)}",
+                f"{error_text(error)}{f' It is raised at {line}.' if line else ''}{_turned(graph, keep)}",
                 f"Exclude {UNUSUAL_LAYERS}, and report the model. The original is unchanged."
                 if graph.tracing.as_graph
                 else f"Exclude {UNUSUAL_LAYERS}, or {AS_GRAPH}. The original is unchanged.",
@@ -125,13 +124,13 @@ class PyTorch:
     def dry_run(self, model: Any, layers_: Sequence[str], inputs: Any) -> dict[str, Any]:
         """See the port."""
         unsupported.check_values(model)
-        return watch.dry_run(model, layers_, predict.tensors(inputs, model))
+        return capture.dry_run(model, layers_, predict.tensors(inputs, model))
 
     def check_runs(self, model: Any, inputs: Any, *, training: bool = False) -> None:
         """See the port."""
         try:
             if not training:
-                watch.dry_run(model, (), predict.tensors(inputs, model))
+                capture.dry_run(model, (), predict.tensors(inputs, model))
                 return
             args, options = predict.arguments(predict.copied(predict.tensors(inputs, model)))
             with torch.random.fork_rng(), torch.no_grad():
@@ -151,7 +150,7 @@ class PyTorch:
 
     def watch(self, model: Any, layers_: Sequence[str]) -> Any:
         """See the port."""
-        return watch.Watch(model, layers_)
+        return capture.FeatureCapture(model, layers_)
 
     def adapter(self, name: str, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
         """See the port."""

@@ -1,4 +1,4 @@
-"""What models serve: data sets with their classes and preparation. Importing this registers the built-in ones."""
+"""Data sets of recipes, with their classes and preprocessing. Importing this package registers the built-in ones."""
 
 from kirsch.recipes.tasks import cifar10, digits
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 from parquet files of JPEG images, as the dataset hubs hold it."""
+"""CIFAR-10 from parquet files of encoded images, as dataset hubs distribute it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGMENT = Chain(Crop(4), Flip())
-"""Shifts by up to four pixels over zeros, and mirrored half of the time."""
+"""Shift by up to 4 pixels with zero padding, and mirror with probability 0.5."""
 
 
 def data_folder() -> Path:
-    """Where optional data sets lie: `$KIRSCH_DATA`, or ../shared/data."""
+    """Return the folder of optional data sets: `$KIRSCH_DATA`, or ../shared/data."""
     return Path(os.environ.get("KIRSCH_DATA", "../shared/data"))
 
 
@@ -38,13 +38,17 @@ def cifar10(
     mean: tuple[float, ...] = MEAN,
     deviation: tuple[float, ...] = DEVIATION,
 ) -> DataSet:
-    """CIFAR-10 from `cifar10/train.parquet` and `cifar10/test.parquet` of the data folder.
+    """Return CIFAR-10 from `cifar10/train.parquet` and `cifar10/test.parquet` of the data folder.
 
     Args:
-        seed: of which samples are taken; the files are sorted by class.
-        train, validation, test: how many samples; the first two come from the training file.
-        augment: random crops and flips while training.
-        mean, deviation: of each color, for pixels from 0 to 1.
+        seed: seed of the selection of samples; the files are sorted by class.
+        train, validation, test: numbers of samples; the first two come from the training file.
+        augment: whether training uses random crops and flips.
+        mean, deviation: mean and standard deviation of each color, for pixels from 0 to 1.
+
+    Raises:
+        DataError: a file is missing, or has fewer samples.
+        MissingExtraError: pyarrow or pillow is not installed.
 
     Source: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images.
     """
@@ -55,19 +59,19 @@ def cifar10(
         images = np.stack([_decode(image["bytes"]) for image in rows["img"]])
         return Split((images / np.float32(255) - shift) / scale, np.array(rows["label"], np.int64))
 
-    learning, judging = _table("train"), _table("test")
-    order = random.permutation(len(learning))
-    if train + validation > len(learning) or test > len(judging):
+    training, testing = _table("train"), _table("test")
+    order = random.permutation(len(training))
+    if train + validation > len(training) or test > len(testing):
         raise DataError(
-            f"CIFAR-10 has {len(learning):,} training and {len(judging):,} test images.",
-            f"{train:,} + {validation:,} and {test:,} were asked for.",
-            "Ask for fewer.",
+            f"CIFAR-10 has {len(training):,} training and {len(testing):,} test images; "
+            f"{train:,} + {validation:,} and {test:,} are requested.",
+            fix="Lower train, validation or test.",
         )
     return DataSet(
         "cifar10",
-        part(learning.take(order[:train]).to_pydict()),
-        part(learning.take(order[train : train + validation]).to_pydict()),
-        part(judging.take(random.permutation(len(judging))[:test]).to_pydict()),
+        part(training.take(order[:train]).to_pydict()),
+        part(training.take(order[train : train + validation]).to_pydict()),
+        part(testing.take(random.permutation(len(testing))[:test]).to_pydict()),
         CLASSES,
         AUGMENT if augment else None,
     )
@@ -77,20 +81,20 @@ def _table(name: str) -> Any:
     path = data_folder() / "cifar10" / f"{name}.parquet"
     if not path.is_file():
         raise DataError(
-            f"CIFAR-10 is not there: {path} does not exist.",
+            f"CIFAR-10 was not found: {path} does not exist.",
             fix="Set KIRSCH_DATA to a folder that holds cifar10/train.parquet and cifar10/test.parquet.",
         )
     try:
-        import pyarrow.parquet  # noqa: PLC0415 - an extra is loaded when it is used
+        import pyarrow.parquet  # noqa: PLC0415 - optional dependency
     except ModuleNotFoundError as error:
         raise MissingExtraError("pyarrow", "tasks", "for CIFAR-10") from error
     return pyarrow.parquet.read_table(path, columns=["img", "label"])
 
 
 def _decode(content: bytes) -> NDArray[np.float32]:
-    """JPEG or PNG bytes as (3, H, W), 0 to 255."""
+    """Decode JPEG or PNG bytes to an array of shape (3, H, W) with values from 0 to 255."""
     try:
-        from PIL import Image  # noqa: PLC0415 - an extra is loaded when it is used
+        from PIL import Image  # noqa: PLC0415 - optional dependency
     except ModuleNotFoundError as error:
         raise MissingExtraError("pillow", "tasks", "for CIFAR-10") from error
     with Image.open(io.BytesIO(content)) as image:

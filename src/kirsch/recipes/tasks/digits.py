@@ -1,4 +1,4 @@
-"""UCI digits as scikit-learn carries them: 1,797 gray images of 8 x 8, ten classes. Nothing is downloaded."""
+"""UCI digits from scikit-learn: 1,797 gray images of 8 x 8 pixels, ten classes. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from kirsch.recipes.tasks.data import SOURCES, DataSet, Split
 
 @SOURCES.register("digits")
 def digits(*, seed: int, train: float = 0.6, validation: float = 0.2) -> DataSet:
-    """The digits, split by class.
+    """Return the digits, split by class.
 
     Args:
-        seed: of the split.
-        train, validation: fractions; the rest is the test part.
+        seed: seed of the split.
+        train, validation: fractions of each class; the rest is the test part.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
 
     Source: Alpaydin and Kaynak 1998, UCI Optical Recognition of Handwritten Digits.
     """
     try:
-        from sklearn.datasets import load_digits  # noqa: PLC0415 - an extra is loaded when it is used
+        from sklearn.datasets import load_digits  # noqa: PLC0415 - optional dependency
     except ModuleNotFoundError as error:
         raise MissingExtraError("scikit-learn", "tasks", "for the digits data") from error
     bunch = load_digits()

@@ -1,4 +1,4 @@
-"""Watching a model leaves the model, and what it is given, as they were."""
+"""Capturing features changes neither the model nor its inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import kirsch
 from kirsch.distillation.term import Term
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.pytorch.features.capture import Watch, dry_run
+from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
 from kirsch.frameworks.pytorch.features.layers import expand, shapes
 from kirsch.frameworks.pytorch.inference.predict import predict
 
@@ -20,8 +20,8 @@ SAMPLES = np.random.default_rng(0).standard_normal((N, D)).astype(np.float32)
 LABELS = np.arange(N) % K
 
 
-class Writer(nn.Module):
-    """Halves what it is given in place, always or in training mode alone, and notes it before."""
+class InPlaceModel(nn.Module):
+    """Halves its inputs in place if `when(model)` is true, and records a copy of them first."""
 
     def __init__(self, *, when=lambda model: True):
         super().__init__()
@@ -34,44 +34,44 @@ class Writer(nn.Module):
         return self.layers(inputs)
 
 
-def hooks(model):
+def count_hooks(model):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 @pytest.mark.parametrize("layers", [["0", "absent"], ["0/linear", "0", "absent"]])
-def test_a_site_that_the_model_lacks_leaves_no_hook(layers):
+def test_an_unknown_layer_leaves_no_hooks(layers):
     model = nn.Sequential(nn.Linear(D, K))
     with pytest.raises(UnknownNameError, match="There is no layer in Sequential 'absent'"):
-        Watch(model, layers)
-    assert hooks(model) == 0
+        FeatureCapture(model, layers)
+    assert count_hooks(model) == 0
 
 
 @pytest.mark.parametrize(
     "run",
     [
-        lambda model, given: dry_run(model, ["logits", "layers.0"], given),
-        lambda model, given: expand(model, "penultimate", given),
+        lambda model, inputs: dry_run(model, ["logits", "layers.0"], inputs),
+        lambda model, inputs: expand(model, "penultimate", inputs),
         shapes,
     ],
 )
-def test_a_model_that_writes_into_its_inputs_is_looked_at_on_a_copy(run):
-    given = torch.from_numpy(SAMPLES.copy())
-    run(Writer(), given)
-    np.testing.assert_array_equal(given, SAMPLES)
+def test_inputs_are_copied_for_a_model_that_writes_into_them(run):
+    inputs = torch.from_numpy(SAMPLES.copy())
+    run(InPlaceModel(), inputs)
+    np.testing.assert_array_equal(inputs, SAMPLES)
 
 
-def test_predicting_leaves_the_arrays_as_they_are():
-    given, model = SAMPLES.copy(), Writer()
-    found = predict(model, given)
-    np.testing.assert_array_equal(given, SAMPLES)
+def test_predict_does_not_change_the_inputs():
+    inputs, model = SAMPLES.copy(), InPlaceModel()
+    outputs = predict(model, inputs)
+    np.testing.assert_array_equal(inputs, SAMPLES)
     with torch.no_grad():
-        wanted = model.layers(torch.from_numpy(SAMPLES * 0.5))
-    np.testing.assert_allclose(np.reshape(found, (N, K)), wanted, rtol=1e-5)  # float32
+        expected = model.layers(torch.from_numpy(SAMPLES * 0.5))
+    np.testing.assert_allclose(np.reshape(outputs, (N, K)), expected, rtol=1e-5)  # float32
 
 
 @pytest.mark.parametrize("when", [lambda model: True, lambda model: model.training])
-def test_student_and_teacher_are_given_the_same_and_the_batch_stays_as_it_is(when):
-    student, teacher = Writer(when=when), Writer()
+def test_student_and_teacher_get_the_same_unchanged_batch(when):
+    student, teacher = InPlaceModel(when=when), InPlaceModel()
     batch = torch.from_numpy(SAMPLES.copy()), torch.from_numpy(LABELS)
     with kirsch.Distiller(student, teacher, kirsch.Objective.kd(), batch) as distiller:
         for mode in (True, False, True):
@@ -83,36 +83,36 @@ def test_student_and_teacher_are_given_the_same_and_the_batch_stays_as_it_is(whe
     np.testing.assert_array_equal(batch[0], SAMPLES)
 
 
-def test_distilling_leaves_the_arrays_as_they_are():
-    inputs, judged = SAMPLES.copy(), SAMPLES.copy()
+def test_distill_does_not_change_the_data():
+    inputs, validation_inputs = SAMPLES.copy(), SAMPLES.copy()
     kirsch.distill(
-        Writer(),
-        Writer(),
+        InPlaceModel(),
+        InPlaceModel(),
         ArrayData(inputs, LABELS, N),
         objective=kirsch.Objective((Term("kd"), Term("fitnet", student="layers.0"))),
         training=kirsch.Training(epochs=2),
-        validation=(judged, LABELS),
+        validation=(validation_inputs, LABELS),
         check_teacher=False,
     )
     np.testing.assert_array_equal(inputs, SAMPLES)
-    np.testing.assert_array_equal(judged, SAMPLES)
+    np.testing.assert_array_equal(validation_inputs, SAMPLES)
 
 
-def test_a_model_that_does_not_write_is_given_the_very_batch_from_the_second_run_on():
-    given, seen = torch.from_numpy(SAMPLES), []
+def test_inputs_are_not_copied_after_the_first_run_if_the_model_does_not_write():
+    inputs, seen = torch.from_numpy(SAMPLES), []
     model = nn.Sequential(nn.Linear(D, K))
-    model.register_forward_pre_hook(lambda _module, args: seen.append(args[0] is given))
-    watch = Watch(model, ["logits"])
+    model.register_forward_pre_hook(lambda _module, args: seen.append(args[0] is inputs))
+    capture = FeatureCapture(model, ["logits"])
     for _ in range(3):
-        watch(given)
+        capture(inputs)
     assert seen == [False, True, True]
 
 
-def test_writing_that_begins_late_is_refused():
-    given, late = torch.from_numpy(SAMPLES.copy()), []
-    watch = Watch(Writer(when=lambda _model: bool(late)), ["logits"])
-    watch(given)
+def test_a_model_that_starts_to_write_into_its_inputs_is_an_error():
+    inputs, late = torch.from_numpy(SAMPLES.copy()), []
+    capture = FeatureCapture(InPlaceModel(when=lambda _model: bool(late)), ["logits"])
+    capture(inputs)
     late.append(True)
-    sentence = r"Writer writes into its inputs in this forward, and did not before\. .* inputs\.clone\(\)"
-    with pytest.raises(UsageError, match=sentence):
-        watch(given)
+    message = r"InPlaceModel writes into its inputs in this forward, and did not in earlier ones\. .* inputs\.clone\(\)"
+    with pytest.raises(UsageError, match=message):
+        capture(inputs)

@@ -1,4 +1,4 @@
-"""Models that PyTorch itself refuses with a sentence that names neither the model nor the way out."""
+"""Errors that name the model and the fix where those of PyTorch do not."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def net():
     return nn.Sequential(nn.Linear(D, 5), nn.ReLU(), nn.Linear(5, K))
 
 
-def distilled(student, teacher, objective=None):
+def run_distill(student, teacher, objective=None):
     training = kirsch.Training(epochs=1)
     return kirsch.distill(student, teacher, [batch()], objective=objective, training=training, check_teacher=False)
 
 
-def at(site):
-    return Objective((Term("rkd", student=site, teacher="0"),))
+def relational_objective(layer):
+    return Objective((Term("rkd", student=layer, teacher="0"),))
 
 
-def test_a_teacher_of_another_type_than_its_inputs_is_named_with_both():
-    sentence = r"Sequential computes in bfloat16, and its inputs are float32\. .*Sequential\.float\(\)"
-    for objective in (None, at("0"), Objective.preset("rkd")):
-        with pytest.raises(UsageError, match=sentence):
-            distilled(net(), net().bfloat16(), objective)
+def test_the_error_names_the_types_of_the_teacher_and_its_inputs():
+    message = r"Sequential computes in bfloat16, and its inputs are float32\. .*Sequential\.float\(\)"
+    for objective in (None, relational_objective("0"), Objective.preset("rkd")):
+        with pytest.raises(UsageError, match=message):
+            run_distill(net(), net().bfloat16(), objective)
 
 
 def scripted():
@@ -52,32 +52,32 @@ def traced():
 
 
 @pytest.mark.parametrize("make", [scripted, traced])
-def test_a_teacher_in_torchscript_teaches_by_its_scores(make):
-    assert len(distilled(net(), make()).history) == 1
+def test_a_torchscript_teacher_supports_losses_on_logits_only(make):
+    assert len(run_distill(net(), make()).history) == 1
     teacher = nn.Sequential(nn.Linear(D, D), make())
-    with pytest.raises(UsageError, match=r"`1\.0` is TorchScript, which lets nobody look inside\. Take losses"):
-        distilled(net(), teacher, Objective((Term("rkd", student="0", teacher="1.0"),)))
-    with pytest.raises(UsageError, match="The scores of Sequential are made by no layer of its own"):
+    with pytest.raises(UsageError, match=r"`1\.0` is TorchScript, which does not support hooks\. Use losses"):
+        run_distill(net(), teacher, Objective((Term("rkd", student="0", teacher="1.0"),)))
+    with pytest.raises(UsageError, match="The logits of Sequential are not the output of a module"):
         expand(teacher, "penultimate", batch()[0])
     assert not any(module._forward_hooks for module in teacher.modules())
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_models_that_keep_results_of_a_forward_may_teach_and_learn():
-    def kept():
+def test_models_with_tensors_of_an_earlier_graph_can_be_distilled():
+    def with_weight_norm():
         model = nn.Sequential(nn.utils.weight_norm(nn.Linear(D, K)))
         model(batch()[0])
         return model
 
-    distilled(net(), kept())
-    distilled(kept(), net())
+    run_distill(net(), with_weight_norm())
+    run_distill(with_weight_norm(), net())
 
 
-def test_a_teacher_that_keeps_what_cannot_be_copied_is_named_with_the_attribute():
+def test_the_error_names_an_attribute_that_cannot_be_copied():
     teacher = nn.Sequential(nn.Linear(D, K))
     teacher.stream = (number for number in range(3))
     with pytest.raises(ModelError, match=r"A Sequential cannot be copied\. Its attribute `stream`, a generator"):
-        distilled(net(), teacher)
+        run_distill(net(), teacher)
 
 
 class Checkpointed(nn.Module):
@@ -91,22 +91,22 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize(("before", "error"), [(False, NumericError), (True, UsageError)])
-def test_layers_that_are_checkpointed_the_old_way_are_told_the_new_one(before, error):
+def test_the_error_for_reentrant_checkpoints_names_the_fix(before, error):
     with pytest.raises(error, match="use_reentrant=False"):
-        distilled(Checkpointed(before=before), net())
+        run_distill(Checkpointed(before=before), net())
 
 
-def test_places_within_a_compiled_model_that_has_run_are_told_the_way_out():
+def test_the_error_for_layers_of_a_compiled_model_names_the_fix():
     student = torch.compile(net(), backend="eager")
     student(batch()[0])
-    sentence = r"runs in no forward of OptimizedModule.* A compiled forward that has run .* compile distiller\.module"
-    with pytest.raises(UsageError, match=sentence):
-        distilled(student, net(), at("_orig_mod.0"))
+    message = r"runs in no forward of OptimizedModule.* A compiled model that has run .* compile distiller\.module"
+    with pytest.raises(UsageError, match=message):
+        run_distill(student, net(), relational_objective("_orig_mod.0"))
 
 
-def test_a_teacher_that_puts_out_nan_is_not_taken_for_a_learning_rate():
+def test_the_error_for_a_teacher_that_returns_nan_names_the_teacher():
     teacher = net()
     teacher[0].weight.data.fill_(float("nan"))
-    sentence = r"The loss term kd is not finite at epoch 1, batch 1, and the outputs of the model are\. .* teacher"
-    with pytest.raises(NumericError, match=sentence):
-        distilled(net(), teacher)
+    message = r"The loss term kd is not finite at epoch 1, batch 1, and the outputs of the model are\. .* teacher"
+    with pytest.raises(NumericError, match=message):
+        run_distill(net(), teacher)

@@ -271,7 +271,7 @@ def entry(first: int, end: int, kind: str = "F32", shape: str = "[2]") -> str:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"no tensors", "Neither a zip archive nor a pickle"),
+        (b"no tensors", "does not start like a zip archive, a pickle"),
         (b"", "an empty file"),
         (raw(f'{{"buffer":{entry(0, 8)},"buffer":{entry(0, 8)}}}', bytes(8)), "'buffer' twice"),
         (raw('{"buffer":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', bytes(8)), "dtype"),

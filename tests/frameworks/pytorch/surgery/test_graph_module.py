@@ -166,5 +166,5 @@ def test_nested_inputs_are_refused():
 
 
 def test_as_graph_with_a_scope_is_an_error():
-    with pytest.raises(UsageError, match=r"A part cannot be"):
+    with pytest.raises(UsageError, match=r"`as_graph` of kirsch\.trace cannot be combined with `scope`"):
         kirsch.trace(convolutional(), IMAGES, scope="0", as_graph=True)

@@ -106,7 +106,7 @@ def pruned(wrap):
 def test_modules_whose_computed_weight_changes_for_kept_units_are_listed(kind):
     _, found = pruned(CHANGING[kind])
     assert "b" in found.verification.reweighted
-    assert any("`b` (to " in note and "times its size" in note for note in found.notes)
+    assert any("`b` (" in note and "times the original" in note for note in found.notes)
     assert "the computed weights of" in found.verification.text
     assert found.verification.to_dict()["reweighted"] == dict(found.verification.reweighted)
 
@@ -176,5 +176,5 @@ def test_power_is_the_largest_relative_difference(masked, dense, expected):
 def test_prune_without_verification_warns_of_changed_computed_weights():
     model = shaken(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)))
     plan = kirsch.plan(kirsch.trace(model, torch.randn(2, 6)), Goal(params=0.6))
-    with pytest.warns(UserWarning, match=r"The weights of `0` \(to .* times its size\) are computed from whole"):
+    with pytest.warns(UserWarning, match=r"The weights of `0` \(.* times the original\) are computed from all units"):
         kirsch.prune(model, plan, verify=False)

@@ -1,4 +1,4 @@
-"""Several students as one module, so that one forward runs them all and one optimizer trains them."""
+"""Several students in one module, with a common forward and optimizer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Cohort(nn.Module):
-    """Students that run on the same batches.
+    """Students that are trained on the same batches.
 
     Args:
-        students: models.
+        students: the models.
 
     Raises:
         UsageError: two of them share a parameter.
@@ -29,15 +29,16 @@ class Cohort(nn.Module):
         super().__init__()
         self.students = nn.ModuleList(students)
         owners: dict[int, tuple[int, str]] = {}
-        for place, student in enumerate(self.students):
+        for number, student in enumerate(self.students):
             for name, parameter in student.named_parameters():
-                other, its = owners.setdefault(id(parameter), (place, name))
-                if other != place:
+                other, other_name = owners.setdefault(id(parameter), (number, name))
+                if other != number:
                     raise UsageError(
-                        f"Students {other} and {place} share a parameter: `{its}` of the one is `{name}` of the other.",
-                        fix="Build each by itself, or give copies: copy.deepcopy.",
+                        f"Students {other} and {number} share a parameter: `{other_name}` of the first is `{name}` of "
+                        "the second.",
+                        fix="Build each student separately, or pass copies made by copy.deepcopy.",
                     )
 
     def forward(self, *args: Any, **options: Any) -> dict[str, Tensor]:
-        """The scores of each student by its number: "0", "1", ..."""
-        return {str(place): scores for place, scores in enumerate(logits_of_each(self.students, args, options))}
+        """Return the logits of each student by its number: "0", "1", ..."""
+        return {str(number): logits for number, logits in enumerate(logits_of_each(self.students, args, options))}

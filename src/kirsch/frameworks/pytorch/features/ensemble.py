@@ -1,4 +1,4 @@
-"""Several models as one whose scores are made of theirs."""
+"""Several models as one model that combines their logits."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Ensemble(nn.Module):
-    """Models that run on the same inputs.
+    """Models that run on the same inputs and whose logits are combined.
 
     Args:
-        models: copies of them are held.
-        combine: list of the scores of each → scores.
+        models: the models, which are copied.
+        combine: function that takes the list of the models' logits and returns logits.
     """
 
     def __init__(self, models: Iterable[nn.Module], combine: Callable[[list[Tensor]], Tensor]) -> None:
@@ -30,17 +30,17 @@ class Ensemble(nn.Module):
         self.combine = combine
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
-        """The combined scores.
+        """Return the combined logits.
 
         Raises:
-            ShapeError: the models put out different numbers of classes.
+            ShapeError: the numbers of classes differ.
         """
-        scores = logits_of_each(self.models, args, options)
-        classes = [part.shape[-1] for part in scores]
+        logits = logits_of_each(self.models, args, options)
+        classes = [part.shape[-1] for part in logits]
         if any(count != classes[0] for count in classes):
             raise ShapeError(
-                f"The models of the ensemble put out {', '.join(map(str, classes))} classes.",
-                "What they say can be combined only of the same classes.",
-                "Leave out those of other classes.",
+                f"The models of the ensemble have {', '.join(map(str, classes))} classes.",
+                "Only logits of the same classes can be combined.",
+                "Leave out models with other classes.",
             )
-        return self.combine(scores)
+        return self.combine(logits)

@@ -1,4 +1,4 @@
-"""LayerNames of a PyTorch model: how they are found."""
+"""Layers of a PyTorch model: patterns, the last layer, and output shapes."""
 
 from __future__ import annotations
 
@@ -11,115 +11,116 @@ from torch import nn
 
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import LayerName, pattern
-from kirsch.frameworks.pytorch.features.capture import Watch, closed, layers_of
+from kirsch.frameworks.pytorch.features.capture import FeatureCapture, is_torchscript, layers_of
 from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-EMPTY = (nn.Identity, nn.Dropout, nn.Flatten)
-"""Layers that may stand behind the last one and put out what they are given."""
+PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Flatten)
+"""Layers that may follow the last layer and return their input."""
 
 
 def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
-    """The concrete layers that a text names, in the order of the model's modules or layers: one, or all that fit.
+    """Return the layers that a text matches, in the order of the model's modules: one, or all that match a pattern.
 
     Args:
-        model: run once in inference mode where layers must be counted, or the last layer found.
-        text: a layer, perhaps with a pattern.
+        model: run once in inference mode if layers must be counted, or the last layer must be found.
+        text: a layer, possibly with a pattern.
         inputs: one batch, for that run.
 
     Raises:
-        UnknownNameError: nothing fits.
-        UsageError: the model has no last layer, or puts out no states of layers.
+        UnknownNameError: no layer matches.
+        UsageError: the model has no last layer, or does not return hidden states.
     """
     layer = LayerName.read(text)
     if layer.layered and layer.index == "*":
-        watch = Watch(model, [text.replace("[*]", "[0]")])
+        capture = FeatureCapture(model, [text.replace("[*]", "[0]")])
         try:
             with inference(model), torch.no_grad():
                 args, options = arguments(copied(inputs))
-                count = len(layers_of(model, called(model, args, options, watch._options), layer))  # noqa: SLF001 - of this file
+                count = len(layers_of(model, called(model, args, options, capture._options), layer))  # noqa: SLF001 - of this package
         finally:
-            watch.close()
-        return [text.replace("[*]", f"[{place}]") for place in range(count)]
+            capture.close()
+        return [text.replace("[*]", f"[{number}]") for number in range(count)]
     if layer.path == "penultimate":
         return [f"{_last_layer(model, inputs)}:in"]
     if layer.layered or layer.of_outputs or not ("*" in layer.path or layer.index):
         return [text]
-    fits = re.compile(pattern(layer.path))
-    paths = [path for path, _ in model.named_modules() if path and fits.fullmatch(path)]
+    matcher = re.compile(pattern(layer.path))
+    paths = [path for path, _ in model.named_modules() if path and matcher.fullmatch(path)]
     if not paths:
         known = [path for path, _ in model.named_modules() if path]
         raise UnknownNameError(f"layer in {type(model).__name__}", layer.path, known)
     if layer.index and layer.index != "*":
         if not -len(paths) <= int(layer.index) < len(paths):
-            raise UsageError(f"{layer.path!r} fits {len(paths)} modules; there is no [{layer.index}] of them.")
+            raise UsageError(f"{layer.path!r} matches {len(paths)} modules; there is no [{layer.index}].")
         paths = [paths[int(layer.index)]]
-    behind = text[len(layer.path) :].partition("[")[0]
-    return [path + behind for path in paths]
+    suffix = text[len(layer.path) :].partition("[")[0]
+    return [path + suffix for path in paths]
 
 
 def _last_layer(model: nn.Module, inputs: Any) -> str:
-    """Path of the last module with weights of its own, whose output is the scores or becomes them without others.
+    """Return the path of the last module with parameters, from whose output the logits are computed without others.
 
     Raises:
-        UsageError: the scores are computed by code that is no module of its own.
+        UsageError: the logits are not the output of such a module.
     """
-    made: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
     handles = [
-        module.register_forward_hook(lambda _m, _a, out, path=path: made.update({path: out}))
+        module.register_forward_hook(lambda _m, _a, out, path=path: outputs.update({path: out}))
         for path, module in model.named_modules()
-        if path and not any(module.children()) and not closed(module)
+        if path and not any(module.children()) and not is_torchscript(module)
     ]
     try:
         with inference(model), torch.no_grad():
             args, options = arguments(copied(inputs))
-            scores = logits_of(called(model, args, options))
+            logits = logits_of(called(model, args, options))
     finally:
         for handle in handles:
             handle.remove()
     last = [
         path
-        for path, out in made.items()
+        for path, out in outputs.items()
         if isinstance(out, torch.Tensor)
-        and out.data_ptr() == scores.data_ptr()
-        and not isinstance(model.get_submodule(path), EMPTY)
+        and out.data_ptr() == logits.data_ptr()
+        and not isinstance(model.get_submodule(path), PASS_THROUGH)
     ]
     if not last:
         raise UsageError(
-            f"The scores of {type(model).__name__} are made by no layer of its own, so there is no penultimate value.",
-            fix='Name the place: the path of a module, with ":in" for what it is given.',
+            f"The logits of {type(model).__name__} are not the output of a module, so there is no penultimate value.",
+            fix='Write the path of a module, followed by ":in" for its input.',
         )
-    weighted = [path for path in made if any(True for _ in model.get_submodule(path).parameters())]
+    weighted = [path for path in outputs if any(True for _ in model.get_submodule(path).parameters())]
     if last[-1] in weighted:
         return last[-1]
-    out = made[weighted[-1]] if weighted else None  # what a pooling or a softmax is given are scores, too
-    if not isinstance(out, torch.Tensor) or scores.shape[-1] not in (out.shape[1], out.shape[-1]):
+    out = outputs[weighted[-1]] if weighted else None  # a pooling or a softmax may follow
+    if not isinstance(out, torch.Tensor) or logits.shape[-1] not in (out.shape[1], out.shape[-1]):
         raise UsageError(
-            f"The last weights of {type(model).__name__} do not make its scores, so there is no penultimate value.",
-            fix='Name the place: the path of a module, with ":in" for what it is given.',
+            f"The last module of {type(model).__name__} with parameters does not compute the logits, so there is no "
+            "penultimate value.",
+            fix='Write the path of a module, followed by ":in" for its input.',
         )
     return weighted[-1]
 
 
 def shapes(model: nn.Module, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
-    """Path and output shape of each module that runs once, in the order in which they end; a tuple's first part."""
-    found: list[tuple[str, tuple[int, ...]]] = []
+    """Return path and output shape of each module that runs once, in the order of completion; of a tuple, the first."""
+    outputs: list[tuple[str, tuple[int, ...]]] = []
 
-    def note(path: str) -> Callable[..., None]:
+    def record(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
             first = out[0] if isinstance(out, tuple) and out else out
             if isinstance(first, torch.Tensor):
-                found.append((path, tuple(first.shape)))
+                outputs.append((path, tuple(first.shape)))
 
         return hook
 
     handles = [
-        module.register_forward_hook(note(path))
+        module.register_forward_hook(record(path))
         for path, module in model.named_modules()
-        if path and not closed(module)
+        if path and not is_torchscript(module)
     ]
     try:
         with inference(model), torch.no_grad():
@@ -128,5 +129,5 @@ def shapes(model: nn.Module, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
     finally:
         for handle in handles:
             handle.remove()
-    times = Counter(path for path, _ in found)
-    return [(path, shape) for path, shape in found if times[path] == 1]
+    times = Counter(path for path, _ in outputs)
+    return [(path, shape) for path, shape in outputs if times[path] == 1]

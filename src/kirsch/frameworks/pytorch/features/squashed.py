@@ -1,4 +1,4 @@
-"""Whether the outputs of a model come from a sigmoid or a softmax: found in a run, since values alone may not tell."""
+"""Detection of outputs that come from a sigmoid or a softmax, by tracing a run, since values alone are ambiguous."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 _SATURATING = "sigmoid hardsigmoid _softmax _safe_softmax softmax tanh hardtanh exp"
 SATURATING = frozenset(_SATURATING.split())
-"""Operators that map any number into a bounded range, or are a part of writing such an operator by hand.
-
-`clamp` is one where it has both bounds.
-"""
+"""Operators with a bounded range, or used to compute such an operator. `clamp` counts if it has both bounds."""
 
 _LEARNED = """
 mm addmm bmm baddbmm mv addmv addbmm dot linear matmul einsum convolution _convolution conv1d conv2d conv3d
@@ -31,20 +28,20 @@ LEARNED = frozenset(_LEARNED.split())
 LOGARITHM = "log_sigmoid_forward"
 _COPIES = "clone _to_copy cat stack clamp clamp_min nan_to_num index index_select flip roll"
 COPIES = frozenset(_COPIES.split())
-"""Operators that leave a logarithm of a sigmoid what it is; a difference of two of them is a logit."""
+"""Operators whose result on a logarithm of a sigmoid is still one. A difference of two is not: it is a logit."""
 
 
-class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch tells no types
-    """Remembers in which memory results lie that come from a saturating operator without a layer between.
+class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in PyTorch
+    """Records the memory of results that come from a saturating operator without a layer in between.
 
     Args:
-        logarithm: those of `logsigmoid` instead, and their copies.
+        logarithm: record the results of `logsigmoid` and their copies instead.
     """
 
     def __init__(self, *, logarithm: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # the same
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in PyTorch
         self.logarithm = logarithm
-        self.kept: dict[int, torch.Tensor] = {}  # with the tensor, so that its memory is not given to another
+        self.kept: dict[int, torch.Tensor] = {}  # keeps the tensor alive, so that its memory is not reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -59,14 +56,14 @@ class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch tel
         return out
 
     def _begins(self, name: str, args: Any) -> bool:
-        """Return whether an operator gives such a result whatever it is given."""
+        """Return whether an operator returns such a result for any input."""
         if self.logarithm:
             return name == LOGARITHM
         bounded = name == "clamp" and len([bound for bound in args[1:] if bound is not None]) == len(("min", "max"))
         return bounded or name in SATURATING
 
     def holds(self, value: Any) -> bool:
-        """Return whether a tensor lies in the memory of such a result."""
+        """Return whether a tensor shares the memory of such a result."""
         return isinstance(value, torch.Tensor) and _memory(value) in self.kept
 
 
@@ -75,14 +72,14 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 def squashed(model: nn.Module, layer: str, inputs: Any, *, logarithm: bool = False) -> bool:
-    """Return whether the value at a layer comes out of a sigmoid, a softmax or the like, by operators without weights.
+    """Return whether the value at a layer comes from a sigmoid, a softmax or the like, by operators without weights.
 
-    Only meaningful for values that are all from 0 to 1: a difference of two sigmoids comes out of them as well.
+    Only meaningful for values from 0 to 1, because a difference of two sigmoids also comes from them.
 
     Args:
-        model, layer, inputs: of the run.
-        logarithm: whether the value is that of `logsigmoid` instead, by copies alone.
+        model, layer, inputs: model, layer and batch of the run.
+        logarithm: test for an unchanged result of `logsigmoid` instead.
     """
     with _Marks(logarithm=logarithm) as marks:
-        found = dry_run(model, (layer,), inputs)[layer]
-    return bool(marks.holds(found))
+        value = dry_run(model, (layer,), inputs)[layer]
+    return bool(marks.holds(value))

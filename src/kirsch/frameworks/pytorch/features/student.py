@@ -1,4 +1,4 @@
-"""A student with what is trained beside it: one module, so that one forward computes all that a step needs."""
+"""A student and its adapters in one module, so that one forward computes all values of a training step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from kirsch.errors import NumericError, UsageError
 from kirsch.frameworks.layers import at_layers
 from kirsch.frameworks.pytorch.features.adapters import Adapter
-from kirsch.frameworks.pytorch.features.capture import Watch
+from kirsch.frameworks.pytorch.features.capture import FeatureCapture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StudentOutputs:
-    """What one forward gives.
+    """Results of one forward.
 
     Args:
-        values: by layer of the student.
-        joined: by name of a adapter, the student's and the teacher's side as its loss takes them.
-        extra: by name of a adapter, what trains the adapter itself.
+        values: the student's values by layer.
+        joined: by name of an adapter, the student's and the teacher's values for the loss.
+        extra: by name of an adapter, its own loss.
     """
 
     values: dict[str, Any]
@@ -34,14 +34,14 @@ class StudentOutputs:
 
 
 class StudentWithAdapters(nn.Module):
-    """A student, the layers at which it is watched, and the adapters between it and its teacher.
+    """A student, the layers that are captured, and the adapters between student and teacher.
 
     Args:
-        student: the model that learns.
-        layers: concrete ones.
+        student: the model to train.
+        layers: layers without patterns.
         adapters: adapters by name.
-        pairs: by the same names, where the student's side comes from: a layer, or a list or dict of them.
-        logits: makes logits of probabilities among the values by layer; None leaves all as they are.
+        pairs: the student's layer of each adapter, by name: a layer, or a list or dict of layers.
+        logits: function that converts probabilities to logits in the values by layer; None changes nothing.
     """
 
     def __init__(
@@ -55,40 +55,40 @@ class StudentWithAdapters(nn.Module):
         super().__init__()
         self.student = student
         self.adapters = nn.ModuleDict(adapters or {})
-        self._sites, self._pairs = tuple(layers), dict(pairs or {})
+        self._layers, self._pairs = tuple(layers), dict(pairs or {})
         self._logits = logits
-        self._watch: Watch | None = None
+        self._capture: FeatureCapture | None = None
 
     def forward(self, inputs: Any, teacher_source: Mapping[str, Any] | None = None, ids: Any = None) -> StudentOutputs:
-        """One run of the student.
+        """Run the student and the adapters.
 
         Args:
             inputs: one batch.
-            teacher_source: the teacher's side of each adapter.
-            ids: numbers of the samples, for adapters that remember them.
+            teacher_source: the teacher's values by name of the adapter.
+            ids: ids of the samples, for adapters that store values by sample.
         """
-        if self._watch is None:  # not in __init__: hooks would be copied along, and write into the original
-            self._watch = Watch(self.student, self._sites)
-        values = self._watch(inputs)
+        if self._capture is None:  # not in __init__: copies of the module would share the hooks
+            self._capture = FeatureCapture(self.student, self._layers)
+        values = self._capture(inputs)
         values = values if self._logits is None else self._logits(values)
         joined, extra = {}, {}
-        for name, theirs in (teacher_source or {}).items():
+        for name, teacher in (teacher_source or {}).items():
             adapter = self.adapters[name]
-            joined[name] = adapter(at_layers(values, self._pairs[name]), theirs, ids=ids)
-            beside = adapter.extra_loss() if isinstance(adapter, Adapter) else None
-            if beside is not None:
-                extra[name] = beside
+            joined[name] = adapter(at_layers(values, self._pairs[name]), teacher, ids=ids)
+            extra_loss = adapter.extra_loss() if isinstance(adapter, Adapter) else None
+            if extra_loss is not None:
+                extra[name] = extra_loss
         return StudentOutputs(values, joined, extra)
 
     def close(self) -> None:
-        """Take the hooks away."""
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
+        """Remove the hooks."""
+        if self._capture is not None:
+            self._capture.close()
+            self._capture = None
 
 
 def student_of(model: nn.Module) -> nn.Module:
-    """The student within a student, also where distribution or compilation wraps it; any other model itself."""
+    """Return the student of a `StudentWithAdapters`, also if it is wrapped (DDP, compiled); other models unchanged."""
     while not isinstance(model, StudentWithAdapters):
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if not isinstance(inner, nn.Module):
@@ -102,33 +102,36 @@ def gradient_norms(
     parts: Mapping[str, torch.Tensor],
     summed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, float]:
-    """How long the gradient of each part of a loss is for the student, without adapters; the graph stays for the step.
+    """Return the norm of the gradient of each loss term for the student's parameters, without those of adapters.
+
+    The graph is retained for the training step.
 
     Args:
-        student: with the student.
-        parts: by name.
-        summed: what the processes of a run make of the gradients that each has of its share.
+        student: the student with its adapters.
+        parts: loss terms by name.
+        summed: function that sums the gradients of all processes; None for a single process.
 
     Raises:
-        NumericError: a part gives the student no gradient.
-        UsageError: the student is checkpointed in a way that gives the gradient of the whole loss alone.
+        NumericError: no gradient of a term reaches the student.
+        UsageError: the student uses reentrant checkpoints, which do not support gradients of a single term.
     """
-    beside = {id(p) for p in student.adapters.parameters()}  # a student may hold them too, so that others find them
-    parameters = [p for p in student.student.parameters() if p.requires_grad and id(p) not in beside]
+    adapter_ids = {id(p) for p in student.adapters.parameters()}  # they may also be registered in the student
+    parameters = [p for p in student.student.parameters() if p.requires_grad and id(p) not in adapter_ids]
     norms: dict[str, float] = {}
     for name, part in parts.items():
-        found: Sequence[torch.Tensor | None] = (
+        gradients: Sequence[torch.Tensor | None] = (
             _gradients(student, part, parameters) if part.requires_grad and parameters else [None] * len(parameters)
         )
         if summed is not None:
-            found = [summed(p.new_zeros(p.shape) if g is None else g) for p, g in zip(parameters, found, strict=True)]
-        norm = math.sqrt(sum(float((g.detach().float() ** 2).sum()) for g in found if g is not None))
-        if all(g is None for g in found) or (norm == 0.0 and abs(float(part.detach())) > 1e-9):  # noqa: PLR2004 - zero up to rounding
+            gradients = [
+                summed(p.new_zeros(p.shape) if g is None else g) for p, g in zip(parameters, gradients, strict=True)
+            ]
+        norm = math.sqrt(sum(float((g.detach().float() ** 2).sum()) for g in gradients if g is not None))
+        if all(g is None for g in gradients) or (norm == 0.0 and abs(float(part.detach())) > 1e-9):  # noqa: PLR2004 - zero up to rounding
             raise NumericError(
-                f"The loss term {name!r} gives the model no gradient.",
+                f"No gradient of the loss term {name!r} reaches the model.",
                 f"Its value on the first batch of the epoch is {float(part.detach()):.3g}.",
-                "It must be computed from the outputs of the model that is trained; what is checkpointed in it needs "
-                "use_reentrant=False.",
+                "Compute it from the outputs of the model that is trained; its checkpoints need use_reentrant=False.",
             )
         norms[name] = norm
     return norms
@@ -143,8 +146,8 @@ def _gradients(
         if "use_reentrant" not in str(error):
             raise
         raise UsageError(
-            f"{type(student.student).__name__} is checkpointed with use_reentrant=True.",
-            "That way gives the gradient of the whole loss alone, and none of one term.",
-            "Set use_reentrant=False, in models of transformers by "
+            f"{type(student.student).__name__} uses checkpoints with use_reentrant=True.",
+            "They do not support the gradient of a single loss term.",
+            "Set use_reentrant=False; in models of transformers by "
             'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).',
         ) from error

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from kirsch.errors import DataError, ModelError, UsageError, said
-from kirsch.failures import told
-from kirsch.frameworks.structure import look
+from kirsch.errors import DataError, ModelError, UsageError, error_text
+from kirsch.failures import error_with_location
+from kirsch.frameworks.structure import summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -125,15 +125,15 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
         types = [" and ".join(sorted(map(_dtype_name, dtypes))) for dtypes in (model_types, input_types)]
         return UsageError(
             f"{name} computes in {types[0]}, and its inputs are {types[1]}.",
-            said(error),
+            error_text(error),
             _fix_of_types(model_types, input_types),
         )
     integers = _integers(parts, error) if model_types and not input_types else None
     if integers is not None:
         return UsageError(
-            f"{name} computes in {_dtype_name(next(iter(model_types)))}, and its inputs are {look(integers)}, values "
-            f"{int(integers.min())} to {int(integers.max())}.",
-            said(error),
+            f"{name} computes in {_dtype_name(next(iter(model_types)))}, and its inputs are {summary(integers)}, "
+            f"values {int(integers.min())} to {int(integers.max())}.",
+            error_text(error),
             _fix_of_integers(integers),
         )
     return None
@@ -209,7 +209,9 @@ def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:
     elif isinstance(error, IndexError):
         fix = "If the inputs are token ids, compare the vocabulary of the tokenizer with that of the model."
     return ModelError(
-        f"{type(model).__name__} does not run on a batch whose inputs are {look(inputs)}.", told(error), fix
+        f"{type(model).__name__} does not run on a batch whose inputs are {summary(inputs)}.",
+        error_with_location(error),
+        fix,
     )
 
 
@@ -217,7 +219,7 @@ def one_sample(model: nn.Module, error: Exception) -> DataError:
     """Return the error for a batch of one sample, for which batch normalization has no variance."""
     return DataError(
         f"A batch has one sample, and {type(model).__name__} normalizes over the samples of a batch.",
-        said(error),
+        error_text(error),
         "Set drop_last=True in the DataLoader, or choose a batch size without a last batch of one sample. ArrayData "
         "adds such a sample to the batch before.",
     )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kirsch.errors import DataError, KirschError, UsageError, said
+from kirsch.errors import DataError, KirschError, UsageError, error_text
 from kirsch.failures import lacks_memory
 from kirsch.frameworks.annotations import ONLY_NUMBERS
 from kirsch.frameworks.predictions import logits_output
@@ -93,7 +93,7 @@ def _call_error(model: nn.Module, args: Any, options: Any, extra: Any, error: Ex
     if decoder and not any(name.startswith("decoder_input") for name in options):
         return UsageError(
             f"{type(model).__name__} has a decoder, and the batches have no decoder_input_ids.",
-            said(error),
+            error_text(error),
             "Pass the model to DataCollatorForSeq2Seq, or add "
             "model.prepare_decoder_input_ids_from_labels(labels=labels) to the batches.",
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kirsch.errors import ModelError, NumericError, said
+from kirsch.errors import ModelError, NumericError, error_text
 from kirsch.frameworks.port import host
 from kirsch.frameworks.pytorch.analysis.provenance import called_name
 from kirsch.frameworks.pytorch.analysis.randomness import RANDOMNESS_FIX, line_that_draws, reason_for, unsteady
@@ -89,7 +89,7 @@ class TorchExportable:
             )
             if not fix:
                 raise
-            raise ModelError(f"A {self.name} does not run with its inputs.", said(error), fix) from error
+            raise ModelError(f"A {self.name} does not run with its inputs.", error_text(error), fix) from error
         bfloat16 = next((name for name, value in outputs.items() if value.dtype is torch.bfloat16), None)
         if bfloat16 is not None:
             raise onnx_file.computing_in_bfloat16(self.name, "", f"Its output {bfloat16!r} is bfloat16. ")
@@ -157,7 +157,7 @@ class TorchExportable:
         except Exception as error:
             first = _root_cause(error)
             fix = "Replace the operation that the message names, or export a part of the model without it."
-            why, fix = reason_of(self._functions(), first) or (said(first), fix)
+            why, fix = reason_of(self._functions(), first) or (error_text(first), fix)
             raise ModelError(f"A {self.name} cannot be exported to ONNX.", why, fix) from error
         if program is None:
             raise ModelError(f"A {self.name} cannot be exported to ONNX.", "The exporter returned None.")

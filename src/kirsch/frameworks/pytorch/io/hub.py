@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kirsch.errors import LoadError, MissingExtraError, SurroundingsError, UnknownNameError, said
+from kirsch.errors import LoadError, MissingExtraError, SurroundingsError, UnknownNameError, error_text
 from kirsch.frameworks.pytorch.io.vision import import_beside
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def from_timm(name: str, *, pretrained: bool) -> nn.Module:
     except (ImportError, RuntimeError, OSError) as error:
         raise SurroundingsError(
             "timm is installed and cannot be imported.",
-            said(error),
+            error_text(error),
             "Reinstall timm, with the torchvision for this torch.",
         ) from error
     if not timm.is_model(name):
@@ -37,5 +37,5 @@ def from_timm(name: str, *, pretrained: bool) -> nn.Module:
     except Exception as error:  # the client of the hub has its own exception classes
         what = f"The weights of timm:{name} cannot be downloaded." if pretrained else f"timm:{name} cannot be built."
         fix = "Check the network, give a safetensors file, or use random weights." if pretrained else ""
-        raise LoadError(what, said(error), fix) from error
+        raise LoadError(what, error_text(error), fix) from error
     return model

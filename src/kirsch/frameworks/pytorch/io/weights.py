@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch.nn.parameter import is_lazy
 
-from kirsch.errors import LoadError, ModelError, OutputError, said
+from kirsch.errors import LoadError, ModelError, OutputError, error_text
 from kirsch.frameworks.formats import describe
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def save_weights(model: nn.Module, path: Path) -> None:
                 safetensors.torch.save({name: value})
             except Exception:  # noqa: BLE001 - whatever safetensors raises for this tensor
                 raise _unwritable(model, name, f"a tensor of {_dtype_name(value.dtype)}, {value.layout}") from error
-        raise OutputError(f"{path} cannot be written.", said(error), "Free space or choose another folder.") from error
+        raise OutputError(
+            f"{path} cannot be written.", error_text(error), "Free space or choose another folder."
+        ) from error
 
 
 def take_types(model: nn.Module, path: Path) -> bool:
@@ -156,7 +158,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.dtype]]:
     except Exception as error:
         raise LoadError(
             f"The weights {path} cannot be read.",
-            said(error),
+            error_text(error),
             "Give a valid safetensors file, as kirsch.save and safetensors.torch.save_model write it.",
         ) from error
     if not all(isinstance(dtype, torch.dtype) for dtype in buffer_types.values()):

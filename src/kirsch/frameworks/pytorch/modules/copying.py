@@ -15,7 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from kirsch.errors import ModelError, said
+from kirsch.errors import ModelError, error_text
 from kirsch.frameworks.pytorch.modules import unsupported
 from kirsch.frameworks.pytorch.modules.interpreted import graph_in
 from kirsch.frameworks.pytorch.modules.modes import set_modes
@@ -135,10 +135,10 @@ def _reason(model: nn.Module, name: str, error: Exception) -> tuple[str, str, st
                 where = f"{path}.{attribute}".lstrip(".")
                 return (
                     what,
-                    f"Its attribute `{where}`, a {type(value).__name__}, cannot be copied: {said(cause)}",
+                    f"Its attribute `{where}`, a {type(value).__name__}, cannot be copied: {error_text(cause)}",
                     "Set the attribute to None or delete it, or give its class a __deepcopy__.",
                 )
-    return what, said(error), "Make copy.deepcopy(model) work, for instance by giving the class a __deepcopy__."
+    return what, error_text(error), "Make copy.deepcopy(model) work, for instance by giving the class a __deepcopy__."
 
 
 def recompute_weights(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from kirsch.errors import DataError, UsageError, said
+from kirsch.errors import DataError, UsageError, error_text
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def accelerator_for(training: Training) -> Accelerator:
         if accelerator.native_amp or training.precision == "fp32":  # with fp16 on a CPU, Accelerate computes in fp32
             return accelerator
     except ValueError as error:
-        why = said(error)
+        why = error_text(error)
     raise UsageError(
         f"precision is {training.precision!r}, which this machine cannot train in.", why, 'Use "bf16" or "fp32".'
     )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kirsch.errors import said
+from kirsch.errors import error_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -220,7 +220,7 @@ class Search:
             self.trial({})
             why = self._trials[frozenset()]
             if isinstance(why, Exception):
-                return f"The model cannot be built from its configuration: {said(why)}"
+                return f"The model cannot be built from its configuration: {error_text(why)}"
             return "Its configuration builds a model with other names of parameters."
         name, axis = self.unreachable[0]
         return (
@@ -234,7 +234,7 @@ class Search:
         found = self.trial({})
         if found is None:
             error = self._trials[frozenset()]
-            return f"Its configuration does not build it: {said(error) if isinstance(error, Exception) else ''}"
+            return f"Its configuration does not build it: {error_text(error) if isinstance(error, Exception) else ''}"
         for name, axis in _different(found, self.stored)[:1]:
             size = found.get((name, axis))
             builds = f"it with size {size}" if size is not None else "no such tensor"
@@ -367,7 +367,7 @@ class Search:
         if not open_ and found is not None and not unreachable:
             yield chosen
         elif not open_ and isinstance(error := self._trials.get(frozenset(chosen.items())), Exception):
-            self.rejections.append(said(error.__cause__ or error))
+            self.rejections.append(error_text(error.__cause__ or error))
         elif open_ and not unreachable:
             alone = [{axis for axis in number.affected if uses[axis] == 1} & self.stored.keys() for number in open_]
             hints = [self.integers.get(number.path.rpartition(".")[2], set()) - {number.value} for number in open_]

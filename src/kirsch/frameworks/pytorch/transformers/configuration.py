@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kirsch.errors import PlanError, nearest, said
+from kirsch.errors import PlanError, error_text, nearest
 from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.transformers.blueprint import (
@@ -243,7 +243,7 @@ def difference_of(pruned: nn.Module, changes: Numbers, args: Any, options: Any) 
             if distance(before, outputs(built)) != 0:
                 return _cause(copied, built, differs)
         except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
-            return said(error).rstrip(".")
+            return error_text(error).rstrip(".")
     return ""
 
 

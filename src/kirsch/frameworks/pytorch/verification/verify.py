@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -10,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kirsch.errors import VerificationError, said
+from kirsch.errors import VerificationError, error_text
 from kirsch.frameworks.pytorch.analysis.program import user_line
 from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.surgery.cut import sliced
 from kirsch.frameworks.pytorch.verification.computed_weights import changed
+from kirsch.frameworks.pytorch.verification.dtypes import OneType, WithoutDropout, cast, limits_of_the_trace
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
 from kirsch.frameworks.pytorch.verification.unseen import unseen
 from kirsch.graph.constants import AS_GRAPH
 from kirsch.graph.verification import UNUSUAL_LAYERS, Verification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -137,7 +136,7 @@ def _verify(pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Remo
     if exception is not None and _training_exception(original, graph) is None:
         raise VerificationError(
             f"The pruned {graph.model_name} runs in inference mode only.",
-            said(exception),
+            error_text(exception),
             f"The forward uses a fixed width in training mode ({user_line(exception) or 'in PyTorch'}). Read the width "
             f"from the shape of the tensor, or {AS_GRAPH}.",
         )
@@ -174,8 +173,8 @@ def _training_exception(model: nn.Module, graph: Graph) -> Exception | None:
 
 def computed(original: nn.Module, graph: Graph, keep: NDArray[np.bool_], dtype: torch.dtype) -> dict[str, float]:
     """Return the modules whose computed weights change for the kept units; see `computed_weights.changed`."""
-    with _OneType(dtype):
-        return changed(graph, keep, {name: _cast(value, dtype) for name, value in _named(original).items()})
+    with OneType(dtype):
+        return changed(graph, keep, {name: cast(value, dtype) for name, value in _named(original).items()})
 
 
 def _compare(
@@ -188,16 +187,16 @@ def _compare(
     candidate = _candidate(pruned, original, graph, removal, noise, dtype)
     args, options = _inputs(graph, dtype)
     flat = tree_leaves((args, options))
-    with _OneType(dtype):
+    with OneType(dtype):
         masked = seeded(lambda: MaskedRun(graph, keep, tensors, removal.without).outputs(flat))
         dense = seeded(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat, shown=keep))
-        with _limits_of_the_trace(traced, dtype):
+        with limits_of_the_trace(traced, dtype):
             found = seeded(functools.partial(run, candidate, args, options))
     folded = any(graph.kept(fold.width, keep) is not None for fold in traced.folds)
     tolerance, reason = max(TOLERANCES[dtype], FOLDED) if folded else TOLERANCES[dtype]
     error = distance(masked, found)
     del candidate, noise
-    with _OneType(dtype):
+    with OneType(dtype):
         unseen_modules = unseen(graph, keep, tensors, flat) if error <= tolerance else ()
         reweighted = computed(original, graph, keep, dtype) if error <= tolerance else {}
     return Verification(
@@ -232,9 +231,9 @@ def _training_error(
 
     def error(model: nn.Module, removal: _Removal) -> float:
         candidate = _candidate(model, original, graph, removal, noise, dtype).train()
-        with _OneType(dtype), _WithoutDropout():  # type: ignore[no-untyped-call]
+        with OneType(dtype), WithoutDropout():  # type: ignore[no-untyped-call]
             masked = seeded(lambda: MaskedRun(graph, removal.keep, tensors, training=True).outputs(flat))
-            with _limits_of_the_trace(graph.traced, dtype):
+            with limits_of_the_trace(graph.traced, dtype):
                 return distance(masked, seeded(functools.partial(run, candidate, args, options)))
 
     try:
@@ -247,16 +246,14 @@ def _training_error(
 def _noisy(model: nn.Module, noise: Mapping[int, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the parameters and buffers with noise added."""
     return {
-        name: torch.add(_cast(value, dtype), noise[id(value)].to(value.device))
-        if id(value) in noise
-        else value.detach()
+        name: torch.add(cast(value, dtype), noise[id(value)].to(value.device)) if id(value) in noise else value.detach()
         for name, value in _named(model).items()
     }
 
 
 def _inputs(graph: Graph, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return the example inputs in a dtype, with noise added to constant ones."""
-    both: tuple[Any, Any] = tree_map(lambda v: _cast(v, dtype), (graph.traced.args, graph.traced.options))
+    both: tuple[Any, Any] = tree_map(lambda v: cast(v, dtype), (graph.traced.args, graph.traced.options))
     if graph.tracing.decisions != "example":  # other values could take another branch
         both = tree_map(_without_constant, both)
     return both
@@ -266,66 +263,6 @@ def seeded(forward: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
     """Return the outputs of a run from a fixed seed, so that equal models draw equal random numbers."""
     torch.manual_seed(0)
     return forward()
-
-
-@contextlib.contextmanager
-def _limits_of_the_trace(traced: Traced, dtype: torch.dtype) -> Iterator[None]:
-    """Make `torch.finfo` return the limits of the dtype of the trace, in which they are constants.
-
-    Only if all values of the trace have one floating-point dtype.
-    """
-    values = [value for node in traced.program.graph.nodes for value in tree_leaves(node.meta.get("val"))]
-    types = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()}
-    original: Any = torch.finfo
-    if len(types) == 1:
-        traced_type = types.pop()
-
-        def finfo(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = tree_map(lambda value: traced_type if value is dtype else value, (args, kwargs))
-            return original(*args, **kwargs)
-
-        setattr(torch, "finfo", finfo)  # noqa: B010 - mypy does not allow the assignment
-    try:
-        yield
-    finally:
-        setattr(torch, "finfo", original)  # noqa: B010 - likewise
-
-
-class _OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
-    """Compute all operations in one floating dtype, also where the model's code converts to another."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._dtype = dtype
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation."""
-        options = dict(kwargs or {})
-        if isinstance(options.get("dtype"), torch.dtype) and options["dtype"].is_floating_point:
-            options["dtype"] = self._dtype
-        if not func._schema.is_mutable:  # noqa: SLF001 - has no public name
-            args, options = tree_map(self._cast, (args, options))
-        out = func(*args, **options)
-        creates = not any(isinstance(value, torch.Tensor) for value in tree_leaves((args, options)))
-        return tree_map(self._cast, out) if creates else out
-
-    def _cast(self, value: Any) -> Any:
-        return _cast(value, self._dtype) if isinstance(value, torch.Tensor) else value
-
-
-class _WithoutDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Replace Bernoulli draws with their means, so that dropout keeps all entries of tensors of any width."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation."""
-        name = func._schema.name.removeprefix("aten::")  # noqa: SLF001 - has no public name
-        if name == "native_dropout":
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if name in ("bernoulli", "bernoulli_"):
-            default = 0.5 if name == "bernoulli_" else args[0]  # PyTorch omits arguments that equal the default
-            mean = args[1] if len(args) > 1 else default
-            return (args[0] if name == "bernoulli_" else torch.empty_like(args[0])).copy_(torch.as_tensor(mean))
-        return func(*args, **(kwargs or {}))
 
 
 def _candidate(
@@ -399,10 +336,6 @@ def _without_constant(value: Any) -> Any:
         return value
     noise = 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).abs()
     return value + noise.to(value.device, value.dtype) * torch.where(value < 0, -1, 1)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.detach().to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _without_limits(value: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What stands between the values of student and teacher and the loss that compares them; it is trained along."""
+"""Adapters: trainable modules that convert the values of student and teacher for the loss that compares them."""
 
 from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter
 from kirsch.frameworks.pytorch.features.adapters.build import build

@@ -1,4 +1,4 @@
-"""What an adapter is, how it gets its name, and what most of them share."""
+"""The base class and the registry of adapters, and functions that several adapters use."""
 
 from __future__ import annotations
 
@@ -19,80 +19,80 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Shape: TypeAlias = Sequence[int]
-"""Of one value, with the batch first: a torch.Size."""
+"""Shape of one value, with the batch first, such as a torch.Size."""
 
 ADAPTERS: Registry[Callable[..., nn.Module]] = Registry("adapter")
-"""Name → class, or function, of (shape of the student's value, shape of the teacher's, options as keywords)."""
+"""Classes or functions by name; they take the shape of the student's value, that of the teacher's, and options."""
 
 META = torch.device("meta").type
-"""A device of shapes alone, which knows no autocast."""
+"""Device without data, which does not support autocast."""
 
 
 class Adapter(nn.Module):
-    """Brings a student's value and a teacher's to where a loss can compare them.
+    """Converts a value of the student and a value of the teacher so that a loss can compare them.
 
-    Its parameters are trained and saved with the student, and are no part of it. `forward` gives the pair that the loss
-    is called with; nothing in it reaches back into the teacher's value.
+    The parameters of an adapter are trained and saved with the student, but are not part of it. `forward` returns the
+    pair with which the loss is called. No gradient flows to the teacher's value.
 
-    An adapter is registered under a name, and built from two shapes and its options. One that says `stages = True`
-    takes lists, of one shape and one value for each stage; of the others, one is built for each stage.
+    An adapter is registered under a name, and built from two shapes and its options. An adapter with `stages = True`
+    takes lists of shapes and values, one for each stage. Of any other adapter, one is built for each stage.
     """
 
     stages: ClassVar[bool] = False
 
     def forward(self, student: Any, teacher: Any, *, ids: Any = None) -> tuple[Any, Any]:
-        """Both values as the loss takes them.
+        """Return both values for the loss.
 
         Args:
-            student, teacher: what was captured of both for one batch.
-            ids: which samples the batch is of, shape (N,), whole numbers; most adapters need none.
+            student, teacher: captured values of one batch.
+            ids: ids of the samples, shape (N,), integers; most adapters do not use them.
         """
         raise NotImplementedError
 
     def extra_loss(self) -> Tensor | None:
-        """What the adapter itself is to be charged for after the last forward, a scalar; None if it is not.
+        """Return the adapter's own loss for the last forward, a scalar, or None if it has none.
 
-        It is given once, so that no graph outlives its step.
+        The loss is returned only once, so that its graph is released after the step.
         """
         return None
 
-    def taken(self, values: Tensor) -> Tensor:
-        """Values in the type of the parameters, unless autocast is on, which chooses the type itself."""
+    def cast(self, values: Tensor) -> Tensor:
+        """Convert values to the type of the parameters, unless autocast is on, which chooses the type itself."""
         if values.device.type != META and torch.is_autocast_enabled(values.device.type):
             return values
         return values.to(next(self.parameters()).dtype)
 
 
-def in_full(values: Tensor) -> AbstractContextManager[Any]:
-    """A context without autocast on the device of these values."""
+def without_autocast(values: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast on the device of the values."""
     return nullcontext() if values.device.type == META else torch.autocast(values.device.type, enabled=False)
 
 
-def map_of(shape: Shape, whose: str, adapter: str) -> tuple[int, int, int]:
-    """Channels, height and width of a map (N, C, H, W).
+def map_size(shape: Shape, role: str, adapter: str) -> tuple[int, int, int]:
+    """Return channels, height and width of feature maps (N, C, H, W).
 
     Raises:
-        ShapeError: it is the shape of something else.
+        ShapeError: the shape has another number of axes.
     """
-    _check_rank(shape, "NCHW", whose, adapter)
+    _check_rank(shape, "NCHW", role, adapter)
     return shape[1], shape[2], shape[3]
 
 
-def tokens_of(shape: Shape, whose: str, adapter: str) -> tuple[int, int]:
-    """Length and width of tokens (N, L, D).
+def token_size(shape: Shape, role: str, adapter: str) -> tuple[int, int]:
+    """Return length and width of tokens (N, L, D).
 
     Raises:
-        ShapeError: it is the shape of something else.
+        ShapeError: the shape has another number of axes.
     """
-    _check_rank(shape, "NLD", whose, adapter)
+    _check_rank(shape, "NLD", role, adapter)
     return shape[1], shape[2]
 
 
-def _check_rank(shape: Shape, axes: str, whose: str, adapter: str) -> None:
+def _check_rank(shape: Shape, axes: str, role: str, adapter: str) -> None:
     if len(shape) != len(axes):
         raise ShapeError(
-            f"The {whose}'s value has shape {tuple(shape)}; ({', '.join(axes)}) is needed.",
-            f"The adapter {adapter!r} takes nothing else.",
+            f"The {role}'s value has shape {tuple(shape)}; ({', '.join(axes)}) is needed.",
+            f"The adapter {adapter!r} takes only values of this kind.",
             "Choose another adapter, or another layer.",
         )
 
@@ -101,20 +101,18 @@ SPATIAL = ("pool", "interpolate")
 
 
 def check_spatial(spatial: str) -> None:
-    """Raise a UsageError unless this is a way to bring maps to one size."""
+    """Raise a UsageError if the option `spatial` is unknown."""
     if spatial not in SPATIAL:
-        raise UsageError(
-            f"The option 'spatial' is {spatial!r}.", "Maps of two sizes are joined by 'pool' or 'interpolate'."
-        )
+        raise UsageError(f"The option 'spatial' is {spatial!r}.", fix="Use 'pool' or 'interpolate'.")
 
 
-def leveled(student: Tensor, teacher: Tensor, spatial: str = "pool") -> tuple[Tensor, Tensor]:
-    """Both maps at one height and width.
+def match_sizes(student: Tensor, teacher: Tensor, spatial: str = "pool") -> tuple[Tensor, Tensor]:
+    """Return both maps at the same height and width.
 
     Args:
         student, teacher: shape (N, C, H, W).
-        spatial: "pool" averages whichever is larger, for height and width apart; "interpolate" brings the student's
-            map to the size of the teacher's, bilinearly.
+        spatial: "pool" averages the larger map, separately for height and width; "interpolate" resizes the student's
+            map to the size of the teacher's by bilinear interpolation.
     """
     if student.shape[2:] == teacher.shape[2:]:
         return student, teacher

@@ -1,4 +1,4 @@
-"""The adapter that joins what was captured, by name or by the shapes."""
+"""Construction of adapters, by name or by the shapes of the captured values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from kirsch.errors import ShapeError, UsageError, listing, nearest
 
-# The files that register adapters.
+# These modules register adapters.
 from kirsch.frameworks.pytorch.features.adapters import kept, maps, memory, review, tokens, vectors  # noqa: F401
 from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter, Shape
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-OF_ALL = ("widths", "takes", "dtype")
-"""Options that every call may give, and no adapter sees."""
+COMMON_OPTIONS = ("widths", "takes", "dtype")
+"""Options of `build` that are not passed to the adapter."""
 
 MAP, TOKENS, VECTOR = len("NCHW"), len("NLD"), len("ND")
 
@@ -28,130 +28,133 @@ MAP, TOKENS, VECTOR = len("NCHW"), len("NLD"), len("ND")
 def build(
     name: str, student: Shape | Sequence[Shape], teacher: Shape | Sequence[Shape], *, options: Mapping[str, Any]
 ) -> nn.Module | None:
-    """An adapter for values of these shapes, drawn from PyTorch's generator on its default device.
+    """Build an adapter for values of these shapes, initialized by PyTorch's generator on the default device.
 
     Args:
-        name: one of `ADAPTERS`, or "auto" for what joins the shapes, None where nothing has to be joined.
-        student, teacher: shape of one captured value, or a list with one for each stage.
-        options: of the adapter, and
-            "widths": as the loss says it, "same" or "any"; "auto" joins no widths for "any".
-            "takes": as the loss says it; "auto" lets maps face tokens where a loss of "features" takes any widths.
-            "dtype": of the captured value. Parameters are float64 where that is, and float32 otherwise.
+        name: a name in `ADAPTERS`, or "auto" to choose by the shapes.
+        student, teacher: shape of one captured value, or a list with one shape for each stage.
+        options: options of the adapter, and
+            "widths": that of the loss, "same" or "any"; with "any", "auto" needs no adapter for different widths.
+            "takes": that of the loss; "auto" accepts maps with tokens if a loss of "features" accepts any widths.
+            "dtype": type of the captured value. Parameters are float64 if it is float64, else float32.
 
     Returns:
-        A module with `forward(student, teacher, *, ids=None)`, see `Adapter`.
+        A module with `forward(student, teacher, *, ids=None)`, see `Adapter`; None if "auto" finds that no adapter is
+        needed.
 
     Raises:
-        UnknownNameError: there is no such adapter.
-        UsageError: it has no such option.
-        ShapeError: it cannot join these shapes, or no adapter can.
+        UnknownNameError: there is no adapter of this name.
+        UsageError: the adapter does not have an option.
+        ShapeError: the adapter does not support these shapes, or no adapter does.
     """
-    own_options = {key: value for key, value in options.items() if key not in OF_ALL}
-    listed = _is_list(student)
-    if listed != _is_list(teacher) or (listed and len(student) != len(teacher)):
+    adapter_options = {key: value for key, value in options.items() if key not in COMMON_OPTIONS}
+    is_list = _is_list(student)
+    if is_list != _is_list(teacher) or (is_list and len(student) != len(teacher)):
         raise ShapeError(
-            f"The student gives {_counted(student)}, the teacher {_counted(teacher)}.",
-            "An adapter joins one with one.",
-            "Name as many layers of both.",
+            f"The student has {_describe(student)}, the teacher {_describe(teacher)}.",
+            "An adapter needs one value of each, or as many stages.",
+            "Choose the same number of layers in both.",
         )
     if name != "auto" and getattr(ADAPTERS[name], "stages", False):
-        if not listed:
-            raise ShapeError(f"The adapter {name!r} joins a list of stages, and was given one value.")
-        built: nn.Module | None = _made(name, student, teacher, own_options)
-    elif listed:
+        if not is_list:
+            raise ShapeError(f"The adapter {name!r} needs a list of stages; there is only one value.")
+        built: nn.Module | None = _create(name, student, teacher, adapter_options)
+    elif is_list:
         pairs = zip(cast("Sequence[Shape]", student), cast("Sequence[Shape]", teacher), strict=True)
-        built = _of_stages([_one(name, own, its, options, own_options) for own, its in pairs])
+        built = _combine_stages(
+            [_build_one(name, shape_s, shape_t, options, adapter_options) for shape_s, shape_t in pairs]
+        )
     else:
-        built = _one(name, cast("Shape", student), cast("Shape", teacher), options, own_options)
+        built = _build_one(name, cast("Shape", student), cast("Shape", teacher), options, adapter_options)
     if built is not None and options.get("dtype") is torch.float64:
         built = built.double()
     return built
 
 
 def _is_list(shapes: Any) -> bool:
-    """Whether these are the shapes of stages, and no shape."""
+    """Return whether this is a list of shapes, not one shape."""
     return bool(shapes) and not isinstance(shapes[0], int)
 
 
-def _counted(shapes: Any) -> str:
+def _describe(shapes: Any) -> str:
     return f"{len(shapes)} stages" if _is_list(shapes) else "one value"
 
 
-def _one(
-    name: str, student: Shape, teacher: Shape, options: Mapping[str, Any], own_options: dict[str, Any]
+def _build_one(
+    name: str, student: Shape, teacher: Shape, options: Mapping[str, Any], adapter_options: dict[str, Any]
 ) -> nn.Module | None:
     if name == "auto":
-        found = joining(student, teacher, widths=options.get("widths", "same"), takes=options.get("takes"))
-        if found is None:
+        chosen = choose_adapter(student, teacher, widths=options.get("widths", "same"), takes=options.get("takes"))
+        if chosen is None:
             return None
-        name = found
-    return _made(name, student, teacher, own_options)
+        name = chosen
+    return _create(name, student, teacher, adapter_options)
 
 
-def _made(name: str, student: Any, teacher: Any, options: dict[str, Any]) -> nn.Module:
-    make = ADAPTERS[name]
-    taken = list(inspect.signature(make).parameters.values())[2:]
-    known = [parameter.name for parameter in taken]
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+def _create(name: str, student: Any, teacher: Any, options: dict[str, Any]) -> nn.Module:
+    factory = ADAPTERS[name]
+    parameters = list(inspect.signature(factory).parameters.values())[2:]
+    known = [parameter.name for parameter in parameters]
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         for option in options:
             if option not in known:
                 raise UsageError(
                     f"The adapter {name!r} has no option {option!r}.", listing(sorted(known)), nearest(option, known)
                 )
-    return make(student, teacher, **options)
+    return factory(student, teacher, **options)
 
 
-def joining(student: Shape, teacher: Shape, *, widths: str = "same", takes: str | None = None) -> str | None:
-    """The adapter by which two shapes are joined; None if they need none.
+def choose_adapter(student: Shape, teacher: Shape, *, widths: str = "same", takes: str | None = None) -> str | None:
+    """Return the name of the adapter that makes two shapes comparable, or None if they need none.
 
     Args:
-        student, teacher: with the batch first, which is not looked at.
-        widths: "any" where the loss compares what has no width.
-        takes: what the loss compares, if that is known.
+        student, teacher: shapes with the batch first, which is ignored.
+        widths: "any" if the loss accepts different widths.
+        takes: kind of values that the loss compares, if known.
 
     Raises:
-        ShapeError: no adapter joins them.
+        ShapeError: no adapter supports these shapes.
     """
-    own, its = tuple(student[1:]), tuple(teacher[1:])
-    kinds = len(student), len(teacher)
-    if own == its or (widths == "any" and (kinds[0] == kinds[1] or takes == "features")):
+    shape_s, shape_t = tuple(student[1:]), tuple(teacher[1:])
+    ranks = len(student), len(teacher)
+    if shape_s == shape_t or (widths == "any" and (ranks[0] == ranks[1] or takes == "features")):
         return None
     if takes == "attention":
         raise ShapeError(
-            f"The student's attention has {own[0]} heads, the teacher's {its[0]}."
-            if kinds == (MAP, MAP) and own[1:] == its[1:]
+            f"The student's attention has {shape_s[0]} heads, the teacher's {shape_t[0]}."
+            if ranks == (MAP, MAP) and shape_s[1:] == shape_t[1:]
             else f"The student's attention has shape {tuple(student)}, the teacher's {tuple(teacher)}.",
-            "A mixture of heads is no attention.",
-            'Build the student with as many, or compare how positions relate: the loss "minilm".',
+            "An adapter that mixes heads would not return attention weights.",
+            'Build the student with as many heads, or use the loss "minilm", which compares relations of positions.',
         )
-    if kinds == (MAP, MAP):
+    if ranks == (MAP, MAP):
         return "conv"
-    if kinds[0] == kinds[1] and kinds[0] >= VECTOR and own[:-1] == its[:-1]:
+    if ranks[0] == ranks[1] and ranks[0] >= VECTOR and shape_s[:-1] == shape_t[:-1]:
         return "linear"
-    if kinds == (TOKENS, MAP) and own[0] - its[1] * its[2] in (0, 1):
+    if ranks == (TOKENS, MAP) and shape_s[0] - shape_t[1] * shape_t[2] in (0, 1):
         return "tokens-to-map"
-    if kinds == (MAP, TOKENS) and its[0] - own[1] * own[2] in (0, 1):
+    if ranks == (MAP, TOKENS) and shape_t[0] - shape_s[1] * shape_s[2] in (0, 1):
         return "map-to-tokens"
     raise ShapeError(
-        f"No adapter joins the student's value of shape {tuple(student)} and the teacher's of shape {tuple(teacher)}.",
-        _why(own, its, kinds),
-        "Choose other layers, or name an adapter.",
+        f"No adapter fits the student's value of shape {tuple(student)} and the teacher's of shape {tuple(teacher)}.",
+        _reason(shape_s, shape_t, ranks),
+        "Choose other layers, or a specific adapter.",
     )
 
 
-def _why(own: tuple[int, ...], its: tuple[int, ...], kinds: tuple[int, int]) -> str:
-    if set(kinds) == {MAP, TOKENS}:
-        lengths, places = (own[0], its[1:]) if kinds[0] == TOKENS else (its[0], own[1:])
+def _reason(shape_s: tuple[int, ...], shape_t: tuple[int, ...], ranks: tuple[int, int]) -> str:
+    if set(ranks) == {MAP, TOKENS}:
+        length, size = (shape_s[0], shape_t[1:]) if ranks[0] == TOKENS else (shape_t[0], shape_s[1:])
         return (
-            f"A map of {places[0]} × {places[1]} has {places[0] * places[1]} places, and there are {lengths} tokens, "
-            "of which one may be a class token."
+            f"A map of {size[0]} × {size[1]} has {size[0] * size[1]} positions, and there are {length} tokens, of "
+            "which one may be a class token."
         )
-    if kinds == (TOKENS, TOKENS):
-        return f"The student has {own[0]} tokens, the teacher {its[0]}."
+    if ranks == (TOKENS, TOKENS):
+        return f"The student has {shape_s[0]} tokens, the teacher {shape_t[0]}."
     return "They are of different kinds."
 
 
-def _of_stages(parts: list[nn.Module | None]) -> nn.Module | None:
+def _combine_stages(parts: list[nn.Module | None]) -> nn.Module | None:
     return Stages(parts) if any(part is not None for part in parts) else None
 
 
@@ -159,23 +162,23 @@ class Stages(Adapter):
     """One adapter for each stage.
 
     Args:
-        parts: None where a stage needs none.
+        parts: adapters by stage, None for a stage that needs none.
     """
 
     def __init__(self, parts: Sequence[nn.Module | None]) -> None:
         super().__init__()
-        self.places = [number for number, part in enumerate(parts) if part is not None]
+        self.stage_numbers = [number for number, part in enumerate(parts) if part is not None]
         self.parts = nn.ModuleList(part for part in parts if part is not None)
 
     def forward(self, student: Sequence[Any], teacher: Sequence[Any], *, ids: Any = None) -> tuple[Any, Any]:
-        """Lists of both, the first stage first."""
-        own, its = list(student), list(teacher)
-        for place, part in zip(self.places, self.parts, strict=True):
-            own[place], its[place] = part(own[place], its[place], ids=ids)
-        return own, its
+        """Return lists of both values, the first stage first."""
+        students, teachers = list(student), list(teacher)
+        for stage, part in zip(self.stage_numbers, self.parts, strict=True):
+            students[stage], teachers[stage] = part(students[stage], teachers[stage], ids=ids)
+        return students, teachers
 
     def extra_loss(self) -> Tensor | None:
-        """The sum over stages; None if no stage has one."""
-        found = [part.extra_loss() for part in self.parts if isinstance(part, Adapter)]
-        charged = [loss for loss in found if loss is not None]
-        return torch.stack(charged).sum() if charged else None
+        """Return the sum over stages, or None if no stage has a loss of its own."""
+        extra_losses = [part.extra_loss() for part in self.parts if isinstance(part, Adapter)]
+        losses = [loss for loss in extra_losses if loss is not None]
+        return torch.stack(losses).sum() if losses else None

@@ -1,4 +1,4 @@
-"""The adapter between a network and what pruning left of it."""
+"""The adapter between a network and its pruned version."""
 
 from __future__ import annotations
 
@@ -17,49 +17,50 @@ if TYPE_CHECKING:
 
 @ADAPTERS.register("kept")
 class KeptChannels(Adapter):
-    """Takes those channels of the teacher that the student has kept; it has nothing to learn.
+    """Selects the channels of the teacher that the pruned student has kept. It has no parameters.
 
     Args:
-        student, teacher: shapes that differ in one axis alone.
-        indices: of the teacher's channels, in the order in which the student has them.
-        axis: of the channels, with the batch first.
+        student, teacher: shapes that differ only in one axis.
+        indices: indices of the teacher's channels, in the order of the student's channels.
+        axis: axis of the channels, with the batch first.
 
     Raises:
-        UsageError: no channels are named, or one twice, or one that the teacher has not.
-        ShapeError: the student has another number of channels, or the shapes differ otherwise.
+        UsageError: `indices` is empty, repeats a channel, or contains one that the teacher does not have.
+        ShapeError: the student has another number of channels, or the shapes differ in another axis.
     """
 
     def __init__(self, student: Shape, teacher: Shape, *, indices: Sequence[int] | None = None, axis: int = 1) -> None:
         super().__init__()
         if not indices:
             raise UsageError(
-                "The adapter 'kept' is not told which channels are kept.",
-                fix='Take the terms of kirsch.recovery, or say adapter_options={"indices": [0, 2, 5]}.',
+                "The adapter 'kept' needs the option `indices`, the channels that are kept.",
+                fix='Use the terms of kirsch.recovery, or set adapter_options={"indices": [0, 2, 5]}.',
             )
-        own, its = list(student), list(teacher)
-        if not 1 <= axis < len(its) or own[:axis] + own[axis + 1 :] != its[:axis] + its[axis + 1 :]:
+        sizes_s, sizes_t = list(student), list(teacher)
+        others_s, others_t = (sizes[:axis] + sizes[axis + 1 :] for sizes in (sizes_s, sizes_t))
+        if not 1 <= axis < len(sizes_t) or others_s != others_t:
             raise ShapeError(
-                f"The student's value has shape {tuple(own)}, the teacher's {tuple(its)}.",
-                f"The adapter 'kept' takes shapes that differ in axis {axis} alone.",
-                "Name the same place of both, and the axis of its channels.",
+                f"The student's value has shape {tuple(sizes_s)}, the teacher's {tuple(sizes_t)}.",
+                f"The adapter 'kept' needs shapes that differ only in axis {axis}.",
+                "Choose the same layer in both, and the axis of its channels.",
             )
-        wrong = [index for index in indices if not 0 <= index < its[axis]]
-        if wrong or len(set(indices)) < len(indices):
-            what = f"channel {wrong[0]}" if wrong else "a channel twice"
+        unknown = [index for index in indices if not 0 <= index < sizes_t[axis]]
+        if unknown or len(set(indices)) < len(indices):
+            problem = f"channel {unknown[0]}" if unknown else "a channel twice"
             raise UsageError(
-                f"The adapter 'kept' is told {what}; the teacher has channels 0 to {its[axis] - 1}, each once."
+                f"The `indices` of 'kept' contain {problem}; the teacher has channels 0 to {sizes_t[axis] - 1}."
             )
-        if len(indices) != own[axis]:
+        if len(indices) != sizes_s[axis]:
             raise ShapeError(
-                f"The student has {own[axis]} channels, and {len(indices)} are named as kept.",
-                "The indices are of another plan.",
-                "Make the objective from this student: kirsch.recovery(student, teacher, inputs).",
+                f"The student has {sizes_s[axis]} channels, and `indices` has {len(indices)}.",
+                "The indices belong to another plan.",
+                "Create the objective from this student: kirsch.recovery(student, teacher, inputs).",
             )
         self.axis = axis
         self.indices: Tensor
-        # Not of its state: it follows from the objective, and no moving average or checkpoint is to change it.
+        # Not persistent: the indices follow from the objective, so no checkpoint or moving average may change them.
         self.register_buffer("indices", torch.tensor(list(indices)), persistent=False)
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """The student's value, and the teacher's at the kept channels."""
+        """Return the student's value, and the teacher's value at the kept channels."""
         return student, teacher.index_select(self.axis, self.indices)

@@ -1,4 +1,4 @@
-"""Adapters of what convolutions put out."""
+"""Adapters of feature maps."""
 
 from __future__ import annotations
 
@@ -10,100 +10,107 @@ import torch
 from torch import nn
 
 from kirsch.errors import ShapeError, UsageError
-from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter, Shape, check_spatial, leveled, map_of
+from kirsch.frameworks.pytorch.features.adapters.adapter import (
+    ADAPTERS,
+    Adapter,
+    Shape,
+    check_spatial,
+    map_size,
+    match_sizes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEAST_VARIANCE = 1e-5
-"""What the loss "vid" adds to log(1 + exp(scale))."""
+SMALLEST_VARIANCE = 1e-5
+"""Constant that the loss "vid" adds to log(1 + exp(scale))."""
 
 
 @ADAPTERS.register("conv")
 class Convolution(Adapter):
-    """Brings the student's channels to the teacher's by a convolution of 1 × 1 without bias.
+    """Converts the student's maps to the teacher's channels by a 1 × 1 convolution without bias.
 
     Args:
         student, teacher: shape (N, C, H, W).
-        norm: batch normalization follows.
-        spatial: how two sizes become one: "pool" averages the larger map; "interpolate" brings the student's to the
-            size of the teacher's.
+        norm: add a batch norm.
+        spatial: for maps of different sizes, "pool" averages the larger map, "interpolate" resizes the student's map to
+            the size of the teacher's.
 
     Raises:
-        ShapeError: a value is no map.
-        UsageError: there is no such way to one size.
+        ShapeError: a value is not (N, C, H, W).
+        UsageError: `spatial` is unknown.
     """
 
     def __init__(self, student: Shape, teacher: Shape, *, norm: bool = False, spatial: str = "pool") -> None:
         super().__init__()
         check_spatial(spatial)
-        own, its = map_of(student, "student", "conv")[0], map_of(teacher, "teacher", "conv")[0]
+        channels_s, channels_t = map_size(student, "student", "conv")[0], map_size(teacher, "teacher", "conv")[0]
         self.spatial = spatial
-        self.conv = nn.Conv2d(own, its, 1, bias=False)
-        self.norm = nn.BatchNorm2d(its) if norm else nn.Identity()
+        self.conv = nn.Conv2d(channels_s, channels_t, 1, bias=False)
+        self.norm = nn.BatchNorm2d(channels_t) if norm else nn.Identity()
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """Maps of the teacher's channels, and the teacher's, at one size."""
-        student, teacher = leveled(self.taken(student), teacher, self.spatial)
+        """Return the converted maps and the teacher's, at the same size."""
+        student, teacher = match_sizes(self.cast(student), teacher, self.spatial)
         return self.norm(self.conv(student)), teacher
 
 
 @ADAPTERS.register("fitnet")
 class Regressor(Adapter):
-    """Brings the student's map to channels and size of the teacher's by one convolution, normalized and rectified.
+    """Converts the student's maps to the teacher's channels and size by one convolution, batch norm and ReLU.
 
-    Twice the teacher's size takes a convolution of 3 × 3 with stride 2, half of it a transposed one of 4 × 4; any other
-    larger size a kernel that leaves as much as the teacher has.
+    For twice the teacher's size this is a 3 × 3 convolution with stride 2, for half the size a transposed 4 × 4
+    convolution; for another larger size, a convolution without padding whose kernel reduces it to the teacher's size.
 
     Args:
         student, teacher: shape (N, C, H, W).
-        relu: rectified at the end, for a teacher's value after its rectifier.
+        relu: end with a ReLU, for a teacher's value after its ReLU.
 
     Raises:
-        ShapeError: the student's map is smaller than the teacher's, and not by half.
+        ShapeError: the student's map is smaller than the teacher's, and not half its size.
 
     Source: Romero et al. 2015, arXiv:1412.6550, as RepDistiller builds it.
     """
 
     def __init__(self, student: Shape, teacher: Shape, *, relu: bool = True) -> None:
         super().__init__()
-        channels, *own = map_of(student, "student", "fitnet")
-        wanted, *its = map_of(teacher, "teacher", "fitnet")
+        channels_s, *size_s = map_size(student, "student", "fitnet")
+        channels_t, *size_t = map_size(teacher, "teacher", "fitnet")
         self.conv: nn.Module
-        if own == [2 * size for size in its]:
-            self.conv = nn.Conv2d(channels, wanted, 3, stride=2, padding=1)
-        elif its == [2 * size for size in own]:
-            self.conv = nn.ConvTranspose2d(channels, wanted, 4, stride=2, padding=1)
-        elif all(a >= b for a, b in zip(own, its, strict=True)):
-            self.conv = nn.Conv2d(channels, wanted, (1 + own[0] - its[0], 1 + own[1] - its[1]))
+        if size_s == [2 * size for size in size_t]:
+            self.conv = nn.Conv2d(channels_s, channels_t, 3, stride=2, padding=1)
+        elif size_t == [2 * size for size in size_s]:
+            self.conv = nn.ConvTranspose2d(channels_s, channels_t, 4, stride=2, padding=1)
+        elif all(a >= b for a, b in zip(size_s, size_t, strict=True)):
+            self.conv = nn.Conv2d(channels_s, channels_t, (1 + size_s[0] - size_t[0], 1 + size_s[1] - size_t[1]))
         else:
             raise ShapeError(
-                f"The student's map is {own[0]} × {own[1]}, the teacher's {its[0]} × {its[1]}.",
-                "The adapter 'fitnet' makes maps smaller, or twice as large.",
+                f"The student's map is {size_s[0]} × {size_s[1]}, the teacher's {size_t[0]} × {size_t[1]}.",
+                "The adapter 'fitnet' can only reduce the size, or double it.",
                 "Choose an earlier layer of the student, or the adapter 'conv'.",
             )
-        self.norm = nn.BatchNorm2d(wanted)
+        self.norm = nn.BatchNorm2d(channels_t)
         self.relu = nn.ReLU() if relu else nn.Identity()
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """A map like the teacher's, and the teacher's."""
-        return self.relu(self.norm(self.conv(self.taken(student)))), teacher
+        """Return maps of the teacher's shape, and the teacher's maps."""
+        return self.relu(self.norm(self.conv(self.cast(student)))), teacher
 
 
 @ADAPTERS.register("residual")
 class Connector(Adapter):
-    """Brings the student's map before its rectifier to the teacher's channels: 1 × 1 without bias, and normalized.
+    """Converts the student's maps before a ReLU to the teacher's channels by a 1 × 1 convolution and a batch norm.
 
-    The teacher's value is to be that before its rectifier, too. Where margins are given it is cut off below at them,
-    here; the loss "ofd" may then be given the same margins again, by `margins`, or any that lie lower.
+    The teacher's maps must be those before its ReLU, too. With `margins` they are clipped from below; the loss "ofd"
+    then takes the same margins, or lower ones.
 
     Args:
         student, teacher: shape (N, C, H, W).
-        margins: <= 0, one for each of the teacher's channels: the mean of what is negative behind its batch
-            normalization, as `kirsch.distillation.losses.maps.margins` computes it from offset and scale.
+        margins: <= 0, one for each of the teacher's channels: the mean of the negative values after its batch norm, as
+            computed by `kirsch.distillation.losses.maps.margins` from bias and weight.
 
     Raises:
-        ShapeError: there is another number of margins than of channels.
+        ShapeError: the number of margins is not the number of channels.
         UsageError: a margin is above 0.
 
     Source: Heo et al. 2019, arXiv:1904.01866.
@@ -113,20 +120,23 @@ class Connector(Adapter):
 
     def __init__(self, student: Shape, teacher: Shape, *, margins: Any = None) -> None:
         super().__init__()
-        own, its = map_of(student, "student", "residual")[0], map_of(teacher, "teacher", "residual")[0]
-        self.conv = nn.Conv2d(own, its, 1, bias=False)
-        nn.init.normal_(self.conv.weight, std=math.sqrt(2 / its))
-        self.norm = nn.BatchNorm2d(its)
-        cut = None if margins is None else torch.as_tensor(margins).detach().to(self.conv.weight)
-        if cut is not None and cut.shape != (its,):
-            raise ShapeError(f"There are {cut.numel()} margins; the teacher's value has {its} channels.")
-        if cut is not None and cut.device.type != "meta" and bool((cut > 0).any()):
-            raise UsageError(f"A margin is {float(cut.max())}; margins are 0 or less.")
-        self.register_buffer("margins", cut)
+        channels_s, channels_t = (
+            map_size(student, "student", "residual")[0],
+            map_size(teacher, "teacher", "residual")[0],
+        )
+        self.conv = nn.Conv2d(channels_s, channels_t, 1, bias=False)
+        nn.init.normal_(self.conv.weight, std=math.sqrt(2 / channels_t))
+        self.norm = nn.BatchNorm2d(channels_t)
+        lowest = None if margins is None else torch.as_tensor(margins).detach().to(self.conv.weight)
+        if lowest is not None and lowest.shape != (channels_t,):
+            raise ShapeError(f"There are {lowest.numel()} margins; the teacher's value has {channels_t} channels.")
+        if lowest is not None and lowest.device.type != "meta" and bool((lowest > 0).any()):
+            raise UsageError(f"A margin is {float(lowest.max())}; margins of at most 0 are needed.")
+        self.register_buffer("margins", lowest)
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """Maps of the teacher's channels, and the teacher's, cut off at the margins."""
-        student, teacher = leveled(self.taken(student), teacher)
+        """Return the converted maps, and the teacher's maps clipped at the margins."""
+        student, teacher = match_sizes(self.cast(student), teacher)
         if self.margins is not None:
             teacher = torch.maximum(teacher, self.margins.to(teacher.dtype).reshape(1, -1, 1, 1))
         return self.norm(self.conv(student)), teacher
@@ -134,32 +144,33 @@ class Connector(Adapter):
 
 @ADAPTERS.register("mgd")
 class Generator(Adapter):
-    """Makes the teacher's map from the student's, of which most places are hidden.
+    """Generates the teacher's maps from the student's maps, of which most positions are masked.
 
-    The places are drawn from PyTorch's generator, for each sample anew and for all channels at once; in inference mode
-    nothing is hidden.
+    The masked positions are drawn from PyTorch's generator, for each sample separately and for all channels together.
+    In inference mode nothing is masked.
 
     Args:
-        student, teacher: shape (N, C, H, W). Other channels are joined by a convolution of 1 × 1 before.
-        masked_fraction: of the places, 0 <= fraction < 1.
-        spatial: see "conv".
+        student, teacher: shape (N, C, H, W). If the channels differ, a 1 × 1 convolution precedes.
+        masked_fraction: fraction of the positions, 0 <= fraction < 1.
+        spatial: as in "conv".
 
-    Source: Yang et al. 2022, arXiv:2205.01529. Places, not channels, are hidden there; 0.65 of them.
+    Source: Yang et al. 2022, arXiv:2205.01529. There, too, positions are masked, not channels; 65 % of them.
     """
 
     def __init__(self, student: Shape, teacher: Shape, *, masked_fraction: float = 0.65, spatial: str = "pool") -> None:
         super().__init__()
         check_spatial(spatial)
         if not 0 <= masked_fraction < 1:
-            raise UsageError(f"The masked fraction is {masked_fraction}; a share of at least 0, below 1, is needed.")
-        own, its = map_of(student, "student", "mgd")[0], map_of(teacher, "teacher", "mgd")[0]
+            raise UsageError(f"`masked_fraction` is {masked_fraction}; a number of at least 0 and below 1 is needed.")
+        channels_s, channels_t = map_size(student, "student", "mgd")[0], map_size(teacher, "teacher", "mgd")[0]
         self.masked_fraction, self.spatial = masked_fraction, spatial
-        self.align = nn.Identity() if own == its else nn.Conv2d(own, its, 1)
-        self.generate = nn.Sequential(nn.Conv2d(its, its, 3, padding=1), nn.ReLU(), nn.Conv2d(its, its, 3, padding=1))
+        self.align = nn.Identity() if channels_s == channels_t else nn.Conv2d(channels_s, channels_t, 1)
+        first, last = (nn.Conv2d(channels_t, channels_t, 3, padding=1) for _ in range(2))
+        self.generate = nn.Sequential(first, nn.ReLU(), last)
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """What is generated, and the teacher's maps."""
-        student, teacher = leveled(self.taken(student), teacher, self.spatial)
+        """Return the generated maps and the teacher's maps."""
+        student, teacher = match_sizes(self.cast(student), teacher, self.spatial)
         student = self.align(student)
         if self.training:
             drawn = torch.rand(len(student), 1, *student.shape[2:], device=student.device)
@@ -169,15 +180,15 @@ class Generator(Adapter):
 
 @ADAPTERS.register("vid")
 class Density(Adapter):
-    """A normal distribution of the teacher's map: means from the student's, a scale of its own for each channel.
+    """Predicts a normal distribution of the teacher's maps, with means from the student's and one scale a channel.
 
-    Gives {"mean": maps, "scale": (C,)}, where log(1 + exp(scale)) + 1e-5 is the variance.
+    The student's value is {"mean": maps, "scale": (C,)}; the variance is log(1 + exp(scale)) + 1e-5.
 
     Args:
         student, teacher: shape (N, C, H, W).
-        hidden: channels between the three convolutions of 1 × 1; as many as the teacher has if left out.
-        norm: batch normalization before the two rectifiers, which the authors' code has not.
-        variance: > 1e-5, that every channel begins with.
+        hidden: channels between the three 1 × 1 convolutions; by default those of the teacher.
+        norm: add a batch norm before both ReLUs, unlike the authors' code.
+        variance: > 1e-5, initial variance of every channel.
 
     Source: Ahn et al. 2019, arXiv:1904.05835, and the authors' code.
     """
@@ -186,68 +197,68 @@ class Density(Adapter):
         self, student: Shape, teacher: Shape, *, hidden: int | None = None, norm: bool = False, variance: float = 5.0
     ) -> None:
         super().__init__()
-        if not variance > LEAST_VARIANCE:
-            raise UsageError(f"The variance is {variance}; a number above {LEAST_VARIANCE} is needed.")
-        own, its = map_of(student, "student", "vid")[0], map_of(teacher, "teacher", "vid")[0]
-        widths = [own, hidden or its, hidden or its, its]
+        if not variance > SMALLEST_VARIANCE:
+            raise UsageError(f"`variance` is {variance}; a number above {SMALLEST_VARIANCE} is needed.")
+        channels_s, channels_t = map_size(student, "student", "vid")[0], map_size(teacher, "teacher", "vid")[0]
+        widths = [channels_s, hidden or channels_t, hidden or channels_t, channels_t]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 1, bias=False), *([nn.BatchNorm2d(after)] if norm else []), nn.ReLU()]
         self.mean = nn.Sequential(*layers[: -2 if norm else -1])
-        self.scale = nn.Parameter(torch.full((its,), math.log(math.expm1(variance - LEAST_VARIANCE))))
+        self.scale = nn.Parameter(torch.full((channels_t,), math.log(math.expm1(variance - SMALLEST_VARIANCE))))
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """Mean and scale, and the teacher's maps at the size of the mean."""
-        student, teacher = leveled(self.taken(student), teacher)
+        """Return mean and scale, and the teacher's maps at the size of the mean."""
+        student, teacher = match_sizes(self.cast(student), teacher)
         return {"mean": self.mean(student), "scale": self.scale}, teacher
 
 
 @ADAPTERS.register("factor")
 class Factor(Adapter):
-    """Factors of both maps: the teacher's from a paraphraser, the student's from a translator.
+    """Computes factors of both maps, the teacher's by a paraphraser, the student's by a translator.
 
-    The paraphraser learns by itself to give the teacher's map back from its factor: `extra_loss` is the mean squared
-    error of that. The teacher's factor is constant. To train in two phases as the authors do, first train on
-    `extra_loss` alone, then freeze `paraphraser` and `restore`.
+    The paraphraser is trained as an autoencoder: `extra_loss` is the mean squared error between the teacher's maps and
+    their reconstruction from the factor. No other gradient flows to the teacher's factor. To train in two phases like
+    the authors, first train on `extra_loss` alone, then freeze `paraphraser` and `restore`.
 
     Args:
         student, teacher: shape (N, C, H, W).
-        rate: channels of a factor, as a share of the teacher's, > 0.
+        rate: channels of a factor divided by the teacher's channels, > 0.
 
-    Source: Kim et al. 2018, arXiv:1802.04977; rate 0.5, and the layers of both, as RepDistiller has them.
+    Source: Kim et al. 2018, arXiv:1802.04977; rate 0.5, and the layers of both, as in RepDistiller.
     """
 
     def __init__(self, student: Shape, teacher: Shape, *, rate: float = 0.5) -> None:
         super().__init__()
-        own, its = map_of(student, "student", "factor")[0], map_of(teacher, "teacher", "factor")[0]
-        factors = int(rate * its)
+        channels_s, channels_t = map_size(student, "student", "factor")[0], map_size(teacher, "teacher", "factor")[0]
+        factors = int(rate * channels_t)
         if factors < 1:
-            raise UsageError(f"A rate of {rate} leaves no factor of {its} channels.", fix="Choose a larger one.")
-        self.paraphraser = _leaky(nn.Conv2d, (its, its, factors, factors), norm=False)
-        self.restore = _leaky(nn.ConvTranspose2d, (factors, factors, its, its), norm=False)
-        self.translator = _leaky(nn.Conv2d, (own, own, factors, factors), norm=True)
+            raise UsageError(f"`rate` is {rate}, which gives no channels of {channels_t}.", fix="Use a larger rate.")
+        self.paraphraser = _leaky(nn.Conv2d, (channels_t, channels_t, factors, factors), norm=False)
+        self.restore = _leaky(nn.ConvTranspose2d, (factors, factors, channels_t, channels_t), norm=False)
+        self.translator = _leaky(nn.Conv2d, (channels_s, channels_s, factors, factors), norm=True)
         self._error: Tensor | None = None
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """The factors of both, at one size."""
-        target = self.taken(teacher.detach())
+        """Return the factors of both, at the same size."""
+        target = self.cast(teacher.detach())
         factor = self.paraphraser(target)
-        exact = next(self.restore.parameters()).dtype  # also under autocast
-        self._error = (self.restore(factor).to(exact) - target.to(exact)).square().mean()
-        return leveled(self.translator(self.taken(student)), factor.detach())
+        dtype = next(self.restore.parameters()).dtype  # also under autocast
+        self._error = (self.restore(factor).to(dtype) - target.to(dtype)).square().mean()
+        return match_sizes(self.translator(self.cast(student)), factor.detach())
 
     def extra_loss(self) -> Tensor | None:
-        """Mean squared error of the teacher's map as it is given back from its factor."""
+        """Return the mean squared error of the reconstruction of the teacher's maps."""
         error, self._error = self._error, None
         return error
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the error of the last forward: no copy can be made of a tensor within a graph."""
+        """Return the state without the last error, because a tensor within a graph cannot be copied."""
         return {**self.__dict__, "_error": None}
 
 
 def _leaky(layer: type[nn.Module], widths: tuple[int, ...], *, norm: bool) -> nn.Sequential:
-    """Layers of 3 × 3, each with a leaky rectifier of slope 0.1."""
+    """Return 3 × 3 convolutions, each followed by a leaky ReLU of slope 0.1."""
     parts: list[nn.Module] = []
     for before, after in pairwise(widths):
         parts += [layer(before, after, 3, padding=1), *([nn.BatchNorm2d(after)] if norm else []), nn.LeakyReLU(0.1)]

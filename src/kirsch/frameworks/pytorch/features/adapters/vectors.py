@@ -1,4 +1,4 @@
-"""Adapters that make one vector a sample: embeddings, and scores of a stage."""
+"""Adapters that compute one vector a sample: embeddings, and logits from a stage."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALLEST_SIDE = 7
-"""Height and width to which a stage is brought before it is averaged: those of the last stage of most networks."""
+"""Height and width to which a stage is reduced before averaging, as in the last stage of most networks."""
 
 
 class Embedding(nn.Module):
-    """One vector a sample, by a linear layer.
+    """Linear layer that computes one vector a sample.
 
     Args:
         shape: (N, D), (N, L, D) or (N, C, H, W).
         size: width of the vector.
-        pool: tokens and maps are averaged over their places before; flattened otherwise.
-        normalize: to length 1.
+        pool: average tokens and maps over their positions first; else they are flattened.
+        normalize: scale the vector to norm 1.
     """
 
     def __init__(self, shape: Shape, size: int, *, pool: bool, normalize: bool) -> None:
         super().__init__()
         if size < 1:
-            raise UsageError(f"The size of an embedding is {size}; at least 1 is needed.")
+            raise UsageError(f"`size` of an embedding is {size}; at least 1 is needed.")
         self.pool, self.normalize = pool, normalize
         self.linear = nn.Linear(width_of(shape) if pool else math.prod(shape[1:]), size)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Shape (N, size)."""
-        vectors = self.linear(averaged(values) if self.pool else values.flatten(1))
+        """Return vectors, shape (N, size)."""
+        vectors = self.linear(average_positions(values) if self.pool else values.flatten(1))
         return functional.normalize(vectors, dim=-1) if self.normalize else vectors
 
 
 def width_of(shape: Shape) -> int:
-    """Channels of a map, the last axis of tokens and vectors.
+    """Return the channels of maps, or the last axis of tokens and vectors.
 
     Raises:
-        ShapeError: it is neither.
+        ShapeError: the shape is none of these.
     """
     if len(shape) not in (2, 3, 4):
         raise ShapeError(f"A value has shape {tuple(shape)}; (N, D), (N, L, D) or (N, C, H, W) is needed.")
     return shape[1] if len(shape) == len("NCHW") else shape[-1]
 
 
-def averaged(values: Tensor) -> Tensor:
-    """Maps and tokens averaged over their places, (N, D); vectors as they are."""
+def average_positions(values: Tensor) -> Tensor:
+    """Average maps and tokens over their positions, (N, D); return vectors unchanged."""
     if values.ndim == len("NCHW"):
         return values.mean((2, 3))
     return values.mean(1) if values.ndim == len("NLD") else values
@@ -62,13 +62,13 @@ def averaged(values: Tensor) -> Tensor:
 
 @ADAPTERS.register("embed")
 class Embed(Adapter):
-    """Embeddings of both values, each by a linear layer; losses that are `learned` reach also the teacher's layer.
+    """Computes an embedding of each value by a linear layer. Losses with `learned=True` also train the teacher's layer.
 
     Args:
         student, teacher: shape (N, D), (N, L, D) or (N, C, H, W).
         size: width of the embeddings.
-        pool: tokens and maps are averaged over their places; flattened otherwise.
-        normalize: to length 1, as CRD does, and CC does not.
+        pool: average tokens and maps over their positions; else they are flattened.
+        normalize: scale embeddings to norm 1, as CRD does and CC does not.
 
     Source: Peng et al. 2019, arXiv:1904.01802, and Tian et al. 2020, arXiv:1910.10699; width 128 in both.
     """
@@ -81,29 +81,29 @@ class Embed(Adapter):
         self.teacher = Embedding(teacher, size, pool=pool, normalize=normalize)
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """Embeddings (N, size) of both."""
-        return self.student(self.taken(student)), self.teacher(self.taken(teacher.detach()))
+        """Return the embeddings (N, size) of both."""
+        return self.student(self.cast(student)), self.teacher(self.cast(teacher.detach()))
 
 
 @ADAPTERS.register("ofa")
 class Projector(Adapter):
-    """Scores from a stage of the student, to be held against the teacher's scores.
+    """Computes logits from a stage of the student, to compare with the teacher's logits.
 
-    A map is halved by pairs of separable convolutions until no side is above 7, which is how often a network of four
-    stages on images of 224 × 224 still halves it; then it is averaged. Tokens are averaged.
+    The height and width of maps are halved by pairs of separable convolutions until both are at most 7, as the last
+    stage of most networks for 224 × 224 images; then the maps are averaged. Tokens are averaged.
 
     Args:
         student: shape (N, C, H, W), (N, L, D) or (N, D).
-        teacher: its scores, shape (N, K).
-        classes: K; those of the teacher if left out.
-        width: channels at the end of the convolutions; twice as many for each halving if left out.
+        teacher: logits, shape (N, K).
+        classes: K; by default that of the teacher.
+        width: channels after the last convolution; by default doubled with each halving.
 
     Raises:
-        ShapeError: the teacher's value is none of K scores.
-        UsageError: a width is given where nothing is halved.
+        ShapeError: the teacher's value is not (N, K).
+        UsageError: `width` is set, but the stage is not halved.
 
-    Source: Hao et al. 2023, arXiv:2310.19444, which gives tokens transformer blocks, and takes for `width` the larger
-        of the last widths of student and teacher.
+    Source: Hao et al. 2023, arXiv:2310.19444, which uses transformer blocks for tokens, and as `width` the larger of
+        the last widths of student and teacher.
     """
 
     def __init__(self, student: Shape, teacher: Shape, *, classes: int | None = None, width: int | None = None) -> None:
@@ -112,8 +112,8 @@ class Projector(Adapter):
         if len(teacher) != len("NK") or teacher[-1] != classes:
             raise ShapeError(
                 f"The teacher's value has shape {tuple(teacher)}; (N, {classes}) is needed.",
-                "The adapter 'ofa' makes scores of the student's stage.",
-                "Capture the teacher's scores.",
+                "The adapter 'ofa' computes logits from a stage of the student.",
+                "Choose the teacher's logits.",
             )
         channels = width_of(student)
         halvings = 0
@@ -123,20 +123,20 @@ class Projector(Adapter):
         if width is not None:
             if not halvings:
                 raise UsageError(
-                    f"A stage of shape {tuple(student)} is not halved, so there is no 'width' to choose.",
-                    fix="Leave it out.",
+                    f"The option 'width' has no effect, because a stage of shape {tuple(student)} is not halved.",
+                    fix="Remove the option.",
                 )
             widths[-1] = width
         self.halve = nn.Sequential(*(_separable(*pair) for pair in pairwise(widths)))
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """Scores (N, K) of both."""
-        return self.head(averaged(self.halve(self.taken(student)))), teacher
+        """Return the logits (N, K) of both."""
+        return self.head(average_positions(self.halve(self.cast(student)))), teacher
 
 
 def _separable(before: int, after: int) -> nn.Sequential:
-    """Half the height and width: two depthwise convolutions, the first with stride 2, each with one of 1 × 1."""
+    """Return two separable convolutions, the first with stride 2, which halve height and width."""
     return nn.Sequential(
         nn.Conv2d(before, before, 3, stride=2, padding=1, groups=before, bias=False),
         nn.Conv2d(before, before, 1, bias=False),

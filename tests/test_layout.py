@@ -1,4 +1,4 @@
-"""The rules of the house that no other tool holds."""
+"""Rules of the package layout that no other tool checks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,25 @@ import kirsch
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-HEAVY = ("torch", "keras", "tensorflow", "jax", "numpy", "scipy", "onnx", "onnxruntime", "accelerate", "timm", "rich")
-MOST_LINES = 450
-NOWHERE = {"utils", "util", "helpers", "helper", "misc", "common", "core"}
+HEAVY = (
+    "torch",
+    "keras",
+    "tensorflow",
+    "jax",
+    "numpy",
+    "scipy",
+    "onnx",
+    "onnxruntime",
+    "accelerate",
+    "timm",
+    "rich",
+)
+MAX_LINES = 450
+MEANINGLESS_NAMES = {"utils", "util", "helpers", "helper", "misc", "common", "core"}
 
 
-def loaded_by(program: str) -> list[str]:
-    """Which heavy packages a fresh Python holds after a program."""
+def packages_loaded_by(program: str) -> list[str]:
+    """Return the heavy packages that are loaded after a program ran in a new Python process."""
     program += f"\nimport sys; print('loaded', *sorted(set({HEAVY!r}) & set(sys.modules)))"
     run = subprocess.run(
         [sys.executable, "-c", program],
@@ -34,27 +46,26 @@ def loaded_by(program: str) -> list[str]:
 
 
 def test_importing_kirsch_loads_no_framework_and_no_numpy():
-    assert loaded_by("import kirsch") == []
+    assert packages_loaded_by("import kirsch") == []
 
 
-def test_the_check_above_sees_what_is_loaded():
-    assert "numpy" in loaded_by("import kirsch; kirsch.Plan; kirsch.Graph")
+def test_the_check_above_finds_a_loaded_package():
+    assert "numpy" in packages_loaded_by("import kirsch; kirsch.Plan; kirsch.Graph")
 
 
-def test_all_names_what_resolves_and_no_more():
+def test_all_lists_exactly_the_names_that_resolve():
     assert sorted(kirsch.__all__) == list(kirsch.__all__)
     assert set(dir(kirsch)) == {*kirsch.__all__, "__version__"}
-    assert kirsch._HOMES.keys() == set(kirsch.__all__)
+    assert kirsch._MODULES.keys() == set(kirsch.__all__)
     for name in kirsch.__all__:
         assert getattr(kirsch, name).__name__ == name
 
 
-def test_the_names_for_type_checkers_are_those_that_resolve():
-    """The imports below TYPE_CHECKING and the table of homes say the same."""
+def test_the_imports_for_type_checkers_agree_with_the_table_of_modules():
     tree = ast.parse((ROOT / "src/kirsch/__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    homes = {alias.name: node.module for node in block.body for alias in node.names}
-    assert homes == kirsch._HOMES
+    modules = {alias.name: node.module for node in block.body for alias in node.names}
+    assert modules == kirsch._MODULES
 
 
 def test_a_name_that_is_not_public_does_not_resolve():
@@ -63,29 +74,28 @@ def test_a_name_that_is_not_public_does_not_resolve():
 
 
 @pytest.mark.parametrize("name", kirsch.__all__)
-def test_every_public_name_says_what_it_is(name):
-    thing = getattr(kirsch, name)
-    assert thing.__doc__
-    members = [m for m in vars(thing).values() if inspect.isfunction(m)] if inspect.isclass(thing) else []
+def test_every_public_name_has_a_docstring(name):
+    public = getattr(kirsch, name)
+    assert public.__doc__
+    members = [m for m in vars(public).values() if inspect.isfunction(m)] if inspect.isclass(public) else []
     undocumented = [m.__name__ for m in members if not m.__name__.startswith("_") and not m.__doc__]
     assert undocumented == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
-def test_a_file_is_one_concept(path):
-    """Not too long, said in a first line, and with a name that means something."""
+def test_a_file_is_short_documented_and_meaningfully_named(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= MOST_LINES
+    assert len(text.splitlines()) <= MAX_LINES
     assert ast.get_docstring(ast.parse(text))
-    assert not NOWHERE & {part.removesuffix(".py") for part in path.relative_to(ROOT / "src").parts}
+    assert not MEANINGLESS_NAMES & {part.removesuffix(".py") for part in path.relative_to(ROOT / "src").parts}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
-def test_the_library_does_not_assert(path):
-    """`python -O` drops asserts; only the conformance suites, which are tests, may use them."""
+def test_the_library_has_no_assert_statements(path):
+    """`python -O` removes asserts; only the conformance suites, which are tests, may use them."""
     asserts = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
     assert asserts == [] or "testing" in path.parts
 
 
-def test_the_package_says_that_it_is_typed():
+def test_the_package_is_marked_as_typed():
     assert (ROOT / "src/kirsch/py.typed").is_file()

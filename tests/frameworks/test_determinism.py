@@ -1,4 +1,4 @@
-"""Whether a model gives the same outputs for the same inputs."""
+"""Models that return different outputs for the same inputs are refused."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import nn
 from torch.nn import functional
 
 from kirsch.errors import NumericError
-from kirsch.frameworks.steadiness import require_steady
+from kirsch.frameworks.determinism import require_deterministic
 
 BATCH = (np.ones((2, 4), np.float32),)
 
 
 class Draws(nn.Linear):
-    """Drops units whatever the mode."""
+    """Applies dropout in every mode."""
 
     def forward(self, x):
         return functional.dropout(super().forward(x), 0.5, training=True)
 
 
 class Counts(nn.Linear):
-    """Remembers how often it has run."""
+    """Counts its calls."""
 
     runs = 0
 
@@ -32,14 +32,14 @@ class Counts(nn.Linear):
 
 
 class Indices(nn.Linear):
-    """Gives whole numbers, drawn anew."""
+    """Returns random integers."""
 
     def forward(self, x):
         return torch.randint(0, 1000, (len(x), 50))
 
 
 class NotFinite(nn.Linear):
-    """Gives the same numbers, some of which are not finite."""
+    """Returns the same numbers in each run, some of them infinite."""
 
     def forward(self, x):
         return torch.cat([super().forward(x), x.log() * 0 - torch.inf], 1)
@@ -48,17 +48,17 @@ class NotFinite(nn.Linear):
 @pytest.mark.parametrize(
     ("kind", "cause"),
     [
-        (Draws, "draws random numbers in inference mode: test_steadiness.py:"),
-        (Indices, "draws random numbers in inference mode: test_steadiness.py:"),
+        (Draws, "draws random numbers in inference mode: test_determinism.py:"),
+        (Indices, "draws random numbers in inference mode: test_determinism.py:"),
         (Counts, "Two runs with the same inputs give different outputs"),
     ],
 )
-def test_a_model_that_gives_other_outputs_at_each_run_is_named_with_what_to_do(kind, cause):
+def test_nondeterministic_model_is_refused_with_cause_and_fix(kind, cause):
     with pytest.raises(NumericError) as caught:
-        require_steady(kind(4, 8), BATCH)
+        require_deterministic(kind(4, 8), BATCH)
     assert (
         caught.value.what
-        == f"The model {kind.__name__} gives other outputs at each run on the same inputs, in eval mode."
+        == f"The model {kind.__name__} returns different outputs for the same inputs in inference mode."
     )
     assert cause in caught.value.why
     assert caught.value.fix
@@ -67,11 +67,11 @@ def test_a_model_that_gives_other_outputs_at_each_run_is_named_with_what_to_do(k
 @pytest.mark.parametrize(
     "model", [nn.Linear(4, 8), NotFinite(4, 2), nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5)).train()]
 )
-def test_a_model_that_draws_in_training_alone_is_steady_and_left_as_it_is(model):
+def test_model_with_dropout_in_training_passes_and_is_not_changed(model):
     mode = model.training
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    require_steady(model, BATCH)
+    require_deterministic(model, BATCH)
     assert torch.equal(torch.rand(1), expected)
     assert model.training is mode

@@ -1,0 +1,166 @@
+"""Check of a run folder: files are compared with their hashes, and files that must agree with each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kirsch import files, strict_json
+from kirsch.errors import KirschError, LoadError
+from kirsch.recipes import manifest, run_folder
+from kirsch.recipes.job import RECORD
+from kirsch.recipes.manifest import CHECKPOINTS, ENVIRONMENT, EVENTS, METRICS, MODEL, PLAN, RECIPE, REPORT, RUN
+from kirsch.recipes.metrics import metrics_of_records
+from kirsch.recipes.recipe import read_recipe
+from kirsch.recipes.stages import stages_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunIntegrity:
+    """Result of the check of a run folder.
+
+    Args:
+        finished: whether the run has finished, so that one manifest covers all of its files.
+        problems: a sentence for each file that is damaged, missing or foreign.
+        stages: stages of the recipe, in order; empty if the run has finished or is damaged.
+        done: those of `stages` that are done.
+        files: number of files that were compared with a hash.
+        folders: number of folders that have their own manifest.
+        uncovered: names of files at the top of the folder that no manifest covers yet.
+    """
+
+    finished: bool
+    problems: list[str]
+    stages: list[str]
+    done: list[str]
+    files: int
+    folders: int
+    uncovered: list[str]
+
+
+def check(folder: Path) -> RunIntegrity:
+    """Compare a run folder with its manifests.
+
+    The files of a finished run are compared with the manifest of the run. In a run that has not finished, each
+    finished stage and each checkpoint is compared with its own manifest, and files that must agree are compared with
+    each other.
+
+    Raises:
+        LoadError: the folder does not hold a run.
+    """
+    if not manifest.is_run(folder):
+        raise LoadError(f"{folder} is not a run folder.", f"{RUN} is missing.", "Give the folder of a run.")
+    finished = manifest.is_finished(folder)
+    misplaced = manifest.misplaced_entries(folder)
+    folders = manifest.folders_with_manifest(folder)
+    altered = manifest.altered_files(folder)
+    problems, count = list(altered.values()), 0
+    if not finished or files.MANIFEST in altered:  # the manifests of the inner folders still apply
+        flaws = [flaw for inner in folders for flaw in files.flaws(inner).values()]
+        problems += flaws + ([] if misplaced else _contradictions(folder))
+        count = 0 if flaws else sum(len(files.entries(inner)) for inner in folders)
+    else:
+        count = len(files.entries(folder))
+    known = (RUN, RECIPE, PLAN, EVENTS, METRICS, REPORT, ENVIRONMENT)
+    uncovered = [] if finished else [name for name in known if (folder / name).exists()]
+    problems = list(dict.fromkeys([*misplaced, *problems]))
+    stages = [] if finished or problems else _stages(folder, manifest.read_run(folder))
+    done = [key for key in stages if (folder / CHECKPOINTS / key / "done").is_dir()]
+    return RunIntegrity(finished, problems, stages, done, count, len(folders), uncovered)
+
+
+def _contradictions(folder: Path) -> list[str]:
+    """Return the unreadable files of an unfinished run, and the files that do not agree with each other."""
+    problems = [text for name in (METRICS, PLAN, ENVIRONMENT) if (text := _unreadable(folder / name))]
+    events = folder / EVENTS
+    if events.is_file() and events.read_bytes().count(b"\n") != len(run_folder.events_of(folder)[0]):
+        problems.append(f"{events} has lines that are not events")  # a kill can only cut off the last line
+    run = manifest.read_run(folder)
+    if not run:
+        problems.append(f"{folder / RUN} is missing or damaged")
+    try:
+        keys = _stages(folder, run)
+    except KirschError as error:
+        return [*problems, f"{folder / RECIPE} cannot be used: {error.what}"]
+    done = {key: folder / CHECKPOINTS / key / "done" for key in keys}
+    last = max((number for number, key in enumerate(keys) if done[key].is_dir()), default=0)
+    problems += [f"{done[key]} is missing, and a later stage is done" for key in keys[:last] if not done[key].is_dir()]
+    stated = run.get("recipe")
+    if isinstance(stated, str) and (folder / RECIPE).read_bytes() != stated.encode():
+        problems.append(f"{folder / RECIPE} is not the recipe that {RUN} states")
+    started = _started_stage(folder)  # the run may have been killed while this stage wrote its files
+    stored, shown = done.get("prune", folder) / "model" / PLAN, folder / PLAN
+    if started != "prune" and stored.is_file() and not _same(stored, shown):
+        problems.append(f"{shown} is missing, or is not the plan of the pruned model")
+    if _ended(folder) and all(path.is_dir() for path in done.values()):
+        problems += _metrics(folder, [path / RECORD for path in done.values()])
+    if started != "export" and "export" in keys and done["export"].is_dir():
+        problems += _artifact(folder, done["export"] / RECORD)
+    return problems
+
+
+def _same(first: Path, second: Path) -> bool:
+    return second.is_file() and first.read_bytes() == second.read_bytes()
+
+
+def _started_stage(folder: Path) -> str:
+    """Return the stage that was started and has not ended; empty if there is none."""
+    for event in reversed(run_folder.events_of(folder)[0]):
+        if event.get("event") in ("stage_start", "stage_end", "stage_kept"):
+            return str(event.get("key")) if event["event"] == "stage_start" else ""
+    return ""
+
+
+def _ended(folder: Path) -> bool:
+    """Return whether the last process wrote metrics.json; otherwise the file may come from an earlier process."""
+    names = [event.get("event") for event in run_folder.events_of(folder)[0]]
+    return [name for name in names if name in ("start", "end")][-1:] == ["end"]
+
+
+def _metrics(folder: Path, records: list[Path]) -> list[str]:
+    """Return the differences between metrics.json and the records of the stages."""
+    path = folder / METRICS
+    try:
+        found = strict_json.read(path) if path.is_file() else None
+        expected = metrics_of_records({record.parts[-3]: strict_json.read(record) for record in records})
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return []  # another check reports these files as damaged
+    if not isinstance(found, dict):
+        return [f"{path} is missing, or is not a JSON object"]
+    return [
+        f"{path} does not have the {name} that the records of the stages give"
+        for name, value in expected.items()
+        if found.get(name) != value
+    ]
+
+
+def _stages(folder: Path, run: dict[str, Any]) -> list[str]:
+    """Return the stages of a run's recipe, in order."""
+    if not (folder / RECIPE).is_file():
+        raise LoadError("it is missing.")
+    recipe = read_recipe(run["recipe"]) if isinstance(run.get("recipe"), str) else read_recipe(folder / RECIPE)
+    return [stage.key for stage in stages_of(recipe)]
+
+
+def _unreadable(path: Path) -> str:
+    try:
+        if path.is_file():
+            strict_json.read(path)
+    except (OSError, ValueError) as error:
+        return f"{path} is damaged: {error}"
+    return ""
+
+
+def _artifact(folder: Path, record: Path) -> list[str]:
+    """Return the differences between the exported file and the record of its stage."""
+    try:
+        digest = strict_json.read(record)["artifact"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # the manifest of the stage reports this record as damaged
+    path = folder / MODEL
+    if not path.is_file():
+        return [f"{path} is missing"]
+    return [] if files.sha256(path) == digest else [f"{path} does not have the sha256 of its stage"]

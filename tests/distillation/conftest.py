@@ -1,0 +1,37 @@
+"""Fixtures of the distillation tests."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from distillation.stores import build_store
+
+
+def to_tensor(values):
+    """Return numpy values as a tensor that shares their memory."""
+    return torch.from_numpy(np.asarray(values))
+
+
+@pytest.fixture(params=[np.asarray, to_tensor], ids=["numpy", "torch"])
+def framework(request):
+    """Function that converts numpy values to arrays of each framework in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def store_folder(tmp_path_factory):
+    """Folder of a finished store that no test changes."""
+    folder = tmp_path_factory.mktemp("store") / "store"
+    build_store(folder)
+    return folder
+
+
+@pytest.fixture
+def store_copy(store_folder, tmp_path):
+    """Folder of a copy of the finished store, for tests that change it."""
+    shutil.copytree(store_folder, tmp_path / "copy")
+    return tmp_path / "copy"

@@ -1,0 +1,49 @@
+"""A small store, its data and its teacher, for the tests of stores."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from kirsch.distillation.store import TopK, build
+from kirsch.frameworks.augment import Chain, Crop, Flip, Noise, apply, sample_seeds
+from kirsch.frameworks.data import ArrayData
+
+N, K = 21, 12
+AUGMENT = Chain(Crop(1), Flip(), Noise(0.3))
+IDS = np.random.default_rng(1).permutation(1000)[:N] - 200
+
+
+def images(count=N):
+    return np.random.default_rng(0).standard_normal((count, 2, 4, 4)).astype(np.float32)
+
+
+def data(transform=AUGMENT, ids=IDS, **options):
+    return ArrayData(images(), None, 4, transform, ids, **options)
+
+
+def network(classes=K, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(32, 16), nn.Dropout(0.5), nn.Tanh(), nn.Linear(16, classes))
+
+
+def logits_of_view(model, seed, view):
+    """Return the logits of the model for one view of all samples, without a store."""
+    inputs = apply(AUGMENT, images(), sample_seeds(seed, view, IDS))
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(inputs)).numpy()
+
+
+def build_store(folder, model=None, inputs=None, **options):
+    options = {"keep": TopK(4), "views": 2, "seed": 5, "range_size": 8, "batch_size": 3} | options
+    return build(folder, network() if model is None else model, data() if inputs is None else inputs, **options)
+
+
+def content(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "store.lock"
+    }
