@@ -11,6 +11,7 @@ from kirsch.errors import KirschError, ModelError, PlanError, UsageError, Verifi
 from kirsch.frameworks.annotations import Inputs, Model
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan, Removal, Skip
+from kirsch.graph.verification import UNUSUAL_LAYERS
 from kirsch.pruning.depth import BLOCK_IMPORTANCES
 from kirsch.pruning.importance import IMPORTANCES
 from kirsch.pruning.notes import changes, renewed
@@ -216,7 +217,7 @@ def _error_with_groups(error: VerificationError, plan: Plan, cut: Callable[[Plan
     return VerificationError(
         error.what,
         f"{error.why} The removal of {names} by itself fails{'' if len(part) == 1 else ', and no half of it does'}.",
-        error.fix.replace("the layers that are unusual", names),
+        error.fix.replace(UNUSUAL_LAYERS, names),
     )
 
 
