@@ -188,7 +188,7 @@ def test_samples_without_a_label_are_charged_by_the_teacher_alone():
     found = distill(Net(4), Net(6), half, training=Training(epochs=1), check_teacher=False)
     assert set(found.history[0]["parts"]) == {"label", "kd"}
     bare = ArrayData(some.inputs, None, batch_size=12)
-    with pytest.warns(UserWarning, match="not evaluated, since no sample has a label"):
+    with pytest.warns(UserWarning, match="not evaluated, since no sample has a label to compare with"):
         found = distill(Net(4), Net(6), bare, training=Training(epochs=1))
     assert set(found.history[0]["parts"]) == {"kd"}
 

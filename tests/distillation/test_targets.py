@@ -259,7 +259,7 @@ def test_targets_that_nothing_is_learned_from_may_be_anything(targets, loader):
     x = RANDOM.random((N, 1, 3, 3))
     data = [(x[place : place + 8], targets[place : place + 8]) for place in range(0, N, 8)]
     objective = Objective((Term("fitnet", student="logits"),), label_weight=0.0)
-    with pytest.warns(UserWarning, match="The teacher is not evaluated"):
+    with pytest.warns(UserWarning, match="The teacher was not evaluated"):
         found = distill(
             pixels(1),
             pixels(1, 1),

@@ -247,7 +247,7 @@ def test_a_build_that_does_not_return_a_model_is_refused(build, sentence, tmp_pa
 
 def test_a_build_on_the_meta_device_is_refused(tmp_path):
     kirsch.save(pruned(Net, X), tmp_path / "small")
-    with pytest.raises(LoadError, match="meta device, which stores nothing"):
+    with pytest.raises(LoadError, match="meta device, which stores no values"):
         kirsch.load(tmp_path / "small", lambda: Net().to("meta"))
 
 

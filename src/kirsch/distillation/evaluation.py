@@ -40,7 +40,7 @@ MOST_SAMPLES = 1024
 """Samples on which a teacher is evaluated."""
 
 NOT_EVALUATED = (
-    "The teacher was not evaluated, since no sample has a label. Give validation=(inputs, labels) to evaluate it, or "
+    "The teacher was not evaluated, since no sample has a label to compare with. Give validation=(inputs, labels), or "
     "check_teacher=False."
 )
 """Warning for a teacher without labeled samples."""
