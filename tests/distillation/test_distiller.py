@@ -245,7 +245,7 @@ def test_what_does_not_fit_is_answered_when_it_is_built():
     for teacher, objective, batch, error, sentence in (
         (student, WHOLE, inputs, UsageError, "same object.*copy.deepcopy"),
         (net(6, 2, classes=5), WHOLE, inputs, ShapeError, "The student puts out 3 classes, the teacher 5 classes"),
-        (net(6, 2), "kd", inputs, UsageError, "`objective` .* is 'kd'; .*kirsch.Objective.kd"),
+        (net(6, 2), "kd", inputs, UsageError, "`objective` .* is 'kd'; .*kirsch.Objective.preset"),
         (net(6, 2), WHOLE, (inputs, np.array([0, 1, 2, 3])), DataError, "Sample 3 has the label 3"),
         (
             None,
