@@ -228,8 +228,15 @@ WRONG_LABELS = {
 
 @pytest.mark.parametrize("kind", WRONG_LABELS)
 def test_labels_that_are_not_class_numbers_are_refused(doubling, numbers, stopwatch, kind):
-    with pytest.raises(DataError, match=r"labels have shape .* expected class numbers, shape \(N,\)\. Give integers"):
+    with pytest.raises(DataError, match=r"labels have shape .* expected class numbers, shape \(N,\)\. Give "):
         kirsch.measure(doubling, example_inputs=numbers, data=(numbers, WRONG_LABELS[kind](numbers.argmax(-1))))
+
+
+def test_inputs_of_different_lengths_are_refused(two):
+    artifact, pair, labels = two
+    uneven = {"first": pair["first"], "second": pair["second"][:5]}
+    with pytest.raises(DataError, match=r"The inputs have 20, 5 samples\. Give the same number"):
+        kirsch.measure(artifact, example_inputs=pair, data=(uneven, labels), rounds=6)
 
 
 def test_too_few_rounds_are_refused_before_the_export(numbers):

@@ -122,6 +122,12 @@ class OnnxSession:
         """
         arrays = self.arrays(inputs)
         samples = len(arrays[0]) if arrays else 0
+        lengths = [len(array) for array in arrays]
+        if len(set(lengths)) > 1:
+            raise DataError(
+                f"The inputs have {', '.join(map(str, lengths))} samples.",
+                fix="Give the same number of samples in each input, on the first axis.",
+            )
         if not samples:
             raise DataError("There are no inputs to predict.", fix="Give at least one.")
         output = self.outputs.index(logits_output(self.outputs))

@@ -303,7 +303,9 @@ def _check(logits: NDArray[Any], labels: NDArray[Any]) -> None:
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
         raise DataError(
             f"The labels have shape {labels.shape} and type {labels.dtype}; expected class numbers, shape (N,).",
-            fix="Give integers: labels[:, 0] for a column, labels.argmax(-1) for one-hot rows.",
+            fix="Give integers: labels.astype(int)."
+            if labels.ndim == 1
+            else "Give labels[:, 0] for a column, labels.argmax(-1) for one-hot rows, as integers.",
         )
     if logits.ndim != 2 or len(logits) != len(labels):  # noqa: PLR2004 - (N, K)
         raise ShapeError(

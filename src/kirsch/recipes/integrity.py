@@ -52,7 +52,8 @@ def check(folder: Path) -> RunIntegrity:
         LoadError: the folder does not hold a run.
     """
     if not manifest.is_run(folder):
-        raise LoadError(f"{folder} is not a run folder.", f"{RUN} is missing.", "Give the folder of a run.")
+        why = f"{RUN} is missing." if folder.is_dir() else "There is no such folder."
+        raise LoadError(f"{folder} is not a run folder.", why, "Give the folder of a run.")
     finished = manifest.is_finished(folder)
     misplaced = manifest.misplaced_entries(folder)
     folders = manifest.folders_with_manifest(folder)

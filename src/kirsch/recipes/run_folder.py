@@ -60,7 +60,8 @@ def require(folder: Path) -> None:
 
 
 def _no_run(folder: Path) -> LoadError:
-    return LoadError(f"{folder} is not a run folder.", f"{RUN} is missing or damaged.", "Start a run: kirsch compress.")
+    why = f"{RUN} is missing or damaged." if folder.is_dir() else "There is no such folder."
+    return LoadError(f"{folder} is not a run folder.", why, "Start a run: kirsch compress.")
 
 
 def refuse_misplaced(folder: Path) -> None:
