@@ -56,28 +56,28 @@ class Countdown:
 
 def at_event(stage, event, times):
     """Kill the process after an event was written."""
-    tell, due = Job.tell, Countdown(times)
+    emit, due = Job.emit, Countdown(times)
 
-    def tell_and_die(self, content):
-        tell(self, content)
+    def emit_and_die(self, content):
+        emit(self, content)
         if content["event"] == event and stage in (content.get("stage"), content.get("key")) and due():
             die()
 
-    Job.tell = tell_and_die
+    Job.emit = emit_and_die
 
 
 def in_event(stage, event, times):
     """Kill the process when the line of an event is half written."""
-    tell, due = Job.tell, Countdown(times)
+    emit, due = Job.emit, Countdown(times)
 
     def write_half_and_die(self, content):
         if content["event"] == event and stage in (content.get("stage"), content.get("key")) and due():
             with (self.folder / "events.jsonl").open("a") as file:
                 file.write(json.dumps(content)[:25])
             die()
-        tell(self, content)
+        emit(self, content)
 
-    Job.tell = write_half_and_die
+    Job.emit = write_half_and_die
 
 
 def before_rename(name, times):
@@ -334,6 +334,6 @@ def test_a_run_that_was_killed_before_its_start_is_started_again(server, run):
         assert server.run("compress", "recipe.yaml", "--run", "run", plant=plant) == -signal.SIGKILL
         assert list(run.glob(f"{files.TEMPORARY}*"))
         assert server.run("resume", "run") == 4
-    assert "Start it: kirsch compress" in (server.base / "output.txt").read_text()
+    assert "Start a run: kirsch compress" in (server.base / "output.txt").read_text()
     assert server.run("compress", "recipe.yaml", "--run", "run") == 0
     assert_same_run(run, server.base / "uninterrupted")

@@ -35,7 +35,7 @@ def relational_objective(layer):
 
 
 def test_the_error_names_the_types_of_the_teacher_and_its_inputs():
-    message = r"Sequential computes in bfloat16, and its inputs are float32\. .*Sequential\.float\(\)"
+    message = r"Sequential computes in bfloat16, and its inputs are float32\. .*model\.float\(\)"
     for objective in (None, relational_objective("0"), Objective.preset("rkd")):
         with pytest.raises(UsageError, match=message):
             run_distill(net(), net().bfloat16(), objective)

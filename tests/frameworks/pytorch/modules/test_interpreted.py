@@ -261,7 +261,7 @@ class Constant(nn.Module):
 def test_a_cut_without_effect_on_the_outputs_is_an_error_unless_verify_is_false():
     model = shaken(Constant())
     plan = kirsch.plan(kirsch.trace(model, TOKENS), Goal(macs=0.9))
-    with pytest.raises(VerificationError, match=r"Its outputs do not depend on the removed units .* verify=False"):
+    with pytest.raises(VerificationError, match=r"Its outputs do not depend on the removed units.* verify=False"):
         kirsch.prune(model, plan)
     assert kirsch.prune(model, plan, verify=False).first.out_features < 8
 

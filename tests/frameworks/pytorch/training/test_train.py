@@ -151,6 +151,7 @@ def test_a_term_of_value_zero_that_does_not_depend_on_the_model_is_an_error():
 
 def test_runs_in_one_process_may_have_different_precisions():
     """Accelerate has one precision for the process; that of the caller is restored."""
+    AcceleratorState._reset_state()  # a test before may have left one
     accelerator = Accelerator(mixed_precision="bf16")
     models = [trained(training=Training(epochs=1, precision=precision)).model for precision in ("fp32", "bf16", "fp32")]
     assert accelerator.mixed_precision == "bf16"
