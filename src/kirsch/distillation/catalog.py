@@ -97,7 +97,7 @@ def charged(objective: Objective) -> str:
 def _brackets(term: Term) -> str:
     """What of a term is not as usual."""
     found = []
-    temperature = term.keywords(0.0).get("temperature") if term.temperature is None else term.temperature
+    _, temperature = term.resolved()
     if temperature is not None:
         found.append(f"T {_number(temperature)}")
     places = [", ".join(texts(side)) for side in (term.student, term.there)]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from kirsch.arguments import checked
 from kirsch.distillation.losses.loss import get_loss, loss_options
-from kirsch.distillation.schedule import Number, at, problem
+from kirsch.distillation.schedule import Number, problem
 from kirsch.errors import UnknownNameError
 from kirsch.frameworks.layers import LayerName, LayerNames, texts
 
@@ -61,11 +61,6 @@ class Term:
         if "given" in known and self._weights:
             options.setdefault("given", "weights")
         return options, known.get("temperature") if self.temperature is None else self.temperature
-
-    def keywords(self, epoch: float) -> dict[str, Any]:
-        """Return the keywords of the loss after so many epochs."""
-        options, temperature = self.resolved()
-        return options if temperature is None else {**options, "temperature": at(temperature, epoch)}
 
     @property
     def _weights(self) -> bool:
