@@ -69,11 +69,11 @@ class TeacherStore:
         self.record_type = np.dtype(specification.fields)
         self._maps: dict[tuple[int, int], NDArray[Any]] = {}
         self._verified: set[int] = set()
-        self._order: NDArray[Any] | None = None
+        self._ids: NDArray[Any] | None = None  # sorted; None for 0, 1, 2, ...
         if specification.ids_sha256 is not None:
-            ids = self._read_ids(specification.ids_sha256)
+            ids = self._read_ids()
             self._order = np.argsort(ids, kind="stable")
-            self._sorted = ids[self._order]
+            self._ids = ids[self._order]
 
     made_by: ClassVar[str] = "kirsch.distillation.store.TeacherStore.open(folder)"
 
@@ -88,22 +88,26 @@ class TeacherStore:
         folder = Path(folder)
         stored = spec.read(folder)
         for view, number in stored.all_ranges():
-            if not range_file(folder, view, number).is_file():
+            path = range_file(folder, view, number)
+            if not path.is_file():
                 count, present = stored.views * stored.ranges, len(list(folder.glob("view-*.bin")))
                 raise StoreError(
                     f"The store {folder} is partial.",
                     f"{count - present} of {count} ranges are missing, the first is {stored.place(view, number)}.",
                     "Build it again with the same arguments; existing ranges are kept.",
                 )
-            _check_file(range_file(folder, view, number), stored.file_bytes(number))
+            if path.is_symlink():
+                raise damaged(folder, f"{path.name} is a link")
+            found, expected = path.stat().st_size, stored.file_bytes(number)
+            if found != expected:
+                raise damaged(folder, f"{path.name} has {found} bytes, expected {expected}")
         return cls(folder, stored)
 
-    def _read_ids(self, digest: str) -> NDArray[Any]:
+    def _read_ids(self) -> NDArray[Any]:
         path = self.folder / spec.IDS
-        _check_file(path, 8 * self.specification.samples)
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise damaged(self.folder, f"{spec.IDS} does not have its sha256")
+        content, stored = path.read_bytes() if path.is_file() else b"", self.specification
+        if len(content) != 8 * stored.samples or hashlib.sha256(content).hexdigest() != stored.ids_sha256:
+            raise damaged(self.folder, f"{spec.IDS} is missing, or does not have its size and sha256")
         return np.frombuffer(content, "<i8").astype(np.int64)
 
     @checked
@@ -131,22 +135,21 @@ class TeacherStore:
             raise ShapeError(f"There are {len(ids)} ids and {len(expected)} seeds.")
         differs = records[SEED] != expected.astype(np.uint32)
         if differs.any():
-            raise self._seed_error(ids[differs][0], view, from_store=from_store)
+            sample = ids[differs][0]
+            if from_store:
+                problem = f"the record of sample {sample} in view {view} has the seed of another sample"
+                raise damaged(self.folder, problem)
+            raise DataError(
+                f"Sample {sample} was augmented differently for the teacher.",
+                f"View {view} of the store was augmented with the seed {self.specification.seed}.",
+                "Train with the seed and the views of the store, or build a store with those of the training.",
+            )
         return {name: np.ascontiguousarray(records[name]) for name in self._names}
 
     @property
     def _names(self) -> tuple[str, ...]:
         """Names of the fields of a record but the seed."""
         return (self.record_type.names or ())[1:]
-
-    def _seed_error(self, sample: int, view: int, *, from_store: bool) -> Exception:
-        if from_store:
-            return damaged(self.folder, f"the record of sample {sample} in view {view} has the seed of another sample")
-        return DataError(
-            f"Sample {sample} was augmented differently for the teacher.",
-            f"View {view} of the store was augmented with the seed {self.specification.seed}.",
-            "Train with the seed and the views of the store, or build a store with those of the training.",
-        )
 
     def _checked_view(self, view: int) -> int:
         if not self.specification.augmented:
@@ -202,12 +205,11 @@ class TeacherStore:
             raise DataError(
                 f"The ids have shape {ids.shape} and type {ids.dtype}.", "Integers with one axis are needed."
             )
-        if self._order is None:
+        if self._ids is None:
             unknown, rows = (ids < 0) | (ids >= self.specification.samples), ids
         else:
-            position = np.searchsorted(self._sorted, ids)
-            position[position == len(self._sorted)] = 0
-            unknown, rows = self._sorted[position] != ids, self._order[position]
+            places = np.searchsorted(self._ids, ids).clip(max=len(self._ids) - 1)
+            unknown, rows = self._ids[places] != ids, self._order[places]
         if unknown.any():
             raise DataError(
                 f"Sample {ids[unknown][0]} is not in the store {self.folder}.",
@@ -339,13 +341,3 @@ class TeacherStore:
                     top_1 = record["indices"][..., 0] if "indices" in record else record["scores"].argmax(-1)
                     agreed.extend((current[LOGITS].argmax(-1) == top_1).ravel().tolist())
         return StoreCheck(len(chosen), largest, float(np.mean(agreed)) if agreed else None)
-
-
-def _check_file(path: Path, size: int) -> None:
-    """Raise a StoreError if a file is missing, is a link, or has another size."""
-    if not path.is_file():
-        raise damaged(path.parent, f"{path.name} is missing")
-    if path.is_symlink():
-        raise damaged(path.parent, f"{path.name} is a link")
-    if path.stat().st_size != size:
-        raise damaged(path.parent, f"{path.name} has {path.stat().st_size} bytes, expected {size}")
