@@ -68,7 +68,7 @@ def test_a_store_is_not_overwritten_by_another(store_copy):
             r"the callable that returns the outputs \(outputs: stored None, given .*<lambda> version 1\)",
         ),
     ):
-        with pytest.raises(StoreError, match=rf"has another store\. It differs in .*{word}.*Choose another folder"):
+        with pytest.raises(StoreError, match=rf"is stale\. .* another value of .*{word}.* build it in another folder"):
             build_store(store_copy, **options)
     TeacherStore.open(store_copy).verify()
 

@@ -206,14 +206,7 @@ def _begin(folder: Path, data: ArrayData, specification: Specification, shares: 
         if ids is not None:
             files.write_bytes(folder / spec.IDS, ids)
         files.write_json(folder / spec.NAME, specification.model_dump(mode="json"))
-    given = {name: getattr(specification, name) for name in spec.DESCRIPTIONS}
-    different = spec.differences(spec.read(folder), given)
-    if different:
-        raise StoreError(
-            f"The folder {folder} has another store.",
-            f"It differs in {'; '.join(different)}.",
-            "Choose another folder, or remove this one.",
-        )
+    spec.check_same(folder, spec.read(folder), {name: getattr(specification, name) for name in spec.DESCRIPTIONS})
 
 
 def _build_range(

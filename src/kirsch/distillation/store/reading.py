@@ -244,26 +244,12 @@ class TeacherStore:
         if data is not None:
             expected["data_sha256"] = spec.data_hash(data)
             expected["transform"] = description(data.augment)
-            expected |= self._view_options(data)
+            expected |= _view_options(data)
         if temperature is not None and stored.k:
             expected["temperature"] = float(temperature)
         if seed is not None and stored.augmented and expected.get("seed") in (None, stored.seed):
             expected["seed"] = seed
-        self._require_same(expected)
-
-    def _view_options(self, data: ArrayData) -> dict[str, Any]:
-        """Return the views and the seed of data with a transform, if they are set."""
-        options = {"views": data.views, "seed": data.seed} if data.augment is not None else {}
-        return {name: value for name, value in options.items() if value is not None}
-
-    def _require_same(self, expected: dict[str, Any]) -> None:
-        different = spec.differences(self.specification, expected)
-        if different:
-            raise StoreError(
-                f"The store {self.folder} is stale.",
-                f"It was built with another value of {'; '.join(different)}.",
-                "Pass the values it was built with, or build it again in another folder.",
-            )
+        spec.check_same(self.folder, stored, expected)
 
     @checked
     def verify_once(self, view: View) -> None:
@@ -318,8 +304,8 @@ class TeacherStore:
             UsageError: `samples` is not positive.
             StoreError: the teacher's outputs have other names or shapes, or the data has other views or another seed.
         """
-        self._require_same(self._view_options(data))
         runner, stored = TeacherRunner(teacher, data, outputs, batch_size), self.specification
+        spec.check_same(self.folder, stored, _view_options(data))
         pairs = stored.views * data.samples
         chosen = np.unique(np.linspace(0, pairs - 1, min(samples, pairs)).round().astype(np.int64))
         largest = dict.fromkeys((name for name in self._names if name != "indices"), 0.0)
@@ -331,7 +317,7 @@ class TeacherStore:
                 current = runner(batch, stored.seed, view)
                 features = {name: array.shape[1:] for name, array in current.items() if name != LOGITS}
                 classes = current[LOGITS].shape[-1] if LOGITS in current else None
-                self._require_same({"classes": classes, "features": features})
+                spec.check_same(self.folder, stored, {"classes": classes, "features": features})
                 values = record_values(stored.keep, current, stored.temperature, record.get("indices"))
                 for name in largest:
                     value = values[name].astype(np.float64)
@@ -341,3 +327,9 @@ class TeacherStore:
                     top_1 = record["indices"][..., 0] if "indices" in record else record["scores"].argmax(-1)
                     agreed.extend((current[LOGITS].argmax(-1) == top_1).ravel().tolist())
         return StoreCheck(len(chosen), largest, float(np.mean(agreed)) if agreed else None)
+
+
+def _view_options(data: ArrayData) -> dict[str, Any]:
+    """Return the views and the seed of data with a transform, if they are set."""
+    options = {"views": data.views, "seed": data.seed} if data.augment is not None else {}
+    return {name: value for name, value in options.items() if value is not None}

@@ -181,13 +181,23 @@ def problem(error: ValidationError) -> str:
     return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}."
 
 
-def differences(stored: Specification, expected: dict[str, Any]) -> list[str]:
-    """Describe each property of a store that differs from the expected value, with both values."""
-    return [
+def check_same(folder: Path, stored: Specification, given: dict[str, Any]) -> None:
+    """Compare properties of a store with given values.
+
+    Raises:
+        StoreError: some differ; the message names each with both values.
+    """
+    different = [
         f"{DESCRIPTIONS[name]} ({name}: stored {_format(name, getattr(stored, name))}, given {_format(name, value)})"
-        for name, value in expected.items()
+        for name, value in given.items()
         if getattr(stored, name) != value
     ]
+    if different:
+        raise StoreError(
+            f"The store {folder} is stale.",
+            f"It was built with another value of {'; '.join(different)}.",
+            "Pass the values it was built with, or build it in another folder.",
+        )
 
 
 def _format(name: str, value: Any) -> str:
