@@ -53,7 +53,7 @@ def test_a_store_of_many_classes_teaches_what_its_teacher_does(tmp_path, classes
     """Class numbers are kept in as few bytes as they need, which PyTorch hardly knows."""
     teacher, student = net(classes), net(classes, 1)
     store = build(tmp_path / "store", teacher, data(), keep=TopK(4), temperature=2.0)
-    largest = Objective((kirsch.Term("top-k", 1.0, 2.0, options={"k": 4}),), label_weight=0.0)
+    largest = Objective((kirsch.Term("top-k", 1.0, temperature=2.0, options={"k": 4}),), label_weight=0.0)
     stored, live = (learned(student, source, data(), objective=largest).history[0] for source in (store, teacher))
     assert stored["loss"] == pytest.approx(live["loss"], rel=2e-3)
 
@@ -79,7 +79,7 @@ def test_a_store_of_a_language_model_teaches_one(tmp_path, masked):
     given = ArrayData({"input_ids": words}, labels, 4)
     teacher = Writer(300)
     store = build(tmp_path / "store", teacher, given, keep=TopK(300))
-    objective = Objective((kirsch.Term("kd", 1.0, 1.0),), label_weight=0.0, causal=True)
+    objective = Objective((kirsch.Term("kd", 1.0, temperature=1.0),), label_weight=0.0, causal=True)
     stored, live = (
         learned(Writer(300, 1), source, given, objective=objective).history[0] for source in (store, teacher)
     )

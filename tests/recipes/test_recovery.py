@@ -228,7 +228,7 @@ def term_values(objective, case):
     """Return the value of each term before training, by name."""
     batch = Batch(case.inputs, torch.arange(len(case.inputs)) % K)
     with Distiller(case.small.eval(), case.model, objective, batch) as distiller:
-        return {name: part.item() for name, part in distiller.eval()(batch).parts.items()}
+        return {name: part.item() for name, part in distiller.eval()(batch).terms.items()}
 
 
 def test_term_is_zero_where_nothing_upstream_is_pruned(traced):
@@ -262,7 +262,7 @@ def test_training_reduces_all_terms_without_new_parameters(case):
     training = Training(epochs=8, learning_rate=3e-3, optimizer="adamw")
     data, hooks = ArrayData(many.numpy(), None, batch_size=16), TrainingHooks(event=events.append)
     found = kirsch.distill(case.small, case.model, data, objective=objective, training=training, hooks=hooks)
-    before, after = found.history[0]["parts"], found.history[-1]["parts"]
+    before, after = found.history[0]["terms"], found.history[-1]["terms"]
     assert set(before) == {f"kept.{layer}" for layer in case.layers[1:]}
     assert all(after[layer] < 0.8 * before[layer] for layer in before), (before, after)
     shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (found.model, case.small)]

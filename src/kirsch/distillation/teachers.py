@@ -188,10 +188,10 @@ def require_temperature(store: TeacherStore, objective: Objective) -> None:
     """
     manifest = store.manifest
     for term in objective.terms:
-        if term.there == "logits" and manifest.keep == "top-k":
+        if term.layers[1] == "logits" and manifest.keep == "top-k":
             if isinstance(term.temperature, Ramp):
                 raise UsageError(
-                    f"The temperature of {term.called!r} changes, and the store holds {manifest.temperature:g} only.",
+                    f"The temperature of {term.record_name!r} changes; the store holds {manifest.temperature:g} only.",
                     fix="Build the store with Dense(), or state one temperature.",
                 )
             store.require(temperature=1.0 if term.temperature is None else term.temperature)

@@ -108,7 +108,7 @@ def _goal(job: Job) -> dict[str, Any]:
 
 
 def _item(name: str, text: str, limit: float, value: float, *, met: bool, significance: str = "") -> dict[str, Any]:
-    return {"name": name, "text": text, "limit": limit, "value": value, "met": met, "doubt": significance}
+    return {"name": name, "text": text, "limit": limit, "value": value, "met": met, "significance": significance}
 
 
 def goal_text(job: Job) -> str:
@@ -161,7 +161,7 @@ def _curve(stage: str, history: list[dict[str, Any]]) -> dict[str, Any]:
         "stage": stage,
         "epochs": [record["epoch"] for record in history],
         "loss": [record["loss"] for record in history],
-        "parts": {name: [record["parts"].get(name) for record in history] for name in history[0]["parts"]},
+        "terms": {name: [record["terms"].get(name) for record in history] for name in history[0]["terms"]},
         "accuracy": [record.get("accuracy") for record in history],
         "learning_rate": [record["learning_rate"] for record in history],
         "seconds": [record["seconds"] for record in history],
