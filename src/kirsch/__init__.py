@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from kirsch.data.dataset import DataSet, Split
     from kirsch.deploy.export import Artifact, export
     from kirsch.deploy.measure import Measurement, measure
     from kirsch.distillation.chain import born_again, distill_chain, ensemble
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import compress
     from kirsch.recipes.recovery import recovery
-    from kirsch.recipes.tasks.data import DataSet, Split
 
 __all__ = [
     "Artifact",
@@ -64,7 +64,7 @@ __all__ = [
 # Module of each public name. Names are imported at first use, so that `import kirsch` loads no framework.
 _MODULES = {
     "Artifact": "kirsch.deploy.export",
-    "DataSet": "kirsch.recipes.tasks.data",
+    "DataSet": "kirsch.data.dataset",
     "Distiller": "kirsch.distillation.distiller",
     "GeneratedData": "kirsch.frameworks.generated",
     "Goal": "kirsch.graph.plan",
@@ -73,7 +73,7 @@ _MODULES = {
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
     "Ramp": "kirsch.distillation.schedule",
-    "Split": "kirsch.recipes.tasks.data",
+    "Split": "kirsch.data.dataset",
     "Term": "kirsch.distillation.term",
     "Training": "kirsch.frameworks.training",
     "born_again": "kirsch.distillation.chain",

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TopK, build
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, NumericError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.measurement.quality import Answers
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill
 from kirsch.distillation.objective import Objective
 from kirsch.errors import DataError, Interrupted, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.generated import GeneratedData
 from kirsch.frameworks.training import Training, TrainingHooks
 

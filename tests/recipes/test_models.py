@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from kirsch.errors import LoadError, ModelError, UsageError
-from kirsch.recipes.models import build, example_shape, resolve, source_hash
+from kirsch.recipes.models import build, example_shape
+from kirsch.references import resolve, source_hash
 
 LINEAR = "from torch import nn\n\n\ndef net():\n    return nn.Linear(2, {size})\n"
 
@@ -48,7 +49,10 @@ def test_file_is_relative_to_the_working_folder_by_default(tmp_path, write, monk
 
 
 def test_module_is_imported():
-    assert_equal(build("kirsch.frameworks.pytorch.digits:student"), build("kirsch.frameworks.pytorch.digits:student"))
+    assert_equal(
+        build("kirsch.frameworks.pytorch.models.digits:student"),
+        build("kirsch.frameworks.pytorch.models.digits:student"),
+    )
 
 
 def test_timm_model_is_built():

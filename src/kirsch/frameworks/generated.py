@@ -10,11 +10,12 @@ import numpy as np
 
 from kirsch.annotations import Count, Fix, Seed
 from kirsch.arguments import checked
+from kirsch.data.annotations import Model, is_model
+from kirsch.data.arrays import host
+from kirsch.data.augment import check_call
+from kirsch.data.batches import Batch, SeededData, borders_of, count_of
 from kirsch.errors import DataError, KirschError, UsageError, error_text, name_of
-from kirsch.frameworks.annotations import Model, is_model
-from kirsch.frameworks.augment import check_call
-from kirsch.frameworks.data import Batch, SeededData, borders_of, count_of
-from kirsch.frameworks.port import framework_of, host
+from kirsch.frameworks.port import framework_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

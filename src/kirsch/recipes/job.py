@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from kirsch.data.dataset import DataSet
     from kirsch.recipes.recipe import Recipe
-    from kirsch.recipes.tasks.data import DataSet
 
 RECORD, LOGITS = "record.json", "logits.npy"
 FEW_OTHERS = 3

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from kirsch.frameworks.data import Batch
+    from kirsch.data.batches import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.graph import Graph, Input, Tracing
     from kirsch.graph.labels import Tensor

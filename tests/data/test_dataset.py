@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from kirsch.errors import DataError, KirschError, LoadError, UnknownNameError, UsageError
-from kirsch.recipes.tasks.data import DataSet, Split, load_data
+from kirsch.data.dataset import DataSet, Split
+from kirsch.errors import DataError, UsageError
 
 
 def split(labels=(0, 1, 2), value=0.0):
@@ -50,10 +50,10 @@ def test_class_without_training_samples_is_refused():
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
-        (np.array([0.0, 1.0, 2.0]), "type float64, values 0 to 2.* whole numbers stored as floats"),
+        (np.array([0.0, 1.0, 2.0]), r"type float64, values 0 to 2.* whole numbers: labels\.astype\(numpy\.int64\)"),
         (np.array([0.5, 1.0, 2.0]), 'values 0.5 to 2.* label_loss="squared-error"'),
-        (np.eye(3), r"shape \(3, 3\).* one-hot: give targets\.argmax\(-1\)"),
-        (np.array([[0], [1], [2]]), r"shape \(3, 1\) .* targets\[:, 0\]"),
+        (np.eye(3), r"shape \(3, 3\).* one-hot: give labels\.argmax\(-1\)"),
+        (np.array([[0], [1], [2]]), r"shape \(3, 1\) .* labels\[:, 0\]"),
         (np.array([True, False, True]), "type bool.* Give whole numbers"),
         (np.full((3, 4, 4), 255, np.uint8), r"\(3, 4, 4\) and type uint8, values 255 to 255.* kirsch\.distill with"),
         (np.array([1, 2, 3]), r"has the label 3.* labels go from 0 to 2\. Give targets - 1"),
@@ -116,113 +116,6 @@ def test_batches_contain_the_augmented_training_part():
     batches = list(data.batches(2).epoch(seed=0, epoch=0))
     assert sorted(np.concatenate([batch.targets for batch in batches]).tolist()) == [0, 1, 2]
     assert all((batch.inputs == 1).all() for batch in batches)
-
-
-# ------------------------------------------------------------------------------------------------ sources
-
-SOURCES = """
-import numpy as np
-
-from kirsch.errors import LoadError, UsageError
-from kirsch.recipes.tasks.data import DataSet, Split
-
-
-def good(*, seed, classes=2):
-    part = Split(np.full((classes, 1), seed, np.float32), np.arange(classes))
-    return DataSet("good", part, part, part, tuple("abcdef"[:classes]))
-
-
-def broken(*, seed):
-    raise ValueError("the disk is gone")
-
-
-def mistyped(*, seed):
-    return 1 + "a"
-
-
-def missing(*, seed):
-    raise LoadError("The archive is missing.")
-
-
-def plain(classes=2):
-    part = Split(np.zeros((classes, 1), np.float32), np.arange(classes))
-    return DataSet("plain", part, part, part, tuple("abcdef"[:classes]))
-
-
-def open_to_all(**options):
-    return good(**options)
-
-
-def other(*, seed):
-    return [1, 2]
-"""
-
-
-@pytest.fixture
-def base(tmp_path):
-    (tmp_path / "sources.py").write_text(SOURCES)
-    return tmp_path
-
-
-def test_source_takes_the_seed_and_its_options(base):
-    data = load_data("sources.py:good", {"classes": 3}, seed=7, base=base)
-    assert data.classes == ("a", "b", "c")
-    assert (data.train.inputs == 7).all()
-
-
-def test_source_without_seed_parameter_is_called_without_seed(base):
-    assert load_data("sources.py:plain", {"classes": 3}, seed=7, base=base).classes == ("a", "b", "c")
-    assert (load_data("sources.py:open_to_all", {}, seed=7, base=base).train.inputs == 7).all()
-    for options, sentence in (
-        ({"seed": 3}, r"got an unexpected keyword argument 'seed'\. Use only classes in data\.options"),
-        ({"colors": 3}, r"'colors'\. Use only classes"),
-    ):
-        with pytest.raises(UsageError, match=sentence):
-            load_data("sources.py:plain", options, seed=0, base=base)
-
-
-@pytest.mark.parametrize(
-    ("source", "options", "error", "sentence"),
-    [
-        (
-            "sources.py:good",
-            {"colors": 3},
-            UsageError,
-            "does not take these options. got an unexpected keyword argument 'colors'.",
-        ),
-        (
-            "sources.py:good",
-            {"seed": 3},
-            UsageError,
-            "data.options contains `seed`, which 'sources.py:good' receives",
-        ),
-        (
-            "sources.py:broken",
-            {},
-            DataError,
-            "The data source 'sources.py:broken' failed. ValueError: the disk is gone (sources.py:",
-        ),
-        (
-            "sources.py:mistyped",
-            {},
-            DataError,
-            "The data source 'sources.py:mistyped' failed. TypeError: unsupported operand",
-        ),
-        ("sources.py:missing", {}, LoadError, "The archive is missing."),
-        (
-            "sources.py:other",
-            {},
-            DataError,
-            "sources.py:other returns a list; expected a kirsch.DataSet. Return kirsch.DataSet(name, train=",
-        ),
-        ("sources.py:goood", {}, LoadError, "There is no callable of sources.py named 'goood'."),
-        ("digit", {}, UnknownNameError, "There is no data 'digit'. Known: cifar10, digits. Did you mean 'digits'?"),
-    ],
-)
-def test_failing_source_is_named(base, source, options, error, sentence):
-    with pytest.raises(KirschError, match=re.escape(sentence)) as caught:
-        load_data(source, options, seed=0, base=base)
-    assert type(caught.value) is error
 
 
 @pytest.mark.parametrize(

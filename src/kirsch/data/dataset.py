@@ -1,10 +1,8 @@
-"""Data sets with a training, a validation and a test part, and the sources that recipes load them from."""
+"""Data sets with a training, a validation and a test part."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -13,20 +11,14 @@ import numpy as np
 
 from kirsch.annotations import Count, Fix
 from kirsch.arguments import checked
-from kirsch.distillation.losses.labels import IGNORED
-from kirsch.distillation.targets import not_class_numbers, out_of_range
-from kirsch.errors import DataError, KirschError, UsageError
-from kirsch.failures import error_with_location
-from kirsch.frameworks.augment import Augment, Seeded
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.port import host
-from kirsch.frameworks.structure import summary
-from kirsch.recipes.models import FAILURES, is_valid_text, preserved_process_state, resolve
-from kirsch.registry import Registry
+from kirsch.data.arrays import host
+from kirsch.data.augment import Augment, Seeded
+from kirsch.data.batches import ArrayData
+from kirsch.data.structure import summary
+from kirsch.errors import DataError
+from kirsch.references import is_valid_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
 
@@ -115,24 +107,24 @@ class DataSet:
 
     def _check_labels(self, part: str, split: Split) -> None:
         """Refuse labels that are not one class number per sample."""
-        count = len(self.classes)
-        if split.labels.ndim != 1 or not np.issubdtype(split.labels.dtype, np.integer):
-            error = not_class_numbers(split.labels, (count,))
-            fix = "For labels of pixels or positions, or multi-label targets, use kirsch.distill with ArrayData."
-            what = error.what.replace("The targets have", f"The labels of the {part} part of {self.name} have")
-            why = f"Expected class numbers: one integer per sample, shape (N,), from 0 to {count - 1}."
-            if "label_loss" in error.fix:
-                fix = f"A DataSet is for classifiers with one class per sample. For kirsch.distill: {error.fix}"
-            elif split.labels.ndim <= len("NK"):
-                fix = error.fix
-            raise DataError(what, why, fix)
-        wrong = (split.labels < 0) | (split.labels >= count)
-        if wrong.any():
-            error = out_of_range(split.labels, wrong, count, IGNORED)
+        labels, count = split.labels, len(self.classes)
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            values = (
+                f", values {labels.min():g} to {labels.max():g}" if labels.dtype.kind != "b" and labels.size else ""
+            )
             raise DataError(
-                error.what.replace(" has the label", f" of the {part} part of {self.name} has the label"),
+                f"The labels of the {part} part of {self.name} have shape {labels.shape} and type {labels.dtype}"
+                f"{values}.",
+                f"Expected class numbers: one integer per sample, shape (N,), from 0 to {count - 1}.",
+                _class_number_fix(labels),
+            )
+        wrong = (labels < 0) | (labels >= count)
+        if wrong.any():
+            sample = int(wrong.argmax())
+            raise DataError(
+                f"Sample {sample} of the {part} part of {self.name} has the label {labels[sample]}.",
                 f"There are {count} classes, so labels go from 0 to {count - 1}.",
-                "Give targets - 1." if split.labels.min() == 1 else "Leave such samples out, or name all classes.",
+                "Give targets - 1." if labels.min() == 1 else "Leave such samples out, or name all classes.",
             )
 
     @checked
@@ -148,6 +140,23 @@ class DataSet:
             digest.update(np.ascontiguousarray(split.inputs).tobytes())
             digest.update(np.ascontiguousarray(split.labels).tobytes())
         return digest.hexdigest()
+
+
+def _class_number_fix(labels: NDArray[Any]) -> str:
+    """Return the fix for labels that are not class numbers."""
+    is_integer = labels.dtype.kind != "f" or bool((labels == np.round(labels)).all())  # NaN is not equal to itself
+    if labels.ndim == 1:
+        if labels.dtype.kind == "b" or is_integer:
+            return "Give whole numbers: labels.astype(numpy.int64)."
+        return (
+            "A DataSet is for classifiers with one class per sample. For numbers to predict (regression), use "
+            'kirsch.distill with ArrayData and label_loss="squared-error".'
+        )
+    if labels.ndim == 2 and labels.shape[1] == 1:  # noqa: PLR2004 - (N, 1)
+        return "Remove the axis of length 1: give labels[:, 0] as integers."
+    if labels.ndim == 2 and is_integer and set(np.unique(labels)) <= {0, 1} and (labels.sum(1) == 1).all():  # noqa: PLR2004 - (N, K)
+        return "They are one-hot: give labels.argmax(-1)."
+    return "For labels of pixels or positions, or multi-label targets, use kirsch.distill with ArrayData."
 
 
 def _array(name: str, value: Any) -> NDArray[Any]:
@@ -187,66 +196,3 @@ def _check_names(name: Any, classes: Any) -> None:
     twice = [label for label in classes if list(classes).count(label) > 1]
     if twice:
         raise DataError(f"Two classes of {name} have the name {twice[0]!r}.", fix="Give each class a different name.")
-
-
-def _signature(load: Source) -> inspect.Signature:
-    """Return the parameters of a source; **options if Python cannot determine them."""
-    try:
-        return inspect.signature(load)
-    except ValueError:
-        return inspect.signature(lambda **options: options)
-
-
-Source = Callable[..., DataSet]
-"""Function that returns a data set. It takes the options of the recipe as keyword arguments, and the recipe's seed as
-`seed` if it has such a parameter; its randomness should depend on the seed alone."""
-
-SOURCES: Registry[Source] = Registry("data")
-
-
-def load_data(source: str, options: dict[str, Any], *, seed: int, base: Path | None = None) -> DataSet:
-    """Return the data set of a recipe.
-
-    Args:
-        source: registered name, or "file.py:callable" or "package.module:callable" of a `Source`.
-        options: keyword arguments of the source.
-        seed: seed of the recipe, passed as `seed` if the source has such a parameter.
-        base: folder that files are relative to.
-
-    Raises:
-        UsageError: the source does not take these options.
-        DataError: the source fails, or does not return a `DataSet`.
-    """
-    load: Source = resolve(source, base=base) if ":" in source else SOURCES[source]
-    parameters = _signature(load).parameters
-    seeded = "seed" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if seeded and "seed" in options:
-        raise UsageError(
-            f"data.options contains `seed`, which {source!r} receives from the recipe.",
-            fix="Remove it, and set the seed of the recipe.",
-        )
-    arguments = {**options, "seed": seed} if seeded else options
-    try:
-        _signature(load).bind(**arguments)
-    except TypeError as error:
-        takes = [name for name in parameters if name != "seed"]
-        raise UsageError(
-            f"The data source {source!r} does not take these options.",
-            f"{error}.",
-            f"Use only {', '.join(takes)} in data.options." if takes else "Remove data.options: it takes no options.",
-        ) from error
-    try:
-        with preserved_process_state():
-            data = load(**arguments)
-    except KirschError:
-        raise
-    except FAILURES as error:
-        raise DataError(
-            f"The data source {source!r} failed.", error_with_location(error), "Fix the source, or change data.options."
-        ) from error
-    if not isinstance(data, DataSet):
-        raise DataError(
-            f"The data source {source} returns a {type(data).__name__}; expected a kirsch.DataSet.",
-            fix="Return kirsch.DataSet(name, train=kirsch.Split(inputs, labels), ...).",
-        )
-    return data
