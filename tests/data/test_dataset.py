@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -26,11 +24,6 @@ def data_set(classes=("a", "b", "c"), **parts):
     ("wrong", "sentence"),
     [
         (split(()), r"The {} part of d is empty\. Give it at least one sample\."),
-        (
-            split((0, 3)),
-            r"Sample 1 of the {} part of d has the label 3\. There are 3 classes, so labels go from 0 to 2\.",
-        ),
-        (split((0, 1, -1)), r"Sample 2 of the {} part of d has the label -1\."),
         (split(value=np.nan), r"The {} part of d contains NaN or infinity\."),
         (split(value=-np.inf), r"The {} part of d contains NaN or infinity\."),
     ],
@@ -38,31 +31,6 @@ def data_set(classes=("a", "b", "c"), **parts):
 def test_invalid_part_is_named(part, wrong, sentence):
     with pytest.raises(DataError, match=sentence.format(part)):
         data_set(**{part: wrong})
-
-
-def test_class_without_training_samples_is_refused():
-    with pytest.raises(DataError, match=r"The class 'b' of d has no training sample\."):
-        data_set(train=split((0, 2, 2)))
-    assert data_set(test=split((0, 0))).classes == ("a", "b", "c")
-
-
-@pytest.mark.parametrize("part", ["train", "validation", "test"])
-@pytest.mark.parametrize(
-    ("labels", "sentence"),
-    [
-        (np.array([0.0, 1.0, 2.0]), r"type float64, values 0 to 2.* whole numbers: labels\.astype\(numpy\.int64\)"),
-        (np.array([0.5, 1.0, 2.0]), 'values 0.5 to 2.* label_loss="squared-error"'),
-        (np.eye(3), r"shape \(3, 3\).* one-hot: give labels\.argmax\(-1\)"),
-        (np.array([[0], [1], [2]]), r"shape \(3, 1\) .* labels\[:, 0\]"),
-        (np.array([True, False, True]), "type bool.* Give whole numbers"),
-        (np.full((3, 4, 4), 255, np.uint8), r"\(3, 4, 4\) and type uint8, values 255 to 255.* kirsch\.distill with"),
-        (np.array([1, 2, 3]), r"has the label 3.* labels go from 0 to 2\. Give targets - 1"),
-    ],
-)
-def test_labels_that_are_not_class_numbers_are_refused_with_a_fix(part, labels, sentence):
-    with pytest.raises(DataError, match=rf"of the {part} part of d") as caught:
-        data_set(**{part: Split(np.zeros((3, 2), np.float32), labels)})
-    assert re.search(sentence, str(caught.value))
 
 
 def test_split_takes_tensors_and_lists_and_refuses_a_loader():

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 @checked
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Samples with their class numbers.
+    """Samples with their labels.
 
     Args:
         inputs: model inputs after preprocessing, shape (N, ...), float32. Tensors and lists become arrays.
-        labels: class numbers, shape (N,), int64. Tensors and lists become arrays.
+        labels: as the task needs them, such as class numbers of shape (N,), int64. Tensors and lists become arrays.
 
     Raises:
         DataError: an argument is not an array of numbers, or inputs and labels differ in number.
@@ -56,7 +56,7 @@ class Split:
 @checked
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Data set of a classifier, with a training, a validation and a test part.
+    """Data set with a training, a validation and a test part.
 
     Args:
         name: name of the data set in the report.
@@ -65,7 +65,8 @@ class DataSet:
         augment: augmentation of training samples, see `ArrayData`; None for no augmentation.
 
     Raises:
-        DataError: a part is empty, a label is out of range, an input is not finite, or a class has no training sample.
+        DataError: a part is empty, an input is not finite, or a name is not valid. The labels are checked by the task
+            that uses them, see `kirsch.tasks`.
     """
 
     made_by: ClassVar[str] = "kirsch.DataSet(name, train=kirsch.Split(inputs, labels), validation=..., test=..., ...)"
@@ -86,7 +87,6 @@ class DataSet:
             split: Split = getattr(self, part)
             if not len(split):
                 raise DataError(f"The {part} part of {self.name} is empty.", fix="Give it at least one sample.")
-            self._check_labels(part, split)
             if split.inputs.ndim != self.train.inputs.ndim:
                 raise DataError(
                     f"The {part} part of {self.name} has inputs of shape {split.inputs.shape}, the train part "
@@ -97,35 +97,6 @@ class DataSet:
                 raise DataError(
                     f"The {part} part of {self.name} contains NaN or infinity.", fix="Remove these samples."
                 )
-        missing = sorted(set(range(len(self.classes))) - set(np.unique(self.train.labels).tolist()))
-        if missing:
-            raise DataError(
-                f"The class {self.classes[missing[0]]!r} of {self.name} has no training sample.",
-                f"No label of the train part is {missing[0]}.",
-                "Add samples of this class, or remove the class and renumber the others.",
-            )
-
-    def _check_labels(self, part: str, split: Split) -> None:
-        """Refuse labels that are not one class number per sample."""
-        labels, count = split.labels, len(self.classes)
-        if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            values = (
-                f", values {labels.min():g} to {labels.max():g}" if labels.dtype.kind != "b" and labels.size else ""
-            )
-            raise DataError(
-                f"The labels of the {part} part of {self.name} have shape {labels.shape} and type {labels.dtype}"
-                f"{values}.",
-                f"Expected class numbers: one integer per sample, shape (N,), from 0 to {count - 1}.",
-                _class_number_fix(labels),
-            )
-        wrong = (labels < 0) | (labels >= count)
-        if wrong.any():
-            sample = int(wrong.argmax())
-            raise DataError(
-                f"Sample {sample} of the {part} part of {self.name} has the label {labels[sample]}.",
-                f"There are {count} classes, so labels go from 0 to {count - 1}.",
-                "Give targets - 1." if labels.min() == 1 else "Leave such samples out, or name all classes.",
-            )
 
     @checked
     def batches(self, batch_size: Count) -> ArrayData:
@@ -140,23 +111,6 @@ class DataSet:
             digest.update(np.ascontiguousarray(split.inputs).tobytes())
             digest.update(np.ascontiguousarray(split.labels).tobytes())
         return digest.hexdigest()
-
-
-def _class_number_fix(labels: NDArray[Any]) -> str:
-    """Return the fix for labels that are not class numbers."""
-    is_integer = labels.dtype.kind != "f" or bool((labels == np.round(labels)).all())  # NaN is not equal to itself
-    if labels.ndim == 1:
-        if labels.dtype.kind == "b" or is_integer:
-            return "Give whole numbers: labels.astype(numpy.int64)."
-        return (
-            "A DataSet is for classifiers with one class per sample. For numbers to predict (regression), use "
-            'kirsch.distill with ArrayData and label_loss="squared-error".'
-        )
-    if labels.ndim == 2 and labels.shape[1] == 1:  # noqa: PLR2004 - (N, 1)
-        return "Remove the axis of length 1: give labels[:, 0] as integers."
-    if labels.ndim == 2 and is_integer and set(np.unique(labels)) <= {0, 1} and (labels.sum(1) == 1).all():  # noqa: PLR2004 - (N, K)
-        return "They are one-hot: give labels.argmax(-1)."
-    return "For labels of pixels or positions, or multi-label targets, use kirsch.distill with ArrayData."
 
 
 def _array(name: str, value: Any) -> NDArray[Any]:

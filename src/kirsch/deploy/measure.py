@@ -22,10 +22,12 @@ from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.port import framework_of
 from kirsch.measurement.latency import FEWEST_ROUNDS, Latency, Ratio, interleaved
 from kirsch.measurement.machine import cpu, load, usable_cores
-from kirsch.measurement.quality import Rate, accuracy
+from kirsch.tasks.classification import accuracy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from kirsch.measurement.statistics import Rate
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kirsch.distillation.probabilities import stated_of, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_evaluable, uses_labels
 from kirsch.errors import DataError, NumericError
-from kirsch.measurement.quality import Answers
+from kirsch.tasks.classification import Answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -12,7 +12,7 @@ from kirsch.distillation.arrays import classes_last, namespace, upcast, without_
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.schedule import ends
 from kirsch.errors import UsageError
-from kirsch.measurement.quality import are_probabilities, are_scaled_probabilities
+from kirsch.measurement.outputs import are_probabilities, are_scaled_probabilities
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

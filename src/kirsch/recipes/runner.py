@@ -184,9 +184,10 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcom
 
 
 def _preflight(job: Job) -> None:
-    """Check classes, threads, disk space, objectives and the pruning goal before any long work."""
+    """Check labels, classes, threads, disk space, objectives and the pruning goal before any long work."""
     if not (job.folder / "checkpoints" / "measure" / "done").is_dir():
         check_threads(job.recipe)
+    job.task.check_data(job.data)
     teacher = job.make_teacher()
     model = job.make_student() if job.make_student is not None else teacher
     sizes = sum(4 * job.count(candidate)[0] for candidate in (teacher, model))
