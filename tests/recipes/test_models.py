@@ -48,11 +48,11 @@ def test_file_is_relative_to_the_working_folder_by_default(tmp_path, write, monk
     assert build("nets.py:net").out_features == 3
 
 
-def test_module_is_imported():
-    assert_equal(
-        build("kirsch.frameworks.pytorch.models.digits:student"),
-        build("kirsch.frameworks.pytorch.models.digits:student"),
-    )
+def test_built_in_model_and_module_are_found():
+    for name in ("student", "teacher"):
+        assert_equal(build(f"digits:{name}"), build(f"kirsch.frameworks.pytorch.models.digits:{name}"))
+    with pytest.raises(LoadError, match=r"module 'digits' cannot be imported"):
+        build("digits:nobody")
 
 
 def test_timm_model_is_built():

@@ -23,12 +23,19 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Tensor
     from kirsch.graph.plan import Plan
     from kirsch.graph.verification import Verification
+    from kirsch.registry import Registry
 
 
 class Framework(Protocol):
-    """Operations that each framework implements; `model` is a model of the framework."""
+    """Operations that each framework implements; `model` is a model of the framework.
+
+    Attributes:
+        name: name of the framework.
+        models: built-in models, as functions that return a new one, by names such as "digits:teacher".
+    """
 
     name: str
+    models: Registry[Callable[[], Any]]
 
     def trace(self, model: Any, example_inputs: Any, tracing: Tracing, *, of_part: bool = False) -> Graph:
         """Return the coupling analysis of a model, or of the part that `tracing` names; the model is not changed.

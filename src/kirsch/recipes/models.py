@@ -1,4 +1,4 @@
-"""Models by reference: `package.module:callable`, `file.py:callable`, `timm:NAME`."""
+"""Models by reference: `package.module:callable`, `file.py:callable`, `timm:NAME`, and built-in `digits:teacher`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kirsch.errors import KirschError, ModelError, UsageError
 from kirsch.failures import error_with_location
@@ -15,13 +15,16 @@ from kirsch.frameworks.port import framework_of, pytorch
 from kirsch.graph.graph import InputSpec
 from kirsch.references import FAILURES, preserved_process_state, resolve
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: str = "random") -> Any:
     """Build the model of a reference.
 
     Args:
-        reference: "package.module:callable", "file.py:callable" or "timm:NAME". The callable takes no arguments and
-            returns the model, with its weights if it has any.
+        reference: "package.module:callable", "file.py:callable", "timm:NAME", or a built-in model such as
+            "digits:teacher". The callable takes no arguments and returns the model, with its weights if it has any.
         base: folder that files are relative to; the working folder by default.
         seed: seed of random initial weights.
         weights: for timm models: "random", "pretrained" (downloaded by timm), or a safetensors file.
@@ -45,7 +48,7 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
         if from_file:
             pytorch().load_weights(model, Path(weights))
         return model
-    maker = resolve(reference, base=base)
+    maker = _maker(reference, base)
     _check_takes_no_arguments(maker, reference)
     try:
         with preserved_process_state():
@@ -56,6 +59,12 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
         raise ModelError(f"{reference} failed.", error_with_location(error), "Fix the callable.") from error
     framework_of(model)  # raises an error if this is not a model
     return model
+
+
+def _maker(reference: str, base: Path | None) -> Callable[[], Any]:
+    """Return the callable of a reference, or the built-in model of this name."""
+    built_in = pytorch().models
+    return built_in[reference] if reference in built_in else resolve(reference, base=base)
 
 
 def _check_takes_no_arguments(builder: Any, reference: str) -> None:
@@ -120,7 +129,7 @@ def example_shape(reference: str, model: Any, *, base: Path | None = None) -> tu
     """
     stated = getattr(model, "example_shape", None)
     if stated is None and not reference.startswith("timm:"):
-        stated = getattr(resolve(reference, base=base), "example_shape", None)
+        stated = getattr(_maker(reference, base), "example_shape", None)
     default = getattr(model, "default_cfg", None)
     if stated is None and isinstance(default, dict) and default.get("input_size"):
         stated = (1, *default["input_size"])
