@@ -9,6 +9,7 @@ from kirsch.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from kirsch.data.dataset import DataSet, Split
+    from kirsch.data.generated import GeneratedData
     from kirsch.deploy.export import Artifact, export
     from kirsch.deploy.measure import Measurement, measure
     from kirsch.distillation.chain import born_again, distill_chain, ensemble
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.schedule import Ramp
     from kirsch.distillation.term import Term
-    from kirsch.frameworks.generated import GeneratedData
+    from kirsch.frameworks.model_generator import ModelGenerator
     from kirsch.frameworks.port import trace
     from kirsch.frameworks.training import Training
     from kirsch.graph.graph import Graph
@@ -38,6 +39,7 @@ __all__ = [
     "Goal",
     "Graph",
     "Measurement",
+    "ModelGenerator",
     "Objective",
     "Plan",
     "Ramp",
@@ -66,10 +68,11 @@ _MODULES = {
     "Artifact": "kirsch.deploy.export",
     "DataSet": "kirsch.data.dataset",
     "Distiller": "kirsch.distillation.distiller",
-    "GeneratedData": "kirsch.frameworks.generated",
+    "GeneratedData": "kirsch.data.generated",
     "Goal": "kirsch.graph.plan",
     "Graph": "kirsch.graph.graph",
     "Measurement": "kirsch.deploy.measure",
+    "ModelGenerator": "kirsch.frameworks.model_generator",
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
     "Ramp": "kirsch.distillation.schedule",
