@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kirsch
+from kirsch.data.batches import ArrayData
+from kirsch.data.sources.cifar10 import AUGMENT, cifar10
 from kirsch.distillation.arrays import namespace
 from kirsch.distillation.distill import fit
 from kirsch.distillation.losses.loss import loss
@@ -19,10 +21,8 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TeacherStore, build
 from kirsch.distillation.term import Term
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import TrainingHooks
-from kirsch.recipes.tasks.cifar10 import AUGMENT, cifar10
 from kirsch.report import figures
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from kirsch.recipes.tasks.data import DataSet
+    from kirsch.data.dataset import DataSet
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))

@@ -15,14 +15,14 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 import kirsch
+from kirsch.data.batches import ArrayData
+from kirsch.data.sources.cifar10 import data_folder
 from kirsch.distillation.distill import fit
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import TrainingHooks
-from kirsch.recipes.tasks.cifar10 import data_folder
 from kirsch.report import figures
 
 if TYPE_CHECKING:

@@ -14,19 +14,23 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from resnet56 import resnet56
 
 import kirsch
+from kirsch.data.sources.cifar10 import cifar10
 from kirsch.deploy.measure import race
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError
 from kirsch.graph import coupling, group
-from kirsch.measurement.quality import Rate, accuracy, paired
 from kirsch.pruning.prune import prune_with_verification
-from kirsch.recipes.tasks.cifar10 import cifar10
 from kirsch.report import figures
+from kirsch.tasks.classification import accuracy, paired
+
+if TYPE_CHECKING:
+    from kirsch.measurement.statistics import Rate
 
 
 def main() -> int:

@@ -17,10 +17,10 @@ from scipy import stats
 from torch import nn
 
 import kirsch
+from kirsch.data.sources.cifar10 import cifar10
 from kirsch.distillation.distill import fit
 from kirsch.errors import DataError
 from kirsch.frameworks.port import framework_of
-from kirsch.recipes.tasks.cifar10 import cifar10
 from kirsch.report import figures
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.data import augment
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import fit
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import TeacherStore, TopK, build, finish
 from kirsch.errors import KirschError
-from kirsch.frameworks import augment
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import TrainingHooks
 from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.regularizers import L1, Slimming

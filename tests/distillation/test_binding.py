@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
@@ -16,7 +17,6 @@ from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TopK, build
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ModelError, ShapeError, StoreError, UnknownNameError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
 from kirsch.frameworks.pytorch.features.layers import expand
 from kirsch.frameworks.training import Training, TrainingHooks

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kirsch
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.chain import born_again, distill_chain, ensemble
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.mutual import distill_mutually
@@ -19,7 +20,6 @@ from kirsch.distillation.store import Dense
 from kirsch.distillation.store import build as build_store
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, Interrupted, ShapeError, UnknownNameError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 
 N, D, K = 24, 6, 3

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses.detection import detection_response, detr
 from kirsch.distillation.losses.labels import hard_label
@@ -15,7 +16,6 @@ from kirsch.distillation.losses.maps import channel_wise
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.inference.predict import logits_of
 from kirsch.frameworks.training import Training, TrainingHooks
 

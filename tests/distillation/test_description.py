@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.augment import Chain, Flip
 from kirsch.distillation.store.description import described
 from kirsch.errors import UsageError
-from kirsch.frameworks.augment import Chain, Flip
 
 
 def told(value):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.arrays import detach
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses import LOSSES, hard_label, loss, soft_target
@@ -17,7 +18,6 @@ from kirsch.distillation.mutual import distill_mutually
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, Interrupted, NumericError, ShapeError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.pruning.regularizers import L1
 

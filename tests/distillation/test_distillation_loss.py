@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
+from kirsch.data.batches import Batch
 from kirsch.distillation.bound_term import BoundTerm
 from kirsch.distillation.distillation_loss import DistillationLoss
 from kirsch.distillation.losses.loss import get_loss
@@ -15,7 +16,6 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.step import balanced
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError
-from kirsch.frameworks.data import Batch
 
 N, K = 6, 4
 RANDOM = np.random.default_rng(0)

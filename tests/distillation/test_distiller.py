@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TopK, build
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, ModelError, NumericError, ShapeError, StoreError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training
 
 K, SIZE = 3, 6

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill
 from kirsch.distillation.losses.tokens import (
     attention_ce,
@@ -22,7 +23,6 @@ from kirsch.distillation.losses.tokens import (
     token_nst,
 )
 from kirsch.distillation.objective import Objective
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TopK, build
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, NumericError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
-from kirsch.measurement.quality import Answers
+from kirsch.tasks.classification import Answers
 
 N, D = 100, 4
 RARE = np.arange(N) % 33 == 32  # 3 of 100

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kirsch.data.batches import ArrayData, Batch
 from kirsch.distillation.distill import distill
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, UsageError
-from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 

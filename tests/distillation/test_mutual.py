@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses import hard_label, soft_target
 from kirsch.distillation.mutual import distill_mutually
@@ -16,7 +17,6 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, Interrupted, ShapeError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.pruning.regularizers import L1
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import UnknownNameError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.chain import born_again, distill_chain, ensemble
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
@@ -19,7 +20,6 @@ from kirsch.distillation.probabilities import to_logits
 from kirsch.distillation.store import Dense, TopK, build, building
 from kirsch.distillation.term import Term
 from kirsch.errors import UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 
 N, D, K = 48, 6, 3

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.augment import Flip
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.checks import first_batch
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
@@ -17,8 +19,6 @@ from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, build
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, UsageError
-from kirsch.frameworks.augment import Flip
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.pytorch.features.adapters.build import choose_adapter
 from kirsch.frameworks.pytorch.features.layers import expand

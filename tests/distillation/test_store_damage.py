@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from distillation.stores import AUGMENT, IDS, K, N, build_store, data, images, network
+from kirsch.data.augment import Flip
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import Dense, TeacherStore, TopK, finish
 from kirsch.distillation.store.specification import DESCRIPTIONS
 from kirsch.errors import StoreError
-from kirsch.frameworks.augment import Flip
-from kirsch.frameworks.data import ArrayData
 
 
 def change_manifest(folder, **values):

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.data.augment import Noise, sample_seeds
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.checks import few
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build
 from kirsch.errors import DataError, NumericError, ShapeError, StoreError, UsageError
-from kirsch.frameworks.augment import Noise, sample_seeds
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import TrainingHooks
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.losses import hard_label
@@ -14,7 +15,6 @@ from kirsch.distillation.losses.labels import binary_label, squared_error
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, KirschError, ShapeError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 
 N, D, K = 40, 4, 3

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.teachers import combined
 from kirsch.distillation.term import Term
 from kirsch.errors import UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 
 K = 3

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from kirsch.data.augment import sample_seeds
+from kirsch.data.batches import ArrayData
 from kirsch.errors import DataError, ShapeError, UsageError
-from kirsch.frameworks.augment import sample_seeds
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, share_warnings
 
 

@@ -10,6 +10,7 @@ import re
 import pytest
 
 import kirsch
+from kirsch.data.sources import load_data
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
@@ -21,7 +22,6 @@ from kirsch.recipes.forecast import forecast
 from kirsch.recipes.models import build
 from kirsch.recipes.recipe import Distill, commented, read_recipe
 from kirsch.recipes.stages import _gradient_share
-from kirsch.recipes.tasks.data import load_data
 
 MINIMAL = "teacher: {model: 'm:t'}\nrecover:\n"
 

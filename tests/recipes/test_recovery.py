@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import kirsch
+from kirsch.data.batches import ArrayData, Batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
 from kirsch.errors import NumericError, PlanError, ShapeError, UnknownNameError, UsageError
-from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.pytorch.analysis.regions import exits, regions
 from kirsch.frameworks.pytorch.features import adapters
 from kirsch.frameworks.pytorch.features.capture import dry_run

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch.cli.networks import RANDOM, model_of, origin_of
 from kirsch.cli.terminal import Line, Piece
+from kirsch.data.sources import load_data
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build, finish
 from kirsch.errors import StoreError, UnknownNameError, UsageError
 from kirsch.failures import during
 from kirsch.frameworks.determinism import require_deterministic
-from kirsch.recipes.tasks.data import load_data
 from kirsch.recipes.yaml import scalar
 from kirsch.report import figures
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kirsch.cli.terminal import Terminal
-    from kirsch.frameworks.data import ArrayData
+    from kirsch.data.batches import ArrayData
 
 ACTIONS = ("build", "check", "finish", "info", "verify")
 

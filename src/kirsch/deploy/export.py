@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Protocol
 
 from kirsch import files
 from kirsch.arguments import checked
+from kirsch.data.annotations import Inputs, Model
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.deploy.trials import Trial, compare, fixed_trials, trials
 from kirsch.errors import LoadError, ModelError, NumericError, OutputError, ShapeError, UsageError
-from kirsch.frameworks.annotations import Inputs, Model
 from kirsch.frameworks.port import Exportable, framework_of
 from kirsch.registry import Registry
 

@@ -12,19 +12,22 @@ import numpy as np
 
 from kirsch.annotations import Count
 from kirsch.arguments import checked
+from kirsch.data.annotations import Inputs, Labeled, Model
+from kirsch.data.arrays import host
+from kirsch.data.batches import Batch, SeededData
 from kirsch.deploy.export import Artifact, export
 from kirsch.deploy.onnx_inputs import require_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError, NumericError, UsageError
-from kirsch.frameworks.annotations import Inputs, Labeled, Model
-from kirsch.frameworks.data import Batch, SeededData
-from kirsch.frameworks.port import framework_of, host
+from kirsch.frameworks.port import framework_of
 from kirsch.measurement.latency import FEWEST_ROUNDS, Latency, Ratio, interleaved
 from kirsch.measurement.machine import cpu, load, usable_cores
-from kirsch.measurement.quality import Rate, accuracy
+from kirsch.tasks.classification import accuracy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from kirsch.measurement.statistics import Rate
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from kirsch.annotations import Count
 from kirsch.arguments import checked
+from kirsch.data.annotations import Build, Data, Model, Regularizer
+from kirsch.data.arrays import host
 from kirsch.distillation.arrays import upcast
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses.loss import Activation
@@ -16,8 +18,7 @@ from kirsch.distillation.probabilities import shape_of, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import Teacher, combined, one_or_more
 from kirsch.errors import CheckpointError, UsageError
-from kirsch.frameworks.annotations import Build, Data, Model, Regularizer
-from kirsch.frameworks.port import framework_of, host, pytorch
+from kirsch.frameworks.port import framework_of, pytorch
 from kirsch.frameworks.training import Trained, Training, TrainingHooks, TrainingState
 
 Link = Callable[[list[Trained], TrainingHooks, bool], Trained]

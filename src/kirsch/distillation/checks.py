@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from kirsch.data.batches import ArrayData, Batch, SeededData, batches_of
 from kirsch.distillation.arrays import map_arrays
 from kirsch.distillation.binding import combines_teachers
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.schedule import Ramp, ends
 from kirsch.errors import DataError
-from kirsch.frameworks.data import ArrayData, Batch, SeededData, batches_of
 
 if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch.annotations import value_phrase
 from kirsch.arguments import checked, takes
+from kirsch.data.annotations import Data, Model, Regularizer
+from kirsch.data.batches import ArrayData, Batch
 from kirsch.distillation.checks import check_last_batch, few, first_batch, late_ramps, split_relations
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.evaluation import CHECKED, NOT_EVALUATED, Validation, evaluate_teacher
@@ -18,8 +20,6 @@ from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
 from kirsch.distillation.teachers import Teacher, one_or_more, replayed
 from kirsch.errors import UsageError
-from kirsch.frameworks.annotations import Data, Model, Regularizer
-from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import Trained, Training, TrainingHooks
 

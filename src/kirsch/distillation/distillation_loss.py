@@ -18,9 +18,9 @@ from kirsch.frameworks.training import LossOutput, require_labels
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kirsch.data.batches import Batch
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.data import Batch
 
 LABEL = "label"
 """Name of the loss on the labels in records."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kirsch.annotations import Seed
 from kirsch.arguments import checked
+from kirsch.data.annotations import BatchLike, Model, Regularizer
+from kirsch.data.batches import Batch
 from kirsch.distillation.binding import bind, layers_of_teacher, refuse_classes, table
 from kirsch.distillation.checks import averaged_logits, few, missing_targets
 from kirsch.distillation.objective import Objective
@@ -25,8 +27,6 @@ from kirsch.distillation.teachers import (
     require_temperature,
 )
 from kirsch.errors import CheckpointError, UsageError
-from kirsch.frameworks.annotations import BatchLike, Model, Regularizer
-from kirsch.frameworks.data import Batch
 from kirsch.frameworks.layers import texts
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import LossOutput, share_warnings, shares_of
@@ -163,7 +163,7 @@ class Distiller:
         gradient is an error, `shares` is set, and `balance="gradient"` sets the factors of the terms.
 
         Args:
-            batch: as `kirsch.frameworks.data.Batch.of` takes it, such as (inputs, targets) or a dict with "labels"; of
+            batch: as `kirsch.data.batches.Batch.of` takes it, such as (inputs, targets) or a dict with "labels"; of
                 numpy or of the framework, on any device.
             epoch: number of epochs done, for numbers that change over them.
             step_counts: `counts` of all batches of the step; the losses of the batches then add up to the loss of one

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.data.arrays import host
+from kirsch.data.batches import ArrayData, Batch, batches_of, naming
 from kirsch.distillation.arrays import classes_last, map_arrays
 from kirsch.distillation.checks import few
 from kirsch.distillation.losses.labels import IGNORED
@@ -15,9 +17,7 @@ from kirsch.distillation.probabilities import stated_of, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_evaluable, uses_labels
 from kirsch.errors import DataError, NumericError
-from kirsch.frameworks.data import ArrayData, Batch, batches_of, naming
-from kirsch.frameworks.port import host
-from kirsch.measurement.quality import Answers
+from kirsch.tasks.classification import Answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from kirsch.distillation.arrays import namespace, to_int64
 
 if TYPE_CHECKING:
+    from kirsch.data.batches import Batch
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.data import Batch
 
 
 class BatchMasks:

@@ -9,6 +9,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from kirsch.arguments import checked
+from kirsch.data.annotations import Data, Model, Regularizer
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.arrays import detach
 from kirsch.distillation.binding import bind, combines_teachers
 from kirsch.distillation.checks import (
@@ -27,13 +29,11 @@ from kirsch.distillation.probabilities import Logits, check_training, logit_laye
 from kirsch.distillation.step import TargetCheck, balanced, regularization
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
-from kirsch.frameworks.annotations import Data, Model, Regularizer
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHooks, shares_of
 
 if TYPE_CHECKING:
-    from kirsch.frameworks.data import Batch
+    from kirsch.data.batches import Batch
     from kirsch.frameworks.port import Framework
 
 FEWEST = 2

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.data.arrays import host
 from kirsch.distillation.arrays import classes_last, namespace, upcast, without_autocast
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.schedule import ends
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import host
-from kirsch.measurement.quality import are_probabilities, are_scaled_probabilities
+from kirsch.measurement.outputs import are_probabilities, are_scaled_probabilities
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

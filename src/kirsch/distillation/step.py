@@ -12,11 +12,11 @@ from kirsch.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from kirsch.data.annotations import Regularizer
+    from kirsch.data.batches import Batch
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.teachers import TeacherSource
-    from kirsch.frameworks.annotations import Regularizer
-    from kirsch.frameworks.data import Batch
     from kirsch.frameworks.port import Framework
     from kirsch.frameworks.training import LossOutput
 

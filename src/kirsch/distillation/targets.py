@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.data.arrays import host
+from kirsch.data.structure import summary
 from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss, step_arguments
 from kirsch.distillation.schedule import ends
 from kirsch.errors import DataError, UsageError
-from kirsch.frameworks.port import host
-from kirsch.frameworks.structure import summary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from kirsch.data.annotations import Model
+from kirsch.data.arrays import host
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.arrays import first_array, log_sigmoid, log_softmax, log_sum_exp, namespace
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import TeacherStore
 from kirsch.errors import UsageError
-from kirsch.frameworks.annotations import Model
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.port import host
 
 if TYPE_CHECKING:
+    from kirsch.data.batches import Batch
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.probabilities import Logits
-    from kirsch.frameworks.data import Batch
     from kirsch.frameworks.port import Framework
 
 TOP_K = ("indices", "log_p", "tail")

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
-
 from kirsch.arguments import checked
+from kirsch.data.annotations import Inputs, Model
 from kirsch.errors import MissingExtraError, ModelError, UsageError
-from kirsch.frameworks.annotations import Inputs, Model
 from kirsch.graph.graph import Graph, Tracing
 
 if TYPE_CHECKING:
@@ -19,18 +17,25 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kirsch.frameworks.data import Batch
+    from kirsch.data.batches import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.graph import Input
     from kirsch.graph.labels import Tensor
     from kirsch.graph.plan import Plan
     from kirsch.graph.verification import Verification
+    from kirsch.registry import Registry
 
 
 class Framework(Protocol):
-    """Operations that each framework implements; `model` is a model of the framework."""
+    """Operations that each framework implements; `model` is a model of the framework.
+
+    Attributes:
+        name: name of the framework.
+        models: built-in models, as functions that return a new one, by names such as "digits:teacher".
+    """
 
     name: str
+    models: Registry[Callable[[], Any]]
 
     def trace(self, model: Any, example_inputs: Any, tracing: Tracing, *, of_part: bool = False) -> Graph:
         """Return the coupling analysis of a model, or of the part that `tracing` names; the model is not changed.
@@ -253,11 +258,6 @@ def pytorch() -> Framework:
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "torch", "for PyTorch models") from error
     return framework
-
-
-def host(array: Any) -> NDArray[Any]:
-    """Convert an array of any framework and device to a numpy array without gradient."""
-    return np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
 
 
 @checked

@@ -15,7 +15,7 @@ from kirsch.errors import DataError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kirsch.frameworks.data import Batch
+    from kirsch.data.batches import Batch
 
 
 @checked

@@ -20,13 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kirsch import strict_json
+from kirsch.data.batches import Batch
+from kirsch.data.structure import IDS, TARGETS
 from kirsch.distillation.checks import check_last_batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
-from kirsch.frameworks.data import Batch
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.pytorch.transformers.pretrained import refused
-from kirsch.frameworks.structure import IDS, TARGETS
 from kirsch.frameworks.training import require_labels
 
 try:
@@ -39,8 +39,8 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kirsch.data.annotations import Regularizer
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.annotations import Regularizer
 
     Loop = Any
 else:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kirsch.data.batches import Batch
 from kirsch.distillation.checks import check_last_batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UnknownNameError, UsageError
-from kirsch.frameworks.data import Batch
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import require_labels
 
@@ -31,8 +31,8 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kirsch.data.annotations import Regularizer
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.annotations import Regularizer
 
 ADAPTER_PREFIX = "distillation_adapter"
 """Prefix, followed by a number, of the names of adapter parameters in the student during training."""
@@ -52,7 +52,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         student: path of the student in the LightningModule, such as "model"; layer names are relative to it. By default
             the module itself, called by its `forward`. The student must exist before `setup` and `configure_model`.
         batch_of: function batch of the loader → (inputs, targets), or another form that
-            `kirsch.frameworks.data.Batch.of` takes; by default the batch itself.
+            `kirsch.data.batches.Batch.of` takes; by default the batch itself.
         example_batch: batch of the loader; by default the first of the training data.
         seed: seed of the initial weights of adapters.
         regularizers: additional terms of the student alone.

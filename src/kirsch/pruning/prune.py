@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kirsch.arguments import checked
+from kirsch.data.annotations import Inputs, Model
 from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError, error_text, nearest
-from kirsch.frameworks.annotations import Inputs, Model
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan, Removal, Skip
 from kirsch.graph.verification import UNUSUAL_LAYERS

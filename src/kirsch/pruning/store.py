@@ -9,8 +9,8 @@ from typing import Any
 
 from kirsch import files
 from kirsch.arguments import checked
+from kirsch.data.annotations import Build, Inputs, Model
 from kirsch.errors import CheckpointError, KirschError, ModelError, PlanError, UsageError, error_text
-from kirsch.frameworks.annotations import Build, Inputs, Model
 from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan
 from kirsch.pruning.prune import PLANS, SHAPES, rebuilt

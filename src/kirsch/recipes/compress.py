@@ -13,9 +13,10 @@ from typing import Any
 from kirsch import files
 from kirsch.annotations import Count
 from kirsch.arguments import checked
+from kirsch.data.annotations import Model
+from kirsch.data.dataset import DataSet
 from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError
-from kirsch.frameworks.annotations import Model
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
@@ -23,7 +24,6 @@ from kirsch.recipes.manifest import MODEL, REPORT
 from kirsch.recipes.recipe import Train, recipe_of
 from kirsch.recipes.runner import GIVEN, Materials, new_folder_name, run
 from kirsch.recipes.stages import WEIGHTS
-from kirsch.recipes.tasks.data import DataSet
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.arguments import checked
+from kirsch.data.annotations import Inputs, Model
+from kirsch.data.arrays import host
 from kirsch.distillation.arrays import first_array
 from kirsch.distillation.matching import stages_among
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import NumericError, UnknownNameError, UsageError
-from kirsch.frameworks.annotations import Inputs, Model
-from kirsch.frameworks.port import framework_of, host
+from kirsch.frameworks.port import framework_of
 from kirsch.pruning.kept import kept
 
 if TYPE_CHECKING:

@@ -15,6 +15,9 @@ from pydantic import ValidationError
 from kirsch import files
 from kirsch.annotations import Between, Count, Seed
 from kirsch.arguments import checked
+from kirsch.data.annotations import Model
+from kirsch.data.augment import sample_seeds
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.probabilities import shape_of
 from kirsch.distillation.store import specification as spec
 from kirsch.distillation.store.description import description
@@ -23,9 +26,6 @@ from kirsch.distillation.store.record import Dense, Keep, TopK, fields_of, pack_
 from kirsch.distillation.store.running import Outputs, TeacherRunner
 from kirsch.distillation.store.specification import Manifest, Specification, range_file, view_file
 from kirsch.errors import OutputError, StoreError, UsageError
-from kirsch.frameworks.annotations import Model
-from kirsch.frameworks.augment import sample_seeds
-from kirsch.frameworks.data import ArrayData
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.data.arrays import host
 from kirsch.errors import ModelError, UsageError, name_of
-from kirsch.frameworks.port import framework_of, host
+from kirsch.frameworks.port import framework_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

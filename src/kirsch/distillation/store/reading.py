@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from kirsch.annotations import Between, Count, Seed
 from kirsch.arguments import checked
+from kirsch.data.annotations import Model
+from kirsch.data.augment import sample_seeds
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import specification as spec
 from kirsch.distillation.store.description import description
 from kirsch.distillation.store.record import RESERVED, SEED, record_values
 from kirsch.distillation.store.running import Outputs, TeacherRunner
 from kirsch.distillation.store.specification import Manifest, Specification, view_file
 from kirsch.errors import DataError, ShapeError, StoreError
-from kirsch.frameworks.annotations import Model
-from kirsch.frameworks.augment import sample_seeds
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
 
 TOLERANCE = 2.0**-9

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.data.arrays import host
 from kirsch.distillation.arrays import upcast
 from kirsch.distillation.store.description import described
 from kirsch.distillation.store.record import LOGITS
 from kirsch.distillation.store.specification import text_hash
 from kirsch.errors import NumericError, UsageError
-from kirsch.frameworks.port import framework_of, host
+from kirsch.frameworks.port import framework_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kirsch.frameworks.data import ArrayData, Batch
+    from kirsch.data.batches import ArrayData, Batch
 
 Outputs = Callable[[Any], dict[str, Any]]
 """Callable that takes inputs as a numpy array (N, ...) and returns arrays by name (N, ...): "logits" (N, ..., K), and

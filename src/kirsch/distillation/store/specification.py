@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kirsch.frameworks.data import ArrayData
+    from kirsch.data.batches import ArrayData
 
 MANIFEST, BUILDING, IDS = files.MANIFEST, "building.json", "ids.bin"
 LARGEST_RECORD = 2**31 - 1

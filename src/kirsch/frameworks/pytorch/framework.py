@@ -13,6 +13,7 @@ from kirsch.frameworks.pytorch.analysis.program import user_line
 from kirsch.frameworks.pytorch.features import adapters, capture, cohort, ensemble, layers, squashed, student
 from kirsch.frameworks.pytorch.inference import calling, outputs, predict
 from kirsch.frameworks.pytorch.io import export, fingerprint, hub, weights
+from kirsch.frameworks.pytorch.models import MODELS
 from kirsch.frameworks.pytorch.modules import copying, unsupported
 from kirsch.frameworks.pytorch.modules import submodule as scope
 from kirsch.frameworks.pytorch.surgery import cut as surgery
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from kirsch.frameworks.data import Batch
+    from kirsch.data.batches import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.graph import Graph, Input, Tracing
     from kirsch.graph.labels import Tensor
@@ -39,6 +40,7 @@ class PyTorch:
     """Implements `kirsch.frameworks.port.Framework`."""
 
     name = "pytorch"
+    models = MODELS
 
     def trace(self, model: Any, example_inputs: Any, tracing: Tracing, *, of_part: bool = False) -> Graph:
         """See the port."""

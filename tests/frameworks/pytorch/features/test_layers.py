@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.term import Term
 from kirsch.errors import UnknownNameError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
 from kirsch.frameworks.pytorch.features.layers import expand, shapes
 from kirsch.frameworks.pytorch.inference.predict import predict

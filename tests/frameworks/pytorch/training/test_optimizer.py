@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kirsch.data.batches import ArrayData
 from kirsch.errors import UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.training.optimizer import learning_rate
 from kirsch.frameworks.training import Training
 from training_runs import (

@@ -28,7 +28,7 @@ from torch import nn
 
 import kirsch
 from kirsch.distillation.term import Term
-from kirsch.frameworks.data import ArrayData
+from kirsch.data.batches import ArrayData
 
 
 def net(width, seed):

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
+from kirsch.data.batches import ArrayData
 from kirsch.errors import CheckpointError, Interrupted
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.training.train import train
 from kirsch.frameworks.training import Training, TrainingHooks, TrainingState
 from training_runs import (

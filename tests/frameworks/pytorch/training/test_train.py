@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from kirsch.data.batches import ArrayData
 from kirsch.errors import DataError, NumericError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training
 from training_runs import (
     ShuffledBatches,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from kirsch.data.structure import summary
 from kirsch.errors import DataError, ModelError, UsageError, error_text
 from kirsch.failures import error_with_location
-from kirsch.frameworks.structure import summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

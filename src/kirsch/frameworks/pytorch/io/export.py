@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from kirsch.data.arrays import host
 from kirsch.errors import ModelError, NumericError, error_text
-from kirsch.frameworks.port import host
 from kirsch.frameworks.pytorch.analysis.provenance import called_name
 from kirsch.frameworks.pytorch.analysis.randomness import RANDOMNESS_FIX, line_that_draws, reason_for, unsteady
 from kirsch.frameworks.pytorch.inference import predict

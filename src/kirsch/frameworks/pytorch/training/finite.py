@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from kirsch.frameworks.data import Batch
+    from kirsch.data.batches import Batch
 
 FIX = "Lower the learning rate, or set max_grad_norm."
 

@@ -16,8 +16,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from kirsch.data.batches import Batch, SeededData, naming
 from kirsch.errors import CheckpointError, DataError, NumericError, UsageError
-from kirsch.frameworks.data import Batch, SeededData, naming
 from kirsch.frameworks.pytorch.features.student import StudentWithAdapters, gradient_norms, student_of
 from kirsch.frameworks.pytorch.inference.predict import device_of, inference, on
 from kirsch.frameworks.pytorch.modules.copying import copy_of

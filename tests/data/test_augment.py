@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kirsch.data import augment
+from kirsch.data.augment import Chain, Crop, Erase, Flip, Jitter, Noise, derive_seeds, sample_seeds
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.store.description import description
 from kirsch.errors import ShapeError, UsageError
-from kirsch.frameworks import augment
-from kirsch.frameworks.augment import Chain, Crop, Erase, Flip, Jitter, Noise, derive_seeds, sample_seeds
-from kirsch.frameworks.data import ArrayData
 
 IMAGES = np.random.default_rng(0).standard_normal((12, 3, 7, 6)).astype(np.float32)
 
@@ -230,7 +230,7 @@ def test_another_process_augments_bit_for_bit_alike(transform):
     if transform is louder or louder in getattr(transform, "stages", ()):
         pytest.skip("a function of this file cannot be imported in the other process")
     program = (
-        "import numpy as np, hashlib; from kirsch.frameworks.augment import *; "
+        "import numpy as np, hashlib; from kirsch.data.augment import *; "
         "images = np.random.default_rng(0).standard_normal((12, 3, 7, 6)).astype(np.float32); "
         f"print(hashlib.sha256({transform!r}(images, sample_seeds(0, 0, np.arange(12)))).hexdigest())"
     ).replace("stages=(", "*(")
@@ -378,10 +378,10 @@ def test_setting_out_of_range_is_named(make, sentence):
 
 def test_builtin_transform_is_described_by_its_settings():
     assert json.loads(description(Chain(Crop(2), Flip()))) == {
-        "callable": "kirsch.frameworks.augment.Chain",
+        "callable": "kirsch.data.augment.Chain",
         "stages": [
-            {"callable": "kirsch.frameworks.augment.Crop", "padding": 2},
-            {"callable": "kirsch.frameworks.augment.Flip", "probability": 0.5},
+            {"callable": "kirsch.data.augment.Crop", "padding": 2},
+            {"callable": "kirsch.data.augment.Flip", "probability": 0.5},
         ],
     }
     assert description(None) == "null"
