@@ -276,7 +276,9 @@ def test_checkpoint_without_adapters_is_refused(tmp_path):
 def test_pruned_student_without_configuration_is_resumed_and_not_saved(tmp_path):
     """Its checkpoints contain weights without a configuration."""
     original = encoder(16, 1, 0)
-    plan = kirsch.plan(kirsch.trace(original, {"input_ids": texts(1)[0]["input_ids"][None]}), kirsch.Goal(params=0.7))
+    plan = kirsch.plan(
+        kirsch.trace(original, {"input_ids": texts(1)[0]["input_ids"][None]}), kirsch.Goal(parameters=0.7)
+    )
     kind = {"teacher": encoder(16, 1, 1), "objective": Objective.kd(), "data": sentences(), "save_strategy": "steps"}
     runs = []
     for folder, resume in (("complete", None), ("resumed", str(tmp_path / "complete" / "checkpoint-2"))):

@@ -185,7 +185,7 @@ def test_provenance_contains_recipe_plan_and_environment(run):
         ([], "MACs ≤ 60 %, accuracy drop ≤ 50.0 points, runtime onnxruntime (1 thread)"),
         (["measure.threads=2"], "MACs ≤ 60 %, accuracy drop ≤ 50.0 points, runtime onnxruntime (2 threads)"),
         (
-            ["prune.goal={macs: 0.5, params: 0.25}", "goal=null", "goal={}"],
+            ["prune.goal={macs: 0.5, parameters: 0.25}", "goal=null", "goal={}"],
             "MACs ≤ 50 %, parameters ≤ 25 %, runtime onnxruntime (1 thread)",
         ),
         (

@@ -68,7 +68,7 @@ RECIPES = st.fixed_dictionaries(
         "student": st.none() | st.fixed_dictionaries({"model": NAMES, "distill": DISTILS}),
         "prune": st.none()
         | st.fixed_dictionaries(
-            {"goal": st.fixed_dictionaries({"macs": FRACTIONS, "params": st.none() | FRACTIONS})},
+            {"goal": st.fixed_dictionaries({"macs": FRACTIONS, "parameters": st.none() | FRACTIONS})},
             optional={
                 "round_to": st.integers(1, 64) | st.just("auto"),
                 "uniform": st.booleans(),
@@ -223,9 +223,9 @@ def test_any_key_can_be_set(change, key, value):
 
 def test_null_section_can_be_filled():
     text = f"{MINIMAL}recover: null\nprune:\n"
-    recipe = read_recipe(text, ["recover.weight=0.5", "prune.goal.params=0.5"])
+    recipe = read_recipe(text, ["recover.weight=0.5", "prune.goal.parameters=0.5"])
     assert recipe.recover == Distill(weight=0.5)
-    assert recipe.prune.goal.params == 0.5
+    assert recipe.prune.goal.parameters == 0.5
     assert read_recipe(text).recover is None
 
 

@@ -123,7 +123,7 @@ class Case:
 def case(request):
     model, inputs = seeded(NETS[request.param][0]), inputs_of(request.param)
     graph = kirsch.trace(model, inputs)
-    plan = kirsch.plan(graph, kirsch.Goal(params=0.6), "random", round_to=1)
+    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.6), importance="random", round_to=1)
     small = kirsch.prune(model, plan, verify=False)
     return Case(request.param, model, inputs, graph, plan, small, kept(small, model))
 
@@ -184,7 +184,7 @@ def shorter(model, inputs):
     """Return the model without the first two units of each group."""
     graph = kirsch.trace(model, inputs)
     groups = tuple(Removal(group.name, group.kind, group.size, (0, 1), "by hand") for group in graph.groups)
-    plan = kirsch.plan(graph, kirsch.Goal(params=0.9), round_to=1)
+    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.9), round_to=1)
     return kirsch.prune(model, replace(plan, groups=groups), verify=False)
 
 
@@ -205,8 +205,8 @@ def test_model_pruned_twice_and_loaded_keeps_the_channels_of_both_plans(tmp_path
 
 def test_pruned_part_is_known_by_its_path_in_the_model():
     model, inputs = nn.Sequential(seeded(Plain)), inputs_of("residual")
-    graph = kirsch.trace(model, inputs, scope="0")
-    small = kirsch.prune(model, kirsch.plan(graph, kirsch.Goal(params=0.6), round_to=1), verify=False)
+    graph = kirsch.trace(model, inputs, module="0")
+    small = kirsch.prune(model, kirsch.plan(graph, kirsch.Goal(parameters=0.6), round_to=1), verify=False)
     assert kept(small, model)["0.0"].axis == 1
 
 

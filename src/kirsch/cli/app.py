@@ -133,15 +133,15 @@ Inputs = Annotated[
 Weights = Annotated[str, typer.Option("--weights", help="random, pretrained (timm), or a safetensors FILE.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of random weights and random choices.", min=0)]
 Macs = Annotated[float | None, typer.Option("--macs", help="MACs to keep at most, as a fraction: 0.5.")]
-Params = Annotated[float | None, typer.Option("--params", help="Parameters to keep at most, as a fraction.")]
+Parameters = Annotated[float | None, typer.Option("--parameters", help="Parameters to keep at most, as a fraction.")]
 Importance = Annotated[str, typer.Option("--importance", help="Importance that ranks the units: magnitude, random.")]
-Scope = Annotated[
-    str, typer.Option("--scope", help="global ranks all layers together, local ranks each layer by itself.")
+Ranking = Annotated[
+    str, typer.Option("--ranking", help="global ranks all layers together, local ranks each layer by itself.")
 ]
 RoundTo = Annotated[str, typer.Option("--round-to", help="Kept widths are multiples of this number, or auto.")]
-Granularity = Annotated[
+Kinds = Annotated[
     list[str] | None,
-    typer.Option("--kind", help="Kind of unit to remove, such as head; may be repeated. Default: all."),
+    typer.Option("--kinds", help="Kind of unit to remove, such as head; may be repeated. Default: all."),
 ]
 Uniform = Annotated[bool, typer.Option("--uniform", help="Remove the same number of units from layers of one kind.")]
 MinKeep = Annotated[float, typer.Option("--min-keep", help="Fraction of each group that is always kept.")]
@@ -219,12 +219,12 @@ def plan(
     session: Session,
     model: Model,
     macs: Macs = None,
-    params: Params = None,
+    parameters: Parameters = None,
     importance: Importance = "magnitude",
-    scope: Scope = "global",
+    ranking: Ranking = "global",
     round_to: RoundTo = "auto",
     exclude: Exclude = None,
-    kind: Granularity = None,
+    kinds: Kinds = None,
     uniform: Uniform = False,
     min_keep: MinKeep = 0.1,
     output: Annotated[str, typer.Option("--output", "-o", help="File for the plan, as JSON.", metavar="FILE")] = "",
@@ -236,7 +236,7 @@ def plan(
     from kirsch.cli import networks
 
     plan_options = networks.PlanOptions(
-        macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, min_keep, seed
+        macs, parameters, importance, ranking, round_to, exclude or [], kinds or [], uniform, min_keep, seed
     )
     loaded = networks.load_model(model, inputs or [], weights, seed=seed)
     return networks.show_plan(loaded, plan_options, output, session.terminal)
@@ -249,12 +249,12 @@ def prune(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder for the pruned model.", metavar="FOLDER")],
     plan_file: Annotated[str, typer.Option("--plan", help="A plan of kirsch plan.", metavar="FILE")] = "",
     macs: Macs = None,
-    params: Params = None,
+    parameters: Parameters = None,
     importance: Importance = "magnitude",
-    scope: Scope = "global",
+    ranking: Ranking = "global",
     round_to: RoundTo = "auto",
     exclude: Exclude = None,
-    kind: Granularity = None,
+    kinds: Kinds = None,
     uniform: Uniform = False,
     min_keep: MinKeep = 0.1,
     inputs: Inputs = None,
@@ -265,7 +265,7 @@ def prune(
     from kirsch.cli import networks
 
     plan_options = networks.PlanOptions(
-        macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, min_keep, seed
+        macs, parameters, importance, ranking, round_to, exclude or [], kinds or [], uniform, min_keep, seed
     )
     return networks.show_prune(
         lambda: networks.load_model(model, inputs or [], weights, seed=seed),
@@ -419,6 +419,6 @@ def _usage_error(error: Any) -> UsageError:
     if LATENCY.search(option):
         return GoalError(f"There is no option {option}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
     first, *rest = error.format_message().strip().split("\n")
-    fraction = getattr(getattr(error, "param", None), "name", None) in ("macs", "params")
+    fraction = getattr(getattr(error, "param", None), "name", None) in ("macs", "parameters")
     fix = "Write a fraction: 0.5 for 50 %." if fraction else f"See {path} --help."
     return UsageError(first, " ".join(rest), fix)

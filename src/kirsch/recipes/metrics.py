@@ -77,7 +77,7 @@ def _goal(job: Job, significance: str) -> dict[str, Any]:
         reference = "student" if "distill" in records else "teacher"
         for limit, field, word in (
             (recipe.prune.goal.macs, "macs", "MACs"),
-            (recipe.prune.goal.params, "parameters", "parameters"),
+            (recipe.prune.goal.parameters, "parameters", "parameters"),
         ):
             if limit is not None:
                 value = records["prune"][field] / max(start[field], 1)
@@ -114,7 +114,7 @@ def goal_text(job: Job) -> str:
     recipe = job.recipe
     parts = []
     if recipe.prune is not None:
-        limits = (("MACs", recipe.prune.goal.macs), ("parameters", recipe.prune.goal.params))
+        limits = (("MACs", recipe.prune.goal.macs), ("parameters", recipe.prune.goal.parameters))
         parts += [f"{word} ≤ {figures.percent(limit, 0)}" for word, limit in limits if limit is not None]
     if recipe.goal.max_drop is not None:
         parts.append(f"accuracy drop ≤ {figures.points(recipe.goal.max_drop)}")

@@ -14,8 +14,7 @@ from kirsch.frameworks.pytorch.features import adapters, capture, cohort, ensemb
 from kirsch.frameworks.pytorch.inference import calling, outputs, predict
 from kirsch.frameworks.pytorch.io import export, fingerprint, hub, weights
 from kirsch.frameworks.pytorch.models import MODELS
-from kirsch.frameworks.pytorch.modules import copying, unsupported
-from kirsch.frameworks.pytorch.modules import submodule as scope
+from kirsch.frameworks.pytorch.modules import copying, submodule, unsupported
 from kirsch.frameworks.pytorch.surgery import cut as surgery
 from kirsch.frameworks.pytorch.surgery import dropping, graph_module
 from kirsch.frameworks.pytorch.training import train
@@ -49,13 +48,13 @@ class PyTorch:
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
         """See the port."""
         configuration.check(model, plan)
-        keep, path = plan.keep(graph), graph.tracing.scope
-        part = scope.part_of(model, path)
+        keep, path = plan.keep(graph), graph.tracing.module
+        part = submodule.part_of(model, path)
         pruned = (graph_module.graph_module if graph.tracing.as_graph else surgery.cut)(part, graph, keep)
         dropped = [block for block in graph.traced.blocks if block.path in plan.without]
         moved = dropping.drop(pruned, dropped, graph.traced.args, graph.traced.options) if dropped else None
         verification = self._verify(pruned, part, graph, keep, plan.without, moved) if verify else None
-        return scope.with_part(model, path, pruned) if path else pruned, verification
+        return submodule.with_part(model, path, pruned) if path else pruned, verification
 
     def _verify(
         self, pruned: Any, model: Any, graph: Graph, keep: Any, without: Sequence[str] = (), moved: Any = None
@@ -85,7 +84,7 @@ class PyTorch:
 
     def reweighted(self, model: Any, plan: Plan, graph: Graph) -> dict[str, float]:
         """See the port."""
-        part = scope.part_of(model, graph.tracing.scope)
+        part = submodule.part_of(model, graph.tracing.module)
         return verify.computed(part, graph, plan.keep(graph), torch.float64)
 
     def configure(
