@@ -130,6 +130,9 @@ def records(batch: Any) -> dict[str, torch.Tensor]:
     return {"logits": value, "penultimate": found["penultimate"], **kept}
 
 
+records.version = "1"
+
+
 def lessons() -> tuple[ArrayData, TeacherStore]:
     """The students' images, and what the teacher says of each of their looks: it is asked once for all runs."""
     train = images().train

@@ -17,7 +17,7 @@ from kirsch.data import augment
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import fit
 from kirsch.distillation.schedule import Ramp
-from kirsch.distillation.store import TeacherStore, TopK, build, finish
+from kirsch.distillation.store import TeacherStore, TopK, build
 from kirsch.errors import KirschError
 from kirsch.frameworks.training import TrainingHooks
 from kirsch.pruning.prune import prune_with_verification
@@ -144,7 +144,6 @@ ACCEPTED_BY_CALLABLE = {
     "store.build.temperature": POSITIVE,
     "store.build.ranges": {"numbers"},
     "store.build.outputs": {"None", "model"},
-    "store.finish.folder": {*TEXTS, "path"},
     "store.open.folder": {*TEXTS, "path"},
     "store.read.ids": {"numbers"},
     "store.read.seeds": {"None", "array", "text array"},
@@ -361,7 +360,6 @@ def calls(tmp_path_factory):
                 "stop": None,
             },
         ),
-        "store.finish": (finish, {"folder": folder / "store"}),
         "store.open": (TeacherStore.open, {"folder": folder / "store"}),
         "store.read": (store.read, {"ids": np.arange(2), "view": 0, "seeds": None}),
         "store.require": (store.require, {"teacher": model, "data": data, "temperature": 1.0, "seed": 0}),
@@ -439,7 +437,6 @@ NAMES = [
     "L1",
     "Slimming",
     "store.build",
-    "store.finish",
     "store.open",
     "store.read",
     "store.require",

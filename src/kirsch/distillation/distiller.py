@@ -291,5 +291,5 @@ def _copies(student: Any, teacher: Any) -> list[Any]:
 def _require_classes(store: TeacherStore, objective: Objective, shape: tuple[int, ...]) -> None:
     """Refuse a student of other classes than a store of the largest scores has, of which `attach` sees some alone."""
     compared = any(term.layers == ("logits", "logits") for term in objective.terms)
-    if compared and store.manifest.keep == "top-k" and store.manifest.classes != shape[-1]:
-        refuse_classes(shape, (*shape[:-1], store.manifest.classes or 0))
+    if compared and store.specification.k and store.specification.classes != shape[-1]:
+        refuse_classes(shape, (*shape[:-1], store.specification.classes or 0))

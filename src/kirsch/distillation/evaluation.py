@@ -231,11 +231,11 @@ def _spread(samples: int) -> NDArray[np.int64]:
 
 def _stored(store: TeacherStore, data: ArrayData, objective: Objective) -> list[EvaluatedBatch]:
     """Return the stored predictions of some samples, with their labels."""
-    if data.targets is None or store.manifest.keep is None:
+    if data.targets is None or store.specification.keep is None:
         return []
     places = _spread(data.samples)
     found = store.read(data.sample_ids[places])
-    classes = store.manifest.classes or 0
+    classes = store.specification.classes or 0
     if "indices" not in found:
         scores = found["scores"] + found["maximum"][..., None]
         return [evaluated_batch(scores, data.targets[places], objective)]
