@@ -133,6 +133,8 @@ ACCEPTED_BY_CALLABLE = {
     "Split.inputs": {"array", "numbers", "empty list"},
     "Split.labels": {"array", "numbers", "empty list"},
     "DataSet.augment": {"None", "class", "model"},
+    "ModelGenerator.noise": {"empty list", "numbers"},
+    "DataSet.classes": {"empty list", "texts"},  # the task checks them against the labels
     "compress.name": {"text"},
     "compress.data": set(),
     "compress.temperature": {"None", *POSITIVE},
@@ -316,6 +318,7 @@ def calls(tmp_path_factory):
         "Split": (kirsch.Split, {"inputs": x.numpy(), "labels": y.numpy()}),
         "DataSet": (kirsch.DataSet, {"name": "data", **parts, "classes": ("a", "b", "c"), "augment": None}),
         "DataSet.batches": (dataset.batches, {"batch_size": 4}),
+        "ModelGenerator": (kirsch.ModelGenerator, {"model": model, "noise": (3,)}),
         "compress": (
             kirsch.compress,
             {
@@ -430,6 +433,7 @@ NAMES = [
     "Split",
     "DataSet",
     "DataSet.batches",
+    "ModelGenerator",
     "compress",
     "recovery",
     "Graph.explain",
