@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 WEIGHTS = "weights.safetensors"
+CALIBRATION = 256
+"""Training samples on which residual blocks are ranked."""
 
 
 @dataclass(frozen=True)
@@ -195,19 +197,10 @@ def _cells(record: Record) -> list[str]:
 def plan_for(job: Job, model: Any, section: Prune) -> tuple[Graph, Plan]:
     """Return the graph of a model, and the plan that a recipe makes for it."""
     graph = trace(model, job.framework(model).tensor(job.example))
-    plan = choose(
-        graph,
-        Goal(**section.goal.model_dump()),
-        importance=section.importance,
-        ranking=section.ranking,
-        round_to=section.round_to,
-        exclude=section.exclude,
-        kinds=section.kinds,
-        uniform=section.uniform,
-        norm=section.norm,
-        min_keep=section.min_keep,
-        seed=job.recipe.seed,
-    )
+    options = section.model_dump(exclude={"goal", "seed"})
+    seed = job.recipe.seed if section.seed is None else section.seed
+    data = job.framework(model).tensor(job.data.train.inputs[:CALIBRATION]) if section.of_blocks else None
+    plan = choose(graph, Goal(**section.goal.model_dump()), data=data, seed=seed, **options)
     return graph, plan
 
 
