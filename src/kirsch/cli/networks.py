@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch.cli import drawing
 from kirsch.cli.inputs import EXAMPLE, example_inputs, specifications
 from kirsch.cli.terminal import Line, Piece
+from kirsch.data.sources import load_data
 from kirsch.deploy.export import export, usage
 from kirsch.deploy.measure import Measurement, measure
 from kirsch.deploy.onnx_inputs import stand_ins
@@ -25,7 +26,6 @@ from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.store import load, save
 from kirsch.recipes.models import build, stated_inputs
 from kirsch.recipes.stages import CALIBRATION
-from kirsch.recipes.tasks.data import load_data
 from kirsch.report import figures
 
 if TYPE_CHECKING:
