@@ -16,7 +16,8 @@ from kirsch.deploy.onnx_inputs import stand_ins
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import OutputError, UsageError
 from kirsch.files import MANIFEST, check_writable, write_text
-from kirsch.frameworks.port import Framework, framework_of, trace
+from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.trace import trace
 from kirsch.graph.inputs import tensors
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.choose import plan as choose
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kirsch.cli.terminal import Terminal
+    from kirsch.frameworks.protocols import Framework
     from kirsch.graph.graph import InputSpec
 
 RANDOM, PRETRAINED = "random", "pretrained"
@@ -161,7 +163,7 @@ def model_of(reference: str, weights: str, *, seed: int = 0) -> Any:
         )
     model = build(reference, base=Path(), seed=seed, weights=weights if zoo else RANDOM)
     if weights not in (RANDOM, PRETRAINED) and not zoo:
-        framework_of(model).load_weights(model, Path(weights))
+        framework_of(model).inference.load_weights(model, Path(weights))
     return model
 
 
@@ -335,7 +337,7 @@ def _with_inputs(
     framework = framework_of(model)
     inputs = example_inputs(model, specs) if specs else stated_inputs(reference, model)
     if inputs is None and pruned:
-        inputs = framework.inputs_like(Plan.read(Path(pruned) / "plan.json").inputs, model) or None
+        inputs = framework.analysis.inputs_like(Plan.read(Path(pruned) / "plan.json").inputs, model) or None
     if inputs is None:
         raise UsageError(
             f"The inputs of {reference} are unknown.",

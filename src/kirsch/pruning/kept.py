@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.graph.plan import Plan
 from kirsch.pruning.prune import PLANS, graph_of, prune_with_verification
 
 if TYPE_CHECKING:
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
     from kirsch.graph.graph import Graph
 
 
@@ -76,7 +76,7 @@ def _kept_by_plan(framework: Framework, graph: Graph, plan: Plan) -> dict[str, K
     """Return the channels that one plan keeps."""
     keep, scope = plan.keep(graph), graph.tracing.scope
     result = {}
-    for path, labeled in framework.put_out(graph).items():
+    for path, labeled in framework.analysis.module_outputs(graph).items():
         masks = {axis: graph.kept(labels, keep) for axis, labels in enumerate(labeled.axes)}
         pruned_axes = {axis: mask for axis, mask in masks.items() if mask is not None}
         full_path = f"{scope}.{path}" if scope else path

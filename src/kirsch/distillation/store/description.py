@@ -26,7 +26,7 @@ import numpy as np
 
 from kirsch.data.arrays import host
 from kirsch.errors import ModelError, UsageError, name_of
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -188,7 +188,12 @@ class _Telling:
         ]
         # Of its class the sources alone: decorators, which those of large libraries have many of, hold anything.
         code = [[name_of(base), _sources(base)] for base in _bases(type(value))]
-        return {"model": name_of(value), "code": code, "weights": framework.fingerprint(value), "settings": settings}
+        return {
+            "model": name_of(value),
+            "code": code,
+            "weights": framework.inference.fingerprint(value),
+            "settings": settings,
+        }
 
     def _of_object(self, value: Any) -> dict[str, Any]:
         """Its class, and what pickling would keep of it."""

@@ -14,7 +14,7 @@ from kirsch.distillation.store.description import described
 from kirsch.distillation.store.record import LOGITS
 from kirsch.distillation.store.specification import text_hash
 from kirsch.errors import NumericError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,7 +50,7 @@ class TeacherRunner:
     def hashes(self) -> dict[str, str | None]:
         """Return the hashes of the teacher's weights and of the callable, by their names in a specification."""
         outputs = None if self._outputs is None else text_hash(json.dumps(described(self._outputs)))
-        return {"teacher_sha256": self._framework.fingerprint(self._teacher), "outputs_sha256": outputs}
+        return {"teacher_sha256": self._framework.inference.fingerprint(self._teacher), "outputs_sha256": outputs}
 
     @property
     def teacher_name(self) -> str:
@@ -59,7 +59,7 @@ class TeacherRunner:
 
     def returns_probabilities(self, inputs: Any) -> bool:
         """Return whether the teacher's outputs come from a sigmoid or a softmax; False with a callable."""
-        return self._outputs is None and self._framework.squashed(self._teacher, "logits", inputs)
+        return self._outputs is None and self._framework.features.is_squashed(self._teacher, "logits", inputs)
 
     def __call__(self, indices: NDArray[Any], seed: int, view: int) -> dict[str, NDArray[Any]]:
         """Return the teacher's outputs for some samples in one view.
@@ -74,7 +74,9 @@ class TeacherRunner:
         """
         batch = self._data.batch(indices, seed, view)
         if self._outputs is None:
-            outputs = {LOGITS: self._framework.predict(self._teacher, batch.inputs, batch_size=self.batch_size)}
+            outputs = {
+                LOGITS: self._framework.inference.predict(self._teacher, batch.inputs, batch_size=self.batch_size)
+            }
         else:
             outputs = self._call_outputs(batch)
         for name, array in outputs.items():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kirsch.frameworks.pytorch.analysis.program import ASSERTIONS, name_of
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch.fx import Node
+
+    from kirsch.graph.graph import Graph
 
 
 def regions(nodes: Iterable[Node]) -> dict[str, list[Node]]:
@@ -32,12 +34,9 @@ def _reads(user: Node) -> bool:
     return user.op != "call_function" or name_of(user).removeprefix("aten.") not in ASSERTIONS
 
 
-def module_outputs(states: Mapping[Node, Any]) -> dict[str, Tensor]:
-    """Return the output of each module by its path, with labels; modules with several outputs are left out.
-
-    Args:
-        states: labels of the result of each node.
-    """
+def module_outputs(graph: Graph) -> dict[str, Tensor]:
+    """Return path → labeled output tensor, of the modules in the traced part that return one tensor."""
+    states = graph.traced.states
     exits_of = {path: exits(region) for path, region in regions(states).items() if path}
     outputs = {path: states[nodes[0]] for path, nodes in exits_of.items() if len(nodes) == 1}
     return {path: output for path, output in outputs.items() if isinstance(output, Tensor)}
