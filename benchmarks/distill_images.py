@@ -60,11 +60,11 @@ def keras_default(student: Any, teacher: Any, *, temperature: float = 3.0) -> An
 
 DEFAULTS = {
     "torchdistill, KDLoss(alpha=0)": Objective(
-        (Term("kd", 1.0, 4.0, options={"convention": "torchdistill"}),), label_weight=0.0
+        (Term("kd", 1.0, temperature=4.0, options={"convention": "torchdistill"}),), label_weight=0.0
     ),
-    "Keras 3, LogitsDistillation()": Objective((Term("keras-default", 0.5, 3.0),), label_weight=0.5),
+    "Keras 3, LogitsDistillation()": Objective((Term("keras-default", 0.5, temperature=3.0),), label_weight=0.5),
     "Keras 3, LogitsDistillation(KLDivergence())": Objective(
-        (Term("kd", 0.5, 3.0, options={"convention": "keras"}),), label_weight=0.5
+        (Term("kd", 0.5, temperature=3.0, options={"convention": "keras"}),), label_weight=0.5
     ),
 }
 """What other systems compute by default, as measured from their code; their own loops are not run."""
@@ -128,6 +128,9 @@ def records(batch: Any) -> dict[str, torch.Tensor]:
             found[name] = value
     kept = {place: found[place] for place in ("4", "6", "8", "10")}
     return {"logits": value, "penultimate": found["penultimate"], **kept}
+
+
+records.version = "1"
 
 
 def lessons() -> tuple[ArrayData, TeacherStore]:

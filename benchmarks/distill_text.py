@@ -38,7 +38,7 @@ LENGTH, WORDS, WIDTH, HEADS = 32, 8_000, 64, 4
 PADDING, UNKNOWN, FIRST = 0, 1, 2
 """Tokens: of no word, of a rare one, and of the beginning of a sentence, which is what is classified."""
 TRAINING = kirsch.Training(
-    epochs=6, learning_rate=1e-3, optimizer="adamw", weight_decay=0.01, warmup_epochs=0.5, clip_norm=1.0
+    epochs=6, learning_rate=1e-3, optimizer="adamw", weight_decay=0.01, warmup_epochs=0.5, max_grad_norm=1.0
 )
 TITLES = {"sst2": "SST-2, six layers into two"}
 
@@ -50,7 +50,7 @@ def objectives(_task: str) -> dict[str, Objective]:
         "labels alone": Objective.labels(),
         "kd": Objective.kd(2.0, 0.9),
         "distilbert": Objective.preset("distilbert"),
-        "minilm, with kd": Objective((Term("kd", 0.9, 2.0), minilm), label_weight=0.1),
+        "minilm, with kd": Objective((Term("kd", 0.9, temperature=2.0), minilm), label_weight=0.1),
     }
 
 

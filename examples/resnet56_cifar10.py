@@ -57,7 +57,7 @@ def main() -> int:
     pruned = prune_with_verification(teacher, plan)
     print(f"  {pruned.verification.text}")
 
-    settings = kirsch.Training(epochs=1 if quick else 6, learning_rate=0.05, clip_norm=5.0)
+    settings = kirsch.Training(epochs=1 if quick else 6, learning_rate=0.05, max_grad_norm=5.0)
     recovered = kirsch.distill(
         pruned.model,
         teacher,

@@ -124,7 +124,7 @@ def test_a_plan_has_one_bar_per_group():
 
 
 def test_cost_lines_have_the_remaining_share_and_the_goal():
-    lines = [plain(line) for line in drawing.cost_lines(plan(goal={"macs": 0.5, "params": 0.755}))]
+    lines = [plain(line) for line in drawing.cost_lines(plan(goal={"macs": 0.5, "parameters": 0.755}))]
     assert lines == [
         "parameters   1.00 k → 800      80.0 % of the original   goal missed: ≤ 75.5 %",
         "MACs         2.00 k → 900      45.0 % of the original   goal met: ≤ 50 %",

@@ -41,9 +41,11 @@ def build_store(folder, model=None, inputs=None, **options):
     return build(folder, network() if model is None else model, data() if inputs is None else inputs, **options)
 
 
+def versioned(function, version="1"):
+    """Return a function with a declared version, as a store requires."""
+    function.version = version
+    return function
+
+
 def content(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "store.lock"
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

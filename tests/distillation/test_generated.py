@@ -144,14 +144,14 @@ def test_a_teacher_that_no_label_judges_is_doubted_aloud():
     hooks = TrainingHooks(event=told.append)
     data, training = GeneratedData(normal, 8), Training(epochs=1)
     distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks)
-    (doubt,) = (event["text"] for event in told if event["event"] == "doubt")
+    (doubt,) = (event["text"] for event in told if event["event"] == "warning")
     assert "not evaluated" in doubt
     told.clear()
     inputs = np.random.default_rng(0).standard_normal((40, D))
     judged = ArrayData(inputs, linear(1)(torch.from_numpy(inputs)).argmax(-1).numpy())
     distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks, validation=judged)
     distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks, check_teacher=False)
-    assert [event for event in told if event["event"] == "doubt"] == []
+    assert [event for event in told if event["event"] == "warning"] == []
 
 
 @pytest.mark.parametrize(

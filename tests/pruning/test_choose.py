@@ -31,12 +31,12 @@ def network(width=32):
     )
 
 
-@pytest.mark.parametrize("scope", ["global", "local"])
-@pytest.mark.parametrize("goal", [{"macs": 0.5}, {"macs": 0.3}, {"params": 0.5}, {"macs": 0.6, "params": 0.4}])
-def test_the_goal_is_met_within_one_percent_of_the_original(scope, goal):
+@pytest.mark.parametrize("ranking", ["global", "local"])
+@pytest.mark.parametrize("goal", [{"macs": 0.5}, {"macs": 0.3}, {"parameters": 0.5}, {"macs": 0.6, "parameters": 0.4}])
+def test_the_goal_is_met_within_one_percent_of_the_original(ranking, goal):
     model = network()
     target = kirsch.Goal(**goal)
-    plan = kirsch.plan(kirsch.trace(model, IMAGE), target, scope=scope, round_to=1)
+    plan = kirsch.plan(kirsch.trace(model, IMAGE), target, ranking=ranking, round_to=1)
     reached = target.fractions(plan.after, plan.before)
     assert all(value <= limit for value, limit in reached.values())
     assert any(limit - value <= 0.01 for value, limit in reached.values())
@@ -54,7 +54,7 @@ def test_kept_channels_are_the_largest_by_magnitude():
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([4.0, 1.0, 3.0, 2.0])[:, None].expand(4, 4))
         model[1].weight.fill_(1.0)
-    plan = kirsch.plan(kirsch.trace(model, torch.randn(1, 4)), kirsch.Goal(params=0.5), round_to=1)
+    plan = kirsch.plan(kirsch.trace(model, torch.randn(1, 4)), kirsch.Goal(parameters=0.5), round_to=1)
     assert plan.groups[0].removed == (1, 3)
 
 
@@ -90,14 +90,14 @@ def test_an_empty_parameter_has_no_importance(norm):
     torch.manual_seed(0)
     model, example = Joined(), torch.randn(3, 8)
     plain = nn.Sequential(model.first, model.last)
-    plans = [kirsch.plan(kirsch.trace(m, example), kirsch.Goal(params=0.7), norm=norm) for m in (model, plain)]
+    plans = [kirsch.plan(kirsch.trace(m, example), kirsch.Goal(parameters=0.7), norm=norm) for m in (model, plain)]
     assert plans[0].groups[0].removed == plans[1].groups[0].removed
     assert kirsch.prune(model, plans[0]).rows.shape == (0, 8)
 
 
 def test_random_importance_depends_only_on_the_seed():
     graph = kirsch.trace(network(), IMAGE)
-    plans = [kirsch.plan(graph, kirsch.Goal(macs=0.5), "random", seed=seed) for seed in (1, 1, 2)]
+    plans = [kirsch.plan(graph, kirsch.Goal(macs=0.5), importance="random", seed=seed) for seed in (1, 1, 2)]
     assert plans[0].groups == plans[1].groups
     assert plans[0].groups != plans[2].groups
 
@@ -109,7 +109,7 @@ def test_kept_widths_are_multiples(multiple):
 
 
 def test_a_plan_far_below_its_goal_has_a_note():
-    plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.55), scope="local", round_to=32)
+    plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.55), ranking="local", round_to=32)
     assert any("points below the goal" in note and "smaller round_to" in note for note in plan.notes)
 
 
@@ -137,7 +137,7 @@ def test_an_unknown_layer_to_exclude_names_the_nearest():
 
 def test_an_unknown_importance_lists_known_names_and_the_nearest():
     with pytest.raises(UnknownNameError, match=r"Known: magnitude, random\. Did you mean 'magnitude'\?"):
-        kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), "magnitud")
+        kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), importance="magnitud")
 
 
 def test_an_unreachable_goal_names_the_least_reachable_cost():
@@ -148,7 +148,7 @@ def test_an_unreachable_goal_names_the_least_reachable_cost():
 def test_an_unreachable_goal_names_the_frozen_layers():
     model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 2))
     with pytest.raises(GoalError, match=r"a softmax spans it"):
-        kirsch.plan(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(params=0.5))
+        kirsch.plan(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(parameters=0.5))
 
 
 @pytest.mark.parametrize("value", [0, 1, 1.5, -0.2])
@@ -163,12 +163,14 @@ def test_a_goal_without_limits_is_refused():
 
 
 def test_options_out_of_range_are_named_together():
-    with pytest.raises(UsageError, match=r"`scope` .* is 'each'.*`round_to` .* is 0.*`norm` .* is 3"):
-        kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), scope="each", round_to=0, norm=3, min_keep=0)
+    with pytest.raises(UsageError, match=r"`ranking` .* is 'each'.*`round_to` .* is 0.*`norm` .* is 3"):
+        kirsch.plan(
+            kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), ranking="each", round_to=0, norm=3, min_keep=0
+        )
 
 
-@pytest.mark.parametrize("scope", ["global", "local"])
-def test_no_axis_becomes_empty_if_several_groups_share_it(scope):
+@pytest.mark.parametrize("ranking", ["global", "local"])
+def test_no_axis_becomes_empty_if_several_groups_share_it(ranking):
     """Two layers share an axis of a third: each may lose all units, and one of them must keep a unit."""
 
     class Shared(nn.Module):
@@ -182,7 +184,7 @@ def test_no_axis_becomes_empty_if_several_groups_share_it(scope):
             return self.last(torch.cat([both[..., :0], both], -1))
 
     graph = kirsch.trace(Shared(), torch.randn(2, 4))
-    plan = kirsch.plan(graph, kirsch.Goal(params=0.05), scope=scope, round_to=1, min_keep=0.01)
+    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.05), ranking=ranking, round_to=1, min_keep=0.01)
     assert graph.emptied(plan.keep(graph)) is None
     assert kirsch.prune(Shared(), plan) is not None
 

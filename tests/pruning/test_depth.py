@@ -73,7 +73,7 @@ def test_blocks_are_restored_as_long_as_the_goal_is_met(inputs):
 
     torch.manual_seed(0)
     model = nn.Sequential(Adding([[0.0, 0.0], [0.0, 0.0]]), Wide(), Adding(ROTATION)).eval()
-    plan = kirsch.plan_depth(kirsch.trace(model, inputs), Goal(params=0.5), inputs, "change")
+    plan = kirsch.plan_depth(kirsch.trace(model, inputs), Goal(parameters=0.5), inputs, "change")
     assert plan.without == ("1",)
 
 

@@ -210,7 +210,7 @@ class Filling(nn.Module):
 def test_a_model_that_fills_its_buffers_in_its_first_run_is_loaded(tmp_path):
     model, inputs = shaken(Filling()), torch.randn(3, 4)
     model(inputs)
-    pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(params=0.6)))
+    pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(parameters=0.6)))
     kirsch.save(pruned, tmp_path / "small")
     assert torch.equal(kirsch.load(tmp_path / "small", Filling).eval()(inputs), pruned(inputs))
 

@@ -196,7 +196,7 @@ def test_student_is_distilled_and_then_pruned(trained, tmp_path):
         kirsch.compress(
             model,
             data,
-            kirsch.Goal(params=0.6),
+            kirsch.Goal(parameters=0.6),
             student=student,
             distill=kirsch.Training(epochs=3, learning_rate=0.05),
             recover=kirsch.Training(epochs=1, learning_rate=0.01),

@@ -133,15 +133,15 @@ Inputs = Annotated[
 Weights = Annotated[str, typer.Option("--weights", help="random, pretrained (timm), or a safetensors FILE.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of random weights and random choices.", min=0)]
 Macs = Annotated[float | None, typer.Option("--macs", help="MACs to keep at most, as a fraction: 0.5.")]
-Params = Annotated[float | None, typer.Option("--params", help="Parameters to keep at most, as a fraction.")]
+Parameters = Annotated[float | None, typer.Option("--parameters", help="Parameters to keep at most, as a fraction.")]
 Importance = Annotated[str, typer.Option("--importance", help="Importance that ranks the units: magnitude, random.")]
-Scope = Annotated[
-    str, typer.Option("--scope", help="global ranks all layers together, local ranks each layer by itself.")
+Ranking = Annotated[
+    str, typer.Option("--ranking", help="global ranks all layers together, local ranks each layer by itself.")
 ]
 RoundTo = Annotated[str, typer.Option("--round-to", help="Kept widths are multiples of this number, or auto.")]
-Granularity = Annotated[
+Kinds = Annotated[
     list[str] | None,
-    typer.Option("--kind", help="Kind of unit to remove, such as head; may be repeated. Default: all."),
+    typer.Option("--kinds", help="Kind of unit to remove, such as head; may be repeated. Default: all."),
 ]
 Uniform = Annotated[bool, typer.Option("--uniform", help="Remove the same number of units from layers of one kind.")]
 MinKeep = Annotated[float, typer.Option("--min-keep", help="Fraction of each group that is always kept.")]
@@ -219,12 +219,12 @@ def plan(
     session: Session,
     model: Model,
     macs: Macs = None,
-    params: Params = None,
+    parameters: Parameters = None,
     importance: Importance = "magnitude",
-    scope: Scope = "global",
+    ranking: Ranking = "global",
     round_to: RoundTo = "auto",
     exclude: Exclude = None,
-    kind: Granularity = None,
+    kinds: Kinds = None,
     uniform: Uniform = False,
     min_keep: MinKeep = 0.1,
     output: Annotated[str, typer.Option("--output", "-o", help="File for the plan, as JSON.", metavar="FILE")] = "",
@@ -236,7 +236,7 @@ def plan(
     from kirsch.cli import networks
 
     plan_options = networks.PlanOptions(
-        macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, min_keep, seed
+        macs, parameters, importance, ranking, round_to, exclude or [], kinds or [], uniform, min_keep, seed
     )
     loaded = networks.load_model(model, inputs or [], weights, seed=seed)
     return networks.show_plan(loaded, plan_options, output, session.terminal)
@@ -249,12 +249,12 @@ def prune(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder for the pruned model.", metavar="FOLDER")],
     plan_file: Annotated[str, typer.Option("--plan", help="A plan of kirsch plan.", metavar="FILE")] = "",
     macs: Macs = None,
-    params: Params = None,
+    parameters: Parameters = None,
     importance: Importance = "magnitude",
-    scope: Scope = "global",
+    ranking: Ranking = "global",
     round_to: RoundTo = "auto",
     exclude: Exclude = None,
-    kind: Granularity = None,
+    kinds: Kinds = None,
     uniform: Uniform = False,
     min_keep: MinKeep = 0.1,
     inputs: Inputs = None,
@@ -265,7 +265,7 @@ def prune(
     from kirsch.cli import networks
 
     plan_options = networks.PlanOptions(
-        macs, params, importance, scope, round_to, exclude or [], kind or [], uniform, min_keep, seed
+        macs, parameters, importance, ranking, round_to, exclude or [], kinds or [], uniform, min_keep, seed
     )
     return networks.show_prune(
         lambda: networks.load_model(model, inputs or [], weights, seed=seed),
@@ -332,7 +332,7 @@ def verify(session: Session, run: Run) -> int:
 @command
 def store(
     session: Session,
-    action: Annotated[str, typer.Argument(help="build, finish, check, verify or info.")],
+    action: Annotated[str, typer.Argument(help="build, check, verify or info.")],
     folder: Annotated[str, typer.Argument(help="Folder of the store.")],
     model: Annotated[str, typer.Option("--model", help="The teacher, in the form of MODEL of trace.")] = "",
     weights: Weights = "random",
@@ -343,7 +343,7 @@ def store(
     keep: Annotated[str, typer.Option("--keep", help="Number of most likely classes to store, or dense.")] = "10",
     views: Annotated[int, typer.Option("--views", help="Augmented views of each sample.", min=1)] = 1,
     temperature: Annotated[float, typer.Option("--temperature", help="Temperature of the stored probabilities.")] = 1.0,
-    part: Annotated[str, typer.Option("--part", help="Build only one part, such as 1/4; then finish.")] = "",
+    part: Annotated[str, typer.Option("--part", help="Build only one part, such as 1/4.")] = "",
     samples: Annotated[int, typer.Option("--samples", help="Views that check compares.", min=1)] = 256,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Samples of one batch of the teacher.", min=1)] = 256,
     seed: Seed = 0,
@@ -419,6 +419,6 @@ def _usage_error(error: Any) -> UsageError:
     if LATENCY.search(option):
         return GoalError(f"There is no option {option}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
     first, *rest = error.format_message().strip().split("\n")
-    fraction = getattr(getattr(error, "param", None), "name", None) in ("macs", "params")
+    fraction = getattr(getattr(error, "param", None), "name", None) in ("macs", "parameters")
     fix = "Write a fraction: 0.5 for 50 %." if fraction else f"See {path} --help."
     return UsageError(first, " ".join(rest), fix)

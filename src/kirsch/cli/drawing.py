@@ -212,7 +212,7 @@ def plan_lines(plan: Plan, graph: Graph) -> list[Line]:
 
 def cost_lines(plan: Plan) -> list[Line]:
     """Return the lines on the cost before and after, with the remaining share and the goal."""
-    goals = {"parameters": plan.goal.get("params"), "macs": plan.goal.get("macs")}
+    goals = {"parameters": plan.goal.get("parameters"), "macs": plan.goal.get("macs")}
     lines = []
     before, after = plan.before.to_dict(), plan.after.to_dict()
     for key, name in (("parameters", "parameters"), ("macs", "MACs"), ("activations", "activations")):
@@ -245,4 +245,4 @@ def _method(plan: Plan) -> str:
         return f"{importance} of residual blocks{excluded}"
     widths = "round widths" if method["round_to"] == "auto" else f"widths in steps of {method['round_to']}"
     uniform = ", uniform" if method.get("uniform") else ""
-    return f"{importance}, {method['scope']}, {widths}{uniform}{excluded}"
+    return f"{importance}, {method['ranking']}, {widths}{uniform}{excluded}"

@@ -45,33 +45,33 @@ class PlanOptions:
     """Options of a plan from the command line.
 
     Args:
-        macs, params: the goal; see `Goal`.
-        importance, scope, round_to, exclude, granularity, uniform, min_keep, seed: see `kirsch.plan`.
+        macs, parameters: the goal; see `Goal`.
+        importance, ranking, round_to, exclude, kinds, uniform, min_keep, seed: see `kirsch.plan`.
     """
 
     macs: float | None
-    params: float | None
+    parameters: float | None
     importance: str
-    scope: str
+    ranking: str
     round_to: str
     exclude: Sequence[str]
-    granularity: Sequence[str]
+    kinds: Sequence[str]
     uniform: bool
     min_keep: float
     seed: int
 
     def plan(self, graph: Any, weights: str) -> Plan:
         """Return the plan for a graph. Its method has a description of the weights."""
-        if self.macs is None and self.params is None:
+        if self.macs is None and self.parameters is None:
             raise UsageError("The goal is missing.", "A plan needs a limit of the cost.", "Give --macs 0.5.")
         plan = choose(
             graph,
-            Goal(macs=self.macs, params=self.params),
-            self.importance,
-            cast("Any", self.scope),  # checked by `plan`
-            _round_to(self.round_to),
-            self.exclude,
-            self.granularity or None,
+            Goal(macs=self.macs, parameters=self.parameters),
+            importance=self.importance,
+            ranking=cast("Any", self.ranking),  # checked by `plan`
+            round_to=_round_to(self.round_to),
+            exclude=self.exclude,
+            kinds=self.kinds or None,
             uniform=self.uniform,
             min_keep=self.min_keep,
             seed=self.seed,
@@ -216,7 +216,7 @@ def show_prune(
     load: Callable[[], LoadedModel], plan_file: str, options: PlanOptions, output: str, terminal: Terminal
 ) -> int:
     """Prune a model and save it to a folder. Plan and folder are checked before the model is loaded."""
-    if plan_file and (options.macs is not None or options.params is not None):
+    if plan_file and (options.macs is not None or options.parameters is not None):
         raise UsageError(
             "Both a plan and a goal are given.", "A plan contains its goal.", "Give --plan or --macs, not both."
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch.data.batches import ArrayData, Batch, SeededData, batches_of
 from kirsch.distillation.arrays import map_arrays
-from kirsch.distillation.binding import of_all
+from kirsch.distillation.binding import combines_teachers
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.schedule import Ramp, ends
 from kirsch.errors import DataError
@@ -122,17 +122,19 @@ def few(batch: Batch, count: int = FEW) -> Batch:
 def split_relations(objective: Objective, training: Training) -> list[str]:
     """Return a warning for each term that relates samples of a batch, if a step has several batches."""
     return [
-        f"The term {term.called!r} relates the samples of a batch to each other. It sees each of the "
-        f"{training.accumulate} batches of a step by itself, so its value is not that of one large batch."
+        f"The term {term.record_name!r} relates the samples of a batch to each other. It sees each of the "
+        f"{training.gradient_accumulation_steps} batches of a step by itself, so its value is "
+        "not that of one large batch."
         for term in objective.terms
-        if training.accumulate > 1 and (get_loss(term.loss).relational or get_loss(term.loss).over == "contents")
+        if training.gradient_accumulation_steps > 1
+        and (get_loss(term.loss).relational or get_loss(term.loss).over == "contents")
     ]
 
 
 def late_ramps(objective: Objective, training: Training) -> list[str]:
     """Return a warning for each weight that has not reached its end value when the run ends."""
     weights = [("the labels", objective.label_weight)]
-    weights += [(f"the term {term.called!r}", term.weight) for term in objective.terms]
+    weights += [(f"the term {term.record_name!r}", term.weight) for term in objective.terms]
     return [
         f"The weight of {name} comes to {weight.end:g} after {weight.after + weight.epochs:g} epochs, and the run ends "
         f"after {training.epochs}, with {weight.at(training.epochs):.3g}. Train for longer, or give the term "
@@ -144,7 +146,7 @@ def late_ramps(objective: Objective, training: Training) -> list[str]:
 
 def averaged_logits(objective: Objective, teachers: int) -> list[str]:
     """Return a warning if the probabilities of several teachers are multiplied instead of mixed."""
-    activations = {get_loss(term.loss).activation for term in objective.terms if of_all(term)}
+    activations = {get_loss(term.loss).activation for term in objective.terms if combines_teachers(term)}
     if objective.teachers != "logits" or teachers == 1 or not activations - {"identity"}:
         return []
     text = (

@@ -47,9 +47,9 @@ def distill(
         teacher: the model it learns from: used in inference mode, without gradient, on the same augmented samples. Or a
             list of several, which the objective combines; or a `TeacherStore` of what one put out.
         data: `ArrayData`, `GeneratedData`, a DataLoader, or anything that gives what `Batch.of` takes each time it is
-            gone through: inputs, (inputs, targets), (inputs, targets, ids), or dicts with "labels". Without targets,
-            and for those equal to `objective.ignore`, nothing is charged for labels. All targets of `ArrayData` are
-            checked before training, those of others batch by batch.
+            gone through: inputs, (inputs, targets), (inputs, targets, ids), or dicts with "labels". Samples
+            without a target, or whose target is `objective.ignore_index`, have no loss on labels. All targets of
+            `ArrayData` are checked before training, those of others batch by batch.
         objective: `Objective.kd()` if left out.
         training: `Training()` if left out.
         validation: `ArrayData`, (inputs, labels) as arrays, a DataLoader, or a callable model → metrics by name.
@@ -79,23 +79,23 @@ def distill(
         data = replayed(teacher, data)
     first = next(data.epoch(0, 0)) if stored else first_batch(framework, data)
     bound = Distiller(
-        student, teacher, objective, first, seed=training.seed, regularizers=regularizers, doubt=hooks.doubt
+        student, teacher, objective, first, seed=training.seed, regularizers=regularizers, warn=hooks.warn
     )
     if isinstance(data, ArrayData):
         bound.check_labels(data.targets)
     check_last_batch(framework, student, data, first)
     hooks = with_validation(hooks, framework, validation, objective, [student])
     tell = hooks.event or (lambda _event: None)
-    if check_teacher and objective.scored and objective.label_loss in CHECKED:
+    if check_teacher and objective.needs_logits and objective.label_loss in CHECKED:
         for place, model in enumerate(one_or_more(teacher)):
-            known = evaluate_teacher(framework, model, data, validation, objective, hooks.doubt, place)
+            known = evaluate_teacher(framework, model, data, validation, objective, hooks.warn, place)
             tell({"event": "teacher", **known})
             if not known and not stored:
-                hooks.doubt(NOT_EVALUATED)
+                hooks.warn(NOT_EVALUATED)
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         tell({"event": "attached", "pairs": bound.rows})
     for text in split_relations(objective, training) + late_ramps(objective, training):
-        hooks.doubt(text)
+        hooks.warn(text)
     try:
         trained = framework.training.train(bound.module, data, bound.step, training, hooks)
     finally:
@@ -186,4 +186,4 @@ def with_validation(
 def warn_of_result(hooks: TrainingHooks) -> None:
     """Warn of a trained model that answers one class for everything."""
     if isinstance(hooks.validate, Validation) and (text := hooks.validate.warning()):
-        hooks.doubt(text)
+        hooks.warn(text)

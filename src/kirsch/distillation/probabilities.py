@@ -59,7 +59,7 @@ def activations_of(objective: Objective) -> set[Activation]:
         found.add(ACTIVATIONS[objective.label_loss])
     for term in objective.terms:
         loss = get_loss(term.loss)
-        if any(ends(term.weight)) and loss.takes in ("scores", "pixels", "sets"):
+        if any(ends(term.weight)) and loss.takes in ("logits", "pixels", "sets"):
             found.add(loss.activation)
     return found - {"identity"}
 
@@ -96,14 +96,14 @@ def logit_layers(objective: Objective, terms: Sequence[BoundTerm], teacher: int 
     """Return the layers of the student (None) or of a teacher (its index) at which losses take logits."""
     found = ["logits"] if teacher is None and _labels_take_logits(objective) else []
     for term in terms:
-        if term.loss.takes not in ("scores", "pixels", "sets") or term.loss.activation == "identity":
+        if term.loss.takes not in ("logits", "pixels", "sets") or term.loss.activation == "identity":
             continue
         if teacher is not None and term.teacher not in (None, teacher):
             continue
         if teacher is None and term.adapter is not None:  # the adapter makes the logits
             continue
         layers = term.student_layer if teacher is None else term.teacher_layer
-        layers = layers.get("scores", ()) if isinstance(layers, dict) else layers
+        layers = layers.get("logits", ()) if isinstance(layers, dict) else layers
         found += [layers] if isinstance(layers, str) else []
     return list(dict.fromkeys(found))
 

@@ -112,14 +112,14 @@ class StoredTeacher:
 
     def _check_views(self, batch: Batch) -> None:
         """Refuse batches whose augmentation is not, or may not be, that of the stored samples."""
-        if self._store.manifest.augmented and batch.seeds is None:
+        if self._store.specification.augmented and batch.seeds is None:
             raise UsageError(
                 "The store holds augmented samples, and the batches have no seeds of an augmentation.",
                 "They may not be the views that the teacher saw.",
                 "Take kirsch.distill, or the batches of ArrayData.epoch; of a loader of your own give "
                 "Batch(inputs, targets, ids, view, seeds).",
             )
-        if not self._store.manifest.augmented and batch.seeds is not None:
+        if not self._store.specification.augmented and batch.seeds is not None:
             raise UsageError(
                 "The store holds samples without augmentation, and the batches are augmented.",
                 "The teacher did not see these views.",
@@ -176,7 +176,7 @@ def replayed(store: TeacherStore, data: Any) -> ArrayData:
             fix="Give ArrayData.",
         )
     store.require(data=data)
-    return dataclasses.replace(data, views=store.manifest.views, seed=store.manifest.seed)
+    return dataclasses.replace(data, views=store.specification.views, seed=store.specification.seed)
 
 
 def require_temperature(store: TeacherStore, objective: Objective) -> None:
@@ -186,12 +186,12 @@ def require_temperature(store: TeacherStore, objective: Objective) -> None:
         UsageError: the temperature of a term changes over time.
         StoreError: the temperature of a term is not that of the store.
     """
-    manifest = store.manifest
+    stored = store.specification
     for term in objective.terms:
-        if term.there == "logits" and manifest.keep == "top-k":
+        if term.layers[1] == "logits" and stored.k:
             if isinstance(term.temperature, Ramp):
                 raise UsageError(
-                    f"The temperature of {term.called!r} changes, and the store holds {manifest.temperature:g} only.",
+                    f"The temperature of {term.record_name!r} changes; the store holds {stored.temperature:g} only.",
                     fix="Build the store with Dense(), or state one temperature.",
                 )
             store.require(temperature=1.0 if term.temperature is None else term.temperature)

@@ -19,7 +19,7 @@ def trace(
     *,
     outputs: str | Sequence[str] = (),
     decisions: Literal["refuse", "example"] = "refuse",
-    scope: str = "",
+    module: str = "",
     softmax: Literal["freeze", "kept"] = "freeze",
     as_graph: bool = False,
 ) -> Graph:
@@ -33,7 +33,7 @@ def trace(
         decisions: treatment of code that branches on values of its input, such as `if x.sum() > 0` or the selection of
             boxes in a detector. "refuse": raise an error that names the line. "example": follow the branch of the
             example inputs; other branches are not analyzed.
-        scope: path of a part, such as "backbone", that is analyzed alone. The inputs of the part are recorded in a run
+        module: path of a part, such as "backbone", that is analyzed alone. The inputs of the part are recorded in a run
             of the whole model; shapes of its inputs and outputs do not change. Goals of plans are fractions of the cost
             of the part, and `kirsch.prune` returns the whole model with the pruned part.
         softmax: treatment of units under a softmax, whose removal changes all other values, or under a selection of the
@@ -51,14 +51,14 @@ def trace(
     Raises:
         ModelError: the model cannot be copied or traced with these inputs; names the line of code.
         UnknownNameError: the model has no such output or part.
-        UsageError: an argument has the wrong type, or `as_graph` is combined with `scope`.
+        UsageError: an argument has the wrong type, or `as_graph` is combined with `module`.
     """
-    if as_graph and scope:
+    if as_graph and module:
         raise UsageError(
-            "`as_graph` of kirsch.trace cannot be combined with `scope`.",
+            "`as_graph` of kirsch.trace cannot be combined with `module`.",
             "A part must fit into the code of the rest of the model.",
             "Trace the part by itself: kirsch.trace(model.part, inputs_of_part, as_graph=True).",
         )
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-    tracing = Tracing(names, decisions, scope, softmax, as_graph)
+    tracing = Tracing(names, decisions, module, softmax, as_graph)
     return framework_of(model).analysis.trace(model, example_inputs, tracing)

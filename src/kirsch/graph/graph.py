@@ -110,14 +110,14 @@ class Tracing:
     Args:
         outputs: names of the outputs to analyze; empty for the default.
         decisions: how control flow that depends on input values is treated, one of `DECISIONS`.
-        scope: path of the module that is analyzed; "" for the whole model.
+        module: path of the module that is analyzed; "" for the whole model.
         softmax: how a softmax over units is treated, one of `SOFTMAX`.
         as_graph: whether the pruned model is the traced program instead of the model's own code.
     """
 
     outputs: tuple[str, ...] = ()
     decisions: str = "refuse"
-    scope: str = ""
+    module: str = ""
     softmax: str = "freeze"
     as_graph: bool = False
 

@@ -32,8 +32,8 @@ KINDS = {
     "embedding dim": "a column of an embedding table, or a feature of a residual stream between linear layers",
     "rank": "an output of a linear layer that another linear layer reads without activation, such as the rank of LoRA",
     "ffn unit": "an output of a linear layer that another reads after an activation, except in a pooler or classifier",
-    "block": "the first axis of the grid of any other reshape",
-    "position in block": "another axis of that grid",
+    "chunk": "the first axis of the grid of any other reshape",
+    "position in chunk": "another axis of that grid",
     "channel": "any other unit",
 }
 """Kinds of units with their definitions. The first that fits applies; most follow from the marks of operations."""
@@ -208,7 +208,7 @@ def _closed_units(coupling: Coupling, in_grid: NDArray[np.bool_]) -> list[tuple[
 def _grid_unit_kind(coupling: Coupling, grid: Grid, axis: int) -> str:
     if "head" in coupling.marks and coupling.marks["head"][grid.cells].all():
         return "head in kv group" if axis else "kv group"
-    return GRID_UNIT_KINDS.get(grid.kind, ("block", "position in block"))[axis > 0]
+    return GRID_UNIT_KINDS.get(grid.kind, ("chunk", "position in chunk"))[axis > 0]
 
 
 class _Closure:

@@ -40,7 +40,7 @@ class Goal:
 
     Args:
         macs: fraction of the multiply-accumulates, 0 < macs < 1.
-        params: fraction of the parameters, 0 < params < 1.
+        parameters: fraction of the parameters, 0 < parameters < 1.
 
     Raises:
         GoalError: both limits are None, or a fraction is out of range.
@@ -49,7 +49,7 @@ class Goal:
     made_by: ClassVar[str] = "kirsch.Goal(macs=0.5)"
 
     macs: float | None = None
-    params: float | None = None
+    parameters: float | None = None
 
     @staticmethod
     def refuse_argument(name: str) -> GoalError | None:
@@ -59,9 +59,9 @@ class Goal:
         return GoalError(f"The goal {name}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
 
     def __post_init__(self) -> None:
-        if self.macs is None and self.params is None:
-            raise GoalError("A goal needs at least one limit.", fix="Pass macs=0.5 or params=0.5.")
-        for name, value in (("macs", self.macs), ("params", self.params)):
+        if self.macs is None and self.parameters is None:
+            raise GoalError("A goal needs at least one limit.", fix="Pass macs=0.5 or parameters=0.5.")
+        for name, value in (("macs", self.macs), ("parameters", self.parameters)):
             if value is not None and not (math.isfinite(value) and 0 < value < 1):
                 raise GoalError(
                     f"The goal {name}={value} cannot be met.",
@@ -74,8 +74,8 @@ class Goal:
         fractions = {}
         if self.macs is not None:
             fractions["macs"] = (cost.macs / max(original.macs, 1), self.macs)
-        if self.params is not None:
-            fractions["params"] = (cost.parameters / max(original.parameters, 1), self.params)
+        if self.parameters is not None:
+            fractions["parameters"] = (cost.parameters / max(original.parameters, 1), self.parameters)
         return fractions
 
     def met_by(self, cost: Cost, original: Cost) -> bool:
@@ -92,7 +92,9 @@ class Goal:
 
     def to_dict(self) -> dict[str, float]:
         """Return the limits as JSON."""
-        return {name: value for name, value in (("macs", self.macs), ("params", self.params)) if value is not None}
+        return {
+            name: value for name, value in (("macs", self.macs), ("parameters", self.parameters)) if value is not None
+        }
 
 
 @dataclass(frozen=True)

@@ -206,9 +206,9 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         distiller = self._bound()
         with self.accelerator.autocast():
             counts = self._counts if num_items_in_batch is not None else None
-            loss = distiller(inputs, self.state.epoch or 0.0, of=counts, module=model)
+            loss = distiller(inputs, self.state.epoch or 0.0, step_counts=counts, module=model)
         processes = 1 if counts is None else self.accelerator.num_processes  # DDP averages gradients over processes
-        for name, part in {**loss.parts, **loss.aside}.items():
+        for name, part in {**loss.terms, **loss.adapter_losses}.items():
             self._parts[name] = self._parts.get(name, 0.0) + part.detach() * processes
         return (loss.total * processes, loss) if return_outputs else loss.total * processes
 

@@ -157,8 +157,8 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         done = first_batch / trainer.num_training_batches  # at the start of the step; 0 for a loader without length
         single = accumulate == 1 and trainer.world_size == 1
         counts = None if single else distiller.counts([batch])
-        loss = distiller(batch, trainer.current_epoch + done, of=counts)
-        parts = {f"loss/{name}": part.detach() for name, part in {**loss.parts, **loss.aside}.items()}
+        loss = distiller(batch, trainer.current_epoch + done, step_counts=counts)
+        parts = {f"loss/{name}": part.detach() for name, part in {**loss.terms, **loss.adapter_losses}.items()}
         shares = {f"gradient_share/{name}": share for name, share in distiller.shares.items()}
         size = len(batch)
         pl_module.log("loss", loss.total.detach(), prog_bar=True, batch_size=size)

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 def plan(
     graph: Graph,
     goal: Goal,
+    *,
     importance: str = "magnitude",
-    scope: Literal["global", "local"] = "global",
+    ranking: Literal["global", "local"] = "global",
     round_to: Count | Literal["auto"] | Mapping[str, Count] = "auto",
     exclude: Names = (),
-    granularity: str | Sequence[str] | Mapping[str, float] | None = None,
-    *,
+    kinds: str | Sequence[str] | Mapping[str, float] | None = None,
     uniform: bool = False,
     norm: Literal[1, 2] = 2,
     min_keep: float = 0.1,
@@ -47,14 +47,14 @@ def plan(
         graph: of `kirsch.trace`.
         goal: fractions of the original cost.
         importance: name of the importance that ranks the units: "magnitude" or "random".
-        scope: "global" ranks all units together; "local" removes the same fraction of each group.
+        ranking: "global" ranks all units together; "local" removes the same fraction of each group.
         round_to: the number of kept units of each group is a multiple of this number, since runtimes compute in blocks
             and other widths are slow. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else
             1; always 1 for heads and other parts with a width of their own. Multiples are halved, but not below 4, if
             the goal cannot be met closely otherwise. A dict sets multiples by kind of unit, {"head dim": 8}; other
             kinds are "auto".
         exclude: one or several module paths, parameter names or globs ("layer4.*") that are not changed.
-        granularity: kinds of units that may be removed (see `kirsch.graph.group.KINDS`), ["head", "ffn unit"]. A dict
+        kinds: kinds of units that may be removed (see `kirsch.graph.group.KINDS`), ["head", "ffn unit"]. A dict
             sets weights by kind, {"head": 2.0, "head dim": 0}: importances are divided by the weight, and units of a
             kind with weight 0 are kept; other kinds have weight 1. None: all kinds.
         uniform: remove the same number of units from all groups of the same kind and size, so that one number in a
@@ -72,20 +72,22 @@ def plan(
         UnknownNameError: an importance or a name to exclude is unknown.
         UsageError: an option is out of range.
     """
-    options = Options(importance, scope, round_to, exclude, granularity, uniform, norm, min_keep, seed)
+    options = Options(importance, ranking, round_to, exclude, kinds, uniform, norm, min_keep, seed)
     options.check()
-    if not graph.cost.macs and goal.params is None:
+    if not graph.cost.macs and goal.parameters is None:
         raise GoalError(
             f"The goal macs={goal.macs} has no effect.",
             f"{graph.model_name} has no MACs{'' if graph.cost.parameters else ' and no parameters'}.",
-            "Give params=0.5." if graph.cost.parameters else "Give a model that has layers with parameters to prune.",
+            "Give parameters=0.5."
+            if graph.cost.parameters
+            else "Give a model that has layers with parameters to prune.",
         )
     scores = _ScoreCache(graph, options)
     for fineness in range(options.finest + 1):
         chooser = _chooser(graph, goal, options, scores, fineness)
         counts = chooser.least()
         if goal.met_by(chooser.price(counts), graph.cost):
-            counts = chooser.refine(chooser.descend(local=scope == "local"))
+            counts = chooser.refine(chooser.descend(local=ranking == "local"))
             if _distance_to_goal(goal, chooser.price(counts), graph.cost) <= CLOSE:
                 break
     after = chooser.price(counts)
@@ -139,7 +141,7 @@ class _ScoreCache:
         self._cache: dict[str, NDArray[np.float64]] = {}
 
     def get(self, group: Group, options: Options) -> NDArray[np.float64]:
-        """Return one finite number per unit, divided by the granularity weight of the kind."""
+        """Return one finite number per unit, divided by the weight of the kind."""
         if group.name not in self._cache:
             own = self._options
             self._cache[group.name] = _importance_scores(self._graph, group, own.importance, own.norm, own.seed)

@@ -74,12 +74,12 @@ def kept(small: Any, original: Any, *, example_inputs: Any = None) -> dict[str, 
 
 def _kept_by_plan(framework: Framework, graph: Graph, plan: Plan) -> dict[str, Kept]:
     """Return the channels that one plan keeps."""
-    keep, scope = plan.keep(graph), graph.tracing.scope
+    keep, module = plan.keep(graph), graph.tracing.module
     result = {}
     for path, labeled in framework.analysis.module_outputs(graph).items():
         masks = {axis: graph.kept(labels, keep) for axis, labels in enumerate(labeled.axes)}
         pruned_axes = {axis: mask for axis, mask in masks.items() if mask is not None}
-        full_path = f"{scope}.{path}" if scope else path
+        full_path = f"{module}.{path}" if module else path
         if not pruned_axes:
             result[full_path] = Kept()
         elif len(pruned_axes) == 1:

@@ -90,7 +90,7 @@ def _causes(graph: Graph, goal: Goal, options: Options, least: Least) -> list[st
     fractions = goal.fractions(least.cost, graph.cost)
     missed = max(fractions, key=lambda name: fractions[name][0] - fractions[name][1])
     index, word, total = (
-        (0, "parameters", graph.cost.parameters) if missed == "params" else (1, "MACs", graph.cost.macs)
+        (0, "parameters", graph.cost.parameters) if missed == "parameters" else (1, "MACs", graph.cost.macs)
     )
     costs_by_cause: dict[str, dict[str, int]] = {}
     explain = _CauseFinder(graph, options)
@@ -134,7 +134,7 @@ class _CauseFinder:
         groups = [group for name in names for group in self._touching.get(id(graph.tensors[name]), [])]
         kinds = sorted({kind for _, kind in groups if self._weights[kind] == 0})
         if kinds:
-            return f"whose units have the kind {', '.join(map(repr, kinds))}, which granularity keeps"
+            return f"whose units have the kind {', '.join(map(repr, kinds))}, which `kinds` keeps"
         patterns = sorted({self._excluded[name] for name, _ in groups if name in self._excluded})
         if patterns:
             return f"which exclude={patterns!r} keeps unchanged"
@@ -197,19 +197,19 @@ def _finer(options: Options) -> list[int]:
 
 
 def _more_kinds(options: Options, graph: Graph) -> Iterator[Change]:
-    granularity, weights = options.granularity, options.kind_weights
-    if granularity is None:
+    kinds, weights = options.kinds, options.kind_weights
+    if kinds is None:
         return
     missing = [kind for kind in dict.fromkeys(group.kind for group in graph.groups) if weights[kind] == 0]
     for kind in missing:
         more: Sequence[str] | Mapping[str, float]
-        if isinstance(granularity, Mapping):
-            more = {**granularity, kind: 1.0}
+        if isinstance(kinds, Mapping):
+            more = {**kinds, kind: 1.0}
         else:
-            more = [*([granularity] if isinstance(granularity, str) else granularity), kind]
-        yield Change(f"{kind!r} in granularity (--kind)", replace(options, granularity=more))
+            more = [*([kinds] if isinstance(kinds, str) else kinds), kind]
+        yield Change(f"{kind!r} in kinds", replace(options, kinds=more))
     if len(missing) > 1:
-        yield Change("granularity=None (all kinds)", replace(options, granularity=None))
+        yield Change("kinds=None (all kinds)", replace(options, kinds=None))
 
 
 def _fewer_excluded(options: Options) -> Iterator[Change]:

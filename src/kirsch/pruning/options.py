@@ -23,10 +23,10 @@ class Options:
     """Options of a plan; see `kirsch.plan`."""
 
     importance: str = "magnitude"
-    scope: str = "global"
+    ranking: str = "global"
     round_to: int | str | Mapping[str, int] = "auto"
     exclude: Sequence[str] = ()
-    granularity: Sequence[str] | Mapping[str, float] | None = None
+    kinds: Sequence[str] | Mapping[str, float] | None = None
     uniform: bool = False
     norm: int = 2
     min_keep: float = 0.1
@@ -50,23 +50,23 @@ class Options:
 
     @property
     def kind_weights(self) -> dict[str, float]:
-        """Granularity weight of each kind of unit: importances are divided by the weight, 0 keeps all units.
+        """Weight of each kind of unit: importances are divided by the weight, 0 keeps all units.
 
         Raises:
-            UnknownNameError: granularity names an unknown kind.
+            UnknownNameError: kinds names an unknown kind.
             UsageError: a weight is below 0, or infinite.
         """
-        granularity = self.granularity
-        named = [granularity] if isinstance(granularity, str) else granularity if granularity is not None else ()
+        kinds = self.kinds
+        named = [kinds] if isinstance(kinds, str) else kinds if kinds is not None else ()
         for kind in named:
             if kind not in KINDS:
-                raise UnknownNameError("kind of unit for `granularity`", kind, KINDS)
-        if isinstance(granularity, Mapping):
-            wrong = {kind: number for kind, number in granularity.items() if not 0 <= number < np.inf}
+                raise UnknownNameError("kind of unit for `kinds`", kind, KINDS)
+        if isinstance(kinds, Mapping):
+            wrong = {kind: number for kind, number in kinds.items() if not 0 <= number < np.inf}
             if wrong:
-                raise UsageError(f"granularity has {wrong}.", "A number of at least 0 is needed for each kind.")
-            return {kind: float(granularity.get(kind, 1)) for kind in KINDS}
-        return {kind: float(granularity is None or kind in named) for kind in KINDS}
+                raise UsageError(f"kinds has {wrong}.", "A number of at least 0 is needed for each kind.")
+            return {kind: float(kinds.get(kind, 1)) for kind in KINDS}
+        return {kind: float(kinds is None or kind in named) for kind in KINDS}
 
     def groups(self, graph: Graph) -> list[Group]:
         """Return the groups that may lose units, in the order of the graph.
@@ -105,10 +105,10 @@ class Options:
         return {
             "importance": self.importance,
             "norm": self.norm,
-            "scope": self.scope,
+            "ranking": self.ranking,
             "round_to": dict(self.round_to) if isinstance(self.round_to, Mapping) else self.round_to,
             "exclude": list(self.exclude),
-            "granularity": {kind: number for kind, number in self.kind_weights.items() if number != 1},
+            "kinds": {kind: number for kind, number in self.kind_weights.items() if number != 1},
             "uniform": self.uniform,
             "min_keep": self.min_keep,
             "seed": self.seed,

@@ -107,7 +107,7 @@ def _check_inputs(model: Any, plan: Plan) -> None:
     Raises:
         ModelError: the model raises an error.
     """
-    if plan.tracing.scope:
+    if plan.tracing.module:
         return
     framework = framework_of(model)
     try:
@@ -245,7 +245,7 @@ def graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
             model, framework.analysis.inputs_like(plan.inputs, model), plan.tracing, of_part=True
         )
     except (UsageError, ModelError) as error:
-        if plan.model != type(model).__name__ and not plan.tracing.scope:
+        if plan.model != type(model).__name__ and not plan.tracing.module:
             raise PlanError(
                 f"{plan.title} is for {plan.model}, and the model given is {type(model).__name__}.",
                 f"It cannot be applied: {error.what} {error.why}".strip(),

@@ -170,7 +170,7 @@ def _pruned(model: Any, plan: Plan, example_inputs: Any) -> Any:
     try:
         return cut()
     except (PlanError, ModelError):
-        if plan.tracing.scope or (example_inputs is None and not plan.inputs):
+        if plan.tracing.module or (example_inputs is None and not plan.inputs):
             raise
     # Some models fill their buffers in their first run, and the model had run before it was pruned.
     framework = framework_of(model)

@@ -77,7 +77,7 @@ def _goal(job: Job, significance: str) -> dict[str, Any]:
         reference = "student" if "distill" in records else "teacher"
         for limit, field, word in (
             (recipe.prune.goal.macs, "macs", "MACs"),
-            (recipe.prune.goal.params, "parameters", "parameters"),
+            (recipe.prune.goal.parameters, "parameters", "parameters"),
         ):
             if limit is not None:
                 value = records["prune"][field] / max(start[field], 1)
@@ -106,7 +106,7 @@ def _goal(job: Job, significance: str) -> dict[str, Any]:
 
 
 def _item(name: str, text: str, limit: float, value: float, *, met: bool, significance: str = "") -> dict[str, Any]:
-    return {"name": name, "text": text, "limit": limit, "value": value, "met": met, "doubt": significance}
+    return {"name": name, "text": text, "limit": limit, "value": value, "met": met, "significance": significance}
 
 
 def goal_text(job: Job) -> str:
@@ -114,7 +114,7 @@ def goal_text(job: Job) -> str:
     recipe = job.recipe
     parts = []
     if recipe.prune is not None:
-        limits = (("MACs", recipe.prune.goal.macs), ("parameters", recipe.prune.goal.params))
+        limits = (("MACs", recipe.prune.goal.macs), ("parameters", recipe.prune.goal.parameters))
         parts += [f"{word} ≤ {figures.percent(limit, 0)}" for word, limit in limits if limit is not None]
     if recipe.goal.max_drop is not None:
         parts.append(f"accuracy drop ≤ {figures.points(recipe.goal.max_drop)}")
@@ -159,7 +159,7 @@ def _curve(stage: str, history: list[dict[str, Any]]) -> dict[str, Any]:
         "stage": stage,
         "epochs": [record["epoch"] for record in history],
         "loss": [record["loss"] for record in history],
-        "parts": {name: [record["parts"].get(name) for record in history] for name in history[0]["parts"]},
+        "terms": {name: [record["terms"].get(name) for record in history] for name in history[0]["terms"]},
         "accuracy": [record.get("accuracy") for record in history],
         "learning_rate": [record["learning_rate"] for record in history],
         "seconds": [record["seconds"] for record in history],

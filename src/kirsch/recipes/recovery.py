@@ -128,7 +128,7 @@ def _term(path: str, channels: Kept, features: Any, weight: float) -> Term:
     return Term(
         loss="hidden-mse" if target.ndim == TOKEN_AXES else "fitnet",
         weight=float(f"{weight / mean_square:.6g}"),
-        student=path,
+        student_layer=path,
         adapter="kept" if options else "none",
         adapter_options=options,
         name=f"kept.{path}",

@@ -155,7 +155,9 @@ def run(
                 "event": "end",
                 "met": metrics["goal"]["met"],
                 "text": " · ".join(item["text"] for item in metrics["goal"]["items"]),
-                "doubt": " · ".join(item["doubt"] for item in metrics["goal"]["items"] if item["doubt"]),
+                "significance": " · ".join(
+                    item["significance"] for item in metrics["goal"]["items"] if item["significance"]
+                ),
                 "report": str(folder / REPORT),
                 "seconds": time.monotonic() - started,
             }

@@ -83,7 +83,7 @@ def check_plan_removes_exactly_the_lowest_scores(importance: Importance) -> None
     graph = trace(_residual(), _image())
     scores = _scores(importance, graph)
     with _registered(importance) as name:
-        found = plan(graph, Goal(macs=0.5), name, round_to=1)
+        found = plan(graph, Goal(macs=0.5), importance=name, round_to=1)
     assert found.groups, "the plan removes no units"
     for removal in found.groups:
         removed = np.isin(np.arange(removal.size), removal.removed)

@@ -89,7 +89,7 @@ def test_distill_does_not_change_the_data():
         InPlaceModel(),
         InPlaceModel(),
         ArrayData(inputs, LABELS, N),
-        objective=kirsch.Objective((Term("kd"), Term("fitnet", student="layers.0"))),
+        objective=kirsch.Objective((Term("kd"), Term("fitnet", student_layer="layers.0"))),
         training=kirsch.Training(epochs=2),
         validation=(validation_inputs, LABELS),
         check_teacher=False,

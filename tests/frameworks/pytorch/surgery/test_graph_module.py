@@ -77,7 +77,7 @@ IMAGES = torch.randn(2, 3, 9, 9)
 @pytest.fixture
 def pruned():
     model = convolutional()
-    plan = kirsch.plan(kirsch.trace(model, IMAGES, as_graph=True), Goal(params=0.8))
+    plan = kirsch.plan(kirsch.trace(model, IMAGES, as_graph=True), Goal(parameters=0.8))
     return model, plan, prune_with_verification(model, plan).model
 
 
@@ -119,7 +119,7 @@ def test_saving_and_loading_returns_the_same_bits(pruned, tmp_path):
 
 def test_the_graph_module_can_be_pruned_again(pruned):
     _, _, small = pruned
-    plan = kirsch.plan(kirsch.trace(small, IMAGES, as_graph=True), Goal(params=0.7))
+    plan = kirsch.plan(kirsch.trace(small, IMAGES, as_graph=True), Goal(parameters=0.7))
     assert prune_with_verification(small, plan).verification.passed
 
 
@@ -146,7 +146,7 @@ ARRANGED = {
 def test_inputs_and_outputs_have_the_form_of_the_original(arranged):
     arrange, has_form = ARRANGED[arranged]
     model, inputs = shaken(Several(arrange)), {"x": torch.randn(3, 4), "scale": torch.rand(3, 1)}
-    plan = kirsch.plan(kirsch.trace(model, inputs, as_graph=True), Goal(params=0.6))
+    plan = kirsch.plan(kirsch.trace(model, inputs, as_graph=True), Goal(parameters=0.6))
     assert has_form(kirsch.prune(model, plan)(**inputs))
 
 
@@ -160,11 +160,11 @@ def test_nested_inputs_are_refused():
             return self.second(self.first(pair[0] + pair[1]))
 
     model, inputs = shaken(Nested()), ([torch.randn(3, 4), torch.randn(3, 4)],)
-    plan = kirsch.plan(kirsch.trace(model, inputs, as_graph=True), Goal(params=0.6))
+    plan = kirsch.plan(kirsch.trace(model, inputs, as_graph=True), Goal(parameters=0.6))
     with pytest.raises(ModelError, match=r"Nested cannot be returned as a graph.*Its inputs are nested"):
         kirsch.prune(model, plan)
 
 
-def test_as_graph_with_a_scope_is_an_error():
-    with pytest.raises(UsageError, match=r"`as_graph` of kirsch\.trace cannot be combined with `scope`"):
-        kirsch.trace(convolutional(), IMAGES, scope="0", as_graph=True)
+def test_as_graph_with_a_module_is_an_error():
+    with pytest.raises(UsageError, match=r"`as_graph` of kirsch\.trace cannot be combined with `module`"):
+        kirsch.trace(convolutional(), IMAGES, module="0", as_graph=True)

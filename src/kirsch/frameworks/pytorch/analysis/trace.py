@@ -68,9 +68,9 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
     Raises:
         ModelError: the model cannot be traced, or returns no tensors.
     """
-    model = part_of(whole, tracing.scope)
-    if tracing.scope and not of_part:
-        example_inputs = inputs_of(whole, tracing.scope, example_inputs)
+    model = part_of(whole, tracing.module)
+    if tracing.module and not of_part:
+        example_inputs = inputs_of(whole, tracing.module, example_inputs)
     args, options = arguments(example_inputs)
     check(model)
     _check_samples(model, args, options)
@@ -92,8 +92,8 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         folded = {name for fold in traced.folds for name in fold.rows}
         traced.folds += [fold for fold in traced.training.folds if folded.isdisjoint(fold.rows)]
     freeze_unused(unused, facts, tensors)
-    if tracing.scope:
-        freeze_shared(shared_with_rest(whole, tracing.scope), model, facts, tensors)
+    if tracing.module:
+        freeze_shared(shared_with_rest(whole, tracing.module), model, facts, tensors)
     parameters = dict(model.named_parameters())
     return Graph(
         model_name=type(model).__name__,

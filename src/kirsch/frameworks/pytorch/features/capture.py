@@ -283,7 +283,7 @@ class _FunctionCapture(TorchFunctionMode):
         keep: Callable[[Key, Any], None],
         called: dict[str, set[str]],
     ) -> None:
-        self.captured, self.inside, self.keep, self.called = captured, inside, keep, called
+        self.captured, self.inside, self.keep, self.record_name = captured, inside, keep, called
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, options = getattr(func, "__name__", "").strip("_"), kwargs or {}
@@ -293,7 +293,7 @@ class _FunctionCapture(TorchFunctionMode):
         if (path, name) not in self.captured:
             out = func(*args, **options)
             if isinstance(out, torch.Tensor) and name != "get":  # the name of attribute access
-                self.called.setdefault(path, set()).add(name)
+                self.record_name.setdefault(path, set()).add(name)
             return out
         self.keep((path, name, True), args[0] if args else next(iter(options.values())))
         out = func(*args, **options)

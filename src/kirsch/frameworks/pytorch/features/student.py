@@ -23,14 +23,14 @@ class StudentOutputs:
     """Results of one forward.
 
     Args:
-        values: the student's values by layer.
-        joined: by name of an adapter, the student's and the teacher's values for the loss.
-        extra: by name of an adapter, its own loss.
+        features: the student's values by layer.
+        adapted: by name of an adapter, the student's and the teacher's values for the loss.
+        adapter_losses: by name of an adapter, its own loss.
     """
 
-    values: dict[str, Any]
-    joined: dict[str, tuple[Any, Any]]
-    extra: dict[str, Any]
+    features: dict[str, Any]
+    adapted: dict[str, tuple[Any, Any]]
+    adapter_losses: dict[str, Any]
 
 
 class StudentWithAdapters(nn.Module):
@@ -71,14 +71,14 @@ class StudentWithAdapters(nn.Module):
             self._capture = FeatureCapture(self.student, self._layers)
         values = self._capture(inputs)
         values = values if self._logits is None else self._logits(values)
-        joined, extra = {}, {}
+        adapted, adapter_losses = {}, {}
         for name, teacher in (teacher_source or {}).items():
             adapter = self.adapters[name]
-            joined[name] = adapter(at_layers(values, self._pairs[name]), teacher, ids=ids)
+            adapted[name] = adapter(at_layers(values, self._pairs[name]), teacher, ids=ids)
             extra_loss = adapter.extra_loss() if isinstance(adapter, Adapter) else None
             if extra_loss is not None:
-                extra[name] = extra_loss
-        return StudentOutputs(values, joined, extra)
+                adapter_losses[name] = extra_loss
+        return StudentOutputs(values, adapted, adapter_losses)
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -41,7 +41,7 @@ def prune(model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> tuple[
         VerificationError: the pruned model differs from the masked original, or does not run.
     """
     configuration.check(model, plan)
-    keep, path = plan.keep(graph), graph.tracing.scope
+    keep, path = plan.keep(graph), graph.tracing.module
     part = submodule.part_of(model, path)
     pruned = (graph_module.graph_module if graph.tracing.as_graph else surgery.cut)(part, graph, keep)
     dropped = [block for block in graph.traced.blocks if block.path in plan.without]
@@ -98,7 +98,7 @@ def _changed_comparisons(graph: Graph, keep: Any) -> str:
 
 def changed_computed_weights(model: nn.Module, plan: Plan, graph: Graph) -> dict[str, float]:
     """Return path → relative change, of modules whose computed weights change for the kept units."""
-    part = submodule.part_of(model, graph.tracing.scope)
+    part = submodule.part_of(model, graph.tracing.module)
     return verification.computed(part, graph, plan.keep(graph), torch.float64)
 
 

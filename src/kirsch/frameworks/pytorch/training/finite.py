@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kirsch.data.batches import Batch
 
-FIX = "Lower the learning rate, or set clip_norm."
+FIX = "Lower the learning rate, or set max_grad_norm."
 
 
 def not_finite_names(model: nn.Module) -> Iterator[str]:

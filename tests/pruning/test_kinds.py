@@ -71,19 +71,19 @@ def test_the_groups_have_their_kinds_and_sizes(graph):
 
 
 def test_only_the_named_kinds_are_removed(graph):
-    plan = kirsch.plan(graph, kirsch.Goal(macs=0.7), granularity=["kv group", "ffn unit"], round_to=1)
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.7), kinds=["kv group", "ffn unit"], round_to=1)
     assert set(changed_kinds(plan)) == {"kv group", "ffn unit"}
 
 
 def test_a_kind_with_weight_zero_is_kept(graph):
-    plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), granularity={"head dim": 0, "embedding dim": 0})
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), kinds={"head dim": 0, "embedding dim": 0})
     assert {"head dim", "embedding dim"}.isdisjoint(changed_kinds(plan))
     assert changed_kinds(plan)["ffn unit"] == 2
 
 
 def test_a_kind_with_a_larger_weight_loses_more_units(graph):
     def removed(weight):
-        plan = kirsch.plan(graph, kirsch.Goal(macs=0.6), granularity={"ffn unit": weight}, round_to=1)
+        plan = kirsch.plan(graph, kirsch.Goal(macs=0.6), kinds={"ffn unit": weight}, round_to=1)
         return sum(len(removal.removed) for removal in plan.groups if removal.kind == "ffn unit")
 
     assert removed(0.1) < removed(1.0) < removed(10.0)
@@ -98,7 +98,7 @@ def test_round_to_can_be_set_by_kind(graph):
 
 
 def test_heads_are_not_rounded_by_default(graph):
-    plan = kirsch.plan(graph, kirsch.Goal(macs=0.9), granularity=["kv group"])
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.9), kinds=["kv group"])
     assert [len(removal.removed) for removal in plan.groups] == [1, 1]
 
 
@@ -119,15 +119,13 @@ def model_of_graph():
 
 
 def test_an_unknown_kind_names_the_nearest(graph):
-    with pytest.raises(UnknownNameError, match=r"no kind of unit for `granularity` 'heads'.*Did you mean 'head'"):
-        kirsch.plan(graph, kirsch.Goal(macs=0.5), granularity=["heads"])
+    with pytest.raises(UnknownNameError, match=r"no kind of unit for `kinds` 'heads'.*Did you mean 'head'"):
+        kirsch.plan(graph, kirsch.Goal(macs=0.5), kinds=["heads"])
     with pytest.raises(UnknownNameError, match=r"no kind of unit for `round_to` 'channels'.*Did you mean 'channel'"):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), round_to={"channels": 8})
 
 
 @pytest.mark.parametrize("number", [-1, float("nan"), float("inf")])
 def test_a_weight_out_of_range_is_refused(graph, number):
-    with pytest.raises(
-        UsageError, match=r"granularity.*head'.*(A number of at least 0 is needed|expected a finite number)"
-    ):
-        kirsch.plan(graph, kirsch.Goal(macs=0.5), granularity={"head": number})
+    with pytest.raises(UsageError, match=r"kinds.*head'.*(A number of at least 0 is needed|expected a finite number)"):
+        kirsch.plan(graph, kirsch.Goal(macs=0.5), kinds={"head": number})
