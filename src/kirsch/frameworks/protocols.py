@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from kirsch.data.batches import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.graph import Graph, Input, Tracing
-    from kirsch.graph.labels import Tensor
     from kirsch.graph.plan import Plan
     from kirsch.graph.verification import Verification
     from kirsch.registry import Registry
@@ -43,9 +42,6 @@ class Analysis(Protocol):
 
     def inputs_like(self, specification: Sequence[Input], model: Any) -> Any:
         """Return example inputs of the form, shapes and types that a plan stores, on the device of a model."""
-
-    def module_outputs(self, graph: Graph) -> dict[str, Tensor]:
-        """Return path → labeled output tensor, of the modules in the traced part that return one tensor."""
 
 
 class Surgery(Protocol):

@@ -12,7 +12,7 @@ from kirsch.errors import KirschError, ModelError, PlanError, UsageError, Verifi
 from kirsch.frameworks.find import framework_of
 from kirsch.graph.plan import Plan, Removal, Skip
 from kirsch.graph.verification import UNUSUAL_LAYERS
-from kirsch.pruning.depth import BLOCK_IMPORTANCES
+from kirsch.pruning.blocks import BLOCK_IMPORTANCES
 from kirsch.pruning.importance import IMPORTANCES
 from kirsch.pruning.notes import changes, renewed
 

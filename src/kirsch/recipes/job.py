@@ -84,6 +84,10 @@ class Job:
         """Return the framework of a model."""
         return framework_of(model)
 
+    def in_inference_mode(self, model: Any) -> Any:
+        """Set a model to inference mode, and return it."""
+        return framework_of(model).inference.inference_mode(model)
+
     def emit(self, event: dict[str, Any]) -> None:
         """Append an event to events.jsonl, and pass it to the listener."""
         with (self.folder / EVENTS).open("a", encoding="utf-8", errors="backslashreplace") as file:

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 WEIGHTS = "weights.safetensors"
+CALIBRATION = 256
+"""Training samples on which residual blocks are ranked."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
 
 
 def _teacher(job: Job, folder: Path) -> Record:
-    model = job.make_teacher().eval()
+    model = job.in_inference_mode(job.make_teacher())
     section = job.recipe.teacher.train
     history: list[Any] = []
     if section is not None:
@@ -105,7 +107,7 @@ def _teacher(job: Job, folder: Path) -> Record:
 def _load_teacher(job: Job, folder: Path, _record: Record) -> None:
     model = job.make_teacher()
     job.framework(model).inference.load_weights(model, folder / WEIGHTS)
-    job.models["teacher"] = job.models["result"] = model.eval()
+    job.models["teacher"] = job.models["result"] = job.in_inference_mode(model)
 
 
 def _distill(job: Job, folder: Path) -> Record:
@@ -126,7 +128,7 @@ def _load_student(job: Job, folder: Path, _record: Record) -> None:
         raise RuntimeError("a recipe without a student has no student to load")
     model = job.make_student()
     job.framework(model).inference.load_weights(model, folder / WEIGHTS)
-    job.models["student"] = job.models["result"] = model.eval()
+    job.models["student"] = job.models["result"] = job.in_inference_mode(model)
 
 
 def _train_on_teacher(job: Job, key: str, model: Any, section: Distill) -> Any:
@@ -195,19 +197,10 @@ def _cells(record: Record) -> list[str]:
 def plan_for(job: Job, model: Any, section: Prune) -> tuple[Graph, Plan]:
     """Return the graph of a model, and the plan that a recipe makes for it."""
     graph = trace(model, job.framework(model).inference.from_numpy(job.example))
-    plan = choose(
-        graph,
-        Goal(**section.goal.model_dump()),
-        importance=section.importance,
-        ranking=section.ranking,
-        round_to=section.round_to,
-        exclude=section.exclude,
-        kinds=section.kinds,
-        uniform=section.uniform,
-        norm=section.norm,
-        min_keep=section.min_keep,
-        seed=job.recipe.seed,
-    )
+    options = section.model_dump(exclude={"goal", "seed"})
+    seed = job.recipe.seed if section.seed is None else section.seed
+    data = job.framework(model).inference.from_numpy(job.data.train.inputs[:CALIBRATION]) if section.of_blocks else None
+    plan = choose(graph, Goal(**section.goal.model_dump()), data=data, seed=seed, **options)
     return graph, plan
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch.utils._pytree import tree_leaves
 
 from kirsch.frameworks.pytorch.analysis.program import ASSERTIONS, name_of
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch.fx import Node
-
-    from kirsch.graph.graph import Graph
 
 
 def regions(nodes: Iterable[Node]) -> dict[str, list[Node]]:
@@ -34,9 +34,13 @@ def _reads(user: Node) -> bool:
     return user.op != "call_function" or name_of(user).removeprefix("aten.") not in ASSERTIONS
 
 
-def module_outputs(graph: Graph) -> dict[str, Tensor]:
-    """Return path → labeled output tensor, of the modules in the traced part that return one tensor."""
-    states = graph.traced.states
-    exits_of = {path: exits(region) for path, region in regions(states).items() if path}
-    outputs = {path: states[nodes[0]] for path, nodes in exits_of.items() if len(nodes) == 1}
-    return {path: output for path, output in outputs.items() if isinstance(output, Tensor)}
+def module_outputs(states: Mapping[Node, Any]) -> dict[str, tuple[Tensor, ...]]:
+    """Return the tensors that each module returns by its path, with labels.
+
+    Args:
+        states: labels of the result of each node.
+    """
+    return {
+        path: tuple(leaf for node in nodes for leaf in tree_leaves(states[node]) if isinstance(leaf, Tensor))
+        for path, nodes in ((path, exits(region)) for path, region in regions(states).items() if path)
+    }
