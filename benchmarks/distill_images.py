@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kirsch
+from kirsch import figures
 from kirsch.distillation.arrays import namespace
 from kirsch.distillation.distill import fit
 from kirsch.distillation.losses.loss import loss
@@ -23,7 +24,6 @@ from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import TrainingHooks
 from kirsch.recipes.tasks.cifar10 import AUGMENT, cifar10
-from kirsch.report import figures
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Goal, Plan
     from kirsch.pruning.choose import plan
-    from kirsch.pruning.prune import prune
+    from kirsch.pruning.prune import Pruned, prune, prune_with_verification
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import compress
     from kirsch.recipes.recovery import recovery
@@ -39,6 +39,7 @@ __all__ = [
     "Measurement",
     "Objective",
     "Plan",
+    "Pruned",
     "Ramp",
     "Split",
     "Term",
@@ -54,6 +55,7 @@ __all__ = [
     "measure",
     "plan",
     "prune",
+    "prune_with_verification",
     "recovery",
     "save",
     "trace",
@@ -70,6 +72,7 @@ _MODULES = {
     "Measurement": "kirsch.deploy.measure",
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
+    "Pruned": "kirsch.pruning.prune",
     "Ramp": "kirsch.distillation.schedule",
     "Split": "kirsch.recipes.tasks.data",
     "Term": "kirsch.distillation.term",
@@ -85,6 +88,7 @@ _MODULES = {
     "measure": "kirsch.deploy.measure",
     "plan": "kirsch.pruning.choose",
     "prune": "kirsch.pruning.prune",
+    "prune_with_verification": "kirsch.pruning.prune",
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
     "trace": "kirsch.frameworks.port",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from kirsch import files
+from kirsch import figures, files
 from kirsch.arguments import checked
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.deploy.trials import Trial, compare, fixed_trials, trials
@@ -17,13 +17,14 @@ from kirsch.errors import LoadError, ModelError, NumericError, OutputError, Shap
 from kirsch.frameworks.annotations import Inputs, Model
 from kirsch.frameworks.port import Exportable, framework_of
 from kirsch.registry import Registry
+from kirsch.tables import Cell, Part, Piece, Printable, Table, notes
 
 NUMPY_NAMES = {"float": "float32", "double": "float64"}
 """Types of numbers that ONNX and numpy call differently."""
 
 
 @dataclass(frozen=True)
-class Artifact:
+class Artifact(Printable):
     """A file to ship.
 
     Args:
@@ -41,6 +42,30 @@ class Artifact:
     bytes: int
     sha256: str
     details: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        return f"<kirsch.Artifact: {self.path}, {self.format}, {figures.bytes_(self.bytes)}, sha256 {self.sha256[:12]}>"
+
+    def parts(self) -> list[Part]:
+        """Return file, inputs, verification and hash as a table, and the notes."""
+        details = self.details
+        opset = f"   opset {details['opset']}" if "opset" in details else ""
+        rows: list[list[Cell]] = [["file", f"{self.path}   {figures.bytes_(self.bytes)}{opset}"]]
+        if "inputs" in details:
+            rows.append(["inputs", ", ".join(f"{value['name']} {value['shape']}" for value in details["inputs"])])
+        if "drift" in details:
+            text = f"on {details['runtime']}: outputs differ by {details['drift']:.0e} of the largest"
+            rows.append([Piece("verified", "good"), text])
+        rows.append(["sha256", self.sha256])
+        return [Table(rows), notes(details.get("notes", ()))]
+
+    @classmethod
+    def of_dict(cls, path: Path, content: dict[str, Any]) -> Artifact:
+        """Return the artifact of a file and its description by `to_dict`."""
+        names = ("file", "format", "bytes", "sha256")
+        details = {name: value for name, value in content.items() if name not in names}
+        return cls(path, content["format"], content["bytes"], content["sha256"], details)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, without the folder."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from kirsch.frameworks.data import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
-    from kirsch.graph.graph import Input
+    from kirsch.graph.inputs import Input
     from kirsch.graph.labels import Tensor
     from kirsch.graph.plan import Plan
     from kirsch.graph.verification import Verification

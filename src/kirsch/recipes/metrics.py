@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from kirsch import figures
 from kirsch.measurement.quality import calibration, confusion, lost_classes, paired
-from kirsch.report import figures
 from kirsch.version import __version__
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, 
 from kirsch.failures import error_with_location
 from kirsch.frameworks.formats import describe
 from kirsch.frameworks.port import framework_of, pytorch
-from kirsch.graph.graph import InputSpec
+from kirsch.graph.inputs import InputSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
