@@ -49,16 +49,15 @@ class Artifact(Printable):
 
     def parts(self) -> list[Part]:
         """Return file, inputs, verification and hash as a table, and the notes."""
-        details = self.details
-        opset = f"   opset {details['opset']}" if "opset" in details else ""
+        details, onnx = self.details, self.format == "onnx"  # other exporters have details of their own
+        opset = f"   opset {details['opset']}" if onnx else ""
         rows: list[list[Cell]] = [["file", f"{self.path}   {figures.bytes_(self.bytes)}{opset}"]]
-        if "inputs" in details:
-            rows.append(["inputs", ", ".join(f"{value['name']} {value['shape']}" for value in details["inputs"])])
-        if "drift" in details:
+        if onnx:
             text = f"on {details['runtime']}: outputs differ by {details['drift']:.0e} of the largest"
+            rows.append(["inputs", ", ".join(f"{value['name']} {value['shape']}" for value in details["inputs"])])
             rows.append([Piece("verified", "good"), text])
         rows.append(["sha256", self.sha256])
-        return [Table(rows), notes(details.get("notes", ()))]
+        return [Table(rows), notes(details["notes"] if onnx else ())]
 
     @classmethod
     def of_dict(cls, path: Path, content: dict[str, Any]) -> Artifact:
