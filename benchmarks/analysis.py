@@ -90,7 +90,7 @@ def measure(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
     plans = []
     for goal in GOALS if graph.cost.parameters < SMALL else ():
         began = time.process_time()
-        kirsch.plan(graph, kirsch.Goal(macs=goal), "random")
+        kirsch.plan(graph, kirsch.Goal(macs=goal), importance="random")
         plans.append(time.process_time() - began)
     return {
         "parameters": graph.cost.parameters,

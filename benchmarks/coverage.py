@@ -39,7 +39,6 @@ from kirsch.frameworks.pytorch.modules.submodule import inputs_of, part_of
 from kirsch.frameworks.pytorch.surgery.cut import cut
 from kirsch.frameworks.pytorch.verification.verify import verify
 from kirsch.measurement.machine import cpu
-from kirsch.pruning.prune import prune_with_verification
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +74,7 @@ def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -
     row["stage"] = "trace"
     trainable = trained(model, inputs) is None
     start = time.perf_counter()
-    graph = kirsch.trace(model, inputs, scope=recipe.scope)
+    graph = kirsch.trace(model, inputs, module=recipe.module)
     row["trace"] = time.perf_counter() - start
     row["stage"] = "analysis"
     start = time.perf_counter()
@@ -84,8 +83,8 @@ def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -
     row["parameters"] = graph.cost.parameters
     row["prunable"] = 1 - sum(blocker.share for blocker in graph.blockers)
     row["blockers"] = [(b.reason, b.where, b.source, b.operation, b.share) for b in graph.blockers[:6]]
-    own = part_of(model, recipe.scope)
-    given = inputs_of(model, recipe.scope, inputs) if recipe.scope else inputs
+    own = part_of(model, recipe.module)
+    given = inputs_of(model, recipe.module, inputs) if recipe.module else inputs
     _same("cost", (graph.cost.parameters, graph.cost.macs), count(own, given))
     row["full"] = full(own, graph, row)
     row["stage"] = "depth"
@@ -94,10 +93,10 @@ def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -
     plan = planned(graph, row)
     row["stage"] = "prune"
     start = time.perf_counter()
-    found = prune_with_verification(model, plan)
+    found = kirsch.prune_with_verification(model, plan)
     row["prune"] = time.perf_counter() - start
     row["macs"], row["error"] = plan.after.macs / plan.before.macs, found.verification.error
-    _same("cost", (plan.after.parameters, plan.after.macs), count(part_of(found.model, recipe.scope), given))
+    _same("cost", (plan.after.parameters, plan.after.macs), count(part_of(found.model, recipe.module), given))
     row["stage"] = "load"
     _saved_and_loaded(recipe, found.model, inputs)
     row["stage"] = "train"
@@ -152,10 +151,10 @@ def depth(model: nn.Module, graph: Graph, inputs: Any) -> str:
         return ""
     least = graph.prices.price(graph.keep({}), graph.blocks).macs / max(graph.cost.macs, 1)
     try:
-        plan = kirsch.plan_depth(graph, kirsch.Goal(macs=(1 + least) / 2), inputs, "random")
-        found = prune_with_verification(model, plan)
-        own = part_of(found.model, graph.tracing.scope)
-        given = inputs_of(model, graph.tracing.scope, inputs) if graph.tracing.scope else inputs
+        plan = kirsch.plan(graph, kirsch.Goal(macs=(1 + least) / 2), kinds="block", data=inputs, importance="random")
+        found = kirsch.prune_with_verification(model, plan)
+        own = part_of(found.model, graph.tracing.module)
+        given = inputs_of(model, graph.tracing.module, inputs) if graph.tracing.module else inputs
         _same("cost without blocks", (plan.after.parameters, plan.after.macs), count(own, given))
     except KirschError as error:
         return str(error)
@@ -287,7 +286,7 @@ module that is returned, trained for a step, saved, loaded in a model built anew
 - *Half of all*: a harder plan, half of every group of units. *Prunable*: share of the parameters that is not frozen.
 - *Blocks*: residual blocks that were found; half of them (by cost) were left out, at random, and that was verified.
 - *Error*: largest difference from the masked original, relative to its largest output, in float64.
-- Of detectors the backbone is cut in its place (`scope="backbone"`): they select boxes by values.
+- Of detectors the backbone is cut in its place (`module="backbone"`): they select boxes by values.
 - *Peer*, where there is such a column: Torch-Pruning with its defaults on the same model. That it runs and puts out the
   same shapes is all that is looked at, not whether it still computes the function of what it kept.
 

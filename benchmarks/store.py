@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from kirsch.data.augment import Noise
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build
 from kirsch.distillation.store.record import index_type
 from kirsch.distillation.store.specification import DIGEST_BYTES
-from kirsch.frameworks.augment import Noise
-from kirsch.frameworks.data import ArrayData
 from kirsch.measurement.machine import environment, load
 
 if TYPE_CHECKING:

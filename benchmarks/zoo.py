@@ -31,7 +31,7 @@ class Recipe:
         options: of the factory, or of the configuration.
         inputs: what it is given, a key of `INPUTS`.
         size: of its images.
-        scope: the part that is pruned in its place; detectors select boxes by values, which no trace follows for all.
+        module: the part that is pruned in its place; detectors select boxes by values, which no trace follows for all.
     """
 
     library: str
@@ -41,7 +41,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     inputs: str = "images"
     size: int = 64
-    scope: str = ""
+    module: str = ""
 
     def build(self) -> tuple[nn.Module, Any]:
         """The model in inference mode, and its example inputs."""
@@ -135,7 +135,7 @@ def _of_torchvision() -> list[Recipe]:
                 options=bare,
                 inputs="list of images",
                 size=128,
-                scope="backbone",
+                module="backbone",
             )
             for name in (
                 "fasterrcnn_mobilenet_v3_large_320_fpn",

@@ -41,7 +41,7 @@ def test_the_importance_is_the_largest_weight_in_closed_form(defined):
         second.weight.copy_(torch.tensor([[1.0, 2.0, -5.0]]))
     graph = kirsch.trace(model, torch.zeros(1, 2))
     np.testing.assert_array_equal(IMPORTANCES["largest-weight"](graph, graph.groups[0], norm=2, seed=0), [4, 3, 5])
-    plan = kirsch.plan(graph, kirsch.Goal(macs=0.7), "largest-weight")
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.7), importance="largest-weight")
     assert plan.groups[0].removed == (1,)
 
 

@@ -60,11 +60,11 @@ def test_trace_explains_a_layer(kirsch, answer):
 
 
 def test_kind_and_uniform_are_options(answer, kirsch, folder):
-    answer("plan", CHAIN, "--macs", "0.8", "--kind", "channel", "--uniform", "--round-to", "1", "-o", "plan.json")
+    answer("plan", CHAIN, "--macs", "0.8", "--kinds", "channel", "--uniform", "--round-to", "1", "-o", "plan.json")
     plan = json.loads((folder / "plan.json").read_text())
     assert plan["method"]["uniform"] is True
     assert {removal["kind"] for removal in plan["groups"]} == {"channel"}
-    code, _, err = kirsch("plan", CHAIN, "--macs", "0.8", "--kind", "channels")
+    code, _, err = kirsch("plan", CHAIN, "--macs", "0.8", "--kinds", "channels")
     assert code == 2
     assert "Did you mean 'channel'?" in err
 
@@ -219,7 +219,7 @@ def test_an_excluded_group_is_kept(kirsch):
         (["--macs", "nan"], "`macs` of kirsch.Goal is nan; expected a finite number"),
         (["--macs", "0.001"], "No plan for Sequential reaches the goal: .* is the least reachable"),
         (["--macs", "0.5", "--importance", "magnitud"], "no importance 'magnitud'.*Did you mean 'magnitude'"),
-        (["--macs", "0.5", "--scope", "here"], "`scope` of kirsch.plan is 'here'"),
+        (["--macs", "0.5", "--ranking", "here"], "`ranking` of kirsch.plan is 'here'"),
         (["--macs", "0.5", "--round-to", "some"], "`round_to` of kirsch.plan is 'some'"),
         (["--macs", "0.5", "--exclude", "layer9"], "no layer to `exclude` named 'layer9'"),
         (["--macs", "half"], "--macs"),
@@ -366,7 +366,7 @@ def test_a_plan_for_another_model_is_refused_with_both_named(kirsch):
     ("arguments", "code", "sentence"),
     [
         (["prune", CHAIN, "-o", "small"], 2, "The goal is missing."),
-        (["prune", CHAIN, "--plan", "p", "--macs", "0.5", "-o", "small"], 2, "Both a plan and a goal are given."),
+        (["prune", CHAIN, "--plan", "p", "--macs", "0.5", "-o", "small"], 2, "Both a plan and --macs are given."),
         (["prune", CHAIN, "--plan", "absent.json", "-o", "small"], 4, "The plan absent.json cannot be read."),
         (["prune", CHAIN, "--plan", "nets.py", "-o", "small"], 2, "The plan nets.py cannot be read as JSON."),
         (["export", CHAIN, "-o", "."], 5, ". is a folder."),

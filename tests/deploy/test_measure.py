@@ -14,7 +14,7 @@ from kirsch.deploy import measure as room
 from kirsch.deploy.measure import race
 from kirsch.errors import DataError, LoadError, NumericError, ShapeError, UsageError
 from kirsch.measurement.latency import Latency, Ratio, Timing
-from kirsch.measurement.quality import rate
+from kirsch.measurement.statistics import rate
 
 FOUND = Timing(
     {"a": Latency(9, 8, 10, 11, 6, 100), "b": Latency(3, 2, 4, 5, 6, 300)},
@@ -121,6 +121,16 @@ def test_a_file_is_judged_on_data_and_says_what_cannot_be_counted(doubling, numb
     assert (found.parameters, found.macs) == (None, None)
     assert found.not_measured == ("Parameters and MACs: they are counted on a model, not on a file.",)
     assert found.bytes == doubling.stat().st_size
+
+
+def test_a_measurement_prints_a_table(doubling, numbers, stopwatch):
+    found = kirsch.measure(doubling, example_inputs=numbers, data=(numbers, numbers.argmax(-1)))
+    lines = str(found).splitlines()
+    assert [line[:13].strip() for line in lines] == ["size", "latency", "accuracy", "runtime", "noise", "not measured"]
+    assert lines[1].startswith("latency      9.00 µs [p10 ")
+    assert lines[2] == "accuracy     100.0 % ± 21.7"  # 5 of 5: half the width of the interval
+    assert "\n" not in repr(found)
+    assert "<td" in found._repr_html_()
 
 
 def test_an_artifact_is_measured_as_its_file(exported, stopwatch):

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from kirsch.data.augment import Chain, Crop, Flip, Noise, apply, sample_seeds
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import TopK, build
-from kirsch.frameworks.augment import Chain, Crop, Flip, Noise, apply, sample_seeds
-from kirsch.frameworks.data import ArrayData
 
 N, K = 21, 12
 AUGMENT = Chain(Crop(1), Flip(), Noise(0.3))

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from distillation.stores import versioned
+from kirsch.data.augment import Chain, Crop, Flip
 from kirsch.distillation.store.description import description
 from kirsch.errors import UsageError
-from kirsch.frameworks.augment import Chain, Crop, Flip
 
 
 def louder(batch, random):

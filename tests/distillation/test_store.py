@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from distillation.stores import AUGMENT, IDS, K, N, build_store, data, images, logits_of_view, network, versioned
+from kirsch.data.augment import apply, sample_seeds
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.arrays import log_softmax
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build, reading
 from kirsch.distillation.store.record import fields_of, index_type, pack_records, record_values
 from kirsch.errors import DataError, ShapeError, UsageError
-from kirsch.frameworks.augment import apply, sample_seeds
-from kirsch.frameworks.data import ArrayData
 
 
 @pytest.mark.parametrize("view", [0, 1])

@@ -17,10 +17,10 @@ from torch import nn
 
 from distillation.stores import IDS, build_store, content, data, network
 from kirsch import files
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build, building
 from kirsch.distillation.store.record import pack_records
 from kirsch.errors import OutputError, StoreError
-from kirsch.frameworks.data import ArrayData
 
 
 class InterruptedBuildError(Exception):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from distillation.stores import AUGMENT, IDS, K, N, build_store, content, data, images, network, versioned
+from kirsch.data.augment import Flip
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import Dense, TeacherStore, TopK
 from kirsch.distillation.store.specification import DESCRIPTIONS
 from kirsch.errors import StoreError
-from kirsch.frameworks.augment import Flip
-from kirsch.frameworks.data import ArrayData
 
 
 def change(folder, **values):

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.data.augment import Noise, sample_seeds
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.checks import few
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build
 from kirsch.errors import DataError, NumericError, ShapeError, StoreError, UsageError
-from kirsch.frameworks.augment import Noise, sample_seeds
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks
 
 N, K = 40, 5
@@ -51,7 +51,7 @@ def test_the_loss_with_a_store_of_many_classes_is_that_with_its_teacher(tmp_path
     """Class numbers have as few bytes as possible, and PyTorch supports few operations on unsigned types."""
     teacher, student = net(classes), net(classes, 1)
     store = build(tmp_path / "store", teacher, data(), keep=TopK(4), temperature=2.0)
-    largest = Objective((kirsch.Term("top-k", 1.0, 2.0, options={"k": 4}),), label_weight=0.0)
+    largest = Objective((kirsch.Term("top-k", 1.0, temperature=2.0, options={"k": 4}),), label_weight=0.0)
     stored, live = (learned(student, source, data(), objective=largest).history[0] for source in (store, teacher))
     assert stored["loss"] == pytest.approx(live["loss"], rel=2e-3)
 
@@ -77,7 +77,7 @@ def test_the_loss_with_a_store_of_a_language_model_is_that_with_its_teacher(tmp_
     given = ArrayData({"input_ids": words}, labels, 4)
     teacher = Writer(300)
     store = build(tmp_path / "store", teacher, given, keep=TopK(300))
-    objective = Objective((kirsch.Term("kd", 1.0, 1.0),), label_weight=0.0, causal=True)
+    objective = Objective((kirsch.Term("kd", 1.0, temperature=1.0),), label_weight=0.0, causal=True)
     stored, live = (
         learned(Writer(300, 1), source, given, objective=objective).history[0] for source in (store, teacher)
     )
@@ -157,7 +157,7 @@ def test_seeds_stay_with_their_samples_when_a_batch_is_cut_or_moved():
     batch = next(data(SHAKEN, seed=5).epoch(0, 0))
     some = few(batch)
     np.testing.assert_array_equal(some.seeds, batch.seeds[:8])
-    np.testing.assert_array_equal(framework_of(net()).placed(batch, net()).seeds, batch.seeds)
+    np.testing.assert_array_equal(framework_of(net()).inference.to_device(batch, net()).seeds, batch.seeds)
 
 
 def scaled(amount, version):

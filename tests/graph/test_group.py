@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from kirsch.graph import relations
 from kirsch.graph.coupling import solve
 from kirsch.graph.facts import Facts, Operation
-from kirsch.graph.group import GRID_UNIT_KINDS, Group, find_groups
+from kirsch.graph.group import Group, find_groups
+from kirsch.graph.kinds import GRID_UNIT_KINDS
 from kirsch.graph.labels import Tensor
 
 STEADY = settings(deadline=None, derandomize=True)
@@ -111,7 +112,7 @@ def test_labels_without_a_parameter_form_no_unit(chain):
 
 def test_rows_and_columns_of_a_view_are_two_groups(heads):
     graph = heads(2, 3).graph()
-    assert summary(graph) == [("query", "position in block", 3), ("query#2", "block", 2)]
+    assert summary(graph) == [("query", "position in chunk", 3), ("query#2", "chunk", 2)]
     columns, rows = (units(graph, group) for group in graph.groups)
     assert rows[1] == {
         ("query.weight", 0): [3, 4, 5],
@@ -130,7 +131,7 @@ def test_rows_and_columns_of_a_view_are_two_groups(heads):
     [
         ("norm groups", ["norm group", "position in norm group"]),
         ("conv groups", ["conv group", "position in conv group"]),
-        ("pixel shuffle", ["block", "position in block"]),
+        ("pixel shuffle", ["chunk", "position in chunk"]),
     ],
 )
 def test_the_kind_of_a_unit_follows_from_the_kind_of_its_grid(network, kind, expected):
@@ -178,9 +179,9 @@ def test_a_head_is_removed_from_all_layers_with_tied_heads(network):
     net.facts.equate(*heads)
     graph = net.graph()
     assert summary(graph) == [
-        ("query", "position in block", 3),
-        ("query#2", "block", 2),
-        ("value", "position in block", 2),
+        ("query", "position in chunk", 3),
+        ("query#2", "chunk", 2),
+        ("value", "position in chunk", 2),
     ]
     assert units(graph, graph.groups[1])[1] == {("query.bias", 0): [3, 4, 5], ("value.bias", 0): [2, 3]}
 
@@ -214,7 +215,7 @@ def test_a_removed_cell_is_covered_by_another_slab_if_the_cheapest_is_frozen(net
     columns = net.facts.split(np.hstack([four, others]), "wide")[1]
     net.facts.freeze(columns[:2], "why")
     graph = net.graph()
-    rows = [unit for group in graph.groups if group.kind == "block" for unit in units(graph, group)]
+    rows = [unit for group in graph.groups if group.kind == "chunk" for unit in units(graph, group)]
     assert [unit["four.weight", 0] for unit in rows] == [[0, 1], [2, 3]]
     assert [unit["others.weight", 0] for unit in rows] == [[0, 1], [2, 3]]
 
@@ -242,9 +243,9 @@ def test_a_cell_that_occurs_twice_in_a_grid_is_covered_twice(network):
             net.facts.equate(labels, rows)
     graph = net.graph()
     by_kind = {group.kind: units(graph, group) for group in graph.groups}
-    assert [unit["layer.weight", 0] for unit in by_kind["position in block"]] == [[0, 1], [0, 2]]
-    assert [unit["rows", 0] for unit in by_kind["position in block"]] == [[0], [0]]
-    assert [unit["layer.weight", 0] for unit in by_kind["block"]] == [[0], [1, 2]]
+    assert [unit["layer.weight", 0] for unit in by_kind["position in chunk"]] == [[0, 1], [0, 2]]
+    assert [unit["rows", 0] for unit in by_kind["position in chunk"]] == [[0], [0]]
+    assert [unit["layer.weight", 0] for unit in by_kind["chunk"]] == [[0], [1, 2]]
 
 
 def test_groups_are_in_the_order_of_the_model(network):

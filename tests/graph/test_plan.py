@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from kirsch.errors import GoalError, PlanError, UsageError
 from kirsch.graph.cost import Cost
-from kirsch.graph.graph import InputSpec, Tracing
-from kirsch.graph.group import KINDS
+from kirsch.graph.graph import Tracing
+from kirsch.graph.inputs import InputSpec
+from kirsch.graph.kinds import KINDS
 from kirsch.graph.plan import Goal, Plan, Removal
 
 STEADY = settings(deadline=None, derandomize=True)
@@ -42,14 +43,14 @@ PLANS = st.builds(
     before=st.builds(Cost, LARGE, LARGE, LARGE),
     after=st.builds(Cost, SMALL, SMALL, SMALL),
     configuration=st.dictionaries(TEXT, st.integers(2, 99) | st.floats(1, 9)),
-    goal=st.dictionaries(st.sampled_from(["macs", "params"]), st.floats(0.01, 0.99)),
+    goal=st.dictionaries(st.sampled_from(["macs", "parameters"]), st.floats(0.01, 0.99)),
     method=st.fixed_dictionaries(
         {"importance": NAME},
         optional={
             "norm": st.sampled_from([1, 2]),
             "round_to": st.just("auto") | st.integers(1, 64) | st.just({"head": 2}),
             "exclude": st.lists(NAME, max_size=2),
-            "granularity": st.dictionaries(st.sampled_from(sorted(KINDS)), st.floats(0, 9), max_size=2),
+            "kinds": st.dictionaries(st.sampled_from(sorted(KINDS)), st.floats(0, 9), max_size=2),
             "uniform": st.booleans(),
         },
     ),
@@ -107,7 +108,7 @@ def test_the_json_of_a_plan_has_all_fields_and_is_not_escaped():
             "after": {"parameters": 20, "macs": 15, "activations": 7},
         },
         "inputs": [],
-        "tracing": {"outputs": [], "decisions": "refuse", "scope": "", "softmax": "freeze", "as_graph": False},
+        "tracing": {"outputs": [], "decisions": "refuse", "module": "", "softmax": "freeze", "as_graph": False},
         "notes": [],
         "configuration": {},
     }
@@ -216,10 +217,10 @@ def test_the_costs_in_a_plan_are_replaced_by_counted_ones(graph):
 
 def test_the_fractions_of_a_cost_in_closed_form():
     original = Cost(parameters=200, macs=1000, activations=9)
-    goal = Goal(macs=0.5, params=0.25)
-    assert goal.fractions(Cost(40, 600, 9), original) == {"macs": (0.6, 0.5), "params": (0.2, 0.25)}
-    assert Goal(params=0.25).fractions(Cost(40, 600, 9), original) == {"params": (0.2, 0.25)}
-    assert goal.to_dict() == {"macs": 0.5, "params": 0.25}
+    goal = Goal(macs=0.5, parameters=0.25)
+    assert goal.fractions(Cost(40, 600, 9), original) == {"macs": (0.6, 0.5), "parameters": (0.2, 0.25)}
+    assert Goal(parameters=0.25).fractions(Cost(40, 600, 9), original) == {"parameters": (0.2, 0.25)}
+    assert goal.to_dict() == {"macs": 0.5, "parameters": 0.25}
     assert Goal(macs=0.5).to_dict() == {"macs": 0.5}
 
 
@@ -228,7 +229,7 @@ def test_the_fractions_of_a_cost_in_closed_form():
     [((50, 500), True), ((51, 500), False), ((50, 501), False), ((0, 0), True)],
 )
 def test_a_goal_is_met_if_the_cost_is_within_every_limit(cost, met):
-    assert Goal(macs=0.5, params=0.25).met_by(Cost(*cost, 0), Cost(200, 1000, 0)) is met
+    assert Goal(macs=0.5, parameters=0.25).met_by(Cost(*cost, 0), Cost(200, 1000, 0)) is met
 
 
 def test_a_model_without_macs_meets_a_goal_on_macs():
@@ -250,7 +251,7 @@ def test_the_error_for_a_latency_goal_names_the_alternatives(name):
 
 
 def test_the_error_for_an_unknown_goal_lists_the_known_ones():
-    with pytest.raises(UsageError, match=r"has no argument 'mac'\. Known: macs, params\. Did you mean 'macs'\?"):
+    with pytest.raises(UsageError, match=r"has no argument 'mac'\. Known: macs, parameters\. Did you mean 'macs'\?"):
         Goal(mac=0.5)
 
 

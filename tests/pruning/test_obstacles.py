@@ -38,34 +38,34 @@ def refused(graph, goal, **options):
     return caught.value
 
 
-def test_a_layer_that_granularity_keeps_is_named_with_its_share(graph):
-    error = refused(graph, kirsch.Goal(params=0.5), granularity=["ffn unit"])
+def test_a_layer_whose_kind_is_kept_is_named_with_its_share(graph):
+    error = refused(graph, kirsch.Goal(parameters=0.5), kinds=["ffn unit"])
     share = 500 * 16 / graph.cost.parameters
     assert f"`embed` ({share:.1%})" in error.why
-    assert "whose units have the kind 'embedding dim', which granularity keeps" in error.why
-    assert "'embedding dim' in granularity (--kind)" in error.fix
+    assert "whose units have the kind 'embedding dim', which `kinds` keeps" in error.why
+    assert "'embedding dim' in kinds" in error.fix
 
 
 @pytest.mark.parametrize(
     ("goal", "options", "fix", "fixed_options"),
     [
         (
-            {"params": 0.5},
-            {"granularity": ["ffn unit"]},
-            "'embedding dim' in granularity",
-            {"granularity": ["ffn unit", "embedding dim"]},
+            {"parameters": 0.5},
+            {"kinds": ["ffn unit"]},
+            "'embedding dim' in kinds",
+            {"kinds": ["ffn unit", "embedding dim"]},
         ),
         (
-            {"params": 0.5},
-            {"granularity": {"embedding dim": 0}},
-            "'embedding dim' in granularity",
-            {"granularity": {"embedding dim": 1.0}},
+            {"parameters": 0.5},
+            {"kinds": {"embedding dim": 0}},
+            "'embedding dim' in kinds",
+            {"kinds": {"embedding dim": 1.0}},
         ),
-        ({"params": 0.5}, {"exclude": ["embed", "up.bias"]}, "exclude without 'embed'", {"exclude": ["up.bias"]}),
-        ({"params": 0.4}, {"round_to": 16}, "round_to=4", {"round_to": 4}),
-        ({"params": 0.4}, {"min_keep": 0.9, "round_to": 1}, "min_keep=0.05", {"min_keep": 0.05, "round_to": 1}),
+        ({"parameters": 0.5}, {"exclude": ["embed", "up.bias"]}, "exclude without 'embed'", {"exclude": ["up.bias"]}),
+        ({"parameters": 0.4}, {"round_to": 16}, "round_to=4", {"round_to": 4}),
+        ({"parameters": 0.4}, {"min_keep": 0.9, "round_to": 1}, "min_keep=0.05", {"min_keep": 0.05, "round_to": 1}),
         (
-            {"params": 0.2},
+            {"parameters": 0.2},
             {"min_keep": 0.9, "exclude": ["embed"], "round_to": 1},
             "exclude without 'embed' and with min_keep=0.05",
             {"min_keep": 0.05, "round_to": 1},
@@ -81,27 +81,29 @@ def test_the_suggested_options_reach_the_goal(graph, goal, options, fix, fixed_o
 
 @pytest.mark.parametrize("options", [{"round_to": 8}, {"min_keep": 0.7}, {"exclude": ["up.bias"]}])
 def test_the_suggested_goal_is_reached_with_the_same_options(graph, options):
-    error = refused(graph, kirsch.Goal(params=0.01, macs=0.01), **options)
-    suggested = re.search(r"Or use the goal macs=([\d.]+), params=([\d.]+)", error.fix)
+    error = refused(graph, kirsch.Goal(parameters=0.01, macs=0.01), **options)
+    suggested = re.search(r"Or use the goal macs=([\d.]+), parameters=([\d.]+)", error.fix)
     macs, params = (float(number) for number in suggested.groups())
-    assert plan(graph, kirsch.Goal(macs=macs, params=params), **options).groups
+    assert plan(graph, kirsch.Goal(macs=macs, parameters=params), **options).groups
 
 
 def test_a_goal_that_no_options_reach_names_the_least_reachable_cost(graph):
-    error = refused(graph, kirsch.Goal(params=0.001))
-    assert re.search(r"No options reach it; with round_to=1 and with min_keep=0\.001: params 0\.1% .* least", error.fix)
+    error = refused(graph, kirsch.Goal(parameters=0.001))
+    assert re.search(
+        r"No options reach it; with round_to=1 and with min_keep=0\.001: parameters 0\.1% .* least", error.fix
+    )
     assert "cut as far as min_keep=0.1, round_to='auto' allow" in error.why
 
 
 def test_frozen_layers_are_named_with_the_operation():
     model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 2))
-    error = refused(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(params=0.5))
+    error = refused(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(parameters=0.5))
     assert re.search(r"75\.7% of the parameters in `0`, frozen: a softmax spans it", error.why)
     assert error.fix.endswith("With these options nothing can be removed.")
 
 
 def test_excluded_layers_are_named_with_the_pattern(graph):
-    error = refused(graph, kirsch.Goal(params=0.5), exclude=["embed"])
+    error = refused(graph, kirsch.Goal(parameters=0.5), exclude=["embed"])
     assert "which exclude=['embed'] keeps unchanged" in error.why
 
 
@@ -110,7 +112,7 @@ def test_options_for_which_the_importance_fails_are_not_suggested():
     with torch.no_grad():
         model[2].weight[0, 0] = torch.nan
     graph = kirsch.trace(model, torch.randn(1, 4))
-    error = refused(graph, kirsch.Goal(params=0.1), exclude=["2"])
+    error = refused(graph, kirsch.Goal(parameters=0.1), exclude=["2"])
     assert "It is reached" not in error.fix
     assert "The parameter '2.weight' of Sequential holds NaN" in error.fix
 
@@ -125,7 +127,7 @@ def test_a_goal_on_macs_is_refused_for_a_model_without_macs():
             return self.table(x).sum(-1)
 
     graph = kirsch.trace(Lookup(), torch.randint(0, 9, (1, 4)))
-    with pytest.raises(GoalError, match=r"macs=0\.5 has no effect\. Lookup has no MACs\. Give params"):
+    with pytest.raises(GoalError, match=r"macs=0\.5 has no effect\. Lookup has no MACs\. Give parameters"):
         plan(graph, kirsch.Goal(macs=0.5))
 
 

@@ -54,7 +54,7 @@ def run(model, inputs):
 
 def pruned(build, inputs, **tracing):
     model = shaken(build()).eval()
-    return kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs, **tracing), kirsch.Goal(params=0.6)))
+    return kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs, **tracing), kirsch.Goal(parameters=0.6)))
 
 
 NESTED = {"pair": (X, {"y": Y, "none": None}), "settings": [1, "text", False, -0.5]}
@@ -132,7 +132,7 @@ def test_a_mapping_that_is_not_a_dict_is_passed_as_keywords(tmp_path):
 def test_a_model_pruned_twice_with_different_inputs_is_loaded(tmp_path):
     build = net(lambda x, more=None: x if more is None else x + more["y"])
     once = pruned(build, (X, None))
-    twice = kirsch.prune(once, kirsch.plan(kirsch.trace(once, (X, {"y": Y})), kirsch.Goal(params=0.6)))
+    twice = kirsch.prune(once, kirsch.plan(kirsch.trace(once, (X, {"y": Y})), kirsch.Goal(parameters=0.6)))
     kirsch.save(twice, tmp_path / "small")
     assert torch.equal(kirsch.load(tmp_path / "small", build)(X, {"y": Y}), twice(X, {"y": Y}))
 
@@ -146,7 +146,7 @@ def test_a_model_with_a_pruned_part_that_takes_nested_inputs_is_loaded(tmp_path)
         def forward(self, x, y):
             return self.inner((x, {"y": y}), flag=True, none=None)
 
-    small = pruned(Outer, (X, Y), scope="inner")
+    small = pruned(Outer, (X, Y), module="inner")
     kirsch.save(small, tmp_path / "small")
     for more in ({}, {"example_inputs": (X, Y)}):  # inputs of the part are stored, inputs of the model are passed
         assert torch.equal(kirsch.load(tmp_path / "small", Outer, **more)(X, Y), small(X, Y))
@@ -176,7 +176,7 @@ def test_build_may_return_another_type_or_mode(convert, tmp_path):
     model = shaken(convert(Net()))
     inputs = X.to(model.first.weight.dtype)
     kirsch.save(
-        kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(params=0.6))), tmp_path / "small"
+        kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(parameters=0.6))), tmp_path / "small"
     )
     assert kirsch.load(tmp_path / "small", Net).first.out_features < 16
 
@@ -266,7 +266,7 @@ def test_saving_a_model_that_was_changed_after_pruning_is_refused(tmp_path):
         UsageError, match=rf"it had the shape \(3, {width}\) at 'last\.weight', and has the shape \(5, {width}\)"
     ):
         kirsch.save(small, tmp_path / "small")
-    again = kirsch.prune(small, kirsch.plan(kirsch.trace(small, X), kirsch.Goal(params=0.7)))
+    again = kirsch.prune(small, kirsch.plan(kirsch.trace(small, X), kirsch.Goal(parameters=0.7)))
     with pytest.raises(UsageError, match=r"changed after kirsch\.prune"):
         kirsch.save(again, tmp_path / "small")
     assert not (tmp_path / "small").exists()
@@ -302,14 +302,14 @@ def test_extra_state_that_is_not_a_tensor_is_refused_and_the_older_folder_is_kep
 )  # fmt: skip
 def test_invalid_inputs_in_a_plan_are_named(entry, sentence):
     model = shaken(Net())
-    content = json.loads(kirsch.plan(kirsch.trace(model, X), kirsch.Goal(params=0.6)).to_json())
+    content = json.loads(kirsch.plan(kirsch.trace(model, X), kirsch.Goal(parameters=0.6)).to_json())
     with pytest.raises(PlanError, match=sentence):
         Plan.from_json(json.dumps(content | {"inputs": [entry]}))
 
 
 def test_an_input_of_an_unknown_type_in_a_plan_is_named():
     model = shaken(Net())
-    content = json.loads(kirsch.plan(kirsch.trace(model, X), kirsch.Goal(params=0.6)).to_json())
+    content = json.loads(kirsch.plan(kirsch.trace(model, X), kirsch.Goal(parameters=0.6)).to_json())
     content["inputs"][0]["dtype"] = "float31"
     with pytest.raises(PlanError, match=r"inputs\[0\]\.dtype: one of .* and 'float31' was found"):
         kirsch.prune(model, Plan.from_json(json.dumps(content)))

@@ -43,7 +43,7 @@ def test_plan_of_a_trained_model_equals_that_of_the_run(job, monkeypatch):
 
 
 def test_cost_of_a_local_plan_equals_that_after_training(job):
-    changes = ("prune.scope=local", "student=null", "recover=null", "export=null")
+    changes = ("prune.ranking=local", "student=null", "recover=null", "export=null")
     found = forecast(job.recipe(*changes), base=job.base)
     assert found["plan"]["cost"] == job.do(*changes).metrics["provenance"]["plan"]["cost"]
 

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kirsch import figures
 from kirsch.cli.networks import RANDOM, model_of, origin_of
-from kirsch.cli.terminal import Line, Piece
+from kirsch.data.sources import load_data
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build
 from kirsch.errors import StoreError, UnknownNameError, UsageError
 from kirsch.failures import during
 from kirsch.frameworks.determinism import require_deterministic
-from kirsch.recipes.tasks.data import load_data
 from kirsch.recipes.yaml import scalar
-from kirsch.report import figures
+from kirsch.tables import Line, Piece
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kirsch.cli.terminal import Terminal
-    from kirsch.frameworks.data import ArrayData
+    from kirsch.data.batches import ArrayData
 
 ACTIONS = ("build", "check", "info", "verify")
 

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from kirsch.data.annotations import Model
+from kirsch.data.arrays import host
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.arrays import first_array, log_sigmoid, log_softmax, log_sum_exp, namespace
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import TeacherStore
 from kirsch.errors import UsageError
-from kirsch.frameworks.annotations import Model
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.port import host
 
 if TYPE_CHECKING:
+    from kirsch.data.batches import Batch
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.probabilities import Logits
-    from kirsch.frameworks.data import Batch
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 TOP_K = ("indices", "log_p", "tail")
 """Fields of a record that holds the largest logits only."""
@@ -68,8 +68,8 @@ class LiveTeachers:
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
         """See `TeacherSource`."""
         if not self._watches:
-            self._watches = [self._framework.watch(model, layers) for model, layers in self._places]
-        found = [self._framework.infer(watch, batch.inputs) for watch in self._watches]
+            self._watches = [self._framework.features.capture(model, layers) for model, layers in self._places]
+        found = [self._framework.inference.infer(watch, batch.inputs) for watch in self._watches]
         return [values if own is None else own(values) for own, values in zip(self._logits, found, strict=True)]
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class StoredTeacher:
         found = self._store.read(host(batch.ids), batch.view, batch.seeds)
         if "indices" in found:  # PyTorch knows next to nothing of unsigned numbers of 16 and 32 bits
             found["indices"] = found["indices"].astype(np.int64)
-        values = {name: self._framework.array_like(array, like) for name, array in found.items()}
+        values = {name: self._framework.inference.from_numpy(array, like=like) for name, array in found.items()}
         if "maximum" in values:  # scores are kept below their largest, for which 16 bits are too few
             values["logits"] = values.pop("scores") + values.pop("maximum")[..., None]
         if "log_p" in values:
@@ -188,10 +188,10 @@ def require_temperature(store: TeacherStore, objective: Objective) -> None:
     """
     stored = store.specification
     for term in objective.terms:
-        if term.there == "logits" and stored.k:
+        if term.layers[1] == "logits" and stored.k:
             if isinstance(term.temperature, Ramp):
                 raise UsageError(
-                    f"The temperature of {term.called!r} changes, and the store holds {stored.temperature:g} only.",
+                    f"The temperature of {term.record_name!r} changes; the store holds {stored.temperature:g} only.",
                     fix="Build the store with Dense(), or state one temperature.",
                 )
             store.require(temperature=1.0 if term.temperature is None else term.temperature)

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kirsch.arguments import checked
 from kirsch.errors import GoalError, LoadError, PlanError, nearest
-from kirsch.graph import inputs, plan_file
+from kirsch.graph import inputs, layout, plan_file
 from kirsch.graph.cost import Cost
 from kirsch.graph.graph import Tracing
+from kirsch.tables import Line, Part, Piece, Printable, Table
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kirsch.graph.graph import Graph, Input
+    from kirsch.graph.graph import Graph
     from kirsch.graph.group import Group
+    from kirsch.graph.inputs import Input
 
 
 LATENCY = re.compile(r"(?i)latency|speed|fps|milli|(?<![a-z])ms(?![a-z])")
@@ -35,12 +37,12 @@ IN_PLACE_OF_LATENCY = (
 
 @checked
 @dataclass(frozen=True)
-class Goal:
+class Goal(Printable):
     """Largest cost of the pruned model, as a fraction of the original.
 
     Args:
         macs: fraction of the multiply-accumulates, 0 < macs < 1.
-        params: fraction of the parameters, 0 < params < 1.
+        parameters: fraction of the parameters, 0 < parameters < 1.
 
     Raises:
         GoalError: both limits are None, or a fraction is out of range.
@@ -49,7 +51,7 @@ class Goal:
     made_by: ClassVar[str] = "kirsch.Goal(macs=0.5)"
 
     macs: float | None = None
-    params: float | None = None
+    parameters: float | None = None
 
     @staticmethod
     def refuse_argument(name: str) -> GoalError | None:
@@ -59,9 +61,9 @@ class Goal:
         return GoalError(f"The goal {name}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
 
     def __post_init__(self) -> None:
-        if self.macs is None and self.params is None:
-            raise GoalError("A goal needs at least one limit.", fix="Pass macs=0.5 or params=0.5.")
-        for name, value in (("macs", self.macs), ("params", self.params)):
+        if self.macs is None and self.parameters is None:
+            raise GoalError("A goal needs at least one limit.", fix="Pass macs=0.5 or parameters=0.5.")
+        for name, value in (("macs", self.macs), ("parameters", self.parameters)):
             if value is not None and not (math.isfinite(value) and 0 < value < 1):
                 raise GoalError(
                     f"The goal {name}={value} cannot be met.",
@@ -69,13 +71,19 @@ class Goal:
                     f"For half the cost use {name}=0.5.",
                 )
 
+    def parts(self) -> list[Part]:
+        """Return the limits in one line."""
+        words = {"macs": "MACs", "parameters": "parameters"}
+        limits = ", ".join(f"{words[name]} ≤ {100 * limit:g} %" for name, limit in self.to_dict().items())
+        return [[Piece(f"{limits} of the original")]]
+
     def fractions(self, cost: Cost, original: Cost) -> dict[str, tuple[float, float]]:
         """Return for each limit (cost as a fraction of the original, largest fraction allowed), keyed by its name."""
         fractions = {}
         if self.macs is not None:
             fractions["macs"] = (cost.macs / max(original.macs, 1), self.macs)
-        if self.params is not None:
-            fractions["params"] = (cost.parameters / max(original.parameters, 1), self.params)
+        if self.parameters is not None:
+            fractions["parameters"] = (cost.parameters / max(original.parameters, 1), self.parameters)
         return fractions
 
     def met_by(self, cost: Cost, original: Cost) -> bool:
@@ -92,7 +100,9 @@ class Goal:
 
     def to_dict(self) -> dict[str, float]:
         """Return the limits as JSON."""
-        return {name: value for name, value in (("macs", self.macs), ("params", self.params)) if value is not None}
+        return {
+            name: value for name, value in (("macs", self.macs), ("parameters", self.parameters)) if value is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Printable):
     """Units and blocks to remove from a model, with the cost before and after.
 
     Args:
@@ -162,6 +172,30 @@ class Plan:
     configuration: dict[str, float] = field(default_factory=dict)
     graph: Graph | None = field(default=None, compare=False, repr=False)
     file: str = field(default="", compare=False)
+
+    def __repr__(self) -> str:
+        """Return one line: the model, what goes, the cost."""
+        units = sum(len(removal.removed) for removal in self.groups)
+        blocks = f", {len(self.blocks)} blocks" if self.blocks else ""
+        macs = f"{self.before.macs:,} → {self.after.macs:,} MACs"
+        parameters = f"{self.before.parameters:,} → {self.after.parameters:,} parameters"
+        return f"<kirsch.Plan of {self.model}: removes {units:,} units{blocks}, {macs}, {parameters}>"
+
+    def parts(self) -> list[Part]:
+        """Return a bar for each group, the cost before and after, and the notes.
+
+        A plan without its graph, as one from JSON, shows only the groups that lose units.
+        """
+        removed = {removal.name: len(removal.removed) for removal in self.groups}
+        groups = self.graph.groups if self.graph is not None else self.groups
+        sizes = {group.name: (group.size, removed.get(group.name, 0)) for group in groups}
+        method = layout.method_text(self.method, of_blocks=bool(self.blocks))
+        title: Line = [Piece(self.model, "strong"), Piece(f"   {method}")]
+        return layout.plan_parts(title, sizes, self.without, self.cost_table(), self.notes)
+
+    def cost_table(self) -> Table:
+        """Return the cost before and after, with the remaining share and the goal, as a table."""
+        return layout.cost_table(self.before, self.after, self.goal)
 
     def to_json(self) -> str:
         """Return the plan as JSON of version 1, indented for editing by hand."""

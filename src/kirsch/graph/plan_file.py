@@ -11,8 +11,21 @@ from kirsch import strict_json
 from kirsch.errors import PlanError
 from kirsch.graph import inputs
 from kirsch.graph.graph import DECISIONS, SOFTMAX
-from kirsch.graph.group import KINDS
-from kirsch.json_schema import anything, array, either, flag, integer, mapping, number, one_of, record, text, wrong
+from kirsch.graph.kinds import BLOCK, KINDS
+from kirsch.json_schema import (
+    anything,
+    array,
+    either,
+    flag,
+    integer,
+    mapping,
+    nullable,
+    number,
+    one_of,
+    record,
+    text,
+    wrong,
+)
 
 VERSION = 1
 CORRECT = "Correct the file, or make a new plan with kirsch.plan."
@@ -65,21 +78,23 @@ def _input(value: Any, path: str) -> Any:
 
 
 NESTED = record({"name": text(), "kind": one_of(inputs.KINDS), "items": array(_input)})
+_PLANNED = (*KINDS, BLOCK)
 COST = record(dict.fromkeys(("parameters", "macs", "activations"), integer(0)))
 PLAN = record(
     {
         "kirsch_plan": one_of((VERSION,)),
         "model": record({"class": text(1), "fingerprint": _fingerprint, "parameters": integer(0)}),
-        "goal": record({}, dict.fromkeys(("macs", "params"), number(above=0, below=1))),
+        "goal": record({}, dict.fromkeys(("macs", "parameters"), number(above=0, below=1))),
         "method": record(
             {},
             {
                 "importance": text(1),
                 "norm": one_of((1, 2)),
-                "scope": one_of(("global", "local")),
+                "ranking": one_of(("global", "local")),
                 "round_to": either(one_of(("auto",)), mapping(integer(1), KINDS), integer(1)),
                 "exclude": array(text(1)),
-                "granularity": mapping(number(least=0), KINDS),
+                "keep_outputs": array(text(1)),
+                "kinds": nullable(either(mapping(number(least=0), _PLANNED), array(one_of(_PLANNED)))),
                 "uniform": flag,
                 "min_keep": number(above=0, most=1),
                 "seed": integer(0, 2**128),
@@ -99,7 +114,7 @@ PLAN = record(
             {
                 "outputs": array(text(1)),
                 "decisions": one_of(DECISIONS),
-                "scope": text(),
+                "module": text(),
                 "softmax": one_of(SOFTMAX),
                 "as_graph": flag,
             }
@@ -158,8 +173,8 @@ def _check_consistency(plan: dict[str, Any]) -> None:
             raise ValueError(f"cost.after.{name} is {value:,}, more than cost.before.{name}, {before[name]:,}")
     if plan["method"] and "importance" not in plan["method"]:
         raise ValueError("method.importance is missing")
-    if plan["tracing"]["as_graph"] and plan["tracing"]["scope"]:
-        raise ValueError("tracing.as_graph is true and tracing.scope is not empty; they exclude each other")
+    if plan["tracing"]["as_graph"] and plan["tracing"]["module"]:
+        raise ValueError("tracing.as_graph is true and tracing.module is not empty; they exclude each other")
     for part in ("groups", "blocks"):
         names = [entry["name"] for entry in plan[part]]
         if len(set(names)) < len(names):

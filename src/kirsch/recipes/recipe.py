@@ -17,8 +17,10 @@ from pydantic import (
     model_validator,
 )
 
+from kirsch.annotations import Seed
 from kirsch.errors import RecipeError, UsageError, nearest
 from kirsch.frameworks.training import Training
+from kirsch.pruning.options import PlanOptions
 from kirsch.recipes.objective import ObjectiveSection, SparseSection
 from kirsch.recipes.section import AtLeastZero, Count, Fraction, Positive, Section
 from kirsch.recipes.yaml import dump, read, scalar
@@ -43,10 +45,10 @@ class Train(Section):
     schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="schedule of the learning rate")
     milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="for multistep, fractions of the run")
     warmup_epochs: AtLeastZero = Field(0.0, description="epochs of linear warm-up")
-    clip_norm: Positive | None = Field(None, description="largest gradient norm; null: no limit")
-    accumulate: Count = Field(1, description="batches per optimizer step")
+    max_grad_norm: Positive | None = Field(None, description="largest gradient norm; null: no limit")
+    gradient_accumulation_steps: Count = Field(1, description="batches per optimizer step")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="bf16 and fp16: mixed precision")
-    ema: Fraction | None = Field(None, description="decay of a moving average of the weights; null: none")
+    ema_decay: Fraction | None = Field(None, description="decay of a moving average of the weights; null: none")
 
     def settings(self, seed: int) -> Training:
         """Return the `Training` of this section."""
@@ -144,27 +146,28 @@ class PruneGoal(Section):
     """Limits of the pruned model, as fractions of the model before pruning."""
 
     macs: Fraction | None = Field(None, description="multiply-accumulates")
-    params: Fraction | None = Field(None, description="parameters")
+    parameters: Fraction | None = Field(None, description="parameters")
 
 
-class Prune(Section):
-    """Pruning of units."""
+class PruneTarget(Section):
+    """The key of the section prune that is no option of a plan."""
 
     goal: PruneGoal = Field(description="limits, as fractions of the model before pruning")
-    importance: str = Field("magnitude", description="importance of units: magnitude, random")
-    norm: Literal[1, 2] = Field(2, description="norm of the importance magnitude")
-    scope: Literal["global", "local"] = Field(
-        "global", description="rank units of all layers together, or of each layer"
-    )
-    round_to: Count | Literal["auto"] | dict[str, Count] = Field(
-        "auto", description="kept widths are multiples of this number; or a number by kind of unit"
-    )
-    granularity: tuple[str, ...] | dict[str, AtLeastZero] | None = Field(
-        None, description="kinds of units to prune, or a preference by kind; all"
-    )
-    uniform: bool = Field(False, description="remove the same number of units from all layers of a kind")
-    exclude: tuple[str, ...] = Field((), description="layers not to prune; glob patterns")
-    min_keep: Positive = Field(0.1, le=1, description="smallest fraction of each group that is kept")
+
+
+class Prune(PlanOptions, PruneTarget):  # pydantic lists the fields of the last base first
+    """Pruning of units. Its keys are the goal and the options of `kirsch.plan`."""
+
+    seed: Seed | None = Field(None, description="seed of the importance random; null: the seed of the recipe")  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        """Refuse options that `kirsch.plan` refuses."""
+        try:
+            self.check()
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class Export(Section):

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from kirsch.annotations import Between, Count, Seed
 from kirsch.arguments import checked
+from kirsch.data.annotations import Model
+from kirsch.data.augment import sample_seeds
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import specification as spec
 from kirsch.distillation.store.description import description
 from kirsch.distillation.store.record import LOGITS, SEED, record_values
 from kirsch.distillation.store.running import Outputs, TeacherRunner
 from kirsch.distillation.store.specification import Specification, damaged, range_file
 from kirsch.errors import DataError, ShapeError, StoreError
-from kirsch.frameworks.annotations import Model
-from kirsch.frameworks.augment import sample_seeds
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 
 TOLERANCE = 2.0**-9
 """Four times the rounding error of 16 bits, because the teacher's outputs depend slightly on the batch size."""
@@ -236,7 +236,7 @@ class TeacherStore:
         """
         stored, expected = self.specification, dict[str, Any]()
         if teacher is not None:
-            expected["teacher_sha256"] = framework_of(teacher).fingerprint(teacher)
+            expected["teacher_sha256"] = framework_of(teacher).inference.fingerprint(teacher)
         if data is not None:
             expected["data_sha256"] = spec.data_hash(data)
             expected["transform"] = description(data.augment)

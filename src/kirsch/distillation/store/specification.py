@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from kirsch.frameworks.data import ArrayData
+    from kirsch.data.batches import ArrayData
 
 NAME, IDS = "store.json", "ids.bin"
 LARGEST_RECORD = 2**31 - 1

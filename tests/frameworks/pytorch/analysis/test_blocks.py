@@ -285,7 +285,7 @@ def test_a_block_that_can_be_neither_deleted_nor_replaced_is_refused():
 def test_a_plan_can_remove_units_and_blocks():
     model = shaken(TokenNet(3))
     graph = kirsch.trace(model, WORDS)
-    widths = kirsch.plan(graph, Goal(params=0.6))
+    widths = kirsch.plan(graph, Goal(parameters=0.6))
     both = Plan(
         graph.fingerprint, "TokenNet", widths.groups, graph.cost,
         graph.prices.price(widths.keep(graph), ["layers.1"]),
@@ -307,8 +307,8 @@ def test_a_model_with_removed_blocks_is_saved_and_loaded_exactly(tmp_path):
 
 def test_a_block_of_the_traced_part_is_removed_from_the_whole_model():
     model = shaken(nn.Sequential(convolutional(), nn.Linear(4, 2)))
-    graph = kirsch.trace(model, IMAGES, scope="0")
-    plan = kirsch.plan_depth(graph, Goal(params=0.95), IMAGES)
+    graph = kirsch.trace(model, IMAGES, module="0")
+    plan = kirsch.plan(graph, Goal(parameters=0.95), kinds="block", data=IMAGES)
     assert plan.blocks
     assert len(kirsch.prune(model, plan)[0]) == len(model[0]) - len(plan.blocks)
 

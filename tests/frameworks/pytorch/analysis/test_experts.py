@@ -77,7 +77,7 @@ def test_experts_are_removed_with_their_rows_of_the_router(run):
     graph = kirsch.trace(model, ROWS, softmax="kept")
     experts = next(group for group in graph.groups if group.kind == "expert")
     assert experts.size == 5
-    plan = kirsch.plan(graph, Goal(params=0.75), granularity=["expert"], round_to=1)
+    plan = kirsch.plan(graph, Goal(parameters=0.75), kinds=["expert"], round_to=1)
     result = prune_with_verification(model, plan)
     (removal,) = plan.groups
     kept = [unit for unit in range(5) if unit not in removal.removed]
@@ -100,7 +100,7 @@ def test_experts_of_sorted_rows_are_removed():
         ("ffn unit", 8),
         ("ffn unit", 16),
     ]
-    plan = kirsch.plan(graph, Goal(params=0.8), granularity=["expert"], round_to=1)
+    plan = kirsch.plan(graph, Goal(parameters=0.8), kinds=["expert"], round_to=1)
     pruned = kirsch.prune(model, plan)
     assert pruned.experts == len(pruned.up) < 4
     assert count(pruned, inputs) == (plan.after.parameters, plan.after.macs)
@@ -116,7 +116,7 @@ def test_experts_are_frozen_without_the_option(run):
 def test_at_least_as_many_experts_are_kept_as_are_selected():
     model = shaken(Mixture(softmax_over_chosen, chosen=3))
     graph = kirsch.trace(model, ROWS, softmax="kept")
-    plan = kirsch.plan(graph, Goal(params=0.75), granularity=["expert"], round_to=1, min_keep=0.01)
+    plan = kirsch.plan(graph, Goal(parameters=0.75), kinds=["expert"], round_to=1, min_keep=0.01)
     assert len(plan.groups[0].removed) == 2
     text = plan.to_json().replace(
         '"removed": [', '"removed": [4,' if 4 not in plan.groups[0].removed else '"removed": [3,'
@@ -166,7 +166,7 @@ def test_experts_are_removed_only_with_the_option(run, softmax):
     experts = [group for group in graph.groups if ("router.weight", 0) in group.footprint]
     assert len(experts) == (softmax == "kept")
     if experts:
-        plan = kirsch.plan(graph, Goal(params=0.75), granularity=["expert"], round_to=1)
+        plan = kirsch.plan(graph, Goal(parameters=0.75), kinds=["expert"], round_to=1)
         assert prune_with_verification(model, plan).verification.power > 1e-3
 
 

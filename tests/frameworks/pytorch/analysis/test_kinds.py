@@ -90,15 +90,15 @@ def test_hidden_units_with_dora_are_ffn_units():
     model = Encoder(DoRA)
     graph = kirsch.trace(model, WORDS)
     assert {group.name: group.kind for group in graph.groups if group.size == 48} == {"up": "ffn unit"}
-    plan = kirsch.plan(graph, kirsch.Goal(macs=0.8), granularity=["ffn unit"])
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.8), kinds=["ffn unit"])
     result = prune_with_verification(model, plan)
     assert result.verification.power > 1e-3
     assert result.model.up.layer.out_features < 48
 
 
-def test_granularity_ffn_unit_keeps_ranks_and_poolers():
+def test_pruning_ffn_units_keeps_ranks_and_poolers():
     model = Encoder(LoRA)
-    plan = kirsch.plan(kirsch.trace(model, WORDS), kirsch.Goal(macs=0.8), granularity=["ffn unit"])
+    plan = kirsch.plan(kirsch.trace(model, WORDS), kirsch.Goal(macs=0.8), kinds=["ffn unit"])
     assert [removal.name for removal in plan.groups] == ["up.layer"]
 
 

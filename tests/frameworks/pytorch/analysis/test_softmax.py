@@ -42,7 +42,7 @@ def test_units_under_a_softmax_are_frozen_by_default(gate):
 @pytest.mark.parametrize("gate", GATES)
 def test_with_the_option_units_are_removed_and_the_verification_states_it(gate):
     model, inputs = shaken(Gate(GATES[gate])), torch.randn(5, 4)
-    plan = kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(params=0.6))
+    plan = kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(parameters=0.6))
     result = prune_with_verification(model, plan)
     assert result.verification.power > 1e-3
     assert "statistics of 1 operations follow the kept width" in result.verification.text
@@ -52,7 +52,7 @@ def test_with_the_option_units_are_removed_and_the_verification_states_it(gate):
 
 def test_the_option_is_stored_in_the_plan():
     model, inputs = shaken(Gate(GATES["softmax"])), torch.randn(5, 4)
-    plan = Plan.from_json(kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(params=0.6)).to_json())
+    plan = Plan.from_json(kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(parameters=0.6)).to_json())
     assert kirsch.prune(model, plan).before.out_features < 8
 
 

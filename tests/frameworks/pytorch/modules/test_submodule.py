@@ -1,4 +1,4 @@
-"""`scope` prunes one submodule; its inputs, its outputs and the rest of the model keep their sizes."""
+"""`module` prunes one submodule; its inputs, its outputs and the rest of the model keep their sizes."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def detector():
 
 
 def test_a_model_that_branches_on_values_is_an_error_and_its_backbone_can_be_pruned(detector):
-    with pytest.raises(ModelError, match=r'test_submodule\.py:30.*scope="backbone"'):
+    with pytest.raises(ModelError, match=r'test_submodule\.py:30.*module="backbone"'):
         kirsch.trace(detector, IMAGE)
-    graph = kirsch.trace(detector, IMAGE, scope="backbone")
+    graph = kirsch.trace(detector, IMAGE, module="backbone")
     assert [(group.name, group.size) for group in graph.groups] == [("0", 8), ("2", 8)]
     before = {name: value.clone() for name, value in detector.state_dict().items()}
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), round_to=1)
@@ -54,7 +54,7 @@ def test_a_model_that_branches_on_values_is_an_error_and_its_backbone_can_be_pru
 
 
 def test_a_model_pruned_with_a_scope_is_saved_and_loaded(detector, tmp_path):
-    plan = kirsch.plan(kirsch.trace(detector, IMAGE, scope="backbone"), kirsch.Goal(macs=0.5), round_to=1)
+    plan = kirsch.plan(kirsch.trace(detector, IMAGE, module="backbone"), kirsch.Goal(macs=0.5), round_to=1)
     pruned = kirsch.prune(detector, Plan.from_json(plan.to_json()))
     kirsch.save(pruned, tmp_path / "model")
     again = kirsch.load(tmp_path / "model", lambda: Detector().eval())
@@ -74,7 +74,7 @@ def test_parameters_shared_with_the_rest_of_the_model_are_not_cut():
         def forward(self, x):
             return self.last(self.part(x))
 
-    graph = kirsch.trace(Shared(), torch.randn(2, 8), scope="part")
+    graph = kirsch.trace(Shared(), torch.randn(2, 8), module="part")
     assert [(group.name, group.size) for group in graph.groups] == [("2", 8)]
     assert "the rest of the model reads it too" in {blocker.reason for blocker in graph.blockers}
 
@@ -97,7 +97,7 @@ def test_a_submodule_with_keyword_only_inputs_is_pruned():
             return self.inner(x, gain=x.mean(-1, keepdim=True)) + 1
 
     model = Outer()
-    graph = kirsch.trace(model, torch.randn(2, 6), scope="inner")
+    graph = kirsch.trace(model, torch.randn(2, 6), module="inner")
     assert [spec.name for spec in graph.inputs] == ["x", "gain"]
     plan = Plan.from_json(kirsch.plan(graph, kirsch.Goal(macs=0.5)).to_json())
     assert kirsch.prune(model, plan).inner.first.out_features == 4
@@ -105,17 +105,17 @@ def test_a_submodule_with_keyword_only_inputs_is_pruned():
 
 def test_the_error_for_an_unknown_scope_proposes_the_nearest_name(detector):
     with pytest.raises(UnknownNameError, match=r"no module 'backbon'.*Did you mean 'backbone'"):
-        kirsch.trace(detector, IMAGE, scope="backbon")
+        kirsch.trace(detector, IMAGE, module="backbon")
 
 
 def test_a_scope_that_the_model_does_not_call_is_an_error(detector):
     with pytest.raises(ModelError, match=r"The part 'spare' of Detector is not run\..*Trace it by itself"):
-        kirsch.trace(detector, IMAGE, scope="spare")
+        kirsch.trace(detector, IMAGE, module="spare")
 
 
 def test_a_scope_in_a_model_that_does_not_run_is_an_error(detector):
     with pytest.raises(ModelError, match=r"The model Detector does not run\. RuntimeError: .*Check the example inputs"):
-        kirsch.trace(detector, IMAGE[:, :2], scope="backbone")
+        kirsch.trace(detector, IMAGE[:, :2], module="backbone")
     assert not detector.backbone._forward_pre_hooks
 
 

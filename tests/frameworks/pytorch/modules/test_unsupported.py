@@ -239,7 +239,7 @@ def test_a_trace_does_not_change_what_hooks_stored_in_the_model():
     assert model.seen["first"] is before[0]
     assert model.latest is before[1]
     assert [id(value) for value in model.all] == [id(value) for value in before[2]]
-    pruned = kirsch.prune(model, kirsch.plan(graph, Goal(params=0.6)))
+    pruned = kirsch.prune(model, kirsch.plan(graph, Goal(parameters=0.6)))
     assert torch.equal(copy_of(pruned)(x), pruned(x))
 
 

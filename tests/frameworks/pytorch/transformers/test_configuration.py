@@ -99,7 +99,7 @@ def configurable(kind=Configurable, **options):
 def halved(model, kinds=("ffn unit",), **options):
     graph = kirsch.trace(model, INPUT.to(model.first.weight))
     options = {"uniform": True, "round_to": 1, **options}
-    return prune_with_verification(model, kirsch.plan(graph, kirsch.Goal(params=0.6), granularity=kinds, **options))
+    return prune_with_verification(model, kirsch.plan(graph, kirsch.Goal(parameters=0.6), kinds=kinds, **options))
 
 
 def assert_configuration_builds(model):
@@ -154,7 +154,9 @@ def test_the_configuration_of_a_bfloat16_model_is_updated():
 def test_the_number_of_layers_is_updated_after_blocks_are_dropped(depth):
     model = configurable(depth=4)
     graph = kirsch.trace(model, INPUT)
-    plan = kirsch.plan_depth(graph, kirsch.Goal(params=0.9 if depth == 3 else 0.7), INPUT, exclude=["listed", "wide"])
+    plan = kirsch.plan(
+        graph, kirsch.Goal(parameters=0.9 if depth == 3 else 0.7), kinds="block", data=INPUT, exclude=["listed", "wide"]
+    )
     found = prune_with_verification(model, plan)
     assert found.plan.configuration == {"depth": depth} == {"depth": len(found.model.blocks)}
     assert config_notes(found) == [f"config: depth 4 -> {depth}; save_pretrained saves it."]
@@ -163,8 +165,12 @@ def test_the_number_of_layers_is_updated_after_blocks_are_dropped(depth):
 
 def test_the_configuration_is_unchanged_if_no_number_counts_the_dropped_blocks():
     model = configurable()
-    plan = kirsch.plan_depth(
-        kirsch.trace(model, INPUT), kirsch.Goal(params=0.95), INPUT, exclude=["blocks", "listed", "inner"]
+    plan = kirsch.plan(
+        kirsch.trace(model, INPUT),
+        kirsch.Goal(parameters=0.95),
+        kinds="block",
+        data=INPUT,
+        exclude=["blocks", "listed", "inner"],
     )
     assert plan.without == ("wide",)
     notes = config_notes(prune_with_verification(model, plan))
@@ -173,7 +179,7 @@ def test_the_configuration_is_unchanged_if_no_number_counts_the_dropped_blocks()
 
 def test_the_configuration_is_unchanged_if_layers_have_different_sizes():
     model = configurable()
-    plan = kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(params=0.7), granularity=["ffn unit"], round_to=1)
+    plan = kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(parameters=0.7), kinds=["ffn unit"], round_to=1)
     counts = {len(removal.removed) for removal in plan.groups if removal.name.startswith("blocks")}
     assert len(counts) == 2
     found = prune_with_verification(model, plan)
@@ -183,7 +189,7 @@ def test_the_configuration_is_unchanged_if_layers_have_different_sizes():
     assert note.startswith(
         "No configuration describes the pruned Configurable. Layers of one kind have different sizes"
     )
-    assert 'Save it with kirsch.save, or plan with granularity=["ffn unit"], uniform=True.' in note
+    assert 'Save it with kirsch.save, or plan with kinds=["ffn unit"], uniform=True.' in note
 
 
 @pytest.mark.parametrize(
@@ -229,7 +235,7 @@ def test_the_note_says_if_the_configuration_does_not_build_the_original():
 
 def test_the_configuration_is_unchanged_without_verification():
     model = configurable()
-    plan = kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(params=0.6), uniform=True, granularity=["ffn unit"])
+    plan = kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(parameters=0.6), uniform=True, kinds=["ffn unit"])
     found = prune_with_verification(model, plan, verify=False)
     assert found.model.config.to_dict() == model.config.to_dict()
     assert "without verification" in config_notes(found)[0]
@@ -251,18 +257,18 @@ def test_a_loaded_model_without_a_configuration_raises_the_error_of_the_pruned_m
 
 def test_the_configuration_is_unchanged_after_pruning_with_a_scope():
     model = configurable()
-    graph = kirsch.trace(model, INPUT, scope="wide")
-    found = prune_with_verification(model, kirsch.plan(graph, kirsch.Goal(params=0.6)))
+    graph = kirsch.trace(model, INPUT, module="wide")
+    found = prune_with_verification(model, kirsch.plan(graph, kirsch.Goal(parameters=0.6)))
     assert "only a part was pruned" in config_notes(found)[0]
     assert found.model.config.to_dict() == model.config.to_dict()
 
 
 def test_a_model_without_a_configuration_has_no_note():
     model = shaken(nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 3)))
-    found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(params=0.5)))
+    found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(parameters=0.5)))
     assert config_notes(found) == []
     model.config = {"width": 32}  # a dict has no to_dict
-    found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(params=0.5)))
+    found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(parameters=0.5)))
     assert config_notes(found) == []
 
 

@@ -26,7 +26,7 @@ KEEP_HEAD_DIM = {"head dim": 0}
 FFN = ["ffn unit"]
 
 CASES = {
-    # name: class, class and numbers of its configuration, granularity, excluded layers, goal of MACs, changed numbers
+    # name: class, class and numbers of its configuration, kinds, excluded layers, goal of MACs, changed numbers
     "llama": ("LlamaForCausalLM", "LlamaConfig", SHARED, KEEP_HEAD_DIM, (), 0.5, LIKE_LLAMA),
     "qwen2": (
         "Qwen2ForCausalLM",
@@ -108,7 +108,7 @@ def pruned(transformers, name):
     *_, kinds, excluded, fraction, _ = CASES[name]
     model, inputs = build(transformers, name)
     goal = kirsch.Goal(macs=fraction)
-    plan = kirsch.plan(kirsch.trace(model, inputs), goal, uniform=True, granularity=kinds, exclude=excluded)
+    plan = kirsch.plan(kirsch.trace(model, inputs), goal, uniform=True, kinds=kinds, exclude=excluded)
     return prune_with_verification(model, plan), inputs
 
 
@@ -155,7 +155,7 @@ def test_the_note_lists_old_and_new_numbers(round_trip):
 
 def test_a_language_model_with_dropped_layers_is_loaded_and_generates_text(transformers, tmp_path):
     model, inputs = build(transformers, "llama", num_hidden_layers=4)
-    plan = kirsch.plan_depth(kirsch.trace(model, inputs), kirsch.Goal(macs=0.7), inputs)
+    plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.7), kinds="block", data=inputs)
     found = prune_with_verification(model, plan).model
     assert found.config.num_hidden_layers == len(found.model.layers) < 4
     assert [layer.self_attn.layer_idx for layer in found.model.layers] == list(range(len(found.model.layers)))
@@ -168,9 +168,7 @@ def test_a_language_model_with_dropped_layers_is_loaded_and_generates_text(trans
 
 def test_narrower_heads_keep_their_scale_and_the_configuration_is_unchanged(transformers, tmp_path):
     model, inputs = build(transformers, "llama", num_hidden_layers=1)
-    plan = kirsch.plan(
-        kirsch.trace(model, inputs), kirsch.Goal(macs=0.9), uniform=True, granularity=["head dim"], round_to=1
-    )
+    plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.9), uniform=True, kinds=["head dim"], round_to=1)
     found = prune_with_verification(model, plan)
     assert found.verification.passed
     assert found.model.config.to_dict() == model.config.to_dict()
@@ -184,6 +182,6 @@ def test_narrower_heads_keep_their_scale_and_the_configuration_is_unchanged(tran
 
 def test_the_note_names_the_axis_that_no_number_determines(transformers):
     model, inputs = build(transformers, "distilbert")
-    plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.8), uniform=True, granularity=["head"])
-    why = r"no number gives axis 0 of distilbert\.\S+ the size \d+\. Save it with kirsch\.save, or plan with granul"
+    plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.8), uniform=True, kinds=["head"])
+    why = r"no number gives axis 0 of distilbert\.\S+ the size \d+\. Save it with kirsch\.save, or plan with kinds"
     assert_one_note(config_notes(prune_with_verification(model, plan)), why)

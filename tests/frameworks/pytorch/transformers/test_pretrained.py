@@ -91,9 +91,11 @@ MODELS = {
 }
 
 
-def pruned(model, inputs=TOKENS, *, scope="", params=0.6, **options):
+def pruned(model, inputs=TOKENS, *, module="", parameters=0.6, **options):
     """Return the pruned model and the warnings of `kirsch.prune`."""
-    plan = kirsch.plan(kirsch.trace(model, inputs, scope=scope), kirsch.Goal(params=params), round_to=1, **options)
+    plan = kirsch.plan(
+        kirsch.trace(model, inputs, module=module), kirsch.Goal(parameters=parameters), round_to=1, **options
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         return kirsch.prune(model, plan), [str(warning.message) for warning in caught]
@@ -103,7 +105,7 @@ def pruned(model, inputs=TOKENS, *, scope="", params=0.6, **options):
 def small():
     model, (text,) = pruned(bert())
     assert "No configuration describes the pruned BertForSequenceClassification." in text
-    assert 'kirsch.save, or plan with granularity=["ffn unit"], uniform=True.' in text
+    assert 'kirsch.save, or plan with kinds=["ffn unit"], uniform=True.' in text
     assert "save_pretrained and push_to_hub raise an error" in text
     return model
 
@@ -118,7 +120,7 @@ def assert_cannot_be_saved(model, folder):
 def test_saving_raises_an_error_with_the_options_of_a_plan_that_can_be_saved(small, tmp_path):
     assert_cannot_be_saved(small, tmp_path)
     with pytest.raises(
-        UsageError, match=r'Save it with kirsch\.save, or plan with granularity=\["ffn unit"\], uniform=True\.'
+        UsageError, match=r'Save it with kirsch\.save, or plan with kinds=\["ffn unit"\], uniform=True\.'
     ):
         small.save_pretrained(tmp_path)
     assert_cannot_be_saved(small.bert, tmp_path)  # a submodule that was cut
@@ -137,11 +139,11 @@ def test_saving_raises_an_error_with_the_options_of_a_plan_that_can_be_saved(sma
 )
 def test_a_model_planned_with_the_options_in_the_error_can_be_saved_and_loaded(kind, kinds, tmp_path):
     model, inputs = MODELS[kind]()
-    named = rf"plan with granularity={re.escape(json.dumps(kinds))}, uniform=True\."
-    once, _ = pruned(model, inputs, params=0.9)
+    named = rf"plan with kinds={re.escape(json.dumps(kinds))}, uniform=True\."
+    once, _ = pruned(model, inputs, parameters=0.9)
     with pytest.raises(UsageError, match=named):
         once.save_pretrained(tmp_path)
-    small, warned = pruned(model, inputs, params=0.85, granularity=kinds, uniform=True)
+    small, warned = pruned(model, inputs, parameters=0.85, kinds=kinds, uniform=True)
     assert not warned
     small.save_pretrained(tmp_path)
     again = type(small).from_pretrained(tmp_path).eval()
@@ -152,7 +154,7 @@ def test_the_error_proposes_no_plan_if_no_number_of_the_configuration_counts_uni
     torch.manual_seed(0)
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 1], num_labels=3)
     model = shaken(transformers.ResNetForImageClassification(config)).eval()
-    small, _ = pruned(model, torch.randn(2, 3, 32, 32), params=0.7)
+    small, _ = pruned(model, torch.randn(2, 3, 32, 32), parameters=0.7)
     with pytest.raises(UsageError, match=r"Save it with kirsch\.save\.$"):
         small.save_pretrained(tmp_path)
 
@@ -190,13 +192,13 @@ def test_a_trainer_of_transformers_raises_the_error(small, tmp_path):
 
 
 def test_a_second_cut_that_a_configuration_describes_can_be_saved(tmp_path):
-    kinds = {"granularity": ["ffn unit"], "exclude": ["bert.pooler"]}
-    once, warned = pruned(bert(layers=2), params=0.9, **kinds)
+    kinds = {"kinds": ["ffn unit"], "exclude": ["bert.pooler"]}
+    once, warned = pruned(bert(layers=2), parameters=0.9, **kinds)
     widths = [layer.intermediate.dense.out_features for layer in once.bert.encoder.layer]
     assert len(set(widths)) == 2
     assert warned
     assert_cannot_be_saved(once, tmp_path)
-    plan = kirsch.plan(kirsch.trace(once, TOKENS), kirsch.Goal(params=0.9), round_to=1, **kinds)
+    plan = kirsch.plan(kirsch.trace(once, TOKENS), kirsch.Goal(parameters=0.9), round_to=1, **kinds)
     content = json.loads(plan.to_json())
     content["groups"] = [
         {
@@ -222,14 +224,14 @@ def test_a_second_cut_that_a_configuration_describes_can_be_saved(tmp_path):
 
 
 def test_after_pruning_a_submodule_both_model_and_submodule_raise_the_error(tmp_path):
-    model, warned = pruned(bert(), scope="bert.encoder")
+    model, warned = pruned(bert(), module="bert.encoder")
     assert "only a part was pruned: 'bert.encoder'" in warned[0]
     assert_cannot_be_saved(model, tmp_path)
     assert_cannot_be_saved(model.bert, tmp_path)
 
 
 def test_a_submodule_that_was_not_cut_can_be_saved(tmp_path):
-    model, warned = pruned(t5(), {"input_ids": TOKENS, "decoder_input_ids": TOKENS}, scope="encoder")
+    model, warned = pruned(t5(), {"input_ids": TOKENS, "decoder_input_ids": TOKENS}, module="encoder")
     assert warned
     assert_cannot_be_saved(model, tmp_path)
     assert_cannot_be_saved(model.encoder, tmp_path)
@@ -241,7 +243,7 @@ def test_a_transformers_model_within_a_users_model_raises_the_error_only_if_it_w
     model, warned = pruned(Wrapper())
     assert "No configuration describes the pruned 'bert', a BertModel." in warned[0]
     assert_cannot_be_saved(model.bert, tmp_path)
-    model, warned = pruned(Wrapper(), params=0.99, exclude=["bert"])
+    model, warned = pruned(Wrapper(), parameters=0.99, exclude=["bert"])
     assert model.head[0].out_features < 32
     assert not warned  # only the head was cut
     model.bert.save_pretrained(tmp_path / "bert")
@@ -260,7 +262,7 @@ def test_a_model_without_save_pretrained_is_pruned_without_a_warning():
 
 
 def test_saving_a_model_pruned_without_verification_raises_the_error(tmp_path):
-    plan = kirsch.plan(kirsch.trace(model := bert(), TOKENS), kirsch.Goal(params=0.6), round_to=1)
+    plan = kirsch.plan(kirsch.trace(model := bert(), TOKENS), kirsch.Goal(parameters=0.6), round_to=1)
     with pytest.warns(UserWarning, match="No configuration describes the pruned Bert"):
         small = kirsch.prune(model, plan, verify=False)
     assert_cannot_be_saved(small, tmp_path)

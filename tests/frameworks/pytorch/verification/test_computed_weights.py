@@ -175,6 +175,6 @@ def test_power_is_the_largest_relative_difference(masked, dense, expected):
 
 def test_prune_without_verification_warns_of_changed_computed_weights():
     model = shaken(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)))
-    plan = kirsch.plan(kirsch.trace(model, torch.randn(2, 6)), Goal(params=0.6))
+    plan = kirsch.plan(kirsch.trace(model, torch.randn(2, 6)), Goal(parameters=0.6))
     with pytest.warns(UserWarning, match=r"The weights of `0` \(.* times the original\) are computed from all units"):
         kirsch.prune(model, plan, verify=False)

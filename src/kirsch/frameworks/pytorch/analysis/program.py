@@ -134,7 +134,7 @@ def _reason(
     )
     fix = (
         "The forward decides by the values of its input which operations to run. "
-        'Trace a part without such decisions (scope="backbone"), '
+        'Trace a part without such decisions (module="backbone"), '
         'or follow the decisions for these inputs (decisions="example").'
         if dynamic
         else fix_of_inputs(model, args, options, error)

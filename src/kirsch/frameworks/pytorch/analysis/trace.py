@@ -32,6 +32,7 @@ from kirsch.frameworks.pytorch.analysis.parameters import (
 )
 from kirsch.frameworks.pytorch.analysis.program import SizeInterpreter, export, name_of, shapes_of
 from kirsch.frameworks.pytorch.analysis.provenance import RecordedCalls, SizeOf
+from kirsch.frameworks.pytorch.analysis.regions import module_outputs
 from kirsch.frameworks.pytorch.analysis.residual import last_layers_of_branch
 from kirsch.frameworks.pytorch.analysis.stand_ins import specification
 from kirsch.frameworks.pytorch.analysis.traced import Traced
@@ -68,9 +69,9 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
     Raises:
         ModelError: the model cannot be traced, or returns no tensors.
     """
-    model = part_of(whole, tracing.scope)
-    if tracing.scope and not of_part:
-        example_inputs = inputs_of(whole, tracing.scope, example_inputs)
+    model = part_of(whole, tracing.module)
+    if tracing.module and not of_part:
+        example_inputs = inputs_of(whole, tracing.module, example_inputs)
     args, options = arguments(example_inputs)
     check(model)
     _check_samples(model, args, options)
@@ -92,8 +93,8 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         folded = {name for fold in traced.folds for name in fold.rows}
         traced.folds += [fold for fold in traced.training.folds if folded.isdisjoint(fold.rows)]
     freeze_unused(unused, facts, tensors)
-    if tracing.scope:
-        freeze_shared(shared_with_rest(whole, tracing.scope), model, facts, tensors)
+    if tracing.module:
+        freeze_shared(shared_with_rest(whole, tracing.module), model, facts, tensors)
     parameters = dict(model.named_parameters())
     return Graph(
         model_name=type(model).__name__,
@@ -104,6 +105,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         values=lambda name: values_of(parameters[name], name, type(model).__name__),
         fits=lambda other: other is whole and {n: id(p) for n, p in parameters.items()} == identities(model),
         blocks=tuple(block.path for block in traced.blocks),
+        module_outputs=lambda: module_outputs(traced.states),
         runner=BlockRunner(whole, model, traced.blocks),
         tracing=tracing,
         traced=traced,

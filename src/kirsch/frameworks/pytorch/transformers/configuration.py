@@ -55,8 +55,8 @@ def check(model: nn.Module, plan: Plan) -> None:
     """
     if not plan.configuration:
         return
-    if not has_configuration(model) or plan.tracing.scope:
-        owner = f"The part {plan.tracing.scope!r} of" if plan.tracing.scope else "A"
+    if not has_configuration(model) or plan.tracing.module:
+        owner = f"The part {plan.tracing.module!r} of" if plan.tracing.module else "A"
         raise PlanError(
             f"{plan.title} states a configuration: {', '.join(plan.configuration)}.",
             f"{owner} {type(model).__name__} has no configuration that a plan can change.",
@@ -119,13 +119,13 @@ def configure(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, 
 
 def _configure_model(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
     """Update the configuration of the pruned model itself if one describes it."""
-    name, scope = type(pruned).__name__, graph.tracing.scope
+    name, module = type(pruned).__name__, graph.tracing.module
     if not has_configuration(pruned):
         why = f"No configuration describes the pruned {name}. {ORIGINAL_SIZE}"
         return Configured(why=why, fix="Save it with kirsch.save.")
-    if scope:
-        why = f"The configuration of the {name} is unchanged, because only a part was pruned: {scope!r}."
-        return Configured(why=why, fix="Save it with kirsch.save, or trace without scope and prune the whole model.")
+    if module:
+        why = f"The configuration of the {name} is unchanged, because only a part was pruned: {module!r}."
+        return Configured(why=why, fix="Save it with kirsch.save, or trace without module and prune the whole model.")
     if not verify:
         return _as_stated(pruned, model, plan, graph)
     search, differences = Search(pruned), []
@@ -170,7 +170,7 @@ def _plan_options(model: nn.Module, plan: Plan, graph: Graph) -> str:
     cut = {removal.kind for removal in plan.groups}
     if not kinds or not cut or (plan.method.get("uniform") and cut <= set(kinds)):
         return ""
-    return f"plan with granularity={json.dumps(kinds)}, uniform=True"
+    return f"plan with kinds={json.dumps(kinds)}, uniform=True"
 
 
 def _described(model: nn.Module, graph: Graph) -> list[str]:

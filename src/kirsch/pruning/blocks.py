@@ -1,0 +1,181 @@
+"""Importances of residual blocks, and the choice of the blocks to remove."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from kirsch.errors import GoalError, UnknownNameError, UsageError
+from kirsch.graph.plan import Plan, Skip
+from kirsch.pruning.obstacles import reachable
+from kirsch.pruning.selection import matches
+from kirsch.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from kirsch.graph.graph import Graph, ModelRunner
+    from kirsch.graph.plan import Goal
+    from kirsch.pruning.options import PlanOptions
+
+
+class BlockImportance(Protocol):
+    """Signature of a registered importance of residual blocks."""
+
+    def __call__(self, graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, float]:
+        """Return a finite number for the path of each block of the graph, larger for blocks that should be kept.
+
+        Args:
+            graph: `graph.runner` runs the model.
+            batches: calibration inputs, each in the form of the example inputs.
+            seed: for random importances.
+        """
+
+
+BLOCK_IMPORTANCES: Registry[BlockImportance] = Registry("importance of blocks")
+
+
+@BLOCK_IMPORTANCES.register("influence")
+def influence(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, float]:
+    """Return one minus the mean cosine similarity of input and output of each block, over all positions.
+
+    Runs the model once per batch. 0 is a block that does not change the direction of its input.
+
+    Source: Men et al. 2024, arXiv:2403.03853, equation 1 (block influence).
+    """
+    del seed
+    _check_data(batches, "influence")
+    distances: dict[str, list[NDArray[np.float64]]] = {path: [] for path in graph.blocks}
+
+    def record(path: str, entry: NDArray[Any], exit_: NDArray[Any]) -> None:
+        lengths = np.linalg.norm(entry, axis=-1) * np.linalg.norm(exit_, axis=-1)
+        cosine = (entry * exit_).sum(-1) / np.where(lengths == 0, 1, lengths)
+        distances[path].append(1 - cosine.ravel())
+
+    for batch in batches:
+        _runner(graph).passed(batch, record)
+    return {path: float(np.concatenate(values).mean()) for path, values in distances.items()}
+
+
+@BLOCK_IMPORTANCES.register("change")
+def change(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, float]:
+    """Return the L2 change of the model's outputs when each block is removed, relative to their L2 norm.
+
+    Runs the model once per block and batch.
+    """
+    del seed
+    _check_data(batches, "change")
+    squared_change, squared_norm = dict.fromkeys(graph.blocks, 0.0), 0.0
+    for batch in batches:
+        full = _runner(graph).outputs(batch)
+        squared_norm += sum(float((out**2).sum()) for out in full)
+        for path in graph.blocks:
+            without = _runner(graph).outputs(batch, [path])
+            squared_change[path] += sum(float(((a - b) ** 2).sum()) for a, b in zip(full, without, strict=True))
+    tiny = np.finfo(float).tiny
+    return {path: float(np.sqrt(total / max(squared_norm, tiny))) for path, total in squared_change.items()}
+
+
+@BLOCK_IMPORTANCES.register("random")
+def random(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, float]:
+    """Return uniform random numbers, the baseline for other importances. Equal seeds give equal numbers."""
+    del batches
+    return dict(zip(graph.blocks, np.random.default_rng(seed).uniform(size=len(graph.blocks)).tolist(), strict=True))
+
+
+def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Plan:
+    """Return the residual blocks to remove, so that the cost of the model is at most the goal; see `kirsch.plan`.
+
+    The least important blocks are removed first. Then blocks are restored as long as the goal is met, the most
+    important first.
+
+    Raises:
+        GoalError: the goal is not reached by removing all blocks; the message has the least reachable cost.
+        UnknownNameError: an importance or a block to exclude is unknown.
+        UsageError: the importance needs data, or is not finite, for instance since the model returns NaN for the data.
+    """
+    removable = _removable(graph, options.exclude)
+    keep = graph.keep({})
+    least = graph.prices.price(keep, removable)
+    if not goal.met_by(least, graph.cost):
+        raise GoalError(
+            f"No plan for {graph.model_name} reaches the goal by removing blocks: {goal.shortfall(least, graph.cost)}.",
+            f"It has {len(graph.blocks)} residual blocks, of which {len(removable)} can be removed.",
+            f"{_fix(graph, goal, options.exclude)} {reachable(goal, least, graph.cost)}".strip(),
+        )
+    name = options.importance_name
+    scores = _scores(graph, removable, name, data, options.seed)
+    removed: list[str] = []
+    for path in sorted(removable, key=lambda path: scores[path]):
+        if goal.met_by(graph.prices.price(keep, removed), graph.cost):
+            break
+        removed.append(path)
+    for path in reversed(list(removed)):
+        rest = [other for other in removed if other != path]
+        if goal.met_by(graph.prices.price(keep, rest), graph.cost):
+            removed = rest
+    return Plan(
+        fingerprint=graph.fingerprint,
+        model=graph.model_name,
+        groups=(),
+        before=graph.cost,
+        after=graph.prices.price(keep, removed),
+        goal=goal.to_dict(),
+        method=options.to_dict(),
+        inputs=graph.inputs,
+        tracing=graph.tracing,
+        blocks=tuple(Skip(path, f"least {name}: {scores[path]:.3g}") for path in graph.blocks if path in removed),
+        graph=graph,
+    )
+
+
+def _scores(graph: Graph, removable: Sequence[str], name: str, data: Any, seed: int) -> dict[str, float]:
+    """Return the importance of each block, finite for those that can be removed."""
+    if data is None:
+        batches: list[Any] = []
+    else:
+        batches = data if isinstance(data, list) else [data]
+    scores = BLOCK_IMPORTANCES[name](graph, batches, seed=seed)
+    not_finite = [path for path in removable if not np.isfinite(scores[path])]
+    if not_finite:
+        raise UsageError(
+            f"The importance {name!r} of the block {not_finite[0]!r} is {scores[not_finite[0]]}.",
+            "It must be a finite number.",
+            "Check the weights and the data.",
+        )
+    return scores
+
+
+def _fix(graph: Graph, goal: Goal, exclude: Sequence[str]) -> str:
+    """Return a sentence on whether the goal is reached by removing all blocks."""
+    if exclude and goal.met_by(graph.prices.price(graph.keep({}), graph.blocks), graph.cost):
+        return "It is reached if no block is excluded."
+    return "Removing all of them does not reach it; plans of other kinds reduce widths." if graph.blocks else ""
+
+
+def _check_data(batches: Sequence[Any], importance: str) -> None:
+    if not batches:
+        raise UsageError(
+            f"`data` of kirsch.plan is missing: the importance {importance!r} of blocks runs the model.",
+            fix="Give calibration inputs in the form of the example inputs, or a list of such batches.",
+        )
+
+
+def _runner(graph: Graph) -> ModelRunner:
+    if graph.runner is None:
+        raise UsageError("This graph cannot run its model.", "It was not created by kirsch.trace.")
+    return graph.runner
+
+
+def _removable(graph: Graph, exclude: Sequence[str]) -> list[str]:
+    """Return the paths of the blocks that are not excluded."""
+    removable = list(graph.blocks)
+    for pattern in exclude:
+        named = [path for path in graph.blocks if matches(path, pattern)]
+        if not named:
+            raise UnknownNameError("residual block to `exclude` named", pattern, graph.blocks)
+        removable = [path for path in removable if path not in named]
+    return removable
