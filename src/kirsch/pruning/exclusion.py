@@ -30,7 +30,7 @@ def exclusion_notes(graph: Graph, options: PlanOptions) -> list[str]:
         if kept:
             notes.append(f"{option}={list(patterns)} {_cost_of(graph, kept)}. {INSTEAD[option]}{OUTPUTS}")
         elif patterns and not any(why.option == option for why in found.values()):
-            notes.append(f"{option}={list(patterns)} has no effect: no unit of these layers could go. {OUTPUTS}")
+            notes.append(f"{option}={list(patterns)} has no effect: these units are kept without it. {OUTPUTS}")
     return notes
 
 
