@@ -12,6 +12,8 @@ import torch
 
 import kirsch
 from kirsch import figures
+from kirsch.data.batches import ArrayData
+from kirsch.data.sources.cifar10 import AUGMENT, cifar10
 from kirsch.distillation.arrays import namespace
 from kirsch.distillation.distill import fit
 from kirsch.distillation.losses.loss import loss
@@ -20,17 +22,15 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TeacherStore, build
 from kirsch.distillation.term import Term
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks
-from kirsch.recipes.tasks.cifar10 import AUGMENT, cifar10
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
 
-    from kirsch.recipes.tasks.data import DataSet
+    from kirsch.data.dataset import DataSet
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
@@ -60,11 +60,11 @@ def keras_default(student: Any, teacher: Any, *, temperature: float = 3.0) -> An
 
 DEFAULTS = {
     "torchdistill, KDLoss(alpha=0)": Objective(
-        (Term("kd", 1.0, 4.0, options={"convention": "torchdistill"}),), label_weight=0.0
+        (Term("kd", 1.0, temperature=4.0, options={"convention": "torchdistill"}),), label_weight=0.0
     ),
-    "Keras 3, LogitsDistillation()": Objective((Term("keras-default", 0.5, 3.0),), label_weight=0.5),
+    "Keras 3, LogitsDistillation()": Objective((Term("keras-default", 0.5, temperature=3.0),), label_weight=0.5),
     "Keras 3, LogitsDistillation(KLDivergence())": Objective(
-        (Term("kd", 0.5, 3.0, options={"convention": "keras"}),), label_weight=0.5
+        (Term("kd", 0.5, temperature=3.0, options={"convention": "keras"}),), label_weight=0.5
     ),
 }
 """What other systems compute by default, as measured from their code; their own loops are not run."""
@@ -105,14 +105,14 @@ def teacher() -> nn.Module:
     model, file = resnet(), ROOT / "build" / "distillation" / "teacher.safetensors"
     framework = framework_of(model)
     if file.is_file():
-        framework.load_weights(model, file)
+        framework.inference.load_weights(model, file)
         return model.eval()
     torch.manual_seed(0)
     data = ArrayData(images().train.inputs, images().train.labels, BATCH, AUGMENT)
     training = dataclasses.replace(TRAINING, epochs=8)
     model = fit(resnet(), data, training=training, hooks=TrainingHooks(event=print)).model
     file.parent.mkdir(parents=True, exist_ok=True)
-    framework.save_weights(model, file)
+    framework.inference.save_weights(model, file)
     return model
 
 
@@ -130,6 +130,9 @@ def records(batch: Any) -> dict[str, torch.Tensor]:
     return {"logits": value, "penultimate": found["penultimate"], **kept}
 
 
+records.version = "1"
+
+
 def lessons() -> tuple[ArrayData, TeacherStore]:
     """The students' images, and what the teacher says of each of their looks: it is asked once for all runs."""
     train = images().train
@@ -142,7 +145,7 @@ def lessons() -> tuple[ArrayData, TeacherStore]:
 def accuracy(model: nn.Module) -> float:
     """On the 10,000 test images."""
     test = images().test
-    return float((framework_of(model).predict(model, test.inputs).argmax(-1) == test.labels).mean())
+    return float((framework_of(model).inference.predict(model, test.inputs).argmax(-1) == test.labels).mean())
 
 
 def prepare() -> None:
@@ -153,7 +156,7 @@ def prepare() -> None:
 def about(task: str) -> str:
     """What was trained on what."""
     image = torch.zeros(1, 3, 32, 32)
-    counts = [framework_of(model).count(model, image) for model in (resnet(), STUDENTS[task]())]
+    counts = [framework_of(model).analysis.count(model, image) for model in (resnet(), STUDENTS[task]())]
     costs = [f"{figures.count(parameters)} parameters, {figures.count(macs)} MACs" for parameters, macs in counts]
     return (
         f"The teacher ({costs[0]}) learned from {TEACHERS:,} images and has {accuracy(teacher()):.1%} of the 10,000 "

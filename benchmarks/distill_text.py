@@ -16,14 +16,14 @@ from sklearn.linear_model import LogisticRegression
 
 import kirsch
 from kirsch import figures
+from kirsch.data.batches import ArrayData
+from kirsch.data.sources.cifar10 import data_folder
 from kirsch.distillation.distill import fit
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import TrainingHooks
-from kirsch.recipes.tasks.cifar10 import data_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +38,7 @@ LENGTH, WORDS, WIDTH, HEADS = 32, 8_000, 64, 4
 PADDING, UNKNOWN, FIRST = 0, 1, 2
 """Tokens: of no word, of a rare one, and of the beginning of a sentence, which is what is classified."""
 TRAINING = kirsch.Training(
-    epochs=6, learning_rate=1e-3, optimizer="adamw", weight_decay=0.01, warmup_epochs=0.5, clip_norm=1.0
+    epochs=6, learning_rate=1e-3, optimizer="adamw", weight_decay=0.01, warmup_epochs=0.5, max_grad_norm=1.0
 )
 TITLES = {"sst2": "SST-2, six layers into two"}
 
@@ -50,7 +50,7 @@ def objectives(_task: str) -> dict[str, Objective]:
         "labels alone": Objective.labels(),
         "kd": Objective.kd(2.0, 0.9),
         "distilbert": Objective.preset("distilbert"),
-        "minilm, with kd": Objective((Term("kd", 0.9, 2.0), minilm), label_weight=0.1),
+        "minilm, with kd": Objective((Term("kd", 0.9, temperature=2.0), minilm), label_weight=0.1),
     }
 
 
@@ -111,19 +111,19 @@ def teacher() -> nn.Module:
     model, file = network(6), ROOT / "build" / "distillation" / "teacher-text.safetensors"
     framework = framework_of(model)
     if file.is_file():
-        framework.load_weights(model, file)
+        framework.inference.load_weights(model, file)
         return model.eval()
     inputs, labels = encoded("train")
     model = fit(model, ArrayData(inputs, labels, 64), training=TRAINING, hooks=TrainingHooks(event=print)).model
     file.parent.mkdir(parents=True, exist_ok=True)
-    framework.save_weights(model, file)
+    framework.inference.save_weights(model, file)
     return model
 
 
 def accuracy(model: nn.Module) -> float:
     """On the 1,821 test sentences."""
     inputs, labels = encoded("test")
-    return float((framework_of(model).predict(model, inputs).argmax(-1) == labels).mean())
+    return float((framework_of(model).inference.predict(model, inputs).argmax(-1) == labels).mean())
 
 
 def bag_of_words() -> float:

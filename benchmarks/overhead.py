@@ -25,10 +25,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import kirsch
+from kirsch.data.augment import Chain, Crop, Flip
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import fit
 from kirsch.distillation.store import TopK, build
-from kirsch.frameworks.augment import Chain, Crop, Flip
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import TrainingHooks
 from kirsch.measurement.machine import cpu, load
 

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from kirsch.data.augment import Noise
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build
 from kirsch.distillation.store.record import index_type
-from kirsch.frameworks.augment import Noise
-from kirsch.frameworks.data import ArrayData
+from kirsch.distillation.store.specification import DIGEST_BYTES
 from kirsch.measurement.machine import environment, load
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ START, END = "<!-- table: written by benchmarks/store.py -->", "<!-- end of tabl
 def formula(keep: TopK | Dense, classes: int) -> int:
     """Bytes of a record, as docs/store.md states them."""
     if isinstance(keep, TopK):
-        return 4 + keep.k * (int(index_type(classes)[1]) + 2) + 2
+        return 4 + keep.k * (np.dtype(index_type(classes)).itemsize + 2) + 2
     return 4 + 2 * classes + 4
 
 
@@ -83,7 +84,7 @@ def measure(keep: TopK | Dense, classes: int, samples: int) -> dict[str, Any]:
         alone = time.perf_counter() - begun
         store = TeacherStore.open(folder)
         store.verify()
-        size = (Path(folder) / "view-0000.bin").stat().st_size
+        size = sum(path.stat().st_size - DIGEST_BYTES for path in Path(folder).glob("view-*.bin"))
         check = store.check(teacher, data)
         return {
             "samples": samples,

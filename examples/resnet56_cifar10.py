@@ -14,18 +14,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from resnet56 import resnet56
 
 import kirsch
 from kirsch import figures
+from kirsch.data.sources.cifar10 import cifar10
 from kirsch.deploy.measure import race
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError
 from kirsch.graph import coupling, group
-from kirsch.measurement.quality import Rate, accuracy, paired
-from kirsch.recipes.tasks.cifar10 import cifar10
+from kirsch.tasks.classification import accuracy, paired
+
+if TYPE_CHECKING:
+    from kirsch.measurement.statistics import Rate
 
 
 def main() -> int:
@@ -52,7 +56,7 @@ def main() -> int:
     pruned = kirsch.prune_with_verification(teacher, plan)
     print(f"  {pruned.verification.text}")
 
-    settings = kirsch.Training(epochs=1 if quick else 6, learning_rate=0.05, clip_norm=5.0)
+    settings = kirsch.Training(epochs=1 if quick else 6, learning_rate=0.05, max_grad_norm=5.0)
     recovered = kirsch.distill(
         pruned.model,
         teacher,

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.data import augment
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import fit
 from kirsch.distillation.schedule import Ramp
-from kirsch.distillation.store import TeacherStore, TopK, build, finish
+from kirsch.distillation.store import TeacherStore, TopK, build
 from kirsch.errors import KirschError
-from kirsch.frameworks import augment
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import TrainingHooks
 from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.regularizers import L1, Slimming
@@ -65,15 +65,15 @@ def each(names, kinds):
 
 ACCEPTED = {
     **each("as_graph causal check_teacher mode uniform verify", FLAGS),
-    **each("accumulate epochs generations k padding samples size", {"integer"}),
+    **each("gradient_accumulation_steps epochs generations k padding samples size", {"integer"}),
     **each("batch_size round_to view", {"integer"}),
     **each("views range_size seed", {"None", "integer"}),
     **each("learning_rate weight_decay brightness scale strength weight", POSITIVE),
     **each("label_smoothing probability contrast min_keep warmup_epochs", {"number"}),
-    **each("macs parameters ema max_drop", {"None", "number"}),
+    **each("macs parameters ema_decay max_drop", {"None", "number"}),
     **each("event save validate listen", {"None", "model"}),
     **each("objective training validation hooks teacher recover distill", {"None"}),
-    **each("data resume kinds at of module noise student", {"None"}),
+    **each("data resume kinds at step_counts module noise student", {"None"}),
     **each("augment ids targets seeds temperature", {"None"}),
     **each("terms milestones exclude keep_outputs regularizers", {"empty list"}),
     **each("start end after epoch", NUMBERS),
@@ -83,9 +83,9 @@ ACCEPTED = {
     "student_outputs": {"None"},
     "teacher_outputs": {"None", "empty list"},
     "stop": {"None", "function", "model"},
-    "clip_norm": {"None", *POSITIVE},
+    "max_grad_norm": {"None", *POSITIVE},
     "label_weight": POSITIVE,
-    "ignore": {"integer", "negative", "huge"},
+    "ignore_index": {"integer", "negative", "huge"},
     "example_inputs": {"None", "array"},
     "folder": {*TEXTS, "path", "None"},
     "views of": {"None", "empty list", "numbers"},
@@ -116,15 +116,15 @@ ACCEPTED_BY_CALLABLE = {
     "ensemble.models": {"models"},
     "Term.weight": NUMBERS,
     "Term.temperature": {"None", *NUMBERS},
-    "Term.of": {"None", "integer", "negative", "huge"},
-    "Term.teacher": {"None", "texts", *TEXTS},
-    "Term.student": {"texts", *TEXTS},
+    "Term.teacher": {"None", "integer", "negative", "huge"},
+    "Term.teacher_layer": {"None", "texts", *TEXTS},
+    "Term.student_layer": {"texts", *TEXTS},
     "Ramp.epochs": NUMBERS,
     "Objective.kd.temperature": POSITIVE,
     "Objective.kd.weight": {"number"},
     "Objective.preset.name": set(),
     "fit.label_smoothing": NUMBERS,
-    "Distiller.doubt": {"model"},
+    "Distiller.warn": {"model"},
     "Distiller.counts.batches": {"empty list", "generator"},
     "Distiller.check_labels.targets": {"None", "numbers"},
     "Distiller.__call__.module": {"None", "function", "class", "model"},
@@ -133,6 +133,8 @@ ACCEPTED_BY_CALLABLE = {
     "Split.inputs": {"array", "numbers", "empty list"},
     "Split.labels": {"array", "numbers", "empty list"},
     "DataSet.augment": {"None", "class", "model"},
+    "ModelGenerator.noise": {"empty list", "numbers"},
+    "DataSet.classes": {"empty list", "texts"},  # the task checks them against the labels
     "compress.name": {"text"},
     "compress.data": set(),
     "compress.temperature": {"None", *POSITIVE},
@@ -144,7 +146,6 @@ ACCEPTED_BY_CALLABLE = {
     "store.build.temperature": POSITIVE,
     "store.build.ranges": {"numbers"},
     "store.build.outputs": {"None", "model"},
-    "store.finish.folder": {*TEXTS, "path"},
     "store.open.folder": {*TEXTS, "path"},
     "store.read.ids": {"numbers"},
     "store.read.seeds": {"None", "array", "text array"},
@@ -288,10 +289,10 @@ def calls(tmp_path_factory):
                 "example_batch": (x, y),
                 "seed": 0,
                 "regularizers": (),
-                "doubt": print,
+                "warn": print,
             },
         ),
-        "Distiller.__call__": (distiller, {"batch": (x, y), "epoch": 0.0, "of": None, "module": None}),
+        "Distiller.__call__": (distiller, {"batch": (x, y), "epoch": 0.0, "step_counts": None, "module": None}),
         "Distiller.counts": (distiller.counts, {"batches": [(x, y)]}),
         "Distiller.check_labels": (distiller.check_labels, {"targets": y}),
         "Distiller.train": (distiller.train, {"mode": True}),
@@ -315,6 +316,7 @@ def calls(tmp_path_factory):
         "Split": (kirsch.Split, {"inputs": x.numpy(), "labels": y.numpy()}),
         "DataSet": (kirsch.DataSet, {"name": "data", **parts, "classes": ("a", "b", "c"), "augment": None}),
         "DataSet.batches": (dataset.batches, {"batch_size": 4}),
+        "ModelGenerator": (kirsch.ModelGenerator, {"model": model, "noise": (3,)}),
         "compress": (
             kirsch.compress,
             {
@@ -359,7 +361,6 @@ def calls(tmp_path_factory):
                 "stop": None,
             },
         ),
-        "store.finish": (finish, {"folder": folder / "store"}),
         "store.open": (TeacherStore.open, {"folder": folder / "store"}),
         "store.read": (store.read, {"ids": np.arange(2), "view": 0, "seeds": None}),
         "store.require": (store.require, {"teacher": model, "data": data, "temperature": 1.0, "seed": 0}),
@@ -429,6 +430,7 @@ NAMES = [
     "Split",
     "DataSet",
     "DataSet.batches",
+    "ModelGenerator",
     "compress",
     "recovery",
     "Graph.explain",
@@ -436,7 +438,6 @@ NAMES = [
     "L1",
     "Slimming",
     "store.build",
-    "store.finish",
     "store.open",
     "store.read",
     "store.require",

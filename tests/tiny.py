@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kirsch.recipes.tasks.data import DataSet, Split
+from kirsch.data.dataset import DataSet, Split
 
 
 class Net(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 
-from kirsch.frameworks.data import ArrayData
+from kirsch.data.batches import ArrayData
 from kirsch.frameworks.pytorch.features.student import student_of
 from kirsch.frameworks.pytorch.training.train import train
 from kirsch.frameworks.training import LossOutput, Training, TrainingHooks

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from kirsch.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from kirsch.data.dataset import DataSet, Split
+    from kirsch.data.generated import GeneratedData
     from kirsch.deploy.export import Artifact, export
     from kirsch.deploy.measure import Measurement, measure
     from kirsch.distillation.chain import born_again, distill_chain, ensemble
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.schedule import Ramp
     from kirsch.distillation.term import Term
-    from kirsch.frameworks.generated import GeneratedData
-    from kirsch.frameworks.port import trace
+    from kirsch.frameworks.model_generator import ModelGenerator
+    from kirsch.frameworks.trace import trace
     from kirsch.frameworks.training import Training
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Goal, Plan
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import compress
     from kirsch.recipes.recovery import recovery
-    from kirsch.recipes.tasks.data import DataSet, Split
 
 __all__ = [
     "Artifact",
@@ -37,6 +38,7 @@ __all__ = [
     "Goal",
     "Graph",
     "Measurement",
+    "ModelGenerator",
     "Objective",
     "Plan",
     "Pruned",
@@ -64,17 +66,18 @@ __all__ = [
 # Module of each public name. Names are imported at first use, so that `import kirsch` loads no framework.
 _MODULES = {
     "Artifact": "kirsch.deploy.export",
-    "DataSet": "kirsch.recipes.tasks.data",
+    "DataSet": "kirsch.data.dataset",
     "Distiller": "kirsch.distillation.distiller",
-    "GeneratedData": "kirsch.frameworks.generated",
+    "GeneratedData": "kirsch.data.generated",
     "Goal": "kirsch.graph.plan",
     "Graph": "kirsch.graph.graph",
     "Measurement": "kirsch.deploy.measure",
+    "ModelGenerator": "kirsch.frameworks.model_generator",
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
     "Pruned": "kirsch.pruning.prune",
     "Ramp": "kirsch.distillation.schedule",
-    "Split": "kirsch.recipes.tasks.data",
+    "Split": "kirsch.data.dataset",
     "Term": "kirsch.distillation.term",
     "Training": "kirsch.frameworks.training",
     "born_again": "kirsch.distillation.chain",
@@ -91,7 +94,7 @@ _MODULES = {
     "prune_with_verification": "kirsch.pruning.prune",
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
-    "trace": "kirsch.frameworks.port",
+    "trace": "kirsch.frameworks.trace",
 }
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kirsch.recipes.tasks.data import DataSet, Split
+from kirsch.data.dataset import DataSet, Split
 
 
 def chain():

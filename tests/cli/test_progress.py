@@ -47,7 +47,7 @@ END = {
     "event": "end",
     "met": True,
     "text": "MACs 16.5 % of the teacher",
-    "doubt": "",
+    "significance": "",
     "report": "r/report.html",
     "seconds": 65,
 }
@@ -133,7 +133,7 @@ def test_the_verdict_without_a_goal():
 
 def test_the_verdict_has_the_significance():
     assert (
-        plain(verdict_lines(END | {"doubt": "not significant (p = 0.5)"})[1])
+        plain(verdict_lines(END | {"significance": "not significant (p = 0.5)"})[1])
         == "significance not significant (p = 0.5)"
     )
     assert not any("significance" in plain(line) for line in verdict_lines(END))

@@ -35,7 +35,7 @@ import sys
 from pathlib import Path
 
 from kirsch.cli import main
-from kirsch.frameworks.data import ArrayData
+from kirsch.data.batches import ArrayData
 from kirsch.recipes.job import Job
 
 

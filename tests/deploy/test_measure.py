@@ -14,7 +14,7 @@ from kirsch.deploy import measure as room
 from kirsch.deploy.measure import race
 from kirsch.errors import DataError, LoadError, NumericError, ShapeError, UsageError
 from kirsch.measurement.latency import Latency, Ratio, Timing
-from kirsch.measurement.quality import rate
+from kirsch.measurement.statistics import rate
 
 FOUND = Timing(
     {"a": Latency(9, 8, 10, 11, 6, 100), "b": Latency(3, 2, 4, 5, 6, 300)},

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from kirsch.data.augment import Chain, Crop, Flip, Noise, apply, sample_seeds
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import TopK, build
-from kirsch.frameworks.augment import Chain, Crop, Flip, Noise, apply, sample_seeds
-from kirsch.frameworks.data import ArrayData
 
 N, K = 21, 12
 AUGMENT = Chain(Crop(1), Flip(), Noise(0.3))
@@ -41,9 +41,11 @@ def build_store(folder, model=None, inputs=None, **options):
     return build(folder, network() if model is None else model, data() if inputs is None else inputs, **options)
 
 
+def versioned(function, version="1"):
+    """Return a function with a declared version, as a store requires."""
+    function.version = version
+    return function
+
+
 def content(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "store.lock"
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

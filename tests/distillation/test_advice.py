@@ -46,7 +46,7 @@ class Call:
 
     def run(self):
         """Distill; the error that is raised, if one is."""
-        options = {"student": "logits"} if self.term == "fitnet" else {}
+        options = {"student_layer": "logits"} if self.term == "fitnet" else {}
         objective = Objective((Term(self.term, 0.5, **options),), 0.5, label_loss=self.label_loss)
         student, teacher = Net(self.shape, self.change), Net(self.shape, self.change)
         hooks = TrainingHooks(event=lambda _event: None)

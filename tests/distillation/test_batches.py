@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.mutual import distill_mutually
 from kirsch.distillation.objective import Objective
 from kirsch.errors import DataError, KirschError, ModelError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 
 N, K = 12, 3
@@ -108,7 +108,7 @@ FORMS = {
 def test_inputs_and_targets_are_told_apart_however_they_are_called(form, net):
     wanted = learn(net, [(X, Y)])
     found = learn(net, [FORMS[form]], validation=[FORMS[form]])
-    assert set(found.history[-1]["parts"]) == {"label", "kd"}
+    assert set(found.history[-1]["terms"]) == {"label", "kd"}
     assert "accuracy" in found.history[-1]
     for one, other in zip(found.model.parameters(), wanted.model.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -116,11 +116,11 @@ def test_inputs_and_targets_are_told_apart_however_they_are_called(form, net):
 
 def test_a_loop_of_ones_own_takes_the_same(net):
     found = Distiller(net, Net(5), Objective.kd(), FORMS["another name of the input"])
-    assert set(found(FORMS["another name of the input"]).parts) == {"label", "kd"}
+    assert set(found(FORMS["another name of the input"]).terms) == {"label", "kd"}
 
 
 def test_targets_of_none_are_no_targets(net):
-    assert set(learn(net, [(X, None)], objective=Objective.kd(weight=1.0)).history[0]["parts"]) == {"kd"}
+    assert set(learn(net, [(X, None)], objective=Objective.kd(weight=1.0)).history[0]["terms"]) == {"kd"}
 
 
 class Nested(nn.Module):
@@ -314,7 +314,7 @@ def test_targets_of_a_name_that_nobody_knows_are_warned_of_where_the_model_swall
     told = []
     hooks = TrainingHooks(event=told.append)
     distill(Told(), Told(), [batch], training=ONCE, check_teacher=False, hooks=hooks)
-    sentences = [event["text"] for event in told if event["event"] == "doubt"]
+    sentences = [event["text"] for event in told if event["event"] == "warning"]
     assert any("Told has no argument class. If that holds the targets, call it labels" in s for s in sentences)
     with pytest.raises(DataError, match="The data has no targets, and there is no teacher"):
         fit(Told(), [batch], training=ONCE)

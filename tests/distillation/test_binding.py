@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
@@ -16,7 +17,6 @@ from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TopK, build
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ModelError, ShapeError, StoreError, UnknownNameError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
 from kirsch.frameworks.pytorch.features.layers import expand
 from kirsch.frameworks.training import Training, TrainingHooks
@@ -78,13 +78,13 @@ def test_every_preset_is_told_in_json_and_back():
 
 
 def test_adapters_are_trained_and_are_no_part_of_the_student():
-    found = trained(Objective((Term("fitnet", 1.0, student="down"),)))
+    found = trained(Objective((Term("fitnet", 1.0, student_layer="down"),)))
     assert set(found.model.state_dict()) == set(Net(4).state_dict())
 
 
 def test_what_is_compared_is_told_with_shapes_and_adapter():
     told = []
-    trained(Objective((Term("fitnet", 1.0, student="down"),)), hooks=TrainingHooks(event=told.append))
+    trained(Objective((Term("fitnet", 1.0, student_layer="down"),)), hooks=TrainingHooks(event=told.append))
     (event,) = (event for event in told if event["event"] == "attached")
     (row,) = event["pairs"]
     assert (row["student"], row["teacher"], row["student_shape"], row["teacher_shape"]) == (
@@ -97,7 +97,7 @@ def test_what_is_compared_is_told_with_shapes_and_adapter():
 
 def test_stages_are_matched_by_the_size_of_their_maps():
     told = []
-    trained(Objective((Term("at", 1.0, student="auto"),)), hooks=TrainingHooks(event=told.append))
+    trained(Objective((Term("at", 1.0, student_layer="auto"),)), hooks=TrainingHooks(event=told.append))
     (event,) = (event for event in told if event["event"] == "attached")
     assert [(row["student"], row["teacher"]) for row in event["pairs"]] == [(n, n) for n in ("norm", "down", "deep")]
 
@@ -138,7 +138,7 @@ def test_hooks_are_gone_after_an_exception():
 
 def test_a_site_that_is_not_there_is_answered_with_the_nearest():
     with pytest.raises(UnknownNameError, match=r"no layer in Net 'dwn'.*Did you mean 'down'"):
-        trained(Objective((Term("fitnet", 1.0, student="dwn"),)))
+        trained(Objective((Term("fitnet", 1.0, student_layer="dwn"),)))
 
 
 def test_a_place_that_runs_twice_must_say_which():
@@ -153,12 +153,12 @@ def test_other_classes_are_refused_before_training():
 
 def test_shapes_that_no_adapter_joins_are_refused():
     with pytest.raises(ShapeError, match="No adapter fits the student's value"):
-        trained(Objective((Term("fitnet", 1.0, student="down", teacher="logits"),)))
+        trained(Objective((Term("fitnet", 1.0, student_layer="down", teacher_layer="logits"),)))
 
 
 def test_a_temperature_of_zero_is_refused():
     with pytest.raises(UsageError, match="the temperature of 'kd' is 0; a number above 0 is needed"):
-        Objective((Term("kd", 1.0, 0),))
+        Objective((Term("kd", 1.0, temperature=0),))
 
 
 def test_an_option_that_a_loss_lacks_is_refused():
@@ -172,7 +172,7 @@ def test_a_ramp_goes_in_a_line_and_stays():
 
 
 def test_gradients_are_balanced_to_the_weights():
-    objective = Objective((Term("kd", 1.0, 4.0),), label_weight=1.0, balance="gradient")
+    objective = Objective((Term("kd", 1.0, temperature=4.0),), label_weight=1.0, balance="gradient")
     whole = ArrayData(data().inputs, data().targets, batch_size=24)
     training = Training(epochs=5, learning_rate=1e-6)
     found = distill(Net(4), Net(6), whole, objective=objective, training=training, check_teacher=False)
@@ -186,11 +186,11 @@ def test_samples_without_a_label_are_charged_by_the_teacher_alone():
     labels[::2] = -100
     half = ArrayData(some.inputs, labels, batch_size=12)
     found = distill(Net(4), Net(6), half, training=Training(epochs=1), check_teacher=False)
-    assert set(found.history[0]["parts"]) == {"label", "kd"}
+    assert set(found.history[0]["terms"]) == {"label", "kd"}
     bare = ArrayData(some.inputs, None, batch_size=12)
     with pytest.warns(UserWarning, match="not evaluated, since no sample has a label to compare with"):
         found = distill(Net(4), Net(6), bare, training=Training(epochs=1))
-    assert set(found.history[0]["parts"]) == {"kd"}
+    assert set(found.history[0]["terms"]) == {"kd"}
 
 
 def test_accumulated_batches_make_the_step_of_one_batch():
@@ -209,7 +209,7 @@ def test_accumulated_batches_make_the_step_of_one_batch():
             student(),
             teacher,
             ArrayData(inputs, targets, batch_size=size),
-            training=Training(epochs=1, accumulate=24 // size, schedule="constant"),
+            training=Training(epochs=1, gradient_accumulation_steps=24 // size, schedule="constant"),
             check_teacher=False,
         ).model
         for size in (24, 6)
@@ -220,7 +220,7 @@ def test_accumulated_batches_make_the_step_of_one_batch():
 
 def test_the_moving_average_is_given_back():
     plain = trained(Objective.kd(), training=Training(epochs=1, seed=3), student=_seeded()).model
-    slow = trained(Objective.kd(), training=Training(epochs=1, seed=3, ema=0.999), student=_seeded()).model
+    slow = trained(Objective.kd(), training=Training(epochs=1, seed=3, ema_decay=0.999), student=_seeded()).model
     start = _seeded()
     moved = [(a - b).abs().sum().item() for a, b in zip(plain.parameters(), start.parameters(), strict=True)]
     little = [(a - b).abs().sum().item() for a, b in zip(slow.parameters(), start.parameters(), strict=True)]
@@ -236,7 +236,7 @@ def _seeded():
 def test_a_store_teaches_what_its_teacher_does(tmp_path, keep):
     """Up to the 16 bits in which it keeps what the teacher said."""
     torch.manual_seed(2)
-    teacher, objective = Net(6), Objective((Term("kd", 0.9, 2.0),), label_weight=0.1)
+    teacher, objective = Net(6), Objective((Term("kd", 0.9, temperature=2.0),), label_weight=0.1)
     teacher.head.weight.data *= 20  # so that it says something
     training = Training(epochs=2, learning_rate=0.01)
     store = build(tmp_path / "store", teacher, data(), keep=keep, temperature=2.0 if isinstance(keep, TopK) else 1.0)
@@ -244,7 +244,7 @@ def test_a_store_teaches_what_its_teacher_does(tmp_path, keep):
         distill(_seeded(), source, data(), objective=objective, training=training, check_teacher=False).history
         for source in (teacher, store)
     )
-    assert stored[-1]["parts"] == pytest.approx(live[-1]["parts"], rel=2e-3, abs=1e-4)
+    assert stored[-1]["terms"] == pytest.approx(live[-1]["terms"], rel=2e-3, abs=1e-4)
 
 
 def test_a_store_of_other_data_or_temperature_is_refused(tmp_path):
@@ -289,7 +289,7 @@ def test_a_batch_in_which_nothing_counts_adds_nothing_to_its_step():
     def learned(data, accumulate):
         torch.manual_seed(3)
         models = [nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)).double() for _ in range(2)]
-        training = Training(epochs=1, accumulate=accumulate, schedule="constant", weight_decay=0.0)
+        training = Training(epochs=1, gradient_accumulation_steps=accumulate, schedule="constant", weight_decay=0.0)
         return distill(*models, data, objective=Objective.preset("causal"), training=training, check_teacher=False)
 
     both = learned(ArrayData(tokens, labels, batch_size=2), 2).model
@@ -300,8 +300,8 @@ def test_a_batch_in_which_nothing_counts_adds_nothing_to_its_step():
 
 
 def test_a_term_that_begins_later_leaves_the_first_step_empty():
-    objective = Objective((Term("kd", Ramp(0.0, 1.0, epochs=1), 2.0),), label_weight=0.0)
-    assert trained(objective).history[-1]["parts"].keys() == {"kd"}
+    objective = Objective((Term("kd", Ramp(0.0, 1.0, epochs=1), temperature=2.0),), label_weight=0.0)
+    assert trained(objective).history[-1]["terms"].keys() == {"kd"}
 
 
 def test_teachers_of_other_classes_are_refused():
@@ -313,7 +313,7 @@ def test_several_teachers_speak_through_an_adapter_together():
     """Mean probabilities of two that are the same are those of one."""
     teacher, objective = Net(6), Objective.preset("ofa")
     one, two = (trained(objective, _seeded(), t).history for t in (teacher, [teacher, teacher]))
-    assert two[0]["parts"] == pytest.approx(one[0]["parts"], rel=1e-5)
+    assert two[0]["terms"] == pytest.approx(one[0]["terms"], rel=1e-5)
     with pytest.raises(UsageError, match="has an adapter, which takes one teacher, and there are 2 to add up"):
         trained(Objective.preset("ofa", teachers="sum"), teacher=[teacher, teacher])
 
@@ -321,9 +321,9 @@ def test_several_teachers_speak_through_an_adapter_together():
 def test_what_a_record_of_the_largest_scores_cannot_serve_is_refused(tmp_path):
     store = build(tmp_path / "store", Net(6), data(), keep=TopK(2))
     for term, sentence in (
-        (Term("dkd", 1.0, 1.0), "needs all logits of the teacher"),
-        (Term("kd", 1.0, 1.0, options={"standardize": True}), "states standardize"),
-        (Term("top-k", 1.0, 1.0, options={"k": 3}), "takes the 3 largest logits; the store holds 2"),
+        (Term("dkd", 1.0, temperature=1.0), "needs all logits of the teacher"),
+        (Term("kd", 1.0, temperature=1.0, options={"standardize": True}), "states standardize"),
+        (Term("top-k", 1.0, temperature=1.0, options={"k": 3}), "takes the 3 largest logits; the store holds 2"),
     ):
         with pytest.raises(UsageError, match=sentence):
             distill(Net(4), store, data(), objective=Objective((term,)))
@@ -333,11 +333,11 @@ def test_an_unknown_loss_on_labels_or_place_is_answered_before_any_work():
     with pytest.raises(UnknownNameError, match="no label-loss 'crossentropy'"):
         Objective(label_loss="crossentropy")
     with pytest.raises(UsageError, match="is not a layer name"):
-        Term("fitnet", student="layer[").problems()
+        Term("fitnet", student_layer="layer[").problems()
 
 
 def test_a_term_that_hardly_teaches_is_doubted_once():
-    objective = Objective((Term("kd", 1e-7, 2.0),))
+    objective = Objective((Term("kd", 1e-7, temperature=2.0),))
     with pytest.warns(UserWarning, match="of the gradient") as heard:
         trained(objective)
     label, kd = sorted((str(warning.message) for warning in heard), reverse=True)
@@ -347,7 +347,7 @@ def test_a_term_that_hardly_teaches_is_doubted_once():
     assert "the other terms have almost no effect" in label
     told = []
     trained(objective, hooks=TrainingHooks(event=told.append))
-    assert len([event for event in told if event["event"] == "doubt"]) == 2
+    assert len([event for event in told if event["event"] == "warning"]) == 2
 
 
 def test_a_run_that_is_cut_within_an_epoch_ends_in_the_same_bits():
@@ -356,9 +356,9 @@ def test_a_run_that_is_cut_within_an_epoch_ends_in_the_same_bits():
     class Enough(Exception):  # noqa: N818 - no fault
         pass
 
-    terms = (Term("kd", Ramp(0.1, 1.0, 2), 2.0), Term("fitnet", 0.5, student="down"))
+    terms = (Term("kd", Ramp(0.1, 1.0, 2), temperature=2.0), Term("fitnet", 0.5, student_layer="down"))
     objective = Objective(terms, balance="gradient")
-    training = Training(epochs=3, learning_rate=0.01, ema=0.9, accumulate=2)
+    training = Training(epochs=3, learning_rate=0.01, ema_decay=0.9, gradient_accumulation_steps=2)
     many = ArrayData(data(48).inputs, data(48).targets, batch_size=6)
 
     def run(**hooks):
@@ -387,9 +387,9 @@ def _teacher():
 
 def test_a_weight_that_the_run_is_too_short_for_is_doubted():
     told = []
-    objective = Objective((Term("kd", Ramp(0.0, 2.0, epochs=4, after=1), 2.0),))
+    objective = Objective((Term("kd", Ramp(0.0, 2.0, epochs=4, after=1), temperature=2.0),))
     trained(objective, hooks=TrainingHooks(event=told.append))
-    texts = [event["text"] for event in told if event["event"] == "doubt"]
+    texts = [event["text"] for event in told if event["event"] == "warning"]
     assert any(
         "The weight of the term 'kd' comes to 2 after 5 epochs, and the run ends after" in text for text in texts
     )

@@ -40,9 +40,9 @@ def test_each_has_a_sentence_and_a_source(one):
         (
             Objective(
                 (
-                    Term("dkd", Ramp(0.0, 2.0, 10.0), Ramp(4.0, 1.0, 5.0)),
-                    Term("fitnet", 3.0, student="layer2", teacher="layer3", adapter="fitnet"),
-                    Term("hcl", 1.0, student="auto", options={"sizes": (2, 1)}),
+                    Term("dkd", Ramp(0.0, 2.0, 10.0), temperature=Ramp(4.0, 1.0, 5.0)),
+                    Term("fitnet", 3.0, student_layer="layer2", teacher_layer="layer3", adapter="fitnet"),
+                    Term("hcl", 1.0, student_layer="auto", options={"sizes": (2, 1)}),
                 ),
                 label_weight=0.0,
             ),

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kirsch
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.chain import born_again, distill_chain, ensemble
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.mutual import distill_mutually
@@ -19,7 +20,6 @@ from kirsch.distillation.store import Dense
 from kirsch.distillation.store import build as build_store
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, Interrupted, ShapeError, UnknownNameError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 
 N, D, K = 24, 6, 3
@@ -79,7 +79,9 @@ def test_each_link_is_a_distillation_from_the_model_before_it():
 
 
 def test_each_link_may_learn_from_all_before_it_with_the_nearest_first():
-    objective = Objective((Term("kd", 0.5, 2.0), Term("l2-normalized", 0.1, student="0", adapter="linear")))
+    objective = Objective(
+        (Term("kd", 0.5, temperature=2.0), Term("l2-normalized", 0.1, student_layer="0", adapter="linear"))
+    )
     given = models()
     found = chain(learn_from="all", objective=objective)
     guides = [[given[0]], [found[0].model, given[0]], [found[1].model, found[0].model, given[0]]]
@@ -92,7 +94,7 @@ def test_links_may_have_objectives_and_settings_of_their_own():
     trainings = [Training(epochs=epochs, learning_rate=0.1) for epochs in (1, 2, 3)]
     found = chain(training=trainings, objective=[Objective.kd(), Objective.preset("wsld"), Objective.labels(0.1)])
     assert [len(trained.history) for trained in found] == [1, 2, 3]
-    assert [set(trained.history[-1]["parts"]) for trained in found] == [{"label", "kd"}, {"label", "wsld"}, {"label"}]
+    assert [set(trained.history[-1]["terms"]) for trained in found] == [{"label", "kd"}, {"label", "wsld"}, {"label"}]
 
 
 def test_events_say_which_link_they_are_of():
@@ -120,7 +122,7 @@ def loader():
 @pytest.mark.parametrize(("make", "stop_at"), [(data, 3), (data, 10), (data, 30), (loader, 12), (loader, 20)])
 def test_a_chain_that_is_cut_anywhere_ends_in_the_same_bits(make, stop_at):
     """Each link asks ten times: after each of 4 batches, and after each of 2 epochs; at 10 and 30 a link is done."""
-    training, asked, states, told = Training(epochs=2, learning_rate=0.1, ema=0.9), [], [], []
+    training, asked, states, told = Training(epochs=2, learning_rate=0.1, ema_decay=0.9), [], [], []
 
     def run(**hooks):
         return chain_of(make(), learn_from="all", training=training, hooks=TrainingHooks(**hooks))
@@ -207,13 +209,13 @@ def test_generations_begin_with_fresh_weights_and_learn_from_the_last():
         )
         assert same(found[number].model, alone.model)
         teacher = alone.model
-    assert [set(trained.history[0]["parts"]) for trained in found] == [{"label"}, {"label", "kd"}, {"label", "kd"}]
+    assert [set(trained.history[0]["terms"]) for trained in found] == [{"label"}, {"label", "kd"}, {"label", "kd"}]
 
 
 def test_generations_may_begin_from_a_teacher_that_is_there():
     teacher = fit(net(5, 3), data(), training=Training(epochs=8)).model
     found = born_again(build, data(), generations=2, teacher=teacher, training=SHORT, objective=Objective.kd(1.0, 1.0))
-    assert [set(trained.history[0]["parts"]) for trained in found] == [{"kd"}, {"kd"}]
+    assert [set(trained.history[0]["terms"]) for trained in found] == [{"kd"}, {"kd"}]
 
 
 def test_generations_that_are_cut_end_in_the_same_bits():
@@ -284,7 +286,7 @@ def test_models_that_write_into_their_inputs_do_not_change_what_others_see():
 
 def test_an_ensemble_teaches_as_its_models_do_together():
     members = models()[:2]
-    objective = Objective((Term("kd", 0.5, 1.0),))
+    objective = Objective((Term("kd", 0.5, temperature=1.0),))
     options = {"objective": objective, "training": SHORT, "check_teacher": False}
     one, several = (distill(net(3, 9), teacher, data(), **options) for teacher in (ensemble(members), members))
     assert one.history[-1]["loss"] == pytest.approx(several.history[-1]["loss"], rel=1e-9)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses.detection import detection_response, detr
 from kirsch.distillation.losses.labels import hard_label
@@ -15,7 +16,6 @@ from kirsch.distillation.losses.maps import channel_wise
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.inference.predict import logits_of
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -71,7 +71,7 @@ def test_a_segmentation_student_learns_from_channels_and_labels(segmenters):
     with torch.no_grad():
         student_out, teacher_out = (model(torch.from_numpy(data.inputs))["out"] for model in segmenters)
     label = F.cross_entropy(student_out, torch.from_numpy(data.targets))
-    assert result.history[0]["parts"] == pytest.approx(
+    assert result.history[0]["terms"] == pytest.approx(
         {"label": float(label), "cwd": 5 * float(channel_wise(student_out, teacher_out))}, rel=1e-6
     )
 
@@ -79,14 +79,14 @@ def test_a_segmentation_student_learns_from_channels_and_labels(segmenters):
 def test_soft_targets_of_pixels_leave_out_pixels_without_a_label(segmenters):
     student, teacher = segmenters
     data = pixels()
-    result = run_distill(student, teacher, data, Objective((Term("pixel-kd", 1.0, 2.0),), label_weight=0.0))
+    result = run_distill(student, teacher, data, Objective((Term("pixel-kd", 1.0, temperature=2.0),), label_weight=0.0))
     with torch.no_grad():
         log_s, log_t = (
             (model(torch.from_numpy(data.inputs))["out"].movedim(1, -1) / 2).log_softmax(-1) for model in segmenters
         )
     known = torch.from_numpy(data.targets) != -100
     expected = 4 * F.kl_div(log_s[known], log_t[known], log_target=True, reduction="batchmean")
-    assert result.history[0]["parts"] == pytest.approx({"pixel-kd": float(expected)}, rel=1e-6)
+    assert result.history[0]["terms"] == pytest.approx({"pixel-kd": float(expected)}, rel=1e-6)
 
 
 def test_pixel_accuracy_leaves_out_pixels_without_a_label(segmenters):
@@ -126,7 +126,7 @@ def test_cross_entropy_of_pixels_equals_that_of_pytorch():
 
 
 def test_features_of_a_segmentation_model_are_distilled_through_an_adapter(segmenters):
-    objective = Objective((Term("cwd", 10.0, student="output.aux"), Term("at", 10.0, student="body")))
+    objective = Objective((Term("cwd", 10.0, student_layer="output.aux"), Term("at", 10.0, student_layer="body")))
     result = run_distill(*segmenters, pixels(batch_size=6), objective, Training(epochs=2, learning_rate=0.01))
     assert np.isfinite(result.history[-1]["loss"])
 
@@ -165,50 +165,52 @@ def scenes():
 def sides(models, data):
     with torch.no_grad():
         outs = [model(torch.from_numpy(data.inputs)) for model in models]
-    return [{"scores": out["pred_logits"], "boxes": out["pred_boxes"]} for out in outs]
+    return [{"logits": out["pred_logits"], "boxes": out["pred_boxes"]} for out in outs]
 
 
-SET = {"scores": "logits", "boxes": "output.pred_boxes"}
+SET = {"logits": "logits", "boxes": "output.pred_boxes"}
 
 
 def test_a_detr_student_with_fewer_queries_learns():
     models, data = (detector(4, 5), detector(6, 8)), scenes()
-    objective = Objective((Term("detr", 1.0, student=SET),), label_weight=0.0)
+    objective = Objective((Term("detr", 1.0, student_layer=SET),), label_weight=0.0)
     events = []
     result = run_distill(*models, data, objective, hooks=TrainingHooks(event=events.append))
-    assert result.history[0]["parts"] == pytest.approx({"detr": float(detr(*sides(models, data)))}, rel=1e-6)
+    assert result.history[0]["terms"] == pytest.approx({"detr": float(detr(*sides(models, data)))}, rel=1e-6)
     (event,) = (event for event in events if event["event"] == "attached")
     assert event["pairs"][0]["student"] == SET
-    assert event["pairs"][0]["student_shape"] == "scores 4 × 4, boxes 4 × 4"
+    assert event["pairs"][0]["student_shape"] == "logits 4 × 4, boxes 4 × 4"
     better = run_distill(*models, data, objective, Training(epochs=20, learning_rate=0.02))
     assert better.history[-1]["loss"] < 0.7 * better.history[0]["loss"]
 
 
 def test_a_student_with_a_dense_head_learns():
     models, data = (detector(5, 5), detector(5, 8)), scenes()
-    objective = Objective((Term("detection-response", 1.0, student=SET),), label_weight=0.0)
+    objective = Objective((Term("detection-response", 1.0, student_layer=SET),), label_weight=0.0)
     result = run_distill(*models, data, objective)
     expected = float(detection_response(*sides(models, data)))
-    assert result.history[0]["parts"] == pytest.approx({"detection-response": expected}, rel=1e-6)
+    assert result.history[0]["terms"] == pytest.approx({"detection-response": expected}, rel=1e-6)
     better = run_distill(*models, data, objective, Training(epochs=20, learning_rate=0.02))
     assert better.history[-1]["loss"] < 0.7 * better.history[0]["loss"]
 
 
 def test_outputs_of_a_tuple_are_named_by_index():
     models, data = (detector(5, 5, "tuple"), detector(5, 8)), scenes()
-    term = Term("detection-response", 1.0, student={"scores": "output.0", "boxes": "output.1"}, teacher=SET)
+    term = Term("detection-response", 1.0, student_layer={"logits": "output.0", "boxes": "output.1"}, teacher_layer=SET)
     result = run_distill(*models, data, Objective((term,), label_weight=0.0))
-    expected = run_distill(detector(5, 5), models[1], data, Objective((Term("detection-response", 1.0, student=SET),)))
-    assert result.history[0]["parts"] == expected.history[0]["parts"]
+    expected = run_distill(
+        detector(5, 5), models[1], data, Objective((Term("detection-response", 1.0, student_layer=SET),))
+    )
+    assert result.history[0]["terms"] == expected.history[0]["terms"]
 
 
 def test_binary_kd_applies_to_every_class_of_a_dense_head():
     models, data = (detector(5, 5), detector(5, 8)), scenes()
-    result = run_distill(*models, data, Objective((Term("binary-kd", 1.0, 1.0),), label_weight=0.0))
-    student_out, teacher_out = (side["scores"] for side in sides(models, data))
+    result = run_distill(*models, data, Objective((Term("binary-kd", 1.0, temperature=1.0),), label_weight=0.0))
+    student_out, teacher_out = (side["logits"] for side in sides(models, data))
     cross_entropy = F.binary_cross_entropy_with_logits(student_out, teacher_out.sigmoid(), reduction="none")
     entropy = F.binary_cross_entropy_with_logits(teacher_out, teacher_out.sigmoid(), reduction="none")
-    assert result.history[0]["parts"] == pytest.approx(
+    assert result.history[0]["terms"] == pytest.approx(
         {"binary-kd": float((cross_entropy - entropy).sum(-1).mean())}, rel=1e-6
     )
 
@@ -216,10 +218,12 @@ def test_binary_kd_applies_to_every_class_of_a_dense_head():
 def test_unequal_numbers_of_cells_and_unknown_outputs_are_refused():
     data = scenes()
     with pytest.raises(ShapeError, match=r"'detection-response' cannot compare `logits`, `output.pred_boxes`"):
-        run_distill(detector(4, 5), detector(5, 8), data, Objective((Term("detection-response", 1.0, student=SET),)))
-    other = {"scores": "logits", "boxes": "output.pred_box"}
+        run_distill(
+            detector(4, 5), detector(5, 8), data, Objective((Term("detection-response", 1.0, student_layer=SET),))
+        )
+    other = {"logits": "logits", "boxes": "output.pred_box"}
     with pytest.raises(UnknownNameError, match=r"no output 'pred_box'\. .* Did you mean 'pred_boxes'\?"):
-        run_distill(detector(4, 5), detector(5, 8), data, Objective((Term("detr", 1.0, student=other),)))
+        run_distill(detector(4, 5), detector(5, 8), data, Objective((Term("detr", 1.0, student_layer=other),)))
 
 
 def test_logits_are_found_among_the_outputs_of_a_model():

@@ -1,228 +1,139 @@
-"""Callables that do something else are described by something else, or they are refused."""
+"""Transforms describe themselves by their fields, callables of the user by a declared version, or they are refused."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import json
-import re
-import threading
-from enum import Enum
-from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from kirsch.distillation.store.description import described
+from distillation.stores import versioned
+from kirsch.data.augment import Chain, Crop, Flip
+from kirsch.distillation.store.description import description
 from kirsch.errors import UsageError
-from kirsch.frameworks.augment import Chain, Flip
 
 
-def told(value):
-    return json.dumps(described(value), sort_keys=True)
+def louder(batch, random):
+    return batch * random.uniform(0.5, 2)
 
 
-class Options:
-    def __init__(self, amount):
-        self.amount = amount
+@versioned
+def quieter(batch, random):
+    return batch * random.uniform(0, 0.5)
 
 
-class Slotted:
-    __slots__ = ("amount",)
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A transform of the user, with settings."""
 
-    def __init__(self, amount):
-        self.amount = amount
+    amount: object = 1.0
+    version: ClassVar[str] = "1"
 
-    def __call__(self, batch, _random):
+    def __call__(self, batch, random):
         return batch * self.amount
 
 
-class Derived(Slotted):
-    __slots__ = ("further",)
+class Shared:
+    """A transform whose objects have settings and one version."""
+
+    version = "1"
 
     def __init__(self, amount):
-        super().__init__(1)
-        self.further = amount
-
-
-@dataclasses.dataclass
-class Numbers:
-    amount: object
-
-
-class Kind(Enum):
-    ONE = 1
-    TWO = 2
-
-
-class Layer(nn.Module):
-    def __init__(self, amount):
-        super().__init__()
         self.amount = amount
 
-    def forward(self, batch):
+    def __call__(self, batch, random):
         return batch * self.amount
 
 
-class Listed(nn.Module):
-    """As torchvision's Compose, which does not register what it calls."""
+class Stated:
+    """A transform whose objects state their own version."""
 
-    def __init__(self, *stages):
-        super().__init__()
-        self.stages = list(stages)
-
-
-class Buffered(nn.Module):
     def __init__(self, amount):
-        super().__init__()
-        self.register_buffer("amount", torch.tensor(float(amount)), persistent=False)
+        self.version = f"1 amount={amount}"
+        self.amount = amount
+
+    def __call__(self, batch, random):
+        return batch * self.amount
+
+    def double(self, batch, random):
+        return 2 * batch * self.amount
 
 
-def enclosing(value):
-    def scaled(batch, _random):
-        return batch, value
+class Computed(Shared):
+    """A transform whose version is a property."""
 
-    return scaled
+    @property
+    def version(self):
+        return f"1 amount={self.amount}"
 
 
-def marked(amount):
-    def scaled(batch, _random):
+class Stateless:
+    version = 3
+
+    def __call__(self, batch, random):
         return batch
 
-    scaled.amount = amount
-    return scaled
+
+def test_transform_of_kirsch_is_described_by_its_fields():
+    chain = Chain(Crop(2), Flip(), quieter)
+    name = f"{__name__}.quieter"
+    assert description(chain) == f"Chain(stages=(Crop(padding=2), Flip(probability=0.5), {name} version 1))"
+    assert description(None) is None
 
 
-def wrapping(amount):
-    def outer(function):
-        @functools.wraps(function)
-        def inner(batch, random):
-            return amount * function(batch, random)
-
-        return inner
-
-    return outer(marked(0))
+def test_callable_of_the_user_is_described_by_its_name_and_version():
+    assert description(quieter) == f"{__name__}.quieter version 1"
+    assert description(Stateless()) == f"{__name__}.Stateless version 3"
+    assert description(Stated(2)) == f"{__name__}.Stated version 1 amount=2"
+    assert description(Scaled(2.5)) == f"{__name__}.Scaled(amount=2.5) version 1"
 
 
-def looped(amount):
-    found = Options(amount)
-    found.own = found
-    found.listed = [found]
-    return found
+def partial(version, **options):
+    return versioned(functools.partial(louder, **options), version)
 
 
-MADE = {
-    "an object": Options,
-    "slots": Slotted,
-    "slots of a derived class": Derived,
-    "a method": lambda amount: Slotted(amount).__call__,
-    "a dataclass": Numbers,
-    "a number deep within": lambda amount: Options([{"a": (Numbers(amount),)}]),
-    "a tensor": lambda amount: torch.tensor([float(amount)]),
-    "a tensor of 16 bits": lambda amount: torch.tensor([amount], dtype=torch.bfloat16),
-    "an array of objects": lambda amount: np.array([Options(amount)], object),
-    "a set": lambda amount: {f"a{amount}", "b", "c"},
-    "bytes": lambda amount: bytes([amount]),
-    "a choice": Kind,
-    "a pattern": lambda amount: re.compile(f"a{amount}"),
-    "a path": lambda amount: Path(f"a{amount}"),
-    "a generator of numbers": np.random.default_rng,
-    "a type of numbers": lambda amount: [torch.float16, torch.float32][amount - 1],
-    "a module's setting": Layer,
-    "a module within one": lambda amount: nn.Sequential(Layer(amount)),
-    "a module in a list of one": lambda amount: Listed(Layer(amount)),
-    "a function in a list of a module": lambda amount: Listed(enclosing(amount)),
-    "a buffer beside the weights": Buffered,
-    "weights": lambda amount: (
-        nn.utils.skip_init(nn.Linear, 1, 1)
-        .requires_grad_(requires_grad=False)
-        .apply(lambda layer: (layer.weight.fill_(amount), layer.bias.fill_(0)))
-    ),
-    "an attribute of a function": marked,
-    "a decorator": wrapping,
-    "what caches a function": lambda amount: functools.lru_cache(enclosing(amount)),
-    "an object that holds itself": looped,
-    "a lambda of one line": lambda amount: [lambda b, _: b * 1, lambda b, _: b * 3][amount - 1],
-}
+def test_different_settings_or_versions_have_different_descriptions():
+    first, second = nn.Identity(), nn.Identity()
+    first.version, second.version = "1", "2"
+    values = [
+        None,
+        *(Crop(1), Crop(2), Flip(), Chain(Flip()), Chain(Flip(), Flip()), Chain(Flip(), quieter)),
+        *(quieter, Scaled(1.0), Scaled(2.0), Scaled((1, 2)), Scaled("1.0"), Scaled(None), Scaled(quieter)),
+        *(Stated(1), Stated(2), Stated(1).double, Stated(2).double, Computed(1), Computed(2)),
+        *(partial("1"), partial("2"), first, second),
+    ]
+    described = [description(value) for value in values]
+    assert len(set(described)) == len(values)
+    assert described == [description(value) for value in values]
 
 
-@pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
-def test_what_differs_is_described_otherwise_and_what_is_alike_alike(make):
-    one, again, other = (told(enclosing(make(amount))) for amount in (1, 1, 2))
-    assert one == again
-    assert one != other
+@pytest.mark.parametrize(
+    "value",
+    [louder, Chain(Flip(), louder), Scaled(louder), functools.partial(quieter), nn.Identity(), nn.Identity().forward],
+)
+def test_callable_without_a_version_is_refused_with_the_fix(value):
+    with pytest.raises(
+        UsageError, match=r'has no version\. .* not by its code\. .* f\.version = "1", and self\.version'
+    ):
+        description(value)
 
 
-def test_functions_and_values_of_all_bases_count_as_they_are_now(monkeypatch):
-    class Base:
-        amount = 1
-
-        def __call__(self, batch, _random):
-            return batch * self.amount
-
-    class Mine(Base):
-        pass
-
-    seen = [told(Mine())]
-    monkeypatch.setattr(Base, "amount", 2)
-    seen.append(told(Mine()))
-    monkeypatch.setattr(Base, "__call__", lambda _self, batch, _random: batch * 3)
-    seen.append(told(Mine()))
-    assert len(set(seen)) == 3
+@pytest.mark.parametrize("version", [True, "", 1.5, ["1"]])
+def test_version_is_a_text_or_a_whole_number(version):
+    with pytest.raises(UsageError, match=r"Identity has .* as version; expected a text or a whole number"):
+        description(versioned(nn.Identity(), version))
 
 
-def test_who_else_holds_an_object_does_not_count():
-    flip, options = Flip(), Options(1)
-    assert told(Chain(flip, flip)) == told(Chain(Flip(), Flip()))
-    assert told(enclosing([options, options])) == told(enclosing([Options(1), Options(1)]))
+def test_version_of_a_class_does_not_tell_its_objects_apart():
+    with pytest.raises(UsageError, match=r"for all objects, which may differ in `amount`\. .*f\"1 amount={amount}\""):
+        description(Shared(1))
 
 
-def test_a_web_of_objects_is_described_in_no_time():
-    """Each of 60 holds the one before twice: 2⁶⁰ ways lead to the first."""
-    found = Options(1)
-    for _ in range(60):
-        found = Options([found, found])
-    assert len(told(enclosing(found))) < 1000
-
-
-def test_the_weights_of_a_model_may_be_watched(monkeypatch):
-    model = nn.Sequential(nn.Linear(2, 2))
-    before = told(enclosing(model))
-    handle = model[0].register_forward_hook(lambda *_: None)
-    assert told(enclosing(model)) == told(enclosing(model.train())) == before
-    told(enclosing(handle))
-
-
-@contextlib.contextmanager
-def quietly():
-    yield
-
-
-class Decorated(nn.Module):
-    """As models of transformers: what decorates them holds generators."""
-
-    @quietly()
-    def forward(self, batch):
-        return super().forward(batch)
-
-
-def test_what_decorates_a_model_is_no_reason_to_refuse_it(monkeypatch):
-    before = told(enclosing(Decorated()))
-    assert before == told(enclosing(Decorated()))
-    monkeypatch.setattr(Decorated, "forward", lambda _self, batch: batch)
-    assert told(enclosing(Decorated())) != before
-
-
-def test_what_cannot_be_described_is_refused_and_named(tmp_path):
-    with (tmp_path / "file").open("w") as file:
-        for held, kind, path in (
-            (file, "_io.TextIOWrapper", "value"),
-            (Options({"a": [threading.Lock()]}), r"_thread\.lock", r"value\.amount\.a\.0"),
-            ((number for number in range(3)), "builtins.generator", "value"),
-        ):
-            sentence = rf"enclosing.* holds a {kind} as `{path}`, which cannot be described\. .*Let it hold numbers"
-            with pytest.raises(UsageError, match=sentence):
-                described(enclosing(held))
+@pytest.mark.parametrize("amount", [np.ones(3), torch.ones(3), {"a": 1}])
+def test_field_that_cannot_be_described_is_named(amount):
+    with pytest.raises(UsageError, match=r"The field `amount` of .*Scaled is .*, which a store cannot describe\. Use"):
+        description(Scaled(amount))

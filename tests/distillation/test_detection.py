@@ -30,7 +30,7 @@ def random_side(seed, queries, samples=2, classes=4):
     """Return random logits, and boxes with an area."""
     random = np.random.default_rng(seed)
     return {
-        "scores": 2 * random.standard_normal((samples, queries, classes)),
+        "logits": 2 * random.standard_normal((samples, queries, classes)),
         "boxes": random.uniform(0.1, 0.6, (samples, queries, 4)),
     }
 
@@ -103,7 +103,7 @@ def test_cells_are_weighted_by_the_largest_probability(framework):
     """Squared differences 4 and 9 in two cells with largest probabilities 3/4 and 1/4."""
     student, maps = framework([[[[2.0, 3.0]]]]), framework(np.zeros((1, 1, 1, 2)))
     scores = framework(np.log([[[[3.0, 0.25]], [[0.25, 1 / 3]]]]))  # odds
-    value = float(detection_features(student, {"maps": maps, "scores": scores}))
+    value = float(detection_features(student, {"maps": maps, "logits": scores}))
     assert value == pytest.approx(0.75 * 4 + 0.25 * 9, rel=1e-13)
     assert float(detection_features(student, maps)) == 6.5
 
@@ -112,7 +112,7 @@ def test_the_gradient_of_feature_maps_is_weighted_and_reaches_the_student_only()
     random = np.random.default_rng(0)
     student, maps = (torch.from_numpy(side) for side in random.standard_normal((2, 2, 3, 4, 4)))
     scores = torch.from_numpy(random.standard_normal((2, 5, 4, 4))).requires_grad_()
-    detection_features(student.requires_grad_(), {"maps": maps, "scores": scores}).backward()
+    detection_features(student.requires_grad_(), {"maps": maps, "logits": scores}).backward()
     weights = torch.sigmoid(scores.detach()).amax(1)  # (N, H, W)
     expected = 2 * (student.detach() - maps) * weights[:, None] / 3 / weights.sum()
     np.testing.assert_allclose(student.grad, expected, rtol=1e-12)
@@ -120,16 +120,16 @@ def test_the_gradient_of_feature_maps_is_weighted_and_reaches_the_student_only()
 
 
 def test_feature_maps_without_confident_cells_add_nothing():
-    maps = {"maps": np.zeros((1, 2, 3, 3)), "scores": np.full((1, 4, 3, 3), -1e4)}
+    maps = {"maps": np.zeros((1, 2, 3, 3)), "logits": np.full((1, 4, 3, 3), -1e4)}
     assert detection_features({"maps": np.ones((1, 2, 3, 3))}, maps) == 0
 
 
 def test_logits_with_other_cells_than_the_maps_are_refused():
     maps = np.zeros((1, 2, 3, 3))
     with pytest.raises(ShapeError, match=r"logits have shape \(1, 4, 3, 2\), its maps \(1, 2, 3, 3\)\. They must be"):
-        detection_features(maps, {"maps": maps, "scores": np.zeros((1, 4, 3, 2))})
-    with pytest.raises(UsageError, match=r'The teacher returns scores; "maps" are needed'):
-        detection_features(maps, {"scores": maps})
+        detection_features(maps, {"maps": maps, "logits": np.zeros((1, 4, 3, 2))})
+    with pytest.raises(UsageError, match=r'The teacher returns logits; "maps" are needed'):
+        detection_features(maps, {"logits": maps})
 
 
 # ------------------------------------------------------------------------------------------------ dense heads
@@ -138,11 +138,11 @@ def test_logits_with_other_cells_than_the_maps_are_refused():
 def test_response_in_closed_form(framework):
     """Probabilities of teacher and student: 3/4 and 1/2 in cell 0, 1/4 in cell 1, whose boxes do not count."""
     teacher = {
-        "scores": framework(np.log([[[3.0], [1 / 3]]])),
+        "logits": framework(np.log([[[3.0], [1 / 3]]])),
         "boxes": framework([[[0.5, 0.5, 1.0, 1.0], [0.5, 0.5, 0.1, 0.1]]]),
     }
     student = {
-        "scores": framework(np.log([[[1.0], [1 / 3]]])),
+        "logits": framework(np.log([[[1.0], [1 / 3]]])),
         "boxes": framework([[[1.0, 0.5, 1.0, 1.0], [0.1, 0.1, 0.9, 0.9]]]),
     }
     value = float(detection_response(student, teacher, box_weight=3.0, giou_weight=2.0))
@@ -152,22 +152,22 @@ def test_response_in_closed_form(framework):
 def test_the_response_equals_that_of_pytorch():
     """The authors' formula is cross-entropy times |p_t - p_s|, divided by the number of objects."""
     student, teacher = tensors(random_side(0, 6)), tensors(random_side(1, 6))
-    student["scores"].requires_grad_()
-    p_t = torch.sigmoid(teacher["scores"])
-    cross_entropy = F.binary_cross_entropy_with_logits(student["scores"], p_t, reduction="none")
-    weights = (p_t - torch.sigmoid(student["scores"])).abs()
+    student["logits"].requires_grad_()
+    p_t = torch.sigmoid(teacher["logits"])
+    cross_entropy = F.binary_cross_entropy_with_logits(student["logits"], p_t, reduction="none")
+    weights = (p_t - torch.sigmoid(student["logits"])).abs()
     objects = int((p_t.amax(-1) > 0.5).sum())
     assert objects > 1
     expected = (cross_entropy * weights).sum() / objects
     value = detection_response(student, teacher, box_weight=0, giou_weight=0)
     torch.testing.assert_close(value, expected)
-    gradients = [torch.autograd.grad(value, student["scores"])[0] for value in (value, expected)]
+    gradients = [torch.autograd.grad(value, student["logits"])[0] for value in (value, expected)]
     torch.testing.assert_close(*gradients)
 
 
 def with_logits(*cells):
     """Return a side with these logits of cells and equal boxes."""
-    return {"scores": np.array([cells], float), "boxes": np.full((1, len(cells), 4), 0.5)}
+    return {"logits": np.array([cells], float), "boxes": np.full((1, len(cells), 4), 0.5)}
 
 
 def test_an_invented_object_adds_as_much_to_the_response_as_a_missed_one(framework):
@@ -205,7 +205,7 @@ def test_invented_objects_add_to_the_loss_if_the_teacher_detects_nothing():
 
 def test_boxes_are_weighted_by_the_confidence_above_the_threshold():
     student, teacher = random_side(0, 6), random_side(1, 6)
-    confident = sigmoid(teacher["scores"]).max(-1)
+    confident = sigmoid(teacher["logits"]).max(-1)
     distances = np.abs(student["boxes"] - teacher["boxes"]).sum(-1)
     for threshold in (0.0, 0.7, 0.9):
         without_boxes = detection_response(student, teacher, box_weight=0, giou_weight=0, threshold=threshold)
@@ -218,9 +218,9 @@ def test_boxes_are_weighted_by_the_confidence_above_the_threshold():
 
 def test_background_cells_change_the_response_by_less_than_2_percent():
     """A hundred background cells with a small error beside one object."""
-    teacher = {"scores": np.full((1, 101, 3), -9.0), "boxes": np.full((1, 101, 4), 0.5)}
-    teacher["scores"][0, 0, 0] = 3.0
-    student = {"scores": teacher["scores"] + 0.5, "boxes": teacher["boxes"]}
+    teacher = {"logits": np.full((1, 101, 3), -9.0), "boxes": np.full((1, 101, 4), 0.5)}
+    teacher["logits"][0, 0, 0] = 3.0
+    student = {"logits": teacher["logits"] + 0.5, "boxes": teacher["boxes"]}
     object_only = (
         {name: part[:, :1] for name, part in student.items()},
         {name: part[:, :1] for name, part in teacher.items()},
@@ -246,7 +246,7 @@ def test_invalid_options_of_the_response_are_refused(options, message):
 
 def pair_losses(student, teacher, n, i, j, classes):
     """Return the divergence of the classes and the distance of the boxes of the pair (i, j) of sample n."""
-    logits_s, logits_t = student["scores"][n, i], teacher["scores"][n, j]
+    logits_s, logits_t = student["logits"][n, i], teacher["logits"][n, j]
     if classes == "softmax":
         divergence = (softmax(logits_t) * np.log(softmax(logits_t) / softmax(logits_s))).sum()
     else:
@@ -265,7 +265,7 @@ def naive_confidence(logits, classes):
 @pytest.mark.parametrize("seed", range(4))
 def test_detr_is_the_minimum_over_all_permutations(classes, queries, seed):
     student, teacher = random_side(seed, queries[0]), random_side(100 + seed, queries[1])
-    confident = naive_confidence(teacher["scores"], classes)
+    confident = naive_confidence(teacher["logits"], classes)
     chosen = np.argsort(-confident, -1)[:, : queries[0]]  # the most confident ones, if the student has fewer
     weights = np.take_along_axis(confident, chosen, -1)
     class_weights = np.maximum(weights, 0.3)
@@ -298,13 +298,13 @@ def test_unmatched_queries_of_the_student_get_no_gradient():
     assert detr(student, teacher) == pytest.approx(0, abs=1e-12)
     student = {name: torch.from_numpy(part.copy()).requires_grad_() for name, part in student.items()}
     detr(student, tensors(teacher)).backward()
-    assert not student["scores"].grad[:, :4].any()
+    assert not student["logits"].grad[:, :4].any()
     assert not student["boxes"].grad[:, :4].any()
 
 
 def test_queries_without_an_object_count_with_their_classes_only():
     student, teacher = random_side(0, 5), random_side(1, 5)
-    teacher["scores"][:, 2:, -1] += 30.0  # no object
+    teacher["logits"][:, 2:, -1] += 30.0  # no object
     fewer = {name: part[:, :2] for name, part in teacher.items()}
     assert detr(student, teacher, empty_weight=0) == pytest.approx(detr(student, fewer, empty_weight=0), rel=1e-6)
     moved = {**teacher, "boxes": np.concatenate([teacher["boxes"][:, :2], 0.5 * teacher["boxes"][:, 2:]], 1)}
@@ -319,9 +319,9 @@ def test_the_gradient_of_detr_equals_finite_differences(classes, queries):
     student, teacher = tensors(random_side(0, queries[0])), tensors(random_side(1, queries[1]))
 
     def loss_value(logits, boxes):
-        return detr({"scores": logits, "boxes": boxes}, teacher, classes=classes)
+        return detr({"logits": logits, "boxes": boxes}, teacher, classes=classes)
 
-    sides = [student[name].clone().requires_grad_() for name in ("scores", "boxes")]
+    sides = [student[name].clone().requires_grad_() for name in ("logits", "boxes")]
     assert torch.autograd.gradcheck(loss_value, sides, atol=1e-6)
 
 
@@ -340,13 +340,13 @@ def test_matching_works_with_nan_and_infinity():
     samples, rows, columns = match_pairs(costs)
     assert sorted(zip(samples, rows, columns, strict=True)) == [(0, 0, 1), (0, 1, 0)]
     student, teacher = random_side(0, 3), random_side(1, 3)
-    student["scores"][0, 0, 0] = np.nan
+    student["logits"][0, 0, 0] = np.nan
     assert math.isnan(detr(student, teacher))
 
 
 def test_a_student_with_fewer_queries_is_matched_to_the_most_confident():
     """The smallest sum of costs would select the query without an object."""
-    teacher = {"scores": np.array([[[0.0, 5.0], [3.0, 0.0], [2.0, 0.0]]]), "boxes": np.arange(12.0).reshape(1, 3, 4)}
+    teacher = {"logits": np.array([[[0.0, 5.0], [3.0, 0.0], [2.0, 0.0]]]), "boxes": np.arange(12.0).reshape(1, 3, 4)}
     for side in (teacher, tensors(teacher)):
         assert [box[0] for box in most_confident(side, "softmax", 2)["boxes"][0].tolist()] == [4, 8]
         assert most_confident(side, "softmax", 5)["boxes"].shape == (1, 3, 4)
@@ -378,8 +378,8 @@ def test_inconsistent_sets_are_refused():
 def test_inputs_without_logits_and_boxes_are_refused(loss):
     side = random_side(0, 4)
     for other, message in (
-        ({"scores": side["scores"]}, r'The teacher returns scores; a dict of "scores" and "boxes" is needed'),
-        (side["scores"], r'The teacher returns one array; a dict of "scores" and "boxes" is needed'),
+        ({"logits": side["logits"]}, r'The teacher returns logits; a dict of "logits" and "boxes" is needed'),
+        (side["logits"], r'The teacher returns one array; a dict of "logits" and "boxes" is needed'),
     ):
         with pytest.raises(UsageError, match=message):
             loss(side, other)
@@ -388,4 +388,4 @@ def test_inputs_without_logits_and_boxes_are_refused(loss):
         with pytest.raises(ShapeError, match=r"The student's boxes have shape .*; \(2, 4, 4\) is needed"):
             loss(boxes, boxes)
     with pytest.raises(ShapeError, match=r"The student's logits have shape \(8, 4\); \(N, Q, K\) is needed"):
-        loss({**side, "scores": np.ones((8, 4))}, side)
+        loss({**side, "logits": np.ones((8, 4))}, side)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.arrays import detach
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses import LOSSES, hard_label, loss, soft_target
@@ -17,7 +18,6 @@ from kirsch.distillation.mutual import distill_mutually
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, Interrupted, NumericError, ShapeError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.pruning.regularizers import L1
 
@@ -104,7 +104,7 @@ def test_the_history_holds_the_weighted_parts_and_their_sum(student, teacher):
         "label": 0.3 * hard_label(scores, targets),
         "kd": 0.7 * soft_target(scores, teacher_source, temperature=3.0),
     }
-    assert record["parts"] == pytest.approx(parts)
+    assert record["terms"] == pytest.approx(parts)
     assert record["loss"] == pytest.approx(sum(parts.values()))
 
 
@@ -127,15 +127,15 @@ def test_a_student_that_may_equal_its_teacher_comes_to(student, teacher):
 
 def test_a_student_that_equals_its_teacher_is_charged_nothing_and_stays(teacher):
     found = distill(copy.deepcopy(teacher), teacher, whole(), objective=Objective.kd(4.0, 1.0), training=ONE_STEP)
-    assert found.history[0]["parts"] == {"kd": 0.0}
+    assert found.history[0]["terms"] == {"kd": 0.0}
     assert found.first_batch["loss_shares"] == {"kd": 0.0}
     np.testing.assert_allclose(weight(found.model), weight(teacher), atol=1e-16)  # rounding of p - p
 
 
 def test_terms_of_one_loss_are_all_charged(student, teacher):
-    terms = (Term("kd", 0.5, 1.0), Term("kd", 0.25, 4.0), Term("kd", 0.25, 8.0))
+    terms = (Term("kd", 0.5, temperature=1.0), Term("kd", 0.25, temperature=4.0), Term("kd", 0.25, temperature=8.0))
     found = distill(student, teacher, whole(), objective=Objective(terms, label_weight=0.0), training=ONE_STEP)
-    assert set(found.history[0]["parts"]) == {"kd", "kd#2", "kd#3"}
+    assert set(found.history[0]["terms"]) == {"kd", "kd#2", "kd#3"}
     step = sum(term.weight * gradients(student, teacher, term.temperature)[1] for term in terms)
     np.testing.assert_allclose(weight(found.model), weight(student) - 0.1 * NESTEROV * step, rtol=1e-12)
 
@@ -144,7 +144,7 @@ def test_regularizers_of_one_class_are_all_charged(student):
     """The slope of s Σ|w| is s sign(w); 0.01 and 0.02 make 0.03."""
     plain = fit(student, whole(), training=ONE_STEP)
     found = fit(student, whole(), training=ONE_STEP, regularizers=(L1(0.01), L1(0.02)))
-    assert {"L1", "L1#2"} < set(found.history[0]["parts"])
+    assert {"L1", "L1#2"} < set(found.history[0]["terms"])
     difference = weight(found.model) - weight(plain.model)
     np.testing.assert_allclose(difference, -0.1 * NESTEROV * 0.03 * np.sign(weight(student)), rtol=1e-9)
 
@@ -163,7 +163,7 @@ def test_a_term_without_weight_is_not_computed(student, teacher, monkeypatch):
         raise ZeroDivisionError
 
     objective = Objective((Term("broken", 0.0),), label_weight=1.0)
-    assert set(distill(student, teacher, whole(), objective=objective, training=ONE_STEP).history[0]["parts"]) == {
+    assert set(distill(student, teacher, whole(), objective=objective, training=ONE_STEP).history[0]["terms"]) == {
         "label"
     }
 

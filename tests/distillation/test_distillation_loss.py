@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
+from kirsch.data.batches import Batch
 from kirsch.distillation.bound_term import BoundTerm
 from kirsch.distillation.distillation_loss import DistillationLoss
 from kirsch.distillation.losses.loss import get_loss
@@ -15,7 +16,6 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.step import balanced
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError
-from kirsch.frameworks.data import Batch
 
 N, K = 6, 4
 RANDOM = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def bound(term, *, teacher=None, name=None, adapter_name="adapter0"):
 
 
 def outputs(logits):
-    return SimpleNamespace(values={"logits": logits}, joined={}, extra={})
+    return SimpleNamespace(features={"logits": logits}, adapted={}, adapter_losses={})
 
 
 def loss_of_batch(objective, terms, teachers, rows=slice(None), counts=None, labels=LABELS):
@@ -58,16 +58,16 @@ def kl(teacher, temperature):
 
 
 def test_the_total_is_the_weighted_sum_of_the_label_loss_and_the_terms():
-    objective = Objective((Term("kd", 0.9, 4.0),), label_weight=0.1)
+    objective = Objective((Term("kd", 0.9, temperature=4.0),), label_weight=0.1)
     found = loss_of_batch(objective, [bound(objective.terms[0])], [TEACHER])
     known = LABELS >= 0
     cross_entropy = -log_softmax(STUDENT, -1)[known, LABELS[known]].sum() / N  # a sample without a label adds nothing
-    assert found.parts == pytest.approx({"label": 0.1 * cross_entropy, "kd": 0.9 * kl(TEACHER, 4.0)}, rel=1e-12)
-    assert found.total == pytest.approx(sum(found.parts.values()), rel=1e-14)
+    assert found.terms == pytest.approx({"label": 0.1 * cross_entropy, "kd": 0.9 * kl(TEACHER, 4.0)}, rel=1e-12)
+    assert found.total == pytest.approx(sum(found.terms.values()), rel=1e-14)
 
 
 def test_the_losses_of_the_parts_of_a_step_add_up_to_that_of_one_batch():
-    objective = Objective((Term("kd", 0.5, 2.0), Term("wsld", 1.0, 2.0)), label_weight=0.5)
+    objective = Objective((Term("kd", 0.5, temperature=2.0), Term("wsld", 1.0, temperature=2.0)), label_weight=0.5)
     terms = [bound(objective.terms[0]), bound(objective.terms[1], adapter_name="adapter1")]
     loss = DistillationLoss(objective, terms)
     counts = loss.counts([Batch(INPUTS[:2], LABELS[:2]), Batch(INPUTS[2:], LABELS[2:])])
@@ -78,7 +78,7 @@ def test_the_losses_of_the_parts_of_a_step_add_up_to_that_of_one_batch():
 
 
 def test_several_teachers_are_combined_or_named():
-    objective = Objective((Term("kd", 1.0, 2.0),), label_weight=0.0)
+    objective = Objective((Term("kd", 1.0, temperature=2.0),), label_weight=0.0)
     mixture = 2.0 * np.log((softmax(TEACHER / 2, -1) + softmax(SECOND / 2, -1)) / 2)
     both = loss_of_batch(objective, [bound(objective.terms[0])], [TEACHER, SECOND])
     assert both.total == pytest.approx(kl(mixture, 2.0), rel=1e-12)
@@ -87,7 +87,7 @@ def test_several_teachers_are_combined_or_named():
 
 
 def test_a_step_without_a_label_is_an_error():
-    objective = Objective((Term("kd", 1.0, 2.0),), label_weight=1.0, causal=True)
+    objective = Objective((Term("kd", 1.0, temperature=2.0),), label_weight=1.0, causal=True)
     sequences = Batch(INPUTS, np.full((N, 3), -100))
     loss = DistillationLoss(objective, [bound(objective.terms[0])])
     logits = RANDOM.standard_normal((N, 3, K))

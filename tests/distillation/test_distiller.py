@@ -12,21 +12,21 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TopK, build
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, ModelError, NumericError, ShapeError, StoreError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training
 
 K, SIZE = 3, 6
 LENGTH = 24 // SIZE
 WHOLE = Objective(
     (
-        Term("kd", Ramp(0.2, 1.0, epochs=1), 2.0),
-        Term("fitnet", 0.5, student="1"),
-        Term("rkd-distance", 0.3, student="penultimate"),
+        Term("kd", Ramp(0.2, 1.0, epochs=1), temperature=2.0),
+        Term("fitnet", 0.5, student_layer="1"),
+        Term("rkd-distance", 0.3, student_layer="penultimate"),
     ),
     balance="gradient",
 )
@@ -122,7 +122,7 @@ def test_a_loop_that_is_cut_goes_on_in_the_same_bits():
 
 
 def test_a_state_of_another_objective_is_refused():
-    state = distiller(Objective((Term("fitnet", 1.0, student="1"),))).state_dict()
+    state = distiller(Objective((Term("fitnet", 1.0, student_layer="1"),))).state_dict()
     with pytest.raises(CheckpointError, match=r"other adapters than this distiller: adapter0\..*Build it with"):
         distiller(Objective.kd()).load_state_dict(state)
 
@@ -132,7 +132,7 @@ def test_hooks_are_gone_after_an_exception_and_back_with_the_next_call():
     with pytest.raises(ModelError), kirsch.Distiller(student, teacher, WHOLE, data().inputs[:2]) as found:
         found((torch.zeros(2, 5, 8, 8), torch.zeros(2, dtype=torch.long)))
     assert_no_hooks(student, teacher)
-    assert found((data().inputs[:3], data().targets[:3]), 0.5).parts.keys() == {"label", "kd", "fitnet", "rkd-distance"}
+    assert found((data().inputs[:3], data().targets[:3]), 0.5).terms.keys() == {"label", "kd", "fitnet", "rkd-distance"}
     found.close()
     assert_no_hooks(student, teacher)
 
@@ -143,9 +143,9 @@ def test_the_teacher_stays_in_inference_mode_and_as_it_is():
     found = kirsch.Distiller(net(4, 1), teacher, Objective.kd(), next(data().epoch(0, 0)))
     batch = next(data().epoch(0, 1))
     found.train().eval()
-    quiet_student = found(batch).parts["kd"].detach()
+    quiet_student = found(batch).terms["kd"].detach()
     found.student[5] = nn.Identity()
-    assert found.eval()(batch).parts["kd"].detach() == quiet_student  # nothing of the teacher was drawn anew
+    assert found.eval()(batch).terms["kd"].detach() == quiet_student  # nothing of the teacher was drawn anew
     assert found.train().module.training
     assert found.student.training
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
@@ -158,7 +158,7 @@ def test_batches_may_come_in_any_form(kind):
     value = found((inputs, labels)).total
     assert found((inputs, labels, np.arange(4))).total == value
     assert found({"input": inputs, "labels": labels}).total == value
-    assert found(inputs).parts.keys() == {"kd"}
+    assert found(inputs).terms.keys() == {"kd"}
 
 
 def test_batches_of_one_step_add_up_to_one_large_batch():
@@ -167,7 +167,7 @@ def test_batches_of_one_step_add_up_to_one_large_batch():
     window = [(inputs[part], labels[part]) for part in (slice(0, 5), slice(5, 24))]
     counts = found.counts(window)
     for batch in window:
-        found(batch, of=counts).total.backward()
+        found(batch, step_counts=counts).total.backward()
     summed = [p.grad.clone() for p in found.parameters()]
     found.module.zero_grad()
     found((inputs, labels)).total.backward()
@@ -179,7 +179,7 @@ def test_a_wrapped_pupil_takes_the_step_that_the_bare_one_takes():
     """DDP of one process; two are in tests/frameworks/pytorch/test_processes.py."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        found = distiller(Objective((Term("fitnet", 1.0, student="1"),))).eval()
+        found = distiller(Objective((Term("fitnet", 1.0, student_layer="1"),))).eval()
         batch = next(data().epoch(0, 0))
         found(batch).total.backward()
         bare = [p.grad.clone() for p in found.parameters()]
@@ -192,7 +192,7 @@ def test_a_wrapped_pupil_takes_the_step_that_the_bare_one_takes():
 
 
 def test_a_student_that_others_run_too_keeps_nothing():
-    found = distiller(Objective((Term("fitnet", 1.0, student="1"),)))
+    found = distiller(Objective((Term("fitnet", 1.0, student_layer="1"),)))
     batch = next(data().epoch(0, 0))
     found(batch)
     found.student(torch.as_tensor(batch.inputs))
@@ -216,7 +216,7 @@ def test_what_is_judged_without_gradient_is_only_charged():
 
 
 def test_a_term_that_hardly_teaches_is_doubted_once():
-    found = distiller(Objective((Term("kd", 1e-7, 2.0),)))
+    found = distiller(Objective((Term("kd", 1e-7, temperature=2.0),)))
     with pytest.warns(UserWarning, match="of the gradient") as heard:
         found(next(data().epoch(0, 0)), 0)
     assert [str(warning.message).split(" is ")[0] for warning in heard] == ["The term 'label'", "The term 'kd'"]
@@ -226,7 +226,7 @@ def test_a_term_that_hardly_teaches_is_doubted_once():
 @pytest.mark.parametrize("keep", [TopK(3), Dense()], ids=["top-k", "dense"])
 def test_a_store_may_teach(tmp_path, keep):
     torch.manual_seed(2)
-    teacher, objective = net(6, 2), Objective((Term("kd", 0.9, 2.0),), label_weight=0.1)
+    teacher, objective = net(6, 2), Objective((Term("kd", 0.9, temperature=2.0),), label_weight=0.1)
     store = build(tmp_path / "store", teacher, data(), keep=keep, temperature=2.0 if isinstance(keep, TopK) else 1.0)
     batch = next(data().epoch(0, 0))
     live, stored = (
@@ -263,7 +263,7 @@ def test_what_does_not_fit_is_answered_when_it_is_built():
 def test_labels_alone_need_no_teacher():
     found = kirsch.Distiller(net(4, 1), None, Objective.labels(), next(data().epoch(0, 0)))
     assert found.rows == []
-    assert found(next(data().epoch(0, 0))).parts.keys() == {"label"}
+    assert found(next(data().epoch(0, 0))).terms.keys() == {"label"}
 
 
 def test_the_loop_of_the_documentation_runs():

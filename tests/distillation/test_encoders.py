@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill
 from kirsch.distillation.losses.tokens import (
     attention_ce,
@@ -22,7 +23,6 @@ from kirsch.distillation.losses.tokens import (
     token_nst,
 )
 from kirsch.distillation.objective import Objective
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -71,8 +71,8 @@ def charges(student, teacher, tokens, mask):
         "token-fsp": token_fsp([pairs[0][0], pairs[1][0]], [pairs[0][1], pairs[1][1]], mask=mask),
         "token-nst": token_nst([pairs[0][0], pairs[1][0]], [pairs[0][1], pairs[1][1]], mask=mask),
         "attention-mse": sum(attention_mse(s.attentions[i], t.attentions[2 * i + 1], mask=mask) for i in range(2)),
-        "attention-ce": attention_ce(s.attentions[-1], t.attentions[-1], given="weights", mask=mask),
-        "attention-kl": attention_kl(s.attentions[-1], t.attentions[-1], given="weights", mask=mask),
+        "attention-ce": attention_ce(s.attentions[-1], t.attentions[-1], attention="weights", mask=mask),
+        "attention-kl": attention_kl(s.attentions[-1], t.attentions[-1], attention="weights", mask=mask),
         "minilm": minilm(kept["student"], kept["teacher"], heads=8, mask=mask),
     }
     sum(found.values()).backward()

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TopK, build
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, NumericError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
-from kirsch.measurement.quality import Answers
+from kirsch.tasks.classification import Answers
 
 N, D = 100, 4
 RARE = np.arange(N) % 33 == 32  # 3 of 100
@@ -56,7 +56,7 @@ def taught(teacher, data, objective=None, **options):
 
 
 def warnings_of(told):
-    return [event["text"] for event in told if event["event"] == "doubt"]
+    return [event["text"] for event in told if event["event"] == "warning"]
 
 
 # ------------------------------------------------------------------------------------------------ classes
@@ -79,7 +79,7 @@ def test_a_teacher_that_always_answers_the_common_class_is_refused_at_97_percent
 def test_a_store_of_a_constant_answer_is_refused(tmp_path, keep):
     data = ArrayData(X, RARE.astype(int))
     store = build(tmp_path / "store", ALWAYS_COMMON, data, keep=keep)
-    objective = Objective((Term("kd", 0.9, 1.0),), 0.1)
+    objective = Objective((Term("kd", 0.9, temperature=1.0),), 0.1)
     with pytest.raises(NumericError, match="It predicts class 0 for every sample"):
         distill(Says(lambda x: x[:, :2]), store, data, objective=objective, training=ONCE)
 

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.data.batches import ArrayData
+from kirsch.data.generated import GeneratedData
 from kirsch.distillation.distill import distill
 from kirsch.distillation.objective import Objective
 from kirsch.errors import DataError, Interrupted, UsageError
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.generated import GeneratedData
+from kirsch.frameworks.model_generator import ModelGenerator
 from kirsch.frameworks.training import Training, TrainingHooks
 
 D, K = 6, 3
@@ -77,7 +78,7 @@ def test_a_student_learns_its_teacher_without_any_data():
 def test_a_model_makes_the_inputs_in_inference_mode_and_stays_as_it_is():
     painter = Painter().train()
     before = {name: value.clone() for name, value in painter.state_dict().items()}
-    data = GeneratedData(painter, 8, 4, noise=(2,))
+    data = GeneratedData(ModelGenerator(painter, noise=(2,)), 8, 4)
     (first, _) = data.epoch(0, 0)
     noise = np.random.default_rng([0, 0, 0]).standard_normal((4, 2), dtype=np.float32)
     with torch.no_grad():
@@ -143,14 +144,14 @@ def test_a_teacher_that_no_label_judges_is_doubted_aloud():
     hooks = TrainingHooks(event=told.append)
     data, training = GeneratedData(normal, 8), Training(epochs=1)
     distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks)
-    (doubt,) = (event["text"] for event in told if event["event"] == "doubt")
+    (doubt,) = (event["text"] for event in told if event["event"] == "warning")
     assert "not evaluated" in doubt
     told.clear()
     inputs = np.random.default_rng(0).standard_normal((40, D))
     judged = ArrayData(inputs, linear(1)(torch.from_numpy(inputs)).argmax(-1).numpy())
     distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks, validation=judged)
     distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks, check_teacher=False)
-    assert [event for event in told if event["event"] == "doubt"] == []
+    assert [event for event in told if event["event"] == "warning"] == []
 
 
 @pytest.mark.parametrize(
@@ -158,8 +159,11 @@ def test_a_teacher_that_no_label_judges_is_doubted_aloud():
     [
         (lambda count: np.ones((count, D)), {}, r"a callable that takes 2 arguments.*generate\(count"),
         (lambda count, _generator: torch.randn(count, D), {}, "returns different inputs for the same seed"),
-        (nn.Linear(2, D), {}, r"Linear, and the shape of its noise is missing\. Give noise=\(64,\)"),
-        (normal, {"noise": (2,)}, r"which is not a model, and noise=\(2,\) is given"),
+        (
+            nn.Linear(2, D),
+            {},
+            r"is the model \S+Linear; expected a function .* Give kirsch\.ModelGenerator\(model, noise",
+        ),
         (normal, {"samples": 0}, "`samples` .* is 0. Give a whole number of at least 1"),
         (normal, {"batch_size": 0}, "`batch_size` .* is 0; expected a whole number of at least 1"),
         (normal, {"views": 0}, "`views` .* is 0; expected a whole number of at least 1"),

@@ -100,7 +100,7 @@ def test_batches_of_several_sizes_are_trained_where_the_model_takes_them():
     batches = [(X, Y), (X[..., :5], Y), (X[:5], Y[:5])]
     found = distill(Pooled(), Pooled(5), batches, training=ONCE, check_teacher=False, validation=batches)
     assert len(found.history) == ONCE.epochs
-    assert set(Distiller(Pooled(), Pooled(5), Objective.kd(), batches[0])(batches[1]).parts) == {"label", "kd"}
+    assert set(Distiller(Pooled(), Pooled(5), Objective.kd(), batches[0])(batches[1]).terms) == {"label", "kd"}
 
 
 class Failing(Fixed):
@@ -139,11 +139,11 @@ def test_a_later_batch_without_targets_is_refused_or_warned_of(batch):
     hooks = TrainingHooks(event=told.append)
     data = [(X, Y), batch, batch]
     distill(Fixed(), Fixed(5), data, training=ONCE, check_teacher=False, hooks=hooks)
-    texts = [event["text"] for event in told if event["event"] == "doubt"]
+    texts = [event["text"] for event in told if event["event"] == "warning"]
     assert len(texts) == 1
     assert texts[0].startswith("Batch 2 of epoch 1: A batch has no targets, while batches before it have")
     distiller = Distiller(Fixed(), Fixed(5), Objective.kd(), (X, Y))  # in a loop of one's own it is no accident
-    assert [set(distiller(given).parts) for given in ((X, Y), batch)] == [{"label", "kd"}, {"kd"}]
+    assert [set(distiller(given).terms) for given in ((X, Y), batch)] == [{"label", "kd"}, {"kd"}]
 
 
 def test_batches_without_targets_are_no_reason_to_warn_where_no_label_is_used():
@@ -152,7 +152,7 @@ def test_batches_without_targets_are_no_reason_to_warn_where_no_label_is_used():
     hooks = TrainingHooks(event=told.append)
     for data in ([(X, Y), (X,)], [(X,), (X,)]):
         distill(Fixed(), Fixed(5), data, objective=objective, training=ONCE, check_teacher=False, hooks=hooks)
-    assert not [event for event in told if event["event"] == "doubt"]
+    assert not [event for event in told if event["event"] == "warning"]
 
 
 # ------------------------------------------------------------------------------------------------ ids, mask, labels

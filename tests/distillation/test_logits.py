@@ -73,7 +73,7 @@ def test_an_invalid_temperature_is_refused(name, temperature):
         LOSSES[name](*sides, **options_for(name, y), temperature=temperature)
 
 
-LOGIT_LOSSES = tuple(name for name in LOSSES if LOSSES[name].takes in ("scores", "pixels"))
+LOGIT_LOSSES = tuple(name for name in LOSSES if LOSSES[name].takes in ("logits", "pixels"))
 ONE_CLASS = ("binary-kd", "logit-l2", "cwd-pixels")
 """Losses that accept a single class."""
 
@@ -87,7 +87,7 @@ def call_loss(name, framework, shape, label_shape=None):
 @pytest.mark.parametrize("name", [name for name in LOGIT_LOSSES if name not in ONE_CLASS])
 def test_a_single_class_is_refused_by_losses_with_a_softmax(name, framework):
     pixels = LOSSES[name].takes == "pixels"
-    shape, fix = ((4, 1, 3, 3), r'Term\("fitnet", student="logits"\)') if pixels else ((4, 3, 1), '"binary-kd"')
+    shape, fix = ((4, 1, 3, 3), r'Term\("fitnet", student_layer="logits"\)') if pixels else ((4, 3, 1), '"binary-kd"')
     with pytest.raises(
         ShapeError, match=rf"only one class\. The softmax of one class .* Use {fix} for a binary output"
     ):

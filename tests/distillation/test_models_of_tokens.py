@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kirsch.data.batches import ArrayData, Batch
 from kirsch.distillation.distill import distill
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, UsageError
-from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -72,7 +72,7 @@ def marian(transformers, width):
     return transformers.MarianMTModel(config)
 
 
-LAST = Term("hidden-mse", 1.0, student="hidden[-1]", name="last")
+LAST = Term("hidden-mse", 1.0, student_layer="hidden[-1]", name="last")
 
 
 def pair(build, transformers):
@@ -120,7 +120,7 @@ def charge(models, objective, inputs, labels=None):
     finally:
         bound.module.close()
         bound.close()
-    parts = {name: float(part.detach()) for name, part in charged.parts.items()}
+    parts = {name: float(part.detach()) for name, part in charged.terms.items()}
     return parts, torch.cat([part.flatten() for part in found if part is not None])
 
 
@@ -166,7 +166,9 @@ def test_a_language_model_is_charged_for_the_next_token(transformers, build):
 @pytest.mark.parametrize("build", [gpt2, llama])
 def test_padding_of_a_language_model_is_nothing(transformers, build, labeled, left):
     inputs, labels = causal_batch(left=left)
-    objective = Objective((Term("kd", 1.0, 2.0), Term("hidden-mse", 1.0, student="hidden[-1]")), causal=True)
+    objective = Objective(
+        (Term("kd", 1.0, temperature=2.0), Term("hidden-mse", 1.0, student_layer="hidden[-1]")), causal=True
+    )
     other = changed(inputs, input_ids=inputs["attention_mask"])
     assert_padding_is_nothing(pair(build, transformers), objective, inputs, other, labels if labeled else None)
 
@@ -178,7 +180,7 @@ def test_a_batch_of_which_nothing_counts_is_no_step(transformers):
         with pytest.raises(DataError, match="All targets of a batch are masked"):
             found(empty)
         counts = found.counts([(inputs, labels), empty])
-        assert float(found(empty, of=counts).total.detach()) == 0.0
+        assert float(found(empty, step_counts=counts).total.detach()) == 0.0
 
 
 def test_a_language_model_learns_from_another(transformers):
@@ -216,13 +218,13 @@ def test_the_accuracy_of_a_language_model_is_that_of_the_next_token(transformers
 def test_sequences_without_labels_weigh_as_many_positions_as_they_have(transformers):
     """Two batches of one step end where one batch of both does, though one has more padding."""
     inputs, _ = causal_batch()
-    objective = Objective((Term("kd", 1.0, 2.0),), label_weight=0.0, causal=True)
+    objective = Objective((Term("kd", 1.0, temperature=2.0),), label_weight=0.0, causal=True)
     found = [
         distill(
             *pair(gpt2, transformers),
             ArrayData(inputs, None, batch_size=size),
             objective=objective,
-            training=Training(epochs=1, accumulate=4 // size, learning_rate=0.1, schedule="constant"),
+            training=Training(epochs=1, gradient_accumulation_steps=4 // size, learning_rate=0.1, schedule="constant"),
             hooks=QUIET,
         ).model
         for size in (4, 2)
@@ -235,11 +237,11 @@ def test_sequences_without_labels_weigh_as_many_positions_as_they_have(transform
 
 
 ENCODED = (
-    Term("kd", 1.0, 2.0),
-    Term("hidden-mse", 1.0, student="hidden[*]", name="hidden"),
-    Term("attention-mse", 1.0, student="**.attention.self/softmax:in", name="scores"),
-    Term("attention-kl", 1.0, student="attention[-1]", options={"given": "weights"}, name="weights"),
-    Term("minilm", 1.0, student=[f"**.self.{n}[-1]" for n in ("query", "key", "value")], options={"heads": 2}),
+    Term("kd", 1.0, temperature=2.0),
+    Term("hidden-mse", 1.0, student_layer="hidden[*]", name="hidden"),
+    Term("attention-mse", 1.0, student_layer="**.attention.self/softmax:in", name="scores"),
+    Term("attention-kl", 1.0, student_layer="attention[-1]", options={"attention": "weights"}, name="weights"),
+    Term("minilm", 1.0, student_layer=[f"**.self.{n}[-1]" for n in ("query", "key", "value")], options={"heads": 2}),
 )
 """Of all that a mean may go over: samples, positions, queries, and pairs of positions."""
 
@@ -274,7 +276,9 @@ def test_classes_in_another_order_are_refused_by_their_names(transformers, mine,
     sentence = rf"The student calls class {number} '{mine[number]}', the teacher '{theirs[number]}'\. Soft targets"
     with pytest.raises(ShapeError, match=sentence):
         charge((student, teacher), Objective.kd(), inputs)
-    charge((student, teacher), Objective((Term("hidden-mse", 1.0, student="hidden[-1]"),)), inputs, np.arange(4) % 2)
+    charge(
+        (student, teacher), Objective((Term("hidden-mse", 1.0, student_layer="hidden[-1]"),)), inputs, np.arange(4) % 2
+    )
 
 
 # ------------------------------------------------------------------------------------------------ encoder and decoder
@@ -288,15 +292,29 @@ def translated(build):
     decoder = "decoder.block.1" if build is t5 else "model.decoder.layers.1"
     crossing = f"{decoder}.{'layer.1.EncDecAttention' if build is t5 else 'encoder_attn'}/softmax:in"
     return (
-        Term("kd", 1.0, 2.0),
-        Term("hidden-mse", 1.0, student="encoder.hidden[*]", name="encoder"),
-        Term("hidden-mse", 1.0, student="decoder.hidden[*]", name="decoder"),
-        Term("hidden-mse", 1.0, student="hidden[-1]", name="last"),
-        Term("hidden-mse", 1.0, student=decoder, name="layer"),
-        Term("attention-kl", 1.0, student="decoder.attention[-1]", options={"given": "weights"}, name="attention"),
-        Term("attention-kl", 1.0, student="encoder.attention[-1]", options={"given": "weights"}, name="attending"),
-        Term("attention-kl", 1.0, student="cross.attention[-1]", options={"given": "weights"}, name="crossing"),
-        Term("attention-mse", 1.0, student=crossing, name="scores"),
+        Term("kd", 1.0, temperature=2.0),
+        Term("hidden-mse", 1.0, student_layer="encoder.hidden[*]", name="encoder"),
+        Term("hidden-mse", 1.0, student_layer="decoder.hidden[*]", name="decoder"),
+        Term("hidden-mse", 1.0, student_layer="hidden[-1]", name="last"),
+        Term("hidden-mse", 1.0, student_layer=decoder, name="layer"),
+        Term(
+            "attention-kl",
+            1.0,
+            student_layer="decoder.attention[-1]",
+            options={"attention": "weights"},
+            name="attention",
+        ),
+        Term(
+            "attention-kl",
+            1.0,
+            student_layer="encoder.attention[-1]",
+            options={"attention": "weights"},
+            name="attending",
+        ),
+        Term(
+            "attention-kl", 1.0, student_layer="cross.attention[-1]", options={"attention": "weights"}, name="crossing"
+        ),
+        Term("attention-mse", 1.0, student_layer=crossing, name="scores"),
     )
 
 
@@ -304,7 +322,7 @@ def translated(build):
 def test_words_of_a_translation_are_charged_where_there_is_a_label(transformers, build):
     models = pair(build, transformers)
     inputs, labels = translation()
-    found, _ = charge(models, Objective((Term("kd", 1.0, 2.0),)), inputs, labels)
+    found, _ = charge(models, Objective((Term("kd", 1.0, temperature=2.0),)), inputs, labels)
     tensors = {name: torch.from_numpy(part) for name, part in inputs.items()}
     with torch.no_grad():
         student, teacher = (model(**tensors, labels=torch.from_numpy(labels)) for model in models)
@@ -318,10 +336,13 @@ def test_words_of_a_translation_are_charged_where_there_is_a_label(transformers,
 def test_another_label_may_stand_for_none(transformers):
     models = pair(t5, transformers)
     inputs, labels = translation()
-    objective = Objective((Term("kd", 1.0, 2.0),))
+    objective = Objective((Term("kd", 1.0, temperature=2.0),))
     found, slope = charge(models, objective, inputs, labels)
     marked, slope_marked = charge(
-        models, Objective((Term("kd", 1.0, 2.0),), ignore=PAD), inputs, np.where(labels == -100, PAD, labels)
+        models,
+        Objective((Term("kd", 1.0, temperature=2.0),), ignore_index=PAD),
+        inputs,
+        np.where(labels == -100, PAD, labels),
     )
     assert marked == pytest.approx(found)
     torch.testing.assert_close(slope_marked, slope)
@@ -340,7 +361,9 @@ def test_all_of_a_source_counts_where_a_batch_has_no_mask_of_it(transformers, bu
     """Of what a decoder attends to, as in models of speech; the source is longer than the target."""
     inputs, labels = translation()
     inputs["attention_mask"] = np.ones_like(inputs["attention_mask"])
-    terms = [Term(loss, 1.0, student="cross.attention[-1]", name=loss) for loss in ("attention-kl", "attention-mse")]
+    terms = [
+        Term(loss, 1.0, student_layer="cross.attention[-1]", name=loss) for loss in ("attention-kl", "attention-mse")
+    ]
     found, slope = charge(pair(build, transformers), Objective(tuple(terms)), inputs, labels)
     del inputs["attention_mask"]
     without, slope_without = charge(pair(build, transformers), Objective(tuple(terms)), inputs, labels)
@@ -352,8 +375,8 @@ def test_attention_that_a_model_puts_out_is_taken_for_weights(transformers):
     """What lies behind a softmax needs no second one."""
     inputs = {"input_ids": words((4, 7)), "attention_mask": mask_of([7, 4, 2, 5], 7)}
     parts = []
-    for options in ({}, {"given": "weights"}):
-        term = Term("attention-kl", 1.0, student="attention[-1]", options=options)
+    for options in ({}, {"attention": "weights"}):
+        term = Term("attention-kl", 1.0, student_layer="attention[-1]", options=options)
         parts.append(charge(pair(bert, transformers), Objective((term,), label_weight=0.0), inputs)[0])
     assert parts[0] == parts[1]
 
@@ -361,7 +384,9 @@ def test_attention_that_a_model_puts_out_is_taken_for_weights(transformers):
 def test_a_mask_of_the_decoder_is_taken_where_the_batch_has_one(transformers):
     inputs, labels = translation()
     inputs["decoder_attention_mask"] = (labels != -100).astype(np.int64)
-    objective = Objective((Term("kd", 1.0, 2.0), Term("hidden-mse", 1.0, student="decoder.hidden[-1]")))
+    objective = Objective(
+        (Term("kd", 1.0, temperature=2.0), Term("hidden-mse", 1.0, student_layer="decoder.hidden[-1]"))
+    )
     other = changed(inputs, decoder_input_ids=inputs["decoder_attention_mask"])
     assert_padding_is_nothing(pair(t5, transformers), objective, inputs, other, None)
 
@@ -381,7 +406,7 @@ def test_switches_among_the_inputs_are_left_as_they_are(transformers):
     batch = {"use_cache": False, **inputs, "labels": labels}
     found = distill(student, teacher, [batch], objective=Objective.preset("causal"), hooks=QUIET,
                     training=Training(epochs=1))  # fmt: skip
-    assert set(found.history[0]["parts"]) == {"label", "kd"}
+    assert set(found.history[0]["terms"]) == {"label", "kd"}
 
 
 @pytest.mark.parametrize("name", ["seqkd", "kd"])
@@ -393,7 +418,7 @@ def test_a_translator_learns(transformers, build, name):
     data = ArrayData(inputs, labels, batch_size=2)
     objective = Objective.preset(name)
     found = distill(student, teacher, data, objective=objective, training=training, hooks=QUIET, check_teacher=False)
-    assert set(found.history[0]["parts"]) == ({"label"} if name == "seqkd" else {"label", "kd"})
+    assert set(found.history[0]["terms"]) == ({"label"} if name == "seqkd" else {"label", "kd"})
     assert found.history[-1]["loss"] < found.history[0]["loss"]
 
 
@@ -421,9 +446,9 @@ def test_silence_behind_a_sound_is_nothing(transformers):
         "attention_mask": np.pad(mask, ((0, 0), (0, 12))),
     }
     terms = (
-        Term("ctc-frames", 1.0, 2.0, options={"blank": "drop"}),
-        Term("hidden-mse", 1.0, student="hidden[-1]", name="hidden"),
-        Term("attention-kl", 1.0, student="attention[-1]", name="attention"),
+        Term("ctc-frames", 1.0, temperature=2.0, options={"blank": "drop"}),
+        Term("hidden-mse", 1.0, student_layer="hidden[-1]", name="hidden"),
+        Term("attention-kl", 1.0, student_layer="attention[-1]", name="attention"),
     )
     found, slope = charge(pair(wav2vec2, transformers), Objective(terms, label_weight=0.0), inputs)
     padded, slope_padded = charge(pair(wav2vec2, transformers), Objective(terms, label_weight=0.0), longer)
@@ -462,14 +487,14 @@ def test_batches_of_a_step_add_up_to_one_large_batch(transformers, build, labele
         window = [part_of(batch, rows) for rows in (slice(1), slice(1, 4))]
         counts = found.counts(window)
         assert counts == found.counts([batch])
-        parts = [found(part, of=counts) for part in window]
+        parts = [found(part, step_counts=counts) for part in window]
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         slopes = [torch.autograd.grad(part.total, trained, allow_unused=True) for part in parts]
         whole = found(batch)
         wanted = torch.autograd.grad(whole.total, trained, allow_unused=True)
-    assert whole.parts.keys() == {term.called for term in terms} | ({"label"} if labeled else set())
-    for name, part in whole.parts.items():
-        assert sum(float(own.parts[name].detach()) for own in parts) == pytest.approx(float(part.detach()), rel=1e-6), (
+    assert whole.terms.keys() == {term.record_name for term in terms} | ({"label"} if labeled else set())
+    for name, part in whole.terms.items():
+        assert sum(float(own.terms[name].detach()) for own in parts) == pytest.approx(float(part.detach()), rel=1e-6), (
             name
         )
     for first, second, both in zip(*slopes, wanted, strict=True):

@@ -14,9 +14,9 @@ from kirsch.errors import UnknownNameError, UsageError
 
 def test_the_weights_of_kd_share_one():
     found = Objective.kd()
-    assert found.terms == (Term("kd", 0.9, 4.0),)
+    assert found.terms == (Term("kd", 0.9, temperature=4.0),)
     assert found.label_weight == pytest.approx(0.1)
-    assert Objective.kd(2.0, 1.0) == Objective((Term("kd", 1.0, 2.0),), label_weight=0.0)
+    assert Objective.kd(2.0, 1.0) == Objective((Term("kd", 1.0, temperature=2.0),), label_weight=0.0)
 
 
 def test_labels_alone_have_no_terms():
@@ -24,7 +24,7 @@ def test_labels_alone_have_no_terms():
 
 
 def test_an_objective_goes_through_json():
-    objective = Objective((Term("kd", 0.3, 2.0), Term("kd", 0.5, 1.0)), 0.2, 0.05)
+    objective = Objective((Term("kd", 0.3, temperature=2.0), Term("kd", 0.5, temperature=1.0)), 0.2, 0.05)
     content = json.loads(json.dumps(objective.to_dict()))
     terms = tuple(Term(**term) for term in content.pop("terms"))
     assert Objective(terms, **content) == objective
@@ -33,7 +33,7 @@ def test_an_objective_goes_through_json():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"terms": (Term("kd", 0.9, 0.0),)}, "the temperature of 'kd' is 0.0; a number above 0"),
+        ({"terms": (Term("kd", 0.9, temperature=0.0),)}, "the temperature of 'kd' is 0.0; a number above 0"),
         ({"terms": (Term("kd", -0.1),)}, "the weight of 'kd' is -0.1; a number of at least 0"),
         ({"label_weight": -1.0}, "label_weight is -1.0"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0; a share of at least 0, below 1"),
@@ -55,7 +55,7 @@ def test_a_number_of_a_term_is_finite(options):
 def test_all_wrong_numbers_are_named_at_once():
     sentence = r"the temperature of 'kd' is -1; .*; the weight of 'kd' is -2; .*; label_weight is -3"
     with pytest.raises(UsageError, match=sentence):
-        Objective((Term("kd", -2, -1),), label_weight=-3)
+        Objective((Term("kd", -2, temperature=-1),), label_weight=-3)
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1])

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import UnknownNameError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
@@ -129,11 +129,11 @@ def test_what_a_module_calls_is_its_own_code_alone():
 
 def test_functions_of_a_residual_network_teach():
     terms = (
-        Term("fitnet", 1.0, student="layer1.0/add", name="sum"),
-        Term("at", 1.0, student="layer1.*.bn2", name="normed"),
+        Term("fitnet", 1.0, student_layer="layer1.0/add", name="sum"),
+        Term("at", 1.0, student_layer="layer1.*.bn2", name="normed"),
     )
     found = learned(ResNet(4), ResNet(6), ArrayData(images(), np.arange(12) % K), terms)
-    assert set(found.history[0]["parts"]) == {"label", "sum", "normed"}
+    assert set(found.history[0]["terms"]) == {"label", "sum", "normed"}
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -202,13 +202,13 @@ def test_fused_attention_shows_its_queries_and_result_and_no_softmax(vit):
 
 def test_functions_of_a_vision_transformer_teach(vit):
     terms = (
-        Term("attention-mse", 1.0, student="blocks.*.attn/softmax:in", name="attention"),
-        Term("hidden-mse", 1.0, student="blocks.*/add#1", name="hidden"),
+        Term("attention-mse", 1.0, student_layer="blocks.*.attn/softmax:in", name="attention"),
+        Term("hidden-mse", 1.0, student_layer="blocks.*/add#1", name="hidden"),
     )
     data = ArrayData(images(), np.arange(12) % K)
     found = learned(vit(4, fused=False), vit(8, fused=False), data, terms)
-    assert set(found.history[0]["parts"]) == {"label", "attention", "hidden"}
-    fused = (Term("hidden-mse", 1.0, student="blocks.*.attn/scaled_dot_product_attention:in", adapter="linear"),)
+    assert set(found.history[0]["terms"]) == {"label", "attention", "hidden"}
+    fused = (Term("hidden-mse", 1.0, student_layer="blocks.*.attn/scaled_dot_product_attention:in", adapter="linear"),)
     assert np.isfinite(learned(vit(4), vit(8), data, fused).history[0]["loss"])
 
 
@@ -258,10 +258,10 @@ def test_functions_of_an_encoder_give_what_they_compute(bert, given):
 def test_an_encoder_with_fused_attention_is_taught_by_one_without(bert):
     """Relations of queries need no scores of attention, and the weights are those of the same formula."""
     last = [f"**.attention.self.{name}[-1]" for name in ("query", "key", "value")]
-    terms = (Term("minilm", 1.0, student=last, options={"heads": 4}),)
+    terms = (Term("minilm", 1.0, student_layer=last, options={"heads": 4}),)
     data = ArrayData(texts(), np.arange(8) % 2)
     fused, plain = (learned(bert(8, given), bert(16, "eager"), data, terms) for given in ("sdpa", "eager"))
-    assert fused.history[0]["parts"] == pytest.approx(plain.history[0]["parts"], rel=1e-5)
+    assert fused.history[0]["terms"] == pytest.approx(plain.history[0]["terms"], rel=1e-5)
 
 
 def test_the_scores_of_an_encoder_are_those_of_its_layers(bert):
@@ -280,11 +280,11 @@ def test_the_scores_of_an_encoder_are_those_of_its_layers(bert):
 def test_features_and_adapters_in_16_bits_end_finite_and_near_to_32():
     """bf16 has 8 bits of mantissa: 2^-8 a number, some of which add up over a few steps."""
     terms = (
-        Term("kd", 0.9, 4.0),
-        Term("fitnet", 1.0, student="layer1.0", adapter="fitnet"),
-        Term("at", 10.0, student="layer1.1/add"),
-        Term("rkd", 1.0, student="penultimate"),
-        Term("sp", 1.0, student="layer1.1"),
+        Term("kd", 0.9, temperature=4.0),
+        Term("fitnet", 1.0, student_layer="layer1.0", adapter="fitnet"),
+        Term("at", 10.0, student_layer="layer1.1/add"),
+        Term("rkd", 1.0, student_layer="penultimate"),
+        Term("sp", 1.0, student_layer="layer1.1"),
     )
     data = ArrayData(images(24), np.arange(24) % K, batch_size=12)
     torch.manual_seed(0)
@@ -292,17 +292,17 @@ def test_features_and_adapters_in_16_bits_end_finite_and_near_to_32():
     full, half = (learned(*nets, data, terms, precision=precision) for precision in ("fp32", "bf16"))
     assert all(torch.isfinite(value).all() for value in half.model.state_dict().values())
     assert all(value.dtype == torch.float32 for value in half.model.parameters())
-    assert half.history[0]["parts"] == pytest.approx(full.history[0]["parts"], rel=0.03)
-    assert half.history[0]["parts"] != full.history[0]["parts"]
+    assert half.history[0]["terms"] == pytest.approx(full.history[0]["terms"], rel=0.03)
+    assert half.history[0]["terms"] != full.history[0]["terms"]
 
 
 def test_tokens_and_adapters_in_16_bits_end_finite_and_near_to_32(bert):
     terms = (
-        Term("kd", 0.5, 2.0),
-        Term("hidden-mse", 1.0, student="hidden[*]", name="hidden"),
-        Term("attention-kl", 1.0, student="**.attention.self/softmax:in", name="attention"),
+        Term("kd", 0.5, temperature=2.0),
+        Term("hidden-mse", 1.0, student_layer="hidden[*]", name="hidden"),
+        Term("attention-kl", 1.0, student_layer="**.attention.self/softmax:in", name="attention"),
     )
     data = ArrayData(texts(), np.arange(8) % 2)
     full, half = (learned(bert(8), bert(16), data, terms, precision=precision) for precision in ("fp32", "bf16"))
     assert all(torch.isfinite(value).all() for value in half.model.state_dict().values())
-    assert half.history[0]["parts"] == pytest.approx(full.history[0]["parts"], rel=0.03, abs=1e-3)
+    assert half.history[0]["terms"] == pytest.approx(full.history[0]["terms"], rel=0.03, abs=1e-3)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.chain import born_again, distill_chain, ensemble
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
@@ -19,7 +20,6 @@ from kirsch.distillation.probabilities import to_logits
 from kirsch.distillation.store import Dense, TopK, build, building
 from kirsch.distillation.term import Term
 from kirsch.errors import UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 
 N, D, K = 48, 6, 3
@@ -277,7 +277,7 @@ def test_a_fraction_that_a_sigmoid_predicts_is_a_number_like_any_other():
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist", "wsld", "ofa"])
 def test_distilling_probabilities_is_distilling_the_logits_that_they_are_made_of(name):
-    objective = Objective((Term(name, 0.7, 2.0 if name != "ofa" else None),), 0.3)
+    objective = Objective((Term(name, 0.7, temperature=2.0 if name != "ofa" else None),), 0.3)
     stated = Objective(objective.terms, 0.3, student_outputs="probabilities", teacher_outputs="probabilities")
     wanted = distill(PLAIN, net(), whole(), objective=objective, **QUIET)
     found = distill(SOFT, net(nn.Softmax(-1)), whole(), objective=stated, **QUIET)
@@ -392,7 +392,7 @@ def test_a_softmax_student_learns_as_much_as_one_without_when_it_is_stated():
     hooks = TrainingHooks(event=told.append)
     training = Training(epochs=20, learning_rate=0.3)
     teacher = fit(net(), whole(), training=training).model
-    objective = Objective((Term("kd", 0.9, 4.0),), 0.1, student_outputs="probabilities")
+    objective = Objective((Term("kd", 0.9, temperature=4.0),), 0.1, student_outputs="probabilities")
     found = kirsch.distill(
         SOFT, teacher, whole(), objective=objective, training=training, validation=samples(1), hooks=hooks
     )

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.augment import Flip
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.checks import first_batch
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
@@ -17,9 +19,7 @@ from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, build
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, UsageError
-from kirsch.frameworks.augment import Flip
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.pytorch.features.adapters.build import choose_adapter
 from kirsch.frameworks.pytorch.features.layers import expand
 from kirsch.frameworks.pytorch.io.vision import import_beside
@@ -79,7 +79,7 @@ def taught(term, student=None, teacher=None):
 )
 def test_a_place_that_is_not_there_is_answered_with_what_is(layer, error, sentence):
     with pytest.raises(error, match=sentence):
-        taught(Term("fitnet", 1.0, student=layer))
+        taught(Term("fitnet", 1.0, student_layer=layer))
 
 
 def test_a_place_that_the_teacher_lacks_is_refused_by_the_name_of_the_teacher():
@@ -87,7 +87,7 @@ def test_a_place_that_the_teacher_lacks_is_refused_by_the_name_of_the_teacher():
         pass
 
     with pytest.raises(UnknownNameError, match=r"no layer in Large 'nrom'\. .* Did you mean 'norm'\?"):
-        taught(Term("fitnet", 1.0, student="norm", teacher="nrom"), teacher=Large(6))
+        taught(Term("fitnet", 1.0, student_layer="norm", teacher_layer="nrom"), teacher=Large(6))
 
 
 def test_scores_of_pixels_are_no_scores_of_samples():
@@ -117,7 +117,7 @@ def test_tokens_of_other_lengths_are_refused_with_both_lengths():
 
     sentence = r"No adapter fits the student's .* The student has 9 tokens, the teacher 4\. Choose other layers"
     with pytest.raises(ShapeError, match=sentence):
-        taught(Term("hidden-mse", 1.0, student="norm"), Patches(2), Patches(3))
+        taught(Term("hidden-mse", 1.0, student_layer="norm"), Patches(2), Patches(3))
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -126,25 +126,25 @@ def test_tokens_of_other_lengths_are_refused_with_both_lengths():
 @pytest.mark.parametrize("temperature", [0, -1.0, Ramp(4.0, 0.0, epochs=10), Ramp(-1.0, 4.0, epochs=10)])
 def test_a_temperature_that_is_ever_not_above_zero_is_refused(temperature):
     with pytest.raises(UsageError, match=r"the temperature of 'kd' is \S+; a number above 0 is needed"):
-        Objective((Term("kd", 1.0, temperature),))
+        Objective((Term("kd", 1.0, temperature=temperature),))
 
 
 def test_labels_that_are_all_masked_are_refused_where_nothing_else_teaches():
     masked = ArrayData(data().inputs, np.full(24, -100), batch_size=12)
-    sentence = r"All targets are masked: each of the (12|24) samples .* has the label -100\. No term does without"
+    sentence = r"All targets are masked: the label of all (12|24) samples is -100\. No term does without"
     with pytest.raises(DataError, match=sentence):
         fit(Net(), masked)
     for name in ("dkd", "wsld"):
         with pytest.raises(DataError, match=sentence):
             distill(Net(), Net(6), masked, objective=Objective.preset(name), **QUIET)
     found = distill(Net(), Net(6), masked, training=Training(epochs=1), **QUIET)
-    assert set(found.history[0]["parts"]) == {"kd"}
+    assert set(found.history[0]["terms"]) == {"kd"}
 
 
 def test_a_batch_without_labels_is_charged_nothing_by_what_needs_them():
     """Of 24 samples in one batch 6 have a label, and in four batches all of them are in the first: the same mean."""
     labels = np.full(24, -100)
-    objective = Objective((Term("dkd", 1.0, 4.0),), label_weight=0.0)
+    objective = Objective((Term("dkd", 1.0, temperature=4.0),), label_weight=0.0)
     net, teacher = Net().double(), Net(6).double()
     net.norm = nn.Identity()
     whole = ArrayData(data().inputs.astype(np.float64), labels, batch_size=24)
@@ -155,12 +155,12 @@ def test_a_batch_without_labels_is_charged_nothing_by_what_needs_them():
             teacher,
             ArrayData(whole.inputs, labels, batch_size=size),
             objective=objective,
-            training=Training(epochs=1, accumulate=24 // size, schedule="constant"),
+            training=Training(epochs=1, gradient_accumulation_steps=24 // size, schedule="constant"),
             **QUIET,
         )
         for size in (24, 6)
     ]
-    assert found[0].history[0]["parts"]["dkd"] == pytest.approx(found[1].history[0]["parts"]["dkd"], rel=1e-12)
+    assert found[0].history[0]["terms"]["dkd"] == pytest.approx(found[1].history[0]["terms"]["dkd"], rel=1e-12)
     for first, second in zip(*(one.model.parameters() for one in found), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-12)
 
@@ -244,7 +244,7 @@ def test_a_teacher_that_could_be_trained_is_left_with_its_modes_weights_and_grad
     teacher.head.bias.requires_grad_(requires_grad=False)
     teacher(torch.randn(2, 1, 6, 6)).sum().backward()
     before = state(teacher)
-    terms = (Term("kd", 1.0, 2.0), Term("cc", 1.0, student="penultimate"))
+    terms = (Term("kd", 1.0, temperature=2.0), Term("cc", 1.0, student_layer="penultimate"))
     student = of_timm(1)
     own = state(student)
     training = Training(epochs=2, learning_rate=0.01, weight_decay=0.1)
@@ -310,11 +310,20 @@ def test_sample_ids_that_are_not_unique_are_refused():
 @pytest.mark.parametrize(
     ("made", "sentence"),
     [
-        (lambda: Term(student=[]), "`student` of kirsch.Term is a list without elements; expected a layer name"),
-        (lambda: Term(student=None), "`student` of kirsch.Term is None"),
-        (lambda: Term("fitnet", student=["conv", 3]), "`student` of kirsch.Term is a list of 2; expected a layer name"),
+        (
+            lambda: Term(student_layer=[]),
+            "`student_layer` of kirsch.Term is a list without elements; expected a layer name",
+        ),
+        (lambda: Term(student_layer=None), "`student_layer` of kirsch.Term is None"),
+        (
+            lambda: Term("fitnet", student_layer=["conv", 3]),
+            "`student_layer` of kirsch.Term is a list of 2; expected a layer name",
+        ),
         (lambda: Term(weight="0.9"), "`weight` of kirsch.Term is '0.9'; expected a number"),
-        (lambda: Term("attention-kl", student="attention[-1]", options={"given": "scores"}), "has weights, behind the"),
+        (
+            lambda: Term("attention-kl", student_layer="attention[-1]", options={"attention": "scores"}),
+            "attention weights, after the softmax",
+        ),
     ],
 )
 def test_a_term_that_makes_no_sense_is_refused_as_it_is_written(made, sentence):
@@ -328,10 +337,10 @@ def test_no_teacher_is_refused_where_there_are_terms():
 
 
 def test_places_that_are_written_out_are_not_thinned():
-    with pytest.raises(UsageError, match="names 3 places of the teacher for 2 of the student"):
-        taught(Term("at", 1.0, student=["conv", "norm"], teacher=["conv", "norm", "relu"]))
-    found = taught(Term("at", 1.0, student=["conv", "norm"], teacher=["conv*", "norm", "relu"]))
-    assert "at" in found.history[0]["parts"]
+    with pytest.raises(UsageError, match="names 3 layers of the teacher for 2 of the student"):
+        taught(Term("at", 1.0, student_layer=["conv", "norm"], teacher_layer=["conv", "norm", "relu"]))
+    found = taught(Term("at", 1.0, student_layer=["conv", "norm"], teacher_layer=["conv*", "norm", "relu"]))
+    assert "at" in found.history[0]["terms"]
 
 
 class Ending(nn.Module):
@@ -389,9 +398,9 @@ def test_outputs_of_which_none_is_the_scores_are_compared_by_name_alone(names, s
     student, teacher, x = Answers(*names), Answers(*names, width=7), torch.randn(8, 6)
     with pytest.raises(UsageError, match=sentence):
         distill(student, teacher, [x], objective=Objective((Term("kd", 1.0),), label_weight=0.0), **QUIET)
-    terms = tuple(Term("logit-l2", 1.0, student=f"output.{name}", name=name) for name in names)
+    terms = tuple(Term("logit-l2", 1.0, student_layer=f"output.{name}", name=name) for name in names)
     found = distill(student, teacher, [x], objective=Objective(terms, label_weight=0.0))  # nothing to judge it by
-    assert found.history[0]["parts"].keys() == set(names)
+    assert found.history[0]["terms"].keys() == set(names)
     moved = [(a.weight != b.weight).any() for a, b in zip(found.model.heads, student.heads, strict=True)]
     assert all(moved)
 

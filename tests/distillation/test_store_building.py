@@ -17,7 +17,8 @@ from torch import nn
 
 from distillation.stores import IDS, build_store, content, data, network
 from kirsch import files
-from kirsch.distillation.store import Dense, TeacherStore, build, building, finish
+from kirsch.data.batches import ArrayData
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build, building
 from kirsch.distillation.store.record import pack_records
 from kirsch.errors import OutputError, StoreError
 
@@ -34,8 +35,7 @@ def test_a_stopped_build_continues_and_gives_identical_files(store_folder, tmp_p
         assert len(events) == count
         with pytest.raises(StoreError, match=rf"is partial\. {6 - count} of 6 ranges are missing"):
             TeacherStore.open(folder)
-        with pytest.raises(StoreError, match="is partial"):
-            finish(folder)
+    assert (folder / "view-0001-range-000001.bin").exists()
     build_store(folder, event=events.append)
     assert [(e["view"], e["range"]) for e in events] == [(v, r) for v in range(2) for r in range(3)]
     assert content(folder) == content(store_folder)
@@ -44,7 +44,7 @@ def test_a_stopped_build_continues_and_gives_identical_files(store_folder, tmp_p
 def test_the_error_of_a_partial_store_names_the_first_missing_range(tmp_path):
     with pytest.raises(InterruptedBuildError):
         build_store(tmp_path, stop=InterruptedBuildError)
-    with pytest.raises(StoreError, match=r"the first of view 0, samples 8 to 15\. Build it again with the same arg"):
+    with pytest.raises(StoreError, match=r"the first is view 0, samples 8 to 15\. Build it again with the same arg"):
         TeacherStore.open(tmp_path)
 
 
@@ -65,7 +65,14 @@ def test_a_range_has_at_most_64_mebibytes(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(32, 2**20))
     with pytest.raises(InterruptedBuildError):
         build(tmp_path, model, data(None), keep=Dense(), stop=InterruptedBuildError, batch_size=4)
-    assert json.loads((tmp_path / "building.json").read_text())["range_size"] == 31
+    assert json.loads((tmp_path / "store.json").read_text())["range_size"] == 31
+
+
+def test_a_range_has_a_share_of_many_samples_so_that_a_batch_is_found_in_few_files(tmp_path):
+    many = ArrayData(np.zeros((600_000, 1), np.float32), None)
+    with pytest.raises(InterruptedBuildError):
+        build(tmp_path, nn.Linear(1, 2), many, keep=TopK(1), stop=InterruptedBuildError, batch_size=20_000)
+    assert json.loads((tmp_path / "store.json").read_text())["range_size"] == 600_000 // 32
 
 
 PROGRAM = """
@@ -102,17 +109,11 @@ def kill_after(count, function, early=False):
 if fault == "in a range":
     building.pack_records = kill_after(5, building.pack_records)
 elif fault == "before a range has its name":
-    os.fsync = kill_after(6, os.fsync)
-elif fault == "before the views are made":
-    building.finish = kill_after(1, building.finish, early=True)
-elif fault == "between two views":
-    building._finish_view = kill_after(1, building._finish_view)
-elif fault == "before the ranges of a view are removed":
-    building.shutil.rmtree = kill_after(1, building.shutil.rmtree, early=True)
-elif fault == "before the manifest":
-    building._finish_view = kill_after(2, building._finish_view)
-elif fault == "after the manifest":
-    building.shutil.rmtree = kill_after(3, building.shutil.rmtree, early=True)
+    os.fsync = kill_after(5, os.fsync)
+elif fault == "before the specification is written":
+    files.write_json = kill_after(1, files.write_json, early=True)
+elif fault == "after the last range":
+    files.remove_temporary = kill_after(1, files.remove_temporary, early=True)
 ranges = tuple(int(part) for part in fault.split("/")) if "/" in fault else (0, 1)
 build_store(folder, ranges=ranges)
 """
@@ -127,46 +128,41 @@ def start(folder, fault):
 @pytest.mark.parametrize(
     "faults",
     [
-        ["in a range", "before a range has its name", "before the views are made"],
-        ["between two views"],
-        ["before the ranges of a view are removed", "before the manifest"],
-        ["after the manifest"],
+        ["before the specification is written"],
+        ["in a range", "before a range has its name"],
+        ["before a range has its name", "after the last range"],
     ],
-    ids=lambda faults: faults[0],
+    ids=lambda faults: ", ".join(faults),
 )
 def test_a_killed_build_continues_and_gives_identical_files(store_folder, tmp_path, faults):
+    folder = tmp_path / "s"
     for fault in faults:
-        assert start(tmp_path / "s", fault).wait() == -signal.SIGKILL
-        if fault != "after the manifest":
-            with pytest.raises(StoreError, match=r"is partial|is not finished\. All its ranges are built"):
-                TeacherStore.open(tmp_path / "s")
-    if faults == ["after the manifest"]:
-        TeacherStore.open(tmp_path / "s").verify()
-        finish(tmp_path / "s")
-    build_store(tmp_path / "s").verify()
-    result, expected = content(tmp_path / "s"), content(store_folder)
-    assert {name: result[name] for name in expected} == expected
-    assert not list((tmp_path / "s").rglob(f"{files.TEMPORARY}*"))
+        assert start(folder, fault).wait() == -signal.SIGKILL
+        if fault == "after the last range":
+            TeacherStore.open(folder).verify()
+        else:
+            with pytest.raises(StoreError, match=r"is partial|There is no store"):
+                TeacherStore.open(folder)
+    assert ("before a range has its name" in faults) == bool(list(folder.glob(f"{files.TEMPORARY}*")))
+    build_store(folder).verify()
+    assert content(folder) == content(store_folder)  # temporary files are removed
 
 
 def test_two_processes_share_a_build(store_folder, tmp_path):
     folder = tmp_path / "s"
     running = [start(folder, f"{share}/2") for share in range(2)]
     assert [process.wait() for process in running] == [0, 0]
-    assert not (folder / "manifest.json").exists()
-    with pytest.raises(StoreError, match=r"is not finished\. All its ranges are built\. Finish it"):
-        TeacherStore.open(folder)
-    finish(folder).verify()
+    TeacherStore.open(folder).verify()
     assert content(folder) == content(store_folder)
 
 
 def test_shared_builds_do_not_overlap(tmp_path):
     events = []
     for share in range(3):
-        assert build_store(tmp_path, ranges=(share, 3), event=events.append) is None
+        store = build_store(tmp_path, ranges=(share, 3), event=events.append)
+        assert (store is None) == (share < 2)
     assert sorted((e["view"], e["range"]) for e in events) == [(v, r) for v in range(2) for r in range(3)]
-    finish(tmp_path).verify()
-    assert build_store(tmp_path, ranges=(0, 3)) is None
+    store.verify()
 
 
 def test_a_build_cannot_be_shared_with_another_teacher(tmp_path):
@@ -175,42 +171,25 @@ def test_a_build_cannot_be_shared_with_another_teacher(tmp_path):
         build_store(tmp_path, network(seed=1), ranges=(1, 2))
 
 
-def test_the_error_names_a_range_damaged_during_the_build(tmp_path):
+def test_a_range_damaged_during_the_build_is_found(tmp_path):
     build_store(tmp_path, ranges=(0, 2))
-    build_store(tmp_path, ranges=(1, 2))
-    path = tmp_path / "parts" / "view-0001" / "range-000002.bin"
-    path.write_bytes(path.read_bytes()[:-40] + bytes(40))
-    with pytest.raises(StoreError, match=r"range-000002.bin is damaged.*Remove it and build again"):
-        finish(tmp_path)
+    path = tmp_path / "view-0000-range-000002.bin"
+    original = path.read_bytes()
+    path.write_bytes(original[:-40] + bytes(40))
+    with pytest.raises(
+        StoreError, match=r"view-0000-range-000002.bin \(view 0, samples 16 to 20\)\. Delete the damaged"
+    ):
+        build_store(tmp_path).verify()
     path.unlink()
     build_store(tmp_path).verify()
+    assert path.read_bytes() == original
 
 
-def test_the_error_names_a_view_damaged_before_the_manifest(store_folder, tmp_path, monkeypatch):
-    """The expected hashes are those from the build, not those of the files when the build continues."""
-    with monkeypatch.context() as patch:
-        patch.setattr(building.files, "write_text", interrupt_at("manifest.json"))
-        with pytest.raises(InterruptedBuildError):
-            build_store(tmp_path / "s")
-    path = tmp_path / "s" / "view-0001.bin"
-    original = path.read_bytes()
-    path.write_bytes(original[:50] + bytes([original[50] ^ 64]) + original[51:])
-    with pytest.raises(StoreError, match=r"view-0001.bin is damaged.*Remove it and build again"):
-        build_store(tmp_path / "s")
-    path.unlink()
-    build_store(tmp_path / "s").verify()
-    assert content(tmp_path / "s") == content(store_folder)
-
-
-def interrupt_at(name):
-    original = files.write_text
-
-    def write(path, text):
-        if path.name == name:
-            raise InterruptedBuildError
-        original(path, text)
-
-    return write
+def test_records_of_unknown_origin_are_not_continued(tmp_path):
+    build_store(tmp_path, ranges=(0, 2))
+    (tmp_path / "store.json").unlink()
+    with pytest.raises(StoreError, match=r"has records without a store\.json\. Remove it, or choose another folder"):
+        build_store(tmp_path)
 
 
 def test_a_process_that_another_overtakes_ends_without_error(store_folder, tmp_path, monkeypatch):
@@ -224,12 +203,17 @@ def test_a_process_that_another_overtakes_ends_without_error(store_folder, tmp_p
     assert content(tmp_path / "s") == content(store_folder)
 
 
-def test_only_one_process_can_finish_a_store(tmp_path):
-    import filelock
+def test_temporary_files_that_another_process_removes_are_no_error_if_it_built_the_range(tmp_path, monkeypatch):
+    original = files.write_chunks
 
-    build_store(tmp_path, ranges=(0, 2))
-    with filelock.FileLock(tmp_path / "store.lock"), pytest.raises(OutputError, match="finished by another process"):
-        finish(tmp_path)
+    def overtaken(path, chunks):
+        if path.suffix == ".bin" and path.name.startswith("view"):
+            original(path, chunks)
+            raise OutputError("The temporary file is gone.")
+        original(path, chunks)
+
+    monkeypatch.setattr(files, "write_chunks", overtaken)
+    build_store(tmp_path / "s").verify()
 
 
 def test_a_full_disk_is_an_error_and_leaves_no_partial_file(tmp_path, monkeypatch):

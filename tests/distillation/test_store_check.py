@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from distillation.stores import IDS, K, N, build_store, data, images, network
+from distillation.stores import IDS, K, N, build_store, data, images, network, versioned
 from kirsch.distillation.store import Dense, TeacherStore, TopK, specification
-from kirsch.distillation.store.record import fields_of, record_type
+from kirsch.distillation.store.record import fields_of
 from kirsch.errors import NumericError, StoreError, UsageError
 
 
@@ -34,9 +34,10 @@ def test_check_detects_another_teacher(store_folder):
 
 def test_check_detects_a_slightly_changed_record(store_copy):
     store = TeacherStore.open(store_copy)
-    records = np.fromfile(store_copy / "view-0000.bin", store.manifest.record_type)
+    path = store_copy / "view-0000-range-000000.bin"
+    records = np.memmap(path, store.record_type, "r+", shape=(8,))
     records["log_p"][4, 2] *= np.float16(1.02)
-    records.tofile(store_copy / "view-0000.bin")
+    records.flush()
     result = TeacherStore.open(store_copy).check(network(), data(), samples=42)
     assert not result.agrees
     assert result.differences["tail"] < 2**-10 < 0.015 < result.differences["log_p"] < 0.025
@@ -45,22 +46,23 @@ def test_check_detects_a_slightly_changed_record(store_copy):
 def test_the_error_of_check_names_missing_features(tmp_path):
     model = network().eval()
 
+    @versioned
     def outputs(inputs):
         with torch.no_grad():
             inner = model[:4](torch.from_numpy(inputs))
             return {"logits": model[4](inner), "inner": inner}
 
     store = build_store(tmp_path / "s", model, outputs=outputs)
-    message = r"features: stored 'inner' of shape \(16,\), current none\. Pass the same teacher and outputs"
+    message = r"the features \(features: stored {'inner': \(16,\)}, given {}\)\. Pass the values it was built with"
     with pytest.raises(StoreError, match=message):
         store.check(model, data())
-    with pytest.raises(StoreError, match=r"features: stored none, current 'inner' of shape \(16,\)"):
+    with pytest.raises(StoreError, match=r"the features \(features: stored {}, given {'inner': \(16,\)}\)"):
         build_store(tmp_path / "plain", model).check(model, data(), outputs=outputs)
 
 
 def test_check_refuses_outputs_of_other_shapes(store_folder):
     store = TeacherStore.open(store_folder)
-    with pytest.raises(StoreError, match=r"have other names or shapes than .*Classes: stored 12, current 9"):
+    with pytest.raises(StoreError, match=r"the number of classes \(classes: stored 12, given 9\)"):
         store.check(network(9), data())
     with pytest.raises(UsageError, match=r"`samples` .* is 0; expected a whole number of at least 1"):
         store.check(network(), data(), samples=0)
@@ -82,15 +84,18 @@ def test_check_refuses_outputs_of_other_shapes(store_folder):
         ({"inputs": data(views=3)}, "views is 2, and the data has 3"),
         ({"views": 0, "range_size": 0}, "`views` .* is 0; .* `range_size` .* is 0"),
         ({"batch_size": 0}, "`batch_size` .* is 0; expected a whole number of at least 1"),
-        ({"keep": TopK(13)}, r"`keep` is TopK\(13\), and there are 12 classes"),
+        ({"keep": TopK(13)}, r"TopK\(13\) needs 13 classes, and there are 12"),
         ({"keep": None}, "The outputs have 'logits', and `keep` is None"),
         ({"outputs": lambda x: {"a": x}}, r"The outputs have no 'logits', and `keep` is TopK\(k=4\)"),
-        ({"outputs": lambda x: {"tail": x}, "keep": None}, "The feature name 'tail' is reserved. Reserved: seed"),
+        (
+            {"outputs": versioned(lambda x: {"tail": x}), "keep": None},
+            "the feature name 'tail' is reserved, as are seed",
+        ),
         ({"outputs": lambda x: x}, "The callable `outputs` returned ndarray. Return a dict"),
         ({"outputs": lambda x: {}}, "The callable `outputs` returned an empty dict"),
-        ({"outputs": lambda x: {"a": x[:1]}}, r"The output 'a' has shape \(1, 2, 4, 4\) for 2 samples"),
-        ({"outputs": lambda x: {"a": x[:, :0]}, "keep": None}, r"has shape \(2, 0, 4, 4\); it has no values to store"),
-        ({"outputs": lambda x: {"logits": x[:, 0, 0, 0]}}, r"'logits' has shape \(2,\); it has no values to store"),
+        ({"outputs": lambda x: {"a": x[:1]}}, r"The output 'a' has shape \(1, 2, 4, 4\) for 3 samples"),
+        ({"outputs": lambda x: {"a": x[:, :0]}, "keep": None}, r"has shape \(3, 0, 4, 4\); it has no values to store"),
+        ({"outputs": lambda x: {"logits": x[:, 0, 0, 0]}}, r"'logits' has shape \(3,\); it has no values to store"),
     ],
 )
 def test_invalid_options_are_errors_before_anything_is_written(tmp_path, options, message):
@@ -101,7 +106,7 @@ def test_invalid_options_are_errors_before_anything_is_written(tmp_path, options
 
 def test_a_record_beyond_the_size_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(specification, "LARGEST_RECORD", 17)
-    with pytest.raises(UsageError, match=r"fields: a record has 18 bytes; the limit is 17.*Store less for each sample"):
+    with pytest.raises(UsageError, match=r"a record has 18 bytes, and the limit is 17; store less"):
         build_store(tmp_path / "s")
 
 
@@ -112,6 +117,7 @@ def test_top_k_needs_a_positive_k():
 
 def test_outputs_that_16_bits_cannot_represent_are_errors(tmp_path):
     def outputs(name, value):
+        @versioned
         def compute(inputs):
             array = np.zeros((len(inputs), K))
             array[-1, 3] = value
@@ -119,7 +125,7 @@ def test_outputs_that_16_bits_cannot_represent_are_errors(tmp_path):
 
         return compute
 
-    with pytest.raises(NumericError, match=rf"The teacher's logits are not finite for sample {IDS[1]} in view 0"):
+    with pytest.raises(NumericError, match=rf"The teacher's logits are not finite for sample {IDS[2]} in view 0"):
         build_store(tmp_path / "a", outputs=outputs("logits", np.nan))
     for value in (np.inf, 7e4):
         with pytest.raises(NumericError, match=r"The teacher's inner are not finite, or beyond ±65504 for sample"):
@@ -142,7 +148,7 @@ def test_the_code_of_the_documentation_page_runs(tmp_path, monkeypatch):
     for snippet in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
         exec(compile(snippet, "store.md", "exec"), names)
     assert names["found"].keys() == {"indices", "log_p", "tail"}
-    assert (names["store"].manifest.views, names["store"].manifest.temperature) == (8, 4.0)
+    assert (names["store"].specification.views, names["store"].specification.temperature) == (8, 4.0)
 
 
 def test_the_documentation_page_states_the_size_of_records(tmp_path):
@@ -151,6 +157,5 @@ def test_the_documentation_page_states_the_size_of_records(tmp_path):
     assert "| 4 + k (i + 2) + 2 |" in page
     assert "| 4 + 2 K + 4 |" in page
     for k, classes, width in ((1, 10, 1), (10, 1000, 2), (100, 70_000, 4)):
-        logits = {"logits": np.zeros((1, classes), np.float32)}
-        assert record_type(fields_of(TopK(k), logits)).itemsize == 4 + k * (width + 2) + 2
-        assert record_type(fields_of(Dense(), logits)).itemsize == 4 + 2 * classes + 4
+        assert np.dtype(fields_of(TopK(k), classes, (), {})).itemsize == 4 + k * (width + 2) + 2
+        assert np.dtype(fields_of(Dense(), classes, (), {})).itemsize == 4 + 2 * classes + 4

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.losses import hard_label
@@ -14,7 +15,6 @@ from kirsch.distillation.losses.labels import binary_label, squared_error
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, KirschError, ShapeError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 
 N, D, K = 40, 4, 3
@@ -150,7 +150,7 @@ MASKS, IMAGES = RANDOM.integers(0, K, (N, 4, 5)), RANDOM.standard_normal((N, 1, 
 @pytest.mark.parametrize(
     ("targets", "classes", "sentence"),
     [
-        (np.where(MASKS == 2, 255, MASKS), K, r"has the label 255\. .* give the objective ignore=255"),
+        (np.where(MASKS == 2, 255, MASKS), K, r"has the label 255\. .* give the objective ignore_index=255"),
         (255 * (MASKS > 0), 2, r"has the label 255\. .* masks of 0 and 255: give \(targets == 255\)"),
         (MASKS + 1, K, r"The labels go from 1 to 3: give targets - 1"),
         (MASKS[:, None], K, r"\(40, 1, 4, 5\) .* Take out the axis of length 1: targets\[:, 0\], as int64"),
@@ -158,7 +158,7 @@ MASKS, IMAGES = RANDOM.integers(0, K, (N, 4, 5)), RANDOM.standard_normal((N, 1, 
         (np.moveaxis(np.eye(K)[MASKS], -1, 1), K, r"They are one-hot: give targets\.argmax\(1\)"),
         (MASKS[:, :2, :2], K, r"The labels are 2×2 a sample and the logits 4×5"),
         (CLASSES, K, "labels of whole samples, and the model answers for each pixel"),
-        (IMAGES, K, r'label_loss="squared-error".* Term\("fitnet", student="logits"\)'),
+        (IMAGES, K, r'label_loss="squared-error".* Term\("fitnet", student_layer="logits"\)'),
         (MASKS.astype(np.float32), K, "whole numbers stored as floats"),
     ],
     ids=["void", "0 and 255", "from 1", "axis", "last axis", "one-hot", "size", "samples", "images", "floats"],
@@ -171,7 +171,9 @@ def test_masks_are_named_by_what_they_look_like(targets, classes, sentence):
 def test_a_void_label_that_is_stated_does_not_count():
     void = np.where(MASKS == 2, 255, MASKS).astype(np.uint8)
     wanted = fit(pixels(), ArrayData(IMAGES, np.where(MASKS == 2, -100, MASKS)), training=ONCE).history[0]["loss"]
-    found = fit(pixels(), ArrayData(IMAGES, void), objective=Objective(ignore=255), training=ONCE).history[0]["loss"]
+    found = fit(pixels(), ArrayData(IMAGES, void), objective=Objective(ignore_index=255), training=ONCE).history[0][
+        "loss"
+    ]
     assert found == pytest.approx(wanted, rel=1e-6)
 
 
@@ -192,9 +194,9 @@ def test_batches_of_sequences_and_images_may_differ_in_size():
         (net(1), np.zeros(N, int), 'label_loss="binary"'),
         (net(1), YES[:, :1], 'label_loss="binary"'),
         (net(1), 2 * YES[:, 0] - 1, r'give \(targets \+ 1\) / 2, and take label_loss="binary"'),
-        (net(1), X[:, :1], r'label_loss="squared-error".* Term\("fitnet", student="logits"\)'),
+        (net(1), X[:, :1], r'label_loss="squared-error".* Term\("fitnet", student_layer="logits"\)'),
         (net(1), X[:, 0], 'label_loss="squared-error"'),
-        (pixels(1), MASKS > 0, r'take label_loss="binary", and Term\("fitnet", student="logits"\)'),
+        (pixels(1), MASKS > 0, r'take label_loss="binary", and Term\("fitnet", student_layer="logits"\)'),
         (pixels(1), 255 * (MASKS > 0)[:, None], 'give targets / 255, and take label_loss="binary"'),
     ],
 )
@@ -230,13 +232,13 @@ def test_images_of_numbers_are_distilled_by_the_way_that_the_error_names():
     images = RANDOM.standard_normal((N, 2, 4, 5))
     data = ArrayData(IMAGES, images)
     for term in ("kd", "binary-kd"):
-        with pytest.raises(ShapeError, match=r'"fitnet", student="logits"') as caught:
+        with pytest.raises(ShapeError, match=r'"fitnet", student_layer="logits"') as caught:
             distill(pixels(2), pixels(2, 1), data, objective=Objective((Term(term),), 0.0), check_teacher=False)
         assert "pixel-kd" in str(caught.value)
-    objective = Objective((Term("fitnet", 1.0, student="logits"),), 1.0, label_loss="squared-error")
+    objective = Objective((Term("fitnet", 1.0, student_layer="logits"),), 1.0, label_loss="squared-error")
     hooks = TrainingHooks(event=lambda event: None)
     found = distill(pixels(2), pixels(2, 1), data, objective=objective, training=ONCE, check_teacher=False, hooks=hooks)
-    assert set(found.history[0]["parts"]) == {"label", "fitnet"}
+    assert set(found.history[0]["terms"]) == {"label", "fitnet"}
 
 
 @pytest.mark.parametrize("objective", [Objective(), BINARY, NUMBERS], ids=["classes", "answers", "numbers"])
@@ -258,7 +260,7 @@ def test_texts_and_objects_are_not_targets(objective):
 def test_targets_that_nothing_is_learned_from_may_be_anything(targets, loader):
     x = RANDOM.random((N, 1, 3, 3))
     data = [(x[place : place + 8], targets[place : place + 8]) for place in range(0, N, 8)]
-    objective = Objective((Term("fitnet", student="logits"),), label_weight=0.0)
+    objective = Objective((Term("fitnet", student_layer="logits"),), label_weight=0.0)
     with pytest.warns(UserWarning, match="The teacher was not evaluated"):
         found = distill(
             pixels(1),
@@ -267,11 +269,11 @@ def test_targets_that_nothing_is_learned_from_may_be_anything(targets, loader):
             objective=objective,
             training=ONCE,
         )
-    assert set(found.history[0]["parts"]) == {"fitnet"}
+    assert set(found.history[0]["terms"]) == {"fitnet"}
 
 
 def test_labels_that_mark_what_is_compared_are_checked_without_a_weight():
     x, targets = RANDOM.random((N, 1, 3, 3)), np.zeros((N, 2), int)
-    objective = Objective((Term("pixel-kd", 1.0, 1.0),), label_weight=0.0)
+    objective = Objective((Term("pixel-kd", 1.0, temperature=1.0),), label_weight=0.0)
     with pytest.raises(DataError, match=r"The targets have shape \(8, 2\)"):
         distill(pixels(), pixels(seed=1), ArrayData(x, targets, 8), objective=objective, training=ONCE)

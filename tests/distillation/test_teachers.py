@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.teachers import combined
 from kirsch.distillation.term import Term
 from kirsch.errors import UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 
 K = 3
@@ -43,11 +43,11 @@ def trained(objective, **options):
 
 @pytest.mark.parametrize("way", ["probabilities", "logits", "confidence", "sum"])
 def test_several_teachers_teach_together(way):
-    objective = Objective((Term("kd", 1.0, 2.0),), teachers=way)
+    objective = Objective((Term("kd", 1.0, temperature=2.0),), teachers=way)
     told = []
     found = trained(objective, hooks=TrainingHooks(event=told.append))
-    assert set(found.history[0]["parts"]) == {"label", "kd"}
-    texts = [event["text"] for event in told if event["event"] == "doubt"]
+    assert set(found.history[0]["terms"]) == {"label", "kd"}
+    texts = [event["text"] for event in told if event["event"] == "warning"]
     assert any("averaged, which multiplies their probabilities" in text for text in texts) == (way == "logits")
 
 
@@ -94,7 +94,7 @@ def test_a_student_that_equals_both_of_its_teachers_is_charged_nothing(loss, way
     objective = Objective((Term(loss, 1.0),), label_weight=0.0, teachers=way)
     batch = data().inputs[:4], data().targets[:4]
     told = []
-    found = Distiller(model, [copy.deepcopy(model)] * 2, objective, batch, doubt=told.append)
+    found = Distiller(model, [copy.deepcopy(model)] * 2, objective, batch, warn=told.append)
     with found.eval():
         assert float(found(batch).total.detach()) == pytest.approx(0.0, abs=1e-6)
     assert [text for text in told if "averaged, which multiplies their probabilities" in text] == told
@@ -108,5 +108,5 @@ def test_numbers_cannot_be_weighed_by_confidence():
 
 
 def test_a_teacher_that_no_term_is_held_against_is_refused():
-    with pytest.raises(UsageError, match=r"No term of the objective is held against teacher 1, of 2.*of=1"):
-        trained(Objective((Term("at", 1.0, student="conv"),)))
+    with pytest.raises(UsageError, match=r"No term of the objective is held against teacher 1, of 2.*teacher=1"):
+        trained(Objective((Term("at", 1.0, student_layer="conv"),)))

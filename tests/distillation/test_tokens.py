@@ -163,7 +163,7 @@ def test_attention_in_closed_form(framework, loss):
 @pytest.mark.parametrize("loss", [attention_ce, attention_kl])
 def test_attention_weights_give_the_loss_of_their_scores(framework, loss):
     weights = framework(softmax(ATTENTION)), framework(softmax(ATTENTION_T))
-    value = float(loss(*weights, given="weights"))
+    value = float(loss(*weights, attention="weights"))
     assert value == pytest.approx(float(loss(framework(ATTENTION), framework(ATTENTION_T))), rel=1e-12)
 
 
@@ -173,9 +173,9 @@ def test_attention_weights_of_0_leave_loss_and_gradient_finite(loss):
     weights = [softmax(side + hidden) for side in (ATTENTION, ATTENTION_T)]
     assert weights[0].min() == 0
     scores = loss(ATTENTION, ATTENTION_T, mask=MASK)
-    assert loss(*weights, given="weights", mask=MASK) == pytest.approx(scores, rel=1e-12)
+    assert loss(*weights, attention="weights", mask=MASK) == pytest.approx(scores, rel=1e-12)
     student = torch.from_numpy(weights[0]).requires_grad_()
-    loss(student, torch.from_numpy(weights[1]), given="weights", mask=torch.from_numpy(MASK)).backward()
+    loss(student, torch.from_numpy(weights[1]), attention="weights", mask=torch.from_numpy(MASK)).backward()
     assert torch.isfinite(student.grad).all()
 
 
@@ -184,7 +184,7 @@ def test_attention_weights_are_renormalized_over_unmasked_keys(framework, loss):
     """Half of the teacher's attention is on masked keys, and none of the student's."""
     teacher, student = [[[[0.25, 0.25, 0.3, 0.2]]]], [[[[0.25, 0.75, 0.0, 0.0]]]]
     mask = framework([[[True, True, False, False]]])  # (N, queries, keys)
-    value = float(loss(framework(student), framework(teacher), given="weights", mask=mask))
+    value = float(loss(framework(student), framework(teacher), attention="weights", mask=mask))
     entropy = math.log(2) if loss is attention_ce else 0
     assert value == pytest.approx(math.log(4 / 3) / 2 + entropy, rel=1e-12)
     scores = [framework(np.log(np.maximum(side, 1e-12))) for side in (student, teacher)]
@@ -355,10 +355,10 @@ def test_unknown_conventions_are_refused():
         attention_mse(ATTENTION, ATTENTION_T, convention="textbrewr")
     with pytest.raises(UnknownNameError, match="There is no convention 'tinybert'"):
         attention_ce(ATTENTION, ATTENTION_T, convention="tinybert")
-    with pytest.raises(UnknownNameError, match="There is no kind of attention 'logits'"):
-        attention_kl(ATTENTION, ATTENTION_T, given="logits")
-    with pytest.raises(UsageError, match="The convention 'textbrewer' applies to scores; `given` is 'weights'"):
-        attention_ce(ATTENTION, ATTENTION_T, given="weights", convention="textbrewer")
+    with pytest.raises(UnknownNameError, match="There is no kind of attention 'probabilities'"):
+        attention_kl(ATTENTION, ATTENTION_T, attention="probabilities")
+    with pytest.raises(UsageError, match="The convention 'textbrewer' applies to scores; `attention` is 'weights'"):
+        attention_ce(ATTENTION, ATTENTION_T, attention="weights", convention="textbrewer")
 
 
 @pytest.mark.parametrize("loss", [hidden_mse, hidden_cosine, cls_pkd, token_fsp, token_nst, minilm])

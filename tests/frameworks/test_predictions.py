@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.data.batches import ArrayData
 from kirsch.errors import UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.predictions import logits_output
 
 

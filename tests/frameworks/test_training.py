@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
+from kirsch.data.augment import sample_seeds
+from kirsch.data.batches import ArrayData
 from kirsch.errors import DataError, ShapeError, UsageError
-from kirsch.frameworks.augment import sample_seeds
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.training import Training, doubts
+from kirsch.frameworks.training import Training, share_warnings
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,8 @@ from kirsch.frameworks.training import Training, doubts
         ({"milestones": (30, 60)}, r"milestones are \(30, 60\)"),
         ({"epochs": 3, "warmup_epochs": 4}, "warmup_epochs is 4; expected a number from 0 to 3"),
         ({"warmup_epochs": -1}, "warmup_epochs is -1"),
-        ({"clip_norm": 0.0}, "clip_norm is 0.0; expected a number above 0, or None"),
-        ({"clip_norm": -1.0}, "clip_norm is -1.0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0; expected a number above 0, or None"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
         ({"seed": -1}, "`seed` .* is -1; expected a whole number"),
     ],
 )
@@ -209,24 +209,26 @@ def test_sample_that_is_not_finite_is_named(value):
 
 
 def test_a_term_that_has_become_small_during_training_is_not_warned_of():
-    assert doubts({"label": 0.0007, "kd": 0.9993}, {"label": 0.05, "kd": 0.95}) == {}
+    assert share_warnings({"label": 0.0007, "kd": 0.9993}, {"label": 0.05, "kd": 0.95}) == {}
 
 
 def test_a_term_that_never_had_a_share_is_doubted_for_its_weight():
     shares = {"label": 0.0007, "kd": 0.9993}
     for began in (shares, {"label": 0.0, "kd": 1.0}):
-        found = doubts(shares, began)
+        found = share_warnings(shares, began)
         assert "another convention: a loss that is averaged" in found["label"]
         assert "another convention: a loss that is summed" in found["kd"]
-    assert doubts({"label": 0.0, "kd": 1.0}, {"label": 0.5, "kd": 0.5}) == {}
+    assert share_warnings({"label": 0.0, "kd": 1.0}, {"label": 0.5, "kd": 0.5}) == {}
 
 
 def test_a_term_that_begins_without_a_gradient_is_doubted():
     shares = {"label": 1.0, "kd": 0.0}
-    assert list(doubts(shares, shares)) == ["kd"]
-    assert doubts(shares, shares)["kd"] == (
+    assert list(share_warnings(shares, shares)) == ["kd"]
+    assert share_warnings(shares, shares)["kd"] == (
         "The term 'kd' is 0 on the first batch, and has no gradient. This is expected if student and teacher agree "
         "already, as copies do. Otherwise the term compares outputs that cannot differ, such as the softmax over one "
         "class."
     )
-    assert doubts({"label": 0.0, "kd": math.nan}, {"label": 0.0, "kd": math.nan}) == {}  # which is an error of its own
+    assert (
+        share_warnings({"label": 0.0, "kd": math.nan}, {"label": 0.0, "kd": math.nan}) == {}
+    )  # which is an error of its own

@@ -28,9 +28,9 @@ from kirsch.integrations.huggingface import STATE, DistillationMixin, Distillati
 WORDS, LENGTH = 32, 8
 LAYERS = Objective(
     (
-        Term("kd", 0.5, 2.0),
-        Term("hidden-mse", 0.5, student="hidden[*]"),
-        Term("attention-mse", 3e3, student="attention[*]"),
+        Term("kd", 0.5, temperature=2.0),
+        Term("hidden-mse", 0.5, student_layer="hidden[*]"),
+        Term("attention-mse", 3e3, student_layer="attention[*]"),
     ),
     label_weight=0.5,
     causal=True,
@@ -127,7 +127,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
 @pytest.mark.filterwarnings("ignore:The term:UserWarning")
 def test_resumed_run_is_bitwise_equal(tmp_path):
     """With adapters, balance and dropout, from a checkpoint within an epoch."""
-    terms = (*LAYERS.terms[:2], Term("attention-mse", 0.5, student="attention[*]"))
+    terms = (*LAYERS.terms[:2], Term("attention-mse", 0.5, student_layer="attention[*]"))
     objective = dataclasses.replace(LAYERS, terms=terms, balance="gradient")
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
     runs = []
@@ -175,9 +175,15 @@ def test_evaluation_uses_the_students_loss_and_terms_are_logged(tmp_path):
 @pytest.mark.parametrize(
     "objective",
     [
-        Objective((Term("minilm", 1.0, student=LAST, options={"heads": 2}),), label_weight=0.0),
-        Objective((Term("crd", 1.0, student="penultimate", adapter="crd-bank", adapter_options=BANK),)),
-        Objective((Term("dkd"), Term("rkd-distance", student="penultimate"), Term("cls-pkd", student="hidden[-1]"))),
+        Objective((Term("minilm", 1.0, student_layer=LAST, options={"heads": 2}),), label_weight=0.0),
+        Objective((Term("crd", 1.0, student_layer="penultimate", adapter="crd-bank", adapter_options=BANK),)),
+        Objective(
+            (
+                Term("dkd"),
+                Term("rkd-distance", student_layer="penultimate"),
+                Term("cls-pkd", student_layer="hidden[-1]"),
+            )
+        ),
     ],
     ids=["minilm", "memory", "logits, relations, states"],
 )  # fmt: skip
@@ -378,7 +384,10 @@ def run_process(rank, folder, port, *arguments):
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["soft targets", "adapter"])
 def test_two_processes_equal_one(tmp_path, with_adapter):
     """Padded sequences with soft targets, or full sequences with an adapter."""
-    terms = (Term("kd", 0.5, 2.0), *([Term("hidden-mse", 0.5, student="hidden[-1]")] if with_adapter else []))
+    terms = (
+        Term("kd", 0.5, temperature=2.0),
+        *([Term("hidden-mse", 0.5, student_layer="hidden[-1]")] if with_adapter else []),
+    )
     rows = [{"input_ids": r["input_ids"], "labels": r["input_ids" if with_adapter else "labels"]} for r in texts()]
     arguments = Objective(terms, causal=True), rows
     one = weights(tmp_path, *arguments, 1)

@@ -32,7 +32,7 @@ pytestmark = [
 ]
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 WORDS, LENGTH = 12, 6
-OBJECTIVE = Objective((Term("kd", 0.5, 2.0), Term("fitnet", 0.5, student="1")))
+OBJECTIVE = Objective((Term("kd", 0.5, temperature=2.0), Term("fitnet", 0.5, student_layer="1")))
 
 
 def net(width, seed):
@@ -141,7 +141,9 @@ def test_student_and_adapters_are_trained_and_the_module_is_restored(tmp_path):
 
 def test_step_equals_that_of_a_distiller():
     """The module itself is the student, so that layer names start with `model.`."""
-    objective = Objective((Term("kd", 0.5, 2.0), Term("fitnet", 0.5, student="model.1")), balance="gradient")
+    objective = Objective(
+        (Term("kd", 0.5, temperature=2.0), Term("fitnet", 0.5, student_layer="model.1")), balance="gradient"
+    )
     module, callback = Module(batch_size=16), Distillation(Module(net(6, 2)), objective)
     module.model[3] = nn.Identity()
     fit(module, callback, max_epochs=3)
@@ -259,7 +261,7 @@ def test_unsupported_modules_and_loaders_are_refused():
         def train_dataloader(self):
             return {"a": super().train_dataloader(), "b": super().train_dataloader()}
 
-    other = Objective((Term("fitnet", 1.0, student="model.1"),))
+    other = Objective((Term("fitnet", 1.0, student_layer="model.1"),))
     for module, options, error, sentence in (
         (Narrow(), {"teacher": Module(net(6, 2)), "objective": other}, UsageError, r"lacks the adapters.*self\.param"),
         (Manual(), {}, UsageError, "has manual optimization.*kirsch.Distiller"),

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import kirsch
+from kirsch.data.sources import load_data
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import GoalError, Interrupted, NumericError, RecipeError, UsageError
 from kirsch.files import sha256
 from kirsch.recipes import stages
 from kirsch.recipes.models import build
-from kirsch.recipes.tasks.data import load_data
 from tiny import same_weights, write_job
 
 TRAINING = kirsch.Training(epochs=5, learning_rate=0.02)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.dataset import DataSet, Split
 from kirsch.errors import CheckpointError, NumericError, ShapeError
 from kirsch.frameworks.training import TrainingState
 from kirsch.recipes.job import Job
 from kirsch.recipes.recipe import recipe_of
-from kirsch.recipes.tasks.data import DataSet, Split
 
 
 def part(n=9):

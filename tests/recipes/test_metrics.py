@@ -91,7 +91,7 @@ def test_paired_test_counts_lost_and_gained_samples(run):
     found = run.metrics["quality"]["paired"]
     assert (found["lost"], found["gained"]) == (lost, gained)
     assert found["p"] == pytest.approx(p, rel=1e-9)  # sums in another order
-    assert run.metrics["goal"]["items"][1]["doubt"] == found["text"]
+    assert run.metrics["goal"]["items"][1]["significance"] == found["text"]
 
 
 @pytest.mark.parametrize(("side", "key"), [("before", "teacher"), ("after", "exported")])
@@ -124,8 +124,8 @@ def test_curves_have_one_point_per_epoch(run):
     events = [event for event in run.job.heard if event["event"] == "epoch" and event["stage"] == "distill"]
     for key in ("loss", "accuracy", "learning_rate", "seconds"):
         assert curves["distill"][key] == [event[key] for event in events]
-    parts = curves["distill"]["parts"]
-    assert parts["label"] + parts["kd"] == [event["parts"][name] for name in ("label", "kd") for event in events]
+    parts = curves["distill"]["terms"]
+    assert parts["label"] + parts["kd"] == [event["terms"][name] for name in ("label", "kd") for event in events]
     assert curves["distill"]["loss"] == pytest.approx(
         [sum(pair) for pair in zip(*parts.values(), strict=True)], rel=1e-5
     )

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from kirsch.errors import LoadError, ModelError, UsageError
-from kirsch.recipes.models import build, example_shape, resolve, source_hash
+from kirsch.recipes.models import build, example_shape
+from kirsch.references import resolve, source_hash
 
 LINEAR = "from torch import nn\n\n\ndef net():\n    return nn.Linear(2, {size})\n"
 
@@ -47,8 +48,11 @@ def test_file_is_relative_to_the_working_folder_by_default(tmp_path, write, monk
     assert build("nets.py:net").out_features == 3
 
 
-def test_module_is_imported():
-    assert_equal(build("kirsch.frameworks.pytorch.digits:student"), build("kirsch.frameworks.pytorch.digits:student"))
+def test_built_in_model_and_module_are_found():
+    for name in ("student", "teacher"):
+        assert_equal(build(f"digits:{name}"), build(f"kirsch.frameworks.pytorch.models.digits:{name}"))
+    with pytest.raises(LoadError, match=r"module 'digits' cannot be imported"):
+        build("digits:nobody")
 
 
 def test_timm_model_is_built():

@@ -10,6 +10,7 @@ import re
 import pytest
 
 import kirsch
+from kirsch.data.sources import load_data
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
@@ -21,7 +22,6 @@ from kirsch.recipes.forecast import forecast
 from kirsch.recipes.models import build
 from kirsch.recipes.recipe import Distill, commented, read_recipe
 from kirsch.recipes.stages import _gradient_share
-from kirsch.recipes.tasks.data import load_data
 
 MINIMAL = "teacher: {model: 'm:t'}\nrecover:\n"
 
@@ -56,14 +56,24 @@ def objective_of(text: str, *changes: str) -> Objective:
             (
                 "  objective:\n    label_weight: 0.1\n    label_smoothing: 0.2\n    terms:\n"
                 "    - {weight: 0.9, temperature: {start: 4, end: 1, epochs: 10, after: 2}}\n"
-                "    - {loss: at, weight: 1000, student: auto, options: {power: 3}, name: maps}\n"
-                "    - {loss: fitnet, student: down, teacher: deep, adapter: fitnet, adapter_options: {spatial: pool}}"
+                "    - {loss: at, weight: 1000, student_layer: auto, options: {power: 3}, name: maps}\n"
+                "    - {loss: fitnet, student_layer: down, teacher_layer: deep, "
+                "adapter: fitnet, adapter_options: {spatial: pool}}"
             ),
             Objective(
                 (
-                    Term("kd", 0.9, Ramp(4.0, 1.0, 10.0, 2.0)),
-                    Term("at", 1000.0, student="auto", options={"power": 3}, name="maps"),
-                    Term("fitnet", 0.9, None, "down", "deep", "fitnet", {}, {"spatial": "pool"}),
+                    Term("kd", 0.9, temperature=Ramp(4.0, 1.0, 10.0, 2.0)),
+                    Term("at", 1000.0, student_layer="auto", options={"power": 3}, name="maps"),
+                    Term(
+                        "fitnet",
+                        0.9,
+                        temperature=None,
+                        student_layer="down",
+                        teacher_layer="deep",
+                        adapter="fitnet",
+                        options={},
+                        adapter_options={"spatial": "pool"},
+                    ),
                 ),
                 label_weight=0.1,
                 label_smoothing=0.2,
@@ -71,13 +81,13 @@ def objective_of(text: str, *changes: str) -> Objective:
         ),
         (
             (
-                "  objective:\n    label_weight: 0\n    terms: [{loss: minilm, student: [a.query, a.key]}, "
-                "{loss: detr, student: {scores: logits, boxes: output.boxes}}]"
+                "  objective:\n    label_weight: 0\n    terms: [{loss: minilm, student_layer: [a.query, a.key]}, "
+                "{loss: detr, student_layer: {logits: logits, boxes: output.boxes}}]"
             ),
             Objective(
                 (
-                    Term("minilm", student=["a.query", "a.key"]),
-                    Term("detr", student={"scores": "logits", "boxes": "output.boxes"}),
+                    Term("minilm", student_layer=["a.query", "a.key"]),
+                    Term("detr", student_layer={"logits": "logits", "boxes": "output.boxes"}),
                 ),
                 label_weight=0.0,
             ),
@@ -138,7 +148,7 @@ def test_commented_recipe_explains_the_objective_key():
         (
             (
                 "  objective:\n    terms:\n    - loss: kdd\n    - {loss: kd, temperatuur: 1}\n"
-                "    - {loss: dkd, options: {betta: 1}}\n    - {student: 'layer['}\n"
+                "    - {loss: dkd, options: {betta: 1}}\n    - {student_layer: 'layer['}\n"
                 "    - {weight: {start: 1, endd: 2}}\n"
                 "    - {loss: dist, options: {temperature: 2}}"
             ),
@@ -151,7 +161,7 @@ def test_commented_recipe_explains_the_objective_key():
                 r"line 9: recover.objective.terms.4.weight.end: this key is required",
                 r"line 9: recover.objective.terms.4.weight.epochs: this key is required",
                 r"line 9: recover.objective.terms.4.weight.endd: unknown key. Did you mean 'end'\?",
-                r"line 10: recover.objective.terms.5: .*the temperature of 'dist' is stated among its options",
+                r"line 10: recover.objective.terms.5: .*`options` of 'dist' contain the temperature",
             ],
         ),
         (
@@ -176,7 +186,7 @@ def test_invalid_objective_is_named_with_line_and_nearest_name(text, sentences):
 # ------------------------------------------------------------------------------------------------ runs
 
 
-MAPS = "{terms: [{weight: 0.5, temperature: 4}, {loss: fitnet, weight: 0.1, student: second}], label_weight: 0.5}"
+MAPS = "{terms: [{weight: 0.5, temperature: 4}, {loss: fitnet, weight: 0.1, student_layer: second}], label_weight: 0.5}"
 
 
 def test_run_trains_on_the_objectives_of_its_recipe(job):
@@ -207,12 +217,12 @@ def test_gradient_share_is_that_of_the_last_epoch_after_a_warm_up():
     ("change", "error", "sentence"),
     [
         (
-            "recover.objective={terms: [{loss: fitnet, student: secondd}]}",
+            "recover.objective={terms: [{loss: fitnet, student_layer: secondd}]}",
             UnknownNameError,
             r"'secondd'.* mean 'second'",
         ),
         (
-            "student.distill.objective={terms: [{loss: fitnet, teacher: head, student: first}]}",
+            "student.distill.objective={terms: [{loss: fitnet, teacher_layer: head, student_layer: first}]}",
             ShapeError,
             "No adapter",
         ),
@@ -230,9 +240,9 @@ def test_compress_accepts_an_objective_by_name_or_object(job):
     """The section stored in the recipe reads back, so that the run can be resumed."""
     data = load_data("nets.py:stripes", {}, seed=0, base=job.base)
     teacher = build("nets.py:teacher", base=job.base)
-    objective = Objective((Term("hcl", 1.0, student="second", options={"sizes": (2, 1)}),))
+    objective = Objective((Term("hcl", 1.0, student_layer="second", options={"sizes": (2, 1)}),))
     section = Distill.model_validate(_section(None, None, objective))
-    assert section.as_objective() == Objective((Term("hcl", 1.0, student="second", options={"sizes": [2, 1]}),))
+    assert section.as_objective() == Objective((Term("hcl", 1.0, student_layer="second", options={"sizes": [2, 1]}),))
     assert Distill.model_validate(section.model_dump(mode="json")) == section
     with pytest.raises(RecipeError, match="temperature cannot be combined with an objective"):
         kirsch.compress(copy.deepcopy(teacher), data, kirsch.Goal(macs=0.5), temperature=2.0, objective="dkd")

@@ -42,10 +42,10 @@ TRAINS = st.fixed_dictionaries(
         "learning_rate": POSITIVE,
         "optimizer": st.sampled_from(["sgd", "adamw"]),
         "milestones": st.lists(FRACTIONS).map(sorted),
-        "clip_norm": st.none() | POSITIVE,
-        "accumulate": st.integers(1, 64),
+        "max_grad_norm": st.none() | POSITIVE,
+        "gradient_accumulation_steps": st.integers(1, 64),
         "precision": st.sampled_from(["fp32", "bf16", "fp16"]),
-        "ema": st.none() | FRACTIONS,
+        "ema_decay": st.none() | FRACTIONS,
     },
 )
 OBJECTIVES = st.sampled_from(["dkd", "at"]) | st.fixed_dictionaries(
@@ -310,6 +310,8 @@ def test_shipped_recipes_are_valid(path):
 
 
 def test_train_section_is_converted_to_training_settings():
-    section = Train(epochs=7, learning_rate=0.3, optimizer="adamw", schedule="multistep", warmup_epochs=2, clip_norm=1)
+    section = Train(
+        epochs=7, learning_rate=0.3, optimizer="adamw", schedule="multistep", warmup_epochs=2, max_grad_norm=1
+    )
     found = dataclasses.asdict(section.settings(seed=11))
     assert found == {**section.model_dump(), "seed": 11}

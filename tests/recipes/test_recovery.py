@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import kirsch
+from kirsch.data.batches import ArrayData, Batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
 from kirsch.errors import NumericError, PlanError, ShapeError, UnknownNameError, UsageError
-from kirsch.frameworks.data import ArrayData, Batch
 from kirsch.frameworks.pytorch.analysis.regions import exits, regions
 from kirsch.frameworks.pytorch.features import adapters
 from kirsch.frameworks.pytorch.features.capture import dry_run
@@ -230,7 +230,7 @@ def term_values(objective, case):
     """Return the value of each term before training, by name."""
     batch = Batch(case.inputs, torch.arange(len(case.inputs)) % K)
     with Distiller(case.small.eval(), case.model, objective, batch) as distiller:
-        return {name: part.item() for name, part in distiller.eval()(batch).parts.items()}
+        return {name: part.item() for name, part in distiller.eval()(batch).terms.items()}
 
 
 def test_term_is_zero_where_nothing_upstream_is_pruned(traced):
@@ -251,7 +251,7 @@ def test_term_is_the_relative_mean_squared_difference(traced):
 
 def test_default_layers_are_the_stages_and_the_objective_survives_json(traced):
     objective = recovery(traced.small, traced.model, traced.inputs, objective=Objective.preset("dkd"))
-    assert [term.student for term in objective.terms] == ["logits", *traced.layers[1:]]
+    assert [term.student_layer for term in objective.terms] == ["logits", *traced.layers[1:]]
     loss = {"residual": "fitnet", "transformer": "hidden-mse"}[traced.name]
     assert [term.loss for term in objective.terms] == ["dkd", loss, loss]
     assert Objective.from_dict(json.loads(json.dumps(objective.to_dict()))) == objective
@@ -264,7 +264,7 @@ def test_training_reduces_all_terms_without_new_parameters(case):
     training = Training(epochs=8, learning_rate=3e-3, optimizer="adamw")
     data, hooks = ArrayData(many.numpy(), None, batch_size=16), TrainingHooks(event=events.append)
     found = kirsch.distill(case.small, case.model, data, objective=objective, training=training, hooks=hooks)
-    before, after = found.history[0]["parts"], found.history[-1]["parts"]
+    before, after = found.history[0]["terms"], found.history[-1]["terms"]
     assert set(before) == {f"kept.{layer}" for layer in case.layers[1:]}
     assert all(after[layer] < 0.8 * before[layer] for layer in before), (before, after)
     shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (found.model, case.small)]

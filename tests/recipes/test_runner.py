@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from kirsch.data.dataset import DataSet, Split
 from kirsch.errors import (
     GoalError,
     Interrupted,
@@ -30,7 +31,6 @@ from kirsch.errors import (
 from kirsch.recipes import integrity, runner
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import new_folder_name, resume
-from kirsch.recipes.tasks.data import DataSet, Split
 from tiny import flip_bit, same_weights
 
 STAGES = ["teacher", "distill", "prune", "recover", "export", "measure"]

@@ -157,8 +157,8 @@ def test_the_summary_has_size_latency_and_accuracy_before_and_after(page, metric
 @pytest.mark.parametrize(
     ("goal", "text"),
     [
-        ({"met": True, "text": "wanted", "items": [{"text": "t", "met": True, "doubt": ""}]}, "Goal met"),
-        ({"met": False, "text": "wanted", "items": [{"text": "t", "met": False, "doubt": ""}]}, "Goal missed"),
+        ({"met": True, "text": "wanted", "items": [{"text": "t", "met": True, "significance": ""}]}, "Goal met"),
+        ({"met": False, "text": "wanted", "items": [{"text": "t", "met": False, "significance": ""}]}, "Goal missed"),
         ({"met": True, "text": "", "items": []}, "No goal was set"),
     ],
 )
@@ -458,7 +458,7 @@ def test_a_hostile_name_is_escaped_everywhere(page, metrics, name):
     hostile = prefixed(metrics, name)
     hostile["export"]["usage"] = hostile["provenance"]["recipe"] = f"a\n{name}\n"
     hostile["provenance"]["environment"] = {name: [name]}
-    hostile["curves"][0]["parts"] = {name: [1.0, 2.0, 3.0], "kd": [4.0, 5.0, 6.0]}
+    hostile["curves"][0]["terms"] = {name: [1.0, 2.0, 3.0], "kd": [4.0, 5.0, 6.0]}
     tree = page(hostile)
     assert_self_contained(tree)
     assert_well_formed(tree)

@@ -314,7 +314,7 @@ def verify(session: Session, run: Run) -> int:
 @command
 def store(
     session: Session,
-    action: Annotated[str, typer.Argument(help="build, finish, check, verify or info.")],
+    action: Annotated[str, typer.Argument(help="build, check, verify or info.")],
     folder: Annotated[str, typer.Argument(help="Folder of the store.")],
     model: Annotated[str, typer.Option("--model", help="The teacher, in the form of MODEL of trace.")] = "",
     weights: Weights = "random",
@@ -325,7 +325,7 @@ def store(
     keep: Annotated[str, typer.Option("--keep", help="Number of most likely classes to store, or dense.")] = "10",
     views: Annotated[int, typer.Option("--views", help="Augmented views of each sample.", min=1)] = 1,
     temperature: Annotated[float, typer.Option("--temperature", help="Temperature of the stored probabilities.")] = 1.0,
-    part: Annotated[str, typer.Option("--part", help="Build only one part, such as 1/4; then finish.")] = "",
+    part: Annotated[str, typer.Option("--part", help="Build only one part, such as 1/4.")] = "",
     samples: Annotated[int, typer.Option("--samples", help="Views that check compares.", min=1)] = 256,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Samples of one batch of the teacher.", min=1)] = 256,
     seed: Seed = 0,

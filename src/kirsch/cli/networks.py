@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch.cli.inputs import EXAMPLE, example_inputs, specifications
+from kirsch.data.sources import load_data
 from kirsch.deploy.export import export, usage
 from kirsch.deploy.measure import measure
 from kirsch.deploy.onnx_inputs import stand_ins
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import OutputError, UsageError
 from kirsch.files import MANIFEST, check_writable, write_text
-from kirsch.frameworks.port import Framework, framework_of, trace
+from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.trace import trace
 from kirsch.graph.inputs import tensors
 from kirsch.graph.kinds import BLOCK
 from kirsch.graph.plan import Goal, Plan
@@ -23,13 +25,13 @@ from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.store import load, save
 from kirsch.recipes.models import build, stated_inputs
 from kirsch.recipes.stages import CALIBRATION
-from kirsch.recipes.tasks.data import load_data
 from kirsch.tables import Part, Piece, Table, notes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kirsch.cli.terminal import Terminal
+    from kirsch.frameworks.protocols import Framework
     from kirsch.graph.inputs import InputSpec
 
 RANDOM, PRETRAINED = "random", "pretrained"
@@ -107,7 +109,7 @@ class PlanRequest:
         data = loaded.inputs if self.on_example_inputs else None
         if self.data:
             source = load_data(self.data, {}, seed=self.seed, base=Path())
-            data = loaded.framework.tensor(source.train.inputs[:CALIBRATION])
+            data = loaded.framework.inference.from_numpy(source.train.inputs[:CALIBRATION])
         goal = Goal(macs=self.macs, parameters=self.parameters)
         plan = choose(trace(loaded.model, loaded.inputs), goal, data=data, seed=self.seed, **self.options)
         return replace(plan, method=plan.method | {"weights": loaded.weights})
@@ -165,7 +167,7 @@ def model_of(reference: str, weights: str, *, seed: int = 0) -> Any:
         )
     model = build(reference, base=Path(), seed=seed, weights=weights if zoo else RANDOM)
     if weights not in (RANDOM, PRETRAINED) and not zoo:
-        framework_of(model).load_weights(model, Path(weights))
+        framework_of(model).inference.load_weights(model, Path(weights))
     return model
 
 
@@ -289,7 +291,7 @@ def _with_inputs(
     framework = framework_of(model)
     inputs = example_inputs(model, specs) if specs else stated_inputs(reference, model)
     if inputs is None and pruned:
-        inputs = framework.inputs_like(Plan.read(Path(pruned) / "plan.json").inputs, model) or None
+        inputs = framework.analysis.inputs_like(Plan.read(Path(pruned) / "plan.json").inputs, model) or None
     if inputs is None:
         raise UsageError(
             f"The inputs of {reference} are unknown.",

@@ -41,7 +41,7 @@ class Progress:
             "stage_end": self._stage_end,
             "stage_kept": self._stage_end,
             "note": self._note,
-            "doubt": self._note,
+            "warning": self._note,
             "end": self._end,
         }
 

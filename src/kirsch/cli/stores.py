@@ -1,4 +1,4 @@
-"""The subcommand store, on stores of teacher outputs: build, finish, check, verify, info."""
+"""The subcommand store, on stores of teacher outputs: build, check, verify, info."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import figures
 from kirsch.cli.networks import RANDOM, model_of, origin_of
-from kirsch.distillation.store import Dense, TeacherStore, TopK, build, finish
+from kirsch.data.sources import load_data
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build
 from kirsch.errors import StoreError, UnknownNameError, UsageError
 from kirsch.failures import during
 from kirsch.frameworks.determinism import require_deterministic
-from kirsch.recipes.tasks.data import load_data
 from kirsch.recipes.yaml import scalar
 from kirsch.tables import Line, Piece
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kirsch.cli.terminal import Terminal
-    from kirsch.frameworks.data import ArrayData
+    from kirsch.data.batches import ArrayData
 
-ACTIONS = ("build", "check", "finish", "info", "verify")
+ACTIONS = ("build", "check", "info", "verify")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class BuildOptions:
     Args:
         keep: "dense", or the number of classes.
         views, temperature: see `store.build`.
-        part: "i/n" with 1 <= i <= n; "" builds all and finishes.
+        part: "i/n" with 1 <= i <= n; "" builds all.
     """
 
     keep: str
@@ -107,15 +107,13 @@ def run_action(
         raise UnknownNameError("action", action, ACTIONS)
     if action == "build":
         return _build(folder, source, build_options, terminal)
-    store = finish(folder) if action == "finish" else TeacherStore.open(folder)
+    store = TeacherStore.open(folder)
     if action == "check":
         return _check(store, source, samples, terminal)
     if action == "verify":
         store.verify()
-        count = store.manifest.views * store.manifest.ranges
-        lines: list[Line] = [
-            [Piece(f"{'sound':<13}", "good"), Piece(f"{count} ranges have the sha256 of the manifest")]
-        ]
+        count = store.specification.views * store.specification.ranges
+        lines: list[Line] = [[Piece(f"{'sound':<13}", "good"), Piece(f"{count} ranges have their sha256")]]
         terminal.result(lines, {"store": str(folder), "sound": True, "ranges": count})
         return 0
     _show_info(store, terminal)
@@ -136,27 +134,22 @@ def _build(folder: Path, source: TeacherSource, build_options: BuildOptions, ter
     if store is not None:
         _show_info(store, terminal)
         return 0
-    command = f"kirsch store finish {folder}"
-    lines: list[Line] = [
-        [Piece(f"{'built':<13}part {build_options.part}")],
-        [Piece(f"{'next':<13}{command}, after all parts are built")],
-    ]
-    terminal.result(lines, {"store": str(folder), "part": build_options.part, "next": command})
+    lines: list[Line] = [[Piece(f"{'built':<13}part {build_options.part}; the store needs the other parts, too")]]
+    terminal.result(lines, {"store": str(folder), "part": build_options.part})
     return 0
 
 
 def _show_info(store: TeacherStore, terminal: Terminal) -> None:
-    manifest = store.manifest
-    size = manifest.views * manifest.samples * manifest.record_bytes
-    fields = ", ".join(field.name for field in manifest.fields if field.name != "seed")
+    stored = store.specification
+    size = stored.views * stored.samples * store.record_bytes
+    fields = ", ".join(name for name, _, _ in stored.fields if name != "seed")
     lines: list[Line] = [
         [Piece(f"{'store':<13}{store.folder}")],
-        [Piece(f"{'records':<13}{manifest.samples:,} samples, views {manifest.views}: {fields}")],
-        [Piece(f"{'size':<13}{manifest.record_bytes} bytes per record, {figures.bytes_(size)}")],
-        [Piece(f"{'teacher':<13}sha256 {manifest.teacher_sha256}")],
+        [Piece(f"{'records':<13}{stored.samples:,} samples, views {stored.views}: {fields}")],
+        [Piece(f"{'size':<13}{store.record_bytes} bytes per record, {figures.bytes_(size)}")],
+        [Piece(f"{'teacher':<13}sha256 {stored.teacher_sha256}")],
     ]
-    content = manifest.model_dump(mode="json", exclude={"sha256"})
-    terminal.result(lines, {"store": str(store.folder), "bytes": size} | content)
+    terminal.result(lines, {"store": str(store.folder), "bytes": size} | stored.model_dump(mode="json"))
 
 
 def _check(store: TeacherStore, source: TeacherSource, samples: int, terminal: Terminal) -> int:
@@ -166,7 +159,7 @@ def _check(store: TeacherStore, source: TeacherSource, samples: int, terminal: T
         StoreError: the store is stale or damaged, or the outputs of the teacher differ.
         UsageError: the store has the outputs of a callable.
     """
-    if store.manifest.outputs_sha256 is not None:
+    if store.specification.outputs is not None:
         raise UsageError(
             f"The store {store.folder} was built with outputs=..., a callable that the command line cannot name.",
             fix="Check it in Python: TeacherStore.open(folder).check(teacher, data, outputs=...).",

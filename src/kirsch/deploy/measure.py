@@ -13,20 +13,24 @@ import numpy as np
 from kirsch import figures
 from kirsch.annotations import Count
 from kirsch.arguments import checked
+from kirsch.data.annotations import Inputs, Labeled, Model
+from kirsch.data.arrays import host
+from kirsch.data.batches import Batch, SeededData
 from kirsch.deploy.export import Artifact, export
 from kirsch.deploy.onnx_inputs import require_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError, NumericError, UsageError
-from kirsch.frameworks.annotations import Inputs, Labeled, Model
-from kirsch.frameworks.data import Batch, SeededData
-from kirsch.frameworks.port import framework_of, host
+from kirsch.frameworks.find import framework_of
 from kirsch.measurement.latency import FEWEST_ROUNDS, Latency, Ratio, interleaved
 from kirsch.measurement.machine import cpu, load, usable_cores
-from kirsch.measurement.quality import Rate, accuracy
+from kirsch.measurement.statistics import Rate
 from kirsch.tables import Cell, Part, Piece, Printable, Table
+from kirsch.tasks.classification import accuracy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from kirsch.measurement.statistics import Rate
 
 
 @dataclass(frozen=True)
@@ -224,7 +228,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         artifact = export(model_or_artifact, Path(folder) / "model.onnx", example_inputs=example_inputs)
         size = OnnxSession(artifact.path).batch or 1
-        counted = framework.count(model_or_artifact, _first(example_inputs, size))
+        counted = framework.analysis.count(model_or_artifact, _first(example_inputs, size))
         return _measured(artifact.path, example_inputs, data, threads, rounds, counted, missing)
 
 

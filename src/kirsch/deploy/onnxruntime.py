@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.data.arrays import host
 from kirsch.errors import DataError, LoadError, MissingExtraError, ShapeError, UsageError
 from kirsch.frameworks.formats import describe
-from kirsch.frameworks.port import host
 from kirsch.frameworks.predictions import logits_output
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.term import Term
     from kirsch.frameworks.layers import LayerNames
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
-SCORES = ("logits", "output.logits")
+LOGITS = ("logits", "output.logits")
 """LayerNames of what labels belong to."""
 
 GATHERED = ("stages", "relations")
@@ -63,25 +63,27 @@ def bind(
     for number, term in enumerate(objective.terms):
         if not any(ends(term.weight)):  # a term that never counts is not computed
             continue
-        if recorded is None and not 0 <= (term.of or 0) < len(teachers):
-            raise UsageError(f"The term {term.called!r} is of teacher {term.of}; there are {len(teachers)}, from 0 on.")
-        teacher = None if recorded is not None else teachers[term.of or 0]
+        if recorded is None and not 0 <= (term.teacher or 0) < len(teachers):
+            raise UsageError(
+                f"The term {term.record_name!r} is of teacher {term.teacher}; there are {len(teachers)}, from 0 on."
+            )
+        teacher = None if recorded is not None else teachers[term.teacher or 0]
         pairs = _places(framework, term, student, teacher, inputs, recorded)
         layers += [(number, own, other) for own, other in pairs]
     _check_all_used(objective, [number for number, _, _ in layers], len(teachers))
-    values = framework.dry_run(student, texts([own for _, own, _ in layers]), inputs)
+    values = framework.features.extract(student, texts([own for _, own, _ in layers]), inputs)
     outputs: list[Mapping[str, Any]] = [recorded] if recorded is not None else []
     for place, teacher in enumerate(teachers):
         wanted = [other for number, _, other in layers if concerns(objective.terms[number], place)]
-        outputs.append(framework.dry_run(teacher, texts(wanted), inputs))
-    if any(own in SCORES and other in SCORES for _, own, other in layers):
+        outputs.append(framework.features.extract(teacher, texts(wanted), inputs))
+    if any(own in LOGITS and other in LOGITS for _, own, other in layers):
         for teacher in teachers:
-            _check_names(framework.class_names(student), framework.class_names(teacher))
-    names = _distinct([term.called for term in objective.terms])
+            _check_names(framework.inference.class_names(student), framework.inference.class_names(teacher))
+    names = _distinct([term.record_name for term in objective.terms])
     bound = []
     for place, (number, own, other) in enumerate(layers):
         term = objective.terms[number]
-        teacher = None if of_all(term) and recorded is None else (term.of or 0) * (recorded is None)
+        teacher = None if combines_teachers(term) and recorded is None else (term.teacher or 0) * (recorded is None)
         sides = at_layers(values, own), at_layers(outputs[teacher or 0], other)
         options, temperature = term.resolved()
         found = BoundTerm(
@@ -112,14 +114,14 @@ def _distinct(names: Sequence[str]) -> list[str]:
     ]
 
 
-def of_all(term: Term) -> bool:
+def combines_teachers(term: Term) -> bool:
     """Whether a term holds the student against all teachers together, and not against one."""
-    return term.of is None and get_loss(term.loss).takes in OUTPUT_KINDS
+    return term.teacher is None and get_loss(term.loss).takes in OUTPUT_KINDS
 
 
 def concerns(term: Term, place: int) -> bool:
     """Whether a term needs the teacher of this place."""
-    return of_all(term) or (term.of or 0) == place
+    return combines_teachers(term) or (term.teacher or 0) == place
 
 
 def _check_all_used(objective: Objective, terms: Sequence[int], teachers: int) -> None:
@@ -128,8 +130,8 @@ def _check_all_used(objective: Objective, terms: Sequence[int], teachers: int) -
         if terms and not any(concerns(objective.terms[number], place) for number in terms):
             raise UsageError(
                 f"No term of the objective is held against teacher {place}, of {teachers} from 0 on.",
-                "Terms on features take the first teacher, and those that name one with `of` that one alone.",
-                f"Leave it out, or add a term with of={place}.",
+                "Terms on features take the first teacher, and those that name one with `teacher` that one alone.",
+                f"Leave it out, or add a term with teacher={place}.",
             )
 
 
@@ -140,17 +142,17 @@ def _check_teachers(objective: Objective, term: BoundTerm, logits: Sequence[Any]
         raise ShapeError(
             f"The teachers return logits of shape {', '.join(str(size[1:]) for size in sizes)} a sample.",
             "Only teachers of the same classes can be combined.",
-            "Name one of them for the term: of=0.",
+            "Name one of them for the term: teacher=0.",
         )
     if term.loss.activation == "identity" and objective.teachers == "confidence":
         raise UsageError(
             f"The term {term.name!r} compares numbers, which do not tell how sure a teacher is of them.",
-            fix='Combine them as "probabilities", which is the mean of numbers, or name one for the term: of=0.',
+            fix='Combine them as "probabilities", which is the mean of numbers, or name one for the term: teacher=0.',
         )
     if term.adapter is not None and objective.teachers == "sum":
         raise UsageError(
             f"The term {term.name!r} has an adapter, which takes one teacher, and there are {len(logits)} to add up.",
-            fix='Combine them as "probabilities", or name one of them for the term: of=0.',
+            fix='Combine them as "probabilities", or name one of them for the term: teacher=0.',
         )
 
 
@@ -179,8 +181,8 @@ def _places(
 ) -> list[tuple[LayerNames, LayerNames]]:
     """The pairs of concrete layers of a term."""
     gathered = get_loss(term.loss).takes in GATHERED
-    auto = re.fullmatch(r"auto(?:\[(-?\d+)\])?", term.student) if isinstance(term.student, str) else None
-    if auto is not None and term.teacher is None and recorded is None:
+    auto = re.fullmatch(r"auto(?:\[(-?\d+)\])?", term.student_layer) if isinstance(term.student_layer, str) else None
+    if auto is not None and term.teacher_layer is None and recorded is None:
         found = stages(framework, student, teacher, inputs)
         found = found if auto[1] is None else _picked(found, int(auto[1]), "stages that student and teacher share")
         return [([a for a, _ in found], [b for _, b in found])] if gathered else list(found)
@@ -188,19 +190,20 @@ def _places(
         mine: Any = [path for path, _ in stages_of(framework, student, inputs)]
         mine = mine if auto[1] is None else _picked(mine, int(auto[1]), "stages of the student")
     else:
-        mine = _expanded(framework, student, term.student, inputs)
+        mine = _expanded(framework, student, term.student_layer, inputs)
     if recorded is not None:
-        theirs = _recorded(term.there, recorded)
+        theirs = _recorded(term.layers[1], recorded)
     else:
-        theirs = _expanded(framework, teacher, term.there, inputs)
+        theirs = _expanded(framework, teacher, term.layers[1], inputs)
     if isinstance(mine, dict) or isinstance(theirs, dict):
         return [(mine, theirs)]
     if len(theirs) == 1:  # such as the scores, which each stage is held against
         theirs = theirs * len(mine)
     if len(theirs) != len(mine):
-        if isinstance(term.there, list) and not any("*" in text for text in term.there):
+        if isinstance(term.layers[1], list) and not any("*" in text for text in term.layers[1]):
             raise UsageError(
-                f"The term {term.called!r} names {len(theirs)} places of the teacher for {len(mine)} of the student.",
+                f"The term {term.record_name!r} names {len(theirs)} layers of the teacher for {len(mine)} "
+                "of the student.",
                 fix="Name as many, or a pattern such as layer*, of which as many are taken by their depth.",
             )
         theirs = by_depth(theirs, len(mine))
@@ -216,7 +219,7 @@ def _picked(found: Any, place: int, what: str) -> Any:
 def _expanded(framework: Framework, model: Any, layers: LayerNames, inputs: Any) -> Any:
     if isinstance(layers, dict):
         return {name: _expanded(framework, model, layer, inputs)[0] for name, layer in layers.items()}
-    return [concrete for text in texts(layers) for concrete in framework.expand(model, text, inputs)]
+    return [concrete for text in texts(layers) for concrete in framework.features.expand(model, text, inputs)]
 
 
 def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:
@@ -230,10 +233,12 @@ def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:
 def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], place: int, seed: int) -> Any:
     loss = get_loss(term.loss)
     # Scores of other classes are no matter of an adapter.
-    if term.adapter == "none" or (term.adapter == "auto" and loss.takes in ("scores", "pixels", "values", "sets")):
+    if term.adapter == "none" or (term.adapter == "auto" and loss.takes in ("logits", "pixels", "values", "sets")):
         return None
     options = {"widths": loss.widths, "takes": loss.takes, **term.adapter_options}
-    return framework.seeded(lambda: framework.adapter(term.adapter, *values, options), seed + place)
+    return framework.training.seeded(
+        lambda: framework.features.build_adapter(term.adapter, *values, options), seed + place
+    )
 
 
 def _try(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None:
@@ -245,17 +250,17 @@ def _try(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None
         stored_scores(term, student, teacher, None, term.keywords(0.0))
         return
     if term.adapter is not None:
-        ids = framework.tensor(np.arange(len(first_array(student))))
-        student, teacher = framework.seeded(lambda: copy.deepcopy(term.adapter)(student, teacher, ids=ids), 0)
-    if loss.takes == "scores" and student.ndim >= len("NKHW"):
+        ids = framework.inference.from_numpy(np.arange(len(first_array(student))))
+        student, teacher = framework.training.seeded(lambda: copy.deepcopy(term.adapter)(student, teacher, ids=ids), 0)
+    if loss.takes == "logits" and student.ndim >= len("NKHW"):
         classes = "Take 'pixel-kd' or 'cwd-pixels' for classes of pixels; for " if student.shape[1] > 1 else "For "
         layer = texts(term.student_layer)[0]
         raise ShapeError(
             f"The term {term.name!r} cannot compare {where}: they are logits of pixels, {tuple(student.shape)}.",
             f"The loss {loss.name!r} takes the last axis for that of the classes.",
-            f'{classes}images of numbers, or a yes or no for each pixel, Term("fitnet", student="{layer}").',
+            f'{classes}images of numbers, or a yes or no for each pixel, Term("fitnet", student_layer="{layer}").',
         )
-    if loss.takes == "scores" and loss.widths == "same" and tuple(student.shape[1:]) != tuple(teacher.shape[1:]):
+    if loss.takes == "logits" and loss.widths == "same" and tuple(student.shape[1:]) != tuple(teacher.shape[1:]):
         refuse_classes(tuple(student.shape), tuple(teacher.shape))
     if "labels" in term.step_keywords:
         return  # only a training step knows them

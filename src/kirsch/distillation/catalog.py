@@ -25,14 +25,14 @@ HEAD = """# Methods
 
 <!-- written by `kirsch methods --markdown`; do not edit -->
 
-`kirsch methods NAME` shows one in full, with its options and where its numbers come from. An objective of your own is
-made of terms: `Objective((Term("kd", 0.9, 4.0), Term("at", 1000.0, student="auto")), label_weight=0.1)`. In a recipe:
+`kirsch methods NAME` shows one of them with its options and the source of its numbers. Your own objective is a sum of
+terms: `Objective((Term("kd", 0.9), Term("at", 1000.0, student_layer="auto")), label_weight=0.1)`. In a recipe:
 
 ```yaml
 objective:
   terms:
   - {loss: kd, weight: 0.9, temperature: 4}
-  - {loss: at, weight: 1000, student: auto}
+  - {loss: at, weight: 1000, student_layer: auto}
   label_weight: 0.1
 ```
 """
@@ -100,7 +100,7 @@ def _brackets(term: Term) -> str:
     _, temperature = term.resolved()
     if temperature is not None:
         found.append(f"T {_number(temperature)}")
-    places = [", ".join(texts(side)) for side in (term.student, term.there)]
+    places = [", ".join(texts(side)) for side in term.layers]
     if places != ["logits", "logits"]:
         found.append(places[0] if places[0] == places[1] else f"{places[0]} ↔ {places[1]}")
     if term.adapter != "auto":

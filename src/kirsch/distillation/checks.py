@@ -6,16 +6,16 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from kirsch.data.batches import ArrayData, Batch, SeededData, batches_of
 from kirsch.distillation.arrays import map_arrays
-from kirsch.distillation.binding import of_all
+from kirsch.distillation.binding import combines_teachers
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.schedule import Ramp, ends
 from kirsch.errors import DataError
-from kirsch.frameworks.data import ArrayData, Batch, SeededData, batches_of
 
 if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
     from kirsch.frameworks.training import Training
 
 FEW = 8
@@ -45,7 +45,7 @@ def first_batch(framework: Framework, data: Any) -> Batch:
             )
         return list(itertools.islice(batches, 1))
 
-    first = framework.seeded(fetch, 0)  # a loader that shuffles draws from the caller's random state
+    first = framework.training.seeded(fetch, 0)  # a loader that shuffles draws from the caller's random state
     if not first:
         raise DataError("The data is empty.", fix="Give at least one batch.")
     return Batch.of(*first)
@@ -76,7 +76,7 @@ def missing_targets(framework: Framework, model: Any, batch: Batch, objective: O
     """
     if batch.targets is not None or not isinstance(batch.inputs, dict) or not any(ends(objective.label_weight)):
         return []
-    unknown = framework.unknown_arguments(model, [str(name) for name in batch.inputs])
+    unknown = framework.inference.unknown_arguments(model, [str(name) for name in batch.inputs])
     text = (
         f"The batches have no targets, although the weight of the labels is not 0, and {type(model).__name__} has no "
         f"argument {' or '.join(unknown)}. If that holds the targets, call it labels; else leave it out of the batches."
@@ -98,7 +98,7 @@ def check_last_batch(framework: Framework, model: Any, data: Any, first: Batch) 
     else:
         alone = isinstance(data, (list, tuple)) and 1 in [len(batch) for batch in batches_of(data)]
     if alone:
-        framework.check_runs(model, few(first, 1).inputs, training=True)
+        framework.inference.check_runs(model, few(first, 1).inputs, training=True)
 
 
 def _length(given: Any) -> int | None:
@@ -122,17 +122,19 @@ def few(batch: Batch, count: int = FEW) -> Batch:
 def split_relations(objective: Objective, training: Training) -> list[str]:
     """Return a warning for each term that relates samples of a batch, if a step has several batches."""
     return [
-        f"The term {term.called!r} relates the samples of a batch to each other. It sees each of the "
-        f"{training.accumulate} batches of a step by itself, so its value is not that of one large batch."
+        f"The term {term.record_name!r} relates the samples of a batch to each other. It sees each of the "
+        f"{training.gradient_accumulation_steps} batches of a step by itself, so its value is "
+        "not that of one large batch."
         for term in objective.terms
-        if training.accumulate > 1 and (get_loss(term.loss).relational or get_loss(term.loss).over == "contents")
+        if training.gradient_accumulation_steps > 1
+        and (get_loss(term.loss).relational or get_loss(term.loss).over == "contents")
     ]
 
 
 def late_ramps(objective: Objective, training: Training) -> list[str]:
     """Return a warning for each weight that has not reached its end value when the run ends."""
     weights = [("the labels", objective.label_weight)]
-    weights += [(f"the term {term.called!r}", term.weight) for term in objective.terms]
+    weights += [(f"the term {term.record_name!r}", term.weight) for term in objective.terms]
     return [
         f"The weight of {name} comes to {weight.end:g} after {weight.after + weight.epochs:g} epochs, and the run ends "
         f"after {training.epochs}, with {weight.at(training.epochs):.3g}. Train for longer, or give the term "
@@ -144,7 +146,7 @@ def late_ramps(objective: Objective, training: Training) -> list[str]:
 
 def averaged_logits(objective: Objective, teachers: int) -> list[str]:
     """Return a warning if the probabilities of several teachers are multiplied instead of mixed."""
-    activations = {get_loss(term.loss).activation for term in objective.terms if of_all(term)}
+    activations = {get_loss(term.loss).activation for term in objective.terms if combines_teachers(term)}
     if objective.teachers != "logits" or teachers == 1 or not activations - {"identity"}:
         return []
     text = (

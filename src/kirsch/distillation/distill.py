@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch.annotations import value_phrase
 from kirsch.arguments import checked, takes
+from kirsch.data.annotations import Data, Model, Regularizer
+from kirsch.data.batches import ArrayData, Batch
 from kirsch.distillation.checks import check_last_batch, few, first_batch, late_ramps, split_relations
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.evaluation import CHECKED, NOT_EVALUATED, Validation, evaluate_teacher
@@ -18,13 +20,11 @@ from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
 from kirsch.distillation.teachers import Teacher, one_or_more, replayed
 from kirsch.errors import UsageError
-from kirsch.frameworks.annotations import Data, Model, Regularizer
-from kirsch.frameworks.data import ArrayData, Batch
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import Trained, Training, TrainingHooks
 
 if TYPE_CHECKING:
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 
 @checked
@@ -47,9 +47,9 @@ def distill(
         teacher: the model it learns from: used in inference mode, without gradient, on the same augmented samples. Or a
             list of several, which the objective combines; or a `TeacherStore` of what one put out.
         data: `ArrayData`, `GeneratedData`, a DataLoader, or anything that gives what `Batch.of` takes each time it is
-            gone through: inputs, (inputs, targets), (inputs, targets, ids), or dicts with "labels". Without targets,
-            and for those equal to `objective.ignore`, nothing is charged for labels. All targets of `ArrayData` are
-            checked before training, those of others batch by batch.
+            gone through: inputs, (inputs, targets), (inputs, targets, ids), or dicts with "labels". Samples
+            without a target, or whose target is `objective.ignore_index`, have no loss on labels. All targets of
+            `ArrayData` are checked before training, those of others batch by batch.
         objective: `Objective.kd()` if left out.
         training: `Training()` if left out.
         validation: `ArrayData`, (inputs, labels) as arrays, a DataLoader, or a callable model → metrics by name.
@@ -79,25 +79,25 @@ def distill(
         data = replayed(teacher, data)
     first = next(data.epoch(0, 0)) if stored else first_batch(framework, data)
     bound = Distiller(
-        student, teacher, objective, first, seed=training.seed, regularizers=regularizers, doubt=hooks.doubt
+        student, teacher, objective, first, seed=training.seed, regularizers=regularizers, warn=hooks.warn
     )
     if isinstance(data, ArrayData):
         bound.check_labels(data.targets)
     check_last_batch(framework, student, data, first)
     hooks = with_validation(hooks, framework, validation, objective, [student])
     tell = hooks.event or (lambda _event: None)
-    if check_teacher and objective.scored and objective.label_loss in CHECKED:
+    if check_teacher and objective.needs_logits and objective.label_loss in CHECKED:
         for place, model in enumerate(one_or_more(teacher)):
-            known = evaluate_teacher(framework, model, data, validation, objective, hooks.doubt, place)
+            known = evaluate_teacher(framework, model, data, validation, objective, hooks.warn, place)
             tell({"event": "teacher", **known})
             if not known and not stored:
-                hooks.doubt(NOT_EVALUATED)
+                hooks.warn(NOT_EVALUATED)
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         tell({"event": "attached", "pairs": bound.rows})
     for text in split_relations(objective, training) + late_ramps(objective, training):
-        hooks.doubt(text)
+        hooks.warn(text)
     try:
-        trained = framework.train(bound.module, data, bound.step, training, hooks)
+        trained = framework.training.train(bound.module, data, bound.step, training, hooks)
     finally:
         bound.close()
     warn_of_result(hooks)
@@ -122,14 +122,16 @@ def fit(
     framework = framework_of(model)
     first = first_batch(framework, data)
     targets, inputs = data.targets if isinstance(data, ArrayData) else first.targets, few(first).inputs
-    framework.check_runs(model, inputs)
-    shape = tuple(framework.predict(model, inputs).shape[1:])
+    framework.inference.check_runs(model, inputs)
+    shape = tuple(framework.inference.predict(model, inputs).shape[1:])
     check_labels(targets, shape, objective)
     logits = settle(framework, model, objective, logit_layers(objective, (), None), inputs, teacher=None)
     check_last_batch(framework, model, data, first)
     step = DistillationStep(framework, objective, regularizers=regularizers, logits_shape=shape)
     hooks = with_validation(hooks, framework, validation, objective, [model])
-    trained = framework.train(framework.with_adapters(model, ("logits",), {}, {}, logits), data, step, training, hooks)
+    trained = framework.training.train(
+        framework.features.with_adapters(model, ("logits",), {}, {}, logits), data, step, training, hooks
+    )
     warn_of_result(hooks)
     return trained
 
@@ -184,4 +186,4 @@ def with_validation(
 def warn_of_result(hooks: TrainingHooks) -> None:
     """Warn of a trained model that answers one class for everything."""
     if isinstance(hooks.validate, Validation) and (text := hooks.validate.warning()):
-        hooks.doubt(text)
+        hooks.warn(text)

@@ -18,9 +18,9 @@ from kirsch.frameworks.training import LossOutput, require_labels
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kirsch.data.batches import Batch
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.data import Batch
 
 LABEL = "label"
 """Name of the loss on the labels in records."""
@@ -47,7 +47,7 @@ class DistillationLoss:
         self.objective, self.terms = objective, tuple(terms)
         self._positions_of = positions_of
         self._examples = {term.mean_over: term for term in self.terms}
-        self._sequences = any(term.loss.takes == "scores" and "×" in term.shapes[0] for term in self.terms)
+        self._sequences = any(term.loss.takes == "logits" and "×" in term.shapes[0] for term in self.terms)
 
     def active(self, epoch: float) -> list[BoundTerm]:
         """Return the terms whose weight is not 0 after so many epochs."""
@@ -86,8 +86,8 @@ class DistillationLoss:
         """Return the loss of one batch.
 
         Args:
-            student: `values` by layer; `joined`, the pair of values that an adapter returns, and `extra`, the adapter's
-                own loss, both by adapter name.
+            student: `features` by layer; `adapted`, the pair of features that an adapter returns, and `adapter_losses`,
+                the loss of the adapter itself, both by adapter name.
             features: of the teachers, see `features`.
             batch: the batch that both have seen.
             epoch: how many are done.
@@ -108,18 +108,22 @@ class DistillationLoss:
         terms: dict[str, Any] = {}
         adapter_losses: dict[str, Any] = {}
         if shares["labels"]:  # without a label there is no mean
-            self._add_label_loss(terms, student.values.get("logits"), masks, epoch, shares["labels"])
+            self._add_label_loss(terms, student.features.get("logits"), masks, epoch, shares["labels"])
         for term in self.active(epoch):
             if share := shares[term.mean_over]:
                 weight = at(term.weight, epoch) * (factors or {}).get(term.name, 1.0) * share
                 loss = self._loss_of(term, student, features[term.adapter_name], masks, epoch)
                 terms[term.name] = terms.get(term.name, 0.0) + weight * loss
-            if term.adapter_name in student.extra:
-                add(adapter_losses, f"{term.name}.adapter", shares["samples"] * student.extra[term.adapter_name])
+            if term.adapter_name in student.adapter_losses:
+                add(
+                    adapter_losses,
+                    f"{term.name}.adapter",
+                    shares["samples"] * student.adapter_losses[term.adapter_name],
+                )
         for name, value in (regularization or {}).items():
             add(terms, name, shares["samples"] * value)
         if not terms:  # the other batches or processes of the step have all labels
-            return LossOutput(0.0 * first_array(student.values).sum(), terms)
+            return LossOutput(0.0 * first_array(student.features).sum(), terms)
         return LossOutput(sum(terms.values()) + sum(adapter_losses.values()), terms, adapter_losses)
 
     def weights(self, epoch: float, factors: Mapping[str, float]) -> dict[str, float]:
@@ -146,9 +150,9 @@ class DistillationLoss:
     def _loss_of(self, term: BoundTerm, student: Any, teachers: list[Any], masks: BatchMasks, epoch: float) -> Any:
         """Return the loss of a term, added up over the teachers that it is compared with."""
         if term.adapter is not None:
-            sides = [student.joined[term.adapter_name]]
+            sides = [student.adapted[term.adapter_name]]
         else:
-            own = at_layers(student.values, term.student_layer)
+            own = at_layers(student.features, term.student_layer)
             sides = [(own, teacher) for teacher in teachers]
         return sum(self._compare(term, own, teacher, masks, epoch) for own, teacher in sides)
 

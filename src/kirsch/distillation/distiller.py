@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kirsch.annotations import Seed
 from kirsch.arguments import checked
+from kirsch.data.annotations import BatchLike, Model, Regularizer
+from kirsch.data.batches import Batch
 from kirsch.distillation.binding import bind, layers_of_teacher, refuse_classes, table
 from kirsch.distillation.checks import averaged_logits, few, missing_targets
 from kirsch.distillation.objective import Objective
@@ -25,11 +27,9 @@ from kirsch.distillation.teachers import (
     require_temperature,
 )
 from kirsch.errors import CheckpointError, UsageError
-from kirsch.frameworks.annotations import BatchLike, Model, Regularizer
-from kirsch.frameworks.data import Batch
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.layers import texts
-from kirsch.frameworks.port import framework_of
-from kirsch.frameworks.training import LossOutput, doubts, shares_of
+from kirsch.frameworks.training import LossOutput, share_warnings, shares_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +58,7 @@ class Distiller:
         example_batch: a batch like those to come; some of its samples are run to find shapes.
         seed: of the initial weights of adapters.
         regularizers: further terms of the student alone, see `kirsch.distill`.
-        doubt: takes the warnings.
+        warn: called with each warning.
 
     Attributes:
         student: the model to train.
@@ -85,18 +85,18 @@ class Distiller:
         *,
         seed: Seed = 0,
         regularizers: Sequence[Regularizer] = (),
-        doubt: Callable[[str], None] = warnings.warn,
+        warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         framework = framework_of(student)
         first = Batch.of(example_batch)
         some = few(first)
-        framework.check_runs(student, some.inputs)
+        framework.inference.check_runs(student, some.inputs)
         self._framework, self._objective = framework, objective
         self._teacher_source: TeacherSource | None = None
         terms: list[BoundTerm] = []
         if isinstance(teacher, TeacherStore):
             require_temperature(teacher, objective)
-            _require_classes(teacher, objective, framework.predict(student, some.inputs).shape)
+            _require_classes(teacher, objective, framework.inference.predict(student, some.inputs).shape)
             self._teacher_source = StoredTeacher(framework, teacher)
             (recorded,) = self._teacher_source(first)
             if "logits" in recorded and not holds_top_k(recorded["logits"]):
@@ -111,39 +111,41 @@ class Distiller:
                 )
             teachers = _copies(student, teacher)
             for model in teachers:
-                framework.check_runs(model, some.inputs)
+                framework.inference.check_runs(model, some.inputs)
             terms = bind(framework, objective, student, teachers, some.inputs, seed=seed)
             layers = [layers_of_teacher(terms, index) for index in range(len(teachers))]
             logits = teachers_logits(framework, teachers, objective, terms, some.inputs)
             self._teacher_source = LiveTeachers(framework, teachers, layers, logits)
             for sentence in averaged_logits(objective, len(teachers)):
-                doubt(sentence)
+                warn(sentence)
         for sentence in missing_targets(framework, student, first, objective):
-            doubt(sentence)
+            warn(sentence)
         self.student = student
         logits_of_student = logit_layers(objective, terms, None)
-        self.module: Any = framework.with_adapters(
+        self.module: Any = framework.features.with_adapters(
             student,
-            list(dict.fromkeys(["logits"] * objective.scored + texts([term.student_layer for term in terms]))),
+            list(dict.fromkeys(["logits"] * objective.needs_logits + texts([term.student_layer for term in terms]))),
             {term.adapter_name: term.adapter for term in terms if term.adapter is not None},
             {term.adapter_name: term.student_layer for term in terms},
             settle(framework, student, objective, logits_of_student, some.inputs, teacher=None),
         )
-        self._scores = tuple(framework.predict(student, some.inputs).shape[1:]) if objective.scored else None
+        self._logits_shape = (
+            tuple(framework.inference.predict(student, some.inputs).shape[1:]) if objective.needs_logits else None
+        )
         self.step = DistillationStep(
             framework,
             objective,
             terms,
             self._teacher_source,
             regularizers,
-            partial(framework.positions, student),
-            self._scores,
+            partial(framework.features.feature_mask, student),
+            self._logits_shape,
         )
         self.rows: list[dict[str, Any]] = table(terms)
         self.shares: dict[str, float] = {}
         self._checked_epoch: int | None = None
         self._began: dict[str, float] = {}
-        self._doubt, self._doubted = doubt, set[str]()
+        self._warn, self._warned = warn, set[str]()
         self.check_labels(first.targets)
 
     @checked
@@ -152,7 +154,7 @@ class Distiller:
         batch: BatchLike,
         epoch: float = 0.0,
         *,
-        of: Mapping[str, int] | None = None,
+        step_counts: Mapping[str, int] | None = None,
         module: Callable[..., Any] | None = None,
     ) -> LossOutput:
         """Run student and teachers on a batch and return the loss; call `.total.backward()`.
@@ -161,11 +163,11 @@ class Distiller:
         gradient is an error, `shares` is set, and `balance="gradient"` sets the factors of the terms.
 
         Args:
-            batch: as `kirsch.frameworks.data.Batch.of` takes it, such as (inputs, targets) or a dict with "labels"; of
+            batch: as `kirsch.data.batches.Batch.of` takes it, such as (inputs, targets) or a dict with "labels"; of
                 numpy or of the framework, on any device.
             epoch: number of epochs done, for numbers that change over them.
-            of: with several batches a step, the `counts` of all of them; the losses of the batches then add up to
-                that of one large batch. None: the batch is the step.
+            step_counts: `counts` of all batches of the step; the losses of the batches then add up to the loss of one
+                large batch. None: the batch is the step.
             module: the wrapped module, `DistributedDataParallel(distiller.module)`; by default `module` itself.
 
         Raises:
@@ -176,9 +178,9 @@ class Distiller:
         given = Batch.of(batch)
         # Warnings are for the batches of a loader; your own loop knows which of its batches have targets.
         self.step.check(given, wherever=self.module.training and int(epoch) != self._checked_epoch)
-        output = self.step(model, self._framework.placed(given, self.student), epoch, of)
-        if self.module.training and output.parts and int(epoch) != self._checked_epoch:
-            norms = self._framework.gradient_norms(self.module, output.parts)
+        output = self.step(model, self._framework.inference.to_device(given, self.student), epoch, step_counts)
+        if self.module.training and output.terms and int(epoch) != self._checked_epoch:
+            norms = self._framework.training.gradient_norms(self.module, output.terms)
             if norms:
                 self._check_gradients(norms, int(epoch))
         return output
@@ -187,14 +189,14 @@ class Distiller:
         self._checked_epoch, self.shares = epoch, shares_of(norms)
         self._began = self._began or self.shares
         self.step.balance(norms)
-        for name, sentence in doubts(self.shares, self._began).items():
-            if name not in self._doubted:
-                self._doubted.add(name)
-                self._doubt(sentence)
+        for name, sentence in share_warnings(self.shares, self._began).items():
+            if name not in self._warned:
+                self._warned.add(name)
+                self._warn(sentence)
 
     @checked
     def counts(self, batches: Iterable[BatchLike]) -> dict[str, int]:
-        """Return the samples, labels and positions that the means of some batches go over, for `of`.
+        """Return the samples, labels and positions that the means of some batches go over, for `step_counts`.
 
         Processes that share a step add up their counts, by name.
         """
@@ -206,8 +208,8 @@ class Distiller:
         Raises:
             DataError: the label loss does not take them.
         """
-        if self._scores is not None:
-            check_labels(targets, self._scores, self._objective)
+        if self._logits_shape is not None:
+            check_labels(targets, self._logits_shape, self._objective)
 
     def parameters(self) -> Iterator[Any]:
         """Return the parameters of student and adapters, for the optimizer."""
@@ -283,11 +285,11 @@ def _copies(student: Any, teacher: Any) -> list[Any]:
         raise UsageError(
             "Student and teacher are the same object.", fix="Give the student as a copy: copy.deepcopy(teacher)."
         )
-    return [framework_of(model).frozen(model, student) for model in given]
+    return [framework_of(model).inference.frozen_copy(model, student) for model in given]
 
 
 def _require_classes(store: TeacherStore, objective: Objective, shape: tuple[int, ...]) -> None:
     """Refuse a student of other classes than a store of the largest scores has, of which `attach` sees some alone."""
-    compared = any((term.student, term.there) == ("logits", "logits") for term in objective.terms)
-    if compared and store.manifest.keep == "top-k" and store.manifest.classes != shape[-1]:
-        refuse_classes(shape, (*shape[:-1], store.manifest.classes or 0))
+    compared = any(term.layers == ("logits", "logits") for term in objective.terms)
+    if compared and store.specification.k and store.specification.classes != shape[-1]:
+        refuse_classes(shape, (*shape[:-1], store.specification.classes or 0))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.data.arrays import host
+from kirsch.data.batches import ArrayData, Batch, batches_of, naming
 from kirsch.distillation.arrays import classes_last, map_arrays
 from kirsch.distillation.checks import few
 from kirsch.distillation.losses.labels import IGNORED
@@ -15,9 +17,7 @@ from kirsch.distillation.probabilities import stated_of, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_evaluable, uses_labels
 from kirsch.errors import DataError, NumericError
-from kirsch.frameworks.data import ArrayData, Batch, batches_of, naming
-from kirsch.frameworks.port import host
-from kirsch.measurement.quality import Answers
+from kirsch.tasks.classification import Answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 ENOUGH = 32
 """Fewest samples on which a teacher that is no better than chance is an error."""
@@ -57,7 +57,7 @@ def evaluate_teacher(
     data: Any,
     validation: Any,
     objective: Objective,
-    doubt: Callable[[str], None],
+    warn: Callable[[str], None],
     place: int = 0,
 ) -> dict[str, Any]:
     """Return the metrics of a teacher on some labeled samples; empty if no sample has a label.
@@ -70,7 +70,7 @@ def evaluate_teacher(
         teacher: a model or a store.
         data, validation: see `distill`; the validation is used if there is one.
         objective: its label loss determines the metric: accuracy of classes, accuracy of binary labels, or R².
-        doubt: takes the warnings.
+        warn: called with each warning.
         place: index of the teacher among several.
 
     Raises:
@@ -90,8 +90,8 @@ def evaluate_teacher(
     if objective.label_loss == "squared-error":
         return _check_numbers(found)
     if objective.label_loss == "binary":
-        return _check_binary(found, doubt)
-    return _check_classes(found, doubt)
+        return _check_binary(found, warn)
+    return _check_classes(found, warn)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class EvaluatedBatch:
 # ------------------------------------------------------------------------------------------------ classes
 
 
-def _check_classes(found: Sequence[EvaluatedBatch], doubt: Callable[[str], None]) -> dict[str, Any]:
+def _check_classes(found: Sequence[EvaluatedBatch], warn: Callable[[str], None]) -> dict[str, Any]:
     answers = Answers.of(
         np.concatenate([batch.outputs for batch in found]), np.concatenate([batch.targets for batch in found])
     )
@@ -136,7 +136,7 @@ def _check_classes(found: Sequence[EvaluatedBatch], doubt: Callable[[str], None]
         )
     margin = 2 * math.sqrt(answers.chance * (1 - answers.chance) / answers.n)
     if answers.accuracy <= answers.chance + margin or constant:
-        doubt(
+        warn(
             f"The teacher is not measurably better than chance: {text}. Give more labeled samples, of all classes, as "
             "validation=(inputs, labels)."
         )
@@ -144,7 +144,7 @@ def _check_classes(found: Sequence[EvaluatedBatch], doubt: Callable[[str], None]
     return known | ({"balanced_accuracy": answers.balanced, "majority": answers.majority} if answers.uneven else {})
 
 
-def _check_binary(found: Sequence[EvaluatedBatch], doubt: Callable[[str], None]) -> dict[str, Any]:
+def _check_binary(found: Sequence[EvaluatedBatch], warn: Callable[[str], None]) -> dict[str, Any]:
     """Evaluate binary labels, compared with the same prediction for every sample."""
     outputs, _ = _rows_of(found)
     labels = _answers_by_label(found)
@@ -169,7 +169,7 @@ def _check_binary(found: Sequence[EvaluatedBatch], doubt: Callable[[str], None])
             "check_teacher=False skips this check.",
         )
     if right <= chance + 2 * math.sqrt(chance * (1 - chance) / count) or constant:
-        doubt(
+        warn(
             f"The teacher is not measurably better than chance: {text}. Give more labeled samples as "
             "validation=(inputs, labels)."
         )
@@ -231,11 +231,11 @@ def _spread(samples: int) -> NDArray[np.int64]:
 
 def _stored(store: TeacherStore, data: ArrayData, objective: Objective) -> list[EvaluatedBatch]:
     """Return the stored predictions of some samples, with their labels."""
-    if data.targets is None or store.manifest.keep is None:
+    if data.targets is None or store.specification.keep is None:
         return []
     places = _spread(data.samples)
     found = store.read(data.sample_ids[places])
-    classes = store.manifest.classes or 0
+    classes = store.specification.classes or 0
     if "indices" not in found:
         scores = found["scores"] + found["maximum"][..., None]
         return [evaluated_batch(scores, data.targets[places], objective)]
@@ -252,12 +252,12 @@ def _live(
     if isinstance(source, ArrayData):
         batches: Iterable[Batch] = [Batch(source.inputs, source.targets)]
     else:
-        batches = framework.seeded(lambda: _until_enough(source, objective), 0)
+        batches = framework.training.seeded(lambda: _until_enough(source, objective), 0)
     found = []
     for number, batch in enumerate(batches, 1):
         places = _spread(len(batch))
         with naming(f"Batch {number} of the {'data' if source is data else 'validation'}"):
-            outputs = framework.predict(teacher, _rows(batch.inputs, places))
+            outputs = framework.inference.predict(teacher, _rows(batch.inputs, places))
             if not np.isfinite(outputs).all():
                 raise NumericError(
                     "The teacher's outputs are not finite.",
@@ -286,7 +286,7 @@ def _until_enough(data: Any, objective: Objective) -> list[Batch]:
             others = WANTED_OTHERS
         else:
             targets = host(batch.targets)
-            values, numbers = np.unique(targets[targets != objective.ignore], return_counts=True)
+            values, numbers = np.unique(targets[targets != objective.ignore_index], return_counts=True)
             for value, number in zip(values.tolist(), numbers.tolist(), strict=True):
                 counts[value] = counts.get(value, 0) + number
             others = sum(counts.values()) - max(counts.values(), default=0)
@@ -331,7 +331,7 @@ def _counted(predicted: Any, targets: NDArray[Any], objective: Objective) -> tup
         )
     if objective.causal:
         predicted, targets = predicted[:, :-1], targets[:, 1:]
-    counts = targets.astype(np.int64) != objective.ignore
+    counts = targets.astype(np.int64) != objective.ignore_index
     return predicted[counts], targets[counts]
 
 
@@ -358,13 +358,15 @@ class Validation:
             DataError: no sample of the validation has a label.
         """
         # A loader that shuffles draws from the random state of the run.
-        found = self._framework.seeded(lambda: [self._evaluate(model, batch, n) for n, batch in self._labeled()], 0)
+        found = self._framework.training.seeded(
+            lambda: [self._evaluate(model, batch, n) for n, batch in self._labeled()], 0
+        )
         kind = self._objective.label_loss
         labels = _answers_by_label(found) if found and kind == "binary" else []
         if not sum(len(batch.targets) for batch in found) or (kind == "binary" and not labels):
             raise DataError(
                 "No sample of the validation has a label.",
-                f"All its targets are {self._objective.ignore}, or there are none.",
+                f"All its targets are {self._objective.ignore_index}, or there are none.",
                 "Give labeled samples, or a callable: model → metrics by name.",
             )
         if kind == "binary":
@@ -384,7 +386,7 @@ class Validation:
 
     def _evaluate(self, model: Any, batch: Batch, number: int) -> EvaluatedBatch:
         with naming(f"Batch {number} of the validation"):
-            outputs = self._framework.predict(model, batch.inputs)
+            outputs = self._framework.inference.predict(model, batch.inputs)
         try:
             return evaluated_batch(outputs, batch.targets, self._objective, self._objective.student_outputs)
         except DataError as error:
@@ -400,7 +402,7 @@ class Validation:
         Raises:
             DataError: the label loss does not take them.
         """
-        number, first = self._framework.seeded(lambda: next(self._labeled(), (0, None)), 0)
+        number, first = self._framework.training.seeded(lambda: next(self._labeled(), (0, None)), 0)
         if first is not None and self._objective.label_loss in CHECKED:
             self._evaluate(model, few(first), number)
 

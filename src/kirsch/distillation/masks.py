@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from kirsch.distillation.arrays import namespace, to_int64
 
 if TYPE_CHECKING:
+    from kirsch.data.batches import Batch
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.data import Batch
 
 
 class BatchMasks:
@@ -28,7 +28,7 @@ class BatchMasks:
 
     def __init__(self, batch: Batch, objective: Objective, positions_of: Callable[[Any], Any]) -> None:
         self.batch = _with_int64_targets(batch)
-        self._causal, self._ignore = objective.causal, objective.ignore
+        self._causal, self._ignore_index = objective.causal, objective.ignore_index
         self._label_loss, self._positions_of = objective.label_loss, positions_of
 
     # ------------------------------------------------------------------------------------------------ labels
@@ -43,7 +43,7 @@ class BatchMasks:
         if not self._causal or labels is None:
             return labels
         real, labels = self.padding.get("attention_mask"), labels[:, 1:]
-        return labels if real is None else namespace(labels).where(real[:, :-1] != 0, labels, self._ignore)
+        return labels if real is None else namespace(labels).where(real[:, :-1] != 0, labels, self._ignore_index)
 
     def shifted(self, logits: Any) -> Any:
         """Return logits, or a dict of arrays of positions, without the last position if the objective is causal."""
@@ -58,7 +58,7 @@ class BatchMasks:
         """True where there is a label; None where all samples and positions have one."""
         if self.labels is None or self._are_numbers(self.labels):
             return None
-        known = self.labels != self._ignore
+        known = self.labels != self._ignore_index
         return None if bool(known.all()) else known
 
     def _are_numbers(self, labels: Any) -> bool:
@@ -88,7 +88,7 @@ class BatchMasks:
             return self.padding.get("attention_mask")
         found, labels = self.padding.get("decoder_attention_mask"), self.batch.targets
         if found is None and labels is not None and labels.ndim == len("NL") and not self._are_numbers(labels):
-            found = labels != self._ignore
+            found = labels != self._ignore_index
         if across and found is not None:
             keys = self.padding.get("attention_mask")
             return (found != 0)[:, :, None] if keys is None else (found != 0)[:, :, None] & (keys != 0)[:, None, :]
@@ -138,7 +138,7 @@ class BatchMasks:
                 return samples if mask is None else int((mask != 0).sum())
             if self.batch.targets.ndim == 1 or self._are_numbers(self.labels):
                 return samples
-            return int((self.labels != self._ignore).sum())
+            return int((self.labels != self._ignore_index).sum())
         mask = None if example is None else self.tokens(example.stack, across=example.of_cross_attention)
         if mask is None or example is None:
             return samples

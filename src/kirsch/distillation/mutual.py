@@ -9,8 +9,10 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from kirsch.arguments import checked
+from kirsch.data.annotations import Data, Model, Regularizer
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.arrays import detach
-from kirsch.distillation.binding import bind, of_all
+from kirsch.distillation.binding import bind, combines_teachers
 from kirsch.distillation.checks import (
     averaged_logits,
     check_last_batch,
@@ -27,14 +29,12 @@ from kirsch.distillation.probabilities import Logits, check_training, logit_laye
 from kirsch.distillation.step import TargetCheck, balanced, regularization
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
-from kirsch.frameworks.annotations import Data, Model, Regularizer
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHooks, shares_of
 
 if TYPE_CHECKING:
-    from kirsch.frameworks.data import Batch
-    from kirsch.frameworks.port import Framework
+    from kirsch.data.batches import Batch
+    from kirsch.frameworks.protocols import Framework
 
 FEWEST = 2
 
@@ -61,7 +61,7 @@ def distill_mutually(
             architectures, and must begin with different weights.
         data: see `distill`.
         objective: the preset "dml" if left out. Its terms compare scores.
-        training: one for all. `clip_norm` is that of all gradients together.
+        training: one for all. `max_grad_norm` is that of all gradients together.
         validation: see `distill`; each student is judged by itself.
         hooks: one run, with one state to save and resume. Events and states name the parts of a student after its
             number: "0.kd", "1.accuracy".
@@ -94,8 +94,8 @@ def distill_mutually(
     losses, logits, shape = [], [], ()
     for place, student in enumerate(students):
         check_last_batch(framework, student, data, first)
-        framework.check_runs(student, inputs)
-        shape = tuple(framework.predict(student, inputs).shape[1:])
+        framework.inference.check_runs(student, inputs)
+        shape = tuple(framework.inference.predict(student, inputs).shape[1:])
         check_labels(targets, shape, objective)
         others = [*students[:place], *students[place + 1 :]]
         terms = bind(framework, objective, student, others, inputs, seed=training.seed)
@@ -105,16 +105,16 @@ def distill_mutually(
     warnings = split_relations(objective, training) + late_ramps(objective, training)
     warnings += missing_targets(framework, students[0], first, objective)
     for text in warnings + averaged_logits(objective, len(students) - 1):
-        hooks.doubt(text)
+        hooks.warn(text)
     outputs = [_output(place) for place in range(len(students))]
-    module = framework.with_adapters(framework.cohort(students), outputs, {}, {})
+    module = framework.features.with_adapters(framework.features.cohort(students), outputs, {}, {})
     step = MutualStep(framework, losses, logits, TargetCheck(objective, shape), regularizers)
-    trained = framework.train(module, data, step, training, hooks)
-    return [_own(trained, place, model) for place, model in enumerate(framework.members(trained.model))]
+    trained = framework.training.train(module, data, step, training, hooks)
+    return [_own(trained, place, model) for place, model in enumerate(framework.features.members(trained.model))]
 
 
 def _check_students(framework: Framework, students: Sequence[Any]) -> None:
-    prints = [framework.fingerprint(student) for student in students]
+    prints = [framework.inference.fingerprint(student) for student in students]
     for one, other in combinations(range(len(students)), 2):
         if students[one] is students[other]:
             raise UsageError(f"Students {one} and {other} are the same object.", fix="Build each by itself.")
@@ -138,20 +138,20 @@ def _check_terms(objective: Objective, students: int) -> None:
             fix='Give one that compares scores, such as Objective.preset("dml").',
         )
     for term in objective.terms:
-        if (term.student, term.there) != ("logits", "logits") or term.adapter not in ("auto", "none"):
+        if term.layers != ("logits", "logits") or term.adapter not in ("auto", "none"):
             raise UsageError(
-                f"The term {term.called!r} compares {term.student!r} with {term.there!r}.",
+                f"The term {term.record_name!r} compares {term.student_layer!r} with {term.layers[1]!r}.",
                 "Students that learn from each other are compared by their scores alone.",
                 'Leave it out, or name the place "logits" for both sides.',
             )
-        if term.of is not None:
+        if term.teacher is not None:
             raise UsageError(
-                f"The term {term.called!r} is of teacher {term.of}; there are peers instead.",
-                fix="Leave out `of`: each student is held against all of its peers.",
+                f"The term {term.record_name!r} is of teacher {term.teacher}; there are peers instead.",
+                fix="Leave out `teacher`: each student is held against all of its peers.",
             )
-        if students > FEWEST and not of_all(term):
+        if students > FEWEST and not combines_teachers(term):
             raise UsageError(
-                f"The term {term.called!r} compares what several peers cannot say together, and there are "
+                f"The term {term.record_name!r} compares what several peers cannot say together, and there are "
                 f"{students} students.",
                 fix="Give two students, or a loss on scores.",
             )
@@ -161,9 +161,9 @@ def _check_terms(objective: Objective, students: int) -> None:
 class _Logits:
     """The outputs of one student of a cohort, as `DistillationLoss` takes them: logits, and no adapters."""
 
-    values: dict[str, Any]
-    joined: Mapping[str, Any] = field(default_factory=dict)
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    features: dict[str, Any]
+    adapted: Mapping[str, Any] = field(default_factory=dict)
+    adapter_losses: Mapping[str, Any] = field(default_factory=dict)
 
 
 class MutualStep:
@@ -191,10 +191,12 @@ class MutualStep:
         self._epoch = 0.0
         self._unchecked = True  # until the first step in training mode
 
-    def __call__(self, module: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> LossOutput:
+    def __call__(
+        self, module: Any, batch: Batch, epoch: float, step_counts: Mapping[str, int] | None = None
+    ) -> LossOutput:
         """Return the sum of the losses of all students; see `LossFunction`."""
         self._epoch = epoch
-        values = module(batch.inputs, {}, batch.ids).values
+        values = module(batch.inputs, {}, batch.ids).features
         logits = [
             values[_output(place)] if to_logits is None else to_logits({"logits": values[_output(place)]})["logits"]
             for place, to_logits in enumerate(self._logits)
@@ -203,7 +205,7 @@ class MutualStep:
             for loss, own in zip(self._losses, logits, strict=True):
                 check_training({"logits": own}, logit_layers(loss.objective, loss.terms, None), loss.objective)
             self._unchecked = False
-        students = self._framework.members(self._framework.student_of(module))
+        students = self._framework.features.members(self._framework.features.student_of(module))
         total: Any = 0.0
         parts: dict[str, Any] = {}
         for place, (loss, student) in enumerate(zip(self._losses, students, strict=True)):
@@ -213,12 +215,12 @@ class MutualStep:
                 loss.features(peers, epoch),
                 batch,
                 epoch,
-                of,
+                step_counts,
                 factors=self._factors[place],
                 regularization=regularization(self._regularizers, student),
             )
             total = total + output.total
-            parts |= {_name(place, name): part for name, part in output.parts.items()}
+            parts |= {_name(place, name): part for name, part in output.terms.items()}
         return LossOutput(total, parts)
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
@@ -269,7 +271,7 @@ def _of_each(framework: Framework, hooks: TrainingHooks) -> TrainingHooks:
         return hooks
 
     def judge(cohort: Any) -> dict[str, float]:
-        found = [validate(student) for student in framework.members(cohort)]
+        found = [validate(student) for student in framework.features.members(cohort)]
         return {_name(place, name): value for place, own in enumerate(found) for name, value in own.items()}
 
     return dataclasses.replace(hooks, validate=judge)
@@ -279,9 +281,9 @@ def _own(trained: Trained, place: int, model: Any) -> Trained:
     """One student with its parts of what was trained together; shares are those within the student."""
     history = []
     for record in trained.history:
-        parts = _of(place, record["parts"])
+        parts = _of(place, record["terms"])
         kept = {name: record[name] for name in ("epoch", "learning_rate", "seconds")}
         shares = shares_of(_of(place, record["gradient_shares"]))
-        own = {**kept, "loss": sum(parts.values()), "parts": parts, "gradient_shares": shares}
+        own = {**kept, "loss": sum(parts.values()), "terms": parts, "gradient_shares": shares}
         history.append(own | _of(place, record))
     return Trained(model, history, {name: shares_of(_of(place, of)) for name, of in trained.first_batch.items()})

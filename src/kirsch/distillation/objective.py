@@ -35,8 +35,8 @@ class Objective:
         label_smoothing: 0 <= share < 1.
         label_loss: by its name among `LABEL_LOSSES`.
         causal: position i of a sequence predicts token i + 1, so that scores and labels are shifted against each other.
-        ignore: the label of positions that do not count, and of samples without a label. A sample without one adds
-            nothing to the loss on labels, which is averaged over all samples of a batch.
+        ignore_index: label of positions that do not count, and of samples without a label. They add nothing to the loss
+            on labels, which is averaged over all samples of a batch.
         balance: "fixed": weights are as stated. "gradient": each term's gradient is scaled, at the first batch of an
             epoch, so that the lengths of the gradients stand to each other as the weights.
         teachers: how several teachers are combined. "probabilities": the mean of their probabilities; "logits": the
@@ -59,7 +59,7 @@ class Objective:
     label_smoothing: float = 0.0
     label_loss: str = "cross-entropy"
     causal: bool = False
-    ignore: int = -100
+    ignore_index: int = -100
     balance: Literal["fixed", "gradient"] = "fixed"
     teachers: Literal["probabilities", "logits", "confidence", "sum"] = "probabilities"
     student_outputs: Outputs | None = None
@@ -86,9 +86,9 @@ class Objective:
             raise UsageError("The objective is wrong: " + "; ".join(problems) + ".")
 
     @property
-    def scored(self) -> bool:
+    def needs_logits(self) -> bool:
         """Whether it needs the scores of the models: for labels, or for a term."""
-        layers = texts([[term.student, term.there] for term in self.terms if any(ends(term.weight))])
+        layers = texts([[*term.layers] for term in self.terms if any(ends(term.weight))])
         return any(ends(self.label_weight)) or "logits" in layers
 
     @classmethod
@@ -102,7 +102,7 @@ class Objective:
         """
         if not 0 <= weight <= 1:
             raise UsageError(f"The weight of the soft targets is {weight}; a share from 0 to 1 is needed.")
-        return cls((Term("kd", weight, temperature),), label_weight=1 - weight)
+        return cls((Term("kd", weight, temperature=temperature),), label_weight=1 - weight)
 
     @classmethod
     @checked

@@ -24,7 +24,7 @@ def kd() -> dict[str, Any]:
     Source: Hinton et al. 2015, arXiv:1503.02531; the numbers are those of the CIFAR-100 benchmark of Tian et al. 2020,
         arXiv:1910.10699.
     """
-    return {"terms": (Term("kd", 0.9, 4.0),), "label_weight": 0.1}
+    return {"terms": (Term("kd", 0.9, temperature=4.0),), "label_weight": 0.1}
 
 
 @PRESETS.register("dkd")
@@ -33,7 +33,7 @@ def dkd() -> dict[str, Any]:
 
     Source: Zhao et al. 2022, arXiv:2203.08679, section 4 and appendix; 20 epochs of linear warm-up.
     """
-    return {"terms": (Term("dkd", Ramp(0.0, 1.0, WARM_UP), 4.0, options={"alpha": 1.0, "beta": 8.0}),)}
+    return {"terms": (Term("dkd", Ramp(0.0, 1.0, WARM_UP), temperature=4.0, options={"alpha": 1.0, "beta": 8.0}),)}
 
 
 @PRESETS.register("dist")
@@ -42,7 +42,7 @@ def dist() -> dict[str, Any]:
 
     Source: Huang et al. 2022, arXiv:2205.10536, section 4.
     """
-    return {"terms": (Term("dist", 2.0, 1.0),)}
+    return {"terms": (Term("dist", 2.0, temperature=1.0),)}
 
 
 @PRESETS.register("lskd")
@@ -51,7 +51,10 @@ def lskd() -> dict[str, Any]:
 
     Source: Sun et al. 2024, arXiv:2403.01427, section 4.
     """
-    return {"terms": (Term("kd", 9.0, 2.0, options={"standardize": True}, name="lskd"),), "label_weight": 0.1}
+    return {
+        "terms": (Term("kd", 9.0, temperature=2.0, options={"standardize": True}, name="lskd"),),
+        "label_weight": 0.1,
+    }
 
 
 @PRESETS.register("wsld")
@@ -60,7 +63,7 @@ def wsld() -> dict[str, Any]:
 
     Source: Zhou et al. 2021, arXiv:2102.00650, section 5.
     """
-    return {"terms": (Term("wsld", 2.25, 2.0),)}
+    return {"terms": (Term("wsld", 2.25, temperature=2.0),)}
 
 
 @PRESETS.register("fitnet")
@@ -71,7 +74,7 @@ def fitnet() -> dict[str, Any]:
 
     Source: Romero et al. 2015, arXiv:1412.6550.
     """
-    return {"terms": (Term("fitnet", 100.0, student="auto[-2]", adapter="fitnet"),)}
+    return {"terms": (Term("fitnet", 100.0, student_layer="auto[-2]", adapter="fitnet"),)}
 
 
 @PRESETS.register("at")
@@ -80,7 +83,7 @@ def at() -> dict[str, Any]:
 
     Source: Zagoruyko, Komodakis 2017, arXiv:1612.03928; the weight as in Tian et al. 2020, arXiv:1910.10699.
     """
-    return {"terms": (Term("kd", 0.9, 4.0), Term("at", 1000.0, student="auto")), "label_weight": 0.1}
+    return {"terms": (Term("kd", 0.9, temperature=4.0), Term("at", 1000.0, student_layer="auto")), "label_weight": 0.1}
 
 
 @PRESETS.register("reviewkd")
@@ -89,7 +92,7 @@ def reviewkd() -> dict[str, Any]:
 
     Source: Chen et al. 2021, arXiv:2104.09044, section 4.
     """
-    return {"terms": (Term("reviewkd", Ramp(0.0, 5.0, WARM_UP), student="auto", adapter="review"),)}
+    return {"terms": (Term("reviewkd", Ramp(0.0, 5.0, WARM_UP), student_layer="auto", adapter="review"),)}
 
 
 @PRESETS.register("crd")
@@ -101,8 +104,8 @@ def crd() -> dict[str, Any]:
 
     Source: Tian et al. 2020, arXiv:1910.10699, section 4.
     """
-    contrast = Term("crd-batch", 0.8, student="penultimate", adapter="embed", adapter_options={"normalize": True})
-    return {"terms": (Term("kd", 1.0, 4.0), contrast)}
+    contrast = Term("crd-batch", 0.8, student_layer="penultimate", adapter="embed", adapter_options={"normalize": True})
+    return {"terms": (Term("kd", 1.0, temperature=4.0), contrast)}
 
 
 @PRESETS.register("rkd")
@@ -111,7 +114,7 @@ def rkd() -> dict[str, Any]:
 
     Source: Park et al. 2019, arXiv:1904.05068, section 4.
     """
-    return {"terms": (Term("rkd", 1.0, student="penultimate"),)}
+    return {"terms": (Term("rkd", 1.0, student_layer="penultimate"),)}
 
 
 @PRESETS.register("ofa")
@@ -121,7 +124,16 @@ def ofa() -> dict[str, Any]:
     Source: Hao et al. 2023, arXiv:2310.19444, section 4: ε = 1.5, or 1.0 for teachers whose scores are near to labels.
     """
     power = {"power": 1.5}
-    stages = Term("ofa", 1.0, None, "auto", "logits", "ofa", power, name="ofa-stages")
+    stages = Term(
+        "ofa",
+        1.0,
+        temperature=None,
+        student_layer="auto",
+        teacher_layer="logits",
+        adapter="ofa",
+        options=power,
+        name="ofa-stages",
+    )
     return {"terms": (Term("ofa", 1.0, options=power), stages)}
 
 
@@ -131,7 +143,7 @@ def cwd() -> dict[str, Any]:
 
     Source: Shu et al. 2021, arXiv:2011.13256, section 4.
     """
-    return {"terms": (Term("cwd-pixels", 5.0, 1.0, name="cwd"),)}
+    return {"terms": (Term("cwd-pixels", 5.0, temperature=1.0, name="cwd"),)}
 
 
 @PRESETS.register("distilbert")
@@ -141,7 +153,10 @@ def distilbert() -> dict[str, Any]:
     Source: Sanh et al. 2019, arXiv:1910.01108, and its training code.
     """
     return {
-        "terms": (Term("kd", 5.0, 2.0), Term("hidden-cosine", 1.0, student="hidden[-1]", teacher="hidden[-1]")),
+        "terms": (
+            Term("kd", 5.0, temperature=2.0),
+            Term("hidden-cosine", 1.0, student_layer="hidden[-1]", teacher_layer="hidden[-1]"),
+        ),
         "label_weight": 2.0,
     }
 
@@ -157,8 +172,8 @@ def tinybert() -> dict[str, Any]:
     """
     return {
         "terms": (
-            Term("hidden-mse", 1.0, student="hidden[*]", name="hidden"),
-            Term("attention-mse", 1.0, student="**.attention.self/softmax:in", name="attention"),
+            Term("hidden-mse", 1.0, student_layer="hidden[*]", name="hidden"),
+            Term("attention-mse", 1.0, student_layer="**.attention.self/softmax:in", name="attention"),
         ),
         "label_weight": 0.0,
     }
@@ -171,7 +186,7 @@ def minilm() -> dict[str, Any]:
     Source: Wang et al. 2021, arXiv:2012.15828 (MiniLMv2), section 3; 48 relation heads for large teachers, else 12.
     """
     last = [f"**.attention.self.{name}[-1]" for name in ("query", "key", "value")]
-    return {"terms": (Term("minilm", 1.0, student=last),), "label_weight": 0.0}
+    return {"terms": (Term("minilm", 1.0, student_layer=last),), "label_weight": 0.0}
 
 
 @PRESETS.register("funmatch")
@@ -180,7 +195,7 @@ def funmatch() -> dict[str, Any]:
 
     Source: Beyer et al. 2022, arXiv:2106.05237: both see the same crop and the same mixture.
     """
-    return {"terms": (Term("kd", 1.0, 1.0),), "label_weight": 0.0}
+    return {"terms": (Term("kd", 1.0, temperature=1.0),), "label_weight": 0.0}
 
 
 @PRESETS.register("dml")
@@ -189,7 +204,7 @@ def dml() -> dict[str, Any]:
 
     Source: Zhang et al. 2018, arXiv:1706.00384, equations 4 to 9.
     """
-    return {"terms": (Term("kd", 1.0, 1.0),)}
+    return {"terms": (Term("kd", 1.0, temperature=1.0),)}
 
 
 @PRESETS.register("causal")
@@ -198,7 +213,7 @@ def causal() -> dict[str, Any]:
 
     Source: word-level distillation, Kim, Rush 2016, arXiv:1606.07947, section 3.1.
     """
-    return {"terms": (Term("kd", 0.5, 1.0),), "label_weight": 0.5, "causal": True}
+    return {"terms": (Term("kd", 0.5, temperature=1.0),), "label_weight": 0.5, "causal": True}
 
 
 @PRESETS.register("seqkd")

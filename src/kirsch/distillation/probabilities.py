@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.data.arrays import host
 from kirsch.distillation.arrays import classes_last, namespace, upcast, without_autocast
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.schedule import ends
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import host
-from kirsch.measurement.quality import are_probabilities, are_scaled_probabilities
+from kirsch.measurement.outputs import are_probabilities, are_scaled_probabilities
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 ACTIVATIONS: Mapping[str, Activation] = {"cross-entropy": "softmax", "binary": "sigmoid"}
 """Label loss → what it applies to the outputs of the student."""
@@ -59,7 +59,7 @@ def activations_of(objective: Objective) -> set[Activation]:
         found.add(ACTIVATIONS[objective.label_loss])
     for term in objective.terms:
         loss = get_loss(term.loss)
-        if any(ends(term.weight)) and loss.takes in ("scores", "pixels", "sets"):
+        if any(ends(term.weight)) and loss.takes in ("logits", "pixels", "sets"):
             found.add(loss.activation)
     return found - {"identity"}
 
@@ -96,14 +96,14 @@ def logit_layers(objective: Objective, terms: Sequence[BoundTerm], teacher: int 
     """Return the layers of the student (None) or of a teacher (its index) at which losses take logits."""
     found = ["logits"] if teacher is None and _labels_take_logits(objective) else []
     for term in terms:
-        if term.loss.takes not in ("scores", "pixels", "sets") or term.loss.activation == "identity":
+        if term.loss.takes not in ("logits", "pixels", "sets") or term.loss.activation == "identity":
             continue
         if teacher is not None and term.teacher not in (None, teacher):
             continue
         if teacher is None and term.adapter is not None:  # the adapter makes the logits
             continue
         layers = term.student_layer if teacher is None else term.teacher_layer
-        layers = layers.get("scores", ()) if isinstance(layers, dict) else layers
+        layers = layers.get("logits", ()) if isinstance(layers, dict) else layers
         found += [layers] if isinstance(layers, str) else []
     return list(dict.fromkeys(found))
 
@@ -137,7 +137,7 @@ def settle(
             "Probabilities become logits in another way for each.",
             "Give models that put out logits.",
         )
-    values = framework.dry_run(model, layers, inputs)
+    values = framework.features.extract(model, layers, inputs)
     whose = "The student" if teacher is None else "The teacher"
     named = f"{whose}, a {type(model).__name__},"
     for layer in layers:
@@ -146,10 +146,10 @@ def settle(
             _check_stated(named, layer, found, activations)
         else:
             shape = shape_of(found, activations)
-            if shape == "inside" and framework.squashed(model, layer, inputs):
+            if shape == "inside" and framework.features.is_squashed(model, layer, inputs):
                 shape = "sigmoid"
             negative = not shape and "sigmoid" in activations and found.size and found.max() <= 0
-            if negative and framework.squashed(model, layer, inputs, logarithm=True):
+            if negative and framework.features.is_squashed(model, layer, inputs, logarithm=True):
                 shape = "log-sigmoid"
             if shape not in ("", "inside"):
                 raise refusal(named, shape, objective, "student_outputs" if teacher is None else "teacher_outputs")

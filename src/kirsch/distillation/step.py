@@ -12,12 +12,12 @@ from kirsch.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from kirsch.data.annotations import Regularizer
+    from kirsch.data.batches import Batch
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.teachers import TeacherSource
-    from kirsch.frameworks.annotations import Regularizer
-    from kirsch.frameworks.data import Batch
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
     from kirsch.frameworks.training import LossOutput
 
 WITHOUT_TARGETS = (
@@ -95,7 +95,9 @@ class DistillationStep:
         self._weights: dict[str, float] = {}
         self._unchecked = logit_layers(objective, terms, None)  # of the student, until its first step in training mode
 
-    def __call__(self, module: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> LossOutput:
+    def __call__(
+        self, module: Any, batch: Batch, epoch: float, step_counts: Mapping[str, int] | None = None
+    ) -> LossOutput:
         """Return the loss of one batch; see `LossFunction`."""
         active = self.loss.active(epoch)
         outputs = self._teacher_source(batch) if active and self._teacher_source is not None else []
@@ -103,7 +105,7 @@ class DistillationStep:
         adapted = {term.adapter_name: features[term.adapter_name][0] for term in active if term.adapter is not None}
         student = module(batch.inputs, adapted, batch.ids)
         if self._unchecked and getattr(module, "training", True):
-            check_training(student.values, self._unchecked, self._objective)
+            check_training(student.features, self._unchecked, self._objective)
             self._unchecked = []
         self._weights = self.loss.weights(epoch, self.factors)
         return self.loss(
@@ -111,9 +113,9 @@ class DistillationStep:
             features,
             batch,
             epoch,
-            of,
+            step_counts,
             factors=self.factors,
-            regularization=regularization(self._regularizers, self._framework.student_of(module)),
+            regularization=regularization(self._regularizers, self._framework.features.student_of(module)),
         )
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.data.arrays import host
+from kirsch.data.structure import summary
 from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss, step_arguments
 from kirsch.distillation.schedule import ends
 from kirsch.errors import DataError, UsageError
-from kirsch.frameworks.port import host
-from kirsch.frameworks.structure import summary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,9 +73,9 @@ def check_labels(given: Any, shape: tuple[int, ...], objective: Objective) -> No
     if objective.label_loss != "cross-entropy":
         return
     without = [term for term in objective.terms if "labels" not in step_arguments(get_loss(term.loss))]
-    if not without and not _counting(targets, objective.ignore).any():
+    if not without and not _counting(targets, objective.ignore_index).any():
         raise DataError(
-            f"All targets are masked: each of the {len(targets)} samples looked at has the label {objective.ignore}.",
+            f"All targets are masked: the label of all {len(targets)} samples is {objective.ignore_index}.",
             "No term does without them, so there is nothing to learn from.",
             "Look at the mask and the labels of the data.",
         )
@@ -137,9 +137,9 @@ def _check_classes(targets: NDArray[Any], shape: tuple[int, ...], objective: Obj
             "Numbers of larger classes have become other numbers in that type.",
             "Make the targets int64 where they are read.",
         )
-    wrong = ((targets < 0) | (targets >= classes)) & _counting(targets, objective.ignore)
+    wrong = ((targets < 0) | (targets >= classes)) & _counting(targets, objective.ignore_index)
     if wrong.any():
-        raise out_of_range(targets, wrong, classes, objective.ignore)
+        raise out_of_range(targets, wrong, classes, objective.ignore_index)
 
 
 def _only_one_class(targets: NDArray[Any], shape: tuple[int, ...]) -> DataError:
@@ -165,7 +165,7 @@ def _only_one_class(targets: NDArray[Any], shape: tuple[int, ...]) -> DataError:
 
 def _term_of(shape: tuple[int, ...]) -> str:
     """The term on answers of yes or no that a teacher of such logits can give."""
-    return 'Term("fitnet", student="logits")' if len(shape) >= KHW else 'the term "binary-kd"'
+    return 'Term("fitnet", student_layer="logits")' if len(shape) >= KHW else 'the term "binary-kd"'
 
 
 def _fits(targets: NDArray[Any], shape: tuple[int, ...]) -> bool:
@@ -179,23 +179,23 @@ def places_of(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     return (shape[1:], shape[0]) if len(shape) >= KHW else (shape[:-1], shape[-1] if shape else 1)
 
 
-def _counting(targets: NDArray[Any], ignore: int) -> NDArray[np.bool_]:
+def _counting(targets: NDArray[Any], ignore_index: int) -> NDArray[np.bool_]:
     """True where a target is not the label that stands for none, in a type that can hold both."""
-    found: NDArray[np.bool_] = targets.astype(np.int64) != ignore
+    found: NDArray[np.bool_] = targets.astype(np.int64) != ignore_index
     return found
 
 
-def out_of_range(targets: NDArray[Any], wrong: NDArray[np.bool_], classes: int, ignore: int) -> DataError:
+def out_of_range(targets: NDArray[Any], wrong: NDArray[np.bool_], classes: int, ignore_index: int) -> DataError:
     """The error for class numbers of which some, where `wrong` is true, are not classes of the model."""
     place, value = int(wrong.reshape(len(targets), -1).any(axis=1).argmax()), int(targets[wrong][0])
     values = set(np.unique(targets).tolist())
-    fix = f"Repair the labels, or give the model a larger head; {ignore} stands for no label."
+    fix = f"Repair the labels, or give the model a larger head; {ignore_index} stands for no label."
     if values <= {0, MASK_LEVEL} and classes == len((0, MASK_LEVEL)):
         fix = f"These look like masks of 0 and {MASK_LEVEL}: give (targets == {MASK_LEVEL}) as whole numbers."
     elif values == {-1, 1} and classes == len((-1, 1)):
         fix = "They are -1 and 1: give (targets + 1) // 2."
-    elif set(np.unique(targets[wrong]).tolist()) == {MASK_LEVEL} and ignore != MASK_LEVEL:
-        fix = f"Where {MASK_LEVEL} marks what has no label, give the objective ignore={MASK_LEVEL}."
+    elif set(np.unique(targets[wrong]).tolist()) == {MASK_LEVEL} and ignore_index != MASK_LEVEL:
+        fix = f"Where {MASK_LEVEL} marks what has no label, give the objective ignore_index={MASK_LEVEL}."
     elif set(np.unique(targets[wrong]).tolist()) == {classes} and targets.min() == 1:
         fix = f"The labels go from 1 to {classes}: give targets - 1."
     elif targets.dtype == np.int8 and targets.min() < 0:
@@ -301,7 +301,7 @@ def _numbers(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
     outputs = "" if _fits(targets, shape) else f", with a model whose outputs have shape {targets.shape[1:]} a sample"
     return (
         'For numbers to come near to (regression) take label_loss="squared-error" and a term on the outputs such as '
-        f'Term("fitnet", student="logits"){outputs}.'
+        f'Term("fitnet", student_layer="logits"){outputs}.'
     )
 
 

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from kirsch.data.annotations import Model
+from kirsch.data.arrays import host
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.arrays import first_array, log_sigmoid, log_softmax, log_sum_exp, namespace
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import TeacherStore
 from kirsch.errors import UsageError
-from kirsch.frameworks.annotations import Model
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.port import host
 
 if TYPE_CHECKING:
+    from kirsch.data.batches import Batch
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.probabilities import Logits
-    from kirsch.frameworks.data import Batch
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 TOP_K = ("indices", "log_p", "tail")
 """Fields of a record that holds the largest logits only."""
@@ -68,8 +68,8 @@ class LiveTeachers:
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
         """See `TeacherSource`."""
         if not self._watches:
-            self._watches = [self._framework.watch(model, layers) for model, layers in self._places]
-        found = [self._framework.infer(watch, batch.inputs) for watch in self._watches]
+            self._watches = [self._framework.features.capture(model, layers) for model, layers in self._places]
+        found = [self._framework.inference.infer(watch, batch.inputs) for watch in self._watches]
         return [values if own is None else own(values) for own, values in zip(self._logits, found, strict=True)]
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class StoredTeacher:
         found = self._store.read(host(batch.ids), batch.view, batch.seeds)
         if "indices" in found:  # PyTorch knows next to nothing of unsigned numbers of 16 and 32 bits
             found["indices"] = found["indices"].astype(np.int64)
-        values = {name: self._framework.array_like(array, like) for name, array in found.items()}
+        values = {name: self._framework.inference.from_numpy(array, like=like) for name, array in found.items()}
         if "maximum" in values:  # scores are kept below their largest, for which 16 bits are too few
             values["logits"] = values.pop("scores") + values.pop("maximum")[..., None]
         if "log_p" in values:
@@ -112,14 +112,14 @@ class StoredTeacher:
 
     def _check_views(self, batch: Batch) -> None:
         """Refuse batches whose augmentation is not, or may not be, that of the stored samples."""
-        if self._store.manifest.augmented and batch.seeds is None:
+        if self._store.specification.augmented and batch.seeds is None:
             raise UsageError(
                 "The store holds augmented samples, and the batches have no seeds of an augmentation.",
                 "They may not be the views that the teacher saw.",
                 "Take kirsch.distill, or the batches of ArrayData.epoch; of a loader of your own give "
                 "Batch(inputs, targets, ids, view, seeds).",
             )
-        if not self._store.manifest.augmented and batch.seeds is not None:
+        if not self._store.specification.augmented and batch.seeds is not None:
             raise UsageError(
                 "The store holds samples without augmentation, and the batches are augmented.",
                 "The teacher did not see these views.",
@@ -176,7 +176,7 @@ def replayed(store: TeacherStore, data: Any) -> ArrayData:
             fix="Give ArrayData.",
         )
     store.require(data=data)
-    return dataclasses.replace(data, views=store.manifest.views, seed=store.manifest.seed)
+    return dataclasses.replace(data, views=store.specification.views, seed=store.specification.seed)
 
 
 def require_temperature(store: TeacherStore, objective: Objective) -> None:
@@ -186,12 +186,12 @@ def require_temperature(store: TeacherStore, objective: Objective) -> None:
         UsageError: the temperature of a term changes over time.
         StoreError: the temperature of a term is not that of the store.
     """
-    manifest = store.manifest
+    stored = store.specification
     for term in objective.terms:
-        if term.there == "logits" and manifest.keep == "top-k":
+        if term.layers[1] == "logits" and stored.k:
             if isinstance(term.temperature, Ramp):
                 raise UsageError(
-                    f"The temperature of {term.called!r} changes, and the store holds {manifest.temperature:g} only.",
+                    f"The temperature of {term.record_name!r} changes; the store holds {stored.temperature:g} only.",
                     fix="Build the store with Dense(), or state one temperature.",
                 )
             store.require(temperature=1.0 if term.temperature is None else term.temperature)

@@ -15,7 +15,7 @@ from kirsch.errors import DataError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kirsch.frameworks.data import Batch
+    from kirsch.data.batches import Batch
 
 
 @checked
@@ -31,11 +31,12 @@ class Training:
         schedule: "cosine" to zero, "multistep" (times 0.1 at each milestone), or "constant".
         milestones: ascending fractions of the steps after the warm-up, for "multistep".
         warmup_epochs: epochs of linear warm-up, >= 0.
-        clip_norm: largest gradient norm, > 0; None for no clipping.
-        accumulate: batches per optimizer step, >= 1; each sample has the same weight, also if batch sizes differ.
+        max_grad_norm: largest gradient norm, > 0; None for no clipping.
+        gradient_accumulation_steps: batches per optimizer step, >= 1; each sample has the same weight, also
+            if batch sizes differ.
         precision: "fp32"; or "bf16" or "fp16" for automatic mixed precision.
-        ema: decay of an exponential moving average of the weights, 0 < ema < 1; the averaged weights are evaluated and
-            returned. None for no average.
+        ema_decay: decay of an exponential moving average of the weights, above 0 and below 1; the averaged weights are
+            evaluated and returned. None for no average.
         seed: seed of all random numbers of the run, >= 0.
 
     Raises:
@@ -51,11 +52,11 @@ class Training:
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
     milestones: tuple[float, ...] = (0.5, 0.75)
     warmup_epochs: float = 0.0
-    clip_norm: float | None = None
+    max_grad_norm: float | None = None
     seed: Seed = 0
-    accumulate: Count = 1
+    gradient_accumulation_steps: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    ema: float | None = None
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:  # noqa: C901, PLR0912 - one branch per setting
         problems = []
@@ -73,14 +74,14 @@ class Training:
             problems.append(f"milestones are {self.milestones}; expected ascending fractions between 0 and 1")
         if not 0 <= self.warmup_epochs <= self.epochs:
             problems.append(f"warmup_epochs is {self.warmup_epochs}; expected a number from 0 to {self.epochs}")
-        if self.clip_norm is not None and not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
-            problems.append(f"clip_norm is {self.clip_norm}; expected a number above 0, or None")
-        if self.accumulate < 1:
-            problems.append(f"accumulate is {self.accumulate}; expected at least 1")
+        if self.max_grad_norm is not None and not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
+            problems.append(f"max_grad_norm is {self.max_grad_norm}; expected a number above 0, or None")
+        if self.gradient_accumulation_steps < 1:
+            problems.append(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; expected at least 1")
         if self.precision not in ("fp32", "bf16", "fp16"):
             problems.append(f"precision is {self.precision!r}; expected fp32, bf16 or fp16")
-        if self.ema is not None and not 0 < self.ema < 1:
-            problems.append(f"ema is {self.ema}; expected a number above 0 and below 1, or None")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            problems.append(f"ema_decay is {self.ema_decay}; expected a number above 0 and below 1, or None")
         if self.seed < 0:
             problems.append(f"seed is {self.seed}; expected an integer of at least 0")
         if problems:
@@ -94,28 +95,30 @@ class LossOutput:
     """Loss of one batch.
 
     Args:
-        total: sum of `parts` and `aside`, a scalar with gradient.
-        parts: weighted terms by name, scalars with gradient for the model.
-        aside: weighted terms by name that train an adapter only, and not the model.
+        total: sum of `terms` and `adapter_losses`, a scalar with gradient.
+        terms: weighted terms by name, scalars with gradient for the model.
+        adapter_losses: weighted losses by name that train an adapter only, and not the model.
     """
 
     total: Any
-    parts: dict[str, Any]
-    aside: dict[str, Any] = field(default_factory=dict)
+    terms: dict[str, Any]
+    adapter_losses: dict[str, Any] = field(default_factory=dict)
 
 
 class LossFunction(Protocol):
     """Loss that a training step minimizes."""
 
-    def __call__(self, model: Any, batch: Batch, epoch: float, of: Mapping[str, int] | None = None) -> LossOutput:
+    def __call__(
+        self, model: Any, batch: Batch, epoch: float, step_counts: Mapping[str, int] | None = None
+    ) -> LossOutput:
         """Return the loss of a batch.
 
         Args:
             model: model to train.
             batch: one batch.
             epoch: number of epochs done so far.
-            of: counts of the whole optimizer step that the batch belongs to, see `counts`. Means are divided by these
-                counts, so that the losses of all batches of the step, in all processes, add up to the loss of the
+            step_counts: counts of the whole optimizer step, see `counts`. Means are divided by
+                these counts, so that the losses of all batches of the step, in all processes, add up to the loss of the
                 step. None if the batch is the whole step.
         """
 
@@ -153,8 +156,8 @@ class TrainingHooks:
 
     Args:
         validate: function model → metrics by name, called after each epoch; "accuracy" is displayed if present.
-        event: called with a JSON-able dict for each event: {"event": "first_batch" | "doubt" | "epoch", ...}. A "doubt"
-            is a warning; without this callback it is a Python warning.
+        event: called with a JSON-able dict for each event: {"event": "first_batch" | "warning" | "epoch", ...}.
+            Without this callback a warning is a Python warning.
         stop: returns an error (`Preempted`, `Interrupted`) if the run is to stop; called after each batch.
         save: called with a `TrainingState` after each epoch, and before the run stops.
         resume: state to resume from.
@@ -168,12 +171,12 @@ class TrainingHooks:
     save: Callable[[TrainingState], None] | None = None
     resume: TrainingState | None = None
 
-    def doubt(self, text: str, **more: Any) -> None:
+    def warn(self, text: str, **more: Any) -> None:
         """Emit a warning: as an event if there is a callback, otherwise as a Python warning."""
         if self.event is None:
             warnings.warn(text, stacklevel=3)
         else:
-            self.event({"event": "doubt", **more, "text": text})
+            self.event({"event": "warning", **more, "text": text})
 
 
 @dataclass
@@ -196,7 +199,7 @@ class TrainingState:
 
 
 LEAST_SHARE, MOST_SHARE = 0.001, 0.999
-"""Shares of the gradient below and above which a term is doubted."""
+"""Shares of the gradient below and above which a term gives a warning."""
 
 
 def shares_of(norms: Mapping[str, float]) -> dict[str, float]:
@@ -205,7 +208,7 @@ def shares_of(norms: Mapping[str, float]) -> dict[str, float]:
     return {name: norm / total if total else 0.0 for name, norm in norms.items()}
 
 
-def doubts(shares: Mapping[str, float], began: Mapping[str, float]) -> dict[str, str]:
+def share_warnings(shares: Mapping[str, float], began: Mapping[str, float]) -> dict[str, str]:
     """Return a warning for each term whose share of the gradient suggests a wrong weight or a wrong comparison.
 
     A term whose share was normal on the first batch and has become small since is learned, which is not warned of.

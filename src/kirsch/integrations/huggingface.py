@@ -20,13 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kirsch import strict_json
+from kirsch.data.batches import Batch
+from kirsch.data.structure import IDS, TARGETS
 from kirsch.distillation.checks import check_last_batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
-from kirsch.frameworks.data import Batch
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.pytorch.transformers.pretrained import refused
-from kirsch.frameworks.structure import IDS, TARGETS
 from kirsch.frameworks.training import require_labels
 
 try:
@@ -39,8 +39,8 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kirsch.data.annotations import Regularizer
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.annotations import Regularizer
 
     Loop = Any
 else:
@@ -151,7 +151,9 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
                 return loader, next(iter(loader), None)
 
             framework = framework_of(self.model)
-            loader, first = framework.seeded(fetch, self.args.seed)  # keeps the random state, so the order of the run
+            loader, first = framework.training.seeded(
+                fetch, self.args.seed
+            )  # keeps the random state, so the order of the run
             if first is None:
                 raise DataError("The training data is empty.", fix="Give at least one batch.")
             if self.accelerator.num_processes == 1:
@@ -204,9 +206,9 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         distiller = self._bound()
         with self.accelerator.autocast():
             counts = self._counts if num_items_in_batch is not None else None
-            loss = distiller(inputs, self.state.epoch or 0.0, of=counts, module=model)
+            loss = distiller(inputs, self.state.epoch or 0.0, step_counts=counts, module=model)
         processes = 1 if counts is None else self.accelerator.num_processes  # DDP averages gradients over processes
-        for name, part in {**loss.parts, **loss.aside}.items():
+        for name, part in {**loss.terms, **loss.adapter_losses}.items():
             self._parts[name] = self._parts.get(name, 0.0) + part.detach() * processes
         return (loss.total * processes, loss) if return_outputs else loss.total * processes
 
@@ -248,7 +250,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            framework_of(self.model).save_weights(self.model, folder / SAFE_WEIGHTS_NAME)
+            framework_of(self.model).inference.save_weights(self.model, folder / SAFE_WEIGHTS_NAME)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """See the Trainer; raises an error for a student whose checkpoints `from_pretrained` cannot load."""

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kirsch.data.batches import Batch
 from kirsch.distillation.checks import check_last_batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UnknownNameError, UsageError
-from kirsch.frameworks.data import Batch
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import require_labels
 
 try:
@@ -31,8 +31,8 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kirsch.data.annotations import Regularizer
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.annotations import Regularizer
 
 ADAPTER_PREFIX = "distillation_adapter"
 """Prefix, followed by a number, of the names of adapter parameters in the student during training."""
@@ -52,7 +52,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         student: path of the student in the LightningModule, such as "model"; layer names are relative to it. By default
             the module itself, called by its `forward`. The student must exist before `setup` and `configure_model`.
         batch_of: function batch of the loader → (inputs, targets), or another form that
-            `kirsch.frameworks.data.Batch.of` takes; by default the batch itself.
+            `kirsch.data.batches.Batch.of` takes; by default the batch itself.
         example_batch: batch of the loader; by default the first of the training data.
         seed: seed of the initial weights of adapters.
         regularizers: additional terms of the student alone.
@@ -157,8 +157,8 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         done = first_batch / trainer.num_training_batches  # at the start of the step; 0 for a loader without length
         single = accumulate == 1 and trainer.world_size == 1
         counts = None if single else distiller.counts([batch])
-        loss = distiller(batch, trainer.current_epoch + done, of=counts)
-        parts = {f"loss/{name}": part.detach() for name, part in {**loss.parts, **loss.aside}.items()}
+        loss = distiller(batch, trainer.current_epoch + done, step_counts=counts)
+        parts = {f"loss/{name}": part.detach() for name, part in {**loss.terms, **loss.adapter_losses}.items()}
         shares = {f"gradient_share/{name}": share for name, share in distiller.shares.items()}
         size = len(batch)
         pl_module.log("loss", loss.total.detach(), prog_bar=True, batch_size=size)
@@ -259,7 +259,9 @@ def _first_batch(trainer: Any, student: Any) -> tuple[Any, Any]:
             "The training data is not a single loader.",
             fix="Give Distillation an example_batch, and batch_of= if a batch is not (inputs, targets).",
         )
-    first = framework_of(student).seeded(lambda: next(iter(loader), None), 0)  # keeps the random state of the run
+    first = framework_of(student).training.seeded(
+        lambda: next(iter(loader), None), 0
+    )  # keeps the random state of the run
     if first is None:
         raise DataError("The training data is empty.", fix="Give at least one batch.")
     return loader, first

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import DataError, NumericError, ShapeError
-from kirsch.measurement.quality import check_outputs
+from kirsch.measurement.outputs import check_outputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,8 +9,8 @@ import numpy as np
 
 from kirsch.annotations import Names, Seed
 from kirsch.arguments import checked
+from kirsch.data.annotations import Inputs
 from kirsch.errors import GoalError, NumericError, PlanError, UsageError
-from kirsch.frameworks.annotations import Inputs
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan, Removal
 from kirsch.pruning.blocks import plan_blocks

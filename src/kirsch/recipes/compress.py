@@ -13,11 +13,12 @@ from typing import Any
 from kirsch import files, strict_json
 from kirsch.annotations import Count
 from kirsch.arguments import checked
+from kirsch.data.annotations import Model
+from kirsch.data.dataset import DataSet
 from kirsch.deploy.export import Artifact
 from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError
-from kirsch.frameworks.annotations import Model
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
 from kirsch.recipes.job import RECORD
@@ -26,7 +27,6 @@ from kirsch.recipes.manifest import CHECKPOINTS, MODEL, REPORT
 from kirsch.recipes.recipe import Train, recipe_of
 from kirsch.recipes.runner import GIVEN, Materials, new_folder_name, run
 from kirsch.recipes.stages import WEIGHTS
-from kirsch.recipes.tasks.data import DataSet
 from kirsch.tables import Part, Printable
 
 
@@ -61,7 +61,7 @@ class Compressed(Printable):
         verdict = {
             "met": self.met,
             "text": " · ".join(item["text"] for item in items),
-            "doubt": " · ".join(item["doubt"] for item in items if item["doubt"]),
+            "significance": " · ".join(item["significance"] for item in items if item["significance"]),
             "report": str(self.report),
             "seconds": self.metrics["seconds"],
         }
@@ -166,5 +166,5 @@ def _weights_hash(model: Any) -> str:
     """Return a hash over the weights of a model, so that a run folder of another model is not continued."""
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / WEIGHTS
-        framework_of(model).save_weights(model, weights)
+        framework_of(model).inference.save_weights(model, weights)
         return files.sha256(weights)

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.recipes.job import Job
 from kirsch.recipes.manifest import PLAN, RECIPE

@@ -10,26 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.errors import NumericError, ShapeError
-from kirsch.frameworks.port import Framework, framework_of
+from kirsch.errors import NumericError
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks, TrainingState
-from kirsch.measurement.quality import Answers, accuracy
 from kirsch.recipes import checkpoints
 from kirsch.recipes.manifest import EVENTS
+from kirsch.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from kirsch.data.dataset import DataSet
+    from kirsch.frameworks.protocols import Framework
     from kirsch.recipes.recipe import Recipe
-    from kirsch.recipes.tasks.data import DataSet
 
 RECORD, LOGITS = "record.json", "logits.npy"
-FEW_OTHERS = 3
-"""Smallest number of samples outside the most frequent class for which chance is that of predictions that ignore the
-inputs; with fewer, chance is one divided by the number of classes."""
-
 Listen = Callable[[dict[str, Any]], None]
 Stop = Callable[[], Exception | None]
 
@@ -68,6 +65,11 @@ class Job:
     altered: dict[str, str] = field(default_factory=dict)
 
     @property
+    def task(self) -> Task:
+        """Return what the models are for."""
+        return TASKS["classification"]()
+
+    @property
     def example(self) -> NDArray[np.float32]:
         """Return one sample, as a batch of one."""
         sample: NDArray[np.float32] = self.data.test.inputs[:1]
@@ -81,6 +83,10 @@ class Job:
     def framework(self, model: Any) -> Framework:
         """Return the framework of a model."""
         return framework_of(model)
+
+    def in_inference_mode(self, model: Any) -> Any:
+        """Set a model to inference mode, and return it."""
+        return framework_of(model).inference.inference_mode(model)
 
     def emit(self, event: dict[str, Any]) -> None:
         """Append an event to events.jsonl, and pass it to the listener."""
@@ -118,25 +124,14 @@ class Job:
     def evaluate(self, model: Any, folder: Path) -> dict[str, Any]:
         """Return size, cost and test quality of a model, and write its logits to the folder."""
         framework = self.framework(model)
-        logits = framework.predict(model, self.data.test.inputs, batch_size=self.evaluation_batch_size)
+        logits = framework.inference.predict(model, self.data.test.inputs, batch_size=self.evaluation_batch_size)
         np.save(folder / LOGITS, logits, allow_pickle=False)
         parameters, macs = self.count(model)
         return {"parameters": parameters, "macs": macs, **self.quality(logits)}
 
     def quality(self, logits: NDArray[Any]) -> dict[str, Any]:
-        """Return the quality of logits on the test part: accuracy with its interval, and the accuracy of chance.
-
-        The balanced accuracy is included if the classes are imbalanced.
-        """
-        labels = self.data.test.labels
-        answers = Answers.of(logits.argmax(-1), labels)
-        others = answers.n - answers.most_frequent
-        quality = {
-            "accuracy": accuracy(logits, labels).to_dict(),
-            "chance": max(1 / len(self.data.classes), answers.chance if others >= FEW_OTHERS else 0.0),
-            "one_class": answers.constant and others > 0,
-        }
-        return quality | ({"balanced_accuracy": answers.balanced} if answers.uneven else {})
+        """Return the quality of outputs on the test part, as the task measures it."""
+        return self.task.evaluate(logits, self.data)
 
     def count(self, model: Any) -> tuple[int, int]:
         """Return the parameters and MACs of a model for one sample.
@@ -146,38 +141,25 @@ class Job:
             ShapeError: the model does not return one logit for each class of the data.
         """
         framework = self.framework(model)
-        framework.check_runs(model, self.example)
-        logits = framework.predict(model, self.example)
-        if logits.ndim != 2 or logits.shape[1] != len(self.data.classes):  # noqa: PLR2004 - (N, K)
-            raise ShapeError(
-                f"The model returns logits of shape {logits.shape[1:]}; the data {self.data.name} has "
-                f"{len(self.data.classes)} classes.",
-                fix="Give the model a head for these classes.",
-            )
-        return framework.count(model, framework.tensor(self.example))
+        framework.inference.check_runs(model, self.example)
+        logits = framework.inference.predict(model, self.example)
+        self.task.check_outputs(logits, self.data)
+        return framework.analysis.count(model, framework.inference.from_numpy(self.example))
 
     def check_alive(self, key: str, record: dict[str, Any], fix: str = TRAIN_BETTER) -> None:
-        """Refuse a trained model that predicts one class for all samples, or is not better than chance.
+        """Refuse a trained model that the task calls unusable.
 
         Args:
             key: stage.
-            record: record of the stage, with the accuracy on the test part.
+            record: record of the stage, with the quality on the test part.
             fix: fix of the error.
 
         Raises:
             NumericError: the model is such a model.
         """
-        chance = record["chance"]
-        value, n = record["accuracy"]["value"], record["accuracy"]["n"]
-        if record["one_class"] or value <= chance:
-            balanced = record.get("balanced_accuracy")
-            more = "" if balanced is None else f", balanced accuracy {balanced:.1%}"
-            raise NumericError(
-                f"The model is unusable after the stage {key!r}: {value:.1%} of {n} correct, "
-                f"chance is {chance:.1%}{more}.",
-                "It predicts one class for every sample." if record["one_class"] else "It is not better than chance.",
-                fix,
-            )
+        numbers, reason = self.task.weakness(record)
+        if reason:
+            raise NumericError(f"The model is unusable after the stage {key!r}: {numbers}.", reason, fix)
 
     def logits(self, key: str) -> NDArray[Any]:
         """Return the logits on the test part that a finished stage has stored."""

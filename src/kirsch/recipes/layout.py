@@ -43,8 +43,8 @@ def verdict_lines(event: Mapping[str, Any]) -> list[Line]:
         lines = [[Piece(f"{'goal':<13}"), Piece("none was set")]]
     else:
         lines = [[Piece(f"{words:<13}", tone), Piece(event["text"])]]
-    if event.get("doubt"):
-        lines.append([Piece(f"{'significance':<13}", "warning"), Piece(event["doubt"])])
+    if event.get("significance"):
+        lines.append([Piece(f"{'significance':<13}", "warning"), Piece(event["significance"])])
     lines.append([Piece(f"{'report':<13}"), Piece(event["report"])])
     lines.append([Piece(f"{'took':<13}"), Piece(figures.seconds(event["seconds"]))])
     return lines

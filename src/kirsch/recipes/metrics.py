@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from kirsch import figures
-from kirsch.measurement.quality import calibration, confusion, lost_classes, paired
 from kirsch.version import __version__
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ MODELS = {"teacher": "teacher", "distill": "student", "prune": "pruned", "recove
 def metrics_of(job: Job, environment: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Return all numbers of a finished run."""
     records = job.records
-    pruned = records.get("prune")
+    pruned, quality = records.get("prune"), _quality(job)
     return {
         "kirsch_metrics": 1,
         "name": job.recipe.name,
@@ -29,9 +28,9 @@ def metrics_of(job: Job, environment: dict[str, Any], seconds: float) -> dict[st
         "kirsch": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "seconds": seconds,
-        "goal": _goal(job),
+        "goal": _goal(job, quality["paired"]["text"]),
         **metrics_of_records(records),
-        "quality": _quality(job),
+        "quality": quality,
         "measured": _measured(job, environment),
         "not_measured": _not_measured(job),
         "provenance": {
@@ -70,7 +69,7 @@ def _final(records: Mapping[str, dict[str, Any]]) -> str:
     return [key for key, record in records.items() if "accuracy" in record][-1]
 
 
-def _goal(job: Job) -> dict[str, Any]:
+def _goal(job: Job, significance: str) -> dict[str, Any]:
     recipe, records = job.recipe, job.records
     items = []
     if recipe.prune is not None and "prune" in records:
@@ -87,14 +86,13 @@ def _goal(job: Job) -> dict[str, Any]:
     final = _final(records)
     if recipe.goal.max_drop is not None:
         drop = records["teacher"]["accuracy"]["value"] - records[final]["accuracy"]["value"]
-        comparison = paired(job.logits("teacher"), job.logits(final), job.data.test.labels)
         change = f"accuracy drop {figures.points(drop)}" if drop >= 0 else f"accuracy gain {figures.points(-drop)}"
         text = f"{change} against the teacher, goal ≤ {figures.points(recipe.goal.max_drop)}"
         before, after = (records[key].get("balanced_accuracy") for key in ("teacher", final))
         if before is not None and after is not None:  # accuracy may hide the loss of a rare class
             text += f" (balanced accuracy {figures.percent(before)} → {figures.percent(after)})"
         met = drop <= recipe.goal.max_drop + 1e-12
-        items.append(_item("max_drop", text, recipe.goal.max_drop, drop, met=met, significance=comparison.text))
+        items.append(_item("max_drop", text, recipe.goal.max_drop, drop, met=met, significance=significance))
     if recipe.goal.speedup is not None and "measure" in records:
         speedup = records["measure"]["race"]["speedups"]["exported"]
         text = f"{figures.ratio(**speedup)} the speed of the teacher, goal ≥ {figures.digits(recipe.goal.speedup)}×"
@@ -108,7 +106,7 @@ def _goal(job: Job) -> dict[str, Any]:
 
 
 def _item(name: str, text: str, limit: float, value: float, *, met: bool, significance: str = "") -> dict[str, Any]:
-    return {"name": name, "text": text, "limit": limit, "value": value, "met": met, "doubt": significance}
+    return {"name": name, "text": text, "limit": limit, "value": value, "met": met, "significance": significance}
 
 
 def goal_text(job: Job) -> str:
@@ -161,7 +159,7 @@ def _curve(stage: str, history: list[dict[str, Any]]) -> dict[str, Any]:
         "stage": stage,
         "epochs": [record["epoch"] for record in history],
         "loss": [record["loss"] for record in history],
-        "parts": {name: [record["parts"].get(name) for record in history] for name in history[0]["parts"]},
+        "terms": {name: [record["terms"].get(name) for record in history] for name in history[0]["terms"]},
         "accuracy": [record.get("accuracy") for record in history],
         "learning_rate": [record["learning_rate"] for record in history],
         "seconds": [record["seconds"] for record in history],
@@ -170,16 +168,9 @@ def _curve(stage: str, history: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _quality(job: Job) -> dict[str, Any]:
     first, final = "teacher", _final(job.records)
-    labels, names = job.data.test.labels, list(job.data.classes)
-    before, after = job.logits(first), job.logits(final)
-    tables = confusion(before, labels), confusion(after, labels)
-    return {
-        "classes": names,
-        "before": {"key": MODELS[first], "confusion": tables[0].tolist()},
-        "after": {"key": MODELS[final], "confusion": tables[1].tolist()},
-        "lost": lost_classes(*tables, names),
-        "calibration": {"before": calibration(before, labels), "after": calibration(after, labels)},
-        "paired": paired(before, after, labels).to_dict(),
+    compared = job.task.compare(job.logits(first), job.logits(final), job.data)
+    return compared | {
+        side: {"key": MODELS[key], **compared[side]} for side, key in (("before", first), ("after", final))
     }
 
 

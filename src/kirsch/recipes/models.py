@@ -1,41 +1,30 @@
-"""Models by reference: `package.module:callable`, `file.py:callable`, `timm:NAME`."""
+"""Models by reference: `package.module:callable`, `file.py:callable`, `timm:NAME`, and built-in `digits:teacher`."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import os
-import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch.errors import KirschError, LoadError, ModelError, UnknownNameError, UsageError, error_text
+from kirsch.errors import KirschError, ModelError, UsageError
 from kirsch.failures import error_with_location
+from kirsch.frameworks.find import framework_of, pytorch
 from kirsch.frameworks.formats import describe
-from kirsch.frameworks.port import framework_of, pytorch
 from kirsch.graph.inputs import InputSpec
+from kirsch.references import FAILURES, preserved_process_state, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import ModuleType
-
-
-FAILURES = (Exception, SystemExit)
-"""What a user's file may raise. A script may call sys.exit; its exit code must not become that of Kirsch."""
+    from collections.abc import Callable
 
 
 def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: str = "random") -> Any:
     """Build the model of a reference.
 
     Args:
-        reference: "package.module:callable", "file.py:callable" or "timm:NAME". The callable takes no arguments and
-            returns the model, with its weights if it has any.
+        reference: "package.module:callable", "file.py:callable", "timm:NAME", or a built-in model such as
+            "digits:teacher". The callable takes no arguments and returns the model, with its weights if it has any.
         base: folder that files are relative to; the working folder by default.
         seed: seed of random initial weights.
         weights: for timm models: "random", "pretrained" (downloaded by timm), or a safetensors file.
@@ -55,21 +44,29 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
         )
     if kind == "timm":
         from_file = weights not in ("random", "pretrained")
-        model = pytorch().seeded(lambda: pytorch().from_hub("timm", name, pretrained=weights == "pretrained"), seed)
+        model = pytorch().training.seeded(
+            lambda: pytorch().inference.from_hub("timm", name, pretrained=weights == "pretrained"), seed
+        )
         if from_file:
-            pytorch().load_weights(model, Path(weights))
+            pytorch().inference.load_weights(model, Path(weights))
         return model
-    maker = resolve(reference, base=base)
+    maker = _maker(reference, base)
     _check_takes_no_arguments(maker, reference)
     try:
         with preserved_process_state():
-            model = pytorch().seeded(maker, seed)
+            model = pytorch().training.seeded(maker, seed)
     except KirschError:
         raise
     except FAILURES as error:
         raise ModelError(f"{reference} failed.", error_with_location(error), "Fix the callable.") from error
     framework_of(model)  # raises an error if this is not a model
     return model
+
+
+def _maker(reference: str, base: Path | None) -> Callable[[], Any]:
+    """Return the callable of a reference, or the built-in model of this name."""
+    built_in = pytorch().models
+    return built_in[reference] if reference in built_in else resolve(reference, base=base)
 
 
 def _check_takes_no_arguments(builder: Any, reference: str) -> None:
@@ -99,22 +96,6 @@ def _is_model(value: Any) -> bool:
     return True
 
 
-def is_valid_text(name: Any) -> bool:
-    """Return whether a value is a string that UTF-8 can encode; lone surrogates cannot be encoded."""
-    return isinstance(name, str) and name.encode(errors="replace").decode() == name
-
-
-@contextlib.contextmanager
-def preserved_process_state() -> Iterator[None]:
-    """Restore the working folder and the warning filters after code of the user has run."""
-    folder = Path.cwd()
-    try:
-        with warnings.catch_warnings():
-            yield
-    finally:
-        os.chdir(folder)
-
-
 def _refuse_files(reference: str, base: Path) -> None:
     """Refuse a file or folder in place of a reference to a model.
 
@@ -142,80 +123,6 @@ def random_weights(reference: str, seed: int) -> str:
     )
 
 
-def resolve(reference: str, *, base: Path | None = None) -> Callable[[], Any]:
-    """Return the callable that a reference names, from a module or a file."""
-    kind, _, name = reference.rpartition(":")
-    module = _from_file((base or Path()) / kind) if kind.endswith(".py") else _module(kind)
-    if not callable(getattr(module, name, None)):
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        unknown = UnknownNameError(f"callable of {kind} named", name, public)
-        raise LoadError(unknown.what, unknown.why, unknown.fix)
-    maker: Callable[[], Any] = getattr(module, name)
-    return maker
-
-
-def _module(name: str) -> ModuleType:
-    try:
-        with preserved_process_state():
-            return importlib.import_module(name)
-    except KirschError:
-        raise
-    except ModuleNotFoundError as error:
-        raise LoadError(
-            f"The module {name!r} cannot be imported.", f"{error}.", "Install it, or give a file: file.py:callable."
-        ) from error
-    except FAILURES as error:
-        raise LoadError(f"The module {name!r} fails.", error_with_location(error), "Fix the module.") from error
-
-
-def _from_file(path: Path) -> ModuleType:
-    try:
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:
-        why = "" if isinstance(error, FileNotFoundError) else error_text(error)
-        what = "cannot be read" if why else "does not exist"
-        raise LoadError(f"The file {path} {what}.", why, "Check the path; it is relative to the recipe.") from error
-    if not is_valid_text(str(path.resolve())):
-        raise LoadError(
-            f"The path of the file {str(path.resolve())!r} is not valid text.",
-            "PyTorch records the source file of each operation, and cannot read such a path.",
-            "Rename the file or folder.",
-        )
-    # The name depends on path and content: two files called model.py are two modules, and a file that has changed is
-    # loaded again, so that the loaded code is that of `source_hash`.
-    identity = hashlib.sha256(str(path.resolve()).encode() + content)
-    name = f"kirsch_user_{path.stem}_{identity.hexdigest()[:16]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise LoadError(f"The file {path} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    parent = str(path.resolve().parent)
-    sys.path.insert(0, parent)  # the file may import modules beside it
-    try:
-        with preserved_process_state():
-            spec.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[name]
-        if isinstance(error, KirschError) or not isinstance(error, FAILURES):
-            raise
-        raise LoadError(f"The file {path} fails.", error_with_location(error), "Fix the file.") from error
-    finally:
-        with contextlib.suppress(ValueError):  # the file may have removed the entry
-            sys.path.remove(parent)
-    return module
-
-
-def source_hash(reference: str, *, base: Path | None = None) -> str:
-    """Return a hash of the file that a reference names; for other references, the reference itself."""
-    kind = reference.rpartition(":")[0]
-    path = (base or Path()) / kind
-    is_file = kind.endswith(".py") and os.path.isfile(path)  # noqa: PTH113 - false for a name that no file can have
-    return hashlib.sha256(path.read_bytes()).hexdigest() if is_file else reference
-
-
 def example_shape(reference: str, model: Any, *, base: Path | None = None) -> tuple[int, ...] | None:
     """Return the input shape that a model states: `example_shape` of the model or callable, or timm's default.
 
@@ -224,7 +131,7 @@ def example_shape(reference: str, model: Any, *, base: Path | None = None) -> tu
     """
     stated = getattr(model, "example_shape", None)
     if stated is None and not reference.startswith("timm:"):
-        stated = getattr(resolve(reference, base=base), "example_shape", None)
+        stated = getattr(_maker(reference, base), "example_shape", None)
     default = getattr(model, "default_cfg", None)
     if stated is None and isinstance(default, dict) and default.get("input_size"):
         stated = (1, *default["input_size"])
@@ -249,7 +156,7 @@ def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> An
     framework = framework_of(model)
     sizes = example_shape(reference, model, base=base)
     if sizes is not None:
-        return framework.inputs_like([InputSpec("", sizes, "float32")], model)
+        return framework.analysis.inputs_like([InputSpec("", sizes, "float32")], model)
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", "input_ids")
     if main == "pixel_values":
         side = getattr(config, "image_size", None)
@@ -257,7 +164,7 @@ def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> An
             return None
         height, width = side if isinstance(side, (list, tuple)) else (side, side)
         image = (1, getattr(config, "num_channels", 3), height, width)
-        return framework.inputs_like([InputSpec(main, image, "float32")], model)
+        return framework.analysis.inputs_like([InputSpec(main, image, "float32")], model)
     dummies = getattr(model, "dummy_inputs", None)
     if isinstance(dummies, Mapping):
         named = main in dummies or not hasattr(model, "main_input_name")  # otherwise they may be those of another part

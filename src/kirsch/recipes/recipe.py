@@ -45,10 +45,10 @@ class Train(Section):
     schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="schedule of the learning rate")
     milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="for multistep, fractions of the run")
     warmup_epochs: AtLeastZero = Field(0.0, description="epochs of linear warm-up")
-    clip_norm: Positive | None = Field(None, description="largest gradient norm; null: no limit")
-    accumulate: Count = Field(1, description="batches per optimizer step")
+    max_grad_norm: Positive | None = Field(None, description="largest gradient norm; null: no limit")
+    gradient_accumulation_steps: Count = Field(1, description="batches per optimizer step")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="bf16 and fp16: mixed precision")
-    ema: Fraction | None = Field(None, description="decay of a moving average of the weights; null: none")
+    ema_decay: Fraction | None = Field(None, description="decay of a moving average of the weights; null: none")
 
     def settings(self, seed: int) -> Training:
         """Return the `Training` of this section."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
+from kirsch.data.sources import load_data
 from kirsch.errors import KirschError, LoadError, OutputError
 from kirsch.failures import during
 from kirsch.measurement.machine import environment
@@ -18,16 +19,17 @@ from kirsch.recipes import manifest, run_folder
 from kirsch.recipes.job import RECORD, Job
 from kirsch.recipes.manifest import ARTIFACTS, ENVIRONMENT, LOCK, METRICS, MODEL, PRUNED, REPORT
 from kirsch.recipes.metrics import goal_text, metrics_of
-from kirsch.recipes.models import build, random_weights, source_hash
+from kirsch.recipes.models import build, random_weights
 from kirsch.recipes.recipe import Recipe
 from kirsch.recipes.stages import Stage, check_objectives, check_threads, plan_for, stages_of
-from kirsch.recipes.tasks.data import DataSet, load_data
+from kirsch.references import source_hash
 from kirsch.report import render
 from kirsch.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kirsch.data.dataset import DataSet
     from kirsch.recipes.job import Listen, Stop
     from kirsch.recipes.recipe import Recipe
 
@@ -153,7 +155,9 @@ def run(
                 "event": "end",
                 "met": metrics["goal"]["met"],
                 "text": " · ".join(item["text"] for item in metrics["goal"]["items"]),
-                "doubt": " · ".join(item["doubt"] for item in metrics["goal"]["items"] if item["doubt"]),
+                "significance": " · ".join(
+                    item["significance"] for item in metrics["goal"]["items"] if item["significance"]
+                ),
                 "report": str(folder / REPORT),
                 "seconds": time.monotonic() - started,
             }
@@ -182,9 +186,10 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcom
 
 
 def _preflight(job: Job) -> None:
-    """Check classes, threads, disk space, objectives and the pruning goal before any long work."""
+    """Check labels, classes, threads, disk space, objectives and the pruning goal before any long work."""
     if not (job.folder / "checkpoints" / "measure" / "done").is_dir():
         check_threads(job.recipe)
+    job.task.check_data(job.data)
     teacher = job.make_teacher()
     model = job.make_student() if job.make_student is not None else teacher
     sizes = sum(4 * job.count(candidate)[0] for candidate in (teacher, model))

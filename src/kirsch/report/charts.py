@@ -286,7 +286,7 @@ def calibration(before: dict[str, Any], after: dict[str, Any], names: tuple[str,
     """Draw a reliability diagram of two models: accuracy over confidence, equal on the diagonal.
 
     Args:
-        before, after: results of `kirsch.measurement.quality.calibration`.
+        before, after: results of `kirsch.tasks.classification.calibration`.
         names: names of the two models.
     """
     x, y = Scale(0, 1, 58, 334), Scale(0, 1, 250, 24)

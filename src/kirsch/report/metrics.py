@@ -39,7 +39,7 @@ CURVE = _fields(
     stage=text(),
     epochs=array(COUNT, least=1),
     loss=array(nullable(FIGURE)),
-    parts=mapping(array(nullable(FIGURE))),
+    terms=mapping(array(nullable(FIGURE))),
     accuracy=array(nullable(SHARE)),
     learning_rate=array(nullable(FIGURE)),
 )
@@ -74,7 +74,7 @@ SCHEMA = _fields(
     kirsch=text(),
     created=text(),
     seconds=number(0),
-    goal=_fields(met=flag, text=text(), items=array(_fields(text=text(), met=flag, doubt=text()))),
+    goal=_fields(met=flag, text=text(), items=array(_fields(text=text(), met=flag, significance=text()))),
     models=array(MODEL, least=1),
     stages=array(_fields(number=COUNT, key=text(), did=text(), cells=array(text()), seconds=number(0))),
     curves=array(CURVE),
@@ -135,7 +135,7 @@ def _check_consistency(metrics: dict[str, Any]) -> None:
     if len(chosen) != 1:
         raise ValueError(f"models: {len(chosen)} models are chosen; exactly one must be")
     for index, curve in enumerate(metrics["curves"]):
-        series = [curve["loss"], curve["accuracy"], curve["learning_rate"], *curve["parts"].values()]
+        series = [curve["loss"], curve["accuracy"], curve["learning_rate"], *curve["terms"].values()]
         if any(len(values) != len(curve["epochs"]) for values in series):
             raise ValueError(f"curves[{index}]: each list must have {len(curve['epochs'])} values, one per epoch")
     names = {group["name"] for group in (metrics["removed"] or {"groups": []})["groups"]}

@@ -19,7 +19,7 @@ import numpy as np
 from kirsch.distillation.arrays import first_array, map_arrays, namespace
 from kirsch.distillation.losses.loss import TOKEN_KINDS, loss_options, step_arguments
 from kirsch.errors import ShapeError
-from kirsch.frameworks.port import pytorch
+from kirsch.frameworks.find import pytorch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ TEMPERATURES = (1.0, 4.0)
 """Temperatures that a loss with a temperature is called with."""
 
 SHAPES: dict[str, Any] = {
-    "scores": (5, 7),
+    "logits": (5, 7),
     "values": (5, 3),
     "pixels": (2, 3, 4, 3),
     "maps": (3, 4, 4, 3),
@@ -39,7 +39,7 @@ SHAPES: dict[str, Any] = {
     "attention": (2, 2, 4, 4),
     "relations": [(2, 4, 12), (2, 4, 12)],
     "stages": [(2, 3, 4, 4), (2, 4, 2, 2)],
-    "sets": {"scores": (2, 4, 5), "boxes": (2, 4, 4)},
+    "sets": {"logits": (2, 4, 5), "boxes": (2, 4, 4)},
 }
 """Shape of the student's or the teacher's values, by kind of values."""
 
@@ -195,7 +195,7 @@ def check_masked_positions_contribute_nothing(loss: Loss) -> None:
     """Values at masked positions, even NaN, change neither the loss nor the gradient."""
     if "mask" not in step_arguments(loss):
         return
-    shapes: list[Any] = [None, SEQUENCES] if getattr(loss, "takes", "scores") == "scores" else [None]
+    shapes: list[Any] = [None, SEQUENCES] if getattr(loss, "takes", "logits") == "logits" else [None]
     for shape in shapes:
         _check_masked(loss, shape)
 
@@ -280,7 +280,7 @@ def check_unequal_shapes_are_refused(loss: Loss) -> None:
     student, teacher = _values(loss)
     cuts: list[Any] = [lambda part: part[:1]]
     if getattr(loss, "widths", "same") == "same":
-        axis = {"maps": 1, "stages": 1, "pixels": 1}.get(getattr(loss, "takes", "scores"), -1)
+        axis = {"maps": 1, "stages": 1, "pixels": 1}.get(getattr(loss, "takes", "logits"), -1)
         cuts += [lambda part: part.take([0], axis), lambda part: part.take(range(part.shape[axis] - 1), axis)]
     for options in _options(loss):
         for cut in cuts:
@@ -343,19 +343,19 @@ def _values(loss: Loss, shape: Any = None) -> tuple[Any, Any]:
         """Return center and size as fractions of the image; the boxes have an area and overlap."""
         return random.uniform(0.2, 0.6, shape)
 
-    shape = shape or SHAPES[getattr(loss, "takes", "scores")]
+    shape = shape or SHAPES[getattr(loss, "takes", "logits")]
     return draw(shape, 2.0), draw(shape, 3.0)
 
 
 def _mask(loss: Loss, shape: Any = None) -> Any:
     """Return a mask that is True for some samples, shape (N,), or positions, shape (N, L)."""
-    takes, shape = getattr(loss, "takes", "scores"), first_array(_values(loss, shape)[0]).shape
+    takes, shape = getattr(loss, "takes", "logits"), first_array(_values(loss, shape)[0]).shape
     mask_shape = {
         "attention": (shape[0], shape[-1]),
         "pixels": (shape[0], *shape[2:]),
         "tokens": shape[:2],
         "relations": shape[:2],
-        "scores": shape[:-1],
+        "logits": shape[:-1],
     }.get(takes, shape[:1])
     mask = np.random.default_rng(4).random(mask_shape) < 0.6  # noqa: PLR2004 - about 60 % are True
     mask.reshape(-1)[0] = True
@@ -368,7 +368,7 @@ def _item_count(over: str, loss: Loss, mask: Any, samples: int) -> int:
         return samples
     if over == "pairs":
         return int((mask.sum(1) ** 2).sum())
-    return samples if over == "samples" and getattr(loss, "takes", "scores") in TOKEN_KINDS else int(mask.sum())
+    return samples if over == "samples" and getattr(loss, "takes", "logits") in TOKEN_KINDS else int(mask.sum())
 
 
 def _options(loss: Loss, shape: Any = None) -> Iterator[dict[str, Any]]:
@@ -377,7 +377,7 @@ def _options(loss: Loss, shape: Any = None) -> Iterator[dict[str, Any]]:
     if "labels" in step_arguments(loss):
         shape = first_array(_values(loss, shape)[0]).shape
         random = np.random.default_rng(5)
-        regression = getattr(loss, "takes", "scores") == "values"
+        regression = getattr(loss, "takes", "logits") == "values"
         arguments["labels"] = random.standard_normal(shape) if regression else random.integers(0, shape[-1], shape[:-1])
     for temperature in TEMPERATURES if "temperature" in loss_options(loss) else (None,):
         yield arguments if temperature is None else {**arguments, "temperature": temperature}
@@ -388,7 +388,7 @@ def _describe(options: dict[str, Any]) -> str:
 
 
 def _tensors(values: Any) -> Any:
-    return map_arrays(lambda part: pytorch().tensor(part), values)
+    return map_arrays(pytorch().inference.from_numpy, values)
 
 
 def _rounded(values: Any, dtype: Any) -> Any:
@@ -435,7 +435,7 @@ def _fill_array(part: Any, hidden: Any, other: float) -> Any:
 
 def _gradient(loss: Loss, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
     """Return the gradient for the student's values, by automatic differentiation, as numpy arrays."""
-    values = map_arrays(lambda part: pytorch().tensor(part.copy()).requires_grad_(), student)
+    values = map_arrays(lambda part: pytorch().inference.from_numpy(part.copy()).requires_grad_(), student)
     loss(values, _tensors(teacher), **_like(options, values)).backward()
     return map_arrays(lambda part: np.zeros(part.shape) if part.grad is None else np.asarray(part.grad), values)
 

@@ -38,8 +38,8 @@ def detection_features(student: Any, teacher: Any) -> Any:
 
     Args:
         student: maps, shape (N, C, H, W), or a dict with "maps".
-        teacher: maps, shape (N, C, H, W), or a dict of "maps" and "scores", the logits of each class in each cell,
-            (N, K, H, W), before a sigmoid. The weight of a cell is its largest probability, or 1 without "scores".
+        teacher: maps, shape (N, C, H, W), or a dict of "maps" and "logits", the logits of each class in each cell,
+            (N, K, H, W), before a sigmoid. The weight of a cell is its largest probability, or 1 without "logits".
 
     Returns:
         Scalar, >= 0, averaged over channels and, with the weights, over cells; 0 if the maps agree in the cells with a
@@ -58,8 +58,8 @@ def detection_features(student: Any, teacher: Any) -> Any:
     squares = (difference * difference).mean(1)  # (N, H, W)
     xp = namespace(squares)
     weights = xp.ones_like(squares)
-    if isinstance(teacher, dict) and "scores" in teacher:
-        logits = teacher["scores"]
+    if isinstance(teacher, dict) and "logits" in teacher:
+        logits = teacher["logits"]
         if (len(logits), *logits.shape[2:]) != tuple(squares.shape):
             raise ShapeError(
                 f"The teacher's logits have shape {tuple(logits.shape)}, its maps {tuple(maps_t.shape)}.",
@@ -95,7 +95,7 @@ def detection_response(
     object.
 
     Args:
-        student, teacher: dict of "scores", the logits before a sigmoid, (N, Q, K), and "boxes" relative to the image
+        student, teacher: dict of "logits", the logits before a sigmoid, (N, Q, K), and "boxes" relative to the image
             size, (N, Q, 4), of the same Q cells or anchors.
         box_weight: weight of Σ |difference| over the four numbers of a box, >= 0.
         giou_weight: weight of 1 - generalized intersection over union, >= 0.
@@ -108,7 +108,7 @@ def detection_response(
 
     Raises:
         ShapeError: the shapes differ, or the number of boxes is not the number of cells.
-        UsageError: an option is out of range, or a side is not a dict of "scores" and "boxes".
+        UsageError: an option is out of range, or a side is not a dict of "logits" and "boxes".
 
     Source: classes: Yang et al. 2023, arXiv:2308.14286, and its code, which divides by the cells to which the labels
         assign an object. The box weights are those of DETR (arXiv:2005.12872). The threshold is Kirsch's own choice.
@@ -117,13 +117,13 @@ def detection_response(
     if not 0 <= threshold <= 1:
         raise UsageError(f"`threshold` is {threshold}; a probability from 0 to 1 is needed.")
     _check_sets(student, teacher)
-    for part in ("scores", "boxes"):
+    for part in ("logits", "boxes"):
         check_same_shape(student[part], teacher[part], part)
-    xp = namespace(teacher["scores"])
-    log_s, log_t = (log_sigmoid(side["scores"]) for side in (student, teacher))
+    xp = namespace(teacher["logits"])
+    log_s, log_t = (log_sigmoid(side["logits"]) for side in (student, teacher))
     p_s, p_t = xp.exp(log_s), xp.exp(log_t)
-    cross_entropy = (1.0 - p_t) * student["scores"] - log_s  # since -log(1 - p) = logit - log p
-    confident = confidence(teacher["scores"], "sigmoid")
+    cross_entropy = (1.0 - p_t) * student["logits"] - log_s  # since -log(1 - p) = logit - log p
+    confident = confidence(teacher["logits"], "sigmoid")
     weights = xp.where(confident > threshold, confident, 0.0 * confident)
     boxes = box_distance(student["boxes"], teacher["boxes"], box_weight, giou_weight)
     objects = (weights > 0).sum().clip(min=1)
@@ -151,7 +151,7 @@ def detr(
     weight of its classes is at least `empty_weight`, so that an object detected by the student alone adds to the loss.
 
     Args:
-        student, teacher: dict of "scores", the logits, (N, Q, K), and "boxes" relative to the image size, (N, Q, 4). Q
+        student, teacher: dict of "logits", the logits, (N, Q, K), and "boxes" relative to the image size, (N, Q, 4). Q
             may differ: of a student with more queries, the unmatched ones learn from labels alone; a student with fewer
             learns from the teacher's most confident queries.
         classes: "softmax", whose last class is "no object" (DETR), or "sigmoid" for independent classes (Deformable
@@ -168,7 +168,7 @@ def detr(
     Raises:
         ShapeError: samples or classes differ, the number of boxes is not the number of queries, or "no object" is the
             only class.
-        UsageError: a weight is negative, or a side is not a dict of "scores" and "boxes".
+        UsageError: a weight is negative, or a side is not a dict of "logits" and "boxes".
         UnknownNameError: `classes` is unknown.
 
     Source: Carion et al. 2020, arXiv:2005.12872, equations 1 and 2, and its weights 1, 5, 2, and 0.1 for "no object";
@@ -176,21 +176,21 @@ def detr(
     """
     _check_weights(class_weight=class_weight, box_weight=box_weight, giou_weight=giou_weight, empty_weight=empty_weight)
     _check_sets(student, teacher)
-    if classes == "softmax" and student["scores"].shape[-1] == 1:
+    if classes == "softmax" and student["logits"].shape[-1] == 1:
         raise ShapeError(
             'The logits have one class, which is "no object".', fix='Set classes="sigmoid", or add a class.'
         )
-    teacher = most_confident(teacher, classes, student["scores"].shape[1])
+    teacher = most_confident(teacher, classes, student["logits"].shape[1])
     log_s, log_t = (
-        class_log_probabilities(student["scores"], classes),
-        class_log_probabilities(teacher["scores"], classes),
+        class_log_probabilities(student["logits"], classes),
+        class_log_probabilities(teacher["logits"], classes),
     )
     p_t = namespace(log_t).exp(log_t)
     # Σ p (log p - log q) of all pairs (N, Q_s, Q_t) as a matrix product, which needs K times less memory than
     # broadcasting over the classes.
     divergence = (p_t * log_t).sum(-1)[:, None, :] - log_s @ p_t.swapaxes(1, 2)
     boxes = box_distance(student["boxes"][:, :, None], teacher["boxes"][:, None], box_weight, giou_weight)
-    box_weights = confidence(teacher["scores"], classes)
+    box_weights = confidence(teacher["logits"], classes)
     class_weights = box_weights.clip(min=empty_weight)
     class_weights, box_weights = (
         weights / weights.sum().clip(min=SMALLEST_SUM) for weights in (class_weights, box_weights)
@@ -205,7 +205,7 @@ def most_confident(side: dict[str, Any], classes: str, count: int) -> dict[str, 
     Without this selection, a student with fewer queries would be matched to the teacher's least confident queries,
     because these have the lowest costs.
     """
-    confident = to_numpy(confidence(side["scores"], classes))
+    confident = to_numpy(confidence(side["logits"], classes))
     order = np.argsort(-confident, axis=-1, kind="stable")[:, :count]
     return {name: array[np.arange(len(order))[:, None], order] for name, array in side.items()}
 
@@ -296,13 +296,13 @@ def _check_weights(**weights: float) -> None:
 def _check_sets(student: dict[str, Any], teacher: dict[str, Any]) -> None:
     """Raise an error unless both have logits and boxes of the same samples and classes, with one box a query."""
     for role, side in (("student", student), ("teacher", teacher)):
-        missing = [name for name in ("scores", "boxes") if not isinstance(side, dict) or name not in side]
+        missing = [name for name in ("logits", "boxes") if not isinstance(side, dict) or name not in side]
         if missing:
             found = f"{', '.join(sorted(side)) or 'an empty dict'}" if isinstance(side, dict) else "one array"
-            raise UsageError(f'The {role} returns {found}; a dict of "scores" and "boxes" is needed.')
-        if side["scores"].ndim != len("NQK"):
+            raise UsageError(f'The {role} returns {found}; a dict of "logits" and "boxes" is needed.')
+        if side["logits"].ndim != len("NQK"):
             raise ShapeError(f"The {role}'s logits have shape {tuple(side['scores'].shape)}; (N, Q, K) is needed.")
-    shapes = [tuple(side["scores"].shape) for side in (student, teacher)]
+    shapes = [tuple(side["logits"].shape) for side in (student, teacher)]
     if shapes[0][::2] != shapes[1][::2]:
         raise ShapeError(
             f"The student's logits have shape {shapes[0]}, the teacher's {shapes[1]}.",

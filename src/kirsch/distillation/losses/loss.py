@@ -15,10 +15,10 @@ from kirsch.registry import Registry
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-Takes = Literal["scores", "values", "pixels", "maps", "features", "tokens", "attention", "relations", "stages", "sets"]
+Takes = Literal["logits", "values", "pixels", "maps", "features", "tokens", "attention", "relations", "stages", "sets"]
 """Kind of values that a loss compares, with the shape of one side:
 
-- scores: logits of a classifier, (N, K), or (N, L, K) for a sequence: classes on the last axis
+- logits: outputs of a classifier, (N, K), or (N, L, K) for a sequence: classes on the last axis
 - values: outputs of a regression, (N, D) or (N,); the labels are then numbers of the same shape
 - pixels: logits of each pixel, (N, K, H, W)
 - maps: feature maps of a convolution, (N, C, H, W)
@@ -27,10 +27,10 @@ Takes = Literal["scores", "values", "pixels", "maps", "features", "tokens", "att
 - attention: attention scores or weights, (N, heads, L, L)
 - relations: several arrays (N, L, D), which the loss relates to each other
 - stages: a list of feature maps, from the first stage to the last
-- sets: a dict of "scores", the logits (N, Q, K), and "boxes" (N, Q, 4), of a detector that predicts a set
+- sets: a dict of "logits", the logits (N, Q, K), and "boxes" (N, Q, 4), of a detector that predicts a set
 """
 
-OUTPUT_KINDS = ("scores", "pixels", "values")
+OUTPUT_KINDS = ("logits", "pixels", "values")
 """Kinds that are outputs of a model. Labels exist for them, and several teachers can be combined."""
 
 Activation = Literal["softmax", "sigmoid", "identity"]
@@ -78,7 +78,7 @@ LOSSES: Registry[Loss] = Registry("loss")
 def loss(
     name: str,
     *,
-    takes: Takes = "scores",
+    takes: Takes = "logits",
     widths: Literal["same", "any"] = "same",
     learned: bool = False,
     relational: bool = False,
@@ -170,10 +170,10 @@ def _checked(side: Any, takes: Takes, activation: Activation) -> Any:
             "The samples would count as classes.",
             'Keep the last axis; for a single binary output use "binary-kd".',
         )
-    if takes in ("scores", "pixels") and activation == "softmax" and side.shape[1 if takes == "pixels" else -1] == 1:
-        fix = 'Use "binary-kd" for a binary output; for a number use Term("fitnet", student="logits").'
+    if takes in ("logits", "pixels") and activation == "softmax" and side.shape[1 if takes == "pixels" else -1] == 1:
+        fix = 'Use "binary-kd" for a binary output; for a number use Term("fitnet", student_layer="logits").'
         if side.ndim >= len("NKHW"):
-            fix = 'Use Term("fitnet", student="logits") for a binary output or a number at each pixel.'
+            fix = 'Use Term("fitnet", student_layer="logits") for a binary output or a number at each pixel.'
         raise ShapeError(
             f"The logits have shape {tuple(side.shape)}: only one class.",
             "The softmax of one class is always 1, so there is nothing to learn.",
@@ -198,7 +198,7 @@ def get_loss(name: str) -> Loss:
         raise UsageError(
             f"The loss {name!r} does not state what it compares.",
             "It was registered as a plain function.",
-            f'Decorate it: @kirsch.distillation.losses.loss("{name}", takes="scores").',
+            f'Decorate it: @kirsch.distillation.losses.loss("{name}", takes="logits").',
         )
     return registered
 

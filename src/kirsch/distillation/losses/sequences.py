@@ -36,7 +36,7 @@ BLANK_MODES = ("keep", "drop", "weight")
 # ------------------------------------------------------------------------------------------------ alignment
 
 
-def align_causal(logits: Any, labels: Any, ignore: int = IGNORE) -> tuple[Any, Any, Any]:
+def align_causal(logits: Any, labels: Any, ignore_index: int = IGNORE) -> tuple[Any, Any, Any]:
     """Return logits, labels and mask of a causal model, whose output at position i predicts token i + 1.
 
     The mask is shifted with the labels. An unshifted mask would leave out the first token of each answer and count one
@@ -64,7 +64,7 @@ def align_causal(logits: Any, labels: Any, ignore: int = IGNORE) -> tuple[Any, A
     if labels.ndim != 2 or labels.shape[1] < 2:  # noqa: PLR2004 - (N, L), where a token predicts the next
         raise ShapeError(f"The labels have shape {tuple(labels.shape)}; (N, L) with L of at least 2 is needed.")
     aligned = labels[:, 1:]
-    return map_arrays(drop_last, logits), aligned, aligned != ignore
+    return map_arrays(drop_last, logits), aligned, aligned != ignore_index
 
 
 def mask_from_lengths(lengths: Any, length: int) -> Any:

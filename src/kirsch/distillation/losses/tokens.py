@@ -215,14 +215,14 @@ def attention_mse(student: Any, teacher: Any, *, convention: str | None = None, 
 
 @loss("attention-ce", takes="attention")
 def attention_ce(
-    student: Any, teacher: Any, *, given: str = "scores", convention: str | None = None, mask: Any = None
+    student: Any, teacher: Any, *, attention: str = "scores", convention: str | None = None, mask: Any = None
 ) -> Any:
     """Return the cross-entropy of the student's attention with the teacher's, averaged over heads and queries.
 
     Args:
         student, teacher: shape (N, heads, queries, keys).
-        given: "scores" before the softmax, or "weights" after it, as transformers returns them. Weights are divided by
-            their sum over the unmasked keys. They include attention dropout, so disable it in the student.
+        attention: "scores" before the softmax, or "weights" after it, as transformers returns them. Weights are
+            divided by their sum over the unmasked keys. They include attention dropout, so disable it in the student.
         convention: None takes the softmax over the unmasked keys. "textbrewer" takes it over all keys and leaves the
             masked ones out of the sum; without a mask, keys with a score of -0.001 or below are left out.
         mask: shape (N, L), true where a position counts, or (N, queries, keys), for pairs; None counts all.
@@ -233,19 +233,19 @@ def attention_ce(
 
     Raises:
         ShapeError: the shapes differ.
-        UnknownNameError: `convention` or `given` is unknown.
+        UnknownNameError: `convention` or `attention` is unknown.
         UsageError: a convention is set for weights.
         DataError: the mask is false everywhere.
 
     Source: TextBrewer's `att_ce_loss`; the gradient equals that of MiniLM's attention transfer.
     """
     if convention is None:
-        log_s, log_t = _log_weights(student, teacher, given, mask)
+        log_s, log_t = _log_weights(student, teacher, attention, mask)
         entropy = -(namespace(log_t).exp(log_t) * log_s).sum(-1)
         return masked_mean(entropy, _query_mask(mask, entropy))
     padding_score = _padding_score(convention)
-    if given != "scores":
-        raise UsageError(f"The convention {convention!r} applies to scores; `given` is {given!r}.")
+    if attention != "scores":
+        raise UsageError(f"The convention {convention!r} applies to scores; `attention` is {attention!r}.")
     check_same_shape(student, teacher, "attention")
     xp = namespace(student)
     if mask is None:
@@ -260,13 +260,13 @@ def attention_ce(
 
 
 @loss("attention-kl", takes="attention")
-def attention_kl(student: Any, teacher: Any, *, given: str = "scores", mask: Any = None) -> Any:
+def attention_kl(student: Any, teacher: Any, *, attention: str = "scores", mask: Any = None) -> Any:
     """Return the KL divergence from the teacher's attention to the student's, averaged over heads and queries.
 
     Args:
         student, teacher: shape (N, heads, queries, keys).
-        given: "scores" before the softmax, or "weights" after it, as transformers returns them. Weights are divided by
-            their sum over the unmasked keys. They include attention dropout, so disable it in the student.
+        attention: "scores" before the softmax, or "weights" after it, as transformers returns them. Weights are
+            divided by their sum over the unmasked keys. They include attention dropout, so disable it in the student.
         mask: shape (N, L), true where a position counts, or (N, queries, keys), for pairs; None counts all. The
             softmax is taken over the unmasked keys.
 
@@ -275,23 +275,23 @@ def attention_kl(student: Any, teacher: Any, *, given: str = "scores", mask: Any
 
     Raises:
         ShapeError: the shapes differ.
-        UnknownNameError: `given` is unknown.
+        UnknownNameError: `attention` is unknown.
         DataError: the mask is false everywhere.
 
     Source: Wang et al. 2020, arXiv:2002.10957, section 3.1; last layer only.
     """
-    log_s, log_t = _log_weights(student, teacher, given, mask)
+    log_s, log_t = _log_weights(student, teacher, attention, mask)
     divergence = kl_terms(log_t, log_s).sum(-1)
     return masked_mean(divergence, _query_mask(mask, divergence))
 
 
-def _log_weights(student: Any, teacher: Any, given: str, mask: Any) -> tuple[Any, Any]:
+def _log_weights(student: Any, teacher: Any, attention: str, mask: Any) -> tuple[Any, Any]:
     """Return the logarithms of the attention weights over the unmasked keys."""
-    if given not in ("scores", "weights"):
-        raise UnknownNameError("kind of attention", given, ("scores", "weights"))
+    if attention not in ("scores", "weights"):
+        raise UnknownNameError("kind of attention", attention, ("scores", "weights"))
     check_same_shape(student, teacher, "attention")
     pairs = _pair_mask(mask, student)
-    if given == "weights":  # the softmax of log-weights divides them by their sum over the unmasked keys
+    if attention == "weights":  # the softmax of log-weights divides them by their sum over the unmasked keys
         log = namespace(student).log
         student, teacher = (log(zero_masked(side, pairs).clip(min=SMALLEST_WEIGHT)) for side in (student, teacher))
     return _masked_log_softmax(student, pairs), _masked_log_softmax(teacher, pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +14,22 @@ from numpy.typing import NDArray
 
 from kirsch.annotations import Between, Count, Seed
 from kirsch.arguments import checked
+from kirsch.data.annotations import Model
+from kirsch.data.augment import sample_seeds
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import specification as spec
 from kirsch.distillation.store.description import description
-from kirsch.distillation.store.record import RESERVED, SEED, record_values
+from kirsch.distillation.store.record import LOGITS, SEED, record_values
 from kirsch.distillation.store.running import Outputs, TeacherRunner
-from kirsch.distillation.store.specification import Manifest, Specification, view_file
+from kirsch.distillation.store.specification import Specification, damaged, range_file
 from kirsch.errors import DataError, ShapeError, StoreError
-from kirsch.frameworks.annotations import Model
-from kirsch.frameworks.augment import sample_seeds
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 
 TOLERANCE = 2.0**-9
 """Four times the rounding error of 16 bits, because the teacher's outputs depend slightly on the batch size."""
 MAX_LISTED = 4
+MAX_MAPPED = 256
+"""Ranges mapped at a time. Each map holds a file descriptor, and a process may have 1,024."""
 
 View = Annotated[int, Between(0, 2**53)]
 
@@ -57,17 +60,18 @@ class TeacherStore:
 
     Args:
         folder: folder of the store.
-        manifest: contents and origin of the store.
+        specification: contents and origin of the store.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
-        self.record_bytes = manifest.record_bytes
-        self._maps: dict[int, NDArray[Any]] = {}
+    def __init__(self, folder: Path, specification: Specification) -> None:
+        self.folder, self.specification = folder, specification
+        self.record_bytes = specification.record_bytes
+        self.record_type = np.dtype(specification.fields)
+        self._maps: dict[tuple[int, int], NDArray[Any]] = {}
         self._verified: set[int] = set()
         self._order: NDArray[Any] | None = None
-        if manifest.ids_sha256 is not None:
-            ids = self._read_ids(manifest.ids_sha256)
+        if specification.ids_sha256 is not None:
+            ids = self._read_ids(specification.ids_sha256)
             self._order = np.argsort(ids, kind="stable")
             self._sorted = ids[self._order]
 
@@ -79,28 +83,27 @@ class TeacherStore:
         """Open the store in a folder. The presence and size of its files are checked; records are read later.
 
         Raises:
-            StoreError: there is no store, it is partial, or its files do not match its manifest.
+            StoreError: there is no store, it is partial, or its files have other sizes than its specification states.
         """
         folder = Path(folder)
-        if not (folder / spec.MANIFEST).is_file():
-            if not (folder / spec.BUILDING).is_file():
+        stored = spec.read(folder)
+        for view, number in stored.all_ranges():
+            if not range_file(folder, view, number).is_file():
+                count, present = stored.views * stored.ranges, len(list(folder.glob("view-*.bin")))
                 raise StoreError(
-                    f"There is no store in {folder}.", fix="Build one with kirsch.distillation.store.build."
+                    f"The store {folder} is partial.",
+                    f"{count - present} of {count} ranges are missing, the first is {stored.place(view, number)}.",
+                    "Build it again with the same arguments; existing ranges are kept.",
                 )
-            stored = spec.read(folder / spec.BUILDING, Specification)
-            raise spec.partial_store_error(folder, stored, spec.missing_ranges(folder, stored))
-        manifest = spec.read(folder / spec.MANIFEST, Manifest)
-        size = manifest.samples * manifest.record_bytes
-        for view in range(manifest.views):
-            _check_file(folder, view_file(folder, view), size)
-        if manifest.ids_sha256 is not None:
-            _check_file(folder, folder / spec.IDS, 8 * manifest.samples)
-        return cls(folder, manifest)
+            _check_file(range_file(folder, view, number), stored.file_bytes(number))
+        return cls(folder, stored)
 
     def _read_ids(self, digest: str) -> NDArray[Any]:
-        content = (self.folder / spec.IDS).read_bytes()
+        path = self.folder / spec.IDS
+        _check_file(path, 8 * self.specification.samples)
+        content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
-            raise _damaged(self.folder, f"{spec.IDS} does not have the sha256 of the manifest")
+            raise damaged(self.folder, f"{spec.IDS} does not have its sha256")
         return np.frombuffer(content, "<i8").astype(np.int64)
 
     @checked
@@ -121,49 +124,77 @@ class TeacherStore:
         """
         ids = np.asarray(ids)
         view = self._checked_view(view)
-        records = np.take(self._map(view), self._rows(ids))  # three times as fast as indexing
-        from_store = seeds is None or not self.manifest.augmented
-        expected = sample_seeds(self.manifest.seed, view, ids) if from_store else np.asarray(seeds)
+        records = self._records(view, self._rows(ids))
+        from_store = seeds is None or not self.specification.augmented
+        expected = sample_seeds(self.specification.seed, view, ids) if from_store else np.asarray(seeds)
         if len(expected) != len(ids):
             raise ShapeError(f"There are {len(ids)} ids and {len(expected)} seeds.")
         differs = records[SEED] != expected.astype(np.uint32)
         if differs.any():
             raise self._seed_error(ids[differs][0], view, from_store=from_store)
-        return {name: np.ascontiguousarray(records[name]) for name in self._names if name != SEED}
+        return {name: np.ascontiguousarray(records[name]) for name in self._names}
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return tuple(field.name for field in self.manifest.fields)
+        """Names of the fields of a record but the seed."""
+        return (self.record_type.names or ())[1:]
 
     def _seed_error(self, sample: int, view: int, *, from_store: bool) -> Exception:
         if from_store:
-            return _damaged(self.folder, f"the record of sample {sample} in view {view} has the seed of another sample")
+            return damaged(self.folder, f"the record of sample {sample} in view {view} has the seed of another sample")
         return DataError(
             f"Sample {sample} was augmented differently for the teacher.",
-            f"View {view} of the store was augmented with the seed {self.manifest.seed}.",
+            f"View {view} of the store was augmented with the seed {self.specification.seed}.",
             "Train with the seed and the views of the store, or build a store with those of the training.",
         )
 
     def _checked_view(self, view: int) -> int:
-        if not self.manifest.augmented:
+        if not self.specification.augmented:
             return 0
-        if not 0 <= view < self.manifest.views:
+        views = self.specification.views
+        if view >= views:
             raise DataError(
-                f"View {view} is not in the store {self.folder}, which has the views 0 to {self.manifest.views - 1}.",
-                fix=f"Pass the data as ArrayData(..., views={self.manifest.views}).",
+                f"View {view} is not in the store {self.folder}, which has the views 0 to {views - 1}.",
+                fix=f"Pass the data as ArrayData(..., views={views}).",
             )
         return view
 
-    def _map(self, view: int) -> NDArray[Any]:
-        """Return the records of a view, which are mapped on first use."""
-        if view not in self._maps:
-            path, kind = view_file(self.folder, view), self.manifest.record_type
-            try:
-                mapped = np.memmap(path, kind, "r", shape=(self.manifest.samples,))
-            except (OSError, ValueError) as error:
-                raise _damaged(self.folder, f"{path.name} cannot be read: {error}") from error
-            self._maps[view] = mapped.view(np.ndarray)  # indexing a memmap takes longer than reading
-        return self._maps[view]
+    def _records(self, view: int, rows: NDArray[Any]) -> NDArray[Any]:
+        """Return the records of a view in the order of the rows, by one lookup in each range that has some of them."""
+        size = self.specification.range_size
+        if self.specification.ranges == 1:
+            return np.take(self._map(view, 0), rows)  # three times as fast as indexing
+        rows = rows.astype(np.int64, copy=False)
+        order = np.argsort(rows)
+        ordered = rows[order]
+        numbers = ordered // size
+        offsets = ordered - numbers * size
+        edges = [*np.flatnonzero(np.diff(numbers, prepend=-1)).tolist(), len(rows)]
+        records = np.empty(len(rows), self.record_type)
+        for first, end in itertools.pairwise(edges):
+            piece = self._map(view, int(numbers[first]))
+            np.take(piece, offsets[first:end], out=records[first:end], mode="clip")  # "raise" would copy `out`
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        return np.take(records, places)
+
+    def _map(self, view: int, number: int) -> NDArray[Any]:
+        """Return the records of a range, which are mapped when they are first used."""
+        found = self._maps.get((view, number))
+        if found is None:
+            if len(self._maps) >= MAX_MAPPED:
+                self._maps.pop(next(iter(self._maps)))
+            found = self._maps[view, number] = self._content(view, number)[: -spec.DIGEST_BYTES].view(self.record_type)
+        return found
+
+    def _content(self, view: int, number: int) -> NDArray[np.uint8]:
+        """Return the bytes of the file of a range, mapped."""
+        path = range_file(self.folder, view, number)
+        try:
+            mapped = np.memmap(path, np.uint8, "r", shape=(self.specification.file_bytes(number),))
+        except (OSError, ValueError) as error:
+            raise damaged(self.folder, f"{path.name} cannot be read: {error}") from error
+        return mapped.view(np.ndarray)  # indexing a memmap takes longer than reading
 
     def _rows(self, ids: NDArray[Any]) -> NDArray[Any]:
         """Return the rows of the samples in the files."""
@@ -172,7 +203,7 @@ class TeacherStore:
                 f"The ids have shape {ids.shape} and type {ids.dtype}.", "Integers with one axis are needed."
             )
         if self._order is None:
-            unknown, rows = (ids < 0) | (ids >= self.manifest.samples), ids
+            unknown, rows = (ids < 0) | (ids >= self.specification.samples), ids
         else:
             position = np.searchsorted(self._sorted, ids)
             position[position == len(self._sorted)] = 0
@@ -180,7 +211,7 @@ class TeacherStore:
         if unknown.any():
             raise DataError(
                 f"Sample {ids[unknown][0]} is not in the store {self.folder}.",
-                f"The store has {self.manifest.samples:,} samples.",
+                f"The store has {self.specification.samples:,} samples.",
                 "Pass the data from which the store was built.",
             )
         return rows
@@ -205,16 +236,16 @@ class TeacherStore:
         Raises:
             StoreError: the store is stale; the message names the differences.
         """
-        expected: dict[str, Any] = {}
+        stored, expected = self.specification, dict[str, Any]()
         if teacher is not None:
-            expected["teacher_sha256"] = framework_of(teacher).fingerprint(teacher)
+            expected["teacher_sha256"] = framework_of(teacher).inference.fingerprint(teacher)
         if data is not None:
             expected["data_sha256"] = spec.data_hash(data)
-            expected["transform_sha256"] = spec.text_hash(description(data.augment))
+            expected["transform"] = description(data.augment)
             expected |= self._view_options(data)
-        if temperature is not None and self.manifest.keep == "top-k":
+        if temperature is not None and stored.k:
             expected["temperature"] = float(temperature)
-        if seed is not None and self.manifest.augmented and expected.get("seed") in (None, self.manifest.seed):
+        if seed is not None and stored.augmented and expected.get("seed") in (None, stored.seed):
             expected["seed"] = seed
         self._require_same(expected)
 
@@ -224,7 +255,7 @@ class TeacherStore:
         return {name: value for name, value in options.items() if value is not None}
 
     def _require_same(self, expected: dict[str, Any]) -> None:
-        different = spec.differences(self.manifest, expected)
+        different = spec.differences(self.specification, expected)
         if different:
             raise StoreError(
                 f"The store {self.folder} is stale.",
@@ -253,14 +284,16 @@ class TeacherStore:
             StoreError: a sha256 differs; the message names the views and samples.
         """
         changed = []
-        for view in range(self.manifest.views) if views is None else map(self._checked_view, views):
-            path = view_file(self.folder, view)
-            ranges = spec.changed_ranges(path, self.manifest, self.manifest.sha256[view])
-            changed += [f"{path.name} (samples {first} to {end - 1})" for first, end in ranges]
+        for view in range(self.specification.views) if views is None else map(self._checked_view, views):
+            for number in range(self.specification.ranges):
+                content = self._content(view, number)
+                records, digest = content[: -spec.DIGEST_BYTES], content[-spec.DIGEST_BYTES :].tobytes()
+                if self.specification.digest(view, number, records) != digest:
+                    changed.append((range_file(self.folder, view, number), self.specification.place(view, number)))
         if changed:
             more = f", and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
-            listed = ", ".join(changed[:MAX_LISTED]) + more
-            raise _damaged(self.folder, f"{listed} does not have the sha256 of the manifest")
+            listed = "; ".join(f"{path.name} ({place})" for path, place in changed[:MAX_LISTED])
+            raise damaged(self.folder, f"These files do not have their sha256: {listed}{more}")
 
     @checked
     def check(
@@ -284,54 +317,35 @@ class TeacherStore:
             StoreError: the teacher's outputs have other names or shapes, or the data has other views or another seed.
         """
         self._require_same(self._view_options(data))
-        runner, stored = TeacherRunner(teacher, data, outputs, batch_size), self.manifest
+        runner, stored = TeacherRunner(teacher, data, outputs, batch_size), self.specification
         pairs = stored.views * data.samples
         chosen = np.unique(np.linspace(0, pairs - 1, min(samples, pairs)).round().astype(np.int64))
-        largest = dict.fromkeys((name for name in self._names if name not in (SEED, "indices")), 0.0)
+        largest = dict.fromkeys((name for name in self._names if name != "indices"), 0.0)
         agreed: list[bool] = []
         for view in range(stored.views):
             indices = chosen[chosen // data.samples == view] % data.samples
             for batch in (indices[start : start + batch_size] for start in range(0, len(indices), batch_size)):
                 record = self.read(data.sample_ids[batch], view)
                 current = runner(batch, stored.seed, view)
-                self._check_shapes(current)
-                values = record_values(stored.kept, current, stored.temperature, record.get("indices"))
+                features = {name: array.shape[1:] for name, array in current.items() if name != LOGITS}
+                classes = current[LOGITS].shape[-1] if LOGITS in current else None
+                self._require_same({"classes": classes, "features": features})
+                values = record_values(stored.keep, current, stored.temperature, record.get("indices"))
                 for name in largest:
                     value = values[name].astype(np.float64)
                     difference = np.abs(record[name] - value) / np.maximum(1, np.abs(value))
                     largest[name] = max(largest[name], float(difference.max(initial=0.0)))
                 if stored.keep is not None:
-                    top_1 = record["indices"][..., 0] if stored.keep == "top-k" else record["scores"].argmax(-1)
-                    agreed.extend((current["logits"].argmax(-1) == top_1).ravel().tolist())
+                    top_1 = record["indices"][..., 0] if "indices" in record else record["scores"].argmax(-1)
+                    agreed.extend((current[LOGITS].argmax(-1) == top_1).ravel().tolist())
         return StoreCheck(len(chosen), largest, float(np.mean(agreed)) if agreed else None)
 
-    def _check_shapes(self, current: dict[str, NDArray[Any]]) -> None:
-        """Raise a StoreError if the names or shapes of the outputs differ from those of the store."""
-        classes = current["logits"].shape[-1] if "logits" in current else None
-        features = {name: array.shape[1:] for name, array in current.items() if name != "logits"}
-        stored = {f.name: f.shape for f in self.manifest.fields if f.name not in RESERVED}
-        if classes != self.manifest.classes or stored != features:
-            raise StoreError(
-                f"The teacher's outputs have other names or shapes than those in the store {self.folder}.",
-                f"Classes: stored {self.manifest.classes}, current {classes}; features: stored "
-                f"{_format_shapes(stored)}, current {_format_shapes(features)}.",
-                "Pass the same teacher and outputs as to build: store.check(teacher, data, outputs=...).",
-            )
 
-
-def _format_shapes(shapes: dict[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name!r} of shape {shape}" for name, shape in shapes.items()) or "none"
-
-
-def _check_file(folder: Path, path: Path, size: int) -> None:
-    """Raise a StoreError if a file is missing, links to a file outside the folder, or has another size."""
+def _check_file(path: Path, size: int) -> None:
+    """Raise a StoreError if a file is missing, is a link, or has another size."""
     if not path.is_file():
-        raise _damaged(folder, f"{path.name} is missing")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise _damaged(folder, f"{path.name} is a link to a file outside the folder")
+        raise damaged(path.parent, f"{path.name} is missing")
+    if path.is_symlink():
+        raise damaged(path.parent, f"{path.name} is a link")
     if path.stat().st_size != size:
-        raise _damaged(folder, f"{path.name} has {path.stat().st_size} bytes; the manifest requires {size}")
-
-
-def _damaged(folder: Path, problem: str) -> StoreError:
-    return StoreError(f"The store {folder} is damaged.", f"{problem}.", "Build it again in another folder.")
+        raise damaged(path.parent, f"{path.name} has {path.stat().st_size} bytes, expected {size}")

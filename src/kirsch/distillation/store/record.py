@@ -9,7 +9,6 @@ import numpy as np
 
 from kirsch.annotations import Count
 from kirsch.arguments import checked
-from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,75 +55,32 @@ class Dense:
 
 
 Keep = TopK | Dense
-
-
-@dataclass(frozen=True)
-class Field:
-    """One array of a record.
-
-    Args:
-        name: name of the array.
-        type: numpy type, little-endian: "u1", "u2", "u4", "f2" or "f4".
-        shape: shape for one sample.
-    """
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
+Shape = tuple[int, ...]
 
 
 def index_type(classes: int) -> str:
-    """Return the smallest unsigned type that holds every class number."""
-    return next(f"u{size}" for size in (1, 2, 4) if classes <= 1 << 8 * size)
+    """Return the smallest unsigned type that holds every class number, little-endian."""
+    return next(f"<u{size}" for size in (1, 2, 4) if classes <= 1 << 8 * size)
 
 
-def fields_of(keep: Keep | None, outputs: Mapping[str, NDArray[Any]]) -> tuple[Field, ...]:
-    """Return the fields of a record for a teacher's outputs.
+def fields_of(
+    keep: Keep | None, classes: int | None, positions: Shape, features: Mapping[str, Shape]
+) -> list[tuple[str, str, Shape]]:
+    """Return name, numpy type and shape of each field of a record.
 
     Args:
-        keep: format of "logits"; None if the outputs have none.
-        outputs: arrays by name, shape (N, ...).
-
-    Raises:
-        UsageError: `keep` and the outputs disagree about logits, k is too large, or a feature has a reserved name.
+        keep: format of the logits; None if there are none.
+        classes: number of classes K; None if there are no logits.
+        positions: shape of the logits of one sample without the classes: () for (N, K), (L,) for (N, L, K).
+        features: shape of each feature for one sample.
     """
-    if (keep is None) != (LOGITS not in outputs):
-        raise UsageError(
-            f"The outputs {'have no' if keep is not None else 'have'} {LOGITS!r}, and `keep` is {keep!r}.",
-            fix="Use TopK(k) or Dense() if the outputs have logits, and keep=None if they have none.",
-        )
-    for name, array in outputs.items():
-        if 0 in array.shape or (name == LOGITS and array.ndim == 1):
-            raise UsageError(f"The output {name!r} has shape {array.shape}; it has no values to store.")
-    fields = [Field(SEED, "u4", ())]
-    if keep is not None:
-        *positions, classes = outputs[LOGITS].shape[1:]
-        leading = tuple(positions)
-        if isinstance(keep, TopK):
-            if keep.k > classes:
-                raise UsageError(
-                    f"`keep` is TopK({keep.k}), and there are {classes} classes.", fix="Use a smaller k, or Dense()."
-                )
-            rows = (*leading, keep.k)
-            fields += [Field("indices", index_type(classes), rows), Field("log_p", "f2", rows)]
-            fields += [Field("tail", "f2", leading)]
-        else:
-            fields += [Field("scores", "f2", (*leading, classes)), Field("maximum", "f4", leading)]
-    for name, array in outputs.items():
-        if name != LOGITS:
-            if name in RESERVED:
-                raise UsageError(
-                    f"The feature name {name!r} is reserved.",
-                    f"Reserved: {', '.join(RESERVED)}.",
-                    "Rename the feature.",
-                )
-            fields.append(Field(name, "f2", tuple(array.shape[1:])))
-    return tuple(fields)
-
-
-def record_type(fields: tuple[Field, ...]) -> np.dtype[Any]:
-    """Return the packed numpy type of one record."""
-    return np.dtype([(field.name, f"<{field.type}", field.shape) for field in fields])
+    logits: list[tuple[str, str, Shape]] = []
+    if isinstance(keep, TopK) and classes is not None:
+        rows = (*positions, keep.k)
+        logits = [("indices", index_type(classes), rows), ("log_p", "<f2", rows), ("tail", "<f2", positions)]
+    elif classes is not None:
+        logits = [("scores", "<f2", (*positions, classes)), ("maximum", "<f4", positions)]
+    return [(SEED, "<u4", ()), *logits, *((name, "<f2", shape) for name, shape in features.items())]
 
 
 def record_values(
@@ -133,7 +89,7 @@ def record_values(
     """Return the values of all fields but the seed, by field, before they are rounded to the types of the fields.
 
     Args:
-        keep: as in `fields_of`.
+        keep: format of "logits"; None if the outputs have none.
         outputs: arrays by name, shape (N, ...).
         temperature: temperature of the log-probabilities.
         indices: classes to keep, shape (N, ..., k); by default the most probable ones.
@@ -184,17 +140,17 @@ def _log_probabilities(logits: NDArray[Any], indices: NDArray[Any], temperature:
 
 
 def pack_records(
-    fields: tuple[Field, ...], values: Mapping[str, NDArray[Any]], seeds: NDArray[np.uint64]
+    record_type: np.dtype[Any], values: Mapping[str, NDArray[Any]], seeds: NDArray[np.uint64]
 ) -> NDArray[Any]:
-    """Return records, one a sample, shape (N,), with the type of the fields.
+    """Return records, one a sample, shape (N,).
 
     Args:
-        fields: fields of the store.
+        record_type: numpy type of a record.
         values: arrays by field, as returned by `record_values`.
-        seeds: augmentation seeds of the samples; the low 32 bits are stored.
+        seeds: augmentation seeds of the samples, of which the low 32 bits are stored.
     """
-    records = np.zeros(len(seeds), record_type(fields))
-    for field in fields:
-        array = seeds.astype(np.uint32) if field.name == SEED else values[field.name]
-        records[field.name] = array.astype(f"<{field.type}")
+    records = np.empty(len(seeds), record_type)
+    records[SEED] = seeds.astype(np.uint32)
+    for name, array in values.items():
+        records[name] = array
     return records

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.data.arrays import host
 from kirsch.distillation.arrays import upcast
-from kirsch.distillation.store.description import described
 from kirsch.distillation.store.record import LOGITS
-from kirsch.distillation.store.specification import text_hash
 from kirsch.errors import NumericError, UsageError
-from kirsch.frameworks.port import framework_of, host
+from kirsch.frameworks.find import framework_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kirsch.frameworks.data import ArrayData, Batch
+    from kirsch.data.batches import ArrayData, Batch
 
 Outputs = Callable[[Any], dict[str, Any]]
 """Callable that takes inputs as a numpy array (N, ...) and returns arrays by name (N, ...): "logits" (N, ..., K), and
@@ -38,27 +36,15 @@ class TeacherRunner:
     """
 
     def __init__(self, teacher: Any, data: ArrayData, outputs: Outputs | None, batch_size: int) -> None:
-        if batch_size < 1:
-            raise UsageError(f"`batch_size` is {batch_size}; at least 1 is needed.")
-        self._teacher = teacher
+        self.teacher = teacher
         self._framework = framework_of(teacher)
         self._data = data
-        self._outputs = outputs
+        self.outputs = outputs
         self.batch_size = batch_size
-
-    def hashes(self) -> dict[str, str | None]:
-        """Return the hashes of the teacher's weights and of the callable, by their names in a specification."""
-        outputs = None if self._outputs is None else text_hash(json.dumps(described(self._outputs)))
-        return {"teacher_sha256": self._framework.fingerprint(self._teacher), "outputs_sha256": outputs}
-
-    @property
-    def teacher_name(self) -> str:
-        """Class name of the teacher."""
-        return type(self._teacher).__name__
 
     def returns_probabilities(self, inputs: Any) -> bool:
         """Return whether the teacher's outputs come from a sigmoid or a softmax; False with a callable."""
-        return self._outputs is None and self._framework.squashed(self._teacher, "logits", inputs)
+        return self.outputs is None and self._framework.features.is_squashed(self.teacher, "logits", inputs)
 
     def __call__(self, indices: NDArray[Any], seed: int, view: int) -> dict[str, NDArray[Any]]:
         """Return the teacher's outputs for some samples in one view.
@@ -72,8 +58,10 @@ class TeacherRunner:
             UsageError: the callable does not return arrays with one row a sample.
         """
         batch = self._data.batch(indices, seed, view)
-        if self._outputs is None:
-            outputs = {LOGITS: self._framework.predict(self._teacher, batch.inputs, batch_size=self.batch_size)}
+        if self.outputs is None:
+            outputs = {
+                LOGITS: self._framework.inference.predict(self.teacher, batch.inputs, batch_size=self.batch_size)
+            }
         else:
             outputs = self._call_outputs(batch)
         for name, array in outputs.items():
@@ -89,7 +77,7 @@ class TeacherRunner:
         return outputs
 
     def _call_outputs(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        returned: Any = self._outputs(batch.inputs) if self._outputs is not None else None
+        returned: Any = self.outputs(batch.inputs) if self.outputs is not None else None
         if not isinstance(returned, dict) or not returned:
             found = "an empty dict" if isinstance(returned, dict) else type(returned).__name__
             raise UsageError(f"The callable `outputs` returned {found}.", fix="Return a dict of arrays by name.")

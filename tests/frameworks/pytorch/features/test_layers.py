@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.term import Term
 from kirsch.errors import UnknownNameError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
 from kirsch.frameworks.pytorch.features.layers import expand, shapes
 from kirsch.frameworks.pytorch.inference.predict import predict
@@ -89,7 +89,7 @@ def test_distill_does_not_change_the_data():
         InPlaceModel(),
         InPlaceModel(),
         ArrayData(inputs, LABELS, N),
-        objective=kirsch.Objective((Term("kd"), Term("fitnet", student="layers.0"))),
+        objective=kirsch.Objective((Term("kd"), Term("fitnet", student_layer="layers.0"))),
         training=kirsch.Training(epochs=2),
         validation=(validation_inputs, LABELS),
         check_teacher=False,

@@ -31,7 +31,7 @@ def run_distill(student, teacher, objective=None):
 
 
 def relational_objective(layer):
-    return Objective((Term("rkd", student=layer, teacher="0"),))
+    return Objective((Term("rkd", student_layer=layer, teacher_layer="0"),))
 
 
 def test_the_error_names_the_types_of_the_teacher_and_its_inputs():
@@ -56,7 +56,7 @@ def test_a_torchscript_teacher_supports_losses_on_logits_only(make):
     assert len(run_distill(net(), make()).history) == 1
     teacher = nn.Sequential(nn.Linear(D, D), make())
     with pytest.raises(UsageError, match=r"`1\.0` is TorchScript, which does not support hooks\. Use losses"):
-        run_distill(net(), teacher, Objective((Term("rkd", student="0", teacher="1.0"),)))
+        run_distill(net(), teacher, Objective((Term("rkd", student_layer="0", teacher_layer="1.0"),)))
     with pytest.raises(UsageError, match="The logits of Sequential are not the output of a module"):
         expand(teacher, "penultimate", batch()[0])
     assert not any(module._forward_hooks for module in teacher.modules())

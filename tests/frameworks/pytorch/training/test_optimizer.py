@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kirsch.data.batches import ArrayData
 from kirsch.errors import UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.training.optimizer import learning_rate
 from kirsch.frameworks.training import Training
 from training_runs import (
@@ -113,7 +113,7 @@ def test_the_first_step_of_adamw_changes_each_weight_by_the_learning_rate():
 
 
 def test_gradients_are_clipped_to_clip_norm():
-    training = Training(epochs=1, learning_rate=1.0, weight_decay=0.0, schedule="constant", clip_norm=0.25)
+    training = Training(epochs=1, learning_rate=1.0, weight_decay=0.0, schedule="constant", max_grad_norm=0.25)
     model = plain_linear()
     found = trained(batches(N), training=training, model=model, loss=scaled(1e3)).model
     moved = torch.cat([(a - b).ravel() for a, b in zip(found.parameters(), model.parameters(), strict=True)])

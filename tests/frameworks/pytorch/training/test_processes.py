@@ -28,7 +28,7 @@ from torch import nn
 
 import kirsch
 from kirsch.distillation.term import Term
-from kirsch.frameworks.data import ArrayData
+from kirsch.data.batches import ArrayData
 
 
 def net(width, seed):
@@ -40,13 +40,13 @@ random = np.random.default_rng(0)
 labels = np.arange(24) % 3
 labels[::5] = -100  # so that the shards of a batch have different numbers of labels
 data = ArrayData(random.standard_normal((24, 5)), labels, batch_size=8)
-joined = Term("l2-normalized", 0.5, student="1", adapter="linear")
-objective = kirsch.Objective((Term("kd", 0.5, 2.0), joined), label_weight=1.0)
-balanced = kirsch.Objective((Term("kd", 0.5, 2.0), joined), label_weight=1.0, balance="gradient")
+joined = Term("l2-normalized", 0.5, student_layer="1", adapter="linear")
+objective = kirsch.Objective((Term("kd", 0.5, temperature=2.0), joined), label_weight=1.0)
+balanced = kirsch.Objective((Term("kd", 0.5, temperature=2.0), joined), label_weight=1.0, balance="gradient")
 generated = kirsch.GeneratedData(lambda count, generator: generator.standard_normal((count, 5)), 24, 8)
 found = []
 for accumulate in (1, 3):
-    training = kirsch.Training(epochs=3, learning_rate=0.1, accumulate=accumulate)
+    training = kirsch.Training(epochs=3, learning_rate=0.1, gradient_accumulation_steps=accumulate)
     student, teacher = net(4, 1), net(6, 2)
     for each in (objective, balanced):
         found.append(kirsch.distill(student, teacher, data, objective=each, training=training, check_teacher=False))
@@ -93,9 +93,9 @@ makers = {
 found = {}
 
 
-def distilled(data, seed, accumulate=1, student=student, **hooks):
+def distilled(data, seed, gradient_accumulation_steps=1, student=student, **hooks):
     training = kirsch.Training(
-        epochs=2, learning_rate=0.1, clip_norm=1.0, ema=0.9, accumulate=accumulate, seed=seed
+        epochs=2, learning_rate=0.1, max_grad_norm=1.0, ema_decay=0.9, gradient_accumulation_steps=accumulate, seed=seed
     )
     hooks = TrainingHooks(**hooks)
     trained = kirsch.distill(student, teacher, data, training=training, hooks=hooks, check_teacher=False)
@@ -108,7 +108,7 @@ for name, make in makers.items():
 
 few = TensorDataset(*samples[:49])  # the last batch of one sample is too small for two processes
 for accumulate in (1, 7):
-    found[f"{accumulate} too few"] = distilled(DataLoader(few, 8), 0, accumulate=accumulate)
+    found[f"{accumulate} too few"] = distilled(DataLoader(few, 8), 0, gradient_accumulation_steps=accumulate)
 
 for name in ("shuffled", "own generator"):
     states = []

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
+from kirsch.data.batches import ArrayData
 from kirsch.errors import CheckpointError, Interrupted
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.pytorch.training.train import train
 from kirsch.frameworks.training import Training, TrainingHooks, TrainingState
 from training_runs import (
@@ -187,7 +187,7 @@ def test_resuming_with_another_model_is_an_error():
     ("changed", "sentence"),
     [
         ({"optimizer": "adamw"}, "optimizer is 'adamw', and was 'sgd'"),
-        ({"ema": 0.9}, "ema is 0.9, and was None"),
+        ({"ema_decay": 0.9}, "ema_decay is 0.9, and was None"),
         ({"seed": 4, "learning_rate": 0.5}, "learning_rate is 0.5, and was 0.1; seed is 4, and was 0"),
         ({"milestones": (0.2,)}, r"milestones is \[0\.2\], and was \[0\.5, 0\.75\]"),
         ({"epochs": 5}, "epochs is 5, and was 3"),

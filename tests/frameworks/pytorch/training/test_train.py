@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from kirsch.data.batches import ArrayData
 from kirsch.errors import DataError, NumericError, UsageError
-from kirsch.frameworks.data import ArrayData
 from kirsch.frameworks.training import Training
 from training_runs import (
     ShuffledBatches,
@@ -83,7 +83,7 @@ def test_loss_terms_may_be_named_loss_and_samples():
         return half + half, {"loss": half, "samples": half}
 
     (record,) = trained(loss=loss, training=Training(epochs=1, learning_rate=0.1)).history
-    assert record["parts"] == pytest.approx({"loss": record["loss"] / 2, "samples": record["loss"] / 2})
+    assert record["terms"] == pytest.approx({"loss": record["loss"] / 2, "samples": record["loss"] / 2})
 
 
 def test_a_validation_metric_with_the_name_of_a_record_entry_is_an_error():

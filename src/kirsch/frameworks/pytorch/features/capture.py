@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import LayerName
 from kirsch.frameworks.pytorch.inference.outputs import named
-from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of
+from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of, tensors
+from kirsch.frameworks.pytorch.modules.unsupported import check_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -282,7 +283,7 @@ class _FunctionCapture(TorchFunctionMode):
         keep: Callable[[Key, Any], None],
         called: dict[str, set[str]],
     ) -> None:
-        self.captured, self.inside, self.keep, self.called = captured, inside, keep, called
+        self.captured, self.inside, self.keep, self.record_name = captured, inside, keep, called
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, options = getattr(func, "__name__", "").strip("_"), kwargs or {}
@@ -292,7 +293,7 @@ class _FunctionCapture(TorchFunctionMode):
         if (path, name) not in self.captured:
             out = func(*args, **options)
             if isinstance(out, torch.Tensor) and name != "get":  # the name of attribute access
-                self.called.setdefault(path, set()).add(name)
+                self.record_name.setdefault(path, set()).add(name)
             return out
         self.keep((path, name, True), args[0] if args else next(iter(options.values())))
         out = func(*args, **options)
@@ -339,3 +340,18 @@ def dry_run(model: nn.Module, layers: Sequence[str], inputs: Any) -> dict[str, A
             return capture(inputs)
     finally:
         capture.close()
+
+
+def extract(model: nn.Module, layers: Sequence[str], inputs: Any) -> dict[str, Any]:
+    """Return the values at layers for one batch; see `dry_run`.
+
+    Raises:
+        ModelError: a parameter is on the meta device and has no values.
+    """
+    check_values(model)
+    return dry_run(model, layers, tensors(inputs, model))
+
+
+def capture(model: nn.Module, layers: Sequence[str]) -> FeatureCapture:
+    """Return a function inputs → values by layer, which runs the model."""
+    return FeatureCapture(model, layers)

@@ -23,14 +23,14 @@ class StudentOutputs:
     """Results of one forward.
 
     Args:
-        values: the student's values by layer.
-        joined: by name of an adapter, the student's and the teacher's values for the loss.
-        extra: by name of an adapter, its own loss.
+        features: the student's values by layer.
+        adapted: by name of an adapter, the student's and the teacher's values for the loss.
+        adapter_losses: by name of an adapter, its own loss.
     """
 
-    values: dict[str, Any]
-    joined: dict[str, tuple[Any, Any]]
-    extra: dict[str, Any]
+    features: dict[str, Any]
+    adapted: dict[str, tuple[Any, Any]]
+    adapter_losses: dict[str, Any]
 
 
 class StudentWithAdapters(nn.Module):
@@ -71,20 +71,31 @@ class StudentWithAdapters(nn.Module):
             self._capture = FeatureCapture(self.student, self._layers)
         values = self._capture(inputs)
         values = values if self._logits is None else self._logits(values)
-        joined, extra = {}, {}
+        adapted, adapter_losses = {}, {}
         for name, teacher in (teacher_source or {}).items():
             adapter = self.adapters[name]
-            joined[name] = adapter(at_layers(values, self._pairs[name]), teacher, ids=ids)
+            adapted[name] = adapter(at_layers(values, self._pairs[name]), teacher, ids=ids)
             extra_loss = adapter.extra_loss() if isinstance(adapter, Adapter) else None
             if extra_loss is not None:
-                extra[name] = extra_loss
-        return StudentOutputs(values, joined, extra)
+                adapter_losses[name] = extra_loss
+        return StudentOutputs(values, adapted, adapter_losses)
 
     def close(self) -> None:
         """Remove the hooks."""
         if self._capture is not None:
             self._capture.close()
             self._capture = None
+
+
+def with_adapters(
+    model: nn.Module,
+    layers: Sequence[str],
+    adapters: Mapping[str, nn.Module],
+    pairs: Mapping[str, Any],
+    logits: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> StudentWithAdapters:
+    """Return a student and its adapters as one module; see `StudentWithAdapters`."""
+    return StudentWithAdapters(model, layers, adapters, pairs, logits)
 
 
 def student_of(model: nn.Module) -> nn.Module:
@@ -104,7 +115,7 @@ def gradient_norms(
 ) -> dict[str, float]:
     """Return the norm of the gradient of each loss term for the student's parameters, without those of adapters.
 
-    The graph is retained for the training step.
+    The graph is retained for the training step. Empty if gradients are disabled.
 
     Args:
         student: the student with its adapters.
@@ -115,6 +126,8 @@ def gradient_norms(
         NumericError: no gradient of a term reaches the student.
         UsageError: the student uses reentrant checkpoints, which do not support gradients of a single term.
     """
+    if not torch.is_grad_enabled():
+        return {}
     adapter_ids = {id(p) for p in student.adapters.parameters()}  # they may also be registered in the student
     parameters = [p for p in student.student.parameters() if p.requires_grad and id(p) not in adapter_ids]
     norms: dict[str, float] = {}

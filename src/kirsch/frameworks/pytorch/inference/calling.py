@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from kirsch.data.structure import summary
 from kirsch.errors import DataError, ModelError, UsageError, error_text
 from kirsch.failures import error_with_location
-from kirsch.frameworks.structure import summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -72,7 +72,7 @@ def fitted(model: nn.Module, args: Any, options: Any, extra: Any) -> tuple[Any, 
     return args, {**options, **extra}
 
 
-def unknown(model: nn.Module, names: Sequence[str]) -> list[str]:
+def unknown_arguments(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the names that the forward does not have; none for a single name, which is the first argument."""
     known = {p.name for p in _parameters(model) or []}
     return [name for name in names if name not in known] if known and len(names) > 1 else []

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from kirsch.data.annotations import ONLY_NUMBERS
 from kirsch.errors import DataError, KirschError, UsageError, error_text
 from kirsch.failures import lacks_memory
-from kirsch.frameworks.annotations import ONLY_NUMBERS
 from kirsch.frameworks.predictions import logits_output
 from kirsch.frameworks.pytorch.inference.calling import UNFIT, explained, fitted, not_running, one_sample
 from kirsch.frameworks.pytorch.inference.outputs import named

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from kirsch.frameworks.data import Batch
+    from kirsch.data.batches import Batch
 
-FIX = "Lower the learning rate, or set clip_norm."
+FIX = "Lower the learning rate, or set max_grad_norm."
 
 
 def not_finite_names(model: nn.Module) -> Iterator[str]:

@@ -16,8 +16,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from kirsch.data.batches import Batch, SeededData, naming
 from kirsch.errors import CheckpointError, DataError, NumericError, UsageError
-from kirsch.frameworks.data import Batch, SeededData, naming
 from kirsch.frameworks.pytorch.features.student import StudentWithAdapters, gradient_norms, student_of
 from kirsch.frameworks.pytorch.inference.predict import device_of, inference, on
 from kirsch.frameworks.pytorch.modules.copying import copy_of
@@ -33,7 +33,7 @@ from kirsch.frameworks.pytorch.training.optimizer import (
     separate_precision,
 )
 from kirsch.frameworks.pytorch.training.state import digest, load_arrays, to_array, to_tensor
-from kirsch.frameworks.training import Trained, TrainingState, doubts, require_labels, shares_of
+from kirsch.frameworks.training import Trained, TrainingState, require_labels, share_warnings, shares_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -98,7 +98,7 @@ class _Run:
         self.not_finite = check_initial(module.student)
         self.accelerator = accelerator_for(training)
         optimizer = optimizer_of(module, training, type(module.student).__name__)
-        self.average = Average(module.student, training.ema) if training.ema is not None else None
+        self.average = Average(module.student, training.ema_decay) if training.ema_decay is not None else None
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
         # Accelerate must not prepare the data: it would fill short batches with samples that then count twice.
         self.batches = batches
@@ -127,7 +127,7 @@ class _Run:
             started = time.perf_counter()
             self.model.train()
             shards = self._remaining_shards()
-            while window := list(itertools.islice(shards, self.training.accumulate)):
+            while window := list(itertools.islice(shards, self.training.gradient_accumulation_steps)):
                 self._step(window)
                 self._stop_if_requested()
             self._end_epoch(time.perf_counter() - started)
@@ -164,7 +164,7 @@ class _Run:
                 batch = Batch.of(*loaded)
                 if not isinstance(self.batches, SeededData):  # its targets are checked before the training
                     for text in self.loss.check(batch):
-                        self.hooks.doubt(f"{name}: {text}")
+                        self.hooks.warn(f"{name}: {text}")
             if number == 0 and self.accelerator.num_processes > 1:
                 self._require_same(batch)
             if number >= completed:
@@ -227,8 +227,8 @@ class _Run:
                 self._backward(shard, epoch, counts, samples)
             self.sums["samples"] = self.sums.get("samples", 0.0) + len(shard.batch)
             self.batch += 1
-        if self.training.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
+        if self.training.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.module.student)
@@ -250,11 +250,11 @@ class _Run:
         if not self.batch:
             self._check_shares(loss)
         if not math.isfinite(float(loss.total.detach())):
-            raise not_finite(self.module.student, batch, loss.parts, self.epoch + 1, self.batch + 1)
+            raise not_finite(self.module.student, batch, loss.terms, self.epoch + 1, self.batch + 1)
         # DDP averages the gradients of the processes; the loss of a shard is a summand of the step.
         factor = 1 if shard.replicated else self.accelerator.num_processes
         self.accelerator.backward(loss.total * factor)
-        for name, value in {"loss": loss.total, **_prefixed(loss.parts), **_prefixed(loss.aside)}.items():
+        for name, value in {"loss": loss.total, **_prefixed(loss.terms), **_prefixed(loss.adapter_losses)}.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) * factor * samples
 
     def _sum(self, counts: dict[str, int]) -> dict[str, int]:
@@ -271,26 +271,26 @@ class _Run:
         self.loss.balance(norms)
         if not self.epoch:
             value = float(loss.total.detach())
-            shares = {n: float(p.detach()) / value if value else 0.0 for n, p in loss.parts.items()}
+            shares = {n: float(p.detach()) / value if value else 0.0 for n, p in loss.terms.items()}
             self.first_batch = {"loss_shares": shares, "gradient_shares": self.shares}
             self._emit({"event": "first_batch", **self.first_batch})
-        for name, sentence in doubts(self.shares, self.first_batch["gradient_shares"]).items():
+        for name, sentence in share_warnings(self.shares, self.first_batch["gradient_shares"]).items():
             if name not in self.warned:
                 self.warned.add(name)
-                self.hooks.doubt(sentence, epoch=self.epoch + 1)
+                self.hooks.warn(sentence, epoch=self.epoch + 1)
 
     def _norms(self, loss: LossOutput) -> dict[str, float]:
         """Return the norm of each term's gradient over the batch. Gradients are summed over the processes."""
         if self.accelerator.num_processes == 1:
-            return gradient_norms(self.module, loss.parts)
+            return gradient_norms(self.module, loss.terms)
         zero = 0.0 * loss.total.detach()  # a term that no sample of this process has
-        names = dict.fromkeys(gather_object(list(loss.parts)))
+        names = dict.fromkeys(gather_object(list(loss.terms)))
 
         def summed(gradient: torch.Tensor) -> torch.Tensor:
             total: torch.Tensor = self.accelerator.reduce(gradient, "sum")
             return total
 
-        return gradient_norms(self.module, {name: loss.parts.get(name, zero) for name in names}, summed)
+        return gradient_norms(self.module, {name: loss.terms.get(name, zero) for name in names}, summed)
 
     def _end_epoch(self, seconds: float) -> None:
         samples = self.sums.pop("samples", 0.0)
@@ -301,7 +301,7 @@ class _Run:
         record: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "loss": means.pop("loss"),
-            "parts": {name.removeprefix("part."): mean for name, mean in means.items()},
+            "terms": {name.removeprefix("part."): mean for name, mean in means.items()},
             "gradient_shares": self.shares,
             "learning_rate": learning_rate(self.training, self.epoch + 0.5),
             "seconds": seconds,

@@ -1,10 +1,8 @@
-"""Data sets with a training, a validation and a test part, and the sources that recipes load them from."""
+"""Data sets with a training, a validation and a test part."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -13,31 +11,25 @@ import numpy as np
 
 from kirsch.annotations import Count, Fix
 from kirsch.arguments import checked
-from kirsch.distillation.losses.labels import IGNORED
-from kirsch.distillation.targets import not_class_numbers, out_of_range
-from kirsch.errors import DataError, KirschError, UsageError
-from kirsch.failures import error_with_location
-from kirsch.frameworks.augment import Augment, Seeded
-from kirsch.frameworks.data import ArrayData
-from kirsch.frameworks.port import host
-from kirsch.frameworks.structure import summary
-from kirsch.recipes.models import FAILURES, is_valid_text, preserved_process_state, resolve
-from kirsch.registry import Registry
+from kirsch.data.arrays import host
+from kirsch.data.augment import Augment, Seeded
+from kirsch.data.batches import ArrayData
+from kirsch.data.structure import summary
+from kirsch.errors import DataError
+from kirsch.references import is_valid_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
 
 @checked
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Samples with their class numbers.
+    """Samples with their labels.
 
     Args:
         inputs: model inputs after preprocessing, shape (N, ...), float32. Tensors and lists become arrays.
-        labels: class numbers, shape (N,), int64. Tensors and lists become arrays.
+        labels: as the task needs them, such as class numbers of shape (N,), int64. Tensors and lists become arrays.
 
     Raises:
         DataError: an argument is not an array of numbers, or inputs and labels differ in number.
@@ -64,7 +56,7 @@ class Split:
 @checked
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Data set of a classifier, with a training, a validation and a test part.
+    """Data set with a training, a validation and a test part.
 
     Args:
         name: name of the data set in the report.
@@ -73,7 +65,8 @@ class DataSet:
         augment: augmentation of training samples, see `ArrayData`; None for no augmentation.
 
     Raises:
-        DataError: a part is empty, a label is out of range, an input is not finite, or a class has no training sample.
+        DataError: a part is empty, an input is not finite, or a name is not valid. The labels are checked by the task
+            that uses them, see `kirsch.tasks`.
     """
 
     made_by: ClassVar[str] = "kirsch.DataSet(name, train=kirsch.Split(inputs, labels), validation=..., test=..., ...)"
@@ -94,7 +87,6 @@ class DataSet:
             split: Split = getattr(self, part)
             if not len(split):
                 raise DataError(f"The {part} part of {self.name} is empty.", fix="Give it at least one sample.")
-            self._check_labels(part, split)
             if split.inputs.ndim != self.train.inputs.ndim:
                 raise DataError(
                     f"The {part} part of {self.name} has inputs of shape {split.inputs.shape}, the train part "
@@ -105,35 +97,6 @@ class DataSet:
                 raise DataError(
                     f"The {part} part of {self.name} contains NaN or infinity.", fix="Remove these samples."
                 )
-        missing = sorted(set(range(len(self.classes))) - set(np.unique(self.train.labels).tolist()))
-        if missing:
-            raise DataError(
-                f"The class {self.classes[missing[0]]!r} of {self.name} has no training sample.",
-                f"No label of the train part is {missing[0]}.",
-                "Add samples of this class, or remove the class and renumber the others.",
-            )
-
-    def _check_labels(self, part: str, split: Split) -> None:
-        """Refuse labels that are not one class number per sample."""
-        count = len(self.classes)
-        if split.labels.ndim != 1 or not np.issubdtype(split.labels.dtype, np.integer):
-            error = not_class_numbers(split.labels, (count,))
-            fix = "For labels of pixels or positions, or multi-label targets, use kirsch.distill with ArrayData."
-            what = error.what.replace("The targets have", f"The labels of the {part} part of {self.name} have")
-            why = f"Expected class numbers: one integer per sample, shape (N,), from 0 to {count - 1}."
-            if "label_loss" in error.fix:
-                fix = f"A DataSet is for classifiers with one class per sample. For kirsch.distill: {error.fix}"
-            elif split.labels.ndim <= len("NK"):
-                fix = error.fix
-            raise DataError(what, why, fix)
-        wrong = (split.labels < 0) | (split.labels >= count)
-        if wrong.any():
-            error = out_of_range(split.labels, wrong, count, IGNORED)
-            raise DataError(
-                error.what.replace(" has the label", f" of the {part} part of {self.name} has the label"),
-                f"There are {count} classes, so labels go from 0 to {count - 1}.",
-                "Give targets - 1." if split.labels.min() == 1 else "Leave such samples out, or name all classes.",
-            )
 
     @checked
     def batches(self, batch_size: Count) -> ArrayData:
@@ -187,66 +150,3 @@ def _check_names(name: Any, classes: Any) -> None:
     twice = [label for label in classes if list(classes).count(label) > 1]
     if twice:
         raise DataError(f"Two classes of {name} have the name {twice[0]!r}.", fix="Give each class a different name.")
-
-
-def _signature(load: Source) -> inspect.Signature:
-    """Return the parameters of a source; **options if Python cannot determine them."""
-    try:
-        return inspect.signature(load)
-    except ValueError:
-        return inspect.signature(lambda **options: options)
-
-
-Source = Callable[..., DataSet]
-"""Function that returns a data set. It takes the options of the recipe as keyword arguments, and the recipe's seed as
-`seed` if it has such a parameter; its randomness should depend on the seed alone."""
-
-SOURCES: Registry[Source] = Registry("data")
-
-
-def load_data(source: str, options: dict[str, Any], *, seed: int, base: Path | None = None) -> DataSet:
-    """Return the data set of a recipe.
-
-    Args:
-        source: registered name, or "file.py:callable" or "package.module:callable" of a `Source`.
-        options: keyword arguments of the source.
-        seed: seed of the recipe, passed as `seed` if the source has such a parameter.
-        base: folder that files are relative to.
-
-    Raises:
-        UsageError: the source does not take these options.
-        DataError: the source fails, or does not return a `DataSet`.
-    """
-    load: Source = resolve(source, base=base) if ":" in source else SOURCES[source]
-    parameters = _signature(load).parameters
-    seeded = "seed" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if seeded and "seed" in options:
-        raise UsageError(
-            f"data.options contains `seed`, which {source!r} receives from the recipe.",
-            fix="Remove it, and set the seed of the recipe.",
-        )
-    arguments = {**options, "seed": seed} if seeded else options
-    try:
-        _signature(load).bind(**arguments)
-    except TypeError as error:
-        takes = [name for name in parameters if name != "seed"]
-        raise UsageError(
-            f"The data source {source!r} does not take these options.",
-            f"{error}.",
-            f"Use only {', '.join(takes)} in data.options." if takes else "Remove data.options: it takes no options.",
-        ) from error
-    try:
-        with preserved_process_state():
-            data = load(**arguments)
-    except KirschError:
-        raise
-    except FAILURES as error:
-        raise DataError(
-            f"The data source {source!r} failed.", error_with_location(error), "Fix the source, or change data.options."
-        ) from error
-    if not isinstance(data, DataSet):
-        raise DataError(
-            f"The data source {source} returns a {type(data).__name__}; expected a kirsch.DataSet.",
-            fix="Return kirsch.DataSet(name, train=kirsch.Split(inputs, labels), ...).",
-        )
-    return data

@@ -7,10 +7,10 @@ import io
 import numpy as np
 import pytest
 
+from kirsch.data.augment import Chain, Crop, Flip
+from kirsch.data.sources import load_data
+from kirsch.data.sources.cifar10 import CLASSES, data_folder
 from kirsch.errors import DataError
-from kirsch.frameworks.augment import Chain, Crop, Flip
-from kirsch.recipes.tasks.cifar10 import CLASSES, data_folder
-from kirsch.recipes.tasks.data import load_data
 
 # ------------------------------------------------------------------------------------------------ files
 

@@ -17,7 +17,7 @@ FRAMEWORKS = (
     "keras.src.models.model.Model",
     "tensorflow.python.module.module.Module",
 )
-"""Base classes of models. `kirsch.frameworks.port.framework_of` raises an error for those that are not supported."""
+"""Base classes of models. `kirsch.frameworks.find.framework_of` raises an error for those that are not supported."""
 
 
 ONLY_NUMBERS = "Give numbers, such as inputs.astype(numpy.float32); texts as the numbers of their tokens."
@@ -99,12 +99,12 @@ def _is_one_batch(value: Any) -> bool:
 
 def _give_data(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return "Give inputs and targets as kirsch.frameworks.data.ArrayData(inputs, targets), or [(inputs, targets)]."
+        return "Give inputs and targets as kirsch.data.batches.ArrayData(inputs, targets), or [(inputs, targets)]."
     if is_array(value):
-        return "Give inputs and targets together: kirsch.frameworks.data.ArrayData(inputs, targets, batch_size=64)."
+        return "Give inputs and targets together: kirsch.data.batches.ArrayData(inputs, targets, batch_size=64)."
     if isinstance(value, Mapping):
         return "A dict is one batch: give a DataLoader or a list of such dicts."
-    return "Give kirsch.frameworks.data.ArrayData(inputs, targets), a DataLoader, or a list of (inputs, targets)."
+    return "Give kirsch.data.batches.ArrayData(inputs, targets), a DataLoader, or a list of (inputs, targets)."
 
 
 def _give_labelled(value: Any) -> str:

@@ -24,7 +24,7 @@ from kirsch.errors import ShapeError, UsageError, error_text, name_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-HOW = "Write it as transform(batch, generator), or use a transform of kirsch.frameworks.augment."
+HOW = "Write it as transform(batch, generator), or use a transform of kirsch.data.augment."
 
 Augment = Annotated[Callable[[Any, np.random.Generator], Any], Fix(HOW)]
 """Function (batch of one sample, generator) → batch of the same shape; all randomness comes from the generator."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from kirsch.data.dataset import DataSet, Split
+from kirsch.data.sources.registry import SOURCES
 from kirsch.errors import MissingExtraError
-from kirsch.recipes.tasks.data import SOURCES, DataSet, Split
 
 
 @SOURCES.register("digits")

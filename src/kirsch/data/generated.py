@@ -10,11 +10,11 @@ import numpy as np
 
 from kirsch.annotations import Count, Fix, Seed
 from kirsch.arguments import checked
+from kirsch.data.annotations import is_model
+from kirsch.data.arrays import host, without_gradient
+from kirsch.data.augment import check_call
+from kirsch.data.batches import Batch, SeededData, borders_of, count_of
 from kirsch.errors import DataError, KirschError, UsageError, error_text, name_of
-from kirsch.frameworks.annotations import Model, is_model
-from kirsch.frameworks.augment import check_call
-from kirsch.frameworks.data import Batch, SeededData, borders_of, count_of
-from kirsch.frameworks.port import framework_of, host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,52 +35,36 @@ class GeneratedData(SeededData):
 
     Args:
         generate: function (count, generator) → inputs of `count` samples: an array, or a dict or tuple of arrays with
-            the samples on the first axis. It must draw all random numbers from the `numpy.random.Generator`. Or a
-            model, such as the generator of a GAN, which takes `noise` and runs in inference mode without gradients.
+            the samples on the first axis. It must draw all random numbers from the `numpy.random.Generator`. For a
+            model, such as the generator of a GAN, give `kirsch.ModelGenerator(model, noise=(64,))`.
         samples: samples per epoch, >= 1.
         batch_size: >= 1; a single last sample joins the batch before.
-        noise: shape of the model's input for one sample, drawn from a standard normal distribution, float32.
         views: number of different epochs: epoch e is the same as epoch e modulo `views`; with None, each epoch is new.
         seed: seed of the random numbers, >= 0; None for the seed of the run.
 
     Raises:
-        UsageError: the function takes no generator or draws from elsewhere, a model is given without the shape of its
-            noise, or a setting is out of range.
+        UsageError: the function takes no generator or draws from elsewhere, or a setting is out of range.
         DataError: the function returns another number of samples.
 
     Source: Micaelli, Storkey 2019, arXiv:1905.09768, and Fang et al. 2019, arXiv:1912.11006, who train the generator
         together with the student; here the generator is not trained.
     """
 
-    generate: Generate | Model
+    generate: Generate
     samples: Count
     batch_size: Count = 64
-    noise: tuple[Count, ...] | None = None
     views: Count | None = None
     seed: Seed | None = None
 
     def __post_init__(self) -> None:
         name = name_of(self.generate)
-        if self._is_model and self.noise is None:
+        if is_model(self.generate):
             raise UsageError(
-                f"`generate` is the model {name}, and the shape of its noise is missing.",
-                fix="Give noise=(64,) for 64 numbers per sample, or a function (count, generator) → inputs.",
-            )
-        if not self._is_model:
-            self._check_callable(name)
-        self._check_repeats(name)
-
-    @property
-    def _is_model(self) -> bool:
-        return is_model(self.generate)
-
-    def _check_callable(self, name: str) -> None:
-        if self.noise is not None:
-            raise UsageError(
-                f"`generate` is {name}, which is not a model, and noise={self.noise} is given.",
-                fix="Remove `noise`: a function draws from the generator itself.",
+                f"`generate` is the model {name}; expected a function (count, generator) → inputs.",
+                fix="Give kirsch.ModelGenerator(model, noise=(64,)) for a model that takes 64 numbers per sample.",
             )
         check_call(self.generate, name, "a count", HOW)
+        self._check_repeats(name)
 
     def _check_repeats(self, name: str) -> None:
         try:
@@ -114,11 +98,7 @@ class GeneratedData(SeededData):
             yield Batch(self._inputs(borders[number + 1] - borders[number], generator), view=view)
 
     def _inputs(self, count: int, generator: np.random.Generator) -> Any:
-        if self._is_model:
-            noise = generator.standard_normal((count, *(self.noise or ())), dtype=np.float32)
-            inputs: Any = framework_of(self.generate).predict(self.generate, noise, batch_size=count)
-        else:
-            inputs = _detached(self.generate(count, generator))
+        inputs = without_gradient(self.generate(count, generator))  # no step changes what generated them
         sizes = {len(part) for part in _arrays(inputs)}
         if sizes != {count}:
             raise DataError(
@@ -135,12 +115,3 @@ def _arrays(value: Any) -> list[Any]:
     if isinstance(parts, (tuple, list)):
         return [array for part in parts for array in _arrays(part)]
     return [value]
-
-
-def _detached(value: Any) -> Any:
-    """Return inputs detached from their gradient graph, so that no step changes what generated them."""
-    if isinstance(value, Mapping):
-        return {name: _detached(part) for name, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_detached(part) for part in value)
-    return value.detach() if hasattr(value, "detach") else value

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kirsch.data.sources import load_data
 from kirsch.errors import DataError
-from kirsch.recipes.tasks.data import load_data
 
 datasets = pytest.importorskip("sklearn.datasets")
 

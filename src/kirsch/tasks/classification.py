@@ -1,64 +1,24 @@
-"""Quality of classifiers, with confidence intervals and significance tests."""
+"""Classification with one class per sample: checks of labels and outputs, and metrics with confidence intervals."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import binomtest
 
-from kirsch.errors import DataError, NumericError, ShapeError
+from kirsch.errors import DataError, ShapeError
+from kirsch.measurement.outputs import are_probabilities, check_outputs
+from kirsch.measurement.statistics import Paired, Rate, mcnemar, rate
+from kirsch.tasks.class_numbers import check_class_numbers
+from kirsch.tasks.task import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-Z = 1.959963984540054
-"""97.5 % point of the normal distribution."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A fraction of samples with its confidence interval.
-
-    Args:
-        value: the fraction, 0 to 1.
-        low, high: 95 % confidence interval.
-        n: number of samples.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON."""
-        return asdict(self)
-
-
-def rate(hits: int, n: int) -> Rate:
-    """Return the fraction hits / n with its Wilson interval.
-
-    Raises:
-        DataError: n is less than 1.
-
-    Source: Wilson 1927, J. Amer. Statist. Assoc. 22, 209-212.
-    """
-    if n < 1:
-        raise _no_samples()
-    fraction = hits / n
-    center = (fraction + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half_width = Z / (1 + Z**2 / n) * math.sqrt(fraction * (1 - fraction) / n + Z**2 / (4 * n**2))
-    return Rate(fraction, max(0.0, center - half_width), min(1.0, center + half_width), n)
-
-
-def _no_samples() -> DataError:
-    return DataError("There are no samples to evaluate.", fix="Pass at least one sample.")
-
+    from kirsch.data.dataset import DataSet
 
 UNEVEN = 1.5
 """Classes are imbalanced if the most frequent has at least this many times the mean number of samples per class."""
@@ -126,33 +86,6 @@ class Answers:
         )
 
 
-FEW_ROWS = 4
-TIGHT, LOOSE = 1e-5, 5e-3
-"""Tolerance of the sum of a row of probabilities, for fewer than `FEW_ROWS` rows and for more (16-bit rounding)."""
-
-
-def are_probabilities(outputs: NDArray[Any]) -> bool:
-    """Return whether outputs of shape (..., K) are probabilities: each row is non-negative and sums to 1.
-
-    False for K = 1.
-    """
-    if outputs.ndim < 2 or outputs.shape[-1] < 2 or not outputs.size:  # noqa: PLR2004 - (N, K), and two classes
-        return False
-    rows = outputs.reshape(-1, outputs.shape[-1])
-    tolerance = LOOSE if len(rows) >= FEW_ROWS else TIGHT
-    return bool(rows.min() >= 0 and (abs(rows.sum(-1, dtype=np.float64) - 1) < tolerance).all())
-
-
-def are_scaled_probabilities(outputs: NDArray[Any]) -> bool:
-    """Return whether outputs of shape (..., K) are non-negative and all rows have the same sum, such as 100.
-
-    False for fewer than `FEW_ROWS` rows, which may have the same sum by chance.
-    """
-    rows = outputs.reshape(-1, outputs.shape[-1])
-    total = rows.sum(-1, dtype=np.float64).mean()
-    return len(rows) >= FEW_ROWS and total > 0 and are_probabilities(rows / total)
-
-
 def accuracy(logits: NDArray[Any], labels: NDArray[Any]) -> Rate:
     """Return the fraction of samples whose largest logit is that of their label.
 
@@ -198,39 +131,6 @@ def lost_classes(before: NDArray[Any], after: NDArray[Any], names: Sequence[str]
     return sorted(rows, key=lambda row: row["after"] - row["before"])
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Comparison of two classifiers on the same samples.
-
-    Args:
-        lost: number of samples that only the first classifies correctly.
-        gained: number of samples that only the second classifies correctly.
-        n: number of samples.
-        p: two-sided exact p-value of McNemar's test; the null hypothesis is equal accuracy.
-    """
-
-    lost: int
-    gained: int
-    n: int
-    p: float
-
-    @property
-    def significant(self) -> bool:
-        """Whether the accuracies differ significantly, p < 0.05."""
-        return self.p < 0.05  # noqa: PLR2004 - the usual level
-
-    @property
-    def text(self) -> str:
-        """The result in one sentence, without a period."""
-        verdict = "significant" if self.significant else "not significant"
-        plural = "" if self.lost == 1 else "s"
-        return f"{self.lost} sample{plural} lost, {self.gained} gained of {self.n}; {verdict} (p = {self.p:.2g})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON."""
-        return {"text": self.text, "p": self.p, "lost": self.lost, "gained": self.gained}
-
-
 def paired(before: NDArray[Any], after: NDArray[Any], labels: NDArray[Any]) -> Paired:
     """Compare two classifiers on the same samples by McNemar's exact test.
 
@@ -238,14 +138,11 @@ def paired(before: NDArray[Any], after: NDArray[Any], labels: NDArray[Any]) -> P
         before, after: logits of the two classifiers, shape (N, K).
         labels: shape (N,), 0 <= label < K.
 
-    Source: McNemar 1947, Psychometrika 12, 153-157; exact by the binomial distribution.
+    Errors as in `accuracy`.
     """
     _check(before, labels)
     _check(after, labels)
-    first, second = before.argmax(-1) == labels, after.argmax(-1) == labels
-    lost, gained = int((first & ~second).sum()), int((~first & second).sum())
-    p = float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
-    return Paired(lost, gained, len(labels), p)
+    return mcnemar(before.argmax(-1) == labels, after.argmax(-1) == labels)
 
 
 def calibration(logits: NDArray[Any], labels: NDArray[Any], bins: int = 10) -> dict[str, Any]:
@@ -277,28 +174,6 @@ def calibration(logits: NDArray[Any], labels: NDArray[Any], bins: int = 10) -> d
     return {"ece": float(ece), "bins": rows}
 
 
-def check_outputs(outputs: NDArray[Any], source: str = "model") -> None:
-    """Check that every sample has a predicted class.
-
-    A logit of -inf is allowed beside finite ones, since it excludes a class.
-
-    Args:
-        outputs: logits or probabilities, shape (N, K).
-        source: "model", "reference" or "file", for the message.
-
-    Raises:
-        NumericError: a sample has NaN, +inf or no finite output.
-    """
-    invalid = np.isnan(outputs).any(-1) | np.isposinf(outputs).any(-1) | ~np.isfinite(outputs).any(-1)
-    if invalid.any():
-        raise NumericError(
-            f"The {source} returns NaN or infinity for {int(invalid.sum())} of {len(outputs)} samples, first for "
-            f"sample {int(invalid.argmax())}.",
-            "The predicted class of these samples is undefined.",
-            "Check the weights for NaN, and that the inputs are preprocessed as the model expects.",
-        )
-
-
 def _check(logits: NDArray[Any], labels: NDArray[Any]) -> None:
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
         raise DataError(
@@ -313,7 +188,7 @@ def _check(logits: NDArray[Any], labels: NDArray[Any]) -> None:
             fix="Pass logits of shape (N, K) and labels of shape (N,).",
         )
     if not len(labels):
-        raise _no_samples()
+        raise DataError("There are no samples to evaluate.", fix="Pass at least one sample.")
     check_outputs(logits)
     wrong = (labels < 0) | (labels >= logits.shape[1])
     if wrong.any():
@@ -322,3 +197,84 @@ def _check(logits: NDArray[Any], labels: NDArray[Any]) -> None:
             f"The model has the classes 0 to {logits.shape[1] - 1}.",
             "Correct the label, or use a model with more classes.",
         )
+
+
+FEW_OTHERS = 3
+"""Smallest number of samples outside the most frequent class for which chance is that of predictions that ignore the
+inputs; with fewer, chance is one divided by the number of classes."""
+
+
+@TASKS.register("classification")
+class Classification:
+    """One class per sample: logits (N, K), and class numbers (N,) as labels; see `kirsch.tasks.task.Task`."""
+
+    label_loss = "cross-entropy"
+
+    def check_data(self, data: DataSet) -> None:
+        """Check that the labels of each part are one class number per sample, and that each class can be learned.
+
+        Raises:
+            DataError: labels have another shape or type or are out of range, or a class has no training sample.
+        """
+        for part in ("train", "validation", "test"):
+            labels, named = getattr(data, part).labels, f"of the {part} part of {data.name}"
+            check_class_numbers(labels, len(data.classes), named)
+        missing = sorted(set(range(len(data.classes))) - set(np.unique(data.train.labels).tolist()))
+        if missing:
+            raise DataError(
+                f"The class {data.classes[missing[0]]!r} of {data.name} has no training sample.",
+                f"No label of the train part is {missing[0]}.",
+                "Add samples of this class, or remove the class and renumber the others.",
+            )
+
+    def check_outputs(self, outputs: NDArray[Any], data: DataSet) -> None:
+        """Check that a model returns one logit for each class of the data."""
+        if outputs.ndim != 2 or outputs.shape[1] != len(data.classes):  # noqa: PLR2004 - (N, K)
+            raise ShapeError(
+                f"The model returns logits of shape {outputs.shape[1:]}; the data {data.name} has "
+                f"{len(data.classes)} classes.",
+                fix="Give the model a head for these classes.",
+            )
+
+    def decode(self, outputs: NDArray[Any]) -> NDArray[Any]:
+        """Return the class with the largest logit of each sample, shape (N,)."""
+        classes: NDArray[Any] = outputs.argmax(-1)
+        return classes
+
+    def evaluate(self, outputs: NDArray[Any], data: DataSet) -> dict[str, Any]:
+        """Return the accuracy with its interval, the accuracy of chance, and whether all predictions are one class.
+
+        The balanced accuracy is included if the classes are imbalanced.
+        """
+        labels = data.test.labels
+        answers = Answers.of(self.decode(outputs), labels)
+        others = answers.n - answers.most_frequent
+        quality = {
+            "accuracy": accuracy(outputs, labels).to_dict(),
+            "chance": max(1 / len(data.classes), answers.chance if others >= FEW_OTHERS else 0.0),
+            "one_class": answers.constant and others > 0,
+        }
+        return quality | ({"balanced_accuracy": answers.balanced} if answers.uneven else {})
+
+    def weakness(self, quality: dict[str, Any]) -> tuple[str, str]:
+        """Return why a model is unusable: it predicts one class for all samples, or is not better than chance."""
+        chance, value, n = quality["chance"], quality["accuracy"]["value"], quality["accuracy"]["n"]
+        if not quality["one_class"] and value > chance:
+            return "", ""
+        balanced = quality.get("balanced_accuracy")
+        more = "" if balanced is None else f", balanced accuracy {balanced:.1%}"
+        reason = "It predicts one class for every sample." if quality["one_class"] else "It is not better than chance."
+        return f"{value:.1%} of {n} correct, chance is {chance:.1%}{more}", reason
+
+    def compare(self, before: NDArray[Any], after: NDArray[Any], data: DataSet) -> dict[str, Any]:
+        """Return confusion matrices, lost classes, calibration, and the significance of the change of accuracy."""
+        labels, names = data.test.labels, list(data.classes)
+        tables = confusion(before, labels), confusion(after, labels)
+        return {
+            "classes": names,
+            "before": {"confusion": tables[0].tolist()},
+            "after": {"confusion": tables[1].tolist()},
+            "lost": lost_classes(*tables, names),
+            "calibration": {"before": calibration(before, labels), "after": calibration(after, labels)},
+            "paired": paired(before, after, labels).to_dict(),
+        }

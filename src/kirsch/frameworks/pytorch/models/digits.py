@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from kirsch.frameworks.pytorch.models.registry import MODELS
+
 
 class ConvBlock(nn.Module):
     """Two convolutions and a shortcut.
@@ -53,11 +55,13 @@ class DigitsNet(nn.Module):
         return scores
 
 
+@MODELS.register("digits:teacher")
 def teacher() -> nn.Module:
-    """10.7 M MACs and 885 k parameters."""
+    """Return the teacher: 10.7 M MACs and 885 k parameters."""
     return DigitsNet((64, 128, 192))
 
 
+@MODELS.register("digits:student")
 def student() -> nn.Module:
-    """A quarter of the teacher: 2.69 M MACs and 223 k parameters."""
+    """Return the student, a quarter of the teacher: 2.69 M MACs and 223 k parameters."""
     return DigitsNet((32, 64, 96))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import random
 import subprocess
@@ -16,11 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kirsch.distillation.store.description import description
+from kirsch.data import augment
+from kirsch.data.augment import Chain, Crop, Erase, Flip, Jitter, Noise, derive_seeds, sample_seeds
+from kirsch.data.batches import ArrayData
 from kirsch.errors import ShapeError, UsageError
-from kirsch.frameworks import augment
-from kirsch.frameworks.augment import Chain, Crop, Erase, Flip, Jitter, Noise, derive_seeds, sample_seeds
-from kirsch.frameworks.data import ArrayData
 
 IMAGES = np.random.default_rng(0).standard_normal((12, 3, 7, 6)).astype(np.float32)
 
@@ -230,7 +228,7 @@ def test_another_process_augments_bit_for_bit_alike(transform):
     if transform is louder or louder in getattr(transform, "stages", ()):
         pytest.skip("a function of this file cannot be imported in the other process")
     program = (
-        "import numpy as np, hashlib; from kirsch.frameworks.augment import *; "
+        "import numpy as np, hashlib; from kirsch.data.augment import *; "
         "images = np.random.default_rng(0).standard_normal((12, 3, 7, 6)).astype(np.float32); "
         f"print(hashlib.sha256({transform!r}(images, sample_seeds(0, 0, np.arange(12)))).hexdigest())"
     ).replace("stages=(", "*(")
@@ -371,51 +369,3 @@ def test_image_transforms_refuse_other_shapes(transform):
 def test_setting_out_of_range_is_named(make, sentence):
     with pytest.raises(UsageError, match=sentence):
         make()
-
-
-# ------------------------------------------------------------------------------------------------ descriptions
-
-
-def test_builtin_transform_is_described_by_its_settings():
-    assert json.loads(description(Chain(Crop(2), Flip()))) == {
-        "callable": "kirsch.frameworks.augment.Chain",
-        "stages": [
-            {"callable": "kirsch.frameworks.augment.Crop", "padding": 2},
-            {"callable": "kirsch.frameworks.augment.Flip", "probability": 0.5},
-        ],
-    }
-    assert description(None) == "null"
-
-
-def strength(amount):
-    def scaled(batch, random):
-        return amount * batch
-
-    return scaled
-
-
-def test_different_transforms_have_different_descriptions():
-    transforms = [
-        None,
-        *(Crop(1), Crop(2), Flip(), Chain(Flip()), Chain(Flip(), Flip()), Chain(Flip(), louder)),
-        *(louder, AddNoise(1), AddNoise(2), AddNoise(1).__call__, AddNoise(2).__call__),
-        *(strength(1), strength(2), strength(np.zeros(2)), strength(np.ones(2))),
-        *(functools.partial(louder), functools.partial(louder, random=1)),
-        lambda batch, random: batch,
-        lambda batch, random: batch + 1,
-        lambda batch, random, by=1: batch,
-        lambda batch, random, by=2: batch,
-    ]
-    assert len({description(transform) for transform in transforms}) == len(transforms)
-
-
-def test_equal_transforms_have_equal_descriptions():
-    for make in (lambda: Chain(Crop(2), Noise(0.1)), lambda: AddNoise(1), lambda: strength(np.ones(3))):
-        assert description(make()) == description(make())
-
-
-def test_function_without_source_is_described_by_its_name():
-    names: dict = {"__name__": "made"}
-    exec("def unseen(batch, random): return batch", names)
-    found = json.loads(description(names["unseen"]))
-    assert (found["callable"], found["source"]) == ("made.unseen", None)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.data.augment import Chain, Crop, Flip
+from kirsch.data.dataset import DataSet, Split
+from kirsch.data.sources.registry import SOURCES
 from kirsch.errors import DataError, MissingExtraError
-from kirsch.frameworks.augment import Chain, Crop, Flip
-from kirsch.recipes.tasks.data import SOURCES, DataSet, Split
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

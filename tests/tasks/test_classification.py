@@ -2,61 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 
+from kirsch.data.dataset import DataSet, Split
+from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.errors import DataError, NumericError, ShapeError
-from kirsch.measurement.quality import (
-    Answers,
-    Paired,
-    Rate,
-    accuracy,
-    are_probabilities,
-    calibration,
-    confusion,
-    lost_classes,
-    paired,
-    rate,
-)
+from kirsch.measurement.outputs import are_probabilities
+from kirsch.measurement.statistics import Paired, rate
+from kirsch.tasks import TASKS, Classification
+from kirsch.tasks.classification import Answers, accuracy, calibration, confusion, lost_classes, paired
 
 
 def logits_of(predicted, classes=3):
     """Return logits whose largest is that of the predicted class."""
     return np.eye(classes, dtype=np.float32)[list(predicted)]
-
-
-@pytest.mark.parametrize(
-    ("hits", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_the_wilson_interval_has_the_published_values(hits, n, low, high):
-    """Newcombe 1998, Statistics in Medicine 17, 857-872, table I, method 3; four decimal places are printed."""
-    assert rate(hits, n) == Rate(hits / n, pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5), n)
-
-
-@given(st.integers(1, 100_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_the_wilson_interval_equals_that_of_scipy(case):
-    hits, n = case
-    result, expected = rate(hits, n), binomtest(hits, n).proportion_ci(method="wilson")
-    assert (result.low, result.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
-    assert 0 <= result.low <= result.value + 1e-15  # at the ends both are 0 or 1 up to rounding
-    assert result.value - 1e-15 <= result.high <= 1
-
-
-@pytest.mark.parametrize("n", [1, 10, 359])
-def test_the_interval_of_zero_or_all_hits_in_closed_form(n):
-    """The width is z² / (n + z²) with z² = 3.8414588."""
-    width = 3.841458820694124 / (n + 3.841458820694124)
-    assert (rate(0, n).low, rate(0, n).high) == pytest.approx((0, width), abs=1e-15)
-    assert (rate(n, n).low, rate(n, n).high) == pytest.approx((1 - width, 1), abs=1e-15)
-
-
-def test_the_rate_of_no_samples_raises():
-    with pytest.raises(DataError, match=r"There are no samples to evaluate\. Pass at least one sample\."):
-        rate(0, 0)
 
 
 def test_accuracy_is_the_fraction_of_samples_whose_label_has_the_largest_logit():
@@ -111,40 +75,10 @@ def test_the_chance_accuracy_of_constant_predictions_is_their_accuracy():
     assert not result.uneven  # the largest class has 1.2 times the mean number of samples
 
 
-def two_classifiers(lost, gained, both=3, neither=2):
-    """Return logits of two classifiers and labels, with these numbers of samples.
-
-    `lost` only the first classifies correctly, `gained` only the second, `both` both, `neither` none of them.
-    """
-    first = [0] * lost + [1] * gained + [0] * both + [1] * neither
-    second = [1] * lost + [0] * gained + [0] * both + [1] * neither
-    return logits_of(first), logits_of(second), np.zeros(len(first), dtype=int)
-
-
-@pytest.mark.parametrize(
-    ("lost", "gained", "p"),
-    [
-        (0, 0, 1.0),
-        (1, 0, 1.0),  # 2 · (1/2)
-        (5, 0, 2 / 2**5),
-        (0, 6, 2 / 2**6),
-        (1, 9, 2 * (1 + 10) / 2**10),
-        (9, 1, 2 * (1 + 10) / 2**10),
-        (2, 10, 2 * (1 + 12 + 66) / 2**12),
-        (7, 7, 1.0),
-    ],
-)
-def test_mcnemars_p_is_twice_the_binomial_tail(lost, gained, p):
-    result = paired(*two_classifiers(lost, gained))
-    assert result == Paired(lost, gained, lost + gained + 5, pytest.approx(p, rel=1e-12))
-    assert result.significant is (p < 0.05)
-
-
-def test_the_text_of_a_paired_comparison_has_the_counts_and_the_significance():
-    assert paired(*two_classifiers(1, 0)).text == "1 sample lost, 0 gained of 6; not significant (p = 1)"
-    result = paired(*two_classifiers(0, 6))
-    assert result.text == "0 samples lost, 6 gained of 11; significant (p = 0.031)"
-    assert result.to_dict() == {"text": result.text, "p": result.p, "lost": 0, "gained": 6}
+def test_a_pair_is_compared_by_the_samples_that_one_of_them_predicts_correctly():
+    result = paired(logits_of([0, 1, 0, 2]), logits_of([0, 0, 1, 2]), np.array([0, 0, 0, 0]))
+    assert result == Paired(1, 1, 4, 1.0)
+    assert paired(logits_of([1, 1]), logits_of([0, 1]), np.array([0, 0])) == Paired(0, 1, 2, 1.0)
 
 
 def test_the_calibration_error_in_closed_form():
@@ -242,3 +176,78 @@ def test_the_calibration_error_of_probabilities_equals_that_of_their_logits():
     assert are_probabilities(probabilities)
     assert not are_probabilities(logits)
     assert not are_probabilities(np.ones((5, 1)))  # K = 1 is not a distribution over classes
+
+
+# ------------------------------------------------------------------------------------------------ the task
+
+
+def split(labels=(0, 1, 2)):
+    return Split(np.zeros((len(labels), 2), np.float32), np.array(labels))
+
+
+def data_set(classes=("a", "b", "c"), **parts):
+    return DataSet("d", **{"train": split(), "validation": split(), "test": split(), "classes": classes, **parts})
+
+
+def test_class_without_training_samples_is_refused():
+    with pytest.raises(DataError, match=r"The class 'b' of d has no training sample\."):
+        Classification().check_data(data_set(train=split((0, 2, 2))))
+    Classification().check_data(data_set(test=split((0, 0))))
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        (np.array([0.0, 1.0, 2.0]), r"type float64, values 0 to 2.* whole numbers: labels\.astype\(numpy\.int64\)"),
+        (np.array([0.5, 1.0, 2.0]), 'values 0.5 to 2.* label_loss="squared-error"'),
+        (np.eye(3), r"shape \(3, 3\).* one-hot: give labels\.argmax\(-1\)"),
+        (np.array([[0], [1], [2]]), r"shape \(3, 1\) .* labels\[:, 0\]"),
+        (np.array([True, False, True]), "type bool.* Give whole numbers"),
+        (np.full((3, 4, 4), 255, np.uint8), r"\(3, 4, 4\) and type uint8, values 255 to 255.* kirsch\.distill with"),
+        (
+            np.array([0, 1, 3]),
+            r"Sample 2 of .* has the label 3\. There are 3 classes, so labels go from 0 to 2\. Leave",
+        ),
+        (np.array([0, 1, -1]), r"Sample 2 of the \w+ part of d has the label -1\."),
+        (np.array([1, 2, 3]), r"has the label 3.* labels go from 0 to 2\. Give labels - 1"),
+    ],
+)
+def test_labels_that_are_not_class_numbers_are_refused_with_a_fix(part, labels, sentence):
+    with pytest.raises(DataError, match=rf"of the {part} part of d") as caught:
+        Classification().check_data(data_set(**{part: split(labels)}))
+    assert re.search(sentence, str(caught.value))
+
+
+def test_the_label_loss_of_the_task_is_one_that_objectives_take():
+    assert TASKS["classification"].label_loss in LABEL_LOSSES
+
+
+def test_outputs_must_be_one_logit_for_each_class():
+    Classification().check_outputs(np.zeros((5, 3)), data_set())
+    for shape, found in (((5, 4), r"\(4,\)"), ((5, 3, 2), r"\(3, 2\)")):
+        with pytest.raises(ShapeError, match=rf"returns logits of shape {found}; the data d has 3 classes"):
+            Classification().check_outputs(np.zeros(shape), data_set())
+
+
+def test_a_model_that_predicts_one_class_is_unusable_and_one_better_than_chance_is_not():
+    task, data = Classification(), data_set(test=split((0, 0, 1, 1, 2, 2)))
+    good = task.evaluate(logits_of([0, 0, 1, 1, 2, 0]), data)
+    assert (good["accuracy"]["value"], good["chance"], good["one_class"]) == (5 / 6, pytest.approx(1 / 3), False)
+    assert task.weakness(good) == ("", "")
+    constant = task.evaluate(logits_of([1] * 6), data)
+    assert task.weakness(constant) == (
+        "33.3% of 6 correct, chance is 33.3%",
+        "It predicts one class for every sample.",
+    )
+    shuffled = task.evaluate(logits_of([1, 2, 2, 0, 0, 1]), data)
+    assert task.weakness(shuffled) == ("0.0% of 6 correct, chance is 33.3%", "It is not better than chance.")
+
+
+def test_the_comparison_of_two_models_counts_samples_by_class():
+    data = data_set(test=split((0, 0, 1, 2)))
+    result = Classification().compare(logits_of([0, 0, 1, 2]), logits_of([0, 1, 1, 2]), data)
+    assert result["before"]["confusion"] == [[2, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert result["after"]["confusion"] == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
+    assert result["lost"][0] == {"name": "a", "before": 1.0, "after": 0.5, "n": 2}
+    assert result["paired"]["text"] == "1 sample lost, 0 gained of 4; not significant (p = 1)"

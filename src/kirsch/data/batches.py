@@ -12,9 +12,9 @@ import numpy as np
 
 from kirsch.annotations import Count, Seed
 from kirsch.arguments import checked
+from kirsch.data.augment import TRIED, Augment, Seeded, apply, check, sample_seeds
+from kirsch.data.structure import check_inputs, split_batch, summary
 from kirsch.errors import DataError, ModelError, ShapeError, UsageError, error_text
-from kirsch.frameworks.augment import TRIED, Augment, Seeded, apply, check, sample_seeds
-from kirsch.frameworks.structure import check_inputs, split_batch, summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,7 +139,7 @@ class ArrayData(SeededData):
             of numbers become numpy arrays, also in `targets` and `ids`.
         targets: targets of the loss on labels, such as class numbers (N,) or (N, L); None if there are none.
         batch_size: >= 1. A single last sample joins the batch before, since batch normalization needs two.
-        augment: a transform of `kirsch.frameworks.augment`, or a function (batch, generator) → batch, which is called
+        augment: a transform of `kirsch.data.augment`, or a function (batch, generator) → batch, which is called
             with one sample at a time; None for no augmentation.
         ids: unique integers, shape (N,); 0 to N - 1 by default.
         views: number of different augmentations of a sample: epoch e uses number e modulo `views`; with None, each
@@ -152,7 +152,7 @@ class ArrayData(SeededData):
         UsageError: the transform takes no generator or draws from elsewhere, or a setting is out of range.
     """
 
-    made_by: ClassVar[str] = "kirsch.frameworks.data.ArrayData(inputs, targets)"
+    made_by: ClassVar[str] = "kirsch.data.batches.ArrayData(inputs, targets)"
 
     inputs: Any
     targets: Any

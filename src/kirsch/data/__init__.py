@@ -1,0 +1,1 @@
+"""Batches, data sets with their sources, and seeded augmentation; knows no framework."""

@@ -1,0 +1,6 @@
+"""Tasks by name: what a model is for. Importing this package registers the built-in ones."""
+
+from kirsch.tasks.classification import Classification
+from kirsch.tasks.task import TASKS, Task
+
+__all__ = ["TASKS", "Classification", "Task"]

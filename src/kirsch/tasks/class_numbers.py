@@ -1,0 +1,54 @@
+"""Whether labels are one class number per sample, and the fix for those that are not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def check_class_numbers(labels: NDArray[Any], classes: int, name: str) -> None:
+    """Check that labels are one class number per sample.
+
+    Args:
+        labels: any array of numbers.
+        classes: number of classes, K.
+        name: whose labels they are, for the message: "of the test part of digits".
+
+    Raises:
+        DataError: they have another shape or type, or one is not from 0 to K - 1.
+    """
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        values = "" if labels.dtype.kind == "b" else f", values {labels.min():g} to {labels.max():g}"
+        raise DataError(
+            f"The labels {name} have shape {labels.shape} and type {labels.dtype}{values}.",
+            f"Expected class numbers: one integer per sample, shape (N,), from 0 to {classes - 1}.",
+            _fix(labels),
+        )
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        sample = int(wrong.argmax())
+        raise DataError(
+            f"Sample {sample} {name} has the label {labels[sample]}.",
+            f"There are {classes} classes, so labels go from 0 to {classes - 1}.",
+            "Give labels - 1." if labels.min() == 1 else "Leave such samples out, or name all classes.",
+        )
+
+
+def _fix(labels: NDArray[Any]) -> str:
+    """Return the fix for labels that are not class numbers."""
+    is_integer = labels.dtype.kind != "f" or bool((labels == np.round(labels)).all())  # NaN is not equal to itself
+    if labels.ndim == 1:
+        if labels.dtype.kind == "b" or is_integer:
+            return "Give whole numbers: labels.astype(numpy.int64)."
+        return 'For numbers to predict (regression), use kirsch.distill with ArrayData and label_loss="squared-error".'
+    if labels.ndim == 2 and labels.shape[1] == 1:  # noqa: PLR2004 - (N, 1)
+        return "Remove the axis of length 1: give labels[:, 0] as integers."
+    if labels.ndim == 2 and is_integer and set(np.unique(labels)) <= {0, 1} and (labels.sum(1) == 1).all():  # noqa: PLR2004 - (N, K)
+        return "They are one-hot: give labels.argmax(-1)."
+    return "For labels of pixels or positions, or multi-label targets, use kirsch.distill with ArrayData."

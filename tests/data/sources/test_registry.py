@@ -1,0 +1,114 @@
+"""Sources of data sets are called with their options, and those that fail are named."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from kirsch.data.sources import load_data
+from kirsch.errors import DataError, KirschError, LoadError, UnknownNameError, UsageError
+
+SOURCES = """
+import numpy as np
+
+from kirsch.errors import LoadError, UsageError
+from kirsch.data.dataset import DataSet, Split
+
+
+def good(*, seed, classes=2):
+    part = Split(np.full((classes, 1), seed, np.float32), np.arange(classes))
+    return DataSet("good", part, part, part, tuple("abcdef"[:classes]))
+
+
+def broken(*, seed):
+    raise ValueError("the disk is gone")
+
+
+def mistyped(*, seed):
+    return 1 + "a"
+
+
+def missing(*, seed):
+    raise LoadError("The archive is missing.")
+
+
+def plain(classes=2):
+    part = Split(np.zeros((classes, 1), np.float32), np.arange(classes))
+    return DataSet("plain", part, part, part, tuple("abcdef"[:classes]))
+
+
+def open_to_all(**options):
+    return good(**options)
+
+
+def other(*, seed):
+    return [1, 2]
+"""
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "sources.py").write_text(SOURCES)
+    return tmp_path
+
+
+def test_source_takes_the_seed_and_its_options(base):
+    data = load_data("sources.py:good", {"classes": 3}, seed=7, base=base)
+    assert data.classes == ("a", "b", "c")
+    assert (data.train.inputs == 7).all()
+
+
+def test_source_without_seed_parameter_is_called_without_seed(base):
+    assert load_data("sources.py:plain", {"classes": 3}, seed=7, base=base).classes == ("a", "b", "c")
+    assert (load_data("sources.py:open_to_all", {}, seed=7, base=base).train.inputs == 7).all()
+    for options, sentence in (
+        ({"seed": 3}, r"got an unexpected keyword argument 'seed'\. Use only classes in data\.options"),
+        ({"colors": 3}, r"'colors'\. Use only classes"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            load_data("sources.py:plain", options, seed=0, base=base)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error", "sentence"),
+    [
+        (
+            "sources.py:good",
+            {"colors": 3},
+            UsageError,
+            "does not take these options. got an unexpected keyword argument 'colors'.",
+        ),
+        (
+            "sources.py:good",
+            {"seed": 3},
+            UsageError,
+            "data.options contains `seed`, which 'sources.py:good' receives",
+        ),
+        (
+            "sources.py:broken",
+            {},
+            DataError,
+            "The data source 'sources.py:broken' failed. ValueError: the disk is gone (sources.py:",
+        ),
+        (
+            "sources.py:mistyped",
+            {},
+            DataError,
+            "The data source 'sources.py:mistyped' failed. TypeError: unsupported operand",
+        ),
+        ("sources.py:missing", {}, LoadError, "The archive is missing."),
+        (
+            "sources.py:other",
+            {},
+            DataError,
+            "sources.py:other returns a list; expected a kirsch.DataSet. Return kirsch.DataSet(name, train=",
+        ),
+        ("sources.py:goood", {}, LoadError, "There is no callable of sources.py named 'goood'."),
+        ("digit", {}, UnknownNameError, "There is no data 'digit'. Known: cifar10, digits. Did you mean 'digits'?"),
+    ],
+)
+def test_failing_source_is_named(base, source, options, error, sentence):
+    with pytest.raises(KirschError, match=re.escape(sentence)) as caught:
+        load_data(source, options, seed=0, base=base)
+    assert type(caught.value) is error
