@@ -70,7 +70,7 @@ INFERENCE, ANALYSIS, TRAINING = pytorch().inference, pytorch().analysis, pytorch
 
 
 def changing_predict(model, inputs, *, batch_size=256):
-    model[0].bias.data[0] += 1
+    model[1].num_batches_tracked += 1
     return INFERENCE.predict(model, inputs, batch_size=batch_size)
 
 
