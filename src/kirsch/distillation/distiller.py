@@ -97,7 +97,7 @@ class Distiller:
         if isinstance(teacher, TeacherStore):
             require_temperature(teacher, objective)
             _require_classes(teacher, objective, framework.inference.predict(student, some.inputs).shape)
-            self._teacher_source = StoredTeacher(framework, teacher)
+            self._teacher_source = StoredTeacher(framework.inference, teacher)
             (recorded,) = self._teacher_source(first)
             if "logits" in recorded and not holds_top_k(recorded["logits"]):
                 check_record(recorded["logits"], objective)
@@ -114,11 +114,11 @@ class Distiller:
                 framework.inference.check_runs(model, some.inputs)
             terms = bind(framework, objective, student, teachers, some.inputs, seed=seed)
             layers = [layers_of_teacher(terms, index) for index in range(len(teachers))]
-            logits = teachers_logits(framework, teachers, objective, terms, some.inputs)
+            logits = teachers_logits(framework.features, teachers, objective, terms, some.inputs)
             self._teacher_source = LiveTeachers(framework, teachers, layers, logits)
             for sentence in averaged_logits(objective, len(teachers)):
                 warn(sentence)
-        for sentence in missing_targets(framework, student, first, objective):
+        for sentence in missing_targets(framework.inference, student, first, objective):
             warn(sentence)
         self.student = student
         logits_of_student = logit_layers(objective, terms, None)
@@ -127,13 +127,13 @@ class Distiller:
             list(dict.fromkeys(["logits"] * objective.needs_logits + texts([term.student_layer for term in terms]))),
             {term.adapter_name: term.adapter for term in terms if term.adapter is not None},
             {term.adapter_name: term.student_layer for term in terms},
-            settle(framework, student, objective, logits_of_student, some.inputs, teacher=None),
+            settle(framework.features, student, objective, logits_of_student, some.inputs, teacher=None),
         )
         self._logits_shape = (
             tuple(framework.inference.predict(student, some.inputs).shape[1:]) if objective.needs_logits else None
         )
         self.step = DistillationStep(
-            framework,
+            framework.features,
             objective,
             terms,
             self._teacher_source,

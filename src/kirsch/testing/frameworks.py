@@ -208,7 +208,7 @@ def _trained(example: FrameworkExample, model: Any) -> Trained:
     """Return a model after three epochs on the labels."""
     framework = example.framework
     shape = framework.inference.predict(model, example.inputs[:2]).shape[1:]
-    step = DistillationStep(framework, Objective.labels(), logits_shape=tuple(shape))
+    step = DistillationStep(framework.features, Objective.labels(), logits_shape=tuple(shape))
     data = ArrayData(example.inputs, example.labels, batch_size=8)
     student = framework.features.with_adapters(model, ("logits",), {}, {}, None)
     settings = Training(epochs=3, learning_rate=0.05, weight_decay=0.0)
