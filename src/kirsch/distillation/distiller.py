@@ -234,7 +234,7 @@ class Distiller:
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save beside those of student and optimizer: adapters, factors, and gradient shares."""
         return {
-            "adapters": dict(self.module.adapters.state_dict()),
+            "adapters": self.module.adapter_state(),
             "balance": self.step.state(),
             "looked": self._checked_epoch,
             "shares": dict(self.shares),
@@ -253,7 +253,7 @@ class Distiller:
             raise CheckpointError(
                 f"`state` has no {missing[0]!r}.", fix="Give what `state_dict` of a distiller returned."
             )
-        own, given = self.module.adapters.state_dict(), state["adapters"]
+        own, given = self.module.adapter_state(), state["adapters"]
         other = sorted(own.keys() ^ given.keys())
         other = other or [name for name, value in own.items() if tuple(value.shape) != tuple(given[name].shape)]
         if other:
@@ -261,7 +261,7 @@ class Distiller:
                 f"The state holds other adapters than this distiller: {', '.join(other[:3])}.",
                 fix="Build it with the objective and the models that the state was saved with.",
             )
-        self.module.adapters.load_state_dict(given)
+        self.module.load_adapter_state(given)
         self.step.restore(state["balance"])
         self._checked_epoch, self.shares, self._began = state["looked"], dict(state["shares"]), dict(state["began"])
 
