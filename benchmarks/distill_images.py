@@ -73,7 +73,7 @@ DEFAULTS = {
 def objectives(task: str) -> dict[str, Objective]:
     """What is compared. Warm-ups of 20 of 240 epochs last as long a part of these few."""
     student = STUDENTS[task]()
-    places = stages(framework_of(student), student, resnet().eval(), torch.zeros(8, 3, 32, 32))
+    places = stages(framework_of(student).features, student, resnet().eval(), torch.zeros(8, 3, 32, 32))
     mine, theirs = [a for a, _ in places], [b for _, b in places]
 
     def preset(name: str) -> Objective:

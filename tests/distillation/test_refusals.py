@@ -222,7 +222,7 @@ def test_the_copy_of_a_teacher_is_frozen_and_drops_nothing(of_timm):
     teacher = of_timm().train()
     teacher(torch.randn(2, 1, 6, 6)).sum().backward()
     before = state(teacher)
-    first = first_batch(framework_of(teacher), data())
+    first = first_batch(framework_of(teacher).training, data())
     bound = Distiller(Net(), teacher, Objective.kd(), first)
     bound(first)
     (watch,) = bound._teacher_source._watches

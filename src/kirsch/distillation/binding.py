@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.term import Term
     from kirsch.frameworks.layers import LayerNames
-    from kirsch.frameworks.protocols import Framework
+    from kirsch.frameworks.protocols import Features, Framework
 
 LOGITS = ("logits", "output.logits")
 """LayerNames of what labels belong to."""
@@ -183,18 +183,18 @@ def _places(
     gathered = get_loss(term.loss).takes in GATHERED
     auto = re.fullmatch(r"auto(?:\[(-?\d+)\])?", term.student_layer) if isinstance(term.student_layer, str) else None
     if auto is not None and term.teacher_layer is None and recorded is None:
-        found = stages(framework, student, teacher, inputs)
+        found = stages(framework.features, student, teacher, inputs)
         found = found if auto[1] is None else _picked(found, int(auto[1]), "stages that student and teacher share")
         return [([a for a, _ in found], [b for _, b in found])] if gathered else list(found)
     if auto is not None:
-        mine: Any = [path for path, _ in stages_of(framework, student, inputs)]
+        mine: Any = [path for path, _ in stages_of(framework.features, student, inputs)]
         mine = mine if auto[1] is None else _picked(mine, int(auto[1]), "stages of the student")
     else:
-        mine = _expanded(framework, student, term.student_layer, inputs)
+        mine = _expanded(framework.features, student, term.student_layer, inputs)
     if recorded is not None:
         theirs = _recorded(term.layers[1], recorded)
     else:
-        theirs = _expanded(framework, teacher, term.layers[1], inputs)
+        theirs = _expanded(framework.features, teacher, term.layers[1], inputs)
     if isinstance(mine, dict) or isinstance(theirs, dict):
         return [(mine, theirs)]
     if len(theirs) == 1:  # such as the scores, which each stage is held against
@@ -216,10 +216,10 @@ def _picked(found: Any, place: int, what: str) -> Any:
     return [found[place]]
 
 
-def _expanded(framework: Framework, model: Any, layers: LayerNames, inputs: Any) -> Any:
+def _expanded(features: Features, model: Any, layers: LayerNames, inputs: Any) -> Any:
     if isinstance(layers, dict):
-        return {name: _expanded(framework, model, layer, inputs)[0] for name, layer in layers.items()}
-    return [concrete for text in texts(layers) for concrete in framework.features.expand(model, text, inputs)]
+        return {name: _expanded(features, model, layer, inputs)[0] for name, layer in layers.items()}
+    return [concrete for text in texts(layers) for concrete in features.expand(model, text, inputs)]
 
 
 def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:

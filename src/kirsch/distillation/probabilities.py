@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.protocols import Framework
+    from kirsch.frameworks.protocols import Features
 
 ACTIVATIONS: Mapping[str, Activation] = {"cross-entropy": "softmax", "binary": "sigmoid"}
 """Label loss → what it applies to the outputs of the student."""
@@ -113,12 +113,12 @@ def _labels_take_logits(objective: Objective) -> bool:
 
 
 def settle(
-    framework: Framework, model: Any, objective: Objective, layers: Sequence[str], inputs: Any, *, teacher: int | None
+    features: Features, model: Any, objective: Objective, layers: Sequence[str], inputs: Any, *, teacher: int | None
 ) -> Logits | None:
     """What makes logits of a model's outputs; None where they are logits.
 
     Args:
-        framework: of the model.
+        features: of the framework of the model.
         model: the student, or a teacher.
         objective: says what the model puts out; where it does not, outputs that look like probabilities are refused.
         layers: at which losses take logits.
@@ -137,7 +137,7 @@ def settle(
             "Probabilities become logits in another way for each.",
             "Give models that put out logits.",
         )
-    values = framework.features.extract(model, layers, inputs)
+    values = features.extract(model, layers, inputs)
     whose = "The student" if teacher is None else "The teacher"
     named = f"{whose}, a {type(model).__name__},"
     for layer in layers:
@@ -146,10 +146,10 @@ def settle(
             _check_stated(named, layer, found, activations)
         else:
             shape = shape_of(found, activations)
-            if shape == "inside" and framework.features.is_squashed(model, layer, inputs):
+            if shape == "inside" and features.is_squashed(model, layer, inputs):
                 shape = "sigmoid"
             negative = not shape and "sigmoid" in activations and found.size and found.max() <= 0
-            if negative and framework.features.is_squashed(model, layer, inputs, logarithm=True):
+            if negative and features.is_squashed(model, layer, inputs, logarithm=True):
                 shape = "log-sigmoid"
             if shape not in ("", "inside"):
                 raise refusal(named, shape, objective, "student_outputs" if teacher is None else "teacher_outputs")
@@ -268,7 +268,7 @@ def check_record(values: Any, objective: Objective) -> None:
 
 
 def teachers_logits(
-    framework: Framework, teachers: Sequence[Any], objective: Objective, terms: Sequence[BoundTerm], inputs: Any
+    features: Features, teachers: Sequence[Any], objective: Objective, terms: Sequence[BoundTerm], inputs: Any
 ) -> list[Logits | None]:
     """What makes logits of the outputs of each teacher; see `settle`.
 
@@ -282,6 +282,6 @@ def teachers_logits(
             fix="Give one for each, or one for all.",
         )
     return [
-        settle(framework, model, objective, logit_layers(objective, terms, place), inputs, teacher=place)
+        settle(features, model, objective, logit_layers(objective, terms, place), inputs, teacher=place)
         for place, model in enumerate(teachers)
     ]
