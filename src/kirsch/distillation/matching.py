@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import first_array
+from kirsch import ops
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def stages(framework: Framework, student: Any, teacher: Any, inputs: Any) -> lis
 
 def stages_of(framework: Framework, model: Any, inputs: Any) -> list[tuple[str, Size | None]]:
     """Path and map size of each stage of a model; see `stages_among`."""
-    return stages_among(framework.shapes(model, inputs), first_array(inputs).shape, type(model).__name__)
+    return stages_among(framework.shapes(model, inputs), ops.first_array(inputs).shape, type(model).__name__)
 
 
 def stages_among(shapes: Sequence[tuple[str, Shape]], image: Shape, called: str) -> list[tuple[str, Size | None]]:

@@ -1,4 +1,4 @@
-"""Array operations that give the same result in numpy and PyTorch."""
+"""Array operations give the same result for every library."""
 
 from __future__ import annotations
 
@@ -8,59 +8,50 @@ import numpy as np
 import pytest
 import torch
 
-from kirsch.distillation.arrays import (
-    check_same_shape,
-    detach,
-    log_sigmoid,
-    log_softmax,
-    namespace,
-    take_column,
-    to_numpy,
-    weighted_mean,
-    zero_masked,
-)
+from kirsch import ops
+from kirsch.distillation.losses.shapes import check_same_shape
 from kirsch.errors import DataError, ShapeError, UsageError
 
 
 def test_log_softmax_in_closed_form(framework):
     logits = framework([[0.0, math.log(3.0)], [5.0, 5.0]])
-    np.testing.assert_allclose(log_softmax(logits), np.log([[0.25, 0.75], [0.5, 0.5]]), rtol=1e-15)
+    np.testing.assert_allclose(ops.log_softmax(logits), np.log([[0.25, 0.75], [0.5, 0.5]]), rtol=1e-15)
 
 
 def test_log_softmax_of_huge_logits_is_their_difference(framework):
-    np.testing.assert_array_equal(log_softmax(framework([[1e4, -1e4], [-1e4, -1e4 - 700]])), [[0, -2e4], [0, -700]])
+    np.testing.assert_array_equal(ops.log_softmax(framework([[1e4, -1e4], [-1e4, -1e4 - 700]])), [[0, -2e4], [0, -700]])
 
 
 def test_the_gradient_of_log_softmax_includes_the_normalization():
     """The largest logit is subtracted without gradient, which must not change the gradient of the result."""
     logits = torch.tensor([[0.5, -1.0, 2.0]], dtype=torch.float64, requires_grad=True)
-    log_softmax(logits)[0, 0].backward()
+    ops.log_softmax(logits)[0, 0].backward()
     softmax = np.exp(logits.detach().numpy()) / np.exp(logits.detach().numpy()).sum()
     np.testing.assert_allclose(logits.grad, np.array([[1.0, 0, 0]]) - softmax, atol=1e-15)
 
 
 def test_take_column_returns_one_column_of_each_row(framework):
     rows = framework([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    np.testing.assert_array_equal(take_column(rows, framework([2, 0])), [3, 4])
+    np.testing.assert_array_equal(ops.take_column(rows, framework([2, 0])), [3, 4])
 
 
 def test_take_column_accepts_integers_of_any_width():
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     for dtype in (torch.uint8, torch.int16, torch.int32):
-        assert take_column(rows, torch.tensor([1, 0], dtype=dtype)).tolist() == [2, 3]
+        assert ops.take_column(rows, torch.tensor([1, 0], dtype=dtype)).tolist() == [2, 3]
 
 
 def test_detach_stops_gradients_and_returns_numpy_arrays_unchanged():
     logits = torch.ones(2, requires_grad=True)
-    (detach(logits) * logits).sum().backward()
+    (ops.detach(logits) * logits).sum().backward()
     assert logits.grad.tolist() == [1, 1]  # would be 2 · logits if the gradient reached the detached factor
     plain = np.ones(2)
-    assert detach(plain) is plain
+    assert ops.detach(plain) is plain
 
 
 def test_a_list_is_refused_as_an_array():
     with pytest.raises(UsageError, match=r"A loss got an object of type list\. Pass numpy arrays or PyTorch tensors\."):
-        namespace([1.0])
+        ops.exp([1.0])
 
 
 def test_the_message_about_unequal_shapes_contains_both():
@@ -70,33 +61,33 @@ def test_the_message_about_unequal_shapes_contains_both():
 
 
 def test_log_sigmoid_in_closed_form(framework):
-    values = log_sigmoid(framework([0.0, math.log(3), 1e4, -1e4]))
+    values = ops.log_sigmoid(framework([0.0, math.log(3), 1e4, -1e4]))
     np.testing.assert_allclose(values, [-math.log(2), math.log(0.75), 0, -1e4], rtol=1e-15)
 
 
 def test_the_slope_of_log_sigmoid_is_one_half_at_zero():
     """A head initialized to zero starts there, and a formula with |x| has the slope 1 there."""
     logits = torch.tensor([0.0, math.log(3), -1e4], dtype=torch.float64, requires_grad=True)
-    log_sigmoid(logits).sum().backward()
+    ops.log_sigmoid(logits).sum().backward()
     np.testing.assert_allclose(logits.grad, [0.5, 0.25, 1], rtol=1e-15)
 
 
 def test_a_weighted_mean_in_closed_form(framework):
     values, weights = framework([[1.0, 5.0, 100.0]]), framework([[1.0, 3.0, 2.0]])
-    assert float(weighted_mean(values, weights)) == pytest.approx((1 + 15 + 200) / 6, rel=1e-15)
+    assert float(ops.weighted_mean(values, weights)) == pytest.approx((1 + 15 + 200) / 6, rel=1e-15)
     mask = framework([[True, True, False]])
-    assert float(weighted_mean(values, weights, mask)) == pytest.approx(4, rel=1e-15)
-    assert float(weighted_mean(values, 0.0 * weights)) == 0
+    assert float(ops.weighted_mean(values, weights, mask)) == pytest.approx(4, rel=1e-15)
+    assert float(ops.weighted_mean(values, 0.0 * weights)) == 0
     with pytest.raises(DataError, match="All targets are masked"):
-        weighted_mean(values, weights, framework([[False, False, False]]))
+        ops.weighted_mean(values, weights, framework([[False, False, False]]))
 
 
 def test_a_mask_of_another_shape_is_refused(framework):
     with pytest.raises(ShapeError, match=r"The mask has shape \(3,\); \(2,\) is needed"):
-        zero_masked(framework(np.ones((2, 3))), framework([True, True, False]))
+        ops.zero_masked(framework(np.ones((2, 3))), framework([True, True, False]))
 
 
-def test_to_numpy_detaches_tensors_and_returns_numpy_arrays_unchanged():
-    assert to_numpy(torch.ones(2, requires_grad=True)).tolist() == [1, 1]
+def test_convert_to_numpy_detaches_tensors_and_returns_numpy_arrays_unchanged():
+    assert ops.convert_to_numpy(torch.ones(2, requires_grad=True)).tolist() == [1, 1]
     plain = np.ones(2)
-    assert to_numpy(plain) is plain
+    assert ops.convert_to_numpy(plain) is plain
