@@ -152,7 +152,7 @@ def depth(model: nn.Module, graph: Graph, inputs: Any) -> str:
         return ""
     least = graph.prices.price(graph.keep({}), graph.blocks).macs / max(graph.cost.macs, 1)
     try:
-        plan = kirsch.plan_depth(graph, kirsch.Goal(macs=(1 + least) / 2), inputs, "random")
+        plan = kirsch.plan(graph, kirsch.Goal(macs=(1 + least) / 2), kinds="block", data=inputs, importance="random")
         found = prune_with_verification(model, plan)
         own = part_of(found.model, graph.tracing.module)
         given = inputs_of(model, graph.tracing.module, inputs) if graph.tracing.module else inputs

@@ -20,12 +20,11 @@ if TYPE_CHECKING:
     from kirsch.distillation.schedule import Ramp
     from kirsch.distillation.term import Term
     from kirsch.frameworks.model_generator import ModelGenerator
-    from kirsch.frameworks.port import trace
+    from kirsch.frameworks.trace import trace
     from kirsch.frameworks.training import Training
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Goal, Plan
     from kirsch.pruning.choose import plan
-    from kirsch.pruning.depth import plan_depth
     from kirsch.pruning.prune import prune
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import compress
@@ -56,7 +55,6 @@ __all__ = [
     "load",
     "measure",
     "plan",
-    "plan_depth",
     "prune",
     "recovery",
     "save",
@@ -89,11 +87,10 @@ _MODULES = {
     "load": "kirsch.pruning.store",
     "measure": "kirsch.deploy.measure",
     "plan": "kirsch.pruning.choose",
-    "plan_depth": "kirsch.pruning.depth",
     "prune": "kirsch.pruning.prune",
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
-    "trace": "kirsch.frameworks.port",
+    "trace": "kirsch.frameworks.trace",
 }
 
 

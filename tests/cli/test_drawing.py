@@ -118,7 +118,7 @@ def plan(**changes) -> Plan:
 
 
 def test_a_plan_has_one_bar_per_group():
-    lines = [plain(line) for line in drawing.plan_lines(plan(), Graph((Group("a"), Group("long.name"))))]
+    lines = [plain(line) for line in drawing.plan_lines(plan(graph=Graph((Group("a"), Group("long.name")))))]
     assert lines[2] == "a          " + "█" * 18 + "░" * 6 + "      8 → 6       −25.0 %"
     assert lines[3] == "long.name  " + "█" * 24 + "      8 → 8          kept"
 
@@ -134,13 +134,13 @@ def test_cost_lines_have_the_remaining_share_and_the_goal():
 
 def test_the_bar_of_a_group_is_never_empty():
     lines = drawing.plan_lines(
-        plan(groups=(Removal("a", "channel", 100, tuple(range(99)), ""),)), Graph((Group("a", 100),))
+        plan(groups=(Removal("a", "channel", 100, tuple(range(99)), ""),), graph=Graph((Group("a", 100),)))
     )
     assert lines[2][1].text == "█"
 
 
 def test_notes_of_a_plan_are_shown():
-    lines = [plain(line) for line in drawing.plan_lines(plan(notes=("widths go in steps",)), Graph())]
+    lines = [plain(line) for line in drawing.plan_lines(plan(notes=("widths go in steps",)))]
     assert lines[-1] == "note         widths go in steps"
 
 
@@ -154,6 +154,6 @@ def test_a_plan_of_blocks_names_the_removed_blocks():
     cost = Cost(100, 100, 0)
     method = {"importance": "influence", "exclude": ["head"], "seed": 0}
     plan = Plan("", "Net", (), cost, Cost(50, 50, 0), method=method, blocks=(Skip("layer1", "least influence"),))
-    lines = [plain(line) for line in drawing.plan_lines(plan, Graph())]
+    lines = [plain(line) for line in drawing.plan_lines(plan)]
     assert lines[0] == "Net   influence of residual blocks, without head"
     assert "layer1  removed" in lines

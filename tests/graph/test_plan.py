@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kirsch.errors import GoalError, PlanError, UsageError
 from kirsch.graph.cost import Cost
 from kirsch.graph.graph import InputSpec, Tracing
-from kirsch.graph.group import KINDS
+from kirsch.graph.kinds import KINDS
 from kirsch.graph.plan import Goal, Plan, Removal
 
 STEADY = settings(deadline=None, derandomize=True)

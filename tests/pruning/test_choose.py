@@ -163,7 +163,9 @@ def test_a_goal_without_limits_is_refused():
 
 
 def test_options_out_of_range_are_named_together():
-    with pytest.raises(UsageError, match=r"`ranking` .* is 'each'.*`round_to` .* is 0.*`norm` .* is 3"):
+    with pytest.raises(
+        UsageError, match=r"`norm` .* is 3.*`ranking` .* is 'each'.*`round_to` .* is 0.*`min_keep` .* is 0"
+    ):
         kirsch.plan(
             kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), ranking="each", round_to=0, norm=3, min_keep=0
         )

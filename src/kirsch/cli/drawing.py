@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kirsch.graph.graph import Graph
     from kirsch.graph.group import Group
-    from kirsch.graph.plan import Plan
+    from kirsch.graph.plan import Plan, Removal
 
 LAYERS = 3
 """Number of tied layers that are named."""
@@ -188,12 +188,16 @@ def _blockers(graph: Graph) -> list[Line]:
     return lines
 
 
-def plan_lines(plan: Plan, graph: Graph) -> list[Line]:
-    """Return the lines on a plan: a bar for each group, the cost before and after, and the notes."""
+def plan_lines(plan: Plan) -> list[Line]:
+    """Return the lines on a plan: a bar for each group, the cost before and after, and the notes.
+
+    A plan without its graph, as one from JSON, shows only the groups that lose units.
+    """
     removed = {removal.name: len(removal.removed) for removal in plan.groups}
-    name_width = max((len(group.name) for group in graph.groups), default=0)
+    groups: Sequence[Group | Removal] = plan.graph.groups if plan.graph is not None else plan.groups
+    name_width = max((len(group.name) for group in groups), default=0)
     lines: list[Line] = [[Piece(plan.model, "strong"), Piece(f"   {_method(plan)}")], []]
-    for group in graph.groups:
+    for group in groups:
         count = removed.get(group.name, 0)
         kept = group.size - count
         filled = max(1, round(BAR * kept / group.size))
@@ -234,15 +238,17 @@ def notes(texts: Iterable[str]) -> list[Line]:
 
 
 def _method(plan: Plan) -> str:
+    """Return the options of a plan that decide most, as one line."""
     method = plan.method
     if not method:
         return ""
-    importance = (
-        f"{method['importance']} (L{method['norm']})" if method["importance"] == "magnitude" else method["importance"]
-    )
-    excluded = f", without {', '.join(method['exclude'])}" if method.get("exclude") else ""
-    if "round_to" not in method:
-        return f"{importance} of residual blocks{excluded}"
-    widths = "round widths" if method["round_to"] == "auto" else f"widths in steps of {method['round_to']}"
-    uniform = ", uniform" if method.get("uniform") else ""
-    return f"{importance}, {method['ranking']}, {widths}{uniform}{excluded}"
+    norm = f" (L{method['norm']})" if method["importance"] == "magnitude" and "norm" in method else ""
+    parts = [f"{method['importance']}{norm}{' of residual blocks' if plan.blocks else ''}"]
+    if not plan.blocks:
+        round_to = method.get("round_to", "auto")
+        parts += [method["ranking"]] if "ranking" in method else []
+        parts += ["round widths" if round_to == "auto" else f"widths in steps of {round_to}"]
+        parts += ["uniform"] if method.get("uniform") else []
+    for option, words in (("exclude", "without"), ("keep_outputs", "all outputs of")):
+        parts += [f"{words} {', '.join(method[option])}"] if method.get(option) else []
+    return ", ".join(parts)

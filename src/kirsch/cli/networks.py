@@ -5,30 +5,35 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from kirsch.cli import drawing
 from kirsch.cli.inputs import EXAMPLE, example_inputs, specifications
 from kirsch.cli.terminal import Line, Piece
+from kirsch.data.sources import load_data
 from kirsch.deploy.export import export, usage
 from kirsch.deploy.measure import Measurement, measure
 from kirsch.deploy.onnx_inputs import stand_ins
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import OutputError, UsageError
 from kirsch.files import MANIFEST, check_writable, write_text
-from kirsch.frameworks.port import Framework, framework_of, trace
+from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.trace import trace
 from kirsch.graph.inputs import tensors
+from kirsch.graph.kinds import BLOCK
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.store import load, save
 from kirsch.recipes.models import build, stated_inputs
+from kirsch.recipes.stages import CALIBRATION
 from kirsch.report import figures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kirsch.cli.terminal import Terminal
+    from kirsch.frameworks.protocols import Framework
     from kirsch.graph.graph import InputSpec
 
 RANDOM, PRETRAINED = "random", "pretrained"
@@ -36,45 +41,6 @@ GOAL_MISSED = 3
 """Exit code if the work is done and a goal is missed."""
 SAVED_FILES = ("plan.json", "model.safetensors", MANIFEST)
 """Files in the folder of a pruned model."""
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """Options of a plan from the command line.
-
-    Args:
-        macs, parameters: the goal; see `Goal`.
-        importance, ranking, round_to, exclude, kinds, uniform, min_keep, seed: see `kirsch.plan`.
-    """
-
-    macs: float | None
-    parameters: float | None
-    importance: str
-    ranking: str
-    round_to: str
-    exclude: Sequence[str]
-    kinds: Sequence[str]
-    uniform: bool
-    min_keep: float
-    seed: int
-
-    def plan(self, graph: Any, weights: str) -> Plan:
-        """Return the plan for a graph. Its method has a description of the weights."""
-        if self.macs is None and self.parameters is None:
-            raise UsageError("The goal is missing.", "A plan needs a limit of the cost.", "Give --macs 0.5.")
-        plan = choose(
-            graph,
-            Goal(macs=self.macs, parameters=self.parameters),
-            importance=self.importance,
-            ranking=cast("Any", self.ranking),  # checked by `plan`
-            round_to=_round_to(self.round_to),
-            exclude=self.exclude,
-            kinds=self.kinds or None,
-            uniform=self.uniform,
-            min_keep=self.min_keep,
-            seed=self.seed,
-        )
-        return replace(plan, method=plan.method | {"weights": weights})
 
 
 @dataclass(frozen=True)
@@ -113,6 +79,53 @@ class LoadedModel:
         """Return the shape of each input."""
         arrays = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
         return [list(array.shape) for array in arrays]
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Goal and options of a plan from the command line.
+
+    Args:
+        macs, parameters: the goal; see `Goal`.
+        options: options of `kirsch.plan` that differ from the defaults.
+        data: data source of a recipe, on which blocks are ranked; "" for the example inputs.
+        seed: seed of the plan and of the data.
+    """
+
+    macs: float | None
+    parameters: float | None
+    options: dict[str, Any]
+    data: str
+    seed: int
+
+    @property
+    def given(self) -> list[str]:
+        """Names of what is given."""
+        values = {"macs": self.macs, "parameters": self.parameters, "data": self.data or None, **self.options}
+        return [name for name, value in values.items() if value is not None]
+
+    @property
+    def on_example_inputs(self) -> bool:
+        """Whether blocks are ranked on the example inputs."""
+        return self.options.get("kinds") == [BLOCK] and not self.data
+
+    def plan(self, loaded: LoadedModel) -> Plan:
+        """Return the plan for a model. Its method has a description of the weights."""
+        if self.macs is None and self.parameters is None:
+            raise UsageError("The goal is missing.", "A plan needs a limit of the cost.", "Give --macs 0.5.")
+        data = loaded.inputs if self.on_example_inputs else None
+        if self.data:
+            source = load_data(self.data, {}, seed=self.seed, base=Path())
+            data = loaded.framework.inference.from_numpy(source.train.inputs[:CALIBRATION])
+        goal = Goal(macs=self.macs, parameters=self.parameters)
+        plan = choose(trace(loaded.model, loaded.inputs), goal, data=data, seed=self.seed, **self.options)
+        return replace(plan, method=plan.method | {"weights": loaded.weights})
+
+    def notes(self) -> list[str]:
+        """Return notes on the choice of the options."""
+        if not self.on_example_inputs or self.options.get("importance") == "random":
+            return []
+        return ["The blocks were ranked on the example inputs; --data SOURCE ranks them on data."]
 
 
 def load_model(reference: str, inputs: Sequence[str], weights: str, *, pruned: str = "", seed: int = 0) -> LoadedModel:
@@ -161,7 +174,7 @@ def model_of(reference: str, weights: str, *, seed: int = 0) -> Any:
         )
     model = build(reference, base=Path(), seed=seed, weights=weights if zoo else RANDOM)
     if weights not in (RANDOM, PRETRAINED) and not zoo:
-        framework_of(model).load_weights(model, Path(weights))
+        framework_of(model).inference.load_weights(model, Path(weights))
     return model
 
 
@@ -187,16 +200,12 @@ def show_trace(loaded: LoadedModel, layer: str, terminal: Terminal) -> int:
     return 0
 
 
-def show_plan(loaded: LoadedModel, options: PlanOptions, output: str, terminal: Terminal) -> int:
+def show_plan(loaded: LoadedModel, request: PlanRequest, output: str, terminal: Terminal) -> int:
     """Show a plan with its costs, and write it to a file if one is named."""
     target = _output_file(output) if output else None
-    graph = trace(loaded.model, loaded.inputs)
-    plan = options.plan(graph, loaded.weights)
-    lines = [
-        *drawing.plan_lines(plan, graph),
-        *loaded.weights_lines(),
-        *drawing.notes(_random_weights_note(loaded, plan)),
-    ]
+    plan = request.plan(loaded)
+    notes = [*request.notes(), *_random_weights_note(loaded, plan)]
+    lines = [*drawing.plan_lines(plan), *loaded.weights_lines(), *drawing.notes(notes)]
     if target is not None:
         write_text(target, plan.to_json())
         lines.append([Piece(f"{'plan':<13}{output}")])
@@ -204,28 +213,36 @@ def show_plan(loaded: LoadedModel, options: PlanOptions, output: str, terminal: 
         "plan": json.loads(plan.to_json()),
         "file": output or None,
         "weights": loaded.weights,
-        "notes": [*plan.notes, *_random_weights_note(loaded, plan)],
+        "notes": [*plan.notes, *notes],
     }
     terminal.result(lines, content)
     return 0
 
 
 def show_prune(
-    load: Callable[[], LoadedModel], plan_file: str, options: PlanOptions, output: str, terminal: Terminal
+    load: Callable[[], LoadedModel], plan_file: str, request: PlanRequest, output: str, terminal: Terminal
 ) -> int:
     """Prune a model and save it to a folder. Plan and folder are checked before the model is loaded."""
-    if plan_file and (options.macs is not None or options.parameters is not None):
+    if plan_file and request.given:
+        flag = f"--{request.given[0].replace('_', '-')}"
         raise UsageError(
-            "Both a plan and a goal are given.", "A plan contains its goal.", "Give --plan or --macs, not both."
+            f"Both a plan and {flag} are given.",
+            "A plan contains its goal and its options.",
+            f"Give --plan or {flag}, not both.",
         )
     _check_output_folder(Path(output))
     stored = Plan.read(plan_file) if plan_file else None
     loaded = load()
-    plan = stored or options.plan(trace(loaded.model, loaded.inputs), loaded.weights)
+    plan = stored or request.plan(loaded)
     pruned = prune_with_verification(loaded.model, plan, example_inputs=loaded.inputs)
     folder = save(pruned.model, output)
     plan = pruned.plan
-    notes = [*pruned.notes, *_random_weights_note(loaded, plan), *_other_weights_note(loaded, plan)]
+    notes = [
+        *pruned.notes,
+        *([] if stored else request.notes()),
+        *_random_weights_note(loaded, plan),
+        *_other_weights_note(loaded, plan),
+    ]
     count = sum(bool(removal.removed) for removal in plan.groups)
     verification = pruned.verification
     if verification is None:
@@ -335,7 +352,7 @@ def _with_inputs(
     framework = framework_of(model)
     inputs = example_inputs(model, specs) if specs else stated_inputs(reference, model)
     if inputs is None and pruned:
-        inputs = framework.inputs_like(Plan.read(Path(pruned) / "plan.json").inputs, model) or None
+        inputs = framework.analysis.inputs_like(Plan.read(Path(pruned) / "plan.json").inputs, model) or None
     if inputs is None:
         raise UsageError(
             f"The inputs of {reference} are unknown.",
@@ -343,11 +360,6 @@ def _with_inputs(
             EXAMPLE.replace("Write", "Give"),
         )
     return LoadedModel(model, inputs, weights, random)
-
-
-def _round_to(text: str) -> Any:
-    """Return a number if the text is one; `plan` checks other values."""
-    return int(text) if text.isascii() and text.isdigit() else text
 
 
 def _random_weights_note(loaded: LoadedModel, plan: Plan) -> list[str]:

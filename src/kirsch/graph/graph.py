@@ -18,7 +18,7 @@ from kirsch.graph.group import find_groups
 from kirsch.graph.rigid import code_constraints
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -145,6 +145,7 @@ class Graph:
         values: path → values of the parameter as a float array; only called if an importance needs them.
         fits: returns whether a model is the traced object, with the same parameters.
         blocks: paths of the residual blocks, i.e. modules that can be replaced by the identity.
+        module_outputs: returns the path of each module → the tensors that the module returns, with labels.
         runner: runs the model with and without its blocks; None for a graph built by hand.
         tracing: the options of the trace.
         traced: the framework's own record of the trace.
@@ -160,6 +161,7 @@ class Graph:
     values: Callable[[str], NDArray[Any]]
     fits: Callable[[Any], bool]
     blocks: tuple[str, ...] = ()
+    module_outputs: Callable[[], Mapping[str, Sequence[Tensor]]] = field(repr=False, default=dict)
     runner: ModelRunner | None = field(repr=False, default=None)
     tracing: Tracing = field(default_factory=Tracing)
     traced: Any = field(repr=False, default=None)
