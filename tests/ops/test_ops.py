@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,3 +95,64 @@ def test_convert_to_numpy_detaches_tensors_and_returns_numpy_arrays_unchanged():
     assert ops.convert_to_numpy(torch.ones(2, requires_grad=True)).tolist() == [1, 1]
     plain = np.ones(2)
     assert ops.convert_to_numpy(plain) is plain
+
+
+def test_the_implementations_have_the_same_functions_with_the_same_arguments():
+    from kirsch.frameworks.pytorch import ops as of_torch
+    from kirsch.ops import numpy_arrays, operations
+
+    names = [name for name, value in vars(operations).items() if inspect.isfunction(value)]
+    names = [name for name in names if getattr(operations, name).__module__ == operations.__name__]
+    for name in set(names) - {"channel_axis"}:
+        assert callable(getattr(numpy_arrays, name))
+        assert callable(getattr(of_torch, name))
+    assert numpy_arrays.CHANNEL_AXIS == of_torch.CHANNEL_AXIS == 1
+    assert set(names) <= set(ops.__all__)
+
+
+def test_importing_the_operations_imports_no_framework():
+    code = "import sys, numpy; from kirsch import ops; ops.exp(numpy.ones(2)); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_another_library_joins_by_the_package_of_its_arrays(monkeypatch):
+    monkeypatch.setattr(ops.IMPLEMENTATIONS, "_objects", {})
+    array_type = type("Array", (), {"__module__": "my_library.arrays"})
+    with pytest.raises(UsageError, match="an object of type Array"):
+        ops.exp(array_type())
+    ops.IMPLEMENTATIONS.register("my_library")(SimpleNamespace(exp=lambda x: "the exponential"))
+    assert ops.exp(array_type()) == "the exponential"
+
+
+def test_an_error_is_raised_if_a_condition_is_true_for_an_element(framework):
+    ops.raise_if(framework([False, False]), lambda: DataError("A value is wrong."))
+    with pytest.raises(DataError, match="A value is wrong"):
+        ops.raise_if(framework([False, True]), lambda: DataError("A value is wrong."))
+    with ops.without_value_checks():
+        ops.raise_if(framework([True]), lambda: DataError("A value is wrong."))
+    with pytest.raises(DataError):
+        ops.raise_if(framework([True]), lambda: DataError("A value is wrong."))
+
+
+def test_values_are_not_checked_where_there_are_none():
+    ops.raise_if(torch.ones(2, dtype=torch.bool, device="meta"), lambda: DataError("A value is wrong."))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int32", "uint8", "bool"])
+def test_types_have_the_same_names_in_every_library(dtype, framework):
+    converted = ops.cast(framework([0.0, 1.0]), dtype)
+    assert ops.dtype(converted) == dtype
+    assert ops.dtype(ops.upcast(converted)) == ("float32" if dtype == "float16" else dtype)
+
+
+def test_indices_become_one_hot_and_multi_hot_rows(framework):
+    rows = ops.one_hot(framework([2, 0]), 3, "float64")
+    np.testing.assert_array_equal(rows, [[0, 0, 1], [1, 0, 0]])
+    np.testing.assert_array_equal(ops.multi_hot(framework([[2, 0]]), 4, "bool"), [[True, False, True, False]])
+
+
+def test_classes_of_pixels_move_to_the_end(framework):
+    pixels = framework(np.zeros((2, 3, 4, 5)))
+    assert tuple(ops.classes_last(pixels).shape) == (2, 4, 5, 3)
+    assert tuple(ops.classes_last(pixels, axis=-1).shape) == (2, 3, 4, 5)
+    assert tuple(ops.classes_last(framework(np.zeros((2, 3, 4)))).shape) == (2, 3, 4)

@@ -33,6 +33,7 @@ from kirsch.ops.formulas import (
 )
 from kirsch.ops.implementation import (
     IMPLEMENTATIONS,
+    load_implementation,
 )
 from kirsch.ops.masks import (
     check_mask_is_true_somewhere,
@@ -138,6 +139,7 @@ __all__ = [
     "is_traced",
     "isfinite",
     "kl_terms",
+    "load_implementation",
     "log",
     "log_sigmoid",
     "log_softmax",

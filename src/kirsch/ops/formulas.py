@@ -103,7 +103,9 @@ def normalize(x: Any, axis: int = -1, eps: float = 1e-12) -> Any:
 def standard_deviation(x: Any, axis: int | tuple[int, ...] = -1) -> Any:
     """Return the standard deviation (n - 1) along one or more axes, kept with length 1; its gradient at 0 is finite."""
     axes = (axis,) if isinstance(axis, int) else axis
-    count = math.prod(x.shape[number] for number in axes)
+    count = 1
+    for number in axes:  # math.prod of a generator cannot be traced by torch.compile
+        count *= x.shape[number]
     centered = x - mean(x, axis=axes, keepdims=True)
     return safe_sqrt(sum(centered * centered, axis=axes, keepdims=True) / max(count - 1, 1))
 

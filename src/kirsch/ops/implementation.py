@@ -26,8 +26,17 @@ def implementation_of(array: Any) -> Any:
     """
     kind = type(array)
     if kind not in _OF_TYPE:
-        _OF_TYPE[kind] = _find(kind)
+        load_implementation(kind)
     return _OF_TYPE[kind]
+
+
+def load_implementation(*array_types: type) -> None:
+    """Import the operations for some array types now, because a compiler cannot trace the import.
+
+    Raises:
+        UsageError: no implementation is registered for arrays of such a type.
+    """
+    _OF_TYPE.update({kind: _find(kind) for kind in array_types})
 
 
 def _find(kind: type) -> Any:

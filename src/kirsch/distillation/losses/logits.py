@@ -200,5 +200,5 @@ def standardized(logits: Any) -> Any:
 
 def check_temperature(temperature: float) -> None:
     """Raise a UsageError if a temperature is not a finite number above 0."""
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise UsageError(f"The temperature is {temperature}; a number above 0 is needed.")

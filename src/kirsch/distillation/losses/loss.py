@@ -242,14 +242,14 @@ def step_arguments(function: Callable[..., Any]) -> frozenset[str]:
 def check_at_least(minimum: float, **options: float) -> None:
     """Raise a UsageError for an option that is not a finite number of at least the minimum."""
     for name, value in options.items():
-        if not (math.isfinite(value) and value >= minimum):
+        if not minimum <= value < math.inf:
             raise UsageError(f"`{name}` is {value}; a number of at least {minimum} is needed.")
 
 
 def check_above(bound: float, **options: float) -> None:
     """Raise a UsageError for an option that is not a finite number above the bound."""
     for name, value in options.items():
-        if not (math.isfinite(value) and value > bound):
+        if not bound < value < math.inf:
             raise UsageError(f"`{name}` is {value}; a number above {bound} is needed.")
 
 

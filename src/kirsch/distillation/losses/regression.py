@@ -36,7 +36,7 @@ def bounded_regression(student: Any, teacher: Any, *, labels: Any, margin: float
     Source: Chen et al. 2017, "Learning Efficient Object Detection Models with Knowledge Distillation", NeurIPS, section
         3.3 (teacher bounded regression loss).
     """
-    if not (math.isfinite(margin) and margin >= 0):
+    if not 0 <= margin < math.inf:
         raise UsageError(f"The margin is {margin}; a number of at least 0 is needed.")
     check_same_shape(student, teacher, "values")
     if len(labels.shape) == 1 and tuple(student.shape[1:]) == (1,):

@@ -52,7 +52,7 @@ def decoupled(
     """
     check_temperature(temperature)
     for name, weight in (("alpha", alpha), ("beta", beta)):
-        if not (math.isfinite(weight) and weight >= 0):
+        if not 0 <= weight < math.inf:
             raise UsageError(f"`{name}` is {weight}; a number of at least 0 is needed.")
     check_same_shape(student, teacher)
     labels, mask = check_labels(student, labels, mask)
@@ -101,7 +101,7 @@ def one_for_all(student: Any, teacher: Any, *, labels: Any, power: float = 1.5, 
     Source: Hao et al. 2023, arXiv:2310.19444. Power 1 to 1.5, weight 1, without temperature, for the logits and
         for each stage of the student, through an additional head.
     """
-    if not (math.isfinite(power) and power > 0):
+    if not 0 < power < math.inf:
         raise UsageError(f"`power` is {power}; a number above 0 is needed.")
     check_same_shape(student, teacher)
     labels, mask = check_labels(student, labels, mask)
