@@ -62,9 +62,7 @@ for _name in ("add", "sub", "mul", "truediv", "pow", "matmul", "and_", "or_", "l
     if _name not in ("lt", "le", "gt", "ge", "eq", "ne"):
         setattr(BareArray, f"__r{_dunder}__", _binary(getattr(operator, _name), swapped=True))
 for _name in ("neg", "invert"):
-    setattr(
-        BareArray, f"__{_name}__", lambda self, _function=getattr(operator, _name): BareArray(_function(self._values))
-    )
+    setattr(BareArray, f"__{_name}__", _unary(getattr(operator, _name)))
 for _name in ("bool", "float", "int", "index", "iter", "len", "array", "contains"):
     setattr(BareArray, f"__{_name}__", _refuse(f"__{_name}__"))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch import files
+from kirsch import figures, files
 from kirsch.deploy.export import export, usage
 from kirsch.deploy.measure import race
 from kirsch.deploy.onnxruntime import OnnxSession
@@ -27,7 +27,6 @@ from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.store import load, save
 from kirsch.recipes.job import LOGITS, Job
 from kirsch.recipes.manifest import MODEL, PLAN
-from kirsch.report import figures
 
 if TYPE_CHECKING:
     from collections.abc import Callable
