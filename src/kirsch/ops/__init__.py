@@ -99,6 +99,7 @@ from kirsch.ops.structures import (
     upcast,
 )
 from kirsch.ops.value_checks import (
+    is_known_to_hold,
     raise_if,
     without_value_checks,
 )
@@ -136,6 +137,7 @@ __all__ = [
     "expand_mask",
     "first_array",
     "flatten",
+    "is_known_to_hold",
     "is_traced",
     "isfinite",
     "kl_terms",

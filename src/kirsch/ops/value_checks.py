@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from kirsch.ops.operations import any, convert_to_numpy, is_traced
+from kirsch.ops.operations import all, any, convert_to_numpy, is_traced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,10 +24,17 @@ def raise_if(condition: Any, error: Callable[[], Exception]) -> None:
         condition: booleans of any shape.
         error: function that returns the error; it may read the values of arrays.
     """
-    if is_traced(condition) or not _enabled.get():
-        return
-    if convert_to_numpy(any(condition)):
+    if not is_traced(condition) and _enabled.get() and convert_to_numpy(any(condition)):
         raise error()
+
+
+def is_known_to_hold(condition: Any) -> bool:
+    """Return whether a condition is known to be true for all elements, so that the work for the others can be left out.
+
+    The answer is False while a compiler traces the function, and within `without_value_checks()`; so the result of the
+    caller must not depend on it.
+    """
+    return not is_traced(condition) and _enabled.get() and bool(convert_to_numpy(all(condition)))
 
 
 @contextmanager

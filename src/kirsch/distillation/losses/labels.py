@@ -164,7 +164,7 @@ def squared_error(student: Any, targets: Any, *, mask: Any = None, label_smoothi
 
 
 def check_labels(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]:
-    """Check class numbers; return them with 0 in place of masked labels, and the mask of the others.
+    """Check class numbers; return them with 0 in place of masked labels, and the mask; None if all count.
 
     Args:
         student: logits, shape (N, K) or (N, L, K).
@@ -186,6 +186,8 @@ def check_labels(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]
             f"The labels have shape {tuple(labels.shape)}; the logits have shape {tuple(student.shape)}.",
             f"One class number for each of {tuple(student.shape[:-1])} is needed.",
         )
+    if mask is None and ops.is_known_to_hold((labels >= 0) & (labels < student.shape[-1])):
+        return labels, None
     known = labels != IGNORED
     mask = known if mask is None else known & ops.expand_mask(mask, known)
     labels = ops.zero_masked(labels, mask)
