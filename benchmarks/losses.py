@@ -124,7 +124,7 @@ def peak(row: str, form: str) -> float:
 def page(found: dict[str, Any]) -> str:
     """Return the text of docs/losses.md."""
     lines = [
-        "| | plain | Kirsch | times faster | lowest to highest | memory, plain | Kirsch | relative difference of the values |"
+        "| | plain | Kirsch | times faster | lowest to highest | memory, plain | Kirsch | difference |"
     ]
     lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, row in found["rows"].items():
@@ -147,8 +147,9 @@ is cheaper, and of samples. The latter have 64 bits, so that samples that are cl
 others keep their digits. The shapes are those of student and teacher, in 32 bits.
 
 The time is the processor time of value and gradient, on one thread, with both forms in turn: the median of {rounds}
-rounds ({fewest} if a round takes long). *Times faster* is the median of the ratios of the rounds. The memory is the peak
-of a separate process above its memory before the step. Values below a few MiB come from the library itself.
+rounds ({fewest} if a round takes long). *Times faster* is the median of the ratios of the rounds. The memory is the
+peak of a separate process above its memory before the step; a few MiB of it belong to the library itself. *Difference*
+is the relative difference of the two values.
 
 `python benchmarks/losses.py` writes this page. These numbers are from {machine}, {date}.
 Other programs ran on the machine (load {load:.1f}), so compare the ratios, not the milliseconds.
