@@ -1,7 +1,8 @@
-"""Weights that a test draws are the same in every run, so that a test which fails fails again."""
+"""Fixtures of all tests. Weights that a test draws are the same in every run, so that a failure can be repeated."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,3 +15,14 @@ def pytest_collectstart(collector):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def to_tensor(values):
+    """Return numpy values as a tensor that shares their memory."""
+    return torch.from_numpy(np.asarray(values))
+
+
+@pytest.fixture(params=[np.asarray, to_tensor], ids=["numpy", "torch"])
+def framework(request):
+    """Function that converts numpy values to arrays of each framework in turn."""
+    return request.param

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from kirsch import ops
 from kirsch.data.annotations import Model
 from kirsch.data.arrays import host
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.arrays import first_array, log_sigmoid, log_softmax, log_sum_exp, namespace
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import TeacherStore
@@ -99,7 +99,7 @@ class StoredTeacher:
             )
         self._check_views(batch)
         self._store.verify_once(batch.view)
-        like = first_array(batch.inputs)
+        like = ops.first_array(batch.inputs)
         found = self._store.read(host(batch.ids), batch.view, batch.seeds)
         if "indices" in found:  # PyTorch knows next to nothing of unsigned numbers of 16 and 32 bits
             found["indices"] = found["indices"].astype(np.int64)
@@ -222,21 +222,20 @@ def combined(
         return scores[0]
     if way == "logits" or activation == "identity":
         return sum(scores) / len(scores)
-    xp = namespace(scores[0])
     if activation == "sigmoid":  # yes, and no, on an axis of their own
-        signs = [xp.stack([each, -each]) for each in scores]
-        softened, plain = ([log_sigmoid(sign / by) for sign in signs] for by in (temperature, 1.0))
+        signs = [ops.stack([each, -each]) for each in scores]
+        softened, plain = ([ops.log_sigmoid(sign / by) for sign in signs] for by in (temperature, 1.0))
         axis = 0
     else:
-        softened, plain = ([log_softmax(each / by, axis) for each in scores] for by in (temperature, 1.0))
-    log_p = xp.stack(softened)  # (teachers, N, K), or (teachers, 2, N, K) of labels
+        softened, plain = ([ops.log_softmax(each / by, axis) for each in scores] for by in (temperature, 1.0))
+    log_p = ops.stack(softened)  # (teachers, N, K), or (teachers, 2, N, K) of labels
     if way == "confidence":
-        own = xp.stack(plain)
-        entropy = -xp.sum(xp.exp(own) * own, axis=axis if axis < 0 else axis + 1, keepdims=True)
-        log_p = log_p + log_softmax(-entropy, axis=0)
+        own = ops.stack(plain)
+        entropy = -ops.sum(ops.exp(own) * own, axis=axis if axis < 0 else axis + 1, keepdims=True)
+        log_p = log_p + ops.log_softmax(-entropy, axis=0)
     else:
         log_p = log_p - math.log(len(scores))
-    together = log_sum_exp(log_p, axis=0)[0]
+    together = ops.logsumexp(log_p, axis=0)[0]
     return temperature * (together[0] - together[1] if activation == "sigmoid" else together)
 
 
