@@ -1,9 +1,13 @@
-"""Weights that a test draws are the same in every run, so that a test which fails fails again."""
+"""Weights and examples that a test draws are the same in every run, so that a test which fails fails again."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("repeatable", deadline=None, derandomize=True)  # a busy machine misses any deadline
+settings.load_profile("repeatable")
 
 
 def pytest_collectstart(collector):

@@ -346,7 +346,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(ALL_FIELDS), JSON)
 def test_any_value_of_a_field_raises_only_kirsch_errors(path, value):
     try:
@@ -362,7 +362,7 @@ def test_any_value_of_a_field_raises_only_kirsch_errors(path, value):
     assert (found.plan.after.parameters, found.plan.after.macs) == count(found.model, IMAGE)
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(max_examples=300)
 @given(st.integers(0, len(TEXT) - 1), st.integers(0, 9), st.text(max_size=4))
 def test_any_edit_of_the_text_raises_only_plan_errors(place, length, typed):
     text = TEXT[:place] + typed + TEXT[place + length :]

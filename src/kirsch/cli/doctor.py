@@ -21,7 +21,7 @@ NEEDED: dict[str, dict[str, str]] = {
         "scipy": "1.13",
         "safetensors": "0.5",
         "pydantic": "2.10",
-        "pyyaml": "6",
+        "ruamel.yaml": "0.19",
         "typer": "0.16",
         "rich": "13.8",
         "jinja2": "3.1",
