@@ -39,6 +39,7 @@ AMBIGUOUS = st.from_regex(r"[-+.0-9eE_:x]{1,8}", fullmatch=True) | st.sampled_fr
         "2020-01-01",
         ":a",
         "?a",
+        "a?",
     ]
 )
 """Strings that some version of YAML resolves to another type."""
