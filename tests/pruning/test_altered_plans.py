@@ -135,7 +135,7 @@ REFUSED = [
     ("inputs/0/shape", [3, 3, 6, 6], "cost.before.macs is"),
     ("inputs/0/shape", [4], "cannot be applied"),
     ("inputs/0/dtype", "__class__", "inputs[0].dtype: one of"),
-    ("inputs/0/high", 2**70, "inputs[0].high"),
+    ("inputs/0/high", 2**70, "inputs[0].high: a whole number from 0 to 9,223,372,036,854,775,807 is expected"),
     ("inputs/0/high", 3, "inputs[0].high is 3; 0 is the largest for float32"),
     ("inputs/0/name", "other", "cannot be applied"),
     ("inputs", [ENTRY, ENTRY], "cannot be applied"),
