@@ -1,10 +1,14 @@
-"""Fixtures of all tests. Weights that a test draws are the same in every run, so that a failure can be repeated."""
+"""Fixtures of all tests. Weights and examples that a test draws are the same in every run, so that a failure repeats."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("repeatable", deadline=None, derandomize=True)  # a busy machine misses any deadline
+settings.load_profile("repeatable")
 
 
 def pytest_collectstart(collector):
