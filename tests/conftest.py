@@ -1,4 +1,4 @@
-"""Fixtures of all tests. Weights and examples that a test draws are the same in every run, so that a failure repeats."""
+"""Fixtures of all tests. Weights and examples that a test draws are the same in every run."""
 
 from __future__ import annotations
 
