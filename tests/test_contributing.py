@@ -21,15 +21,19 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
 
-@pytest.fixture
-def defined(monkeypatch):
-    """Return the names that the snippets define, and remove the names that they register afterwards."""
+def define(monkeypatch):
+    """Run the snippets and return the names that they define; undoing the patch removes what they register."""
     for registry in (IMPORTANCES, LOSSES, ADAPTERS):
         monkeypatch.setattr(registry, "_objects", dict(registry._objects))
     names: dict = {}
     for snippet in re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL):
         exec(compile(snippet, "CONTRIBUTING.md", "exec"), names)
     return names
+
+
+@pytest.fixture
+def defined(monkeypatch):
+    return define(monkeypatch)
 
 
 def test_the_importance_is_the_largest_weight_in_closed_form(defined):
@@ -77,9 +81,11 @@ def test_the_adapter_normalizes_the_student_and_leaves_the_teacher_unchanged(def
 
 
 def test_the_registered_names_are_removed_after_each_test():
-    assert "largest-weight" not in IMPORTANCES
-    assert "squared-difference" not in LOSSES
-    assert "per-channel" not in ADAPTERS
+    registered = (("largest-weight", IMPORTANCES), ("squared-difference", LOSSES), ("per-channel", ADAPTERS))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        define(monkeypatch)
+        assert all(name in registry for name, registry in registered)
+    assert not any(name in registry for name, registry in registered)
 
 
 def test_the_entry_point_groups_are_those_of_the_registries():
