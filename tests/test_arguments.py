@@ -75,7 +75,7 @@ ACCEPTED = {
     **each("objective training validation hooks teacher recover distill", {"None"}),
     **each("data resume kinds at step_counts module noise student", {"None"}),
     **each("augment ids targets seeds temperature", {"None"}),
-    **each("terms milestones exclude regularizers", {"empty list"}),
+    **each("terms milestones exclude keep_outputs regularizers", {"empty list"}),
     **each("start end after epoch", NUMBERS),
     **each("options adapter_options", {"dict"}),
     **each("loss adapter name", TEXTS),
@@ -101,7 +101,7 @@ ACCEPTED_BY_CALLABLE = {
     "plan.seed": {"integer"},
     "Training.seed": {"integer"},
     "Distiller.seed": {"integer"},
-    "plan_depth.data": set(),
+    "plan.importance": {"None"},
     "distill.student": set(),
     "Distiller.student": set(),
     "Distiller.teacher": set(),
@@ -133,6 +133,8 @@ ACCEPTED_BY_CALLABLE = {
     "Split.inputs": {"array", "numbers", "empty list"},
     "Split.labels": {"array", "numbers", "empty list"},
     "DataSet.augment": {"None", "class", "model"},
+    "ModelGenerator.noise": {"empty list", "numbers"},
+    "DataSet.classes": {"empty list", "texts"},  # the task checks them against the labels
     "compress.name": {"text"},
     "compress.data": set(),
     "compress.temperature": {"None", *POSITIVE},
@@ -223,16 +225,14 @@ def calls(tmp_path_factory):
                 "ranking": "global",
                 "round_to": "auto",
                 "exclude": (),
+                "keep_outputs": (),
                 "kinds": None,
                 "uniform": False,
                 "norm": 2,
+                "data": None,
                 "min_keep": 0.1,
                 "seed": 0,
             },
-        ),
-        "plan_depth": (
-            kirsch.plan_depth,
-            {"graph": graph, "goal": goal, "data": x, "importance": "random", "exclude": (), "seed": 0},
         ),
         "prune": (kirsch.prune, {"model": model, "plan": plan, "example_inputs": x, "verify": True}),
         "prune_with_verification": (
@@ -316,6 +316,7 @@ def calls(tmp_path_factory):
         "Split": (kirsch.Split, {"inputs": x.numpy(), "labels": y.numpy()}),
         "DataSet": (kirsch.DataSet, {"name": "data", **parts, "classes": ("a", "b", "c"), "augment": None}),
         "DataSet.batches": (dataset.batches, {"batch_size": 4}),
+        "ModelGenerator": (kirsch.ModelGenerator, {"model": model, "noise": (3,)}),
         "compress": (
             kirsch.compress,
             {
@@ -378,7 +379,7 @@ def calls(tmp_path_factory):
     }
 
 
-RECORDS = {"Artifact", "Graph", "Measurement", "Plan"}
+RECORDS = {"Artifact", "Graph", "Measurement", "Plan", "Pruned"}
 """Public classes that Kirsch returns, and users do not create."""
 
 
@@ -397,7 +398,6 @@ NAMES = [
     "trace",
     "Goal",
     "plan",
-    "plan_depth",
     "prune",
     "prune_with_verification",
     "save",
@@ -430,6 +430,7 @@ NAMES = [
     "Split",
     "DataSet",
     "DataSet.batches",
+    "ModelGenerator",
     "compress",
     "recovery",
     "Graph.explain",

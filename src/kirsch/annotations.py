@@ -7,7 +7,7 @@ import math
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -35,21 +35,44 @@ class Kind:
 
 @dataclass(frozen=True)
 class Between:
-    """A closed range of a number."""
+    """A range of a number. pydantic reads it, too, and refuses booleans and texts.
+
+    Args:
+        least, most: limits, which belong to the range.
+        exclusive: whether `least` itself does not belong to the range.
+    """
 
     least: float = -math.inf
     most: float = math.inf
+    exclusive: bool = field(default=False, kw_only=True)
+
+    def has(self, value: float) -> bool:
+        """Return whether a number is in the range."""
+        return self.least <= value <= self.most and not (self.exclusive and value == self.least)
 
     def text(self, value: float | None = None) -> str:
         """Return the range as part of a noun phrase; limits of number formats appear only if `value` exceeds them."""
+        if self.exclusive:
+            return f"above {self.least:g}" + (f" and up to {self.most:g}" if self.most < FORMAT_LIMIT else "")
         if self.most >= FORMAT_LIMIT and (value is None or value < self.most):
             return f"of at least {self.least:g}"
         return f"between {self.least:g} and {self.most:g}"
 
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Return the schema of a number within the range, for pydantic."""
+        limits = {"gt" if self.exclusive else "ge": self.least, "le": self.most}
+        finite = {name: limit for name, limit in limits.items() if math.isfinite(limit)}
+        return {**handler(source), "strict": True, **finite}
+
 
 @dataclass(frozen=True)
 class OneOrMore:
-    """A single text is accepted, and converted to a tuple of one text."""
+    """A single text is accepted, and converted to a tuple of one text; pydantic converts lists, too."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Return the schema of one text or several, for pydantic."""
+        convert = {"type": "no-info", "function": lambda value: (value,) if isinstance(value, str) else tuple(value)}
+        return {"type": "function-after", "function": convert, "schema": handler(source)}
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def _annotated(value: Any, hint: Any) -> Any:
         for extra in extras:
             if isinstance(extra, Kind) and not extra.accepts(value):
                 _refuse(value, extra.expected, extra.fix(value))
-            if isinstance(extra, Between) and not extra.least <= value <= extra.most:
+            if isinstance(extra, Between) and not extra.has(value):
                 _refuse(value, f"{type_phrase(hint)} {extra.text(value)}", close=True)
             if isinstance(extra, OneOrMore) and isinstance(value, str):
                 value = (value,)

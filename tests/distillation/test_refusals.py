@@ -19,7 +19,7 @@ from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, build
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.pytorch.features.adapters.build import choose_adapter
 from kirsch.frameworks.pytorch.features.layers import expand
 from kirsch.frameworks.pytorch.io.vision import import_beside
@@ -227,12 +227,12 @@ def test_the_copy_of_a_teacher_is_frozen_and_in_inference_mode(timm_transformer)
     first = first_batch(framework_of(teacher), data())
     bound = Distiller(Net(), teacher, Objective.kd(), first)
     bound(first)
-    (watch,) = bound._teacher_source._watches
-    assert watch.model is not teacher
-    assert not any(module.training for module in watch.model.modules())
-    assert not any(parameter.requires_grad for parameter in watch.model.parameters())
+    (capture,) = bound._teacher_source._captures
+    assert capture.model is not teacher
+    assert not any(module.training for module in capture.model.modules())
+    assert not any(parameter.requires_grad for parameter in capture.model.parameters())
     inputs = torch.from_numpy(data().inputs)
-    first, second = (watch(inputs)["logits"] for _ in range(2))
+    first, second = (capture(inputs)["logits"] for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(first, copy.deepcopy(teacher).eval()(inputs))
     assert not first.requires_grad

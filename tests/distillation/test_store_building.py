@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kirsch.frameworks.data import ArrayData
 from torch import nn
 
 from distillation.stores import IDS, build_store, content, data, network
 from kirsch import files
+from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build, building
 from kirsch.distillation.store.record import pack_records
 from kirsch.errors import OutputError, StoreError

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from kirsch.graph import relations
 from kirsch.graph.coupling import solve
 from kirsch.graph.facts import Facts, Operation
-from kirsch.graph.group import GRID_UNIT_KINDS, Group, find_groups
+from kirsch.graph.group import Group, find_groups
+from kirsch.graph.kinds import GRID_UNIT_KINDS
 from kirsch.graph.labels import Tensor
 
 STEADY = settings(deadline=None, derandomize=True)

@@ -216,7 +216,9 @@ def test_models_without_plan_or_without_blocks_are_refused():
         kept(model, model)
     inputs = inputs_of("residual")
     graph = kirsch.trace(model, inputs)
-    shallow = kirsch.prune(model, kirsch.plan_depth(graph, kirsch.Goal(macs=0.8), inputs, "random"), verify=False)
+    shallow = kirsch.prune(
+        model, kirsch.plan(graph, kirsch.Goal(macs=0.8), kinds="block", data=inputs, importance="random"), verify=False
+    )
     with pytest.raises(UsageError, match="This Sequential lost residual blocks, so that its layers have other names"):
         kept(shallow, model)
 
@@ -249,7 +251,7 @@ def test_term_is_the_relative_mean_squared_difference(traced):
 
 def test_default_layers_are_the_stages_and_the_objective_survives_json(traced):
     objective = recovery(traced.small, traced.model, traced.inputs, objective=Objective.preset("dkd"))
-    assert [term.student for term in objective.terms] == ["logits", *traced.layers[1:]]
+    assert [term.student_layer for term in objective.terms] == ["logits", *traced.layers[1:]]
     loss = {"residual": "fitnet", "transformer": "hidden-mse"}[traced.name]
     assert [term.loss for term in objective.terms] == ["dkd", loss, loss]
     assert Objective.from_dict(json.loads(json.dumps(objective.to_dict()))) == objective

@@ -15,6 +15,7 @@ from kirsch import __version__
 from kirsch.cli import failure
 from kirsch.cli.interrupts import interruptible
 from kirsch.cli.paths import check_paths
+from kirsch.cli.plan_flags import given_options, with_plan_flags
 from kirsch.cli.streams import discard_stdout, prepare_streams, stdout_for_result
 from kirsch.cli.terminal import ClosedError, Mode, Terminal
 from kirsch.errors import GoalError, Interrupted, OutputError, UsageError
@@ -134,19 +135,13 @@ Weights = Annotated[str, typer.Option("--weights", help="random, pretrained (tim
 Seed = Annotated[int, typer.Option("--seed", help="Seed of random weights and random choices.", min=0)]
 Macs = Annotated[float | None, typer.Option("--macs", help="MACs to keep at most, as a fraction: 0.5.")]
 Parameters = Annotated[float | None, typer.Option("--parameters", help="Parameters to keep at most, as a fraction.")]
-Importance = Annotated[str, typer.Option("--importance", help="Importance that ranks the units: magnitude, random.")]
-Ranking = Annotated[
-    str, typer.Option("--ranking", help="global ranks all layers together, local ranks each layer by itself.")
-]
-RoundTo = Annotated[str, typer.Option("--round-to", help="Kept widths are multiples of this number, or auto.")]
-Kinds = Annotated[
-    list[str] | None,
-    typer.Option("--kinds", help="Kind of unit to remove, such as head; may be repeated. Default: all."),
-]
-Uniform = Annotated[bool, typer.Option("--uniform", help="Remove the same number of units from layers of one kind.")]
-MinKeep = Annotated[float, typer.Option("--min-keep", help="Fraction of each group that is always kept.")]
-Exclude = Annotated[
-    list[str] | None, typer.Option("--exclude", help="A layer or glob to leave unchanged; may be repeated.")
+BlockData = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="With --kinds block: data source of a recipe to rank blocks on. Default: the inputs.",
+        metavar="SOURCE",
+    ),
 ]
 PrunedFolder = Annotated[
     str,
@@ -215,34 +210,29 @@ def trace(
 
 
 @command
+@with_plan_flags
 def plan(
     session: Session,
     model: Model,
     macs: Macs = None,
     parameters: Parameters = None,
-    importance: Importance = "magnitude",
-    ranking: Ranking = "global",
-    round_to: RoundTo = "auto",
-    exclude: Exclude = None,
-    kinds: Kinds = None,
-    uniform: Uniform = False,
-    min_keep: MinKeep = 0.1,
     output: Annotated[str, typer.Option("--output", "-o", help="File for the plan, as JSON.", metavar="FILE")] = "",
     inputs: Inputs = None,
+    data: BlockData = "",
     weights: Weights = "random",
     seed: Seed = 0,
+    **options: Any,
 ) -> int:
     """Choose the units to remove, without removing them."""
     from kirsch.cli import networks
 
-    plan_options = networks.PlanOptions(
-        macs, parameters, importance, ranking, round_to, exclude or [], kinds or [], uniform, min_keep, seed
-    )
+    request = networks.PlanRequest(macs, parameters, given_options(options), data, seed)
     loaded = networks.load_model(model, inputs or [], weights, seed=seed)
-    return networks.show_plan(loaded, plan_options, output, session.terminal)
+    return networks.show_plan(loaded, request, output, session.terminal)
 
 
 @command
+@with_plan_flags
 def prune(
     session: Session,
     model: Model,
@@ -250,27 +240,19 @@ def prune(
     plan_file: Annotated[str, typer.Option("--plan", help="A plan of kirsch plan.", metavar="FILE")] = "",
     macs: Macs = None,
     parameters: Parameters = None,
-    importance: Importance = "magnitude",
-    ranking: Ranking = "global",
-    round_to: RoundTo = "auto",
-    exclude: Exclude = None,
-    kinds: Kinds = None,
-    uniform: Uniform = False,
-    min_keep: MinKeep = 0.1,
     inputs: Inputs = None,
+    data: BlockData = "",
     weights: Weights = "random",
     seed: Seed = 0,
+    **options: Any,
 ) -> int:
     """Prune a model by a plan or a goal, with verification."""
     from kirsch.cli import networks
 
-    plan_options = networks.PlanOptions(
-        macs, parameters, importance, ranking, round_to, exclude or [], kinds or [], uniform, min_keep, seed
-    )
     return networks.show_prune(
         lambda: networks.load_model(model, inputs or [], weights, seed=seed),
         plan_file,
-        plan_options,
+        networks.PlanRequest(macs, parameters, given_options(options), data, seed),
         output,
         session.terminal,
     )

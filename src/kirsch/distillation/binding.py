@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.term import Term
     from kirsch.frameworks.layers import LayerNames
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 LOGITS = ("logits", "output.logits")
 """Names of the layer whose values are the logits of a model."""
@@ -72,14 +72,16 @@ def bind(
         pairs = _layer_pairs(framework, term, student, teacher, inputs, recorded)
         layers += [(number, student_layer, teacher_layer) for student_layer, teacher_layer in pairs]
     _check_all_used(objective, [number for number, _, _ in layers], len(teachers))
-    student_values = framework.dry_run(student, texts([student_layer for _, student_layer, _ in layers]), inputs)
+    student_values = framework.features.extract(
+        student, texts([student_layer for _, student_layer, _ in layers]), inputs
+    )
     outputs: list[Mapping[str, Any]] = [recorded] if recorded is not None else []
     for index, teacher in enumerate(teachers):
         used = [teacher_layer for number, _, teacher_layer in layers if uses_teacher(objective.terms[number], index)]
-        outputs.append(framework.dry_run(teacher, texts(used), inputs))
+        outputs.append(framework.features.extract(teacher, texts(used), inputs))
     if any(student_layer in LOGITS and teacher_layer in LOGITS for _, student_layer, teacher_layer in layers):
         for teacher in teachers:
-            _check_class_names(framework.class_names(student), framework.class_names(teacher))
+            _check_class_names(framework.inference.class_names(student), framework.inference.class_names(teacher))
     names = _distinct([term.record_name for term in objective.terms])
     bound = []
     for index, (number, student_layer, teacher_layer) in enumerate(layers):
@@ -226,7 +228,7 @@ def _picked(items: Any, index: int, description: str) -> Any:
 def _expanded(framework: Framework, model: Any, layers: LayerNames, inputs: Any) -> Any:
     if isinstance(layers, dict):
         return {name: _expanded(framework, model, layer, inputs)[0] for name, layer in layers.items()}
-    return [concrete for text in texts(layers) for concrete in framework.expand(model, text, inputs)]
+    return [concrete for text in texts(layers) for concrete in framework.features.expand(model, text, inputs)]
 
 
 def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:
@@ -243,7 +245,9 @@ def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], index: i
     if term.adapter == "none" or (term.adapter == "auto" and loss.takes in ("logits", "pixels", "values", "sets")):
         return None
     options = {"widths": loss.widths, "takes": loss.takes, **term.adapter_options}
-    return framework.seeded(lambda: framework.adapter(term.adapter, *values, options), seed + index)
+    return framework.training.seeded(
+        lambda: framework.features.build_adapter(term.adapter, *values, options), seed + index
+    )
 
 
 def _check_shapes(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None:
@@ -255,8 +259,8 @@ def _check_shapes(framework: Framework, term: BoundTerm, values: tuple[Any, Any]
         top_k_record_loss(term, student, teacher, None, term.keywords(0.0))
         return
     if term.adapter is not None:
-        ids = framework.tensor(np.arange(len(first_array(student))))
-        student, teacher = framework.seeded(lambda: copy.deepcopy(term.adapter)(student, teacher, ids=ids), 0)
+        ids = framework.inference.from_numpy(np.arange(len(first_array(student))))
+        student, teacher = framework.training.seeded(lambda: copy.deepcopy(term.adapter)(student, teacher, ids=ids), 0)
     if loss.takes == "logits" and student.ndim >= len("NKHW"):
         classes = "Take 'pixel-kd' or 'cwd-pixels' for classes of pixels; for " if student.shape[1] > 1 else "For "
         layer = texts(term.student_layer)[0]

@@ -18,7 +18,7 @@ from kirsch.distillation.probabilities import kind_of_outputs, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import Teacher, combined, one_or_more
 from kirsch.errors import CheckpointError, UsageError
-from kirsch.frameworks.port import framework_of, pytorch
+from kirsch.frameworks.find import framework_of, pytorch
 from kirsch.frameworks.training import Trained, Training, TrainingHooks, TrainingState
 
 Link = Callable[[list[Trained], TrainingHooks, bool], Trained]
@@ -144,9 +144,9 @@ def born_again(
     framework = pytorch()  # the models are not built yet, so that their type cannot tell the framework
     first = 0 if teacher is None else 1
     seeds = [training.seed + number for number in range(first, generations + 1)]
-    models = [framework.seeded(build, seed) for seed in seeds]
+    models = [framework.training.seeded(build, seed) for seed in seeds]
     _check_distinct(models)
-    if len({framework.fingerprint(model) for model in models}) < len(models):
+    if len({framework.inference.fingerprint(model) for model in models}) < len(models):
         raise UsageError(
             "`build` returns the same weights each time.",
             "Each generation needs new random weights.",
@@ -234,7 +234,7 @@ def ensemble(
     """
     if not models:
         raise UsageError("`models` of kirsch.ensemble is empty.", fix="Give at least one model.")
-    return framework_of(models[0]).ensemble(models, _Combination(combine, activation, outputs))
+    return framework_of(models[0]).features.ensemble(models, _Combination(combine, activation, outputs))
 
 
 def _for_each_link(value: Any, links: int, name: str) -> list[Any]:

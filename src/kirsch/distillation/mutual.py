@@ -29,12 +29,12 @@ from kirsch.distillation.probabilities import Logits, check_training, logit_laye
 from kirsch.distillation.step import TargetCheck, balanced, regularization
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHooks, shares_of
 
 if TYPE_CHECKING:
     from kirsch.data.batches import Batch
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 MIN_STUDENTS = 2
 
@@ -95,8 +95,8 @@ def distill_mutually(
     losses, logits, shape = [], [], ()
     for index, student in enumerate(students):
         check_last_batch(framework, student, data, first)
-        framework.check_runs(student, inputs)
-        shape = tuple(framework.predict(student, inputs).shape[1:])
+        framework.inference.check_runs(student, inputs)
+        shape = tuple(framework.inference.predict(student, inputs).shape[1:])
         check_labels(targets, shape, objective)
         peers = [*students[:index], *students[index + 1 :]]
         terms = bind(framework, objective, student, peers, inputs, seed=training.seed)
@@ -110,14 +110,16 @@ def distill_mutually(
     for text in warnings + averaged_logits(objective, len(students) - 1):
         hooks.warn(text)
     outputs = [_logits_layer(index) for index in range(len(students))]
-    module = framework.with_adapters(framework.cohort(students), outputs, {}, {})
+    module = framework.features.with_adapters(framework.features.cohort(students), outputs, {}, {})
     step = MutualStep(framework, losses, logits, TargetCheck(objective, shape), regularizers)
-    trained = framework.train(module, data, step, training, hooks)
-    return [_trained_student(trained, index, model) for index, model in enumerate(framework.members(trained.model))]
+    trained = framework.training.train(module, data, step, training, hooks)
+    return [
+        _trained_student(trained, index, model) for index, model in enumerate(framework.features.members(trained.model))
+    ]
 
 
 def _check_students(framework: Framework, students: Sequence[Any]) -> None:
-    fingerprints = [framework.fingerprint(student) for student in students]
+    fingerprints = [framework.inference.fingerprint(student) for student in students]
     for one, other in combinations(range(len(students)), 2):
         if students[one] is students[other]:
             raise UsageError(f"Students {one} and {other} are the same object.", fix="Build each student separately.")
@@ -216,7 +218,7 @@ class MutualStep:
                 layers = logit_layers(loss.objective, loss.terms, None)
                 check_training({"logits": student_logits}, layers, loss.objective)
             self._unchecked = False
-        students = self._framework.members(self._framework.student_of(module))
+        students = self._framework.features.members(self._framework.features.student_of(module))
         total: Any = 0.0
         terms: dict[str, Any] = {}
         for index, (loss, student) in enumerate(zip(self._losses, students, strict=True)):
@@ -283,7 +285,7 @@ def _validating_each(framework: Framework, hooks: TrainingHooks) -> TrainingHook
         return hooks
 
     def validate_each(cohort: Any) -> dict[str, float]:
-        metrics = [validate(student) for student in framework.members(cohort)]
+        metrics = [validate(student) for student in framework.features.members(cohort)]
         return {
             _prefixed(index, name): value for index, by_name in enumerate(metrics) for name, value in by_name.items()
         }

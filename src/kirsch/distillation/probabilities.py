@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 ACTIVATIONS: Mapping[str, Activation] = {"cross-entropy": "softmax", "binary": "sigmoid"}
 """Activation that each label loss applies to the logits of the student."""
@@ -137,7 +137,7 @@ def logits_converter(
             "Probabilities are converted to logits differently for each.",
             "Give models that return logits.",
         )
-    values = framework.dry_run(model, layers, inputs)
+    values = framework.features.extract(model, layers, inputs)
     subject = f"The {'student' if teacher is None else 'teacher'}, a {type(model).__name__},"
     for layer in layers:
         outputs = host(upcast(values[layer]))
@@ -145,10 +145,10 @@ def logits_converter(
             _check_declared(subject, layer, outputs, activations)
         else:
             kind = kind_of_outputs(outputs, activations)
-            if kind == "inside" and framework.squashed(model, layer, inputs):
+            if kind == "inside" and framework.features.is_squashed(model, layer, inputs):
                 kind = "sigmoid"
             negative = not kind and "sigmoid" in activations and outputs.size and outputs.max() <= 0
-            if negative and framework.squashed(model, layer, inputs, logarithm=True):
+            if negative and framework.features.is_squashed(model, layer, inputs, logarithm=True):
                 kind = "log-sigmoid"
             if kind not in ("", "inside"):
                 raise not_logits(subject, kind, objective, "student_outputs" if teacher is None else "teacher_outputs")

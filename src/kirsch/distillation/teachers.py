@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.probabilities import Logits
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 TOP_K = ("indices", "log_p", "tail")
 """Fields of a record that holds the largest logits only."""
@@ -63,13 +63,13 @@ class LiveTeachers:
     ) -> None:
         self._framework, self._logits = framework, logits
         self._models = list(zip(models, layers, strict=True))
-        self._watches: list[Any] = []
+        self._captures: list[Any] = []
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
         """See `TeacherSource`."""
-        if not self._watches:
-            self._watches = [self._framework.watch(model, layers) for model, layers in self._models]
-        outputs = [self._framework.infer(watch, batch.inputs) for watch in self._watches]
+        if not self._captures:
+            self._captures = [self._framework.features.capture(model, layers) for model, layers in self._models]
+        outputs = [self._framework.inference.infer(capture, batch.inputs) for capture in self._captures]
         return [
             values if convert is None else convert(values)
             for convert, values in zip(self._logits, outputs, strict=True)
@@ -77,9 +77,9 @@ class LiveTeachers:
 
     def close(self) -> None:
         """See `TeacherSource`."""
-        for watch in self._watches:
-            watch.close()
-        self._watches.clear()
+        for capture in self._captures:
+            capture.close()
+        self._captures.clear()
 
 
 class StoredTeacher:
@@ -106,7 +106,7 @@ class StoredTeacher:
         record = self._store.read(host(batch.ids), batch.view, batch.seeds)
         if "indices" in record:  # PyTorch supports few operations on unsigned integers of 16 and 32 bits
             record["indices"] = record["indices"].astype(np.int64)
-        values = {name: self._framework.array_like(array, like) for name, array in record.items()}
+        values = {name: self._framework.inference.from_numpy(array, like=like) for name, array in record.items()}
         if "maximum" in values:  # logits are stored relative to their maximum, which needs more than 16 bits
             values["logits"] = values.pop("scores") + values.pop("maximum")[..., None]
         if "log_p" in values:

@@ -223,7 +223,7 @@ class Facts:
         self.choices.append(Demand(np.zeros(0, np.int64), expression, self.operation, int(holds)))
 
     def mark(self, axis: Axis, use: str) -> None:
-        """Record the role of an axis in an operation; see `group.KINDS`."""
+        """Record the role of an axis in an operation; see `kinds.KINDS`."""
         if axis is not None:
             self.marks.setdefault(use, []).append(axis)
 

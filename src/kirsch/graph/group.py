@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kirsch.graph.kinds import GRID_UNIT_KINDS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -18,32 +20,6 @@ if TYPE_CHECKING:
 
 ParameterAxis = tuple[str, int]
 
-KINDS = {
-    "expert": "one of several weights of which a router selects the k with the largest scores, with its score",
-    "kv group": "query heads that share keys and values: repeated heads, or the first axis of a grid of heads",
-    "head in kv group": "the second axis of a grid of heads",
-    "head": "an index shared by two activations that are multiplied, such as queries and keys",
-    "head dim": "an index inside each head, the same in all heads: contracted between activations, or in the values",
-    "recurrent unit": "a unit of the state of an LSTM, GRU or plain recurrent layer",
-    "conv group": "the first axis of the grid (groups, channels per group) of a grouped convolution",
-    "position in conv group": "the second axis of that grid",
-    "norm group": "the first axis of the grid (groups, channels per group) of a group normalization",
-    "position in norm group": "the second axis of that grid",
-    "embedding dim": "a column of an embedding table, or a feature of a residual stream between linear layers",
-    "rank": "an output of a linear layer that another linear layer reads without activation, such as the rank of LoRA",
-    "ffn unit": "an output of a linear layer that another reads after an activation, except in a pooler or classifier",
-    "chunk": "the first axis of the grid of any other reshape",
-    "position in chunk": "another axis of that grid",
-    "channel": "any other unit",
-}
-"""Kinds of units with their definitions. The first that fits applies; most follow from the marks of operations."""
-
-GRID_UNIT_KINDS = {
-    "norm groups": ("norm group", "position in norm group"),
-    "conv groups": ("conv group", "position in conv group"),
-}
-"""Kind of a grid → kinds of the units on its first axis and on all other axes."""
-
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -51,7 +27,7 @@ class Group:
 
     Args:
         name: path of the first layer that produces the units.
-        kind: one of `KINDS`.
+        kind: one of `kirsch.graph.kinds.KINDS`.
         components: components of all units, one unit after the other.
         starts: index in `components` at which each unit begins, shape (units,).
         footprint: the parameter axes (name, axis) on which the units occur, in the order of the model.

@@ -11,8 +11,21 @@ from kirsch import strict_json
 from kirsch.errors import PlanError
 from kirsch.graph import inputs
 from kirsch.graph.graph import DECISIONS, SOFTMAX
-from kirsch.graph.group import KINDS
-from kirsch.json_schema import anything, array, either, flag, integer, mapping, number, one_of, record, text, wrong
+from kirsch.graph.kinds import BLOCK, KINDS
+from kirsch.json_schema import (
+    anything,
+    array,
+    either,
+    flag,
+    integer,
+    mapping,
+    nullable,
+    number,
+    one_of,
+    record,
+    text,
+    wrong,
+)
 
 VERSION = 1
 CORRECT = "Correct the file, or make a new plan with kirsch.plan."
@@ -65,6 +78,7 @@ def _input(value: Any, path: str) -> Any:
 
 
 NESTED = record({"name": text(), "kind": one_of(inputs.KINDS), "items": array(_input)})
+_PLANNED = (*KINDS, BLOCK)
 COST = record(dict.fromkeys(("parameters", "macs", "activations"), integer(0)))
 PLAN = record(
     {
@@ -79,7 +93,8 @@ PLAN = record(
                 "ranking": one_of(("global", "local")),
                 "round_to": either(one_of(("auto",)), mapping(integer(1), KINDS), integer(1)),
                 "exclude": array(text(1)),
-                "kinds": mapping(number(least=0), KINDS),
+                "keep_outputs": array(text(1)),
+                "kinds": nullable(either(mapping(number(least=0), _PLANNED), array(one_of(_PLANNED)))),
                 "uniform": flag,
                 "min_keep": number(above=0, most=1),
                 "seed": integer(0, 2**128),

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kirsch.annotations import Count, Names, Seed
+from kirsch.annotations import Names, Seed
 from kirsch.arguments import checked
+from kirsch.data.annotations import Inputs
 from kirsch.errors import GoalError, NumericError, PlanError, UsageError
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan, Removal
+from kirsch.pruning.blocks import plan_blocks
+from kirsch.pruning.exclusion import exclusion_notes
 from kirsch.pruning.importance import IMPORTANCES
 from kirsch.pruning.notes import CLOSE, landing_note, width_notes
 from kirsch.pruning.obstacles import Least, unreachable
-from kirsch.pruning.options import Options
+from kirsch.pruning.options import Kinds, MinKeep, Norm, PlanOptions, Ranking, RoundTo
 from kirsch.pruning.search import Candidate, Chooser
+from kirsch.pruning.selection import finest, multiple, removable_groups, tied_groups
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from kirsch.graph.cost import Cost
@@ -31,48 +36,72 @@ def plan(
     graph: Graph,
     goal: Goal,
     *,
-    importance: str = "magnitude",
-    ranking: Literal["global", "local"] = "global",
-    round_to: Count | Literal["auto"] | Mapping[str, Count] = "auto",
-    exclude: Names = (),
-    kinds: str | Sequence[str] | Mapping[str, float] | None = None,
+    data: Inputs | None = None,
+    importance: str | None = None,
+    norm: Norm = 2,
+    ranking: Ranking = "global",
+    round_to: RoundTo = "auto",
+    kinds: Kinds = None,
     uniform: bool = False,
-    norm: Literal[1, 2] = 2,
-    min_keep: float = 0.1,
+    min_keep: MinKeep = 0.1,
+    exclude: Names = (),
+    keep_outputs: Names = (),
     seed: Seed = 0,
 ) -> Plan:
     """Return the units to remove from a traced model, so that its cost is at most the goal, and close to it.
 
+    The outputs of the model keep their sizes in every plan: its last layer needs no exclusion.
+
     Args:
         graph: of `kirsch.trace`.
         goal: fractions of the original cost.
-        importance: name of the importance that ranks the units: "magnitude" or "random".
+        data: only for kinds="block": calibration inputs in the form of the example inputs, or a list of such batches.
+        importance: name of the importance that ranks the units: "magnitude" (the default) or "random". Of blocks:
+            "influence" (the default; one minus the cosine similarity of a block's input and output), "change" (change
+            of the model's outputs when the block is removed; one run per block) or "random".
+        norm: 1 or 2, the norm of "magnitude".
         ranking: "global" ranks all units together; "local" removes the same fraction of each group.
         round_to: the number of kept units of each group is a multiple of this number, since runtimes compute in blocks
             and other widths are slow. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else
             1; always 1 for heads and other parts with a width of their own. Multiples are halved, but not below 4, if
             the goal cannot be met closely otherwise. A dict sets multiples by kind of unit, {"head dim": 8}; other
             kinds are "auto".
-        exclude: one or several module paths, parameter names or globs ("layer4.*") that are not changed.
-        kinds: kinds of units that may be removed (see `kirsch.graph.group.KINDS`), ["head", "ffn unit"]. A dict
-            sets weights by kind, {"head": 2.0, "head dim": 0}: importances are divided by the weight, and units of a
-            kind with weight 0 are kept; other kinds have weight 1. None: all kinds.
+        kinds: kinds of units that may be removed (see `kirsch.graph.kinds.KINDS`), ["head", "ffn unit"]. A dict sets
+            weights by kind, {"head": 2.0, "head dim": 0}: importances are divided by the weight, and units of a kind
+            with weight 0 are kept; other kinds have weight 1. None: all kinds of units. "block" removes whole residual
+            blocks (`graph.blocks`); to reduce widths, too, prune by this plan, trace the result, and plan again.
         uniform: remove the same number of units from all groups of the same kind and size, so that one number in a
             configuration describes all layers.
-        norm: 1 or 2, the norm of "magnitude".
         min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.
+        exclude: one or several module paths, parameter names or globs ("layer4.*") whose parameters are not changed.
+            Layers before them keep the units that they read, too. Of blocks: paths of the blocks that are kept.
+        keep_outputs: one or several module paths or globs; the outputs of these modules are not changed. They may lose
+            inputs.
         seed: seed of the importance "random".
 
     Returns:
-        A `Plan`. If its cost is more than 1 % of the original below the goal, its `notes` give the reason.
+        A `Plan`. Its `notes` say what `exclude` and `keep_outputs` cost, and why its cost is more than 1 % of the
+        original below the goal, if it is.
 
     Raises:
         GoalError: no plan reaches the goal; the message has the least reachable cost, the layers that cannot be cut
             further, and options that reach the goal. Or the goal is on MACs only, and the model has no MACs.
-        UnknownNameError: an importance or a name to exclude is unknown.
-        UsageError: an option is out of range.
+        UnknownNameError: an importance, a kind or a name to exclude is unknown.
+        UsageError: an option is out of range or has no effect on the kinds, `kinds` names blocks beside other kinds, or
+            `data` is missing for blocks.
     """
-    options = Options(importance, ranking, round_to, exclude, kinds, uniform, norm, min_keep, seed)
+    options = PlanOptions(
+        importance=importance,
+        norm=norm,
+        ranking=ranking,
+        round_to=round_to,
+        kinds=kinds,
+        uniform=uniform,
+        min_keep=min_keep,
+        exclude=exclude,
+        keep_outputs=keep_outputs,
+        seed=seed,
+    )
     options.check()
     if not graph.cost.macs and goal.parameters is None:
         raise GoalError(
@@ -82,23 +111,36 @@ def plan(
             if graph.cost.parameters
             else "Give a model that has layers with parameters to prune.",
         )
+    if options.of_blocks:
+        return plan_blocks(graph, goal, options, data)
+    if data is not None:
+        raise UsageError(
+            "`data` of kirsch.plan has no effect: only blocks are ranked on data.",
+            fix="Give kinds='block', or remove `data`.",
+        )
+    return _plan_units(graph, goal, options)
+
+
+def _plan_units(graph: Graph, goal: Goal, options: PlanOptions) -> Plan:
+    """Return the units to remove from the layers of a model."""
     scores = _ScoreCache(graph, options)
-    for fineness in range(options.finest + 1):
+    for fineness in range(finest(options) + 1):
         chooser = _chooser(graph, goal, options, scores, fineness)
         counts = chooser.least()
         if goal.met_by(chooser.price(counts), graph.cost):
-            counts = chooser.refine(chooser.descend(local=ranking == "local"))
+            counts = chooser.refine(chooser.descend(local=options.ranking == "local"))
             if _distance_to_goal(goal, chooser.price(counts), graph.cost) <= CLOSE:
                 break
     after = chooser.price(counts)
     if not goal.met_by(after, graph.cost):
         raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, scores))
-    reason = {"magnitude": f"smallest weights of the group (L{norm})"}.get(importance, f"least {importance}")
+    name = options.importance_name
+    reason = {"magnitude": f"smallest weights of the group (L{options.norm})"}.get(name, f"least {name}")
     _check_constants(graph, chooser.keep(counts))
     chosen = Plan(
         fingerprint=graph.fingerprint,
         model=graph.model_name,
-        groups=_removals(options.groups(graph), chooser.candidates, counts, reason),
+        groups=_removals(removable_groups(graph, options), chooser.candidates, counts, reason),
         before=graph.cost,
         after=after,
         goal=goal.to_dict(),
@@ -107,27 +149,28 @@ def plan(
         tracing=graph.tracing,
         graph=graph,
     )
-    return replace(chosen, notes=tuple(note for note in (landing_note(chosen), *width_notes(chosen)) if note))
+    notes = (landing_note(chosen), *width_notes(chosen), *exclusion_notes(graph, options))
+    return replace(chosen, notes=tuple(note for note in notes if note))
 
 
-def _chooser(graph: Graph, goal: Goal, options: Options, scores: _ScoreCache, fineness: int) -> Chooser:
+def _chooser(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache, fineness: int) -> Chooser:
     """Return the search over the groups that the options allow to change."""
-    groups = options.groups(graph)
+    groups = removable_groups(graph, options)
     candidates = [
         Candidate(
             [groups[index] for index in indices],
             [scores.get(groups[index], options) for index in indices],
-            options.multiple(groups[indices[0]], fineness),
+            multiple(groups[indices[0]], options, fineness),
             options.min_keep,
         )
-        for indices in options.tied_groups(groups)
+        for indices in tied_groups(groups, options)
     ]
     return Chooser(graph, goal, candidates)
 
 
-def _least(graph: Graph, goal: Goal, options: Options, scores: _ScoreCache) -> Least:
+def _least(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache) -> Least:
     """Return the least cost that plans with these options reach."""
-    chooser = _chooser(graph, goal, options, scores, options.finest)
+    chooser = _chooser(graph, goal, options, scores, finest(options))
     counts = chooser.least()
     return Least(chooser.price(counts), chooser.keep(counts))
 
@@ -135,16 +178,16 @@ def _least(graph: Graph, goal: Goal, options: Options, scores: _ScoreCache) -> L
 class _ScoreCache:
     """Importance of each unit of each group, computed once per group."""
 
-    def __init__(self, graph: Graph, options: Options) -> None:
+    def __init__(self, graph: Graph, options: PlanOptions) -> None:
         self._graph = graph
         self._options = options
         self._cache: dict[str, NDArray[np.float64]] = {}
 
-    def get(self, group: Group, options: Options) -> NDArray[np.float64]:
+    def get(self, group: Group, options: PlanOptions) -> NDArray[np.float64]:
         """Return one finite number per unit, divided by the weight of the kind."""
         if group.name not in self._cache:
             own = self._options
-            self._cache[group.name] = _importance_scores(self._graph, group, own.importance, own.norm, own.seed)
+            self._cache[group.name] = _importance_scores(self._graph, group, own.importance_name, own.norm, own.seed)
         return self._cache[group.name] / options.kind_weights[group.kind]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kirsch.graph.inputs import tensors
+from kirsch.graph.kinds import UNROUNDED_KINDS
 from kirsch.graph.plan import Goal
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Plan
+
+EXCLUSION = ("exclude=", "keep_outputs=")
+"""Beginnings of the notes of `kirsch.pruning.exclusion`."""
 
 CLOSE = 0.01
 """Largest distance of a plan below its goal without a note, as a fraction of the original."""
@@ -23,15 +27,13 @@ ALIGNED = 4
 Measured on x86: 63 channels take 1.6 times as long as 64, and 7 times as long in a depthwise convolution.
 """
 
-UNROUNDED_KINDS = frozenset(["expert", "kv group", "head", "head in kv group", "conv group", "norm group", "chunk"])
-"""Kinds whose units are parts with a width of their own, such as heads. Runtimes do not compute them in blocks."""
-
 
 def renewed(plan: Plan, graph: Graph) -> Plan:
     """Return the plan with costs and notes recomputed from the units that it removes from the graph."""
     priced = plan.priced(graph)
     landing = landing_note(priced)
-    notes = [*missed_notes(priced), *([landing] if landing in plan.notes else []), *width_notes(priced)]
+    exclusions = [note for note in plan.notes if note.startswith(EXCLUSION)]
+    notes = [*missed_notes(priced), *([landing] if landing in plan.notes else []), *width_notes(priced), *exclusions]
     return replace(priced, notes=tuple(notes))
 
 
@@ -82,7 +84,7 @@ def missed_notes(plan: Plan) -> list[str]:
 
 def landing_note(plan: Plan) -> str:
     """Return a note with the reason why a plan is far below its goal; empty if it is close."""
-    if not plan.goal or "round_to" not in plan.method:
+    if not plan.goal or not plan.groups or "round_to" not in plan.method:
         return ""
     reached = Goal(**plan.goal).fractions(plan.after, plan.before)
     name, (value, limit) = min(reached.items(), key=lambda item: item[1][1] - item[1][0])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kirsch.errors import GoalError, KirschError
-from kirsch.pruning.options import Options, excluded
+from kirsch.pruning.selection import exclusions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kirsch.graph.cost import Cost
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Goal
+    from kirsch.pruning.options import PlanOptions
 
 MAX_SHOWN = 3
 MIN_SHARE = 0.01
@@ -43,10 +44,10 @@ class Change:
     """Changed options, and a description of the change."""
 
     words: str
-    options: Options
+    options: PlanOptions
 
 
-def unreachable(graph: Graph, goal: Goal, options: Options, least: Callable[[Options], Least]) -> GoalError:
+def unreachable(graph: Graph, goal: Goal, options: PlanOptions, least: Callable[[PlanOptions], Least]) -> GoalError:
     """Return the error for a goal that no plan with these options reaches.
 
     Args:
@@ -85,7 +86,7 @@ def reachable(goal: Goal, least: Cost, original: Cost) -> str:
 # --------------------------------------------------------------------------------------- causes of the remaining cost
 
 
-def _causes(graph: Graph, goal: Goal, options: Options, least: Least) -> list[str]:
+def _causes(graph: Graph, goal: Goal, options: PlanOptions, least: Least) -> list[str]:
     """Return the layers with most of the remaining cost, their shares of the original, and the reasons."""
     fractions = goal.fractions(least.cost, graph.cost)
     missed = max(fractions, key=lambda name: fractions[name][0] - fractions[name][1])
@@ -116,11 +117,11 @@ def _layer_list(owners: dict[str, int], total: int) -> str:
 class _CauseFinder:
     """Find the reason why a layer cannot be smaller."""
 
-    def __init__(self, graph: Graph, options: Options) -> None:
+    def __init__(self, graph: Graph, options: PlanOptions) -> None:
         self._graph = graph
         self._options = options
         self._weights = options.kind_weights
-        self._excluded = excluded(graph, options.exclude)
+        self._exclusions = exclusions(graph, options)
         self._touching: dict[int, list[tuple[str, str]]] = {}  # tensor → (name, kind) of the groups on it
         for group in graph.groups:
             for name in dict.fromkeys(name for name, _ in group.footprint):
@@ -135,9 +136,11 @@ class _CauseFinder:
         kinds = sorted({kind for _, kind in groups if self._weights[kind] == 0})
         if kinds:
             return f"whose units have the kind {', '.join(map(repr, kinds))}, which `kinds` keeps"
-        patterns = sorted({self._excluded[name] for name, _ in groups if name in self._excluded})
-        if patterns:
-            return f"which exclude={patterns!r} keeps unchanged"
+        found = sorted({self._exclusions[name] for name, _ in groups if name in self._exclusions})
+        if found:
+            option = found[0].option
+            setting = f"{option}={[why.pattern for why in found if why.option == option]!r}"
+            return f"which {setting} keeps unchanged" if option == "exclude" else f"whose units {setting} keeps"
         if groups:
             uniform = ", uniform=True" if options.uniform else ""
             return f"cut as far as min_keep={options.min_keep:g}, round_to={options.round_to!r}{uniform} allow"
@@ -155,7 +158,7 @@ class _CauseFinder:
 # --------------------------------------------------------------------------------------- options that reach the goal
 
 
-def _fix(options: Options, graph: Graph, shortfall: Callable[[Change], str]) -> str:
+def _fix(options: PlanOptions, graph: Graph, shortfall: Callable[[Change], str]) -> str:
     """Return a sentence with changes of the options that reach the goal.
 
     `shortfall`: returns by how much a change misses the goal, as text; empty if the change reaches the goal.
@@ -180,51 +183,57 @@ def _fix(options: Options, graph: Graph, shortfall: Callable[[Change], str]) -> 
     return f"No options reach it; with {loosest.words}: {shortfall(loosest)}."
 
 
-def _families(options: Options, graph: Graph) -> Iterator[Iterator[Change]]:
+def _families(options: PlanOptions, graph: Graph) -> Iterator[Iterator[Change]]:
     """Yield the changes of each option that restricts the plan, the smallest change first."""
     yield _more_kinds(options, graph)
     yield _fewer_excluded(options)
-    yield iter([Change("uniform=False", replace(options, uniform=False))] if options.uniform else [])
-    yield (Change(f"round_to={n}", replace(options, round_to=n)) for n in _finer(options))
+    yield iter([Change("uniform=False", options.changed(uniform=False))] if options.uniform else [])
+    yield (Change(f"round_to={n}", options.changed(round_to=n)) for n in _finer(options))
     smaller = [keep for keep in MIN_KEEPS if keep < options.min_keep]
-    yield (Change(f"min_keep={keep:g}", replace(options, min_keep=keep)) for keep in smaller)
+    yield (Change(f"min_keep={keep:g}", options.changed(min_keep=keep)) for keep in smaller)
 
 
-def _finer(options: Options) -> list[int]:
+def _finer(options: PlanOptions) -> list[int]:
     """Return smaller multiples than round_to, the largest first."""
     start = options.round_to if isinstance(options.round_to, int) else 4
     return [start >> shift for shift in range(1, start.bit_length())]
 
 
-def _more_kinds(options: Options, graph: Graph) -> Iterator[Change]:
+def _more_kinds(options: PlanOptions, graph: Graph) -> Iterator[Change]:
     kinds, weights = options.kinds, options.kind_weights
     if kinds is None:
         return
     missing = [kind for kind in dict.fromkeys(group.kind for group in graph.groups) if weights[kind] == 0]
     for kind in missing:
         more: Sequence[str] | Mapping[str, float]
-        if isinstance(kinds, Mapping):
-            more = {**kinds, kind: 1.0}
-        else:
-            more = [*([kinds] if isinstance(kinds, str) else kinds), kind]
-        yield Change(f"{kind!r} in kinds", replace(options, kinds=more))
+        more = {**kinds, kind: 1.0} if isinstance(kinds, Mapping) else (*kinds, kind)
+        yield Change(f"{kind!r} in kinds", options.changed(kinds=more))
     if len(missing) > 1:
-        yield Change("kinds=None (all kinds)", replace(options, kinds=None))
+        yield Change("kinds=None (all kinds)", options.changed(kinds=None))
 
 
-def _fewer_excluded(options: Options) -> Iterator[Change]:
-    for pattern in list(options.exclude)[:MAX_PATTERNS]:
+def _fewer_excluded(options: PlanOptions) -> Iterator[Change]:
+    """Yield `keep_outputs` in place of `exclude`, fewer patterns, and none."""
+    for pattern in options.exclude[:MAX_PATTERNS]:
         rest = tuple(other for other in options.exclude if other != pattern)
-        yield Change(f"exclude without {pattern!r}", replace(options, exclude=rest))
-    if len(options.exclude) > 1:
-        yield Change("nothing in exclude", replace(options, exclude=()))
+        outputs = (*options.keep_outputs, pattern)
+        yield Change(f"{pattern!r} in keep_outputs, not exclude", options.changed(exclude=rest, keep_outputs=outputs))
+    for option in ("exclude", "keep_outputs"):
+        patterns = getattr(options, option)
+        for pattern in patterns[:MAX_PATTERNS]:
+            rest = tuple(other for other in patterns if other != pattern)
+            yield Change(f"{option} without {pattern!r}", options.changed(**{option: rest}))
+        if len(patterns) > 1:
+            yield Change(f"nothing in {option}", options.changed(**{option: ()}))
+    if options.exclude and options.keep_outputs:
+        yield Change("nothing in exclude and keep_outputs", options.changed(exclude=(), keep_outputs=()))
 
 
-def _joined(options: Options, changes: Sequence[Change]) -> Change:
+def _joined(options: PlanOptions, changes: Sequence[Change]) -> Change:
     """Return several changes as one."""
     fields = [
         {name: value for name, value in vars(change.options).items() if value != getattr(options, name)}
         for change in changes
     ]
     merged = {name: value for changed in fields for name, value in changed.items()}
-    return Change(" and with ".join(change.words for change in changes), replace(options, **merged))
+    return Change(" and with ".join(change.words for change in changes), options.changed(**merged))

@@ -1,143 +1,114 @@
-"""Options of a plan, and the groups that they allow to change."""
+"""Options of a plan: the one definition that `kirsch.plan`, recipes and the command line share."""
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal, TypeAlias
 
-import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
+from kirsch.annotations import Between, Count, Fix, Names, OneOrMore, Seed
 from kirsch.errors import UnknownNameError, UsageError
-from kirsch.graph.group import KINDS
-from kirsch.pruning.notes import ALIGNED, UNROUNDED_KINDS
+from kirsch.graph.kinds import BLOCK, KINDS
 
-if TYPE_CHECKING:
-    from kirsch.graph.graph import Graph
-    from kirsch.graph.group import Group
+Norm: TypeAlias = Literal[1, 2]
+Ranking: TypeAlias = Literal["global", "local"]
+RoundTo: TypeAlias = Count | Literal["auto"] | Mapping[str, Count]
+KindNames = Annotated[
+    str | Sequence[str], OneOrMore(), Fix("Give one or several kinds of units, such as ['head', 'ffn unit'].")
+]
+Kinds: TypeAlias = KindNames | Mapping[str, Annotated[float, Between(0)]] | None
+MinKeep = Annotated[float, Between(0, 1, exclusive=True)]
+
+ONLY_OF_UNITS = ("norm", "ranking", "round_to", "uniform", "min_keep", "keep_outputs")
+"""Options without effect on a plan of blocks."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of a plan; see `kirsch.plan`."""
+class PlanOptions(BaseModel):
+    """Options of a plan: the keyword arguments of `kirsch.plan`, where each is described in full.
 
-    importance: str = "magnitude"
-    ranking: str = "global"
-    round_to: int | str | Mapping[str, int] = "auto"
-    exclude: Sequence[str] = ()
-    kinds: Sequence[str] | Mapping[str, float] | None = None
-    uniform: bool = False
-    norm: int = 2
-    min_keep: float = 0.1
-    seed: int = 0
+    The keys of the section `prune` of a recipe and the flags of `kirsch plan` and `kirsch prune` are made from it, with
+    these types, defaults and descriptions.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    importance: str | None = Field(
+        None,
+        description="what ranks units: magnitude (default), random; blocks: influence (default), change, random",
+    )
+    norm: Norm = Field(2, description="norm of the importance magnitude, 1 or 2")
+    ranking: Ranking = Field(
+        "global", description="global: rank the units of all layers together; local: of each layer by itself"
+    )
+    round_to: RoundTo = Field(
+        "auto", description="kept widths are multiples of this number, or of a number by kind of unit"
+    )
+    kinds: Kinds = Field(
+        None, description="kinds of units to remove (default: all), with or without a weight; or block: residual blocks"
+    )
+    uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")
+    min_keep: MinKeep = Field(0.1, description="fraction of each group that is always kept")
+    exclude: Names = Field((), description="layers whose parameters are not changed; glob patterns")
+    keep_outputs: Names = Field((), description="layers that keep all their outputs and may lose inputs; glob patterns")
+    seed: Seed = Field(0, description="seed of the importance random")
 
     def check(self) -> None:
-        """Check the values of the options.
+        """Check what the types cannot express.
 
         Raises:
-            UnknownNameError: round_to names an unknown kind.
-            UsageError: min_keep is out of range.
+            UnknownNameError: kinds or round_to names an unknown kind.
+            UsageError: kinds names blocks beside other kinds, or an option has no effect on blocks.
         """
+        for kind in self.kinds or ():
+            if kind not in (*KINDS, BLOCK):
+                raise UnknownNameError("kind of unit for `kinds`", kind, (*KINDS, BLOCK))
         for kind in self.round_to if isinstance(self.round_to, Mapping) else ():
             if kind not in KINDS:
                 raise UnknownNameError("kind of unit for `round_to`", kind, KINDS)
-        if not 0 < self.min_keep <= 1:
+        if self.of_blocks:
+            self._check_blocks()
+        elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):
             raise UsageError(
-                f"`min_keep`, the fraction of each group that is always kept, is {self.min_keep}.",
-                fix="Give a number above 0 and up to 1, such as min_keep=0.1.",
+                "`kinds` names 'block' beside other kinds.",
+                "The units of a layer can be ranked only once it is known which blocks remain.",
+                "Make two plans, one after the other: prune by a plan with kinds='block', trace the result, and plan "
+                "its other kinds.",
+            )
+
+    def _check_blocks(self) -> None:
+        fields = type(self).model_fields
+        unused = next((name for name in ONLY_OF_UNITS if getattr(self, name) != fields[name].default), None)
+        if unused is not None:
+            raise UsageError(
+                f"`{unused}` has no effect on a plan with kinds='block'.",
+                "A block is removed as a whole.",
+                f"Remove `{unused}`, or plan other kinds.",
             )
 
     @property
-    def kind_weights(self) -> dict[str, float]:
-        """Weight of each kind of unit: importances are divided by the weight, 0 keeps all units.
-
-        Raises:
-            UnknownNameError: kinds names an unknown kind.
-            UsageError: a weight is below 0, or infinite.
-        """
-        kinds = self.kinds
-        named = [kinds] if isinstance(kinds, str) else kinds if kinds is not None else ()
-        for kind in named:
-            if kind not in KINDS:
-                raise UnknownNameError("kind of unit for `kinds`", kind, KINDS)
-        if isinstance(kinds, Mapping):
-            wrong = {kind: number for kind, number in kinds.items() if not 0 <= number < np.inf}
-            if wrong:
-                raise UsageError(f"kinds has {wrong}.", "A number of at least 0 is needed for each kind.")
-            return {kind: float(kinds.get(kind, 1)) for kind in KINDS}
-        return {kind: float(kinds is None or kind in named) for kind in KINDS}
-
-    def groups(self, graph: Graph) -> list[Group]:
-        """Return the groups that may lose units, in the order of the graph.
-
-        Raises:
-            UnknownNameError: a name to exclude is unknown.
-        """
-        weights, unchanged = self.kind_weights, excluded(graph, self.exclude)
-        return [group for group in graph.groups if weights[group.kind] > 0 and group.name not in unchanged]
-
-    def tied_groups(self, groups: Sequence[Group]) -> list[list[int]]:
-        """Return the indices of groups that lose the same number of units, one list for each number."""
-        classes: dict[object, list[int]] = {}
-        for index, group in enumerate(groups):
-            classes.setdefault((group.kind, group.size) if self.uniform else index, []).append(index)
-        return list(classes.values())
+    def of_blocks(self) -> bool:
+        """Whether the plan removes residual blocks instead of units of layers."""
+        return self.kinds is not None and not isinstance(self.kinds, Mapping) and set(self.kinds) == {BLOCK}
 
     @property
-    def finest(self) -> int:
-        """Number of times that "auto" may be halved."""
-        return 0 if isinstance(self.round_to, int) else 2
+    def importance_name(self) -> str:
+        """Name of the importance, the default filled in."""
+        default = "influence" if self.of_blocks else "magnitude"
+        return default if self.importance is None else self.importance
 
-    def multiple(self, group: Group, fineness: int) -> int:
-        """Return the number that divides the kept units of a group, with "auto" halved `fineness` times."""
-        if isinstance(self.round_to, int):
-            return self.round_to
-        if isinstance(self.round_to, Mapping) and group.kind in self.round_to:
-            return self.round_to[group.kind]
-        if group.kind in UNROUNDED_KINDS:
-            return 1
-        coarse = next((multiple for multiple, least in ((16, 32), (8, 16), (4, 8)) if group.size >= least), 1)
-        return max(coarse >> fineness, min(coarse, ALIGNED))
+    @property
+    def kind_weights(self) -> dict[str, float]:
+        """Weight of each kind of unit: importances are divided by the weight, and a kind of weight 0 is kept."""
+        kinds = self.kinds
+        if isinstance(kinds, Mapping):
+            return {kind: float(kinds.get(kind, 1)) for kind in KINDS}
+        return {kind: float(kinds is None or kind in kinds) for kind in KINDS}
+
+    def changed(self, **changes: Any) -> PlanOptions:
+        """Return the options with some values replaced."""
+        return self.model_copy(update=changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values, for the method of a plan."""
-        return {
-            "importance": self.importance,
-            "norm": self.norm,
-            "ranking": self.ranking,
-            "round_to": dict(self.round_to) if isinstance(self.round_to, Mapping) else self.round_to,
-            "exclude": list(self.exclude),
-            "kinds": {kind: number for kind, number in self.kind_weights.items() if number != 1},
-            "uniform": self.uniform,
-            "min_keep": self.min_keep,
-            "seed": self.seed,
-        }
-
-
-def excluded(graph: Graph, exclude: Sequence[str]) -> dict[str, str]:
-    """Return the first pattern that excludes each group, by group name.
-
-    A group is excluded if one of its parameters is excluded, or shares its values with one that is.
-
-    Raises:
-        UnknownNameError: a pattern matches no layer, parameter or group.
-    """
-    pattern_of: dict[str, str] = {}
-    for pattern in exclude:
-        names = {name for name in graph.tensors if matches(name, pattern)}
-        names = names or {name for group in graph.groups if group.name == pattern for name, _ in group.footprint}
-        if not names:
-            layers = {name.rpartition(".")[0] for name in graph.tensors} - {""}
-            raise UnknownNameError("layer to `exclude` named", pattern, layers | {group.name for group in graph.groups})
-        tied = {id(graph.tensors[name]) for name in names}
-        for group in graph.groups:
-            if any(id(graph.tensors[name]) in tied for name, _ in group.footprint):
-                pattern_of.setdefault(group.name, pattern)
-    return pattern_of
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Return whether a pattern matches the path of a parameter or block, or of one of its parent modules."""
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+        return self.model_dump(mode="json") | {"importance": self.importance_name}

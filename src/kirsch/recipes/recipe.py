@@ -17,8 +17,10 @@ from pydantic import (
     model_validator,
 )
 
+from kirsch.annotations import Seed
 from kirsch.errors import RecipeError, UsageError, nearest
 from kirsch.frameworks.training import Training
+from kirsch.pruning.options import PlanOptions
 from kirsch.recipes.objective import ObjectiveSection, SparseSection
 from kirsch.recipes.section import AtLeastZero, Count, Fraction, Positive, Section
 from kirsch.recipes.yaml import dump, read, scalar
@@ -147,24 +149,25 @@ class PruneGoal(Section):
     parameters: Fraction | None = Field(None, description="parameters")
 
 
-class Prune(Section):
-    """Pruning of units."""
+class PruneTarget(Section):
+    """The key of the section prune that is no option of a plan."""
 
     goal: PruneGoal = Field(description="limits, as fractions of the model before pruning")
-    importance: str = Field("magnitude", description="importance of units: magnitude, random")
-    norm: Literal[1, 2] = Field(2, description="norm of the importance magnitude")
-    ranking: Literal["global", "local"] = Field(
-        "global", description="rank units of all layers together, or of each layer"
-    )
-    round_to: Count | Literal["auto"] | dict[str, Count] = Field(
-        "auto", description="kept widths are multiples of this number; or a number by kind of unit"
-    )
-    kinds: tuple[str, ...] | dict[str, AtLeastZero] | None = Field(
-        None, description="kinds of units to prune, or a preference by kind; all"
-    )
-    uniform: bool = Field(False, description="remove the same number of units from all layers of a kind")
-    exclude: tuple[str, ...] = Field((), description="layers not to prune; glob patterns")
-    min_keep: Positive = Field(0.1, le=1, description="smallest fraction of each group that is kept")
+
+
+class Prune(PlanOptions, PruneTarget):  # pydantic lists the fields of the last base first
+    """Pruning of units. Its keys are the goal and the options of `kirsch.plan`."""
+
+    seed: Seed | None = Field(None, description="seed of the importance random; null: the seed of the recipe")  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        """Refuse options that `kirsch.plan` refuses."""
+        try:
+            self.check()
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class Export(Section):

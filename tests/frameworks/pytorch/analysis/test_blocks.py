@@ -308,7 +308,7 @@ def test_a_model_with_removed_blocks_is_saved_and_loaded_exactly(tmp_path):
 def test_a_block_of_the_traced_part_is_removed_from_the_whole_model():
     model = shaken(nn.Sequential(convolutional(), nn.Linear(4, 2)))
     graph = kirsch.trace(model, IMAGES, module="0")
-    plan = kirsch.plan_depth(graph, Goal(parameters=0.95), IMAGES)
+    plan = kirsch.plan(graph, Goal(parameters=0.95), kinds="block", data=IMAGES)
     assert plan.blocks
     assert len(kirsch.prune(model, plan)[0]) == len(model[0]) - len(plan.blocks)
 

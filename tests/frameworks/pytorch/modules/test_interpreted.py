@@ -116,9 +116,9 @@ def test_a_pruned_graph_module_equals_the_pruned_original(maker):
 def test_dropped_blocks_are_removed_from_a_graph_module(maker, importance, share, number):
     model = shaken(Images())
     goal = Goal(macs=share)
-    plain = kirsch.plan_depth(kirsch.trace(model, IMAGE), goal, IMAGE, importance=importance)
+    plain = kirsch.plan(kirsch.trace(model, IMAGE), goal, kinds="block", data=IMAGE, importance=importance)
     module = MAKERS[maker](model, IMAGE)
-    plan = kirsch.plan_depth(kirsch.trace(module, IMAGE), goal, IMAGE, importance=importance)
+    plan = kirsch.plan(kirsch.trace(module, IMAGE), goal, kinds="block", data=IMAGE, importance=importance)
     assert plan.without == plain.without
     assert len(plan.without) == number
     short = kirsch.prune(module, plan)
@@ -131,7 +131,7 @@ def test_a_graph_module_within_a_model_is_pruned_and_shortened(maker):
     model = Within(MAKERS[maker](shaken(Images()), IMAGE))
     graph = kirsch.trace(model, IMAGE)
     assert graph.blocks == ("part.blocks.0", "part.blocks.1", "part.blocks.2")
-    short = kirsch.prune(model, kirsch.plan_depth(graph, Goal(macs=0.8), IMAGE))
+    short = kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.8), kinds="block", data=IMAGE))
     assert prune_with_verification(short, kirsch.plan(kirsch.trace(short, IMAGE), Goal(macs=0.7))).verification.passed
 
 
@@ -155,9 +155,9 @@ def test_pruning_does_not_change_the_original_graph_module():
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
-def test_plan_depth_restores_the_forward_of_a_graph_module():
+def test_planning_blocks_restores_the_forward_of_a_graph_module():
     module = fx.symbolic_trace(shaken(Images()))
-    kirsch.plan_depth(kirsch.trace(module, IMAGE), Goal(macs=0.8), IMAGE, importance="change")
+    kirsch.plan(kirsch.trace(module, IMAGE), Goal(macs=0.8), kinds="block", data=IMAGE, importance="change")
     assert "forward" not in vars(module)
 
 
@@ -219,7 +219,7 @@ def test_modes_and_the_graph_of_the_mode_are_those_of_the_original(maker, traini
     model = (nn.Sequential(made) if maker == "within" else made).train(training)
     graph = kirsch.trace(model, IMAGE)
     pruned = kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
-    short = kirsch.prune(model, kirsch.plan_depth(graph, Goal(macs=0.8), IMAGE))
+    short = kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.8), kinds="block", data=IMAGE))
     for found in (pruned, short, model):
         assert set(modes(found).values()) == {training}
         for module in found.modules():

@@ -154,8 +154,8 @@ def test_the_configuration_of_a_bfloat16_model_is_updated():
 def test_the_number_of_layers_is_updated_after_blocks_are_dropped(depth):
     model = configurable(depth=4)
     graph = kirsch.trace(model, INPUT)
-    plan = kirsch.plan_depth(
-        graph, kirsch.Goal(parameters=0.9 if depth == 3 else 0.7), INPUT, exclude=["listed", "wide"]
+    plan = kirsch.plan(
+        graph, kirsch.Goal(parameters=0.9 if depth == 3 else 0.7), kinds="block", data=INPUT, exclude=["listed", "wide"]
     )
     found = prune_with_verification(model, plan)
     assert found.plan.configuration == {"depth": depth} == {"depth": len(found.model.blocks)}
@@ -165,8 +165,12 @@ def test_the_number_of_layers_is_updated_after_blocks_are_dropped(depth):
 
 def test_the_configuration_is_unchanged_if_no_number_counts_the_dropped_blocks():
     model = configurable()
-    plan = kirsch.plan_depth(
-        kirsch.trace(model, INPUT), kirsch.Goal(parameters=0.95), INPUT, exclude=["blocks", "listed", "inner"]
+    plan = kirsch.plan(
+        kirsch.trace(model, INPUT),
+        kirsch.Goal(parameters=0.95),
+        kinds="block",
+        data=INPUT,
+        exclude=["blocks", "listed", "inner"],
     )
     assert plan.without == ("wide",)
     notes = config_notes(prune_with_verification(model, plan))

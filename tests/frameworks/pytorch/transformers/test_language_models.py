@@ -155,7 +155,7 @@ def test_the_note_lists_old_and_new_numbers(round_trip):
 
 def test_a_language_model_with_dropped_layers_is_loaded_and_generates_text(transformers, tmp_path):
     model, inputs = build(transformers, "llama", num_hidden_layers=4)
-    plan = kirsch.plan_depth(kirsch.trace(model, inputs), kirsch.Goal(macs=0.7), inputs)
+    plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.7), kinds="block", data=inputs)
     found = prune_with_verification(model, plan).model
     assert found.config.num_hidden_layers == len(found.model.layers) < 4
     assert [layer.self_attn.layer_idx for layer in found.model.layers] == list(range(len(found.model.layers)))
@@ -183,5 +183,5 @@ def test_narrower_heads_keep_their_scale_and_the_configuration_is_unchanged(tran
 def test_the_note_names_the_axis_that_no_number_determines(transformers):
     model, inputs = build(transformers, "distilbert")
     plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.8), uniform=True, kinds=["head"])
-    why = r"no number gives axis 0 of distilbert\.\S+ the size \d+\. Save it with kirsch\.save, or plan with granul"
+    why = r"no number gives axis 0 of distilbert\.\S+ the size \d+\. Save it with kirsch\.save, or plan with kinds"
     assert_one_note(config_notes(prune_with_verification(model, plan)), why)

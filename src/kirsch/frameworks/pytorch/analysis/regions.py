@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch.utils._pytree import tree_leaves
+
 from kirsch.frameworks.pytorch.analysis.program import ASSERTIONS, name_of
 from kirsch.graph.labels import Tensor
 
@@ -32,12 +34,13 @@ def _reads(user: Node) -> bool:
     return user.op != "call_function" or name_of(user).removeprefix("aten.") not in ASSERTIONS
 
 
-def module_outputs(states: Mapping[Node, Any]) -> dict[str, Tensor]:
-    """Return the output of each module by its path, with labels; modules with several outputs are left out.
+def module_outputs(states: Mapping[Node, Any]) -> dict[str, tuple[Tensor, ...]]:
+    """Return the tensors that each module returns by its path, with labels.
 
     Args:
         states: labels of the result of each node.
     """
-    exits_of = {path: exits(region) for path, region in regions(states).items() if path}
-    outputs = {path: states[nodes[0]] for path, nodes in exits_of.items() if len(nodes) == 1}
-    return {path: output for path, output in outputs.items() if isinstance(output, Tensor)}
+    return {
+        path: tuple(leaf for node in nodes for leaf in tree_leaves(states[node]) if isinstance(leaf, Tensor))
+        for path, nodes in ((path, exits(region)) for path, region in regions(states).items() if path)
+    }

@@ -1,4 +1,4 @@
-"""Choice of the residual blocks to remove, so that the cost of the model meets a goal."""
+"""Importances of residual blocks, and the choice of the blocks to remove."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from kirsch.annotations import Names, Seed
-from kirsch.arguments import checked
-from kirsch.data.annotations import Inputs
 from kirsch.errors import GoalError, UnknownNameError, UsageError
-from kirsch.graph.graph import Graph
-from kirsch.graph.plan import Goal, Plan, Skip
+from kirsch.graph.plan import Plan, Skip
 from kirsch.pruning.obstacles import reachable
-from kirsch.pruning.options import matches
+from kirsch.pruning.selection import matches
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
@@ -21,7 +17,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kirsch.graph.graph import ModelRunner
+    from kirsch.graph.graph import Graph, ModelRunner
+    from kirsch.graph.plan import Goal
+    from kirsch.pruning.options import PlanOptions
 
 
 class BlockImportance(Protocol):
@@ -49,6 +47,7 @@ def influence(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, f
     Source: Men et al. 2024, arXiv:2403.03853, equation 1 (block influence).
     """
     del seed
+    _check_data(batches, "influence")
     distances: dict[str, list[NDArray[np.float64]]] = {path: [] for path in graph.blocks}
 
     def record(path: str, entry: NDArray[Any], exit_: NDArray[Any]) -> None:
@@ -68,6 +67,7 @@ def change(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, floa
     Runs the model once per block and batch.
     """
     del seed
+    _check_data(batches, "change")
     squared_change, squared_norm = dict.fromkeys(graph.blocks, 0.0), 0.0
     for batch in batches:
         full = _runner(graph).outputs(batch)
@@ -86,59 +86,33 @@ def random(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, floa
     return dict(zip(graph.blocks, np.random.default_rng(seed).uniform(size=len(graph.blocks)).tolist(), strict=True))
 
 
-@checked
-def plan_depth(
-    graph: Graph,
-    goal: Goal,
-    data: Inputs,
-    importance: str = "influence",
-    exclude: Names = (),
-    *,
-    seed: Seed = 0,
-) -> Plan:
-    """Return the residual blocks to remove, so that the cost of the model is at most the goal.
+def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Plan:
+    """Return the residual blocks to remove, so that the cost of the model is at most the goal; see `kirsch.plan`.
 
     The least important blocks are removed first. Then blocks are restored as long as the goal is met, the most
-    important first. To reduce widths too, prune by this plan, trace the result, and plan again with `kirsch.plan`.
-
-    Args:
-        graph: of `kirsch.trace`; its `blocks` can be removed.
-        goal: fractions of the original cost.
-        data: calibration inputs in the form of the example inputs, or a list of such batches.
-        importance: "influence" (one minus the cosine similarity of a block's input and output), "change" (change of
-            the model's outputs when the block is removed; one run per block), or "random".
-        exclude: paths of blocks or of their parent modules, or globs ("layer4.*"); these blocks are kept.
-        seed: seed of the importance "random".
-
-    Returns:
-        A `Plan` with `blocks`, for `kirsch.prune`.
+    important first.
 
     Raises:
         GoalError: the goal is not reached by removing all blocks; the message has the least reachable cost.
         UnknownNameError: an importance or a block to exclude is unknown.
-        UsageError: an importance is not finite, for instance since the model returns NaN for the data.
+        UsageError: the importance needs data, or is not finite, for instance since the model returns NaN for the data.
     """
-    removable = _removable(graph, exclude)
+    removable = _removable(graph, options.exclude)
     keep = graph.keep({})
     least = graph.prices.price(keep, removable)
     if not goal.met_by(least, graph.cost):
         raise GoalError(
             f"No plan for {graph.model_name} reaches the goal by removing blocks: {goal.shortfall(least, graph.cost)}.",
             f"It has {len(graph.blocks)} residual blocks, of which {len(removable)} can be removed.",
-            f"{_fix(graph, goal, exclude)} {reachable(goal, least, graph.cost)}".strip(),
+            f"{_fix(graph, goal, options.exclude)} {reachable(goal, least, graph.cost)}".strip(),
         )
-    scores = BLOCK_IMPORTANCES[importance](graph, data if isinstance(data, list) else [data], seed=seed)
-    not_finite = [path for path in removable if not np.isfinite(scores[path])]
-    if not_finite:
-        raise UsageError(
-            f"The importance {importance!r} of the block {not_finite[0]!r} is {scores[not_finite[0]]}.",
-            "It must be a finite number.",
-            "Check the weights and the data.",
-        )
-    order = sorted(removable, key=lambda path: scores[path])
+    name = options.importance_name
+    scores = _scores(graph, removable, name, data, options.seed)
     removed: list[str] = []
-    while not goal.met_by(graph.prices.price(keep, removed), graph.cost):
-        removed.append(order[len(removed)])
+    for path in sorted(removable, key=lambda path: scores[path]):
+        if goal.met_by(graph.prices.price(keep, removed), graph.cost):
+            break
+        removed.append(path)
     for path in reversed(list(removed)):
         rest = [other for other in removed if other != path]
         if goal.met_by(graph.prices.price(keep, rest), graph.cost):
@@ -150,19 +124,44 @@ def plan_depth(
         before=graph.cost,
         after=graph.prices.price(keep, removed),
         goal=goal.to_dict(),
-        method={"importance": importance, "exclude": list(exclude), "seed": seed},
+        method=options.to_dict(),
         inputs=graph.inputs,
         tracing=graph.tracing,
-        blocks=tuple(Skip(p, f"least {importance}: {scores[p]:.3g}") for p in graph.blocks if p in removed),
+        blocks=tuple(Skip(path, f"least {name}: {scores[path]:.3g}") for path in graph.blocks if path in removed),
         graph=graph,
     )
+
+
+def _scores(graph: Graph, removable: Sequence[str], name: str, data: Any, seed: int) -> dict[str, float]:
+    """Return the importance of each block, finite for those that can be removed."""
+    if data is None:
+        batches: list[Any] = []
+    else:
+        batches = data if isinstance(data, list) else [data]
+    scores = BLOCK_IMPORTANCES[name](graph, batches, seed=seed)
+    not_finite = [path for path in removable if not np.isfinite(scores[path])]
+    if not_finite:
+        raise UsageError(
+            f"The importance {name!r} of the block {not_finite[0]!r} is {scores[not_finite[0]]}.",
+            "It must be a finite number.",
+            "Check the weights and the data.",
+        )
+    return scores
 
 
 def _fix(graph: Graph, goal: Goal, exclude: Sequence[str]) -> str:
     """Return a sentence on whether the goal is reached by removing all blocks."""
     if exclude and goal.met_by(graph.prices.price(graph.keep({}), graph.blocks), graph.cost):
         return "It is reached if no block is excluded."
-    return "Removing all of them does not reach it; kirsch.plan reduces widths." if graph.blocks else ""
+    return "Removing all of them does not reach it; plans of other kinds reduce widths." if graph.blocks else ""
+
+
+def _check_data(batches: Sequence[Any], importance: str) -> None:
+    if not batches:
+        raise UsageError(
+            f"`data` of kirsch.plan is missing: the importance {importance!r} of blocks runs the model.",
+            fix="Give calibration inputs in the form of the example inputs, or a list of such batches.",
+        )
 
 
 def _runner(graph: Graph) -> ModelRunner:

@@ -1,0 +1,85 @@
+"""Flags of `kirsch plan` and `kirsch prune`, made from the options of a plan."""
+
+# typer reads the annotations when a subcommand is registered: no `from __future__ import annotations` here.
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+
+from kirsch.errors import UsageError
+from kirsch.pruning.options import PlanOptions
+
+
+def with_plan_flags(function: Callable[..., int]) -> Callable[..., int]:
+    """Replace the parameter `**options` of a subcommand with a flag for each option of a plan that it does not have."""
+    signature = inspect.signature(function)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    flags = [_flag(name) for name in PlanOptions.model_fields if name not in signature.parameters]
+    function.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]  # a protocol of Python
+    return function
+
+
+def given_options(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `kirsch.plan` whose flags differ from the defaults.
+
+    Raises:
+        UsageError: a flag of one value has several, or a weight is not a number.
+    """
+    options = {name: _value(name, value) for name, value in flags.items() if value is not None and value != []}
+    return {name: value for name, value in options.items() if value != PlanOptions.model_fields[name].default}
+
+
+def _flag(name: str) -> inspect.Parameter:
+    field = PlanOptions.model_fields[name]
+    kinds = _types(field.annotation)
+    text = str(field.description)
+    text, default = f"{text[0].upper()}{text[1:]}", field.default
+    annotation: Any
+    if kinds & {Sequence, Mapping}:
+        annotation = list[str] | None
+        text += ", KIND=NUMBER" * (Mapping in kinds) + "; may be repeated"
+        default = None
+    else:
+        (annotation,) = kinds
+        annotation = annotation | None if default is None else annotation
+    shown = field.default if isinstance(field.default, str) else True
+    flag = typer.Option(f"--{name.replace('_', '-')}", help=f"{text}.", show_default=shown)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, flag]
+    )
+
+
+def _types(annotation: Any) -> set[Any]:
+    """Return the types in an annotation, those of the values of a `Literal` included, without None."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return {type(value) for value in arguments}
+    if origin in (Union, types.UnionType):
+        return set().union(*map(_types, arguments))
+    if origin is Annotated:
+        return _types(arguments[0])
+    return {origin or annotation} - {type(None)}
+
+
+def _value(name: str, value: Any) -> Any:
+    """Return the value of an option; several texts become a dict if they have the form KIND=NUMBER."""
+    if not isinstance(value, list):
+        return value
+    kinds, flag = _types(PlanOptions.model_fields[name].annotation), f"--{name.replace('_', '-')}"
+    if Mapping in kinds and any("=" in text for text in value):
+        pairs = [text.rpartition("=") for text in value]
+        return {kind: _number(number, f"{flag} {text}") for text, (kind, _, number) in zip(value, pairs, strict=True)}
+    if Sequence in kinds:
+        return value
+    if len(value) > 1:
+        raise UsageError(f"{flag} is given {len(value)} times.", fix=f"Give one value, or {flag} KIND=NUMBER.")
+    return int(value[0]) if value[0].isascii() and value[0].isdigit() else value[0]  # `kirsch.plan` checks other texts
+
+
+def _number(text: str, origin: str) -> float:
+    try:
+        return int(text) if text.isascii() and text.isdigit() else float(text)
+    except ValueError:
+        raise UsageError(f"{origin}: {text!r} is not a number.", fix="Write KIND=NUMBER, such as head=2.") from None

@@ -1,0 +1,35 @@
+"""Kinds of units: what the indices of an axis are to the operations that use them."""
+
+from __future__ import annotations
+
+KINDS = {
+    "expert": "one of several weights of which a router selects the k with the largest scores, with its score",
+    "kv group": "query heads that share keys and values: repeated heads, or the first axis of a grid of heads",
+    "head in kv group": "the second axis of a grid of heads",
+    "head": "an index shared by two activations that are multiplied, such as queries and keys",
+    "head dim": "an index inside each head, the same in all heads: contracted between activations, or in the values",
+    "recurrent unit": "a unit of the state of an LSTM, GRU or plain recurrent layer",
+    "conv group": "the first axis of the grid (groups, channels per group) of a grouped convolution",
+    "position in conv group": "the second axis of that grid",
+    "norm group": "the first axis of the grid (groups, channels per group) of a group normalization",
+    "position in norm group": "the second axis of that grid",
+    "embedding dim": "a column of an embedding table, or a feature of a residual stream between linear layers",
+    "rank": "an output of a linear layer that another linear layer reads without activation, such as the rank of LoRA",
+    "ffn unit": "an output of a linear layer that another reads after an activation, except in a pooler or classifier",
+    "chunk": "the first axis of the grid of any other reshape",
+    "position in chunk": "another axis of that grid",
+    "channel": "any other unit",
+}
+"""Kinds of units with their definitions. The first that fits applies; most follow from the marks of operations."""
+
+GRID_UNIT_KINDS = {
+    "norm groups": ("norm group", "position in norm group"),
+    "conv groups": ("conv group", "position in conv group"),
+}
+"""Kind of a grid → kinds of the units on its first axis and on all other axes."""
+
+UNROUNDED_KINDS = frozenset(["expert", "kv group", "head", "head in kv group", "conv group", "norm group", "chunk"])
+"""Kinds whose units are parts with a width of their own, such as heads. Runtimes do not compute them in blocks."""
+
+BLOCK = "block"
+"""Kind of a residual block, a module that can be replaced by the identity. A block is no unit of a group."""

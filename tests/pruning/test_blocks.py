@@ -1,0 +1,183 @@
+"""Choice of the residual blocks to remove."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.errors import GoalError, UnknownNameError, UsageError
+from kirsch.graph.plan import Goal
+from kirsch.pruning.blocks import BLOCK_IMPORTANCES
+
+
+class Adding(nn.Module):
+    """x + weight x."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.branch = nn.Linear(2, 2, bias=False)
+        self.branch.weight.data = torch.tensor(weight)
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+ROTATION = [[0.0, -1.0], [1.0, 0.0]]
+"""Rotates by 90 degrees: x + ROTATION x is rotated by 45 degrees."""
+
+
+def chain(*weights):
+    return nn.Sequential(*(Adding(weight) for weight in weights)).eval()
+
+
+def plan_blocks(graph, goal, data, **options):
+    return kirsch.plan(graph, goal, kinds="block", data=data, **options)
+
+
+@pytest.fixture
+def inputs():
+    return torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+
+
+def test_influence_is_one_minus_the_cosine_of_input_and_output(inputs):
+    longer, none = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]
+    graph = kirsch.trace(chain(ROTATION, longer, none), inputs)
+    scores = BLOCK_IMPORTANCES["influence"](graph, [inputs, 2 * inputs], seed=0)
+    assert scores == pytest.approx({"0": 1 - 0.5**0.5, "1": 0, "2": 0}, abs=1e-7)
+
+
+def test_change_is_the_relative_change_of_the_outputs_without_the_block(inputs):
+    half = [[0.5, 0.0], [0.0, 0.5]]
+    graph = kirsch.trace(chain(half, half), inputs)
+    scores = BLOCK_IMPORTANCES["change"](graph, [inputs], seed=0)
+    assert scores == pytest.approx({"0": 1 / 3, "1": 1 / 3}, rel=1e-6)
+
+
+@pytest.mark.parametrize("importance", ["influence", "change"])
+def test_the_least_important_blocks_are_removed(inputs, importance):
+    small = [[0.0, -0.1], [0.1, 0.0]]
+    graph = kirsch.trace(chain(ROTATION, small, ROTATION, small), inputs)
+    plan = plan_blocks(graph, Goal(macs=0.5), inputs, importance=importance)
+    assert plan.without == ("1", "3")
+    assert plan.after.macs * 2 == plan.before.macs
+    assert all(importance in block.reason for block in plan.blocks)
+
+
+def test_blocks_are_restored_as_long_as_the_goal_is_met(inputs):
+    class Wide(Adding):
+        def __init__(self):
+            super().__init__([[0.1, 0.2], [0.0, 0.1]])
+            self.more = nn.Sequential(nn.Linear(2, 50), nn.Linear(50, 2))
+            self.more[1].weight.data *= 20
+
+        def forward(self, x):
+            return x + self.branch(x) + self.more(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Adding([[0.0, 0.0], [0.0, 0.0]]), Wide(), Adding(ROTATION)).eval()
+    plan = plan_blocks(kirsch.trace(model, inputs), Goal(parameters=0.5), inputs, importance="change")
+    assert plan.without == ("1",)
+
+
+def test_random_blocks_depend_only_on_the_seed(inputs):
+    graph = kirsch.trace(chain(*[ROTATION] * 8), inputs)
+    first, again = (
+        [plan_blocks(graph, Goal(macs=0.5), inputs, importance="random", seed=seed).without for seed in range(4)]
+        for _ in range(2)
+    )
+    assert first == again
+    assert len(set(first)) > 1
+
+
+def test_excluded_blocks_are_kept(inputs):
+    graph = kirsch.trace(nn.Sequential(chain(ROTATION, ROTATION), chain(ROTATION, ROTATION)).eval(), inputs)
+    assert plan_blocks(graph, Goal(macs=0.5), inputs, exclude=["1"]).without == ("0.0", "0.1")
+    assert plan_blocks(graph, Goal(macs=0.5), inputs, exclude=["*.0"]).without == ("0.1", "1.1")
+    with pytest.raises(UnknownNameError, match="no residual block to `exclude` named '7'"):
+        plan_blocks(graph, Goal(macs=0.5), inputs, exclude=["7"])
+
+
+def test_an_unreachable_goal_names_the_least_reachable_cost(inputs):
+    graph = kirsch.trace(nn.Sequential(chain(ROTATION), nn.Linear(2, 2)).eval(), inputs)
+    with pytest.raises(GoalError, match=r"macs 20\.0% is requested, 50\.0% is the least reachable.*1 residual block"):
+        plan_blocks(graph, Goal(macs=0.2), inputs)
+
+
+def test_an_importance_that_is_not_finite_is_refused(inputs):
+    graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
+    with pytest.raises(UsageError, match=r"importance 'influence' of the block '0' is nan"):
+        plan_blocks(graph, Goal(macs=0.5), inputs * float("nan"))
+
+
+def test_an_unknown_importance_names_the_known_ones(inputs):
+    graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
+    with pytest.raises(UnknownNameError, match="influence"):
+        plan_blocks(graph, Goal(macs=0.5), inputs, importance="influense")
+
+
+def test_influence_is_the_default_importance(inputs):
+    graph = kirsch.trace(chain(ROTATION, [[0.0, 0.0], [0.0, 0.0]]), inputs)
+    plan = plan_blocks(graph, Goal(macs=0.5), inputs)
+    assert (plan.without, plan.method["importance"]) == (("1",), "influence")
+
+
+@pytest.mark.parametrize("importance", ["influence", "change"])
+def test_blocks_that_are_ranked_by_running_the_model_need_data(inputs, importance):
+    graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
+    with pytest.raises(UsageError, match=rf"`data` of kirsch\.plan is missing: the importance '{importance}'"):
+        kirsch.plan(graph, Goal(macs=0.5), kinds="block", importance=importance)
+    assert kirsch.plan(graph, Goal(macs=0.5), kinds="block", importance="random").blocks
+
+
+def test_data_without_blocks_is_refused(inputs):
+    graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
+    with pytest.raises(UsageError, match=r"`data` of kirsch\.plan has no effect: only blocks are ranked on data"):
+        kirsch.plan(graph, Goal(macs=0.5), data=inputs)
+
+
+@pytest.mark.parametrize("kinds", [["block", "channel"], {"block": 1.0}, {"block": 0.5, "channel": 0}])
+def test_blocks_and_other_kinds_need_two_plans(inputs, kinds):
+    graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
+    with pytest.raises(UsageError, match=r"'block' beside other kinds.*Make two plans, one after the other"):
+        kirsch.plan(graph, Goal(macs=0.5), kinds=kinds, data=inputs)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("norm", 1),
+        ("ranking", "local"),
+        ("round_to", 8),
+        ("uniform", True),
+        ("min_keep", 0.5),
+        ("keep_outputs", ["0"]),
+    ],
+)
+def test_an_option_without_effect_on_blocks_is_refused(inputs, option, value):
+    graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
+    with pytest.raises(UsageError, match=f"`{option}` has no effect on a plan with kinds='block'"):
+        plan_blocks(graph, Goal(macs=0.5), inputs, **{option: value})
+
+
+def test_a_plan_of_blocks_is_restored_from_json(inputs):
+    plan = plan_blocks(kirsch.trace(chain(ROTATION, ROTATION), inputs), Goal(macs=0.5), inputs)
+    assert kirsch.Plan.from_json(plan.to_json()) == plan
+
+
+def test_widths_are_planned_after_the_blocks():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(2, 16), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return x + self.down(self.up(x).relu())
+
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(Wide(), Wide(), Wide()).eval(), torch.randn(4, 2)
+    short = kirsch.prune(model, plan_blocks(kirsch.trace(model, inputs), Goal(macs=0.7), inputs))
+    small = kirsch.prune(short, kirsch.plan(kirsch.trace(short, inputs), Goal(macs=0.5)))
+    assert len(list(small.modules())) < len(list(model.modules()))
+    assert {layer.up.out_features for layer in small if isinstance(layer, Wide)} == {8}

@@ -1,0 +1,124 @@
+"""`exclude` keeps the parameters of layers, `keep_outputs` their outputs, and the notes say what that costs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.errors import UnknownNameError
+from kirsch.pruning.prune import prune_with_verification
+
+IMAGE = torch.randn(2, 3, 8, 8)
+
+
+class Net(nn.Module):
+    """Two convolutions, a wide last one, and a classifier that reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU())
+        self.last, self.classifier = nn.Conv2d(16, 64, 1), nn.Linear(64, 5)
+
+    def forward(self, x):
+        return self.classifier(self.last(self.features(x)).relu().mean((2, 3)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def pruned(model, macs=0.6, **options):
+    plan = kirsch.plan(kirsch.trace(model, IMAGE), kirsch.Goal(macs=macs), **options)
+    return plan, kirsch.prune(model, plan)
+
+
+def test_an_excluded_layer_keeps_its_inputs(model):
+    _, small = pruned(model, exclude="last", round_to=1)
+    assert torch.equal(small.last.weight, model.last.weight)
+
+
+def test_a_layer_that_keeps_its_outputs_may_lose_inputs(model):
+    _, small = pruned(model, keep_outputs="last", round_to=1)
+    assert small.last.out_channels == small.classifier.in_features == 64
+    assert small.last.in_channels < 16
+
+
+def test_other_layers_may_lose_outputs_beside_kept_ones(model):
+    _, small = pruned(model, keep_outputs=["features.0"], round_to=1)
+    assert small.features[0].out_channels == 16
+    assert small.features[2].out_channels < 16
+
+
+def test_the_outputs_of_a_module_around_layers_are_kept(model):
+    _, small = pruned(model, keep_outputs=["features"], round_to=1)
+    assert small.features[2].out_channels == 16
+    assert small.features[0].out_channels < 16
+
+
+def test_globs_name_the_layers_within_a_module(model):
+    plan, _ = pruned(model, 0.85, keep_outputs=["features.*"], round_to=1)
+    assert {removal.name for removal in plan.groups} == {"last"}
+
+
+def test_the_outputs_of_a_transposed_convolution_are_those_of_its_second_axis():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
+    _, small = pruned(model.eval(), keep_outputs=["2"], round_to=1)
+    assert small[2].weight.shape[1] == 8
+    assert small[2].weight.shape[0] < 16
+
+
+def test_both_outputs_of_a_recurrent_layer_are_kept():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.LSTM(16, 8, batch_first=True), nn.Linear(8, 4)
+            self.into = nn.Linear(3, 16)
+
+        def forward(self, x):
+            return self.head(self.layer(self.into(x).relu())[0].mean(1))
+
+    torch.manual_seed(0)
+    model, inputs = Recurrent().eval(), torch.randn(2, 5, 3)
+    plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.8), keep_outputs="layer", round_to=1)
+    assert [removal.name for removal in plan.groups] == ["into"]
+
+
+def test_a_note_says_what_an_exclusion_costs_and_names_the_alternative(model):
+    graph = kirsch.trace(model, IMAGE)
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.6), exclude=["classifier"])
+    (note,) = [note for note in plan.notes if note.startswith("exclude=")]
+    share = (16 * 4 * 4 * 64 + 64 * 5) / (graph.cost.macs / 2)  # the MACs of `last` and `classifier`, of one sample
+    assert f"keeps units that hold {share:.1%} of the MACs, in the layers `last`, `classifier`." in note
+    assert "keep_outputs in place of exclude" in note
+    assert "outputs of the model are always kept" in note
+
+
+def test_the_note_of_an_exclusion_stays_when_the_plan_is_applied(model):
+    plan, _ = pruned(model, keep_outputs=["last"])
+    (note,) = [note for note in plan.notes if note.startswith("keep_outputs=")]
+    result = prune_with_verification(model, kirsch.Plan.from_json(plan.to_json()))
+    assert note in result.notes
+
+
+def test_a_note_says_that_an_exclusion_of_the_classifiers_outputs_has_no_effect(model):
+    plan, _ = pruned(model, keep_outputs=["classifier"])
+    assert any(note.startswith("keep_outputs=['classifier'] has no effect") for note in plan.notes)
+
+
+def test_a_plan_without_exclusions_has_no_note_on_them(model):
+    plan, _ = pruned(model)
+    assert not any(re.match("(exclude|keep_outputs)=", note) for note in plan.notes)
+
+
+def test_an_unknown_layer_to_keep_the_outputs_of_names_the_nearest(model):
+    with pytest.raises(UnknownNameError, match=r"no layer for `keep_outputs` named 'clasifier'.*'classifier'"):
+        pruned(model, keep_outputs=["clasifier"])

@@ -1,0 +1,166 @@
+"""The options of a plan are the same in Python, in a recipe and on the command line."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from pydantic import Field
+from typer.main import get_command
+
+import kirsch
+from kirsch.cli import main
+from kirsch.cli.app import app
+from kirsch.cli.plan_flags import given_options, with_plan_flags
+from kirsch.errors import UsageError
+from kirsch.pruning.options import PlanOptions
+from kirsch.recipes.recipe import Prune, Recipe, read_recipe
+
+NOT_OPTIONS = {"graph", "goal", "data"}
+"""Arguments of `kirsch.plan` that are no options."""
+
+
+def python_options(function: Callable[..., Any] = kirsch.plan) -> dict[str, Any]:
+    """Return the default of each option of `kirsch.plan`."""
+    parameters = inspect.signature(function).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in NOT_OPTIONS}
+
+
+def class_options(options: type[PlanOptions] = PlanOptions) -> dict[str, Any]:
+    return {name: field.default for name, field in options.model_fields.items()}
+
+
+def recipe_options() -> dict[str, Any]:
+    """Return the default of each key of the section prune; the seed of the recipe is that of the section."""
+    defaults = {name: field.default for name, field in Prune.model_fields.items() if name != "goal"}
+    return defaults | {"seed": Recipe.model_fields["seed"].default}
+
+
+def flags(name: str) -> dict[str, str]:
+    """Return the flag of each option of a subcommand, by the name of the argument."""
+    parameters = get_command(app).commands[name].params
+    return {parameter.name: parameter.opts[0] for parameter in parameters}
+
+
+def test_python_and_the_class_have_the_same_options_and_defaults():
+    assert python_options() == class_options()
+
+
+def test_python_and_the_class_have_the_same_types():
+    signature = typing.get_type_hints(kirsch.plan, include_extras=True)
+    fields = typing.get_type_hints(PlanOptions, include_extras=True)
+    assert {name: signature[name] for name in fields if name != "model_config"} == {
+        name: hint for name, hint in fields.items() if name != "model_config"
+    }
+
+
+def test_recipes_have_the_same_options_defaults_and_descriptions():
+    assert recipe_options() == class_options()
+    descriptions = {name: field.description for name, field in Prune.model_fields.items()}
+    assert all(
+        descriptions[name] == field.description for name, field in PlanOptions.model_fields.items() if name != "seed"
+    )
+
+
+@pytest.mark.parametrize("command", ["plan", "prune"])
+def test_the_command_has_a_flag_for_each_option(command):
+    expected = {name: f"--{name.replace('_', '-')}" for name in class_options()}
+    assert flags(command).items() >= expected.items()
+
+
+def test_help_of_python_describes_each_option():
+    arguments = inspect.getdoc(kirsch.plan).partition("Args:")[2]
+    assert all(f"\n    {name}: " in arguments for name in class_options())
+
+
+def test_an_option_that_only_the_class_has_is_found():
+    class More(PlanOptions):
+        more: int = Field(0, description="one more")
+
+    assert python_options() != class_options(More)
+
+
+def test_an_option_that_only_python_has_is_found():
+    def plan(graph, goal, *, more=0, **options):
+        """Take one more option."""
+
+    assert python_options(plan).keys() - class_options().keys() == {"more", "options"}
+
+
+def test_a_subcommand_keeps_its_own_flag_for_an_option():
+    def subcommand(session, seed: int = 5, **options: Any) -> int:
+        return 0
+
+    parameters = inspect.signature(with_plan_flags(subcommand)).parameters
+    assert parameters["seed"].default == 5
+    assert parameters.keys() - {"session"} == class_options().keys()
+
+
+VALUES = {
+    "importance": (["random"], "random"),
+    "norm": (["1"], 1),
+    "ranking": (["local"], "local"),
+    "round_to": (["head=4", "head dim=8"], {"head": 4, "head dim": 8}),
+    "kinds": (["head", "channel"], ("head", "channel")),
+    "uniform": ([], True),
+    "min_keep": (["0.25"], 0.25),
+    "exclude": (["layer4.*", "fc"], ("layer4.*", "fc")),
+    "keep_outputs": (["fc"], ("fc",)),
+    "seed": (["7"], 7),
+}
+
+
+@pytest.mark.parametrize("name", PlanOptions.model_fields)
+def test_a_value_that_is_not_the_default_reaches_the_plan_from_everywhere(name, monkeypatch, tmp_path):
+    texts, value = VALUES[name]
+    assert getattr(PlanOptions(**{name: value}), name) == value != PlanOptions.model_fields[name].default
+    recipe = read_recipe("teacher: {model: 'a:b'}\nprune: {goal: {macs: 0.5}}", [f"prune.{name}={as_yaml(value)}"])
+    assert getattr(recipe.prune, name) == value
+    found = {}
+
+    def planned(_loaded, request, *_rest):
+        found.update(request.options, seed=request.seed)
+        return 0
+
+    monkeypatch.setattr("kirsch.cli.networks.load_model", lambda *_, **__: None)
+    monkeypatch.setattr("kirsch.cli.networks.show_plan", planned)
+    flag = flags("plan")[name]
+    arguments = [part for text in texts for part in (flag, text)] or [flag]
+    assert main(["plan", "a:b", "--macs", "0.5", *arguments]) == 0
+    assert PlanOptions(**found) == PlanOptions(**{name: value})
+
+
+def as_yaml(value: Any) -> str:
+    """Return a value in the form of --set."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {number}" for key, number in value.items()) + "}"
+    return f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value).lower()
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ({"round_to": ["8"]}, {"round_to": 8}),
+        ({"round_to": ["auto"], "kinds": None, "exclude": []}, {}),
+        ({"kinds": ["head=2", "head dim=0.5"]}, {"kinds": {"head": 2, "head dim": 0.5}}),
+        ({"kinds": ["block"]}, {"kinds": ["block"]}),
+        ({"exclude": ["a=b"]}, {"exclude": ["a=b"]}),
+    ],
+)
+def test_texts_of_flags_become_values(flags, options):
+    assert given_options(flags) == options
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"round_to": ["8", "4"]}, "--round-to is given 2 times"),
+        ({"kinds": ["head=many"]}, r"--kinds head=many: 'many' is not a number"),
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_named(flags, message):
+    with pytest.raises(UsageError, match=message):
+        given_options(flags)
