@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import kirsch
+from kirsch.deploy.export import EXPORTERS
 from kirsch.distillation.losses import LOSSES
 from kirsch.errors import ShapeError
 from kirsch.pruning.importance import IMPORTANCES
@@ -23,7 +24,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
 def define(monkeypatch):
     """Run the snippets and return the names that they define; undoing the patch removes what they register."""
-    for registry in (IMPORTANCES, LOSSES, ADAPTERS):
+    for registry in (IMPORTANCES, LOSSES, ADAPTERS, EXPORTERS):
         monkeypatch.setattr(registry, "_objects", dict(registry._objects))
     names: dict = {}
     for snippet in re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL):
@@ -80,8 +81,22 @@ def test_the_adapter_normalizes_the_student_and_leaves_the_teacher_unchanged(def
     assert defined["feature"].adapter == "per-channel"
 
 
+def test_the_exporter_writes_the_weights_of_the_model(defined, tmp_path):
+    model = torch.nn.Linear(2, 3)
+    inputs = torch.zeros(1, 2)
+    path = tmp_path / "model.safetensors"
+    artifact = kirsch.export(model, path, example_inputs=inputs, format="safetensors")
+    assert artifact.details == {"tensors": 2}
+    torch.testing.assert_close(defined["load_file"](path)["weight"], model.weight.detach())
+
+
 def test_the_registered_names_are_removed_after_each_test():
-    registered = (("largest-weight", IMPORTANCES), ("squared-difference", LOSSES), ("per-channel", ADAPTERS))
+    registered = (
+        ("largest-weight", IMPORTANCES),
+        ("squared-difference", LOSSES),
+        ("per-channel", ADAPTERS),
+        ("safetensors", EXPORTERS),
+    )
     with pytest.MonkeyPatch.context() as monkeypatch:
         define(monkeypatch)
         assert all(name in registry for name, registry in registered)
@@ -92,6 +107,7 @@ def test_the_entry_point_groups_are_those_of_the_registries():
     assert f"kirsch.{IMPORTANCES.kind}" in TEXT
     assert f"kirsch.{LOSSES.kind}" in TEXT
     assert f"kirsch.{ADAPTERS.kind}" in TEXT
+    assert f"kirsch.{EXPORTERS.kind}" in TEXT
 
 
 def test_the_layers_are_those_of_the_design():
