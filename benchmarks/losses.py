@@ -123,7 +123,7 @@ def peak(row: str, form: str) -> float:
 
 def page(found: dict[str, Any]) -> str:
     """docs/losses.md."""
-    lines = ["| | plain | here | times faster | lowest to highest | memory, plain | here | values differ by |"]
+    lines = ["| | plain | Kirsch | times faster | lowest to highest | memory, plain | Kirsch | relative difference |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, row in found["rows"].items():
         lines.append(
@@ -134,25 +134,25 @@ def page(found: dict[str, Any]) -> str:
     return HEAD.format(**found) + "\n\n" + "\n".join(lines) + "\n"
 
 
-HEAD = """# What losses cost
+HEAD = """# Cost of losses
 
 <!-- written by benchmarks/losses.py; do not edit -->
 
-"nst" needs the inner products of all pairs of channels, "rkd-angle" the angles of all triples of samples. *Plain*
-spells out what is summed: the products of channels at every place, the differences of samples in every dimension.
-*Here* both come from matrices of inner products, of channels or of places, whichever costs less, and of samples, these
-in double precision, so that samples close together are told apart far from the others, too. The shapes are those of
-student and teacher, in single precision.
+The loss "nst" needs the inner products of all pairs of channels, "rkd-angle" the angles of all triples of samples. *Plain*
+computes the sums directly: products of channels at every position, differences of samples in every dimension. *Kirsch*
+uses matrices of inner products: for "nst" of channels or of positions, whichever is cheaper; for "rkd-angle" of samples,
+in double precision, which keeps small differences between distant samples accurate. The shapes are those of student and
+teacher, in single precision.
 
-Value and gradient, one thread, time of the processor, both forms in turn, median of {rounds} rounds ({fewest} where a
-round takes long); *times faster* is the median of the rounds' ratios. Memory is the peak of a process of its own above
-what it held before; below a few MiB it is the library's own.
+Times are processor times of value and gradient on one thread, both forms in turn, as the median of {rounds} rounds
+({fewest} if a round takes long); *times faster* is the median of the ratios. Memory is the increase of the peak memory, in
+a separate process; a few MiB of it belong to the libraries.
 
-`python benchmarks/losses.py` makes this page; here on {machine}, {date}.
-The machine had other work beside (load {load:.1f}): the ratios hold, the milliseconds do not.
+`python benchmarks/losses.py` writes this page; measured on {machine}, {date}.
+Other processes ran at the same time (load {load:.1f}), which affects the times more than the ratios.
 
-What "rkd-angle" saves is the width: where there are as many samples as dimensions there is nothing to gain, and the
-sums that replace the differences take some memory of their own."""
+The cost of "rkd-angle" no longer depends on the number of dimensions. With as many samples as dimensions there is no gain,
+and the intermediate sums take some memory."""
 
 
 def main() -> None:
