@@ -73,7 +73,7 @@ DEFAULTS = {
 def objectives(task: str) -> dict[str, Objective]:
     """What is compared. Warm-ups of 20 of 240 epochs last as long a part of these few."""
     student = STUDENTS[task]()
-    places = stages(framework_of(student), student, resnet().eval(), torch.zeros(8, 3, 32, 32))
+    places = stages(framework_of(student).features, student, resnet().eval(), torch.zeros(8, 3, 32, 32))
     mine, theirs = [a for a, _ in places], [b for _, b in places]
 
     def preset(name: str) -> Objective:
@@ -159,10 +159,10 @@ def about(task: str) -> str:
     counts = [framework_of(model).analysis.count(model, image) for model in (resnet(), STUDENTS[task]())]
     costs = [f"{figures.count(parameters)} parameters, {figures.count(macs)} MACs" for parameters, macs in counts]
     return (
-        f"The teacher ({costs[0]}) was trained on {TEACHERS:,} images and classifies {accuracy(teacher()):.1%} of the "
-        f"10,000 test images correctly. The students ({costs[1]}) are trained on {IMAGES:,} of these images for {EPOCHS} "
-        f"epochs, batch size {BATCH}, with SGD with momentum and a cosine schedule from {TRAINING.learning_rate:g}. The "
-        "teacher's outputs for each augmented image are read from one store."
+        f"The teacher ({costs[0]}) was trained on {TEACHERS:,} images and classifies {accuracy(teacher()):.1%} of "
+        f"the 10,000 test images correctly. The students ({costs[1]}) are trained on {IMAGES:,} of these images for "
+        f"{EPOCHS} epochs, batch size {BATCH}, with SGD with momentum and a cosine schedule from "
+        f"{TRAINING.learning_rate:g}. The teacher's outputs for each augmented image are read from one store."
     )
 
 

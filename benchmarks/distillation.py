@@ -108,7 +108,10 @@ def page() -> str:
     """All tables with what they were measured on."""
     lines = [
         START,
-        f"`python benchmarks/distillation.py` writes these tables; measured on {cpu()[0]}, {datetime.now(UTC):%Y-%m-%d}.",
+        (
+            f"`python benchmarks/distillation.py` writes these tables; measured on {cpu()[0]}, "
+            f"{datetime.now(UTC):%Y-%m-%d}."
+        ),
     ]
     for task, module in TASKS.items():
         if rows(task):

@@ -138,21 +138,21 @@ HEAD = """# Cost of losses
 
 <!-- written by benchmarks/losses.py; do not edit -->
 
-The loss "nst" needs the inner products of all pairs of channels, "rkd-angle" the angles of all triples of samples. *Plain*
-computes the sums directly: products of channels at every position, differences of samples in every dimension. *Kirsch*
-uses matrices of inner products: for "nst" of channels or of positions, whichever is cheaper; for "rkd-angle" of samples,
-in double precision, which keeps small differences between distant samples accurate. The shapes are those of student and
-teacher, in single precision.
+The loss "nst" needs the inner products of all pairs of channels, "rkd-angle" the angles of all triples of samples.
+*Plain* computes the sums directly: products of channels at every position, differences of samples in every
+dimension. *Kirsch* uses matrices of inner products: for "nst" of channels or of positions, whichever is cheaper; for
+"rkd-angle" of samples, in double precision, which keeps small differences between distant samples accurate. The shapes
+are those of student and teacher, in single precision.
 
 Times are processor times of value and gradient on one thread, both forms in turn, as the median of {rounds} rounds
-({fewest} if a round takes long); *times faster* is the median of the ratios. Memory is the increase of the peak memory, in
-a separate process; a few MiB of it belong to the libraries.
+({fewest} if a round takes long); *times faster* is the median of the ratios. Memory is the increase of the peak memory,
+in a separate process; a few MiB of it belong to the libraries.
 
 `python benchmarks/losses.py` writes this page; measured on {machine}, {date}.
 Other processes ran at the same time (load {load:.1f}), which affects the times more than the ratios.
 
-The cost of "rkd-angle" no longer depends on the number of dimensions. With as many samples as dimensions there is no gain,
-and the intermediate sums take some memory."""
+The cost of "rkd-angle" hardly depends on the number of dimensions. With as many samples as dimensions there is no
+gain, and the intermediate sums take some memory."""
 
 
 def main() -> None:

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-import kirsch
 from kirsch.data.batches import ArrayData
 from kirsch.data.generated import GeneratedData
 from kirsch.distillation.distill import distill
 from kirsch.distillation.objective import Objective
-from kirsch.errors import DataError, Interrupted, UsageError
+from kirsch.errors import Interrupted
 from kirsch.frameworks.model_generator import ModelGenerator
 from kirsch.frameworks.training import Training, TrainingHooks
 
@@ -39,28 +38,6 @@ class Generator(nn.Module):
 
     def forward(self, noise):
         return self.drop(self.norm(self.layer(noise)))
-
-
-def bits(batches):
-    return [np.asarray(batch.inputs).tobytes() for batch in batches]
-
-
-def test_a_batch_depends_on_seed_epoch_and_number_only():
-    data = GeneratedData(normal, samples=9, batch_size=4)
-    found = list(data.epoch(3, 1))
-    assert [len(batch) for batch in found] == [4, 5]  # a single last sample joins the batch before
-    assert len(data) == 2
-    expected = np.random.default_rng([3, 1, 1]).standard_normal((5, D))
-    np.testing.assert_array_equal(found[1].inputs, expected)
-    assert found[1].targets is None
-    assert bits(data.epoch(3, 1, 1)) == bits(found[1:])
-    assert len({*bits(data.epoch(3, 0)), *bits(data.epoch(3, 1)), *bits(data.epoch(4, 1))}) == 6
-
-
-def test_epochs_repeat_after_the_views_and_the_seed_of_the_data_has_precedence():
-    data = GeneratedData(normal, 8, 4, views=2, seed=5)
-    assert bits(data.epoch(0, 0)) == bits(data.epoch(1, 2)) == bits(GeneratedData(normal, 8, 4).epoch(5, 0))
-    assert bits(data.epoch(0, 1)) != bits(data.epoch(0, 0))
 
 
 def test_a_student_converges_to_its_teacher_on_generated_inputs():
@@ -152,33 +129,3 @@ def test_a_teacher_without_labels_to_evaluate_it_gives_a_warning():
     distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks, validation=validation)
     distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks, check_teacher=False)
     assert [event for event in events if event["event"] == "warning"] == []
-
-
-@pytest.mark.parametrize(
-    ("generate", "options", "sentence"),
-    [
-        (lambda count: np.ones((count, D)), {}, r"a callable that takes 2 arguments.*generate\(count"),
-        (lambda count, _generator: torch.randn(count, D), {}, "returns different inputs for the same seed"),
-        (
-            nn.Linear(2, D),
-            {},
-            r"is the model \S+Linear; expected a function .* Give kirsch\.ModelGenerator\(model, noise",
-        ),
-        (normal, {"samples": 0}, "`samples` .* is 0. Give a whole number of at least 1"),
-        (normal, {"batch_size": 0}, "`batch_size` .* is 0; expected a whole number of at least 1"),
-        (normal, {"views": 0}, "`views` .* is 0; expected a whole number of at least 1"),
-        (normal, {"seed": -1}, "`seed` .* is -1; expected a whole number"),
-    ],
-)
-def test_invalid_generators_and_options_are_refused(generate, options, sentence):
-    with pytest.raises(UsageError, match=sentence):
-        GeneratedData(generate, **{"samples": 8, **options})
-
-
-def test_a_callable_that_returns_another_number_of_samples_is_refused():
-    with pytest.raises(DataError, match="returns 3 samples; expected 2"):
-        GeneratedData(lambda count, generator: generator.standard_normal((count + 1, D)), 8)
-
-
-def test_generated_data_is_public():
-    assert kirsch.GeneratedData is GeneratedData

@@ -224,7 +224,7 @@ def test_the_copy_of_a_teacher_is_frozen_and_in_inference_mode(timm_transformer)
     teacher = timm_transformer().train()
     teacher(torch.randn(2, 1, 6, 6)).sum().backward()
     before = state(teacher)
-    first = first_batch(framework_of(teacher), data())
+    first = first_batch(framework_of(teacher).training, data())
     bound = Distiller(Net(), teacher, Objective.kd(), first)
     bound(first)
     (capture,) = bound._teacher_source._captures

@@ -11,7 +11,7 @@ from distillation.stores import AUGMENT, IDS, K, N, build_store, data, images, l
 from kirsch.data.augment import apply, sample_seeds
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.arrays import log_softmax
-from kirsch.distillation.store import Dense, TeacherStore, TopK, build
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build, reading
 from kirsch.distillation.store.record import fields_of, index_type, pack_records, record_values
 from kirsch.errors import DataError, ShapeError, UsageError
 
@@ -40,6 +40,19 @@ def test_records_are_returned_in_the_order_of_the_ids_with_repetition(store_fold
         np.testing.assert_array_equal(array, all_records[name][indices])
         assert array.flags.c_contiguous
     assert len(store.read(np.array([], int), 0)["tail"]) == 0
+
+
+@pytest.mark.parametrize("mapped", [1, 2, 256])
+@pytest.mark.parametrize("kind", [np.int8, np.int64, np.uint64])
+def test_records_of_many_ranges_are_found_with_few_mapped_at_a_time(tmp_path, monkeypatch, mapped, kind):
+    monkeypatch.setattr(reading, "MAX_MAPPED", mapped)
+    store = build_store(tmp_path / "many", inputs=data(ids=None), range_size=2)
+    single = build_store(tmp_path / "single", inputs=data(ids=None), range_size=N)
+    indices = np.random.default_rng(3).integers(0, N, 100).astype(kind)
+    for view in range(2):
+        expected = single.read(indices, view)
+        for name, array in store.read(indices, view).items():
+            np.testing.assert_array_equal(array, expected[name])
 
 
 def test_every_training_batch_is_found(store_folder):

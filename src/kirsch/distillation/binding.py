@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.term import Term
     from kirsch.frameworks.layers import LayerNames
-    from kirsch.frameworks.protocols import Framework
+    from kirsch.frameworks.protocols import Features, Framework
 
 LOGITS = ("logits", "output.logits")
 """Names of the layer whose values are the logits of a model."""
@@ -186,19 +186,19 @@ def _layer_pairs(
     gathered = get_loss(term.loss).takes in GATHERED
     auto = re.fullmatch(r"auto(?:\[(-?\d+)\])?", term.student_layer) if isinstance(term.student_layer, str) else None
     if auto is not None and term.teacher_layer is None and recorded is None:
-        pairs = stages(framework, student, teacher, inputs)
+        pairs = stages(framework.features, student, teacher, inputs)
         pairs = pairs if auto[1] is None else _picked(pairs, int(auto[1]), "stages shared by student and teacher")
         return [([a for a, _ in pairs], [b for _, b in pairs])] if gathered else list(pairs)
     if auto is not None:
-        student_layers: Any = [path for path, _ in stages_of(framework, student, inputs)]
+        student_layers: Any = [path for path, _ in stages_of(framework.features, student, inputs)]
         if auto[1] is not None:
             student_layers = _picked(student_layers, int(auto[1]), "stages of the student")
     else:
-        student_layers = _expanded(framework, student, term.student_layer, inputs)
+        student_layers = _expanded(framework.features, student, term.student_layer, inputs)
     if recorded is not None:
         teacher_layers: Any = _recorded(term.layers[1], recorded)
     else:
-        teacher_layers = _expanded(framework, teacher, term.layers[1], inputs)
+        teacher_layers = _expanded(framework.features, teacher, term.layers[1], inputs)
     if isinstance(student_layers, dict) or isinstance(teacher_layers, dict):
         return [(student_layers, teacher_layers)]
     if len(teacher_layers) == 1:  # such as the logits, with which each stage is compared
@@ -225,10 +225,10 @@ def _picked(items: Any, index: int, description: str) -> Any:
     return [items[index]]
 
 
-def _expanded(framework: Framework, model: Any, layers: LayerNames, inputs: Any) -> Any:
+def _expanded(features: Features, model: Any, layers: LayerNames, inputs: Any) -> Any:
     if isinstance(layers, dict):
-        return {name: _expanded(framework, model, layer, inputs)[0] for name, layer in layers.items()}
-    return [concrete for text in texts(layers) for concrete in framework.features.expand(model, text, inputs)]
+        return {name: _expanded(features, model, layer, inputs)[0] for name, layer in layers.items()}
+    return [concrete for text in texts(layers) for concrete in features.expand(model, text, inputs)]
 
 
 def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:

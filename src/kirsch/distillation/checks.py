@@ -15,14 +15,14 @@ from kirsch.errors import DataError
 
 if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.protocols import Framework
+    from kirsch.frameworks.protocols import Inference, TrainingLoop
     from kirsch.frameworks.training import Training
 
 FEW = 8
 """Samples of the dry run that finds shapes."""
 
 
-def first_batch(framework: Framework, data: Any) -> Batch:
+def first_batch(training: TrainingLoop, data: Any) -> Batch:
     """Return the first batch of the data; for data in memory, without augmentation.
 
     Raises:
@@ -45,7 +45,7 @@ def first_batch(framework: Framework, data: Any) -> Batch:
             )
         return list(itertools.islice(batches, 1))
 
-    first = framework.training.seeded(fetch, 0)  # iterating a shuffling loader would advance the caller's random state
+    first = training.seeded(fetch, 0)  # iterating a shuffling loader would advance the caller's random state
     if not first:
         raise DataError("The data is empty.", fix="Give at least one batch.")
     return Batch.of(*first)
@@ -65,18 +65,18 @@ def _refuse_dataset(data: Any) -> None:
         )
 
 
-def missing_targets(framework: Framework, model: Any, batch: Batch, objective: Objective) -> list[str]:
+def missing_targets(inference: Inference, model: Any, batch: Batch, objective: Objective) -> list[str]:
     """Return a warning if batches without targets have entries that are not arguments of the model.
 
     Args:
-        framework: of the model.
+        inference: of the framework of the model.
         model: the student.
         batch: the first batch.
         objective: for the weight of the label loss.
     """
     if batch.targets is not None or not isinstance(batch.inputs, dict) or not any(ends(objective.label_weight)):
         return []
-    unknown = framework.inference.unknown_arguments(model, [str(name) for name in batch.inputs])
+    unknown = inference.unknown_arguments(model, [str(name) for name in batch.inputs])
     text = (
         f"The batches have no targets, so that the label loss is left out, and {type(model).__name__} has no argument "
         f"{' or '.join(unknown)}. If that entry holds the targets, name it labels; otherwise remove it."
@@ -84,7 +84,7 @@ def missing_targets(framework: Framework, model: Any, batch: Batch, objective: O
     return [text] if unknown else []
 
 
-def check_last_batch(framework: Framework, model: Any, data: Any, first: Batch) -> None:
+def check_last_batch(inference: Inference, model: Any, data: Any, first: Batch) -> None:
     """Refuse a model that cannot be trained on one sample, if a batch of the data has a single sample.
 
     Raises:
@@ -98,7 +98,7 @@ def check_last_batch(framework: Framework, model: Any, data: Any, first: Batch) 
     else:
         alone = isinstance(data, (list, tuple)) and 1 in [len(batch) for batch in batches_of(data)]
     if alone:
-        framework.inference.check_runs(model, few(first, 1).inputs, training=True)
+        inference.check_runs(model, few(first, 1).inputs, training=True)
 
 
 def _length(value: Any) -> int | None:

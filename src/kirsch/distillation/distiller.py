@@ -97,7 +97,7 @@ class Distiller:
         if isinstance(teacher, TeacherStore):
             require_temperature(teacher, objective)
             _require_classes(teacher, objective, framework.inference.predict(student, samples.inputs).shape)
-            self._teacher_source = StoredTeacher(framework, teacher)
+            self._teacher_source = StoredTeacher(framework.inference, teacher)
             (recorded,) = self._teacher_source(first)
             if "logits" in recorded and not holds_top_k(recorded["logits"]):
                 check_record(recorded["logits"], objective)
@@ -114,11 +114,11 @@ class Distiller:
                 framework.inference.check_runs(model, samples.inputs)
             terms = bind(framework, objective, student, teachers, samples.inputs, seed=seed)
             layers = [layers_of_teacher(terms, index) for index in range(len(teachers))]
-            logits = logits_converters(framework, teachers, objective, terms, samples.inputs)
+            logits = logits_converters(framework.features, teachers, objective, terms, samples.inputs)
             self._teacher_source = LiveTeachers(framework, teachers, layers, logits)
             for sentence in averaged_logits(objective, len(teachers)):
                 warn(sentence)
-        for sentence in missing_targets(framework, student, first, objective):
+        for sentence in missing_targets(framework.inference, student, first, objective):
             warn(sentence)
         self.student = student
         logits_of_student = logit_layers(objective, terms, None)
@@ -127,13 +127,13 @@ class Distiller:
             list(dict.fromkeys(["logits"] * objective.needs_logits + texts([term.student_layer for term in terms]))),
             {term.adapter_name: term.adapter for term in terms if term.adapter is not None},
             {term.adapter_name: term.student_layer for term in terms},
-            logits_converter(framework, student, objective, logits_of_student, samples.inputs, teacher=None),
+            logits_converter(framework.features, student, objective, logits_of_student, samples.inputs, teacher=None),
         )
         self._logits_shape = (
             tuple(framework.inference.predict(student, samples.inputs).shape[1:]) if objective.needs_logits else None
         )
         self.step = DistillationStep(
-            framework,
+            framework.features,
             objective,
             terms,
             self._teacher_source,
@@ -236,7 +236,7 @@ class Distiller:
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save beside those of student and optimizer: adapters, factors, and gradient shares."""
         return {
-            "adapters": dict(self.module.adapters.state_dict()),
+            "adapters": self.module.adapter_state(),
             "balance": self.step.state(),
             "checked_epoch": self._checked_epoch,
             "shares": dict(self.shares),
@@ -255,7 +255,7 @@ class Distiller:
             raise CheckpointError(
                 f"`state` has no {missing[0]!r}.", fix="Give what `state_dict` of a distiller returned."
             )
-        expected, saved = self.module.adapters.state_dict(), state["adapters"]
+        expected, saved = self.module.adapter_state(), state["adapters"]
         different = sorted(expected.keys() ^ saved.keys())
         different = different or [n for n, value in expected.items() if tuple(value.shape) != tuple(saved[n].shape)]
         if different:
@@ -263,7 +263,7 @@ class Distiller:
                 f"The adapters of the state differ from those of this distiller: {', '.join(different[:3])}.",
                 fix="Build the distiller with the objective and the models that the state was saved with.",
             )
-        self.module.adapters.load_state_dict(saved)
+        self.module.load_adapter_state(saved)
         self.step.restore(state["balance"])
         self._checked_epoch, self.shares = state["checked_epoch"], dict(state["shares"])
         self._first_shares = dict(state["first_shares"])

@@ -11,7 +11,7 @@ from kirsch.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kirsch.frameworks.protocols import Framework
+    from kirsch.frameworks.protocols import Features
 
     Size = tuple[int, int]
     Shape = tuple[int, ...]
@@ -22,7 +22,7 @@ MIN_SIZE = 2
 MAP, TOKENS = len("NCHW"), len("NLD")
 
 
-def stages(framework: Framework, student: Any, teacher: Any, inputs: Any) -> list[tuple[str, str]]:
+def stages(features: Features, student: Any, teacher: Any, inputs: Any) -> list[tuple[str, str]]:
     """Return pairs of matching layers: the last feature maps of each size, or layers at the same relative depth.
 
     Convolutional networks have a stage for each size of their feature maps; stages of equal size are matched. The
@@ -35,7 +35,7 @@ def stages(framework: Framework, student: Any, teacher: Any, inputs: Any) -> lis
     Raises:
         UsageError: a model has no stages, or the student has more layers than the teacher.
     """
-    student_stages, teacher_stages = (stages_of(framework, model, inputs) for model in (student, teacher))
+    student_stages, teacher_stages = (stages_of(features, model, inputs) for model in (student, teacher))
     student_sizes, teacher_sizes = (
         {size: path for path, size in found if size is not None} for found in (student_stages, teacher_stages)
     )
@@ -49,9 +49,9 @@ def stages(framework: Framework, student: Any, teacher: Any, inputs: Any) -> lis
     return list(zip(by_depth(student_paths, count), by_depth(teacher_paths, count), strict=True))
 
 
-def stages_of(framework: Framework, model: Any, inputs: Any) -> list[tuple[str, Size | None]]:
+def stages_of(features: Features, model: Any, inputs: Any) -> list[tuple[str, Size | None]]:
     """Return path and map size of each stage of a model; see `stages_among`."""
-    return stages_among(framework.features.shapes(model, inputs), first_array(inputs).shape, type(model).__name__)
+    return stages_among(features.shapes(model, inputs), first_array(inputs).shape, type(model).__name__)
 
 
 def stages_among(shapes: Sequence[tuple[str, Shape]], image: Shape, model_name: str) -> list[tuple[str, Size | None]]:

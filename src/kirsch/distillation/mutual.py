@@ -34,7 +34,7 @@ from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHo
 
 if TYPE_CHECKING:
     from kirsch.data.batches import Batch
-    from kirsch.frameworks.protocols import Framework
+    from kirsch.frameworks.protocols import Features, Inference
 
 MIN_STUDENTS = 2
 
@@ -87,39 +87,41 @@ def distill_mutually(
             f"Mutual learning needs at least two students; found {len(students)}.",
             fix="Give more students, or use kirsch.distill with a teacher.",
         )
-    _check_students(framework, students)
+    _check_students(framework.inference, students)
     _check_terms(objective, len(students))
-    first = first_batch(framework, data)
+    first = first_batch(framework.training, data)
     inputs = few(first).inputs
     targets = data.targets if isinstance(data, ArrayData) else first.targets
     losses, logits, shape = [], [], ()
     for index, student in enumerate(students):
-        check_last_batch(framework, student, data, first)
+        check_last_batch(framework.inference, student, data, first)
         framework.inference.check_runs(student, inputs)
         shape = tuple(framework.inference.predict(student, inputs).shape[1:])
         check_labels(targets, shape, objective)
         peers = [*students[:index], *students[index + 1 :]]
         terms = bind(framework, objective, student, peers, inputs, seed=training.seed)
         logits.append(
-            logits_converter(framework, student, objective, logit_layers(objective, terms, None), inputs, teacher=None)
+            logits_converter(
+                framework.features, student, objective, logit_layers(objective, terms, None), inputs, teacher=None
+            )
         )
         losses.append(DistillationLoss(objective, terms))
-    hooks = _validating_each(framework, with_validation(hooks, framework, validation, objective, students))
+    hooks = _validating_each(framework.features, with_validation(hooks, framework, validation, objective, students))
     warnings = split_relations(objective, training) + late_ramps(objective, training)
-    warnings += missing_targets(framework, students[0], first, objective)
+    warnings += missing_targets(framework.inference, students[0], first, objective)
     for text in warnings + averaged_logits(objective, len(students) - 1):
         hooks.warn(text)
     outputs = [_logits_layer(index) for index in range(len(students))]
     module = framework.features.with_adapters(framework.features.cohort(students), outputs, {}, {})
-    step = MutualStep(framework, losses, logits, TargetCheck(objective, shape), regularizers)
+    step = MutualStep(framework.features, losses, logits, TargetCheck(objective, shape), regularizers)
     trained = framework.training.train(module, data, step, training, hooks)
     return [
         _trained_student(trained, index, model) for index, model in enumerate(framework.features.members(trained.model))
     ]
 
 
-def _check_students(framework: Framework, students: Sequence[Any]) -> None:
-    fingerprints = [framework.inference.fingerprint(student) for student in students]
+def _check_students(inference: Inference, students: Sequence[Any]) -> None:
+    fingerprints = [inference.fingerprint(student) for student in students]
     for one, other in combinations(range(len(students)), 2):
         if students[one] is students[other]:
             raise UsageError(f"Students {one} and {other} are the same object.", fix="Build each student separately.")
@@ -175,7 +177,7 @@ class MutualStep:
     """Runs all students on a batch and sums their losses; a `kirsch.frameworks.training.LossFunction`.
 
     Args:
-        framework: of the students.
+        features: of the framework of the students.
         losses: for each student, the loss with the other students as teachers.
         logits: for each student, the function that converts its outputs to logits; None if they are logits.
         check: checks the targets of each batch.
@@ -184,13 +186,13 @@ class MutualStep:
 
     def __init__(
         self,
-        framework: Framework,
+        features: Features,
         losses: Sequence[DistillationLoss],
         logits: Sequence[Logits | None],
         check: TargetCheck,
         regularizers: Sequence[Regularizer] = (),
     ) -> None:
-        self._framework, self._losses, self._logits = framework, losses, logits
+        self._features, self._losses, self._logits = features, losses, logits
         self._check, self._regularizers = check, regularizers
         self._factors: list[dict[str, float]] = [{} for _ in losses]
         self._epoch = 0.0
@@ -218,7 +220,7 @@ class MutualStep:
                 layers = logit_layers(loss.objective, loss.terms, None)
                 check_training({"logits": student_logits}, layers, loss.objective)
             self._unchecked = False
-        students = self._framework.features.members(self._framework.features.student_of(module))
+        students = self._features.members(self._features.student_of(module))
         total: Any = 0.0
         terms: dict[str, Any] = {}
         for index, (loss, student) in enumerate(zip(self._losses, students, strict=True)):
@@ -278,14 +280,14 @@ def _of_student(index: int, values: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
-def _validating_each(framework: Framework, hooks: TrainingHooks) -> TrainingHooks:
+def _validating_each(features: Features, hooks: TrainingHooks) -> TrainingHooks:
     """Return the hooks with a validation of the cohort that evaluates each student."""
     validate = hooks.validate
     if validate is None:
         return hooks
 
     def validate_each(cohort: Any) -> dict[str, float]:
-        metrics = [validate(student) for student in framework.features.members(cohort)]
+        metrics = [validate(student) for student in features.members(cohort)]
         return {
             _prefixed(index, name): value for index, by_name in enumerate(metrics) for name, value in by_name.items()
         }

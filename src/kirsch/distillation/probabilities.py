@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.protocols import Framework
+    from kirsch.frameworks.protocols import Features
 
 ACTIVATIONS: Mapping[str, Activation] = {"cross-entropy": "softmax", "binary": "sigmoid"}
 """Activation that each label loss applies to the logits of the student."""
@@ -113,12 +113,12 @@ def _labels_take_logits(objective: Objective) -> bool:
 
 
 def logits_converter(
-    framework: Framework, model: Any, objective: Objective, layers: Sequence[str], inputs: Any, *, teacher: int | None
+    features: Features, model: Any, objective: Objective, layers: Sequence[str], inputs: Any, *, teacher: int | None
 ) -> Logits | None:
     """Return the function that converts a model's outputs to logits; None if they are logits.
 
     Args:
-        framework: of the model.
+        features: of the framework of the model.
         model: the student, or a teacher.
         objective: may declare the outputs of the model; otherwise, outputs that look like probabilities are an error.
         layers: the layers at which losses take logits.
@@ -137,7 +137,7 @@ def logits_converter(
             "Probabilities are converted to logits differently for each.",
             "Give models that return logits.",
         )
-    values = framework.features.extract(model, layers, inputs)
+    values = features.extract(model, layers, inputs)
     subject = f"The {'student' if teacher is None else 'teacher'}, a {type(model).__name__},"
     for layer in layers:
         outputs = host(upcast(values[layer]))
@@ -145,10 +145,10 @@ def logits_converter(
             _check_declared(subject, layer, outputs, activations)
         else:
             kind = kind_of_outputs(outputs, activations)
-            if kind == "inside" and framework.features.is_squashed(model, layer, inputs):
+            if kind == "inside" and features.is_squashed(model, layer, inputs):
                 kind = "sigmoid"
             negative = not kind and "sigmoid" in activations and outputs.size and outputs.max() <= 0
-            if negative and framework.features.is_squashed(model, layer, inputs, logarithm=True):
+            if negative and features.is_squashed(model, layer, inputs, logarithm=True):
                 kind = "log-sigmoid"
             if kind not in ("", "inside"):
                 raise not_logits(subject, kind, objective, "student_outputs" if teacher is None else "teacher_outputs")
@@ -275,7 +275,7 @@ def check_record(values: Any, objective: Objective) -> None:
 
 
 def logits_converters(
-    framework: Framework, teachers: Sequence[Any], objective: Objective, terms: Sequence[BoundTerm], inputs: Any
+    features: Features, teachers: Sequence[Any], objective: Objective, terms: Sequence[BoundTerm], inputs: Any
 ) -> list[Logits | None]:
     """Return, for each teacher, the function that converts its outputs to logits, or None; see `logits_converter`.
 
@@ -289,6 +289,6 @@ def logits_converters(
             fix="Give one entry for each teacher, or one value for all.",
         )
     return [
-        logits_converter(framework, model, objective, logit_layers(objective, terms, index), inputs, teacher=index)
+        logits_converter(features, model, objective, logit_layers(objective, terms, index), inputs, teacher=index)
         for index, model in enumerate(teachers)
     ]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.probabilities import Logits
-    from kirsch.frameworks.protocols import Framework
+    from kirsch.frameworks.protocols import Framework, Inference
 
 TOP_K = ("indices", "log_p", "tail")
 """Fields of a record that holds the largest logits only."""
@@ -86,12 +86,12 @@ class StoredTeacher:
     """The outputs of a teacher that a store holds.
 
     Args:
-        framework: of the student.
+        inference: of the framework of the student.
         store: a `TeacherStore`.
     """
 
-    def __init__(self, framework: Framework, store: TeacherStore) -> None:
-        self._framework, self._store = framework, store
+    def __init__(self, inference: Inference, store: TeacherStore) -> None:
+        self._inference, self._store = inference, store
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
         """See `TeacherSource`."""
@@ -106,7 +106,7 @@ class StoredTeacher:
         record = self._store.read(host(batch.ids), batch.view, batch.seeds)
         if "indices" in record:  # PyTorch supports few operations on unsigned integers of 16 and 32 bits
             record["indices"] = record["indices"].astype(np.int64)
-        values = {name: self._framework.inference.from_numpy(array, like=like) for name, array in record.items()}
+        values = {name: self._inference.from_numpy(array, like=like) for name, array in record.items()}
         if "maximum" in values:  # logits are stored relative to their maximum, which needs more than 16 bits
             values["logits"] = values.pop("scores") + values.pop("maximum")[..., None]
         if "log_p" in values:

@@ -166,7 +166,7 @@ def check_objectives(job: Job, teacher: Any, model: Any) -> None:
     recipe = job.recipe
     for candidate in (teacher, *([model] if model is not teacher else [])):
         require_deterministic(candidate, (job.example,))
-    first = first_batch(job.framework(model), job.data.batches(recipe.data.batch_size))
+    first = first_batch(job.framework(model).training, job.data.batches(recipe.data.batch_size))
     student = model if model is not teacher else copy.deepcopy(model)
     for stage in ("distill", "recover"):
         if recipe.section_of(stage) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +106,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         values=lambda name: values_of(parameters[name], name, type(model).__name__),
         fits=lambda other: other is whole and {n: id(p) for n, p in parameters.items()} == identities(model),
         blocks=tuple(block.path for block in traced.blocks),
-        module_outputs=lambda: module_outputs(traced.states),
+        module_outputs=functools.cache(lambda: module_outputs(traced.states)),
         runner=BlockRunner(whole, model, traced.blocks),
         tracing=tracing,
         traced=traced,
