@@ -18,7 +18,7 @@ KindNames = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several kinds of units, such as ['head', 'ffn unit'].")
 ]
 Kinds: TypeAlias = KindNames | Mapping[str, Annotated[float, Between(0)]] | None
-MinKeep = Annotated[float, Between(0, 1, exclusive=True)]
+MinKeep = Annotated[float, Between(0, 1, exclusive="least")]
 
 ONLY_OF_UNITS = ("norm", "ranking", "round_to", "uniform", "min_keep", "keep_outputs")
 """Options without effect on a plan of blocks."""
