@@ -21,7 +21,7 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TeacherStore, build
 from kirsch.distillation.term import Term
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks
 from kirsch.report import figures
 
@@ -105,14 +105,14 @@ def teacher() -> nn.Module:
     model, file = resnet(), ROOT / "build" / "distillation" / "teacher.safetensors"
     framework = framework_of(model)
     if file.is_file():
-        framework.load_weights(model, file)
+        framework.inference.load_weights(model, file)
         return model.eval()
     torch.manual_seed(0)
     data = ArrayData(images().train.inputs, images().train.labels, BATCH, AUGMENT)
     training = dataclasses.replace(TRAINING, epochs=8)
     model = fit(resnet(), data, training=training, hooks=TrainingHooks(event=print)).model
     file.parent.mkdir(parents=True, exist_ok=True)
-    framework.save_weights(model, file)
+    framework.inference.save_weights(model, file)
     return model
 
 
@@ -145,7 +145,7 @@ def lessons() -> tuple[ArrayData, TeacherStore]:
 def accuracy(model: nn.Module) -> float:
     """On the 10,000 test images."""
     test = images().test
-    return float((framework_of(model).predict(model, test.inputs).argmax(-1) == test.labels).mean())
+    return float((framework_of(model).inference.predict(model, test.inputs).argmax(-1) == test.labels).mean())
 
 
 def prepare() -> None:
@@ -156,7 +156,7 @@ def prepare() -> None:
 def about(task: str) -> str:
     """What was trained on what."""
     image = torch.zeros(1, 3, 32, 32)
-    counts = [framework_of(model).count(model, image) for model in (resnet(), STUDENTS[task]())]
+    counts = [framework_of(model).analysis.count(model, image) for model in (resnet(), STUDENTS[task]())]
     costs = [f"{figures.count(parameters)} parameters, {figures.count(macs)} MACs" for parameters, macs in counts]
     return (
         f"The teacher ({costs[0]}) learned from {TEACHERS:,} images and has {accuracy(teacher()):.1%} of the 10,000 "

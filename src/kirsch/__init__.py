@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.schedule import Ramp
     from kirsch.distillation.term import Term
     from kirsch.frameworks.model_generator import ModelGenerator
-    from kirsch.frameworks.port import trace
+    from kirsch.frameworks.trace import trace
     from kirsch.frameworks.training import Training
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Goal, Plan
@@ -90,7 +90,7 @@ _MODULES = {
     "prune": "kirsch.pruning.prune",
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
-    "trace": "kirsch.frameworks.port",
+    "trace": "kirsch.frameworks.trace",
 }
 
 

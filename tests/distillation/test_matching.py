@@ -10,7 +10,7 @@ from torch import nn
 
 from kirsch.distillation.matching import stages, stages_among, stages_of
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.pytorch.io.vision import import_beside
 
 IMAGE = (2, 3, 32, 32)

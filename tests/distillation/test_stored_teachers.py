@@ -14,7 +14,7 @@ from kirsch.distillation.checks import few
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build
 from kirsch.errors import DataError, NumericError, ShapeError, StoreError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks
 
 N, K = 40, 5
@@ -157,7 +157,7 @@ def test_seeds_go_with_their_samples_wherever_a_batch_is_cut_or_moved():
     batch = next(data(SHAKEN, seed=5).epoch(0, 0))
     some = few(batch)
     np.testing.assert_array_equal(some.seeds, batch.seeds[:8])
-    np.testing.assert_array_equal(framework_of(net()).placed(batch, net()).seeds, batch.seeds)
+    np.testing.assert_array_equal(framework_of(net()).inference.to_device(batch, net()).seeds, batch.seeds)
 
 
 def scaled(amount, version):

@@ -14,8 +14,8 @@ from kirsch import testing
 from kirsch.distillation.arrays import check_same_shape, detach, log_softmax, namespace
 from kirsch.distillation.losses import LOSSES, soft_target
 from kirsch.errors import ShapeError
-from kirsch.frameworks.port import trace
 from kirsch.frameworks.pytorch.inference.predict import predict
+from kirsch.frameworks.trace import trace
 from kirsch.pruning.importance import IMPORTANCES, magnitude
 from kirsch.testing import IMPORTANCE_CHECKS, LOSS_CHECKS, WEIGHT_IMPORTANCE_CHECKS, importances, losses
 

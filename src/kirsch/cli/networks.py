@@ -17,7 +17,8 @@ from kirsch.deploy.onnx_inputs import stand_ins
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import OutputError, UsageError
 from kirsch.files import MANIFEST, check_writable, write_text
-from kirsch.frameworks.port import Framework, framework_of, trace
+from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.trace import trace
 from kirsch.graph.inputs import tensors
 from kirsch.graph.kinds import BLOCK
 from kirsch.graph.plan import Goal, Plan
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kirsch.cli.terminal import Terminal
+    from kirsch.frameworks.protocols import Framework
     from kirsch.graph.graph import InputSpec
 
 RANDOM, PRETRAINED = "random", "pretrained"
@@ -114,7 +116,7 @@ class PlanRequest:
         data = loaded.inputs if self.on_example_inputs else None
         if self.data:
             source = load_data(self.data, {}, seed=self.seed, base=Path())
-            data = loaded.framework.tensor(source.train.inputs[:CALIBRATION])
+            data = loaded.framework.inference.from_numpy(source.train.inputs[:CALIBRATION])
         goal = Goal(macs=self.macs, parameters=self.parameters)
         plan = choose(trace(loaded.model, loaded.inputs), goal, data=data, seed=self.seed, **self.options)
         return replace(plan, method=plan.method | {"weights": loaded.weights})
@@ -172,7 +174,7 @@ def model_of(reference: str, weights: str, *, seed: int = 0) -> Any:
         )
     model = build(reference, base=Path(), seed=seed, weights=weights if zoo else RANDOM)
     if weights not in (RANDOM, PRETRAINED) and not zoo:
-        framework_of(model).load_weights(model, Path(weights))
+        framework_of(model).inference.load_weights(model, Path(weights))
     return model
 
 
@@ -350,7 +352,7 @@ def _with_inputs(
     framework = framework_of(model)
     inputs = example_inputs(model, specs) if specs else stated_inputs(reference, model)
     if inputs is None and pruned:
-        inputs = framework.inputs_like(Plan.read(Path(pruned) / "plan.json").inputs, model) or None
+        inputs = framework.analysis.inputs_like(Plan.read(Path(pruned) / "plan.json").inputs, model) or None
     if inputs is None:
         raise UsageError(
             f"The inputs of {reference} are unknown.",

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from kirsch import files
 from kirsch.arguments import checked
@@ -15,8 +15,11 @@ from kirsch.data.annotations import Inputs, Model
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.deploy.trials import Trial, compare, fixed_trials, trials
 from kirsch.errors import LoadError, ModelError, NumericError, OutputError, ShapeError, UsageError
-from kirsch.frameworks.port import Exportable, framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.registry import Registry
+
+if TYPE_CHECKING:
+    from kirsch.frameworks.protocols import Exportable
 
 NUMPY_NAMES = {"float": "float32", "double": "float64"}
 """Types of numbers that ONNX and numpy call differently."""
@@ -113,7 +116,7 @@ def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
     The batch is free where the model and its export allow it. Otherwise it is that of the example inputs, and a warning
     and `details["notes"]` say so.
     """
-    subject = framework_of(model).exportable(model, example_inputs)
+    subject = framework_of(model).inference.exportable(model, example_inputs)
     made, fixed = trials(subject)
     if not fixed:
         try:

@@ -19,7 +19,7 @@ from kirsch.deploy.export import Artifact, export
 from kirsch.deploy.onnx_inputs import require_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError, NumericError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.measurement.latency import FEWEST_ROUNDS, Latency, Ratio, interleaved
 from kirsch.measurement.machine import cpu, load, usable_cores
 from kirsch.tasks.classification import accuracy
@@ -191,7 +191,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         artifact = export(model_or_artifact, Path(folder) / "model.onnx", example_inputs=example_inputs)
         size = OnnxSession(artifact.path).batch or 1
-        counted = framework.count(model_or_artifact, _first(example_inputs, size))
+        counted = framework.analysis.count(model_or_artifact, _first(example_inputs, size))
         return _measured(artifact.path, example_inputs, data, threads, rounds, counted, missing)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.term import Term
     from kirsch.frameworks.layers import LayerNames
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 LOGITS = ("logits", "output.logits")
 """LayerNames of what labels belong to."""
@@ -71,14 +71,14 @@ def bind(
         pairs = _places(framework, term, student, teacher, inputs, recorded)
         layers += [(number, own, other) for own, other in pairs]
     _check_all_used(objective, [number for number, _, _ in layers], len(teachers))
-    values = framework.dry_run(student, texts([own for _, own, _ in layers]), inputs)
+    values = framework.features.extract(student, texts([own for _, own, _ in layers]), inputs)
     outputs: list[Mapping[str, Any]] = [recorded] if recorded is not None else []
     for place, teacher in enumerate(teachers):
         wanted = [other for number, _, other in layers if concerns(objective.terms[number], place)]
-        outputs.append(framework.dry_run(teacher, texts(wanted), inputs))
+        outputs.append(framework.features.extract(teacher, texts(wanted), inputs))
     if any(own in LOGITS and other in LOGITS for _, own, other in layers):
         for teacher in teachers:
-            _check_names(framework.class_names(student), framework.class_names(teacher))
+            _check_names(framework.inference.class_names(student), framework.inference.class_names(teacher))
     names = _distinct([term.record_name for term in objective.terms])
     bound = []
     for place, (number, own, other) in enumerate(layers):
@@ -219,7 +219,7 @@ def _picked(found: Any, place: int, what: str) -> Any:
 def _expanded(framework: Framework, model: Any, layers: LayerNames, inputs: Any) -> Any:
     if isinstance(layers, dict):
         return {name: _expanded(framework, model, layer, inputs)[0] for name, layer in layers.items()}
-    return [concrete for text in texts(layers) for concrete in framework.expand(model, text, inputs)]
+    return [concrete for text in texts(layers) for concrete in framework.features.expand(model, text, inputs)]
 
 
 def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:
@@ -236,7 +236,9 @@ def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], place: i
     if term.adapter == "none" or (term.adapter == "auto" and loss.takes in ("logits", "pixels", "values", "sets")):
         return None
     options = {"widths": loss.widths, "takes": loss.takes, **term.adapter_options}
-    return framework.seeded(lambda: framework.adapter(term.adapter, *values, options), seed + place)
+    return framework.training.seeded(
+        lambda: framework.features.build_adapter(term.adapter, *values, options), seed + place
+    )
 
 
 def _try(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None:
@@ -248,8 +250,8 @@ def _try(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None
         stored_scores(term, student, teacher, None, term.keywords(0.0))
         return
     if term.adapter is not None:
-        ids = framework.tensor(np.arange(len(first_array(student))))
-        student, teacher = framework.seeded(lambda: copy.deepcopy(term.adapter)(student, teacher, ids=ids), 0)
+        ids = framework.inference.from_numpy(np.arange(len(first_array(student))))
+        student, teacher = framework.training.seeded(lambda: copy.deepcopy(term.adapter)(student, teacher, ids=ids), 0)
     if loss.takes == "logits" and student.ndim >= len("NKHW"):
         classes = "Take 'pixel-kd' or 'cwd-pixels' for classes of pixels; for " if student.shape[1] > 1 else "For "
         layer = texts(term.student_layer)[0]

@@ -18,7 +18,7 @@ from kirsch.distillation.probabilities import shape_of, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import Teacher, combined, one_or_more
 from kirsch.errors import CheckpointError, UsageError
-from kirsch.frameworks.port import framework_of, pytorch
+from kirsch.frameworks.find import framework_of, pytorch
 from kirsch.frameworks.training import Trained, Training, TrainingHooks, TrainingState
 
 Link = Callable[[list[Trained], TrainingHooks, bool], Trained]
@@ -143,9 +143,9 @@ def born_again(
     framework = pytorch()  # what is not built yet has no framework that could be asked for
     first = 0 if teacher is None else 1
     seeds = [training.seed + number for number in range(first, generations + 1)]
-    models = [framework.seeded(build, seed) for seed in seeds]
+    models = [framework.training.seeded(build, seed) for seed in seeds]
     _check_apart(models)
-    if len({framework.fingerprint(model) for model in models}) < len(models):
+    if len({framework.inference.fingerprint(model) for model in models}) < len(models):
         raise UsageError(
             "`build` gives the same weights each time.",
             "Each generation begins with fresh ones.",
@@ -234,7 +234,7 @@ def ensemble(
     """
     if not models:
         raise UsageError("An ensemble of no models has no scores.", fix="Give at least one.")
-    return framework_of(models[0]).ensemble(models, _Combination(combine, activation, outputs))
+    return framework_of(models[0]).features.ensemble(models, _Combination(combine, activation, outputs))
 
 
 def _each(given: Any, links: int, what: str) -> list[Any]:

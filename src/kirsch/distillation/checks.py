@@ -15,7 +15,7 @@ from kirsch.errors import DataError
 
 if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
     from kirsch.frameworks.training import Training
 
 FEW = 8
@@ -45,7 +45,7 @@ def first_batch(framework: Framework, data: Any) -> Batch:
             )
         return list(itertools.islice(batches, 1))
 
-    first = framework.seeded(fetch, 0)  # a loader that shuffles draws from the caller's random state
+    first = framework.training.seeded(fetch, 0)  # a loader that shuffles draws from the caller's random state
     if not first:
         raise DataError("The data is empty.", fix="Give at least one batch.")
     return Batch.of(*first)
@@ -76,7 +76,7 @@ def missing_targets(framework: Framework, model: Any, batch: Batch, objective: O
     """
     if batch.targets is not None or not isinstance(batch.inputs, dict) or not any(ends(objective.label_weight)):
         return []
-    unknown = framework.unknown_arguments(model, [str(name) for name in batch.inputs])
+    unknown = framework.inference.unknown_arguments(model, [str(name) for name in batch.inputs])
     text = (
         f"The batches have no targets, although the weight of the labels is not 0, and {type(model).__name__} has no "
         f"argument {' or '.join(unknown)}. If that holds the targets, call it labels; else leave it out of the batches."
@@ -98,7 +98,7 @@ def check_last_batch(framework: Framework, model: Any, data: Any, first: Batch) 
     else:
         alone = isinstance(data, (list, tuple)) and 1 in [len(batch) for batch in batches_of(data)]
     if alone:
-        framework.check_runs(model, few(first, 1).inputs, training=True)
+        framework.inference.check_runs(model, few(first, 1).inputs, training=True)
 
 
 def _length(given: Any) -> int | None:

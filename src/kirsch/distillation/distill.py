@@ -20,11 +20,11 @@ from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
 from kirsch.distillation.teachers import Teacher, one_or_more, replayed
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import Trained, Training, TrainingHooks
 
 if TYPE_CHECKING:
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 
 @checked
@@ -97,7 +97,7 @@ def distill(
     for text in split_relations(objective, training) + late_ramps(objective, training):
         hooks.warn(text)
     try:
-        trained = framework.train(bound.module, data, bound.step, training, hooks)
+        trained = framework.training.train(bound.module, data, bound.step, training, hooks)
     finally:
         bound.close()
     warn_of_result(hooks)
@@ -122,14 +122,16 @@ def fit(
     framework = framework_of(model)
     first = first_batch(framework, data)
     targets, inputs = data.targets if isinstance(data, ArrayData) else first.targets, few(first).inputs
-    framework.check_runs(model, inputs)
-    shape = tuple(framework.predict(model, inputs).shape[1:])
+    framework.inference.check_runs(model, inputs)
+    shape = tuple(framework.inference.predict(model, inputs).shape[1:])
     check_labels(targets, shape, objective)
     logits = settle(framework, model, objective, logit_layers(objective, (), None), inputs, teacher=None)
     check_last_batch(framework, model, data, first)
     step = DistillationStep(framework, objective, regularizers=regularizers, logits_shape=shape)
     hooks = with_validation(hooks, framework, validation, objective, [model])
-    trained = framework.train(framework.with_adapters(model, ("logits",), {}, {}, logits), data, step, training, hooks)
+    trained = framework.training.train(
+        framework.features.with_adapters(model, ("logits",), {}, {}, logits), data, step, training, hooks
+    )
     warn_of_result(hooks)
     return trained
 

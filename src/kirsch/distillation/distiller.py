@@ -27,8 +27,8 @@ from kirsch.distillation.teachers import (
     require_temperature,
 )
 from kirsch.errors import CheckpointError, UsageError
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.layers import texts
-from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import LossOutput, share_warnings, shares_of
 
 if TYPE_CHECKING:
@@ -90,13 +90,13 @@ class Distiller:
         framework = framework_of(student)
         first = Batch.of(example_batch)
         some = few(first)
-        framework.check_runs(student, some.inputs)
+        framework.inference.check_runs(student, some.inputs)
         self._framework, self._objective = framework, objective
         self._teacher_source: TeacherSource | None = None
         terms: list[BoundTerm] = []
         if isinstance(teacher, TeacherStore):
             require_temperature(teacher, objective)
-            _require_classes(teacher, objective, framework.predict(student, some.inputs).shape)
+            _require_classes(teacher, objective, framework.inference.predict(student, some.inputs).shape)
             self._teacher_source = StoredTeacher(framework, teacher)
             (recorded,) = self._teacher_source(first)
             if "logits" in recorded and not holds_top_k(recorded["logits"]):
@@ -111,7 +111,7 @@ class Distiller:
                 )
             teachers = _copies(student, teacher)
             for model in teachers:
-                framework.check_runs(model, some.inputs)
+                framework.inference.check_runs(model, some.inputs)
             terms = bind(framework, objective, student, teachers, some.inputs, seed=seed)
             layers = [layers_of_teacher(terms, index) for index in range(len(teachers))]
             logits = teachers_logits(framework, teachers, objective, terms, some.inputs)
@@ -122,7 +122,7 @@ class Distiller:
             warn(sentence)
         self.student = student
         logits_of_student = logit_layers(objective, terms, None)
-        self.module: Any = framework.with_adapters(
+        self.module: Any = framework.features.with_adapters(
             student,
             list(dict.fromkeys(["logits"] * objective.needs_logits + texts([term.student_layer for term in terms]))),
             {term.adapter_name: term.adapter for term in terms if term.adapter is not None},
@@ -130,7 +130,7 @@ class Distiller:
             settle(framework, student, objective, logits_of_student, some.inputs, teacher=None),
         )
         self._logits_shape = (
-            tuple(framework.predict(student, some.inputs).shape[1:]) if objective.needs_logits else None
+            tuple(framework.inference.predict(student, some.inputs).shape[1:]) if objective.needs_logits else None
         )
         self.step = DistillationStep(
             framework,
@@ -138,7 +138,7 @@ class Distiller:
             terms,
             self._teacher_source,
             regularizers,
-            partial(framework.positions, student),
+            partial(framework.features.feature_mask, student),
             self._logits_shape,
         )
         self.rows: list[dict[str, Any]] = table(terms)
@@ -178,9 +178,9 @@ class Distiller:
         given = Batch.of(batch)
         # Warnings are for the batches of a loader; your own loop knows which of its batches have targets.
         self.step.check(given, wherever=self.module.training and int(epoch) != self._checked_epoch)
-        output = self.step(model, self._framework.placed(given, self.student), epoch, step_counts)
+        output = self.step(model, self._framework.inference.to_device(given, self.student), epoch, step_counts)
         if self.module.training and output.terms and int(epoch) != self._checked_epoch:
-            norms = self._framework.gradient_norms(self.module, output.terms)
+            norms = self._framework.training.gradient_norms(self.module, output.terms)
             if norms:
                 self._check_gradients(norms, int(epoch))
         return output
@@ -285,7 +285,7 @@ def _copies(student: Any, teacher: Any) -> list[Any]:
         raise UsageError(
             "Student and teacher are the same object.", fix="Give the student as a copy: copy.deepcopy(teacher)."
         )
-    return [framework_of(model).frozen(model, student) for model in given]
+    return [framework_of(model).inference.frozen_copy(model, student) for model in given]
 
 
 def _require_classes(store: TeacherStore, objective: Objective, shape: tuple[int, ...]) -> None:

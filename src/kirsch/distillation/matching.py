@@ -11,7 +11,7 @@ from kirsch.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
     Size = tuple[int, int]
     Shape = tuple[int, ...]
@@ -44,7 +44,7 @@ def stages(framework: Framework, student: Any, teacher: Any, inputs: Any) -> lis
 
 def stages_of(framework: Framework, model: Any, inputs: Any) -> list[tuple[str, Size | None]]:
     """Path and map size of each stage of a model; see `stages_among`."""
-    return stages_among(framework.shapes(model, inputs), first_array(inputs).shape, type(model).__name__)
+    return stages_among(framework.features.shapes(model, inputs), first_array(inputs).shape, type(model).__name__)
 
 
 def stages_among(shapes: Sequence[tuple[str, Shape]], image: Shape, called: str) -> list[tuple[str, Size | None]]:

@@ -29,12 +29,12 @@ from kirsch.distillation.probabilities import Logits, check_training, logit_laye
 from kirsch.distillation.step import TargetCheck, balanced, regularization
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHooks, shares_of
 
 if TYPE_CHECKING:
     from kirsch.data.batches import Batch
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 FEWEST = 2
 
@@ -94,8 +94,8 @@ def distill_mutually(
     losses, logits, shape = [], [], ()
     for place, student in enumerate(students):
         check_last_batch(framework, student, data, first)
-        framework.check_runs(student, inputs)
-        shape = tuple(framework.predict(student, inputs).shape[1:])
+        framework.inference.check_runs(student, inputs)
+        shape = tuple(framework.inference.predict(student, inputs).shape[1:])
         check_labels(targets, shape, objective)
         others = [*students[:place], *students[place + 1 :]]
         terms = bind(framework, objective, student, others, inputs, seed=training.seed)
@@ -107,14 +107,14 @@ def distill_mutually(
     for text in warnings + averaged_logits(objective, len(students) - 1):
         hooks.warn(text)
     outputs = [_output(place) for place in range(len(students))]
-    module = framework.with_adapters(framework.cohort(students), outputs, {}, {})
+    module = framework.features.with_adapters(framework.features.cohort(students), outputs, {}, {})
     step = MutualStep(framework, losses, logits, TargetCheck(objective, shape), regularizers)
-    trained = framework.train(module, data, step, training, hooks)
-    return [_own(trained, place, model) for place, model in enumerate(framework.members(trained.model))]
+    trained = framework.training.train(module, data, step, training, hooks)
+    return [_own(trained, place, model) for place, model in enumerate(framework.features.members(trained.model))]
 
 
 def _check_students(framework: Framework, students: Sequence[Any]) -> None:
-    prints = [framework.fingerprint(student) for student in students]
+    prints = [framework.inference.fingerprint(student) for student in students]
     for one, other in combinations(range(len(students)), 2):
         if students[one] is students[other]:
             raise UsageError(f"Students {one} and {other} are the same object.", fix="Build each by itself.")
@@ -205,7 +205,7 @@ class MutualStep:
             for loss, own in zip(self._losses, logits, strict=True):
                 check_training({"logits": own}, logit_layers(loss.objective, loss.terms, None), loss.objective)
             self._unchecked = False
-        students = self._framework.members(self._framework.student_of(module))
+        students = self._framework.features.members(self._framework.features.student_of(module))
         total: Any = 0.0
         parts: dict[str, Any] = {}
         for place, (loss, student) in enumerate(zip(self._losses, students, strict=True)):
@@ -271,7 +271,7 @@ def _of_each(framework: Framework, hooks: TrainingHooks) -> TrainingHooks:
         return hooks
 
     def judge(cohort: Any) -> dict[str, float]:
-        found = [validate(student) for student in framework.members(cohort)]
+        found = [validate(student) for student in framework.features.members(cohort)]
         return {_name(place, name): value for place, own in enumerate(found) for name, value in own.items()}
 
     return dataclasses.replace(hooks, validate=judge)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 ACTIVATIONS: Mapping[str, Activation] = {"cross-entropy": "softmax", "binary": "sigmoid"}
 """Label loss → what it applies to the outputs of the student."""
@@ -137,7 +137,7 @@ def settle(
             "Probabilities become logits in another way for each.",
             "Give models that put out logits.",
         )
-    values = framework.dry_run(model, layers, inputs)
+    values = framework.features.extract(model, layers, inputs)
     whose = "The student" if teacher is None else "The teacher"
     named = f"{whose}, a {type(model).__name__},"
     for layer in layers:
@@ -146,10 +146,10 @@ def settle(
             _check_stated(named, layer, found, activations)
         else:
             shape = shape_of(found, activations)
-            if shape == "inside" and framework.squashed(model, layer, inputs):
+            if shape == "inside" and framework.features.is_squashed(model, layer, inputs):
                 shape = "sigmoid"
             negative = not shape and "sigmoid" in activations and found.size and found.max() <= 0
-            if negative and framework.squashed(model, layer, inputs, logarithm=True):
+            if negative and framework.features.is_squashed(model, layer, inputs, logarithm=True):
                 shape = "log-sigmoid"
             if shape not in ("", "inside"):
                 raise refusal(named, shape, objective, "student_outputs" if teacher is None else "teacher_outputs")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.teachers import TeacherSource
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
     from kirsch.frameworks.training import LossOutput
 
 WITHOUT_TARGETS = (
@@ -115,7 +115,7 @@ class DistillationStep:
             epoch,
             step_counts,
             factors=self.factors,
-            regularization=regularization(self._regularizers, self._framework.student_of(module)),
+            regularization=regularization(self._regularizers, self._framework.features.student_of(module)),
         )
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:

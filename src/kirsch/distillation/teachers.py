@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.probabilities import Logits
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 TOP_K = ("indices", "log_p", "tail")
 """Fields of a record that holds the largest logits only."""
@@ -68,8 +68,8 @@ class LiveTeachers:
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
         """See `TeacherSource`."""
         if not self._watches:
-            self._watches = [self._framework.watch(model, layers) for model, layers in self._places]
-        found = [self._framework.infer(watch, batch.inputs) for watch in self._watches]
+            self._watches = [self._framework.features.capture(model, layers) for model, layers in self._places]
+        found = [self._framework.inference.infer(watch, batch.inputs) for watch in self._watches]
         return [values if own is None else own(values) for own, values in zip(self._logits, found, strict=True)]
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class StoredTeacher:
         found = self._store.read(host(batch.ids), batch.view, batch.seeds)
         if "indices" in found:  # PyTorch knows next to nothing of unsigned numbers of 16 and 32 bits
             found["indices"] = found["indices"].astype(np.int64)
-        values = {name: self._framework.array_like(array, like) for name, array in found.items()}
+        values = {name: self._framework.inference.from_numpy(array, like=like) for name, array in found.items()}
         if "maximum" in values:  # scores are kept below their largest, for which 16 bits are too few
             values["logits"] = values.pop("scores") + values.pop("maximum")[..., None]
         if "log_p" in values:

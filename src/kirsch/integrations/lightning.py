@@ -18,7 +18,7 @@ from kirsch.data.batches import Batch
 from kirsch.distillation.checks import check_last_batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UnknownNameError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import require_labels
 
 try:
@@ -259,7 +259,9 @@ def _first_batch(trainer: Any, student: Any) -> tuple[Any, Any]:
             "The training data is not a single loader.",
             fix="Give Distillation an example_batch, and batch_of= if a batch is not (inputs, targets).",
         )
-    first = framework_of(student).seeded(lambda: next(iter(loader), None), 0)  # keeps the random state of the run
+    first = framework_of(student).training.seeded(
+        lambda: next(iter(loader), None), 0
+    )  # keeps the random state of the run
     if first is None:
         raise DataError("The training data is empty.", fix="Give at least one batch.")
     return loader, first

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs, Model
 from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError, error_text, nearest
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.graph.plan import Plan, Removal, Skip
 from kirsch.graph.verification import UNUSUAL_LAYERS
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES
@@ -94,7 +94,7 @@ def prune_with_verification(
         if graph is not plan.graph and example_inputs is None:
             _check_inputs(model, plan)
         raise
-    sizes = {} if verify else framework_of(model).reweighted(model, result.plan, graph)
+    sizes = {} if verify else framework_of(model).surgery.changed_computed_weights(model, result.plan, graph)
     if not sizes:
         return result
     text = _reweighted_note(sizes)
@@ -111,7 +111,7 @@ def _check_inputs(model: Any, plan: Plan) -> None:
         return
     framework = framework_of(model)
     try:
-        framework.count(model, framework.inputs_like(plan.inputs, model))
+        framework.analysis.count(model, framework.analysis.inputs_like(plan.inputs, model))
     except Exception as error:  # the code of the model may raise anything
         raise ModelError(
             f"{plan.title} cannot be applied: the {plan.model} does not run on the inputs of the plan.",
@@ -139,9 +139,11 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     if empty is not None:
         raise PlanError(f"{plan.title} would leave no unit on an axis of {empty[0]!r}.", fix="Keep more of its units.")
     try:
-        pruned, verification = framework.prune(model, plan, graph, verify=verify)
+        pruned, verification = framework.surgery.prune(model, plan, graph, verify=verify)
     except VerificationError as error:
-        raise _error_with_groups(error, plan, lambda part: framework.prune(model, part, graph, verify=True)) from error
+        raise _error_with_groups(
+            error, plan, lambda part: framework.surgery.prune(model, part, graph, verify=True)
+        ) from error
     if verification is not None and not verification.power and (plan.groups or plan.blocks):
         raise VerificationError(
             f"The pruned {graph.model_name} cannot be verified with these example inputs.",
@@ -149,12 +151,16 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
             "Give example inputs for which the outputs depend on the removed units, or skip the verification with "
             "kirsch.prune(..., verify=False).",
         )
-    configuration, configuration_notes, unsavable = framework.configure(pruned, model, plan, graph, verify=verify)
+    configuration, configuration_notes, unsavable = framework.surgery.configure(
+        pruned, model, plan, graph, verify=verify
+    )
     plan = replace(plan, configuration=configuration)
     setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
     shapes = getattr(model, SHAPES, None)
-    changed = shapes is not None and shapes != framework.parameter_shapes(model)  # then no plan restores this model
-    setattr(pruned, SHAPES, shapes if changed else framework.parameter_shapes(pruned))
+    changed = shapes is not None and shapes != framework.inference.parameter_shapes(
+        model
+    )  # then no plan restores this model
+    setattr(pruned, SHAPES, shapes if changed else framework.inference.parameter_shapes(pruned))
     consequence = "Until a configuration fits, save_pretrained and push_to_hub raise an error."
     warning_notes = [f"{unsavable} {consequence}"] if unsavable else []
     if verification is not None and verification.reweighted:
@@ -234,8 +240,10 @@ def graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
         )
     try:
         if example_inputs is not None:
-            return framework.trace(model, example_inputs, plan.tracing)
-        return framework.trace(model, framework.inputs_like(plan.inputs, model), plan.tracing, of_part=True)
+            return framework.analysis.trace(model, example_inputs, plan.tracing)
+        return framework.analysis.trace(
+            model, framework.analysis.inputs_like(plan.inputs, model), plan.tracing, of_part=True
+        )
     except (UsageError, ModelError) as error:
         if plan.model != type(model).__name__ and not plan.tracing.module:
             raise PlanError(

@@ -17,7 +17,7 @@ from kirsch.data.annotations import Model
 from kirsch.data.dataset import DataSet
 from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
 from kirsch.recipes.manifest import MODEL, REPORT
@@ -143,5 +143,5 @@ def _weights_hash(model: Any) -> str:
     """Return a hash over the weights of a model, so that a run folder of another model is not continued."""
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / WEIGHTS
-        framework_of(model).save_weights(model, weights)
+        framework_of(model).inference.save_weights(model, weights)
         return files.sha256(weights)

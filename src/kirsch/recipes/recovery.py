@@ -16,11 +16,11 @@ from kirsch.distillation.matching import stages_among
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import NumericError, UnknownNameError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.pruning.kept import kept
 
 if TYPE_CHECKING:
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
     from kirsch.pruning.kept import Kept
 
 TOKEN_AXES = len("NLD")
@@ -70,7 +70,7 @@ def recovery(
     framework = framework_of(small)
     known = _comparable_layers(framework, small, original, inputs)
     layers = _selected_layers(framework, original, inputs, at, known)
-    features = framework.dry_run(original, layers, inputs)
+    features = framework.features.extract(original, layers, inputs)
     terms = tuple(_term(layer, known[layer][0], host(features[layer]), weight / len(layers)) for layer in layers)
     return dataclasses.replace(objective, terms=(*objective.terms, *terms))
 
@@ -79,9 +79,12 @@ def _comparable_layers(
     framework: Framework, small: Any, original: Any, inputs: Any
 ) -> dict[str, tuple[Kept, tuple[int, ...]]]:
     """Return path → kept channels and shape in the original, of modules in both models, in order of execution."""
-    kept_channels, small_shapes = kept(small, original, example_inputs=inputs), dict(framework.shapes(small, inputs))
+    kept_channels, small_shapes = (
+        kept(small, original, example_inputs=inputs),
+        dict(framework.features.shapes(small, inputs)),
+    )
     layers = {}
-    for path, shape in framework.shapes(original, inputs):
+    for path, shape in framework.features.shapes(original, inputs):
         if path not in kept_channels or path not in small_shapes:
             continue
         channels = kept_channels[path]
@@ -100,7 +103,7 @@ def _selected_layers(
         shapes = [(path, shape) for path, (_, shape) in known.items()]
         return [path for path, _ in stages_among(shapes, first_array(inputs).shape, model_name)]
     texts = [at] if isinstance(at, str) else list(at)
-    paths = [path for text in texts for path in framework.expand(original, text, inputs)]
+    paths = [path for text in texts for path in framework.features.expand(original, text, inputs)]
     for path in paths:
         if path not in known:
             raise UnknownNameError(f"layer of {model_name} with known kept channels", path, known)

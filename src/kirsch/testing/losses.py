@@ -19,7 +19,7 @@ import numpy as np
 from kirsch.distillation.arrays import first_array, map_arrays, namespace
 from kirsch.distillation.losses.loss import TOKEN_KINDS, loss_options, step_arguments
 from kirsch.errors import ShapeError
-from kirsch.frameworks.port import pytorch
+from kirsch.frameworks.find import pytorch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -388,7 +388,7 @@ def _describe(options: dict[str, Any]) -> str:
 
 
 def _tensors(values: Any) -> Any:
-    return map_arrays(lambda part: pytorch().tensor(part), values)
+    return map_arrays(pytorch().inference.from_numpy, values)
 
 
 def _rounded(values: Any, dtype: Any) -> Any:
@@ -435,7 +435,7 @@ def _fill_array(part: Any, hidden: Any, other: float) -> Any:
 
 def _gradient(loss: Loss, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
     """Return the gradient for the student's values, by automatic differentiation, as numpy arrays."""
-    values = map_arrays(lambda part: pytorch().tensor(part.copy()).requires_grad_(), student)
+    values = map_arrays(lambda part: pytorch().inference.from_numpy(part.copy()).requires_grad_(), student)
     loss(values, _tensors(teacher), **_like(options, values)).backward()
     return map_arrays(lambda part: np.zeros(part.shape) if part.grad is None else np.asarray(part.grad), values)
 

@@ -24,7 +24,7 @@ from kirsch.distillation.store.record import LOGITS, Keep, TopK, pack_records, r
 from kirsch.distillation.store.running import Outputs, TeacherRunner
 from kirsch.distillation.store.specification import Specification, range_file
 from kirsch.errors import OutputError, StoreError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 
 RANGE_SAMPLES, RANGE_SHARE, RANGE_BYTES = 16384, 32, 1 << 26
 """A range, which is lost if a build is killed, has 16,384 samples or 1/32 of all, and at most 64 MiB. More ranges would
@@ -155,7 +155,7 @@ def _specify(
             features={name: array.shape[1:] for name, array in trial.items() if name != LOGITS},
             transform=description(data.augment),
             outputs=description(runner.outputs),
-            teacher_sha256=framework_of(runner.teacher).fingerprint(runner.teacher),
+            teacher_sha256=framework_of(runner.teacher).inference.fingerprint(runner.teacher),
             data_sha256=spec.data_hash(data),
             ids_sha256=None if ids is None else hashlib.sha256(ids).hexdigest(),
         )

@@ -23,7 +23,7 @@ from kirsch.distillation.store.record import LOGITS, SEED, record_values
 from kirsch.distillation.store.running import Outputs, TeacherRunner
 from kirsch.distillation.store.specification import Specification, damaged, range_file
 from kirsch.errors import DataError, ShapeError, StoreError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 
 TOLERANCE = 2.0**-9
 """Four times the rounding error of 16 bits, because the teacher's outputs depend slightly on the batch size."""
@@ -238,7 +238,7 @@ class TeacherStore:
         """
         stored, expected = self.specification, dict[str, Any]()
         if teacher is not None:
-            expected["teacher_sha256"] = framework_of(teacher).fingerprint(teacher)
+            expected["teacher_sha256"] = framework_of(teacher).inference.fingerprint(teacher)
         if data is not None:
             expected["data_sha256"] = spec.data_hash(data)
             expected["transform"] = description(data.augment)

@@ -11,7 +11,7 @@ from kirsch.data.arrays import host
 from kirsch.distillation.arrays import upcast
 from kirsch.distillation.store.record import LOGITS
 from kirsch.errors import NumericError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,7 +44,7 @@ class TeacherRunner:
 
     def returns_probabilities(self, inputs: Any) -> bool:
         """Return whether the teacher's outputs come from a sigmoid or a softmax; False with a callable."""
-        return self.outputs is None and self._framework.squashed(self.teacher, "logits", inputs)
+        return self.outputs is None and self._framework.features.is_squashed(self.teacher, "logits", inputs)
 
     def __call__(self, indices: NDArray[Any], seed: int, view: int) -> dict[str, NDArray[Any]]:
         """Return the teacher's outputs for some samples in one view.
@@ -59,7 +59,9 @@ class TeacherRunner:
         """
         batch = self._data.batch(indices, seed, view)
         if self.outputs is None:
-            outputs = {LOGITS: self._framework.predict(self.teacher, batch.inputs, batch_size=self.batch_size)}
+            outputs = {
+                LOGITS: self._framework.inference.predict(self.teacher, batch.inputs, batch_size=self.batch_size)
+            }
         else:
             outputs = self._call_outputs(batch)
         for name, array in outputs.items():

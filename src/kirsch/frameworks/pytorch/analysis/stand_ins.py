@@ -61,7 +61,7 @@ def _highest(value: torch.Tensor) -> int:
     return min(max(highest, 0), LARGEST)
 
 
-def stand_ins(specification: Sequence[Input], model: nn.Module) -> Any:
+def inputs_like(specification: Sequence[Input], model: nn.Module) -> Any:
     """Return random inputs of the specified shapes and types, on the device of a model.
 
     If no floating input has a type of the parameters, the floating inputs get the type of the first parameter: the

@@ -87,6 +87,17 @@ class StudentWithAdapters(nn.Module):
             self._capture = None
 
 
+def with_adapters(
+    model: nn.Module,
+    layers: Sequence[str],
+    adapters: Mapping[str, nn.Module],
+    pairs: Mapping[str, Any],
+    logits: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> StudentWithAdapters:
+    """Return a student and its adapters as one module; see `StudentWithAdapters`."""
+    return StudentWithAdapters(model, layers, adapters, pairs, logits)
+
+
 def student_of(model: nn.Module) -> nn.Module:
     """Return the student of a `StudentWithAdapters`, also if it is wrapped (DDP, compiled); other models unchanged."""
     while not isinstance(model, StudentWithAdapters):
@@ -104,7 +115,7 @@ def gradient_norms(
 ) -> dict[str, float]:
     """Return the norm of the gradient of each loss term for the student's parameters, without those of adapters.
 
-    The graph is retained for the training step.
+    The graph is retained for the training step. Empty if gradients are disabled.
 
     Args:
         student: the student with its adapters.
@@ -115,6 +126,8 @@ def gradient_norms(
         NumericError: no gradient of a term reaches the student.
         UsageError: the student uses reentrant checkpoints, which do not support gradients of a single term.
     """
+    if not torch.is_grad_enabled():
+        return {}
     adapter_ids = {id(p) for p in student.adapters.parameters()}  # they may also be registered in the student
     parameters = [p for p in student.student.parameters() if p.requires_grad and id(p) not in adapter_ids]
     norms: dict[str, float] = {}

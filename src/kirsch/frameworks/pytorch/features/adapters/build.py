@@ -71,6 +71,18 @@ def build(
     return built
 
 
+def build_adapter(name: str, student: Any, teacher: Any, options: dict[str, Any]) -> nn.Module | None:
+    """Build an adapter between two features, or two lists of features, on the device of the student's.
+
+    Returns:
+        None if "auto" finds that no adapter is needed.
+    """
+    first = student[0] if isinstance(student, list) else student
+    shapes = [[part.shape for part in side] if isinstance(side, list) else side.shape for side in (student, teacher)]
+    adapter = build(name, *shapes, options={"dtype": first.dtype, **options})
+    return None if adapter is None else adapter.to(first.device)
+
+
 def _is_list(shapes: Any) -> bool:
     """Return whether this is a list of shapes, not one shape."""
     return bool(shapes) and not isinstance(shapes[0], int)
