@@ -21,7 +21,7 @@ from kirsch.recipes.recipe import read_recipe
 
 pytest.importorskip("torch")
 
-STAGES = ["teacher", "distill", "prune", "recover", "export", "measure"]
+STEPS = ["teacher", "distill", "prune", "recover", "export", "measure"]
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,13 @@ def run(finished, tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-def test_a_run_prints_a_header_one_line_per_stage_and_the_verdict(finished):
+def test_a_run_prints_a_header_one_line_per_step_and_the_verdict(finished):
     _, code, out = finished
     lines = out.splitlines()
     assert code == 0
     assert lines[0] == "kirsch 0.1.0 · stripes · run run"
     assert lines[1].startswith("goal  MACs ≤ 60 %")
-    assert [line.split()[1] for line in lines if line[:2].strip().isdigit()] == STAGES
+    assert [line.split()[1] for line in lines if line[:2].strip().isdigit()] == STEPS
     assert sum(" epoch " in line for line in lines) == 6 + 6 + 2
     assert lines[-3].startswith("goal met     MACs ")
     assert lines[-2] == "report       run/report.html"
@@ -74,12 +74,12 @@ def test_a_run_folder_has_the_documented_files(finished):
     }
 
 
-def test_resuming_a_finished_run_keeps_all_stages(run, kirsch):
+def test_resuming_a_finished_run_keeps_all_steps(run, kirsch):
     before = files.sha256(run / "artifacts" / "model.onnx")
     code, out, _ = kirsch("resume", "run")
-    stages = [line for line in out.splitlines() if line[:2].strip().isdigit()]
+    steps = [line for line in out.splitlines() if line[:2].strip().isdigit()]
     assert code == 0
-    assert all(line.endswith(" kept") for line in stages)
+    assert all(line.endswith(" kept") for line in steps)
     assert files.sha256(run / "artifacts" / "model.onnx") == before
 
 
@@ -88,7 +88,7 @@ def test_json_contains_the_metrics_and_progress_goes_to_the_standard_error(run, 
     answer = json.loads(out)
     assert answer["exit_code"] == code == 0
     assert answer["metrics"] == json.loads((run / "metrics.json").read_text())
-    assert [stage["key"] for stage in answer["metrics"]["stages"]] == STAGES
+    assert [step["key"] for step in answer["metrics"]["steps"]] == STEPS
     assert " 1 teacher" in err
 
 
@@ -118,20 +118,20 @@ def test_a_missed_goal_has_exit_code_3(run, kirsch):
 def test_verify_accepts_an_undamaged_run(finished, run, answer):
     found = answer("verify", "run")
     assert (found["sound"], found["finished"], found["uncovered"]) == (True, True, [])
-    assert found["folders"] >= len(STAGES)
+    assert found["folders"] >= len(STEPS)
     assert found["files"] == len(covered(finished[0] / "run")) - 1  # the manifest itself
 
 
 def test_verify_shows_a_run_without_manifest_as_not_finished(run, kirsch, answer):
     manifest.remove(run)
     found = answer("verify", "run", code=3)
-    assert (found["sound"], found["finished"], found["done"]) == (False, False, found["stages"])
+    assert (found["sound"], found["finished"], found["done"]) == (False, False, found["steps"])
     (run / "checkpoints" / "recover").rename(run.parent / "recover")
     (run / "checkpoints" / "export").rename(run.parent / "export")
     (run / "checkpoints" / "measure").rename(run.parent / "measure")
     code, out, _ = kirsch("verify", "run")
     assert code == 3
-    assert out.startswith("not finished run: 3 of 6 stages are done; ")
+    assert out.startswith("not finished run: 3 of 6 steps are done; ")
     assert "sound" not in out
 
 
@@ -272,12 +272,12 @@ def test_a_dry_run_names_the_weights_of_the_plan(folder, kirsch):
     assert "untrained" not in out
 
 
-def test_a_dry_run_shows_the_stages_and_writes_nothing(folder, kirsch, answer):
+def test_a_dry_run_shows_the_steps_and_writes_nothing(folder, kirsch, answer):
     found = answer("compress", "recipe.yaml", "--dry-run")
     code, out, _ = kirsch("compress", "recipe.yaml", "--dry-run")
     assert code == 0
-    assert [stage["key"] for stage in found["stages"]] == STAGES
-    assert [line.split()[1] for line in out.splitlines() if line[:2].strip().isdigit()] == STAGES
+    assert [step["key"] for step in found["steps"]] == STEPS
+    assert [line.split()[1] for line in out.splitlines() if line[:2].strip().isdigit()] == STEPS
     assert found["plan"]["cost"]["after"]["macs"] <= 0.6 * found["plan"]["cost"]["before"]["macs"]
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == ["nets.py", "recipe.yaml"]
 
@@ -297,7 +297,7 @@ def test_a_dry_run_does_not_replace_a_recipe(folder, kirsch):
 
 
 def test_a_dry_run_names_missing_packages():
-    content = {"name": "n", "goal": "g", "data": {"name": "d", "train": 1, "validation": 2, "test": 3}, "stages": []}
+    content = {"name": "n", "goal": "g", "data": {"name": "d", "train": 1, "validation": 2, "test": 3}, "steps": []}
     content |= {"plan": None, "seconds": 1.0, "disk_bytes": 1, "missing": ["onnx"], "notes": []}
     assert plain(jobs.forecast_lines(content)[-1]) == "missing      onnx; see kirsch doctor"
 
@@ -369,6 +369,6 @@ def test_a_stopped_run_shows_the_resume_command_and_can_be_verified(folder, proc
     code, out, _ = kirsch("verify", "run")
     assert code == 3
     first, second, third = out.splitlines()
-    assert first == "not finished run: 0 of 6 stages are done; continue with kirsch resume run"
+    assert first == "not finished run: 0 of 6 steps are done; continue with kirsch resume run"
     assert re.fullmatch(r"verified     \d files in \d folders? have the sha256 of their manifests", second)
     assert third.startswith("not verified run.json, recipe.yaml, events.jsonl, environment.json: they have no hash ")

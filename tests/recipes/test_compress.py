@@ -15,7 +15,7 @@ import kirsch
 from kirsch.data.sources import load_data
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import GoalError, Interrupted, NumericError, RecipeError, UsageError
-from kirsch.recipes import stages
+from kirsch.recipes import steps
 from kirsch.recipes.models import build
 from tiny import same_weights, write_job
 
@@ -27,8 +27,8 @@ HALF = kirsch.Goal(macs=0.5)
 def _few_rounds():
     """Measure latency in six rounds in place of thirty, to save time."""
     with pytest.MonkeyPatch.context() as patch:
-        race = stages.race
-        patch.setattr(stages, "race", lambda *args, rounds, **options: race(*args, rounds=6, **options))
+        race = steps.race
+        patch.setattr(steps, "race", lambda *args, rounds, **options: race(*args, rounds=6, **options))
         yield
 
 
@@ -113,7 +113,7 @@ def test_result_contains_the_paths_of_the_files(compressed):
     assert found.metrics == json.loads((found.folder / "metrics.json").read_text())
     assert "my model" in found.report.read_text()
     assert found.artifact == found.folder / "artifacts" / "model.onnx"
-    assert [event["key"] for event in events if event["event"] == "stage_start"] == [
+    assert [event["key"] for event in events if event["event"] == "step_start"] == [
         "teacher",
         "prune",
         "recover",
@@ -153,7 +153,7 @@ def test_same_call_continues_the_run(trained, compressed, tmp_path):
         name="my model",
         listen=events.append,
     )
-    assert [event["event"] for event in events if "stage" in event["event"]] == ["stage_kept"] * 5
+    assert [event["event"] for event in events if "step" in event["event"]] == ["step_kept"] * 5
     assert same_weights(again.model, compressed[0].model)
 
 
@@ -178,8 +178,8 @@ def test_run_of_other_weights_is_not_continued(trained, tmp_path, other):
     with torch.no_grad():
         changed.head.bias.add_(0.25)
     call(*((changed, student) if other == "model" else (model, changed)), second)
-    assert [event["key"] for event in second if event["event"] == "stage_kept"] == []
-    assert "The stage 'teacher' is run again: its inputs have changed." in [event.get("text") for event in second]
+    assert [event["key"] for event in second if event["event"] == "step_kept"] == []
+    assert "The step 'teacher' is run again: its inputs have changed." in [event.get("text") for event in second]
 
 
 def test_student_is_distilled_and_then_pruned(trained, tmp_path):
@@ -206,9 +206,9 @@ def test_student_is_distilled_and_then_pruned(trained, tmp_path):
             listen=listen,
         )
     assert same_weights(before, student)
-    ends = {event["key"]: event for event in events if event["event"] == "stage_end"}
+    ends = {event["key"]: event for event in events if event["event"] == "step_end"}
     assert list(ends) == ["teacher", "distill", "prune", "recover"]
-    assert [event["stage"] for event in events if event["event"] == "epoch"] == ["distill"] * 3 + ["recover"]
+    assert [event["step"] for event in events if event["event"] == "epoch"] == ["distill"] * 3 + ["recover"]
     checkpoints = tmp_path / "run" / "checkpoints"
     records = {key: json.loads((checkpoints / key / "done" / "record.json").read_text()) for key in ends}
     assert records["distill"]["parameters"] == sum(parameter.numel() for parameter in student.parameters())

@@ -16,12 +16,12 @@ from kirsch.recipes.recipe import read_recipe
 TRAINED_TEACHER = ("teacher.train=null", "student=null", "recover=null", "export=null")
 
 
-def costs(stages):
-    return {stage["key"]: (stage["parameters"], stage["macs"]) for stage in stages}
+def costs(steps):
+    return {step["key"]: (step["parameters"], step["macs"]) for step in steps}
 
 
 def test_forecast_costs_equal_those_of_the_run(job, finished):
-    found = costs(forecast(job.recipe(), base=job.base)["stages"])
+    found = costs(forecast(job.recipe(), base=job.base)["steps"])
     real = {model["key"]: (model["parameters"], model["macs"]) for model in finished[1].metrics["models"]}
     assert list(found) == ["teacher", "distill", "prune", "recover", "export", "measure"]
     assert (found["teacher"], found["distill"]) == (real["teacher"], real["student"])
@@ -36,9 +36,9 @@ def test_plan_of_a_trained_model_equals_that_of_the_run(job, monkeypatch):
     metrics = job.do(*TRAINED_TEACHER).metrics
     assert found["plan"] == metrics["provenance"]["plan"]
     assert found["goal"] == metrics["goal"]["text"]
-    assert costs(found["stages"]) == {
-        stage: (model["parameters"], model["macs"])
-        for stage, model in zip(("teacher", "prune"), metrics["models"], strict=True)
+    assert costs(found["steps"]) == {
+        step: (model["parameters"], model["macs"])
+        for step, model in zip(("teacher", "prune"), metrics["models"], strict=True)
     }
 
 
@@ -51,8 +51,8 @@ def test_cost_of_a_local_plan_equals_that_after_training(job):
 def test_recovery_of_a_pruned_teacher_is_forecast(job):
     """The trial must not use the same object as teacher and student."""
     found = forecast(job.recipe("student=null", "measure=null"), base=job.base)
-    assert [stage["key"] for stage in found["stages"]] == ["teacher", "prune", "recover", "export"]
-    assert all(stage["seconds"] > 0 for stage in found["stages"])
+    assert [step["key"] for step in found["steps"]] == ["teacher", "prune", "recover", "export"]
+    assert all(step["seconds"] > 0 for step in found["steps"])
 
 
 def test_times_are_extrapolated_from_a_few_steps(job, monkeypatch):
@@ -60,7 +60,7 @@ def test_times_are_extrapolated_from_a_few_steps(job, monkeypatch):
     ticks = itertools.count(0, 6)
     monkeypatch.setattr(source, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     found = forecast(job.recipe(), base=job.base)
-    seconds = {stage["key"]: stage["seconds"] for stage in found["stages"]}
+    seconds = {step["key"]: step["seconds"] for step in found["steps"]}
     assert seconds == {
         "teacher": 6 * 6.0,
         "distill": 4 * 6.0,
@@ -72,7 +72,7 @@ def test_times_are_extrapolated_from_a_few_steps(job, monkeypatch):
     assert found["seconds"] == pytest.approx(sum(seconds.values()))
     ticks = itertools.count(0, 6)
     batch_of_eight = forecast(job.recipe("data.batch_size=8"), base=job.base)
-    assert batch_of_eight["stages"][0]["seconds"] == 6 * 6.0 / 3 * 6
+    assert batch_of_eight["steps"][0]["seconds"] == 6 * 6.0 / 3 * 6
 
 
 def test_nothing_is_written_without_a_folder(job):

@@ -35,19 +35,19 @@ def job(tmp_path, heard):
 def test_event_is_written_with_its_time_before_the_listener_is_called(job, heard):
     seen = []
     job.listen = lambda event: seen.append((event, len((job.folder / "events.jsonl").read_text().splitlines())))
-    job.emit({"event": "epoch", "loss": np.float32(0.5), "stage": "Kürbis\n\x1b"})
+    job.emit({"event": "epoch", "loss": np.float32(0.5), "step": "Kürbis\n\x1b"})
     job.note("two\nlines")
     lines = [json.loads(line) for line in (job.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [number for _, number in seen] == [1, 2]
     assert [{k: v for k, v in line.items() if k != "time"} for line in lines] == [
-        {"event": "epoch", "loss": 0.5, "stage": "Kürbis\n\x1b"},
+        {"event": "epoch", "loss": 0.5, "step": "Kürbis\n\x1b"},
         {"event": "note", "text": "two\nlines"},
     ]
 
 
-def test_training_events_have_the_key_of_their_stage(job, heard):
+def test_training_events_have_the_key_of_their_step(job, heard):
     job.hooks("distill").event({"event": "epoch", "epoch": 1})
-    assert heard == [{"stage": "distill", "event": "epoch", "epoch": 1}]
+    assert heard == [{"step": "distill", "event": "epoch", "epoch": 1}]
 
 
 def test_training_resumes_only_from_checkpoints_of_the_same_inputs(job, heard):
@@ -98,12 +98,12 @@ def test_model_is_evaluated_on_the_test_part_and_its_logits_are_stored(job):
         (
             6,
             True,
-            r"after the stage 'recover': 50\.0% of 12 correct, chance is 33\.3%\. It predicts one class for every",
+            r"after the step 'recover': 50\.0% of 12 correct, chance is 33\.3%\. It predicts one class for every",
         ),
         (
             4,
             False,
-            r"unusable after the stage 'recover': 33\.3% of 12 correct, chance is 33\.3%\. It is not",
+            r"unusable after the step 'recover': 33\.3% of 12 correct, chance is 33\.3%\. It is not",
         ),
         (0, False, r"It is not better than chance\. Lower the learning rate, train longer, or remove less\."),
         (5, False, None),

@@ -23,11 +23,11 @@ MODELS = {"teacher": "teacher", "distill": "student", "prune": "pruned", "recove
 
 @pytest.fixture(scope="module")
 def run(finished):
-    """Metrics of the run folder, logits of each stage, and labels of the test part."""
+    """Metrics of the run folder, logits of each step, and labels of the test part."""
     job, outcome = finished
     metrics = json.loads((job.folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics == json.loads(json.dumps(outcome.metrics))
-    logits = {key: np.load(job.folder / "checkpoints" / stage / "done" / "logits.npy") for stage, key in MODELS.items()}
+    logits = {key: np.load(job.folder / "checkpoints" / step / "done" / "logits.npy") for step, key in MODELS.items()}
     labels = materials_of(job.recipe(), job.base).data.test.labels
     return SimpleNamespace(job=job, metrics=metrics, logits=logits, labels=labels)
 
@@ -115,13 +115,13 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy(run):
 
 
 def test_curves_have_one_point_per_epoch(run):
-    curves = {curve["stage"]: curve for curve in run.metrics["curves"]}
-    assert {stage: curve["epochs"] for stage, curve in curves.items()} == {
+    curves = {curve["step"]: curve for curve in run.metrics["curves"]}
+    assert {step: curve["epochs"] for step, curve in curves.items()} == {
         "teacher": [1, 2, 3, 4, 5, 6],
         "distill": [1, 2, 3, 4],
         "recover": [1, 2, 3],
     }
-    events = [event for event in run.job.heard if event["event"] == "epoch" and event["stage"] == "distill"]
+    events = [event for event in run.job.heard if event["event"] == "epoch" and event["step"] == "distill"]
     for key in ("loss", "accuracy", "learning_rate", "seconds"):
         assert curves["distill"][key] == [event[key] for event in events]
     parts = curves["distill"]["terms"]
@@ -173,7 +173,7 @@ def test_provenance_contains_recipe_plan_and_environment(run):
         "validation": 30,
         "test": 60,
     }
-    assert run.metrics["seconds"] == pytest.approx(sum(stage["seconds"] for stage in run.metrics["stages"]))
+    assert run.metrics["seconds"] == pytest.approx(sum(step["seconds"] for step in run.metrics["steps"]))
 
 
 # ------------------------------------------------------------------------------------------------ goals
@@ -216,7 +216,7 @@ def test_goal_is_met_up_to_its_limit(done, finished, goal, code, missed):
     recipe = read_recipe(done.folder / "recipe.yaml", [f"goal={limits}"])
     (done.folder / "recipe.yaml").write_text(recipe.to_yaml())
     found = done.do(f"goal={limits}")
-    assert done.stages("stage_start") == []
+    assert done.steps("step_start") == []
     assert found.exit_code == code
     assert [item["name"] for item in found.metrics["goal"]["items"] if not item["met"]] == missed
     assert found.metrics["goal"]["met"] is (not missed)

@@ -21,7 +21,7 @@ from kirsch.recipes.compress import _section
 from kirsch.recipes.forecast import forecast
 from kirsch.recipes.models import build
 from kirsch.recipes.recipe import Distill, commented, read_recipe
-from kirsch.recipes.stages import _gradient_share
+from kirsch.recipes.steps import _gradient_share
 
 MINIMAL = "teacher: {model: 'm:t'}\nrecover:\n"
 
@@ -200,7 +200,7 @@ def test_run_trains_on_the_objectives_of_its_recipe(job):
     assert set(records["distill"]["first_batch"]["gradient_shares"]) == {"label", "kd", "fitnet"}
     assert set(records["recover"]["first_batch"]["gradient_shares"]) == {"label", "dist"}
     assert records["distill"]["cells"][-1].endswith("% of gradient")
-    assert any(event["event"] == "attached" and event["stage"] == "distill" for event in job.heard)
+    assert any(event["event"] == "attached" and event["step"] == "distill" for event in job.heard)
     assert outcome.exit_code == 0
 
 

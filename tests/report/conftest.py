@@ -117,10 +117,10 @@ def model(key, parameters, macs, size, accuracy, timed_latency=None, *, chosen=F
     }
 
 
-def curve(stage, loss, accuracy):
+def curve(step, loss, accuracy):
     count = len(loss)
     return {
-        "stage": stage,
+        "step": step,
         "epochs": list(range(1, count + 1)),
         "loss": loss,
         "terms": {"label": [0.25 * value if value is not None else None for value in loss], "kd": [None] * count},
@@ -192,7 +192,7 @@ def metrics():
             model("pruned", 119_274, 1_336_960, 485_312, share(0.543, 0.494, 0.590)),
             model("exported", 119_273, 1_336_961, 479_666, share(0.97, 0.948, 0.982), latency(41.2, 5.42), chosen=True),
         ],
-        "stages": [
+        "steps": [
             {
                 "number": 1,
                 "key": "teacher",

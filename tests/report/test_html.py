@@ -14,7 +14,7 @@ STYLE = (FOLDER / "style.css").read_text(encoding="utf-8")
 
 SECTIONS = [
     "Trade-off",
-    "Stages",
+    "Steps",
     "Removed units",
     "Quality",
     "Training",
@@ -208,8 +208,8 @@ def test_latency_is_shown_as_not_measured_if_no_model_has_one(page, metrics):
     assert "Accuracy over file size" in tree.all("svg")[0].text
 
 
-def test_the_table_of_stages_has_their_results_in_order(page, metrics):
-    assert table(page(metrics), "#", "stage") == [
+def test_the_table_of_steps_has_their_results_in_order(page, metrics):
+    assert table(page(metrics), "#", "step") == [
         ["1", "teacher", "trained", "98.5 % ± 1.2", "10.7 M MACs", "", "", "18 s"],
         ["2", "prune", "−50.4 % MACs", "a", "b", "c", "2 groups", "0.4 s"],
         ["3", "measure", "onnxruntime", "", "", "", "", "2 min 05 s"],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch.cli.terminal import Line, Piece
 from kirsch.graph.inputs import tensors
-from kirsch.report import figures
+from kirsch import figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

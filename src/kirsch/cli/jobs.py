@@ -12,7 +12,7 @@ from kirsch.cli.signals import stop_on_signals
 from kirsch.cli.terminal import Line, Piece
 from kirsch.errors import CheckpointError, LoadError, OutputError
 from kirsch.recipes.recipe import BUILTIN, Recipe, commented, read_recipe
-from kirsch.report import figures
+from kirsch import figures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,7 +94,7 @@ def dry_run(recipe: Recipe, base: Path, run: str, terminal: Terminal) -> int:
 
 
 def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
-    """Return the lines of a dry run, one line per stage."""
+    """Return the lines of a dry run, one line per step."""
     data = content["data"]
     samples = f"{data['train']:,} for training, {data['validation']:,} for validation, {data['test']:,} for testing"
     lines: list[Line] = [
@@ -103,12 +103,12 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         [Piece(f"{'data':<13}{data['name']}: {samples}")],
         [],
     ]
-    for number, stage in enumerate(content["stages"], start=1):
+    for number, step in enumerate(content["steps"], start=1):
         cost = ""
-        if stage["macs"] is not None:
-            cost = f"{figures.count(stage['macs']):>6} MACs   {figures.count(stage['parameters']):>6} params"
-        duration = f"about {figures.seconds(stage['seconds'])}"
-        text = f"{number:>2} {stage['key']:<10} {cost:<28}   {duration:<14}   {stage['model'] or ''}"
+        if step["macs"] is not None:
+            cost = f"{figures.count(step['macs']):>6} MACs   {figures.count(step['parameters']):>6} params"
+        duration = f"about {figures.seconds(step['seconds'])}"
+        text = f"{number:>2} {step['key']:<10} {cost:<28}   {duration:<14}   {step['model'] or ''}"
         lines.append([Piece(text.rstrip())])
     plan = content["plan"]
     if plan is not None:
@@ -179,7 +179,7 @@ def verify(folder: Path, terminal: Terminal) -> int:
             "",
             f"kirsch resume {folder} restores the damaged files, or names the files to delete.",
         )
-    content = {"run": str(folder), "sound": checked.finished, "finished": checked.finished, "stages": checked.stages}
+    content = {"run": str(folder), "sound": checked.finished, "finished": checked.finished, "steps": checked.steps}
     content |= {
         "done": checked.done,
         "uncovered": checked.uncovered,
@@ -190,7 +190,7 @@ def verify(folder: Path, terminal: Terminal) -> int:
         text = f"all {checked.files} files have the sha256 of the manifest"
         terminal.result([[Piece(f"{'sound':<13}", "good"), Piece(f"{folder}: {text}")]], content)
         return 0
-    progress = f"{len(checked.done)} of {len(checked.stages)} stages are done"
+    progress = f"{len(checked.done)} of {len(checked.steps)} steps are done"
     plural = "s" * (checked.folders != 1)
     verified = f"{checked.files} files in {checked.folders} folder{plural} have the sha256 of their manifests"
     unverified = f"{', '.join(checked.uncovered)}: they have no hash until the run ends"

@@ -26,8 +26,8 @@ from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.store import load, save
 from kirsch.recipes.models import build, stated_inputs
-from kirsch.recipes.stages import CALIBRATION
-from kirsch.report import figures
+from kirsch.recipes.steps import CALIBRATION
+from kirsch import figures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

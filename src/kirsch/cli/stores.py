@@ -15,7 +15,7 @@ from kirsch.errors import StoreError, UnknownNameError, UsageError
 from kirsch.failures import during
 from kirsch.frameworks.determinism import require_deterministic
 from kirsch.recipes.yaml import scalar
-from kirsch.report import figures
+from kirsch import figures
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

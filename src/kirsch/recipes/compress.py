@@ -23,7 +23,7 @@ from kirsch.graph.plan import Goal
 from kirsch.recipes.manifest import MODEL, REPORT
 from kirsch.recipes.recipe import Train, recipe_of
 from kirsch.recipes.runner import GIVEN, Materials, new_folder_name, run
-from kirsch.recipes.stages import WEIGHTS
+from kirsch.recipes.steps import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def compress(
 
     Raises:
         UsageError: `distill` is given without a student, or `max_drop` is not a fraction.
-        KirschError: a stage failed; the run folder keeps the finished stages.
+        KirschError: a step failed; the run folder keeps the finished steps.
     """
     if distill is not None and student is None:
         raise UsageError("`distill` of kirsch.compress needs a student.", fix="Give student=..., or remove distill.")

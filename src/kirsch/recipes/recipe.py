@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_serializer
 
 from kirsch.annotations import Count, Seed
 from kirsch.errors import RecipeError, UsageError, nearest
 from kirsch.graph import plan
+from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal
 from kirsch.jobs.step import keys_of
 from kirsch.options import Options
@@ -142,13 +144,217 @@ def read_recipe(
                 "For example, write --set prune.goal.macs=0.4.",
             )
         changes.append((key, value, f"--set {text}"))
+    steps = data["steps"] = _items(data.get("steps"))
     origins: dict[str, str] = {}
+    removed: set[int] = set()
     for text, value, origin in changes:
-        names = _path(data, text.split("."), origin)
+        names, parsed = _names(steps, text.split("."), origin), scalar(value, origin)
         key = ".".join(names)
-        _put(data, names, scalar(value, origin), origin)
+        if parsed is None and names[0] == "steps":
+            removed.add(int(names[1]))
+            continue
+        _put(data, names, parsed, origin)
         lines = {name: line for name, line in lines.items() if not f"{name}.".startswith(f"{key}.")}
         origins |= {inner: origin for end in range(1, len(names)) if (inner := ".".join(names[:end])) not in lines}
         origins[key] = origin
-    data["steps"] = [item for item in _items(data) if not (_is_step(item) and next(iter(item.values())) is REMOVED)]
+    for number in removed:
+        steps[number] = REMOVED
     return recipe_of(data, "recipe" if isinstance(source, str) else str(source), lines, origins)
+
+
+REMOVED = object()
+"""Stands for a step that a change has removed, so that the other steps keep their numbers in error messages."""
+
+
+def _items(steps: Any) -> Any:
+    """Return the list of steps with `export` in the form {"export": {}}; other values as they are."""
+    if not isinstance(steps, list):
+        return steps
+    return [{item: {}} if isinstance(item, str) else item for item in steps]
+
+
+def _names(steps: Any, names: list[str], origin: str) -> list[str]:
+    """Return the path of a change in the data of a recipe: the key of a step becomes ["steps", number, name]."""
+    if names[0] in Recipe.model_fields:
+        return names
+    present = [next(iter(item)) if isinstance(item, dict) and item else "" for item in steps or ()]
+    keys = keys_of(present)
+    if names[0] not in keys:
+        raise RecipeError(
+            f"{origin}: the recipe has no section and no step {names[0]!r}.",
+            f"Its steps are {', '.join(filter(None, keys))}; its sections are {', '.join(Recipe.model_fields)}.",
+            nearest(names[0], [*filter(None, keys), *Recipe.model_fields]) or "Change one of these.",
+        )
+    number = keys.index(names[0])
+    return ["steps", str(number), present[number], *names[1:]]
+
+
+def recipe_of(
+    data: Mapping[str, Any],
+    name: str,
+    lines: Mapping[str, int] = MappingProxyType({}),
+    origins: Mapping[str, str] = MappingProxyType({}),
+) -> Recipe:
+    """Return the recipe of plain data.
+
+    Args:
+        data: sections by name. A step is a dict with one key, its name, and its options as the value.
+        name: name of the source in error messages.
+        lines: dotted key → line in the source.
+        origins: dotted key → origin in error messages, for keys that are not from the source.
+
+    Raises:
+        RecipeError: the recipe is not valid; lists every problem.
+    """
+    problems: list[tuple[tuple[int | str, ...], Any]] = []
+    steps = _read_steps(data.get("steps"), problems)
+    try:
+        recipe = Recipe.model_validate({**data, "steps": steps})
+    except ValidationError as error:
+        found = [(details["loc"], details) for details in error.errors()]
+        # Problems of the recipe as a whole are found only if its parts are valid.
+        problems = [*found, *problems] if problems else found
+        recipe = None
+    if recipe is None or problems:
+        texts = [_problem(place, details, lines, origins) for place, details in problems]
+        many = f"{len(texts)} problems" if len(texts) > 1 else "a problem"
+        raise RecipeError(
+            f"The {name} has {many}:\n  " + "\n  ".join(texts),
+            fix="`kirsch init` writes a valid recipe with all sections and keys.",
+        ) from None
+    return recipe
+
+
+def _read_steps(items: Any, problems: list[tuple[tuple[int | str, ...], Any]]) -> Any:
+    """Return the steps of a list of dicts, and add the problems of those that are not valid."""
+    items = _items(items)
+    if not isinstance(items, (list, tuple)):
+        return items
+    steps = []
+    for number, item in enumerate(items):
+        if isinstance(item, Step):
+            steps.append(item)
+        elif item is not REMOVED:
+            try:
+                name, options = _name_and_options(item)
+                steps.append(STEPS[name].model_validate({} if options is None else options))
+            except ValidationError as error:
+                problems += [(("steps", number, name, *details["loc"]), details) for details in error.errors()]
+            except UsageError as error:
+                problems.append((("steps", number), {"type": "value_error", "ctx": {"error": error}}))
+    return steps
+
+
+def _name_and_options(item: Any) -> tuple[str, Any]:
+    if isinstance(item, dict) and len(item) == 1:
+        ((name, options),) = item.items()
+        if isinstance(name, str):
+            return name, options
+    raise UsageError(
+        f"A step is {item!r}; expected its name with its options.",
+        fix="For example, write `- prune: {goal: {macs: 0.5}}`.",
+    )
+
+
+def _put(data: Any, path: list[str], value: Any, origin: str) -> None:
+    section = data
+    for name in path[:-1]:
+        key: Any = int(name) if isinstance(section, list) else name
+        inner = section[key] if isinstance(section, list) else section.setdefault(key, {})
+        if inner is None:
+            inner = section[key] = {}
+        if not isinstance(inner, (dict, list)):
+            raise RecipeError(f"{origin}: {name!r} is a value, not a section.")
+        section = inner
+    if isinstance(section, list):
+        section[int(path[-1])] = value
+    else:
+        section[path[-1]] = value
+
+
+def _problem(place: Sequence[int | str], details: Any, lines: Mapping[str, int], origins: Mapping[str, str]) -> str:
+    """Return one line that describes a problem found by pydantic."""
+    path: list[str] = []
+    *parents, last = place or ("",)
+    for part in parents:
+        # pydantic adds the names of union members to the path; they are not keys.
+        if isinstance(part, int) or part in _keys(path):
+            path.append(str(part))
+    if isinstance(last, int) or last in _keys(path) or details["type"] == "extra_forbidden":
+        path.append(str(last))
+    key = ".".join(path)
+    keys = [".".join(path[:end]) for end in range(len(path), 0, -1)]  # a missing key has the line of its section
+    candidates = (origins.get(name) or (f"line {lines[name]}" if name in lines else "") for name in keys)
+    location = next(filter(None, candidates), "")
+    if details["type"] == "extra_forbidden":
+        text = f"unknown key. {_latency_hint(path[-1]) or nearest(path[-1], _keys(path[:-1]))}".rstrip()
+    elif details["type"] == "missing":
+        text = "this key is required"
+    elif details["type"] == "value_error":
+        text = _lower(str(details["ctx"]["error"])).rstrip(".")
+    else:
+        text = f"{_lower(details['msg'])}, found {details['input']!r}"
+    shown = re.sub(r"^steps\.(\d+)\.", lambda match: f"steps[{match[1]}].", key)
+    return f"{location + ': ' if location else ''}{shown + ': ' if shown else ''}{text}"
+
+
+def _latency_hint(key: str) -> str:
+    """Return what to use in place of a latency goal; empty for other keys."""
+    return f"{plan.NO_LATENCY} {plan.IN_PLACE_OF_LATENCY}" if plan.LATENCY.search(key) else ""
+
+
+def _lower(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
+
+
+def _keys(path: Sequence[str]) -> list[str]:
+    """Return the keys of the section at a path; empty if there is no section."""
+    section: type[BaseModel] | None = Recipe
+    if path[:1] == ["steps"] and len(path) > len(("steps", "0")):
+        section, path = STEPS[path[2]], path[3:]
+    elif path[:1] == ["steps"]:
+        return list(STEPS) if len(path) > 1 else []
+    for name in path:
+        field = section.model_fields.get(name) if section is not None else None
+        annotation = field.annotation if field is not None else None
+        section = next((kind for kind in _classes(annotation) if issubclass(kind, BaseModel)), None)
+        if section is None and Goal in _classes(annotation):
+            return [entry.name for entry in dataclasses.fields(Goal)]
+    return list(section.model_fields) if section is not None else []
+
+
+def _classes(annotation: Any) -> list[type]:
+    """Return the classes in an annotation: members of a union, items of a tuple."""
+    plain = [annotation] if isinstance(annotation, type) and not get_args(annotation) else []
+    return plain + [kind for part in get_args(annotation) for kind in _classes(part)]
+
+
+def commented(recipe: Recipe) -> str:
+    """Return the recipe as YAML with a comment on each key; `read_recipe` of the text returns an equal recipe."""
+    lines = [
+        "# A recipe for `kirsch compress`. Its steps run in order; remove, repeat or move them.",
+        "# Any key can be changed on the command line: --set prune.goal.macs=0.4",
+    ]
+    _comment(recipe, 0, lines)
+    return "\n".join(lines) + "\n"
+
+
+def _comment(section: Options, depth: int, lines: list[str]) -> None:
+    for name, field in type(section).model_fields.items():
+        value, indent = getattr(section, name), "  " * depth
+        if name == "steps" and isinstance(section, Recipe):
+            lines += ["", f"steps:  # {field.description}"]
+            for step in section.steps:
+                lines.append(f"- {name_of(step)}:  # {_summary(step)}")
+                _comment(step, 2, lines)
+        elif isinstance(value, Options):
+            lines += [""] * (depth == 0) + [f"{indent}{name}:  # {field.description}"]
+            _comment(value, depth + 1, lines)
+        else:
+            text = dump(section.model_dump(mode="json")[name], one_line=True)
+            lines.append(f"{indent}{name}: {text}  # {field.description}")
+
+
+def _summary(step: Step) -> str:
+    """Return the first sentence of the description of a step, as a comment."""
+    return _lower((type(step).__doc__ or "").partition(".")[0])

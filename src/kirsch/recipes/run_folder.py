@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
 from kirsch.errors import CheckpointError, LoadError, OutputError, RecipeError
+from kirsch.jobs.job import CHECKPOINTS, EVENTS
 from kirsch.recipes import manifest
-from kirsch.recipes.manifest import CHECKPOINTS, ENVIRONMENT, EVENTS, LOCK, METRICS, PLAN, RECIPE, REPORT, RUN
+from kirsch.recipes.manifest import ENVIRONMENT, LOCK, METRICS, PLAN, RECIPE, REPORT, RUN
 from kirsch.recipes.recipe import Recipe, read_recipe
 from kirsch.version import __version__
 
@@ -23,7 +24,7 @@ DERIVED = (RUN, PLAN, METRICS, REPORT, ENVIRONMENT, files.MANIFEST)
 WRITTEN = re.compile(
     r"(record|values|manifest|plan(\.\d+)?)\.json|(weights|arrays|model)\.safetensors|logits\.npy|(teacher|student)\.onnx"
 )
-"""Names of files that stages and checkpoints write."""
+"""Names of files that steps and checkpoints write."""
 
 
 def refuse_foreign(recipe: Recipe, folder: Path) -> None:
@@ -98,7 +99,7 @@ def stored(folder: Path) -> tuple[Recipe, Path]:
         raise LoadError(
             f"{folder} cannot be resumed.",
             f"{RECIPE if recipe is None else RUN} is missing or damaged, and no other file has its content.",
-            f"Give the recipe again: kirsch compress RECIPE --run {folder} keeps the undamaged stages.",
+            f"Give the recipe again: kirsch compress RECIPE --run {folder} keeps the undamaged steps.",
         )
     return recipe, folder / base
 
@@ -193,15 +194,15 @@ def _content(recipe: Recipe, folder: Path, base: Path) -> dict[str, Any]:
     return {"kirsch_run": 1, "base": relative(base, folder), "kirsch": __version__, "recipe": recipe.to_yaml()}
 
 
-def notes(altered: dict[str, str], stages: Sequence[str]) -> Iterator[str]:
-    """Yield a note for each altered file; differences in the folders of stages are reported by the stages."""
-    reported = tuple(f"{CHECKPOINTS}/{key}/done/" for key in stages)
-    reported += (manifest.MODEL, f"{manifest.PRUNED}/") if "export" in stages else ()
+def notes(altered: dict[str, str], steps: Sequence[str]) -> Iterator[str]:
+    """Yield a note for each altered file; differences in the folders of steps are reported by the steps."""
+    reported = tuple(f"{CHECKPOINTS}/{key}/done/" for key in steps)
+    reported += (manifest.MODEL, f"{manifest.PRUNED}/") if "export" in steps else ()
     for name, sentence in altered.items():
         if name in DERIVED or (name == RECIPE and sentence.endswith("is missing")):
             yield f"{sentence}. It is written again."
         elif name == RECIPE:
-            yield f"{sentence}. The stages that depend on the change are run again."
+            yield f"{sentence}. The steps that depend on the change are run again."
         elif name == EVENTS:
             yield f"{sentence}. It cannot be restored; the readable lines are kept."
         elif not name.startswith(reported):

@@ -36,7 +36,7 @@ MODEL = _fields(
     chosen=flag,
 )
 CURVE = _fields(
-    stage=text(),
+    step=text(),
     epochs=array(COUNT, least=1),
     loss=array(nullable(FIGURE)),
     terms=mapping(array(nullable(FIGURE))),
@@ -76,7 +76,7 @@ SCHEMA = _fields(
     seconds=number(0),
     goal=_fields(met=flag, text=text(), items=array(_fields(text=text(), met=flag, significance=text()))),
     models=array(MODEL, least=1),
-    stages=array(_fields(number=COUNT, key=text(), did=text(), cells=array(text()), seconds=number(0))),
+    steps=array(_fields(number=COUNT, key=text(), did=text(), cells=array(text()), seconds=number(0))),
     curves=array(CURVE),
     removed=nullable(_fields(groups=array(GROUP), layers=array(LAYER), blockers=array(BLOCKER))),
     quality=nullable(QUALITY),
