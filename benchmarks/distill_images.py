@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kirsch
+from kirsch import figures
 from kirsch.data.batches import ArrayData
 from kirsch.data.sources.cifar10 import AUGMENT, cifar10
 from kirsch.distillation.arrays import namespace
@@ -23,7 +24,6 @@ from kirsch.distillation.store import Dense, TeacherStore, build
 from kirsch.distillation.term import Term
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks
-from kirsch.report import figures
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,6 +15,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 import kirsch
+from kirsch import figures
 from kirsch.data.batches import ArrayData
 from kirsch.data.sources.cifar10 import data_folder
 from kirsch.distillation.distill import fit
@@ -23,7 +24,6 @@ from kirsch.distillation.term import Term
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import TrainingHooks
-from kirsch.report import figures
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

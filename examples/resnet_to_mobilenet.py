@@ -17,11 +17,11 @@ from scipy import stats
 from torch import nn
 
 import kirsch
+from kirsch import figures
 from kirsch.data.sources.cifar10 import cifar10
 from kirsch.distillation.distill import fit
 from kirsch.errors import DataError
 from kirsch.frameworks.find import framework_of
-from kirsch.report import figures
 
 
 def unit(width_in: int, width_out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:

@@ -2,8 +2,8 @@
 
 from kirsch.deploy.steps import Export, Measure
 from kirsch.distillation.steps import Distill, Evaluate, Recover, Train
-from kirsch.jobs.job import Job
-from kirsch.jobs.step import STEPS, Record, Step
+from kirsch.jobs.job import Job, Record
+from kirsch.jobs.step import STEPS, Step
 from kirsch.pruning.step import Prune
 
 __all__ = ["STEPS", "Distill", "Evaluate", "Export", "Job", "Measure", "Prune", "Record", "Recover", "Step", "Train"]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from kirsch import files
 from kirsch.cli import jobs, main
-from kirsch.cli.terminal import plain
 from kirsch.recipes import manifest
 from kirsch.recipes.recipe import read_recipe
+from kirsch.tables import plain
 
 pytest.importorskip("torch")
 
@@ -109,7 +109,7 @@ def test_a_missed_goal_has_exit_code_3(run, kirsch):
         "--set",
         "measure.rounds=10",
         "--set",
-        "teacher.train.epochs=4",
+        "train.epochs=4",
     )
     assert code == 3
     assert "\ngoal missed  " in out
@@ -156,7 +156,7 @@ def test_verify_names_the_file_of_a_flipped_bit(run, kirsch, data):
 
 def test_verify_names_all_damaged_files(run, kirsch):
     (run / "artifacts" / "model.onnx").unlink()
-    (run / "checkpoints" / "teacher" / "done" / files.MANIFEST).unlink()
+    (run / "checkpoints" / "train" / "done" / files.MANIFEST).unlink()
     (run / "plan.json").write_text("{")
     code, _, err = kirsch("verify", "run")
     assert code == 4
@@ -164,7 +164,7 @@ def test_verify_names_all_damaged_files(run, kirsch):
     assert lines[0] == "error   The run run is damaged:"
     assert set(lines[1:-1]) == {
         "run/artifacts/model.onnx is missing",
-        "run/checkpoints/teacher/done/manifest.json is missing",
+        "run/checkpoints/train/done/manifest.json is missing",
         "run/plan.json does not have the sha256 of its manifest",
     }
 
@@ -265,9 +265,9 @@ def test_an_invalid_run_file_is_found_and_restored(run, kirsch, text):
 def test_a_dry_run_names_the_weights_of_the_plan(folder, kirsch):
     dry = ("compress", "recipe.yaml", "--dry-run")
     assert "by the weights of nets.py:student before training" in kirsch(*dry)[1]
-    trained = ("--set", "student=null", "--set", "recover=null")
+    trained = ("--set", "student=null", "distill=null", "--set", "recover=null")
     assert "by the weights of nets.py:teacher before training" in kirsch(*dry, *trained)[1]
-    out = kirsch(*dry, *trained, "--set", "teacher.train=null")[1]
+    out = kirsch(*dry, *trained, "--set", "train=null")[1]
     assert "by the weights that nets.py:teacher comes with" in out
     assert "untrained" not in out
 
@@ -324,7 +324,7 @@ def test_init_does_not_replace_a_file(folder, kirsch):
         (["recipe.yaml", "--set", "prune"], "--set 'prune' is not a change of a key."),
         (["recipe.yaml", "--set", "prune.gaol.macs=1"], "prune.gaol: unknown key. Did you mean 'goal'?"),
         (["recipe.yaml", "--set", "prune.goal.macs=.nan"], "prune.goal.macs"),
-        (["recipe.yaml", "--set", "teacher.train.epochs=ten"], "teacher.train.epochs"),
+        (["recipe.yaml", "--set", "train.epochs=ten"], "train.epochs"),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_any_work(folder, kirsch, arguments, sentence):
@@ -356,7 +356,7 @@ def test_an_unwritable_run_folder_is_refused_before_any_work(folder, kirsch):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_stopped_run_shows_the_resume_command_and_can_be_verified(folder, process, kirsch, number, code):
-    command = ["-m", "kirsch.cli", "compress", "recipe.yaml", "--run", "run", "--set", "teacher.train.epochs=2000"]
+    command = ["-m", "kirsch.cli", "compress", "recipe.yaml", "--run", "run", "--set", "train.epochs=2000"]
     with process(*command, cwd=folder) as started:
         for line in started.stdout:
             if " epoch " in line:
@@ -365,7 +365,7 @@ def test_a_stopped_run_shows_the_resume_command_and_can_be_verified(folder, proc
         err = started.stderr.read()
         assert started.wait(60) == code
     assert err.splitlines()[-1] == "do      Continue with: kirsch resume run"
-    assert list((folder / "run" / "checkpoints" / "teacher").glob("step-*"))
+    assert list((folder / "run" / "checkpoints" / "train").glob("step-*"))
     code, out, _ = kirsch("verify", "run")
     assert code == 3
     first, second, third = out.splitlines()

@@ -11,12 +11,12 @@ from kirsch.cli.progress import (
     RunningStep,
     epoch_line,
     header_lines,
-    step_line,
     status_line,
     timing_line,
-    verdict_lines,
 )
-from kirsch.cli.terminal import Mode, Terminal, plain
+from kirsch.cli.terminal import Mode, Terminal
+from kirsch.recipes.layout import step_line, verdict_lines
+from kirsch.tables import plain
 
 TEACHER = {
     "event": "step_end",

@@ -13,7 +13,7 @@ from kirsch.recipes import runner
 from kirsch.recipes.forecast import forecast
 from kirsch.recipes.recipe import read_recipe
 
-TRAINED_TEACHER = ("teacher.train=null", "student=null", "recover=null", "export=null")
+TRAINED_TEACHER = ("train=null", "student=null", "distill=null", "recover=null", "export=null")
 
 
 def costs(steps):
@@ -43,14 +43,14 @@ def test_plan_of_a_trained_model_equals_that_of_the_run(job, monkeypatch):
 
 
 def test_cost_of_a_local_plan_equals_that_after_training(job):
-    changes = ("prune.ranking=local", "student=null", "recover=null", "export=null")
+    changes = ("prune.ranking=local", "student=null", "distill=null", "recover=null", "export=null")
     found = forecast(job.recipe(*changes), base=job.base)
     assert found["plan"]["cost"] == job.do(*changes).metrics["provenance"]["plan"]["cost"]
 
 
 def test_recovery_of_a_pruned_teacher_is_forecast(job):
     """The trial must not use the same object as teacher and student."""
-    found = forecast(job.recipe("student=null", "measure=null"), base=job.base)
+    found = forecast(job.recipe("student=null", "distill=null", "measure=null"), base=job.base)
     assert [step["key"] for step in found["steps"]] == ["teacher", "prune", "recover", "export"]
     assert all(step["seconds"] > 0 for step in found["steps"])
 

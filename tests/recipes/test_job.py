@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from kirsch.recipes.job import Job
 from torch import nn
 
 from kirsch.data.dataset import DataSet, Split
 from kirsch.errors import CheckpointError, NumericError, ShapeError
 from kirsch.frameworks.training import TrainingState
-from kirsch.recipes.job import Job
 from kirsch.recipes.recipe import recipe_of
 
 

@@ -240,7 +240,7 @@ def test_pruned_model_above_its_limit_misses_the_goal(done):
 
 
 def test_run_without_goals_pruning_and_measurement_lists_what_is_missing(job):
-    found = job.do("student=null", "prune=null", "recover=null", "export=null", "goal={}")
+    found = job.do("student=null", "distill=null", "prune=null", "recover=null", "export=null", "goal={}")
     assert found.exit_code == 0
     metrics = found.metrics
     assert (metrics["goal"]["text"], metrics["goal"]["items"]) == ("no goal was set", [])
@@ -261,7 +261,7 @@ def test_not_measured_names_runtime_and_seed(run):
 def test_accuracy_gain_is_reported_as_gain(job):
     """The teacher is trained for one epoch, and then again on labels."""
     found = job.do(
-        "student=null",
+        "student=null", "distill=null",
         "prune=null",
         "teacher.train={epochs: 1, learning_rate: 0.01, optimizer: adamw}",
         "recover={weight: 0.0, train: {epochs: 6, learning_rate: 0.05}}",

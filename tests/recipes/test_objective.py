@@ -8,6 +8,7 @@ import json
 import re
 
 import pytest
+from kirsch.recipes.steps import _gradient_share
 
 import kirsch
 from kirsch.data.sources import load_data
@@ -21,7 +22,6 @@ from kirsch.recipes.compress import _section
 from kirsch.recipes.forecast import forecast
 from kirsch.recipes.models import build
 from kirsch.recipes.recipe import Distill, commented, read_recipe
-from kirsch.recipes.steps import _gradient_share
 
 MINIMAL = "teacher: {model: 'm:t'}\nrecover:\n"
 
@@ -191,7 +191,7 @@ MAPS = "{terms: [{weight: 0.5, temperature: 4}, {loss: fitnet, weight: 0.1, stud
 
 def test_run_trains_on_the_objectives_of_its_recipe(job):
     """The student learns from logits and feature maps, the pruned model from correlations of logits."""
-    changes = (f"student.distill.objective={MAPS}", "recover.objective=dist", "export=null")
+    changes = (f"distill.objective={MAPS}", "recover.objective=dist", "export=null")
     outcome = job.do(*changes)
     records = {
         key: json.loads((job.folder / "checkpoints" / key / "done" / "record.json").read_text())
@@ -222,18 +222,18 @@ def test_gradient_share_is_that_of_the_last_epoch_after_a_warm_up():
             r"'secondd'.* mean 'second'",
         ),
         (
-            "student.distill.objective={terms: [{loss: fitnet, teacher_layer: head, student_layer: first}]}",
+            "distill.objective={terms: [{loss: fitnet, teacher_layer: head, student_layer: first}]}",
             ShapeError,
             "No adapter",
         ),
-        ("student.distill.objective=causal", UsageError, "The objective is causal, and the student puts out 3 scores"),
+        ("distill.objective=causal", UsageError, "The objective is causal, and the student puts out 3 scores"),
     ],
 )
 def test_invalid_objective_is_refused_before_training(job, change, error, sentence):
     for act in (lambda: job.do(change), lambda: forecast(job.recipe(change), base=job.base)):
         with pytest.raises(error, match=sentence):
             act()
-    assert not (job.folder / "checkpoints" / "teacher" / "done").exists()
+    assert not (job.folder / "checkpoints" / "train" / "done").exists()
 
 
 def test_compress_accepts_an_objective_by_name_or_object(job):
@@ -276,7 +276,7 @@ def uneven(*, noise=0.4):
 
     return DataSet("uneven", part(80), part(40), part(60), ("often", "rarely"))
 """
-SHORT = ("export=null", "prune=null", "recover=null", "goal={}", "teacher.train.epochs=2")
+SHORT = ("export=null", "prune=null", "recover=null", "goal={}", "train.epochs=2")
 
 
 def test_models_with_softmax_are_refused_unless_their_outputs_are_stated(job):
@@ -287,10 +287,10 @@ def test_models_with_softmax_are_refused_unless_their_outputs_are_stated(job):
             job.do(*SHORT, change, folder=job.base / whose)
         with pytest.raises(UsageError, match=f"The {whose}, a Soft, puts out probabilities"):
             forecast(job.recipe(*SHORT, change), base=job.base)
-    assert not (job.folder / "checkpoints" / "teacher" / "done").exists()
-    plain = job.do(*SHORT, "teacher.train.weight_decay=0")
+    assert not (job.folder / "checkpoints" / "train" / "done").exists()
+    plain = job.do(*SHORT, "train.weight_decay=0")
     stated = ("teacher.outputs=probabilities", "student.outputs=probabilities")
-    found = job.do(*SHORT, *models, *stated, "teacher.train.weight_decay=0", folder=job.base / "soft")
+    found = job.do(*SHORT, *models, *stated, "train.weight_decay=0", folder=job.base / "soft")
     for key in ("teacher", "student"):  # rounding differs, since logits are logarithms of probabilities
         expected, actual = (
             next(model for model in outcome.metrics["models"] if model["key"] == key) for outcome in (plain, found)
@@ -304,8 +304,8 @@ def test_imbalanced_classes_have_a_balanced_accuracy(job):
     (job.base / "nets.py").write_text(
         (job.base / "nets.py").read_text() + SOFT + "\n\ndef two():\n    return Net(8, classes=2)\n"
     )
-    changes = ("data.source=nets.py:uneven", "teacher.model=nets.py:two", "student=null", "prune=null")
-    found = job.do(*changes, "recover=null", "teacher.train.epochs=8", "measure=null")
+    changes = ("data.source=nets.py:uneven", "teacher.model=nets.py:two", "student=null", "distill=null", "prune=null")
+    found = job.do(*changes, "recover=null", "train.epochs=8", "measure=null")
     for model in found.metrics["models"]:
         assert 0.5 < model["balanced_accuracy"] <= 1
     assert "balanced" in (job.folder / "report.html").read_text()

@@ -93,7 +93,7 @@ REPLACEMENTS = {link: "a symbolic link", pipe: "a named pipe", socket_: "a socke
 def finished_run(new_job):
     """Finished run with few steps, which tests must not change."""
     job = new_job()
-    job.do("student=null", "measure=null", "teacher.train.epochs=4", "recover.train.epochs=1")
+    job.do("student=null", "distill=null", "measure=null", "train.epochs=4", "recover.epochs=1")
     return job
 
 
@@ -193,10 +193,10 @@ def test_missing_or_replaced_folder_is_reported(done, name, put):
 @pytest.mark.parametrize("name", ["step-00001-000000", "done"])
 @pytest.mark.parametrize("put", [Path.touch, lambda path: path.symlink_to("done.old"), os.mkfifo])
 def test_checkpoint_that_is_not_a_folder_is_refused(done, name, put):
-    step = done.folder / "checkpoints" / "teacher"
+    step = done.folder / "checkpoints" / "train"
     (step / "done").rename(step / "done.old")
     put(step / name)
-    with pytest.raises(CheckpointError, match=rf"checkpoints/teacher/{name} is a .*\n*.*Delete or move these files"):
+    with pytest.raises(CheckpointError, match=rf"checkpoints/train/{name} is a .*\n*.*Delete or move these files"):
         resume(done.folder, listen=done.heard.append)
 
 
@@ -291,7 +291,7 @@ def test_unfinished_run_is_checked_by_its_parts(done):
     found = integrity.check(done.folder)
     assert (found.finished, found.problems) == (False, [])
     assert set(found.uncovered) >= {"metrics.json", "recipe.yaml", "run.json"}
-    shutil.rmtree(done.folder / "checkpoints" / "teacher")
+    shutil.rmtree(done.folder / "checkpoints" / "train")
     (done.folder / "plan.json").write_text("{}")
     with (done.folder / "recipe.yaml").open("a") as recipe:
         recipe.write("# changed\n")
@@ -300,7 +300,7 @@ def test_unfinished_run_is_checked_by_its_parts(done):
     events.write_bytes(b"?" + events.read_bytes())
     assert integrity.check(done.folder).problems == [
         f"{events} has lines that are not events",
-        f"{done.folder / 'checkpoints/teacher/done'} is missing, and a later step is done",
+        f"{done.folder / 'checkpoints/train/done'} is missing, and a later step is done",
         f"{done.folder / 'recipe.yaml'} is not the recipe that run.json states",
         f"{done.folder / 'plan.json'} is missing, or is not the plan of the pruned model",
         f"{done.folder / 'artifacts/model.onnx'} does not have the sha256 of its step",

@@ -33,7 +33,7 @@ from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import new_folder_name, resume
 from tiny import flip_bit, same_weights
 
-STEPS = ["teacher", "distill", "prune", "recover", "export", "measure"]
+STEPS = ["train", "distill", "prune", "recover", "export", "measure"]
 NO_EXPORT = ("export=null", "measure=null")
 
 
@@ -56,7 +56,7 @@ def test_run_emits_events_of_its_steps_in_order(finished):
     assert job.steps("step_start") == job.steps("step_end") == STEPS
     assert [event["number"] for event in job.heard if event["event"] == "step_end"] == [1, 2, 3, 4, 5, 6]
     epochs = collections.Counter(event["step"] for event in job.heard if event["event"] == "epoch")
-    assert epochs == {"teacher": 6, "distill": 4, "recover": 3}
+    assert epochs == {"train": 6, "distill": 4, "recover": 3}
     assert job.heard[-1]["event"] == "end"
     assert (outcome.exit_code, job.heard[-1]["met"]) == (0, True)
 
@@ -113,9 +113,9 @@ def test_change_of_seed_batches_models_or_data_runs_all_steps_again(done, change
         resume(done.folder, listen=done.heard.append, stop=after(done, "first_batch"))
     changed = [note for note in done.notes() if note.endswith("The steps that depend on the change are run again.")]
     assert len(changed) == (change in ("seed", "batches"))
-    again = ["The step 'teacher' is run again: its inputs have changed."]
+    again = ["The step 'train' is run again: its inputs have changed."]
     assert done.notes()[: len(changed) + 1] == changed + again
-    assert done.steps("step_start") == ["teacher"]
+    assert done.steps("step_start") == ["train"]
 
 
 def after(job, name, times=1):
@@ -125,11 +125,11 @@ def after(job, name, times=1):
 
 def test_training_does_not_resume_from_a_checkpoint_of_other_settings(job):
     """The result would mix two recipes."""
-    alone = ("student=null", "prune=null", "recover=null", *NO_EXPORT)
+    alone = ("student=null", "distill=null", "prune=null", "recover=null", *NO_EXPORT)
     with pytest.raises(Interrupted):
         job.do(*alone, stop=after(job, "epoch", 3))
-    assert len(list(job.folder.glob("checkpoints/teacher/step-*"))) == 2
-    changed = [*alone, "teacher.train.learning_rate=0.01"]
+    assert len(list(job.folder.glob("checkpoints/train/step-*"))) == 2
+    changed = [*alone, "train.learning_rate=0.01"]
     (job.folder / "recipe.yaml").write_text(job.recipe(*changed).to_yaml())
     found = job.do(*changed)
     assert sum("the inputs of its step have changed" in note for note in job.notes()) == 2
@@ -139,7 +139,7 @@ def test_training_does_not_resume_from_a_checkpoint_of_other_settings(job):
 def test_checkpoints_of_a_finished_step_are_removed(done):
     """A run may be killed after a step is finished and before its last checkpoints are removed."""
     checkpoint = shutil.copytree(
-        done.folder / "checkpoints" / "teacher" / "done", done.folder / "checkpoints" / "teacher" / "step-00006-000000"
+        done.folder / "checkpoints" / "train" / "done", done.folder / "checkpoints" / "train" / "step-00006-000000"
     )
     resume(done.folder, listen=done.heard.append)
     assert done.steps("step_kept") == STEPS
@@ -151,11 +151,11 @@ def test_recovery_does_not_change_earlier_models(job, monkeypatch):
     jobs = []
     metrics_of = runner.metrics_of
     monkeypatch.setattr(runner, "metrics_of", lambda job, *rest: jobs.append(job) or metrics_of(job, *rest))
-    alone = ("student=null", "prune=null", *NO_EXPORT)
+    alone = ("student=null", "distill=null", "prune=null", *NO_EXPORT)
     for _ in range(2):
         job.do(*alone)
-    assert job.steps("step_kept") == ["teacher", "recover"]
-    stored = safetensors.torch.load_file(job.folder / "checkpoints" / "teacher" / "done" / "weights.safetensors")
+    assert job.steps("step_kept") == ["train", "recover"]
+    stored = safetensors.torch.load_file(job.folder / "checkpoints" / "train" / "done" / "weights.safetensors")
     for finished_job in jobs:
         assert same_weights(finished_job.models["teacher"], stored)
         assert not same_weights(finished_job.models["result"], stored)
@@ -164,7 +164,7 @@ def test_recovery_does_not_change_earlier_models(job, monkeypatch):
 def test_trained_teacher_is_returned_in_inference_mode(job, monkeypatch):
     """The result of a run and of a resumed run have the same mode."""
     monkeypatch.setattr(runner.Job, "check_alive", lambda *_: None)
-    shortest = ("teacher.train=null", "student=null", "recover=null", *NO_EXPORT)
+    shortest = ("train=null", "student=null", "distill=null", "recover=null", *NO_EXPORT)
     assert [job.do(*shortest).model.training for _ in range(2)] == [False, False]
     assert job.steps("step_kept") == ["teacher", "prune"]
 
@@ -421,12 +421,12 @@ def test_unwritable_folder_is_reported_before_data_is_loaded(job):
             r"It predicts one class .*Load trained weights in nets\.py:Constant, or",
         ),
         (
-            ["teacher.train.learning_rate=1e-9"],
+            ["train.learning_rate=1e-9"],
             "teacher",
             "It (is not better than chance|predicts one class).*Lower the",
         ),
         (
-            ["student.model=nets.py:Constant", "student.distill.train.learning_rate=1e-9", "prune=null"],
+            ["student.model=nets.py:Constant", "distill.learning_rate=1e-9", "prune=null"],
             "distill",
             "It predicts one.*Lower the",
         ),
@@ -453,7 +453,7 @@ def test_folder_name_has_date_name_and_four_digits(job):
 
 
 def test_objects_replace_references(job):
-    recipe = job.recipe("teacher.model=given", "student=null", "recover=null", "data.source=given", *NO_EXPORT)
+    recipe = job.recipe("teacher.model=given", "student=null", "distill=null", "recover=null", "data.source=given", *NO_EXPORT)
     part = Split(torch.randn(12, 1, 6, 6).numpy(), (torch.arange(12) % 3).numpy())
     materials = runner.Materials(
         make_teacher=lambda: runner.build("nets.py:teacher", base=job.base),

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from kirsch import __version__
-from kirsch.cli.terminal import Line, Piece
+from kirsch.tables import Line, Piece
 
 if TYPE_CHECKING:
     from kirsch.cli.terminal import Terminal

@@ -9,7 +9,7 @@ import numpy as np
 
 from kirsch.errors import UsageError, nearest
 from kirsch.frameworks.find import framework_of
-from kirsch.graph.graph import InputSpec
+from kirsch.graph.inputs import InputSpec
 from kirsch.measurement.machine import BYTES, require_room
 
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch import files
-from kirsch.cli.progress import Progress, verdict_lines
+from kirsch import figures, files
+from kirsch.cli.progress import Progress
 from kirsch.cli.signals import stop_on_signals
-from kirsch.cli.terminal import Line, Piece
 from kirsch.errors import CheckpointError, LoadError, OutputError
+from kirsch.recipes.layout import verdict_lines
 from kirsch.recipes.recipe import BUILTIN, Recipe, commented, read_recipe
-from kirsch import figures
+from kirsch.tables import Line, Piece
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,15 +110,16 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         duration = f"about {figures.seconds(step['seconds'])}"
         text = f"{number:>2} {step['key']:<10} {cost:<28}   {duration:<14}   {step['model'] or ''}"
         lines.append([Piece(text.rstrip())])
-    plan = content["plan"]
-    if plan is not None:
+    for number, (key, plan) in enumerate(content["plans"].items()):
         before, after = plan["cost"]["before"], plan["cost"]["after"]
         reduction = ", ".join(
             f"{word} {figures.count(before[key])} → {figures.count(after[key])}"
             f" (−{figures.percent(1 - after[key] / max(before[key], 1))})"
             for key, word in (("macs", "MACs"), ("parameters", "parameters"))
         )
-        lines += [[], [Piece(f"{'plan':<13}{reduction} in {len(plan['groups'])} groups, by {content['plan_weights']}")]]
+        lines += [[]] if number == 0 else []
+        weights = f", by {content['plan_weights']}" if number == 0 else ""
+        lines.append([Piece(f"{key.replace('prune', 'plan'):<13}{reduction} in {len(plan['groups'])} groups{weights}")])
     lines.append(
         [Piece(f"{'time':<13}about {figures.seconds(content['seconds'])} on this machine under its current load")]
     )
@@ -127,7 +128,8 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         lines.append([Piece(f"{'missing':<13}", "bad"), Piece(f"{', '.join(content['missing'])}; see kirsch doctor")])
     lines += [[Piece(f"{'note':<13}", "warning"), Piece(text)] for text in content["notes"]]
     if run:
-        lines.append([Piece(f"{'written':<13}{run}: recipe.yaml{', plan.json' if plan is not None else ''}")])
+        names = ["recipe.yaml", *(f"{key.replace('prune', 'plan')}.json" for key in content["plans"])]
+        lines.append([Piece(f"{'written':<13}{run}: {', '.join(names)}")])
     return lines
 
 

@@ -15,14 +15,14 @@ from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.jobs.job import ARTIFACTS, LOGITS
-from kirsch.jobs.step import STEPS, Record, Step
+from kirsch.jobs.step import STEPS, Step
 from kirsch.measurement.agreement import agreement
 from kirsch.measurement.machine import usable_cores
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kirsch.jobs.job import Job
+    from kirsch.jobs.job import Job, Record
 
 MODEL = f"{ARTIFACTS}/model.onnx"
 """Exported file in the run folder."""

@@ -154,7 +154,7 @@ def born_again(
     common: dict[str, Any] = {"validation": validation, "regularizers": regularizers}
 
     def link(place: int) -> Link:
-        own_training = dataclasses.replace(training, seed=seeds[place])
+        own_training = training.changed(seed=seeds[place])
 
         def learn(before: list[Trained], own: TrainingHooks, check: bool) -> Trained:
             if not before and teacher is None:

@@ -21,13 +21,13 @@ from kirsch.frameworks.determinism import require_deterministic
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import Trained, Training, TrainingHooks
 from kirsch.jobs.job import WEIGHTS, ignore
-from kirsch.jobs.step import STEPS, Record, Step, model_cells
+from kirsch.jobs.step import STEPS, Step, model_cells
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from kirsch.jobs.job import Job
+    from kirsch.jobs.job import Job, Record
 
 TEMPERATURE, WEIGHT = 4.0, 0.9
 """Defaults of soft targets."""

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from kirsch.data.batches import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
-    from kirsch.graph.graph import Graph, Input, Tracing
+    from kirsch.graph.graph import Graph, Tracing
+    from kirsch.graph.inputs import Input
     from kirsch.graph.plan import Plan
     from kirsch.graph.verification import Verification
     from kirsch.registry import Registry

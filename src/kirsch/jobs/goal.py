@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
-from kirsch.annotations import AtLeastZero, Between, Fraction, Positive
+from kirsch.annotations import Between, Fraction, Positive
 from kirsch.errors import UsageError
 from kirsch.graph.plan import Goal
 from kirsch.options import Options

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from kirsch.data.dataset import DataSet
     from kirsch.graph.plan import Plan
     from kirsch.jobs.goal import JobGoal
-    from kirsch.jobs.step import Record, Step
     from kirsch.tasks.task import Task
+
+Record = dict[str, Any]
+"""Result of a step as JSON: "did", what the step did in a few words; "cells", texts for the table of steps; and of a
+step that makes a model, "model", its name such as "pruned", and the keys of `Job.evaluate`."""
 
 CHECKPOINTS, ARTIFACTS, EVENTS = "checkpoints", "artifacts", "events.jsonl"
 RECORD, LOGITS, WEIGHTS = "record.json", "logits.npy", "weights.safetensors"
@@ -48,7 +51,6 @@ class Job:
     """State that the steps of a job share.
 
     Args:
-        steps: steps by key, in order; see `keys_of`.
         data: data set.
         task: what the models are for.
         folder: run folder.
@@ -71,7 +73,6 @@ class Job:
         plans: key of a step that prunes → plan that its preview made.
     """
 
-    steps: Mapping[str, Step]
     data: DataSet
     task: Task
     folder: Path
@@ -80,7 +81,7 @@ class Job:
     goal: JobGoal
     seed: int = 0
     batch_size: int = 64
-    outputs: Mapping[str, str | None] = field(default_factory=dict)
+    outputs: Mapping[str, Any] = field(default_factory=dict)
     listen: Listen = ignore
     stop: Stop = never
     teacher: Any = None

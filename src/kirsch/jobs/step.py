@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from kirsch import figures
 from kirsch.options import Options
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from kirsch.jobs.job import Job
-
-Record = dict[str, Any]
-"""Result of a step as JSON: "did", what the step did in a few words; "cells", texts for the table of steps; and of a
-step that makes a model, "model", its name such as "pruned", and the keys of `Job.evaluate`."""
+    from kirsch.jobs.job import Job, Record
 
 
 class Step(Options):

@@ -15,6 +15,7 @@ from kirsch.graph.verification import UNUSUAL_LAYERS
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES
 from kirsch.pruning.importance import IMPORTANCES
 from kirsch.pruning.notes import changes, renewed
+from kirsch.tables import Line, Part, Piece, Printable, notes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,7 @@ OPTIMIZER_NOTE = "An optimizer of the original still has the original's paramete
 
 
 @dataclass(frozen=True)
-class Pruned:
+class Pruned(Printable):
     """Result of a removal.
 
     Args:
@@ -48,6 +49,22 @@ class Pruned:
     plan: Plan
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        verified = self.verification.text if self.verification is not None else "not verified"
+        return f"<kirsch.Pruned: {type(self.model).__name__}, {verified}>"
+
+    def parts(self) -> list[Part]:
+        """Return what was removed, the cost before and after, the verification and the notes."""
+        count = sum(bool(removal.removed) for removal in self.plan.groups)
+        blocks = f", {len(self.plan.blocks)} blocks removed" if self.plan.blocks else ""
+        title: Line = [
+            Piece(self.plan.model, "strong"),
+            Piece(f"   {count} group{'s' * (count != 1)} pruned{blocks}"),
+        ]
+        verification = self.verification.parts() if self.verification is not None else []
+        return [title, self.plan.cost_table(), *verification, notes(self.notes)]
 
 
 @checked
@@ -165,15 +182,15 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     warning_notes = [f"{unsavable} {consequence}"] if unsavable else []
     if verification is not None and verification.reweighted:
         warning_notes.append(_reweighted_note(verification.reweighted))
-    notes = [*changes(stated, plan), *_unknown_importance(plan), *plan.notes, *configuration_notes]
-    notes += [*warning_notes, OPTIMIZER_NOTE]
+    texts = [*changes(stated, plan), *_unknown_importance(plan), *plan.notes, *configuration_notes]
+    texts += [*warning_notes, OPTIMIZER_NOTE]
     if verification is not None and verification.unseen:
         modules = ", ".join(f"`{path}`" for path in verification.unseen)
-        notes.append(
+        texts.append(
             f"For the example inputs no output depends on {modules}: the verification cannot detect a wrong removal "
             "there. If these modules run in inference, give inputs that differ between samples and between tokens."
         )
-    return Pruned(pruned, verification, plan, tuple(notes), tuple(warning_notes))
+    return Pruned(pruned, verification, plan, tuple(texts), tuple(warning_notes))
 
 
 def _unknown_importance(plan: Plan) -> list[str]:

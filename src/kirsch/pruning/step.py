@@ -13,7 +13,7 @@ from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.trace import trace
 from kirsch.jobs.goal import PlanGoal
-from kirsch.jobs.step import STEPS, Record, Step, model_cells
+from kirsch.jobs.step import STEPS, Step, model_cells
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.options import PlanOptions
 from kirsch.pruning.prune import prune, prune_with_verification
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Plan
-    from kirsch.jobs.job import Job
+    from kirsch.jobs.job import Job, Record
 
 CALIBRATION = 256
 """Training samples on which residual blocks are ranked."""
@@ -151,5 +151,3 @@ def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
         for b in graph.blockers
     ]
     return {"groups": groups, "layers": layers, "blockers": blockers}
-
-

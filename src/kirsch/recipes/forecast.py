@@ -17,7 +17,6 @@ from kirsch.steps import Distill, Evaluate, Train
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kirsch.jobs.job import Job
     from kirsch.jobs.step import Step
     from kirsch.recipes.recipe import Recipe
 
@@ -44,8 +43,9 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     """
     job = job_of(recipe, folder or base, materials_of(recipe, base))
     job.build()
-    steps = []
-    for job.key, step in job.steps.items():
+    steps: list[dict[str, Any]] = []
+    for key, step in recipe.all_steps.items():
+        job.key = key
         step.preview(job)
         parameters, macs = job.count(job.teacher if _is_of_teacher(step) else job.model)
         steps.append(
@@ -66,7 +66,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     sentence = "" if trains or recipe.teacher.model is None else random_weights(recipe.teacher.model, recipe.seed)
     return {
         "name": recipe.name,
-        "goal": goal_text(job),
+        "goal": goal_text(job, recipe.all_steps),
         "data": {
             "name": job.data.name,
             "train": len(job.data.train),
@@ -75,7 +75,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         },
         "steps": steps,
         "plans": {key: json.loads(plan.to_json()) for key, plan in job.plans.items()},
-        "plan_weights": _weights(recipe, job) if job.plans else None,
+        "plan_weights": _weights(recipe) if job.plans else None,
         "disk_bytes": sum(4 * step["parameters"] * COPIES for step in steps) + 1_000_000,
         "seconds": sum(step["seconds"] for step in steps),
         "missing": [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None],
@@ -96,12 +96,12 @@ def _reference(recipe: Recipe, step: Step) -> str | None:
     return recipe.student.model if is_first and recipe.student is not None else None
 
 
-def _weights(recipe: Recipe, job: Job) -> str:
+def _weights(recipe: Recipe) -> str:
     """Return a description of the weights that the plans of a forecast are made from."""
     if recipe.student is not None:
         return f"the weights of {recipe.student.model} before training"
     teacher = recipe.teacher.model
-    if any(isinstance(step, Train) for step in job.steps.values()):
+    if any(isinstance(step, Train) for step in recipe.steps):
         return f"the weights of {teacher} before training"
     if teacher is not None and teacher.startswith("timm:"):
         return f"random weights: {teacher} is neither pretrained nor trained"

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
+from kirsch.deploy.steps import MODEL
 from kirsch.errors import KirschError, LoadError
 from kirsch.jobs.job import CHECKPOINTS, EVENTS, RECORD
 from kirsch.pruning.step import PRUNED, plan_file
 from kirsch.recipes import manifest, run_folder
-from kirsch.recipes.manifest import ENVIRONMENT, METRICS, MODEL, PLAN, RECIPE, REPORT, RUN
+from kirsch.recipes.manifest import ENVIRONMENT, METRICS, PLAN, RECIPE, REPORT, RUN
 from kirsch.recipes.metrics import metrics_of_records
 from kirsch.recipes.recipe import read_recipe
 

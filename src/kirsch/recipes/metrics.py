@@ -14,22 +14,23 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kirsch.graph.plan import Goal
-    from kirsch.jobs.job import Job
-    from kirsch.jobs.step import Record
+    from kirsch.jobs.job import Job, Record
+    from kirsch.jobs.step import Step
     from kirsch.recipes.recipe import Recipe
+
 
 def metrics_of(job: Job, recipe: Recipe, environment: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Return all numbers of a finished run."""
     quality = _quality(job)
     plans = [record["plan"] for record in job.records.values() if "plan" in record]
     return {
-        "kirsch_metrics": 2,
+        "kirsch_metrics": 1,
         "name": recipe.name,
         "run": job.folder.name,
         "kirsch": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "seconds": seconds,
-        "goal": _goal(job, quality["paired"]["text"]),
+        "goal": _goal(job, recipe.all_steps, quality["paired"]["text"]),
         **metrics_of_records(job.records),
         "quality": quality,
         "measured": _measured(job, environment),
@@ -80,9 +81,9 @@ def _start(job: Job) -> tuple[str, dict[str, int]]:
     return job.model_name, record["before"]
 
 
-def _goal(job: Job, significance: str) -> dict[str, Any]:
+def _goal(job: Job, steps: Mapping[str, Step], significance: str) -> dict[str, Any]:
     records, goal, items = job.records, job.goal, []
-    prunings = {key: step for key, step in job.steps.items() if isinstance(step, Prune) and key in records}
+    prunings = {key: step for key, step in steps.items() if isinstance(step, Prune) and key in records}
     for number, (key, step) in enumerate(prunings.items()):
         reference = job.model_name if number == 0 else "model before it"
         items += _cost_items(step.goal, records[key], records[key]["before"], reference, key if number else "")
@@ -105,7 +106,7 @@ def _goal(job: Job, significance: str) -> dict[str, Any]:
         items.append(_item("speedup", text, goal.speedup, speedup["value"], met=met))
     return {
         "met": all(item["met"] for item in items),
-        "text": goal_text(job) or "no goal was set",
+        "text": goal_text(job, steps) or "no goal was set",
         "items": items,
     }
 
@@ -130,16 +131,16 @@ def _item(name: str, text: str, limit: float, value: float, *, met: bool, signif
     return {"name": name, "text": text, "limit": limit, "value": value, "met": met, "significance": significance}
 
 
-def goal_text(job: Job) -> str:
-    """Return all goals of a job in one line."""
-    parts, goals = [], [step.goal for step in job.steps.values() if isinstance(step, Prune) and step.goal]
+def goal_text(job: Job, steps: Mapping[str, Step]) -> str:
+    """Return all goals of a job and its steps in one line."""
+    parts, goals = [], [step.goal for step in steps.values() if isinstance(step, Prune) and step.goal]
     for goal in [*goals, *([job.goal.cost] if job.goal.cost else [])]:
         parts += [f"{WORDS[name]} ≤ {figures.percent(limit, 0)}" for name, limit in goal.to_dict().items()]
     if job.goal.max_drop is not None:
         parts.append(f"accuracy drop ≤ {figures.points(job.goal.max_drop)}")
     if job.goal.speedup is not None:
         parts.append(f"speed ≥ {figures.digits(job.goal.speedup)}×")
-    for step in job.steps.values():
+    for step in steps.values():
         if isinstance(step, Measure):
             parts.append(f"runtime {step.runtime} ({step.threads} thread{'s' if step.threads > 1 else ''})")
     return ", ".join(parts)

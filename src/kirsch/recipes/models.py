@@ -12,7 +12,7 @@ from kirsch.errors import KirschError, ModelError, UsageError
 from kirsch.failures import error_with_location
 from kirsch.frameworks.find import framework_of, pytorch
 from kirsch.frameworks.formats import describe
-from kirsch.graph.graph import InputSpec
+from kirsch.graph.inputs import InputSpec
 from kirsch.references import FAILURES, preserved_process_state, resolve
 
 if TYPE_CHECKING:

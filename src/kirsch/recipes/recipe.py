@@ -340,8 +340,8 @@ def commented(recipe: Recipe) -> str:
 
 
 def _comment(section: Options, depth: int, lines: list[str]) -> None:
-    for name, field in type(section).model_fields.items():
-        value, indent = getattr(section, name), "  " * depth
+    for name in _own_fields_first(type(section)):
+        field, value, indent = type(section).model_fields[name], getattr(section, name), "  " * depth
         if name == "steps" and isinstance(section, Recipe):
             lines += ["", f"steps:  # {field.description}"]
             for step in section.steps:
@@ -353,6 +353,12 @@ def _comment(section: Options, depth: int, lines: list[str]) -> None:
         else:
             text = dump(section.model_dump(mode="json")[name], one_line=True)
             lines.append(f"{indent}{name}: {text}  # {field.description}")
+
+
+def _own_fields_first(kind: type[Options]) -> list[str]:
+    """Return the fields of a class; those that it shares with other classes come last."""
+    declared = [name for base in kind.__mro__ for name in vars(base).get("__annotations__", {})]
+    return [name for name in dict.fromkeys(declared) if name in kind.model_fields]
 
 
 def _summary(step: Step) -> str:

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
+from kirsch.deploy.steps import MODEL
 from kirsch.errors import CheckpointError, LoadError, OutputError, RecipeError
 from kirsch.jobs.job import CHECKPOINTS, EVENTS
 from kirsch.recipes import manifest
@@ -197,7 +198,7 @@ def _content(recipe: Recipe, folder: Path, base: Path) -> dict[str, Any]:
 def notes(altered: dict[str, str], steps: Sequence[str]) -> Iterator[str]:
     """Yield a note for each altered file; differences in the folders of steps are reported by the steps."""
     reported = tuple(f"{CHECKPOINTS}/{key}/done/" for key in steps)
-    reported += (manifest.MODEL, f"{manifest.PRUNED}/") if "export" in steps else ()
+    reported += (MODEL, f"{manifest.PRUNED}/") if "export" in steps else ()
     for name, sentence in altered.items():
         if name in DERIVED or (name == RECIPE and sentence.endswith("is missing")):
             yield f"{sentence}. It is written again."

@@ -5,30 +5,33 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
-from kirsch.data.dataset import DataSet
 from kirsch.data.sources import load_data
+from kirsch.deploy.steps import MODEL
 from kirsch.errors import KirschError, LoadError, OutputError
 from kirsch.failures import during
 from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, RECORD, Job, ignore, never
 from kirsch.measurement.machine import environment
 from kirsch.pruning.store import save
 from kirsch.recipes import manifest, run_folder
-from kirsch.recipes.manifest import ENVIRONMENT, LOCK, METRICS, MODEL, PRUNED, REPORT
+from kirsch.recipes.manifest import ENVIRONMENT, LOCK, METRICS, PRUNED, REPORT
 from kirsch.recipes.metrics import goal_text, metrics_of
-from kirsch.recipes.models import build, random_weights, source_hash
+from kirsch.recipes.models import build, random_weights
+from kirsch.references import source_hash
 from kirsch.report import render
 from kirsch.steps import Export, Prune, Train
 from kirsch.tasks import TASKS
 from kirsch.version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from kirsch.data.dataset import DataSet
     from kirsch.jobs.job import Listen, Stop
     from kirsch.jobs.step import Step
     from kirsch.recipes.recipe import Recipe
@@ -97,9 +100,7 @@ def materials_of(recipe: Recipe, base: Path) -> Materials:
     )
 
 
-def job_of(
-    recipe: Recipe, folder: Path, materials: Materials, listen: Listen = ignore, stop: Stop = never
-) -> Job:
+def job_of(recipe: Recipe, folder: Path, materials: Materials, listen: Listen = ignore, stop: Stop = never) -> Job:
     """Return the job of a recipe, with its models and data.
 
     Raises:
@@ -109,7 +110,6 @@ def job_of(
     task.check_data(materials.data)
     outputs = {"teacher": recipe.teacher.outputs, "student": recipe.student.outputs if recipe.student else None}
     return Job(
-        steps=recipe.all_steps,
         data=materials.data,
         task=task,
         folder=folder,
@@ -166,17 +166,18 @@ def run(
         altered = run_folder.open_folder(recipe, folder, base)
         materials = materials or materials_of(recipe, base)
         machine = environment()
+        steps = recipe.all_steps
         job = job_of(recipe, folder, materials, listen, stop)
         with during("in the checks before the first step", _lower(job)):
-            _preflight(job)  # an error up to here leaves a finished run unchanged
+            _preflight(job, steps)  # an error up to here leaves a finished run unchanged
         run_folder.reopen(recipe, folder, base)
         files.write_json(folder / ENVIRONMENT, machine)
-        goal, relative = goal_text(job), run_folder.relative(base, folder)
+        goal, relative = goal_text(job, steps), run_folder.relative(base, folder)
         job.emit({"event": "start", "name": recipe.name, "run": str(folder), "goal": goal, "base": relative})
-        for sentence in [*_untrained_notes(recipe), *run_folder.notes(altered, list(job.steps))]:
+        for sentence in [*_untrained_notes(recipe), *run_folder.notes(altered, list(steps))]:
             job.note(sentence)
-        _run_steps(job, materials.origin, altered)
-        if any(isinstance(step, Prune) for step in job.steps.values()):
+        _run_steps(job, steps, materials.origin, altered)
+        if any(isinstance(step, Prune) for step in steps.values()):
             save(job.model, folder / PRUNED)
         seconds = sum(record["seconds"] for record in job.records.values())
         metrics = metrics_of(job, recipe, machine, seconds)
@@ -224,13 +225,14 @@ def _untrained_notes(recipe: Recipe) -> list[str]:
     return [note] if note else []
 
 
-def _preflight(job: Job) -> None:
+def _preflight(job: Job, steps: Mapping[str, Step]) -> None:
     """Check disk space and the steps in order before any long work, on models that are not trained."""
     job.build()
     models = [job.teacher, *([job.model] if job.model is not job.teacher else [])]
     sizes = sum(4 * job.count(model)[0] for model in models)
     files.check_writable(job.folder, 12 * sizes + 10_000_000)  # weights and two checkpoints per step
-    for job.key, step in job.steps.items():
+    for key, step in steps.items():
+        job.key = key
         step.preview(job)
     job.plans.clear()
 
@@ -240,11 +242,11 @@ def _lower(job: Job) -> str:
     return f"Lower the batch size (data.batch_size of a recipe), which is {job.batch_size}."
 
 
-def _run_steps(job: Job, origin: str, altered: dict[str, str]) -> None:
+def _run_steps(job: Job, steps: Mapping[str, Step], origin: str, altered: dict[str, str]) -> None:
     """Run all steps; a finished step with the same inputs is kept."""
     job.build()
     inputs = hashlib.sha256(f"{__version__} {job.data.sha256} {origin} {job.seed}".encode()).hexdigest()
-    for number, (key, step) in enumerate(job.steps.items(), start=1):
+    for number, (key, step) in enumerate(steps.items(), start=1):
         error = job.stop()
         if error is not None:
             raise error
@@ -253,7 +255,7 @@ def _run_steps(job: Job, origin: str, altered: dict[str, str]) -> None:
         done = job.step_folder(key) / "done"
         record = _finished(job, step, done, altered)
         if record is None:
-            job.emit({"event": "step_start", "number": number, "of": len(job.steps), "key": key})
+            job.emit({"event": "step_start", "number": number, "of": len(steps), "key": key})
             record = _run_step(job, step, done)
             event = "step_end"
         else:

@@ -78,9 +78,16 @@ SCHEMA = _fields(
     models=array(MODEL, least=1),
     steps=array(_fields(number=COUNT, key=text(), did=text(), cells=array(text()), seconds=number(0))),
     curves=array(CURVE),
-    removed=nullable(_fields(groups=array(GROUP), layers=array(LAYER), blockers=array(BLOCKER))),
+    removals=array(
+        _fields(
+            step=text(),
+            groups=array(GROUP),
+            layers=array(LAYER),
+            blockers=array(BLOCKER),
+            verification=nullable(_fields(text=text(), reason=text(), power=FIGURE)),
+        )
+    ),
     quality=nullable(QUALITY),
-    verification=nullable(_fields(text=text(), reason=text(), power=FIGURE)),
     export=nullable(
         _fields(
             file=text(1),
@@ -106,7 +113,7 @@ SCHEMA = _fields(
         data=_fields(name=text(), sha256=text(), train=COUNT, validation=COUNT, test=COUNT),
     ),
     not_measured=array(text()),
-    provenance=_fields(recipe=text(), plan=nullable(anything), environment=anything, fingerprint=text()),
+    provenance=_fields(recipe=text(), plans=array(anything), environment=anything, fingerprint=text()),
 )
 
 
