@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import typing
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from kirsch.arguments import check_arguments, public_name
 from kirsch.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class FieldsError(ValueError):
+    """Problems inside the value of one field, for validators of pydantic.
+
+    Args:
+        problems: path in the value, such as ("terms", 2), and the error, for each problem.
+    """
+
+    def __init__(self, problems: Sequence[tuple[tuple[str | int, ...], UsageError]]) -> None:
+        super().__init__("; ".join(str(error) for _, error in problems))
+        self.problems = list(problems)
 
 
 class Options(BaseModel):
@@ -45,7 +60,7 @@ class Options(BaseModel):
         try:
             self.check()
         except UsageError as error:
-            raise ValueError(error) from error  # pydantic collects errors of this type
+            raise FieldsError([((), error)]) from error  # pydantic collects errors of this type
         return self
 
     def changed(self, **changes: Any) -> Self:
@@ -61,7 +76,7 @@ def _usage_error(kind: type[Options], error: ValidationError) -> UsageError:
     """Return the error of a call from the first problem that pydantic found."""
     details = error.errors()[0]
     cause = details.get("ctx", {}).get("error")
-    if isinstance(cause, ValueError) and cause.args and isinstance(cause.args[0], UsageError):
-        return cause.args[0]
+    if isinstance(cause, FieldsError):
+        return cause.problems[0][1]
     path = ".".join(map(str, details["loc"]))
     return UsageError(f"`{path}` of {public_name(kind)}: {details['msg']}, found {details['input']!r}.")

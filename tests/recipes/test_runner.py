@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from kirsch.data.dataset import DataSet, Split
+from kirsch.deploy import steps
 from kirsch.errors import (
     GoalError,
     Interrupted,
@@ -157,16 +158,16 @@ def test_recovery_does_not_change_earlier_models(job, monkeypatch):
     assert job.steps("step_kept") == ["train", "recover"]
     stored = safetensors.torch.load_file(job.folder / "checkpoints" / "train" / "done" / "weights.safetensors")
     for finished_job in jobs:
-        assert same_weights(finished_job.models["teacher"], stored)
-        assert not same_weights(finished_job.models["result"], stored)
+        assert same_weights(finished_job.teacher, stored)
+        assert not same_weights(finished_job.model, stored)
 
 
 def test_trained_teacher_is_returned_in_inference_mode(job, monkeypatch):
     """The result of a run and of a resumed run have the same mode."""
-    monkeypatch.setattr(runner.Job, "check_alive", lambda *_: None)
+    monkeypatch.setattr(runner.Job, "check_usable", lambda *_: None)
     shortest = ("train=null", "student=null", "distill=null", "recover=null", *NO_EXPORT)
     assert [job.do(*shortest).model.training for _ in range(2)] == [False, False]
-    assert job.steps("step_kept") == ["teacher", "prune"]
+    assert job.steps("step_kept") == ["evaluate", "prune"]
 
 
 # ------------------------------------------------------------------------------------------------ damage
@@ -192,12 +193,12 @@ def test_damaged_files_are_restored_bit_for_bit(done):
     for side in figures:
         for model in side["models"]:
             del model["latency"], model["bytes"]  # measured again; and the ONNX file contains its source path
-    assert [figures[0][key] for key in ("models", "quality", "goal", "removed")] == [
-        figures[1][key] for key in ("models", "quality", "goal", "removed")
+    assert [figures[0][key] for key in ("models", "quality", "goal", "removals")] == [
+        figures[1][key] for key in ("models", "quality", "goal", "removals")
     ]
 
 
-@pytest.mark.parametrize("step", ["teacher", "prune"])
+@pytest.mark.parametrize("step", ["train", "prune"])
 def test_only_the_damaged_step_is_run_again(done, step):
     path = done.folder / "checkpoints" / step / "done" / "logits.npy"
     flip_bit(path)
@@ -206,14 +207,24 @@ def test_only_the_damaged_step_is_run_again(done, step):
     assert done.notes()[0] == f"The step {step!r} is run again: {path} does not have the sha256 of its manifest."
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model/model.safetensors"])
-def test_damaged_artifact_is_exported_again(done, name):
-    path = done.folder / "artifacts" / name
+def test_damaged_artifact_is_exported_again(done):
+    path = done.folder / "artifacts" / "model.onnx"
     before = path.read_bytes()
     flip_bit(path)
     resume(done.folder, listen=done.heard.append)
     assert done.steps("step_start") == ["export"]
-    assert re.match(rf"The step 'export' is run again: .*{name} ", done.notes()[0])
+    assert re.match(r"The step 'export' is run again: .*model.onnx ", done.notes()[0])
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "plan.json"])
+def test_damaged_pruned_model_is_saved_again(done, name):
+    path = done.folder / "artifacts" / "model" / name
+    before = path.read_bytes()
+    flip_bit(path)
+    resume(done.folder, listen=done.heard.append)
+    assert done.steps("step_start") == []
+    assert done.notes() == [f"{path} does not have the sha256 of its manifest. It is written again."]
     assert path.read_bytes() == before
 
 
@@ -296,7 +307,8 @@ def test_run_of_another_recipe_is_refused_with_the_differences(done):
     before = contents(done.folder)
     sentence = (
         r"The folder .*run holds a run of another recipe\. They differ in "
-        r"prune\.goal\.macs \(0\.6 and 0\.5\), recover \(.*epochs.* and None\), seed \(0 and 1\)\. "
+        r"seed \(0 and 1\), steps\.2\.prune\.goal\.macs \(0\.6 and 0\.5\), steps\.3\.export .*, "
+        r"steps\.3\.recover \(.*epochs.* and None\).*\. "
         r"Choose another folder, or continue that run: kirsch resume\."
     )
     with pytest.raises(RecipeError, match=sentence):
@@ -362,7 +374,7 @@ def test_folder_in_use_is_refused_until_its_process_ends(done):
     [
         (["prune.goal.macs=0.001"], GoalError, r"No plan for Net reaches the goal: macs"),
         (["prune.goal.macs=0.05", "prune.min_keep=0.9"], GoalError, r"No plan for Net reaches the goal: macs"),
-        (["prune.goal={}"], GoalError, r"A goal needs at least one limit"),
+        (["prune.goal={}"], RecipeError, r"a goal needs at least one limit"),
         (["prune.importance=magnitud"], UnknownNameError, r"no importance 'magnitud'\..*Did you mean 'magnitude'"),
         (["prune.exclude=[third]"], KirschError, r"third"),
         (
@@ -392,8 +404,6 @@ def test_invalid_recipe_is_refused_before_training(job, changes, error, sentence
 
 
 def test_finished_measurement_does_not_need_its_threads(done, monkeypatch):
-    from kirsch.recipes import steps
-
     monkeypatch.setattr(steps, "usable_cores", lambda: 0)
     resume(done.folder, listen=done.heard.append)
     assert done.steps("step_kept") == STEPS
@@ -416,13 +426,13 @@ def test_unwritable_folder_is_reported_before_data_is_loaded(job):
     ("changes", "step", "why"),
     [
         (
-            ["teacher={model: 'nets.py:Constant'}"],
-            "teacher",
-            r"It predicts one class .*Load trained weights in nets\.py:Constant, or",
+            ["train=null", "teacher.model=nets.py:Constant"],
+            "evaluate",
+            r"It predicts one class .*Give a teacher with trained weights, or add a step `train`",
         ),
         (
             ["train.learning_rate=1e-9"],
-            "teacher",
+            "train",
             "It (is not better than chance|predicts one class).*Lower the",
         ),
         (
@@ -437,7 +447,7 @@ def test_unusable_model_ends_the_run_after_its_step(job, changes, step, why):
     with pytest.raises(NumericError, match=sentence) as caught:
         job.do(*changes, *NO_EXPORT)
     assert caught.value.exit_code == 6
-    assert job.steps("step_end") == STEPS[: STEPS.index(step)]
+    assert job.steps("step_end") == (["train"] if step == "distill" else [])
 
 
 # ------------------------------------------------------------------------------------------------ names
@@ -453,7 +463,8 @@ def test_folder_name_has_date_name_and_four_digits(job):
 
 
 def test_objects_replace_references(job):
-    recipe = job.recipe("teacher.model=given", "student=null", "distill=null", "recover=null", "data.source=given", *NO_EXPORT)
+    names = ("teacher.model=null", "student=null", "distill=null", "recover=null", "data.source=null")
+    recipe = job.recipe(*names, *NO_EXPORT)
     part = Split(torch.randn(12, 1, 6, 6).numpy(), (torch.arange(12) % 3).numpy())
     materials = runner.Materials(
         make_teacher=lambda: runner.build("nets.py:teacher", base=job.base),

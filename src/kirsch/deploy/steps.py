@@ -93,7 +93,7 @@ class Measure(Step):
             UsageError: the machine has fewer usable cores.
         """
         cores = usable_cores()
-        if self.threads > cores:
+        if self.threads > cores and not job.is_done():  # the result of an earlier run on another machine is kept
             raise UsageError(
                 f"{job.key}.threads is {self.threads}; this machine has {cores} usable cores.",
                 fix=f"Lower {job.key}.threads.",

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainSerializer, WrapValidator
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from kirsch.annotations import Positive, Seed, Share
 from kirsch.data.batches import ArrayData
@@ -22,6 +22,7 @@ from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import Trained, Training, TrainingHooks
 from kirsch.jobs.job import WEIGHTS, ignore
 from kirsch.jobs.step import STEPS, Step, model_cells
+from kirsch.options import FieldsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,30 +37,50 @@ TRIAL_BATCHES = 3
 """Training steps that are timed to estimate the time of a step."""
 
 
-def _read_objective(value: Any, handler: Callable[[Any], Any]) -> Any:
+FORMS = "Give the name of a preset such as dkd, {preset: at, label_weight: 0.5} or {terms: [{loss: kd, weight: 0.9}]}."
+
+
+def _read_objective(value: Any) -> Any:
     """Return the name of a preset as it is; a dict with a preset or terms as an `Objective`."""
     try:
         if isinstance(value, str):
             PRESETS[value]
-            return value
-        if isinstance(value, dict) and "preset" in value:
-            if "terms" in value:
-                raise UsageError("preset and terms are both given.", fix="Give one of them.")  # noqa: TRY301 - as below
-            changes = Objective.from_dict({"label_weight": 1.0, **_without(value, "preset")})  # makes `Ramp`s of dicts
-            fields = {name: getattr(changes, name) for name in _without(value, "preset")}
-            return Objective.preset(value["preset"], **fields)
-        return Objective.from_dict(value) if isinstance(value, dict) else handler(value)
+        elif isinstance(value, dict):
+            return _objective(value)
+        elif not isinstance(value, Objective):
+            raise UsageError(f"The objective is {value!r}.", fix=FORMS)  # noqa: TRY301 - reported like the others
     except UsageError as error:
-        raise ValueError(error) from error
+        raise FieldsError([((), error)]) from error
+    return value
 
 
-def _without(value: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: item for name, item in value.items() if name != key}
+def _objective(fields: dict[str, Any]) -> Objective:
+    """Return the objective of a dict with a preset or terms, and other fields of an `Objective`."""
+    if ("preset" in fields) == ("terms" in fields):
+        found = "both a preset and terms" if "preset" in fields else "neither a preset nor terms"
+        raise UsageError(f"The objective has {found}.", fix=FORMS)
+    if "preset" in fields:
+        names = [name for name in fields if name != "preset"]
+        changes = Objective.from_dict({"label_weight": 1.0, **{name: fields[name] for name in names}})  # makes `Ramp`s
+        return Objective.preset(fields["preset"], **{name: getattr(changes, name) for name in names})
+    if not isinstance(fields["terms"], (list, tuple)):
+        raise UsageError(f"The terms of the objective are {fields['terms']!r}; expected a list.", fix=FORMS)
+    problems: list[tuple[tuple[str | int, ...], UsageError]] = []
+    for number, term in enumerate(fields["terms"]):
+        try:
+            if not isinstance(term, dict):
+                raise UsageError(f"The term is {term!r}.", fix="Write it as {loss: kd, weight: 0.9}.")  # noqa: TRY301
+            Objective.from_dict({"terms": [term], "label_weight": 1.0})
+        except UsageError as error:
+            problems.append((("terms", number), error))
+    if problems:
+        raise FieldsError(problems)
+    return Objective.from_dict(fields)
 
 
 def _write_objective(value: Objective | str) -> Any:
     """Return the fields of an objective that differ from their defaults; a name as it is."""
-    return value if isinstance(value, str) else _changed_fields(value)
+    return value if isinstance(value, str) else {"terms": [], **_changed_fields(value)}
 
 
 def _changed_fields(value: Any) -> Any:
@@ -79,7 +100,7 @@ def _changed_fields(value: Any) -> Any:
 if TYPE_CHECKING:
     ObjectiveOption = Objective | str
 else:
-    ObjectiveOption = Annotated[Objective | str, WrapValidator(_read_objective), PlainSerializer(_write_objective)]
+    ObjectiveOption = Annotated[Any, BeforeValidator(_read_objective), PlainSerializer(_write_objective)]
     """An objective or the name of a preset; recipes write it as a name or a dict."""
 
 

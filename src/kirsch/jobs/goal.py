@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 from kirsch.annotations import Between, Fraction, Positive
 from kirsch.errors import UsageError
 from kirsch.graph.plan import Goal
-from kirsch.options import Options
+from kirsch.options import FieldsError, Options
 
 
 class JobGoal(Options):
@@ -17,7 +17,7 @@ class JobGoal(Options):
 
     macs: Fraction | None = Field(None, description="multiply-accumulates, as a fraction of the model at the start")
     parameters: Fraction | None = Field(None, description="parameters, as a fraction of the model at the start")
-    max_drop: Annotated[float, Between(0, 1)] | None = Field(
+    max_drop: Annotated[float, Between(0, 1, exclusive="most")] | None = Field(
         None, description="allowed drop of accuracy: 0.01 is one point"
     )
     speedup: Positive | None = Field(None, description="smallest speedup over the teacher")
@@ -36,7 +36,7 @@ def _read(value: object) -> object:
     try:
         return Goal(**value)
     except UsageError as error:
-        raise ValueError(error) from error
+        raise FieldsError([((), error)]) from error
 
 
 PlanGoal = Annotated[Goal, BeforeValidator(_read), PlainSerializer(Goal.to_dict)]

@@ -135,6 +135,10 @@ class Job:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def is_done(self) -> bool:
+        """Return whether the current step was finished by an earlier process."""
+        return (self.folder / CHECKPOINTS / self.key / "done").is_dir()
+
     def hooks(self) -> TrainingHooks:
         """Return the hooks of training in the current step, with its newest checkpoint as the state to resume from."""
         key, folder = self.key, self.step_folder(self.key)

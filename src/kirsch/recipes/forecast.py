@@ -11,7 +11,7 @@ from kirsch.pruning.step import plan_file
 from kirsch.recipes.manifest import RECIPE
 from kirsch.recipes.metrics import goal_text
 from kirsch.recipes.models import random_weights
-from kirsch.recipes.runner import job_of, materials_of
+from kirsch.recipes.runner import job_of, materials_of, preflight
 from kirsch.steps import Distill, Evaluate, Train
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         KirschError: the run would fail before its first long step.
     """
     job = job_of(recipe, folder or base, materials_of(recipe, base))
+    preflight(job, recipe.all_steps)
     job.build()
     steps: list[dict[str, Any]] = []
     for key, step in recipe.all_steps.items():

@@ -24,7 +24,7 @@ def step_line(event: Mapping[str, Any], width: int = 0) -> Line:
     """
     cells = [str(cell) for cell in event["cells"]]
     columns = [f"{_aligned(cell):<{reach}}" for cell, reach in zip(cells, WIDTHS, strict=False)]
-    text = "  ".join([f"{event['number']:>2} {event['key']:<10} {event['did']:<13}", *columns])
+    text = "  ".join([f"{event['number']:>2} {event['key']:<10} {event['did']:<15}", *columns])
     text = "   ".join([text.rstrip(), *filter(None, cells[len(WIDTHS) :])])
     seconds = "kept" if event.get("event") == "step_kept" else figures.seconds(event["seconds"])
     return [Piece(text), Piece(f"{seconds:>{max(width - len(text), len(seconds) + 3)}}", "faint")]

@@ -16,13 +16,13 @@ from kirsch.graph import plan
 from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal
 from kirsch.jobs.step import keys_of
-from kirsch.options import Options
+from kirsch.options import FieldsError, Options
 from kirsch.recipes.yaml import dump, read, scalar
 from kirsch.steps import STEPS, Evaluate, Step, Train
 from kirsch.tasks import TASKS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 BUILTIN = Path(__file__).parent / "builtin"
 ENVIRONMENT = "KIRSCH_RECIPE__"
@@ -75,23 +75,25 @@ class Recipe(Options):
         """Check the task, and that each step can follow the steps before it."""
         TASKS[self.task]
         names = [name_of(step) for step in self.steps]
-        for number, (step, name) in enumerate(zip(self.steps, names, strict=True)):
-            before = names[:number]
-            if step.needs and step.needs not in before:
-                raise UsageError(f"The step {name!r} needs a step {step.needs!r} before it.", fix="Add it.")
-            if step.needs_student and self.student is None:
-                raise UsageError(
-                    f"The step {name!r} needs a student.",
-                    fix="Add the section student, or use the step recover, which trains the model on the teacher.",
-                )
-            if not step.repeatable and name in before:
-                raise UsageError(f"There are two steps {name!r}.", fix="Remove one of them.")
-            if isinstance(step, Train) and step.model == "student" and self.student is None:
-                raise UsageError("The step 'train' trains the student, and there is none.", fix="Add a student.")
-            if isinstance(step, Train) and step.model == "teacher" and set(before) - {"train"}:
-                raise UsageError("The teacher is trained after another step.", fix="Train it first.")
+        problems: list[tuple[tuple[str | int, ...], UsageError]] = []
+        for number, step in enumerate(self.steps):
+            problems += [(("steps", number), error) for error in self._problems_of(step, names[number], names[:number])]
         if self.goal.speedup is not None and "measure" not in names:
-            raise UsageError("A speedup goal needs the steps export and measure.", fix="Add them.")
+            problems.append((("goal",), UsageError("A speedup goal needs the steps export and measure.")))
+        if problems:
+            raise FieldsError(problems)
+
+    def _problems_of(self, step: Step, name: str, before: Sequence[str]) -> Iterator[UsageError]:
+        """Yield the reasons why a step cannot follow the steps before it."""
+        if step.needs and step.needs not in before:
+            yield UsageError(f"The step {name!r} needs a step {step.needs!r} before it.", fix="Add it.")
+        if self.student is None and (step.needs_student or (isinstance(step, Train) and step.model == "student")):
+            fix = "Add the section student, or use the step recover, which trains the model itself on the teacher."
+            yield UsageError(f"The step {name!r} needs a student.", fix=fix)
+        if not step.repeatable and name in before:
+            yield UsageError(f"There are two steps {name!r}.", fix="Remove one of them.")
+        if isinstance(step, Train) and step.model == "teacher" and set(before) - {"train"}:
+            yield UsageError("The teacher is trained after another step.", fix="Train it first.")
 
     @field_serializer("steps", when_used="always")
     def _write_steps(self, steps: tuple[Step, ...]) -> list[dict[str, Any]]:
@@ -144,13 +146,15 @@ def read_recipe(
                 "For example, write --set prune.goal.macs=0.4.",
             )
         changes.append((key, value, f"--set {text}"))
-    steps = data["steps"] = _items(data.get("steps"))
+    steps = _items(data.get("steps"))
+    if steps is not None:
+        data["steps"] = steps
     origins: dict[str, str] = {}
     removed: set[int] = set()
     for text, value, origin in changes:
         names, parsed = _names(steps, text.split("."), origin), scalar(value, origin)
         key = ".".join(names)
-        if parsed is None and names[0] == "steps":
+        if parsed is None and names[0] == "steps" and len(names) == len(("steps", "0", "name")):
             removed.add(int(names[1]))
             continue
         _put(data, names, parsed, origin)
@@ -209,20 +213,32 @@ def recipe_of(
     problems: list[tuple[tuple[int | str, ...], Any]] = []
     steps = _read_steps(data.get("steps"), problems)
     try:
-        recipe = Recipe.model_validate({**data, "steps": steps})
+        recipe = Recipe.model_validate(data if steps is None else {**data, "steps": steps})
     except ValidationError as error:
         found = [(details["loc"], details) for details in error.errors()]
         # Problems of the recipe as a whole are found only if its parts are valid.
         problems = [*found, *problems] if problems else found
         recipe = None
     if recipe is None or problems:
-        texts = [_problem(place, details, lines, origins) for place, details in problems]
+        texts = [_problem(place, details, lines, origins) for place, details in _expanded(problems)]
         many = f"{len(texts)} problems" if len(texts) > 1 else "a problem"
         raise RecipeError(
             f"The {name} has {many}:\n  " + "\n  ".join(texts),
             fix="`kirsch init` writes a valid recipe with all sections and keys.",
         ) from None
     return recipe
+
+
+def _expanded(problems: list[tuple[tuple[int | str, ...], Any]]) -> Iterator[tuple[tuple[int | str, ...], Any]]:
+    """Yield the problems; several ones inside the value of a field separately, each with its place."""
+    for place, details in problems:
+        error = details.get("ctx", {}).get("error")
+        if isinstance(error, FieldsError):
+            yield from (
+                (place, {**details, "ctx": {"error": found}, "inner": inner}) for inner, found in error.problems
+            )
+        else:
+            yield place, details
 
 
 def _read_steps(items: Any, problems: list[tuple[tuple[int | str, ...], Any]]) -> Any:
@@ -282,6 +298,7 @@ def _problem(place: Sequence[int | str], details: Any, lines: Mapping[str, int],
             path.append(str(part))
     if isinstance(last, int) or last in _keys(path) or details["type"] == "extra_forbidden":
         path.append(str(last))
+    path += map(str, details.get("inner", ()))
     key = ".".join(path)
     keys = [".".join(path[:end]) for end in range(len(path), 0, -1)]  # a missing key has the line of its section
     candidates = (origins.get(name) or (f"line {lines[name]}" if name in lines else "") for name in keys)
@@ -294,7 +311,7 @@ def _problem(place: Sequence[int | str], details: Any, lines: Mapping[str, int],
         text = _lower(str(details["ctx"]["error"])).rstrip(".")
     else:
         text = f"{_lower(details['msg'])}, found {details['input']!r}"
-    shown = re.sub(r"^steps\.(\d+)\.", lambda match: f"steps[{match[1]}].", key)
+    shown = re.sub(r"^steps\.(\d+)", r"steps[\1]", key)
     return f"{location + ': ' if location else ''}{shown + ': ' if shown else ''}{text}"
 
 
@@ -343,7 +360,7 @@ def _comment(section: Options, depth: int, lines: list[str]) -> None:
     for name in _own_fields_first(type(section)):
         field, value, indent = type(section).model_fields[name], getattr(section, name), "  " * depth
         if name == "steps" and isinstance(section, Recipe):
-            lines += ["", f"steps:  # {field.description}"]
+            lines += ["", f"steps:{'' if section.steps else ' []'}  # {field.description}"]
             for step in section.steps:
                 lines.append(f"- {name_of(step)}:  # {_summary(step)}")
                 _comment(step, 2, lines)

@@ -10,6 +10,7 @@ from kirsch import files, strict_json
 from kirsch.deploy.steps import MODEL
 from kirsch.errors import CheckpointError, LoadError, OutputError, RecipeError
 from kirsch.jobs.job import CHECKPOINTS, EVENTS
+from kirsch.pruning.step import plan_file
 from kirsch.recipes import manifest
 from kirsch.recipes.manifest import ENVIRONMENT, LOCK, METRICS, PLAN, RECIPE, REPORT, RUN
 from kirsch.recipes.recipe import Recipe, read_recipe
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-DERIVED = (RUN, PLAN, METRICS, REPORT, ENVIRONMENT, files.MANIFEST)
-"""Files that every run writes again from its other files."""
+DERIVED = (RUN, METRICS, REPORT, ENVIRONMENT, files.MANIFEST)
+"""Files that every run writes again from its other files, beside the plans and the pruned model."""
 
 WRITTEN = re.compile(
     r"(record|values|manifest|plan(\.\d+)?)\.json|(weights|arrays|model)\.safetensors|logits\.npy|(teacher|student)\.onnx"
@@ -198,9 +199,11 @@ def _content(recipe: Recipe, folder: Path, base: Path) -> dict[str, Any]:
 def notes(altered: dict[str, str], steps: Sequence[str]) -> Iterator[str]:
     """Yield a note for each altered file; differences in the folders of steps are reported by the steps."""
     reported = tuple(f"{CHECKPOINTS}/{key}/done/" for key in steps)
-    reported += (MODEL, f"{manifest.PRUNED}/") if "export" in steps else ()
+    reported += (MODEL,) if "export" in steps else ()
+    plans = {plan_file(key) for key in steps if key.startswith("prune")}
     for name, sentence in altered.items():
-        if name in DERIVED or (name == RECIPE and sentence.endswith("is missing")):
+        derived = name in DERIVED or name in plans or (plans and name.startswith(f"{manifest.PRUNED}/"))
+        if derived or (name == RECIPE and sentence.endswith("is missing")):
             yield f"{sentence}. It is written again."
         elif name == RECIPE:
             yield f"{sentence}. The steps that depend on the change are run again."
@@ -214,4 +217,6 @@ def _differences(first: Any, second: Any, key: str = "") -> list[str]:
     if isinstance(first, dict) and isinstance(second, dict):
         names = sorted(set(first) | set(second))
         return [d for n in names for d in _differences(first.get(n), second.get(n), f"{key}.{n}".lstrip("."))]
+    if isinstance(first, list) and isinstance(second, list):
+        return _differences(dict(enumerate(first)), dict(enumerate(second)), key)
     return [] if first == second else [f"{key} ({first} and {second})"]

@@ -169,7 +169,7 @@ def run(
         steps = recipe.all_steps
         job = job_of(recipe, folder, materials, listen, stop)
         with during("in the checks before the first step", _lower(job)):
-            _preflight(job, steps)  # an error up to here leaves a finished run unchanged
+            preflight(job, steps)  # an error up to here leaves a finished run unchanged
         run_folder.reopen(recipe, folder, base)
         files.write_json(folder / ENVIRONMENT, machine)
         goal, relative = goal_text(job, steps), run_folder.relative(base, folder)
@@ -225,7 +225,7 @@ def _untrained_notes(recipe: Recipe) -> list[str]:
     return [note] if note else []
 
 
-def _preflight(job: Job, steps: Mapping[str, Step]) -> None:
+def preflight(job: Job, steps: Mapping[str, Step]) -> None:
     """Check disk space and the steps in order before any long work, on models that are not trained."""
     job.build()
     models = [job.teacher, *([job.model] if job.model is not job.teacher else [])]
