@@ -145,11 +145,11 @@ def _check_consistency(metrics: dict[str, Any]) -> None:
         series = [curve["loss"], curve["accuracy"], curve["learning_rate"], *curve["terms"].values()]
         if any(len(values) != len(curve["epochs"]) for values in series):
             raise ValueError(f"curves[{index}]: each list must have {len(curve['epochs'])} values, one per epoch")
-    for number, removed in enumerate(metrics["removals"]):
+    for place, removed in enumerate(metrics["removals"]):
         names = {group["name"] for group in removed["groups"]}
         for index, layer in enumerate(removed["layers"]):
             if layer["group"] not in names:
-                raise ValueError(f"removals[{number}].layers[{index}].group: there is no group {layer['group']!r}")
+                raise ValueError(f"removals[{place}].layers[{index}].group: there is no group {layer['group']!r}")
     quality, measured = metrics["quality"], metrics["measured"]
     for side in ("before", "after") if quality else ():
         sizes = {len(row) for row in quality[side]["confusion"]} | {len(quality[side]["confusion"])}
