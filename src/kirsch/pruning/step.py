@@ -16,7 +16,7 @@ from kirsch.jobs.goal import PlanGoal
 from kirsch.jobs.step import STEPS, Step, model_cells
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.options import PlanOptions
-from kirsch.pruning.prune import prune, prune_with_verification
+from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.store import load, save
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Prune(PlanOptions, Step):
         """Check that a plan reaches the goal, and remove units, without verification."""
         _, plan = self._plan(job)
         job.plans[job.key] = plan
-        job.model = prune(job.model, plan, verify=False)
+        job.model = prune_with_verification(job.model, plan, verify=False).model
 
     def _plan(self, job: Job) -> tuple[Graph, Plan]:
         """Return the graph of the model of a job, and the plan of this step for it."""
