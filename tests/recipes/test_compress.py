@@ -119,7 +119,7 @@ def test_printed_result_has_the_steps_and_the_goals_of_the_command(compressed):
     found, _ = compressed
     lines = str(found).splitlines()
     assert [line.split()[:2] for line in lines[:5]] == [
-        [str(number), key] for number, key in enumerate(["teacher", "prune", "recover", "export", "measure"], start=1)
+        [str(number), key] for number, key in enumerate(["evaluate", "prune", "recover", "export", "measure"], start=1)
     ]
     assert lines[6].startswith("goal met     MACs ")
     assert f"report       {found.report}" in lines
