@@ -21,7 +21,7 @@ from kirsch.tables import plain
 
 pytest.importorskip("torch")
 
-STEPS = ["teacher", "distill", "prune", "recover", "export", "measure"]
+STEPS = ["train", "distill", "prune", "recover", "export", "measure"]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_json_contains_the_metrics_and_progress_goes_to_the_standard_error(run, 
     assert answer["exit_code"] == code == 0
     assert answer["metrics"] == json.loads((run / "metrics.json").read_text())
     assert [step["key"] for step in answer["metrics"]["steps"]] == STEPS
-    assert " 1 teacher" in err
+    assert " 1 train" in err
 
 
 def test_quiet_prints_only_the_verdict(run, kirsch):
@@ -265,7 +265,7 @@ def test_an_invalid_run_file_is_found_and_restored(run, kirsch, text):
 def test_a_dry_run_names_the_weights_of_the_plan(folder, kirsch):
     dry = ("compress", "recipe.yaml", "--dry-run")
     assert "by the weights of nets.py:student before training" in kirsch(*dry)[1]
-    trained = ("--set", "student=null", "distill=null", "--set", "recover=null")
+    trained = ("--set", "student=null", "--set", "distill=null", "--set", "recover=null")
     assert "by the weights of nets.py:teacher before training" in kirsch(*dry, *trained)[1]
     out = kirsch(*dry, *trained, "--set", "train=null")[1]
     assert "by the weights that nets.py:teacher comes with" in out
@@ -278,7 +278,8 @@ def test_a_dry_run_shows_the_steps_and_writes_nothing(folder, kirsch, answer):
     assert code == 0
     assert [step["key"] for step in found["steps"]] == STEPS
     assert [line.split()[1] for line in out.splitlines() if line[:2].strip().isdigit()] == STEPS
-    assert found["plan"]["cost"]["after"]["macs"] <= 0.6 * found["plan"]["cost"]["before"]["macs"]
+    cost = found["plans"]["prune"]["cost"]
+    assert cost["after"]["macs"] <= 0.6 * cost["before"]["macs"]
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == ["nets.py", "recipe.yaml"]
 
 
@@ -298,7 +299,7 @@ def test_a_dry_run_does_not_replace_a_recipe(folder, kirsch):
 
 def test_a_dry_run_names_missing_packages():
     content = {"name": "n", "goal": "g", "data": {"name": "d", "train": 1, "validation": 2, "test": 3}, "steps": []}
-    content |= {"plan": None, "seconds": 1.0, "disk_bytes": 1, "missing": ["onnx"], "notes": []}
+    content |= {"plans": {}, "seconds": 1.0, "disk_bytes": 1, "missing": ["onnx"], "notes": []}
     assert plain(jobs.forecast_lines(content)[-1]) == "missing      onnx; see kirsch doctor"
 
 
@@ -336,8 +337,8 @@ def test_a_wrong_recipe_is_refused_before_any_work(folder, kirsch, arguments, se
 
 def test_the_command_line_takes_precedence_over_the_environment(folder, monkeypatch):
     monkeypatch.setenv("KIRSCH_RECIPE__PRUNE__GOAL__MACS", "0.3")
-    assert jobs.read("recipe.yaml", [])[0].prune.goal.macs == 0.3
-    assert jobs.read("recipe.yaml", ["prune.goal.macs=0.7"])[0].prune.goal.macs == 0.7
+    assert jobs.read("recipe.yaml", [])[0].all_steps["prune"].goal.macs == 0.3
+    assert jobs.read("recipe.yaml", ["prune.goal.macs=0.7"])[0].all_steps["prune"].goal.macs == 0.7
 
 
 def test_the_built_in_recipe_is_the_default(folder):

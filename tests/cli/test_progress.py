@@ -21,8 +21,8 @@ from kirsch.tables import plain
 TEACHER = {
     "event": "step_end",
     "number": 1,
-    "key": "teacher",
-    "did": "trained",
+    "key": "train",
+    "did": "teacher trained",
     "cells": ["98.3 % ± 1.2", "1.21 M MACs", "112 k params"],
     "seconds": 18.4,
 }
@@ -36,7 +36,7 @@ PRUNE = {
 }
 EPOCH = {
     "event": "epoch",
-    "step": "teacher",
+    "step": "train",
     "epoch": 3,
     "epochs": 12,
     "loss": 0.0412,
@@ -61,8 +61,8 @@ class Tty(io.StringIO):
 
 
 def test_a_step_is_one_line_with_columns():
-    text = " 1 teacher    trained        98.3 % ± 1.2   1.21 M MACs   112 k params"
-    assert plain(step_line(TEACHER, 80)) == text + " " * 6 + "18 s"
+    text = " 1 train      teacher trained  98.3 % ± 1.2   1.21 M MACs   112 k params"
+    assert plain(step_line(TEACHER, 82)) == text + " " * 6 + "18 s"
 
 
 def test_units_of_all_steps_are_aligned():
@@ -86,15 +86,15 @@ def test_a_kept_step_has_the_word_kept_instead_of_a_duration():
 
 
 def test_an_epoch_is_one_line():
-    assert plain(epoch_line(EPOCH)) == "   teacher    epoch  3/12   loss 0.0412   97.5 %   2.0 s"
+    assert plain(epoch_line(EPOCH)) == "   train      epoch  3/12   loss 0.0412   97.5 %   2.0 s"
 
 
 def test_an_epoch_without_validation_has_no_accuracy():
-    assert plain(epoch_line(EPOCH | {"accuracy": None})) == "   teacher    epoch  3/12   loss 0.0412   2.0 s"
+    assert plain(epoch_line(EPOCH | {"accuracy": None})) == "   train      epoch  3/12   loss 0.0412   2.0 s"
 
 
 def test_bar_and_remaining_time_follow_from_the_epochs():
-    now = RunningStep(1, "teacher", 100.0)
+    now = RunningStep(1, "train", 100.0)
     now.epoch, now.epochs_here = EPOCH, 3
     line = status_line(now, 106.0)  # 3 epochs in 6 s, 9 to go
     assert line[1].text == "━" * 6
@@ -103,7 +103,7 @@ def test_bar_and_remaining_time_follow_from_the_epochs():
 
 
 def test_the_remaining_time_of_a_resumed_run_counts_only_its_own_epochs():
-    now = RunningStep(1, "teacher", 100.0)
+    now = RunningStep(1, "train", 100.0)
     now.epoch, now.epochs_here = EPOCH | {"epoch": 10}, 1
     assert plain(status_line(now, 106.0)).endswith("12 s left")  # one epoch took 6 s, 2 to go
 
@@ -143,8 +143,8 @@ def run_through(stream: io.StringIO, **mode: bool) -> str:
     progress = Progress(Terminal(Mode(**mode), stream, stream), clock=lambda: 0.0)
     for event in (
         {"event": "start", "name": "[red]", "run": "<script>", "goal": "[/0]"},
-        {"event": "step_start", "number": 1, "of": 2, "key": "teacher"},
-        {"event": "first_batch", "step": "teacher", "shares": {}},
+        {"event": "step_start", "number": 1, "of": 2, "key": "train"},
+        {"event": "first_batch", "step": "train", "shares": {}},
         EPOCH,
         {"event": "note", "text": "a\nb"},
         TEACHER,
@@ -160,9 +160,9 @@ def test_a_pipe_gets_one_line_per_epoch_and_step():
     assert lines[0] == "kirsch 0.1.0 · [red] · run <script>"
     assert lines[1] == "goal  [/0]"
     assert [line.split()[:2] for line in lines[3:7]] == [
-        ["teacher", "epoch"],
+        ["train", "epoch"],
         ["note", "a\\nb"],
-        ["1", "teacher"],
+        ["1", "train"],
         ["3", "prune"],
     ]
     assert lines[7:] == [""]  # the verdict is a result

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kirsch import files
 from kirsch.errors import CheckpointError
 from kirsch.frameworks.training import TrainingState
-from kirsch.recipes import checkpoints
+from kirsch.jobs import checkpoints
 
 
 def state(epoch: int, batch: int = 0) -> TrainingState:

@@ -7,13 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from kirsch.recipes.job import Job
 from torch import nn
 
 from kirsch.data.dataset import DataSet, Split
 from kirsch.errors import CheckpointError, NumericError, ShapeError
 from kirsch.frameworks.training import TrainingState
-from kirsch.recipes.recipe import recipe_of
+from kirsch.jobs.goal import JobGoal
+from kirsch.jobs.job import Job
+from kirsch.tasks import TASKS
 
 
 def part(n=9):
@@ -28,8 +29,8 @@ def heard():
 @pytest.fixture
 def job(tmp_path, heard):
     data = DataSet("small", part(), part(3), part(12), ("a", "b", "c"))
-    recipe = recipe_of({"teacher": {"model": "given"}}, "test")
-    return Job(recipe, tmp_path, data, None, None, heard.append, lambda: None, inputs="these")
+    task = TASKS["classification"]()
+    return Job(data, task, tmp_path, None, None, JobGoal(), listen=heard.append, key="distill", inputs="these")
 
 
 def test_event_is_written_with_its_time_before_the_listener_is_called(job, heard):
@@ -46,24 +47,25 @@ def test_event_is_written_with_its_time_before_the_listener_is_called(job, heard
 
 
 def test_training_events_have_the_key_of_their_step(job, heard):
-    job.hooks("distill").event({"event": "epoch", "epoch": 1})
+    job.hooks().event({"event": "epoch", "epoch": 1})
     assert heard == [{"step": "distill", "event": "epoch", "epoch": 1}]
 
 
 def test_training_resumes_only_from_checkpoints_of_the_same_inputs(job, heard):
-    job.hooks("distill").save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
-    assert job.hooks("distill").resume.values == {"epoch": 3, "batch": 1}
-    assert job.hooks("teacher").resume is None
-    job.inputs = "others"
-    assert job.hooks("distill").resume is None
+    job.hooks().save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
+    assert job.hooks().resume.values == {"epoch": 3, "batch": 1}
+    job.key = "train"
+    assert job.hooks().resume is None
+    job.key, job.inputs = "distill", "others"
+    assert job.hooks().resume is None
     assert [event["event"] for event in heard] == ["note"]
 
 
 def test_damaged_checkpoints_raise_an_error(job):
-    job.hooks("distill").save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
+    job.hooks().save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
     (job.folder / "checkpoints" / "distill" / "step-00003-000001" / "values.json").unlink()
     with pytest.raises(CheckpointError, match=r"All checkpoints in .*distill are damaged"):
-        job.hooks("distill")
+        job.hooks()
 
 
 def test_model_is_counted_on_one_sample(job):
@@ -83,13 +85,13 @@ def test_model_is_evaluated_on_the_test_part_and_its_logits_are_stored(job):
     with torch.no_grad():
         model.weight.zero_()
         model.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # always b: 4 of 12
-    done = job.stage_folder("teacher") / "done"
+    done = job.step_folder("train") / "done"
     done.mkdir()
     found = job.evaluate(model, done)
     assert found["accuracy"]["value"] == 4 / 12
     assert found["one_class"] is True
     assert (found["parameters"], found["macs"]) == (9, 6)
-    assert np.array_equal(job.logits("teacher"), np.tile(np.float32([0, 1, 0]), (12, 1)))
+    assert np.array_equal(job.logits("train"), np.tile(np.float32([0, 1, 0]), (12, 1)))
 
 
 @pytest.mark.parametrize(
@@ -110,9 +112,10 @@ def test_model_is_evaluated_on_the_test_part_and_its_logits_are_stored(job):
     ],
 )
 def test_model_that_is_not_better_than_chance_is_refused(job, right, one_class, why):
+    job.key = "recover"
     record = {"one_class": one_class, "chance": 1 / 3, "accuracy": {"value": right / 12, "n": 12}}
     if why is None:
-        job.check_alive("recover", record)
+        job.check_usable(record)
     else:
         with pytest.raises(NumericError, match=why):
-            job.check_alive("recover", record)
+            job.check_usable(record)
