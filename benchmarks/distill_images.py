@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kirsch
-from kirsch import figures
+from kirsch import figures, ops
 from kirsch.data.batches import ArrayData
 from kirsch.data.sources.cifar10 import AUGMENT, cifar10
-from kirsch.distillation.arrays import namespace
 from kirsch.distillation.distill import fit
 from kirsch.distillation.losses.loss import loss
 from kirsch.distillation.matching import stages
@@ -53,9 +52,8 @@ TITLES = {
 @loss("keras-default", least_at_teacher=False)
 def keras_default(student: Any, teacher: Any, *, temperature: float = 3.0) -> Any:
     """What `keras.distillation.LogitsDistillation()` computes if no loss is named: scores taken for probabilities."""
-    xp = namespace(student)
-    p, q = (xp.clip(scores / temperature, 1e-7, 1.0) for scores in (teacher, student))
-    return temperature**2 * xp.mean(xp.sum(p * xp.log(p / q), axis=-1))
+    p, q = (ops.clip(scores / temperature, 1e-7, 1.0) for scores in (teacher, student))
+    return temperature**2 * ops.mean(ops.sum(p * ops.log(p / q), axis=-1))
 
 
 DEFAULTS = {
@@ -73,7 +71,7 @@ DEFAULTS = {
 def objectives(task: str) -> dict[str, Objective]:
     """What is compared. Warm-ups of 20 of 240 epochs last as long a part of these few."""
     student = STUDENTS[task]()
-    places = stages(framework_of(student), student, resnet().eval(), torch.zeros(8, 3, 32, 32))
+    places = stages(framework_of(student).features, student, resnet().eval(), torch.zeros(8, 3, 32, 32))
     mine, theirs = [a for a, _ in places], [b for _, b in places]
 
     def preset(name: str) -> Objective:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import first_array
+from kirsch import ops
 from kirsch.distillation.bound_term import BoundTerm
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss
 from kirsch.distillation.matching import by_depth, stages, stages_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.term import Term
     from kirsch.frameworks.layers import LayerNames
-    from kirsch.frameworks.protocols import Framework
+    from kirsch.frameworks.protocols import Features, Framework
 
 LOGITS = ("logits", "output.logits")
 """LayerNames of what labels belong to."""
@@ -183,18 +183,18 @@ def _places(
     gathered = get_loss(term.loss).takes in GATHERED
     auto = re.fullmatch(r"auto(?:\[(-?\d+)\])?", term.student_layer) if isinstance(term.student_layer, str) else None
     if auto is not None and term.teacher_layer is None and recorded is None:
-        found = stages(framework, student, teacher, inputs)
+        found = stages(framework.features, student, teacher, inputs)
         found = found if auto[1] is None else _picked(found, int(auto[1]), "stages that student and teacher share")
         return [([a for a, _ in found], [b for _, b in found])] if gathered else list(found)
     if auto is not None:
-        mine: Any = [path for path, _ in stages_of(framework, student, inputs)]
+        mine: Any = [path for path, _ in stages_of(framework.features, student, inputs)]
         mine = mine if auto[1] is None else _picked(mine, int(auto[1]), "stages of the student")
     else:
-        mine = _expanded(framework, student, term.student_layer, inputs)
+        mine = _expanded(framework.features, student, term.student_layer, inputs)
     if recorded is not None:
         theirs = _recorded(term.layers[1], recorded)
     else:
-        theirs = _expanded(framework, teacher, term.layers[1], inputs)
+        theirs = _expanded(framework.features, teacher, term.layers[1], inputs)
     if isinstance(mine, dict) or isinstance(theirs, dict):
         return [(mine, theirs)]
     if len(theirs) == 1:  # such as the scores, which each stage is held against
@@ -216,10 +216,10 @@ def _picked(found: Any, place: int, what: str) -> Any:
     return [found[place]]
 
 
-def _expanded(framework: Framework, model: Any, layers: LayerNames, inputs: Any) -> Any:
+def _expanded(features: Features, model: Any, layers: LayerNames, inputs: Any) -> Any:
     if isinstance(layers, dict):
-        return {name: _expanded(framework, model, layer, inputs)[0] for name, layer in layers.items()}
-    return [concrete for text in texts(layers) for concrete in framework.features.expand(model, text, inputs)]
+        return {name: _expanded(features, model, layer, inputs)[0] for name, layer in layers.items()}
+    return [concrete for text in texts(layers) for concrete in features.expand(model, text, inputs)]
 
 
 def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:
@@ -250,7 +250,7 @@ def _try(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None
         stored_scores(term, student, teacher, None, term.keywords(0.0))
         return
     if term.adapter is not None:
-        ids = framework.inference.from_numpy(np.arange(len(first_array(student))))
+        ids = framework.inference.from_numpy(np.arange(len(ops.first_array(student))))
         student, teacher = framework.training.seeded(lambda: copy.deepcopy(term.adapter)(student, teacher, ids=ids), 0)
     if loss.takes == "logits" and student.ndim >= len("NKHW"):
         classes = "Take 'pixel-kd' or 'cwd-pixels' for classes of pixels; for " if student.shape[1] > 1 else "For "
@@ -311,7 +311,7 @@ def _shape(values: Any) -> str:
         return ", ".join(f"{name} {_shape(value)}" for name, value in values.items())
     if isinstance(values, list):
         return ", ".join(_shape(value) for value in values)
-    return " × ".join(str(size) for size in tuple(first_array(values).shape)[1:])
+    return " × ".join(str(size) for size in tuple(ops.first_array(values).shape)[1:])
 
 
 def quoted(layers: LayerNames) -> str:

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from kirsch import ops
 from kirsch.annotations import Count
 from kirsch.arguments import checked
 from kirsch.data.annotations import Build, Data, Model, Regularizer
 from kirsch.data.arrays import host
-from kirsch.distillation.arrays import upcast
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses.loss import Activation
 from kirsch.distillation.objective import Objective, Outputs
@@ -197,7 +197,7 @@ class _Combination:
             scores = [to_logits(each, self.activation) for each in scores]
         elif self.outputs is None and self.activation != "identity" and type(first).__name__ == "Tensor":
             for place, each in enumerate(scores):  # none of them while a model is traced, which has no values
-                if shape_of(host(upcast(each)), {self.activation}) == "softmax":
+                if shape_of(host(ops.upcast(each)), {self.activation}) == "softmax":
                     raise UsageError(
                         f"Model {place} of the ensemble puts out probabilities: they are at least 0 and sum to 1.",
                         "Logits are combined, and the softmax is applied to them.",

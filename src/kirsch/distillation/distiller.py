@@ -97,7 +97,7 @@ class Distiller:
         if isinstance(teacher, TeacherStore):
             require_temperature(teacher, objective)
             _require_classes(teacher, objective, framework.inference.predict(student, some.inputs).shape)
-            self._teacher_source = StoredTeacher(framework, teacher)
+            self._teacher_source = StoredTeacher(framework.inference, teacher)
             (recorded,) = self._teacher_source(first)
             if "logits" in recorded and not holds_top_k(recorded["logits"]):
                 check_record(recorded["logits"], objective)
@@ -114,11 +114,11 @@ class Distiller:
                 framework.inference.check_runs(model, some.inputs)
             terms = bind(framework, objective, student, teachers, some.inputs, seed=seed)
             layers = [layers_of_teacher(terms, index) for index in range(len(teachers))]
-            logits = teachers_logits(framework, teachers, objective, terms, some.inputs)
+            logits = teachers_logits(framework.features, teachers, objective, terms, some.inputs)
             self._teacher_source = LiveTeachers(framework, teachers, layers, logits)
             for sentence in averaged_logits(objective, len(teachers)):
                 warn(sentence)
-        for sentence in missing_targets(framework, student, first, objective):
+        for sentence in missing_targets(framework.inference, student, first, objective):
             warn(sentence)
         self.student = student
         logits_of_student = logit_layers(objective, terms, None)
@@ -127,13 +127,13 @@ class Distiller:
             list(dict.fromkeys(["logits"] * objective.needs_logits + texts([term.student_layer for term in terms]))),
             {term.adapter_name: term.adapter for term in terms if term.adapter is not None},
             {term.adapter_name: term.student_layer for term in terms},
-            settle(framework, student, objective, logits_of_student, some.inputs, teacher=None),
+            settle(framework.features, student, objective, logits_of_student, some.inputs, teacher=None),
         )
         self._logits_shape = (
             tuple(framework.inference.predict(student, some.inputs).shape[1:]) if objective.needs_logits else None
         )
         self.step = DistillationStep(
-            framework,
+            framework.features,
             objective,
             terms,
             self._teacher_source,
@@ -234,7 +234,7 @@ class Distiller:
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save beside those of student and optimizer: adapters, factors, and gradient shares."""
         return {
-            "adapters": dict(self.module.adapters.state_dict()),
+            "adapters": self.module.adapter_state(),
             "balance": self.step.state(),
             "looked": self._checked_epoch,
             "shares": dict(self.shares),
@@ -253,7 +253,7 @@ class Distiller:
             raise CheckpointError(
                 f"`state` has no {missing[0]!r}.", fix="Give what `state_dict` of a distiller returned."
             )
-        own, given = self.module.adapters.state_dict(), state["adapters"]
+        own, given = self.module.adapter_state(), state["adapters"]
         other = sorted(own.keys() ^ given.keys())
         other = other or [name for name, value in own.items() if tuple(value.shape) != tuple(given[name].shape)]
         if other:
@@ -261,7 +261,7 @@ class Distiller:
                 f"The state holds other adapters than this distiller: {', '.join(other[:3])}.",
                 fix="Build it with the objective and the models that the state was saved with.",
             )
-        self.module.adapters.load_state_dict(given)
+        self.module.load_adapter_state(given)
         self.step.restore(state["balance"])
         self._checked_epoch, self.shares, self._began = state["looked"], dict(state["shares"]), dict(state["began"])
 

@@ -261,7 +261,7 @@ class Distill(TrainingStep):
         student = _apart(job)
         for model in (job.teacher, *([] if job.model is job.teacher else [student])):
             require_deterministic(model, (job.example,))
-        first = first_batch(framework_of(student), job.data.batches(job.batch_size))
+        first = first_batch(framework_of(student).training, job.data.batches(job.batch_size))
         Distiller(student, job.teacher, self.objective_for(job), first).close()
 
     def seconds(self, job: Job) -> float:

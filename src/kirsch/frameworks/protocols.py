@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -74,6 +74,56 @@ class Surgery(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class StudentOutputs:
+    """Results of one forward of a student with adapters.
+
+    Args:
+        features: the student's features by layer.
+        adapted: by name of an adapter, the student's and the teacher's features for the loss.
+        adapter_losses: by name of an adapter, its own loss.
+    """
+
+    features: dict[str, Any]
+    adapted: dict[str, tuple[Any, Any]]
+    adapter_losses: dict[str, Any]
+
+
+class AdaptedStudent(Protocol):
+    """A student and its adapters as one model, so that one forward computes all that a training step needs.
+
+    Attributes:
+        student: the student alone.
+        adapters: the adapters as one object of the framework.
+        training: whether student and adapters are in training mode.
+    """
+
+    student: Any
+    adapters: Any
+    training: bool
+
+    def __call__(self, inputs: Any, teacher_source: Mapping[str, Any] | None = None, ids: Any = None) -> StudentOutputs:
+        """Run the student on one batch, and each adapter on its features and the teacher's, by name of the adapter.
+
+        `ids`: ids of the samples, for adapters that store features by sample.
+        """
+
+    def parameters(self) -> Iterator[Any]:
+        """Return the parameters of student and adapters."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Set student and adapters to training mode, or to inference mode."""
+
+    def adapter_state(self) -> dict[str, Any]:
+        """Return the arrays of all adapters by name."""
+
+    def load_adapter_state(self, state: Mapping[str, Any], /) -> None:
+        """Load arrays of `adapter_state`; names and shapes must agree."""
+
+    def close(self) -> None:
+        """Remove the hooks."""
+
+
 class Features(Protocol):
     """Features of layers, adapters between them, and models that wrap others. Layers: `kirsch.frameworks.layers`."""
 
@@ -108,13 +158,15 @@ class Features(Protocol):
         adapters: dict[str, Any],
         pairs: dict[str, Any],
         logits: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    ) -> Any:
-        """Return a student with adapters: (inputs, teacher_source, ids) → features by layer, adapted ones by adapter.
+    ) -> AdaptedStudent:
+        """Return a student with adapters.
 
-        `logits` converts probabilities among the features to logits.
-
-        The result has `student`, `adapters` with a state by name, `parameters()` of both, `training`, `train(mode)` and
-        `close()`.
+        Args:
+            model: student.
+            layers: layers whose features are returned, without patterns.
+            adapters: adapters by name.
+            pairs: the student's layer of each adapter, by name: a layer, or a list or dict of layers.
+            logits: function that converts probabilities among the features to logits; None changes nothing.
         """
 
     def student_of(self, model: Any) -> Any:

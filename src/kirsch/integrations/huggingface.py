@@ -157,7 +157,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
             if first is None:
                 raise DataError("The training data is empty.", fix="Give at least one batch.")
             if self.accelerator.num_processes == 1:
-                check_last_batch(framework, self.model, loader, Batch.of(first))
+                check_last_batch(framework.inference, self.model, loader, Batch.of(first))
             self.distiller = Distiller(
                 self.model, teacher, objective, first, seed=self.args.seed, regularizers=regularizers
             )

@@ -97,7 +97,9 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
             if example is None:
                 loader, example = _first_batch(trainer, student)
                 if trainer.world_size == 1:
-                    check_last_batch(framework_of(student), student, loader, Batch.of(self._batch_of(example)))
+                    check_last_batch(
+                        framework_of(student).inference, student, loader, Batch.of(self._batch_of(example))
+                    )
             self.distiller = Distiller(
                 student, teacher, objective, self._batch_of(example), seed=seed, regularizers=regularizers
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 DEFAULT = Tracing()
 CONSTANT = "it is combined with a constant tensor"
+RANDOM = "it is combined with a tensor of random numbers"
 
 
 def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, of_part: bool = False) -> Graph:
@@ -105,7 +107,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         values=lambda name: values_of(parameters[name], name, type(model).__name__),
         fits=lambda other: other is whole and {n: id(p) for n, p in parameters.items()} == identities(model),
         blocks=tuple(block.path for block in traced.blocks),
-        module_outputs=lambda: module_outputs(traced.states),
+        module_outputs=functools.cache(lambda: module_outputs(traced.states)),
         runner=BlockRunner(whole, model, traced.blocks),
         tracing=tracing,
         traced=traced,
@@ -311,7 +313,8 @@ class _Walk:
         facts.cost("activations", *_activations(results), owner=facts.operation.module)
         if all(axis is None for result in results for axis in result.axes):
             last = facts.freezes[frozen:][-1:]
-            created = [] if inputs else [Freeze(np.zeros(0, np.int64), CONSTANT, Operation(node.name))]
+            reason = RANDOM if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) else CONSTANT
+            created = [] if inputs else [Freeze(np.zeros(0, np.int64), reason, Operation(node.name))]
             reasons = [*(cause for cause in causes if not cause.boundary), *last, *causes, *created]
             if reasons:
                 self._causes[node] = reasons[0]

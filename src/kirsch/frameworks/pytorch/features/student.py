@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from kirsch.errors import NumericError, UsageError
 from kirsch.frameworks.layers import at_layers
+from kirsch.frameworks.protocols import StudentOutputs
 from kirsch.frameworks.pytorch.features.adapters import Adapter
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture
 
@@ -18,23 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 
-@dataclass(frozen=True)
-class StudentOutputs:
-    """Results of one forward.
-
-    Args:
-        features: the student's values by layer.
-        adapted: by name of an adapter, the student's and the teacher's values for the loss.
-        adapter_losses: by name of an adapter, its own loss.
-    """
-
-    features: dict[str, Any]
-    adapted: dict[str, tuple[Any, Any]]
-    adapter_losses: dict[str, Any]
-
-
 class StudentWithAdapters(nn.Module):
     """A student, the layers that are captured, and the adapters between student and teacher.
+
+    Implements `kirsch.frameworks.protocols.AdaptedStudent`.
 
     Args:
         student: the model to train.
@@ -79,6 +66,14 @@ class StudentWithAdapters(nn.Module):
             if extra_loss is not None:
                 adapter_losses[name] = extra_loss
         return StudentOutputs(values, adapted, adapter_losses)
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """Return the arrays of all adapters by name."""
+        return dict(self.adapters.state_dict())
+
+    def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Load arrays of `adapter_state`; names and shapes must agree."""
+        self.adapters.load_state_dict(state)
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -1,8 +1,8 @@
 """`Inference` of PyTorch, see `kirsch.frameworks.protocols`."""
 
 from kirsch.frameworks.pytorch.analysis.randomness import nondeterminism
-from kirsch.frameworks.pytorch.features.check import check_runs
 from kirsch.frameworks.pytorch.inference.calling import unknown_arguments
+from kirsch.frameworks.pytorch.inference.check import check_runs
 from kirsch.frameworks.pytorch.inference.outputs import class_names
 from kirsch.frameworks.pytorch.inference.placement import from_numpy, frozen_copy, inference_mode, to_device
 from kirsch.frameworks.pytorch.inference.predict import infer, predict

@@ -8,7 +8,7 @@ import torch
 
 from kirsch.errors import KirschError, VerificationError, error_text
 from kirsch.frameworks.pytorch.analysis.program import user_line
-from kirsch.frameworks.pytorch.features.check import check_runs
+from kirsch.frameworks.pytorch.inference.check import check_runs
 from kirsch.frameworks.pytorch.inference.predict import Call
 from kirsch.frameworks.pytorch.modules import submodule
 from kirsch.frameworks.pytorch.surgery import cut as surgery

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kirsch.errors import KirschError
-from kirsch.frameworks.pytorch.features.capture import dry_run
 from kirsch.frameworks.pytorch.inference.calling import not_running
-from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, tensors
+from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, tensors
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 
 if TYPE_CHECKING:
@@ -28,10 +27,11 @@ def check_runs(model: nn.Module, inputs: Any, *, training: bool = False) -> None
         KirschError: the model does not run.
     """
     try:
-        if not training:
-            dry_run(model, (), tensors(inputs, model))
-            return
         args, options = arguments(copied(tensors(inputs, model)))
+        if not training:
+            with inference(model), torch.no_grad():
+                called(model, args, options)
+            return
         with torch.random.fork_rng(), torch.no_grad():
             called(copy_of(model).train(), args, options)
     except (KirschError, MemoryError, OSError):  # the cause may be the machine, which the caller reports
