@@ -127,8 +127,6 @@ def test_a_value_that_is_not_the_default_reaches_the_plan_from_everywhere(name, 
     assert getattr(PlanOptions(**{name: value}), name) == value != PlanOptions.model_fields[name].default
     text = "teacher: {model: 'a:b'}\ngoal: {macs: 0.5}\nsteps: [prune]"
     recipe = read_recipe(text, [f"prune.{name}={as_yaml(value)}"])
-        "teacher: {model: 'a:b'}\ngoal: {macs: 0.5}\nsteps: [prune]", [f"prune.{name}={as_yaml(value)}"]
-    )
     assert getattr(recipe.all_steps["prune"], name) == value
     found = {}
 
