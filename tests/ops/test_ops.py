@@ -220,12 +220,13 @@ CALLS = {
 
 @pytest.mark.parametrize("name", list(CALLS))
 def test_an_operation_returns_the_same_in_every_library(name):
+    def as_tensors(argument):
+        if isinstance(argument, list):
+            return [as_tensors(part) for part in argument]
+        return torch.from_numpy(argument) if isinstance(argument, np.ndarray) else argument
+
     results = []
-    for convert in (np.asarray, torch.from_numpy):
-        arguments = ops.map_arrays(
-            lambda x, convert=convert: convert(x) if isinstance(x, np.ndarray) else x, CALLS[name]
-        )
-        arguments[1:] = [tuple(x) if isinstance(x, list) else x for x in arguments[1:]]  # an axis or a shape
+    for arguments in (CALLS[name], map(as_tensors, CALLS[name])):
         result = getattr(ops, name)(*arguments)
         results.append([np.asarray(part) for part in (result if isinstance(result, tuple) else [result])])
     for first, second in zip(*results, strict=True):
