@@ -39,7 +39,6 @@ from kirsch.frameworks.pytorch.modules.submodule import inputs_of, part_of
 from kirsch.frameworks.pytorch.surgery.cut import cut
 from kirsch.frameworks.pytorch.verification.verify import verify
 from kirsch.measurement.machine import cpu
-from kirsch.pruning.prune import prune_with_verification
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,7 +93,7 @@ def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -
     plan = planned(graph, row)
     row["stage"] = "prune"
     start = time.perf_counter()
-    found = prune_with_verification(model, plan)
+    found = kirsch.prune_with_verification(model, plan)
     row["prune"] = time.perf_counter() - start
     row["macs"], row["error"] = plan.after.macs / plan.before.macs, found.verification.error
     _same("cost", (plan.after.parameters, plan.after.macs), count(part_of(found.model, recipe.module), given))
@@ -153,7 +152,7 @@ def depth(model: nn.Module, graph: Graph, inputs: Any) -> str:
     least = graph.prices.price(graph.keep({}), graph.blocks).macs / max(graph.cost.macs, 1)
     try:
         plan = kirsch.plan(graph, kirsch.Goal(macs=(1 + least) / 2), kinds="block", data=inputs, importance="random")
-        found = prune_with_verification(model, plan)
+        found = kirsch.prune_with_verification(model, plan)
         own = part_of(found.model, graph.tracing.module)
         given = inputs_of(model, graph.tracing.module, inputs) if graph.tracing.module else inputs
         _same("cost without blocks", (plan.after.parameters, plan.after.macs), count(own, given))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kirsch
+from kirsch import figures, ops
 from kirsch.data.batches import ArrayData
 from kirsch.data.sources.cifar10 import AUGMENT, cifar10
-from kirsch.distillation.arrays import namespace
 from kirsch.distillation.distill import fit
 from kirsch.distillation.losses.loss import loss
 from kirsch.distillation.matching import stages
@@ -21,9 +21,8 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TeacherStore, build
 from kirsch.distillation.term import Term
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks
-from kirsch.report import figures
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,9 +52,8 @@ TITLES = {
 @loss("keras-default", least_at_teacher=False)
 def keras_default(student: Any, teacher: Any, *, temperature: float = 3.0) -> Any:
     """What `keras.distillation.LogitsDistillation()` computes if no loss is named: scores taken for probabilities."""
-    xp = namespace(student)
-    p, q = (xp.clip(scores / temperature, 1e-7, 1.0) for scores in (teacher, student))
-    return temperature**2 * xp.mean(xp.sum(p * xp.log(p / q), axis=-1))
+    p, q = (ops.clip(scores / temperature, 1e-7, 1.0) for scores in (teacher, student))
+    return temperature**2 * ops.mean(ops.sum(p * ops.log(p / q), axis=-1))
 
 
 DEFAULTS = {
@@ -73,7 +71,7 @@ DEFAULTS = {
 def objectives(task: str) -> dict[str, Objective]:
     """What is compared. Warm-ups of 20 of 240 epochs last as long a part of these few."""
     student = STUDENTS[task]()
-    places = stages(framework_of(student), student, resnet().eval(), torch.zeros(8, 3, 32, 32))
+    places = stages(framework_of(student).features, student, resnet().eval(), torch.zeros(8, 3, 32, 32))
     mine, theirs = [a for a, _ in places], [b for _, b in places]
 
     def preset(name: str) -> Objective:
@@ -105,14 +103,14 @@ def teacher() -> nn.Module:
     model, file = resnet(), ROOT / "build" / "distillation" / "teacher.safetensors"
     framework = framework_of(model)
     if file.is_file():
-        framework.load_weights(model, file)
+        framework.inference.load_weights(model, file)
         return model.eval()
     torch.manual_seed(0)
     data = ArrayData(images().train.inputs, images().train.labels, BATCH, AUGMENT)
     training = dataclasses.replace(TRAINING, epochs=8)
     model = fit(resnet(), data, training=training, hooks=TrainingHooks(event=print)).model
     file.parent.mkdir(parents=True, exist_ok=True)
-    framework.save_weights(model, file)
+    framework.inference.save_weights(model, file)
     return model
 
 
@@ -145,7 +143,7 @@ def lessons() -> tuple[ArrayData, TeacherStore]:
 def accuracy(model: nn.Module) -> float:
     """On the 10,000 test images."""
     test = images().test
-    return float((framework_of(model).predict(model, test.inputs).argmax(-1) == test.labels).mean())
+    return float((framework_of(model).inference.predict(model, test.inputs).argmax(-1) == test.labels).mean())
 
 
 def prepare() -> None:
@@ -156,7 +154,7 @@ def prepare() -> None:
 def about(task: str) -> str:
     """What was trained on what."""
     image = torch.zeros(1, 3, 32, 32)
-    counts = [framework_of(model).count(model, image) for model in (resnet(), STUDENTS[task]())]
+    counts = [framework_of(model).analysis.count(model, image) for model in (resnet(), STUDENTS[task]())]
     costs = [f"{figures.count(parameters)} parameters, {figures.count(macs)} MACs" for parameters, macs in counts]
     return (
         f"The teacher ({costs[0]}) learned from {TEACHERS:,} images and has {accuracy(teacher()):.1%} of the 10,000 "

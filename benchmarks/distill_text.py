@@ -15,15 +15,15 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 import kirsch
+from kirsch import figures
 from kirsch.data.batches import ArrayData
 from kirsch.data.sources.cifar10 import data_folder
 from kirsch.distillation.distill import fit
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import TrainingHooks
-from kirsch.report import figures
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -111,19 +111,19 @@ def teacher() -> nn.Module:
     model, file = network(6), ROOT / "build" / "distillation" / "teacher-text.safetensors"
     framework = framework_of(model)
     if file.is_file():
-        framework.load_weights(model, file)
+        framework.inference.load_weights(model, file)
         return model.eval()
     inputs, labels = encoded("train")
     model = fit(model, ArrayData(inputs, labels, 64), training=TRAINING, hooks=TrainingHooks(event=print)).model
     file.parent.mkdir(parents=True, exist_ok=True)
-    framework.save_weights(model, file)
+    framework.inference.save_weights(model, file)
     return model
 
 
 def accuracy(model: nn.Module) -> float:
     """On the 1,821 test sentences."""
     inputs, labels = encoded("test")
-    return float((framework_of(model).predict(model, inputs).argmax(-1) == labels).mean())
+    return float((framework_of(model).inference.predict(model, inputs).argmax(-1) == labels).mean())
 
 
 def bag_of_words() -> float:

@@ -29,7 +29,7 @@ import torch
 from scipy import stats
 
 from kirsch.errors import NumericError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.measurement.machine import cpu
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ START, END = "<!-- tables: written by benchmarks/distillation.py -->", "<!-- end
 def fingerprint(module: Any) -> str:
     """Of a task's teacher."""
     teacher = module.teacher()
-    return framework_of(teacher).fingerprint(teacher)[:12]
+    return framework_of(teacher).inference.fingerprint(teacher)[:12]
 
 
 def rows(task: str) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """What a record of a teacher store takes on disk, and what building and reading cost; writes docs/store.md.
 
-The teacher is one small matrix product, so that what is timed is the store. Reading: random ids in batches of 256,
-files in the page cache, median of rounds. Beside it a file a sample, as `torch.save` writes it.
+The teacher is one small matrix product, so that the time is that of the store. Reading: random ids in batches of 256,
+files in the page cache, median of rounds. For comparison, a file a sample, as `torch.save` writes it. All times are CPU
+times of one thread, which other processes on the machine change little.
 
     python benchmarks/store.py    # the rows go to build/store.json too
 """
@@ -59,10 +60,10 @@ def per_sample_us(read: Callable[[np.ndarray], Any], samples: int, batch: int = 
     random, rounds = np.random.default_rng(0), []
     for _ in range(ROUNDS):
         ids = [random.integers(0, samples, batch) for _ in range(BATCHES)]
-        begun = time.perf_counter()
+        begun = time.process_time()
         for one in ids:
             read(one)
-        rounds.append((time.perf_counter() - begun) / BATCHES / batch * 1e6)
+        rounds.append((time.process_time() - begun) / BATCHES / batch * 1e6)
     return statistics.median(rounds)
 
 
@@ -73,15 +74,15 @@ def measure(keep: TopK | Dense, classes: int, samples: int) -> dict[str, Any]:
     inputs = np.random.default_rng(0).standard_normal((samples, WIDTH)).astype(np.float32)
     data = ArrayData(inputs, None, BATCH, Noise(0.1))
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.perf_counter()
+        begun = time.process_time()
         build(folder, teacher, data, keep=keep, batch_size=BATCH)
-        seconds = time.perf_counter() - begun
-        begun = time.perf_counter()
+        seconds = time.process_time() - begun
+        begun = time.process_time()
         for start in range(0, samples, BATCH):
             teacher_inputs = data.batch(np.arange(start, min(start + BATCH, samples)), 0, 0).inputs
             with torch.no_grad():
                 teacher(torch.from_numpy(teacher_inputs))
-        alone = time.perf_counter() - begun
+        alone = time.process_time() - begun
         store = TeacherStore.open(folder)
         store.verify()
         size = sum(path.stat().st_size - DIGEST_BYTES for path in Path(folder).glob("view-*.bin"))
@@ -103,10 +104,10 @@ def file_per_sample() -> dict[str, Any]:
     """The top 10 of 1,000 classes in a file a sample."""
     with tempfile.TemporaryDirectory() as folder:
         record = {"indices": torch.arange(10, dtype=torch.int16), "log_p": torch.zeros(10, dtype=torch.float16)}
-        begun = time.perf_counter()
+        begun = time.process_time()
         for number in range(FILES):
             torch.save(record, f"{folder}/{number}.pt")
-        seconds = time.perf_counter() - begun
+        seconds = time.process_time() - begun
         size = Path(f"{folder}/0.pt").stat().st_size
 
         def read(ids: np.ndarray) -> list[dict[str, torch.Tensor]]:
@@ -126,7 +127,7 @@ def table(found: dict[str, Any]) -> str:
     machine = found["environment"]
     lines = [
         START,
-        f"`python benchmarks/store.py` writes this table; here on {machine['cpu']}, one thread, {found['date']}.",
+        f"`python benchmarks/store.py` writes this table; CPU time on {machine['cpu']}, one thread, {found['date']}.",
         "",
         "| kept | bytes a record | by formula | reading, batches of 256 | one by one | building, beside the teacher |",
         "|---|---:|---:|---:|---:|---:|",

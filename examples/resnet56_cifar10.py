@@ -20,13 +20,12 @@ import torch
 from resnet56 import resnet56
 
 import kirsch
+from kirsch import figures
 from kirsch.data.sources.cifar10 import cifar10
 from kirsch.deploy.measure import race
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError
 from kirsch.graph import coupling, group
-from kirsch.pruning.prune import prune_with_verification
-from kirsch.report import figures
 from kirsch.tasks.classification import accuracy, paired
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def main() -> int:
     for found in graph.groups:
         if len(found.layers) > 3:
             print(f"  stream of {found.name}: {found.size} → {found.size - removed.get(found.name, 0)} channels")
-    pruned = prune_with_verification(teacher, plan)
+    pruned = kirsch.prune_with_verification(teacher, plan)
     print(f"  {pruned.verification.text}")
 
     settings = kirsch.Training(epochs=1 if quick else 6, learning_rate=0.05, max_grad_norm=5.0)

@@ -17,11 +17,11 @@ from scipy import stats
 from torch import nn
 
 import kirsch
+from kirsch import figures
 from kirsch.data.sources.cifar10 import cifar10
 from kirsch.distillation.distill import fit
 from kirsch.errors import DataError
-from kirsch.frameworks.port import framework_of
-from kirsch.report import figures
+from kirsch.frameworks.find import framework_of
 
 
 def unit(width_in: int, width_out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -104,14 +104,14 @@ def main() -> int:
     image = torch.zeros(1, 3, 32, 32)
 
     def judge(model: nn.Module) -> float:
-        return float((framework_of(model).predict(model, test.inputs).argmax(-1) == test.labels).mean())
+        return float((framework_of(model).inference.predict(model, test.inputs).argmax(-1) == test.labels).mean())
 
     started = time.perf_counter()
     torch.manual_seed(0)
     teacher = fit(resnet(), batches, training=kirsch.Training(epochs=epochs[0], learning_rate=0.05)).model
     quality = judge(teacher)
     models = {"teacher": teacher, "student": mobilenet()}
-    costs = {name: framework_of(model).count(model, image) for name, model in models.items()}
+    costs = {name: framework_of(model).analysis.count(model, image) for name, model in models.items()}
     print(f"teacher  {figures.percent(quality)}   {time.perf_counter() - started:.0f} s")
     results: dict[str, list[float]] = {"labels alone": [], "with the teacher": []}
     for seed in seeds:

@@ -1,7 +1,8 @@
-"""Weights and examples that a test draws are the same in every run, so that a test which fails fails again."""
+"""Fixtures of all tests. Weights and examples that a test draws are the same in every run."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -28,3 +29,14 @@ def transformers():
     pytest.importorskip("transformers", exc_type=ImportError)
     import_beside("torchvision")
     return import_beside("transformers")
+
+
+def to_tensor(values):
+    """Return numpy values as a tensor that shares their memory."""
+    return torch.from_numpy(np.asarray(values))
+
+
+@pytest.fixture(params=[np.asarray, to_tensor], ids=["numpy", "torch"])
+def framework(request):
+    """Function that converts numpy values to arrays of each framework in turn."""
+    return request.param

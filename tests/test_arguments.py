@@ -379,7 +379,7 @@ def calls(tmp_path_factory):
     }
 
 
-RECORDS = {"Artifact", "Graph", "Measurement", "Plan"}
+RECORDS = {"Artifact", "Graph", "Measurement", "Plan", "Pruned"}
 """Public classes that Kirsch returns, and users do not create."""
 
 

@@ -12,6 +12,7 @@ import kirsch
 from kirsch.distillation.losses import LOSSES
 from kirsch.errors import ShapeError
 from kirsch.pruning.importance import IMPORTANCES
+from kirsch.tasks import TASKS
 
 torch = pytest.importorskip("torch")
 
@@ -24,7 +25,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 @pytest.fixture
 def defined(monkeypatch):
     """Return the names that the snippets define, and remove the names that they register afterwards."""
-    for registry in (IMPORTANCES, LOSSES, ADAPTERS):
+    for registry in (IMPORTANCES, LOSSES, ADAPTERS, TASKS):
         monkeypatch.setattr(registry, "_objects", dict(registry._objects))
     names: dict = {}
     for snippet in re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL):
@@ -76,16 +77,35 @@ def test_the_adapter_normalizes_the_student_and_leaves_the_teacher_unchanged(def
     assert defined["feature"].adapter == "per-channel"
 
 
+def test_the_task_counts_samples_whose_labels_are_all_right(defined):
+    task, labels = TASKS["multi-label"](), np.array([[1, 0], [1, 1], [0, 0]])
+    part = kirsch.Split(np.zeros((3, 2), np.float32), labels)
+    data = kirsch.DataSet("d", part, part, part, ("a", "b"))
+    task.check_data(data)
+    right, wrong = np.where(labels, 1.0, -1.0), np.array([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])
+    task.check_outputs(wrong, data)
+    assert task.evaluate(wrong, data)["exact_match"]["value"] == pytest.approx(2 / 3)
+    assert task.weakness(task.evaluate(-right, data)) == (
+        "0.0% of the samples are exactly right",
+        "No sample is right.",
+    )
+    assert task.compare(right, wrong, data)["paired"]["lost"] == 1
+    with pytest.raises(ShapeError):
+        task.check_outputs(wrong[:, :1], data)
+
+
 def test_the_registered_names_are_removed_after_each_test():
     assert "largest-weight" not in IMPORTANCES
     assert "squared-difference" not in LOSSES
     assert "per-channel" not in ADAPTERS
+    assert "multi-label" not in TASKS
 
 
 def test_the_entry_point_groups_are_those_of_the_registries():
     assert f"kirsch.{IMPORTANCES.kind}" in TEXT
     assert f"kirsch.{LOSSES.kind}" in TEXT
     assert f"kirsch.{ADAPTERS.kind}" in TEXT
+    assert f"kirsch.{TASKS.kind}" in TEXT
 
 
 def test_the_layers_are_those_of_the_design():

@@ -53,7 +53,7 @@ def test_the_snippets_run_as_written(tmp_path, monkeypatch, capsys):
     for snippet in snippets(ENGLISH):
         exec(compile(snippet, "README.md", "exec"), names)
     assert kirsch.load("small", build_my_model)
-    assert names["result"].artifact.exists()
+    assert names["result"].artifact.path.exists()
     assert str(names["result"].report) in capsys.readouterr().out
 
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from kirsch.distillation.schedule import Ramp
     from kirsch.distillation.term import Term
     from kirsch.frameworks.model_generator import ModelGenerator
-    from kirsch.frameworks.port import trace
+    from kirsch.frameworks.trace import trace
     from kirsch.frameworks.training import Training
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Goal, Plan
     from kirsch.pruning.choose import plan
-    from kirsch.pruning.prune import prune
+    from kirsch.pruning.prune import Pruned, prune, prune_with_verification
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import compress
     from kirsch.recipes.recovery import recovery
@@ -41,6 +41,7 @@ __all__ = [
     "ModelGenerator",
     "Objective",
     "Plan",
+    "Pruned",
     "Ramp",
     "Split",
     "Term",
@@ -56,6 +57,7 @@ __all__ = [
     "measure",
     "plan",
     "prune",
+    "prune_with_verification",
     "recovery",
     "save",
     "trace",
@@ -73,6 +75,7 @@ _MODULES = {
     "ModelGenerator": "kirsch.frameworks.model_generator",
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
+    "Pruned": "kirsch.pruning.prune",
     "Ramp": "kirsch.distillation.schedule",
     "Split": "kirsch.data.dataset",
     "Term": "kirsch.distillation.term",
@@ -88,9 +91,10 @@ _MODULES = {
     "measure": "kirsch.deploy.measure",
     "plan": "kirsch.pruning.choose",
     "prune": "kirsch.pruning.prune",
+    "prune_with_verification": "kirsch.pruning.prune",
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
-    "trace": "kirsch.frameworks.port",
+    "trace": "kirsch.frameworks.trace",
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from kirsch.cli.inputs import specifications
 from kirsch.errors import MemoryShortageError, UsageError
-from kirsch.graph.graph import InputSpec
+from kirsch.graph.inputs import InputSpec
 
 pytest.importorskip("torch")
 

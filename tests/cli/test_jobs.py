@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from kirsch import files
 from kirsch.cli import jobs, main
-from kirsch.cli.terminal import plain
 from kirsch.recipes import manifest
 from kirsch.recipes.recipe import read_recipe
+from kirsch.tables import plain
 
 pytest.importorskip("torch")
 

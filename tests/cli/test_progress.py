@@ -11,12 +11,12 @@ from kirsch.cli.progress import (
     RunningStage,
     epoch_line,
     header_lines,
-    stage_line,
     status_line,
     timing_line,
-    verdict_lines,
 )
-from kirsch.cli.terminal import Mode, Terminal, plain
+from kirsch.cli.terminal import Mode, Terminal
+from kirsch.recipes.layout import stage_line, verdict_lines
+from kirsch.tables import plain
 
 TEACHER = {
     "event": "stage_end",

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kirsch.cli.terminal import ClosedError, Mode, Piece, Terminal, plain, verbatim
+from kirsch.cli.terminal import ClosedError, Mode, Terminal
 from kirsch.errors import OutputError
+from kirsch.tables import Piece, plain, verbatim
 
 HOSTILE = [
     "[red]",

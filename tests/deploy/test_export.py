@@ -57,6 +57,28 @@ def test_an_artifact_is_the_file_that_it_names(exported):
     assert 0 <= artifact.details["drift"] < DRIFT
 
 
+def test_an_artifact_prints_its_file_inputs_verification_and_hash(exported):
+    artifact = exported.artifact
+    lines = str(artifact).splitlines()
+    assert [line.split()[0] for line in lines] == ["file", "inputs", "verified", "sha256"]
+    assert lines[0].startswith(f"file         {artifact.path}   ")
+    assert lines[1] == "inputs       input ['batch', 2, 4, 4]"
+    assert lines[3] == f"sha256       {artifact.sha256}"
+    assert artifact.sha256 in artifact._repr_html_()
+    assert repr(artifact).startswith(f"<kirsch.Artifact: {artifact.path}, onnx, ")
+    assert "\n" not in repr(artifact)
+
+
+def test_an_artifact_of_another_exporter_prints_without_details(tmp_path):
+    artifact = kirsch.Artifact(tmp_path / "m.bin", "own", 1200, "ab" * 32, {"inputs": 3})
+    assert str(artifact).splitlines() == [f"file         {tmp_path / 'm.bin'}   1.20 kB", f"sha256       {'ab' * 32}"]
+
+
+def test_an_artifact_is_made_of_its_description(exported):
+    artifact = exported.artifact
+    assert kirsch.Artifact.of_dict(artifact.path, json.loads(json.dumps(artifact.to_dict()))) == artifact
+
+
 def test_an_artifact_is_json_that_says_nothing_of_the_folder(exported):
     found = json.loads(json.dumps(exported.artifact.to_dict()))
     assert found["file"] == "small.onnx"

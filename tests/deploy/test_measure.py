@@ -123,6 +123,16 @@ def test_a_file_is_judged_on_data_and_says_what_cannot_be_counted(doubling, numb
     assert found.bytes == doubling.stat().st_size
 
 
+def test_a_measurement_prints_a_table(doubling, numbers, stopwatch):
+    found = kirsch.measure(doubling, example_inputs=numbers, data=(numbers, numbers.argmax(-1)))
+    lines = str(found).splitlines()
+    assert [line[:13].strip() for line in lines] == ["size", "latency", "accuracy", "runtime", "noise", "not measured"]
+    assert lines[1].startswith("latency      9.00 µs [p10 ")
+    assert lines[2] == "accuracy     100.0 % ± 21.7"  # 5 of 5: half the width of the interval
+    assert "\n" not in repr(found)
+    assert "<td" in found._repr_html_()
+
+
 def test_a_split_is_data(doubling, numbers, stopwatch):
     split = kirsch.Split(numbers, numbers.argmax(-1))
     assert kirsch.measure(doubling, example_inputs=numbers, data=split).accuracy == rate(5, 5)

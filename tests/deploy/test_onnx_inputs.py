@@ -13,7 +13,7 @@ import kirsch
 from kirsch.deploy.onnx_inputs import stand_ins
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import LoadError, MemoryShortageError, UsageError
-from kirsch.graph.graph import InputSpec
+from kirsch.graph.inputs import InputSpec
 
 
 @pytest.fixture

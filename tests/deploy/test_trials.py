@@ -292,7 +292,7 @@ def test_rounding_that_turns_a_constant_map_into_nan_says_that_the_trial_says_no
         def rounded(self, _inputs, _seed):
             return {"0": np.array([np.nan, 1.0])}
 
-        def unsteady(self, _inputs):
+        def nondeterminism(self, _inputs):
             return "", ""
 
     class File:

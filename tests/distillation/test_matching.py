@@ -10,7 +10,7 @@ from torch import nn
 
 from kirsch.distillation.matching import stages, stages_among, stages_of
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.pytorch.io.vision import import_beside
 
 IMAGE = (2, 3, 32, 32)
@@ -31,7 +31,7 @@ def transformers():
 
 
 def found_in(model, inputs=None):
-    return stages_of(framework_of(model), model, torch.randn(2, 3, 64, 64) if inputs is None else inputs)
+    return stages_of(framework_of(model).features, model, torch.randn(2, 3, 64, 64) if inputs is None else inputs)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_layers_of_a_transformer_face_stages_of_a_convolutional_network_by_depth
     teacher = torchvision.models.resnet18(weights=None)
     inputs = torch.randn(2, 3, 64, 64)
     layer = "encoder.layers.encoder_layer_{}".format
-    found = stages(framework_of(student), student, teacher, inputs)
+    found = stages(framework_of(student).features, student, teacher, inputs)
     assert found == [(layer(0), "relu"), (layer(1), "layer1"), (layer(2), "layer2"), (layer(3), "layer4")]
-    found = stages(framework_of(student), teacher, student, inputs)  # five stages, four layers
+    found = stages(framework_of(student).features, teacher, student, inputs)  # five stages, four layers
     assert found == [("relu", layer(0)), ("layer1", layer(1)), ("layer2", layer(2)), ("layer4", layer(3))]

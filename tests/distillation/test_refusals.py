@@ -19,8 +19,8 @@ from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, build
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, UsageError
-from kirsch.frameworks.port import framework_of
-from kirsch.frameworks.pytorch.features.adapters.build import choose_adapter
+from kirsch.frameworks.adapters import choose_adapter
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.pytorch.features.layers import expand
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
@@ -222,7 +222,7 @@ def test_the_copy_of_a_teacher_is_frozen_and_drops_nothing(of_timm):
     teacher = of_timm().train()
     teacher(torch.randn(2, 1, 6, 6)).sum().backward()
     before = state(teacher)
-    first = first_batch(framework_of(teacher), data())
+    first = first_batch(framework_of(teacher).training, data())
     bound = Distiller(Net(), teacher, Objective.kd(), first)
     bound(first)
     (watch,) = bound._teacher_source._watches

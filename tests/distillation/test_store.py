@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from distillation.stores import AUGMENT, IDS, K, N, build_store, data, images, logits_of_view, network, versioned
+from kirsch import ops
 from kirsch.data.augment import apply, sample_seeds
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.arrays import log_softmax
-from kirsch.distillation.store import Dense, TeacherStore, TopK, build
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build, reading
 from kirsch.distillation.store.record import fields_of, index_type, pack_records, record_values
 from kirsch.errors import DataError, ShapeError, UsageError
 
@@ -19,7 +19,7 @@ from kirsch.errors import DataError, ShapeError, UsageError
 @pytest.mark.parametrize("view", [0, 1])
 def test_the_store_contains_the_most_probable_classes_of_each_view(store_folder, view):
     store = TeacherStore.open(store_folder)
-    log_p = log_softmax(logits_of_view(network(), 5, view).astype(np.float64))
+    log_p = ops.log_softmax(logits_of_view(network(), 5, view).astype(np.float64))
     order = np.argsort(-log_p, axis=1)
     result = store.read(IDS, view)
     np.testing.assert_array_equal(result["indices"], order[:, :4])
@@ -40,6 +40,19 @@ def test_records_are_returned_in_the_order_of_the_ids_with_repetition(store_fold
         np.testing.assert_array_equal(array, all_records[name][indices])
         assert array.flags.c_contiguous
     assert len(store.read(np.array([], int), 0)["tail"]) == 0
+
+
+@pytest.mark.parametrize("mapped", [1, 2, 256])
+@pytest.mark.parametrize("kind", [np.int8, np.int64, np.uint64])
+def test_records_of_many_ranges_are_found_with_few_mapped_at_a_time(tmp_path, monkeypatch, mapped, kind):
+    monkeypatch.setattr(reading, "MAX_MAPPED", mapped)
+    store = build_store(tmp_path / "many", inputs=data(ids=None), range_size=2)
+    single = build_store(tmp_path / "single", inputs=data(ids=None), range_size=N)
+    indices = np.random.default_rng(3).integers(0, N, 100).astype(kind)
+    for view in range(2):
+        expected = single.read(indices, view)
+        for name, array in store.read(indices, view).items():
+            np.testing.assert_array_equal(array, expected[name])
 
 
 def test_every_training_batch_is_found(store_folder):
@@ -160,7 +173,7 @@ def test_the_divergence_from_stored_outputs_has_the_rounding_error_of_16_bits(te
     teacher, student = (sharpness * random.standard_normal((64, 50)) for _ in range(2))
     kind = np.dtype(fields_of(TopK(6), 50, (), {}))
     record = pack_records(kind, record_values(TopK(6), {"logits": teacher}, temperature), np.zeros(64, np.uint64))
-    log_t, log_s = log_softmax(teacher / temperature), log_softmax(student / temperature)
+    log_t, log_s = ops.log_softmax(teacher / temperature), ops.log_softmax(student / temperature)
 
     def with_tail(log_p, indices):
         inside = np.take_along_axis(log_p, indices, 1)

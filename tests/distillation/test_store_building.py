@@ -167,7 +167,7 @@ def test_shared_builds_do_not_overlap(tmp_path):
 
 def test_a_build_cannot_be_shared_with_another_teacher(tmp_path):
     build_store(tmp_path, ranges=(0, 2))
-    with pytest.raises(StoreError, match=r"has another store\. It differs in the teacher's weights \(teacher_sha256"):
+    with pytest.raises(StoreError, match=r"another value of the teacher's weights \(teacher_sha256"):
         build_store(tmp_path, network(seed=1), ranges=(1, 2))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from distillation.stores import IDS, K, N, build_store, data, images, network, versioned
 from kirsch.distillation.store import Dense, TeacherStore, TopK, specification
@@ -79,7 +80,7 @@ def test_check_refuses_outputs_of_other_shapes(store_folder):
         ({"temperature": 0.0}, "temperature is 0.0; a number above 0"),
         ({"temperature": float("nan")}, "`temperature` .* is nan; expected a finite number"),
         ({"temperature": 2.0, "keep": Dense()}, r"temperature is 2.0, but Dense\(\) stores no probabilities"),
-        ({"ranges": (2, 2)}, r"ranges is \(2, 2\); \(i, n\) with 0 <= i < n"),
+        ({"ranges": (2, 2)}, r"`ranges` is \(2, 2\); expected \(i, n\) with 0 <= i < n"),
         ({"range_size": 0}, "`range_size` .* is 0; expected a whole number of at least 1"),
         ({"inputs": data(views=3)}, "views is 2, and the data has 3"),
         ({"views": 0, "range_size": 0}, "`views` .* is 0; .* `range_size` .* is 0"),
@@ -94,8 +95,12 @@ def test_check_refuses_outputs_of_other_shapes(store_folder):
         ({"outputs": lambda x: x}, "The callable `outputs` returned ndarray. Return a dict"),
         ({"outputs": lambda x: {}}, "The callable `outputs` returned an empty dict"),
         ({"outputs": lambda x: {"a": x[:1]}}, r"The output 'a' has shape \(1, 2, 4, 4\) for 3 samples"),
-        ({"outputs": lambda x: {"a": x[:, :0]}, "keep": None}, r"has shape \(3, 0, 4, 4\); it has no values to store"),
-        ({"outputs": lambda x: {"logits": x[:, 0, 0, 0]}}, r"'logits' has shape \(3,\); it has no values to store"),
+        ({"outputs": lambda x: {"a": x[:, :0]}, "keep": None}, r"has shape \(3, 0, 4, 4\) for 3 samples"),
+        (
+            {"model": nn.Flatten(0)},
+            r"'logits' has shape .* for 3 samples\. .*last axis of 'logits' that of the classes",
+        ),
+        ({"outputs": lambda x: {"logits": x[:, 0, 0, 0]}}, r"'logits' has shape \(3,\) for 3 samples"),
     ],
 )
 def test_invalid_options_are_errors_before_anything_is_written(tmp_path, options, message):

@@ -1,4 +1,4 @@
-"""What a student learns from a store is what the live teacher says of the same looks, or an error."""
+"""Training on stored teacher outputs equals training on the outputs of the live teacher for the same views."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kirsch.distillation.checks import few
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build
 from kirsch.errors import DataError, NumericError, ShapeError, StoreError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks
 
 N, K = 40, 5
@@ -47,8 +47,8 @@ def predicted(model, inputs):
 
 
 @pytest.mark.parametrize("classes", [256, 257, 65_536, 65_537])
-def test_a_store_of_many_classes_teaches_what_its_teacher_does(tmp_path, classes):
-    """Class numbers are kept in as few bytes as they need, which PyTorch hardly knows."""
+def test_the_loss_with_a_store_of_many_classes_is_that_with_its_teacher(tmp_path, classes):
+    """Class numbers have as few bytes as possible, and PyTorch supports few operations on unsigned types."""
     teacher, student = net(classes), net(classes, 1)
     store = build(tmp_path / "store", teacher, data(), keep=TopK(4), temperature=2.0)
     largest = Objective((kirsch.Term("top-k", 1.0, temperature=2.0, options={"k": 4}),), label_weight=0.0)
@@ -57,7 +57,7 @@ def test_a_store_of_many_classes_teaches_what_its_teacher_does(tmp_path, classes
 
 
 class Writer(nn.Module):
-    """A language model without a memory."""
+    """A language model that sees one token."""
 
     def __init__(self, words, seed=0):
         super().__init__()
@@ -70,7 +70,7 @@ class Writer(nn.Module):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_store_of_a_language_model_teaches_one(tmp_path, masked):
+def test_the_loss_with_a_store_of_a_language_model_is_that_with_its_teacher(tmp_path, masked):
     words = np.random.default_rng(1).integers(0, 300, (8, 6))
     labels = words.copy()
     labels[:, 4:] = -100 if masked else labels[:, 4:]
@@ -84,13 +84,13 @@ def test_a_store_of_a_language_model_teaches_one(tmp_path, masked):
     assert stored["loss"] == pytest.approx(live["loss"], rel=2e-3)
 
 
-# ------------------------------------------------------------------------------------------------ looks
+# ------------------------------------------------------------------------------------------------ views
 
 SHAKEN = Noise(0.5)
 
 
 def test_the_seed_of_a_store_is_that_of_its_records(tmp_path):
-    """The data may say the seed; two that differ are refused."""
+    """The data may state the seed; two different seeds are refused."""
     given = data(SHAKEN, seed=5)
     store = build(tmp_path / "store", net(), given, keep=Dense(), views=2)
     assert store.specification.seed == 5
@@ -103,7 +103,7 @@ def test_the_seed_of_a_store_is_that_of_its_records(tmp_path):
     assert build(tmp_path / "none", net(), data(SHAKEN), keep=Dense()).specification.seed == 0
 
 
-def test_a_store_of_other_looks_than_the_data_says_is_refused(tmp_path):
+def test_a_store_of_other_views_than_those_of_the_data_is_refused(tmp_path):
     store = build(tmp_path / "store", net(), data(SHAKEN), keep=Dense(), views=2, seed=5)
     for given, sentence in (
         (data(SHAKEN, seed=7), r"the seed of the augmentation \(seed: stored 5, given 7\)"),
@@ -125,7 +125,7 @@ def bound(store, batch, objective=None):
     return kirsch.Distiller(net(seed=1), store, objective or Objective.kd(1.0), batch).eval()
 
 
-def test_a_loop_of_ones_own_is_held_to_the_looks_that_the_teacher_saw(tmp_path):
+def test_batches_of_a_custom_loop_need_the_views_that_the_teacher_saw(tmp_path):
     given = data(SHAKEN, views=2, seed=5)
     store = build(tmp_path / "store", net(), given, keep=Dense(), views=2)
     batch = next(given.epoch(0, 1))
@@ -144,7 +144,7 @@ def test_a_loop_of_ones_own_is_held_to_the_looks_that_the_teacher_saw(tmp_path):
             bound(store, unsaid)
 
 
-def test_a_store_of_samples_as_they_are_is_not_for_augmented_ones(tmp_path):
+def test_a_store_without_augmentation_refuses_augmented_batches(tmp_path):
     store = build(tmp_path / "store", net(), data(), keep=Dense())
     distiller = bound(store, next(data().epoch(0, 0)))
     with pytest.raises(
@@ -153,11 +153,11 @@ def test_a_store_of_samples_as_they_are_is_not_for_augmented_ones(tmp_path):
         distiller(next(data(SHAKEN).epoch(0, 0)))
 
 
-def test_seeds_go_with_their_samples_wherever_a_batch_is_cut_or_moved():
+def test_seeds_stay_with_their_samples_when_a_batch_is_cut_or_moved():
     batch = next(data(SHAKEN, seed=5).epoch(0, 0))
     some = few(batch)
     np.testing.assert_array_equal(some.seeds, batch.seeds[:8])
-    np.testing.assert_array_equal(framework_of(net()).placed(batch, net()).seeds, batch.seeds)
+    np.testing.assert_array_equal(framework_of(net()).inference.to_device(batch, net()).seeds, batch.seeds)
 
 
 def scaled(amount, version):
@@ -188,7 +188,7 @@ def test_a_transform_without_a_version_is_refused_by_a_store(tmp_path):
 # ------------------------------------------------------------------------------------------------ what does not fit
 
 
-def test_a_flipped_bit_is_seen_before_a_step_learns_from_it(tmp_path):
+def test_a_flipped_bit_is_detected_before_a_training_step(tmp_path):
     given = data(SHAKEN, views=2)
     build(tmp_path / "store", net(), given, keep=TopK(3), views=2)
     path = tmp_path / "store" / "view-0001-range-000000.bin"
@@ -204,7 +204,7 @@ def test_a_flipped_bit_is_seen_before_a_step_learns_from_it(tmp_path):
         distiller(next(given.epoch(0, 1)))
 
 
-def test_a_view_is_held_against_its_hash_once(tmp_path, monkeypatch):
+def test_a_view_is_verified_once(tmp_path, monkeypatch):
     store, asked = build(tmp_path / "store", net(), data(), keep=TopK(3)), []
     monkeypatch.setattr(store, "verify", asked.append)
     for _ in range(2):
@@ -235,7 +235,7 @@ def test_a_student_of_another_vocabulary_is_refused_by_a_store(tmp_path):
 
 
 class Fixed(nn.Module):
-    """Says of each sample, whose inputs are a one-hot row, the class that a table says."""
+    """Predicts, for a one-hot row, the class in a table."""
 
     def __init__(self, table):
         super().__init__()
@@ -251,7 +251,7 @@ def sorted_rows(count=2000):
 
 
 @pytest.mark.parametrize("keep", [None, TopK(2), Dense()], ids=["live", "top-k", "dense"])
-def test_a_teacher_is_held_against_chance_on_samples_of_all_classes_also_from_a_store(tmp_path, keep):
+def test_a_teacher_is_compared_with_chance_on_samples_of_all_classes_also_from_a_store(tmp_path, keep):
     """Of data in the order of its labels, 1,024 samples from the first on are of three classes of five."""
     given, told = sorted_rows(), []
     hooks = TrainingHooks(event=told.append)
@@ -267,6 +267,6 @@ def test_a_teacher_is_held_against_chance_on_samples_of_all_classes_also_from_a_
     assert told[0] == {"event": "teacher", "accuracy": pytest.approx(0.4, abs=0.01), "classes": K}
 
 
-def test_a_store_of_data_without_labels_is_not_judged(tmp_path):
+def test_a_store_of_data_without_labels_is_not_evaluated(tmp_path):
     given = data(targets=None)
     learned(net(seed=1), build(tmp_path / "store", net(), given, keep=Dense()), given, check_teacher=True)

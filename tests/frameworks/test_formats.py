@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from kirsch.errors import LoadError, ModelError
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.formats import describe
-from kirsch.frameworks.port import framework_of
 from kirsch.recipes.models import build
 
 
@@ -66,7 +66,7 @@ def test_format_is_named_in_errors_about_weights_and_models(tmp_path, name):
     write, what = FILES[name]
     write(tmp_path / name)
     with pytest.raises(LoadError) as caught:
-        framework_of(nn.Linear(2, 2)).load_weights(nn.Linear(2, 2), tmp_path / name)
+        framework_of(nn.Linear(2, 2)).inference.load_weights(nn.Linear(2, 2), tmp_path / name)
     assert f"it is {what}" in caught.value.what
     assert caught.value.why
     assert caught.value.fix
@@ -81,15 +81,15 @@ def test_format_is_named_in_errors_about_weights_and_models(tmp_path, name):
 def test_folder_in_place_of_a_weights_file_is_refused_with_the_file_in_it(tmp_path):
     model = nn.Linear(2, 2)
     with pytest.raises(LoadError, match=r"it is a folder\..* Give a safetensors file"):
-        framework_of(model).load_weights(model, tmp_path)
+        framework_of(model).inference.load_weights(model, tmp_path)
     safetensors.torch.save_model(model, str(tmp_path / "w.safetensors"))
     with pytest.raises(LoadError, match=r"it is a folder\..* Give the file in it: .*w\.safetensors"):
-        framework_of(model).load_weights(model, tmp_path)
+        framework_of(model).inference.load_weights(model, tmp_path)
 
 
 def test_safetensors_file_is_accepted_as_weights_and_refused_as_model(tmp_path):
     safetensors.torch.save_model(nn.Linear(2, 2), str(tmp_path / "w.safetensors"))
-    framework_of(nn.Linear(2, 2)).load_weights(nn.Linear(2, 2), tmp_path / "w.safetensors")
+    framework_of(nn.Linear(2, 2)).inference.load_weights(nn.Linear(2, 2), tmp_path / "w.safetensors")
     with pytest.raises(ModelError, match="Give it as --weights"):
         build("w.safetensors", base=tmp_path)
 
@@ -105,14 +105,14 @@ def test_suggested_conversion_of_a_checkpoint_works(tmp_path, monkeypatch):
     model = nn.Linear(2, 2)
     exec(f"{load}\n{save}", {"torch": torch, "safetensors": safetensors, "model": model})
     found = nn.Linear(2, 2)
-    framework_of(found).load_weights(found, Path("weights.safetensors"))
+    framework_of(found).inference.load_weights(found, Path("weights.safetensors"))
     assert torch.equal(found.weight, trained.weight)
 
 
 def test_python_file_is_refused_as_weights(tmp_path):
     (tmp_path / "nets.py").write_text("x = 1")
     with pytest.raises(LoadError, match="it is Python code"):
-        framework_of(nn.Linear(2, 2)).load_weights(nn.Linear(2, 2), tmp_path / "nets.py")
+        framework_of(nn.Linear(2, 2)).inference.load_weights(nn.Linear(2, 2), tmp_path / "nets.py")
 
 
 def test_missing_file_has_no_format(tmp_path):

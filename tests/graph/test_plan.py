@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from kirsch.errors import GoalError, PlanError, UsageError
 from kirsch.graph.cost import Cost
-from kirsch.graph.graph import InputSpec, Tracing
+from kirsch.graph.graph import Tracing
+from kirsch.graph.inputs import InputSpec
 from kirsch.graph.kinds import KINDS
 from kirsch.graph.plan import Goal, Plan, Removal
 

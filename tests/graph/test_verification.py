@@ -49,6 +49,12 @@ def test_the_json_of_a_verification_has_all_fields():
     }
 
 
+def test_a_verification_prints_its_verdict():
+    assert str(verification(0.0)) == f"verified     {verification(0.0).text}"
+    assert str(verification(1.0)) == f"not verified {verification(1.0).text}"
+    assert repr(verification(1.0)) == f"<kirsch.Verification: {verification(1.0).text}>"
+
+
 @pytest.mark.parametrize("error", [math.nan, math.inf])
 def test_an_infinite_error_is_null_in_json(error):
     content = verification(error).to_dict()

@@ -97,7 +97,8 @@ def test_a_note_says_what_an_exclusion_costs_and_names_the_alternative(model):
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.6), exclude=["classifier"])
     (note,) = [note for note in plan.notes if note.startswith("exclude=")]
     share = (16 * 4 * 4 * 64 + 64 * 5) / (graph.cost.macs / 2)  # the MACs of `last` and `classifier`, of one sample
-    assert f"keeps units that hold {share:.1%} of the MACs, in the layers `last`, `classifier`." in note
+    part = (16 * 64 + 64 + 64 * 5) / graph.cost.parameters
+    assert f"{share:.1%} of the MACs and {part:.1%} of the parameters, in the layers `last`, `classifier`." in note
     assert "keep_outputs in place of exclude" in note
     assert "outputs of the model are always kept" in note
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+import torch
 from pydantic import Field
 from typer.main import get_command
 
@@ -15,12 +17,17 @@ import kirsch
 from kirsch.cli import main
 from kirsch.cli.app import app
 from kirsch.cli.plan_flags import given_options, with_plan_flags
-from kirsch.errors import UsageError
+from kirsch.errors import RecipeError, UsageError
 from kirsch.pruning.options import PlanOptions
-from kirsch.recipes.recipe import Prune, Recipe, read_recipe
+from kirsch.recipes.recipe import Prune, Recipe, read_recipe, recipe_of
 
 NOT_OPTIONS = {"graph", "goal", "data"}
 """Arguments of `kirsch.plan` that are no options."""
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return kirsch.trace(torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Linear(16, 2)), torch.randn(2, 4))
 
 
 def python_options(function: Callable[..., Any] = kirsch.plan) -> dict[str, Any]:
@@ -131,6 +138,42 @@ def test_a_value_that_is_not_the_default_reaches_the_plan_from_everywhere(name, 
     arguments = [part for text in texts for part in (flag, text)] or [flag]
     assert main(["plan", "a:b", "--macs", "0.5", *arguments]) == 0
     assert PlanOptions(**found) == PlanOptions(**{name: value})
+
+
+@pytest.mark.parametrize("name", PlanOptions.model_fields)
+def test_a_plan_file_accepts_each_option(graph, name):
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.8))
+    method = PlanOptions(**{name: VALUES[name][1]}).to_dict()
+    content = json.loads(plan.to_json()) | {"method": method}
+    assert kirsch.Plan.from_json(json.dumps(content)).method == method
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("importance", 3),
+        ("norm", 3),
+        ("ranking", "each"),
+        ("round_to", 0),
+        ("round_to", True),
+        ("round_to", {"heads": 8}),
+        ("kinds", ["heads"]),
+        ("kinds", {"head": -1}),
+        ("kinds", ["block", "head"]),
+        ("min_keep", 0),
+        ("min_keep", 1.5),
+        ("min_keep", "0.5"),
+        ("exclude", 3),
+        ("keep_outputs", [3]),
+        ("seed", -1),
+        ("seed", 0.5),
+    ],
+)
+def test_a_value_that_is_refused_in_python_is_refused_in_a_recipe(graph, name, value):
+    with pytest.raises(UsageError, match=f"`{name}"):
+        kirsch.plan(graph, kirsch.Goal(macs=0.8), **{name: value})
+    with pytest.raises(RecipeError, match=r"The call has .*problem.*\n  prune"):
+        recipe_of({"teacher": {"model": "a:b"}, "prune": {"goal": {"macs": 0.5}, name: value}}, "call")
 
 
 def as_yaml(value: Any) -> str:

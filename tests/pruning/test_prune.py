@@ -58,6 +58,16 @@ def test_the_result_is_verified_and_has_a_note_on_optimizers(case):
     assert any("make a new one" in note for note in found.notes)
 
 
+def test_the_result_prints_cost_verification_and_notes(case):
+    found = kirsch.prune_with_verification(*case)
+    lines = str(found).splitlines()
+    assert lines[0] == "Sequential   2 groups pruned"
+    assert [line.split()[0] for line in lines[1:5]] == ["parameters", "MACs", "activations", "verified"]
+    assert lines[5:] == [f"note         {note}" for note in found.notes]
+    assert "\n" not in repr(found)
+    assert "verified" in found._repr_html_()
+
+
 def test_modules_without_effect_on_the_outputs_have_a_note():
     class Pooled(nn.Module):
         def __init__(self):
@@ -114,7 +124,7 @@ def test_a_plan_for_another_model_is_refused_with_both_models(case):
 
 def test_no_model_is_returned_if_the_verification_fails(case, monkeypatch):
     model, plan = case
-    before = copy.deepcopy(model)
+    before, right = copy.deepcopy(model), kirsch.prune(*case)
     original_cut = surgery.cut
 
     def wrong(*args):
@@ -126,7 +136,8 @@ def test_no_model_is_returned_if_the_verification_fails(case, monkeypatch):
     with pytest.raises(VerificationError, match="no model was returned; the original is unchanged"):
         kirsch.prune(model, plan)
     assert equal(before, model)
-    assert kirsch.prune(model, plan, verify=False) is not None
+    unverified = kirsch.prune(model, plan, verify=False)
+    assert torch.equal(unverified[0].bias, right[0].bias.roll(1))
 
 
 def model_of_five_groups():

@@ -15,6 +15,7 @@ import kirsch
 from kirsch.data.sources import load_data
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import GoalError, Interrupted, NumericError, RecipeError, UsageError
+from kirsch.files import sha256
 from kirsch.recipes import stages
 from kirsch.recipes.models import build
 from tiny import same_weights, write_job
@@ -94,7 +95,7 @@ def test_returned_model_equals_the_exported_file(trained, compressed):
     inputs = trained[2].test.inputs
     with torch.no_grad():
         logits = found.model(torch.from_numpy(inputs)).numpy()
-    assert OnnxSession(found.artifact).predict(inputs) == pytest.approx(logits, abs=1e-4)  # two runtimes, float32
+    assert OnnxSession(found.artifact.path).predict(inputs) == pytest.approx(logits, abs=1e-4)  # two runtimes, float32
     parameters = sum(parameter.numel() for parameter in found.model.parameters())
     assert found.metrics["models"][-1]["parameters"] == parameters < 1479
 
@@ -108,11 +109,28 @@ def test_goals_are_those_of_the_call(compressed):
     ]
 
 
+def exported_again(found):
+    return kirsch.export(found.model, found.folder.with_suffix(".onnx"), example_inputs=torch.zeros(1, 1, 8, 8))
+
+
+def test_printed_result_has_the_stages_and_the_goals_of_the_command(compressed):
+    found, _ = compressed
+    lines = str(found).splitlines()
+    assert [line.split()[:2] for line in lines[:5]] == [
+        [str(number), key] for number, key in enumerate(["teacher", "prune", "recover", "export", "measure"], start=1)
+    ]
+    assert lines[6].startswith("goal met     MACs ")
+    assert f"report       {found.report}" in lines
+    assert repr(found) == f"<kirsch.Compressed: {type(found.model).__name__}, goals met, in {found.folder}>"
+
+
 def test_result_contains_the_paths_of_the_files(compressed):
     found, events = compressed
     assert found.metrics == json.loads((found.folder / "metrics.json").read_text())
     assert "my model" in found.report.read_text()
-    assert found.artifact == found.folder / "artifacts" / "model.onnx"
+    assert found.artifact.path == found.folder / "artifacts" / "model.onnx"
+    assert found.artifact.sha256 == sha256(found.artifact.path)
+    assert found.artifact.to_dict().keys() == exported_again(found).to_dict().keys()
     assert [event["key"] for event in events if event["event"] == "stage_start"] == [
         "teacher",
         "prune",

@@ -251,7 +251,7 @@ def test_term_is_the_relative_mean_squared_difference(traced):
 
 def test_default_layers_are_the_stages_and_the_objective_survives_json(traced):
     objective = recovery(traced.small, traced.model, traced.inputs, objective=Objective.preset("dkd"))
-    assert [term.student for term in objective.terms] == ["logits", *traced.layers[1:]]
+    assert [term.student_layer for term in objective.terms] == ["logits", *traced.layers[1:]]
     loss = {"residual": "fitnet", "transformer": "hidden-mse"}[traced.name]
     assert [term.loss for term in objective.terms] == ["dkd", loss, loss]
     assert Objective.from_dict(json.loads(json.dumps(objective.to_dict()))) == objective

@@ -11,8 +11,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from kirsch import __version__
-from kirsch.cli.terminal import Line, Piece
 from kirsch.errors import SurroundingsError
+from kirsch.tables import Line, Piece
 
 if TYPE_CHECKING:
     from kirsch.cli.terminal import Terminal

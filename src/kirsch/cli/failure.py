@@ -9,10 +9,11 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch.cli.terminal import ClosedError, Line, Piece
+from kirsch.cli.terminal import ClosedError
 from kirsch.errors import KirschError, LoadError, MemoryShortageError, NumericError, OutputError, Stopped, error_text
 from kirsch.failures import translate
 from kirsch.files import write_text
+from kirsch.tables import Line, Piece
 
 if TYPE_CHECKING:
     from kirsch.cli.terminal import Terminal

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import UsageError, nearest
-from kirsch.frameworks.port import framework_of
-from kirsch.graph.graph import InputSpec
+from kirsch.frameworks.find import framework_of
+from kirsch.graph.inputs import InputSpec
 from kirsch.measurement.machine import BYTES, require_room
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ def specifications(texts: Sequence[str]) -> list[InputSpec]:
 def example_inputs(model: Any, specs: Sequence[InputSpec]) -> Any:
     """Return arrays of the framework: normal random numbers, integers of 0 and 1, and ones for masks."""
     framework = framework_of(model)
-    values = framework.inputs_like(specs, model)
+    values = framework.analysis.inputs_like(specs, model)
     if isinstance(values, dict):
         for spec in specs:
             if spec.high and "mask" in spec.name:
-                values[spec.name] = framework.tensor(np.ones(spec.shape, spec.dtype))
+                values[spec.name] = framework.inference.from_numpy(np.ones(spec.shape, spec.dtype))
     return values
 
 

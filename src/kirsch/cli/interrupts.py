@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 MESSAGE = "The command was stopped by SIGINT."
-LOADERS = (os.path.join("frameworks", "port.py"), os.path.join("recipes", "models.py"))  # noqa: PTH118 - ends of paths
-"""Files of Kirsch that import frameworks and models."""
+LOADERS = tuple(
+    os.path.join(*parts)  # noqa: PTH118 - ends of paths
+    for parts in (("frameworks", "find.py"), ("recipes", "models.py"), ("kirsch", "references.py"))
+)
+"""Files of Kirsch that import frameworks, models and sources of data."""
 AS_JSON = f'{{"error": {{"type": "Interrupted", "what": "{MESSAGE}", "exit_code": {INTERRUPTED}}}}}\n'
 
 

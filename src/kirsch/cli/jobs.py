@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch import files
-from kirsch.cli.progress import Progress, verdict_lines
+from kirsch import figures, files
+from kirsch.cli.progress import Progress
 from kirsch.cli.signals import stop_on_signals
-from kirsch.cli.terminal import Line, Piece
 from kirsch.errors import CheckpointError, LoadError, OutputError
+from kirsch.recipes.layout import verdict_lines
 from kirsch.recipes.recipe import BUILTIN, Recipe, commented, read_recipe
-from kirsch.report import figures
+from kirsch.tables import Line, Piece
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from kirsch.cli.terminal import Line, Piece
 from kirsch.distillation.catalog import losses, page, presets
 from kirsch.distillation.losses import LOSSES
 from kirsch.distillation.presets import PRESETS
 from kirsch.errors import UnknownNameError
+from kirsch.tables import Line, Piece
 
 if TYPE_CHECKING:
     from kirsch.cli.terminal import Terminal

@@ -7,17 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kirsch.cli import drawing
 from kirsch.cli.inputs import EXAMPLE, example_inputs, specifications
-from kirsch.cli.terminal import Line, Piece
 from kirsch.data.sources import load_data
 from kirsch.deploy.export import export, usage
-from kirsch.deploy.measure import Measurement, measure
+from kirsch.deploy.measure import measure
 from kirsch.deploy.onnx_inputs import stand_ins
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import OutputError, UsageError
 from kirsch.files import MANIFEST, check_writable, write_text
-from kirsch.frameworks.port import Framework, framework_of, trace
+from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.trace import trace
 from kirsch.graph.inputs import tensors
 from kirsch.graph.kinds import BLOCK
 from kirsch.graph.plan import Goal, Plan
@@ -26,13 +25,14 @@ from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.store import load, save
 from kirsch.recipes.models import build, stated_inputs
 from kirsch.recipes.stages import CALIBRATION
-from kirsch.report import figures
+from kirsch.tables import Part, Piece, Table, notes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kirsch.cli.terminal import Terminal
-    from kirsch.graph.graph import InputSpec
+    from kirsch.frameworks.protocols import Framework
+    from kirsch.graph.inputs import InputSpec
 
 RANDOM, PRETRAINED = "random", "pretrained"
 GOAL_MISSED = 3
@@ -62,16 +62,11 @@ class LoadedModel:
         """Framework of the model."""
         return framework_of(self.model)
 
-    def weights_lines(self) -> list[Line]:
-        """Return a line on the origin of the weights, as a note if they are random."""
+    def weights_parts(self) -> list[Part]:
+        """Return a row on the origin of the weights, as a note if they are random."""
         if not self.random:
-            return [[Piece(f"{'weights':<13}{self.weights.removeprefix('the weights are ')}")]]
-        return [
-            [
-                Piece(f"{'note':<13}", "warning"),
-                Piece(f"{self.weights}; use --weights pretrained or FILE for trained weights."),
-            ]
-        ]
+            return [Table([["weights", self.weights.removeprefix("the weights are ")]])]
+        return [notes([f"{self.weights}; use --weights pretrained or FILE for trained weights."])]
 
     def shapes(self) -> list[list[int]]:
         """Return the shape of each input."""
@@ -114,7 +109,7 @@ class PlanRequest:
         data = loaded.inputs if self.on_example_inputs else None
         if self.data:
             source = load_data(self.data, {}, seed=self.seed, base=Path())
-            data = loaded.framework.tensor(source.train.inputs[:CALIBRATION])
+            data = loaded.framework.inference.from_numpy(source.train.inputs[:CALIBRATION])
         goal = Goal(macs=self.macs, parameters=self.parameters)
         plan = choose(trace(loaded.model, loaded.inputs), goal, data=data, seed=self.seed, **self.options)
         return replace(plan, method=plan.method | {"weights": loaded.weights})
@@ -172,7 +167,7 @@ def model_of(reference: str, weights: str, *, seed: int = 0) -> Any:
         )
     model = build(reference, base=Path(), seed=seed, weights=weights if zoo else RANDOM)
     if weights not in (RANDOM, PRETRAINED) and not zoo:
-        framework_of(model).load_weights(model, Path(weights))
+        framework_of(model).inference.load_weights(model, Path(weights))
     return model
 
 
@@ -183,18 +178,17 @@ def show_trace(loaded: LoadedModel, layer: str, terminal: Terminal) -> int:
         text = graph.explain(layer).splitlines()
         terminal.result([[Piece(line)] for line in text], {"layer": layer, "explanation": text})
         return 0
-    costs = drawing.group_costs(graph)
     content = {
         "model": graph.model_name,
         "weights": loaded.weights,
         "fingerprint": graph.fingerprint,
         "inputs": [list(spec.shape) for spec in tensors(graph.inputs)],
         "cost": graph.cost.to_dict(),
-        "groups": [cost.to_dict() for cost in costs],
+        "groups": [cost.to_dict() for cost in graph.group_costs()],
         "blocks": list(graph.blocks),
         "blockers": [vars(blocker) for blocker in graph.blockers],
     }
-    terminal.result([*drawing.trace_lines(graph, costs), [], *loaded.weights_lines()], content)
+    terminal.result([*graph.parts(), [], *loaded.weights_parts()], content)
     return 0
 
 
@@ -202,18 +196,18 @@ def show_plan(loaded: LoadedModel, request: PlanRequest, output: str, terminal: 
     """Show a plan with its costs, and write it to a file if one is named."""
     target = _output_file(output) if output else None
     plan = request.plan(loaded)
-    notes = [*request.notes(), *_random_weights_note(loaded, plan)]
-    lines = [*drawing.plan_lines(plan), *loaded.weights_lines(), *drawing.notes(notes)]
+    texts = [*request.notes(), *_random_weights_note(loaded, plan)]
+    parts = [*plan.parts(), *loaded.weights_parts(), notes(texts)]
     if target is not None:
         write_text(target, plan.to_json())
-        lines.append([Piece(f"{'plan':<13}{output}")])
+        parts.append(Table([["plan", output]]))
     content = {
         "plan": json.loads(plan.to_json()),
         "file": output or None,
         "weights": loaded.weights,
-        "notes": [*plan.notes, *notes],
+        "notes": [*plan.notes, *texts],
     }
-    terminal.result(lines, content)
+    terminal.result(parts, content)
     return 0
 
 
@@ -235,38 +229,21 @@ def show_prune(
     pruned = prune_with_verification(loaded.model, plan, example_inputs=loaded.inputs)
     folder = save(pruned.model, output)
     plan = pruned.plan
-    notes = [
-        *pruned.notes,
-        *([] if stored else request.notes()),
-        *_random_weights_note(loaded, plan),
-        *_other_weights_note(loaded, plan),
-    ]
-    count = sum(bool(removal.removed) for removal in plan.groups)
     verification = pruned.verification
     if verification is None:
         raise RuntimeError("a removal with verify=True returned no verification")
-    lines = [
-        [
-            Piece(plan.model, "strong"),
-            Piece(
-                f"   {count} group{'s' * (count != 1)} pruned"
-                f"{f', {len(plan.blocks)} blocks removed' if plan.blocks else ''}"
-            ),
-        ],
-        *drawing.cost_lines(plan),
-        [Piece(f"{'verified':<13}", "good"), Piece(verification.text)],
-        [Piece(f"{'saved':<13}{folder}"), Piece("   load it with kirsch.load", "faint")],
-        *drawing.notes(notes),
-        *loaded.weights_lines(),
-    ]
+    texts = [*([] if stored else request.notes()), *_random_weights_note(loaded, plan)]
+    texts += _other_weights_note(loaded, plan)
+    saved = Table([["saved", [Piece(f"{folder}"), Piece("   load it with kirsch.load", "faint")]]])
+    parts = [*pruned.parts(), notes(texts), saved, *loaded.weights_parts()]
     content = {
         "folder": str(folder),
         "plan": json.loads(pruned.plan.to_json()),
         "verification": verification.to_dict(),
-        "notes": notes,
+        "notes": [*pruned.notes, *texts],
         "weights": loaded.weights,
     }
-    terminal.result(lines, content)
+    terminal.result(parts, content)
     goal_met = not plan.goal or Goal(**plan.goal).met_by(plan.after, plan.before)
     return 0 if goal_met else GOAL_MISSED
 
@@ -274,30 +251,17 @@ def show_prune(
 def show_export(loaded: LoadedModel, output: str, terminal: Terminal) -> int:
     """Export a model to an ONNX file, and compare the outputs of both."""
     artifact = export(loaded.model, _output_file(output), example_inputs=loaded.inputs)
-    drift = artifact.details["drift"]
-    inputs = ", ".join(f"{value['name']} {value['shape']}" for value in artifact.details["inputs"])
-    lines = [
-        [Piece(f"{'file':<13}{artifact.path}   {figures.bytes_(artifact.bytes)}   opset {artifact.details['opset']}")],
-        [Piece(f"{'inputs':<13}{inputs}")],
-        [
-            Piece(f"{'verified':<13}", "good"),
-            Piece(f"on {artifact.details['runtime']}: outputs differ by {drift:.0e} of the largest"),
-        ],
-        [Piece(f"{'sha256':<13}{artifact.sha256}")],
-        *drawing.notes(artifact.details["notes"]),
-        *loaded.weights_lines(),
-    ]
     content = artifact.to_dict() | {"path": str(artifact.path), "usage": usage(artifact), "weights": loaded.weights}
-    terminal.result(lines, content)
+    terminal.result([*artifact.parts(), *loaded.weights_parts()], content)
     return 0
 
 
 def show_measure(loaded: LoadedModel, threads: int, rounds: int, terminal: Terminal) -> int:
     """Measure a model."""
     measurement = measure(loaded.model, example_inputs=loaded.inputs, threads=threads, rounds=rounds)
-    lines = [*_measurement_lines(measurement, loaded.shapes()), *loaded.weights_lines()]
+    parts = [measurement.table(_shapes_text(loaded.shapes())), *loaded.weights_parts()]
     terminal.result(
-        lines, measurement.to_dict() | {"input": _single_or_all(loaded.shapes()), "weights": loaded.weights}
+        parts, measurement.to_dict() | {"input": _single_or_all(loaded.shapes()), "weights": loaded.weights}
     )
     return 0
 
@@ -308,7 +272,7 @@ def show_measure_file(path: str, inputs: Sequence[str], threads: int, rounds: in
     measurement = measure(path, example_inputs=arrays, threads=threads, rounds=rounds)
     shapes = [list(array.shape) for array in arrays]
     content = measurement.to_dict() | {"input": _single_or_all(shapes), "file": path}
-    terminal.result(_measurement_lines(measurement, shapes), content)
+    terminal.result([measurement.table(_shapes_text(shapes))], content)
     return 0
 
 
@@ -317,31 +281,8 @@ def _single_or_all(shapes: list[list[int]]) -> Any:
     return shapes[0] if len(shapes) == 1 else shapes
 
 
-def _measurement_lines(measurement: Measurement, shapes: list[list[int]]) -> list[Line]:
-    latency, aa = measurement.latency, measurement.aa
-    sizes = [f"{figures.bytes_(measurement.bytes)} as ONNX"]
-    if measurement.parameters is not None and measurement.macs is not None:
-        sizes = [
-            f"{figures.count(measurement.parameters)} parameters",
-            f"{figures.count(measurement.macs)} MACs",
-            *sizes,
-        ]
-    threads = "1 thread" if measurement.threads == 1 else f"{measurement.threads} threads"
-    inputs = ", ".join("×".join(map(str, shape)) for shape in shapes)
-    return [
-        [Piece(f"{'size':<13}{'   '.join(sizes)}")],
-        [Piece(f"{'input':<13}{inputs}")],
-        [
-            Piece(
-                f"{'latency':<13}{figures.micros(latency.median_us)}"
-                f" [p10 {figures.micros(latency.p10_us)} – p90 {figures.micros(latency.p90_us)}]"
-                f"   p95 {figures.micros(latency.p95_us)}   median of {latency.rounds} rounds of {latency.calls} calls"
-            )
-        ],
-        [Piece(f"{'runtime':<13}{measurement.runtime}, {threads}, batch 1")],
-        [Piece(f"{'noise':<13}A/A {figures.ratio(aa.value, aa.low, aa.high)}: the same file against itself")],
-        *([Piece(f"{'not measured':<13}", "warning"), Piece(text)] for text in measurement.not_measured),
-    ]
+def _shapes_text(shapes: list[list[int]]) -> str:
+    return ", ".join("×".join(map(str, shape)) for shape in shapes)
 
 
 def _with_inputs(
@@ -350,7 +291,7 @@ def _with_inputs(
     framework = framework_of(model)
     inputs = example_inputs(model, specs) if specs else stated_inputs(reference, model)
     if inputs is None and pruned:
-        inputs = framework.inputs_like(Plan.read(Path(pruned) / "plan.json").inputs, model) or None
+        inputs = framework.analysis.inputs_like(Plan.read(Path(pruned) / "plan.json").inputs, model) or None
     if inputs is None:
         raise UsageError(
             f"The inputs of {reference} are unknown.",

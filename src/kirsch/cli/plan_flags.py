@@ -39,12 +39,12 @@ def _flag(name: str) -> inspect.Parameter:
     annotation: Any
     if kinds & {Sequence, Mapping}:
         annotation = list[str] | None
-        text += ", KIND=NUMBER" * (Mapping in kinds) + "; may be repeated"
+        text += "; may be repeated" + ", also as KIND=NUMBER" * (Mapping in kinds)
         default = None
     else:
         (annotation,) = kinds
         annotation = annotation | None if default is None else annotation
-    shown = field.default if isinstance(field.default, str) else True
+    shown = field.default if default is None and isinstance(field.default, str) else True
     flag = typer.Option(f"--{name.replace('_', '-')}", help=f"{text}.", show_default=shown)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, flag]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from kirsch.cli.terminal import WIDTH, Line, Piece
-from kirsch.report import figures
+from kirsch import figures
+from kirsch.recipes.layout import stage_line
+from kirsch.tables import Line, Piece
 from kirsch.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kirsch.cli.terminal import Terminal
-
-WIDTHS = (13, 11, 12)
-"""Widths of the first cells of a stage: quality, MACs, parameters. Further cells have no fixed width."""
 
 BAR = 24
 """Width of a bar in characters."""
@@ -104,22 +101,6 @@ def header_lines(event: dict[str, Any]) -> list[Line]:
     return [run, *goal, []]
 
 
-def stage_line(event: dict[str, Any], width: int = WIDTH) -> Line:
-    """Return the line of a finished stage: result, cells in columns, and duration."""
-    cells = [str(cell) for cell in event["cells"]]
-    columns = [f"{_aligned(cell):<{reach}}" for cell, reach in zip(cells, WIDTHS, strict=False)]
-    text = "  ".join([f"{event['number']:>2} {event['key']:<10} {event['did']:<13}", *columns])
-    text = "   ".join([text.rstrip(), *filter(None, cells[len(WIDTHS) :])])
-    seconds = "kept" if event["event"] == "stage_kept" else figures.seconds(event["seconds"])
-    return [Piece(text), Piece(f"{seconds:>{max(width - len(text), len(seconds) + 3)}}", "faint")]
-
-
-def _aligned(cell: str) -> str:
-    """Return a cell whose number is padded to four characters, so that units are aligned."""
-    number = re.match(r"[\d.]+(?= |$)", cell)
-    return cell if number is None else cell[: number.end()].rjust(4) + cell[number.end() :]
-
-
 def epoch_line(event: dict[str, Any]) -> Line:
     """Return the line of a finished epoch."""
     length = len(str(event["epochs"]))
@@ -157,17 +138,3 @@ def status_line(stage: RunningStage, now: float) -> Line:
         Piece("   ".join(parts)),
         Piece(f"   {figures.seconds(left)} left", "faint"),
     ]
-
-
-def verdict_lines(event: dict[str, Any]) -> list[Line]:
-    """Return the lines on the goal, its significance, the report and the duration."""
-    words, tone = ("goal met", "good") if event["met"] else ("goal missed", "bad")
-    if not event["text"]:
-        lines = [[Piece(f"{'goal':<13}"), Piece("none was set")]]
-    else:
-        lines = [[Piece(f"{words:<13}", tone), Piece(event["text"])]]
-    if event.get("significance"):
-        lines.append([Piece(f"{'significance':<13}", "warning"), Piece(event["significance"])])
-    lines.append([Piece(f"{'report':<13}"), Piece(event["report"])])
-    lines.append([Piece(f"{'took':<13}"), Piece(figures.seconds(event["seconds"]))])
-    return lines

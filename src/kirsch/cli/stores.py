@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kirsch import figures
 from kirsch.cli.networks import RANDOM, model_of, origin_of
-from kirsch.cli.terminal import Line, Piece
 from kirsch.data.sources import load_data
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build
 from kirsch.errors import StoreError, UnknownNameError, UsageError
 from kirsch.failures import during
 from kirsch.frameworks.determinism import require_deterministic
 from kirsch.recipes.yaml import scalar
-from kirsch.report import figures
+from kirsch.tables import Line, Piece
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,8 +1,4 @@
-"""Output of the command: results, progress, errors, and a status line.
-
-A line consists of pieces, each a text with a tone. Control characters in a text, such as the name of a layer, are
-escaped, so that no text can change colors or the cursor.
-"""
+"""Output of the command: results, progress, errors, and a status line."""
 
 from __future__ import annotations
 
@@ -11,9 +7,10 @@ import errno
 import json
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from kirsch.errors import OutputError
+from kirsch.tables import lines, plain, verbatim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -22,27 +19,14 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
+    from kirsch.tables import Line, Part
+
 TONES = {"": "", "good": "green", "warning": "yellow", "bad": "red", "faint": "dim", "strong": "bold"}
 """Meaning of a piece → style on a terminal. The text has the same information."""
 
 
 WIDTH = 110
 """Width of lines with a last column at the right end, if the terminal is wide enough."""
-
-
-class Piece(NamedTuple):
-    """A part of a line.
-
-    Args:
-        text: written with control characters escaped.
-        tone: a key of `TONES`.
-    """
-
-    text: str
-    tone: str = ""
-
-
-Line = list[Piece]
 
 
 class ClosedError(Exception):
@@ -62,16 +46,6 @@ class Mode:
     json: bool = False
     quiet: bool = False
     debug: bool = False
-
-
-def verbatim(text: str) -> str:
-    r"""Return the text with all characters that are not printable escaped, such as \n and \x1b."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def plain(line: Iterable[Piece]) -> str:
-    """Return the text of a line without tones and trailing spaces."""
-    return "".join(verbatim(text) for text, _ in line).rstrip()
 
 
 class Terminal:
@@ -107,12 +81,12 @@ class Terminal:
             for line in lines:
                 self._write(self._progress_stream, line)
 
-    def result(self, lines: Iterable[Line], content: dict[str, Any]) -> None:
-        """Write the result: lines of text, or one JSON object in JSON mode."""
+    def result(self, parts: Iterable[Part], content: dict[str, Any]) -> None:
+        """Write the result: lines and tables of text, or one JSON object in JSON mode."""
         if self.mode.json:
             self.write_json(content)
             return
-        for line in lines:
+        for line in lines(parts):
             self._write(self._stdout, line)
 
     def write_json(self, content: dict[str, Any]) -> None:

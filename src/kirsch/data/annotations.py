@@ -17,7 +17,7 @@ FRAMEWORKS = (
     "keras.src.models.model.Model",
     "tensorflow.python.module.module.Module",
 )
-"""Base classes of models. `kirsch.frameworks.port.framework_of` raises an error for those that are not supported."""
+"""Base classes of models. `kirsch.frameworks.find.framework_of` raises an error for those that are not supported."""
 
 
 ONLY_NUMBERS = "Give numbers, such as inputs.astype(numpy.float32); texts as the numbers of their tokens."

@@ -12,6 +12,7 @@ import numpy as np
 
 from kirsch.annotations import Count, Seed
 from kirsch.arguments import checked
+from kirsch.data.arrays import host
 from kirsch.data.augment import TRIED, Augment, Seeded, apply, check, sample_seeds
 from kirsch.data.structure import check_inputs, split_batch, summary
 from kirsch.errors import DataError, ModelError, ShapeError, UsageError, error_text
@@ -243,7 +244,7 @@ def _array(name: str, value: Any) -> NDArray[Any]:
         DataError: the value is something else, or its samples differ in shape.
     """
     try:
-        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+        array = host(value)
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(
             f"The {name} of ArrayData are {summary(value)}, and cannot be converted to an array.",

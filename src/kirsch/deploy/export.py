@@ -7,23 +7,27 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from kirsch import files
+from kirsch import figures, files
 from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs, Model
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.deploy.trials import Trial, compare, fixed_trials, infinite, trials
 from kirsch.errors import LoadError, ModelError, NumericError, OutputError, ShapeError, UsageError
-from kirsch.frameworks.port import Exportable, framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.registry import Registry
+from kirsch.tables import Cell, Part, Piece, Printable, Table, notes
+
+if TYPE_CHECKING:
+    from kirsch.frameworks.protocols import Exportable
 
 NUMPY_NAMES = {"float": "float32", "double": "float64"}
 """Types of numbers that ONNX and numpy call differently."""
 
 
 @dataclass(frozen=True)
-class Artifact:
+class Artifact(Printable):
     """A file to ship.
 
     Args:
@@ -41,6 +45,29 @@ class Artifact:
     bytes: int
     sha256: str
     details: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        return f"<kirsch.Artifact: {self.path}, {self.format}, {figures.bytes_(self.bytes)}, sha256 {self.sha256[:12]}>"
+
+    def parts(self) -> list[Part]:
+        """Return file, inputs, verification and hash as a table, and the notes."""
+        details, onnx = self.details, self.format == "onnx"  # other exporters have details of their own
+        opset = f"   opset {details['opset']}" if onnx else ""
+        rows: list[list[Cell]] = [["file", f"{self.path}   {figures.bytes_(self.bytes)}{opset}"]]
+        if onnx:
+            text = f"on {details['runtime']}: outputs differ by {details['drift']:.0e} of the largest"
+            rows.append(["inputs", ", ".join(f"{value['name']} {value['shape']}" for value in details["inputs"])])
+            rows.append([Piece("verified", "good"), text])
+        rows.append(["sha256", self.sha256])
+        return [Table(rows), notes(details["notes"] if onnx else ())]
+
+    @classmethod
+    def of_dict(cls, path: Path, content: dict[str, Any]) -> Artifact:
+        """Return the artifact of a file and its description by `to_dict`."""
+        names = ("file", "format", "bytes", "sha256")
+        details = {name: value for name, value in content.items() if name not in names}
+        return cls(path, content["format"], content["bytes"], content["sha256"], details)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, without the folder."""
@@ -113,7 +140,7 @@ def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
     The batch is free where the model and its export allow it. Otherwise it is that of the example inputs, and a warning
     and `details["notes"]` say so.
     """
-    subject = framework_of(model).exportable(model, example_inputs)
+    subject = framework_of(model).inference.exportable(model, example_inputs)
     made, fixed = trials(subject)
     if not fixed:
         try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from kirsch import figures
 from kirsch.annotations import Count
 from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs, Labeled, Model
@@ -20,9 +21,11 @@ from kirsch.deploy.export import Artifact, export
 from kirsch.deploy.onnx_inputs import require_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError, NumericError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.measurement.latency import FEWEST_ROUNDS, Latency, Ratio, interleaved
 from kirsch.measurement.machine import cpu, load, usable_cores
+from kirsch.measurement.statistics import Rate
+from kirsch.tables import Cell, Part, Piece, Printable, Table
 from kirsch.tasks.classification import accuracy
 
 if TYPE_CHECKING:
@@ -113,7 +116,7 @@ def race(contenders: Mapping[str, Path], inputs: Any, *, reference: str, threads
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Printable):
     """What a model or file costs.
 
     Args:
@@ -136,6 +139,40 @@ class Measurement:
     runtime: str
     threads: int
     not_measured: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        accuracy = f", accuracy {figures.percent(self.accuracy.value)}" if self.accuracy is not None else ""
+        size, latency = figures.bytes_(self.bytes), figures.micros(self.latency.median_us)
+        return f"<kirsch.Measurement: {size}, {latency} on {self.runtime}{accuracy}>"
+
+    def parts(self) -> list[Part]:
+        """Return size, latency, accuracy, runtime and noise as a table."""
+        return [self.table()]
+
+    def table(self, inputs: str = "") -> Table:
+        """Return the table of the measurement, with the shapes of its inputs if they are given."""
+        latency, aa = self.latency, self.aa
+        sizes = [f"{figures.bytes_(self.bytes)} as ONNX"]
+        if self.parameters is not None and self.macs is not None:
+            sizes = [f"{figures.count(self.parameters)} parameters", f"{figures.count(self.macs)} MACs", *sizes]
+        times = (
+            f"{figures.micros(latency.median_us)}"
+            f" [p10 {figures.micros(latency.p10_us)} – p90 {figures.micros(latency.p90_us)}]"
+            f"   p95 {figures.micros(latency.p95_us)}   median of {latency.rounds} rounds of {latency.calls} calls"
+        )
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        rows: list[list[Cell]] = [["size", "   ".join(sizes)]]
+        rows += [["input", inputs]] if inputs else []
+        rows += [["latency", times]]
+        if self.accuracy is not None:
+            rows += [["accuracy", figures.interval(self.accuracy.value, self.accuracy.low, self.accuracy.high)]]
+        rows += [
+            ["runtime", f"{self.runtime}, {threads}, batch 1"],
+            ["noise", f"A/A {figures.ratio(aa.value, aa.low, aa.high)}: the same file against itself"],
+        ]
+        rows += [[Piece("not measured", "warning"), text] for text in self.not_measured]
+        return Table(rows)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -192,7 +229,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         artifact = export(model_or_artifact, Path(folder) / "model.onnx", example_inputs=example_inputs)
         size = OnnxSession(artifact.path).batch or 1
-        counted = framework.count(model_or_artifact, _first(example_inputs, size))
+        counted = framework.analysis.count(model_or_artifact, _first(example_inputs, size))
         return _measured(artifact.path, example_inputs, data, threads, rounds, counted, missing)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import LoadError, UsageError, listing
-from kirsch.graph.graph import InputSpec
+from kirsch.graph.inputs import InputSpec
 from kirsch.measurement.machine import require_room
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kirsch.deploy.onnxruntime import OnnxSession
-    from kirsch.frameworks.port import Exportable
+    from kirsch.frameworks.protocols import Exportable
 
 DRIFT = 1e-4
 """Largest difference between model and file, as a share of the largest output; 1e-6 is usual in float32."""
@@ -164,7 +164,7 @@ def infinite(trial: Trial) -> list[str]:
 
 
 def _check_steady(model: Exportable, inputs: Arrays) -> None:
-    why, fix = model.unsteady(inputs)
+    why, fix = model.nondeterminism(inputs)
     if why:
         raise NumericError(f"A {model.name} gives other outputs at each run, so no file can equal it.", why, fix)
 

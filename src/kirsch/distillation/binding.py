@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import first_array
+from kirsch import ops
 from kirsch.distillation.bound_term import BoundTerm
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss
 from kirsch.distillation.matching import by_depth, stages, stages_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.term import Term
     from kirsch.frameworks.layers import LayerNames
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Features, Framework
 
 LOGITS = ("logits", "output.logits")
 """LayerNames of what labels belong to."""
@@ -71,14 +71,14 @@ def bind(
         pairs = _places(framework, term, student, teacher, inputs, recorded)
         layers += [(number, own, other) for own, other in pairs]
     _check_all_used(objective, [number for number, _, _ in layers], len(teachers))
-    values = framework.dry_run(student, texts([own for _, own, _ in layers]), inputs)
+    values = framework.features.extract(student, texts([own for _, own, _ in layers]), inputs)
     outputs: list[Mapping[str, Any]] = [recorded] if recorded is not None else []
     for place, teacher in enumerate(teachers):
         wanted = [other for number, _, other in layers if concerns(objective.terms[number], place)]
-        outputs.append(framework.dry_run(teacher, texts(wanted), inputs))
+        outputs.append(framework.features.extract(teacher, texts(wanted), inputs))
     if any(own in LOGITS and other in LOGITS for _, own, other in layers):
         for teacher in teachers:
-            _check_names(framework.class_names(student), framework.class_names(teacher))
+            _check_names(framework.inference.class_names(student), framework.inference.class_names(teacher))
     names = _distinct([term.record_name for term in objective.terms])
     bound = []
     for place, (number, own, other) in enumerate(layers):
@@ -183,18 +183,18 @@ def _places(
     gathered = get_loss(term.loss).takes in GATHERED
     auto = re.fullmatch(r"auto(?:\[(-?\d+)\])?", term.student_layer) if isinstance(term.student_layer, str) else None
     if auto is not None and term.teacher_layer is None and recorded is None:
-        found = stages(framework, student, teacher, inputs)
+        found = stages(framework.features, student, teacher, inputs)
         found = found if auto[1] is None else _picked(found, int(auto[1]), "stages that student and teacher share")
         return [([a for a, _ in found], [b for _, b in found])] if gathered else list(found)
     if auto is not None:
-        mine: Any = [path for path, _ in stages_of(framework, student, inputs)]
+        mine: Any = [path for path, _ in stages_of(framework.features, student, inputs)]
         mine = mine if auto[1] is None else _picked(mine, int(auto[1]), "stages of the student")
     else:
-        mine = _expanded(framework, student, term.student_layer, inputs)
+        mine = _expanded(framework.features, student, term.student_layer, inputs)
     if recorded is not None:
         theirs = _recorded(term.layers[1], recorded)
     else:
-        theirs = _expanded(framework, teacher, term.layers[1], inputs)
+        theirs = _expanded(framework.features, teacher, term.layers[1], inputs)
     if isinstance(mine, dict) or isinstance(theirs, dict):
         return [(mine, theirs)]
     if len(theirs) == 1:  # such as the scores, which each stage is held against
@@ -216,10 +216,10 @@ def _picked(found: Any, place: int, what: str) -> Any:
     return [found[place]]
 
 
-def _expanded(framework: Framework, model: Any, layers: LayerNames, inputs: Any) -> Any:
+def _expanded(features: Features, model: Any, layers: LayerNames, inputs: Any) -> Any:
     if isinstance(layers, dict):
-        return {name: _expanded(framework, model, layer, inputs)[0] for name, layer in layers.items()}
-    return [concrete for text in texts(layers) for concrete in framework.expand(model, text, inputs)]
+        return {name: _expanded(features, model, layer, inputs)[0] for name, layer in layers.items()}
+    return [concrete for text in texts(layers) for concrete in features.expand(model, text, inputs)]
 
 
 def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:
@@ -236,7 +236,9 @@ def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], place: i
     if term.adapter == "none" or (term.adapter == "auto" and loss.takes in ("logits", "pixels", "values", "sets")):
         return None
     options = {"widths": loss.widths, "takes": loss.takes, **term.adapter_options}
-    return framework.seeded(lambda: framework.adapter(term.adapter, *values, options), seed + place)
+    return framework.training.seeded(
+        lambda: framework.features.build_adapter(term.adapter, *values, options), seed + place
+    )
 
 
 def _try(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None:
@@ -248,8 +250,8 @@ def _try(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None
         stored_scores(term, student, teacher, None, term.keywords(0.0))
         return
     if term.adapter is not None:
-        ids = framework.tensor(np.arange(len(first_array(student))))
-        student, teacher = framework.seeded(lambda: copy.deepcopy(term.adapter)(student, teacher, ids=ids), 0)
+        ids = framework.inference.from_numpy(np.arange(len(ops.first_array(student))))
+        student, teacher = framework.training.seeded(lambda: copy.deepcopy(term.adapter)(student, teacher, ids=ids), 0)
     if loss.takes == "logits" and student.ndim >= len("NKHW"):
         classes = "Take 'pixel-kd' or 'cwd-pixels' for classes of pixels; for " if student.shape[1] > 1 else "For "
         layer = texts(term.student_layer)[0]
@@ -309,7 +311,7 @@ def _shape(values: Any) -> str:
         return ", ".join(f"{name} {_shape(value)}" for name, value in values.items())
     if isinstance(values, list):
         return ", ".join(_shape(value) for value in values)
-    return " × ".join(str(size) for size in tuple(first_array(values).shape)[1:])
+    return " × ".join(str(size) for size in tuple(ops.first_array(values).shape)[1:])
 
 
 def quoted(layers: LayerNames) -> str:

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from kirsch import ops
 from kirsch.annotations import Count
 from kirsch.arguments import checked
 from kirsch.data.annotations import Build, Data, Model, Regularizer
 from kirsch.data.arrays import host
-from kirsch.distillation.arrays import upcast
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses.loss import Activation
 from kirsch.distillation.objective import Objective, Outputs
@@ -18,7 +18,7 @@ from kirsch.distillation.probabilities import shape_of, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import Teacher, combined, one_or_more
 from kirsch.errors import CheckpointError, UsageError
-from kirsch.frameworks.port import framework_of, pytorch
+from kirsch.frameworks.find import framework_of, pytorch
 from kirsch.frameworks.training import Trained, Training, TrainingHooks, TrainingState
 
 Link = Callable[[list[Trained], TrainingHooks, bool], Trained]
@@ -143,9 +143,9 @@ def born_again(
     framework = pytorch()  # what is not built yet has no framework that could be asked for
     first = 0 if teacher is None else 1
     seeds = [training.seed + number for number in range(first, generations + 1)]
-    models = [framework.seeded(build, seed) for seed in seeds]
+    models = [framework.training.seeded(build, seed) for seed in seeds]
     _check_apart(models)
-    if len({framework.fingerprint(model) for model in models}) < len(models):
+    if len({framework.inference.fingerprint(model) for model in models}) < len(models):
         raise UsageError(
             "`build` gives the same weights each time.",
             "Each generation begins with fresh ones.",
@@ -197,7 +197,7 @@ class _Combination:
             scores = [to_logits(each, self.activation) for each in scores]
         elif self.outputs is None and self.activation != "identity" and type(first).__name__ == "Tensor":
             for place, each in enumerate(scores):  # none of them while a model is traced, which has no values
-                if shape_of(host(upcast(each)), {self.activation}) == "softmax":
+                if shape_of(host(ops.upcast(each)), {self.activation}) == "softmax":
                     raise UsageError(
                         f"Model {place} of the ensemble puts out probabilities: they are at least 0 and sum to 1.",
                         "Logits are combined, and the softmax is applied to them.",
@@ -234,7 +234,7 @@ def ensemble(
     """
     if not models:
         raise UsageError("An ensemble of no models has no scores.", fix="Give at least one.")
-    return framework_of(models[0]).ensemble(models, _Combination(combine, activation, outputs))
+    return framework_of(models[0]).features.ensemble(models, _Combination(combine, activation, outputs))
 
 
 def _each(given: Any, links: int, what: str) -> list[Any]:

@@ -6,8 +6,8 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from kirsch import ops
 from kirsch.data.batches import ArrayData, Batch, SeededData, batches_of
-from kirsch.distillation.arrays import map_arrays
 from kirsch.distillation.binding import combines_teachers
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.schedule import Ramp, ends
@@ -15,14 +15,14 @@ from kirsch.errors import DataError
 
 if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Inference, TrainingLoop
     from kirsch.frameworks.training import Training
 
 FEW = 8
 """Samples of the dry run that finds shapes."""
 
 
-def first_batch(framework: Framework, data: Any) -> Batch:
+def first_batch(training: TrainingLoop, data: Any) -> Batch:
     """Return the first batch of the data; for data in memory, without augmentation.
 
     Raises:
@@ -45,7 +45,7 @@ def first_batch(framework: Framework, data: Any) -> Batch:
             )
         return list(itertools.islice(batches, 1))
 
-    first = framework.seeded(fetch, 0)  # a loader that shuffles draws from the caller's random state
+    first = training.seeded(fetch, 0)  # a loader that shuffles draws from the caller's random state
     if not first:
         raise DataError("The data is empty.", fix="Give at least one batch.")
     return Batch.of(*first)
@@ -65,18 +65,18 @@ def _refuse_dataset(data: Any) -> None:
         )
 
 
-def missing_targets(framework: Framework, model: Any, batch: Batch, objective: Objective) -> list[str]:
+def missing_targets(inference: Inference, model: Any, batch: Batch, objective: Objective) -> list[str]:
     """Return a warning if batches without targets have entries that are not arguments of the model.
 
     Args:
-        framework: of the model.
+        inference: of the framework of the model.
         model: the student.
         batch: the first batch.
         objective: for the weight of the labels.
     """
     if batch.targets is not None or not isinstance(batch.inputs, dict) or not any(ends(objective.label_weight)):
         return []
-    unknown = framework.unknown_arguments(model, [str(name) for name in batch.inputs])
+    unknown = inference.unknown_arguments(model, [str(name) for name in batch.inputs])
     text = (
         f"The batches have no targets, although the weight of the labels is not 0, and {type(model).__name__} has no "
         f"argument {' or '.join(unknown)}. If that holds the targets, call it labels; else leave it out of the batches."
@@ -84,7 +84,7 @@ def missing_targets(framework: Framework, model: Any, batch: Batch, objective: O
     return [text] if unknown else []
 
 
-def check_last_batch(framework: Framework, model: Any, data: Any, first: Batch) -> None:
+def check_last_batch(inference: Inference, model: Any, data: Any, first: Batch) -> None:
     """Refuse a model that cannot be trained on one sample, if a batch of the data has a single sample.
 
     Raises:
@@ -98,7 +98,7 @@ def check_last_batch(framework: Framework, model: Any, data: Any, first: Batch) 
     else:
         alone = isinstance(data, (list, tuple)) and 1 in [len(batch) for batch in batches_of(data)]
     if alone:
-        framework.check_runs(model, few(first, 1).inputs, training=True)
+        inference.check_runs(model, few(first, 1).inputs, training=True)
 
 
 def _length(given: Any) -> int | None:
@@ -112,7 +112,7 @@ def few(batch: Batch, count: int = FEW) -> Batch:
     """Return the first samples of a batch."""
     return dataclasses.replace(
         batch,
-        inputs=map_arrays(lambda part: part[:count] if hasattr(part, "shape") else part, batch.inputs),  # else a switch
+        inputs=ops.map_arrays(lambda part: part[:count] if hasattr(part, "shape") else part, batch.inputs),
         targets=None if batch.targets is None else batch.targets[:count],
         ids=None if batch.ids is None else batch.ids[:count],
         seeds=None if batch.seeds is None else batch.seeds[:count],

@@ -20,11 +20,11 @@ from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
 from kirsch.distillation.teachers import Teacher, one_or_more, replayed
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import Trained, Training, TrainingHooks
 
 if TYPE_CHECKING:
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 
 @checked
@@ -77,13 +77,13 @@ def distill(
     stored = isinstance(teacher, TeacherStore)
     if isinstance(teacher, TeacherStore):
         data = replayed(teacher, data)
-    first = next(data.epoch(0, 0)) if stored else first_batch(framework, data)
+    first = next(data.epoch(0, 0)) if stored else first_batch(framework.training, data)
     bound = Distiller(
         student, teacher, objective, first, seed=training.seed, regularizers=regularizers, warn=hooks.warn
     )
     if isinstance(data, ArrayData):
         bound.check_labels(data.targets)
-    check_last_batch(framework, student, data, first)
+    check_last_batch(framework.inference, student, data, first)
     hooks = with_validation(hooks, framework, validation, objective, [student])
     tell = hooks.event or (lambda _event: None)
     if check_teacher and objective.needs_logits and objective.label_loss in CHECKED:
@@ -97,7 +97,7 @@ def distill(
     for text in split_relations(objective, training) + late_ramps(objective, training):
         hooks.warn(text)
     try:
-        trained = framework.train(bound.module, data, bound.step, training, hooks)
+        trained = framework.training.train(bound.module, data, bound.step, training, hooks)
     finally:
         bound.close()
     warn_of_result(hooks)
@@ -120,16 +120,18 @@ def fit(
     objective, validation = objective or Objective.labels(label_smoothing), to_validate_by(validation)
     training, hooks = training or Training(), hooks or TrainingHooks()
     framework = framework_of(model)
-    first = first_batch(framework, data)
+    first = first_batch(framework.training, data)
     targets, inputs = data.targets if isinstance(data, ArrayData) else first.targets, few(first).inputs
-    framework.check_runs(model, inputs)
-    shape = tuple(framework.predict(model, inputs).shape[1:])
+    framework.inference.check_runs(model, inputs)
+    shape = tuple(framework.inference.predict(model, inputs).shape[1:])
     check_labels(targets, shape, objective)
-    logits = settle(framework, model, objective, logit_layers(objective, (), None), inputs, teacher=None)
-    check_last_batch(framework, model, data, first)
-    step = DistillationStep(framework, objective, regularizers=regularizers, logits_shape=shape)
+    logits = settle(framework.features, model, objective, logit_layers(objective, (), None), inputs, teacher=None)
+    check_last_batch(framework.inference, model, data, first)
+    step = DistillationStep(framework.features, objective, regularizers=regularizers, logits_shape=shape)
     hooks = with_validation(hooks, framework, validation, objective, [model])
-    trained = framework.train(framework.with_adapters(model, ("logits",), {}, {}, logits), data, step, training, hooks)
+    trained = framework.training.train(
+        framework.features.with_adapters(model, ("logits",), {}, {}, logits), data, step, training, hooks
+    )
     warn_of_result(hooks)
     return trained
 

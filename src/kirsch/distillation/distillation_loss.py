@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import first_array, zero_masked
+from kirsch import ops
 from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.masks import BatchMasks
 from kirsch.distillation.schedule import at
@@ -123,7 +124,7 @@ class DistillationLoss:
         for name, value in (regularization or {}).items():
             add(terms, name, shares["samples"] * value)
         if not terms:  # the other batches or processes of the step have all labels
-            return LossOutput(0.0 * first_array(student.features).sum(), terms)
+            return LossOutput(0.0 * ops.first_array(student.features).sum(), terms)
         return LossOutput(sum(terms.values()) + sum(adapter_losses.values()), terms, adapter_losses)
 
     def weights(self, epoch: float, factors: Mapping[str, float]) -> dict[str, float]:
@@ -166,14 +167,16 @@ class DistillationLoss:
         if "labels" in step:
             if masks.labels is None:
                 raise UsageError(f"The term {term.name!r} needs labels, and a batch has none.")
-            options["labels"] = zero_masked(masks.labels, mask)
+            options["labels"] = ops.zero_masked(masks.labels, mask)
             if mask is not None and not bool(mask.any()):
-                return 0.0 * first_array(student).sum()
+                return 0.0 * ops.first_array(student).sum()
         if "mask" in step:
             options["mask"] = mask
         if "epoch" in step:
             options["epoch"] = epoch
-        loss = term.loss(student, teacher, **options)
+        # Labels are checked in each step. No mask is empty, since its count is above 0: do not wait for the device.
+        with nullcontext() if "labels" in step else ops.without_value_checks():
+            loss = term.loss(student, teacher, **options)
         return _mean_over_samples(loss, masks.labels, mask) if "labels" in step else loss
 
     def masks(self, batch: Batch) -> BatchMasks:

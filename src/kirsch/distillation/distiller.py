@@ -27,8 +27,8 @@ from kirsch.distillation.teachers import (
     require_temperature,
 )
 from kirsch.errors import CheckpointError, UsageError
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.layers import texts
-from kirsch.frameworks.port import framework_of
 from kirsch.frameworks.training import LossOutput, share_warnings, shares_of
 
 if TYPE_CHECKING:
@@ -90,14 +90,14 @@ class Distiller:
         framework = framework_of(student)
         first = Batch.of(example_batch)
         some = few(first)
-        framework.check_runs(student, some.inputs)
+        framework.inference.check_runs(student, some.inputs)
         self._framework, self._objective = framework, objective
         self._teacher_source: TeacherSource | None = None
         terms: list[BoundTerm] = []
         if isinstance(teacher, TeacherStore):
             require_temperature(teacher, objective)
-            _require_classes(teacher, objective, framework.predict(student, some.inputs).shape)
-            self._teacher_source = StoredTeacher(framework, teacher)
+            _require_classes(teacher, objective, framework.inference.predict(student, some.inputs).shape)
+            self._teacher_source = StoredTeacher(framework.inference, teacher)
             (recorded,) = self._teacher_source(first)
             if "logits" in recorded and not holds_top_k(recorded["logits"]):
                 check_record(recorded["logits"], objective)
@@ -111,34 +111,34 @@ class Distiller:
                 )
             teachers = _copies(student, teacher)
             for model in teachers:
-                framework.check_runs(model, some.inputs)
+                framework.inference.check_runs(model, some.inputs)
             terms = bind(framework, objective, student, teachers, some.inputs, seed=seed)
             layers = [layers_of_teacher(terms, index) for index in range(len(teachers))]
-            logits = teachers_logits(framework, teachers, objective, terms, some.inputs)
+            logits = teachers_logits(framework.features, teachers, objective, terms, some.inputs)
             self._teacher_source = LiveTeachers(framework, teachers, layers, logits)
             for sentence in averaged_logits(objective, len(teachers)):
                 warn(sentence)
-        for sentence in missing_targets(framework, student, first, objective):
+        for sentence in missing_targets(framework.inference, student, first, objective):
             warn(sentence)
         self.student = student
         logits_of_student = logit_layers(objective, terms, None)
-        self.module: Any = framework.with_adapters(
+        self.module: Any = framework.features.with_adapters(
             student,
             list(dict.fromkeys(["logits"] * objective.needs_logits + texts([term.student_layer for term in terms]))),
             {term.adapter_name: term.adapter for term in terms if term.adapter is not None},
             {term.adapter_name: term.student_layer for term in terms},
-            settle(framework, student, objective, logits_of_student, some.inputs, teacher=None),
+            settle(framework.features, student, objective, logits_of_student, some.inputs, teacher=None),
         )
         self._logits_shape = (
-            tuple(framework.predict(student, some.inputs).shape[1:]) if objective.needs_logits else None
+            tuple(framework.inference.predict(student, some.inputs).shape[1:]) if objective.needs_logits else None
         )
         self.step = DistillationStep(
-            framework,
+            framework.features,
             objective,
             terms,
             self._teacher_source,
             regularizers,
-            partial(framework.positions, student),
+            partial(framework.features.feature_mask, student),
             self._logits_shape,
         )
         self.rows: list[dict[str, Any]] = table(terms)
@@ -178,9 +178,9 @@ class Distiller:
         given = Batch.of(batch)
         # Warnings are for the batches of a loader; your own loop knows which of its batches have targets.
         self.step.check(given, wherever=self.module.training and int(epoch) != self._checked_epoch)
-        output = self.step(model, self._framework.placed(given, self.student), epoch, step_counts)
+        output = self.step(model, self._framework.inference.to_device(given, self.student), epoch, step_counts)
         if self.module.training and output.terms and int(epoch) != self._checked_epoch:
-            norms = self._framework.gradient_norms(self.module, output.terms)
+            norms = self._framework.training.gradient_norms(self.module, output.terms)
             if norms:
                 self._check_gradients(norms, int(epoch))
         return output
@@ -234,7 +234,7 @@ class Distiller:
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save beside those of student and optimizer: adapters, factors, and gradient shares."""
         return {
-            "adapters": dict(self.module.adapters.state_dict()),
+            "adapters": self.module.adapter_state(),
             "balance": self.step.state(),
             "looked": self._checked_epoch,
             "shares": dict(self.shares),
@@ -253,7 +253,7 @@ class Distiller:
             raise CheckpointError(
                 f"`state` has no {missing[0]!r}.", fix="Give what `state_dict` of a distiller returned."
             )
-        own, given = self.module.adapters.state_dict(), state["adapters"]
+        own, given = self.module.adapter_state(), state["adapters"]
         other = sorted(own.keys() ^ given.keys())
         other = other or [name for name, value in own.items() if tuple(value.shape) != tuple(given[name].shape)]
         if other:
@@ -261,7 +261,7 @@ class Distiller:
                 f"The state holds other adapters than this distiller: {', '.join(other[:3])}.",
                 fix="Build it with the objective and the models that the state was saved with.",
             )
-        self.module.adapters.load_state_dict(given)
+        self.module.load_adapter_state(given)
         self.step.restore(state["balance"])
         self._checked_epoch, self.shares, self._began = state["looked"], dict(state["shares"]), dict(state["began"])
 
@@ -285,7 +285,7 @@ def _copies(student: Any, teacher: Any) -> list[Any]:
         raise UsageError(
             "Student and teacher are the same object.", fix="Give the student as a copy: copy.deepcopy(teacher)."
         )
-    return [framework_of(model).frozen(model, student) for model in given]
+    return [framework_of(model).inference.frozen_copy(model, student) for model in given]
 
 
 def _require_classes(store: TeacherStore, objective: Objective, shape: tuple[int, ...]) -> None:

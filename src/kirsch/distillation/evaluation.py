@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.data.batches import ArrayData, Batch, batches_of, naming
-from kirsch.distillation.arrays import classes_last, map_arrays
 from kirsch.distillation.checks import few
 from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.probabilities import stated_of, to_logits
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework
 
 ENOUGH = 32
 """Fewest samples on which a teacher that is no better than chance is an error."""
@@ -252,12 +252,12 @@ def _live(
     if isinstance(source, ArrayData):
         batches: Iterable[Batch] = [Batch(source.inputs, source.targets)]
     else:
-        batches = framework.seeded(lambda: _until_enough(source, objective), 0)
+        batches = framework.training.seeded(lambda: _until_enough(source, objective), 0)
     found = []
     for number, batch in enumerate(batches, 1):
         places = _spread(len(batch))
         with naming(f"Batch {number} of the {'data' if source is data else 'validation'}"):
-            outputs = framework.predict(teacher, _rows(batch.inputs, places))
+            outputs = framework.inference.predict(teacher, _rows(batch.inputs, places))
             if not np.isfinite(outputs).all():
                 raise NumericError(
                     "The teacher's outputs are not finite.",
@@ -272,7 +272,7 @@ def _live(
 
 def _rows(inputs: Any, places: NDArray[np.int64]) -> Any:
     """Return the inputs of some samples; inputs that are not arrays stay."""
-    return map_arrays(lambda part: part[places] if hasattr(part, "shape") else part, inputs)
+    return ops.map_arrays(lambda part: part[places] if hasattr(part, "shape") else part, inputs)
 
 
 def _until_enough(data: Any, objective: Objective) -> list[Batch]:
@@ -312,13 +312,13 @@ def evaluated_batch(
     targets = host(targets)
     check_evaluable(targets, outputs.shape[1:], objective)
     if objective.label_loss == "cross-entropy":
-        rows = classes_last(outputs)
+        rows = ops.classes_last(outputs)
         return EvaluatedBatch(*_counted(rows.argmax(-1), targets, objective), rows.shape[-1])
     if stated == "probabilities" and objective.label_loss == "binary":
         outputs = to_logits(outputs, "sigmoid")
-    rows = classes_last(outputs[:, None] if outputs.ndim == 1 else outputs)
+    rows = ops.classes_last(outputs[:, None] if outputs.ndim == 1 else outputs)
     if targets.ndim == outputs.ndim:
-        targets = classes_last(targets)
+        targets = ops.classes_last(targets)
     return EvaluatedBatch(rows, targets.reshape(rows.shape), rows.shape[-1])
 
 
@@ -358,7 +358,9 @@ class Validation:
             DataError: no sample of the validation has a label.
         """
         # A loader that shuffles draws from the random state of the run.
-        found = self._framework.seeded(lambda: [self._evaluate(model, batch, n) for n, batch in self._labeled()], 0)
+        found = self._framework.training.seeded(
+            lambda: [self._evaluate(model, batch, n) for n, batch in self._labeled()], 0
+        )
         kind = self._objective.label_loss
         labels = _answers_by_label(found) if found and kind == "binary" else []
         if not sum(len(batch.targets) for batch in found) or (kind == "binary" and not labels):
@@ -384,7 +386,7 @@ class Validation:
 
     def _evaluate(self, model: Any, batch: Batch, number: int) -> EvaluatedBatch:
         with naming(f"Batch {number} of the validation"):
-            outputs = self._framework.predict(model, batch.inputs)
+            outputs = self._framework.inference.predict(model, batch.inputs)
         try:
             return evaluated_batch(outputs, batch.targets, self._objective, self._objective.student_outputs)
         except DataError as error:
@@ -400,7 +402,7 @@ class Validation:
         Raises:
             DataError: the label loss does not take them.
         """
-        number, first = self._framework.seeded(lambda: next(self._labeled(), (0, None)), 0)
+        number, first = self._framework.training.seeded(lambda: next(self._labeled(), (0, None)), 0)
         if first is not None and self._objective.label_loss in CHECKED:
             self._evaluate(model, few(first), number)
 

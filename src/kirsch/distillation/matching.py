@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import first_array
+from kirsch import ops
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Features
 
     Size = tuple[int, int]
     Shape = tuple[int, ...]
@@ -22,7 +22,7 @@ LEAST_SIZE = 2
 MAP, TOKENS = len("NCHW"), len("NLD")
 
 
-def stages(framework: Framework, student: Any, teacher: Any, inputs: Any) -> list[tuple[str, str]]:
+def stages(features: Features, student: Any, teacher: Any, inputs: Any) -> list[tuple[str, str]]:
     """Places of two models that stand for each other: the last maps of each size, or layers of the same depth.
 
     Convolutional networks have a stage for each size of their maps, and are matched by those sizes that both have. A
@@ -31,7 +31,7 @@ def stages(framework: Framework, student: Any, teacher: Any, inputs: Any) -> lis
     Raises:
         UsageError: a model has no stages, or the student more layers than the teacher.
     """
-    mine, theirs = (stages_of(framework, model, inputs) for model in (student, teacher))
+    mine, theirs = (stages_of(features, model, inputs) for model in (student, teacher))
     sizes = [{size: path for path, size in found if size is not None} for found in (mine, theirs)]
     both = [size for size in sizes[0] if size in sizes[1]]
     if both:
@@ -42,9 +42,9 @@ def stages(framework: Framework, student: Any, teacher: Any, inputs: Any) -> lis
     return list(zip(by_depth(paths[0], count), by_depth(paths[1], count), strict=True))
 
 
-def stages_of(framework: Framework, model: Any, inputs: Any) -> list[tuple[str, Size | None]]:
+def stages_of(features: Features, model: Any, inputs: Any) -> list[tuple[str, Size | None]]:
     """Path and map size of each stage of a model; see `stages_among`."""
-    return stages_among(framework.shapes(model, inputs), first_array(inputs).shape, type(model).__name__)
+    return stages_among(features.shapes(model, inputs), ops.first_array(inputs).shape, type(model).__name__)
 
 
 def stages_among(shapes: Sequence[tuple[str, Shape]], image: Shape, called: str) -> list[tuple[str, Size | None]]:

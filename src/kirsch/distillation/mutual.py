@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from kirsch import ops
 from kirsch.arguments import checked
 from kirsch.data.annotations import Data, Model, Regularizer
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.arrays import detach
 from kirsch.distillation.binding import bind, combines_teachers
 from kirsch.distillation.checks import (
     averaged_logits,
@@ -29,12 +29,12 @@ from kirsch.distillation.probabilities import Logits, check_training, logit_laye
 from kirsch.distillation.step import TargetCheck, balanced, regularization
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHooks, shares_of
 
 if TYPE_CHECKING:
     from kirsch.data.batches import Batch
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Features, Inference
 
 FEWEST = 2
 
@@ -86,35 +86,37 @@ def distill_mutually(
             f"Mutual learning needs at least two students; there {'is 1' if students else 'are none'}.",
             fix="Give more of them, or a teacher to kirsch.distill.",
         )
-    _check_students(framework, students)
+    _check_students(framework.inference, students)
     _check_terms(objective, len(students))
-    first = first_batch(framework, data)
+    first = first_batch(framework.training, data)
     inputs = few(first).inputs
     targets = data.targets if isinstance(data, ArrayData) else first.targets
     losses, logits, shape = [], [], ()
     for place, student in enumerate(students):
-        check_last_batch(framework, student, data, first)
-        framework.check_runs(student, inputs)
-        shape = tuple(framework.predict(student, inputs).shape[1:])
+        check_last_batch(framework.inference, student, data, first)
+        framework.inference.check_runs(student, inputs)
+        shape = tuple(framework.inference.predict(student, inputs).shape[1:])
         check_labels(targets, shape, objective)
         others = [*students[:place], *students[place + 1 :]]
         terms = bind(framework, objective, student, others, inputs, seed=training.seed)
-        logits.append(settle(framework, student, objective, logit_layers(objective, terms, None), inputs, teacher=None))
+        logits.append(
+            settle(framework.features, student, objective, logit_layers(objective, terms, None), inputs, teacher=None)
+        )
         losses.append(DistillationLoss(objective, terms))
-    hooks = _of_each(framework, with_validation(hooks, framework, validation, objective, students))
+    hooks = _of_each(framework.features, with_validation(hooks, framework, validation, objective, students))
     warnings = split_relations(objective, training) + late_ramps(objective, training)
-    warnings += missing_targets(framework, students[0], first, objective)
+    warnings += missing_targets(framework.inference, students[0], first, objective)
     for text in warnings + averaged_logits(objective, len(students) - 1):
         hooks.warn(text)
     outputs = [_output(place) for place in range(len(students))]
-    module = framework.with_adapters(framework.cohort(students), outputs, {}, {})
-    step = MutualStep(framework, losses, logits, TargetCheck(objective, shape), regularizers)
-    trained = framework.train(module, data, step, training, hooks)
-    return [_own(trained, place, model) for place, model in enumerate(framework.members(trained.model))]
+    module = framework.features.with_adapters(framework.features.cohort(students), outputs, {}, {})
+    step = MutualStep(framework.features, losses, logits, TargetCheck(objective, shape), regularizers)
+    trained = framework.training.train(module, data, step, training, hooks)
+    return [_own(trained, place, model) for place, model in enumerate(framework.features.members(trained.model))]
 
 
-def _check_students(framework: Framework, students: Sequence[Any]) -> None:
-    prints = [framework.fingerprint(student) for student in students]
+def _check_students(inference: Inference, students: Sequence[Any]) -> None:
+    prints = [inference.fingerprint(student) for student in students]
     for one, other in combinations(range(len(students)), 2):
         if students[one] is students[other]:
             raise UsageError(f"Students {one} and {other} are the same object.", fix="Build each by itself.")
@@ -170,7 +172,7 @@ class MutualStep:
     """Runs all students on a batch and adds up their losses; a `kirsch.frameworks.training.LossFunction`.
 
     Args:
-        framework: of the students.
+        features: of the framework of the students.
         losses: of each student, with the other students as its teachers.
         logits: for each student, what makes logits of its outputs; None if they are logits.
         check: of the targets of each batch.
@@ -179,13 +181,13 @@ class MutualStep:
 
     def __init__(
         self,
-        framework: Framework,
+        features: Features,
         losses: Sequence[DistillationLoss],
         logits: Sequence[Logits | None],
         check: TargetCheck,
         regularizers: Sequence[Regularizer] = (),
     ) -> None:
-        self._framework, self._losses, self._logits = framework, losses, logits
+        self._features, self._losses, self._logits = features, losses, logits
         self._check, self._regularizers = check, regularizers
         self._factors: list[dict[str, float]] = [{} for _ in losses]
         self._epoch = 0.0
@@ -205,11 +207,11 @@ class MutualStep:
             for loss, own in zip(self._losses, logits, strict=True):
                 check_training({"logits": own}, logit_layers(loss.objective, loss.terms, None), loss.objective)
             self._unchecked = False
-        students = self._framework.members(self._framework.student_of(module))
+        students = self._features.members(self._features.student_of(module))
         total: Any = 0.0
         parts: dict[str, Any] = {}
         for place, (loss, student) in enumerate(zip(self._losses, students, strict=True)):
-            peers = [{"logits": detach(other)} for other in (*logits[:place], *logits[place + 1 :])]
+            peers = [{"logits": ops.detach(other)} for other in (*logits[:place], *logits[place + 1 :])]
             output = loss(
                 _Logits({"logits": logits[place]}),
                 loss.features(peers, epoch),
@@ -264,14 +266,14 @@ def _of(place: int, named: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
 
 
-def _of_each(framework: Framework, hooks: TrainingHooks) -> TrainingHooks:
+def _of_each(features: Features, hooks: TrainingHooks) -> TrainingHooks:
     """The hooks, with a validation of one model that judges each student."""
     validate = hooks.validate
     if validate is None:
         return hooks
 
     def judge(cohort: Any) -> dict[str, float]:
-        found = [validate(student) for student in framework.members(cohort)]
+        found = [validate(student) for student in features.members(cohort)]
         return {_name(place, name): value for place, own in enumerate(found) for name, value in own.items()}
 
     return dataclasses.replace(hooks, validate=judge)

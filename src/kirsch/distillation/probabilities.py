@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch import ops
 from kirsch.data.arrays import host
-from kirsch.distillation.arrays import classes_last, namespace, upcast, without_autocast
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.schedule import ends
 from kirsch.errors import UsageError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Features
 
 ACTIVATIONS: Mapping[str, Activation] = {"cross-entropy": "softmax", "binary": "sigmoid"}
 """Label loss → what it applies to the outputs of the student."""
@@ -43,13 +43,13 @@ def to_logits(probabilities: Any, activation: Activation) -> Any:
     Returns:
         An array of at least 32 bits. A probability of 0 becomes that of the smallest normal number, without gradient.
     """
-    with without_autocast(probabilities):
-        p = upcast(probabilities)
-        limits = namespace(p).finfo(p.dtype)
-        log_p = namespace(p).log(p.clip(min=float(limits.tiny)))
+    with ops.without_autocast(probabilities):
+        p = ops.upcast(probabilities)
+        limits = np.finfo(ops.dtype(p))
+        log_p = ops.log(ops.clip(p, float(limits.tiny)))
         if activation == "softmax":
             return log_p
-        return log_p - namespace(p).log((1 - p).clip(min=float(limits.eps) / 2))
+        return log_p - ops.log(ops.clip(1 - p, float(limits.eps) / 2))
 
 
 def activations_of(objective: Objective) -> set[Activation]:
@@ -113,12 +113,12 @@ def _labels_take_logits(objective: Objective) -> bool:
 
 
 def settle(
-    framework: Framework, model: Any, objective: Objective, layers: Sequence[str], inputs: Any, *, teacher: int | None
+    features: Features, model: Any, objective: Objective, layers: Sequence[str], inputs: Any, *, teacher: int | None
 ) -> Logits | None:
     """What makes logits of a model's outputs; None where they are logits.
 
     Args:
-        framework: of the model.
+        features: of the framework of the model.
         model: the student, or a teacher.
         objective: says what the model puts out; where it does not, outputs that look like probabilities are refused.
         layers: at which losses take logits.
@@ -137,19 +137,19 @@ def settle(
             "Probabilities become logits in another way for each.",
             "Give models that put out logits.",
         )
-    values = framework.dry_run(model, layers, inputs)
+    values = features.extract(model, layers, inputs)
     whose = "The student" if teacher is None else "The teacher"
     named = f"{whose}, a {type(model).__name__},"
     for layer in layers:
-        found = host(upcast(values[layer]))
+        found = host(ops.upcast(values[layer]))
         if stated == "probabilities":
             _check_stated(named, layer, found, activations)
         else:
             shape = shape_of(found, activations)
-            if shape == "inside" and framework.squashed(model, layer, inputs):
+            if shape == "inside" and features.is_squashed(model, layer, inputs):
                 shape = "sigmoid"
             negative = not shape and "sigmoid" in activations and found.size and found.max() <= 0
-            if negative and framework.squashed(model, layer, inputs, logarithm=True):
+            if negative and features.is_squashed(model, layer, inputs, logarithm=True):
                 shape = "log-sigmoid"
             if shape not in ("", "inside"):
                 raise refusal(named, shape, objective, "student_outputs" if teacher is None else "teacher_outputs")
@@ -164,7 +164,7 @@ def shape_of(values: NDArray[Any], activations: set[Activation]) -> str:
     """
     if not values.size or not np.isfinite(values).all():
         return ""
-    rows = classes_last(values)
+    rows = ops.classes_last(values)
     if are_probabilities(rows):  # what is the same for all samples may be a bias that sums to 1
         alike = values.shape[0] > 1 and bool((values == values[:1]).all())
         return "inside" if alike else "softmax"
@@ -210,11 +210,11 @@ def refusal(whose: str, shape: str, objective: Objective, field: str) -> UsageEr
 def _check_stated(whose: str, layer: str, values: NDArray[Any], activations: set[Activation]) -> None:
     """Refuse outputs that are said to be probabilities and are not."""
     inside = np.isfinite(values).all() and values.min() >= -ROUNDING and values.max() <= 1 + ROUNDING
-    if inside and (activations != {"softmax"} or are_probabilities(classes_last(values))):
+    if inside and (activations != {"softmax"} or are_probabilities(ops.classes_last(values))):
         return
     why = f"`{layer}` has values from {values.min():.3g} to {values.max():.3g}."
     if inside:
-        sums = classes_last(values).sum(-1)
+        sums = ops.classes_last(values).sum(-1)
         why = f"Of `{layer}` the classes of a sample sum to {sums.min():.3g} to {sums.max():.3g}, and not to 1."
     raise UsageError(
         f"{whose} is said to put out probabilities, and does not.",
@@ -236,7 +236,7 @@ def check_training(values: Mapping[str, Any], layers: Sequence[str], objective: 
     """
     activations = activations_of(objective)
     for layer in layers if stated_of(objective, None) is None and activations else ():
-        shape = shape_of(host(upcast(values[layer])), activations)
+        shape = shape_of(host(ops.upcast(values[layer])), activations)
         if shape not in ("", "inside"):
             error = refusal("The student, in training mode,", shape, objective, "student_outputs")
             fix = (
@@ -261,14 +261,14 @@ def check_record(values: Any, objective: Objective) -> None:
             "A store holds logits, and the objective says that the teacher puts out probabilities.", "", fix
         )
     activations = activations_of(objective)
-    shape = shape_of(host(upcast(values)), activations) if activations and stated_of(objective, 0) is None else ""
+    shape = shape_of(host(ops.upcast(values)), activations) if activations and stated_of(objective, 0) is None else ""
     if shape not in ("", "inside"):
         error = refusal("The teacher of the store", shape, objective, "teacher_outputs")
         raise UsageError(error.what, error.why, fix)
 
 
 def teachers_logits(
-    framework: Framework, teachers: Sequence[Any], objective: Objective, terms: Sequence[BoundTerm], inputs: Any
+    features: Features, teachers: Sequence[Any], objective: Objective, terms: Sequence[BoundTerm], inputs: Any
 ) -> list[Logits | None]:
     """What makes logits of the outputs of each teacher; see `settle`.
 
@@ -282,6 +282,6 @@ def teachers_logits(
             fix="Give one for each, or one for all.",
         )
     return [
-        settle(framework, model, objective, logit_layers(objective, terms, place), inputs, teacher=place)
+        settle(features, model, objective, logit_layers(objective, terms, place), inputs, teacher=place)
         for place, model in enumerate(teachers)
     ]

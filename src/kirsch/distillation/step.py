@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.teachers import TeacherSource
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Features
     from kirsch.frameworks.training import LossOutput
 
 WITHOUT_TARGETS = (
@@ -69,7 +69,7 @@ class DistillationStep:
     """Runs teachers and student on a batch and returns the loss; a `kirsch.frameworks.training.LossFunction`.
 
     Args:
-        framework: of student and teachers.
+        features: of the framework of student and teachers.
         objective: the weights of labels and terms.
         terms: of the objective, bound to the layers of the models.
         teacher_source: the outputs of the teachers for a batch; None without terms.
@@ -80,7 +80,7 @@ class DistillationStep:
 
     def __init__(
         self,
-        framework: Framework,
+        features: Features,
         objective: Objective,
         terms: Sequence[BoundTerm] = (),
         teacher_source: TeacherSource | None = None,
@@ -90,7 +90,7 @@ class DistillationStep:
     ) -> None:
         self.loss = DistillationLoss(objective, terms, positions_of)
         self.factors: dict[str, float] = {}
-        self._framework, self._objective, self._teacher_source = framework, objective, teacher_source
+        self._features, self._objective, self._teacher_source = features, objective, teacher_source
         self._regularizers, self._targets = regularizers, TargetCheck(objective, logits_shape)
         self._weights: dict[str, float] = {}
         self._unchecked = logit_layers(objective, terms, None)  # of the student, until its first step in training mode
@@ -115,7 +115,7 @@ class DistillationStep:
             epoch,
             step_counts,
             factors=self.factors,
-            regularization=regularization(self._regularizers, self._framework.student_of(module)),
+            regularization=regularization(self._regularizers, self._features.student_of(module)),
         )
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from kirsch import ops
 from kirsch.data.annotations import Model
 from kirsch.data.arrays import host
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.arrays import first_array, log_sigmoid, log_softmax, log_sum_exp, namespace
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import TeacherStore
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.probabilities import Logits
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Framework, Inference
 
 TOP_K = ("indices", "log_p", "tail")
 """Fields of a record that holds the largest logits only."""
@@ -68,8 +68,8 @@ class LiveTeachers:
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
         """See `TeacherSource`."""
         if not self._watches:
-            self._watches = [self._framework.watch(model, layers) for model, layers in self._places]
-        found = [self._framework.infer(watch, batch.inputs) for watch in self._watches]
+            self._watches = [self._framework.features.capture(model, layers) for model, layers in self._places]
+        found = [self._framework.inference.infer(watch, batch.inputs) for watch in self._watches]
         return [values if own is None else own(values) for own, values in zip(self._logits, found, strict=True)]
 
     def close(self) -> None:
@@ -83,12 +83,12 @@ class StoredTeacher:
     """The outputs of a teacher that a store holds.
 
     Args:
-        framework: of the student.
+        inference: of the framework of the student.
         store: a `TeacherStore`.
     """
 
-    def __init__(self, framework: Framework, store: TeacherStore) -> None:
-        self._framework, self._store = framework, store
+    def __init__(self, inference: Inference, store: TeacherStore) -> None:
+        self._inference, self._store = inference, store
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
         """See `TeacherSource`."""
@@ -99,11 +99,11 @@ class StoredTeacher:
             )
         self._check_views(batch)
         self._store.verify_once(batch.view)
-        like = first_array(batch.inputs)
+        like = ops.first_array(batch.inputs)
         found = self._store.read(host(batch.ids), batch.view, batch.seeds)
         if "indices" in found:  # PyTorch knows next to nothing of unsigned numbers of 16 and 32 bits
             found["indices"] = found["indices"].astype(np.int64)
-        values = {name: self._framework.array_like(array, like) for name, array in found.items()}
+        values = {name: self._inference.from_numpy(array, like=like) for name, array in found.items()}
         if "maximum" in values:  # scores are kept below their largest, for which 16 bits are too few
             values["logits"] = values.pop("scores") + values.pop("maximum")[..., None]
         if "log_p" in values:
@@ -222,21 +222,20 @@ def combined(
         return scores[0]
     if way == "logits" or activation == "identity":
         return sum(scores) / len(scores)
-    xp = namespace(scores[0])
     if activation == "sigmoid":  # yes, and no, on an axis of their own
-        signs = [xp.stack([each, -each]) for each in scores]
-        softened, plain = ([log_sigmoid(sign / by) for sign in signs] for by in (temperature, 1.0))
+        signs = [ops.stack([each, -each]) for each in scores]
+        softened, plain = ([ops.log_sigmoid(sign / by) for sign in signs] for by in (temperature, 1.0))
         axis = 0
     else:
-        softened, plain = ([log_softmax(each / by, axis) for each in scores] for by in (temperature, 1.0))
-    log_p = xp.stack(softened)  # (teachers, N, K), or (teachers, 2, N, K) of labels
+        softened, plain = ([ops.log_softmax(each / by, axis) for each in scores] for by in (temperature, 1.0))
+    log_p = ops.stack(softened)  # (teachers, N, K), or (teachers, 2, N, K) of labels
     if way == "confidence":
-        own = xp.stack(plain)
-        entropy = -xp.sum(xp.exp(own) * own, axis=axis if axis < 0 else axis + 1, keepdims=True)
-        log_p = log_p + log_softmax(-entropy, axis=0)
+        own = ops.stack(plain)
+        entropy = -ops.sum(ops.exp(own) * own, axis=axis if axis < 0 else axis + 1, keepdims=True)
+        log_p = log_p + ops.log_softmax(-entropy, axis=0)
     else:
         log_p = log_p - math.log(len(scores))
-    together = log_sum_exp(log_p, axis=0)[0]
+    together = ops.logsumexp(log_p, axis=0)[0]
     return temperature * (together[0] - together[1] if activation == "sigmoid" else together)
 
 

@@ -1,1 +1,1 @@
-"""Framework protocol, training data and settings; each framework has its own subpackage."""
+"""Protocols that a framework implements, and training settings; each framework has its own subpackage."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kirsch.errors import NumericError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 
 
 def require_deterministic(model: Any, inputs: tuple[Any, ...]) -> None:
@@ -19,7 +19,7 @@ def require_deterministic(model: Any, inputs: tuple[Any, ...]) -> None:
         NumericError: the outputs differ. The message names the line that draws random numbers, or the state that
             changes, if it can be found.
     """
-    why, fix = framework_of(model).unsteady(model, inputs)
+    why, fix = framework_of(model).inference.nondeterminism(model, inputs)
     if why:
         what = f"The model {type(model).__name__} returns different outputs for the same inputs in inference mode."
         raise NumericError(what, why, fix)

@@ -10,7 +10,7 @@ import numpy as np
 from kirsch.annotations import Count
 from kirsch.arguments import checked
 from kirsch.data.annotations import Model
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,5 +32,5 @@ class ModelGenerator:
     def __call__(self, count: int, generator: np.random.Generator) -> NDArray[Any]:
         """Return the outputs for `count` samples of noise, numpy, with the samples on the first axis."""
         noise = generator.standard_normal((count, *self.noise), dtype=np.float32)
-        outputs: NDArray[Any] = framework_of(self.model).predict(self.model, noise, batch_size=count)
+        outputs: NDArray[Any] = framework_of(self.model).inference.predict(self.model, noise, batch_size=count)
         return outputs

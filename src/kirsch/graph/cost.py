@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kirsch.graph.facts import CostTerm
+    from kirsch.graph.group import Group
     from kirsch.graph.labels import Labels
 
 
@@ -33,6 +34,39 @@ class Cost:
     def to_dict(self) -> dict[str, int]:
         """Return the cost as JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    """Cost of all units of a group.
+
+    Args:
+        group: the group.
+        parameters, macs: cost that the model would lose without the units of the group.
+    """
+
+    group: Group
+    parameters: int
+    macs: int
+
+    @property
+    def tied_layers(self) -> tuple[str, ...]:
+        """Layers of the group other than the layer that gives the group its name."""
+        first = self.group.name.partition("#")[0]
+        return tuple(layer or "the model itself" for layer in self.group.layers if layer != first)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the group and its cost as JSON values."""
+        group = self.group
+        return {
+            "name": group.name,
+            "kind": group.kind,
+            "units": group.size,
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "layers": list(group.layers),
+            "footprint": [[name, axis] for name, axis in group.footprint],
+        }
 
 
 class CostModel:

@@ -6,16 +6,18 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from kirsch.arguments import checked
-from kirsch.graph import constants, coupling
-from kirsch.graph.cost import Cost, CostModel
+from kirsch.graph import constants, coupling, layout
+from kirsch.graph.cost import Cost, CostModel, GroupCost
 from kirsch.graph.explain import explain
 from kirsch.graph.group import find_groups
+from kirsch.graph.inputs import InputSpec, tensors
 from kirsch.graph.rigid import code_constraints
+from kirsch.tables import Printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from kirsch.graph.expression import Leaf
     from kirsch.graph.facts import Facts, Freeze
     from kirsch.graph.group import Group, ParameterAxis
+    from kirsch.graph.inputs import Input
     from kirsch.graph.labels import Axis, Labels, Tensor
+    from kirsch.tables import Part
 
 
 @dataclass(frozen=True)
@@ -49,55 +53,6 @@ class Blocker:
     share: float
     number: bool = False
 
-
-@dataclass(frozen=True)
-class InputSpec:
-    """Description of an example input that is a tensor, without its values.
-
-    Args:
-        name: name of the keyword argument, or key of the dict that contains the tensor; "" for a positional argument
-            and for an item of a list or tuple.
-        shape: sizes of all axes, including the batch axis.
-        dtype: "float32", "int64", ...
-        high: largest value of an integer input, so that random inputs stay in range.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    high: int = 0
-
-
-@dataclass(frozen=True)
-class InputValue:
-    """An example input that is a bool, a number, a string or None.
-
-    Args:
-        name: see `InputSpec`.
-        value: the value itself.
-    """
-
-    name: str
-    value: bool | int | float | str | None
-
-
-@dataclass(frozen=True)
-class NestedInput:
-    """An example input that is a list, a tuple or a dict.
-
-    Args:
-        name: see `InputSpec`.
-        kind: "list", "tuple" or "dict".
-        items: the items of the container, in order.
-    """
-
-    name: str
-    kind: str
-    items: tuple[Input, ...]
-
-
-Input: TypeAlias = InputSpec | InputValue | NestedInput
-"""An example input as a plan stores it: tensors without their values, all other inputs with them."""
 
 DECISIONS = ("refuse", "example")
 SOFTMAX = ("freeze", "kept")
@@ -133,7 +88,7 @@ class ModelRunner(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Graph:
+class Graph(Printable):
     """Dependency graph of a traced model: groups of units that can be removed, and the cost of each choice.
 
     Args:
@@ -174,6 +129,19 @@ class Graph:
             f"<kirsch.Graph of {self.model_name}: {self.cost.parameters:,} parameters, {units:,} units in "
             f"{len(self.groups):,} group{'s' * (len(self.groups) != 1)}{', inputs ' * bool(shapes)}{shapes}>"
         )
+
+    def parts(self) -> list[Part]:
+        """Return the groups as a tree with their costs, the residual blocks, and what blocks the rest."""
+        shapes = (spec.shape for spec in tensors(self.inputs))
+        return layout.graph_parts(self.model_name, self.cost, shapes, self.group_costs(), self.blocks, self.blockers)
+
+    def group_costs(self) -> list[GroupCost]:
+        """Return the cost of each group. Groups share costs, so the sum exceeds the cost of the model."""
+        total, costs = self.cost, []
+        for group in self.groups:
+            without = self.prices.price(self.keep({group.name: tuple(range(group.size))}))
+            costs.append(GroupCost(group, total.parameters - without.parameters, total.macs - without.macs))
+        return costs
 
     @cached_property
     def _solved(self) -> tuple[coupling.Coupling, tuple[Group, ...]]:

@@ -1,4 +1,4 @@
-"""Example inputs in a plan file.
+"""Example inputs as a plan stores them, and their entries in a plan file.
 
 {"name": "", "shape": [2, 3], "dtype": "float32", "high": 0}     a tensor
 {"name": "flag", "value": true}                                  true, false, a number, a string or null
@@ -8,14 +8,61 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
-
-from kirsch.graph.graph import InputSpec, InputValue, NestedInput
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from kirsch.graph.graph import Input
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Description of an example input that is a tensor, without its values.
+
+    Args:
+        name: name of the keyword argument, or key of the dict that contains the tensor; "" for a positional argument
+            and for an item of a list or tuple.
+        shape: sizes of all axes, including the batch axis.
+        dtype: "float32", "int64", ...
+        high: largest value of an integer input, so that random inputs stay in range.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    high: int = 0
+
+
+@dataclass(frozen=True)
+class InputValue:
+    """An example input that is a bool, a number, a string or None.
+
+    Args:
+        name: see `InputSpec`.
+        value: the value itself.
+    """
+
+    name: str
+    value: bool | int | float | str | None
+
+
+@dataclass(frozen=True)
+class NestedInput:
+    """An example input that is a list, a tuple or a dict.
+
+    Args:
+        name: see `InputSpec`.
+        kind: "list", "tuple" or "dict".
+        items: the items of the container, in order.
+    """
+
+    name: str
+    kind: str
+    items: tuple[Input, ...]
+
+
+Input: TypeAlias = InputSpec | InputValue | NestedInput
+"""An example input as a plan stores it: tensors without their values, all other inputs with them."""
 
 KINDS = ("list", "tuple", "dict")
 """Kinds of containers in a plan."""

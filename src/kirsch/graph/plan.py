@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kirsch.arguments import checked
 from kirsch.errors import GoalError, LoadError, PlanError, nearest
-from kirsch.graph import inputs, plan_file
+from kirsch.graph import inputs, layout, plan_file
 from kirsch.graph.cost import Cost
 from kirsch.graph.graph import Tracing
+from kirsch.tables import Line, Part, Piece, Printable, Table
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kirsch.graph.graph import Graph, Input
+    from kirsch.graph.graph import Graph
     from kirsch.graph.group import Group
+    from kirsch.graph.inputs import Input
 
 
 LATENCY = re.compile(r"(?i)latency|speed|fps|milli|(?<![a-z])ms(?![a-z])")
@@ -35,7 +37,7 @@ IN_PLACE_OF_LATENCY = (
 
 @checked
 @dataclass(frozen=True)
-class Goal:
+class Goal(Printable):
     """Largest cost of the pruned model, as a fraction of the original.
 
     Args:
@@ -68,6 +70,12 @@ class Goal:
                     "A goal is a fraction of the original, between 0 and 1 (exclusive).",
                     f"For half the cost use {name}=0.5.",
                 )
+
+    def parts(self) -> list[Part]:
+        """Return the limits in one line."""
+        words = {"macs": "MACs", "parameters": "parameters"}
+        limits = ", ".join(f"{words[name]} ≤ {100 * limit:g} %" for name, limit in self.to_dict().items())
+        return [[Piece(f"{limits} of the original")]]
 
     def fractions(self, cost: Cost, original: Cost) -> dict[str, tuple[float, float]]:
         """Return for each limit (cost as a fraction of the original, largest fraction allowed), keyed by its name."""
@@ -128,7 +136,7 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Printable):
     """Units and blocks to remove from a model, with the cost before and after.
 
     Args:
@@ -164,6 +172,30 @@ class Plan:
     configuration: dict[str, float] = field(default_factory=dict)
     graph: Graph | None = field(default=None, compare=False, repr=False)
     file: str = field(default="", compare=False)
+
+    def __repr__(self) -> str:
+        """Return one line: the model, what goes, the cost."""
+        units = sum(len(removal.removed) for removal in self.groups)
+        blocks = f", {len(self.blocks)} blocks" if self.blocks else ""
+        macs = f"{self.before.macs:,} → {self.after.macs:,} MACs"
+        parameters = f"{self.before.parameters:,} → {self.after.parameters:,} parameters"
+        return f"<kirsch.Plan of {self.model}: removes {units:,} units{blocks}, {macs}, {parameters}>"
+
+    def parts(self) -> list[Part]:
+        """Return a bar for each group, the cost before and after, and the notes.
+
+        A plan without its graph, as one from JSON, shows only the groups that lose units.
+        """
+        removed = {removal.name: len(removal.removed) for removal in self.groups}
+        groups = self.graph.groups if self.graph is not None else self.groups
+        sizes = {group.name: (group.size, removed.get(group.name, 0)) for group in groups}
+        method = layout.method_text(self.method, of_blocks=bool(self.blocks))
+        title: Line = [Piece(self.model, "strong"), Piece(f"   {method}")]
+        return layout.plan_parts(title, sizes, self.without, self.cost_table(), self.notes)
+
+    def cost_table(self) -> Table:
+        """Return the cost before and after, with the remaining share and the goal, as a table."""
+        return layout.cost_table(self.before, self.after, self.goal)
 
     def to_json(self) -> str:
         """Return the plan as JSON of version 1, indented for editing by hand."""

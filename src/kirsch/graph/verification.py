@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kirsch.tables import Part, Piece, Printable, Table
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -15,7 +17,7 @@ UNUSUAL_LAYERS = "the unusual layers"
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Printable):
     """Comparison of the pruned model with the original model whose removed units are masked.
 
     Args:
@@ -44,6 +46,15 @@ class Verification:
     def passed(self) -> bool:
         """Return whether the error is within the tolerance; False for NaN."""
         return self.error <= self.tolerance
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        return f"<kirsch.Verification: {self.text}>"
+
+    def parts(self) -> list[Part]:
+        """Return the result as a row of a table."""
+        verdict = Piece("verified", "good") if self.passed else Piece("not verified", "bad")
+        return [Table([[verdict, self.text]])]
 
     @property
     def text(self) -> str:

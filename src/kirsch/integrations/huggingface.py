@@ -25,7 +25,7 @@ from kirsch.data.structure import IDS, TARGETS
 from kirsch.distillation.checks import check_last_batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.pytorch.transformers.pretrained import refused
 from kirsch.frameworks.training import require_labels
 
@@ -151,11 +151,13 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
                 return loader, next(iter(loader), None)
 
             framework = framework_of(self.model)
-            loader, first = framework.seeded(fetch, self.args.seed)  # keeps the random state, so the order of the run
+            loader, first = framework.training.seeded(
+                fetch, self.args.seed
+            )  # keeps the random state, so the order of the run
             if first is None:
                 raise DataError("The training data is empty.", fix="Give at least one batch.")
             if self.accelerator.num_processes == 1:
-                check_last_batch(framework, self.model, loader, Batch.of(first))
+                check_last_batch(framework.inference, self.model, loader, Batch.of(first))
             self.distiller = Distiller(
                 self.model, teacher, objective, first, seed=self.args.seed, regularizers=regularizers
             )
@@ -248,7 +250,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            framework_of(self.model).save_weights(self.model, folder / SAFE_WEIGHTS_NAME)
+            framework_of(self.model).inference.save_weights(self.model, folder / SAFE_WEIGHTS_NAME)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """See the Trainer; raises an error for a student whose checkpoints `from_pretrained` cannot load."""

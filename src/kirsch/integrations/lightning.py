@@ -18,7 +18,7 @@ from kirsch.data.batches import Batch
 from kirsch.distillation.checks import check_last_batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UnknownNameError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import require_labels
 
 try:
@@ -97,7 +97,9 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
             if example is None:
                 loader, example = _first_batch(trainer, student)
                 if trainer.world_size == 1:
-                    check_last_batch(framework_of(student), student, loader, Batch.of(self._batch_of(example)))
+                    check_last_batch(
+                        framework_of(student).inference, student, loader, Batch.of(self._batch_of(example))
+                    )
             self.distiller = Distiller(
                 student, teacher, objective, self._batch_of(example), seed=seed, regularizers=regularizers
             )
@@ -259,7 +261,9 @@ def _first_batch(trainer: Any, student: Any) -> tuple[Any, Any]:
             "The training data is not a single loader.",
             fix="Give Distillation an example_batch, and batch_of= if a batch is not (inputs, targets).",
         )
-    first = framework_of(student).seeded(lambda: next(iter(loader), None), 0)  # keeps the random state of the run
+    first = framework_of(student).training.seeded(
+        lambda: next(iter(loader), None), 0
+    )  # keeps the random state of the run
     if first is None:
         raise DataError("The training data is empty.", fix="Give at least one batch.")
     return loader, first

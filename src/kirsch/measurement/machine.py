@@ -16,7 +16,7 @@ from kirsch.errors import MemoryShortageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kirsch.graph.graph import InputSpec
+    from kirsch.graph.inputs import InputSpec
 
 PACKAGES = (
     "kirsch",

@@ -30,7 +30,7 @@ def exclusion_notes(graph: Graph, options: PlanOptions) -> list[str]:
         if kept:
             notes.append(f"{option}={list(patterns)} {_cost_of(graph, kept)}. {INSTEAD[option]}{OUTPUTS}")
         elif patterns and not any(why.option == option for why in found.values()):
-            notes.append(f"{option}={list(patterns)} has no effect: no unit of these layers could go. {OUTPUTS}")
+            notes.append(f"{option}={list(patterns)} has no effect: these units are kept without it. {OUTPUTS}")
     return notes
 
 
@@ -39,11 +39,11 @@ def _cost_of(graph: Graph, names: list[str]) -> str:
     everything = {group.name: tuple(range(group.size)) for group in graph.groups}
     keep, without = graph.keep({}), graph.keep({name: everything[name] for name in names})
     full, less = graph.prices.by_owner(keep), graph.prices.by_owner(without)
-    index, word = (1, "MACs") if graph.cost.macs else (0, "parameters")
-    losses = {owner: full[owner][index] - less[owner][index] for owner in full}
-    largest = sorted((owner for owner in losses if losses[owner] > 0), key=lambda owner: -losses[owner])
-    total = sum(costs[index] for costs in full.values())
-    more = f" and {len(largest) - LAYERS} more" if len(largest) > LAYERS else ""
-    shown = ", ".join(f"`{owner or 'the model itself'}`" for owner in largest[:LAYERS])
-    share = sum(losses.values()) / max(total, 1)
-    return f"keeps units that hold {share:.1%} of the {word}, in the layers {shown}{more}"
+    losses = {owner: [old - new for old, new in zip(costs, less[owner], strict=True)] for owner, costs in full.items()}
+    parameters, macs = (sum(loss[index] for loss in losses.values()) for index in range(2))
+    shares = [f"{macs / graph.cost.macs:.1%} of the MACs"] if graph.cost.macs else []
+    shares.append(f"{parameters / max(graph.cost.parameters, 1):.1%} of the parameters")
+    by_macs = sorted((owner for owner in losses if any(losses[owner])), key=lambda owner: losses[owner][::-1])[::-1]
+    more = f" and {len(by_macs) - LAYERS} more" if len(by_macs) > LAYERS else ""
+    shown = ", ".join(f"`{owner or 'the model itself'}`" for owner in by_macs[:LAYERS])
+    return f"keeps units that hold {' and '.join(shares)}, in the layers {shown}{more}"

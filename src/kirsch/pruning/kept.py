@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import framework_of
 from kirsch.graph.plan import Plan
 from kirsch.pruning.prune import PLANS, graph_of, prune_with_verification
 
 if TYPE_CHECKING:
-    from kirsch.frameworks.port import Framework
     from kirsch.graph.graph import Graph
 
 
@@ -65,18 +63,19 @@ def kept(small: Any, original: Any, *, example_inputs: Any = None) -> dict[str, 
             )
         graph = graph_of(original, plan, None if plan.inputs else example_inputs)
         plan.check(graph)
-        step = _kept_by_plan(framework_of(original), graph, plan)
+        step = _kept_by_plan(graph, plan)
         result = step if result is None else _composed(result, step)
         if number + 1 < len(plans):
             original = prune_with_verification(original, plan, example_inputs=example_inputs, verify=False).model
     return result or {}
 
 
-def _kept_by_plan(framework: Framework, graph: Graph, plan: Plan) -> dict[str, Kept]:
+def _kept_by_plan(graph: Graph, plan: Plan) -> dict[str, Kept]:
     """Return the channels that one plan keeps."""
     keep, module = plan.keep(graph), graph.tracing.module
     result = {}
-    for path, labeled in framework.put_out(graph).items():
+    single = {path: outputs[0] for path, outputs in graph.module_outputs().items() if len(outputs) == 1}
+    for path, labeled in single.items():
         masks = {axis: graph.kept(labels, keep) for axis, labels in enumerate(labeled.axes)}
         pruned_axes = {axis: mask for axis, mask in masks.items() if mask is not None}
         full_path = f"{module}.{path}" if module else path

@@ -39,13 +39,14 @@ class PlanOptions(BaseModel):
     )
     norm: Norm = Field(2, description="norm of the importance magnitude, 1 or 2")
     ranking: Ranking = Field(
-        "global", description="global: rank the units of all layers together; local: of each layer by itself"
+        "global", description="rank the units of all layers together (global), or of each layer by itself (local)"
     )
     round_to: RoundTo = Field(
         "auto", description="kept widths are multiples of this number, or of a number by kind of unit"
     )
     kinds: Kinds = Field(
-        None, description="kinds of units to remove (default: all), with or without a weight; or block: residual blocks"
+        None,
+        description="kinds of units to remove (default: all), with or without a weight; or block: residual blocks",
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")
     min_keep: MinKeep = Field(0.1, description="fraction of each group that is always kept")

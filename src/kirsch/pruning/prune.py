@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs, Model
 from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError, error_text, nearest
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.graph.plan import Plan, Removal, Skip
 from kirsch.graph.verification import UNUSUAL_LAYERS
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES
 from kirsch.pruning.importance import IMPORTANCES
 from kirsch.pruning.notes import changes, renewed
+from kirsch.tables import Line, Part, Piece, Printable, notes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,7 @@ OPTIMIZER_NOTE = "An optimizer of the original still has the original's paramete
 
 
 @dataclass(frozen=True)
-class Pruned:
+class Pruned(Printable):
     """Result of a removal.
 
     Args:
@@ -48,6 +49,22 @@ class Pruned:
     plan: Plan
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        verified = self.verification.text if self.verification is not None else "not verified"
+        return f"<kirsch.Pruned: {type(self.model).__name__}, {verified}>"
+
+    def parts(self) -> list[Part]:
+        """Return what was removed, the cost before and after, the verification and the notes."""
+        count = sum(bool(removal.removed) for removal in self.plan.groups)
+        blocks = f", {len(self.plan.blocks)} blocks removed" if self.plan.blocks else ""
+        title: Line = [
+            Piece(self.plan.model, "strong"),
+            Piece(f"   {count} group{'s' * (count != 1)} pruned{blocks}"),
+        ]
+        verification = self.verification.parts() if self.verification is not None else []
+        return [title, self.plan.cost_table(), *verification, notes(self.notes)]
 
 
 @checked
@@ -94,7 +111,7 @@ def prune_with_verification(
         if graph is not plan.graph and example_inputs is None:
             _check_inputs(model, plan)
         raise
-    sizes = {} if verify else framework_of(model).reweighted(model, result.plan, graph)
+    sizes = {} if verify else framework_of(model).surgery.changed_computed_weights(model, result.plan, graph)
     if not sizes:
         return result
     text = _reweighted_note(sizes)
@@ -111,7 +128,7 @@ def _check_inputs(model: Any, plan: Plan) -> None:
         return
     framework = framework_of(model)
     try:
-        framework.count(model, framework.inputs_like(plan.inputs, model))
+        framework.analysis.count(model, framework.analysis.inputs_like(plan.inputs, model))
     except Exception as error:  # the code of the model may raise anything
         raise ModelError(
             f"{plan.title} cannot be applied: the {plan.model} does not run on the inputs of the plan.",
@@ -139,9 +156,11 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     if empty is not None:
         raise PlanError(f"{plan.title} would leave no unit on an axis of {empty[0]!r}.", fix="Keep more of its units.")
     try:
-        pruned, verification = framework.prune(model, plan, graph, verify=verify)
+        pruned, verification = framework.surgery.prune(model, plan, graph, verify=verify)
     except VerificationError as error:
-        raise _error_with_groups(error, plan, lambda part: framework.prune(model, part, graph, verify=True)) from error
+        raise _error_with_groups(
+            error, plan, lambda part: framework.surgery.prune(model, part, graph, verify=True)
+        ) from error
     if verification is not None and not verification.power and (plan.groups or plan.blocks):
         raise VerificationError(
             f"The pruned {graph.model_name} cannot be verified with these example inputs.",
@@ -149,25 +168,29 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
             "Give example inputs for which the outputs depend on the removed units, or skip the verification with "
             "kirsch.prune(..., verify=False).",
         )
-    configuration, configuration_notes, unsavable = framework.configure(pruned, model, plan, graph, verify=verify)
+    configuration, configuration_notes, unsavable = framework.surgery.configure(
+        pruned, model, plan, graph, verify=verify
+    )
     plan = replace(plan, configuration=configuration)
     setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
     shapes = getattr(model, SHAPES, None)
-    changed = shapes is not None and shapes != framework.parameter_shapes(model)  # then no plan restores this model
-    setattr(pruned, SHAPES, shapes if changed else framework.parameter_shapes(pruned))
+    changed = shapes is not None and shapes != framework.inference.parameter_shapes(
+        model
+    )  # then no plan restores this model
+    setattr(pruned, SHAPES, shapes if changed else framework.inference.parameter_shapes(pruned))
     consequence = "Until a configuration fits, save_pretrained and push_to_hub raise an error."
     warning_notes = [f"{unsavable} {consequence}"] if unsavable else []
     if verification is not None and verification.reweighted:
         warning_notes.append(_reweighted_note(verification.reweighted))
-    notes = [*changes(stated, plan), *_unknown_importance(plan), *plan.notes, *configuration_notes]
-    notes += [*warning_notes, OPTIMIZER_NOTE]
+    texts = [*changes(stated, plan), *_unknown_importance(plan), *plan.notes, *configuration_notes]
+    texts += [*warning_notes, OPTIMIZER_NOTE]
     if verification is not None and verification.unseen:
         modules = ", ".join(f"`{path}`" for path in verification.unseen)
-        notes.append(
+        texts.append(
             f"For the example inputs no output depends on {modules}: the verification cannot detect a wrong removal "
             "there. If these modules run in inference, give inputs that differ between samples and between tokens."
         )
-    return Pruned(pruned, verification, plan, tuple(notes), tuple(warning_notes))
+    return Pruned(pruned, verification, plan, tuple(texts), tuple(warning_notes))
 
 
 def _unknown_importance(plan: Plan) -> list[str]:
@@ -234,8 +257,10 @@ def graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
         )
     try:
         if example_inputs is not None:
-            return framework.trace(model, example_inputs, plan.tracing)
-        return framework.trace(model, framework.inputs_like(plan.inputs, model), plan.tracing, of_part=True)
+            return framework.analysis.trace(model, example_inputs, plan.tracing)
+        return framework.analysis.trace(
+            model, framework.analysis.inputs_like(plan.inputs, model), plan.tracing, of_part=True
+        )
     except (UsageError, ModelError) as error:
         if plan.model != type(model).__name__ and not plan.tracing.module:
             raise PlanError(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from kirsch.annotations import Between
 from kirsch.arguments import checked
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 
 
 @checked
@@ -26,7 +26,7 @@ class L1:
 
     def __call__(self, model: Any) -> Any:
         """Return the term, a scalar with gradient."""
-        return self.strength * sum(abs(weight).sum() for weight in framework_of(model).weights(model))
+        return self.strength * sum(abs(weight).sum() for weight in framework_of(model).training.weight_arrays(model))
 
 
 @checked
@@ -48,7 +48,7 @@ class Slimming:
         Raises:
             UsageError: the model has no batch normalization with a scale.
         """
-        scales = list(framework_of(model).scales(model))
+        scales = list(framework_of(model).training.batch_norm_scales(model))
         if not scales:
             raise UsageError(
                 f"A {type(model).__name__} has no batch normalization with a scale.",

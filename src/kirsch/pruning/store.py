@@ -11,7 +11,7 @@ from kirsch import files
 from kirsch.arguments import checked
 from kirsch.data.annotations import Build, Inputs, Model
 from kirsch.errors import CheckpointError, KirschError, ModelError, PlanError, UsageError, error_text
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.graph.plan import Plan
 from kirsch.pruning.prune import PLANS, SHAPES, rebuilt
 
@@ -53,14 +53,14 @@ def save(model: Model, folder: str | Path) -> Path:
     with files.new_folder(target) as new:
         for number, plan in enumerate(plans, start=1):
             files.write_text(new / _plan_name(number), plan)
-        framework_of(model).save_weights(model, new / WEIGHTS)
+        framework_of(model).inference.save_weights(model, new / WEIGHTS)
     return target
 
 
 def _require_unchanged(model: Any) -> None:
     """Check that the parameters have the shapes that pruning left; `load` cannot restore other changes."""
     expected: dict[str, tuple[int, ...]] = getattr(model, SHAPES, {})
-    current = framework_of(model).parameter_shapes(model)
+    current = framework_of(model).inference.parameter_shapes(model)
     names = {**expected, **current} if expected else {}
     changed = next((name for name in names if expected.get(name) != current.get(name)), None)
     if changed is not None:
@@ -124,9 +124,9 @@ def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = No
         )
     model = _restored(build, [Plan.read(source / name) for name in plans], source / WEIGHTS, example_inputs)
     framework = framework_of(model)
-    framework.take_types(model, source / WEIGHTS)
-    framework.load_weights(model, source / WEIGHTS)
-    return framework.inferring(model)
+    framework.inference.match_dtypes(model, source / WEIGHTS)
+    framework.inference.load_weights(model, source / WEIGHTS)
+    return framework.inference.inference_mode(model)
 
 
 def _restored(build: Build, plans: list[Plan], weights: Path, example_inputs: Any) -> Any:
@@ -139,7 +139,7 @@ def _restored(build: Build, plans: list[Plan], weights: Path, example_inputs: An
         return functools.reduce(cut, plans, _build_model(build))
     except KirschError:
         model = _build_model(build)  # the model may have been pruned in other types, and run on inputs of these types
-        if not framework_of(model).take_types(model, weights):
+        if not framework_of(model).inference.match_dtypes(model, weights):
             raise
     return functools.reduce(cut, plans, model)
 
@@ -175,8 +175,8 @@ def _pruned(model: Any, plan: Plan, example_inputs: Any) -> Any:
     # Some models fill their buffers in their first run, and the model had run before it was pruned.
     framework = framework_of(model)
     with contextlib.suppress(Exception):
-        inputs = framework.inputs_like(plan.inputs, model) if example_inputs is None else example_inputs
-        framework.count(model, inputs)
+        inputs = framework.analysis.inputs_like(plan.inputs, model) if example_inputs is None else example_inputs
+        framework.analysis.count(model, inputs)
     try:
         return cut()
     except (PlanError, ModelError) as error:

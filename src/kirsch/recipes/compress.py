@@ -10,29 +10,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kirsch import files
+from kirsch import files, strict_json
 from kirsch.annotations import Count
 from kirsch.arguments import checked
 from kirsch.data.annotations import Model
 from kirsch.data.dataset import DataSet
+from kirsch.deploy.export import Artifact
 from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
-from kirsch.recipes.manifest import MODEL, REPORT
+from kirsch.recipes.job import RECORD
+from kirsch.recipes.layout import stage_line, verdict_lines
+from kirsch.recipes.manifest import CHECKPOINTS, MODEL, REPORT
 from kirsch.recipes.recipe import Train, recipe_of
 from kirsch.recipes.runner import GIVEN, Materials, new_folder_name, run
 from kirsch.recipes.stages import WEIGHTS
+from kirsch.tables import Part, Printable
 
 
 @dataclass(frozen=True)
-class Compressed:
+class Compressed(Printable):
     """Result of `kirsch.compress`.
 
     Args:
         model: compressed model.
-        artifact: path of the exported file.
+        artifact: exported file.
         report: path of the report.
         metrics: content of metrics.json.
         met: whether all goals are met.
@@ -40,11 +44,28 @@ class Compressed:
     """
 
     model: Any
-    artifact: Path
+    artifact: Artifact
     report: Path
     metrics: dict[str, Any]
     met: bool
     folder: Path
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        goals = "goals met" if self.met else "a goal is missed"
+        return f"<kirsch.Compressed: {type(self.model).__name__}, {goals}, in {self.folder}>"
+
+    def parts(self) -> list[Part]:
+        """Return a line for each stage, and the lines on the goals, the report and the duration."""
+        items = self.metrics["goal"]["items"]
+        verdict = {
+            "met": self.met,
+            "text": " · ".join(item["text"] for item in items),
+            "significance": " · ".join(item["significance"] for item in items if item["significance"]),
+            "report": str(self.report),
+            "seconds": self.metrics["seconds"],
+        }
+        return [*map(stage_line, self.metrics["stages"]), [], *verdict_lines(verdict)]
 
 
 @checked
@@ -117,9 +138,11 @@ def compress(
     )
     run_folder = Path(folder) if folder is not None else Path("runs") / new_folder_name(recipe)
     outcome = run(recipe, run_folder, listen=listen, materials=materials)
+    exported = strict_json.read(run_folder / CHECKPOINTS / "export" / "done" / RECORD)["artifact"]
+    del exported["usage"]  # code for the report
     return Compressed(
         model=outcome.model,
-        artifact=run_folder / MODEL,
+        artifact=Artifact.of_dict(run_folder / MODEL, exported),
         report=run_folder / REPORT,
         metrics=outcome.metrics,
         met=outcome.exit_code == 0,
@@ -143,5 +166,5 @@ def _weights_hash(model: Any) -> str:
     """Return a hash over the weights of a model, so that a run folder of another model is not continued."""
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / WEIGHTS
-        framework_of(model).save_weights(model, weights)
+        framework_of(model).inference.save_weights(model, weights)
         return files.sha256(weights)

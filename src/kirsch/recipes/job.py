@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.errors import NumericError
-from kirsch.frameworks.port import Framework, framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks, TrainingState
 from kirsch.recipes import checkpoints
 from kirsch.recipes.manifest import EVENTS
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kirsch.data.dataset import DataSet
+    from kirsch.frameworks.protocols import Framework
     from kirsch.recipes.recipe import Recipe
 
 RECORD, LOGITS = "record.json", "logits.npy"
@@ -83,6 +84,10 @@ class Job:
         """Return the framework of a model."""
         return framework_of(model)
 
+    def in_inference_mode(self, model: Any) -> Any:
+        """Set a model to inference mode, and return it."""
+        return framework_of(model).inference.inference_mode(model)
+
     def emit(self, event: dict[str, Any]) -> None:
         """Append an event to events.jsonl, and pass it to the listener."""
         with (self.folder / EVENTS).open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -119,7 +124,7 @@ class Job:
     def evaluate(self, model: Any, folder: Path) -> dict[str, Any]:
         """Return size, cost and test quality of a model, and write its logits to the folder."""
         framework = self.framework(model)
-        logits = framework.predict(model, self.data.test.inputs, batch_size=self.evaluation_batch_size)
+        logits = framework.inference.predict(model, self.data.test.inputs, batch_size=self.evaluation_batch_size)
         np.save(folder / LOGITS, logits, allow_pickle=False)
         parameters, macs = self.count(model)
         return {"parameters": parameters, "macs": macs, **self.quality(logits)}
@@ -136,10 +141,10 @@ class Job:
             ShapeError: the model does not return one logit for each class of the data.
         """
         framework = self.framework(model)
-        framework.check_runs(model, self.example)
-        logits = framework.predict(model, self.example)
+        framework.inference.check_runs(model, self.example)
+        logits = framework.inference.predict(model, self.example)
         self.task.check_outputs(logits, self.data)
-        return framework.count(model, framework.tensor(self.example))
+        return framework.analysis.count(model, framework.inference.from_numpy(self.example))
 
     def check_alive(self, key: str, record: dict[str, Any], fix: str = TRAIN_BETTER) -> None:
         """Refuse a trained model that the task calls unusable.

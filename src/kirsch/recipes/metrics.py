@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from kirsch.report import figures
+from kirsch import figures
 from kirsch.version import __version__
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch.errors import KirschError, ModelError, UsageError
 from kirsch.failures import error_with_location
+from kirsch.frameworks.find import framework_of, pytorch
 from kirsch.frameworks.formats import describe
-from kirsch.frameworks.port import framework_of, pytorch
-from kirsch.graph.graph import InputSpec
+from kirsch.graph.inputs import InputSpec
 from kirsch.references import FAILURES, preserved_process_state, resolve
 
 if TYPE_CHECKING:
@@ -44,15 +44,17 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
         )
     if kind == "timm":
         from_file = weights not in ("random", "pretrained")
-        model = pytorch().seeded(lambda: pytorch().from_hub("timm", name, pretrained=weights == "pretrained"), seed)
+        model = pytorch().training.seeded(
+            lambda: pytorch().inference.from_hub("timm", name, pretrained=weights == "pretrained"), seed
+        )
         if from_file:
-            pytorch().load_weights(model, Path(weights))
+            pytorch().inference.load_weights(model, Path(weights))
         return model
     maker = _maker(reference, base)
     _check_takes_no_arguments(maker, reference)
     try:
         with preserved_process_state():
-            model = pytorch().seeded(maker, seed)
+            model = pytorch().training.seeded(maker, seed)
     except KirschError:
         raise
     except FAILURES as error:
@@ -154,7 +156,7 @@ def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> An
     framework = framework_of(model)
     sizes = example_shape(reference, model, base=base)
     if sizes is not None:
-        return framework.inputs_like([InputSpec("", sizes, "float32")], model)
+        return framework.analysis.inputs_like([InputSpec("", sizes, "float32")], model)
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", "input_ids")
     if main == "pixel_values":
         side = getattr(config, "image_size", None)
@@ -162,7 +164,7 @@ def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> An
             return None
         height, width = side if isinstance(side, (list, tuple)) else (side, side)
         image = (1, getattr(config, "num_channels", 3), height, width)
-        return framework.inputs_like([InputSpec(main, image, "float32")], model)
+        return framework.analysis.inputs_like([InputSpec(main, image, "float32")], model)
     dummies = getattr(model, "dummy_inputs", None)
     if isinstance(dummies, Mapping):
         named = main in dummies or not hasattr(model, "main_input_name")  # otherwise they may be those of another part

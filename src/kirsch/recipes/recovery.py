@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch import ops
 from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs, Model
 from kirsch.data.arrays import host
-from kirsch.distillation.arrays import first_array
 from kirsch.distillation.matching import stages_among
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import NumericError, UnknownNameError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.pruning.kept import kept
 
 if TYPE_CHECKING:
-    from kirsch.frameworks.port import Framework
+    from kirsch.frameworks.protocols import Features
     from kirsch.pruning.kept import Kept
 
 TOKEN_AXES = len("NLD")
@@ -67,21 +67,24 @@ def recovery(
             f"`weight` of kirsch.recovery is {weight}; expected a number above 0.", fix="For example, give weight=1.0."
         )
     objective = objective or Objective.kd()
-    framework = framework_of(small)
-    known = _comparable_layers(framework, small, original, inputs)
-    layers = _selected_layers(framework, original, inputs, at, known)
-    features = framework.dry_run(original, layers, inputs)
+    extractor = framework_of(small).features
+    known = _comparable_layers(extractor, small, original, inputs)
+    layers = _selected_layers(extractor, original, inputs, at, known)
+    features = extractor.extract(original, layers, inputs)
     terms = tuple(_term(layer, known[layer][0], host(features[layer]), weight / len(layers)) for layer in layers)
     return dataclasses.replace(objective, terms=(*objective.terms, *terms))
 
 
 def _comparable_layers(
-    framework: Framework, small: Any, original: Any, inputs: Any
+    features: Features, small: Any, original: Any, inputs: Any
 ) -> dict[str, tuple[Kept, tuple[int, ...]]]:
     """Return path → kept channels and shape in the original, of modules in both models, in order of execution."""
-    kept_channels, small_shapes = kept(small, original, example_inputs=inputs), dict(framework.shapes(small, inputs))
+    kept_channels, small_shapes = (
+        kept(small, original, example_inputs=inputs),
+        dict(features.shapes(small, inputs)),
+    )
     layers = {}
-    for path, shape in framework.shapes(original, inputs):
+    for path, shape in features.shapes(original, inputs):
         if path not in kept_channels or path not in small_shapes:
             continue
         channels = kept_channels[path]
@@ -92,15 +95,15 @@ def _comparable_layers(
 
 
 def _selected_layers(
-    framework: Framework, original: Any, inputs: Any, at: Any, known: dict[str, tuple[Kept, tuple[int, ...]]]
+    features: Features, original: Any, inputs: Any, at: Any, known: dict[str, tuple[Kept, tuple[int, ...]]]
 ) -> list[str]:
     """Return the paths of the layers to compare."""
     model_name = type(original).__name__
     if at is None:
         shapes = [(path, shape) for path, (_, shape) in known.items()]
-        return [path for path, _ in stages_among(shapes, first_array(inputs).shape, model_name)]
+        return [path for path, _ in stages_among(shapes, ops.first_array(inputs).shape, model_name)]
     texts = [at] if isinstance(at, str) else list(at)
-    paths = [path for text in texts for path in framework.expand(original, text, inputs)]
+    paths = [path for text in texts for path in features.expand(original, text, inputs)]
     for path in paths:
         if path not in known:
             raise UnknownNameError(f"layer of {model_name} with known kept channels", path, known)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch import files
+from kirsch import figures, files
 from kirsch.deploy.export import export, usage
 from kirsch.deploy.measure import race
 from kirsch.deploy.onnxruntime import OnnxSession
@@ -18,7 +18,7 @@ from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import UsageError
 from kirsch.frameworks.determinism import require_deterministic
-from kirsch.frameworks.port import trace
+from kirsch.frameworks.trace import trace
 from kirsch.graph.plan import Goal, Plan
 from kirsch.measurement.agreement import agreement
 from kirsch.measurement.machine import usable_cores
@@ -27,7 +27,6 @@ from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.store import load, save
 from kirsch.recipes.job import LOGITS, Job
 from kirsch.recipes.manifest import MODEL, PLAN
-from kirsch.report import figures
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,7 +78,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
 
 
 def _teacher(job: Job, folder: Path) -> Record:
-    model = job.make_teacher().eval()
+    model = job.in_inference_mode(job.make_teacher())
     section = job.recipe.teacher.train
     history: list[Any] = []
     if section is not None:
@@ -106,8 +105,8 @@ def _teacher(job: Job, folder: Path) -> Record:
 
 def _load_teacher(job: Job, folder: Path, _record: Record) -> None:
     model = job.make_teacher()
-    job.framework(model).load_weights(model, folder / WEIGHTS)
-    job.models["teacher"] = job.models["result"] = model.eval()
+    job.framework(model).inference.load_weights(model, folder / WEIGHTS)
+    job.models["teacher"] = job.models["result"] = job.in_inference_mode(model)
 
 
 def _distill(job: Job, folder: Path) -> Record:
@@ -127,8 +126,8 @@ def _load_student(job: Job, folder: Path, _record: Record) -> None:
     if job.make_student is None:
         raise RuntimeError("a recipe without a student has no student to load")
     model = job.make_student()
-    job.framework(model).load_weights(model, folder / WEIGHTS)
-    job.models["student"] = job.models["result"] = model.eval()
+    job.framework(model).inference.load_weights(model, folder / WEIGHTS)
+    job.models["student"] = job.models["result"] = job.in_inference_mode(model)
 
 
 def _train_on_teacher(job: Job, key: str, model: Any, section: Distill) -> Any:
@@ -167,7 +166,7 @@ def check_objectives(job: Job, teacher: Any, model: Any) -> None:
     recipe = job.recipe
     for candidate in (teacher, *([model] if model is not teacher else [])):
         require_deterministic(candidate, (job.example,))
-    first = first_batch(job.framework(model), job.data.batches(recipe.data.batch_size))
+    first = first_batch(job.framework(model).training, job.data.batches(recipe.data.batch_size))
     student = model if model is not teacher else copy.deepcopy(model)
     for stage in ("distill", "recover"):
         if recipe.section_of(stage) is not None:
@@ -176,7 +175,7 @@ def check_objectives(job: Job, teacher: Any, model: Any) -> None:
 
 def _model_record(job: Job, model: Any, folder: Path, did: str, history: list[Any]) -> Record:
     """Write the weights of a model to the folder of its stage, and return the record of the stage."""
-    job.framework(model).save_weights(model, folder / WEIGHTS)
+    job.framework(model).inference.save_weights(model, folder / WEIGHTS)
     record = {"did": did, "history": history, "bytes": (folder / WEIGHTS).stat().st_size, **job.evaluate(model, folder)}
     return record | {"cells": _cells(record)}
 
@@ -196,10 +195,10 @@ def _cells(record: Record) -> list[str]:
 
 def plan_for(job: Job, model: Any, section: Prune) -> tuple[Graph, Plan]:
     """Return the graph of a model, and the plan that a recipe makes for it."""
-    graph = trace(model, job.framework(model).tensor(job.example))
+    graph = trace(model, job.framework(model).inference.from_numpy(job.example))
     options = section.model_dump(exclude={"goal", "seed"})
     seed = job.recipe.seed if section.seed is None else section.seed
-    data = job.framework(model).tensor(job.data.train.inputs[:CALIBRATION]) if section.of_blocks else None
+    data = job.framework(model).inference.from_numpy(job.data.train.inputs[:CALIBRATION]) if section.of_blocks else None
     plan = choose(graph, Goal(**section.goal.model_dump()), data=data, seed=seed, **options)
     return graph, plan
 
@@ -305,7 +304,7 @@ def _recover(job: Job, folder: Path) -> Record:
 
 def _load_recovered(job: Job, folder: Path, _record: Record) -> None:
     model = copy.deepcopy(job.models["result"])  # may be the same object as an earlier model
-    job.framework(model).load_weights(model, folder / WEIGHTS)
+    job.framework(model).inference.load_weights(model, folder / WEIGHTS)
     job.models["result"] = model
 
 
@@ -319,13 +318,15 @@ def _export(job: Job, folder: Path) -> Record:
     framework = job.framework(model)
     target = job.folder / MODEL
     target.parent.mkdir(exist_ok=True)
-    artifact = export(model, target, example_inputs=framework.tensor(job.example), format=section.format)
+    artifact = export(model, target, example_inputs=framework.inference.from_numpy(job.example), format=section.format)
     if "pruned" in job.models:
         save(model, target.parent / "model")
     session = OnnxSession(target)
     logits = session.predict(job.data.test.inputs, batch_size=job.evaluation_batch_size)
     np.save(folder / LOGITS, logits, allow_pickle=False)
-    agreed = agreement(framework.predict(model, job.data.test.inputs, batch_size=job.evaluation_batch_size), logits)
+    agreed = agreement(
+        framework.inference.predict(model, job.data.test.inputs, batch_size=job.evaluation_batch_size), logits
+    )
     quality = job.quality(logits)
     last = next(record for key, record in reversed(job.records.items()) if "macs" in record)
     return {
@@ -365,7 +366,7 @@ def _measure(job: Job, folder: Path) -> Record:
     for name in ("teacher", "student"):
         if name in job.models:
             model = job.models[name]
-            inputs = job.framework(model).tensor(job.example)
+            inputs = job.framework(model).inference.from_numpy(job.example)
             contenders[name] = export(model, folder / f"{name}.onnx", example_inputs=inputs).path
     contenders["exported"] = job.folder / MODEL
     result = race(contenders, job.example, reference="teacher", threads=section.threads, rounds=section.rounds)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from kirsch.report import figures
+from kirsch import figures
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,7 +9,8 @@ from typing import Any
 
 import jinja2
 
-from kirsch.report import charts, figures
+from kirsch import figures
+from kirsch.report import charts
 
 FOLDER = Path(__file__).parent
 

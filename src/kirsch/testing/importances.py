@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.frameworks.port import pytorch, trace
+from kirsch.frameworks.find import pytorch
+from kirsch.frameworks.trace import trace
 from kirsch.graph.plan import Goal
 from kirsch.pruning.choose import plan
 from kirsch.pruning.importance import IMPORTANCES
@@ -132,7 +133,7 @@ def _torch() -> Any:
 
 
 def _image() -> Any:
-    return pytorch().tensor(np.ones((1, 3, 6, 6), np.float32))
+    return pytorch().inference.from_numpy(np.ones((1, 3, 6, 6), np.float32))
 
 
 def _with_random_weights(model: Any) -> Any:
@@ -141,7 +142,7 @@ def _with_random_weights(model: Any) -> Any:
     for name, value in model.state_dict().items():
         numbers = random.standard_normal(value.shape).astype(np.float32)
         if value.is_floating_point():
-            value.copy_(pytorch().tensor(np.abs(numbers) if name.endswith("running_var") else numbers))
+            value.copy_(pytorch().inference.from_numpy(np.abs(numbers) if name.endswith("running_var") else numbers))
     return model.eval()
 
 
@@ -222,4 +223,4 @@ def _permute(model: Any, graph: Graph, group: Group, order: NDArray[np.int64]) -
         source = np.arange(len(unit_of_index))
         for new, old in enumerate(order):
             source[unit_of_index == new] = np.flatnonzero(unit_of_index == old)
-        tensors[name].copy_(tensors[name].index_select(axis, pytorch().tensor(source)))
+        tensors[name].copy_(tensors[name].index_select(axis, pytorch().inference.from_numpy(source)))

@@ -24,7 +24,7 @@ from kirsch.distillation.store.record import LOGITS, Keep, TopK, pack_records, r
 from kirsch.distillation.store.running import Outputs, TeacherRunner
 from kirsch.distillation.store.specification import Specification, range_file
 from kirsch.errors import OutputError, StoreError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 
 RANGE_SAMPLES, RANGE_SHARE, RANGE_BYTES = 16384, 32, 1 << 26
 """A range, which is lost if a build is killed, has 16,384 samples or 1/32 of all, and at most 64 MiB. More ranges would
@@ -82,7 +82,8 @@ def build(
     """
     folder, (share, shares) = Path(folder), ranges
     seed = seed if seed is not None else data.seed or 0
-    _check_options(data, keep, views, seed, temperature, ranges)
+    if share >= shares:
+        raise UsageError(f"`ranges` is {ranges}; expected (i, n) with 0 <= i < n.")
     runner = TeacherRunner(teacher, data, outputs, batch_size)
     specification = _specify(runner, data, keep, views, seed, temperature, range_size)
     _begin(folder, data, specification, shares)
@@ -102,9 +103,7 @@ def build(
     return TeacherStore.open(folder)
 
 
-def _check_options(
-    data: ArrayData, keep: Keep | None, views: int, seed: int, temperature: float, ranges: tuple[int, int]
-) -> None:
+def _check_options(data: ArrayData, keep: Keep | None, views: int, seed: int, temperature: float) -> None:
     """Raise a UsageError that names all options that do not fit the data or each other."""
     problems = []
     if data.augment is None and views > 1:
@@ -121,8 +120,6 @@ def _check_options(
         problems.append(
             f"temperature is {temperature}, but {keep} stores no probabilities; set the temperature in training"
         )
-    if ranges[0] >= ranges[1]:
-        problems.append(f"ranges is {ranges}; (i, n) with 0 <= i < n is needed")
     if problems:
         raise UsageError("The store cannot be built: " + "; ".join(problems) + ".")
 
@@ -137,8 +134,13 @@ def _specify(
     range_size: int | None,
 ) -> Specification:
     """Return the specification of the store; the teacher is run on one batch to determine the shapes."""
+    _check_options(data, keep, views, seed, temperature)
     trial = runner(np.arange(min(runner.batch_size, data.samples)), seed, 0)
-    _check_outputs(trial, keep)
+    if (keep is None) != (LOGITS not in trial):
+        raise UsageError(
+            f"The outputs {'have no' if keep is not None else 'have'} {LOGITS!r}, and `keep` is {keep!r}.",
+            fix="Use TopK(k) or Dense() if the outputs have logits, and keep=None if they have none.",
+        )
     _check_not_probabilities(runner, trial, data, keep)
     *positions, classes = trial[LOGITS].shape[1:] if keep is not None else (None,)
     ids = _ids_on_disk(data)
@@ -155,7 +157,7 @@ def _specify(
             features={name: array.shape[1:] for name, array in trial.items() if name != LOGITS},
             transform=description(data.augment),
             outputs=description(runner.outputs),
-            teacher_sha256=framework_of(runner.teacher).fingerprint(runner.teacher),
+            teacher_sha256=framework_of(runner.teacher).inference.fingerprint(runner.teacher),
             data_sha256=spec.data_hash(data),
             ids_sha256=None if ids is None else hashlib.sha256(ids).hexdigest(),
         )
@@ -164,18 +166,6 @@ def _specify(
     by_count = max(RANGE_SAMPLES, -(-data.samples // RANGE_SHARE))
     default_size = max(1, min(by_count, RANGE_BYTES // specification.record_bytes))
     return specification.model_copy(update={"range_size": range_size or default_size})
-
-
-def _check_outputs(outputs: dict[str, Any], keep: Keep | None) -> None:
-    """Raise a UsageError if there are no logits to keep, or logits and no format, or an output without values."""
-    if (keep is None) != (LOGITS not in outputs):
-        raise UsageError(
-            f"The outputs {'have no' if keep is not None else 'have'} {LOGITS!r}, and `keep` is {keep!r}.",
-            fix="Use TopK(k) or Dense() if the outputs have logits, and keep=None if they have none.",
-        )
-    for name, array in outputs.items():
-        if 0 in array.shape or (name == LOGITS and array.ndim == 1):
-            raise UsageError(f"The output {name!r} has shape {array.shape}; it has no values to store.")
 
 
 def _check_not_probabilities(
@@ -216,14 +206,7 @@ def _begin(folder: Path, data: ArrayData, specification: Specification, shares: 
         if ids is not None:
             files.write_bytes(folder / spec.IDS, ids)
         files.write_json(folder / spec.NAME, specification.model_dump(mode="json"))
-    given = {name: getattr(specification, name) for name in spec.DESCRIPTIONS}
-    different = spec.differences(spec.read(folder), given)
-    if different:
-        raise StoreError(
-            f"The folder {folder} has another store.",
-            f"It differs in {'; '.join(different)}.",
-            "Choose another folder, or remove this one.",
-        )
+    spec.check_same(folder, spec.read(folder), {name: getattr(specification, name) for name in spec.DESCRIPTIONS})
 
 
 def _build_range(

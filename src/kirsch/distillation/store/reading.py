@@ -23,7 +23,7 @@ from kirsch.distillation.store.record import LOGITS, SEED, record_values
 from kirsch.distillation.store.running import Outputs, TeacherRunner
 from kirsch.distillation.store.specification import Specification, damaged, range_file
 from kirsch.errors import DataError, ShapeError, StoreError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 
 TOLERANCE = 2.0**-9
 """Four times the rounding error of 16 bits, because the teacher's outputs depend slightly on the batch size."""
@@ -69,11 +69,11 @@ class TeacherStore:
         self.record_type = np.dtype(specification.fields)
         self._maps: dict[tuple[int, int], NDArray[Any]] = {}
         self._verified: set[int] = set()
-        self._order: NDArray[Any] | None = None
+        self._ids: NDArray[Any] | None = None  # sorted; None for 0, 1, 2, ...
         if specification.ids_sha256 is not None:
-            ids = self._read_ids(specification.ids_sha256)
+            ids = self._read_ids()
             self._order = np.argsort(ids, kind="stable")
-            self._sorted = ids[self._order]
+            self._ids = ids[self._order]
 
     made_by: ClassVar[str] = "kirsch.distillation.store.TeacherStore.open(folder)"
 
@@ -88,22 +88,26 @@ class TeacherStore:
         folder = Path(folder)
         stored = spec.read(folder)
         for view, number in stored.all_ranges():
-            if not range_file(folder, view, number).is_file():
+            path = range_file(folder, view, number)
+            if not path.is_file():
                 count, present = stored.views * stored.ranges, len(list(folder.glob("view-*.bin")))
                 raise StoreError(
                     f"The store {folder} is partial.",
                     f"{count - present} of {count} ranges are missing, the first is {stored.place(view, number)}.",
                     "Build it again with the same arguments; existing ranges are kept.",
                 )
-            _check_file(range_file(folder, view, number), stored.file_bytes(number))
+            if path.is_symlink():
+                raise damaged(folder, f"{path.name} is a link")
+            found, expected = path.stat().st_size, stored.file_bytes(number)
+            if found != expected:
+                raise damaged(folder, f"{path.name} has {found} bytes, expected {expected}")
         return cls(folder, stored)
 
-    def _read_ids(self, digest: str) -> NDArray[Any]:
+    def _read_ids(self) -> NDArray[Any]:
         path = self.folder / spec.IDS
-        _check_file(path, 8 * self.specification.samples)
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise damaged(self.folder, f"{spec.IDS} does not have its sha256")
+        content, stored = path.read_bytes() if path.is_file() else b"", self.specification
+        if len(content) != 8 * stored.samples or hashlib.sha256(content).hexdigest() != stored.ids_sha256:
+            raise damaged(self.folder, f"{spec.IDS} is missing, or does not have its size and sha256")
         return np.frombuffer(content, "<i8").astype(np.int64)
 
     @checked
@@ -124,29 +128,32 @@ class TeacherStore:
         """
         ids = np.asarray(ids)
         view = self._checked_view(view)
-        records = self._records(view, self._rows(ids))
+        rows = self._rows(ids)
+        order = np.argsort(rows)
+        records = self._records(view, rows[order])
         from_store = seeds is None or not self.specification.augmented
         expected = sample_seeds(self.specification.seed, view, ids) if from_store else np.asarray(seeds)
         if len(expected) != len(ids):
             raise ShapeError(f"There are {len(ids)} ids and {len(expected)} seeds.")
-        differs = records[SEED] != expected.astype(np.uint32)
+        differs = records[SEED] != expected.astype(np.uint32)[order]
         if differs.any():
-            raise self._seed_error(ids[differs][0], view, from_store=from_store)
-        return {name: np.ascontiguousarray(records[name]) for name in self._names}
+            sample = ids[order[differs].min()]
+            if from_store:
+                problem = f"the record of sample {sample} in view {view} has the seed of another sample"
+                raise damaged(self.folder, problem)
+            raise DataError(
+                f"Sample {sample} was augmented differently for the teacher.",
+                f"View {view} of the store was augmented with the seed {self.specification.seed}.",
+                "Train with the seed and the views of the store, or build a store with those of the training.",
+            )
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        return {name: records[name][places] for name in self._names}
 
     @property
     def _names(self) -> tuple[str, ...]:
         """Names of the fields of a record but the seed."""
         return (self.record_type.names or ())[1:]
-
-    def _seed_error(self, sample: int, view: int, *, from_store: bool) -> Exception:
-        if from_store:
-            return damaged(self.folder, f"the record of sample {sample} in view {view} has the seed of another sample")
-        return DataError(
-            f"Sample {sample} was augmented differently for the teacher.",
-            f"View {view} of the store was augmented with the seed {self.specification.seed}.",
-            "Train with the seed and the views of the store, or build a store with those of the training.",
-        )
 
     def _checked_view(self, view: int) -> int:
         if not self.specification.augmented:
@@ -159,24 +166,16 @@ class TeacherStore:
             )
         return view
 
-    def _records(self, view: int, rows: NDArray[Any]) -> NDArray[Any]:
-        """Return the records of a view in the order of the rows, by one lookup in each range that has some of them."""
-        size = self.specification.range_size
-        if self.specification.ranges == 1:
-            return np.take(self._map(view, 0), rows)  # three times as fast as indexing
-        rows = rows.astype(np.int64, copy=False)
-        order = np.argsort(rows)
-        ordered = rows[order]
-        numbers = ordered // size
-        offsets = ordered - numbers * size
+    def _records(self, view: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the records of sorted rows of a view, by one lookup in each range that has some of them."""
+        numbers = rows // self.specification.range_size
+        offsets = rows - numbers * self.specification.range_size
         edges = [*np.flatnonzero(np.diff(numbers, prepend=-1)).tolist(), len(rows)]
         records = np.empty(len(rows), self.record_type)
         for first, end in itertools.pairwise(edges):
             piece = self._map(view, int(numbers[first]))
             np.take(piece, offsets[first:end], out=records[first:end], mode="clip")  # "raise" would copy `out`
-        places = np.empty_like(order)
-        places[order] = np.arange(len(order))
-        return np.take(records, places)
+        return records
 
     def _map(self, view: int, number: int) -> NDArray[Any]:
         """Return the records of a range, which are mapped when they are first used."""
@@ -202,19 +201,18 @@ class TeacherStore:
             raise DataError(
                 f"The ids have shape {ids.shape} and type {ids.dtype}.", "Integers with one axis are needed."
             )
-        if self._order is None:
+        if self._ids is None:
             unknown, rows = (ids < 0) | (ids >= self.specification.samples), ids
         else:
-            position = np.searchsorted(self._sorted, ids)
-            position[position == len(self._sorted)] = 0
-            unknown, rows = self._sorted[position] != ids, self._order[position]
+            places = np.searchsorted(self._ids, ids).clip(max=len(self._ids) - 1)
+            unknown, rows = self._ids[places] != ids, self._order[places]
         if unknown.any():
             raise DataError(
                 f"Sample {ids[unknown][0]} is not in the store {self.folder}.",
                 f"The store has {self.specification.samples:,} samples.",
                 "Pass the data from which the store was built.",
             )
-        return rows
+        return rows.astype(np.int64, copy=False)
 
     @checked
     def require(
@@ -238,30 +236,16 @@ class TeacherStore:
         """
         stored, expected = self.specification, dict[str, Any]()
         if teacher is not None:
-            expected["teacher_sha256"] = framework_of(teacher).fingerprint(teacher)
+            expected["teacher_sha256"] = framework_of(teacher).inference.fingerprint(teacher)
         if data is not None:
             expected["data_sha256"] = spec.data_hash(data)
             expected["transform"] = description(data.augment)
-            expected |= self._view_options(data)
+            expected |= _view_options(data)
         if temperature is not None and stored.k:
             expected["temperature"] = float(temperature)
         if seed is not None and stored.augmented and expected.get("seed") in (None, stored.seed):
             expected["seed"] = seed
-        self._require_same(expected)
-
-    def _view_options(self, data: ArrayData) -> dict[str, Any]:
-        """Return the views and the seed of data with a transform, if they are set."""
-        options = {"views": data.views, "seed": data.seed} if data.augment is not None else {}
-        return {name: value for name, value in options.items() if value is not None}
-
-    def _require_same(self, expected: dict[str, Any]) -> None:
-        different = spec.differences(self.specification, expected)
-        if different:
-            raise StoreError(
-                f"The store {self.folder} is stale.",
-                f"It was built with another value of {'; '.join(different)}.",
-                "Pass the values it was built with, or build it again in another folder.",
-            )
+        spec.check_same(self.folder, stored, expected)
 
     @checked
     def verify_once(self, view: View) -> None:
@@ -316,8 +300,8 @@ class TeacherStore:
             UsageError: `samples` is not positive.
             StoreError: the teacher's outputs have other names or shapes, or the data has other views or another seed.
         """
-        self._require_same(self._view_options(data))
         runner, stored = TeacherRunner(teacher, data, outputs, batch_size), self.specification
+        spec.check_same(self.folder, stored, _view_options(data))
         pairs = stored.views * data.samples
         chosen = np.unique(np.linspace(0, pairs - 1, min(samples, pairs)).round().astype(np.int64))
         largest = dict.fromkeys((name for name in self._names if name != "indices"), 0.0)
@@ -329,7 +313,7 @@ class TeacherStore:
                 current = runner(batch, stored.seed, view)
                 features = {name: array.shape[1:] for name, array in current.items() if name != LOGITS}
                 classes = current[LOGITS].shape[-1] if LOGITS in current else None
-                self._require_same({"classes": classes, "features": features})
+                spec.check_same(self.folder, stored, {"classes": classes, "features": features})
                 values = record_values(stored.keep, current, stored.temperature, record.get("indices"))
                 for name in largest:
                     value = values[name].astype(np.float64)
@@ -341,11 +325,7 @@ class TeacherStore:
         return StoreCheck(len(chosen), largest, float(np.mean(agreed)) if agreed else None)
 
 
-def _check_file(path: Path, size: int) -> None:
-    """Raise a StoreError if a file is missing, is a link, or has another size."""
-    if not path.is_file():
-        raise damaged(path.parent, f"{path.name} is missing")
-    if path.is_symlink():
-        raise damaged(path.parent, f"{path.name} is a link")
-    if path.stat().st_size != size:
-        raise damaged(path.parent, f"{path.name} has {path.stat().st_size} bytes, expected {size}")
+def _view_options(data: ArrayData) -> dict[str, Any]:
+    """Return the views and the seed of data with a transform, if they are set."""
+    options = {"views": data.views, "seed": data.seed} if data.augment is not None else {}
+    return {name: value for name, value in options.items() if value is not None}

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch import ops
 from kirsch.data.arrays import host
-from kirsch.distillation.arrays import upcast
 from kirsch.distillation.store.record import LOGITS
 from kirsch.errors import NumericError, UsageError
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kirsch.data.batches import ArrayData, Batch
+    from kirsch.data.batches import ArrayData
 
 Outputs = Callable[[Any], dict[str, Any]]
 """Callable that takes inputs as a numpy array (N, ...) and returns arrays by name (N, ...): "logits" (N, ..., K), and
@@ -44,7 +44,7 @@ class TeacherRunner:
 
     def returns_probabilities(self, inputs: Any) -> bool:
         """Return whether the teacher's outputs come from a sigmoid or a softmax; False with a callable."""
-        return self.outputs is None and self._framework.squashed(self.teacher, "logits", inputs)
+        return self.outputs is None and self._framework.features.is_squashed(self.teacher, "logits", inputs)
 
     def __call__(self, indices: NDArray[Any], seed: int, view: int) -> dict[str, NDArray[Any]]:
         """Return the teacher's outputs for some samples in one view.
@@ -55,14 +55,21 @@ class TeacherRunner:
 
         Raises:
             NumericError: an output is not finite, or a feature is too large for 16 bits.
-            UsageError: the callable does not return arrays with one row a sample.
+            UsageError: the outputs are not arrays with one row a sample.
         """
         batch = self._data.batch(indices, seed, view)
         if self.outputs is None:
-            outputs = {LOGITS: self._framework.predict(self.teacher, batch.inputs, batch_size=self.batch_size)}
+            outputs = {
+                LOGITS: self._framework.inference.predict(self.teacher, batch.inputs, batch_size=self.batch_size)
+            }
         else:
-            outputs = self._call_outputs(batch)
+            outputs = _arrays(self.outputs(batch.inputs))
         for name, array in outputs.items():
+            if array.ndim < 1 + (name == LOGITS) or len(array) != len(batch) or not array.size:
+                raise UsageError(
+                    f"The output {name!r} has shape {array.shape} for {len(batch)} samples.",
+                    f"The first axis is that of the samples, and the last axis of {LOGITS!r} that of the classes.",
+                )
             is_valid = np.isfinite(array) if name == LOGITS else np.abs(array) <= LARGEST
             if not is_valid.all():
                 sample = batch.ids[~is_valid.reshape(len(is_valid), -1).all(axis=1)][0]
@@ -74,16 +81,9 @@ class TeacherRunner:
                 )
         return outputs
 
-    def _call_outputs(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        returned: Any = self.outputs(batch.inputs) if self.outputs is not None else None
-        if not isinstance(returned, dict) or not returned:
-            found = "an empty dict" if isinstance(returned, dict) else type(returned).__name__
-            raise UsageError(f"The callable `outputs` returned {found}.", fix="Return a dict of arrays by name.")
-        arrays = {str(name): host(upcast(array)) for name, array in returned.items()}
-        for name, array in arrays.items():
-            if array.ndim < 1 or len(array) != len(batch):
-                raise UsageError(
-                    f"The output {name!r} has shape {array.shape} for {len(batch)} samples.",
-                    fix="Return arrays whose first axis is that of the samples.",
-                )
-        return arrays
+
+def _arrays(returned: Any) -> dict[str, NDArray[Any]]:
+    if not isinstance(returned, dict) or not returned:
+        found = "an empty dict" if isinstance(returned, dict) else type(returned).__name__
+        raise UsageError(f"The callable `outputs` returned {found}.", fix="Return a dict of arrays by name.")
+    return {str(name): host(ops.upcast(array)) for name, array in returned.items()}

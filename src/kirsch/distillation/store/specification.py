@@ -48,26 +48,17 @@ DESCRIPTIONS = {
     "range_size": "the size of the ranges",
     "keep": "the format of the logits",
     "classes": "the number of classes",
-    "positions": "the shape of the logits",
+    "positions": "the shape of the logits without the classes",
     "features": "the features",
 }
 """Descriptions of the properties of a store, for messages."""
 
 
 class Specification(BaseModel):
-    """Contents and origin of a store. Processes that share a build agree on all of it.
+    """Contents and origin of a store, as in `DESCRIPTIONS`. Processes that share a build agree on all of it.
 
-    Args:
-        samples, views: numbers of samples and of views of each sample.
-        range_size: number of samples in a range; the last range may have fewer.
-        seed: seed of the augmentation.
-        temperature: temperature of the log-probabilities.
-        classes: number of classes; None without logits.
-        k: number of classes kept; None if all are.
-        positions: shape of the logits of one sample without the classes.
-        features: shape of each feature for one sample.
-        transform, outputs: descriptions of the transform and of the callable; None if there is none.
-        teacher_sha256, data_sha256, ids_sha256: of the weights, of inputs and ids, and of the file of the ids.
+    `classes` is None without logits, and `k` None unless the largest k are kept; shapes are those for one sample. The
+    last range may have fewer samples. `transform` and `outputs` are descriptions, None if there is none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -190,13 +181,23 @@ def problem(error: ValidationError) -> str:
     return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}."
 
 
-def differences(stored: Specification, expected: dict[str, Any]) -> list[str]:
-    """Describe each property of a store that differs from the expected value, with both values."""
-    return [
+def check_same(folder: Path, stored: Specification, given: dict[str, Any]) -> None:
+    """Compare properties of a store with given values.
+
+    Raises:
+        StoreError: some differ; the message names each with both values.
+    """
+    different = [
         f"{DESCRIPTIONS[name]} ({name}: stored {_format(name, getattr(stored, name))}, given {_format(name, value)})"
-        for name, value in expected.items()
+        for name, value in given.items()
         if getattr(stored, name) != value
     ]
+    if different:
+        raise StoreError(
+            f"The store {folder} is stale.",
+            f"It was built with another value of {'; '.join(different)}.",
+            "Pass the values it was built with, or build it in another folder.",
+        )
 
 
 def _format(name: str, value: Any) -> str:

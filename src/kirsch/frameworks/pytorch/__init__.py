@@ -1,1 +1,1 @@
-"""The PyTorch leaf."""
+"""Implementation of the protocols for PyTorch; `framework.py` lists the modules."""

@@ -164,3 +164,15 @@ def test_tensors_that_are_never_read_are_recorded():
         last = read.flatten().view_as(unread)
     assert {id(t) for t in recorder.unread.values()} >= {id(unread), id(last)}
     assert id(read) not in recorder.unread
+
+
+def test_the_calls_within_multi_head_attention_are_recorded_and_pytorch_is_left_as_it_was():
+    recorded = RecordedCalls()
+    model = traceable_copy(nn.MultiheadAttention(8, 2, batch_first=True), shared=False, training=True)
+    record_calls(model, recorded)
+    x = torch.randn(1, 5, 8)
+    model(x, x, x)
+    views = [call for call in recorded.log if call.name == "view"]
+    assert any(type(size) is TracedInt for call in views for size in call.integers())
+    assert "multi_head_attention_forward" not in [call.name for call in recorded.log]
+    assert nn.functional.has_torch_function is torch.overrides.has_torch_function

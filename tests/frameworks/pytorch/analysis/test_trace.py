@@ -18,7 +18,7 @@ from kirsch.errors import GoalError, ModelError, UsageError
 from kirsch.frameworks.pytorch.analysis.count import count
 from kirsch.frameworks.pytorch.analysis.program import of_user
 from kirsch.frameworks.pytorch.analysis.trace import trace
-from kirsch.graph.graph import InputSpec, InputValue, NestedInput
+from kirsch.graph.inputs import InputSpec, InputValue, NestedInput
 from kirsch.graph.plan import Goal
 from kirsch.pruning.choose import plan
 from proving import assert_cut_is_right

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kirsch.frameworks.port import framework_of
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.pytorch.io.fingerprint import fingerprint
 
 
@@ -49,7 +49,7 @@ def test_mode_requires_grad_and_memory_layout_do_not_change_the_fingerprint():
     model = network()
     other = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
     other[0].weight.data = model[0].weight.data.to(memory_format=torch.channels_last)
-    assert framework_of(model).fingerprint(other) == fingerprint(model)
+    assert framework_of(model).inference.fingerprint(other) == fingerprint(model)
 
 
 def test_the_order_of_modules_does_not_change_the_fingerprint_and_their_names_do():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kirsch.errors import LoadError, ModelError
-from kirsch.frameworks.pytorch.io.weights import load_weights, save_weights, take_types
+from kirsch.frameworks.pytorch.io.weights import load_weights, match_dtypes, save_weights
 
 
 class Versioned(nn.Module):
@@ -164,33 +164,33 @@ def test_the_error_for_untied_weights_that_are_tied_in_the_file_names_the_missin
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
-def test_take_types_converts_a_model_to_the_dtypes_of_the_file(kind, path):
+def test_match_dtypes_converts_a_model_to_the_dtypes_of_the_file(kind, path):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).to(kind))
     other = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     save_weights(model, path)
-    assert take_types(other, path)
+    assert match_dtypes(other, path)
     load_weights(other, path)
-    assert not take_types(other, path)
+    assert not match_dtypes(other, path)
     assert bits(other) == bits(model)
     assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in other.parameters())
 
 
-def test_take_types_keeps_tied_weights_tied(path):
+def test_match_dtypes_keeps_tied_weights_tied(path):
     model, other = Tied().half(), Tied()
     save_weights(model, path)
-    assert take_types(other, path)
+    assert match_dtypes(other, path)
     load_weights(other, path)
-    assert not take_types(other, path)
+    assert not match_dtypes(other, path)
     assert bits(other) == bits(model)
     assert other.second.weight is other.first.weight
 
 
-def test_take_types_converts_non_persistent_buffers(path):
+def test_match_dtypes_converts_non_persistent_buffers(path):
     model, other, plain = NonPersistent().half(), NonPersistent(), NonPersistent()
     save_weights(model, path)
-    assert take_types(other, path)
+    assert match_dtypes(other, path)
     load_weights(other, path)
-    assert not take_types(other, path)
+    assert not match_dtypes(other, path)
     load_weights(plain, path)
     assert other.table.dtype == torch.float16
     assert torch.equal(other.table, model.table)
@@ -228,7 +228,7 @@ NARROWER = [
 def test_the_error_for_a_lossy_conversion_names_tensor_and_dtypes(stored, current, restore, path):
     safetensors.torch.save_file({"buffer": torch.ones(3).to(getattr(torch, stored))}, path)
     model = OneBuffer(torch.zeros(3).to(getattr(torch, current)))
-    assert not (restore and take_types(model, path))
+    assert not (restore and match_dtypes(model, path))
     with pytest.raises(LoadError, match=rf"buffer is {stored} in the file and {current} in the model\."):
         load_weights(model, path)
     assert bool((model.buffer == 0).all())

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from kirsch.errors import ModelError
+from kirsch.frameworks.pytorch.analysis.stand_ins import inputs_like
 from kirsch.frameworks.pytorch.analysis.trace import trace
-from kirsch.frameworks.pytorch.framework import PyTorch
 from kirsch.frameworks.pytorch.surgery.cut import cut
 from proving import assert_cut_is_right, half_of_everything, shaken
 
@@ -252,5 +252,5 @@ def test_the_error_for_a_model_that_cannot_be_copied_names_the_reason():
 
 def test_inputs_like_a_specification_have_its_names_and_shapes():
     graph = trace(Several(), {"a": torch.randn(2, 4), "b": torch.randn(2, 5)})
-    inputs = PyTorch().inputs_like(graph.inputs, Several())
+    inputs = inputs_like(graph.inputs, Several())
     assert {name: tuple(value.shape) for name, value in inputs.items()} == {"a": (2, 4), "b": (2, 5)}

@@ -39,8 +39,8 @@ from frameworks.pytorch.verification.fault_plants import (
 from kirsch.errors import VerificationError
 from kirsch.frameworks.pytorch.analysis import trace as tracing
 from kirsch.frameworks.pytorch.analysis.operators import contraction, recurrent
-from kirsch.frameworks.pytorch.framework import PyTorch
 from kirsch.frameworks.pytorch.surgery import cut as surgery
+from kirsch.frameworks.pytorch.surgery.prune import verify_cut
 from kirsch.graph import coupling, group, relations
 from kirsch.graph.facts import Facts
 from kirsch.graph.graph import Graph
@@ -243,7 +243,7 @@ def verified_cut(name):
     model, inputs = NETS[name]
     graph = tracing.trace(model, inputs)
     keep = graph.keep(half_of_everything(graph, SEED))
-    return PyTorch()._verify(surgery.cut(model, graph, keep), model, graph, keep)
+    return verify_cut(surgery.cut(model, graph, keep), model, graph, keep)
 
 
 @functools.cache

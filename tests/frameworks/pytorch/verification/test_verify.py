@@ -10,8 +10,8 @@ from torch import nn
 from kirsch.errors import VerificationError
 from kirsch.frameworks.pytorch.analysis import operators
 from kirsch.frameworks.pytorch.analysis.trace import trace
-from kirsch.frameworks.pytorch.framework import PyTorch
 from kirsch.frameworks.pytorch.surgery.cut import cut
+from kirsch.frameworks.pytorch.surgery.prune import verify_cut
 from kirsch.frameworks.pytorch.verification import masked
 from kirsch.frameworks.pytorch.verification.verify import distance, verify
 from kirsch.graph.labels import Tensor
@@ -76,7 +76,7 @@ def test_a_fault_in_a_tensor_or_attribute_is_detected(fault, case):
     model, graph, keep, pruned = case
     FAULTS[fault](pruned)
     with pytest.raises(VerificationError):
-        PyTorch()._verify(pruned, model, graph, keep)
+        verify_cut(pruned, model, graph, keep)
 
 
 def test_a_statistic_over_removed_entries_is_detected(case, monkeypatch):
@@ -331,7 +331,7 @@ def test_the_error_for_a_pruned_model_that_fails_names_exception_and_line():
     graph = trace(model, torch.randn(3, 4))
     keep = graph.keep(half_of_everything(graph))
     with pytest.raises(VerificationError, match=r"does not run\. KeyError: 4\. It is raised at test_verify\.py:\d+\."):
-        PyTorch()._verify(cut(model, graph, keep), model, graph, keep)
+        verify_cut(cut(model, graph, keep), model, graph, keep)
 
 
 def test_inputs_that_the_model_changes_in_place_are_not_changed():

@@ -9,10 +9,12 @@ number of the call on the graph nodes that the call makes. The sizes that the co
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
+import threading
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -252,24 +254,24 @@ def called_name(func: Any) -> str:
     return getattr(func, "__name__", str(func))
 
 
-def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _attention(*args: Any, **kwargs: Any) -> Any:
     """Run PyTorch's multi-head attention with recorded calls; the query has the width that the module states."""
-    names = ("key", "value", "embed_dim_to_check")
-    options = {**dict(zip(names, args, strict=False)), **kwargs}
-    viewed = query.view(*query.shape[:-1], options["embed_dim_to_check"])
-    for name in ("key", "value"):  # keys and values that are the query itself are projected together with it
-        options[name] = viewed if options[name] is query else options[name]
-    return _OPEN_ATTENTION(viewed, **options, **dict(zip(_PARAMETERS[4:], args[3:], strict=False)))
+    arguments = inspect.signature(nn.functional.multi_head_attention_forward).bind(*args, **kwargs).arguments
+    query = arguments["query"]
+    viewed = query.view(*query.shape[:-1], arguments["embed_dim_to_check"])
+    for name in ("query", "key", "value"):  # keys and values that are the query itself are projected together with it
+        arguments[name] = viewed if arguments[name] is query else arguments[name]
+    with _ATTENTION_LOCK, mock.patch.object(nn.functional, "has_torch_function", _asks_no_mode):
+        return nn.functional.multi_head_attention_forward(**arguments)
 
 
-# The original would pass itself to the active function mode again, in an endless recursion.
-_OPEN_ATTENTION = FunctionType(
-    nn.functional.multi_head_attention_forward.__code__,
-    {**vars(nn.functional), "has_torch_function": lambda _: False},
-    argdefs=nn.functional.multi_head_attention_forward.__defaults__,
-)
+def _asks_no_mode(_tensors: Any) -> bool:
+    """Let the attention run under an active function mode; it would pass itself to the mode again without end."""
+    return False
 
-_PARAMETERS = _OPEN_ATTENTION.__code__.co_varnames
+
+_ATTENTION_LOCK = threading.Lock()
+"""Held while a function of `torch.nn.functional` is replaced, so that another thread does not keep the replacement."""
 
 LIKE_ANOTHER = frozenset(["view_as", "reshape_as", "expand_as"])
 _COUNTS = frozenset(["size", "numel", "nelement", "__len__"])

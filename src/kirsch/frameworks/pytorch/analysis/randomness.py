@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kirsch.frameworks.pytorch.analysis.program import of_user
+from kirsch.frameworks.pytorch.inference.predict import arguments, inference, run, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +43,7 @@ class _DrawRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTo
         return func(*args, **(kwargs or {}))
 
 
-def unsteady(model: nn.Module, run: Callable[[], list[torch.Tensor]]) -> tuple[str, str]:
+def difference_of_runs(model: nn.Module, run: Callable[[], list[torch.Tensor]]) -> tuple[str, str]:
     """Return why two runs with the same inputs differ, and the fix; two empty texts if they agree.
 
     Operations that draw too rarely to change two runs are found in the exported program; see `line_that_draws`.
@@ -74,6 +75,13 @@ def unsteady(model: nn.Module, run: Callable[[], list[torch.Tensor]]) -> tuple[s
         "Two runs with the same inputs give different outputs.",
         "Look for random numbers that are not PyTorch's (random, numpy.random) and for state that a forward changes.",
     )
+
+
+def nondeterminism(model: nn.Module, inputs: Any) -> tuple[str, str]:
+    """Return why two runs in inference mode on the same inputs differ, and the fix; empty texts if they agree."""
+    args, options = arguments(tensors(inputs, model))
+    with inference(model):
+        return difference_of_runs(model, lambda: run(model, args, options))
 
 
 def draws(func: Any, args: Any, options: Any) -> bool:

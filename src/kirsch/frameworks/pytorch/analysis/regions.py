@@ -34,7 +34,7 @@ def _reads(user: Node) -> bool:
     return user.op != "call_function" or name_of(user).removeprefix("aten.") not in ASSERTIONS
 
 
-def outputs_of_modules(states: Mapping[Node, Any]) -> dict[str, tuple[Tensor, ...]]:
+def module_outputs(states: Mapping[Node, Any]) -> dict[str, tuple[Tensor, ...]]:
     """Return the tensors that each module returns by its path, with labels.
 
     Args:
@@ -42,19 +42,5 @@ def outputs_of_modules(states: Mapping[Node, Any]) -> dict[str, tuple[Tensor, ..
     """
     return {
         path: tuple(leaf for node in nodes for leaf in tree_leaves(states[node]) if isinstance(leaf, Tensor))
-        for path, nodes in _exits_of_modules(states).items()
+        for path, nodes in ((path, exits(region)) for path, region in regions(states).items() if path)
     }
-
-
-def module_outputs(states: Mapping[Node, Any]) -> dict[str, Tensor]:
-    """Return the output of each module by its path, with labels; modules with several outputs are left out.
-
-    Args:
-        states: labels of the result of each node.
-    """
-    outputs = {path: states[nodes[0]] for path, nodes in _exits_of_modules(states).items() if len(nodes) == 1}
-    return {path: output for path, output in outputs.items() if isinstance(output, Tensor)}
-
-
-def _exits_of_modules(states: Mapping[Node, Any]) -> dict[str, list[Node]]:
-    return {path: exits(region) for path, region in regions(states).items() if path}

@@ -10,15 +10,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import PlanError
 from kirsch.frameworks.pytorch.inference.predict import Call, device_of
-from kirsch.graph.graph import InputSpec, InputValue, NestedInput
-from kirsch.graph.inputs import storable
+from kirsch.graph.inputs import InputSpec, InputValue, NestedInput, storable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
 
-    from kirsch.graph.graph import Input
+    from kirsch.graph.inputs import Input
 
 KINDS: dict[type[Any], str] = {list: "list", tuple: "tuple", dict: "dict", OrderedDict: "dict"}
 """Containers that plain data can rebuild; subclasses are not, since a model may depend on their other attributes."""
@@ -61,7 +60,7 @@ def _highest(value: torch.Tensor) -> int:
     return min(max(highest, 0), LARGEST)
 
 
-def stand_ins(specification: Sequence[Input], model: nn.Module) -> Any:
+def inputs_like(specification: Sequence[Input], model: nn.Module) -> Any:
     """Return random inputs of the specified shapes and types, on the device of a model.
 
     If no floating input has a type of the parameters, the floating inputs get the type of the first parameter: the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from kirsch.frameworks.pytorch.analysis.parameters import (
 )
 from kirsch.frameworks.pytorch.analysis.program import SizeInterpreter, export, name_of, shapes_of
 from kirsch.frameworks.pytorch.analysis.provenance import RecordedCalls, SizeOf
-from kirsch.frameworks.pytorch.analysis.regions import outputs_of_modules
+from kirsch.frameworks.pytorch.analysis.regions import module_outputs
 from kirsch.frameworks.pytorch.analysis.residual import last_layers_of_branch
 from kirsch.frameworks.pytorch.analysis.stand_ins import specification
 from kirsch.frameworks.pytorch.analysis.traced import Traced
@@ -106,7 +107,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         values=lambda name: values_of(parameters[name], name, type(model).__name__),
         fits=lambda other: other is whole and {n: id(p) for n, p in parameters.items()} == identities(model),
         blocks=tuple(block.path for block in traced.blocks),
-        module_outputs=lambda: outputs_of_modules(traced.states),
+        module_outputs=functools.cache(lambda: module_outputs(traced.states)),
         runner=BlockRunner(whole, model, traced.blocks),
         tracing=tracing,
         traced=traced,

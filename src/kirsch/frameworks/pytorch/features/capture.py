@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import LayerName
 from kirsch.frameworks.pytorch.inference.outputs import named
-from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of
+from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of, tensors
+from kirsch.frameworks.pytorch.modules.unsupported import check_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -339,3 +340,18 @@ def dry_run(model: nn.Module, layers: Sequence[str], inputs: Any) -> dict[str, A
             return capture(inputs)
     finally:
         capture.close()
+
+
+def extract(model: nn.Module, layers: Sequence[str], inputs: Any) -> dict[str, Any]:
+    """Return the values at layers for one batch; see `dry_run`.
+
+    Raises:
+        ModelError: a parameter is on the meta device and has no values.
+    """
+    check_values(model)
+    return dry_run(model, layers, tensors(inputs, model))
+
+
+def capture(model: nn.Module, layers: Sequence[str]) -> FeatureCapture:
+    """Return a function inputs → values by layer, which runs the model."""
+    return FeatureCapture(model, layers)

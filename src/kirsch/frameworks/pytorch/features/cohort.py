@@ -42,3 +42,13 @@ class Cohort(nn.Module):
     def forward(self, *args: Any, **options: Any) -> dict[str, Tensor]:
         """Return the logits of each student by its number: "0", "1", ..."""
         return {str(number): logits for number, logits in enumerate(logits_of_each(self.students, args, options))}
+
+
+def cohort(students: Iterable[nn.Module]) -> Cohort:
+    """Return several students as one model, whose outputs "0", "1", ... are their logits."""
+    return Cohort(students)
+
+
+def members(cohort: Cohort) -> list[nn.Module]:
+    """Return the students of a cohort, in order."""
+    return list(cohort.students)

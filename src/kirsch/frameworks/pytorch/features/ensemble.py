@@ -44,3 +44,8 @@ class Ensemble(nn.Module):
                 "Leave out models with other classes.",
             )
         return self.combine(logits)
+
+
+def ensemble(models: Iterable[nn.Module], combine: Callable[[list[Tensor]], Tensor]) -> Ensemble:
+    """Return copies of several models as one model in inference mode; see `Ensemble`."""
+    return Ensemble(models, combine).eval()

@@ -12,7 +12,7 @@ from torch import nn
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import LayerName, pattern
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture, is_torchscript, layers_of
-from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of
+from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,7 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
         UnknownNameError: no layer matches.
         UsageError: the model has no last layer, or does not return hidden states.
     """
-    layer = LayerName.read(text)
+    layer, inputs = LayerName.read(text), tensors(inputs, model)
     if layer.layered and layer.index == "*":
         capture = FeatureCapture(model, [text.replace("[*]", "[0]")])
         try:
@@ -124,7 +124,7 @@ def shapes(model: nn.Module, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
     ]
     try:
         with inference(model), torch.no_grad():
-            args, options = arguments(copied(inputs))
+            args, options = arguments(copied(tensors(inputs, model)))
             called(model, args, options)
     finally:
         for handle in handles:

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kirsch.frameworks.pytorch.features.capture import dry_run
+from kirsch.frameworks.pytorch.inference.predict import tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +72,7 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def squashed(model: nn.Module, layer: str, inputs: Any, *, logarithm: bool = False) -> bool:
+def is_squashed(model: nn.Module, layer: str, inputs: Any, *, logarithm: bool = False) -> bool:
     """Return whether the value at a layer comes from a sigmoid, a softmax or the like, by operators without weights.
 
     Only meaningful for values from 0 to 1, because a difference of two sigmoids also comes from them.
@@ -80,6 +81,7 @@ def squashed(model: nn.Module, layer: str, inputs: Any, *, logarithm: bool = Fal
         model, layer, inputs: model, layer and batch of the run.
         logarithm: test for an unchanged result of `logsigmoid` instead.
     """
+    inputs = tensors(inputs, model)
     with _Marks(logarithm=logarithm) as marks:
         value = dry_run(model, (layer,), inputs)[layer]
     return bool(marks.holds(value))

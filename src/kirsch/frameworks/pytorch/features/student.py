@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from kirsch.errors import NumericError, UsageError
 from kirsch.frameworks.layers import at_layers
+from kirsch.frameworks.protocols import StudentOutputs
 from kirsch.frameworks.pytorch.features.adapters import Adapter
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture
 
@@ -18,23 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 
-@dataclass(frozen=True)
-class StudentOutputs:
-    """Results of one forward.
-
-    Args:
-        features: the student's values by layer.
-        adapted: by name of an adapter, the student's and the teacher's values for the loss.
-        adapter_losses: by name of an adapter, its own loss.
-    """
-
-    features: dict[str, Any]
-    adapted: dict[str, tuple[Any, Any]]
-    adapter_losses: dict[str, Any]
-
-
 class StudentWithAdapters(nn.Module):
     """A student, the layers that are captured, and the adapters between student and teacher.
+
+    Implements `kirsch.frameworks.protocols.AdaptedStudent`.
 
     Args:
         student: the model to train.
@@ -80,11 +67,30 @@ class StudentWithAdapters(nn.Module):
                 adapter_losses[name] = extra_loss
         return StudentOutputs(values, adapted, adapter_losses)
 
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """Return the arrays of all adapters by name."""
+        return dict(self.adapters.state_dict())
+
+    def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Load arrays of `adapter_state`; names and shapes must agree."""
+        self.adapters.load_state_dict(state)
+
     def close(self) -> None:
         """Remove the hooks."""
         if self._capture is not None:
             self._capture.close()
             self._capture = None
+
+
+def with_adapters(
+    model: nn.Module,
+    layers: Sequence[str],
+    adapters: Mapping[str, nn.Module],
+    pairs: Mapping[str, Any],
+    logits: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> StudentWithAdapters:
+    """Return a student and its adapters as one module; see `StudentWithAdapters`."""
+    return StudentWithAdapters(model, layers, adapters, pairs, logits)
 
 
 def student_of(model: nn.Module) -> nn.Module:
@@ -104,7 +110,7 @@ def gradient_norms(
 ) -> dict[str, float]:
     """Return the norm of the gradient of each loss term for the student's parameters, without those of adapters.
 
-    The graph is retained for the training step.
+    The graph is retained for the training step. Empty if gradients are disabled.
 
     Args:
         student: the student with its adapters.
@@ -115,6 +121,8 @@ def gradient_norms(
         NumericError: no gradient of a term reaches the student.
         UsageError: the student uses reentrant checkpoints, which do not support gradients of a single term.
     """
+    if not torch.is_grad_enabled():
+        return {}
     adapter_ids = {id(p) for p in student.adapters.parameters()}  # they may also be registered in the student
     parameters = [p for p in student.student.parameters() if p.requires_grad and id(p) not in adapter_ids]
     norms: dict[str, float] = {}

@@ -72,7 +72,7 @@ def fitted(model: nn.Module, args: Any, options: Any, extra: Any) -> tuple[Any, 
     return args, {**options, **extra}
 
 
-def unknown(model: nn.Module, names: Sequence[str]) -> list[str]:
+def unknown_arguments(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the names that the forward does not have; none for a single name, which is the first argument."""
     known = {p.name for p in _parameters(model) or []}
     return [name for name in names if name not in known] if known and len(names) > 1 else []

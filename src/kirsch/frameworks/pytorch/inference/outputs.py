@@ -94,7 +94,7 @@ def class_names(model: nn.Module) -> list[str]:
     return [] if ordered == [f"LABEL_{number}" for number in range(len(names))] else ordered
 
 
-def positions(model: nn.Module, mask: Any) -> Any:
+def feature_mask(model: nn.Module, mask: Any) -> Any:
     """Return the mask of the hidden positions, shape (N, L), from the mask of the inputs.
 
     L is T, except for speech models, whose convolutions have strides over the samples of the sound.

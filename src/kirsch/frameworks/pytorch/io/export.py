@@ -14,7 +14,12 @@ from torch.overrides import TorchFunctionMode
 from kirsch.data.arrays import host
 from kirsch.errors import ModelError, NumericError, error_text
 from kirsch.frameworks.pytorch.analysis.provenance import called_name
-from kirsch.frameworks.pytorch.analysis.randomness import RANDOMNESS_FIX, line_that_draws, reason_for, unsteady
+from kirsch.frameworks.pytorch.analysis.randomness import (
+    RANDOMNESS_FIX,
+    difference_of_runs,
+    line_that_draws,
+    reason_for,
+)
 from kirsch.frameworks.pytorch.inference import predict
 from kirsch.frameworks.pytorch.inference.calling import embedding_fix, fix_of_inputs, is_embedding_error
 from kirsch.frameworks.pytorch.io import onnx_file
@@ -38,8 +43,8 @@ SINGLE_FILE_BYTES = 1_500_000_000
 class TorchExportable:
     """A copy of a PyTorch model in inference mode as a function of arrays.
 
-    Implements `kirsch.frameworks.port.Exportable`. The KV cache of a transformers model, which only generation needs,
-    is switched off.
+    Implements `kirsch.frameworks.protocols.Exportable`. The KV cache of a transformers model, which only generation
+    needs, is switched off.
 
     Args:
         model: the model to export; it is not changed.
@@ -100,9 +105,9 @@ class TorchExportable:
         with Rounding(seed):
             return self.outputs(inputs)
 
-    def unsteady(self, inputs: Sequence[NDArray[Any]]) -> tuple[str, str]:
+    def nondeterminism(self, inputs: Sequence[NDArray[Any]]) -> tuple[str, str]:
         """Return why two runs on these inputs differ, and a fix; two empty strings if the runs are equal."""
-        return unsteady(self._flat.model, lambda: list(self._run(inputs).values()))
+        return difference_of_runs(self._flat.model, lambda: list(self._run(inputs).values()))
 
     def not_finite(self) -> str:
         """Return a description of the first parameter or buffer with NaN or infinity; "" if all are finite."""
@@ -231,3 +236,8 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def exportable(model: nn.Module, example_inputs: Any) -> TorchExportable:
+    """Return a copy of a model in inference mode as a function of arrays, which can be written to a file."""
+    return TorchExportable(model, example_inputs)

@@ -11,6 +11,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def from_hub(library: str, name: str, *, pretrained: bool) -> nn.Module:
+    """Return a model of another library by its name.
+
+    Raises:
+        UnknownNameError: the library is not timm.
+        LoadError: see `from_timm`.
+    """
+    if library != "timm":
+        raise UnknownNameError("library of models", library, ["timm"])
+    return from_timm(name, pretrained=pretrained)
+
+
 def from_timm(name: str, *, pretrained: bool) -> nn.Module:
     """Return a timm model by its name.
 

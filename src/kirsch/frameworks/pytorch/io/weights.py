@@ -73,7 +73,12 @@ def save_weights(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-def take_types(model: nn.Module, path: Path) -> bool:
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of a model by name; a tied parameter has several names."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def match_dtypes(model: nn.Module, path: Path) -> bool:
     """Convert the floating-point and complex tensors of a model to the dtypes in a file of `save_weights`.
 
     Returns:

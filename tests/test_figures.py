@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kirsch.report import figures
+from kirsch import figures
 
 NAN, INF = math.nan, math.inf
 

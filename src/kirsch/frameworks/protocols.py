@@ -1,0 +1,314 @@
+"""What a framework package implements: five protocols, each fulfilled by one object of the framework.
+
+`model` is a model of the framework, `batch` and `inputs` hold numpy arrays or arrays of the framework, and features and
+adapters are objects of the framework that the layers above only pass on. `kirsch.testing.FRAMEWORK_CHECKS` is the
+conformance suite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from kirsch.data.batches import Batch
+    from kirsch.frameworks.training import Trained, Training, TrainingHooks
+    from kirsch.graph.graph import Graph, Tracing
+    from kirsch.graph.inputs import Input
+    from kirsch.graph.plan import Plan
+    from kirsch.graph.verification import Verification
+    from kirsch.registry import Registry
+
+
+class Analysis(Protocol):
+    """From a model to its graph."""
+
+    def trace(self, model: Any, example_inputs: Any, /, tracing: Tracing, *, of_part: bool = False) -> Graph:
+        """Return the coupling analysis of a model, or of the part that `tracing` names; the model is not changed.
+
+        Args:
+            model: model, which may have no values.
+            example_inputs: one array, a tuple of positional arguments, or a dict of keyword arguments.
+            tracing: options of the analysis.
+            of_part: whether the example inputs are those of the part.
+        """
+
+    def count(self, model: Any, example_inputs: Any) -> tuple[int, int]:
+        """Return the parameters, and the multiply-accumulates counted during one forward pass."""
+
+    def inputs_like(self, specification: Sequence[Input], model: Any) -> Any:
+        """Return example inputs of the form, shapes and types that a plan stores, on the device of a model."""
+
+
+class Surgery(Protocol):
+    """From a model and a plan to the pruned model."""
+
+    def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
+        """Return a copy of the model without the units that the plan removes, and its verification."""
+
+    def changed_computed_weights(self, model: Any, plan: Plan, graph: Graph) -> dict[str, float]:
+        """Return path → relative change, of modules whose computed weights change for the kept units."""
+
+    def configure(
+        self, pruned: Any, model: Any, plan: Plan, graph: Graph, *, verify: bool
+    ) -> tuple[dict[str, float], tuple[str, ...], str]:
+        """Update the configuration of a pruned model, if it has one, so that it describes the pruned model.
+
+        If no configuration describes the pruned model, the configuration is not changed, and the model's own methods
+        that save a checkpoint, such as `save_pretrained`, raise an error from then on.
+
+        Args:
+            pruned: pruned model.
+            model: model before pruning.
+            plan, graph: plan that was applied, and the graph of the model.
+            verify: search for the new values and verify them; otherwise use only the values that the plan states.
+
+        Returns:
+            New values of the configuration, notes, and the reason with a fix if no checkpoint can be saved; "" if it
+            can.
+        """
+
+
+@dataclass(frozen=True)
+class StudentOutputs:
+    """Results of one forward of a student with adapters.
+
+    Args:
+        features: the student's features by layer.
+        adapted: by name of an adapter, the student's and the teacher's features for the loss.
+        adapter_losses: by name of an adapter, its own loss.
+    """
+
+    features: dict[str, Any]
+    adapted: dict[str, tuple[Any, Any]]
+    adapter_losses: dict[str, Any]
+
+
+class AdaptedStudent(Protocol):
+    """A student and its adapters as one model, so that one forward computes all that a training step needs.
+
+    Attributes:
+        student: the student alone.
+        adapters: the adapters as one object of the framework.
+        training: whether student and adapters are in training mode.
+    """
+
+    student: Any
+    adapters: Any
+    training: bool
+
+    def __call__(self, inputs: Any, teacher_source: Mapping[str, Any] | None = None, ids: Any = None) -> StudentOutputs:
+        """Run the student on one batch, and each adapter on its features and the teacher's, by name of the adapter.
+
+        `ids`: ids of the samples, for adapters that store features by sample.
+        """
+
+    def parameters(self) -> Iterator[Any]:
+        """Return the parameters of student and adapters."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Set student and adapters to training mode, or to inference mode."""
+
+    def adapter_state(self) -> dict[str, Any]:
+        """Return the arrays of all adapters by name."""
+
+    def load_adapter_state(self, state: Mapping[str, Any], /) -> None:
+        """Load arrays of `adapter_state`; names and shapes must agree."""
+
+    def close(self) -> None:
+        """Remove the hooks."""
+
+
+class Features(Protocol):
+    """Features of layers, adapters between them, and models that wrap others. Layers: `kirsch.frameworks.layers`."""
+
+    def expand(self, model: Any, text: str, inputs: Any) -> list[str]:
+        """Return the layers that a pattern such as "layer*" matches."""
+
+    def shapes(self, model: Any, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
+        """Return path and output shape of each module that is called once, in the order in which the calls end."""
+
+    def extract(self, model: Any, layers: Sequence[str], inputs: Any) -> dict[str, Any]:
+        """Return the features of some layers for one batch, in inference mode and without gradient."""
+
+    def capture(self, model: Any, layers: Sequence[str]) -> Any:
+        """Return a function inputs → features by layer, for `Inference.infer`; its `close` removes the hooks."""
+
+    def is_squashed(self, model: Any, layer: str, inputs: Any, *, logarithm: bool = False) -> bool:
+        """Return whether the feature of a layer is the output of a sigmoid or a softmax, in a run on some samples.
+
+        `logarithm`: whether it is the output of `logsigmoid` instead.
+        """
+
+    def feature_mask(self, model: Any, mask: Any) -> Any:
+        """Return the mask (N, L') of a model's features from the mask (N, L) of its inputs."""
+
+    def build_adapter(self, name: str, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
+        """Return an adapter between two features; None if "auto" finds that none is needed."""
+
+    def with_adapters(
+        self,
+        model: Any,
+        layers: Sequence[str],
+        adapters: dict[str, Any],
+        pairs: dict[str, Any],
+        logits: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> AdaptedStudent:
+        """Return a student with adapters.
+
+        Args:
+            model: student.
+            layers: layers whose features are returned, without patterns.
+            adapters: adapters by name.
+            pairs: the student's layer of each adapter, by name: a layer, or a list or dict of layers.
+            logits: function that converts probabilities among the features to logits; None changes nothing.
+        """
+
+    def student_of(self, model: Any) -> Any:
+        """Return the student inside a wrapped student; other models are returned unchanged."""
+
+    def ensemble(self, models: Sequence[Any], combine: Callable[[list[Any]], Any]) -> Any:
+        """Return copies of several models as one model in inference mode; `combine` maps their logits to one array."""
+
+    def cohort(self, students: Sequence[Any]) -> Any:
+        """Return several students as one model, whose outputs "0", "1", ... are their logits."""
+
+    def members(self, cohort: Any) -> list[Any]:
+        """Return the students of a cohort, in order."""
+
+
+class TrainingLoop(Protocol):
+    """Training, and what it needs of gradients and random numbers."""
+
+    def train(self, model: Any, batches: Any, loss: Any, training: Training, hooks: TrainingHooks) -> Trained:
+        """Train a copy of the model; the model itself is not changed.
+
+        `loss` is a `kirsch.frameworks.training.LossFunction`.
+        """
+
+    def seeded(self, build: Callable[[], Any], seed: int) -> Any:
+        """Return the result of `build` with this random seed; the caller's random state is not changed."""
+
+    def gradient_norms(self, student: Any, parts: dict[str, Any]) -> dict[str, float]:
+        """Return the norm of the gradient of each part for the student; empty if gradients are disabled.
+
+        Raises:
+            NumericError: a part has no gradient for the student.
+        """
+
+    def batch_norm_scales(self, model: Any) -> Iterable[Any]:
+        """Return the scale of each batch normalization, as arrays with gradients."""
+
+    def weight_arrays(self, model: Any) -> Iterable[Any]:
+        """Return the weights with two or more axes, as arrays with gradients."""
+
+
+class Inference(Protocol):
+    """Models that run: predictions, arrays, weights in files, and export."""
+
+    def predict(self, model: Any, inputs: Any, *, batch_size: int = 256) -> NDArray[Any]:
+        """Return the outputs of a classifier in inference mode, numpy (N, K), for inputs of shape (N, ...)."""
+
+    def infer(self, run: Any, inputs: Any) -> Any:
+        """Return the outputs of a model, or the features of a `Features.capture`, for one batch, without gradient."""
+
+    def inference_mode(self, model: Any) -> Any:
+        """Set a model to inference mode, and return it."""
+
+    def frozen_copy(self, model: Any, like: Any) -> Any:
+        """Return a frozen copy of a model in inference mode, on the device of the model `like`."""
+
+    def check_runs(self, model: Any, inputs: Any, *, training: bool = False) -> None:
+        """Raise an error that describes the inputs if a model does not run on them; the model is not changed.
+
+        `training`: whether to run a copy of the model in training mode.
+        """
+
+    def unknown_arguments(self, model: Any, names: Sequence[str]) -> list[str]:
+        """Return the names that are not arguments of a model's forward; empty if its arguments are not named."""
+
+    def nondeterminism(self, model: Any, inputs: Any) -> tuple[str, str]:
+        """Return why two runs in inference mode on the same inputs differ, and the fix; empty strings if they agree."""
+
+    def class_names(self, model: Any) -> list[str]:
+        """Return the class names of a model, in order; empty if the model has none."""
+
+    def from_numpy(self, array: Any, *, like: Any = None) -> Any:
+        """Convert a numpy array to an array of the framework, on the device of the array `like` if one is given."""
+
+    def to_device(self, batch: Batch, model: Any) -> Batch:
+        """Return a batch as arrays of the framework, on the device of a model."""
+
+    def parameter_shapes(self, model: Any) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter of a model by name."""
+
+    def fingerprint(self, model: Any) -> str:
+        """Return the sha256 over names, shapes, types and bytes of all parameters and buffers."""
+
+    def save_weights(self, model: Any, path: Path) -> None:
+        """Write all parameters and buffers to a safetensors file."""
+
+    def load_weights(self, model: Any, path: Path) -> None:
+        """Load the weights of `save_weights` into a model; names, shapes and types must agree."""
+
+    def match_dtypes(self, model: Any, path: Path) -> bool:
+        """Convert a model's floating arrays to the types in a file of `save_weights`; return whether any changed."""
+
+    def exportable(self, model: Any, example_inputs: Any) -> Exportable:
+        """Return a copy of a model in inference mode as a function of arrays, which can be written to a file."""
+
+    def from_hub(self, library: str, name: str, *, pretrained: bool) -> Any:
+        """Return a model of another library, such as timm, by its name."""
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A framework: its name, one object for each protocol, and its built-in models.
+
+    Args:
+        name: name of the framework.
+        analysis, surgery, features, training, inference: implementations, such as modules with these functions.
+        models: built-in models, as functions that return a new one, by names such as "digits:teacher".
+    """
+
+    name: str
+    analysis: Analysis
+    surgery: Surgery
+    features: Features
+    training: TrainingLoop
+    inference: Inference
+    models: Registry[Callable[[], Any]]
+
+
+class Exportable(Protocol):
+    """Model as a function that takes positional arrays and returns arrays by name.
+
+    Attributes:
+        name: name of the model's class.
+        inputs: example arrays by name.
+        double: whether weights or inputs are float64.
+    """
+
+    name: str
+    inputs: dict[str, NDArray[Any]]
+    double: bool
+
+    def outputs(self, inputs: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return all outputs for one batch by name."""
+
+    def rounded(self, inputs: Sequence[NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:
+        """Return the outputs with random rounding errors in the inputs of each operation."""
+
+    def nondeterminism(self, inputs: Sequence[NDArray[Any]]) -> tuple[str, str]:
+        """Return why two runs on these inputs differ, and the fix; empty strings if they agree."""
+
+    def not_finite(self) -> str:
+        """Return a description of the first parameter or buffer with NaN or infinity; "" if all are finite."""
+
+    def write_onnx(self, path: Path, *, free_batch: bool = True) -> dict[str, Any]:
+        """Write an ONNX file; return opset, IR version, exporter, and name, shape and type of inputs and outputs."""

@@ -1,0 +1,47 @@
+"""Arrays and models on the device of a model, as tensors and in inference mode."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kirsch.frameworks.pytorch.inference.predict import device_of, tensors
+from kirsch.frameworks.pytorch.modules.copying import copy_of
+from kirsch.frameworks.pytorch.modules.unsupported import check_values
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from kirsch.data.batches import Batch
+
+
+def from_numpy(array: Any, *, like: Any = None) -> torch.Tensor:
+    """Convert a numpy array to a tensor, on the device of the tensor `like` if one is given."""
+    return torch.from_numpy(array) if like is None else torch.as_tensor(array, device=like.device)
+
+
+def to_device(batch: Batch, model: nn.Module) -> Batch:
+    """Return a batch as tensors on the device of a model."""
+    inputs, targets, ids = (tensors(part, model) for part in (batch.inputs, batch.targets, batch.ids))
+    return dataclasses.replace(batch, inputs=inputs, targets=targets, ids=ids)
+
+
+def inference_mode(model: nn.Module) -> nn.Module:
+    """Set a model to inference mode, and return it."""
+    return model.eval()
+
+
+def frozen_copy(model: nn.Module, like: nn.Module) -> nn.Module:
+    """Return a copy of a model in inference mode without gradients, on the device of the model `like`.
+
+    Raises:
+        ModelError: the model cannot be copied, or a parameter is on the meta device and has no values.
+    """
+    check_values(model)
+    copied = copy_of(model)
+    copied.eval()
+    for parameter in copied.parameters():  # TorchScript modules lack requires_grad_
+        parameter.requires_grad = False
+    return copied.to(device_of(like))

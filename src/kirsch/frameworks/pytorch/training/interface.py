@@ -1,0 +1,8 @@
+"""`TrainingLoop` of PyTorch, see `kirsch.frameworks.protocols`."""
+
+from kirsch.frameworks.pytorch.features.student import gradient_norms
+from kirsch.frameworks.pytorch.training.regularized import batch_norm_scales, weight_arrays
+from kirsch.frameworks.pytorch.training.seed import seeded
+from kirsch.frameworks.pytorch.training.train import train
+
+__all__ = ["batch_norm_scales", "gradient_norms", "seeded", "train", "weight_arrays"]

@@ -1,0 +1,238 @@
+"""Conformance suite for framework packages. Each check takes a `FrameworkExample` and asserts one property.
+
+```python
+EXAMPLE = FrameworkExample(framework, build, inputs, labels, layer="hidden")
+
+
+@pytest.mark.parametrize("check", FRAMEWORK_CHECKS, ids=lambda check: check.__name__)
+def test_framework_conforms(check):
+    check(EXAMPLE)
+```
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch.data.arrays import host
+from kirsch.data.batches import ArrayData, Batch
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.step import DistillationStep
+from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.training import Training, TrainingHooks
+from kirsch.graph.graph import Tracing
+from kirsch.graph.plan import Goal
+from kirsch.pruning.choose import plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from kirsch.frameworks.protocols import Framework
+    from kirsch.frameworks.training import Trained
+
+ROUNDING = 1e-5
+"""Tolerance for sums in float32 in another order, relative to the largest value."""
+
+
+@dataclass(frozen=True)
+class FrameworkExample:
+    """A framework and a small classifier to test it with.
+
+    Args:
+        framework: framework to test.
+        build: function that returns a new model with random weights; it has at least one batch normalization.
+        inputs: float32 samples on the first axis, at least 16; the model takes this one array.
+        labels: class numbers of the samples, shape (N,).
+        layer: path of a hidden layer with one output.
+    """
+
+    framework: Framework
+    build: Callable[[], Any]
+    inputs: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    layer: str
+
+    def model(self, seed: int = 0) -> Any:
+        """Return a new model in inference mode with the random weights of a seed."""
+        return self.framework.inference.inference_mode(self.framework.training.seeded(self.build, seed))
+
+
+def check_framework_of_a_model_is_found(example: FrameworkExample) -> None:
+    """`framework_of` finds a framework with the same name."""
+    found = framework_of(example.model()).name
+    assert found == example.framework.name, f"the framework of the model is {found!r}"
+
+
+def check_weights_follow_from_the_seed(example: FrameworkExample) -> None:
+    """Two models of one seed have the same fingerprint, models of two seeds have different ones."""
+    fingerprint = example.framework.inference.fingerprint
+    first, again, other = (fingerprint(example.model(seed)) for seed in (0, 0, 1))
+    assert first == again, "two models of the seed 0 have different fingerprints"
+    assert first != other, "models of the seeds 0 and 1 have the same fingerprint"
+
+
+def check_predictions_do_not_depend_on_the_batch_size(example: FrameworkExample) -> None:
+    """Predictions are numpy arrays (N, K) in float32, for any batch size, and do not change the model."""
+    model, inference = example.model(), example.framework.inference
+    before = inference.fingerprint(model)
+    whole, parts = (inference.predict(model, example.inputs, batch_size=size) for size in (len(example.inputs), 3))
+    assert isinstance(whole, np.ndarray), f"predict returns a {type(whole).__name__}; expected a numpy array"
+    assert whole.ndim == len("NK"), f"predict returns the shape {whole.shape}; expected (N, K)"
+    assert len(whole) == len(example.inputs), f"predict returns {len(whole)} rows for {len(example.inputs)} samples"
+    assert whole.dtype == np.float32, f"predict returns {whole.dtype}; expected float32"
+    _assert_close(parts, whole, "predictions in batches of 3")
+    assert inference.fingerprint(model) == before, "predict changes the model"
+
+
+def check_inference_is_deterministic(example: FrameworkExample) -> None:
+    """No nondeterminism is reported for the model."""
+    why, _ = example.framework.inference.nondeterminism(example.model(), example.inputs)
+    assert not why, f"nondeterminism is reported: {why}"
+
+
+def check_arrays_survive_the_conversion(example: FrameworkExample) -> None:
+    """Arrays that are converted to the framework, or moved to the device of a model, keep their values."""
+    inference, model = example.framework.inference, example.model()
+    array = inference.from_numpy(example.inputs)
+    batch = inference.to_device(Batch(example.inputs, example.labels, np.arange(len(example.labels))), model)
+    for name, found, expected in (
+        ("from_numpy", array, example.inputs),
+        ("from_numpy with `like`", inference.from_numpy(example.inputs, like=array), example.inputs),
+        ("the inputs of to_device", batch.inputs, example.inputs),
+        ("the targets of to_device", batch.targets, example.labels),
+    ):
+        assert np.array_equal(host(found), expected), f"{name} changes values"
+
+
+def check_weights_survive_a_file(example: FrameworkExample) -> None:
+    """Saved weights, loaded into another model, give the same fingerprint and predictions."""
+    inference, model, other = example.framework.inference, example.model(0), example.model(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.safetensors"
+        inference.save_weights(model, path)
+        inference.load_weights(other, path)
+    assert inference.fingerprint(other) == inference.fingerprint(model), "loaded weights differ from the saved ones"
+    found, expected = (inference.predict(each, example.inputs) for each in (other, model))
+    assert np.array_equal(found, expected), "a model with loaded weights has other predictions"
+
+
+def check_frozen_copy_equals_the_model(example: FrameworkExample) -> None:
+    """A frozen copy is another object with the same weights."""
+    model = example.model()
+    copy = example.framework.inference.frozen_copy(model, model)
+    assert copy is not model, "frozen_copy returns the model itself"
+    fingerprints = {example.framework.inference.fingerprint(each) for each in (copy, model)}
+    assert len(fingerprints) == 1, "the frozen copy has other weights"
+
+
+def check_exportable_model_equals_the_model(example: FrameworkExample) -> None:
+    """The model as a function of arrays returns its predictions as its only output."""
+    inference, model = example.framework.inference, example.model()
+    exportable = inference.exportable(model, inference.from_numpy(example.inputs))
+    outputs = exportable.outputs([example.inputs])
+    assert len(outputs) == 1, f"the exportable model has the outputs {', '.join(outputs)}; expected one"
+    _assert_close(next(iter(outputs.values())), inference.predict(model, example.inputs), "the exportable model")
+
+
+def check_counted_cost_is_that_of_the_graph(example: FrameworkExample) -> None:
+    """Parameters and multiply-accumulates of the graph are those counted in a forward pass."""
+    model, inputs = example.model(), example.framework.inference.from_numpy(example.inputs[:1])
+    graph = example.framework.analysis.trace(model, inputs, Tracing())
+    counted = example.framework.analysis.count(model, inputs)
+    assert (graph.cost.parameters, graph.cost.macs) == counted, f"the graph has {graph.cost}; {counted} are counted"
+
+
+def check_pruned_model_is_verified_and_costs_what_the_plan_says(example: FrameworkExample) -> None:
+    """A pruned model passes the verification, costs what its plan predicts, and the original is not changed."""
+    framework, model = example.framework, example.model()
+    inputs, before = framework.inference.from_numpy(example.inputs[:1]), framework.inference.fingerprint(model)
+    graph = framework.analysis.trace(model, inputs, Tracing())
+    chosen = plan(graph, Goal(macs=0.6))
+    pruned, verification = framework.surgery.prune(model, chosen, graph, verify=True)
+    assert verification is not None, "prune returns no verification"
+    assert verification.power > 0, "the verification compares with a mask that has no effect"
+    assert verification.error <= verification.tolerance, f"the verification finds an error of {verification.error}"
+    counted = framework.analysis.count(pruned, inputs)
+    expected = (chosen.after.parameters, chosen.after.macs)
+    assert counted == expected, f"the pruned model costs {counted}, the plan predicts {expected}"
+    assert framework.inference.fingerprint(model) == before, "prune changes the original"
+
+
+def check_features_have_the_shape_of_their_layer(example: FrameworkExample) -> None:
+    """The feature of a layer has the output shape of the layer, and a capture returns the same values."""
+    features, model, layers = example.framework.features, example.model(), (example.layer,)
+    inputs = example.framework.inference.from_numpy(example.inputs)
+    assert features.expand(model, example.layer, inputs) == [example.layer], f"{example.layer!r} is expanded"
+    shape = dict(features.shapes(model, inputs)).get(example.layer)
+    extracted = host(features.extract(model, layers, inputs)[example.layer])
+    assert extracted.shape == shape, f"the feature has shape {extracted.shape}, the layer returns {shape}"
+    capture = features.capture(model, layers)
+    captured = host(example.framework.inference.infer(capture, inputs)[example.layer])
+    capture.close()
+    assert np.array_equal(captured, extracted), "a capture returns other values than extract"
+
+
+def check_weight_arrays_are_parameters_with_two_axes(example: FrameworkExample) -> None:
+    """Weights for regularizers are parameters with two or more axes, scales of batch normalization have one."""
+    model = example.model()
+    shapes = set(example.framework.inference.parameter_shapes(model).values())
+    weights = [tuple(weight.shape) for weight in example.framework.training.weight_arrays(model)]
+    scales = [tuple(scale.shape) for scale in example.framework.training.batch_norm_scales(model)]
+    for name, found, axes in (("weight_arrays", weights, range(2, 9)), ("batch_norm_scales", scales, range(1, 2))):
+        assert found, f"{name} returns nothing"
+        assert set(found) <= shapes, f"{name} returns arrays of other shapes than the parameters"
+        assert all(len(shape) in axes for shape in found), f"{name} returns arrays of shapes {found}"
+
+
+def check_training_is_reproducible_and_lowers_the_loss(example: FrameworkExample) -> None:
+    """Two runs of one seed end in the same weights with a lower loss; the model itself is not changed."""
+    model, fingerprint = example.model(), example.framework.inference.fingerprint
+    before = fingerprint(model)
+    first, second = (_trained(example, model) for _ in range(2))
+    losses = [record["loss"] for record in first.history]
+    trained = fingerprint(example.framework.features.student_of(first.model))
+    assert fingerprint(model) == before, "train changes the model"
+    assert trained != before, "train returns the model as it was"
+    assert trained == fingerprint(example.framework.features.student_of(second.model)), "two runs of one seed differ"
+    assert losses[-1] < losses[0], f"the loss of the epochs is {losses}"
+
+
+def _trained(example: FrameworkExample, model: Any) -> Trained:
+    """Return a model after three epochs on the labels."""
+    framework = example.framework
+    shape = framework.inference.predict(model, example.inputs[:2]).shape[1:]
+    step = DistillationStep(framework.features, Objective.labels(), logits_shape=tuple(shape))
+    data = ArrayData(example.inputs, example.labels, batch_size=8)
+    student = framework.features.with_adapters(model, ("logits",), {}, {}, None)
+    settings = Training(epochs=3, learning_rate=0.05, weight_decay=0.0)
+    return framework.training.train(student, data, step, settings, TrainingHooks(event=lambda _event: None))
+
+
+def _assert_close(found: Any, expected: NDArray[Any], what: str) -> None:
+    error, scale = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+    assert error <= ROUNDING * scale, f"{what}: the largest difference is {error:.3g}, the largest value {scale:.3g}"
+
+
+FRAMEWORK_CHECKS = (
+    check_framework_of_a_model_is_found,
+    check_weights_follow_from_the_seed,
+    check_predictions_do_not_depend_on_the_batch_size,
+    check_inference_is_deterministic,
+    check_arrays_survive_the_conversion,
+    check_weights_survive_a_file,
+    check_frozen_copy_equals_the_model,
+    check_exportable_model_equals_the_model,
+    check_counted_cost_is_that_of_the_graph,
+    check_pruned_model_is_verified_and_costs_what_the_plan_says,
+    check_features_have_the_shape_of_their_layer,
+    check_weight_arrays_are_parameters_with_two_axes,
+    check_training_is_reproducible_and_lowers_the_loss,
+)
+"""All checks, in the order in which an implementation needs them."""

@@ -1,0 +1,186 @@
+"""Conformance suite of frameworks: PyTorch passes, and each check fails for a planted fault."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kirsch.frameworks.find import pytorch
+from kirsch.testing import FRAMEWORK_CHECKS, FrameworkExample, frameworks
+
+
+def images():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
+
+
+def vectors():
+    return nn.Sequential(nn.Linear(5, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def example(build=vectors, shape=(5,), layer="3", framework=None):
+    random, labels = np.random.default_rng(0), np.arange(24) % 3
+    inputs = random.standard_normal((24, *shape)) + labels.reshape(-1, *[1] * len(shape))
+    return FrameworkExample(framework or pytorch(), build, inputs.astype(np.float32), labels, layer)
+
+
+@pytest.mark.parametrize("case", [(vectors, (5,), "3"), (images, (1, 6, 6), "3")], ids=["vectors", "images"])
+@pytest.mark.parametrize("check", FRAMEWORK_CHECKS, ids=lambda check: check.__name__)
+def test_pytorch_passes_the_suite(check, case):
+    check(example(*case))
+
+
+def test_the_suite_contains_every_check_of_its_module():
+    assert set(FRAMEWORK_CHECKS) == {value for name, value in vars(frameworks).items() if name.startswith("check_")}
+    assert len(set(FRAMEWORK_CHECKS)) == len(FRAMEWORK_CHECKS)
+
+
+# ------------------------------------------------------------------------------------------------ planted faults
+
+
+def planted(protocol, **functions):
+    """Return the framework of PyTorch with other functions in one protocol."""
+    module = getattr(pytorch(), protocol)
+    names = {name: getattr(module, name) for name in module.__all__}
+    return dataclasses.replace(pytorch(), **{protocol: SimpleNamespace(**{**names, **functions})})
+
+
+def changed(model):
+    """Return a copy of a model in which one weight differs."""
+    other = copy.deepcopy(model)
+    other[0].weight.data[0, 0] += 1
+    return other
+
+
+INFERENCE, ANALYSIS, TRAINING = pytorch().inference, pytorch().analysis, pytorch().training
+
+
+def changing_predict(model, inputs, *, batch_size=256):
+    model[1].num_batches_tracked += 1
+    return INFERENCE.predict(model, inputs, batch_size=batch_size)
+
+
+def batch_predict(model, inputs, *, batch_size=256):
+    return INFERENCE.predict(model.train(), inputs, batch_size=batch_size) * np.float32(batch_size)
+
+
+def untrained(model, batches, loss, training, hooks):
+    trained = TRAINING.train(model, batches, loss, training, hooks)
+    return dataclasses.replace(trained, model=model)
+
+
+def unseeded(model, batches, loss, training, hooks):
+    seed = int(torch.randint(1000, ()))
+    return TRAINING.train(model, batches, loss, dataclasses.replace(training, seed=seed), hooks)
+
+
+def uncut(model, plan, graph, *, verify):
+    _, verification = pytorch().surgery.prune(model, plan, graph, verify=verify)
+    return copy.deepcopy(model), verification
+
+
+def unverified(model, plan, graph, *, verify):
+    return pytorch().surgery.prune(model, plan, graph, verify=False)
+
+
+FAULTS = [
+    ("check_framework_of_a_model_is_found", dataclasses.replace(pytorch(), name="keras"), "framework of the model is"),
+    ("check_weights_follow_from_the_seed", planted("training", seeded=lambda build, seed: build()), "of the seed 0"),
+    ("check_weights_follow_from_the_seed", planted("inference", fingerprint=lambda model: "0"), "the seeds 0 and 1"),
+    ("check_predictions_do_not_depend_on_the_batch_size", planted("inference", predict=batch_predict), "batches of 3"),
+    (
+        "check_predictions_do_not_depend_on_the_batch_size",
+        planted("inference", predict=changing_predict),
+        "changes the",
+    ),
+    (
+        "check_inference_is_deterministic",
+        planted("inference", nondeterminism=lambda model, inputs: ("It draws.", "")),
+        "It draws",
+    ),
+    (
+        "check_arrays_survive_the_conversion",
+        planted("inference", from_numpy=lambda array, like=None: torch.from_numpy(array).half()),
+        "from_numpy changes values",
+    ),
+    (
+        "check_weights_survive_a_file",
+        planted("inference", load_weights=lambda model, path: None),
+        "loaded weights differ",
+    ),
+    (
+        "check_frozen_copy_equals_the_model",
+        planted("inference", frozen_copy=lambda model, like: changed(model)),
+        "other weights",
+    ),
+    (
+        "check_frozen_copy_equals_the_model",
+        planted("inference", frozen_copy=lambda model, like: model),
+        "the model itself",
+    ),
+    (
+        "check_exportable_model_equals_the_model",
+        planted("inference", exportable=lambda model, inputs: INFERENCE.exportable(changed(model), inputs)),
+        "the exportable model: the largest difference",
+    ),
+    (
+        "check_counted_cost_is_that_of_the_graph",
+        planted("analysis", count=lambda model, inputs: (1, ANALYSIS.count(model, inputs)[1])),
+        "are counted",
+    ),
+    (
+        "check_pruned_model_is_verified_and_costs_what_the_plan_says",
+        planted("surgery", prune=uncut),
+        "the pruned model costs",
+    ),
+    (
+        "check_pruned_model_is_verified_and_costs_what_the_plan_says",
+        planted("surgery", prune=unverified),
+        "no verification",
+    ),
+    (
+        "check_features_have_the_shape_of_their_layer",
+        planted("features", shapes=lambda model, inputs: [("3", (1, 8))]),
+        "the layer returns",
+    ),
+    (
+        "check_weight_arrays_are_parameters_with_two_axes",
+        planted("training", weight_arrays=lambda model: model.parameters()),
+        "weight_arrays returns arrays of shapes",
+    ),
+    (
+        "check_weight_arrays_are_parameters_with_two_axes",
+        planted("training", batch_norm_scales=lambda model: []),
+        "batch_norm_scales returns nothing",
+    ),
+    (
+        "check_training_is_reproducible_and_lowers_the_loss",
+        planted("training", train=untrained),
+        "returns the model as it was",
+    ),
+    ("check_training_is_reproducible_and_lowers_the_loss", planted("training", train=unseeded), "two runs of one seed"),
+]
+
+
+@pytest.mark.parametrize(("check", "framework", "sentence"), FAULTS)
+def test_a_check_fails_for_a_planted_fault(check, framework, sentence):
+    with pytest.raises(AssertionError, match=sentence):
+        getattr(frameworks, check)(example(framework=framework))
+
+
+def test_every_check_has_a_planted_fault():
+    assert {check for check, *_ in FAULTS} == {check.__name__ for check in FRAMEWORK_CHECKS}
