@@ -18,7 +18,7 @@ from kirsch.jobs.step import STEPS, Step, model_cells
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.options import PlanOptions
 from kirsch.pruning.prune import prune_with_verification
-from kirsch.pruning.store import load, save
+from kirsch.pruning.store import last_plan, load, save
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,7 +110,7 @@ class Prune(PlanOptions, Step):
         """Load the pruned model, and restore the copy of its plan in the run folder."""
         del record
         job.model = load(folder / PRUNED, job.make_model)
-        stored, shown = folder / PRUNED / "plan.json", job.folder / plan_file(job.key)
+        stored, shown = last_plan(folder / PRUNED), job.folder / plan_file(job.key)
         if not shown.is_file() or shown.read_bytes() != stored.read_bytes():
             files.write_bytes(shown, stored.read_bytes())
 
