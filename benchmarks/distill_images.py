@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kirsch
-from kirsch import figures
+from kirsch import figures, ops
 from kirsch.data.batches import ArrayData
 from kirsch.data.sources.cifar10 import AUGMENT, cifar10
-from kirsch.distillation.arrays import namespace
 from kirsch.distillation.distill import fit
 from kirsch.distillation.losses.loss import loss
 from kirsch.distillation.matching import stages
@@ -53,9 +52,8 @@ TITLES = {
 @loss("keras-default", least_at_teacher=False)
 def keras_default(student: Any, teacher: Any, *, temperature: float = 3.0) -> Any:
     """What `keras.distillation.LogitsDistillation()` computes if no loss is named: scores taken for probabilities."""
-    xp = namespace(student)
-    p, q = (xp.clip(scores / temperature, 1e-7, 1.0) for scores in (teacher, student))
-    return temperature**2 * xp.mean(xp.sum(p * xp.log(p / q), axis=-1))
+    p, q = (ops.clip(scores / temperature, 1e-7, 1.0) for scores in (teacher, student))
+    return temperature**2 * ops.mean(ops.sum(p * ops.log(p / q), axis=-1))
 
 
 DEFAULTS = {

@@ -1,10 +1,10 @@
-"""What the formulas of "nst" and "rkd-angle" cost against the ones that the papers suggest; writes docs/losses.md.
+"""Time and memory of "nst" and "rkd-angle", compared with the formulas of the papers; writes docs/losses.md.
 
-Both forms give the same number. Time is that of the processor for value and gradient, one thread, the two forms in turn
-in one process, and the median of the rounds; memory is the peak above what the process held before, each form in a
-process of its own.
+Both forms have the same value. The time is the processor time of value and gradient, on one thread, with the two forms
+in turn in one process: the median of the rounds. The memory is the peak above the memory before, of each form in a
+separate process.
 
-    python benchmarks/losses.py    # all; the rows go to build/losses.json too
+    python benchmarks/losses.py    # all; also writes the rows to build/losses.json
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 ROUNDS = 7
 LONGEST_S = 60.0
-"""After this much time, three rounds are enough."""
+"""Seconds after which three rounds are enough."""
 FEWEST = 3
 
 
 def nst(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Products of all pairs of channels at all places, (N, C, C', H · W), then their sums."""
+    """Return "nst" from the products of all pairs of channels at all positions, (N, C, C', H · W)."""
     first, second = (F.normalize(part.flatten(2), dim=2) for part in (student, teacher))
 
     def kernel(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -47,15 +47,15 @@ def nst(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def rkd_angle(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Differences of all pairs of samples, (N, N, D), scaled to length 1, then their inner products."""
+    """Return "rkd-angle" from the differences of all pairs of samples, (N, N, D), scaled to norm 1."""
 
     def cosines(features: torch.Tensor) -> torch.Tensor:
         apart = F.normalize(features[None] - features[:, None], dim=2)
         return apart @ apart.mT
 
     with torch.no_grad():
-        wanted = cosines(teacher)
-    return F.smooth_l1_loss(cosines(student), wanted)
+        target = cosines(teacher)
+    return F.smooth_l1_loss(cosines(student), target)
 
 
 PLAIN: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"nst": nst, "rkd-angle": rkd_angle}
@@ -75,26 +75,26 @@ FORMS = ("plain", "kirsch")
 
 
 def _step(row: str, form: str) -> Callable[[], float]:
-    """Value and gradient of one form; gives the value."""
+    """Return a function that computes value and gradient of one form, and returns the value."""
     loss, shape = ROWS[row]
-    charged = PLAIN[loss] if form == "plain" else LOSSES[loss]
+    function = PLAIN[loss] if form == "plain" else LOSSES[loss]
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(shape, generator=generator) for _ in range(2))
     student.requires_grad_()
 
     def step() -> float:
         student.grad = None
-        found = charged(student, teacher)
-        found.backward()
-        return float(found.detach())
+        value = function(student, teacher)
+        value.backward()
+        return float(value.detach())
 
     return step
 
 
 def measure(row: str) -> dict[str, Any]:
-    """Times of both forms in turn, and by how much their values differ."""
+    """Return the times of both forms, measured in turn, and the relative difference of their values."""
     steps = {form: _step(row, form) for form in FORMS}
-    values = {form: step() for form, step in steps.items()}  # the first run of each is none of the rounds
+    values = {form: step() for form, step in steps.items()}  # the first run of each is not a round
     times: dict[str, list[float]] = {form: [] for form in FORMS}
     began = time.perf_counter()
     while len(times["plain"]) < (FEWEST if time.perf_counter() - began > LONGEST_S else ROUNDS):
@@ -102,11 +102,11 @@ def measure(row: str) -> dict[str, Any]:
             start = time.process_time()
             step()
             times[form].append(time.process_time() - start)
-    plain, own = (statistics.median(times[form]) for form in FORMS)
+    plain, kirsch = (statistics.median(times[form]) for form in FORMS)
     ratios = [first / second for first, second in zip(*times.values(), strict=True)]
     return {
         "plain_ms": 1e3 * plain,
-        "kirsch_ms": 1e3 * own,
+        "kirsch_ms": 1e3 * kirsch,
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "difference": abs(values["plain"] - values["kirsch"]) / abs(values["plain"]),
@@ -114,7 +114,7 @@ def measure(row: str) -> dict[str, Any]:
 
 
 def peak(row: str, form: str) -> float:
-    """MiB above what the process held before the first step."""
+    """Return the peak memory of a step above the memory before it, in MiB."""
     step = _step(row, form)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     step()
@@ -122,8 +122,8 @@ def peak(row: str, form: str) -> float:
 
 
 def page(found: dict[str, Any]) -> str:
-    """docs/losses.md."""
-    lines = ["| | plain | Kirsch | times faster | lowest to highest | memory, plain | Kirsch | relative difference |"]
+    """Return the text of docs/losses.md."""
+    lines = ["| | plain | Kirsch | times faster | lowest to highest | memory, plain | Kirsch | difference |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, row in found["rows"].items():
         lines.append(
@@ -134,29 +134,30 @@ def page(found: dict[str, Any]) -> str:
     return HEAD.format(**found) + "\n\n" + "\n".join(lines) + "\n"
 
 
-HEAD = """# Cost of losses
+HEAD = """# Time and memory of losses
 
 <!-- written by benchmarks/losses.py; do not edit -->
 
-The loss "nst" needs the inner products of all pairs of channels, "rkd-angle" the angles of all triples of samples.
-*Plain* computes the sums directly: products of channels at every position, differences of samples in every
-dimension. *Kirsch* uses matrices of inner products: for "nst" of channels or of positions, whichever is cheaper; for
-"rkd-angle" of samples, in double precision, which keeps small differences between distant samples accurate. The shapes
-are those of student and teacher, in single precision.
+"nst" needs the inner products of all pairs of channels, and "rkd-angle" the angles of all triples of samples. The
+*plain* form computes the terms of the sum one by one: the products of channels at every position, and the differences
+of samples in every dimension. The *Kirsch* form uses matrices of inner products: of channels or of positions, whichever
+is cheaper, and of samples. The latter have 64 bits, so that samples that are close to each other and far from the
+others keep their digits. The shapes are those of student and teacher, in 32 bits.
 
-Times are processor times of value and gradient on one thread, both forms in turn, as the median of {rounds} rounds
-({fewest} if a round takes long); *times faster* is the median of the ratios. Memory is the increase of the peak memory,
-in a separate process; a few MiB of it belong to the libraries.
+The time is the processor time of value and gradient, on one thread, with both forms in turn: the median of {rounds}
+rounds ({fewest} if a round takes long). *Times faster* is the median of the ratios of the rounds. The memory is the
+peak of a separate process above its memory before the step; a few MiB of it belong to the library itself. *Difference*
+is the relative difference of the two values.
 
-`python benchmarks/losses.py` writes this page; measured on {machine}, {date}.
-Other processes ran at the same time (load {load:.1f}), which affects the times more than the ratios.
+`python benchmarks/losses.py` writes this page. These numbers are from {machine}, {date}.
+Other programs ran on the machine (load {load:.1f}), so compare the ratios, not the milliseconds.
 
-The cost of "rkd-angle" hardly depends on the number of dimensions. With as many samples as dimensions there is no
-gain, and the intermediate sums take some memory."""
+The Kirsch form of "rkd-angle" is faster for wide features. With as many samples as dimensions it is not faster, and the
+sums that replace the differences need memory of their own."""
 
 
 def main() -> None:
-    """The command line above."""
+    """Run the command line above."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--row", choices=ROWS)
     parser.add_argument("--form", choices=FORMS)

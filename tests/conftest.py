@@ -1,9 +1,14 @@
-"""Weights that a test draws are the same in every run, so that a test which fails fails again."""
+"""Fixtures of all tests. Weights and examples that a test draws are the same in every run."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("repeatable", deadline=None, derandomize=True)  # a busy machine misses any deadline
+settings.load_profile("repeatable")
 
 
 def pytest_collectstart(collector):
@@ -14,3 +19,14 @@ def pytest_collectstart(collector):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def to_tensor(values):
+    """Return numpy values as a tensor that shares their memory."""
+    return torch.from_numpy(np.asarray(values))
+
+
+@pytest.fixture(params=[np.asarray, to_tensor], ids=["numpy", "torch"])
+def framework(request):
+    """Function that converts numpy values to arrays of each framework in turn."""
+    return request.param

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kirsch import strict_json
@@ -18,7 +18,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, derandomize=True)
 @given(JSON)
 def test_ordinary_json_is_read_as_by_python(content):
     for text in (json.dumps(content), json.dumps(content, ensure_ascii=False)):

@@ -58,7 +58,8 @@ def integer(least: int, most: int = 2**63 - 1) -> Check:
 
     def check(value: Any, path: str) -> Any:
         if type(value) is not int or not least <= value <= most:
-            limits = f"of at least {least:,}" if most == 2**63 - 1 else f"from {least:,} to {most:,}"
+            above = type(value) is int and value > most
+            limits = f"from {least:,} to {most:,}" if above or most < 2**63 - 1 else f"of at least {least:,}"
             raise wrong(path, f"a whole number {limits}", value)
         return value
 

@@ -140,7 +140,7 @@ def covered(run) -> list:
     return sorted(path for path in run.rglob("*") if path.is_file() and path.name != ".lock")
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_verify_names_the_file_of_a_flipped_bit(run, kirsch, data):
     path = data.draw(st.sampled_from(covered(run)))

@@ -133,6 +133,18 @@ def test_a_measurement_prints_a_table(doubling, numbers, stopwatch):
     assert "<td" in found._repr_html_()
 
 
+def test_a_split_is_data(doubling, numbers, stopwatch):
+    split = kirsch.Split(numbers, numbers.argmax(-1))
+    assert kirsch.measure(doubling, example_inputs=numbers, data=split).accuracy == rate(5, 5)
+
+
+def test_a_data_set_is_refused_with_its_parts(doubling, numbers):
+    split = kirsch.Split(numbers, numbers.argmax(-1))
+    data = kirsch.DataSet("numbers", train=split, validation=split, test=split, classes=("a", "b"))
+    with pytest.raises(UsageError, match=r"a .*DataSet; .* Give one part of it, such as data\.test\."):
+        kirsch.measure(doubling, example_inputs=numbers, data=data)
+
+
 def test_an_artifact_is_measured_as_its_file(exported, stopwatch):
     found = kirsch.measure(exported.artifact, example_inputs=exported.images)
     assert found.bytes == exported.artifact.bytes

@@ -38,6 +38,17 @@ def masked(_model, x):
     return x.masked_fill(torch.tensor([False, False, True, False]), -torch.inf)
 
 
+def test_an_output_with_infinite_numbers_is_exported_with_a_note(tmp_path):
+    found = kirsch.export(Made(masked), tmp_path / "m.onnx", example_inputs=PAIR).details
+    (note,) = found["notes"]
+    assert note.startswith("The output '0' holds infinite numbers for the example inputs in a batch of 2: 2 of 8. ")
+
+
+def test_an_output_of_finite_numbers_is_exported_without_a_note(tmp_path):
+    found = kirsch.export(Made(lambda _, x: x), tmp_path / "m.onnx", example_inputs=PAIR).details
+    assert found["notes"] == []
+
+
 # ------------------------------------------------------------------------------------------- rounding
 
 

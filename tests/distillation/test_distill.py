@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from kirsch import ops
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.arrays import detach
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses import LOSSES, hard_label, loss, soft_target
 from kirsch.distillation.mutual import distill_mutually
@@ -464,7 +464,7 @@ def test_a_teacher_with_nan_is_refused(student, teacher):
 @pytest.mark.parametrize(
     "formula",
     [
-        lambda student, teacher, *, temperature=1.0: ((detach(student) - teacher) ** 2).mean(),
+        lambda student, teacher, *, temperature=1.0: ((ops.detach(student) - teacher) ** 2).mean(),
         lambda student, teacher, *, temperature=1.0: (student - student + 1).mean(),
     ],
     ids=["detached", "constant"],

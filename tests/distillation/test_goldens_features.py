@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distillation.golden import VALUES, a1, a2, b1, b2, es, et, et5, fs, ft, ft3, ft4, g1, g2, h1, h2
-from kirsch.distillation.arrays import map_arrays
+from kirsch import ops
 from kirsch.distillation.losses import LOSSES
 
 GOLDEN = {
@@ -61,7 +61,7 @@ IN_32_BITS = {"KDSVD/mdistiller k=1": 1e-6}
 @pytest.mark.parametrize("golden", GOLDEN)
 def test_feature_losses_equal_the_golden_values(golden, framework):
     name, student, teacher, options = GOLDEN[golden]
-    value = float(LOSSES[name](map_arrays(framework, student), map_arrays(framework, teacher), **options))
+    value = float(LOSSES[name](ops.map_arrays(framework, student), ops.map_arrays(framework, teacher), **options))
     tolerance = IN_32_BITS.get(golden, 1e-9)
     assert value == pytest.approx(VALUES[golden], rel=tolerance, abs=1e-9)
 

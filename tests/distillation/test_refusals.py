@@ -19,8 +19,8 @@ from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, build
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, UsageError
+from kirsch.frameworks.adapters import choose_adapter
 from kirsch.frameworks.find import framework_of
-from kirsch.frameworks.pytorch.features.adapters.build import choose_adapter
 from kirsch.frameworks.pytorch.features.layers import expand
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks

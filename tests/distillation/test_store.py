@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from distillation.stores import AUGMENT, IDS, K, N, build_store, data, images, logits_of_view, network, versioned
+from kirsch import ops
 from kirsch.data.augment import apply, sample_seeds
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.arrays import log_softmax
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build, reading
 from kirsch.distillation.store.record import fields_of, index_type, pack_records, record_values
 from kirsch.errors import DataError, ShapeError, UsageError
@@ -19,7 +19,7 @@ from kirsch.errors import DataError, ShapeError, UsageError
 @pytest.mark.parametrize("view", [0, 1])
 def test_the_store_contains_the_most_probable_classes_of_each_view(store_folder, view):
     store = TeacherStore.open(store_folder)
-    log_p = log_softmax(logits_of_view(network(), 5, view).astype(np.float64))
+    log_p = ops.log_softmax(logits_of_view(network(), 5, view).astype(np.float64))
     order = np.argsort(-log_p, axis=1)
     result = store.read(IDS, view)
     np.testing.assert_array_equal(result["indices"], order[:, :4])
@@ -173,7 +173,7 @@ def test_the_divergence_from_stored_outputs_has_the_rounding_error_of_16_bits(te
     teacher, student = (sharpness * random.standard_normal((64, 50)) for _ in range(2))
     kind = np.dtype(fields_of(TopK(6), 50, (), {}))
     record = pack_records(kind, record_values(TopK(6), {"logits": teacher}, temperature), np.zeros(64, np.uint64))
-    log_t, log_s = log_softmax(teacher / temperature), log_softmax(student / temperature)
+    log_t, log_s = ops.log_softmax(teacher / temperature), ops.log_softmax(student / temperature)
 
     def with_tail(log_p, indices):
         inside = np.take_along_axis(log_p, indices, 1)

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kirsch.errors import PlanError
@@ -14,7 +14,6 @@ from kirsch.graph.constants import solve
 from kirsch.graph.expression import Expression, Leaf, Size
 from kirsch.graph.facts import Demand, Operation
 
-STEADY = settings(deadline=None, derandomize=True)
 WIDTH, HEADS, EACH = Leaf("block", "width"), Leaf("block", "heads"), Leaf("block", "each")
 PRESENT = {WIDTH: 12, HEADS: 3, EACH: 4}
 LINE = Operation("aten.view", "block", "net.py:8")
@@ -160,7 +159,6 @@ def test_a_size_of_another_axis_that_does_not_fit_raises():
     )
 
 
-@STEADY
 @given(st.integers(1, 3), st.integers(1, 4), st.permutations(range(3)))
 def test_the_solution_meets_every_demand(heads, each, order):
     demands = [

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kirsch.graph.cost import Cost, CostModel
 from kirsch.graph.facts import CostTerm
 from kirsch.graph.labels import Tensor
 
-STEADY = settings(deadline=None, derandomize=True)
 LABELS = st.lists(st.integers(0, 7), min_size=1, max_size=6).map(np.array)
 TERMS = st.lists(
     st.builds(
@@ -82,7 +81,6 @@ def test_the_json_of_a_cost_has_all_fields():
     assert Cost(1, 2, 3).to_dict() == {"parameters": 1, "macs": 2, "activations": 3}
 
 
-@STEADY
 @given(TERMS, KEEP)
 def test_a_cost_is_the_sum_of_products_of_kept_counts(terms, keep):
     expected = {"parameters": 0, "macs": 0, "activations": 0}
@@ -95,7 +93,6 @@ def test_a_cost_is_the_sum_of_products_of_kept_counts(terms, keep):
     assert sum(macs for _, macs in owners) == expected["macs"]
 
 
-@STEADY
 @given(TERMS, KEEP, KEEP)
 def test_removing_more_never_costs_more(terms, first, second):
     prices = model(*terms)

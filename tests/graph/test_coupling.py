@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -49,7 +49,6 @@ def test_equalities_are_transitive_and_index_by_index():
     assert partition(solve(facts), range(1, 7)) == [{1, 3, 6}, {2, 4, 5}]
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.integers(1, 30), st.data())
 def test_components_are_the_connected_components_of_scipy(size, data):
     """Random ties of any depth; components are numbered by their first label, as in scipy."""

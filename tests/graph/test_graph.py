@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import kirsch
@@ -14,8 +14,6 @@ from kirsch.graph.expression import Expression, Leaf
 from kirsch.graph.facts import Freeze, Operation
 from kirsch.graph.labels import Tensor
 from kirsch.graph.plan import Plan, Removal
-
-STEADY = settings(deadline=None, derandomize=True)
 
 
 def blocked_sizes(graph):
@@ -251,7 +249,6 @@ def test_freezing_both_axes_of_a_view_blocks_the_layers_before_and_after(network
     assert blocked_sizes(net.graph()) == [("a softmax spans it", "softmax", 6 + 6 * 2)]
 
 
-@STEADY
 @given(st.data())
 def test_the_counted_parameters_are_the_elements_of_the_cut_tensors(heads, shuffle, chain, data):
     """Two ways: the sum over cost terms, and the sizes of the tensors after cutting."""

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from kirsch.graph import relations
@@ -15,8 +15,6 @@ from kirsch.graph.facts import Facts, Operation
 from kirsch.graph.group import Group, find_groups
 from kirsch.graph.kinds import GRID_UNIT_KINDS
 from kirsch.graph.labels import Tensor
-
-STEADY = settings(deadline=None, derandomize=True)
 
 
 def summary(graph):
@@ -266,7 +264,6 @@ def test_the_components_of_units_are_slices_of_all_components():
     assert group.components_of((1,)).tolist() == [5, 7, 9]
 
 
-@STEADY
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
 def test_units_are_in_one_group_exactly_if_they_are_on_the_same_axes(masks):
     """Each component is on a random subset of two axes, given by the bits of its mask."""
@@ -306,7 +303,6 @@ def shuffled(draw):
     return facts, axes
 
 
-@STEADY
 @given(shuffled(), st.data())
 def test_any_choice_of_units_keeps_each_grid_a_product_and_all_frozen_components(network, data):
     facts, axes = network
@@ -320,7 +316,6 @@ def test_any_choice_of_units_keeps_each_grid_a_product_and_all_frozen_components
     assert keep[coupling.frozen].all()
 
 
-@STEADY
 @given(shuffled())
 def test_units_of_a_group_are_distinct_and_not_empty(network):
     facts, axes = network

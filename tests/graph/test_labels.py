@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kirsch.graph.expression import Expression
 from kirsch.graph.facts import Facts, Freeze, Operation
 from kirsch.graph.labels import Tensor
 
-STEADY = settings(deadline=None, derandomize=True)
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
 
 
@@ -187,7 +186,6 @@ def test_merging_two_labeled_axes_twice_adds_one_grid():
     assert facts.merge([columns, rows], (3, 2), "view").tolist() == [12, 13, 14, 15, 16, 17]
 
 
-@STEADY
 @given(SHAPES)
 def test_a_merge_undoes_a_split(shape):
     facts = Facts()
@@ -200,7 +198,6 @@ def test_a_merge_undoes_a_split(shape):
     assert len(facts.grids) == (sum(n > 1 for n in shape) > 1)
 
 
-@STEADY
 @given(SHAPES)
 def test_a_split_undoes_a_merge(shape):
     facts = Facts()

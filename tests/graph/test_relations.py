@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kirsch.graph import relations
 from kirsch.graph.coupling import solve
 from kirsch.graph.facts import Facts, Operation
 from kirsch.graph.labels import Tensor
-
-STEADY = settings(deadline=None, derandomize=True)
 
 
 def labeled(facts, *shape, bare=()):
@@ -124,7 +122,6 @@ def test_an_elementwise_operation_with_an_unlabeled_axis_freezes_the_labeled_one
     assert facts.freezes[0].reason == "it meets an axis that cannot change"
 
 
-@STEADY
 @given(st.permutations(range(4)))
 def test_a_permutation_is_undone_by_its_inverse(order):
     x = labeled(Facts(), 2, 3, 4, 5, bare=[1])
@@ -186,7 +183,6 @@ def shapes(draw):
     return tuple(int(part.prod()) for part in np.split(np.array(factors), cuts))
 
 
-@STEADY
 @given(shapes(), shapes(), st.data())
 def test_a_reshape_is_undone_by_the_inverse_reshape(before, after, data):
     facts = Facts()
@@ -200,7 +196,6 @@ def test_a_reshape_is_undone_by_the_inverse_reshape(before, after, data):
     assert facts.freezes == []
 
 
-@STEADY
 @given(shapes(), shapes(), st.data())
 def test_each_element_keeps_its_label_through_a_reshape(before, after, data):
     """One labeled axis, broadcast to all elements of the tensor, before and after."""
@@ -267,7 +262,6 @@ def test_an_axis_without_labels_has_none_after_a_gather():
     assert facts.freezes == []
 
 
-@STEADY
 @given(st.integers(4, 9), st.integers(2, 7))
 def test_concatenated_slices_have_the_labels_of_the_tensor(size, cut):
     assume(2 <= cut <= size - 2)  # a slice of size one is frozen

@@ -71,7 +71,7 @@ def test_stage_without_checkpoints_has_no_state(tmp_path):
     assert checkpoints.newest(tmp_path, "inputs", refuse) is None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_flipped_bit_is_reported_and_the_previous_checkpoint_is_used(saved, data):
     newest = saved / "step-00003-000000"

@@ -21,7 +21,26 @@ SECTIONS = st.dictionaries(st.text(), PLAIN, max_size=4)
 """Any data that a recipe can hold."""
 
 AMBIGUOUS = st.from_regex(r"[-+.0-9eE_:x]{1,8}", fullmatch=True) | st.sampled_from(
-    ["no", "on", "Yes", "null", "~", "true", "=", "<<", "...", "---", "- a", "# a", "a # b", "a: b", "2020-01-01"]
+    [
+        "no",
+        "on",
+        "Yes",
+        "null",
+        "~",
+        "true",
+        "=",
+        "<<",
+        "...",
+        "---",
+        "- a",
+        "# a",
+        "a # b",
+        "a: b",
+        "2020-01-01",
+        ":a",
+        "?a",
+        "a?",
+    ]
 )
 """Strings that some version of YAML resolves to another type."""
 
@@ -38,7 +57,10 @@ AMBIGUOUS = st.from_regex(r"[-+.0-9eE_:x]{1,8}", fullmatch=True) | st.sampled_fr
         ("-0", 0),
         ("+3", 3),
         ("12:30", "12:30"),
-        ("0x10", "0x10"),
+        ("0x10", 16),
+        ("0o17", 15),
+        ("1_000", 1000),
+        ("TRUE", True),
         ("2020-01-01", "2020-01-01"),
         ("no", "no"),
         ("on", "on"),
@@ -135,7 +157,19 @@ def test_key_that_is_not_a_scalar_is_refused_with_its_line():
 
 
 @pytest.mark.parametrize(
-    "value", [".nan", ".inf", "-.Inf", "1e999", "-1e999", "9" * 5000, "!!int ten", "!!float ten", "!!bool maybe"]
+    "value",
+    [
+        ".nan",
+        ".inf",
+        "-.Inf",
+        "1e999",
+        "-1e999",
+        "9" * 5000,
+        f"0x{5000 * 'f'}",
+        "!!int ten",
+        "!!float ten",
+        "!!bool maybe",
+    ],
 )
 def test_number_that_is_not_finite_is_refused_with_its_line(value):
     shown = re.escape(value.rpartition(" ")[2][:40])
@@ -148,6 +182,16 @@ def test_alias_is_a_copy():
     assert data["c"] == data["a"] == {"b": [1]}
     data["c"]["b"].append(2)
     assert data["a"] == {"b": [1]}
+
+
+def test_anchor_that_is_used_again_counts_from_there_on():
+    assert read("a: &x 1\nb: &x 2\nc: *x\n").data["c"] == 2
+
+
+def test_version_directive_does_not_change_types():
+    assert read("%YAML 1.1\n---\na: no\nb: 1:30\n").data == {"a": "no", "b": "1:30"}
+    with pytest.raises(RecipeError, match=r"not valid YAML\. .*1, 9"):
+        read("%YAML 1.9\n---\na: no\n")
 
 
 def test_alias_bomb_is_refused_before_expansion():
@@ -174,7 +218,7 @@ def test_recursive_alias_is_refused():
     ids=["lists", "mappings", "lines", "dashes"],
 )
 def test_5000_levels_are_refused(text):
-    with pytest.raises(RecipeError, match=r"The recipe is not valid YAML\. It is nested too deeply\."):
+    with pytest.raises(RecipeError, match=rf"The recipe is too large\. Line \d+: .* or more than {MOST_DEPTH} levels"):
         read(text)
 
 
@@ -264,7 +308,7 @@ def test_string_that_looks_like_another_type_stays_a_string(data):
     assert yaml.safe_load(dump(data)) == data
 
 
-@given(PLAIN | AMBIGUOUS)
+@given(PLAIN | AMBIGUOUS | st.lists(AMBIGUOUS) | st.dictionaries(AMBIGUOUS, AMBIGUOUS))
 def test_value_on_one_line_can_be_followed_by_a_comment(value):
     text = dump(value, one_line=True)
     assert "\n" not in text

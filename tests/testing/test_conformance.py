@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from kirsch import testing
-from kirsch.distillation.arrays import check_same_shape, detach, log_softmax, namespace
+from kirsch import ops, testing
 from kirsch.distillation.losses import LOSSES, soft_target
+from kirsch.distillation.losses.shapes import check_same_shape
 from kirsch.errors import ShapeError
 from kirsch.frameworks.pytorch.inference.predict import predict
 from kirsch.frameworks.trace import trace
@@ -73,11 +73,11 @@ def test_importing_the_suites_imports_no_framework():
 
 def squared(student, teacher):
     check_same_shape(student, teacher)
-    return ((student - detach(teacher)) ** 2).sum(-1)
+    return ((student - ops.detach(teacher)) ** 2).sum(-1)
 
 
 def naive_softmax(logits):
-    return namespace(logits).exp(logits) / namespace(logits).exp(logits).sum(-1)[:, None]
+    return ops.exp(logits) / ops.exp(logits).sum(-1)[:, None]
 
 
 def standardized(logits):
@@ -105,7 +105,7 @@ BAD_LOSSES = [
     ("check_loss_is_a_finite_scalar", lambda s, t, temperature: squared(s, t), r"has shape \(5,\); expected a scalar"),
     (
         "check_loss_is_a_finite_scalar",
-        without_numpy_warnings(lambda s, t, temperature: namespace(s).log(s - s).mean()),
+        without_numpy_warnings(lambda s, t, temperature: ops.log(s - s).mean()),
         "loss of ordinary values is -inf",
     ),
     (
@@ -130,7 +130,7 @@ BAD_LOSSES = [
     ),
     (  # a detached weight, whose slope is missing
         "check_gradient_equals_finite_differences",
-        lambda s, t, temperature: (detach(log_softmax(s)) * (s - detach(t))).mean(),
+        lambda s, t, temperature: (ops.detach(ops.log_softmax(s)) * (s - ops.detach(t))).mean(),
         r"the gradient at \(0, 0\) is",
     ),
     (
@@ -168,7 +168,7 @@ BAD_LOSSES = [
         "check_loss_is_finite_in_half_precision",
         lambda s, t, temperature: (
             (1.5 if s.dtype.itemsize == 2 else 1.0)
-            * (squared(s.float(), t.float()).mean() - detach(squared(s.float(), t.float()).mean()))
+            * (squared(s.float(), t.float()).mean() - ops.detach(squared(s.float(), t.float()).mean()))
         ),
         r"the gradient of torch.bfloat16 values has the error",
     ),
@@ -195,13 +195,13 @@ BAD_LOSSES = [
     ("check_loss_is_a_mean_over_samples", lambda s, t, temperature: squared(s, t).sum(), "with each sample twice"),
     (
         "check_unequal_shapes_are_refused",
-        lambda s, t, temperature: ((s - detach(t)) ** 2).mean(),
+        lambda s, t, temperature: ((s - ops.detach(t)) ** 2).mean(),
         r"shape \(5, 7\) and \(1, 7\) are accepted",
     ),
     (
         "check_unequal_shapes_are_refused",
-        lambda s, t, temperature: namespace(s).stack([s, detach(t)]).mean(),
-        "raise a ValueError; call arrays.check_same_shape first",
+        lambda s, t, temperature: ops.stack([s, ops.detach(t)]).mean(),
+        "raise a ValueError; call check_same_shape first",
     ),
     ("check_inputs_are_not_changed", centered_in_place, "the teacher's values are changed"),
 ]

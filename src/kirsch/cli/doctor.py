@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import platform
-import re
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 from kirsch import __version__
+from kirsch.errors import SurroundingsError
 from kirsch.tables import Line, Piece
 
 if TYPE_CHECKING:
     from kirsch.cli.terminal import Terminal
 
 CORE = "core"
-NEEDED: dict[str, dict[str, str]] = {
-    CORE: {
-        "numpy": "2",
-        "scipy": "1.13",
-        "safetensors": "0.5",
-        "pydantic": "2.10",
-        "pyyaml": "6",
-        "typer": "0.16",
-        "rich": "13.8",
-        "jinja2": "3.1",
-        "filelock": "3.16",
-        "psutil": "6",
-    },
-    "torch": {"torch": "2.10", "accelerate": "1.10", "onnx": "1.18", "onnxscript": "0.5", "onnxruntime": "1.22"},
-    "tasks": {"scikit-learn": "1.5", "pillow": "11", "pyarrow": "18"},
-    "zoo": {"timm": "1.0"},
-    "hf": {"transformers": "5.24"},
-    "lightning": {"lightning": "2.6"},
-}
-"""Extra → package → minimum version, as in pyproject.toml, which is not part of an installation."""
-
 PURPOSE = {
     CORE: "everything",
     "torch": "PyTorch models, export and ONNX Runtime",
@@ -53,7 +35,7 @@ class Package:
     Args:
         name: of the package.
         extra: the extra of Kirsch that installs the package.
-        needed: minimum version.
+        needed: versions that Kirsch works with, such as ">=2.10".
         found: installed version, None if the package is missing.
     """
 
@@ -64,17 +46,37 @@ class Package:
 
     @property
     def state(self) -> str:
-        """Return "ok", "missing" or "too old"."""
+        """Return "ok", "missing" or "other version"."""
         if self.found is None:
             return "missing"
-        return "ok" if _numbers(self.found) >= _numbers(self.needed) else "too old"
+        return "ok" if SpecifierSet(self.needed).contains(self.found, prereleases=True) else "other version"
 
 
 def packages() -> list[Package]:
-    """Return all packages that Kirsch can use, with their installed versions."""
+    """Return all packages that Kirsch can use, with their installed versions.
+
+    Raises:
+        SurroundingsError: Kirsch runs from its source without being installed.
+    """
+    try:
+        requirements = [Requirement(text) for text in metadata.requires("kirsch") or ()]
+    except metadata.PackageNotFoundError as error:
+        raise SurroundingsError(
+            "The package kirsch is not installed; only its source was found.", fix="Run `pip install -e .` there."
+        ) from error
     return [
-        Package(name, extra, least, _version(name)) for extra, names in NEEDED.items() for name, least in names.items()
+        Package(requirement.name, extra, str(requirement.specifier), _version(requirement.name))
+        for extra in PURPOSE
+        for requirement in requirements
+        if _belongs(requirement, extra)
     ]
+
+
+def _belongs(requirement: Requirement, extra: str) -> bool:
+    """Return whether this extra, and not the core, asks for the requirement."""
+    marker = requirement.marker
+    in_core = marker is None or marker.evaluate({"extra": ""})
+    return in_core if extra == CORE else not in_core and marker is not None and marker.evaluate({"extra": extra})
 
 
 def doctor(terminal: Terminal) -> int:
@@ -83,7 +85,7 @@ def doctor(terminal: Terminal) -> int:
     complete = all(package.state == "ok" for package in found if package.extra == CORE)
     fixes = {
         extra: 'pip install "kirsch"' if extra == CORE else f'pip install "kirsch[{extra}]"'
-        for extra in NEEDED
+        for extra in PURPOSE
         if any(package.state != "ok" for package in found if package.extra == extra)
     }
     machine = _machine()
@@ -91,7 +93,7 @@ def doctor(terminal: Terminal) -> int:
         [Piece(f"kirsch {__version__}", "strong")],
         *([Piece(f"{name:<13}{text}")] for name, text in machine.items()),
     ]
-    for extra in NEEDED:
+    for extra in PURPOSE:
         lines += [[], *_section(extra, [package for package in found if package.extra == extra], fixes.get(extra))]
     content = {
         "kirsch": __version__,
@@ -112,7 +114,7 @@ def _section(extra: str, found: list[Package], fix: str | None) -> list[Line]:
         [Piece(f"{extra:<13}", "strong"), Piece(state, tone), Piece(f"   for {PURPOSE[extra]}", "faint")]
     ]
     for package in found:
-        note = {"ok": "", "missing": "missing", "too old": f"too old, {package.needed} is needed"}[package.state]
+        note = f"{package.needed} is needed" if package.state == "other version" else package.state.removeprefix("ok")
         version = package.found or ""
         lines.append([Piece(f"  {package.name:<15}{version:<14}"), Piece(note, "warning")])
     return lines if fix is None else [*lines, [Piece(f"  {fix}")]]
@@ -139,9 +141,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Return the numbers at the start of a version, for comparison: "2.13.0+cpu" → (2, 13, 0)."""
-    start = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in start[0].split(".")) if start else ()

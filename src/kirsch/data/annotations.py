@@ -108,12 +108,16 @@ def _give_data(value: Any) -> str:
 
 
 def _give_labelled(value: Any) -> str:
+    if hasattr(value, "test"):
+        return "Give one part of it, such as data.test."
     if is_array(value) or has_arrays(value):
         return "Give inputs and labels together: data=(inputs, labels)."
     return "Give (inputs, labels) as arrays, a DataLoader, or a list of (inputs, labels)."
 
 
 def _is_labelled(value: Any) -> bool:
+    if hasattr(value, "inputs") and hasattr(value, "labels"):  # a Split
+        return True
     pair = isinstance(value, tuple)
     return len(value) == len(("inputs", "labels")) and has_arrays(value[0]) if pair else _is_data(value)
 

@@ -13,7 +13,7 @@ from kirsch import figures, files
 from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs, Model
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.deploy.trials import Trial, compare, fixed_trials, trials
+from kirsch.deploy.trials import Trial, compare, fixed_trials, infinite, trials
 from kirsch.errors import LoadError, ModelError, NumericError, OutputError, ShapeError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.registry import Registry
@@ -179,7 +179,7 @@ def _compared(model: Exportable, path: Path, made: list[Trial], *, free_batch: b
         **details,
         "drift": drift,
         "trials": records,
-        "notes": [],
+        "notes": infinite(made[0]),
         "runtime": f"onnxruntime {session.version}",
     }
 

@@ -16,6 +16,7 @@ from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs, Labeled, Model
 from kirsch.data.arrays import host
 from kirsch.data.batches import Batch, SeededData
+from kirsch.data.dataset import Split
 from kirsch.deploy.export import Artifact, export
 from kirsch.deploy.onnx_inputs import require_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
@@ -203,9 +204,9 @@ def measure(
     Args:
         model_or_artifact: a model (exported to a temporary file for timing), an `Artifact`, or a path of one.
         example_inputs: one batch: an array, a tuple of positional or a dict of keyword ones; its first sample is used.
-        data: (inputs, labels) as arrays, `ArrayData`, or batches of such pairs, such as a DataLoader; the accuracy of
-            the file is measured on it. Inputs of several arrays are a tuple in the order of the file, or a dict by the
-            names of its inputs; labels are class numbers, shape (N,).
+        data: (inputs, labels) as arrays, a `Split`, `ArrayData`, or batches of such pairs, such as a DataLoader; the
+            accuracy of the file is measured on it. Inputs of several arrays are a tuple in the order of the file, or a
+            dict by the names of its inputs; labels are class numbers, shape (N,).
         runtime: "onnxruntime".
         threads: of the runtime.
         rounds: of the timing, at least 6.
@@ -248,6 +249,7 @@ def _labeled(data: Any) -> Iterator[tuple[Any, Any]]:
     Raises:
         DataError: a batch has no labels, or there is none.
     """
+    data = (data.inputs, data.labels) if isinstance(data, Split) else data
     batches = data.epoch(0, 0) if isinstance(data, SeededData) else [data] if isinstance(data, tuple) else data
     empty = True
     for batch in map(Batch.of, batches):

@@ -149,6 +149,20 @@ def _check_finite(model: Exportable, trial: Trial) -> None:
             )
 
 
+def infinite(trial: Trial) -> list[str]:
+    """Return a sentence for each output that holds infinite numbers beside finite ones."""
+    counts = {
+        name: (int(np.isinf(array).sum()), array.size)
+        for name, array in trial.expected.items()
+        if np.issubdtype(array.dtype, np.inexact)
+    }
+    return [
+        f"The output {name!r} holds infinite numbers for {trial.text}: {count} of {size}. The file returns the same."
+        for name, (count, size) in counts.items()
+        if count
+    ]
+
+
 def _check_steady(model: Exportable, inputs: Arrays) -> None:
     why, fix = model.nondeterminism(inputs)
     if why:

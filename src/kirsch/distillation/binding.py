@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import first_array
+from kirsch import ops
 from kirsch.distillation.bound_term import BoundTerm
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss
 from kirsch.distillation.matching import by_depth, stages, stages_of
@@ -259,7 +259,7 @@ def _check_shapes(framework: Framework, term: BoundTerm, values: tuple[Any, Any]
         top_k_record_loss(term, student, teacher, None, term.keywords(0.0))
         return
     if term.adapter is not None:
-        ids = framework.inference.from_numpy(np.arange(len(first_array(student))))
+        ids = framework.inference.from_numpy(np.arange(len(ops.first_array(student))))
         student, teacher = framework.training.seeded(lambda: copy.deepcopy(term.adapter)(student, teacher, ids=ids), 0)
     if loss.takes == "logits" and student.ndim >= len("NKHW"):
         classes = "Take 'pixel-kd' or 'cwd-pixels' for classes of pixels; for " if student.shape[1] > 1 else "For "
@@ -327,7 +327,7 @@ def _shape(values: Any) -> str:
         return ", ".join(f"{name} {_shape(value)}" for name, value in values.items())
     if isinstance(values, list):
         return ", ".join(_shape(value) for value in values)
-    return " × ".join(str(size) for size in tuple(first_array(values).shape)[1:])
+    return " × ".join(str(size) for size in tuple(ops.first_array(values).shape)[1:])
 
 
 def quoted(layers: LayerNames) -> str:

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from kirsch import ops
 from kirsch.annotations import Count
 from kirsch.arguments import checked
 from kirsch.data.annotations import Build, Data, Model, Regularizer
 from kirsch.data.arrays import host
-from kirsch.distillation.arrays import upcast
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses.loss import Activation
 from kirsch.distillation.objective import Objective, Outputs
@@ -197,7 +197,7 @@ class _Combination:
         elif self.outputs is None and self.activation != "identity" and type(values[0]).__name__ == "Tensor":
             # Not while the model is traced: the tensors of a trace have another type and no values.
             for index, value in enumerate(values):
-                if kind_of_outputs(host(upcast(value)), {self.activation}) == "softmax":
+                if kind_of_outputs(host(ops.upcast(value)), {self.activation}) == "softmax":
                     raise UsageError(
                         f"Model {index} of the ensemble returns probabilities: they are at least 0 and sum to 1.",
                         "An ensemble combines logits and applies the softmax to them.",

@@ -6,8 +6,8 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from kirsch import ops
 from kirsch.data.batches import ArrayData, Batch, SeededData, batches_of
-from kirsch.distillation.arrays import map_arrays
 from kirsch.distillation.binding import combines_teachers
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.schedule import Ramp, ends
@@ -112,7 +112,7 @@ def few(batch: Batch, count: int = FEW) -> Batch:
     """Return the first samples of a batch."""
     return dataclasses.replace(
         batch,
-        inputs=map_arrays(lambda part: part[:count] if hasattr(part, "shape") else part, batch.inputs),
+        inputs=ops.map_arrays(lambda part: part[:count] if hasattr(part, "shape") else part, batch.inputs),
         targets=None if batch.targets is None else batch.targets[:count],
         ids=None if batch.ids is None else batch.ids[:count],
         seeds=None if batch.seeds is None else batch.seeds[:count],

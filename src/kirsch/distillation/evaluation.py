@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.data.batches import ArrayData, Batch, batches_of, naming
-from kirsch.distillation.arrays import classes_last, map_arrays
 from kirsch.distillation.checks import few
 from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.probabilities import declared_outputs, to_logits
@@ -272,7 +272,7 @@ def _live(
 
 def _rows(inputs: Any, places: NDArray[np.int64]) -> Any:
     """Return the inputs of some samples; inputs that are not arrays stay."""
-    return map_arrays(lambda part: part[places] if hasattr(part, "shape") else part, inputs)
+    return ops.map_arrays(lambda part: part[places] if hasattr(part, "shape") else part, inputs)
 
 
 def _until_enough(data: Any, objective: Objective) -> list[Batch]:
@@ -312,13 +312,13 @@ def evaluated_batch(
     targets = host(targets)
     check_evaluable(targets, outputs.shape[1:], objective)
     if objective.label_loss == "cross-entropy":
-        rows = classes_last(outputs)
+        rows = ops.classes_last(outputs)
         return EvaluatedBatch(*_counted(rows.argmax(-1), targets, objective), rows.shape[-1])
     if stated == "probabilities" and objective.label_loss == "binary":
         outputs = to_logits(outputs, "sigmoid")
-    rows = classes_last(outputs[:, None] if outputs.ndim == 1 else outputs)
+    rows = ops.classes_last(outputs[:, None] if outputs.ndim == 1 else outputs)
     if targets.ndim == outputs.ndim:
-        targets = classes_last(targets)
+        targets = ops.classes_last(targets)
     return EvaluatedBatch(rows, targets.reshape(rows.shape), rows.shape[-1])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import namespace, to_int64
+from kirsch import ops
 
 if TYPE_CHECKING:
     from kirsch.data.batches import Batch
@@ -48,7 +48,7 @@ class BatchMasks:
         if not self._causal or labels is None:
             return labels
         mask, labels = self.padding.get("attention_mask"), labels[:, 1:]
-        return labels if mask is None else namespace(labels).where(mask[:, :-1] != 0, labels, self._ignore_index)
+        return labels if mask is None else ops.where(mask[:, :-1] != 0, labels, self._ignore_index)
 
     def shifted(self, logits: Any) -> Any:
         """Return logits, or a dict of arrays of positions, without the last position if the objective is causal."""
@@ -138,7 +138,7 @@ class BatchMasks:
             return None
         mask = self.tokens(term.stack, across=term.of_cross_attention)
         if mask is not None and mask.ndim == len("NQK"):
-            mask = namespace(mask).broadcast_to(mask, (*mask.shape[:-1], student.shape[-1]))
+            mask = ops.broadcast_to(mask, (*mask.shape[:-1], student.shape[-1]))
         return mask
 
     def count(self, mean_over: str, example: BoundTerm | None, *, sequences: bool) -> int:
@@ -182,4 +182,4 @@ def _with_int64_targets(batch: Batch) -> Batch:
     kind = str(getattr(batch.targets, "dtype", "")).removeprefix("torch.")
     if "int" not in kind or kind == "int64":
         return batch
-    return dataclasses.replace(batch, targets=to_int64(batch.targets))
+    return dataclasses.replace(batch, targets=ops.cast(batch.targets, "int64"))

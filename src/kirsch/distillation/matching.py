@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import first_array
+from kirsch import ops
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def stages(features: Features, student: Any, teacher: Any, inputs: Any) -> list[
 
 def stages_of(features: Features, model: Any, inputs: Any) -> list[tuple[str, Size | None]]:
     """Return path and map size of each stage of a model; see `stages_among`."""
-    return stages_among(features.shapes(model, inputs), first_array(inputs).shape, type(model).__name__)
+    return stages_among(features.shapes(model, inputs), ops.first_array(inputs).shape, type(model).__name__)
 
 
 def stages_among(shapes: Sequence[tuple[str, Shape]], image: Shape, model_name: str) -> list[tuple[str, Size | None]]:

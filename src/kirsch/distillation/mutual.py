@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from kirsch import ops
 from kirsch.arguments import checked
 from kirsch.data.annotations import Data, Model, Regularizer
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.arrays import detach
 from kirsch.distillation.binding import bind, combines_teachers
 from kirsch.distillation.checks import (
     averaged_logits,
@@ -224,7 +224,7 @@ class MutualStep:
         total: Any = 0.0
         terms: dict[str, Any] = {}
         for index, (loss, student) in enumerate(zip(self._losses, students, strict=True)):
-            peers = [{"logits": detach(peer)} for peer in (*logits[:index], *logits[index + 1 :])]
+            peers = [{"logits": ops.detach(peer)} for peer in (*logits[:index], *logits[index + 1 :])]
             output = loss(
                 _Logits({"logits": logits[index]}),
                 loss.features(peers, epoch),

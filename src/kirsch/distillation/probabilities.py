@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch import ops
 from kirsch.data.arrays import host
-from kirsch.distillation.arrays import classes_last, namespace, upcast, without_autocast
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.schedule import ends
 from kirsch.errors import UsageError
@@ -43,13 +43,13 @@ def to_logits(probabilities: Any, activation: Activation) -> Any:
     Returns:
         An array of at least 32 bits. A probability of 0 is clipped to the smallest normal number and has no gradient.
     """
-    with without_autocast(probabilities):
-        p = upcast(probabilities)
-        limits = namespace(p).finfo(p.dtype)
-        log_p = namespace(p).log(p.clip(min=float(limits.tiny)))
+    with ops.without_autocast(probabilities):
+        p = ops.upcast(probabilities)
+        limits = np.finfo(ops.dtype(p))
+        log_p = ops.log(ops.clip(p, float(limits.tiny)))
         if activation == "softmax":
             return log_p
-        return log_p - namespace(p).log((1 - p).clip(min=float(limits.eps) / 2))
+        return log_p - ops.log(ops.clip(1 - p, float(limits.eps) / 2))
 
 
 def activations_of(objective: Objective) -> set[Activation]:
@@ -140,7 +140,7 @@ def logits_converter(
     values = features.extract(model, layers, inputs)
     subject = f"The {'student' if teacher is None else 'teacher'}, a {type(model).__name__},"
     for layer in layers:
-        outputs = host(upcast(values[layer]))
+        outputs = host(ops.upcast(values[layer]))
         if declared == "probabilities":
             _check_declared(subject, layer, outputs, activations)
         else:
@@ -163,7 +163,7 @@ def kind_of_outputs(values: NDArray[Any], activations: set[Activation]) -> str:
     """
     if not values.size or not np.isfinite(values).all():
         return ""
-    rows = classes_last(values)
+    rows = ops.classes_last(values)
     if are_probabilities(rows):  # rows that are equal for all samples may be a bias with sum 1
         constant = values.shape[0] > 1 and bool((values == values[:1]).all())
         return "inside" if constant else "softmax"
@@ -215,11 +215,11 @@ def not_logits(subject: str, kind: str, objective: Objective, field: str) -> Usa
 def _check_declared(subject: str, layer: str, values: NDArray[Any], activations: set[Activation]) -> None:
     """Refuse outputs that are declared as probabilities and are not."""
     inside = np.isfinite(values).all() and values.min() >= -ROUNDING and values.max() <= 1 + ROUNDING
-    if inside and (activations != {"softmax"} or are_probabilities(classes_last(values))):
+    if inside and (activations != {"softmax"} or are_probabilities(ops.classes_last(values))):
         return
     why = f"`{layer}` has values from {values.min():.3g} to {values.max():.3g}."
     if inside:
-        sums = classes_last(values).sum(-1)
+        sums = ops.classes_last(values).sum(-1)
         why = f"The classes of `{layer}` have sums from {sums.min():.3g} to {sums.max():.3g} instead of 1."
     raise UsageError(
         f"{subject} is declared to return probabilities, but does not.",
@@ -241,7 +241,7 @@ def check_training(values: Mapping[str, Any], layers: Sequence[str], objective: 
     """
     activations = activations_of(objective)
     for layer in layers if declared_outputs(objective, None) is None and activations else ():
-        kind = kind_of_outputs(host(upcast(values[layer])), activations)
+        kind = kind_of_outputs(host(ops.upcast(values[layer])), activations)
         if kind not in ("", "inside"):
             error = not_logits("The student, in training mode,", kind, objective, "student_outputs")
             fix = (
@@ -268,7 +268,7 @@ def check_record(values: Any, objective: Objective) -> None:
     activations = activations_of(objective)
     kind = ""
     if activations and declared_outputs(objective, 0) is None:
-        kind = kind_of_outputs(host(upcast(values)), activations)
+        kind = kind_of_outputs(host(ops.upcast(values)), activations)
     if kind not in ("", "inside"):
         error = not_logits("The teacher of the store", kind, objective, "teacher_outputs")
         raise UsageError(error.what, error.why, fix)

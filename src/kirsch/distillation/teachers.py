@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from kirsch import ops
 from kirsch.data.annotations import Model
 from kirsch.data.arrays import host
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.arrays import first_array, log_sigmoid, log_softmax, log_sum_exp, namespace
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import TeacherStore
@@ -102,7 +102,7 @@ class StoredTeacher:
             )
         self._check_views(batch)
         self._store.verify_once(batch.view)
-        like = first_array(batch.inputs)
+        like = ops.first_array(batch.inputs)
         record = self._store.read(host(batch.ids), batch.view, batch.seeds)
         if "indices" in record:  # PyTorch supports few operations on unsigned integers of 16 and 32 bits
             record["indices"] = record["indices"].astype(np.int64)
@@ -230,21 +230,20 @@ def combined(
         return logits[0]
     if way == "logits" or activation == "identity":
         return sum(logits) / len(logits)
-    xp = namespace(logits[0])
     if activation == "sigmoid":  # log p and log (1 - p) on a new axis 0
-        signs = [xp.stack([x, -x]) for x in logits]
-        softened, plain = ([log_sigmoid(sign / divisor) for sign in signs] for divisor in (temperature, 1.0))
+        signs = [ops.stack([x, -x]) for x in logits]
+        softened, plain = ([ops.log_sigmoid(sign / divisor) for sign in signs] for divisor in (temperature, 1.0))
         axis = 0
     else:
-        softened, plain = ([log_softmax(x / divisor, axis) for x in logits] for divisor in (temperature, 1.0))
-    log_p = xp.stack(softened)  # (teachers, N, K), or (teachers, 2, N, K) of labels
+        softened, plain = ([ops.log_softmax(x / divisor, axis) for x in logits] for divisor in (temperature, 1.0))
+    log_p = ops.stack(softened)  # (teachers, N, K), or (teachers, 2, N, K) of labels
     if way == "confidence":
-        unsoftened = xp.stack(plain)
-        entropy = -xp.sum(xp.exp(unsoftened) * unsoftened, axis=axis if axis < 0 else axis + 1, keepdims=True)
-        log_p = log_p + log_softmax(-entropy, axis=0)
+        unsoftened = ops.stack(plain)
+        entropy = -ops.sum(ops.exp(unsoftened) * unsoftened, axis=axis if axis < 0 else axis + 1, keepdims=True)
+        log_p = log_p + ops.log_softmax(-entropy, axis=0)
     else:
         log_p = log_p - math.log(len(logits))
-    mixture = log_sum_exp(log_p, axis=0)[0]
+    mixture = ops.logsumexp(log_p, axis=0)[0]
     return temperature * (mixture[0] - mixture[1] if activation == "sigmoid" else mixture)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +12,6 @@ from kirsch.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-Z = 1.959963984540054
-"""97.5 % point of the normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +44,8 @@ def rate(hits: int, n: int) -> Rate:
     """
     if n < 1:
         raise DataError("There are no samples to evaluate.", fix="Pass at least one sample.")
-    fraction = hits / n
-    center = (fraction + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half_width = Z / (1 + Z**2 / n) * math.sqrt(fraction * (1 - fraction) / n + Z**2 / (4 * n**2))
-    return Rate(fraction, max(0.0, center - half_width), min(1.0, center + half_width), n)
+    interval = binomtest(hits, n).proportion_ci(method="wilson")
+    return Rate(hits / n, float(interval.low), float(interval.high), n)
 
 
 @dataclass(frozen=True)

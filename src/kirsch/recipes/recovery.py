@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch import ops
 from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs, Model
 from kirsch.data.arrays import host
-from kirsch.distillation.arrays import first_array
 from kirsch.distillation.matching import stages_among
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
@@ -101,7 +101,7 @@ def _selected_layers(
     model_name = type(original).__name__
     if at is None:
         shapes = [(path, shape) for path, (_, shape) in known.items()]
-        return [path for path, _ in stages_among(shapes, first_array(inputs).shape, model_name)]
+        return [path for path, _ in stages_among(shapes, ops.first_array(inputs).shape, model_name)]
     texts = [at] if isinstance(at, str) else list(at)
     paths = [path for text in texts for path in features.expand(original, text, inputs)]
     for path in paths:

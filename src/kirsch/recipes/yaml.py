@@ -2,59 +2,61 @@
 
 from __future__ import annotations
 
+import io
 import math
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import MaxDepthExceededError
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import VersionedResolver
 
 from kirsch.errors import RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-    from yaml.nodes import Node
-
 MOST_BYTES, MOST_NODES, MOST_DEPTH = 1_000_000, 20_000, 40
+SHOWN = 40
+"""Longest part of a value that an error message shows, in characters."""
 
 TAG = "tag:yaml.org,2002:"
-INT = re.compile(r"^[-+]?(0|[1-9]\d*)$")
-FLOAT = re.compile(r"^([-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$")
-RULES = (
-    (f"{TAG}bool", re.compile(r"^(true|false|True|False)$"), "tfTF"),
-    (f"{TAG}int", INT, "-+0123456789"),
-    (f"{TAG}float", FLOAT, "-+.0123456789"),
-)
-"""Tag, pattern and first characters of scalars, as in YAML 1.2: 1e-4 is a float; only true and false are booleans."""
+SCALARS = {f"{TAG}{name}" for name in ("str", "null", "bool", "int", "float")}
 
 
-class _Loader(yaml.SafeLoader):
-    """Loader that resolves scalars by `RULES`; of the rules of YAML 1.1 only null is kept."""
+class _Resolver(VersionedResolver):
+    """Types of plain scalars by YAML 1.2; ruamel.yaml adds dates, merge keys and values, which are strings here."""
+
+    processing_version = (1, 2)  # a %YAML directive does not change what a recipe means
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        return self.DEFAULT_SCALAR_TAG if kind is ScalarNode and str(tag) not in SCALARS else tag
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0] == f"{TAG}null"]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+class _Representer(SafeRepresenter):
+    """Representer whose output YAML 1.1 reads as the same data: no is quoted, and 1e-06 has a point."""
+
+    yaml_1_1 = VersionedResolver((1, 1))
+
+    def represent_str(self, data: str) -> Any:
+        # Double quotes escape line breaks; in other styles the value takes several lines, and no comment can follow it.
+        # ruamel.yaml leaves ":a" and "?a" plain within brackets, and then cannot read them; PyYAML cannot read "a?".
+        is_text = str(self.yaml_1_1.resolve(ScalarNode, data, (True, False))) == f"{TAG}str"
+        plain = is_text and data.isprintable() and not data.startswith(":") and "?" not in data
+        return self.represent_scalar(f"{TAG}str", data, style=None if plain else '"')
+
+    def represent_float(self, data: float) -> Any:
+        text = repr(data)
+        return self.represent_scalar(f"{TAG}float", text if "." in text else text.replace("e", ".0e"))  # as in YAML 1.1
 
 
-class _Dumper(yaml.SafeDumper):
-    """Dumper that quotes strings that `RULES` or YAML 1.1 would resolve to another type, such as 1e5 or no."""
-
-
-for _tag, _pattern, _first in RULES:
-    _Loader.add_implicit_resolver(_tag, _pattern, list(_first))
-    _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
-
-
-def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Double quotes escape line breaks; in other styles the value takes several lines, and no comment can follow it.
-    return dumper.represent_scalar(f"{TAG}str", text, style=None if text.isprintable() else '"')
-
-
-_Dumper.add_representer(str, _text_node)
+_Representer.add_representer(str, _Representer.represent_str)
+_Representer.add_representer(float, _Representer.represent_float)
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,13 @@ def read(source: str | Path) -> Document:
     Raises:
         RecipeError: the source is not YAML with plain data; names the line.
     """
-    text = source if isinstance(source, str) else _text(source)
     name = "The recipe" if isinstance(source, str) else str(source)
     reader = _Reader(name)
-    node = _compose(text, name)
-    if node is None:
-        return Document({}, {})
-    if not isinstance(node, yaml.MappingNode):
+    data = reader.read(source if isinstance(source, str) else _text(source), empty={})
+    if not isinstance(data, dict):
         raise RecipeError(
             f"{name} is not a mapping of keys to values.", fix="Write `key: value` lines, or start from `kirsch init`."
         )
-    data = reader.plain(node, "", 0)
     return Document(data, reader.lines)
 
 
@@ -97,8 +95,7 @@ def scalar(text: str, origin: str) -> Any:
         text: value as text.
         origin: source of the value, for error messages.
     """
-    node = _compose(text, origin)
-    return None if node is None else _Reader(origin).plain(node, "", 0)
+    return _Reader(origin).read(text, empty=None)
 
 
 def dump(data: Any, *, one_line: bool = False) -> str:
@@ -108,15 +105,21 @@ def dump(data: Any, *, one_line: bool = False) -> str:
         data: plain data as in `Document.data`, with finite numbers.
         one_line: whether to write lists and mappings in brackets on one line.
     """
-    text: str = yaml.dump(
-        data,
-        Dumper=_Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        default_flow_style=one_line,
-        width=MOST_BYTES,
-    )
+    yaml = _yaml()
+    yaml.Representer = _Representer
+    yaml.default_flow_style = one_line
+    yaml.representer.sort_base_mapping_type_on_output = False
+    yaml.width = MOST_BYTES
+    stream = io.StringIO()
+    yaml.dump(data, stream)
+    text = stream.getvalue()
     return text.split("\n", 1)[0] if one_line else text  # drops the end mark after a scalar
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)  # without libyaml, which has other error messages and recurses in C
+    yaml.Resolver = _Resolver
+    return yaml
 
 
 def _text(path: Path) -> str:
@@ -134,62 +137,54 @@ def _text(path: Path) -> str:
         raise RecipeError(f"The recipe {path} is not UTF-8 text.", f"Line {line}.", "Save it as UTF-8.") from error
 
 
-def _compose(text: str, name: str) -> Node | None:
-    """Return the node tree of a YAML text."""
-    try:
-        loader = _Loader(text)
-        try:
-            return loader.get_single_node()
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(
-            f"{name} is not valid YAML.", _why(error, text), "Fix the line, or start from `kirsch init`."
-        ) from error
-
-
-def _why(error: Exception, text: str) -> str:
-    if isinstance(error, yaml.reader.ReaderError):
-        line = text.count("\n", 0, error.position) + 1
-        return f"Line {line}: the character {chr(error.character)!a} is not allowed."
-    mark = getattr(error, "problem_mark", None)
-    prefix = f"Line {mark.line + 1}: " if mark is not None else ""
-    return f"{prefix}{getattr(error, 'problem', None) or 'It is nested too deeply'}."
-
-
 class _Reader:
-    """Converts nodes to plain data. Aliases are expanded, and the expanded nodes count towards the limit."""
+    """Converts YAML to plain data. Aliases are expanded, and the expanded values count towards the limit.
+
+    ruamel.yaml alone would share one object between aliases, construct what tags name, make numbers of keys,
+    and keep the lines of a file only together with its comments.
+    """
 
     def __init__(self, name: str) -> None:
         self.lines: dict[str, int] = {}
         self._name = name
         self._nodes = 0
+        self._yaml = _yaml()
+        self._yaml.max_depth = MOST_DEPTH + 1
+        self._yaml.composer.warn_double_anchors = False
 
-    def plain(self, node: Node, key: str, depth: int) -> Any:
+    def read(self, text: str, *, empty: Any) -> Any:
+        try:
+            node = self._yaml.compose(text)
+        except MaxDepthExceededError as error:
+            raise self._too_large(error.problem_mark.line + 1) from error
+        except (YAMLError, AssertionError) as error:  # ruamel.yaml asserts that %YAML is 1.1 or 1.2
+            raise RecipeError(
+                f"{self._name} is not valid YAML.", _why(error, text), "Fix the line, or start from `kirsch init`."
+            ) from error
+        return empty if node is None else self._plain(node, "", 0)
+
+    def _plain(self, node: Any, key: str, depth: int) -> Any:
         self._nodes += 1
         line = node.start_mark.line + 1
         if self._nodes > MOST_NODES or depth > MOST_DEPTH:
-            raise RecipeError(
-                f"{self._name} is too large.",
-                f"Line {line}: more than {MOST_NODES} values, or more than {MOST_DEPTH} levels.",
-            )
+            raise self._too_large(line)
         if key:
             self.lines[key] = line
-        if node.tag == f"{TAG}map" and isinstance(node, yaml.MappingNode):
+        if node.tag == f"{TAG}map" and isinstance(node, MappingNode):
             return self._mapping(node, key, depth)
-        if node.tag == f"{TAG}seq" and isinstance(node, yaml.SequenceNode):
-            return [self.plain(item, f"{key}.{index}", depth + 1) for index, item in enumerate(node.value)]
+        if node.tag == f"{TAG}seq" and isinstance(node, SequenceNode):
+            return [self._plain(item, f"{key}.{index}", depth + 1) for index, item in enumerate(node.value)]
         return self._scalar(node, line)
 
-    def _mapping(self, node: Any, key: str, depth: int) -> dict[str, Any]:
+    def _mapping(self, node: MappingNode, key: str, depth: int) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         first_lines: dict[str, int] = {}
         for name_node, value in node.value:
             line = name_node.start_mark.line + 1
-            if not isinstance(name_node, yaml.ScalarNode):
+            if not isinstance(name_node, ScalarNode):
                 raise RecipeError(f"{self._name}: a key must be a plain word.", f"Line {line}.")
             self._check_tag(name_node, line)
-            name = str(name_node.value)
+            name = name_node.value
             if name in first_lines:
                 raise RecipeError(
                     f"{self._name} has the key {name!r} twice.",
@@ -198,47 +193,43 @@ class _Reader:
                 )
             first_lines[name] = line
             path = f"{key}.{name}".lstrip(".")
-            mapping[name] = self.plain(value, path, depth + 1)
+            mapping[name] = self._plain(value, path, depth + 1)
             self.lines[path] = line  # the line of the key, not of the value
         return mapping
 
-    def _scalar(self, node: Node, line: int) -> Any:
+    def _scalar(self, node: Any, line: int) -> Any:
         self._check_tag(node, line)
         try:
-            return SCALARS[node.tag](node.value)
-        except ValueError as error:
+            value = self._yaml.constructor.construct_object(node)
+            finite = not isinstance(value, int | float) or math.isfinite(value)
+        except (ValueError, KeyError, IndexError, OverflowError):  # !!int ten, !!bool maybe, !!float '', 0xfff…
+            finite = False
+        if not finite:
             shown = node.value if len(node.value) <= SHOWN else f"{node.value[:SHOWN]}…"
             raise RecipeError(
                 f"{self._name}: {shown!r} cannot be used.",
                 f"Line {line}: expected a finite number of ordinary length.",
-            ) from error
+                "Write a text in quotes.",
+            )
+        return value
 
-    def _check_tag(self, node: Node, line: int) -> None:
-        if node.tag not in SCALARS or not isinstance(node, yaml.ScalarNode):
+    def _check_tag(self, node: Any, line: int) -> None:
+        if node.tag not in SCALARS or not isinstance(node, ScalarNode):
             raise RecipeError(
                 f"{self._name} uses the tag {node.tag!r}.", f"Line {line}.", "Write a plain value without a tag."
             )
 
-
-def _bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
-
-
-def _float(text: str) -> float:
-    value = float(text.replace("_", ""))
-    if not math.isfinite(value):  # 1e999
-        raise ValueError(text)
-    return value
+    def _too_large(self, line: int) -> RecipeError:
+        return RecipeError(
+            f"{self._name} is too large.",
+            f"Line {line}: more than {MOST_NODES} values, or more than {MOST_DEPTH} levels.",
+        )
 
 
-SCALARS: dict[str, Callable[[str], Any]] = {
-    f"{TAG}str": str,
-    f"{TAG}null": lambda _text: None,
-    f"{TAG}bool": _bool,
-    f"{TAG}int": int,
-    f"{TAG}float": _float,
-}
-SHOWN = 40
-"""Longest part of a value that an error message shows, in characters."""
+def _why(error: Exception, text: str) -> str:
+    if isinstance(error, ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return f"Line {line}: the character {chr(error.character)!a} is not allowed."
+    mark = getattr(error, "problem_mark", None)
+    prefix = f"Line {mark.line + 1}: " if mark is not None else ""
+    return f"{prefix}{getattr(error, 'problem', None) or error}."

@@ -12,11 +12,12 @@ A check calls the loss with arrays of the kind that its attribute `takes` names;
 from __future__ import annotations
 
 import itertools
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.distillation.arrays import first_array, map_arrays, namespace
+from kirsch import ops
 from kirsch.distillation.losses.loss import TOKEN_KINDS, loss_options, step_arguments
 from kirsch.errors import ShapeError
 from kirsch.frameworks.find import pytorch
@@ -68,7 +69,7 @@ def check_loss_is_smallest_when_the_student_equals_the_teacher(loss: Loss) -> No
     for options in _options(loss):
         least = float(loss(teacher, teacher, **options))
         for distance in (1e-4, 1e-2, 1.0, 10.0):
-            direction = map_arrays(lambda part: random.standard_normal(part.shape), teacher)
+            direction = ops.map_arrays(lambda part: random.standard_normal(part.shape), teacher)
             for step in (-distance, distance):  # a nonzero slope leads down in one of the directions
                 value = float(loss(_add(teacher, direction, step), teacher, **options))
                 # 1e-12: rounding of float64 in a sum over a few dozen values of size 10
@@ -108,9 +109,9 @@ def check_teacher_has_no_gradient(loss: Loss) -> None:
 
     The check of the teacher is skipped for losses with `learned=True`, whose target is trained.
     """
-    student, teacher = (map_arrays(lambda part: part.requires_grad_(), _tensors(side)) for side in _values(loss))
+    student, teacher = (ops.map_arrays(lambda part: part.requires_grad_(), _tensors(side)) for side in _values(loss))
     loss(student, teacher, **_like(list(_options(loss))[-1], student)).backward()
-    assert first_array(student).grad is not None, "the student has no gradient"
+    assert ops.first_array(student).grad is not None, "the student has no gradient"
     if not getattr(loss, "learned", False):
         assert all(part.grad is None for part, _ in _parts(teacher, teacher)), "the teacher has a gradient"
 
@@ -131,10 +132,10 @@ def check_loss_is_finite_for_huge_values(loss: Loss) -> None:
 
     Gradients in float16 are not checked, since products of such values overflow.
     """
-    torch = namespace(_tensors(np.zeros(1)))
+    torch = import_module("torch")
     random = np.random.default_rng(2)
-    signs = map_arrays(lambda part: random.choice([-1.0, 1.0], part.shape), _values(loss)[0])
-    huge, opposite = map_arrays(lambda part: 1e4 * part, signs), map_arrays(lambda part: -1e4 * part, signs)
+    signs = ops.map_arrays(lambda part: random.choice([-1.0, 1.0], part.shape), _values(loss)[0])
+    huge, opposite = ops.map_arrays(lambda part: 1e4 * part, signs), ops.map_arrays(lambda part: -1e4 * part, signs)
     for options in _options(loss):
         for student, teacher in ((huge, opposite), (huge, huge), (huge, signs)):
             value = float(loss(student, teacher, **options))
@@ -144,7 +145,7 @@ def check_loss_is_finite_for_huge_values(loss: Loss) -> None:
     for dtype, options in itertools.product((torch.float32, torch.bfloat16, torch.float16), _options(loss)):
         for sides in ((huge, opposite), (huge, huge), (huge, signs)):
             student, teacher = (_rounded(_tensors(side), dtype) for side in sides)
-            map_arrays(lambda part: part.requires_grad_(), student)
+            ops.map_arrays(lambda part: part.requires_grad_(), student)
             total = loss(student, teacher, **_like(options, student))
             value = float(total.detach())
             assert np.isfinite(value), f"the loss of huge {dtype} values is {value}"
@@ -158,11 +159,11 @@ def check_loss_is_finite_for_huge_values(loss: Loss) -> None:
 
 def check_loss_is_finite_in_half_precision(loss: Loss) -> None:
     """Loss and gradient of 16-bit values under autocast are close to those of the same rounded values in 64 bits."""
-    torch = namespace(_tensors(np.zeros(1)))
+    torch = import_module("torch")
     for dtype in (torch.bfloat16, torch.float16):
         for options in _options(loss):
             student, teacher = (_rounded(_tensors(side), dtype) for side in _values(loss))
-            map_arrays(lambda part: part.requires_grad_(), student)
+            ops.map_arrays(lambda part: part.requires_grad_(), student)
             with torch.autocast("cpu", dtype=dtype):
                 total = loss(student, teacher, **_like(options, student))
             total.backward()
@@ -173,16 +174,15 @@ def check_loss_is_finite_in_half_precision(loss: Loss) -> None:
                 f"the gradient of {dtype} values is not finite"
             )
             student64, teacher64 = (
-                _rounded(side, torch.float64) for side in (map_arrays(lambda p: p.detach(), student), teacher)
+                _rounded(side, torch.float64) for side in (ops.map_arrays(lambda p: p.detach(), student), teacher)
             )
             expected = float(loss(student64, teacher64, **_like(options, student64)))
             # float32 has 7 digits, of which sums and differences of a few dozen values may lose 3.
             assert abs(value - expected) <= 1e-4 * max(1.0, abs(expected)), (
                 f"the loss of {dtype} values is {value}; in 64 bits it is {expected}"
             )
-            exact = _gradient(
-                loss, map_arrays(lambda part: part.numpy(), student64), map_arrays(np.asarray, teacher64), options
-            )
+            arrays_s, arrays_t = (ops.map_arrays(np.asarray, side) for side in (student64, teacher64))
+            exact = _gradient(loss, arrays_s, arrays_t, options)
             for (part, _), (gradient, _) in zip(_parts(student, student), _parts(exact, exact), strict=True):
                 error = np.linalg.norm(np.asarray(part.grad.double()) - gradient)
                 # The gradient is rounded to the 8 bits of bfloat16.
@@ -222,10 +222,10 @@ def _check_masked(loss: Loss, shape: Any) -> None:
 def check_order_of_samples_does_not_matter(loss: Loss) -> None:
     """The loss of the same samples in another order is the same."""
     values = _values(loss)
-    indices = np.arange(len(first_array(values[0])))
+    indices = np.arange(len(ops.first_array(values[0])))
     order = np.concatenate([indices[1::2], indices[::2]])  # changes the neighbors, as a reversal would not
     for options in _options(loss):
-        permuted = [map_arrays(lambda part: part[order], side) for side in values]
+        permuted = [ops.map_arrays(lambda part: part[order], side) for side in values]
         other = {name: value[order] if name in ("labels", "mask") else value for name, value in options.items()}
         _assert_same(loss, (*values, options), (*permuted, other), "for the same samples in another order")
 
@@ -239,7 +239,7 @@ def check_loss_is_a_mean_over_samples(loss: Loss) -> None:
         return
     values = _values(loss)
     for options in _options(loss):
-        twice = [map_arrays(lambda part: np.concatenate([part, part]), side) for side in values]
+        twice = [ops.map_arrays(lambda part: np.concatenate([part, part]), side) for side in values]
         other = {n: np.concatenate([v, v]) if n in ("labels", "mask") else v for n, v in options.items()}
         _assert_same(loss, (*values, options), (*twice, other), "with each sample twice")
 
@@ -266,7 +266,7 @@ def check_parts_of_a_batch_add_up_to_it(loss: Loss) -> None:
             sides = [_rows(side, part) for side in (student, teacher)]
             own = {name: value[part] if name in ("labels", "mask") else value for name, value in options.items()}
             parts.append(
-                (_item_count(over, loss, own.get("mask"), len(first_array(sides[0]))), float(loss(*sides, **own)))
+                (_item_count(over, loss, own.get("mask"), len(ops.first_array(sides[0]))), float(loss(*sides, **own)))
             )
         value = sum(count * part for count, part in parts) / sum(count for count, _ in parts)
         expected = float(loss(student, teacher, **options))
@@ -284,7 +284,7 @@ def check_unequal_shapes_are_refused(loss: Loss) -> None:
         cuts += [lambda part: part.take([0], axis), lambda part: part.take(range(part.shape[axis] - 1), axis)]
     for options in _options(loss):
         for cut in cuts:
-            other = map_arrays(cut, teacher)
+            other = ops.map_arrays(cut, teacher)
             for pair in ((student, other), (_tensors(student), _tensors(other))):
                 try:
                     loss(*pair, **_like(options, pair[0]))
@@ -294,15 +294,15 @@ def check_unequal_shapes_are_refused(loss: Loss) -> None:
                     result = f"raise a {type(error).__name__}"
                 else:
                     result = "are accepted"
-                shapes = first_array(student).shape, first_array(other).shape
-                message = f"values of shape {shapes[0]} and {shapes[1]} {result}; call arrays.check_same_shape first"
+                shapes = ops.first_array(student).shape, ops.first_array(other).shape
+                message = f"values of shape {shapes[0]} and {shapes[1]} {result}; call check_same_shape first"
                 raise AssertionError(message)
 
 
 def check_inputs_are_not_changed(loss: Loss) -> None:
     """The loss does not write to the values of student and teacher."""
     sides = _values(loss)
-    before = [map_arrays(lambda part: part.copy(), side) for side in sides]
+    before = [ops.map_arrays(lambda part: part.copy(), side) for side in sides]
     for options in _options(loss):
         loss(*sides, **options)
         tensors = [_tensors(side) for side in sides]  # they share memory with the arrays
@@ -349,7 +349,7 @@ def _values(loss: Loss, shape: Any = None) -> tuple[Any, Any]:
 
 def _mask(loss: Loss, shape: Any = None) -> Any:
     """Return a mask that is True for some samples, shape (N,), or positions, shape (N, L)."""
-    takes, shape = getattr(loss, "takes", "logits"), first_array(_values(loss, shape)[0]).shape
+    takes, shape = getattr(loss, "takes", "logits"), ops.first_array(_values(loss, shape)[0]).shape
     mask_shape = {
         "attention": (shape[0], shape[-1]),
         "pixels": (shape[0], *shape[2:]),
@@ -375,7 +375,7 @@ def _options(loss: Loss, shape: Any = None) -> Iterator[dict[str, Any]]:
     """Yield keyword arguments for a loss: each temperature, together with labels if the loss takes them."""
     arguments: dict[str, Any] = {}
     if "labels" in step_arguments(loss):
-        shape = first_array(_values(loss, shape)[0]).shape
+        shape = ops.first_array(_values(loss, shape)[0]).shape
         random = np.random.default_rng(5)
         regression = getattr(loss, "takes", "logits") == "values"
         arguments["labels"] = random.standard_normal(shape) if regression else random.integers(0, shape[-1], shape[:-1])
@@ -388,16 +388,16 @@ def _describe(options: dict[str, Any]) -> str:
 
 
 def _tensors(values: Any) -> Any:
-    return map_arrays(pytorch().inference.from_numpy, values)
+    return ops.map_arrays(pytorch().inference.from_numpy, values)
 
 
 def _rounded(values: Any, dtype: Any) -> Any:
-    return map_arrays(lambda part: part.to(dtype), values)
+    return ops.map_arrays(lambda part: part.to(dtype), values)
 
 
 def _like(options: dict[str, Any], values: Any) -> dict[str, Any]:
     """Return the options with their arrays converted to the framework of the values."""
-    if isinstance(first_array(values), np.ndarray):
+    if isinstance(ops.first_array(values), np.ndarray):
         return options
     return {name: _tensors(value) if isinstance(value, np.ndarray) else value for name, value in options.items()}
 
@@ -412,16 +412,16 @@ def _parts(first: Any, second: Any) -> list[tuple[Any, Any]]:
 def _add(values: Any, direction: Any, step: float) -> Any:
     """Return `values + step * direction` for each array."""
     directions = iter([part for part, _ in _parts(direction, direction)])
-    return map_arrays(lambda part: part + step * next(directions), values)
+    return ops.map_arrays(lambda part: part + step * next(directions), values)
 
 
 def _rows(values: Any, rows: slice) -> Any:
-    return map_arrays(lambda part: part[rows], values)
+    return ops.map_arrays(lambda part: part[rows], values)
 
 
 def _fill_hidden(values: Any, hidden: Any, other: float) -> Any:
     """Return the values with `other` at the hidden samples or positions."""
-    return map_arrays(lambda part: _fill_array(part, hidden, other), values)
+    return ops.map_arrays(lambda part: _fill_array(part, hidden, other), values)
 
 
 def _fill_array(part: Any, hidden: Any, other: float) -> Any:
@@ -435,9 +435,9 @@ def _fill_array(part: Any, hidden: Any, other: float) -> Any:
 
 def _gradient(loss: Loss, student: Any, teacher: Any, options: dict[str, Any]) -> Any:
     """Return the gradient for the student's values, by automatic differentiation, as numpy arrays."""
-    values = map_arrays(lambda part: pytorch().inference.from_numpy(part.copy()).requires_grad_(), student)
+    values = ops.map_arrays(lambda part: pytorch().inference.from_numpy(part.copy()).requires_grad_(), student)
     loss(values, _tensors(teacher), **_like(options, values)).backward()
-    return map_arrays(lambda part: np.zeros(part.shape) if part.grad is None else np.asarray(part.grad), values)
+    return ops.map_arrays(lambda part: np.zeros(part.shape) if part.grad is None else np.asarray(part.grad), values)
 
 
 def _assert_same(loss: Loss, first: Any, second: Any, case: str) -> None:

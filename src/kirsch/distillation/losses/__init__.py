@@ -21,12 +21,14 @@ from kirsch.distillation.losses import (
 from kirsch.distillation.losses.labels import LABEL_LOSSES, hard_label
 from kirsch.distillation.losses.logits import soft_target
 from kirsch.distillation.losses.loss import LOSSES, Loss, loss
+from kirsch.distillation.losses.shapes import check_same_shape
 
 __all__ = [
     "LABEL_LOSSES",
     "LOSSES",
     "Loss",
     "binary",
+    "check_same_shape",
     "contrast",
     "correlation",
     "detection",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from kirsch.distillation.arrays import check_same_shape, kl_terms, log_sigmoid, masked_mean, zero_masked
+from kirsch import ops
 from kirsch.distillation.losses.logits import check_temperature
 from kirsch.distillation.losses.loss import loss
+from kirsch.distillation.losses.shapes import check_same_shape
 
 
 @loss("binary-kd", activation="sigmoid")
@@ -35,9 +36,9 @@ def binary_soft_target(student: Any, teacher: Any, *, temperature: float = 1.0, 
     """
     check_temperature(temperature)
     check_same_shape(student, teacher)
-    student, teacher = zero_masked(student, mask) / temperature, zero_masked(teacher, mask) / temperature
+    student, teacher = ops.zero_masked(student, mask) / temperature, ops.zero_masked(teacher, mask) / temperature
     divergence: Any = 0.0
     for sign in (1.0, -1.0):  # p and 1 - p
-        log_s, log_t = log_sigmoid(sign * student), log_sigmoid(sign * teacher)
-        divergence = divergence + kl_terms(log_t, log_s)
-    return masked_mean(divergence.sum(-1), mask) * temperature**2
+        log_s, log_t = ops.log_sigmoid(sign * student), ops.log_sigmoid(sign * teacher)
+        divergence = divergence + ops.kl_terms(log_t, log_s)
+    return ops.masked_mean(ops.sum(divergence, -1), mask) * temperature**2

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kirsch.distillation.arrays import check_same_shape, log_sigmoid
+from kirsch import ops
 from kirsch.distillation.losses.loss import loss
+from kirsch.distillation.losses.shapes import check_same_shape
 
 
 @loss("crd", takes="features", learned=True, least_at_teacher=False)
@@ -35,5 +36,5 @@ def noise_contrast(student: Any, teacher: Any) -> Any:
 
 
 def _binary_cross_entropy(logits: Any) -> Any:
-    positive, negatives = log_sigmoid(logits[:, 0]), log_sigmoid(-logits[:, 1:])
-    return -(positive.sum() + negatives.sum()) / len(logits)
+    positive, negatives = ops.log_sigmoid(logits[:, 0]), ops.log_sigmoid(-logits[:, 1:])
+    return -(ops.sum(positive) + ops.sum(negatives)) / logits.shape[0]

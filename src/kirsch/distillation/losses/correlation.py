@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import (
-    check_same_shape,
-    detach,
-    log_softmax,
-    namespace,
-    normalize,
-    safe_sqrt,
-    unmasked_rows,
-)
+from kirsch import ops
 from kirsch.distillation.losses.logits import check_temperature, soft_target
 from kirsch.distillation.losses.loss import check_at_least, check_convention, loss
+from kirsch.distillation.losses.shapes import check_same_shape
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,35 +59,43 @@ def correlated(
     """
     check_convention(convention, DENOMINATOR_EPS)
     check_at_least(0, inter=inter, intra=intra)
-    p_s, p_t = _softened_outputs(student, teacher, temperature, mask)
-    within_samples = 1 - _correlation(p_s, p_t, -1, convention).mean()
-    within_classes = 1 - _correlation(p_s, p_t, 0, convention).mean()
+    p_s, p_t, rows = _softened_outputs(student, teacher, temperature, mask)
+    within_samples = 1 - ops.masked_mean(_correlation(p_s, p_t, -1, convention), rows)
+    within_classes = 1 - ops.mean(_correlation(p_s, p_t, 0, convention, rows))
     return (inter * within_samples + intra * within_classes) * temperature**2
 
 
-def _correlation(first: Any, second: Any, axis: int, convention: str) -> Any:
-    """Return the Pearson correlation of two matrices (N, K) along an axis."""
-    xp = namespace(first)
-    sides = [array - xp.mean(array, axis=axis, keepdims=True) for array in (first, second)]
+def _correlation(first: Any, second: Any, axis: int, convention: str, rows: Any = None) -> Any:
+    """Return the Pearson correlation of two matrices (N, K) along an axis; along axis 0 of the unmasked rows (N,)."""
+    sides = [_centered(array, axis, rows) for array in (first, second)]
     if convention == "torchdistill":
-        return xp.sum(normalize(sides[0], axis, 1e-8) * normalize(sides[1], axis, 1e-8), axis=axis)
+        return ops.sum(ops.normalize(sides[0], axis, 1e-8) * ops.normalize(sides[1], axis, 1e-8), axis=axis)
     eps = DENOMINATOR_EPS[convention]
     if eps is not None:
-        norms = safe_sqrt(xp.sum(sides[0] ** 2, axis=axis)) * safe_sqrt(xp.sum(sides[1] ** 2, axis=axis))
-        return xp.sum(sides[0] * sides[1], axis=axis) / (norms + eps)
-    peaks = [xp.amax(xp.abs(side), axis=axis, keepdims=True) for side in sides]
+        norms = ops.safe_sqrt(ops.sum(sides[0] ** 2, axis=axis)) * ops.safe_sqrt(ops.sum(sides[1] ** 2, axis=axis))
+        return ops.sum(sides[0] * sides[1], axis=axis) / (norms + eps)
+    peaks = [ops.amax(ops.abs(side), axis=axis, keepdims=True) for side in sides]
     is_constant = [
-        peak <= 8 * xp.finfo(array.dtype).eps * xp.amax(xp.abs(array), axis=axis, keepdims=True)
+        peak <= 8 * ops.epsilon(array) * ops.amax(ops.abs(array), axis=axis, keepdims=True)
         for peak, array in zip(peaks, (first, second), strict=True)
     ]
     # Dividing by the largest magnitude first keeps the squares of tiny probabilities from underflowing to 0. A centered
     # constant is set to exactly 0, because its rounding errors would correlate.
     scaled = [
-        xp.where(constant, 0.0 * side, side / detach(xp.where(constant, xp.ones_like(peak), peak)))
+        ops.where(constant, 0.0 * side, side / ops.detach(ops.where(constant, ops.ones_like(peak), peak)))
         for side, peak, constant in zip(sides, peaks, is_constant, strict=True)
     ]
-    cosine = xp.sum(normalize(scaled[0], axis) * normalize(scaled[1], axis), axis=axis, keepdims=True)
-    return xp.where(is_constant[0] & is_constant[1], xp.ones_like(cosine), cosine)
+    cosine = ops.sum(ops.normalize(scaled[0], axis) * ops.normalize(scaled[1], axis), axis=axis)
+    both_constant = ops.all(is_constant[0] & is_constant[1], axis)
+    return ops.where(both_constant, ops.ones_like(cosine), cosine)
+
+
+def _centered(matrix: Any, axis: int, rows: Any) -> Any:
+    """Subtract the mean along an axis; with a mask (N,) the mean is over the unmasked rows, and the others become 0."""
+    if rows is None:
+        return matrix - ops.mean(matrix, axis=axis, keepdims=True)
+    count = ops.cast(ops.count_nonzero(rows), ops.dtype(matrix))  # masked rows of the matrix are 0
+    return ops.zero_masked(matrix - ops.sum(matrix, axis=axis, keepdims=True) / count, rows)
 
 
 @loss("batch-correlation", relational=True)
@@ -119,8 +120,9 @@ def batch_correlation(student: Any, teacher: Any, *, temperature: float = 4.0, m
 
     Source: Jin, Wang, Lin 2023 (multi-level logit distillation), CVPR, section 3 (batch level), temperature 4.
     """
-    p_s, p_t = _softened_outputs(student, teacher, temperature, mask)
-    return ((p_s @ p_s.T - p_t @ p_t.T) ** 2).sum() / len(p_s)
+    p_s, p_t, rows = _softened_outputs(student, teacher, temperature, mask)
+    count = p_s.shape[0] if rows is None else ops.cast(ops.count_nonzero(rows), ops.dtype(p_s))
+    return ops.sum((p_s @ ops.swapaxes(p_s, 0, 1) - p_t @ ops.swapaxes(p_t, 0, 1)) ** 2) / count
 
 
 @loss("class-correlation", relational=True)
@@ -133,8 +135,8 @@ def class_correlation(student: Any, teacher: Any, *, temperature: float = 4.0, m
 
     Source: Jin, Wang, Lin 2023 (multi-level logit distillation), CVPR, section 3 (class level), temperature 4.
     """
-    p_s, p_t = _softened_outputs(student, teacher, temperature, mask)
-    return ((p_s.T @ p_s - p_t.T @ p_t) ** 2).sum() / p_s.shape[-1]
+    p_s, p_t, _ = _softened_outputs(student, teacher, temperature, mask)
+    return ops.sum((ops.swapaxes(p_s, 0, 1) @ p_s - ops.swapaxes(p_t, 0, 1) @ p_t) ** 2) / p_s.shape[-1]
 
 
 @loss("mlkd", relational=True)
@@ -186,10 +188,14 @@ def multi_level(
     return sum(losses[1:], losses[0])
 
 
-def _softened_outputs(student: Any, teacher: Any, temperature: float, mask: Any) -> tuple[Any, Any]:
-    """Return both softened outputs (n, K) of the unmasked samples or positions."""
+def _softened_outputs(student: Any, teacher: Any, temperature: float, mask: Any) -> tuple[Any, Any, Any]:
+    """Return both softened outputs (N, K) of samples or positions, 0 where masked, and the mask (N,), None for all."""
     check_temperature(temperature)
-    xp = namespace(student)
     check_same_shape(student, teacher)
-    p_s, p_t = (xp.exp(log_softmax(unmasked_rows(logits, mask) / temperature)) for logits in (student, teacher))
-    return p_s, p_t
+    p_s, p_t = (ops.exp(ops.log_softmax(ops.zero_masked(logits, mask) / temperature)) for logits in (student, teacher))
+    if mask is not None:
+        ops.check_mask_shape(mask, student.shape[:-1])
+        ops.check_mask_is_true_somewhere(mask)
+        p_s, p_t, mask = ops.zero_masked(p_s, mask), ops.zero_masked(p_t, mask), ops.reshape(mask != 0, (-1,))
+    classes = student.shape[-1]
+    return ops.reshape(p_s, (-1, classes)), ops.reshape(p_t, (-1, classes)), mask

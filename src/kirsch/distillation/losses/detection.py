@@ -6,21 +6,18 @@ magnitude.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from kirsch.distillation.arrays import (
-    check_same_shape,
-    log_sigmoid,
-    log_softmax,
-    namespace,
-    to_numpy,
-    weighted_mean,
-)
+from kirsch import ops
 from kirsch.distillation.losses.loss import loss
+from kirsch.distillation.losses.shapes import check_same_shape
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 LARGEST_COST = 1e30
 """Cost of a pair in place of NaN or infinity. Such a pair is only matched if no other is left."""
@@ -55,18 +52,17 @@ def detection_features(student: Any, teacher: Any) -> Any:
     maps_s, maps_t = _maps(student, "student"), _maps(teacher, "teacher")
     check_same_shape(maps_s, maps_t, "maps")
     difference = maps_s - maps_t
-    squares = (difference * difference).mean(1)  # (N, H, W)
-    xp = namespace(squares)
-    weights = xp.ones_like(squares)
+    squares = ops.mean(difference * difference, 1)  # (N, H, W)
+    weights = ops.ones_like(squares)
     if isinstance(teacher, dict) and "logits" in teacher:
         logits = teacher["logits"]
-        if (len(logits), *logits.shape[2:]) != tuple(squares.shape):
+        if (logits.shape[0], *logits.shape[2:]) != tuple(squares.shape):
             raise ShapeError(
                 f"The teacher's logits have shape {tuple(logits.shape)}, its maps {tuple(maps_t.shape)}.",
                 "They must be of the same samples and cells.",
             )
-        weights = xp.exp(xp.amax(log_sigmoid(logits), axis=1))
-    return weighted_mean(squares, weights)
+        weights = ops.exp(ops.amax(ops.log_sigmoid(logits), axis=1))
+    return ops.weighted_mean(squares, weights)
 
 
 def _maps(side: Any, role: str) -> Any:
@@ -119,15 +115,14 @@ def detection_response(
     _check_sets(student, teacher)
     for part in ("logits", "boxes"):
         check_same_shape(student[part], teacher[part], part)
-    xp = namespace(teacher["logits"])
-    log_s, log_t = (log_sigmoid(side["logits"]) for side in (student, teacher))
-    p_s, p_t = xp.exp(log_s), xp.exp(log_t)
+    log_s, log_t = (ops.log_sigmoid(side["logits"]) for side in (student, teacher))
+    p_s, p_t = ops.exp(log_s), ops.exp(log_t)
     cross_entropy = (1.0 - p_t) * student["logits"] - log_s  # since -log(1 - p) = logit - log p
     confident = confidence(teacher["logits"], "sigmoid")
-    weights = xp.where(confident > threshold, confident, 0.0 * confident)
+    weights = ops.where(confident > threshold, confident, 0.0 * confident)
     boxes = box_distance(student["boxes"], teacher["boxes"], box_weight, giou_weight)
-    objects = (weights > 0).sum().clip(min=1)
-    return (xp.abs(p_t - p_s) * cross_entropy).sum() / objects + weighted_mean(boxes, weights)
+    objects = ops.clip(ops.cast(ops.count_nonzero(weights > 0), ops.dtype(weights)), 1)
+    return ops.sum(ops.abs(p_t - p_s) * cross_entropy) / objects + ops.weighted_mean(boxes, weights)
 
 
 # ------------------------------------------------------------------------------------------------ sets
@@ -185,18 +180,19 @@ def detr(
         class_log_probabilities(student["logits"], classes),
         class_log_probabilities(teacher["logits"], classes),
     )
-    p_t = namespace(log_t).exp(log_t)
+    p_t = ops.exp(log_t)
     # Σ p (log p - log q) of all pairs (N, Q_s, Q_t) as a matrix product, which needs K times less memory than
     # broadcasting over the classes.
-    divergence = (p_t * log_t).sum(-1)[:, None, :] - log_s @ p_t.swapaxes(1, 2)
+    divergence = ops.sum(p_t * log_t, -1)[:, None, :] - log_s @ ops.swapaxes(p_t, 1, 2)
     boxes = box_distance(student["boxes"][:, :, None], teacher["boxes"][:, None], box_weight, giou_weight)
     box_weights = confidence(teacher["logits"], classes)
-    class_weights = box_weights.clip(min=empty_weight)
+    class_weights = ops.clip(box_weights, empty_weight)
     class_weights, box_weights = (
-        weights / weights.sum().clip(min=SMALLEST_SUM) for weights in (class_weights, box_weights)
+        weights / ops.clip(ops.sum(weights), SMALLEST_SUM) for weights in (class_weights, box_weights)
     )
     costs = class_weight * divergence * class_weights[:, None] + boxes * box_weights[:, None]
-    return costs[match_pairs(to_numpy(costs))].sum()
+    rows = match_pairs(ops.convert_to_numpy(costs))
+    return ops.sum(ops.take_along_axis(costs, rows[:, None], axis=1))
 
 
 def most_confident(side: dict[str, Any], classes: str, count: int) -> dict[str, Any]:
@@ -205,23 +201,22 @@ def most_confident(side: dict[str, Any], classes: str, count: int) -> dict[str, 
     Without this selection, a student with fewer queries would be matched to the teacher's least confident queries,
     because these have the lowest costs.
     """
-    confident = to_numpy(confidence(side["logits"], classes))
-    order = np.argsort(-confident, axis=-1, kind="stable")[:, :count]
-    return {name: array[np.arange(len(order))[:, None], order] for name, array in side.items()}
+    confident = ops.convert_to_numpy(confidence(side["logits"], classes))
+    order = np.argsort(-confident, axis=-1, kind="stable")[:, :count]  # (N, count)
+    return {name: ops.take_along_axis(array, order[:, :, None], axis=1) for name, array in side.items()}
 
 
-def match_pairs(costs: Any) -> tuple[Any, Any, Any]:
-    """Return the pairs with the smallest sum of costs in each sample, as indices (samples, rows, columns).
+def match_pairs(costs: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the row of each column, shape (N, C), in the matching with the smallest sum of costs in each sample.
 
     Args:
-        costs: numpy, shape (N, R, C), R >= C; each column is matched to a different row.
+        costs: shape (N, R, C), R >= C; each column is matched to a different row.
     """
-    pairs = []
+    matched = np.empty((costs.shape[0], costs.shape[2]), np.int64)
     for sample, cost in enumerate(costs):
         rows, columns = linear_sum_assignment(np.nan_to_num(cost, nan=LARGEST_COST, posinf=LARGEST_COST))
-        pairs.append((np.full(len(rows), sample), rows, columns))
-    samples, rows, columns = (np.concatenate(indices) for indices in zip(*pairs, strict=True))
-    return samples, rows, columns
+        matched[sample, columns] = rows
+    return matched
 
 
 # ------------------------------------------------------------------------------------------------ classes and boxes
@@ -230,23 +225,21 @@ def match_pairs(costs: Any) -> tuple[Any, Any, Any]:
 def class_log_probabilities(logits: Any, classes: str) -> Any:
     """Return log p of each class (..., K) for a softmax, or log p and then log(1 - p), (..., 2 K), for a sigmoid."""
     if classes == "softmax":
-        return log_softmax(logits)
+        return ops.log_softmax(logits)
     if classes == "sigmoid":
-        return namespace(logits).concatenate([log_sigmoid(logits), log_sigmoid(-logits)], axis=-1)
+        return ops.concatenate([ops.log_sigmoid(logits), ops.log_sigmoid(-logits)], axis=-1)
     raise UnknownNameError("kind of classes", classes, ("softmax", "sigmoid"))
 
 
 def confidence(logits: Any, classes: str) -> Any:
     """Return the largest probability of an object's class, (...) for logits (..., K)."""
-    objects = log_softmax(logits)[..., :-1] if classes == "softmax" else log_sigmoid(logits)
-    xp = namespace(logits)
-    return xp.exp(xp.amax(objects, axis=-1))
+    objects = ops.log_softmax(logits)[..., :-1] if classes == "softmax" else ops.log_sigmoid(logits)
+    return ops.exp(ops.amax(objects, axis=-1))
 
 
 def box_distance(student: Any, teacher: Any, box_weight: float, giou_weight: float) -> Any:
     """Return the weighted sum of the absolute differences and of 1 - GIoU, (...) for boxes (..., 4) that broadcast."""
-    xp = namespace(student)
-    return box_weight * xp.abs(student - teacher).sum(-1) + giou_weight * (1.0 - giou(student, teacher))
+    return box_weight * ops.sum(ops.abs(student - teacher), -1) + giou_weight * (1.0 - giou(student, teacher))
 
 
 def giou(first: Any, second: Any) -> Any:
@@ -257,26 +250,24 @@ def giou(first: Any, second: Any) -> Any:
 
     Source: Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1.
     """
-    xp = namespace(first)
     low_1, high_1 = _corners(first)
     low_2, high_2 = _corners(second)
-    inner = (xp.minimum(high_1, high_2) - xp.maximum(low_1, low_2)).clip(min=0)
-    outer = xp.maximum(high_1, high_2) - xp.minimum(low_1, low_2)
+    inner = ops.clip(ops.minimum(high_1, high_2) - ops.maximum(low_1, low_2), 0)
+    outer = ops.maximum(high_1, high_2) - ops.minimum(low_1, low_2)
     overlap, hull = inner[..., 0] * inner[..., 1], outer[..., 0] * outer[..., 1]
     union = _area(high_1 - low_1) + _area(high_2 - low_2) - overlap
     iou, outside = overlap / _replace_zeros(union), (hull - union) / _replace_zeros(hull)
-    return xp.where(hull > 0, iou - outside, xp.ones_like(hull))
+    return ops.where(hull > 0, iou - outside, ops.ones_like(hull))
 
 
 def _replace_zeros(areas: Any) -> Any:
     """Return the areas, with 1 in place of 0."""
-    xp = namespace(areas)
-    return xp.where(areas > 0, areas, xp.ones_like(areas))
+    return ops.where(areas > 0, areas, ops.ones_like(areas))
 
 
 def _corners(boxes: Any) -> tuple[Any, Any]:
     """Return the corners with the smallest and with the largest x and y, each (..., 2)."""
-    half = 0.5 * boxes[..., 2:].clip(min=0)
+    half = 0.5 * ops.clip(boxes[..., 2:], 0)
     return boxes[..., :2] - half, boxes[..., :2] + half
 
 
@@ -300,8 +291,8 @@ def _check_sets(student: dict[str, Any], teacher: dict[str, Any]) -> None:
         if missing:
             found = f"{', '.join(sorted(side)) or 'an empty dict'}" if isinstance(side, dict) else "one array"
             raise UsageError(f'The {role} returns {found}; a dict of "logits" and "boxes" is needed.')
-        if side["logits"].ndim != len("NQK"):
-            raise ShapeError(f"The {role}'s logits have shape {tuple(side['scores'].shape)}; (N, Q, K) is needed.")
+        if len(side["logits"].shape) != len("NQK"):
+            raise ShapeError(f"The {role}'s logits have shape {tuple(side['logits'].shape)}; (N, Q, K) is needed.")
     shapes = [tuple(side["logits"].shape) for side in (student, teacher)]
     if shapes[0][::2] != shapes[1][::2]:
         raise ShapeError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kirsch.distillation.arrays import check_same_shape, kl_terms, log_sigmoid, masked_mean, namespace
+from kirsch import ops
 from kirsch.distillation.losses.logits import check_temperature, softened
 from kirsch.distillation.losses.loss import check_convention, loss
+from kirsch.distillation.losses.shapes import check_same_shape
 from kirsch.errors import UsageError
 
 SMALLEST_SHARE = 1e-30
@@ -39,7 +40,7 @@ def reverse_kl(student: Any, teacher: Any, *, temperature: float = 1.0, mask: An
     check_temperature(temperature)
     check_same_shape(student, teacher)
     log_s, log_t = softened(student, teacher, temperature=temperature, mask=mask)
-    return masked_mean(kl_terms(log_s, log_t).sum(-1), mask) * temperature**2
+    return ops.masked_mean(ops.sum(ops.kl_terms(log_s, log_t), -1), mask) * temperature**2
 
 
 @loss("jsd")
@@ -81,11 +82,10 @@ def jensen_shannon(
     check_convention(convention, ("kirsch", "trl"))
     if not 0 <= beta <= 1:
         raise UsageError(f"`beta` is {beta}; a number from 0 to 1 is needed.")
-    xp = namespace(student)
     check_same_shape(student, teacher)
     log_s, log_t = softened(student, teacher, temperature=temperature, mask=mask)
     terms = _mixture_terms(log_s, log_t, beta) + _mixture_terms(log_t, log_s, 1 - beta)
-    divergence = masked_mean(xp.sum(terms, axis=-1), mask)
+    divergence = ops.masked_mean(ops.sum(terms, axis=-1), mask)
     if convention == "trl":
         return divergence * (beta * (1 - beta) if 0 < beta < 1 else 1.0)
     return divergence * temperature**2
@@ -97,14 +97,13 @@ def _mixture_terms(log_p: Any, log_q: Any, share: float) -> Any:
     The sum of q - p over classes is 0. With u = q / p - 1 a term is p (a u - log(1 + a u)) / a, which avoids the
     cancellation in KL / a for small a. log(1 + a u) is computed from log(q / p), since q / p itself may overflow.
     """
-    xp = namespace(log_p)
     if share < SMALLEST_SHARE:
-        return xp.zeros_like(log_p)
-    p = xp.exp(log_p)
+        return ops.zeros_like(log_p)
+    p = ops.exp(log_p)
     # Where p is 0 the product below is 0 whatever the ratio, but an infinite ratio would give NaN.
-    ratio = xp.where(p == 0, xp.zeros_like(p), log_q) - xp.where(p == 0, xp.zeros_like(p), log_p)
+    ratio = ops.where(p == 0, ops.zeros_like(p), log_q) - ops.where(p == 0, ops.zeros_like(p), log_p)
     log_mixture = ratio  # log(1 + a u)
     if share < 1:
         log_rest = math.log1p(-share)
-        log_mixture = log_rest - log_sigmoid(log_rest - math.log(share) - ratio)
-    return xp.exp(log_q) - p - p * log_mixture / share
+        log_mixture = log_rest - ops.log_sigmoid(log_rest - math.log(share) - ratio)
+    return ops.exp(log_q) - p - p * log_mixture / share

@@ -5,19 +5,9 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kirsch.distillation.arrays import (
-    cast_like,
-    classes_last,
-    expand_mask,
-    log_sigmoid,
-    log_softmax,
-    masked_mean,
-    namespace,
-    take_column,
-    upcast,
-    without_autocast,
-    zero_masked,
-)
+import numpy as np
+
+from kirsch import ops
 from kirsch.errors import DataError, ShapeError, UsageError
 from kirsch.registry import Registry
 
@@ -31,22 +21,44 @@ IGNORED = -100
 class LabelLoss(Protocol):
     """A registered loss on labels."""
 
-    def __call__(self, student: Any, targets: Any, *, mask: Any = None, label_smoothing: float = 0.0) -> Any:
-        """Return a scalar, smallest where the student predicts the targets."""
+    def __call__(
+        self,
+        student: Any,
+        targets: Any,
+        *,
+        mask: Any = None,
+        label_smoothing: float = 0.0,
+        axis: int | None = None,
+    ) -> Any:
+        """Return a scalar, smallest where the student predicts the targets.
+
+        `axis`: of the classes of pixels, such as 1 for (N, K, H, W) and -1 for (N, H, W, K); None: by the convention of
+        the library of the arrays, 1 for numpy and PyTorch.
+        """
 
 
 LABEL_LOSSES: Registry[LabelLoss] = Registry("label-loss")
 
 
-def _label_loss(name: str) -> Callable[[LabelLoss], LabelLoss]:
-    """Decorate a function to register it; it receives at least 32 bits and runs without autocast."""
+def _label_loss(name: str) -> Callable[[Callable[..., Any]], LabelLoss]:
+    """Decorate a function to register it; it receives at least 32 bits, classes last, and runs without autocast."""
 
-    def register(formula: LabelLoss) -> LabelLoss:
+    def register(formula: Callable[..., Any]) -> LabelLoss:
         @functools.wraps(formula)
-        def compute(student: Any, targets: Any, *, mask: Any = None, label_smoothing: float = 0.0) -> Any:
+        def compute(
+            student: Any,
+            targets: Any,
+            *,
+            mask: Any = None,
+            label_smoothing: float = 0.0,
+            axis: int | None = None,
+        ) -> Any:
             _check_smoothing(label_smoothing)
-            student, targets = upcast(student), upcast(targets)
-            with without_autocast(student):
+            student, targets = ops.upcast(student), ops.upcast(targets)
+            if len(targets.shape) == len(student.shape):
+                targets = ops.classes_last(targets, axis)
+            student = ops.classes_last(student, axis)
+            with ops.without_autocast(student):
                 return formula(student, targets, mask=mask, label_smoothing=label_smoothing)
 
         return LABEL_LOSSES.register(name)(compute)
@@ -75,13 +87,12 @@ def hard_label(student: Any, targets: Any, *, mask: Any = None, label_smoothing:
     Source: smoothing after Szegedy et al. 2016, arXiv:1512.00567, section 7. Off by default, because a
         teacher softens the labels better than a constant does (Müller et al. 2019, arXiv:1906.02629).
     """
-    student = classes_last(student)
     targets, mask = check_labels(student, targets, mask)
-    log_p = log_softmax(zero_masked(student, mask))
-    losses = -take_column(log_p, targets)
+    log_p = ops.log_softmax(ops.zero_masked(student, mask))
+    losses = -ops.take_column(log_p, targets)
     if label_smoothing:
-        losses = (1 - label_smoothing) * losses - label_smoothing * log_p.mean(-1)
-    return masked_mean(losses, mask)
+        losses = (1 - label_smoothing) * losses - label_smoothing * ops.mean(log_p, -1)
+    return ops.masked_mean(losses, mask)
 
 
 @_label_loss("binary")
@@ -108,17 +119,16 @@ def binary_label(student: Any, targets: Any, *, mask: Any = None, label_smoothin
 
     Source: Bishop 2006, Pattern Recognition and Machine Learning, equation 4.90.
     """
-    xp = namespace(student)
     student, targets = _align_targets(student, targets)
     known = targets != IGNORED
     if mask is not None:
-        known = known & expand_mask(mask, known)
+        known = known & ops.expand_mask(mask, known)
     _check_domain(known & ~((targets >= 0) & (targets <= 1)), targets, '"binary" takes targets from 0 to 1')
-    logits = xp.where(known, student, xp.zeros_like(student))
-    truth = xp.where(known, targets, xp.zeros_like(targets)) * (1 - label_smoothing) + label_smoothing / 2
-    losses = -(truth * log_sigmoid(logits) + (1 - truth) * log_sigmoid(-logits))
-    losses = xp.where(known, losses, xp.zeros_like(losses)).sum(-1)
-    return masked_mean(losses, known.any(-1))
+    logits = ops.where(known, student, ops.zeros_like(student))
+    truth = ops.where(known, targets, ops.zeros_like(targets)) * (1 - label_smoothing) + label_smoothing / 2
+    losses = -(truth * ops.log_sigmoid(logits) + (1 - truth) * ops.log_sigmoid(-logits))
+    losses = ops.sum(ops.where(known, losses, ops.zeros_like(losses)), -1)
+    return ops.masked_mean(losses, ops.any(known, -1))
 
 
 @_label_loss("squared-error")
@@ -147,14 +157,14 @@ def squared_error(student: Any, targets: Any, *, mask: Any = None, label_smoothi
             fix="Set it to 0.",
         )
     student, targets = _align_targets(student, targets)
-    targets = zero_masked(targets, mask)
-    _check_domain(~namespace(targets).isfinite(targets), targets, '"squared-error" takes finite numbers')
-    difference = zero_masked(student, mask) - targets
-    return masked_mean((difference * difference).sum(-1), mask)
+    targets = ops.zero_masked(targets, mask)
+    _check_domain(~ops.isfinite(targets), targets, '"squared-error" takes finite numbers')
+    difference = ops.zero_masked(student, mask) - targets
+    return ops.masked_mean(ops.sum(difference * difference, -1), mask)
 
 
 def check_labels(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]:
-    """Check class numbers; return them with 0 in place of masked labels, and the mask, None if all labels count.
+    """Check class numbers; return them with 0 in place of masked labels, and the mask; None if all count.
 
     Args:
         student: logits, shape (N, K) or (N, L, K).
@@ -165,9 +175,9 @@ def check_labels(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]
         ShapeError: the number of labels differs from the number of samples or positions.
         DataError: the labels are not integers, or an unmasked label is out of range.
     """
-    if "int" not in str(labels.dtype):  # PyTorch would silently truncate fractions
+    if "int" not in ops.dtype(labels):  # PyTorch would silently truncate fractions
         raise DataError(
-            f"The labels have type {str(labels.dtype).removeprefix('torch.')}.",
+            f"The labels have type {ops.dtype(labels)}.",
             "Class numbers must be integers.",
             "Convert class numbers to int64; for probabilities or real numbers choose another label loss.",
         )
@@ -176,27 +186,35 @@ def check_labels(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]
             f"The labels have shape {tuple(labels.shape)}; the logits have shape {tuple(student.shape)}.",
             f"One class number for each of {tuple(student.shape[:-1])} is needed.",
         )
-    if int(labels.min()) < 0:
-        known = labels != IGNORED
-        mask = known if mask is None else known & expand_mask(mask, known)
-    labels = zero_masked(labels, mask)
-    wrong = (labels < 0) | (labels >= student.shape[-1])
-    if bool(wrong.any()):  # numpy would take -1 as the last class
-        raise DataError(
-            f"Sample {int(namespace(wrong).argwhere(wrong)[0][0])} has the label {int(labels[wrong][0])}.",
+    if mask is None and ops.is_known_to_hold((labels >= 0) & (labels < student.shape[-1])):
+        return labels, None
+    known = labels != IGNORED
+    mask = known if mask is None else known & ops.expand_mask(mask, known)
+    labels = ops.zero_masked(labels, mask)
+    wrong = (labels < 0) | (labels >= student.shape[-1])  # numpy would take -1 as the last class
+
+    def out_of_range() -> DataError:
+        sample, label = _first(wrong, labels)
+        return DataError(
+            f"Sample {sample} has the label {int(label)}.",
             f"The model has {student.shape[-1]} classes, so labels must be from 0 to {student.shape[-1] - 1}.",
             f"Fix the labels, or use a model with more classes. Use {IGNORED} for samples without a label.",
         )
+
+    ops.raise_if(wrong, out_of_range)
     return labels, mask
+
+
+def _first(wrong: Any, values: Any) -> tuple[int, float]:
+    """Return the number of the first sample with a wrong value, and the value."""
+    index = tuple(np.argwhere(ops.convert_to_numpy(wrong))[0])
+    return int(index[0]), float(ops.convert_to_numpy(values)[index])
 
 
 def _align_targets(student: Any, targets: Any) -> tuple[Any, Any]:
     """Return outputs and targets of the same shape, with classes on the last axis, and the type of the outputs."""
-    if student.ndim == 1:
+    if len(student.shape) == 1:
         student = student[:, None]
-    if student.ndim >= len("NKHW"):
-        targets = classes_last(targets) if targets.ndim == student.ndim else targets
-        student = classes_last(student)
     if tuple(targets.shape) == tuple(student.shape[:-1]) and student.shape[-1] == 1:
         targets = targets[..., None]  # (N, 1) - (N,) would broadcast to (N, N)
     if tuple(targets.shape) != tuple(student.shape):
@@ -204,18 +222,17 @@ def _align_targets(student: Any, targets: Any) -> tuple[Any, Any]:
             f"The targets have shape {tuple(targets.shape)}; the student's output has shape {tuple(student.shape)}.",
             "One target for each output is needed.",
         )
-    return student, cast_like(targets, student)
+    return student, ops.cast_like(targets, student)
 
 
 def _check_domain(wrong: Any, targets: Any, domain: str) -> None:
     """Raise a DataError if a target is outside the domain of its loss."""
-    if bool(wrong.any()):
-        sample = int(namespace(wrong).argwhere(wrong)[0][0])
-        raise DataError(
-            f"Sample {sample} has the target {float(targets[wrong][0]):g}.",
-            f"The label loss {domain}.",
-            "Fix the data.",
-        )
+
+    def outside() -> DataError:
+        sample, target = _first(wrong, targets)
+        return DataError(f"Sample {sample} has the target {target:g}.", f"The label loss {domain}.", "Fix the data.")
+
+    ops.raise_if(wrong, outside)
 
 
 def _check_smoothing(label_smoothing: float) -> None:

@@ -6,18 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from kirsch.distillation.arrays import (
-    check_same_shape,
-    kl_terms,
-    log_softmax,
-    masked_mean,
-    namespace,
-    safe_multiply,
-    standard_deviation,
-    take_column,
-    zero_masked,
-)
+from kirsch import ops
 from kirsch.distillation.losses.loss import check_convention, loss
+from kirsch.distillation.losses.shapes import check_same_shape
 from kirsch.errors import UsageError
 
 
@@ -99,13 +90,12 @@ def soft_target(
     check_temperature(temperature)
     check_convention(convention, CONVENTIONS)
     scale = CONVENTIONS[convention]
-    xp = namespace(student)
     check_same_shape(student, teacher)
     log_s, log_t = softened(student, teacher, temperature=temperature, standardize=standardize, mask=mask)
     if scale.floor:
-        log_s, log_t = log_s.clip(min=math.log(scale.floor)), log_t.clip(min=math.log(scale.floor))
-    terms = safe_multiply(xp.exp(log_t), -log_s) if scale.entropy_kept else kl_terms(log_t, log_s)
-    divergence = masked_mean(terms.sum(-1), mask)
+        log_s, log_t = ops.clip(log_s, math.log(scale.floor)), ops.clip(log_t, math.log(scale.floor))
+    terms = ops.safe_multiply(ops.exp(log_t), -log_s) if scale.entropy_kept else ops.kl_terms(log_t, log_s)
+    divergence = ops.masked_mean(ops.sum(terms, -1), mask)
     if scale.mean_over_classes:
         divergence = divergence / student.shape[-1]
     return divergence * temperature**2 if scale.temperature_squared else divergence
@@ -129,8 +119,8 @@ def hard_teacher(student: Any, teacher: Any, *, mask: Any = None) -> Any:
     Source: Touvron et al. 2021, arXiv:2012.12877, equation 3, with weight 0.5, and 0.5 for the labels.
     """
     check_same_shape(student, teacher)
-    predicted = zero_masked(teacher, mask).argmax(-1)
-    return masked_mean(-take_column(log_softmax(zero_masked(student, mask)), predicted), mask)
+    predicted = ops.argmax(ops.zero_masked(teacher, mask), -1)
+    return ops.masked_mean(-ops.take_column(ops.log_softmax(ops.zero_masked(student, mask)), predicted), mask)
 
 
 @loss("logit-l2", activation="identity")
@@ -163,8 +153,8 @@ def squared_logits(
     check_temperature(temperature)
     check_convention(convention, ("kirsch", "textbrewer"))
     check_same_shape(student, teacher)
-    difference = zero_masked(student, mask) - zero_masked(teacher, mask)
-    distance = masked_mean((difference * difference).sum(-1), mask)
+    difference = ops.zero_masked(student, mask) - ops.zero_masked(teacher, mask)
+    distance = ops.masked_mean(ops.sum(difference * difference, -1), mask)
     return distance / (student.shape[-1] * temperature**2) if convention == "textbrewer" else distance
 
 
@@ -187,9 +177,8 @@ def pixel_soft_target(student: Any, teacher: Any, *, temperature: float = 1.0, m
 
     Source: Liu et al. 2019, arXiv:1903.04197, equation 1 (temperature 1, weight 10 beside the other terms).
     """
-    xp = namespace(student)
     check_same_shape(student, teacher)
-    student, teacher = (xp.moveaxis(logits, 1, -1) for logits in (student, teacher))
+    student, teacher = (ops.moveaxis(logits, 1, -1) for logits in (student, teacher))
     return soft_target(student, teacher, temperature=temperature, mask=mask)
 
 
@@ -197,19 +186,19 @@ def softened(
     student: Any, teacher: Any, *, temperature: float, standardize: bool = False, mask: Any = None
 ) -> tuple[Any, Any]:
     """Return the logarithms of both softmaxes at a temperature, with masked logits set to zero."""
-    student, teacher = zero_masked(student, mask), zero_masked(teacher, mask)
+    student, teacher = ops.zero_masked(student, mask), ops.zero_masked(teacher, mask)
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
-    return log_softmax(student / temperature), log_softmax(teacher / temperature)
+    return ops.log_softmax(student / temperature), ops.log_softmax(teacher / temperature)
 
 
 def standardized(logits: Any) -> Any:
     """Scale logits (..., K) to mean 0 and standard deviation 1 (K - 1) over classes; 1e-7 is added to the latter."""
-    centered = logits - logits.mean(-1)[..., None]
-    return centered / (standard_deviation(logits) + 1e-7)
+    centered = logits - ops.mean(logits, -1)[..., None]
+    return centered / (ops.standard_deviation(logits) + 1e-7)
 
 
 def check_temperature(temperature: float) -> None:
     """Raise a UsageError if a temperature is not a finite number above 0."""
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise UsageError(f"The temperature is {temperature}; a number above 0 is needed.")

@@ -8,7 +8,7 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
-from kirsch.distillation.arrays import detach, first_array, upcast, without_autocast
+from kirsch import ops
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 from kirsch.registry import Registry
 
@@ -40,6 +40,9 @@ independent labels, "identity" for a regression."""
 TOKEN_KINDS = ("tokens", "attention", "relations")
 """Kinds that belong to the positions of a sequence, so that a mask of positions applies."""
 
+CHANNEL_KINDS = ("pixels", "maps", "stages")
+"""Kinds with an axis of channels or classes before the height and the width, or, by another convention, behind them."""
+
 Over = Literal["samples", "positions", "pairs", "contents"]
 """Elements that the mean of a loss runs over. It decides the weights when several batches make one step:
 
@@ -68,8 +71,15 @@ class Loss(Protocol):
     least_at_teacher: bool
     __doc__: str | None
 
-    def __call__(self, student: Any, teacher: Any, **options: Any) -> Any:
-        """Return a scalar, smallest when the student equals the teacher."""
+    def __call__(self, student: Any, teacher: Any, *, axis: Any = None, **options: Any) -> Any:
+        """Return a scalar, smallest when the student equals the teacher.
+
+        Args:
+            student, teacher: values of the kind `takes`.
+            axis: for `CHANNEL_KINDS`, the axis of the channels or classes, such as 1 for (N, C, H, W) and -1 for
+                (N, H, W, C); None: by the convention of the library of the arrays, 1 for numpy and PyTorch.
+            options: keywords of the formula.
+        """
 
 
 LOSSES: Registry[Loss] = Registry("loss")
@@ -89,7 +99,9 @@ def loss(
     """Decorate a function to register it as a loss.
 
     The decorated function receives arrays of at least 32 bits, runs without autocast, and gets the teacher's values
-    without gradient.
+    without gradient, and pixels, maps and stages with their channels on axis 1. It uses operators and the functions of
+    `kirsch.ops`, which work on the arrays of all libraries, and no methods of arrays. Its Python code does not depend
+    on the values of arrays, so that a compiler can trace it; values are checked by `ops.raise_if`.
 
     Args:
         name: the name in objectives.
@@ -131,10 +143,13 @@ def loss(
                 )
 
         @functools.wraps(formula)
-        def compute(student: Any, teacher: Any, **options: Any) -> Any:
-            student, teacher = (_checked(upcast(side), takes, output_activation) for side in (student, teacher))
-            with without_autocast(student):
-                return formula(student, teacher if learned else detach(teacher), **options)
+        def compute(student: Any, teacher: Any, *, axis: int | None = None, **options: Any) -> Any:
+            student, teacher = ops.upcast(student), ops.upcast(teacher)
+            if takes in CHANNEL_KINDS:
+                student, teacher = _channels_first(student, axis), _channels_first(teacher, axis)
+            student, teacher = (_checked(side, takes, output_activation) for side in (student, teacher))
+            with ops.without_autocast(ops.first_array(student)):
+                return formula(student, teacher if learned else ops.detach(teacher), **options)
 
         registered = cast("Loss", compute)
         registered.name, registered.takes, registered.widths, registered.learned = name, takes, widths, learned
@@ -144,6 +159,16 @@ def loss(
         return LOSSES.register(name)(registered)
 
     return register
+
+
+def _channels_first(side: Any, axis: int | None) -> Any:
+    """Return arrays with the channels moved to axis 1, those without positions, such as (N, C), unchanged."""
+
+    def move(array: Any) -> Any:
+        source = ops.channel_axis(array) if axis is None else axis
+        return array if source == 1 or len(array.shape) < len("NCL") else ops.moveaxis(array, source, 1)
+
+    return ops.map_arrays(move, side)
 
 
 def _checked(side: Any, takes: Takes, activation: Activation) -> Any:
@@ -156,15 +181,15 @@ def _checked(side: Any, takes: Takes, activation: Activation) -> Any:
     if isinstance(side, (dict, list)):
         if not side:
             raise ShapeError("One side has no arrays.", fix=f"Pass at least one: the loss compares {takes}.")
-        if len(first_array(side)) == 0:
+        if ops.first_array(side).shape[0] == 0:
             raise _empty_batch()
         return side
-    if side.ndim and len(side) == 0:
+    if len(side.shape) and side.shape[0] == 0:
         raise _empty_batch()
-    if side.ndim == 1 and takes in OUTPUT_KINDS and activation != "softmax":
+    if len(side.shape) == 1 and takes in OUTPUT_KINDS and activation != "softmax":
         return side[:, None]
     noun = "values" if takes == "values" else "logits"
-    if takes in OUTPUT_KINDS and side.ndim < len("NK"):
+    if takes in OUTPUT_KINDS and len(side.shape) < len("NK"):
         raise ShapeError(
             f"The {noun} have shape {tuple(side.shape)}; (N, K) or (N, L, K) is needed.",
             "The samples would count as classes.",
@@ -172,7 +197,7 @@ def _checked(side: Any, takes: Takes, activation: Activation) -> Any:
         )
     if takes in ("logits", "pixels") and activation == "softmax" and side.shape[1 if takes == "pixels" else -1] == 1:
         fix = 'Use "binary-kd" for a binary output; for a number use Term("fitnet", student_layer="logits").'
-        if side.ndim >= len("NKHW"):
+        if len(side.shape) >= len("NKHW"):
             fix = 'Use Term("fitnet", student_layer="logits") for a binary output or a number at each pixel.'
         raise ShapeError(
             f"The logits have shape {tuple(side.shape)}: only one class.",
@@ -217,14 +242,14 @@ def step_arguments(function: Callable[..., Any]) -> frozenset[str]:
 def check_at_least(minimum: float, **options: float) -> None:
     """Raise a UsageError for an option that is not a finite number of at least the minimum."""
     for name, value in options.items():
-        if not (math.isfinite(value) and value >= minimum):
+        if not minimum <= value < math.inf:
             raise UsageError(f"`{name}` is {value}; a number of at least {minimum} is needed.")
 
 
 def check_above(bound: float, **options: float) -> None:
     """Raise a UsageError for an option that is not a finite number above the bound."""
     for name, value in options.items():
-        if not (math.isfinite(value) and value > bound):
+        if not bound < value < math.inf:
             raise UsageError(f"`{name}` is {value}; a number above {bound} is needed.")
 
 

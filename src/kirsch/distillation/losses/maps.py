@@ -8,24 +8,10 @@ from typing import Any
 import numpy as np
 from scipy.special import log_ndtr
 
-from kirsch.distillation.arrays import (
-    adaptive_average_pool,
-    array_like,
-    check_maps,
-    check_same_shape,
-    detach,
-    flatten,
-    kl_terms,
-    log_sigmoid,
-    log_softmax,
-    namespace,
-    normalize,
-    pool_to_common_size,
-    safe_sqrt,
-    standard_deviation,
-)
+from kirsch import ops
 from kirsch.distillation.losses.logits import check_temperature
 from kirsch.distillation.losses.loss import check_above, check_at_least, check_convention, check_integer, loss
+from kirsch.distillation.losses.shapes import check_maps, check_same_shape
 from kirsch.errors import ShapeError, UsageError
 
 STANDARD_MARGIN = -math.sqrt(2 / math.pi)
@@ -49,7 +35,7 @@ def hint(student: Any, teacher: Any) -> Any:
         layer in the middle.
     """
     check_same_shape(student, teacher, "maps")
-    return ((student - teacher) ** 2).mean()
+    return ops.mean((student - teacher) ** 2)
 
 
 @loss("at", takes="maps", widths="any")
@@ -77,14 +63,14 @@ def attention_transfer(student: Any, teacher: Any, *, power: float = 2.0, conven
     check_convention(convention, ("mean", "paper"))
     check_above(0, power=power)
     check_maps(student, teacher)
-    student, teacher = pool_to_common_size(student, teacher)
+    student, teacher = ops.pool_to_common_size(student, teacher)
     squares = (_attention_map(student, power) - _attention_map(teacher, power)) ** 2
-    return squares.mean() if convention == "mean" else safe_sqrt(squares.sum(-1)).mean()
+    return ops.mean(squares) if convention == "mean" else ops.mean(ops.safe_sqrt(ops.sum(squares, -1)))
 
 
 def _attention_map(maps: Any, power: float) -> Any:
     """Return the mean over channels of |activation|^power, (N, H · W), scaled to norm 1."""
-    return normalize(flatten((abs(maps) ** power).mean(1)))
+    return ops.normalize(ops.flatten(ops.mean(ops.abs(maps) ** power, 1)))
 
 
 @loss("nst", takes="maps", widths="any")
@@ -106,13 +92,15 @@ def neuron_selectivity(student: Any, teacher: Any) -> Any:
     Source: Huang, Wang 2017, arXiv:1707.01219, with the polynomial kernel (c = 0, d = 2). Weight 50 (RepDistiller).
     """
     check_maps(student, teacher)
-    first, second = (normalize(part.reshape(*part.shape[:2], -1)) for part in pool_to_common_size(student, teacher))
+    first, second = (
+        ops.normalize(ops.reshape(part, (*part.shape[:2], -1))) for part in ops.pool_to_common_size(student, teacher)
+    )
     (_, channels_s, positions), (_, channels_t, _) = first.shape, second.shape
     if positions * (channels_s + channels_t) < channels_s**2 + channels_t**2 + channels_s * channels_t:
-        gram_s, gram_t = (side.swapaxes(1, 2) @ side / side.shape[1] for side in (first, second))  # (N, H·W, H·W)
-        return ((gram_s - gram_t) ** 2).sum((1, 2)).mean()
-    pairs = [left @ right.swapaxes(1, 2) for left, right in ((first, first), (second, second), (first, second))]
-    within_s, within_t, between = ((pair * pair).mean() for pair in pairs)  # (N, C, C') each
+        gram_s, gram_t = (ops.swapaxes(side, 1, 2) @ side / side.shape[1] for side in (first, second))  # (N, H·W, H·W)
+        return ops.mean(ops.sum((gram_s - gram_t) ** 2, (1, 2)))
+    pairs = [left @ ops.swapaxes(right, 1, 2) for left, right in ((first, first), (second, second), (first, second))]
+    within_s, within_t, between = (ops.mean(pair * pair) for pair in pairs)  # (N, C, C') each
     return within_s + within_t - 2 * between
 
 
@@ -142,8 +130,8 @@ def activation_boundary(student: Any, teacher: Any, *, margin: float = 1.0, conv
     check_above(0, margin=margin)
     check_maps(student, teacher)
     check_same_shape(student, teacher, "maps")
-    hinge = namespace(student).where(teacher > 0, margin - student, student + margin).clip(min=0)
-    total = (hinge * hinge).sum() / len(student)
+    hinge = ops.clip(ops.where(teacher > 0, margin - student, student + margin), 0)
+    total = ops.sum(hinge * hinge) / student.shape[0]
     return total * 3 / 1000 if convention == "repdistiller" else total
 
 
@@ -176,12 +164,12 @@ def factor_transfer(
     check_maps(student, teacher)
     if convention == "paper":
         check_same_shape(student, teacher, "factors")
-        first, second = normalize(flatten(student)), normalize(flatten(teacher))
+        first, second = ops.normalize(ops.flatten(student)), ops.normalize(ops.flatten(teacher))
     else:
-        student, teacher = pool_to_common_size(student, teacher)
+        student, teacher = ops.pool_to_common_size(student, teacher)
         check_same_shape(student, teacher, "factors")
         first, second = _attention_map(student, activity_power), _attention_map(teacher, activity_power)
-    return (abs(first - second) ** power).mean()
+    return ops.mean(ops.abs(first - second) ** power)
 
 
 @loss("ofd", takes="maps")
@@ -210,14 +198,12 @@ def overhaul(student: Any, teacher: Any, *, margin: Any = STANDARD_MARGIN, conve
     check_convention(convention, ("sum", "mmrazor"))
     check_maps(student, teacher)
     check_same_shape(student, teacher, "maps")
-    xp = namespace(student)
-    lowest = _per_channel(array_like(margin, teacher), teacher.shape[1], "margin")
-    if not bool((lowest <= 0).all()):
-        raise UsageError(f"`margin` is {margin}; numbers of at most 0 are needed.")
-    target = xp.maximum(teacher, lowest)
+    lowest = _per_channel(ops.convert_to_tensor(margin, like=teacher), teacher.shape[1], "margin")
+    ops.raise_if(~(lowest <= 0), lambda: UsageError(f"`margin` is {margin}; numbers of at most 0 are needed."))
+    target = ops.maximum(teacher, lowest)
     counted = (teacher > 0) | (student > target)
-    squares = xp.where(counted, student - target, xp.zeros_like(student)) ** 2
-    total = squares.sum() / len(student)
+    squares = ops.where(counted, student - target, ops.zeros_like(student)) ** 2
+    total = ops.sum(squares) / student.shape[0]
     return total / 1000 if convention == "mmrazor" else total
 
 
@@ -226,7 +212,7 @@ def _per_channel(values: Any, channels: int, name: str) -> Any:
     count = math.prod(values.shape)
     if count not in (1, channels):
         raise ShapeError(f"`{name}` has {count} values; 1 or {channels}, one a channel, are needed.")
-    return values.reshape(1, -1, 1, 1)
+    return ops.reshape(values, (1, -1, 1, 1))
 
 
 def margins(mean: Any, std: Any) -> Any:
@@ -273,13 +259,13 @@ def hierarchical_context(student: Any, teacher: Any, *, sizes: tuple[int, ...] =
     for size in sizes:
         check_integer(1, size=size)
     difference = student - teacher  # pooling is linear: pool the difference once
-    total, weights = (difference * difference).mean(), 1.0
+    total, weights = ops.mean(difference * difference), 1.0
     weight = 1.0
     for size in sizes:
         if size < student.shape[2]:
             weight /= 2
             weights += weight
-            total = total + weight * (adaptive_average_pool(difference, (size, size)) ** 2).mean()
+            total = total + weight * ops.mean(ops.adaptive_average_pool(difference, (size, size)) ** 2)
     return total / weights
 
 
@@ -306,8 +292,10 @@ def channel_wise(student: Any, teacher: Any, *, temperature: float = 1.0) -> Any
     check_temperature(temperature)
     check_maps(student, teacher)
     check_same_shape(student, teacher, "maps")
-    log_s, log_t = (log_softmax(part.reshape(*part.shape[:2], -1) / temperature) for part in (student, teacher))
-    return kl_terms(log_t, log_s).sum(-1).mean() * temperature**2
+    log_s, log_t = (
+        ops.log_softmax(ops.reshape(part, (*part.shape[:2], -1)) / temperature) for part in (student, teacher)
+    )
+    return ops.mean(ops.sum(ops.kl_terms(log_t, log_s), -1)) * temperature**2
 
 
 channel_wise_maps = loss("cwd", takes="maps")(channel_wise)
@@ -335,10 +323,10 @@ def pearson(student: Any, teacher: Any, *, eps: float = 1e-6) -> Any:
     check_maps(student, teacher)
     check_same_shape(student, teacher, "maps")
     first, second = (
-        (part - part.mean((0, 2, 3), keepdims=True)) / (standard_deviation(part, (0, 2, 3)) + eps)
+        (part - ops.mean(part, (0, 2, 3), keepdims=True)) / (ops.standard_deviation(part, (0, 2, 3)) + eps)
         for part in (student, teacher)
     )
-    return 0.5 * ((first - second) ** 2).mean()
+    return 0.5 * ops.mean((first - second) ** 2)
 
 
 @loss("mgd", takes="maps")
@@ -363,7 +351,7 @@ def generation(student: Any, teacher: Any, *, convention: str = "sum") -> Any:
     check_maps(student, teacher)
     check_same_shape(student, teacher, "maps")
     squares = (student - teacher) ** 2
-    return squares.mean() if convention == "modelopt" else squares.sum() / len(student)
+    return ops.mean(squares) if convention == "modelopt" else ops.sum(squares) / student.shape[0]
 
 
 @loss("l2-normalized", takes="features")
@@ -382,7 +370,7 @@ def normalized_distance(student: Any, teacher: Any) -> Any:
     Source: mmrazor's `L2Loss` with `normalize=True`.
     """
     check_same_shape(student, teacher, "features")
-    return ((normalize(flatten(student)) - normalize(flatten(teacher))) ** 2).sum(-1).mean()
+    return ops.mean(ops.sum((ops.normalize(ops.flatten(student)) - ops.normalize(ops.flatten(teacher))) ** 2, -1))
 
 
 @loss("vid", takes="maps", learned=True)
@@ -405,18 +393,18 @@ def variational(student: Any, teacher: Any, *, variance: float = 5.0, eps: float
 
     Source: Ahn et al. 2019, arXiv:1904.05835. Weight 1; the mean comes from three 1 × 1 convolutions (RepDistiller).
     """
-    teacher = detach(teacher)
+    teacher = ops.detach(teacher)
     check_above(0, eps=eps)
     check_above(eps, variance=variance)
     if isinstance(student, dict):
         mean, scale = student["mean"], student["scale"]
     else:
-        mean, scale = student, array_like([inverse_softplus(variance - eps)], student)
+        mean, scale = student, ops.convert_to_tensor([inverse_softplus(variance - eps)], like=student)
     check_maps(mean, teacher)
     check_same_shape(mean, teacher, "maps")
     scale = _per_channel(scale, teacher.shape[1], "scale")
-    variances = eps - log_sigmoid(-scale)
-    return 0.5 * ((mean - teacher) ** 2 / variances + namespace(variances).log(variances)).mean()
+    variances = eps - ops.log_sigmoid(-scale)
+    return 0.5 * ops.mean((mean - teacher) ** 2 / variances + ops.log(variances))
 
 
 def inverse_softplus(value: float) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kirsch.distillation.arrays import cast_like, check_same_shape, masked_mean, namespace, zero_masked
+from kirsch import ops
 from kirsch.distillation.losses.loss import loss
+from kirsch.distillation.losses.shapes import check_same_shape
 from kirsch.errors import ShapeError, UsageError
 
 
@@ -35,17 +36,16 @@ def bounded_regression(student: Any, teacher: Any, *, labels: Any, margin: float
     Source: Chen et al. 2017, "Learning Efficient Object Detection Models with Knowledge Distillation", NeurIPS, section
         3.3 (teacher bounded regression loss).
     """
-    if not (math.isfinite(margin) and margin >= 0):
+    if not 0 <= margin < math.inf:
         raise UsageError(f"The margin is {margin}; a number of at least 0 is needed.")
-    xp = namespace(student)
     check_same_shape(student, teacher, "values")
-    if labels.ndim == 1 and student.shape[1:] == (1,):
+    if len(labels.shape) == 1 and tuple(student.shape[1:]) == (1,):
         labels = labels[:, None]
     if tuple(labels.shape) != tuple(student.shape):
         raise ShapeError(
             f"The labels have shape {tuple(labels.shape)}; the values have shape {tuple(student.shape)}.",
             "One label for each output is needed.",
         )
-    truth = cast_like(zero_masked(labels, mask), student)
-    error_s, error_t = (((zero_masked(values, mask) - truth) ** 2).sum(-1) for values in (student, teacher))
-    return masked_mean(xp.where(error_s + margin > error_t, error_s, xp.zeros_like(error_s)), mask)
+    truth = ops.cast_like(ops.zero_masked(labels, mask), student)
+    error_s, error_t = (ops.sum((ops.zero_masked(values, mask) - truth) ** 2, -1) for values in (student, teacher))
+    return ops.masked_mean(ops.where(error_s + margin > error_t, error_s, ops.zeros_like(error_s)), mask)

@@ -5,19 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kirsch.distillation.arrays import (
-    cast_like,
-    check_same_samples,
-    check_same_shape,
-    flatten,
-    log_softmax,
-    namespace,
-    normalize,
-    safe_sqrt,
-    to_float64,
-)
+from kirsch import ops
 from kirsch.distillation.losses.logits import check_temperature
 from kirsch.distillation.losses.loss import check_above, check_at_least, check_convention, check_integer, loss
+from kirsch.distillation.losses.shapes import check_same_samples, check_same_shape
 from kirsch.errors import UnknownNameError
 
 KERNELS = ("bilinear", "gaussian")
@@ -43,16 +34,16 @@ def similarity(student: Any, teacher: Any, *, convention: str = "rows") -> Any:
     """
     check_convention(convention, ("rows", "torchdistill"))
     check_same_samples(student, teacher)
-    first, second = (_products(flatten(part), convention) for part in (student, teacher))
-    return ((first - second) ** 2).mean()
+    first, second = (_products(ops.flatten(part), convention) for part in (student, teacher))
+    return ops.mean((first - second) ** 2)
 
 
 def _products(features: Any, convention: str) -> Any:
     """Return the inner products of all pairs, (N, N), each row scaled."""
-    products = features @ features.T
+    products = features @ ops.swapaxes(features, 0, 1)
     if convention == "rows":
-        return normalize(products)
-    return products / abs(products).sum(-1, keepdims=True).clip(min=1e-12)
+        return ops.normalize(products)
+    return products / ops.clip(ops.sum(ops.abs(products), -1, keepdims=True), 1e-12)
 
 
 @loss("rkd-distance", takes="features", widths="any", relational=True)
@@ -72,8 +63,8 @@ def relational_distance(student: Any, teacher: Any, *, unit: bool = False) -> An
     Source: Park et al. 2019, arXiv:1904.05068, equations 5 to 7. Weight 25 (RepDistiller, mmrazor).
     """
     check_same_samples(student, teacher)
-    first, second = (_divide_by_mean(safe_sqrt(_squared_distances(part, unit=unit))) for part in (student, teacher))
-    return _huber(first - second).mean()
+    first, second = (_divide_by_mean(ops.safe_sqrt(_squared_distances(part, unit=unit))) for part in (student, teacher))
+    return ops.mean(_huber(first - second))
 
 
 @loss("rkd-angle", takes="features", widths="any", relational=True)
@@ -97,7 +88,7 @@ def relational_angle(student: Any, teacher: Any, *, unit: bool = False) -> Any:
     """
     check_same_samples(student, teacher)
     first, second = (_cosines(_squared_distances(part, unit=unit)) for part in (student, teacher))
-    return _huber(first - second).mean()
+    return ops.mean(_huber(first - second))
 
 
 @loss("rkd", takes="features", widths="any", relational=True)
@@ -132,22 +123,22 @@ def _squared_distances(features: Any, *, unit: bool) -> Any:
     The features are centered and have 64 bits, because the difference of products loses digits for samples that are
     close to each other and far from the mean. With `unit` they are scaled to norm 1 first.
     """
-    xp = namespace(features)
-    vectors = to_float64(flatten(features))
-    vectors = normalize(vectors) if unit else vectors
-    vectors = vectors - vectors.mean(0, keepdims=True)
-    products = vectors @ vectors.T
-    squared_norms = xp.diagonal(products)
+    vectors = ops.cast(ops.flatten(features), ops.widest_float(features))
+    vectors = ops.normalize(vectors) if unit else vectors
+    vectors = vectors - ops.mean(vectors, 0, keepdims=True)
+    products = vectors @ ops.swapaxes(vectors, 0, 1)
+    squared_norms = ops.diagonal(products)
     norm_sums = squared_norms[:, None] + squared_norms[None]
     squares = norm_sums - 2 * products
     # A cosine divided by the rounding error of a distance of 0 would be an arbitrary number.
-    rounding = max(32 * float(xp.finfo(vectors.dtype).eps), 64 * float(xp.finfo(features.dtype).eps) ** 2)
-    return cast_like(xp.where(squares > rounding * norm_sums, squares, 0.0 * squares), features)
+    rounding = max(32 * ops.epsilon(vectors), 64 * ops.epsilon(features) ** 2)
+    return ops.cast_like(ops.where(squares > rounding * norm_sums, squares, 0.0 * squares), features)
 
 
 def _divide_by_mean(distances: Any) -> Any:
     """Divide distances by the mean of those above 0."""
-    return distances / (distances.sum() / (distances > 0).sum().clip(min=1)).clip(min=1e-12)
+    count = ops.clip(ops.cast(ops.count_nonzero(distances > 0), ops.dtype(distances)), 1)
+    return distances / ops.clip(ops.sum(distances) / count, 1e-12)
 
 
 def _cosines(squares: Any) -> Any:
@@ -155,18 +146,17 @@ def _cosines(squares: Any) -> Any:
 
     The cosine is (d_ij² + d_jk² - d_ik²) / (2 d_ij d_jk). Inner products would lose the digits of short distances.
     """
-    xp = namespace(squares)
     apart = squares > 0
-    distances = safe_sqrt(squares)
-    inverse = xp.where(apart, 1.0 / xp.where(apart, distances, 0.0 * squares + 1.0), 0.0 * squares)
-    left = xp.stack([0.5 * distances, inverse], -1)  # (j, i, 2)
-    right = xp.stack([inverse, 0.5 * distances], -2)  # (j, 2, k)
+    distances = ops.safe_sqrt(squares)
+    inverse = ops.where(apart, 1.0 / ops.where(apart, distances, 0.0 * squares + 1.0), 0.0 * squares)
+    left = ops.stack([0.5 * distances, inverse], -1)  # (j, i, 2)
+    right = ops.stack([inverse, 0.5 * distances], -2)  # (j, 2, k)
     return left @ right - 0.5 * squares[None] * inverse[:, :, None] * inverse[:, None]
 
 
 def _huber(difference: Any) -> Any:
     """Return the Huber loss: half the square up to 1, the magnitude minus one half above."""
-    clipped = difference.clip(-1.0, 1.0)
+    clipped = ops.clip(difference, -1.0, 1.0)
     return clipped * (difference - 0.5 * clipped)
 
 
@@ -190,16 +180,15 @@ def probabilistic(student: Any, teacher: Any, *, eps: float = 1e-7) -> Any:
     """
     check_at_least(0, eps=eps)
     check_same_samples(student, teacher)
-    first, second = (_probabilities(flatten(part), eps) for part in (student, teacher))
-    log = namespace(first).log
-    return (second * (log(second + eps) - log(first + eps))).mean()
+    first, second = (_probabilities(ops.flatten(part), eps) for part in (student, teacher))
+    return ops.mean(second * (ops.log(second + eps) - ops.log(first + eps)))
 
 
 def _probabilities(features: Any, eps: float) -> Any:
     """Return (1 + cosine) / 2 of all pairs, (N, N), each row divided by its sum."""
-    directions = features / (safe_sqrt((features * features).sum(-1, keepdims=True)) + eps)
-    similarities = (directions @ directions.T + 1) / 2
-    return similarities / similarities.sum(-1, keepdims=True)
+    directions = features / (ops.safe_sqrt(ops.sum(features * features, -1, keepdims=True)) + eps)
+    similarities = (directions @ ops.swapaxes(directions, 0, 1) + 1) / 2
+    return similarities / ops.sum(similarities, -1, keepdims=True)
 
 
 @loss("cc", takes="features", learned=True, relational=True)
@@ -222,8 +211,8 @@ def correlation(student: Any, teacher: Any) -> Any:
         embeddings of width 128.
     """
     check_same_shape(student, teacher, "features")
-    distances = abs(flatten(student) - flatten(teacher))
-    return (distances[:-1] * distances[1:]).sum() / max(len(distances) - 1, 1)
+    distances = ops.abs(ops.flatten(student) - ops.flatten(teacher))
+    return ops.sum(distances[:-1] * distances[1:]) / max(distances.shape[0] - 1, 1)
 
 
 @loss("cc-kernel", takes="features", widths="any", relational=True)
@@ -260,12 +249,12 @@ def kernel_correlation(
     if kernel not in KERNELS:
         raise UnknownNameError("kernel", kernel, KERNELS)
     check_same_samples(student, teacher)
-    first, second = (normalize(flatten(part)) for part in (student, teacher))
-    first, second = first @ first.T, second @ second.T
+    first, second = (ops.normalize(ops.flatten(part)) for part in (student, teacher))
+    first, second = first @ ops.swapaxes(first, 0, 1), second @ ops.swapaxes(second, 0, 1)
     if kernel == "gaussian":
         first, second = (_gaussian(part, gamma, order) for part in (first, second))
     squares = (first - second) ** 2
-    return squares.mean() if convention == "paper" else safe_sqrt(squares.sum()) / len(first) ** 2
+    return ops.mean(squares) if convention == "paper" else ops.safe_sqrt(ops.sum(squares)) / first.shape[0] ** 2
 
 
 def _gaussian(cosines: Any, gamma: float, order: int) -> Any:
@@ -296,5 +285,5 @@ def batch_contrast(student: Any, teacher: Any, *, temperature: float = 0.07) -> 
     """
     check_temperature(temperature)
     check_same_shape(student, teacher, "features")
-    cosines = normalize(flatten(student)) @ normalize(flatten(teacher)).T
-    return -namespace(cosines).diagonal(log_softmax(cosines / temperature)).mean()
+    cosines = ops.normalize(ops.flatten(student)) @ ops.swapaxes(ops.normalize(ops.flatten(teacher)), 0, 1)
+    return -ops.mean(ops.diagonal(ops.log_softmax(cosines / temperature)))

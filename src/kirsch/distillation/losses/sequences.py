@@ -9,19 +9,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from kirsch.distillation.arrays import (
-    check_same_shape,
-    kl_terms,
-    log_softmax,
-    map_arrays,
-    namespace,
-    weighted_mean,
-    zero_masked,
-)
+from kirsch import ops
 from kirsch.distillation.losses.logits import check_temperature
 from kirsch.distillation.losses.loss import loss
+from kirsch.distillation.losses.shapes import check_same_shape
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
@@ -61,10 +52,10 @@ def align_causal(logits: Any, labels: Any, ignore_index: int = IGNORE) -> tuple[
             )
         return array[:, :-1]
 
-    if labels.ndim != 2 or labels.shape[1] < 2:  # noqa: PLR2004 - (N, L), where a token predicts the next
+    if len(labels.shape) != 2 or labels.shape[1] < 2:  # noqa: PLR2004 - (N, L), where a token predicts the next
         raise ShapeError(f"The labels have shape {tuple(labels.shape)}; (N, L) with L of at least 2 is needed.")
     aligned = labels[:, 1:]
-    return map_arrays(drop_last, logits), aligned, aligned != ignore_index
+    return ops.map_arrays(drop_last, logits), aligned, aligned != ignore_index
 
 
 def mask_from_lengths(lengths: Any, length: int) -> Any:
@@ -77,11 +68,14 @@ def mask_from_lengths(lengths: Any, length: int) -> Any:
     Raises:
         DataError: a length is below 0 or above `length`.
     """
-    xp = namespace(lengths)
-    for extreme in (int(lengths.min()), int(lengths.max())):
-        if not 0 <= extreme <= length:
-            raise DataError(f"A sequence has length {extreme}; the padded length is {length}.")
-    positions = np.arange(length) if xp is np else xp.arange(length, device=lengths.device)
+    wrong = (lengths < 0) | (lengths > length)
+
+    def out_of_range() -> DataError:
+        found = ops.convert_to_numpy(lengths)[ops.convert_to_numpy(wrong)][0]
+        return DataError(f"A sequence has length {found}; the padded length is {length}.")
+
+    ops.raise_if(wrong, out_of_range)
+    positions = ops.arange(length, like=lengths)
     return positions[None, :] < lengths[:, None]
 
 
@@ -129,21 +123,20 @@ def ctc_frames(
     check_temperature(temperature)
     _check_frames(student, teacher)
     _check_blank(blank, blank_class, threshold, student.shape[-1])
-    xp = namespace(student)
-    student, teacher = zero_masked(student, mask), zero_masked(teacher, mask)
-    log_s, log_t = log_softmax(student / temperature), log_softmax(teacher / temperature)
-    divergence = kl_terms(log_t, log_s).sum(-1)
-    weights = xp.ones_like(divergence)
+    student, teacher = ops.zero_masked(student, mask), ops.zero_masked(teacher, mask)
+    log_s, log_t = ops.log_softmax(student / temperature), ops.log_softmax(teacher / temperature)
+    divergence = ops.sum(ops.kl_terms(log_t, log_s), -1)
+    weights = ops.ones_like(divergence)
     if blank != "keep":
-        p_blank = xp.exp(log_softmax(teacher)[..., blank_class])
-        weights = 1.0 - p_blank if blank == "weight" else xp.where(p_blank > threshold, 0.0 * weights, weights)
-    return weighted_mean(divergence, weights, mask) * temperature**2
+        p_blank = ops.exp(ops.log_softmax(teacher)[..., blank_class])
+        weights = 1.0 - p_blank if blank == "weight" else ops.where(p_blank > threshold, 0.0 * weights, weights)
+    return ops.weighted_mean(divergence, weights, mask) * temperature**2
 
 
 def _check_frames(student: Any, teacher: Any) -> None:
     """Raise a ShapeError if the shapes differ; name the strides if only the numbers of frames do."""
-    are_frames = student.ndim == teacher.ndim == 3  # noqa: PLR2004 - (N, L, K)
-    if are_frames and len(student) == len(teacher) and student.shape[1] != teacher.shape[1]:
+    are_frames = len(student.shape) == len(teacher.shape) == 3  # noqa: PLR2004 - (N, L, K)
+    if are_frames and student.shape[0] == teacher.shape[0] and student.shape[1] != teacher.shape[1]:
         raise ShapeError(
             f"The student returns {student.shape[1]} frames, the teacher {teacher.shape[1]}, for the same audio.",
             "Their strides differ, so frame i is a different time in each.",

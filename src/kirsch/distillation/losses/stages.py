@@ -5,17 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from kirsch.distillation.arrays import (
-    check_maps,
-    check_same_shape,
-    detach,
-    namespace,
-    normalize,
-    pool_to_common_size,
-    safe_sqrt,
-)
+from kirsch import ops
 from kirsch.distillation.losses.loss import check_convention, check_integer, loss
 from kirsch.distillation.losses.maps import hierarchical_context
+from kirsch.distillation.losses.shapes import check_maps, check_same_shape
 from kirsch.errors import ShapeError, UsageError
 
 EXTRA_DIRECTIONS = 3
@@ -50,13 +43,13 @@ def flow(student: Any, teacher: Any, *, convention: str = "mean") -> Any:
     total = 0.0
     for (low_s, high_s), (low_t, high_t) in zip(pairwise(student), pairwise(teacher), strict=True):
         if convention == "mean":
-            difference = _flow_matrix(*pool_to_common_size(low_s, high_s)) - _flow_matrix(
-                *pool_to_common_size(low_t, high_t)
+            difference = _flow_matrix(*ops.pool_to_common_size(low_s, high_s)) - _flow_matrix(
+                *ops.pool_to_common_size(low_t, high_t)
             )
-            total = total + (difference * difference).mean()
+            total = total + ops.mean(difference * difference)
         else:
             difference = _flow_matrix(*_max_pool_pair(low_s, high_s)) - _flow_matrix(*_max_pool_pair(low_t, high_t))
-            total = total + safe_sqrt((difference * difference).sum(1)).sum() / len(difference)
+            total = total + ops.sum(ops.safe_sqrt(ops.sum(difference * difference, 1))) / difference.shape[0]
     return total
 
 
@@ -77,8 +70,8 @@ def _check_stages(student: Any, teacher: Any) -> None:
 
 def _flow_matrix(low: Any, high: Any) -> Any:
     """Return the mean over positions of the products of channels: (N, C, H, W) and (N, D, H, W) give (N, C, D)."""
-    first, second = (maps.reshape(*maps.shape[:2], -1) for maps in (low, high))
-    return first @ second.swapaxes(1, 2) / first.shape[2]
+    first, second = (ops.reshape(maps, (*maps.shape[:2], -1)) for maps in (low, high))
+    return first @ ops.swapaxes(second, 1, 2) / first.shape[2]
 
 
 def _max_pool_pair(low: Any, high: Any) -> tuple[Any, Any]:
@@ -89,12 +82,11 @@ def _max_pool_pair(low: Any, high: Any) -> tuple[Any, Any]:
 
 def _adaptive_max_pool(maps: Any, size: tuple[int, int]) -> Any:
     """Return the maps pooled by the maximum to a height and width, as `F.adaptive_max_pool2d` does."""
-    xp = namespace(maps)
     for axis, out_size in zip((2, 3), size, strict=True):
         in_size = maps.shape[axis]
         bounds = [(i * in_size // out_size, -(-(i + 1) * in_size // out_size)) for i in range(out_size)]
-        moved = maps.swapaxes(axis, 0)
-        maps = xp.stack([xp.amax(moved[start:end], 0) for start, end in bounds]).swapaxes(axis, 0)
+        moved = ops.swapaxes(maps, axis, 0)
+        maps = ops.swapaxes(ops.stack([ops.amax(moved[start:end], 0) for start, end in bounds]), axis, 0)
     return maps
 
 
@@ -143,36 +135,35 @@ def singular_vectors(student: Any, teacher: Any, *, count: int = 1, convention: 
     total = 0.0
     for before, after in pairwise(stages):
         kernel_s, kernel_t = (_kernel(after[side], before[side]) for side in (0, 1))
-        total = total + ((kernel_s - kernel_t) ** 2).sum() / len(kernel_s)
+        total = total + ops.sum((kernel_s - kernel_t) ** 2) / kernel_s.shape[0]
     return total
 
 
 def _kernel(after: Any, before: Any) -> Any:
     """Return exp(-(x - y)² / 8) for each of k vectors: (N, C, k) and (N, D, k) give (N, C, D, k)."""
-    return namespace(after).exp(-((after[:, :, None] - before[:, None]) ** 2) / 8)
+    return ops.exp(-((after[:, :, None] - before[:, None]) ** 2) / 8)
 
 
 def _matched_vectors(student: Any, teacher: Any, count: int, convention: str) -> tuple[Any, Any]:
     """Return singular vectors (N, C, k) of student and teacher, weighted by the teacher's singular values."""
-    xp = namespace(student)
     values, vectors_t = _right_vectors(_matrix(teacher, convention), count)
     _, vectors_s = _right_vectors(_matrix(student, convention), count + EXTRA_DIRECTIONS)
     if convention == "signed":
-        magnitudes = abs(vectors_t)
-        is_largest = magnitudes == xp.amax(magnitudes, 2, keepdims=True)
-        vectors_t = vectors_t * xp.sign(xp.where(is_largest, vectors_t, 0.0 * vectors_t).sum(2, keepdims=True))
-    cosine = detach(vectors_s @ vectors_t.swapaxes(1, 2))  # (N, k + 3, k)
-    nearest = abs(cosine) == xp.amax(abs(cosine), 1, keepdims=True)
-    selection = xp.where(nearest, xp.sign(cosine), 0.0 * cosine)
-    weights = normalize(values)[:, None]  # (N, 1, k)
-    return vectors_s.swapaxes(1, 2) @ selection * weights, vectors_t.swapaxes(1, 2) * weights
+        magnitudes = ops.abs(vectors_t)
+        is_largest = magnitudes == ops.amax(magnitudes, 2, keepdims=True)
+        vectors_t = vectors_t * ops.sign(ops.sum(ops.where(is_largest, vectors_t, 0.0 * vectors_t), 2, keepdims=True))
+    cosine = ops.detach(vectors_s @ ops.swapaxes(vectors_t, 1, 2))  # (N, k + 3, k)
+    nearest = ops.abs(cosine) == ops.amax(ops.abs(cosine), 1, keepdims=True)
+    selection = ops.where(nearest, ops.sign(cosine), 0.0 * cosine)
+    weights = ops.normalize(values)[:, None]  # (N, 1, k)
+    return ops.swapaxes(vectors_s, 1, 2) @ selection * weights, ops.swapaxes(vectors_t, 1, 2) * weights
 
 
 def _matrix(maps: Any, convention: str) -> Any:
     """Reshape maps to (N, positions, channels), or to (N, channels · rows, columns) for "mdistiller"."""
     if convention == "mdistiller":
-        return maps.reshape(len(maps), -1, maps.shape[3])
-    return maps.reshape(*maps.shape[:2], -1).swapaxes(1, 2)
+        return ops.reshape(maps, (maps.shape[0], -1, maps.shape[3]))
+    return ops.swapaxes(ops.reshape(maps, (*maps.shape[:2], -1)), 1, 2)
 
 
 def _right_vectors(matrix: Any, count: int) -> tuple[Any, Any]:
@@ -182,14 +173,13 @@ def _right_vectors(matrix: Any, count: int) -> tuple[Any, Any]:
     (s_i² - s_j²) for G = XᵀX. Terms of values that are equal up to rounding are left out, because their vectors are
     only determined up to a rotation.
     """
-    xp = namespace(matrix)
-    _, values, rows = xp.linalg.svd(detach(matrix), full_matrices=False)  # (N, r), (N, r, C)
-    values, rows = detach(values), detach(rows)
-    gram = matrix.swapaxes(1, 2) @ matrix
+    _, values, rows = ops.svd(ops.detach(matrix))  # (N, r), (N, r, C)
+    values, rows = ops.detach(values), ops.detach(rows)
+    gram = ops.swapaxes(matrix, 1, 2) @ matrix
     squares, top = values**2, rows[:, :count]
-    rounding = 16 * float(xp.finfo(matrix.dtype).eps) * squares[:, :1, None]
-    change = top @ (gram - detach(gram))  # value 0, but with the gradient of v_iᵀ dG: (N, k, C)
-    inside = change @ rows.swapaxes(1, 2)  # components along the singular vectors, (N, k, r)
+    rounding = 16 * ops.epsilon(matrix) * squares[:, :1, None]
+    change = top @ (gram - ops.detach(gram))  # value 0, but with the gradient of v_iᵀ dG: (N, k, C)
+    inside = change @ ops.swapaxes(rows, 1, 2)  # components along the singular vectors, (N, k, r)
     outside = change - inside @ rows  # component in the null space
     top_squares = squares[:, :count, None]
     shift = inside * _safe_inverse(top_squares - squares[:, None], rounding) @ rows
@@ -198,9 +188,8 @@ def _right_vectors(matrix: Any, count: int) -> tuple[Any, Any]:
 
 def _safe_inverse(gaps: Any, rounding: Any) -> Any:
     """Return 1 / gap, or 0 where the gap is at most the rounding error."""
-    xp = namespace(gaps)
-    is_clear = abs(gaps) > rounding
-    return xp.where(is_clear, 1.0 / xp.where(is_clear, gaps, 0.0 * gaps + 1.0), 0.0 * gaps)
+    is_clear = ops.abs(gaps) > rounding
+    return ops.where(is_clear, 1.0 / ops.where(is_clear, gaps, 0.0 * gaps + 1.0), 0.0 * gaps)
 
 
 @loss("reviewkd", takes="stages")
@@ -223,6 +212,5 @@ def reviewed(student: Any, teacher: Any, *, sizes: tuple[int, ...] = (4, 2, 1)) 
     """
     if len(student) != len(teacher):
         raise ShapeError(f"The student has {len(student)} stages, the teacher {len(teacher)}.")
-    return sum(
-        hierarchical_context(maps_s, maps_t, sizes=sizes) for maps_s, maps_t in zip(student, teacher, strict=True)
-    )
+    pairs = zip(student, teacher, strict=True)
+    return sum(hierarchical_context(maps_s, maps_t, sizes=sizes, axis=1) for maps_s, maps_t in pairs)

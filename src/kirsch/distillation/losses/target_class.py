@@ -5,22 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kirsch.distillation.arrays import (
-    check_same_shape,
-    detach,
-    kl_terms,
-    log_softmax,
-    log_sum_exp,
-    masked_mean,
-    namespace,
-    one_hot,
-    safe_multiply,
-    take_column,
-    zero_masked,
-)
+from kirsch import ops
 from kirsch.distillation.losses.labels import check_labels
 from kirsch.distillation.losses.logits import check_temperature, softened, standardized
 from kirsch.distillation.losses.loss import loss
+from kirsch.distillation.losses.shapes import check_same_shape
 from kirsch.errors import UsageError
 
 
@@ -63,19 +52,18 @@ def decoupled(
     """
     check_temperature(temperature)
     for name, weight in (("alpha", alpha), ("beta", beta)):
-        if not (math.isfinite(weight) and weight >= 0):
+        if not 0 <= weight < math.inf:
             raise UsageError(f"`{name}` is {weight}; a number of at least 0 is needed.")
-    xp = namespace(student)
     check_same_shape(student, teacher)
     labels, mask = check_labels(student, labels, mask)
-    student, teacher = zero_masked(student, mask), zero_masked(teacher, mask)
+    student, teacher = ops.zero_masked(student, mask), ops.zero_masked(teacher, mask)
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
-    labeled = one_hot(labels, student)
+    labeled = ops.one_hot(labels, student.shape[-1], ops.dtype(student))
     logs_s, logs_t = (_label_and_others(logits / temperature, labeled) for logits in (student, teacher))
-    target = sum(kl_terms(log_t, log_s) for log_s, log_t in zip(logs_s[:2], logs_t[:2], strict=True))
-    others = xp.sum((1 - labeled) * kl_terms(logs_t[2], logs_s[2]), axis=-1)
-    return masked_mean(alpha * target + beta * others, mask) * temperature**2
+    target = sum(ops.kl_terms(log_t, log_s) for log_s, log_t in zip(logs_s[:2], logs_t[:2], strict=True))
+    others = ops.sum((1 - labeled) * ops.kl_terms(logs_t[2], logs_s[2]), axis=-1)
+    return ops.masked_mean(alpha * target + beta * others, mask) * temperature**2
 
 
 def _label_and_others(logits: Any, labeled: Any) -> tuple[Any, Any, Any]:
@@ -83,10 +71,9 @@ def _label_and_others(logits: Any, labeled: Any) -> tuple[Any, Any, Any]:
 
     The label is excluded from the sum. Subtracting a large number from its logit instead fails in low precision.
     """
-    xp = namespace(logits)
-    log_all, log_others = log_sum_exp(logits), log_sum_exp(logits, where=labeled == 0)
-    label = safe_multiply(labeled, logits).sum(-1)
-    others = xp.where(labeled == 0, logits - log_others, xp.zeros_like(logits))
+    log_all, log_others = ops.logsumexp(logits), ops.logsumexp(logits, mask=labeled == 0)
+    label = ops.sum(ops.safe_multiply(labeled, logits), -1)
+    others = ops.where(labeled == 0, logits - log_others, ops.zeros_like(logits))
     return label - log_all[..., 0], (log_others - log_all)[..., 0], others
 
 
@@ -114,14 +101,15 @@ def one_for_all(student: Any, teacher: Any, *, labels: Any, power: float = 1.5, 
     Source: Hao et al. 2023, arXiv:2310.19444. Power 1 to 1.5, weight 1, without temperature, for the logits and
         for each stage of the student, through an additional head.
     """
-    if not (math.isfinite(power) and power > 0):
+    if not 0 < power < math.inf:
         raise UsageError(f"`power` is {power}; a number above 0 is needed.")
-    xp = namespace(student)
     check_same_shape(student, teacher)
     labels, mask = check_labels(student, labels, mask)
-    labeled = one_hot(labels, student)
-    target = (xp.exp(log_softmax(zero_masked(teacher, mask))) + labeled) ** power - labeled
-    return masked_mean(-safe_multiply(target, log_softmax(zero_masked(student, mask))).sum(-1), mask)
+    labeled = ops.one_hot(labels, student.shape[-1], ops.dtype(student))
+    target = (ops.exp(ops.log_softmax(ops.zero_masked(teacher, mask))) + labeled) ** power - labeled
+    return ops.masked_mean(
+        -ops.sum(ops.safe_multiply(target, ops.log_softmax(ops.zero_masked(student, mask))), -1), mask
+    )
 
 
 @loss("wsld", least_at_teacher=False)
@@ -148,12 +136,12 @@ def weighted_soft_labels(student: Any, teacher: Any, *, labels: Any, temperature
     Source: Zhou et al. 2021 (weighted soft labels), arXiv:2102.00650; the constant 1e-7 is from mmrazor's `WSLD`.
     """
     check_temperature(temperature)
-    xp = namespace(student)
     check_same_shape(student, teacher)
     labels, mask = check_labels(student, labels, mask)
     loss_s, loss_t = (
-        -take_column(log_softmax(zero_masked(logits, mask)), labels) for logits in (detach(student), teacher)
+        -ops.take_column(ops.log_softmax(ops.zero_masked(logits, mask)), labels)
+        for logits in (ops.detach(student), teacher)
     )
-    weight = 1 - xp.exp(-loss_s / (loss_t + 1e-7))  # the teacher's cross-entropy is 0 where it is certain of the label
+    weight = 1 - ops.exp(-loss_s / (loss_t + 1e-7))  # the teacher's cross-entropy is 0 where it is certain of the label
     log_s, log_t = softened(student, teacher, temperature=temperature, mask=mask)
-    return masked_mean(-weight * safe_multiply(xp.exp(log_t), log_s).sum(-1), mask) * temperature**2
+    return ops.masked_mean(-weight * ops.sum(ops.safe_multiply(ops.exp(log_t), log_s), -1), mask) * temperature**2

@@ -9,17 +9,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.arrays import (
-    check_same_shape,
-    detach,
-    kl_terms,
-    log_softmax,
-    masked_mean,
-    namespace,
-    normalize,
-    zero_masked,
-)
+from kirsch import ops
 from kirsch.distillation.losses.loss import loss
+from kirsch.distillation.losses.shapes import check_same_shape
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
@@ -57,8 +49,8 @@ def hidden_mse(student: Any, teacher: Any, *, mask: Any = None) -> Any:
         teacher's; weight 1 for each pair of layers. The mask is as in TextBrewer's `hidden_mse`.
     """
     check_same_shape(student, teacher, "hidden states")
-    difference = zero_masked(student, mask) - zero_masked(teacher, mask)
-    return masked_mean((difference * difference).mean(-1), mask)
+    difference = ops.zero_masked(student, mask) - ops.zero_masked(teacher, mask)
+    return ops.masked_mean(ops.mean(difference * difference, -1), mask)
 
 
 @loss("hidden-cosine", takes="tokens")
@@ -80,15 +72,14 @@ def hidden_cosine(student: Any, teacher: Any, *, mask: Any = None) -> Any:
         temperature 2 and 2 for masked language modeling.
     """
     check_same_shape(student, teacher, "hidden states")
-    student, teacher = (_direction(zero_masked(side, mask)) for side in (student, teacher))
-    return masked_mean(1.0 - (student * teacher).sum(-1), mask)
+    student, teacher = (_direction(ops.zero_masked(side, mask)) for side in (student, teacher))
+    return ops.masked_mean(1.0 - ops.sum(student * teacher, -1), mask)
 
 
 def _direction(states: Any) -> Any:
     """Scale states (..., D) to norm 1; dividing by the largest magnitude first prevents overflow and underflow."""
-    xp = namespace(states)
-    largest = detach(xp.amax(xp.abs(states), axis=-1, keepdims=True))
-    return normalize(states / xp.where(largest > 0, largest, xp.ones_like(largest)))
+    largest = ops.detach(ops.amax(ops.abs(states), axis=-1, keepdims=True))
+    return ops.normalize(states / ops.where(largest > 0, largest, ops.ones_like(largest)))
 
 
 @loss("cls-pkd", takes="tokens", over="samples")
@@ -110,9 +101,9 @@ def cls_pkd(student: Any, teacher: Any, *, mask: Any = None) -> Any:
     """
     check_same_shape(student, teacher, "hidden states")
     _check_mask(mask, student)
-    student, teacher = zero_masked(student, mask), zero_masked(teacher, mask)
-    difference = normalize(student[:, 0]) - normalize(teacher[:, 0])
-    return masked_mean((difference * difference).sum(-1), None if mask is None else mask[:, 0])
+    student, teacher = ops.zero_masked(student, mask), ops.zero_masked(teacher, mask)
+    difference = ops.normalize(student[:, 0]) - ops.normalize(teacher[:, 0])
+    return ops.masked_mean(ops.sum(difference * difference, -1), None if mask is None else mask[:, 0])
 
 
 @loss("token-fsp", takes="relations", over="samples")
@@ -138,14 +129,17 @@ def token_fsp(student: Sequence[Any], teacher: Sequence[Any], *, mask: Any = Non
     for states_s, states_t in zip(student, teacher, strict=True):
         check_same_shape(states_s, states_t, "hidden states")
     difference = _flow_matrix(student, mask) - _flow_matrix(teacher, mask)
-    return masked_mean((difference * difference).mean((1, 2)), None if mask is None else (mask != 0).any(1))
+    return ops.masked_mean(ops.mean(difference * difference, (1, 2)), None if mask is None else ops.any(mask != 0, 1))
 
 
 def _flow_matrix(layers: Sequence[Any], mask: Any) -> Any:
     """Return the products of the units of two layers, averaged over the positions of a sample: (N, D, D)."""
-    first, second = (zero_masked(layer, mask) for layer in layers)
-    count = first.shape[1] if mask is None else (mask != 0).sum(1).clip(min=1)[:, None, None]
-    return first.swapaxes(1, 2) @ second / count
+    first, second = (ops.zero_masked(layer, mask) for layer in layers)
+    products = ops.swapaxes(first, 1, 2) @ second
+    if mask is None:
+        return products / first.shape[1]
+    counts = ops.cast(ops.count_nonzero(mask, 1), ops.dtype(products))  # (N,)
+    return products / ops.clip(counts, 1)[:, None, None]
 
 
 @loss("token-nst", takes="relations", widths="any", over="pairs")
@@ -170,13 +164,13 @@ def token_nst(student: Sequence[Any], teacher: Sequence[Any], *, mask: Any = Non
     _check_two_layers(student)
     _check_mask(mask, student[0])
     difference = _similarities(student, mask) - _similarities(teacher, mask)
-    return masked_mean(difference * difference, None if mask is None else _pair_positions(mask))
+    return ops.masked_mean(difference * difference, None if mask is None else _pair_positions(mask))
 
 
 def _similarities(layers: Sequence[Any], mask: Any) -> Any:
     """Return the inner products of the positions of two layers, averaged over the width: (N, L, L)."""
-    first, second = (zero_masked(layer, mask) for layer in layers)
-    return first @ second.swapaxes(1, 2) / first.shape[-1]
+    first, second = (ops.zero_masked(layer, mask) for layer in layers)
+    return first @ ops.swapaxes(second, 1, 2) / first.shape[-1]
 
 
 # ------------------------------------------------------------------------------------------------ attention
@@ -202,15 +196,14 @@ def attention_mse(student: Any, teacher: Any, *, convention: str | None = None, 
     Source: Jiao et al. 2020, arXiv:1909.10351, equation 7 (scores, not weights); -100 is from its code; weight 1
         for each pair of layers.
     """
-    xp = namespace(student)
     padding_score = _padding_score(convention)
     check_same_shape(student, teacher, "attention")
     pairs = _pair_mask(mask, student)
-    student, teacher = zero_masked(student, pairs), zero_masked(teacher, pairs)
+    student, teacher = ops.zero_masked(student, pairs), ops.zero_masked(teacher, pairs)
     if convention is None or mask is None:
-        student, teacher = (xp.where(side <= padding_score, xp.zeros_like(side), side) for side in (student, teacher))
+        student, teacher = (ops.where(side <= padding_score, ops.zeros_like(side), side) for side in (student, teacher))
     difference = student - teacher
-    return masked_mean(difference * difference, pairs)
+    return ops.masked_mean(difference * difference, pairs)
 
 
 @loss("attention-ce", takes="attention")
@@ -241,22 +234,21 @@ def attention_ce(
     """
     if convention is None:
         log_s, log_t = _log_weights(student, teacher, attention, mask)
-        entropy = -(namespace(log_t).exp(log_t) * log_s).sum(-1)
-        return masked_mean(entropy, _query_mask(mask, entropy))
+        entropy = -ops.sum(ops.exp(log_t) * log_s, -1)
+        return ops.masked_mean(entropy, _query_mask(mask, entropy))
     padding_score = _padding_score(convention)
     if attention != "scores":
         raise UsageError(f"The convention {convention!r} applies to scores; `attention` is {attention!r}.")
     check_same_shape(student, teacher, "attention")
-    xp = namespace(student)
     if mask is None:
         counted = teacher > padding_score
-    elif mask.ndim == len("NL"):
+    elif len(mask.shape) == len("NL"):
         counted = (mask != 0)[:, None, None, :]
     else:
         counted = (mask != 0)[:, None]
-    weights_t = xp.where(counted, xp.exp(log_softmax(teacher)), xp.zeros_like(teacher))
-    entropy = -(weights_t * log_softmax(student)).sum(-1)
-    return masked_mean(entropy, _query_mask(mask, entropy))
+    weights_t = ops.where(counted, ops.exp(ops.log_softmax(teacher)), ops.zeros_like(teacher))
+    entropy = -ops.sum(weights_t * ops.log_softmax(student), -1)
+    return ops.masked_mean(entropy, _query_mask(mask, entropy))
 
 
 @loss("attention-kl", takes="attention")
@@ -281,8 +273,8 @@ def attention_kl(student: Any, teacher: Any, *, attention: str = "scores", mask:
     Source: Wang et al. 2020, arXiv:2002.10957, section 3.1; last layer only.
     """
     log_s, log_t = _log_weights(student, teacher, attention, mask)
-    divergence = kl_terms(log_t, log_s).sum(-1)
-    return masked_mean(divergence, _query_mask(mask, divergence))
+    divergence = ops.sum(ops.kl_terms(log_t, log_s), -1)
+    return ops.masked_mean(divergence, _query_mask(mask, divergence))
 
 
 def _log_weights(student: Any, teacher: Any, attention: str, mask: Any) -> tuple[Any, Any]:
@@ -292,8 +284,9 @@ def _log_weights(student: Any, teacher: Any, attention: str, mask: Any) -> tuple
     check_same_shape(student, teacher, "attention")
     pairs = _pair_mask(mask, student)
     if attention == "weights":  # the softmax of log-weights divides them by their sum over the unmasked keys
-        log = namespace(student).log
-        student, teacher = (log(zero_masked(side, pairs).clip(min=SMALLEST_WEIGHT)) for side in (student, teacher))
+        student, teacher = (
+            ops.log(ops.clip(ops.zero_masked(side, pairs), SMALLEST_WEIGHT)) for side in (student, teacher)
+        )
     return _masked_log_softmax(student, pairs), _masked_log_softmax(teacher, pairs)
 
 
@@ -345,8 +338,8 @@ def minilm(
     total: Any = 0.0
     for i, j in chosen:
         log_s, log_t = (_relation(side[i], side[j], mask) for side in (student, teacher))
-        divergence = kl_terms(log_t, log_s).sum(-1)
-        total = total + masked_mean(divergence, _query_mask(mask, divergence))
+        divergence = ops.sum(ops.kl_terms(log_t, log_s), -1)
+        total = total + ops.masked_mean(divergence, _query_mask(mask, divergence))
     return total
 
 
@@ -355,12 +348,12 @@ def _split(states: Any, heads: int, mask: Any) -> Any:
     n, length, width = states.shape
     if heads < 1 or width % heads:
         raise ShapeError(f"`heads` is {heads}, which does not divide the width {width}.", fix="Use a divisor.")
-    return zero_masked(states, mask).reshape(n, length, heads, width // heads).swapaxes(1, 2)
+    return ops.swapaxes(ops.reshape(ops.zero_masked(states, mask), (n, length, heads, width // heads)), 1, 2)
 
 
 def _relation(first: Any, second: Any, mask: Any) -> Any:
     """Return log softmax(A Bᵀ / √d) over the unmasked positions of B: (N, heads, L, L)."""
-    scores = first @ second.swapaxes(-1, -2) / math.sqrt(first.shape[-1])
+    scores = first @ ops.swapaxes(second, -1, -2) / math.sqrt(first.shape[-1])
     return _masked_log_softmax(scores, _pair_mask(mask, scores))
 
 
@@ -384,26 +377,26 @@ def _pair_mask(mask: Any, attention: Any) -> Any:
     if mask is None:
         return None
     n, _, queries, keys = attention.shape
-    expected = (n, queries, keys) if mask.ndim == len("NQK") or queries != keys else (n, queries)
+    expected = (n, queries, keys) if len(mask.shape) == len("NQK") or queries != keys else (n, queries)
     if tuple(mask.shape) != expected:
         raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {expected} is needed.")
-    pairs = _pair_positions(mask) if mask.ndim == len("NL") else mask != 0
-    return namespace(attention).broadcast_to(pairs[:, None], tuple(attention.shape))
+    pairs = _pair_positions(mask) if len(mask.shape) == len("NL") else mask != 0
+    return ops.broadcast_like(pairs[:, None], attention)
 
 
 def _query_mask(mask: Any, like: Any) -> Any:
     """Return a mask (N, heads, queries); with (N, queries, keys) a query counts if any of its keys does."""
     if mask is None:
         return None
-    counts = mask != 0 if mask.ndim == len("NL") else (mask != 0).any(-1)
-    return namespace(like).broadcast_to(counts[:, None], tuple(like.shape))
+    counts = mask != 0 if len(mask.shape) == len("NL") else ops.any(mask != 0, -1)
+    return ops.broadcast_like(counts[:, None], like)
 
 
 def _masked_log_softmax(scores: Any, pairs: Any) -> Any:
     """Return the log-softmax over the unmasked keys."""
     if pairs is None:
-        return log_softmax(scores)
-    return log_softmax(namespace(scores).where(pairs, scores, MASKED_SCORE))
+        return ops.log_softmax(scores)
+    return ops.log_softmax(ops.where(pairs, scores, MASKED_SCORE))
 
 
 def _padding_score(convention: str | None) -> float:

@@ -5,27 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
-from kirsch.distillation.arrays import (
-    cast_like,
-    check_same_shape,
-    detach,
-    kl_terms,
-    log_softmax,
-    log_sum_exp,
-    masked_mean,
-    namespace,
-    one_hot_mask,
-    take_along_axis,
-    top_k_indices,
-    unmasked_rows,
-    upcast,
-    without_autocast,
-    zero_masked,
-)
+from kirsch import ops
 from kirsch.distillation.losses.logits import check_temperature
 from kirsch.distillation.losses.loss import check_integer, loss
+from kirsch.distillation.losses.shapes import check_same_shape
 from kirsch.errors import DataError, ShapeError, UnknownNameError
 
 
@@ -65,14 +48,14 @@ def top_k(
     check_temperature(temperature)
     check_same_shape(student, teacher)
     check_integer(1, k=k)
-    log_t = log_softmax(zero_masked(teacher, mask) / temperature)
-    columns = top_k_indices(log_t, min(k, log_t.shape[-1]))
+    log_t = ops.log_softmax(ops.zero_masked(teacher, mask) / temperature)
+    log_p, columns = ops.top_k(log_t, min(k, log_t.shape[-1]))
     log_tail = None
     if k < log_t.shape[-1]:
-        log_tail = log_sum_exp(log_t, where=~one_hot_mask(columns, log_t))[..., 0]
-    log_s = log_softmax(zero_masked(student, mask) / temperature)
-    divergence = _divergence(log_s, columns, take_along_axis(log_t, columns), log_tail, tail)
-    return masked_mean(divergence, mask) * temperature**2
+        log_tail = ops.logsumexp(log_t, mask=~_contains(columns, log_t))[..., 0]
+    log_s = ops.log_softmax(ops.zero_masked(student, mask) / temperature)
+    divergence = _divergence(log_s, columns, log_p, log_tail, tail)
+    return ops.masked_mean(divergence, mask) * temperature**2
 
 
 def stored_top_k(
@@ -123,40 +106,61 @@ def stored_top_k(
             f"{tuple(student.shape)}.",
             "They must be of the same samples.",
         )
-    student, log_p, log_tail = upcast(student), detach(upcast(log_probabilities)), detach(upcast(log_tail))
-    with without_autocast(student):
-        _check_classes(unmasked_rows(indices, mask), student.shape[-1])
-        indices, log_p, log_tail = (zero_masked(array, mask) for array in (indices, log_p, log_tail))
-        log_p, log_tail = cast_like(log_p, student), cast_like(log_tail, student)
+    student, log_p, log_tail = (
+        ops.upcast(student),
+        ops.detach(ops.upcast(log_probabilities)),
+        ops.detach(ops.upcast(log_tail)),
+    )
+    with ops.without_autocast(student):
+        indices = ops.cast(indices, "int64")  # of any width: 8 bits cannot be compared with 1000 classes
+        _check_classes(indices, student.shape[-1], mask)
+        indices, log_p, log_tail = (ops.zero_masked(array, mask) for array in (indices, log_p, log_tail))
+        log_p, log_tail = ops.cast_like(log_p, student), ops.cast_like(log_tail, student)
         if temperature != stored_temperature:
             log_p, log_tail = _resoften(log_p, log_tail, stored_temperature / temperature)
-        log_s = log_softmax(zero_masked(student, mask) / temperature)
-        return masked_mean(_divergence(log_s, indices, log_p, log_tail, tail), mask) * temperature**2
+        log_s = ops.log_softmax(ops.zero_masked(student, mask) / temperature)
+        return ops.masked_mean(_divergence(log_s, indices, log_p, log_tail, tail), mask) * temperature**2
 
 
-def _check_classes(indices: Any, classes: int) -> None:
-    lowest, highest = int(indices.min()), int(indices.max())
-    if lowest < 0 or highest >= classes:
-        raise DataError(
-            f"The store contains class {lowest if lowest < 0 else highest}.",
+def _check_classes(indices: Any, classes: int, mask: Any) -> None:
+    """Raise a DataError if an unmasked class is out of range or repeated in a row."""
+    if mask is not None:
+        ops.check_mask_shape(mask, indices.shape[:-1])
+        ops.check_mask_is_true_somewhere(mask)
+    wrong = ops.zero_masked((indices < 0) | (indices >= classes), mask)
+    ordered = ops.sort(indices)
+    repeated = ops.zero_masked(ordered[..., 1:] == ordered[..., :-1], mask)
+
+    def first(values: Any, condition: Any) -> int:
+        return int(ops.convert_to_numpy(values)[ops.convert_to_numpy(condition)][0])
+
+    ops.raise_if(
+        wrong,
+        lambda: DataError(
+            f"The store contains class {first(indices, wrong)}.",
             f"The student has {classes} classes, numbered from 0 to {classes - 1}.",
             "Check that the store belongs to a teacher with the same classes, and that its indices have enough bits.",
-        )
-    ordered = np.sort(indices, axis=-1) if namespace(indices) is np else indices.long().sort(-1).values
-    repeated = ordered[:, 1:] == ordered[:, :-1]
-    if bool(repeated.any()):
-        raise DataError(
-            f"The store contains class {int(ordered[:, 1:][repeated][0])} twice for one sample.",
+        ),
+    )
+    ops.raise_if(
+        repeated,
+        lambda: DataError(
+            f"The store contains class {first(ordered[..., 1:], repeated)} twice for one sample.",
             "Its probability would count twice.",
             "Rebuild the store.",
-        )
+        ),
+    )
+
+
+def _contains(columns: Any, like: Any) -> Any:
+    """Return True at the columns (..., k), with the shape of `like`: (..., K)."""
+    return ops.multi_hot(columns, like.shape[-1], "bool")
 
 
 def _resoften(log_p: Any, log_tail: Any, power: float) -> tuple[Any, Any]:
     """Raise the stored probabilities and the tail to a power, and divide them by their new sum."""
-    xp = namespace(log_p)
     log_p, log_tail = power * log_p, power * log_tail
-    total = xp.logaddexp(log_sum_exp(log_p)[..., 0], log_tail)
+    total = ops.logaddexp(ops.logsumexp(log_p)[..., 0], log_tail)
     return log_p - total[..., None], log_tail - total
 
 
@@ -168,29 +172,28 @@ def _divergence(log_s: Any, columns: Any, log_p: Any, log_tail: Any, tail: str) 
 
 
 def _renormalized(log_s: Any, columns: Any, log_p: Any, _: Any) -> Any:
-    log_q = take_along_axis(log_s, columns)
-    return kl_terms(log_p - log_sum_exp(log_p), log_q - log_sum_exp(log_q)).sum(-1)
+    log_q = ops.take_along_axis(log_s, columns)
+    return ops.sum(ops.kl_terms(log_p - ops.logsumexp(log_p), log_q - ops.logsumexp(log_q)), -1)
 
 
 def _zero(log_s: Any, columns: Any, log_p: Any, _: Any) -> Any:
-    return kl_terms(log_p - log_sum_exp(log_p), take_along_axis(log_s, columns)).sum(-1)
+    return ops.sum(ops.kl_terms(log_p - ops.logsumexp(log_p), ops.take_along_axis(log_s, columns)), -1)
 
 
 def _bucket(log_s: Any, columns: Any, log_p: Any, log_tail: Any) -> Any:
-    top = kl_terms(log_p, take_along_axis(log_s, columns)).sum(-1)
+    top = ops.sum(ops.kl_terms(log_p, ops.take_along_axis(log_s, columns)), -1)
     if columns.shape[-1] == log_s.shape[-1]:
         return top
-    return top + kl_terms(log_tail, log_sum_exp(log_s, where=~one_hot_mask(columns, log_s))[..., 0])
+    return top + ops.kl_terms(log_tail, ops.logsumexp(log_s, mask=~_contains(columns, log_s))[..., 0])
 
 
 def _uniform(log_s: Any, columns: Any, log_p: Any, log_tail: Any) -> Any:
-    top = kl_terms(log_p, take_along_axis(log_s, columns)).sum(-1)
+    top = ops.sum(ops.kl_terms(log_p, ops.take_along_axis(log_s, columns)), -1)
     count = log_s.shape[-1] - columns.shape[-1]
     if count == 0:
         return top
-    xp = namespace(log_s)
-    log_tail_s = xp.where(one_hot_mask(columns, log_s), xp.zeros_like(log_s), log_s)
-    return top + kl_terms(log_tail, xp.sum(log_tail_s, axis=-1) / count + math.log(count))
+    log_tail_s = ops.where(_contains(columns, log_s), ops.zeros_like(log_s), log_s)
+    return top + ops.kl_terms(log_tail, ops.sum(log_tail_s, axis=-1) / count + math.log(count))
 
 
 TAILS = {"bucket": _bucket, "zero": _zero, "renormalized": _renormalized, "uniform": _uniform}

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch import ops
 from kirsch.data.arrays import host
-from kirsch.distillation.arrays import upcast
 from kirsch.distillation.store.record import LOGITS
 from kirsch.errors import NumericError, UsageError
 from kirsch.frameworks.find import framework_of
@@ -86,4 +86,4 @@ def _arrays(returned: Any) -> dict[str, NDArray[Any]]:
     if not isinstance(returned, dict) or not returned:
         found = "an empty dict" if isinstance(returned, dict) else type(returned).__name__
         raise UsageError(f"The callable `outputs` returned {found}.", fix="Return a dict of arrays by name.")
-    return {str(name): host(upcast(array)) for name, array in returned.items()}
+    return {str(name): host(ops.upcast(array)) for name, array in returned.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from kirsch.frameworks.protocols import Framework
 from kirsch.frameworks.pytorch.analysis import interface as analysis
 from kirsch.frameworks.pytorch.features import interface as features
@@ -9,5 +11,8 @@ from kirsch.frameworks.pytorch.inference import interface as inference
 from kirsch.frameworks.pytorch.models import MODELS
 from kirsch.frameworks.pytorch.surgery import interface as surgery
 from kirsch.frameworks.pytorch.training import interface as training
+from kirsch.ops import load_implementation
 
 PYTORCH = Framework("pytorch", analysis, surgery, features, training, inference, MODELS)
+
+load_implementation(torch.Tensor, torch.nn.Parameter)  # torch.compile, which traces a loss, cannot import it

@@ -47,7 +47,7 @@ def evaluated(tree, values):
     return values[tree] if isinstance(tree, Leaf) else tree
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 @given(expressions, st.integers(1, 30), st.integers(1, 30))
 def test_an_expression_can_be_computed_with_other_values_of_its_leaves(tree, a, b):
     events = []

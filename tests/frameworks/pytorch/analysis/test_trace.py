@@ -101,6 +101,14 @@ def test_a_constant_tensor_is_a_blocker_with_the_line_that_uses_it():
     assert graph.blockers[0].operation == "aten.mul"
 
 
+@pytest.mark.parametrize(
+    "function", [lambda _, x: x * torch.rand(8), lambda _, x: x + (torch.rand(8) * 2)], ids=["rand", "scaled"]
+)
+def test_a_tensor_of_random_numbers_is_a_blocker_of_that_name(function):
+    graph = trace(Net(function), TOKENS)
+    assert graph.blockers[0].reason == "it is combined with a tensor of random numbers"
+
+
 def test_units_added_to_an_input_are_not_blockers():
     class Residual(nn.Module):
         def __init__(self):

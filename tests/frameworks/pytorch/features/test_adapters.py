@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from kirsch.distillation.losses import LOSSES
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
+from kirsch.frameworks.adapters import ADAPTER_OPTIONS
 from kirsch.frameworks.pytorch.features.adapters import ADAPTERS, Adapter, build
 
 MAP, WIDE = (4, 6, 8, 8), (4, 10, 8, 8)
@@ -130,6 +133,18 @@ def density(student_out, teacher_out):
 def test_every_adapter_has_a_case():
     assert {adapter_name(case) for case in CASES} == set(ADAPTERS)
     assert PARAMETERS.keys() == CASES.keys()
+
+
+@pytest.mark.parametrize("name", list(ADAPTER_OPTIONS))
+def test_every_adapter_takes_the_options_that_are_declared_for_all_frameworks(name):
+    parameters = list(inspect.signature(ADAPTERS[name]).parameters.values())[2:]
+    assert [parameter.name for parameter in parameters] == [field.name for field in fields(ADAPTER_OPTIONS[name])]
+    assert {parameter.default for parameter in parameters} == {inspect.Parameter.empty}  # they stand there alone
+    assert ADAPTER_OPTIONS[name].__doc__.splitlines()[0].endswith(".")
+
+
+def test_every_registered_adapter_is_declared_for_all_frameworks():
+    assert set(ADAPTERS) == set(ADAPTER_OPTIONS)
 
 
 @EVERY_CASE

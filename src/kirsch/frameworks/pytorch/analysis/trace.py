@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 DEFAULT = Tracing()
 CONSTANT = "it is combined with a constant tensor"
+RANDOM = "it is combined with a tensor of random numbers"
 
 
 def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, of_part: bool = False) -> Graph:
@@ -312,7 +313,8 @@ class _Walk:
         facts.cost("activations", *_activations(results), owner=facts.operation.module)
         if all(axis is None for result in results for axis in result.axes):
             last = facts.freezes[frozen:][-1:]
-            created = [] if inputs else [Freeze(np.zeros(0, np.int64), CONSTANT, Operation(node.name))]
+            reason = RANDOM if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) else CONSTANT
+            created = [] if inputs else [Freeze(np.zeros(0, np.int64), reason, Operation(node.name))]
             reasons = [*(cause for cause in causes if not cause.boundary), *last, *causes, *created]
             if reasons:
                 self._causes[node] = reasons[0]

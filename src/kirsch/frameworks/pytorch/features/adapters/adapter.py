@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from kirsch.errors import ShapeError, UsageError
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from torch import Tensor
 
-Shape: TypeAlias = Sequence[int]
-"""Shape of one value, with the batch first, such as a torch.Size."""
-
 ADAPTERS: Registry[Callable[..., nn.Module]] = Registry("adapter")
-"""Classes or functions by name; they take the shape of the student's value, that of the teacher's, and options."""
+"""Classes or functions by name; they take the shape of the student's value, that of the teacher's, and options.
+
+The options, defaults and descriptions are those of `kirsch.frameworks.adapters.ADAPTER_OPTIONS` under the same name. An
+adapter without such an entry is one of PyTorch alone, and its keywords have defaults of their own.
+"""
 
 META = torch.device("meta").type
 """Device without data, which does not support autocast."""
@@ -66,44 +66,6 @@ class Adapter(nn.Module):
 def without_autocast(values: Tensor) -> AbstractContextManager[Any]:
     """Return a context without autocast on the device of the values."""
     return nullcontext() if values.device.type == META else torch.autocast(values.device.type, enabled=False)
-
-
-def map_size(shape: Shape, role: str, adapter: str) -> tuple[int, int, int]:
-    """Return channels, height and width of feature maps (N, C, H, W).
-
-    Raises:
-        ShapeError: the shape has another number of axes.
-    """
-    _check_rank(shape, "NCHW", role, adapter)
-    return shape[1], shape[2], shape[3]
-
-
-def token_size(shape: Shape, role: str, adapter: str) -> tuple[int, int]:
-    """Return length and width of tokens (N, L, D).
-
-    Raises:
-        ShapeError: the shape has another number of axes.
-    """
-    _check_rank(shape, "NLD", role, adapter)
-    return shape[1], shape[2]
-
-
-def _check_rank(shape: Shape, axes: str, role: str, adapter: str) -> None:
-    if len(shape) != len(axes):
-        raise ShapeError(
-            f"The {role}'s value has shape {tuple(shape)}; ({', '.join(axes)}) is needed.",
-            f"The adapter {adapter!r} takes only values of this kind.",
-            "Choose another adapter, or another layer.",
-        )
-
-
-SPATIAL = ("pool", "interpolate")
-
-
-def check_spatial(spatial: str) -> None:
-    """Raise a UsageError if the option `spatial` is unknown."""
-    if spatial not in SPATIAL:
-        raise UsageError(f"The option 'spatial' is {spatial!r}.", fix="Use 'pool' or 'interpolate'.")
 
 
 def match_sizes(student: Tensor, teacher: Tensor, spatial: str = "pool") -> tuple[Tensor, Tensor]:

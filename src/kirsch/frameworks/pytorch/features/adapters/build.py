@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from kirsch.errors import ShapeError, UsageError, listing, nearest
+from kirsch.errors import ShapeError
+from kirsch.frameworks.adapters.options import ADAPTER_OPTIONS, check_known, complete_options
+from kirsch.frameworks.adapters.shapes import Shape, choose_adapter
 
 # These modules register adapters.
 from kirsch.frameworks.pytorch.features.adapters import kept, maps, memory, review, tokens, vectors  # noqa: F401
-from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter, Shape
+from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 
 COMMON_OPTIONS = ("widths", "takes", "dtype")
 """Options of `build` that are not passed to the adapter."""
-
-MAP, TOKENS, VECTOR = len("NCHW"), len("NLD"), len("ND")
 
 
 def build(
@@ -55,7 +55,7 @@ def build(
             "An adapter needs one value of each, or as many stages.",
             "Choose the same number of layers in both.",
         )
-    if name != "auto" and getattr(ADAPTERS[name], "stages", False):
+    if name != "auto" and _takes_stages(name):
         if not is_list:
             raise ShapeError(f"The adapter {name!r} needs a list of stages; there is only one value.")
         built: nn.Module | None = _create(name, student, teacher, adapter_options)
@@ -83,6 +83,11 @@ def build_adapter(name: str, student: Any, teacher: Any, options: dict[str, Any]
     return None if adapter is None else adapter.to(first.device)
 
 
+def _takes_stages(name: str) -> bool:
+    """Return whether an adapter takes lists of stages."""
+    return bool(getattr(ADAPTER_OPTIONS[name] if name in ADAPTER_OPTIONS else ADAPTERS[name], "stages", False))
+
+
 def _is_list(shapes: Any) -> bool:
     """Return whether this is a list of shapes, not one shape."""
     return bool(shapes) and not isinstance(shapes[0], int)
@@ -105,65 +110,12 @@ def _build_one(
 
 def _create(name: str, student: Any, teacher: Any, options: dict[str, Any]) -> nn.Module:
     factory = ADAPTERS[name]
-    parameters = list(inspect.signature(factory).parameters.values())[2:]
-    known = [parameter.name for parameter in parameters]
+    if name in ADAPTER_OPTIONS:
+        return factory(student, teacher, **complete_options(name, options))
+    parameters = list(inspect.signature(factory).parameters.values())[2:]  # an adapter of PyTorch alone
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        for option in options:
-            if option not in known:
-                raise UsageError(
-                    f"The adapter {name!r} has no option {option!r}.", listing(sorted(known)), nearest(option, known)
-                )
+        check_known(name, options, [parameter.name for parameter in parameters])
     return factory(student, teacher, **options)
-
-
-def choose_adapter(student: Shape, teacher: Shape, *, widths: str = "same", takes: str | None = None) -> str | None:
-    """Return the name of the adapter that makes two shapes comparable, or None if they need none.
-
-    Args:
-        student, teacher: shapes with the batch first, which is ignored.
-        widths: "any" if the loss accepts different widths.
-        takes: kind of values that the loss compares, if known.
-
-    Raises:
-        ShapeError: no adapter supports these shapes.
-    """
-    shape_s, shape_t = tuple(student[1:]), tuple(teacher[1:])
-    ranks = len(student), len(teacher)
-    if shape_s == shape_t or (widths == "any" and (ranks[0] == ranks[1] or takes == "features")):
-        return None
-    if takes == "attention":
-        raise ShapeError(
-            f"The student's attention has {shape_s[0]} heads, the teacher's {shape_t[0]}."
-            if ranks == (MAP, MAP) and shape_s[1:] == shape_t[1:]
-            else f"The student's attention has shape {tuple(student)}, the teacher's {tuple(teacher)}.",
-            "An adapter that mixes heads would not return attention weights.",
-            'Build the student with as many heads, or use the loss "minilm", which compares relations of positions.',
-        )
-    if ranks == (MAP, MAP):
-        return "conv"
-    if ranks[0] == ranks[1] and ranks[0] >= VECTOR and shape_s[:-1] == shape_t[:-1]:
-        return "linear"
-    if ranks == (TOKENS, MAP) and shape_s[0] - shape_t[1] * shape_t[2] in (0, 1):
-        return "tokens-to-map"
-    if ranks == (MAP, TOKENS) and shape_t[0] - shape_s[1] * shape_s[2] in (0, 1):
-        return "map-to-tokens"
-    raise ShapeError(
-        f"No adapter fits the student's value of shape {tuple(student)} and the teacher's of shape {tuple(teacher)}.",
-        _reason(shape_s, shape_t, ranks),
-        "Choose other layers, or a specific adapter.",
-    )
-
-
-def _reason(shape_s: tuple[int, ...], shape_t: tuple[int, ...], ranks: tuple[int, int]) -> str:
-    if set(ranks) == {MAP, TOKENS}:
-        length, size = (shape_s[0], shape_t[1:]) if ranks[0] == TOKENS else (shape_t[0], shape_s[1:])
-        return (
-            f"A map of {size[0]} × {size[1]} has {size[0] * size[1]} positions, and there are {length} tokens, of "
-            "which one may be a class token."
-        )
-    if ranks == (TOKENS, TOKENS):
-        return f"The student has {shape_s[0]} tokens, the teacher {shape_t[0]}."
-    return "They are of different kinds."
 
 
 def _combine_stages(parts: list[nn.Module | None]) -> nn.Module | None:

@@ -7,35 +7,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kirsch.errors import ShapeError, UsageError
-from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter, Shape
+from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from kirsch.frameworks.adapters.shapes import Shape
+
 
 @ADAPTERS.register("kept")
 class KeptChannels(Adapter):
-    """Selects the channels of the teacher that the pruned student has kept. It has no parameters.
+    """The adapter "kept": selects the channels of the teacher that the pruned student has kept.
 
     Args:
         student, teacher: shapes that differ only in one axis.
-        indices: indices of the teacher's channels, in the order of the student's channels.
-        axis: axis of the channels, with the batch first.
+        options: see `KeptChannelsOptions`.
 
     Raises:
-        UsageError: `indices` is empty, repeats a channel, or contains one that the teacher does not have.
+        UsageError: `indices` repeats a channel, or contains one that the teacher does not have.
         ShapeError: the student has another number of channels, or the shapes differ in another axis.
     """
 
-    def __init__(self, student: Shape, teacher: Shape, *, indices: Sequence[int] | None = None, axis: int = 1) -> None:
+    def __init__(self, student: Shape, teacher: Shape, *, indices: Sequence[int], axis: int) -> None:
         super().__init__()
-        if not indices:
-            raise UsageError(
-                "The adapter 'kept' needs the option `indices`, the channels that are kept.",
-                fix='Use the terms of kirsch.recovery, or set adapter_options={"indices": [0, 2, 5]}.',
-            )
         sizes_s, sizes_t = list(student), list(teacher)
         others_s, others_t = (sizes[:axis] + sizes[axis + 1 :] for sizes in (sizes_s, sizes_t))
         if not 1 <= axis < len(sizes_t) or others_s != others_t:

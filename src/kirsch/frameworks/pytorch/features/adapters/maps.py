@@ -10,40 +10,28 @@ import torch
 from torch import nn
 
 from kirsch.errors import ShapeError, UsageError
-from kirsch.frameworks.pytorch.features.adapters.adapter import (
-    ADAPTERS,
-    Adapter,
-    Shape,
-    check_spatial,
-    map_size,
-    match_sizes,
-)
+from kirsch.frameworks.adapters.options import SMALLEST_VARIANCE
+from kirsch.frameworks.adapters.shapes import Shape, map_size
+from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter, match_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SMALLEST_VARIANCE = 1e-5
-"""Constant that the loss "vid" adds to log(1 + exp(scale))."""
-
 
 @ADAPTERS.register("conv")
 class Convolution(Adapter):
-    """Converts the student's maps to the teacher's channels by a 1 × 1 convolution without bias.
+    """The adapter "conv": a 1 × 1 convolution of the student's maps.
 
     Args:
         student, teacher: shape (N, C, H, W).
-        norm: add a batch norm.
-        spatial: for maps of different sizes, "pool" averages the larger map, "interpolate" resizes the student's map to
-            the size of the teacher's.
+        options: see `ConvolutionOptions`.
 
     Raises:
         ShapeError: a value is not (N, C, H, W).
-        UsageError: `spatial` is unknown.
     """
 
-    def __init__(self, student: Shape, teacher: Shape, *, norm: bool = False, spatial: str = "pool") -> None:
+    def __init__(self, student: Shape, teacher: Shape, *, norm: bool, spatial: str) -> None:
         super().__init__()
-        check_spatial(spatial)
         channels_s, channels_t = map_size(student, "student", "conv")[0], map_size(teacher, "teacher", "conv")[0]
         self.spatial = spatial
         self.conv = nn.Conv2d(channels_s, channels_t, 1, bias=False)
@@ -57,22 +45,17 @@ class Convolution(Adapter):
 
 @ADAPTERS.register("fitnet")
 class Regressor(Adapter):
-    """Converts the student's maps to the teacher's channels and size by one convolution, batch norm and ReLU.
-
-    For twice the teacher's size this is a 3 × 3 convolution with stride 2, for half the size a transposed 4 × 4
-    convolution; for another larger size, a convolution without padding whose kernel reduces it to the teacher's size.
+    """The adapter "fitnet": one convolution of the student's maps to the teacher's channels and size.
 
     Args:
         student, teacher: shape (N, C, H, W).
-        relu: end with a ReLU, for a teacher's value after its ReLU.
+        options: see `RegressorOptions`.
 
     Raises:
         ShapeError: the student's map is smaller than the teacher's, and not half its size.
-
-    Source: Romero et al. 2015, arXiv:1412.6550, as RepDistiller builds it.
     """
 
-    def __init__(self, student: Shape, teacher: Shape, *, relu: bool = True) -> None:
+    def __init__(self, student: Shape, teacher: Shape, *, relu: bool) -> None:
         super().__init__()
         channels_s, *size_s = map_size(student, "student", "fitnet")
         channels_t, *size_t = map_size(teacher, "teacher", "fitnet")
@@ -99,26 +82,20 @@ class Regressor(Adapter):
 
 @ADAPTERS.register("residual")
 class Connector(Adapter):
-    """Converts the student's maps before a ReLU to the teacher's channels by a 1 × 1 convolution and a batch norm.
-
-    The teacher's maps must be those before its ReLU, too. With `margins` they are clipped from below; the loss "ofd"
-    then takes the same margins, or lower ones.
+    """The adapter "residual": a 1 × 1 convolution and a batch norm of the student's maps before a ReLU.
 
     Args:
         student, teacher: shape (N, C, H, W).
-        margins: <= 0, one for each of the teacher's channels: the mean of the negative values after its batch norm, as
-            computed by `kirsch.distillation.losses.maps.margins` from bias and weight.
+        options: see `ConnectorOptions`.
 
     Raises:
         ShapeError: the number of margins is not the number of channels.
         UsageError: a margin is above 0.
-
-    Source: Heo et al. 2019, arXiv:1904.01866.
     """
 
     margins: Tensor | None
 
-    def __init__(self, student: Shape, teacher: Shape, *, margins: Any = None) -> None:
+    def __init__(self, student: Shape, teacher: Shape, *, margins: Any) -> None:
         super().__init__()
         channels_s, channels_t = (
             map_size(student, "student", "residual")[0],
@@ -144,24 +121,20 @@ class Connector(Adapter):
 
 @ADAPTERS.register("mgd")
 class Generator(Adapter):
-    """Generates the teacher's maps from the student's maps, of which most positions are masked.
+    """The adapter "mgd": generates the teacher's maps from the student's masked maps.
 
-    The masked positions are drawn from PyTorch's generator, for each sample separately and for all channels together.
-    In inference mode nothing is masked.
+    The masked positions are drawn from PyTorch's generator.
 
     Args:
-        student, teacher: shape (N, C, H, W). If the channels differ, a 1 × 1 convolution precedes.
-        masked_fraction: fraction of the positions, 0 <= fraction < 1.
-        spatial: as in "conv".
+        student, teacher: shape (N, C, H, W).
+        options: see `GeneratorOptions`.
 
-    Source: Yang et al. 2022, arXiv:2205.01529. There, too, positions are masked, not channels; 65 % of them.
+    Raises:
+        ShapeError: a value is not (N, C, H, W).
     """
 
-    def __init__(self, student: Shape, teacher: Shape, *, masked_fraction: float = 0.65, spatial: str = "pool") -> None:
+    def __init__(self, student: Shape, teacher: Shape, *, masked_fraction: float, spatial: str) -> None:
         super().__init__()
-        check_spatial(spatial)
-        if not 0 <= masked_fraction < 1:
-            raise UsageError(f"`masked_fraction` is {masked_fraction}; a number of at least 0 and below 1 is needed.")
         channels_s, channels_t = map_size(student, "student", "mgd")[0], map_size(teacher, "teacher", "mgd")[0]
         self.masked_fraction, self.spatial = masked_fraction, spatial
         self.align = nn.Identity() if channels_s == channels_t else nn.Conv2d(channels_s, channels_t, 1)
@@ -180,25 +153,18 @@ class Generator(Adapter):
 
 @ADAPTERS.register("vid")
 class Density(Adapter):
-    """Predicts a normal distribution of the teacher's maps, with means from the student's and one scale a channel.
-
-    The student's value is {"mean": maps, "scale": (C,)}; the variance is log(1 + exp(scale)) + 1e-5.
+    """The adapter "vid": a normal distribution of the teacher's maps.
 
     Args:
         student, teacher: shape (N, C, H, W).
-        hidden: channels between the three 1 × 1 convolutions; by default those of the teacher.
-        norm: add a batch norm before both ReLUs, unlike the authors' code.
-        variance: > 1e-5, initial variance of every channel.
+        options: see `DensityOptions`.
 
-    Source: Ahn et al. 2019, arXiv:1904.05835, and the authors' code.
+    Raises:
+        ShapeError: a value is not (N, C, H, W).
     """
 
-    def __init__(
-        self, student: Shape, teacher: Shape, *, hidden: int | None = None, norm: bool = False, variance: float = 5.0
-    ) -> None:
+    def __init__(self, student: Shape, teacher: Shape, *, hidden: int | None, norm: bool, variance: float) -> None:
         super().__init__()
-        if not variance > SMALLEST_VARIANCE:
-            raise UsageError(f"`variance` is {variance}; a number above {SMALLEST_VARIANCE} is needed.")
         channels_s, channels_t = map_size(student, "student", "vid")[0], map_size(teacher, "teacher", "vid")[0]
         widths = [channels_s, hidden or channels_t, hidden or channels_t, channels_t]
         layers: list[nn.Module] = []
@@ -215,20 +181,19 @@ class Density(Adapter):
 
 @ADAPTERS.register("factor")
 class Factor(Adapter):
-    """Computes factors of both maps, the teacher's by a paraphraser, the student's by a translator.
+    """The adapter "factor": factors of both maps; `extra_loss` is that of the autoencoder of the teacher's maps.
 
-    The paraphraser is trained as an autoencoder: `extra_loss` is the mean squared error between the teacher's maps and
-    their reconstruction from the factor. No other gradient flows to the teacher's factor. To train in two phases like
-    the authors, first train on `extra_loss` alone, then freeze `paraphraser` and `restore`.
+    To train in two phases, first train on `extra_loss` alone, then freeze `paraphraser` and `restore`.
 
     Args:
         student, teacher: shape (N, C, H, W).
-        rate: channels of a factor divided by the teacher's channels, > 0.
+        options: see `FactorOptions`.
 
-    Source: Kim et al. 2018, arXiv:1802.04977; rate 0.5, and the layers of both, as in RepDistiller.
+    Raises:
+        UsageError: the factor would have no channels.
     """
 
-    def __init__(self, student: Shape, teacher: Shape, *, rate: float = 0.5) -> None:
+    def __init__(self, student: Shape, teacher: Shape, *, rate: float) -> None:
         super().__init__()
         channels_s, channels_t = map_size(student, "student", "factor")[0], map_size(teacher, "teacher", "factor")[0]
         factors = int(rate * channels_t)

@@ -8,13 +8,14 @@ import torch
 from torch.nn import functional
 
 from kirsch.errors import DataError, ShapeError, UsageError
-from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, META, Adapter, Shape, without_autocast
+from kirsch.frameworks.adapters.options import MOMENTUM
+from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, META, Adapter, without_autocast
 from kirsch.frameworks.pytorch.features.adapters.vectors import Embedding
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOMENTUM = 0.5
+    from kirsch.frameworks.adapters.shapes import Shape
 
 NO_OWNER = -1
 """Owner of a row to which no sample has been written."""
@@ -33,7 +34,7 @@ def bank_bytes(rows: int, width: int = 128, dtype: torch.dtype = torch.float32) 
 
 @ADAPTERS.register("crd-bank")
 class MemoryBank(Adapter):
-    """Contrasts the embedding of each sample with stored embeddings of the other network.
+    """The adapter "crd-bank": contrasts the embedding of each sample with stored embeddings of the other network.
 
     Returns two arrays (N, 1 + negatives) for the loss "crd", one for each direction, with the positive first and then
     the negatives,
@@ -53,20 +54,7 @@ class MemoryBank(Adapter):
 
     Args:
         student, teacher: shape (N, D), (N, L, D) or (N, C, H, W); tokens and maps are averaged over positions.
-        samples: number of samples in the data; ids must be from 0 to samples - 1. Optional with `size`, and then any
-            ids are accepted.
-        size: number of rows of a queue, instead of one row a sample.
-        negatives: number of negatives for each sample and direction.
-        temperature: > 0.
-        momentum: weight of the old row, 0 <= momentum < 1; 0.5 by default. Not available with `size`.
-        width: width of the embeddings.
-
-    Raises:
-        UsageError: neither `samples` nor `size` is set, or an option is out of range.
-
-    Source: Tian et al. 2020, arXiv:1910.10699, section 3.2, and the authors' code: 16384 negatives, temperature 0.07,
-        momentum 0.5, width 128. There a sample itself may be drawn as a negative. The queue is from He et al. 2020,
-        arXiv:1911.05722.
+        options: see `MemoryBankOptions`.
     """
 
     bank_student: Tensor
@@ -81,16 +69,16 @@ class MemoryBank(Adapter):
         student: Shape,
         teacher: Shape,
         *,
-        samples: int | None = None,
-        size: int | None = None,
-        negatives: int = 16384,
-        temperature: float = 0.07,
-        momentum: float | None = None,
-        width: int = 128,
+        samples: int | None,
+        size: int | None,
+        negatives: int,
+        temperature: float,
+        momentum: float | None,
+        width: int,
     ) -> None:
         super().__init__()
         self.queue, self.samples = size is not None, samples
-        self.rows = _check_options(size if self.queue else samples, negatives, temperature, momentum, queue=self.queue)
+        self.rows = size if size is not None else samples or 0  # the options demand one of the two
         self.negatives, self.temperature = negatives, temperature
         self.momentum = MOMENTUM if momentum is None else momentum
         self.student = Embedding(student, width, pool=True, normalize=True)
@@ -187,30 +175,6 @@ class MemoryBank(Adapter):
             )
         self.bank_student[rows] = vectors_s
         self.bank_teacher[rows] = vectors_t
-
-
-def _check_options(rows: int | None, negatives: int, temperature: float, momentum: float | None, *, queue: bool) -> int:
-    """Return the number of rows; raise a UsageError if an option is out of range."""
-    if rows is None:
-        raise UsageError(
-            "The adapter 'crd-bank' needs the number of samples.",
-            "It stores one embedding of each.",
-            "Set the option `samples`, or `size` for a queue.",
-        )
-    if queue and momentum is not None:
-        raise UsageError(
-            "The adapter 'crd-bank' has no 'momentum' with a 'size'.", "A queue stores embeddings unchanged."
-        )
-    minimum = 1 if queue else 2  # the sample itself, and a negative
-    for name, value, is_invalid, needed in (
-        ("size" if queue else "samples", rows, rows < minimum, f"at least {minimum}"),
-        ("negatives", negatives, negatives < 1, "at least 1"),
-        ("temperature", temperature, not temperature > 0, "a number above 0"),
-        ("momentum", momentum, not 0 <= (momentum or 0) < 1, "a number of at least 0 and below 1"),
-    ):
-        if is_invalid:
-            raise UsageError(f"The option {name!r} of 'crd-bank' is {value}; {needed} is needed.")
-    return rows
 
 
 def products(vectors: Tensor, bank: Tensor, rows: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter, Shape, map_size
+from kirsch.frameworks.adapters.shapes import Shape, map_size
+from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,23 +22,17 @@ MAX_HIDDEN = 512
 
 @ADAPTERS.register("review")
 class Review(Adapter):
-    """Fuses the stages of the student from the deepest to the first, and converts each to the shape of the teacher's.
-
-    Both outputs are lists of maps. The loss is the sum of a loss of maps ("hcl" in the paper) over the stages.
+    """The adapter "review": fuses the stages of the student from the deepest to the first.
 
     Args:
         student, teacher: shapes (N, C, H, W), one for each stage, the first stage first.
-        hidden: channels passed from stage to stage; by default those of the student's last stage, at most 512.
+        options: see `ReviewOptions`.
 
     Raises:
         ShapeError: a stage is not (N, C, H, W).
-
-    Source: Chen et al. 2021, arXiv:2104.09044, and the authors' code.
     """
 
-    stages: ClassVar[bool] = True
-
-    def __init__(self, student: Sequence[Shape], teacher: Sequence[Shape], *, hidden: int | None = None) -> None:
+    def __init__(self, student: Sequence[Shape], teacher: Sequence[Shape], *, hidden: int | None) -> None:
         super().__init__()
         channels_s = [map_size(shape, "student", "review")[0] for shape in student]
         channels_t = [map_size(shape, "teacher", "review")[0] for shape in teacher]

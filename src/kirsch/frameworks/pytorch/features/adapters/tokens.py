@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from kirsch.errors import ShapeError
-from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter, Shape, map_size, token_size
+from kirsch.frameworks.adapters.shapes import Shape, infer_prefix, map_size, token_size
+from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,19 +16,17 @@ if TYPE_CHECKING:
 
 @ADAPTERS.register("linear")
 class Linear(Adapter):
-    """Converts the last axis of the student's value to the teacher's width by a linear layer.
+    """The adapter "linear": a linear layer on the last axis of the student's value.
 
     Args:
         student, teacher: shape (N, ..., D), with at least two axes, which agree except for the last.
-        bias: add a bias.
+        options: see `LinearOptions`.
 
     Raises:
         ShapeError: the axes before the last differ.
-
-    Source: Jiao et al. 2020, arXiv:1909.10351, equation 8, which has no bias; TinyBERT's code has one.
     """
 
-    def __init__(self, student: Shape, teacher: Shape, *, bias: bool = True) -> None:
+    def __init__(self, student: Shape, teacher: Shape, *, bias: bool) -> None:
         super().__init__()
         if len(student) < len("ND") or tuple(student[1:-1]) != tuple(teacher[1:-1]) or len(student) != len(teacher):
             raise ShapeError(
@@ -44,19 +43,18 @@ class Linear(Adapter):
 
 @ADAPTERS.register("tokens-to-map")
 class TokensToMap(Adapter):
-    """Arranges the student's tokens as maps, row by row, and converts them to the teacher's channels.
+    """The adapter "tokens-to-map": arranges the student's tokens as maps.
 
     Args:
         student: shape (N, L, D), L = H W + prefix.
         teacher: shape (N, C, H, W).
-        prefix: number of tokens at the start that are not positions of the map, such as a class token; they are left
-            out. By default 0 or 1, by the shapes.
+        options: see `TokensToMapOptions`.
 
     Raises:
         ShapeError: the number of tokens is not that of positions plus the prefix.
     """
 
-    def __init__(self, student: Shape, teacher: Shape, *, prefix: int | None = None) -> None:
+    def __init__(self, student: Shape, teacher: Shape, *, prefix: int | None) -> None:
         super().__init__()
         length, width = token_size(student, "student", "tokens-to-map")
         channels, *size = map_size(teacher, "teacher", "tokens-to-map")
@@ -71,19 +69,18 @@ class TokensToMap(Adapter):
 
 @ADAPTERS.register("map-to-tokens")
 class MapToTokens(Adapter):
-    """Flattens the student's maps to tokens, row by row, and converts them to the teacher's width.
+    """The adapter "map-to-tokens": flattens the student's maps to tokens.
 
     Args:
         student: shape (N, C, H, W).
         teacher: shape (N, L, D), L = H W + prefix.
-        prefix: number of tokens at the start that are not positions of the map, such as a class token; they are left
-            out. By default 0 or 1, by the shapes.
+        options: see `MapToTokensOptions`.
 
     Raises:
         ShapeError: the number of tokens is not that of positions plus the prefix.
     """
 
-    def __init__(self, student: Shape, teacher: Shape, *, prefix: int | None = None) -> None:
+    def __init__(self, student: Shape, teacher: Shape, *, prefix: int | None) -> None:
         super().__init__()
         channels, *size = map_size(student, "student", "map-to-tokens")
         length, width = token_size(teacher, "teacher", "map-to-tokens")
@@ -93,21 +90,3 @@ class MapToTokens(Adapter):
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
         """Return the tokens (N, H W, D) of both."""
         return self.linear(self.cast(student).flatten(2).transpose(1, 2)), teacher[:, self.prefix :]
-
-
-def infer_prefix(length: int, size: tuple[int, int], prefix: int | None = None) -> int:
-    """Return the number of tokens at the start that are not positions of the map.
-
-    Raises:
-        ShapeError: the number of tokens is not that of positions plus the prefix.
-    """
-    positions = size[0] * size[1]
-    extra = length - positions
-    if extra not in ((0, 1) if prefix is None else (prefix,)):
-        allowed = "at most one class token" if prefix is None else f"a prefix of {prefix}"
-        raise ShapeError(
-            f"There are {length} tokens, and a map of {size[0]} × {size[1]} has {positions} positions.",
-            f"The numbers must be equal, except for {allowed}.",
-            "Choose another layer, or set `prefix` to the number of tokens before the positions.",
-        )
-    return extra

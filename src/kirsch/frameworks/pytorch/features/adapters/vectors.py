@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from kirsch.errors import ShapeError, UsageError
-from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter, Shape
+from kirsch.frameworks.adapters.shapes import Shape, width_of
+from kirsch.frameworks.pytorch.features.adapters.adapter import ADAPTERS, Adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +32,6 @@ class Embedding(nn.Module):
 
     def __init__(self, shape: Shape, size: int, *, pool: bool, normalize: bool) -> None:
         super().__init__()
-        if size < 1:
-            raise UsageError(f"`size` of an embedding is {size}; at least 1 is needed.")
         self.pool, self.normalize = pool, normalize
         self.linear = nn.Linear(width_of(shape) if pool else math.prod(shape[1:]), size)
 
@@ -40,17 +39,6 @@ class Embedding(nn.Module):
         """Return vectors, shape (N, size)."""
         vectors = self.linear(average_positions(values) if self.pool else values.flatten(1))
         return functional.normalize(vectors, dim=-1) if self.normalize else vectors
-
-
-def width_of(shape: Shape) -> int:
-    """Return the channels of maps, or the last axis of tokens and vectors.
-
-    Raises:
-        ShapeError: the shape is none of these.
-    """
-    if len(shape) not in (2, 3, 4):
-        raise ShapeError(f"A value has shape {tuple(shape)}; (N, D), (N, L, D) or (N, C, H, W) is needed.")
-    return shape[1] if len(shape) == len("NCHW") else shape[-1]
 
 
 def average_positions(values: Tensor) -> Tensor:
@@ -62,20 +50,14 @@ def average_positions(values: Tensor) -> Tensor:
 
 @ADAPTERS.register("embed")
 class Embed(Adapter):
-    """Computes an embedding of each value by a linear layer. Losses with `learned=True` also train the teacher's layer.
+    """The adapter "embed": an embedding of each value by a linear layer.
 
     Args:
         student, teacher: shape (N, D), (N, L, D) or (N, C, H, W).
-        size: width of the embeddings.
-        pool: average tokens and maps over their positions; else they are flattened.
-        normalize: scale embeddings to norm 1, as CRD does and CC does not.
-
-    Source: Peng et al. 2019, arXiv:1904.01802, and Tian et al. 2020, arXiv:1910.10699; width 128 in both.
+        options: see `EmbedOptions`.
     """
 
-    def __init__(
-        self, student: Shape, teacher: Shape, *, size: int = 128, pool: bool = True, normalize: bool = False
-    ) -> None:
+    def __init__(self, student: Shape, teacher: Shape, *, size: int, pool: bool, normalize: bool) -> None:
         super().__init__()
         self.student = Embedding(student, size, pool=pool, normalize=normalize)
         self.teacher = Embedding(teacher, size, pool=pool, normalize=normalize)
@@ -87,26 +69,19 @@ class Embed(Adapter):
 
 @ADAPTERS.register("ofa")
 class Projector(Adapter):
-    """Computes logits from a stage of the student, to compare with the teacher's logits.
-
-    The height and width of maps are halved by pairs of separable convolutions until both are at most 7, as the last
-    stage of most networks for 224 × 224 images; then the maps are averaged. Tokens are averaged.
+    """The adapter "ofa": logits from a stage of the student.
 
     Args:
         student: shape (N, C, H, W), (N, L, D) or (N, D).
         teacher: logits, shape (N, K).
-        classes: K; by default that of the teacher.
-        width: channels after the last convolution; by default doubled with each halving.
+        options: see `ProjectorOptions`.
 
     Raises:
         ShapeError: the teacher's value is not (N, K).
         UsageError: `width` is set, but the stage is not halved.
-
-    Source: Hao et al. 2023, arXiv:2310.19444, which uses transformer blocks for tokens, and as `width` the larger of
-        the last widths of student and teacher.
     """
 
-    def __init__(self, student: Shape, teacher: Shape, *, classes: int | None = None, width: int | None = None) -> None:
+    def __init__(self, student: Shape, teacher: Shape, *, classes: int | None, width: int | None) -> None:
         super().__init__()
         classes = classes if classes is not None else teacher[-1]
         if len(teacher) != len("NK") or teacher[-1] != classes:

@@ -1,0 +1,51 @@
+"""Implementations of the array operations, and the one of an array."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from kirsch.errors import UsageError
+from kirsch.registry import Registry
+
+MODULES = {"numpy": "kirsch.ops.numpy_arrays", "torch": "kirsch.frameworks.pytorch.ops"}
+"""Package that defines an array type → module with its operations, which is imported with the first such array."""
+
+IMPLEMENTATIONS: Registry[Any] = Registry("ops")
+"""Package that defines an array type → object with the functions of `kirsch.ops.operations` and of
+`kirsch.ops.library`."""
+
+_OF_TYPE: dict[type, Any] = {}
+
+
+def implementation_of(array: Any) -> Any:
+    """Return the operations for an array: an object with one function for each.
+
+    Raises:
+        UsageError: no implementation is registered for arrays of this type.
+    """
+    kind = type(array)
+    if kind not in _OF_TYPE:
+        load_implementation(kind)
+    return _OF_TYPE[kind]
+
+
+def load_implementation(*array_types: type) -> None:
+    """Import the operations for some array types now, because a compiler cannot trace the import.
+
+    Raises:
+        UsageError: no implementation is registered for arrays of such a type.
+    """
+    _OF_TYPE.update({kind: _find(kind) for kind in array_types})
+
+
+def _find(kind: type) -> Any:
+    packages = dict.fromkeys(base.__module__.partition(".")[0] for base in kind.__mro__ if base is not object)
+    known = set(IMPLEMENTATIONS)
+    for package in packages:
+        if package not in known and package in MODULES:
+            IMPLEMENTATIONS.register(package)(import_module(MODULES[package]))
+            known.add(package)
+        if package in known:
+            return IMPLEMENTATIONS[package]
+    raise UsageError(f"A loss got an object of type {kind.__qualname__}.", fix="Pass numpy arrays or PyTorch tensors.")
