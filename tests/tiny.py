@@ -75,11 +75,15 @@ def stripes(*, seed, classes=("dark", "gray", "light"), name="stripes"):
 RECIPE = """
 name: stripes
 data: {source: "nets.py:stripes", batch_size: 16}
-teacher: {model: "nets.py:teacher", train: {epochs: 6, learning_rate: 0.02, optimizer: adamw}}
-student: {model: "nets.py:student", distill: {train: {epochs: 4, learning_rate: 0.05}}}
-prune: {goal: {macs: 0.6}, round_to: 1}
-recover: {train: {epochs: 3, learning_rate: 0.02, warmup_epochs: 1}}
-measure: {rounds: 10}
+teacher: {model: "nets.py:teacher"}
+student: {model: "nets.py:student"}
+steps:
+- train: {epochs: 6, learning_rate: 0.02, optimizer: adamw}
+- distill: {epochs: 4, learning_rate: 0.05}
+- prune: {goal: {macs: 0.6}, round_to: 1}
+- recover: {epochs: 3, learning_rate: 0.02, warmup_epochs: 1}
+- export
+- measure: {rounds: 10}
 goal: {max_drop: 0.5}
 """
 

@@ -39,28 +39,36 @@ class Between:
 
     Args:
         least, most: limits, which belong to the range.
-        exclusive: whether `least` itself does not belong to the range.
+        exclusive: limits that do not belong to the range: "least", "most" or "both".
     """
 
     least: float = -math.inf
     most: float = math.inf
-    exclusive: bool = field(default=False, kw_only=True)
+    exclusive: Literal["", "least", "most", "both"] = field(default="", kw_only=True)
 
     def has(self, value: float) -> bool:
         """Return whether a number is in the range."""
-        return self.least <= value <= self.most and not (self.exclusive and value == self.least)
+        least, most = self.exclusive in ("least", "both"), self.exclusive in ("most", "both")
+        return self.least <= value <= self.most and not (
+            (least and value == self.least) or (most and value == self.most)
+        )
 
     def text(self, value: float | None = None) -> str:
         """Return the range as part of a noun phrase; limits of number formats appear only if `value` exceeds them."""
         if self.exclusive:
-            return f"above {self.least:g}" + (f" and up to {self.most:g}" if self.most < FORMAT_LIMIT else "")
+            lower = "of at least" if self.exclusive == "most" else "above"
+            upper = "up to" if self.exclusive == "least" else "below"
+            return f"{lower} {self.least:g}" + (f" and {upper} {self.most:g}" if self.most < FORMAT_LIMIT else "")
         if self.most >= FORMAT_LIMIT and (value is None or value < self.most):
             return f"of at least {self.least:g}"
         return f"between {self.least:g} and {self.most:g}"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Return the schema of a number within the range, for pydantic."""
-        limits = {"gt" if self.exclusive else "ge": self.least, "le": self.most}
+        limits = {
+            "gt" if self.exclusive in ("least", "both") else "ge": self.least,
+            "lt" if self.exclusive in ("most", "both") else "le": self.most,
+        }
         finite = {name: limit for name, limit in limits.items() if math.isfinite(limit)}
         return {**handler(source), "strict": True, **finite}
 
@@ -90,6 +98,15 @@ Seed = Annotated[int, Between(0, 2**63 - 1)]
 
 Share = Annotated[float, Between(0, 1)]
 """A fraction or probability."""
+
+AtLeastZero = Annotated[float, Between(0)]
+"""A number of at least 0."""
+
+Positive = Annotated[float, Between(0, exclusive="least")]
+"""A number above 0."""
+
+Fraction = Annotated[float, Between(0, 1, exclusive="both")]
+"""A number above 0 and below 1."""
 
 Names = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several paths or patterns, such as ['fc', 'layer4.*'].")

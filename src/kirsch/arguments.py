@@ -58,22 +58,43 @@ def checked(target: T) -> T:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise _call_error(target, signature, kwargs, error) from None
-        errors: list[UsageError] = []
-        for argument, hint in _hints(function, target).items():
-            if argument in bound.arguments:
-                parameter, value = signature.parameters[argument], bound.arguments[argument]
-                try:
-                    bound.arguments[argument] = _checked_argument(target, parameter, value, hint)
-                except UsageError as error:
-                    errors.append(error)
-        if errors:
-            raise _merged(errors)
+        bound.arguments |= _checked_arguments(target, signature, bound.arguments, _hints(function, target))
         return function(*bound.args, **bound.kwargs)
 
     if inspect.isclass(target):
         setattr(target, "__init__", call)  # noqa: B010 - mypy does not allow the assignment
         return target
     return typing.cast("T", call)
+
+
+def check_arguments(target: Any, values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments of a class, converted to the types of their annotations.
+
+    Raises:
+        UsageError: an argument is unknown, missing, or does not fit its annotation.
+    """
+    signature = inspect.signature(target)
+    try:
+        bound = signature.bind(**values)
+    except TypeError as error:
+        raise _call_error(target, signature, values, error) from None
+    return dict(bound.arguments) | _checked_arguments(target, signature, bound.arguments, hints)
+
+
+def _checked_arguments(
+    target: Any, signature: inspect.Signature, values: Mapping[str, Any], hints: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments that have an annotation, converted to its type; one error names all that do not fit."""
+    converted, errors = {}, []
+    for argument, hint in hints.items():
+        if argument in values:
+            try:
+                converted[argument] = _checked_argument(target, signature.parameters[argument], values[argument], hint)
+            except UsageError as error:
+                errors.append(error)
+    if errors:
+        raise _merged(errors)
+    return converted
 
 
 def public_name(target: Any) -> str:

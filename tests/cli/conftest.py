@@ -99,11 +99,15 @@ def stripes(*, seed):
 RECIPE = """
 name: stripes
 data: {source: "nets.py:stripes", batch_size: 16}
-teacher: {model: "nets.py:teacher", train: {epochs: 6, learning_rate: 0.02}}
-student: {model: "nets.py:student", distill: {train: {epochs: 6, learning_rate: 0.02}}}
-prune: {goal: {macs: 0.6}}
-recover: {train: {epochs: 2, learning_rate: 0.01}}
-measure: {rounds: 10}
+teacher: {model: "nets.py:teacher"}
+student: {model: "nets.py:student"}
+steps:
+- train: {epochs: 6, learning_rate: 0.02}
+- distill: {epochs: 6, learning_rate: 0.02}
+- prune: {goal: {macs: 0.6}}
+- recover: {epochs: 2, learning_rate: 0.01}
+- export
+- measure: {rounds: 10}
 """
 
 

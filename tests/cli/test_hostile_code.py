@@ -194,13 +194,21 @@ def test_an_error_of_the_user_or_the_machine_has_its_exit_code_and_a_fix(kirsch,
         ("KeyboardInterrupt()", 130, "The command was stopped", ""),
     ],
 )
-@pytest.mark.parametrize(("at", "when"), [(1, "in the checks before the first stage"), (30, "in the stage 'teacher'")])
-def test_an_exception_in_a_forward_names_line_stage_and_batch_size(
+@pytest.mark.parametrize(("at", "when"), [(1, "in the checks before the first step"), (30, "in the step 'teacher'")])
+def test_an_exception_in_a_forward_names_line_step_and_batch_size(
     answer, monkeypatch, error, code, what, why, at, when
 ):
     monkeypatch.setenv("AT", str(at))
     monkeypatch.setenv("ERROR", error)
-    arguments = ("compress", "recipe.yaml", "--set", "teacher.model=models.py:counted", "--set", "student=null")
+    arguments = (
+        "compress",
+        "recipe.yaml",
+        "--set",
+        "teacher.model=models.py:counted",
+        "--set",
+        "student=null",
+        "distill=null",
+    )
     content = answer(*arguments, "--run", "run", code=code)["error"]
     first = "Counted does not run on a batch whose inputs are"
     assert content["what"].startswith(what) or first in content["what"]

@@ -21,7 +21,7 @@ from kirsch.tables import plain
 
 pytest.importorskip("torch")
 
-STAGES = ["teacher", "distill", "prune", "recover", "export", "measure"]
+STEPS = ["train", "distill", "prune", "recover", "export", "measure"]
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,13 @@ def run(finished, tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-def test_a_run_prints_a_header_one_line_per_stage_and_the_verdict(finished):
+def test_a_run_prints_a_header_one_line_per_step_and_the_verdict(finished):
     _, code, out = finished
     lines = out.splitlines()
     assert code == 0
     assert lines[0] == "kirsch 0.1.0 · stripes · run run"
     assert lines[1].startswith("goal  MACs ≤ 60 %")
-    assert [line.split()[1] for line in lines if line[:2].strip().isdigit()] == STAGES
+    assert [line.split()[1] for line in lines if line[:2].strip().isdigit()] == STEPS
     assert sum(" epoch " in line for line in lines) == 6 + 6 + 2
     assert lines[-3].startswith("goal met     MACs ")
     assert lines[-2] == "report       run/report.html"
@@ -74,12 +74,12 @@ def test_a_run_folder_has_the_documented_files(finished):
     }
 
 
-def test_resuming_a_finished_run_keeps_all_stages(run, kirsch):
+def test_resuming_a_finished_run_keeps_all_steps(run, kirsch):
     before = files.sha256(run / "artifacts" / "model.onnx")
     code, out, _ = kirsch("resume", "run")
-    stages = [line for line in out.splitlines() if line[:2].strip().isdigit()]
+    steps = [line for line in out.splitlines() if line[:2].strip().isdigit()]
     assert code == 0
-    assert all(line.endswith(" kept") for line in stages)
+    assert all(line.endswith(" kept") for line in steps)
     assert files.sha256(run / "artifacts" / "model.onnx") == before
 
 
@@ -88,8 +88,8 @@ def test_json_contains_the_metrics_and_progress_goes_to_the_standard_error(run, 
     answer = json.loads(out)
     assert answer["exit_code"] == code == 0
     assert answer["metrics"] == json.loads((run / "metrics.json").read_text())
-    assert [stage["key"] for stage in answer["metrics"]["stages"]] == STAGES
-    assert " 1 teacher" in err
+    assert [step["key"] for step in answer["metrics"]["steps"]] == STEPS
+    assert " 1 train" in err
 
 
 def test_quiet_prints_only_the_verdict(run, kirsch):
@@ -109,7 +109,7 @@ def test_a_missed_goal_has_exit_code_3(run, kirsch):
         "--set",
         "measure.rounds=10",
         "--set",
-        "teacher.train.epochs=4",
+        "train.epochs=4",
     )
     assert code == 3
     assert "\ngoal missed  " in out
@@ -118,20 +118,20 @@ def test_a_missed_goal_has_exit_code_3(run, kirsch):
 def test_verify_accepts_an_undamaged_run(finished, run, answer):
     found = answer("verify", "run")
     assert (found["sound"], found["finished"], found["uncovered"]) == (True, True, [])
-    assert found["folders"] >= len(STAGES)
+    assert found["folders"] >= len(STEPS)
     assert found["files"] == len(covered(finished[0] / "run")) - 1  # the manifest itself
 
 
 def test_verify_shows_a_run_without_manifest_as_not_finished(run, kirsch, answer):
     manifest.remove(run)
     found = answer("verify", "run", code=3)
-    assert (found["sound"], found["finished"], found["done"]) == (False, False, found["stages"])
+    assert (found["sound"], found["finished"], found["done"]) == (False, False, found["steps"])
     (run / "checkpoints" / "recover").rename(run.parent / "recover")
     (run / "checkpoints" / "export").rename(run.parent / "export")
     (run / "checkpoints" / "measure").rename(run.parent / "measure")
     code, out, _ = kirsch("verify", "run")
     assert code == 3
-    assert out.startswith("not finished run: 3 of 6 stages are done; ")
+    assert out.startswith("not finished run: 3 of 6 steps are done; ")
     assert "sound" not in out
 
 
@@ -156,7 +156,7 @@ def test_verify_names_the_file_of_a_flipped_bit(run, kirsch, data):
 
 def test_verify_names_all_damaged_files(run, kirsch):
     (run / "artifacts" / "model.onnx").unlink()
-    (run / "checkpoints" / "teacher" / "done" / files.MANIFEST).unlink()
+    (run / "checkpoints" / "train" / "done" / files.MANIFEST).unlink()
     (run / "plan.json").write_text("{")
     code, _, err = kirsch("verify", "run")
     assert code == 4
@@ -164,7 +164,7 @@ def test_verify_names_all_damaged_files(run, kirsch):
     assert lines[0] == "error   The run run is damaged:"
     assert set(lines[1:-1]) == {
         "run/artifacts/model.onnx is missing",
-        "run/checkpoints/teacher/done/manifest.json is missing",
+        "run/checkpoints/train/done/manifest.json is missing",
         "run/plan.json does not have the sha256 of its manifest",
     }
 
@@ -265,20 +265,21 @@ def test_an_invalid_run_file_is_found_and_restored(run, kirsch, text):
 def test_a_dry_run_names_the_weights_of_the_plan(folder, kirsch):
     dry = ("compress", "recipe.yaml", "--dry-run")
     assert "by the weights of nets.py:student before training" in kirsch(*dry)[1]
-    trained = ("--set", "student=null", "--set", "recover=null")
+    trained = ("--set", "student=null", "--set", "distill=null", "--set", "recover=null")
     assert "by the weights of nets.py:teacher before training" in kirsch(*dry, *trained)[1]
-    out = kirsch(*dry, *trained, "--set", "teacher.train=null")[1]
+    out = kirsch(*dry, *trained, "--set", "train=null")[1]
     assert "by the weights that nets.py:teacher comes with" in out
     assert "untrained" not in out
 
 
-def test_a_dry_run_shows_the_stages_and_writes_nothing(folder, kirsch, answer):
+def test_a_dry_run_shows_the_steps_and_writes_nothing(folder, kirsch, answer):
     found = answer("compress", "recipe.yaml", "--dry-run")
     code, out, _ = kirsch("compress", "recipe.yaml", "--dry-run")
     assert code == 0
-    assert [stage["key"] for stage in found["stages"]] == STAGES
-    assert [line.split()[1] for line in out.splitlines() if line[:2].strip().isdigit()] == STAGES
-    assert found["plan"]["cost"]["after"]["macs"] <= 0.6 * found["plan"]["cost"]["before"]["macs"]
+    assert [step["key"] for step in found["steps"]] == STEPS
+    assert [line.split()[1] for line in out.splitlines() if line[:2].strip().isdigit()] == STEPS
+    cost = found["plans"]["prune"]["cost"]
+    assert cost["after"]["macs"] <= 0.6 * cost["before"]["macs"]
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == ["nets.py", "recipe.yaml"]
 
 
@@ -297,8 +298,8 @@ def test_a_dry_run_does_not_replace_a_recipe(folder, kirsch):
 
 
 def test_a_dry_run_names_missing_packages():
-    content = {"name": "n", "goal": "g", "data": {"name": "d", "train": 1, "validation": 2, "test": 3}, "stages": []}
-    content |= {"plan": None, "seconds": 1.0, "disk_bytes": 1, "missing": ["onnx"], "notes": []}
+    content = {"name": "n", "goal": "g", "data": {"name": "d", "train": 1, "validation": 2, "test": 3}, "steps": []}
+    content |= {"plans": {}, "seconds": 1.0, "disk_bytes": 1, "missing": ["onnx"], "notes": []}
     assert plain(jobs.forecast_lines(content)[-1]) == "missing      onnx; see kirsch doctor"
 
 
@@ -324,7 +325,7 @@ def test_init_does_not_replace_a_file(folder, kirsch):
         (["recipe.yaml", "--set", "prune"], "--set 'prune' is not a change of a key."),
         (["recipe.yaml", "--set", "prune.gaol.macs=1"], "prune.gaol: unknown key. Did you mean 'goal'?"),
         (["recipe.yaml", "--set", "prune.goal.macs=.nan"], "prune.goal.macs"),
-        (["recipe.yaml", "--set", "teacher.train.epochs=ten"], "teacher.train.epochs"),
+        (["recipe.yaml", "--set", "train.epochs=ten"], "train.epochs"),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_any_work(folder, kirsch, arguments, sentence):
@@ -336,8 +337,8 @@ def test_a_wrong_recipe_is_refused_before_any_work(folder, kirsch, arguments, se
 
 def test_the_command_line_takes_precedence_over_the_environment(folder, monkeypatch):
     monkeypatch.setenv("KIRSCH_RECIPE__PRUNE__GOAL__MACS", "0.3")
-    assert jobs.read("recipe.yaml", [])[0].prune.goal.macs == 0.3
-    assert jobs.read("recipe.yaml", ["prune.goal.macs=0.7"])[0].prune.goal.macs == 0.7
+    assert jobs.read("recipe.yaml", [])[0].all_steps["prune"].goal.macs == 0.3
+    assert jobs.read("recipe.yaml", ["prune.goal.macs=0.7"])[0].all_steps["prune"].goal.macs == 0.7
 
 
 def test_the_built_in_recipe_is_the_default(folder):
@@ -356,7 +357,7 @@ def test_an_unwritable_run_folder_is_refused_before_any_work(folder, kirsch):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_stopped_run_shows_the_resume_command_and_can_be_verified(folder, process, kirsch, number, code):
-    command = ["-m", "kirsch.cli", "compress", "recipe.yaml", "--run", "run", "--set", "teacher.train.epochs=2000"]
+    command = ["-m", "kirsch.cli", "compress", "recipe.yaml", "--run", "run", "--set", "train.epochs=2000"]
     with process(*command, cwd=folder) as started:
         for line in started.stdout:
             if " epoch " in line:
@@ -365,10 +366,10 @@ def test_a_stopped_run_shows_the_resume_command_and_can_be_verified(folder, proc
         err = started.stderr.read()
         assert started.wait(60) == code
     assert err.splitlines()[-1] == "do      Continue with: kirsch resume run"
-    assert list((folder / "run" / "checkpoints" / "teacher").glob("step-*"))
+    assert list((folder / "run" / "checkpoints" / "train").glob("step-*"))
     code, out, _ = kirsch("verify", "run")
     assert code == 3
     first, second, third = out.splitlines()
-    assert first == "not finished run: 0 of 6 stages are done; continue with kirsch resume run"
+    assert first == "not finished run: 0 of 6 steps are done; continue with kirsch resume run"
     assert re.fullmatch(r"verified     \d files in \d folders? have the sha256 of their manifests", second)
     assert third.startswith("not verified run.json, recipe.yaml, events.jsonl, environment.json: they have no hash ")

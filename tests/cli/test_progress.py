@@ -8,26 +8,26 @@ import pytest
 
 from kirsch.cli.progress import (
     Progress,
-    RunningStage,
+    RunningStep,
     epoch_line,
     header_lines,
     status_line,
     timing_line,
 )
 from kirsch.cli.terminal import Mode, Terminal
-from kirsch.recipes.layout import stage_line, verdict_lines
+from kirsch.recipes.layout import step_line, verdict_lines
 from kirsch.tables import plain
 
 TEACHER = {
-    "event": "stage_end",
+    "event": "step_end",
     "number": 1,
-    "key": "teacher",
-    "did": "trained",
+    "key": "train",
+    "did": "teacher trained",
     "cells": ["98.3 % ± 1.2", "1.21 M MACs", "112 k params"],
     "seconds": 18.4,
 }
 PRUNE = {
-    "event": "stage_kept",
+    "event": "step_kept",
     "number": 3,
     "key": "prune",
     "did": "−50.3 % MACs",
@@ -36,7 +36,7 @@ PRUNE = {
 }
 EPOCH = {
     "event": "epoch",
-    "stage": "teacher",
+    "step": "train",
     "epoch": 3,
     "epochs": 12,
     "loss": 0.0412,
@@ -60,41 +60,41 @@ class Tty(io.StringIO):
         return True
 
 
-def test_a_stage_is_one_line_with_columns():
-    text = " 1 teacher    trained        98.3 % ± 1.2   1.21 M MACs   112 k params"
-    assert plain(stage_line(TEACHER, 80)) == text + " " * 6 + "18 s"
+def test_a_step_is_one_line_with_columns():
+    text = " 1 train      teacher trained  98.3 % ± 1.2   1.21 M MACs   112 k params"
+    assert plain(step_line(TEACHER, 82)) == text + " " * 6 + "18 s"
 
 
-def test_units_of_all_stages_are_aligned():
-    first, second = plain(stage_line(TEACHER)), plain(stage_line(PRUNE))
+def test_units_of_all_steps_are_aligned():
+    first, second = plain(step_line(TEACHER)), plain(step_line(PRUNE))
     assert first.index(" M MACs") == second.index(" k MACs")
     assert first.index(" k params") == second.index(" k params")
     assert first.index(" %") == second.index(" %", second.index("MACs"))
 
 
 def test_durations_are_aligned_at_the_right():
-    assert len(plain(stage_line(TEACHER, 110))) == len(plain(stage_line(PRUNE, 110))) == 110
+    assert len(plain(step_line(TEACHER, 110))) == len(plain(step_line(PRUNE, 110))) == 110
 
 
 def test_a_long_line_keeps_its_duration():
-    assert plain(stage_line(PRUNE, 40)).endswith("(3e-07)   kept")
+    assert plain(step_line(PRUNE, 40)).endswith("(3e-07)   kept")
 
 
-def test_a_kept_stage_has_the_word_kept_instead_of_a_duration():
-    assert plain(stage_line(PRUNE)).endswith(" kept")
-    assert plain(stage_line(TEACHER)).endswith(" 18 s")
+def test_a_kept_step_has_the_word_kept_instead_of_a_duration():
+    assert plain(step_line(PRUNE)).endswith(" kept")
+    assert plain(step_line(TEACHER)).endswith(" 18 s")
 
 
 def test_an_epoch_is_one_line():
-    assert plain(epoch_line(EPOCH)) == "   teacher    epoch  3/12   loss 0.0412   97.5 %   2.0 s"
+    assert plain(epoch_line(EPOCH)) == "   train      epoch  3/12   loss 0.0412   97.5 %   2.0 s"
 
 
 def test_an_epoch_without_validation_has_no_accuracy():
-    assert plain(epoch_line(EPOCH | {"accuracy": None})) == "   teacher    epoch  3/12   loss 0.0412   2.0 s"
+    assert plain(epoch_line(EPOCH | {"accuracy": None})) == "   train      epoch  3/12   loss 0.0412   2.0 s"
 
 
 def test_bar_and_remaining_time_follow_from_the_epochs():
-    now = RunningStage(1, "teacher", 100.0)
+    now = RunningStep(1, "train", 100.0)
     now.epoch, now.epochs_here = EPOCH, 3
     line = status_line(now, 106.0)  # 3 epochs in 6 s, 9 to go
     assert line[1].text == "━" * 6
@@ -103,13 +103,13 @@ def test_bar_and_remaining_time_follow_from_the_epochs():
 
 
 def test_the_remaining_time_of_a_resumed_run_counts_only_its_own_epochs():
-    now = RunningStage(1, "teacher", 100.0)
+    now = RunningStep(1, "train", 100.0)
     now.epoch, now.epochs_here = EPOCH | {"epoch": 10}, 1
     assert plain(status_line(now, 106.0)).endswith("12 s left")  # one epoch took 6 s, 2 to go
 
 
 def test_the_status_line_before_the_first_epoch_has_the_elapsed_time():
-    assert plain(status_line(RunningStage(5, "export", 1.0), 3.5)) == " 5 export     running for 2.5 s"
+    assert plain(status_line(RunningStep(5, "export", 1.0), 3.5)) == " 5 export     running for 2.5 s"
 
 
 def test_the_header_has_name_folder_and_goal():
@@ -143,8 +143,8 @@ def run_through(stream: io.StringIO, **mode: bool) -> str:
     progress = Progress(Terminal(Mode(**mode), stream, stream), clock=lambda: 0.0)
     for event in (
         {"event": "start", "name": "[red]", "run": "<script>", "goal": "[/0]"},
-        {"event": "stage_start", "number": 1, "of": 2, "key": "teacher"},
-        {"event": "first_batch", "stage": "teacher", "shares": {}},
+        {"event": "step_start", "number": 1, "of": 2, "key": "train"},
+        {"event": "first_batch", "step": "train", "shares": {}},
         EPOCH,
         {"event": "note", "text": "a\nb"},
         TEACHER,
@@ -155,14 +155,14 @@ def run_through(stream: io.StringIO, **mode: bool) -> str:
     return stream.getvalue()
 
 
-def test_a_pipe_gets_one_line_per_epoch_and_stage():
+def test_a_pipe_gets_one_line_per_epoch_and_step():
     lines = run_through(io.StringIO()).splitlines()
     assert lines[0] == "kirsch 0.1.0 · [red] · run <script>"
     assert lines[1] == "goal  [/0]"
     assert [line.split()[:2] for line in lines[3:7]] == [
-        ["teacher", "epoch"],
+        ["train", "epoch"],
         ["note", "a\\nb"],
-        ["1", "teacher"],
+        ["1", "train"],
         ["3", "prune"],
     ]
     assert lines[7:] == [""]  # the verdict is a result
@@ -187,6 +187,6 @@ def test_the_status_line_is_not_updated_during_the_measurement():
 
     progress = Progress(Spy(Mode(), Tty(), Tty()))
     for key in ("export", "measure"):
-        progress({"event": "stage_start", "number": 5, "of": 6, "key": key})
+        progress({"event": "step_start", "number": 5, "of": 6, "key": key})
     assert refreshes == [True, False]
-    assert plain(timing_line(RunningStage(6, "measure"))).startswith(" 6 measure    measuring latency")
+    assert plain(timing_line(RunningStep(6, "measure"))).startswith(" 6 measure    measuring latency")

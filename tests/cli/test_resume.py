@@ -19,7 +19,7 @@ from tiny import write_job
 
 pytest.importorskip("torch")
 
-STAGES = ["teacher", "distill", "prune", "recover", "export"]
+STEPS = ["teacher", "distill", "prune", "recover", "export"]
 
 FORK_SERVER = '''
 """Runs the recipe once, so that all modules are loaded, and then forks a process for each request.
@@ -54,24 +54,24 @@ class Countdown:
         return self.left == 0
 
 
-def at_event(stage, event, times):
+def at_event(step, event, times):
     """Kill the process after an event was written."""
     emit, due = Job.emit, Countdown(times)
 
     def emit_and_die(self, content):
         emit(self, content)
-        if content["event"] == event and stage in (content.get("stage"), content.get("key")) and due():
+        if content["event"] == event and step in (content.get("step"), content.get("key")) and due():
             die()
 
     Job.emit = emit_and_die
 
 
-def in_event(stage, event, times):
+def in_event(step, event, times):
     """Kill the process when the line of an event is half written."""
     emit, due = Job.emit, Countdown(times)
 
     def write_half_and_die(self, content):
-        if content["event"] == event and stage in (content.get("stage"), content.get("key")) and due():
+        if content["event"] == event and step in (content.get("step"), content.get("key")) and due():
             with (self.folder / "events.jsonl").open("a") as file:
                 file.write(json.dumps(content)[:25])
             die()
@@ -205,12 +205,12 @@ def run(server):
 def assert_same_run(run, reference):
     """Check that all files and metrics are equal, except durations."""
     assert not list(run.rglob(f"{files.TEMPORARY}*")), "temporary files are left"
-    assert not list(run.glob("checkpoints/*/step-*")), "checkpoints of finished stages are left"
-    for stage in STAGES:
-        for path in sorted((reference / "checkpoints" / stage / "done").rglob("*")):
+    assert not list(run.glob("checkpoints/*/step-*")), "checkpoints of finished steps are left"
+    for step in STEPS:
+        for path in sorted((reference / "checkpoints" / step / "done").rglob("*")):
             if path.suffix in (".safetensors", ".npy") or path.name == "plan.json":
                 assert (run / path.relative_to(reference)).read_bytes() == path.read_bytes(), path
-        assert files.first_flaw(run / "checkpoints" / stage / "done") == ""
+        assert files.first_flaw(run / "checkpoints" / step / "done") == ""
     for name in ("plan.json", "recipe.yaml", "artifacts/model/model.safetensors", "artifacts/model/plan.json"):
         assert (run / name).read_bytes() == (reference / name).read_bytes(), name
     assert (run / "artifacts" / "model.onnx").read_bytes() == (reference / "artifacts" / "model.onnx").read_bytes()
@@ -232,11 +232,11 @@ KILL_SEQUENCES = {
         ("before_rename", "values.json", 2),  # a file of the second checkpoint is not complete
         ("at_event", "teacher", "epoch", 2),  # the epoch is done, and not saved
         ("in_removal", ".tmp-step-", 1),  # an old checkpoint is partly removed
-        ("before_rename", "done", 1),  # the stage is done, and its folder has a temporary name
-        ("after_rename", "done", 1),  # the stage is complete, and its checkpoints are not removed
+        ("before_rename", "done", 1),  # the step is done, and its folder has a temporary name
+        ("after_rename", "done", 1),  # the step is complete, and its checkpoints are not removed
     ],
     "from distillation to recovery": [
-        ("at_event", "teacher", "stage_end", 1),  # between two stages
+        ("at_event", "teacher", "step_end", 1),  # between two steps
         ("at_event", "distill", "epoch", 2),
         ("before_rename", "model", 1),  # the pruned model is not complete
         ("in_event", "recover", "epoch", 2),  # a line of the events is half written
@@ -244,7 +244,7 @@ KILL_SEQUENCES = {
     ],
     "from export to report": [
         ("before_rename", "model.onnx", 1),
-        ("after_rename", "model.onnx", 1),  # the file exists, and its stage is not done
+        ("after_rename", "model.onnx", 1),  # the file exists, and its step is not done
         ("before_rename", "metrics.json", 1),
         ("after_rename", "metrics.json", 1),
         ("before_rename", "manifest.json", 1),  # the end event is written
@@ -272,7 +272,7 @@ def test_a_finished_run_stays_valid_if_resuming_is_killed(server, run):
         ("before_rename", "run.json", 1),
         ("after_rename", "run.json", 1),
         ("before_rename", "environment.json", 1),
-        ("at_event", "recover", "stage_kept", 1),
+        ("at_event", "recover", "step_kept", 1),
     ):
         assert server.run("resume", "run", plant=kill) == -signal.SIGKILL, kill
         assert server.run("verify", "run") in (0, 3), kill
@@ -297,7 +297,7 @@ def test_a_run_that_is_killed_at_an_arbitrary_instruction_has_the_same_bits(serv
     child = server.begin("compress", "recipe.yaml", "--run", "run")
     events = run / "events.jsonl"
     deadline = time.monotonic() + 60
-    while not (events.is_file() and '"stage": "distill"' in events.read_text()) and time.monotonic() < deadline:
+    while not (events.is_file() and '"step": "distill"' in events.read_text()) and time.monotonic() < deadline:
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     assert server.end() == -signal.SIGKILL

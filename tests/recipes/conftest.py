@@ -44,8 +44,8 @@ class Job:
         folder = options.pop("folder", self.folder)
         return run(self.recipe(*changes), folder, base=self.base, listen=self.heard.append, **options)
 
-    def stages(self, name: str) -> list[str]:
-        """Return the stages of the events with this name, in order."""
+    def steps(self, name: str) -> list[str]:
+        """Return the steps of the events with this name, in order."""
         return [event["key"] for event in self.heard if event["event"] == name]
 
     def notes(self) -> list[str]:

@@ -13,23 +13,25 @@ import torch
 
 import kirsch
 from kirsch.data.sources import load_data
+from kirsch.deploy import steps
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.errors import GoalError, Interrupted, NumericError, RecipeError, UsageError
+from kirsch.errors import GoalError, Interrupted, NumericError, UsageError
 from kirsch.files import sha256
-from kirsch.recipes import stages
 from kirsch.recipes.models import build
+from kirsch.steps import Prune, Recover
 from tiny import same_weights, write_job
 
 TRAINING = kirsch.Training(epochs=5, learning_rate=0.02)
 HALF = kirsch.Goal(macs=0.5)
+HALF_AGAIN = kirsch.Goal(macs=0.66)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_rounds():
     """Measure latency in six rounds in place of thirty, to save time."""
     with pytest.MonkeyPatch.context() as patch:
-        race = stages.race
-        patch.setattr(stages, "race", lambda *args, rounds, **options: race(*args, rounds=6, **options))
+        race = steps.race
+        patch.setattr(steps, "race", lambda *args, rounds, **options: race(*args, rounds=6, **options))
         yield
 
 
@@ -113,11 +115,11 @@ def exported_again(found):
     return kirsch.export(found.model, found.folder.with_suffix(".onnx"), example_inputs=torch.zeros(1, 1, 8, 8))
 
 
-def test_printed_result_has_the_stages_and_the_goals_of_the_command(compressed):
+def test_printed_result_has_the_steps_and_the_goals_of_the_command(compressed):
     found, _ = compressed
     lines = str(found).splitlines()
     assert [line.split()[:2] for line in lines[:5]] == [
-        [str(number), key] for number, key in enumerate(["teacher", "prune", "recover", "export", "measure"], start=1)
+        [str(number), key] for number, key in enumerate(["evaluate", "prune", "recover", "export", "measure"], start=1)
     ]
     assert lines[6].startswith("goal met     MACs ")
     assert f"report       {found.report}" in lines
@@ -131,8 +133,8 @@ def test_result_contains_the_paths_of_the_files(compressed):
     assert found.artifact.path == found.folder / "artifacts" / "model.onnx"
     assert found.artifact.sha256 == sha256(found.artifact.path)
     assert found.artifact.to_dict().keys() == exported_again(found).to_dict().keys()
-    assert [event["key"] for event in events if event["event"] == "stage_start"] == [
-        "teacher",
+    assert [event["key"] for event in events if event["event"] == "step_start"] == [
+        "evaluate",
         "prune",
         "recover",
         "export",
@@ -171,7 +173,7 @@ def test_same_call_continues_the_run(trained, compressed, tmp_path):
         name="my model",
         listen=events.append,
     )
-    assert [event["event"] for event in events if "stage" in event["event"]] == ["stage_kept"] * 5
+    assert [event["event"] for event in events if "step" in event["event"]] == ["step_kept"] * 5
     assert same_weights(again.model, compressed[0].model)
 
 
@@ -196,8 +198,8 @@ def test_run_of_other_weights_is_not_continued(trained, tmp_path, other):
     with torch.no_grad():
         changed.head.bias.add_(0.25)
     call(*((changed, student) if other == "model" else (model, changed)), second)
-    assert [event["key"] for event in second if event["event"] == "stage_kept"] == []
-    assert "The stage 'teacher' is run again: its inputs have changed." in [event.get("text") for event in second]
+    assert [event["key"] for event in second if event["event"] == "step_kept"] == []
+    assert "The step 'evaluate' is run again: its inputs have changed." in [event.get("text") for event in second]
 
 
 def test_student_is_distilled_and_then_pruned(trained, tmp_path):
@@ -218,15 +220,15 @@ def test_student_is_distilled_and_then_pruned(trained, tmp_path):
             student=student,
             distill=kirsch.Training(epochs=3, learning_rate=0.05),
             recover=kirsch.Training(epochs=1, learning_rate=0.01),
-            temperature=2.0,
+            objective=kirsch.Objective.kd(2.0),
             batch_size=16,
             folder=tmp_path / "run",
             listen=listen,
         )
     assert same_weights(before, student)
-    ends = {event["key"]: event for event in events if event["event"] == "stage_end"}
-    assert list(ends) == ["teacher", "distill", "prune", "recover"]
-    assert [event["stage"] for event in events if event["event"] == "epoch"] == ["distill"] * 3 + ["recover"]
+    ends = {event["key"]: event for event in events if event["event"] == "step_end"}
+    assert list(ends) == ["evaluate", "distill", "prune", "recover"]
+    assert [event["step"] for event in events if event["event"] == "epoch"] == ["distill"] * 3 + ["recover"]
     checkpoints = tmp_path / "run" / "checkpoints"
     records = {key: json.loads((checkpoints / key / "done" / "record.json").read_text()) for key in ends}
     assert records["distill"]["parameters"] == sum(parameter.numel() for parameter in student.parameters())
@@ -234,7 +236,7 @@ def test_student_is_distilled_and_then_pruned(trained, tmp_path):
     assert (tmp_path / "run" / "recipe.yaml").read_text().count("temperature: 2.0") == 2
     with torch.no_grad():
         logits = model.eval()(torch.from_numpy(data.test.inputs)).numpy()
-    assert np.array_equal(np.load(checkpoints / "teacher" / "done" / "logits.npy"), logits)
+    assert np.array_equal(np.load(checkpoints / "evaluate" / "done" / "logits.npy"), logits)
 
 
 def test_distill_without_student_is_refused(trained, tmp_path):
@@ -248,13 +250,79 @@ def test_distill_without_student_is_refused(trained, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ({"name": ""}, r"name: string should have at least 1 character, found ''"),
-        ({"temperature": 0.0}, r"recover\.temperature: input should be greater than 0, found 0\.0"),
+        ({"name": ""}, r"`name` of kirsch\..*Recipe: String should have at least 1 character, found ''"),
+        ({"max_drop": 1.0}, r"`max_drop` of .*JobGoal is 1\.0; expected a number of at least 0 and below 1"),
+        ({"task": "classifcation"}, r"no task 'classifcation'.* Did you mean 'classification'"),
+        ({"min_keep": 2.0}, r"`min_keep` of .*Prune is 2\.0; expected a number above 0 and up to 1"),
+        ({"exlude": ["head"]}, r"has no argument 'exlude'\..* Did you mean 'exclude'"),
+        ({"goal": None}, r"`goal` of kirsch\.compress is missing\. Give kirsch\.Goal\(macs=0\.5\), or steps"),
+        (
+            {"steps": [Prune()], "exclude": ["head"]},
+            r"`exclude` of kirsch\.compress has no effect together with `steps`",
+        ),
+        ({"steps": [Prune()], "goal": None}, r"The step 'prune' has no goal"),
     ],
 )
-def test_invalid_argument_is_refused_with_its_key(trained, tmp_path, argument, sentence):
-    with pytest.raises(RecipeError, match=rf"^The call of kirsch\.compress has a problem:\n  {sentence}"):
-        kirsch.compress(trained[0], trained[2], HALF, folder=tmp_path / "run", **argument)
+def test_invalid_argument_is_refused_by_name(trained, tmp_path, argument, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        kirsch.compress(
+            **{"model": trained[0], "data": trained[2], "goal": HALF, "folder": tmp_path / "run"} | argument
+        )
+
+
+def test_without_recovery_nothing_is_trained_and_plan_options_reach_the_plan(trained, tmp_path):
+    events = []
+    found = kirsch.compress(
+        trained[0],
+        trained[2],
+        kirsch.Goal(macs=0.8),
+        recover=None,
+        exclude=["first"],
+        round_to=1,
+        norm=1,
+        folder=tmp_path / "run",
+        batch_size=16,
+        listen=events.append,
+    )
+    assert [event["key"] for event in events if event["event"] == "step_end"] == [
+        "evaluate",
+        "prune",
+        "export",
+        "measure",
+    ]
+    assert not [event for event in events if event["event"] == "epoch"]
+    (plan,) = found.metrics["provenance"]["plans"]
+    assert {name: plan["method"][name] for name in ("exclude", "round_to", "norm")} == {
+        "exclude": ["first"],
+        "round_to": 1,
+        "norm": 1,
+    }
+    assert found.model.first.weight.shape == trained[0].first.weight.shape
+    torch.testing.assert_close(found.model.first.weight, trained[0].first.weight)
+
+
+def test_steps_of_the_call_are_run_in_order(trained, tmp_path):
+    events = []
+    short = {"epochs": 1, "learning_rate": 0.01}
+    found = kirsch.compress(
+        trained[0],
+        trained[2],
+        kirsch.Goal(macs=0.5),
+        steps=[Prune(goal=kirsch.Goal(macs=0.75), round_to=1), Recover(**short), Prune(round_to=1, goal=HALF_AGAIN)],
+        folder=tmp_path / "run",
+        batch_size=16,
+        listen=events.append,
+    )
+    assert [event["key"] for event in events if event["event"] == "step_end"] == [
+        "evaluate",
+        "prune",
+        "recover",
+        "prune-2",
+    ]
+    assert found.artifact is None
+    assert [item["name"] for item in found.metrics["goal"]["items"]] == ["macs", "prune-2.macs", "macs"]
+    assert found.metrics["goal"]["items"][-1]["value"] <= 0.5
+    assert [model["name"] for model in found.metrics["models"]] == ["teacher", "pruned", "recovered", "pruned-2"]
 
 
 def test_default_folder_is_a_new_one_under_runs(trained, tmp_path, monkeypatch):

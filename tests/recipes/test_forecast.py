@@ -7,62 +7,64 @@ from types import SimpleNamespace
 
 import pytest
 
+from kirsch.distillation import steps as training_steps
 from kirsch.errors import GoalError, OutputError, ShapeError, UsageError
 from kirsch.recipes import forecast as source
 from kirsch.recipes import runner
 from kirsch.recipes.forecast import forecast
 from kirsch.recipes.recipe import read_recipe
 
-TRAINED_TEACHER = ("teacher.train=null", "student=null", "recover=null", "export=null")
+TRAINED_TEACHER = ("train=null", "student=null", "distill=null", "recover=null", "export=null", "measure=null")
 
 
-def costs(stages):
-    return {stage["key"]: (stage["parameters"], stage["macs"]) for stage in stages}
+def costs(steps):
+    return {step["key"]: (step["parameters"], step["macs"]) for step in steps}
 
 
 def test_forecast_costs_equal_those_of_the_run(job, finished):
-    found = costs(forecast(job.recipe(), base=job.base)["stages"])
+    found = costs(forecast(job.recipe(), base=job.base)["steps"])
     real = {model["key"]: (model["parameters"], model["macs"]) for model in finished[1].metrics["models"]}
-    assert list(found) == ["teacher", "distill", "prune", "recover", "export", "measure"]
-    assert (found["teacher"], found["distill"]) == (real["teacher"], real["student"])
+    assert list(found) == ["train", "distill", "prune", "recover", "export", "measure"]
+    assert (found["train"], found["distill"]) == (real["teacher"], real["student"])
     assert found["prune"] == found["recover"]
     assert found["prune"][1] <= 0.6 * found["distill"][1]
-    assert found["export"] == found["measure"] == (None, None)
+    assert found["export"] == found["measure"] == found["prune"]
 
 
 def test_plan_of_a_trained_model_equals_that_of_the_run(job, monkeypatch):
-    monkeypatch.setattr(runner.Job, "check_alive", lambda *_: None)  # its weights are random
+    monkeypatch.setattr(runner.Job, "check_usable", lambda *_: None)  # its weights are random
     found = forecast(job.recipe(*TRAINED_TEACHER), base=job.base)
     metrics = job.do(*TRAINED_TEACHER).metrics
-    assert found["plan"] == metrics["provenance"]["plan"]
+    assert list(found["plans"].values()) == metrics["provenance"]["plans"]
     assert found["goal"] == metrics["goal"]["text"]
-    assert costs(found["stages"]) == {
-        stage: (model["parameters"], model["macs"])
-        for stage, model in zip(("teacher", "prune"), metrics["models"], strict=True)
+    assert costs(found["steps"]) == {
+        step: (model["parameters"], model["macs"])
+        for step, model in zip(("evaluate", "prune"), metrics["models"], strict=True)
     }
 
 
 def test_cost_of_a_local_plan_equals_that_after_training(job):
-    changes = ("prune.ranking=local", "student=null", "recover=null", "export=null")
+    changes = ("prune.ranking=local", "student=null", "distill=null", "recover=null", "export=null", "measure=null")
     found = forecast(job.recipe(*changes), base=job.base)
-    assert found["plan"]["cost"] == job.do(*changes).metrics["provenance"]["plan"]["cost"]
+    (plan,) = job.do(*changes).metrics["provenance"]["plans"]
+    assert found["plans"]["prune"]["cost"] == plan["cost"]
 
 
 def test_recovery_of_a_pruned_teacher_is_forecast(job):
     """The trial must not use the same object as teacher and student."""
-    found = forecast(job.recipe("student=null", "measure=null"), base=job.base)
-    assert [stage["key"] for stage in found["stages"]] == ["teacher", "prune", "recover", "export"]
-    assert all(stage["seconds"] > 0 for stage in found["stages"])
+    found = forecast(job.recipe("student=null", "distill=null", "measure=null"), base=job.base)
+    assert [step["key"] for step in found["steps"]] == ["train", "prune", "recover", "export"]
+    assert all(step["seconds"] > 0 for step in found["steps"])
 
 
 def test_times_are_extrapolated_from_a_few_steps(job, monkeypatch):
     """A mocked clock measures six seconds for three batches; an epoch has three batches."""
     ticks = itertools.count(0, 6)
-    monkeypatch.setattr(source, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(training_steps, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     found = forecast(job.recipe(), base=job.base)
-    seconds = {stage["key"]: stage["seconds"] for stage in found["stages"]}
+    seconds = {step["key"]: step["seconds"] for step in found["steps"]}
     assert seconds == {
-        "teacher": 6 * 6.0,
+        "train": 6 * 6.0,
         "distill": 4 * 6.0,
         "prune": 1.0,
         "recover": 3 * 6.0,
@@ -72,7 +74,7 @@ def test_times_are_extrapolated_from_a_few_steps(job, monkeypatch):
     assert found["seconds"] == pytest.approx(sum(seconds.values()))
     ticks = itertools.count(0, 6)
     batch_of_eight = forecast(job.recipe("data.batch_size=8"), base=job.base)
-    assert batch_of_eight["stages"][0]["seconds"] == 6 * 6.0 / 3 * 6
+    assert batch_of_eight["steps"][0]["seconds"] == 6 * 6.0 / 3 * 6
 
 
 def test_nothing_is_written_without_a_folder(job):
@@ -88,12 +90,12 @@ def test_folder_contains_recipe_and_plan_only(job):
     found = forecast(job.recipe(), base=job.base, folder=job.folder)
     assert sorted(path.name for path in job.folder.iterdir()) == ["plan.json", "recipe.yaml"]
     assert read_recipe(job.folder / "recipe.yaml") == job.recipe()
-    assert found["plan"]["goal"] == {"macs": 0.6}
+    assert found["plans"]["prune"]["goal"] == {"macs": 0.6}
 
 
 def test_recipe_without_pruning_has_no_plan(job):
     found = forecast(job.recipe("prune=null"), base=job.base, folder=job.folder)
-    assert found["plan"] is None
+    assert (found["plans"], found["plan_weights"]) == ({}, None)
     assert [path.name for path in job.folder.iterdir()] == ["recipe.yaml"]
 
 

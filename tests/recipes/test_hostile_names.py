@@ -39,11 +39,11 @@ def done(tmp_path_factory):
     write_job(base)
     recipe = (
         RECIPE.replace("name: stripes\n", "")
-        .replace("measure: {rounds: 10}\n", "")
+        .replace("- export\n- measure: {rounds: 10}\n", "")
         .replace('data: {source: "nets.py:stripes", batch_size: 16}\n', "")
     )
     data = {"source": "nets.py:stripes", "options": {"classes": CLASSES, "name": DATA}, "batch_size": 16}
-    (base / "recipe.yaml").write_text(recipe + dump({"name": NAME, "data": data, "export": None, "measure": None}))
+    (base / "recipe.yaml").write_text(recipe + dump({"name": NAME, "data": data}))
     return base
 
 

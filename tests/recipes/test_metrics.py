@@ -18,16 +18,16 @@ from kirsch.recipes.metrics import goal_text
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import materials_of
 
-MODELS = {"teacher": "teacher", "distill": "student", "prune": "pruned", "recover": "recovered", "export": "exported"}
+MODELS = {"train": "teacher", "distill": "student", "prune": "pruned", "recover": "recovered", "export": "exported"}
 
 
 @pytest.fixture(scope="module")
 def run(finished):
-    """Metrics of the run folder, logits of each stage, and labels of the test part."""
+    """Metrics of the run folder, logits of each step, and labels of the test part."""
     job, outcome = finished
     metrics = json.loads((job.folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics == json.loads(json.dumps(outcome.metrics))
-    logits = {key: np.load(job.folder / "checkpoints" / stage / "done" / "logits.npy") for stage, key in MODELS.items()}
+    logits = {key: np.load(job.folder / "checkpoints" / step / "done" / "logits.npy") for step, key in MODELS.items()}
     labels = materials_of(job.recipe(), job.base).data.test.labels
     return SimpleNamespace(job=job, metrics=metrics, logits=logits, labels=labels)
 
@@ -115,13 +115,13 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy(run):
 
 
 def test_curves_have_one_point_per_epoch(run):
-    curves = {curve["stage"]: curve for curve in run.metrics["curves"]}
-    assert {stage: curve["epochs"] for stage, curve in curves.items()} == {
-        "teacher": [1, 2, 3, 4, 5, 6],
+    curves = {curve["step"]: curve for curve in run.metrics["curves"]}
+    assert {step: curve["epochs"] for step, curve in curves.items()} == {
+        "train": [1, 2, 3, 4, 5, 6],
         "distill": [1, 2, 3, 4],
         "recover": [1, 2, 3],
     }
-    events = [event for event in run.job.heard if event["event"] == "epoch" and event["stage"] == "distill"]
+    events = [event for event in run.job.heard if event["event"] == "epoch" and event["step"] == "distill"]
     for key in ("loss", "accuracy", "learning_rate", "seconds"):
         assert curves["distill"][key] == [event[key] for event in events]
     parts = curves["distill"]["terms"]
@@ -162,8 +162,9 @@ def test_latency_is_measured_for_teacher_student_and_exported_file(run):
 def test_provenance_contains_recipe_plan_and_environment(run):
     origin = run.metrics["provenance"]
     assert read_recipe(origin["recipe"]) == run.job.recipe()
-    assert origin["plan"] == json.loads((run.job.folder / "plan.json").read_text())
-    assert origin["fingerprint"] == origin["plan"]["model"]["fingerprint"]
+    (plan,) = origin["plans"]
+    assert plan == json.loads((run.job.folder / "plan.json").read_text())
+    assert origin["fingerprint"] == plan["model"]["fingerprint"]
     assert origin["environment"] == json.loads((run.job.folder / "environment.json").read_text())
     data = materials_of(run.job.recipe(), run.job.base).data
     assert run.metrics["measured"]["data"] == {
@@ -173,7 +174,7 @@ def test_provenance_contains_recipe_plan_and_environment(run):
         "validation": 30,
         "test": 60,
     }
-    assert run.metrics["seconds"] == pytest.approx(sum(stage["seconds"] for stage in run.metrics["stages"]))
+    assert run.metrics["seconds"] == pytest.approx(sum(step["seconds"] for step in run.metrics["steps"]))
 
 
 # ------------------------------------------------------------------------------------------------ goals
@@ -185,7 +186,7 @@ def test_provenance_contains_recipe_plan_and_environment(run):
         ([], "MACs ≤ 60 %, accuracy drop ≤ 50.0 points, runtime onnxruntime (1 thread)"),
         (["measure.threads=2"], "MACs ≤ 60 %, accuracy drop ≤ 50.0 points, runtime onnxruntime (2 threads)"),
         (
-            ["prune.goal={macs: 0.5, parameters: 0.25}", "goal=null", "goal={}"],
+            ["prune.goal={macs: 0.5, parameters: 0.25}", "goal={}"],
             "MACs ≤ 50 %, parameters ≤ 25 %, runtime onnxruntime (1 thread)",
         ),
         (
@@ -193,11 +194,12 @@ def test_provenance_contains_recipe_plan_and_environment(run):
             "accuracy drop ≤ 1.0 point, speed ≥ 1.50×, runtime onnxruntime (1 thread)",
         ),
         (["prune=null", "goal={}", "measure=null"], ""),
-        (["prune=null", "goal={}", "export=null"], ""),
+        (["prune=null", "goal={}", "export=null", "measure=null"], ""),
     ],
 )
 def test_goal_text_lists_all_goals(job, changes, text):
-    assert goal_text(SimpleNamespace(recipe=job.recipe(*changes))) == text
+    recipe = job.recipe(*changes)
+    assert goal_text(SimpleNamespace(goal=recipe.goal), recipe.all_steps) == text
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_goal_is_met_up_to_its_limit(done, finished, goal, code, missed):
     recipe = read_recipe(done.folder / "recipe.yaml", [f"goal={limits}"])
     (done.folder / "recipe.yaml").write_text(recipe.to_yaml())
     found = done.do(f"goal={limits}")
-    assert done.stages("stage_start") == []
+    assert done.steps("step_start") == []
     assert found.exit_code == code
     assert [item["name"] for item in found.metrics["goal"]["items"] if not item["met"]] == missed
     assert found.metrics["goal"]["met"] is (not missed)
@@ -240,12 +242,13 @@ def test_pruned_model_above_its_limit_misses_the_goal(done):
 
 
 def test_run_without_goals_pruning_and_measurement_lists_what_is_missing(job):
-    found = job.do("student=null", "prune=null", "recover=null", "export=null", "goal={}")
+    removed = ("student", "distill", "prune", "recover", "export", "measure")
+    found = job.do(*(f"{name}=null" for name in removed), "goal={}")
     assert found.exit_code == 0
     metrics = found.metrics
     assert (metrics["goal"]["text"], metrics["goal"]["items"]) == ("no goal was set", [])
     assert metrics["not_measured"][0] == "Latency: the recipe does not export and measure a file."
-    assert [metrics[key] for key in ("removed", "verification", "export")] == [None] * 3
+    assert (metrics["removals"], metrics["export"]) == ([], None)
     assert [(model["key"], model["chosen"]) for model in metrics["models"]] == [("teacher", True)]
     assert metrics["quality"]["paired"]["p"] == 1.0
     assert (job.folder / "report.html").is_file()
@@ -262,10 +265,12 @@ def test_accuracy_gain_is_reported_as_gain(job):
     """The teacher is trained for one epoch, and then again on labels."""
     found = job.do(
         "student=null",
+        "distill=null",
         "prune=null",
-        "teacher.train={epochs: 1, learning_rate: 0.01, optimizer: adamw}",
-        "recover={weight: 0.0, train: {epochs: 6, learning_rate: 0.05}}",
+        "train={epochs: 1, learning_rate: 0.01, optimizer: adamw}",
+        "recover={weight: 0.0, epochs: 6, learning_rate: 0.05}",
         "export=null",
+        "measure=null",
         "goal={max_drop: 0.0}",
     )
     first, last = (model["accuracy"]["value"] for model in found.metrics["models"])

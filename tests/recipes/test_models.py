@@ -118,7 +118,7 @@ def test_file_can_import_modules_beside_it_and_sys_path_is_restored(tmp_path, wr
 
 
 def test_changed_file_is_loaded_again_and_has_another_hash(tmp_path, write):
-    """Otherwise a finished stage would be kept for the old model."""
+    """Otherwise a finished step would be kept for the old model."""
     write("nets.py", LINEAR.format(size=3))
     first = source_hash("nets.py:net", base=tmp_path)
     assert build("nets.py:net", base=tmp_path).out_features == 3

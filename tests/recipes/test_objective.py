@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import json
 import re
+import textwrap
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,28 +16,29 @@ from kirsch.data.sources import load_data
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
+from kirsch.distillation.steps import _gradient_share
 from kirsch.distillation.term import Term
 from kirsch.errors import RecipeError, ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.training import Trained
-from kirsch.recipes.compress import _section
 from kirsch.recipes.forecast import forecast
 from kirsch.recipes.models import build
-from kirsch.recipes.recipe import Distill, commented, read_recipe
-from kirsch.recipes.stages import _gradient_share
+from kirsch.recipes.recipe import commented, read_recipe
+from kirsch.steps import Distill, Prune, Recover
 
-MINIMAL = "teacher: {model: 'm:t'}\nrecover:\n"
+MINIMAL = "teacher: {model: 'm:t'}\nsteps:\n- recover:\n"
+JOB = SimpleNamespace(outputs={}, model_name="teacher")
 
 
 def recover_recipe(text: str, *changes: str):
     """Return a recipe with this recover section, after checking that it reads back from both written forms."""
-    found = read_recipe(f"{MINIMAL}{text}\n", changes)
+    found = read_recipe(f"{MINIMAL}{textwrap.indent(text, '  ')}\n", changes)
     assert read_recipe(found.to_yaml()) == found
     assert read_recipe(commented(found)) == found
     return found
 
 
 def objective_of(text: str, *changes: str) -> Objective:
-    return recover_recipe(text, *changes).recover.as_objective()
+    return recover_recipe(text, *changes).all_steps["recover"].objective_for(JOB)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ def objective_of(text: str, *changes: str) -> Objective:
         ("  {temperature: 2, weight: 0.5}", Objective.kd(2.0, 0.5)),
         ("  {temperature: 2}", Objective.kd(2.0, 0.9)),
         ("  {weight: 1}", Objective.kd(4.0, 1.0)),
-        ("  {objective: null, weight: 0.5}", Objective.kd(4.0, 0.5)),
+        ("  {objective: kd, weight: 0.5}", Objective.kd(4.0, 0.5)),
         ("  {objective: dkd}", Objective.preset("dkd")),
         ("  {objective: {preset: at, label_weight: 0.5}}", Objective.preset("at", label_weight=0.5)),
         (
@@ -101,76 +104,70 @@ def test_section_is_read_as_the_expected_objective(text, expected):
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_preset_is_read_from_its_name_and_from_its_full_form(name):
-    assert objective_of(f"  objective: {name}") == Objective.preset(name)
+    named = Objective.kd() if name == "kd" else Objective.preset(name)  # kd has its numbers as options
+    assert objective_of(f"  objective: {name}") == named
     full = json.dumps(Objective.preset(name).to_dict())
     assert objective_of(f"  objective: {full}") == Objective.preset(name)
 
 
 def test_overrides_change_the_objective():
-    assert objective_of("  train: {epochs: 3}", "recover.objective=dkd") == Objective.preset("dkd")
-    assert objective_of("  objective: dkd", "recover.objective=null", "recover.weight=0.5") == Objective.kd(4.0, 0.5)
+    assert objective_of("  epochs: 3", "recover.objective=dkd") == Objective.preset("dkd")
+    assert objective_of("  objective: dkd", "recover.objective=kd", "recover.weight=0.5") == Objective.kd(4.0, 0.5)
     found = objective_of("  objective: {preset: at}", "recover.objective.label_weight=2")
     assert found == Objective.preset("at", label_weight=2.0)
 
 
 def test_commented_recipe_explains_the_objective_key():
-    (line,) = (line for line in commented(recover_recipe("  {}")).splitlines() if line.startswith("  objective:"))
-    assert line.startswith("  objective: null  # in place of temperature and weight: dkd, or {preset: at, label_weight")
-    (line,) = (x for x in commented(recover_recipe("  objective: dkd")).splitlines() if x.startswith("  objective:"))
-    assert line.startswith("  objective: {preset: dkd}  # ")
+    for text, shown in (("  {}", "kd"), ("  objective: dkd", "dkd"), ("  objective: {preset: dkd}", "{terms: [")):
+        (line,) = (x for x in commented(recover_recipe(text)).splitlines() if x.startswith("    objective:"))
+        assert line.startswith(f"    objective: {shown}")
+        assert line.endswith("see `kirsch methods`")
 
 
 @pytest.mark.parametrize(
     ("text", "sentences"),
     [
-        ("  objective: dkdd", [r"line 3: recover.objective.preset: there is no preset 'dkdd'. .* mean 'dkd'\?"]),
-        ("  objective: 5", ["line 3: recover.objective: input should be a valid dictionary or .* found 5"]),
-        ("  objective: {}", ["line 3: recover.objective: neither preset nor terms; give one of them"]),
-        (
-            "  objective: {preset: at, terms: []}",
-            ["line 3: recover.objective: preset and terms are both given"],
-        ),
+        ("  objective: dkdd", [r"line 4: steps\[0\].recover.objective: there is no preset 'dkdd'. .* mean 'dkd'\?"]),
+        ("  objective: 5", [r"line 4: steps\[0\].recover.objective: the objective is 5. Give the name of a preset"]),
+        ("  objective: {}", [r"line 4: .*the objective has neither a preset nor terms. Give the name of a preset"]),
+        ("  objective: {preset: at, terms: []}", [r"line 4: .*the objective has both a preset and terms"]),
+        ("  objective: {terms: 5}", [r"line 4: .*the terms of the objective are 5; expected a list"]),
         (
             "  objective:\n    preset: at\n    label_wieght: 1",
-            ["line 5: recover.objective.label_wieght: unknown key. Did you mean 'label_weight'"],
+            [r"line 4: .*there is no field of an objective 'label_wieght'.* Did you mean 'label_weight'"],
         ),
         (
             "  objective: {preset: at, label_weight: -1}",
-            [
-                "line 3: recover.objective.label_weight: input should be greater than or equal to 0, found -1",
-                "line 3: recover.objective.label_weight: input should be a valid dictionary",
-            ],
+            [r"line 4: .*label_weight is -1; a number of at least 0 is needed"],
         ),
         (
             "  objective: {terms: [], label_weight: 0}",
-            ["line 3: recover.objective: the objective is invalid: all weights are 0, so there is nothing to learn"],
+            [r"line 4: .*the objective is invalid: all weights are 0, so there is nothing to learn"],
         ),
         (
             (
                 "  objective:\n    terms:\n    - loss: kdd\n    - {loss: kd, temperatuur: 1}\n"
                 "    - {loss: dkd, options: {betta: 1}}\n    - {student_layer: 'layer['}\n"
                 "    - {weight: {start: 1, endd: 2}}\n"
-                "    - {loss: dist, options: {temperature: 2}}"
+                "    - {loss: dist, options: {temperature: 2}}\n    - 5"
             ),
             [
-                r"line 5: recover.objective.terms.0.loss: there is no loss 'kdd'\. .* Did you mean 'kd'\?",
-                r"line 6: recover.objective.terms.1.temperatuur: unknown key. Did you mean 'temperature'\?",
-                r"line 7: recover.objective.terms.2: there is no option of the loss 'dkd' 'betta'. .* mean 'beta'\?",
-                r"line 8: recover.objective.terms.3: 'layer\[' is not a layer name",
-                r"line 9: recover.objective.terms.4.weight: input should be a valid number",
-                r"line 9: recover.objective.terms.4.weight.end: this key is required",
-                r"line 9: recover.objective.terms.4.weight.epochs: this key is required",
-                r"line 9: recover.objective.terms.4.weight.endd: unknown key. Did you mean 'end'\?",
-                r"line 10: recover.objective.terms.5: .*`options` of 'dist' contain the temperature",
+                r"line 6: steps\[0\].recover.objective.terms.0: there is no loss 'kdd'\. .* Did you mean 'kd'\?",
+                r"line 7: .*objective.terms.1: .*no field of a term 'temperatuur'.* Did you mean 'temperature'\?",
+                r"line 8: .*objective.terms.2: there is no option of the loss 'dkd' 'betta'. .* mean 'beta'\?",
+                r"line 9: .*objective.terms.3: 'layer\[' is not a layer name",
+                r"line 10: .*objective.terms.4: kirsch.Ramp has no argument 'endd'.* Did you mean 'end'\?",
+                r"line 11: .*objective.terms.5: .*`options` of 'dist' contain the temperature",
+                r"line 12: .*objective.terms.6: the term is 5",
             ],
         ),
         (
             "  objective: {terms: [{}], teachers: some}",
-            [r"line 3: recover.objective: `teachers` .* is 'some'; expected 'probabilities', .*'sum'"],
+            [r"line 4: .*`teachers` .* is 'some'; expected 'probabilities', .*'sum'"],
         ),
         (
             "  objective: dkd\n  temperature: 2\n  weight: 0.5",
-            [r"line 2: recover: temperature and weight cannot be combined with an objective; remove them, and set"],
+            [r"line 3: steps\[0\].recover: temperature and weight cannot be combined with another objective than kd"],
         ),
     ],
 )
@@ -191,7 +188,7 @@ MAPS = "{terms: [{weight: 0.5, temperature: 4}, {loss: fitnet, weight: 0.1, stud
 
 def test_run_trains_on_the_objectives_of_its_recipe(job):
     """The student learns from logits and feature maps, the pruned model from correlations of logits."""
-    changes = (f"student.distill.objective={MAPS}", "recover.objective=dist", "export=null")
+    changes = (f"distill.objective={MAPS}", "recover.objective=dist", "export=null", "measure=null")
     outcome = job.do(*changes)
     records = {
         key: json.loads((job.folder / "checkpoints" / key / "done" / "record.json").read_text())
@@ -200,7 +197,7 @@ def test_run_trains_on_the_objectives_of_its_recipe(job):
     assert set(records["distill"]["first_batch"]["gradient_shares"]) == {"label", "kd", "fitnet"}
     assert set(records["recover"]["first_batch"]["gradient_shares"]) == {"label", "dist"}
     assert records["distill"]["cells"][-1].endswith("% of gradient")
-    assert any(event["event"] == "attached" and event["stage"] == "distill" for event in job.heard)
+    assert any(event["event"] == "attached" and event["step"] == "distill" for event in job.heard)
     assert outcome.exit_code == 0
 
 
@@ -222,36 +219,34 @@ def test_gradient_share_is_that_of_the_last_epoch_after_a_warm_up():
             r"'secondd'.* mean 'second'",
         ),
         (
-            "student.distill.objective={terms: [{loss: fitnet, teacher_layer: head, student_layer: first}]}",
+            "distill.objective={terms: [{loss: fitnet, teacher_layer: head, student_layer: first}]}",
             ShapeError,
             "No adapter",
         ),
-        (
-            "student.distill.objective=causal",
-            UsageError,
-            "The objective is causal, and the student returns logits",
-        ),
+        ("distill.objective=causal", UsageError, "The objective is causal, and the student returns logits"),
     ],
 )
 def test_invalid_objective_is_refused_before_training(job, change, error, sentence):
     for act in (lambda: job.do(change), lambda: forecast(job.recipe(change), base=job.base)):
         with pytest.raises(error, match=sentence):
             act()
-    assert not (job.folder / "checkpoints" / "teacher" / "done").exists()
+    assert not (job.folder / "checkpoints" / "train" / "done").exists()
 
 
-def test_compress_accepts_an_objective_by_name_or_object(job):
-    """The section stored in the recipe reads back, so that the run can be resumed."""
+def test_steps_take_an_objective_by_name_or_object(job):
+    objective = Objective((Term("hcl", 1.0, student_layer="second", options={"sizes": (2, 1)}),))
+    step = Distill(objective=objective)
+    assert step.objective_for(SimpleNamespace(outputs={}, model_name="student")) == objective
+    read = Distill.model_validate(step.model_dump(mode="json"))
+    assert read.objective == Objective((Term("hcl", 1.0, student_layer="second", options={"sizes": [2, 1]}),))
+    with pytest.raises(UsageError, match="temperature cannot be combined with another objective than kd"):
+        Recover(temperature=2.0, objective="dkd")
     data = load_data("nets.py:stripes", {}, seed=0, base=job.base)
     teacher = build("nets.py:teacher", base=job.base)
-    objective = Objective((Term("hcl", 1.0, student_layer="second", options={"sizes": (2, 1)}),))
-    section = Distill.model_validate(_section(None, None, objective))
-    assert section.as_objective() == Objective((Term("hcl", 1.0, student_layer="second", options={"sizes": [2, 1]}),))
-    assert Distill.model_validate(section.model_dump(mode="json")) == section
-    with pytest.raises(RecipeError, match="temperature cannot be combined with an objective"):
-        kirsch.compress(copy.deepcopy(teacher), data, kirsch.Goal(macs=0.5), temperature=2.0, objective="dkd")
-    with pytest.raises(RecipeError, match=r"no preset 'dkdd'\. .* Did you mean 'dkd'"):
+    with pytest.raises(UsageError, match=r"no preset 'dkdd'\. .* Did you mean 'dkd'"):
         kirsch.compress(copy.deepcopy(teacher), data, kirsch.Goal(macs=0.5), objective="dkdd")
+    with pytest.raises(UsageError, match=r"`objective` of kirsch\.compress has no effect together with `steps`"):
+        kirsch.compress(teacher, data, kirsch.Goal(macs=0.5), objective="dkd", steps=[Prune()])
 
 
 SOFT = """
@@ -280,7 +275,7 @@ def uneven(*, noise=0.4):
 
     return DataSet("uneven", part(80), part(40), part(60), ("often", "rarely"))
 """
-SHORT = ("export=null", "prune=null", "recover=null", "goal={}", "teacher.train.epochs=2")
+SHORT = ("export=null", "measure=null", "prune=null", "recover=null", "goal={}", "train.epochs=2")
 
 
 def test_models_with_softmax_are_refused_unless_their_outputs_are_stated(job):
@@ -291,10 +286,10 @@ def test_models_with_softmax_are_refused_unless_their_outputs_are_stated(job):
             job.do(*SHORT, change, folder=job.base / whose)
         with pytest.raises(UsageError, match=f"The {whose}, a Soft, returns probabilities"):
             forecast(job.recipe(*SHORT, change), base=job.base)
-    assert not (job.folder / "checkpoints" / "teacher" / "done").exists()
-    plain = job.do(*SHORT, "teacher.train.weight_decay=0")
+    assert not (job.folder / "checkpoints" / "train" / "done").exists()
+    plain = job.do(*SHORT, "train.weight_decay=0")
     stated = ("teacher.outputs=probabilities", "student.outputs=probabilities")
-    found = job.do(*SHORT, *models, *stated, "teacher.train.weight_decay=0", folder=job.base / "soft")
+    found = job.do(*SHORT, *models, *stated, "train.weight_decay=0", folder=job.base / "soft")
     for key in ("teacher", "student"):  # rounding differs, since logits are logarithms of probabilities
         expected, actual = (
             next(model for model in outcome.metrics["models"] if model["key"] == key) for outcome in (plain, found)
@@ -308,8 +303,8 @@ def test_imbalanced_classes_have_a_balanced_accuracy(job):
     (job.base / "nets.py").write_text(
         (job.base / "nets.py").read_text() + SOFT + "\n\ndef two():\n    return Net(8, classes=2)\n"
     )
-    changes = ("data.source=nets.py:uneven", "teacher.model=nets.py:two", "student=null", "prune=null")
-    found = job.do(*changes, "recover=null", "teacher.train.epochs=8", "measure=null")
+    changes = ("data.source=nets.py:uneven", "teacher.model=nets.py:two", "student=null", "distill=null", "prune=null")
+    found = job.do(*changes, "recover=null", "train.epochs=8", "measure=null")
     for model in found.metrics["models"]:
         assert 0.5 < model["balanced_accuracy"] <= 1
     assert "balanced" in (job.folder / "report.html").read_text()

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kirsch.errors import RecipeError
-from kirsch.recipes.recipe import BUILTIN, Distill, Recipe, Train, commented, read_recipe
+from kirsch.frameworks.training import Training
+from kirsch.recipes.recipe import BUILTIN, commented, read_recipe, recipe_of
+from kirsch.steps import Distill, Export, Measure, Prune, Recover, Train
 
 ROOT = Path(__file__).parents[2]
-MINIMAL = "teacher: {model: 'm:t'}\n"
+MINIMAL = "teacher: {model: 'm:t'}\nsteps:\n"
 
-VALID = f"""{MINIMAL}prune:
-  goal:
-    macs: 0.5
-  round_to: 4
-recover:
-  train: {{epochs: 5}}
+VALID = f"""{MINIMAL}- prune:
+    goal:
+      macs: 0.5
+    round_to: 4
+- recover: {{epochs: 5}}
 """
 
 NAMES = st.text(min_size=1, max_size=40) | st.sampled_from(["1e5", "0898", "no", "null", "a: b", "a\nb", "# a", "\x85"])
@@ -56,31 +57,37 @@ OBJECTIVES = st.sampled_from(["dkd", "at"]) | st.fixed_dictionaries(
     },
     optional={"label_weight": POSITIVE, "label_smoothing": st.floats(0, 1, exclude_max=True)},
 )
-DISTILS = st.fixed_dictionaries(
-    {}, optional={"temperature": POSITIVE, "weight": st.floats(0, 1), "train": TRAINS}
-) | st.fixed_dictionaries({"objective": OBJECTIVES}, optional={"train": TRAINS})
+DISTILS = (
+    st.tuples(TRAINS, st.fixed_dictionaries({}, optional={"temperature": POSITIVE, "weight": st.floats(0, 1)}))
+    | st.tuples(TRAINS, st.fixed_dictionaries({"objective": OBJECTIVES}))
+).map(lambda parts: {**parts[0], **parts[1]})
+PRUNES = st.fixed_dictionaries(
+    {"goal": st.fixed_dictionaries({"macs": FRACTIONS}, optional={"parameters": FRACTIONS})},
+    optional={
+        "round_to": st.integers(1, 64) | st.just("auto"),
+        "uniform": st.booleans(),
+        "exclude": st.lists(NAMES),
+    },
+)
+STEPS = st.tuples(
+    st.lists(TRAINS.map(lambda value: {"train": value}), max_size=1),
+    st.lists(DISTILS.map(lambda value: {"distill": value}), max_size=2),
+    st.lists(PRUNES.map(lambda value: {"prune": value}) | DISTILS.map(lambda value: {"recover": value}), max_size=4),
+    st.just([]) | st.just(["export"]) | st.just([{"export": {"format": "onnx"}}, {"measure": {"threads": 3}}]),
+).map(lambda parts: [step for part in parts for step in part])
 RECIPES = st.fixed_dictionaries(
-    {"teacher": st.fixed_dictionaries({"model": NAMES}, optional={"train": st.none() | TRAINS})},
+    {
+        "teacher": st.fixed_dictionaries({"model": NAMES}),
+        "student": st.fixed_dictionaries({"model": NAMES}),
+        "steps": STEPS,
+    },
     optional={
         "name": NAMES,
         "seed": st.integers(0, 2**63 - 1),
         "data": st.fixed_dictionaries({"source": NAMES, "options": OPTIONS}),
-        "student": st.none() | st.fixed_dictionaries({"model": NAMES, "distill": DISTILS}),
-        "prune": st.none()
-        | st.fixed_dictionaries(
-            {"goal": st.fixed_dictionaries({"macs": FRACTIONS, "parameters": st.none() | FRACTIONS})},
-            optional={
-                "round_to": st.integers(1, 64) | st.just("auto"),
-                "uniform": st.booleans(),
-                "exclude": st.lists(NAMES),
-            },
-        ),
-        "recover": st.none() | DISTILS,
-        "export": st.none() | st.just({"format": "onnx"}),
-        "measure": st.none() | st.fixed_dictionaries({"threads": st.integers(1, 64)}),
         "goal": st.fixed_dictionaries({"max_drop": st.none() | st.floats(0, 1, exclude_max=True)}),
     },
-).map(Recipe.model_validate)
+).map(lambda data: recipe_of(data, "test"))
 
 
 def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), environment: dict | None = None) -> None:
@@ -103,21 +110,59 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
         ("goal: {max_dorp: 0.1}", "line 8: goal.max_dorp: unknown key. Did you mean 'max_drop'?"),
         ("seed: one", "line 8: seed: input should be a valid integer, found 'one'"),
         ("seed: -1", "line 8: seed: input should be greater than or equal to 0, found -1"),
-        (f"seed: {2**63}", f"line 8: seed: input should be less than {2**63}, found {2**63}"),
+        (f"seed: {2**63}", f"line 8: seed: input should be less than or equal to {2**63 - 1}, found {2**63}"),
         ("seed: 1.0", "line 8: seed: input should be a valid integer, found 1.0"),
         ("seed: '1'", "line 8: seed: input should be a valid integer, found '1'"),
-        ("measure: {rounds: true}", "line 8: measure.rounds: input should be a valid integer, found True"),
-        ("measure: {rounds: 9}", "line 8: measure.rounds: input should be greater than or equal to 10, found 9"),
-        ("measure: {threads: 0}", "line 8: measure.threads: input should be greater than or equal to 1, found 0"),
+        ("- measure: {rounds: true}", "line 8: steps[2].measure.rounds: input should be a valid integer, found True"),
+        (
+            "- measure: {rounds: 9}",
+            "line 8: steps[2].measure.rounds: input should be greater than or equal to 10, found 9",
+        ),
+        (
+            "- measure: {threads: 0}",
+            "line 8: steps[2].measure.threads: input should be greater than or equal to 1, found 0",
+        ),
         ("goal: {speedup: true}", "line 8: goal.speedup: input should be a valid number, found True"),
         ("goal: {speedup: '2'}", "line 8: goal.speedup: input should be a valid number, found '2'"),
         ("goal: {max_drop: 1}", "line 8: goal.max_drop: input should be less than 1, found 1"),
         ("name: 5", "line 8: name: input should be a valid string, found 5"),
         ("name: ''", "line 8: name: string should have at least 1 character, found ''"),
-        ("version: 2", "line 8: version: input should be 1, found 2"),
-        ("export: {format: onyx}", "line 8: export.format: input should be 'onnx', found 'onyx'"),
-        ("student: {distill: {}}", "line 8: student.model: this key is required"),
-        ("goal:", "line 8: goal: input should be a valid dictionary or instance of RunGoal, found None"),
+        ("version: 1", "line 8: version: input should be 2, found 1"),
+        ("- export: {format: onyx}", "line 8: steps[2].export.format: input should be 'onnx', found 'onyx'"),
+        ("student: {}", "line 8: student.model: this key is required"),
+        ("goal:", "line 8: goal: input should be a valid dictionary or instance of JobGoal, found None"),
+        (
+            "- prun: {}",
+            (
+                r"line 8: steps[2]: there is no step 'prun'. Known: distill, evaluate, export, measure, prune, "
+                "recover, train. Did you mean 'prune'?"
+            ),
+        ),
+        (
+            "- {prune: {}, recover: {}}",
+            (
+                "line 8: steps[2]: a step is {'prune': {}, 'recover': {}}; expected its name with "
+                "its options. For example, write `- prune: {goal: {macs: 0.5}}`"
+            ),
+        ),
+        (
+            "- distill",
+            (
+                "line 8: steps[2]: the step 'distill' needs a student. Add the section student, or use the step "
+                "recover, which trains the model itself on the teacher"
+            ),
+        ),
+        ("- measure", "line 8: steps[2]: the step 'measure' needs a step 'export' before it. Add it"),
+        ("- train", "line 8: steps[2]: the teacher is trained after another step. Train it first"),
+        (
+            "- train: {model: student}",
+            (
+                "line 8: steps[2]: the step 'train' needs a student. Add the section student, or "
+                "use the step recover, which trains the model itself on the teacher"
+            ),
+        ),
+        ("- export\n- export", "line 9: steps[3]: there are two steps 'export'. Remove one of them"),
+        ("goal: {speedup: 2}", "line 8: goal: a speedup goal needs the steps export and measure"),
     ],
 )
 def test_invalid_key_or_value_is_named_with_its_line(line, sentence):
@@ -125,63 +170,54 @@ def test_invalid_key_or_value_is_named_with_its_line(line, sentence):
 
 
 def test_invalid_list_item_is_named_with_its_own_line():
-    text = f"{MINIMAL}recover:\n  train:\n    milestones:\n    - 0.5\n    - 1.5\n"
-    assert_refused(text, "line 6: recover.train.milestones.1: input should be less than 1, found 1.5")
+    text = f"{MINIMAL}- recover:\n    milestones:\n    - 0.5\n    - 1.5\n"
+    assert_refused(text, "line 6: steps[0].recover.milestones.1: input should be less than 1, found 1.5")
 
 
 def test_key_of_a_union_type_is_named_without_the_member_type():
-    text = f"{MINIMAL}prune:\n  goal: {{macs: 0.5}}\n  round_to: some\n"
+    text = f"{MINIMAL}- prune:\n    goal: {{macs: 0.5}}\n    round_to: some\n"
     assert_refused(
         text,
-        "line 4: prune.round_to: input should be a valid integer, found 'some'",
-        "line 4: prune.round_to: input should be 'auto', found 'some'",
-        "line 4: prune.round_to: input should be a valid dictionary, found 'some'",
+        "line 5: steps[0].prune.round_to: input should be a valid integer, found 'some'",
+        "line 5: steps[0].prune.round_to: input should be 'auto', found 'some'",
+        "line 5: steps[0].prune.round_to: input should be a valid dictionary, found 'some'",
     )
 
 
 def test_all_problems_are_listed_in_one_error():
-    text = "name: 5\nteachr: {}\nteacher:\n  modl: 'm:t'\n  train: {epochs: ten}\nseed: -1\n"
+    text = "name: 5\nteachr: {}\nteacher:\n  modl: 'm:t'\nseed: -1\nsteps:\n- train: {epochs: ten}\n"
     assert_refused(
         text,
         "line 1: name: input should be a valid string, found 5",
-        "line 6: seed: input should be greater than or equal to 0, found -1",
+        "line 5: seed: input should be greater than or equal to 0, found -1",
         "line 3: teacher.model: this key is required",
-        "line 5: teacher.train.epochs: input should be a valid integer, found 'ten'",
         "line 4: teacher.modl: unknown key. Did you mean 'model'?",
         "line 2: teachr: unknown key. Did you mean 'teacher'?",
+        "line 7: steps[0].train.epochs: input should be a valid integer, found 'ten'",
     )
 
 
-def test_empty_recipe_requires_a_teacher():
-    assert_refused("\n", "teacher: this key is required")
+def test_empty_recipe_requires_a_teacher_and_steps():
+    assert_refused("\n", "teacher: this key is required", "steps: this key is required")
 
 
 def test_file_is_named_by_its_path(tmp_path):
     (tmp_path / "r.yaml").write_text("seed: 1\n")
-    with pytest.raises(RecipeError, match=r"^The .*r\.yaml has a problem:\n  teacher: this key is required"):
+    with pytest.raises(RecipeError, match=r"^The .*r\.yaml has 2 problems:\n  teacher: this key is required"):
         read_recipe(tmp_path / "r.yaml")
 
 
-@pytest.mark.parametrize("section", ["teacher:\n  model: m:t\n  train:", "teacher: {model: m:t}\nrecover:\n  train:"])
+@pytest.mark.parametrize("step", ["train", "recover"])
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ("{epochs: 2, warmup_epochs: 3}", "warmup_epochs is 3.0; expected a number from 0 to 2"),
-        ("{milestones: [0.7, 0.2]}", "milestones are (0.7, 0.2); expected ascending fractions between 0 and 1"),
+        ("{epochs: 2, warmup_epochs: 3}", "warmup_epochs is 3; expected a number from 0 to 2"),
+        ("{milestones: [0.7, 0.2]}", "milestones are (0.7, 0.2); expected ascending fractions"),
     ],
 )
-def test_invalid_training_settings_are_refused_when_reading(section, values, sentence):
-    line, key = (3, "teacher.train") if section.startswith("teacher:\n") else (3, "recover.train")
-    assert_refused(f"{section} {values}\n", f"line {line}: {key}: the training settings are not valid: {sentence}")
-
-
-@pytest.mark.parametrize("missing", ["export", "measure"])
-def test_speedup_goal_without_measurement_is_refused(missing):
-    """Without a measurement the goal would count as met."""
-    assert_refused(
-        f"{MINIMAL}{missing}: null\ngoal: {{speedup: 2}}\n",
-        "line 3: goal: a speedup goal needs the sections export and measure",
-    )
+def test_invalid_training_settings_are_refused_when_reading(step, values, sentence):
+    expected = f"the training settings are not valid: {sentence}. Give values in these ranges"
+    assert_refused(f"{MINIMAL}- {step}: {values}\n", f"line 3: steps[0].{step}: {expected}")
 
 
 # ------------------------------------------------------------------------------------------------ overrides
@@ -196,18 +232,17 @@ def test_environment_overrides_the_file_and_the_command_line_both():
     }
     assert read_recipe(VALID).seed == 0
     assert read_recipe(VALID, (), environment).seed == 1
-    assert read_recipe(VALID, (), environment).prune.goal.macs == 0.25
+    assert read_recipe(VALID, (), environment).all_steps["prune"].goal.macs == 0.25
     assert read_recipe(VALID, ["seed=2", "seed=3"], environment).seed == 3
 
 
 @pytest.mark.parametrize(
     ("change", "key", "value"),
     [
-        ("prune=null", "prune", None),
-        ("prune=", "prune", None),
-        ("teacher.train=null", "teacher.train", None),
-        ("recover.train.learning_rate=1e-4", "recover.train.learning_rate", 1e-4),
+        ("recover.learning_rate=1e-4", "recover.learning_rate", 1e-4),
         ("prune.exclude=[a.b, 'c*']", "prune.exclude", ("a.b", "c*")),
+        ("prune.goal.macs=0.3", "prune.goal.macs", 0.3),
+        ("steps.0.prune.goal.macs=0.3", "prune.goal.macs", 0.3),
         ("name=no", "name", "no"),
         ("name=a=b", "name", "a=b"),
         ("data.options.deep.er={x: 1}", "data.options", {"deep": {"er": {"x": 1}}}),
@@ -215,21 +250,43 @@ def test_environment_overrides_the_file_and_the_command_line_both():
     ],
 )
 def test_any_key_can_be_set(change, key, value):
-    found = read_recipe(VALID, [change])
-    for name in key.split("."):
+    recipe = read_recipe(VALID, [change])
+    first, *names = key.split(".")
+    found = recipe.all_steps[first] if first in recipe.all_steps else getattr(recipe, first)
+    for name in names:
         found = getattr(found, name)
     assert found == value
 
 
-def test_null_section_can_be_filled():
-    text = f"{MINIMAL}recover: null\nprune:\n"
-    recipe = read_recipe(text, ["recover.weight=0.5", "prune.goal.parameters=0.5"])
-    assert recipe.recover == Distill(weight=0.5)
-    assert recipe.prune.goal.parameters == 0.5
-    assert read_recipe(text).recover is None
+@pytest.mark.parametrize("change", ["prune=null", "prune="])
+def test_step_can_be_removed(change):
+    assert [type(step) for step in read_recipe(VALID, [change]).steps] == [Recover]
 
 
-@pytest.mark.parametrize("change", ["prune", "=1", "a b=1", "a..b=1", ".a=1", "a-b=1"])
+def test_steps_without_options_and_repeated_steps_have_keys():
+    recipe = read_recipe(
+        f"{MINIMAL}- prune:\n- recover: {{}}\n- prune\n- recover\n- export:\n- measure\n",
+        ["recover-2.epochs=3", "goal.macs=0.5"],
+    )
+    assert list(recipe.all_steps) == ["evaluate", "prune", "recover", "prune-2", "recover-2", "export", "measure"]
+    assert recipe.steps == (Prune(), Recover(), Prune(), Recover(epochs=3), Export(), Measure())
+
+
+def test_prune_without_goal_needs_a_goal_of_the_job():
+    why = "Neither the step nor the job limits macs or parameters. Give a limit: prune.goal.macs=0.5"
+    assert_refused(VALID, f"the step 'prune' has no goal. {why}", changes=("prune.goal=null",))
+    assert read_recipe(VALID, ["prune.goal=null", "goal.parameters=0.5"]).all_steps["prune"].goal is None
+
+
+def test_errors_name_the_number_of_a_step_before_removals():
+    assert_refused(
+        VALID.replace("epochs: 5", "epochs: x"),
+        "line 7: steps[1].recover.epochs: input should be a valid integer, found 'x'",
+        changes=("prune=null",),
+    )
+
+
+@pytest.mark.parametrize("change", ["prune", "=1", "a b=1", "a..b=1", ".a=1"])
 def test_invalid_override_is_refused_with_the_form(change):
     sentence = rf"--set '{re.escape(change)}' is not a change of a key\. Expected the form a\.b=value\. For example"
     with pytest.raises(RecipeError, match=sentence):
@@ -242,15 +299,17 @@ def test_invalid_override_is_refused_with_the_form(change):
         ("seed=x", "--set seed=x: seed: input should be a valid integer, found 'x'"),
         (
             "prune.min_keep=2",
-            "--set prune.min_keep=2: prune.min_keep: input should be less than or equal to 1, found 2",
+            "--set prune.min_keep=2: steps[0].prune.min_keep: input should be less than or equal to 1, found 2",
         ),
         (
             "prune={goal: {macs: 2}}",
-            "--set prune={goal: {macs: 2}}: prune.goal.macs: input should be less than 1, found 2",
+            (
+                "--set prune={goal: {macs: 2}}: steps[0].prune.goal: the goal macs=2 cannot be met. A goal is a "
+                "fraction of the original, between 0 and 1 (exclusive). For half the cost use macs=0.5"
+            ),
         ),
-        ("prune.gaol.macs=1", "--set prune.gaol.macs=1: prune.gaol: unknown key. Did you mean 'goal'?"),
+        ("prune.gaol.macs=1", "--set prune.gaol.macs=1: steps[0].prune.gaol: unknown key. Did you mean 'goal'?"),
         ("student={}", "--set student={}: student.model: this key is required"),
-        ("student.distill.weight=1", "--set student.distill.weight=1: student.model: this key is required"),
     ],
 )
 def test_invalid_override_is_named_in_place_of_a_line(change, sentence):
@@ -272,6 +331,11 @@ def test_invalid_environment_variable_is_named():
         ("seed=.nan", r"^--set seed=\.nan: '\.nan' cannot be used\."),
         ("name=!!python/name:os.system", r"^--set name=!!python/name:os\.system uses the tag"),
         ("seed.x=1", r"^--set seed\.x=1: 'seed' is a value, not a section\."),
+        (
+            "distill.weight=1",
+            r"^--set distill\.weight=1: the recipe has no section and no step 'distill'\. Its steps are ",
+        ),
+        ("recover-2.epochs=1", r"no step 'recover-2'.*Did you mean 'recover'\?"),
     ],
 )
 def test_unreadable_override_is_named(change, sentence):
@@ -282,11 +346,13 @@ def test_unreadable_override_is_named(change, sentence):
 # ------------------------------------------------------------------------------------------------ written forms
 
 
+@settings(deadline=None)  # a recipe takes milliseconds, and more on a busy machine
 @given(RECIPES)
 def test_recipe_reads_back_from_its_yaml(recipe):
     assert read_recipe(recipe.to_yaml()) == recipe
 
 
+@settings(deadline=None)  # a recipe takes milliseconds, and more on a busy machine
 @given(RECIPES)
 def test_recipe_reads_back_from_its_commented_form(recipe):
     assert read_recipe(commented(recipe)) == recipe
@@ -297,7 +363,7 @@ def test_each_key_of_the_commented_form_has_a_comment():
     assert lines[0].startswith("# A recipe for `kirsch compress`.")
     bare = [line for line in lines if not line.startswith("#") and not re.search(r"\S  # \S", line)]
     assert bare == []
-    assert "    macs: 0.5  # multiply-accumulates" in lines
+    assert any(line.startswith("    goal: {macs: 0.5}  # limits, as fractions") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -305,13 +371,12 @@ def test_each_key_of_the_commented_form_has_a_comment():
 )
 def test_shipped_recipes_are_valid(path):
     recipe = read_recipe(path)
-    assert recipe.prune.goal.macs == 0.5
+    assert recipe.all_steps["prune"].goal.macs == 0.5
     assert read_recipe(commented(recipe)) == recipe
 
 
-def test_train_section_is_converted_to_training_settings():
-    section = Train(
-        epochs=7, learning_rate=0.3, optimizer="adamw", schedule="multistep", warmup_epochs=2, max_grad_norm=1
-    )
-    found = dataclasses.asdict(section.settings(seed=11))
-    assert found == {**section.model_dump(), "seed": 11}
+def test_training_step_has_the_settings_of_training_and_the_seed_of_the_job():
+    values = {"epochs": 7, "learning_rate": 0.3, "optimizer": "adamw", "warmup_epochs": 2.0, "max_grad_norm": 1.0}
+    for step in (Train(**values), Distill(**values), Recover(objective="dkd", **values)):
+        assert step.training(SimpleNamespace(seed=11)) == Training(**values, seed=11)
+    assert Train(**values, seed=3).training(SimpleNamespace(seed=11)) == Training(**values, seed=3)

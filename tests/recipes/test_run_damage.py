@@ -23,7 +23,7 @@ FILES = [
     "artifacts/model/manifest.json",
     "artifacts/model/model.safetensors",
     "artifacts/model/plan.json",
-    *(f"checkpoints/{stage}/done/{name}" for stage in ("teacher", "recover") for name in (
+    *(f"checkpoints/{step}/done/{name}" for step in ("train", "recover") for name in (
         "logits.npy", "manifest.json", "record.json", "weights.safetensors")),
     *(f"checkpoints/prune/done/{name}" for name in ("logits.npy", "manifest.json", "record.json")),
     *(f"checkpoints/prune/done/model/{name}" for name in ("manifest.json", "model.safetensors", "plan.json")),
@@ -91,9 +91,9 @@ REPLACEMENTS = {link: "a symbolic link", pipe: "a named pipe", socket_: "a socke
 
 @pytest.fixture(scope="module")
 def finished_run(new_job):
-    """Finished run with few stages, which tests must not change."""
+    """Finished run with few steps, which tests must not change."""
     job = new_job()
-    job.do("student=null", "measure=null", "teacher.train.epochs=4", "recover.train.epochs=1")
+    job.do("student=null", "distill=null", "measure=null", "train.epochs=4", "recover.epochs=1")
     return job
 
 
@@ -130,7 +130,7 @@ def test_check_reports_every_change_of_every_file(finished_run, tmp_path, name):
 def test_links_pipes_sockets_and_folders_are_refused_with_a_fix(finished_run, tmp_path, name):
     for change, kind in REPLACEMENTS.items():
         if change is folder and name.count("/") > 1:
-            continue  # a folder inside the folder of a stage; the stage is run again
+            continue  # a folder inside the folder of a step; the step is run again
         run = shutil.copytree(finished_run.folder, tmp_path / kind)
         change(run / name)
         before, events = names(run), []
@@ -170,7 +170,7 @@ def test_altered_metrics_are_reported_and_written_again(done):
     assert done.notes() == [f"{path} does not have the sha256 of its manifest. It is written again."]
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/teacher", "checkpoints/prune/done", "artifacts"])
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/train", "checkpoints/prune/done", "artifacts"])
 @pytest.mark.parametrize("put", [None, Path.touch, lambda path: path.symlink_to("/tmp"), os.mkfifo])
 def test_missing_or_replaced_folder_is_reported(done, name, put):
     path = done.folder / name
@@ -186,17 +186,17 @@ def test_missing_or_replaced_folder_is_reported(done, name, put):
         path.unlink()
     if name == "artifacts":
         resume(done.folder, listen=done.heard.append)
-        assert done.stages("stage_start") == ["export"]
+        assert done.steps("step_start") == ["export"]
         assert integrity.check(done.folder).problems == []
 
 
 @pytest.mark.parametrize("name", ["step-00001-000000", "done"])
 @pytest.mark.parametrize("put", [Path.touch, lambda path: path.symlink_to("done.old"), os.mkfifo])
 def test_checkpoint_that_is_not_a_folder_is_refused(done, name, put):
-    stage = done.folder / "checkpoints" / "teacher"
-    (stage / "done").rename(stage / "done.old")
-    put(stage / name)
-    with pytest.raises(CheckpointError, match=rf"checkpoints/teacher/{name} is a .*\n*.*Delete or move these files"):
+    step = done.folder / "checkpoints" / "train"
+    (step / "done").rename(step / "done.old")
+    put(step / name)
+    with pytest.raises(CheckpointError, match=rf"checkpoints/train/{name} is a .*\n*.*Delete or move these files"):
         resume(done.folder, listen=done.heard.append)
 
 
@@ -239,10 +239,10 @@ def test_unreadable_events_are_dropped(done):
     ("part", "change"),
     [
         ("models", lambda models: models[-1]["accuracy"].update(value=0.123)),
-        ("stages", lambda stages: stages[0].update(did="nothing")),
+        ("steps", lambda steps: steps[0].update(did="nothing")),
         ("curves", lambda curves: curves[0]["loss"].reverse()),
-        ("removed", lambda removed: removed["groups"].pop()),
-        ("verification", lambda verification: verification.update(passed=False)),
+        ("removals", lambda removals: removals[0]["groups"].pop()),
+        ("removals", lambda removals: removals[0]["verification"].update(passed=False)),
         ("export", lambda export: export.update(n=1)),
     ],
 )
@@ -253,7 +253,7 @@ def test_metrics_without_manifest_are_compared_with_the_records(done, part, chan
     change(metrics[part])
     files.write_json(path, metrics)
     assert integrity.check(done.folder).problems == [
-        f"{path} does not have the {part} that the records of the stages give"
+        f"{path} does not have the {part} that the records of the steps give"
     ]
     resume(done.folder, listen=done.heard.append)
     assert integrity.check(done.folder).problems == []
@@ -270,7 +270,7 @@ def test_missing_or_invalid_metrics_are_reported_without_manifest(done, content)
 
 
 def test_metrics_of_an_earlier_process_are_not_reported(done):
-    """A resumed run may run stages again, and be killed before it writes metrics.json."""
+    """A resumed run may run steps again, and be killed before it writes metrics.json."""
     manifest.remove(done.folder)
     with (done.folder / "events.jsonl").open("a") as events:
         events.write('{"event": "start"}\n')
@@ -291,7 +291,7 @@ def test_unfinished_run_is_checked_by_its_parts(done):
     found = integrity.check(done.folder)
     assert (found.finished, found.problems) == (False, [])
     assert set(found.uncovered) >= {"metrics.json", "recipe.yaml", "run.json"}
-    shutil.rmtree(done.folder / "checkpoints" / "teacher")
+    shutil.rmtree(done.folder / "checkpoints" / "train")
     (done.folder / "plan.json").write_text("{}")
     with (done.folder / "recipe.yaml").open("a") as recipe:
         recipe.write("# changed\n")
@@ -300,10 +300,10 @@ def test_unfinished_run_is_checked_by_its_parts(done):
     events.write_bytes(b"?" + events.read_bytes())
     assert integrity.check(done.folder).problems == [
         f"{events} has lines that are not events",
-        f"{done.folder / 'checkpoints/teacher/done'} is missing, and a later stage is done",
+        f"{done.folder / 'checkpoints/train/done'} is missing, and a later step is done",
         f"{done.folder / 'recipe.yaml'} is not the recipe that run.json states",
         f"{done.folder / 'plan.json'} is missing, or is not the plan of the pruned model",
-        f"{done.folder / 'artifacts/model.onnx'} does not have the sha256 of its stage",
+        f"{done.folder / 'artifacts/model.onnx'} does not have the sha256 of its step",
     ]
     resume(done.folder, listen=done.heard.append)
     assert integrity.check(done.folder).problems == []

@@ -117,10 +117,10 @@ def model(key, parameters, macs, size, accuracy, timed_latency=None, *, chosen=F
     }
 
 
-def curve(stage, loss, accuracy):
+def curve(step, loss, accuracy):
     count = len(loss)
     return {
-        "stage": stage,
+        "step": step,
         "epochs": list(range(1, count + 1)),
         "loss": loss,
         "terms": {"label": [0.25 * value if value is not None else None for value in loss], "kd": [None] * count},
@@ -192,28 +192,37 @@ def metrics():
             model("pruned", 119_274, 1_336_960, 485_312, share(0.543, 0.494, 0.590)),
             model("exported", 119_273, 1_336_961, 479_666, share(0.97, 0.948, 0.982), latency(41.2, 5.42), chosen=True),
         ],
-        "stages": [
+        "steps": [
             {
                 "number": 1,
-                "key": "teacher",
-                "did": "trained",
+                "key": "train",
+                "did": "teacher trained",
                 "cells": ["98.5 % ± 1.2", "10.7 M MACs"],
                 "seconds": 18.2,
             },
             {"number": 2, "key": "prune", "did": "−50.4 % MACs", "cells": ["a", "b", "c", "2 groups"], "seconds": 0.44},
             {"number": 3, "key": "measure", "did": "onnxruntime", "cells": [], "seconds": 125},
         ],
-        "curves": [curve("teacher", [0.583, 0.041, 0.0112], [0.928, 0.994, 0.989])],
-        "removed": {
-            "groups": [
-                group("stem", 32, [], ["stem", "stem_bn"]),
-                group("block.conv1", 64, [0, 1, 2, 7, 63], ["block.conv1", "block.bn1"]),
-            ],
-            "layers": [layer("block.conv1", "block.conv1", 64, 59), layer("stem", "stem", 32, 32)],
-            "blockers": [
-                {"reason": "reshape", "where": "head", "source": "net.py:41", "operation": "view", "share": 0.273},
-            ],
-        },
+        "curves": [curve("train", [0.583, 0.041, 0.0112], [0.928, 0.994, 0.989])],
+        "removals": [
+            {
+                "step": "prune",
+                "groups": [
+                    group("stem", 32, [], ["stem", "stem_bn"]),
+                    group("block.conv1", 64, [0, 1, 2, 7, 63], ["block.conv1", "block.bn1"]),
+                ],
+                "layers": [layer("block.conv1", "block.conv1", 64, 59), layer("stem", "stem", 32, 32)],
+                "blockers": [
+                    {"reason": "reshape", "where": "head", "source": "net.py:41", "operation": "view", "share": 0.273},
+                ],
+                "verification": {
+                    "text": "equal to the masked original",
+                    "error": 2e-16,
+                    "reason": "rounding",
+                    "power": 0.707,
+                },
+            }
+        ],
         "quality": {
             "classes": ["cat", "dog", "eel"],
             "before": {"key": "teacher", "confusion": [[139, 0, 1], [2, 128, 0], [0, 3, 127]]},
@@ -235,7 +244,6 @@ def metrics():
             },
             "paired": {"text": "7 samples lost, 1 gained of 400; not significant (p = 0.07)", "p": 0.07},
         },
-        "verification": {"text": "equal to the masked original", "error": 2e-16, "reason": "rounding", "power": 0.707},
         "export": {
             "file": "artifacts/model.onnx",
             "bytes": 479_666,
@@ -260,8 +268,8 @@ def metrics():
         },
         "not_measured": ["Energy.", "Other seeds."],
         "provenance": {
-            "recipe": "version: 1\nname: digits\n",
-            "plan": {"kirsch_plan": 1, "goal": {"macs": 0.5}},
+            "recipe": "version: 2\nname: digits\n",
+            "plans": [{"kirsch_plan": 1, "goal": {"macs": 0.5}}],
             "environment": {"cpu": "Cherry 9000", "cores": 2},
             "fingerprint": "005859b571d823de4cc0ab91",
         },

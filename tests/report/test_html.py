@@ -14,7 +14,7 @@ STYLE = (FOLDER / "style.css").read_text(encoding="utf-8")
 
 SECTIONS = [
     "Trade-off",
-    "Stages",
+    "Steps",
     "Removed units",
     "Quality",
     "Training",
@@ -103,11 +103,11 @@ def test_the_summary_is_followed_by_all_sections_in_order(page, metrics):
 @pytest.mark.parametrize(
     ("missing", "omitted"),
     [
-        ({"removed": None, "verification": None}, ["Removed units"]),
+        ({"removals": []}, ["Removed units"]),
         ({"quality": None}, ["Quality"]),
         ({"curves": []}, ["Training"]),
         ({"export": None}, []),
-        ({"removed": None, "verification": None, "quality": None, "curves": [], "export": None}, SECTIONS[2:5]),
+        ({"removals": [], "quality": None, "curves": [], "export": None}, SECTIONS[2:5]),
     ],
 )
 def test_the_section_of_a_missing_block_is_omitted(page, metrics, missing, omitted):
@@ -208,9 +208,9 @@ def test_latency_is_shown_as_not_measured_if_no_model_has_one(page, metrics):
     assert "Accuracy over file size" in tree.all("svg")[0].text
 
 
-def test_the_table_of_stages_has_their_results_in_order(page, metrics):
-    assert table(page(metrics), "#", "stage") == [
-        ["1", "teacher", "trained", "98.5 % ± 1.2", "10.7 M MACs", "", "", "18 s"],
+def test_the_table_of_steps_has_their_results_in_order(page, metrics):
+    assert table(page(metrics), "#", "step") == [
+        ["1", "train", "teacher trained", "98.5 % ± 1.2", "10.7 M MACs", "", "", "18 s"],
         ["2", "prune", "−50.4 % MACs", "a", "b", "c", "2 groups", "0.4 s"],
         ["3", "measure", "onnxruntime", "", "", "", "", "2 min 05 s"],
     ]
@@ -232,9 +232,32 @@ def test_removed_units_are_listed_by_group_and_by_layer(page, metrics):
     assert "0.707 of their size" in part.words
 
 
+def test_each_removal_has_its_own_section_and_plan(page, metrics):
+    first = metrics["removals"][0]
+    metrics["removals"].append(
+        {
+            "step": "prune-2",
+            "groups": [first["groups"][1] | {"size": 59, "removed": [4]}],
+            "layers": [first["layers"][0] | {"before": 59, "after": 58}],
+            "blockers": [],
+            "verification": first["verification"] | {"text": "close to the masked original"},
+        }
+    )
+    metrics["provenance"]["plans"].append({"kirsch_plan": 1, "goal": {"macs": 0.3}})
+    tree = page(metrics)
+    assert_well_formed(tree)
+    assert [text for text in headings(tree) if "Removed" in text] == ["Removed units: prune", "Removed units: prune-2"]
+    parts = [section(tree, f"Removed units: {removed['step']}") for removed in metrics["removals"]]
+    assert [row[8] for part in parts for row in table(part, "group", "kind")] == ["none", "0–2, 7, 63", "4"]
+    assert "equal to the masked original" in parts[0].words
+    assert "close to the masked original" in parts[1].words
+    plans = section(tree, "Provenance").all("pre")[1:-1]
+    assert [json.loads(plan.text)["goal"] for plan in plans] == [{"macs": 0.5}, {"macs": 0.3}]
+
+
 @pytest.mark.parametrize(("count", "note"), [(12, None), (13, "1 more with"), (40, "28 more with")])
 def test_at_most_twelve_blockers_are_listed_and_the_others_are_counted(page, metrics, count, note):
-    metrics["removed"]["blockers"] *= count
+    metrics["removals"][0]["blockers"] *= count
     part = section(page(metrics), "Removed units")
     assert len(table(part, "share of parameters")) == 12
     assert ("more with smaller shares" in part.words) is (note is not None)
@@ -339,10 +362,10 @@ def test_the_provenance_has_the_complete_recipe_plan_and_environment(page, metri
     part = section(page(metrics), "Provenance")
     recipe, plan, environment = (element.text for element in part.all("pre"))
     assert recipe == metrics["provenance"]["recipe"]
-    assert json.loads(plan) == metrics["provenance"]["plan"]
+    assert json.loads(plan) == metrics["provenance"]["plans"][0]
     assert json.loads(environment) == metrics["provenance"]["environment"]
     assert "005859b571d823de" in part.words
-    unpruned = metrics["provenance"] | {"plan": None, "fingerprint": ""}
+    unpruned = metrics["provenance"] | {"plans": [], "fingerprint": ""}
     part = section(page(metrics | {"provenance": unpruned}), "Provenance")
     assert [element.words for element in part.all("summary")] == ["Recipe", "Environment"]
     assert "Fingerprint" not in part.words
@@ -352,7 +375,7 @@ def test_the_provenance_has_the_complete_recipe_plan_and_environment(page, metri
 
 
 def test_each_of_a_thousand_layers_is_drawn(page, metrics):
-    removed = metrics["removed"]
+    (removed,) = metrics["removals"]
     for i in range(1000):
         removed["groups"].append(removed["groups"][1] | {"name": f"g{i}"})
         removed["layers"].append(removed["layers"][0] | {"name": f"layer{i}", "group": f"g{i}"})
@@ -386,7 +409,7 @@ def test_missing_values_are_empty_cells(page, metrics):
 
 
 def test_a_plan_without_groups_and_layers_is_rendered(page, metrics):
-    metrics["removed"] = {"groups": [], "layers": [], "blockers": []}
+    metrics["removals"][0] |= {"groups": [], "layers": [], "blockers": []}
     part = section(page(metrics), "Removed units")
     assert part.all("svg") == []
     assert "No blockers: only inputs and outputs of the model are fixed." in part.words
@@ -438,7 +461,7 @@ NAMES = {
     "cat", "dog", "eel",
     "artifacts/model.onnx", "ONNX opset 20", "Cherry 9000", "onnxruntime 1.32.0",
     "Energy.", "Other seeds.", "rounding", "equal to the masked original",
-    "trained", "−50.4 % MACs", "98.5 % ± 1.2", "2 groups",
+    "teacher trained", "−50.4 % MACs", "98.5 % ± 1.2", "2 groups",
 }  # fmt: skip
 """Texts of the metrics that come from a model, a recipe or a machine."""
 

@@ -159,7 +159,7 @@ def compress(
     ] = None,
     run: Annotated[str, typer.Option("--run", help="The run folder. Default: a new folder in runs/.")] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the stages, costs and time, without training.")
+        bool, typer.Option("--dry-run", help="Show the steps, costs and time, without training.")
     ] = False,
 ) -> int:
     """Run a recipe, from the teacher to the report."""

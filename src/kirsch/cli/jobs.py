@@ -94,7 +94,7 @@ def dry_run(recipe: Recipe, base: Path, run: str, terminal: Terminal) -> int:
 
 
 def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
-    """Return the lines of a dry run, one line per stage."""
+    """Return the lines of a dry run, one line per step."""
     data = content["data"]
     samples = f"{data['train']:,} for training, {data['validation']:,} for validation, {data['test']:,} for testing"
     lines: list[Line] = [
@@ -103,22 +103,23 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         [Piece(f"{'data':<13}{data['name']}: {samples}")],
         [],
     ]
-    for number, stage in enumerate(content["stages"], start=1):
+    for number, step in enumerate(content["steps"], start=1):
         cost = ""
-        if stage["macs"] is not None:
-            cost = f"{figures.count(stage['macs']):>6} MACs   {figures.count(stage['parameters']):>6} params"
-        duration = f"about {figures.seconds(stage['seconds'])}"
-        text = f"{number:>2} {stage['key']:<10} {cost:<28}   {duration:<14}   {stage['model'] or ''}"
+        if step["macs"] is not None:
+            cost = f"{figures.count(step['macs']):>6} MACs   {figures.count(step['parameters']):>6} params"
+        duration = f"about {figures.seconds(step['seconds'])}"
+        text = f"{number:>2} {step['key']:<10} {cost:<28}   {duration:<14}   {step['model'] or ''}"
         lines.append([Piece(text.rstrip())])
-    plan = content["plan"]
-    if plan is not None:
+    for number, (key, plan) in enumerate(content["plans"].items()):
         before, after = plan["cost"]["before"], plan["cost"]["after"]
         reduction = ", ".join(
             f"{word} {figures.count(before[key])} → {figures.count(after[key])}"
             f" (−{figures.percent(1 - after[key] / max(before[key], 1))})"
             for key, word in (("macs", "MACs"), ("parameters", "parameters"))
         )
-        lines += [[], [Piece(f"{'plan':<13}{reduction} in {len(plan['groups'])} groups, by {content['plan_weights']}")]]
+        lines += [[]] if number == 0 else []
+        weights = f", by {content['plan_weights']}" if number == 0 else ""
+        lines.append([Piece(f"{key.replace('prune', 'plan'):<13}{reduction} in {len(plan['groups'])} groups{weights}")])
     lines.append(
         [Piece(f"{'time':<13}about {figures.seconds(content['seconds'])} on this machine under its current load")]
     )
@@ -127,7 +128,8 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         lines.append([Piece(f"{'missing':<13}", "bad"), Piece(f"{', '.join(content['missing'])}; see kirsch doctor")])
     lines += [[Piece(f"{'note':<13}", "warning"), Piece(text)] for text in content["notes"]]
     if run:
-        lines.append([Piece(f"{'written':<13}{run}: recipe.yaml{', plan.json' if plan is not None else ''}")])
+        names = ["recipe.yaml", *(f"{key.replace('prune', 'plan')}.json" for key in content["plans"])]
+        lines.append([Piece(f"{'written':<13}{run}: {', '.join(names)}")])
     return lines
 
 
@@ -179,7 +181,7 @@ def verify(folder: Path, terminal: Terminal) -> int:
             "",
             f"kirsch resume {folder} restores the damaged files, or names the files to delete.",
         )
-    content = {"run": str(folder), "sound": checked.finished, "finished": checked.finished, "stages": checked.stages}
+    content = {"run": str(folder), "sound": checked.finished, "finished": checked.finished, "steps": checked.steps}
     content |= {
         "done": checked.done,
         "uncovered": checked.uncovered,
@@ -190,7 +192,7 @@ def verify(folder: Path, terminal: Terminal) -> int:
         text = f"all {checked.files} files have the sha256 of the manifest"
         terminal.result([[Piece(f"{'sound':<13}", "good"), Piece(f"{folder}: {text}")]], content)
         return 0
-    progress = f"{len(checked.done)} of {len(checked.stages)} stages are done"
+    progress = f"{len(checked.done)} of {len(checked.steps)} steps are done"
     plural = "s" * (checked.folders != 1)
     verified = f"{checked.files} files in {checked.folders} folder{plural} have the sha256 of their manifests"
     unverified = f"{', '.join(checked.uncovered)}: they have no hash until the run ends"

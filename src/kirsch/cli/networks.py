@@ -22,9 +22,9 @@ from kirsch.graph.kinds import BLOCK
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.prune import prune_with_verification
+from kirsch.pruning.step import CALIBRATION
 from kirsch.pruning.store import load, save
 from kirsch.recipes.models import build, stated_inputs
-from kirsch.recipes.stages import CALIBRATION
 from kirsch.tables import Part, Piece, Table, notes
 
 if TYPE_CHECKING:

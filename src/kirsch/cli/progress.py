@@ -1,4 +1,4 @@
-"""Progress of a run: a header, one line per stage, and a status line or one line per epoch."""
+"""Progress of a run: a header, one line per step, and a status line or one line per epoch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kirsch import figures
-from kirsch.recipes.layout import stage_line
+from kirsch.recipes.layout import step_line
 from kirsch.tables import Line, Piece
 from kirsch.version import __version__
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 BAR = 24
 """Width of a bar in characters."""
 
-TIMED_STAGE = "measure"
-"""The stage that measures latency."""
+TIMED_STEP = "measure"
+"""The step that measures latency."""
 
 
 class Progress:
@@ -33,13 +33,13 @@ class Progress:
     def __init__(self, terminal: Terminal, clock: Callable[[], float] = time.monotonic) -> None:
         self._terminal = terminal
         self._clock = clock
-        self._stage = RunningStage()
+        self._step = RunningStep()
         self._handlers = {
             "start": self._start,
-            "stage_start": self._stage_start,
+            "step_start": self._step_start,
             "epoch": self._epoch,
-            "stage_end": self._stage_end,
-            "stage_kept": self._stage_end,
+            "step_end": self._step_end,
+            "step_kept": self._step_end,
             "note": self._note,
             "warning": self._note,
             "end": self._end,
@@ -54,22 +54,22 @@ class Progress:
     def _start(self, event: dict[str, Any]) -> None:
         self._terminal.progress(*header_lines(event))
 
-    def _stage_start(self, event: dict[str, Any]) -> None:
-        self._stage = RunningStage(event["number"], event["key"], self._clock())
-        if event["key"] == TIMED_STAGE:  # updates of the line would disturb the measurement
-            self._terminal.start_status(lambda: timing_line(self._stage), refresh=False)
+    def _step_start(self, event: dict[str, Any]) -> None:
+        self._step = RunningStep(event["number"], event["key"], self._clock())
+        if event["key"] == TIMED_STEP:  # updates of the line would disturb the measurement
+            self._terminal.start_status(lambda: timing_line(self._step), refresh=False)
         else:
-            self._terminal.start_status(lambda: status_line(self._stage, self._clock()))
+            self._terminal.start_status(lambda: status_line(self._step, self._clock()))
 
     def _epoch(self, event: dict[str, Any]) -> None:
-        self._stage.epoch = event
-        self._stage.epochs_here += 1
+        self._step.epoch = event
+        self._step.epochs_here += 1
         if not self._terminal.is_interactive:
             self._terminal.progress(epoch_line(event))
 
-    def _stage_end(self, event: dict[str, Any]) -> None:
+    def _step_end(self, event: dict[str, Any]) -> None:
         self._terminal.stop_status()
-        self._terminal.progress(stage_line(event, self._terminal.width))
+        self._terminal.progress(step_line(event, self._terminal.width))
 
     def _note(self, event: dict[str, Any]) -> None:
         self._terminal.progress([Piece("   "), Piece("note", "warning"), Piece(f"       {event['text']}")])
@@ -78,12 +78,12 @@ class Progress:
         self._terminal.progress([])  # the verdict is a result, and is written at the end
 
 
-class RunningStage:
-    """The current stage.
+class RunningStep:
+    """The current step.
 
     Args:
-        number, key: of the stage.
-        since: start of the stage, in seconds of the clock.
+        number, key: of the step.
+        since: start of the step, in seconds of the clock.
     """
 
     def __init__(self, number: int = 0, key: str = "", since: float = 0.0) -> None:
@@ -109,28 +109,28 @@ def epoch_line(event: dict[str, Any]) -> Line:
         parts.append(figures.percent(event["accuracy"]))
     return [
         Piece("   "),
-        Piece(f"{event['stage']:<10} "),
+        Piece(f"{event['step']:<10} "),
         Piece("   ".join([*parts, figures.seconds(event["seconds"])])),
     ]
 
 
-def timing_line(stage: RunningStage) -> Line:
-    """Return the status line of the stage that measures latency, which is not updated."""
-    return [Piece(f"{stage.number:>2} {stage.key:<10} "), Piece("measuring latency; this line is not updated", "faint")]
+def timing_line(step: RunningStep) -> Line:
+    """Return the status line of the step that measures latency, which is not updated."""
+    return [Piece(f"{step.number:>2} {step.key:<10} "), Piece("measuring latency; this line is not updated", "faint")]
 
 
-def status_line(stage: RunningStage, now: float) -> Line:
-    """Return the status line of the current stage: a bar, the last metrics, and the remaining time."""
-    line = [Piece(f"{stage.number:>2} {stage.key:<10} ")]
-    passed = now - stage.since
-    if stage.epoch is None:
+def status_line(step: RunningStep, now: float) -> Line:
+    """Return the status line of the current step: a bar, the last metrics, and the remaining time."""
+    line = [Piece(f"{step.number:>2} {step.key:<10} ")]
+    passed = now - step.since
+    if step.epoch is None:
         return [*line, Piece(f"running for {figures.seconds(passed)}", "faint")]
-    done, total = stage.epoch["epoch"], stage.epoch["epochs"]
+    done, total = step.epoch["epoch"], step.epoch["epochs"]
     filled = round(BAR * done / max(total, 1))
-    left = (total - done) * passed / max(stage.epochs_here, 1)
-    parts = [f" epoch {done}/{total}", f"loss {figures.digits(stage.epoch['loss'])}"]
-    if stage.epoch.get("accuracy") is not None:
-        parts.append(figures.percent(stage.epoch["accuracy"]))
+    left = (total - done) * passed / max(step.epochs_here, 1)
+    parts = [f" epoch {done}/{total}", f"loss {figures.digits(step.epoch['loss'])}"]
+    if step.epoch.get("accuracy") is not None:
+        parts.append(figures.percent(step.epoch["accuracy"]))
     return [
         *line,
         Piece("━" * filled),

@@ -155,7 +155,7 @@ def born_again(
     common: dict[str, Any] = {"validation": validation, "regularizers": regularizers}
 
     def link(index: int) -> Link:
-        seeded = dataclasses.replace(training, seed=seeds[index])
+        seeded = training.changed(seed=seeds[index])
 
         def train(before: list[Trained], link_hooks: TrainingHooks, check: bool) -> Trained:
             if not before and teacher is None:

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from kirsch.annotations import Count, Seed
+from pydantic import Field
+
+from kirsch.annotations import AtLeastZero, Count, Fraction, Positive, Seed
 from kirsch.arguments import checked
 from kirsch.errors import DataError, UsageError
+from kirsch.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,9 +21,7 @@ if TYPE_CHECKING:
     from kirsch.data.batches import Batch
 
 
-@checked
-@dataclass(frozen=True)
-class Training:
+class Training(Options):
     """Settings of one training run.
 
     Args:
@@ -30,10 +31,10 @@ class Training:
         weight_decay: >= 0; not applied to biases and normalization parameters.
         schedule: "cosine" to zero, "multistep" (times 0.1 at each milestone), or "constant".
         milestones: ascending fractions of the steps after the warm-up, for "multistep".
-        warmup_epochs: epochs of linear warm-up, >= 0.
+        warmup_epochs: epochs of linear warm-up, 0 to `epochs`.
         max_grad_norm: largest gradient norm, > 0; None for no clipping.
-        gradient_accumulation_steps: batches per optimizer step, >= 1; each sample has the same weight, also
-            if batch sizes differ.
+        gradient_accumulation_steps: batches per optimizer step, >= 1; each sample has the same weight, also if the
+            batch sizes differ.
         precision: "fp32"; or "bf16" or "fp16" for automatic mixed precision.
         ema_decay: decay of an exponential moving average of the weights, above 0 and below 1; the averaged weights are
             evaluated and returned. None for no average.
@@ -45,45 +46,26 @@ class Training:
 
     made_by: ClassVar[str] = "kirsch.Training(epochs=10)"
 
-    epochs: Count = 10
-    learning_rate: float = 0.05
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    weight_decay: float = 5e-4
-    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    warmup_epochs: float = 0.0
-    max_grad_norm: float | None = None
-    seed: Seed = 0
-    gradient_accumulation_steps: Count = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    ema_decay: float | None = None
+    epochs: Count = Field(10, description="passes over the data")
+    learning_rate: Positive = Field(0.05, description="peak learning rate")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (momentum 0.9) or adamw")
+    weight_decay: AtLeastZero = Field(5e-4, description="weight decay, not on biases and normalization")
+    schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="schedule of the learning rate")
+    milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="for multistep, ascending fractions of the run")
+    warmup_epochs: AtLeastZero = Field(0.0, description="epochs of linear warm-up")
+    max_grad_norm: Positive | None = Field(None, description="largest gradient norm; null: no limit")
+    gradient_accumulation_steps: Count = Field(1, description="batches per optimizer step")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="bf16 and fp16: mixed precision")
+    ema_decay: Fraction | None = Field(None, description="decay of a moving average of the weights; null: none")
+    seed: Seed = Field(0, description="seed of all random numbers")
 
-    def __post_init__(self) -> None:  # noqa: C901, PLR0912 - one branch per setting
+    def check(self) -> None:
+        """Check that the milestones ascend, and that the warm-up is not longer than the run."""
         problems = []
-        if self.epochs < 1:
-            problems.append(f"epochs is {self.epochs}; expected at least 1")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            problems.append(f"learning_rate is {self.learning_rate}; expected a number above 0")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            problems.append(f"weight_decay is {self.weight_decay}; expected a number of at least 0")
-        if self.optimizer not in ("sgd", "adamw"):
-            problems.append(f"optimizer is {self.optimizer!r}; expected sgd or adamw")
-        if self.schedule not in ("cosine", "multistep", "constant"):
-            problems.append(f"schedule is {self.schedule!r}; expected cosine, multistep or constant")
-        if list(self.milestones) != sorted(self.milestones) or not all(0 < m < 1 for m in self.milestones):
-            problems.append(f"milestones are {self.milestones}; expected ascending fractions between 0 and 1")
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            problems.append(f"warmup_epochs is {self.warmup_epochs}; expected a number from 0 to {self.epochs}")
-        if self.max_grad_norm is not None and not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
-            problems.append(f"max_grad_norm is {self.max_grad_norm}; expected a number above 0, or None")
-        if self.gradient_accumulation_steps < 1:
-            problems.append(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; expected at least 1")
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            problems.append(f"precision is {self.precision!r}; expected fp32, bf16 or fp16")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            problems.append(f"ema_decay is {self.ema_decay}; expected a number above 0 and below 1, or None")
-        if self.seed < 0:
-            problems.append(f"seed is {self.seed}; expected an integer of at least 0")
+        if list(self.milestones) != sorted(self.milestones):
+            problems.append(f"milestones are {self.milestones}; expected ascending fractions")
+        if self.warmup_epochs > self.epochs:
+            problems.append(f"warmup_epochs is {self.warmup_epochs:g}; expected a number from 0 to {self.epochs}")
         if problems:
             raise UsageError(
                 "The training settings are not valid: " + "; ".join(problems) + ".", fix="Give values in these ranges."

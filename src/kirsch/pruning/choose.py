@@ -102,7 +102,6 @@ def plan(
         keep_outputs=keep_outputs,
         seed=seed,
     )
-    options.check()
     if not graph.cost.macs and goal.parameters is None:
         raise GoalError(
             f"The goal macs={goal.macs} has no effect.",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kirsch.annotations import Between, Count, Fix, Names, OneOrMore, Seed
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.graph.kinds import BLOCK, KINDS
+from kirsch.options import Options
 
 Norm: TypeAlias = Literal[1, 2]
 Ranking: TypeAlias = Literal["global", "local"]
@@ -18,20 +19,18 @@ KindNames = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several kinds of units, such as ['head', 'ffn unit'].")
 ]
 Kinds: TypeAlias = KindNames | Mapping[str, Annotated[float, Between(0)]] | None
-MinKeep = Annotated[float, Between(0, 1, exclusive=True)]
+MinKeep = Annotated[float, Between(0, 1, exclusive="least")]
 
 ONLY_OF_UNITS = ("norm", "ranking", "round_to", "uniform", "min_keep", "keep_outputs")
 """Options without effect on a plan of blocks."""
 
 
-class PlanOptions(BaseModel):
+class PlanOptions(Options):
     """Options of a plan: the keyword arguments of `kirsch.plan`, where each is described in full.
 
     The keys of the section `prune` of a recipe and the flags of `kirsch plan` and `kirsch prune` are made from it, with
     these types, defaults and descriptions.
     """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     importance: str | None = Field(
         None,
@@ -105,10 +104,6 @@ class PlanOptions(BaseModel):
         if isinstance(kinds, Mapping):
             return {kind: float(kinds.get(kind, 1)) for kind in KINDS}
         return {kind: float(kinds is None or kind in kinds) for kind in KINDS}
-
-    def changed(self, **changes: Any) -> PlanOptions:
-        """Return the options with some values replaced."""
-        return self.model_copy(update=changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values, for the method of a plan."""

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kirsch import files, strict_json
-from kirsch.annotations import Count
+from kirsch.annotations import Count, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Model
 from kirsch.data.dataset import DataSet
 from kirsch.deploy.export import Artifact
+from kirsch.deploy.steps import MODEL
 from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
-from kirsch.recipes.job import RECORD
-from kirsch.recipes.layout import stage_line, verdict_lines
-from kirsch.recipes.manifest import CHECKPOINTS, MODEL, REPORT
-from kirsch.recipes.recipe import Train, recipe_of
-from kirsch.recipes.runner import GIVEN, Materials, new_folder_name, run
-from kirsch.recipes.stages import WEIGHTS
+from kirsch.jobs.goal import JobGoal
+from kirsch.jobs.job import CHECKPOINTS, RECORD, WEIGHTS
+from kirsch.recipes.layout import step_line, verdict_lines
+from kirsch.recipes.manifest import REPORT
+from kirsch.recipes.recipe import DataSection, ModelSection, Recipe
+from kirsch.recipes.runner import Materials, new_folder_name, run
+from kirsch.steps import Distill, Export, Measure, Prune, Recover, Step
 from kirsch.tables import Part, Printable
 
 
@@ -36,7 +37,7 @@ class Compressed(Printable):
 
     Args:
         model: compressed model.
-        artifact: exported file.
+        artifact: exported file; None if the steps export none.
         report: path of the report.
         metrics: content of metrics.json.
         met: whether all goals are met.
@@ -44,7 +45,7 @@ class Compressed(Printable):
     """
 
     model: Any
-    artifact: Artifact
+    artifact: Artifact | None
     report: Path
     metrics: dict[str, Any]
     met: bool
@@ -56,7 +57,7 @@ class Compressed(Printable):
         return f"<kirsch.Compressed: {type(self.model).__name__}, {goals}, in {self.folder}>"
 
     def parts(self) -> list[Part]:
-        """Return a line for each stage, and the lines on the goals, the report and the duration."""
+        """Return a line for each step, and the lines on the goals, the report and the duration."""
         items = self.metrics["goal"]["items"]
         verdict = {
             "met": self.met,
@@ -65,70 +66,85 @@ class Compressed(Printable):
             "report": str(self.report),
             "seconds": self.metrics["seconds"],
         }
-        return [*map(stage_line, self.metrics["stages"]), [], *verdict_lines(verdict)]
+        return [*map(step_line, self.metrics["steps"]), [], *verdict_lines(verdict)]
+
+
+DEFAULT_TRAINING = Training()
+"""Settings of trainings for which none are given."""
 
 
 @checked
 def compress(
     model: Model,
     data: DataSet,
-    goal: Goal,
+    goal: Goal | None = None,
     *,
     student: Model | None = None,
-    max_drop: float | None = None,
+    steps: Sequence[Step] | None = None,
     distill: Training | None = None,
-    recover: Training | None = None,
-    temperature: float | None = None,
+    recover: Training | None = DEFAULT_TRAINING,
     objective: Objective | str | None = None,
+    max_drop: float | None = None,
+    speedup: float | None = None,
+    task: str = "classification",
     batch_size: Count = 64,
+    seed: Seed = 0,
     folder: str | Path | None = None,
     name: str = "model",
     listen: Callable[[dict[str, Any]], Any] = lambda _event: None,
+    **plan_options: Any,
 ) -> Compressed:
     """Compress a trained model: distill it if a student is given, prune, recover, export, measure and report.
+
+        kirsch.compress(model, data, kirsch.Goal(macs=0.5), exclude=["stem"])
+        kirsch.compress(model, data, steps=[Prune(goal=Goal(macs=0.7)), Recover(epochs=5), Prune(...), Export()])
 
     Args:
         model: trained model. It is the teacher of all training, and is not changed.
         data: data set with training, validation and test part.
-        goal: limits of the pruned model, as fractions of the model before pruning.
+        goal: limits of the pruned model, as fractions of the model at the start. With `steps`, it applies to each step
+            `Prune` without a goal.
         student: small untrained model that learns from the model and is then pruned; by default the model itself is
             pruned.
+        steps: steps in order, from `kirsch.steps`, in place of the usual ones: `Distill` (with a student), `Prune`,
+            `Recover`, `Export`, `Measure`. The arguments `distill`, `recover`, `objective` and the plan options then
+            have no effect and are refused.
+        distill: training of the student.
+        recover: training after pruning; None to leave it out.
+        objective: objective of both trainings: an objective, or the name of a preset; by default soft targets and
+            labels, `Objective.kd()`.
         max_drop: largest allowed drop of accuracy compared with the model, as a fraction below 1: 0.01 is one
             percentage point.
-        distill: training of the student.
-        recover: training after pruning.
-        temperature: temperature of the soft targets in both trainings, if no objective is given; 4 by default.
-        objective: objective of both trainings in place of soft targets and labels: an objective, or the name of a
-            preset.
+        speedup: smallest allowed speedup over the model.
+        task: what the model is for, a name in `kirsch.tasks.TASKS`.
         batch_size: samples per training step.
-        folder: run folder; by default a new folder under runs/.
+        seed: seed of all random numbers, unless a training or step has its own.
+        folder: run folder; by default a new folder under runs/. The same call with the same folder continues a run.
         name: name of the model in the report.
         listen: called with each event.
+        plan_options: options of `kirsch.plan`, such as `exclude`, `round_to`, `importance`.
 
     Raises:
-        UsageError: `distill` is given without a student, or `max_drop` is not a fraction.
-        KirschError: a stage failed; the run folder keeps the finished stages.
+        UsageError: there is no goal, `distill` is given without a student, an option is not valid, or options are given
+            together with `steps`.
+        KirschError: a step failed; the run folder keeps the finished steps.
     """
     if distill is not None and student is None:
         raise UsageError("`distill` of kirsch.compress needs a student.", fix="Give student=..., or remove distill.")
-    if max_drop is not None and not 0 <= max_drop < 1:
-        raise UsageError(
-            f"`max_drop` of kirsch.compress is {max_drop:g}; expected a fraction of at least 0 and below 1.",
-            fix="For a loss of at most one percentage point of accuracy write max_drop=0.01.",
-        )
-    recipe = recipe_of(
-        {
-            "name": name,
-            "data": {"source": GIVEN, "batch_size": batch_size},
-            "teacher": {"model": GIVEN},
-            "student": {"model": GIVEN, "distill": _section(distill, temperature, objective)}
-            if student is not None
-            else None,
-            "prune": {"goal": goal.to_dict()},
-            "recover": _section(recover, temperature, objective),
-            "goal": {"max_drop": max_drop},
-        },
-        "call of kirsch.compress",
+    if steps is None:
+        steps = _usual_steps(student is not None, goal, distill, recover, objective, plan_options)
+    else:
+        _refuse_beside_steps(distill, recover, objective, plan_options)
+    limits = goal.to_dict() if goal is not None else {}
+    recipe = Recipe(
+        name=name,
+        seed=seed,
+        task=task,
+        data=DataSection(source=None, batch_size=batch_size),
+        teacher=ModelSection(model=None),
+        student=None if student is None else ModelSection(model=None),
+        steps=tuple(steps),
+        goal=JobGoal(max_drop=max_drop, speedup=speedup, **limits),
     )
     materials = Materials(
         make_teacher=lambda: copy.deepcopy(model),
@@ -138,11 +154,9 @@ def compress(
     )
     run_folder = Path(folder) if folder is not None else Path("runs") / new_folder_name(recipe)
     outcome = run(recipe, run_folder, listen=listen, materials=materials)
-    exported = strict_json.read(run_folder / CHECKPOINTS / "export" / "done" / RECORD)["artifact"]
-    del exported["usage"]  # code for the report
     return Compressed(
         model=outcome.model,
-        artifact=Artifact.of_dict(run_folder / MODEL, exported),
+        artifact=_artifact(run_folder),
         report=run_folder / REPORT,
         metrics=outcome.metrics,
         met=outcome.exit_code == 0,
@@ -150,16 +164,52 @@ def compress(
     )
 
 
-def _section(training: Training | None, temperature: float | None, objective: Objective | str | None) -> dict[str, Any]:
-    """Return the recipe section of a training; the seed is a key of the recipe itself."""
-    plain = objective if objective is None or isinstance(objective, str) else objective.to_dict()
-    section = {
-        "temperature": temperature,
-        "objective": json.loads(json.dumps(plain)),
-    }  # tuples become lists
-    if training is None:
-        return section
-    return section | {"train": {field: getattr(training, field) for field in Train.model_fields}}
+def _usual_steps(
+    with_student: bool,
+    goal: Goal | None,
+    distill: Training | None,
+    recover: Training | None,
+    objective: Objective | str | None,
+    plan_options: dict[str, Any],
+) -> list[Step]:
+    """Return the steps of a call that states none."""
+    if goal is None:
+        raise UsageError("`goal` of kirsch.compress is missing.", fix="Give kirsch.Goal(macs=0.5), or steps.")
+    chosen = "kd" if objective is None else objective
+
+    def settings(training: Training) -> dict[str, Any]:
+        values = {name: getattr(training, name) for name in Training.model_fields}
+        return values | ({"seed": None} if training.seed == 0 else {})  # 0 is the default: the seed of the job
+
+    steps: list[Step] = []
+    if with_student:
+        steps.append(Distill(objective=chosen, **settings(distill or DEFAULT_TRAINING)))
+    steps.append(Prune(**plan_options))
+    if recover is not None:
+        steps.append(Recover(objective=chosen, **settings(recover)))
+    return [*steps, Export(), Measure()]
+
+
+def _refuse_beside_steps(
+    distill: Training | None, recover: Training | None, objective: Any, plan_options: dict[str, Any]
+) -> None:
+    given = {"distill": distill, "recover": recover, "objective": objective, **plan_options}
+    unused = [name for name, value in given.items() if value not in (None, DEFAULT_TRAINING)]
+    if unused:
+        raise UsageError(
+            f"`{unused[0]}` of kirsch.compress has no effect together with `steps`.",
+            fix="Give it to the step: kirsch.steps.Recover(epochs=5), kirsch.steps.Prune(exclude=['stem']).",
+        )
+
+
+def _artifact(folder: Path) -> Artifact | None:
+    """Return the exported file of a run; None if there is none."""
+    record = folder / CHECKPOINTS / "export" / "done" / RECORD
+    if not record.is_file():
+        return None
+    exported = strict_json.read(record)["artifact"]
+    del exported["usage"]  # code for the report
+    return Artifact.of_dict(folder / MODEL, exported)
 
 
 def _weights_hash(model: Any) -> str:

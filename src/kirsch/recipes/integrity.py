@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
+from kirsch.deploy.steps import MODEL
 from kirsch.errors import KirschError, LoadError
+from kirsch.jobs.job import CHECKPOINTS, EVENTS, RECORD
+from kirsch.pruning.step import PRUNED, plan_file
 from kirsch.recipes import manifest, run_folder
-from kirsch.recipes.job import RECORD
-from kirsch.recipes.manifest import CHECKPOINTS, ENVIRONMENT, EVENTS, METRICS, MODEL, PLAN, RECIPE, REPORT, RUN
+from kirsch.recipes.manifest import ENVIRONMENT, METRICS, PLAN, RECIPE, REPORT, RUN
 from kirsch.recipes.metrics import metrics_of_records
 from kirsch.recipes.recipe import read_recipe
-from kirsch.recipes.stages import stages_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,8 +26,8 @@ class RunIntegrity:
     Args:
         finished: whether the run has finished, so that one manifest covers all of its files.
         problems: a sentence for each file that is damaged, missing or foreign.
-        stages: stages of the recipe, in order; empty if the run has finished or is damaged.
-        done: those of `stages` that are done.
+        steps: steps of the recipe, in order; empty if the run has finished or is damaged.
+        done: those of `steps` that are done.
         files: number of files that were compared with a hash.
         folders: number of folders that have their own manifest.
         uncovered: names of files at the top of the folder that no manifest covers yet.
@@ -34,7 +35,7 @@ class RunIntegrity:
 
     finished: bool
     problems: list[str]
-    stages: list[str]
+    steps: list[str]
     done: list[str]
     files: int
     folders: int
@@ -45,7 +46,7 @@ def check(folder: Path) -> RunIntegrity:
     """Compare a run folder with its manifests.
 
     The files of a finished run are compared with the manifest of the run. In a run that has not finished, each
-    finished stage and each checkpoint is compared with its own manifest, and files that must agree are compared with
+    finished step and each checkpoint is compared with its own manifest, and files that must agree are compared with
     each other.
 
     Raises:
@@ -65,12 +66,13 @@ def check(folder: Path) -> RunIntegrity:
         count = 0 if flaws else sum(len(files.entries(inner)) for inner in folders)
     else:
         count = len(files.entries(folder))
-    known = (RUN, RECIPE, PLAN, EVENTS, METRICS, REPORT, ENVIRONMENT)
+    plans = [path.name for path in sorted(folder.glob("plan*.json"))]
+    known = (RUN, RECIPE, *plans, EVENTS, METRICS, REPORT, ENVIRONMENT)
     uncovered = [] if finished else [name for name in known if (folder / name).exists()]
     problems = list(dict.fromkeys([*misplaced, *problems]))
-    stages = [] if finished or problems else _stages(folder, manifest.read_run(folder))
-    done = [key for key in stages if (folder / CHECKPOINTS / key / "done").is_dir()]
-    return RunIntegrity(finished, problems, stages, done, count, len(folders), uncovered)
+    steps = [] if finished or problems else _steps(folder, manifest.read_run(folder))
+    done = [key for key in steps if (folder / CHECKPOINTS / key / "done").is_dir()]
+    return RunIntegrity(finished, problems, steps, done, count, len(folders), uncovered)
 
 
 def _contradictions(folder: Path) -> list[str]:
@@ -83,19 +85,20 @@ def _contradictions(folder: Path) -> list[str]:
     if not run:
         problems.append(f"{folder / RUN} is missing or damaged")
     try:
-        keys = _stages(folder, run)
+        keys = _steps(folder, run)
     except KirschError as error:
         return [*problems, f"{folder / RECIPE} cannot be used: {error.what}"]
     done = {key: folder / CHECKPOINTS / key / "done" for key in keys}
     last = max((number for number, key in enumerate(keys) if done[key].is_dir()), default=0)
-    problems += [f"{done[key]} is missing, and a later stage is done" for key in keys[:last] if not done[key].is_dir()]
+    problems += [f"{done[key]} is missing, and a later step is done" for key in keys[:last] if not done[key].is_dir()]
     stated = run.get("recipe")
     if isinstance(stated, str) and (folder / RECIPE).read_bytes() != stated.encode():
         problems.append(f"{folder / RECIPE} is not the recipe that {RUN} states")
-    started = _started_stage(folder)  # the run may have been killed while this stage wrote its files
-    stored, shown = done.get("prune", folder) / "model" / PLAN, folder / PLAN
-    if started != "prune" and stored.is_file() and not _same(stored, shown):
-        problems.append(f"{shown} is missing, or is not the plan of the pruned model")
+    started = _started_step(folder)  # the run may have been killed while this step wrote its files
+    for key in keys:
+        stored, shown = done[key] / PRUNED / PLAN, folder / plan_file(key)
+        if started != key and stored.is_file() and not _same(stored, shown):
+            problems.append(f"{shown} is missing, or is not the plan of the pruned model")
     if _ended(folder) and all(path.is_dir() for path in done.values()):
         problems += _metrics(folder, [path / RECORD for path in done.values()])
     if started != "export" and "export" in keys and done["export"].is_dir():
@@ -107,11 +110,11 @@ def _same(first: Path, second: Path) -> bool:
     return second.is_file() and first.read_bytes() == second.read_bytes()
 
 
-def _started_stage(folder: Path) -> str:
-    """Return the stage that was started and has not ended; empty if there is none."""
+def _started_step(folder: Path) -> str:
+    """Return the step that was started and has not ended; empty if there is none."""
     for event in reversed(run_folder.events_of(folder)[0]):
-        if event.get("event") in ("stage_start", "stage_end", "stage_kept"):
-            return str(event.get("key")) if event["event"] == "stage_start" else ""
+        if event.get("event") in ("step_start", "step_end", "step_kept"):
+            return str(event.get("key")) if event["event"] == "step_start" else ""
     return ""
 
 
@@ -122,7 +125,7 @@ def _ended(folder: Path) -> bool:
 
 
 def _metrics(folder: Path, records: list[Path]) -> list[str]:
-    """Return the differences between metrics.json and the records of the stages."""
+    """Return the differences between metrics.json and the records of the steps."""
     path = folder / METRICS
     try:
         found = strict_json.read(path) if path.is_file() else None
@@ -132,18 +135,18 @@ def _metrics(folder: Path, records: list[Path]) -> list[str]:
     if not isinstance(found, dict):
         return [f"{path} is missing, or is not a JSON object"]
     return [
-        f"{path} does not have the {name} that the records of the stages give"
+        f"{path} does not have the {name} that the records of the steps give"
         for name, value in expected.items()
         if found.get(name) != value
     ]
 
 
-def _stages(folder: Path, run: dict[str, Any]) -> list[str]:
-    """Return the stages of a run's recipe, in order."""
+def _steps(folder: Path, run: dict[str, Any]) -> list[str]:
+    """Return the steps of a run's recipe, in order."""
     if not (folder / RECIPE).is_file():
         raise LoadError("it is missing.")
     recipe = read_recipe(run["recipe"]) if isinstance(run.get("recipe"), str) else read_recipe(folder / RECIPE)
-    return [stage.key for stage in stages_of(recipe)]
+    return list(recipe.all_steps)
 
 
 def _unreadable(path: Path) -> str:
@@ -156,12 +159,12 @@ def _unreadable(path: Path) -> str:
 
 
 def _artifact(folder: Path, record: Path) -> list[str]:
-    """Return the differences between the exported file and the record of its stage."""
+    """Return the differences between the exported file and the record of its step."""
     try:
         digest = strict_json.read(record)["artifact"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # the manifest of the stage reports this record as damaged
+        return []  # the manifest of the step reports this record as damaged
     path = folder / MODEL
     if not path.is_file():
         return [f"{path} is missing"]
-    return [] if files.sha256(path) == digest else [f"{path} does not have the sha256 of its stage"]
+    return [] if files.sha256(path) == digest else [f"{path} does not have the sha256 of its step"]

@@ -1,4 +1,4 @@
-"""Lines on the stages and the goal of a run, for the terminal and for `print`."""
+"""Lines on the steps and the goal of a run, for the terminal and for `print`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 WIDTHS = (13, 11, 12)
-"""Widths of the first cells of a stage: quality, MACs, parameters. Further cells have no fixed width."""
+"""Widths of the first cells of a step: quality, MACs, parameters. Further cells have no fixed width."""
 
 
-def stage_line(event: Mapping[str, Any], width: int = 0) -> Line:
-    """Return the line of a finished stage: result, cells in columns, and the duration at the right end.
+def step_line(event: Mapping[str, Any], width: int = 0) -> Line:
+    """Return the line of a finished step: result, cells in columns, and the duration at the right end.
 
     Args:
-        event: "number", "key", "did", "cells" and "seconds" of the stage, and whether it was kept ("event").
+        event: "number", "key", "did", "cells" and "seconds" of the step, and whether it was kept ("event").
         width: least width of the line in characters.
     """
     cells = [str(cell) for cell in event["cells"]]
     columns = [f"{_aligned(cell):<{reach}}" for cell, reach in zip(cells, WIDTHS, strict=False)]
-    text = "  ".join([f"{event['number']:>2} {event['key']:<10} {event['did']:<13}", *columns])
+    text = "  ".join([f"{event['number']:>2} {event['key']:<10} {event['did']:<15}", *columns])
     text = "   ".join([text.rstrip(), *filter(None, cells[len(WIDTHS) :])])
-    seconds = "kept" if event.get("event") == "stage_kept" else figures.seconds(event["seconds"])
+    seconds = "kept" if event.get("event") == "step_kept" else figures.seconds(event["seconds"])
     return [Piece(text), Piece(f"{seconds:>{max(width - len(text), len(seconds) + 3)}}", "faint")]
 
 

@@ -7,13 +7,15 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
+from kirsch.deploy.steps import MODEL
+from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, EVENTS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-RUN, RECIPE, PLAN, LOCK, EVENTS = "run.json", "recipe.yaml", "plan.json", ".lock", "events.jsonl"
+RUN, RECIPE, PLAN, LOCK = "run.json", "recipe.yaml", "plan.json", ".lock"
 METRICS, REPORT, ENVIRONMENT, TRACEBACK = "metrics.json", "report.html", "environment.json", "error.txt"
-CHECKPOINTS, ARTIFACTS, MODEL, PRUNED = "checkpoints", "artifacts", "artifacts/model.onnx", "artifacts/model"
+PRUNED = f"{ARTIFACTS}/model"
 
 NOT_COVERED = (LOCK, TRACEBACK)
 """Files that are not results of a run; the manifest does not list them."""
@@ -119,8 +121,8 @@ def update_file(folder: Path, name: str, text: str) -> None:
 
 
 def folders_with_manifest(folder: Path) -> list[Path]:
-    """Return the folders of a run that have their own manifest: finished stages, checkpoints, the exported model."""
-    parts = [path for stage in _children(folder / CHECKPOINTS) for path in _children(stage)]
+    """Return the folders of a run that have their own manifest: finished steps, checkpoints, the exported model."""
+    parts = [path for step in _children(folder / CHECKPOINTS) for path in _children(step)]
     complete = [path for path in parts if path.name == "done" or path.name.startswith("step-")]
     return [path for path in [folder / PRUNED, *complete] if path.is_dir() and not path.is_symlink()]
 
@@ -133,10 +135,11 @@ def _children(folder: Path) -> list[Path]:
 
 def misplaced_entries(folder: Path) -> list[str]:
     """Return a description of each entry of a run folder that has the wrong kind or cannot be read."""
-    stages = _children(folder / CHECKPOINTS)
-    parts = [path for stage in stages for path in _children(stage)]
-    plain = (RUN, RECIPE, PLAN, LOCK, EVENTS, METRICS, REPORT, ENVIRONMENT, TRACEBACK, files.MANIFEST, MODEL)
-    folders = (folder / CHECKPOINTS, folder / ARTIFACTS, folder / PRUNED, *stages, *parts)
+    steps = _children(folder / CHECKPOINTS)
+    parts = [path for step in steps for path in _children(step)]
+    plans = [path.name for path in _children(folder) if path.match("plan*.json")]
+    plain = (RUN, RECIPE, *plans, LOCK, EVENTS, METRICS, REPORT, ENVIRONMENT, TRACEBACK, files.MANIFEST, MODEL)
+    folders = (folder / CHECKPOINTS, folder / ARTIFACTS, folder / PRUNED, *steps, *parts)
     found = list(files.irregular_entries(folder).values())
     found += [f"{folder / name} is a folder" for name in plain if (folder / name).is_dir()]
     unreadable = (path for path in map(folder.joinpath, plain) if path.is_file() and not os.access(path, os.R_OK))

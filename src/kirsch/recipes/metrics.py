@@ -6,157 +6,174 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from kirsch import figures
+from kirsch.jobs.step import keys_of
+from kirsch.steps import Measure, Prune
 from kirsch.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kirsch.recipes.job import Job
+    from kirsch.graph.plan import Goal
+    from kirsch.jobs.job import Job, Record
+    from kirsch.jobs.step import Step
+    from kirsch.recipes.recipe import Recipe
 
-MODELS = {"teacher": "teacher", "distill": "student", "prune": "pruned", "recover": "recovered", "export": "exported"}
-"""Stage → name of the model that it produces."""
 
-
-def metrics_of(job: Job, environment: dict[str, Any], seconds: float) -> dict[str, Any]:
+def metrics_of(job: Job, recipe: Recipe, environment: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Return all numbers of a finished run."""
-    records = job.records
-    pruned, quality = records.get("prune"), _quality(job)
+    quality = _quality(job)
+    plans = [record["plan"] for record in job.records.values() if "plan" in record]
     return {
         "kirsch_metrics": 1,
-        "name": job.recipe.name,
+        "name": recipe.name,
         "run": job.folder.name,
         "kirsch": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "seconds": seconds,
-        "goal": _goal(job, quality["paired"]["text"]),
-        **metrics_of_records(records),
+        "goal": _goal(job, recipe.all_steps, quality["paired"]["text"]),
+        **metrics_of_records(job.records),
         "quality": quality,
         "measured": _measured(job, environment),
         "not_measured": _not_measured(job),
         "provenance": {
-            "recipe": job.recipe.to_yaml(),
-            "plan": pruned["plan"] if pruned else None,
+            "recipe": recipe.to_yaml(),
+            "plans": plans,
             "environment": environment,
-            "fingerprint": pruned["plan"]["model"]["fingerprint"] if pruned else "",
+            "fingerprint": plans[0]["model"]["fingerprint"] if plans else "",
         },
     }
 
 
-def metrics_of_records(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the part of the metrics that depends only on the records of the stages."""
-    pruned = records.get("prune")
+def metrics_of_records(records: Mapping[str, Record]) -> dict[str, Any]:
+    """Return the part of the metrics that depends only on the records of the steps."""
     return {
         "models": _models(records),
-        "stages": [
-            {
-                "number": number,
-                "key": key,
-                "did": record["did"],
-                "cells": record["cells"],
-                "seconds": record["seconds"],
-            }
+        "steps": [
+            {"number": number, "key": key, **{name: record[name] for name in ("did", "cells", "seconds")}}
             for number, (key, record) in enumerate(records.items(), start=1)
         ],
         "curves": [_curve(key, record["history"]) for key, record in records.items() if record.get("history")],
-        "removed": pruned["removed"] if pruned else None,
-        "verification": pruned["verification"] if pruned else None,
+        "removals": [
+            {"step": key, "verification": record["verification"], **record["removed"]}
+            for key, record in records.items()
+            if "removed" in record
+        ],
         "export": _export(records.get("export")),
     }
 
 
-def _final(records: Mapping[str, dict[str, Any]]) -> str:
-    """Return the last stage whose model was evaluated."""
-    return [key for key, record in records.items() if "accuracy" in record][-1]
+def names_of_models(records: Mapping[str, Record]) -> dict[str, str]:
+    """Return key of a step → name of the model that it made; the second of a name is "pruned-2"."""
+    keys = [key for key, record in records.items() if "model" in record]
+    return dict(zip(keys, keys_of([records[key]["model"] for key in keys]), strict=True))
 
 
-def _goal(job: Job, significance: str) -> dict[str, Any]:
-    recipe, records = job.recipe, job.records
-    items = []
-    if recipe.prune is not None and "prune" in records:
-        start = records["distill" if "distill" in records else "teacher"]
-        reference = "student" if "distill" in records else "teacher"
-        for limit, field, word in (
-            (recipe.prune.goal.macs, "macs", "MACs"),
-            (recipe.prune.goal.parameters, "parameters", "parameters"),
-        ):
-            if limit is not None:
-                value = records["prune"][field] / max(start[field], 1)
-                text = f"{word} {figures.percent(value)} of the {reference}, goal ≤ {figures.percent(limit, 0)}"
-                items.append(_item(field, text, limit, value, met=value <= limit))
-    final = _final(records)
-    if recipe.goal.max_drop is not None:
-        drop = records["teacher"]["accuracy"]["value"] - records[final]["accuracy"]["value"]
+def _first_and_last(records: Mapping[str, Record]) -> tuple[str, str]:
+    """Return the keys of the steps that made the last teacher and the final model."""
+    keys = [key for key, record in records.items() if "accuracy" in record]
+    teachers = [key for key in keys if records[key]["model"] == "teacher"]
+    return teachers[-1], keys[-1]
+
+
+def _start(job: Job) -> tuple[str, dict[str, int]]:
+    """Return name and cost of the model that was compressed, before the first removal."""
+    record = next(record for record in job.records.values() if "removed" in record)
+    return job.model_name, record["before"]
+
+
+def _goal(job: Job, steps: Mapping[str, Step], significance: str) -> dict[str, Any]:
+    records, goal, items = job.records, job.goal, []
+    prunings = {key: step for key, step in steps.items() if isinstance(step, Prune) and key in records}
+    for number, (key, step) in enumerate(prunings.items()):
+        reference = job.model_name if number == 0 else "model before it"
+        items += _cost_items(step.goal, records[key], records[key]["before"], reference, key if number else "")
+    first, final = _first_and_last(records)
+    if prunings:
+        items += _cost_items(goal.cost, records[final], _start(job)[1], job.model_name, "")
+    if goal.max_drop is not None:
+        drop = records[first]["accuracy"]["value"] - records[final]["accuracy"]["value"]
         change = f"accuracy drop {figures.points(drop)}" if drop >= 0 else f"accuracy gain {figures.points(-drop)}"
-        text = f"{change} against the teacher, goal ≤ {figures.points(recipe.goal.max_drop)}"
-        before, after = (records[key].get("balanced_accuracy") for key in ("teacher", final))
+        text = f"{change} against the teacher, goal ≤ {figures.points(goal.max_drop)}"
+        before, after = (records[key].get("balanced_accuracy") for key in (first, final))
         if before is not None and after is not None:  # accuracy may hide the loss of a rare class
             text += f" (balanced accuracy {figures.percent(before)} → {figures.percent(after)})"
-        met = drop <= recipe.goal.max_drop + 1e-12
-        items.append(_item("max_drop", text, recipe.goal.max_drop, drop, met=met, significance=significance))
-    if recipe.goal.speedup is not None and "measure" in records:
+        met = drop <= goal.max_drop + 1e-12
+        items.append(_item("max_drop", text, goal.max_drop, drop, met=met, significance=significance))
+    if goal.speedup is not None and "measure" in records:
         speedup = records["measure"]["race"]["speedups"]["exported"]
-        text = f"{figures.ratio(**speedup)} the speed of the teacher, goal ≥ {figures.digits(recipe.goal.speedup)}×"
-        met = speedup["value"] >= recipe.goal.speedup
-        items.append(_item("speedup", text, recipe.goal.speedup, speedup["value"], met=met))
+        text = f"{figures.ratio(**speedup)} the speed of the teacher, goal ≥ {figures.digits(goal.speedup)}×"
+        met = speedup["value"] >= goal.speedup
+        items.append(_item("speedup", text, goal.speedup, speedup["value"], met=met))
     return {
         "met": all(item["met"] for item in items),
-        "text": goal_text(job) or "no goal was set",
+        "text": goal_text(job, steps) or "no goal was set",
         "items": items,
     }
+
+
+WORDS = {"macs": "MACs", "parameters": "parameters"}
+
+
+def _cost_items(
+    goal: Goal | None, after: Record, before: Mapping[str, int], reference: str, key: str
+) -> list[dict[str, Any]]:
+    """Return an item for each limit of the cost; `key` is that of a step if the goal is that of a later step."""
+    items = []
+    for name, limit in (goal.to_dict() if goal is not None else {}).items():
+        value = after[name] / max(before[name], 1)
+        text = f"{WORDS[name]} {figures.percent(value)} of the {reference}, goal ≤ {figures.percent(limit, 0)}"
+        item = _item(f"{key}.{name}" if key else name, text, limit, value, met=value <= limit)
+        items.append(item | {"text": f"{key}: {text}"} if key else item)
+    return items
 
 
 def _item(name: str, text: str, limit: float, value: float, *, met: bool, significance: str = "") -> dict[str, Any]:
     return {"name": name, "text": text, "limit": limit, "value": value, "met": met, "significance": significance}
 
 
-def goal_text(job: Job) -> str:
-    """Return all goals of a recipe in one line."""
-    recipe = job.recipe
-    parts = []
-    if recipe.prune is not None:
-        limits = (("MACs", recipe.prune.goal.macs), ("parameters", recipe.prune.goal.parameters))
-        parts += [f"{word} ≤ {figures.percent(limit, 0)}" for word, limit in limits if limit is not None]
-    if recipe.goal.max_drop is not None:
-        parts.append(f"accuracy drop ≤ {figures.points(recipe.goal.max_drop)}")
-    if recipe.goal.speedup is not None:
-        parts.append(f"speed ≥ {figures.digits(recipe.goal.speedup)}×")
-    if recipe.measure is not None and recipe.export is not None:
-        plural = "s" if recipe.measure.threads > 1 else ""
-        parts.append(f"runtime {recipe.measure.runtime} ({recipe.measure.threads} thread{plural})")
+def goal_text(job: Job, steps: Mapping[str, Step]) -> str:
+    """Return all goals of a job and its steps in one line."""
+    parts, goals = [], [step.goal for step in steps.values() if isinstance(step, Prune) and step.goal]
+    for goal in [*goals, *([job.goal.cost] if job.goal.cost else [])]:
+        parts += [f"{WORDS[name]} ≤ {figures.percent(limit, 0)}" for name, limit in goal.to_dict().items()]
+    if job.goal.max_drop is not None:
+        parts.append(f"accuracy drop ≤ {figures.points(job.goal.max_drop)}")
+    if job.goal.speedup is not None:
+        parts.append(f"speed ≥ {figures.digits(job.goal.speedup)}×")
+    for step in steps.values():
+        if isinstance(step, Measure):
+            parts.append(f"runtime {step.runtime} ({step.threads} thread{'s' if step.threads > 1 else ''})")
     return ", ".join(parts)
 
 
-def _models(records: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _models(records: Mapping[str, Record]) -> list[dict[str, Any]]:
     race = records.get("measure", {}).get("race")
     sizes = records.get("measure", {}).get("onnx_bytes", {})
-    final = _final(records)
+    _, final = _first_and_last(records)
     out = []
-    for stage, key in MODELS.items():
-        record = records.get(stage)
-        if record is None:
-            continue
-        latency = None
-        if race is not None and key in race["latencies"]:
-            latency = race["latencies"][key] | {"speedup": race["speedups"][key] | {"of": race["reference"]}}
+    for key, name in names_of_models(records).items():
+        record, latency = records[key], None
+        if race is not None and name in race["latencies"]:
+            latency = race["latencies"][name] | {"speedup": race["speedups"][name] | {"of": race["reference"]}}
         out.append(
             {
-                "key": key,
-                "name": key,
+                "key": name,
+                "name": name,
                 "parameters": record["parameters"],
                 "macs": record["macs"],
-                "bytes": sizes.get(key, record["bytes"]),
-                "accuracy": {name: record["accuracy"][name] for name in ("value", "low", "high", "n")},
+                "bytes": sizes.get(name, record["bytes"]),
+                "accuracy": {figure: record["accuracy"][figure] for figure in ("value", "low", "high", "n")},
                 "balanced_accuracy": record.get("balanced_accuracy"),
                 "latency": latency,
-                "chosen": stage == final,
+                "chosen": key == final,
             }
         )
     return out
 
 
-def _curve(stage: str, history: list[dict[str, Any]]) -> dict[str, Any]:
+def _curve(step: str, history: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "stage": stage,
+        "step": step,
         "epochs": [record["epoch"] for record in history],
         "loss": [record["loss"] for record in history],
         "terms": {name: [record["terms"].get(name) for record in history] for name in history[0]["terms"]},
@@ -167,10 +184,11 @@ def _curve(stage: str, history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _quality(job: Job) -> dict[str, Any]:
-    first, final = "teacher", _final(job.records)
+    first, final = _first_and_last(job.records)
     compared = job.task.compare(job.logits(first), job.logits(final), job.data)
+    names = names_of_models(job.records)
     return compared | {
-        side: {"key": MODELS[key], **compared[side]} for side, key in (("before", first), ("after", final))
+        side: {"key": names[key], **compared[side]} for side, key in (("before", first), ("after", final))
     }
 
 
@@ -203,7 +221,7 @@ def _measured(job: Job, environment: dict[str, Any]) -> dict[str, Any]:
         "aa": race.get("aa"),
         "load_before": race.get("load_before"),
         "load_after": race.get("load_after"),
-        "seed": job.recipe.seed,
+        "seed": job.seed,
         "data": {
             "name": data.name,
             "sha256": data.sha256,
@@ -220,7 +238,7 @@ def _not_measured(job: Job) -> list[str]:
         out.append("Latency: the recipe does not export and measure a file.")
     else:
         out.append("Other runtimes and machines: the times hold only for the runtime and machine of this report.")
-    out.append(f"Other seeds: there is one training run, with seed {job.recipe.seed}; results differ between seeds.")
+    out.append(f"Other seeds: there is one training run, with seed {job.seed}; results differ between seeds.")
     out.append("Energy, and peak memory on the device.")
     out.append("Data that differs from the test part: other sources, noise, drift.")
     return out

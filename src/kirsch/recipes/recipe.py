@@ -1,4 +1,4 @@
-"""Recipe of a run: its sections, reading and writing."""
+"""Recipe of a job: its sections and steps, reading and writing."""
 
 from __future__ import annotations
 
@@ -6,68 +6,35 @@ import dataclasses
 import re
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_serializer
 
-from kirsch.annotations import Seed
+from kirsch.annotations import Count, Seed
 from kirsch.errors import RecipeError, UsageError, nearest
-from kirsch.frameworks.training import Training
-from kirsch.pruning.options import PlanOptions
-from kirsch.recipes.objective import ObjectiveSection, SparseSection
-from kirsch.recipes.section import AtLeastZero, Count, Fraction, Positive, Section
+from kirsch.graph import plan
+from kirsch.graph.plan import Goal
+from kirsch.jobs.goal import JobGoal
+from kirsch.jobs.step import keys_of
+from kirsch.options import FieldsError, Options
 from kirsch.recipes.yaml import dump, read, scalar
+from kirsch.steps import STEPS, Evaluate, Prune, Step, Train
+from kirsch.tasks import TASKS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from kirsch.distillation.objective import Objective
+    from collections.abc import Iterator, Mapping, Sequence
 
 BUILTIN = Path(__file__).parent / "builtin"
 ENVIRONMENT = "KIRSCH_RECIPE__"
 """Prefix of environment variables that change a recipe, such as KIRSCH_RECIPE__PRUNE__GOAL__MACS=0.4."""
 
-
-class Train(Section):
-    """Settings of a training run. Its keys are the fields of `kirsch.Training`."""
-
-    epochs: Count = Field(10, description="passes over the data")
-    learning_rate: Positive = Field(0.05, description="peak learning rate")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (momentum 0.9) or adamw")
-    weight_decay: AtLeastZero = Field(5e-4, description="weight decay, not on biases and normalization")
-    schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="schedule of the learning rate")
-    milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="for multistep, fractions of the run")
-    warmup_epochs: AtLeastZero = Field(0.0, description="epochs of linear warm-up")
-    max_grad_norm: Positive | None = Field(None, description="largest gradient norm; null: no limit")
-    gradient_accumulation_steps: Count = Field(1, description="batches per optimizer step")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="bf16 and fp16: mixed precision")
-    ema_decay: Fraction | None = Field(None, description="decay of a moving average of the weights; null: none")
-
-    def settings(self, seed: int) -> Training:
-        """Return the `Training` of this section."""
-        return Training(**self.model_dump(), seed=seed)
-
-    @model_validator(mode="after")
-    def _check_settings(self) -> Self:
-        """Refuse settings that `Training` refuses."""
-        try:
-            self.settings(0)
-        except UsageError as error:
-            raise ValueError(error.what) from error
-        return self
+REFERENCE = "package.module:callable, file.py:callable, timm:NAME or a built-in model such as digits:teacher"
 
 
-class Data(Section):
+class DataSection(Options):
     """Data that the models are trained and evaluated on."""
 
-    source: str = Field(
+    source: str | None = Field(
         "digits",
         description=(
             "digits, cifar10, file.py:callable or package.module:callable; the callable returns a kirsch.DataSet and "
@@ -78,164 +45,78 @@ class Data(Section):
     batch_size: Count = Field(64, description="samples per training step")
 
 
-Outputs = Literal["logits", "probabilities"] | None
-OUTPUTS = "logits, or probabilities if the model ends in a softmax; null: logits"
+class ModelSection(Options):
+    """A model before training."""
 
-
-class Teacher(Section):
-    """The large model."""
-
-    model: str = Field(description="package.module:callable, file.py:callable or timm:NAME")
-    outputs: Outputs = Field(None, description=OUTPUTS)
-    train: Train | None = Field(None, description="null: the model is already trained")
-
-
-class Distill(Section):
-    """Training of a student on its teacher."""
-
-    temperature: Positive | None = Field(None, description="temperature of both models' logits; 4.0")
-    weight: AtLeastZero | None = Field(None, le=1, description="weight of the soft targets, 1 - weight for labels; 0.9")
-    objective: ObjectiveSection | None = Field(
-        None,
-        description=(
-            "in place of temperature and weight: dkd, or {preset: at, label_weight: 0.5}, or "
-            "{terms: [{loss: kd, weight: 0.9}], label_weight: 0.1}; see `kirsch methods`"
-        ),
+    model: str | None = Field(description=REFERENCE)
+    outputs: Literal["logits", "probabilities"] | None = Field(
+        None, description="logits, or probabilities if the model ends in a softmax; null: logits"
     )
-    train: Train = Field(default_factory=Train, description="training settings")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_defaults(cls, values: Any) -> Any:
-        """Fill in temperature and weight if there is no objective."""
-        if not isinstance(values, dict) or values.get("objective") is not None:
-            return values
-        defaults = {"temperature": 4.0, "weight": 0.9}
-        return {**values, **{name: number for name, number in defaults.items() if values.get(name) is None}}
-
-    @model_validator(mode="after")
-    def _check_no_duplicate_settings(self) -> Self:
-        numbers = [name for name in ("temperature", "weight") if getattr(self, name) is not None]
-        if self.objective is not None and numbers:
-            raise ValueError(
-                f"{' and '.join(numbers)} cannot be combined with an objective; remove them, and set such numbers in "
-                "the objective"
-            )
-        return self
-
-    def as_objective(self) -> Objective:
-        """Return the `Objective` of this section."""
-        from kirsch.distillation.objective import Objective  # noqa: PLC0415 - see `kirsch.recipes.objective`
-
-        if self.objective is not None:
-            return self.objective.objective()
-        if self.temperature is None or self.weight is None:
-            raise RuntimeError("a section without an objective has a temperature and a weight")
-        return Objective.kd(self.temperature, self.weight)
 
 
-class Student(Section):
-    """The small model."""
+class Recipe(Options):
+    """Recipe of a job. Models and data are references; they are null if they were passed to `kirsch.compress`."""
 
-    model: str = Field(description="package.module:callable, file.py:callable or timm:NAME")
-    outputs: Outputs = Field(None, description=OUTPUTS)
-    distill: Distill = Field(default_factory=Distill, description="training on the teacher")
+    version: Literal[2] = Field(2, description="version of the format")
+    name: Annotated[str, Field(min_length=1, max_length=200)] = Field(
+        "recipe", description="name in the run folder and the report"
+    )
+    seed: Seed = Field(0, description="seed of all random numbers")
+    task: str = Field("classification", description="what the models are for: classification")
+    data: DataSection = Field(default_factory=DataSection, description="data of training and evaluation")
+    teacher: ModelSection = Field(description="the large model")
+    student: ModelSection | None = Field(None, description="the small model; null: the teacher itself is compressed")
+    steps: tuple[SerializeAsAny[Step], ...] = Field(
+        description="steps in order: train, distill, prune, recover, export, measure"
+    )
+    goal: JobGoal = Field(default_factory=JobGoal, description="goals, which are checked at the end")
 
+    def check(self) -> None:
+        """Check the task, that each step can follow the steps before it, and that pruning has a goal."""
+        TASKS[self.task]
+        names = [name_of(step) for step in self.steps]
+        problems: list[tuple[tuple[str | int, ...], UsageError]] = []
+        for number, step in enumerate(self.steps):
+            problems += [(("steps", number), error) for error in self._problems_of(step, names[number], names[:number])]
+        for key, step in zip(keys_of(names), self.steps, strict=True):
+            if isinstance(step, Prune):
+                step.goal_in(self.goal, key)
+        if self.goal.speedup is not None and "measure" not in names:
+            problems.append((("goal",), UsageError("A speedup goal needs the steps export and measure.")))
+        if problems:
+            raise FieldsError(problems)
 
-class PruneGoal(Section):
-    """Limits of the pruned model, as fractions of the model before pruning."""
+    def _problems_of(self, step: Step, name: str, before: Sequence[str]) -> Iterator[UsageError]:
+        """Yield the reasons why a step cannot follow the steps before it."""
+        if step.needs and step.needs not in before:
+            yield UsageError(f"The step {name!r} needs a step {step.needs!r} before it.", fix="Add it.")
+        if self.student is None and (step.needs_student or (isinstance(step, Train) and step.model == "student")):
+            fix = "Add the section student, or use the step recover, which trains the model itself on the teacher."
+            yield UsageError(f"The step {name!r} needs a student.", fix=fix)
+        if not step.repeatable and name in before:
+            yield UsageError(f"There are two steps {name!r}.", fix="Remove one of them.")
+        if isinstance(step, Train) and step.model == "teacher" and set(before) - {"train"}:
+            yield UsageError("The teacher is trained after another step.", fix="Train it first.")
 
-    macs: Fraction | None = Field(None, description="multiply-accumulates")
-    parameters: Fraction | None = Field(None, description="parameters")
+    @field_serializer("steps", when_used="always")
+    def _write_steps(self, steps: tuple[Step, ...]) -> list[dict[str, Any]]:
+        return [{name_of(step): step.model_dump(mode="json")} for step in steps]
 
-
-class PruneTarget(Section):
-    """The key of the section prune that is no option of a plan."""
-
-    goal: PruneGoal = Field(description="limits, as fractions of the model before pruning")
-
-
-class Prune(PlanOptions, PruneTarget):  # pydantic lists the fields of the last base first
-    """Pruning of units. Its keys are the goal and the options of `kirsch.plan`."""
-
-    seed: Seed | None = Field(None, description="seed of the importance random; null: the seed of the recipe")  # type: ignore[assignment]
-
-    @model_validator(mode="after")
-    def _check_options(self) -> Self:
-        """Refuse options that `kirsch.plan` refuses."""
-        try:
-            self.check()
-        except UsageError as error:
-            raise ValueError(str(error)) from error
-        return self
-
-
-class Export(Section):
-    """Exported file."""
-
-    format: Literal["onnx"] = Field("onnx", description="format of the file")
-
-
-class Measure(Section):
-    """Measurement of latency."""
-
-    runtime: Literal["onnxruntime"] = Field("onnxruntime", description="runtime of the exported file")
-    threads: Count = Field(1, description="threads of the runtime")
-    rounds: int = Field(30, ge=10, strict=True, description="interleaved rounds")
-
-
-class RunGoal(Section):
-    """Goals of a run. The limits of prune.goal are goals, too."""
-
-    max_drop: AtLeastZero | None = Field(None, lt=1, description="allowed drop of accuracy: 0.01 is one point")
-    speedup: Positive | None = Field(None, description="smallest speedup over the teacher")
-
-
-class Recipe(Section):
-    """Recipe of a run: teacher → student → prune → recover → export → measure. Sections that are null are skipped."""
-
-    version: Literal[1] = Field(1, description="version of the format")
-    name: str = Field("recipe", min_length=1, max_length=200, description="name in the run folder and the report")
-    seed: int = Field(0, ge=0, lt=2**63, strict=True, description="seed of all random numbers")
-    data: Data = Field(default_factory=Data, description="data of training and evaluation")
-    teacher: Teacher = Field(description="the large model")
-    student: Student | None = Field(None, description="the small model; null: the teacher itself is pruned")
-    prune: Prune | None = Field(None, description="pruning of the student, or of the teacher")
-    recover: Distill | None = Field(None, description="training on the teacher after pruning")
-    export: Export | None = Field(default_factory=Export, description="exported file")
-    measure: Measure | None = Field(default_factory=Measure, description="measurement of latency")
-    goal: RunGoal = Field(default_factory=RunGoal, description="goals of the run")
-
-    @field_validator("goal")
-    @classmethod
-    def _check_speedup_is_measured(cls, goal: RunGoal, others: ValidationInfo) -> RunGoal:
-        """Refuse a speedup goal without measurement, which would count as met."""
-        if goal.speedup is not None and None in (others.data.get(name, "") for name in ("export", "measure")):
-            raise ValueError("a speedup goal needs the sections export and measure")
-        return goal
-
-    def section_of(self, stage: str) -> Distill | None:
-        """Return the section of the stage "distill" or "recover"; None if the recipe has no such stage."""
-        sections = {"distill": self.student.distill if self.student else None, "recover": self.recover}
-        return sections.get(stage)
-
-    def objective_of(self, stage: str) -> Objective:
-        """Return the objective of a training stage, with the outputs (logits or probabilities) of its models."""
-        from kirsch.distillation.objective import Objective  # noqa: PLC0415 - see `kirsch.recipes.objective`
-
-        section = self.section_of(stage)
-        if section is None:
-            return dataclasses.replace(Objective.labels(), student_outputs=self.teacher.outputs)
-        objective = section.as_objective()
-        return dataclasses.replace(
-            objective,
-            student_outputs=objective.student_outputs or (self.student or self.teacher).outputs,
-            teacher_outputs=objective.teacher_outputs or self.teacher.outputs,
-        )
+    @property
+    def all_steps(self) -> dict[str, Step]:
+        """Steps by key, in order. A teacher that is not trained is evaluated first."""
+        trains = any(isinstance(step, Train) and step.model == "teacher" for step in self.steps)
+        steps = (*(() if trains else (Evaluate(),)), *self.steps)
+        return dict(zip(keys_of([name_of(step) for step in steps]), steps, strict=True))
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML; `read_recipe` of the text returns an equal recipe."""
         return dump(self.model_dump(mode="json"))
+
+
+def name_of(step: Step) -> str:
+    """Return the name under which the class of a step is registered."""
+    return next(name for name in STEPS if STEPS[name] is type(step))
 
 
 def read_recipe(
@@ -245,7 +126,8 @@ def read_recipe(
 
     Args:
         source: path of a file as a `Path`, or YAML text as a `str`.
-        overrides: changes such as "prune.goal.macs=0.4"; values are read as YAML.
+        overrides: changes such as "prune.goal.macs=0.4", where "prune" is the key of a step, or "seed=3"; values are
+            read as YAML. "recover=null" removes a step.
         environment: environment variables; those that start with KIRSCH_RECIPE__ are used.
 
     Raises:
@@ -260,21 +142,58 @@ def read_recipe(
     ]
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        if not equals or not re.fullmatch(r"\w[\w-]*(\.\w+)*", key):
             raise RecipeError(
                 f"--set {text!r} is not a change of a key.",
                 "Expected the form a.b=value.",
                 "For example, write --set prune.goal.macs=0.4.",
             )
         changes.append((key, value, f"--set {text}"))
+    steps = _items(data.get("steps"))
+    if steps is not None:
+        data["steps"] = steps
     origins: dict[str, str] = {}
-    for key, value, origin in changes:
-        _put(data, key.split("."), scalar(value, origin), origin)
+    removed: set[int] = set()
+    for text, value, origin in changes:
+        names, parsed = _names(steps, text.split("."), origin), scalar(value, origin)
+        key = ".".join(names)
+        if parsed is None and names[0] == "steps" and len(names) == len(("steps", "0", "name")):
+            removed.add(int(names[1]))
+            continue
+        _put(data, names, parsed, origin)
         lines = {name: line for name, line in lines.items() if not f"{name}.".startswith(f"{key}.")}
-        names = key.split(".")
         origins |= {inner: origin for end in range(1, len(names)) if (inner := ".".join(names[:end])) not in lines}
         origins[key] = origin
+    for number in removed:
+        steps[number] = REMOVED
     return recipe_of(data, "recipe" if isinstance(source, str) else str(source), lines, origins)
+
+
+REMOVED = object()
+"""Stands for a step that a change has removed, so that the other steps keep their numbers in error messages."""
+
+
+def _items(steps: Any) -> Any:
+    """Return the list of steps with `export` in the form {"export": {}}; other values as they are."""
+    if not isinstance(steps, list):
+        return steps
+    return [{item: {}} if isinstance(item, str) else item for item in steps]
+
+
+def _names(steps: Any, names: list[str], origin: str) -> list[str]:
+    """Return the path of a change in the data of a recipe: the key of a step becomes ["steps", number, name]."""
+    if names[0] in Recipe.model_fields:
+        return names
+    present = [next(iter(item)) if isinstance(item, dict) and item else "" for item in steps or ()]
+    keys = keys_of(present)
+    if names[0] not in keys:
+        raise RecipeError(
+            f"{origin}: the recipe has no section and no step {names[0]!r}.",
+            f"Its steps are {', '.join(filter(None, keys))}; its sections are {', '.join(Recipe.model_fields)}.",
+            nearest(names[0], [*filter(None, keys), *Recipe.model_fields]) or "Change one of these.",
+        )
+    number = keys.index(names[0])
+    return ["steps", str(number), present[number], *names[1:]]
 
 
 def recipe_of(
@@ -286,7 +205,7 @@ def recipe_of(
     """Return the recipe of plain data.
 
     Args:
-        data: sections by name.
+        data: sections by name. A step is a dict with one key, its name, and its options as the value.
         name: name of the source in error messages.
         lines: dotted key → line in the source.
         origins: dotted key → origin in error messages, for keys that are not from the source.
@@ -294,39 +213,95 @@ def recipe_of(
     Raises:
         RecipeError: the recipe is not valid; lists every problem.
     """
+    problems: list[tuple[tuple[int | str, ...], Any]] = []
+    steps = _read_steps(data.get("steps"), problems)
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data if steps is None else {**data, "steps": steps})
     except ValidationError as error:
-        problems = [_problem(details, lines, origins) for details in error.errors()]
-        many = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        found = [(details["loc"], details) for details in error.errors()]
+        # Problems of the recipe as a whole are found only if its parts are valid.
+        problems = [*found, *problems] if problems else found
+        recipe = None
+    if recipe is None or problems:
+        texts = [_problem(place, details, lines, origins) for place, details in _expanded(problems)]
+        many = f"{len(texts)} problems" if len(texts) > 1 else "a problem"
         raise RecipeError(
-            f"The {name} has {many}:\n  " + "\n  ".join(problems),
+            f"The {name} has {many}:\n  " + "\n  ".join(texts),
             fix="`kirsch init` writes a valid recipe with all sections and keys.",
         ) from None
+    return recipe
 
 
-def _put(data: dict[str, Any], path: list[str], value: Any, origin: str) -> None:
+def _expanded(problems: list[tuple[tuple[int | str, ...], Any]]) -> Iterator[tuple[tuple[int | str, ...], Any]]:
+    """Yield the problems; several ones inside the value of a field separately, each with its place."""
+    for place, details in problems:
+        error = details.get("ctx", {}).get("error")
+        if isinstance(error, FieldsError):
+            yield from (
+                (place, {**details, "ctx": {"error": found}, "inner": inner}) for inner, found in error.problems
+            )
+        else:
+            yield place, details
+
+
+def _read_steps(items: Any, problems: list[tuple[tuple[int | str, ...], Any]]) -> Any:
+    """Return the steps of a list of dicts, and add the problems of those that are not valid."""
+    items = _items(items)
+    if not isinstance(items, (list, tuple)):
+        return items
+    steps = []
+    for number, item in enumerate(items):
+        if isinstance(item, Step):
+            steps.append(item)
+        elif item is not REMOVED:
+            try:
+                name, options = _name_and_options(item)
+                steps.append(STEPS[name].model_validate({} if options is None else options))
+            except ValidationError as error:
+                problems += [(("steps", number, name, *details["loc"]), details) for details in error.errors()]
+            except UsageError as error:
+                problems.append((("steps", number), {"type": "value_error", "ctx": {"error": error}}))
+    return steps
+
+
+def _name_and_options(item: Any) -> tuple[str, Any]:
+    if isinstance(item, dict) and len(item) == 1:
+        ((name, options),) = item.items()
+        if isinstance(name, str):
+            return name, options
+    raise UsageError(
+        f"A step is {item!r}; expected its name with its options.",
+        fix="For example, write `- prune: {goal: {macs: 0.5}}`.",
+    )
+
+
+def _put(data: Any, path: list[str], value: Any, origin: str) -> None:
     section = data
     for name in path[:-1]:
-        inner = section.setdefault(name, {})
+        key: Any = int(name) if isinstance(section, list) else name
+        inner = section[key] if isinstance(section, list) else section.setdefault(key, {})
         if inner is None:
-            inner = section[name] = {}
-        if not isinstance(inner, dict):
+            inner = section[key] = {}
+        if not isinstance(inner, (dict, list)):
             raise RecipeError(f"{origin}: {name!r} is a value, not a section.")
         section = inner
-    section[path[-1]] = value
+    if isinstance(section, list):
+        section[int(path[-1])] = value
+    else:
+        section[path[-1]] = value
 
 
-def _problem(details: Any, lines: Mapping[str, int], origins: Mapping[str, str]) -> str:
+def _problem(place: Sequence[int | str], details: Any, lines: Mapping[str, int], origins: Mapping[str, str]) -> str:
     """Return one line that describes a problem found by pydantic."""
     path: list[str] = []
-    *parents, last = details["loc"]
+    *parents, last = place or ("",)
     for part in parents:
         # pydantic adds the names of union members to the path; they are not keys.
         if isinstance(part, int) or part in _keys(path):
             path.append(str(part))
     if isinstance(last, int) or last in _keys(path) or details["type"] == "extra_forbidden":
         path.append(str(last))
+    path += map(str, details.get("inner", ()))
     key = ".".join(path)
     keys = [".".join(path[:end]) for end in range(len(path), 0, -1)]  # a missing key has the line of its section
     candidates = (origins.get(name) or (f"line {lines[name]}" if name in lines else "") for name in keys)
@@ -339,13 +314,12 @@ def _problem(details: Any, lines: Mapping[str, int], origins: Mapping[str, str])
         text = _lower(str(details["ctx"]["error"])).rstrip(".")
     else:
         text = f"{_lower(details['msg'])}, found {details['input']!r}"
-    return f"{location + ': ' if location else ''}{key}: {text}"
+    shown = re.sub(r"^steps\.(\d+)", r"steps[\1]", key)
+    return f"{location + ': ' if location else ''}{shown + ': ' if shown else ''}{text}"
 
 
 def _latency_hint(key: str) -> str:
     """Return what to use in place of a latency goal; empty for other keys."""
-    from kirsch.graph import plan  # noqa: PLC0415 - it loads numpy, which reading a recipe does not need
-
     return f"{plan.NO_LATENCY} {plan.IN_PLACE_OF_LATENCY}" if plan.LATENCY.search(key) else ""
 
 
@@ -355,38 +329,58 @@ def _lower(sentence: str) -> str:
 
 def _keys(path: Sequence[str]) -> list[str]:
     """Return the keys of the section at a path; empty if there is no section."""
-    section: type[BaseModel] = Recipe
+    section: type[BaseModel] | None = Recipe
+    if path[:1] == ["steps"] and len(path) > len(("steps", "0")):
+        section, path = STEPS[path[2]], path[3:]
+    elif path[:1] == ["steps"]:
+        return list(STEPS) if len(path) > 1 else []
     for name in path:
-        if name.isdigit():  # index in a list of sections
-            continue
-        field = section.model_fields.get(name)
-        section = next((t for t in _kinds(field.annotation if field else None) if issubclass(t, BaseModel)), Section)
-    return list(section.model_fields)
+        field = section.model_fields.get(name) if section is not None else None
+        annotation = field.annotation if field is not None else None
+        section = next((kind for kind in _classes(annotation) if issubclass(kind, BaseModel)), None)
+        if section is None and Goal in _classes(annotation):
+            return [entry.name for entry in dataclasses.fields(Goal)]
+    return list(section.model_fields) if section is not None else []
 
 
-def _kinds(annotation: Any) -> list[type]:
+def _classes(annotation: Any) -> list[type]:
     """Return the classes in an annotation: members of a union, items of a tuple."""
     plain = [annotation] if isinstance(annotation, type) and not get_args(annotation) else []
-    return plain + [kind for part in get_args(annotation) for kind in _kinds(part)]
+    return plain + [kind for part in get_args(annotation) for kind in _classes(part)]
 
 
 def commented(recipe: Recipe) -> str:
     """Return the recipe as YAML with a comment on each key; `read_recipe` of the text returns an equal recipe."""
     lines = [
-        "# A recipe for `kirsch compress`. Sections that are null are skipped.",
+        "# A recipe for `kirsch compress`. Its steps run in order; remove, repeat or move them.",
         "# Any key can be changed on the command line: --set prune.goal.macs=0.4",
     ]
     _comment(recipe, 0, lines)
     return "\n".join(lines) + "\n"
 
 
-def _comment(section: Section, depth: int, lines: list[str]) -> None:
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        indent = "  " * depth
-        if isinstance(value, Section) and not isinstance(value, SparseSection):
+def _comment(section: Options, depth: int, lines: list[str]) -> None:
+    for name in _own_fields_first(type(section)):
+        field, value, indent = type(section).model_fields[name], getattr(section, name), "  " * depth
+        if name == "steps" and isinstance(section, Recipe):
+            lines += ["", f"steps:{'' if section.steps else ' []'}  # {field.description}"]
+            for step in section.steps:
+                lines.append(f"- {name_of(step)}:  # {_summary(step)}")
+                _comment(step, 2, lines)
+        elif isinstance(value, Options):
             lines += [""] * (depth == 0) + [f"{indent}{name}:  # {field.description}"]
             _comment(value, depth + 1, lines)
         else:
             text = dump(section.model_dump(mode="json")[name], one_line=True)
             lines.append(f"{indent}{name}: {text}  # {field.description}")
+
+
+def _own_fields_first(kind: type[Options]) -> list[str]:
+    """Return the fields of a class; those that it shares with other classes come last."""
+    declared = [name for base in kind.__mro__ for name in vars(base).get("__annotations__", {})]
+    return [name for name in dict.fromkeys(declared) if name in kind.model_fields]
+
+
+def _summary(step: Step) -> str:
+    """Return the first sentence of the description of a step, as a comment."""
+    return _lower((type(step).__doc__ or "").partition(".")[0])

@@ -7,23 +7,26 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
+from kirsch.deploy.steps import MODEL
 from kirsch.errors import CheckpointError, LoadError, OutputError, RecipeError
+from kirsch.jobs.job import CHECKPOINTS, EVENTS
+from kirsch.pruning.step import plan_file
 from kirsch.recipes import manifest
-from kirsch.recipes.manifest import CHECKPOINTS, ENVIRONMENT, EVENTS, LOCK, METRICS, PLAN, RECIPE, REPORT, RUN
+from kirsch.recipes.manifest import ENVIRONMENT, LOCK, METRICS, RECIPE, REPORT, RUN
 from kirsch.recipes.recipe import Recipe, read_recipe
 from kirsch.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-DERIVED = (RUN, PLAN, METRICS, REPORT, ENVIRONMENT, files.MANIFEST)
-"""Files that every run writes again from its other files."""
+DERIVED = (RUN, METRICS, REPORT, ENVIRONMENT, files.MANIFEST)
+"""Files that every run writes again from its other files, beside the plans and the pruned model."""
 
 WRITTEN = re.compile(
     r"(record|values|manifest|plan(\.\d+)?)\.json|(weights|arrays|model)\.safetensors|logits\.npy|(teacher|student)\.onnx"
 )
-"""Names of files that stages and checkpoints write."""
+"""Names of files that steps and checkpoints write."""
 
 
 def refuse_foreign(recipe: Recipe, folder: Path) -> None:
@@ -39,7 +42,7 @@ def refuse_foreign(recipe: Recipe, folder: Path) -> None:
     started = stored.is_file() and stored.read_bytes() == recipe.to_yaml().encode()
     if started and (folder / CHECKPOINTS).is_dir():
         return
-    allowed = {LOCK, RECIPE, PLAN} if started else {LOCK}
+    allowed = {LOCK, RECIPE, *_plan_files(recipe.all_steps)} if started else {LOCK}
     for path in sorted(folder.iterdir()):
         if path.name not in allowed and not path.name.startswith(files.TEMPORARY):
             raise OutputError(
@@ -98,7 +101,7 @@ def stored(folder: Path) -> tuple[Recipe, Path]:
         raise LoadError(
             f"{folder} cannot be resumed.",
             f"{RECIPE if recipe is None else RUN} is missing or damaged, and no other file has its content.",
-            f"Give the recipe again: kirsch compress RECIPE --run {folder} keeps the undamaged stages.",
+            f"Give the recipe again: kirsch compress RECIPE --run {folder} keeps the undamaged steps.",
         )
     return recipe, folder / base
 
@@ -193,15 +196,22 @@ def _content(recipe: Recipe, folder: Path, base: Path) -> dict[str, Any]:
     return {"kirsch_run": 1, "base": relative(base, folder), "kirsch": __version__, "recipe": recipe.to_yaml()}
 
 
-def notes(altered: dict[str, str], stages: Sequence[str]) -> Iterator[str]:
-    """Yield a note for each altered file; differences in the folders of stages are reported by the stages."""
-    reported = tuple(f"{CHECKPOINTS}/{key}/done/" for key in stages)
-    reported += (manifest.MODEL, f"{manifest.PRUNED}/") if "export" in stages else ()
+def _plan_files(steps: Iterable[str]) -> set[str]:
+    """Return the names of the plans of the steps with these keys."""
+    return {plan_file(key) for key in steps if key.startswith("prune")}
+
+
+def notes(altered: dict[str, str], steps: Sequence[str]) -> Iterator[str]:
+    """Yield a note for each altered file; differences in the folders of steps are reported by the steps."""
+    reported = tuple(f"{CHECKPOINTS}/{key}/done/" for key in steps)
+    reported += (MODEL,) if "export" in steps else ()
+    plans = _plan_files(steps)
     for name, sentence in altered.items():
-        if name in DERIVED or (name == RECIPE and sentence.endswith("is missing")):
+        derived = name in DERIVED or name in plans or (plans and name.startswith(f"{manifest.PRUNED}/"))
+        if derived or (name == RECIPE and sentence.endswith("is missing")):
             yield f"{sentence}. It is written again."
         elif name == RECIPE:
-            yield f"{sentence}. The stages that depend on the change are run again."
+            yield f"{sentence}. The steps that depend on the change are run again."
         elif name == EVENTS:
             yield f"{sentence}. It cannot be restored; the readable lines are kept."
         elif not name.startswith(reported):
@@ -212,4 +222,6 @@ def _differences(first: Any, second: Any, key: str = "") -> list[str]:
     if isinstance(first, dict) and isinstance(second, dict):
         names = sorted(set(first) | set(second))
         return [d for n in names for d in _differences(first.get(n), second.get(n), f"{key}.{n}".lstrip("."))]
+    if isinstance(first, list) and isinstance(second, list):
+        return _differences(dict(enumerate(first)), dict(enumerate(second)), key)
     return [] if first == second else [f"{key} ({first} and {second})"]

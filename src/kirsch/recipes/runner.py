@@ -1,4 +1,4 @@
-"""Run a recipe, stage after stage. Finished stages are kept, so that an interrupted run continues after them."""
+"""Run the steps of a job. Finished steps are kept, so that an interrupted run continues after them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
 from kirsch.data.sources import load_data
+from kirsch.deploy.steps import MODEL
 from kirsch.errors import KirschError, LoadError, OutputError
 from kirsch.failures import during
+from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, RECORD, Job, ignore, never
 from kirsch.measurement.machine import environment
+from kirsch.pruning.store import save
 from kirsch.recipes import manifest, run_folder
-from kirsch.recipes.job import RECORD, Job
-from kirsch.recipes.manifest import ARTIFACTS, ENVIRONMENT, LOCK, METRICS, MODEL, PRUNED, REPORT
+from kirsch.recipes.manifest import ENVIRONMENT, LOCK, METRICS, PRUNED, REPORT
 from kirsch.recipes.metrics import goal_text, metrics_of
 from kirsch.recipes.models import build, random_weights
-from kirsch.recipes.recipe import Recipe
-from kirsch.recipes.stages import Stage, check_objectives, check_threads, plan_for, stages_of
 from kirsch.references import source_hash
 from kirsch.report import render
+from kirsch.steps import Export, Prune, Train
+from kirsch.tasks import TASKS
 from kirsch.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from kirsch.data.dataset import DataSet
-    from kirsch.recipes.job import Listen, Stop
+    from kirsch.jobs.job import Listen, Stop
+    from kirsch.jobs.step import Step
     from kirsch.recipes.recipe import Recipe
-
-GIVEN = "given"
-"""Reference that stands for an object passed to `kirsch.compress`."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,51 @@ def materials_of(recipe: Recipe, base: Path) -> Materials:
     Args:
         recipe: recipe with references to models and data.
         base: folder that the references are relative to.
+
+    Raises:
+        LoadError: the models and data of the recipe were passed as objects.
     """
-    references = [recipe.teacher.model, *([recipe.student.model] if recipe.student else []), recipe.data.source]
-    student = recipe.student
+    teacher, student, source = recipe.teacher.model, recipe.student, recipe.data.source
+    if teacher is None or source is None or (student is not None and student.model is None):
+        raise LoadError(
+            f"The recipe {recipe.name!r} does not name its models and data.",
+            "They were passed to kirsch.compress as objects.",
+            "Call kirsch.compress again with the same objects and the folder of the run.",
+        )
+    references = [teacher, *([student.model] if student is not None and student.model is not None else []), source]
 
     def make(reference: str) -> Callable[[], Any]:
         return lambda: build(reference, base=base, seed=recipe.seed)
 
     return Materials(
-        make_teacher=make(recipe.teacher.model),
-        make_student=make(student.model) if student else None,
-        data=load_data(recipe.data.source, recipe.data.options, seed=recipe.seed, base=base),
+        make_teacher=make(teacher),
+        make_student=make(student.model) if student is not None and student.model is not None else None,
+        data=load_data(source, recipe.data.options, seed=recipe.seed, base=base),
         origin=" ".join(source_hash(reference, base=base) for reference in references),
+    )
+
+
+def job_of(recipe: Recipe, folder: Path, materials: Materials, listen: Listen = ignore, stop: Stop = never) -> Job:
+    """Return the job of a recipe, with its models and data.
+
+    Raises:
+        DataError: the labels are not those of the task.
+    """
+    task = TASKS[recipe.task]()
+    task.check_data(materials.data)
+    outputs = {"teacher": recipe.teacher.outputs, "student": recipe.student.outputs if recipe.student else None}
+    return Job(
+        data=materials.data,
+        task=task,
+        folder=folder,
+        make_teacher=materials.make_teacher,
+        make_student=materials.make_student,
+        goal=recipe.goal,
+        seed=recipe.seed,
+        batch_size=recipe.data.batch_size,
+        outputs=outputs,
+        listen=listen,
+        stop=stop,
     )
 
 
@@ -103,10 +136,10 @@ def run(
     *,
     base: Path | None = None,
     listen: Listen,
-    stop: Stop = lambda: None,
+    stop: Stop = never,
     materials: Materials | None = None,
 ) -> Outcome:
-    """Run a recipe, or the unfinished stages of an interrupted run.
+    """Run a recipe, or the unfinished steps of an interrupted run.
 
     Args:
         recipe: recipe to run.
@@ -119,7 +152,7 @@ def run(
     Raises:
         OutputError: the folder is in use, holds other files, or cannot be written.
         RecipeError: the folder holds a run of another recipe.
-        KirschError: a stage failed.
+        KirschError: a step failed.
     """
     started = time.monotonic()
     base = base or Path()
@@ -132,41 +165,40 @@ def run(
     with files.exclusive_lock(folder / LOCK, busy):
         altered = run_folder.open_folder(recipe, folder, base)
         materials = materials or materials_of(recipe, base)
-        job = Job(recipe, folder, materials.data, materials.make_teacher, materials.make_student, listen, stop)
-        job.altered = altered
         machine = environment()
-        with during("in the checks before the first stage", _lower(job)):
-            _preflight(job)  # an error up to here leaves a finished run unchanged
+        steps = recipe.all_steps
+        job = job_of(recipe, folder, materials, listen, stop)
+        with during("in the checks before the first step", _lower(job)):
+            preflight(job, steps)  # an error up to here leaves a finished run unchanged
         run_folder.reopen(recipe, folder, base)
         files.write_json(folder / ENVIRONMENT, machine)
-        goal, relative = goal_text(job), run_folder.relative(base, folder)
+        goal, relative = goal_text(job, steps), run_folder.relative(base, folder)
         job.emit({"event": "start", "name": recipe.name, "run": str(folder), "goal": goal, "base": relative})
-        untrained = random_weights(recipe.teacher.model, recipe.seed) if recipe.teacher.train is None else ""
-        altered_notes = run_folder.notes(altered, [stage.key for stage in stages_of(recipe)])
-        for sentence in [*([untrained] if untrained else []), *altered_notes]:
+        for sentence in [*_untrained_notes(recipe), *run_folder.notes(altered, list(steps))]:
             job.note(sentence)
-        _run_stages(job, materials.origin)
+        _run_steps(job, steps, materials.origin, altered)
+        if any(isinstance(step, Prune) for step in steps.values()):
+            save(job.model, folder / PRUNED)
         seconds = sum(record["seconds"] for record in job.records.values())
-        metrics = metrics_of(job, machine, seconds)
+        metrics = metrics_of(job, recipe, machine, seconds)
         files.write_json(folder / METRICS, metrics)
         files.write_text(folder / REPORT, render(metrics))
+        items = metrics["goal"]["items"]
         job.emit(
             {
                 "event": "end",
                 "met": metrics["goal"]["met"],
-                "text": " · ".join(item["text"] for item in metrics["goal"]["items"]),
-                "significance": " · ".join(
-                    item["significance"] for item in metrics["goal"]["items"] if item["significance"]
-                ),
+                "text": " · ".join(item["text"] for item in items),
+                "significance": " · ".join(item["significance"] for item in items if item["significance"]),
                 "report": str(folder / REPORT),
                 "seconds": time.monotonic() - started,
             }
         )
         manifest.write(folder)
-    return Outcome(0 if metrics["goal"]["met"] else 3, folder, metrics, job.models["result"])
+    return Outcome(0 if metrics["goal"]["met"] else 3, folder, metrics, job.model)
 
 
-def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcome:
+def resume(folder: Path, *, listen: Listen, stop: Stop = never) -> Outcome:
     """Continue a run that was stopped, killed or damaged; of a finished run only the report is written again.
 
     Raises:
@@ -176,7 +208,7 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcom
     run_folder.require(folder)
     run_folder.refuse_misplaced(folder)
     recipe, base = run_folder.stored(folder)
-    if recipe.teacher.model == GIVEN:
+    if recipe.teacher.model is None:
         raise LoadError(
             f"{folder} is a run of kirsch.compress.",
             "Its models and data were passed as objects.",
@@ -185,96 +217,96 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = lambda: None) -> Outcom
     return run(recipe, folder, base=base, listen=listen, stop=stop)
 
 
-def _preflight(job: Job) -> None:
-    """Check labels, classes, threads, disk space, objectives and the pruning goal before any long work."""
-    if not (job.folder / "checkpoints" / "measure" / "done").is_dir():
-        check_threads(job.recipe)
-    job.task.check_data(job.data)
-    teacher = job.make_teacher()
-    model = job.make_student() if job.make_student is not None else teacher
-    sizes = sum(4 * job.count(candidate)[0] for candidate in (teacher, model))
-    files.check_writable(job.folder, 12 * sizes + 10_000_000)  # weights and two checkpoints per stage
-    check_objectives(job, teacher, model)
-    if job.recipe.prune is not None:
-        plan_for(job, model, job.recipe.prune)
+def _untrained_notes(recipe: Recipe) -> list[str]:
+    """Return a note if the teacher has random weights and is not trained."""
+    if recipe.teacher.model is None or any(isinstance(step, Train) for step in recipe.steps):
+        return []
+    note = random_weights(recipe.teacher.model, recipe.seed)
+    return [note] if note else []
+
+
+def preflight(job: Job, steps: Mapping[str, Step]) -> None:
+    """Check disk space and the steps in order before any long work, on models that are not trained."""
+    job.build()
+    models = [job.teacher, *([job.model] if job.model is not job.teacher else [])]
+    sizes = sum(4 * job.count(model)[0] for model in models)
+    files.check_writable(job.folder, 12 * sizes + 10_000_000)  # weights and two checkpoints per step
+    for key, step in steps.items():
+        job.key = key
+        step.preview(job)
+    job.plans.clear()
 
 
 def _lower(job: Job) -> str:
     """Return the fix for insufficient memory."""
-    return f"Lower the batch size (data.batch_size of a recipe), which is {job.recipe.data.batch_size}."
+    return f"Lower the batch size (data.batch_size of a recipe), which is {job.batch_size}."
 
 
-def _run_stages(job: Job, origin: str) -> None:
-    """Run all stages; a finished stage with the same inputs is kept."""
-    inputs = hashlib.sha256(f"{__version__} {job.data.sha256} {origin} {job.recipe.seed}".encode()).hexdigest()
-    stages = stages_of(job.recipe)
-    for number, stage in enumerate(stages, start=1):
+def _run_steps(job: Job, steps: Mapping[str, Step], origin: str, altered: dict[str, str]) -> None:
+    """Run all steps; a finished step with the same inputs is kept."""
+    job.build()
+    inputs = hashlib.sha256(f"{__version__} {job.data.sha256} {origin} {job.seed}".encode()).hexdigest()
+    for number, (key, step) in enumerate(steps.items(), start=1):
         error = job.stop()
         if error is not None:
             raise error
-        section = stage.section.model_dump_json() if stage.section is not None else ""
-        inputs = hashlib.sha256(f"{inputs} {stage.key} {section} {job.recipe.data.batch_size}".encode()).hexdigest()
-        job.inputs = inputs
-        done = job.stage_folder(stage.key) / "done"
-        record = _finished(job, stage, done, inputs)
+        inputs = hashlib.sha256(f"{inputs} {key} {step.identity(job)} {job.batch_size}".encode()).hexdigest()
+        job.key, job.inputs = key, inputs
+        done = job.step_folder(key) / "done"
+        record = _finished(job, step, done, altered)
         if record is None:
-            job.emit({"event": "stage_start", "number": number, "of": len(stages), "key": stage.key})
-            record = _run_stage(job, stage, done, inputs)
-            event = "stage_end"
+            job.emit({"event": "step_start", "number": number, "of": len(steps), "key": key})
+            record = _run_step(job, step, done)
+            event = "step_end"
         else:
-            event = "stage_kept"
+            event = "step_kept"
         for old in done.parent.glob("step-*"):  # also those of a run that was killed just before this line
             files.remove(old)
-        job.records[stage.key] = record
+        job.records[key] = record
         shown = {name: record[name] for name in ("did", "cells", "seconds")}
-        job.emit({"event": event, "number": number, "key": stage.key, **shown})
+        job.emit({"event": event, "number": number, "key": key, **shown})
 
 
-def _finished(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any] | None:
-    """Load a stage that is finished, undamaged and had the same inputs, and return its record; otherwise None."""
+def _finished(job: Job, step: Step, done: Path, altered: dict[str, str]) -> dict[str, Any] | None:
+    """Load a step that is finished, undamaged and had the same inputs, and return its record; otherwise None."""
     if not done.is_dir():
         return None
-    why = files.first_flaw(done) or _altered(job, f"checkpoints/{stage.key}/done/")
+    why = files.first_flaw(done) or _altered(altered, f"{CHECKPOINTS}/{job.key}/done/")
+    if not why:
+        try:
+            record: dict[str, Any] = strict_json.read(done / RECORD)
+            if record["inputs"] != job.inputs:
+                why = "its inputs have changed"
+            else:
+                step.load(job, done, record)
+                why = _artifact_damage(job, record, altered) if isinstance(step, Export) else ""
+        except (KirschError, OSError, ValueError, KeyError, TypeError) as error:
+            why = f"its results cannot be loaded: {error}".rstrip(".")
     if why:
-        job.note(f"The stage {stage.key!r} is run again: {why}.")
-        return None
-    try:
-        record: dict[str, Any] = strict_json.read(done / RECORD)
-        changed = record["inputs"] != inputs
-        if not changed:
-            stage.load(job, done, record)
-            why = _artifacts_damage(job, record) if stage.key == "export" else ""
-    except (KirschError, OSError, ValueError, KeyError, TypeError) as error:
-        why = f"its results cannot be loaded: {error}".rstrip(".")
-    else:
-        why = "its inputs have changed" if changed else why
-    if why:
-        job.note(f"The stage {stage.key!r} is run again: {why}.")
+        job.note(f"The step {job.key!r} is run again: {why}.")
         return None
     return record
 
 
-def _altered(job: Job, *prefixes: str) -> str:
+def _altered(altered: dict[str, str], *prefixes: str) -> str:
     """Return the first difference from the run's manifest among files with these prefixes; empty if none."""
-    return next((why for name, why in job.altered.items() if name.startswith(prefixes)), "")
+    return next((why for name, why in altered.items() if name.startswith(prefixes)), "")
 
 
-def _artifacts_damage(job: Job, record: dict[str, Any]) -> str:
-    """Return the damage of the exported files, which lie outside the stage's folder; empty if there is none."""
+def _artifact_damage(job: Job, record: dict[str, Any], altered: dict[str, str]) -> str:
+    """Return the damage of the exported file, which lies outside the folder of its step; empty if there is none."""
     path = job.folder / ARTIFACTS / record["artifact"]["file"]
     if not path.is_file() or files.sha256(path) != record["artifact"]["sha256"]:
         return f"{path} is missing or damaged"
-    return _altered(job, MODEL, f"{PRUNED}/") or (
-        files.first_flaw(job.folder / PRUNED) if "prune" in job.records else ""
-    )
+    return _altered(altered, MODEL)
 
 
-def _run_stage(job: Job, stage: Stage, done: Path, inputs: str) -> dict[str, Any]:
+def _run_step(job: Job, step: Step, done: Path) -> dict[str, Any]:
     started = time.perf_counter()
     with files.new_folder(done) as folder:
         # Inside `new_folder`, which reports every OSError as an error of the folder.
-        with during(f"in the stage {stage.key!r}", _lower(job)):
-            record = stage.run(job, folder)
-        record |= {"inputs": inputs, "seconds": round(time.perf_counter() - started, 3)}
+        with during(f"in the step {job.key!r}", _lower(job)):
+            record = step.run(job, folder)
+        record |= {"inputs": job.inputs, "seconds": round(time.perf_counter() - started, 3)}
         files.write_json(folder / RECORD, record)
     return record

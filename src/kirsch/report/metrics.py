@@ -36,7 +36,7 @@ MODEL = _fields(
     chosen=flag,
 )
 CURVE = _fields(
-    stage=text(),
+    step=text(),
     epochs=array(COUNT, least=1),
     loss=array(nullable(FIGURE)),
     terms=mapping(array(nullable(FIGURE))),
@@ -76,11 +76,18 @@ SCHEMA = _fields(
     seconds=number(0),
     goal=_fields(met=flag, text=text(), items=array(_fields(text=text(), met=flag, significance=text()))),
     models=array(MODEL, least=1),
-    stages=array(_fields(number=COUNT, key=text(), did=text(), cells=array(text()), seconds=number(0))),
+    steps=array(_fields(number=COUNT, key=text(), did=text(), cells=array(text()), seconds=number(0))),
     curves=array(CURVE),
-    removed=nullable(_fields(groups=array(GROUP), layers=array(LAYER), blockers=array(BLOCKER))),
+    removals=array(
+        _fields(
+            step=text(),
+            groups=array(GROUP),
+            layers=array(LAYER),
+            blockers=array(BLOCKER),
+            verification=nullable(_fields(text=text(), reason=text(), power=FIGURE)),
+        )
+    ),
     quality=nullable(QUALITY),
-    verification=nullable(_fields(text=text(), reason=text(), power=FIGURE)),
     export=nullable(
         _fields(
             file=text(1),
@@ -106,7 +113,7 @@ SCHEMA = _fields(
         data=_fields(name=text(), sha256=text(), train=COUNT, validation=COUNT, test=COUNT),
     ),
     not_measured=array(text()),
-    provenance=_fields(recipe=text(), plan=nullable(anything), environment=anything, fingerprint=text()),
+    provenance=_fields(recipe=text(), plans=array(anything), environment=anything, fingerprint=text()),
 )
 
 
@@ -138,10 +145,11 @@ def _check_consistency(metrics: dict[str, Any]) -> None:
         series = [curve["loss"], curve["accuracy"], curve["learning_rate"], *curve["terms"].values()]
         if any(len(values) != len(curve["epochs"]) for values in series):
             raise ValueError(f"curves[{index}]: each list must have {len(curve['epochs'])} values, one per epoch")
-    names = {group["name"] for group in (metrics["removed"] or {"groups": []})["groups"]}
-    for index, layer in enumerate((metrics["removed"] or {"layers": []})["layers"]):
-        if layer["group"] not in names:
-            raise ValueError(f"removed.layers[{index}].group: there is no group {layer['group']!r}")
+    for place, removed in enumerate(metrics["removals"]):
+        names = {group["name"] for group in removed["groups"]}
+        for index, layer in enumerate(removed["layers"]):
+            if layer["group"] not in names:
+                raise ValueError(f"removals[{place}].layers[{index}].group: there is no group {layer['group']!r}")
     quality, measured = metrics["quality"], metrics["measured"]
     for side in ("before", "after") if quality else ():
         sizes = {len(row) for row in quality[side]["confusion"]} | {len(quality[side]["confusion"])}

@@ -367,7 +367,7 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         """Return the settings that must be equal when a run is resumed, JSON-able."""
-        settings = {n: list(v) if isinstance(v, tuple) else v for n, v in dataclasses.asdict(self.training).items()}
+        settings = {n: list(v) if isinstance(v, tuple) else v for n, v in self.training.model_dump().items()}
         return {**settings, "batches of an epoch": self.length}
 
     def _require_settings(self, state: TrainingState) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 from kirsch.data.dataset import DataSet, Split
 from kirsch.errors import CheckpointError, NumericError, ShapeError
 from kirsch.frameworks.training import TrainingState
-from kirsch.recipes.job import Job
-from kirsch.recipes.recipe import recipe_of
+from kirsch.jobs.goal import JobGoal
+from kirsch.jobs.job import Job
+from kirsch.tasks import TASKS
 
 
 def part(n=9):
@@ -28,42 +29,43 @@ def heard():
 @pytest.fixture
 def job(tmp_path, heard):
     data = DataSet("small", part(), part(3), part(12), ("a", "b", "c"))
-    recipe = recipe_of({"teacher": {"model": "given"}}, "test")
-    return Job(recipe, tmp_path, data, None, None, heard.append, lambda: None, inputs="these")
+    task = TASKS["classification"]()
+    return Job(data, task, tmp_path, None, None, JobGoal(), listen=heard.append, key="distill", inputs="these")
 
 
 def test_event_is_written_with_its_time_before_the_listener_is_called(job, heard):
     seen = []
     job.listen = lambda event: seen.append((event, len((job.folder / "events.jsonl").read_text().splitlines())))
-    job.emit({"event": "epoch", "loss": np.float32(0.5), "stage": "Kürbis\n\x1b"})
+    job.emit({"event": "epoch", "loss": np.float32(0.5), "step": "Kürbis\n\x1b"})
     job.note("two\nlines")
     lines = [json.loads(line) for line in (job.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [number for _, number in seen] == [1, 2]
     assert [{k: v for k, v in line.items() if k != "time"} for line in lines] == [
-        {"event": "epoch", "loss": 0.5, "stage": "Kürbis\n\x1b"},
+        {"event": "epoch", "loss": 0.5, "step": "Kürbis\n\x1b"},
         {"event": "note", "text": "two\nlines"},
     ]
 
 
-def test_training_events_have_the_key_of_their_stage(job, heard):
-    job.hooks("distill").event({"event": "epoch", "epoch": 1})
-    assert heard == [{"stage": "distill", "event": "epoch", "epoch": 1}]
+def test_training_events_have_the_key_of_their_step(job, heard):
+    job.hooks().event({"event": "epoch", "epoch": 1})
+    assert heard == [{"step": "distill", "event": "epoch", "epoch": 1}]
 
 
 def test_training_resumes_only_from_checkpoints_of_the_same_inputs(job, heard):
-    job.hooks("distill").save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
-    assert job.hooks("distill").resume.values == {"epoch": 3, "batch": 1}
-    assert job.hooks("teacher").resume is None
-    job.inputs = "others"
-    assert job.hooks("distill").resume is None
+    job.hooks().save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
+    assert job.hooks().resume.values == {"epoch": 3, "batch": 1}
+    job.key = "train"
+    assert job.hooks().resume is None
+    job.key, job.inputs = "distill", "others"
+    assert job.hooks().resume is None
     assert [event["event"] for event in heard] == ["note"]
 
 
 def test_damaged_checkpoints_raise_an_error(job):
-    job.hooks("distill").save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
+    job.hooks().save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
     (job.folder / "checkpoints" / "distill" / "step-00003-000001" / "values.json").unlink()
     with pytest.raises(CheckpointError, match=r"All checkpoints in .*distill are damaged"):
-        job.hooks("distill")
+        job.hooks()
 
 
 def test_model_is_counted_on_one_sample(job):
@@ -83,13 +85,13 @@ def test_model_is_evaluated_on_the_test_part_and_its_logits_are_stored(job):
     with torch.no_grad():
         model.weight.zero_()
         model.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # always b: 4 of 12
-    done = job.stage_folder("teacher") / "done"
+    done = job.step_folder("train") / "done"
     done.mkdir()
     found = job.evaluate(model, done)
     assert found["accuracy"]["value"] == 4 / 12
     assert found["one_class"] is True
     assert (found["parameters"], found["macs"]) == (9, 6)
-    assert np.array_equal(job.logits("teacher"), np.tile(np.float32([0, 1, 0]), (12, 1)))
+    assert np.array_equal(job.logits("train"), np.tile(np.float32([0, 1, 0]), (12, 1)))
 
 
 @pytest.mark.parametrize(
@@ -98,21 +100,22 @@ def test_model_is_evaluated_on_the_test_part_and_its_logits_are_stored(job):
         (
             6,
             True,
-            r"after the stage 'recover': 50\.0% of 12 correct, chance is 33\.3%\. It predicts one class for every",
+            r"after the step 'recover': 50\.0% of 12 correct, chance is 33\.3%\. It predicts one class for every",
         ),
         (
             4,
             False,
-            r"unusable after the stage 'recover': 33\.3% of 12 correct, chance is 33\.3%\. It is not",
+            r"unusable after the step 'recover': 33\.3% of 12 correct, chance is 33\.3%\. It is not",
         ),
         (0, False, r"It is not better than chance\. Lower the learning rate, train longer, or remove less\."),
         (5, False, None),
     ],
 )
 def test_model_that_is_not_better_than_chance_is_refused(job, right, one_class, why):
+    job.key = "recover"
     record = {"one_class": one_class, "chance": 1 / 3, "accuracy": {"value": right / 12, "n": 12}}
     if why is None:
-        job.check_alive("recover", record)
+        job.check_usable(record)
     else:
         with pytest.raises(NumericError, match=why):
-            job.check_alive("recover", record)
+            job.check_usable(record)

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 ARRAYS, VALUES, INPUTS, PREFIX = "arrays.safetensors", "values.json", "inputs", "step-"
 KEEP = 2
-"""Number of checkpoints of a stage that are kept. The older one is used if the newest is damaged."""
+"""Number of checkpoints of a step that are kept. The older one is used if the newest is damaged."""
 
 
 def save(folder: Path, state: TrainingState, inputs: str) -> Path:
-    """Write a checkpoint to the folder of a stage, and remove the oldest beyond two.
+    """Write a checkpoint to the folder of a step, and remove the oldest beyond two.
 
     Args:
-        folder: folder of the stage.
+        folder: folder of the step.
         state: training state.
-        inputs: hash over everything that determines the result of the stage; see `newest`.
+        inputs: hash over everything that determines the result of the step; see `newest`.
     """
     name = f"{PREFIX}{state.values['epoch']:05d}-{state.values['batch']:06d}"
     with files.new_folder(folder / name) as new:
@@ -38,11 +38,11 @@ def save(folder: Path, state: TrainingState, inputs: str) -> Path:
 
 
 def newest(folder: Path, inputs: str, note: Callable[[str], None]) -> TrainingState | None:
-    """Return the newest valid checkpoint of a stage; None if the stage has no checkpoints.
+    """Return the newest valid checkpoint of a step; None if the step has no checkpoints.
 
     Args:
-        folder: folder of the stage.
-        inputs: hash over everything that determines the result of the stage. Checkpoints with another hash are
+        folder: folder of the step.
+        inputs: hash over everything that determines the result of the step. Checkpoints with another hash are
             removed: to continue from them would mix two recipes.
         note: called with a sentence for each checkpoint that is skipped.
 
@@ -67,17 +67,17 @@ def newest(folder: Path, inputs: str, note: Callable[[str], None]) -> TrainingSt
             continue
         if values.pop(INPUTS, "") == inputs:
             return TrainingState(arrays, values)
-        note(f"The checkpoint {path.name} is removed: the inputs of its stage have changed.")
+        note(f"The checkpoint {path.name} is removed: the inputs of its step have changed.")
         files.remove(path)
     if damaged:
         raise CheckpointError(
             f"All checkpoints in {folder} are damaged.",
-            "The stage cannot continue from any of them.",
-            "Remove the folder to start this stage again.",
+            "The step cannot continue from any of them.",
+            "Remove the folder to start this step again.",
         )
     return None
 
 
 def _all(folder: Path) -> list[Path]:
-    """Return the checkpoints of a stage, oldest first."""
+    """Return the checkpoints of a step, oldest first."""
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kirsch import files
 from kirsch.errors import CheckpointError
 from kirsch.frameworks.training import TrainingState
-from kirsch.recipes import checkpoints
+from kirsch.jobs import checkpoints
 
 
 def state(epoch: int, batch: int = 0) -> TrainingState:
@@ -35,17 +35,17 @@ def refuse(sentence: str) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folder of a stage after three saves, which tests must not change."""
-    folder = tmp_path_factory.mktemp("stage")
+    """Folder of a step after three saves, which tests must not change."""
+    folder = tmp_path_factory.mktemp("step")
     for epoch in (1, 2, 3):
         checkpoints.save(folder, state(epoch), "inputs")
     return folder
 
 
 @pytest.fixture
-def stage(saved, tmp_path):
+def step(saved, tmp_path):
     """Copy of `saved` that a test may change."""
-    return shutil.copytree(saved, tmp_path / "stage")
+    return shutil.copytree(saved, tmp_path / "step")
 
 
 def test_newest_two_checkpoints_are_kept(saved):
@@ -63,7 +63,7 @@ def test_checkpoints_are_ordered_by_epoch_then_batch(tmp_path):
     assert_same(checkpoints.newest(tmp_path, "inputs", refuse), state(10))
 
 
-def test_stage_without_checkpoints_has_no_state(tmp_path):
+def test_step_without_checkpoints_has_no_state(tmp_path):
     assert checkpoints.newest(tmp_path, "inputs", refuse) is None
     (tmp_path / ".tmp-half").mkdir()
     (tmp_path / "done").mkdir()
@@ -96,37 +96,37 @@ def test_flipped_bit_is_reported_and_the_previous_checkpoint_is_used(saved, data
 
 
 @pytest.mark.parametrize("name", ["arrays.safetensors", "values.json", "manifest.json"])
-def test_missing_file_is_reported_and_the_previous_checkpoint_is_used(stage, name):
-    (stage / "step-00003-000000" / name).unlink()
+def test_missing_file_is_reported_and_the_previous_checkpoint_is_used(step, name):
+    (step / "step-00003-000000" / name).unlink()
     notes = []
-    assert_same(checkpoints.newest(stage, "inputs", notes.append), state(2))
+    assert_same(checkpoints.newest(step, "inputs", notes.append), state(2))
     assert len(notes) == 1
     assert f"{name} is missing" in notes[0]
 
 
 @pytest.mark.parametrize(("name", "content"), [("arrays.safetensors", b"none"), ("values.json", b"{")])
-def test_unreadable_checkpoint_with_valid_manifest_is_skipped(stage, name, content):
-    path = stage / "step-00003-000000"
+def test_unreadable_checkpoint_with_valid_manifest_is_skipped(step, name, content):
+    path = step / "step-00003-000000"
     (path / name).write_bytes(content)
     files.write_manifest(path)
     notes = []
-    assert_same(checkpoints.newest(stage, "inputs", notes.append), state(2))
+    assert_same(checkpoints.newest(step, "inputs", notes.append), state(2))
     assert notes[0].startswith("The checkpoint step-00003-000000 cannot be read: ")
 
 
-def test_error_if_all_checkpoints_are_damaged(stage):
-    for path in stage.iterdir():
+def test_error_if_all_checkpoints_are_damaged(step):
+    for path in step.iterdir():
         (path / "arrays.safetensors").unlink()
     notes = []
     with pytest.raises(CheckpointError, match=r"All checkpoints in .* are damaged\..*Remove the folder to start"):
-        checkpoints.newest(stage, "inputs", notes.append)
+        checkpoints.newest(step, "inputs", notes.append)
     assert [note.split()[2] for note in notes] == ["step-00003-000000", "step-00002-000000"]
 
 
-def test_checkpoints_of_other_inputs_are_removed_with_a_note(stage):
+def test_checkpoints_of_other_inputs_are_removed_with_a_note(step):
     """Their state belongs to another recipe; kept, they would replace new ones among the two that are kept."""
     notes = []
-    assert checkpoints.newest(stage, "others", notes.append) is None
+    assert checkpoints.newest(step, "others", notes.append) is None
     assert [note.split()[2] for note in notes] == ["step-00003-000000", "step-00002-000000"]
-    assert all("the inputs of its stage have changed" in sentence for sentence in notes)
-    assert list(stage.iterdir()) == []
+    assert all("the inputs of its step have changed" in sentence for sentence in notes)
+    assert list(step.iterdir()) == []

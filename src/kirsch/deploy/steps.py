@@ -1,0 +1,126 @@
+"""Steps of a job that export its model and measure the file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from kirsch import figures
+from kirsch.annotations import Between, Count
+from kirsch.deploy.export import export, usage
+from kirsch.deploy.measure import race
+from kirsch.deploy.onnxruntime import OnnxSession
+from kirsch.errors import UsageError
+from kirsch.frameworks.find import framework_of
+from kirsch.jobs.job import ARTIFACTS, LOGITS
+from kirsch.jobs.step import STEPS, Step
+from kirsch.measurement.agreement import agreement
+from kirsch.measurement.machine import usable_cores
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kirsch.jobs.job import Job, Record
+
+MODEL = f"{ARTIFACTS}/model.onnx"
+"""Exported file in the run folder."""
+
+EXPORT_SECONDS = 3.0
+"""Estimated time of an export, which depends little on the model and is not measured."""
+
+ROUND_SECONDS = 0.04
+"""Estimated time of one round of a measurement."""
+
+
+@STEPS.register("export")
+class Export(Step):
+    """Write the model to a file, and evaluate the file on the test part."""
+
+    repeatable: ClassVar[bool] = False
+
+    format: Literal["onnx"] = Field("onnx", description="format of the file")
+
+    def seconds(self, job: Job) -> float:
+        """Return the time of a typical export."""
+        del job
+        return EXPORT_SECONDS
+
+    def run(self, job: Job, folder: Path) -> Record:
+        """Export the model, run the file on the test part, and compare the outputs."""
+        inference, target = framework_of(job.model).inference, job.folder / MODEL
+        target.parent.mkdir(exist_ok=True)
+        artifact = export(job.model, target, example_inputs=inference.from_numpy(job.example), format=self.format)
+        inputs = job.data.test.inputs
+        logits = OnnxSession(target).predict(inputs, batch_size=job.evaluation_batch_size)
+        np.save(folder / LOGITS, logits, allow_pickle=False)
+        agreed = agreement(inference.predict(job.model, inputs, batch_size=job.evaluation_batch_size), logits)
+        quality = job.quality(logits)
+        last = next(record for record in reversed(job.records.values()) if "macs" in record)
+        return {
+            "model": "exported",
+            "did": target.name,
+            "parameters": last["parameters"],
+            "macs": last["macs"],
+            "bytes": artifact.bytes,
+            **quality,
+            "artifact": artifact.to_dict() | {"usage": usage(artifact)},
+            "agreement": agreed.to_dict(),
+            "cells": [
+                figures.interval(*(quality["accuracy"][name] for name in ("value", "low", "high"))),
+                f"{agreed.same_labels}/{agreed.n} same labels",
+                figures.bytes_(artifact.bytes),
+            ],
+        }
+
+
+@STEPS.register("measure")
+class Measure(Step):
+    """Measure the latency of the exported file against the models before compression."""
+
+    needs: ClassVar[str] = "export"
+    repeatable: ClassVar[bool] = False
+
+    runtime: Literal["onnxruntime"] = Field("onnxruntime", description="runtime of the exported file")
+    threads: Count = Field(1, description="threads of the runtime")
+    rounds: Annotated[int, Between(10)] = Field(30, description="interleaved rounds")
+
+    def preview(self, job: Job) -> None:
+        """Check that the machine has a core for each thread.
+
+        Raises:
+            UsageError: the machine has fewer usable cores.
+        """
+        cores = usable_cores()
+        if self.threads > cores and not job.is_done():  # the result of an earlier run on another machine is kept
+            raise UsageError(
+                f"{job.key}.threads is {self.threads}; this machine has {cores} usable cores.",
+                fix=f"Lower {job.key}.threads.",
+            )
+
+    def seconds(self, job: Job) -> float:
+        """Estimate the time of two exports and of all rounds."""
+        del job
+        return EXPORT_SECONDS + ROUND_SECONDS * self.rounds
+
+    def run(self, job: Job, folder: Path) -> Record:
+        """Measure the exported file, the teacher and the student in interleaved rounds."""
+        contenders: dict[str, Path] = {}
+        for name, model in job.trained.items():
+            inputs = framework_of(model).inference.from_numpy(job.example)
+            contenders[name] = export(model, folder / f"{name}.onnx", example_inputs=inputs).path
+        contenders["exported"] = job.folder / MODEL
+        result = race(contenders, job.example, reference="teacher", threads=self.threads, rounds=self.rounds)
+        speedup = result.speedups["exported"]
+        before, after = (figures.micros(result.latencies[name].median_us) for name in ("teacher", "exported"))
+        return {
+            "did": self.runtime,
+            "race": result.to_dict(),
+            "onnx_bytes": {name: path.stat().st_size for name, path in contenders.items()},
+            "cells": [
+                f"teacher {before} → {after}",
+                figures.ratio(speedup.value, speedup.low, speedup.high),
+                f"A/A {figures.digits(result.aa.value)}",
+            ],
+        }

@@ -1,0 +1,349 @@
+"""Steps of a job that train: `train` on labels, `distill` a student, `recover` a pruned model; and `evaluate`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer
+
+from kirsch.annotations import Positive, Seed, Share
+from kirsch.data.batches import ArrayData
+from kirsch.distillation.checks import first_batch
+from kirsch.distillation.distill import distill, fit
+from kirsch.distillation.distiller import Distiller
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.presets import PRESETS
+from kirsch.errors import UsageError
+from kirsch.frameworks.determinism import require_deterministic
+from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.training import Trained, Training, TrainingHooks
+from kirsch.jobs.job import WEIGHTS, ignore
+from kirsch.jobs.step import STEPS, Step, model_cells
+from kirsch.options import FieldsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from kirsch.jobs.job import Job, Record
+
+TEMPERATURE, WEIGHT = 4.0, 0.9
+"""Defaults of soft targets."""
+
+TRIAL_BATCHES = 3
+"""Training steps that are timed to estimate the time of a step."""
+
+
+FORMS = "Give the name of a preset such as dkd, {preset: at, label_weight: 0.5} or {terms: [{loss: kd, weight: 0.9}]}."
+
+
+def _read_objective(value: Any) -> Any:
+    """Return the name of a preset as it is; a dict with a preset or terms as an `Objective`."""
+    try:
+        if isinstance(value, str):
+            PRESETS[value]
+        elif isinstance(value, dict):
+            return _objective(value)
+        elif not isinstance(value, Objective):
+            raise UsageError(f"The objective is {value!r}.", fix=FORMS)  # noqa: TRY301 - reported like the others
+    except UsageError as error:
+        raise FieldsError([((), error)]) from error
+    return value
+
+
+def _objective(fields: dict[str, Any]) -> Objective:
+    """Return the objective of a dict with a preset or terms, and other fields of an `Objective`."""
+    if ("preset" in fields) == ("terms" in fields):
+        found = "both a preset and terms" if "preset" in fields else "neither a preset nor terms"
+        raise UsageError(f"The objective has {found}.", fix=FORMS)
+    if "preset" in fields:
+        names = [name for name in fields if name != "preset"]
+        changes = Objective.from_dict({"label_weight": 1.0, **{name: fields[name] for name in names}})  # makes `Ramp`s
+        return Objective.preset(fields["preset"], **{name: getattr(changes, name) for name in names})
+    if not isinstance(fields["terms"], (list, tuple)):
+        raise UsageError(f"The terms of the objective are {fields['terms']!r}; expected a list.", fix=FORMS)
+    problems: list[tuple[tuple[str | int, ...], UsageError]] = []
+    for number, term in enumerate(fields["terms"]):
+        try:
+            if not isinstance(term, dict):
+                raise UsageError(f"The term is {term!r}.", fix="Write it as {loss: kd, weight: 0.9}.")  # noqa: TRY301
+            Objective.from_dict({"terms": [term], "label_weight": 1.0})
+        except UsageError as error:
+            problems.append((("terms", number), error))
+    if problems:
+        raise FieldsError(problems)
+    return Objective.from_dict(fields)
+
+
+def _write_objective(value: Objective | str) -> Any:
+    """Return the fields of an objective that differ from their defaults; a name as it is."""
+    return value if isinstance(value, str) else {"terms": [], **_changed_fields(value)}
+
+
+def _changed_fields(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_changed_fields(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return dict(value) if isinstance(value, dict) else value
+    fields = {entry.name: (entry, getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    return {
+        name: _changed_fields(item)
+        for name, (entry, item) in fields.items()
+        if item != entry.default
+        and not (entry.default_factory is not dataclasses.MISSING and item == entry.default_factory())
+    }
+
+
+if TYPE_CHECKING:
+    ObjectiveOption = Objective | str
+else:
+    ObjectiveOption = Annotated[Any, BeforeValidator(_read_objective), PlainSerializer(_write_objective)]
+    """An objective or the name of a preset; recipes write it as a name or a dict."""
+
+
+class TrainingStep(Training, Step):
+    """Settings that all steps with training share."""
+
+    seed: Seed | None = Field(None, description="seed of all random numbers; null: the seed of the recipe")  # type: ignore[assignment]
+
+    def training(self, job: Job) -> Training:
+        """Return the settings of the training loop."""
+        values = {name: getattr(self, name) for name in Training.model_fields}
+        return Training(**values | {"seed": job.seed if self.seed is None else self.seed})
+
+    def _record(self, job: Job, folder: Path, trained: Trained, name: str, did: str = "") -> Record:
+        record = {"model": name, "did": did, "history": trained.history}
+        record |= job.save_and_evaluate(trained.model, folder)
+        record["cells"] = model_cells(record)
+        return record
+
+    def _timed(self, job: Job, trial: Callable[[ArrayData], Any]) -> float:
+        """Return the estimated time of the step from one run of `trial` on a few batches, after a warm-up."""
+        data, train = job.data.batches(job.batch_size), job.data.train
+        count = TRIAL_BATCHES * data.batch_size
+        part = ArrayData(train.inputs[:count], train.labels[:count], data.batch_size, data.augment)
+        trial(part)
+        started = time.perf_counter()
+        trial(part)
+        return (time.perf_counter() - started) / len(part) * len(data) * self.epochs
+
+
+QUIET = TrainingHooks(event=ignore)
+ONE_EPOCH = Training(epochs=1, learning_rate=1e-6)
+
+
+@STEPS.register("evaluate")
+class Evaluate(Step):
+    """Evaluate the teacher as it is. A job whose teacher is not trained begins with this step."""
+
+    repeatable: ClassVar[bool] = False
+
+    def preview(self, job: Job) -> None:
+        """Check that the teacher runs on the data."""
+        job.count(job.teacher)
+
+    def run(self, job: Job, folder: Path) -> Record:
+        """Write the weights of the teacher, and return its quality."""
+        framework_of(job.teacher).inference.inference_mode(job.teacher)
+        record = {"model": "teacher", "did": "given", **job.save_and_evaluate(job.teacher, folder)}
+        record["cells"] = model_cells(record)
+        job.check_usable(record, "Give a teacher with trained weights, or add a step `train` to the recipe.")
+        job.trained["teacher"] = job.teacher
+        return record
+
+    def load(self, job: Job, folder: Path, record: Record) -> None:
+        """Load the weights that were evaluated."""
+        del record
+        _load_weights(job.teacher, folder)
+        job.trained["teacher"] = job.teacher
+
+
+@STEPS.register("train")
+class Train(TrainingStep):
+    """Train the teacher or the student on the labels alone."""
+
+    model: Literal["teacher", "student"] = Field("teacher", description="model to train, teacher or student")
+
+    def preview(self, job: Job) -> None:
+        """Check that the model runs on the data."""
+        job.count(self._of(job))
+
+    def seconds(self, job: Job) -> float:
+        """Estimate the time of the training."""
+        model, objective = self._of(job), _labels(job, self.model)
+        return self._timed(job, lambda part: fit(model, part, training=ONE_EPOCH, hooks=QUIET, objective=objective))
+
+    def run(self, job: Job, folder: Path) -> Record:
+        """Train the model, and write its weights."""
+        trained = fit(
+            self._of(job),
+            job.data.batches(job.batch_size),
+            training=self.training(job),
+            validation=job.validation(),
+            hooks=job.hooks(),
+            objective=_labels(job, self.model),
+        )
+        framework_of(trained.model).inference.inference_mode(trained.model)
+        record = self._record(job, folder, trained, self.model, f"{self.model} trained")
+        job.check_usable(record)
+        self._put(job, trained.model)
+        return record
+
+    def load(self, job: Job, folder: Path, record: Record) -> None:
+        """Load the trained weights."""
+        del record
+        model = self._of(job)
+        _load_weights(model, folder)
+        self._put(job, model)
+
+    def _of(self, job: Job) -> Any:
+        return job.teacher if self.model == "teacher" else job.model
+
+    def _put(self, job: Job, model: Any) -> None:
+        """Replace the teacher or the student. Without a student, the teacher is the model to compress, too."""
+        if self.model == "teacher":
+            job.teacher = model
+        if self.model == job.model_name:
+            job.model = model
+        job.trained[self.model] = model
+
+
+@STEPS.register("distill")
+class Distill(TrainingStep):
+    """Train the student on the teacher."""
+
+    needs_student: ClassVar[bool] = True
+    makes: ClassVar[str] = "student"
+
+    objective: ObjectiveOption = Field(
+        "kd",
+        description=(
+            "name of a preset such as dkd; or {preset: at, label_weight: 0.5}, or "
+            "{terms: [{loss: kd, weight: 0.9}], label_weight: 0.1}; see `kirsch methods`"
+        ),
+    )
+    temperature: Positive | None = Field(None, description="temperature of the objective kd; null: 4")
+    weight: Share | None = Field(
+        None, description="weight of the soft targets of the objective kd, 1 - weight for labels; null: 0.9"
+    )
+
+    def check(self) -> None:
+        """Check that temperature and weight belong to the objective kd."""
+        super().check()
+        numbers = [name for name in ("temperature", "weight") if getattr(self, name) is not None]
+        if self.objective != "kd" and numbers:
+            raise UsageError(
+                f"{' and '.join(numbers)} cannot be combined with another objective than kd.",
+                fix="Remove them, and set such numbers in the objective.",
+            )
+
+    def objective_for(self, job: Job) -> Objective:
+        """Return the objective, with the outputs (logits or probabilities) of the models of the job."""
+        objective = self.objective
+        if objective == "kd":
+            objective = Objective.kd(
+                TEMPERATURE if self.temperature is None else self.temperature,
+                WEIGHT if self.weight is None else self.weight,
+            )
+        elif isinstance(objective, str):
+            objective = Objective.preset(objective)
+        return dataclasses.replace(
+            objective,
+            student_outputs=objective.student_outputs or job.outputs.get(job.model_name),
+            teacher_outputs=objective.teacher_outputs or job.outputs.get("teacher"),
+        )
+
+    def preview(self, job: Job) -> None:
+        """Check that both models have the layers of the objective, that shapes fit, and that labels are valid."""
+        student = _apart(job)
+        for model in (job.teacher, *([] if job.model is job.teacher else [student])):
+            require_deterministic(model, (job.example,))
+        first = first_batch(framework_of(student).training, job.data.batches(job.batch_size))
+        Distiller(student, job.teacher, self.objective_for(job), first).close()
+
+    def seconds(self, job: Job) -> float:
+        """Estimate the time of the training."""
+        student, objective = _apart(job), self.objective_for(job)
+
+        def trial(part: ArrayData) -> None:
+            distill(
+                student,
+                job.teacher,
+                part,
+                objective=objective,
+                training=ONE_EPOCH,
+                hooks=QUIET,
+                check_teacher=False,
+            )
+
+        return self._timed(job, trial)
+
+    def run(self, job: Job, folder: Path) -> Record:
+        """Train the model on the teacher, and write its weights."""
+        trained = distill(
+            _apart(job),
+            job.teacher,
+            job.data.batches(job.batch_size),
+            objective=self.objective_for(job),
+            training=self.training(job),
+            validation=job.validation(),
+            hooks=job.hooks(),
+        )
+        record = self._record(job, folder, trained, self.makes)
+        record["first_batch"] = trained.first_batch
+        record["cells"].append(_gradient_share(trained))
+        job.check_usable(record)
+        self._put(job, trained.model)
+        return record
+
+    def load(self, job: Job, folder: Path, record: Record) -> None:
+        """Load the trained weights."""
+        del record
+        model = copy.deepcopy(job.model)  # may be a model of an earlier step
+        _load_weights(model, folder)
+        self._put(job, model)
+
+    def _put(self, job: Job, model: Any) -> None:
+        job.model = job.trained["student"] = model
+
+
+@STEPS.register("recover")
+class Recover(Distill):
+    """Train a pruned model on the teacher, which restores most of its quality."""
+
+    needs_student: ClassVar[bool] = False
+    makes: ClassVar[str] = "recovered"
+
+    def _put(self, job: Job, model: Any) -> None:
+        job.model = model
+
+
+def _apart(job: Job) -> Any:
+    """Return the model to train, as a copy if it is the teacher itself."""
+    return copy.deepcopy(job.model) if job.model is job.teacher else job.model
+
+
+def _labels(job: Job, model: str) -> Objective:
+    return dataclasses.replace(Objective.labels(), student_outputs=job.outputs.get(model))
+
+
+def _load_weights(model: Any, folder: Path) -> None:
+    inference = framework_of(model).inference
+    inference.load_weights(model, folder / WEIGHTS)
+    inference.inference_mode(model)
+
+
+def _gradient_share(trained: Trained) -> str:
+    """Return the largest share of a teacher term in the gradient.
+
+    The share is that of the first batch, or of the last epoch if all terms start with weight 0.
+    """
+    for shares in (trained.first_batch.get("gradient_shares", {}), trained.history[-1]["gradient_shares"]):
+        terms = {name: share for name, share in shares.items() if name != "label"}
+        if terms:
+            name = max(terms, key=lambda name: terms[name])
+            return f"{'KD' if name == 'kd' else name} {100 * terms[name]:.0f} % of gradient"
+    return ""

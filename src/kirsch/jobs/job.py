@@ -1,0 +1,206 @@
+"""State that the steps of a job share: models, data, folder, events, records."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch.errors import NumericError
+from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.training import TrainingHooks, TrainingState
+from kirsch.jobs import checkpoints
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from kirsch.data.dataset import DataSet
+    from kirsch.graph.plan import Plan
+    from kirsch.jobs.goal import JobGoal
+    from kirsch.tasks.task import Task
+
+Record = dict[str, Any]
+"""Result of a step as JSON: "did", what the step did in a few words; "cells", texts for the table of steps; and of a
+step that makes a model, "model", its name such as "pruned", and the keys of `Job.evaluate`."""
+
+CHECKPOINTS, ARTIFACTS, EVENTS = "checkpoints", "artifacts", "events.jsonl"
+RECORD, LOGITS, WEIGHTS = "record.json", "logits.npy", "weights.safetensors"
+
+TRAIN_BETTER = "Lower the learning rate, train longer, or remove less."
+
+Listen = Callable[[dict[str, Any]], None]
+Stop = Callable[[], Exception | None]
+
+
+def ignore(event: dict[str, Any]) -> None:
+    """Drop an event."""
+
+
+def never() -> None:
+    """Return None: a job with this function is never asked to stop."""
+
+
+@dataclass
+class Job:
+    """State that the steps of a job share.
+
+    Args:
+        data: data set.
+        task: what the models are for.
+        folder: run folder.
+        make_teacher, make_student: functions that return the models before training; the second is None if the teacher
+            itself is compressed.
+        goal: goals of the job.
+        seed: seed of all steps that state none.
+        batch_size: samples per training step.
+        outputs: "teacher" and "student" → what the model returns, "logits" or "probabilities"; None for logits.
+        listen: called with each event.
+        stop: returns an error if the job is to stop, otherwise None.
+
+    Attributes:
+        teacher: model that the others learn from and are compared with.
+        model: model that the steps compress: the student, or the teacher itself.
+        trained: models before compression that are measured beside the exported file: "teacher", "student".
+        key: key of the current step.
+        inputs: hash over everything that determines the result of the current step.
+        records: key of a step → record of its results.
+        plans: key of a step that prunes → plan that its preview made.
+    """
+
+    data: DataSet
+    task: Task
+    folder: Path
+    make_teacher: Callable[[], Any]
+    make_student: Callable[[], Any] | None
+    goal: JobGoal
+    seed: int = 0
+    batch_size: int = 64
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    listen: Listen = ignore
+    stop: Stop = never
+    teacher: Any = None
+    model: Any = None
+    trained: dict[str, Any] = field(default_factory=dict)
+    key: str = ""
+    inputs: str = ""
+    records: dict[str, Record] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
+
+    def build(self) -> None:
+        """Build the models before training."""
+        self.teacher = self.model = self.make_teacher()
+        if self.make_student is not None:
+            self.model = self.make_student()
+
+    @property
+    def make_model(self) -> Callable[[], Any]:
+        """Function that returns the model to compress, before training."""
+        return self.make_student or self.make_teacher
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model to compress before any step: "student", or "teacher" if there is none."""
+        return "teacher" if self.make_student is None else "student"
+
+    @property
+    def example(self) -> NDArray[np.float32]:
+        """Return one sample, as a batch of one."""
+        sample: NDArray[np.float32] = self.data.test.inputs[:1]
+        return sample
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Return the batch size of evaluations; a smaller batch size in the recipe lowers their memory use, too."""
+        return min(256, self.batch_size)
+
+    def emit(self, event: dict[str, Any]) -> None:
+        """Append an event to events.jsonl, and pass it to the listener."""
+        with (self.folder / EVENTS).open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False, default=float) + "\n")
+        self.listen(event)
+
+    def note(self, text: str) -> None:
+        """Emit a note event."""
+        self.emit({"event": "note", "text": text})
+
+    def step_folder(self, key: str) -> Path:
+        """Return the folder of a step, which is created if needed."""
+        path = self.folder / CHECKPOINTS / key
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def is_done(self) -> bool:
+        """Return whether the current step was finished by an earlier process."""
+        return (self.folder / CHECKPOINTS / self.key / "done").is_dir()
+
+    def hooks(self) -> TrainingHooks:
+        """Return the hooks of training in the current step, with its newest checkpoint as the state to resume from."""
+        key, folder = self.key, self.step_folder(self.key)
+
+        def emit(event: dict[str, Any]) -> None:
+            self.emit({"step": key, **event})
+
+        def save(state: TrainingState) -> None:
+            checkpoints.save(folder, state, self.inputs)
+
+        resume = checkpoints.newest(folder, self.inputs, self.note)
+        return TrainingHooks(event=emit, stop=self.stop, save=save, resume=resume)
+
+    def validation(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return inputs and labels of the validation part."""
+        return self.data.validation.inputs, self.data.validation.labels
+
+    def evaluate(self, model: Any, folder: Path) -> Record:
+        """Return size, cost and test quality of a model, and write its logits to the folder."""
+        inference = framework_of(model).inference
+        logits = inference.predict(model, self.data.test.inputs, batch_size=self.evaluation_batch_size)
+        np.save(folder / LOGITS, logits, allow_pickle=False)
+        parameters, macs = self.count(model)
+        return {"parameters": parameters, "macs": macs, **self.quality(logits)}
+
+    def save_and_evaluate(self, model: Any, folder: Path) -> Record:
+        """Write the weights of a model to the folder of its step, and return its size, cost and test quality."""
+        framework_of(model).inference.save_weights(model, folder / WEIGHTS)
+        return {"bytes": (folder / WEIGHTS).stat().st_size, **self.evaluate(model, folder)}
+
+    def quality(self, logits: NDArray[Any]) -> Record:
+        """Return the quality of outputs on the test part, as the task measures it."""
+        return self.task.evaluate(logits, self.data)
+
+    def count(self, model: Any) -> tuple[int, int]:
+        """Return the parameters and MACs of a model for one sample.
+
+        Raises:
+            UsageError: the model does not run on the data.
+            ShapeError: the model does not return one logit for each class of the data.
+        """
+        framework = framework_of(model)
+        framework.inference.check_runs(model, self.example)
+        logits = framework.inference.predict(model, self.example)
+        self.task.check_outputs(logits, self.data)
+        return framework.analysis.count(model, framework.inference.from_numpy(self.example))
+
+    def check_usable(self, record: Record, fix: str = TRAIN_BETTER) -> None:
+        """Refuse a trained model that the task calls unusable.
+
+        Args:
+            record: record of the current step, with the quality on the test part.
+            fix: fix of the error.
+
+        Raises:
+            NumericError: the model is such a model.
+        """
+        numbers, reason = self.task.weakness(record)
+        if reason:
+            raise NumericError(f"The model is unusable after the step {self.key!r}: {numbers}.", reason, fix)
+
+    def logits(self, key: str) -> NDArray[Any]:
+        """Return the logits on the test part that a finished step has stored."""
+        logits: NDArray[Any] = np.load(self.folder / CHECKPOINTS / key / "done" / LOGITS, allow_pickle=False)
+        return logits

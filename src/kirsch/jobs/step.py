@@ -1,0 +1,81 @@
+"""Interface of a step of a job, and the registry of steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, ClassVar
+
+from kirsch import figures
+from kirsch.options import Options
+from kirsch.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from kirsch.jobs.job import Job, Record
+
+
+class Step(Options):
+    """One step of a job, such as pruning. The fields are its options, in Python, recipes and `--set`.
+
+    A package registers a step by its name: `@STEPS.register("prune")`. A job calls `preview` of all steps in order
+    before any long work, and then, for each step, `run`, or `load` if the step is already done.
+
+    Attributes:
+        needs: name of a step that must come before; empty if there is no such condition.
+        needs_student: whether the job must have a student.
+        repeatable: whether a job may have several of these steps.
+    """
+
+    needs: ClassVar[str] = ""
+    needs_student: ClassVar[bool] = False
+    repeatable: ClassVar[bool] = True
+
+    def identity(self, job: Job) -> str:
+        """Return a text that changes with everything of the recipe that the result of this step depends on."""
+        del job
+        return self.model_dump_json()
+
+    def preview(self, job: Job) -> None:
+        """Check before any long work that the step can run, and set `job.model` to a model of the resulting shapes.
+
+        Raises:
+            KirschError: the step would fail.
+        """
+
+    def seconds(self, job: Job) -> float:
+        """Return the estimated time on `job.model`, from a few timed training steps; called after `preview`."""
+        del job
+        return 1.0
+
+    def run(self, job: Job, folder: Path) -> Record:
+        """Run the step on the models of the job, write its files to a folder, and return its record."""
+        raise NotImplementedError
+
+    def load(self, job: Job, folder: Path, record: Record) -> None:
+        """Load the results of the finished step from its folder into the job."""
+
+
+STEPS: Registry[type[Step]] = Registry("step")
+
+
+def model_cells(record: Record) -> list[str]:
+    """Return quality and cost of the model of a step as texts for the table of steps."""
+    quality = record["accuracy"]
+    return [
+        figures.interval(quality["value"], quality["low"], quality["high"]),
+        f"{figures.count(record['macs'])} MACs",
+        f"{figures.count(record['parameters'])} params",
+        *([f"balanced {figures.percent(record['balanced_accuracy'])}"] if "balanced_accuracy" in record else []),
+    ]
+
+
+def keys_of(names: Sequence[str]) -> list[str]:
+    """Return a key for each step of a job: its name; "prune-2" for the second step named "prune"."""
+    counts: Counter[str] = Counter()
+    keys = []
+    for name in names:
+        counts[name] += 1
+        keys.append(name if counts[name] == 1 else f"{name}-{counts[name]}")
+    return keys

@@ -1,0 +1,82 @@
+"""Base class of options: the one definition that the Python call, the recipe and the command line share."""
+
+from __future__ import annotations
+
+import typing
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from kirsch.arguments import check_arguments, public_name
+from kirsch.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class FieldsError(ValueError):
+    """Problems inside the value of one field, for validators of pydantic.
+
+    Args:
+        problems: path in the value, such as ("terms", 2), and the error, for each problem.
+    """
+
+    def __init__(self, problems: Sequence[tuple[tuple[str | int, ...], UsageError]]) -> None:
+        super().__init__("; ".join(str(error) for _, error in problems))
+        self.problems = list(problems)
+
+
+class Options(BaseModel):
+    """Options of a technique, immutable, with a type, default and description for each.
+
+    A field is declared once, as `epochs: Count = Field(10, description="passes over the data")`. A call of the class
+    raises a `UsageError` that names the argument. Recipes read the same class from YAML, `kirsch init` writes its
+    descriptions, and the command line makes flags of its fields.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    def __init__(self, /, **values: Any) -> None:
+        kind = type(self)
+        hints = typing.get_type_hints(kind, include_extras=True)
+        values = check_arguments(kind, values, {name: hints[name] for name in kind.model_fields})
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _usage_error(kind, error) from None
+
+    # pydantic must not call this `__init__` while it reads a recipe: there, all problems are collected.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def check(self) -> None:
+        """Check what the types of the fields cannot express.
+
+        Raises:
+            UsageError: fields do not fit together.
+        """
+
+    @model_validator(mode="after")
+    def _run_check(self) -> Self:
+        try:
+            self.check()
+        except UsageError as error:
+            raise FieldsError([((), error)]) from error  # pydantic collects errors of this type
+        return self
+
+    def changed(self, **changes: Any) -> Self:
+        """Return the options with some values replaced.
+
+        Raises:
+            UsageError: a value does not fit.
+        """
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+
+def _usage_error(kind: type[Options], error: ValidationError) -> UsageError:
+    """Return the error of a call from the first problem that pydantic found."""
+    details = error.errors()[0]
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, FieldsError):
+        return cause.problems[0][1]
+    path = ".".join(map(str, details["loc"]))
+    return UsageError(f"`{path}` of {public_name(kind)}: {details['msg']}, found {details['input']!r}.")

@@ -1,0 +1,163 @@
+"""Step of a job that prunes its model."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from kirsch import figures, files
+from kirsch.annotations import Seed
+from kirsch.errors import UsageError
+from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.trace import trace
+from kirsch.jobs.goal import PlanGoal
+from kirsch.jobs.step import STEPS, Step, model_cells
+from kirsch.pruning.choose import plan as choose
+from kirsch.pruning.options import PlanOptions
+from kirsch.pruning.prune import prune_with_verification
+from kirsch.pruning.store import load, save
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kirsch.graph.graph import Graph
+    from kirsch.graph.plan import Goal, Plan
+    from kirsch.jobs.goal import JobGoal
+    from kirsch.jobs.job import Job, Record
+
+CALIBRATION = 256
+"""Training samples on which residual blocks are ranked."""
+
+PRUNED = "model"
+"""Folder of the pruned model in the folder of the step."""
+
+
+def plan_file(key: str) -> str:
+    """Return the name of the plan of a step in the run folder: "plan.json", or "plan-2.json" of the second."""
+    return f"{key.replace('prune', 'plan')}.json"
+
+
+@STEPS.register("prune")
+class Prune(PlanOptions, Step):
+    """Remove units of the model, and verify the result. The options are those of `kirsch.plan`."""
+
+    goal: PlanGoal | None = Field(
+        None, description="limits, as fractions of the model before this step; null: those of the goal of the job"
+    )
+    seed: Seed | None = Field(None, description="seed of the importance random; null: the seed of the recipe")  # type: ignore[assignment]
+
+    def identity(self, job: Job) -> str:
+        """Return the options, and the goal of the job if the step has none."""
+        return self.model_dump_json() if self.goal is not None else f"{self.model_dump_json()} {job.goal.cost}"
+
+    def preview(self, job: Job) -> None:
+        """Check that a plan reaches the goal, and remove units, without verification."""
+        _, plan = self._plan(job)
+        job.plans[job.key] = plan
+        job.model = prune_with_verification(job.model, plan, verify=False).model
+
+    def goal_in(self, goal: JobGoal, key: str) -> Goal:
+        """Return the goal of this step in a job with a goal.
+
+        Raises:
+            UsageError: neither the step nor the job limits the cost.
+        """
+        own = self.goal or goal.cost
+        if own is None:
+            raise UsageError(
+                f"The step {key!r} has no goal.",
+                "Neither the step nor the job limits macs or parameters.",
+                f"Give a limit: {key}.goal.macs=0.5.",
+            )
+        return own
+
+    def _plan(self, job: Job) -> tuple[Graph, Plan]:
+        """Return the graph of the model of a job, and the plan of this step for it."""
+        goal = self.goal_in(job.goal, job.key)
+        inference = framework_of(job.model).inference
+        graph = trace(job.model, inference.from_numpy(job.example))
+        options = {name: getattr(self, name) for name in PlanOptions.model_fields}
+        options["seed"] = job.seed if self.seed is None else self.seed
+        data = inference.from_numpy(job.data.train.inputs[:CALIBRATION]) if self.of_blocks else None
+        return graph, choose(graph, goal, data=data, **options)
+
+    def run(self, job: Job, folder: Path) -> Record:
+        """Prune the model, verify it, and write it with its plan."""
+        graph, plan = self._plan(job)
+        pruned = prune_with_verification(job.model, plan)
+        save(pruned.model, folder / PRUNED)
+        files.write_text(job.folder / plan_file(job.key), pruned.plan.to_json())
+        notes = [*plan.notes, *pruned.warnings]
+        for text in notes:
+            job.note(text)
+        error = pruned.verification.error if pruned.verification else float("nan")
+        record: Record = {"model": "pruned", "did": _reduction(plan), **job.evaluate(pruned.model, folder)}
+        record["bytes"] = (folder / PRUNED / "model.safetensors").stat().st_size
+        record["verification"] = pruned.verification.to_dict() if pruned.verification else None
+        record["removed"] = removed(graph, plan)
+        record["plan"] = json.loads(pruned.plan.to_json())
+        record["notes"] = notes
+        record["before"] = {"parameters": plan.before.parameters, "macs": plan.before.macs}
+        record["cells"] = [*model_cells(record), f"{len(plan.groups)} groups, verified ({error:.0e})"]
+        job.model = pruned.model
+        return record
+
+    def load(self, job: Job, folder: Path, record: Record) -> None:
+        """Load the pruned model, and restore the copy of its plan in the run folder."""
+        del record
+        job.model = load(folder / PRUNED, job.make_model)
+        stored, shown = folder / PRUNED / "plan.json", job.folder / plan_file(job.key)
+        if not shown.is_file() or shown.read_bytes() != stored.read_bytes():
+            files.write_bytes(shown, stored.read_bytes())
+
+
+def _reduction(plan: Plan) -> str:
+    if "macs" in plan.goal or not plan.goal:
+        return f"−{figures.percent(1 - plan.after.macs / max(plan.before.macs, 1))} MACs"
+    return f"−{figures.percent(1 - plan.after.parameters / max(plan.before.parameters, 1))} params"
+
+
+def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
+    """Return the units that a plan removes by group and by layer, and the blockers of the graph, JSON-able."""
+    removals = {removal.name: removal for removal in plan.groups}
+    kept = plan.keep(graph)
+    before, after = graph.prices.by_owner(graph.keep({})), graph.prices.by_owner(kept)
+    groups, layers = [], []
+    for group in graph.groups:
+        removal = removals.get(group.name)
+        units = list(removal.removed) if removal else []
+        alone = graph.prices.price(graph.keep({group.name: tuple(units)}))
+        groups.append(
+            {
+                "name": group.name,
+                "kind": group.kind,
+                "size": group.size,
+                "removed": units,
+                "reason": removal.reason if removal else "kept",
+                "layers": list(group.layers),
+                "parameters": graph.cost.parameters - alone.parameters,
+                "macs": graph.cost.macs - alone.macs,
+            }
+        )
+        for name, axis in group.footprint:
+            if axis == 0 and name.endswith("weight") and len(graph.tensors[name].shape) > 1:
+                layer = name.rpartition(".")[0]
+                mask = graph.kept(graph.axes[name, 0], kept)
+                size = graph.tensors[name].shape[0]
+                layers.append(
+                    {
+                        "name": layer,
+                        "group": group.name,
+                        "before": size,
+                        "after": size if mask is None else int(mask.sum()),
+                        "parameters_before": before[layer][0],
+                        "parameters_after": after[layer][0],
+                    }
+                )
+    blockers = [
+        {"reason": b.reason, "where": b.where, "source": b.source, "operation": b.operation, "share": b.share}
+        for b in graph.blockers
+    ]
+    return {"groups": groups, "layers": layers, "blockers": blockers}
