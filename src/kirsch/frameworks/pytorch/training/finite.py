@@ -12,7 +12,7 @@ from kirsch.errors import NumericError
 from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
 
@@ -45,13 +45,13 @@ def check_initial(model: nn.Module) -> set[str]:
     return set(names)
 
 
-def not_finite(model: nn.Module, batch: Batch, parts: dict[str, Any], epoch: int, number: int) -> NumericError:
+def not_finite(model: nn.Module, batch: Batch, parts: Mapping[str, float], epoch: int, number: int) -> NumericError:
     """Return the error for a loss that is not finite. It names the parameter, layer or loss term where that begins.
 
     Args:
         model: the model in training.
         batch: inputs and targets of the step.
-        parts: loss terms by name.
+        parts: values of the loss terms by name.
         epoch, number: of the batch, for the message, from 1.
     """
     when = f"at epoch {epoch}, batch {number}"
@@ -79,7 +79,7 @@ def not_finite(model: nn.Module, batch: Batch, parts: dict[str, Any], epoch: int
     finally:
         for handle in handles:
             handle.remove()
-    terms = [name for name, part in parts.items() if not math.isfinite(float(part.detach()))]
+    terms = [name for name, part in parts.items() if not math.isfinite(part)]
     if layers:
         return NumericError(f"The output of {layers[0]} is not finite {when}.", fix=FIX)
     return _loss_error(", ".join(terms) or "total", batch.targets, when)

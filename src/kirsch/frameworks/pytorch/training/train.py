@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-import math
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from kirsch.frameworks.pytorch.features.student import StudentWithAdapters, grad
 from kirsch.frameworks.pytorch.inference.predict import device_of, inference, on
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.modules.unsupported import check_trainable
+from kirsch.frameworks.pytorch.training.epoch_losses import TOTAL, EpochLosses, NotFiniteLosses
 from kirsch.frameworks.pytorch.training.finite import FIX, check_initial, not_finite, not_finite_names
 from kirsch.frameworks.pytorch.training.loaders import generators_of, length_of, set_epoch
 from kirsch.frameworks.pytorch.training.optimizer import (
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from kirsch.frameworks.training import LossFunction, LossOutput, Training, TrainingHooks
+
+PART = "part."
+"""Prefix of the terms of a loss among the losses of an epoch."""
 
 
 def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training, hooks: TrainingHooks) -> Trained:
@@ -116,7 +119,9 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.first_batch: dict[str, Any] = {}
         self.epoch, self.batch = 0, 0
-        self.sums: dict[str, float] = {}
+        self.samples = 0  # of this epoch
+        self.losses = EpochLosses(self.accelerator.device, {})
+        self.last_batch: Any = None
         self.shares: dict[str, float] = {}
         self.warned: set[str] = set()  # loss terms
         if hooks.resume is not None:
@@ -225,7 +230,7 @@ class _Run:
             group["lr"] = rate
         main = self.accelerator.is_main_process
         own = [shard.counts for shard in window if main or not shard.replicated]
-        counts = self._sum({name: sum(shard[name] for shard in own) for name in window[0].counts})
+        counts = self._sum_over_processes({name: sum(shard[name] for shard in own) for name in window[0].counts})
         require_labels(counts, f"a step, at epoch {self.epoch + 1}, batch {self.batch + 1},")
         samples = sum(len(shard.batch) for shard in window)
         self.optimizer.zero_grad(set_to_none=True)
@@ -233,7 +238,7 @@ class _Run:
             last = shard is window[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 self._backward(shard, epoch, counts, samples)
-            self.sums["samples"] = self.sums.get("samples", 0.0) + len(shard.batch)
+            self.samples += len(shard.batch)
             self.batch += 1
         if self.training.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
@@ -257,15 +262,29 @@ class _Run:
             loss = self.loss(self.model, batch, epoch, counts, batch_counts=shard.counts)
         if not self.batch:
             self._check_shares(loss)
-        if not math.isfinite(float(loss.total.detach())):
-            raise not_finite(self.module.student, batch, loss.terms, self.epoch + 1, self.batch + 1)
         # DDP averages the gradients of the processes; the loss of a shard is a summand of the step.
         factor = 1 if shard.replicated else self.accelerator.num_processes
+        values = {TOTAL: loss.total, **_prefixed(loss.terms), **_prefixed(loss.adapter_losses)}
+        self.last_batch = batch
+        with self._naming_losses():
+            self.losses.add(self.batch + 1, factor * samples, values)
         self.accelerator.backward(loss.total * factor)
-        for name, value in {"loss": loss.total, **_prefixed(loss.terms), **_prefixed(loss.adapter_losses)}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) * factor * samples
 
-    def _sum(self, counts: dict[str, int]) -> dict[str, int]:
+    def _sums(self) -> dict[str, float]:
+        """Return the sums of the losses of the epoch by name."""
+        with self._naming_losses():
+            return self.losses.sums()
+
+    @contextlib.contextmanager
+    def _naming_losses(self) -> Iterator[None]:
+        """Raise a `NumericError` that names the cause if losses are not finite."""
+        try:
+            yield
+        except NotFiniteLosses as error:
+            terms = {name.removeprefix(PART): value for name, value in error.terms.items() if name != TOTAL}
+            raise not_finite(self.module.student, self.last_batch, terms, self.epoch + 1, error.batch) from None
+
+    def _sum_over_processes(self, counts: dict[str, int]) -> dict[str, int]:
         """Return the sums of counts over the processes."""
         if self.accelerator.num_processes == 1:
             return counts
@@ -301,15 +320,14 @@ class _Run:
         return gradient_norms(self.module, {name: loss.terms.get(name, zero) for name in names}, summed)
 
     def _end_epoch(self, seconds: float) -> None:
-        samples = self.sums.pop("samples", 0.0)
-        if not samples:
+        if not self.samples:
             raise DataError("An epoch had no batches.", fix="Give data that can be iterated over more than once.")
         self._check_finite()
-        means = {name: value / samples for name, value in self.sums.items()}
+        means = {name: value / self.samples for name, value in self._sums().items()}
         record: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "loss": means.pop("loss"),
-            "terms": {name.removeprefix("part."): mean for name, mean in means.items()},
+            "terms": {name.removeprefix(PART): mean for name, mean in means.items()},
             "gradient_shares": self.shares,
             "learning_rate": learning_rate(self.training, self.epoch + 0.5),
             "seconds": seconds,
@@ -325,7 +343,8 @@ class _Run:
                 )
             record.update(metrics)
         self.history.append(record)
-        self.sums, self.batch, self.epoch = {}, 0, self.epoch + 1
+        self.losses = EpochLosses(self.accelerator.device, {})
+        self.samples, self.batch, self.epoch = 0, 0, self.epoch + 1
         self.generator_states = [generator.get_state() for generator in self.generators]
         self._emit({"event": "epoch", "epochs": self.training.epochs, **record})
         if self.hooks.save is not None:
@@ -343,6 +362,7 @@ class _Run:
 
     def _check_finite(self) -> None:
         """Raise an error if a weight is not finite, before the model is validated, saved or returned."""
+        self._sums()  # names the batch where the losses ceased to be finite
         name = next((name for name in not_finite_names(self.module.student) if name not in self.not_finite), None)
         if name is not None:
             raise NumericError(f"The {name} is no longer finite in epoch {self.epoch + 1}.", fix=FIX)
@@ -360,7 +380,8 @@ class _Run:
                 if isinstance(value, torch.Tensor):
                     arrays[f"optimizer.{number}.{name}"] = to_array(value)
         arrays |= {f"generator.{number}": to_array(state) for number, state in enumerate(self.generator_states)}
-        values = {"epoch": self.epoch, "batch": self.batch, "sums": self.sums, "history": self.history}
+        values: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "samples": self.samples}
+        values |= {"sums": self._sums(), "history": self.history}
         values |= {"first_batch": self.first_batch, "shares": self.shares, "loss": self.loss.state()}
         values["settings"] = self._settings()
         return TrainingState(arrays, copy.deepcopy(values))
@@ -400,10 +421,12 @@ class _Run:
         for index, generator in enumerate(self.generators):
             generator.set_state(to_tensor(state.arrays[f"generator.{index}"]))
         self.epoch, self.batch = int(state.values["epoch"]), int(state.values["batch"])
-        self.sums, self.history = dict(state.values["sums"]), list(state.values["history"])
+        self.samples = state.values["samples"]
+        self.losses = EpochLosses(self.accelerator.device, state.values["sums"])
+        self.history = list(state.values["history"])
         self.first_batch, self.shares = dict(state.values["first_batch"]), dict(state.values["shares"])
         self.loss.restore(state.values["loss"])
 
 
 def _prefixed(parts: dict[str, Any]) -> dict[str, Any]:
-    return {f"part.{name}": part for name, part in parts.items()}
+    return {f"{PART}{name}": part for name, part in parts.items()}
