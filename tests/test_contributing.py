@@ -12,6 +12,7 @@ import kirsch
 from kirsch.distillation.losses import LOSSES
 from kirsch.errors import ShapeError
 from kirsch.pruning.importance import IMPORTANCES
+from kirsch.steps import STEPS
 from kirsch.tasks import TASKS
 
 torch = pytest.importorskip("torch")
@@ -25,7 +26,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 @pytest.fixture
 def defined(monkeypatch):
     """Return the names that the snippets define, and remove the names that they register afterwards."""
-    for registry in (IMPORTANCES, LOSSES, ADAPTERS, TASKS):
+    for registry in (IMPORTANCES, LOSSES, ADAPTERS, TASKS, STEPS):
         monkeypatch.setattr(registry, "_objects", dict(registry._objects))
     names: dict = {}
     for snippet in re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL):
@@ -77,6 +78,22 @@ def test_the_adapter_normalizes_the_student_and_leaves_the_teacher_unchanged(def
     assert defined["feature"].adapter == "per-channel"
 
 
+def test_the_step_runs_in_a_job_and_is_kept_when_the_job_continues(defined, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.234, -0.1], [0.16, 0.987]]))
+    part = kirsch.Split(np.eye(2, dtype=np.float32)[np.arange(6) % 2], np.arange(6) % 2)
+    data = kirsch.DataSet("d", part, part, part, ("a", "b"))
+    events = []
+    for _ in range(2):
+        steps = [defined["RoundWeights"](decimals=1)]
+        result = kirsch.compress(model, data, steps=steps, folder=tmp_path / "run", listen=events.append)
+        torch.testing.assert_close(result.model.weight, torch.tensor([[1.2, -0.1], [0.2, 1.0]]))
+    assert [step["key"] for step in result.metrics["steps"]] == ["evaluate", "round-weights"]
+    assert [event["key"] for event in events if event["event"] == "step_kept"] == ["evaluate", "round-weights"]
+    assert model.weight[0, 0].item() == pytest.approx(1.234)
+
+
 def test_the_task_counts_samples_whose_labels_are_all_right(defined):
     task, labels = TASKS["multi-label"](), np.array([[1, 0], [1, 1], [0, 0]])
     part = kirsch.Split(np.zeros((3, 2), np.float32), labels)
@@ -99,6 +116,7 @@ def test_the_registered_names_are_removed_after_each_test():
     assert "squared-difference" not in LOSSES
     assert "per-channel" not in ADAPTERS
     assert "multi-label" not in TASKS
+    assert "round-weights" not in STEPS
 
 
 def test_the_entry_point_groups_are_those_of_the_registries():
