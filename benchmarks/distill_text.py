@@ -153,7 +153,7 @@ def run(task: str, objective: str, seed: int) -> dict[str, Any]:
     """One student, trained and judged."""
     torch.manual_seed(seed)
     student, (inputs, labels) = network(2), encoded("train")
-    training = dataclasses.replace(TRAINING, seed=seed)
+    training = TRAINING.changed(seed=seed)
     doubted: list[str] = []
     hooks = TrainingHooks(event=lambda event: doubted.append(event["text"]) if "text" in event else None)
     trained = kirsch.distill(
