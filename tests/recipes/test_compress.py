@@ -301,6 +301,33 @@ def test_without_recovery_nothing_is_trained_and_plan_options_reach_the_plan(tra
     torch.testing.assert_close(found.model.first.weight, trained[0].first.weight)
 
 
+def test_forced_progress_shows_the_lines_of_the_command(trained, tmp_path, capfd):
+    events = []
+    found = kirsch.compress(
+        trained[0],
+        trained[2],
+        HALF,
+        steps=[Prune(), Recover(epochs=2, learning_rate=0.01)],
+        folder=tmp_path / "run",
+        batch_size=16,
+        listen=events.append,
+        progress=True,
+    )
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0] == f"kirsch {kirsch.__version__} · model · run {tmp_path / 'run'}"
+    steps = [line for line in lines if line[:2].strip().isdigit()]
+    assert [line.split()[:2] for line in steps] == [["1", "evaluate"], ["2", "prune"], ["3", "recover"]]
+    assert [line.split()[:3] for line in lines if "loss" in line] == [
+        ["recover", "epoch", "1/2"],
+        ["recover", "epoch", "2/2"],
+    ]
+    assert lines[-3].startswith("goal met")
+    assert f"report       {found.report}" in lines
+    assert events[0]["event"] == "start"
+
+
 def test_steps_of_the_call_are_run_in_order(trained, tmp_path):
     events = []
     short = {"epochs": 1, "learning_rate": 0.01}

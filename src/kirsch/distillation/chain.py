@@ -19,6 +19,7 @@ from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import Teacher, combined, one_or_more
 from kirsch.errors import CheckpointError, UsageError
 from kirsch.frameworks.find import framework_of, pytorch
+from kirsch.frameworks.progress import with_progress
 from kirsch.frameworks.training import Trained, Training, TrainingHooks, TrainingState
 
 Link = Callable[[list[Trained], TrainingHooks, bool], Trained]
@@ -39,6 +40,7 @@ def distill_chain(
     hooks: TrainingHooks | None = None,
     regularizers: Sequence[Regularizer] = (),
     check_teacher: bool = True,
+    progress: bool | None = None,
 ) -> list[Trained]:
     """Each model trained on what the one before it computes: a teacher, its assistants, and the student.
 
@@ -54,7 +56,7 @@ def distill_chain(
             as the objective says; terms that compare places inside of models take the nearest.
         objective: one for all links, or one for each; `Objective.kd()` if left out.
         training: one for all links, or one for each; `Training()` if left out.
-        validation, regularizers, check_teacher: see `distill`.
+        validation, regularizers, check_teacher, progress: see `distill`.
         hooks: of the whole chain; see `distill`. Events say which "link" they are of, from 1 on.
 
     Returns:
@@ -95,11 +97,12 @@ def distill_chain(
                 hooks=own,
                 regularizers=regularizers,
                 check_teacher=check and check_teacher,
+                progress=False,  # the hooks show it
             )
 
         return learn
 
-    return _in_turn([link(place) for place in range(len(students))], hooks or TrainingHooks())
+    return _in_turn([link(place) for place in range(len(students))], with_progress(hooks, progress))
 
 
 @checked
@@ -114,6 +117,7 @@ def born_again(
     validation: Any = None,
     hooks: TrainingHooks | None = None,
     regularizers: Sequence[Regularizer] = (),
+    progress: bool | None = None,
 ) -> list[Trained]:
     """Generations of one architecture, each with fresh weights and trained on what the last one computes.
 
@@ -128,7 +132,7 @@ def born_again(
         teacher: of the first of them. If left out, one more is trained on labels alone before, and comes first in what
             is given back.
         objective: `Objective.kd()` if left out, and its loss on labels for the one that learns from them alone.
-        training, validation, hooks, regularizers: see `distill_chain`.
+        training, validation, hooks, regularizers, progress: see `distill_chain`.
 
     Returns:
         One `Trained` for each generation, the first first.
@@ -151,7 +155,7 @@ def born_again(
             "Each generation begins with fresh ones.",
             "Let it set no seed and load no weights.",
         )
-    common: dict[str, Any] = {"validation": validation, "regularizers": regularizers}
+    common: dict[str, Any] = {"validation": validation, "regularizers": regularizers, "progress": False}
 
     def link(place: int) -> Link:
         own_training = training.changed(seed=seeds[place])
@@ -174,7 +178,7 @@ def born_again(
 
         return learn
 
-    return _in_turn([link(place) for place in range(len(models))], hooks or TrainingHooks())
+    return _in_turn([link(place) for place in range(len(models))], with_progress(hooks, progress))
 
 
 @dataclasses.dataclass

@@ -21,6 +21,7 @@ from kirsch.distillation.targets import check_labels
 from kirsch.distillation.teachers import Teacher, one_or_more, replayed
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.progress import with_progress
 from kirsch.frameworks.training import Trained, Training, TrainingHooks
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def distill(
     hooks: TrainingHooks | None = None,
     regularizers: Sequence[Regularizer] = (),
     check_teacher: bool = True,
+    progress: bool | None = None,
 ) -> Trained:
     """A student trained on what a teacher computes; all models given are left as they are.
 
@@ -57,6 +59,8 @@ def distill(
         regularizers: further terms, such as `kirsch.pruning.regularizers.Slimming(1e-4)`.
         check_teacher: refuse a teacher that is no better than a model which does not look at its inputs: answers given
             as often whatever the sample, the mean of numbers.
+        progress: show a line for each epoch and a bar while it runs, on the standard error. Warnings are shown as
+            lines, too. None: only on a terminal and in a notebook.
 
     Returns:
         The trained student with its history. `first_batch` has the shares of the terms in loss and gradient.
@@ -72,7 +76,7 @@ def distill(
         NumericError: the teacher is no better than chance, a term gives no gradient, or numbers are not finite.
     """
     objective, validation = objective or Objective.kd(), to_validate_by(validation)
-    training, hooks = training or Training(), hooks or TrainingHooks()
+    training, hooks = training or Training(), with_progress(hooks, progress)
     framework = framework_of(student)
     stored = isinstance(teacher, TeacherStore)
     if isinstance(teacher, TeacherStore):
@@ -115,10 +119,11 @@ def fit(
     regularizers: Sequence[Regularizer] = (),
     label_smoothing: float = 0.0,
     objective: Objective | None = None,
+    progress: bool | None = None,
 ) -> Trained:
     """A model trained on labels alone; see `distill` for the arguments."""
     objective, validation = objective or Objective.labels(label_smoothing), to_validate_by(validation)
-    training, hooks = training or Training(), hooks or TrainingHooks()
+    training, hooks = training or Training(), with_progress(hooks, progress)
     framework = framework_of(model)
     first = first_batch(framework.training, data)
     targets, inputs = data.targets if isinstance(data, ArrayData) else first.targets, few(first).inputs

@@ -30,6 +30,7 @@ from kirsch.distillation.step import TargetCheck, balanced, regularization
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.progress import with_progress
 from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHooks, shares_of
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def distill_mutually(
     validation: Any = None,
     hooks: TrainingHooks | None = None,
     regularizers: Sequence[Regularizer] = (),
+    progress: bool | None = None,
 ) -> list[Trained]:
     """Students trained side by side, each on the labels and on what its peers say of the same batch.
 
@@ -66,6 +68,7 @@ def distill_mutually(
         hooks: one run, with one state to save and resume. Events and states name the parts of a student after its
             number: "0.kd", "1.accuracy".
         regularizers: further terms of each student.
+        progress: see `distill`.
 
     Returns:
         The trained students, in their order, each with its own parts of the history.
@@ -79,7 +82,7 @@ def distill_mutually(
     Source: Zhang et al. 2018, Deep mutual learning, arXiv:1706.00384, section 2; there students may also take turns.
     """
     objective, validation = objective or Objective.preset("dml"), to_validate_by(validation)
-    training, hooks = training or Training(), hooks or TrainingHooks()
+    training, hooks = training or Training(), with_progress(hooks, progress)
     framework = framework_of(students[0]) if students else None
     if framework is None or len(students) < FEWEST:
         raise UsageError(
@@ -177,6 +180,7 @@ class MutualStep:
         logits: for each student, what makes logits of its outputs; None if they are logits.
         check: of the targets of each batch.
         regularizers: further terms of each student.
+        progress: see `distill`.
     """
 
     def __init__(

@@ -174,7 +174,9 @@ class Train(TrainingStep):
     def seconds(self, job: Job) -> float:
         """Estimate the time of the training."""
         model, objective = self._of(job), _labels(job, self.model)
-        return self._timed(job, lambda part: fit(model, part, training=ONE_EPOCH, hooks=QUIET, objective=objective))
+        return self._timed(
+            job, lambda part: fit(model, part, training=ONE_EPOCH, hooks=QUIET, objective=objective, progress=False)
+        )
 
     def run(self, job: Job, folder: Path) -> Record:
         """Train the model, and write its weights."""
@@ -184,6 +186,7 @@ class Train(TrainingStep):
             training=self.training(job),
             validation=job.validation(),
             hooks=job.hooks(),
+            progress=False,
             objective=_labels(job, self.model),
         )
         framework_of(trained.model).inference.inference_mode(trained.model)
@@ -276,6 +279,7 @@ class Distill(TrainingStep):
                 objective=objective,
                 training=ONE_EPOCH,
                 hooks=QUIET,
+                progress=False,
                 check_teacher=False,
             )
 
@@ -291,6 +295,7 @@ class Distill(TrainingStep):
             training=self.training(job),
             validation=job.validation(),
             hooks=job.hooks(),
+            progress=False,
         )
         record = self._record(job, folder, trained, self.makes)
         record["first_batch"] = trained.first_batch

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from kirsch.deploy.steps import MODEL
 from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.progress import shown_on
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal
-from kirsch.jobs.job import CHECKPOINTS, RECORD, WEIGHTS
-from kirsch.recipes.layout import step_line, verdict_lines
+from kirsch.jobs.job import CHECKPOINTS, RECORD, WEIGHTS, ignore
+from kirsch.progress import JobProgress, step_line, verdict_lines
 from kirsch.recipes.manifest import REPORT
 from kirsch.recipes.recipe import DataSection, ModelSection, Recipe
 from kirsch.recipes.runner import Materials, new_folder_name, run
@@ -91,7 +93,8 @@ def compress(
     seed: Seed = 0,
     folder: str | Path | None = None,
     name: str = "model",
-    listen: Callable[[dict[str, Any]], Any] = lambda _event: None,
+    listen: Callable[[dict[str, Any]], Any] = ignore,
+    progress: bool | None = None,
     **plan_options: Any,
 ) -> Compressed:
     """Compress a trained model: distill it if a student is given, prune, recover, export, measure and report.
@@ -122,6 +125,8 @@ def compress(
         folder: run folder; by default a new folder under runs/. The same call with the same folder continues a run.
         name: name of the model in the report.
         listen: called with each event.
+        progress: show the lines of the command `kirsch compress`, on the standard error. None: only on a terminal and
+            in a notebook.
         plan_options: options of `kirsch.plan`, such as `exclude`, `round_to`, `importance`.
 
     Raises:
@@ -153,7 +158,8 @@ def compress(
         origin=_weights_hash(model) + ("" if student is None else _weights_hash(student)),
     )
     run_folder = Path(folder) if folder is not None else Path("runs") / new_folder_name(recipe)
-    outcome = run(recipe, run_folder, listen=listen, materials=materials)
+    with _shown(listen, progress) as listen_and_show:
+        outcome = run(recipe, run_folder, listen=listen_and_show, materials=materials)
     return Compressed(
         model=outcome.model,
         artifact=_artifact(run_folder),
@@ -162,6 +168,27 @@ def compress(
         met=outcome.exit_code == 0,
         folder=run_folder,
     )
+
+
+@contextlib.contextmanager
+def _shown(listen: Callable[[dict[str, Any]], Any], progress: bool | None) -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """Yield a function that shows each event, if progress is shown, and calls `listen`."""
+    display = shown_on(progress)
+    if display is None:
+        yield listen
+        return
+    shown = JobProgress(display)
+
+    def show(event: dict[str, Any]) -> None:
+        shown(event)
+        if event["event"] == "end":
+            display.progress(*verdict_lines(event))
+        listen(event)
+
+    try:
+        yield show
+    finally:
+        display.stop_status()
 
 
 def _usual_steps(
