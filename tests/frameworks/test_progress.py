@@ -180,7 +180,7 @@ def test_a_warning_is_one_line_and_not_a_python_warning(capfd):
     distilled(progress=True, objective=late)
     lines = capfd.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["warning", "epoch 1/2", "epoch 2/2"]
-    assert lines[0].startswith("warning  The weight of the labels comes to 1 after 9 epochs")
+    assert lines[0].startswith("warning  The weight of the labels reaches 1 after 9 epochs")
 
 
 def test_a_warning_of_each_model_of_a_chain_is_shown_once_and_epochs_name_their_model(capfd):
