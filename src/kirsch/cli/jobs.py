@@ -95,7 +95,8 @@ def dry_run(recipe: Recipe, base: Path, run: str, terminal: Terminal) -> int:
 def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
     """Return the lines of a dry run, one line per step."""
     data = content["data"]
-    samples = f"{data['train']:,} for training, {data['validation']:,} for validation, {data['test']:,} for testing"
+    train = "a loader" if data["train"] is None else f"{data['train']:,}"
+    samples = f"{train} for training, {data['validation']:,} for validation, {data['test']:,} for testing"
     lines: list[Line] = [
         [Piece(content["name"], "strong"), Piece("   a dry run: a few steps are run to estimate the time")],
         [Piece(f"{'goal':<13}{content['goal']}")],

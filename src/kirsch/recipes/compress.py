@@ -74,6 +74,8 @@ class Compressed(Printable):
 DEFAULT_TRAINING = Training()
 """Settings of trainings for which none are given."""
 
+DEFAULT_BATCH_SIZE = 64
+
 
 @checked
 def compress(
@@ -89,7 +91,7 @@ def compress(
     max_drop: float | None = None,
     speedup: float | None = None,
     task: str = "classification",
-    batch_size: Count = 64,
+    batch_size: Count | None = None,
     seed: Seed = 0,
     folder: str | Path | None = None,
     name: str = "model",
@@ -104,7 +106,7 @@ def compress(
 
     Args:
         model: trained model. It is the teacher of all training, and is not changed.
-        data: data set with training, validation and test part.
+        data: data set with training, validation and test part, in memory or from loaders.
         goal: limits of the pruned model, as fractions of the model at the start. With `steps`, it applies to each step
             `Prune` without a goal.
         student: small untrained model that learns from the model and is then pruned; by default the model itself is
@@ -120,7 +122,7 @@ def compress(
             percentage point.
         speedup: smallest allowed speedup over the model.
         task: what the model is for, a name in `kirsch.tasks.TASKS`.
-        batch_size: samples per training step.
+        batch_size: samples per training step; None for 64, or for the batch size of the loader of the training part.
         seed: seed of all random numbers, unless a training or step has its own.
         folder: run folder; by default a new folder under runs/. The same call with the same folder continues a run.
         name: name of the model in the report.
@@ -145,7 +147,7 @@ def compress(
         name=name,
         seed=seed,
         task=task,
-        data=DataSection(source=None, batch_size=batch_size),
+        data=DataSection(source=None, batch_size=_batch_size(batch_size, data)),
         teacher=ModelSection(model=None),
         student=None if student is None else ModelSection(model=None),
         steps=tuple(steps),
@@ -189,6 +191,18 @@ def _shown(listen: Callable[[dict[str, Any]], Any], progress: bool | None) -> It
         yield show
     finally:
         display.stop_status()
+
+
+def _batch_size(batch_size: int | None, data: DataSet) -> int:
+    """Return the batch size of training, which a loader has itself."""
+    if not data.is_stream:
+        return batch_size or DEFAULT_BATCH_SIZE
+    if batch_size is not None:
+        raise UsageError(
+            f"`batch_size` of kirsch.compress has no effect: the training part of {data.name} is a loader.",
+            fix="Set it in the loader, and leave it out here.",
+        )
+    return data.train.batch_size or DEFAULT_BATCH_SIZE
 
 
 def _usual_steps(
