@@ -166,14 +166,21 @@ def test_generator_is_refused_as_a_part(part):
             [(torch.zeros(2, 2), [0, 1]), (torch.zeros(2, 3), [0, 1])],
             r"the test part of d differ in shape: \(2,\), \(3",
         ),
-        ([], r"The test part of d has no batches"),
-        (loader().dataset, r"Batch 1 of the test part of d: .*looks like a single sample"),
+        ([], r"The test part of d is empty"),
+        (loader(()), r"The test part of d has no batches"),
+        (loader().dataset, r"The test part of d is a TensorDataset, which yields single samples.*DataLoader\("),
+        ([(torch.zeros(2), torch.tensor(1))], r"Batch 1 of the test part of d: .*looks like a single sample"),
         (ArrayData(np.zeros((2, 2)), np.arange(2)), r"The test part of d is .* Give kirsch\.Split"),
     ],
 )
 def test_loader_that_gives_no_samples_with_labels_is_refused(batches, sentence):
     with pytest.raises(DataError, match=sentence):
         data_set(test=batches)
+
+
+def test_dataset_is_refused_as_the_training_part():
+    with pytest.raises(DataError, match=r"The train part of d is a TensorDataset, which yields single samples"):
+        data_set(train=loader().dataset)
 
 
 def test_loader_of_more_samples_than_memory_is_refused_at_its_first_batch(monkeypatch):
@@ -193,6 +200,11 @@ def test_loader_of_more_samples_than_memory_is_refused_at_its_first_batch(monkey
     with pytest.raises(DataError, match=r"The samples of the test part of d take 8\.00 MB, and 10\.0 MB of memory"):
         data_set(test=batches)
     assert batches.read == 1
+
+
+def test_empty_list_is_refused_as_the_training_part():
+    with pytest.raises(DataError, match=r"The train part of d is empty\. Give it at least one sample\."):
+        data_set(train=[])
 
 
 def test_augmentation_of_a_loader_is_refused():

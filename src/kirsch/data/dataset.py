@@ -16,7 +16,7 @@ from kirsch.data.arrays import host
 from kirsch.data.augment import Augment, Seeded
 from kirsch.data.batches import ArrayData, SeededData
 from kirsch.data.stream import Stream, read
-from kirsch.data.structure import summary
+from kirsch.data.structure import refuse_dataset, summary
 from kirsch.errors import DataError, UsageError
 from kirsch.references import is_valid_text
 
@@ -76,7 +76,7 @@ class DataSet:
         UsageError: `augment` is given for a loader.
     """
 
-    made_by: ClassVar[str] = "kirsch.DataSet(name, train=kirsch.Split(inputs, labels), validation=..., test=..., ...)"
+    made_by: ClassVar[str] = "kirsch.DataSet(name, train=loader, validation=..., test=..., classes=...)"
 
     name: str
     train: Labeled
@@ -204,6 +204,9 @@ def _part(name: str, value: Any, part: str) -> Split | Stream:
             "Each epoch, and a run that is continued, reads it again.",
             "Give a DataLoader or a list of batches.",
         )
+    if isinstance(value, list) and not value:
+        raise DataError(f"{name[0].upper()}{name[1:]} is empty.", fix="Give it at least one sample.")
+    refuse_dataset(value, f"{name[0].upper()}{name[1:]}")
     return Stream(value, name) if part == "train" else Split(*read(value, name))
 
 
