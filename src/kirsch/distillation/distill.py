@@ -54,7 +54,7 @@ def distill(
         training: `Training()` if left out.
         validation: `ArrayData`, (inputs, labels) as arrays, a DataLoader, or a callable model → metrics by name.
         hooks: events, stop, checkpoints.
-        regularizers: further terms, such as `kirsch.pruning.regularizers.Slimming(1e-4)`.
+        regularizers: further terms, such as `kirsch.Slimming(1e-4)`.
         check_teacher: refuse a teacher that is no better than a model which does not look at its inputs: answers given
             as often whatever the sample, the mean of numbers.
 

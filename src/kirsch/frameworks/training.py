@@ -145,7 +145,7 @@ class TrainingHooks:
         resume: state to resume from.
     """
 
-    made_by: ClassVar[str] = "kirsch.frameworks.training.TrainingHooks(event=..., stop=..., save=...)"
+    made_by: ClassVar[str] = "kirsch.TrainingHooks(event=..., stop=..., save=...)"
 
     validate: Callable[[Any], dict[str, float]] | None = None
     event: Callable[[dict[str, Any]], None] | None = None
