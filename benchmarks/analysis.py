@@ -176,7 +176,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     parts = [HEAD.format(machine=f"{cpu()[0]}, one thread, torch {torch.__version__}", date=datetime.now(UTC).date())]
     heads = {"sizes": "## By size", "depth": "## By depth\n\n![time by layers](pictures/depth.svg)"}
     for key, head in heads.items():
-        lines = ["| | parameters | trace | analysis | of the trace | groups | units | peak memory | plans |"]
+        lines = ["| | parameters | trace | analysis | of trace time | groups | units | peak memory | plans |"]
         lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---|")
         for name in SETS[key]:
             if name in found:
@@ -188,7 +188,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
                     f"| {plans + ' ms' if plans else '–'} |"
                 )
         parts += [head, "\n".join(lines)]
-    lines = ["| | model → pruned | cut | copy of what is kept | selecting it | prune | memory beside both |"]
+    lines = ["| | model → pruned | cut | copy of kept weights | selection of them | prune | additional memory |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for name in (name for name in CUTS if name in found):
         row = found[name]
@@ -202,13 +202,13 @@ HEAD = """# Scale
 
 <!-- written by benchmarks/analysis.py; do not edit -->
 
-What the coupling analysis costs, in processor time, beside the export of the model that it works on. The models of the
-first two tables live on the meta device: shapes without values. *Plans*: four further goals on the same analysis.
-*Cut*: every other unit of every group of a model in single precision. *Memory beside both*: the peak while it is pruned
-above the model and the pruned one together, as a share of these. A verification works in double precision and holds the
-original twice.
+Processor time of the coupling analysis, compared with the export of the model that precedes it. The models of the
+first two tables are on the meta device: they have shapes without values. *Plans*: times of plans for four more goals
+on the same analysis. *Cut*: removal of every other unit of every group of a model in single precision. *Additional
+memory*: peak memory during pruning above that of the original and the pruned model together, as a fraction of these. A
+verification computes in double precision and holds two copies of the original.
 
-`python benchmarks/analysis.py` makes this page; here on {machine}, {date}."""
+`python benchmarks/analysis.py` writes this page; measured on {machine}, {date}."""
 
 
 def growth(rows: list[dict[str, Any]]) -> str:

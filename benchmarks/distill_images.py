@@ -87,7 +87,7 @@ def objectives(task: str) -> dict[str, Objective]:
         return dataclasses.replace(objective, terms=tuple(terms))
 
     names = ("kd", "dkd", "dist", "lskd", "at", "reviewkd", "crd")
-    found = {"labels alone": Objective.labels(), **{name: preset(name) for name in names}}
+    found = {"labels only": Objective.labels(), **{name: preset(name) for name in names}}
     return found if task == "mobilenet" else found | DEFAULTS
 
 
@@ -157,10 +157,10 @@ def about(task: str) -> str:
     counts = [framework_of(model).analysis.count(model, image) for model in (resnet(), STUDENTS[task]())]
     costs = [f"{figures.count(parameters)} parameters, {figures.count(macs)} MACs" for parameters, macs in counts]
     return (
-        f"The teacher ({costs[0]}) learned from {TEACHERS:,} images and has {accuracy(teacher()):.1%} of the 10,000 "
-        f"test images right. The students ({costs[1]}) see {IMAGES:,} of its images, {EPOCHS} times, {BATCH} at a "
-        f"time; SGD with momentum, learning rate {TRAINING.learning_rate:g} on a cosine. What the teacher says of each "
-        "look of an image is read from one store."
+        f"The teacher ({costs[0]}) was trained on {TEACHERS:,} images and classifies {accuracy(teacher()):.1%} of "
+        f"the 10,000 test images correctly. The students ({costs[1]}) are trained on {IMAGES:,} of these images for "
+        f"{EPOCHS} epochs, batch size {BATCH}, with SGD with momentum and a cosine schedule from "
+        f"{TRAINING.learning_rate:g}. The teacher's outputs for each augmented image are read from one store."
     )
 
 

@@ -47,7 +47,7 @@ def objectives(_task: str) -> dict[str, Objective]:
     """What is compared. MiniLM's relations alone teach no classes: soft targets and labels stand beside them."""
     minilm = dataclasses.replace(Objective.preset("minilm").terms[0], options={"heads": 8})
     return {
-        "labels alone": Objective.labels(),
+        "labels only": Objective.labels(),
         "kd": Objective.kd(2.0, 0.9),
         "distilbert": Objective.preset("distilbert"),
         "minilm, with kd": Objective((Term("kd", 0.9, temperature=2.0), minilm), label_weight=0.1),
@@ -142,10 +142,10 @@ def about(_task: str) -> str:
     """What was trained on what."""
     counts = [figures.count(sum(p.numel() for p in network(layers).parameters())) for layers in (6, 2)]
     return (
-        f"Both are BERTs trained from nothing on 6,920 sentences, {WIDTH} wide; the teacher with 6 layers ({counts[0]} "
-        f"parameters) has {accuracy(teacher()):.1%} of the 1,821 test sentences right, the students have 2 layers "
-        f"({counts[1]}). {TRAINING.epochs} epochs of AdamW. Logistic regression on the words that occur in a sentence "
-        f"has {bag_of_words():.1%} right."
+        f"Both are BERT models of width {WIDTH}, trained on 6,920 sentences without pretraining. The teacher with 6 "
+        f"layers ({counts[0]} parameters) classifies {accuracy(teacher()):.1%} of the 1,821 test sentences correctly; "
+        f"the students have 2 layers ({counts[1]}). {TRAINING.epochs} epochs of AdamW. Logistic regression on the "
+        f"words of a sentence reaches {bag_of_words():.1%}."
     )
 
 

@@ -40,7 +40,7 @@ TASKS: dict[str, Any] = {
     "mobilenet": distill_images,
     "sst2": distill_text,
 }
-LABELS = "labels alone"
+LABELS = "labels only"
 START, END = "<!-- tables: written by benchmarks/distillation.py -->", "<!-- end of tables -->"
 
 
@@ -78,15 +78,20 @@ def run(task: str, seeds: list[int]) -> None:
 
 
 def table(task: str) -> list[str]:
-    """One task's table: each objective beside labels alone, over the seeds that all objectives have."""
+    """One task's table: each objective beside labels only, over the seeds that all objectives have."""
     found = {(row["objective"], row["seed"]): row["accuracy"] for row in rows(task)}
     names = [name for name in TASKS[task].objectives(task) if any(key[0] == name for key in found)]
     seeds = [seed for seed in sorted({seed for _, seed in found}) if all((name, seed) in found for name in names)]
-    heads = ["objective", f"accuracy, {len(seeds)} seeds, ± deviation", "against labels alone, points, ± 95 %", ""]
+    heads = [
+        "objective",
+        f"accuracy, {len(seeds)} seeds, ± deviation",
+        "difference from labels only, points, ± 95 %",
+        "",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---|---:|---:|---|"]
     for name in names:
         if not all(found[name, seed] for seed in seeds):
-            lines.append(f"| {name} | – | – | stopped: its term loses its gradient |")
+            lines.append(f"| {name} | – | – | stopped: the term has no gradient |")
             continue
         accuracies = 100 * np.array([found[name, seed] for seed in seeds])
         cells = [name, f"{accuracies.mean():.1f} % ± {accuracies.std(ddof=1):.1f}", "–", ""]
@@ -94,7 +99,7 @@ def table(task: str) -> list[str]:
             gains = accuracies - 100 * np.array([found[LABELS, seed] for seed in seeds])
             reach = stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains)
             cells[2] = f"{gains.mean():+.1f} ± {reach:.1f}"
-            cells[3] = "inside the noise" if abs(gains.mean()) < reach else "better" if gains.mean() > 0 else "worse"
+            cells[3] = "not significant" if abs(gains.mean()) < reach else "better" if gains.mean() > 0 else "worse"
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -103,7 +108,10 @@ def page() -> str:
     """All tables with what they were measured on."""
     lines = [
         START,
-        f"`python benchmarks/distillation.py` writes these tables; here on {cpu()[0]}, {datetime.now(UTC):%Y-%m-%d}.",
+        (
+            f"`python benchmarks/distillation.py` writes these tables; measured on {cpu()[0]}, "
+            f"{datetime.now(UTC):%Y-%m-%d}."
+        ),
     ]
     for task, module in TASKS.items():
         if rows(task):

@@ -155,9 +155,9 @@ def table(rows: dict[str, dict[str, float]], date: str) -> str:
     """The rows as Markdown."""
     lines = [
         START,
-        f"`python benchmarks/overhead.py` writes this table; here on {cpu()[0]}, one thread, {date}.",
+        f"`python benchmarks/overhead.py` writes this table; measured on {cpu()[0]}, one thread, {date}.",
         "",
-        "| teacher → student | labels alone | with a store | with the teacher | `kirsch.distill` ÷ a loop by hand |",
+        "| teacher → student | labels only | with a store | with the teacher | `kirsch.distill` ÷ hand-written loop |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, row in rows.items():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import kirsch
+from kirsch.deploy.export import EXPORTERS
 from kirsch.distillation.losses import LOSSES
 from kirsch.errors import ShapeError
 from kirsch.pruning.importance import IMPORTANCES
@@ -22,15 +23,19 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
 
-@pytest.fixture
-def defined(monkeypatch):
-    """Return the names that the snippets define, and remove the names that they register afterwards."""
-    for registry in (IMPORTANCES, LOSSES, ADAPTERS, TASKS):
+def define(monkeypatch):
+    """Run the snippets and return the names that they define; undoing the patch removes what they register."""
+    for registry in (IMPORTANCES, LOSSES, ADAPTERS, EXPORTERS, TASKS):
         monkeypatch.setattr(registry, "_objects", dict(registry._objects))
     names: dict = {}
     for snippet in re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL):
         exec(compile(snippet, "CONTRIBUTING.md", "exec"), names)
     return names
+
+
+@pytest.fixture
+def defined(monkeypatch):
+    return define(monkeypatch)
 
 
 def test_the_importance_is_the_largest_weight_in_closed_form(defined):
@@ -77,6 +82,15 @@ def test_the_adapter_normalizes_the_student_and_leaves_the_teacher_unchanged(def
     assert defined["feature"].adapter == "per-channel"
 
 
+def test_the_exporter_writes_the_weights_of_the_model(defined, tmp_path):
+    model = torch.nn.Linear(2, 3)
+    inputs = torch.zeros(1, 2)
+    path = tmp_path / "model.safetensors"
+    artifact = kirsch.export(model, path, example_inputs=inputs, format="safetensors")
+    assert artifact.details == {"tensors": 2}
+    torch.testing.assert_close(defined["load_file"](path)["weight"], model.weight.detach())
+
+
 def test_the_task_counts_samples_whose_labels_are_all_right(defined):
     task, labels = TASKS["multi-label"](), np.array([[1, 0], [1, 1], [0, 0]])
     part = kirsch.Split(np.zeros((3, 2), np.float32), labels)
@@ -95,16 +109,24 @@ def test_the_task_counts_samples_whose_labels_are_all_right(defined):
 
 
 def test_the_registered_names_are_removed_after_each_test():
-    assert "largest-weight" not in IMPORTANCES
-    assert "squared-difference" not in LOSSES
-    assert "per-channel" not in ADAPTERS
-    assert "multi-label" not in TASKS
+    registered = (
+        ("largest-weight", IMPORTANCES),
+        ("squared-difference", LOSSES),
+        ("per-channel", ADAPTERS),
+        ("safetensors", EXPORTERS),
+        ("multi-label", TASKS),
+    )
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        define(monkeypatch)
+        assert all(name in registry for name, registry in registered)
+    assert not any(name in registry for name, registry in registered)
 
 
 def test_the_entry_point_groups_are_those_of_the_registries():
     assert f"kirsch.{IMPORTANCES.kind}" in TEXT
     assert f"kirsch.{LOSSES.kind}" in TEXT
     assert f"kirsch.{ADAPTERS.kind}" in TEXT
+    assert f"kirsch.{EXPORTERS.kind}" in TEXT
     assert f"kirsch.{TASKS.kind}" in TEXT
 
 

@@ -54,9 +54,9 @@ class Loss:
     def __init__(self, function):
         self.function, self.norms = function, []
 
-    def __call__(self, model, batch, epoch, of):
+    def __call__(self, model, batch, epoch, step_counts, *, batch_counts=None):
         total, parts = self.function(student_of(model), batch.inputs, batch.targets)
-        fraction = len(batch) / of["labels"]
+        fraction = len(batch) / step_counts["labels"]
         return LossOutput(fraction * total, {name: fraction * part for name, part in parts.items()})
 
     def counts(self, batches):
@@ -83,6 +83,11 @@ def trained(data=None, *, training=None, model=None, loss=cross_entropy, **hooks
 def assert_same_bits(first, second):
     for (name, value), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
+
+
+def equal_weights(first, second):
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 class Unsized(IterableDataset):

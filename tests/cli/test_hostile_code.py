@@ -200,7 +200,15 @@ def test_an_exception_in_a_forward_names_line_step_and_batch_size(
 ):
     monkeypatch.setenv("AT", str(at))
     monkeypatch.setenv("ERROR", error)
-    arguments = ("compress", "recipe.yaml", "--set", "teacher.model=models.py:counted", "--set", "student=null", "distill=null")
+    arguments = (
+        "compress",
+        "recipe.yaml",
+        "--set",
+        "teacher.model=models.py:counted",
+        "--set",
+        "student=null",
+        "distill=null",
+    )
     content = answer(*arguments, "--run", "run", code=code)["error"]
     first = "Counted does not run on a batch whose inputs are"
     assert content["what"].startswith(what) or first in content["what"]

@@ -11,13 +11,13 @@ def test_all_methods_are_listed(kirsch):
     head, _, rest = out.partition("\nlosses ")
     assert head.startswith("presets ")
     assert "  kd                  0.9 kd (T 4) + 0.1 labels\n" in head
-    assert "  kd                  scores     KL divergence" in rest
+    assert "  kd                  logits     KL divergence" in rest
 
 
 def test_a_name_is_shown_in_full(kirsch):
     _, out, _ = kirsch("methods", "dkd")
     assert "preset dkd   0 → 1 over 20 epochs · dkd (T 4; alpha 1; beta 8) + 1 labels" in out
-    assert "loss dkd   takes scores" in out
+    assert "loss dkd   takes logits" in out
     assert "alpha, beta: >= 0, weights of the two terms." in out
 
 

@@ -1,4 +1,4 @@
-"""The advice of each error about targets is followed, until the model is trained: it must not lead in circles."""
+"""Following the fixes of errors about targets step by step leads to a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ X = torch.randn(N, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
-    """A model with outputs of a shape."""
+    """A linear model with outputs of a given shape."""
 
     def __init__(self, shape, change=""):
         super().__init__()
@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 @dataclasses.dataclass
 class Call:
-    """What is given to `distill`."""
+    """Arguments of `distill`."""
 
     shape: tuple[int, ...]
     targets: torch.Tensor
@@ -45,7 +45,7 @@ class Call:
     change: str = ""
 
     def run(self):
-        """Distill; the error that is raised, if one is."""
+        """Run `distill` and return the error that it raises, or None."""
         options = {"student_layer": "logits"} if self.term == "fitnet" else {}
         objective = Objective((Term(self.term, 0.5, **options),), 0.5, label_loss=self.label_loss)
         student, teacher = Net(self.shape, self.change), Net(self.shape, self.change)
@@ -58,32 +58,32 @@ class Call:
         return None
 
     def follow(self, advice):
-        """Do what an error advises; true if that is anything."""
+        """Change the arguments as a fix says; return whether anything changed."""
         before = dataclasses.replace(self)
-        if named := re.search(r'label_loss="([\w-]+)"', advice):
-            self.label_loss = named[1]
-        if named := re.search(r"(?<!_loss=)[\"'](binary-kd|pixel-kd|kd|fitnet)[\"']", advice):
-            self.term = named[1]
-        if named := re.search(r"outputs\.(flatten|transpose)\([\d, ]+\)", advice):
-            self.change = named[0]
-        if named := re.search(r"outputs (?:of|have) shape \(([\d, ]*)\)", advice):
-            self.shape = tuple(int(size) for size in named[1].replace(" ", "").split(",") if size)
-        if named := re.search(r"give the model as many outputs", advice):
+        if match := re.search(r'label_loss="([\w-]+)"', advice):
+            self.label_loss = match[1]
+        if match := re.search(r"(?<!_loss=)[\"'](binary-kd|pixel-kd|kd|fitnet)[\"']", advice):
+            self.term = match[1]
+        if match := re.search(r"outputs\.(flatten|transpose)\([\d, ]+\)", advice):
+            self.change = match[0]
+        if match := re.search(r"outputs (?:of|have) shape \(([\d, ]*)\)", advice):
+            self.shape = tuple(int(size) for size in match[1].replace(" ", "").split(",") if size)
+        if match := re.search(r"give the model as many outputs", advice):
             self.shape = tuple(self.targets.shape[1:])
         if "nn.Flatten()" in advice:
             self.shape = self.shape[:1]
-        if named := re.search(r"\(?targets[^,;:]*?(?:\(-?\d[\d, ]*\)|long\(\)|\[[^\]]+\]|[/+-] \d+)", advice):
-            self.targets = eval(named[0], {"targets": self.targets})
+        if match := re.search(r"\(?targets[^,;:]*?(?:\(-?\d[\d, ]*\)|long\(\)|\[[^\]]+\]|[/+-] \d+)", advice):
+            self.targets = eval(match[0], {"targets": self.targets})
             self.targets = self.targets.long() if "int64" in advice else self.targets
         return any(getattr(before, field.name) is not getattr(self, field.name) for field in dataclasses.fields(self))
 
 
-def drawn(high, *shape):
+def integers(high, *shape):
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(1))
 
 
 def one_hot(*shape):
-    return F.one_hot(drawn(C, *shape), C)
+    return F.one_hot(integers(C, *shape), C)
 
 
 def soft(*shape):
@@ -93,67 +93,67 @@ def soft(*shape):
 PIXELS, POSITIONS = (N, H, W), (N, L)
 TARGETS = {
     (C, H, W): {
-        "classes": drawn(C, *PIXELS),
-        "floats": drawn(C, *PIXELS).float(),
-        "an axis of 1": drawn(C, N, 1, H, W),
-        "a last axis of 1": drawn(C, *PIXELS, 1),
+        "classes": integers(C, *PIXELS),
+        "floats": integers(C, *PIXELS).float(),
+        "an axis of 1": integers(C, N, 1, H, W),
+        "a last axis of 1": integers(C, *PIXELS, 1),
         "one-hot": one_hot(*PIXELS).permute(0, 3, 1, 2),
         "one-hot, classes last": one_hot(*PIXELS),
         "one-hot floats, classes last": one_hot(*PIXELS).float(),
-        "shares, classes last": soft(*PIXELS, C),
-        "yes or no": drawn(2, N, C, H, W),
-        "yes or no, classes last": drawn(2, *PIXELS, C).float(),
+        "probabilities, classes last": soft(*PIXELS, C),
+        "binary": integers(2, N, C, H, W),
+        "binary, classes last": integers(2, *PIXELS, C).float(),
         "numbers": X.new_ones(N, C, H, W) * 1.5,
         "numbers, classes last": X.new_ones(*PIXELS, C) * 1.5,
         "one number a pixel": X.new_ones(*PIXELS) * 0.5,
-        "labels of samples": drawn(C, N),
+        "labels of samples": integers(C, N),
     },
     (1, H, W): {
-        "yes or no": drawn(2, *PIXELS),
-        "masks": drawn(2, *PIXELS) * 255,
-        "a last axis of 1": drawn(2, *PIXELS, 1),
+        "binary": integers(2, *PIXELS),
+        "masks": integers(2, *PIXELS) * 255,
+        "a last axis of 1": integers(2, *PIXELS, 1),
         "numbers": X.new_ones(*PIXELS) * 1.5,
         "numbers, a last axis of 1": X.new_ones(*PIXELS, 1) * 1.5,
     },
     (C, 1, 1): {
-        "classes": drawn(C, N),
+        "classes": integers(C, N),
         "one-hot": one_hot(N),
-        "pixels": drawn(C, N, 1, 1),
-        "yes or no": drawn(2, N, C, 1, 1),
+        "pixels": integers(C, N, 1, 1),
+        "binary": integers(2, N, C, 1, 1),
     },
     (L, C): {
-        "classes": drawn(C, *POSITIONS),
+        "classes": integers(C, *POSITIONS),
         "one-hot": one_hot(*POSITIONS),
-        "a last axis of 1": drawn(C, *POSITIONS, 1),
-        "yes or no": drawn(2, *POSITIONS, C),
+        "a last axis of 1": integers(C, *POSITIONS, 1),
+        "binary": integers(2, *POSITIONS, C),
         "numbers": X.new_ones(*POSITIONS, C) * 1.5,
     },
-    (C, L): {"classes, which lie on axis 1": drawn(C, *POSITIONS)},
+    (C, L): {"classes, which lie on axis 1": integers(C, *POSITIONS)},
     (L, 1): {
-        "yes or no": drawn(2, *POSITIONS),
-        "a last axis of 1": drawn(2, *POSITIONS, 1),
+        "binary": integers(2, *POSITIONS),
+        "a last axis of 1": integers(2, *POSITIONS, 1),
         "numbers": X.new_ones(*POSITIONS) * 1.5,
     },
     (C,): {
-        "classes": drawn(C, N),
-        "columns": drawn(C, N, 1),
+        "classes": integers(C, N),
+        "columns": integers(C, N, 1),
         "one-hot": one_hot(N),
-        "yes or no": drawn(2, N, C),
-        "five answers": drawn(2, N, 5),
+        "binary": integers(2, N, C),
+        "five answers": integers(2, N, 5),
         "numbers": X.new_ones(N) * 1.5,
     },
-    (1,): {"yes or no": drawn(2, N), "five answers": drawn(2, N, 5), "numbers": X.new_ones(N) * 1.5},
-    (): {"yes or no": drawn(2, N), "numbers": X.new_ones(N) * 1.5},
+    (1,): {"binary": integers(2, N), "five answers": integers(2, N, 5), "numbers": X.new_ones(N) * 1.5},
+    (): {"binary": integers(2, N), "numbers": X.new_ones(N) * 1.5},
 }
-CASES = [(shape, name) for shape, named in TARGETS.items() for name in named]
+CASES = [(shape, name) for shape, targets in TARGETS.items() for name in targets]
 STARTS = [("cross-entropy", "kd"), ("cross-entropy", "pixel-kd"), ("binary", "binary-kd"), ("squared-error", "fitnet")]
-MOST_STEPS = 6
+MAX_STEPS = 6
 
 
 @pytest.mark.parametrize("start", STARTS, ids=" ".join)
 @pytest.mark.parametrize(("shape", "name"), CASES, ids=str)
-def test_the_advice_of_errors_leads_to_a_run(shape, name, start):
-    call, told = Call(shape, TARGETS[shape][name], *start), []
-    while (error := call.run()) is not None and len(told) < MOST_STEPS and call.follow(error.fix):
-        told.append(str(error))
-    assert error is None, [*told, str(error)]
+def test_following_the_fixes_leads_to_a_run(shape, name, start):
+    call, errors = Call(shape, TARGETS[shape][name], *start), []
+    while (error := call.run()) is not None and len(errors) < MAX_STEPS and call.follow(error.fix):
+        errors.append(str(error))
+    assert error is None, [*errors, str(error)]

@@ -1,4 +1,4 @@
-"""Whatever a loader gives is trained as one expects, or named with the fix before any training."""
+"""Batches in the common formats are accepted; others are refused before training, with the fix."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def net():
     return Net()
 
 
-def learn(model, data, **options):
+def distilled(model, data, **options):
     hooks = TrainingHooks(event=lambda event: None)
     return distill(model, teacher(), data, training=ONCE, check_teacher=False, hooks=hooks, **options)
 
@@ -61,13 +61,13 @@ class Plain(NamedTuple):
 
 
 @dataclasses.dataclass
-class Made:
+class Sample:
     image: torch.Tensor
     target: torch.Tensor
 
 
 class Encoding:
-    """Like what tokenizers give: keys, and no mapping."""
+    """Has keys without being a mapping, like the encodings of tokenizers."""
 
     def __init__(self, **values):
         self.values = values
@@ -92,7 +92,7 @@ FORMS = {
     "a list": [X, Y],
     "a named tuple": ImageLabel(Y, X),
     "a named tuple without names": Plain(X, Y),
-    "a dataclass": Made(X, Y),
+    "a dataclass": Sample(X, Y),
     "an encoding": Encoding(image=X, label=Y),
     "arrays": (X.numpy(), Y.numpy()),
     "labels as a list": (X, Y.tolist()),
@@ -105,22 +105,22 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_inputs_and_targets_are_told_apart_however_they_are_called(form, net):
-    wanted = learn(net, [(X, Y)])
-    found = learn(net, [FORMS[form]], validation=[FORMS[form]])
+def test_inputs_and_targets_of_common_formats_are_recognized(form, net):
+    expected = distilled(net, [(X, Y)])
+    found = distilled(net, [FORMS[form]], validation=[FORMS[form]])
     assert set(found.history[-1]["terms"]) == {"label", "kd"}
     assert "accuracy" in found.history[-1]
-    for one, other in zip(found.model.parameters(), wanted.model.parameters(), strict=True):
+    for one, other in zip(found.model.parameters(), expected.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_a_loop_of_ones_own_takes_the_same(net):
+def test_a_distiller_takes_the_same_formats(net):
     found = Distiller(net, Net(5), Objective.kd(), FORMS["another name of the input"])
     assert set(found(FORMS["another name of the input"]).terms) == {"label", "kd"}
 
 
-def test_targets_of_none_are_no_targets(net):
-    assert set(learn(net, [(X, None)], objective=Objective.kd(weight=1.0)).history[0]["terms"]) == {"kd"}
+def test_targets_can_be_none(net):
+    assert set(distilled(net, [(X, None)], objective=Objective.kd(weight=1.0)).history[0]["terms"]) == {"kd"}
 
 
 class Nested(nn.Module):
@@ -132,21 +132,21 @@ class Nested(nn.Module):
         return self.net(views["one"]["image"]) + self.net(views["other"])
 
 
-def test_inputs_may_be_nested():
+def test_inputs_can_be_nested():
     batch = {"views": {"one": {"image": X}, "other": X}, "labels": Y}
     assert len(fit(Nested(), [batch], training=ONCE).history) == ONCE.epochs
 
 
 class Images:
-    """Like an image of PIL: pixels, and no array."""
+    """Not an array, like an image of PIL."""
 
 
 class Rows(Dataset):
     def __len__(self):
         return N
 
-    def __getitem__(self, place):
-        return X[place], int(Y[place])
+    def __getitem__(self, index):
+        return X[index], int(Y[index])
 
 
 class Stream(IterableDataset):
@@ -155,7 +155,7 @@ class Stream(IterableDataset):
 
 
 class Exhausted:
-    """Gives the same iterator again."""
+    """Returns the same iterator each time."""
 
     def __init__(self):
         self.batches = iter([(X, Y)] * 3)
@@ -165,8 +165,8 @@ class Exhausted:
 
 
 WRONG = {
-    "a dataset": (Rows(), DataError, r"The data is a Rows, which gives single samples.*DataLoader\(dataset"),
-    "tensors of a dataset": (TensorDataset(X, Y), DataError, "The data is a TensorDataset, which gives single"),
+    "a dataset": (Rows(), DataError, r"The data is a Rows, which yields single samples.*DataLoader\(dataset"),
+    "tensors of a dataset": (TensorDataset(X, Y), DataError, "The data is a TensorDataset, which yields single"),
     "a stream of samples": (Stream(), DataError, r"The target of a batch is a number.* looks like a single sample"),
     "samples in a list": (
         [[{"image": X[0], "label": 1}, {"image": X[1], "label": 2}]],
@@ -191,7 +191,7 @@ WRONG = {
     "ragged lists": ([([X[:3], X[:4]], Y[:3])], DataError, "differ in their number of samples"),
     "ragged targets": ([(X, [[1], [1, 2]] * 6)], DataError, "The targets of a batch are a list of 12 list"),
     "other samples": ([(X, Y[:7])], DataError, "These are 12 samples and 7 targets"),
-    "entries that nobody takes": (
+    "entries that the model does not take": (
         [{"image": X, "size": Y, "label": Y}],
         UsageError,
         "The forward of Net takes image; the batches have image, size by name.* Rename or remove the entries",
@@ -220,10 +220,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_trained_on_is_named_before_training(case, net):
+def test_unsupported_batches_are_refused_before_training(case, net):
     data, error, sentence = WRONG[case]
     with pytest.raises(error, match=sentence):
-        learn(net, data)
+        distilled(net, data)
     if case not in ("a generator", "an exhausted one"):
         with pytest.raises(error, match=sentence):
             fit(net, data, training=ONCE)
@@ -231,7 +231,7 @@ def test_what_cannot_be_trained_on_is_named_before_training(case, net):
             distill_mutually([net, Net(5)], data, training=ONCE)
 
 
-def test_inputs_of_two_models_are_named_by_the_one_that_does_not_run(net):
+def test_the_error_names_the_model_that_does_not_run(net):
     class Large(nn.Module):
         def __init__(self):
             super().__init__()
@@ -244,10 +244,10 @@ def test_inputs_of_two_models_are_named_by_the_one_that_does_not_run(net):
         distill(net, Large(), [(X, Y)], training=ONCE)
 
 
-def test_samples_in_memory_may_be_tensors_or_lists(net):
-    wanted = fit(net, ArrayData(X.numpy(), Y.numpy()), training=ONCE).model.head.weight
+def test_array_data_can_be_tensors_or_lists(net):
+    expected = fit(net, ArrayData(X.numpy(), Y.numpy()), training=ONCE).model.head.weight
     for inputs, targets in ((X, Y), (X.numpy(), Y.tolist()), ({"image": X}, Y)):
-        assert torch.equal(fit(net, ArrayData(inputs, targets), training=ONCE).model.head.weight, wanted)
+        assert torch.equal(fit(net, ArrayData(inputs, targets), training=ONCE).model.head.weight, expected)
     assert ArrayData(X.tolist(), Y.tolist()).inputs.shape == X.shape
     for inputs, sentence in (
         (DataLoader(TensorDataset(X, Y)), "inputs of ArrayData are a DataLoader.* in place of ArrayData"),
@@ -259,7 +259,7 @@ def test_samples_in_memory_may_be_tensors_or_lists(net):
             ArrayData(inputs, None)
 
 
-# ------------------------------------------------------------------------------------------------ one sample left over
+# ------------------------------------------------------------------------------------------------ a single last sample
 
 
 ALONE = r"A batch has one sample, and Net normalizes over the samples of a batch\..* drop_last=True"
@@ -271,17 +271,17 @@ ROWS = TensorDataset(torch.cat([X, X[:1]]), torch.cat([Y, Y[:1]]))
     [DataLoader(ROWS, 4), DataLoader(ROWS, 4, shuffle=True), [(X, Y), (X[:1], Y[:1])]],
     ids=["in order", "shuffled", "a list"],
 )
-def test_a_last_batch_of_one_is_refused_before_training_where_a_norm_cannot_take_it(data):
-    told = []
+def test_a_last_batch_of_one_sample_is_refused_before_training_with_batch_normalization(data):
+    events = []
     with pytest.raises(DataError, match=ALONE):
-        fit(Net(norm=True), data, training=ONCE, hooks=TrainingHooks(event=told.append))
+        fit(Net(norm=True), data, training=ONCE, hooks=TrainingHooks(event=events.append))
     with pytest.raises(DataError, match=ALONE):
-        learn(Net(norm=True), data)
-    assert not told
-    assert len(fit(Net(), data, training=ONCE).history) == ONCE.epochs  # without a norm it is a batch like any other
+        distilled(Net(norm=True), data)
+    assert not events
+    assert len(fit(Net(), data, training=ONCE).history) == ONCE.epochs  # without batch normalization it is accepted
 
 
-def test_a_batch_of_one_that_comes_from_nowhere_is_named_when_it_comes():
+def test_a_batch_of_one_sample_of_an_unsized_loader_is_refused_when_it_occurs():
     class Loader:
         def __iter__(self):
             return iter([(X, Y), (X[:1], Y[:1])])
@@ -290,7 +290,7 @@ def test_a_batch_of_one_that_comes_from_nowhere_is_named_when_it_comes():
         fit(Net(norm=True), Loader(), training=Training(epochs=2, schedule="constant"))
 
 
-def test_loaders_without_one_left_over_are_trained():
+def test_loaders_without_a_single_last_sample_are_accepted():
     for data in (DataLoader(ROWS, 4, drop_last=True), DataLoader(ROWS, 13), ArrayData(X.numpy(), Y.numpy(), 11)):
         assert len(fit(Net(norm=True), data, training=ONCE).history) == ONCE.epochs
 
@@ -298,8 +298,8 @@ def test_loaders_without_one_left_over_are_trained():
 # ------------------------------------------------------------------------------------------------ entries of a dict
 
 
-class Told(nn.Module):
-    """A model that takes whatever it is given by name."""
+class WithKeywords(nn.Module):
+    """A model that takes any keyword argument."""
 
     def __init__(self):
         super().__init__()
@@ -309,23 +309,25 @@ class Told(nn.Module):
         return self.net(pixel_values)
 
 
-def test_targets_of_a_name_that_nobody_knows_are_warned_of_where_the_model_swallows_them():
+def test_unknown_entries_give_a_warning_if_there_are_no_targets():
     batch = {"pixel_values": X, "class": Y}
-    told = []
-    hooks = TrainingHooks(event=told.append)
-    distill(Told(), Told(), [batch], training=ONCE, check_teacher=False, hooks=hooks)
-    sentences = [event["text"] for event in told if event["event"] == "warning"]
-    assert any("Told has no argument class. If that holds the targets, call it labels" in s for s in sentences)
+    events = []
+    hooks = TrainingHooks(event=events.append)
+    distill(WithKeywords(), WithKeywords(), [batch], training=ONCE, check_teacher=False, hooks=hooks)
+    sentences = [event["text"] for event in events if event["event"] == "warning"]
+    assert any(
+        "WithKeywords has no argument class. If that entry holds the targets, name it labels" in s for s in sentences
+    )
     with pytest.raises(DataError, match="The data has no targets, and there is no teacher"):
-        fit(Told(), [batch], training=ONCE)
+        fit(WithKeywords(), [batch], training=ONCE)
 
 
-def test_arguments_are_given_by_the_names_that_the_model_knows():
-    assert len(fit(Told(), [{"pixel_values": X, "labels": Y}], training=ONCE).history) == ONCE.epochs
+def test_entries_are_passed_as_keyword_arguments():
+    assert len(fit(WithKeywords(), [{"pixel_values": X, "labels": Y}], training=ONCE).history) == ONCE.epochs
 
 
 @pytest.mark.parametrize("data", [(X, Y), [X, Y], (X, X)], ids=["a tuple", "a list", "a tuple of floats"])
-def test_inputs_and_targets_are_not_taken_for_two_batches(data):
+def test_a_pair_of_arrays_is_refused_as_data(data):
     with pytest.raises(
         UsageError, match=r"`data` of kirsch\.distill is a (tuple|list) of 2; .*ArrayData\(inputs, targets\)"
     ):

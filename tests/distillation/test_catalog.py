@@ -1,4 +1,4 @@
-"""What is listed is what there is."""
+"""The lists of presets and losses are complete, and docs/methods.md is up to date."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kirsch.distillation.catalog import charged, losses, page, presets
+from kirsch.distillation.catalog import formula, losses, page, presets
 from kirsch.distillation.losses import LOSSES
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
@@ -16,19 +16,19 @@ from kirsch.distillation.term import Term
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 
 
-def test_the_page_is_what_the_code_says():
-    assert PAGE.read_text() == page(), "Write it anew: kirsch methods --markdown > docs/methods.md"
+def test_the_page_is_up_to_date():
+    assert PAGE.read_text() == page(), "Regenerate it: kirsch methods --markdown > docs/methods.md"
 
 
-def test_all_are_listed():
-    assert [one["name"] for one in presets()] == list(PRESETS)
-    assert [one["name"] for one in losses()] == list(LOSSES)
+def test_all_presets_and_losses_are_listed():
+    assert [entry["name"] for entry in presets()] == list(PRESETS)
+    assert [entry["name"] for entry in losses()] == list(LOSSES)
 
 
-@pytest.mark.parametrize("one", [*presets(), *losses()], ids=lambda one: one["name"])
-def test_each_has_a_sentence_and_a_source(one):
-    assert one["what"].endswith(".")
-    assert one["source"]
+@pytest.mark.parametrize("entry", [*presets(), *losses()], ids=lambda entry: entry["name"])
+def test_each_has_a_description_and_a_source(entry):
+    assert entry["what"].endswith(".")
+    assert entry["source"]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_each_has_a_sentence_and_a_source(one):
     [
         (Objective.kd(), "0.9 kd (T 4) + 0.1 labels"),
         (Objective.labels(), "1 labels"),
-        (Objective.preset("causal"), "0.5 kd (T 1) + 0.5 labels, of the next token"),
+        (Objective.preset("causal"), "0.5 kd (T 1) + 0.5 labels, for the next token"),
         (
             Objective(
                 (
@@ -53,5 +53,5 @@ def test_each_has_a_sentence_and_a_source(one):
         ),
     ],
 )
-def test_what_is_charged_is_said_as_a_sum(objective, words):
-    assert charged(objective) == words
+def test_the_formula_of_an_objective_is_a_sum(objective, words):
+    assert formula(objective) == words

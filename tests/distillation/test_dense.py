@@ -110,9 +110,9 @@ def test_pixel_accuracy_leaves_out_pixels_without_a_label(segmenters):
 def test_pixel_labels_out_of_range_are_refused(segmenters):
     data = pixels()
     data.targets[4, 2, 1] = 3
-    with pytest.raises(DataError, match=r"Sample 4 has the label 3\. The model puts out 3 classes"):
+    with pytest.raises(DataError, match=r"Sample 4 has the label 3\. The model returns 3 classes"):
         run_distill(*segmenters, data, Objective.preset("cwd"))
-    with pytest.raises(DataError, match=r"The targets have shape \(12,\) .*one whole number a position"):
+    with pytest.raises(DataError, match=r"The targets have shape \(12,\) .*one integer a position"):
         run_distill(*segmenters, ArrayData(data.inputs, np.zeros(N, int)), Objective.preset("cwd"))
 
 

@@ -71,10 +71,10 @@ def test_the_losses_of_the_parts_of_a_step_add_up_to_that_of_one_batch():
     terms = [bound(objective.terms[0]), bound(objective.terms[1], adapter_name="adapter1")]
     loss = DistillationLoss(objective, terms)
     counts = loss.counts([Batch(INPUTS[:2], LABELS[:2]), Batch(INPUTS[2:], LABELS[2:])])
-    assert counts == loss.counts([Batch(INPUTS, LABELS)]) == {"samples": N, "labels": N}
+    assert counts == loss.counts([Batch(INPUTS, LABELS)]) == {"samples": N, "labels": N, "labeled": N - 1}
     parts = [loss_of_batch(objective, terms, [TEACHER], rows, counts) for rows in (slice(0, 2), slice(2, N))]
-    whole = loss_of_batch(objective, terms, [TEACHER])
-    assert sum(part.total for part in parts) == pytest.approx(whole.total, rel=1e-12)
+    one_batch = loss_of_batch(objective, terms, [TEACHER])
+    assert sum(part.total for part in parts) == pytest.approx(one_batch.total, rel=1e-12)
 
 
 def test_several_teachers_are_combined_or_named():

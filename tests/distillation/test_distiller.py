@@ -1,4 +1,4 @@
-"""A loop of one's own distills as `kirsch.distill` does."""
+"""`Distiller` in a custom training loop gives the result of `kirsch.distill`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kirsch.frameworks.training import Training
 
 K, SIZE = 3, 6
 LENGTH = 24 // SIZE
-WHOLE = Objective(
+OBJECTIVE = Objective(
     (
         Term("kd", Ramp(0.2, 1.0, epochs=1), temperature=2.0),
         Term("fitnet", 0.5, student_layer="1"),
@@ -33,7 +33,7 @@ WHOLE = Objective(
 
 
 def net(width, seed, classes=K):
-    """With dropout and batch statistics, so that a teacher in training mode would be seen."""
+    """Return a network with dropout and batch statistics, which show whether a teacher is in training mode."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1),
@@ -46,8 +46,8 @@ def net(width, seed, classes=K):
     )
 
 
-def quiet(width, seed):
-    """Without what draws or relates samples, in double precision."""
+def deterministic(width, seed):
+    """Return a network without dropout and batch statistics, in double precision."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Tanh(), nn.Linear(width, K)).double()
 
@@ -59,7 +59,7 @@ def data():
     return ArrayData(images.astype(np.float32), labels, batch_size=SIZE)
 
 
-def distiller(objective=WHOLE, **options):
+def distiller(objective=OBJECTIVE, **options):
     return kirsch.Distiller(net(4, 1), net(6, 2), objective, next(data().epoch(0, 0)), **options)
 
 
@@ -68,7 +68,7 @@ def sgd(found):
 
 
 def steps(found, optimizer, start, stop):
-    """A plain loop over batches `start` to `stop` of a run, counted over its epochs."""
+    """Run a plain loop over batches `start` to `stop`, counted over epochs."""
     found.train()
     for step in range(start, stop):
         epoch, number = divmod(step, LENGTH)
@@ -79,7 +79,7 @@ def steps(found, optimizer, start, stop):
         optimizer.step()
 
 
-def assert_same(one, two):
+def assert_close_states(one, two):
     for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -89,47 +89,47 @@ def assert_no_hooks(*models):
 
 
 @pytest.mark.filterwarnings("ignore:The term:UserWarning")
-def test_a_plain_loop_ends_where_kirsch_distill_does():
-    """Ramp, adapter, penultimate layer, balance of gradients; no dropout, whose draws a loop seeds as it likes."""
+def test_a_plain_loop_gives_the_weights_of_kirsch_distill():
+    """With a ramp, an adapter, the penultimate layer and balanced gradients; without dropout, which each loop seeds."""
     models = [net(4, 1), net(6, 2)]
     for model in models:
         model[5] = nn.Identity()
     training = Training(epochs=2, learning_rate=0.01, schedule="constant", weight_decay=0.0)
-    whole = kirsch.distill(*models, data(), objective=WHOLE, training=training, check_teacher=False)
+    trained = kirsch.distill(*models, data(), objective=OBJECTIVE, training=training, check_teacher=False)
     student = copy.deepcopy(models[0])
-    with kirsch.Distiller(student, models[1], WHOLE, next(data().epoch(0, 0))) as found:
+    with kirsch.Distiller(student, models[1], OBJECTIVE, next(data().epoch(0, 0))) as found:
         steps(found, sgd(found), 0, 2 * LENGTH)
-    assert_same(whole.model, student)
-    assert found.shares == pytest.approx(whole.history[-1]["gradient_shares"], rel=1e-3)
+    assert_close_states(trained.model, student)
+    assert found.shares == pytest.approx(trained.history[-1]["gradient_shares"], rel=1e-3)
     assert_no_hooks(student, models[1])
 
 
 @pytest.mark.filterwarnings("ignore:The term:UserWarning")
-def test_a_loop_that_is_cut_goes_on_in_the_same_bits():
-    whole = distiller()
-    steps(whole, sgd(whole), 0, 7)
+def test_a_resumed_loop_ends_with_the_same_bits():
+    uninterrupted = distiller()
+    steps(uninterrupted, sgd(uninterrupted), 0, 7)
     first = distiller()
     optimizer = sgd(first)
     steps(first, optimizer, 0, 5)
-    kept = copy.deepcopy([first.state_dict(), first.student.state_dict(), optimizer.state_dict()])
-    rest = distiller(seed=5)
-    optimizer = sgd(rest)
-    for thing, state in zip((rest, rest.student, optimizer), kept, strict=True):
-        thing.load_state_dict(state)
-    steps(rest, optimizer, 5, 7)
-    for mine, other in zip(whole.parameters(), rest.parameters(), strict=True):
-        assert torch.equal(mine, other)
+    states = copy.deepcopy([first.state_dict(), first.student.state_dict(), optimizer.state_dict()])
+    resumed = distiller(seed=5)
+    optimizer = sgd(resumed)
+    for stateful, state in zip((resumed, resumed.student, optimizer), states, strict=True):
+        stateful.load_state_dict(state)
+    steps(resumed, optimizer, 5, 7)
+    for expected, parameter in zip(uninterrupted.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, parameter)
 
 
 def test_a_state_of_another_objective_is_refused():
     state = distiller(Objective((Term("fitnet", 1.0, student_layer="1"),))).state_dict()
-    with pytest.raises(CheckpointError, match=r"other adapters than this distiller: adapter0\..*Build it with"):
+    with pytest.raises(CheckpointError, match=r"adapters of the state differ .*: adapter0\..*Build the distiller with"):
         distiller(Objective.kd()).load_state_dict(state)
 
 
-def test_hooks_are_gone_after_an_exception_and_back_with_the_next_call():
+def test_hooks_are_removed_after_an_exception_and_added_by_the_next_call():
     student, teacher = net(4, 1), net(6, 2)
-    with pytest.raises(ModelError), kirsch.Distiller(student, teacher, WHOLE, data().inputs[:2]) as found:
+    with pytest.raises(ModelError), kirsch.Distiller(student, teacher, OBJECTIVE, data().inputs[:2]) as found:
         found((torch.zeros(2, 5, 8, 8), torch.zeros(2, dtype=torch.long)))
     assert_no_hooks(student, teacher)
     assert found((data().inputs[:3], data().targets[:3]), 0.5).terms.keys() == {"label", "kd", "fitnet", "rkd-distance"}
@@ -137,22 +137,22 @@ def test_hooks_are_gone_after_an_exception_and_back_with_the_next_call():
     assert_no_hooks(student, teacher)
 
 
-def test_the_teacher_stays_in_inference_mode_and_as_it_is():
+def test_the_teacher_stays_in_inference_mode_and_does_not_change():
     teacher = net(6, 2)
     before = copy.deepcopy(teacher.state_dict())
     found = kirsch.Distiller(net(4, 1), teacher, Objective.kd(), next(data().epoch(0, 0)))
     batch = next(data().epoch(0, 1))
     found.train().eval()
-    quiet_student = found(batch).terms["kd"].detach()
+    loss = found(batch).terms["kd"].detach()
     found.student[5] = nn.Identity()
-    assert found.eval()(batch).terms["kd"].detach() == quiet_student  # nothing of the teacher was drawn anew
+    assert found.eval()(batch).terms["kd"].detach() == loss  # the dropout of the teacher is off
     assert found.train().module.training
     assert found.student.training
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, list], ids=["numpy", "torch", "list of labels"])
-def test_batches_may_come_in_any_form(kind):
+def test_batches_can_be_tuples_dicts_or_inputs_of_numpy_or_torch(kind):
     found = distiller(Objective.kd()).eval()
     inputs, labels = torch.as_tensor(data().inputs[:4]), kind(data().targets[:4])
     value = found((inputs, labels)).total
@@ -161,9 +161,9 @@ def test_batches_may_come_in_any_form(kind):
     assert found(inputs).terms.keys() == {"kd"}
 
 
-def test_batches_of_one_step_add_up_to_one_large_batch():
+def test_the_gradients_of_the_batches_of_a_step_sum_to_that_of_one_large_batch():
     objective, inputs, labels = Objective.kd(), data().inputs.astype(np.float64), data().targets
-    found = kirsch.Distiller(quiet(4, 1), quiet(6, 2), objective, (inputs, labels))
+    found = kirsch.Distiller(deterministic(4, 1), deterministic(6, 2), objective, (inputs, labels))
     window = [(inputs[part], labels[part]) for part in (slice(0, 5), slice(5, 24))]
     counts = found.counts(window)
     for batch in window:
@@ -171,27 +171,27 @@ def test_batches_of_one_step_add_up_to_one_large_batch():
     summed = [p.grad.clone() for p in found.parameters()]
     found.module.zero_grad()
     found((inputs, labels)).total.backward()
-    for mine, other in zip(summed, found.parameters(), strict=True):
-        torch.testing.assert_close(mine, other.grad, rtol=1e-10, atol=1e-12)
+    for expected, parameter in zip(summed, found.parameters(), strict=True):
+        torch.testing.assert_close(expected, parameter.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_a_wrapped_pupil_takes_the_step_that_the_bare_one_takes():
-    """DDP of one process; two are in tests/frameworks/pytorch/test_processes.py."""
+def test_a_module_wrapped_by_ddp_has_the_same_gradients():
+    """With one process; tests/frameworks/pytorch/test_processes.py has two."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         found = distiller(Objective((Term("fitnet", 1.0, student_layer="1"),))).eval()
         batch = next(data().epoch(0, 0))
         found(batch).total.backward()
-        bare = [p.grad.clone() for p in found.parameters()]
+        unwrapped = [p.grad.clone() for p in found.parameters()]
         found.module.zero_grad()
         found(batch, module=nn.parallel.DistributedDataParallel(found.module)).total.backward()
-        for mine, other in zip(bare, found.parameters(), strict=True):
-            torch.testing.assert_close(mine, other.grad)
+        for expected, parameter in zip(unwrapped, found.parameters(), strict=True):
+            torch.testing.assert_close(expected, parameter.grad)
     finally:
         torch.distributed.destroy_process_group()
 
 
-def test_a_student_that_others_run_too_keeps_nothing():
+def test_a_direct_call_of_the_student_keeps_no_features():
     found = distiller(Objective((Term("fitnet", 1.0, student_layer="1"),)))
     batch = next(data().epoch(0, 0))
     found(batch)
@@ -199,14 +199,14 @@ def test_a_student_that_others_run_too_keeps_nothing():
     assert not found.module._capture._values
 
 
-def test_a_term_that_does_not_reach_the_student_is_an_error():
+def test_a_term_without_gradient_for_the_student_is_an_error():
     found = distiller(Objective.kd())
     found.student.requires_grad_(requires_grad=False)
     with pytest.raises(NumericError, match="No gradient of the loss term 'label' reaches the model"):
         found(next(data().epoch(0, 0)))
 
 
-def test_what_is_judged_without_gradient_is_only_charged():
+def test_without_gradients_the_loss_is_computed_and_shares_are_not():
     found = distiller(Objective.kd()).eval()
     with torch.no_grad():
         assert found(next(data().epoch(0, 0))).total > 0
@@ -215,16 +215,16 @@ def test_what_is_judged_without_gradient_is_only_charged():
     assert found.shares.keys() == {"label", "kd"}
 
 
-def test_a_term_that_hardly_teaches_is_doubted_once():
+def test_a_term_with_a_tiny_share_of_the_gradient_gives_one_warning():
     found = distiller(Objective((Term("kd", 1e-7, temperature=2.0),)))
-    with pytest.warns(UserWarning, match="of the gradient") as heard:
+    with pytest.warns(UserWarning, match="of the gradient") as caught:
         found(next(data().epoch(0, 0)), 0)
-    assert [str(warning.message).split(" is ")[0] for warning in heard] == ["The term 'label'", "The term 'kd'"]
+    assert [str(warning.message).split(" is ")[0] for warning in caught] == ["The term 'label'", "The term 'kd'"]
     found(next(data().epoch(0, 0)), 1)
 
 
 @pytest.mark.parametrize("keep", [TopK(3), Dense()], ids=["top-k", "dense"])
-def test_a_store_may_teach(tmp_path, keep):
+def test_a_store_gives_the_loss_of_its_teacher(tmp_path, keep):
     torch.manual_seed(2)
     teacher, objective = net(6, 2), Objective((Term("kd", 0.9, temperature=2.0),), label_weight=0.1)
     store = build(tmp_path / "store", teacher, data(), keep=keep, temperature=2.0 if isinstance(keep, TopK) else 1.0)
@@ -240,16 +240,16 @@ def test_a_store_may_teach(tmp_path, keep):
         kirsch.Distiller(net(4, 1), store, objective, (batch.inputs, batch.targets))
 
 
-def test_what_does_not_fit_is_answered_when_it_is_built():
+def test_models_objectives_and_batches_that_do_not_fit_are_refused_at_construction():
     student, inputs = net(4, 1), data().inputs[:4]
     for teacher, objective, batch, error, sentence in (
-        (student, WHOLE, inputs, UsageError, "same object.*copy.deepcopy"),
-        (net(6, 2, classes=5), WHOLE, inputs, ShapeError, "The student puts out 3 classes, the teacher 5 classes"),
+        (student, OBJECTIVE, inputs, UsageError, "same object.*copy.deepcopy"),
+        (net(6, 2, classes=5), OBJECTIVE, inputs, ShapeError, "The student returns 3 classes, the teacher 5 classes"),
         (net(6, 2), "kd", inputs, UsageError, "`objective` .* is 'kd'; .*kirsch.Objective.preset"),
-        (net(6, 2), WHOLE, (inputs, np.array([0, 1, 2, 3])), DataError, "Sample 3 has the label 3"),
+        (net(6, 2), OBJECTIVE, (inputs, np.array([0, 1, 2, 3])), DataError, "Sample 3 has the label 3"),
         (
             None,
-            WHOLE,
+            OBJECTIVE,
             inputs,
             UsageError,
             "`teacher` of kirsch.Distiller is None, and the terms of the objective need one",
@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_answered_when_it_is_built():
     assert_no_hooks(student)
 
 
-def test_labels_alone_need_no_teacher():
+def test_an_objective_of_labels_needs_no_teacher():
     found = kirsch.Distiller(net(4, 1), None, Objective.labels(), next(data().epoch(0, 0)))
     assert found.rows == []
     assert found(next(data().epoch(0, 0))).terms.keys() == {"label"}

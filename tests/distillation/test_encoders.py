@@ -1,4 +1,4 @@
-"""Losses on what a real encoder holds inside: BERT of transformers, a student of 2 layers and a teacher of 4."""
+"""Losses on hidden states and attention of BERT, with a student of 2 layers and a teacher of 4."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from kirsch.frameworks.training import Training, TrainingHooks
 
 @pytest.fixture(scope="module")
 def encoders():
-    """A student of 2 layers and a teacher of 4, both 16 wide."""
+    """Return a student of 2 layers and a teacher of 4, both of width 16."""
     pytest.importorskip("transformers", exc_type=ImportError)
     import_beside("torchvision")
     transformers = import_beside("transformers")
 
-    def made(layers, seed):
+    def build(layers, seed):
         torch.manual_seed(seed)
         config = transformers.BertConfig(
             vocab_size=30, hidden_size=16, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=32,
@@ -42,18 +42,18 @@ def encoders():
         )  # fmt: skip
         return transformers.BertModel(config).eval().double()
 
-    return made(2, 0), made(4, 1)
+    return build(2, 0), build(4, 1)
 
 
-def charges(student, teacher, tokens, mask):
-    """Each loss on the last layers of both, with the gradient of all for the student's first weights."""
+def losses_and_gradient(student, teacher, tokens, mask):
+    """Return the losses on the last layers, and the gradient of their sum for the student's word embeddings."""
     student.zero_grad()
-    kept = {}
+    projections = {}
 
     def values(model, who):
         layer = model.encoder.layer[-1].attention.self
         parts = [layer.query, layer.key, layer.value]
-        hooks = [p.register_forward_hook(lambda _, __, out: kept.setdefault(who, []).append(out)) for p in parts]
+        hooks = [p.register_forward_hook(lambda _, __, out: projections.setdefault(who, []).append(out)) for p in parts]
         out = model(tokens, attention_mask=mask.long(), output_hidden_states=True, output_attentions=True)
         for hook in hooks:
             hook.remove()
@@ -62,7 +62,7 @@ def charges(student, teacher, tokens, mask):
     s = values(student, "student")
     with torch.no_grad():
         t = values(teacher, "teacher")
-    # Layer i of 2 learns from layer 2 i of 4; 0 are the embeddings.
+    # Layer i of 2 is compared with layer 2 i of 4; 0 are the embeddings.
     pairs = [(s.hidden_states[i], t.hidden_states[2 * i]) for i in range(3)]
     found = {
         "hidden-mse": sum(hidden_mse(*pair, mask=mask) for pair in pairs),
@@ -73,7 +73,7 @@ def charges(student, teacher, tokens, mask):
         "attention-mse": sum(attention_mse(s.attentions[i], t.attentions[2 * i + 1], mask=mask) for i in range(2)),
         "attention-ce": attention_ce(s.attentions[-1], t.attentions[-1], attention="weights", mask=mask),
         "attention-kl": attention_kl(s.attentions[-1], t.attentions[-1], attention="weights", mask=mask),
-        "minilm": minilm(kept["student"], kept["teacher"], heads=8, mask=mask),
+        "minilm": minilm(projections["student"], projections["teacher"], heads=8, mask=mask),
     }
     sum(found.values()).backward()
     return {
@@ -81,36 +81,36 @@ def charges(student, teacher, tokens, mask):
     }, student.embeddings.word_embeddings.weight.grad.clone()
 
 
-def test_more_padding_changes_neither_loss_nor_gradient_of_a_real_encoder(encoders):
+def test_padding_changes_neither_losses_nor_gradient(encoders):
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(1, 30, (3, 7), generator=generator)
     mask = torch.arange(7) < torch.tensor([7, 5, 2])[:, None]
     tokens = torch.where(mask, tokens, 0)
-    plain, slope = charges(*encoders, tokens, mask)
-    padded, slope_padded = charges(*encoders, F.pad(tokens, (0, 5)), F.pad(mask, (0, 5)))
+    plain, gradient = losses_and_gradient(*encoders, tokens, mask)
+    padded, gradient_padded = losses_and_gradient(*encoders, F.pad(tokens, (0, 5)), F.pad(mask, (0, 5)))
     assert all(math.isfinite(value) and value > 0 for value in plain.values())
-    assert plain == pytest.approx(padded, rel=1e-6)  # a sum over more keys is rounded another way
-    assert torch.isfinite(slope).all()
-    assert slope.abs().max() > 0
-    np.testing.assert_allclose(slope_padded, slope, rtol=1e-6, atol=1e-9)
+    assert plain == pytest.approx(padded, rel=1e-6)  # sums over more keys are rounded differently
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().max() > 0
+    np.testing.assert_allclose(gradient_padded, gradient, rtol=1e-6, atol=1e-9)
 
 
-def test_without_the_mask_padding_shows(encoders):
-    """That the test above can fail."""
+def test_without_a_mask_padding_changes_every_loss(encoders):
+    """Shows that the test above can fail."""
     tokens = torch.randint(1, 30, (2, 6), generator=torch.Generator().manual_seed(3))
-    whole = torch.ones(2, 6, dtype=torch.bool)
-    plain, _ = charges(*encoders, tokens, whole)
-    padded, _ = charges(*encoders, F.pad(tokens, (0, 3)), torch.ones(2, 9, dtype=torch.bool))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    plain, _ = losses_and_gradient(*encoders, tokens, mask)
+    padded, _ = losses_and_gradient(*encoders, F.pad(tokens, (0, 3)), torch.ones(2, 9, dtype=torch.bool))
     assert all(plain[name] != pytest.approx(padded[name], rel=1e-6) for name in plain)
 
 
 @pytest.mark.parametrize("name", ["kd", "distilbert", "tinybert", "minilm"])
-def test_presets_for_transformers_teach_a_narrower_encoder(name):
+def test_presets_for_transformers_train_a_narrower_encoder(name):
     pytest.importorskip("transformers", exc_type=ImportError)
     import_beside("torchvision")
     transformers = import_beside("transformers")
 
-    def made(layers, width):
+    def build(layers, width):
         config = transformers.BertConfig(
             vocab_size=50, hidden_size=width, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=32,
             max_position_embeddings=16, num_labels=2, attn_implementation="eager",
@@ -121,13 +121,13 @@ def test_presets_for_transformers_teach_a_narrower_encoder(name):
     mask[:, 6:] = 0
     inputs = {"input_ids": random.integers(0, 50, (16, 8)), "attention_mask": mask}
     found = distill(
-        made(2, 24),
-        made(4, 48),
+        build(2, 24),
+        build(4, 48),
         ArrayData(inputs, random.integers(0, 2, 16), batch_size=8),
         objective=Objective.preset(name),
         training=Training(epochs=1, learning_rate=1e-3),
         check_teacher=False,
-        hooks=TrainingHooks(event=lambda event: None),  # of networks that know nothing, one term may be doubted
+        hooks=TrainingHooks(event=lambda event: None),  # untrained models may give warnings
     )
     shares = found.history[0]["gradient_shares"]
     assert sum(shares.values()) == pytest.approx(1)

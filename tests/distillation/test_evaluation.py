@@ -1,4 +1,4 @@
-"""A teacher, or a student, that does not look at its inputs is recognized, however uneven the labels are."""
+"""Teachers and students whose predictions do not depend on the inputs are detected, even if classes are uneven."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ X[:, 0] = np.where(RARE, 3.0, -1.0)
 ONCE = Training(epochs=1, learning_rate=1e-3)
 
 
-class Says(nn.Module):
-    """Logits by a function of the inputs; a weight that training may change."""
+class FromFunction(nn.Module):
+    """A model whose logits are a function of the inputs plus a trainable bias."""
 
     def __init__(self, function, outputs=2):
         super().__init__()
@@ -34,35 +34,35 @@ class Says(nn.Module):
         return self.function(x) + self.shift
 
 
-def rows(*logits):
-    """The same logits for each sample."""
+def constant(*logits):
+    """Return a function with the same logits for each sample."""
     return lambda x: torch.tensor(logits, dtype=torch.float64).expand(len(x), len(logits))
 
 
-ALWAYS_COMMON = Says(rows(3.0, 0.0))
-KNOWS = Says(lambda x: torch.stack([-x[:, 0], x[:, 0]], 1))
-EAGER = Says(lambda x: torch.stack([-x[:, 0], x[:, 0] + 3 * (x[:, 1] > 1.2)], 1))
-"""Finds all of the rare class, at the price of others: less accurate than a constant answer, and more useful."""
+CONSTANT = FromFunction(constant(3.0, 0.0))
+CORRECT = FromFunction(lambda x: torch.stack([-x[:, 0], x[:, 0]], 1))
+SENSITIVE = FromFunction(lambda x: torch.stack([-x[:, 0], x[:, 0] + 3 * (x[:, 1] > 1.2)], 1))
+"""Predicts all samples of the rare class correctly, with lower accuracy than a constant prediction."""
 
 
-def taught(teacher, data, objective=None, **options):
-    """The events of a run in which a student learns from this teacher."""
-    told = []
-    hooks = TrainingHooks(event=told.append)
-    outputs = 1 if not isinstance(teacher, Says) else len(teacher.shift)
-    student = Says(lambda x: x[:, :outputs], outputs)
+def events_of(teacher, data, objective=None, **options):
+    """Return the events of a run with this teacher."""
+    events = []
+    hooks = TrainingHooks(event=events.append)
+    outputs = 1 if not isinstance(teacher, FromFunction) else len(teacher.shift)
+    student = FromFunction(lambda x: x[:, :outputs], outputs)
     distill(student, teacher, data, objective=objective, training=ONCE, hooks=hooks, **options)
-    return told
+    return events
 
 
-def warnings_of(told):
-    return [event["text"] for event in told if event["event"] == "warning"]
+def warnings_of(events):
+    return [event["text"] for event in events if event["event"] == "warning"]
 
 
 # ------------------------------------------------------------------------------------------------ classes
 
 
-def test_a_teacher_that_always_answers_the_common_class_is_refused_at_97_percent():
+def test_a_teacher_that_always_predicts_the_most_frequent_class_is_refused_at_97_percent():
     sentence = (
         r"no better than chance: 97\.0% of 100 samples are correct, chance is 97\.0% \(the most frequent class has "
         r"97\.0%\); balanced accuracy 50\.0%\. It predicts class 0 for every sample"
@@ -71,53 +71,53 @@ def test_a_teacher_that_always_answers_the_common_class_is_refused_at_97_percent
     loader = [(X[at : at + 20], labels[at : at + 20]) for at in range(0, N, 20)]
     for data, options in ((ArrayData(X, labels), {}), (loader, {}), (ArrayData(X, None), {"validation": (X, labels)})):
         with pytest.raises(NumericError, match=sentence):
-            taught(ALWAYS_COMMON, data, **options)
-    taught(ALWAYS_COMMON, ArrayData(X, labels), check_teacher=False)
+            events_of(CONSTANT, data, **options)
+    events_of(CONSTANT, ArrayData(X, labels), check_teacher=False)
 
 
 @pytest.mark.parametrize("keep", [Dense(), TopK(1)])
-def test_a_store_of_a_constant_answer_is_refused(tmp_path, keep):
+def test_a_store_of_constant_predictions_is_refused(tmp_path, keep):
     data = ArrayData(X, RARE.astype(int))
-    store = build(tmp_path / "store", ALWAYS_COMMON, data, keep=keep)
+    store = build(tmp_path / "store", CONSTANT, data, keep=keep)
     objective = Objective((Term("kd", 0.9, temperature=1.0),), 0.1)
     with pytest.raises(NumericError, match="It predicts class 0 for every sample"):
-        distill(Says(lambda x: x[:, :2]), store, data, objective=objective, training=ONCE)
+        distill(FromFunction(lambda x: x[:, :2]), store, data, objective=objective, training=ONCE)
 
 
-def test_a_teacher_that_finds_the_rare_class_is_taken_and_its_balanced_accuracy_is_told():
-    (event,) = (event for event in taught(KNOWS, ArrayData(X, RARE.astype(int))) if event["event"] == "teacher")
+def test_the_event_of_a_teacher_has_the_balanced_accuracy_if_classes_are_uneven():
+    (event,) = (event for event in events_of(CORRECT, ArrayData(X, RARE.astype(int))) if event["event"] == "teacher")
     assert event == {"event": "teacher", "accuracy": 1.0, "classes": 2, "balanced_accuracy": 1.0, "majority": 0.97}
 
 
-def test_a_teacher_below_the_common_class_that_knows_more_is_taken():
-    told = taught(EAGER, ArrayData(X, RARE.astype(int)))
-    (event,) = (event for event in told if event["event"] == "teacher")
+def test_a_teacher_with_lower_accuracy_than_the_majority_and_high_balanced_accuracy_is_accepted():
+    events = events_of(SENSITIVE, ArrayData(X, RARE.astype(int)))
+    (event,) = (event for event in events if event["event"] == "teacher")
     assert event["accuracy"] < event["majority"]
     assert event["balanced_accuracy"] > 0.9
 
 
-def test_a_constant_answer_is_only_warned_of_where_few_samples_speak():
+def test_a_constant_prediction_on_few_samples_or_one_class_gives_a_warning():
     labels = RARE.astype(int)
     few = slice(20, 45)  # 25 samples, of which one is of the rare class
-    sentences = warnings_of(taught(ALWAYS_COMMON, ArrayData(X[few], labels[few])))
+    sentences = warnings_of(events_of(CONSTANT, ArrayData(X[few], labels[few])))
     assert any(
         "It predicts class 0 for every sample. Give more labeled samples, of all classes" in s for s in sentences
     )
-    same = warnings_of(taught(ALWAYS_COMMON, ArrayData(X, np.zeros(N, int))))
+    same = warnings_of(events_of(CONSTANT, ArrayData(X, np.zeros(N, int))))
     assert any("It predicts class 0 for every sample" in sentence for sentence in same)
 
 
-def test_a_loader_is_read_until_a_rare_class_has_been_seen():
-    """Sorted by class: the first 32 samples are of one class, and tell nothing."""
+def test_a_loader_is_read_until_there_are_samples_of_a_second_class():
+    """The samples are sorted by class, so that the first 97 are of one class."""
     labels = np.sort(RARE.astype(int))
     inputs = np.where(labels[:, None] == 1, 3.0, -1.0) * np.ones((N, D))
     loader = [(inputs[at : at + 20], labels[at : at + 20]) for at in range(0, N, 20)]
-    (event,) = (event for event in taught(KNOWS, loader) if event["event"] == "teacher")
+    (event,) = (event for event in events_of(CORRECT, loader) if event["event"] == "teacher")
     assert event["balanced_accuracy"] == 1.0
 
 
-def test_a_teacher_of_many_classes_is_not_refused_for_few_hits():
-    """2 of 40 different classes are right, which is little, and more than answers by chance."""
+def test_a_teacher_of_many_classes_with_low_accuracy_above_chance_is_accepted():
+    """2 of 40 predictions are correct, which is more than by chance."""
     labels = np.arange(40)
 
     def logits(x):
@@ -125,18 +125,16 @@ def test_a_teacher_of_many_classes_is_not_refused_for_few_hits():
         found[torch.arange(len(x)), torch.as_tensor(np.where(np.arange(len(x)) < 2, np.arange(len(x)), 100))] = 5.0
         return found
 
-    student, hooks = (
-        Says(lambda x: x[:, :1] * torch.ones(200, dtype=torch.float64), 200),
-        TrainingHooks(event=lambda event: None),
-    )
+    student = FromFunction(lambda x: x[:, :1] * torch.ones(200, dtype=torch.float64), 200)
+    hooks = TrainingHooks(event=lambda event: None)
     inputs = np.random.default_rng(0).standard_normal((40, D))
-    distill(student, Says(logits, 200), ArrayData(inputs, labels), training=ONCE, hooks=hooks)
+    distill(student, FromFunction(logits, 200), ArrayData(inputs, labels), training=ONCE, hooks=hooks)
 
 
-def test_a_teacher_that_answers_background_for_every_pixel_is_refused():
+def test_a_teacher_that_predicts_background_for_every_pixel_is_refused():
     random = np.random.default_rng(0)
     masks = (random.random((8, 6, 6)) < 0.1).astype(int)
-    masks[0, 0] = -100  # of which nothing is asked
+    masks[0, 0] = -100  # pixels without a label
     images = random.standard_normal((8, 1, 6, 6))
 
     def background(x):
@@ -155,76 +153,76 @@ def test_a_teacher_that_answers_background_for_every_pixel_is_refused():
         distill(nn.Sequential(student), Dense(background), ArrayData(images, masks), objective=Objective.preset("cwd"))
 
 
-# ------------------------------------------------------------------------------------------------ yes or no, numbers
+# ------------------------------------------------------------------------------------------------ binary and regression
 
 BINARY = Objective((Term("binary-kd", 0.5),), 0.5, label_loss="binary")
 RARELY = np.random.default_rng(1).random((N, 3)) < np.array([0.1, 0.2, 0.05])
 
 
-def test_a_teacher_that_says_no_to_every_label_is_refused_where_it_says_nothing_else():
-    no = Says(rows(-2.0, -1.0, -3.0), 3)
+def test_a_teacher_with_constant_negative_logits_is_refused():
+    no = FromFunction(constant(-2.0, -1.0, -3.0), 3)
     with pytest.raises(NumericError, match=r"binary labels are predicted correctly, chance .* It predicts 0"):
-        taught(no, ArrayData(X, RARELY.astype(float)), BINARY)
-    rare = Says(rows(-2.0), 1)
+        events_of(no, ArrayData(X, RARELY.astype(float)), BINARY)
+    rare = FromFunction(constant(-2.0), 1)
     with pytest.raises(NumericError, match=r"97\.0% of 100 binary labels .* chance is 97\.0%"):
-        taught(rare, ArrayData(X, RARE[:, None].astype(float)), BINARY)
+        events_of(rare, ArrayData(X, RARE[:, None].astype(float)), BINARY)
 
 
-def test_a_teacher_that_never_says_yes_and_differs_is_warned_of():
-    """Its logits order the samples, as those of rare labels often do without ever passing 0."""
-    differs = Says(lambda x: torch.from_numpy(RARELY.astype(float))[: len(x)] - 4.0, 3)
-    told = taught(differs, ArrayData(X, RARELY.astype(float)), BINARY)
-    assert any("It predicts 0 for every sample" in sentence for sentence in warnings_of(told))
+def test_a_teacher_with_negative_logits_that_depend_on_the_inputs_gives_a_warning():
+    """Logits of rare labels often rank the samples correctly and never exceed 0."""
+    differs = FromFunction(lambda x: torch.from_numpy(RARELY.astype(float))[: len(x)] - 4.0, 3)
+    events = events_of(differs, ArrayData(X, RARELY.astype(float)), BINARY)
+    assert any("It predicts 0 for every sample" in sentence for sentence in warnings_of(events))
 
 
-def test_a_teacher_of_several_labels_is_told_with_its_accuracy():
-    knows = Says(lambda x: 4.0 * torch.from_numpy(RARELY.astype(float))[: len(x)] - 2.0, 3)
-    told = taught(knows, ArrayData(X, np.where(RARE[:, None], -100.0, RARELY)), BINARY)
-    assert told[0]["accuracy"] == 1.0
-    assert not [s for s in warnings_of(told) if "teacher" in s]
+def test_the_event_of_a_multi_label_teacher_has_its_accuracy():
+    knows = FromFunction(lambda x: 4.0 * torch.from_numpy(RARELY.astype(float))[: len(x)] - 2.0, 3)
+    events = events_of(knows, ArrayData(X, np.where(RARE[:, None], -100.0, RARELY)), BINARY)
+    assert events[0]["accuracy"] == 1.0
+    assert not [s for s in warnings_of(events) if "teacher" in s]
 
 
 NUMBERS = Objective((Term("logit-l2", 0.5),), 0.5, label_loss="squared-error")
 
 
-def test_a_teacher_that_answers_the_mean_is_refused_and_one_that_knows_is_told_by_its_r_squared():
+def test_a_regression_teacher_that_predicts_the_mean_is_refused_and_the_event_has_r_squared():
     targets = 2 * X[:, :1] + 5
-    mean = Says(lambda x: torch.full((len(x), 1), float(targets.mean()), dtype=torch.float64), 1)
-    for teacher in (mean, Says(lambda x: -x[:, :1], 1)):
+    mean = FromFunction(lambda x: torch.full((len(x), 1), float(targets.mean()), dtype=torch.float64), 1)
+    for teacher in (mean, FromFunction(lambda x: -x[:, :1], 1)):
         with pytest.raises(NumericError, match=r"The teacher is no better than the mean of the targets: its R² is"):
-            taught(teacher, ArrayData(X, targets), NUMBERS)
-    told = taught(Says(lambda x: 2 * x[:, :1] + 5, 1), ArrayData(X, targets[:, 0]), NUMBERS)
-    assert told[0] == {"event": "teacher", "r2": 1.0}
+            events_of(teacher, ArrayData(X, targets), NUMBERS)
+    events = events_of(FromFunction(lambda x: 2 * x[:, :1] + 5, 1), ArrayData(X, targets[:, 0]), NUMBERS)
+    assert events[0] == {"event": "teacher", "r2": 1.0}
 
 
 # ------------------------------------------------------------------------------------------------ students
 
 
-def test_a_student_that_ends_in_one_answer_is_warned_of():
+def test_a_trained_model_that_predicts_one_class_gives_a_warning():
     labels = RARE.astype(int)
-    data, told = ArrayData(X[:, 1:], labels), []
-    hooks = TrainingHooks(event=told.append)
+    data, events = ArrayData(X[:, 1:], labels), []
+    hooks = TrainingHooks(event=events.append)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(D - 1, 2)).double()
     found = fit(model, data, training=Training(epochs=3, learning_rate=0.5), validation=(X[:, 1:], labels), hooks=hooks)
     assert found.history[-1]["accuracy"] == pytest.approx(0.97)
     assert found.history[-1]["balanced_accuracy"] == pytest.approx(0.5)
     assert any(
-        "The trained model predicts class 0 for all 100 samples of the validation" in s for s in warnings_of(told)
+        "The trained model predicts class 0 for all 100 samples of the validation" in s for s in warnings_of(events)
     )
     even = np.arange(N) % 2
-    found = fit(Says(lambda x: x[:, :2]), ArrayData(X, even), training=ONCE, validation=(X, even), hooks=hooks)
+    found = fit(FromFunction(lambda x: x[:, :2]), ArrayData(X, even), training=ONCE, validation=(X, even), hooks=hooks)
     assert "balanced_accuracy" not in found.history[-1]
 
 
-def test_validation_of_answers_and_of_numbers_has_metrics_of_its_own():
+def test_validation_has_the_metrics_of_binary_labels_and_of_regression():
     targets = RARELY.astype(float)
-    model = Says(lambda x: 4.0 * torch.from_numpy(targets)[: len(x)] - 2.0, 3)
+    model = FromFunction(lambda x: 4.0 * torch.from_numpy(targets)[: len(x)] - 2.0, 3)
     found = fit(
         model, ArrayData(X, targets), objective=Objective(label_loss="binary"), training=ONCE, validation=(X, targets)
     )
     assert found.history[-1]["accuracy"] == 1.0
-    single = Says(lambda x: x[:, :1], 1)  # of one output the largest is always the first
+    single = FromFunction(lambda x: x[:, :1], 1)  # argmax over one output is always 0
     labels = (X[:, :1] > 0).astype(float)
     found = fit(
         single, ArrayData(X, labels), objective=Objective(label_loss="binary"), training=ONCE, validation=(X, labels)
@@ -235,21 +233,21 @@ def test_validation_of_answers_and_of_numbers_has_metrics_of_its_own():
     assert found.history[-1]["r2"] > 0.9
 
 
-def test_a_validation_of_another_kind_is_refused_before_training():
-    told = []
-    hooks = TrainingHooks(event=told.append)
+def test_a_validation_with_invalid_targets_is_refused_before_training():
+    events = []
+    hooks = TrainingHooks(event=events.append)
     labels = np.arange(N) % 2
     for wrong in (labels[:, None] * 1.0, np.full(N, 2), labels + 0.5):
         with pytest.raises(DataError, match=r"of the validation does not fit\. .* Or give validation as a callable"):
-            fit(KNOWS, ArrayData(X, labels), validation=(X, wrong), training=ONCE, hooks=hooks)
-    assert not told
+            fit(CORRECT, ArrayData(X, labels), validation=(X, wrong), training=ONCE, hooks=hooks)
+    assert not events
 
 
-# ------------------------------------------------------------------------------------------------ the numbers
+# ------------------------------------------------------------------------------------------------ statistics
 
 
-def test_answers_are_counted_in_closed_form():
-    """Of 6 of class 0 four are right, of 2 of class 1 one is; answers are 5 times 0 and 3 times 1."""
+def test_the_statistics_of_predictions_in_closed_form():
+    """4 of 6 samples of class 0 and 1 of 2 of class 1 are correct; 5 predictions are 0 and 3 are 1."""
     found = Answers.of(np.array([0, 0, 0, 0, 1, 1, 0, 1]), np.array([0, 0, 0, 0, 0, 0, 1, 1]))
     assert (found.n, found.accuracy, found.classes, found.most_frequent) == (8, 5 / 8, 2, 6)
     assert found.balanced == pytest.approx((4 / 6 + 1 / 2) / 2)
@@ -259,7 +257,7 @@ def test_answers_are_counted_in_closed_form():
     assert not found.constant
 
 
-def test_the_chance_of_a_constant_answer_is_its_accuracy_and_of_even_classes_that_of_guessing():
+def test_the_chance_level_of_constant_predictions_is_their_accuracy():
     labels = np.array([0, 0, 0, 1, 2])
     constant = Answers.of(np.zeros(5, int), labels)
     assert constant.constant

@@ -1,4 +1,4 @@
-"""A student learns from generated inputs, and a run that is interrupted sees the same ones."""
+"""A student learns from generated inputs, and a resumed run generates the same ones."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def linear(seed):
     return nn.Sequential(nn.Linear(D, K)).double()
 
 
-class Painter(nn.Module):
-    """A generator as of a GAN: noise to inputs, and other numbers in training mode."""
+class Generator(nn.Module):
+    """A generator, like that of a GAN, whose outputs differ in training mode."""
 
     def __init__(self):
         super().__init__()
@@ -40,47 +40,47 @@ class Painter(nn.Module):
         return self.drop(self.norm(self.layer(noise)))
 
 
-def test_a_student_learns_its_teacher_without_any_data():
-    """On normal inputs a linear student has one minimum, the teacher up to a shift of all classes."""
+def test_a_student_converges_to_its_teacher_on_generated_inputs():
+    """On normal inputs a linear student has one minimum: the teacher, up to a shift of all classes."""
     teacher = linear(1)
     training = Training(epochs=20, learning_rate=1.0, weight_decay=0.0)
     found = distill(
         linear(2), teacher, GeneratedData(normal, 128, 32), objective=SOFT, training=training, check_teacher=False
     ).model
     inputs = np.random.default_rng(0).standard_normal((50, D))
-    learned, wanted = (model(torch.from_numpy(inputs)).softmax(-1) for model in (found, teacher))
-    torch.testing.assert_close(learned, wanted, atol=0.02, rtol=0)  # gradient descent ends where it is stopped
+    probabilities, expected = (model(torch.from_numpy(inputs)).softmax(-1) for model in (found, teacher))
+    torch.testing.assert_close(probabilities, expected, atol=0.02, rtol=0)  # after 20 epochs of gradient descent
 
 
-def test_a_model_makes_the_inputs_in_inference_mode_and_stays_as_it_is():
-    painter = Painter().train()
-    before = {name: value.clone() for name, value in painter.state_dict().items()}
-    data = GeneratedData(ModelGenerator(painter, noise=(2,)), 8, 4)
+def test_a_model_generates_inputs_in_inference_mode_and_does_not_change():
+    model = Generator().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = GeneratedData(ModelGenerator(model, noise=(2,)), 8, 4)
     (first, _) = data.epoch(0, 0)
     noise = np.random.default_rng([0, 0, 0]).standard_normal((4, 2), dtype=np.float32)
     with torch.no_grad():
-        wanted = painter.layer(torch.from_numpy(noise)) / (1 + 1e-5) ** 0.5
-    np.testing.assert_allclose(first.inputs, wanted.numpy(), rtol=1e-5)
+        expected = model.layer(torch.from_numpy(noise)) / (1 + 1e-5) ** 0.5
+    np.testing.assert_allclose(first.inputs, expected.numpy(), rtol=1e-5)
     torch.manual_seed(3)
     found = distill(
         nn.Linear(D, K), nn.Linear(D, K), data, objective=SOFT, training=Training(epochs=2), check_teacher=False
     )
     assert len(found.history) == 2
-    assert painter.training
-    assert all(torch.equal(before[name], value) for name, value in painter.state_dict().items())
-    assert all(parameter.grad is None for parameter in painter.parameters())
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_no_gradient_reaches_into_what_made_the_inputs():
+def test_no_gradient_flows_to_the_generator():
     layer = nn.Linear(2, D).double()
 
-    def painted(count, generator):
+    def generate(count, generator):
         return layer(torch.from_numpy(generator.standard_normal((count, 2))))
 
     distill(
         linear(1),
         linear(2),
-        GeneratedData(painted, 8, 4),
+        GeneratedData(generate, 8, 4),
         objective=SOFT,
         training=Training(epochs=1),
         check_teacher=False,
@@ -88,7 +88,7 @@ def test_no_gradient_reaches_into_what_made_the_inputs():
     assert layer.weight.grad is None
 
 
-def test_keyword_inputs_are_made_too():
+def test_inputs_can_be_generated_by_name():
     data = GeneratedData(lambda count, generator: {"input": generator.standard_normal((count, D))}, 8, 4)
     torch.manual_seed(0)
     student, teacher = nn.Linear(D, K).double(), nn.Linear(D, K).double()
@@ -97,35 +97,35 @@ def test_keyword_inputs_are_made_too():
 
 
 @pytest.mark.parametrize("stop_at", [2, 4, 7])
-def test_a_run_that_is_cut_ends_in_the_same_bits(stop_at):
-    data, training, asked, states = GeneratedData(normal, 24, 8), Training(epochs=3, learning_rate=0.1), [], []
+def test_a_resumed_run_ends_with_the_same_bits(stop_at):
+    data, training, calls, states = GeneratedData(normal, 24, 8), Training(epochs=3, learning_rate=0.1), [], []
 
     def run(**hooks):
         quiet = TrainingHooks(event=lambda event: None, **hooks)
         return distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=quiet)
 
     def stop():
-        asked.append(1)
-        return Interrupted("enough") if len(asked) == stop_at else None
+        calls.append(1)
+        return Interrupted("stopped") if len(calls) == stop_at else None
 
-    whole = run()
+    uninterrupted = run()
     with pytest.raises(Interrupted):
         run(stop=stop, save=states.append)
-    rest = run(resume=states[-1])
-    assert torch.equal(whole.model[0].weight, rest.model[0].weight)
-    assert [record["loss"] for record in rest.history] == [record["loss"] for record in whole.history]
+    resumed = run(resume=states[-1])
+    assert torch.equal(uninterrupted.model[0].weight, resumed.model[0].weight)
+    assert [record["loss"] for record in resumed.history] == [record["loss"] for record in uninterrupted.history]
 
 
-def test_a_teacher_that_no_label_judges_is_doubted_aloud():
-    told = []
-    hooks = TrainingHooks(event=told.append)
+def test_a_teacher_without_labels_to_evaluate_it_gives_a_warning():
+    events = []
+    hooks = TrainingHooks(event=events.append)
     data, training = GeneratedData(normal, 8), Training(epochs=1)
     distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks)
-    (doubt,) = (event["text"] for event in told if event["event"] == "warning")
-    assert "not evaluated" in doubt
-    told.clear()
+    (warning,) = (event["text"] for event in events if event["event"] == "warning")
+    assert "not evaluated" in warning
+    events.clear()
     inputs = np.random.default_rng(0).standard_normal((40, D))
-    judged = ArrayData(inputs, linear(1)(torch.from_numpy(inputs)).argmax(-1).numpy())
-    distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks, validation=judged)
+    validation = ArrayData(inputs, linear(1)(torch.from_numpy(inputs)).argmax(-1).numpy())
+    distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks, validation=validation)
     distill(linear(2), linear(1), data, objective=SOFT, training=training, hooks=hooks, check_teacher=False)
-    assert [event for event in told if event["event"] == "warning"] == []
+    assert [event for event in events if event["event"] == "warning"] == []

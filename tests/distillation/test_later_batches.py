@@ -1,4 +1,4 @@
-"""A batch after the first that does not fit is named, with what is wrong with it."""
+"""An error about a later batch has the number of the batch and the reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ONCE = Training(epochs=2, learning_rate=0.05)
 
 
 class Fixed(nn.Module):
-    """A model of images of one size."""
+    """A model for images of one size."""
 
     def __init__(self, width=4):
         super().__init__()
@@ -31,7 +31,7 @@ class Fixed(nn.Module):
 
 
 class Stream:
-    """Batches that come one by one, so that none is looked at before its turn."""
+    """An iterable without a length."""
 
     def __init__(self, *batches):
         self.batches = batches
@@ -41,17 +41,17 @@ class Stream:
 
 
 def loader(*batches):
-    """A DataLoader of these batches."""
-    return DataLoader(list(batches), batch_size=1, collate_fn=lambda given: given[0])
+    """Return a DataLoader that yields these batches."""
+    return DataLoader(list(batches), batch_size=1, collate_fn=lambda items: items[0])
 
 
 CONSTANT = Training(epochs=2, schedule="constant")
-WAYS = {
+TRAINING_CALLS = {
     "fit": lambda data: fit(Fixed(), data, training=CONSTANT),
     "distill": lambda data: distill(Fixed(), Fixed(5), data, training=CONSTANT, check_teacher=False),
     "mutual": lambda data: distill_mutually([Fixed(), Fixed(5)], data, training=CONSTANT),
 }
-WAYS_TO_JUDGE = {
+EVALUATING_CALLS = {
     "teacher": lambda data: distill(Fixed(), Fixed(5), data, training=CONSTANT),
     "validation": lambda data: fit(Fixed(), [(X, Y)], validation=data, training=CONSTANT),
 }
@@ -73,15 +73,15 @@ LATER = {
 @pytest.mark.parametrize(
     "form", [Stream, loader, lambda *batches: list(batches)], ids=["a stream", "a loader", "a list"]
 )
-@pytest.mark.parametrize("way", [*WAYS, *WAYS_TO_JUDGE])
-def test_a_later_batch_that_does_not_fit_is_named(way, form, case):
+@pytest.mark.parametrize("call", [*TRAINING_CALLS, *EVALUATING_CALLS])
+def test_a_later_batch_that_does_not_fit_is_an_error_with_its_number(call, form, case):
     batch, error, sentence = LATER[case]
     with pytest.raises(error, match=rf"Batch 2 of (epoch 1:|the data:|the validation( does not fit\.|:)) .*{sentence}"):
-        {**WAYS, **WAYS_TO_JUDGE}[way](form((X, Y), batch))
+        {**TRAINING_CALLS, **EVALUATING_CALLS}[call](form((X, Y), batch))
 
 
 @pytest.mark.parametrize("case", sorted(LATER.keys() - {"none"}))
-def test_a_batch_of_a_loop_of_ones_own_that_does_not_fit_is_described(case):
+def test_a_later_batch_of_a_distiller_that_does_not_fit_is_an_error(case):
     batch, error, sentence = LATER[case]
     distiller = Distiller(Fixed(), Fixed(5), Objective.kd(), (X, Y))
     distiller((X, Y))
@@ -90,13 +90,13 @@ def test_a_batch_of_a_loop_of_ones_own_that_does_not_fit_is_described(case):
 
 
 class Pooled(Fixed):
-    """A model of images of any size."""
+    """A model for images of any size."""
 
     def forward(self, image):
         return super().forward(nn.functional.adaptive_avg_pool2d(image, 6))
 
 
-def test_batches_of_several_sizes_are_trained_where_the_model_takes_them():
+def test_batches_of_several_sizes_are_accepted_if_the_model_takes_them():
     batches = [(X, Y), (X[..., :5], Y), (X[:5], Y[:5])]
     found = distill(Pooled(), Pooled(5), batches, training=ONCE, check_teacher=False, validation=batches)
     assert len(found.history) == ONCE.epochs
@@ -104,7 +104,7 @@ def test_batches_of_several_sizes_are_trained_where_the_model_takes_them():
 
 
 class Failing(Fixed):
-    """Raises what it is told on the second batch in training."""
+    """A model that raises an error on the second batch in training."""
 
     def __init__(self, error):
         super().__init__()
@@ -117,49 +117,49 @@ class Failing(Fixed):
         return super().forward(image)
 
 
-def test_an_error_of_the_models_own_code_keeps_its_line():
+def test_an_error_in_the_code_of_the_model_has_its_line():
     with pytest.raises(
-        ModelError, match=r"Batch 2 of epoch 1: .*ValueError: mine \(test_later_batches\.py:\d+, in forward\)"
-    ) as it:
-        fit(Failing(ValueError("mine")), [(X, Y)] * 2, training=ONCE)
-    assert isinstance(it.value.__cause__.__cause__, ValueError)
+        ModelError, match=r"Batch 2 of epoch 1: .*ValueError: wrong \(test_later_batches\.py:\d+, in forward\)"
+    ) as caught:
+        fit(Failing(ValueError("wrong")), [(X, Y)] * 2, training=ONCE)
+    assert isinstance(caught.value.__cause__.__cause__, ValueError)
 
 
-def test_a_lack_of_memory_and_errors_that_no_shape_causes_stay_what_they_are():
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), KeyError("mine")):
+def test_errors_that_shapes_do_not_cause_are_not_wrapped():
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), KeyError("wrong")):
         with pytest.raises(type(error)):
             fit(Failing(error), [(X, Y)] * 2, training=ONCE)
 
 
 @pytest.mark.parametrize("batch", [(X,), (X, None), X, {"image": X}], ids=["alone", "None", "an array", "a dict"])
-def test_a_later_batch_without_targets_is_refused_or_warned_of(batch):
+def test_a_later_batch_without_targets_is_refused_or_gives_one_warning(batch):
     with pytest.raises(DataError, match=r"Batch 2 of epoch 1: A batch has no targets, and there is no teacher"):
-        WAYS["fit"]([(X, Y), batch])
-    told = []
-    hooks = TrainingHooks(event=told.append)
+        TRAINING_CALLS["fit"]([(X, Y), batch])
+    events = []
+    hooks = TrainingHooks(event=events.append)
     data = [(X, Y), batch, batch]
     distill(Fixed(), Fixed(5), data, training=ONCE, check_teacher=False, hooks=hooks)
-    texts = [event["text"] for event in told if event["event"] == "warning"]
+    texts = [event["text"] for event in events if event["event"] == "warning"]
     assert len(texts) == 1
-    assert texts[0].startswith("Batch 2 of epoch 1: A batch has no targets, while batches before it have")
-    distiller = Distiller(Fixed(), Fixed(5), Objective.kd(), (X, Y))  # in a loop of one's own it is no accident
-    assert [set(distiller(given).terms) for given in ((X, Y), batch)] == [{"label", "kd"}, {"kd"}]
+    assert texts[0].startswith("Batch 2 of epoch 1: A batch has no targets, unlike earlier batches")
+    distiller = Distiller(Fixed(), Fixed(5), Objective.kd(), (X, Y))  # a distiller does not warn
+    assert [set(distiller(item).terms) for item in ((X, Y), batch)] == [{"label", "kd"}, {"kd"}]
 
 
-def test_batches_without_targets_are_no_reason_to_warn_where_no_label_is_used():
+def test_batches_without_targets_give_no_warning_if_no_term_uses_labels():
     objective = Objective(Objective.kd().terms, label_weight=0)
-    told = []
-    hooks = TrainingHooks(event=told.append)
+    events = []
+    hooks = TrainingHooks(event=events.append)
     for data in ([(X, Y), (X,)], [(X,), (X,)]):
         distill(Fixed(), Fixed(5), data, objective=objective, training=ONCE, check_teacher=False, hooks=hooks)
-    assert not [event for event in told if event["event"] == "warning"]
+    assert not [event for event in events if event["event"] == "warning"]
 
 
 # ------------------------------------------------------------------------------------------------ ids, mask, labels
 
 
 class Masked(nn.Module):
-    """A model of tokens that takes a mask."""
+    """A model of tokens with a required mask."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ class Masked(nn.Module):
 
 
 class Optional(Masked):
-    """A model of tokens that may be given a mask."""
+    """A model of tokens with an optional mask."""
 
     def forward(self, words, mask=None):
         return super().forward(words, torch.ones(words.shape) if mask is None else mask)
@@ -192,7 +192,7 @@ MASK = (torch.arange(6) < 4).expand(N, 6)
         (Optional, DataError, r'If they are a mask of the inputs, give a dict .*"labels": \.\.\.\}'),
     ],
 )
-def test_a_batch_of_inputs_a_mask_and_labels_is_answered_with_how_to_give_it(model, error, sentence, mask):
+def test_a_tuple_of_inputs_mask_and_labels_is_refused_with_the_dict_to_give(model, error, sentence, mask):
     with pytest.raises(error, match=sentence):
         fit(model(), [(WORDS, mask, Y)], training=ONCE)
     with pytest.raises(DataError, match=r"third part of a batch is int64 of shape \(12, 6\).* or a dict"):

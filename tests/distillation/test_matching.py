@@ -1,4 +1,4 @@
-"""Stages are where somebody who knows a network would look for them; the shapes are those of well-known networks."""
+"""The stages of well-known networks are those that their papers describe."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def transformers():
     return import_beside("transformers")
 
 
-def found_in(model, inputs=None):
+def stages_found(model, inputs=None):
     return stages_of(framework_of(model).features, model, torch.randn(2, 3, 64, 64) if inputs is None else inputs)
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "expected"),
     [
         ("resnet18", {"relu": 32, "layer1": 16, "layer2": 8, "layer3": 4, "layer4": 2}),
         ("resnet50", {"relu": 32, "layer1": 16, "layer2": 8, "layer3": 4, "layer4": 2}),
-        # not features.4.conv.0, which is as large as what features.3 puts out and belongs to the next stage
+        # not features.4.conv.0, which has the size of features.3 and belongs to the next stage
         ("mobilenet_v2", {"features.1": 32, "features.3": 16, "features.6": 8, "features.13": 4, "features": 2}),
         ("shufflenet_v2_x0_5", {"conv1": 32, "maxpool": 16, "stage2": 8, "stage3": 4, "conv5": 2}),
         (
@@ -50,21 +50,21 @@ def found_in(model, inputs=None):
                 "trunk_output": 2,
             },
         ),
-        # the blocks of these have their channels last, but for what they put out
+        # inside of the blocks of these networks, channels are last
         ("convnext_tiny", {"features.1": 16, "features.3": 8, "features.5": 4, "features": 2}),
         ("swin_t", {"permute": 2}),
         ("vit_b_16", {f"encoder.layers.encoder_layer_{n}": None for n in range(12)}),
     ],
 )
-def test_stages_of_torchvision(torchvision, name, wanted):
+def test_stages_of_torchvision(torchvision, name, expected):
     torch.manual_seed(0)
     options = {"image_size": 64} if name.startswith("vit") else {}
-    found = found_in(getattr(torchvision.models, name)(weights=None, **options))
-    assert found == [(path, None if size is None else (size, size)) for path, size in wanted.items()]
+    found = stages_found(getattr(torchvision.models, name)(weights=None, **options))
+    assert found == [(path, None if size is None else (size, size)) for path, size in expected.items()]
 
 
-def test_stages_of_a_network_with_its_channels_last_are_for_its_user_to_name():
-    class Last(nn.Module):
+def test_a_network_with_channels_last_has_no_stages():
+    class ChannelsLast(nn.Module):
         def __init__(self):
             super().__init__()
             self.embed = nn.Conv2d(3, 8, 4, 4)
@@ -76,16 +76,18 @@ def test_stages_of_a_network_with_its_channels_last_are_for_its_user_to_name():
                 x = block(x)
             return x.mean((1, 2))
 
-    with pytest.raises(UsageError, match=r"Last has no stages that are found by the shapes.*Name the places"):
-        found_in(Last())
+    with pytest.raises(
+        UsageError, match=r"ChannelsLast has no stages that can be found by the output shapes.*Name the layers"
+    ):
+        stages_found(ChannelsLast())
 
 
-def test_an_embedding_of_patches_is_no_stage_of_a_model_of_tokens():
+def test_a_patch_embedding_is_not_a_stage_of_a_transformer():
     shapes = [("embed.proj", (2, 8, 8, 8)), ("embed", (2, 64, 8)), ("blocks.0", (2, 64, 8)), ("blocks.1", (2, 64, 8))]
     assert stages_among(shapes, IMAGE, "Net") == [("blocks.0", None), ("blocks.1", None)]
 
 
-def test_attention_is_no_map():
+def test_attention_is_not_a_feature_map():
     shapes = [("embed", (2, 64, 8))]
     for block in range(2):
         inner = [(f"blocks.{block}.drop", (2, 4, 64, 64)), (f"blocks.{block}.norm", (2, 4, 64, 2))]
@@ -93,7 +95,7 @@ def test_attention_is_no_map():
     assert stages_among(shapes, IMAGE, "Net") == [("blocks.0", None), ("blocks.1", None)]
 
 
-def test_layers_inside_a_block_are_no_list_of_layers():
+def test_layers_inside_of_a_block_are_not_stages():
     shapes = [(f"blocks.{block}{inner}", (2, 9, width)) for block in range(2)
               for inner, width in ((".fc1", 8), (".fc2", 4), ("", 4))]  # fmt: skip
     assert stages_among(shapes, (2, 9), "Net") == [("blocks.0", None), ("blocks.1", None)]
@@ -101,19 +103,21 @@ def test_layers_inside_a_block_are_no_list_of_layers():
         stages_among(shapes[:2], (2, 9), "Net")
 
 
-def test_a_network_within_a_module_has_all_of_its_stages():
+def test_a_network_inside_of_a_module_has_all_of_its_stages():
     shapes = [("body.0", (2, 4, 16, 16)), ("body.1", (2, 8, 8, 8)), ("body", (2, 8, 8, 8)), ("head", (2, 5))]
     assert stages_among(shapes, IMAGE, "Net") == [("body.0", (16, 16)), ("body", (8, 8))]
 
 
-def test_blocks_that_put_out_several_things_are_layers(transformers):
+def test_blocks_with_several_outputs_are_layers(transformers):
     config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=3, num_heads=2)
     words = torch.randint(3, 20, (2, 5))
-    found = found_in(transformers.T5ForConditionalGeneration(config), {"input_ids": words, "decoder_input_ids": words})
+    found = stages_found(
+        transformers.T5ForConditionalGeneration(config), {"input_ids": words, "decoder_input_ids": words}
+    )
     assert found == [(f"encoder.block.{number}", None) for number in range(3)]
 
 
-def test_layers_of_a_transformer_face_stages_of_a_convolutional_network_by_depth(torchvision):
+def test_layers_of_a_transformer_match_stages_of_a_convolutional_network_by_depth(torchvision):
     student = torchvision.models.VisionTransformer(
         image_size=64, patch_size=16, num_layers=4, num_heads=2, hidden_dim=8, mlp_dim=8
     )

@@ -1,4 +1,4 @@
-"""Language models of transformers are taught: the next token, encoder and decoder, and nothing by padding."""
+"""Distillation of models of transformers: causal, encoder, encoder-decoder and speech. Padding has no effect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUIET = TrainingHooks(event=lambda event: None)
 
 @pytest.fixture(scope="module")
 def transformers():
-    """The package; models are built from small configurations."""
+    """Return the package; models are built from small configurations."""
     pytest.importorskip("transformers", exc_type=ImportError)
     import_beside("torchvision")
     return import_beside("transformers")
@@ -76,12 +76,12 @@ LAST = Term("hidden-mse", 1.0, student_layer="hidden[-1]", name="last")
 
 
 def pair(build, transformers):
-    """A student 8 wide and a teacher 12 wide, in inference mode and 64 bits."""
-    made = []
+    """Return a student of width 8 and a teacher of width 12, in inference mode and float64."""
+    models = []
     for width in (8, 12):
         torch.manual_seed(width)
-        made.append(build(transformers, width).eval().double())
-    return made
+        models.append(build(transformers, width).eval().double())
+    return models
 
 
 def mask_of(lengths, longest, *, left=False):
@@ -100,80 +100,80 @@ def causal_batch(*, left=False):
 
 
 def translation():
-    """Sources and targets of several lengths; the decoder is given the target one position later."""
+    """Return sources and targets of several lengths; the decoder input is the target, shifted by one position."""
     source, target = mask_of([6, 3, 4, 1], 6), mask_of([2, 5, 5, 3], 5)
     labels = np.where(target == 1, words((4, 5), 1), -100)
-    given = np.concatenate([np.full((4, 1), PAD), np.where(labels == -100, PAD, labels)[:, :-1]], axis=1)
-    return {"input_ids": words((4, 6)), "attention_mask": source, "decoder_input_ids": given}, labels
+    decoder_input_ids = np.concatenate([np.full((4, 1), PAD), np.where(labels == -100, PAD, labels)[:, :-1]], axis=1)
+    return {"input_ids": words((4, 6)), "attention_mask": source, "decoder_input_ids": decoder_input_ids}, labels
 
 
-def charge(models, objective, inputs, labels=None):
-    """The parts of what a batch is charged, and the gradient of all for the student."""
+def compute_loss(models, objective, inputs, labels=None):
+    """Return the terms of the loss of a batch, and the gradient of the total for the student."""
     student, teacher = models
     tensors = {name: torch.from_numpy(part) for name, part in inputs.items()}
     batch = Batch(tensors, None if labels is None else torch.from_numpy(labels))
     bound = Distiller(student, teacher, objective, batch)
     try:
-        charged = bound.step(bound.module, batch, 0.0)
+        output = bound.step(bound.module, batch, 0.0)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        found = torch.autograd.grad(charged.total, trained, allow_unused=True)
+        gradients = torch.autograd.grad(output.total, trained, allow_unused=True)
     finally:
         bound.module.close()
         bound.close()
-    parts = {name: float(part.detach()) for name, part in charged.terms.items()}
-    return parts, torch.cat([part.flatten() for part in found if part is not None])
+    terms = {name: float(value.detach()) for name, value in output.terms.items()}
+    return terms, torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
 
-def changed(inputs, **masks):
-    """Other words where a mask is 0."""
+def with_other_padding(inputs, **masks):
+    """Return the inputs with other words where a mask is 0."""
     return {
         name: np.where(masks[name] == 1, part, words(part.shape, 9)) if name in masks else part
         for name, part in inputs.items()
     }
 
 
-def assert_padding_is_nothing(models, objective, inputs, other, labels):
-    plain, slope = charge(models, objective, inputs, labels)
-    padded, slope_padded = charge(models, objective, other, labels)
+def assert_padding_has_no_effect(models, objective, inputs, other, labels):
+    terms, gradient = compute_loss(models, objective, inputs, labels)
+    other_terms, other_gradient = compute_loss(models, objective, other, labels)
     assert any((inputs[name] != other[name]).any() for name in inputs)
-    assert all(math.isfinite(part) for part in plain.values())
-    assert padded == pytest.approx(plain, rel=1e-6)  # some of the softmaxes of transformers have 32 bits
-    torch.testing.assert_close(slope_padded, slope, rtol=1e-5, atol=1e-7)
-    assert slope.abs().max() > 0
+    assert all(math.isfinite(value) for value in terms.values())
+    assert other_terms == pytest.approx(terms, rel=1e-6)  # transformers computes some softmaxes in float32
+    torch.testing.assert_close(other_gradient, gradient, rtol=1e-5, atol=1e-7)
+    assert gradient.abs().max() > 0
 
 
 # ------------------------------------------------------------------------------------------------ the next token
 
 
 @pytest.mark.parametrize("build", [gpt2, llama])
-def test_a_language_model_is_charged_for_the_next_token(transformers, build):
-    """Against the loss that transformers compute themselves, and the divergence spelt out."""
+def test_the_causal_loss_is_that_of_the_next_token(transformers, build):
+    """Compared with the loss of transformers, and with the divergence computed directly."""
     models = pair(build, transformers)
     inputs, labels = causal_batch()
-    found, _ = charge(models, Objective.preset("causal"), inputs, labels)
+    found, _ = compute_loss(models, Objective.preset("causal"), inputs, labels)
     tensors = {name: torch.from_numpy(part) for name, part in inputs.items()}
     with torch.no_grad():
         student, teacher = (model(**tensors, labels=torch.from_numpy(labels)) for model in models)
-    counts = torch.from_numpy(labels)[:, 1:] != -100
-    log_s, log_t = (out.logits[:, :-1][counts].log_softmax(-1) for out in (student, teacher))
-    wanted = F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
+    labeled = torch.from_numpy(labels)[:, 1:] != -100
+    log_s, log_t = (out.logits[:, :-1][labeled].log_softmax(-1) for out in (student, teacher))
+    expected = F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
     assert found["label"] == pytest.approx(0.5 * float(student.loss))
-    assert found["kd"] == pytest.approx(0.5 * float(wanted))
+    assert found["kd"] == pytest.approx(0.5 * float(expected))
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("labeled", [True, False], ids=["labels", "no labels"])
 @pytest.mark.parametrize("build", [gpt2, llama])
-def test_padding_of_a_language_model_is_nothing(transformers, build, labeled, left):
+def test_padding_of_a_language_model_has_no_effect(transformers, build, labeled, left):
     inputs, labels = causal_batch(left=left)
     objective = Objective(
         (Term("kd", 1.0, temperature=2.0), Term("hidden-mse", 1.0, student_layer="hidden[-1]")), causal=True
     )
-    other = changed(inputs, input_ids=inputs["attention_mask"])
-    assert_padding_is_nothing(pair(build, transformers), objective, inputs, other, labels if labeled else None)
+    other = with_other_padding(inputs, input_ids=inputs["attention_mask"])
+    assert_padding_has_no_effect(pair(build, transformers), objective, inputs, other, labels if labeled else None)
 
 
-def test_a_batch_of_which_nothing_counts_is_no_step(transformers):
+def test_a_batch_without_labels_is_refused_as_a_step_and_adds_0_to_a_step(transformers):
     inputs, labels = causal_batch()
     with Distiller(*pair(gpt2, transformers), Objective.preset("causal"), (inputs, labels)) as found:
         empty = (inputs, np.full_like(labels, -100))
@@ -183,7 +183,7 @@ def test_a_batch_of_which_nothing_counts_is_no_step(transformers):
         assert float(found(empty, step_counts=counts).total.detach()) == 0.0
 
 
-def test_a_language_model_learns_from_another(transformers):
+def test_distillation_of_a_language_model_decreases_the_loss(transformers):
     student, teacher = pair(gpt2, transformers)
     inputs, labels = causal_batch()
     data = ArrayData(inputs, labels, batch_size=2)
@@ -193,10 +193,10 @@ def test_a_language_model_learns_from_another(transformers):
     assert found.history[-1]["loss"] < 0.9 * found.history[0]["loss"]
 
 
-def test_the_accuracy_of_a_language_model_is_that_of_the_next_token(transformers):
+def test_the_accuracy_of_a_causal_model_is_that_of_the_next_token(transformers):
     student, teacher = pair(gpt2, transformers)
     inputs, labels = causal_batch()
-    told = []
+    events = []
     found = distill(
         student,
         teacher,
@@ -204,19 +204,19 @@ def test_the_accuracy_of_a_language_model_is_that_of_the_next_token(transformers
         objective=Objective.preset("causal"),
         training=Training(epochs=1, learning_rate=1e-9),
         validation=(inputs, labels),
-        hooks=TrainingHooks(event=told.append),
+        hooks=TrainingHooks(event=events.append),
     )
     with torch.no_grad():
-        scores = [model(**{n: torch.from_numpy(p) for n, p in inputs.items()}).logits for model in (student, teacher)]
-    counts = labels[:, 1:] != -100
-    right = [(s.argmax(-1).numpy()[:, :-1] == labels[:, 1:])[counts].mean() for s in scores]
-    assert found.history[0]["accuracy"] == pytest.approx(right[0])
-    (event,) = (event for event in told if event["event"] == "teacher")
-    assert (event["accuracy"], event["classes"]) == (pytest.approx(right[1]), WORDS)
+        logits = [model(**{n: torch.from_numpy(p) for n, p in inputs.items()}).logits for model in (student, teacher)]
+    labeled = labels[:, 1:] != -100
+    accuracies = [(z.argmax(-1).numpy()[:, :-1] == labels[:, 1:])[labeled].mean() for z in logits]
+    assert found.history[0]["accuracy"] == pytest.approx(accuracies[0])
+    (event,) = (event for event in events if event["event"] == "teacher")
+    assert (event["accuracy"], event["classes"]) == (pytest.approx(accuracies[1]), WORDS)
 
 
-def test_sequences_without_labels_weigh_as_many_positions_as_they_have(transformers):
-    """Two batches of one step end where one batch of both does, though one has more padding."""
+def test_batches_without_labels_are_weighted_by_their_number_of_positions(transformers):
+    """Two batches with different amounts of padding give the step of one batch with all samples."""
     inputs, _ = causal_batch()
     objective = Objective((Term("kd", 1.0, temperature=2.0),), label_weight=0.0, causal=True)
     found = [
@@ -230,7 +230,7 @@ def test_sequences_without_labels_weigh_as_many_positions_as_they_have(transform
         for size in (4, 2)
     ]
     for first, second in zip(*(model.parameters() for model in found), strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-8)  # softmaxes of transformers have 32 bits
+        torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-8)  # transformers computes softmaxes in float32
 
 
 # ------------------------------------------------------------------------------------------------ encoders
@@ -243,20 +243,20 @@ ENCODED = (
     Term("attention-kl", 1.0, student_layer="attention[-1]", options={"attention": "weights"}, name="weights"),
     Term("minilm", 1.0, student_layer=[f"**.self.{n}[-1]" for n in ("query", "key", "value")], options={"heads": 2}),
 )
-"""Of all that a mean may go over: samples, positions, queries, and pairs of positions."""
+"""Terms with means over samples, positions, queries, and pairs of positions."""
 
 
 @pytest.mark.parametrize("labeled", [True, False], ids=["labels", "no labels"])
-def test_padding_of_an_encoder_is_nothing(transformers, labeled):
+def test_padding_of_an_encoder_has_no_effect(transformers, labeled):
     mask = mask_of([7, 4, 2, 5], 7)
     inputs = {"input_ids": words((4, 7)), "attention_mask": mask}
-    other = changed(inputs, input_ids=mask)
+    other = with_other_padding(inputs, input_ids=mask)
     labels = np.arange(4) % 2 if labeled else None
-    assert_padding_is_nothing(pair(bert, transformers), Objective(ENCODED), inputs, other, labels)
+    assert_padding_has_no_effect(pair(bert, transformers), Objective(ENCODED), inputs, other, labels)
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs", "number"),
+    ("student_names", "teacher_names", "index"),
     [
         (["cat", "dog"], ["dog", "cat"], 0),
         (["cat", "dog"], ["Cat", "bird"], 1),
@@ -265,18 +265,19 @@ def test_padding_of_an_encoder_is_nothing(transformers, labeled):
         (["cat", "dog"], ["LABEL_0", "LABEL_1"], None),
     ],
 )
-def test_classes_in_another_order_are_refused_by_their_names(transformers, mine, theirs, number):
+def test_class_names_in_another_order_are_refused(transformers, student_names, teacher_names, index):
     student, teacher = pair(bert, transformers)
-    for model, names in ((student, mine), (teacher, theirs)):
+    for model, names in ((student, student_names), (teacher, teacher_names)):
         model.config.id2label = dict(enumerate(names))
     inputs = {"input_ids": words((4, 7)), "attention_mask": mask_of([7, 4, 2, 5], 7)}
-    if number is None:
-        charge((student, teacher), Objective.kd(), inputs)
+    if index is None:
+        compute_loss((student, teacher), Objective.kd(), inputs)
         return
-    sentence = rf"The student calls class {number} '{mine[number]}', the teacher '{theirs[number]}'\. Soft targets"
+    names = rf"'{student_names[index]}' in the student, '{teacher_names[index]}' in the teacher"
+    sentence = rf"The name of class {index} is {names}\. Soft targets"
     with pytest.raises(ShapeError, match=sentence):
-        charge((student, teacher), Objective.kd(), inputs)
-    charge(
+        compute_loss((student, teacher), Objective.kd(), inputs)
+    compute_loss(
         (student, teacher), Objective((Term("hidden-mse", 1.0, student_layer="hidden[-1]"),)), inputs, np.arange(4) % 2
     )
 
@@ -287,10 +288,10 @@ def test_classes_in_another_order_are_refused_by_their_names(transformers, mine,
 BOTH = [t5, marian]
 
 
-def translated(build):
-    """Terms on encoder, decoder, and between both."""
+def translation_terms(build):
+    """Return terms on encoder, decoder and cross-attention."""
     decoder = "decoder.block.1" if build is t5 else "model.decoder.layers.1"
-    crossing = f"{decoder}.{'layer.1.EncDecAttention' if build is t5 else 'encoder_attn'}/softmax:in"
+    cross = f"{decoder}.{'layer.1.EncDecAttention' if build is t5 else 'encoder_attn'}/softmax:in"
     return (
         Term("kd", 1.0, temperature=2.0),
         Term("hidden-mse", 1.0, student_layer="encoder.hidden[*]", name="encoder"),
@@ -309,98 +310,98 @@ def translated(build):
             1.0,
             student_layer="encoder.attention[-1]",
             options={"attention": "weights"},
-            name="attending",
+            name="encoder-attention",
         ),
-        Term(
-            "attention-kl", 1.0, student_layer="cross.attention[-1]", options={"attention": "weights"}, name="crossing"
-        ),
-        Term("attention-mse", 1.0, student_layer=crossing, name="scores"),
+        Term("attention-kl", 1.0, student_layer="cross.attention[-1]", options={"attention": "weights"}, name="cross"),
+        Term("attention-mse", 1.0, student_layer=cross, name="scores"),
     )
 
 
 @pytest.mark.parametrize("build", BOTH)
-def test_words_of_a_translation_are_charged_where_there_is_a_label(transformers, build):
+def test_soft_targets_of_a_translation_are_averaged_over_labeled_positions(transformers, build):
     models = pair(build, transformers)
     inputs, labels = translation()
-    found, _ = charge(models, Objective((Term("kd", 1.0, temperature=2.0),)), inputs, labels)
+    found, _ = compute_loss(models, Objective((Term("kd", 1.0, temperature=2.0),)), inputs, labels)
     tensors = {name: torch.from_numpy(part) for name, part in inputs.items()}
     with torch.no_grad():
         student, teacher = (model(**tensors, labels=torch.from_numpy(labels)) for model in models)
-    counts = torch.from_numpy(labels) != -100
-    log_s, log_t = ((out.logits[counts] / 2).log_softmax(-1) for out in (student, teacher))
-    wanted = 4 * F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
+    labeled = torch.from_numpy(labels) != -100
+    log_s, log_t = ((out.logits[labeled] / 2).log_softmax(-1) for out in (student, teacher))
+    expected = 4 * F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
     assert found["label"] == pytest.approx(float(student.loss))
-    assert found["kd"] == pytest.approx(float(wanted))
+    assert found["kd"] == pytest.approx(float(expected))
 
 
-def test_another_label_may_stand_for_none(transformers):
+def test_ignore_index_can_be_another_label(transformers):
     models = pair(t5, transformers)
     inputs, labels = translation()
     objective = Objective((Term("kd", 1.0, temperature=2.0),))
-    found, slope = charge(models, objective, inputs, labels)
-    marked, slope_marked = charge(
+    found, gradient = compute_loss(models, objective, inputs, labels)
+    ignored, ignored_gradient = compute_loss(
         models,
         Objective((Term("kd", 1.0, temperature=2.0),), ignore_index=PAD),
         inputs,
         np.where(labels == -100, PAD, labels),
     )
-    assert marked == pytest.approx(found)
-    torch.testing.assert_close(slope_marked, slope)
+    assert ignored == pytest.approx(found)
+    torch.testing.assert_close(ignored_gradient, gradient)
 
 
 @pytest.mark.parametrize("build", BOTH)
-def test_padding_of_source_and_target_is_nothing(transformers, build):
-    """Hidden states of the encoder are masked by its mask, those of the decoder by the labels."""
+def test_padding_of_source_and_target_has_no_effect(transformers, build):
+    """Hidden states of the encoder are masked by the attention mask, those of the decoder by the labels."""
     inputs, labels = translation()
-    other = changed(inputs, input_ids=inputs["attention_mask"], decoder_input_ids=(labels != -100).astype(int))
-    assert_padding_is_nothing(pair(build, transformers), Objective(translated(build)), inputs, other, labels)
+    other = with_other_padding(
+        inputs, input_ids=inputs["attention_mask"], decoder_input_ids=(labels != -100).astype(int)
+    )
+    assert_padding_has_no_effect(pair(build, transformers), Objective(translation_terms(build)), inputs, other, labels)
 
 
 @pytest.mark.parametrize("build", BOTH)
-def test_all_of_a_source_counts_where_a_batch_has_no_mask_of_it(transformers, build):
-    """Of what a decoder attends to, as in models of speech; the source is longer than the target."""
+def test_without_a_mask_all_positions_of_the_source_count(transformers, build):
+    """For cross-attention, as in speech models; the source is longer than the target."""
     inputs, labels = translation()
     inputs["attention_mask"] = np.ones_like(inputs["attention_mask"])
     terms = [
         Term(loss, 1.0, student_layer="cross.attention[-1]", name=loss) for loss in ("attention-kl", "attention-mse")
     ]
-    found, slope = charge(pair(build, transformers), Objective(tuple(terms)), inputs, labels)
+    found, gradient = compute_loss(pair(build, transformers), Objective(tuple(terms)), inputs, labels)
     del inputs["attention_mask"]
-    without, slope_without = charge(pair(build, transformers), Objective(tuple(terms)), inputs, labels)
+    without, gradient_without = compute_loss(pair(build, transformers), Objective(tuple(terms)), inputs, labels)
     assert without == pytest.approx(found, rel=1e-6)
-    torch.testing.assert_close(slope_without, slope, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient_without, gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_attention_that_a_model_puts_out_is_taken_for_weights(transformers):
-    """What lies behind a softmax needs no second one."""
+def test_returned_attention_is_used_as_weights(transformers):
+    """No second softmax is applied."""
     inputs = {"input_ids": words((4, 7)), "attention_mask": mask_of([7, 4, 2, 5], 7)}
     parts = []
     for options in ({}, {"attention": "weights"}):
         term = Term("attention-kl", 1.0, student_layer="attention[-1]", options=options)
-        parts.append(charge(pair(bert, transformers), Objective((term,), label_weight=0.0), inputs)[0])
+        parts.append(compute_loss(pair(bert, transformers), Objective((term,), label_weight=0.0), inputs)[0])
     assert parts[0] == parts[1]
 
 
-def test_a_mask_of_the_decoder_is_taken_where_the_batch_has_one(transformers):
+def test_the_decoder_mask_of_the_batch_is_used(transformers):
     inputs, labels = translation()
     inputs["decoder_attention_mask"] = (labels != -100).astype(np.int64)
     objective = Objective(
         (Term("kd", 1.0, temperature=2.0), Term("hidden-mse", 1.0, student_layer="decoder.hidden[-1]"))
     )
-    other = changed(inputs, decoder_input_ids=inputs["decoder_attention_mask"])
-    assert_padding_is_nothing(pair(t5, transformers), objective, inputs, other, None)
+    other = with_other_padding(inputs, decoder_input_ids=inputs["decoder_attention_mask"])
+    assert_padding_has_no_effect(pair(t5, transformers), objective, inputs, other, None)
 
 
 @pytest.mark.parametrize("build", BOTH)
-def test_batches_without_the_inputs_of_a_decoder_are_refused(transformers, build):
+def test_batches_without_decoder_input_ids_are_refused(transformers, build):
     inputs, labels = translation()
     del inputs["decoder_input_ids"]
     sentence = r"has a decoder, and the batches have no decoder_input_ids.*prepare_decoder_input_ids_from_labels"
     with pytest.raises(UsageError, match=sentence):
-        charge(pair(build, transformers), Objective((Term("kd", 1.0),)), inputs, labels)
+        compute_loss(pair(build, transformers), Objective((Term("kd", 1.0),)), inputs, labels)
 
 
-def test_switches_among_the_inputs_are_left_as_they_are(transformers):
+def test_boolean_inputs_are_passed_unchanged(transformers):
     student, teacher = pair(gpt2, transformers)
     inputs, labels = causal_batch()
     batch = {"use_cache": False, **inputs, "labels": labels}
@@ -411,7 +412,7 @@ def test_switches_among_the_inputs_are_left_as_they_are(transformers):
 
 @pytest.mark.parametrize("name", ["seqkd", "kd"])
 @pytest.mark.parametrize("build", BOTH)
-def test_a_translator_learns(transformers, build, name):
+def test_distillation_of_a_translation_model_decreases_the_loss(transformers, build, name):
     student, teacher = pair(build, transformers)
     inputs, labels = translation()
     training = Training(epochs=3, learning_rate=0.03, optimizer="adamw", weight_decay=0.0)
@@ -426,7 +427,7 @@ def test_a_translator_learns(transformers, build, name):
 
 
 def wav2vec2(transformers, width):
-    """Four samples of sound make a frame."""
+    """Return a speech model with four samples of sound per frame."""
     config = transformers.Wav2Vec2Config(
         vocab_size=WORDS, hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
         conv_dim=(8, 8), conv_stride=(2, 2), conv_kernel=(2, 2), num_conv_pos_embeddings=4, hidden_dropout=0.0,
@@ -436,8 +437,8 @@ def wav2vec2(transformers, width):
     return transformers.Wav2Vec2ForCTC(config)
 
 
-def test_silence_behind_a_sound_is_nothing(transformers):
-    """Frames of sound that is padded are masked, of the scores as of the states."""
+def test_padding_of_sound_has_no_effect(transformers):
+    """Padded frames are masked, both in the logits and in the hidden states."""
     mask = mask_of([40, 24, 32, 40], 40)
     sound = np.random.default_rng(0).standard_normal((4, 40))
     inputs = {"input_values": sound * mask, "attention_mask": mask}
@@ -450,10 +451,10 @@ def test_silence_behind_a_sound_is_nothing(transformers):
         Term("hidden-mse", 1.0, student_layer="hidden[-1]", name="hidden"),
         Term("attention-kl", 1.0, student_layer="attention[-1]", name="attention"),
     )
-    found, slope = charge(pair(wav2vec2, transformers), Objective(terms, label_weight=0.0), inputs)
-    padded, slope_padded = charge(pair(wav2vec2, transformers), Objective(terms, label_weight=0.0), longer)
+    found, gradient = compute_loss(pair(wav2vec2, transformers), Objective(terms, label_weight=0.0), inputs)
+    padded, gradient_padded = compute_loss(pair(wav2vec2, transformers), Objective(terms, label_weight=0.0), longer)
     assert padded == pytest.approx(found, rel=1e-6)
-    torch.testing.assert_close(slope_padded, slope, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient_padded, gradient, rtol=1e-5, atol=1e-7)
     with Distiller(*pair(wav2vec2, transformers), Objective(terms, label_weight=0.0), inputs) as distiller:
         counts = distiller.counts([inputs])
     assert counts["labels"] == counts["positions of tokens"] == 10 + 6 + 8 + 10
@@ -462,8 +463,8 @@ def test_silence_behind_a_sound_is_nothing(transformers):
 # ------------------------------------------------------------------------------------------------ several batches
 
 
-def unequal(build):
-    """A batch whose parts have other shares of its labels, of its tokens in source and target, and of their pairs."""
+def unequal_batch(build):
+    """Return a batch whose parts have different fractions of the labels, the tokens and the pairs of tokens."""
     inputs, labels = translation()
     if build in (t5, marian):
         return inputs, labels
@@ -474,13 +475,13 @@ def unequal(build):
 
 @pytest.mark.parametrize("labeled", [True, False], ids=["labels", "no labels"])
 @pytest.mark.parametrize("build", [bert, gpt2, *BOTH])
-def test_batches_of_a_step_add_up_to_one_large_batch(transformers, build, labeled):
-    """Each term by what its mean goes over, although labels, tokens and pairs are spread differently."""
+def test_the_batches_of_a_step_sum_to_one_large_batch(transformers, build, labeled):
+    """Each term is weighted by the items of its mean, although labels, tokens and pairs are distributed differently."""
     student, teacher = pair(build, transformers)
-    inputs, labels = unequal(build)
-    if not labeled and build in BOTH:  # the batch says itself which positions of the decoder count
+    inputs, labels = unequal_batch(build)
+    if not labeled and build in BOTH:  # otherwise the labels are the mask of the decoder
         inputs["decoder_attention_mask"] = (labels != -100).astype(np.int64)
-    terms = translated(build) if build in BOTH else ENCODED if build is bert else (Term("kd", 1.0), LAST)
+    terms = translation_terms(build) if build in BOTH else ENCODED if build is bert else (Term("kd", 1.0), LAST)
     objective = Objective(terms, causal=build is gpt2)
     batch = Batch(inputs, labels if labeled else None)
     with Distiller(student, teacher, objective, batch).eval() as found:
@@ -489,17 +490,16 @@ def test_batches_of_a_step_add_up_to_one_large_batch(transformers, build, labele
         assert counts == found.counts([batch])
         parts = [found(part, step_counts=counts) for part in window]
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        slopes = [torch.autograd.grad(part.total, trained, allow_unused=True) for part in parts]
-        whole = found(batch)
-        wanted = torch.autograd.grad(whole.total, trained, allow_unused=True)
-    assert whole.terms.keys() == {term.record_name for term in terms} | ({"label"} if labeled else set())
-    for name, part in whole.terms.items():
-        assert sum(float(own.terms[name].detach()) for own in parts) == pytest.approx(float(part.detach()), rel=1e-6), (
-            name
-        )
-    for first, second, both in zip(*slopes, wanted, strict=True):
+        gradients = [torch.autograd.grad(part.total, trained, allow_unused=True) for part in parts]
+        one_batch = found(batch)
+        expected = torch.autograd.grad(one_batch.total, trained, allow_unused=True)
+    assert one_batch.terms.keys() == {term.record_name for term in terms} | ({"label"} if labeled else set())
+    for name, value in one_batch.terms.items():
+        total = sum(float(part.terms[name].detach()) for part in parts)
+        assert total == pytest.approx(float(value.detach()), rel=1e-6), name
+    for first, second, both in zip(*gradients, expected, strict=True):
         if both is not None:
-            torch.testing.assert_close(first + second, both, rtol=1e-5, atol=1e-7)  # softmaxes of 32 bits
+            torch.testing.assert_close(first + second, both, rtol=1e-5, atol=1e-7)  # softmaxes in float32
 
 
 def part_of(batch, rows):

@@ -1,4 +1,4 @@
-"""Objectives as data: defaults of the papers, and every wrong number named."""
+"""Objectives: defaults of the papers, JSON, and invalid values."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from kirsch.distillation.term import Term
 from kirsch.errors import UnknownNameError, UsageError
 
 
-def test_the_weights_of_kd_share_one():
+def test_the_weights_of_kd_sum_to_1():
     found = Objective.kd()
     assert found.terms == (Term("kd", 0.9, temperature=4.0),)
     assert found.label_weight == pytest.approx(0.1)
     assert Objective.kd(2.0, 1.0) == Objective((Term("kd", 1.0, temperature=2.0),), label_weight=0.0)
 
 
-def test_labels_alone_have_no_terms():
+def test_an_objective_of_labels_has_no_terms():
     assert Objective.labels(0.1) == Objective(terms=(), label_weight=1.0, label_smoothing=0.1)
 
 
-def test_an_objective_goes_through_json():
+def test_an_objective_can_be_stored_as_json():
     objective = Objective((Term("kd", 0.3, temperature=2.0), Term("kd", 0.5, temperature=1.0)), 0.2, 0.05)
     content = json.loads(json.dumps(objective.to_dict()))
     terms = tuple(Term(**term) for term in content.pop("terms"))
@@ -36,34 +36,34 @@ def test_an_objective_goes_through_json():
         ({"terms": (Term("kd", 0.9, temperature=0.0),)}, "the temperature of 'kd' is 0.0; a number above 0"),
         ({"terms": (Term("kd", -0.1),)}, "the weight of 'kd' is -0.1; a number of at least 0"),
         ({"label_weight": -1.0}, "label_weight is -1.0"),
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; a share of at least 0, below 1"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; expected at least 0 and below 1"),
         ({"label_weight": 0.0}, "all weights are 0, so there is nothing to learn"),
         ({"terms": (Term("kd", 0.0),), "label_weight": 0.0}, "all weights are 0"),
     ],
 )
-def test_a_wrong_number_is_named(options, sentence):
-    with pytest.raises(UsageError, match=f"The objective is wrong: {sentence}"):
+def test_an_invalid_value_is_an_error_that_names_it(options, sentence):
+    with pytest.raises(UsageError, match=f"The objective is invalid: {sentence}"):
         Objective(**options)
 
 
 @pytest.mark.parametrize("options", [{"temperature": math.nan}, {"weight": math.inf}, {"weight": math.nan}])
-def test_a_number_of_a_term_is_finite(options):
+def test_numbers_of_a_term_must_be_finite(options):
     with pytest.raises(UsageError, match=f"`{next(iter(options))}` .*; expected a finite number"):
         Term("kd", **options)
 
 
-def test_all_wrong_numbers_are_named_at_once():
+def test_all_invalid_values_are_in_one_error():
     sentence = r"the temperature of 'kd' is -1; .*; the weight of 'kd' is -2; .*; label_weight is -3"
     with pytest.raises(UsageError, match=sentence):
         Objective((Term("kd", -2, temperature=-1),), label_weight=-3)
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1])
-def test_a_weight_of_kd_that_is_no_share_is_refused(weight):
-    with pytest.raises(UsageError, match=f"The weight of the soft targets is {weight}; a share from 0 to 1"):
+def test_a_weight_of_kd_that_is_not_from_0_to_1_is_refused(weight):
+    with pytest.raises(UsageError, match=f"The weight of the soft targets is {weight}; expected 0 to 1"):
         Objective.kd(weight=weight)
 
 
-def test_an_unknown_loss_is_answered_before_any_work():
+def test_an_unknown_loss_is_refused_at_construction():
     with pytest.raises(UnknownNameError, match=r"There is no loss 'kdd'\. Known: .*kd.* Did you mean 'kd'\?"):
         Objective((Term("kdd"),))

@@ -1,4 +1,4 @@
-"""Outputs that are probabilities are refused or become logits, and outputs that are logits are left alone."""
+"""Probabilities are refused, or converted to logits if the objective declares them; logits are used unchanged."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ QUIET = {"check_teacher": False, "training": SHORT}
 
 
 def samples(seed=0):
-    """Three classes around three corners."""
+    """Return samples of three classes, around three corners."""
     random = np.random.default_rng(seed)
     targets = np.arange(N) % K
     return np.eye(D)[targets] * 2 + 0.3 * random.standard_normal((N, D)), targets
 
 
-def whole(targets=None):
+def dataset(targets=None):
     inputs, classes = samples()
     return ArrayData(inputs, classes if targets is None else targets, batch_size=N)
 
@@ -44,58 +44,56 @@ def net(*behind, seed=0, classes=K):
     return nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, classes), *behind).double()
 
 
-def same(one, other, tolerance=1e-12):
-    for left, right in zip(one.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+def assert_close_weights(one, other, tolerance=1e-12):
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 PLAIN = net(seed=1)
 SOFT = net(nn.Softmax(-1), seed=1)
 
 refuses_student = pytest.raises(
-    UsageError, match=r"The student, a Sequential, puts out probabilities: they are at least"
+    UsageError, match=r"The student, a Sequential, returns probabilities: they are at least"
 )
-refuses_teacher = pytest.raises(
-    UsageError, match=r"The teacher, a Sequential, puts out probabilities.*teacher_outputs="
-)
+refuses_teacher = pytest.raises(UsageError, match=r"The teacher, a Sequential, returns probabilities.*teacher_outputs=")
 
 
 # ------------------------------------------------------------------------------------------------ refused
 
 
-def test_a_model_that_ends_in_a_softmax_is_refused_wherever_it_learns():
+def test_a_student_that_ends_in_a_softmax_is_refused_by_every_call():
     with refuses_student:
-        distill(SOFT, net(), whole(), **QUIET)
+        distill(SOFT, net(), dataset(), **QUIET)
     with refuses_student:
-        distill(SOFT, net(nn.Softmax(-1)), whole(), objective=Objective(teacher_outputs="probabilities"), **QUIET)
+        distill(SOFT, net(nn.Softmax(-1)), dataset(), objective=Objective(teacher_outputs="probabilities"), **QUIET)
     with refuses_student:
-        fit(SOFT, whole(), training=SHORT)
+        fit(SOFT, dataset(), training=SHORT)
     with refuses_student:
         Distiller(copy.deepcopy(SOFT), net(), Objective.kd(), samples())
     with refuses_student:
-        distill_mutually([net(seed=5), SOFT], whole(), training=SHORT)
+        distill_mutually([net(seed=5), SOFT], dataset(), training=SHORT)
     with refuses_student:
-        distill_chain([net(), SOFT], whole(), training=SHORT, check_teacher=False)
+        distill_chain([net(), SOFT], dataset(), training=SHORT, check_teacher=False)
     with refuses_student:
-        born_again(lambda: net(nn.Softmax(-1), seed=torch.seed() % 1000), whole(), generations=1, training=SHORT)
+        born_again(lambda: net(nn.Softmax(-1), seed=torch.seed() % 1000), dataset(), generations=1, training=SHORT)
 
 
-def test_a_teacher_that_ends_in_a_softmax_is_refused_wherever_it_teaches(tmp_path):
+def test_a_teacher_that_ends_in_a_softmax_is_refused_by_every_call(tmp_path):
     with refuses_teacher:
-        distill(PLAIN, net(nn.Softmax(-1)), whole(), **QUIET)
+        distill(PLAIN, net(nn.Softmax(-1)), dataset(), **QUIET)
     with refuses_teacher:
-        distill(PLAIN, [net(), net(nn.Softmax(-1))], whole(), **QUIET)
+        distill(PLAIN, [net(), net(nn.Softmax(-1))], dataset(), **QUIET)
     with refuses_teacher:
         Distiller(copy.deepcopy(PLAIN), net(nn.Softmax(-1)), Objective.kd(), samples())
     for keep in (Dense(), TopK(2)):
         with pytest.raises(UsageError, match=r"The teacher, a Sequential, returns probabilities.* callable `outputs`"):
-            build(tmp_path / "store", net(nn.Softmax(-1)), whole(), keep=keep)
+            build(tmp_path / "store", net(nn.Softmax(-1)), dataset(), keep=keep)
     with pytest.raises(UsageError, match=r"The teacher, a Sequential, returns probabilities.* callable `outputs`"):
-        build(tmp_path / "store", net(nn.Sigmoid()), whole(), keep=TopK(2))
+        build(tmp_path / "store", net(nn.Sigmoid()), dataset(), keep=TopK(2))
 
 
 class Named(nn.Module):
-    """A model that calls its output as it is told."""
+    """A model that returns a dict with one named output."""
 
     def __init__(self, name, dim):
         super().__init__()
@@ -108,11 +106,11 @@ class Named(nn.Module):
 def test_probabilities_of_pixels_tokens_and_named_outputs_are_refused():
     images, masks = np.random.default_rng(0).standard_normal((8, 2, 4, 5)).astype(np.float32), np.zeros((8, 4, 5), int)
     for name in ("probs", "out", "logits"):
-        with pytest.raises(UsageError, match="a Named, puts out probabilities"):
+        with pytest.raises(UsageError, match="a Named, returns probabilities"):
             fit(Named(name, 1), ArrayData(images, masks), training=SHORT)
     tokens = np.random.default_rng(0).integers(0, 7, (8, 4))
     language = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7), nn.Softmax(-1))
-    with pytest.raises(UsageError, match="puts out probabilities"):
+    with pytest.raises(UsageError, match="returns probabilities"):
         fit(language, ArrayData(tokens, tokens), objective=Objective.preset("seqkd", causal=True), training=SHORT)
 
 
@@ -126,42 +124,44 @@ def test_a_softmax_times_a_number_is_refused(factor):
         def forward(self, x):
             return factor * self.body(x)
 
-    scaled = "puts out scaled probabilities: they are at least 0 and have the same sum"
+    scaled = "returns scaled probabilities: they are at least 0 and have the same sum"
     with pytest.raises(UsageError, match=f"The student, a Scaled, {scaled}"):
-        fit(Scaled(), whole(), training=SHORT)
+        fit(Scaled(), dataset(), training=SHORT)
     with pytest.raises(UsageError, match=f"The teacher, a Scaled, {scaled}"):
-        distill(net(), Scaled(), whole(), **QUIET)
-    assert fit(Scaled(), whole(), objective=Objective(student_outputs="logits"), training=SHORT).history
+        distill(net(), Scaled(), dataset(), **QUIET)
+    assert fit(Scaled(), dataset(), objective=Objective(student_outputs="logits"), training=SHORT).history
 
 
-@pytest.mark.parametrize("behind", [nn.ReLU(), nn.Softplus()])
-def test_logits_that_are_at_least_0_are_trained(behind):
-    assert fit(net(behind), whole(), training=SHORT).history
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Softplus()])
+def test_logits_that_are_all_at_least_0_are_accepted(activation):
+    assert fit(net(activation), dataset(), training=SHORT).history
 
 
 YES = np.random.default_rng(3).random((N, K)) < 0.4
 BINARY = Objective((Term("binary-kd", 0.5),), 0.5, label_loss="binary")
 
 
-@pytest.mark.parametrize("behind", [nn.Sigmoid(), nn.Hardsigmoid()])
+@pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Hardsigmoid()])
 @pytest.mark.parametrize("classes", [1, K])
-def test_a_sigmoid_is_refused_whatever_its_values(behind, classes):
+def test_a_model_that_ends_in_a_sigmoid_is_refused(activation, classes):
     targets = YES[:, :classes].astype(np.float32)
-    sentence = "The student, a Sequential, puts out probabilities: all are from 0 to 1, as a sigmoid makes them"
+    sentence = "The student, a Sequential, returns probabilities: all are from 0 to 1, like the outputs of a sigmoid"
     with pytest.raises(UsageError, match=sentence):
-        fit(net(behind, classes=classes), whole(targets), objective=Objective(label_loss="binary"), training=SHORT)
-    with pytest.raises(UsageError, match="The teacher, a Sequential, puts out probabilities"):
-        distill(net(classes=classes), net(behind, classes=classes), whole(targets), objective=BINARY, **QUIET)
+        fit(
+            net(activation, classes=classes), dataset(targets), objective=Objective(label_loss="binary"), training=SHORT
+        )
+    with pytest.raises(UsageError, match="The teacher, a Sequential, returns probabilities"):
+        distill(net(classes=classes), net(activation, classes=classes), dataset(targets), objective=BINARY, **QUIET)
 
 
-def of_logits(function):
-    """A layer that computes a function of the logits."""
+def layer_of(function):
+    """Return a layer that computes a function of the logits."""
 
-    class After(nn.Module):
+    class Function(nn.Module):
         def forward(self, z):
             return function(z)
 
-    return After()
+    return Function()
 
 
 SQUASHED = {
@@ -185,22 +185,22 @@ SQUASHED = {
 
 
 @pytest.mark.parametrize("name", SQUASHED)
-def test_what_is_computed_from_a_sigmoid_without_a_layer_between_is_refused(name):
-    student = net(of_logits(SQUASHED[name]), seed=2)
-    with pytest.raises(UsageError, match="The student, a Sequential, puts out probabilities"):
-        distill(student, net(seed=3), whole(YES), objective=BINARY, **QUIET)
+def test_functions_of_a_sigmoid_are_refused(name):
+    student = net(layer_of(SQUASHED[name]), seed=2)
+    with pytest.raises(UsageError, match="The student, a Sequential, returns probabilities"):
+        distill(student, net(seed=3), dataset(YES), objective=BINARY, **QUIET)
 
 
-def test_a_map_that_is_enlarged_after_its_sigmoid_is_refused():
+def test_a_map_that_is_upsampled_after_a_sigmoid_is_refused():
     student = nn.Sequential(nn.Conv2d(2, 1, 1), nn.Sigmoid(), nn.Upsample(scale_factor=2, mode="bilinear"))
     images = np.random.default_rng(0).standard_normal((8, 2, 4, 4)).astype(np.float32)
     masks = (np.random.default_rng(1).random((8, 1, 8, 8)) < 0.5).astype(np.float32)
-    with pytest.raises(UsageError, match="puts out probabilities"):
+    with pytest.raises(UsageError, match="returns probabilities"):
         fit(student, ArrayData(images, masks), objective=Objective(label_loss="binary"), training=SHORT)
 
 
 class Gated(nn.Module):
-    """Attention and gates inside, and logits that lie from 0 to 1 for these inputs."""
+    """Attention and a gate before the last layer, and logits from 0 to 1 for the inputs of the test."""
 
     def __init__(self):
         super().__init__()
@@ -214,26 +214,26 @@ class Gated(nn.Module):
         return self.head((attention @ x[:, :, None])[:, :, 0] * self.gate(x).sigmoid())
 
 
-def test_logits_that_are_only_kept_from_below_are_trained():
-    model = nn.Sequential(Squeezed(K), of_logits(lambda z: z.clamp(min=0).relu()))
-    assert fit(model, whole(YES), objective=Objective(label_loss="binary"), training=SHORT).history
+def test_logits_that_are_clamped_from_below_only_are_accepted():
+    model = nn.Sequential(Squeezed(K), layer_of(lambda z: z.clamp(min=0).relu()))
+    assert fit(model, dataset(YES), objective=Objective(label_loss="binary"), training=SHORT).history
 
 
-def test_gates_and_attention_before_the_last_layer_are_no_reason_to_refuse():
+def test_a_sigmoid_or_softmax_before_the_last_layer_is_accepted():
     model = Gated().double()
     with torch.no_grad():
         found = model(torch.from_numpy(samples()[0]))
     assert 0 <= found.min() <= found.max() <= 1
-    assert fit(model, whole(YES), objective=Objective(label_loss="binary"), training=SHORT).history
+    assert fit(model, dataset(YES), objective=Objective(label_loss="binary"), training=SHORT).history
 
 
-def test_a_sigmoid_before_the_cross_entropy_of_classes_is_refused():
-    with pytest.raises(UsageError, match="all are from 0 to 1, as a sigmoid makes them"):
-        fit(net(nn.Sigmoid()), whole(), training=SHORT)
+def test_a_sigmoid_before_the_cross_entropy_is_refused():
+    with pytest.raises(UsageError, match="all are from 0 to 1, like the outputs of a sigmoid"):
+        fit(net(nn.Sigmoid()), dataset(), training=SHORT)
 
 
 class Squeezed(nn.Module):
-    """Logits that lie from 0 to 1 by themselves, without an activation."""
+    """Logits from 0 to 1 without an activation."""
 
     def __init__(self, classes):
         super().__init__()
@@ -247,8 +247,8 @@ class Squeezed(nn.Module):
 
 
 @pytest.mark.parametrize("classes", [1, K])
-def test_logits_that_happen_to_lie_between_0_and_1_are_trained(classes):
-    data = whole(YES[:, :classes].astype(np.float32))
+def test_logits_that_happen_to_lie_between_0_and_1_are_accepted(classes):
+    data = dataset(YES[:, :classes].astype(np.float32))
     model = Squeezed(classes)
     with torch.no_grad():
         outputs = model(torch.from_numpy(data.inputs))
@@ -257,73 +257,77 @@ def test_logits_that_happen_to_lie_between_0_and_1_are_trained(classes):
     assert len(found.history) == SHORT.epochs
 
 
-def test_a_bias_that_sums_to_1_is_no_softmax_and_a_softmax_that_answers_alike_is():
+def test_constant_outputs_with_sum_1_are_refused_only_if_the_model_ends_in_a_softmax():
     head = nn.Linear(D, K).double()
     nn.init.zeros_(head.weight)
     nn.init.constant_(head.bias, 1 / K)
-    assert len(fit(nn.Sequential(head), whole(), training=SHORT).history) == SHORT.epochs
-    with pytest.raises(UsageError, match="puts out probabilities"):
-        fit(nn.Sequential(head, nn.Softmax(-1)), whole(), training=SHORT)
+    assert len(fit(nn.Sequential(head), dataset(), training=SHORT).history) == SHORT.epochs
+    with pytest.raises(UsageError, match="returns probabilities"):
+        fit(nn.Sequential(head, nn.Softmax(-1)), dataset(), training=SHORT)
 
 
-def test_a_fraction_that_a_sigmoid_predicts_is_a_number_like_any_other():
-    data = whole(np.random.default_rng(0).random((N, 1)).astype(np.float64))
+def test_a_sigmoid_is_accepted_for_regression():
+    data = dataset(np.random.default_rng(0).random((N, 1)).astype(np.float64))
     found = fit(net(nn.Sigmoid(), classes=1), data, objective=Objective(label_loss="squared-error"), training=SHORT)
     assert len(found.history) == SHORT.epochs
 
 
-# ------------------------------------------------------------------------------------------------ taken
+# ------------------------------------------------------------------------------------------------ declared
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist", "wsld", "ofa"])
-def test_distilling_probabilities_is_distilling_the_logits_that_they_are_made_of(name):
+def test_declared_probabilities_are_distilled_like_the_logits(name):
     objective = Objective((Term(name, 0.7, temperature=2.0 if name != "ofa" else None),), 0.3)
-    stated = Objective(objective.terms, 0.3, student_outputs="probabilities", teacher_outputs="probabilities")
-    wanted = distill(PLAIN, net(), whole(), objective=objective, **QUIET)
-    found = distill(SOFT, net(nn.Softmax(-1)), whole(), objective=stated, **QUIET)
-    same(found.model, wanted.model)
-    assert found.history[-1]["loss"] == pytest.approx(wanted.history[-1]["loss"], rel=1e-10)
-    assert isinstance(found.model[-1], nn.Softmax)  # the model that is given back is the model that was given
+    declared = Objective(objective.terms, 0.3, student_outputs="probabilities", teacher_outputs="probabilities")
+    expected = distill(PLAIN, net(), dataset(), objective=objective, **QUIET)
+    found = distill(SOFT, net(nn.Softmax(-1)), dataset(), objective=declared, **QUIET)
+    assert_close_weights(found.model, expected.model)
+    assert found.history[-1]["loss"] == pytest.approx(expected.history[-1]["loss"], rel=1e-10)
+    assert isinstance(found.model[-1], nn.Softmax)  # the returned model still ends in its softmax
 
 
-def test_each_side_may_put_out_what_it_does():
+def test_student_and_teacher_outputs_are_declared_separately():
     objective = Objective.kd(2.0)
-    wanted = distill(PLAIN, net(), whole(), objective=objective, **QUIET).model
+    expected = distill(PLAIN, net(), dataset(), objective=objective, **QUIET).model
     one = Objective(objective.terms, objective.label_weight, teacher_outputs="probabilities")
-    same(distill(PLAIN, net(nn.Softmax(-1)), whole(), objective=one, **QUIET).model, wanted)
+    assert_close_weights(distill(PLAIN, net(nn.Softmax(-1)), dataset(), objective=one, **QUIET).model, expected)
     other = Objective(objective.terms, objective.label_weight, student_outputs="probabilities")
-    same(distill(SOFT, net(), whole(), objective=other, **QUIET).model, wanted)
+    assert_close_weights(distill(SOFT, net(), dataset(), objective=other, **QUIET).model, expected)
 
 
-def test_several_teachers_are_stated_one_by_one():
+def test_the_outputs_of_several_teachers_are_declared_as_a_tuple():
     objective = Objective.kd(2.0)
-    wanted = distill(PLAIN, [net(), net(seed=4)], whole(), objective=objective, **QUIET).model
+    expected = distill(PLAIN, [net(), net(seed=4)], dataset(), objective=objective, **QUIET).model
     mixed = Objective(objective.terms, objective.label_weight, teacher_outputs=("logits", "probabilities"))
-    same(distill(PLAIN, [net(), net(nn.Softmax(-1), seed=4)], whole(), objective=mixed, **QUIET).model, wanted)
+    assert_close_weights(
+        distill(PLAIN, [net(), net(nn.Softmax(-1), seed=4)], dataset(), objective=mixed, **QUIET).model, expected
+    )
     assert Objective.from_dict(mixed.to_dict()) == mixed
-    with pytest.raises(UsageError, match="teacher_outputs says what 2 teachers put out, and there are 1"):
-        distill(PLAIN, net(), whole(), objective=mixed, **QUIET)
+    with pytest.raises(UsageError, match="`teacher_outputs` has 2 entries; the number of teachers is 1"):
+        distill(PLAIN, net(), dataset(), objective=mixed, **QUIET)
 
 
-def test_answers_of_a_sigmoid_are_those_of_its_logits():
-    data = whole(YES.astype(np.float64))
-    stated = Objective(
+def test_declared_outputs_of_a_sigmoid_are_distilled_like_the_logits():
+    data = dataset(YES.astype(np.float64))
+    declared = Objective(
         BINARY.terms, 0.5, label_loss="binary", student_outputs="probabilities", teacher_outputs="probabilities"
     )
-    wanted = distill(PLAIN, net(), data, objective=BINARY, **QUIET)
-    found = distill(net(nn.Sigmoid(), seed=1), net(nn.Sigmoid()), data, objective=stated, **QUIET)
-    same(found.model, wanted.model, 1e-9)  # 1 - p loses some digits
+    expected = distill(PLAIN, net(), data, objective=BINARY, **QUIET)
+    found = distill(net(nn.Sigmoid(), seed=1), net(nn.Sigmoid()), data, objective=declared, **QUIET)
+    assert_close_weights(found.model, expected.model, 1e-9)  # 1 - p loses some digits
 
 
-def test_training_alone_and_students_among_themselves_take_probabilities():
+def test_fit_and_mutual_learning_accept_declared_probabilities():
     objective = Objective(student_outputs="probabilities")
-    same(fit(SOFT, whole(), objective=objective, training=SHORT).model, fit(PLAIN, whole(), training=SHORT).model)
+    assert_close_weights(
+        fit(SOFT, dataset(), objective=objective, training=SHORT).model, fit(PLAIN, dataset(), training=SHORT).model
+    )
     dml = Objective.preset("dml")
-    stated = Objective.preset("dml", student_outputs="probabilities")
-    wanted = distill_mutually([PLAIN, net()], whole(), objective=dml, training=SHORT)
-    found = distill_mutually([SOFT, net(nn.Softmax(-1))], whole(), objective=stated, training=SHORT)
-    for one, other in zip(found, wanted, strict=True):
-        same(one.model, other.model)
+    declared = Objective.preset("dml", student_outputs="probabilities")
+    expected = distill_mutually([PLAIN, net()], dataset(), objective=dml, training=SHORT)
+    found = distill_mutually([SOFT, net(nn.Softmax(-1))], dataset(), objective=declared, training=SHORT)
+    for one, other in zip(found, expected, strict=True):
+        assert_close_weights(one.model, other.model)
 
 
 def test_an_ensemble_of_probabilities_has_the_logits_of_their_mean():
@@ -333,27 +337,27 @@ def test_an_ensemble_of_probabilities_has_the_logits_of_their_mean():
     found = ensemble(soft, outputs="probabilities")(inputs)
     torch.testing.assert_close(found.softmax(-1), mean)
     torch.testing.assert_close(ensemble([net(seed=0), net(seed=1)])(inputs).softmax(-1), mean)
-    with pytest.raises(UsageError, match=r"Model 0 of the ensemble puts out probabilities.* outputs=\"probabilities\""):
+    with pytest.raises(UsageError, match=r"Model 0 of the ensemble returns probabilities.* outputs=\"probabilities\""):
         ensemble(soft)(inputs)
     with pytest.raises(UsageError, match=r"`outputs` of kirsch\.ensemble is 'soft'\. Give 'logits', 'prob"):
         ensemble(soft, outputs="soft")
 
 
-def test_peers_are_students_and_no_teachers():
+def test_mutual_learning_refuses_teacher_outputs():
     objective = Objective.preset("dml", teacher_outputs="probabilities")
-    with pytest.raises(UsageError, match=r"students that learn from each other have none\. Say it of the students"):
-        distill_mutually([net(), net(seed=1)], whole(), objective=objective, training=SHORT)
+    with pytest.raises(UsageError, match=r"mutual learning has no teacher\. Give student_outputs= instead"):
+        distill_mutually([net(), net(seed=1)], dataset(), objective=objective, training=SHORT)
 
 
-def test_logarithms_of_probabilities_are_logits_of_classes_and_not_of_yes_or_no():
-    wanted = distill(PLAIN, net(), whole(), objective=Objective.kd(2.0), **QUIET).model
+def test_logarithms_of_a_softmax_are_accepted_by_class_losses_and_refused_by_binary_ones():
+    expected = distill(PLAIN, net(), dataset(), objective=Objective.kd(2.0), **QUIET).model
     logs = net(nn.LogSoftmax(-1), seed=1), net(nn.LogSoftmax(-1))
-    same(distill(*logs, whole(), objective=Objective.kd(2.0), **QUIET).model, wanted)
-    with pytest.raises(UsageError, match="puts out logarithms of probabilities that sum to 1"):
-        distill(*logs, whole(YES.astype(np.float64)), objective=BINARY, **QUIET)
+    assert_close_weights(distill(*logs, dataset(), objective=Objective.kd(2.0), **QUIET).model, expected)
+    with pytest.raises(UsageError, match="returns logarithms of probabilities that sum to 1"):
+        distill(*logs, dataset(YES.astype(np.float64)), objective=BINARY, **QUIET)
 
 
-def test_the_logits_of_probabilities_in_closed_form():
+def test_to_logits_in_closed_form():
     p = torch.tensor([[0.2, 0.8], [0.0, 1.0]], dtype=torch.float64, requires_grad=True)
     found = to_logits(p, "softmax")
     torch.testing.assert_close(found[0], p[0].log())
@@ -366,35 +370,34 @@ def test_the_logits_of_probabilities_in_closed_form():
     assert to_logits(torch.tensor([0.25], dtype=torch.float16), "softmax").dtype == torch.float32
 
 
-def test_outputs_that_are_not_what_is_stated_are_refused():
-    with pytest.raises(UsageError, match=r"is said to put out probabilities, and does not.*values from -"):
-        fit(PLAIN, whole(), objective=Objective(student_outputs="probabilities"), training=SHORT)
-    with pytest.raises(UsageError, match=r"the classes of a sample sum to .* and not to 1"):
-        fit(net(nn.Sigmoid()), whole(), objective=Objective(student_outputs="probabilities"), training=SHORT)
+def test_outputs_that_are_not_as_declared_are_refused():
+    with pytest.raises(UsageError, match=r"is declared to return probabilities, but does not.*values from -"):
+        fit(PLAIN, dataset(), objective=Objective(student_outputs="probabilities"), training=SHORT)
+    with pytest.raises(UsageError, match=r"The classes of `logits` have sums from .* instead of 1"):
+        fit(net(nn.Sigmoid()), dataset(), objective=Objective(student_outputs="probabilities"), training=SHORT)
     with pytest.raises(UsageError, match=r"`student_outputs` .* is 'probs'; expected 'logits', 'prob"):
         Objective(student_outputs="probs")
 
 
-def test_outputs_that_are_said_to_be_logits_are_trusted():
+def test_outputs_declared_as_logits_are_not_checked():
     objective = Objective(student_outputs="logits")
-    assert len(fit(SOFT, whole(), objective=objective, training=SHORT).history) == SHORT.epochs
+    assert len(fit(SOFT, dataset(), objective=objective, training=SHORT).history) == SHORT.epochs
 
 
-def test_a_store_of_probabilities_is_refused_when_it_teaches(tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "_check_not_probabilities", lambda *_: None)  # as one that was built elsewhere
-    store = build(tmp_path / "store", net(nn.Softmax(-1)), whole(), keep=Dense())
-    with pytest.raises(UsageError, match=r"The teacher of the store puts out probabilities.* Build the store from"):
-        distill(PLAIN, store, whole(), **QUIET)
+def test_a_store_of_probabilities_is_refused_as_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "_check_not_probabilities", lambda *_: None)  # like a store from an older version
+    store = build(tmp_path / "store", net(nn.Softmax(-1)), dataset(), keep=Dense())
+    with pytest.raises(UsageError, match=r"The teacher of the store returns probabilities.* Build the store from"):
+        distill(PLAIN, store, dataset(), **QUIET)
 
 
-def test_a_softmax_student_learns_as_much_as_one_without_when_it_is_stated():
-    told = []
-    hooks = TrainingHooks(event=told.append)
+def test_a_student_that_ends_in_a_softmax_learns_if_its_outputs_are_declared():
+    hooks = TrainingHooks(event=lambda _event: None)
     training = Training(epochs=20, learning_rate=0.3)
-    teacher = fit(net(), whole(), training=training).model
+    teacher = fit(net(), dataset(), training=training).model
     objective = Objective((Term("kd", 0.9, temperature=4.0),), 0.1, student_outputs="probabilities")
     found = kirsch.distill(
-        SOFT, teacher, whole(), objective=objective, training=training, validation=samples(1), hooks=hooks
+        SOFT, teacher, dataset(), objective=objective, training=training, validation=samples(1), hooks=hooks
     )
     assert found.history[-1]["accuracy"] == 1.0
 
@@ -402,71 +405,71 @@ def test_a_softmax_student_learns_as_much_as_one_without_when_it_is_stated():
 # ------------------------------------------------------------------------------------------------ training mode
 
 
-class Only(nn.Module):
-    """Applies an activation in one mode alone."""
+class InOneMode(nn.Module):
+    """Applies an activation in one mode only."""
 
-    def __init__(self, behind, *, training, seed=1):
+    def __init__(self, activation, *, training, seed=1):
         super().__init__()
-        self.body, self.behind, self.when = net(seed=seed), behind, training
+        self.body, self.activation, self.mode = net(seed=seed), activation, training
 
     def forward(self, x):
         out = self.body(x)
-        return self.behind(out) if self.training == self.when else out
+        return self.activation(out) if self.training == self.mode else out
 
 
-def test_a_softmax_in_training_mode_alone_is_refused():
+def test_a_softmax_in_training_mode_only_is_refused():
     refuses = pytest.raises(
-        UsageError, match=r"The student, in training mode, puts out probabilities.* return logits in"
+        UsageError, match=r"The student, in training mode, returns probabilities.* return logits in"
     )
-    student = Only(nn.Softmax(-1), training=True)
+    student = InOneMode(nn.Softmax(-1), training=True)
     with refuses:
-        fit(student, whole(), training=SHORT)
+        fit(student, dataset(), training=SHORT)
     with refuses:
-        distill(student, net(), whole(), **QUIET)
+        distill(student, net(), dataset(), **QUIET)
     with refuses:
-        distill_mutually([student, net()], whole(), training=SHORT)
+        distill_mutually([student, net()], dataset(), training=SHORT)
     distiller = Distiller(student, net(), Objective.kd(), samples())
     distiller.eval()(samples())
     with refuses:
         distiller.train()(samples())
 
 
-def test_what_a_student_puts_out_in_training_mode_is_trusted_where_it_is_said_to_be_logits():
+def test_outputs_in_training_mode_are_accepted_if_declared_as_logits():
     objective = Objective(student_outputs="logits")
-    assert fit(Only(nn.Softmax(-1), training=True), whole(), objective=objective, training=SHORT).history
+    assert fit(InOneMode(nn.Softmax(-1), training=True), dataset(), objective=objective, training=SHORT).history
     dropped = nn.Sequential(net(), nn.Dropout(0.9))
-    assert fit(dropped, whole(), training=SHORT).history
+    assert fit(dropped, dataset(), training=SHORT).history
 
 
 # ------------------------------------------------------------------------------------------------ logarithms
 
 
 @pytest.mark.parametrize("classes", [1, K])
-def test_logarithms_of_a_sigmoid_are_no_logits_of_yes_or_no(classes):
-    data = whole(YES[:, :classes].astype(np.float64))
+def test_logarithms_of_a_sigmoid_are_refused_by_the_binary_loss(classes):
+    data = dataset(YES[:, :classes].astype(np.float64))
     for model in (
         net(nn.LogSigmoid(), classes=classes),
         net(nn.LogSigmoid(), nn.Unflatten(1, (classes, 1)), nn.Flatten(), classes=classes),
     ):
-        with pytest.raises(UsageError, match=r"The student, a Sequential, puts out logarithms of a sigmoid, at most 0"):
+        with pytest.raises(UsageError, match=r"The student, a Sequential, returns logarithms of a sigmoid, at most 0"):
             fit(model, data, objective=Objective(label_loss="binary"), training=SHORT)
-    with pytest.raises(UsageError, match="The teacher, a Sequential, puts out logarithms of a sigmoid"):
+    with pytest.raises(UsageError, match="The teacher, a Sequential, returns logarithms of a sigmoid"):
         distill(net(classes=classes), net(nn.LogSigmoid(), classes=classes), data, objective=BINARY, **QUIET)
 
 
 LOGITS = {
     "a difference, which is a logit": lambda z: nn.functional.logsigmoid(z - 9) - nn.functional.logsigmoid(9 - z),
-    "negative by themselves": lambda z: z - 50,
+    "negative": lambda z: z - 50,
     "capped": lambda z: 30 * ((z - 50) / 30).tanh(),
     "distances": lambda z: -(z**2),
 }
 
 
 @pytest.mark.parametrize("name", LOGITS)
-def test_logits_that_are_all_negative_are_trained(name):
-    model = net(of_logits(LOGITS[name]))
-    assert fit(model, whole(YES.astype(np.float64)), objective=Objective(label_loss="binary"), training=SHORT).history
+def test_logits_that_are_all_negative_are_accepted(name):
+    model = net(layer_of(LOGITS[name]))
+    assert fit(model, dataset(YES.astype(np.float64)), objective=Objective(label_loss="binary"), training=SHORT).history
 
 
-def test_logarithms_of_a_sigmoid_are_logits_of_classes():
-    assert fit(net(nn.LogSigmoid()), whole(), training=SHORT).history
+def test_logarithms_of_a_sigmoid_are_accepted_by_the_cross_entropy():
+    assert fit(net(nn.LogSigmoid()), dataset(), training=SHORT).history

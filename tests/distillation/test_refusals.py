@@ -1,4 +1,4 @@
-"""What is given to `distill` wrongly is refused by a sentence, and what is given rightly is never changed."""
+"""Invalid arguments of `distill` are refused with the reason, and the models that are passed do not change."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def data(n=24, **options):
     return ArrayData(images.astype(np.float32), labels, batch_size=12, **options)
 
 
-def taught(term, student=None, teacher=None):
+def distilled(term, student=None, teacher=None):
     training = Training(epochs=1, learning_rate=0.01)
     return distill(
         student or Net(), teacher or Net(6), data(), objective=Objective((term,)), training=training, **QUIET
     )
 
 
-# ------------------------------------------------------------------------------------------------ places
+# ------------------------------------------------------------------------------------------------ layers
 
 
 @pytest.mark.parametrize(
@@ -74,37 +74,37 @@ def taught(term, student=None, teacher=None):
             UsageError,
             r"Net does not take the keyword output_hidden_states, so .hidden.0.. has no value.* Choose the module",
         ),
-        ("auto[7]", UsageError, r"There are 1 stages that student and teacher share; \[7\] is none"),
+        ("auto[7]", UsageError, r"There are 1 stages shared by student and teacher, and the index is 7"),
     ],
 )
-def test_a_place_that_is_not_there_is_answered_with_what_is(layer, error, sentence):
+def test_an_unknown_layer_is_an_error_that_names_the_known_ones(layer, error, sentence):
     with pytest.raises(error, match=sentence):
-        taught(Term("fitnet", 1.0, student_layer=layer))
+        distilled(Term("fitnet", 1.0, student_layer=layer))
 
 
-def test_a_place_that_the_teacher_lacks_is_refused_by_the_name_of_the_teacher():
+def test_the_error_of_an_unknown_layer_of_the_teacher_names_the_teacher():
     class Large(Net):
         pass
 
     with pytest.raises(UnknownNameError, match=r"no layer in Large 'nrom'\. .* Did you mean 'norm'\?"):
-        taught(Term("fitnet", 1.0, student_layer="norm", teacher_layer="nrom"), teacher=Large(6))
+        distilled(Term("fitnet", 1.0, student_layer="norm", teacher_layer="nrom"), teacher=Large(6))
 
 
-def test_scores_of_pixels_are_no_scores_of_samples():
+def test_logits_of_pixels_are_refused_by_losses_of_samples():
     nets = [nn.Sequential(nn.Conv2d(1, K, 1)) for _ in range(2)]
     sentence = r"'kd' cannot compare .*logits of pixels.*Take 'pixel-kd' or 'cwd-pixels'"
     with pytest.raises(ShapeError, match=sentence):
         distill(*nets, ArrayData(data().inputs, None), objective=Objective.kd(), **QUIET)
 
 
-def test_classes_of_pixels_that_differ_are_refused_and_not_adapted():
+def test_different_numbers_of_classes_of_pixels_are_refused():
     nets = [nn.Sequential(nn.Conv2d(1, classes, 1)) for classes in (3, 4)]
     with pytest.raises(ShapeError, match=r"'cwd' cannot compare .*\(8, 3, 6, 6\), the teacher's \(8, 4, 6, 6\)"):
         distill(*nets, ArrayData(data().inputs, None), objective=Objective.preset("cwd"), **QUIET)
 
 
-def test_tokens_of_other_lengths_are_refused_with_both_lengths():
-    """A patch of 2 and one of 3: 9 and 4 tokens."""
+def test_sequences_of_different_lengths_are_refused():
+    """Patches of 2 and of 3 pixels give 9 and 4 tokens."""
 
     class Patches(nn.Module):
         def __init__(self, patch):
@@ -117,21 +117,23 @@ def test_tokens_of_other_lengths_are_refused_with_both_lengths():
 
     sentence = r"No adapter fits the student's .* The student has 9 tokens, the teacher 4\. Choose other layers"
     with pytest.raises(ShapeError, match=sentence):
-        taught(Term("hidden-mse", 1.0, student_layer="norm"), Patches(2), Patches(3))
+        distilled(Term("hidden-mse", 1.0, student_layer="norm"), Patches(2), Patches(3))
 
 
 # ------------------------------------------------------------------------------------------------ numbers
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, Ramp(4.0, 0.0, epochs=10), Ramp(-1.0, 4.0, epochs=10)])
-def test_a_temperature_that_is_ever_not_above_zero_is_refused(temperature):
+def test_a_temperature_that_is_not_always_above_0_is_refused(temperature):
     with pytest.raises(UsageError, match=r"the temperature of 'kd' is \S+; a number above 0 is needed"):
         Objective((Term("kd", 1.0, temperature=temperature),))
 
 
-def test_labels_that_are_all_masked_are_refused_where_nothing_else_teaches():
+def test_labels_that_are_all_masked_are_refused_if_all_terms_need_labels():
     masked = ArrayData(data().inputs, np.full(24, -100), batch_size=12)
-    sentence = r"All targets are masked: the label of all (12|24) samples is -100\. No term does without"
+    sentence = (
+        r"All targets are masked: the label of all (12|24) samples is -100\. Each term of the objective needs labels"
+    )
     with pytest.raises(DataError, match=sentence):
         fit(Net(), masked)
     for name in ("dkd", "wsld"):
@@ -141,19 +143,19 @@ def test_labels_that_are_all_masked_are_refused_where_nothing_else_teaches():
     assert set(found.history[0]["terms"]) == {"kd"}
 
 
-def test_a_batch_without_labels_is_charged_nothing_by_what_needs_them():
-    """Of 24 samples in one batch 6 have a label, and in four batches all of them are in the first: the same mean."""
+def test_a_term_that_needs_labels_is_0_on_a_batch_without_labels():
+    """6 of 24 samples have a label: in one batch, or all in the first of four batches. The means are equal."""
     labels = np.full(24, -100)
     objective = Objective((Term("dkd", 1.0, temperature=4.0),), label_weight=0.0)
     net, teacher = Net().double(), Net(6).double()
     net.norm = nn.Identity()
-    whole = ArrayData(data().inputs.astype(np.float64), labels, batch_size=24)
-    labels[next(ArrayData(whole.inputs, None, batch_size=6).epoch(0, 0)).ids] = 1
+    unlabeled = ArrayData(data().inputs.astype(np.float64), labels, batch_size=24)
+    labels[next(ArrayData(unlabeled.inputs, None, batch_size=6).epoch(0, 0)).ids] = 1
     found = [
         distill(
             net,
             teacher,
-            ArrayData(whole.inputs, labels, batch_size=size),
+            ArrayData(unlabeled.inputs, labels, batch_size=size),
             objective=objective,
             training=Training(epochs=1, gradient_accumulation_steps=24 // size, schedule="constant"),
             **QUIET,
@@ -161,7 +163,7 @@ def test_a_batch_without_labels_is_charged_nothing_by_what_needs_them():
         for size in (24, 6)
     ]
     assert found[0].history[0]["terms"]["dkd"] == pytest.approx(found[1].history[0]["terms"]["dkd"], rel=1e-12)
-    for first, second in zip(*(one.model.parameters() for one in found), strict=True):
+    for first, second in zip(*(trained.model.parameters() for trained in found), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-12)
 
 
@@ -193,15 +195,15 @@ def test_a_student_among_its_teachers_is_refused():
         distill(net, [Net(6), net], data())
 
 
-def test_a_teacher_of_another_vocabulary_is_refused_with_both():
+def test_a_teacher_with_another_vocabulary_is_refused():
     tokens = np.random.default_rng(0).integers(0, TOKENS, (4, 5))
     student, teacher = (nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, k)) for k in (TOKENS, 9))
     with pytest.raises(ShapeError, match=r"vocabulary of 7, the teacher one of 9\. Soft targets need the same tokens"):
         distill(student, teacher, ArrayData(tokens, tokens), objective=Objective.preset("causal"))
 
 
-def dropping(seed=0):
-    """A vision transformer of timm with dropout, and with whole blocks dropped in training."""
+def timm_model(seed=0):
+    """Return a vision transformer of timm with dropout and stochastic depth."""
     pytest.importorskip("timm", exc_type=ImportError)
     timm = import_beside("timm")
     torch.manual_seed(seed)
@@ -212,25 +214,25 @@ def dropping(seed=0):
 
 
 @pytest.fixture
-def of_timm():
+def timm_transformer():
     import_beside("torchvision")
-    return dropping
+    return timm_model
 
 
-def test_the_copy_of_a_teacher_is_frozen_and_drops_nothing(of_timm):
-    """The teacher is in training mode, wants gradients and has some; with a drop of 0.9 two runs would never agree."""
-    teacher = of_timm().train()
+def test_the_copy_of_a_teacher_is_frozen_and_in_inference_mode(timm_transformer):
+    """The teacher is in training mode and has gradients; with a drop rate of 0.9, two runs in training mode differ."""
+    teacher = timm_transformer().train()
     teacher(torch.randn(2, 1, 6, 6)).sum().backward()
     before = state(teacher)
     first = first_batch(framework_of(teacher).training, data())
     bound = Distiller(Net(), teacher, Objective.kd(), first)
     bound(first)
-    (watch,) = bound._teacher_source._watches
-    assert watch.model is not teacher
-    assert not any(module.training for module in watch.model.modules())
-    assert not any(parameter.requires_grad for parameter in watch.model.parameters())
+    (capture,) = bound._teacher_source._captures
+    assert capture.model is not teacher
+    assert not any(module.training for module in capture.model.modules())
+    assert not any(parameter.requires_grad for parameter in capture.model.parameters())
     inputs = torch.from_numpy(data().inputs)
-    first, second = (watch(inputs)["logits"] for _ in range(2))
+    first, second = (capture(inputs)["logits"] for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(first, copy.deepcopy(teacher).eval()(inputs))
     assert not first.requires_grad
@@ -238,23 +240,23 @@ def test_the_copy_of_a_teacher_is_frozen_and_drops_nothing(of_timm):
     assert state(teacher) == before
 
 
-def test_a_teacher_that_could_be_trained_is_left_with_its_modes_weights_and_gradients(of_timm):
-    teacher = of_timm().train()
+def test_student_and_teacher_keep_their_modes_weights_and_gradients(timm_transformer):
+    teacher = timm_transformer().train()
     teacher.blocks[1].eval()
     teacher.head.bias.requires_grad_(requires_grad=False)
     teacher(torch.randn(2, 1, 6, 6)).sum().backward()
     before = state(teacher)
     terms = (Term("kd", 1.0, temperature=2.0), Term("cc", 1.0, student_layer="penultimate"))
-    student = of_timm(1)
-    own = state(student)
+    student = timm_transformer(1)
+    student_before = state(student)
     training = Training(epochs=2, learning_rate=0.01, weight_decay=0.1)
     found = distill(student, teacher, data(), objective=Objective(terms), training=training, **QUIET)
     assert state(teacher) == before
-    assert state(student) == own
+    assert state(student) == student_before
     assert not torch.equal(found.model.head.weight, student.head.weight)
 
 
-def test_a_student_made_of_its_teachers_modules_does_not_train_them():
+def test_modules_that_a_student_shares_with_its_teacher_are_not_trained():
     teacher = Net(6)
     student = copy.copy(teacher)
     student._modules = {**teacher._modules, "head": nn.Linear(6, K)}
@@ -265,7 +267,7 @@ def test_a_student_made_of_its_teachers_modules_does_not_train_them():
 
 
 def state(model):
-    """Modes, hooks, weights, buffers and gradients, as what can be compared."""
+    """Return modes, hooks, weights, buffers and gradients in a form that can be compared."""
     tensors = {name: value.clone().tolist() for name, value in model.state_dict().items()}
     gradients = {
         n: (p.requires_grad, p.grad if p.grad is None else p.grad.tolist()) for n, p in model.named_parameters()
@@ -289,7 +291,7 @@ def test_a_store_of_other_ids_is_refused_by_distill(tmp_path):
         distill(Net(), store, data(ids=np.arange(24) + 1), objective=Objective.kd())
 
 
-def test_a_store_of_another_teacher_is_named_by_its_weights(tmp_path):
+def test_a_store_of_another_teacher_is_refused_by_the_hash_of_the_weights(tmp_path):
     store = build(tmp_path / "store", Net(6), data(), keep=Dense())
     with pytest.raises(StoreError, match=r"another value of the teacher's weights \(teacher_sha256"):
         store.require(teacher=Net(6))
@@ -304,11 +306,11 @@ def test_sample_ids_that_are_not_unique_are_refused():
         data(ids=ids)
 
 
-# ------------------------------------------------------------------------------------------------ what is meant
+# ------------------------------------------------------------------------------------------------ terms
 
 
 @pytest.mark.parametrize(
-    ("made", "sentence"),
+    ("make_term", "sentence"),
     [
         (
             lambda: Term(student_layer=[]),
@@ -326,45 +328,45 @@ def test_sample_ids_that_are_not_unique_are_refused():
         ),
     ],
 )
-def test_a_term_that_makes_no_sense_is_refused_as_it_is_written(made, sentence):
+def test_an_invalid_term_is_refused_at_construction(make_term, sentence):
     with pytest.raises(UsageError, match=sentence):
-        Objective((made(),))
+        Objective((make_term(),))
 
 
-def test_no_teacher_is_refused_where_there_are_terms():
+def test_terms_without_a_teacher_are_refused():
     with pytest.raises(UsageError, match="The objective has terms, and there is no teacher"):
         distill(Net(), [], data(), **QUIET)
 
 
-def test_places_that_are_written_out_are_not_thinned():
-    with pytest.raises(UsageError, match="names 3 layers of the teacher for 2 of the student"):
-        taught(Term("at", 1.0, student_layer=["conv", "norm"], teacher_layer=["conv", "norm", "relu"]))
-    found = taught(Term("at", 1.0, student_layer=["conv", "norm"], teacher_layer=["conv*", "norm", "relu"]))
+def test_lists_of_layers_need_equal_lengths_unless_they_have_a_pattern():
+    with pytest.raises(UsageError, match="names 3 layers of the teacher and 2 of the student"):
+        distilled(Term("at", 1.0, student_layer=["conv", "norm"], teacher_layer=["conv", "norm", "relu"]))
+    found = distilled(Term("at", 1.0, student_layer=["conv", "norm"], teacher_layer=["conv*", "norm", "relu"]))
     assert "at" in found.history[0]["terms"]
 
 
 class Ending(nn.Module):
-    """Scores behind the last weights, as a network ends with a pooling or a softmax."""
+    """A network that ends with layers without parameters, such as pooling or a softmax."""
 
-    def __init__(self, *behind, width=4):
+    def __init__(self, *last, width=4):
         super().__init__()
         self.conv, self.classify = nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, K, 1)
-        self.behind = nn.Sequential(*behind)
+        self.last = nn.Sequential(*last)
 
     def forward(self, x):
-        return self.behind(self.classify(self.conv(x).relu()))
+        return self.last(self.classify(self.conv(x).relu()))
 
 
 POOLED = nn.AdaptiveAvgPool2d(1), nn.Flatten()
 
 
-@pytest.mark.parametrize("behind", [POOLED, (nn.ReLU(inplace=True), *POOLED), (*POOLED, nn.LogSoftmax(-1))])
-def test_what_the_last_weights_are_given_is_penultimate(behind):
-    model = Ending(*behind).eval()
+@pytest.mark.parametrize("last", [POOLED, (nn.ReLU(inplace=True), *POOLED), (*POOLED, nn.LogSoftmax(-1))])
+def test_the_penultimate_layer_is_the_input_of_the_last_layer_with_parameters(last):
+    model = Ending(*last).eval()
     assert expand(model, "penultimate", torch.randn(2, 1, 6, 6)) == ["classify:in"]
 
 
-def test_scores_that_are_computed_behind_the_last_weights_have_no_penultimate_value():
+def test_logits_that_the_last_layer_with_parameters_does_not_compute_have_no_penultimate_layer():
     model = Ending(*POOLED, nn.Flatten(), Doubled()).eval()
     with pytest.raises(UsageError, match="The last module of Ending with parameters does not compute the logits"):
         expand(model, "penultimate", torch.randn(2, 1, 5, 5))
@@ -375,8 +377,8 @@ class Doubled(nn.Module):
         return torch.cat([x, -x], -1)
 
 
-class Answers(nn.Module):
-    """Where an answer begins and where it ends, or states alone."""
+class NamedOutputs(nn.Module):
+    """A model with several named outputs, like question answering."""
 
     def __init__(self, *names, width=4):
         super().__init__()
@@ -394,18 +396,20 @@ class Answers(nn.Module):
         (("last_hidden_state",), "returns last_hidden_state and no logits: it has no head"),
     ],
 )
-def test_outputs_of_which_none_is_the_scores_are_compared_by_name_alone(names, sentence):
-    student, teacher, x = Answers(*names), Answers(*names, width=7), torch.randn(8, 6)
+def test_outputs_without_logits_must_be_compared_by_name(names, sentence):
+    student, teacher, x = NamedOutputs(*names), NamedOutputs(*names, width=7), torch.randn(8, 6)
     with pytest.raises(UsageError, match=sentence):
         distill(student, teacher, [x], objective=Objective((Term("kd", 1.0),), label_weight=0.0), **QUIET)
     terms = tuple(Term("logit-l2", 1.0, student_layer=f"output.{name}", name=name) for name in names)
-    found = distill(student, teacher, [x], objective=Objective(terms, label_weight=0.0))  # nothing to judge it by
+    found = distill(
+        student, teacher, [x], objective=Objective(terms, label_weight=0.0)
+    )  # there are no logits, so that the teacher is not checked
     assert found.history[0]["terms"].keys() == set(names)
     moved = [(a.weight != b.weight).any() for a, b in zip(found.model.heads, student.heads, strict=True)]
     assert all(moved)
 
 
-def test_heads_of_attention_are_not_mixed():
+def test_attention_with_different_numbers_of_heads_is_refused():
     assert choose_adapter((2, 4, 5, 5), (2, 4, 5, 5), takes="attention") is None
     with pytest.raises(ShapeError, match=r"The student's attention has 2 heads, the teacher's 4.*minilm"):
         choose_adapter((2, 2, 5, 5), (2, 4, 5, 5), takes="attention")

@@ -138,9 +138,9 @@ def test_batches_of_a_custom_loop_need_the_views_that_the_teacher_saw(tmp_path):
             distiller(next(other.epoch(0, 1)))
     plain = next(data().epoch(0, 0))
     for unsaid in (plain, (plain.inputs, plain.targets, plain.ids)):
-        with pytest.raises(UsageError, match=r"have no seeds .*kirsch\.distill.*ArrayData\.epoch"):
+        with pytest.raises(UsageError, match=r"have no augmentation seeds.*kirsch\.distill.*ArrayData\.epoch"):
             distiller(unsaid)
-        with pytest.raises(UsageError, match=r"have no seeds"):
+        with pytest.raises(UsageError, match=r"have no augmentation seeds"):
             bound(store, unsaid)
 
 
@@ -218,7 +218,7 @@ def test_a_student_of_other_classes_is_refused_by_a_store_as_by_its_teacher(tmp_
     store = build(tmp_path / "store", net(), data(), keep=keep)
     for teacher in (net(), store):
         with pytest.raises(
-            ShapeError, match=rf"The student puts out {classes} classes, the teacher 5 classes\. Soft targets"
+            ShapeError, match=rf"The student returns {classes} classes, the teacher 5 classes\. Soft targets"
         ):
             learned(net(classes, 1), teacher, data(targets=LABELS % 4))
 

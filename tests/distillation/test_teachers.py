@@ -1,4 +1,4 @@
-"""Several teachers say one thing together, by what their scores are taken for."""
+"""The outputs of several teachers are combined."""
 
 from __future__ import annotations
 
@@ -42,46 +42,46 @@ def trained(objective, **options):
 
 
 @pytest.mark.parametrize("way", ["probabilities", "logits", "confidence", "sum"])
-def test_several_teachers_teach_together(way):
+def test_a_student_can_learn_from_several_teachers(way):
     objective = Objective((Term("kd", 1.0, temperature=2.0),), teachers=way)
-    told = []
-    found = trained(objective, hooks=TrainingHooks(event=told.append))
+    events = []
+    found = trained(objective, hooks=TrainingHooks(event=events.append))
     assert set(found.history[0]["terms"]) == {"label", "kd"}
-    texts = [event["text"] for event in told if event["event"] == "warning"]
+    texts = [event["text"] for event in events if event["event"] == "warning"]
     assert any("averaged, which multiplies their probabilities" in text for text in texts) == (way == "logits")
 
 
 TWO = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([[3.0, -2.0], [1.0, 0.5]])
-"""Scores of two teachers, (N, K)."""
+"""Logits of two teachers, (N, K)."""
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_teachers_of_labels_are_mixed_label_by_label(temperature):
+def test_binary_probabilities_of_teachers_are_averaged_for_each_label(temperature):
     found = combined(TWO, "probabilities", temperature, "sigmoid")
-    wanted = sum((scores / temperature).sigmoid() for scores in TWO) / 2
-    torch.testing.assert_close((found / temperature).sigmoid(), wanted)
+    expected = sum((logits / temperature).sigmoid() for logits in TWO) / 2
+    torch.testing.assert_close((found / temperature).sigmoid(), expected)
 
 
-def test_the_surer_teacher_of_a_label_counts_more():
-    chance = [scores.sigmoid() for scores in TWO]
-    entropy = [-(p * p.log() + (1 - p) * (1 - p).log()) for p in chance]
+def test_with_confidence_the_weights_follow_from_the_entropies_of_each_label():
+    probabilities = [logits.sigmoid() for logits in TWO]
+    entropy = [-(p * p.log() + (1 - p) * (1 - p).log()) for p in probabilities]
     weights = [(-e).exp() for e in entropy]
-    wanted = sum(w * p for w, p in zip(weights, chance, strict=True)) / sum(weights)
-    torch.testing.assert_close(combined(TWO, "confidence", 1.0, "sigmoid").sigmoid(), wanted)
+    expected = sum(w * p for w, p in zip(weights, probabilities, strict=True)) / sum(weights)
+    torch.testing.assert_close(combined(TWO, "confidence", 1.0, "sigmoid").sigmoid(), expected)
 
 
-def test_numbers_of_several_teachers_have_a_mean():
+def test_numbers_of_several_teachers_are_averaged():
     torch.testing.assert_close(combined(TWO, "probabilities", 1.0, "identity"), sum(TWO) / 2)
 
 
-def test_teachers_of_pixels_are_mixed_over_the_classes():
-    maps = [scores[:, :, None, None].expand(2, 2, 3, 1) for scores in TWO]
+def test_teachers_of_pixels_are_combined_over_the_axis_of_classes():
+    maps = [logits[:, :, None, None].expand(2, 2, 3, 1) for logits in TWO]
     found = combined(maps, "probabilities", 2.0, axis=1)
     torch.testing.assert_close(found[:, :, 0, 0], combined(TWO, "probabilities", 2.0))
 
 
 @pytest.mark.parametrize(
-    ("loss", "way"),  # numbers do not tell how sure a teacher is of them
+    ("loss", "way"),  # numbers carry no confidence
     [
         (loss, way)
         for loss in ("kd", "binary-kd", "logit-l2")
@@ -89,24 +89,24 @@ def test_teachers_of_pixels_are_mixed_over_the_classes():
         if (loss, way) != ("logit-l2", "confidence")
     ],
 )
-def test_a_student_that_equals_both_of_its_teachers_is_charged_nothing(loss, way):
+def test_a_student_that_equals_both_of_its_teachers_has_a_loss_of_0(loss, way):
     model = Net(4)
     objective = Objective((Term(loss, 1.0),), label_weight=0.0, teachers=way)
     batch = data().inputs[:4], data().targets[:4]
-    told = []
-    found = Distiller(model, [copy.deepcopy(model)] * 2, objective, batch, warn=told.append)
+    warnings = []
+    found = Distiller(model, [copy.deepcopy(model)] * 2, objective, batch, warn=warnings.append)
     with found.eval():
         assert float(found(batch).total.detach()) == pytest.approx(0.0, abs=1e-6)
-    assert [text for text in told if "averaged, which multiplies their probabilities" in text] == told
-    assert bool(told) == (way == "logits" and loss != "logit-l2")
+    assert all("averaged, which multiplies their probabilities" in text for text in warnings)
+    assert bool(warnings) == (way == "logits" and loss != "logit-l2")
 
 
-def test_numbers_cannot_be_weighed_by_confidence():
+def test_confidence_is_refused_for_losses_on_numbers():
     objective = Objective((Term("logit-l2", 1.0),), teachers="confidence")
-    with pytest.raises(UsageError, match="compares numbers, which do not tell how sure a teacher is"):
+    with pytest.raises(UsageError, match="compares real numbers, which carry no confidence"):
         trained(objective)
 
 
-def test_a_teacher_that_no_term_is_held_against_is_refused():
-    with pytest.raises(UsageError, match=r"No term of the objective is held against teacher 1, of 2.*teacher=1"):
+def test_a_teacher_that_no_term_uses_is_refused():
+    with pytest.raises(UsageError, match=r"Teacher 1 \(of 2, counted from 0\) is not used by any term.*teacher=1"):
         trained(Objective((Term("at", 1.0, student_layer="conv"),)))

@@ -298,7 +298,9 @@ def test_pruned_student_without_configuration_is_resumed_and_not_saved(tmp_path)
 def test_checkpoint_of_another_objective_is_refused(tmp_path):
     """The other objective has no adapters, so that its optimizer has fewer parameters."""
     trainer(tmp_path, objective=Objective.preset("causal"), save_strategy="steps", save_steps=1).train()
-    with pytest.raises(CheckpointError, match="The state holds other adapters than this distiller: adapter1"):
+    with pytest.raises(
+        CheckpointError, match="The adapters of the state differ from those of this distiller: adapter1"
+    ):
         trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
 
 
@@ -322,7 +324,7 @@ def test_student_with_softmax_is_refused_unless_its_outputs_are_stated(tmp_path)
     student = encoder(8, 2, 0)
     student.classifier = torch.nn.Sequential(student.classifier, torch.nn.Softmax(-1))
     options = {"teacher": encoder(16, 4, 1), "data": sentences()}
-    with pytest.raises(UsageError, match="The student, a BertForSequenceClassification, puts out probabilities"):
+    with pytest.raises(UsageError, match="The student, a BertForSequenceClassification, returns probabilities"):
         trainer(tmp_path, student, objective=Objective.kd(2.0), **options).train()
     objective = dataclasses.replace(Objective.kd(2.0), student_outputs="probabilities")
     assert trainer(tmp_path, student, objective=objective, **options).train().global_step == 1

@@ -107,7 +107,7 @@ def test_batches_and_outputs_are_checked_before_training():
     fit(module, found, limit_val_batches=0)
     assert set(found.distiller.shares) == {"label", "kd"}
     soft = Module(nn.Sequential(net(4, 1), nn.Softmax(-1)))
-    with pytest.raises(UsageError, match="The student, a Sequential, puts out probabilities"):
+    with pytest.raises(UsageError, match="The student, a Sequential, returns probabilities"):
         fit(soft, Distillation(net(6, 2), Objective.kd(2.0), student="model"), limit_val_batches=0)
     with pytest.raises(DataError, match=r"A batch has one sample, and Sequential normalizes .* drop_last=True"):
         fit(Module(batch_size=15), Distillation(net(6, 2), Objective.kd(2.0), student="model"), limit_val_batches=0)

@@ -19,7 +19,8 @@ from kirsch.cli.app import app
 from kirsch.cli.plan_flags import given_options, with_plan_flags
 from kirsch.errors import RecipeError, UsageError
 from kirsch.pruning.options import PlanOptions
-from kirsch.recipes.recipe import Prune, Recipe, read_recipe, recipe_of
+from kirsch.recipes.recipe import Recipe, read_recipe, recipe_of
+from kirsch.steps import Prune
 
 NOT_OPTIONS = {"graph", "goal", "data"}
 """Arguments of `kirsch.plan` that are no options."""
@@ -41,7 +42,7 @@ def class_options(options: type[PlanOptions] = PlanOptions) -> dict[str, Any]:
 
 
 def recipe_options() -> dict[str, Any]:
-    """Return the default of each key of the section prune; the seed of the recipe is that of the section."""
+    """Return the default of each option of the step prune; the seed of the recipe is that of the step."""
     defaults = {name: field.default for name, field in Prune.model_fields.items() if name != "goal"}
     return defaults | {"seed": Recipe.model_fields["seed"].default}
 
@@ -124,8 +125,9 @@ VALUES = {
 def test_a_value_that_is_not_the_default_reaches_the_plan_from_everywhere(name, monkeypatch, tmp_path):
     texts, value = VALUES[name]
     assert getattr(PlanOptions(**{name: value}), name) == value != PlanOptions.model_fields[name].default
-    recipe = read_recipe("teacher: {model: 'a:b'}\nprune: {goal: {macs: 0.5}}", [f"prune.{name}={as_yaml(value)}"])
-    assert getattr(recipe.prune, name) == value
+    text = "teacher: {model: 'a:b'}\ngoal: {macs: 0.5}\nsteps: [prune]"
+    recipe = read_recipe(text, [f"prune.{name}={as_yaml(value)}"])
+    assert getattr(recipe.all_steps["prune"], name) == value
     found = {}
 
     def planned(_loaded, request, *_rest):
@@ -172,8 +174,8 @@ def test_a_plan_file_accepts_each_option(graph, name):
 def test_a_value_that_is_refused_in_python_is_refused_in_a_recipe(graph, name, value):
     with pytest.raises(UsageError, match=f"`{name}"):
         kirsch.plan(graph, kirsch.Goal(macs=0.8), **{name: value})
-    with pytest.raises(RecipeError, match=r"The call has .*problem.*\n  prune"):
-        recipe_of({"teacher": {"model": "a:b"}, "prune": {"goal": {"macs": 0.5}, name: value}}, "call")
+    with pytest.raises(RecipeError, match=r"The call has .*problem.*\n  steps\[0\]\.prune"):
+        recipe_of({"teacher": {"model": "a:b"}, "steps": [{"prune": {name: value}}]}, "call")
 
 
 def as_yaml(value: Any) -> str:

@@ -83,7 +83,7 @@ def test_model_with_softmax_is_refused_unless_its_outputs_are_stated(trained, tm
     before, _, data = trained
     model = torch.nn.Sequential(copy.deepcopy(before), torch.nn.Softmax(-1))
     training = kirsch.Training(epochs=1, learning_rate=0.01)
-    with pytest.raises(UsageError, match=r"The teacher, a Sequential, puts out probabilities.*teacher_outputs="):
+    with pytest.raises(UsageError, match=r"The teacher, a Sequential, returns probabilities.*teacher_outputs="):
         kirsch.compress(model, data, HALF, recover=training, folder=tmp_path / "run")
     objective = kirsch.Objective(
         kirsch.Objective.kd().terms, 0.1, student_outputs="probabilities", teacher_outputs="probabilities"

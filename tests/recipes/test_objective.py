@@ -142,7 +142,7 @@ def test_commented_recipe_explains_the_objective_key():
         ),
         (
             "  objective: {terms: [], label_weight: 0}",
-            [r"line 4: .*the objective is wrong: all weights are 0, so there is nothing to learn"],
+            [r"line 4: .*the objective is invalid: all weights are 0, so there is nothing to learn"],
         ),
         (
             (
@@ -223,7 +223,7 @@ def test_gradient_share_is_that_of_the_last_epoch_after_a_warm_up():
             ShapeError,
             "No adapter",
         ),
-        ("distill.objective=causal", UsageError, "The objective is causal, and the student puts out 3 scores"),
+        ("distill.objective=causal", UsageError, "The objective is causal, and the student returns logits"),
     ],
 )
 def test_invalid_objective_is_refused_before_training(job, change, error, sentence):
@@ -282,9 +282,9 @@ def test_models_with_softmax_are_refused_unless_their_outputs_are_stated(job):
     (job.base / "nets.py").write_text((job.base / "nets.py").read_text() + SOFT)
     models = ("teacher.model=nets.py:soft_teacher", "student.model=nets.py:soft_student")
     for change, whose in (models[0], "teacher"), (models[1], "student"):
-        with pytest.raises(UsageError, match=f"The {whose}, a Soft, puts out probabilities"):
+        with pytest.raises(UsageError, match=f"The {whose}, a Soft, returns probabilities"):
             job.do(*SHORT, change, folder=job.base / whose)
-        with pytest.raises(UsageError, match=f"The {whose}, a Soft, puts out probabilities"):
+        with pytest.raises(UsageError, match=f"The {whose}, a Soft, returns probabilities"):
             forecast(job.recipe(*SHORT, change), base=job.base)
     assert not (job.folder / "checkpoints" / "train" / "done").exists()
     plain = job.do(*SHORT, "train.weight_decay=0")

@@ -243,7 +243,6 @@ def test_environment_overrides_the_file_and_the_command_line_both():
         ("prune.exclude=[a.b, 'c*']", "prune.exclude", ("a.b", "c*")),
         ("prune.goal.macs=0.3", "prune.goal.macs", 0.3),
         ("steps.0.prune.goal.macs=0.3", "prune.goal.macs", 0.3),
-        ("prune.goal=null", "prune.goal", None),
         ("name=no", "name", "no"),
         ("name=a=b", "name", "a=b"),
         ("data.options.deep.er={x: 1}", "data.options", {"deep": {"er": {"x": 1}}}),
@@ -266,10 +265,17 @@ def test_step_can_be_removed(change):
 
 def test_steps_without_options_and_repeated_steps_have_keys():
     recipe = read_recipe(
-        f"{MINIMAL}- prune:\n- recover: {{}}\n- prune\n- recover\n- export:\n- measure\n", ["recover-2.epochs=3"]
+        f"{MINIMAL}- prune:\n- recover: {{}}\n- prune\n- recover\n- export:\n- measure\n",
+        ["recover-2.epochs=3", "goal.macs=0.5"],
     )
     assert list(recipe.all_steps) == ["evaluate", "prune", "recover", "prune-2", "recover-2", "export", "measure"]
     assert recipe.steps == (Prune(), Recover(), Prune(), Recover(epochs=3), Export(), Measure())
+
+
+def test_prune_without_goal_needs_a_goal_of_the_job():
+    why = "Neither the step nor the job limits macs or parameters. Give a limit: prune.goal.macs=0.5"
+    assert_refused(VALID, f"the step 'prune' has no goal. {why}", changes=("prune.goal=null",))
+    assert read_recipe(VALID, ["prune.goal=null", "goal.parameters=0.5"]).all_steps["prune"].goal is None
 
 
 def test_errors_name_the_number_of_a_step_before_removals():

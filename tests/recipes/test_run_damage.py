@@ -23,7 +23,7 @@ FILES = [
     "artifacts/model/manifest.json",
     "artifacts/model/model.safetensors",
     "artifacts/model/plan.json",
-    *(f"checkpoints/{step}/done/{name}" for step in ("teacher", "recover") for name in (
+    *(f"checkpoints/{step}/done/{name}" for step in ("train", "recover") for name in (
         "logits.npy", "manifest.json", "record.json", "weights.safetensors")),
     *(f"checkpoints/prune/done/{name}" for name in ("logits.npy", "manifest.json", "record.json")),
     *(f"checkpoints/prune/done/model/{name}" for name in ("manifest.json", "model.safetensors", "plan.json")),
@@ -170,7 +170,7 @@ def test_altered_metrics_are_reported_and_written_again(done):
     assert done.notes() == [f"{path} does not have the sha256 of its manifest. It is written again."]
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/teacher", "checkpoints/prune/done", "artifacts"])
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/train", "checkpoints/prune/done", "artifacts"])
 @pytest.mark.parametrize("put", [None, Path.touch, lambda path: path.symlink_to("/tmp"), os.mkfifo])
 def test_missing_or_replaced_folder_is_reported(done, name, put):
     path = done.folder / name
@@ -241,8 +241,8 @@ def test_unreadable_events_are_dropped(done):
         ("models", lambda models: models[-1]["accuracy"].update(value=0.123)),
         ("steps", lambda steps: steps[0].update(did="nothing")),
         ("curves", lambda curves: curves[0]["loss"].reverse()),
-        ("removed", lambda removed: removed["groups"].pop()),
-        ("verification", lambda verification: verification.update(passed=False)),
+        ("removals", lambda removals: removals[0]["groups"].pop()),
+        ("removals", lambda removals: removals[0]["verification"].update(passed=False)),
         ("export", lambda export: export.update(n=1)),
     ],
 )

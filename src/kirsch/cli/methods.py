@@ -33,7 +33,7 @@ def methods(name: str, terminal: Terminal, *, markdown: bool) -> int:
     ]
     for preset in catalog["presets"]:
         lines += [
-            [Piece(f"  {preset['name']:<20}{preset['charged']}")],
+            [Piece(f"  {preset['name']:<20}{preset['formula']}")],
             [Piece(f"  {'':<20}{preset['what']}", "faint")],
         ]
     lines += [[], [Piece("losses", "strong"), Piece("   of terms; kirsch methods NAME shows one in full", "faint")]]
@@ -50,7 +50,7 @@ def _show(name: str, catalog: dict[str, list[dict[str, Any]]], terminal: Termina
     for kind, registry in (("presets", PRESETS), ("losses", LOSSES)):
         for entry in (entry for entry in catalog[kind] if entry["name"] == name):
             lines += [[]] * bool(lines)
-            what = entry["charged"] if kind == "presets" else f"takes {entry['takes']}"
+            what = entry["formula"] if kind == "presets" else f"takes {entry['takes']}"
             lines += [[Piece(f"{'preset' if kind == 'presets' else 'loss'} {name}", "strong"), Piece(f"   {what}")], []]
             lines += [[Piece(line)] for line in (inspect.getdoc(registry[name]) or "").splitlines()]
     if not lines:

@@ -1,4 +1,4 @@
-"""Which places of student and teacher are compared, and what joins those that differ in shape; decided on one batch."""
+"""Binding of the terms of an objective to layers of student and teacher, with adapters, from one dry run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kirsch.distillation.bound_term import BoundTerm
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss
 from kirsch.distillation.matching import by_depth, stages, stages_of
 from kirsch.distillation.schedule import ends
-from kirsch.distillation.teachers import holds_top_k, stored_scores
+from kirsch.distillation.teachers import holds_top_k, top_k_record_loss
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.layers import at_layers, texts
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from kirsch.frameworks.protocols import Features, Framework
 
 LOGITS = ("logits", "output.logits")
-"""LayerNames of what labels belong to."""
+"""Names of the layer whose values are the logits of a model."""
 
 GATHERED = ("stages", "relations")
-"""Kinds of values that are lists: all places of a term make one pair."""
+"""Kinds of tensors that are lists: all layers of a term make one pair."""
 
 
 def bind(
@@ -48,9 +48,9 @@ def bind(
         framework: of all models.
         objective: the terms.
         student, teachers: models.
-        inputs: some samples.
+        inputs: a few samples.
         seed: of the initial weights of adapters.
-        recorded: the outputs of a store for these samples, instead of teachers.
+        recorded: the outputs in a store for these samples, instead of teachers.
 
     Raises:
         UnknownNameError: a model has no such layer, or the store no such record.
@@ -61,98 +61,101 @@ def bind(
         raise UsageError("The objective has terms, and there is no teacher.", fix="Give one, or Objective.labels().")
     layers: list[tuple[int, Any, Any]] = []
     for number, term in enumerate(objective.terms):
-        if not any(ends(term.weight)):  # a term that never counts is not computed
+        if not any(ends(term.weight)):
             continue
         if recorded is None and not 0 <= (term.teacher or 0) < len(teachers):
             raise UsageError(
-                f"The term {term.record_name!r} is of teacher {term.teacher}; there are {len(teachers)}, from 0 on."
+                f"The term {term.record_name!r} has teacher={term.teacher}, and there are {len(teachers)} teachers.",
+                fix=f"Give an index from 0 to {len(teachers) - 1}.",
             )
         teacher = None if recorded is not None else teachers[term.teacher or 0]
-        pairs = _places(framework, term, student, teacher, inputs, recorded)
-        layers += [(number, own, other) for own, other in pairs]
+        pairs = _layer_pairs(framework, term, student, teacher, inputs, recorded)
+        layers += [(number, student_layer, teacher_layer) for student_layer, teacher_layer in pairs]
     _check_all_used(objective, [number for number, _, _ in layers], len(teachers))
-    values = framework.features.extract(student, texts([own for _, own, _ in layers]), inputs)
+    student_values = framework.features.extract(
+        student, texts([student_layer for _, student_layer, _ in layers]), inputs
+    )
     outputs: list[Mapping[str, Any]] = [recorded] if recorded is not None else []
-    for place, teacher in enumerate(teachers):
-        wanted = [other for number, _, other in layers if concerns(objective.terms[number], place)]
-        outputs.append(framework.features.extract(teacher, texts(wanted), inputs))
-    if any(own in LOGITS and other in LOGITS for _, own, other in layers):
+    for index, teacher in enumerate(teachers):
+        used = [teacher_layer for number, _, teacher_layer in layers if uses_teacher(objective.terms[number], index)]
+        outputs.append(framework.features.extract(teacher, texts(used), inputs))
+    if any(student_layer in LOGITS and teacher_layer in LOGITS for _, student_layer, teacher_layer in layers):
         for teacher in teachers:
-            _check_names(framework.inference.class_names(student), framework.inference.class_names(teacher))
+            _check_class_names(framework.inference.class_names(student), framework.inference.class_names(teacher))
     names = _distinct([term.record_name for term in objective.terms])
     bound = []
-    for place, (number, own, other) in enumerate(layers):
+    for index, (number, student_layer, teacher_layer) in enumerate(layers):
         term = objective.terms[number]
         teacher = None if combines_teachers(term) and recorded is None else (term.teacher or 0) * (recorded is None)
-        sides = at_layers(values, own), at_layers(outputs[teacher or 0], other)
+        values = at_layers(student_values, student_layer), at_layers(outputs[teacher or 0], teacher_layer)
         options, temperature = term.resolved()
-        found = BoundTerm(
+        bound_term = BoundTerm(
             name=names[number],
-            adapter_name=f"adapter{place}",
+            adapter_name=f"adapter{index}",
             loss=get_loss(term.loss),
             weight=term.weight,
             options=options,
             temperature=temperature,
-            student_layer=own,
-            teacher_layer=other,
+            student_layer=student_layer,
+            teacher_layer=teacher_layer,
             teacher=teacher,
-            adapter=_adapter(framework, term, sides, place, seed),
-            shapes=(_shape(sides[0]), _shape(sides[1])),
+            adapter=_adapter(framework, term, values, index, seed),
+            shapes=(_shape(values[0]), _shape(values[1])),
         )
         if teacher is None and len(teachers) > 1:
-            _check_teachers(objective, found, [at_layers(output, other) for output in outputs])
-        _try(framework, found, sides)
-        bound.append(found)
+            _check_teachers(objective, bound_term, [at_layers(output, teacher_layer) for output in outputs])
+        _check_shapes(framework, bound_term, values)
+        bound.append(bound_term)
     return bound
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Return the names, the second of the same as "name#2"."""
+    """Return the names, with "#2" appended to the second occurrence of a name."""
     return [
-        name if not (before := names[:place].count(name)) else f"{name}#{before + 1}"
-        for place, name in enumerate(names)
+        name if not (before := names[:index].count(name)) else f"{name}#{before + 1}"
+        for index, name in enumerate(names)
     ]
 
 
 def combines_teachers(term: Term) -> bool:
-    """Whether a term holds the student against all teachers together, and not against one."""
+    """Return whether a term compares the student with all teachers combined."""
     return term.teacher is None and get_loss(term.loss).takes in OUTPUT_KINDS
 
 
-def concerns(term: Term, place: int) -> bool:
-    """Whether a term needs the teacher of this place."""
-    return combines_teachers(term) or (term.teacher or 0) == place
+def uses_teacher(term: Term, index: int) -> bool:
+    """Return whether a term compares the student with the teacher of this index, alone or combined with others."""
+    return combines_teachers(term) or (term.teacher or 0) == index
 
 
 def _check_all_used(objective: Objective, terms: Sequence[int], teachers: int) -> None:
-    """Refuse a teacher that would be run for nothing."""
-    for place in range(teachers):
-        if terms and not any(concerns(objective.terms[number], place) for number in terms):
+    """Refuse a teacher that no term uses."""
+    for index in range(teachers):
+        if terms and not any(uses_teacher(objective.terms[number], index) for number in terms):
             raise UsageError(
-                f"No term of the objective is held against teacher {place}, of {teachers} from 0 on.",
-                "Terms on features take the first teacher, and those that name one with `teacher` that one alone.",
-                f"Leave it out, or add a term with teacher={place}.",
+                f"Teacher {index} (of {teachers}, counted from 0) is not used by any term of the objective.",
+                "Terms on features use the first teacher, unless they name another one.",
+                f"Leave it out, or add a term with teacher={index}.",
             )
 
 
 def _check_teachers(objective: Objective, term: BoundTerm, logits: Sequence[Any]) -> None:
     """Refuse teachers that cannot be combined."""
-    sizes = [tuple(values.shape) for values in logits]
-    if len(set(sizes)) > 1:
+    shapes = [tuple(values.shape) for values in logits]
+    if len(set(shapes)) > 1:
         raise ShapeError(
-            f"The teachers return logits of shape {', '.join(str(size[1:]) for size in sizes)} a sample.",
+            f"The teachers return logits of shape {', '.join(str(shape[1:]) for shape in shapes)} a sample.",
             "Only teachers of the same classes can be combined.",
             "Name one of them for the term: teacher=0.",
         )
     if term.loss.activation == "identity" and objective.teachers == "confidence":
         raise UsageError(
-            f"The term {term.name!r} compares numbers, which do not tell how sure a teacher is of them.",
-            fix='Combine them as "probabilities", which is the mean of numbers, or name one for the term: teacher=0.',
+            f"The term {term.name!r} compares real numbers, which carry no confidence of the teachers.",
+            fix='Set teachers="probabilities", which is the mean for numbers, or name one for the term: teacher=0.',
         )
     if term.adapter is not None and objective.teachers == "sum":
         raise UsageError(
-            f"The term {term.name!r} has an adapter, which takes one teacher, and there are {len(logits)} to add up.",
-            fix='Combine them as "probabilities", or name one of them for the term: teacher=0.',
+            f"The term {term.name!r} has an adapter for one teacher, and {len(logits)} teachers are summed.",
+            fix='Set teachers="probabilities", or name one of them for the term: teacher=0.',
         )
 
 
@@ -162,7 +165,7 @@ def layers_of_teacher(terms: Sequence[BoundTerm], index: int) -> list[str]:
 
 
 def table(terms: Sequence[BoundTerm]) -> list[dict[str, Any]]:
-    """Return which layers are compared, one JSON-able row a bound term."""
+    """Return the compared layers, one JSON-able row for each bound term."""
     return [
         {
             "term": term.name,
@@ -176,44 +179,50 @@ def table(terms: Sequence[BoundTerm]) -> list[dict[str, Any]]:
     ]
 
 
-def _places(
+def _layer_pairs(
     framework: Framework, term: Term, student: Any, teacher: Any, inputs: Any, recorded: Mapping[str, Any] | None
 ) -> list[tuple[LayerNames, LayerNames]]:
-    """The pairs of concrete layers of a term."""
+    """Return the pairs of concrete layers of a term."""
     gathered = get_loss(term.loss).takes in GATHERED
     auto = re.fullmatch(r"auto(?:\[(-?\d+)\])?", term.student_layer) if isinstance(term.student_layer, str) else None
     if auto is not None and term.teacher_layer is None and recorded is None:
-        found = stages(framework.features, student, teacher, inputs)
-        found = found if auto[1] is None else _picked(found, int(auto[1]), "stages that student and teacher share")
-        return [([a for a, _ in found], [b for _, b in found])] if gathered else list(found)
+        pairs = stages(framework.features, student, teacher, inputs)
+        pairs = pairs if auto[1] is None else _picked(pairs, int(auto[1]), "stages shared by student and teacher")
+        return [([a for a, _ in pairs], [b for _, b in pairs])] if gathered else list(pairs)
     if auto is not None:
-        mine: Any = [path for path, _ in stages_of(framework.features, student, inputs)]
-        mine = mine if auto[1] is None else _picked(mine, int(auto[1]), "stages of the student")
+        student_layers: Any = [path for path, _ in stages_of(framework.features, student, inputs)]
+        if auto[1] is not None:
+            student_layers = _picked(student_layers, int(auto[1]), "stages of the student")
     else:
-        mine = _expanded(framework.features, student, term.student_layer, inputs)
+        student_layers = _expanded(framework.features, student, term.student_layer, inputs)
     if recorded is not None:
-        theirs = _recorded(term.layers[1], recorded)
+        teacher_layers: Any = _recorded(term.layers[1], recorded)
     else:
-        theirs = _expanded(framework.features, teacher, term.layers[1], inputs)
-    if isinstance(mine, dict) or isinstance(theirs, dict):
-        return [(mine, theirs)]
-    if len(theirs) == 1:  # such as the scores, which each stage is held against
-        theirs = theirs * len(mine)
-    if len(theirs) != len(mine):
+        teacher_layers = _expanded(framework.features, teacher, term.layers[1], inputs)
+    if isinstance(student_layers, dict) or isinstance(teacher_layers, dict):
+        return [(student_layers, teacher_layers)]
+    if len(teacher_layers) == 1:  # such as the logits, with which each stage is compared
+        teacher_layers = teacher_layers * len(student_layers)
+    if len(teacher_layers) != len(student_layers):
         if isinstance(term.layers[1], list) and not any("*" in text for text in term.layers[1]):
             raise UsageError(
-                f"The term {term.record_name!r} names {len(theirs)} layers of the teacher for {len(mine)} "
-                "of the student.",
-                fix="Name as many, or a pattern such as layer*, of which as many are taken by their depth.",
+                f"The term {term.record_name!r} names {len(teacher_layers)} layers of the teacher and "
+                f"{len(student_layers)} of the student.",
+                fix="Name the same number, or a pattern such as layer*, whose matches are chosen by depth.",
             )
-        theirs = by_depth(theirs, len(mine))
-    return [(mine, theirs)] if gathered else list(zip(mine, theirs, strict=True))
+        teacher_layers = by_depth(teacher_layers, len(student_layers))
+    if gathered:
+        return [(student_layers, teacher_layers)]
+    return list(zip(student_layers, teacher_layers, strict=True))
 
 
-def _picked(found: Any, place: int, what: str) -> Any:
-    if not -len(found) <= place < len(found):
-        raise UsageError(f"There are {len(found)} {what}; [{place}] is none of them.")
-    return [found[place]]
+def _picked(items: Any, index: int, description: str) -> Any:
+    if not -len(items) <= index < len(items):
+        raise UsageError(
+            f"There are {len(items)} {description}, and the index is {index}.",
+            fix=f"Give an index from {-len(items)} to {len(items) - 1}.",
+        )
+    return [items[index]]
 
 
 def _expanded(features: Features, model: Any, layers: LayerNames, inputs: Any) -> Any:
@@ -230,24 +239,24 @@ def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], place: int, seed: int) -> Any:
+def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], index: int, seed: int) -> Any:
     loss = get_loss(term.loss)
-    # Scores of other classes are no matter of an adapter.
+    # By default no adapter for outputs: other numbers of classes are an error.
     if term.adapter == "none" or (term.adapter == "auto" and loss.takes in ("logits", "pixels", "values", "sets")):
         return None
     options = {"widths": loss.widths, "takes": loss.takes, **term.adapter_options}
     return framework.training.seeded(
-        lambda: framework.features.build_adapter(term.adapter, *values, options), seed + place
+        lambda: framework.features.build_adapter(term.adapter, *values, options), seed + index
     )
 
 
-def _try(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None:
-    """Compute the loss of a term on the values of the dry run, so that shapes that do not fit are an error here."""
+def _check_shapes(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None:
+    """Compute the loss of a term on the values of the dry run, to find shapes that do not fit before training."""
     loss = term.loss
     student, teacher = values
     where = f"{quoted(term.student_layer)} of the student and {quoted(term.teacher_layer)} of the teacher"
     if holds_top_k(teacher):
-        stored_scores(term, student, teacher, None, term.keywords(0.0))
+        top_k_record_loss(term, student, teacher, None, term.keywords(0.0))
         return
     if term.adapter is not None:
         ids = framework.inference.from_numpy(np.arange(len(ops.first_array(student))))
@@ -257,16 +266,16 @@ def _try(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None
         layer = texts(term.student_layer)[0]
         raise ShapeError(
             f"The term {term.name!r} cannot compare {where}: they are logits of pixels, {tuple(student.shape)}.",
-            f"The loss {loss.name!r} takes the last axis for that of the classes.",
-            f'{classes}images of numbers, or a yes or no for each pixel, Term("fitnet", student_layer="{layer}").',
+            f"The loss {loss.name!r} expects the classes on the last axis.",
+            f'{classes}regression or binary labels of pixels, Term("fitnet", student_layer="{layer}").',
         )
     if loss.takes == "logits" and loss.widths == "same" and tuple(student.shape[1:]) != tuple(teacher.shape[1:]):
         refuse_classes(tuple(student.shape), tuple(teacher.shape))
     if "labels" in term.step_keywords:
-        return  # only a training step knows them
-    known = {"mask": None, "epoch": 0.0}
+        return  # labels are known in a training step only
+    step_values = {"mask": None, "epoch": 0.0}
     try:
-        loss(student, teacher, **term.keywords(0.0), **{name: known[name] for name in term.step_keywords})
+        loss(student, teacher, **term.keywords(0.0), **{name: step_values[name] for name in term.step_keywords})
     except ShapeError as error:
         raise ShapeError(
             f"The term {term.name!r} cannot compare {where}. {error.what}",
@@ -275,35 +284,42 @@ def _try(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None
         ) from error
 
 
-def refuse_classes(mine: tuple[int, ...], theirs: tuple[int, ...]) -> None:
-    """Raise the error for scores of student and teacher whose shapes, with the samples, are of other classes."""
-    if len(mine) == len(theirs) == len("NLK") and mine[:2] == theirs[:2]:
+def refuse_classes(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> None:
+    """Raise the error for logits of student and teacher with different numbers of classes.
+
+    Args:
+        student_shape, teacher_shape: of the logits, with the axis of samples.
+    """
+    if len(student_shape) == len(teacher_shape) == len("NLK") and student_shape[:2] == teacher_shape[:2]:
         raise ShapeError(
-            f"The student has a vocabulary of {mine[-1]:,}, the teacher one of {theirs[-1]:,}.",
-            "Soft targets need the same tokens with the same numbers.",
-            "Give both the tokenizer of one of them, resize its embedding to that, or let the student learn from text "
-            "that the teacher generates.",
+            f"The student has a vocabulary of {student_shape[-1]:,}, the teacher one of {teacher_shape[-1]:,}.",
+            "Soft targets need the same tokens with the same ids.",
+            "Use one tokenizer for both models, resize an embedding to the vocabulary of the other, or train the "
+            "student on text that the teacher generates.",
         )
     raise ShapeError(
-        f"The student puts out {_classes(mine[1:])}, the teacher {_classes(theirs[1:])}.",
+        f"The student returns {_classes(student_shape[1:])}, the teacher {_classes(teacher_shape[1:])}.",
         "Soft targets need the same classes in the same order.",
         "Give one of them a head for the classes of the other.",
     )
 
 
-def _check_names(mine: Sequence[str], theirs: Sequence[str]) -> None:
-    """Refuse classes of one number and other names; names of which none is shared may be words for the same."""
-    differ = [number for number, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a.lower() != b.lower()]
-    if differ and {name.lower() for name in mine} & {name.lower() for name in theirs}:
+def _check_class_names(student_names: Sequence[str], teacher_names: Sequence[str]) -> None:
+    """Refuse class names in a different order. Names without a shared one may be translations, and are accepted."""
+    student, teacher = ([name.lower() for name in names] for names in (student_names, teacher_names))
+    differ = [index for index, (a, b) in enumerate(zip(student, teacher, strict=False)) if a != b]
+    if differ and set(student) & set(teacher):
+        first = differ[0]
         raise ShapeError(
-            f"The student calls class {differ[0]} {mine[differ[0]]!r}, the teacher {theirs[differ[0]]!r}.",
+            f"The name of class {first} is {student_names[first]!r} in the student, {teacher_names[first]!r} in the "
+            "teacher.",
             "Soft targets need the same classes in the same order.",
             "Build the student with the id2label of the teacher's configuration, or fix the names.",
         )
 
 
 def _classes(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]} classes" if len(shape) == 1 else f"scores of shape {shape} a sample"
+    return f"{shape[0]} classes" if len(shape) == 1 else f"logits of shape {shape} a sample"
 
 
 def _shape(values: Any) -> str:

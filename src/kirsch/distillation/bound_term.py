@@ -1,4 +1,4 @@
-"""A term of an objective with every name resolved: what the distillation loss evaluates at each step."""
+"""A term of an objective with all names resolved, as the distillation loss evaluates it in each step."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from kirsch.frameworks.layers import LayerNames
 
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn|EncDecAttention")
-"""In the paths of modules by which a decoder attends to its encoder, as models of transformers name them."""
+"""In the paths of cross-attention modules of transformers."""
 
 STACK = re.compile(r"encoder|decoder|cross")
-"""The first match in a path is the stack of a layer: decoder.layers.0.encoder_attn is in the decoder."""
+"""The first match in a path is the stack of a layer: `decoder.layers.0.encoder_attn` is in the decoder."""
 
 
 @dataclass(frozen=True)
 class BoundTerm:
     """One loss between one layer of the student and one layer of the teacher.
 
-    A term whose layers are a pattern gives several.
+    A term whose layers are a pattern is bound to several pairs of layers.
 
     Args:
         name: of the term in records. A second term of the same name has "#2" appended.
@@ -40,8 +40,8 @@ class BoundTerm:
         temperature: of the loss; None if it has none.
         student_layer, teacher_layer: concrete layers, see `kirsch.frameworks.layers`.
         teacher: index of the teacher; None: all teachers, combined.
-        adapter: module that brings both sides to one shape; None if they are compared as they are.
-        shapes: of one sample on both sides, as text.
+        adapter: module that brings both features to one shape; None if they are compared directly.
+        shapes: of one sample of the student's and the teacher's feature, as text.
     """
 
     name: str
@@ -57,18 +57,18 @@ class BoundTerm:
     shapes: tuple[str, str]
 
     def keywords(self, epoch: float) -> dict[str, Any]:
-        """Return the keywords of the loss after so many epochs."""
-        found = dict(self.options)
-        return found if self.temperature is None else {**found, "temperature": at(self.temperature, epoch)}
+        """Return the keywords of the loss after `epoch` epochs."""
+        options = dict(self.options)
+        return options if self.temperature is None else {**options, "temperature": at(self.temperature, epoch)}
 
     @cached_property
     def step_keywords(self) -> frozenset[str]:
-        """The keywords that depend on the batch: "labels", "mask" and "epoch", if the loss has them."""
+        """Keywords of the loss that depend on the batch: "labels", "mask" and "epoch"."""
         return frozenset(step_arguments(self.loss))
 
     @property
     def on_logits(self) -> bool:
-        """Whether the term compares logits or predicted numbers, to which the labels belong."""
+        """Whether the term compares outputs (logits or predicted numbers), to which the labels belong."""
         return self.loss.takes in OUTPUT_KINDS
 
     @property
@@ -84,14 +84,14 @@ class BoundTerm:
     @cached_property
     def stack(self) -> str:
         """The stack of the student's layer: "encoder", "decoder" or "cross"; empty for a model with one stack."""
-        found = STACK.search(texts(self.student_layer)[0])
-        return found[0] if found else ""
+        match = STACK.search(texts(self.student_layer)[0])
+        return match[0] if match else ""
 
     @cached_property
     def mean_over(self) -> str:
-        """What the mean of the loss goes over, by which the batches of one step are weighted.
+        """Items over which the mean of the loss goes; the batches of a step are weighted by their number.
 
-        "labels" (samples, or positions with a label), "samples", or positions or pairs of a stack.
+        "labels" (samples, or positions with a label), "samples", or positions or pairs of positions of a stack.
         """
         if self.on_logits:
             return "labels"

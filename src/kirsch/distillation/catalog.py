@@ -1,4 +1,4 @@
-"""What there is to choose from, read from the code: presets with what they charge, losses with what they take."""
+"""Lists of presets and losses, read from the code, for `kirsch methods` and `docs/methods.md`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD = """# Methods
 
 <!-- written by `kirsch methods --markdown`; do not edit -->
 
-`kirsch methods NAME` shows one of them with its options and the source of its numbers. Your own objective is a sum of
+`kirsch methods NAME` shows one preset or loss with its options and their source. An objective of your own is a sum of
 terms: `Objective((Term("kd", 0.9), Term("at", 1000.0, student_layer="auto")), label_weight=0.1)`. In a recipe:
 
 ```yaml
@@ -39,74 +39,74 @@ objective:
 
 PRESETS_HEAD = """## Presets
 
-`Objective.preset("dkd")`, or `objective: dkd` in a recipe. Weights stand before the losses, T is the temperature,
-"labels" the loss on the labels of the data; an arrow is a number that changes.
+`Objective.preset("dkd")`, or `objective: dkd` in a recipe. The number before a loss is its weight, T is the
+temperature, "labels" is the label loss, and an arrow shows a number that changes during training.
 """
 
 LOSSES_HEAD = """## Losses
 
-What a loss takes is a kind of values: `kirsch.distillation.losses.loss` says the shape of each. An option is shown with
-its default.
+The column "takes" names the kind of tensors that a loss compares; `kirsch.distillation.losses.loss` lists their shapes.
+Options are shown with their defaults.
 """
 
 
 def presets() -> list[dict[str, Any]]:
-    """Each preset by name: what is charged in words and as data, what it is, and its source."""
-    found = []
+    """Return for each preset its name, formula, summary, source, and the objective as data."""
+    rows = []
     for name in PRESETS:
         objective = Objective.preset(name)
-        found.append(
-            {"name": name, "charged": charged(objective), **_words(PRESETS[name]), "objective": objective.to_dict()}
+        rows.append(
+            {"name": name, "formula": formula(objective), **_summary(PRESETS[name]), "objective": objective.to_dict()}
         )
-    return found
+    return rows
 
 
 def losses() -> list[dict[str, Any]]:
-    """Each loss by name: what it takes, its options with their defaults, what it is, and its source."""
+    """Return for each loss its name, the kind of tensors it takes, options with defaults, summary and source."""
     return [
         {
             "name": name,
             "takes": get_loss(name).takes,
             "widths": get_loss(name).widths,
             "options": loss_options(get_loss(name)),
-            **_words(get_loss(name)),
+            **_summary(get_loss(name)),
         }
         for name in LOSSES
     ]
 
 
 def page() -> str:
-    """Both as a page of Markdown."""
-    rows = [[f"`{one['name']}`", one["charged"], one["what"], one["source"]] for one in presets()]
-    lines = [HEAD, PRESETS_HEAD, *_table(("preset", "what is charged", "what it is", "source"), rows), "", LOSSES_HEAD]
-    rows = [[f"`{one['name']}`", one["takes"], one["what"], _options(one), one["source"]] for one in losses()]
-    return "\n".join([*lines, *_table(("loss", "takes", "what it is", "options", "source"), rows)]) + "\n"
+    """Return both lists as a page of Markdown."""
+    rows = [[f"`{preset['name']}`", preset["formula"], preset["what"], preset["source"]] for preset in presets()]
+    lines = [HEAD, PRESETS_HEAD, *_table(("preset", "formula", "description", "source"), rows), "", LOSSES_HEAD]
+    rows = [[f"`{loss['name']}`", loss["takes"], loss["what"], _options(loss), loss["source"]] for loss in losses()]
+    return "\n".join([*lines, *_table(("loss", "takes", "description", "options", "source"), rows)]) + "\n"
 
 
-def charged(objective: Objective) -> str:
-    """What an objective charges, as a sum: "0.9 kd (T 4) + 0.1 labels"."""
+def formula(objective: Objective) -> str:
+    """Return an objective as a sum: "0.9 kd (T 4) + 0.1 labels"."""
     parts = []
     for term in objective.terms:
         weight = f"{_number(term.weight)}{' ·' if isinstance(term.weight, Ramp) else ''}"
-        parts.append(f"{weight} {term.loss}{_brackets(term)}")
+        parts.append(f"{weight} {term.loss}{_details(term)}")
     if objective.label_weight:
         parts.append(f"{_number(objective.label_weight)} labels")
-    return " + ".join(parts) + (", of the next token" if objective.causal else "")
+    return " + ".join(parts) + (", for the next token" if objective.causal else "")
 
 
-def _brackets(term: Term) -> str:
-    """What of a term is not as usual."""
-    found = []
+def _details(term: Term) -> str:
+    """Return the temperature and the settings that differ from the defaults, in parentheses."""
+    details = []
     _, temperature = term.resolved()
     if temperature is not None:
-        found.append(f"T {_number(temperature)}")
-    places = [", ".join(texts(side)) for side in term.layers]
-    if places != ["logits", "logits"]:
-        found.append(places[0] if places[0] == places[1] else f"{places[0]} ↔ {places[1]}")
+        details.append(f"T {_number(temperature)}")
+    student, teacher = (", ".join(texts(layers)) for layers in term.layers)
+    if (student, teacher) != ("logits", "logits"):
+        details.append(student if student == teacher else f"{student} ↔ {teacher}")
     if term.adapter != "auto":
-        found.append(f"adapter {term.adapter}")
-    found += [f"{name} {_shown(value)}" for name, value in term.options.items()]
-    return f" ({'; '.join(found)})" if found else ""
+        details.append(f"adapter {term.adapter}")
+    details += [f"{name} {_value(value)}" for name, value in term.options.items()]
+    return f" ({'; '.join(details)})" if details else ""
 
 
 def _number(number: Number) -> str:
@@ -115,19 +115,19 @@ def _number(number: Number) -> str:
     return f"{number:g}"
 
 
-def _options(one: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_shown(value)}" for name, value in one["options"].items())
+def _options(loss: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_value(value)}" for name, value in loss["options"].items())
 
 
-def _shown(value: Any) -> str:
+def _value(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _words(thing: Any) -> dict[str, str]:
-    """The first line of what is said of it, and the first of its sources."""
-    text = inspect.getdoc(thing) or ""
-    found = re.search(r"^Source: (.*?)(?=\n\s*\n|\Z)", text, re.MULTILINE | re.DOTALL)
-    source = " ".join(found[1].split()) if found else ""
+def _summary(function: Any) -> dict[str, str]:
+    """Return the first line of the docstring of a function, and the first of its sources."""
+    text = inspect.getdoc(function) or ""
+    sources = re.search(r"^Source: (.*?)(?=\n\s*\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    source = " ".join(sources[1].split()) if sources else ""
     first = re.match(rf".*?{ARXIV.pattern}|[^.;]*\d{{4}}[^.;]*", source)
     summary = text.partition("\n")[0]
     for prefix in ("Return the ", "Return "):
@@ -136,7 +136,7 @@ def _words(thing: Any) -> dict[str, str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table of Markdown."""
+    """Return the lines of a table in Markdown."""
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
         cells = [

@@ -1,4 +1,4 @@
-"""Students that learn one after the other, each from those before it."""
+"""Chains of distillation (each student is the teacher of the next), born-again networks, and ensembles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kirsch.data.arrays import host
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses.loss import Activation
 from kirsch.distillation.objective import Objective, Outputs
-from kirsch.distillation.probabilities import shape_of, to_logits
+from kirsch.distillation.probabilities import kind_of_outputs, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import Teacher, combined, one_or_more
 from kirsch.errors import CheckpointError, UsageError
@@ -22,9 +22,9 @@ from kirsch.frameworks.find import framework_of, pytorch
 from kirsch.frameworks.training import Trained, Training, TrainingHooks, TrainingState
 
 Link = Callable[[list[Trained], TrainingHooks, bool], Trained]
-"""(the links before it, its hooks, whether its teachers are to be checked) → what it gives."""
+"""A function (results of the links before it, hooks, whether to check its teachers) → trained model."""
 
-FEWEST = 2
+MIN_MODELS = 2
 
 
 @checked
@@ -40,66 +40,67 @@ def distill_chain(
     regularizers: Sequence[Regularizer] = (),
     check_teacher: bool = True,
 ) -> list[Trained]:
-    """Each model trained on what the one before it computes: a teacher, its assistants, and the student.
+    """Distill a teacher into assistants and a student, each trained on the outputs of the model before it.
 
-    A chain that is cut goes on from any state that `hooks.save` was given: that state holds the links that are
-    finished, and the one under way. Give `hooks.resume` and the same arguments as before; what is finished is taken
-    from the state and not trained again, and all ends in the same bits. A state is as large as all of them together.
+    A link is the training of one model. An interrupted chain can be resumed from any state that `hooks.save` received:
+    give it as `hooks.resume`, with the same arguments. The state contains the finished links, which are not trained
+    again, and the current one; the result has the same bits as without an interruption. Its size is the sum of all
+    links.
 
     Args:
-        models: teacher, assistants, student, usually from the largest to the smallest; all but the first are trained,
-            as copies. The first may be whatever `distill` takes as a teacher.
+        models: teacher, assistants and student, usually from the largest to the smallest. Copies of all but the first
+            are trained. The first may be any teacher that `distill` takes.
         data: see `distill`.
-        learn_from: "previous": each learns from the one before. "all": from all before it, the nearest first, combined
-            as the objective says; terms that compare places inside of models take the nearest.
-        objective: one for all links, or one for each; `Objective.kd()` if left out.
-        training: one for all links, or one for each; `Training()` if left out.
+        learn_from: "previous": each model learns from the one before. "all": from all models before it, the nearest
+            first, combined as in `Objective.teachers`; terms on features use the nearest.
+        objective: one for all links, or one for each; by default `Objective.kd()`.
+        training: one for all links, or one for each; by default `Training()`.
         validation, regularizers, check_teacher: see `distill`.
-        hooks: of the whole chain; see `distill`. Events say which "link" they are of, from 1 on.
+        hooks: of the whole chain, see `distill`. Events have the number of their "link", from 1 on.
 
     Returns:
         One `Trained` for each link, the last for the student.
 
     Raises:
-        UsageError: there are fewer than two models, one comes twice, or objectives or settings are of another number
-            than the links.
-        CheckpointError: the state to go on from is of no chain, or of another one.
-        Stopped: `hooks.stop` asked for it; `hooks.save` has been called.
+        UsageError: there are fewer than two models, a model occurs twice, or the number of objectives or of training
+            settings is not the number of links.
+        CheckpointError: the state to resume from is not of this chain.
+        Stopped: `hooks.stop` returned an error; `hooks.save` has been called.
 
-    Source: Mirzadeh et al. 2020, arXiv:1902.03393. "all": Son et al. 2021, arXiv:2009.08825, without dropping teachers
-        at random; with "probabilities" the gradient of soft targets is that of their mean divergence.
+    Source: Mirzadeh et al. 2020, arXiv:1902.03393. "all": Son et al. 2021, arXiv:2009.08825, without randomly
+        dropped teachers; with "probabilities" the gradient of soft targets is that of the mean divergence.
     """
-    if len(models) < FEWEST:
-        raise UsageError(f"A chain needs a teacher and a student; there are {len(models)} models.", fix="Give both.")
-    _check_apart(models)
+    if len(models) < MIN_MODELS:
+        raise UsageError(f"A chain needs a teacher and a student; found {len(models)} models.", fix="Give both.")
+    _check_distinct(models)
     first, students = models[0], models[1:]
     if learn_from == "all" and isinstance(first, TeacherStore):
         raise UsageError(
-            "A store cannot be combined with the models that come after it.",
+            "A store cannot be combined with other teachers.",
             fix='Give the teacher itself, or learn_from="previous".',
         )
-    objectives = _each(objective or Objective.kd(), len(students), "objective")
-    trainings = _each(training or Training(), len(students), "training")
+    objectives = _for_each_link(objective or Objective.kd(), len(students), "objective")
+    trainings = _for_each_link(training or Training(), len(students), "training")
 
-    def link(place: int) -> Link:
-        def learn(before: list[Trained], own: TrainingHooks, check: bool) -> Trained:
-            earlier = [trained.model for trained in reversed(before)]
-            teacher = [*earlier, *one_or_more(first)] if learn_from == "all" else (earlier or [first])[0]
+    def link(index: int) -> Link:
+        def train(before: list[Trained], link_hooks: TrainingHooks, check: bool) -> Trained:
+            nearest_first = [trained.model for trained in reversed(before)]
+            teacher = [*nearest_first, *one_or_more(first)] if learn_from == "all" else (nearest_first or [first])[0]
             return distill(
-                students[place],
+                students[index],
                 teacher,
                 data,
-                objective=objectives[place],
-                training=trainings[place],
+                objective=objectives[index],
+                training=trainings[index],
                 validation=validation,
-                hooks=own,
+                hooks=link_hooks,
                 regularizers=regularizers,
                 check_teacher=check and check_teacher,
             )
 
-        return learn
+        return train
 
-    return _in_turn([link(place) for place in range(len(students))], hooks or TrainingHooks())
+    return _run([link(index) for index in range(len(students))], hooks or TrainingHooks())
 
 
 @checked
@@ -115,96 +116,95 @@ def born_again(
     hooks: TrainingHooks | None = None,
     regularizers: Sequence[Regularizer] = (),
 ) -> list[Trained]:
-    """Generations of one architecture, each with fresh weights and trained on what the last one computes.
+    """Train generations of one architecture, each from new random weights and with the last one as its teacher.
 
-    `ensemble([each.model for each in generations])` has their scores together. A run that is cut goes on as that of
-    `distill_chain` does.
+    `ensemble([trained.model for trained in result])` combines the generations. An interrupted run can be resumed like
+    `distill_chain`.
 
     Args:
-        build: makes the architecture with random weights. Generation g gets weights, and its run chance, from
-            `training.seed` + g.
+        build: returns the architecture with random weights. The weights of generation g and the random numbers of its
+            training are seeded with `training.seed` + g.
         data: see `distill`.
-        generations: that are born again, >= 1.
-        teacher: of the first of them. If left out, one more is trained on labels alone before, and comes first in what
-            is given back.
-        objective: `Objective.kd()` if left out, and its loss on labels for the one that learns from them alone.
+        generations: number of generations that have a teacher, >= 1.
+        teacher: of the first generation. None: the first teacher is one more generation, trained on labels only; it is
+            the first item of the result.
+        objective: by default `Objective.kd()`. A generation without a teacher uses its label loss.
         training, validation, hooks, regularizers: see `distill_chain`.
 
     Returns:
-        One `Trained` for each generation, the first first.
+        One `Trained` for each generation, in order.
 
     Raises:
-        UsageError: the number of generations is below 1, or `build` gives the same model or the same weights again.
+        UsageError: the number of generations is below 1, or `build` returns the same model or the same weights again.
         CheckpointError, Stopped: see `distill_chain`.
 
-    Source: Furlanello et al. 2018, arXiv:1805.04770; there soft targets are at temperature 1, with or without labels.
+    Source: Furlanello et al. 2018, arXiv:1805.04770; there the temperature is 1, with or without labels.
     """
     objective, training = objective or Objective.kd(), training or Training()
-    framework = pytorch()  # what is not built yet has no framework that could be asked for
+    framework = pytorch()  # the models are not built yet, so that their type cannot tell the framework
     first = 0 if teacher is None else 1
     seeds = [training.seed + number for number in range(first, generations + 1)]
     models = [framework.training.seeded(build, seed) for seed in seeds]
-    _check_apart(models)
+    _check_distinct(models)
     if len({framework.inference.fingerprint(model) for model in models}) < len(models):
         raise UsageError(
-            "`build` gives the same weights each time.",
-            "Each generation begins with fresh ones.",
-            "Let it set no seed and load no weights.",
+            "`build` returns the same weights each time.",
+            "Each generation needs new random weights.",
+            "Remove the seed or the loading of weights from it.",
         )
     common: dict[str, Any] = {"validation": validation, "regularizers": regularizers}
 
-    def link(place: int) -> Link:
-        own_training = training.changed(seed=seeds[place])
+    def link(index: int) -> Link:
+        seeded = training.changed(seed=seeds[index])
 
-        def learn(before: list[Trained], own: TrainingHooks, check: bool) -> Trained:
+        def train(before: list[Trained], link_hooks: TrainingHooks, check: bool) -> Trained:
             if not before and teacher is None:
-                bare = dataclasses.replace(objective, terms=(), label_weight=1.0)
-                return fit(models[place], data, objective=bare, training=own_training, hooks=own, **common)
-            teacher_source = before[-1].model if before else teacher
+                labels = dataclasses.replace(objective, terms=(), label_weight=1.0)
+                return fit(models[index], data, objective=labels, training=seeded, hooks=link_hooks, **common)
             return distill(
-                models[place],
-                teacher_source,
+                models[index],
+                before[-1].model if before else teacher,
                 data,
                 objective=objective,
-                training=own_training,
-                hooks=own,
+                training=seeded,
+                hooks=link_hooks,
                 check_teacher=check,
                 **common,
             )
 
-        return learn
+        return train
 
-    return _in_turn([link(place) for place in range(len(models))], hooks or TrainingHooks())
+    return _run([link(index) for index in range(len(models))], hooks or TrainingHooks())
 
 
 @dataclasses.dataclass
 class _Combination:
-    """The scores of several models as those of one.
+    """Combines the outputs of several models to logits.
 
     Args:
         way: see `Objective.teachers`.
-        activation: what makes probabilities of the scores.
-        outputs: what the models put out; None: logits, which the first scores are looked at for.
+        activation: that converts logits to probabilities.
+        outputs: of the models; None: logits, which is checked on the first outputs.
     """
 
     way: str
     activation: Activation
     outputs: str | None
 
-    def __call__(self, scores: Sequence[Any]) -> Any:
-        first = scores[0]
+    def __call__(self, values: Sequence[Any]) -> Any:
         if self.outputs == "probabilities":
-            scores = [to_logits(each, self.activation) for each in scores]
-        elif self.outputs is None and self.activation != "identity" and type(first).__name__ == "Tensor":
-            for place, each in enumerate(scores):  # none of them while a model is traced, which has no values
-                if shape_of(host(ops.upcast(each)), {self.activation}) == "softmax":
+            values = [to_logits(value, self.activation) for value in values]
+        elif self.outputs is None and self.activation != "identity" and type(values[0]).__name__ == "Tensor":
+            # Not while the model is traced: the tensors of a trace have another type and no values.
+            for index, value in enumerate(values):
+                if kind_of_outputs(host(ops.upcast(value)), {self.activation}) == "softmax":
                     raise UsageError(
-                        f"Model {place} of the ensemble puts out probabilities: they are at least 0 and sum to 1.",
-                        "Logits are combined, and the softmax is applied to them.",
-                        'Say outputs="probabilities" where all models do, or give them without their last activation.',
+                        f"Model {index} of the ensemble returns probabilities: they are at least 0 and sum to 1.",
+                        "An ensemble combines logits and applies the softmax to them.",
+                        'Set outputs="probabilities" if all models return them, or remove the last activation.',
                     )
             self.outputs = "logits"
-        return combined(scores, self.way, activation=self.activation)
+        return combined(values, self.way, activation=self.activation)
 
 
 @checked
@@ -215,111 +215,117 @@ def ensemble(
     activation: Activation = "softmax",
     outputs: Outputs | None = None,
 ) -> Any:
-    """One model whose scores are those of several together; it runs, teaches and is exported as any other.
+    """Return one model that combines the outputs of several, and can be run, distilled and exported like any other.
 
     Args:
-        models: that put out the same classes; copies of them make up the ensemble.
-        combine: as `Objective.teachers` says: "probabilities", "logits" or "confidence".
-        activation: what makes probabilities of their scores: "softmax" over classes, "sigmoid" of labels each by
-            itself, or "identity" of numbers, whose mean is taken.
-        outputs: what the models put out, "logits" or "probabilities". None: logits, and models whose outputs look like
-            probabilities in the first run are refused.
+        models: models with the same classes; the ensemble contains copies.
+        combine: "probabilities", "logits" or "confidence", see `Objective.teachers`.
+        activation: that converts logits to probabilities: "softmax" over classes, "sigmoid" for independent labels, or
+            "identity" for real numbers, which are averaged.
+        outputs: kind of the models' outputs, "logits" or "probabilities". None: logits; outputs of the first run that
+            look like probabilities are an error.
 
     Returns:
-        A model of their framework, in inference mode: its scores are those of the mean probabilities, up to rounding,
-        for "probabilities".
+        A model of their framework, in inference mode. With "probabilities", the softmax of its logits is the mean of
+        the models' probabilities, up to rounding.
 
     Raises:
-        UsageError: there are no models, or an argument has another value.
+        UsageError: there are no models.
     """
     if not models:
-        raise UsageError("An ensemble of no models has no scores.", fix="Give at least one.")
+        raise UsageError("`models` of kirsch.ensemble is empty.", fix="Give at least one model.")
     return framework_of(models[0]).features.ensemble(models, _Combination(combine, activation, outputs))
 
 
-def _each(given: Any, links: int, what: str) -> list[Any]:
-    """One for each link."""
-    if not isinstance(given, (list, tuple)):
-        return [given] * links
-    if len(given) != links:
+def _for_each_link(value: Any, links: int, name: str) -> list[Any]:
+    """Return a list with one value for each link."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * links
+    if len(value) != links:
         raise UsageError(
-            f"There are {len(given)} for {what!r} and {links} links, each from one model to the next.",
+            f"`{name}` has {len(value)} items, and the chain has {links} links from one model to the next.",
             fix="Give one for all, or one for each link.",
         )
-    return list(given)
+    return list(value)
 
 
-def _check_apart(models: Sequence[Any]) -> None:
-    for place, model in enumerate(models):
-        for other in range(place):
+def _check_distinct(models: Sequence[Any]) -> None:
+    for index, model in enumerate(models):
+        for other in range(index):
             if models[other] is model:
                 raise UsageError(
-                    f"Models {other} and {place} are the same object.",
-                    fix="Build each by itself, or give a copy: copy.deepcopy(model).",
+                    f"Models {other} and {index} are the same object.",
+                    fix="Build each model separately, or give a copy: copy.deepcopy(model).",
                 )
 
 
-# ------------------------------------------------------------------------------------------------ one after the other
+# ------------------------------------------------------------------------------------------------ links
 
 
-def _in_turn(links: Sequence[Link], hooks: TrainingHooks) -> list[Trained]:
-    """What the links give, one after the other; those that a state holds are taken from it."""
+def _run(links: Sequence[Link], hooks: TrainingHooks) -> list[Trained]:
+    """Return the results of the links, one after the other; finished links are taken from the state to resume from."""
     states = _unpacked(hooks.resume, len(links)) if hooks.resume is not None else []
-    done: list[TrainingState] = states[:-1]
+    finished: list[TrainingState] = states[:-1]
     trained: list[Trained] = []
-    for place, link in enumerate(links):
-        if place < len(states) - 1:
-            trained.append(link(trained, TrainingHooks(resume=states[place]), False))
+    for index, link in enumerate(links):
+        if index < len(states) - 1:
+            trained.append(link(trained, TrainingHooks(resume=states[index]), False))
             continue
-        latest = states[place:]  # the state that this link begins with, if any; then the last that it saved
-        own = _of_link(hooks, place, done, latest)
-        trained.append(link(trained, own, True))
-        done = [*done, *(state.ended() for state in latest)]
+        latest = states[index:]  # the state to resume the link from, if any; later, the last state that it saved
+        trained.append(link(trained, _link_hooks(hooks, index, finished, latest), True))
+        finished = [*finished, *(state.ended() for state in latest)]
     return trained
 
 
-def _of_link(
-    hooks: TrainingHooks, place: int, done: Sequence[TrainingState], latest: list[TrainingState]
+def _link_hooks(
+    hooks: TrainingHooks, index: int, finished: Sequence[TrainingState], latest: list[TrainingState]
 ) -> TrainingHooks:
-    """The hooks of one link: its events say so, and its states, of which `latest` holds one, bring those before it."""
-    tell, save = hooks.event, hooks.save
+    """Return the hooks of one link. They add its number to events, and the finished links to saved states.
 
-    def event(told: dict[str, Any]) -> None:
-        if tell is not None:
-            tell({**told, "link": place + 1})
+    Args:
+        hooks: of the chain.
+        index: of the link.
+        finished: states of the links before it.
+        latest: list with the state to resume from, or empty; its item is replaced with each state that is saved.
+    """
+    emit, save_chain = hooks.event, hooks.save
 
-    def keep(state: TrainingState) -> None:
+    def event(values: dict[str, Any]) -> None:
+        if emit is not None:
+            emit({**values, "link": index + 1})
+
+    def save(state: TrainingState) -> None:
         latest[:] = [state]
-        if save is not None:
-            save(_packed([*done, state]))
+        if save_chain is not None:
+            save_chain(_packed([*finished, state]))
 
     return dataclasses.replace(
         hooks,
-        event=event if tell is not None else None,
-        save=keep if save is not None else None,
+        event=event if emit is not None else None,
+        save=save if save_chain is not None else None,
         resume=latest[0] if latest else None,
     )
 
 
 def _packed(states: Sequence[TrainingState]) -> TrainingState:
-    """States of links as one, which counts the epochs of all of them."""
-    arrays = {f"{place}.{name}": array for place, state in enumerate(states) for name, array in state.arrays.items()}
+    """Return the states of several links as one state, with the sum of their epochs."""
+    arrays = {f"{index}.{name}": array for index, state in enumerate(states) for name, array in state.arrays.items()}
     epochs = sum(state.values["epoch"] for state in states)
     links = [state.values for state in states]
     return TrainingState(arrays, {"epoch": epochs, "batch": links[-1]["batch"], "links": links})
 
 
 def _unpacked(state: TrainingState, links: int) -> list[TrainingState]:
-    """The states of links that `_packed` made one."""
+    """Return the states of the links in a state of `_packed`."""
     values = state.values.get("links", [])
     if not 1 <= len(values) <= links:
         raise CheckpointError(
-            f"The checkpoint holds {len(values) or 'no'} links of a chain; this one has {links}.",
-            "It is of another run.",
-            "Start the chain anew.",
+            f"The checkpoint has {len(values) or 'no'} links of a chain; this chain has {links}.",
+            "It belongs to another run.",
+            "Start the chain from the beginning.",
         )
-    found = [TrainingState({}, own) for own in values]
+    states = [TrainingState({}, link_values) for link_values in values]
     for name, array in state.arrays.items():
-        place, _, own = name.partition(".")
-        found[int(place)].arrays[own] = array
-    return found
+        index, _, array_name = name.partition(".")
+        states[int(index)].arrays[array_name] = array
+    return states

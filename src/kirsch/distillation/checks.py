@@ -26,8 +26,8 @@ def first_batch(training: TrainingLoop, data: Any) -> Batch:
     """Return the first batch of the data; for data in memory, without augmentation.
 
     Raises:
-        DataError: there is no batch, the data can be iterated only once, or it gives single samples or batches that no
-            model takes.
+        DataError: there is no batch, the data can be iterated only once, or it yields single samples or ambiguous
+            batches.
     """
     if isinstance(data, ArrayData):
         end = data.batch_size
@@ -36,7 +36,7 @@ def first_batch(training: TrainingLoop, data: Any) -> Batch:
 
     def fetch() -> Any:
         batches = iter(data)
-        keeps_workers = getattr(data, "persistent_workers", False)  # and gives the same iterator, begun anew
+        keeps_workers = getattr(data, "persistent_workers", False)  # the loader returns the same iterator, restarted
         if batches is data or (not keeps_workers and iter(data) is batches):
             raise DataError(
                 "The data can be iterated only once.",
@@ -45,7 +45,7 @@ def first_batch(training: TrainingLoop, data: Any) -> Batch:
             )
         return list(itertools.islice(batches, 1))
 
-    first = training.seeded(fetch, 0)  # a loader that shuffles draws from the caller's random state
+    first = training.seeded(fetch, 0)  # iterating a shuffling loader would advance the caller's random state
     if not first:
         raise DataError("The data is empty.", fix="Give at least one batch.")
     return Batch.of(*first)
@@ -56,11 +56,11 @@ STREAMS = "torch.utils.data.dataset.IterableDataset"
 
 
 def _refuse_dataset(data: Any) -> None:
-    """Refuse a dataset, which gives single samples; an iterable dataset may give batches."""
+    """Refuse a dataset, which yields single samples; an iterable dataset may yield batches."""
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(data).__mro__}
     if kinds & set(DATASETS) and STREAMS not in kinds:
         raise DataError(
-            f"The data is a {type(data).__name__}, which gives single samples, and batches are needed.",
+            f"The data is a {type(data).__name__}, which yields single samples, and training needs batches.",
             fix="Give torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True).",
         )
 
@@ -72,14 +72,14 @@ def missing_targets(inference: Inference, model: Any, batch: Batch, objective: O
         inference: of the framework of the model.
         model: the student.
         batch: the first batch.
-        objective: for the weight of the labels.
+        objective: for the weight of the label loss.
     """
     if batch.targets is not None or not isinstance(batch.inputs, dict) or not any(ends(objective.label_weight)):
         return []
     unknown = inference.unknown_arguments(model, [str(name) for name in batch.inputs])
     text = (
-        f"The batches have no targets, although the weight of the labels is not 0, and {type(model).__name__} has no "
-        f"argument {' or '.join(unknown)}. If that holds the targets, call it labels; else leave it out of the batches."
+        f"The batches have no targets, so that the label loss is left out, and {type(model).__name__} has no argument "
+        f"{' or '.join(unknown)}. If that entry holds the targets, name it labels; otherwise remove it."
     )
     return [text] if unknown else []
 
@@ -90,7 +90,7 @@ def check_last_batch(inference: Inference, model: Any, data: Any, first: Batch) 
     Raises:
         DataError: the model normalizes over the samples of a batch.
     """
-    if isinstance(data, SeededData):  # joins such a sample to the batch before
+    if isinstance(data, SeededData):  # a single last sample joins the batch before
         return
     size, samples = getattr(data, "batch_size", None), _length(getattr(data, "sampler", None))
     if isinstance(size, int) and samples is not None:
@@ -101,9 +101,9 @@ def check_last_batch(inference: Inference, model: Any, data: Any, first: Batch) 
         inference.check_runs(model, few(first, 1).inputs, training=True)
 
 
-def _length(given: Any) -> int | None:
+def _length(value: Any) -> int | None:
     try:
-        return len(given)
+        return len(value)
     except (TypeError, NotImplementedError):
         return None
 
@@ -120,11 +120,11 @@ def few(batch: Batch, count: int = FEW) -> Batch:
 
 
 def split_relations(objective: Objective, training: Training) -> list[str]:
-    """Return a warning for each term that relates samples of a batch, if a step has several batches."""
+    """Return a warning for each term that compares samples with each other, if a step has several batches."""
     return [
-        f"The term {term.record_name!r} relates the samples of a batch to each other. It sees each of the "
-        f"{training.gradient_accumulation_steps} batches of a step by itself, so its value is "
-        "not that of one large batch."
+        f"The term {term.record_name!r} compares the samples of a batch with each other. Each of the "
+        f"{training.gradient_accumulation_steps} batches of a step is evaluated separately, so the value of the term "
+        "differs from that of one large batch."
         for term in objective.terms
         if training.gradient_accumulation_steps > 1
         and (get_loss(term.loss).relational or get_loss(term.loss).over == "contents")
@@ -136,8 +136,8 @@ def late_ramps(objective: Objective, training: Training) -> list[str]:
     weights = [("the labels", objective.label_weight)]
     weights += [(f"the term {term.record_name!r}", term.weight) for term in objective.terms]
     return [
-        f"The weight of {name} comes to {weight.end:g} after {weight.after + weight.epochs:g} epochs, and the run ends "
-        f"after {training.epochs}, with {weight.at(training.epochs):.3g}. Train for longer, or give the term "
+        f"The weight of {name} reaches {weight.end:g} after {weight.after + weight.epochs:g} epochs, and the run ends "
+        f"after {training.epochs}, at {weight.at(training.epochs):.3g}. Train for longer, or give the term "
         f"weight=kirsch.Ramp({weight.start:g}, {weight.end:g}, epochs={max(training.epochs // 2, 1)})."
         for name, weight in weights
         if isinstance(weight, Ramp) and weight.after + weight.epochs > training.epochs
@@ -145,12 +145,12 @@ def late_ramps(objective: Objective, training: Training) -> list[str]:
 
 
 def averaged_logits(objective: Objective, teachers: int) -> list[str]:
-    """Return a warning if the probabilities of several teachers are multiplied instead of mixed."""
+    """Return a warning if the logits of several teachers are averaged, which multiplies their probabilities."""
     activations = {get_loss(term.loss).activation for term in objective.terms if combines_teachers(term)}
     if objective.teachers != "logits" or teachers == 1 or not activations - {"identity"}:
         return []
     text = (
-        f"The logits of the {teachers} teachers are averaged, which multiplies their probabilities: a confident one "
-        'outweighs the others. teachers="probabilities" averages the probabilities.'
+        f"The logits of the {teachers} teachers are averaged, which multiplies their probabilities, so that a "
+        'confident teacher outweighs the others. Set teachers="probabilities" to average the probabilities.'
     )
     return [text]

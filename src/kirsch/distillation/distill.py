@@ -1,4 +1,4 @@
-"""Training a student on a teacher, or on labels alone."""
+"""Training of a student on the outputs of a teacher, or of a model on labels only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kirsch.distillation.checks import check_last_batch, few, first_batch, late_
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.evaluation import CHECKED, NOT_EVALUATED, Validation, evaluate_teacher
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import logit_layers, settle
+from kirsch.distillation.probabilities import logit_layers, logits_converter
 from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
@@ -40,38 +40,37 @@ def distill(
     regularizers: Sequence[Regularizer] = (),
     check_teacher: bool = True,
 ) -> Trained:
-    """A student trained on what a teacher computes; all models given are left as they are.
+    """Train a student on the outputs of a teacher. The models that are passed do not change.
 
     Args:
-        student: the model that learns; a copy is trained.
-        teacher: the model it learns from: used in inference mode, without gradient, on the same augmented samples. Or a
-            list of several, which the objective combines; or a `TeacherStore` of what one put out.
-        data: `ArrayData`, `GeneratedData`, a DataLoader, or anything that gives what `Batch.of` takes each time it is
-            gone through: inputs, (inputs, targets), (inputs, targets, ids), or dicts with "labels". Samples
-            without a target, or whose target is `objective.ignore_index`, have no loss on labels. All targets of
-            `ArrayData` are checked before training, those of others batch by batch.
-        objective: `Objective.kd()` if left out.
-        training: `Training()` if left out.
+        student: the model to train; a copy is trained.
+        teacher: the model to learn from, run in inference mode, without gradient, on the same augmented samples. Or a
+            list of teachers, which the objective combines; or a `TeacherStore` with the outputs of a teacher.
+        data: `ArrayData`, `GeneratedData`, a DataLoader, or another iterable of batches that can be iterated once per
+            epoch. A batch is inputs, (inputs, targets), (inputs, targets, ids), or a dict with "labels", see
+            `Batch.of`. Samples without a target, or with the target `objective.ignore_index`, have no label loss. All
+            targets of `ArrayData` are checked before training, those of other data batch by batch.
+        objective: the losses and their weights; by default `Objective.kd()`.
+        training: by default `Training()`.
         validation: `ArrayData`, (inputs, labels) as arrays, a DataLoader, or a callable model → metrics by name.
-        hooks: events, stop, checkpoints.
+        hooks: callbacks for events, stopping and checkpoints.
         regularizers: further terms, such as `kirsch.Slimming(1e-4)`.
-        check_teacher: refuse a teacher that is no better than a model which does not look at its inputs: answers given
-            as often whatever the sample, the mean of numbers.
+        check_teacher: refuse a teacher that is not better than predictions that do not depend on the inputs.
 
     Returns:
         The trained student with its history. `first_batch` has the shares of the terms in loss and gradient.
 
     Raises:
-        UsageError: student and teacher are one object, one does not run on the first batch, or puts out probabilities
-            and the objective does not say so.
-        ShapeError: they put out different numbers of classes, or two places are of shapes that no adapter joins.
+        UsageError: student and teacher are one object, a model does not run on the first batch, or it returns
+            probabilities that the objective does not declare.
+        ShapeError: student and teacher return different numbers of classes, or no adapter joins two layers.
         UnknownNameError: a model has no such layer.
-        DataError: there are no samples, the targets are not what the label loss takes, the data is a dataset and not a
-            loader, or a batch is nothing that a model takes.
-        StoreError: a store is of other data.
-        NumericError: the teacher is no better than chance, a term gives no gradient, or numbers are not finite.
+        DataError: there are no samples, the label loss does not take the targets, the data is a dataset and not a
+            loader, or a model does not take a batch.
+        StoreError: a store was built from other data.
+        NumericError: the teacher is not better than chance, a term has no gradient, or numbers are not finite.
     """
-    objective, validation = objective or Objective.kd(), to_validate_by(validation)
+    objective, validation = objective or Objective.kd(), to_validation(validation)
     training, hooks = training or Training(), hooks or TrainingHooks()
     framework = framework_of(student)
     stored = isinstance(teacher, TeacherStore)
@@ -85,15 +84,15 @@ def distill(
         bound.check_labels(data.targets)
     check_last_batch(framework.inference, student, data, first)
     hooks = with_validation(hooks, framework, validation, objective, [student])
-    tell = hooks.event or (lambda _event: None)
+    emit = hooks.event or (lambda _event: None)
     if check_teacher and objective.needs_logits and objective.label_loss in CHECKED:
-        for place, model in enumerate(one_or_more(teacher)):
-            known = evaluate_teacher(framework, model, data, validation, objective, hooks.warn, place)
-            tell({"event": "teacher", **known})
-            if not known and not stored:
+        for index, model in enumerate(one_or_more(teacher)):
+            metrics = evaluate_teacher(framework, model, data, validation, objective, hooks.warn, index)
+            emit({"event": "teacher", **metrics})
+            if not metrics and not stored:
                 hooks.warn(NOT_EVALUATED)
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
-        tell({"event": "attached", "pairs": bound.rows})
+        emit({"event": "attached", "pairs": bound.rows})
     for text in split_relations(objective, training) + late_ramps(objective, training):
         hooks.warn(text)
     try:
@@ -116,8 +115,13 @@ def fit(
     label_smoothing: float = 0.0,
     objective: Objective | None = None,
 ) -> Trained:
-    """A model trained on labels alone; see `distill` for the arguments."""
-    objective, validation = objective or Objective.labels(label_smoothing), to_validate_by(validation)
+    """Train a model on labels only; see `distill` for the arguments.
+
+    Args:
+        label_smoothing: see `Objective`; not used if an objective is given.
+        objective: by default `Objective.labels(label_smoothing)`.
+    """
+    objective, validation = objective or Objective.labels(label_smoothing), to_validation(validation)
     training, hooks = training or Training(), hooks or TrainingHooks()
     framework = framework_of(model)
     first = first_batch(framework.training, data)
@@ -125,7 +129,9 @@ def fit(
     framework.inference.check_runs(model, inputs)
     shape = tuple(framework.inference.predict(model, inputs).shape[1:])
     check_labels(targets, shape, objective)
-    logits = settle(framework.features, model, objective, logit_layers(objective, (), None), inputs, teacher=None)
+    logits = logits_converter(
+        framework.features, model, objective, logit_layers(objective, (), None), inputs, teacher=None
+    )
     check_last_batch(framework.inference, model, data, first)
     step = DistillationStep(framework.features, objective, regularizers=regularizers, logits_shape=shape)
     hooks = with_validation(hooks, framework, validation, objective, [model])
@@ -136,11 +142,11 @@ def fit(
     return trained
 
 
-def to_validate_by(validation: Any) -> Any:
-    """What is given to validate by, as a callable, as batches that can be gone through again and again, or None.
+def to_validation(validation: Any) -> Any:
+    """Return a validation as a callable, as an iterable of batches that can be iterated again, or None.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: the validation is of another type.
     """
     if callable(validation) and not takes(validation, 1):
         raise UsageError(
@@ -168,10 +174,17 @@ def to_validate_by(validation: Any) -> Any:
 def with_validation(
     hooks: TrainingHooks, framework: Framework, validation: Any, objective: Objective, students: Sequence[Any]
 ) -> TrainingHooks:
-    """The hooks, with a validation as `to_validate_by` gives it, that can be had of these students.
+    """Return the hooks with a validation.
+
+    Args:
+        hooks: their own `validate` has precedence.
+        framework: of the students.
+        validation: as `to_validation` returns it.
+        objective: its label loss takes the targets.
+        students: models to check the validation with.
 
     Raises:
-        DataError: its targets are not what the label loss takes.
+        DataError: the label loss does not take the targets of the validation.
     """
     if validation is None or hooks.validate is not None:
         return hooks
@@ -184,6 +197,6 @@ def with_validation(
 
 
 def warn_of_result(hooks: TrainingHooks) -> None:
-    """Warn of a trained model that answers one class for everything."""
+    """Warn of a trained model that predicts one class for all samples."""
     if isinstance(hooks.validate, Validation) and (text := hooks.validate.warning()):
         hooks.warn(text)

@@ -1,4 +1,4 @@
-"""The distillation loss of one batch, as a function of what student and teachers return."""
+"""The distillation loss of one batch, as a function of the outputs of student and teachers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.masks import BatchMasks
 from kirsch.distillation.schedule import at
 from kirsch.distillation.targets import check_labels
-from kirsch.distillation.teachers import combined, holds_top_k, stored_scores
+from kirsch.distillation.teachers import combined, holds_top_k, top_k_record_loss
 from kirsch.errors import UsageError
 from kirsch.frameworks.layers import at_layers
 from kirsch.frameworks.training import LossOutput, require_labels
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
 
 LABEL = "label"
-"""Name of the loss on the labels in records."""
+"""Name of the label loss in records."""
 
 Features = Mapping[str, list[Any]]
-"""By the adapter name of a term: the teacher's values, or those of each teacher if their losses are added up."""
+"""By adapter name of a term: a list with the teacher's feature, or with one for each teacher if losses are summed."""
 
 
 class DistillationLoss:
-    """label_weight · loss on labels + Σ weight · distillation loss, with the names and layers of the terms resolved.
+    """label_weight · label loss + Σ weight · distillation loss, with the names and layers of the terms resolved.
 
     Args:
         objective: the weight and kind of the label loss, and how several teachers are combined.
@@ -51,15 +51,15 @@ class DistillationLoss:
         self._sequences = any(term.loss.takes == "logits" and "×" in term.shapes[0] for term in self.terms)
 
     def active(self, epoch: float) -> list[BoundTerm]:
-        """Return the terms whose weight is not 0 after so many epochs."""
+        """Return the terms whose weight is not 0 after `epoch` epochs."""
         return [term for term in self.terms if at(term.weight, epoch)]
 
     def features(self, outputs: Sequence[Mapping[str, Any]], epoch: float) -> Features:
-        """Return the teacher's values of each active term, those of several teachers combined.
+        """Return the teacher's feature of each active term; the logits of several teachers are combined.
 
         Args:
-            outputs: of each teacher, its values by layer.
-            epoch: how many are done.
+            outputs: for each teacher, its values by layer.
+            epoch: number of epochs done.
         """
         return {term.adapter_name: self._features_of(term, outputs, epoch) for term in self.active(epoch)}
 
@@ -81,6 +81,7 @@ class DistillationLoss:
         epoch: float,
         step_counts: Mapping[str, int] | None = None,
         *,
+        batch_counts: Mapping[str, int] | None = None,
         factors: Mapping[str, float] | None = None,
         regularization: Mapping[str, Any] | None = None,
     ) -> LossOutput:
@@ -89,119 +90,111 @@ class DistillationLoss:
         Args:
             student: `features` by layer; `adapted`, the pair of features that an adapter returns, and `adapter_losses`,
                 the loss of the adapter itself, both by adapter name.
-            features: of the teachers, see `features`.
-            batch: the batch that both have seen.
-            epoch: how many are done.
+            features: of the teachers, see the method `features`.
+            batch: the batch of student and teachers.
+            epoch: number of epochs done.
             step_counts: counts of all batches of the step; None: the batch is the step.
-            factors: by the name of a term, what its weight is multiplied by; 1 if left out.
+            batch_counts: counts of the batch; None: count here, which synchronizes with the device of the batch.
+            factors: by name of a term, a factor of its weight; 1 if left out.
             regularization: further terms of the student, by name.
 
         Raises:
             DataError: no label of the step counts.
             UsageError: a loss takes labels, and the batch has none.
         """
-        masks = self.masks(batch)
-        own = self._counts(masks)
+        counts = self.counts([batch]) if batch_counts is None else batch_counts
+        masks = BatchMasks(batch, self.objective, self._positions_of, counts["labeled"])
         if step_counts is None:
-            require_labels(own, "a batch")
-        total = own if step_counts is None else step_counts
-        shares = {name: count / total[name] if count else 0.0 for name, count in own.items()}
+            require_labels(counts, "a batch")
+        total = counts if step_counts is None else step_counts
+        fractions = {name: count / total[name] if count else 0.0 for name, count in counts.items()}
         terms: dict[str, Any] = {}
         adapter_losses: dict[str, Any] = {}
-        if shares["labels"]:  # without a label there is no mean
-            self._add_label_loss(terms, student.features.get("logits"), masks, epoch, shares["labels"])
+        if fractions["labels"]:  # the mean over no labels is not defined
+            self._add_label_loss(terms, student.features.get("logits"), masks, epoch, fractions["labels"])
         for term in self.active(epoch):
-            if share := shares[term.mean_over]:
-                weight = at(term.weight, epoch) * (factors or {}).get(term.name, 1.0) * share
+            if fraction := fractions[term.mean_over]:
+                weight = at(term.weight, epoch) * (factors or {}).get(term.name, 1.0) * fraction
                 loss = self._loss_of(term, student, features[term.adapter_name], masks, epoch)
                 terms[term.name] = terms.get(term.name, 0.0) + weight * loss
             if term.adapter_name in student.adapter_losses:
                 add(
                     adapter_losses,
                     f"{term.name}.adapter",
-                    shares["samples"] * student.adapter_losses[term.adapter_name],
+                    fractions["samples"] * student.adapter_losses[term.adapter_name],
                 )
         for name, value in (regularization or {}).items():
-            add(terms, name, shares["samples"] * value)
-        if not terms:  # the other batches or processes of the step have all labels
+            add(terms, name, fractions["samples"] * value)
+        if not terms:  # all labels are in other batches or processes of the step
             return LossOutput(0.0 * ops.first_array(student.features).sum(), terms)
         return LossOutput(sum(terms.values()) + sum(adapter_losses.values()), terms, adapter_losses)
 
     def weights(self, epoch: float, factors: Mapping[str, float]) -> dict[str, float]:
-        """Return the weight of each term, by name, after so many epochs."""
-        own = {term.name: at(term.weight, epoch) * factors.get(term.name, 1.0) for term in self.active(epoch)}
-        return {LABEL: at(self.objective.label_weight, epoch), **own}
+        """Return the weight of each term, by name, after `epoch` epochs."""
+        weights = {term.name: at(term.weight, epoch) * factors.get(term.name, 1.0) for term in self.active(epoch)}
+        return {LABEL: at(self.objective.label_weight, epoch), **weights}
 
     def _add_label_loss(
-        self, terms: dict[str, Any], logits: Any, masks: BatchMasks, epoch: float, share: float
+        self, terms: dict[str, Any], logits: Any, masks: BatchMasks, epoch: float, fraction: float
     ) -> None:
-        weight, labels, mask = at(self.objective.label_weight, epoch), masks.labels, masks.label_mask
-        if not weight or labels is None or (mask is not None and not bool(mask.any())):
+        weight, labels = at(self.objective.label_weight, epoch), masks.labels
+        if not weight or not masks.has_labels:
             return
         logits = masks.shifted(logits)
         try:
             loss = LABEL_LOSSES[self.objective.label_loss](
-                logits, labels, mask=mask, label_smoothing=self.objective.label_smoothing
+                logits, labels, mask=masks.label_mask, label_smoothing=self.objective.label_smoothing
             )
         except (IndexError, RuntimeError):
             check_labels(labels, tuple(logits.shape[1:]), self.objective)  # only the first batch was checked
             raise
-        terms[LABEL] = weight * share * _mean_over_samples(loss, labels, mask)
+        terms[LABEL] = weight * fraction * masks.mean_over_samples(loss)
 
     def _loss_of(self, term: BoundTerm, student: Any, teachers: list[Any], masks: BatchMasks, epoch: float) -> Any:
-        """Return the loss of a term, added up over the teachers that it is compared with."""
+        """Return the loss of a term, summed over its teachers."""
         if term.adapter is not None:
-            sides = [student.adapted[term.adapter_name]]
+            pairs = [student.adapted[term.adapter_name]]
         else:
-            own = at_layers(student.features, term.student_layer)
-            sides = [(own, teacher) for teacher in teachers]
-        return sum(self._compare(term, own, teacher, masks, epoch) for own, teacher in sides)
+            feature = at_layers(student.features, term.student_layer)
+            pairs = [(feature, teacher) for teacher in teachers]
+        return sum(self._compare(term, feature, teacher, masks, epoch) for feature, teacher in pairs)
 
     def _compare(self, term: BoundTerm, student: Any, teacher: Any, masks: BatchMasks, epoch: float) -> Any:
         if term.on_logits:
             student, teacher = masks.shifted(student), masks.shifted(teacher)
-        mask, options = masks.of(term, student), term.keywords(epoch)
+        mask, options = masks.mask_of(term, student), term.keywords(epoch)
         if holds_top_k(teacher):
-            return stored_scores(term, student, teacher, mask, options)
-        step = term.step_keywords
-        if "labels" in step:
+            return top_k_record_loss(term, student, teacher, mask, options)
+        names = term.step_keywords
+        if "labels" in names:
             if masks.labels is None:
                 raise UsageError(f"The term {term.name!r} needs labels, and a batch has none.")
-            options["labels"] = ops.zero_masked(masks.labels, mask)
-            if mask is not None and not bool(mask.any()):
+            if not masks.has_labels:
                 return 0.0 * ops.first_array(student).sum()
-        if "mask" in step:
+            options["labels"] = ops.zero_masked(masks.labels, mask)
+        if "mask" in names:
             options["mask"] = mask
-        if "epoch" in step:
+        if "epoch" in names:
             options["epoch"] = epoch
         # Labels are checked in each step. No mask is empty, since its count is above 0: do not wait for the device.
-        with nullcontext() if "labels" in step else ops.without_value_checks():
+        with nullcontext() if "labels" in names else ops.without_value_checks():
             loss = term.loss(student, teacher, **options)
-        return _mean_over_samples(loss, masks.labels, mask) if "labels" in step else loss
-
-    def masks(self, batch: Batch) -> BatchMasks:
-        """Return the labels and masks of a batch."""
-        return BatchMasks(batch, self.objective, self._positions_of)
+        return masks.mean_over_samples(loss) if "labels" in names else loss
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
-        """Return how many samples, labels and positions the means of the terms go over in several batches."""
-        found = dict.fromkeys(("samples", "labels", *self._examples), 0)
+        """Return the numbers of samples, labels and positions in some batches, over which the means of the terms go.
+
+        Counting batches on the host before they are moved to an accelerator avoids synchronizing with it.
+        """
+        counts = dict.fromkeys(("samples", "labels", "labeled", *self._examples), 0)
         for batch in batches:
-            for name, count in self._counts(self.masks(batch)).items():
-                found[name] += count
-        return found
-
-    def _counts(self, masks: BatchMasks) -> dict[str, int]:
-        names = dict.fromkeys(("samples", "labels", *self._examples))
-        return {name: masks.count(name, self._examples.get(name), sequences=self._sequences) for name in names}
-
-
-def _mean_over_samples(loss: Any, labels: Any, mask: Any) -> Any:
-    """Return a mean over the samples with a label as a mean over all samples, so that parts of a batch add up to it."""
-    return loss if mask is None or labels.ndim > 1 else loss * (int(mask.sum()) / len(mask))
+            masks = BatchMasks(batch, self.objective, self._positions_of)
+            for name in counts:
+                counts[name] += masks.count(name, self._examples.get(name), sequences=self._sequences)
+        return counts
 
 
 def add(terms: dict[str, Any], name: str, value: Any) -> None:
-    """Add a value under its name, or "name#2" if that is taken."""
+    """Add a value under its name, or "name#2" if the name is taken."""
     number = 1 + sum(known.partition("#")[0] == name for known in terms)
     terms[name if number == 1 else f"{name}#{number}"] = value

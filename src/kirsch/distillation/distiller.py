@@ -1,4 +1,4 @@
-"""An objective bound to its models: hooks, adapters, and the loss of each batch."""
+"""An objective bound to its models, with hooks and adapters, for training loops of your own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kirsch.data.batches import Batch
 from kirsch.distillation.binding import bind, layers_of_teacher, refuse_classes, table
 from kirsch.distillation.checks import averaged_logits, few, missing_targets
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import check_record, logit_layers, settle, teachers_logits
+from kirsch.distillation.probabilities import check_record, logit_layers, logits_converter, logits_converters
 from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
@@ -55,7 +55,7 @@ class Distiller:
         teacher: a model, a list of models, or a `TeacherStore`. Copies of models run on the device of the student, in
             inference mode and without gradient. An objective without terms needs no teacher.
         objective: the weighted terms.
-        example_batch: a batch like those to come; some of its samples are run to find shapes.
+        example_batch: a batch like those of the training; a few of its samples are run to find shapes.
         seed: of the initial weights of adapters.
         regularizers: further terms of the student alone, see `kirsch.distill`.
         warn: called with each warning.
@@ -72,7 +72,7 @@ class Distiller:
             batch, or it returns probabilities instead of logits.
         ShapeError: student and teacher return different numbers of classes, or no adapter joins two layers.
         UnknownNameError: a model has no such layer.
-        DataError: the label loss does not take the targets, or inputs and targets of the batch cannot be told apart.
+        DataError: the label loss does not take the targets, or inputs and targets of the batch are ambiguous.
     """
 
     @checked
@@ -89,20 +89,20 @@ class Distiller:
     ) -> None:
         framework = framework_of(student)
         first = Batch.of(example_batch)
-        some = few(first)
-        framework.inference.check_runs(student, some.inputs)
+        samples = few(first)
+        framework.inference.check_runs(student, samples.inputs)
         self._framework, self._objective = framework, objective
         self._teacher_source: TeacherSource | None = None
         terms: list[BoundTerm] = []
         if isinstance(teacher, TeacherStore):
             require_temperature(teacher, objective)
-            _require_classes(teacher, objective, framework.inference.predict(student, some.inputs).shape)
+            _require_classes(teacher, objective, framework.inference.predict(student, samples.inputs).shape)
             self._teacher_source = StoredTeacher(framework.inference, teacher)
             (recorded,) = self._teacher_source(first)
             if "logits" in recorded and not holds_top_k(recorded["logits"]):
                 check_record(recorded["logits"], objective)
-            (recorded,) = self._teacher_source(some)
-            terms = bind(framework, objective, student, (), some.inputs, seed=seed, recorded=recorded)
+            (recorded,) = self._teacher_source(samples)
+            terms = bind(framework, objective, student, (), samples.inputs, seed=seed, recorded=recorded)
         elif objective.terms:
             if teacher is None:
                 raise UsageError(
@@ -111,10 +111,10 @@ class Distiller:
                 )
             teachers = _copies(student, teacher)
             for model in teachers:
-                framework.inference.check_runs(model, some.inputs)
-            terms = bind(framework, objective, student, teachers, some.inputs, seed=seed)
+                framework.inference.check_runs(model, samples.inputs)
+            terms = bind(framework, objective, student, teachers, samples.inputs, seed=seed)
             layers = [layers_of_teacher(terms, index) for index in range(len(teachers))]
-            logits = teachers_logits(framework.features, teachers, objective, terms, some.inputs)
+            logits = logits_converters(framework.features, teachers, objective, terms, samples.inputs)
             self._teacher_source = LiveTeachers(framework, teachers, layers, logits)
             for sentence in averaged_logits(objective, len(teachers)):
                 warn(sentence)
@@ -127,10 +127,10 @@ class Distiller:
             list(dict.fromkeys(["logits"] * objective.needs_logits + texts([term.student_layer for term in terms]))),
             {term.adapter_name: term.adapter for term in terms if term.adapter is not None},
             {term.adapter_name: term.student_layer for term in terms},
-            settle(framework.features, student, objective, logits_of_student, some.inputs, teacher=None),
+            logits_converter(framework.features, student, objective, logits_of_student, samples.inputs, teacher=None),
         )
         self._logits_shape = (
-            tuple(framework.inference.predict(student, some.inputs).shape[1:]) if objective.needs_logits else None
+            tuple(framework.inference.predict(student, samples.inputs).shape[1:]) if objective.needs_logits else None
         )
         self.step = DistillationStep(
             framework.features,
@@ -144,7 +144,7 @@ class Distiller:
         self.rows: list[dict[str, Any]] = table(terms)
         self.shares: dict[str, float] = {}
         self._checked_epoch: int | None = None
-        self._began: dict[str, float] = {}
+        self._first_shares: dict[str, float] = {}
         self._warn, self._warned = warn, set[str]()
         self.check_labels(first.targets)
 
@@ -165,20 +165,22 @@ class Distiller:
         Args:
             batch: as `kirsch.Batch.of` takes it, such as (inputs, targets) or a dict with "labels"; of
                 numpy or of the framework, on any device.
-            epoch: number of epochs done, for numbers that change over them.
+            epoch: number of epochs done, for weights and temperatures that change during training.
             step_counts: `counts` of all batches of the step; the losses of the batches then add up to the loss of one
                 large batch. None: the batch is the step.
             module: the wrapped module, `DistributedDataParallel(distiller.module)`; by default `module` itself.
 
         Raises:
             NumericError: a term gives the student no gradient.
-            DataError: no target of the step counts.
+            DataError: all targets of the step are masked.
         """
         model = self.module if module is None else module
-        given = Batch.of(batch)
-        # Warnings are for the batches of a loader; your own loop knows which of its batches have targets.
-        self.step.check(given, wherever=self.module.training and int(epoch) != self._checked_epoch)
-        output = self.step(model, self._framework.inference.to_device(given, self.student), epoch, step_counts)
+        converted = Batch.of(batch)
+        # The returned warnings are for loaders; the author of a loop knows which batches have targets.
+        self.step.check(converted, on_any_device=self.module.training and int(epoch) != self._checked_epoch)
+        counts = self.step.counts([converted])  # before the batch is moved to the device of the student
+        placed = self._framework.inference.to_device(converted, self.student)
+        output = self.step(model, placed, epoch, step_counts, batch_counts=counts)
         if self.module.training and output.terms and int(epoch) != self._checked_epoch:
             norms = self._framework.training.gradient_norms(self.module, output.terms)
             if norms:
@@ -187,18 +189,18 @@ class Distiller:
 
     def _check_gradients(self, norms: dict[str, float], epoch: int) -> None:
         self._checked_epoch, self.shares = epoch, shares_of(norms)
-        self._began = self._began or self.shares
+        self._first_shares = self._first_shares or self.shares
         self.step.balance(norms)
-        for name, sentence in share_warnings(self.shares, self._began).items():
+        for name, sentence in share_warnings(self.shares, self._first_shares).items():
             if name not in self._warned:
                 self._warned.add(name)
                 self._warn(sentence)
 
     @checked
     def counts(self, batches: Iterable[BatchLike]) -> dict[str, int]:
-        """Return the samples, labels and positions that the means of some batches go over, for `step_counts`.
+        """Return the numbers of samples, labels and positions in some batches, for `step_counts`.
 
-        Processes that share a step add up their counts, by name.
+        Processes that share a step sum their counts, by name.
         """
         return self.step.counts([Batch.of(batch) for batch in batches])
 
@@ -213,12 +215,12 @@ class Distiller:
 
     def parameters(self) -> Iterator[Any]:
         """Return the parameters of student and adapters, for the optimizer."""
-        found: Iterator[Any] = self.module.parameters()
-        return found
+        parameters: Iterator[Any] = self.module.parameters()
+        return parameters
 
     @property
     def adapters(self) -> Any:
-        """The adapters as one module; without parameters if no term needs one."""
+        """The adapters as one module, which has no parameters if no term needs an adapter."""
         return self.module.adapters
 
     @checked
@@ -236,9 +238,9 @@ class Distiller:
         return {
             "adapters": self.module.adapter_state(),
             "balance": self.step.state(),
-            "looked": self._checked_epoch,
+            "checked_epoch": self._checked_epoch,
             "shares": dict(self.shares),
-            "began": dict(self._began),
+            "first_shares": dict(self._first_shares),
         }
 
     @checked
@@ -246,24 +248,25 @@ class Distiller:
         """Restore a state of `state_dict`.
 
         Raises:
-            CheckpointError: the state is of another objective or of models of other shapes.
+            CheckpointError: the state belongs to another objective or to models of other shapes.
         """
         missing = [name for name in self.state_dict() if name not in state]
         if missing:
             raise CheckpointError(
                 f"`state` has no {missing[0]!r}.", fix="Give what `state_dict` of a distiller returned."
             )
-        own, given = self.module.adapter_state(), state["adapters"]
-        other = sorted(own.keys() ^ given.keys())
-        other = other or [name for name, value in own.items() if tuple(value.shape) != tuple(given[name].shape)]
-        if other:
+        expected, saved = self.module.adapter_state(), state["adapters"]
+        different = sorted(expected.keys() ^ saved.keys())
+        different = different or [n for n, value in expected.items() if tuple(value.shape) != tuple(saved[n].shape)]
+        if different:
             raise CheckpointError(
-                f"The state holds other adapters than this distiller: {', '.join(other[:3])}.",
-                fix="Build it with the objective and the models that the state was saved with.",
+                f"The adapters of the state differ from those of this distiller: {', '.join(different[:3])}.",
+                fix="Build the distiller with the objective and the models that the state was saved with.",
             )
-        self.module.load_adapter_state(given)
+        self.module.load_adapter_state(saved)
         self.step.restore(state["balance"])
-        self._checked_epoch, self.shares, self._began = state["looked"], dict(state["shares"]), dict(state["began"])
+        self._checked_epoch, self.shares = state["checked_epoch"], dict(state["shares"])
+        self._first_shares = dict(state["first_shares"])
 
     def close(self) -> None:
         """Remove the hooks from student and teachers; the next call adds them again."""
@@ -280,16 +283,16 @@ class Distiller:
 
 def _copies(student: Any, teacher: Any) -> list[Any]:
     """Return copies of the teachers, frozen."""
-    given = one_or_more(teacher)
-    if any(model is student for model in given):
+    teachers = one_or_more(teacher)
+    if any(model is student for model in teachers):
         raise UsageError(
             "Student and teacher are the same object.", fix="Give the student as a copy: copy.deepcopy(teacher)."
         )
-    return [framework_of(model).inference.frozen_copy(model, student) for model in given]
+    return [framework_of(model).inference.frozen_copy(model, student) for model in teachers]
 
 
 def _require_classes(store: TeacherStore, objective: Objective, shape: tuple[int, ...]) -> None:
-    """Refuse a student of other classes than a store of the largest scores has, of which `attach` sees some alone."""
+    """Refuse a student with another number of classes than a store of the largest logits."""
     compared = any(term.layers == ("logits", "logits") for term in objective.terms)
     if compared and store.specification.k and store.specification.classes != shape[-1]:
         refuse_classes(shape, (*shape[:-1], store.specification.classes or 0))

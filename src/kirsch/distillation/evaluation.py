@@ -13,7 +13,7 @@ from kirsch.data.arrays import host
 from kirsch.data.batches import ArrayData, Batch, batches_of, naming
 from kirsch.distillation.checks import few
 from kirsch.distillation.losses.labels import IGNORED
-from kirsch.distillation.probabilities import stated_of, to_logits
+from kirsch.distillation.probabilities import declared_outputs, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_evaluable, uses_labels
 from kirsch.errors import DataError, NumericError
@@ -265,7 +265,7 @@ def _live(
                     "Check the teacher's weights, and that the inputs are prepared as it expects.",
                 )
             if batch.targets is not None:
-                stated = stated_of(objective, place)
+                stated = declared_outputs(objective, place)
                 found.append(evaluated_batch(outputs, host(batch.targets)[places], objective, stated))
     return found
 

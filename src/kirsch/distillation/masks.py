@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,18 +17,22 @@ if TYPE_CHECKING:
 
 
 class BatchMasks:
-    """The labels of a batch as the losses take them, and the masks that follow from labels and padding.
+    """Labels of a batch as the losses take them, and the masks that follow from labels and padding.
 
     For causal language models, logits at position i belong to the label at position i + 1: both are shifted here.
+    Nothing but `count` reads values of arrays, so that a training step does not wait for its device.
 
     Args:
         batch: inputs and targets, on one device.
-        objective: for `causal`, `ignore` and the label loss.
+        objective: for `causal`, `ignore_index` and the label loss.
         positions_of: mask of the inputs, shape (N, T) → mask of the hidden states, shape (N, L).
+        labeled: count "labeled" of the batch, see `count`; None if only counts are needed.
     """
 
-    def __init__(self, batch: Batch, objective: Objective, positions_of: Callable[[Any], Any]) -> None:
-        self.batch = _with_int64_targets(batch)
+    def __init__(
+        self, batch: Batch, objective: Objective, positions_of: Callable[[Any], Any], labeled: int | None = None
+    ) -> None:
+        self.batch, self._labeled = _with_int64_targets(batch), labeled
         self._causal, self._ignore_index = objective.causal, objective.ignore_index
         self._label_loss, self._positions_of = objective.label_loss, positions_of
 
@@ -42,8 +47,8 @@ class BatchMasks:
         labels = self.batch.targets
         if not self._causal or labels is None:
             return labels
-        real, labels = self.padding.get("attention_mask"), labels[:, 1:]
-        return labels if real is None else ops.where(real[:, :-1] != 0, labels, self._ignore_index)
+        mask, labels = self.padding.get("attention_mask"), labels[:, 1:]
+        return labels if mask is None else ops.where(mask[:, :-1] != 0, labels, self._ignore_index)
 
     def shifted(self, logits: Any) -> Any:
         """Return logits, or a dict of arrays of positions, without the last position if the objective is causal."""
@@ -55,21 +60,34 @@ class BatchMasks:
 
     @cached_property
     def label_mask(self) -> Any:
-        """True where there is a label; None where all samples and positions have one."""
-        if self.labels is None or self._are_numbers(self.labels):
+        """True where there is a label; None if all samples and positions have one."""
+        if self.labels is None or self._are_real(self.labels) or self._labeled == math.prod(self.labels.shape):
             return None
-        known = self.labels != self._ignore_index
-        return None if bool(known.all()) else known
+        return self.labels != self._ignore_index
 
-    def _are_numbers(self, labels: Any) -> bool:
-        """Return whether labels are real numbers, of which none marks a missing label, and not class numbers."""
+    @property
+    def has_labels(self) -> bool:
+        """Whether any sample or position has a label."""
+        return self.labels is not None and self._labeled != 0
+
+    def mean_over_samples(self, loss: Any) -> Any:
+        """Return a mean over the labeled samples as a mean over all samples, so that parts of a batch add up to it.
+
+        Means over the labeled positions of sequences and images stay.
+        """
+        if self.label_mask is None or self.labels.ndim > 1 or self._labeled is None:
+            return loss
+        return loss * (self._labeled / len(self.labels))
+
+    def _are_real(self, labels: Any) -> bool:
+        """Return whether labels are real numbers, none of which stands for no label, and not class numbers."""
         return "float" in str(labels.dtype) or self._label_loss == "squared-error"
 
     # ------------------------------------------------------------------------------------------------ padding
 
     @cached_property
     def padding(self) -> Mapping[str, Any]:
-        """The inputs of a model of sequences by name, with `attention_mask` as that of its positions."""
+        """The inputs of a model of sequences by name; `attention_mask` is that of the hidden positions."""
         inputs = self.batch.inputs if isinstance(self.batch.inputs, Mapping) else {}
         mask = inputs.get("attention_mask")
         return inputs if mask is None else {**inputs, "attention_mask": self._positions_of(mask)}
@@ -77,40 +95,40 @@ class BatchMasks:
     def tokens(self, stack: str, *, across: bool = False) -> Any:
         """Return the mask of the positions that are not padding, shape (N, L); None if the batch has none.
 
-        For the decoder of an encoder-decoder it is, unless the batch states it, the mask of the labels.
+        For the decoder of an encoder-decoder, it is the mask of the labels if there is no `decoder_attention_mask`.
 
         Args:
-            stack: "encoder" or "decoder" of such a model.
-            across: pairs of a query in the decoder and a key in the encoder, shape (N, queries, keys), or
-                (N, queries, 1) if no key is padding.
+            stack: "encoder" or "decoder" of an encoder-decoder, else empty.
+            across: return the mask of the pairs of a query in the decoder and a key in the encoder, shape
+                (N, queries, keys), or (N, queries, 1) if no key is padding.
         """
         if not any(name.startswith("decoder_input") for name in self.padding) or stack == "encoder":
             return self.padding.get("attention_mask")
-        found, labels = self.padding.get("decoder_attention_mask"), self.batch.targets
-        if found is None and labels is not None and labels.ndim == len("NL") and not self._are_numbers(labels):
-            found = labels != self._ignore_index
-        if across and found is not None:
+        queries, labels = self.padding.get("decoder_attention_mask"), self.batch.targets
+        if queries is None and labels is not None and labels.ndim == len("NL") and not self._are_real(labels):
+            queries = labels != self._ignore_index
+        if across and queries is not None:
             keys = self.padding.get("attention_mask")
-            return (found != 0)[:, :, None] if keys is None else (found != 0)[:, :, None] & (keys != 0)[:, None, :]
-        return found
+            return (queries != 0)[:, :, None] if keys is None else (queries != 0)[:, :, None] & (keys != 0)[:, None, :]
+        return queries
 
     @cached_property
     def unlabeled_positions(self) -> Any:
-        """The mask of the positions of sequences without labels whose logits are compared."""
+        """Mask of the positions whose logits are compared, for sequences without labels."""
         mask = self.tokens("")
         return mask if mask is None or not self._causal else mask[:, 1:] * mask[:, :-1]
 
     # ------------------------------------------------------------------------------------------------ terms
 
-    def of(self, term: BoundTerm, student: Any) -> Any:
-        """Return the mask of a term; None where all samples and positions are compared.
+    def mask_of(self, term: BoundTerm, student: Any) -> Any:
+        """Return the mask of a term; None if all samples and positions are compared.
 
         Logits of sequences and pixels are compared where there is a label. Logits of samples are compared with and
         without a label, unless the loss takes labels.
 
         Args:
             term: the term.
-            student: its values on the side of the student, shifted.
+            student: the student's logits or feature, shifted if the objective is causal.
         """
         if term.on_logits:
             if self.labels is None:
@@ -124,32 +142,43 @@ class BatchMasks:
         return mask
 
     def count(self, mean_over: str, example: BoundTerm | None, *, sequences: bool) -> int:
-        """Return how many items of a batch the mean of a loss goes over.
+        """Return the number of items of the batch that the mean of a loss goes over.
+
+        Reads values of arrays, which synchronizes with their device.
 
         Args:
-            mean_over: "samples", "labels", or that of the example.
+            mean_over: "samples"; "labels": samples, or positions with a label; "labeled": samples or positions with a
+                label; or `BoundTerm.mean_over` of the example.
             example: a term whose mean goes over positions or pairs.
-            sequences: whether samples without labels are sequences, of which each position counts.
+            sequences: whether samples without labels are sequences, each position of which counts.
         """
         samples = len(self.batch)
+        if mean_over == "labeled":
+            return self._count_labeled()
         if mean_over == "labels":
             if self.labels is None:
                 mask = self.unlabeled_positions if sequences else None
                 return samples if mask is None else int((mask != 0).sum())
-            if self.batch.targets.ndim == 1 or self._are_numbers(self.labels):
-                return samples
-            return int((self.labels != self._ignore_index).sum())
+            one_each = self.batch.targets.ndim == 1 or self._are_real(self.labels)
+            return samples if one_each else self._count_labeled()
         mask = None if example is None else self.tokens(example.stack, across=example.of_cross_attention)
         if mask is None or example is None:
             return samples
-        known = mask != 0
+        valid = mask != 0
         if example.loss.over == "positions":
-            return int((known if known.ndim == len("NL") else known.any(-1)).sum())
-        return int(((known.sum(-1)) ** 2 if known.ndim == len("NL") else known).sum())
+            return int((valid if valid.ndim == len("NL") else valid.any(-1)).sum())
+        return int((valid.sum(-1) ** 2 if valid.ndim == len("NL") else valid).sum())
+
+    def _count_labeled(self) -> int:
+        if self.labels is None:
+            return 0
+        if self._are_real(self.labels):
+            return math.prod(self.labels.shape)
+        return int((self.labels != self._ignore_index).sum())
 
 
 def _with_int64_targets(batch: Batch) -> Batch:
-    """Return the batch with class numbers in 64 bits: in 8 bits -100 is class 156."""
+    """Return the batch with class numbers in 64 bits, since -100 in 8 bits is class 156."""
     kind = str(getattr(batch.targets, "dtype", "")).removeprefix("torch.")
     if "int" not in kind or kind == "int64":
         return batch

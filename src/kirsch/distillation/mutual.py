@@ -1,4 +1,4 @@
-"""Students that learn from each other while they learn from the labels."""
+"""Mutual learning: students that are trained together, on the labels and on each other's outputs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from kirsch.distillation.checks import (
     missing_targets,
     split_relations,
 )
-from kirsch.distillation.distill import to_validate_by, with_validation
+from kirsch.distillation.distill import to_validation, with_validation
 from kirsch.distillation.distillation_loss import DistillationLoss
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import Logits, check_training, logit_layers, settle
+from kirsch.distillation.probabilities import Logits, check_training, logit_layers, logits_converter
 from kirsch.distillation.step import TargetCheck, balanced, regularization
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from kirsch.data.batches import Batch
     from kirsch.frameworks.protocols import Features, Inference
 
-FEWEST = 2
+MIN_STUDENTS = 2
 
 
 @checked
@@ -50,41 +50,42 @@ def distill_mutually(
     hooks: TrainingHooks | None = None,
     regularizers: Sequence[Regularizer] = (),
 ) -> list[Trained]:
-    """Students trained side by side, each on the labels and on what its peers say of the same batch.
+    """Train students together, each on the labels and on the outputs of its peers for the same batch.
 
-    All of them take their step at once, from scores of one forward in training mode; what a peer says is a constant.
-    The objective holds each student against all of its peers together, as `Objective.teachers` combines them. For soft
-    targets, "probabilities" has the gradient of the mean divergence to each peer, which is that of the paper.
+    All students are updated in one step, from the logits of one forward pass in training mode. No gradient flows to the
+    logits of the peers. The objective compares each student with all of its peers, combined as in
+    `Objective.teachers`. For soft targets, "probabilities" has the gradient of the mean divergence to each peer, as in
+    the paper.
 
     Args:
-        students: two or more models that put out the same classes; copies are trained. They may be of different
-            architectures, and must begin with different weights.
+        students: two or more models with the same classes; copies are trained. Their architectures may differ, their
+            initial weights must differ.
         data: see `distill`.
-        objective: the preset "dml" if left out. Its terms compare scores.
-        training: one for all. `max_grad_norm` is that of all gradients together.
-        validation: see `distill`; each student is judged by itself.
-        hooks: one run, with one state to save and resume. Events and states name the parts of a student after its
-            number: "0.kd", "1.accuracy".
+        objective: its terms compare logits; by default the preset "dml".
+        training: one for all students. `max_grad_norm` limits the norm of all gradients together.
+        validation: see `distill`; each student is evaluated.
+        hooks: of the run, which has one state to save and resume. In events and states, the names of terms and metrics
+            begin with the index of the student: "0.kd", "1.accuracy".
         regularizers: further terms of each student.
 
     Returns:
-        The trained students, in their order, each with its own parts of the history.
+        The trained students, in order, each with its history.
 
     Raises:
-        UsageError: there are fewer than two, two are one object, begin alike or share a parameter, or a term cannot be
-            compared with peers.
-        ShapeError: they put out different numbers of classes.
+        UsageError: there are fewer than two students, two of them are one object, have equal weights or share a
+            parameter, or a term cannot compare a student with its peers.
+        ShapeError: the students return different numbers of classes.
         DataError, NumericError: see `distill`.
 
-    Source: Zhang et al. 2018, Deep mutual learning, arXiv:1706.00384, section 2; there students may also take turns.
+    Source: Zhang et al. 2018, Deep mutual learning, arXiv:1706.00384, section 2; there the students may take turns.
     """
-    objective, validation = objective or Objective.preset("dml"), to_validate_by(validation)
+    objective, validation = objective or Objective.preset("dml"), to_validation(validation)
     training, hooks = training or Training(), hooks or TrainingHooks()
     framework = framework_of(students[0]) if students else None
-    if framework is None or len(students) < FEWEST:
+    if framework is None or len(students) < MIN_STUDENTS:
         raise UsageError(
-            f"Mutual learning needs at least two students; there {'is 1' if students else 'are none'}.",
-            fix="Give more of them, or a teacher to kirsch.distill.",
+            f"Mutual learning needs at least two students; found {len(students)}.",
+            fix="Give more students, or use kirsch.distill with a teacher.",
         )
     _check_students(framework.inference, students)
     _check_terms(objective, len(students))
@@ -92,70 +93,74 @@ def distill_mutually(
     inputs = few(first).inputs
     targets = data.targets if isinstance(data, ArrayData) else first.targets
     losses, logits, shape = [], [], ()
-    for place, student in enumerate(students):
+    for index, student in enumerate(students):
         check_last_batch(framework.inference, student, data, first)
         framework.inference.check_runs(student, inputs)
         shape = tuple(framework.inference.predict(student, inputs).shape[1:])
         check_labels(targets, shape, objective)
-        others = [*students[:place], *students[place + 1 :]]
-        terms = bind(framework, objective, student, others, inputs, seed=training.seed)
+        peers = [*students[:index], *students[index + 1 :]]
+        terms = bind(framework, objective, student, peers, inputs, seed=training.seed)
         logits.append(
-            settle(framework.features, student, objective, logit_layers(objective, terms, None), inputs, teacher=None)
+            logits_converter(
+                framework.features, student, objective, logit_layers(objective, terms, None), inputs, teacher=None
+            )
         )
         losses.append(DistillationLoss(objective, terms))
-    hooks = _of_each(framework.features, with_validation(hooks, framework, validation, objective, students))
+    hooks = _validating_each(framework.features, with_validation(hooks, framework, validation, objective, students))
     warnings = split_relations(objective, training) + late_ramps(objective, training)
     warnings += missing_targets(framework.inference, students[0], first, objective)
     for text in warnings + averaged_logits(objective, len(students) - 1):
         hooks.warn(text)
-    outputs = [_output(place) for place in range(len(students))]
+    outputs = [_logits_layer(index) for index in range(len(students))]
     module = framework.features.with_adapters(framework.features.cohort(students), outputs, {}, {})
     step = MutualStep(framework.features, losses, logits, TargetCheck(objective, shape), regularizers)
     trained = framework.training.train(module, data, step, training, hooks)
-    return [_own(trained, place, model) for place, model in enumerate(framework.features.members(trained.model))]
+    return [
+        _trained_student(trained, index, model) for index, model in enumerate(framework.features.members(trained.model))
+    ]
 
 
 def _check_students(inference: Inference, students: Sequence[Any]) -> None:
-    prints = [inference.fingerprint(student) for student in students]
+    fingerprints = [inference.fingerprint(student) for student in students]
     for one, other in combinations(range(len(students)), 2):
         if students[one] is students[other]:
-            raise UsageError(f"Students {one} and {other} are the same object.", fix="Build each by itself.")
-        if prints[one] == prints[other]:
+            raise UsageError(f"Students {one} and {other} are the same object.", fix="Build each student separately.")
+        if fingerprints[one] == fingerprints[other]:
             raise UsageError(
-                f"Students {one} and {other} begin with the same weights.",
-                "They would have next to nothing to learn from each other.",
-                "Build each from a seed of its own.",
+                f"Students {one} and {other} have the same initial weights.",
+                "Their outputs would be equal, so that they could not learn from each other.",
+                "Build each with a different seed.",
             )
 
 
 def _check_terms(objective: Objective, students: int) -> None:
     if objective.teacher_outputs not in (None, objective.student_outputs):
         raise UsageError(
-            "The objective says what teachers put out, and students that learn from each other have none.",
-            fix="Say it of the students: student_outputs=.",
+            "The objective has `teacher_outputs`, and mutual learning has no teacher.",
+            fix="Give student_outputs= instead.",
         )
     if not objective.terms:
         raise UsageError(
-            "The objective has no terms, so that the students would learn from the labels alone.",
-            fix='Give one that compares scores, such as Objective.preset("dml").',
+            "The objective has no terms, so that the students would be trained on the labels only.",
+            fix='Give an objective that compares logits, such as Objective.preset("dml").',
         )
     for term in objective.terms:
         if term.layers != ("logits", "logits") or term.adapter not in ("auto", "none"):
             raise UsageError(
                 f"The term {term.record_name!r} compares {term.student_layer!r} with {term.layers[1]!r}.",
-                "Students that learn from each other are compared by their scores alone.",
-                'Leave it out, or name the place "logits" for both sides.',
+                "Mutual learning compares the logits of the students.",
+                'Leave the term out, or give student_layer="logits".',
             )
         if term.teacher is not None:
             raise UsageError(
-                f"The term {term.record_name!r} is of teacher {term.teacher}; there are peers instead.",
-                fix="Leave out `teacher`: each student is held against all of its peers.",
+                f"The term {term.record_name!r} has teacher={term.teacher}, and mutual learning has no teachers.",
+                fix="Leave out `teacher`: each student is compared with all of its peers.",
             )
-        if students > FEWEST and not combines_teachers(term):
+        if students > MIN_STUDENTS and not combines_teachers(term):
             raise UsageError(
-                f"The term {term.record_name!r} compares what several peers cannot say together, and there are "
+                f"The term {term.record_name!r} cannot combine the outputs of several peers, and there are "
                 f"{students} students.",
-                fix="Give two students, or a loss on scores.",
+                fix="Give two students, or a loss on logits.",
             )
 
 
@@ -169,13 +174,13 @@ class _Logits:
 
 
 class MutualStep:
-    """Runs all students on a batch and adds up their losses; a `kirsch.frameworks.training.LossFunction`.
+    """Runs all students on a batch and sums their losses; a `kirsch.frameworks.training.LossFunction`.
 
     Args:
         features: of the framework of the students.
-        losses: of each student, with the other students as its teachers.
-        logits: for each student, what makes logits of its outputs; None if they are logits.
-        check: of the targets of each batch.
+        losses: for each student, the loss with the other students as teachers.
+        logits: for each student, the function that converts its outputs to logits; None if they are logits.
+        check: checks the targets of each batch.
         regularizers: further terms of each student.
     """
 
@@ -194,36 +199,45 @@ class MutualStep:
         self._unchecked = True  # until the first step in training mode
 
     def __call__(
-        self, module: Any, batch: Batch, epoch: float, step_counts: Mapping[str, int] | None = None
+        self,
+        module: Any,
+        batch: Batch,
+        epoch: float,
+        step_counts: Mapping[str, int] | None = None,
+        *,
+        batch_counts: Mapping[str, int] | None = None,
     ) -> LossOutput:
         """Return the sum of the losses of all students; see `LossFunction`."""
         self._epoch = epoch
         values = module(batch.inputs, {}, batch.ids).features
+        outputs = [values[_logits_layer(index)] for index in range(len(self._logits))]
         logits = [
-            values[_output(place)] if to_logits is None else to_logits({"logits": values[_output(place)]})["logits"]
-            for place, to_logits in enumerate(self._logits)
+            output if convert is None else convert({"logits": output})["logits"]
+            for output, convert in zip(outputs, self._logits, strict=True)
         ]
         if self._unchecked and module.training:
-            for loss, own in zip(self._losses, logits, strict=True):
-                check_training({"logits": own}, logit_layers(loss.objective, loss.terms, None), loss.objective)
+            for loss, student_logits in zip(self._losses, logits, strict=True):
+                layers = logit_layers(loss.objective, loss.terms, None)
+                check_training({"logits": student_logits}, layers, loss.objective)
             self._unchecked = False
         students = self._features.members(self._features.student_of(module))
         total: Any = 0.0
-        parts: dict[str, Any] = {}
-        for place, (loss, student) in enumerate(zip(self._losses, students, strict=True)):
-            peers = [{"logits": ops.detach(other)} for other in (*logits[:place], *logits[place + 1 :])]
+        terms: dict[str, Any] = {}
+        for index, (loss, student) in enumerate(zip(self._losses, students, strict=True)):
+            peers = [{"logits": ops.detach(peer)} for peer in (*logits[:index], *logits[index + 1 :])]
             output = loss(
-                _Logits({"logits": logits[place]}),
+                _Logits({"logits": logits[index]}),
                 loss.features(peers, epoch),
                 batch,
                 epoch,
                 step_counts,
-                factors=self._factors[place],
+                batch_counts=batch_counts,
+                factors=self._factors[index],
                 regularization=regularization(self._regularizers, student),
             )
             total = total + output.total
-            parts |= {_name(place, name): part for name, part in output.terms.items()}
-        return LossOutput(total, parts)
+            terms |= {_prefixed(index, name): value for name, value in output.terms.items()}
+        return LossOutput(total, terms)
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
         """Return the counts of the batches, which are the same for all students."""
@@ -235,11 +249,11 @@ class MutualStep:
 
     def balance(self, norms: dict[str, float]) -> None:
         """Scale the terms of each student by their gradients; see `DistillationStep.balance`."""
-        for place, loss in enumerate(self._losses):
+        for index, loss in enumerate(self._losses):
             if loss.objective.balance == "gradient":
-                weights = loss.weights(self._epoch, self._factors[place])
+                weights = loss.weights(self._epoch, self._factors[index])
                 names = [term.name for term in loss.terms]
-                self._factors[place] |= balanced(_of(place, norms), weights, names)
+                self._factors[index] |= balanced(_of_student(index, norms), weights, names)
 
     def state(self) -> dict[str, Any]:
         """Return the factors of the terms of each student."""
@@ -250,42 +264,45 @@ class MutualStep:
         self._factors = [dict(factors) for factors in state["students"]]
 
 
-def _output(place: int) -> str:
-    """Return the layer of a cohort that holds the logits of one student."""
-    return f"output.{place}"
+def _logits_layer(index: int) -> str:
+    """Return the layer of the cohort whose values are the logits of one student."""
+    return f"output.{index}"
 
 
-def _name(place: int, name: str) -> str:
-    """A part, or a metric, of one student."""
-    return f"{place}.{name}"
+def _prefixed(index: int, name: str) -> str:
+    """Return the name of a term or a metric of one student."""
+    return f"{index}.{name}"
 
 
-def _of(place: int, named: dict[str, Any]) -> dict[str, Any]:
-    """What is named after one student, by the names that it has for a student alone."""
-    prefix = _name(place, "")
-    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+def _of_student(index: int, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of one student, with the prefix removed from their names."""
+    prefix = _prefixed(index, "")
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
-def _of_each(features: Features, hooks: TrainingHooks) -> TrainingHooks:
-    """The hooks, with a validation of one model that judges each student."""
+def _validating_each(features: Features, hooks: TrainingHooks) -> TrainingHooks:
+    """Return the hooks with a validation of the cohort that evaluates each student."""
     validate = hooks.validate
     if validate is None:
         return hooks
 
-    def judge(cohort: Any) -> dict[str, float]:
-        found = [validate(student) for student in features.members(cohort)]
-        return {_name(place, name): value for place, own in enumerate(found) for name, value in own.items()}
+    def validate_each(cohort: Any) -> dict[str, float]:
+        metrics = [validate(student) for student in features.members(cohort)]
+        return {
+            _prefixed(index, name): value for index, by_name in enumerate(metrics) for name, value in by_name.items()
+        }
 
-    return dataclasses.replace(hooks, validate=judge)
+    return dataclasses.replace(hooks, validate=validate_each)
 
 
-def _own(trained: Trained, place: int, model: Any) -> Trained:
-    """One student with its parts of what was trained together; shares are those within the student."""
+def _trained_student(trained: Trained, index: int, model: Any) -> Trained:
+    """Return one student with its part of the history; the shares of its terms sum to 1."""
     history = []
     for record in trained.history:
-        parts = _of(place, record["terms"])
-        kept = {name: record[name] for name in ("epoch", "learning_rate", "seconds")}
-        shares = shares_of(_of(place, record["gradient_shares"]))
-        own = {**kept, "loss": sum(parts.values()), "terms": parts, "gradient_shares": shares}
-        history.append(own | _of(place, record))
-    return Trained(model, history, {name: shares_of(_of(place, of)) for name, of in trained.first_batch.items()})
+        terms = _of_student(index, record["terms"])
+        shared = {name: record[name] for name in ("epoch", "learning_rate", "seconds")}
+        shares = shares_of(_of_student(index, record["gradient_shares"]))
+        student_record = {**shared, "loss": sum(terms.values()), "terms": terms, "gradient_shares": shares}
+        history.append(student_record | _of_student(index, record))
+    first_batch = {name: shares_of(_of_student(index, shares)) for name, shares in trained.first_batch.items()}
+    return Trained(model, history, first_batch)

@@ -1,4 +1,4 @@
-"""Published objectives with their standard hyperparameters, by name; each is the fields of an `Objective`."""
+"""Published objectives with their standard hyperparameters, by name; each returns the fields of an `Objective`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 PRESETS: Registry[Callable[[], dict[str, Any]]] = Registry("preset")
 
 WARM_UP = 20.0
-"""Epochs over which DKD and ReviewKD come to their full weight."""
+"""Epochs of the linear warm-up of DKD and ReviewKD."""
 
 
 @PRESETS.register("kd")
 def kd() -> dict[str, Any]:
-    """Soft targets at temperature 4, nine parts to one part of labels.
+    """Soft-target loss (`kd`) with temperature 4 and weight 0.9, and label loss with weight 0.1.
 
-    Source: Hinton et al. 2015, arXiv:1503.02531; the numbers are those of the CIFAR-100 benchmark of Tian et al. 2020,
+    Source: Hinton et al. 2015, arXiv:1503.02531; hyperparameters of the CIFAR-100 benchmark of Tian et al. 2020,
         arXiv:1910.10699.
     """
     return {"terms": (Term("kd", 0.9, temperature=4.0),), "label_weight": 0.1}
@@ -29,7 +29,9 @@ def kd() -> dict[str, Any]:
 
 @PRESETS.register("dkd")
 def dkd() -> dict[str, Any]:
-    """Decoupled knowledge distillation for small images; β is 8 for teachers that are sure, 2 or 6 for others.
+    """Decoupled knowledge distillation (`dkd`) with α 1 and β 8, and label loss.
+
+    β is 8 for confident teachers in the paper, 2 or 6 for others.
 
     Source: Zhao et al. 2022, arXiv:2203.08679, section 4 and appendix; 20 epochs of linear warm-up.
     """
@@ -38,7 +40,7 @@ def dkd() -> dict[str, Any]:
 
 @PRESETS.register("dist")
 def dist() -> dict[str, Any]:
-    """Correlations of a sample's classes and of a class's samples, β = γ = 1, τ = 1, weight 2.
+    """Correlations within samples and within classes (`dist`) with weight 2 and temperature 1, and label loss.
 
     Source: Huang et al. 2022, arXiv:2205.10536, section 4.
     """
@@ -47,7 +49,7 @@ def dist() -> dict[str, Any]:
 
 @PRESETS.register("lskd")
 def lskd() -> dict[str, Any]:
-    """Soft targets of standardized scores: temperature 2, weight 9, and a tenth of the labels.
+    """Soft-target loss of standardized logits with temperature 2 and weight 9, and label loss with weight 0.1.
 
     Source: Sun et al. 2024, arXiv:2403.01427, section 4.
     """
@@ -59,7 +61,7 @@ def lskd() -> dict[str, Any]:
 
 @PRESETS.register("wsld")
 def wsld() -> dict[str, Any]:
-    """Soft targets weighed by how much the teacher is better at a sample, temperature 2, weight 2.25 on CIFAR-100.
+    """Weighted soft labels (`wsld`) with temperature 2 and weight 2.25, as on CIFAR-100, and label loss.
 
     Source: Zhou et al. 2021, arXiv:2102.00650, section 5.
     """
@@ -68,9 +70,10 @@ def wsld() -> dict[str, Any]:
 
 @PRESETS.register("fitnet")
 def fitnet() -> dict[str, Any]:
-    """The features of the last stage but one, which is the middle one of three, through a regressor, weight 100.
+    """Squared difference of the second-to-last stage, through a regressor, with weight 100, and label loss.
 
-    The paper trains with it alone first; here it stands beside the labels, as in Tian et al. 2020, arXiv:1910.10699.
+    The paper first trains with this term only; here it is added to the label loss, as in Tian et al. 2020,
+    arXiv:1910.10699.
 
     Source: Romero et al. 2015, arXiv:1412.6550.
     """
@@ -79,7 +82,7 @@ def fitnet() -> dict[str, Any]:
 
 @PRESETS.register("at")
 def at() -> dict[str, Any]:
-    """Attention maps of all stages, weight 1000, with soft targets beside them.
+    """Attention transfer (`at`) of all stages with weight 1000, soft-target loss and label loss.
 
     Source: Zagoruyko, Komodakis 2017, arXiv:1612.03928; the weight as in Tian et al. 2020, arXiv:1910.10699.
     """
@@ -88,7 +91,9 @@ def at() -> dict[str, Any]:
 
 @PRESETS.register("reviewkd")
 def reviewkd() -> dict[str, Any]:
-    """Fused stages against those of the teacher, weight 5 on CIFAR-100 (1 on ImageNet), with warm-up.
+    """Review of all stages (`reviewkd`) with weight 5 after a warm-up, as on CIFAR-100, and label loss.
+
+    The weight on ImageNet is 1.
 
     Source: Chen et al. 2021, arXiv:2104.09044, section 4.
     """
@@ -97,10 +102,10 @@ def reviewkd() -> dict[str, Any]:
 
 @PRESETS.register("crd")
 def crd() -> dict[str, Any]:
-    """Contrast of embeddings with those of other samples of the batch, weight 0.8, beside soft targets of weight 1.
+    """Contrastive loss of embeddings (`crd-batch`) with weight 0.8, soft-target loss and label loss.
 
-    The paper draws 16,384 negatives from a memory of all samples; this takes the batch. `adapter="crd-bank"` and the
-    loss "crd" are the paper's.
+    The paper draws 16,384 negatives from a memory of all samples; here the negatives are the batch. The loss "crd" with
+    `adapter="crd-bank"` implements the paper.
 
     Source: Tian et al. 2020, arXiv:1910.10699, section 4.
     """
@@ -110,7 +115,7 @@ def crd() -> dict[str, Any]:
 
 @PRESETS.register("rkd")
 def rkd() -> dict[str, Any]:
-    """Distances and angles between the samples of a batch, weights 25 and 50.
+    """Relational distillation (`rkd`): distances (weight 25) and angles (weight 50) of samples, and label loss.
 
     Source: Park et al. 2019, arXiv:1904.05068, section 4.
     """
@@ -119,9 +124,11 @@ def rkd() -> dict[str, Any]:
 
 @PRESETS.register("ofa")
 def ofa() -> dict[str, Any]:
-    """Heads at all stages that predict what the teacher says of the classes: for networks of different kinds.
+    """Classification heads at all stages, trained on the teacher's probabilities (`ofa`), and label loss.
 
-    Source: Hao et al. 2023, arXiv:2310.19444, section 4: ε = 1.5, or 1.0 for teachers whose scores are near to labels.
+    For student and teacher of different kinds, such as a convolutional network and a transformer.
+
+    Source: Hao et al. 2023, arXiv:2310.19444, section 4: ε = 1.5, or 1.0 for teachers with confident predictions.
     """
     power = {"power": 1.5}
     stages = Term(
@@ -139,7 +146,7 @@ def ofa() -> dict[str, Any]:
 
 @PRESETS.register("cwd")
 def cwd() -> dict[str, Any]:
-    """Channels of a segmentation network's scores as distributions over places, weight 5 at temperature 1.
+    """Channel-wise distillation of the logits of a segmentation network (`cwd`) with weight 5, and label loss.
 
     Source: Shu et al. 2021, arXiv:2011.13256, section 4.
     """
@@ -148,7 +155,7 @@ def cwd() -> dict[str, Any]:
 
 @PRESETS.register("distilbert")
 def distilbert() -> dict[str, Any]:
-    """Soft targets at temperature 2, labels, and the direction of the last hidden states: 5 : 2 : 1.
+    """Soft-target loss (weight 5), label loss (2) and cosine distance of the last hidden states (1).
 
     Source: Sanh et al. 2019, arXiv:1910.01108, and its training code.
     """
@@ -163,10 +170,10 @@ def distilbert() -> dict[str, Any]:
 
 @PRESETS.register("tinybert")
 def tinybert() -> dict[str, Any]:
-    """Scores of attention, hidden states and the embedding, each layer with the teacher's at the same depth.
+    """Squared differences of hidden states, embeddings and attention scores of layers at the same relative depth.
 
-    For models of transformers with `attn_implementation="eager"`; the second stage of the paper, on what the models put
-    out, is soft targets at temperature 1.
+    For models of transformers with `attn_implementation="eager"`. The second stage of the paper, on the logits, is the
+    soft-target loss with temperature 1.
 
     Source: Jiao et al. 2020, arXiv:1909.10351, equations 7 to 10.
     """
@@ -181,7 +188,7 @@ def tinybert() -> dict[str, Any]:
 
 @PRESETS.register("minilm")
 def minilm() -> dict[str, Any]:
-    """Relations of queries, keys and values of the last layer, each with itself; widths and heads may differ.
+    """Relations of queries, keys and values (`minilm`) of the last layer; widths and numbers of heads may differ.
 
     Source: Wang et al. 2021, arXiv:2012.15828 (MiniLMv2), section 3; 48 relation heads for large teachers, else 12.
     """
@@ -191,16 +198,16 @@ def minilm() -> dict[str, Any]:
 
 @PRESETS.register("funmatch")
 def funmatch() -> dict[str, Any]:
-    """Soft targets alone at temperature 1, without labels: for long training on strongly augmented samples.
+    """Soft-target loss with temperature 1 and no labels, for long training on strongly augmented samples.
 
-    Source: Beyer et al. 2022, arXiv:2106.05237: both see the same crop and the same mixture.
+    Source: Beyer et al. 2022, arXiv:2106.05237: student and teacher see the same crop and the same mixup.
     """
     return {"terms": (Term("kd", 1.0, temperature=1.0),), "label_weight": 0.0}
 
 
 @PRESETS.register("dml")
 def dml() -> dict[str, Any]:
-    """The labels and what the peers say, each in full, at temperature 1: for `kirsch.distill_mutually`.
+    """Deep mutual learning: soft-target loss with temperature 1, and label loss; for `kirsch.distill_mutually`.
 
     Source: Zhang et al. 2018, arXiv:1706.00384, equations 4 to 9.
     """
@@ -209,7 +216,7 @@ def dml() -> dict[str, Any]:
 
 @PRESETS.register("causal")
 def causal() -> dict[str, Any]:
-    """Soft targets of each next token, half and half with the tokens themselves.
+    """Soft-target loss of the next token with temperature 1 and weight 0.5, and label loss with weight 0.5.
 
     Source: word-level distillation, Kim, Rush 2016, arXiv:1606.07947, section 3.1.
     """
@@ -218,7 +225,7 @@ def causal() -> dict[str, Any]:
 
 @PRESETS.register("seqkd")
 def seqkd() -> dict[str, Any]:
-    """Cross-entropy alone, on sequences that the teacher has generated: see `kirsch.distillation.losses.sequences`.
+    """Label loss on sequences that the teacher has generated; see `kirsch.distillation.losses.sequences`.
 
     Source: Kim, Rush 2016, arXiv:1606.07947, section 3.2.
     """

@@ -1,4 +1,4 @@
-"""Models that put out probabilities where logits are needed: how they are recognized, and how they become logits."""
+"""Models that return probabilities where losses take logits: detection, and conversion to logits."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
     from kirsch.frameworks.protocols import Features
 
 ACTIVATIONS: Mapping[str, Activation] = {"cross-entropy": "softmax", "binary": "sigmoid"}
-"""Label loss → what it applies to the outputs of the student."""
+"""Activation that each label loss applies to the logits of the student."""
 
-MANY, NEAR = 128, 0.02
-"""So many values, all from 0 to 1 and some as near to either end, are taken for probabilities by their values alone."""
+SIGMOID_COUNT, SIGMOID_MARGIN = 128, 0.02
+"""At least this many values, all from 0 to 1 and some this close to either end, are taken for outputs of a sigmoid."""
 
 ROUNDING = 1e-6
 
 
 def to_logits(probabilities: Any, activation: Activation) -> Any:
-    """Logits of which the softmax, or the logistic function, gives these probabilities.
+    """Return logits whose softmax, or sigmoid, equals the given probabilities.
 
     Args:
-        probabilities: 0 to 1, floating.
+        probabilities: 0 to 1, floating, any shape; for "softmax" with sum 1 over classes.
         activation: "softmax": logarithms. "sigmoid": log p - log (1 - p).
 
     Returns:
-        An array of at least 32 bits. A probability of 0 becomes that of the smallest normal number, without gradient.
+        An array of at least 32 bits. A probability of 0 is clipped to the smallest normal number and has no gradient.
     """
     with ops.without_autocast(probabilities):
         p = ops.upcast(probabilities)
@@ -53,7 +53,7 @@ def to_logits(probabilities: Any, activation: Activation) -> Any:
 
 
 def activations_of(objective: Objective) -> set[Activation]:
-    """What the losses apply to the outputs of the models: "softmax", "sigmoid", both, or nothing."""
+    """Return the activations that the losses apply to logits: "softmax", "sigmoid", both or none."""
     found: set[Activation] = set()
     if any(ends(objective.label_weight)) and objective.label_loss in ACTIVATIONS:
         found.add(ACTIVATIONS[objective.label_loss])
@@ -64,20 +64,20 @@ def activations_of(objective: Objective) -> set[Activation]:
     return found - {"identity"}
 
 
-def stated_of(objective: Objective, teacher: int | None) -> str | None:
-    """What the objective says of the outputs of the student (None), or of the teacher of this place."""
+def declared_outputs(objective: Objective, teacher: int | None) -> str | None:
+    """Return the kind of outputs that the objective declares for the student (None) or for a teacher (its index)."""
     if teacher is None:
         return objective.student_outputs
-    stated = objective.teacher_outputs
-    return stated[teacher] if isinstance(stated, (tuple, list)) else stated
+    declared = objective.teacher_outputs
+    return declared[teacher] if isinstance(declared, (tuple, list)) else declared
 
 
 @dataclass(frozen=True)
 class Logits:
-    """Replaces probabilities at some layers of a model by logits; values at other layers stay.
+    """Converts probabilities at some layers of a model to logits; values at other layers stay.
 
     Args:
-        layers: where the model puts out probabilities.
+        layers: the layers whose values are probabilities.
         activation: see `to_logits`.
     """
 
@@ -85,7 +85,7 @@ class Logits:
     activation: Activation
 
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values by layer."""
+        """Return the values by layer, converted."""
         return {
             layer: to_logits(value, self.activation) if layer in self.layers else value
             for layer, value in values.items()
@@ -112,176 +112,183 @@ def _labels_take_logits(objective: Objective) -> bool:
     return any(ends(objective.label_weight)) and objective.label_loss in ACTIVATIONS
 
 
-def settle(
+def logits_converter(
     features: Features, model: Any, objective: Objective, layers: Sequence[str], inputs: Any, *, teacher: int | None
 ) -> Logits | None:
-    """What makes logits of a model's outputs; None where they are logits.
+    """Return the function that converts a model's outputs to logits; None if they are logits.
 
     Args:
         features: of the framework of the model.
         model: the student, or a teacher.
-        objective: says what the model puts out; where it does not, outputs that look like probabilities are refused.
-        layers: at which losses take logits.
-        inputs: some samples.
-        teacher: its place among the teachers; None for the student.
+        objective: may declare the outputs of the model; otherwise, outputs that look like probabilities are an error.
+        layers: the layers at which losses take logits.
+        inputs: a few samples for a dry run.
+        teacher: index of the teacher; None for the student.
 
     Raises:
-        UsageError: the outputs are probabilities and the objective does not say so, or the other way round.
+        UsageError: the outputs are probabilities and the objective does not declare them, or the reverse.
     """
-    stated, activations = stated_of(objective, teacher), activations_of(objective)
-    if not layers or not activations or stated == "logits":
+    declared, activations = declared_outputs(objective, teacher), activations_of(objective)
+    if not layers or not activations or declared == "logits":
         return None
-    if stated == "probabilities" and len(activations) > 1:
+    if declared == "probabilities" and len(activations) > 1:
         raise UsageError(
-            "The objective takes the outputs for classes of which one holds, and for answers of yes or no as well.",
-            "Probabilities become logits in another way for each.",
-            "Give models that put out logits.",
+            "The objective has losses that apply a softmax to the outputs and losses that apply a sigmoid.",
+            "Probabilities are converted to logits differently for each.",
+            "Give models that return logits.",
         )
     values = features.extract(model, layers, inputs)
-    whose = "The student" if teacher is None else "The teacher"
-    named = f"{whose}, a {type(model).__name__},"
+    subject = f"The {'student' if teacher is None else 'teacher'}, a {type(model).__name__},"
     for layer in layers:
-        found = host(ops.upcast(values[layer]))
-        if stated == "probabilities":
-            _check_stated(named, layer, found, activations)
+        outputs = host(ops.upcast(values[layer]))
+        if declared == "probabilities":
+            _check_declared(subject, layer, outputs, activations)
         else:
-            shape = shape_of(found, activations)
-            if shape == "inside" and features.is_squashed(model, layer, inputs):
-                shape = "sigmoid"
-            negative = not shape and "sigmoid" in activations and found.size and found.max() <= 0
+            kind = kind_of_outputs(outputs, activations)
+            if kind == "inside" and features.is_squashed(model, layer, inputs):
+                kind = "sigmoid"
+            negative = not kind and "sigmoid" in activations and outputs.size and outputs.max() <= 0
             if negative and features.is_squashed(model, layer, inputs, logarithm=True):
-                shape = "log-sigmoid"
-            if shape not in ("", "inside"):
-                raise refusal(named, shape, objective, "student_outputs" if teacher is None else "teacher_outputs")
-    return Logits(tuple(layers), next(iter(activations))) if stated == "probabilities" else None
+                kind = "log-sigmoid"
+            if kind not in ("", "inside"):
+                raise not_logits(subject, kind, objective, "student_outputs" if teacher is None else "teacher_outputs")
+    return Logits(tuple(layers), next(iter(activations))) if declared == "probabilities" else None
 
 
-def shape_of(values: NDArray[Any], activations: set[Activation]) -> str:
-    """What outputs look like: "softmax", "scaled softmax", "sigmoid", "log-softmax", or "" where they look like logits.
+def kind_of_outputs(values: NDArray[Any], activations: set[Activation]) -> str:
+    """Return the likely activation of outputs: "softmax", "scaled softmax", "sigmoid", "log-softmax" or "" (logits).
 
-    "inside": all are from 0 to 1, which logits may be too. Logarithms of probabilities are logits of a softmax, and are
-    named only where losses take yes or no.
+    "inside" means that all values are from 0 to 1, which is possible for logits, too. Logarithms of probabilities are
+    valid logits of a softmax, so that "log-softmax" is returned only if a loss applies a sigmoid.
     """
     if not values.size or not np.isfinite(values).all():
         return ""
     rows = ops.classes_last(values)
-    if are_probabilities(rows):  # what is the same for all samples may be a bias that sums to 1
-        alike = values.shape[0] > 1 and bool((values == values[:1]).all())
-        return "inside" if alike else "softmax"
-    few_values = len(np.unique(values)) <= len((0, 1, 2))  # a constant output, or codes of 0 and 1, may be anything
+    if are_probabilities(rows):  # rows that are equal for all samples may be a bias with sum 1
+        constant = values.shape[0] > 1 and bool((values == values[:1]).all())
+        return "inside" if constant else "softmax"
+    few_values = len(np.unique(values)) <= len((0, 1, 2))  # constants and codes of 0 and 1 are no evidence
     if are_scaled_probabilities(rows) and not few_values and not (values == values[:1]).all():
         return "scaled softmax"
     if "sigmoid" in activations and rows.shape[-1] > 1 and rows.max() <= 0 and are_probabilities(np.exp(rows)):
         return "log-softmax"
     if values.min() < -ROUNDING or values.max() > 1 + ROUNDING:
         return ""
-    both = values.min() < NEAR and values.max() > 1 - NEAR
-    return "sigmoid" if values.size >= MANY and both and not few_values else "inside"
+    both = values.min() < SIGMOID_MARGIN and values.max() > 1 - SIGMOID_MARGIN
+    return "sigmoid" if values.size >= SIGMOID_COUNT and both and not few_values else "inside"
 
 
-def refusal(whose: str, shape: str, objective: Objective, field: str) -> UsageError:
-    """The error for outputs that look like this."""
-    looks = {
+def not_logits(subject: str, kind: str, objective: Objective, field: str) -> UsageError:
+    """Return the error for outputs that are not logits.
+
+    Args:
+        subject: the model, as the subject of a sentence.
+        kind: see `kind_of_outputs`.
+        objective: its losses take the outputs.
+        field: of the objective, that declares the outputs of the model.
+    """
+    description = {
         "softmax": "probabilities: they are at least 0 and sum to 1 for each sample",
         "scaled softmax": "scaled probabilities: they are at least 0 and have the same sum for each sample",
-        "sigmoid": "probabilities: all are from 0 to 1, as a sigmoid makes them",
+        "sigmoid": "probabilities: all are from 0 to 1, like the outputs of a sigmoid",
         "log-softmax": "logarithms of probabilities that sum to 1",
         "log-sigmoid": "logarithms of a sigmoid, at most 0: read as logits, no probability would be above 0.5",
-    }[shape]
+    }[kind]
     takes = " and ".join(sorted(activations_of(objective)))
     fix = "Give the model without its last activation"
-    if shape in ("log-sigmoid", "scaled softmax"):
-        fix += f'; {field}="logits" takes its outputs as they are.'
-    elif shape == "log-softmax":
-        fix += ', or losses of classes: "cross-entropy" and "kd".'
+    if kind in ("log-sigmoid", "scaled softmax"):
+        fix += f', or set {field}="logits" to use its outputs unchanged.'
+    elif kind == "log-softmax":
+        fix += ', or use losses that apply a softmax: "cross-entropy" and "kd".'
     else:
         fix += (
-            f', or say Objective(..., {field}="probabilities"), in a recipe outputs: probabilities of the model, which '
-            "takes their logarithms; "
-            f'{field}="logits" takes them as they are.'
+            f', or set Objective(..., {field}="probabilities") (in a recipe: outputs: probabilities of the model) to '
+            f'use their logarithms, or {field}="logits" to use them unchanged.'
         )
     return UsageError(
-        f"{whose} puts out {looks}.",
-        f"The losses take logits and apply the {takes} themselves; of probabilities far less is learned.",
+        f"{subject} returns {description}.",
+        f"The losses take logits and apply the {takes} themselves; with probabilities the student learns far less.",
         fix,
     )
 
 
-def _check_stated(whose: str, layer: str, values: NDArray[Any], activations: set[Activation]) -> None:
-    """Refuse outputs that are said to be probabilities and are not."""
+def _check_declared(subject: str, layer: str, values: NDArray[Any], activations: set[Activation]) -> None:
+    """Refuse outputs that are declared as probabilities and are not."""
     inside = np.isfinite(values).all() and values.min() >= -ROUNDING and values.max() <= 1 + ROUNDING
     if inside and (activations != {"softmax"} or are_probabilities(ops.classes_last(values))):
         return
     why = f"`{layer}` has values from {values.min():.3g} to {values.max():.3g}."
     if inside:
         sums = ops.classes_last(values).sum(-1)
-        why = f"Of `{layer}` the classes of a sample sum to {sums.min():.3g} to {sums.max():.3g}, and not to 1."
+        why = f"The classes of `{layer}` have sums from {sums.min():.3g} to {sums.max():.3g} instead of 1."
     raise UsageError(
-        f"{whose} is said to put out probabilities, and does not.",
+        f"{subject} is declared to return probabilities, but does not.",
         why,
-        "Leave the statement out where it puts out logits.",
+        "Leave out the declaration if the model returns logits.",
     )
 
 
 def check_training(values: Mapping[str, Any], layers: Sequence[str], objective: Objective) -> None:
-    """Refuse probabilities that a student puts out in training mode alone; `settle` looks in inference mode.
+    """Refuse a student that returns probabilities in training mode only; `logits_converter` runs it in inference mode.
 
     Args:
-        values: of the student in training mode, by layer.
-        layers: at which losses take logits.
-        objective: says what the student puts out.
+        values: outputs of the student in training mode, by layer.
+        layers: the layers at which losses take logits.
+        objective: may declare the outputs of the student.
 
     Raises:
-        UsageError: they are probabilities, and the objective does not say what they are.
+        UsageError: the outputs are probabilities, and the objective does not declare its outputs.
     """
     activations = activations_of(objective)
-    for layer in layers if stated_of(objective, None) is None and activations else ():
-        shape = shape_of(host(ops.upcast(values[layer])), activations)
-        if shape not in ("", "inside"):
-            error = refusal("The student, in training mode,", shape, objective, "student_outputs")
+    for layer in layers if declared_outputs(objective, None) is None and activations else ():
+        kind = kind_of_outputs(host(ops.upcast(values[layer])), activations)
+        if kind not in ("", "inside"):
+            error = not_logits("The student, in training mode,", kind, objective, "student_outputs")
             fix = (
-                "Let its forward return logits in training mode, as it does in inference mode; "
-                'student_outputs="logits" of the objective takes them as they are.'
+                "Let its forward return logits in training mode, as it does in inference mode, or set "
+                'student_outputs="logits" of the objective to use its outputs unchanged.'
             )
             raise UsageError(error.what, error.why, fix)
 
 
 def check_record(values: Any, objective: Objective) -> None:
-    """Refuse the logits of a store that are probabilities.
+    """Refuse a store whose logits are probabilities.
 
     Raises:
-        UsageError: they are, or the objective says so.
+        UsageError: the stored values, or the outputs that the objective declares, are probabilities.
     """
     fix = (
-        "Build the store from a teacher that puts out logits, or with outputs= a callable that gives their logarithms "
+        "Build the store from a teacher that returns logits, or with outputs= a callable that returns their logarithms "
         'as "logits".'
     )
-    if stated_of(objective, 0) == "probabilities":
+    if declared_outputs(objective, 0) == "probabilities":
         raise UsageError(
-            "A store holds logits, and the objective says that the teacher puts out probabilities.", "", fix
+            "The objective declares probabilities as outputs of the teacher, and a store holds logits.", "", fix
         )
     activations = activations_of(objective)
-    shape = shape_of(host(ops.upcast(values)), activations) if activations and stated_of(objective, 0) is None else ""
-    if shape not in ("", "inside"):
-        error = refusal("The teacher of the store", shape, objective, "teacher_outputs")
+    kind = ""
+    if activations and declared_outputs(objective, 0) is None:
+        kind = kind_of_outputs(host(ops.upcast(values)), activations)
+    if kind not in ("", "inside"):
+        error = not_logits("The teacher of the store", kind, objective, "teacher_outputs")
         raise UsageError(error.what, error.why, fix)
 
 
-def teachers_logits(
+def logits_converters(
     features: Features, teachers: Sequence[Any], objective: Objective, terms: Sequence[BoundTerm], inputs: Any
 ) -> list[Logits | None]:
-    """What makes logits of the outputs of each teacher; see `settle`.
+    """Return, for each teacher, the function that converts its outputs to logits, or None; see `logits_converter`.
 
     Raises:
-        UsageError: the objective speaks of another number of teachers; and see `settle`.
+        UsageError: `teacher_outputs` has another number of entries than there are teachers; and see `logits_converter`.
     """
-    stated = objective.teacher_outputs
-    if isinstance(stated, (tuple, list)) and len(stated) != len(teachers):
+    declared = objective.teacher_outputs
+    if isinstance(declared, (tuple, list)) and len(declared) != len(teachers):
         raise UsageError(
-            f"teacher_outputs says what {len(stated)} teachers put out, and there are {len(teachers)}.",
-            fix="Give one for each, or one for all.",
+            f"`teacher_outputs` has {len(declared)} entries; the number of teachers is {len(teachers)}.",
+            fix="Give one entry for each teacher, or one value for all.",
         )
     return [
-        settle(features, model, objective, logit_layers(objective, terms, place), inputs, teacher=place)
-        for place, model in enumerate(teachers)
+        logits_converter(features, model, objective, logit_layers(objective, terms, index), inputs, teacher=index)
+        for index, model in enumerate(teachers)
     ]

@@ -1,4 +1,4 @@
-"""Numbers that change while a student is trained."""
+"""Weights and temperatures that change during training."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kirsch.arguments import checked
 @checked
 @dataclass(frozen=True)
 class Ramp:
-    """A number that goes in a line from `start` to `end` over some epochs, and stays there.
+    """A number that changes linearly from `start` to `end` over some epochs, and then stays at `end`.
 
     Args:
         start, end: finite.
-        epochs: over how many epochs, > 0.
-        after: epochs before it begins to move, >= 0.
+        epochs: number of epochs of the change, > 0.
+        after: number of epochs before the change, >= 0.
     """
 
     made_by: ClassVar[str] = "kirsch.Ramp(start, end, epochs)"
@@ -28,27 +28,27 @@ class Ramp:
     after: float = 0.0
 
     def at(self, epoch: float) -> float:
-        """The number when this many epochs are done."""
-        share = min(max((epoch - self.after) / self.epochs, 0.0), 1.0)
-        return self.start + (self.end - self.start) * share
+        """Return the value after `epoch` epochs."""
+        progress = min(max((epoch - self.after) / self.epochs, 0.0), 1.0)
+        return self.start + (self.end - self.start) * progress
 
 
 Number = float | Ramp
-"""A number, or one that changes."""
+"""A constant, or a ramp."""
 
 
 def at(number: Number, epoch: float) -> float:
-    """The number when this many epochs are done."""
+    """Return the value of a number after `epoch` epochs."""
     return number.at(epoch) if isinstance(number, Ramp) else float(number)
 
 
 def ends(number: Number) -> tuple[float, ...]:
-    """The least and the most that the number comes to."""
+    """Return the first and the last value of a ramp, or the constant."""
     return (number.start, number.end) if isinstance(number, Ramp) else (number,)
 
 
 def problem(name: str, number: Number, *, above: float | None = None, least: float | None = None) -> str | None:
-    """A sentence if the number is not finite, or ever out of range."""
+    """Return the problem as text if the number is not finite or leaves its range, else None."""
     if isinstance(number, Ramp) and not (number.epochs > 0 and number.after >= 0 and math.isfinite(number.epochs)):
         return (
             f"{name} changes over {number.epochs} epochs after {number.after}; more than 0 after at least 0 are needed"

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from kirsch.frameworks.training import LossOutput
 
 WITHOUT_TARGETS = (
-    "A batch has no targets, while batches before it have, so that the student learns from the teacher alone on it. If "
-    "that is not intended, give (inputs, targets) in each batch."
+    "A batch has no targets, unlike earlier batches. On this batch, the student learns from the teacher only. If that "
+    "is not intended, give (inputs, targets) in each batch."
 )
 
 
@@ -30,7 +30,7 @@ class TargetCheck:
     """Checks the targets of each batch of a loader.
 
     Args:
-        objective: the label loss, and whether there are other terms to learn from.
+        objective: the label loss and the terms.
         logits_shape: of one sample; None leaves the targets unchecked.
     """
 
@@ -38,12 +38,12 @@ class TargetCheck:
         self._objective, self._logits_shape = objective, logits_shape
         self._had_targets, self._warned = False, False
 
-    def __call__(self, batch: Batch, *, wherever: bool = False) -> list[str]:
-        """Return warnings, once for batches without targets after batches with them.
+    def __call__(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
+        """Return a warning if batches without targets follow batches with targets, once a run.
 
         Args:
             batch: of a loader.
-            wherever: also check targets that do not lie on the host.
+            on_any_device: also check targets on an accelerator, which synchronizes with it.
 
         Raises:
             DataError: the label loss does not take the targets, or there are none and no other term.
@@ -51,7 +51,7 @@ class TargetCheck:
         if batch.targets is not None:
             self._had_targets = uses_labels(self._objective)
             if self._logits_shape is not None:
-                check_batch(batch.targets, self._logits_shape, self._objective, wherever=wherever)
+                check_batch(batch.targets, self._logits_shape, self._objective, on_any_device=on_any_device)
             return []
         if not self._objective.terms:
             raise DataError(
@@ -74,7 +74,7 @@ class DistillationStep:
         terms: of the objective, bound to the layers of the models.
         teacher_source: the outputs of the teachers for a batch; None without terms.
         regularizers: further terms of the student alone.
-        positions_of: mask of the inputs of a model of sequences → mask of its hidden states.
+        positions_of: mask of the inputs of a model of sequences → mask of its hidden positions.
         logits_shape: see `TargetCheck`.
     """
 
@@ -96,7 +96,13 @@ class DistillationStep:
         self._unchecked = logit_layers(objective, terms, None)  # of the student, until its first step in training mode
 
     def __call__(
-        self, module: Any, batch: Batch, epoch: float, step_counts: Mapping[str, int] | None = None
+        self,
+        module: Any,
+        batch: Batch,
+        epoch: float,
+        step_counts: Mapping[str, int] | None = None,
+        *,
+        batch_counts: Mapping[str, int] | None = None,
     ) -> LossOutput:
         """Return the loss of one batch; see `LossFunction`."""
         active = self.loss.active(epoch)
@@ -114,17 +120,18 @@ class DistillationStep:
             batch,
             epoch,
             step_counts,
+            batch_counts=batch_counts,
             factors=self.factors,
             regularization=regularization(self._regularizers, self._features.student_of(module)),
         )
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
-        """Return how many samples, labels and positions the means of the terms go over."""
+        """Return the numbers of samples, labels and positions over which the means of the terms go."""
         return self.loss.counts(batches)
 
-    def check(self, batch: Batch, *, wherever: bool = False) -> list[str]:
+    def check(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
         """Refuse targets that the label loss does not take; see `TargetCheck`."""
-        return self._targets(batch, wherever=wherever)
+        return self._targets(batch, on_any_device=on_any_device)
 
     def balance(self, norms: dict[str, float]) -> None:
         """Scale the terms so that the norms of their gradients are in proportion to their weights.
@@ -144,11 +151,11 @@ class DistillationStep:
 
 
 def balanced(norms: Mapping[str, float], weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Return the factor of each term by which its gradient has the length that its weight states.
+    """Return the factors of the terms that make the norms of their gradients proportional to their weights.
 
     Args:
         norms: of the gradients of the weighted terms, by name.
-        weights: of the terms when the norms were taken.
+        weights: of the terms when the norms were computed.
         names: of the terms.
     """
     present = [name for name in dict.fromkeys((LABEL, *names)) if norms.get(name) and weights.get(name)]
@@ -157,8 +164,8 @@ def balanced(norms: Mapping[str, float], weights: Mapping[str, float], names: Se
 
 
 def regularization(regularizers: Sequence[Regularizer], student: Any) -> dict[str, Any]:
-    """Return the values of regularizers for a student, by the name of their class."""
-    found: dict[str, Any] = {}
+    """Return the values of regularizers for a student, by name of their class."""
+    values: dict[str, Any] = {}
     for regularizer in regularizers:
-        add(found, type(regularizer).__name__, regularizer(student))
-    return found
+        add(values, type(regularizer).__name__, regularizer(student))
+    return values

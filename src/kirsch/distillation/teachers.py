@@ -1,4 +1,4 @@
-"""Where the outputs of the teachers come from: models that run, or a store."""
+"""Sources of teacher outputs: models that run on each batch, or a store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOP_K = ("indices", "log_p", "tail")
 
 
 Teacher = Model | TeacherStore | Sequence[Model]
-"""A teacher that runs, several of them, or the stored outputs of one."""
+"""A teacher model, several teacher models, or the stored outputs of a teacher."""
 
 
 class TeacherSource(Protocol):
@@ -62,21 +62,24 @@ class LiveTeachers:
         logits: Sequence[Logits | None],
     ) -> None:
         self._framework, self._logits = framework, logits
-        self._places = list(zip(models, layers, strict=True))
-        self._watches: list[Any] = []
+        self._models = list(zip(models, layers, strict=True))
+        self._captures: list[Any] = []
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
         """See `TeacherSource`."""
-        if not self._watches:
-            self._watches = [self._framework.features.capture(model, layers) for model, layers in self._places]
-        found = [self._framework.inference.infer(watch, batch.inputs) for watch in self._watches]
-        return [values if own is None else own(values) for own, values in zip(self._logits, found, strict=True)]
+        if not self._captures:
+            self._captures = [self._framework.features.capture(model, layers) for model, layers in self._models]
+        outputs = [self._framework.inference.infer(capture, batch.inputs) for capture in self._captures]
+        return [
+            values if convert is None else convert(values)
+            for convert, values in zip(self._logits, outputs, strict=True)
+        ]
 
     def close(self) -> None:
         """See `TeacherSource`."""
-        for watch in self._watches:
-            watch.close()
-        self._watches.clear()
+        for capture in self._captures:
+            capture.close()
+        self._captures.clear()
 
 
 class StoredTeacher:
@@ -94,35 +97,35 @@ class StoredTeacher:
         """See `TeacherSource`."""
         if batch.ids is None:
             raise UsageError(
-                "A store is read by sample numbers, and the batches have none.",
+                "A store is read by sample ids, and the batches have none.",
                 fix="Give ArrayData, or batches of (inputs, targets, ids).",
             )
         self._check_views(batch)
         self._store.verify_once(batch.view)
         like = ops.first_array(batch.inputs)
-        found = self._store.read(host(batch.ids), batch.view, batch.seeds)
-        if "indices" in found:  # PyTorch knows next to nothing of unsigned numbers of 16 and 32 bits
-            found["indices"] = found["indices"].astype(np.int64)
-        values = {name: self._inference.from_numpy(array, like=like) for name, array in found.items()}
-        if "maximum" in values:  # scores are kept below their largest, for which 16 bits are too few
+        record = self._store.read(host(batch.ids), batch.view, batch.seeds)
+        if "indices" in record:  # PyTorch supports few operations on unsigned integers of 16 and 32 bits
+            record["indices"] = record["indices"].astype(np.int64)
+        values = {name: self._inference.from_numpy(array, like=like) for name, array in record.items()}
+        if "maximum" in values:  # logits are stored relative to their maximum, which needs more than 16 bits
             values["logits"] = values.pop("scores") + values.pop("maximum")[..., None]
         if "log_p" in values:
             values["logits"] = {name: values.pop(name) for name in TOP_K}
         return [values]
 
     def _check_views(self, batch: Batch) -> None:
-        """Refuse batches whose augmentation is not, or may not be, that of the stored samples."""
+        """Refuse batches whose augmentation may differ from that of the stored samples."""
         if self._store.specification.augmented and batch.seeds is None:
             raise UsageError(
-                "The store holds augmented samples, and the batches have no seeds of an augmentation.",
-                "They may not be the views that the teacher saw.",
-                "Take kirsch.distill, or the batches of ArrayData.epoch; of a loader of your own give "
+                "The store holds augmented samples, and the batches have no augmentation seeds.",
+                "They may not be the views that the teacher received.",
+                "Use kirsch.distill, or the batches of ArrayData.epoch; from a loader of your own, give "
                 "Batch(inputs, targets, ids, view, seeds).",
             )
         if not self._store.specification.augmented and batch.seeds is not None:
             raise UsageError(
                 "The store holds samples without augmentation, and the batches are augmented.",
-                "The teacher did not see these views.",
+                "The teacher did not receive these views.",
                 "Build a store from the data with its transform, or train without one.",
             )
 
@@ -131,36 +134,39 @@ class StoredTeacher:
 
 
 def holds_top_k(values: Any) -> bool:
-    """Return whether a record holds the largest logits only."""
+    """Return whether a record holds only the largest logits."""
     return isinstance(values, Mapping) and set(TOP_K) <= set(values)
 
 
-def stored_scores(
+def top_k_record_loss(
     term: BoundTerm, student: Any, record: Mapping[str, Any], mask: Any, options: Mapping[str, Any]
 ) -> Any:
     """Return the soft-target loss for a record that holds the teacher's largest logits.
 
     Raises:
-        UsageError: the term needs all logits, or states what the record cannot serve.
+        UsageError: the term needs all logits, or an option that the record does not support.
     """
     if term.loss.name not in ("kd", "top-k"):
         raise UsageError(
-            f"The term {term.name!r} needs all logits of the teacher, and the store holds the largest only.",
-            fix="Build the store with Dense(), or take the terms 'kd' or 'top-k'.",
+            f"The term {term.name!r} needs all logits of the teacher, and the store holds only the largest.",
+            fix="Build the store with Dense(), or use the terms 'kd' or 'top-k'.",
         )
-    lost = set(options) - {"temperature", "tail", "k"}
-    if lost:
+    unsupported = set(options) - {"temperature", "tail", "k"}
+    if unsupported:
         raise UsageError(
-            f"The term {term.name!r} states {', '.join(sorted(lost))}.",
-            "A record of the largest logits cannot serve that.",
-            "Build the store with Dense(), or leave it out.",
+            f"The term {term.name!r} has the options {', '.join(sorted(unsupported))}.",
+            "A store of the largest logits does not support them.",
+            "Build the store with Dense(), or leave them out.",
         )
     stored = record["indices"].shape[-1]
     if options.get("k", stored) != stored:
-        raise UsageError(f"The term {term.name!r} takes the {options['k']} largest logits; the store holds {stored}.")
+        raise UsageError(
+            f"The term {term.name!r} takes the {options['k']} largest logits; the store holds {stored}.",
+            fix=f"Give k={stored}.",
+        )
     temperature, tail = options.get("temperature", 1.0), options.get("tail", "bucket")
-    fields = [record[name] for name in TOP_K]
-    return stored_top_k(student, *fields, tail=tail, temperature=temperature, stored_temperature=temperature, mask=mask)
+    arrays = [record[name] for name in TOP_K]
+    return stored_top_k(student, *arrays, tail=tail, temperature=temperature, stored_temperature=temperature, mask=mask)
 
 
 def replayed(store: TeacherStore, data: Any) -> ArrayData:
@@ -168,11 +174,11 @@ def replayed(store: TeacherStore, data: Any) -> ArrayData:
 
     Raises:
         UsageError: the data is not in memory, so that its augmentation cannot be repeated.
-        StoreError: the store is of other data, another transform, or other views.
+        StoreError: the store was built from other data, another transform, or other views.
     """
     if not isinstance(data, ArrayData):
         raise UsageError(
-            "A store repeats the augmentation of each sample, which is not possible with a loader.",
+            "A store needs the augmentation of each sample to be repeated, which is not possible with a loader.",
             fix="Give ArrayData.",
         )
     store.require(data=data)
@@ -183,7 +189,7 @@ def require_temperature(store: TeacherStore, objective: Objective) -> None:
     """Refuse a store that holds probabilities of another temperature.
 
     Raises:
-        UsageError: the temperature of a term changes over time.
+        UsageError: the temperature of a term changes during training.
         StoreError: the temperature of a term is not that of the store.
     """
     stored = store.specification
@@ -191,14 +197,15 @@ def require_temperature(store: TeacherStore, objective: Objective) -> None:
         if term.layers[1] == "logits" and stored.k:
             if isinstance(term.temperature, Ramp):
                 raise UsageError(
-                    f"The temperature of {term.record_name!r} changes; the store holds {stored.temperature:g} only.",
-                    fix="Build the store with Dense(), or state one temperature.",
+                    f"The temperature of {term.record_name!r} changes during training; the store has only "
+                    f"{stored.temperature:g}.",
+                    fix="Build the store with Dense(), or give a constant temperature.",
                 )
             store.require(temperature=1.0 if term.temperature is None else term.temperature)
 
 
 def combined(
-    scores: Sequence[Any],
+    logits: Sequence[Any],
     way: str,
     temperature: float = 1.0,
     activation: Activation = "softmax",
@@ -207,36 +214,37 @@ def combined(
     """Return the logits of several teachers combined.
 
     Args:
-        scores: logits of each teacher, shape (N, K), (N, L, K) or (N, K, H, W).
+        logits: logits of each teacher, shape (N, K), (N, L, K) or (N, K, H, W).
         way: "probabilities": the mean of the softened probabilities. "logits": the mean of the logits, which for
-            classes is a product of the probabilities and not a mixture. "confidence": the mean of the probabilities,
-            weighted for each sample, or label, by the negative entropy of each teacher.
+            classes is the normalized geometric mean of the probabilities and not a mixture. "confidence": the mean of
+            the probabilities, weighted for each sample, or label, by the softmax over teachers of their negative
+            entropies.
         temperature: that softens the probabilities.
-        activation: of the loss: "softmax", "sigmoid", or "identity" for numbers, which only have a mean.
+        activation: of the loss: "softmax", "sigmoid", or "identity" for real numbers, which are averaged.
         axis: of the classes.
 
-    Source: why probabilities: what minimizes Σ KL(p_i ‖ q) over q is the mean of p_i. Confidence by entropy: Kwon et
+    Source: the mean of the probabilities p_i minimizes Σ KL(p_i ‖ q) over q. Confidence by entropy: Kwon et
         al. 2020, Adaptive knowledge distillation based on entropy, ICASSP.
     """
-    if len(scores) == 1:
-        return scores[0]
+    if len(logits) == 1:
+        return logits[0]
     if way == "logits" or activation == "identity":
-        return sum(scores) / len(scores)
-    if activation == "sigmoid":  # yes, and no, on an axis of their own
-        signs = [ops.stack([each, -each]) for each in scores]
-        softened, plain = ([ops.log_sigmoid(sign / by) for sign in signs] for by in (temperature, 1.0))
+        return sum(logits) / len(logits)
+    if activation == "sigmoid":  # log p and log (1 - p) on a new axis 0
+        signs = [ops.stack([x, -x]) for x in logits]
+        softened, plain = ([ops.log_sigmoid(sign / divisor) for sign in signs] for divisor in (temperature, 1.0))
         axis = 0
     else:
-        softened, plain = ([ops.log_softmax(each / by, axis) for each in scores] for by in (temperature, 1.0))
+        softened, plain = ([ops.log_softmax(x / divisor, axis) for x in logits] for divisor in (temperature, 1.0))
     log_p = ops.stack(softened)  # (teachers, N, K), or (teachers, 2, N, K) of labels
     if way == "confidence":
-        own = ops.stack(plain)
-        entropy = -ops.sum(ops.exp(own) * own, axis=axis if axis < 0 else axis + 1, keepdims=True)
+        unsoftened = ops.stack(plain)
+        entropy = -ops.sum(ops.exp(unsoftened) * unsoftened, axis=axis if axis < 0 else axis + 1, keepdims=True)
         log_p = log_p + ops.log_softmax(-entropy, axis=0)
     else:
-        log_p = log_p - math.log(len(scores))
-    together = ops.logsumexp(log_p, axis=0)[0]
-    return temperature * (together[0] - together[1] if activation == "sigmoid" else together)
+        log_p = log_p - math.log(len(logits))
+    mixture = ops.logsumexp(log_p, axis=0)[0]
+    return temperature * (mixture[0] - mixture[1] if activation == "sigmoid" else mixture)
 
 
 def one_or_more(teacher: Any) -> list[Any]:

@@ -91,7 +91,13 @@ class LossFunction(Protocol):
     """Loss that a training step minimizes."""
 
     def __call__(
-        self, model: Any, batch: Batch, epoch: float, step_counts: Mapping[str, int] | None = None
+        self,
+        model: Any,
+        batch: Batch,
+        epoch: float,
+        step_counts: Mapping[str, int] | None = None,
+        *,
+        batch_counts: Mapping[str, int] | None = None,
     ) -> LossOutput:
         """Return the loss of a batch.
 
@@ -102,6 +108,7 @@ class LossFunction(Protocol):
             step_counts: counts of the whole optimizer step, see `counts`. Means are divided by
                 these counts, so that the losses of all batches of the step, in all processes, add up to the loss of the
                 step. None if the batch is the whole step.
+            batch_counts: counts of the batch, taken before it was moved to its device. None to count here.
         """
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:

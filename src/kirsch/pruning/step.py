@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kirsch.graph.graph import Graph
-    from kirsch.graph.plan import Plan
+    from kirsch.graph.plan import Goal, Plan
+    from kirsch.jobs.goal import JobGoal
     from kirsch.jobs.job import Job, Record
 
 CALIBRATION = 256
@@ -57,15 +58,24 @@ class Prune(PlanOptions, Step):
         job.plans[job.key] = plan
         job.model = prune_with_verification(job.model, plan, verify=False).model
 
+    def goal_in(self, goal: JobGoal, key: str) -> Goal:
+        """Return the goal of this step in a job with a goal.
+
+        Raises:
+            UsageError: neither the step nor the job limits the cost.
+        """
+        own = self.goal or goal.cost
+        if own is None:
+            raise UsageError(
+                f"The step {key!r} has no goal.",
+                "Neither the step nor the job limits macs or parameters.",
+                f"Give a limit: {key}.goal.macs=0.5.",
+            )
+        return own
+
     def _plan(self, job: Job) -> tuple[Graph, Plan]:
         """Return the graph of the model of a job, and the plan of this step for it."""
-        goal = self.goal or job.goal.cost
-        if goal is None:
-            raise UsageError(
-                f"The step {job.key!r} has no goal.",
-                "Neither the step nor the job limits macs or parameters.",
-                f"Give a limit: {job.key}.goal.macs=0.5.",
-            )
+        goal = self.goal_in(job.goal, job.key)
         inference = framework_of(job.model).inference
         graph = trace(job.model, inference.from_numpy(job.example))
         options = {name: getattr(self, name) for name in PlanOptions.model_fields}

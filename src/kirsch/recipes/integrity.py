@@ -66,7 +66,8 @@ def check(folder: Path) -> RunIntegrity:
         count = 0 if flaws else sum(len(files.entries(inner)) for inner in folders)
     else:
         count = len(files.entries(folder))
-    known = (RUN, RECIPE, PLAN, EVENTS, METRICS, REPORT, ENVIRONMENT)
+    plans = [path.name for path in sorted(folder.glob("plan*.json"))]
+    known = (RUN, RECIPE, *plans, EVENTS, METRICS, REPORT, ENVIRONMENT)
     uncovered = [] if finished else [name for name in known if (folder / name).exists()]
     problems = list(dict.fromkeys([*misplaced, *problems]))
     steps = [] if finished or problems else _steps(folder, manifest.read_run(folder))

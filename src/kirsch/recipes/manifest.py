@@ -137,7 +137,8 @@ def misplaced_entries(folder: Path) -> list[str]:
     """Return a description of each entry of a run folder that has the wrong kind or cannot be read."""
     steps = _children(folder / CHECKPOINTS)
     parts = [path for step in steps for path in _children(step)]
-    plain = (RUN, RECIPE, PLAN, LOCK, EVENTS, METRICS, REPORT, ENVIRONMENT, TRACEBACK, files.MANIFEST, MODEL)
+    plans = [path.name for path in _children(folder) if path.match("plan*.json")]
+    plain = (RUN, RECIPE, *plans, LOCK, EVENTS, METRICS, REPORT, ENVIRONMENT, TRACEBACK, files.MANIFEST, MODEL)
     folders = (folder / CHECKPOINTS, folder / ARTIFACTS, folder / PRUNED, *steps, *parts)
     found = list(files.irregular_entries(folder).values())
     found += [f"{folder / name} is a folder" for name in plain if (folder / name).is_dir()]

@@ -18,7 +18,7 @@ from kirsch.jobs.goal import JobGoal
 from kirsch.jobs.step import keys_of
 from kirsch.options import FieldsError, Options
 from kirsch.recipes.yaml import dump, read, scalar
-from kirsch.steps import STEPS, Evaluate, Step, Train
+from kirsch.steps import STEPS, Evaluate, Prune, Step, Train
 from kirsch.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -72,12 +72,15 @@ class Recipe(Options):
     goal: JobGoal = Field(default_factory=JobGoal, description="goals, which are checked at the end")
 
     def check(self) -> None:
-        """Check the task, and that each step can follow the steps before it."""
+        """Check the task, that each step can follow the steps before it, and that pruning has a goal."""
         TASKS[self.task]
         names = [name_of(step) for step in self.steps]
         problems: list[tuple[tuple[str | int, ...], UsageError]] = []
         for number, step in enumerate(self.steps):
             problems += [(("steps", number), error) for error in self._problems_of(step, names[number], names[:number])]
+        for key, step in zip(keys_of(names), self.steps, strict=True):
+            if isinstance(step, Prune):
+                step.goal_in(self.goal, key)
         if self.goal.speedup is not None and "measure" not in names:
             problems.append((("goal",), UsageError("A speedup goal needs the steps export and measure.")))
         if problems:

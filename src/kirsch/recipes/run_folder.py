@@ -12,12 +12,12 @@ from kirsch.errors import CheckpointError, LoadError, OutputError, RecipeError
 from kirsch.jobs.job import CHECKPOINTS, EVENTS
 from kirsch.pruning.step import plan_file
 from kirsch.recipes import manifest
-from kirsch.recipes.manifest import ENVIRONMENT, LOCK, METRICS, PLAN, RECIPE, REPORT, RUN
+from kirsch.recipes.manifest import ENVIRONMENT, LOCK, METRICS, RECIPE, REPORT, RUN
 from kirsch.recipes.recipe import Recipe, read_recipe
 from kirsch.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 DERIVED = (RUN, METRICS, REPORT, ENVIRONMENT, files.MANIFEST)
@@ -42,7 +42,7 @@ def refuse_foreign(recipe: Recipe, folder: Path) -> None:
     started = stored.is_file() and stored.read_bytes() == recipe.to_yaml().encode()
     if started and (folder / CHECKPOINTS).is_dir():
         return
-    allowed = {LOCK, RECIPE, PLAN} if started else {LOCK}
+    allowed = {LOCK, RECIPE, *_plan_files(recipe.all_steps)} if started else {LOCK}
     for path in sorted(folder.iterdir()):
         if path.name not in allowed and not path.name.startswith(files.TEMPORARY):
             raise OutputError(
@@ -196,11 +196,16 @@ def _content(recipe: Recipe, folder: Path, base: Path) -> dict[str, Any]:
     return {"kirsch_run": 1, "base": relative(base, folder), "kirsch": __version__, "recipe": recipe.to_yaml()}
 
 
+def _plan_files(steps: Iterable[str]) -> set[str]:
+    """Return the names of the plans of the steps with these keys."""
+    return {plan_file(key) for key in steps if key.startswith("prune")}
+
+
 def notes(altered: dict[str, str], steps: Sequence[str]) -> Iterator[str]:
     """Yield a note for each altered file; differences in the folders of steps are reported by the steps."""
     reported = tuple(f"{CHECKPOINTS}/{key}/done/" for key in steps)
     reported += (MODEL,) if "export" in steps else ()
-    plans = {plan_file(key) for key in steps if key.startswith("prune")}
+    plans = _plan_files(steps)
     for name, sentence in altered.items():
         derived = name in DERIVED or name in plans or (plans and name.startswith(f"{manifest.PRUNED}/"))
         if derived or (name == RECIPE and sentence.endswith("is missing")):

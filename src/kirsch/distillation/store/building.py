@@ -16,7 +16,7 @@ from kirsch.arguments import checked
 from kirsch.data.annotations import Model
 from kirsch.data.augment import sample_seeds
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.probabilities import shape_of
+from kirsch.distillation.probabilities import kind_of_outputs
 from kirsch.distillation.store import specification as spec
 from kirsch.distillation.store.description import description
 from kirsch.distillation.store.reading import TeacherStore
@@ -172,7 +172,7 @@ def _check_not_probabilities(
     runner: TeacherRunner, outputs: dict[str, Any], data: ArrayData, keep: Keep | None
 ) -> None:
     """Raise a UsageError if the outputs to be stored as logits are probabilities."""
-    shape = shape_of(outputs[LOGITS], {"softmax"}) if keep is not None else ""
+    shape = kind_of_outputs(outputs[LOGITS], {"softmax"}) if keep is not None else ""
     if shape == "softmax" or (
         isinstance(keep, TopK) and shape and runner.returns_probabilities(data.rows(slice(len(outputs))))
     ):

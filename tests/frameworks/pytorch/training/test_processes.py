@@ -93,10 +93,9 @@ makers = {
 found = {}
 
 
-def distilled(data, seed, gradient_accumulation_steps=1, student=student, **hooks):
-    training = kirsch.Training(
-        epochs=2, learning_rate=0.1, max_grad_norm=1.0, ema_decay=0.9, gradient_accumulation_steps=accumulate, seed=seed
-    )
+def distilled(data, seed, steps=1, student=student, **hooks):
+    options = dict(learning_rate=0.1, max_grad_norm=1.0, ema_decay=0.9, gradient_accumulation_steps=steps, seed=seed)
+    training = kirsch.Training(epochs=2, **options)
     hooks = TrainingHooks(**hooks)
     trained = kirsch.distill(student, teacher, data, training=training, hooks=hooks, check_teacher=False)
     return torch.cat([p.detach().flatten() for p in trained.model.parameters()]).numpy()
@@ -108,7 +107,7 @@ for name, make in makers.items():
 
 few = TensorDataset(*samples[:49])  # the last batch of one sample is too small for two processes
 for accumulate in (1, 7):
-    found[f"{accumulate} too few"] = distilled(DataLoader(few, 8), 0, gradient_accumulation_steps=accumulate)
+    found[f"{accumulate} too few"] = distilled(DataLoader(few, 8), 0, steps=accumulate)
 
 for name in ("shuffled", "own generator"):
     states = []

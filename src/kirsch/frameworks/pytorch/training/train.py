@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,9 +82,13 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """The samples of a batch on which one process trains; `replicated` if all processes train on all samples."""
+    """The samples of a batch on which one process trains; `replicated` if all processes train on all samples.
+
+    `counts` are those of `LossFunction.counts`, taken before the batch was moved to the device.
+    """
 
     batch: Batch
+    counts: dict[str, int]
     replicated: bool
 
 
@@ -191,14 +196,16 @@ class _Run:
 
         def take(value: Any) -> Any:
             if processes == 1 or replicated or not hasattr(value, "shape") or value.shape[:1] != (samples,):
-                return on(device, value)
-            return on(device, value[rank::processes])
+                return value
+            return value[rank::processes]
 
         seeds = batch.seeds
         if seeds is not None and processes > 1 and not replicated:  # seeds stay on the host
             seeds = seeds[rank::processes]
         inputs, targets, ids = (tree_map(take, values) for values in (batch.inputs, batch.targets, batch.ids))
-        return _Shard(Batch(inputs, targets, ids, batch.view, seeds), replicated)
+        counts = self.loss.counts([Batch(inputs, targets, ids, batch.view, seeds)])
+        inputs, targets, ids = (tree_map(partial(on, device), values) for values in (inputs, targets, ids))
+        return _Shard(Batch(inputs, targets, ids, batch.view, seeds), counts, replicated)
 
     def _seed(self, batch: int, *, per_process: bool = False) -> None:
         """Seed PyTorch's generators from seed, epoch and batch; for draws like dropout, also from the process."""
@@ -217,7 +224,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         main = self.accelerator.is_main_process
-        counts = self._sum(self.loss.counts([shard.batch for shard in window if main or not shard.replicated]))
+        own = [shard.counts for shard in window if main or not shard.replicated]
+        counts = self._sum({name: sum(shard[name] for shard in own) for name in window[0].counts})
         require_labels(counts, f"a step, at epoch {self.epoch + 1}, batch {self.batch + 1},")
         samples = sum(len(shard.batch) for shard in window)
         self.optimizer.zero_grad(set_to_none=True)
@@ -246,7 +254,7 @@ class _Run:
         if self.accelerator.num_processes > 1:
             self._seed(self.batch, per_process=True)
         with self.accelerator.autocast(), naming(f"Batch {self.batch + 1} of epoch {self.epoch + 1}"):
-            loss = self.loss(self.model, batch, epoch, counts)
+            loss = self.loss(self.model, batch, epoch, counts, batch_counts=shard.counts)
         if not self.batch:
             self._check_shares(loss)
         if not math.isfinite(float(loss.total.detach())):

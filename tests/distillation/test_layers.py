@@ -1,4 +1,4 @@
-"""LayerNames hold what is computed there: in networks that write in place, in transformers, and in what they call."""
+"""Layer names select the values that are computed there: with in-place operations, functions, and transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ K = 3
 
 
 class Block(nn.Module):
-    """A basic block as torchvision writes it: the sum and the ReLU overwrite what the norm gave."""
+    """A basic block of torchvision: the sum and the ReLU overwrite the output of the norm in place."""
 
     def __init__(self, width):
         super().__init__()
@@ -52,45 +52,45 @@ def images(n=12):
     return np.random.default_rng(0).standard_normal((n, 1, 6, 6)).astype(np.float32)
 
 
-def parts(block, x):
-    """What the norm, the sum and the block give, without writing in place."""
+def values_of(block, x):
+    """Return the outputs of the norm, the sum and the block, computed out of place."""
     normed = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
     return normed, normed + x, torch.relu(normed + x)
 
 
-def test_what_is_overwritten_later_is_kept_as_it_was():
-    """At the first run, which does not know yet, and at those after, which copy no more than they must."""
+def test_a_value_that_is_overwritten_in_place_is_copied_before():
+    """In the first run, which finds out what is overwritten, and in later runs, which copy only these values."""
     net, x = ResNet(4).eval(), torch.from_numpy(images())
     block = net.layer1[0]
-    normed, added, out = parts(block, net.conv1(x))
-    wanted = {
+    normed, added, out = values_of(block, net.conv1(x))
+    expected = {
         "layer1.0.bn2": normed,
         "layer1.0/add": added,
         "layer1.0.relu#1": out,
         "layer1.0": out,
     }
-    watch = FeatureCapture(net, list(wanted))
+    watch = FeatureCapture(net, list(expected))
     for _ in range(3):
         for layer, value in watch(x).items():
-            torch.testing.assert_close(value, wanted[layer], msg=layer)
+            torch.testing.assert_close(value, expected[layer], msg=layer)
     copied = {key[0][0] or "root" for key, overwritten in watch._overwritten.items() if overwritten}
-    assert copied == {"layer1.0.bn2", "layer1.0"}  # the functions of the block; what it puts out is not written to
+    assert copied == {"layer1.0.bn2", "layer1.0"}  # the output of the block itself is not overwritten
     watch.close()
 
 
-def test_gradients_reach_what_was_overwritten():
+def test_gradients_flow_to_overwritten_values():
     net, x = ResNet(4).double(), torch.from_numpy(images()).double()
     watch = FeatureCapture(net, ["layer1.0.bn2"])
     for _ in range(2):
         found = torch.autograd.grad(watch(x)["layer1.0.bn2"].square().sum(), net.layer1[0].bn2.weight)
-    wanted = torch.autograd.grad(parts(net.layer1[0], net.conv1(x))[0].square().sum(), net.layer1[0].bn2.weight)
-    torch.testing.assert_close(found, wanted)
+    expected = torch.autograd.grad(values_of(net.layer1[0], net.conv1(x))[0].square().sum(), net.layer1[0].bn2.weight)
+    torch.testing.assert_close(found, expected)
     watch.close()
 
 
-def test_a_forward_that_begins_to_overwrite_is_refused():
-    class Moody(nn.Module):
-        write = False
+def test_a_forward_that_overwrites_only_in_later_runs_is_refused():
+    class Changing(nn.Module):
+        in_place = False
 
         def __init__(self):
             super().__init__()
@@ -98,19 +98,19 @@ def test_a_forward_that_begins_to_overwrite_is_refused():
 
         def forward(self, x):
             out = self.fc(x)
-            return out.relu_() if self.write else out.relu()
+            return out.relu_() if self.in_place else out.relu()
 
-    net = Moody()
+    net = Changing()
     watch = FeatureCapture(net, ["fc"])
     watch(torch.ones(1, 2))
-    net.write = True
-    with pytest.raises(UsageError, match=r"The value at `fc` is overwritten in place in this forward of Moody"):
+    net.in_place = True
+    with pytest.raises(UsageError, match=r"The value at `fc` is overwritten in place in this forward of Changing"):
         watch(torch.ones(1, 2))
     watch.close()
 
 
-def test_what_a_module_calls_is_its_own_code_alone():
-    """In training a norm adds 1 to a counter, which is no addition of the block around it."""
+def test_functions_of_a_module_are_those_that_its_own_forward_calls():
+    """In training mode the norm adds 1 to a counter, which is not an addition of the block that contains it."""
     net, x = ResNet(4), torch.from_numpy(images())
     watch = FeatureCapture(net, ["layer1.0/add", "layer1.1/add", "/mean"])
     for mode in (net.eval(), net.train()):
@@ -127,19 +127,19 @@ def test_what_a_module_calls_is_its_own_code_alone():
         dry_run(net, ["layer1.0/ad"], x)
 
 
-def test_functions_of_a_residual_network_teach():
+def test_functions_of_a_residual_network_can_be_compared():
     terms = (
         Term("fitnet", 1.0, student_layer="layer1.0/add", name="sum"),
         Term("at", 1.0, student_layer="layer1.*.bn2", name="normed"),
     )
-    found = learned(ResNet(4), ResNet(6), ArrayData(images(), np.arange(12) % K), terms)
+    found = distilled(ResNet(4), ResNet(6), ArrayData(images(), np.arange(12) % K), terms)
     assert set(found.history[0]["terms"]) == {"label", "sum", "normed"}
 
 
 # ------------------------------------------------------------------------------------------------ transformers
 
 
-def learned(student, teacher, data, terms, **training):
+def distilled(student, teacher, data, terms, **training):
     return distill(
         student,
         teacher,
@@ -153,12 +153,12 @@ def learned(student, teacher, data, terms, **training):
 
 @pytest.fixture(scope="module")
 def vit():
-    """Builds a vision transformer of timm."""
+    """Return a function that builds a vision transformer of timm."""
     import_beside("torchvision")
     pytest.importorskip("timm", exc_type=ImportError)
     timm = import_beside("timm")
 
-    def made(width, *, fused=True):
+    def build(width, *, fused=True):
         torch.manual_seed(width)
         net = timm.models.VisionTransformer(
             img_size=6, patch_size=3, in_chans=1, num_classes=K, embed_dim=width, depth=2, num_heads=2, mlp_ratio=2
@@ -167,17 +167,17 @@ def vit():
             block.attn.fused_attn = fused
         return net
 
-    return made
+    return build
 
 
 def attention(block, x):
-    """Queries (N, heads, L, D / heads) and scores before the softmax, worked out."""
+    """Return queries (N, heads, L, D / heads) and attention scores, computed from the weights."""
     n, length, width = x.shape
     states = block.attn.qkv(block.norm1(x)).reshape(n, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
     return states[0], states[0] @ states[1].transpose(-1, -2) * (width // 2) ** -0.5
 
 
-def test_functions_of_a_vision_transformer_give_what_they_compute(vit):
+def test_functions_of_a_vision_transformer_return_their_values(vit):
     net, x = vit(8, fused=False).eval(), torch.from_numpy(images(2))
     layers = ["blocks.0:in", "blocks.0.attn/softmax:in", "blocks.0.attn/softmax", "blocks.0/add#0", "blocks.0/add#1"]
     found = dry_run(net, [*layers, "blocks.0", "blocks.0.attn", "blocks.0.mlp"], x)
@@ -188,38 +188,38 @@ def test_functions_of_a_vision_transformer_give_what_they_compute(vit):
     torch.testing.assert_close(found["blocks.0/add#1"], found["blocks.0"])
 
 
-def test_fused_attention_shows_its_queries_and_result_and_no_softmax(vit):
+def test_fused_attention_has_its_queries_and_result_and_no_softmax(vit):
     net, x = vit(8).eval(), torch.from_numpy(images(2))
-    place = "blocks.0.attn/scaled_dot_product_attention"
-    found = dry_run(net, ["blocks.0:in", f"{place}:in", place], x)
+    function = "blocks.0.attn/scaled_dot_product_attention"
+    found = dry_run(net, ["blocks.0:in", f"{function}:in", function], x)
     queries, scores = attention(net.blocks[0], found["blocks.0:in"])
-    torch.testing.assert_close(found[f"{place}:in"], queries)
-    assert found[place].shape == queries.shape
+    torch.testing.assert_close(found[f"{function}:in"], queries)
+    assert found[function].shape == queries.shape
     with pytest.raises(UnknownNameError, match=r"no function that `blocks.0.attn` calls 'softmax'\. Known: .*sc"):
         dry_run(net, ["blocks.0.attn/softmax"], x)
     assert scores.shape[-1] == 5
 
 
-def test_functions_of_a_vision_transformer_teach(vit):
+def test_functions_of_a_vision_transformer_can_be_compared(vit):
     terms = (
         Term("attention-mse", 1.0, student_layer="blocks.*.attn/softmax:in", name="attention"),
         Term("hidden-mse", 1.0, student_layer="blocks.*/add#1", name="hidden"),
     )
     data = ArrayData(images(), np.arange(12) % K)
-    found = learned(vit(4, fused=False), vit(8, fused=False), data, terms)
+    found = distilled(vit(4, fused=False), vit(8, fused=False), data, terms)
     assert set(found.history[0]["terms"]) == {"label", "attention", "hidden"}
     fused = (Term("hidden-mse", 1.0, student_layer="blocks.*.attn/scaled_dot_product_attention:in", adapter="linear"),)
-    assert np.isfinite(learned(vit(4), vit(8), data, fused).history[0]["loss"])
+    assert np.isfinite(distilled(vit(4), vit(8), data, fused).history[0]["loss"])
 
 
 @pytest.fixture(scope="module")
 def bert():
-    """Builds an encoder of transformers with a head for two classes."""
+    """Return a function that builds an encoder of transformers with two classes."""
     pytest.importorskip("transformers", exc_type=ImportError)
     import_beside("torchvision")
     transformers = import_beside("transformers")
 
-    def made(width, attention="eager", layers=2):
+    def build(width, attention="eager", layers=2):
         torch.manual_seed(width)
         config = transformers.BertConfig(
             vocab_size=30, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=16,
@@ -228,7 +228,7 @@ def bert():
         )  # fmt: skip
         return transformers.BertForSequenceClassification(config)
 
-    return made
+    return build
 
 
 def texts(n=8, length=7):
@@ -237,48 +237,50 @@ def texts(n=8, length=7):
     return {"input_ids": random.integers(1, 30, (n, length)), "attention_mask": mask}
 
 
-@pytest.mark.parametrize("given", ["eager", "sdpa"])
-def test_functions_of_an_encoder_give_what_they_compute(bert, given):
-    net, inputs = bert(8, given).eval(), {name: torch.from_numpy(part) for name, part in texts().items()}
-    place = "bert.encoder.layer.0.attention.self"
-    query = f"{place}.query"
-    if given == "eager":
-        found = dry_run(net, [f"{place}/softmax", "attention[0]"], inputs)
-        torch.testing.assert_close(found[f"{place}/softmax"], found["attention[0]"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_functions_of_an_encoder_return_their_values(bert, implementation):
+    net, inputs = bert(8, implementation).eval(), {name: torch.from_numpy(part) for name, part in texts().items()}
+    module = "bert.encoder.layer.0.attention.self"
+    query = f"{module}.query"
+    if implementation == "eager":
+        found = dry_run(net, [f"{module}/softmax", "attention[0]"], inputs)
+        torch.testing.assert_close(found[f"{module}/softmax"], found["attention[0]"])
         return
-    function = f"{place}/scaled_dot_product_attention"
-    found = dry_run(net, [query, f"{function}:in", function, place], inputs)
+    function = f"{module}/scaled_dot_product_attention"
+    found = dry_run(net, [query, f"{function}:in", function, module], inputs)
     queries = found[query].unflatten(-1, (4, 2)).transpose(1, 2)
     torch.testing.assert_close(found[f"{function}:in"], queries)
-    torch.testing.assert_close(found[function].transpose(1, 2).flatten(2), found[place])
+    torch.testing.assert_close(found[function].transpose(1, 2).flatten(2), found[module])
     with pytest.raises(UsageError, match=r'returns no attentions.*attn_implementation="eager"'):
         dry_run(net, ["attention[0]"], inputs)
 
 
-def test_an_encoder_with_fused_attention_is_taught_by_one_without(bert):
-    """Relations of queries need no scores of attention, and the weights are those of the same formula."""
+def test_a_student_with_fused_attention_learns_from_a_teacher_without(bert):
+    """Relations of queries need no attention scores; the loss equals that of a student with eager attention."""
     last = [f"**.attention.self.{name}[-1]" for name in ("query", "key", "value")]
     terms = (Term("minilm", 1.0, student_layer=last, options={"heads": 4}),)
     data = ArrayData(texts(), np.arange(8) % 2)
-    fused, plain = (learned(bert(8, given), bert(16, "eager"), data, terms) for given in ("sdpa", "eager"))
+    fused, plain = (
+        distilled(bert(8, implementation), bert(16, "eager"), data, terms) for implementation in ("sdpa", "eager")
+    )
     assert fused.history[0]["terms"] == pytest.approx(plain.history[0]["terms"], rel=1e-5)
 
 
-def test_the_scores_of_an_encoder_are_those_of_its_layers(bert):
+def test_the_attention_scores_of_an_encoder_follow_from_queries_and_keys(bert):
     net, inputs = bert(8).eval(), {name: torch.from_numpy(part) for name, part in texts().items()}
-    place = "bert.encoder.layer.1.attention.self"
-    found = dry_run(net, [f"{place}/softmax:in", f"{place}.query", f"{place}.key"], inputs)
-    queries, keys = (found[f"{place}.{name}"].unflatten(-1, (4, 2)).transpose(1, 2) for name in ("query", "key"))
+    module = "bert.encoder.layer.1.attention.self"
+    found = dry_run(net, [f"{module}/softmax:in", f"{module}.query", f"{module}.key"], inputs)
+    queries, keys = (found[f"{module}.{name}"].unflatten(-1, (4, 2)).transpose(1, 2) for name in ("query", "key"))
     scores = queries @ keys.transpose(-1, -2) / 2**0.5
-    real = inputs["attention_mask"].bool()[:, None, None].expand_as(scores)
-    torch.testing.assert_close(found[f"{place}/softmax:in"][real], scores[real])
+    valid = inputs["attention_mask"].bool()[:, None, None].expand_as(scores)
+    torch.testing.assert_close(found[f"{module}/softmax:in"][valid], scores[valid])
 
 
-# ------------------------------------------------------------------------------------------------ 16 bits
+# ------------------------------------------------------------------------------------------------ bf16
 
 
-def test_features_and_adapters_in_16_bits_end_finite_and_near_to_32():
-    """bf16 has 8 bits of mantissa: 2^-8 a number, some of which add up over a few steps."""
+def test_features_and_adapters_in_bf16_are_finite_and_close_to_fp32():
+    """bf16 has a relative precision of 2^-8; errors add up over a few steps."""
     terms = (
         Term("kd", 0.9, temperature=4.0),
         Term("fitnet", 1.0, student_layer="layer1.0", adapter="fitnet"),
@@ -289,20 +291,20 @@ def test_features_and_adapters_in_16_bits_end_finite_and_near_to_32():
     data = ArrayData(images(24), np.arange(24) % K, batch_size=12)
     torch.manual_seed(0)
     nets = ResNet(4), ResNet(6)
-    full, half = (learned(*nets, data, terms, precision=precision) for precision in ("fp32", "bf16"))
+    full, half = (distilled(*nets, data, terms, precision=precision) for precision in ("fp32", "bf16"))
     assert all(torch.isfinite(value).all() for value in half.model.state_dict().values())
     assert all(value.dtype == torch.float32 for value in half.model.parameters())
     assert half.history[0]["terms"] == pytest.approx(full.history[0]["terms"], rel=0.03)
     assert half.history[0]["terms"] != full.history[0]["terms"]
 
 
-def test_tokens_and_adapters_in_16_bits_end_finite_and_near_to_32(bert):
+def test_tokens_and_adapters_in_bf16_are_finite_and_close_to_fp32(bert):
     terms = (
         Term("kd", 0.5, temperature=2.0),
         Term("hidden-mse", 1.0, student_layer="hidden[*]", name="hidden"),
         Term("attention-kl", 1.0, student_layer="**.attention.self/softmax:in", name="attention"),
     )
     data = ArrayData(texts(), np.arange(8) % 2)
-    full, half = (learned(bert(8), bert(16), data, terms, precision=precision) for precision in ("fp32", "bf16"))
+    full, half = (distilled(bert(8), bert(16), data, terms, precision=precision) for precision in ("fp32", "bf16"))
     assert all(torch.isfinite(value).all() for value in half.model.state_dict().values())
     assert half.history[0]["terms"] == pytest.approx(full.history[0]["terms"], rel=0.03, abs=1e-3)

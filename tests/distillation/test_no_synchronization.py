@@ -1,0 +1,88 @@
+"""A training step does not read values of tensors, which would wait for an accelerator."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from kirsch.data.batches import Batch
+from kirsch.distillation.distiller import Distiller
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.term import Term
+
+N, L, D, K = 6, 5, 4, 3
+READING = {"__bool__", "__float__", "__int__", "__index__", "item", "tolist", "numpy", "nonzero"}
+LOSSES = ("losses", "arrays.py")
+"""Parts of `kirsch.distillation` that are not the step: the formulas check their arguments."""
+
+
+class RecordReads(TorchFunctionMode):
+    """Records the lines of `kirsch.distillation`, except the losses, that read values of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in READING:
+            for frame in reversed(traceback.extract_stack()):
+                parts = Path(frame.filename).parts
+                if "kirsch" in parts:
+                    if "distillation" in parts and not any(name in parts for name in LOSSES):
+                        self.lines.append(f"{parts[-1]}:{frame.lineno} {func.__name__}")
+                    break
+        return func(*args, **(kwargs or {}))
+
+
+def classifier(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(D, K))
+
+
+def tagger(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Embedding(9, D), nn.Linear(D, K))
+
+
+RANDOM = np.random.default_rng(0)
+INPUTS = RANDOM.standard_normal((N, D)).astype(np.float32)
+LABELS = np.where(np.arange(N) % 2, np.arange(N) % K, -100)
+TOKENS = RANDOM.integers(0, 9, (N, L))
+TAGS = np.where(RANDOM.random((N, L)) < 0.5, -100, TOKENS % K)
+CASES = {
+    "classes": (classifier, INPUTS, LABELS, {}),
+    "all labeled": (classifier, INPUTS, np.arange(N) % K, {}),
+    "no label": (classifier, INPUTS, np.full(N, -100), {}),
+    "tokens": (tagger, TOKENS, TAGS, {}),
+    "next tokens": (tagger, TOKENS, TAGS, {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_with_given_counts_reads_no_values(case):
+    build, inputs, targets, options = CASES[case]
+    objective = Objective((Term("kd", 0.5, temperature=2.0), Term("dkd", 0.5)), label_weight=0.5, **options)
+    with Distiller(build(0), build(1), objective, (inputs, np.maximum(targets, 0))) as distiller:
+        counts = distiller.counts([(inputs, targets)])
+        batch = Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+        distiller.step(distiller.module, batch, 0.0)  # the first step checks that the outputs are logits
+        with RecordReads() as reads:
+            output = distiller.step(distiller.module, batch, 0.0, batch_counts=counts)
+    assert reads.lines == []
+    expected = {"kd", "dkd"} | ({"label"} if (targets >= 0).any() else set())
+    assert output.terms.keys() == expected
+
+
+def test_counting_in_the_step_reads_values():
+    """Shows that the test above can fail."""
+    with Distiller(classifier(0), classifier(1), Objective.kd(), (INPUTS, LABELS)) as distiller:
+        batch = Batch(torch.from_numpy(INPUTS), torch.from_numpy(LABELS))
+        with RecordReads() as reads:
+            distiller.step(distiller.module, batch, 0.0)
+    assert any(line.startswith("masks.py") for line in reads.lines)
