@@ -30,7 +30,7 @@ def build_my_model() -> nn.Module:
     return model
 
 
-MODEL = '''
+MODEL = """
 from torch import nn
 
 
@@ -42,7 +42,7 @@ def build():
 
 
 build.example_shape = (1, 3, 64, 64)
-'''
+"""
 
 
 def readme() -> dict[str, Any]:

@@ -16,9 +16,8 @@ from kirsch.recipes.yaml import read
 from kirsch.steps import STEPS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(
-    str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")] if "```" in path.read_text()
-)
+FILES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+PAGES = sorted(str(path.relative_to(ROOT)) for path in FILES if "```" in path.read_text())
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: ([^>]+?) -->\s*$")
 FILE = re.compile(r"# ([\w./-]+\.\w+)\n")

@@ -52,6 +52,7 @@ def check_store(names):
 RESULTS = {"README.md": check_readme, "docs/store.md": check_store}
 
 
+@pytest.mark.filterwarnings("ignore:.*tensorboardX:UserWarning")  # Lightning has no other logger here
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in TRANSLATED])
 def test_the_code_blocks_of_a_page_run(page, run):
     names = run(page)
@@ -78,12 +79,14 @@ def test_each_section_with_prepared_names_has_code():
 
 def test_a_block_that_raises_fails_the_test_of_its_page(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
-    page.write_text("# Page\n\n```python\n1 / 0\n```\n\n```sh\nkirsch methods nothing\n```\n\n```yaml\nepochs: 0\n```\n")
+    page.write_text(
+        "# Page\n\n```python\n1 / 0\n```\n\n```sh\nkirsch methods nothing\n```\n\n```yaml\nepochs: 0\n```\n"
+    )
     monkeypatch.setattr("pages.ROOT", tmp_path)
     python, shell, recipe = blocks("page.md")
     with pytest.raises(ZeroDivisionError):
         run_block(python, {})
-    with pytest.raises(AssertionError, match=r"page\.md:7: kirsch methods nothing"):
+    with pytest.raises(AssertionError, match=r"page\.md:5: kirsch methods nothing"):
         run_block(shell, {})
     with pytest.raises(ValueError, match="epochs"):
         run_block(recipe, {})
