@@ -18,6 +18,13 @@ from pages import PAGES, ROOT, RUNNERS, blocks, run_block
 TRANSLATED = {"README.zh.md": "README.md"}
 """Pages that show the code of another page."""
 
+WARNINGS = (  # of Lightning about its environment, loaders and logs
+    "ignore:.*tensorboardX",
+    "ignore:.*does not have many workers",
+    "ignore:.*is smaller than the logging interval",
+    "ignore:.*isinstance.treespec, LeafSpec.. is deprecated",
+)
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
@@ -52,7 +59,7 @@ def check_store(names):
 RESULTS = {"README.md": check_readme, "docs/store.md": check_store}
 
 
-@pytest.mark.filterwarnings("ignore:.*tensorboardX:UserWarning")  # Lightning has no other logger here
+@pytest.mark.filterwarnings(*WARNINGS)
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in TRANSLATED])
 def test_the_code_blocks_of_a_page_run(page, run):
     names = run(page)
@@ -86,7 +93,7 @@ def test_a_block_that_raises_fails_the_test_of_its_page(tmp_path, monkeypatch):
     python, shell, recipe = blocks("page.md")
     with pytest.raises(ZeroDivisionError):
         run_block(python, {})
-    with pytest.raises(AssertionError, match=r"page\.md:5: kirsch methods nothing"):
+    with pytest.raises(AssertionError, match=r"page\.md:7: kirsch methods nothing"):
         run_block(shell, {})
     with pytest.raises(ValueError, match="epochs"):
         run_block(recipe, {})
