@@ -21,6 +21,16 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def transformers():
+    """Return the module transformers, without the operators of torchvision; skip the test where it is missing."""
+    from kirsch.frameworks.pytorch.io.vision import import_beside
+
+    pytest.importorskip("transformers", exc_type=ImportError)
+    import_beside("torchvision")
+    return import_beside("transformers")
+
+
 def to_tensor(values):
     """Return numpy values as a tensor that shares their memory."""
     return torch.from_numpy(np.asarray(values))

@@ -12,6 +12,7 @@ import kirsch
 from kirsch.deploy.export import EXPORTERS
 from kirsch.distillation.losses import LOSSES
 from kirsch.errors import ShapeError
+from kirsch.jobs.step import STEPS
 from kirsch.pruning.importance import IMPORTANCES
 from kirsch.tasks import TASKS
 
@@ -21,15 +22,16 @@ from kirsch.frameworks.pytorch.features.adapters import ADAPTERS, build  # noqa:
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+DESIGN = (ROOT / "docs" / "design.md").read_text()
 
 
 def define(monkeypatch):
     """Run the snippets and return the names that they define; undoing the patch removes what they register."""
-    for registry in (IMPORTANCES, LOSSES, ADAPTERS, EXPORTERS, TASKS):
+    for registry in (IMPORTANCES, LOSSES, ADAPTERS, EXPORTERS, STEPS, TASKS):
         monkeypatch.setattr(registry, "_objects", dict(registry._objects))
-    names: dict = {}
+    names: dict = {"__name__": "my_package.my_module"}
     for snippet in re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL):
-        exec(compile(snippet, "CONTRIBUTING.md", "exec"), names)
+        exec(compile(snippet, "CONTRIBUTING.md", "exec", dont_inherit=True), names)
     return names
 
 
@@ -146,3 +148,25 @@ def test_the_paths_and_make_targets_on_the_page_exist():
     paths = re.findall(r"`((?:src|docs)/[\w/.]+\.\w+)`", TEXT)
     assert paths
     assert all((ROOT / path).is_file() for path in paths)
+
+
+def test_the_step_runs_in_a_job_and_is_kept(defined, tmp_path):
+    model = torch.nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(2))
+    labels = np.arange(12) % 2
+    part = kirsch.Split(np.eye(2, dtype=np.float32)[labels], labels)
+    data = kirsch.DataSet("axes", train=part, validation=part, test=part, classes=("first", "second"))
+    events = []
+    for _ in range(2):
+        found = kirsch.compress(
+            model, data, steps=[defined["Shrink"](factor=0.5)], folder=tmp_path / "run", listen=events.append
+        )
+        torch.testing.assert_close(found.model.weight.detach(), torch.eye(2) / 2)
+    assert [(event["event"], event["key"]) for event in events if event["event"] in ("step_end", "step_kept")] == [
+        ("step_end", "evaluate"),
+        ("step_end", "shrink"),
+        ("step_kept", "evaluate"),
+        ("step_kept", "shrink"),
+    ]
+    assert [model["name"] for model in found.metrics["models"]] == ["teacher", "shrunk"]

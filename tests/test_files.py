@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from hypothesis import strategies as st
 
 from kirsch import files
 from kirsch.errors import OutputError
+from replacements import REPLACEMENTS
 
 
 def assert_no_temporary_files(folder: Path) -> None:
@@ -282,36 +281,7 @@ def test_a_name_outside_the_folder_is_refused(intact, name):
     assert files.first_flaw(intact) == f"{intact / 'manifest.json'} names {name!r}, outside its folder"
 
 
-def replace_by_link(path):
-    path.rename(path.parent.parent / "elsewhere")
-    path.symlink_to(path.parent.parent / "elsewhere")
-
-
-def replace_by_pipe(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
-def replace_by_socket(path):
-    path.unlink()
-    with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(path.parent):  # such paths must be short
-        made.bind(path.name)
-
-
-def replace_by_folder(path):
-    path.unlink()
-    path.mkdir()
-
-
-@pytest.mark.parametrize(
-    ("replace", "kind"),
-    [
-        (replace_by_link, "a symbolic link"),
-        (replace_by_pipe, "a named pipe"),
-        (replace_by_socket, "a socket"),
-        (replace_by_folder, "a folder"),
-    ],
-)
+@pytest.mark.parametrize(("replace", "kind"), REPLACEMENTS.items())
 def test_an_entry_that_is_not_a_regular_file_is_named_with_its_kind(intact, replace, kind):
     """A link to a file with the right bytes is refused as well, since its target may change."""
     replace(intact / "weights")

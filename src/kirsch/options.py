@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import typing
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -12,6 +11,8 @@ from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from pydantic.fields import FieldInfo
 
 
 class FieldsError(ValueError):
@@ -38,8 +39,7 @@ class Options(BaseModel):
 
     def __init__(self, /, **values: Any) -> None:
         kind = type(self)
-        hints = typing.get_type_hints(kind, include_extras=True)
-        values = check_arguments(kind, values, {name: hints[name] for name in kind.model_fields})
+        values = check_arguments(kind, values, {name: _hint(field) for name, field in kind.model_fields.items()})
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -70,6 +70,11 @@ class Options(BaseModel):
             UsageError: a value does not fit.
         """
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+
+def _hint(field: FieldInfo) -> Any:
+    """Return the annotation of a field as it was written; pydantic has resolved its names."""
+    return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
 
 
 def _usage_error(kind: type[Options], error: ValidationError) -> UsageError:

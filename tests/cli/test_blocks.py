@@ -32,8 +32,10 @@ RECIPE = """
 name: stripes
 data: {source: "deep.py:stripes", batch_size: 16}
 teacher: {model: "deep.py:teacher"}
-prune: {goal: {macs: 0.7}, kinds: block}
-measure: null
+steps:
+- train
+- prune: {goal: {macs: 0.7}, kinds: block}
+- recover
 """
 
 GOAL = ("--macs", "0.7", "--kinds", "block")
@@ -67,4 +69,4 @@ def test_data_without_blocks_is_refused(kirsch, deep):
 
 
 def test_a_recipe_plans_blocks(answer, deep):
-    assert len(answer("compress", "deep.yaml", "--dry-run")["plan"]["blocks"]) == 1
+    assert len(answer("compress", "deep.yaml", "--dry-run")["plans"]["prune"]["blocks"]) == 1

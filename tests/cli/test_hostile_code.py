@@ -194,21 +194,14 @@ def test_an_error_of_the_user_or_the_machine_has_its_exit_code_and_a_fix(kirsch,
         ("KeyboardInterrupt()", 130, "The command was stopped", ""),
     ],
 )
-@pytest.mark.parametrize(("at", "when"), [(1, "in the checks before the first step"), (30, "in the step 'teacher'")])
+@pytest.mark.parametrize(("at", "when"), [(1, "in the checks before the first step"), (30, "in the step 'train'")])
 def test_an_exception_in_a_forward_names_line_step_and_batch_size(
     answer, monkeypatch, error, code, what, why, at, when
 ):
     monkeypatch.setenv("AT", str(at))
     monkeypatch.setenv("ERROR", error)
-    arguments = (
-        "compress",
-        "recipe.yaml",
-        "--set",
-        "teacher.model=models.py:counted",
-        "--set",
-        "student=null",
-        "distill=null",
-    )
+    changes = ("teacher.model=models.py:counted", "student=null", "distill=null")
+    arguments = ("compress", "recipe.yaml", *(word for change in changes for word in ("--set", change)))
     content = answer(*arguments, "--run", "run", code=code)["error"]
     first = "Counted does not run on a batch whose inputs are"
     assert content["what"].startswith(what) or first in content["what"]

@@ -7,16 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from data_sets import data_set, split
 from kirsch.data.dataset import DataSet, Split
 from kirsch.errors import DataError, UsageError
-
-
-def split(labels=(0, 1, 2), value=0.0):
-    return Split(np.full((len(labels), 2), value, np.float32), np.array(labels, np.int64))
-
-
-def data_set(classes=("a", "b", "c"), **parts):
-    return DataSet("d", **{"train": split(), "validation": split(), "test": split(), "classes": classes, **parts})
 
 
 @pytest.mark.parametrize("part", ["train", "validation", "test"])

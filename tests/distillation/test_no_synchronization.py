@@ -18,12 +18,12 @@ from kirsch.distillation.term import Term
 
 N, L, D, K = 6, 5, 4, 3
 READING = {"__bool__", "__float__", "__int__", "__index__", "item", "tolist", "numpy", "nonzero"}
-LOSSES = ("losses", "arrays.py")
-"""Parts of `kirsch.distillation` that are not the step: the formulas check their arguments."""
+LABEL_CHECKS = "labels.py"
+"""The losses on labels check the labels of each step."""
 
 
 class RecordReads(TorchFunctionMode):
-    """Records the lines of `kirsch.distillation`, except the losses, that read values of tensors."""
+    """Records the lines of Kirsch, except the checks of labels, that read values of tensors."""
 
     def __init__(self):
         super().__init__()
@@ -31,12 +31,9 @@ class RecordReads(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in READING:
-            for frame in reversed(traceback.extract_stack()):
-                parts = Path(frame.filename).parts
-                if "kirsch" in parts:
-                    if "distillation" in parts and not any(name in parts for name in LOSSES):
-                        self.lines.append(f"{parts[-1]}:{frame.lineno} {func.__name__}")
-                    break
+            frames = [(Path(f.filename), f.lineno) for f in traceback.extract_stack() if "/src/kirsch/" in f.filename]
+            if not any(path.name == LABEL_CHECKS for path, _ in frames):
+                self.lines += [f"{path.parent.name}/{path.name}:{line}" for path, line in frames[-1:]]
         return func(*args, **(kwargs or {}))
 
 
@@ -67,16 +64,30 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_with_given_counts_reads_no_values(case):
     build, inputs, targets, options = CASES[case]
-    objective = Objective((Term("kd", 0.5, temperature=2.0), Term("dkd", 0.5)), label_weight=0.5, **options)
+    terms = Term("kd", 0.5, temperature=2.0), Term("dist", 0.5, temperature=2.0)
+    objective = Objective(terms, label_weight=0.5, **options)
+    output, lines = second_step(build, objective, inputs, targets)
+    assert lines == []
+    assert output.terms.keys() == {"kd", "dist"} | ({"label"} if (targets >= 0).any() else set())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_term_that_needs_labels_reads_values_in_its_formula_only(case):
+    build, inputs, targets, options = CASES[case]
+    objective = Objective((Term("dkd", 0.5),), label_weight=0.0, **options)
+    _, lines = second_step(build, objective, inputs, targets)
+    assert not any(line.startswith("distillation/") for line in lines)
+
+
+def second_step(build, objective, inputs, targets):
+    """Return the output of a step and the lines that read values. The first step checks that the outputs are logits."""
     with Distiller(build(0), build(1), objective, (inputs, np.maximum(targets, 0))) as distiller:
         counts = distiller.counts([(inputs, targets)])
         batch = Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
-        distiller.step(distiller.module, batch, 0.0)  # the first step checks that the outputs are logits
+        distiller.step(distiller.module, batch, 0.0)
         with RecordReads() as reads:
             output = distiller.step(distiller.module, batch, 0.0, batch_counts=counts)
-    assert reads.lines == []
-    expected = {"kd", "dkd"} | ({"label"} if (targets >= 0).any() else set())
-    assert output.terms.keys() == expected
+    return output, reads.lines
 
 
 def test_counting_in_the_step_reads_values():
@@ -85,4 +96,4 @@ def test_counting_in_the_step_reads_values():
         batch = Batch(torch.from_numpy(INPUTS), torch.from_numpy(LABELS))
         with RecordReads() as reads:
             distiller.step(distiller.module, batch, 0.0)
-    assert any(line.startswith("masks.py") for line in reads.lines)
+    assert any(line.startswith("distillation/masks.py") for line in reads.lines)

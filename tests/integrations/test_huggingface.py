@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import kirsch
+from hooks import assert_no_hooks
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
@@ -95,13 +96,6 @@ def trainer(folder, student=None, teacher=None, objective=LAYERS, data=None, kin
 
 
 TRAINER_ARGUMENTS = ("optimizers", "compute_loss_func", "model_init", "regularizers", "data_collator")
-
-
-def assert_no_hooks(*models):
-    """Check that no hook of Kirsch is left; transformers has hooks of its own."""
-    modules = [module for model in models for module in model.modules()]
-    hooks = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    assert not [hook for hook in hooks if hook.__module__.startswith("kirsch")]
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import kirsch
+from hooks import assert_no_hooks
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UnknownNameError, UsageError
@@ -118,7 +119,7 @@ def assert_plain(module, before):
     assert module.state_dict().keys() == before.state_dict().keys()
     assert [name for name, _ in module.named_modules()] == [name for name, _ in before.named_modules()]
     assert "training_step" not in vars(module)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+    assert_no_hooks(module)
 
 
 def test_student_and_adapters_are_trained_and_the_module_is_restored(tmp_path):

@@ -108,6 +108,23 @@ def test_the_implementations_have_the_same_functions_with_the_same_arguments():
         assert callable(getattr(of_torch, name))
     assert numpy_arrays.CHANNEL_AXIS == of_torch.CHANNEL_AXIS == 1
     assert set(names) <= set(ops.__all__)
+    assert set(names) == CALLS.keys() | OF_TYPES
+
+
+OF_TYPES = {
+    "arange",
+    "cast",
+    "channel_axis",
+    "convert_to_numpy",
+    "convert_to_tensor",
+    "dtype",
+    "is_traced",
+    "multi_hot",
+    "one_hot",
+    "widest_float",
+    "without_autocast",
+}
+"""Operations that create arrays or depend on their type, with a test of their own or in every loss."""
 
 
 def test_importing_the_operations_imports_no_framework():
@@ -156,3 +173,62 @@ def test_classes_of_pixels_move_to_the_end(framework):
     assert tuple(ops.classes_last(pixels).shape) == (2, 4, 5, 3)
     assert tuple(ops.classes_last(pixels, axis=-1).shape) == (2, 3, 4, 5)
     assert tuple(ops.classes_last(framework(np.zeros((2, 3, 4)))).shape) == (2, 3, 4)
+
+
+MATRIX = np.array([[0.5, -2.0, 3.0], [1.5, 0.25, -1.0]])
+OTHER = np.array([[1.0, -2.5, 0.0], [-1.5, 4.0, 2.0]])
+CALLS = {
+    "abs": (MATRIX,),
+    "all": (MATRIX > -3, 1),
+    "amax": (MATRIX, (0, 1)),
+    "amin": (MATRIX, 1),
+    "any": (MATRIX > 2, 0),
+    "argmax": (MATRIX, 0),
+    "argsort": (MATRIX, 1),
+    "broadcast_to": (MATRIX, (4, 2, 3)),
+    "clip": (MATRIX, -1.0, 2.0),
+    "concatenate": ([MATRIX, OTHER], 1),
+    "count_nonzero": (OTHER, 0),
+    "diagonal": (MATRIX @ OTHER.T,),
+    "einsum": ("ij,kj->ik", MATRIX, OTHER),
+    "exp": (MATRIX,),
+    "isfinite": (np.array([0.0, np.inf, np.nan]),),
+    "log": (np.abs(MATRIX),),
+    "logaddexp": (MATRIX, OTHER),
+    "matmul": (MATRIX, OTHER.T.copy()),
+    "maximum": (MATRIX, OTHER),
+    "mean": (MATRIX, (0, 1)),
+    "minimum": (MATRIX, OTHER),
+    "moveaxis": (MATRIX[None], 0, -1),
+    "ones_like": (MATRIX,),
+    "reshape": (MATRIX, (3, -1)),
+    "sign": (OTHER,),
+    "sort": (MATRIX, 0),
+    "sqrt": (np.abs(MATRIX),),
+    "stack": ([MATRIX, OTHER], -1),
+    "stop_gradient": (MATRIX,),
+    "sum": (MATRIX, 0),
+    "svd": (np.diag([3.0, 2.0, 1.0]),),
+    "swapaxes": (MATRIX, 0, 1),
+    "take_along_axis": (MATRIX, np.array([[2], [0]]), 1),
+    "top_k": (MATRIX, 2),
+    "where": (MATRIX > 0, MATRIX, -1.0),
+    "zeros_like": (MATRIX,),
+}
+"""Operation → arguments, of which the first decides the library."""
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_an_operation_returns_the_same_in_every_library(name):
+    def as_tensors(argument):
+        if isinstance(argument, list):
+            return [as_tensors(part) for part in argument]
+        return torch.from_numpy(argument) if isinstance(argument, np.ndarray) else argument
+
+    results = []
+    for arguments in (CALLS[name], map(as_tensors, CALLS[name])):
+        result = getattr(ops, name)(*arguments)
+        results.append([np.asarray(part) for part in (result if isinstance(result, tuple) else [result])])
+    for first, second in zip(*results, strict=True):
+        assert first.shape == second.shape
+        np.testing.assert_allclose(second, first, rtol=1e-15)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from kirsch import files
 from kirsch.errors import CheckpointError, KirschError, LoadError
 from kirsch.recipes import integrity, manifest
 from kirsch.recipes.runner import resume
+from replacements import REPLACEMENTS, folder
 from tiny import flip_bit
 
 FILES = [
@@ -63,30 +62,8 @@ def edit_with_its_manifest(path):
         files.write_manifest(next(parent for parent in path.parents if (parent / files.MANIFEST).is_file()), (".lock",))
 
 
-def link(path):
-    path.rename(path.with_name(".tmp-moved"))
-    path.symlink_to(".tmp-moved")
-
-
-def pipe(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
-def socket_(path):
-    path.unlink()
-    with socket.socket(socket.AF_UNIX) as unix_socket, contextlib.chdir(path.parent):  # such paths must be short
-        unix_socket.bind(path.name)
-
-
-def folder(path):
-    path.unlink()
-    path.mkdir()
-
-
 CHANGES = [Path.unlink, lambda path: path.write_bytes(b""), truncate, flip_bit, change_case, append_line]
 CHANGES += [add_another, edit_with_its_manifest]
-REPLACEMENTS = {link: "a symbolic link", pipe: "a named pipe", socket_: "a socket", folder: "a folder"}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kirsch.data.dataset import DataSet, Split
+from data_sets import data_set, split
 from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.errors import DataError, NumericError, ShapeError
 from kirsch.measurement.outputs import are_probabilities
@@ -179,14 +179,6 @@ def test_the_calibration_error_of_probabilities_equals_that_of_their_logits():
 
 
 # ------------------------------------------------------------------------------------------------ the task
-
-
-def split(labels=(0, 1, 2)):
-    return Split(np.zeros((len(labels), 2), np.float32), np.array(labels))
-
-
-def data_set(classes=("a", "b", "c"), **parts):
-    return DataSet("d", **{"train": split(), "validation": split(), "test": split(), "classes": classes, **parts})
 
 
 def test_class_without_training_samples_is_refused():

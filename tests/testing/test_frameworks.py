@@ -85,7 +85,7 @@ def untrained(model, batches, loss, training, hooks):
 
 def unseeded(model, batches, loss, training, hooks):
     seed = int(torch.randint(1000, ()))
-    return TRAINING.train(model, batches, loss, dataclasses.replace(training, seed=seed), hooks)
+    return TRAINING.train(model, batches, loss, training.changed(seed=seed), hooks)
 
 
 def uncut(model, plan, graph, *, verify):

@@ -69,7 +69,7 @@ class DistillationLoss:
         logits = [at_layers(values, term.teacher_layer) for values in outputs]
         if self.objective.teachers == "sum":
             return logits
-        axis = 1 if term.loss.takes == "pixels" else -1
+        axis = ops.channel_axis(logits[0]) if term.loss.takes == "pixels" else -1
         temperature = term.keywords(epoch).get("temperature", 1.0)
         return [combined(logits, self.objective.teachers, temperature, term.loss.activation, axis)]
 
@@ -126,7 +126,7 @@ class DistillationLoss:
         for name, value in (regularization or {}).items():
             add(terms, name, fractions["samples"] * value)
         if not terms:  # all labels are in other batches or processes of the step
-            return LossOutput(0.0 * ops.first_array(student.features).sum(), terms)
+            return LossOutput(0.0 * ops.sum(ops.first_array(student.features)), terms)
         return LossOutput(sum(terms.values()) + sum(adapter_losses.values()), terms, adapter_losses)
 
     def weights(self, epoch: float, factors: Mapping[str, float]) -> dict[str, float]:
@@ -170,7 +170,7 @@ class DistillationLoss:
             if masks.labels is None:
                 raise UsageError(f"The term {term.name!r} needs labels, and a batch has none.")
             if not masks.has_labels:
-                return 0.0 * ops.first_array(student).sum()
+                return 0.0 * ops.sum(ops.first_array(student))
             options["labels"] = ops.zero_masked(masks.labels, mask)
         if "mask" in names:
             options["mask"] = mask

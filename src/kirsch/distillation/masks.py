@@ -75,13 +75,13 @@ class BatchMasks:
 
         Means over the labeled positions of sequences and images stay.
         """
-        if self.label_mask is None or self.labels.ndim > 1 or self._labeled is None:
+        if self.label_mask is None or len(self.labels.shape) > 1 or self._labeled is None:
             return loss
-        return loss * (self._labeled / len(self.labels))
+        return loss * (self._labeled / self.labels.shape[0])
 
     def _are_real(self, labels: Any) -> bool:
         """Return whether labels are real numbers, none of which stands for no label, and not class numbers."""
-        return "float" in str(labels.dtype) or self._label_loss == "squared-error"
+        return "float" in ops.dtype(labels) or self._label_loss == "squared-error"
 
     # ------------------------------------------------------------------------------------------------ padding
 
@@ -105,7 +105,7 @@ class BatchMasks:
         if not any(name.startswith("decoder_input") for name in self.padding) or stack == "encoder":
             return self.padding.get("attention_mask")
         queries, labels = self.padding.get("decoder_attention_mask"), self.batch.targets
-        if queries is None and labels is not None and labels.ndim == len("NL") and not self._are_real(labels):
+        if queries is None and labels is not None and len(labels.shape) == len("NL") and not self._are_real(labels):
             queries = labels != self._ignore_index
         if across and queries is not None:
             keys = self.padding.get("attention_mask")
@@ -132,12 +132,12 @@ class BatchMasks:
         """
         if term.on_logits:
             if self.labels is None:
-                return self.unlabeled_positions if student.ndim == len("NLK") else None
-            return self.label_mask if self.labels.ndim > 1 or "labels" in term.step_keywords else None
+                return self.unlabeled_positions if len(student.shape) == len("NLK") else None
+            return self.label_mask if len(self.labels.shape) > 1 or "labels" in term.step_keywords else None
         if not term.on_tokens:
             return None
         mask = self.tokens(term.stack, across=term.of_cross_attention)
-        if mask is not None and mask.ndim == len("NQK"):
+        if mask is not None and len(mask.shape) == len("NQK"):
             mask = ops.broadcast_to(mask, (*mask.shape[:-1], student.shape[-1]))
         return mask
 
@@ -158,23 +158,23 @@ class BatchMasks:
         if mean_over == "labels":
             if self.labels is None:
                 mask = self.unlabeled_positions if sequences else None
-                return samples if mask is None else int((mask != 0).sum())
-            one_each = self.batch.targets.ndim == 1 or self._are_real(self.labels)
+                return samples if mask is None else int(ops.count_nonzero(mask))
+            one_each = len(self.batch.targets.shape) == 1 or self._are_real(self.labels)
             return samples if one_each else self._count_labeled()
         mask = None if example is None else self.tokens(example.stack, across=example.of_cross_attention)
         if mask is None or example is None:
             return samples
         valid = mask != 0
         if example.loss.over == "positions":
-            return int((valid if valid.ndim == len("NL") else valid.any(-1)).sum())
-        return int((valid.sum(-1) ** 2 if valid.ndim == len("NL") else valid).sum())
+            return int(ops.sum(valid if len(valid.shape) == len("NL") else ops.any(valid, -1)))
+        return int(ops.sum(ops.sum(valid, -1) ** 2 if len(valid.shape) == len("NL") else valid))
 
     def _count_labeled(self) -> int:
         if self.labels is None:
             return 0
         if self._are_real(self.labels):
             return math.prod(self.labels.shape)
-        return int((self.labels != self._ignore_index).sum())
+        return int(ops.count_nonzero(self.labels != self._ignore_index))
 
 
 def _with_int64_targets(batch: Batch) -> Batch:

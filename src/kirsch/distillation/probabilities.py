@@ -54,14 +54,14 @@ def to_logits(probabilities: Any, activation: Activation) -> Any:
 
 def activations_of(objective: Objective) -> set[Activation]:
     """Return the activations that the losses apply to logits: "softmax", "sigmoid", both or none."""
-    found: set[Activation] = set()
+    activations: set[Activation] = set()
     if any(ends(objective.label_weight)) and objective.label_loss in ACTIVATIONS:
-        found.add(ACTIVATIONS[objective.label_loss])
+        activations.add(ACTIVATIONS[objective.label_loss])
     for term in objective.terms:
         loss = get_loss(term.loss)
         if any(ends(term.weight)) and loss.takes in ("logits", "pixels", "sets"):
-            found.add(loss.activation)
-    return found - {"identity"}
+            activations.add(loss.activation)
+    return activations - {"identity"}
 
 
 def declared_outputs(objective: Objective, teacher: int | None) -> str | None:
@@ -94,7 +94,7 @@ class Logits:
 
 def logit_layers(objective: Objective, terms: Sequence[BoundTerm], teacher: int | None) -> list[str]:
     """Return the layers of the student (None) or of a teacher (its index) at which losses take logits."""
-    found = ["logits"] if teacher is None and _labels_take_logits(objective) else []
+    logits = ["logits"] if teacher is None and _labels_take_logits(objective) else []
     for term in terms:
         if term.loss.takes not in ("logits", "pixels", "sets") or term.loss.activation == "identity":
             continue
@@ -104,8 +104,8 @@ def logit_layers(objective: Objective, terms: Sequence[BoundTerm], teacher: int 
             continue
         layers = term.student_layer if teacher is None else term.teacher_layer
         layers = layers.get("logits", ()) if isinstance(layers, dict) else layers
-        found += [layers] if isinstance(layers, str) else []
-    return list(dict.fromkeys(found))
+        logits += [layers] if isinstance(layers, str) else []
+    return list(dict.fromkeys(logits))
 
 
 def _labels_take_logits(objective: Objective) -> bool:

@@ -12,8 +12,11 @@ MODULES = {"numpy": "kirsch.ops.numpy_arrays", "torch": "kirsch.frameworks.pytor
 """Package that defines an array type → module with its operations, which is imported with the first such array."""
 
 IMPLEMENTATIONS: Registry[Any] = Registry("ops")
-"""Package that defines an array type → object with the functions of `kirsch.ops.operations` and of
-`kirsch.ops.library`."""
+"""Package that defines an array type, of another library → object with the functions of `kirsch.ops.operations`.
+
+In place of `channel_axis` it has `CHANNEL_AXIS`, the axis of the channels of maps. In place of the keyword `like`, the
+functions take a second positional argument.
+"""
 
 _OF_TYPE: dict[type, Any] = {}
 
@@ -43,9 +46,8 @@ def _find(kind: type) -> Any:
     packages = dict.fromkeys(base.__module__.partition(".")[0] for base in kind.__mro__ if base is not object)
     known = set(IMPLEMENTATIONS)
     for package in packages:
-        if package not in known and package in MODULES:
-            IMPLEMENTATIONS.register(package)(import_module(MODULES[package]))
-            known.add(package)
         if package in known:
             return IMPLEMENTATIONS[package]
+        if package in MODULES:
+            return import_module(MODULES[package])
     raise UsageError(f"A loss got an object of type {kind.__qualname__}.", fix="Pass numpy arrays or PyTorch tensors.")

@@ -220,12 +220,12 @@ def convert_to_numpy(x: Any) -> Any:
 
 def multi_hot(indices: Any, num_classes: int, dtype: str) -> Any:
     """Return 1 at each of several indices, 0 elsewhere: integers (..., k) give (..., num_classes)."""
-    return implementation_of(indices).multi_hot(indices, num_classes, dtype)
+    return implementation_of(indices).multi_hot(indices, num_classes, dtype=dtype)
 
 
 def one_hot(indices: Any, num_classes: int, dtype: str) -> Any:
     """Return 1 at the indices, 0 elsewhere: integers (...) give (..., num_classes)."""
-    return implementation_of(indices).one_hot(indices, num_classes, dtype)
+    return implementation_of(indices).one_hot(indices, num_classes, dtype=dtype)
 
 
 def ones_like(x: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -17,7 +18,7 @@ from kirsch.jobs.step import STEPS, Step, model_cells
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.options import PlanOptions
 from kirsch.pruning.prune import prune_with_verification
-from kirsch.pruning.store import load, save
+from kirsch.pruning.store import last_plan, load, save
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,7 +101,8 @@ class Prune(PlanOptions, Step):
         record["plan"] = json.loads(pruned.plan.to_json())
         record["notes"] = notes
         record["before"] = {"parameters": plan.before.parameters, "macs": plan.before.macs}
-        record["cells"] = [*model_cells(record), f"{len(plan.groups)} groups, verified ({error:.0e})"]
+        parts = f"{len(plan.blocks)} blocks" if plan.blocks else f"{len(plan.groups)} groups"
+        record["cells"] = [*model_cells(record), f"{parts}, verified ({error:.0e})"]
         job.model = pruned.model
         return record
 
@@ -108,7 +110,7 @@ class Prune(PlanOptions, Step):
         """Load the pruned model, and restore the copy of its plan in the run folder."""
         del record
         job.model = load(folder / PRUNED, job.make_model)
-        stored, shown = folder / PRUNED / "plan.json", job.folder / plan_file(job.key)
+        stored, shown = last_plan(folder / PRUNED), job.folder / plan_file(job.key)
         if not shown.is_file() or shown.read_bytes() != stored.read_bytes():
             files.write_bytes(shown, stored.read_bytes())
 
@@ -125,6 +127,7 @@ def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
     kept = plan.keep(graph)
     before, after = graph.prices.by_owner(graph.keep({})), graph.prices.by_owner(kept)
     groups, layers = [], []
+    in_removed_block = re.compile("|".join(rf"{re.escape(path)}(\..*)?" for path in plan.without) or "$^").fullmatch
     for group in graph.groups:
         removal = removals.get(group.name)
         units = list(removal.removed) if removal else []
@@ -146,14 +149,16 @@ def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
                 layer = name.rpartition(".")[0]
                 mask = graph.kept(graph.axes[name, 0], kept)
                 size = graph.tensors[name].shape[0]
+                rest = size if mask is None else int(mask.sum())
+                gone = bool(in_removed_block(layer))
                 layers.append(
                     {
                         "name": layer,
                         "group": group.name,
                         "before": size,
-                        "after": size if mask is None else int(mask.sum()),
+                        "after": 0 if gone else rest,
                         "parameters_before": before[layer][0],
-                        "parameters_after": after[layer][0],
+                        "parameters_after": 0 if gone else after[layer][0],
                     }
                 )
     blockers = [

@@ -189,5 +189,13 @@ def _pruned(model: Any, plan: Plan, example_inputs: Any) -> Any:
         ) from error
 
 
+def last_plan(folder: Path) -> Path:
+    """Return the path of the plan of the last pruning in the folder of a saved model."""
+    number = 1
+    while (folder / _plan_name(number + 1)).exists():
+        number += 1
+    return folder / _plan_name(number)
+
+
 def _plan_name(number: int) -> str:
     return "plan.json" if number == 1 else f"plan.{number}.json"

@@ -10,6 +10,7 @@ from kirsch.deploy.steps import MODEL
 from kirsch.errors import KirschError, LoadError
 from kirsch.jobs.job import CHECKPOINTS, EVENTS, RECORD
 from kirsch.pruning.step import PRUNED, plan_file
+from kirsch.pruning.store import last_plan
 from kirsch.recipes import manifest, run_folder
 from kirsch.recipes.manifest import ENVIRONMENT, METRICS, PLAN, RECIPE, REPORT, RUN
 from kirsch.recipes.metrics import metrics_of_records
@@ -96,7 +97,7 @@ def _contradictions(folder: Path) -> list[str]:
         problems.append(f"{folder / RECIPE} is not the recipe that {RUN} states")
     started = _started_step(folder)  # the run may have been killed while this step wrote its files
     for key in keys:
-        stored, shown = done[key] / PRUNED / PLAN, folder / plan_file(key)
+        stored, shown = last_plan(done[key] / PRUNED), folder / plan_file(key)
         if started != key and stored.is_file() and not _same(stored, shown):
             problems.append(f"{shown} is missing, or is not the plan of the pruned model")
     if _ended(folder) and all(path.is_dir() for path in done.values()):

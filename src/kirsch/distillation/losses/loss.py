@@ -28,6 +28,8 @@ Takes = Literal["logits", "values", "pixels", "maps", "features", "tokens", "att
 - relations: several arrays (N, L, D), which the loss relates to each other
 - stages: a list of feature maps, from the first stage to the last
 - sets: a dict of "logits", the logits (N, Q, K), and "boxes" (N, Q, 4), of a detector that predicts a set
+
+The channels of pixels, maps and stages may be on another axis, see `Loss`.
 """
 
 OUTPUT_KINDS = ("logits", "pixels", "values")

@@ -9,21 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from frameworks.pytorch.features.adapter_values import density, random_values
 from kirsch.frameworks.pytorch.features.adapters import build
 from kirsch.frameworks.pytorch.io.vision import import_beside
 
 MAP, WIDE = (4, 6, 8, 8), (4, 10, 8, 8)
-
-
-def random_values(shapes, **more):
-    if isinstance(shapes, list):
-        return [random_values(shape, **more) for shape in shapes]
-    return torch.randn(shapes, **more)
-
-
-def density(student_out, teacher_out):
-    variance = F.softplus(student_out["scale"]).reshape(1, -1, 1, 1) + 1e-5
-    return 0.5 * ((student_out["mean"] - teacher_out) ** 2 / variance + variance.log()).mean()
 
 
 # ------------------------------------------------------------------------------------------------ closed forms

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from frameworks.pytorch.features.adapter_values import density, random_values
 from kirsch.distillation.losses import LOSSES
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.adapters import ADAPTER_OPTIONS
@@ -82,12 +83,6 @@ def make_adapter(case, **more):
     return build(adapter_name(case), student, teacher, options={**options, **more})
 
 
-def random_values(shapes, **more):
-    if isinstance(shapes, list):
-        return [random_values(shape, **more) for shape in shapes]
-    return torch.randn(shapes, **more)
-
-
 def make_values(case, **more):
     torch.manual_seed(1)
     student, teacher, _ = CASES[case]
@@ -120,11 +115,6 @@ def total_loss(adapter, student, teacher):
 
 def registered_name(adapter):
     return next(name for name in ADAPTERS if isinstance(adapter, ADAPTERS[name]))
-
-
-def density(student_out, teacher_out):
-    variance = F.softplus(student_out["scale"]).reshape(1, -1, 1, 1) + 1e-5
-    return 0.5 * ((student_out["mean"] - teacher_out) ** 2 / variance + variance.log()).mean()
 
 
 # ------------------------------------------------------------------------------------------------ all adapters

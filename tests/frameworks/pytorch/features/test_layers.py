@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import kirsch
+from hooks import assert_no_hooks
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.term import Term
 from kirsch.errors import UnknownNameError, UsageError
@@ -34,16 +35,12 @@ class InPlaceModel(nn.Module):
         return self.layers(inputs)
 
 
-def count_hooks(model):
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-
-
 @pytest.mark.parametrize("layers", [["0", "absent"], ["0/linear", "0", "absent"]])
 def test_an_unknown_layer_leaves_no_hooks(layers):
     model = nn.Sequential(nn.Linear(D, K))
     with pytest.raises(UnknownNameError, match="There is no layer in Sequential 'absent'"):
         FeatureCapture(model, layers)
-    assert count_hooks(model) == 0
+    assert_no_hooks(model)
 
 
 @pytest.mark.parametrize(

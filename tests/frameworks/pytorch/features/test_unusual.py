@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kirsch
+from hooks import assert_no_hooks
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import ModelError, NumericError, UsageError
@@ -59,7 +60,7 @@ def test_a_torchscript_teacher_supports_losses_on_logits_only(make):
         run_distill(net(), teacher, Objective((Term("rkd", student_layer="0", teacher_layer="1.0"),)))
     with pytest.raises(UsageError, match="The logits of Sequential are not the output of a module"):
         expand(teacher, "penultimate", batch()[0])
-    assert not any(module._forward_hooks for module in teacher.modules())
+    assert_no_hooks(teacher)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

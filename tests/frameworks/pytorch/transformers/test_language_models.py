@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import kirsch
-from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.pruning.prune import prune_with_verification
 from proving import shaken
 from pruning_notes import assert_one_note, config_notes
@@ -87,13 +86,6 @@ for folder, name in json.loads(sys.argv[1]).items():
 found["kirsch"] = "kirsch" in sys.modules
 print(json.dumps(found))
 """
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    pytest.importorskip("transformers", exc_type=ImportError)
-    import_beside("torchvision")
-    return import_beside("transformers")
 
 
 def build(transformers, name, **more):

@@ -81,10 +81,6 @@ class _Program:
         self.constants = constants
         self.index = {node: number for number, node in enumerate(states)}
 
-    def reads_constant(self, node: Node) -> bool:
-        """Return whether a parameter, buffer or constant is an input of a node."""
-        return any(source.name in self.constants for source in node.all_input_nodes)
-
 
 def find(
     model: nn.Module, states: Mapping[Node, Any], constants: Collection[str], recorded: RecordedCalls
