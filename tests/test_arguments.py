@@ -14,7 +14,6 @@ from torch import nn
 
 import kirsch
 from kirsch.data import augment
-from kirsch.distillation.store import build
 
 VALUES = {
     "None": lambda: None,
@@ -135,12 +134,12 @@ ACCEPTED_BY_CALLABLE = {
     "compress.data": set(),
     "save.folder": {*TEXTS, "path"},
     "load.folder": {*TEXTS, "path"},
-    "store.build.folder": {*TEXTS, "path"},
-    "store.build.data": set(),
-    "store.build.teacher": set(),
-    "store.build.temperature": POSITIVE,
-    "store.build.ranges": {"numbers"},
-    "store.build.outputs": {"None", "model"},
+    "build_store.folder": {*TEXTS, "path"},
+    "build_store.data": set(),
+    "build_store.teacher": set(),
+    "build_store.temperature": POSITIVE,
+    "build_store.ranges": {"numbers"},
+    "build_store.outputs": {"None", "model"},
     "store.open.folder": {*TEXTS, "path"},
     "store.read.ids": {"numbers"},
     "store.read.seeds": {"None", "array", "text array"},
@@ -178,7 +177,7 @@ def calls(tmp_path_factory):
     split = kirsch.Split(x.numpy(), y.numpy())
     parts = {"train": split, "validation": split, "test": split}
     dataset = kirsch.DataSet("data", **parts, classes=("a", "b", "c"))
-    store = build(folder / "store", model, data, keep=kirsch.TopK(2))
+    store = kirsch.build_store(folder / "store", model, data, keep=kirsch.TopK(2))
     objective, training = kirsch.Objective.kd(), kirsch.Training(epochs=1)
     distiller = kirsch.Distiller(Net(), model, objective, (x, y))
     common = {
@@ -341,8 +340,8 @@ def calls(tmp_path_factory):
         "Plan.from_json": (kirsch.Plan.from_json, {"text": plan.to_json()}),
         "L1": (kirsch.L1, {"strength": 1e-4}),
         "Slimming": (kirsch.Slimming, {"strength": 1e-4}),
-        "store.build": (
-            build,
+        "build_store": (
+            kirsch.build_store,
             {
                 "folder": folder / "again",
                 "teacher": model,
@@ -449,7 +448,7 @@ NAMES = [
     "Plan.from_json",
     "L1",
     "Slimming",
-    "store.build",
+    "build_store",
     "store.open",
     "store.read",
     "store.require",

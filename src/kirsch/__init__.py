@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.mutual import distill_mutually
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.schedule import Ramp
+    from kirsch.distillation.store.building import build_store
     from kirsch.distillation.store.reading import TeacherStore
     from kirsch.distillation.store.record import Dense, TopK
     from kirsch.distillation.term import Term
@@ -65,6 +66,7 @@ __all__ = [
     "TrainingHooks",
     "Verification",
     "born_again",
+    "build_store",
     "compress",
     "distill",
     "distill_chain",
@@ -112,6 +114,7 @@ _MODULES = {
     "TrainingHooks": "kirsch.frameworks.training",
     "Verification": "kirsch.graph.verification",
     "born_again": "kirsch.distillation.chain",
+    "build_store": "kirsch.distillation.store.building",
     "compress": "kirsch.recipes.compress",
     "distill": "kirsch.distillation.distill",
     "distill_chain": "kirsch.distillation.chain",

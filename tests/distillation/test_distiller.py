@@ -15,7 +15,7 @@ import kirsch
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
-from kirsch.distillation.store import Dense, TopK, build
+from kirsch.distillation.store import Dense, TopK, build_store
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, ModelError, NumericError, ShapeError, StoreError, UsageError
 from kirsch.frameworks.training import Training
@@ -227,7 +227,9 @@ def test_a_term_with_a_tiny_share_of_the_gradient_gives_one_warning():
 def test_a_store_gives_the_loss_of_its_teacher(tmp_path, keep):
     torch.manual_seed(2)
     teacher, objective = net(6, 2), Objective((Term("kd", 0.9, temperature=2.0),), label_weight=0.1)
-    store = build(tmp_path / "store", teacher, data(), keep=keep, temperature=2.0 if isinstance(keep, TopK) else 1.0)
+    store = build_store(
+        tmp_path / "store", teacher, data(), keep=keep, temperature=2.0 if isinstance(keep, TopK) else 1.0
+    )
     batch = next(data().epoch(0, 0))
     live, stored = (
         kirsch.Distiller(net(4, 1), source, objective, batch).eval()(batch).total.item() for source in (teacher, store)
