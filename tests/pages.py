@@ -8,12 +8,24 @@ import textwrap
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kirsch.cli import main
+from kirsch.deploy.export import EXPORTERS
+from kirsch.distillation.losses import LOSSES
+from kirsch.frameworks.pytorch.features.adapters import ADAPTERS
+from kirsch.pruning.importance import IMPORTANCES
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.yaml import read
 from kirsch.steps import STEPS
+from kirsch.tasks import TASKS
+from page_names import NAMES
+
+if TYPE_CHECKING:
+    import pytest
+
+REGISTRIES = (ADAPTERS, EXPORTERS, IMPORTANCES, LOSSES, STEPS, TASKS)
+"""Registries to which users add."""
 
 ROOT = Path(__file__).parents[1]
 FILES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -66,6 +78,19 @@ def blocks(page: str) -> list[Block]:
     return found
 
 
+def run_page(page: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run the blocks of a page, and return the names they define; undoing the patch removes what they register."""
+    for registry in REGISTRIES:
+        monkeypatch.setattr(registry, "_objects", dict(registry._objects))
+    names: dict[str, Any] = {"__name__": "my_package.my_module"}
+    prepared = dict(NAMES)
+    for block in blocks(page):
+        names |= prepared.pop((page, block.section), dict)()
+        if not block.reason:
+            run_block(block, names)
+    return names
+
+
 def run_block(block: Block, names: dict[str, Any]) -> None:
     """Run a block in the current folder; Python defines its names in `names`."""
     if file := FILE.match(block.text):
@@ -75,7 +100,7 @@ def run_block(block: Block, names: dict[str, Any]) -> None:
 
 def _run_python(block: Block, names: dict[str, Any]) -> None:
     padding = "\n" * block.line  # tracebacks show the line of the page
-    exec(compile(padding + block.text, block.page, "exec"), names)
+    exec(compile(padding + block.text, block.page, "exec", dont_inherit=True), names)
 
 
 def _run_shell(block: Block, names: dict[str, Any]) -> None:

@@ -7,13 +7,8 @@ import re
 import pytest
 
 import kirsch
-from kirsch.deploy.export import EXPORTERS
-from kirsch.distillation.losses import LOSSES
-from kirsch.frameworks.pytorch.features.adapters import ADAPTERS
-from kirsch.pruning.importance import IMPORTANCES
-from kirsch.tasks import TASKS
 from page_names import NAMES, build_my_model
-from pages import PAGES, ROOT, RUNNERS, blocks, run_block
+from pages import PAGES, ROOT, RUNNERS, blocks, run_block, run_page
 
 TRANSLATED = {"README.zh.md": "README.md"}
 """Pages that show the code of another page."""
@@ -24,26 +19,6 @@ WARNINGS = (  # of Lightning about its environment, loaders and logs
     "ignore:.*is smaller than the logging interval",
     "ignore:.*isinstance.treespec, LeafSpec.. is deprecated",
 )
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Return a function that runs all blocks of a page in a temporary folder, and returns the names they define."""
-    monkeypatch.chdir(tmp_path)
-    for registry in (ADAPTERS, EXPORTERS, IMPORTANCES, LOSSES, TASKS):
-        monkeypatch.setattr(registry, "_objects", dict(registry._objects))
-
-    def run_page(page):
-        names, sections = {}, set()
-        for block in blocks(page):
-            if block.section not in sections and (page, block.section) in NAMES:
-                names |= NAMES[page, block.section]()
-            sections.add(block.section)
-            if not block.reason:
-                run_block(block, names)
-        return names
-
-    return run_page
 
 
 def check_readme(names):
@@ -61,8 +36,9 @@ RESULTS = {"README.md": check_readme, "docs/store.md": check_store}
 
 @pytest.mark.filterwarnings(*WARNINGS)
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in TRANSLATED])
-def test_the_code_blocks_of_a_page_run(page, run):
-    names = run(page)
+def test_the_code_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_page(page, monkeypatch)
     if page in RESULTS:
         RESULTS[page](names)
 

@@ -9,19 +9,13 @@ import re
 import pytest
 
 import kirsch
-from kirsch.deploy.export import EXPORTERS
-from kirsch.distillation.losses import LOSSES
-from kirsch.frameworks.pytorch.features.adapters import ADAPTERS
 from kirsch.frameworks.pytorch.io.vision import import_beside
-from kirsch.pruning.importance import IMPORTANCES
-from kirsch.steps import STEPS
-from kirsch.tasks import TASKS
-from pages import FILES, PAGES, ROOT, blocks
+from pages import FILES, PAGES, REGISTRIES, ROOT, blocks
 
 import_beside("torchvision")  # imported by transformers and Lightning
 
 NAME = re.compile(r"(?<![\w./-])kirsch\.(\w+(?:\.\w+)*)")
-ENTRY_POINTS = {registry.kind for registry in (ADAPTERS, EXPORTERS, IMPORTANCES, LOSSES, STEPS, TASKS)}
+ENTRY_POINTS = {registry.kind for registry in REGISTRIES}
 """Groups of entry points are called kirsch.importance, kirsch.loss, and so on."""
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -266,14 +264,3 @@ def test_an_objective_of_labels_needs_no_teacher():
     found = kirsch.Distiller(net(4, 1), None, Objective.labels(), next(data().epoch(0, 0)))
     assert found.rows == []
     assert found(next(data().epoch(0, 0))).terms.keys() == {"label"}
-
-
-def test_the_loop_of_the_documentation_runs():
-    text = (Path(__file__).parents[2] / "docs/training.md").read_text()
-    student = net(4, 1)
-    before = copy.deepcopy(student)
-    names = {"kirsch": kirsch, "torch": torch, "student": student, "teacher": net(6, 2), "epochs": 2}
-    names |= {"objective": Objective.kd(), "loader": list(data().epoch(0, 0))}
-    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
-    assert not torch.equal(before[0].weight, student[0].weight)
-    assert_no_hooks(student)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from distillation.stores import IDS, K, N, data, images, network, tiny_store, versioned
+from distillation.stores import IDS, K, data, network, tiny_store, versioned
 from kirsch.distillation.store import Dense, TeacherStore, TopK, specification
 from kirsch.distillation.store.record import fields_of
 from kirsch.errors import NumericError, StoreError, UsageError
@@ -144,16 +143,6 @@ def test_building_does_not_change_the_teacher(tmp_path):
     assert model.training
     assert model[2].training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_the_code_of_the_documentation_page_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs" / "store.md").read_text()
-    names = {"inputs": images(), "labels": np.arange(N) % K, "teacher": network()}
-    for snippet in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
-        exec(compile(snippet, "store.md", "exec"), names)
-    assert names["found"].keys() == {"indices", "log_p", "tail"}
-    assert (names["store"].specification.views, names["store"].specification.temperature) == (8, 4.0)
 
 
 def test_the_documentation_page_states_the_size_of_records(tmp_path):
