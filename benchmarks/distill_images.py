@@ -19,7 +19,7 @@ from kirsch.distillation.losses.loss import loss
 from kirsch.distillation.matching import stages
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
-from kirsch.distillation.store import Dense, TeacherStore, build
+from kirsch.distillation.store import Dense, TeacherStore, build_store
 from kirsch.distillation.term import Term
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks
@@ -136,7 +136,7 @@ def lessons() -> tuple[ArrayData, TeacherStore]:
     train = images().train
     data = ArrayData(train.inputs[:IMAGES], train.labels[:IMAGES], BATCH, AUGMENT, views=EPOCHS, seed=0)
     folder = ROOT / "build" / "distillation" / "store"
-    build(folder, teacher(), data, keep=Dense(), outputs=records, views=EPOCHS, event=print)
+    build_store(folder, teacher(), data, keep=Dense(), outputs=records, views=EPOCHS, event=print)
     return data, TeacherStore.open(folder)
 
 

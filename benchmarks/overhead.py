@@ -28,7 +28,7 @@ import kirsch
 from kirsch.data.augment import Chain, Crop, Flip
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import fit
-from kirsch.distillation.store import TopK, build
+from kirsch.distillation.store import TopK, build_store
 from kirsch.frameworks.training import TrainingHooks
 from kirsch.measurement.machine import cpu, load
 
@@ -124,7 +124,7 @@ def measure(pair: str) -> dict[str, float]:
     objective = kirsch.Objective.kd(4.0, 0.9)
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        store = build(folder, teacher, data, keep=TopK(10), temperature=4.0)
+        store = build_store(folder, teacher, data, keep=TopK(10), temperature=4.0)
 
         def taught(by: Any, clock: Clock) -> None:
             hooks = TrainingHooks(stop=clock, event=lambda _event: None)

@@ -24,7 +24,7 @@ from torch import nn
 
 from kirsch.data.augment import Noise
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.store import Dense, TeacherStore, TopK, build
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build_store
 from kirsch.distillation.store.record import index_type
 from kirsch.distillation.store.specification import DIGEST_BYTES
 from kirsch.measurement.machine import environment, load
@@ -75,7 +75,7 @@ def measure(keep: TopK | Dense, classes: int, samples: int) -> dict[str, Any]:
     data = ArrayData(inputs, None, BATCH, Noise(0.1))
     with tempfile.TemporaryDirectory() as folder:
         begun = time.process_time()
-        build(folder, teacher, data, keep=keep, batch_size=BATCH)
+        build_store(folder, teacher, data, keep=keep, batch_size=BATCH)
         seconds = time.process_time() - begun
         begun = time.process_time()
         for start in range(0, samples, BATCH):

@@ -14,14 +14,6 @@ from torch import nn
 
 import kirsch
 from kirsch.data import augment
-from kirsch.data.batches import ArrayData
-from kirsch.distillation.distill import fit
-from kirsch.distillation.schedule import Ramp
-from kirsch.distillation.store import TeacherStore, TopK, build
-from kirsch.errors import KirschError
-from kirsch.frameworks.training import TrainingHooks
-from kirsch.pruning.prune import prune_with_verification
-from kirsch.pruning.regularizers import L1, Slimming
 
 VALUES = {
     "None": lambda: None,
@@ -139,16 +131,18 @@ ACCEPTED_BY_CALLABLE = {
     "ModelGenerator.noise": {"empty list", "numbers"},
     "DataSet.classes": {"empty list", "texts"},  # the task checks them against the labels
     "compress.name": {"text"},
+    "compress.steps": {"None"},
+    "compress.seed": {"integer"},
+    "compress.speedup": {"None", *POSITIVE},
     "compress.data": set(),
-    "compress.temperature": {"None", *POSITIVE},
     "save.folder": {*TEXTS, "path"},
     "load.folder": {*TEXTS, "path"},
-    "store.build.folder": {*TEXTS, "path"},
-    "store.build.data": set(),
-    "store.build.teacher": set(),
-    "store.build.temperature": POSITIVE,
-    "store.build.ranges": {"numbers"},
-    "store.build.outputs": {"None", "model"},
+    "build_store.folder": {*TEXTS, "path"},
+    "build_store.data": set(),
+    "build_store.teacher": set(),
+    "build_store.temperature": POSITIVE,
+    "build_store.ranges": {"numbers"},
+    "build_store.outputs": {"None", "model"},
     "store.open.folder": {*TEXTS, "path"},
     "store.read.ids": {"numbers"},
     "store.read.seeds": {"None", "array", "text array"},
@@ -182,11 +176,11 @@ def calls(tmp_path_factory):
     small = kirsch.prune(model, plan)
     kirsch.save(small, folder / "saved")
     artifact = kirsch.export(model, folder / "model.onnx", example_inputs=x)
-    data = ArrayData(x.numpy(), y.numpy(), 4)
+    data = kirsch.ArrayData(x.numpy(), y.numpy(), 4)
     split = kirsch.Split(x.numpy(), y.numpy())
     parts = {"train": split, "validation": split, "test": split}
     dataset = kirsch.DataSet("data", **parts, classes=("a", "b", "c"))
-    store = build(folder / "store", model, data, keep=TopK(2))
+    store = kirsch.build_store(folder / "store", model, data, keep=kirsch.TopK(2))
     objective, training = kirsch.Objective.kd(), kirsch.Training(epochs=1)
     distiller = kirsch.Distiller(Net(), model, objective, (x, y))
     common = {
@@ -194,8 +188,8 @@ def calls(tmp_path_factory):
         "objective": objective,
         "training": training,
         "validation": (x, y),
-        "hooks": TrainingHooks(),
-        "regularizers": [L1(1e-4)],
+        "hooks": kirsch.TrainingHooks(),
+        "regularizers": [kirsch.L1(1e-4)],
         "progress": None,
     }
     mutual = {**common, "objective": kirsch.Objective.preset("dml")}
@@ -240,7 +234,7 @@ def calls(tmp_path_factory):
         ),
         "prune": (kirsch.prune, {"model": model, "plan": plan, "example_inputs": x, "verify": True}),
         "prune_with_verification": (
-            prune_with_verification,
+            kirsch.prune_with_verification,
             {"model": model, "plan": plan, "example_inputs": x, "verify": True},
         ),
         "save": (kirsch.save, {"model": small, "folder": folder / "again"}),
@@ -262,7 +256,7 @@ def calls(tmp_path_factory):
         ),
         "Training": (kirsch.Training, settings),
         "TrainingHooks": (
-            TrainingHooks,
+            kirsch.TrainingHooks,
             {"validate": None, "event": None, "stop": None, "save": None, "resume": None, "batch": None, "close": None},
         ),
         "Objective": (kirsch.Objective, fields),
@@ -271,9 +265,9 @@ def calls(tmp_path_factory):
         "Objective.labels": (kirsch.Objective.labels, {"label_smoothing": 0.0}),
         "Objective.preset": (kirsch.Objective.preset, {"name": "kd", "label_weight": 0.5}),
         "Objective.from_dict": (kirsch.Objective.from_dict, {"values": objective.to_dict()}),
-        "Ramp": (Ramp, {"start": 0.0, "end": 1.0, "epochs": 1.0, "after": 0.0}),
+        "Ramp": (kirsch.Ramp, {"start": 0.0, "end": 1.0, "epochs": 1.0, "after": 0.0}),
         "distill": (kirsch.distill, {"student": Net(), "teacher": model, "check_teacher": False, **common}),
-        "fit": (fit, {"model": Net(), "label_smoothing": 0.0, **common}),
+        "fit": (kirsch.fit, {"model": Net(), "label_smoothing": 0.0, **common}),
         "distill_chain": (
             kirsch.distill_chain,
             {"models": [model, Net()], "learn_from": "previous", "check_teacher": False, **common},
@@ -306,7 +300,7 @@ def calls(tmp_path_factory):
             {"generate": generate, "samples": 8, "batch_size": 4, "noise": None, "views": None, "seed": None},
         ),
         "ArrayData": (
-            ArrayData,
+            kirsch.ArrayData,
             {
                 "inputs": x.numpy(),
                 "targets": y.numpy(),
@@ -328,12 +322,15 @@ def calls(tmp_path_factory):
                 "data": dataset,
                 "goal": goal,
                 "student": None,
-                "max_drop": 0.5,
+                "steps": None,
                 "distill": None,
                 "recover": training,
-                "temperature": None,
                 "objective": None,
+                "max_drop": 0.5,
+                "speedup": None,
+                "task": "classification",
                 "batch_size": 4,
+                "seed": 0,
                 "folder": folder / "run",
                 "name": "model",
                 "listen": lambda event: None,
@@ -346,15 +343,15 @@ def calls(tmp_path_factory):
         ),
         "Graph.explain": (graph.explain, {"layer": "body"}),
         "Plan.from_json": (kirsch.Plan.from_json, {"text": plan.to_json()}),
-        "L1": (L1, {"strength": 1e-4}),
-        "Slimming": (Slimming, {"strength": 1e-4}),
-        "store.build": (
-            build,
+        "L1": (kirsch.L1, {"strength": 1e-4}),
+        "Slimming": (kirsch.Slimming, {"strength": 1e-4}),
+        "build_store": (
+            kirsch.build_store,
             {
                 "folder": folder / "again",
                 "teacher": model,
                 "data": data,
-                "keep": TopK(2),
+                "keep": kirsch.TopK(2),
                 "outputs": None,
                 "views": 1,
                 "seed": None,
@@ -366,7 +363,7 @@ def calls(tmp_path_factory):
                 "stop": None,
             },
         ),
-        "store.open": (TeacherStore.open, {"folder": folder / "store"}),
+        "store.open": (kirsch.TeacherStore.open, {"folder": folder / "store"}),
         "store.read": (store.read, {"ids": np.arange(2), "view": 0, "seeds": None}),
         "store.require": (store.require, {"teacher": model, "data": data, "temperature": 1.0, "seed": 0}),
         "store.check": (
@@ -375,7 +372,7 @@ def calls(tmp_path_factory):
         ),
         "store.verify_once": (store.verify_once, {"view": 0}),
         "store.verify": (store.verify, {"views": [0]}),
-        "TopK": (TopK, {"k": 2}),
+        "TopK": (kirsch.TopK, {"k": 2}),
         "Crop": (augment.Crop, {"padding": 1}),
         "Flip": (augment.Flip, {"probability": 0.5}),
         "Erase": (augment.Erase, {"size": 2, "probability": 0.5}),
@@ -384,12 +381,26 @@ def calls(tmp_path_factory):
     }
 
 
-RECORDS = {"Artifact", "Graph", "Measurement", "Plan", "Pruned"}
+RECORDS = {
+    "Artifact",
+    "Batch",
+    "Compressed",
+    "Graph",
+    "Measurement",
+    "Plan",
+    "Pruned",
+    "TeacherStore",
+    "Trained",
+    "Verification",
+}
 """Public classes that Kirsch returns, and users do not create."""
+
+WITHOUT_OPTIONS = {"Dense", "KirschError"}
+"""Public classes that users create or catch, without an argument to check."""
 
 
 def test_the_table_has_each_public_callable_and_each_argument(calls):
-    assert {name for name in kirsch.__all__ if name not in RECORDS} <= calls.keys()
+    assert {name for name in kirsch.__all__ if name not in RECORDS | WITHOUT_OPTIONS} <= calls.keys()
     for name, (function, values) in calls.items():
         parameters = inspect.signature(function).parameters.values()
         named = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
@@ -442,7 +453,7 @@ NAMES = [
     "Plan.from_json",
     "L1",
     "Slimming",
-    "store.build",
+    "build_store",
     "store.open",
     "store.read",
     "store.require",
@@ -474,14 +485,15 @@ NAMES = [
     ],
 )
 def test_an_error_names_the_found_value_the_expected_type_or_the_fix(call, message):
-    with pytest.raises(KirschError, match=message):
+    with pytest.raises(kirsch.KirschError, match=message):
         call()
 
 
 @pytest.mark.parametrize("max_drop", [1, -0.1, 3])
 def test_an_accuracy_drop_in_percentage_points_is_refused(calls, max_drop):
     function, arguments = calls["compress"]
-    with pytest.raises(KirschError, match=r"`max_drop` .* of at least 0 and below 1\. .* write max_drop=0\.01\."):
+    message = r"`max_drop` .* of at least 0 and below 1\. .* write max_drop=0\.01\."
+    with pytest.raises(kirsch.KirschError, match=message):
         function(**{**arguments, "max_drop": max_drop})
 
 
@@ -500,7 +512,7 @@ def unclear_errors(name, function, arguments, argument):
         value = VALUES[kind]()
         try:
             function(**{**arguments, argument: value})
-        except KirschError as error:
+        except kirsch.KirschError as error:
             message = str(error)
             shown = value[0] if kind == "texts" else value
             named = re.search(rf"\b{argument}\b", message) or (isinstance(shown, str) and repr(shown) in message)
@@ -515,7 +527,7 @@ def unclear_errors(name, function, arguments, argument):
 
 
 def test_a_class_of_several_alternatives_is_answered_with_the_instance():
-    with pytest.raises(KirschError, match=r"is the class Linear; .* Make an instance: Linear\(\.\.\.\)"):
+    with pytest.raises(kirsch.KirschError, match=r"is the class Linear; .* Make an instance: Linear\(\.\.\.\)"):
         kirsch.measure(nn.Linear, example_inputs=torch.zeros(2, 3))
 
 
@@ -530,5 +542,5 @@ def test_a_class_of_several_alternatives_is_answered_with_the_instance():
 )
 def test_a_text_for_an_objective_is_answered_with_the_call_that_makes_it(name, call):
     model, x = nn.Linear(3, 2), torch.zeros(2, 3)
-    with pytest.raises(KirschError, match=re.escape(f"Give {call}.")):
+    with pytest.raises(kirsch.KirschError, match=re.escape(f"Give {call}.")):
         kirsch.distill(model, model, [(x, torch.zeros(2).long())], objective=name)

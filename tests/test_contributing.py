@@ -1,4 +1,4 @@
-"""The code in CONTRIBUTING.md runs as written."""
+"""The code in CONTRIBUTING.md does what the page says."""
 
 from __future__ import annotations
 
@@ -13,31 +13,21 @@ from kirsch.deploy.export import EXPORTERS
 from kirsch.distillation.losses import LOSSES
 from kirsch.errors import ShapeError
 from kirsch.pruning.importance import IMPORTANCES
-from kirsch.steps import STEPS
 from kirsch.tasks import TASKS
 
 torch = pytest.importorskip("torch")
 
 from kirsch.frameworks.pytorch.features.adapters import ADAPTERS, build  # noqa: E402 - without torch there are none
+from pages import run_page  # noqa: E402 - likewise
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 DESIGN = (ROOT / "docs" / "design.md").read_text()
 
 
-def define(monkeypatch):
-    """Run the snippets and return the names that they define; undoing the patch removes what they register."""
-    for registry in (IMPORTANCES, LOSSES, ADAPTERS, EXPORTERS, STEPS, TASKS):
-        monkeypatch.setattr(registry, "_objects", dict(registry._objects))
-    names: dict = {"__name__": "my_package.my_module"}
-    for snippet in re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL):
-        exec(compile(snippet, "CONTRIBUTING.md", "exec", dont_inherit=True), names)
-    return names
-
-
 @pytest.fixture
 def defined(monkeypatch):
-    return define(monkeypatch)
+    return run_page("CONTRIBUTING.md", monkeypatch)
 
 
 def test_the_importance_is_the_largest_weight_in_closed_form(defined):
@@ -119,7 +109,7 @@ def test_the_registered_names_are_removed_after_each_test():
         ("multi-label", TASKS),
     )
     with pytest.MonkeyPatch.context() as monkeypatch:
-        define(monkeypatch)
+        run_page("CONTRIBUTING.md", monkeypatch)
         assert all(name in registry for name, registry in registered)
     assert not any(name in registry for name, registry in registered)
 

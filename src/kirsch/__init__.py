@@ -8,51 +8,72 @@ from typing import TYPE_CHECKING, Any
 from kirsch.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from kirsch.data.batches import ArrayData, Batch
     from kirsch.data.dataset import DataSet, Split
     from kirsch.data.generated import GeneratedData
     from kirsch.deploy.export import Artifact, export
     from kirsch.deploy.measure import Measurement, measure
     from kirsch.distillation.chain import born_again, distill_chain, ensemble
-    from kirsch.distillation.distill import distill
+    from kirsch.distillation.distill import distill, fit
     from kirsch.distillation.distiller import Distiller
     from kirsch.distillation.mutual import distill_mutually
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.schedule import Ramp
+    from kirsch.distillation.store.building import build_store
+    from kirsch.distillation.store.reading import TeacherStore
+    from kirsch.distillation.store.record import Dense, TopK
     from kirsch.distillation.term import Term
+    from kirsch.errors import KirschError
     from kirsch.frameworks.model_generator import ModelGenerator
     from kirsch.frameworks.trace import trace
-    from kirsch.frameworks.training import Training
+    from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Goal, Plan
+    from kirsch.graph.verification import Verification
     from kirsch.pruning.choose import plan
     from kirsch.pruning.prune import Pruned, prune, prune_with_verification
+    from kirsch.pruning.regularizers import L1, Slimming
     from kirsch.pruning.store import load, save
-    from kirsch.recipes.compress import compress
+    from kirsch.recipes.compress import Compressed, compress
     from kirsch.recipes.recovery import recovery
 
 __all__ = [
+    "L1",
+    "ArrayData",
     "Artifact",
+    "Batch",
+    "Compressed",
     "DataSet",
+    "Dense",
     "Distiller",
     "GeneratedData",
     "Goal",
     "Graph",
+    "KirschError",
     "Measurement",
     "ModelGenerator",
     "Objective",
     "Plan",
     "Pruned",
     "Ramp",
+    "Slimming",
     "Split",
+    "TeacherStore",
     "Term",
+    "TopK",
+    "Trained",
     "Training",
+    "TrainingHooks",
+    "Verification",
     "born_again",
+    "build_store",
     "compress",
     "distill",
     "distill_chain",
     "distill_mutually",
     "ensemble",
     "export",
+    "fit",
     "load",
     "measure",
     "plan",
@@ -65,28 +86,42 @@ __all__ = [
 
 # Module of each public name. Names are imported at first use, so that `import kirsch` loads no framework.
 _MODULES = {
+    "ArrayData": "kirsch.data.batches",
     "Artifact": "kirsch.deploy.export",
+    "Batch": "kirsch.data.batches",
+    "Compressed": "kirsch.recipes.compress",
     "DataSet": "kirsch.data.dataset",
+    "Dense": "kirsch.distillation.store.record",
     "Distiller": "kirsch.distillation.distiller",
     "GeneratedData": "kirsch.data.generated",
     "Goal": "kirsch.graph.plan",
     "Graph": "kirsch.graph.graph",
+    "KirschError": "kirsch.errors",
+    "L1": "kirsch.pruning.regularizers",
     "Measurement": "kirsch.deploy.measure",
     "ModelGenerator": "kirsch.frameworks.model_generator",
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
     "Pruned": "kirsch.pruning.prune",
     "Ramp": "kirsch.distillation.schedule",
+    "Slimming": "kirsch.pruning.regularizers",
     "Split": "kirsch.data.dataset",
+    "TeacherStore": "kirsch.distillation.store.reading",
     "Term": "kirsch.distillation.term",
+    "TopK": "kirsch.distillation.store.record",
+    "Trained": "kirsch.frameworks.training",
     "Training": "kirsch.frameworks.training",
+    "TrainingHooks": "kirsch.frameworks.training",
+    "Verification": "kirsch.graph.verification",
     "born_again": "kirsch.distillation.chain",
+    "build_store": "kirsch.distillation.store.building",
     "compress": "kirsch.recipes.compress",
     "distill": "kirsch.distillation.distill",
     "distill_chain": "kirsch.distillation.chain",
     "distill_mutually": "kirsch.distillation.mutual",
     "ensemble": "kirsch.distillation.chain",
     "export": "kirsch.deploy.export",
+    "fit": "kirsch.distillation.distill",
     "load": "kirsch.pruning.store",
     "measure": "kirsch.deploy.measure",
     "plan": "kirsch.pruning.choose",

@@ -199,7 +199,7 @@ def value_phrase(value: Any) -> str:
 
 def plural(noun: str) -> str:
     """Return the plural of a noun phrase: "a model or a list of text" → "models or lists of text"."""
-    return re.sub(r"(^|, | or )an? (.*?)(?= of | between | or |, |$)", r"\1\2s", noun)
+    return re.sub(r"(^|, | or )an? (.*?)(?= of | above | between | or |, |$)", r"\1\2s", noun)
 
 
 def with_article(noun: str) -> str:

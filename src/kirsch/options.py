@@ -84,4 +84,7 @@ def _usage_error(kind: type[Options], error: ValidationError) -> UsageError:
     if isinstance(cause, FieldsError):
         return cause.problems[0][1]
     path = ".".join(map(str, details["loc"]))
-    return UsageError(f"`{path}` of {public_name(kind)}: {details['msg']}, found {details['input']!r}.")
+    return UsageError(
+        f"`{path}` of {public_name(kind)}: {details['msg']}, found {details['input']!r}.",
+        fix=f"Give another value of `{path}`.",
+    )

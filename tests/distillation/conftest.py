@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 
-from distillation.stores import build_store
+from distillation.stores import tiny_store
 
 
 @pytest.fixture(scope="module")
 def store_folder(tmp_path_factory):
     """Folder of a finished store that no test changes."""
     folder = tmp_path_factory.mktemp("store") / "store"
-    build_store(folder)
+    tiny_store(folder)
     return folder
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from kirsch.data.augment import Chain, Crop, Flip, Noise, apply, sample_seeds
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.store import TopK, build
+from kirsch.distillation.store import TopK, build_store
 
 N, K = 21, 12
 AUGMENT = Chain(Crop(1), Flip(), Noise(0.3))
@@ -36,9 +36,9 @@ def logits_of_view(model, seed, view):
         return model.eval()(torch.from_numpy(inputs)).numpy()
 
 
-def build_store(folder, model=None, inputs=None, **options):
+def tiny_store(folder, model=None, inputs=None, **options):
     options = {"keep": TopK(4), "views": 2, "seed": 5, "range_size": 8, "batch_size": 3} | options
-    return build(folder, network() if model is None else model, data() if inputs is None else inputs, **options)
+    return build_store(folder, network() if model is None else model, data() if inputs is None else inputs, **options)
 
 
 def versioned(function, version="1"):

@@ -15,7 +15,7 @@ from kirsch.distillation.distill import distill
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.schedule import Ramp
-from kirsch.distillation.store import Dense, TopK, build
+from kirsch.distillation.store import Dense, TopK, build_store
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ModelError, ShapeError, StoreError, UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
@@ -240,7 +240,9 @@ def test_a_store_gives_the_losses_of_its_teacher(tmp_path, keep):
     teacher, objective = Net(6), Objective((Term("kd", 0.9, temperature=2.0),), label_weight=0.1)
     teacher.head.weight.data *= 20  # confident predictions
     training = Training(epochs=2, learning_rate=0.01)
-    store = build(tmp_path / "store", teacher, data(), keep=keep, temperature=2.0 if isinstance(keep, TopK) else 1.0)
+    store = build_store(
+        tmp_path / "store", teacher, data(), keep=keep, temperature=2.0 if isinstance(keep, TopK) else 1.0
+    )
     live, stored = (
         distill(_seeded(), source, data(), objective=objective, training=training, check_teacher=False).history
         for source in (teacher, store)
@@ -249,7 +251,7 @@ def test_a_store_gives_the_losses_of_its_teacher(tmp_path, keep):
 
 
 def test_a_store_of_other_data_or_temperature_is_refused(tmp_path):
-    store = build(tmp_path / "store", Net(6), data(), keep=TopK(2))
+    store = build_store(tmp_path / "store", Net(6), data(), keep=TopK(2))
     with pytest.raises(StoreError, match="temperature"):
         distill(Net(4), store, data(), objective=Objective.kd(4.0))
     other = ArrayData(data().inputs + 1, data().targets)
@@ -319,7 +321,7 @@ def test_an_adapter_takes_the_combined_teachers():
 
 
 def test_terms_that_a_store_of_the_largest_logits_does_not_support_are_refused(tmp_path):
-    store = build(tmp_path / "store", Net(6), data(), keep=TopK(2))
+    store = build_store(tmp_path / "store", Net(6), data(), keep=TopK(2))
     for term, sentence in (
         (Term("dkd", 1.0, temperature=1.0), "needs all logits of the teacher"),
         (Term("kd", 1.0, temperature=1.0, options={"standardize": True}), "has the options standardize"),

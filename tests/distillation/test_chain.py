@@ -17,8 +17,7 @@ from kirsch.distillation.chain import born_again, distill_chain, ensemble
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.mutual import distill_mutually
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.store import Dense
-from kirsch.distillation.store import build as build_store
+from kirsch.distillation.store import Dense, build_store
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, Interrupted, ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.training import Training, TrainingHooks

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ import kirsch
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
-from kirsch.distillation.store import Dense, TopK, build
+from kirsch.distillation.store import Dense, TopK, build_store
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, ModelError, NumericError, ShapeError, StoreError, UsageError
 from kirsch.frameworks.training import Training
@@ -227,7 +225,9 @@ def test_a_term_with_a_tiny_share_of_the_gradient_gives_one_warning():
 def test_a_store_gives_the_loss_of_its_teacher(tmp_path, keep):
     torch.manual_seed(2)
     teacher, objective = net(6, 2), Objective((Term("kd", 0.9, temperature=2.0),), label_weight=0.1)
-    store = build(tmp_path / "store", teacher, data(), keep=keep, temperature=2.0 if isinstance(keep, TopK) else 1.0)
+    store = build_store(
+        tmp_path / "store", teacher, data(), keep=keep, temperature=2.0 if isinstance(keep, TopK) else 1.0
+    )
     batch = next(data().epoch(0, 0))
     live, stored = (
         kirsch.Distiller(net(4, 1), source, objective, batch).eval()(batch).total.item() for source in (teacher, store)
@@ -264,14 +264,3 @@ def test_an_objective_of_labels_needs_no_teacher():
     found = kirsch.Distiller(net(4, 1), None, Objective.labels(), next(data().epoch(0, 0)))
     assert found.rows == []
     assert found(next(data().epoch(0, 0))).terms.keys() == {"label"}
-
-
-def test_the_loop_of_the_documentation_runs():
-    text = (Path(__file__).parents[2] / "docs/training.md").read_text()
-    student = net(4, 1)
-    before = copy.deepcopy(student)
-    names = {"kirsch": kirsch, "torch": torch, "student": student, "teacher": net(6, 2), "epochs": 2}
-    names |= {"objective": Objective.kd(), "loader": list(data().epoch(0, 0))}
-    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
-    assert not torch.equal(before[0].weight, student[0].weight)
-    assert_no_hooks(student)

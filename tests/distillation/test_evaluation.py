@@ -10,7 +10,7 @@ from torch import nn
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.store import Dense, TopK, build
+from kirsch.distillation.store import Dense, TopK, build_store
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, NumericError
 from kirsch.frameworks.training import Training, TrainingHooks
@@ -78,7 +78,7 @@ def test_a_teacher_that_always_predicts_the_most_frequent_class_is_refused_at_97
 @pytest.mark.parametrize("keep", [Dense(), TopK(1)])
 def test_a_store_of_constant_predictions_is_refused(tmp_path, keep):
     data = ArrayData(X, RARE.astype(int))
-    store = build(tmp_path / "store", CONSTANT, data, keep=keep)
+    store = build_store(tmp_path / "store", CONSTANT, data, keep=keep)
     objective = Objective((Term("kd", 0.9, temperature=1.0),), 0.1)
     with pytest.raises(NumericError, match="It predicts class 0 for every sample"):
         distill(FromFunction(lambda x: x[:, :2]), store, data, objective=objective, training=ONCE)

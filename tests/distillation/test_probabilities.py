@@ -17,7 +17,7 @@ from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.mutual import distill_mutually
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import to_logits
-from kirsch.distillation.store import Dense, TopK, build, building
+from kirsch.distillation.store import Dense, TopK, build_store, building
 from kirsch.distillation.term import Term
 from kirsch.errors import UsageError
 from kirsch.frameworks.training import Training, TrainingHooks
@@ -87,9 +87,9 @@ def test_a_teacher_that_ends_in_a_softmax_is_refused_by_every_call(tmp_path):
         Distiller(copy.deepcopy(PLAIN), net(nn.Softmax(-1)), Objective.kd(), samples())
     for keep in (Dense(), TopK(2)):
         with pytest.raises(UsageError, match=r"The teacher, a Sequential, returns probabilities.* callable `outputs`"):
-            build(tmp_path / "store", net(nn.Softmax(-1)), dataset(), keep=keep)
+            build_store(tmp_path / "store", net(nn.Softmax(-1)), dataset(), keep=keep)
     with pytest.raises(UsageError, match=r"The teacher, a Sequential, returns probabilities.* callable `outputs`"):
-        build(tmp_path / "store", net(nn.Sigmoid()), dataset(), keep=TopK(2))
+        build_store(tmp_path / "store", net(nn.Sigmoid()), dataset(), keep=TopK(2))
 
 
 class Named(nn.Module):
@@ -386,7 +386,7 @@ def test_outputs_declared_as_logits_are_not_checked():
 
 def test_a_store_of_probabilities_is_refused_as_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "_check_not_probabilities", lambda *_: None)  # like a store from an older version
-    store = build(tmp_path / "store", net(nn.Softmax(-1)), dataset(), keep=Dense())
+    store = build_store(tmp_path / "store", net(nn.Softmax(-1)), dataset(), keep=Dense())
     with pytest.raises(UsageError, match=r"The teacher of the store returns probabilities.* Build the store from"):
         distill(PLAIN, store, dataset(), **QUIET)
 

@@ -16,7 +16,7 @@ from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.schedule import Ramp
-from kirsch.distillation.store import Dense, build
+from kirsch.distillation.store import Dense, build_store
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, UsageError
 from kirsch.frameworks.adapters import choose_adapter
@@ -280,19 +280,19 @@ def state(model):
 
 
 def test_a_store_of_another_transform_is_refused_by_distill(tmp_path):
-    store = build(tmp_path / "store", Net(6), data(augment=Flip()), keep=Dense(), views=2)
+    store = build_store(tmp_path / "store", Net(6), data(augment=Flip()), keep=Dense(), views=2)
     with pytest.raises(StoreError, match=r"is stale\. It was built with another value of the transform \("):
         distill(Net(), store, data(), objective=Objective.kd())
 
 
 def test_a_store_of_other_ids_is_refused_by_distill(tmp_path):
-    store = build(tmp_path / "store", Net(6), data(), keep=Dense())
+    store = build_store(tmp_path / "store", Net(6), data(), keep=Dense())
     with pytest.raises(StoreError, match=r"another value of the data \(inputs and ids\)"):
         distill(Net(), store, data(ids=np.arange(24) + 1), objective=Objective.kd())
 
 
 def test_a_store_of_another_teacher_is_refused_by_the_hash_of_the_weights(tmp_path):
-    store = build(tmp_path / "store", Net(6), data(), keep=Dense())
+    store = build_store(tmp_path / "store", Net(6), data(), keep=Dense())
     with pytest.raises(StoreError, match=r"another value of the teacher's weights \(teacher_sha256"):
         store.require(teacher=Net(6))
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from distillation.stores import AUGMENT, IDS, K, N, build_store, data, images, logits_of_view, network, versioned
+from distillation.stores import AUGMENT, IDS, K, N, data, images, logits_of_view, network, tiny_store, versioned
 from kirsch import ops
 from kirsch.data.augment import apply, sample_seeds
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.store import Dense, TeacherStore, TopK, build, reading
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build_store, reading
 from kirsch.distillation.store.record import fields_of, index_type, pack_records, record_values
 from kirsch.errors import DataError, ShapeError, UsageError
 
@@ -46,8 +46,8 @@ def test_records_are_returned_in_the_order_of_the_ids_with_repetition(store_fold
 @pytest.mark.parametrize("kind", [np.int8, np.int64, np.uint64])
 def test_records_of_many_ranges_are_found_with_few_mapped_at_a_time(tmp_path, monkeypatch, mapped, kind):
     monkeypatch.setattr(reading, "MAX_MAPPED", mapped)
-    store = build_store(tmp_path / "many", inputs=data(ids=None), range_size=2)
-    single = build_store(tmp_path / "single", inputs=data(ids=None), range_size=N)
+    store = tiny_store(tmp_path / "many", inputs=data(ids=None), range_size=2)
+    single = tiny_store(tmp_path / "single", inputs=data(ids=None), range_size=N)
     indices = np.random.default_rng(3).integers(0, N, 100).astype(kind)
     for view in range(2):
         expected = single.read(indices, view)
@@ -70,7 +70,7 @@ def test_dense_logits_are_restored_with_their_maximum(tmp_path):
     big = nn.Sequential(network(), nn.Linear(K, K))
     with torch.no_grad():
         big[1].bias += 3000  # where adjacent float16 numbers differ by 2
-    store = build_store(tmp_path / "s", big, keep=Dense())
+    store = tiny_store(tmp_path / "s", big, keep=Dense())
     logits = logits_of_view(big, 5, 0)
     result = store.read(IDS, 0)
     assert (result["scores"].dtype, result["maximum"].dtype) == (np.float16, np.float32)
@@ -88,14 +88,14 @@ def test_features_are_stored_with_or_without_logits(tmp_path):
             inner = model[:4](torch.from_numpy(inputs))
             return {"logits": model[4](inner), "inner": inner.to(torch.bfloat16), "maps": inner.reshape(-1, 4, 2, 2)}
 
-    store = build_store(tmp_path / "both", model, outputs=outputs)
+    store = tiny_store(tmp_path / "both", model, outputs=outputs)
     result = store.read(IDS, 1)
     seen = apply(AUGMENT, images(), sample_seeds(5, 1, IDS))
     with torch.no_grad():
         inner = model[:4](torch.from_numpy(seen)).numpy()
     np.testing.assert_allclose(result["inner"], inner, atol=2**-8)
     np.testing.assert_allclose(result["maps"], inner.reshape(-1, 4, 2, 2), atol=2**-11)
-    np.testing.assert_array_equal(result["indices"], build_store(tmp_path / "plain", model).read(IDS, 1)["indices"])
+    np.testing.assert_array_equal(result["indices"], tiny_store(tmp_path / "plain", model).read(IDS, 1)["indices"])
     assert store.record_bytes == 4 + 4 * 3 + 2 + 2 * 16 + 2 * 16
     assert store.check(model, data(), outputs=outputs).agrees
 
@@ -103,7 +103,7 @@ def test_features_are_stored_with_or_without_logits(tmp_path):
     def features(inputs):
         return {"inner": outputs(inputs)["inner"]}
 
-    only = build_store(tmp_path / "only", model, outputs=features, keep=None)
+    only = tiny_store(tmp_path / "only", model, outputs=features, keep=None)
     assert only.read(IDS, 1).keys() == {"inner"}
     assert only.check(model, data(), outputs=features).top1_agreement is None
 
@@ -111,7 +111,7 @@ def test_features_are_stored_with_or_without_logits(tmp_path):
 def test_every_position_of_a_sequence_is_stored(tmp_path):
     words = np.random.default_rng(0).integers(0, 50, (6, 5))
     model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 300))
-    store = build(tmp_path / "s", model, ArrayData(words, None), keep=TopK(3), temperature=2.0)
+    store = build_store(tmp_path / "s", model, ArrayData(words, None), keep=TopK(3), temperature=2.0)
     with torch.no_grad():
         log_p = (model(torch.from_numpy(words)) / 2).log_softmax(-1).numpy()
     result = store.read(np.arange(6))
@@ -124,7 +124,7 @@ def test_every_position_of_a_sequence_is_stored(tmp_path):
 
 @pytest.mark.parametrize(("classes", "size"), [(200, 1), (256, 1), (257, 2), (300, 2)])
 def test_indices_use_the_smallest_sufficient_type(tmp_path, classes, size):
-    store = build_store(tmp_path / "s", network(classes), keep=TopK(10))
+    store = tiny_store(tmp_path / "s", network(classes), keep=TopK(10))
     assert store.record_bytes == 4 + 10 * (size + 2) + 2
     sizes = [path.stat().st_size for path in (tmp_path / "s").glob("view-0001-*.bin")]
     assert sum(sizes) == N * store.record_bytes + 32 * len(sizes)
@@ -138,7 +138,7 @@ def test_the_last_classes_of_a_large_vocabulary_are_stored(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(32, 70_000))
     with torch.no_grad():
         model[1].bias[69_990:] += 50
-    store = build(tmp_path / "s", model, data(None), keep=TopK(5))
+    store = build_store(tmp_path / "s", model, data(None), keep=TopK(5))
     result = store.read(IDS)["indices"]
     assert result.dtype == np.uint32
     assert (result >= 69_990).all()
@@ -146,7 +146,7 @@ def test_the_last_classes_of_a_large_vocabulary_are_stored(tmp_path):
 
 
 def test_the_tail_is_0_if_all_classes_are_kept(tmp_path):
-    tail = build_store(tmp_path / "s", keep=TopK(K)).read(IDS)["tail"]
+    tail = tiny_store(tmp_path / "s", keep=TopK(K)).read(IDS)["tail"]
     assert (tail == -65504).all()
     assert not np.exp(tail.astype(np.float64)).any()
 
@@ -199,7 +199,7 @@ def test_the_error_names_a_sample_that_is_not_in_the_store(store_folder, tmp_pat
     store = TeacherStore.open(store_folder)
     with pytest.raises(DataError, match=r"Sample 5000 is not in the store .*The store has 21 samples"):
         store.read(np.array([IDS[0], 5000]), 0)
-    store = build_store(tmp_path / "s", inputs=data(ids=None))
+    store = tiny_store(tmp_path / "s", inputs=data(ids=None))
     assert not (tmp_path / "s" / "ids.bin").exists()
     for sample in (-1, N):
         with pytest.raises(DataError, match=f"Sample {sample} is not in the store"):
@@ -229,10 +229,10 @@ def test_ids_that_are_not_integers_are_refused(store_folder):
 
 
 def test_without_a_transform_every_view_is_the_same(tmp_path):
-    store = build_store(tmp_path / "s", inputs=data(None), views=1)
+    store = tiny_store(tmp_path / "s", inputs=data(None), views=1)
     batches = list(data(None).epoch(seed=99, epoch=7))
     for batch in batches:
         result = store.read(batch.ids, batch.view, sample_seeds(99, 7, batch.ids))
         np.testing.assert_array_equal(result["tail"], store.read(batch.ids)["tail"])
     with pytest.raises(UsageError, match="views is 2, but without a transform all views are equal"):
-        build_store(tmp_path / "two", inputs=data(None))
+        tiny_store(tmp_path / "two", inputs=data(None))

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from torch import nn
 
-from distillation.stores import IDS, build_store, content, data, network
+from distillation.stores import IDS, content, data, network, tiny_store
 from kirsch import files
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.store import Dense, TeacherStore, TopK, build, building
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build_store, building
 from kirsch.distillation.store.record import pack_records
 from kirsch.errors import OutputError, StoreError
 
@@ -31,31 +31,31 @@ def test_a_stopped_build_continues_and_gives_identical_files(store_folder, tmp_p
     folder, events = tmp_path / "s", []
     for count in range(1, 6):
         with pytest.raises(InterruptedBuildError):
-            build_store(folder, event=events.append, stop=InterruptedBuildError)
+            tiny_store(folder, event=events.append, stop=InterruptedBuildError)
         assert len(events) == count
         with pytest.raises(StoreError, match=rf"is partial\. {6 - count} of 6 ranges are missing"):
             TeacherStore.open(folder)
     assert (folder / "view-0001-range-000001.bin").exists()
-    build_store(folder, event=events.append)
+    tiny_store(folder, event=events.append)
     assert [(e["view"], e["range"]) for e in events] == [(v, r) for v in range(2) for r in range(3)]
     assert content(folder) == content(store_folder)
 
 
 def test_the_error_of_a_partial_store_names_the_first_missing_range(tmp_path):
     with pytest.raises(InterruptedBuildError):
-        build_store(tmp_path, stop=InterruptedBuildError)
+        tiny_store(tmp_path, stop=InterruptedBuildError)
     with pytest.raises(StoreError, match=r"the first is view 0, samples 8 to 15\. Build it again with the same arg"):
         TeacherStore.open(tmp_path)
 
 
 def test_a_finished_store_is_not_built_again(store_copy):
     before = content(store_copy)
-    build_store(store_copy, event=lambda event: pytest.fail("a range was built again"))
+    tiny_store(store_copy, event=lambda event: pytest.fail("a range was built again"))
     assert content(store_copy) == before
 
 
 def test_the_size_of_batches_and_ranges_does_not_change_the_records(store_folder, tmp_path):
-    other = build_store(tmp_path / "s", batch_size=256, range_size=None)
+    other = tiny_store(tmp_path / "s", batch_size=256, range_size=None)
     for name, array in other.read(IDS, 1).items():
         expected = TeacherStore.open(store_folder).read(IDS, 1)[name]
         np.testing.assert_allclose(array.astype(float), expected.astype(float), rtol=2**-10)
@@ -64,14 +64,14 @@ def test_the_size_of_batches_and_ranges_does_not_change_the_records(store_folder
 def test_a_range_has_at_most_64_mebibytes(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(32, 2**20))
     with pytest.raises(InterruptedBuildError):
-        build(tmp_path, model, data(None), keep=Dense(), stop=InterruptedBuildError, batch_size=4)
+        build_store(tmp_path, model, data(None), keep=Dense(), stop=InterruptedBuildError, batch_size=4)
     assert json.loads((tmp_path / "store.json").read_text())["range_size"] == 31
 
 
 def test_a_range_has_a_share_of_many_samples_so_that_a_batch_is_found_in_few_files(tmp_path):
     many = ArrayData(np.zeros((600_000, 1), np.float32), None)
     with pytest.raises(InterruptedBuildError):
-        build(tmp_path, nn.Linear(1, 2), many, keep=TopK(1), stop=InterruptedBuildError, batch_size=20_000)
+        build_store(tmp_path, nn.Linear(1, 2), many, keep=TopK(1), stop=InterruptedBuildError, batch_size=20_000)
     assert json.loads((tmp_path / "store.json").read_text())["range_size"] == 600_000 // 32
 
 
@@ -81,7 +81,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 sys.path[:0] = [{tests!r}]
-from distillation.stores import build_store
+from distillation.stores import tiny_store
 from kirsch import files
 from kirsch.distillation.store import building
 folder, fault = Path(sys.argv[1]), sys.argv[2]
@@ -115,7 +115,7 @@ elif fault == "before the specification is written":
 elif fault == "after the last range":
     files.remove_temporary = kill_after(1, files.remove_temporary, early=True)
 ranges = tuple(int(part) for part in fault.split("/")) if "/" in fault else (0, 1)
-build_store(folder, ranges=ranges)
+tiny_store(folder, ranges=ranges)
 """
 
 
@@ -144,7 +144,7 @@ def test_a_killed_build_continues_and_gives_identical_files(store_folder, tmp_pa
             with pytest.raises(StoreError, match=r"is partial|There is no store"):
                 TeacherStore.open(folder)
     assert ("before a range has its name" in faults) == bool(list(folder.glob(f"{files.TEMPORARY}*")))
-    build_store(folder).verify()
+    tiny_store(folder).verify()
     assert content(folder) == content(store_folder)  # temporary files are removed
 
 
@@ -159,47 +159,47 @@ def test_two_processes_share_a_build(store_folder, tmp_path):
 def test_shared_builds_do_not_overlap(tmp_path):
     events = []
     for share in range(3):
-        store = build_store(tmp_path, ranges=(share, 3), event=events.append)
+        store = tiny_store(tmp_path, ranges=(share, 3), event=events.append)
         assert (store is None) == (share < 2)
     assert sorted((e["view"], e["range"]) for e in events) == [(v, r) for v in range(2) for r in range(3)]
     store.verify()
 
 
 def test_a_build_cannot_be_shared_with_another_teacher(tmp_path):
-    build_store(tmp_path, ranges=(0, 2))
+    tiny_store(tmp_path, ranges=(0, 2))
     with pytest.raises(StoreError, match=r"another value of the teacher's weights \(teacher_sha256"):
-        build_store(tmp_path, network(seed=1), ranges=(1, 2))
+        tiny_store(tmp_path, network(seed=1), ranges=(1, 2))
 
 
 def test_a_range_damaged_during_the_build_is_found(tmp_path):
-    build_store(tmp_path, ranges=(0, 2))
+    tiny_store(tmp_path, ranges=(0, 2))
     path = tmp_path / "view-0000-range-000002.bin"
     original = path.read_bytes()
     path.write_bytes(original[:-40] + bytes(40))
     with pytest.raises(
         StoreError, match=r"view-0000-range-000002.bin \(view 0, samples 16 to 20\)\. Delete the damaged"
     ):
-        build_store(tmp_path).verify()
+        tiny_store(tmp_path).verify()
     path.unlink()
-    build_store(tmp_path).verify()
+    tiny_store(tmp_path).verify()
     assert path.read_bytes() == original
 
 
 def test_records_of_unknown_origin_are_not_continued(tmp_path):
-    build_store(tmp_path, ranges=(0, 2))
+    tiny_store(tmp_path, ranges=(0, 2))
     (tmp_path / "store.json").unlink()
     with pytest.raises(StoreError, match=r"has records without a store\.json\. Remove it, or choose another folder"):
-        build_store(tmp_path)
+        tiny_store(tmp_path)
 
 
 def test_a_process_that_another_overtakes_ends_without_error(store_folder, tmp_path, monkeypatch):
     def overtaken(*args):
         monkeypatch.setattr(building, "pack_records", pack_records)
-        build_store(tmp_path / "s")
+        tiny_store(tmp_path / "s")
         return pack_records(*args)
 
     monkeypatch.setattr(building, "pack_records", overtaken)
-    build_store(tmp_path / "s").verify()
+    tiny_store(tmp_path / "s").verify()
     assert content(tmp_path / "s") == content(store_folder)
 
 
@@ -213,7 +213,7 @@ def test_temporary_files_that_another_process_removes_are_no_error_if_it_built_t
         original(path, chunks)
 
     monkeypatch.setattr(files, "write_chunks", overtaken)
-    build_store(tmp_path / "s").verify()
+    tiny_store(tmp_path / "s").verify()
 
 
 def test_a_full_disk_is_an_error_and_leaves_no_partial_file(tmp_path, monkeypatch):
@@ -228,19 +228,19 @@ def test_a_full_disk_is_an_error_and_leaves_no_partial_file(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OutputError, match=r"cannot be written\. No space left on device\. Free space"):
-            build_store(tmp_path / "s")
+            tiny_store(tmp_path / "s")
     assert not list(tmp_path.rglob(f"{files.TEMPORARY}*"))
-    build_store(tmp_path / "s").verify()
+    tiny_store(tmp_path / "s").verify()
 
 
 def test_the_disk_space_is_checked_before_the_build(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=100))
     with pytest.raises(OutputError, match=r"has 0 MB free; the work needs about"):
-        build_store(tmp_path / "s")
+        tiny_store(tmp_path / "s")
 
 
 def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file is a file"):
-        build_store(tmp_path / "file")
+        tiny_store(tmp_path / "file")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from distillation.stores import IDS, K, N, build_store, data, images, network, versioned
+from distillation.stores import IDS, K, data, network, tiny_store, versioned
 from kirsch.distillation.store import Dense, TeacherStore, TopK, specification
 from kirsch.distillation.store.record import fields_of
 from kirsch.errors import NumericError, StoreError, UsageError
@@ -19,7 +18,7 @@ from kirsch.errors import NumericError, StoreError, UsageError
 @pytest.mark.parametrize("samples", [1, 7, 42, 1000])
 @pytest.mark.parametrize("keep", [TopK(4), Dense()])
 def test_stored_and_current_outputs_agree(tmp_path, keep, samples):
-    result = build_store(tmp_path / "s", keep=keep).check(network(), data(), samples=samples, batch_size=5)
+    result = tiny_store(tmp_path / "s", keep=keep).check(network(), data(), samples=samples, batch_size=5)
     assert result.agrees
     assert result.samples == min(samples, 42)
     assert result.top1_agreement == 1
@@ -53,12 +52,12 @@ def test_the_error_of_check_names_missing_features(tmp_path):
             inner = model[:4](torch.from_numpy(inputs))
             return {"logits": model[4](inner), "inner": inner}
 
-    store = build_store(tmp_path / "s", model, outputs=outputs)
+    store = tiny_store(tmp_path / "s", model, outputs=outputs)
     message = r"the features \(features: stored {'inner': \(16,\)}, given {}\)\. Pass the values it was built with"
     with pytest.raises(StoreError, match=message):
         store.check(model, data())
     with pytest.raises(StoreError, match=r"the features \(features: stored {}, given {'inner': \(16,\)}\)"):
-        build_store(tmp_path / "plain", model).check(model, data(), outputs=outputs)
+        tiny_store(tmp_path / "plain", model).check(model, data(), outputs=outputs)
 
 
 def test_check_refuses_outputs_of_other_shapes(store_folder):
@@ -105,14 +104,14 @@ def test_check_refuses_outputs_of_other_shapes(store_folder):
 )
 def test_invalid_options_are_errors_before_anything_is_written(tmp_path, options, message):
     with pytest.raises(UsageError, match=message):
-        build_store(tmp_path / "s", **options)
+        tiny_store(tmp_path / "s", **options)
     assert not (tmp_path / "s").exists()
 
 
 def test_a_record_beyond_the_size_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(specification, "LARGEST_RECORD", 17)
     with pytest.raises(UsageError, match=r"a record has 18 bytes, and the limit is 17; store less"):
-        build_store(tmp_path / "s")
+        tiny_store(tmp_path / "s")
 
 
 def test_top_k_needs_a_positive_k():
@@ -131,29 +130,19 @@ def test_outputs_that_16_bits_cannot_represent_are_errors(tmp_path):
         return compute
 
     with pytest.raises(NumericError, match=rf"The teacher's logits are not finite for sample {IDS[2]} in view 0"):
-        build_store(tmp_path / "a", outputs=outputs("logits", np.nan))
+        tiny_store(tmp_path / "a", outputs=outputs("logits", np.nan))
     for value in (np.inf, 7e4):
         with pytest.raises(NumericError, match=r"The teacher's inner are not finite, or beyond ±65504 for sample"):
-            build_store(tmp_path / "b", outputs=outputs("inner", value), keep=None)
+            tiny_store(tmp_path / "b", outputs=outputs("inner", value), keep=None)
 
 
 def test_building_does_not_change_the_teacher(tmp_path):
     model = network().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    build_store(tmp_path / "s", model)
+    tiny_store(tmp_path / "s", model)
     assert model.training
     assert model[2].training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_the_code_of_the_documentation_page_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs" / "store.md").read_text()
-    names = {"inputs": images(), "labels": np.arange(N) % K, "teacher": network()}
-    for snippet in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
-        exec(compile(snippet, "store.md", "exec"), names)
-    assert names["found"].keys() == {"indices", "log_p", "tail"}
-    assert (names["store"].specification.views, names["store"].specification.temperature) == (8, 4.0)
 
 
 def test_the_documentation_page_states_the_size_of_records(tmp_path):

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from distillation.stores import AUGMENT, IDS, K, N, build_store, content, data, images, network, versioned
+from distillation.stores import AUGMENT, IDS, K, N, content, data, images, network, tiny_store, versioned
 from kirsch.data.augment import Flip
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import Dense, TeacherStore, TopK
@@ -69,7 +69,7 @@ def test_a_store_is_not_overwritten_by_another(store_copy):
         ),
     ):
         with pytest.raises(StoreError, match=rf"is stale\. .* another value of .*{word}.* build it in another folder"):
-            build_store(store_copy, **options)
+            tiny_store(store_copy, **options)
     TeacherStore.open(store_copy).verify()
 
 
@@ -99,14 +99,14 @@ def test_a_damaged_range_is_built_again_after_its_file_is_deleted(store_folder, 
     damaged.write_bytes(bytes(damaged.stat().st_size))
     damaged.unlink()
     events = []
-    build_store(store_copy, event=events.append).verify()
+    tiny_store(store_copy, event=events.append).verify()
     assert [(event["view"], event["range"]) for event in events] == [(1, 1)]
     assert content(store_copy) == content(store_folder)
 
 
 @pytest.mark.parametrize("options", [{"model": network(seed=1)}, {"inputs": data(Flip())}, {"seed": 6}], ids=str)
 def test_verify_detects_a_range_of_another_store(store_copy, tmp_path, options):
-    build_store(tmp_path / "other", **options)
+    tiny_store(tmp_path / "other", **options)
     name = "view-0000-range-000001.bin"
     (store_copy / name).write_bytes((tmp_path / "other" / name).read_bytes())
     with pytest.raises(StoreError, match=r"do not have their sha256: view-0000-range-000001.bin"):

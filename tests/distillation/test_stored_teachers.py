@@ -12,7 +12,7 @@ from kirsch.data.augment import Noise, sample_seeds
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.checks import few
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.store import Dense, TeacherStore, TopK, build
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build_store
 from kirsch.errors import DataError, NumericError, ShapeError, StoreError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks
@@ -50,7 +50,7 @@ def predicted(model, inputs):
 def test_the_loss_with_a_store_of_many_classes_is_that_with_its_teacher(tmp_path, classes):
     """Class numbers have as few bytes as possible, and PyTorch supports few operations on unsigned types."""
     teacher, student = net(classes), net(classes, 1)
-    store = build(tmp_path / "store", teacher, data(), keep=TopK(4), temperature=2.0)
+    store = build_store(tmp_path / "store", teacher, data(), keep=TopK(4), temperature=2.0)
     largest = Objective((kirsch.Term("top-k", 1.0, temperature=2.0, options={"k": 4}),), label_weight=0.0)
     stored, live = (learned(student, source, data(), objective=largest).history[0] for source in (store, teacher))
     assert stored["loss"] == pytest.approx(live["loss"], rel=2e-3)
@@ -76,7 +76,7 @@ def test_the_loss_with_a_store_of_a_language_model_is_that_with_its_teacher(tmp_
     labels[:, 4:] = -100 if masked else labels[:, 4:]
     given = ArrayData({"input_ids": words}, labels, 4)
     teacher = Writer(300)
-    store = build(tmp_path / "store", teacher, given, keep=TopK(300))
+    store = build_store(tmp_path / "store", teacher, given, keep=TopK(300))
     objective = Objective((kirsch.Term("kd", 1.0, temperature=1.0),), label_weight=0.0, causal=True)
     stored, live = (
         learned(Writer(300, 1), source, given, objective=objective).history[0] for source in (store, teacher)
@@ -92,19 +92,19 @@ SHAKEN = Noise(0.5)
 def test_the_seed_of_a_store_is_that_of_its_records(tmp_path):
     """The data may state the seed; two different seeds are refused."""
     given = data(SHAKEN, seed=5)
-    store = build(tmp_path / "store", net(), given, keep=Dense(), views=2)
+    store = build_store(tmp_path / "store", net(), given, keep=Dense(), views=2)
     assert store.specification.seed == 5
     for batch in data(SHAKEN, views=2).epoch(5, 1):
         found = store.read(batch.ids, batch.view)
         live = predicted(net(), batch.inputs)
         np.testing.assert_allclose(found["scores"] + found["maximum"][:, None], live, atol=2e-3)
     with pytest.raises(UsageError, match="seed is 0, and the data has 5"):
-        build(tmp_path / "other", net(), given, keep=Dense(), views=2, seed=0)
-    assert build(tmp_path / "none", net(), data(SHAKEN), keep=Dense()).specification.seed == 0
+        build_store(tmp_path / "other", net(), given, keep=Dense(), views=2, seed=0)
+    assert build_store(tmp_path / "none", net(), data(SHAKEN), keep=Dense()).specification.seed == 0
 
 
 def test_a_store_of_other_views_than_those_of_the_data_is_refused(tmp_path):
-    store = build(tmp_path / "store", net(), data(SHAKEN), keep=Dense(), views=2, seed=5)
+    store = build_store(tmp_path / "store", net(), data(SHAKEN), keep=Dense(), views=2, seed=5)
     for given, sentence in (
         (data(SHAKEN, seed=7), r"the seed of the augmentation \(seed: stored 5, given 7\)"),
         (data(SHAKEN, views=3), r"the number of views \(views: stored 2, given 3\)"),
@@ -127,7 +127,7 @@ def bound(store, batch, objective=None):
 
 def test_batches_of_a_custom_loop_need_the_views_that_the_teacher_saw(tmp_path):
     given = data(SHAKEN, views=2, seed=5)
-    store = build(tmp_path / "store", net(), given, keep=Dense(), views=2)
+    store = build_store(tmp_path / "store", net(), given, keep=Dense(), views=2)
     batch = next(given.epoch(0, 1))
     np.testing.assert_array_equal(batch.seeds, sample_seeds(5, 1, batch.ids))
     distiller = bound(store, batch)
@@ -145,7 +145,7 @@ def test_batches_of_a_custom_loop_need_the_views_that_the_teacher_saw(tmp_path):
 
 
 def test_a_store_without_augmentation_refuses_augmented_batches(tmp_path):
-    store = build(tmp_path / "store", net(), data(), keep=Dense())
+    store = build_store(tmp_path / "store", net(), data(), keep=Dense())
     distiller = bound(store, next(data().epoch(0, 0)))
     with pytest.raises(
         UsageError, match=r"holds samples without augmentation, and the batches are augmented\. .*Build"
@@ -170,7 +170,7 @@ def scaled(amount, version):
 
 
 def test_a_store_of_another_version_of_a_transform_is_refused(tmp_path):
-    store = build(tmp_path / "store", net(), data(scaled(1.0, "1")), keep=Dense())
+    store = build_store(tmp_path / "store", net(), data(scaled(1.0, "1")), keep=Dense())
     store.require(data=data(scaled(1.0, "1")))
     with pytest.raises(
         StoreError, match=r"the transform \(transform: stored .*changed version 1, given .*changed version 2\)"
@@ -181,7 +181,7 @@ def test_a_store_of_another_version_of_a_transform_is_refused(tmp_path):
 def test_a_transform_without_a_version_is_refused_by_a_store(tmp_path):
     given = data(scaled(1.0, None))
     with pytest.raises(UsageError, match=r"changed has no version\. .*Set `version` after the definition"):
-        build(tmp_path / "store", net(), given, keep=Dense())
+        build_store(tmp_path / "store", net(), given, keep=Dense())
     assert not (tmp_path / "store").exists()
 
 
@@ -190,7 +190,7 @@ def test_a_transform_without_a_version_is_refused_by_a_store(tmp_path):
 
 def test_a_flipped_bit_is_detected_before_a_training_step(tmp_path):
     given = data(SHAKEN, views=2)
-    build(tmp_path / "store", net(), given, keep=TopK(3), views=2)
+    build_store(tmp_path / "store", net(), given, keep=TopK(3), views=2)
     path = tmp_path / "store" / "view-0001-range-000000.bin"
     whole = bytearray(path.read_bytes())
     whole[4 + 3 + 1] ^= 0x80  # the sign of a logarithm
@@ -205,7 +205,7 @@ def test_a_flipped_bit_is_detected_before_a_training_step(tmp_path):
 
 
 def test_a_view_is_verified_once(tmp_path, monkeypatch):
-    store, asked = build(tmp_path / "store", net(), data(), keep=TopK(3)), []
+    store, asked = build_store(tmp_path / "store", net(), data(), keep=TopK(3)), []
     monkeypatch.setattr(store, "verify", asked.append)
     for _ in range(2):
         learned(net(seed=1), store, data(), training=kirsch.Training(epochs=2))
@@ -215,7 +215,7 @@ def test_a_view_is_verified_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("keep", [TopK(3), Dense()], ids=["top-k", "dense"])
 @pytest.mark.parametrize("classes", [4, 7])
 def test_a_student_of_other_classes_is_refused_by_a_store_as_by_its_teacher(tmp_path, keep, classes):
-    store = build(tmp_path / "store", net(), data(), keep=keep)
+    store = build_store(tmp_path / "store", net(), data(), keep=keep)
     for teacher in (net(), store):
         with pytest.raises(
             ShapeError, match=rf"The student returns {classes} classes, the teacher 5 classes\. Soft targets"
@@ -226,7 +226,7 @@ def test_a_student_of_other_classes_is_refused_by_a_store_as_by_its_teacher(tmp_
 def test_a_student_of_another_vocabulary_is_refused_by_a_store(tmp_path):
     words = np.random.default_rng(1).integers(0, 20, (8, 6))
     given = ArrayData({"input_ids": words}, words, 4)
-    store = build(tmp_path / "store", Writer(20), given, keep=TopK(2))
+    store = build_store(tmp_path / "store", Writer(20), given, keep=TopK(2))
     with pytest.raises(ShapeError, match="The student has a vocabulary of 30, the teacher one of 20"):
         learned(Writer(30), store, given, objective=Objective.preset("causal"))
 
@@ -258,7 +258,7 @@ def test_a_teacher_is_compared_with_chance_on_samples_of_all_classes_also_from_a
 
     def taught(table, name):
         teacher = Fixed(table)
-        source = teacher if keep is None else build(tmp_path / name, teacher, given, keep=keep)
+        source = teacher if keep is None else build_store(tmp_path / name, teacher, given, keep=keep)
         learned(net(wide=K), source, given, check_teacher=True, hooks=hooks)
 
     with pytest.raises(NumericError, match=r"The teacher is no better than chance: 0\.0% of 1024 samples are correct"):
@@ -269,4 +269,4 @@ def test_a_teacher_is_compared_with_chance_on_samples_of_all_classes_also_from_a
 
 def test_a_store_of_data_without_labels_is_not_evaluated(tmp_path):
     given = data(targets=None)
-    learned(net(seed=1), build(tmp_path / "store", net(), given, keep=Dense()), given, check_teacher=True)
+    learned(net(seed=1), build_store(tmp_path / "store", net(), given, keep=Dense()), given, check_teacher=True)

@@ -252,7 +252,7 @@ def test_distill_without_student_is_refused(trained, tmp_path):
     ("argument", "sentence"),
     [
         ({"name": ""}, r"`name` of kirsch\..*Recipe: String should have at least 1 character, found ''"),
-        ({"max_drop": 1.0}, r"`max_drop` of .*JobGoal is 1\.0; expected a number of at least 0 and below 1"),
+        ({"max_drop": 1.0}, r"`max_drop` of kirsch\.compress is 1\.0; expected a number of at least 0 and below 1"),
         ({"task": "classify"}, r"no task 'classify'"),
         ({"min_keep": 2.0}, r"`min_keep` of .*Prune is 2\.0; expected a number above 0 and up to 1"),
         ({"excluded": ["head"]}, r"has no argument 'excluded'\..* Did you mean 'exclude'"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch import figures
 from kirsch.cli.networks import RANDOM, model_of, origin_of
 from kirsch.data.sources import load_data
-from kirsch.distillation.store import Dense, TeacherStore, TopK, build
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build_store
 from kirsch.errors import StoreError, UnknownNameError, UsageError
 from kirsch.failures import during
 from kirsch.frameworks.determinism import require_deterministic
@@ -81,7 +81,7 @@ class BuildOptions:
 
     Args:
         keep: "dense", or the number of classes.
-        views, temperature: see `store.build`.
+        views, temperature: see `build_store`.
         part: "i/n" with 1 <= i <= n; "" builds all.
     """
 
@@ -91,7 +91,7 @@ class BuildOptions:
     part: str
 
     def options(self) -> dict[str, Any]:
-        """Return the arguments of `store.build`."""
+        """Return the arguments of `build_store`."""
         if self.keep != "dense" and not re.fullmatch("[0-9]{1,9}", self.keep):
             raise UsageError(f"--keep is {self.keep!r}.", fix="Give a number of classes, or dense.")
         share = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", self.part or "1/1")
@@ -136,7 +136,9 @@ def _build(folder: Path, source: TeacherSource, build_options: BuildOptions, ter
     terminal.progress(source.weights_line())
     memory_fix = f"Lower --batch-size, which is {source.batch_size}."
     with during("while the teacher ran", memory_fix):
-        store = build(folder, teacher, data, seed=source.seed, event=event, batch_size=source.batch_size, **options)
+        store = build_store(
+            folder, teacher, data, seed=source.seed, event=event, batch_size=source.batch_size, **options
+        )
     if store is not None:
         _show_info(store, terminal)
         return 0

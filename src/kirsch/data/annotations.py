@@ -99,12 +99,12 @@ def _is_one_batch(value: Any) -> bool:
 
 def _give_data(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return "Give inputs and targets as kirsch.data.batches.ArrayData(inputs, targets), or [(inputs, targets)]."
+        return "Give inputs and targets as kirsch.ArrayData(inputs, targets), or [(inputs, targets)]."
     if is_array(value):
-        return "Give inputs and targets together: kirsch.data.batches.ArrayData(inputs, targets, batch_size=64)."
+        return "Give inputs and targets together: kirsch.ArrayData(inputs, targets, batch_size=64)."
     if isinstance(value, Mapping):
         return "A dict is one batch: give a DataLoader or a list of such dicts."
-    return "Give kirsch.data.batches.ArrayData(inputs, targets), a DataLoader, or a list of (inputs, targets)."
+    return "Give kirsch.ArrayData(inputs, targets), a DataLoader, or a list of (inputs, targets)."
 
 
 def _give_labelled(value: Any) -> str:
@@ -148,7 +148,7 @@ Regularizer = Annotated[
     Kind(
         "a function of the student",
         lambda value: not is_model(value),
-        lambda _: "Give kirsch.pruning.regularizers.L1(1e-4).",
+        lambda _: "Give kirsch.L1(1e-4).",
     ),
 ]
 """Function student → scalar with gradient, which is added to the loss."""

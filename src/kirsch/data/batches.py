@@ -153,7 +153,7 @@ class ArrayData(SeededData):
         UsageError: the transform takes no generator or draws from elsewhere, or a setting is out of range.
     """
 
-    made_by: ClassVar[str] = "kirsch.data.batches.ArrayData(inputs, targets)"
+    made_by: ClassVar[str] = "kirsch.ArrayData(inputs, targets)"
 
     inputs: Any
     targets: Any

@@ -56,7 +56,7 @@ def distill(
         training: by default `Training()`.
         validation: `ArrayData`, (inputs, labels) as arrays, a DataLoader, or a callable model → metrics by name.
         hooks: callbacks for events, stopping and checkpoints.
-        regularizers: further terms, such as `kirsch.pruning.regularizers.Slimming(1e-4)`.
+        regularizers: further terms, such as `kirsch.Slimming(1e-4)`.
         check_teacher: refuse a teacher that is not better than predictions that do not depend on the inputs.
         progress: show a line for each epoch and a bar while it runs, on the standard error; warnings become lines, too.
             None: only on a terminal and in a notebook.

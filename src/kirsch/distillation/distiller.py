@@ -163,7 +163,7 @@ class Distiller:
         gradient is an error, `shares` is set, and `balance="gradient"` sets the factors of the terms.
 
         Args:
-            batch: as `kirsch.data.batches.Batch.of` takes it, such as (inputs, targets) or a dict with "labels"; of
+            batch: as `kirsch.Batch.of` takes it, such as (inputs, targets) or a dict with "labels"; of
                 numpy or of the framework, on any device.
             epoch: number of epochs done, for weights and temperatures that change during training.
             step_counts: `counts` of all batches of the step; the losses of the batches then add up to the loss of one

@@ -83,7 +83,7 @@ class Objective:
         if not problems and not any(value for weight in weights for value in ends(weight)):
             problems.append("all weights are 0, so there is nothing to learn")
         if problems:
-            raise UsageError("The objective is invalid: " + "; ".join(problems) + ".")
+            raise UsageError("The objective is invalid: " + "; ".join(problems) + ".", fix="Change these values.")
 
     @property
     def needs_logits(self) -> bool:
@@ -101,7 +101,9 @@ class Objective:
             weight: of the soft-target loss, 0 to 1; 0.9 is usual.
         """
         if not 0 <= weight <= 1:
-            raise UsageError(f"The weight of the soft targets is {weight}; expected 0 to 1.")
+            raise UsageError(
+                f"The weight of the soft targets is {weight}; expected 0 to 1.", fix="Give a fraction such as 0.9."
+            )
         return cls((Term("kd", weight, temperature=temperature),), label_weight=1 - weight)
 
     @classmethod

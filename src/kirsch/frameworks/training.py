@@ -155,7 +155,7 @@ class TrainingHooks:
         close: called when the training ends, also by an error.
     """
 
-    made_by: ClassVar[str] = "kirsch.frameworks.training.TrainingHooks(event=..., stop=..., save=...)"
+    made_by: ClassVar[str] = "kirsch.TrainingHooks(event=..., stop=..., save=...)"
 
     validate: Callable[[Any], dict[str, float]] | None = None
     event: Callable[[dict[str, Any]], None] | None = None

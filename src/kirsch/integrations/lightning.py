@@ -52,7 +52,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         student: path of the student in the LightningModule, such as "model"; layer names are relative to it. By default
             the module itself, called by its `forward`. The student must exist before `setup` and `configure_model`.
         batch_of: function batch of the loader → (inputs, targets), or another form that
-            `kirsch.data.batches.Batch.of` takes; by default the batch itself.
+            `kirsch.Batch.of` takes; by default the batch itself.
         example_batch: batch of the loader; by default the first of the training data.
         seed: seed of the initial weights of adapters.
         regularizers: additional terms of the student alone.

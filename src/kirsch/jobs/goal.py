@@ -6,10 +6,17 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
-from kirsch.annotations import Between, Fraction, Positive
+from kirsch.annotations import Between, Fix, Fraction, Positive
 from kirsch.errors import UsageError
 from kirsch.graph.plan import Goal
 from kirsch.options import FieldsError, Options
+
+MaxDrop = Annotated[
+    float,
+    Between(0, 1, exclusive="most"),
+    Fix("For a loss of at most one percentage point of accuracy write max_drop=0.01."),
+]
+"""A drop of accuracy, as a fraction."""
 
 
 class JobGoal(Options):
@@ -17,9 +24,7 @@ class JobGoal(Options):
 
     macs: Fraction | None = Field(None, description="multiply-accumulates, as a fraction of the model at the start")
     parameters: Fraction | None = Field(None, description="parameters, as a fraction of the model at the start")
-    max_drop: Annotated[float, Between(0, 1, exclusive="most")] | None = Field(
-        None, description="allowed drop of accuracy: 0.01 is one point"
-    )
+    max_drop: MaxDrop | None = Field(None, description="allowed drop of accuracy: 0.01 is one point")
     speedup: Positive | None = Field(None, description="smallest speedup over the teacher")
 
     @property

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kirsch import files, strict_json
-from kirsch.annotations import Count, Seed
+from kirsch.annotations import Count, Positive, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Model
 from kirsch.data.dataset import DataSet
@@ -23,7 +23,7 @@ from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.progress import shown_on
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
-from kirsch.jobs.goal import JobGoal
+from kirsch.jobs.goal import JobGoal, MaxDrop
 from kirsch.jobs.job import CHECKPOINTS, RECORD, WEIGHTS, ignore
 from kirsch.progress import JobProgress, step_line, verdict_lines
 from kirsch.recipes.manifest import REPORT
@@ -88,8 +88,8 @@ def compress(
     distill: Training | None = None,
     recover: Training | None = DEFAULT_TRAINING,
     objective: Objective | str | None = None,
-    max_drop: float | None = None,
-    speedup: float | None = None,
+    max_drop: MaxDrop | None = None,
+    speedup: Positive | None = None,
     task: str = "classification",
     batch_size: Count | None = None,
     seed: Seed = 0,

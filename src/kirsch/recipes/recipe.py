@@ -360,7 +360,7 @@ def commented(recipe: Recipe) -> str:
 
 
 def _comment(section: Options, depth: int, lines: list[str]) -> None:
-    for name in _own_fields_first(type(section)):
+    for name in own_fields_first(type(section)):
         field, value, indent = type(section).model_fields[name], getattr(section, name), "  " * depth
         if name == "steps" and isinstance(section, Recipe):
             lines += ["", f"steps:{'' if section.steps else ' []'}  # {field.description}"]
@@ -375,7 +375,7 @@ def _comment(section: Options, depth: int, lines: list[str]) -> None:
             lines.append(f"{indent}{name}: {text}  # {field.description}")
 
 
-def _own_fields_first(kind: type[Options]) -> list[str]:
+def own_fields_first(kind: type[Options]) -> list[str]:
     """Return the fields of a class; those that it shares with other classes come last."""
     declared = [name for base in kind.__mro__ for name in vars(base).get("__annotations__", {})]
     return [name for name in dict.fromkeys(declared) if name in kind.model_fields]

@@ -32,7 +32,7 @@ make reading slower, since a batch needs a lookup in each."""
 
 
 @checked
-def build(
+def build_store(
     folder: str | Path,
     teacher: Model,
     data: ArrayData,

@@ -75,7 +75,7 @@ class TeacherStore:
             self._order = np.argsort(ids, kind="stable")
             self._ids = ids[self._order]
 
-    made_by: ClassVar[str] = "kirsch.distillation.store.TeacherStore.open(folder)"
+    made_by: ClassVar[str] = "kirsch.TeacherStore.open(folder)"
 
     @classmethod
     @checked

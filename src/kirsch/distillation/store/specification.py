@@ -165,7 +165,7 @@ def read(folder: Path) -> Specification:
         content = json.dumps(strict_json.read(path))
         return Specification.model_validate_json(content)
     except FileNotFoundError as error:
-        fix = "Build one with kirsch.distillation.store.build."
+        fix = "Build one with kirsch.build_store."
         raise StoreError(f"There is no store in {folder}.", fix=fix) from error
     except OSError as error:
         raise StoreError(f"{path} cannot be read.", f"{error.strerror or error}.") from error

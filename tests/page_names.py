@@ -1,0 +1,143 @@
+"""Names that pages leave to the reader, such as the model and the data, by page and section."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.frameworks.pytorch.io.vision import import_beside
+
+import_beside("torchvision")  # imported by timm, transformers and Lightning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CLASSES = 10
+
+
+def build_my_model() -> nn.Module:
+    """Return a model with fixed weights that tells bright from dark images, also after pruning."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 7, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].weight.fill_(1 / 147).mul_(torch.linspace(1, 2, 8).view(8, 1, 1, 1))
+        model[4].weight.copy_(torch.tensor([[-1.0], [1.0]]).expand(2, 8))
+        model[4].bias.copy_(torch.tensor([2.0, -2.0]))
+    return model
+
+
+MODEL = """
+from torch import nn
+
+
+def build():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 4), nn.ReLU(), nn.Conv2d(16, 16, 3, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 10),
+    )
+
+
+build.example_shape = (1, 3, 64, 64)
+"""
+
+
+def readme() -> dict[str, Any]:
+    Path("model.py").write_text(MODEL)
+    labels = np.arange(16) % 2
+    brightness = labels ^ (np.arange(16) < 2)  # two labels differ from the teacher, so both terms have a gradient
+    images = np.random.default_rng(0).normal(brightness[:, None, None, None], 1, (16, 3, 224, 224)).astype(np.float32)
+    batches = torch.utils.data.TensorDataset(torch.tensor(images), torch.tensor(labels))
+    return {
+        "build_my_model": build_my_model,
+        "train_loader": torch.utils.data.DataLoader(batches, batch_size=8),
+        "images": images,
+        "labels": labels,
+        "validation": (images, labels),
+        "test": (images, labels),
+    }
+
+
+def network(width: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, width), nn.ReLU(), nn.Linear(width, CLASSES))
+
+
+def samples() -> tuple[np.ndarray, np.ndarray]:
+    labels = np.arange(32) % CLASSES
+    images = np.random.default_rng(0).normal(0, 1, (32, 3, 4, 4)).astype(np.float32)
+    return images, labels
+
+
+def own_loop() -> dict[str, Any]:
+    images, labels = samples()
+    return {
+        "kirsch": kirsch,
+        "torch": torch,
+        "student": network(8),
+        "teacher": network(32),
+        "objective": kirsch.Objective.kd(),
+        "loader": [(torch.tensor(images), torch.tensor(labels))],
+        "epochs": 2,
+    }
+
+
+def store() -> dict[str, Any]:
+    images, labels = samples()
+    return {"inputs": images, "labels": labels, "teacher": network(32)}
+
+
+def trainer() -> dict[str, Any]:
+    from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+
+    def build(width: int) -> nn.Module:
+        return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=8, n_embd=width, n_layer=1, n_head=2))
+
+    tokens = [{"input_ids": row, "labels": row} for row in torch.randint(0, 32, (8, 8))]
+    return {
+        "student": build(8),
+        "teacher": build(16),
+        "args": TrainingArguments("trained", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),
+        "train": tokens,
+        "validation": tokens,
+    }
+
+
+def module() -> dict[str, Any]:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = network(8)
+
+        def training_step(self, batch: Any) -> None: ...
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+        def train_dataloader(self) -> Any:
+            images, labels = samples()
+            return torch.utils.data.DataLoader(list(zip(torch.tensor(images), torch.tensor(labels), strict=True)), 8)
+
+    return {"lightning": lightning, "module": Module(), "teacher": network(32)}
+
+
+def flowers() -> dict[str, Any]:
+    def read(size: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((1200, 3, size, size), np.float32), np.arange(1200) % 3
+
+    return {"numpy": np, "read": read}
+
+
+NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
+    ("README.md", "Your own model"): readme,
+    ("docs/store.md", "The teacher store"): store,
+    ("docs/training.md", "A loop of your own"): own_loop,
+    ("docs/training.md", "transformers"): trainer,
+    ("docs/training.md", "Lightning"): module,
+    ("docs/training.md", "Data of a recipe"): flowers,
+}
+"""Page and section → names for the blocks of the section, and of those after it."""
