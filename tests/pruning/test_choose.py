@@ -11,6 +11,8 @@ import kirsch
 from kirsch.errors import GoalError, NumericError, PlanError, UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.analysis.count import count
 from kirsch.pruning.importance import magnitude
+from kirsch.pruning.options import PlanOptions
+from kirsch.pruning.selection import multiple
 
 IMAGE = torch.randn(1, 3, 16, 16)
 
@@ -110,10 +112,26 @@ def test_random_importance_depends_only_on_the_seed():
     assert plans[0].groups != plans[2].groups
 
 
-@pytest.mark.parametrize("multiple", [4, 8, 16])
-def test_kept_widths_are_multiples(multiple):
-    plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=multiple)
-    assert all((group.size - len(group.removed)) % multiple == 0 for group in plan.groups)
+@pytest.mark.parametrize("round_to", [4, 8, 16])
+def test_kept_widths_are_multiples(round_to):
+    plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=round_to)
+    assert all((group.size - len(group.removed)) % round_to == 0 for group in plan.groups)
+
+
+@pytest.mark.parametrize(
+    ("units", "multiples"),
+    [
+        (7, [1, 1, 1]),
+        (8, [4, 4, 4]),
+        (15, [4, 4, 4]),
+        (16, [8, 4, 4]),
+        (31, [8, 4, 4]),
+        (32, [16, 8, 4]),
+    ],
+)
+def test_auto_rounds_by_the_number_of_units_and_is_halved_to_no_less_than_4(units, multiples):
+    graph = kirsch.trace(nn.Sequential(nn.Linear(4, units), nn.Linear(units, 2)), torch.randn(1, 4))
+    assert [multiple(graph.groups[0], PlanOptions(), fineness) for fineness in range(3)] == multiples
 
 
 def test_a_plan_far_below_its_goal_has_a_note():
