@@ -198,8 +198,8 @@ def test_a_repeated_unit_raises(graph):
 
 def test_the_fingerprint_depends_on_the_options_of_the_trace(chain):
     plain = chain(5).graph()
-    other = replace(plain, tracing=Tracing(softmax="kept"))
-    assert plain.fingerprint != other.fingerprint
+    options = [{}, {"softmax": "kept"}, {"as_graph": True}, {"module": "first"}, {"outputs": ("logits",)}]
+    assert len({replace(plain, tracing=Tracing(**changed)).fingerprint for changed in options}) == len(options)
     plan = replace(plan_for(plain, removal()), tracing=Tracing(softmax="kept"))
     with pytest.raises(PlanError, match=r"made with other options of kirsch\.trace"):
         plan.check(plain)
