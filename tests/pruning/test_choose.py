@@ -134,9 +134,21 @@ def test_auto_rounds_by_the_number_of_units_and_is_halved_to_no_less_than_4(unit
     assert [multiple(graph.groups[0], PlanOptions(), fineness) for fineness in range(3)] == multiples
 
 
-def test_a_plan_far_below_its_goal_has_a_note():
+def test_a_plan_far_below_its_goal_has_a_note_with_the_reason():
     plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.55), ranking="local", round_to=32)
-    assert any("points below the goal" in note and "smaller round_to" in note for note in plan.notes)
+    reason = (
+        "points below the goal of 55.0%. round_to=32 rounds the widths. It may come closer with a smaller round_to."
+    )
+    assert any(note.endswith(reason) for note in plan.notes)
+    graph = kirsch.trace(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(1, 4))
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.9), round_to=1)  # one of three units is a third of the MACs
+    reason = "23.3 points below the goal of 90.0%. A single unit of its groups costs that much."
+    assert any(note.endswith(reason) for note in plan.notes)
+
+
+def test_a_plan_close_to_its_goal_has_no_note_on_it():
+    plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=1)
+    assert not any("below the goal" in note for note in plan.notes)
 
 
 def test_widths_that_run_slowly_have_a_note():
