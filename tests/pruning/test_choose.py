@@ -45,6 +45,13 @@ def test_the_goal_is_met_within_one_percent_of_the_original(ranking, goal):
     assert any(limit - value <= 0.01 for value, limit in reached.values())
 
 
+@pytest.mark.parametrize("ranking", ["global", "local"])
+def test_a_goal_that_only_the_smallest_model_meets_is_met(ranking):
+    graph = kirsch.trace(nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2)), torch.randn(1, 4))
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.1), ranking=ranking, round_to=1, min_keep=0.1)
+    assert (plan.before.macs, plan.after.macs) == (60, 6)
+
+
 def test_the_cost_of_a_plan_is_that_of_the_pruned_model():
     model = network()
     assert (kirsch.trace(model, IMAGE).cost.parameters, kirsch.trace(model, IMAGE).cost.macs) == count(model, IMAGE)
