@@ -107,6 +107,22 @@ def test_excluded_layers_are_named_with_the_pattern(graph):
     assert "which exclude=['embed'] keeps unchanged" in error.why
 
 
+@pytest.mark.parametrize(("outputs", "named"), [(10, False), (200, True)])
+def test_causes_of_less_than_a_hundredth_of_the_cost_are_not_named(outputs, named):
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(outputs))
+
+        def forward(self, x):
+            return x * self.weight
+
+    graph = kirsch.trace(nn.Sequential(nn.Linear(100, 50), nn.Linear(50, outputs), Scale()), torch.randn(1, 100))
+    error = refused(graph, kirsch.Goal(parameters=0.001))
+    assert (outputs / graph.cost.parameters >= 0.01) is named
+    assert ("in `2`, whose units are inputs or outputs of the model" in error.why) is named
+
+
 def test_options_for_which_the_importance_fails_are_not_suggested():
     model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     with torch.no_grad():
