@@ -141,6 +141,13 @@ def test_auto_rounds_by_the_number_of_units_and_is_halved_to_no_less_than_4(unit
     assert [multiple(graph.groups[0], PlanOptions(), fineness) for fineness in range(3)] == multiples
 
 
+@pytest.mark.parametrize(("goal", "kept"), [(0.5, 16), (0.75, 24), (0.875, 28), (0.9, 28)])
+def test_auto_is_halved_until_the_goal_is_met_closely(goal, kept):
+    graph = kirsch.trace(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.randn(1, 4))
+    (removal,) = kirsch.plan(graph, kirsch.Goal(macs=goal)).groups
+    assert removal.size - len(removal.removed) == kept
+
+
 def test_a_plan_far_below_its_goal_has_a_note_with_the_reason():
     plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.55), ranking="local", round_to=32)
     reason = (
