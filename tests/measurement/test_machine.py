@@ -73,7 +73,9 @@ def test_a_version_is_that_of_the_installed_package_or_none():
     assert machine.version_of("no-such-package-as-this") is None
 
 
-@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int16", "float16", "int32", "float32", "int64", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["bool", "int8", "uint8", "int16", "float16", "int32", "float32", "int64", "float64", "uint32"]
+)
 def test_inputs_must_fit_into_the_memory(monkeypatch, dtype):
     specs = [InputSpec("image", (2, 3, 500), dtype), InputSpec("mask", (1, 40), "bool")]
     needed = 3000 * np.dtype(dtype).itemsize + 40
