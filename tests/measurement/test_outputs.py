@@ -30,7 +30,7 @@ def test_a_single_row_of_another_sum_is_not_probabilities():
 
 @pytest.mark.parametrize("outputs", [np.array([0.5, 0.5]), np.ones((5, 1)), np.zeros((0, 2))])
 def test_vectors_single_classes_and_no_rows_are_not_probabilities(outputs):
-    assert not are_probabilities(outputs)
+    assert are_probabilities(outputs) is False
 
 
 @pytest.mark.parametrize(
