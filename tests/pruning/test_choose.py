@@ -10,7 +10,7 @@ from torch import nn
 import kirsch
 from kirsch.errors import GoalError, NumericError, PlanError, UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.analysis.count import count
-from kirsch.pruning.importance import magnitude
+from kirsch.pruning.importance import IMPORTANCES, magnitude
 from kirsch.pruning.options import PlanOptions
 from kirsch.pruning.selection import multiple
 
@@ -190,6 +190,16 @@ def test_an_unknown_layer_to_exclude_names_the_nearest():
 def test_an_unknown_importance_lists_known_names_and_the_nearest():
     with pytest.raises(UnknownNameError, match=r"Known: magnitude, random\. Did you mean 'magnitude'\?"):
         kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), importance="magnitud")
+
+
+@pytest.mark.parametrize(
+    ("scores", "found"), [([1.0, 2.0], r"found shape \(2,\)\."), ([1.0, np.nan, 2.0], r"found shape \(3,\) with NaN")]
+)
+def test_an_importance_must_return_a_finite_number_for_each_unit(monkeypatch, scores, found):
+    monkeypatch.setitem(IMPORTANCES._objects, "constant", lambda *_, **__: np.array(scores))
+    graph = kirsch.trace(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(1, 4))
+    with pytest.raises(UsageError, match=rf"'constant' returns no usable scores for '0'\. Expected 3 .*, {found}"):
+        kirsch.plan(graph, kirsch.Goal(macs=0.5), importance="constant")
 
 
 def test_an_unreachable_goal_names_the_least_reachable_cost():
