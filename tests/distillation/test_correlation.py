@@ -64,10 +64,11 @@ def test_dist_of_a_student_that_equals_its_teacher_is_0_with_many_classes(scale,
 
 
 def test_the_correlation_with_a_constant_side_counts_as_0(framework):
-    """The teacher's probabilities are equal for both samples, the student's are not."""
-    student, teacher = framework(np.array([[0.0, 1.0], [0.0, 2.0]])), framework(np.array([[0.3, 1.1], [0.3, 1.1]]))
-    assert float(LOSSES["dist"](student, teacher, inter=0.0)) == pytest.approx(1, rel=1e-14)
-    assert float(LOSSES["dist"](teacher, teacher, inter=0.0)) == 0
+    """The probabilities of one side are equal for both samples, those of the other are not."""
+    varying, constant = framework(np.array([[0.0, 1.0], [0.0, 2.0]])), framework(np.array([[0.3, 1.1], [0.3, 1.1]]))
+    assert float(LOSSES["dist"](varying, constant, inter=0.0)) == pytest.approx(1, rel=1e-14)
+    assert float(LOSSES["dist"](constant, varying, inter=0.0)) == pytest.approx(1, rel=1e-14)
+    assert float(LOSSES["dist"](constant, constant, inter=0.0)) == 0
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,12 @@ def test_conventions_equal_the_formulas_of_other_code_bases(convention, temperat
     assert float(value) == pytest.approx(float(expected) * (temperature**2 if squared else 1), rel=1e-13)
 
 
+@pytest.mark.parametrize("convention", [name for name, scale in CONVENTION_SCALES.items() if scale[1]])
+def test_a_mean_over_the_classes_of_sequences_divides_by_their_number(convention, framework):
+    sides = [framework(logits.reshape(2, 4, 10)) for logits in (z_s, z_t)]
+    assert float(soft_target(*sides, convention=convention)) == pytest.approx(float(soft_target(*sides)) / 10)
+
+
 def test_every_convention_is_tested():
     assert set(CONVENTION_SCALES) == set(CONVENTIONS)
 

@@ -280,3 +280,10 @@ def test_invalid_limits_and_inputs_of_the_filter_are_refused():
         TargetLimits(min_length_ratio=2.0, max_length_ratio=1.0)
     with pytest.raises(UsageError, match="`ngram` is 0, `max_repeats` 3; integers of at least 1"):
         TargetLimits(ngram=0)
+    with pytest.raises(UsageError, match="`ngram` is 4, `max_repeats` 0; integers of at least 1"):
+        TargetLimits(max_repeats=0)
+
+
+def test_the_smallest_limits_leave_out_targets_that_repeat_a_token():
+    limits = TargetLimits(min_length_ratio=0, max_length_ratio=0, ngram=1, max_repeats=1)
+    assert filter_targets(["abc", "abca"], limits=limits).kept == (0,)

@@ -311,6 +311,15 @@ def test_a_masked_position_counts_neither_as_a_query_nor_as_a_key(name, axis):
         assert loss(changed, teacher, mask=MASK) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("loss", [attention_ce, attention_kl, attention_mse])
+def test_a_query_without_unmasked_keys_does_not_count(loss, framework):
+    """The pairs of a mask (N, queries, keys) are those of the first three queries, for all keys."""
+    pairs = np.zeros((3, 5, 5), bool)
+    pairs[:, :3] = True
+    value = float(loss(framework(ATTENTION), framework(ATTENTION_T), mask=framework(pairs)))
+    assert value == pytest.approx(float(loss(ATTENTION[:, :, :3], ATTENTION_T[:, :, :3])), rel=1e-12)
+
+
 @pytest.mark.parametrize("name", list(PADDED))
 def test_a_fully_masked_sample_adds_nothing(name):
     loss, student, teacher = PADDED[name]

@@ -71,3 +71,25 @@ def test_layers_tied_by_an_attribute_are_explained_by_a_number_in_the_code():
 
     text = kirsch.trace(TwoLayers(), torch.randn(2, 6)).explain("first")
     assert "  second: weight[i], bias[i]  by a number in the code that sets both sizes" in text.splitlines()
+
+
+def test_units_of_a_reshape_are_explained_by_the_view():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = 2
+            self.query, self.scale, self.out = nn.Linear(4, 6), nn.Parameter(torch.ones(3)), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.query(x).view(2, self.heads, -1)
+            return self.out((x * self.scale).flatten(1))
+
+    graph = kirsch.trace(Heads(), torch.randn(2, 4))
+    by_view, by_mul = (f"test_explain.py:{Heads.forward.__code__.co_firstlineno + line}" for line in (1, 2))
+    assert graph.explain("query").splitlines()[:4] == [
+        "query.weight[i], query.bias[i]: the 3 units (position in chunk) of 'scale'.",
+        "Each unit is removed together with:",
+        f"  scale[i]  by view ({by_view}) → mul ({by_mul})",
+        "  out: weight[:, i]  by linear (out)",
+    ]
+    assert f"  query: weight[i], bias[i]  by mul ({by_mul}) → view ({by_view})" in graph.explain("scale").splitlines()

@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -198,8 +199,8 @@ def test_a_repeated_unit_raises(graph):
 
 def test_the_fingerprint_depends_on_the_options_of_the_trace(chain):
     plain = chain(5).graph()
-    other = replace(plain, tracing=Tracing(softmax="kept"))
-    assert plain.fingerprint != other.fingerprint
+    options = [{}, {"softmax": "kept"}, {"as_graph": True}, {"module": "first"}, {"outputs": ("logits",)}]
+    assert len({replace(plain, tracing=Tracing(**changed)).fingerprint for changed in options}) == len(options)
     plan = replace(plan_for(plain, removal()), tracing=Tracing(softmax="kept"))
     with pytest.raises(PlanError, match=r"made with other options of kirsch\.trace"):
         plan.check(plain)
@@ -251,6 +252,24 @@ def test_the_error_for_a_latency_goal_names_the_alternatives(name):
 def test_the_error_for_an_unknown_goal_lists_the_known_ones():
     with pytest.raises(UsageError, match=r"has no argument 'mac'\. Known: macs, parameters\. Did you mean 'macs'\?"):
         Goal(mac=0.5)
+
+
+INTEGERS = {
+    **{name: int(np.iinfo(name).max) for name in ("int8", "uint8", "int16", "uint16", "int32", "uint32")},
+    **dict.fromkeys(("int64", "uint64"), 2**63 - 2),  # the largest number that is drawn at random
+    "bool": 1,
+}
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_the_largest_value_of_an_integer_input_is_that_of_its_type(dtype):
+    def text(high):
+        return replace(make_plan(removal()), inputs=(InputSpec("", (1, 4), dtype, high),)).to_json()
+
+    largest = INTEGERS[dtype]
+    assert Plan.from_json(text(largest)).inputs[0].high == largest
+    with pytest.raises(PlanError, match=rf"{largest + 1}; {largest} is the largest for {dtype}"):
+        Plan.from_json(text(largest + 1))
 
 
 def test_a_goal_can_be_copied_and_pickled():

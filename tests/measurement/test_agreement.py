@@ -27,6 +27,13 @@ def test_the_differences_in_closed_form():
     assert result.centered == pytest.approx(1.5 * np.sqrt(0.75) / np.sqrt(14), rel=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_the_relative_differences_do_not_depend_on_the_scale(scale):
+    other = REFERENCE + np.array([[0.3, 0.0], [0.0, 0.3], [-0.3, 0.0], [0.0, -0.3]])
+    plain, scaled = agreement(REFERENCE, other), agreement(scale * REFERENCE, scale * other)
+    assert (scaled.relative, scaled.centered) == pytest.approx((plain.relative, plain.centered), rel=1e-12)
+
+
 def test_the_centered_difference_does_not_depend_on_a_constant_in_both():
     """A large constant in both sets makes the relative difference small."""
     other = REFERENCE + np.array([[0.3, 0.0], [0.0, 0.3], [-0.3, 0.0], [0.0, -0.3]])

@@ -8,9 +8,14 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import psutil
 import pytest
 
+from kirsch.errors import MemoryShortageError
+from kirsch.graph.inputs import InputSpec
 from kirsch.measurement import machine
 
 X86 = "processor\t: 0\nmodel name\t: Cherry 9000 @ 3.2 GHz: fast\nflags\t\t: fpu avx2 sse avx512f amx_tiles\n\n" * 2
@@ -66,6 +71,20 @@ def test_the_load_is_the_average_of_the_last_minute_or_none(monkeypatch):
 def test_a_version_is_that_of_the_installed_package_or_none():
     assert machine.version_of("numpy") == metadata.version("numpy")
     assert machine.version_of("no-such-package-as-this") is None
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", "int8", "uint8", "int16", "float16", "int32", "float32", "int64", "float64", "uint32"]
+)
+def test_inputs_must_fit_into_the_memory(monkeypatch, dtype):
+    specs = [InputSpec("image", (2, 3, 500), dtype), InputSpec("mask", (1, 40), "bool")]
+    needed = 3000 * np.dtype(dtype).itemsize + 40
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=needed))
+    machine.require_room(specs)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=needed - 1))
+    with pytest.raises(MemoryShortageError, match="2×3×500, 1×40") as caught:
+        machine.require_room(specs)
+    assert "the largest axis has the size 500" in caught.value.fix
 
 
 def test_the_environment_is_json_without_the_names_of_user_and_host(monkeypatch):

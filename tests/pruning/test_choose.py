@@ -10,7 +10,9 @@ from torch import nn
 import kirsch
 from kirsch.errors import GoalError, NumericError, PlanError, UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.analysis.count import count
-from kirsch.pruning.importance import magnitude
+from kirsch.pruning.importance import IMPORTANCES, magnitude
+from kirsch.pruning.options import PlanOptions
+from kirsch.pruning.selection import multiple
 
 IMAGE = torch.randn(1, 3, 16, 16)
 
@@ -41,6 +43,13 @@ def test_the_goal_is_met_within_one_percent_of_the_original(ranking, goal):
     reached = target.fractions(plan.after, plan.before)
     assert all(value <= limit for value, limit in reached.values())
     assert any(limit - value <= 0.01 for value, limit in reached.values())
+
+
+@pytest.mark.parametrize("ranking", ["global", "local"])
+def test_a_goal_that_only_the_smallest_model_meets_is_met(ranking):
+    graph = kirsch.trace(nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2)), torch.randn(1, 4))
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.1), ranking=ranking, round_to=1, min_keep=0.1)
+    assert (plan.before.macs, plan.after.macs) == (60, 6)
 
 
 def test_the_cost_of_a_plan_is_that_of_the_pruned_model():
@@ -110,15 +119,50 @@ def test_random_importance_depends_only_on_the_seed():
     assert plans[0].groups != plans[2].groups
 
 
-@pytest.mark.parametrize("multiple", [4, 8, 16])
-def test_kept_widths_are_multiples(multiple):
-    plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=multiple)
-    assert all((group.size - len(group.removed)) % multiple == 0 for group in plan.groups)
+@pytest.mark.parametrize("round_to", [4, 8, 16])
+def test_kept_widths_are_multiples(round_to):
+    plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=round_to)
+    assert all((group.size - len(group.removed)) % round_to == 0 for group in plan.groups)
 
 
-def test_a_plan_far_below_its_goal_has_a_note():
+@pytest.mark.parametrize(
+    ("units", "multiples"),
+    [
+        (7, [1, 1, 1]),
+        (8, [4, 4, 4]),
+        (15, [4, 4, 4]),
+        (16, [8, 4, 4]),
+        (31, [8, 4, 4]),
+        (32, [16, 8, 4]),
+    ],
+)
+def test_auto_rounds_by_the_number_of_units_and_is_halved_to_no_less_than_4(units, multiples):
+    graph = kirsch.trace(nn.Sequential(nn.Linear(4, units), nn.Linear(units, 2)), torch.randn(1, 4))
+    assert [multiple(graph.groups[0], PlanOptions(), fineness) for fineness in range(3)] == multiples
+
+
+@pytest.mark.parametrize(("goal", "kept"), [(0.5, 16), (0.75, 24), (0.875, 28), (0.9, 28)])
+def test_auto_is_halved_until_the_goal_is_met_closely(goal, kept):
+    graph = kirsch.trace(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.randn(1, 4))
+    (removal,) = kirsch.plan(graph, kirsch.Goal(macs=goal)).groups
+    assert removal.size - len(removal.removed) == kept
+
+
+def test_a_plan_far_below_its_goal_has_a_note_with_the_reason():
     plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.55), ranking="local", round_to=32)
-    assert any("points below the goal" in note and "smaller round_to" in note for note in plan.notes)
+    reason = (
+        "points below the goal of 55.0%. round_to=32 rounds the widths. It may come closer with a smaller round_to."
+    )
+    assert any(note.endswith(reason) for note in plan.notes)
+    graph = kirsch.trace(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(1, 4))
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.9), round_to=1)  # one of three units is a third of the MACs
+    reason = "23.3 points below the goal of 90.0%. A single unit of its groups costs that much."
+    assert any(note.endswith(reason) for note in plan.notes)
+
+
+def test_a_plan_close_to_its_goal_has_no_note_on_it():
+    plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=1)
+    assert not any("below the goal" in note for note in plan.notes)
 
 
 def test_widths_that_run_slowly_have_a_note():
@@ -146,6 +190,16 @@ def test_an_unknown_layer_to_exclude_names_the_nearest():
 def test_an_unknown_importance_lists_known_names_and_the_nearest():
     with pytest.raises(UnknownNameError, match=r"Known: magnitude, random\. Did you mean 'magnitude'\?"):
         kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), importance="magnitud")
+
+
+@pytest.mark.parametrize(
+    ("scores", "found"), [([1.0, 2.0], r"found shape \(2,\)\."), ([1.0, np.nan, 2.0], r"found shape \(3,\) with NaN")]
+)
+def test_an_importance_must_return_a_finite_number_for_each_unit(monkeypatch, scores, found):
+    monkeypatch.setitem(IMPORTANCES._objects, "constant", lambda *_, **__: np.array(scores))
+    graph = kirsch.trace(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(1, 4))
+    with pytest.raises(UsageError, match=rf"'constant' returns no usable scores for '0'\. Expected 3 .*, {found}"):
+        kirsch.plan(graph, kirsch.Goal(macs=0.5), importance="constant")
 
 
 def test_an_unreachable_goal_names_the_least_reachable_cost():

@@ -107,6 +107,36 @@ def test_excluded_layers_are_named_with_the_pattern(graph):
     assert "which exclude=['embed'] keeps unchanged" in error.why
 
 
+def test_the_cause_of_a_product_of_activations_is_that_of_the_layers_inside_its_module():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.query(x) @ self.key(x).transpose(1, 2)
+
+    graph = kirsch.trace(nn.Sequential(Attention(), nn.Linear(64, 2)), torch.randn(1, 64, 8))
+    error = refused(graph, kirsch.Goal(macs=0.5), kinds=["ffn unit"])
+    assert re.search(r"in `0` \(57.1%\), `0.query` .* whose units have the kind 'channel'", error.why)
+
+
+@pytest.mark.parametrize(("outputs", "named"), [(10, False), (200, True)])
+def test_causes_of_less_than_a_hundredth_of_the_cost_are_not_named(outputs, named):
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(outputs))
+
+        def forward(self, x):
+            return x * self.weight
+
+    graph = kirsch.trace(nn.Sequential(nn.Linear(100, 50), nn.Linear(50, outputs), Scale()), torch.randn(1, 100))
+    error = refused(graph, kirsch.Goal(parameters=0.001))
+    assert (outputs / graph.cost.parameters >= 0.01) is named
+    assert ("in `2`, whose units are inputs or outputs of the model" in error.why) is named
+
+
 def test_options_for_which_the_importance_fails_are_not_suggested():
     model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     with torch.no_grad():

@@ -272,6 +272,24 @@ def test_a_folder_without_plan_or_weights_is_refused(case, tmp_path, name):
         kirsch.load(tmp_path / "small", build)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "plan.json").rename(folder / "plan.2.json"),
+        lambda folder: (folder / "model.safetensors").rename(folder / "weights.safetensors"),
+        lambda folder: (folder / "notes.txt").write_text("pruned"),
+    ],
+)
+def test_a_folder_with_other_files_than_those_of_save_is_refused_although_its_manifest_lists_them(
+    case, tmp_path, change
+):
+    folder = kirsch.save(kirsch.prune(*case), tmp_path / "small")
+    change(folder)
+    files.write_manifest(folder)
+    with pytest.raises(CheckpointError, match=r"expected model\.safetensors and plan\.json, plan\.2\.json, …"):
+        kirsch.load(folder, build)
+
+
 def test_an_additional_file_in_the_folder_is_refused(case, tmp_path):
     kirsch.save(kirsch.prune(*case), tmp_path / "small")
     (tmp_path / "small" / "plan.2.json").write_text("{}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -201,6 +202,18 @@ def test_model_pruned_twice_and_loaded_keeps_the_channels_of_both_plans(tmp_path
     torch.testing.assert_close(small_features, original_features[:, 4:], rtol=1e-12, atol=1e-14)
     with pytest.raises(PlanError, match="The plan is for another model"):
         kept(once, nn.Sequential(nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 3)).double())
+
+
+def test_channels_of_a_plan_that_stores_no_inputs_are_known_with_example_inputs():
+    class Clamped(nn.Sequential):
+        def forward(self, x, most):
+            return super().forward(x.clamp(max=most))
+
+    model, inputs = Clamped(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(2, 4), math.inf)
+    small = shorter(model, inputs)
+    with pytest.raises(PlanError, match="does not store its example inputs"):
+        kept(small, model)
+    assert kept(small, model, example_inputs=inputs)["0"] == Kept(1, (2, 3, 4, 5, 6, 7))
 
 
 def test_pruned_part_is_known_by_its_path_in_the_model():

@@ -228,7 +228,7 @@ def test_damaged_pruned_model_is_saved_again(done, name):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", [flip_bit, Path.unlink])
+@pytest.mark.parametrize("damage", [flip_bit, Path.unlink, lambda path: path.write_bytes(b"")])
 def test_damaged_or_missing_plan_is_restored(done, damage):
     before = (done.folder / "plan.json").read_bytes()
     damage(done.folder / "plan.json")

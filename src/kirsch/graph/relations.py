@@ -74,13 +74,11 @@ def reshape(facts: Facts, tensor: Tensor, shape: Sequence[int], kind: str = "vie
     """
     axes: list[Axis] = [None] * len(shape)
     for old, new in _matching_runs(tensor.shape, shape):
-        if all(tensor.axes[axis] is None for axis in old):
-            continue
         if len(old) == len(new) == 1:
             axes[new[0]] = tensor.axes[old[0]]
             continue
         flat = facts.merge([tensor.axes[axis] for axis in old], [tensor.shape[axis] for axis in old], kind)
-        if flat is None or not new:
+        if flat is None:
             continue
         for axis, labels in zip(new, facts.split(flat.reshape([shape[axis] for axis in new]), kind), strict=True):
             axes[axis] = labels

@@ -1,0 +1,44 @@
+"""The record of a pruning step: removed units and sizes of layers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.graph.plan import Removal
+from kirsch.pruning.step import removed
+
+
+def test_the_record_has_the_removed_units_and_the_outputs_and_parameters_of_each_cut_layer():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    graph = kirsch.trace(model, torch.randn(3, 4))
+    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.9), round_to=1)
+    record = removed(graph, replace(plan, groups=(Removal("0", "ffn unit", 8, (1, 5), "by hand"),)))
+    assert json.loads(json.dumps(record)) == record
+    assert record["groups"] == [
+        {
+            "name": "0",
+            "kind": "ffn unit",
+            "size": 8,
+            "removed": [1, 5],
+            "reason": "by hand",
+            "layers": ["0", "1", "3"],
+            "parameters": 2 * (5 + 2 + 2),  # weights and bias, scale and shift, and what the last layer reads
+            "macs": 2 * 3 * (4 + 2),
+        }
+    ]
+    assert record["layers"] == [  # the last layer loses inputs only
+        {"name": "0", "group": "0", "before": 8, "after": 6, "parameters_before": 40, "parameters_after": 30}
+    ]
+
+
+def test_the_record_of_a_group_that_is_kept_has_no_units():
+    graph = kirsch.trace(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(1, 4))
+    plan = replace(kirsch.plan(graph, kirsch.Goal(parameters=0.9), round_to=1), groups=())
+    record = removed(graph, plan)
+    assert [(group["removed"], group["reason"], group["macs"]) for group in record["groups"]] == [([], "kept", 0)]
+    assert [(layer["before"], layer["after"]) for layer in record["layers"]] == [(8, 8)]
