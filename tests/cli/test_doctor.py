@@ -109,7 +109,7 @@ def test_help_version_and_doctor_load_no_framework(process, arguments):
     assert out.splitlines()[-1] == "loaded", err
 
 
-def test_the_check_above_finds_a_loaded_package(process):
+def test_a_loaded_framework_is_detected(process):
     program = "import sys, numpy; print('loaded', *sorted({'torch', 'numpy'} & set(sys.modules)))"
     with process("-c", program) as started:
         assert started.communicate(timeout=60)[0] == "loaded numpy\n"

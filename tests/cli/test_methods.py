@@ -14,7 +14,7 @@ def test_all_methods_are_listed(kirsch):
     assert "  kd                  logits     KL divergence" in rest
 
 
-def test_a_name_is_shown_in_full(kirsch):
+def test_methods_with_a_name_shows_its_preset_and_loss(kirsch):
     _, out, _ = kirsch("methods", "dkd")
     assert "preset dkd   0 → 1 over 20 epochs · dkd (T 4; alpha 1; beta 8) + 1 labels" in out
     assert "loss dkd   takes logits" in out

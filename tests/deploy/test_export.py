@@ -48,7 +48,7 @@ def test_example_inputs_may_carry_a_gradient(tmp_path):
     assert kirsch.measure(Double(), example_inputs=inputs, rounds=6).parameters == 0
 
 
-def test_an_artifact_is_the_file_that_it_names(exported):
+def test_the_hash_and_size_of_an_artifact_are_those_of_its_file(exported):
     artifact, content = exported.artifact, exported.artifact.path.read_bytes()
     assert artifact.bytes == len(content)
     assert artifact.sha256 == hashlib.sha256(content).hexdigest()
@@ -74,12 +74,12 @@ def test_an_artifact_of_another_exporter_prints_without_details(tmp_path):
     assert str(artifact).splitlines() == [f"file         {tmp_path / 'm.bin'}   1.20 kB", f"sha256       {'ab' * 32}"]
 
 
-def test_an_artifact_is_made_of_its_description(exported):
+def test_an_artifact_is_restored_from_its_dict(exported):
     artifact = exported.artifact
     assert kirsch.Artifact.of_dict(artifact.path, json.loads(json.dumps(artifact.to_dict()))) == artifact
 
 
-def test_an_artifact_is_json_that_says_nothing_of_the_folder(exported):
+def test_the_json_of_an_artifact_does_not_contain_the_folder(exported):
     found = json.loads(json.dumps(exported.artifact.to_dict()))
     assert found["file"] == "small.onnx"
     assert found["sha256"] == exported.artifact.sha256
@@ -107,7 +107,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("body", FAULTS.values(), ids=FAULTS)
-def test_a_file_that_computes_something_else_is_refused_and_does_not_appear(planted, tmp_path, body):
+def test_a_file_with_other_outputs_is_refused_and_not_written(planted, tmp_path, body):
     planted(body)
     sentence = (
         r"does not compute what the model computes\. The outputs differ (by .* of the largest, 1e-04|in their shape)"
@@ -123,7 +123,7 @@ def test_a_file_with_another_number_of_outputs_is_refused(planted, tmp_path):
         kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR)
 
 
-def test_every_output_is_held_against_the_model(planted, tmp_path):
+def test_every_output_is_compared_with_the_model(planted, tmp_path):
     class Both(nn.Module):
         def forward(self, x):
             return x + x, -x
@@ -135,7 +135,7 @@ def test_every_output_is_held_against_the_model(planted, tmp_path):
         kirsch.export(Both(), tmp_path / "m.onnx", example_inputs=PAIR)
 
 
-def test_a_file_whose_batch_the_exporter_fixes_is_verified_for_that_batch_and_says_so(planted, tmp_path):
+def test_a_fixed_batch_size_is_verified_and_noted(planted, tmp_path):
     planted("y = Add(input, input)", taken="float[2,2] input", given="float[2,2] y")
     sentence = r"The batch of m\.onnx is fixed at 2, that of the example inputs\. The exporter fixes the batch\."
     with pytest.warns(UserWarning, match=sentence) as caught:
@@ -146,7 +146,7 @@ def test_a_file_whose_batch_the_exporter_fixes_is_verified_for_that_batch_and_sa
 
 
 @pytest.mark.parametrize(("function", "body"), [(torch.exp, "y = Exp(input)"), (torch.log, "y = Log(input)")])
-def test_outputs_that_are_not_finite_in_both_are_the_same(planted, tmp_path, function, body):
+def test_equal_infinities_in_model_and_file_are_accepted(planted, tmp_path, function, body):
     """Of a few hundred exp is infinite, of zero log is, and of less it is no number: no difference says anything."""
 
     class Odd(nn.Module):
@@ -157,7 +157,7 @@ def test_outputs_that_are_not_finite_in_both_are_the_same(planted, tmp_path, fun
     assert kirsch.export(Odd(), tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] < DRIFT
 
 
-def test_outputs_of_truth_values_are_compared_too(planted, tmp_path):
+def test_boolean_outputs_are_compared(planted, tmp_path):
     class Positive(nn.Module):
         def forward(self, x):
             return x > 0
@@ -170,7 +170,7 @@ def test_outputs_of_truth_values_are_compared_too(planted, tmp_path):
         kirsch.export(Positive(), tmp_path / "m.onnx", example_inputs=PAIR)
 
 
-def test_whole_numbers_are_tried_as_they_were_given(planted, tmp_path):
+def test_integer_inputs_are_not_randomized(planted, tmp_path):
     """Random ones would lie outside of the table of an embedding."""
     seen = []
 
@@ -229,7 +229,7 @@ class Choosing(nn.Module):
     ],
     ids=["two", "one", "assert", "choosing"],
 )
-def test_a_model_that_knows_one_batch_size_only_is_exported_for_it_and_says_so(model, size, reason, tmp_path):
+def test_a_model_with_one_valid_batch_size_is_exported_with_it_and_a_note(model, size, reason, tmp_path):
     inputs = PAIR[:size]
     with pytest.warns(UserWarning, match=rf"m\.onnx is fixed at {size}, that of the example inputs\. .*{reason}"):
         artifact = kirsch.export(model, tmp_path / "m.onnx", example_inputs=inputs)
@@ -237,7 +237,7 @@ def test_a_model_that_knows_one_batch_size_only_is_exported_for_it_and_says_so(m
     assert OnnxSession(artifact.path).run(inputs.numpy())[0] == pytest.approx(2 * inputs.numpy())
 
 
-def test_inputs_whose_first_axes_differ_fix_the_batch(tmp_path):
+def test_inputs_with_different_first_axes_give_a_fixed_batch_size(tmp_path):
     class Anchored(nn.Module):
         def forward(self, x, anchors):
             return x[:, None] - anchors
@@ -255,7 +255,7 @@ def test_example_inputs_that_the_model_does_not_take_are_named(tmp_path):
         kirsch.export(nn.Linear(3, 2), tmp_path / "m.onnx", example_inputs=PAIR)
 
 
-def test_a_failed_export_leaves_no_trace_and_the_older_file(exporter, tmp_path):
+def test_a_failed_export_keeps_the_older_file_and_leaves_no_temporary_file(exporter, tmp_path):
     def fails(_model, _inputs, path):
         path.write_bytes(b"half of a fi")
         raise NumericError("It went wrong.")
@@ -269,7 +269,7 @@ def test_a_failed_export_leaves_no_trace_and_the_older_file(exporter, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["m.onnx", "new"]
 
 
-def test_a_second_file_of_weights_goes_along_and_comes_first(exporter, tmp_path, monkeypatch):
+def test_external_weights_are_moved_before_the_file_that_refers_to_them(exporter, tmp_path, monkeypatch):
     """A reader that sees the model must find its weights."""
     from kirsch import files
 
@@ -287,7 +287,7 @@ def test_a_second_file_of_weights_goes_along_and_comes_first(exporter, tmp_path,
     assert (found.format, found.bytes, found.path) == ("own", 5, tmp_path / "deep" / "m.own")
 
 
-def test_an_unknown_format_is_answered_with_the_known_ones(tmp_path):
+def test_the_error_for_an_unknown_format_lists_the_known_ones(tmp_path):
     with pytest.raises(UnknownNameError, match=r"There is no exporter 'onxx'\. Known: onnx\. Did you mean 'onnx'\?"):
         kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR, format="onxx")
 
@@ -315,14 +315,14 @@ def run(program, folder):
     return done.stdout
 
 
-def test_the_program_beside_the_file_runs_and_prints_the_class_of_zeros(exported):
+def test_the_usage_example_of_an_artifact_runs(exported):
     expected = exported.model(torch.zeros(1, 2, 4, 4)).argmax(-1)
     program = usage(exported.artifact)
     assert len(program.splitlines()) <= 10
     assert run(program, exported.artifact.path.parent) == f"{expected.numpy()}\n"
 
 
-def test_the_program_feeds_every_input_with_its_type_whatever_the_names(tmp_path):
+def test_the_usage_example_has_every_input_with_its_type(tmp_path):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -339,7 +339,7 @@ def test_the_program_feeds_every_input_with_its_type_whatever_the_names(tmp_path
     assert run(usage(artifact), tmp_path) == f"{expected.numpy()}\n"
 
 
-def test_the_trials_are_the_same_each_time_and_cover_zero_and_large_values(planted, tmp_path):
+def test_the_inputs_of_a_comparison_are_deterministic_and_include_zeros_and_large_values(planted, tmp_path):
     runs = []
 
     class StudentOutputs(Double):
@@ -367,6 +367,6 @@ def test_the_trials_are_the_same_each_time_and_cover_zero_and_large_values(plant
 
 
 @pytest.mark.parametrize("name", ["model", "model.pt"])
-def test_a_file_that_no_runtime_would_know_by_its_name_is_refused_before_the_export(tmp_path, name):
+def test_an_unsupported_file_extension_is_refused_before_the_export(tmp_path, name):
     with pytest.raises(UsageError, match=rf"`path` of kirsch\.export .* does not end in \.onnx.*{name}\.onnx"):
         kirsch.export(nn.Linear(2, 1), tmp_path / name, example_inputs=torch.ones(1, 2))

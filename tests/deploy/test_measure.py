@@ -38,7 +38,7 @@ def stopwatch(monkeypatch):
     return asked
 
 
-def test_a_race_runs_every_file_on_the_same_inputs(write, numbers, stopwatch):
+def test_an_interleaved_measurement_uses_the_same_inputs_for_all_files(write, numbers, stopwatch):
     files = {"a": write("y = Add(input, input)", "a.onnx"), "b": write("y = Neg(input)", "b.onnx")}
     found = race(files, numbers, reference="a", rounds=8)
     assert (stopwatch["reference"], stopwatch["rounds"]) == ("a", 8)
@@ -48,7 +48,7 @@ def test_a_race_runs_every_file_on_the_same_inputs(write, numbers, stopwatch):
     assert (found.latencies, found.speedups, found.aa) == (FOUND.latencies, FOUND.speedups, FOUND.aa)
 
 
-def test_a_race_is_json_with_all_that_it_says(doubling, numbers, stopwatch, monkeypatch):
+def test_an_interleaved_measurement_has_all_fields_in_json(doubling, numbers, stopwatch, monkeypatch):
     loads = iter([0.5, 1.5])
     monkeypatch.setattr(room, "load", lambda: next(loads))
     monkeypatch.setattr(room, "cpu", lambda: ("Cherry 9000", []))
@@ -76,13 +76,13 @@ def test_threads_beyond_the_cores_are_refused_with_their_number(doubling, number
         kirsch.measure(doubling, example_inputs=numbers, threads=threads)
 
 
-def test_inputs_that_do_not_fit_are_said_before_the_clock_runs(doubling, stopwatch):
+def test_inputs_that_do_not_fit_are_refused_before_timing(doubling, stopwatch):
     with pytest.raises(ShapeError, match=r"cannot take inputs \(1, 3\) float32\. It expects input \['batch', 2\]"):
         kirsch.measure(doubling, example_inputs=np.zeros((4, 3), np.float32))
     assert stopwatch == {}
 
 
-def test_a_model_is_counted_weighed_and_timed_with_one_sample(stopwatch, tmp_path):
+def test_parameters_macs_size_and_latency_are_measured_with_one_sample(stopwatch, tmp_path):
     """3 · 4 weights and 4 biases, then 4 · 2 and 2; a multiply-accumulate a weight."""
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).train(), torch.randn(6, 3)
@@ -113,7 +113,7 @@ def test_a_model_of_two_inputs_is_measured_with_the_first_sample_of_each(stopwat
     assert stopwatch["outputs"]["model"][0] == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_file_is_judged_on_data_and_says_what_cannot_be_counted(doubling, numbers, stopwatch):
+def test_the_accuracy_of_a_file_is_measured_and_its_parameters_are_not(doubling, numbers, stopwatch):
     labels = numbers.argmax(-1)
     labels[0] = 1 - labels[0]
     found = kirsch.measure(str(doubling), example_inputs=numbers, data=(numbers, labels))
@@ -133,7 +133,7 @@ def test_a_measurement_prints_a_table(doubling, numbers, stopwatch):
     assert "<td" in found._repr_html_()
 
 
-def test_a_split_is_data(doubling, numbers, stopwatch):
+def test_measure_accepts_a_split_as_data(doubling, numbers, stopwatch):
     split = kirsch.Split(numbers, numbers.argmax(-1))
     assert kirsch.measure(doubling, example_inputs=numbers, data=split).accuracy == rate(5, 5)
 
@@ -161,14 +161,14 @@ def test_a_measurement_is_json(doubling, numbers, stopwatch):
     assert kirsch.measure(doubling, example_inputs=numbers).to_dict()["accuracy"] is None
 
 
-def test_a_measurement_on_the_wall_clock_is_in_order(doubling, numbers):
+def test_a_real_measurement_has_positive_times_in_order(doubling, numbers):
     found = kirsch.measure(doubling, example_inputs=numbers, rounds=6)
     assert 0 < found.latency.p10_us <= found.latency.median_us <= found.latency.p90_us <= found.latency.p95_us
     assert found.aa.low <= found.aa.value <= found.aa.high
     assert (found.latency.rounds, found.latency.calls > 0) == (6, True)
 
 
-def test_an_unknown_runtime_is_answered_with_the_known_ones(doubling, numbers):
+def test_the_error_for_an_unknown_runtime_lists_the_known_ones(doubling, numbers):
     with pytest.raises(UsageError, match=r"`runtime` .* is 'onnx'; expected 'onnxruntime'\. Did you mean"):
         kirsch.measure(doubling, example_inputs=numbers, runtime="onnx")
 
@@ -233,7 +233,7 @@ def test_names_that_the_file_does_not_have_are_named(two):
         kirsch.measure(artifact, example_inputs=pair, data=(wrong, labels), rounds=6)
 
 
-def test_outputs_of_which_none_is_named_logits_are_named(two, tmp_path):
+def test_the_error_for_outputs_without_logits_lists_their_names(two, tmp_path):
     _, pair, labels = two
     artifact = kirsch.export(Two("scores").eval(), tmp_path / "m.onnx", example_inputs=pair)
     with pytest.raises(UsageError, match="returns embedding, scores, and none of them is named logits"):
@@ -271,7 +271,7 @@ def test_data_without_samples_are_refused(doubling, numbers, stopwatch):
         kirsch.measure(doubling, example_inputs=numbers, data=(numbers[:0], np.zeros(0, int)))
 
 
-def test_a_model_of_one_batch_size_is_measured_with_it_and_says_so(stopwatch):
+def test_a_model_with_a_fixed_batch_size_is_measured_with_it_and_a_note(stopwatch):
     class Four(nn.Module):
         def __init__(self):
             super().__init__()
@@ -298,7 +298,7 @@ def test_a_file_without_finite_numbers_is_not_timed(write, numbers, stopwatch, b
     assert stopwatch == {}
 
 
-def test_nested_inputs_and_switches_are_measured(stopwatch):
+def test_nested_and_boolean_inputs_are_measured(stopwatch):
     class Nested(nn.Module):
         def __init__(self):
             super().__init__()

@@ -53,7 +53,7 @@ def test_a_file_without_inputs_is_refused_also_by_measure(session, tmp_path):
         (["n", "length"], "1,224"),
     ],
 )
-def test_a_shape_that_the_file_does_not_state_is_asked_for(session, shape, example):
+def test_the_error_for_an_unknown_shape_names_the_option(session, shape, example):
     file = session(("x", shape))
     with pytest.raises(UsageError, match=re.escape(f"Give it: --input x={example}.")):
         stand_ins(file)
@@ -61,7 +61,7 @@ def test_a_shape_that_the_file_does_not_state_is_asked_for(session, shape, examp
         assert stand_ins(file, [spec(2, *[3] * (len(shape) - 1))])[0].shape == (2, *[3] * (len(shape) - 1))
 
 
-def test_an_input_without_numbers_is_not_given_a_shape(session):
+def test_an_input_with_an_axis_of_size_0_is_refused(session):
     with pytest.raises(LoadError, match=r"'x' .* holds no numbers\. It is stated as 0 × 3\. Export the model again"):
         stand_ins(session(("x", [0, 3])))
 
@@ -79,12 +79,12 @@ def test_all_inputs_are_made_in_their_types_with_a_batch_of_one(session):
     assert stand_ins(session(("x", [2]), kind=TensorProto.FLOAT16))[0].dtype == np.float16
 
 
-def test_a_type_that_numbers_cannot_fill_is_named(session):
+def test_the_error_for_an_unsupported_type_names_it(session):
     with pytest.raises(LoadError, match=r"'x' .* is of type string"):
         stand_ins(session(("x", ["n"]), kind=TensorProto.STRING))
 
 
-def test_shapes_go_by_name_or_in_the_order_of_the_file(session):
+def test_shapes_are_matched_by_name_or_by_order(session):
     two = session(("a", ["n", "w"]), ("b", ["n", "w"]))
     assert [x.shape for x in stand_ins(two, [spec(1, 2), spec(3, 4)])] == [(1, 2), (3, 4)]
     assert [x.shape for x in stand_ins(two, [spec(1, 2, name="b"), spec(3, 4, name="a")])] == [(3, 4), (1, 2)]

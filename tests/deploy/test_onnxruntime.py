@@ -12,7 +12,7 @@ from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError, LoadError, MissingExtraError, ShapeError
 
 
-def test_a_file_is_run_and_says_what_it_takes(write, numbers):
+def test_a_session_has_the_names_shapes_and_types_of_its_inputs(write, numbers):
     session = OnnxSession(write("y = Add(input, input) z = Neg(input)", given="float[batch,2] y, float[batch,2] z"))
     twice, negative = session.run(numbers)
     assert np.array_equal(twice, 2 * numbers)
@@ -21,7 +21,7 @@ def test_a_file_is_run_and_says_what_it_takes(write, numbers):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 256])
-def test_a_prediction_is_that_of_all_batches_in_order(doubling, numbers, batch_size, monkeypatch):
+def test_predictions_do_not_depend_on_the_batch_size(doubling, numbers, batch_size, monkeypatch):
     session, sizes = OnnxSession(doubling), []
     plain = session.run
     monkeypatch.setattr(session, "run", lambda part: (sizes.append(len(part)), plain(part))[1])
@@ -38,7 +38,7 @@ def test_a_file_with_a_fixed_batch_predicts_any_number_of_samples(write, numbers
     assert np.array_equal(session.predict(numbers), 2 * numbers)
 
 
-def test_a_prediction_of_nothing_is_refused(doubling):
+def test_predict_without_samples_is_refused(doubling):
     with pytest.raises(DataError, match=r"There are no inputs to predict\."):
         OnnxSession(doubling).predict(np.zeros((0, 2), np.float32))
 
@@ -75,7 +75,7 @@ def test_inputs_that_do_not_fit_are_named_with_what_is_expected(doubling, verb, 
         getattr(OnnxSession(doubling), verb)(*inputs)
 
 
-def test_a_fault_within_the_file_is_told_in_the_words_of_the_runtime(write):
+def test_an_error_in_a_file_contains_the_message_of_the_runtime(write):
     body = "t = Constant<value = float[2] {5.0, 6.0}>() y = Gather(t, input)"
     session = OnnxSession(write(body, taken="int64[batch,2] input"))
     assert session.run(np.array([[0, 1]]))[0].tolist() == [[5, 6]]
@@ -83,7 +83,7 @@ def test_a_fault_within_the_file_is_told_in_the_words_of_the_runtime(write):
         session.run(np.array([[0, 9]]))
 
 
-def test_the_number_of_threads_is_that_of_the_session(doubling):
+def test_the_session_uses_the_given_number_of_threads(doubling):
     session = OnnxSession(doubling, threads=2)
     assert session.threads == 2
     assert session._session.get_session_options().intra_op_num_threads == 2
@@ -109,14 +109,14 @@ def test_a_file_that_is_missing_is_named(tmp_path):
     ],
     ids=["empty", "text", "pickle", "archive"],
 )
-def test_a_file_that_is_no_onnx_is_refused_in_one_sentence_each(tmp_path, content, sentence):
+def test_a_file_in_another_format_is_refused_with_its_format(tmp_path, content, sentence):
     (tmp_path / "junk.onnx").write_bytes(content)
     with pytest.raises(LoadError, match=rf"junk\.onnx {sentence}") as caught:
         OnnxSession(tmp_path / "junk.onnx")
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_with_operators_of_its_own_is_refused_with_the_reason(tmp_path):
+def test_a_file_with_custom_operators_is_refused(tmp_path):
     text = '<ir_version: 8, opset_import: ["" : 17, "own" : 1]> g (float[2] x) => (float[2] y) { y = own.Foo(x) }'
     (tmp_path / "own.onnx").write_bytes(onnx.parser.parse_model(text).SerializeToString())
     with pytest.raises(LoadError, match=r"Foo.*Leave custom operators out"):
@@ -151,7 +151,7 @@ def test_weights_outside_the_folder_of_the_file_are_not_read(tmp_path, numbers):
             OnnxSession(with_outer_weights(inner / "sly.onnx", location))
 
 
-def test_without_onnxruntime_the_line_that_installs_it_is_given(doubling, monkeypatch):
+def test_a_missing_onnxruntime_is_named_with_its_pip_command(doubling, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     sentence = (
         r"^The package 'onnxruntime' is not installed\. It is needed to run ONNX files\. "

@@ -68,14 +68,14 @@ def test_other_normalizations_are_exported(part, tmp_path):
     assert kirsch.export(net, tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] < DRIFT
 
 
-def test_a_model_in_half_precision_is_judged_by_its_own_rounding(tmp_path):
+def test_the_tolerance_for_half_precision_follows_from_its_rounding(tmp_path):
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).half()
     found = kirsch.export(net, tmp_path / "m.onnx", example_inputs=PAIR.half()).details
     assert found["inputs"][0]["type"] == "float16"
     assert all(trial["drift"] <= trial["allowed"] < 0.1 for trial in found["trials"])
 
 
-def test_autocast_in_the_forward_is_judged_by_its_own_rounding(tmp_path):
+def test_the_tolerance_for_autocast_follows_from_its_rounding(tmp_path):
     def inside(model, x):
         with torch.autocast("cpu", torch.float16):
             return model.second(x).float()
@@ -101,7 +101,7 @@ def test_a_wrong_file_of_half_precision_is_refused(planted, tmp_path):
         kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR.half())
 
 
-def test_an_output_that_is_rounding_alone_for_all_inputs_is_refused(tmp_path):
+def test_an_output_that_consists_of_rounding_errors_is_refused(tmp_path):
     """Sums of a thousand products are never the same in both, and the sine of a large number is anything."""
     chaos = Made(lambda model, x: torch.sin(1e9 * model.second(x.repeat(1, 256))))
     chaos.second = nn.Linear(1024, 64)
@@ -125,7 +125,7 @@ def test_an_output_that_is_rounding_alone_for_all_inputs_is_refused(tmp_path):
         ([1j, 2.0], [1j, 1.0], 0.5),
     ],
 )
-def test_a_distance_is_a_share_of_the_largest_or_of_the_numbers(expected, found, apart):
+def test_the_distance_in_closed_form(expected, found, apart):
     assert distance(np.array(expected), np.array(found)) == apart
 
 
@@ -189,7 +189,7 @@ def test_a_model_that_draws_random_numbers_is_refused_with_the_line(function, tm
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_what_is_drawn_without_an_effect_is_exported(tmp_path):
+def test_random_numbers_without_an_effect_are_allowed(tmp_path):
     def unused(_model, x):
         torch.rand(1)
         return functional.dropout(x, 0.0)
@@ -198,7 +198,7 @@ def test_what_is_drawn_without_an_effect_is_exported(tmp_path):
     assert kirsch.export(still, tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] < DRIFT
 
 
-def test_a_draw_that_rarely_matters_is_found_in_the_program(tmp_path):
+def test_random_numbers_that_rarely_change_the_outputs_are_detected(tmp_path):
     """One path in a million is dropped, so that runs agree; a file that draws is no file of this model."""
     rare = Made(lambda _, x: x * torch.bernoulli(torch.full((len(x), 1), 1 - 1e-6)))
     with pytest.raises(NumericError, match=r"No file can equal a Made\. It draws random .*: test_trials\.py:\d+, `"):
@@ -223,7 +223,7 @@ def test_a_model_without_outputs_is_refused(tmp_path):
     ],
     ids=["chance of Python", "state"],
 )
-def test_other_reasons_for_other_outputs_are_named(function, sentence, tmp_path):
+def test_the_cause_of_nondeterministic_outputs_is_named(function, sentence, tmp_path):
     model = Made(function)
     with pytest.raises(NumericError, match=sentence):
         kirsch.export(model, tmp_path / "m.onnx", example_inputs=PAIR)
@@ -260,7 +260,7 @@ class Divided(nn.Module):
         return x / x.abs()
 
 
-def test_special_inputs_of_which_the_model_itself_gives_nan_say_nothing(planted, tmp_path):
+def test_inputs_for_which_the_model_returns_nan_are_not_compared(planted, tmp_path):
     """The file may give 0 for 0 / 0; for ordinary inputs it is compared as ever."""
     zero = "n = Abs(input) tiny = Constant<value_float = 1e-30>() d = Add(n, tiny) "
     planted(zero + "y = Div(input, d)")
@@ -272,7 +272,7 @@ def test_special_inputs_of_which_the_model_itself_gives_nan_say_nothing(planted,
         kirsch.export(Divided(), tmp_path / "m.onnx", example_inputs=PAIR)
 
 
-def test_a_file_that_gives_nan_where_the_model_does_not_is_refused_in_words(planted, tmp_path):
+def test_a_file_that_returns_nan_is_refused(planted, tmp_path):
     class Guarded(nn.Module):
         def forward(self, x):
             return x / (x.abs() + 1e-30)
@@ -283,7 +283,7 @@ def test_a_file_that_gives_nan_where_the_model_does_not_is_refused_in_words(plan
         kirsch.export(Guarded(), tmp_path / "m.onnx", example_inputs=PAIR)
 
 
-def test_rounding_that_turns_a_constant_map_into_nan_says_that_the_trial_says_nothing():
+def test_a_comparison_of_constant_maps_is_recorded_as_unstable():
     """Constant maps have a deviation of 0, or of rounding: which one, no two runtimes agree on."""
 
     class Model:
@@ -319,7 +319,7 @@ def test_logits_that_are_suppressed_are_exported(tmp_path):
     assert artifact.details["drift"] < DRIFT
 
 
-def test_random_values_outside_of_what_a_model_takes_are_not_tried(tmp_path):
+def test_random_inputs_that_the_model_rejects_are_left_out(tmp_path):
     """Positions as floating numbers: large ones lie outside of the table."""
 
     class Table(nn.Module):

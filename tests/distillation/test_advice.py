@@ -152,7 +152,7 @@ MAX_STEPS = 6
 
 @pytest.mark.parametrize("start", STARTS, ids=" ".join)
 @pytest.mark.parametrize(("shape", "name"), CASES, ids=str)
-def test_following_the_fixes_leads_to_a_run(shape, name, start):
+def test_training_runs_after_the_fixes_in_the_errors_are_applied(shape, name, start):
     call, errors = Call(shape, TARGETS[shape][name], *start), []
     while (error := call.run()) is not None and len(errors) < MAX_STEPS and call.follow(error.fix):
         errors.append(str(error))

@@ -57,14 +57,14 @@ def test_activation_boundaries_in_closed_form(framework):
     assert loss_value("ab", student, teacher, framework, margin=0.5, convention="torchdistill") == pytest.approx(0.25)
 
 
-def test_overhaul_in_closed_form(framework):
+def test_ofd_in_closed_form(framework):
     """Margin -1. Teacher 2: every difference counts; -0.5: only a higher student; -3: only above the margin."""
     teacher = maps([2, 2, -0.5, -0.5, -3, -3])
     student = maps([0, 3, -2, 1, -2, 1])
     assert loss_value("ofd", student, teacher, framework, margin=-1.0) == pytest.approx(4 + 1 + 0 + 2.25 + 0 + 4)
 
 
-def test_channel_wise_in_closed_form(framework):
+def test_cwd_in_closed_form(framework):
     """Teacher (1/2, 1/2), student (1/4, 3/4) at temperature 2: log(4/3) / 2 times 4."""
     student, teacher = maps([0, 2 * math.log(3)], [5, 5]), maps([7, 7], [1, 1])
     value = loss_value("cwd", student, teacher, framework, temperature=2.0)

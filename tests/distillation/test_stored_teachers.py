@@ -125,7 +125,7 @@ def bound(store, batch, objective=None):
     return kirsch.Distiller(net(seed=1), store, objective or Objective.kd(1.0), batch).eval()
 
 
-def test_batches_of_a_custom_loop_need_the_views_that_the_teacher_saw(tmp_path):
+def test_batches_of_a_custom_loop_must_have_the_views_of_the_store(tmp_path):
     given = data(SHAKEN, views=2, seed=5)
     store = build(tmp_path / "store", net(), given, keep=Dense(), views=2)
     batch = next(given.epoch(0, 1))

@@ -102,7 +102,7 @@ def test_returned_model_equals_the_exported_file(trained, compressed):
     assert found.metrics["models"][-1]["parameters"] == parameters < 1479
 
 
-def test_goals_are_those_of_the_call(compressed):
+def test_the_goals_given_to_compress_are_evaluated(compressed):
     found, _ = compressed
     assert found.met is found.metrics["goal"]["met"] is True
     assert [(item["name"], item["limit"]) for item in found.metrics["goal"]["items"]] == [

@@ -254,7 +254,7 @@ def test_run_without_goals_pruning_and_measurement_lists_what_is_missing(job):
     assert (job.folder / "report.html").is_file()
 
 
-def test_not_measured_names_runtime_and_seed(run):
+def test_the_list_of_what_was_not_measured_names_runtime_and_seed(run):
     assert run.metrics["not_measured"][:2] == [
         "Other runtimes and machines: the times hold only for the runtime and machine of this report.",
         "Other seeds: there is one training run, with seed 0; results differ between seeds.",

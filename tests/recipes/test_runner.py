@@ -462,7 +462,7 @@ def test_folder_name_has_date_name_and_four_digits(job):
     assert new_folder_name(job.recipe()) != new_folder_name(job.recipe())
 
 
-def test_objects_replace_references(job):
+def test_a_run_accepts_models_and_data_as_objects(job):
     names = ("teacher.model=null", "student=null", "distill=null", "recover=null", "data.source=null")
     recipe = job.recipe(*names, *NO_EXPORT)
     part = Split(torch.randn(12, 1, 6, 6).numpy(), (torch.arange(12) % 3).numpy())

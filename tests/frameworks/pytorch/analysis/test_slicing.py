@@ -131,5 +131,5 @@ BETWEEN = {
 
 
 @pytest.mark.parametrize("name", BETWEEN)
-def test_a_network_with_the_operator_is_cut_right(name):
+def test_a_network_with_the_operator_is_pruned_correctly(name):
     assert_cut_between_convolutions(*BETWEEN[name])

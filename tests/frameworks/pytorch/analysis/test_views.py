@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from frameworks.pytorch.analysis.networks import IMAGE, assert_cut_between_convolutions, conv
-from proving import assert_cut_is_right
+from trace_and_cut import assert_pruned_correctly
 
 BETWEEN = {
     "permute to channels last and back": (
@@ -148,7 +148,7 @@ BETWEEN = {
 
 
 @pytest.mark.parametrize("name", BETWEEN)
-def test_a_network_with_the_operator_is_cut_right(name):
+def test_a_network_with_the_operator_is_pruned_correctly(name):
     assert_cut_between_convolutions(*BETWEEN[name])
 
 
@@ -162,6 +162,6 @@ class ConstantSize(nn.Module):
 
 
 def test_a_size_that_is_a_number_in_the_code_is_reported_with_its_line():
-    graph, _ = assert_cut_is_right(ConstantSize(), IMAGE)
+    graph, _ = assert_pruned_correctly(ConstantSize(), IMAGE)
     assert "number in the code" in graph.blockers[0].reason
     assert graph.blockers[0].source.startswith("test_views.py:")

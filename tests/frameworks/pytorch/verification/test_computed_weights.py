@@ -14,7 +14,7 @@ import kirsch
 from kirsch.frameworks.pytorch.verification.verify import effect
 from kirsch.graph.plan import Goal
 from kirsch.pruning.prune import prune_with_verification
-from proving import shaken
+from trace_and_cut import with_noise
 
 X = torch.randn(5, 8)
 
@@ -152,7 +152,7 @@ def test_power_compares_only_kept_units_of_an_output_that_loses_units():
             hidden = torch.relu(self.a(x))
             return {"logits": self.b(hidden), "hidden_states": hidden}
 
-    model = shaken(Both())
+    model = with_noise(Both())
     found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
     assert 1e-3 < found.verification.power <= 2
 
@@ -174,7 +174,7 @@ def test_power_is_the_largest_relative_difference(masked, dense, expected):
 
 
 def test_prune_without_verification_warns_of_changed_computed_weights():
-    model = shaken(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)))
+    model = with_noise(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)))
     plan = kirsch.plan(kirsch.trace(model, torch.randn(2, 6)), Goal(parameters=0.6))
     with pytest.warns(UserWarning, match=r"The weights of `0` \(.* times the original\) are computed from all units"):
         kirsch.prune(model, plan, verify=False)

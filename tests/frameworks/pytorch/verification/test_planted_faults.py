@@ -44,7 +44,7 @@ from kirsch.frameworks.pytorch.surgery.prune import verify_cut
 from kirsch.graph import coupling, group, relations
 from kirsch.graph.facts import Facts
 from kirsch.graph.graph import Graph
-from proving import half_of_everything, shaken
+from trace_and_cut import randomly_removed, with_noise
 
 SEED = 3  # removes different units from both axes of each grid, so that a confusion of the axes shows
 
@@ -242,13 +242,13 @@ def verified_cut(name):
     """Cut half of all units of a network, and return its verification."""
     model, inputs = NETS[name]
     graph = tracing.trace(model, inputs)
-    keep = graph.keep(half_of_everything(graph, SEED))
+    keep = graph.keep(randomly_removed(graph, SEED))
     return verify_cut(surgery.cut(model, graph, keep), model, graph, keep)
 
 
 @functools.cache
 def verified_without_fault(name):
-    shaken(NETS[name][0])
+    with_noise(NETS[name][0])
     return verified_cut(name)
 
 
