@@ -118,7 +118,7 @@ def test_a_file_with_other_outputs_is_refused_and_not_written(planted, tmp_path,
 
 
 def test_a_file_with_another_number_of_outputs_is_refused(planted, tmp_path):
-    planted("y = Add(input, input) z = Add(y, y)", given="float[batch,2] y, float[batch,2] z")
+    planted("y = Add(input, input) z = Add(y, y)", outputs="float[batch,2] y, float[batch,2] z")
     with pytest.raises(NumericError, match=r"The exported file has 2 outputs, the model has 1\."):
         kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR)
 
@@ -128,15 +128,15 @@ def test_every_output_is_compared_with_the_model(planted, tmp_path):
         def forward(self, x):
             return x + x, -x
 
-    planted("y = Add(input, input) z = Neg(input)", given="float[batch,2] y, float[batch,2] z")
+    planted("y = Add(input, input) z = Neg(input)", outputs="float[batch,2] y, float[batch,2] z")
     assert kirsch.export(Both(), tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] == 0
-    planted("y = Add(input, input) z = Abs(input)", given="float[batch,2] y, float[batch,2] z")
+    planted("y = Add(input, input) z = Abs(input)", outputs="float[batch,2] y, float[batch,2] z")
     with pytest.raises(NumericError, match=r"differ by 2\.0e\+00"):
         kirsch.export(Both(), tmp_path / "m.onnx", example_inputs=PAIR)
 
 
 def test_a_fixed_batch_size_is_verified_and_noted(planted, tmp_path):
-    planted("y = Add(input, input)", taken="float[2,2] input", given="float[2,2] y")
+    planted("y = Add(input, input)", inputs="float[2,2] input", outputs="float[2,2] y")
     sentence = r"The batch of m\.onnx is fixed at 2, that of the example inputs\. The exporter fixes the batch\."
     with pytest.warns(UserWarning, match=sentence) as caught:
         found = kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR)
@@ -163,9 +163,9 @@ def test_boolean_outputs_are_compared(planted, tmp_path):
             return x > 0
 
     zero = "z = Constant<value = float {0.0}>()"
-    planted(f"{zero} y = Greater(input, z)", given="bool[batch,2] y")
+    planted(f"{zero} y = Greater(input, z)", outputs="bool[batch,2] y")
     assert kirsch.export(Positive(), tmp_path / "m.onnx", example_inputs=PAIR).details["drift"] == 0
-    planted(f"{zero} y = Less(input, z)", given="bool[batch,2] y")
+    planted(f"{zero} y = Less(input, z)", outputs="bool[batch,2] y")
     with pytest.raises(NumericError, match=r"differ by 1\.0e\+00"):
         kirsch.export(Positive(), tmp_path / "m.onnx", example_inputs=PAIR)
 
@@ -179,7 +179,7 @@ def test_integer_inputs_are_not_randomized(planted, tmp_path):
             seen.append(x.numpy().copy())
             return super().forward(x)
 
-    planted("y = Add(input, input)", taken="int64[batch,2] input", given="int64[batch,2] y")
+    planted("y = Add(input, input)", inputs="int64[batch,2] input", outputs="int64[batch,2] y")
     found = kirsch.export(StudentOutputs(), tmp_path / "m.onnx", example_inputs=torch.tensor([[1, 2], [3, 4]]))
     tried = {1: [[1, 2]], 2: [[1, 2], [3, 4]], 3: [[1, 2], [3, 4], [1, 2]]}
     assert all(batch.tolist() == tried[len(batch)] for batch in seen)

@@ -77,7 +77,7 @@ def test_threads_beyond_the_cores_are_refused_with_their_number(doubling, number
 
 
 def test_inputs_that_do_not_fit_are_refused_before_timing(doubling, stopwatch):
-    with pytest.raises(ShapeError, match=r"cannot take inputs \(1, 3\) float32\. It expects input \['batch', 2\]"):
+    with pytest.raises(ShapeError, match=r"does not accept inputs \(1, 3\) float32\. It expects input \['batch', 2\]"):
         kirsch.measure(doubling, example_inputs=np.zeros((4, 3), np.float32))
     assert stopwatch == {}
 
@@ -178,7 +178,7 @@ def test_keyword_inputs_are_measured(doubling, numbers):
     assert found.latency.rounds == 6
 
 
-def test_a_file_that_is_missing_is_named(tmp_path, numbers):
+def test_the_error_for_a_missing_file_has_its_name(tmp_path, numbers):
     with pytest.raises(LoadError, match=r"gone\.onnx does not exist"):
         kirsch.measure(tmp_path / "gone.onnx", example_inputs=numbers)
 

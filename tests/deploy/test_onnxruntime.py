@@ -1,4 +1,4 @@
-"""Running files, those that nobody should run included."""
+"""Tests of running ONNX files, including damaged and malicious files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kirsch.errors import DataError, LoadError, MissingExtraError, ShapeError
 
 
 def test_a_session_has_the_names_shapes_and_types_of_its_inputs(write, numbers):
-    session = OnnxSession(write("y = Add(input, input) z = Neg(input)", given="float[batch,2] y, float[batch,2] z"))
+    session = OnnxSession(write("y = Add(input, input) z = Neg(input)", outputs="float[batch,2] y, float[batch,2] z"))
     twice, negative = session.run(numbers)
     assert np.array_equal(twice, 2 * numbers)
     assert np.array_equal(negative, -numbers)
@@ -32,7 +32,7 @@ def test_predictions_do_not_depend_on_the_batch_size(doubling, numbers, batch_si
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7])
 def test_a_file_with_a_fixed_batch_predicts_any_number_of_samples(write, numbers, size):
-    path = write("y = Add(input, input)", taken=f"float[{size},2] input", given=f"float[{size},2] y")
+    path = write("y = Add(input, input)", inputs=f"float[{size},2] input", outputs=f"float[{size},2] y")
     session = OnnxSession(path)
     assert session.batch == size
     assert np.array_equal(session.predict(numbers), 2 * numbers)
@@ -43,7 +43,7 @@ def test_predict_without_samples_is_refused(doubling):
         OnnxSession(doubling).predict(np.zeros((0, 2), np.float32))
 
 
-def test_a_call_for_timing_runs_the_file_each_time(doubling, numbers):
+def test_a_function_for_timing_runs_the_file_at_each_call(doubling, numbers):
     values = numbers.copy()
     call = OnnxSession(doubling).call(values)
     assert np.array_equal(call()[0], 2 * numbers)
@@ -57,11 +57,11 @@ def test_a_call_for_timing_runs_the_file_each_time(doubling, numbers):
     [
         (
             [np.zeros((2, 3), np.float32)],
-            r"take inputs \(2, 3\) float32\. It expects input \['batch', 2\] tensor\(float\)",
+            r"accept inputs \(2, 3\) float32\. It expects input \['batch', 2\] tensor\(float\)",
         ),
         (
             [np.zeros((2, 2))],
-            r"take inputs \(2, 2\) float64\. .*Actual: \(tensor\(double\)\) , expected: \(",
+            r"accept inputs \(2, 2\) float64\. .*Actual: \(tensor\(double\)\) , expected: \(",
         ),
         (
             [np.zeros((2, 2), np.float32)] * 2,
@@ -70,14 +70,14 @@ def test_a_call_for_timing_runs_the_file_each_time(doubling, numbers):
         ([], r"It expects input \['batch', 2\] tensor\(float\)\. Give example inputs"),
     ],
 )
-def test_inputs_that_do_not_fit_are_named_with_what_is_expected(doubling, verb, inputs, sentence):
+def test_the_error_for_wrong_inputs_has_their_shapes_and_the_expected_shapes(doubling, verb, inputs, sentence):
     with pytest.raises(ShapeError, match=sentence):
         getattr(OnnxSession(doubling), verb)(*inputs)
 
 
 def test_an_error_in_a_file_contains_the_message_of_the_runtime(write):
     body = "t = Constant<value = float[2] {5.0, 6.0}>() y = Gather(t, input)"
-    session = OnnxSession(write(body, taken="int64[batch,2] input"))
+    session = OnnxSession(write(body, inputs="int64[batch,2] input"))
     assert session.run(np.array([[0, 1]]))[0].tolist() == [[5, 6]]
     with pytest.raises(ShapeError, match=r"idx=9 must be within the inclusive range \[-2,1\]"):
         session.run(np.array([[0, 9]]))
@@ -90,7 +90,7 @@ def test_the_session_uses_the_given_number_of_threads(doubling):
     assert session._session.get_session_options().inter_op_num_threads == 1
 
 
-def test_a_file_that_is_missing_is_named(tmp_path):
+def test_the_error_for_a_missing_file_has_its_name(tmp_path):
     with pytest.raises(LoadError, match=r"The file .*gone\.onnx does not exist\. Export the model first\."):
         OnnxSession(tmp_path / "gone.onnx")
     with pytest.raises(
@@ -103,7 +103,7 @@ def test_a_file_that_is_missing_is_named(tmp_path):
     ("content", "sentence"),
     [
         (b"", r"is not an ONNX file: it is an empty file.*Write or download it again"),
-        (b"hi", r"cannot be loaded by ONNX Runtime\. .*[^.]\. The file is damaged, or not an ONNX file"),
+        (b"hi", r"cannot be loaded by ONNX Runtime\. .*[^.]\. The file is damaged or is not an ONNX file"),
         (b"\x80\x04}q\x00.", r"is not an ONNX file: it is a pickle.* Give an ONNX file"),
         (b"PK\x03\x04" + bytes(40), r"is not an ONNX file: it is a damaged zip archive"),
     ],
@@ -123,8 +123,8 @@ def test_a_file_with_custom_operators_is_refused(tmp_path):
         OnnxSession(tmp_path / "own.onnx")
 
 
-def with_outer_weights(path, location):
-    """A file that adds weights which lie in another file."""
+def with_external_weights(path, location):
+    """Write a file that adds weights, which are stored in another file."""
     weights = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[2])
     weights.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", "0"), ("length", "8")):
@@ -139,16 +139,16 @@ def with_outer_weights(path, location):
 
 
 def test_weights_outside_the_folder_of_the_file_are_not_read(tmp_path, numbers):
-    """A file from a stranger must not make its reader's other files speak."""
+    """An untrusted file must not be able to read other files of the user."""
     inner = tmp_path / "inner"
     inner.mkdir()
     for folder in (tmp_path, inner):
         (folder / "weights.bin").write_bytes(np.array([1, 2], np.float32).tobytes())
-    session = OnnxSession(with_outer_weights(inner / "honest.onnx", "weights.bin"))
+    session = OnnxSession(with_external_weights(inner / "inside.onnx", "weights.bin"))
     assert session.run(numbers)[0] == pytest.approx(numbers + np.array([1, 2]))
     for location in ("../weights.bin", str(tmp_path / "weights.bin"), "../inner/../weights.bin"):
-        with pytest.raises(LoadError, match=r"sly\.onnx cannot be loaded by ONNX Runtime"):
-            OnnxSession(with_outer_weights(inner / "sly.onnx", location))
+        with pytest.raises(LoadError, match=r"outside\.onnx cannot be loaded by ONNX Runtime"):
+            OnnxSession(with_external_weights(inner / "outside.onnx", location))
 
 
 def test_a_missing_onnxruntime_is_named_with_its_pip_command(doubling, monkeypatch):

@@ -94,8 +94,8 @@ def test_a_wrong_file_of_half_precision_is_refused(planted, tmp_path):
 
     planted(
         "f = Constant<value_float = 2.1>() g = CastLike(f, input) y = Mul(input, g)",
-        taken="float16[batch,2] input",
-        given="float16[batch,2] y",
+        inputs="float16[batch,2] input",
+        outputs="float16[batch,2] y",
     )
     with pytest.raises(NumericError, match=r"differ by 5\.0e-02 of the largest, \de-03 is allowed"):
         kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR.half())

@@ -11,7 +11,7 @@ from kirsch.cli.inputs import EXAMPLE, example_inputs, specifications
 from kirsch.data.sources import load_data
 from kirsch.deploy.export import export, usage
 from kirsch.deploy.measure import measure
-from kirsch.deploy.onnx_inputs import stand_ins
+from kirsch.deploy.onnx_inputs import generated_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import OutputError, UsageError
 from kirsch.files import MANIFEST, check_writable, write_text
@@ -268,7 +268,7 @@ def show_measure(loaded: LoadedModel, threads: int, rounds: int, terminal: Termi
 
 def show_measure_file(path: str, inputs: Sequence[str], threads: int, rounds: int, terminal: Terminal) -> int:
     """Measure an ONNX file."""
-    arrays = stand_ins(OnnxSession(path, threads), specifications(inputs))
+    arrays = generated_inputs(OnnxSession(path, threads), specifications(inputs))
     measurement = measure(path, example_inputs=arrays, threads=threads, rounds=rounds)
     shapes = [list(array.shape) for array in arrays]
     content = measurement.to_dict() | {"input": _single_or_all(shapes), "file": path}

@@ -35,6 +35,6 @@ def conv(i, o, **options):
 
 
 def assert_cut_between_convolutions(between, after, attributes, sizes):
-    """Assert that a network with a function after eight channels of an image is pruned correctly; see `trace_and_cut`."""
+    """Assert that a network with a function after eight channels is pruned correctly; see `trace_and_cut`."""
     model = Between(nn.Sequential(conv(3, 8), nn.ReLU()), between, after, **attributes)
     return assert_pruned_correctly(model, IMAGE, sizes=sizes)
