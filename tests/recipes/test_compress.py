@@ -30,8 +30,12 @@ HALF_AGAIN = kirsch.Goal(macs=0.66)
 def _few_rounds():
     """Measure latency in six rounds in place of thirty, to save time."""
     with pytest.MonkeyPatch.context() as patch:
-        race = steps.race
-        patch.setattr(steps, "race", lambda *args, rounds, **options: race(*args, rounds=6, **options))
+        compare_latencies = steps.compare_latencies
+        patch.setattr(
+            steps,
+            "compare_latencies",
+            lambda *args, rounds, **options: compare_latencies(*args, rounds=6, **options),
+        )
         yield
 
 

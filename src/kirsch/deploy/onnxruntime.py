@@ -113,7 +113,7 @@ class OnnxSession:
     def predict(self, inputs: Any, batch_size: int = 256) -> NDArray[Any]:
         """Return the logits for N samples, shape (N, K); `logits_output` selects the output.
 
-        If the batch size of the file is fixed, the last batch is filled with repeated samples; their logits are dropped.
+        If the batch size of the file is fixed, the last batch is filled with repeated samples, which are not returned.
 
         Args:
             inputs: see `arrays`.
