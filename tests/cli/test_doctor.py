@@ -85,15 +85,15 @@ def test_another_version_is_shown_with_the_versions_that_are_needed(kirsch, inst
     assert re.search(r"^  timm +0\.9 +>=1\.0 is needed$", kirsch("doctor")[1], re.MULTILINE)
 
 
-def test_an_incomplete_core_exits_with_five(answer, installed_versions):
+def test_an_incomplete_core_exits_with_five(run_json, installed_versions):
     installed_versions(scipy=None)
-    found = answer("doctor", code=5)
+    found = run_json("doctor", code=5)
     assert found["complete"] is False
     assert found["install"] == {CORE: 'pip install "kirsch"'}
 
 
-def test_json_lists_each_package_once(answer):
-    names = [package["name"] for package in answer("doctor")["packages"]]
+def test_json_lists_each_package_once(run_json):
+    names = [package["name"] for package in run_json("doctor")["packages"]]
     assert {"numpy", "torch", "lightning"} <= set(names)
     assert len(set(names)) == len(names)
 

@@ -139,10 +139,10 @@ TARGETS = {
         "columns": integers(C, N, 1),
         "one-hot": one_hot(N),
         "binary": integers(2, N, C),
-        "five answers": integers(2, N, 5),
+        "five labels": integers(2, N, 5),
         "numbers": X.new_ones(N) * 1.5,
     },
-    (1,): {"binary": integers(2, N), "five answers": integers(2, N, 5), "numbers": X.new_ones(N) * 1.5},
+    (1,): {"binary": integers(2, N), "five labels": integers(2, N, 5), "numbers": X.new_ones(N) * 1.5},
     (): {"binary": integers(2, N), "numbers": X.new_ones(N) * 1.5},
 }
 CASES = [(shape, name) for shape, targets in TARGETS.items() for name in targets]

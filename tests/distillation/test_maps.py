@@ -319,7 +319,7 @@ def test_no_gradient_reaches_the_teacher_of_vid():
 
 
 def test_numbers_of_scales_other_than_the_channels_are_refused():
-    with pytest.raises(ShapeError, match="`scale` has 3 values; 1 or 4, one a channel, are needed"):
+    with pytest.raises(ShapeError, match="`scale` has 3 values; 1 or 4, one per channel, are needed"):
         LOSSES["vid"]({"mean": fs, "scale": np.zeros(3)}, ft4)
     with pytest.raises(ShapeError, match="`margin` has 3 values"):
         LOSSES["ofd"](fs, ft4, margin=[-1, -1, -1])

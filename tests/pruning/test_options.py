@@ -23,7 +23,7 @@ from kirsch.recipes.recipe import Recipe, read_recipe, recipe_of
 from kirsch.steps import Prune
 
 NOT_OPTIONS = {"graph", "goal", "data"}
-"""Arguments of `kirsch.plan` that are no options."""
+"""Arguments of `kirsch.plan` that are not options."""
 
 
 @pytest.fixture(scope="module")

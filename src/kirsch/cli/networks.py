@@ -92,8 +92,8 @@ class PlanRequest:
     seed: int
 
     @property
-    def given(self) -> list[str]:
-        """Names of what is given."""
+    def given_options(self) -> list[str]:
+        """Names of the options that the user gave."""
         values = {"macs": self.macs, "parameters": self.parameters, "data": self.data or None, **self.options}
         return [name for name, value in values.items() if value is not None]
 
@@ -215,8 +215,8 @@ def show_prune(
     load: Callable[[], LoadedModel], plan_file: str, request: PlanRequest, output: str, terminal: Terminal
 ) -> int:
     """Prune a model and save it to a folder. Plan and folder are checked before the model is loaded."""
-    if plan_file and request.given:
-        flag = f"--{request.given[0].replace('_', '-')}"
+    if plan_file and request.given_options:
+        flag = f"--{request.given_options[0].replace('_', '-')}"
         raise UsageError(
             f"Both a plan and {flag} are given.",
             "A plan contains its goal and its options.",

@@ -28,7 +28,7 @@ def indices(*shape, below):
     return torch.arange(math.prod(shape)).reshape(shape) % below
 
 
-BETWEEN = {
+CASES = {
     "index on one axis": (lambda _, x: x[:, ROWS], {}, [8]),
     "index on the first axis": (lambda _, x: x[torch.tensor([1, 0, 1])], {}, [8]),
     "index on two axes": (lambda _, x: x[torch.tensor([0, 1, 1]), ROWS], {}, [8]),
@@ -91,9 +91,9 @@ BETWEEN = {
 }
 
 
-@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("name", CASES)
 def test_an_indexed_axis_is_frozen_and_the_others_are_pruned_correctly(name):
-    between, widths, sizes = BETWEEN[name]
+    between, widths, sizes = CASES[name]
     parameters = {key: nn.Parameter(torch.randn(width)) for key, width in widths.items()}
     model = Between(nn.Sequential(nn.Linear(6, 8), nn.Tanh()), between, nn.Linear(8, 4), **parameters)
     assert_pruned_correctly(model, TOKENS, sizes=sizes)

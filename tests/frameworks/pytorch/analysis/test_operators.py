@@ -12,7 +12,7 @@ from kirsch.frameworks.pytorch.analysis import operators
 from kirsch.graph.labels import Tensor
 from trace_and_cut import assert_pruned_correctly
 
-BETWEEN = {
+CASES = {
     "reduce mean": (lambda _, x: x.mean((2, 3)), nn.Linear(8, 3), {}, [8]),
     "reduce mean, negative axes": (lambda _, x: x.mean((-1, -2)), nn.Linear(8, 3), {}, [8]),
     "reduce mean, axes kept": (lambda _, x: x * x.mean((2, 3), keepdim=True), conv(8, 4), {}, [8]),
@@ -127,9 +127,9 @@ BETWEEN = {
 }
 
 
-@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("name", CASES)
 def test_a_network_with_the_operator_is_pruned_correctly(name):
-    assert_cut_between_convolutions(*BETWEEN[name])
+    assert_cut_between_convolutions(*CASES[name])
 
 
 def test_an_operator_without_a_rule_is_reported():

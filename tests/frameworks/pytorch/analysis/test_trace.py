@@ -16,7 +16,7 @@ from torch import nn
 import kirsch
 from kirsch.errors import GoalError, ModelError, UsageError
 from kirsch.frameworks.pytorch.analysis.count import count
-from kirsch.frameworks.pytorch.analysis.program import of_user
+from kirsch.frameworks.pytorch.analysis.program import is_user_code
 from kirsch.frameworks.pytorch.analysis.trace import trace
 from kirsch.graph.inputs import InputSpec, InputValue, NestedInput
 from kirsch.graph.plan import Goal
@@ -305,4 +305,4 @@ def test_an_input_without_entries_beside_one_with_samples_is_taken():
     ],
 )
 def test_installed_models_are_user_code_and_the_standard_library_is_not(path, users):
-    assert of_user(path) == users
+    assert is_user_code(path) == users

@@ -17,7 +17,6 @@ from frameworks.pytorch.verification.fault_plants import (
     cutting_first_axis_only,
     cutting_the_other_axis,
     doing_nothing,
-    folded,
     forgotten_statistic,
     in_both,
     interleaved_gates,
@@ -28,6 +27,7 @@ from frameworks.pytorch.verification.fault_plants import (
     replaced,
     replaced_rule,
     rows_for_columns,
+    scaled_rows,
     sliced_by,
     split_by_columns,
     unfrozen,
@@ -187,14 +187,14 @@ FAULTS = {
         for name in names
     },
     # The scale of attention.
-    "the scale of attention is not kept": Fault("attention", folded(lambda rows: {})),
-    "the scale of attention is folded into weights but not into biases": Fault(
-        "attention", folded(lambda rows: {name: rows[name] for name in rows if name.endswith("weight")})
+    "the scale of attention is not kept": Fault("attention", scaled_rows(lambda rows: {})),
+    "the scale of attention multiplies weights but not biases": Fault(
+        "attention", scaled_rows(lambda rows: {name: rows[name] for name in rows if name.endswith("weight")})
     ),
-    "the scale of attention is folded into keys and values too": Fault(
-        "fused attention", folded(lambda rows: dict.fromkeys(rows, tuple(range(48))))
+    "the scale of attention multiplies keys and values, too": Fault(
+        "fused attention", scaled_rows(lambda rows: dict.fromkeys(rows, tuple(range(48))))
     ),
-    "the scale of attention is folded twice": Fault(
+    "the scale of attention is applied twice": Fault(
         "attention",
         replaced(surgery, "_scale", lambda plain: lambda part, *more: (plain(part, *more), plain(part, *more))),
     ),
